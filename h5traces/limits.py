@@ -1,0 +1,39 @@
+"""Limits on what an archive may ask of its reader, checked before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """Upper bounds; the defaults are generous for real archives.
+
+    Attributes
+    ----------
+    max_attributes
+        Attributes of one object.
+    max_attribute_nbytes
+        Bytes of one attribute, and of all attributes of an object that HDF5 keeps in a heap.
+    max_chunk_nbytes
+        Raw bytes of one chunk.
+    max_array_nbytes
+        Raw bytes of one dataset.
+    max_depth
+        Levels of groups below a sample.
+    max_objects
+        Groups and datasets in one sample.
+    max_samples
+        Samples in one archive.
+    """
+
+    max_attributes: int = 1000
+    max_attribute_nbytes: int = 16 << 20
+    max_chunk_nbytes: int = 256 << 20
+    max_array_nbytes: int = 64 << 30
+    max_depth: int = 64
+    max_objects: int = 200_000
+    max_samples: int = 50_000_000
+
+
+DEFAULT_LIMITS = ReadLimits()

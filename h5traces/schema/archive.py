@@ -1,0 +1,134 @@
+"""Metadata of an archive and of the kinds of arrays in it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from h5traces import layout
+from h5traces.dtypes import DtypePolicy, OverflowPolicy
+from h5traces.schema.base import Document
+
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+LayerNumbers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="0-based decoder block numbers, strictly ascending."),
+]
+
+
+def check_ascending(layers: tuple[int, ...], field: str) -> None:
+    """Raise ValueError unless layer numbers ascend strictly."""
+    if any(left >= right for left, right in itertools.pairwise(layers)):
+        message = f"{field} must be strictly ascending layer numbers, got {list(layers)}"
+        raise ValueError(message)
+
+
+class SourceFile(Document):
+    """A file that samples were converted from."""
+
+    name: Annotated[str, Field(min_length=1, description="File name, without its folder.")]
+    nbytes: Annotated[int, Field(ge=0, description="Size of the file in bytes.")]
+    num_samples: Count = 0
+
+
+class KindMetadata(Document):
+    """What one kind of layered array is: the attributes of ``/kinds/<name>``."""
+
+    axes: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(min_length=1, description="Axis names of one layer's array, outermost first."),
+    ]
+    layered: Annotated[bool, Field(description="Whether there is one array per decoder block.")]
+    layers: LayerNumbers = ()
+    definition: Annotated[str, Field(description="What the numbers are, in one sentence.")]
+    reduction: Annotated[
+        str | None,
+        Field(description="How heads were reduced: 'mean', 'max', or 'unknown'."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> KindMetadata:
+        check_ascending(self.layers, "layers")
+        return self
+
+
+class ArchiveMetadata(Document):
+    """What an archive says of itself: the attributes of its root group.
+
+    A fact that is not known is absent. ``complete`` is written last: an archive without it was
+    not finished.
+    """
+
+    format: Literal["h5traces"] = layout.FORMAT_NAME
+    format_version: Annotated[
+        str, Field(pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR of the format.")
+    ] = layout.FORMAT_VERSION
+    stability: Annotated[
+        Literal["unstable", "stable"],
+        Field(description="'unstable' until this format version is released and frozen."),
+    ] = "unstable"
+    required_features: Annotated[
+        tuple[str, ...],
+        Field(description="Names a reader must know; one it does not know means: do not read."),
+    ] = ()
+    generator: Annotated[str, Field(description="Program and version that wrote the archive.")]
+    created: Annotated[
+        str,
+        Field(
+            pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$",
+            description="UTC time of writing, ISO 8601.",
+        ),
+    ]
+    archive_id: Annotated[
+        str,
+        Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", description="A UUID."),
+    ]
+    num_samples: Count = 0
+    model_id: Annotated[
+        str | None, Field(description="As the user or the batch's file name gives it.")
+    ] = None
+    model_revision: str | None = None
+    dataset: str | None = None
+    num_layers: Annotated[
+        PositiveCount | None, Field(description="Decoder blocks of the model.")
+    ] = None
+    hidden_size: Annotated[
+        PositiveCount | None,
+        Field(description="Width of the hidden states where all stored layers share it."),
+    ] = None
+    num_heads: Annotated[
+        PositiveCount | None,
+        Field(description="Attention heads where all stored layers share the number."),
+    ] = None
+    layers: Annotated[
+        LayerNumbers | None,
+        Field(description="Present only when a subset of the model's layers is stored."),
+    ] = None
+    fields: Annotated[
+        tuple[str, ...] | None,
+        Field(description="Keys of the legacy dicts, in order; a sample may name its own."),
+    ] = None
+    codec: Annotated[str, Field(description="Name of the codec of the layered arrays.")] = "gzip"
+    dtype_policy: Annotated[
+        DtypePolicy | None, Field(description="How stored types were chosen.")
+    ] = None
+    on_overflow: Annotated[
+        OverflowPolicy | None, Field(description="What was done where the type was too narrow.")
+    ] = None
+    sources: tuple[SourceFile, ...] | None = None
+    complete: Annotated[bool, Field(description="Written last; false or absent: not finished.")] = (
+        False
+    )
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> ArchiveMetadata:
+        if self.layers is None:
+            return self
+        check_ascending(self.layers, "layers")
+        if self.num_layers is not None and self.layers and self.layers[-1] >= self.num_layers:
+            message = f"layers names layer {self.layers[-1]} of a model of {self.num_layers} layers"
+            raise ValueError(message)
+        return self

@@ -1,0 +1,294 @@
+"""A trace in memory on its way into an archive, and the checks that span its fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+
+from h5traces import layout
+from h5traces.dtypes import FloatType, TypedArray
+from h5traces.errors import Problem, SchemaError
+from h5traces.schema.base import Document
+from h5traces.schema.trace import Coverage, SourcePosition, TraceMetadata
+
+Container = Literal["torch"]
+
+
+class ArraySource(Protocol):
+    """Anything that knows its shape and type and can produce the array when it is written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+
+    @property
+    def dtype(self) -> FloatType:
+        """Type of the array."""
+
+    def load(self) -> TypedArray:
+        """The array; called once, when the writer gets to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """One layer's arrays of generation steps, as old extractors kept them.
+
+    Attributes
+    ----------
+    steps
+        One array per generation step: hidden states ``(beams, tokens, hidden)`` or attentions
+        ``(beams, heads, query, key)``; all of one type.
+    """
+
+    steps: tuple[TypedArray, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerArray:
+    """One array of a layered kind.
+
+    Attributes
+    ----------
+    name
+        Dataset name: ``layer_000`` (the model's own 0-based block number) or ``embedding``.
+    array
+        The numbers, or their generation steps.
+    site
+        Where in the model the numbers were taken; see ``schema/SPEC.md``.
+    container
+        ``torch`` where the source was a torch tensor; None for numpy.
+    """
+
+    name: str
+    array: ArraySource | StepArrays
+    site: str | None = None
+    container: Container | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayeredArrays:
+    """All arrays of one kind of one sample, in the order of the legacy list.
+
+    Attributes
+    ----------
+    arrays
+        One entry per stored position.
+    sequence
+        Whether the legacy dict held a list or a tuple of arrays.
+    """
+
+    arrays: tuple[LayerArray, ...]
+    sequence: Literal["list", "tuple"] = "list"
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the arrays are lists of generation steps."""
+        return any(isinstance(entry.array, StepArrays) for entry in self.arrays)
+
+
+class ArrayDescription(Document):
+    """Name, type and shape of one stored array."""
+
+    kind: str
+    name: str
+    dtype: FloatType
+    shape: tuple[int, ...]
+    site: str | None = None
+
+
+class TraceDescription(Document):
+    """A trace without its numbers: what is stored, under which names, in which shapes."""
+
+    metadata: TraceMetadata
+    num_tokens: Annotated[int | None, Field(ge=0)] = None
+    num_tokens_decoded: Annotated[int | None, Field(ge=0)] = None
+    arrays: tuple[ArrayDescription, ...] = ()
+
+    def problems(self) -> list[Problem]:
+        """Every contradiction between the fields; JSON Schema cannot relate their lengths."""
+        found: list[Problem] = []
+        if (
+            self.num_tokens is not None
+            and self.num_tokens_decoded is not None
+            and self.num_tokens != self.num_tokens_decoded
+        ):
+            message = (
+                f"{self.num_tokens_decoded} decoded tokens for {self.num_tokens} token ids; "
+                "expected one text per id"
+            )
+            found.append(Problem(layout.TOKENS_DECODED, message, "length_mismatch"))
+        if self.metadata.coverage in ("steps", "empty"):
+            return found
+        for kind, definition in layout.KINDS.items():
+            found += self._shape_problems(kind, definition.axes)
+        found += self._cross_kind_problems()
+        return found
+
+    def _of(self, kind: str) -> list[ArrayDescription]:
+        return [entry for entry in self.arrays if entry.kind == kind]
+
+    def _shape_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
+        found = []
+        entries = self._of(kind)
+        for entry in entries:
+            if len(entry.shape) != len(axes):
+                message = (
+                    f"shape {entry.shape} has {len(entry.shape)} axes, expected {len(axes)}: "
+                    f"({', '.join(axes)})"
+                )
+                found.append(Problem(f"{kind}/{entry.name}", message, "wrong_axes"))
+        if found:
+            return found
+        for axis, axis_name in enumerate(axes):
+            if axis_name not in ("token", "query", "key"):
+                continue
+            lengths = {entry.shape[axis] for entry in entries}
+            if len(lengths) > 1:
+                odd = next(
+                    entry for entry in entries if entry.shape[axis] != entries[0].shape[axis]
+                )
+                message = (
+                    f"shape {odd.shape} has {odd.shape[axis]} on the {axis_name} axis, but "
+                    f"{entries[0].name} has {entries[0].shape[axis]}; expected the same sequence "
+                    "in every layer"
+                )
+                found.append(Problem(f"{kind}/{odd.name}", message, "unequal_lengths"))
+        return found
+
+    def _cross_kind_problems(self) -> list[Problem]:
+        hidden, found = self._of(layout.HIDDEN_STATES), []
+        for kind in (layout.ATTENTIONS, layout.ATTENTION_MEAN):
+            weights = self._of(kind)
+            if not hidden or not weights or len(hidden[0].shape) < 1 or len(weights[0].shape) < 2:
+                continue
+            if hidden[0].shape[0] != weights[0].shape[-2]:
+                message = (
+                    f"{weights[0].shape[-2]} query positions, but hidden states have "
+                    f"{hidden[0].shape[0]} tokens; expected the same sequence in both"
+                )
+                found.append(Problem(f"{kind}/{weights[0].name}", message, "unequal_lengths"))
+        return found
+
+
+class TraceRecord(BaseModel):
+    """A trace that is not written yet.
+
+    The converter and the extractor both produce it, and the writer knows nothing else.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
+
+    sample_id: str | None = None
+    generation_index: Annotated[int | None, Field(ge=0)] = None
+    prompt_len: Annotated[int | None, Field(ge=0)] = None
+    label: int | None = None
+    scores: dict[str, float] | None = None
+    source: SourcePosition | None = None
+    fields: tuple[str, ...] = ()
+    tokens: NDArray[np.int64] | None = None
+    tokens_container: Container | None = None
+    tokens_decoded: tuple[str, ...] | None = None
+    texts: dict[str, str] = {}
+    layered: SkipValidation[dict[str, LayeredArrays]] = {}
+    extra: SkipValidation[dict[str, Any]] = {}
+
+    def coverage(self) -> Coverage:
+        """What the token axis of the arrays covers; see `COVERAGE_DEFINITIONS`."""
+        kinds = {name: kind for name, kind in self.layered.items() if kind.arrays}
+        if any(kind.in_steps for kind in kinds.values()):
+            has_steps = any(
+                isinstance(entry.array, StepArrays) and entry.array.steps
+                for kind in kinds.values()
+                for entry in kind.arrays
+            )
+            return "steps" if has_steps else "empty"
+        if not kinds:
+            return "empty"
+        return coverage_of(
+            {name: _shape_of(kind.arrays[0]) for name, kind in kinds.items()},
+            None if self.tokens is None else len(self.tokens),
+        )
+
+    def describe(self) -> TraceDescription:
+        """The record without its numbers, checked.
+
+        Raises
+        ------
+        SchemaError
+            Fields contradict each other; ``problems`` lists how.
+        """
+        coverage = self.coverage()
+        arrays = tuple(
+            ArrayDescription(
+                kind=kind,
+                name=entry.name,
+                dtype=entry.array.dtype,
+                shape=entry.array.shape,
+                site=entry.site,
+            )
+            for kind, layers in self.layered.items()
+            for entry in layers.arrays
+            if not isinstance(entry.array, StepArrays)
+        )
+        description = TraceDescription(
+            metadata=TraceMetadata(
+                sample_id=self.sample_id,
+                generation_index=self.generation_index,
+                seq_len=self._seq_len(arrays),
+                prompt_len=self.prompt_len,
+                coverage=coverage,
+                label=self.label,
+                scores=self.scores,
+                fields=self.fields or None,
+                source=self.source,
+            ),
+            num_tokens=None if self.tokens is None else len(self.tokens),
+            num_tokens_decoded=None if self.tokens_decoded is None else len(self.tokens_decoded),
+            arrays=arrays,
+        )
+        problems = description.problems()
+        if problems:
+            raise SchemaError(
+                "; ".join(f"{each.loc}: {each.message}" for each in problems), problems
+            )
+        return description
+
+    def _seq_len(self, arrays: tuple[ArrayDescription, ...]) -> int:
+        if self.tokens is not None:
+            return len(self.tokens)
+        for entry in arrays:
+            axes = layout.KINDS[entry.kind].axes if entry.kind in layout.KINDS else ()
+            if len(axes) == len(entry.shape):
+                for axis_name, length in zip(axes, entry.shape, strict=True):
+                    if axis_name in ("token", "query"):
+                        return length
+        return 0
+
+
+def _shape_of(entry: LayerArray) -> tuple[int, ...]:
+    return () if isinstance(entry.array, StepArrays) else entry.array.shape
+
+
+def coverage_of(shapes: dict[str, tuple[int, ...]], num_tokens: int | None) -> Coverage:
+    """What arrays of these shapes cover.
+
+    Parameters
+    ----------
+    shapes
+        One layer's shape by kind, for the kinds that are stored.
+    num_tokens
+        Number of stored tokens, None where tokens are not stored.
+    """
+    hidden = shapes.get(layout.HIDDEN_STATES)
+    weights = shapes.get(layout.ATTENTIONS) or shapes.get(layout.ATTENTION_MEAN)
+    length = hidden[0] if hidden else weights[-2] if weights and len(weights) >= 2 else 0
+    keys = weights[-1] if weights else length
+    if length == 1 and (keys > 1 or num_tokens not in (None, 1)):
+        return "last_position"
+    if keys == length and num_tokens in (None, length):
+        return "full"
+    return "partial"

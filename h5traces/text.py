@@ -1,0 +1,83 @@
+"""Any Python string survives as null-padded UTF-8 of fixed length, by one in-band escape.
+
+HDF5 fixed-length strings lose trailing NULs and hold no lone surrogates. ``escape`` replaces just
+those, and its own introducer U+241B (``␛``), with ``␛`` and four hexadecimal digits; all other
+text is stored as it is. ``schema/SPEC.md``, section Text, is normative.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from h5traces.errors import CorruptArchiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INTRODUCER = "\u241b"
+_NEEDS_ESCAPE = re.compile(f"[{INTRODUCER}\ud800-\udfff]")
+_ESCAPED = re.compile(f"{INTRODUCER}([0-9A-F]{{4}})?")
+
+
+def escape(text: str) -> str:
+    """The storable form of `text`: valid UTF-8 that does not end in NUL."""
+    escaped = _NEEDS_ESCAPE.sub(lambda found: f"{INTRODUCER}{ord(found[0]):04X}", text)
+    if escaped.endswith("\0"):
+        escaped = f"{escaped[:-1]}{INTRODUCER}0000"
+    return escaped
+
+
+def unescape(text: str) -> str:
+    """The original of `escape`'s result.
+
+    Raises
+    ------
+    CorruptArchiveError
+        `text` holds the introducer without four upper-case hexadecimal digits behind it.
+    """
+    if INTRODUCER not in text:
+        return text
+
+    def original(found: re.Match[str]) -> str:
+        if found[1] is None:
+            message = f"text {text!r} holds U+241B without the four hexadecimal digits of an escape"
+            raise CorruptArchiveError(message)
+        return chr(int(found[1], 16))
+
+    return _ESCAPED.sub(original, text)
+
+
+def encode(text: str) -> bytes:
+    """`text` escaped, as UTF-8."""
+    return escape(text).encode("utf-8")
+
+
+def decode(stored: bytes) -> str:
+    """The string behind `stored`, the bytes of a fixed-length field with or without its padding.
+
+    Raises
+    ------
+    CorruptArchiveError
+        The bytes are no UTF-8, or hold a broken escape.
+    """
+    try:
+        text = stored.rstrip(b"\0").decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"stored text is no UTF-8: {error}"
+        raise CorruptArchiveError(message) from error
+    return unescape(text)
+
+
+def encode_all(texts: Sequence[str]) -> np.ndarray:
+    """`texts` as an array of shape ``(len(texts),)`` and dtype ``S<n>``, n at least 1."""
+    encoded = [encode(text) for text in texts]
+    width = max((len(text) for text in encoded), default=1)
+    return np.array(encoded, dtype=f"S{max(width, 1)}")
+
+
+def decode_all(stored: np.ndarray) -> list[str]:
+    """The strings of an array of dtype ``S<n>``, in C order."""
+    return [decode(item) for item in stored.ravel().tolist()]
