@@ -1,0 +1,1 @@
+"""Bytes: HDF5, codecs, chunks and the footer."""

@@ -1,0 +1,357 @@
+"""A chunk becomes one standard zlib stream that HDF5 reads as shuffle + gzip, plane by plane.
+
+A deflate stream is a chain of blocks, so every byte plane can be coded as suits it, and the pieces
+joined on byte boundaries: noise goes into stored blocks, planes without matches are only Huffman
+coded, the zero runs of causal attentions are coded with the run-length strategy, and repeats with a
+full search. The choice is made from a sample (:mod:`h5traces.storage.planes`). Figures below are
+those of ``benchmarks/encoder.py``.
+
+Which library does what: isal's level 1 Huffman-codes twice as fast as zlib-ng and inflates fastest,
+zlib-ng has the strategies that isal lacks and the fastest Adler-32. Both release the GIL. Where
+they are missing the standard library's zlib does the same at a third of the speed.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import zlib
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from h5traces.storage import planes as _planes
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from h5traces.storage.planes import Bytes, PlaneSurvey
+
+_HEADER = b"\x78\x01"  # RFC 1950: deflate, 32 KiB window, no dictionary
+_STORED_BLOCK = 65535
+_RAW_DEFLATE = -15
+
+# Below this size one search of the whole chunk costs less than looking at its planes.
+_SMALL = 8192
+
+# isal's level 1 takes accidental matches of three or four bytes, dear ones when bytes are likely
+# to be equal: at 1/18 (softmax outputs) it loses 4 % to plain Huffman coding, at 1/32 nothing.
+_MAX_COLLISION_FOR_ISAL = 1 / 28
+
+# Where equal neighbours are no more than chance, literals are cheaper (half-zero activations: 4 %),
+# until there are so many that a whole bit for each byte is what costs.
+_MIN_EXCESS_PAIRS = 0.03
+_MIN_PAIRS = 0.7
+
+# Runs of so many zeros are the masked half of causal attentions, which has no repeats beside them.
+_MIN_MASKED = 0.2
+
+# Share of repeated strings from which a search may win more than one per cent.
+_MIN_REPEATS = 0.0075
+
+# What isal's level 1 saves below the entropy it saves by repeats, and a search finds more of them.
+_BELOW_ENTROPY = 0.995
+
+# Elsewhere a search is tried on this many bytes of the plane, and must win one per cent there: for
+# integers, text, and entropies so low that Huffman's whole bits waste much. Hidden states and
+# attentions seldom get there; the trial would cost them a third of their speed.
+_MAX_ENTROPY_FOR_TRIAL = 1.1
+_TRIAL = 8192
+_MIN_GAIN = 0.99
+
+# zlib-ng's level 9 crawls where few values occur: at 1 to 2 MB/s through sparse planes.
+_MIN_ENTROPY_FOR_SHORT_SEARCH = 4
+
+# Blocks of 4096 instead of 32768 symbols follow changing statistics (the heads of an attention
+# layer: 5 % smaller) and cost a second code table, 0.0008 bits per symbol for each byte value.
+_TABLE_COST = 0.0008
+_MEM_LEVEL_SHORT_BLOCKS = 6
+_MEM_LEVEL_LONG_BLOCKS = 9
+
+
+class _Coding(enum.Enum):
+    """One way of coding bytes as deflate blocks other than stored ones."""
+
+    DENSE = enum.auto()
+    HUFFMAN = enum.auto()
+    RUNS = enum.auto()
+    SEARCH = enum.auto()
+    LONG_SEARCH = enum.auto()
+    SHORT_SEARCH = enum.auto()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The codings to try on some bytes, of which the smallest is kept; none means stored blocks.
+
+    Attributes
+    ----------
+    codings
+        What to try.
+    mem_level
+        zlib's parameter, which sets the length of blocks.
+    joins
+        Whether neighbouring planes become one piece; others need code tables of their own.
+    search_below
+        If the first coding gets below so many bytes, searches for repeats are tried as well.
+    """
+
+    codings: tuple[_Coding, ...]
+    mem_level: int = _MEM_LEVEL_LONG_BLOCKS
+    joins: bool = False
+    search_below: int = 0
+
+
+_LONG_SEARCHES = (_Coding.SEARCH, _Coding.LONG_SEARCH)
+_STORED = _Plan((), joins=True)
+_REPEATS = _Plan(_LONG_SEARCHES)
+_CONSTANT = _Plan((_Coding.RUNS,), joins=True)
+_THOROUGH = _Plan((_Coding.HUFFMAN, _Coding.SHORT_SEARCH))
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The deflate libraries to work with; None stands for one that is not installed."""
+
+    isal_zlib: Any
+    igzip_lib: Any
+    zlib_ng: Any
+
+    @classmethod
+    def installed(cls) -> Engines:
+        """The libraries that can be imported."""
+        names = ("isal.isal_zlib", "isal.igzip_lib", "zlib_ng.zlib_ng")
+        return cls(*map(_import_or_none, names))
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What inflating a damaged stream raises."""
+        extra = (self.igzip_lib and self.igzip_lib.error, self.zlib_ng and self.zlib_ng.error)
+        return (zlib.error, *filter(None, extra))
+
+    def adler32(self, data: Bytes) -> int:
+        """RFC 1950's checksum: 49 GB/s with zlib-ng, 16 with isal, 3.5 with zlib."""
+        library = self.zlib_ng or self.isal_zlib or zlib
+        return int(library.adler32(data))
+
+    def inflater(self) -> Any:
+        """A fresh zlib decompressor with ``decompress(data, max_length)`` and ``eof``."""
+        if self.igzip_lib:
+            return self.igzip_lib.IgzipDecompressor(self.igzip_lib.DECOMP_ZLIB)
+        return (self.zlib_ng or zlib).decompressobj()
+
+    def deflater(self, coding: _Coding, mem_level: int) -> Any:
+        """A fresh raw deflate compressor."""
+        library = self.zlib_ng or zlib
+        if self.isal_zlib and coding in (_Coding.DENSE, _Coding.LONG_SEARCH):
+            level = 1 if coding is _Coding.DENSE else 3
+            return self.isal_zlib.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, 9)
+        level, strategy = self._setting(coding)
+        return library.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, mem_level, strategy)
+
+    def _setting(self, coding: _Coding) -> tuple[int, int]:
+        match coding:
+            case _Coding.DENSE | _Coding.HUFFMAN:
+                return 1, zlib.Z_HUFFMAN_ONLY
+            case _Coding.RUNS:
+                return 1, zlib.Z_RLE
+            # zlib-ng's level 7 is as thorough as zlib's level 6, but sees no matches of three
+            # bytes; its level 9 does.
+            case _Coding.SHORT_SEARCH if self.zlib_ng:
+                return 9, zlib.Z_DEFAULT_STRATEGY
+            case _:
+                return 7 if self.zlib_ng else 6, zlib.Z_DEFAULT_STRATEGY
+
+
+def _import_or_none(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+ENGINES = Engines.installed()
+
+
+def encode(raw: Buffer, *, itemsize: int) -> bytes:
+    """One zlib stream of the shuffled bytes of a chunk, at most a header longer than the chunk.
+
+    Parameters
+    ----------
+    raw
+        The chunk's elements, little-endian, in C order.
+    itemsize
+        Bytes per element, as the dataset's shuffle filter has it; 1 leaves the order as it is.
+    """
+    shuffled = _planes.shuffle(_as_bytes(raw), _checked(itemsize))
+    planes = _planes.plane_view(shuffled, itemsize)
+    if planes.size < _SMALL:
+        pieces = _small_pieces(shuffled, itemsize)
+    else:
+        pieces = _pieces(shuffled, itemsize, list(map(_plan, planes)))
+    checksum = ENGINES.adler32(shuffled).to_bytes(4, "big")
+    return b"".join((_HEADER, *pieces, checksum))
+
+
+def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
+    """Inflate a stored chunk and unshuffle it into `out`, whose size the stream must have.
+
+    No more than ``len(out) + 1`` bytes are ever inflated.
+
+    Raises
+    ------
+    ValueError
+        The stream is damaged, cut off, followed by other bytes, or not of the size of `out`.
+        `out` is left as it was.
+    """
+    target = _as_bytes(out)
+    if not target.flags.writeable:
+        msg = "the output buffer is read-only; give a writable one"
+        raise ValueError(msg)
+    shuffled = np.frombuffer(_inflate(stored, target.size), np.uint8)
+    _planes.unshuffle(shuffled, target, _checked(itemsize))
+
+
+def _inflate(stored: Buffer, nbytes: int) -> bytes:
+    inflater = ENGINES.inflater()
+    try:
+        data: bytes = inflater.decompress(stored, nbytes + 1)
+    except ENGINES.errors as error:
+        msg = f"the stored bytes are no intact zlib stream: {error}"
+        raise ValueError(msg) from error
+    if len(data) > nbytes:
+        msg = f"the zlib stream holds more than the expected {nbytes} bytes"
+        raise ValueError(msg)
+    if not inflater.eof:
+        msg = f"the zlib stream is cut off after {len(data)} of {nbytes} bytes"
+        raise ValueError(msg)
+    if len(data) < nbytes:
+        msg = f"the zlib stream holds {len(data)} bytes, expected {nbytes}"
+        raise ValueError(msg)
+    if inflater.unused_data:
+        msg = f"{len(inflater.unused_data)} stray bytes follow the zlib stream"
+        raise ValueError(msg)
+    return data
+
+
+def _checked(itemsize: int) -> int:
+    if itemsize < 1:
+        msg = f"itemsize is {itemsize}, expected at least 1"
+        raise ValueError(msg)
+    return itemsize
+
+
+def _as_bytes(buffer: Buffer) -> Bytes:
+    view = memoryview(buffer)
+    if not view.c_contiguous:
+        msg = "the buffer is not contiguous in C order; copy it first"
+        raise ValueError(msg)
+    return np.frombuffer(view, np.uint8)
+
+
+def _small_pieces(shuffled: Bytes, itemsize: int) -> list[bytes]:
+    """The smaller of the whole chunk searched and every plane coded in all ways."""
+    whole = [_piece(shuffled, _THOROUGH, final=True)]
+    if itemsize == 1 or shuffled.size < 2 * itemsize:
+        return whole
+    planes = _planes.plane_view(shuffled, itemsize)
+    plans = [_CONSTANT if (plane == plane[0]).all() else _THOROUGH for plane in planes]
+    return min(whole, _pieces(shuffled, itemsize, plans), key=lambda pieces: sum(map(len, pieces)))
+
+
+def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> list[bytes]:
+    """The planes as raw deflate, the unshuffled tail with the last one."""
+    count = shuffled.size // itemsize
+    stop, pieces = 0, []
+    for (_, plan), group in itertools.groupby(enumerate(plans), key=_grouping):
+        start, stop = stop, stop + len(list(group))
+        final = stop == itemsize
+        end = shuffled.size if final else stop * count
+        pieces.append(_piece(shuffled[start * count : end], plan, final=final))
+    return pieces
+
+
+def _grouping(numbered: tuple[int, _Plan]) -> tuple[int, _Plan]:
+    index, plan = numbered
+    return (-1 if plan.joins else index), plan
+
+
+def _plan(plane: Bytes) -> _Plan:
+    """The codings that may be smallest for a plane, from what a sample shows."""
+    facts = _planes.survey(plane)
+    if facts.num_values == 1:
+        return _CONSTANT
+    if facts.noise:
+        return _REPEATS if _planes.repeats(plane, facts.commonest) > _MIN_REPEATS else _STORED
+    varied = facts.variation > _TABLE_COST * facts.num_values
+    mem_level = _MEM_LEVEL_SHORT_BLOCKS if varied else _MEM_LEVEL_LONG_BLOCKS
+    excess_pairs = facts.pairs - facts.collision
+    runs = excess_pairs > _MIN_EXCESS_PAIRS or facts.pairs > _MIN_PAIRS
+    if not runs and not varied and facts.collision < _MAX_COLLISION_FOR_ISAL:
+        return _dense_plan(plane, facts)
+    simple = _Plan((_Coding.RUNS if runs else _Coding.HUFFMAN,), mem_level)
+    masked = excess_pairs > _MIN_EXCESS_PAIRS and facts.zeros > _MIN_MASKED
+    if masked and facts.entropy > _MAX_ENTROPY_FOR_TRIAL and plane.size > _TRIAL:
+        return simple
+    return replace(simple, codings=simple.codings + _searches(plane, facts, simple))
+
+
+def _dense_plan(plane: Bytes, facts: PlaneSurvey) -> _Plan:
+    if ENGINES.isal_zlib:
+        floor = _BELOW_ENTROPY * facts.entropy / 8 * plane.size
+        return _Plan((_Coding.DENSE,), search_below=int(floor))
+    # Plain Huffman coding never shows repeats by its size.
+    found = _planes.repeats(plane, facts.commonest) > _MIN_REPEATS
+    return _Plan((_Coding.DENSE, *_LONG_SEARCHES) if found else (_Coding.DENSE,))
+
+
+def _searches(plane: Bytes, facts: PlaneSurvey, simple: _Plan) -> tuple[_Coding, ...]:
+    """The codings that find matches, if they win on a part of the plane."""
+    start = max(plane.size - _TRIAL, 0) // 2
+    trial = plane[start : start + _TRIAL]
+    searched = _piece(trial, replace(simple, codings=(_Coding.SEARCH,)), final=True)
+    if len(searched) > _MIN_GAIN * len(_piece(trial, simple, final=True)):
+        return ()
+    if facts.entropy < _MIN_ENTROPY_FOR_SHORT_SEARCH:
+        return (_Coding.SEARCH,)
+    return _Coding.SEARCH, _Coding.SHORT_SEARCH
+
+
+def _piece(data: Bytes, plan: _Plan, *, final: bool) -> bytes:
+    """The smallest coding of the plan, or stored blocks where nothing is smaller."""
+    pieces = [_deflated(data, coding, plan.mem_level, final=final) for coding in plan.codings]
+    if pieces and len(pieces[0]) < plan.search_below:
+        pieces += (
+            _deflated(data, coding, plan.mem_level, final=final) for coding in _LONG_SEARCHES
+        )
+    shortest = min(pieces, key=len, default=None)
+    if shortest is None or len(shortest) >= _stored_nbytes(data.size):
+        return _stored(data, final=final)
+    return shortest
+
+
+def _deflated(data: Bytes, coding: _Coding, mem_level: int, *, final: bool) -> bytes:
+    deflater = ENGINES.deflater(coding, mem_level)
+    # A sync flush ends the piece on a byte boundary without ending the stream.
+    flush = zlib.Z_FINISH if final else zlib.Z_SYNC_FLUSH
+    coded: bytes = deflater.compress(data) + deflater.flush(flush)
+    return coded
+
+
+def _stored(data: Bytes, *, final: bool) -> bytes:
+    """RFC 1951, 3.2.4: blocks of a flag, the length, its complement, and the bytes themselves."""
+    parts: list[bytes | memoryview] = []
+    view = data.data
+    for start in range(0, max(data.size, 1), _STORED_BLOCK):
+        block = view[start : start + _STORED_BLOCK]
+        last = final and start + _STORED_BLOCK >= data.size
+        length = len(block).to_bytes(2, "little")
+        complement = (len(block) ^ 0xFFFF).to_bytes(2, "little")
+        parts += (bytes([last]), length, complement, block)
+    return b"".join(parts)
+
+
+def _stored_nbytes(nbytes: int) -> int:
+    return nbytes + 5 * max(1, -(-nbytes // _STORED_BLOCK))

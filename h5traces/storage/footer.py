@@ -1,0 +1,376 @@
+"""The footer: everything needed to read an archive without HDF5, behind the end of the HDF5 part.
+
+It is derived from the HDF5 part and only makes reading fast. HDF5 ignores bytes behind its own
+end on reading, and any open for writing truncates them away, so an edited file loses its footer by
+itself. A footer whose magic, checksums or sizes do not fit is not used. Layout, little-endian::
+
+    columns     one compressed block each
+    directory   zlib-compressed JSON: archive attributes, kinds, where the columns lie
+    trailer     64 bytes: sizes, checksums, version, magic
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import xxhash
+
+from h5traces.errors import CorruptArchiveError
+from h5traces.schema.attributes import Attrs, compact_json
+from h5traces.storage import deflate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from h5traces.storage.files import ByteFile
+    from h5traces.storage.objects import ObjectEntry
+
+MAGIC: Final = b"h5tr\r\nF1"
+VERSION: Final = 1
+# directory offset, stored and raw size; size of the HDF5 part; directory checksum; version; zero
+_TRAILER: Final = struct.Struct("<QQQQQII")
+_TRAILER_END: Final = struct.Struct("<Q8s")
+TRAILER_NBYTES: Final = _TRAILER.size + _TRAILER_END.size
+# One read of this size gets trailer and directory of nearly every archive.
+TAIL_NBYTES: Final = 64 << 10
+MAX_DIRECTORY_NBYTES: Final = 256 << 20
+
+_HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+_SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
+
+# Column name -> dtype. "…_json" columns are documents; "sample_attrs" is all samples' JSON joined.
+COLUMNS: Final = {
+    "sample_num_objects": "<u4",
+    "sample_attrs_nbytes": "<u4",
+    "sample_attrs": "u1",
+    "object_name": "<u4",
+    "object_attrs": "<u4",
+    "object_type": "<u2",
+    "object_codec": "u1",
+    "object_ndim": "u1",
+    "object_dims": "<i8",
+    "object_chunk_dims": "<i8",
+    "object_num_chunks": "<u4",
+    "object_digest": "u1",
+    "chunk_gap": "<i8",
+    "chunk_nbytes": "<i8",
+    "chunk_checksum": "<u8",
+    "names_json": "u1",
+    "attrs_json": "u1",
+}
+DIGEST: Final = "digest"
+_NO_DIGEST: Final = bytes(16)
+
+
+class FooterError(CorruptArchiveError):
+    """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
+
+
+class _Dictionary:
+    """Numbers for values that repeat."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, value: str) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+    def values(self) -> list[str]:
+        return list(self._numbers)
+
+
+class FooterBuilder:
+    """Collects what a footer tells, sample by sample, in compact columns."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self._names, self._attrs = _Dictionary(), _Dictionary()
+        self._types, self._codecs = _Dictionary(), _Dictionary()
+        self._columns: dict[str, array[int]] = {
+            name: array(np.dtype(dtype).char if dtype != "<i8" else "q")
+            for name, dtype in COLUMNS.items()
+            if not name.endswith("_json")
+        }
+        self._next_offset = 0
+
+    def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
+        """Append a sample; every dataset must have a chunk table with checksums."""
+        columns, num_objects = self._columns, 0
+        for entry in objects:
+            self._add_object(entry)
+            num_objects += 1
+        columns["sample_num_objects"].append(num_objects)
+        document = compact_json(attrs).encode("utf-8", "surrogatepass")
+        columns["sample_attrs_nbytes"].append(len(document))
+        columns["sample_attrs"].frombytes(document)
+        self.num_samples += 1
+
+    def _add_object(self, entry: ObjectEntry) -> None:
+        columns = self._columns
+        digest = entry.attrs.get(DIGEST)
+        others = {name: value for name, value in entry.attrs.items() if name != DIGEST}
+        columns["object_name"].append(self._names.number(entry.path))
+        columns["object_attrs"].append(self._attrs.number(compact_json(others)))
+        columns["object_type"].append(self._types.number(entry.dtype))
+        columns["object_codec"].append(self._codecs.number(entry.codec or ""))
+        columns["object_ndim"].append(len(entry.shape))
+        columns["object_dims"].extend(entry.shape)
+        columns["object_chunk_dims"].extend(entry.chunk)
+        columns["object_digest"].frombytes(
+            bytes.fromhex(digest) if isinstance(digest, str) else _NO_DIGEST
+        )
+        offsets = entry.chunks.offsets if entry.chunks else ()
+        columns["object_num_chunks"].append(len(offsets))
+        if entry.chunks is None or not offsets:
+            return
+        if entry.chunks.checksums is None:
+            message = f"{entry.path}: chunks without checksums cannot enter a footer"
+            raise ValueError(message)
+        for offset, size in zip(offsets, entry.chunks.sizes, strict=True):
+            # Chunks mostly follow one another, so the gaps are mostly zero.
+            columns["chunk_gap"].append(offset - self._next_offset)
+            columns["chunk_nbytes"].append(size)
+            self._next_offset = offset + size
+        columns["chunk_checksum"].extend(entry.chunks.checksums)
+
+    def finish(self, hdf5_nbytes: int, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
+        """The footer's bytes, to be appended to an HDF5 file of `hdf5_nbytes` bytes."""
+        blocks: list[bytes] = []
+        table: dict[str, tuple[int, int, int, int]] = {}
+        position = 0
+        for name, dtype in COLUMNS.items():
+            raw = self._column_bytes(name)
+            stored = deflate.encode(raw, itemsize=np.dtype(dtype).itemsize)
+            table[name] = (position, len(stored), len(raw), xxhash.xxh3_64_intdigest(stored))
+            blocks.append(stored)
+            position += len(stored)
+        directory = compact_json(
+            {
+                "archive": archive,
+                "kinds": kinds,
+                "num_samples": self.num_samples,
+                "num_objects": len(self._columns["object_name"]),
+                "types": self._types.values(),
+                "codecs": self._codecs.values(),
+                "columns": table,
+            }
+        ).encode("utf-8", "surrogatepass")
+        stored = zlib.compress(directory, 6)
+        checksum = xxhash.xxh3_64_intdigest(stored)
+        head = _TRAILER.pack(
+            position, len(stored), len(directory), hdf5_nbytes, checksum, VERSION, 0
+        )
+        tail = _TRAILER_END.pack(xxhash.xxh3_64_intdigest(head), MAGIC)
+        return b"".join([*blocks, stored, head, tail])
+
+    def _column_bytes(self, name: str) -> bytes:
+        if name == "names_json":
+            return compact_json(self._names.values()).encode("utf-8", "surrogatepass")
+        if name == "attrs_json":
+            return f"[{','.join(self._attrs.values())}]".encode("utf-8", "surrogatepass")
+        # array() is in native byte order, and so are all machines that wheels are built for.
+        return self._columns[name].tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Where a column lies, relative to the start of the footer, and its checksum."""
+
+    offset: int
+    nbytes: int
+    raw_nbytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class FooterDirectory:
+    """What opening an archive reads of its footer.
+
+    Attributes
+    ----------
+    hdf5_nbytes
+        Size of the HDF5 part, and so the offset of the footer.
+    archive, kinds
+        Attributes of the root group and of the groups under ``/kinds``.
+    num_samples, num_objects
+        Lengths of the tables.
+    types, codecs
+        Stored types and codecs by number.
+    columns
+        Where the columns lie.
+    """
+
+    hdf5_nbytes: int
+    archive: Attrs
+    kinds: dict[str, Attrs]
+    num_samples: int
+    num_objects: int
+    types: list[str]
+    codecs: list[str]
+    columns: dict[str, Column]
+
+
+def read_directory(file: ByteFile) -> FooterDirectory:
+    """The directory of the footer of an open file.
+
+    Raises
+    ------
+    FooterError
+        The file has no footer, or one that is damaged or does not belong to its HDF5 part.
+    """
+    file_nbytes = file.nbytes
+    tail_start = max(0, file_nbytes - TAIL_NBYTES)
+    tail = file.read_at(tail_start, file_nbytes - tail_start)
+    if len(tail) < TRAILER_NBYTES or tail[-len(MAGIC) :] != MAGIC:
+        message = "there is no footer behind the HDF5 part"
+        raise FooterError(message)
+    head = tail[-TRAILER_NBYTES : -_TRAILER_END.size]
+    (trailer_checksum, _) = _TRAILER_END.unpack(tail[-_TRAILER_END.size :])
+    if xxhash.xxh3_64_intdigest(head) != trailer_checksum:
+        message = "the footer's trailer is damaged: its checksum does not fit"
+        raise FooterError(message)
+    offset, nbytes, raw_nbytes, hdf5_nbytes, checksum, version, _ = _TRAILER.unpack(head)
+    if version != VERSION:
+        message = f"the footer has version {version}, this release reads {VERSION}"
+        raise FooterError(message)
+    if hdf5_nbytes + offset + nbytes + TRAILER_NBYTES != file_nbytes:
+        message = (
+            f"the footer describes a file of {hdf5_nbytes + offset + nbytes + TRAILER_NBYTES} "
+            f"bytes, but the file has {file_nbytes}"
+        )
+        raise FooterError(message)
+    end_of_hdf5 = hdf5_end(file)
+    if end_of_hdf5 != hdf5_nbytes:
+        message = f"the footer belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
+        raise FooterError(message)
+    start = hdf5_nbytes + offset - tail_start
+    stored = (
+        tail[start : start + nbytes] if start >= 0 else file.read_at(hdf5_nbytes + offset, nbytes)
+    )
+    if xxhash.xxh3_64_intdigest(stored) != checksum:
+        message = "the footer's directory is damaged: its checksum does not fit"
+        raise FooterError(message)
+    return _parse_directory(_inflate(stored, raw_nbytes), hdf5_nbytes)
+
+
+def _inflate(stored: bytes, raw_nbytes: int) -> bytes:
+    if raw_nbytes > MAX_DIRECTORY_NBYTES:
+        message = f"the footer's directory claims {raw_nbytes} bytes"
+        raise FooterError(message)
+    try:
+        raw = zlib.decompressobj().decompress(stored, raw_nbytes + 1)
+    except zlib.error as error:
+        message = f"the footer's directory cannot be inflated: {error}"
+        raise FooterError(message) from error
+    if len(raw) != raw_nbytes:
+        message = f"the footer's directory has {len(raw)} bytes, expected {raw_nbytes}"
+        raise FooterError(message)
+    return raw
+
+
+def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
+    try:
+        document = json.loads(raw)
+        return FooterDirectory(
+            hdf5_nbytes=hdf5_nbytes,
+            archive=_attrs_from_json(document["archive"]),
+            kinds={name: _attrs_from_json(each) for name, each in document["kinds"].items()},
+            num_samples=int(document["num_samples"]),
+            num_objects=int(document["num_objects"]),
+            types=[str(each) for each in document["types"]],
+            codecs=[str(each) for each in document["codecs"]],
+            columns={
+                name: Column(*(int(part) for part in parts))
+                for name, parts in document["columns"].items()
+                if name in COLUMNS
+            },
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        message = f"the footer's directory is no directory: {error!r}"
+        raise FooterError(message) from error
+
+
+def _attrs_from_json(document: dict[str, Any]) -> Attrs:
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
+    }
+
+
+def hdf5_end(file: ByteFile) -> int:
+    """End of the HDF5 part by its own superblock.
+
+    Raises
+    ------
+    FooterError
+        The file does not begin with a superblock of version 2 or 3, as every archive does.
+    """
+    block = file.read_at(0, min(file.nbytes, _SUPERBLOCK.size))
+    if len(block) < _SUPERBLOCK.size or not block.startswith(_HDF5_SIGNATURE):
+        message = "the file does not begin with HDF5's signature"
+        raise FooterError(message)
+    _, version, offset_nbytes, length_nbytes, _, base, _, end, _ = _SUPERBLOCK.unpack(block)
+    if version not in (2, 3) or (offset_nbytes, length_nbytes) != (8, 8):
+        message = f"the HDF5 superblock has version {version}, archives have 2 or 3"
+        raise FooterError(message)
+    return int(base + end)
+
+
+class FooterTables:
+    """The footer's columns, each read and checked when it is first needed."""
+
+    def __init__(self, file: ByteFile, directory: FooterDirectory) -> None:
+        self._file = file
+        self._directory = directory
+        self._loaded: dict[str, NDArray[Any]] = {}
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column as a read-only array.
+
+        Raises
+        ------
+        FooterError
+            The column is missing or damaged.
+        """
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            loaded = self._loaded[name] = self._read(name)
+        return loaded
+
+    def document(self, name: str) -> Any:
+        """A column that holds JSON."""
+        try:
+            return json.loads(self.column(name).tobytes())
+        except ValueError as error:
+            message = f"the footer's column {name} is no JSON: {error}"
+            raise FooterError(message) from error
+
+    def _read(self, name: str) -> NDArray[Any]:
+        where = self._directory.columns.get(name)
+        dtype = np.dtype(COLUMNS[name])
+        if where is None or where.raw_nbytes % dtype.itemsize:
+            message = f"the footer's column {name} is missing or of a wrong size"
+            raise FooterError(message)
+        # Deflate cannot do better than 1032:1, so a larger claim is a lie told to make us allocate.
+        if where.raw_nbytes > 1100 * where.nbytes + 64:
+            message = f"the footer's column {name} claims {where.raw_nbytes} bytes"
+            raise FooterError(message)
+        stored = self._file.read_at(self._directory.hdf5_nbytes + where.offset, where.nbytes)
+        if xxhash.xxh3_64_intdigest(stored) != where.checksum:
+            message = f"the footer's column {name} is damaged: its checksum does not fit"
+            raise FooterError(message)
+        values = np.empty(where.raw_nbytes // dtype.itemsize, dtype=dtype)
+        try:
+            deflate.decode(stored, values.view(np.uint8).data, itemsize=dtype.itemsize)
+        except ValueError as error:
+            message = f"the footer's column {name} cannot be inflated: {error}"
+            raise FooterError(message) from error
+        values.flags.writeable = False
+        return values

@@ -1,0 +1,107 @@
+"""Attributes of HDF5 objects, read within limits and written as fixed-length values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from h5py import h5a, h5o, h5s, h5t
+
+from h5traces import text
+from h5traces.errors import CorruptArchiveError, HostileFileError
+from h5traces.storage.hdf5.types import text_type
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from h5traces.limits import ReadLimits
+    from h5traces.schema.attributes import Attrs, AttrValue
+
+_SCALAR = h5s.create(h5s.SCALAR)
+
+
+def write_attributes(location: Any, attrs: Mapping[str, AttrValue]) -> None:
+    """Create attributes on an open group or dataset id.
+
+    Parameters
+    ----------
+    location
+        Low-level id of the object.
+    attrs
+        Text, int64, float64 or 1-D int64 values by name.
+    """
+    for name, value in attrs.items():
+        values, type_id, space = _prepare(value)
+        attribute = h5a.create(location, name.encode(), type_id, space)
+        attribute.write(values, mtype=type_id)
+
+
+def _prepare(value: AttrValue) -> tuple[np.ndarray, h5t.TypeID, h5s.SpaceID]:
+    if isinstance(value, str):
+        encoded = text.encode(value) or b"\0"
+        return np.array(encoded, dtype=f"S{len(encoded)}"), text_type(len(encoded)), _SCALAR
+    if isinstance(value, tuple):
+        values = np.array(value, dtype="<i8")
+        return values, h5t.STD_I64LE, h5s.create_simple((len(value),))
+    if isinstance(value, float):
+        return np.array(value, dtype="<f8"), h5t.IEEE_F64LE, _SCALAR
+    return np.array(value, dtype="<i8"), h5t.STD_I64LE, _SCALAR
+
+
+def read_attributes(location: Any, limits: ReadLimits) -> Attrs:
+    """All attributes of an open object.
+
+    Raises
+    ------
+    HostileFileError
+        There are more attributes, or larger ones, than `limits` allows, or one of a type that
+        archives never hold.
+    CorruptArchiveError
+        A text is no UTF-8.
+    """
+    info = h5o.get_info(location)
+    if info.num_attrs > limits.max_attributes:
+        message = (
+            f"the object has {info.num_attrs} attributes; the limit is {limits.max_attributes}"
+        )
+        raise HostileFileError(message)
+    heap_nbytes = info.meta_size.attr.heap_size
+    if heap_nbytes > limits.max_attribute_nbytes:
+        message = (
+            f"the object's attributes take {heap_nbytes} bytes; the limit is "
+            f"{limits.max_attribute_nbytes}"
+        )
+        raise HostileFileError(message)
+    attrs: Attrs = {}
+    for index in range(info.num_attrs):
+        attribute = h5a.open(location, index=index)
+        name = attribute.name.decode("utf-8", "surrogateescape")
+        attrs[name] = _read_value(attribute, name, limits)
+    return attrs
+
+
+def _read_value(attribute: h5a.AttrID, name: str, limits: ReadLimits) -> AttrValue:
+    nbytes = attribute.get_storage_size()
+    if nbytes > limits.max_attribute_nbytes:
+        message = f"attribute {name!r} has {nbytes} bytes; limit {limits.max_attribute_nbytes}"
+        raise HostileFileError(message)
+    type_id, shape = attribute.get_type(), attribute.shape
+    type_class = type_id.get_class()
+    if type_class == h5t.STRING and not type_id.is_variable_str() and shape in ((), (1,)):
+        stored = np.empty(shape, dtype=f"S{type_id.get_size()}")
+        attribute.read(stored, mtype=type_id)
+        try:
+            return text.decode(stored.tobytes())
+        except CorruptArchiveError as error:
+            message = f"attribute {name!r}: {error}"
+            raise CorruptArchiveError(message) from error
+    if type_class not in (h5t.INTEGER, h5t.FLOAT) or shape is None or len(shape) > 1:
+        message = (
+            f"attribute {name!r} is of a type or shape that archives never hold; expected "
+            "fixed-length text, a number, or a list of integers"
+        )
+        raise HostileFileError(message)
+    dtype = np.dtype("<i8" if type_class == h5t.INTEGER else "<f8")
+    values = np.empty(shape, dtype=dtype)
+    attribute.read(values)
+    return tuple(values.tolist()) if shape else values.item()

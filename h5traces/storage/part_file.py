@@ -1,0 +1,270 @@
+"""Files that appear under their final name only when they are whole.
+
+A writer works on a unique ``<name>.<8 hex digits>.part`` beside its target and holds a lock on
+it. Publishing is one atomic step that never replaces a file unless asked to. A ``.part`` whose lock
+is free has lost its owner and may be deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import io
+import os
+import re
+import uuid
+from typing import TYPE_CHECKING, Final, Self
+
+from h5traces.errors import ArchiveExistsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from typing_extensions import Buffer
+
+_PART_NAME = re.compile(r"\.[0-9a-f]{8}\.part\Z")
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_RENAME_NOREPLACE: Final = 1
+_AT_FDCWD: Final = -100
+
+
+class LatchedFile(io.RawIOBase):
+    """A file for HDF5 to write to that keeps the first error for later instead of failing.
+
+    HDF5 crashes the process when a write fails inside a flush or close. So a failed write goes to
+    memory, HDF5 goes on undisturbed, and `raise_error` tells the writer, which stops soon: what
+    piles up in memory is what HDF5 still holds back.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._position = 0
+        self._size = os.fstat(descriptor).st_size
+        self._unwritten: list[tuple[int, bytes]] = []
+        self.error: OSError | None = None
+
+    def raise_error(self) -> None:
+        """Raise the first error that a write met, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._descriptor
+
+    def readable(self) -> bool:
+        """True: HDF5 reads back what it wrote."""
+        return True
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Current position in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position; nothing is read or written."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def write(self, data: Buffer) -> int:
+        """Write all of `data`; never raises OSError, see the class."""
+        view = memoryview(data).cast("B")
+        start, self._position = self._position, self._position + len(view)
+        self._size = max(self._size, self._position)
+        if self.error is None:
+            try:
+                written = 0
+                while written < len(view):
+                    written += os.pwrite(self._descriptor, view[written:], start + written)
+            except OSError as error:
+                self.error = error
+            else:
+                return len(view)
+        self._unwritten.append((start, bytes(view)))
+        return len(view)
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Read at the current position, unwritten bytes included."""
+        view = memoryview(buffer).cast("B")
+        length = max(0, min(len(view), self._size - self._position))
+        view[:length] = bytes(length)
+        stored = os.pread(self._descriptor, length, self._position)
+        view[: len(stored)] = stored
+        for start, data in self._unwritten:
+            first = max(start, self._position)
+            last = min(start + len(data), self._position + length)
+            if first < last:
+                target = slice(first - self._position, last - self._position)
+                view[target] = data[first - start : last - start]
+        self._position += length
+        return length
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the file's size."""
+        self._size = self._position if size is None else size
+        if self.error is None:
+            try:
+                os.ftruncate(self._descriptor, self._size)
+            except OSError as error:
+                self.error = error
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+
+class PartFile:
+    """A locked ``.part`` file on its way to `target`.
+
+    Raises
+    ------
+    OSError
+        The folder does not exist or cannot be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path, self._descriptor = _create_locked(target)
+        self.file = LatchedFile(self._descriptor)
+
+    def append(self, data: bytes) -> None:
+        """Write `data` behind the end of the file."""
+        self.file.raise_error()
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(data)
+        self.file.raise_error()
+
+    def sync(self) -> None:
+        """Return when all that was written is durable."""
+        self.file.raise_error()
+        os.fsync(self._descriptor)
+
+    def publish(self, *, overwrite: bool = False) -> None:
+        """Give the file its final name, durably.
+
+        Raises
+        ------
+        ArchiveExistsError
+            Something has that name already and `overwrite` is false; the ``.part`` is deleted.
+        """
+        self.sync()
+        if overwrite:
+            self.path.replace(self.target)
+        else:
+            try:
+                _rename_without_replacing(self.path, self.target)
+            except FileExistsError as error:
+                self.discard()
+                message = f"{self.target} exists; use --overwrite to replace it, or another name"
+                raise ArchiveExistsError(message) from error
+        os.close(self._descriptor)
+        sync_folder(self.target.parent)
+
+    def discard(self) -> None:
+        """Delete the file; for writers that failed."""
+        # Unlinked before the lock goes, so that nobody takes it for a leftover in between.
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        if exception_type is not None:
+            self.discard()
+
+
+def _create_locked(target: Path) -> tuple[Path, int]:
+    while True:
+        path = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # A cleaner may have taken the file for a leftover before it was locked.
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)
+
+
+def _rename_without_replacing(source: Path, target: Path) -> None:
+    """Rename that fails with FileExistsError instead of replacing, also in a race."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _renameat2(source, target)
+    else:
+        source.unlink()
+
+
+def _renameat2(source: Path, target: Path) -> None:
+    """Linux's rename with RENAME_NOREPLACE, for file systems without hard links."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        message = f"cannot publish {target} safely: the file system has no hard links"
+        raise OSError(errno.EOPNOTSUPP, f"{message}; use --overwrite")
+    result = libc.renameat2(
+        _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE
+    )
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned_parts(target: Path) -> list[Path]:
+    """Delete ``.part`` files of `target` whose writer is gone; those still locked stay.
+
+    Returns
+    -------
+    list of Path
+        What was deleted.
+    """
+    return [path for path in _parts_of(target) if _remove_if_unlocked(path)]
+
+
+def _parts_of(target: Path) -> Iterator[Path]:
+    for path in target.parent.glob(f"{_escape_glob(target.name)}.*.part"):
+        if _PART_NAME.search(path.name.removeprefix(target.name)):
+            yield path
+
+
+def _escape_glob(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _remove_if_unlocked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(descriptor)
