@@ -1,0 +1,14 @@
+"""The archive for LLM traces: per-layer hidden states and attentions in plain HDF5.
+
+>>> import h5traces
+>>> archive = h5traces.open("batch_0000.h5")            # doctest: +SKIP
+>>> archive[0]["hidden_states"][3].shape                # doctest: +SKIP
+(43, 4096)
+"""
+
+from h5traces.archive import Archive, Trace, load
+from h5traces.archive import open_archive as open  # as h5py.File, gzip.open do
+from h5traces.conversion import convert
+from h5traces.version import __version__
+
+__all__ = ["Archive", "Trace", "__version__", "convert", "load", "open"]

@@ -1,0 +1,16 @@
+"""Reading: archives, traces and their arrays."""
+
+from h5traces.archive.archive import Archive
+from h5traces.archive.opening import expand_paths, load, open_archive
+from h5traces.archive.store import ArchiveFile
+from h5traces.archive.trace import LayerSequence, Trace
+
+__all__ = [
+    "Archive",
+    "ArchiveFile",
+    "LayerSequence",
+    "Trace",
+    "expand_paths",
+    "load",
+    "open_archive",
+]

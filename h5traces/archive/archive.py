@@ -1,0 +1,282 @@
+"""One or many archive files as one lazy sequence of traces."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import numpy as np
+
+from h5traces import layout
+from h5traces.archive.store import ArchiveFile
+from h5traces.archive.trace import LayerSequence, Trace
+from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from h5traces.limits import ReadLimits
+    from h5traces.schema import ArchiveMetadata
+
+# Files kept open at a time; the usual limit on descriptors is 1024 for the whole process.
+MAX_OPEN_FILES = 64
+# What must agree among shards that are read as one sequence.
+_SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
+
+
+class Archive(Sequence[Trace]):
+    """A lazy sequence of traces over one or more archive files (shards), in the order given.
+
+    Slices and `select` give views that share the open files. An Archive can be pickled, and used
+    after a fork and from many threads.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        limits: ReadLimits,
+    ) -> None:
+        self._files = [ArchiveFile(path, limits) for path in paths]
+        _check_alike(self._files)
+        self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
+        self._indices: Sequence[int] = range(self._starts[-1])
+        self._layers: tuple[int, ...] | None = None
+        self._open_files = _OpenFiles()
+
+    def _view(self, indices: Sequence[int], layers: tuple[int, ...] | None) -> Self:
+        view = type(self).__new__(type(self))
+        view._files, view._starts = self._files, self._starts
+        view._open_files = self._open_files
+        view._indices, view._layers = indices, layers
+        return view
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in order."""
+        return tuple(file.path for file in self._files)
+
+    @property
+    def files(self) -> tuple[ArchiveFile, ...]:
+        """The opened files, in order."""
+        return tuple(self._files)
+
+    @property
+    def metadata(self) -> ArchiveMetadata:
+        """The first file's metadata; ``num_samples`` counts the samples of this view."""
+        return self._files[0].metadata.model_copy(update={"num_samples": len(self)})
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer numbers that are stored (and selected), by position."""
+        if self._layers is not None:
+            return self._layers
+        return self._files[0].layers
+
+    @cached_property
+    def ids(self) -> tuple[str | None, ...]:
+        """Every trace's sample id; None where it has none. Ids may repeat."""
+        return tuple(sample_id for sample_id, _ in self._keys)
+
+    @cached_property
+    def _keys(self) -> list[tuple[str | None, int | None]]:
+        keys = []
+        for index in self._indices:
+            file, local = self._locate(index)
+            attrs = file.sample_attrs(local)
+            sample_id, generation = attrs.get("sample_id"), attrs.get("generation_index")
+            keys.append(
+                (
+                    sample_id if isinstance(sample_id, str) else None,
+                    generation if isinstance(generation, int) else None,
+                )
+            )
+        return keys
+
+    @cached_property
+    def _by_id(self) -> dict[str, list[int]]:
+        positions: dict[str, list[int]] = {}
+        for position, sample_id in enumerate(self.ids):
+            if sample_id is not None:
+                positions.setdefault(sample_id, []).append(position)
+        return positions
+
+    def by_id(self, sample_id: str, generation_index: int | None = None) -> Trace:
+        """The trace of that sample id, and of that generation where several share the id.
+
+        Raises
+        ------
+        TraceNotFoundError
+            No trace has the id, or several have; the message lists their indices.
+        """
+        found = self._by_id.get(sample_id, [])
+        if generation_index is not None:
+            found = [each for each in found if self._keys[each][1] == generation_index]
+        if len(found) == 1:
+            return self[found[0]]
+        wanted = f"sample id {sample_id!r}"
+        if generation_index is not None:
+            wanted += f" with generation_index {generation_index}"
+        if not found:
+            message = f"no trace has the {wanted}; archive.ids lists the {len(self)} that are there"
+            raise TraceNotFoundError(message)
+        message = (
+            f"{len(found)} traces have the {wanted}, at {found}; "
+            "take one by index, or name its generation_index"
+        )
+        raise TraceNotFoundError(message)
+
+    def select(self, *, layers: Iterable[int]) -> Self:
+        """A view of the same traces with only some of the stored layers, in ascending order.
+
+        Parameters
+        ----------
+        layers
+            The model's own 0-based layer numbers.
+
+        Raises
+        ------
+        LayerIndexError
+            A layer is not stored.
+        """
+        wanted = tuple(sorted(set(layers)))
+        missing = [layer for layer in wanted if layer not in self.layers]
+        if missing:
+            message = f"layers {missing} are not stored; stored: {list(self.layers)}"
+            raise LayerIndexError(message)
+        return self._view(self._indices, wanted)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Trace: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Trace | Self:
+        if isinstance(index, slice):
+            return self._view(self._indices[index], self._layers)
+        try:
+            position = self._indices[index]
+        except IndexError:
+            message = f"index {index} is out of range; the archive holds {len(self)} traces"
+            raise IndexError(message) from None
+        file, local = self._locate(position)
+        return Trace(file, local, ordinal=position, layers=self._layers)
+
+    def _locate(self, index: int) -> tuple[ArchiveFile, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        file = self._files[number]
+        self._open_files.use(file)
+        return file, index - self._starts[number]
+
+    def __iter__(self) -> Iterator[Trace]:
+        return (self[position] for position in range(len(self)))
+
+    def read(
+        self,
+        indices: Iterable[int],
+        *,
+        layers: Iterable[int] | None = None,
+        kinds: Iterable[str] = (layout.HIDDEN_STATES, layout.ATTENTIONS),
+        workers: int | None = None,
+    ) -> list[dict[str, list[Any]]]:
+        """Many arrays in one call, read and inflated in parallel.
+
+        Parameters
+        ----------
+        indices
+            Which traces; may repeat.
+        layers
+            The model's own layer numbers; all that are stored by default.
+        kinds
+            Which kinds of arrays.
+        workers
+            Threads; one per core by default.
+
+        Returns
+        -------
+        list of dict
+            For every index, a list of arrays by kind, in ascending order of layer.
+
+        Raises
+        ------
+        LayerIndexError
+            A layer is not stored.
+        """
+        view = self if layers is None else self.select(layers=layers)
+        sequences = [
+            {kind: LayerSequence(trace, kind, view._layers) for kind in kinds}
+            for trace in (view[index] for index in indices)
+        ]
+        with ThreadPoolExecutor(workers) as pool:
+            pending = [
+                {
+                    kind: [pool.submit(sequence.__getitem__, k) for k in range(len(sequence))]
+                    for kind, sequence in each.items()
+                }
+                for each in sequences
+            ]
+            return [
+                {kind: [future.result() for future in futures] for kind, futures in each.items()}
+                for each in pending
+            ]
+
+    def close(self) -> None:
+        """Let go of the open files; the next use opens them again."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = str(self._files[0].path)
+        if len(self._files) > 1:
+            where += f" and {len(self._files) - 1} more"
+        return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}>"
+
+
+class _OpenFiles:
+    """Closes the file that was not used for longest when too many are open."""
+
+    def __init__(self) -> None:
+        self._used: OrderedDict[int, ArchiveFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def use(self, file: ArchiveFile) -> None:
+        """Note that `file` is about to be read."""
+        with self._lock:
+            self._used[id(file)] = file
+            self._used.move_to_end(id(file))
+            while len(self._used) > MAX_OPEN_FILES:
+                _, oldest = self._used.popitem(last=False)
+                oldest.close()
+
+    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
+        return _OpenFiles, ()
+
+
+def _check_alike(files: Sequence[ArchiveFile]) -> None:
+    """Refuse to read archives of different models as one sequence."""
+    if not files:
+        message = "there is no archive to open"
+        raise ArchiveError(message)
+    first = files[0]
+    for other in files[1:]:
+        for name in _SHARED_FIELDS:
+            ours, theirs = getattr(first.metadata, name), getattr(other.metadata, name)
+            # Empty archives know neither sizes nor layers.
+            if ours != theirs and first.num_samples and other.num_samples:
+                message = (
+                    f"{other.path} has {name}={theirs!r}, but {first.path} has {name}={ours!r}; "
+                    "shards read as one must be of one model and one set of layers; open them "
+                    "one by one"
+                )
+                raise ArchiveError(message)

@@ -1,0 +1,517 @@
+"""One archive file behind one interface, whether its footer or its HDF5 part is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from h5traces import layout
+from h5traces.errors import (
+    ArchiveError,
+    CorruptArchiveError,
+    NotAnArchiveError,
+    SchemaError,
+    StoredStateWarning,
+    UnsupportedVersionError,
+)
+from h5traces.schema import ArchiveMetadata
+from h5traces.schema.attributes import Attrs, from_attributes
+from h5traces.storage.arrays import read_array
+from h5traces.storage.files import LocalFile
+from h5traces.storage.footer import DIGEST, FooterError, FooterTables, read_directory
+from h5traces.storage.hdf5 import Hdf5Reader
+from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from h5traces.limits import ReadLimits
+    from h5traces.storage.files import ByteFile
+
+_GROUP_TYPE = ""
+
+
+class Store(Protocol):
+    """Read access to one archive file; samples are counted in the order of their names."""
+
+    @property
+    def root_attrs(self) -> Attrs:
+        """Attributes of the root group."""
+
+    @property
+    def kinds(self) -> dict[str, Attrs]:
+        """Attributes of the groups under ``/kinds``."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+
+    def sample(self, index: int) -> SampleEntry:
+        """One sample and its objects."""
+
+    def sample_attrs(self, index: int) -> Attrs:
+        """Attributes of one sample."""
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        """Values of one dataset in its carrier dtype; bfloat16 as bits."""
+
+    def sizes(self) -> dict[str, StoredSize]:
+        """Sizes of all datasets by the first part of their path."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSize:
+    """Sizes of several datasets.
+
+    Attributes
+    ----------
+    num_datasets
+        How many.
+    raw_nbytes, stored_nbytes
+        Bytes before and after compression.
+    """
+
+    num_datasets: int = 0
+    raw_nbytes: int = 0
+    stored_nbytes: int = 0
+
+    def __add__(self, other: StoredSize) -> StoredSize:
+        return StoredSize(
+            self.num_datasets + other.num_datasets,
+            self.raw_nbytes + other.raw_nbytes,
+            self.stored_nbytes + other.stored_nbytes,
+        )
+
+
+class FooterStore:
+    """Reads through the footer: no HDF5, no lock, any number of threads."""
+
+    def __init__(self, file: ByteFile, limits: ReadLimits) -> None:
+        self.file = file
+        self._limits = limits
+        self._directory = read_directory(file)
+        self._tables = FooterTables(file, self._directory)
+
+    @property
+    def root_attrs(self) -> Attrs:
+        return self._directory.archive
+
+    @property
+    def kinds(self) -> dict[str, Attrs]:
+        return self._directory.kinds
+
+    @property
+    def num_samples(self) -> int:
+        return self._directory.num_samples
+
+    def sample_attrs(self, index: int) -> Attrs:
+        start, stop = self._attrs_ends[index : index + 2].tolist()
+        document = _parse(self._tables.column("sample_attrs")[start:stop].tobytes())
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in document.items()
+        }
+
+    def sample(self, index: int) -> SampleEntry:
+        first, stop = self._object_ends[index : index + 2].tolist()
+        numbers = self._tables.column("object_name")[first:stop].tolist()
+        names = self.names
+        try:
+            rows = {names[number]: first + row for row, number in enumerate(numbers)}
+        except IndexError as error:
+            message = "the footer's table of names is too short"
+            raise FooterError(message) from error
+        return SampleEntry(index, self.sample_attrs(index), _FooterObjects(self, rows))
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        entry = sample.objects[path]
+        try:
+            return read_array(self.file, entry, self._limits)
+        except CorruptArchiveError as error:
+            raise _located(error, self.file.name, sample.ordinal, path) from error
+
+    def sizes(self) -> dict[str, StoredSize]:
+        column = self._tables.column
+        ndim, dims, starts = column("object_ndim"), column("object_dims"), self._dims_ends[:-1]
+        types = self._directory.types
+        itemsizes = np.array([carrier_dtype(each).itemsize if each else 0 for each in types])
+        raw = itemsizes[column("object_type")] if types else np.zeros(0, dtype=np.int64)
+        for axis in range(int(ndim.max(initial=0))):
+            has_axis = ndim > axis
+            raw[has_axis] *= dims[starts[has_axis] + axis]
+        stored = np.diff(_ends(column("chunk_nbytes"))[self._chunk_ends])
+        sizes: dict[str, StoredSize] = {}
+        for number, name in enumerate(self.names):
+            rows = (column("object_name") == number) & (raw > 0)
+            part = StoredSize(int(rows.sum()), int(raw[rows].sum()), int(stored[rows].sum()))
+            first = name.partition("/")[0]
+            sizes[first] = sizes.get(first, StoredSize()) + part
+        return sizes
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Paths of objects by number."""
+        return [str(name) for name in self._tables.document("names_json")]
+
+    @cached_property
+    def _attr_sets(self) -> list[Attrs]:
+        return [
+            {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in attrs.items()
+            }
+            for attrs in self._tables.document("attrs_json")
+        ]
+
+    @cached_property
+    def _attrs_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("sample_attrs_nbytes"))
+
+    @cached_property
+    def _object_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("sample_num_objects"))
+
+    @cached_property
+    def _dims_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("object_ndim"))
+
+    @cached_property
+    def _chunk_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("object_num_chunks"))
+
+    @cached_property
+    def _chunk_offsets(self) -> NDArray[np.int64]:
+        sizes = self._tables.column("chunk_nbytes")
+        offsets: NDArray[np.int64] = np.cumsum(self._tables.column("chunk_gap") + sizes) - sizes
+        return offsets
+
+    def entry(self, row: int) -> ObjectEntry:
+        """The object in a row of the object table."""
+        column = self._tables.column
+        try:
+            path = self.names[int(column("object_name")[row])]
+            attrs = dict(self._attr_sets[int(column("object_attrs")[row])])
+            dtype = self._directory.types[int(column("object_type")[row])]
+            codec = self._directory.codecs[int(column("object_codec")[row])]
+            if dtype == _GROUP_TYPE:
+                return ObjectEntry(path, attrs)
+            digest = column("object_digest")[16 * row : 16 * row + 16].tobytes()
+            attrs[DIGEST] = digest.hex()
+            dims = slice(*self._dims_ends[row : row + 2].tolist())
+            chunks = slice(*self._chunk_ends[row : row + 2].tolist())
+            return ObjectEntry(
+                path,
+                attrs,
+                dtype,
+                tuple(column("object_dims")[dims].tolist()),
+                tuple(column("object_chunk_dims")[dims].tolist()),
+                codec,
+                ChunkTable(
+                    tuple(self._chunk_offsets[chunks].tolist()),
+                    tuple(column("chunk_nbytes")[chunks].tolist()),
+                    tuple(column("chunk_checksum")[chunks].tolist()),
+                ),
+            )
+        except (IndexError, ValueError, TypeError) as error:
+            message = f"row {row} of the footer's object table does not fit its columns"
+            raise FooterError(message) from error
+
+
+class _FooterObjects(Mapping[str, ObjectEntry]):
+    """Objects of one sample; entries are made when asked for, since most readers want one."""
+
+    def __init__(self, store: FooterStore, rows: dict[str, int]) -> None:
+        self._store = store
+        self._rows = rows
+
+    def __getitem__(self, path: str) -> ObjectEntry:
+        return self._store.entry(self._rows[path])
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class Hdf5Store:
+    """Reads through HDF5: for archives whose footer is missing or does not fit."""
+
+    def __init__(self, path: Path, limits: ReadLimits) -> None:
+        self._path, self._limits = path, limits
+        self._file = LocalFile(path)
+        self._reader = Hdf5Reader(path, limits)
+        self._pid = os.getpid()
+
+    @property
+    def _hdf5(self) -> Hdf5Reader:
+        # HDF5's state does not survive a fork.
+        if self._pid != os.getpid():
+            self._reader = Hdf5Reader(self._path, self._limits)
+            self._pid = os.getpid()
+        return self._reader
+
+    @cached_property
+    def root_attrs(self) -> Attrs:
+        return self._hdf5.root_attributes()
+
+    @cached_property
+    def kinds(self) -> dict[str, Attrs]:
+        return self._hdf5.kinds()
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return self._hdf5.sample_names()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._names)
+
+    def sample_attrs(self, index: int) -> Attrs:
+        return self._hdf5.sample_attributes(self._names[index])
+
+    def sample(self, index: int) -> SampleEntry:
+        return self._hdf5.sample(self._names[index])
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        entry = sample.objects[path]
+        if entry.codec is None:
+            return self._hdf5.read_values(layout.sample_name(sample.ordinal), entry)
+        # Not through HDF5's own pipeline: where a chunk inflates short, it returns memory that
+        # was never written.
+        try:
+            return read_array(self._file, entry, self._limits)
+        except CorruptArchiveError as error:
+            raise _located(error, str(self._path), sample.ordinal, path) from error
+
+    def sizes(self) -> dict[str, StoredSize]:
+        sizes: dict[str, StoredSize] = {}
+        for index in range(self.num_samples):
+            for path, entry in self.sample(index).objects.items():
+                if entry.raw_nbytes:
+                    first = path.partition("/")[0]
+                    part = StoredSize(1, entry.raw_nbytes, entry.stored_nbytes)
+                    sizes[first] = sizes.get(first, StoredSize()) + part
+        return sizes
+
+
+def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Where runs of these lengths begin and end: one entry more than there are runs."""
+    ends = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=ends[1:])
+    return ends
+
+
+def _parse(document: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(document)
+    except ValueError as error:
+        message = f"the footer's sample table is no JSON: {error}"
+        raise FooterError(message) from error
+    if not isinstance(parsed, dict):
+        message = "the footer's sample table holds something else than attributes"
+        raise FooterError(message)
+    return parsed
+
+
+def _located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
+    return type(error)(f"{file}: {layout.sample_path(ordinal)}/{path}: {error}")
+
+
+class ArchiveFile:
+    """One archive file: opens when needed, survives pickling and fork, falls back to HDF5.
+
+    Parameters
+    ----------
+    path
+        The file.
+    limits
+        What it may ask of its reader.
+
+    Raises
+    ------
+    NotAnArchiveError
+        The file is no archive.
+    UnsupportedVersionError
+        It was written in a newer format.
+    """
+
+    def __init__(self, path: Path, limits: ReadLimits) -> None:
+        self.path = path
+        self._limits = limits
+        self._store: Store | None = None
+        self._without_footer = False
+        self.metadata = self._read_metadata(self.store)
+        self.num_samples = self.store.num_samples
+        if self.num_samples != self.metadata.num_samples:
+            self._warn(
+                f"holds {self.num_samples} samples, its metadata says {self.metadata.num_samples}; "
+                "it was edited"
+            )
+
+    @property
+    def store(self) -> Store:
+        """The store in use; opened on first use in a process, and again after `close`."""
+        # Local, so that a `close` in another thread cannot take it away in between.
+        store = self._store
+        if store is None:
+            store = self._open()
+            if hasattr(self, "metadata"):
+                self._check_same(store)
+            self._store = store
+        return store
+
+    @property
+    def metadata_kinds(self) -> tuple[str, ...]:
+        """Names of the kinds of arrays that the archive declares."""
+        return tuple(self.store.kinds)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer numbers that are stored, of the first kind that has layers."""
+        for kind in (layout.HIDDEN_STATES, layout.ATTENTIONS, *self.store.kinds):
+            layers = self.store.kinds.get(kind, {}).get("layers", ())
+            if isinstance(layers, tuple) and layers:
+                return layers
+        return ()
+
+    @property
+    def has_footer(self) -> bool:
+        """Whether the archive is read through its footer."""
+        return isinstance(self.store, FooterStore)
+
+    def sample(self, index: int) -> SampleEntry:
+        """One sample and its objects."""
+        try:
+            return self.store.sample(index)
+        except FooterError as error:
+            return self._fall_back(error).sample(index)
+
+    def sample_attrs(self, index: int) -> Attrs:
+        """Attributes of one sample."""
+        try:
+            return self.store.sample_attrs(index)
+        except FooterError as error:
+            return self._fall_back(error).sample_attrs(index)
+
+    def entry(self, sample: SampleEntry, path: str) -> ObjectEntry:
+        """One object of a sample; KeyError where there is none."""
+        try:
+            return sample.objects[path]
+        except FooterError as error:
+            return self._fall_back(error).sample(sample.ordinal).objects[path]
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        """Values of one dataset in its carrier dtype; bfloat16 as bits."""
+        try:
+            return self.store.read(sample, path)
+        except FooterError as error:
+            store = self._fall_back(error)
+            return store.read(store.sample(sample.ordinal), path)
+
+    def close(self) -> None:
+        """Let go of the open file; the next use opens it again."""
+        self._store = None
+
+    def _open(self) -> Store:
+        if not self._without_footer:
+            try:
+                return FooterStore(LocalFile(self.path), self._limits)
+            except FooterError as error:
+                store = Hdf5Store(self.path, self._limits)
+                if store.root_attrs.get("format") != layout.FORMAT_NAME:
+                    raise self._not_an_archive() from None
+                self._without_footer = True
+                self._warn_without_footer(error)
+                return store
+        return Hdf5Store(self.path, self._limits)
+
+    def _fall_back(self, error: FooterError) -> Store:
+        """Switch to HDF5 for good; the footer turned out to be damaged while reading."""
+        if not self._without_footer:
+            self._without_footer = True
+            self._warn_without_footer(error)
+            self._store = None
+        return self.store
+
+    def _warn_without_footer(self, error: FooterError) -> None:
+        self._warn(f"{error}; reading through HDF5, run 'h5traces seal {self.path}' for speed")
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"{self.path}: {message}", StoredStateWarning, stacklevel=2)
+
+    def _not_an_archive(self) -> NotAnArchiveError:
+        return NotAnArchiveError(
+            f"{self.path}: is HDF5, but no h5traces archive: the root attribute 'format' is not "
+            "'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
+        )
+
+    def _read_metadata(self, store: Store) -> ArchiveMetadata:
+        attrs = store.root_attrs
+        if attrs.get("format") != layout.FORMAT_NAME:
+            raise self._not_an_archive()
+        check_version(attrs, str(self.path))
+        try:
+            metadata = from_attributes(ArchiveMetadata, attrs)
+        except SchemaError as error:
+            message = f"{self.path}: /: {error}"
+            raise SchemaError(message, error.problems) from error
+        if not metadata.complete:
+            message = (
+                f"{self.path}: the archive was not finished ('complete' is not set); run the "
+                "command that wrote it again"
+            )
+            raise CorruptArchiveError(message)
+        return metadata
+
+    def _check_same(self, store: Store) -> None:
+        found = store.root_attrs.get("archive_id")
+        if found != self.metadata.archive_id:
+            message = (
+                f"{self.path}: the file was replaced since it was opened (archive_id {found}, "
+                f"expected {self.metadata.archive_id}); open it again"
+            )
+            raise CorruptArchiveError(message)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_store": None}
+
+
+def check_version(attrs: Attrs, place: str) -> None:
+    """Refuse an archive that this release cannot read rightly.
+
+    Raises
+    ------
+    UnsupportedVersionError
+        Its major version is newer, or it requires a feature that is unknown here.
+    """
+    version = str(attrs.get("format_version", ""))
+    major = version.partition(".")[0]
+    if not major.isdigit() or int(major) > layout.FORMAT_MAJOR:
+        message = (
+            f"{place}: format version {version!r} is newer than {layout.FORMAT_VERSION}, which "
+            "this release reads; upgrade h5traces"
+        )
+        raise UnsupportedVersionError(message)
+    features = attrs.get("required_features", "[]")
+    try:
+        required = set(json.loads(str(features)))
+    except (ValueError, TypeError) as error:
+        message = f"{place}: required_features {features!r} is no list of names"
+        raise CorruptArchiveError(message) from error
+    unknown = sorted(required - layout.KNOWN_FEATURES)
+    if unknown:
+        message = f"{place}: the archive requires {', '.join(unknown)}; upgrade h5traces"
+        raise UnsupportedVersionError(message)

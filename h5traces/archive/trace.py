@@ -1,0 +1,358 @@
+"""One stored trace, which behaves as the legacy dict does in existing code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from h5traces import layout, text
+from h5traces.archive.tensors import to_tensor, with_tensors, without_tensors
+from h5traces.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
+from h5traces.encodings import TorchValue, decode_element
+from h5traces.errors import (
+    CorruptArchiveError,
+    LayerIndexError,
+    SchemaError,
+)
+from h5traces.schema import TraceMetadata
+from h5traces.schema.attributes import from_attributes
+
+if TYPE_CHECKING:
+    from h5traces.archive.store import ArchiveFile
+    from h5traces.schema.attributes import Attrs
+    from h5traces.storage.objects import ObjectEntry, SampleEntry
+
+LayerValue = NDArray[Any] | list[NDArray[Any]]
+
+
+class Trace(Mapping[str, Any]):
+    """A lazy, read-only view of one sample: each array is read when it is asked for.
+
+    ``trace["hidden_states"][k]`` is a new, writable, native-endian array: hidden states
+    ``(seq_len, hidden_size)``, attentions ``(num_heads, seq_len, seq_len)``; k is the position in
+    the stored list. bfloat16 comes as float32, since numpy has no such type.
+    """
+
+    def __init__(
+        self,
+        file: ArchiveFile,
+        index: int,
+        *,
+        ordinal: int | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
+        self._file = file
+        self._index = index
+        self._layers = layers
+        self.ordinal = index if ordinal is None else ordinal
+
+    @cached_property
+    def _sample(self) -> SampleEntry:
+        return self._file.sample(self._index)
+
+    @property
+    def place(self) -> str:
+        """File and HDF5 path, for messages."""
+        return f"{self._file.path}: {layout.sample_path(self._sample.ordinal)}"
+
+    @cached_property
+    def metadata(self) -> TraceMetadata:
+        """The sample's attributes, validated."""
+        try:
+            return from_attributes(TraceMetadata, self._sample.attrs)
+        except SchemaError as error:
+            message = f"{self.place}: {error}"
+            raise SchemaError(message, error.problems) from error
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Keys of the legacy dict, in their order."""
+        named = self.metadata.fields or self._file.metadata.fields
+        return self._present_fields() if named is None else named
+
+    def _present_fields(self) -> tuple[str, ...]:
+        """Keys for a trace that no legacy dict was the source of."""
+        objects, found = self._sample.objects, []
+        found += [kind for kind in self._file.metadata_kinds if kind in objects]
+        datasets = (layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS)
+        found += [name for name in datasets if name in objects]
+        for key, value in self._slots().items():
+            found += [key] if value is not None else []
+        prefix = f"{layout.EXTRA_GROUP}/"
+        found += [
+            layout.unescape_key(text.unescape(path.removeprefix(prefix)))
+            for path in objects
+            if path.startswith(prefix) and "/" not in path.removeprefix(prefix)
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def _slots(self) -> dict[str, Any]:
+        metadata = self.metadata
+        return {
+            layout.QUESTION_ID: metadata.sample_id,
+            layout.PROMPT_LENGTH: metadata.prompt_len,
+            layout.LABEL: metadata.label,
+        }
+
+    def __getitem__(self, key: str) -> Any:
+        return self._value(key, torch_tensors=False)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def __repr__(self) -> str:
+        metadata = self.metadata
+        return (
+            f"<Trace {self.ordinal}: sample_id={metadata.sample_id!r}, "
+            f"seq_len={metadata.seq_len}, fields={', '.join(self.fields)}>"
+        )
+
+    def _value(self, key: str, *, torch_tensors: bool) -> Any:
+        if key not in self.fields:
+            raise KeyError(key)
+        objects = self._sample.objects
+        extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
+        if extra in objects:
+            value = self.extra(extra)
+            return with_tensors(value) if torch_tensors else without_tensors(value)
+        if key == layout.TOKENS and key in objects:
+            return self._tokens(torch_tensors=torch_tensors)
+        if key == layout.TOKENS_DECODED and key in objects:
+            return text.decode_all(self.stored(key))
+        if key in layout.TEXT_FIELDS and key in objects:
+            return self._text(key)
+        if key in objects:
+            return LayerSequence(self, key, self._layers)
+        value = self._slots().get(key)
+        if value is None:
+            message = (
+                f"{self.place}: the field {key!r} is listed but not stored; the file was edited, "
+                "or damaged; run 'h5traces validate' on it"
+            )
+            raise CorruptArchiveError(message)
+        return value
+
+    def extra(self, path: str) -> Any:
+        """The value of an extra field by its path; torch tensors as `TorchValue`."""
+        return decode_element(_Elements(self), path)
+
+    def _tokens(self, *, torch_tensors: bool) -> Any:
+        attrs, values = self.attrs(layout.TOKENS), self.stored(layout.TOKENS)
+        source_dtype = attrs.get("source_dtype")
+        if isinstance(source_dtype, str):
+            values = values.astype(source_dtype)
+        if torch_tensors and attrs.get("container") == "torch":
+            return to_tensor(TorchValue(values, values.dtype.name))
+        return values
+
+    def _text(self, key: str) -> str:
+        (value,) = text.decode_all(self.stored(key))
+        return value
+
+    def attrs(self, path: str) -> Attrs:
+        """Attributes of the object at `path` below the sample's group."""
+        return self.entry(path).attrs
+
+    def entry(self, path: str) -> ObjectEntry:
+        """The object at `path` below the sample's group."""
+        return self._file.entry(self._sample, path)
+
+    def stored(self, path: str) -> NDArray[Any]:
+        """Stored values of the dataset at `path`, as they lie in the file."""
+        return self._file.read(self._sample, path)
+
+    @property
+    def objects(self) -> Mapping[str, ObjectEntry]:
+        """All objects of the sample by path."""
+        return self._sample.objects
+
+    def layer(self, layer: int, kind: str = layout.HIDDEN_STATES) -> LayerValue:
+        """One layer's array by the model's own 0-based layer number.
+
+        Raises
+        ------
+        LayerIndexError
+            The trace does not store that layer.
+        """
+        name = layout.layer_name(layer)
+        if f"{kind}/{name}" not in self._sample.objects:
+            stored = LayerSequence(self, kind, self._layers).layers
+            message = f"{self.place}: layer {layer} of {kind} is not stored; stored: "
+            msg = f"{message}{list(stored)}"
+            raise LayerIndexError(msg)
+        value: LayerValue = self.read_layer(kind, name)
+        return value
+
+    def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
+        """The array of a kind by its dataset name, in its source's type; a list where in steps."""
+        entry, stored = self.entry(f"{kind}/{name}"), self.stored(f"{kind}/{name}")
+        if f"{kind}/{layout.STEPS_TABLE}" in self._sample.objects:
+            return [self._restore(step, entry) for step in self._steps(kind, name, stored)]
+        return self._restore(stored, entry)
+
+    def read_layer(self, kind: str, name: str, *, torch_tensors: bool = False) -> Any:
+        """The array of a kind by its dataset name; a list of arrays where it holds steps.
+
+        bfloat16 comes as float32, or, with `torch_tensors` and from a tensor, as a tensor.
+        """
+        typed = self.typed_layer(kind, name)
+        as_tensor = torch_tensors and self.attrs(f"{kind}/{name}").get("container") == "torch"
+
+        def plain(array: TypedArray) -> Any:
+            if as_tensor:
+                return to_tensor(TorchValue(array.values, array.dtype))
+            values = array.to_numpy()
+            return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+        return [plain(step) for step in typed] if isinstance(typed, list) else plain(typed)
+
+    def _restore(self, stored: NDArray[Any], entry: ObjectEntry) -> TypedArray:
+        """Stored values in the type they are to be read in."""
+        place = f"{self.place}/{entry.path}"
+        array = TypedArray(stored, _float_type(entry.dtype, place))
+        source = entry.attrs.get("source_dtype")
+        return cast_values(array, _float_type(source, place)) if source is not None else array
+
+    def _steps(self, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
+        """Generation steps out of the flat dataset that holds them."""
+        names = LayerSequence(self, kind, None).names
+        shapes = self.stored(f"{kind}/{layout.STEPS_TABLE}")[names.index(name)]
+        steps, start = [], 0
+        for shape in shapes.tolist():
+            stop = start + int(np.prod(shape, dtype=object)) // max(1, stored.shape[0])
+            steps.append(np.ascontiguousarray(stored[:, start:stop]).reshape(shape))
+            start = stop
+        if start != stored.shape[1]:
+            message = f"{self.place}/{kind}/{name}: {stored.shape} does not fit its steps table"
+            raise CorruptArchiveError(message)
+        return steps
+
+    def to_dict(self, *, container: Literal["source", "numpy"] = "source") -> dict[str, Any]:
+        """The plain legacy dict: same keys in the same order, types, shapes and values.
+
+        Parameters
+        ----------
+        container
+            ``source`` gives torch tensors where the source held them (bfloat16 included);
+            ``numpy`` gives arrays everywhere.
+
+        Raises
+        ------
+        MissingDependencyError
+            The source held torch tensors and torch is not installed.
+        """
+        torch_tensors = container == "source"
+        plain: dict[str, Any] = {}
+        for key in self.fields:
+            value = self._value(key, torch_tensors=torch_tensors)
+            if isinstance(value, LayerSequence):
+                value = value.to_list(torch_tensors=torch_tensors)
+            plain[key] = value
+        return plain
+
+
+class LayerSequence(Sequence[LayerValue]):
+    """The arrays of one kind of one trace, by position in the stored list; each read when asked."""
+
+    def __init__(self, trace: Trace, kind: str, layers: tuple[int, ...] | None) -> None:
+        self._trace = trace
+        self.kind = kind
+        self._selected = layers
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Dataset names, in order of position; the embedding is not part of the list."""
+        prefix = f"{self.kind}/"
+        numbers = []
+        for path in self._trace.objects:
+            if not path.startswith(prefix):
+                continue
+            layer = layout.parse_layer_name(path.removeprefix(prefix))
+            if layer is not None and (self._selected is None or layer in self._selected):
+                numbers.append(layer)
+        return [layout.layer_name(layer) for layer in sorted(numbers)]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer number of every position."""
+        return tuple(int(name.removeprefix("layer_")) for name in self.names)
+
+    @property
+    def sites(self) -> tuple[str | None, ...]:
+        """Where in the model each position was taken: ``block_output`` or ``final_norm``."""
+        sites = (self._trace.attrs(f"{self.kind}/{name}").get("site") for name in self.names)
+        return tuple(None if site is None else str(site) for site in sites)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, position: int) -> LayerValue: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[LayerValue]: ...
+    def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
+        if isinstance(position, slice):
+            return [self._read(name) for name in self.names[position]]
+        try:
+            name = self.names[position]
+        except IndexError:
+            message = (
+                f"{self._trace.place}: position {position} of {self.kind} is out of range; "
+                f"{len(self.names)} are stored, layers {list(self.layers)}; "
+                "trace.layer(n) takes the model's own layer number"
+            )
+            raise LayerIndexError(message) from None
+        return self._read(name)
+
+    def _read(self, name: str) -> LayerValue:
+        value: LayerValue = self._trace.read_layer(self.kind, name)
+        return value
+
+    def to_list(self, *, torch_tensors: bool = False) -> list[Any] | tuple[Any, ...]:
+        """All arrays, in a list or tuple as the source had them."""
+        values = [
+            self._trace.read_layer(self.kind, name, torch_tensors=torch_tensors)
+            for name in self.names
+        ]
+        is_tuple = self._trace.attrs(self.kind).get("sequence") == "tuple"
+        return tuple(values) if is_tuple else values
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
+
+
+class _Elements:
+    """What decoding an extra field reads of its trace."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def attrs(self, path: str) -> Attrs:
+        return self._trace.attrs(path)
+
+    def values(self, path: str) -> NDArray[Any]:
+        return self._trace.stored(path)
+
+    def children(self, path: str) -> list[str]:
+        prefix = f"{path}/"
+        names = (
+            each.removeprefix(prefix) for each in self._trace.objects if each.startswith(prefix)
+        )
+        return sorted(name for name in names if "/" not in name)
+
+
+def _float_type(name: object, place: str) -> FloatType:
+    if name not in FLOAT_TYPES:
+        message = f"{place}: stored type {name!r} is none of {', '.join(CARRIERS)}"
+        raise CorruptArchiveError(message)
+    return name

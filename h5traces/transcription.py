@@ -1,0 +1,116 @@
+"""Stored traces back into records, for everything that rewrites an archive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from h5traces import layout, text
+from h5traces.schema import (
+    ArrayDescription,
+    LayerArray,
+    LayeredArrays,
+    StepArrays,
+    TraceDescription,
+    TraceRecord,
+)
+
+if TYPE_CHECKING:
+    from h5traces.archive import Trace
+    from h5traces.storage.objects import ObjectEntry
+
+
+def layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
+    """The datasets of every layered kind of a trace, in order of layer."""
+    found: dict[str, list[ObjectEntry]] = {}
+    for path in trace.objects:
+        kind, _, name = path.partition("/")
+        if kind in layout.KINDS and not name:
+            found.setdefault(kind, [])
+        elif kind in layout.KINDS and name != layout.STEPS_TABLE:
+            found.setdefault(kind, []).append(trace.entry(path))
+    return found
+
+
+def describe(trace: Trace) -> TraceDescription:
+    """A stored trace without its numbers, for checks and reports."""
+    objects = trace.objects
+    in_steps = {kind for kind in layout.KINDS if f"{kind}/{layout.STEPS_TABLE}" in objects}
+    arrays = tuple(
+        ArrayDescription(
+            kind=kind,
+            name=entry.path.removeprefix(f"{kind}/"),
+            dtype=entry.dtype,  # type: ignore[arg-type]  # pydantic checks it
+            shape=entry.shape,
+            site=_text_or_none(entry.attrs.get("site")),
+        )
+        for kind, entries in layered_entries(trace).items()
+        if kind not in in_steps
+        for entry in entries
+    )
+    return TraceDescription(
+        metadata=trace.metadata,
+        num_tokens=_length(trace, layout.TOKENS),
+        num_tokens_decoded=_length(trace, layout.TOKENS_DECODED),
+        arrays=arrays,
+    )
+
+
+def _length(trace: Trace, path: str) -> int | None:
+    if path not in trace.objects:
+        return None
+    shape = trace.entry(path).shape
+    return shape[0] if shape else 0
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def to_record(trace: Trace) -> TraceRecord:
+    """A stored trace as a record: everything that is stored, in the types of its source."""
+    extra: dict[str, Any] = {}
+    prefix = f"{layout.EXTRA_GROUP}/"
+    for path in trace.objects:
+        name = path.removeprefix(prefix)
+        if path.startswith(prefix) and "/" not in name:
+            extra[layout.unescape_key(text.unescape(name))] = trace.extra(path)
+    metadata = trace.metadata
+    tokens = trace.get(layout.TOKENS) if layout.TOKENS in trace.objects else None
+    container = trace.attrs(layout.TOKENS).get("container") if tokens is not None else None
+    return TraceRecord(
+        sample_id=metadata.sample_id,
+        generation_index=metadata.generation_index,
+        prompt_len=metadata.prompt_len,
+        label=metadata.label,
+        scores=metadata.scores,
+        source=metadata.source,
+        fields=trace.fields,
+        tokens=tokens,
+        tokens_container="torch" if container == "torch" else None,
+        tokens_decoded=(
+            tuple(text.decode_all(trace.stored(layout.TOKENS_DECODED)))
+            if layout.TOKENS_DECODED in trace.objects
+            else None
+        ),
+        texts={name: trace[name] for name in layout.TEXT_FIELDS if name in trace.objects},
+        layered={
+            kind: LayeredArrays(
+                tuple(_layer_array(trace, kind, entry) for entry in entries),
+                "tuple" if trace.attrs(kind).get("sequence") == "tuple" else "list",
+            )
+            for kind, entries in layered_entries(trace).items()
+        },
+        extra=extra,
+    )
+
+
+def _layer_array(trace: Trace, kind: str, entry: ObjectEntry) -> LayerArray:
+    name = entry.path.removeprefix(f"{kind}/")
+    value = trace.typed_layer(kind, name)
+    array = StepArrays(tuple(value)) if isinstance(value, list) else value
+    return LayerArray(
+        name=name,
+        array=array,
+        site=_text_or_none(entry.attrs.get("site")),
+        container="torch" if entry.attrs.get("container") == "torch" else None,
+    )

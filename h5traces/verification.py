@@ -1,0 +1,101 @@
+"""Reads a finished file back from disk and compares it with digests of its source."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from h5traces import layout
+from h5traces.archive.store import FooterStore
+from h5traces.errors import CorruptArchiveError
+from h5traces.limits import DEFAULT_LIMITS
+from h5traces.storage.arrays import read_array
+from h5traces.storage.digests import dataset_digest, sample_digest
+from h5traces.storage.files import LocalFile
+from h5traces.storage.hdf5 import Hdf5Reader
+from h5traces.storage.objects import digest_type
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from h5traces.limits import ReadLimits
+    from h5traces.storage.files import ByteFile
+    from h5traces.storage.objects import ObjectEntry, SampleEntry
+
+# Every n-th dataset, and all of the first and last sample, is also read through stock HDF5.
+STOCK_EVERY = 64
+
+
+def verify_written(path: Path, digests: Sequence[str], *, workers: int | None = None) -> int:
+    """Read every dataset of a file just written and compare it with its source.
+
+    Parameters
+    ----------
+    path
+        The finished file, opened afresh: HDF5's cache would return what was written, not what was
+        stored.
+    digests
+        Content digest of every sample, taken from the source.
+    workers
+        Threads; one per core by default.
+
+    Returns
+    -------
+    int
+        Number of datasets compared.
+
+    Raises
+    ------
+    CorruptArchiveError
+        Something reads back otherwise than it was written.
+    """
+    file = LocalFile(path)
+    store = FooterStore(file, DEFAULT_LIMITS)
+    if store.num_samples != len(digests):
+        message = f"{path}: {store.num_samples} samples were stored, expected {len(digests)}"
+        raise CorruptArchiveError(message)
+    num_datasets = 0
+    stock = Hdf5Reader(path, DEFAULT_LIMITS, locked_by_us=True)
+    with stock, ThreadPoolExecutor(workers) as pool:
+        for index, expected in enumerate(digests):
+            sample = store.sample(index)
+            entries = [entry for entry in sample.objects.values() if not entry.is_group]
+            found = pool.map(lambda entry: wrong_path(file, entry, DEFAULT_LIMITS), entries)
+            wrong = [place for place in found if place]
+            if wrong or stored_sample_digest(sample) != expected:
+                place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
+                message = f"{path}: {place} reads back otherwise than it was written"
+                raise CorruptArchiveError(message)
+            whole = index in (0, len(digests) - 1)
+            step = 1 if whole else STOCK_EVERY
+            _check_through_stock_hdf5(stock, sample, entries[(index % step) :: step])
+            num_datasets += len(entries)
+    return num_datasets
+
+
+def stored_sample_digest(sample: SampleEntry) -> str:
+    """The digest of a sample by its stored attributes and its datasets' own digests."""
+    metadata = {name: value for name, value in sample.attrs.items() if name != "digest"}
+    return sample_digest(metadata, {path: entry.attrs for path, entry in sample.objects.items()})
+
+
+def wrong_path(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> str | None:
+    """The entry's path where its values do not give its digest, else None."""
+    values = read_array(file, entry, limits)
+    fits = dataset_digest(digest_type(entry.dtype), values) == entry.attrs.get("digest")
+    return None if fits else entry.path
+
+
+def _check_through_stock_hdf5(
+    stock: Hdf5Reader, sample: SampleEntry, entries: Iterable[ObjectEntry]
+) -> None:
+    name = layout.sample_name(sample.ordinal)
+    for entry in entries:
+        values = stock.read_values(name, entry)
+        if dataset_digest(digest_type(entry.dtype), values) != entry.attrs.get("digest"):
+            message = (
+                f"{stock.path}: {layout.sample_path(sample.ordinal)}/{entry.path}: stock HDF5 "
+                "reads other values than were written"
+            )
+            raise CorruptArchiveError(message)

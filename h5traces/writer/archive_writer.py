@@ -1,0 +1,362 @@
+"""Writes archives: records in, one published file out.
+
+Arrays are cast, digested and compressed in threads; one thread talks to HDF5. Nothing appears under
+the final name before it is whole, durable and (unless told otherwise) read back and compared.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Self
+
+from h5traces import layout
+from h5traces.dtypes import CastCounts
+from h5traces.encodings import EncodedObject
+from h5traces.errors import ArchiveExistsError, SchemaError
+from h5traces.schema import (
+    ArchiveMetadata,
+    KindMetadata,
+    SourceFile,
+    StepArrays,
+    TraceMetadata,
+    TraceRecord,
+)
+from h5traces.schema.attributes import Attrs, to_attributes
+from h5traces.storage.digests import sample_digest
+from h5traces.storage.footer import FooterBuilder
+from h5traces.storage.hdf5 import Hdf5Writer
+from h5traces.storage.objects import ChunkTable, ObjectEntry
+from h5traces.storage.part_file import PartFile
+from h5traces.version import __version__
+from h5traces.writer.elements import index_columns, record_elements
+from h5traces.writer.options import WriteOptions, WriteSummary
+from h5traces.writer.preparation import Prepared, prepare_element, prepare_layer, steps_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Arrays that may wait, cast and compressed, for the thread that writes, per worker.
+_QUEUED_PER_WORKER = 2
+
+
+@dataclass(slots=True)
+class _Observed:
+    """What all samples of an archive have in common, as far as they were seen."""
+
+    layers: dict[str, set[int]] = field(default_factory=dict)
+    num_layers: int | None = None
+    hidden_sizes: set[int] = field(default_factory=set)
+    head_counts: set[int] = field(default_factory=set)
+
+
+class ArchiveWriter:
+    """Writes records to one archive file; use it as a context manager.
+
+    Leaving the block without an exception finishes and publishes the file; an exception deletes
+    what was written and touches nothing else.
+
+    Parameters
+    ----------
+    path
+        The final name. Its folder must exist.
+    options
+        How to write.
+    num_layers
+        Decoder blocks of the model, where known; else the largest number seen in a record.
+    metadata
+        Further fields of `ArchiveMetadata`, such as ``model_id``.
+
+    Raises
+    ------
+    ArchiveExistsError
+        The target exists and ``options.overwrite`` is false.
+    OSError
+        The folder is missing or full, or the disk is.
+    """
+
+    def __init__(self, path: Path, options: WriteOptions | None = None, **metadata: Any) -> None:
+        self._options = options or WriteOptions()
+        if not self._options.overwrite and os.path.lexists(path):
+            message = f"{path} exists; use --overwrite to replace it, or another name"
+            raise ArchiveExistsError(message)
+        self._metadata = ArchiveMetadata(
+            generator=f"h5traces {__version__}",
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            archive_id=str(uuid.uuid4()),
+            codec=self._options.codec,
+            dtype_policy=self._options.dtype,
+            on_overflow=self._options.on_overflow,
+            **metadata,
+        )
+        self._workers = self._options.workers or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="h5traces-encode")
+        self._part = PartFile(path)
+        self._hdf5 = Hdf5Writer(self._part.file)
+        self._hdf5.create_group(layout.SAMPLES_GROUP, {})
+        self._footer = FooterBuilder()
+        self._observed = _Observed()
+        self._generations: Counter[str] = Counter()
+        self._index: list[TraceMetadata] = []
+        self._kinds: dict[str, dict[str, Any]] = {}
+        self._digests: list[str] = []
+        self._finished = False
+        self.summary = WriteSummary(path)
+
+    @property
+    def part_path(self) -> Path:
+        """Where the file is being written."""
+        return self._part.path
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Content digest of every sample written, taken from the records themselves."""
+        return tuple(self._digests)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples written so far."""
+        return self.summary.num_samples
+
+    def append(self, record: TraceRecord) -> None:
+        """Write one record.
+
+        Raises
+        ------
+        SchemaError
+            Its fields contradict each other, or the records written before.
+        ConversionError
+            A value has no encoding, or overflows and ``on_overflow`` is ``error``.
+        OSError
+            The disk is full.
+        """
+        description = record.describe()
+        self._observe(record)
+        metadata = self._complete(description.metadata)
+        ordinal = self.summary.num_samples
+        group = layout.sample_path(ordinal)
+        attrs = to_attributes(metadata)
+        objects: dict[str, ObjectEntry] = {}
+        self._hdf5.create_group(group, attrs)
+        for kind, layers in record.layered.items():
+            kind_attrs: Attrs = {"sequence": "tuple"} if layers.sequence == "tuple" else {}
+            self._add_group(group, EncodedObject(kind, kind_attrs), objects)
+        for prepared in self._prepare(record):
+            self._add_dataset(group, prepared, objects)
+        for element in record_elements(record):
+            if element.values is None:
+                self._add_group(group, element, objects)
+            else:
+                self._add_dataset(group, prepare_element(element), objects)
+        digest = sample_digest(attrs, {path: entry.attrs for path, entry in objects.items()})
+        # The digest comes last: a sample without one is not whole.
+        self._hdf5.add_attributes(group, {"digest": digest})
+        self._part.file.raise_error()
+        self._footer.add_sample(
+            {**attrs, "digest": digest}, (objects[path] for path in sorted(objects))
+        )
+        self._digests.append(digest)
+        self._index.append(metadata)
+        self.summary.num_samples += 1
+        self.summary.coverage[metadata.coverage] += 1
+
+    def _complete(self, metadata: TraceMetadata) -> TraceMetadata:
+        """Fill in what depends on the samples before."""
+        update: dict[str, Any] = {}
+        if metadata.sample_id is not None and metadata.generation_index is None:
+            update["generation_index"] = self._generations[metadata.sample_id]
+        if metadata.sample_id is not None:
+            self._generations[metadata.sample_id] += 1
+        if self.summary.num_samples == 0 and metadata.fields:
+            self._metadata = self._metadata.model_copy(update={"fields": metadata.fields})
+        if metadata.fields == self._metadata.fields:
+            update["fields"] = None
+        return metadata.model_copy(update=update)
+
+    def _observe(self, record: TraceRecord) -> None:
+        """Note sizes and layers; refuse a record of another model."""
+        for kind, layered in record.layered.items():
+            self._kinds.setdefault(kind, {})
+            numbers = {
+                number
+                for entry in layered.arrays
+                if (number := layout.parse_layer_name(entry.name)) is not None
+            }
+            known = self._observed.layers.setdefault(kind, set())
+            if known and numbers and known != numbers:
+                message = (
+                    f"sample {self.summary.num_samples}: {kind} has {len(numbers)} layers, the "
+                    f"samples before it have {len(known)}; expected one model and one set of "
+                    "layers in an archive"
+                )
+                raise SchemaError(message)
+            known |= numbers
+            for entry in layered.arrays:
+                if isinstance(entry.array, StepArrays):
+                    shapes = [step.shape[1:] for step in entry.array.steps]
+                else:
+                    shapes = [entry.array.shape]
+                for shape in shapes:
+                    if kind == layout.HIDDEN_STATES and len(shape) == 2:
+                        self._observed.hidden_sizes.add(shape[1])
+                    if kind == layout.ATTENTIONS and len(shape) == 3:
+                        self._observed.head_counts.add(shape[0])
+
+    def _prepare(self, record: TraceRecord) -> Iterator[Prepared]:
+        """The layered arrays, cast, digested and encoded in threads, in order."""
+        waiting: deque[Future[Prepared]] = deque()
+        for kind, layered in record.layered.items():
+            if layered.in_steps:
+                yield prepare_element(steps_table(kind, layered.arrays))
+            for entry in layered.arrays:
+                waiting.append(self._pool.submit(prepare_layer, kind, entry, self._options))
+                if len(waiting) > _QUEUED_PER_WORKER * self._workers:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _add_group(
+        self, sample: str, element: EncodedObject, objects: dict[str, ObjectEntry]
+    ) -> None:
+        self._hdf5.create_group(f"{sample}/{element.path}", element.attrs)
+        objects[element.path] = ObjectEntry(element.path, element.attrs)
+
+    def _add_dataset(
+        self, sample: str, prepared: Prepared, objects: dict[str, ObjectEntry]
+    ) -> None:
+        encoded = prepared.encoded
+        offsets, sizes = self._hdf5.write_dataset(
+            f"{sample}/{prepared.path}",
+            dtype=prepared.dtype,
+            shape=encoded.shape,
+            chunk=encoded.chunk,
+            codec=encoded.codec,
+            chunks=encoded.chunks,
+            attrs={**(layout.IMAGE_ATTRS if prepared.image else {}), **prepared.attrs},
+        )
+        # A full disk shows here at the latest; HDF5 itself was told that all went well.
+        self._part.file.raise_error()
+        table = ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums)
+        objects[prepared.path] = ObjectEntry(
+            prepared.path,
+            prepared.attrs,
+            prepared.dtype,
+            encoded.shape,
+            encoded.chunk,
+            encoded.codec,
+            table,
+        )
+        kind = prepared.path.partition("/")[0]
+        kind = kind if kind in layout.KINDS else "other"
+        self.summary.raw_nbytes[kind] += prepared.raw_nbytes
+        self.summary.stored_nbytes[kind] += sum(sizes)
+        if prepared.counts != CastCounts():
+            before = self.summary.counts.get(kind, CastCounts())
+            self.summary.counts[kind] = before + prepared.counts
+
+    def finish(
+        self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any
+    ) -> ArchiveMetadata:
+        """Write metadata, index and footer and make the file durable; `publish` names it.
+
+        Parameters
+        ----------
+        sources
+            The files that the records were converted from.
+        metadata
+            Fields of `ArchiveMetadata` that are known only now.
+        """
+        self._finished = True
+        kinds = {name: self._kind_attributes(name) for name in self._kinds}
+        for name, attrs in kinds.items():
+            self._hdf5.create_group(f"/{layout.KINDS_GROUP}/{name}", attrs)
+        self._hdf5.write_table(f"/{layout.INDEX_TABLE}", index_columns(self._index))
+        archive = self._final_metadata(sources=sources, **metadata)
+        root = to_attributes(archive)
+        complete = {"complete": root.pop("complete")}
+        self._hdf5.add_attributes("/", root)
+        self._hdf5.add_attributes("/", complete)
+        self._hdf5.close()
+        self._pool.shutdown()
+        self._part.file.raise_error()
+        hdf5_nbytes = self._part.path.stat().st_size
+        self._part.append(self._footer.finish(hdf5_nbytes, {**root, **complete}, kinds))
+        self._part.sync()
+        self.summary.nbytes = self._part.path.stat().st_size
+        return archive
+
+    def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
+        observed = self._observed
+        stored = sorted(set().union(*observed.layers.values()))
+        num_layers = metadata.pop("num_layers", None) or self._metadata.num_layers
+        if num_layers is None and stored:
+            num_layers = stored[-1] + 1
+        is_subset = bool(stored) and stored != list(range(num_layers or 0))
+        return ArchiveMetadata(
+            **{
+                **self._metadata.model_dump(),
+                "num_samples": self.summary.num_samples,
+                "num_layers": num_layers,
+                "hidden_size": _only(observed.hidden_sizes),
+                "num_heads": _only(observed.head_counts),
+                "layers": tuple(stored) if is_subset else None,
+                "complete": True,
+                **metadata,
+            }
+        )
+
+    def _kind_attributes(self, kind: str) -> Attrs:
+        definition = layout.KINDS.get(kind)
+        reduction = "unknown" if kind == layout.ATTENTION_MEAN else None
+        return to_attributes(
+            KindMetadata(
+                axes=definition.axes if definition else ("value",),
+                layered=True,
+                layers=tuple(sorted(self._observed.layers.get(kind, ()))),
+                definition=definition.definition if definition else "",
+                reduction=reduction,
+            )
+        )
+
+    def publish(self) -> Path:
+        """Give the finished file its final name.
+
+        Raises
+        ------
+        ArchiveExistsError
+            Something took that name meanwhile and ``options.overwrite`` is false.
+        """
+        self._part.publish(overwrite=self._options.overwrite)
+        return self.summary.path
+
+    def discard(self) -> None:
+        """Delete what was written; nothing else is touched."""
+        self._pool.shutdown(cancel_futures=True)
+        if not self._finished:
+            self._hdf5.close()
+        self._part.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        if exception_type is not None:
+            self.discard()
+            return
+        try:
+            if not self._finished:
+                self.finish()
+            self.publish()
+        except BaseException:
+            self.discard()
+            raise
+
+
+def _only(values: set[int]) -> int | None:
+    """The one value, None where there are none or several."""
+    return next(iter(values)) if len(values) == 1 else None
