@@ -1,0 +1,423 @@
+"""Structure checks: does an archive hold what ``schema/SPEC.md`` says, and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h5traces import layout, text
+from h5traces.archive.store import FooterStore, check_version
+from h5traces.dtypes import FLOAT_TYPES
+from h5traces.errors import (
+    ArchiveError,
+    CorruptArchiveError,
+    H5TracesError,
+    NotAnArchiveError,
+    Problem,
+    SchemaError,
+)
+from h5traces.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.schema import (
+    ArchiveMetadata,
+    ArrayDescription,
+    KindMetadata,
+    TraceDescription,
+    TraceMetadata,
+    coverage_of,
+)
+from h5traces.schema.attributes import Attrs, from_attributes, unknown_attributes
+from h5traces.storage.files import LocalFile
+from h5traces.storage.footer import FooterError
+from h5traces.storage.hdf5 import Hdf5Reader, problem_kind
+from h5traces.verification import stored_sample_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from h5traces.archive.opening import PathLike
+    from h5traces.schema.base import Document
+    from h5traces.storage.objects import ObjectEntry, SampleEntry
+
+_ROOT_GROUPS = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
+_SAMPLE_DATASETS = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
+_LAYER_ATTRS = frozenset(
+    {"site", "source_dtype", "cast_from", "container", "digest"}
+    | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal"}
+)
+_SITES = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
+_INTEGERS = frozenset({"int64"})
+
+
+@dataclass(slots=True)
+class ValidationReport:
+    """What a validation found.
+
+    Attributes
+    ----------
+    path
+        The file.
+    num_samples, num_datasets
+        What was looked at.
+    problems
+        Everything that is not as the specification says; empty for a valid archive.
+    notes
+        What is allowed and still worth knowing, such as a missing footer.
+    """
+
+    path: str
+    num_samples: int = 0
+    num_datasets: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "path": self.path,
+            "ok": self.ok,
+            "num_samples": self.num_samples,
+            "num_datasets": self.num_datasets,
+            "problems": [each.as_dict() for each in self.problems],
+            "notes": self.notes,
+        }
+
+
+def validate(
+    path: PathLike,
+    *,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> ValidationReport:
+    """Check the structure of one archive through its HDF5 part, and that its footer agrees.
+
+    Every object is looked at, no array is read. Nothing is written.
+
+    Parameters
+    ----------
+    path
+        The archive.
+    limits
+        What the file may ask of its reader.
+    progress
+        Called with the samples checked and the samples there are.
+
+    Returns
+    -------
+    ValidationReport
+        With every problem and its HDF5 path; a file that is no archive at all is a problem, too.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    """
+    file = Path(path)
+    if not file.exists():
+        message = f"{file}: no such file"
+        raise FileNotFoundError(message)
+    report = ValidationReport(str(file))
+    try:
+        with Hdf5Reader(file, limits) as reader:
+            _Validation(reader, limits, report, progress).run()
+    except H5TracesError as error:
+        report.problems.append(Problem("/", _without(error, f"{file}: "), problem_kind(error)))
+    return report
+
+
+def _without(error: Exception, prefix: str) -> str:
+    return str(error).removeprefix(prefix)
+
+
+class _Validation:
+    """One run over one file."""
+
+    def __init__(
+        self,
+        reader: Hdf5Reader,
+        limits: ReadLimits,
+        report: ValidationReport,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._reader, self._limits, self._report = reader, limits, report
+        self._progress = progress
+        self._footer: FooterStore | None = None
+        self._metadata: ArchiveMetadata | None = None
+        self._kinds: dict[str, KindMetadata] = {}
+        self._ids: list[tuple[str | None, int | None]] = []
+
+    def run(self) -> None:
+        root = self._reader.root_attributes()
+        if root.get("format") != layout.FORMAT_NAME:
+            message = "is HDF5, but no h5traces archive: the attribute 'format' is not 'h5traces'"
+            raise NotAnArchiveError(message)
+        check_version(root, "/")
+        self._metadata = self._document(ArchiveMetadata, root, "/")
+        if root.get("complete") != 1:
+            self._add("/", "the archive was not finished: 'complete' is not 1", "incomplete")
+        self._check_root_names()
+        self._check_kinds()
+        self._open_footer(root)
+        names = self._reader.sample_names()
+        self._check_sample_names(names)
+        for index, name in enumerate(names):
+            self._check_sample(index, name)
+            if self._progress is not None:
+                self._progress(index + 1, len(names))
+        self._report.num_samples = len(names)
+        self._check_index(names)
+        self._check_keys()
+
+    def _add(self, loc: str, message: str, kind: str) -> None:
+        self._report.problems.append(Problem(loc, message, kind))
+
+    def _document(self, document: type[Document], attrs: Attrs, loc: str) -> Any:
+        for name in unknown_attributes(document, attrs):
+            self._add(
+                loc,
+                f"attribute {name!r} is not of the format; names of your own begin with "
+                f"{layout.USER_ATTR_PREFIX!r}",
+                "unknown_attribute",
+            )
+        try:
+            return from_attributes(document, attrs)
+        except SchemaError as error:
+            for each in error.problems:
+                self._add(loc, f"attribute {each.loc!r}: {each.message}", each.kind)
+            return None
+
+    def _check_root_names(self) -> None:
+        found = set(self._reader.root_names())
+        for name in sorted(found - _ROOT_GROUPS):
+            self._add(f"/{name}", "no such object belongs in an archive", "unknown_object")
+        for name in sorted(_ROOT_GROUPS - found):
+            if name != layout.KINDS_GROUP or (self._metadata and self._metadata.num_samples):
+                self._add(f"/{name}", "the group is missing", "missing_group")
+
+    def _check_kinds(self) -> None:
+        for name, attrs in self._reader.kinds().items():
+            metadata = self._document(KindMetadata, attrs, f"/{layout.KINDS_GROUP}/{name}")
+            if metadata is not None:
+                self._kinds[name] = metadata
+
+    def _open_footer(self, root: Attrs) -> None:
+        try:
+            self._footer = FooterStore(LocalFile(self._reader.path), self._limits)
+        except FooterError as error:
+            self._report.notes.append(
+                f"{error}; the archive is read through HDF5, 'h5traces seal' makes it fast again"
+            )
+            return
+        if self._footer.root_attrs != root or self._footer.kinds != self._reader.kinds():
+            self._add("/", "the footer and HDF5 tell different metadata", "footer_mismatch")
+
+    def _check_sample_names(self, names: list[str]) -> None:
+        expected = [layout.sample_name(ordinal) for ordinal in range(len(names))]
+        if names != expected:
+            odd = next(name for name, wanted in zip(names, expected, strict=True) if name != wanted)
+            self._add(
+                f"/{layout.SAMPLES_GROUP}/{odd}",
+                "sample groups must be named 00000000, 00000001, … without gaps; one was removed "
+                "or renamed",
+                "sample_names",
+            )
+        if self._metadata is not None and self._metadata.num_samples != len(names):
+            message = f"num_samples is {self._metadata.num_samples}, {len(names)} are stored"
+            self._add("/", message, "count_mismatch")
+        if self._footer is not None and self._footer.num_samples != len(names):
+            message = (
+                f"the footer lists {self._footer.num_samples} samples, {len(names)} are stored"
+            )
+            self._add("/", message, "footer_mismatch")
+            self._footer = None
+
+    def _check_sample(self, index: int, name: str) -> None:
+        place = f"/{layout.SAMPLES_GROUP}/{name}"
+        problems: list[Problem] = []
+        try:
+            sample = self._reader.sample(name, problems=problems)
+        except ArchiveError as error:
+            prefix = f"{self._reader.path}: {place}: "
+            self._add(place, _without(error, prefix), problem_kind(error))
+            self._ids.append((None, None))
+            return
+        for each in problems:
+            self._add(f"{place}/{each.loc}", each.message, each.kind)
+        metadata = self._document(TraceMetadata, sample.attrs, place)
+        self._ids.append(
+            (metadata.sample_id, metadata.generation_index) if metadata else (None, None)
+        )
+        self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
+        for loc, message, kind in _sample_problems(sample, metadata, self._kinds):
+            self._add(f"{place}/{loc}" if loc else place, message, kind)
+        if not problems:
+            if metadata is not None and stored_sample_digest(sample) != metadata.digest:
+                message = "the digest does not fit the metadata and datasets; they were edited"
+                self._add(place, message, "digest_mismatch")
+            self._check_fields(sample, metadata, place)
+            self._check_footer_sample(index, sample, place)
+
+    def _check_fields(
+        self, sample: SampleEntry, metadata: TraceMetadata | None, place: str
+    ) -> None:
+        if metadata is None or self._metadata is None:
+            return
+        slots = {
+            layout.QUESTION_ID: metadata.sample_id,
+            layout.PROMPT_LENGTH: metadata.prompt_len,
+            layout.LABEL: metadata.label,
+        }
+        for key in metadata.fields or self._metadata.fields or ():
+            extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
+            if key not in sample.objects and extra not in sample.objects and slots.get(key) is None:
+                self._add(place, f"the field {key!r} is listed but not stored", "missing_field")
+
+    def _check_footer_sample(self, index: int, sample: SampleEntry, place: str) -> None:
+        """Nobody may see one thing in HDFView and another in Python."""
+        if self._footer is None:
+            return
+        try:
+            listed = self._footer.sample(index)
+            paths = set(listed.objects)
+            if listed.attrs != sample.attrs or paths != set(sample.objects):
+                self._add(place, "the footer tells other metadata than HDF5", "footer_mismatch")
+                return
+            for path, entry in sample.objects.items():
+                if not _same_entry(listed.objects[path], entry):
+                    message = "the footer tells another dataset than HDF5"
+                    self._add(f"{place}/{path}", message, "footer_mismatch")
+        except CorruptArchiveError as error:
+            self._add("/", str(error), "footer_damaged")
+            self._footer = None
+
+    def _check_index(self, names: list[str]) -> None:
+        loc = f"/{layout.INDEX_TABLE}"
+        table = self._reader.index_table()
+        if table is None or table.dtype.names is None:
+            self._add(loc, "the table of samples is missing", "missing_index")
+            return
+        if len(table) != len(names):
+            self._add(loc, f"{len(table)} rows for {len(names)} samples", "count_mismatch")
+            return
+        missing = {"ordinal", "sample_id", "seq_len"} - set(table.dtype.names)
+        if missing:
+            self._add(loc, f"columns {', '.join(sorted(missing))} are missing", "missing_column")
+            return
+        ids = text.decode_all(table["sample_id"])
+        for row, (listed, (stored, _)) in enumerate(zip(ids, self._ids, strict=True)):
+            if listed != (stored or ""):
+                message = f"row {row} has sample id {listed!r}, the sample has {stored!r}"
+                self._add(loc, message, "index_mismatch")
+
+    def _check_keys(self) -> None:
+        counts = Counter(key for key in self._ids if key[0] is not None)
+        for (sample_id, generation), count in counts.items():
+            if count > 1:
+                message = (
+                    f"{count} samples have sample_id {sample_id!r} and generation_index "
+                    f"{generation}; the pair must be unique"
+                )
+                self._add(f"/{layout.SAMPLES_GROUP}", message, "repeated_key")
+
+
+def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:
+    if (listed.attrs, listed.dtype, listed.shape, listed.chunk) != (
+        stored.attrs,
+        stored.dtype,
+        stored.shape,
+        stored.chunk,
+    ):
+        return False
+    if listed.chunks is None or stored.chunks is None:
+        return listed.chunks is stored.chunks
+    return (listed.chunks.offsets, listed.chunks.sizes) == (
+        stored.chunks.offsets,
+        stored.chunks.sizes,
+    )
+
+
+def _sample_problems(
+    sample: SampleEntry, metadata: TraceMetadata | None, kinds: dict[str, KindMetadata]
+) -> Iterator[tuple[str, str, str]]:
+    """What is wrong inside a sample, as path below its group, message and kind."""
+    arrays: list[ArrayDescription] = []
+    for path, entry in sample.objects.items():
+        first, _, rest = path.partition("/")
+        if first == layout.EXTRA_GROUP:
+            if rest and "encoding" not in entry.attrs:
+                yield path, "the attribute 'encoding' is missing", "missing_attribute"
+        elif first in kinds:
+            if rest:
+                yield from _layer_problems(entry, rest, kinds[first])
+            if rest and rest != layout.STEPS_TABLE and entry.dtype in FLOAT_TYPES:
+                arrays.append(
+                    ArrayDescription(
+                        kind=first,
+                        name=rest,
+                        dtype=entry.dtype,
+                        shape=entry.shape,
+                    )
+                )
+        elif path not in _SAMPLE_DATASETS:
+            yield path, "no such object belongs in a sample", "unknown_object"
+        elif path == layout.TOKENS and entry.dtype not in _INTEGERS:
+            yield path, f"stored type is {entry.dtype}, expected int64", "wrong_type"
+        elif path != layout.TOKENS and not entry.dtype.startswith("text:"):
+            yield path, f"stored type is {entry.dtype}, expected fixed-length UTF-8", "wrong_type"
+        if not entry.is_group and entry.codec is None:
+            yield path, "is not stored in gzip-filtered chunks, so damage would go unseen", "filter"
+    if metadata is not None:
+        yield from _consistency_problems(sample, metadata, arrays)
+
+
+def _layer_problems(
+    entry: ObjectEntry, name: str, kind: KindMetadata
+) -> Iterator[tuple[str, str, str]]:
+    if name == layout.STEPS_TABLE:
+        return
+    number = layout.parse_layer_name(name)
+    if number is None and name != layout.EMBEDDING:
+        yield entry.path, "expected a name such as layer_000, or 'embedding'", "unknown_object"
+        return
+    if number is not None and number not in kind.layers:
+        yield entry.path, f"layer {number} is not among the kind's layers", "unlisted_layer"
+    if entry.dtype not in FLOAT_TYPES:
+        yield entry.path, f"stored type is {entry.dtype}, expected a float type", "wrong_type"
+    site = entry.attrs.get("site")
+    if site is not None and site not in _SITES:
+        yield entry.path, f"site {site!r} is none of {', '.join(sorted(_SITES))}", "wrong_site"
+    if "digest" not in entry.attrs:
+        yield entry.path, "the attribute 'digest' is missing", "missing_attribute"
+    for attribute in entry.attrs:
+        if attribute not in _LAYER_ATTRS and not attribute.startswith(layout.USER_ATTR_PREFIX):
+            yield entry.path, f"attribute {attribute!r} is not of the format", "unknown_attribute"
+
+
+def _consistency_problems(
+    sample: SampleEntry, metadata: TraceMetadata, arrays: list[ArrayDescription]
+) -> Iterator[tuple[str, str, str]]:
+    tokens = sample.objects.get(layout.TOKENS)
+    decoded = sample.objects.get(layout.TOKENS_DECODED)
+    num_tokens = tokens.shape[0] if tokens and tokens.shape else None
+    description = TraceDescription(
+        metadata=metadata,
+        num_tokens=num_tokens,
+        num_tokens_decoded=decoded.shape[0] if decoded and decoded.shape else None,
+        arrays=tuple(arrays),
+    )
+    for each in description.problems():
+        yield each.loc, each.message, each.kind
+    if metadata.coverage in ("steps", "empty") or not arrays:
+        return
+    found = coverage_of({each.kind: each.shape for each in reversed(arrays)}, num_tokens)
+    if found != metadata.coverage:
+        message = f"coverage is {metadata.coverage!r}, but the shapes say {found!r}"
+        yield "", message, "wrong_coverage"
+    if num_tokens is not None and metadata.seq_len != num_tokens:
+        yield "", f"seq_len is {metadata.seq_len} for {num_tokens} tokens", "length_mismatch"

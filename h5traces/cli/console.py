@@ -1,0 +1,127 @@
+"""What all commands share: where output goes, how sizes read, how errors end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from h5traces.errors import H5TracesError, StoredStateWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.table import Table
+
+EXIT_PROBLEMS = 1
+EXIT_USAGE = 2
+
+# Data goes to stdout, everything else to stderr.
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def human_size(nbytes: float) -> str:
+    """Bytes in decimal units, as disks are sold: ``15.1 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def print_line(line: str = "") -> None:
+    """A line of data on stdout, without markup."""
+    sys.stdout.write(line + "\n")
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout; as wide as it needs where stdout is no terminal."""
+    width = None if sys.stdout.isatty() else 160
+    Console(file=sys.stdout, width=width, highlight=False).print(table)
+
+
+def warn(message: str) -> None:
+    """A warning on stderr."""
+    errors.print(f"[yellow]warning:[/] {_plain(message)}")
+
+
+def fail(message: str) -> None:
+    """An error on stderr."""
+    errors.print(f"[red]error:[/] {_plain(message)}")
+
+
+def _plain(message: str) -> str:
+    return message.replace("[", r"\[")
+
+
+@contextlib.contextmanager
+def reported(usage_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns errors into one line on stderr and an exit code: 1 for problems, 2 for usage."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", StoredStateWarning)
+        try:
+            yield
+        except BrokenPipeError:
+            # The reader of a pipe (head, less) has seen enough.
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+        except (H5TracesError, OSError) as error:
+            fail(str(error))
+            is_usage = isinstance(error, (FileNotFoundError, *usage_errors))
+            raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS) from None
+        except KeyboardInterrupt:
+            fail("stopped; nothing half-written was kept")
+            raise typer.Exit(130) from None
+        finally:
+            for each in caught:
+                warn(str(each.message))
+
+
+@contextlib.contextmanager
+def bytes_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar of bytes with rate and remaining time; calls take done, total and a text."""
+    with _progress(DownloadColumn(), TransferSpeedColumn()) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=text
+        )
+
+
+@contextlib.contextmanager
+def count_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of counts with remaining time; calls take done and total."""
+    with _progress(MofNCompleteColumn()) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    )

@@ -1,0 +1,170 @@
+"""How results read in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from h5traces.cli.console import human_size, print_line, print_table
+
+if TYPE_CHECKING:
+    from h5traces.check import ValidationReport
+    from h5traces.conversion import ConversionReport, FileReport
+    from h5traces.inspection import ArrayStats, Inspection, SampleStats
+
+
+def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
+    return table
+
+
+def print_conversion(report: ConversionReport) -> None:
+    """One row per archive or job, and a row of totals."""
+    if not report.files:
+        return
+    numbers = ("samples", "before", "after", "ratio", "seconds", "warnings")
+    table = _table("status", "archive", *numbers, numbers=numbers)
+    for each in report.files:
+        name = Path(each.targets[0]).name
+        if len(each.targets) > 1:
+            name += f" … {Path(each.targets[-1]).name}"
+        table.add_row(*_conversion_row(each, each.status, name))
+    if len(report.files) > 1:
+        table.add_row(*_conversion_row(_total(report), "total", ""))
+    print_table(table)
+
+
+def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
+    ratio = each.archive_nbytes / each.source_nbytes if each.source_nbytes else 0
+    written = each.archive_nbytes > 0
+    return [
+        status,
+        name,
+        str(each.num_samples) if each.num_samples else "",
+        human_size(each.source_nbytes),
+        human_size(each.archive_nbytes) if written else "",
+        f"{ratio:.3f}" if written else "",
+        f"{each.seconds:.1f}" if each.seconds else "",
+        str(len(each.warnings)) if each.warnings else "",
+    ]
+
+
+def _total(report: ConversionReport) -> FileReport:
+    from h5traces.conversion import FileReport
+
+    total = FileReport(sources=[], targets=[])
+    for each in report.files:
+        total.num_samples += each.num_samples
+        total.source_nbytes += each.source_nbytes
+        total.archive_nbytes += each.archive_nbytes
+        total.seconds += each.seconds
+        total.warnings += each.warnings
+    return total
+
+
+def print_inspection(result: Inspection) -> None:
+    """What a file holds, for people."""
+    metadata = result.metadata
+    print_line(f"{result.path}  ({result.container}, {human_size(result.nbytes)})")
+    print_line(f"  model: {metadata.get('model_id', 'unknown')}")
+    print_line(f"  dataset: {metadata.get('dataset', 'unknown')}")
+    if result.container == "archive":
+        footer = "" if metadata.get("has_footer") else ", no footer (run h5traces seal)"
+        print_line(f"  format: {metadata['format_version']}, {metadata['codec']}{footer}")
+    stored = f"{len(result.layers)} stored"
+    if metadata.get("num_layers") and metadata.get("layers"):
+        stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"
+    print_line(f"  samples: {result.num_samples}; layers: {stored}")
+    if result.lengths:
+        lengths = ", ".join(f"{name} {value:g}" for name, value in result.lengths.items())
+        print_line(f"  sequence length: {lengths}")
+    coverage = ", ".join(f"{count} {name}" for name, count in result.coverage.items())
+    print_line(f"  coverage: {coverage}")
+    for kind, size in sorted(result.sizes.items()):
+        line = f"  {kind}: {size['num_datasets']} arrays, {human_size(size['raw_nbytes'])}"
+        if size.get("stored_nbytes"):
+            ratio = size["stored_nbytes"] / size["raw_nbytes"]
+            line += f" stored in {human_size(size['stored_nbytes'])} ({ratio:.3f})"
+        print_line(line)
+    for sample in result.samples:
+        _print_sample(sample)
+    print_line()
+
+
+def _print_sample(sample: SampleStats) -> None:
+    print_line(
+        f"  sample {sample.index}: id {sample.sample_id!r}, fields {', '.join(sample.fields)}"
+    )
+    for name, value in sample.texts.items():
+        short = value if len(value) <= 100 else f"{value[:97]}…"
+        print_line(f"    {name}: {short!r}")
+    for kind, title in (
+        ("hidden_states", "Hidden states"),
+        ("attentions", "Attentions"),
+        ("attention_mean", "Attention means"),
+    ):
+        arrays = [each for each in sample.arrays if each.kind == kind]
+        if arrays:
+            _print_kind(title, arrays, sample)
+    print_line(f"    tokens: {sample.num_tokens}, decoded: {sample.num_tokens_decoded}")
+    for problem in sample.problems:
+        print_line(f"    ✗ {problem}")
+
+
+def _print_kind(title: str, arrays: list[ArrayStats], sample: SampleStats) -> None:
+    shapes = {str(tuple(each.shape)) for each in arrays}
+    mark = "✓" if len(shapes) == 1 and not sample.problems else "(shapes differ by layer)"
+    if sample.coverage == "steps":
+        steps = {len(each.shape) for each in arrays}
+        print_line(f"    {title}: {'/'.join(map(str, sorted(steps)))} generation steps per layer")
+    else:
+        shape = tuple(arrays[0].shape)
+        print_line(f"    {title}: shape={shape}, dtype={arrays[0].dtype} {mark}")
+    for each in arrays:
+        span = "no finite value"
+        if each.minimum is not None and each.maximum is not None:
+            span = f"{each.minimum:.4g} … {each.maximum:.4g}"
+        odd = f", {each.num_nan} NaN, {each.num_inf} Inf" if each.num_nan or each.num_inf else ""
+        site = f", {each.site}" if each.site else ""
+        print_line(f"      {each.name}: {span}{odd}{site}")
+
+
+def print_samples(rows: list[dict[str, Any]]) -> None:
+    """The list of samples."""
+    numbers = ("index", "generation", "length", "prompt", "label")
+    table = _table(
+        "index", "sample id", "generation", "length", "prompt", "label", "coverage", numbers=numbers
+    )
+    for row in rows:
+        table.add_row(
+            *(
+                "" if value is None else str(value)
+                for value in (
+                    row["index"],
+                    row["sample_id"],
+                    row["generation_index"],
+                    row["seq_len"],
+                    row["prompt_len"],
+                    row["label"],
+                    row["coverage"],
+                )
+            )
+        )
+    print_table(table)
+
+
+def print_validation(found: list[ValidationReport]) -> None:
+    """Every problem on a line of its own, and a verdict per file."""
+    for each in found:
+        for problem in each.problems:
+            print_line(f"{each.path}:{problem.loc}: {problem.message} [{problem.kind}]")
+        for note in each.notes:
+            print_line(f"{each.path}: note: {note}")
+        verdict = "valid" if each.ok else f"{len(each.problems)} problems"
+        print_line(
+            f"{each.path}: {verdict} ({each.num_samples} samples, {each.num_datasets} datasets)"
+        )
