@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 
 def layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
-    """The datasets of every layered kind of a trace, in order of layer."""
+    """The (selected) datasets of every layered kind of a trace, in order of layer."""
     found: dict[str, list[ObjectEntry]] = {}
     for path in trace.objects:
         kind, _, name = path.partition("/")
-        if kind in layout.KINDS and not name:
-            found.setdefault(kind, [])
-        elif kind in layout.KINDS and name != layout.STEPS_TABLE:
-            found.setdefault(kind, []).append(trace.entry(path))
+        if kind not in layout.KINDS or name == layout.STEPS_TABLE:
+            continue
+        found.setdefault(kind, [])
+        layer = layout.parse_layer_name(name)
+        if name and (trace.selected is None or layer is None or layer in trace.selected):
+            found[kind].append(trace.entry(path))
     return found
 
 
@@ -66,8 +68,16 @@ def _text_or_none(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def to_record(trace: Trace) -> TraceRecord:
-    """A stored trace as a record: everything that is stored, in the types of its source."""
+def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
+    """A stored trace as a record: what is stored (and selected), in the types of its source.
+
+    Parameters
+    ----------
+    trace
+        The trace.
+    first_source
+        Index that the first of its archive's ``sources`` has in the new archive's.
+    """
     extra: dict[str, Any] = {}
     prefix = f"{layout.EXTRA_GROUP}/"
     for path in trace.objects:
@@ -83,7 +93,11 @@ def to_record(trace: Trace) -> TraceRecord:
         prompt_len=metadata.prompt_len,
         label=metadata.label,
         scores=metadata.scores,
-        source=metadata.source,
+        source=(
+            metadata.source.model_copy(update={"file": first_source + metadata.source.file})
+            if metadata.source
+            else None
+        ),
         fields=trace.fields,
         tokens=tokens,
         tokens_container="torch" if container == "torch" else None,

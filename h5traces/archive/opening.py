@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.archive import Archive
-from h5traces.archive.tensors import with_tensors
+from h5traces.archive.tensors import materialised
 from h5traces.legacy import is_pickle, open_batch
+from h5traces.legacy.layouts import as_dict
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
 
 if TYPE_CHECKING:
@@ -95,6 +96,6 @@ def load(path: PathLike) -> list[dict[str, Any]]:
     source = Path(path)
     if is_pickle(source):
         with open_batch(source) as batch:
-            return [with_tensors(trace) for trace in batch]
+            return [materialised(as_dict(item)) for item in batch]
     with open_archive(source) as archive:
         return [trace.to_dict() for trace in archive]

@@ -44,6 +44,10 @@ class Store(Protocol):
     """Read access to one archive file; samples are counted in the order of their names."""
 
     @property
+    def file(self) -> ByteFile:
+        """The bytes that chunk tables point into."""
+
+    @property
     def root_attrs(self) -> Attrs:
         """Attributes of the root group."""
 
@@ -251,7 +255,7 @@ class Hdf5Store:
 
     def __init__(self, path: Path, limits: ReadLimits) -> None:
         self._path, self._limits = path, limits
-        self._file = LocalFile(path)
+        self.file: ByteFile = LocalFile(path)
         self._reader = Hdf5Reader(path, limits)
         self._pid = os.getpid()
 
@@ -292,7 +296,7 @@ class Hdf5Store:
         # Not through HDF5's own pipeline: where a chunk inflates short, it returns memory that
         # was never written.
         try:
-            return read_array(self._file, entry, self._limits)
+            return read_array(self.file, entry, self._limits)
         except CorruptArchiveError as error:
             raise _located(error, str(self._path), sample.ordinal, path) from error
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from h5traces.dtypes import bfloat16_to_float32
 from h5traces.encodings import TorchValue
 from h5traces.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
 
 def to_tensor(value: TorchValue) -> Any:
@@ -36,6 +40,15 @@ def with_tensors(value: Any) -> Any:
     return _with_each(value, to_tensor)
 
 
+def materialised(value: Any) -> Any:
+    """`value` as ``pickle.load`` gives it: torch tensors, and arrays that can be written to."""
+    return _with_each(value, to_tensor, _writable)
+
+
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
+    return array if array.flags.writeable else array.copy()
+
+
 def without_tensors(value: Any) -> Any:
     """`value` with every stored tensor inside it turned into an array; bfloat16 as float32."""
     return _with_each(value, _to_array)
@@ -45,11 +58,18 @@ def _to_array(value: TorchValue) -> Any:
     return bfloat16_to_float32(value.data) if value.dtype == "bfloat16" else value.data
 
 
-def _with_each(value: Any, change: Callable[[TorchValue], Any]) -> Any:
+def _with_each(
+    value: Any,
+    change: Callable[[TorchValue], Any],
+    change_array: Callable[[NDArray[Any]], Any] | None = None,
+) -> Any:
+    """`value` with its tensors and arrays changed, in lists, tuples and dicts of any depth."""
     if isinstance(value, TorchValue):
         return change(value)
+    if isinstance(value, np.ndarray) and change_array is not None:
+        return change_array(value)
     if isinstance(value, dict):
-        return {key: _with_each(each, change) for key, each in value.items()}
+        return {key: _with_each(each, change, change_array) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_with_each(each, change) for each in value)
+        return type(value)(_with_each(each, change, change_array) for each in value)
     return value

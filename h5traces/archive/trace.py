@@ -22,8 +22,12 @@ from h5traces.schema import TraceMetadata
 from h5traces.schema.attributes import from_attributes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from h5traces.archive.store import ArchiveFile
+    from h5traces.schema import ArchiveMetadata
     from h5traces.schema.attributes import Attrs
+    from h5traces.storage.files import ByteFile
     from h5traces.storage.objects import ObjectEntry, SampleEntry
 
 LayerValue = NDArray[Any] | list[NDArray[Any]]
@@ -67,6 +71,30 @@ class Trace(Mapping[str, Any]):
         except SchemaError as error:
             message = f"{self.place}: {error}"
             raise SchemaError(message, error.problems) from error
+
+    @property
+    def path(self) -> Path:
+        """The file that the trace is stored in."""
+        return self._file.path
+
+    @property
+    def archive_metadata(self) -> ArchiveMetadata:
+        """Metadata of the archive file that the trace is stored in."""
+        return self._file.metadata
+
+    @property
+    def selected(self) -> tuple[int, ...] | None:
+        """The layers that ``archive.select`` chose; None where all that are stored."""
+        return self._layers
+
+    @property
+    def byte_file(self) -> ByteFile:
+        """The bytes that chunk tables point into."""
+        return self._file.store.file
+
+    def stored_layers(self, kind: str) -> tuple[int, ...]:
+        """Layer numbers stored of a kind, selected or not."""
+        return LayerSequence(self, kind, None).layers
 
     @cached_property
     def fields(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def print_conversion(report: ConversionReport) -> None:
     numbers = ("samples", "before", "after", "ratio", "seconds", "warnings")
     table = _table("status", "archive", *numbers, numbers=numbers)
     for each in report.files:
-        name = Path(each.targets[0]).name
+        name = each.targets[0]
         if len(each.targets) > 1:
             name += f" … {Path(each.targets[-1]).name}"
         table.add_row(*_conversion_row(each, each.status, name))

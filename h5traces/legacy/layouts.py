@@ -82,8 +82,7 @@ def to_record(
         A field is missing or of a type that no layout has; the message names the field.
     """
     found = _Fields()
-    if isinstance(item, ContainerItem):
-        item = _container_dict(item)
+    item = as_dict(item)
     if layout.HIDDEN_STATES not in item:
         message = (
             f"field 'hidden_states' is missing; found {', '.join(map(str, item)) or 'no fields'}; "
@@ -109,8 +108,10 @@ def to_record(
     )
 
 
-def _container_dict(item: ContainerItem) -> dict[str, Any]:
-    """A sample of the container layout as a dict; its attentions have no head axis."""
+def as_dict(item: Any) -> Any:
+    """An element of a batch as a dict; attentions of the container layout have no head axis."""
+    if not isinstance(item, ContainerItem):
+        return item
     plain: dict[str, Any] = {
         layout.HIDDEN_STATES: [hidden for hidden, _ in item.layers],
         layout.ATTENTION_MEAN: [attention for _, attention in item.layers],

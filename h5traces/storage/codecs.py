@@ -6,14 +6,19 @@ codec also decodes what stock tools wrote.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
+import numpy as np
+import zstandard
+
 from h5traces.errors import UnsupportedEncodingError
-from h5traces.storage import deflate
+from h5traces.storage import deflate, planes
 
 FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2
+FILTER_ZSTD: Final = 32015
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,9 @@ class Codec(Protocol):
     def pipeline(self, itemsize: int) -> tuple[Filter, ...]:
         """The HDF5 filters, in order of writing, for elements of `itemsize` bytes."""
 
+    def accepts(self, filters: tuple[Filter, ...]) -> bool:
+        """Whether chunks behind these filters are ones that `decode` can read."""
+
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """The stored bytes of a chunk; `raw` is C order, little-endian."""
 
@@ -61,6 +69,10 @@ class DeflateCodec:
         steps = (Filter(FILTER_SHUFFLE, (itemsize,)),) if self.shuffle else ()
         return (*steps, Filter(FILTER_DEFLATE, (6,)))
 
+    def accepts(self, filters: tuple[Filter, ...]) -> bool:
+        """Deflate of any level, with shuffle where the codec has it."""
+        return same_filters(filters, self.pipeline(1))
+
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One zlib stream of the (shuffled) bytes."""
         return deflate.encode(raw, itemsize=itemsize if self.shuffle else 1)
@@ -70,13 +82,77 @@ class DeflateCodec:
         deflate.decode(stored, out, itemsize=itemsize if self.shuffle else 1)
 
 
+@dataclass(frozen=True, slots=True)
+class ZstdCodec:
+    """HDF5's byte shuffle and the registered Zstandard filter, whose chunks are plain frames."""
+
+    name: str
+    level: int
+
+    def pipeline(self, itemsize: int) -> tuple[Filter, ...]:
+        """Shuffle and Zstandard."""
+        return Filter(FILTER_SHUFFLE, (itemsize,)), Filter(FILTER_ZSTD, (self.level,))
+
+    def accepts(self, filters: tuple[Filter, ...]) -> bool:
+        """Shuffle and Zstandard of any level."""
+        return same_filters(filters, self.pipeline(1))
+
+    def encode(self, raw: memoryview, itemsize: int) -> bytes:
+        """One Zstandard frame, with its content size, of the shuffled bytes."""
+        shuffled = planes.shuffle(np.frombuffer(raw, np.uint8), itemsize)
+        return _ZSTD_CONTEXTS.compressor(self.level).compress(shuffled.data)
+
+    def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
+        """Decompress exactly ``len(out)`` bytes and undo the shuffle."""
+        # The frame's own claim comes first: it decides what the library allocates.
+        claimed = zstandard.frame_content_size(stored)
+        if claimed != len(out):
+            message = f"the Zstandard frame claims {claimed} bytes, expected {len(out)}"
+            raise ValueError(message)
+        try:
+            data = _ZSTD_CONTEXTS.decompressor.decompress(stored, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            message = f"the stored bytes are no intact Zstandard frame: {error}"
+            raise ValueError(message) from error
+        if len(data) != len(out):
+            message = f"the Zstandard frame holds {len(data)} bytes, expected {len(out)}"
+            raise ValueError(message)
+        target = np.frombuffer(out, np.uint8)
+        planes.unshuffle(np.frombuffer(data, np.uint8), target, itemsize)
+
+
+class _ZstdContexts(threading.local):
+    """Contexts are costly to make and must not be shared between threads."""
+
+    def __init__(self) -> None:
+        self.decompressor = zstandard.ZstdDecompressor()
+        self._compressors: dict[int, zstandard.ZstdCompressor] = {}
+
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        """This thread's compressor; frames carry a checksum of their content."""
+        if level not in self._compressors:
+            made = zstandard.ZstdCompressor(level=level, write_checksum=True)
+            self._compressors[level] = made
+        return self._compressors[level]
+
+
+_ZSTD_CONTEXTS: Final = _ZstdContexts()
+
+
 GZIP: Final = DeflateCodec("gzip", shuffle=True)
 # For bytes and text, which a shuffle by element would only scatter.
 DEFLATE: Final = DeflateCodec("deflate", shuffle=False)
+ZSTD: Final = ZstdCodec("zstd", level=3)
 
-CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE)}
+# `h5traces.storage.hdf5.plugin_codecs` adds those that only HDF5's own plugins can run.
+CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE, ZSTD)}
 # What `convert --codec` offers for the layered arrays.
-ArrayCodec = Literal["gzip"]
+ArrayCodec = Literal["gzip", "zstd", "lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd"]
+
+
+def register(codec: Codec) -> None:
+    """Make a codec known to readers and writers."""
+    CODECS[codec.name] = codec
 
 
 def get_codec(name: str) -> Codec:
@@ -94,10 +170,22 @@ def get_codec(name: str) -> Codec:
         raise UnsupportedEncodingError(message) from None
 
 
-def codec_of(filters: tuple[Filter, ...], itemsize: int) -> str | None:
-    """The codec whose pipeline is `filters`, whatever their parameters; None if there is none."""
-    found = [each.filter_id for each in filters]
-    for codec in CODECS.values():
-        if [each.filter_id for each in codec.pipeline(itemsize)] == found:
-            return codec.name
-    return None
+def same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
+    """Whether two pipelines have the same filters, whatever their parameters."""
+    return [each.filter_id for each in found] == [each.filter_id for each in expected]
+
+
+def codec_of(filters: tuple[Filter, ...]) -> str | None:
+    """The codec that reads chunks behind `filters`; None if there is none."""
+    return next((codec.name for codec in CODECS.values() if codec.accepts(filters)), None)
+
+
+def tools_note(codec: str) -> str | None:
+    """What a user should know of the tools that open archives of this codec; None for gzip."""
+    if codec == GZIP.name:
+        return None
+    filters = ", ".join(str(each.filter_id) for each in get_codec(codec).pipeline(2))
+    return (
+        f"codec {codec} uses the HDF5 filters {filters}: h5py reads it after 'import hdf5plugin'; "
+        "HDFView, h5dump and others need the HDF5 plugins installed; gzip needs nothing"
+    )

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from h5traces import layout
 from h5traces.dtypes import CastCounts
 from h5traces.encodings import EncodedObject
-from h5traces.errors import ArchiveExistsError, SchemaError
+from h5traces.errors import ArchiveExistsError
 from h5traces.schema import (
     ArchiveMetadata,
     KindMetadata,
     SourceFile,
-    StepArrays,
     TraceMetadata,
     TraceRecord,
 )
@@ -34,25 +32,18 @@ from h5traces.storage.objects import ChunkTable, ObjectEntry
 from h5traces.storage.part_file import PartFile
 from h5traces.version import __version__
 from h5traces.writer.elements import index_columns, record_elements
+from h5traces.writer.observation import Observation, observe
 from h5traces.writer.options import WriteOptions, WriteSummary
 from h5traces.writer.preparation import Prepared, prepare_element, prepare_layer, steps_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    from h5traces.writer.stored_samples import StoredSample
 
 # Arrays that may wait, cast and compressed, for the thread that writes, per worker.
 _QUEUED_PER_WORKER = 2
-
-
-@dataclass(slots=True)
-class _Observed:
-    """What all samples of an archive have in common, as far as they were seen."""
-
-    layers: dict[str, set[int]] = field(default_factory=dict)
-    num_layers: int | None = None
-    hidden_sizes: set[int] = field(default_factory=set)
-    head_counts: set[int] = field(default_factory=set)
 
 
 class ArchiveWriter:
@@ -100,10 +91,9 @@ class ArchiveWriter:
         self._hdf5 = Hdf5Writer(self._part.file)
         self._hdf5.create_group(layout.SAMPLES_GROUP, {})
         self._footer = FooterBuilder()
-        self._observed = _Observed()
-        self._generations: Counter[str] = Counter()
+        self._observed = Observation()
+        self._generations: dict[str, set[int]] = {}
         self._index: list[TraceMetadata] = []
-        self._kinds: dict[str, dict[str, Any]] = {}
         self._digests: list[str] = []
         self._finished = False
         self.summary = WriteSummary(path)
@@ -136,29 +126,64 @@ class ArchiveWriter:
             The disk is full.
         """
         description = record.describe()
-        self._observe(record)
-        metadata = self._complete(description.metadata)
-        ordinal = self.summary.num_samples
-        group = layout.sample_path(ordinal)
-        attrs = to_attributes(metadata)
-        objects: dict[str, ObjectEntry] = {}
-        self._hdf5.create_group(group, attrs)
+        self._write_sample(description.metadata, observe(record), self._record_objects(record))
+
+    def copy(self, sample: StoredSample, *, first_source: int = 0) -> None:
+        """Write a sample of another archive by copying its chunks, without recompression.
+
+        Parameters
+        ----------
+        sample
+            The stored sample.
+        first_source
+            Index that the first of its archive's ``sources`` has in the new archive's.
+
+        Raises
+        ------
+        SchemaError
+            It has other layers than the samples before.
+        CorruptArchiveError
+            A chunk is damaged.
+        OSError
+            The disk is full.
+        """
+        metadata = sample.metadata
+        if metadata.source is not None:
+            moved = metadata.source.model_copy(update={"file": first_source + metadata.source.file})
+            metadata = metadata.model_copy(update={"source": moved})
+        self._write_sample(metadata, sample.observation(), sample.objects())
+
+    def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
-            kind_attrs: Attrs = {"sequence": "tuple"} if layers.sequence == "tuple" else {}
-            self._add_group(group, EncodedObject(kind, kind_attrs), objects)
-        for prepared in self._prepare(record):
-            self._add_dataset(group, prepared, objects)
+            yield EncodedObject(kind, {"sequence": "tuple"} if layers.sequence == "tuple" else {})
+        yield from self._prepare(record)
         for element in record_elements(record):
-            if element.values is None:
-                self._add_group(group, element, objects)
+            yield element if element.values is None else prepare_element(element)
+
+    def _write_sample(
+        self,
+        metadata: TraceMetadata,
+        observation: Observation,
+        objects: Iterable[EncodedObject | Prepared],
+    ) -> None:
+        self._observed.add_sample(observation, self.summary.num_samples)
+        metadata = self._complete(metadata)
+        group = layout.sample_path(self.summary.num_samples)
+        attrs = to_attributes(metadata)
+        entries: dict[str, ObjectEntry] = {}
+        self._hdf5.create_group(group, attrs)
+        for each in objects:
+            if isinstance(each, Prepared):
+                entries[each.path] = self._write_dataset(group, each)
             else:
-                self._add_dataset(group, prepare_element(element), objects)
-        digest = sample_digest(attrs, {path: entry.attrs for path, entry in objects.items()})
+                self._hdf5.create_group(f"{group}/{each.path}", each.attrs)
+                entries[each.path] = ObjectEntry(each.path, each.attrs)
+        digest = sample_digest(attrs, {path: entry.attrs for path, entry in entries.items()})
         # The digest comes last: a sample without one is not whole.
         self._hdf5.add_attributes(group, {"digest": digest})
         self._part.file.raise_error()
         self._footer.add_sample(
-            {**attrs, "digest": digest}, (objects[path] for path in sorted(objects))
+            {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
         )
         self._digests.append(digest)
         self._index.append(metadata)
@@ -168,44 +193,19 @@ class ArchiveWriter:
     def _complete(self, metadata: TraceMetadata) -> TraceMetadata:
         """Fill in what depends on the samples before."""
         update: dict[str, Any] = {}
-        if metadata.sample_id is not None and metadata.generation_index is None:
-            update["generation_index"] = self._generations[metadata.sample_id]
         if metadata.sample_id is not None:
-            self._generations[metadata.sample_id] += 1
+            # A copied sample keeps its index, unless another archive's sample has it already.
+            taken = self._generations.setdefault(metadata.sample_id, set())
+            index = metadata.generation_index
+            if index is None or index in taken:
+                index = max(taken, default=-1) + 1
+            taken.add(index)
+            update["generation_index"] = index
         if self.summary.num_samples == 0 and metadata.fields:
             self._metadata = self._metadata.model_copy(update={"fields": metadata.fields})
         if metadata.fields == self._metadata.fields:
             update["fields"] = None
         return metadata.model_copy(update=update)
-
-    def _observe(self, record: TraceRecord) -> None:
-        """Note sizes and layers; refuse a record of another model."""
-        for kind, layered in record.layered.items():
-            self._kinds.setdefault(kind, {})
-            numbers = {
-                number
-                for entry in layered.arrays
-                if (number := layout.parse_layer_name(entry.name)) is not None
-            }
-            known = self._observed.layers.setdefault(kind, set())
-            if known and numbers and known != numbers:
-                message = (
-                    f"sample {self.summary.num_samples}: {kind} has {len(numbers)} layers, the "
-                    f"samples before it have {len(known)}; expected one model and one set of "
-                    "layers in an archive"
-                )
-                raise SchemaError(message)
-            known |= numbers
-            for entry in layered.arrays:
-                if isinstance(entry.array, StepArrays):
-                    shapes = [step.shape[1:] for step in entry.array.steps]
-                else:
-                    shapes = [entry.array.shape]
-                for shape in shapes:
-                    if kind == layout.HIDDEN_STATES and len(shape) == 2:
-                        self._observed.hidden_sizes.add(shape[1])
-                    if kind == layout.ATTENTIONS and len(shape) == 3:
-                        self._observed.head_counts.add(shape[0])
 
     def _prepare(self, record: TraceRecord) -> Iterator[Prepared]:
         """The layered arrays, cast, digested and encoded in threads, in order."""
@@ -220,15 +220,7 @@ class ArchiveWriter:
         while waiting:
             yield waiting.popleft().result()
 
-    def _add_group(
-        self, sample: str, element: EncodedObject, objects: dict[str, ObjectEntry]
-    ) -> None:
-        self._hdf5.create_group(f"{sample}/{element.path}", element.attrs)
-        objects[element.path] = ObjectEntry(element.path, element.attrs)
-
-    def _add_dataset(
-        self, sample: str, prepared: Prepared, objects: dict[str, ObjectEntry]
-    ) -> None:
+    def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
         encoded = prepared.encoded
         offsets, sizes = self._hdf5.write_dataset(
             f"{sample}/{prepared.path}",
@@ -241,16 +233,6 @@ class ArchiveWriter:
         )
         # A full disk shows here at the latest; HDF5 itself was told that all went well.
         self._part.file.raise_error()
-        table = ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums)
-        objects[prepared.path] = ObjectEntry(
-            prepared.path,
-            prepared.attrs,
-            prepared.dtype,
-            encoded.shape,
-            encoded.chunk,
-            encoded.codec,
-            table,
-        )
         kind = prepared.path.partition("/")[0]
         kind = kind if kind in layout.KINDS else "other"
         self.summary.raw_nbytes[kind] += prepared.raw_nbytes
@@ -258,6 +240,15 @@ class ArchiveWriter:
         if prepared.counts != CastCounts():
             before = self.summary.counts.get(kind, CastCounts())
             self.summary.counts[kind] = before + prepared.counts
+        return ObjectEntry(
+            prepared.path,
+            prepared.attrs,
+            prepared.dtype,
+            encoded.shape,
+            encoded.chunk,
+            encoded.codec,
+            ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums),
+        )
 
     def finish(
         self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any
@@ -272,7 +263,7 @@ class ArchiveWriter:
             Fields of `ArchiveMetadata` that are known only now.
         """
         self._finished = True
-        kinds = {name: self._kind_attributes(name) for name in self._kinds}
+        kinds = {name: self._kind_attributes(name) for name in self._observed.layers}
         for name, attrs in kinds.items():
             self._hdf5.create_group(f"/{layout.KINDS_GROUP}/{name}", attrs)
         self._hdf5.write_table(f"/{layout.INDEX_TABLE}", index_columns(self._index))

@@ -280,7 +280,7 @@ class Hdf5Reader:
         chunk: tuple[int, ...] = ()
         if chunked:
             chunk = options.get_chunk()
-            codec = _codec(options, carrier_dtype(dtype).itemsize)
+            codec = _codec(options)
         table = None
         if codec is not None:
             # Sizes first: listing the chunks of a dataset of 2^60 elements would never end.
@@ -305,14 +305,14 @@ def _check_storage(options: Any, shape: tuple[int, ...] | None) -> None:
         raise HostileFileError(message)
 
 
-def _codec(options: Any, itemsize: int) -> str | None:
+def _codec(options: Any) -> str | None:
     """The codec of a chunked dataset, None where only HDF5 itself knows its filters."""
     filters = tuple(
         Filter(number, tuple(parameters))
         for number, _, parameters, _ in map(options.get_filter, range(options.get_nfilters()))
     )
     numbers = [each.filter_id for each in filters]
-    codec = codec_of(filters, itemsize)
+    codec = codec_of(filters)
     if codec is not None:
         return codec
     if len(set(numbers)) != len(numbers):

@@ -16,6 +16,7 @@ from h5traces import text
 from h5traces.storage.chunks import chunk_offsets, chunk_shape
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.hdf5.attributes import write_attributes
+from h5traces.storage.hdf5.plugin_codecs import require_filter
 from h5traces.storage.hdf5.types import hdf5_type
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Hdf5Writer:
             options.set_chunk(chunk)
             options.set_obj_track_times(False)
             for each in get_codec(codec).pipeline(itemsize):
+                # HDF5 itself refuses to create a dataset with a filter that it does not find.
+                require_filter(each.filter_id, codec)
                 options.set_filter(each.filter_id, 0, each.parameters)
             # Sequences have hundreds of lengths; more keys than that need no fast path.
             if len(self._creation) >= 4096:

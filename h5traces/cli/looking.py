@@ -1,0 +1,100 @@
+"""``h5traces inspect``, ``ls`` and ``validate``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from h5traces.archive import expand_paths, open_archive
+from h5traces.check import validate as validate_archive
+from h5traces.cli import reports
+from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json, reported
+from h5traces.cli.options import Archives, Json
+from h5traces.errors import H5TracesError
+from h5traces.inspection import inspect as inspect_file
+from h5traces.legacy.layouts import SOURCE_SUFFIXES
+
+
+def inspect(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE…", help="Archives or batches, globs or folders."),
+    ],
+    samples: Annotated[
+        str, typer.Option(metavar="N|all", help="Read the arrays of this many samples.")
+    ] = "1",
+    json: Json = False,
+) -> None:
+    """Show what archives or legacy batches hold: shapes, ranges, consistency, sizes.
+
+    Pickles are read to their end (that is how their samples are counted); archives answer at once.
+
+    - `h5traces inspect archives/`
+    - `h5traces inspect old.pkl.gz --samples all`
+    """
+    if samples != "all" and not samples.isdigit():
+        message = f"{samples!r}: expected a number of samples, or 'all'"
+        raise typer.BadParameter(message)
+    found, failed = [], False
+    with reported():
+        for path in expand_paths(sources, (*SOURCE_SUFFIXES, ".h5", ".hdf5")):
+            try:
+                with count_progress(path.name) as update:
+                    wanted: Any = samples if samples == "all" else int(samples)
+                    result = inspect_file(path, samples=wanted, progress=update)
+            except H5TracesError as error:
+                failed = True
+                fail(str(error))
+                continue
+            found.append(result)
+            if not json:
+                reports.print_inspection(result)
+    if json:
+        print_json([each.as_dict() for each in found])
+    if failed or any(sample.problems for each in found for sample in each.samples):
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+def ls(
+    sources: Archives,
+    json: Json = False,
+) -> None:
+    """List the samples of archives: index, id, length, coverage, label.
+
+    - `h5traces ls archives/ --json | jq -r '.[].sample_id'`
+    """
+    with reported():
+        archive = open_archive(sources)
+        rows = [
+            {"index": index, **trace.metadata.model_dump(mode="json", exclude={"fields"})}
+            for index, trace in enumerate(archive)
+        ]
+    if json:
+        print_json(rows)
+    else:
+        reports.print_samples(rows)
+
+
+def validate(
+    sources: Archives,
+    json: Json = False,
+) -> None:
+    """Report every problem of structure and schema with its HDF5 path.
+
+    Looks at every object through HDF5, reads no array, and checks that the footer tells the same.
+    Exit code 1 if there is a problem.
+
+    - `h5traces validate archives/*.h5`
+    """
+    found = []
+    with reported():
+        for path in expand_paths(sources):
+            with count_progress(path.name) as update:
+                found.append(validate_archive(path, progress=update))
+    if json:
+        print_json([each.as_dict() for each in found])
+    else:
+        reports.print_validation(found)
+    if any(not each.ok for each in found):
+        raise typer.Exit(EXIT_PROBLEMS)

@@ -1,0 +1,215 @@
+"""``h5traces seal``, ``export``, ``repack``, ``merge`` and ``split``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from h5traces.archive import expand_paths
+from h5traces.cli.console import (
+    EXIT_PROBLEMS,
+    count_progress,
+    fail,
+    human_size,
+    print_json,
+    print_line,
+    reported,
+    warn,
+)
+from h5traces.cli.options import Archives, DryRun, Json, Layers, Overwrite, Verify, parse_layers
+from h5traces.dtypes import DtypePolicy
+from h5traces.errors import ArchiveExistsError, ConversionError
+from h5traces.exporting import export as export_archive
+from h5traces.repacking import RepackReport
+from h5traces.repacking import repack as repack_archives
+from h5traces.sealing import seal as seal_archive
+from h5traces.storage.codecs import ArrayCodec, tools_note
+
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DEST", help="The new archive.")]
+
+
+def seal(
+    sources: Archives,
+    accept_edits: Annotated[
+        bool,
+        typer.Option("--accept-edits", help="Seal although values or metadata were changed."),
+    ] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Rebuild the footer of archives that something opened for writing.
+
+    Any open for writing removes the footer; archives are then read through HDF5, correctly but
+    slowly. Sealing reads every chunk, and refuses if contents no longer fit their digests.
+    """
+    found = []
+    with reported():
+        for path in expand_paths(sources):
+            with count_progress(path.name) as update:
+                found.append(
+                    seal_archive(path, accept_edits=accept_edits, dry_run=dry_run, progress=update)
+                )
+    if json:
+        print_json([each.as_dict() for each in found])
+    for each in found:
+        for place in each.edited:
+            warn(f"{each.path}: {place} was changed since the archive was written")
+        if each.sealed and not json:
+            print_line(f"{each.path}: sealed, {each.num_samples} samples")
+        elif each.edited and not accept_edits:
+            fail(f"{each.path}: not sealed; --accept-edits seals it as it is now")
+    if any(each.edited and not accept_edits for each in found):
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Archive, glob or folder.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DEST", help="`.pkl`, `.pkl.gz` or `.h5`.")
+    ],
+    dtype: Annotated[
+        DtypePolicy | None, typer.Option(help="Stored type of an `.h5` export [default: float32].")
+    ] = None,
+    numpy: Annotated[
+        bool, typer.Option("--numpy", help="Arrays where the source held torch tensors.")
+    ] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a legacy batch back, or an archive that every viewer can show.
+
+    - `h5traces export run.h5 -o run.pkl.gz`
+    - `h5traces export run.h5 -o run_float32.h5` for browser viewers that cannot show float16
+    """
+    with reported((ConversionError, ArchiveExistsError)), count_progress(str(output)) as update:
+        export_archive(
+            source,
+            output,
+            dtype=dtype,
+            container="numpy" if numpy else "source",
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=update,
+        )
+    print_line(f"{'would write' if dry_run else 'wrote'} {output}")
+
+
+def parse_samples(value: str | None) -> slice | list[int] | None:
+    """Sample indices from ``0,3,7`` or a slice such as ``0:100`` or ``::10``.
+
+    Raises
+    ------
+    typer.BadParameter
+        The text is something else.
+    """
+    if value is None:
+        return None
+    try:
+        if ":" in value:
+            return slice(*(int(part) if part else None for part in value.split(":")))
+        return [int(part) for part in value.split(",")]
+    except (ValueError, TypeError):
+        message = f"{value!r}: expected indices such as 0,3,7 or a slice such as 0:100"
+        raise typer.BadParameter(message) from None
+
+
+def _rewrite(sources: list[str], output: Path, *, json: bool, **options: Any) -> None:
+    """Run a rewrite with progress, and tell what it did."""
+    with reported((ArchiveExistsError, IndexError)), count_progress(str(output)) as update:
+        report = repack_archives(sources, output, progress=update, **options)
+    if json:
+        print_json(report.as_dict())
+    else:
+        print_line(_summary(report, dry_run=options["dry_run"]))
+    note = tools_note(options.get("codec") or "gzip")
+    if note is not None:
+        warn(note)
+
+
+def _summary(report: RepackReport, *, dry_run: bool) -> str:
+    targets = report.targets[0]
+    if len(report.targets) > 1:
+        targets += f" … {report.targets[-1]}"
+    how = "chunks copied" if report.copied else "compressed anew"
+    if dry_run:
+        return f"would write {targets}: {report.num_samples} samples, {how}"
+    sizes = f"{human_size(report.source_nbytes)} -> {human_size(report.target_nbytes)}"
+    return f"wrote {targets}: {report.num_samples} samples, {sizes}, {how}"
+
+
+def repack(
+    sources: Archives,
+    output: Output,
+    layers: Layers = None,
+    samples: Annotated[
+        str | None, typer.Option(metavar="0,3|0:100", help="Keep only these samples, by index.")
+    ] = None,
+    dtype: Annotated[DtypePolicy | None, typer.Option(help="Cast the arrays anew.")] = None,
+    codec: Annotated[ArrayCodec | None, typer.Option(help="Compress the arrays anew.")] = None,
+    overwrite: Overwrite = False,
+    verify: Verify = True,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Rewrite archives with some of their layers or samples, or another codec or type.
+
+    Without --dtype or --codec, chunks are copied byte for byte, which is as fast as the disk.
+
+    - `h5traces repack run.h5 -o seven.h5 --layers 0,5,10,15,20,25,31`
+    - `h5traces repack run.h5 -o fast.h5 --codec zstd`
+    """
+    _rewrite(
+        sources,
+        output,
+        layers=parse_layers(layers),
+        samples=parse_samples(samples),
+        dtype=dtype,
+        codec=codec,
+        overwrite=overwrite,
+        verify=verify,
+        dry_run=dry_run,
+        json=json,
+    )
+
+
+def merge(
+    sources: Archives,
+    output: Output,
+    overwrite: Overwrite = False,
+    verify: Verify = True,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Put several archives of one model into one, by copying chunks.
+
+    - `h5traces merge shards/*.h5 -o run.h5`
+    """
+    _rewrite(sources, output, overwrite=overwrite, verify=verify, dry_run=dry_run, json=json)
+
+
+def split(
+    sources: Archives,
+    output: Output,
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", metavar="N", min=1, help="Samples per archive.")
+    ],
+    overwrite: Overwrite = False,
+    verify: Verify = True,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Cut archives into shards of at most N samples, by copying chunks.
+
+    - `h5traces split run.h5 -o shards/run.h5 -n 250` writes `shards/run-00000.h5` and so on
+    """
+    _rewrite(
+        sources,
+        output,
+        shard_samples=samples,
+        overwrite=overwrite,
+        verify=verify,
+        dry_run=dry_run,
+        json=json,
+    )

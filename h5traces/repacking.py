@@ -1,0 +1,233 @@
+"""Rewrites archives: merges, splits and subsets them, by copying chunks wherever that is enough."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h5traces.archive.opening import open_archive
+from h5traces.errors import ArchiveError
+from h5traces.storage.part_file import remove_abandoned_parts
+from h5traces.transcription import to_record
+from h5traces.verification import verify_written
+from h5traces.writer import ArchiveWriter, StoredSample, WriteOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from h5traces.archive import Archive, ArchiveFile, Trace
+    from h5traces.archive.opening import PathLike
+    from h5traces.dtypes import DtypePolicy, OverflowPolicy
+    from h5traces.schema import SourceFile
+
+# What archives that become one must have said alike, or not at all.
+_CARRIED_FIELDS = ("model_id", "model_revision", "dataset", "num_layers")
+
+
+@dataclass(slots=True)
+class RepackReport:
+    """What a rewrite did.
+
+    Attributes
+    ----------
+    sources, targets
+        Files read, and archives written (or, in a dry run, the first that would be).
+    num_samples
+        Samples in the targets.
+    copied
+        Whether chunks were copied as they are; else arrays were compressed anew.
+    source_nbytes, target_nbytes
+        Sizes before and after.
+    """
+
+    sources: list[str]
+    targets: list[str] = field(default_factory=list)
+    num_samples: int = 0
+    copied: bool = True
+    source_nbytes: int = 0
+    target_nbytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+def repack(
+    sources: PathLike | Iterable[PathLike],
+    dest: PathLike,
+    *,
+    layers: Sequence[int] | None = None,
+    samples: slice | Sequence[int] | None = None,
+    dtype: DtypePolicy | None = None,
+    codec: str | None = None,
+    on_overflow: OverflowPolicy = "float32",
+    shard_samples: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RepackReport:
+    """Rewrite archives into one, or into shards, with all layers and samples or some of them.
+
+    Without `dtype` and `codec`, chunks are copied byte for byte: nothing is decompressed but for
+    verification. Sources are never changed.
+
+    Parameters
+    ----------
+    sources
+        Archives, globs and folders; of one model and one set of layers.
+    dest
+        The new archive; with `shard_samples`, ``-00000`` and so on go before its suffix.
+    layers
+        The model's own layer numbers to keep.
+    samples
+        Indices to keep, counted over all sources, in the order given.
+    dtype, codec, on_overflow
+        Cast and compress the arrays anew; as in `h5traces.convert`.
+    shard_samples
+        Largest number of samples in an archive.
+    overwrite
+        Replace existing targets.
+    verify
+        Read the new files back and compare them before they get their names.
+    dry_run
+        Check sources and options only.
+    workers
+        Threads; one per core by default.
+    progress
+        Called with the samples written and the samples there are.
+
+    Raises
+    ------
+    ArchiveError
+        The sources do not go together, or `dest` is one of them.
+    LayerIndexError, IndexError
+        A layer or sample is not there.
+    ArchiveExistsError
+        A target exists.
+    """
+    target = Path(dest)
+    with open_archive(sources) as archive:
+        if any(path.resolve() == target.resolve() for path in archive.paths):
+            message = f"{target} is one of the sources; name another output"
+            raise ArchiveError(message)
+        report = RepackReport(
+            sources=[str(path) for path in archive.paths],
+            copied=dtype is None and codec in (None, archive.metadata.codec),
+            source_nbytes=sum(path.stat().st_size for path in archive.paths),
+        )
+        selected = archive if layers is None else archive.select(layers=layers)
+        indices = _indices(samples, len(archive))
+        run = _Rewrite(
+            selected,
+            report,
+            WriteOptions(
+                dtype=dtype or archive.metadata.dtype_policy or "float16",
+                on_overflow=on_overflow,
+                codec=codec or archive.metadata.codec,
+                workers=workers,
+                overwrite=overwrite,
+            ),
+            verify=verify,
+        )
+        size = shard_samples or max(1, len(indices))
+        starts = range(0, max(1, len(indices)), size)
+        if dry_run:
+            report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
+            report.num_samples = len(indices)
+            return report
+        try:
+            for number, start in enumerate(starts):
+                shard = _shard(target, number, sharded=shard_samples is not None)
+                run.write(shard, indices[start : start + size], progress, len(indices))
+            run.publish()
+        except BaseException:
+            run.discard()
+            raise
+    return report
+
+
+def _indices(samples: slice | Sequence[int] | None, length: int) -> Sequence[int]:
+    if samples is None:
+        return range(length)
+    if isinstance(samples, slice):
+        return range(length)[samples]
+    return [range(length)[index] for index in samples]
+
+
+def _shard(target: Path, number: int, *, sharded: bool) -> Path:
+    return target.with_name(f"{target.stem}-{number:05d}{target.suffix}") if sharded else target
+
+
+class _Rewrite:
+    """Writes all targets, then publishes them."""
+
+    def __init__(
+        self, archive: Archive, report: RepackReport, options: WriteOptions, *, verify: bool
+    ) -> None:
+        self._archive, self._report, self._options = archive, report, options
+        self._verify = verify
+        self._writers: list[ArchiveWriter] = []
+        self._sources, self._first_source = _joined_sources(archive.files)
+
+    def write(
+        self,
+        target: Path,
+        indices: Sequence[int],
+        progress: Callable[[int, int], None] | None,
+        total: int,
+    ) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_parts(target)
+        writer = ArchiveWriter(target, self._options, **_carried(self._archive.files))
+        self._writers.append(writer)
+        for index in indices:
+            self._add(writer, self._archive[index])
+            self._report.num_samples += 1
+            if progress is not None:
+                progress(self._report.num_samples, total)
+        writer.finish(sources=self._sources)
+        if self._verify:
+            verify_written(writer.part_path, writer.digests, workers=self._options.workers)
+
+    def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
+        first_source = self._first_source[trace.path]
+        if self._report.copied:
+            writer.copy(StoredSample(trace), first_source=first_source)
+        else:
+            writer.append(to_record(trace, first_source=first_source))
+
+    def publish(self) -> None:
+        """Name the targets; the first one last: where it exists, all of them do."""
+        for writer in reversed(self._writers):
+            writer.publish()
+        self._report.targets = [str(writer.summary.path) for writer in self._writers]
+        self._report.target_nbytes = sum(writer.summary.nbytes for writer in self._writers)
+
+    def discard(self) -> None:
+        """Delete what was not published."""
+        for writer in self._writers:
+            writer.discard()
+
+
+def _carried(files: Sequence[ArchiveFile]) -> dict[str, Any]:
+    """Facts that all sources state alike."""
+    facts = {}
+    for name in _CARRIED_FIELDS:
+        values = {getattr(file.metadata, name) for file in files}
+        facts[name] = next(iter(values)) if len(values) == 1 else None
+    return facts
+
+
+def _joined_sources(
+    files: Sequence[ArchiveFile],
+) -> tuple[tuple[SourceFile, ...] | None, dict[Path, int]]:
+    """The files that all archives were converted from, and where each archive's begin."""
+    joined: list[SourceFile] = []
+    first: dict[Path, int] = {}
+    for file in files:
+        first[file.path] = len(joined)
+        joined += file.metadata.sources or ()
+    return tuple(joined) or None, first

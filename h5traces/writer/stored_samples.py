@@ -1,0 +1,114 @@
+"""Samples of one archive on their way into another, chunk by chunk and without recompression."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from h5traces import layout
+from h5traces.dtypes import CastCounts
+from h5traces.encodings import EncodedObject
+from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
+from h5traces.storage.codecs import DEFLATE, GZIP
+from h5traces.storage.digests import chunk_checksum
+from h5traces.writer.observation import Observation
+from h5traces.writer.preparation import Prepared, prepare_element
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from h5traces.archive import Trace
+    from h5traces.schema import TraceMetadata
+    from h5traces.storage.objects import ObjectEntry
+
+
+class StoredSample:
+    """A stored trace, to be copied as it is, or without some of its layers.
+
+    Parameters
+    ----------
+    trace
+        The trace; where it comes from ``archive.select(layers=…)``, only these layers are copied.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    @property
+    def metadata(self) -> TraceMetadata:
+        """The trace's metadata with its fields spelled out."""
+        return self._trace.metadata.model_copy(
+            update={"fields": self._trace.fields, "digest": None}
+        )
+
+    def observation(self) -> Observation:
+        """Layers and sizes of what is copied."""
+        found, archive = Observation(), self._trace.archive_metadata
+        for entry in self._entries():
+            kind, _, name = entry.path.partition("/")
+            if kind not in layout.KINDS:
+                continue
+            found.layers.setdefault(kind, set())
+            if not name or name == layout.STEPS_TABLE:
+                continue
+            in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
+            found.add_array(kind, name, () if in_steps else entry.shape)
+        # Flat datasets of generation steps do not show their sizes.
+        if not found.hidden_sizes and archive.hidden_size is not None:
+            found.hidden_sizes.add(archive.hidden_size)
+        if not found.head_counts and archive.num_heads is not None:
+            found.head_counts.add(archive.num_heads)
+        return found
+
+    def objects(self) -> Iterator[EncodedObject | Prepared]:
+        """Groups and datasets, parents first."""
+        for entry in self._entries():
+            if entry.is_group:
+                yield EncodedObject(entry.path, entry.attrs)
+            elif entry.path.endswith(f"/{layout.STEPS_TABLE}") and self._trace.selected is not None:
+                yield self._selected_steps(entry)
+            else:
+                yield self._copied(entry)
+
+    def _entries(self) -> Iterator[ObjectEntry]:
+        selected = self._trace.selected
+        for path in self._trace.objects:
+            kind, _, name = path.partition("/")
+            layer = layout.parse_layer_name(name) if kind in layout.KINDS else None
+            if selected is None or layer is None or layer in selected:
+                yield self._trace.entry(path)
+
+    def _selected_steps(self, entry: ObjectEntry) -> Prepared:
+        """The steps table without the rows of the layers that stay behind."""
+        kind = entry.path.partition("/")[0]
+        rows = [
+            row
+            for row, layer in enumerate(self._trace.stored_layers(kind))
+            if self._trace.selected is None or layer in self._trace.selected
+        ]
+        table = self._trace.stored(entry.path)[rows]
+        return prepare_element(EncodedObject(entry.path, {}, entry.dtype, table))
+
+    def _copied(self, entry: ObjectEntry) -> Prepared:
+        kind = entry.path.partition("/")[0]
+        return Prepared(
+            path=entry.path,
+            dtype=entry.dtype,
+            attrs=entry.attrs,
+            image=kind in layout.KINDS and layout.KINDS[kind].image,
+            encoded=self._encoded(entry),
+            raw_nbytes=entry.raw_nbytes,
+            counts=CastCounts(),
+        )
+
+    def _encoded(self, entry: ObjectEntry) -> EncodedArray:
+        """The stored chunks, checked; encoded anew only where they are of no codec of ours."""
+        if entry.codec is None or entry.chunks is None:
+            values = self._trace.stored(entry.path)
+            shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
+            return encode_array(values, (GZIP if shuffles else DEFLATE).name)
+        file = self._trace.byte_file
+        chunks = tuple(
+            read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
+        )
+        checksums = entry.chunks.checksums or tuple(chunk_checksum(each) for each in chunks)
+        return EncodedArray(entry.shape, entry.chunk, entry.codec, chunks, checksums)
