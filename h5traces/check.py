@@ -32,6 +32,7 @@ from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.storage.hdf5 import Hdf5Reader, problem_kind
 from h5traces.verification import stored_sample_digest
+from h5traces.writer.elements import index_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
 
 _ROOT_GROUPS = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
 _SAMPLE_DATASETS = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
-_LAYER_ATTRS = frozenset(
-    {"site", "source_dtype", "cast_from", "container", "digest"}
-    | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal"}
-)
 _SITES = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
 _INTEGERS = frozenset({"int64"})
 
@@ -150,7 +147,8 @@ class _Validation:
         self._footer: FooterStore | None = None
         self._metadata: ArchiveMetadata | None = None
         self._kinds: dict[str, KindMetadata] = {}
-        self._ids: list[tuple[str | None, int | None]] = []
+        self._samples: list[TraceMetadata | None] = []
+        self._is_newer = False
 
     def run(self) -> None:
         root = self._reader.root_attributes()
@@ -158,6 +156,8 @@ class _Validation:
             message = "is HDF5, but no h5traces archive: the attribute 'format' is not 'h5traces'"
             raise NotAnArchiveError(message)
         check_version(root, "/")
+        version = layout.parse_version(str(root["format_version"]))
+        self._is_newer = version is not None and version > layout.KNOWN_VERSION
         self._metadata = self._document(ArchiveMetadata, root, "/")
         if root.get("complete") != 1:
             self._add("/", "the archive was not finished: 'complete' is not 1", "incomplete")
@@ -173,12 +173,19 @@ class _Validation:
         self._report.num_samples = len(names)
         self._check_index(names)
         self._check_keys()
+        for place, name in self._reader.ignored_attributes:
+            if not name.startswith(layout.USER_ATTR_PREFIX):
+                message = f"attribute {name!r} is not of the format, nor of a type that it uses"
+                self._add(place, message, "unknown_attribute")
 
     def _add(self, loc: str, message: str, kind: str) -> None:
         self._report.problems.append(Problem(loc, message, kind))
 
     def _document(self, document: type[Document], attrs: Attrs, loc: str) -> Any:
         for name in unknown_attributes(document, attrs):
+            if self._is_newer:
+                self._report.notes.append(f"{loc}: attribute {name!r} is of a newer format")
+                continue
             self._add(
                 loc,
                 f"attribute {name!r} is not of the format; names of your own begin with "
@@ -197,8 +204,9 @@ class _Validation:
         for name in sorted(found - _ROOT_GROUPS):
             self._add(f"/{name}", "no such object belongs in an archive", "unknown_object")
         for name in sorted(_ROOT_GROUPS - found):
-            if name != layout.KINDS_GROUP or (self._metadata and self._metadata.num_samples):
-                self._add(f"/{name}", "the group is missing", "missing_group")
+            self._add(f"/{name}", "the group is missing", "missing_group")
+        for name in self._reader.stray_names():
+            self._add(name, "no such object belongs in an archive", "unknown_object")
 
     def _check_kinds(self) -> None:
         for name, attrs in self._reader.kinds().items():
@@ -245,14 +253,12 @@ class _Validation:
         except ArchiveError as error:
             prefix = f"{self._reader.path}: {place}: "
             self._add(place, _without(error, prefix), problem_kind(error))
-            self._ids.append((None, None))
+            self._samples.append(None)
             return
         for each in problems:
             self._add(f"{place}/{each.loc}", each.message, each.kind)
         metadata = self._document(TraceMetadata, sample.attrs, place)
-        self._ids.append(
-            (metadata.sample_id, metadata.generation_index) if metadata else (None, None)
-        )
+        self._samples.append(metadata)
         self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
         for loc, message, kind in _sample_problems(sample, metadata, self._kinds):
             self._add(f"{place}/{loc}" if loc else place, message, kind)
@@ -305,18 +311,21 @@ class _Validation:
         if len(table) != len(names):
             self._add(loc, f"{len(table)} rows for {len(names)} samples", "count_mismatch")
             return
-        missing = {"ordinal", "sample_id", "seq_len"} - set(table.dtype.names)
-        if missing:
-            self._add(loc, f"columns {', '.join(sorted(missing))} are missing", "missing_column")
-            return
-        ids = text.decode_all(table["sample_id"])
-        for row, (listed, (stored, _)) in enumerate(zip(ids, self._ids, strict=True)):
-            if listed != (stored or ""):
-                message = f"row {row} has sample id {listed!r}, the sample has {stored!r}"
+        for name, expected in index_columns([each for each in self._samples if each]).items():
+            if name not in table.dtype.names:
+                self._add(loc, f"the column {name!r} is missing", "missing_column")
+            elif len(expected) == len(table):
+                self._check_column(loc, name, table[name], expected)
+
+    def _check_column(self, loc: str, name: str, found: Any, expected: Any) -> None:
+        for row, (listed, stored) in enumerate(zip(found.tolist(), expected.tolist(), strict=True)):
+            if listed != stored:
+                message = f"row {row} has {name} {listed!r}, the sample has {stored!r}"
                 self._add(loc, message, "index_mismatch")
 
     def _check_keys(self) -> None:
-        counts = Counter(key for key in self._ids if key[0] is not None)
+        keys = ((each.sample_id, each.generation_index) for each in self._samples if each)
+        counts = Counter(key for key in keys if key[0] is not None)
         for (sample_id, generation), count in counts.items():
             if count > 1:
                 message = (
@@ -355,7 +364,8 @@ def _sample_problems(
         elif first in kinds:
             if rest:
                 yield from _layer_problems(entry, rest, kinds[first])
-            if rest and rest != layout.STEPS_TABLE and entry.dtype in FLOAT_TYPES:
+            known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
+            if known and entry.dtype in FLOAT_TYPES:
                 arrays.append(
                     ArrayDescription(
                         kind=first,
@@ -395,7 +405,9 @@ def _layer_problems(
     if "digest" not in entry.attrs:
         yield entry.path, "the attribute 'digest' is missing", "missing_attribute"
     for attribute in entry.attrs:
-        if attribute not in _LAYER_ATTRS and not attribute.startswith(layout.USER_ATTR_PREFIX):
+        if attribute not in layout.LAYER_ATTRS and not attribute.startswith(
+            layout.USER_ATTR_PREFIX
+        ):
             yield entry.path, f"attribute {attribute!r} is not of the format", "unknown_attribute"
 
 

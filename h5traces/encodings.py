@@ -30,6 +30,7 @@ ENCODING_VERSION: Final = "encoding_version"
 VERSION: Final = "1"
 MAX_DEPTH: Final = 64
 MAX_ITEMS: Final = 5_000_000
+MAX_AXES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +241,9 @@ def _encode_array(
         dtype = "uint8"
     else:
         message = f"an array of dtype {array.dtype} has no encoding; expected numbers or text"
+        raise ConversionError(message)
+    if values.ndim > MAX_AXES:
+        message = f"an array of {array.ndim} axes has no encoding; HDF5 has at most {MAX_AXES}"
         raise ConversionError(message)
     return EncodedObject(path, attrs, dtype, values)
 

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 FORMAT_NAME: Final = "h5traces"
 FORMAT_VERSION: Final = "1.0"
 FORMAT_MAJOR: Final = 1
+KNOWN_VERSION: Final = (1, 0)
 # Names a reader must know to read an archive rightly. Format 1.0 itself needs none.
 KNOWN_FEATURES: Final = frozenset[str]()
 
@@ -37,6 +39,23 @@ IMAGE_ATTRS: Final = {
     "CLASS": "IMAGE",
     "IMAGE_VERSION": "1.2",
     "IMAGE_SUBCLASS": "IMAGE_GRAYSCALE",
+}
+
+# Attributes of layered arrays.
+LAYER_ATTRS: Final = frozenset(
+    {"site", "source_dtype", "cast_from", "container", "digest"}
+    | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal"}
+)
+# Attributes of all groups and datasets inside samples.
+OBJECT_ATTRS: Final = LAYER_ATTRS | {
+    "sequence",
+    "encoding",
+    "encoding_version",
+    "dtype",
+    "torch_dtype",
+    "ndim",
+    "keys",
+    *IMAGE_ATTRS,
 }
 
 SITE_EMBEDDING: Final = "embedding"
@@ -88,6 +107,12 @@ KINDS: Final = {
 
 _LAYER_NAME = re.compile(r"layer_(\d{3,})\Z")
 _SAMPLE_NAME = re.compile(r"\d{8,}\Z")
+
+
+def parse_version(version: str) -> tuple[int, int] | None:
+    """Major and minor of a format version, None where it is no version."""
+    found = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version, flags=re.ASCII)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def sample_name(ordinal: int) -> str:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from h5traces.errors import CorruptArchiveError
+from h5traces.errors import ConversionError, CorruptArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTRODUCER = "\u241b"
+MAX_TEXT_NBYTES = 128 << 20
+MAX_COLUMN_NBYTES = 1 << 30
 _NEEDS_ESCAPE = re.compile(f"[{INTRODUCER}\ud800-\udfff]")
 _ESCAPED = re.compile(f"{INTRODUCER}([0-9A-F]{{4}})?")
 
@@ -72,9 +74,22 @@ def decode(stored: bytes) -> str:
 
 
 def encode_all(texts: Sequence[str]) -> np.ndarray:
-    """`texts` as an array of shape ``(len(texts),)`` and dtype ``S<n>``, n at least 1."""
+    """`texts` as an array of shape ``(len(texts),)`` and dtype ``S<n>``, n at least 1.
+
+    Raises
+    ------
+    ConversionError
+        They are longer than archives hold.
+    """
     encoded = [encode(text) for text in texts]
     width = max((len(text) for text in encoded), default=1)
+    if width > MAX_TEXT_NBYTES or width * len(encoded) > MAX_COLUMN_NBYTES:
+        message = (
+            f"{len(encoded)} texts, the longest of {width} bytes, take {width * len(encoded)} "
+            f"bytes in fields of one length; at most {MAX_TEXT_NBYTES} bytes each and "
+            f"{MAX_COLUMN_NBYTES} together can be stored"
+        )
+        raise ConversionError(message)
     return np.array(encoded, dtype=f"S{max(width, 1)}")
 
 

@@ -76,8 +76,8 @@ def verify_written(path: Path, digests: Sequence[str], *, workers: int | None = 
 
 def stored_sample_digest(sample: SampleEntry) -> str:
     """The digest of a sample by its stored attributes and its datasets' own digests."""
-    metadata = {name: value for name, value in sample.attrs.items() if name != "digest"}
-    return sample_digest(metadata, {path: entry.attrs for path, entry in sample.objects.items()})
+    objects = {path: entry.attrs for path, entry in sample.objects.items()}
+    return sample_digest(sample.attrs, objects)
 
 
 def wrong_path(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> str | None:

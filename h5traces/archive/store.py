@@ -209,7 +209,8 @@ class FooterStore:
             if dtype == _GROUP_TYPE:
                 return ObjectEntry(path, attrs)
             digest = column("object_digest")[16 * row : 16 * row + 16].tobytes()
-            attrs[DIGEST] = digest.hex()
+            if any(digest):
+                attrs[DIGEST] = digest.hex()
             dims = slice(*self._dims_ends[row : row + 2].tolist())
             chunks = slice(*self._chunk_ends[row : row + 2].tolist())
             return ObjectEntry(
@@ -502,11 +503,11 @@ def check_version(attrs: Attrs, place: str) -> None:
         Its major version is newer, or it requires a feature that is unknown here.
     """
     version = str(attrs.get("format_version", ""))
-    major = version.partition(".")[0]
-    if not major.isdigit() or int(major) > layout.FORMAT_MAJOR:
+    found = layout.parse_version(version)
+    if found is None or found[0] != layout.FORMAT_MAJOR:
         message = (
-            f"{place}: format version {version!r} is newer than {layout.FORMAT_VERSION}, which "
-            "this release reads; upgrade h5traces"
+            f"{place}: format version is {version!r}, this release reads major version "
+            f"{layout.FORMAT_MAJOR}; upgrade h5traces, or use the release that wrote the archive"
         )
         raise UnsupportedVersionError(message)
     features = attrs.get("required_features", "[]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -178,7 +178,11 @@ class Trace(Mapping[str, Any]):
         attrs, values = self.attrs(layout.TOKENS), self.stored(layout.TOKENS)
         source_dtype = attrs.get("source_dtype")
         if isinstance(source_dtype, str):
-            values = values.astype(source_dtype)
+            try:
+                values = values.astype(np.dtype(source_dtype))
+            except TypeError as error:
+                message = f"{self.place}/{layout.TOKENS}: source_dtype {source_dtype!r} is no type"
+                raise CorruptArchiveError(message) from error
         if torch_tensors and attrs.get("container") == "torch":
             return to_tensor(TorchValue(values, values.dtype.name))
         return values
@@ -203,6 +207,21 @@ class Trace(Mapping[str, Any]):
     def objects(self) -> Mapping[str, ObjectEntry]:
         """All objects of the sample by path."""
         return self._sample.objects
+
+    @property
+    def embedding(self) -> LayerValue:
+        """The output of the embedding, ``(seq_len, hidden_size)``; no part of the legacy list.
+
+        Raises
+        ------
+        LayerIndexError
+            It is not stored.
+        """
+        if f"{layout.HIDDEN_STATES}/{layout.EMBEDDING}" not in self._sample.objects:
+            message = f"{self.place}: the embedding is not stored"
+            raise LayerIndexError(message)
+        value: LayerValue = self.read_layer(layout.HIDDEN_STATES, layout.EMBEDDING)
+        return value
 
     def layer(self, layer: int, kind: str = layout.HIDDEN_STATES) -> LayerValue:
         """One layer's array by the model's own 0-based layer number.
@@ -300,15 +319,11 @@ class LayerSequence(Sequence[LayerValue]):
     @cached_property
     def names(self) -> list[str]:
         """Dataset names, in order of position; the embedding is not part of the list."""
-        prefix = f"{self.kind}/"
-        numbers = []
-        for path in self._trace.objects:
-            if not path.startswith(prefix):
-                continue
-            layer = layout.parse_layer_name(path.removeprefix(prefix))
-            if layer is not None and (self._selected is None or layer in self._selected):
-                numbers.append(layer)
-        return [layout.layer_name(layer) for layer in sorted(numbers)]
+        names = _layer_names(self.kind, tuple(self._trace.objects))
+        if self._selected is None:
+            return list(names)
+        selected = {layout.layer_name(layer) for layer in self._selected}
+        return [name for name in names if name in selected]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -357,6 +372,17 @@ class LayerSequence(Sequence[LayerValue]):
 
     def __repr__(self) -> str:
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
+
+
+@lru_cache(maxsize=256)
+def _layer_names(kind: str, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Layer datasets of a kind, by layer; cached, since all samples of an archive are alike."""
+    prefix = f"{kind}/"
+    names = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
+    layers = (layout.parse_layer_name(name) for name in names)
+    return tuple(
+        layout.layer_name(layer) for layer in sorted(each for each in layers if each is not None)
+    )
 
 
 class _Elements:

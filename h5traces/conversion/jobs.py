@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h5traces.archive import open_archive
 from h5traces.conversion.reports import (
     FileReport,
     cast_warnings,
     coverage_warnings,
 )
 from h5traces.dtypes import CastCounts
-from h5traces.errors import ConversionError, H5TracesError, SchemaError
+from h5traces.errors import ConversionError, H5TracesError, SchemaError, StoredStateWarning
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import names_in_file_name, num_layers_of, to_record
 from h5traces.reading_ahead import ReadAhead
@@ -54,7 +56,9 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         source_nbytes=sum(source.stat().st_size for source in job.sources),
     )
     exists = job.first_target.exists()
-    if exists and options.skip_existing:
+    if exists and options.skip_existing and (odd := _not_an_archive(job.first_target)) is not None:
+        report.status, report.error = "failed", odd
+    elif exists and options.skip_existing:
         report.status, report.targets = "skipped", [str(each) for each in job.existing_targets()]
         report.archive_nbytes = sum(each.stat().st_size for each in job.existing_targets())
     elif options.dry_run:
@@ -69,6 +73,17 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         for source in job.sources:
             report_progress(source, source.stat().st_size, 0)
     return report
+
+
+def _not_an_archive(target: Path) -> str | None:
+    """Why a target that exists is no finished archive; None where it is one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StoredStateWarning)
+            open_archive(target).close()
+    except (H5TracesError, OSError) as error:
+        return f"{error}; it stands where an archive would go: move it, or use --overwrite"
+    return None
 
 
 def _convert_job(
@@ -127,7 +142,6 @@ class _Conversion:
         self._report_progress = report_progress
         self._writers: list[ArchiveWriter] = []
         self._source_counts: list[int] = [0] * len(sources)
-        self._first_in_writer: Counter[int] = Counter()
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
 
@@ -184,6 +198,7 @@ class _Conversion:
             "dataset": self._options.dataset or names.get("dataset"),
         }
         self._writers.append(ArchiveWriter(target, self._options.write, **facts))
+        self._source_counts = [0] * len(self._sources)
 
     def _finish_writer(self) -> None:
         writer = self._writers[-1]

@@ -82,6 +82,8 @@ def to_record(
         A field is missing or of a type that no layout has; the message names the field.
     """
     found = _Fields()
+    # No producer of the container layout is known, so nobody knows where its last state was taken.
+    sites_known = not isinstance(item, ContainerItem)
     item = as_dict(item)
     if layout.HIDDEN_STATES not in item:
         message = (
@@ -94,7 +96,7 @@ def to_record(
             message = f"field {key!r} is named by a {type(key).__name__}, expected a str"
             raise ConversionError(message)
         if key in layout.KINDS:
-            found.layered[key] = _layered(key, value, layers)
+            found.layered[key] = _layered(key, value, layers, sites_known=sites_known)
     for key, value in item.items():
         if key not in found.layered:
             _place(key, value, item, found)
@@ -184,7 +186,9 @@ def _length(tokens: Any) -> int:
     return len(tokens.data if isinstance(tokens, TorchValue) else tokens)
 
 
-def _layered(kind: str, value: Any, layers: tuple[int, ...] | None) -> LayeredArrays:
+def _layered(
+    kind: str, value: Any, layers: tuple[int, ...] | None, *, sites_known: bool
+) -> LayeredArrays:
     if not isinstance(value, (list, tuple)):
         message = (
             f"field {kind!r} is a {type(value).__name__}, expected a list with one array per layer"
@@ -198,7 +202,11 @@ def _layered(kind: str, value: Any, layers: tuple[int, ...] | None) -> LayeredAr
             f"(0 to {len(value) - 1}); change --layers"
         )
         raise ConversionError(message)
-    arrays = tuple(_layer(kind, layer, value[layer], last=len(value) - 1) for layer in wanted)
+    has_sites = sites_known and kind == layout.HIDDEN_STATES
+    arrays = tuple(
+        _layer(kind, layer, value[layer], _site(layer, len(value)) if has_sites else None)
+        for layer in wanted
+    )
     if len({isinstance(each.array, StepArrays) for each in arrays}) > 1:
         message = f"field {kind!r} mixes arrays and lists of generation steps; expected one or the "
         msg = f"{message}other for all layers"
@@ -207,11 +215,13 @@ def _layered(kind: str, value: Any, layers: tuple[int, ...] | None) -> LayeredAr
     return LayeredArrays(arrays, sequence)
 
 
-def _layer(kind: str, layer: int, value: Any, *, last: int) -> LayerArray:
+def _site(layer: int, num_layers: int) -> str:
+    """Where the old extractors took a hidden state: transformers norms the last one."""
+    return layout.SITE_FINAL_NORM if layer == num_layers - 1 else layout.SITE_BLOCK_OUTPUT
+
+
+def _layer(kind: str, layer: int, value: Any, site: str | None) -> LayerArray:
     place = f"field {kind!r}, layer {layer}"
-    site = None
-    if kind == layout.HIDDEN_STATES:
-        site = layout.SITE_FINAL_NORM if layer == last else layout.SITE_BLOCK_OUTPUT
     name = layout.layer_name(layer)
     if isinstance(value, (list, tuple)):
         steps = [_typed(step, f"{place}, step {number}") for number, step in enumerate(value)]

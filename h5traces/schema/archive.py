@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from h5traces import layout
 from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.schema.base import Document
 
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
 LayerNumbers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...],
     Field(description="0-based decoder block numbers, strictly ascending."),
@@ -31,7 +31,9 @@ class SourceFile(Document):
 
     name: Annotated[str, Field(min_length=1, description="File name, without its folder.")]
     nbytes: Annotated[int, Field(ge=0, description="Size of the file in bytes.")]
-    num_samples: Count = 0
+    num_samples: Annotated[
+        int, Field(ge=0, description="Samples of this archive that came from the file.")
+    ] = 0
 
 
 class KindMetadata(Document):
@@ -62,10 +64,12 @@ class ArchiveMetadata(Document):
     not finished.
     """
 
-    format: Literal["h5traces"] = layout.FORMAT_NAME
+    format: Annotated[
+        Literal["h5traces"], Field(description="Tells an archive from other HDF5 files.")
+    ]
     format_version: Annotated[
         str, Field(pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR of the format.")
-    ] = layout.FORMAT_VERSION
+    ]
     stability: Annotated[
         Literal["unstable", "stable"],
         Field(description="'unstable' until this format version is released and frozen."),
@@ -86,12 +90,16 @@ class ArchiveMetadata(Document):
         str,
         Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", description="A UUID."),
     ]
-    num_samples: Count = 0
+    num_samples: Annotated[Count, Field(description="Groups below /samples.")]
     model_id: Annotated[
         str | None, Field(description="As the user or the batch's file name gives it.")
     ] = None
-    model_revision: str | None = None
-    dataset: str | None = None
+    model_revision: Annotated[
+        str | None, Field(description="Commit or tag of the model's weights.")
+    ] = None
+    dataset: Annotated[
+        str | None, Field(description="The data set that the questions came from.")
+    ] = None
     num_layers: Annotated[
         PositiveCount | None, Field(description="Decoder blocks of the model.")
     ] = None
@@ -111,14 +119,17 @@ class ArchiveMetadata(Document):
         tuple[str, ...] | None,
         Field(description="Keys of the legacy dicts, in order; a sample may name its own."),
     ] = None
-    codec: Annotated[str, Field(description="Name of the codec of the layered arrays.")] = "gzip"
+    codec: Annotated[str, Field(description="Name of the codec of the layered arrays.")]
     dtype_policy: Annotated[
         DtypePolicy | None, Field(description="How stored types were chosen.")
     ] = None
     on_overflow: Annotated[
         OverflowPolicy | None, Field(description="What was done where the type was too narrow.")
     ] = None
-    sources: tuple[SourceFile, ...] | None = None
+    sources: Annotated[
+        tuple[SourceFile, ...] | None,
+        Field(description="The files that samples were converted from."),
+    ] = None
     complete: Annotated[bool, Field(description="Written last; false or absent: not finished.")] = (
         False
     )

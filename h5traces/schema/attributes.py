@@ -87,7 +87,7 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
         value = attrs[name]
         if form == "json" and isinstance(value, str):
             try:
-                plain[name] = json.loads(value)
+                plain[name] = _with_tuples(json.loads(value))
             except ValueError as error:
                 problem = Problem(name, f"is no JSON: {error}", "bad_json")
                 msg = f"{name} {problem.message}"
@@ -95,15 +95,24 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
         elif form == "bool" and value in (0, 1):
             plain[name] = bool(value)
         elif form == "ints" and isinstance(value, int):
-            plain[name] = [value]
+            plain[name] = (value,)
         else:
             plain[name] = value
     try:
-        # From JSON, since strict validation of Python objects refuses lists for tuples.
-        return document.model_validate_json(json.dumps(plain))
+        # Not from JSON: pydantic's parser refuses the lone surrogates that Python strings may hold.
+        return document.model_validate(plain)
     except ValidationError as error:
         problems = problems_of(error)
         raise SchemaError("; ".join(f"{p.loc}: {p.message}" for p in problems), problems) from error
+
+
+def _with_tuples(value: Any) -> Any:
+    """Lists as tuples: strict validation takes nothing else for a tuple, and no field is a list."""
+    if isinstance(value, list):
+        return tuple(_with_tuples(each) for each in value)
+    if isinstance(value, dict):
+        return {key: _with_tuples(each) for key, each in value.items()}
+    return value
 
 
 def unknown_attributes(document: type[Document], attrs: Mapping[str, AttrValue]) -> list[str]:

@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 
 from h5traces import layout
 from h5traces.dtypes import FloatType, TypedArray
 from h5traces.errors import Problem, SchemaError
+from h5traces.schema.archive import Count, Int64
+from h5traces.schema.attributes import problems_of
 from h5traces.schema.base import Document
 from h5traces.schema.trace import Coverage, SourcePosition, TraceMetadata
 
@@ -93,20 +95,28 @@ class LayeredArrays:
 class ArrayDescription(Document):
     """Name, type and shape of one stored array."""
 
-    kind: str
-    name: str
-    dtype: FloatType
-    shape: tuple[int, ...]
-    site: str | None = None
+    kind: Annotated[str, Field(min_length=1, description="For instance ``hidden_states``.")]
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^(layer_[0-9]{3,}|embedding)$",
+            description="Dataset name: ``layer_000`` and so on, or ``embedding``.",
+        ),
+    ]
+    dtype: Annotated[FloatType, Field(description="Stored type.")]
+    shape: Annotated[tuple[Count, ...], Field(description="Shape of the array.")]
+    site: Annotated[str | None, Field(description="Where in the model the numbers were taken.")] = (
+        None
+    )
 
 
 class TraceDescription(Document):
     """A trace without its numbers: what is stored, under which names, in which shapes."""
 
-    metadata: TraceMetadata
-    num_tokens: Annotated[int | None, Field(ge=0)] = None
-    num_tokens_decoded: Annotated[int | None, Field(ge=0)] = None
-    arrays: tuple[ArrayDescription, ...] = ()
+    metadata: Annotated[TraceMetadata, Field(description="The attributes of the sample group.")]
+    num_tokens: Annotated[Count | None, Field(description="Stored token ids.")] = None
+    num_tokens_decoded: Annotated[Count | None, Field(description="Stored token texts.")] = None
+    arrays: Annotated[tuple[ArrayDescription, ...], Field(description="Every layered array.")] = ()
 
     def problems(self) -> list[Problem]:
         """Every contradiction between the fields; JSON Schema cannot relate their lengths."""
@@ -185,7 +195,7 @@ class TraceRecord(BaseModel):
     sample_id: str | None = None
     generation_index: Annotated[int | None, Field(ge=0)] = None
     prompt_len: Annotated[int | None, Field(ge=0)] = None
-    label: int | None = None
+    label: Int64 | None = None
     scores: dict[str, float] | None = None
     source: SourcePosition | None = None
     fields: tuple[str, ...] = ()
@@ -221,6 +231,17 @@ class TraceRecord(BaseModel):
         SchemaError
             Fields contradict each other; ``problems`` lists how.
         """
+        try:
+            description = self._description()
+        except ValidationError as error:
+            found = problems_of(error)
+            raise SchemaError(_joined(found), found) from error
+        problems = description.problems()
+        if problems:
+            raise SchemaError(_joined(problems), problems)
+        return description
+
+    def _description(self) -> TraceDescription:
         coverage = self.coverage()
         arrays = tuple(
             ArrayDescription(
@@ -234,7 +255,7 @@ class TraceRecord(BaseModel):
             for entry in layers.arrays
             if not isinstance(entry.array, StepArrays)
         )
-        description = TraceDescription(
+        return TraceDescription(
             metadata=TraceMetadata(
                 sample_id=self.sample_id,
                 generation_index=self.generation_index,
@@ -250,12 +271,6 @@ class TraceRecord(BaseModel):
             num_tokens_decoded=None if self.tokens_decoded is None else len(self.tokens_decoded),
             arrays=arrays,
         )
-        problems = description.problems()
-        if problems:
-            raise SchemaError(
-                "; ".join(f"{each.loc}: {each.message}" for each in problems), problems
-            )
-        return description
 
     def _seq_len(self, arrays: tuple[ArrayDescription, ...]) -> int:
         if self.tokens is not None:
@@ -267,6 +282,10 @@ class TraceRecord(BaseModel):
                     if axis_name in ("token", "query"):
                         return length
         return 0
+
+
+def _joined(problems: list[Problem]) -> str:
+    return "; ".join(f"{each.loc}: {each.message}" for each in problems)
 
 
 def _shape_of(entry: LayerArray) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from h5traces.schema.archive import Count
+from h5traces.schema.archive import Count, Int64
 from h5traces.schema.base import Document
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
@@ -42,11 +42,9 @@ class TraceMetadata(Document):
         Count, Field(description="Number of stored tokens, or of stored positions without tokens.")
     ]
     prompt_len: Annotated[Count | None, Field(description="Tokens of the prompt.")] = None
-    coverage: Annotated[
-        Coverage, Field(description="What the token axis of the arrays covers.")
-    ] = "full"
+    coverage: Annotated[Coverage, Field(description="What the token axis of the arrays covers.")]
     label: Annotated[
-        int | None, Field(description="Class label, for instance 1=hallucination.")
+        Int64 | None, Field(description="Class label, for instance 1=hallucination.")
     ] = None
     scores: Annotated[
         dict[str, float] | None, Field(description="Scores by name, for instance bleurt.")
@@ -55,7 +53,9 @@ class TraceMetadata(Document):
         tuple[str, ...] | None,
         Field(description="Keys of the legacy dict in order, where not the archive's ``fields``."),
     ] = None
-    source: SourcePosition | None = None
+    source: Annotated[
+        SourcePosition | None, Field(description="Where the sample was converted from.")
+    ] = None
     digest: Annotated[
         str | None,
         Field(pattern=r"^[0-9a-f]{32}$", description="xxh3-128 of the content; written last."),

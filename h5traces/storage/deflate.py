@@ -41,8 +41,11 @@ _RAW_DEFLATE = -15
 _SMALL = 8192
 
 # isal's level 1 takes accidental matches of three or four bytes, dear ones when bytes are likely
-# to be equal: at 1/18 (softmax outputs) it loses 4 % to plain Huffman coding, at 1/32 nothing.
-_MAX_COLLISION_FOR_ISAL = 1 / 28
+# to be equal: at 1/17 it loses 0.1 % to plain Huffman coding, at 1/10 it loses 2 %.
+_MAX_COLLISION_FOR_ISAL = 1 / 17
+
+# A window of 512 bytes leaves few accidental matches: twice as fast as 32 KiB, and 0.2 % smaller.
+_RAW_DEFLATE_SHORT_WINDOW = -9
 
 # Where equal neighbours are no more than chance, literals are cheaper (half-zero activations: 4 %),
 # until there are so many that a whole bit for each byte is what costs.
@@ -55,9 +58,6 @@ _MIN_MASKED = 0.2
 # Share of repeated strings from which a search may win more than one per cent.
 _MIN_REPEATS = 0.0075
 
-# What isal's level 1 saves below the entropy it saves by repeats, and a search finds more of them.
-_BELOW_ENTROPY = 0.995
-
 # Elsewhere a search is tried on this many bytes of the plane, and must win one per cent there: for
 # integers, text, and entropies so low that Huffman's whole bits waste much. Hidden states and
 # attentions seldom get there; the trial would cost them a third of their speed.
@@ -68,11 +68,20 @@ _MIN_GAIN = 0.99
 # zlib-ng's level 9 crawls where few values occur: at 1 to 2 MB/s through sparse planes.
 _MIN_ENTROPY_FOR_SHORT_SEARCH = 4
 
-# Blocks of 4096 instead of 32768 symbols follow changing statistics (the heads of an attention
-# layer: 5 % smaller) and cost a second code table, 0.0008 bits per symbol for each byte value.
+# Blocks of 4096 instead of 32768 symbols follow changing statistics (rows of many scales: 8 %
+# smaller) and cost a second code table, 0.0008 bits per symbol for each byte value. The heads of an
+# attention layer change as well, but there such blocks win 1 % and take twice the time. From this
+# size of a plane, 64 tokens and more, blocks of 16384 win most of that, and it would be above 1 %.
 _TABLE_COST = 0.0008
 _MEM_LEVEL_SHORT_BLOCKS = 6
+_MEM_LEVEL_MEDIUM_BLOCKS = 8
 _MEM_LEVEL_LONG_BLOCKS = 9
+_LARGE = 1 << 17
+
+
+# zlib-ng inflates the runs of attentions, which are stored in so little of their size, 1.1 to 1.4
+# times as fast as isal; isal inflates hidden states 1.3, bfloat16-born ones 1.6 times as fast.
+_MAX_SHARE_FOR_ZLIB_NG = 0.56
 
 
 class _Coding(enum.Enum):
@@ -98,20 +107,21 @@ class _Plan:
         zlib's parameter, which sets the length of blocks.
     joins
         Whether neighbouring planes become one piece; others need code tables of their own.
-    search_below
-        If the first coding gets below so many bytes, searches for repeats are tried as well.
     """
 
     codings: tuple[_Coding, ...]
     mem_level: int = _MEM_LEVEL_LONG_BLOCKS
     joins: bool = False
-    search_below: int = 0
 
 
 _LONG_SEARCHES = (_Coding.SEARCH, _Coding.LONG_SEARCH)
 _STORED = _Plan((), joins=True)
 _REPEATS = _Plan(_LONG_SEARCHES)
 _CONSTANT = _Plan((_Coding.RUNS,), joins=True)
+_MASKED = _Plan((_Coding.RUNS,))
+_MASKED_LARGE = _Plan((_Coding.RUNS,), _MEM_LEVEL_MEDIUM_BLOCKS)
+_DENSE = _Plan((_Coding.DENSE,))
+_DENSE_REPEATS = _Plan((_Coding.DENSE, *_LONG_SEARCHES))
 _THOROUGH = _Plan((_Coding.HUFFMAN, _Coding.SHORT_SEARCH))
 
 
@@ -140,18 +150,25 @@ class Engines:
         library = self.zlib_ng or self.isal_zlib or zlib
         return int(library.adler32(data))
 
-    def inflater(self) -> Any:
-        """A fresh zlib decompressor with ``decompress(data, max_length)`` and ``eof``."""
-        if self.igzip_lib:
+    def inflater(self, stored_share: float) -> Any:
+        """A fresh zlib decompressor with ``decompress(data, max_length)`` and ``eof``.
+
+        Parameters
+        ----------
+        stored_share
+            Stored bytes per raw byte.
+        """
+        if self.igzip_lib and (stored_share > _MAX_SHARE_FOR_ZLIB_NG or not self.zlib_ng):
             return self.igzip_lib.IgzipDecompressor(self.igzip_lib.DECOMP_ZLIB)
         return (self.zlib_ng or zlib).decompressobj()
 
     def deflater(self, coding: _Coding, mem_level: int) -> Any:
         """A fresh raw deflate compressor."""
         library = self.zlib_ng or zlib
-        if self.isal_zlib and coding in (_Coding.DENSE, _Coding.LONG_SEARCH):
-            level = 1 if coding is _Coding.DENSE else 3
-            return self.isal_zlib.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, 9)
+        if self.isal_zlib and coding is _Coding.DENSE:
+            return self.isal_zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE_SHORT_WINDOW, 9)
+        if self.isal_zlib and coding is _Coding.LONG_SEARCH:
+            return self.isal_zlib.compressobj(3, zlib.DEFLATED, _RAW_DEFLATE, 9)
         level, strategy = self._setting(coding)
         return library.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, mem_level, strategy)
 
@@ -194,7 +211,7 @@ def encode(raw: Buffer, *, itemsize: int) -> bytes:
     if planes.size < _SMALL:
         pieces = _small_pieces(shuffled, itemsize)
     else:
-        pieces = _pieces(shuffled, itemsize, list(map(_plan, planes)))
+        pieces = _pieces(shuffled, itemsize, _plans(planes))
     checksum = ENGINES.adler32(shuffled).to_bytes(4, "big")
     return b"".join((_HEADER, *pieces, checksum))
 
@@ -219,7 +236,7 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
 
 
 def _inflate(stored: Buffer, nbytes: int) -> bytes:
-    inflater = ENGINES.inflater()
+    inflater = ENGINES.inflater(memoryview(stored).nbytes / max(nbytes, 1))
     try:
         data: bytes = inflater.decompress(stored, nbytes + 1)
     except ENGINES.errors as error:
@@ -255,17 +272,17 @@ def _as_bytes(buffer: Buffer) -> Bytes:
     return np.frombuffer(view, np.uint8)
 
 
-def _small_pieces(shuffled: Bytes, itemsize: int) -> list[bytes]:
+def _small_pieces(shuffled: Bytes, itemsize: int) -> list[Buffer]:
     """The smaller of the whole chunk searched and every plane coded in all ways."""
-    whole = [_piece(shuffled, _THOROUGH, final=True)]
+    whole = _piece(shuffled, _THOROUGH, final=True)
     if itemsize == 1 or shuffled.size < 2 * itemsize:
         return whole
     planes = _planes.plane_view(shuffled, itemsize)
     plans = [_CONSTANT if (plane == plane[0]).all() else _THOROUGH for plane in planes]
-    return min(whole, _pieces(shuffled, itemsize, plans), key=lambda pieces: sum(map(len, pieces)))
+    return min(whole, _pieces(shuffled, itemsize, plans), key=_nbytes)
 
 
-def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> list[bytes]:
+def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> list[Buffer]:
     """The planes as raw deflate, the unshuffled tail with the last one."""
     count = shuffled.size // itemsize
     stop, pieces = 0, []
@@ -273,7 +290,7 @@ def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> list[bytes]:
         start, stop = stop, stop + len(list(group))
         final = stop == itemsize
         end = shuffled.size if final else stop * count
-        pieces.append(_piece(shuffled[start * count : end], plan, final=final))
+        pieces += _piece(shuffled[start * count : end], plan, final=final)
     return pieces
 
 
@@ -282,33 +299,38 @@ def _grouping(numbered: tuple[int, _Plan]) -> tuple[int, _Plan]:
     return (-1 if plan.joins else index), plan
 
 
-def _plan(plane: Bytes) -> _Plan:
-    """The codings that may be smallest for a plane, from what a sample shows."""
-    facts = _planes.survey(plane)
+def _plans(planes: Bytes) -> list[_Plan]:
+    """The codings that may be smallest for every plane, from what samples show."""
+    plans: list[_Plan] = []
+    elements_differ = False
+    for plane, facts in zip(planes, _planes.survey(planes), strict=True):
+        plans.append(_plan(plane, facts, elements_differ=elements_differ))
+        # What repeats are whole elements, so a noisy plane without repeats speaks for the rest.
+        elements_differ = elements_differ or plans[-1] is _STORED
+    return plans
+
+
+def _plan(plane: Bytes, facts: PlaneSurvey, *, elements_differ: bool) -> _Plan:
     if facts.num_values == 1:
         return _CONSTANT
     if facts.noise:
-        return _REPEATS if _planes.repeats(plane, facts.commonest) > _MIN_REPEATS else _STORED
-    varied = facts.variation > _TABLE_COST * facts.num_values
-    mem_level = _MEM_LEVEL_SHORT_BLOCKS if varied else _MEM_LEVEL_LONG_BLOCKS
-    excess_pairs = facts.pairs - facts.collision
-    runs = excess_pairs > _MIN_EXCESS_PAIRS or facts.pairs > _MIN_PAIRS
-    if not runs and not varied and facts.collision < _MAX_COLLISION_FOR_ISAL:
-        return _dense_plan(plane, facts)
-    simple = _Plan((_Coding.RUNS if runs else _Coding.HUFFMAN,), mem_level)
-    masked = excess_pairs > _MIN_EXCESS_PAIRS and facts.zeros > _MIN_MASKED
+        return _REPEATS if not elements_differ and _repeats(plane, facts) else _STORED
+    pairs, collision = facts.pairs, facts.collision
+    excess = pairs - collision > _MIN_EXCESS_PAIRS
+    masked = excess and facts.zeros > _MIN_MASKED
     if masked and facts.entropy > _MAX_ENTROPY_FOR_TRIAL and plane.size > _TRIAL:
-        return simple
+        return _MASKED if plane.size < _LARGE else _MASKED_LARGE
+    runs = excess or pairs > _MIN_PAIRS
+    varied = facts.variation > _TABLE_COST * facts.num_values
+    if not runs and not varied and collision < _MAX_COLLISION_FOR_ISAL:
+        return _DENSE_REPEATS if not elements_differ and _repeats(plane, facts) else _DENSE
+    mem_level = _MEM_LEVEL_SHORT_BLOCKS if varied else _MEM_LEVEL_LONG_BLOCKS
+    simple = _Plan((_Coding.RUNS if runs else _Coding.HUFFMAN,), mem_level)
     return replace(simple, codings=simple.codings + _searches(plane, facts, simple))
 
 
-def _dense_plan(plane: Bytes, facts: PlaneSurvey) -> _Plan:
-    if ENGINES.isal_zlib:
-        floor = _BELOW_ENTROPY * facts.entropy / 8 * plane.size
-        return _Plan((_Coding.DENSE,), search_below=int(floor))
-    # Plain Huffman coding never shows repeats by its size.
-    found = _planes.repeats(plane, facts.commonest) > _MIN_REPEATS
-    return _Plan((_Coding.DENSE, *_LONG_SEARCHES) if found else (_Coding.DENSE,))
+def _repeats(plane: Bytes, facts: PlaneSurvey) -> bool:
+    return _planes.repeats(plane, facts.anchor) > _MIN_REPEATS
 
 
 def _searches(plane: Bytes, facts: PlaneSurvey, simple: _Plan) -> tuple[_Coding, ...]:
@@ -316,45 +338,44 @@ def _searches(plane: Bytes, facts: PlaneSurvey, simple: _Plan) -> tuple[_Coding,
     start = max(plane.size - _TRIAL, 0) // 2
     trial = plane[start : start + _TRIAL]
     searched = _piece(trial, replace(simple, codings=(_Coding.SEARCH,)), final=True)
-    if len(searched) > _MIN_GAIN * len(_piece(trial, simple, final=True)):
+    if _nbytes(searched) > _MIN_GAIN * _nbytes(_piece(trial, simple, final=True)):
         return ()
     if facts.entropy < _MIN_ENTROPY_FOR_SHORT_SEARCH:
         return (_Coding.SEARCH,)
     return _Coding.SEARCH, _Coding.SHORT_SEARCH
 
 
-def _piece(data: Bytes, plan: _Plan, *, final: bool) -> bytes:
+def _piece(data: Bytes, plan: _Plan, *, final: bool) -> list[Buffer]:
     """The smallest coding of the plan, or stored blocks where nothing is smaller."""
-    pieces = [_deflated(data, coding, plan.mem_level, final=final) for coding in plan.codings]
-    if pieces and len(pieces[0]) < plan.search_below:
-        pieces += (
-            _deflated(data, coding, plan.mem_level, final=final) for coding in _LONG_SEARCHES
-        )
-    shortest = min(pieces, key=len, default=None)
-    if shortest is None or len(shortest) >= _stored_nbytes(data.size):
+    codings = (_deflated(data, coding, plan.mem_level, final=final) for coding in plan.codings)
+    shortest = min(codings, key=_nbytes, default=None)
+    if shortest is None or _nbytes(shortest) >= _stored_nbytes(data.size):
         return _stored(data, final=final)
     return shortest
 
 
-def _deflated(data: Bytes, coding: _Coding, mem_level: int, *, final: bool) -> bytes:
+def _nbytes(parts: list[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)
+
+
+def _deflated(data: Bytes, coding: _Coding, mem_level: int, *, final: bool) -> list[Buffer]:
     deflater = ENGINES.deflater(coding, mem_level)
     # A sync flush ends the piece on a byte boundary without ending the stream.
     flush = zlib.Z_FINISH if final else zlib.Z_SYNC_FLUSH
-    coded: bytes = deflater.compress(data) + deflater.flush(flush)
-    return coded
+    return [deflater.compress(data), deflater.flush(flush)]
 
 
-def _stored(data: Bytes, *, final: bool) -> bytes:
+def _stored(data: Bytes, *, final: bool) -> list[Buffer]:
     """RFC 1951, 3.2.4: blocks of a flag, the length, its complement, and the bytes themselves."""
-    parts: list[bytes | memoryview] = []
+    parts: list[Buffer] = []
     view = data.data
     for start in range(0, max(data.size, 1), _STORED_BLOCK):
         block = view[start : start + _STORED_BLOCK]
         last = final and start + _STORED_BLOCK >= data.size
         length = len(block).to_bytes(2, "little")
         complement = (len(block) ^ 0xFFFF).to_bytes(2, "little")
-        parts += (bytes([last]), length, complement, block)
-    return b"".join(parts)
+        parts += (bytes([last]) + length + complement, block)
+    return parts
 
 
 def _stored_nbytes(nbytes: int) -> int:

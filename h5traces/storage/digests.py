@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from h5traces import layout
 from h5traces.schema.attributes import compact_json
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-DIGEST_NBYTES = 16
+# What depends on the archive that a sample lies in, and on the samples before it: merging and
+# splitting keep the digest.
+ARCHIVE_RELATIVE = frozenset({"digest", "fields", "generation_index", "source"})
 
 
 def chunk_checksum(stored: bytes | bytearray | memoryview) -> int:
@@ -50,20 +53,30 @@ def dataset_digest(stored_type: str, values: NDArray[Any]) -> str:
     return state.hexdigest()
 
 
+def _without_users(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes in order of name, without those that users may add."""
+    return {
+        name: value
+        for name, value in sorted(attrs.items())
+        if not name.startswith(layout.USER_ATTR_PREFIX)
+    }
+
+
 def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> str:
     """xxh3-128 over a sample's metadata and, in order of path, its objects.
 
     Parameters
     ----------
     metadata
-        Attributes of the sample group without ``digest``.
+        Attributes of the sample group; those in `ARCHIVE_RELATIVE` and the users' own are left out.
     objects
         For every path in the group: the attributes of a group or dataset, the digest among them.
     """
+    content = {name: value for name, value in metadata.items() if name not in ARCHIVE_RELATIVE}
     document = compact_json(
         {
-            "metadata": dict(sorted(metadata.items())),
-            "objects": {path: dict(sorted(objects[path].items())) for path in sorted(objects)},
+            "metadata": _without_users(content),
+            "objects": {path: _without_users(objects[path]) for path in sorted(objects)},
         }
     )
     return xxhash.xxh3_128_hexdigest(document.encode("utf-8", "surrogatepass"))

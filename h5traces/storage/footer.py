@@ -12,6 +12,7 @@ itself. A footer whose magic, checksums or sizes do not fit is not used. Layout,
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from array import array
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
+from h5traces import layout
 from h5traces.errors import CorruptArchiveError
 from h5traces.schema.attributes import Attrs, compact_json
 from h5traces.storage import deflate
@@ -43,7 +45,6 @@ TRAILER_NBYTES: Final = _TRAILER.size + _TRAILER_END.size
 TAIL_NBYTES: Final = 64 << 10
 MAX_DIRECTORY_NBYTES: Final = 256 << 20
 
-_HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
 
 # Column name -> dtype. "…_json" columns are documents; "sample_attrs" is all samples' JSON joined.
@@ -67,6 +68,8 @@ COLUMNS: Final = {
     "attrs_json": "u1",
 }
 DIGEST: Final = "digest"
+_DIGEST: Final = re.compile("[0-9a-f]{32}")
+# Stands for an object that has no digest, or one that is none and lies with the other attributes.
 _NO_DIGEST: Final = bytes(16)
 
 
@@ -116,7 +119,10 @@ class FooterBuilder:
     def _add_object(self, entry: ObjectEntry) -> None:
         columns = self._columns
         digest = entry.attrs.get(DIGEST)
-        others = {name: value for name, value in entry.attrs.items() if name != DIGEST}
+        has_digest = isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
+        others = {
+            name: value for name, value in entry.attrs.items() if name != DIGEST or not has_digest
+        }
         columns["object_name"].append(self._names.number(entry.path))
         columns["object_attrs"].append(self._attrs.number(compact_json(others)))
         columns["object_type"].append(self._types.number(entry.dtype))
@@ -124,9 +130,7 @@ class FooterBuilder:
         columns["object_ndim"].append(len(entry.shape))
         columns["object_dims"].extend(entry.shape)
         columns["object_chunk_dims"].extend(entry.chunk)
-        columns["object_digest"].frombytes(
-            bytes.fromhex(digest) if isinstance(digest, str) else _NO_DIGEST
-        )
+        columns["object_digest"].frombytes(bytes.fromhex(str(digest)) if has_digest else _NO_DIGEST)
         offsets = entry.chunks.offsets if entry.chunks else ()
         columns["object_num_chunks"].append(len(offsets))
         if entry.chunks is None or not offsets:
@@ -313,12 +317,16 @@ def hdf5_end(file: ByteFile) -> int:
         The file does not begin with a superblock of version 2 or 3, as every archive does.
     """
     block = file.read_at(0, min(file.nbytes, _SUPERBLOCK.size))
-    if len(block) < _SUPERBLOCK.size or not block.startswith(_HDF5_SIGNATURE):
+    if len(block) < _SUPERBLOCK.size or not block.startswith(layout.HDF5_SIGNATURE):
         message = "the file does not begin with HDF5's signature"
         raise FooterError(message)
-    _, version, offset_nbytes, length_nbytes, _, base, _, end, _ = _SUPERBLOCK.unpack(block)
+    _, version, offset_nbytes, length_nbytes, flags, base, _, end, _ = _SUPERBLOCK.unpack(block)
     if version not in (2, 3) or (offset_nbytes, length_nbytes) != (8, 8):
         message = f"the HDF5 superblock has version {version}, archives have 2 or 3"
+        raise FooterError(message)
+    if flags:
+        # HDF5 truncates at its first flush, not on opening: until then the footer is still there.
+        message = "the file is open for writing, or a program crashed that had it open"
         raise FooterError(message)
     return int(base + end)
 

@@ -77,6 +77,9 @@ class ArchiveWriter:
             message = f"{path} exists; use --overwrite to replace it, or another name"
             raise ArchiveExistsError(message)
         self._metadata = ArchiveMetadata(
+            format=layout.FORMAT_NAME,
+            format_version=layout.FORMAT_VERSION,
+            num_samples=0,
             generator=f"h5traces {__version__}",
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             archive_id=str(uuid.uuid4()),
@@ -90,6 +93,7 @@ class ArchiveWriter:
         self._part = PartFile(path)
         self._hdf5 = Hdf5Writer(self._part.file)
         self._hdf5.create_group(layout.SAMPLES_GROUP, {})
+        self._hdf5.create_group(layout.KINDS_GROUP, {})
         self._footer = FooterBuilder()
         self._observed = Observation()
         self._generations: dict[str, set[int]] = {}

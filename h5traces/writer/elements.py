@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from h5traces.schema.attributes import Attrs
 
 
+# In the table's column of labels, where 0, 1 and -1 are labels that people use.
+NO_LABEL = -(2**63)
+
+
 def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
     """Tokens, texts and extra fields."""
     if record.tokens is not None:
@@ -49,18 +53,20 @@ def text_element(path: str, texts: tuple[str, ...]) -> EncodedObject:
 
 
 def index_columns(index: list[TraceMetadata]) -> dict[str, np.ndarray]:
-    """The table ``/index/samples``; -1 stands for an absent number."""
+    """The table ``/index/samples``; -1 stands for an absent count, `NO_LABEL` for no label."""
 
-    def numbers(name: str) -> np.ndarray:
+    def numbers(name: str, absent: int = -1) -> np.ndarray:
         values = [getattr(each, name) for each in index]
-        return np.array([-1 if value is None else value for value in values], dtype="<i8")
+        return np.array([absent if value is None else value for value in values], dtype="<i8")
 
-    return {
+    columns = {
         "ordinal": np.arange(len(index), dtype="<i8"),
         "sample_id": text_column([each.sample_id or "" for each in index]),
         "generation_index": numbers("generation_index"),
         "seq_len": numbers("seq_len"),
         "prompt_len": numbers("prompt_len"),
         "coverage": text_column([each.coverage for each in index]),
-        "label": numbers("label"),
     }
+    if any(each.label is not None for each in index):
+        columns["label"] = numbers("label", NO_LABEL)
+    return columns

@@ -114,6 +114,9 @@ def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
         for entry in arrays
         if isinstance(entry.array, StepArrays)
     ]
+    if any(layout.parse_layer_name(entry.name) is None for entry in arrays):
+        message = f"{kind}: generation steps of something else than a layer have no place"
+        raise ConversionError(message)
     if len(shapes) != len(arrays) or len({len(each) for each in shapes}) > 1:
         message = f"{kind}: layers have different numbers of generation steps"
         raise ConversionError(message)

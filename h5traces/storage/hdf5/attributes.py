@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from h5py import h5a, h5o, h5s, h5t
 
-from h5traces import text
+from h5traces import layout, text
 from h5traces.errors import CorruptArchiveError, HostileFileError
+from h5traces.schema import ArchiveMetadata, KindMetadata, TraceMetadata
 from h5traces.storage.hdf5.types import text_type
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from h5traces.schema.attributes import Attrs, AttrValue
 
 _SCALAR = h5s.create(h5s.SCALAR)
+FORMAT_ATTRIBUTES = frozenset(
+    {*ArchiveMetadata.model_fields, *KindMetadata.model_fields, *TraceMetadata.model_fields}
+    | layout.OBJECT_ATTRS
+)
 
 
 def write_attributes(location: Any, attrs: Mapping[str, AttrValue]) -> None:
@@ -48,8 +53,20 @@ def _prepare(value: AttrValue) -> tuple[np.ndarray, h5t.TypeID, h5s.SpaceID]:
     return np.array(value, dtype="<i8"), h5t.STD_I64LE, _SCALAR
 
 
-def read_attributes(location: Any, limits: ReadLimits) -> Attrs:
-    """All attributes of an open object.
+def read_attributes(
+    location: Any, limits: ReadLimits, *, ignored: list[str] | None = None
+) -> Attrs:
+    """The attributes of an open object.
+
+    Parameters
+    ----------
+    location
+        Low-level id of the object.
+    limits
+        What it may ask of its reader.
+    ignored
+        Receives the names of attributes that are not the format's and of no type it uses, such as
+        the variable-length strings that h5py writes by default; they are passed over.
 
     Raises
     ------
@@ -76,18 +93,31 @@ def read_attributes(location: Any, limits: ReadLimits) -> Attrs:
     for index in range(info.num_attrs):
         attribute = h5a.open(location, index=index)
         name = attribute.name.decode("utf-8", "surrogateescape")
+        if name not in FORMAT_ATTRIBUTES and not _is_readable(attribute):
+            if ignored is not None:
+                ignored.append(name)
+            continue
         attrs[name] = _read_value(attribute, name, limits)
     return attrs
 
 
+def _is_readable(attribute: h5a.AttrID) -> bool:
+    """Whether the attribute is of a type and shape that the format uses."""
+    type_id, shape = attribute.get_type(), attribute.shape
+    if type_id.get_class() == h5t.STRING:
+        return not type_id.is_variable_str() and shape in ((), (1,))
+    return type_id.get_class() in (h5t.INTEGER, h5t.FLOAT) and shape is not None and len(shape) <= 1
+
+
 def _read_value(attribute: h5a.AttrID, name: str, limits: ReadLimits) -> AttrValue:
-    nbytes = attribute.get_storage_size()
+    # HDF5 has no size for an attribute of no elements, only an error.
+    nbytes = attribute.get_storage_size() if 0 not in (attribute.shape or ()) else 0
     if nbytes > limits.max_attribute_nbytes:
         message = f"attribute {name!r} has {nbytes} bytes; limit {limits.max_attribute_nbytes}"
         raise HostileFileError(message)
     type_id, shape = attribute.get_type(), attribute.shape
     type_class = type_id.get_class()
-    if type_class == h5t.STRING and not type_id.is_variable_str() and shape in ((), (1,)):
+    if type_class == h5t.STRING and _is_readable(attribute):
         stored = np.empty(shape, dtype=f"S{type_id.get_size()}")
         attribute.read(stored, mtype=type_id)
         try:
@@ -95,7 +125,7 @@ def _read_value(attribute: h5a.AttrID, name: str, limits: ReadLimits) -> AttrVal
         except CorruptArchiveError as error:
             message = f"attribute {name!r}: {error}"
             raise CorruptArchiveError(message) from error
-    if type_class not in (h5t.INTEGER, h5t.FLOAT) or shape is None or len(shape) > 1:
+    if not _is_readable(attribute):
         message = (
             f"attribute {name!r} is of a type or shape that archives never hold; expected "
             "fixed-length text, a number, or a list of integers"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import h5py
 import numpy as np
-from h5py import h5d, h5g, h5l, h5o, h5s
+from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 
 from h5traces import layout
 from h5traces.errors import (
@@ -59,6 +59,20 @@ def translated(place: str) -> Iterator[None]:
         raise CorruptArchiveError(message) from error
 
 
+def _cannot_open(path: Path, error: OSError) -> ArchiveError:
+    """What HDF5's refusal means: no HDF5 at all, or a file that is open, torn or damaged."""
+    with path.open("rb") as file:
+        is_hdf5 = file.read(len(layout.HDF5_SIGNATURE)) == layout.HDF5_SIGNATURE
+    if not is_hdf5:
+        message = f"{path}: is no HDF5 file; expected an archive that h5traces wrote"
+        return NotAnArchiveError(message)
+    message = (
+        f"{path}: HDF5 cannot open it ({error}): another program has it open for writing, or one "
+        "crashed while it had ('h5clear -s' may help), or it is damaged; restore it from a copy"
+    )
+    return CorruptArchiveError(message)
+
+
 def problem_kind(error: Exception) -> str:
     """A stable identifier for an error: ``HostileFileError`` is ``hostile_file``."""
     name = type(error).__name__.removesuffix("Error")
@@ -89,15 +103,13 @@ class Hdf5Reader:
         try:
             self._file = h5py.File(path, "r", locking=False if locked_by_us else "best-effort")
         except OSError as error:
-            if error.errno is not None:
+            if error.errno is not None and not isinstance(error, BlockingIOError):
                 raise
-            message = (
-                f"{path}: is no HDF5 file, or a damaged one ({error}); expected an archive that "
-                "h5traces wrote"
-            )
-            raise NotAnArchiveError(message) from error
+            raise _cannot_open(path, error) from error
         self._root = self._file.id
         self._nbytes = path.stat().st_size
+        # Path and name of attributes that are not the format's and were passed over.
+        self.ignored_attributes: list[tuple[str, str]] = []
 
     def close(self) -> None:
         """Close the file."""
@@ -112,7 +124,7 @@ class Hdf5Reader:
     def root_attributes(self) -> Attrs:
         """Attributes of the root group."""
         with translated(f"{self.path}: /"):
-            return read_attributes(h5g.open(self._root, b"/"), self._limits)
+            return self._attributes(h5g.open(self._root, b"/"), "/")
 
     def kinds(self) -> dict[str, Attrs]:
         """Attributes of every group under ``/kinds``."""
@@ -121,11 +133,29 @@ class Hdf5Reader:
                 return {}
             group = self._open(self._root, layout.KINDS_GROUP)
             names = self._names(group)
-            return {name: read_attributes(self._open(group, name), self._limits) for name in names}
+            place = f"/{layout.KINDS_GROUP}"
+            return {
+                name: self._attributes(self._open(group, name), f"{place}/{name}") for name in names
+            }
 
     def root_names(self) -> list[str]:
         """Names of the objects in the root group."""
         return self._names(self._root)
+
+    def stray_names(self) -> list[str]:
+        """Paths below ``/kinds`` and ``/index`` that have no place there."""
+        with translated(f"{self.path}: /"):
+            found = []
+            if self._has(layout.KINDS_GROUP):
+                kinds = self._open(self._root, layout.KINDS_GROUP)
+                for kind in self._names(kinds):
+                    inside = self._names(self._open(kinds, kind))
+                    found += [f"/{layout.KINDS_GROUP}/{kind}/{name}" for name in inside]
+            if self._has(layout.INDEX_GROUP):
+                names = self._names(self._open(self._root, layout.INDEX_GROUP))
+                paths = [f"/{layout.INDEX_GROUP}/{name}" for name in names]
+                found += [path for path in paths if path != f"/{layout.INDEX_TABLE}"]
+            return found
 
     def sample_names(self) -> list[str]:
         """Names of the sample groups, in order."""
@@ -142,7 +172,7 @@ class Hdf5Reader:
     def sample_attributes(self, name: str) -> Attrs:
         """Attributes of one sample group."""
         with translated(f"{self.path}: /{layout.SAMPLES_GROUP}/{name}"):
-            return read_attributes(self._open_sample(name), self._limits)
+            return self._attributes(self._open_sample(name), layout.SAMPLES_GROUP)
 
     def sample(self, name: str, *, problems: list[Problem] | None = None) -> SampleEntry:
         """A sample's attributes and the entries of all objects in it.
@@ -158,7 +188,7 @@ class Hdf5Reader:
         place = f"{self.path}: /{layout.SAMPLES_GROUP}/{name}"
         with translated(place):
             group = self._open_sample(name)
-            attrs = read_attributes(group, self._limits)
+            attrs = self._attributes(group, f"/{layout.SAMPLES_GROUP}/{name}")
             objects: dict[str, ObjectEntry] = {}
             self._walk(group, "", objects, problems, depth=0)
         ordinal = int(name) if layout.is_sample_name(name) else -1
@@ -201,6 +231,12 @@ class Hdf5Reader:
             if table.size:
                 dataset.read(h5s.ALL, h5s.ALL, table, mtype=dataset.get_type())
             return table
+
+    def _attributes(self, location: Any, place: str) -> Attrs:
+        ignored: list[str] = []
+        attrs = read_attributes(location, self._limits, ignored=ignored)
+        self.ignored_attributes += ((place, name) for name in ignored)
+        return attrs
 
     def _has(self, name: str) -> bool:
         return name.encode() in self._root
@@ -250,10 +286,12 @@ class Hdf5Reader:
                 with translated(path):
                     found = self._open(group, name)
                     if isinstance(found, h5g.GroupID):
-                        objects[path] = ObjectEntry(path, read_attributes(found, self._limits))
+                        objects[path] = ObjectEntry(path, self._attributes(found, path))
                         self._walk(found, f"{path}/", objects, problems, depth=depth + 1)
                     else:
                         objects[path] = self._dataset_entry(found, path)
+                        if problems is not None:
+                            problems += _presentation_problems(found, path)
             except ArchiveError as error:
                 if problems is None:
                     raise
@@ -267,7 +305,7 @@ class Hdf5Reader:
         _check_storage(options, shape)
         attrs = {
             name: value
-            for name, value in read_attributes(dataset, self._limits).items()
+            for name, value in self._attributes(dataset, path).items()
             if name not in layout.IMAGE_ATTRS
         }
         if dtype is None:
@@ -291,6 +329,22 @@ class Hdf5Reader:
         entry = ObjectEntry(path, attrs, dtype, shape, chunk, codec, table)
         check_sizes(entry, self._limits, self._nbytes)
         return entry
+
+
+def _presentation_problems(dataset: h5d.DatasetID, path: str) -> Iterator[Problem]:
+    """What viewers would show wrongly: pictures without attributes, text of another padding."""
+    kind = layout.KINDS.get(path.partition("/")[0])
+    if kind is not None and kind.image and not path.endswith(f"/{layout.STEPS_TABLE}"):
+        for name, value in layout.IMAGE_ATTRS.items():
+            if not h5a.exists(dataset, name.encode()):
+                message = f"the attribute {name!r} is missing, expected {value!r}"
+                yield Problem(path, message, "missing_attribute")
+    type_id = dataset.get_type()
+    if type_id.get_class() == h5t.STRING and (
+        type_id.get_strpad() != h5t.STR_NULLPAD or type_id.get_cset() != h5t.CSET_UTF8
+    ):
+        message = "text is not UTF-8 padded with NUL, which embedded NULs need"
+        yield Problem(path, message, "wrong_type")
 
 
 def _check_storage(options: Any, shape: tuple[int, ...] | None) -> None:

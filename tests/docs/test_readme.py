@@ -1,0 +1,67 @@
+"""What README.md and docs/ show is run as it stands there."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import h5traces
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the archives and the batch that the README speaks of."""
+    batch = next((ROOT / "examples" / "legacy").glob("*.pkl.gz"))
+    h5traces.convert(batch, tmp_path / "archives")
+    shutil.copy(batch, tmp_path / "old.pkl.gz")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_python_code_of_the_readme_runs():
+    (code,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102  # the code is ours, and running it is the test
+    assert names["hidden"].shape == (len(names["trace"]["tokens"]), 128)
+    assert names["attention"].shape[0] == 8
+
+
+def test_the_quickstart_shows_the_example(tmp_path):
+    script = ROOT / "examples" / "quickstart.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "out"], capture_output=True, text=True, check=True
+    )
+    assert "Hidden states: shape=(29, 128), dtype=float16 ✓" in done.stdout
+    assert "hidden states of layer 3: (32, 128) float16" in done.stdout
+
+
+def test_the_first_two_commands_are_scripts_of_the_repository():
+    first, second = blocks("bash")[:2]
+    for command in (first, second):
+        assert (ROOT / command.strip()).stat().st_mode & 0o111
+
+
+def test_every_command_that_the_documents_name_exists():
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
+    named = set(re.findall(r"h5traces (\w+)[ `]", text)) - {"keeps", "read", "writes", "is"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("h5traces"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = set(re.findall(r"^│ (\w+)  ", done.stdout, flags=re.MULTILINE))
+    assert {"convert", "inspect", "seal"} <= named
+    assert named <= listed
