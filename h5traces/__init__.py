@@ -10,6 +10,7 @@ from h5traces.archive import Archive, Trace, load
 from h5traces.archive import open_archive as open  # as h5py.File, gzip.open do
 from h5traces.check import validate
 from h5traces.conversion import convert
+from h5traces.integrity import verify
 from h5traces.version import __version__
 
-__all__ = ["Archive", "Trace", "__version__", "convert", "load", "open", "validate"]
+__all__ = ["Archive", "Trace", "__version__", "convert", "load", "open", "validate", "verify"]

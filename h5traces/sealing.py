@@ -15,7 +15,8 @@ from h5traces.limits import DEFAULT_LIMITS
 from h5traces.storage.arrays import read_array, read_chunk
 from h5traces.storage.digests import chunk_checksum, dataset_digest
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterBuilder, hdf5_end
+from h5traces.storage.footer import hdf5_end
+from h5traces.storage.footer_builder import FooterBuilder
 from h5traces.storage.hdf5 import Hdf5Reader
 from h5traces.storage.objects import digest_type
 from h5traces.verification import stored_sample_digest
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from h5traces.archive.opening import PathLike
     from h5traces.limits import ReadLimits
+    from h5traces.schema.attributes import Attrs
     from h5traces.storage.objects import ObjectEntry
 
 
@@ -118,7 +120,7 @@ def seal(
     report.num_samples = builder.num_samples
     if dry_run or (report.edited and not accept_edits):
         return report
-    _append(file_path, hdf5_end(file), builder, root, kinds)
+    _append(file_path, builder, root, kinds)
     report.sealed = True
     return report
 
@@ -144,13 +146,14 @@ def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[Ob
     return replace(entry, chunks=replace(entry.chunks, checksums=checksums)), fits
 
 
-def _append(path: Path, end: int, builder: FooterBuilder, root: Any, kinds: dict[str, Any]) -> None:
+def _append(path: Path, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:
     """Write the footer behind the HDF5 part, durably."""
-    footer = builder.finish(end, root, kinds)
+    end = hdf5_end(LocalFile(path))
     descriptor = os.open(path, os.O_RDWR)
     try:
         # What lies there now is a footer that does not fit, or nothing.
         os.ftruncate(descriptor, end)
+        footer = builder.finish(LocalFile(path), root, kinds)
         written = 0
         while written < len(footer):
             written += os.pwrite(descriptor, footer[written:], end + written)

@@ -25,7 +25,14 @@ from h5traces.schema import ArchiveMetadata
 from h5traces.schema.attributes import Attrs, from_attributes
 from h5traces.storage.arrays import read_array
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import DIGEST, FooterError, FooterTables, read_directory
+from h5traces.storage.footer import (
+    COLUMNS,
+    DIGEST,
+    FooterError,
+    FooterTables,
+    metadata_checksum,
+    read_directory,
+)
 from h5traces.storage.hdf5 import Hdf5Reader
 from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
 
@@ -142,6 +149,31 @@ class FooterStore:
             return read_array(self.file, entry, self._limits)
         except CorruptArchiveError as error:
             raise _located(error, self.file.name, sample.ordinal, path) from error
+
+    def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+        """Offsets, sizes and checksums of all chunks, in the order of samples and objects."""
+        column = self._tables.column
+        return self._chunk_offsets, column("chunk_nbytes"), column("chunk_checksum")
+
+    def owner_of_chunk(self, number: int) -> tuple[int, str]:
+        """Index of the sample, and path below it, that a row of the chunk table belongs to."""
+        row = int(np.searchsorted(self._chunk_ends, number, side="right")) - 1
+        sample = int(np.searchsorted(self._object_ends, row, side="right")) - 1
+        return sample, self.entry(row).path
+
+    def check_metadata(self) -> bool:
+        """Whether all bytes of the HDF5 part outside of chunks are as they were written.
+
+        Raises
+        ------
+        FooterError
+            A column of the footer is damaged; all of them are read.
+        """
+        for name in COLUMNS:
+            self._tables.column(name)
+        offsets, sizes, _ = self.chunk_table()
+        found = metadata_checksum(self.file, offsets, sizes, self._directory.hdf5_nbytes)
+        return found == self._directory.metadata_checksum
 
     def sizes(self) -> dict[str, StoredSize]:
         column = self._tables.column

@@ -9,8 +9,8 @@ import typer
 from h5traces import layout
 from h5traces.cli.console import print_line
 from h5traces.cli.converting import convert
-from h5traces.cli.looking import inspect, ls, validate
-from h5traces.cli.rewriting import export, merge, repack, seal, split
+from h5traces.cli.looking import inspect, ls, validate, verify
+from h5traces.cli.rewriting import export, merge, repack, salvage, seal, split
 from h5traces.version import __version__
 
 app = typer.Typer(
@@ -43,7 +43,20 @@ def _root(
     pass
 
 
-for _command in (convert, inspect, ls, validate, repack, merge, split, seal, export):
+_COMMANDS = (
+    convert,
+    inspect,
+    ls,
+    validate,
+    verify,
+    repack,
+    merge,
+    split,
+    export,
+    seal,
+    salvage,
+)
+for _command in _COMMANDS:
     app.command()(_command)
 
 

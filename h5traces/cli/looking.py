@@ -1,7 +1,8 @@
-"""``h5traces inspect``, ``ls`` and ``validate``."""
+"""``h5traces inspect``, ``ls``, ``validate`` and ``verify``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json
 from h5traces.cli.options import Archives, Json
 from h5traces.errors import H5TracesError
 from h5traces.inspection import inspect as inspect_file
+from h5traces.integrity import verify as verify_archive
 from h5traces.legacy.layouts import SOURCE_SUFFIXES
 
 
@@ -96,5 +98,38 @@ def validate(
         print_json([each.as_dict() for each in found])
     else:
         reports.print_validation(found)
+    if any(not each.ok for each in found):
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+def verify(
+    sources: Archives,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Inflate everything; check contents, structure and schema."),
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="BATCH", help="Prove that the archive holds this legacy batch."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check that archives are still what was written.
+
+    The quick check compares a checksum of every byte, as fast as the disk reads. Damage is named by
+    sample and layer. Exit code 1 if there is any; see `h5traces salvage`.
+
+    - `h5traces verify archives/`
+    - `h5traces verify run.h5 --against run.pkl.gz` before deleting the pickle
+    """
+    found = []
+    with reported():
+        for path in expand_paths(sources):
+            with count_progress(path.name) as update:
+                found.append(verify_archive(path, deep=deep, against=against, progress=update))
+    if json:
+        print_json([each.as_dict() for each in found])
+    else:
+        reports.print_verification(found)
     if any(not each.ok for each in found):
         raise typer.Exit(EXIT_PROBLEMS)

@@ -12,7 +12,9 @@ from h5traces.cli.console import human_size, print_line, print_table
 if TYPE_CHECKING:
     from h5traces.check import ValidationReport
     from h5traces.conversion import ConversionReport, FileReport
+    from h5traces.errors import Problem
     from h5traces.inspection import ArrayStats, Inspection, SampleStats
+    from h5traces.integrity import VerifyReport
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -160,11 +162,25 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
 def print_validation(found: list[ValidationReport]) -> None:
     """Every problem on a line of its own, and a verdict per file."""
     for each in found:
-        for problem in each.problems:
-            print_line(f"{each.path}:{problem.loc}: {problem.message} [{problem.kind}]")
-        for note in each.notes:
-            print_line(f"{each.path}: note: {note}")
+        _print_problems(each.path, each.problems, each.notes)
         verdict = "valid" if each.ok else f"{len(each.problems)} problems"
         print_line(
             f"{each.path}: {verdict} ({each.num_samples} samples, {each.num_datasets} datasets)"
         )
+
+
+def print_verification(found: list[VerifyReport]) -> None:
+    """Every problem on a line of its own, and a verdict per file."""
+    for each in found:
+        _print_problems(each.path, each.problems, each.notes)
+        verdict = "intact" if each.ok else f"{len(each.problems)} problems"
+        print_line(
+            f"{each.path}: {verdict} ({each.num_samples} samples, {human_size(each.nbytes)})"
+        )
+
+
+def _print_problems(path: str, problems: list[Problem], notes: list[str]) -> None:
+    for problem in problems:
+        print_line(f"{path}:{problem.loc}: {problem.message} [{problem.kind}]")
+    for note in notes:
+        print_line(f"{path}: note: {note}")

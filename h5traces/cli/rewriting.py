@@ -1,4 +1,4 @@
-"""``h5traces seal``, ``export``, ``repack``, ``merge`` and ``split``."""
+"""``h5traces seal``, ``export``, ``repack``, ``merge``, ``split`` and ``salvage``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from h5traces.errors import ArchiveExistsError, ConversionError
 from h5traces.exporting import export as export_archive
 from h5traces.repacking import RepackReport
 from h5traces.repacking import repack as repack_archives
+from h5traces.salvaging import salvage as salvage_archive
 from h5traces.sealing import seal as seal_archive
 from h5traces.storage.codecs import ArrayCodec, tools_note
 
@@ -213,3 +214,31 @@ def split(
         dry_run=dry_run,
         json=json,
     )
+
+
+def salvage(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="The damaged archive.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Copy every intact sample of a damaged archive into a new one, and list what is lost.
+
+    Exit code 1 if samples were left behind.
+
+    - `h5traces salvage damaged.h5 -o saved.h5`
+    """
+    with reported((ArchiveExistsError,)), count_progress(source.name) as update:
+        report = salvage_archive(
+            source, output, overwrite=overwrite, dry_run=dry_run, progress=update
+        )
+    if json:
+        print_json(report.as_dict())
+    else:
+        done = "would save" if dry_run else "saved"
+        print_line(f"{done} {report.num_saved} samples in {output}, lost {report.lost_samples}")
+    for each in report.lost:
+        warn(f"{source}: {each.loc}: {each.message}")
+    if report.lost:
+        raise typer.Exit(EXIT_PROBLEMS)

@@ -5,13 +5,16 @@ joined on byte boundaries: noise goes into stored blocks, planes without matches
 coded, the zero runs of causal attentions are coded with the run-length strategy, and repeats with a
 full search. The choice is made from a sample (:mod:`h5traces.storage.planes`).
 
-Which library does what: isal's level 1 codes planes without matches 1.7 times as fast as zlib-ng
-and inflates them 1.3 times as fast; zlib-ng has the strategies that isal lacks. Both release the
-GIL. Where both are missing the standard library's zlib takes their place, at 0.4 of the speed for
-hidden states and 0.8 for attentions. ``benchmarks/encoder.py`` measures the whole; figures of
-single steps, here and in :mod:`h5traces.storage.planes`, come from single runs with ISA-L 2.32,
-zlib-ng 2.3 and numpy 2.4 on two shared cores of an AMD EPYC, with synthetic activations of
-Llama-2-7B's shape.
+Which library does what: isal's level 1 codes planes without matches three times as fast as zlib-ng
+and inflates them 1.3 times as fast; zlib-ng has the strategies that isal lacks and is the faster
+one at inflating runs. Both release the GIL. Where both are missing the standard library's zlib
+takes their place, at 0.3 of the speed for hidden states and 0.7 for attentions.
+
+Choosing takes a fifth of the time of float16-born hidden states, a quarter of that of bfloat16-born
+ones, which are looked through for repeats at more places, and a tenth of that of attentions.
+``benchmarks/encoder.py`` measures the whole; figures of single steps, here and in
+:mod:`h5traces.storage.planes`, come from single runs with ISA-L 2.32, zlib-ng 2.3 and numpy 2.4 on
+two shared cores of an AMD EPYC, with synthetic activations of Llama-2-7B's shape.
 """
 
 from __future__ import annotations
@@ -69,15 +72,14 @@ _MIN_GAIN = 0.99
 _MIN_ENTROPY_FOR_SHORT_SEARCH = 4
 
 # Blocks of 4096 instead of 32768 symbols follow changing statistics (rows of many scales: 8 %
-# smaller) and cost a second code table, 0.0008 bits per symbol for each byte value. The heads of an
-# attention layer change as well, but there such blocks win 1 % and take twice the time. From this
-# size of a plane, 64 tokens and more, blocks of 16384 win most of that, and it would be above 1 %.
+# smaller) and cost a second code table, 0.0008 bits per symbol for each byte value. For attentions
+# they take 1.3 to 2.4 times as long and win 0.3 % at 43 tokens, 1 % from 64 tokens on; there blocks
+# of 16384 get half of it at less than 1.2 times the time.
 _TABLE_COST = 0.0008
 _MEM_LEVEL_SHORT_BLOCKS = 6
 _MEM_LEVEL_MEDIUM_BLOCKS = 8
 _MEM_LEVEL_LONG_BLOCKS = 9
 _LARGE = 1 << 17
-
 
 # zlib-ng inflates the runs of attentions, which are stored in so little of their size, 1.1 to 1.4
 # times as fast as isal; isal inflates hidden states 1.3, bfloat16-born ones 1.6 times as fast.
@@ -305,8 +307,8 @@ def _plans(planes: Bytes) -> list[_Plan]:
     elements_differ = False
     for plane, facts in zip(planes, _planes.survey(planes), strict=True):
         plans.append(_plan(plane, facts, elements_differ=elements_differ))
-        # What repeats are whole elements, so a noisy plane without repeats speaks for the rest.
-        elements_differ = elements_differ or plans[-1] is _STORED
+        # What repeats are whole elements, so one plane without repeats speaks for those behind it.
+        elements_differ = elements_differ or plans[-1] in (_STORED, _DENSE)
     return plans
 
 

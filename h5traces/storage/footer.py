@@ -12,38 +12,34 @@ itself. A footer whose magic, checksums or sizes do not fit is not used. Layout,
 from __future__ import annotations
 
 import json
-import re
 import struct
 import zlib
-from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import xxhash
 
 from h5traces import layout
 from h5traces.errors import CorruptArchiveError
-from h5traces.schema.attributes import Attrs, compact_json
 from h5traces.storage import deflate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import NDArray
 
+    from h5traces.schema.attributes import Attrs
     from h5traces.storage.files import ByteFile
-    from h5traces.storage.objects import ObjectEntry
 
 MAGIC: Final = b"h5tr\r\nF1"
 VERSION: Final = 1
 # directory offset, stored and raw size; size of the HDF5 part; directory checksum; version; zero
-_TRAILER: Final = struct.Struct("<QQQQQII")
-_TRAILER_END: Final = struct.Struct("<Q8s")
-TRAILER_NBYTES: Final = _TRAILER.size + _TRAILER_END.size
+TRAILER: Final = struct.Struct("<QQQQQII")
+TRAILER_END: Final = struct.Struct("<Q8s")
+TRAILER_NBYTES: Final = TRAILER.size + TRAILER_END.size
 # One read of this size gets trailer and directory of nearly every archive.
 TAIL_NBYTES: Final = 64 << 10
 MAX_DIRECTORY_NBYTES: Final = 256 << 20
+_BLOCK_NBYTES: Final = 1 << 20
 
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
 
@@ -68,120 +64,21 @@ COLUMNS: Final = {
     "attrs_json": "u1",
 }
 DIGEST: Final = "digest"
-_DIGEST: Final = re.compile("[0-9a-f]{32}")
-# Stands for an object that has no digest, or one that is none and lies with the other attributes.
-_NO_DIGEST: Final = bytes(16)
+
+
+class Readable(Protocol):
+    """Bytes at any offset."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` from `offset`."""
 
 
 class FooterError(CorruptArchiveError):
     """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
-
-
-class _Dictionary:
-    """Numbers for values that repeat."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, value: str) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[str]:
-        return list(self._numbers)
-
-
-class FooterBuilder:
-    """Collects what a footer tells, sample by sample, in compact columns."""
-
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self._names, self._attrs = _Dictionary(), _Dictionary()
-        self._types, self._codecs = _Dictionary(), _Dictionary()
-        self._columns: dict[str, array[int]] = {
-            name: array(np.dtype(dtype).char if dtype != "<i8" else "q")
-            for name, dtype in COLUMNS.items()
-            if not name.endswith("_json")
-        }
-        self._next_offset = 0
-
-    def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
-        """Append a sample; every dataset must have a chunk table with checksums."""
-        columns, num_objects = self._columns, 0
-        for entry in objects:
-            self._add_object(entry)
-            num_objects += 1
-        columns["sample_num_objects"].append(num_objects)
-        document = compact_json(attrs).encode("utf-8", "surrogatepass")
-        columns["sample_attrs_nbytes"].append(len(document))
-        columns["sample_attrs"].frombytes(document)
-        self.num_samples += 1
-
-    def _add_object(self, entry: ObjectEntry) -> None:
-        columns = self._columns
-        digest = entry.attrs.get(DIGEST)
-        has_digest = isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
-        others = {
-            name: value for name, value in entry.attrs.items() if name != DIGEST or not has_digest
-        }
-        columns["object_name"].append(self._names.number(entry.path))
-        columns["object_attrs"].append(self._attrs.number(compact_json(others)))
-        columns["object_type"].append(self._types.number(entry.dtype))
-        columns["object_codec"].append(self._codecs.number(entry.codec or ""))
-        columns["object_ndim"].append(len(entry.shape))
-        columns["object_dims"].extend(entry.shape)
-        columns["object_chunk_dims"].extend(entry.chunk)
-        columns["object_digest"].frombytes(bytes.fromhex(str(digest)) if has_digest else _NO_DIGEST)
-        offsets = entry.chunks.offsets if entry.chunks else ()
-        columns["object_num_chunks"].append(len(offsets))
-        if entry.chunks is None or not offsets:
-            return
-        if entry.chunks.checksums is None:
-            message = f"{entry.path}: chunks without checksums cannot enter a footer"
-            raise ValueError(message)
-        for offset, size in zip(offsets, entry.chunks.sizes, strict=True):
-            # Chunks mostly follow one another, so the gaps are mostly zero.
-            columns["chunk_gap"].append(offset - self._next_offset)
-            columns["chunk_nbytes"].append(size)
-            self._next_offset = offset + size
-        columns["chunk_checksum"].extend(entry.chunks.checksums)
-
-    def finish(self, hdf5_nbytes: int, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
-        """The footer's bytes, to be appended to an HDF5 file of `hdf5_nbytes` bytes."""
-        blocks: list[bytes] = []
-        table: dict[str, tuple[int, int, int, int]] = {}
-        position = 0
-        for name, dtype in COLUMNS.items():
-            raw = self._column_bytes(name)
-            stored = deflate.encode(raw, itemsize=np.dtype(dtype).itemsize)
-            table[name] = (position, len(stored), len(raw), xxhash.xxh3_64_intdigest(stored))
-            blocks.append(stored)
-            position += len(stored)
-        directory = compact_json(
-            {
-                "archive": archive,
-                "kinds": kinds,
-                "num_samples": self.num_samples,
-                "num_objects": len(self._columns["object_name"]),
-                "types": self._types.values(),
-                "codecs": self._codecs.values(),
-                "columns": table,
-            }
-        ).encode("utf-8", "surrogatepass")
-        stored = zlib.compress(directory, 6)
-        checksum = xxhash.xxh3_64_intdigest(stored)
-        head = _TRAILER.pack(
-            position, len(stored), len(directory), hdf5_nbytes, checksum, VERSION, 0
-        )
-        tail = _TRAILER_END.pack(xxhash.xxh3_64_intdigest(head), MAGIC)
-        return b"".join([*blocks, stored, head, tail])
-
-    def _column_bytes(self, name: str) -> bytes:
-        if name == "names_json":
-            return compact_json(self._names.values()).encode("utf-8", "surrogatepass")
-        if name == "attrs_json":
-            return f"[{','.join(self._attrs.values())}]".encode("utf-8", "surrogatepass")
-        # array() is in native byte order, and so are all machines that wheels are built for.
-        return self._columns[name].tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +99,8 @@ class FooterDirectory:
     ----------
     hdf5_nbytes
         Size of the HDF5 part, and so the offset of the footer.
+    metadata_checksum
+        xxh3-64 of all bytes of the HDF5 part that lie in no chunk.
     archive, kinds
         Attributes of the root group and of the groups under ``/kinds``.
     num_samples, num_objects
@@ -213,6 +112,7 @@ class FooterDirectory:
     """
 
     hdf5_nbytes: int
+    metadata_checksum: int
     archive: Attrs
     kinds: dict[str, Attrs]
     num_samples: int
@@ -236,12 +136,12 @@ def read_directory(file: ByteFile) -> FooterDirectory:
     if len(tail) < TRAILER_NBYTES or tail[-len(MAGIC) :] != MAGIC:
         message = "there is no footer behind the HDF5 part"
         raise FooterError(message)
-    head = tail[-TRAILER_NBYTES : -_TRAILER_END.size]
-    (trailer_checksum, _) = _TRAILER_END.unpack(tail[-_TRAILER_END.size :])
+    head = tail[-TRAILER_NBYTES : -TRAILER_END.size]
+    (trailer_checksum, _) = TRAILER_END.unpack(tail[-TRAILER_END.size :])
     if xxhash.xxh3_64_intdigest(head) != trailer_checksum:
         message = "the footer's trailer is damaged: its checksum does not fit"
         raise FooterError(message)
-    offset, nbytes, raw_nbytes, hdf5_nbytes, checksum, version, _ = _TRAILER.unpack(head)
+    offset, nbytes, raw_nbytes, hdf5_nbytes, checksum, version, _ = TRAILER.unpack(head)
     if version != VERSION:
         message = f"the footer has version {version}, this release reads {VERSION}"
         raise FooterError(message)
@@ -285,6 +185,7 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
         document = json.loads(raw)
         return FooterDirectory(
             hdf5_nbytes=hdf5_nbytes,
+            metadata_checksum=int(document["metadata_checksum"]),
             archive=_attrs_from_json(document["archive"]),
             kinds={name: _attrs_from_json(each) for name, each in document["kinds"].items()},
             num_samples=int(document["num_samples"]),
@@ -329,6 +230,25 @@ def hdf5_end(file: ByteFile) -> int:
         message = "the file is open for writing, or a program crashed that had it open"
         raise FooterError(message)
     return int(base + end)
+
+
+def metadata_checksum(
+    file: Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
+) -> int:
+    """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
+
+    With the checksums of the chunks, it covers every byte of the HDF5 part.
+    """
+    order = np.argsort(offsets, kind="stable")
+    starts, stops = offsets[order], offsets[order] + sizes[order]
+    state, position = xxhash.xxh3_64(), 0
+    for start, stop in zip([*starts.tolist(), end], [*stops.tolist(), end], strict=True):
+        while position < start:
+            block = file.read_at(position, min(_BLOCK_NBYTES, start - position))
+            state.update(block)
+            position += len(block)
+        position = max(position, stop)
+    return state.intdigest()
 
 
 class FooterTables:

@@ -111,6 +111,15 @@ class LatchedFile(io.RawIOBase):
         self._position += length
         return length
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._size
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """Up to `nbytes` from `offset`, without a change of position."""
+        return os.pread(self._descriptor, nbytes, offset)
+
     def truncate(self, size: int | None = None) -> int:
         """Set the file's size."""
         self._size = self._position if size is None else size

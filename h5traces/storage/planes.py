@@ -79,7 +79,7 @@ class PlaneSurvey:
     @property
     def pairs(self) -> float:
         """Share of bytes that equal their neighbour; what exceeds `collision` are runs."""
-        equal = self.sample[:, 1:] == self.sample[:, :-1]
+        equal: NDArray[np.bool_] = self.sample[:, 1:] == self.sample[:, :-1]
         return int(np.count_nonzero(equal)) / max(equal.size, 1)
 
     @property

@@ -2,6 +2,7 @@
 
 from h5traces.writer.archive_writer import ArchiveWriter
 from h5traces.writer.options import WriteOptions, WriteSummary
+from h5traces.writer.preparation import record_attributes
 from h5traces.writer.stored_samples import StoredSample
 
-__all__ = ["ArchiveWriter", "StoredSample", "WriteOptions", "WriteSummary"]
+__all__ = ["ArchiveWriter", "StoredSample", "WriteOptions", "WriteSummary", "record_attributes"]

@@ -26,7 +26,7 @@ from h5traces.schema import (
 )
 from h5traces.schema.attributes import Attrs, to_attributes
 from h5traces.storage.digests import sample_digest
-from h5traces.storage.footer import FooterBuilder
+from h5traces.storage.footer_builder import FooterBuilder
 from h5traces.storage.hdf5 import Hdf5Writer
 from h5traces.storage.objects import ChunkTable, ObjectEntry
 from h5traces.storage.part_file import PartFile
@@ -34,7 +34,13 @@ from h5traces.version import __version__
 from h5traces.writer.elements import index_columns, record_elements
 from h5traces.writer.observation import Observation, observe
 from h5traces.writer.options import WriteOptions, WriteSummary
-from h5traces.writer.preparation import Prepared, prepare_element, prepare_layer, steps_table
+from h5traces.writer.preparation import (
+    Prepared,
+    prepare_element,
+    prepare_layer,
+    sequence_attributes,
+    steps_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -159,7 +165,7 @@ class ArchiveWriter:
 
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
-            yield EncodedObject(kind, {"sequence": "tuple"} if layers.sequence == "tuple" else {})
+            yield EncodedObject(kind, sequence_attributes(layers))
         yield from self._prepare(record)
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
@@ -279,8 +285,7 @@ class ArchiveWriter:
         self._hdf5.close()
         self._pool.shutdown()
         self._part.file.raise_error()
-        hdf5_nbytes = self._part.path.stat().st_size
-        self._part.append(self._footer.finish(hdf5_nbytes, {**root, **complete}, kinds))
+        self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
         self._part.sync()
         self.summary.nbytes = self._part.path.stat().st_size
         return archive

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from h5traces import layout
-from h5traces.dtypes import CastCounts, TypedArray, cast_for_storage
+from h5traces.dtypes import CastCounts, CastResult, TypedArray, cast_for_storage
 from h5traces.encodings import EncodedObject
 from h5traces.errors import ConversionError
-from h5traces.schema import LayerArray, StepArrays
+from h5traces.schema import LayerArray, LayeredArrays, StepArrays
 from h5traces.storage.arrays import EncodedArray, encode_array
 from h5traces.storage.codecs import DEFLATE, GZIP
 from h5traces.storage.digests import dataset_digest
 from h5traces.storage.objects import digest_type
+from h5traces.writer.elements import record_elements
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from h5traces.schema import TraceRecord
     from h5traces.schema.attributes import Attrs
     from h5traces.writer.options import WriteOptions
 
@@ -43,37 +48,44 @@ def prepare_layer(kind: str, entry: LayerArray, options: WriteOptions) -> Prepar
     ConversionError
         The array overflows and ``on_overflow`` is ``error``, or its steps do not go together.
     """
-    path = f"{kind}/{entry.name}"
-    try:
-        source = (
-            flatten_steps(entry.array)
-            if isinstance(entry.array, StepArrays)
-            else (entry.array.load())
-        )
-        cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
-    except ConversionError as error:
-        message = f"{path}: {error}"
-        raise ConversionError(message) from error
-    attrs: Attrs = {}
-    if entry.site is not None:
-        attrs["site"] = entry.site
-    if cast.source_dtype is not None:
-        attrs["source_dtype"] = cast.source_dtype
-    if cast.cast_from is not None:
-        attrs["cast_from"] = cast.cast_from
-    if entry.container is not None:
-        attrs["container"] = entry.container
-    attrs.update(cast.counts.nonzero())
+    cast, attrs = cast_layer(kind, entry, options)
     values = cast.array.values
     return Prepared(
-        path=path,
+        path=f"{kind}/{entry.name}",
         dtype=cast.array.dtype,
-        attrs={**attrs, "digest": dataset_digest(cast.array.dtype, values)},
+        attrs=attrs,
         image=kind in layout.KINDS and layout.KINDS[kind].image,
         encoded=encode_array(values, options.codec),
         raw_nbytes=values.nbytes,
         counts=cast.counts,
     )
+
+
+def cast_layer(kind: str, entry: LayerArray, options: WriteOptions) -> tuple[CastResult, Attrs]:
+    """One layer's array as it will be stored, and its attributes, the digest among them.
+
+    Raises
+    ------
+    ConversionError
+        As `prepare_layer`.
+    """
+    array = entry.array
+    try:
+        source = flatten_steps(array) if isinstance(array, StepArrays) else array.load()
+        cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
+    except ConversionError as error:
+        message = f"{kind}/{entry.name}: {error}"
+        raise ConversionError(message) from error
+    facts = {
+        "site": entry.site,
+        "source_dtype": cast.source_dtype,
+        "cast_from": cast.cast_from,
+        "container": entry.container,
+    }
+    attrs: Attrs = {name: value for name, value in facts.items() if value is not None}
+    attrs.update(cast.counts.nonzero())
+    attrs["digest"] = dataset_digest(cast.array.dtype, cast.array.values)
+    return cast, attrs
 
 
 def prepare_element(element: EncodedObject) -> Prepared:
@@ -84,7 +96,7 @@ def prepare_element(element: EncodedObject) -> Prepared:
     return Prepared(
         path=element.path,
         dtype=element.dtype,
-        attrs={**element.attrs, "digest": dataset_digest(digest_type(element.dtype), values)},
+        attrs=element_attributes(element),
         image=False,
         encoded=encode_array(values, (GZIP if shuffles else DEFLATE).name),
         raw_nbytes=values.nbytes,
@@ -126,3 +138,36 @@ def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
     num_axes = len(shapes[0][0]) if shapes[0] else 0
     table = np.array(shapes, dtype="<i8").reshape(len(shapes), len(shapes[0]), num_axes)
     return EncodedObject(f"{kind}/{layout.STEPS_TABLE}", {}, "int64", table)
+
+
+def record_attributes(
+    record: TraceRecord, options: WriteOptions, pool: Executor
+) -> dict[str, Attrs]:
+    """The attributes that every object of a record gets when it is written, digests included."""
+    attrs: dict[str, Attrs] = {}
+    for kind, layered in record.layered.items():
+        attrs[kind] = sequence_attributes(layered)
+        elements = [steps_table(kind, layered.arrays)] if layered.in_steps else []
+        attrs |= {each.path: element_attributes(each) for each in elements}
+        cast = pool.map(partial(_layer_attributes, kind, options), layered.arrays)
+        names = (f"{kind}/{entry.name}" for entry in layered.arrays)
+        attrs |= dict(zip(names, cast, strict=True))
+    attrs |= {each.path: element_attributes(each) for each in record_elements(record)}
+    return attrs
+
+
+def _layer_attributes(kind: str, options: WriteOptions, entry: LayerArray) -> Attrs:
+    return cast_layer(kind, entry, options)[1]
+
+
+def sequence_attributes(layered: LayeredArrays) -> Attrs:
+    """Attributes of the group of a kind."""
+    return {"sequence": "tuple"} if layered.sequence == "tuple" else {}
+
+
+def element_attributes(element: EncodedObject) -> Attrs:
+    """Attributes of a small object as they are stored."""
+    if element.values is None:
+        return element.attrs
+    digest = dataset_digest(digest_type(element.dtype), element.values)
+    return {**element.attrs, "digest": digest}
