@@ -13,26 +13,26 @@ encoded 15 times and decoded 5 times as fast as gzip 6 does it; bf16-born ones a
 times; attentions as small as zlib 6 makes them or up to 2 % smaller, 4 times as fast; on one layer
 of both at least 15 times gzip 6 with two threads.
 
-Outcome, on two shared cores of an AMD EPYC with other work beside it (gzip 6 with one thread is 1).
-Sizes as predicted or better: float16-born 13.69 bits per value, 0.4 % above the entropy and 7.9 %
-below gzip 6; bf16-born 10.73; attentions 7.33, 5.2 % below gzip 6 and 2.4 % below the best single
-stream; one layer of both 12.09, 7.5 % below. Of four runs during development the quietest encoded
-with one thread 13.4 times as fast on float16-born data (8.2 to 13.4 in all four), 27 times (19 to
-27) on bf16-born data, where gzip is slowest, only 2.4 times (1.8 to 2.9) on attentions, whose zero
-runs gzip takes quickly too, and so 7.3 times (5.4 to 7.3; at best 308 MB/s) on both. Two threads
-gave 14, 35, 3.0 and 8.5 times, so fifteen times was not reached here. In that run the second core
-raised isal's bare compressor by 1.4 to 1.7 times and this one by 1.1 to 1.3 times, since choosing
-holds the GIL; in two others it raised neither. Decoding 3.4 times (872 MB/s), 2.3, 1.1 and 2.7
-times. With 100 tokens attentions are 8.0 % below gzip 6.
+Outcome, on two cores of an AMD EPYC shared with busier neighbours (gzip 6 with one thread is 1).
+Sizes as predicted or better: float16-born 13.68 bits per value, 0.4 % above the entropy and 7.9 %
+below gzip 6; bf16-born 10.71; attentions 7.35, 4.9 % below gzip 6; one layer of both 12.09, 7.5 %
+below. Speeds by processor time, all codecs in turn, medians of 13 rounds of two runs, one thread:
+encoding 17 and 20 times as fast on float16-born data (653 and 813 MB/s), 30 and 34 times on
+bf16-born data, where gzip is slowest, only 3.6 times (232 and 255 MB/s) on attentions, whose zero
+runs gzip takes quickly too, and so 11 times (445 and 491 MB/s) on both; decoding 3.4 (879 and 974
+MB/s), 2.2, 1.4 and 2.7 times. By the clock, which is what this script reads, a run at a load of
+four processes on the two cores gave 17, 24, 3.0 and 8.8 times, with a range of 0.5 to 2.3 times
+these. How a second core scales could not be seen: isal's bare compressor gained nothing from a
+second thread either. With 100 tokens attentions are 7.0 % below gzip 6.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,9 @@ def data_sets(num_layers: int, seq_len: int) -> dict[str, list[np.ndarray]]:
         "hidden, float16": [x.astype(np.float16) for x in hidden],
         "hidden, bf16-born": [from_bfloat16(x).astype(np.float16) for x in hidden],
         "attentions": [x.astype(np.float16) for x in attention],
-        "hidden + attentions": [x.astype(np.float16) for x in hidden + attention],
+        "hidden + attentions": [
+            x.astype(np.float16) for pair in zip(hidden, attention, strict=True) for x in pair
+        ],
     }
 
 
@@ -133,17 +135,12 @@ def entropy_bits(values: np.ndarray) -> float:
 
 
 def megabytes_per_second(jobs: Sequence[Callable[[], object]], nbytes: int, threads: int) -> float:
-    def work() -> None:
-        for job in jobs:
-            job()
-
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return threads * nbytes / (time.perf_counter() - start) / 1e6
+    """Speed of a pool that takes chunk after chunk, as the writer's does."""
+    with ThreadPoolExecutor(threads) as pool:
+        start = time.perf_counter()
+        for future in [pool.submit(job) for job in jobs]:
+            future.result()
+        return nbytes / (time.perf_counter() - start) / 1e6
 
 
 def one_round(codec: Codec, arrays: list[np.ndarray]) -> list[float]:

@@ -50,12 +50,6 @@ _LARGEST: Final[dict[FloatType, float]] = {
     "float32": float(np.finfo(np.float32).max),
     "float64": float(np.finfo(np.float64).max),
 }
-_SMALLEST_NORMAL: Final[dict[FloatType, float]] = {
-    "float16": 2.0**-14,
-    "bfloat16": 2.0**-126,
-    "float32": 2.0**-126,
-    "float64": 2.0**-1022,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,16 +223,24 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
 
 
 def _count_changes(source: TypedArray, stored: TypedArray) -> tuple[int, int, int]:
-    """Overflows, values gone to zero, values gone subnormal, of a cast to a narrower type."""
-    before, after = source.to_numpy(), stored.to_numpy()
-    overflow = int(np.count_nonzero(np.isinf(after) & np.isfinite(before)))
-    magnitude = np.abs(after)
-    to_zero = int(np.count_nonzero((magnitude == 0) & (before != 0)))
-    subnormal = (magnitude != 0) & (magnitude < _SMALLEST_NORMAL[stored.dtype])
-    to_subnormal = int(
-        np.count_nonzero(subnormal & (after.astype(before.dtype, copy=False) != before))
+    """Overflows, values gone to zero, values gone subnormal, of a cast to a narrower type.
+
+    Only values with the lowest or highest exponent can be any of these, and they are found by
+    their bits: numpy computes with float16 thirty times more slowly.
+    """
+    unsigned, mask = _EXPONENT_MASKS[stored.dtype]
+    exponents = stored.values.view(unsigned) & unsigned(mask)
+    extreme = (exponents == 0) | (exponents == unsigned(mask))
+    before = TypedArray(source.values[extreme], source.dtype).to_numpy()
+    after = TypedArray(stored.values[extreme], stored.dtype).to_numpy().astype(before.dtype)
+    overflow = np.isinf(after) & np.isfinite(before)
+    to_zero = (after == 0) & (before != 0)
+    to_subnormal = (after != 0) & np.isfinite(after) & (after != before)
+    return (
+        int(np.count_nonzero(overflow)),
+        int(np.count_nonzero(to_zero)),
+        int(np.count_nonzero(to_subnormal)),
     )
-    return overflow, to_zero, to_subnormal
 
 
 def _cast_exact(array: TypedArray) -> TypedArray:

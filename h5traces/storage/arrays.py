@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     from h5traces.limits import ReadLimits
     from h5traces.storage.codecs import Codec
     from h5traces.storage.files import ByteFile
+    from h5traces.storage.objects import ChunkTable
+
+# HDF5's own limit
+MAX_AXES: Final = 32
+# Raw bytes that a stored byte can stand for: what the formats allow at most, and a little.
+_MOST_RAW_NBYTES: Final = {
+    "gzip": 1040,
+    "deflate": 1040,
+    "lz4": 260,
+    "bitshuffle-lz4": 260,
+    "zstd": 33_000,
+    "bitshuffle-zstd": 33_000,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,34 +85,70 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
     CorruptArchiveError
         The chunk table does not fit the shape, or points outside the file.
     """
-    if any(length < 0 for length in entry.shape) or any(length < 1 for length in entry.chunk):
-        message = f"shape {entry.shape} with chunks {entry.chunk} is impossible"
+    shape, chunk = entry.shape, entry.chunk
+    if len(shape) > MAX_AXES or (chunk and len(chunk) != len(shape)):
+        message = f"shape {shape} with chunks {chunk} is impossible"
         raise CorruptArchiveError(message)
-    if entry.raw_nbytes > limits.max_array_nbytes:
-        message = f"shape {entry.shape} takes {entry.raw_nbytes} bytes; the limit is "
-        msg = f"{message}{limits.max_array_nbytes}"
-        raise HostileFileError(msg)
+    if any(length < 0 for length in shape) or any(length < 1 for length in chunk):
+        message = f"shape {shape} with chunks {chunk} is impossible"
+        raise CorruptArchiveError(message)
+    itemsize = _itemsize(entry.dtype, limits)
+    # Axes of length 0 must not hide what the others claim: indexes run over those too.
+    raw_nbytes = math.prod(max(1, length) for length in shape) * itemsize
+    if raw_nbytes > limits.max_array_nbytes:
+        message = f"shape {shape} takes {raw_nbytes} bytes; the limit is {limits.max_array_nbytes}"
+        raise HostileFileError(message)
     if entry.chunks is None:
         return
-    itemsize = carrier_dtype(entry.dtype).itemsize
-    raw_nbytes = int(np.prod(entry.chunk, dtype=object)) * itemsize
-    if raw_nbytes > limits.max_chunk_nbytes:
-        message = f"chunks {entry.chunk} take {raw_nbytes} bytes; the limit is "
+    chunk_nbytes = math.prod(chunk) * itemsize
+    if chunk_nbytes > limits.max_chunk_nbytes:
+        message = f"chunks {chunk} take {chunk_nbytes} bytes; the limit is "
         msg = f"{message}{limits.max_chunk_nbytes}"
         raise HostileFileError(msg)
-    expected = grid.num_chunks(entry.shape, entry.chunk)
+    expected = grid.num_chunks(shape, chunk)
     if len(entry.chunks.offsets) != expected:
         message = f"{len(entry.chunks.offsets)} chunks are stored, expected {expected}"
         raise CorruptArchiveError(message)
-    # Deflate makes at most 1032 of one byte, and never much more of many.
-    smallest, largest = raw_nbytes // 1040, raw_nbytes + raw_nbytes // 100 + 1024
-    for offset, size in zip(entry.chunks.offsets, entry.chunks.sizes, strict=True):
+    _check_chunks(entry.chunks, chunk_nbytes, _MOST_RAW_NBYTES.get(entry.codec or ""), file_nbytes)
+
+
+def _itemsize(stored_type: str, limits: ReadLimits) -> int:
+    # numpy has no text type of 2 GiB.
+    if stored_type.startswith("text:") and stored_type[5:].isdecimal():
+        width = int(stored_type[5:14])
+        if len(stored_type) > 14 or width > limits.max_chunk_nbytes:
+            message = f"the type {stored_type[:40]} is larger than {limits.max_chunk_nbytes} bytes"
+            raise HostileFileError(message)
+    return carrier_dtype(stored_type).itemsize
+
+
+def _check_chunks(table: ChunkTable, raw_nbytes: int, most: int | None, file_nbytes: int) -> None:
+    """Whether every chunk lies in the file and has a size that its codec can give.
+
+    Parameters
+    ----------
+    table
+        Where the chunks lie.
+    raw_nbytes
+        Raw bytes of each.
+    most
+        Raw bytes that the codec makes of one stored byte at most; None where there is no bound.
+    file_nbytes
+        Size of the file.
+    """
+    smallest = raw_nbytes // most if most else 1
+    # No codec makes much more of what it cannot compress.
+    largest = raw_nbytes + raw_nbytes // 100 + 1024
+    for offset, size in zip(table.offsets, table.sizes, strict=True):
         if not 0 < offset <= offset + size <= file_nbytes:
             message = f"a chunk lies at {offset} + {size}, outside the file of {file_nbytes} bytes"
             raise CorruptArchiveError(message)
         if not smallest <= size <= largest:
             message = f"a chunk of {size} stored bytes cannot hold {raw_nbytes} raw ones"
             raise HostileFileError(message)
+    if sum(table.sizes) > file_nbytes:
+        message = f"chunks of {sum(table.sizes)} bytes in all overlap in a file of {file_nbytes}"
+        raise HostileFileError(message)
 
 
 def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArray[Any]:
@@ -115,6 +165,8 @@ def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArra
         raise CorruptArchiveError(message)
     codec, dtype = get_codec(entry.codec), carrier_dtype(entry.dtype)
     values = np.empty(entry.shape, dtype=dtype)
+    if not values.size:
+        return values
     offsets = grid.chunk_offsets(entry.shape, entry.chunk)
     for number, offset in enumerate(offsets):
         stored = read_chunk(file, entry, number)

@@ -178,7 +178,7 @@ class PartFile:
                 self.discard()
                 message = f"{self.target} exists; use --overwrite to replace it, or another name"
                 raise ArchiveExistsError(message) from error
-        os.close(self._descriptor)
+        self._close()
         sync_folder(self.target.parent)
 
     def discard(self) -> None:
@@ -186,7 +186,13 @@ class PartFile:
         # Unlinked before the lock goes, so that nobody takes it for a leftover in between.
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+            self._close()
+
+    def _close(self) -> None:
+        # Once only: the number may be that of another thread's file by now.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -240,6 +246,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, durably; one that exists is left alone."""
+    if folder.is_dir():
+        # Whoever made it may have been killed before it was durable.
+        with contextlib.suppress(OSError):
+            sync_folder(folder.parent)
+        return
+    make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    # Without this, a power failure could take the folder away with all that is published in it.
+    sync_folder(folder.parent)
 
 
 def remove_abandoned_parts(target: Path) -> list[Path]:

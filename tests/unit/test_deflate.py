@@ -61,6 +61,7 @@ def families() -> dict[str, np.ndarray]:
         "attentions, 20 tokens": causal_attentions(32, 20).astype(np.float16),
         "attentions, 43 tokens": causal_attentions(32, 43).astype(np.float16),
         "attentions, 100 tokens": causal_attentions(32, 100).astype(np.float16),
+        "attentions, 200 tokens": causal_attentions(8, 200).astype(np.float16),
         "bfloat16-born attentions": to_bfloat16(causal_attentions(32, 43)).astype(np.float16),
         "half zero": (rng.standard_normal((40, 2048)) * rng.integers(0, 2, (40, 2048))).astype(
             "<f2"
@@ -312,29 +313,42 @@ def test_repeats_are_seen_at_odd_distances_and_not_in_noise() -> None:
 def test_tiny_planes_are_looked_at(size: int) -> None:
     assert (planes.repeats(np.full(size, 7, np.uint8), 7) > 0) == (size > 9)
     if size:
-        assert planes.survey(np.zeros(size, np.uint8)).entropy == 0
+        (facts,) = planes.survey(np.zeros((1, size), np.uint8))
+        assert facts.entropy == facts.variation == 0
 
 
 def test_a_survey_knows_noise_activations_and_masked_attentions() -> None:
     values = families()["float16 hidden"]
-    low, high = planes.plane_view(planes.shuffle(values.view(np.uint8).ravel(), 2), 2)
-    assert planes.survey(low).noise
-    facts = planes.survey(high)
+    both = planes.plane_view(planes.shuffle(values.view(np.uint8).ravel(), 2), 2)
+    (low, facts), high = planes.survey(both), both[1]
+    assert low.noise
     assert facts.entropy == pytest.approx(entropy_nbytes(high) * 8 / high.size, abs=0.1)
     assert facts.pairs == pytest.approx(facts.collision, abs=0.01)
     masked = causal_attentions(32, 43).astype(np.float16)
-    for plane in planes.plane_view(planes.shuffle(masked.view(np.uint8).ravel(), 2), 2):
-        facts = planes.survey(plane)
+    both = planes.plane_view(planes.shuffle(masked.view(np.uint8).ravel(), 2), 2)
+    for facts in planes.survey(both):
         assert facts.pairs > facts.collision + 0.1
         assert facts.zeros > 0.4
+
+
+@pytest.mark.parametrize("engines", ["installed", "zlib only"])
+def test_repeats_behind_noise_and_in_planes_of_some_order_are_found(
+    engines: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deflate, "ENGINES", ENGINES[engines])
+    rows = families()["repeated rows"]
+    from_bfloat16 = to_bfloat16(rows).astype(np.float16)
+    for values, share in ((rows, 0.6), (from_bfloat16, 0.4)):
+        assert len(deflate.encode(values, itemsize=2)) < share * values.nbytes
 
 
 def test_heads_vary_and_bytes_of_one_distribution_do_not() -> None:
     heads = np.random.default_rng(8).normal(0, 1, (50, 1024))
     spreads = np.exp2(np.arange(50) / 4)[:, np.newaxis]
-    alike, varied = (
-        planes.survey(values.astype(np.float16).view(np.uint8).reshape(-1, 2)[:, 1].copy())
+    high = [
+        values.astype(np.float16).view(np.uint8).reshape(-1, 2)[:, 1]
         for values in (heads, heads * spreads)
-    )
+    ]
+    alike, varied = planes.survey(np.stack(high))
     assert alike.variation == pytest.approx(0, abs=0.05)
     assert varied.variation > 1

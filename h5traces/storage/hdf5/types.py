@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from h5py import h5t
 
-from h5traces.errors import HostileFileError
+from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.storage.objects import carrier_dtype
 
 # sign position, exponent position and width, mantissa position and width; exponent bias 127
 _BFLOAT16_FIELDS: Final = (15, 7, 8, 0, 7)
 _BFLOAT16_BIAS: Final = 127
-_IEEE_FIELDS: Final = {
-    2: (15, 10, 5, 0, 10),
-    4: (31, 23, 8, 0, 23),
-    8: (63, 52, 11, 0, 52),
+# the same fields and the exponent's bias, by size
+_IEEE_LAYOUTS: Final = {
+    2: ((15, 10, 5, 0, 10), 15),
+    4: ((31, 23, 8, 0, 23), 127),
+    8: ((63, 52, 11, 0, 52), 1023),
 }
+_CLASS_NAMES: Final = {
+    h5t.REFERENCE: "a reference",
+    h5t.VLEN: "of variable length",
+    h5t.ARRAY: "an array",
+    h5t.COMPOUND: "a compound",
+    h5t.ENUM: "an enumeration",
+    h5t.OPAQUE: "opaque bytes",
+    h5t.BITFIELD: "a bit field",
+    h5t.TIME: "a time",
+}
+MAX_COLUMNS: Final = 256
 
 
 def text_type(nbytes: int) -> h5t.TypeID:
@@ -50,14 +62,16 @@ def hdf5_type(stored_type: str) -> h5t.TypeID:
     return h5t.py_create(carrier_dtype(stored_type))
 
 
-def stored_type(type_id: h5t.TypeID) -> str | None:
-    """The stored type behind an HDF5 type, None for a number type only HDF5 itself can decode.
+def stored_type(type_id: h5t.TypeID) -> str:
+    """The stored type behind an HDF5 type, of either byte order.
 
     Raises
     ------
     HostileFileError
         The type is of a class that archives never hold: references, variable length, arrays,
         compounds, enumerations, opaque bytes, or a named type.
+    CorruptArchiveError
+        It is a number of a size or layout that archives never hold.
     """
     type_class = type_id.get_class()
     if type_id.committed():
@@ -69,23 +83,75 @@ def stored_type(type_id: h5t.TypeID) -> str | None:
             raise HostileFileError(message)
         return f"text:{type_id.get_size()}"
     if type_class not in (h5t.INTEGER, h5t.FLOAT):
-        message = f"the type class is {type_class}; archives hold integers, floats and text only"
+        name = _CLASS_NAMES.get(type_class, f"class {type_class}")
+        message = f"the type is {name}; archives hold integers, floats and text only"
         raise HostileFileError(message)
-    if type_id.get_size() > 1 and type_id.get_order() != h5t.ORDER_LE:
+    name = number_type(type_id)
+    if name is None:
+        message = (
+            f"the type is a number of {type_id.get_size()} bytes in a layout of its own; archives "
+            "hold whole integers, IEEE floats and bfloat16"
+        )
+        raise CorruptArchiveError(message)
+    return name
+
+
+def number_type(type_id: h5t.TypeID) -> str | None:
+    """The stored type of an integer or float, None where its bits lie otherwise."""
+    size = type_id.get_size()
+    if type_id.get_order() not in (h5t.ORDER_LE, h5t.ORDER_BE) and size > 1:
         return None
-    if type_class == h5t.INTEGER:
+    # All bits of the element count, or HDF5 reads other numbers than numpy.
+    if type_id.get_precision() != 8 * size or type_id.get_offset() != 0:
+        return None
+    if type_id.get_class() == h5t.INTEGER:
         sign = "" if type_id.get_sign() == h5t.SGN_2 else "u"
-        return f"{sign}int{8 * type_id.get_size()}"
-    return _float_name(type_id)
-
-
-def _float_name(type_id: h5t.TypeFloatID) -> str | None:
-    size, fields = type_id.get_size(), type_id.get_fields()
-    if size == 2 and fields == _BFLOAT16_FIELDS and type_id.get_ebias() == _BFLOAT16_BIAS:
+        return f"{sign}int{8 * size}" if size in (1, 2, 4, 8) else None
+    if type_id.get_norm() != h5t.NORM_IMPLIED:
+        return None
+    fields, bias = type_id.get_fields(), type_id.get_ebias()
+    if (size, fields, bias) == (2, _BFLOAT16_FIELDS, _BFLOAT16_BIAS):
         return "bfloat16"
-    if _IEEE_FIELDS.get(size) == fields:
-        return f"float{8 * size}"
-    return None
+    return f"float{8 * size}" if _IEEE_LAYOUTS.get(size) == (fields, bias) else None
+
+
+def file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
+    """The dtype of the bytes of a stored type, in the file's byte order; bfloat16 as bits."""
+    dtype = carrier_dtype(stored_type(type_id))
+    is_text = type_id.get_class() == h5t.STRING
+    big_endian = not is_text and type_id.get_size() > 1 and type_id.get_order() == h5t.ORDER_BE
+    return dtype.newbyteorder(">") if big_endian else dtype
+
+
+def is_little_endian(type_id: h5t.TypeID) -> bool:
+    """Whether elements are stored as archives store them."""
+    return file_dtype(type_id).byteorder != ">"
+
+
+def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
+    """The structured dtype of the bytes of a table's rows.
+
+    Raises
+    ------
+    HostileFileError
+        The type is no compound, or a column is of a type that archives never hold.
+    """
+    if type_id.get_class() != h5t.COMPOUND or type_id.committed():
+        message = "the type is no plain compound; the table of samples has named columns"
+        raise HostileFileError(message)
+    count = type_id.get_nmembers()
+    if count > MAX_COLUMNS:
+        message = f"the table has {count} columns; the limit is {MAX_COLUMNS}"
+        raise HostileFileError(message)
+    names = [type_id.get_member_name(index).decode() for index in range(count)]
+    return np.dtype(
+        {
+            "names": names,
+            "formats": [file_dtype(type_id.get_member_type(index)) for index in range(count)],
+            "offsets": [type_id.get_member_offset(index) for index in range(count)],
+            "itemsize": type_id.get_size(),
+        }
+    )
 
 
 def table_dtype(columns: dict[str, np.dtype]) -> np.dtype:

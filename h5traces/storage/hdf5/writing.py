@@ -18,6 +18,7 @@ from h5traces.storage.codecs import get_codec
 from h5traces.storage.hdf5.attributes import write_attributes
 from h5traces.storage.hdf5.plugin_codecs import require_filter
 from h5traces.storage.hdf5.types import hdf5_type
+from h5traces.storage.signals import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -35,6 +36,7 @@ META_BLOCK_NBYTES = 256 << 10
 class Hdf5Writer:
     """An HDF5 file under construction."""
 
+    @uninterrupted
     def __init__(self, file: LatchedFile) -> None:
         self._file = h5py.File(file, "w", libver=LIBVER, meta_block_size=META_BLOCK_NBYTES)
         self._root = self._file.id
@@ -43,15 +45,18 @@ class Hdf5Writer:
         self._link_options.set_char_encoding(h5t.CSET_UTF8)
         self._creation: dict[tuple[Any, ...], Any] = {}
 
+    @uninterrupted
     def create_group(self, path: str, attrs: Mapping[str, AttrValue]) -> None:
         """A group with its attributes; parents are made as needed."""
         group = h5g.create(self._root, path.encode(), lcpl=self._link_options)
         write_attributes(group, attrs)
 
+    @uninterrupted
     def add_attributes(self, path: str, attrs: Mapping[str, AttrValue]) -> None:
         """Further attributes of an existing group."""
         write_attributes(h5g.open(self._root, path.encode()), attrs)
 
+    @uninterrupted
     def write_dataset(
         self,
         path: str,
@@ -119,6 +124,7 @@ class Hdf5Writer:
             self._creation[key] = options
         return self._creation[key]
 
+    @uninterrupted
     def write_table(self, path: str, columns: Mapping[str, np.ndarray]) -> None:
         """A compound table, gzip-compressed; all columns have one length.
 
@@ -147,6 +153,7 @@ class Hdf5Writer:
         if length:
             dataset.write(h5s.ALL, h5s.ALL, table, mtype=file_type)
 
+    @uninterrupted
     def close(self) -> None:
         """Write out everything HDF5 holds back."""
         self._file.close()

@@ -1,0 +1,253 @@
+"""What is checked of HDF5 objects before HDF5 may follow, open or allocate anything for them.
+
+HDF5 follows links out of the file, opens other files for external and virtual storage, looks for
+filter plugins on disk and believes every size it is told. Archives use none of these, which makes
+them easy to refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from h5py import h5d, h5g, h5l, h5o, h5pl
+from h5py._objects import phil  # the lock that every call of h5py takes; it has no public name
+
+from h5traces import layout
+from h5traces.errors import (
+    CorruptArchiveError,
+    HostileFileError,
+    MissingFilterError,
+    NotAnArchiveError,
+)
+from h5traces.storage import chunks as grid
+from h5traces.storage.codecs import FILTER_SHUFFLE, Filter, codec_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# deflate, shuffle, fletcher32: what HDF5 itself brings and stock tools put on numbers
+BUILT_IN_FILTERS: Final = frozenset({1, 2, 3})
+# An index of chunks spends at least an address on each.
+_MIN_INDEX_NBYTES: Final = 8
+# signature, version, sizes of offsets and lengths, flags, base address
+_SUPERBLOCK: Final = struct.Struct("<8sBBBBQ")
+_CHECKED_SUPERBLOCKS: Final = (2, 3)
+
+
+@contextlib.contextmanager
+def no_plugin_search(*, allowed: bool) -> Iterator[None]:
+    """Keeps HDF5 from looking for filter plugins on disk, unless `allowed`.
+
+    Filters that are registered already go on working. The search path belongs to the process, so
+    h5py's lock is held: no other thread sees it empty.
+    """
+    if allowed:
+        yield
+        return
+    with phil:
+        paths = [h5pl.get(index) for index in range(h5pl.size())]
+        for _ in paths:
+            h5pl.remove(0)
+        try:
+            yield
+        finally:
+            for path in paths:
+                h5pl.append(path)
+
+
+def check_superblock(path: Path) -> None:
+    """Refuse a file before HDF5 opens it, by its first bytes.
+
+    Raises
+    ------
+    NotAnArchiveError
+        It is no HDF5 file.
+    HostileFileError
+        Its addresses do not count from the start of the file.
+    """
+    with path.open("rb") as file:
+        block = file.read(_SUPERBLOCK.size)
+    if not block.startswith(layout.HDF5_SIGNATURE):
+        message = f"{path}: is no HDF5 file; expected an archive that h5traces wrote"
+        raise NotAnArchiveError(message)
+    if len(block) < _SUPERBLOCK.size:
+        message = f"{path}: ends within its first {_SUPERBLOCK.size} bytes; it was truncated"
+        raise CorruptArchiveError(message)
+    _, version, offset_nbytes, length_nbytes, _, base = _SUPERBLOCK.unpack(block)
+    if version in _CHECKED_SUPERBLOCKS and ((offset_nbytes, length_nbytes) != (8, 8) or base):
+        message = (
+            f"{path}: the superblock has addresses of {offset_nbytes} bytes that count from "
+            f"{base}; archives have 8 bytes from 0"
+        )
+        raise HostileFileError(message)
+
+
+def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:
+    """The sorted names of a group's links, of which there may be no more than `most`.
+
+    Raises
+    ------
+    HostileFileError
+        There are more.
+    """
+    names: list[str] = []
+
+    def add(name: bytes) -> bool | None:
+        names.append(name.decode("utf-8", "surrogateescape"))
+        # Anything but None ends the iteration. The group's own count may be a lie.
+        return True if len(names) > most else None
+
+    if group.get_num_objs() <= most:
+        group.links.iterate(add)
+    if group.get_num_objs() > most or len(names) > most:
+        message = f"there are {max(group.get_num_objs(), len(names))} {what}; the limit is {most}"
+        raise HostileFileError(message)
+    return sorted(names)
+
+
+def has_link(group: h5g.GroupID, name: str) -> bool:
+    """Whether a link of that name exists; it is not followed, wherever it leads."""
+    return bool(group.links.exists(name.encode("utf-8", "surrogateescape")))
+
+
+def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
+    """The group or dataset behind a hard link that is the only one to it, and its address.
+
+    Raises
+    ------
+    HostileFileError
+        It is something else.
+    """
+    encoded = name.encode("utf-8", "surrogateescape")
+    if group.links.get_info(encoded).type != h5l.TYPE_HARD:
+        message = f"{name!r} is a soft or external link; archives hold hard links only"
+        raise HostileFileError(message)
+    found = h5o.open(group, encoded)
+    if not isinstance(found, (h5g.GroupID, h5d.DatasetID)):
+        message = f"{name!r} is neither group nor dataset"
+        raise HostileFileError(message)
+    info = h5o.get_info(found)
+    if info.rc != 1:
+        message = f"{name!r} has several hard links; archives link every object once"
+        raise HostileFileError(message)
+    return found, info.addr
+
+
+def open_group(group: h5g.GroupID, name: str) -> h5g.GroupID:
+    """The group behind a hard link that is the only one to it.
+
+    Raises
+    ------
+    HostileFileError
+        It is something else.
+    """
+    found, _ = open_child(group, name)
+    if not isinstance(found, h5g.GroupID):
+        message = f"{name!r} is a dataset, expected a group"
+        raise HostileFileError(message)
+    return found
+
+
+def check_storage(options: Any, shape: tuple[int, ...] | None) -> None:
+    """Refuse datasets whose bytes lie elsewhere, and those without a shape.
+
+    Raises
+    ------
+    HostileFileError
+        It is such a dataset.
+    """
+    if options.get_layout() == h5d.VIRTUAL:
+        message = "a virtual dataset; archives hold their own bytes"
+        raise HostileFileError(message)
+    if options.get_external_count():
+        message = "a dataset with external storage; archives hold their own bytes"
+        raise HostileFileError(message)
+    if shape is None:
+        message = "a dataset without a simple shape; archives hold none"
+        raise HostileFileError(message)
+
+
+def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
+    """A dataset's filters in order of writing.
+
+    Parameters
+    ----------
+    options
+        The dataset's creation properties.
+    itemsize
+        Bytes per element.
+
+    Raises
+    ------
+    HostileFileError
+        A filter repeats another, or shuffles by another size than the element's.
+    MissingFilterError
+        One of them is none that archives use.
+    """
+    filters = tuple(
+        Filter(number, tuple(parameters))
+        for number, _, parameters, _ in map(options.get_filter, range(options.get_nfilters()))
+    )
+    for each in filters:
+        # HDF5 shuffles by this number, archives' readers by the size of the element.
+        if each.filter_id == FILTER_SHUFFLE and each.parameters[:1] != (itemsize,):
+            message = f"the shuffle filter is for elements of {each.parameters}, not {itemsize}"
+            raise HostileFileError(message)
+    if codec_of(filters) is not None:
+        return filters
+    numbers = [each.filter_id for each in filters]
+    if len(set(numbers)) != len(numbers):
+        message = f"the filters {numbers} repeat one another; archives use each at most once"
+        raise HostileFileError(message)
+    foreign = set(numbers) - BUILT_IN_FILTERS
+    if foreign:
+        message = (
+            f"the filters {sorted(foreign)} are none that archives use; expected gzip (1) with or "
+            "without shuffle (2); rewrite the file with h5repack -f GZIP=6 if you trust it"
+        )
+        raise MissingFilterError(message)
+    return filters
+
+
+def stored_chunks(
+    dataset: h5d.DatasetID, shape: tuple[int, ...], chunk: tuple[int, ...], file_nbytes: int
+) -> list[Any]:
+    """h5py's description of every chunk, in C order of the grid.
+
+    Raises
+    ------
+    HostileFileError
+        There would be more chunks than the file can list.
+    CorruptArchiveError
+        The stored chunks are not exactly those of the grid.
+    """
+    counts = grid.grid_shape(shape, chunk)
+    expected = math.prod(counts)
+    if expected * _MIN_INDEX_NBYTES > file_nbytes:
+        message = f"{expected} chunks cannot be listed in a file of {file_nbytes} bytes"
+        raise HostileFileError(message)
+    if not expected:
+        return []
+    found: dict[int, Any] = {}
+
+    def add(info: Any) -> bool | None:
+        number = 0
+        for start, size, count in zip(info.chunk_offset, chunk, counts, strict=True):
+            number = number * count + min(start // size, count)
+        found[number] = info
+        return True if len(found) > expected else None
+
+    dataset.chunk_iter(add)
+    stored = [found.get(number) for number in range(expected)]
+    missing = sum(each is None or each.byte_offset is None for each in stored)
+    if missing or len(found) != expected:
+        message = (
+            f"{len(found) - missing} of {expected} chunks are stored where they belong; the "
+            "dataset is incomplete"
+        )
+        raise CorruptArchiveError(message)
+    return stored

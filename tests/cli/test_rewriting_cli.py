@@ -1,0 +1,101 @@
+"""verify, repack, merge, split and salvage as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from legacy_batches import make_archive, make_batch
+
+import h5traces
+
+COMMAND = Path(sys.executable).with_name("h5traces")
+
+
+def run(*arguments):
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return make_archive(tmp_path, make_batch("full_pkl"))
+
+
+def damage(archive):
+    data = bytearray(archive.read_bytes())
+    entry = h5traces.open(archive)[1].entry("attentions/layer_001")
+    data[entry.chunks.offsets[0] + 4] ^= 8
+    archive.write_bytes(data)
+
+
+def test_verify_says_intact_and_proves_a_conversion(archive):
+    done = run("verify", archive, "--deep", "--against", archive.with_name("batch.pkl"))
+    assert done.returncode == 0
+    assert f"{archive}: intact" in done.stdout
+    assert "samples compared with" in done.stdout
+    assert not done.stderr
+
+
+def test_verify_names_the_damage_and_exits_1(archive):
+    damage(archive)
+    done = run("verify", archive)
+    assert done.returncode == 1
+    assert f"{archive}:/samples/00000001/attentions/layer_001: a stored chunk is" in done.stdout
+    report = json.loads(run("verify", archive, "--json").stdout)
+    assert report[0]["problems"][0]["loc"] == "/samples/00000001/attentions/layer_001"
+
+
+def test_salvage_exits_1_and_lists_the_lost(archive, tmp_path):
+    damage(archive)
+    done = run("salvage", archive, "-o", tmp_path / "saved.h5")
+    assert done.returncode == 1
+    assert "lost [1]" in done.stdout
+    assert "/samples/00000001/attentions/layer_001" in done.stderr
+    assert run("verify", tmp_path / "saved.h5").returncode == 0
+
+
+def test_repack_copies_chunks_and_says_so(archive, tmp_path):
+    done = run("repack", archive, "-o", tmp_path / "two.h5", "--layers", "0,2", "--samples", "0:3")
+    assert done.returncode == 0
+    assert "3 samples" in done.stdout
+    assert "chunks copied" in done.stdout
+    two = h5traces.open(tmp_path / "two.h5")
+    assert (len(two), two.layers) == (3, (0, 2))
+
+
+def test_split_and_merge(archive, tmp_path):
+    done = run("split", archive, "-o", tmp_path / "s" / "run.h5", "-n", 4, "--json")
+    targets = json.loads(done.stdout)["targets"]
+    assert [Path(each).name for each in targets][:2] == ["run-00000.h5", "run-00001.h5"]
+    assert run("merge", tmp_path / "s", "-o", tmp_path / "m.h5").returncode == 0
+    assert h5traces.open(tmp_path / "m.h5").ids == h5traces.open(archive).ids
+
+
+def test_another_codec_is_announced(archive, tmp_path):
+    done = run("repack", archive, "-o", tmp_path / "z.h5", "--codec", "zstd")
+    assert done.returncode == 0
+    assert "HDF5 filters 2, 32015" in done.stderr
+    assert "compressed anew" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["repack", "{archive}", "-o", "{archive}"], "is one of the sources"),
+        (["repack", "{archive}", "-o", "{out}", "--layers", "9"], "layers [9] are not stored"),
+        (["merge", "{missing}", "-o", "{out}"], "no such file"),
+        (["repack", "{archive}", "-o", "{out}", "--layers", "x"], "is no layer number"),
+        (["repack", "{archive}", "-o", "{out}", "--samples", "a:b"], "expected indices such as"),
+    ],
+)
+def test_wrong_use_is_explained_and_writes_nothing(archive, tmp_path, arguments, message):
+    names = {"archive": archive, "out": tmp_path / "out.h5", "missing": tmp_path / "no.h5"}
+    before = archive.read_bytes()
+    done = run(*(each.format(**names) for each in arguments))
+    assert done.returncode in (1, 2)
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out.h5").exists()
+    assert archive.read_bytes() == before

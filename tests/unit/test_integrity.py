@@ -1,0 +1,169 @@
+"""verify and salvage: damage is named, what is intact is saved, a conversion is proven."""
+
+import contextlib
+import random
+import warnings
+
+import h5py
+import pytest
+from legacy_batches import LAYOUTS, assert_same, make_archive, make_batch, write_layout
+
+import h5traces
+from h5traces.errors import H5TracesError, StoredStateWarning
+from h5traces.salvaging import salvage
+
+FLIPS = 300
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return make_archive(tmp_path_factory.mktemp("archive"), make_batch("full_gz"))
+
+
+@pytest.fixture
+def flipped(archive, tmp_path):
+    """Writes a copy of the archive with one bit flipped."""
+
+    def flip(offset, bit=0, name="flipped.h5"):
+        data = bytearray(archive.read_bytes())
+        data[offset] ^= 1 << bit
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return flip
+
+
+@contextlib.contextmanager
+def without_footer_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoredStateWarning)
+        yield
+
+
+def chunk_offset(archive, index, path):
+    return h5traces.open(archive)[index].entry(path).chunks.offsets[0]
+
+
+def test_an_intact_archive_is_intact(archive):
+    for deep in (False, True):
+        report = h5traces.verify(archive, deep=deep)
+        assert report.ok
+        assert report.num_samples == len(h5traces.open(archive))
+        assert report.num_chunks > 0
+
+
+def test_the_quick_check_sees_every_single_bit(archive, flipped):
+    """Chunks, HDF5's own structures, and the footer: all bytes are under a checksum."""
+    choose = random.Random(7)
+    size = archive.stat().st_size
+    for _ in range(FLIPS):
+        offset, bit = choose.randrange(size), choose.randrange(8)
+        report = h5traces.verify(flipped(offset, bit))
+        # A damaged footer is noted, and everything is inflated through HDF5 instead.
+        assert not report.ok or any("footer" in note for note in report.notes), (offset, bit)
+
+
+def test_a_flipped_bit_never_gives_a_wrong_number(archive, flipped):
+    expected = [trace.to_dict() for trace in h5traces.open(archive)]
+    choose = random.Random(11)
+    size = archive.stat().st_size
+    errors = 0
+    for _ in range(FLIPS):
+        path = flipped(choose.randrange(size), choose.randrange(8))
+        for index, wanted in enumerate(expected):
+            try:
+                with without_footer_warnings():
+                    found = h5traces.open(path)[index].to_dict()
+            except H5TracesError:
+                errors += 1
+            else:
+                assert_same(found, wanted)
+    assert errors > FLIPS // 4
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_damage_is_named_by_sample_and_layer(archive, flipped, deep):
+    path = flipped(chunk_offset(archive, 3, "attentions/layer_002") + 9)
+    report = h5traces.verify(path, deep=deep)
+    assert [each.loc for each in report.problems] == ["/samples/00000003/attentions/layer_002"]
+    assert "checksum does not fit" in report.problems[0].message
+
+
+def test_exchanged_arrays_are_found_without_a_footer(archive, tmp_path):
+    path = tmp_path / "exchanged.h5"
+    path.write_bytes(archive.read_bytes())
+    with h5py.File(path, "r+") as file:
+        group = file["samples/00000002/hidden_states"]
+        group.move("layer_000", "spare")
+        group.move("layer_001", "layer_000")
+        group.move("spare", "layer_001")
+    report = h5traces.verify(path)
+    assert any("no footer" in note for note in report.notes)
+    assert "/samples/00000002" in [each.loc for each in report.problems]
+
+
+def test_salvage_saves_all_other_samples(archive, flipped, tmp_path):
+    path = flipped(chunk_offset(archive, 1, "hidden_states/layer_000") + 3)
+    before = path.read_bytes()
+    report = salvage(path, tmp_path / "saved.h5")
+    source, saved = h5traces.open(archive), h5traces.open(tmp_path / "saved.h5")
+    assert report.lost_samples == [1]
+    assert [each.loc for each in report.lost] == ["/samples/00000001/hidden_states/layer_000"]
+    assert report.num_saved == len(saved) == len(source) - 1
+    for ours, theirs in zip(saved, [source[0], *source[2:]], strict=True):
+        assert_same(ours.to_dict(), theirs.to_dict())
+    assert path.read_bytes() == before
+    assert h5traces.verify(tmp_path / "saved.h5", deep=True).ok
+
+
+def test_salvage_works_from_the_footer_when_hdf5_is_destroyed(archive, tmp_path):
+    data = bytearray(archive.read_bytes())
+    first = min(
+        offset
+        for trace in h5traces.open(archive)
+        for entry in trace.objects.values()
+        if entry.chunks
+        for offset in entry.chunks.offsets
+    )
+    data[48:first] = bytes(first - 48)
+    path = tmp_path / "destroyed.h5"
+    path.write_bytes(data)
+    assert not h5traces.verify(path).ok
+    report = salvage(path, tmp_path / "saved.h5")
+    assert not report.lost
+    assert len(h5traces.open(tmp_path / "saved.h5")) == len(h5traces.open(archive))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float16", "auto"])
+def test_a_conversion_is_proven_against_its_batch(tmp_path, layout, dtype):
+    batch = write_layout(tmp_path, layout)
+    h5traces.convert(batch, tmp_path / "out.h5", dtype=dtype)
+    report = h5traces.verify(tmp_path / "out.h5", against=batch)
+    assert report.ok
+    assert any("samples compared with" in note for note in report.notes)
+
+
+def test_another_batch_is_told_apart(tmp_path):
+    batch = make_batch("full_pkl")
+    archive = make_archive(tmp_path / "archive", batch)
+    batch[2]["generated_answer_clean"] += "!"
+    batch[3]["hidden_states"][1] = batch[3]["hidden_states"][1] + 1
+    batch[4]["question_id"] = "another"
+    other = write_layout(tmp_path / "other", "full_pkl", batch)
+    report = h5traces.verify(archive, against=other)
+    assert [each.loc for each in report.problems] == [
+        "/samples/00000002/generated_answer_clean",
+        "/samples/00000003/hidden_states/layer_001",
+        "/samples/00000004",
+    ]
+    assert {each.kind for each in report.problems} == {"differs_from_source"}
+
+
+def test_a_batch_with_more_samples_is_told_apart(tmp_path):
+    batch = make_batch("full_pkl")
+    archive = make_archive(tmp_path / "archive", batch[:-1])
+    longer = write_layout(tmp_path / "longer", "full_pkl", batch)
+    report = h5traces.verify(archive, against=longer)
+    assert [each.kind for each in report.problems] == ["missing_sample"]
