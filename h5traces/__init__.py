@@ -11,6 +11,17 @@ from h5traces.archive import open_archive as open  # as h5py.File, gzip.open do
 from h5traces.check import validate
 from h5traces.conversion import convert
 from h5traces.integrity import verify
+from h5traces.spooling import create
 from h5traces.version import __version__
 
-__all__ = ["Archive", "Trace", "__version__", "convert", "load", "open", "validate", "verify"]
+__all__ = [
+    "Archive",
+    "Trace",
+    "__version__",
+    "convert",
+    "create",
+    "load",
+    "open",
+    "validate",
+    "verify",
+]

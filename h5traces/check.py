@@ -336,11 +336,12 @@ class _Validation:
 
 
 def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:
-    if (listed.attrs, listed.dtype, listed.shape, listed.chunk) != (
+    if (listed.attrs, listed.dtype, listed.shape, listed.chunk, listed.codec) != (
         stored.attrs,
         stored.dtype,
         stored.shape,
         stored.chunk,
+        stored.codec,
     ):
         return False
     if listed.chunks is None or stored.chunks is None:

@@ -25,6 +25,10 @@ class ReadLimits:
         Groups and datasets in one sample.
     max_samples
         Samples in one archive.
+    max_kinds
+        Groups below ``/kinds``, and objects in the root.
+    search_plugins
+        Whether HDF5 may look for filter plugins on disk (1) while it reads; no archive needs it.
     """
 
     max_attributes: int = 1000
@@ -32,8 +36,10 @@ class ReadLimits:
     max_chunk_nbytes: int = 256 << 20
     max_array_nbytes: int = 64 << 30
     max_depth: int = 64
-    max_objects: int = 200_000
+    max_objects: int = 20_000
     max_samples: int = 50_000_000
+    max_kinds: int = 1000
+    search_plugins: bool = False
 
 
 DEFAULT_LIMITS = ReadLimits()

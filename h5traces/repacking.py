@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveError
-from h5traces.storage.part_file import remove_abandoned_parts
+from h5traces.publishing import ShardSet
 from h5traces.transcription import to_record
-from h5traces.verification import verify_written
-from h5traces.writer import ArchiveWriter, StoredSample, WriteOptions
+from h5traces.writer import StoredSample, WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.schema import SourceFile
+    from h5traces.writer import ArchiveWriter
 
 # What archives that become one must have said alike, or not at all.
 _CARRIED_FIELDS = ("model_id", "model_revision", "dataset", "num_layers")
@@ -167,9 +167,8 @@ class _Rewrite:
     def __init__(
         self, archive: Archive, report: RepackReport, options: WriteOptions, *, verify: bool
     ) -> None:
-        self._archive, self._report, self._options = archive, report, options
-        self._verify = verify
-        self._writers: list[ArchiveWriter] = []
+        self._archive, self._report = archive, report
+        self._shards = ShardSet(options, verify=verify)
         self._sources, self._first_source = _joined_sources(archive.files)
 
     def write(
@@ -179,18 +178,13 @@ class _Rewrite:
         progress: Callable[[int, int], None] | None,
         total: int,
     ) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned_parts(target)
-        writer = ArchiveWriter(target, self._options, **_carried(self._archive.files))
-        self._writers.append(writer)
+        writer = self._shards.new(target, **_carried(self._archive.files))
         for index in indices:
             self._add(writer, self._archive[index])
             self._report.num_samples += 1
             if progress is not None:
                 progress(self._report.num_samples, total)
-        writer.finish(sources=self._sources)
-        if self._verify:
-            verify_written(writer.part_path, writer.digests, workers=self._options.workers)
+        self._shards.finish(sources=self._sources)
 
     def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
         first_source = self._first_source[trace.path]
@@ -200,16 +194,15 @@ class _Rewrite:
             writer.append(to_record(trace, first_source=first_source))
 
     def publish(self) -> None:
-        """Name the targets; the first one last: where it exists, all of them do."""
-        for writer in reversed(self._writers):
-            writer.publish()
-        self._report.targets = [str(writer.summary.path) for writer in self._writers]
-        self._report.target_nbytes = sum(writer.summary.nbytes for writer in self._writers)
+        """Name the targets."""
+        self._shards.publish()
+        summaries = [writer.summary for writer in self._shards.writers]
+        self._report.targets = [str(summary.path) for summary in summaries]
+        self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
 
     def discard(self) -> None:
         """Delete what was not published."""
-        for writer in self._writers:
-            writer.discard()
+        self._shards.discard()
 
 
 def _carried(files: Sequence[ArchiveFile]) -> dict[str, Any]:

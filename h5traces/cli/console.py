@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +76,35 @@ def _plain(message: str) -> str:
     return message.replace("[", r"\[")
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM came; handled as Ctrl-C is."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM, as a batch system sends it before it kills, stops cleanly inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def reported(usage_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns errors into one line on stderr and an exit code: 1 for problems, 2 for usage."""
+    """Turns errors into one line on stderr and an exit code: 1 problems, 2 usage, 128 + signal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", StoredStateWarning)
         try:
-            yield
+            with _sigterm_raises():
+                yield
         except BrokenPipeError:
             # The reader of a pipe (head, less) has seen enough.
             sys.stderr.close()
@@ -89,9 +113,10 @@ def reported(usage_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
             fail(str(error))
             is_usage = isinstance(error, (FileNotFoundError, *usage_errors))
             raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             fail("stopped; nothing half-written was kept")
-            raise typer.Exit(130) from None
+            number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
+            raise typer.Exit(128 + number) from None
         finally:
             for each in caught:
                 warn(str(each.message))

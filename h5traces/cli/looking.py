@@ -15,6 +15,12 @@ from h5traces.cli.options import Archives, Json
 from h5traces.errors import H5TracesError
 from h5traces.inspection import inspect as inspect_file
 from h5traces.integrity import verify as verify_archive
+from h5traces.isolation import (
+    DEFAULT_MEMORY_NBYTES,
+    DEFAULT_TIMEOUT,
+    IsolationLimits,
+    validate_isolated,
+)
 from h5traces.legacy.layouts import SOURCE_SUFFIXES
 
 
@@ -80,18 +86,33 @@ def ls(
 
 def validate(
     sources: Archives,
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="In a child process: for files from strangers.")
+    ] = False,
+    memory: Annotated[
+        int, typer.Option(metavar="MIB", min=1, help="With --isolated: memory for each file.")
+    ] = DEFAULT_MEMORY_NBYTES >> 20,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="With --isolated: time for each file.")
+    ] = DEFAULT_TIMEOUT,
     json: Json = False,
 ) -> None:
     """Report every problem of structure and schema with its HDF5 path.
 
     Looks at every object through HDF5, reads no array, and checks that the footer tells the same.
-    Exit code 1 if there is a problem.
+    Exit code 1 if there is a problem. With --isolated, a crash of HDF5, a full memory or a hang is
+    one, too.
 
     - `h5traces validate archives/*.h5`
+    - `h5traces validate --isolated downloaded.h5`
     """
     found = []
+    isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout)
     with reported():
         for path in expand_paths(sources):
+            if isolated:
+                found.append(validate_isolated(path, isolation=isolation))
+                continue
             with count_progress(path.name) as update:
                 found.append(validate_archive(path, progress=update))
     if json:

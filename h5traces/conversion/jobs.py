@@ -20,11 +20,11 @@ from h5traces.dtypes import CastCounts
 from h5traces.errors import ConversionError, H5TracesError, SchemaError, StoredStateWarning
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import names_in_file_name, num_layers_of, to_record
+from h5traces.publishing import ShardSet
 from h5traces.reading_ahead import ReadAhead
 from h5traces.schema import SourceFile, SourcePosition, TraceRecord
-from h5traces.storage.part_file import remove_abandoned_parts
-from h5traces.verification import verify_written
-from h5traces.writer import ArchiveWriter, WriteOptions, WriteSummary
+from h5traces.storage.part_file import remove_abandoned_parts, sync_folder
+from h5traces.writer import WriteOptions, WriteSummary
 
 if TYPE_CHECKING:
     from h5traces.conversion.plan import Job
@@ -59,7 +59,11 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     if exists and options.skip_existing and (odd := _not_an_archive(job.first_target)) is not None:
         report.status, report.error = "failed", odd
     elif exists and options.skip_existing:
+        # Its writer may have been killed between naming it and making the name durable.
+        sync_folder(job.first_target.parent)
         report.status, report.targets = "skipped", [str(each) for each in job.existing_targets()]
+        for target in job.existing_targets():
+            remove_abandoned_parts(target)
         report.archive_nbytes = sum(each.stat().st_size for each in job.existing_targets())
     elif options.dry_run:
         if exists and not options.write.overwrite:
@@ -140,25 +144,23 @@ class _Conversion:
     ) -> None:
         self._job, self._sources, self._options = job, sources, options
         self._report_progress = report_progress
-        self._writers: list[ArchiveWriter] = []
+        self._shards = ShardSet(options.write, verify=options.verify)
         self._source_counts: list[int] = [0] * len(sources)
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
 
     def run(self) -> None:
         """Convert; on an exception nothing is left behind."""
-        self._job.target.parent.mkdir(parents=True, exist_ok=True)
         try:
             for number, source in enumerate(self._sources):
                 self._read_source(number, source)
                 self._report_progress(source, source.stat().st_size, 0)
-            if not self._writers:
+            if not self._shards.writers:
                 self._new_writer()
             self._finish_writer()
-            self._publish()
+            self._shards.publish()
         except BaseException:
-            for writer in self._writers:
-                writer.discard()
+            self._shards.discard()
             raise
 
     def _read_source(self, number: int, source: Path) -> None:
@@ -178,43 +180,34 @@ class _Conversion:
             raise ConversionError(str(error)) from cause
 
     def _write(self, record: TraceRecord, source: Path) -> None:
-        size = self._options.shard_samples
-        if not self._writers:
+        size, writers = self._options.shard_samples, self._shards.writers
+        if not writers:
             self._new_writer()
-        elif size is not None and self._writers[-1].num_samples >= size:
+        elif size is not None and writers[-1].num_samples >= size:
             self._finish_writer()
             self._new_writer()
         try:
-            self._writers[-1].append(record)
+            writers[-1].append(record)
         except (ConversionError, SchemaError) as error:
             raise _SampleError(_placed(error, source, record.source)) from error
 
     def _new_writer(self) -> None:
-        target = self._job.shard(len(self._writers))
-        remove_abandoned_parts(target)
+        target = self._job.shard(len(self._shards.writers))
         names = names_in_file_name(self._sources[0].name)
         facts = {
             "model_id": self._options.model_id or names.get("model_id"),
             "dataset": self._options.dataset or names.get("dataset"),
         }
-        self._writers.append(ArchiveWriter(target, self._options.write, **facts))
+        self._shards.new(target, **facts)
         self._source_counts = [0] * len(self._sources)
 
     def _finish_writer(self) -> None:
-        writer = self._writers[-1]
         sources = tuple(
             SourceFile(name=path.name, nbytes=path.stat().st_size, num_samples=count)
             for path, count in zip(self._sources, self._source_counts, strict=True)
         )
-        writer.finish(sources=sources, num_layers=self._num_layers or None)
-        if self._options.verify:
-            verify_written(writer.part_path, writer.digests, workers=self._options.write.workers)
-        self._summaries.append(writer.summary)
-
-    def _publish(self) -> None:
-        # The first shard last: where it exists, all of them do.
-        for writer in reversed(self._writers):
-            writer.publish()
+        self._shards.finish(sources=sources, num_layers=self._num_layers or None)
+        self._summaries.append(self._shards.writers[-1].summary)
 
     def fill(self, report: FileReport) -> None:
         """Tell what was done."""

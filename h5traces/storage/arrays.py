@@ -86,7 +86,9 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
         The chunk table does not fit the shape, or points outside the file.
     """
     shape, chunk = entry.shape, entry.chunk
-    if len(shape) > MAX_AXES or (chunk and len(chunk) != len(shape)):
+    # Filters and chunks take no scalars.
+    is_chunked = bool(chunk) or entry.chunks is not None
+    if len(shape) > MAX_AXES or (is_chunked and not 0 < len(chunk) == len(shape)):
         message = f"shape {shape} with chunks {chunk} is impossible"
         raise CorruptArchiveError(message)
     if any(length < 0 for length in shape) or any(length < 1 for length in chunk):
@@ -136,7 +138,7 @@ def _check_chunks(table: ChunkTable, raw_nbytes: int, most: int | None, file_nby
     file_nbytes
         Size of the file.
     """
-    smallest = raw_nbytes // most if most else 1
+    smallest = max(1, raw_nbytes // most) if most else 1
     # No codec makes much more of what it cannot compress.
     largest = raw_nbytes + raw_nbytes // 100 + 1024
     for offset, size in zip(table.offsets, table.sizes, strict=True):

@@ -1,7 +1,7 @@
 """Keeps signals out of code that must not be left in the middle.
 
-A Python signal handler may raise (Ctrl-C does) wherever Python code runs in the main thread, also in
-a file object that HDF5 is just writing to. HDF5 takes that for a failed write and may crash the
+A Python signal handler may raise (Ctrl-C does) wherever Python code runs in the main thread, also
+in a file object that HDF5 is just writing to. HDF5 takes that for a failed write and may crash the
 process in its next flush or close.
 """
 

@@ -287,7 +287,7 @@ class Hdf5Reader:
             message = f"groups are nested deeper than {self._limits.max_depth} levels"
             raise HostileFileError(message)
         left = self._limits.max_objects - len(walk.objects)
-        for name in safety.link_names(group, left, "objects in the sample besides others"):
+        for name in safety.link_names(group, left, "objects in the sample"):
             path = f"{prefix}{name}"
             try:
                 with translated(path):
@@ -325,10 +325,10 @@ class Hdf5Reader:
         is_chunked = options.get_layout() == h5d.CHUNKED
         chunk = options.get_chunk() if is_chunked else ()
         filters = safety.filters_of(options, type_id.get_size()) if is_chunked else ()
-        codec = codec_of(filters) if is_little_endian(type_id) else None
         # Sizes first: listing the chunks of a dataset of 2^60 elements would never end.
         entry = ObjectEntry(path, attrs, dtype, shape, chunk)
         check_sizes(entry, self._limits, self._nbytes)
+        codec = codec_of(filters) if is_little_endian(type_id) else None
         if codec is not None:
             stored = safety.stored_chunks(dataset, shape, chunk, self._nbytes)
             # Where a chunk skipped a filter, it is of no codec.

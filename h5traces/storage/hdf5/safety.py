@@ -242,12 +242,12 @@ def stored_chunks(
         return True if len(found) > expected else None
 
     dataset.chunk_iter(add)
-    stored = [found.get(number) for number in range(expected)]
-    missing = sum(each is None or each.byte_offset is None for each in stored)
-    if missing or len(found) != expected:
+    wanted = (found.get(number) for number in range(expected))
+    stored = [each for each in wanted if each is not None and each.byte_offset is not None]
+    if len(stored) != expected or len(found) != expected:
         message = (
-            f"{len(found) - missing} of {expected} chunks are stored where they belong; the "
-            "dataset is incomplete"
+            f"{len(stored)} of {expected} chunks are stored where they belong; the dataset is "
+            "incomplete"
         )
         raise CorruptArchiveError(message)
     return stored

@@ -83,8 +83,8 @@ def stored_type(type_id: h5t.TypeID) -> str:
             raise HostileFileError(message)
         return f"text:{type_id.get_size()}"
     if type_class not in (h5t.INTEGER, h5t.FLOAT):
-        name = _CLASS_NAMES.get(type_class, f"class {type_class}")
-        message = f"the type is {name}; archives hold integers, floats and text only"
+        what = _CLASS_NAMES.get(type_class, f"class {type_class}")
+        message = f"the type is {what}; archives hold integers, floats and text only"
         raise HostileFileError(message)
     name = number_type(type_id)
     if name is None:

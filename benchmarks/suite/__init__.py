@@ -1,0 +1,1 @@
+"""The benchmarks that ``benchmarks/run.py`` runs."""

@@ -1,0 +1,26 @@
+"""What all tests share.
+
+pytest puts the folder of this file on ``sys.path``, so that every test can import
+``legacy_batches``, and the folder of each test, so that ``tests/roundtrip`` shares ``strategies``.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hypothesis import settings
+
+# Disks and machines differ; a slow example is no failure.
+settings.register_profile("h5traces", deadline=None)
+settings.load_profile("h5traces")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [name for name in ("h5dump", "h5ls", "h5repack") if shutil.which(name) is None]
+    if not missing:
+        return
+    skip = pytest.mark.skip(reason=f"{', '.join(missing)} not installed")
+    for item in items:
+        if item.get_closest_marker("h5tools"):
+            item.add_marker(skip)

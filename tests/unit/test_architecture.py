@@ -1,0 +1,164 @@
+"""Imports go downwards only, and heavy libraries stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import h5traces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = Path(h5traces.__file__).parent
+
+# From the bottom up. A module may import from its own layer and from those before it.
+LAYERS = (
+    {"errors", "version"},
+    {"layout", "dtypes", "text", "encodings", "schema", "limits", "reading_ahead"},
+    {"storage"},
+    {"legacy", "writer", "archive", "shards"},
+    {
+        "check",
+        "verification",
+        "integrity",
+        "isolation",
+        "sealing",
+        "salvaging",
+        "transcription",
+        "publishing",
+        "repacking",
+        "spooling",
+    },
+    {"conversion", "exporting", "inspection", "extract", "torch_data", "graph"},
+    {"cli"},
+)
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path, *, with_types: bool) -> Iterator[str]:
+    """Full names that a module imports, those in functions included."""
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                if with_types:
+                    yield from walk(child)
+                continue
+            yield child
+            yield from walk(child)
+
+    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(name: str) -> str | None:
+    """The module of ours behind an imported name; None for those of others."""
+    if name.partition(".")[0] != "h5traces":
+        return None
+    inner = name.partition(".")[2]
+    while inner and inner not in MODULES:
+        inner = inner.rpartition(".")[0]
+    return inner
+
+
+def test_every_module_has_a_layer() -> None:
+    roots = {name.partition(".")[0] for name in MODULES if name}
+    unplaced = roots - set(RANKS)
+    assert not unplaced, f"place {unplaced} in a layer of design and of this test"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_go_down(name: str) -> None:
+    rank = RANKS[name.partition(".")[0]]
+    for imported in imports(MODULES[name], with_types=True):
+        target = own(imported)
+        if target is None:
+            continue
+        assert target, f"{name} imports h5traces itself"
+        assert RANKS[target.partition(".")[0]] <= rank, f"{name} imports {imported}"
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {
+        name: {
+            target
+            for imported in imports(path, with_types=False)
+            if (target := own(imported)) and target != name
+        }
+        for name, path in MODULES.items()
+        if name
+    }
+    order = list(TopologicalSorter(graph).static_order())
+    assert set(order) == {name for name in MODULES if name}
+
+
+def importers(library: str) -> set[str]:
+    return {
+        name
+        for name, path in MODULES.items()
+        for imported in imports(path, with_types=True)
+        if imported.partition(".")[0] == library
+    }
+
+
+def test_h5py_is_imported_in_one_place() -> None:
+    found = importers("h5py") | importers("hdf5plugin")
+    assert found
+    assert all(name.startswith("storage.hdf5") for name in found), found
+
+
+def test_torch_is_imported_in_one_place_of_the_reader() -> None:
+    heavy = ("extract", "torch_data", "graph")
+    found = {name for name in importers("torch") if name.partition(".")[0] not in heavy}
+    assert found == {"archive.torch_values"}
+
+
+def test_pickle_is_never_loaded() -> None:
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+                assert node.attr not in ("load", "loads", "Unpickler", "_Unpickler"), name
+
+
+@pytest.mark.parametrize("module", ["h5traces", "h5traces.cli"])
+def test_importing_is_light(module: str) -> None:
+    code = (
+        f"import sys, {module}; "
+        "print(*sorted({'torch', 'transformers', 'pandas', 'torch_geometric'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_reading_an_archive_of_arrays_needs_no_torch(tmp_path: Path) -> None:
+    from legacy_batches import make_archive, make_batch
+
+    target = make_archive(tmp_path, make_batch("full_pkl"))
+    code = (
+        "import sys; sys.modules['torch'] = None; import h5traces; "
+        f"print(len(h5traces.load({str(target)!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "6"
