@@ -6,7 +6,7 @@ their type, in a `TypedArray`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -130,7 +130,8 @@ class CastCounts:
 
     def nonzero(self) -> dict[str, int]:
         """The counts that are not zero, by name."""
-        return {name: count for name, count in asdict(self).items() if count}
+        counts = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: count for name, count in counts if count}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from h5traces import layout
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import is_archive, open_archive
 from h5traces.dtypes import TypedArray, count_not_finite
 from h5traces.errors import ConversionError, SchemaError
-from h5traces.legacy import is_pickle, open_batch
+from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import names_in_file_name, num_layers_of
 from h5traces.legacy.layouts import to_record as record_of_item
 from h5traces.limits import DEFAULT_LIMITS
@@ -164,9 +164,9 @@ def inspect(
     if not file.exists():
         message = f"{file}: no such file"
         raise FileNotFoundError(message)
-    if is_pickle(file):
-        return _inspect_batch(file, samples, progress)
-    return _inspect_archive(file, samples, limits, progress)
+    if is_archive(file):
+        return _inspect_archive(file, samples, limits, progress)
+    return _inspect_batch(file, samples, progress)
 
 
 def _inspect_archive(
@@ -184,7 +184,7 @@ def _inspect_archive(
             if progress is not None:
                 progress(index + 1, wanted)
         (stored,) = archive.files
-        sizes = {name: asdict(size) for name, size in stored.store.sizes().items()}
+        sizes = {name: asdict(size) for name, size in stored.sizes().items()}
         metadata = archive.metadata.model_dump(mode="json", exclude_none=True)
         return Inspection(
             path=str(file),

@@ -43,7 +43,7 @@ IMAGE_ATTRS: Final = {
 
 # Attributes of layered arrays.
 LAYER_ATTRS: Final = frozenset(
-    {"site", "source_dtype", "cast_from", "container", "digest"}
+    {"site", "source_dtype", "cast_from", "container", "sequence", "digest"}
     | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal"}
 )
 # Attributes of all groups and datasets inside samples.

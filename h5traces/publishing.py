@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive import open_archive
 from h5traces.errors import ArchiveExistsError, H5TracesError, StoredStateWarning
 from h5traces.storage.part_file import make_folder, remove_abandoned_parts, sync_folder
+from h5traces.storage.signals import deferred_signals
 from h5traces.verification import verify_written
 from h5traces.writer import ArchiveWriter
 
@@ -36,6 +37,7 @@ class ShardSet:
     def __init__(self, options: WriteOptions, *, verify: bool) -> None:
         self._options, self._verify = options, verify
         self.writers: list[ArchiveWriter] = []
+        self._generations: dict[str, set[int]] = {}
         # Shards that an earlier run of the same job published before it was stopped.
         self._published_before: set[int] = set()
 
@@ -54,7 +56,9 @@ class ShardSet:
             # Written all the same: only the digests tell whether it is the same shard.
             self._published_before.add(len(self.writers))
             options = replace(options, overwrite=True)
-        self.writers.append(ArchiveWriter(target, options, **metadata))
+        self.writers.append(
+            ArchiveWriter(target, options, generations=self._generations, **metadata)
+        )
         return self.writers[-1]
 
     def finish(self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any) -> None:
@@ -80,13 +84,14 @@ class ShardSet:
             raise ArchiveExistsError(message)
 
     def publish(self) -> None:
-        """Name the archives, the first one last."""
-        for number, writer in reversed(list(enumerate(self.writers))):
-            if number in self._published_before:
-                writer.discard()
-                sync_folder(writer.summary.path.parent)
-            else:
-                writer.publish()
+        """Name the archives, the first one last; signals wait for all of them."""
+        with deferred_signals():
+            for number, writer in reversed(list(enumerate(self.writers))):
+                if number in self._published_before:
+                    writer.discard()
+                    sync_folder(writer.summary.path.parent)
+                else:
+                    writer.publish()
 
     def discard(self) -> None:
         """Delete what was not published."""

@@ -28,6 +28,7 @@ class ReadAhead(Iterator[Item], Generic[Item]):
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._wanted = threading.Semaphore(1)
         self._stopped = False
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="h5traces-read", daemon=True)
         self._thread.start()
 
@@ -44,11 +45,12 @@ class ReadAhead(Iterator[Item], Generic[Item]):
             self._ready.put((error, None))
 
     def __next__(self) -> Item:
-        error, item = self._ready.get()
-        if error is not None:
-            raise error
-        if item is _END:
+        if self._ended:
             raise StopIteration
+        error, item = self._ready.get()
+        if error is not None or item is _END:
+            self._ended = True
+            raise StopIteration if error is None else error
         self._wanted.release()
         return item  # type: ignore[no-any-return]  # the queue holds Item and _END only
 

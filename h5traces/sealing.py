@@ -109,7 +109,7 @@ def seal(
             report.edited.append(f"/{layout.SAMPLES_GROUP}")
         for index, name in enumerate(names):
             sample = reader.sample(name)
-            place = layout.sample_path(index)
+            place = layout.sample_path(sample.ordinal)
             entries = list(pool.map(lambda entry: _sealed(file, entry, limits), _all(sample)))
             report.edited += [f"{place}/{entry.path}" for entry, fits in entries if not fits]
             if stored_sample_digest(sample) != sample.attrs.get("digest"):
@@ -136,7 +136,7 @@ def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[Ob
     if entry.chunks is None:
         message = (
             f"{file.name}: {entry.path} is not stored in chunks that h5traces can address; rewrite "
-            "the file with 'h5repack -f SHUF -f GZIP=6', then seal it"
+            "the file with 'h5repack -L -f SHUF -f GZIP=6', then seal it"
         )
         raise CorruptArchiveError(message)
     values = read_array(file, entry, limits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces import layout, text
 from h5traces.schema import (
@@ -121,7 +121,10 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
 def _layer_array(trace: Trace, kind: str, entry: ObjectEntry) -> LayerArray:
     name = entry.path.removeprefix(f"{kind}/")
     value = trace.typed_layer(kind, name)
-    array = StepArrays(tuple(value)) if isinstance(value, list) else value
+    sequence: Literal["list", "tuple"] = "list"
+    if entry.attrs.get("sequence") == "tuple":
+        sequence = "tuple"
+    array = StepArrays(tuple(value), sequence) if isinstance(value, list) else value
     return LayerArray(
         name=name,
         array=array,

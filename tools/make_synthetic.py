@@ -61,7 +61,7 @@ _MASSIVE_CHANNELS, _MASSIVE_SCALE = 2, 12.0
 _QUERY_SIZE = 16
 # Spread of attention scores in the first and in the last block; a softmax over wider scores is
 # sharper and its small weights spread over more powers of two.
-_FIRST_SHARPNESS, _LAST_SHARPNESS = 0.75, 2.2
+_FIRST_SHARPNESS, _LAST_SHARPNESS = 0.65, 2.2
 _SHARPNESS_SPREAD = 0.3
 
 # Lengths are this plus a gamma variable: 43 tokens on average.

@@ -29,7 +29,7 @@ def _counted_fsync(descriptor: Any) -> None:
 
 # Every writer here makes its files durable through this function, h5traces included, so that the
 # report can tell the disk's share from the format's.
-os.fsync = _counted_fsync
+os.fsync = _counted_fsync  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)

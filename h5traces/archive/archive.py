@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 # Files kept open at a time; the usual limit on descriptors is 1024 for the whole process.
 MAX_OPEN_FILES = 64
+# Enough that no thread waits long for the last one.
+_TASKS_PER_WORKER = 4
 # What must agree among shards that are read as one sequence.
 _SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
 
@@ -40,12 +44,12 @@ class Archive(Sequence[Trace]):
         paths: Sequence[Path],
         limits: ReadLimits,
     ) -> None:
-        self._files = [ArchiveFile(path, limits) for path in paths]
+        self._open_files = _OpenFiles()
+        self._files = [ArchiveFile(path, limits, opened=self._open_files.use) for path in paths]
         _check_alike(self._files)
         self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
         self._indices: Sequence[int] = range(self._starts[-1])
         self._layers: tuple[int, ...] | None = None
-        self._open_files = _OpenFiles()
 
     def _view(self, indices: Sequence[int], layers: tuple[int, ...] | None) -> Self:
         view = type(self).__new__(type(self))
@@ -212,18 +216,17 @@ class Archive(Sequence[Trace]):
             {kind: LayerSequence(trace, kind, view._layers) for kind in kinds}
             for trace in (view[index] for index in indices)
         ]
-        with ThreadPoolExecutor(workers) as pool:
-            pending = [
-                {
-                    kind: [pool.submit(sequence.__getitem__, k) for k in range(len(sequence))]
-                    for kind, sequence in each.items()
-                }
-                for each in sequences
-            ]
-            return [
-                {kind: [future.result() for future in futures] for kind, futures in each.items()}
-                for each in pending
-            ]
+        wanted = [
+            (sequence, position)
+            for each in sequences
+            for sequence in each.values()
+            for position in range(len(sequence))
+        ]
+        arrays = iter(_read_all(wanted, workers or os.cpu_count() or 1))
+        return [
+            {kind: [next(arrays) for _ in range(len(sequence))] for kind, sequence in each.items()}
+            for each in sequences
+        ]
 
     def close(self) -> None:
         """Let go of the open files; the next use opens them again."""
@@ -241,6 +244,20 @@ class Archive(Sequence[Trace]):
         if len(self._files) > 1:
             where += f" and {len(self._files) - 1} more"
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}>"
+
+
+def _read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
+    """Arrays by sequence and position, in order; a few large tasks, since small ones cost more."""
+
+    def read(part: list[tuple[LayerSequence, int]]) -> list[Any]:
+        return [sequence[position] for sequence, position in part]
+
+    if workers == 1:
+        return read(wanted)
+    size = max(1, math.ceil(len(wanted) / (_TASKS_PER_WORKER * workers)))
+    parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+    with ThreadPoolExecutor(workers) as pool:
+        return [array for part in pool.map(read, parts) for array in part]
 
 
 class _OpenFiles:
@@ -263,6 +280,11 @@ class _OpenFiles:
         return _OpenFiles, ()
 
 
+def _fact(file: ArchiveFile, name: str) -> Any:
+    """A fact of a file's metadata; its stored layers are spelled out."""
+    return (file.layers or None) if name == "layers" else getattr(file.metadata, name)
+
+
 def _check_alike(files: Sequence[ArchiveFile]) -> None:
     """Refuse to read archives of different models as one sequence."""
     if not files:
@@ -271,9 +293,9 @@ def _check_alike(files: Sequence[ArchiveFile]) -> None:
     first = files[0]
     for other in files[1:]:
         for name in _SHARED_FIELDS:
-            ours, theirs = getattr(first.metadata, name), getattr(other.metadata, name)
-            # Empty archives know neither sizes nor layers.
-            if ours != theirs and first.num_samples and other.num_samples:
+            ours, theirs = _fact(first, name), _fact(other, name)
+            # What a file does not know contradicts nothing: it may hold empty samples only.
+            if ours != theirs and None not in (ours, theirs):
                 message = (
                     f"{other.path} has {name}={theirs!r}, but {first.path} has {name}={ours!r}; "
                     "shards read as one must be of one model and one set of layers; open them "

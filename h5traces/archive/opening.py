@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from h5traces import layout
 from h5traces.archive.archive import Archive
 from h5traces.archive.tensors import materialised
-from h5traces.legacy import is_pickle, open_batch
+from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import as_dict
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
 
@@ -94,8 +95,21 @@ def load(path: PathLike) -> list[dict[str, Any]]:
         The pickle asks for something outside the allow-list, or is no batch.
     """
     source = Path(path)
-    if is_pickle(source):
-        with open_batch(source) as batch:
-            return [materialised(as_dict(item)) for item in batch]
-    with open_archive(source) as archive:
-        return [trace.to_dict() for trace in archive]
+    if is_archive(source):
+        with open_archive(source) as archive:
+            return [trace.to_dict() for trace in archive]
+    with open_batch(source) as batch:
+        return [materialised(as_dict(item)) for item in batch]
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is to be read as an archive: by its name, or as HDF5 by its first bytes.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
+    with path.open("rb") as file:
+        is_hdf5 = file.read(len(layout.HDF5_SIGNATURE)) == layout.HDF5_SIGNATURE
+    return is_hdf5 or path.name.endswith(ARCHIVE_SUFFIXES)

@@ -37,12 +37,12 @@ from h5traces.storage.hdf5 import Hdf5Reader
 from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from h5traces.limits import ReadLimits
-    from h5traces.storage.files import ByteFile
 
 _GROUP_TYPE = ""
 
@@ -51,7 +51,7 @@ class Store(Protocol):
     """Read access to one archive file; samples are counted in the order of their names."""
 
     @property
-    def file(self) -> ByteFile:
+    def file(self) -> LocalFile:
         """The bytes that chunk tables point into."""
 
     @property
@@ -106,7 +106,7 @@ class StoredSize:
 class FooterStore:
     """Reads through the footer: no HDF5, no lock, any number of threads."""
 
-    def __init__(self, file: ByteFile, limits: ReadLimits) -> None:
+    def __init__(self, file: LocalFile, limits: ReadLimits) -> None:
         self.file = file
         self._limits = limits
         self._directory = read_directory(file)
@@ -288,7 +288,7 @@ class Hdf5Store:
 
     def __init__(self, path: Path, limits: ReadLimits) -> None:
         self._path, self._limits = path, limits
-        self.file: ByteFile = LocalFile(path)
+        self.file = LocalFile(path)
         self._reader = Hdf5Reader(path, limits)
         self._pid = os.getpid()
 
@@ -376,6 +376,8 @@ class ArchiveFile:
         The file.
     limits
         What it may ask of its reader.
+    opened
+        Called whenever the file was opened, so that others can be closed.
 
     Raises
     ------
@@ -385,9 +387,16 @@ class ArchiveFile:
         It was written in a newer format.
     """
 
-    def __init__(self, path: Path, limits: ReadLimits) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limits: ReadLimits,
+        *,
+        opened: Callable[[ArchiveFile], None] | None = None,
+    ) -> None:
         self.path = path
         self._limits = limits
+        self._opened = opened
         self._store: Store | None = None
         self._without_footer = False
         self.metadata = self._read_metadata(self.store)
@@ -408,6 +417,8 @@ class ArchiveFile:
             if hasattr(self, "metadata"):
                 self._check_same(store)
             self._store = store
+            if self._opened is not None:
+                self._opened(self)
         return store
 
     @property
@@ -458,9 +469,18 @@ class ArchiveFile:
             store = self._fall_back(error)
             return store.read(store.sample(sample.ordinal), path)
 
+    def sizes(self) -> dict[str, StoredSize]:
+        """Sizes of all datasets by the first part of their path."""
+        try:
+            return self.store.sizes()
+        except FooterError as error:
+            return self._fall_back(error).sizes()
+
     def close(self) -> None:
         """Let go of the open file; the next use opens it again."""
-        self._store = None
+        store, self._store = self._store, None
+        if store is not None:
+            store.file.close()
 
     def _open(self) -> Store:
         if not self._without_footer:
@@ -526,6 +546,13 @@ class ArchiveFile:
         return {**self.__dict__, "_store": None}
 
 
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        message = f"{value!r} is no name"
+        raise TypeError(message)
+    return value
+
+
 def check_version(attrs: Attrs, place: str) -> None:
     """Refuse an archive that this release cannot read rightly.
 
@@ -544,7 +571,7 @@ def check_version(attrs: Attrs, place: str) -> None:
         raise UnsupportedVersionError(message)
     features = attrs.get("required_features", "[]")
     try:
-        required = set(json.loads(str(features)))
+        required = {_name(each) for each in json.loads(str(features))}
     except (ValueError, TypeError) as error:
         message = f"{place}: required_features {features!r} is no list of names"
         raise CorruptArchiveError(message) from error

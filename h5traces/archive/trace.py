@@ -261,7 +261,11 @@ class Trace(Mapping[str, Any]):
             values = array.to_numpy()
             return values.astype(values.dtype.newbyteorder("="), copy=False)
 
-        return [plain(step) for step in typed] if isinstance(typed, list) else plain(typed)
+        if not isinstance(typed, list):
+            return plain(typed)
+        steps = [plain(step) for step in typed]
+        in_tuple = self.attrs(f"{kind}/{name}").get("sequence") == "tuple"
+        return tuple(steps) if in_tuple else steps
 
     def _restore(self, stored: NDArray[Any], entry: ObjectEntry) -> TypedArray:
         """Stored values in the type they are to be read in."""

@@ -48,18 +48,22 @@ def human_size(nbytes: float) -> str:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2, default=str) + "\n")
+    print_line(json.dumps(document, ensure_ascii=False, indent=2, default=str))
 
 
 def print_line(line: str = "") -> None:
     """A line of data on stdout, without markup."""
-    sys.stdout.write(line + "\n")
+    # Texts may hold lone surrogates, which no terminal takes; JSON, too, writes them like this.
+    sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def print_table(table: Table) -> None:
     """A table on stdout; as wide as it needs where stdout is no terminal."""
     width = None if sys.stdout.isatty() else 160
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    with console.capture() as printed:
+        console.print(table)
+    print_line(printed.get().rstrip("\n"))
 
 
 def warn(message: str) -> None:

@@ -11,7 +11,7 @@ from h5traces.archive import expand_paths, open_archive
 from h5traces.check import validate as validate_archive
 from h5traces.cli import reports
 from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json, reported
-from h5traces.cli.options import Archives, Json
+from h5traces.cli.options import Archives, Json, is_number
 from h5traces.errors import H5TracesError
 from h5traces.inspection import inspect as inspect_file
 from h5traces.integrity import verify as verify_archive
@@ -41,7 +41,7 @@ def inspect(
     - `h5traces inspect archives/`
     - `h5traces inspect old.pkl.gz --samples all`
     """
-    if samples != "all" and not samples.isdigit():
+    if samples != "all" and not is_number(samples):
         message = f"{samples!r}: expected a number of samples, or 'all'"
         raise typer.BadParameter(message)
     found, failed = [], False

@@ -23,6 +23,11 @@ Verify = Annotated[
 Archives = Annotated[list[str], typer.Argument(metavar="FILE…", help="Archives, globs or folders.")]
 
 
+def is_number(text: str) -> bool:
+    """Whether `text` is a decimal number; `str.isdigit` takes superscripts, too."""
+    return text.isascii() and text.isdigit()
+
+
 def parse_layers(value: str | None) -> list[int] | None:
     """Layer numbers from ``0,5,10`` and ranges such as ``28-31``.
 
@@ -36,7 +41,7 @@ def parse_layers(value: str | None) -> list[int] | None:
     layers: list[int] = []
     for part in value.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not is_number(first) or (dash and not is_number(last)):
             message = f"{part!r} is no layer number; expected 0-based numbers such as 0,5,10 or 0-7"
             raise typer.BadParameter(message)
         layers += range(int(first), int(last if dash else first) + 1)

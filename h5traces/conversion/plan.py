@@ -150,7 +150,7 @@ def _collect(source: Path, named: list[tuple[Path, Path]], leftovers: list[Lefto
             raise ConversionError(msg)
         named += [(path, path.relative_to(source)) for path in batches]
     else:
-        files = expand_paths(source)
+        files = expand_paths(source, SOURCE_SUFFIXES)
         parts = [path for path in files if _is_part(path)]
         named += [(path, Path(path.name)) for path in files if path not in parts and path.is_file()]
     leftovers += [

@@ -129,8 +129,8 @@ def num_layers_of(item: Any) -> int:
     """Decoder blocks that an element of a batch has arrays of; 0 where its lists are empty."""
     if isinstance(item, ContainerItem):
         return len(item.layers)
-    value = item.get(layout.HIDDEN_STATES)
-    return len(value) if isinstance(value, (list, tuple)) else 0
+    lists = (item.get(kind) for kind in layout.KINDS)
+    return max((len(each) for each in lists if isinstance(each, (list, tuple))), default=0)
 
 
 def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
@@ -179,7 +179,7 @@ def _is_prompt_length(value: Any, item: dict[str, Any], found: _Fields) -> bool:
     tokens = item.get(layout.TOKENS)
     in_steps = any(kind.in_steps for kind in found.layered.values())
     # A prompt longer than the sequence contradicts it, so it is kept without that meaning.
-    return in_steps or not _is_token_array(tokens) or value <= _length(tokens)
+    return in_steps or (_is_token_array(tokens) and value <= _length(tokens))
 
 
 def _length(tokens: Any) -> int:
@@ -229,7 +229,8 @@ def _layer(kind: str, layer: int, value: Any, site: str | None) -> LayerArray:
         if len(containers) > 1:
             message = f"{place}: steps mix torch tensors and numpy arrays"
             raise ConversionError(message)
-        array = StepArrays(tuple(step for step, _ in steps))
+        sequence: Literal["list", "tuple"] = "list" if isinstance(value, list) else "tuple"
+        array = StepArrays(tuple(step for step, _ in steps), sequence)
         return LayerArray(name, array, site, next(iter(containers), None))
     typed, container = _typed(value, place)
     return LayerArray(name, typed, site, container)

@@ -44,9 +44,12 @@ class StepArrays:
     steps
         One array per generation step: hidden states ``(beams, tokens, hidden)`` or attentions
         ``(beams, heads, query, key)``; all of one type.
+    sequence
+        Whether the legacy dict held a list or a tuple of steps.
     """
 
     steps: tuple[TypedArray, ...]
+    sequence: Literal["list", "tuple"] = "list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,9 @@ class TraceDescription(Document):
             )
             found.append(Problem(layout.TOKENS_DECODED, message, "length_mismatch"))
         if self.metadata.coverage in ("steps", "empty"):
+            # Kinds that are not in steps still have their axes.
+            for kind, definition in layout.KINDS.items():
+                found += self._axes_problems(kind, definition.axes)
             return found
         for kind, definition in layout.KINDS.items():
             found += self._shape_problems(kind, definition.axes)
@@ -141,18 +147,22 @@ class TraceDescription(Document):
     def _of(self, kind: str) -> list[ArrayDescription]:
         return [entry for entry in self.arrays if entry.kind == kind]
 
-    def _shape_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
+    def _axes_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
         found = []
-        entries = self._of(kind)
-        for entry in entries:
+        for entry in self._of(kind):
             if len(entry.shape) != len(axes):
                 message = (
                     f"shape {entry.shape} has {len(entry.shape)} axes, expected {len(axes)}: "
                     f"({', '.join(axes)})"
                 )
                 found.append(Problem(f"{kind}/{entry.name}", message, "wrong_axes"))
+        return found
+
+    def _shape_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
+        found = self._axes_problems(kind, axes)
         if found:
             return found
+        entries = self._of(kind)
         for axis, axis_name in enumerate(axes):
             if axis_name not in ("token", "query", "key"):
                 continue

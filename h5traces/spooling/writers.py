@@ -121,11 +121,19 @@ class TraceWriter(ABC):
     def _new_archive(self, path: Path) -> ArchiveWriter:
         return ArchiveWriter(path, self._options, **self._state.facts())
 
-    def _publish(self, writer: ArchiveWriter, note: Callable[[], None]) -> None:
+    def _publish(
+        self, writer: ArchiveWriter, note: Callable[[], None], *, is_spooled: bool = False
+    ) -> None:
         """Finish, verify and name an archive, and note that; signals wait for both."""
         writer.finish()
         if self._verify:
-            verify_written(writer.part_path, writer.digests, workers=self._options.workers)
+            verify_written(
+                writer.part_path,
+                writer.digests,
+                workers=self._options.workers,
+                # Its shard is; inflating everything with zlib takes longer than all the rest.
+                whole_through_stock=not is_spooled,
+            )
         with deferred_signals():
             writer.publish()
             note()
@@ -230,7 +238,7 @@ class SpoolWriter(TraceWriter):
 
         try:
             writer.append(record)
-            self._publish(writer, note)
+            self._publish(writer, note, is_spooled=True)
         except BaseException:
             writer.discard()
             if number not in self._spooled:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 from h5traces.errors import CorruptArchiveError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -30,15 +32,28 @@ class ByteFile(Protocol):
 class LocalFile:
     """A file on disk, read without a shared position: safe for threads and after ``fork``.
 
+    A closed file opens again when it is read, if it still is the same file.
+
     Raises
     ------
     OSError
         The file cannot be opened.
     """
 
+    # Before a file is open, `__del__` finds this one.
+    _descriptor = -1
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._identity: tuple[int, int] | None = None
+        self._begin()
+        with self._used():
+            pass
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._num_readers = 0
+        self._is_closing = False
 
     @property
     def name(self) -> str:
@@ -48,7 +63,8 @@ class LocalFile:
     @property
     def nbytes(self) -> int:
         """Size of the file now."""
-        return os.fstat(self._descriptor).st_size
+        with self._used() as descriptor:
+            return os.fstat(descriptor).st_size
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` from `offset`.
@@ -56,33 +72,68 @@ class LocalFile:
         Raises
         ------
         CorruptArchiveError
-            The file ends before.
+            The file ends before, or was replaced while it was closed.
         """
-        data = os.pread(self._descriptor, nbytes, offset)
-        while len(data) < nbytes:
-            more = os.pread(self._descriptor, nbytes - len(data), offset + len(data))
-            if not more:
-                message = (
-                    f"{self.path}: the file ends at {self.nbytes}, expected {nbytes} bytes at "
-                    f"{offset}; it was truncated"
-                )
-                raise CorruptArchiveError(message)
-            data += more
+        with self._used() as descriptor:
+            data = os.pread(descriptor, nbytes, offset)
+            while len(data) < nbytes:
+                more = os.pread(descriptor, nbytes - len(data), offset + len(data))
+                if not more:
+                    message = (
+                        f"{self.path}: the file ends at {os.fstat(descriptor).st_size}, expected "
+                        f"{nbytes} bytes at {offset}; it was truncated"
+                    )
+                    raise CorruptArchiveError(message)
+                data += more
         return data
 
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[int]:
+        """The descriptor; it stays open inside the block, whoever closes the file meanwhile."""
+        with self._lock:
+            if self._descriptor < 0:
+                self._descriptor = self._open()
+            self._num_readers += 1
+            self._is_closing = False
+        try:
+            yield self._descriptor
+        finally:
+            with self._lock:
+                self._num_readers -= 1
+                if self._is_closing and not self._num_readers:
+                    self._close_now()
+
+    def _open(self) -> int:
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        identity = (status.st_dev, status.st_ino)
+        if self._identity not in (None, identity):
+            os.close(descriptor)
+            message = f"{self.path}: the file was replaced since it was opened; open it again"
+            raise CorruptArchiveError(message)
+        self._identity = identity
+        return descriptor
+
     def close(self) -> None:
-        """Close the descriptor; closing twice does nothing."""
+        """Close the descriptor as soon as nobody reads."""
+        with self._lock:
+            if self._num_readers:
+                self._is_closing = True
+            else:
+                self._close_now()
+
+    def _close_now(self) -> None:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
     def __del__(self) -> None:
-        self.close()
+        self._close_now()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "_identity": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.__dict__.update(state)
+        self._begin()

@@ -223,7 +223,10 @@ def hdf5_end(file: ByteFile) -> int:
         raise FooterError(message)
     _, version, offset_nbytes, length_nbytes, flags, base, _, end, _ = _SUPERBLOCK.unpack(block)
     if version not in (2, 3) or (offset_nbytes, length_nbytes) != (8, 8):
-        message = f"the HDF5 superblock has version {version}, archives have 2 or 3"
+        message = (
+            f"the HDF5 superblock has version {version}, archives have 2 or 3; 'h5repack -L' makes "
+            "such a file"
+        )
         raise FooterError(message)
     if flags:
         # HDF5 truncates at its first flush, not on opening: until then the footer is still there.

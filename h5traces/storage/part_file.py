@@ -275,7 +275,7 @@ def remove_abandoned_parts(target: Path) -> list[Path]:
 
 def _parts_of(target: Path) -> Iterator[Path]:
     for path in target.parent.glob(f"{_escape_glob(target.name)}.*.part"):
-        if _PART_NAME.search(path.name.removeprefix(target.name)):
+        if _PART_NAME.fullmatch(path.name.removeprefix(target.name)):
             yield path
 
 

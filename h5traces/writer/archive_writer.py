@@ -6,6 +6,7 @@ the final name before it is whole, durable and (unless told otherwise) read back
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections import deque
@@ -30,6 +31,7 @@ from h5traces.storage.footer_builder import FooterBuilder
 from h5traces.storage.hdf5 import Hdf5Writer
 from h5traces.storage.objects import ChunkTable, ObjectEntry
 from h5traces.storage.part_file import PartFile
+from h5traces.storage.signals import deferred_signals, uninterrupted
 from h5traces.version import __version__
 from h5traces.writer.elements import index_columns, record_elements
 from h5traces.writer.observation import Observation, observe
@@ -64,6 +66,8 @@ class ArchiveWriter:
         The final name. Its folder must exist.
     options
         How to write.
+    generations
+        Generation indices taken, by sample id; shards of one set share it.
     num_layers
         Decoder blocks of the model, where known; else the largest number seen in a record.
     metadata
@@ -77,7 +81,14 @@ class ArchiveWriter:
         The folder is missing or full, or the disk is.
     """
 
-    def __init__(self, path: Path, options: WriteOptions | None = None, **metadata: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: WriteOptions | None = None,
+        *,
+        generations: dict[str, set[int]] | None = None,
+        **metadata: Any,
+    ) -> None:
         self._options = options or WriteOptions()
         if not self._options.overwrite and os.path.lexists(path):
             message = f"{path} exists; use --overwrite to replace it, or another name"
@@ -96,13 +107,19 @@ class ArchiveWriter:
         )
         self._workers = self._options.workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="h5traces-encode")
-        self._part = PartFile(path)
-        self._hdf5 = Hdf5Writer(self._part.file)
-        self._hdf5.create_group(layout.SAMPLES_GROUP, {})
-        self._hdf5.create_group(layout.KINDS_GROUP, {})
+        with contextlib.ExitStack() as undo:
+            # Nobody could discard a writer that was interrupted before its caller had it.
+            with deferred_signals():
+                self._part = PartFile(path)
+                undo.callback(self._part.discard)
+                self._hdf5 = Hdf5Writer(self._part.file)
+                undo.callback(self._hdf5.close)
+                self._hdf5.create_group(layout.SAMPLES_GROUP, {})
+                self._hdf5.create_group(layout.KINDS_GROUP, {})
+            undo.pop_all()
         self._footer = FooterBuilder()
         self._observed = Observation()
-        self._generations: dict[str, set[int]] = {}
+        self._generations = {} if generations is None else generations
         self._index: list[TraceMetadata] = []
         self._digests: list[str] = []
         self._finished = False
@@ -170,6 +187,7 @@ class ArchiveWriter:
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
 
+    @uninterrupted
     def _write_sample(
         self,
         metadata: TraceMetadata,
@@ -293,9 +311,8 @@ class ArchiveWriter:
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
         observed = self._observed
         stored = sorted(set().union(*observed.layers.values()))
-        num_layers = metadata.pop("num_layers", None) or self._metadata.num_layers
-        if num_layers is None and stored:
-            num_layers = stored[-1] + 1
+        known = metadata.pop("num_layers", None) or self._metadata.num_layers or 0
+        num_layers = max(known, stored[-1] + 1 if stored else 0) or None
         is_subset = bool(stored) and stored != list(range(num_layers or 0))
         return ArchiveMetadata(
             **{

@@ -34,6 +34,9 @@ class Observation:
         number = layout.parse_layer_name(name)
         if number is not None:
             self.layers.setdefault(kind, set()).add(number)
+        # Arrays without a value say nothing of the model.
+        if 0 in shape:
+            return
         if kind == layout.HIDDEN_STATES and len(shape) == 2:
             self.hidden_sizes.add(shape[1])
         if kind == layout.ATTENTIONS and len(shape) == 3:
@@ -51,8 +54,8 @@ class Observation:
             known = self.layers.setdefault(kind, set())
             if known and numbers and known != numbers:
                 message = (
-                    f"sample {ordinal}: {kind} has layers {sorted(numbers)}, the samples before it "
-                    f"have {sorted(known)}; expected one model and one set of layers in an archive"
+                    f"{kind} has layers {sorted(numbers)}, the {ordinal} samples before it have "
+                    f"{sorted(known)}; expected one model and one set of layers in an archive"
                 )
                 raise SchemaError(message)
             known |= numbers

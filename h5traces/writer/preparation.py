@@ -76,11 +76,13 @@ def cast_layer(kind: str, entry: LayerArray, options: WriteOptions) -> tuple[Cas
     except ConversionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise ConversionError(message) from error
+    in_tuple = isinstance(array, StepArrays) and array.sequence == "tuple"
     facts = {
         "site": entry.site,
         "source_dtype": cast.source_dtype,
         "cast_from": cast.cast_from,
         "container": entry.container,
+        "sequence": "tuple" if in_tuple else None,
     }
     attrs: Attrs = {name: value for name, value in facts.items() if value is not None}
     attrs.update(cast.counts.nonzero())

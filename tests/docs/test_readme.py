@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 def test_the_python_code_of_the_readme_runs():
     (code,) = blocks("python")
     names: dict[str, object] = {}
-    exec(code, names)  # noqa: S102  # the code is ours, and running it is the test
+    exec(code, names)  # the code is ours, and running it is the test
     assert names["hidden"].shape == (len(names["trace"]["tokens"]), 128)
     assert names["attention"].shape[0] == 8
 

@@ -130,8 +130,10 @@ class Hdf5Reader:
     def close(self) -> None:
         """Close the file."""
         self._samples = None
-        self._file.close()
         self._bytes.close()
+        # Damaged metadata may surface only here. Nothing is lost: the file was read.
+        with contextlib.suppress(*_LIBRARY_ERRORS):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

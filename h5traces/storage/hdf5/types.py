@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -33,6 +33,7 @@ _CLASS_NAMES: Final = {
 MAX_COLUMNS: Final = 256
 
 
+@lru_cache(maxsize=1024)
 def text_type(nbytes: int) -> h5t.TypeID:
     """Fixed-length UTF-8, padded with NUL: null-terminated would cut embedded NULs."""
     made = h5t.C_S1.copy()

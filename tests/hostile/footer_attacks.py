@@ -1,0 +1,246 @@
+"""Forged footers: every checksum is right, and what they tell is not.
+
+The HDF5 part is untouched, so a reader that refuses such a footer may go on through HDF5 and give
+what is stored there. What it must not do is believe the footer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attack import Attack, register
+from specimen import column, footer_of, seal
+
+ATTACKS: list[Attack] = []
+MiB = 1 << 20
+
+# Reading either goes through HDF5 and is right, or ends in an error.
+FALLS_BACK = None
+LIES = "footer"
+
+
+def forged(
+    name: str,
+    change: Any,
+    *,
+    error: str | None = None,
+    problem: str | None = LIES,
+    **options: Any,
+) -> None:
+    """An attack that changes the directory or the columns of the footer, and seals it again."""
+
+    def build(path: Path) -> None:
+        document, columns = footer_of(path)
+        changed = change(document, columns)
+        seal(path, document, columns, **options, **(changed or {}))
+
+    register(ATTACKS, error, problem=problem, name=f"footer-{name}", may_fall_back=True)(build)
+
+
+def values(name: str, change: Any) -> Any:
+    """A change of one column's array."""
+
+    def apply(_document: Any, columns: dict[str, bytes]) -> None:
+        found = column(columns, name)
+        changed = change(found)
+        columns[name] = (found if changed is None else changed).tobytes()
+
+    return apply
+
+
+def filled(name: str, value: int) -> Any:
+    return values(name, lambda found: found.fill(value))
+
+
+def key(name: str, value: Any) -> Any:
+    def apply(document: dict[str, Any], _columns: Any) -> None:
+        document[name] = value
+
+    return apply
+
+
+def raw_column(name: str, raw: bytes) -> Any:
+    def apply(_document: Any, columns: dict[str, bytes]) -> None:
+        columns[name] = raw
+
+    return apply
+
+
+def dropped(name: str) -> Any:
+    def apply(_document: Any, columns: dict[str, bytes]) -> None:
+        del columns[name]
+
+    return apply
+
+
+# --- sizes, offsets and shapes ---------------------------------------------------------------
+
+IMPOSSIBLE = "impossible|takes .* bytes; the limit|the footer"
+forged("negative-dims", filled("object_dims", -5), error=IMPOSSIBLE)
+forged("huge-dims", filled("object_dims", 1 << 40), error=IMPOSSIBLE)
+forged("overflowing-dims", filled("object_dims", 1 << 62), error=IMPOSSIBLE)
+forged("zero-chunk-dims", filled("object_chunk_dims", 0), error=IMPOSSIBLE)
+forged("negative-chunk-dims", filled("object_chunk_dims", -1), error=IMPOSSIBLE)
+forged("huge-chunk-dims", filled("object_chunk_dims", 1 << 40), error="limit is|impossible")
+forged("too-many-dims", filled("object_ndim", 255), error="impossible|the footer")
+forged("no-dims", filled("object_ndim", 0), error="chunks|bytes|the footer")
+forged("chunk-outside-the-file", filled("chunk_gap", 1 << 40), error="outside the file|the footer")
+forged("chunk-before-the-file", filled("chunk_gap", -(1 << 40)), error="outside the|the footer")
+forged("overflowing-offsets", filled("chunk_gap", (1 << 63) - 1), error="outside the|damaged")
+forged("negative-chunk-sizes", filled("chunk_nbytes", -8), error="outside the|the footer")
+forged("huge-chunk-sizes", filled("chunk_nbytes", 1 << 50), error="outside the file|the footer")
+forged("chunk-of-no-bytes", filled("chunk_nbytes", 0), error="outside|cannot hold|checksum")
+forged("no-chunks", filled("object_num_chunks", 0), error="0 chunks are stored, expected|footer")
+forged("too-many-chunks", filled("object_num_chunks", 4_000_000_000), error="chunks|the footer")
+# validate reads no arrays; verify does.
+forged("wrong-checksums", filled("chunk_checksum", 0), error="checksum does not fit", problem=None)
+
+
+def exchanged(found: np.ndarray) -> None:
+    found[:2] = found[1::-1]
+
+
+def same_chunk(document: dict[str, Any], columns: dict[str, bytes]) -> None:
+    """All chunks are the first one."""
+    del document
+    sizes, sums = column(columns, "chunk_nbytes"), column(columns, "chunk_checksum")
+    gaps = column(columns, "chunk_gap")
+    gaps[1:] = -sizes[0]
+    sizes[:], sums[:] = sizes[0], sums[0]
+    for name, found in (("chunk_nbytes", sizes), ("chunk_checksum", sums), ("chunk_gap", gaps)):
+        columns[name] = found.tobytes()
+
+
+forged("one-chunk-for-all", same_chunk, error="damaged|holds|footer|impossible|escape|UTF-8|hold")
+
+
+def amplified(document: dict[str, Any], columns: dict[str, bytes]) -> None:
+    """A million rows of one chunk: 1 kB that would be read as gigabytes."""
+    count = 50_000
+    sizes, sums = column(columns, "chunk_nbytes"), column(columns, "chunk_checksum")
+    chunks, dims = column(columns, "object_num_chunks"), column(columns, "object_dims")
+    gaps, ndim = column(columns, "chunk_gap"), column(columns, "object_ndim")
+    row = int(np.flatnonzero(chunks)[0])
+    chunks[row] = count
+    dims[int(ndim[:row].sum())] *= count
+    columns["object_num_chunks"], columns["object_dims"] = chunks.tobytes(), dims.tobytes()
+    columns["chunk_nbytes"] = np.concatenate([np.full(count, sizes[0]), sizes[1:]]).tobytes()
+    columns["chunk_checksum"] = np.concatenate([np.full(count, sums[0]), sums[1:]]).tobytes()
+    again = np.full(count - 1, -sizes[0])
+    columns["chunk_gap"] = np.concatenate([gaps[:1], again, gaps[1:]]).tobytes()
+    del document
+
+
+forged("one-chunk-50000-times", amplified, error="overlap in a file|the footer")
+
+# --- types, codecs and names -----------------------------------------------------------------
+
+for name, types in {
+    "objects": "object",
+    "void": "V8",
+    "unknown": "quaternion",
+    "wide-text": "text:999999999",
+    "wider-text": "text:9999999999",
+    "date": "M8[s]",
+    "longdouble": "longdouble",
+}.items():
+
+    def change(document: dict[str, Any], _columns: Any, types: str = types) -> None:
+        document["types"] = [each and types for each in document["types"]]
+
+    forged(f"type-{name}", change, error="type|larger than|the footer|chunks")
+
+forged("no-types", key("types", []), error="the footer")
+forged("numbers-as-types", key("types", [1] * 50), error="type|footer")
+forged("types-out-of-range", filled("object_type", 65535), error="the footer")
+forged("codecs-out-of-range", filled("object_codec", 255), error="the footer")
+forged("names-out-of-range", filled("object_name", 4_000_000_000), error="the footer")
+forged("attrs-out-of-range", filled("object_attrs", 4_000_000_000), error="the footer")
+forged("unknown-codec", key("codecs", ["rot13"] * 20), error="codec 'rot13' is unknown|footer")
+for codec in ("zstd", "lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd"):
+    # The chunks are zlib streams, which these codecs must refuse.
+    forged(f"codec-{codec}", key("codecs", ["", *[codec] * 20]), error="damaged|cannot hold|footer")
+forged("all-names-alike", filled("object_name", 0), error="not stored|footer|shape|field")
+forged(
+    "duplicate-names",
+    raw_column("names_json", b'["a"' + b',"a"' * 99 + b"]"),
+    error="footer|stored",
+)
+forged("no-names", raw_column("names_json", b"[]"), error="the footer")
+forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error="footer")
+forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="footer|stored")
+forged("names-are-a-number", raw_column("names_json", b"7"), error="footer")
+forged("attrs-are-numbers", raw_column("attrs_json", b"[1,2,3]"), error="footer")
+forged("attrs-are-null", raw_column("attrs_json", b"null"), error="footer")
+forged(
+    "attrs-nest", raw_column("attrs_json", b'[{"a":{"b":[]}}]'), error="footer|encoding|sequence"
+)
+forged("sample-attrs-are-a-list", raw_column("sample_attrs", b"[" * 2000), error="footer")
+forged("sample-attrs-of-no-bytes", filled("sample_attrs_nbytes", 0), error="footer")
+forged("sample-attrs-too-long", filled("sample_attrs_nbytes", 4_000_000_000), error="footer")
+forged("samples-without-objects", filled("sample_num_objects", 0), error="not stored|footer")
+forged("too-many-objects", filled("sample_num_objects", 4_000_000_000), error="footer")
+
+# --- counts and columns ----------------------------------------------------------------------
+
+for name, count in {
+    "huge": 10**18,
+    "negative": -1,
+    "float": 2.5,
+    "text": "two",
+    "of-300-digits": 10**300,
+}.items():
+    # A footer without a directory is not used: no problem, but a note.
+    forged(f"{name}-num-samples", key("num_samples", count), error="footer", problem=None)
+forged("column-missing", dropped("chunk_nbytes"), error="footer")
+forged("columns-empty", filled("chunk_nbytes", 0), error="outside|hold|footer|checksum")
+for name in ("object_dims", "names_json", "sample_attrs", "sample_num_objects"):
+    forged(f"{name}-claims-1-gib", lambda *_: None, claims={name: 1 << 30}, error="footer")
+    forged(f"{name}-claims-2-to-62", lambda *_: None, claims={name: 1 << 62}, error="footer")
+    forged(f"{name}-claims-less-than-nothing", lambda *_: None, claims={name: -8}, error="footer")
+    forged(f"{name}-is-a-bomb", raw_column(name, bytes(16 * MiB)), error="footer")
+forged("bomb-of-400-mib", raw_column("object_dims", bytes(400 * MiB)), error="footer")
+forged("unknown-column", raw_column("x", b"abc"), problem=None)
+
+# --- documents -------------------------------------------------------------------------------
+
+DEEP_JSON = b"[" * 100_000
+for name in ("names_json", "attrs_json"):
+    forged(f"{name}-nests", raw_column(name, DEEP_JSON), error="footer")
+    forged(f"{name}-nests-whole", raw_column(name, DEEP_JSON + b"]" * 100_000), error="footer")
+    forged(f"{name}-huge-number", raw_column(name, b"[" + b"9" * 100_000 + b"]"), error="footer")
+    forged(f"{name}-not-utf-8", raw_column(name, b'["\xff\xfe"]'), error="footer")
+
+
+def directory(name: str, raw: bytes, **options: Any) -> None:
+    forged(f"directory-{name}", lambda *_: None, directory=raw, problem=None, **options)
+
+
+directory("nests", DEEP_JSON)
+directory("nests-whole", b'{"archive":' + DEEP_JSON + b"]" * 100_000 + b"}")
+directory("is-a-list", b"[]")
+directory("is-no-json", b"{")
+directory("of-a-huge-number", b'{"num_samples":' + b"9" * 100_000 + b"}")
+directory("is-a-bomb", b"[" + b"0," * (8 * MiB) + b"0]")
+directory("claims-256-mib", b"{}", directory_raw_nbytes=256 * MiB)
+directory("claims-2-to-62", b"{}", directory_raw_nbytes=1 << 62)
+directory("of-nan", json.dumps({"num_samples": float("nan")}).encode())
+
+
+def root(name: str, error: str, **attrs: Any) -> None:
+    def change(document: dict[str, Any], _columns: Any) -> None:
+        document["archive"] = {**document["archive"], **attrs}
+
+    forged(f"root-{name}", change, error=error, problem=None)
+
+
+root("format", "no h5traces archive|footer", format=["h5traces"])
+root("nested", "layers|footer", layers={"a": 1})
+root("complete", "not finished|complete|footer", complete=None)
+root("version", "format version|footer", format_version={"1": 0})
+forged("kinds-are-a-list", key("kinds", [1]), problem=None)
+forged("kinds-are-numbers", key("kinds", {"hidden_states": 1}), problem=None)
+forged("archive-is-a-list", key("archive", [1]), problem=None)

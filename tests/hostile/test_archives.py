@@ -1,0 +1,250 @@
+"""Every named attack, opened in every way there is.
+
+Each must end in an error of ours that tells what is wrong, within a second of processor time and
+300 MB of memory, or give exactly what the untouched archive gives. Files that another file's name
+hides in are pipes nobody writes to: whoever opened one would hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import footer_attacks
+import h5py
+import hdf5_attacks
+import numpy as np
+import probe
+import pytest
+import specimen
+import value_attacks
+from specimen import SAMPLE, edit
+
+import h5traces
+from h5traces.check import validate
+from h5traces.errors import HostileFileError
+from h5traces.limits import ReadLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from attack import Attack
+
+MAX_SECONDS = 1.0
+MAX_EXTRA_NBYTES = 300 << 20
+MAX_WALL_SECONDS = 30  # a machine may be busy; a hang is longer
+ATTACKS = [*hdf5_attacks.ATTACKS, *footer_attacks.ATTACKS, *value_attacks.ATTACKS]
+COMMANDS = [*probe.COMMANDS]
+# One command opens each file, in turn; all of them do with H5TRACES_ALL_ROUTES=1, which takes
+# minutes.
+ALL_ROUTES = "H5TRACES_ALL_ROUTES" in os.environ
+# Errors in modules that refuse too little so far; strict, so that a mended one shows.
+AWAITED: frozenset[str] = frozenset()
+
+
+class Prober:
+    """The process that opens files and survives what comes of it."""
+
+    def __init__(self, archive: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(probe.__file__)), str(archive)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "ready\n"
+
+    def __call__(self, path: Path, routes: list[str]) -> dict[str, dict[str, Any]]:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps({"path": str(path), "routes": routes}) + "\n")
+        self._process.stdin.flush()
+        results: dict[str, dict[str, Any]] = json.loads(self._process.stdout.readline())
+        return results
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("valid") / "archive.h5"
+    specimen.write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prober(archive: Path) -> Iterator[Prober]:
+    # A copy, because the first call writes files beside it.
+    copy = archive.with_name("warm.h5")
+    shutil.copyfile(archive, copy)
+    made = Prober(copy)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def expected(archive: Path) -> str:
+    return probe.read(str(archive))
+
+
+def routes_of(number: int) -> list[str]:
+    return [*probe.LIBRARY, *(COMMANDS if ALL_ROUTES else [COMMANDS[number % len(COMMANDS)]])]
+
+
+def numbered(attacks: list[Attack]) -> list[Any]:
+    marks = [pytest.mark.xfail(strict=True)]
+    return [
+        pytest.param(number, attack, id=attack.name, marks=marks if attack.name in AWAITED else [])
+        for number, attack in enumerate(attacks)
+    ]
+
+
+@pytest.mark.parametrize(("number", "attack"), numbered(ATTACKS))
+def test_attack_is_refused(
+    tmp_path: Path, archive: Path, prober: Prober, expected: str, number: int, attack: Attack
+) -> None:
+    path = tmp_path / "archive.h5"
+    shutil.copyfile(archive, path)
+    attack.build(path)
+    results = prober(path, routes_of(number))
+    for route, result in results.items():
+        assert result["outcome"] not in ("died", "escaped"), f"{route}: {result['message']}"
+        assert "Traceback" not in result["message"], f"{route}: {result['message']}"
+        assert result.get("code", 0) in (0, 1), route
+        assert result["seconds"] < MAX_SECONDS, route
+        assert result["wall"] < MAX_WALL_SECONDS, route
+        assert result["extra_nbytes"] < MAX_EXTRA_NBYTES, route
+    check_reading(attack, results["read"], expected)
+    problems = results["validate"]["value"]
+    if attack.problem is None:
+        assert problems == []
+    else:
+        said = "; ".join(f"{each['loc']}: {each['message']}" for each in problems)
+        assert re.search(attack.problem, said, re.DOTALL), said
+    if "validate-command" in results:
+        assert results["validate-command"]["code"] == (attack.problem is not None)
+
+
+def check_reading(attack: Attack, result: dict[str, Any], expected: str) -> None:
+    is_same = result.get("value") == expected
+    if attack.error is None or (attack.may_fall_back and result["outcome"] == "ok"):
+        assert is_same, result["message"]
+        return
+    assert result["outcome"] == "error"
+    assert re.search(attack.error, result["message"], re.DOTALL), result["message"]
+
+
+def test_commands_in_their_own_process(tmp_path: Path, archive: Path) -> None:
+    """One attack through the real command line, which the others reach without starting Python."""
+    path = tmp_path / "archive.h5"
+    shutil.copyfile(archive, path)
+    hdf5_attacks.external_storage(path)
+    code = "from h5traces.cli import main; main()"
+    for words in (["inspect", path], ["validate", path], ["repack", path, "-o", f"{path}.new"]):
+        command = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1, (words, done.stderr)
+        assert "external storage" in " ".join((done.stdout + done.stderr).split())
+        assert "Traceback" not in done.stderr
+
+
+def test_attack_list_is_of_distinct_files() -> None:
+    names = [each.name for each in ATTACKS]
+    assert len(names) == len(set(names))
+    assert set(names) >= AWAITED
+
+
+# --- what is no attack -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"chunks": (4, 8)},
+        {"chunks": (4, 3), "shuffle": True},
+        {"chunks": (4, 8), "fletcher32": True},
+        {"chunks": (5, 3), "compression": "gzip", "shuffle": True, "fletcher32": True},
+        {"chunks": (5, 3), "compression": "gzip", "fletcher32": True},
+        {"chunks": (5, 3), "compression": "gzip"},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<f4", ">f8"])
+def test_foreign_storage_reads_the_same_numbers(
+    tmp_path: Path, archive: Path, options: dict[str, Any], dtype: str
+) -> None:
+    path, place = tmp_path / "archive.h5", f"{SAMPLE}/hidden_states/layer_000"
+    shutil.copyfile(archive, path)
+    values = np.arange(48).reshape(6, 8).astype(dtype)
+    edit(path, lambda file: hdf5_attacks.put(file, place, values, **options))
+    with pytest.warns(UserWarning, match="no footer"):
+        found = h5traces.open(path)[0]["hidden_states"][0]
+    np.testing.assert_array_equal(found, values)
+    assert found.dtype == np.dtype(dtype).newbyteorder("=")
+
+
+def test_compact_storage_reads_the_same_numbers(tmp_path: Path, archive: Path) -> None:
+    path = tmp_path / "archive.h5"
+    shutil.copyfile(archive, path)
+
+    def change(file: h5py.File) -> None:
+        options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        options.set_layout(h5py.h5d.COMPACT)
+        made = hdf5_attacks.low_level(file, hdf5_attacks.TOKENS, h5py.h5t.STD_I64LE, (6,), options)
+        h5py.Dataset(made)[:] = np.arange(6) * 7
+
+    edit(path, change)
+    with pytest.warns(UserWarning, match="no footer"):
+        np.testing.assert_array_equal(h5traces.open(path)[0]["tokens"], np.arange(6) * 7)
+
+
+def test_large_and_many_attributes_are_read_once(tmp_path: Path, archive: Path) -> None:
+    """Opening attributes by number took 11 seconds for a thousand of 10 kB."""
+    path = tmp_path / "archive.h5"
+    shutil.copyfile(archive, path)
+
+    def change(file: h5py.File) -> None:
+        for number in range(500):
+            file[SAMPLE].attrs.create(f"x_{number}", np.zeros(1000, "u1"))
+
+    edit(path, change)
+    assert validate(path).problems == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [
+        ({"max_array_nbytes": 50}, "takes 96 bytes; the limit is 50"),
+        ({"max_chunk_nbytes": 50}, "take 96 bytes; the limit is 50"),
+        ({"max_objects": 3}, "objects in the sample; the limit is"),
+        ({"max_attributes": 1}, "attributes; the limit is 1"),
+        ({"max_attribute_nbytes": 5}, "the limit is 5"),
+        ({"max_depth": 0}, "nested deeper than 0 levels"),
+        ({"max_samples": 1}, "there are 2 samples; the limit is 1"),
+        ({"max_kinds": 1}, "objects in the root group; the limit is 1"),
+    ],
+)
+def test_limits_are_options(
+    tmp_path: Path, archive: Path, limits: dict[str, int], error: str
+) -> None:
+    path = tmp_path / "archive.h5"
+    shutil.copyfile(archive, path)
+    edit(path, lambda _: None)
+    problems = validate(path, limits=ReadLimits(**limits)).problems
+    assert any(error in each.message and each.kind == "hostile_file" for each in problems), problems
+
+
+def test_limits_are_options_of_reading(archive: Path) -> None:
+    opened = h5traces.open(archive, limits=ReadLimits(max_array_nbytes=10))
+    with warnings.catch_warnings(), pytest.raises(HostileFileError, match="the limit is 10"):
+        warnings.simplefilter("ignore")
+        opened[0].to_dict()

@@ -1,0 +1,113 @@
+"""No filter plugin on disk is looked at for the sake of a file.
+
+The plugin folder holds a pipe under a plugin's name. Loading it would open it for reading, which
+shows at the other end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hdf5_attacks
+import pytest
+import specimen
+from h5py import h5pl
+
+from h5traces.storage.hdf5.safety import no_plugin_search
+
+SECONDS = 60
+FOLDER = Path(__file__).parent
+READ_WITH_H5PY = "import h5py, sys; h5py.File(sys.argv[1])['samples/00000000/tokens'][:]"
+READ_WITH_US = """
+import contextlib, sys, warnings
+sys.path.insert(0, sys.argv[2])
+import h5traces, probe
+from h5traces.limits import ReadLimits
+warnings.simplefilter("ignore")
+limits = ReadLimits(search_plugins=len(sys.argv) > 3)
+h5traces.validate(sys.argv[1], limits=limits)
+with contextlib.suppress(h5traces.errors.H5TracesError):
+    probe.read(sys.argv[1])
+for name in probe.COMMANDS:
+    probe.command(name, sys.argv[1])
+"""
+ASK_HDF5 = """
+from h5py import h5z
+from h5traces.storage.hdf5.safety import no_plugin_search
+import sys
+with no_plugin_search(allowed=len(sys.argv) > 3):
+    h5z.filter_avail(54321)
+"""
+
+
+def is_loaded(tmp_path: Path, code: str, path: Path, *more: str) -> bool:
+    """Whether the code, run in a process of its own, opens the plugin."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    pipe = folder / "libh5trap.so"
+    os.mkfifo(pipe)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(path), str(FOLDER), *more],
+        env={**os.environ, "HDF5_PLUGIN_PATH": str(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + SECONDS
+    while child.poll() is None and time.monotonic() < end:
+        try:
+            # Works only while somebody waits at the other end; then the plugin is an empty file.
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            time.sleep(0.01)
+            continue
+        child.kill()
+        child.communicate()
+        return True
+    _, errors = child.communicate()
+    assert code == READ_WITH_H5PY or child.returncode == 0, errors
+    return False
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    made = tmp_path / "archive.h5"
+    specimen.write(made)
+    hdf5_attacks.unknown_filter(made)
+    return made
+
+
+def test_trap_works(tmp_path: Path, path: Path) -> None:
+    assert is_loaded(tmp_path, READ_WITH_H5PY, path)
+
+
+def test_unknown_filter_loads_no_plugin(tmp_path: Path, path: Path) -> None:
+    assert not is_loaded(tmp_path, READ_WITH_US, path)
+
+
+def test_unknown_filter_of_index_loads_no_plugin(tmp_path: Path) -> None:
+    path = tmp_path / "archive.h5"
+    specimen.write(path)
+    hdf5_attacks.unknown_filter_of_index(path)
+    assert not is_loaded(tmp_path, READ_WITH_US, path)
+
+
+def test_hdf5_itself_searches_only_where_asked_to(tmp_path: Path, path: Path) -> None:
+    assert not is_loaded(tmp_path, ASK_HDF5, path)
+    shutil.rmtree(tmp_path / "plugins")
+    assert is_loaded(tmp_path, ASK_HDF5, path, "allowed")
+
+
+def test_search_path_is_given_back() -> None:
+    before = [h5pl.get(index) for index in range(h5pl.size())]
+    with pytest.raises(ZeroDivisionError), no_plugin_search(allowed=False):
+        assert h5pl.size() == 0
+        with no_plugin_search(allowed=False):
+            assert h5pl.size() == 0
+        1 / 0  # noqa: B018
+    assert [h5pl.get(index) for index in range(h5pl.size())] == before
