@@ -366,7 +366,8 @@ def _sample_problems(
             if rest:
                 yield from _layer_problems(entry, rest, kinds[first])
             known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
-            if known and entry.dtype in FLOAT_TYPES:
+            in_steps = f"{first}/{layout.STEPS_TABLE}" in sample.objects
+            if known and not in_steps and entry.dtype in FLOAT_TYPES:
                 arrays.append(
                     ArrayDescription(
                         kind=first,

@@ -108,10 +108,12 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
         msg = f"{message}{limits.max_chunk_nbytes}"
         raise HostileFileError(msg)
     expected = grid.num_chunks(shape, chunk)
-    if len(entry.chunks.offsets) != expected:
-        message = f"{len(entry.chunks.offsets)} chunks are stored, expected {expected}"
+    table = entry.chunks
+    counts = {len(table.offsets), len(table.sizes), len(table.checksums or table.offsets)}
+    if counts != {expected}:
+        message = f"{min(counts)} chunks are stored, expected {expected}"
         raise CorruptArchiveError(message)
-    _check_chunks(entry.chunks, chunk_nbytes, _MOST_RAW_NBYTES.get(entry.codec or ""), file_nbytes)
+    _check_chunks(table, chunk_nbytes, _MOST_RAW_NBYTES.get(entry.codec or ""), file_nbytes)
 
 
 def _itemsize(stored_type: str, limits: ReadLimits) -> int:

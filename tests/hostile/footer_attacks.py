@@ -7,12 +7,14 @@ what is stored there. What it must not do is believe the footer.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attack import Attack, register
 from specimen import column, footer_of, seal
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ATTACKS: list[Attack] = []
 MiB = 1 << 20
@@ -202,7 +204,7 @@ for name in ("object_dims", "names_json", "sample_attrs", "sample_num_objects"):
     forged(f"{name}-claims-2-to-62", lambda *_: None, claims={name: 1 << 62}, error="footer")
     forged(f"{name}-claims-less-than-nothing", lambda *_: None, claims={name: -8}, error="footer")
     forged(f"{name}-is-a-bomb", raw_column(name, bytes(16 * MiB)), error="footer")
-forged("bomb-of-400-mib", raw_column("object_dims", bytes(400 * MiB)), error="footer")
+forged("bomb-of-128-mib", raw_column("object_dims", bytes(128 * MiB)), error="footer")
 forged("unknown-column", raw_column("x", b"abc"), problem=None)
 
 # --- documents -------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -14,6 +13,9 @@ from attack import Attack, register
 from h5py import h5a, h5d, h5g, h5o, h5p, h5s, h5t
 from object_headers import lookup3, set_reference_count
 from specimen import SAMPLE, edit
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ATTACKS: list[Attack] = []
 LINKS = "archives hold hard links only"

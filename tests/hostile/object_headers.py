@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _MASK = 0xFFFFFFFF
 _REFERENCE_COUNT, _CONTINUATION = 0x16, 0x10

@@ -7,6 +7,7 @@ so a crash, a hang or a full memory ends only that child, and starting Python is
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -189,6 +190,8 @@ def main() -> None:
     child_routes = [*LIBRARY, *COMMANDS]
     for route in child_routes:
         attempt(route, warm)
+    # Children share what is here, instead of copying it when they collect garbage.
+    gc.freeze()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -18,6 +17,7 @@ from h5traces.storage.files import LocalFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 TOKENS, HIDDEN, HEADS = 6, 8, 2
 SAMPLE = "samples/00000000"

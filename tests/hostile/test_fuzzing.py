@@ -1,10 +1,10 @@
-"""A few hundred damaged archives; ``tools/fuzz_archives.py`` runs as many as one likes."""
+"""Some damaged archives; ``tools/fuzz_archives.py`` runs as many as one likes."""
 
 from __future__ import annotations
 
 from fuzz_archives import Fuzzer, run
 
-COUNT = 250
+COUNT = 100
 
 
 def test_damaged_archives_end_in_errors_of_ours() -> None:
@@ -16,4 +16,5 @@ def test_damaged_archives_end_in_errors_of_ours() -> None:
 
 
 def test_cases_repeat() -> None:
-    assert Fuzzer(seed=7).case(3).what == Fuzzer(seed=7).case(3).what
+    fuzzer = Fuzzer(seed=7)
+    assert fuzzer.case(3) == fuzzer.case(3)

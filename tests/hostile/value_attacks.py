@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 from attack import Attack, register
 from hdf5_attacks import EXTRA, LAYER, SAMPLE, TOKENS, put, put_text
 from specimen import edit
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ATTACKS: list[Attack] = []
 NESTED = b"[" * 100_000 + b"]" * 100_000

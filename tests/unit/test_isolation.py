@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -18,6 +18,9 @@ from h5traces.check import validate
 from h5traces.cli.app import app
 from h5traces.isolation import IsolationLimits, validate_isolated
 from h5traces.limits import ReadLimits
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

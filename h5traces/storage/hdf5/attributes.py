@@ -11,7 +11,7 @@ from h5py import h5a, h5o, h5s, h5t
 from h5traces import layout, text
 from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.schema import ArchiveMetadata, KindMetadata, TraceMetadata
-from h5traces.storage.hdf5.types import number_type, text_type
+from h5traces.storage.hdf5.types import null_padded, number_type, text_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,7 +135,7 @@ def _read_value(attribute: h5a.AttrID, name: str, limits: ReadLimits) -> AttrVal
         stored = np.empty(shape, dtype=f"S{nbytes}")
         attribute.read(stored, mtype=type_id)
         try:
-            return text.decode(stored.tobytes())
+            return text.decode(null_padded(type_id, stored.tobytes()))
         except CorruptArchiveError as error:
             message = f"attribute {name!r}: {error}"
             raise CorruptArchiveError(message) from error

@@ -30,7 +30,8 @@ from h5traces.storage.hdf5.attributes import read_attributes
 from h5traces.storage.hdf5.foreign import check_foreign, read_foreign
 from h5traces.storage.hdf5.types import (
     file_dtype,
-    is_little_endian,
+    is_archives_own,
+    null_padded,
     stored_type,
     table_file_dtype,
 )
@@ -230,7 +231,10 @@ class Hdf5Reader:
             if entry.codec is None:
                 dtype = file_dtype(dataset.get_type())
                 values = read_foreign(dataset, dtype, self._bytes)
-                return values.astype(dtype.newbyteorder("<"), copy=False)
+                if dtype.kind != "S":
+                    return values.astype(dtype.newbyteorder("<"), copy=False)
+                texts = [null_padded(dataset.get_type(), each) for each in values.ravel().tolist()]
+                return np.array(texts, dtype=dtype).reshape(values.shape)
             return _through_hdf5(dataset, entry)
 
     def index_table(self) -> NDArray[Any] | None:
@@ -330,7 +334,7 @@ class Hdf5Reader:
         # Sizes first: listing the chunks of a dataset of 2^60 elements would never end.
         entry = ObjectEntry(path, attrs, dtype, shape, chunk)
         check_sizes(entry, self._limits, self._nbytes)
-        codec = codec_of(filters) if is_little_endian(type_id) else None
+        codec = codec_of(filters) if is_archives_own(type_id) else None
         if codec is not None:
             stored = safety.stored_chunks(dataset, shape, chunk, self._nbytes)
             # Where a chunk skipped a filter, it is of no codec.

@@ -124,9 +124,20 @@ def file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
     return dtype.newbyteorder(">") if big_endian else dtype
 
 
-def is_little_endian(type_id: h5t.TypeID) -> bool:
-    """Whether elements are stored as archives store them."""
+def is_archives_own(type_id: h5t.TypeID) -> bool:
+    """Whether elements are stored as archives store them: little-endian, text padded with NUL."""
+    if type_id.get_class() == h5t.STRING:
+        return bool(type_id.get_strpad() == h5t.STR_NULLPAD)
     return file_dtype(type_id).byteorder != ">"
+
+
+def null_padded(type_id: h5t.TypeID, stored: bytes) -> bytes:
+    """Text of a fixed-length type without what its own padding says is no part of it."""
+    padding = type_id.get_strpad()
+    if padding == h5t.STR_NULLTERM:
+        # Behind the first NUL lies whatever was in memory.
+        return stored.partition(b"\0")[0]
+    return stored.rstrip(b" ") if padding == h5t.STR_SPACEPAD else stored
 
 
 def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
