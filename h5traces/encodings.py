@@ -272,7 +272,15 @@ def decode_element(reader: ElementReader, path: str) -> Any:
         raise UnsupportedEncodingError(message)
     try:
         return _DECODERS[name](reader, path, attrs)
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         message = f"{path}: stored value does not fit its encoding {name!r}: {error!r}"
         raise CorruptArchiveError(message) from error
 
@@ -280,6 +288,10 @@ def decode_element(reader: ElementReader, path: str) -> Any:
 def _decode_array(reader: ElementReader, path: str, attrs: Attrs) -> Any:
     stored, dtype = reader.values(path), np.dtype(str(attrs["dtype"]))
     if dtype.kind == "U":
+        # The file has the texts, but not the width they are to be padded to.
+        if dtype.itemsize * stored.size > text.MAX_TEXT_NBYTES:
+            message = f"{path}: {stored.size} texts of type {dtype} take too many bytes"
+            raise CorruptArchiveError(message)
         array = np.array(text.decode_all(stored), dtype=dtype).reshape(stored.shape)
     elif dtype.kind in "bSc" or (dtype.kind == "f" and dtype.itemsize > 8):
         array = np.ascontiguousarray(stored).reshape(-1).view(dtype).reshape(stored.shape[:-1])

@@ -102,11 +102,11 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         tokens=tokens,
         tokens_container="torch" if container == "torch" else None,
         tokens_decoded=(
-            tuple(text.decode_all(trace.stored(layout.TOKENS_DECODED)))
+            tuple(trace.texts(layout.TOKENS_DECODED))
             if layout.TOKENS_DECODED in trace.objects
             else None
         ),
-        texts={name: trace[name] for name in layout.TEXT_FIELDS if name in trace.objects},
+        texts={name: trace.text(name) for name in layout.TEXT_FIELDS if name in trace.objects},
         layered={
             kind: LayeredArrays(
                 tuple(_layer_array(trace, kind, entry) for entry in entries),

@@ -23,13 +23,15 @@ from h5traces.errors import (
 )
 from h5traces.schema import ArchiveMetadata
 from h5traces.schema.attributes import Attrs, from_attributes
-from h5traces.storage.arrays import read_array
+from h5traces.storage.arrays import check_sizes, read_array
+from h5traces.storage.codecs import get_codec
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
     COLUMNS,
     DIGEST,
     FooterError,
     FooterTables,
+    attrs_from_json,
     metadata_checksum,
     read_directory,
 )
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from h5traces.limits import ReadLimits
 
 _GROUP_TYPE = ""
+_MOST_FEATURES_NAMED = 10
 
 
 class Store(Protocol):
@@ -125,15 +128,12 @@ class FooterStore:
         return self._directory.num_samples
 
     def sample_attrs(self, index: int) -> Attrs:
-        start, stop = self._attrs_ends[index : index + 2].tolist()
+        start, stop = self._bounds(self._attrs_ends, index)
         document = _parse(self._tables.column("sample_attrs")[start:stop].tobytes())
-        return {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in document.items()
-        }
+        return _attrs(document)
 
     def sample(self, index: int) -> SampleEntry:
-        first, stop = self._object_ends[index : index + 2].tolist()
+        first, stop = self._bounds(self._object_ends, index)
         numbers = self._tables.column("object_name")[first:stop].tolist()
         names = self.names
         try:
@@ -141,6 +141,9 @@ class FooterStore:
         except IndexError as error:
             message = "the footer's table of names is too short"
             raise FooterError(message) from error
+        if len(rows) != stop - first:
+            message = "the footer's table of objects does not fit its names"
+            raise FooterError(message)
         return SampleEntry(index, self.sample_attrs(index), _FooterObjects(self, rows))
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
@@ -196,17 +199,26 @@ class FooterStore:
     @cached_property
     def names(self) -> list[str]:
         """Paths of objects by number."""
-        return [str(name) for name in self._tables.document("names_json")]
+        return [str(name) for name in self._list("names_json")]
 
     @cached_property
     def _attr_sets(self) -> list[Attrs]:
-        return [
-            {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in attrs.items()
-            }
-            for attrs in self._tables.document("attrs_json")
-        ]
+        return [_attrs(attrs) for attrs in self._list("attrs_json")]
+
+    def _list(self, name: str) -> list[Any]:
+        document = self._tables.document(name)
+        if not isinstance(document, list):
+            message = f"the footer's column {name} is no list"
+            raise FooterError(message)
+        return document
+
+    def _bounds(self, ends: NDArray[np.int64], index: int) -> tuple[int, int]:
+        """Where the rows of a sample begin and end."""
+        if len(ends) != self.num_samples + 1:
+            message = f"the footer's tables are not of {self.num_samples} samples"
+            raise FooterError(message)
+        start, stop = ends[index : index + 2].tolist()
+        return start, stop
 
     @cached_property
     def _attrs_ends(self) -> NDArray[np.int64]:
@@ -245,7 +257,7 @@ class FooterStore:
                 attrs[DIGEST] = digest.hex()
             dims = slice(*self._dims_ends[row : row + 2].tolist())
             chunks = slice(*self._chunk_ends[row : row + 2].tolist())
-            return ObjectEntry(
+            entry = ObjectEntry(
                 path,
                 attrs,
                 dtype,
@@ -258,9 +270,15 @@ class FooterStore:
                     tuple(column("chunk_checksum")[chunks].tolist()),
                 ),
             )
-        except (IndexError, ValueError, TypeError) as error:
-            message = f"row {row} of the footer's object table does not fit its columns"
+            # Here, so that what the footer cannot mean is neither read, copied nor reported.
+            get_codec(codec)
+            check_sizes(entry, self._limits, self.file.nbytes)
+        except FooterError:
+            raise
+        except (IndexError, ValueError, TypeError, ArchiveError) as error:
+            message = f"row {row} of the footer's object table does not fit its columns: {error}"
             raise FooterError(message) from error
+        return entry
 
 
 class _FooterObjects(Mapping[str, ObjectEntry]):
@@ -344,6 +362,15 @@ class Hdf5Store:
         return sizes
 
 
+def _attrs(document: Any) -> Attrs:
+    """Attributes as the footer's JSON has them."""
+    try:
+        return attrs_from_json(document)
+    except (ValueError, TypeError, AttributeError) as error:
+        message = f"the footer holds something else than attributes: {error}"
+        raise FooterError(message) from error
+
+
 def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:
     """Where runs of these lengths begin and end: one entry more than there are runs."""
     ends = np.zeros(len(counts) + 1, dtype=np.int64)
@@ -354,7 +381,7 @@ def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:
 def _parse(document: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(document)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"the footer's sample table is no JSON: {error}"
         raise FooterError(message) from error
     if not isinstance(parsed, dict):
@@ -572,10 +599,11 @@ def check_version(attrs: Attrs, place: str) -> None:
     features = attrs.get("required_features", "[]")
     try:
         required = {_name(each) for each in json.loads(str(features))}
-    except (ValueError, TypeError) as error:
-        message = f"{place}: required_features {features!r} is no list of names"
+    except (ValueError, TypeError, RecursionError) as error:
+        message = f"{place}: required_features {str(features)[:80]!r} is no list of names"
         raise CorruptArchiveError(message) from error
     unknown = sorted(required - layout.KNOWN_FEATURES)
     if unknown:
-        message = f"{place}: the archive requires {', '.join(unknown)}; upgrade h5traces"
+        names = ", ".join(unknown[:_MOST_FEATURES_NAMED])[:1000]
+        message = f"{place}: the archive requires {names}; upgrade h5traces"
         raise UnsupportedVersionError(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from h5traces.schema.attributes import Attrs
     from h5traces.storage.files import ByteFile
     from h5traces.storage.objects import ObjectEntry, SampleEntry
+
+_INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_STEPS_TABLE_AXES = 3
+_FLAT_AXES = 2
 
 LayerValue = NDArray[Any] | list[NDArray[Any]]
 
@@ -156,10 +161,13 @@ class Trace(Mapping[str, Any]):
         if key == layout.TOKENS and key in objects:
             return self._tokens(torch_tensors=torch_tensors)
         if key == layout.TOKENS_DECODED and key in objects:
-            return text.decode_all(self.stored(key))
+            return self.texts(key)
         if key in layout.TEXT_FIELDS and key in objects:
-            return self._text(key)
+            return self.text(key)
         if key in objects:
+            if not self.entry(key).is_group:
+                message = f"{self.place}/{key}: is a dataset, expected a group of layers"
+                raise CorruptArchiveError(message)
             return LayerSequence(self, key, self._layers)
         value = self._slots().get(key)
         if value is None:
@@ -177,19 +185,49 @@ class Trace(Mapping[str, Any]):
     def _tokens(self, *, torch_tensors: bool) -> Any:
         attrs, values = self.attrs(layout.TOKENS), self.stored(layout.TOKENS)
         source_dtype = attrs.get("source_dtype")
-        if isinstance(source_dtype, str):
-            try:
-                values = values.astype(np.dtype(source_dtype))
-            except TypeError as error:
-                message = f"{self.place}/{layout.TOKENS}: source_dtype {source_dtype!r} is no type"
-                raise CorruptArchiveError(message) from error
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            message = f"{self.place}/{layout.TOKENS}: holds no row of integers"
+            raise CorruptArchiveError(message)
+        if source_dtype is not None:
+            if source_dtype not in _INTEGER_TYPES:
+                message = f"{self.place}/tokens: source_dtype {source_dtype!r} is no type"
+                raise CorruptArchiveError(message)
+            values = values.astype(np.dtype(source_dtype))
         if torch_tensors and attrs.get("container") == "torch":
             return to_tensor(TorchValue(values, values.dtype.name))
         return values
 
-    def _text(self, key: str) -> str:
-        (value,) = text.decode_all(self.stored(key))
-        return value
+    def text(self, key: str) -> str:
+        """The one text of a dataset of the sample.
+
+        Raises
+        ------
+        CorruptArchiveError
+            It holds something else.
+        """
+        found = self.texts(key)
+        if len(found) != 1:
+            message = f"{self.place}/{key}: holds {len(found)} texts, expected one"
+            raise CorruptArchiveError(message)
+        return found[0]
+
+    def texts(self, key: str) -> list[str]:
+        """The texts of a dataset of the sample.
+
+        Raises
+        ------
+        CorruptArchiveError
+            It holds something else.
+        """
+        values = self.stored(key)
+        if values.dtype.kind != "S":
+            message = f"{self.place}/{key}: holds {values.dtype}, expected text"
+            raise CorruptArchiveError(message)
+        try:
+            return text.decode_all(values)
+        except CorruptArchiveError as error:
+            message = f"{self.place}/{key}: {error}"
+            raise CorruptArchiveError(message) from error
 
     def attrs(self, path: str) -> Attrs:
         """Attributes of the object at `path` below the sample's group."""
@@ -277,13 +315,20 @@ class Trace(Mapping[str, Any]):
     def _steps(self, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
         """Generation steps out of the flat dataset that holds them."""
         names = LayerSequence(self, kind, None).names
-        shapes = self.stored(f"{kind}/{layout.STEPS_TABLE}")[names.index(name)]
+        table = self.stored(f"{kind}/{layout.STEPS_TABLE}")
+        fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
         steps, start = [], 0
-        for shape in shapes.tolist():
-            stop = start + int(np.prod(shape, dtype=object)) // max(1, stored.shape[0])
-            steps.append(np.ascontiguousarray(stored[:, start:stop]).reshape(shape))
-            start = stop
-        if start != stored.shape[1]:
+        try:
+            shapes = table[names.index(name)].tolist() if fits and stored.ndim == _FLAT_AXES else []
+            for shape in shapes:
+                if min(shape, default=0) < 0:
+                    break
+                stop = start + math.prod(shape) // max(1, stored.shape[0])
+                steps.append(np.ascontiguousarray(stored[:, start:stop]).reshape(shape))
+                start = stop
+        except (ValueError, IndexError, OverflowError):
+            shapes = []
+        if not fits or len(steps) != len(shapes) or start != stored.shape[-1]:
             message = f"{self.place}/{kind}/{name}: {stored.shape} does not fit its steps table"
             raise CorruptArchiveError(message)
         return steps
@@ -395,6 +440,14 @@ class _Elements:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
 
+    @cached_property
+    def _children(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self._trace.objects:
+            parent, _, name = path.rpartition("/")
+            found.setdefault(parent, []).append(name)
+        return found
+
     def attrs(self, path: str) -> Attrs:
         return self._trace.attrs(path)
 
@@ -402,11 +455,10 @@ class _Elements:
         return self._trace.stored(path)
 
     def children(self, path: str) -> list[str]:
-        prefix = f"{path}/"
-        names = (
-            each.removeprefix(prefix) for each in self._trace.objects if each.startswith(prefix)
-        )
-        return sorted(name for name in names if "/" not in name)
+        if not self._trace.entry(path).is_group:
+            message = f"{self._trace.place}/{path}: is a dataset, expected a group"
+            raise CorruptArchiveError(message)
+        return sorted(self._children.get(path, ()))
 
 
 def _float_type(name: object, place: str) -> FloatType:

@@ -88,7 +88,7 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
         if form == "json" and isinstance(value, str):
             try:
                 plain[name] = _with_tuples(json.loads(value))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problem = Problem(name, f"is no JSON: {error}", "bad_json")
                 msg = f"{name} {problem.message}"
                 raise SchemaError(msg, [problem]) from error

@@ -105,11 +105,11 @@ class ZstdCodec:
     def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
         """Decompress exactly ``len(out)`` bytes and undo the shuffle."""
         # The frame's own claim comes first: it decides what the library allocates.
-        claimed = zstandard.frame_content_size(stored)
-        if claimed != len(out):
-            message = f"the Zstandard frame claims {claimed} bytes, expected {len(out)}"
-            raise ValueError(message)
         try:
+            claimed = zstandard.frame_content_size(stored)
+            if claimed != len(out):
+                message = f"the Zstandard frame claims {claimed} bytes, expected {len(out)}"
+                raise ValueError(message)
             data = _ZSTD_CONTEXTS.decompressor.decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as error:
             message = f"the stored bytes are no intact Zstandard frame: {error}"

@@ -38,7 +38,9 @@ TRAILER_END: Final = struct.Struct("<Q8s")
 TRAILER_NBYTES: Final = TRAILER.size + TRAILER_END.size
 # One read of this size gets trailer and directory of nearly every archive.
 TAIL_NBYTES: Final = 64 << 10
-MAX_DIRECTORY_NBYTES: Final = 256 << 20
+# A footer tells what the HDF5 part tells, so it cannot be much larger. JSON takes six bytes for
+# what is one byte there, and a digest or a number of every object more than its share.
+_MOST_PER_HDF5_BYTE: Final = 8
 _BLOCK_NBYTES: Final = 1 << 20
 
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
@@ -162,11 +164,11 @@ def read_directory(file: ByteFile) -> FooterDirectory:
     if xxhash.xxh3_64_intdigest(stored) != checksum:
         message = "the footer's directory is damaged: its checksum does not fit"
         raise FooterError(message)
-    return _parse_directory(_inflate(stored, raw_nbytes), hdf5_nbytes)
+    return _parse_directory(_inflate(stored, raw_nbytes, hdf5_nbytes), hdf5_nbytes)
 
 
-def _inflate(stored: bytes, raw_nbytes: int) -> bytes:
-    if raw_nbytes > MAX_DIRECTORY_NBYTES:
+def _inflate(stored: bytes, raw_nbytes: int, hdf5_nbytes: int) -> bytes:
+    if raw_nbytes > _MOST_PER_HDF5_BYTE * hdf5_nbytes:
         message = f"the footer's directory claims {raw_nbytes} bytes"
         raise FooterError(message)
     try:
@@ -186,10 +188,10 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
         return FooterDirectory(
             hdf5_nbytes=hdf5_nbytes,
             metadata_checksum=int(document["metadata_checksum"]),
-            archive=_attrs_from_json(document["archive"]),
-            kinds={name: _attrs_from_json(each) for name, each in document["kinds"].items()},
-            num_samples=int(document["num_samples"]),
-            num_objects=int(document["num_objects"]),
+            archive=attrs_from_json(document["archive"]),
+            kinds={name: attrs_from_json(each) for name, each in document["kinds"].items()},
+            num_samples=_count(document["num_samples"], hdf5_nbytes),
+            num_objects=_count(document["num_objects"], hdf5_nbytes),
             types=[str(each) for each in document["types"]],
             codecs=[str(each) for each in document["codecs"]],
             columns={
@@ -198,15 +200,33 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
                 if name in COLUMNS
             },
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         message = f"the footer's directory is no directory: {error!r}"
+        raise FooterError(message) from error
+    except RecursionError as error:
+        message = "the footer's directory is nested too deeply"
         raise FooterError(message) from error
 
 
-def _attrs_from_json(document: dict[str, Any]) -> Attrs:
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
-    }
+def _count(value: Any, most: int) -> int:
+    if not isinstance(value, int) or not 0 <= value <= most:
+        message = f"expected a number from 0 to {most}"
+        raise ValueError(message)
+    return value
+
+
+def attrs_from_json(document: dict[str, Any]) -> Attrs:
+    """The attributes that a JSON object of the footer holds; ValueError where it holds others."""
+    attrs: Attrs = {}
+    for name, value in document.items():
+        found = tuple(value) if isinstance(value, list) else value
+        parts = found if isinstance(found, tuple) else (found,)
+        kinds = int if isinstance(found, tuple) else (str, int, float)
+        if not all(isinstance(part, kinds) for part in parts):
+            message = f"the attribute {name!r} is neither text, nor a number, nor a list of them"
+            raise ValueError(message)
+        attrs[name] = found
+    return attrs
 
 
 def hdf5_end(file: ByteFile) -> int:
@@ -279,21 +299,26 @@ class FooterTables:
         """A column that holds JSON."""
         try:
             return json.loads(self.column(name).tobytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f"the footer's column {name} is no JSON: {error}"
             raise FooterError(message) from error
 
     def _read(self, name: str) -> NDArray[Any]:
         where = self._directory.columns.get(name)
         dtype = np.dtype(COLUMNS[name])
-        if where is None or where.raw_nbytes % dtype.itemsize:
+        if where is None or where.raw_nbytes < 0 or where.raw_nbytes % dtype.itemsize:
             message = f"the footer's column {name} is missing or of a wrong size"
             raise FooterError(message)
         # Deflate cannot do better than 1032:1, so a larger claim is a lie told to make us allocate.
-        if where.raw_nbytes > 1100 * where.nbytes + 64:
+        most = min(1100 * where.nbytes + 64, _MOST_PER_HDF5_BYTE * self._directory.hdf5_nbytes)
+        if where.raw_nbytes > most or min(where.offset, where.nbytes) < 0:
             message = f"the footer's column {name} claims {where.raw_nbytes} bytes"
             raise FooterError(message)
-        stored = self._file.read_at(self._directory.hdf5_nbytes + where.offset, where.nbytes)
+        start = self._directory.hdf5_nbytes + where.offset
+        if start + where.nbytes > self._file.nbytes:
+            message = f"the footer's column {name} lies outside of the file"
+            raise FooterError(message)
+        stored = self._file.read_at(start, where.nbytes)
         if xxhash.xxh3_64_intdigest(stored) != where.checksum:
             message = f"the footer's column {name} is damaged: its checksum does not fit"
             raise FooterError(message)

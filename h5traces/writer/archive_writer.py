@@ -315,7 +315,7 @@ class ArchiveWriter:
         stored = sorted(set().union(*observed.layers.values()))
         known = metadata.pop("num_layers", None) or self._metadata.num_layers or 0
         num_layers = max(known, stored[-1] + 1 if stored else 0) or None
-        is_subset = bool(stored) and stored != list(range(num_layers or 0))
+        is_subset = bool(stored) and stored != list(range(min(num_layers or 0, len(stored) + 1)))
         return ArchiveMetadata(
             **{
                 **self._metadata.model_dump(),

@@ -47,25 +47,7 @@ COMMANDS = [*probe.COMMANDS]
 # H5TRACES_ALL_ROUTES=1, which takes minutes.
 ALL_ROUTES = "H5TRACES_ALL_ROUTES" in os.environ
 # Errors in modules that refuse too little so far; strict, so that a mended one shows.
-AWAITED = frozenset(
-    """
-    footer-overflowing-dims footer-one-chunk-50000-times footer-codec-zstd
-    footer-names-are-a-number footer-attrs-are-numbers footer-huge-num-samples
-    footer-negative-num-samples footer-of-300-digits-num-samples
-    footer-names_json-claims-less-than-nothing footer-sample_attrs-claims-less-than-nothing
-    footer-sample_num_objects-claims-less-than-nothing footer-names_json-nests
-    footer-names_json-nests-whole footer-attrs_json-nests footer-attrs_json-nests-whole
-    footer-directory-nests footer-directory-nests-whole footer-root-format footer-root-nested
-    footer-root-complete footer-root-version required_features-nests-in-root
-    fields-nests-in-root sources-nests-in-root scores-nests-in-samples fields-nests-in-samples
-    source-nests-in-samples axes-nests-in-kinds json-of-numbers dict-as-a-dataset
-    list-as-a-dataset array-of-wide-texts array-of-texts-from-numbers question-of-two-texts
-    question-of-numbers question-of-no-texts decoded-tokens-of-numbers tokens-of-text
-    tokens-as-objects tokens-as-wide-text tokens-as-structures steps-negative steps-huge
-    steps-overflow steps-cancel-out steps-of-one-layer steps-without-axes steps-of-floats
-    steps-of-text steps-with-40-axes steps-with-100-axes layers-as-a-dataset
-    """.split()
-)
+AWAITED: frozenset[str] = frozenset()
 
 
 class Prober:
