@@ -40,14 +40,18 @@ class Prepared:
     counts: CastCounts
 
 
-def prepare_layer(kind: str, entry: LayerArray, options: WriteOptions) -> Prepared:
-    """One layer's array, cast, digested and encoded; called in threads.
+def prepare_layers(kind: str, entries: list[LayerArray], options: WriteOptions) -> list[Prepared]:
+    """Arrays of some layers, cast, digested and encoded; called in threads.
 
     Raises
     ------
     ConversionError
         The array overflows and ``on_overflow`` is ``error``, or its steps do not go together.
     """
+    return [_prepare_layer(kind, entry, options) for entry in entries]
+
+
+def _prepare_layer(kind: str, entry: LayerArray, options: WriteOptions) -> Prepared:
     cast, attrs = cast_layer(kind, entry, options)
     values = cast.array.values
     return Prepared(
