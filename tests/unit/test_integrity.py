@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import struct
 import warnings
 
 import h5py
@@ -119,14 +120,19 @@ def test_salvage_saves_all_other_samples(archive, flipped, tmp_path):
 
 def test_salvage_works_from_the_footer_when_hdf5_is_destroyed(archive, tmp_path):
     data = bytearray(archive.read_bytes())
-    first = min(
-        offset
+    (end,) = struct.unpack_from("<Q", data, 28)
+    position = 48
+    chunks = sorted(
+        extent
         for trace in h5traces.open(archive)
         for entry in trace.objects.values()
         if entry.chunks
-        for offset in entry.chunks.offsets
+        for extent in zip(entry.chunks.offsets, entry.chunks.sizes, strict=True)
     )
-    data[48:first] = bytes(first - 48)
+    # Everything of the HDF5 part but its superblock and its chunks.
+    for offset, size in [*chunks, (end, 0)]:
+        data[position:offset] = bytes(offset - position)
+        position = offset + size
     path = tmp_path / "destroyed.h5"
     path.write_bytes(data)
     assert not h5traces.verify(path).ok

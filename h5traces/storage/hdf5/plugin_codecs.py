@@ -96,17 +96,41 @@ class PluginCodec:
             message = f"HDF5's {self.name} filter cannot undo the chunk: {error}"
             raise ValueError(message) from error
 
-    @contextlib.contextmanager
-    def _scratch(self, length: int, itemsize: int) -> Iterator[h5d.DatasetID]:
-        """A dataset of one chunk in a file in memory."""
-        require_filter(self.filter_id, self.name)
-        options = h5p.create(h5p.DATASET_CREATE)
-        options.set_chunk((length,))
-        for each in self.pipeline(itemsize):
-            options.set_filter(each.filter_id, 0, each.parameters)
-        with h5py.File(io.BytesIO(), "w") as file:
-            space = h5s.create_simple((length,))
-            yield h5d.create(file.id, b"chunk", hdf5_type(f"uint{8 * itemsize}"), space, options)
+    def _scratch(
+        self, length: int, itemsize: int
+    ) -> contextlib.AbstractContextManager[h5d.DatasetID]:
+        return _scratch_dataset(self.name, self.pipeline(itemsize), itemsize, (length,))
+
+
+@contextlib.contextmanager
+def _scratch_dataset(
+    codec: str, filters: tuple[Filter, ...], itemsize: int, chunk: tuple[int, ...]
+) -> Iterator[h5d.DatasetID]:
+    """A dataset of one chunk in a file in memory."""
+    options = h5p.create(h5p.DATASET_CREATE)
+    options.set_chunk(chunk)
+    for each in filters:
+        require_filter(each.filter_id, codec)
+        options.set_filter(each.filter_id, 0, each.parameters)
+    with h5py.File(io.BytesIO(), "w") as file:
+        type_id = hdf5_type(f"uint{8 * itemsize}")
+        yield h5d.create(file.id, b"chunk", type_id, h5s.create_simple(chunk), options)
+
+
+def applied_filters(
+    codec: str, filters: tuple[Filter, ...], itemsize: int, chunk: tuple[int, ...]
+) -> tuple[Filter, ...]:
+    """The filters with the parameters that they give themselves for a dataset of these chunks.
+
+    Raises
+    ------
+    MissingFilterError
+        A plugin is not installed.
+    """
+    with _scratch_dataset(codec, filters, itemsize, chunk) as dataset:
+        options = dataset.get_create_plist()
+        found = [options.get_filter(number) for number in range(len(filters))]
+    return tuple(Filter(number, tuple(parameters)) for number, _, parameters, _ in found)
 
 
 def require_filter(filter_id: int, name: str) -> None:
