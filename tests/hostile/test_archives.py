@@ -22,6 +22,7 @@ import footer_attacks
 import h5py
 import hdf5_attacks
 import numpy as np
+import plugin_attacks
 import probe
 import pytest
 import specimen
@@ -41,7 +42,12 @@ if TYPE_CHECKING:
 MAX_SECONDS = 1.0
 MAX_EXTRA_NBYTES = 300 << 20
 MAX_WALL_SECONDS = 30  # a machine may be busy; a hang is longer
-ATTACKS = [*hdf5_attacks.ATTACKS, *footer_attacks.ATTACKS, *value_attacks.ATTACKS]
+ATTACKS = [
+    *hdf5_attacks.ATTACKS,
+    *footer_attacks.ATTACKS,
+    *value_attacks.ATTACKS,
+    *plugin_attacks.ATTACKS,
+]
 COMMANDS = [*probe.COMMANDS]
 # Beside reading and validating, one other way opens each file, in turn; all of them do with
 # H5TRACES_ALL_ROUTES=1, which takes minutes.
