@@ -125,6 +125,7 @@ def verify(
         store = _open(file, limits, report)
         if isinstance(store, FooterStore):
             _check_bytes(store, report, workers, progress)
+        _check_head(store, report)
         if deep or not isinstance(store, FooterStore):
             _check_contents(store, report, workers, progress)
         report.num_samples = store.num_samples
@@ -189,6 +190,38 @@ def _check_bytes(
             if progress is not None:
                 progress(min(start + _CHUNKS_PER_TASK, total), total)
     report.num_chunks = total
+
+
+def _check_head(store: Store, report: VerifyReport) -> None:
+    """What tells of the whole archive: attributes of the root and the kinds, the table of samples.
+
+    No digest covers these. Bytes that changed in them fail a checksum of the footer's or of HDF5's
+    own when they are read, so they are read.
+    """
+
+    def note(loc: str, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except H5TracesError as error:
+            _add(report, loc, error)
+
+    note("/", lambda: _check_root(store))
+    note(f"/{layout.KINDS_GROUP}", lambda: store.kinds)
+    if isinstance(store, Hdf5Store):
+        note(f"/{layout.INDEX_TABLE}", store.check_index)
+
+
+def _check_root(store: Store) -> None:
+    if store.root_attrs.get("format") != layout.FORMAT_NAME:
+        message = f"'format' is {store.root_attrs.get('format')!r}, expected {layout.FORMAT_NAME!r}"
+        raise CorruptArchiveError(message)
+    metadata = from_attributes(ArchiveMetadata, store.root_attrs)
+    if not metadata.complete:
+        message = "the archive was not finished ('complete' is not set)"
+        raise CorruptArchiveError(message)
+    if metadata.num_samples != store.num_samples:
+        message = f"num_samples is {metadata.num_samples}, {store.num_samples} are stored"
+        raise CorruptArchiveError(message)
 
 
 def _check_contents(

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 _GROUP_TYPE = ""
 _MOST_FEATURES_NAMED = 10
+# By a reader through HDF5; about as many as its threads are in at once.
+_SAMPLES_KEPT = 8
 
 
 class Store(Protocol):
@@ -309,6 +311,8 @@ class Hdf5Store:
         self.file = LocalFile(path)
         self._reader = Hdf5Reader(path, limits)
         self._pid = os.getpid()
+        # Whoever reads array by array asks for the same sample again and again.
+        self._walked: dict[int, SampleEntry] = {}
 
     @property
     def _hdf5(self) -> Hdf5Reader:
@@ -338,7 +342,24 @@ class Hdf5Store:
         return self._hdf5.sample_attributes(self._names[index])
 
     def sample(self, index: int) -> SampleEntry:
-        return self._hdf5.sample(self._names[index])
+        walked = self._walked
+        if index not in walked:
+            found = self._hdf5.sample(self._names[index])
+            # Another dict, as other threads may be looking into the full one.
+            self._walked = walked = {} if len(walked) >= _SAMPLES_KEPT else walked
+            walked[index] = found
+            return found
+        return walked[index]
+
+    def check_index(self) -> None:
+        """Read the table of samples, which no reader needs.
+
+        Raises
+        ------
+        CorruptArchiveError
+            It is damaged.
+        """
+        self._hdf5.index_table()
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         entry = sample.objects[path]
