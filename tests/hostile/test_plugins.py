@@ -127,7 +127,7 @@ def is_executed(folder: Path, code: str, path: Path) -> bool:
 
 
 def test_codec_of_a_chunk_executes_nothing(tmp_path: Path) -> None:
-    """With h5py and hdf5plugin, opening a stranger's folder and reading runs the stranger's code."""
+    """With h5py and hdf5plugin, reading in a stranger's folder runs the stranger's code."""
     path = tmp_path / "archive.h5"
     specimen.write(path)
     plugin_attacks.forge(path, "blosc2", plugin_attacks.user_codec)
