@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,15 +123,15 @@ def verify(
     file = Path(path)
     report = VerifyReport(str(file), nbytes=file.stat().st_size)
     try:
-        store = _open(file, limits, report)
-        if isinstance(store, FooterStore):
-            _check_bytes(store, report, workers, progress)
-        _check_head(store, report)
-        if deep or not isinstance(store, FooterStore):
-            _check_contents(store, report, workers, progress)
-        report.num_samples = store.num_samples
-        if against is not None:
-            _check_against(store, Path(against), report, workers, progress)
+        with _opened(file, limits, report) as store:
+            if isinstance(store, FooterStore):
+                _check_bytes(store, report, workers, progress)
+            _check_head(store, report)
+            if deep or not isinstance(store, FooterStore):
+                _check_contents(store, report, workers, progress)
+            report.num_samples = store.num_samples
+            if against is not None:
+                _check_against(store, Path(against), report, workers, progress)
     except H5TracesError as error:
         if against is not None and not isinstance(error, CorruptArchiveError):
             raise
@@ -142,12 +143,17 @@ def verify(
     return report
 
 
-def _open(file: Path, limits: ReadLimits, report: VerifyReport) -> Store:
+@contextmanager
+def _opened(file: Path, limits: ReadLimits, report: VerifyReport) -> Iterator[Store]:
+    store: FooterStore | Hdf5Store
     try:
-        return FooterStore(LocalFile(file), limits)
+        store = FooterStore(LocalFile(file), limits)
     except FooterError as error:
         report.notes.append(f"{error}; checked through HDF5, by inflating everything")
-        return Hdf5Store(file, limits)
+        store = Hdf5Store(file, limits)
+    # Not left open: as long as HDF5 has a file open, it does not look at what is on disk now.
+    with closing(store):
+        yield store
 
 
 def _add(report: VerifyReport, loc: str, error: Exception) -> None:

@@ -25,6 +25,7 @@ from h5traces.schema import ArchiveMetadata
 from h5traces.schema.attributes import Attrs, from_attributes
 from h5traces.storage.arrays import check_sizes, read_array
 from h5traces.storage.codecs import get_codec
+from h5traces.storage.digests import dataset_digest
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
     COLUMNS,
@@ -36,7 +37,13 @@ from h5traces.storage.footer import (
     read_directory,
 )
 from h5traces.storage.hdf5 import Hdf5Reader
-from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
+from h5traces.storage.objects import (
+    ChunkTable,
+    ObjectEntry,
+    SampleEntry,
+    carrier_dtype,
+    digest_type,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,6 +161,10 @@ class FooterStore:
             return read_array(self.file, entry, self._limits)
         except CorruptArchiveError as error:
             raise _located(error, self.file.name, sample.ordinal, path) from error
+
+    def close(self) -> None:
+        """Close the file; for whoever opened it alone."""
+        self.file.close()
 
     def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
         """Offsets, sizes and checksums of all chunks, in the order of samples and objects."""
@@ -351,6 +362,11 @@ class Hdf5Store:
             return found
         return walked[index]
 
+    def close(self) -> None:
+        """Close the file; for whoever opened it alone."""
+        self._reader.close()
+        self.file.close()
+
     def check_index(self) -> None:
         """Read the table of samples, which no reader needs.
 
@@ -512,10 +528,26 @@ class ArchiveFile:
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
         try:
-            return self.store.read(sample, path)
+            store = self.store
+            values = store.read(sample, path)
         except FooterError as error:
             store = self._fall_back(error)
-            return store.read(store.sample(sample.ordinal), path)
+            sample = store.sample(sample.ordinal)
+            values = store.read(sample, path)
+        if isinstance(store, Hdf5Store):
+            self._warn_of_edit(sample, sample.objects[path], values)
+        return values
+
+    def _warn_of_edit(self, sample: SampleEntry, entry: ObjectEntry, values: NDArray[Any]) -> None:
+        """No checksum of HDF5's shows that two chunks were exchanged; the digest does."""
+        expected = entry.attrs.get(DIGEST)
+        if entry.codec is None or expected is None:
+            return
+        if dataset_digest(digest_type(entry.dtype), values) != expected:
+            self._warn(
+                f"{layout.sample_path(sample.ordinal)}/{entry.path}: the values do not fit their "
+                "digest; they were edited, or exchanged by damage"
+            )
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""

@@ -196,7 +196,8 @@ def test_foreign_storage_reads_the_same_numbers(
     shutil.copyfile(archive, path)
     values = np.arange(48).reshape(6, 8).astype(dtype)
     edit(path, lambda file: hdf5_attacks.put(file, place, values, **options))
-    with pytest.warns(UserWarning, match="no footer"):
+    # Where archives could store it so, it is also noticed that these are other values.
+    with pytest.warns(UserWarning, match="no footer|do not fit their digest"):
         found = h5traces.open(path)[0]["hidden_states"][0]
     np.testing.assert_array_equal(found, values)
     assert found.dtype == np.dtype(dtype).newbyteorder("=")
