@@ -18,7 +18,7 @@ from h5traces.legacy.layouts import to_record
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.schema import ArchiveMetadata, SourcePosition
 from h5traces.schema.attributes import Attrs, from_attributes, to_attributes
-from h5traces.storage.digests import chunk_checksum, dataset_digest, sample_digest
+from h5traces.storage.digests import dataset_digest, sample_digest
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.storage.objects import digest_type
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.limits import ReadLimits
     from h5traces.storage.objects import SampleEntry
-
-# Chunks that one task of a thread checks.
-_CHUNKS_PER_TASK = 64
 
 ReportProgress = Callable[[int, int], None]
 
@@ -168,34 +165,16 @@ def _check_bytes(
     progress: ReportProgress | None,
 ) -> None:
     """Every byte of the file against the checksums in its footer."""
-    if not store.check_metadata():
+    damaged, rest_fits = store.check_bytes(workers=workers, progress=progress)
+    if not rest_fits:
         message = "bytes of HDF5's own structures changed since the archive was written"
         report.problems.append(Problem("/", message, "damaged"))
-    offsets, sizes, checksums = store.chunk_table()
-    total = len(offsets)
-    starts = range(0, total, _CHUNKS_PER_TASK)
-
-    def damaged(start: int) -> list[int]:
-        numbers = range(start, min(start + _CHUNKS_PER_TASK, total))
-        return [number for number in numbers if not fits(number)]
-
-    def fits(number: int) -> bool:
-        try:
-            stored = store.file.read_at(int(offsets[number]), int(sizes[number]))
-        except CorruptArchiveError:
-            return False
-        return chunk_checksum(stored) == int(checksums[number])
-
-    with ThreadPoolExecutor(workers) as pool:
-        for start, found in zip(starts, pool.map(damaged, starts), strict=True):
-            for number in found:
-                sample, path = store.owner_of_chunk(number)
-                message = "a stored chunk is damaged: its checksum does not fit"
-                loc = f"{layout.sample_path(sample)}/{path}"
-                report.problems.append(Problem(loc, message, "damaged"))
-            if progress is not None:
-                progress(min(start + _CHUNKS_PER_TASK, total), total)
-    report.num_chunks = total
+    for number in damaged:
+        sample, path = store.owner_of_chunk(number)
+        message = "a stored chunk is damaged: its checksum does not fit"
+        loc = f"{layout.sample_path(sample)}/{path}"
+        report.problems.append(Problem(loc, message, "damaged"))
+    report.num_chunks = len(store.chunk_table()[0])
 
 
 def _check_head(store: Store, report: VerifyReport) -> None:

@@ -33,7 +33,6 @@ from h5traces.storage.footer import (
     FooterError,
     FooterTables,
     attrs_from_json,
-    metadata_checksum,
     read_directory,
 )
 from h5traces.storage.hdf5 import Hdf5Reader
@@ -44,6 +43,7 @@ from h5traces.storage.objects import (
     carrier_dtype,
     digest_type,
 )
+from h5traces.storage.scanning import scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,8 +177,15 @@ class FooterStore:
         sample = int(np.searchsorted(self._object_ends, row, side="right")) - 1
         return sample, self.entry(row).path
 
-    def check_metadata(self) -> bool:
-        """Whether all bytes of the HDF5 part outside of chunks are as they were written.
+    def check_bytes(
+        self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[list[int], bool]:
+        """Compare every byte of the file with the footer's checksums.
+
+        Returns
+        -------
+        list of int, bool
+            Rows of the chunk table that are damaged; whether all other bytes are as written.
 
         Raises
         ------
@@ -187,9 +194,17 @@ class FooterStore:
         """
         for name in COLUMNS:
             self._tables.column(name)
-        offsets, sizes, _ = self.chunk_table()
-        found = metadata_checksum(self.file, offsets, sizes, self._directory.hdf5_nbytes)
-        return found == self._directory.metadata_checksum
+        table = self.chunk_table()
+        if len({len(column) for column in table}) > 1:
+            message = "the footer's columns of chunks have several lengths"
+            raise FooterError(message)
+        end = self._directory.hdf5_nbytes
+        # Chunks that overlap would be read again and again; floats, as the sum may be any.
+        if table[1].astype(np.float64).sum() > end:
+            message = f"the footer's chunks overlap in {end} bytes"
+            raise FooterError(message)
+        found = scan(self.file, table, end, workers=workers, progress=progress)
+        return found.damaged, found.metadata_checksum == self._directory.metadata_checksum
 
     def sizes(self) -> dict[str, StoredSize]:
         column = self._tables.column

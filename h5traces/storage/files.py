@@ -79,13 +79,31 @@ class LocalFile:
             while len(data) < nbytes:
                 more = os.pread(descriptor, nbytes - len(data), offset + len(data))
                 if not more:
-                    message = (
-                        f"{self.path}: the file ends at {os.fstat(descriptor).st_size}, expected "
-                        f"{nbytes} bytes at {offset}; it was truncated"
-                    )
-                    raise CorruptArchiveError(message)
+                    raise self._too_short(descriptor, offset, nbytes)
                 data += more
         return data
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`.
+
+        Raises
+        ------
+        CorruptArchiveError
+            As `read_at`.
+        """
+        with self._used() as descriptor:
+            done = 0
+            while done < len(out):
+                count = os.preadv(descriptor, [out[done:]], offset + done)
+                if not count:
+                    raise self._too_short(descriptor, offset, len(out))
+                done += count
+
+    def _too_short(self, descriptor: int, offset: int, nbytes: int) -> CorruptArchiveError:
+        return CorruptArchiveError(
+            f"{self.path}: the file ends at {os.fstat(descriptor).st_size}, expected {nbytes} "
+            f"bytes at {offset}; it was truncated"
+        )
 
     @contextlib.contextmanager
     def _used(self) -> Iterator[int]:
