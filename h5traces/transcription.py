@@ -85,7 +85,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         if path.startswith(prefix) and "/" not in name:
             extra[layout.unescape_key(text.unescape(name))] = trace.extra(path)
     metadata = trace.metadata
-    tokens = trace.get(layout.TOKENS) if layout.TOKENS in trace.objects else None
+    tokens = trace.tokens() if layout.TOKENS in trace.objects else None
     container = trace.attrs(layout.TOKENS).get("container") if tokens is not None else None
     return TraceRecord(
         sample_id=metadata.sample_id,

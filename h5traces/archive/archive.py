@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from h5traces.limits import ReadLimits
     from h5traces.schema import ArchiveMetadata
 
-# Files kept open at a time; the usual limit on descriptors is 1024 for the whole process.
+# Files kept open at a time; the usual limit on descriptors is 1024 for the whole process, and
+# where it is lower, other files need most of them.
 MAX_OPEN_FILES = 64
+_MOST_OF_LIMIT = 1 / 4
 # Enough that no thread waits long for the last one.
 _TASKS_PER_WORKER = 4
 # What must agree among shards that are read as one sequence.
@@ -260,6 +263,12 @@ def _read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any
         return [array for part in pool.map(read, parts) for array in part]
 
 
+def _most_open_files() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else int(soft * _MOST_OF_LIMIT)
+    return max(1, min(MAX_OPEN_FILES, allowed))
+
+
 class _OpenFiles:
     """Closes the file that was not used for longest when too many are open."""
 
@@ -272,7 +281,7 @@ class _OpenFiles:
         with self._lock:
             self._used[id(file)] = file
             self._used.move_to_end(id(file))
-            while len(self._used) > MAX_OPEN_FILES:
+            while len(self._used) > _most_open_files():
                 _, oldest = self._used.popitem(last=False)
                 oldest.close()
 

@@ -1,6 +1,6 @@
 """Writes archives sample by sample over a long run, so that no crash loses a finished sample."""
 
 from h5traces.spooling.creating import create
-from h5traces.spooling.writers import TraceWriter
+from h5traces.spooling.trace_writer import TraceWriter
 
 __all__ = ["TraceWriter", "create"]

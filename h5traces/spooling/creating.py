@@ -9,15 +9,17 @@ from pydantic import ValidationError
 
 from h5traces.errors import ArchiveError, ArchiveExistsError, SchemaError
 from h5traces.schema.attributes import problems_of
+from h5traces.spooling.direct_writer import DirectWriter
 from h5traces.spooling.folder import RunState, SpoolFolder
+from h5traces.spooling.spool_writer import SpoolWriter
 from h5traces.spooling.targets import Target
-from h5traces.spooling.writers import DirectWriter, SpoolWriter, TraceWriter
 from h5traces.storage.codecs import get_codec
 from h5traces.writer import WriteOptions
 
 if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
+    from h5traces.spooling.trace_writer import TraceWriter
 
 
 def create(
