@@ -68,6 +68,10 @@ class MissingFilterError(ArchiveError):
     """A dataset needs an HDF5 filter plugin that is not available."""
 
 
+class RemoteError(ArchiveError):
+    """A server cannot be reached, refuses access, or does not do what reading takes."""
+
+
 class ArchiveExistsError(ArchiveError):
     """The target exists already and replacing it was not asked for."""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.schema import SourceFile
+    from h5traces.storage.remote import RemotePath
     from h5traces.writer import ArchiveWriter
 
 # What archives that become one must have said alike, or not at all.
@@ -110,13 +111,14 @@ def repack(
     """
     target = Path(dest)
     with open_archive(sources) as archive:
-        if any(path.resolve() == target.resolve() for path in archive.paths):
+        local = (path for path in archive.paths if isinstance(path, Path))
+        if any(path.resolve() == target.resolve() for path in local):
             message = f"{target} is one of the sources; name another output"
             raise ArchiveError(message)
         report = RepackReport(
             sources=[str(path) for path in archive.paths],
             copied=dtype is None and codec in (None, archive.metadata.codec),
-            source_nbytes=sum(path.stat().st_size for path in archive.paths),
+            source_nbytes=sum(file.nbytes for file in archive.files),
         )
         selected = archive if layers is None else archive.select(layers=layers)
         indices = _indices(samples, len(archive))
@@ -216,10 +218,10 @@ def _carried(files: Sequence[ArchiveFile]) -> dict[str, Any]:
 
 def _joined_sources(
     files: Sequence[ArchiveFile],
-) -> tuple[tuple[SourceFile, ...] | None, dict[Path, int]]:
+) -> tuple[tuple[SourceFile, ...] | None, dict[Path | RemotePath, int]]:
     """The files that all archives were converted from, and where each archive's begin."""
     joined: list[SourceFile] = []
-    first: dict[Path, int] = {}
+    first: dict[Path | RemotePath, int] = {}
     for file in files:
         first[file.path] = len(joined)
         joined += file.metadata.sources or ()

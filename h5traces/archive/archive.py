@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -17,17 +18,23 @@ from h5traces import layout
 from h5traces.archive.store import ArchiveFile
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
+from h5traces.storage.remote import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from h5traces.limits import ReadLimits
     from h5traces.schema import ArchiveMetadata
+    from h5traces.storage.files import ByteFile
+    from h5traces.storage.remote import RemoteOptions
 
 # Files kept open at a time; the usual limit on descriptors is 1024 for the whole process.
 MAX_OPEN_FILES = 64
 # Enough that no thread waits long for the last one.
 _TASKS_PER_WORKER = 4
+# Stored bytes of arrays on servers that one call holds at a time.
+_WINDOW_NBYTES = 128 << 20
 # What must agree among shards that are read as one sequence.
 _SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
 
@@ -41,11 +48,16 @@ class Archive(Sequence[Trace]):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Path | RemotePath],
         limits: ReadLimits,
+        remote: RemoteOptions = DEFAULT_REMOTE,
     ) -> None:
         self._open_files = _OpenFiles()
-        self._files = [ArchiveFile(path, limits, opened=self._open_files.use) for path in paths]
+
+        def opened(path: Path | RemotePath) -> ArchiveFile:
+            return ArchiveFile(path, limits, opened=self._open_files.use, remote=remote)
+
+        self._files = _opened_in_order(paths, opened, remote)
         _check_alike(self._files)
         self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
         self._indices: Sequence[int] = range(self._starts[-1])
@@ -59,8 +71,8 @@ class Archive(Sequence[Trace]):
         return view
 
     @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files, in order."""
+    def paths(self) -> tuple[Path | RemotePath, ...]:
+        """The files, or their addresses, in order."""
         return tuple(file.path for file in self._files)
 
     @property
@@ -222,7 +234,7 @@ class Archive(Sequence[Trace]):
             for sequence in each.values()
             for position in range(len(sequence))
         ]
-        arrays = iter(_read_all(wanted, workers or os.cpu_count() or 1))
+        arrays = iter(_read_together(wanted, workers or os.cpu_count() or 1))
         return [
             {kind: [next(arrays) for _ in range(len(sequence))] for kind, sequence in each.items()}
             for each in sequences
@@ -244,6 +256,58 @@ class Archive(Sequence[Trace]):
         if len(self._files) > 1:
             where += f" and {len(self._files) - 1} more"
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}>"
+
+
+def _opened_in_order(
+    paths: Sequence[Path | RemotePath],
+    opened: Callable[[Path | RemotePath], ArchiveFile],
+    remote: RemoteOptions,
+) -> list[ArchiveFile]:
+    """The files of an archive; those on servers several at a time, since each waits for one."""
+    if sum(isinstance(path, RemotePath) for path in paths) <= 1:
+        return [opened(path) for path in paths]
+    with ThreadPoolExecutor(remote.max_parallel) as pool:
+        return list(pool.map(opened, paths))
+
+
+def _read_together(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
+    """Arrays by sequence and position, in order; those on servers are fetched in few requests."""
+    arrays: list[Any] = []
+    for part in _windows(wanted):
+        with contextlib.ExitStack() as fetched:
+            for file, ranges in _remote_ranges(part).items():
+                fetched.enter_context(file.prefetched(ranges))
+            arrays += _read_all(part, workers)
+    return arrays
+
+
+def _windows(
+    wanted: list[tuple[LayerSequence, int]],
+) -> Iterator[list[tuple[LayerSequence, int]]]:
+    """Parts whose stored bytes may lie in memory at a time; local files need no more than one."""
+    if not any(sequence.is_remote for sequence, _ in wanted):
+        yield wanted
+        return
+    part: list[tuple[LayerSequence, int]] = []
+    nbytes = 0
+    for sequence, position in wanted:
+        part.append((sequence, position))
+        nbytes += sum(size for _, size in sequence.ranges(position))
+        if nbytes >= _WINDOW_NBYTES:
+            yield part
+            part, nbytes = [], 0
+    yield part
+
+
+def _remote_ranges(
+    wanted: list[tuple[LayerSequence, int]],
+) -> dict[ByteFile, list[tuple[int, int]]]:
+    """Where the chunks of arrays on servers lie, by file."""
+    found: dict[ByteFile, list[tuple[int, int]]] = {}
+    for sequence, position in wanted:
+        if sequence.is_remote:
+            found.setdefault(sequence.byte_file, []).extend(sequence.ranges(position))
+    return found
 
 
 def _read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import glob
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import url2pathname
 
 from h5traces import layout
 from h5traces.archive.archive import Archive
 from h5traces.archive.tensors import materialised
+from h5traces.errors import RemoteError
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import as_dict
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.storage.remote import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url, list_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 ARCHIVE_SUFFIXES = (".h5", ".hdf5")
 PathLike = str | os.PathLike[str]
+Source = PathLike | RemotePath
 
 
 def expand_paths(
@@ -30,27 +35,97 @@ def expand_paths(
     ------
     FileNotFoundError
         A path does not exist, a glob matches nothing, or a folder holds no such file.
+    RemoteError
+        An address on a server is among them.
     """
-    named = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     found: list[Path] = []
+    for each in expand_sources(sources, suffixes):
+        if isinstance(each, RemotePath):
+            message = (
+                f"{each}: only 'h5traces.open', 'inspect', 'ls', 'label' and 'features' read "
+                "archives on servers; download it for this"
+            )
+            raise RemoteError(message)
+        found.append(each)
+    return found
+
+
+def expand_sources(
+    sources: Source | Iterable[Source],
+    suffixes: tuple[str, ...] = ARCHIVE_SUFFIXES,
+    remote: RemoteOptions = DEFAULT_REMOTE,
+) -> list[Path | RemotePath]:
+    """The files, and objects on servers, behind what is named; as `expand_paths`.
+
+    Addresses that end in a suffix of an archive are taken as they are; the server is asked for
+    what a glob or a folder holds.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path does not exist, a glob matches nothing, or a folder holds no such file.
+    RemoteError, MissingDependencyError
+        The server cannot be asked.
+    """
+    is_one = isinstance(sources, (str, os.PathLike, RemotePath))
+    named: list[Any] = [sources] if is_one else list(sources)  # type: ignore[arg-type]  # see above
+    found: list[Path | RemotePath] = []
     for source in named:
-        path = Path(source)
-        if path.is_dir():
-            matches = sorted(each for each in path.rglob("*") if each.name.endswith(suffixes))
-        elif path.exists():
-            matches = [path]
+        local = _local_url(source)
+        if local is None and is_url(source):
+            path = source if isinstance(source, RemotePath) else RemotePath(source)
+            found += _expand_remote(path, suffixes, remote)
         else:
-            matches = sorted(Path(each) for each in glob.glob(str(source), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
-        if not matches:
-            message = f"{source}: no such file, and nothing that matches; expected a file, a glob "
-            message += f"or a folder with {' or '.join(suffixes)} files"
-            raise FileNotFoundError(message)
-        found += matches
+            found += _expand_local(local or source, suffixes)
     return list(dict.fromkeys(found))
 
 
+def _local_url(source: object) -> str | None:
+    """The path behind a ``file://`` address."""
+    if isinstance(source, str) and source.startswith("file://"):
+        return url2pathname(source.removeprefix("file://"))
+    return None
+
+
+def _expand_remote(
+    path: RemotePath, suffixes: tuple[str, ...], remote: RemoteOptions
+) -> list[RemotePath]:
+    # A web server is asked for a folder only where it looks like one: addresses of files there
+    # need not end in a suffix.
+    if not path.is_pattern and (
+        path.name.endswith(suffixes) or (path.is_web and not path.url.endswith("/"))
+    ):
+        return [path]
+    found = list_remote(path, suffixes, remote)
+    if not found:
+        message = f"{path}: no such object, and nothing that matches; expected an object, a glob "
+        message += f"or a folder with {' or '.join(suffixes)} objects"
+        raise FileNotFoundError(message)
+    return found
+
+
+def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        matches = sorted(each for each in path.rglob("*") if each.name.endswith(suffixes))
+    elif path.exists():
+        matches = [path]
+    else:
+        matches = sorted(Path(each) for each in glob.glob(str(source), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+    if not matches:
+        message = f"{source}: no such file, and nothing that matches; expected a file, a glob "
+        message += f"or a folder with {' or '.join(suffixes)} files"
+        raise FileNotFoundError(message)
+    return matches
+
+
 def open_archive(
-    path: PathLike | Iterable[PathLike], *, limits: ReadLimits = DEFAULT_LIMITS
+    path: Source | Iterable[Source],
+    *,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    cache: PathLike | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    remote: RemoteOptions = DEFAULT_REMOTE,
 ) -> Archive:
     """Open one archive, or several as one sequence.
 
@@ -59,9 +134,17 @@ def open_archive(
     Parameters
     ----------
     path
-        A file, a glob, a folder (all ``.h5`` files below it), or a list of these.
+        A file, a glob, a folder (all ``.h5`` files below it), or a list of these; on disk, or on a
+        server (``s3://…``, ``hf://…``, ``https://…``), where reading goes by ranges.
     limits
         What a file may ask of its reader before it is refused.
+    cache
+        Folder that keeps what is fetched from servers; an object that changed is fetched anew.
+    storage_options
+        For fsspec's file system of the server: ``key``, ``secret``, ``anon``, ``endpoint_url``,
+        ``headers`` and so on.
+    remote
+        More about reading from servers: attempts, timeout, size of requests.
 
     Raises
     ------
@@ -71,8 +154,17 @@ def open_archive(
         A file is no archive, is damaged, or is newer than this release.
     ArchiveError
         The files are of different models.
+    RemoteError
+        A server cannot be reached, or refuses.
+    MissingDependencyError
+        ``h5traces[remote]`` is not installed.
     """
-    return Archive(expand_paths(path), limits)
+    options = replace(
+        remote,
+        cache=remote.cache if cache is None else Path(cache),
+        storage_options=remote.storage_options if storage_options is None else storage_options,
+    )
+    return Archive(expand_sources(path, remote=options), limits, options)
 
 
 def load(path: PathLike) -> list[dict[str, Any]]:

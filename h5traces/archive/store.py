@@ -17,6 +17,7 @@ from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
     NotAnArchiveError,
+    RemoteError,
     SchemaError,
     StoredStateWarning,
     UnsupportedVersionError,
@@ -37,6 +38,7 @@ from h5traces.storage.footer import (
 )
 from h5traces.storage.hdf5 import Hdf5Reader
 from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
+from h5traces.storage.remote import DEFAULT_REMOTE, RemoteFile, RemotePath
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.limits import ReadLimits
+    from h5traces.storage.files import ByteFile
+    from h5traces.storage.remote import RemoteOptions
 
 _GROUP_TYPE = ""
 _MOST_FEATURES_NAMED = 10
@@ -54,7 +58,7 @@ class Store(Protocol):
     """Read access to one archive file; samples are counted in the order of their names."""
 
     @property
-    def file(self) -> LocalFile:
+    def file(self) -> ByteFile:
         """The bytes that chunk tables point into."""
 
     @property
@@ -109,7 +113,7 @@ class StoredSize:
 class FooterStore:
     """Reads through the footer: no HDF5, no lock, any number of threads."""
 
-    def __init__(self, file: LocalFile, limits: ReadLimits) -> None:
+    def __init__(self, file: ByteFile, limits: ReadLimits) -> None:
         self.file = file
         self._limits = limits
         self._directory = read_directory(file)
@@ -150,7 +154,7 @@ class FooterStore:
         entry = sample.objects[path]
         try:
             return read_array(self.file, entry, self._limits)
-        except CorruptArchiveError as error:
+        except (CorruptArchiveError, RemoteError) as error:
             raise _located(error, self.file.name, sample.ordinal, path) from error
 
     def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
@@ -391,7 +395,8 @@ def _parse(document: bytes) -> dict[str, Any]:
 
 
 def _located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
-    return type(error)(f"{file}: {layout.sample_path(ordinal)}/{path}: {error}")
+    what = str(error).removeprefix(f"{file}: ")
+    return type(error)(f"{file}: {layout.sample_path(ordinal)}/{path}: {what}")
 
 
 class ArchiveFile:
@@ -400,29 +405,35 @@ class ArchiveFile:
     Parameters
     ----------
     path
-        The file.
+        The file, or the address of one.
     limits
         What it may ask of its reader.
     opened
         Called whenever the file was opened, so that others can be closed.
+    remote
+        How to read it where it is an address; then it must have a footer.
 
     Raises
     ------
     NotAnArchiveError
         The file is no archive.
+    RemoteError
+        The server cannot be reached, or refuses.
     UnsupportedVersionError
         It was written in a newer format.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Path | RemotePath,
         limits: ReadLimits,
         *,
         opened: Callable[[ArchiveFile], None] | None = None,
+        remote: RemoteOptions = DEFAULT_REMOTE,
     ) -> None:
         self.path = path
         self._limits = limits
+        self._remote = remote
         self._opened = opened
         self._store: Store | None = None
         self._without_footer = False
@@ -509,7 +520,14 @@ class ArchiveFile:
         if store is not None:
             store.file.close()
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.store.file.nbytes
+
     def _open(self) -> Store:
+        if isinstance(self.path, RemotePath):
+            return self._open_remote(self.path)
         if not self._without_footer:
             try:
                 return FooterStore(LocalFile(self.path), self._limits)
@@ -522,8 +540,26 @@ class ArchiveFile:
                 return store
         return Hdf5Store(self.path, self._limits)
 
+    def _open_remote(self, path: RemotePath) -> Store:
+        file = RemoteFile(path, self._remote)
+        try:
+            return FooterStore(file, self._limits)
+        except FooterError as error:
+            if file.read_at(0, min(8, file.nbytes)) != layout.HDF5_SIGNATURE:
+                message = f"{path}: is no HDF5 file, so no h5traces archive"
+                raise NotAnArchiveError(message) from None
+            raise self._needs_footer(error) from error
+
+    def _needs_footer(self, error: FooterError) -> CorruptArchiveError:
+        return CorruptArchiveError(
+            f"{self.path}: {error}; without a footer, HDF5 would read an archive on a server piece "
+            "by tiny piece; download it, run 'h5traces seal' on it, and upload it again"
+        )
+
     def _fall_back(self, error: FooterError) -> Store:
         """Switch to HDF5 for good; the footer turned out to be damaged while reading."""
+        if isinstance(self.path, RemotePath):
+            raise self._needs_footer(error) from error
         if not self._without_footer:
             self._without_footer = True
             self._warn_without_footer(error)

@@ -21,6 +21,7 @@ from h5traces.errors import (
 )
 from h5traces.schema import TraceMetadata
 from h5traces.schema.attributes import from_attributes
+from h5traces.storage.remote import RemotePath
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,8 +79,8 @@ class Trace(Mapping[str, Any]):
             raise SchemaError(message, error.problems) from error
 
     @property
-    def path(self) -> Path:
-        """The file that the trace is stored in."""
+    def path(self) -> Path | RemotePath:
+        """The file that the trace is stored in, or its address."""
         return self._file.path
 
     @property
@@ -349,12 +350,35 @@ class Trace(Mapping[str, Any]):
         """
         torch_tensors = container == "source"
         plain: dict[str, Any] = {}
-        for key in self.fields:
-            value = self._value(key, torch_tensors=torch_tensors)
-            if isinstance(value, LayerSequence):
-                value = value.to_list(torch_tensors=torch_tensors)
-            plain[key] = value
+        with self.byte_file.prefetched(self._selected_ranges()):
+            for key in self.fields:
+                value = self._value(key, torch_tensors=torch_tensors)
+                if isinstance(value, LayerSequence):
+                    value = value.to_list(torch_tensors=torch_tensors)
+                plain[key] = value
         return plain
+
+    def _selected_ranges(self) -> list[tuple[int, int]]:
+        """Where everything lies that `to_dict` reads; nothing for a file on disk."""
+        if not self.is_remote:
+            return []
+        layers = None if self._layers is None else set(self._layers)
+        ranges: list[tuple[int, int]] = []
+        for path in self._sample.objects:
+            layer = layout.parse_layer_name(path.rpartition("/")[2])
+            if layers is None or layer is None or layer in layers:
+                ranges += self.ranges(path)
+        return ranges
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the trace lies on a server."""
+        return isinstance(self._file.path, RemotePath)
+
+    def ranges(self, path: str) -> list[tuple[int, int]]:
+        """Offset and size of the stored chunks of the dataset at `path`."""
+        chunks = self.entry(path).chunks
+        return [] if chunks is None else chunks.ranges
 
 
 class LayerSequence(Sequence[LayerValue]):
@@ -394,7 +418,7 @@ class LayerSequence(Sequence[LayerValue]):
     def __getitem__(self, position: slice) -> list[LayerValue]: ...
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
         if isinstance(position, slice):
-            return [self._read(name) for name in self.names[position]]
+            return self._read_slice(position)
         try:
             name = self.names[position]
         except IndexError:
@@ -405,6 +429,28 @@ class LayerSequence(Sequence[LayerValue]):
             )
             raise LayerIndexError(message) from None
         return self._read(name)
+
+    def _read_slice(self, positions: slice) -> list[LayerValue]:
+        numbers = range(len(self))[positions]
+        ranges = (each for number in numbers for each in self.ranges(number))
+        with self.byte_file.prefetched(ranges):
+            return [self._read(self.names[number]) for number in numbers]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the arrays lie on a server."""
+        return self._trace.is_remote
+
+    @property
+    def byte_file(self) -> ByteFile:
+        """The bytes that `ranges` points into."""
+        return self._trace.byte_file
+
+    def ranges(self, position: int) -> list[tuple[int, int]]:
+        """Offset and size of the stored chunks of one array."""
+        steps = f"{self.kind}/{layout.STEPS_TABLE}"
+        found = self._trace.ranges(f"{self.kind}/{self.names[position]}")
+        return found + (self._trace.ranges(steps) if steps in self._trace.objects else [])
 
     def _read(self, name: str) -> LayerValue:
         value: LayerValue = self._trace.read_layer(self.kind, name)

@@ -25,9 +25,6 @@ _DEFERRED: Final = (signal.SIGINT, signal.SIGTERM)
 _is_deferring = False
 
 
-_is_deferring = False
-
-
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
     """Python handlers of SIGINT and SIGTERM run behind the block instead of inside it.
