@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
@@ -51,11 +51,13 @@ class Archive(Sequence[Trace]):
         paths: Sequence[Path | RemotePath],
         limits: ReadLimits,
         remote: RemoteOptions = DEFAULT_REMOTE,
+        label_folder: Path | Literal[False] | None = None,
     ) -> None:
         self._open_files = _OpenFiles()
 
         def opened(path: Path | RemotePath) -> ArchiveFile:
-            return ArchiveFile(path, limits, opened=self._open_files.use, remote=remote)
+            use = self._open_files.use
+            return ArchiveFile(path, limits, opened=use, remote=remote, label_folder=label_folder)
 
         self._files = _opened_in_order(paths, opened, remote)
         _check_alike(self._files)
@@ -96,6 +98,11 @@ class Archive(Sequence[Trace]):
     def ids(self) -> tuple[str | None, ...]:
         """Every trace's sample id; None where it has none. Ids may repeat."""
         return tuple(sample_id for sample_id, _ in self._keys)
+
+    @property
+    def labels(self) -> tuple[int | None, ...]:
+        """Every trace's label, stored or from beside the archive; None where it has none."""
+        return tuple(trace.metadata.label for trace in self)
 
     @cached_property
     def _keys(self) -> list[tuple[str | None, int | None]]:

@@ -6,7 +6,7 @@ import glob
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.request import url2pathname
 
 from h5traces import layout
@@ -126,6 +126,7 @@ def open_archive(
     cache: PathLike | None = None,
     storage_options: Mapping[str, Any] | None = None,
     remote: RemoteOptions = DEFAULT_REMOTE,
+    labels: PathLike | Literal[False] | None = None,
 ) -> Archive:
     """Open one archive, or several as one sequence.
 
@@ -145,6 +146,9 @@ def open_archive(
         ``headers`` and so on.
     remote
         More about reading from servers: attempts, timeout, size of requests.
+    labels
+        Folder with the labels that ``h5traces label`` wrote; beside each archive by default, where
+        archives on servers are not looked for any. False reads none.
 
     Raises
     ------
@@ -154,6 +158,8 @@ def open_archive(
         A file is no archive, is damaged, or is newer than this release.
     ArchiveError
         The files are of different models.
+    SchemaError
+        The labels beside an archive are of another one.
     RemoteError
         A server cannot be reached, or refuses.
     MissingDependencyError
@@ -164,7 +170,8 @@ def open_archive(
         cache=remote.cache if cache is None else Path(cache),
         storage_options=remote.storage_options if storage_options is None else storage_options,
     )
-    return Archive(expand_sources(path, remote=options), limits, options)
+    folder = labels if labels is None or labels is False else Path(labels)
+    return Archive(expand_sources(path, remote=options), limits, options, folder)
 
 
 def load(path: PathLike) -> list[dict[str, Any]]:

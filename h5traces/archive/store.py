@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from h5traces import layout
+from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from h5traces.archive.labels import FileLabels
     from h5traces.limits import ReadLimits
     from h5traces.storage.files import ByteFile
     from h5traces.storage.remote import RemoteOptions
@@ -412,6 +414,8 @@ class ArchiveFile:
         Called whenever the file was opened, so that others can be closed.
     remote
         How to read it where it is an address; then it must have a footer.
+    label_folder
+        Where its labels lie, if not beside it; False to read none.
 
     Raises
     ------
@@ -430,6 +434,7 @@ class ArchiveFile:
         *,
         opened: Callable[[ArchiveFile], None] | None = None,
         remote: RemoteOptions = DEFAULT_REMOTE,
+        label_folder: Path | Literal[False] | None = None,
     ) -> None:
         self.path = path
         self._limits = limits
@@ -439,6 +444,7 @@ class ArchiveFile:
         self._without_footer = False
         self.metadata = self._read_metadata(self.store)
         self.num_samples = self.store.num_samples
+        self.labels = self._read_labels(label_folder)
         if self.num_samples != self.metadata.num_samples:
             self._warn(
                 f"holds {self.num_samples} samples, its metadata says {self.metadata.num_samples}; "
@@ -595,6 +601,13 @@ class ArchiveFile:
             )
             raise CorruptArchiveError(message)
         return metadata
+
+    def _read_labels(self, folder: Path | Literal[False] | None) -> FileLabels | None:
+        place = None if folder is False else sidecar_path(self.path, folder)
+        labels = None if place is None else read_sidecar(place)
+        if labels is not None:
+            labels.check(self.path, self.metadata.archive_id)
+        return labels
 
     def _check_same(self, store: Store) -> None:
         found = store.root_attrs.get("archive_id")

@@ -71,9 +71,11 @@ class Trace(Mapping[str, Any]):
 
     @cached_property
     def metadata(self) -> TraceMetadata:
-        """The sample's attributes, validated."""
+        """The sample's attributes, validated; with the labels that lie beside the archive."""
+        labels = self._file.labels
         try:
-            return from_attributes(TraceMetadata, self._sample.attrs)
+            found = from_attributes(TraceMetadata, self._sample.attrs)
+            return found if labels is None else labels.labelled(found, self._sample.ordinal)
         except SchemaError as error:
             message = f"{self.place}: {error}"
             raise SchemaError(message, error.problems) from error
@@ -106,7 +108,11 @@ class Trace(Mapping[str, Any]):
     def fields(self) -> tuple[str, ...]:
         """Keys of the legacy dict, in their order."""
         named = self.metadata.fields or self._file.metadata.fields
-        return self._present_fields() if named is None else named
+        if named is None:
+            return self._present_fields()
+        is_new = layout.LABEL not in named and self.metadata.label is not None
+        # A label that was given later than the dict was made.
+        return (*named, layout.LABEL) if is_new and self._file.labels is not None else named
 
     def _present_fields(self) -> tuple[str, ...]:
         """Keys for a trace that no legacy dict was the source of."""

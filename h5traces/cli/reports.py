@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from h5traces.errors import Problem
     from h5traces.inspection import ArrayStats, Inspection, SampleStats
     from h5traces.integrity import VerifyReport
+    from h5traces.labelling import LabelReport
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -185,3 +186,24 @@ def _print_problems(path: str, problems: list[Problem], notes: list[str]) -> Non
         print_line(f"{path}:{problem.loc}: {problem.message} [{problem.kind}]")
     for note in notes:
         print_line(f"{path}: note: {note}")
+
+
+def print_labels(report: LabelReport, *, dry_run: bool) -> None:
+    """How many samples got which label, and how the scores are distributed."""
+    for target in report.targets:
+        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
+    print_line(f"{report.num_labelled} of {report.num_samples} samples have scores")
+    if report.threshold is not None:
+        for value, count in report.labels.items():
+            share = count / report.num_labelled
+            sign = "<" if value else ">="
+            print_line(f"  label {value} ({sign} {report.threshold:g}): {count} ({share:.1%})")
+    for name, stats in report.scores.items():
+        print_line(
+            f"  {name}: minimum {stats.minimum:.4g}, median {stats.median:.4g}, "
+            f"mean {stats.mean:.4g}, maximum {stats.maximum:.4g}"
+        )
+    if report.num_repeated:
+        print_line(f"  {report.num_repeated} rows repeat an earlier one")
+    if report.num_replaced:
+        print_line(f"  {report.num_replaced} samples had another label before")

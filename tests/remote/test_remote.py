@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -18,8 +19,10 @@ import pytest
 import s3fs
 from legacy_batches import assert_same, make_archive, make_batch
 from servers import Server, running
+from typer.testing import CliRunner
 
 import h5traces
+from h5traces.cli.app import app
 from h5traces.errors import (
     CorruptArchiveError,
     H5TracesError,
@@ -204,10 +207,8 @@ def test_far_ranges_are_fetched_in_parallel_requests(remote: Any) -> None:
     assert_same(archive[0].to_dict(), BATCH[0])
     found = server.requests()
     assert len(found) > 4
-    sizes = [
-        int(each["range"].split("-")[1]) - int(each["range"][6:].split("-")[0]) for each in found
-    ]
-    assert max(sizes) < 30_000
+    spans = [each["range"].removeprefix("bytes=").split("-") for each in found]
+    assert max(int(last) - int(first) for first, last in spans) < 30_000
 
 
 def test_an_array_of_many_chunks_is_one_request(web: Server, web_folder: Path) -> None:
@@ -250,7 +251,7 @@ def test_file_systems_without_a_transport_of_their_own(shelf: Path) -> None:
     memory.rm("/run/a.h5")
     with pytest.raises(RemoteError, match="deleted"):
         archive[0].to_dict()
-    with pytest.raises(FileNotFoundError, match="memory://run/a.h5"):
+    with pytest.raises(FileNotFoundError, match=r"memory://run/a\.h5"):
         h5traces.open("memory://run/a.h5")
 
 
@@ -487,7 +488,7 @@ def test_no_credentials_at_all(s3: Server, monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_web_servers_that_want_a_token(web: Server) -> None:
     web.control(token="secret")
-    with pytest.raises(RemoteError, match="401.*credentials"):
+    with pytest.raises(RemoteError, match=r"401.*credentials"):
         from_web(web)
     headers = {"headers": {"Authorization": "Bearer secret"}}
     archive = from_web(web, storage_options=headers)
@@ -575,6 +576,33 @@ def test_without_the_libraries(shelf: Path) -> None:
 def test_an_unknown_protocol() -> None:
     with pytest.raises(RemoteError, match="nix://"):
         h5traces.open("nix://somewhere/run.h5")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_inspect_and_ls(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
+    listed = CliRunner().invoke(app, ["ls", f"s3://{BUCKET}/run/[ab].h5", "--json"])
+    assert listed.exit_code == 0, listed.output
+    assert [each["sample_id"] for each in json.loads(listed.stdout)][:2] == ["q_0_0", "q_0_1"]
+    seen = CliRunner().invoke(app, ["inspect", f"s3://{BUCKET}/run/[ab].h5", "--json"])
+    assert seen.exit_code == 0, seen.output
+    first, second = json.loads(seen.stdout)
+    assert (first["num_samples"], second["num_samples"]) == (4, 3)
+    assert first["path"] == f"s3://{BUCKET}/run/a.h5"
+    missing = CliRunner().invoke(app, ["ls", f"s3://{BUCKET}/run/nothing.h5"])
+    assert missing.exit_code == 2
+    assert "no such object" in missing.stderr
+    s3.control(failures=[(403, "ExpiredToken")])
+    refused = CliRunner().invoke(app, ["ls", f"s3://{BUCKET}/run/a.h5"])
+    assert refused.exit_code == 1
+    assert "ExpiredToken" in refused.stderr
+    local_only = CliRunner().invoke(app, ["verify", f"s3://{BUCKET}/run/a.h5"])
+    assert local_only.exit_code == 1
+    assert "download it" in local_only.stderr
 
 
 # --- the hub -------------------------------------------------------------------------------------

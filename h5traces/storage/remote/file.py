@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import CorruptArchiveError, RemoteError, StoredStateWarning
 from h5traces.storage.remote.cache import RangeCache
+from h5traces.storage.remote.connecting import open_transport
 from h5traces.storage.remote.ranges import Blocks, ByteRange, coalesce
-from h5traces.storage.remote.transport import TemporaryError, open_transport
+from h5traces.storage.remote.transport import TemporaryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from h5traces.storage.remote.options import RemoteOptions
     from h5traces.storage.remote.paths import RemotePath
-    from h5traces.storage.remote.transport import Reply
+    from h5traces.storage.remote.transport import Reply, Transport
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 5.0
@@ -195,7 +196,7 @@ class RemoteFile:
             raise CorruptArchiveError(message)
         return reply.data
 
-    def _transport(self) -> Any:
+    def _transport(self) -> Transport:
         return open_transport(self.path, self._options)
 
     def _persistently(self, request: Callable[[], Reply]) -> Reply:
