@@ -113,6 +113,10 @@ class ExtractionError(H5TracesError):
     """Activations could not be extracted from a model."""
 
 
+class FeatureError(H5TracesError):
+    """Features cannot be computed, or hold values that are no numbers."""
+
+
 class MissingDependencyError(H5TracesError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

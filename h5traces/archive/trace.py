@@ -86,6 +86,11 @@ class Trace(Mapping[str, Any]):
         return self._file.path
 
     @property
+    def position_in_file(self) -> int:
+        """Index of the trace in its file; `ordinal` counts over all shards."""
+        return self._index
+
+    @property
     def archive_metadata(self) -> ArchiveMetadata:
         """Metadata of the archive file that the trace is stored in."""
         return self._file.metadata

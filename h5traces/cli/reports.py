@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from h5traces.check import ValidationReport
     from h5traces.conversion import ConversionReport, FileReport
     from h5traces.errors import Problem
+    from h5traces.features import FeatureReport
     from h5traces.inspection import ArrayStats, Inspection, SampleStats
     from h5traces.integrity import VerifyReport
     from h5traces.labelling import LabelReport
@@ -207,3 +208,16 @@ def print_labels(report: LabelReport, *, dry_run: bool) -> None:
         print_line(f"  {report.num_repeated} rows repeat an earlier one")
     if report.num_replaced:
         print_line(f"  {report.num_replaced} samples had another label before")
+
+
+def print_features(report: FeatureReport, *, dry_run: bool) -> None:
+    """The shape of every feature."""
+    size = "" if dry_run else f" ({human_size(report.nbytes)})"
+    print_line(f"{'would write' if dry_run else 'wrote'} {report.target}{size}")
+    print_line(f"  {report.num_samples} samples, {report.num_labelled} with a label")
+    print_line(f"  layers {report.layers}")
+    for name, shape in report.shapes.items():
+        print_line(f"  {name}: {tuple(shape)} float32")
+    for name, ratios in report.explained.items():
+        shares = ", ".join(f"{each:.1%}" for each in ratios)
+        print_line(f"  components of {name} explain, by layer: {shares}")
