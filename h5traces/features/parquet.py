@@ -17,11 +17,14 @@ _ROWS_NBYTES = 64 << 20
 
 
 def write_parquet(table: FeatureTable, part: PartFile) -> None:
-    """Write the table; shapes of rows, and what is not of samples, go to the schema's metadata."""
+    """Write the table; shapes of rows and numbers of layers go to the schema's metadata.
+
+    There is no place for the directions of principal components: ``.h5`` and ``.npz`` have them.
+    """
     columns = table.features
     shapes = {name: list(column.shape[1:]) for name, column in columns.items()}
-    others = {path: values.tolist() for path, values in table.others.items()}
-    facts = {"h5traces": json.dumps({**table.metadata, "shapes": shapes, **others})}
+    layers = table.others["layers"].tolist()
+    facts = {"h5traces": json.dumps({**table.metadata, "shapes": shapes, "layers": layers})}
     types = {name: pa.list_(pa.float32(), _width(shape)) for name, shape in shapes.items()}
     samples = {name: _samples(name, table) for name in table.samples if name != "has_label"}
     schema = pa.schema(

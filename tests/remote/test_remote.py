@@ -29,8 +29,11 @@ from h5traces.errors import (
     MissingDependencyError,
     NotAnArchiveError,
     RemoteError,
+    SchemaError,
     StoredStateWarning,
 )
+from h5traces.features import compute_features
+from h5traces.labelling import label
 from h5traces.storage.footer import TRAILER_NBYTES
 from h5traces.storage.remote import RemoteOptions, RemotePath
 
@@ -263,6 +266,33 @@ def test_rewriting_reads_from_servers(web: Server, tmp_path: Path) -> None:
     assert_same(
         h5traces.open(tmp_path / "two.h5")[1]["hidden_states"][1], BATCH[1]["hidden_states"][2]
     )
+
+
+def test_features_take_one_request_per_sample(remote: Any, shelf: Path) -> None:
+    server, opener = remote
+    archive = opener(server)
+    server.requests()
+    names = ["last_token", "mean", "attention_entropy"]
+    found = compute_features(archive, names, workers=2)
+    assert len(server.requests()) == len(archive)
+    assert_same(found, compute_features(h5traces.open(shelf / "a.h5"), names))
+
+
+def test_labels_of_archives_on_servers(remote: Any, tmp_path: Path) -> None:
+    server, opener = remote
+    address = opener(server).paths[0]
+    table = tmp_path / "scores.csv"
+    rows = [f"q_0_{index},{index / 4}" for index in range(4)]
+    table.write_text("\n".join(["question_id,bleurt_score", *rows]), encoding="utf-8")
+    given = options(server)["given"] if opener is from_s3 else {}
+    with pytest.raises(SchemaError, match="name a folder"):
+        label(address, table, storage_options=given)
+    label(address, table, storage_options=given, folder=tmp_path / "labels")
+    assert (tmp_path / "labels" / "a.h5.labels.json").exists()
+    assert opener(server, labels=tmp_path / "labels").labels == (1, 1, 0, 0)
+    assert opener(server).labels == (None,) * 4
+    label(address, table, storage_options=given, output=tmp_path / "mine.h5")
+    assert h5traces.open(tmp_path / "mine.h5").labels == (1, 1, 0, 0)
 
 
 # --- processes -----------------------------------------------------------------------------------
