@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 
     from h5traces.limits import ReadLimits
     from h5traces.schema import ArchiveMetadata
-    from h5traces.storage.files import ByteFile
     from h5traces.storage.remote import RemoteOptions
 
 # Files kept open at a time; the usual limit on descriptors is 1024 for the whole process.
 MAX_OPEN_FILES = 64
+# Those on servers take no descriptor, but a new request for every time they are opened again.
+MAX_OPEN_REMOTE_FILES = 512
 # Enough that no thread waits long for the last one.
 _TASKS_PER_WORKER = 4
 # Stored bytes of arrays on servers that one call holds at a time.
 _WINDOW_NBYTES = 128 << 20
+# Shards on servers that are opened or read at a time; each may make several requests.
+_FILES_AT_A_TIME = 8
 # What must agree among shards that are read as one sequence.
 _SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
 
@@ -59,7 +62,7 @@ class Archive(Sequence[Trace]):
             use = self._open_files.use
             return ArchiveFile(path, limits, opened=use, remote=remote, label_folder=label_folder)
 
-        self._files = _opened_in_order(paths, opened, remote)
+        self._files = _opened_in_order(paths, opened)
         _check_alike(self._files)
         self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
         self._indices: Sequence[int] = range(self._starts[-1])
@@ -268,12 +271,11 @@ class Archive(Sequence[Trace]):
 def _opened_in_order(
     paths: Sequence[Path | RemotePath],
     opened: Callable[[Path | RemotePath], ArchiveFile],
-    remote: RemoteOptions,
 ) -> list[ArchiveFile]:
     """The files of an archive; those on servers several at a time, since each waits for one."""
     if sum(isinstance(path, RemotePath) for path in paths) <= 1:
         return [opened(path) for path in paths]
-    with ThreadPoolExecutor(remote.max_parallel) as pool:
+    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
         return list(pool.map(opened, paths))
 
 
@@ -282,8 +284,7 @@ def _read_together(wanted: list[tuple[LayerSequence, int]], workers: int) -> lis
     arrays: list[Any] = []
     for part in _windows(wanted):
         with contextlib.ExitStack() as fetched:
-            for file, ranges in _remote_ranges(part).items():
-                fetched.enter_context(file.prefetched(ranges))
+            _fetch(part, fetched)
             arrays += _read_all(part, workers)
     return arrays
 
@@ -306,15 +307,24 @@ def _windows(
     yield part
 
 
-def _remote_ranges(
-    wanted: list[tuple[LayerSequence, int]],
-) -> dict[ByteFile, list[tuple[int, int]]]:
-    """Where the chunks of arrays on servers lie, by file."""
-    found: dict[ByteFile, list[tuple[int, int]]] = {}
+def _fetch(wanted: list[tuple[LayerSequence, int]], until_closed: contextlib.ExitStack) -> None:
+    """Fetch the arrays that lie on servers, of all shards at a time."""
+    ranges: dict[ArchiveFile, list[tuple[int, int]]] = {}
+    samples: dict[ArchiveFile, list[int]] = {}
     for sequence, position in wanted:
         if sequence.is_remote:
-            found.setdefault(sequence.byte_file, []).extend(sequence.ranges(position))
-    return found
+            file = sequence.trace.archive_file
+            ranges.setdefault(file, []).extend(sequence.ranges(position))
+            samples.setdefault(file, []).append(sequence.trace.position_in_file)
+    if not ranges:
+        return
+    with ThreadPoolExecutor(min(_FILES_AT_A_TIME, len(ranges))) as pool:
+        fetching = [
+            pool.submit(until_closed.enter_context, file.prefetched(parts, samples[file]))
+            for file, parts in ranges.items()
+        ]
+    for each in fetching:
+        each.result()
 
 
 def _read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
@@ -335,16 +345,20 @@ class _OpenFiles:
     """Closes the file that was not used for longest when too many are open."""
 
     def __init__(self) -> None:
-        self._used: OrderedDict[int, ArchiveFile] = OrderedDict()
+        self._local: OrderedDict[int, ArchiveFile] = OrderedDict()
+        self._remote: OrderedDict[int, ArchiveFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def use(self, file: ArchiveFile) -> None:
         """Note that `file` is about to be read."""
+        is_remote = isinstance(file.path, RemotePath)
+        used = self._remote if is_remote else self._local
+        most = MAX_OPEN_REMOTE_FILES if is_remote else MAX_OPEN_FILES
         with self._lock:
-            self._used[id(file)] = file
-            self._used.move_to_end(id(file))
-            while len(self._used) > MAX_OPEN_FILES:
-                _, oldest = self._used.popitem(last=False)
+            used[id(file)] = file
+            used.move_to_end(id(file))
+            while len(used) > most:
+                _, oldest = used.popitem(last=False)
                 oldest.close()
 
     def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:

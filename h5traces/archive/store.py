@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -42,7 +43,7 @@ from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carri
 from h5traces.storage.remote import DEFAULT_REMOTE, RemoteFile, RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -519,6 +520,28 @@ class ArchiveFile:
             return self.store.sizes()
         except FooterError as error:
             return self._fall_back(error).sizes()
+
+    @contextlib.contextmanager
+    def prefetched(
+        self, ranges: Iterable[tuple[int, int]], samples: Iterable[int]
+    ) -> Iterator[None]:
+        """Inside the block, these ranges of some samples are read from memory; on servers only.
+
+        Raises
+        ------
+        RemoteError, CorruptArchiveError
+            They cannot be fetched; the message names the samples.
+        """
+        with contextlib.ExitStack() as fetched:
+            file = self.store.file
+            try:
+                fetched.enter_context(file.prefetched(ranges))
+            except (CorruptArchiveError, RemoteError) as error:
+                places = ", ".join(layout.sample_path(each) for each in sorted(set(samples)))
+                what = str(error).removeprefix(f"{file.name}: ")
+                message = f"{file.name}: {places}: {what}"
+                raise type(error)(message) from error
+            yield
 
     def close(self) -> None:
         """Let go of the open file; the next use opens it again."""

@@ -24,6 +24,8 @@ from h5traces.schema.attributes import from_attributes
 from h5traces.storage.remote import RemotePath
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from h5traces.archive.store import ArchiveFile
@@ -361,7 +363,7 @@ class Trace(Mapping[str, Any]):
         """
         torch_tensors = container == "source"
         plain: dict[str, Any] = {}
-        with self.byte_file.prefetched(self._selected_ranges()):
+        with self.prefetched(self._selected_ranges()):
             for key in self.fields:
                 value = self._value(key, torch_tensors=torch_tensors)
                 if isinstance(value, LayerSequence):
@@ -385,6 +387,15 @@ class Trace(Mapping[str, Any]):
     def is_remote(self) -> bool:
         """Whether the trace lies on a server."""
         return isinstance(self._file.path, RemotePath)
+
+    @property
+    def archive_file(self) -> ArchiveFile:
+        """The file that the trace is stored in, opened."""
+        return self._file
+
+    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Inside the block, these ranges of the file are read from memory; on servers only."""
+        return self._file.prefetched(ranges, [self._sample.ordinal])
 
     def ranges(self, path: str) -> list[tuple[int, int]]:
         """Offset and size of the stored chunks of the dataset at `path`."""
@@ -444,7 +455,7 @@ class LayerSequence(Sequence[LayerValue]):
     def _read_slice(self, positions: slice) -> list[LayerValue]:
         numbers = range(len(self))[positions]
         ranges = (each for number in numbers for each in self.ranges(number))
-        with self.byte_file.prefetched(ranges):
+        with self._trace.prefetched(ranges):
             return [self._read(self.names[number]) for number in numbers]
 
     @property
@@ -453,9 +464,9 @@ class LayerSequence(Sequence[LayerValue]):
         return self._trace.is_remote
 
     @property
-    def byte_file(self) -> ByteFile:
-        """The bytes that `ranges` points into."""
-        return self._trace.byte_file
+    def trace(self) -> Trace:
+        """The trace that the arrays belong to."""
+        return self._trace
 
     def ranges(self, position: int) -> list[tuple[int, int]]:
         """Offset and size of the stored chunks of one array."""

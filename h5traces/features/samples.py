@@ -254,7 +254,7 @@ def _fetched(
     ranges = [part for path in paths if path in trace.objects for part in trace.ranges(path)]
     if sum(size for _, size in ranges) > _MOST_PREFETCHED_NBYTES:
         return contextlib.nullcontext()
-    return trace.byte_file.prefetched(ranges)
+    return trace.prefetched(ranges)
 
 
 def fit_pca(

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,8 @@ from h5traces.errors import (
 )
 from h5traces.features import compute_features
 from h5traces.labelling import label
-from h5traces.storage.footer import TRAILER_NBYTES
+from h5traces.storage.files import LocalFile
+from h5traces.storage.footer import TRAILER_NBYTES, hdf5_end
 from h5traces.storage.remote import RemoteOptions, RemotePath
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def web_process(web_folder: Path) -> Iterator[Server]:
 @pytest.fixture
 def web(web_process: Server, web_folder: Path, shelf: Path) -> Server:
     shutil.copytree(shelf, web_folder, dirs_exist_ok=True)
-    web_process.control(failures=[], version="etag", ranges=True, delay=0.0, token="")
+    web_process.control(failures=[], version="etag", ranges=True, delay=0.0, token="", redirect="")
     web_process.requests()
     return web_process
 
@@ -526,6 +528,61 @@ def test_web_servers_that_want_a_token(web: Server) -> None:
     web.control(token="another")
     with pytest.raises(RemoteError, match=r"/samples/00000000/.*403.*credentials"):
         archive[0]["hidden_states"][0]
+
+
+def test_credentials_do_not_follow_to_another_host(web: Server, web_folder: Path) -> None:
+    headers = {"headers": {"Authorization": "Bearer secret"}}
+    with running("web_server.py", str(web_folder)) as first:
+        first.control(redirect=web.url)
+        archive = from_web(first, storage_options=headers)
+        assert_same(archive[0]["hidden_states"][1], BATCH[0]["hidden_states"][1])
+        assert {each["authorization"] for each in first.requests()} == {"Bearer secret"}
+    found = web.requests()
+    assert found[0]["range"] == f"bytes=-{SMALL_TAIL}"
+    assert {each["authorization"] for each in found} == {""}
+
+
+def test_a_batch_that_cannot_be_fetched_names_its_samples(remote: Any, shelf: Path) -> None:
+    server, opener = remote
+    archive = opener(server)
+    replace(server, opener, (shelf / "b.h5").read_bytes())
+    for read in (
+        lambda: archive.read([2, 1], layers=[0]),
+        lambda: archive[1].to_dict(),
+        lambda: archive[1]["hidden_states"][:],
+        lambda: compute_features(archive[1:2], ["mean"]),
+    ):
+        with pytest.raises(CorruptArchiveError, match=r"/samples/00000001.*replaced") as caught:
+            read()
+        assert str(archive.paths[0]) in str(caught.value)
+
+
+def test_a_damaged_footer(remote: Any, shelf: Path) -> None:
+    server, opener = remote
+    whole = (shelf / "a.h5").read_bytes()
+    for place in (-TRAILER_NBYTES - 10, -TRAILER_NBYTES // 2, hdf5_end(LocalFile(shelf / "a.h5"))):
+        data = bytearray(whole)
+        data[place] ^= 1
+        replace(server, opener, bytes(data))
+        with pytest.raises(CorruptArchiveError, match=r"a\.h5.*footer.*h5traces seal"):
+            opener(server)[0].to_dict()
+
+
+def test_shards_are_fetched_side_by_side(web: Server, web_folder: Path, shelf: Path) -> None:
+    for number in range(6):
+        shutil.copy(shelf / "a.h5", web_folder / f"many-{number}.h5")
+    try:
+        archive = from_web(web, "many-*.h5")
+        web.control(delay=0.3)
+        started = time.monotonic()
+        found = archive.read([4 * number for number in range(6)], layers=[1])
+        assert len(web.requests()) <= 12
+        # One after the other, six would take 1.8 seconds.
+        assert time.monotonic() - started < 1.5
+        assert_same(found[5]["hidden_states"][0], BATCH[0]["hidden_states"][1])
+    finally:
+        for path in web_folder.glob("many-*.h5"):
+            path.unlink()
 
 
 @pytest.mark.parametrize("failures", [[503], [500, 429, 502], [-1], [-1, 503]])

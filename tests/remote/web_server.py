@@ -35,6 +35,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = True
         self.delay = 0.0
         self.token = ""
+        # Another server that all requests are sent on to.
+        self.redirect = ""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -81,6 +83,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if failure:
             self.answer(failure, b"failed", {})
+            return
+        if self.server.redirect:
+            self.answer(302, b"", {"Location": self.server.redirect + self.path})
             return
         if self.server.token and asked["authorization"] != f"Bearer {self.server.token}":
             self.answer(401 if not asked["authorization"] else 403, b"", {})

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import http
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import fsspec
 from fsspec.asyn import sync
-from fsspec.exceptions import FSTimeoutError
 
 from h5traces.errors import RemoteError
+from h5traces.storage.remote.failures import refuse, translate
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.storage.remote.transport import Reply, TemporaryError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Coroutine, Mapping
 
     from h5traces.storage.remote.options import RemoteOptions
     from h5traces.storage.remote.ranges import ByteRange
     from h5traces.storage.remote.transport import Transport
 
-_TEMPORARY_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-_REFUSED_STATUS: Final = frozenset({401, 403, 407})
 _HTTP_ERRORS: Final = 400
-# S3 says so with status 400.
-_REFUSED_CODES: Final = frozenset(
-    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
-)
-_RANGE_NOT_SATISFIABLE: Final = 416
 
-# By process, protocol and options: connections of one process are of no use in another.
-_filesystems: dict[tuple[int, str, str], Any] = {}
+# By process, protocol, options and environment: connections of one process are of no use in
+# another, and credentials that were renewed are read anew.
+_filesystems: dict[tuple[int, str, str, str], Any] = {}
+_ENVIRONMENT: Final = ("AWS_", "HF_")
 
 
 def filesystem(protocol: str, options: RemoteOptions) -> Any:
@@ -49,7 +43,8 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
         fsspec knows no such protocol.
     """
     arguments = {**_defaults(protocol, options), **options.storage_options}
-    key = (os.getpid(), protocol, repr(sorted(arguments.items())))
+    environment = sorted(each for each in os.environ.items() if each[0].startswith(_ENVIRONMENT))
+    key = (os.getpid(), protocol, repr(sorted(arguments.items())), repr(environment))
     found = _filesystems.get(key)
     if found is None:
         try:
@@ -59,6 +54,12 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
             raise RemoteError(message) from error
         _filesystems[key] = found
     return found
+
+
+def _forget(files: Any) -> None:
+    """The next request makes a new file system: a refused one may hold old credentials."""
+    for key in [key for key, known in _filesystems.items() if known is files]:
+        _filesystems.pop(key, None)
 
 
 def _defaults(protocol: str, options: RemoteOptions) -> dict[str, Any]:
@@ -104,11 +105,30 @@ def list_objects(
             return []
         except Exception as error:  # every library has its own; sorted out below
             try:
-                _translate(path, error)
+                translate(path, error)
             except TemporaryError as temporary:
                 last = temporary
     message = f"{path}: the server cannot be reached, or fails: {last}; check the address"
     raise RemoteError(message) from last
+
+
+def _asked(path: RemotePath, files: Any, request: Coroutine[Any, Any, Reply]) -> Reply:
+    """The answer to a request, run in the file system's loop."""
+
+    async def run() -> Reply:
+        return await request
+
+    try:
+        try:
+            reply: Reply = sync(files.loop, run)
+        except (RemoteError, TemporaryError, FileNotFoundError):
+            raise
+        except Exception as error:
+            translate(path, error)
+    except RemoteError:
+        _forget(files)
+        raise
+    return reply
 
 
 class WebTransport:
@@ -151,13 +171,7 @@ class WebTransport:
         return self._ask(f"bytes={wanted.offset}-{wanted.stop - 1}", wanted.nbytes)
 
     def _ask(self, header: str, nbytes: int) -> Reply:
-        try:
-            reply: Reply = sync(self._files.loop, self._request, header, nbytes)
-        except (RemoteError, TemporaryError, FileNotFoundError):
-            raise
-        except Exception as error:
-            _translate(self._path, error)
-        return reply
+        return _asked(self._path, self._files, self._request(header, nbytes))
 
     async def _request(self, header: str, nbytes: int) -> Reply:
         arguments = dict(self._files.kwargs)
@@ -169,7 +183,7 @@ class WebTransport:
             url, headers={**headers, "Range": header}, timeout=self._timeout, **arguments
         ) as reply:
             if reply.status >= _HTTP_ERRORS:
-                _refuse(self._path, reply.status, reply.reason or "")
+                refuse(self._path, reply.status, reply.reason or "")
             version = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
             if reply.status == http.HTTPStatus.PARTIAL_CONTENT:
                 total = _total(self._path, reply.headers.get("Content-Range", ""))
@@ -203,13 +217,7 @@ class S3Transport:
         return self._ask(f"bytes={wanted.offset}-{wanted.stop - 1}", wanted.nbytes)
 
     def _ask(self, header: str, nbytes: int) -> Reply:
-        try:
-            reply: Reply = sync(self._files.loop, self._request, header, nbytes)
-        except (RemoteError, TemporaryError):
-            raise
-        except Exception as error:
-            _translate(self._path, error)
-        return reply
+        return _asked(self._path, self._files, self._request(header, nbytes))
 
     async def _request(self, header: str, nbytes: int) -> Reply:
         await self._files.set_session()
@@ -244,7 +252,7 @@ class PlainTransport:
             start = max(0, total - nbytes) if offset is None else offset
             data = self._files.cat_file(self._path.url, start=start, end=start + nbytes)
         except Exception as error:
-            _translate(self._path, error)
+            translate(self._path, error)
         marks = (facts.get(name) for name in ("ETag", "etag", "mtime", "created", "modified"))
         version = next((str(mark) for mark in marks if mark is not None), None)
         return _complete(Reply(data, total, version), nbytes)
@@ -265,7 +273,7 @@ def _hub_transport(path: RemotePath, options: RemoteOptions) -> WebTransport:
             endpoint=files.endpoint,
         )
     except Exception as error:
-        _translate(path, error)
+        translate(path, error)
     token = files.token if isinstance(files.token, str) else get_token()
     headers = {"Authorization": f"Bearer {token}"} if token and files.token is not False else {}
     web = filesystem("https", replace(options, storage_options={}))
@@ -286,108 +294,3 @@ def _complete(reply: Reply, nbytes: int) -> Reply:
         message = f"the answer has {len(reply.data)} bytes, expected {expected}"
         raise TemporaryError(message)
     return reply
-
-
-def _refuse(path: RemotePath, status: int, reason: str) -> NoReturn:
-    """Raise what a status of HTTP means.
-
-    Raises
-    ------
-    FileNotFoundError, RemoteError, TemporaryError
-        As `Transport` says.
-    """
-    said = f"{status} {reason}".strip()
-    if status in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
-        message = f"{path}: no such object on the server ({said})"
-        raise FileNotFoundError(message)
-    if status in _REFUSED_STATUS or any(code in reason for code in _REFUSED_CODES):
-        message = (
-            f"{path}: the server refuses access ({said}): credentials are missing, wrong or "
-            "expired, or may not read this; renew them, or hand them over in storage_options"
-        )
-        raise RemoteError(message)
-    if status in _TEMPORARY_STATUS:
-        raise TemporaryError(said)
-    if status == _RANGE_NOT_SATISFIABLE:
-        message = f"{path}: the object is empty, or shorter than it was ({said}); no archive"
-        raise RemoteError(message)
-    message = f"{path}: the server refuses the request ({said})"
-    raise RemoteError(message)
-
-
-def _translate(path: RemotePath, error: Exception) -> NoReturn:
-    """Raise what an error of one of the libraries means.
-
-    Raises
-    ------
-    FileNotFoundError, RemoteError, TemporaryError
-        As `Transport` says.
-    """
-    for each in _causes(error):
-        status, reason = _status(each)
-        if status:
-            _refuse(path, status, reason)
-    if isinstance(error, FileNotFoundError):
-        message = f"{path}: no such object on the server"
-        raise FileNotFoundError(message) from error
-    if _lacks_credentials(error):
-        message = (
-            f"{path}: there are no credentials ({error}); set them up for this machine, or hand "
-            "them over in storage_options ({'anon': True} for public data)"
-        )
-        raise RemoteError(message) from error
-    if isinstance(error, PermissionError):
-        _refuse(path, http.HTTPStatus.FORBIDDEN, str(error))
-    if _is_network_failure(error):
-        raise TemporaryError(str(error) or type(error).__name__) from error
-    if isinstance(error, ImportError):
-        raise error
-    message = f"{path}: cannot be read: {type(error).__name__}: {error}"
-    raise RemoteError(message) from error
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    found = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__
-    return found
-
-
-def _status(error: BaseException) -> tuple[int, str]:
-    """The status of HTTP that an error of botocore, aiohttp or httpx carries; 0 for none."""
-    answer = getattr(error, "response", None)
-    if isinstance(answer, dict):
-        said = answer.get("Error", {})
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return int(status), f"{said.get('Code', '')}: {said.get('Message', '')}"
-    status = getattr(error, "status", None) or getattr(answer, "status_code", None)
-    if isinstance(status, int):
-        reason = getattr(error, "message", None) or getattr(answer, "reason_phrase", "")
-        return status, str(reason)
-    return 0, ""
-
-
-def _lacks_credentials(error: Exception) -> bool:
-    names = {each.__name__ for each in type(error).__mro__}
-    return bool(
-        names & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
-    )
-
-
-def _is_network_failure(error: Exception) -> bool:
-    """Whether trying again makes sense; by name, since which library is there depends."""
-    if isinstance(error, (OSError, asyncio.TimeoutError, FSTimeoutError)):
-        return True
-    names = {each.__name__ for each in type(error).__mro__}
-    return bool(
-        names
-        & {
-            "HTTPClientError",  # botocore: timed out, connection closed
-            "ConnectionError",
-            "IncompleteReadError",
-            "ResponseStreamingError",
-            "ClientError",  # aiohttp's; botocore's has a status
-            "TransportError",  # httpx
-        }
-    )
