@@ -174,14 +174,14 @@ def open_archive(
     return Archive(expand_sources(path, remote=options), limits, options, folder)
 
 
-def load(path: PathLike) -> list[dict[str, Any]]:
+def load(path: Source) -> list[dict[str, Any]]:
     """All traces of one file as plain dicts: what ``pickle.load`` gave, from any format.
 
     Parameters
     ----------
     path
-        An ``.h5`` archive, or a legacy ``.pkl`` or ``.pkl.gz`` batch. Pickles are read by an
-        interpreter of our own that executes nothing.
+        An ``.h5`` archive, also on a server, or a legacy ``.pkl`` or ``.pkl.gz`` batch. Pickles
+        are read by an interpreter of our own that executes nothing.
 
     Returns
     -------
@@ -193,11 +193,10 @@ def load(path: PathLike) -> list[dict[str, Any]]:
     UnsafePickleError, ConversionError
         The pickle asks for something outside the allow-list, or is no batch.
     """
-    source = Path(path)
-    if is_archive(source):
-        with open_archive(source) as archive:
+    if isinstance(path, RemotePath) or is_url(path) or is_archive(Path(path)):
+        with open_archive(path) as archive:
             return [trace.to_dict() for trace in archive]
-    with open_batch(source) as batch:
+    with open_batch(Path(path)) as batch:
         return [materialised(as_dict(item)) for item in batch]
 
 

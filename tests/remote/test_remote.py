@@ -151,6 +151,10 @@ def test_everything_reads_as_from_disk(remote: Any) -> None:
         assert_same(trace.to_dict(), expected)
 
 
+def test_load_takes_addresses(web: Server) -> None:
+    assert_same(h5traces.load(f"{web.url}/a.h5"), BATCH)
+
+
 def test_a_cold_shard_takes_two_requests_at_most_and_an_array_one(remote: Any) -> None:
     server, opener = remote
     archive = opener(server)
@@ -304,10 +308,14 @@ def _read_one(archive: h5traces.Archive, index: int) -> bytes:
     return archive[index]["hidden_states"][2].tobytes()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_other_processes_make_connections_of_their_own(remote: Any, method: str) -> None:
-    server, opener = remote
-    archive = opener(server)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("s3", "fork"), ("web", "fork"), ("s3", "spawn"), ("web", "forkserver")],
+)
+def test_other_processes_make_connections_of_their_own(
+    request: pytest.FixtureRequest, kind: str, method: str
+) -> None:
+    archive = OPENERS[kind](request.getfixturevalue(kind))
     expected = [_read_one(archive, index) for index in range(4)]
     with warnings.catch_warnings():
         # Python 3.12 warns of forking beside threads; fsspec runs one.
@@ -443,6 +451,19 @@ def test_servers_without_etags(web: Server, web_folder: Path, shelf: Path, versi
     # The checksum of the chunk tells where nothing else does.
     with pytest.raises(CorruptArchiveError, match=r"layer_002.*(replaced|checksum)"):
         archive[1]["hidden_states"][2]
+
+
+def test_an_object_replaced_by_a_smaller_one(remote: Any, shelf: Path) -> None:
+    server, opener = remote
+    archive = opener(server)
+    offset, nbytes = archive[3].ranges("hidden_states/layer_001")[0]
+    whole = (shelf / "a.h5").read_bytes()
+    replace(server, opener, whole[: offset + nbytes // 2])
+    with pytest.raises(CorruptArchiveError, match=r"/samples/00000003.*replaced since"):
+        archive[3]["hidden_states"][1]
+    replace(server, opener, whole[: offset - 1])
+    with pytest.raises(RemoteError, match=r"/samples/00000003.*shorter than it was"):
+        archive[3]["hidden_states"][1]
 
 
 def test_checksums_are_verified(remote: Any, shelf: Path) -> None:

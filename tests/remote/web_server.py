@@ -120,8 +120,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found is None:
             self.answer(200, data, headers)
             return
-        if not data:
-            self.answer(416, b"", {"Content-Range": "bytes */0"})
+        if int(found[1] or 0) >= len(data):
+            self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             return
         if found[1]:
             start, stop = int(found[1]), min(len(data), int(found[2]) + 1)

@@ -165,22 +165,25 @@ class WebTransport:
         )
 
     def tail(self, nbytes: int) -> Reply:
-        return self._ask(f"bytes=-{nbytes}", nbytes)
+        return self._ask(None, nbytes)
 
     def get(self, wanted: ByteRange) -> Reply:
-        return self._ask(f"bytes={wanted.offset}-{wanted.stop - 1}", wanted.nbytes)
+        return self._ask(wanted.offset, wanted.nbytes)
 
-    def _ask(self, header: str, nbytes: int) -> Reply:
-        return _asked(self._path, self._files, self._request(header, nbytes))
+    def _ask(self, offset: int | None, nbytes: int) -> Reply:
+        return _asked(self._path, self._files, self._request(offset, nbytes))
 
-    async def _request(self, header: str, nbytes: int) -> Reply:
+    async def _request(self, offset: int | None, nbytes: int) -> Reply:
         arguments = dict(self._files.kwargs)
         # Ranges are of the bytes as they are sent, so they must not be compressed on the way.
         headers = {**arguments.pop("headers", {}), **self._headers, "Accept-Encoding": "identity"}
         session = await self._files.set_session()
         url = self._files.encode_url(self._url)
         async with session.get(
-            url, headers={**headers, "Range": header}, timeout=self._timeout, **arguments
+            url,
+            headers={**headers, "Range": _range(offset, nbytes)},
+            timeout=self._timeout,
+            **arguments,
         ) as reply:
             if reply.status >= _HTTP_ERRORS:
                 refuse(self._path, reply.status, reply.reason or "")
@@ -190,7 +193,7 @@ class WebTransport:
             else:
                 total = self._whole(reply.content_length, nbytes)
             data = await reply.read()
-        return _complete(Reply(data, total, version), nbytes)
+        return _complete(Reply(data, total, version), nbytes, offset)
 
     def _whole(self, length: int | None, nbytes: int) -> int:
         """Where a server sends all: its length, if no more was asked for."""
@@ -211,25 +214,25 @@ class S3Transport:
         self._bucket, self._key, self._object_version = files.split_path(path.url)
 
     def tail(self, nbytes: int) -> Reply:
-        return self._ask(f"bytes=-{nbytes}", nbytes)
+        return self._ask(None, nbytes)
 
     def get(self, wanted: ByteRange) -> Reply:
-        return self._ask(f"bytes={wanted.offset}-{wanted.stop - 1}", wanted.nbytes)
+        return self._ask(wanted.offset, wanted.nbytes)
 
-    def _ask(self, header: str, nbytes: int) -> Reply:
-        return _asked(self._path, self._files, self._request(header, nbytes))
+    def _ask(self, offset: int | None, nbytes: int) -> Reply:
+        return _asked(self._path, self._files, self._request(offset, nbytes))
 
-    async def _request(self, header: str, nbytes: int) -> Reply:
+    async def _request(self, offset: int | None, nbytes: int) -> Reply:
         await self._files.set_session()
         client = await self._files.get_s3(self._bucket)
         arguments = {**self._files.req_kw, "Bucket": self._bucket, "Key": self._key}
         if self._object_version is not None:
             arguments["VersionId"] = self._object_version
-        found = await client.get_object(Range=header, **arguments)
+        found = await client.get_object(Range=_range(offset, nbytes), **arguments)
         async with found["Body"] as body:
             data = await body.read()
         total = _total(self._path, found.get("ContentRange", ""))
-        return _complete(Reply(data, total, found.get("ETag")), nbytes)
+        return _complete(Reply(data, total, found.get("ETag")), nbytes, offset)
 
 
 class PlainTransport:
@@ -255,7 +258,7 @@ class PlainTransport:
             translate(self._path, error)
         marks = (facts.get(name) for name in ("ETag", "etag", "mtime", "created", "modified"))
         version = next((str(mark) for mark in marks if mark is not None), None)
-        return _complete(Reply(data, total, version), nbytes)
+        return _complete(Reply(data, total, version), nbytes, offset)
 
 
 def _hub_transport(path: RemotePath, options: RemoteOptions) -> WebTransport:
@@ -280,6 +283,11 @@ def _hub_transport(path: RemotePath, options: RemoteOptions) -> WebTransport:
     return WebTransport(path, url, web, options, headers)
 
 
+def _range(offset: int | None, nbytes: int) -> str:
+    """The header for a range, or for the last bytes."""
+    return f"bytes=-{nbytes}" if offset is None else f"bytes={offset}-{offset + nbytes - 1}"
+
+
 def _total(path: RemotePath, content_range: str) -> int:
     total = content_range.rpartition("/")[2]
     if not total.isdecimal():
@@ -288,8 +296,9 @@ def _total(path: RemotePath, content_range: str) -> int:
     return int(total)
 
 
-def _complete(reply: Reply, nbytes: int) -> Reply:
-    expected = min(nbytes, reply.total_nbytes)
+def _complete(reply: Reply, nbytes: int, offset: int | None) -> Reply:
+    """The reply, if it is whole: up to the end of the object, where that comes first."""
+    expected = max(0, min(nbytes, reply.total_nbytes - (offset or 0)))
     if len(reply.data) != expected:
         message = f"the answer has {len(reply.data)} bytes, expected {expected}"
         raise TemporaryError(message)
