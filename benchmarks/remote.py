@@ -7,10 +7,10 @@ Data are synthetic, at Llama-2-7B's shape (32 layers, 43 tokens), from ``tools/m
 
 *first array* opens and reads one hidden state of one sample; *arrays* reads ``--arrays`` random
 (sample, layer) pairs of what is open then, one by one; *batch* reads all layers of hidden states of
-these samples, in one call where there is one. Every method gives the same numbers, which is checked.
-In every round all methods run one after the other; the first round, which imports libraries, is not
-counted; medians, with the range of the rounds in brackets. Requests and megabytes are of the first
-array and the arrays together.
+these samples, in one call where there is one. Every method gives the same numbers, which is
+checked. In every round all methods run one after the other; the first round, which imports
+libraries, is not counted; medians, with the range of the rounds in brackets. Requests and megabytes
+are of the first array and the arrays together.
 
 Prediction, written before the first run (latency 20 ms, 8 samples): the first array comes 20 times
 sooner than by download, with 2 requests against 1; h5py over fsspec takes 10 times the requests of

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from h5traces.schema import TraceMetadata
 
 SIDECAR_SUFFIX = ".labels.json"
-# More than ten million labels take.
-_MOST_NBYTES = 2 << 30
+# Millions of labels; JSON takes several times its size in memory.
+_MOST_NBYTES = 512 << 20
 
 
 def sidecar_path(archive: Path | RemotePath, folder: Path | None = None) -> Path | None:

@@ -19,9 +19,10 @@ from h5traces.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.storage.remote import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url, list_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 ARCHIVE_SUFFIXES = (".h5", ".hdf5")
+_LOCAL_URL = "file://"
 PathLike = str | os.PathLike[str]
 Source = PathLike | RemotePath
 
@@ -67,24 +68,24 @@ def expand_sources(
     RemoteError, MissingDependencyError
         The server cannot be asked.
     """
-    is_one = isinstance(sources, (str, os.PathLike, RemotePath))
-    named: list[Any] = [sources] if is_one else list(sources)  # type: ignore[arg-type]  # see above
+    named: list[Source] = (
+        [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else list(sources)
+    )
     found: list[Path | RemotePath] = []
     for source in named:
-        local = _local_url(source)
-        if local is None and is_url(source):
-            path = source if isinstance(source, RemotePath) else RemotePath(source)
-            found += _expand_remote(path, suffixes, remote)
-        else:
-            found += _expand_local(local or source, suffixes)
+        found += _expand(source, suffixes, remote)
     return list(dict.fromkeys(found))
 
 
-def _local_url(source: object) -> str | None:
-    """The path behind a ``file://`` address."""
-    if isinstance(source, str) and source.startswith("file://"):
-        return url2pathname(source.removeprefix("file://"))
-    return None
+def _expand(
+    source: Source, suffixes: tuple[str, ...], remote: RemoteOptions
+) -> Sequence[Path | RemotePath]:
+    if isinstance(source, str) and source.startswith(_LOCAL_URL):
+        return _expand_local(url2pathname(source.removeprefix(_LOCAL_URL)), suffixes)
+    path = RemotePath(source) if isinstance(source, str) and is_url(source) else source
+    if isinstance(path, RemotePath):
+        return _expand_remote(path, suffixes, remote)
+    return _expand_local(path, suffixes)
 
 
 def _expand_remote(

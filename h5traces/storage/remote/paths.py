@@ -64,7 +64,9 @@ class RemotePath:
     @property
     def is_pattern(self) -> bool:
         """Whether it is a glob; ``?`` in a web address begins a query."""
-        return (_WEB_MAGIC if self.is_web else _MAGIC).search(self.url) is not None
+        if self.is_web:
+            return _WEB_MAGIC.search(self.url.partition("?")[0]) is not None
+        return _MAGIC.search(self.url) is not None
 
     def __str__(self) -> str:
         return _SECRETS.sub("…", self.url) if self.is_web else self.url
