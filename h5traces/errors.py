@@ -68,6 +68,10 @@ class MissingFilterError(ArchiveError):
     """A dataset needs an HDF5 filter plugin that is not available."""
 
 
+class RemoteError(ArchiveError):
+    """A server cannot be reached, refuses access, or does not do what reading takes."""
+
+
 class ArchiveExistsError(ArchiveError):
     """The target exists already and replacing it was not asked for."""
 
@@ -107,6 +111,10 @@ class UnsafePickleError(ConversionError):
 
 class ExtractionError(H5TracesError):
     """Activations could not be extracted from a model."""
+
+
+class FeatureError(H5TracesError):
+    """Features cannot be computed, or hold values that are no numbers."""
 
 
 class MissingDependencyError(H5TracesError, ImportError):

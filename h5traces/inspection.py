@@ -18,6 +18,7 @@ from h5traces.legacy.layouts import names_in_file_name, num_layers_of
 from h5traces.legacy.layouts import to_record as record_of_item
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.schema import SourcePosition, StepArrays, TraceRecord
+from h5traces.storage.remote import RemotePath, is_url
 from h5traces.transcription import to_record as record_of_trace
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Inspection:
 
 
 def inspect(
-    path: PathLike,
+    path: PathLike | RemotePath,
     *,
     samples: Samples = 1,
     limits: ReadLimits = DEFAULT_LIMITS,
@@ -144,8 +145,8 @@ def inspect(
     Parameters
     ----------
     path
-        An ``.h5`` archive, or a ``.pkl`` or ``.pkl.gz`` batch (which must be read to its end to
-        count its samples; nothing in it is executed).
+        An ``.h5`` archive, also on a server, or a ``.pkl`` or ``.pkl.gz`` batch (which must be
+        read to its end to count its samples; nothing in it is executed).
     samples
         Of how many samples the arrays are read, or ``all``.
     limits
@@ -160,6 +161,8 @@ def inspect(
     H5TracesError
         It is neither, or damaged.
     """
+    if isinstance(path, RemotePath) or is_url(path):
+        return _inspect_archive(path, samples, limits, progress)
     file = Path(path)
     if not file.exists():
         message = f"{file}: no such file"
@@ -170,7 +173,7 @@ def inspect(
 
 
 def _inspect_archive(
-    file: Path,
+    file: PathLike | RemotePath,
     samples: Samples,
     limits: ReadLimits,
     progress: Callable[[int, int], None] | None,
@@ -189,7 +192,7 @@ def _inspect_archive(
         return Inspection(
             path=str(file),
             container="archive",
-            nbytes=file.stat().st_size,
+            nbytes=stored.nbytes,
             metadata={**metadata, "has_footer": stored.has_footer},
             num_samples=len(archive),
             layers=list(archive.layers),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.schema import SourceFile
+    from h5traces.storage.remote import RemotePath
     from h5traces.writer import ArchiveWriter
 
 # What archives that become one must have said alike, or not at all.
@@ -108,44 +109,79 @@ def repack(
     ArchiveExistsError
         A target exists.
     """
-    target = Path(dest)
     with open_archive(sources) as archive:
-        if any(path.resolve() == target.resolve() for path in archive.paths):
-            message = f"{target} is one of the sources; name another output"
-            raise ArchiveError(message)
-        report = RepackReport(
-            sources=[str(path) for path in archive.paths],
-            copied=dtype is None and codec in (None, archive.metadata.codec),
-            source_nbytes=sum(path.stat().st_size for path in archive.paths),
-        )
-        selected = archive if layers is None else archive.select(layers=layers)
-        indices = _indices(samples, len(archive))
-        run = _Rewrite(
-            selected,
-            report,
-            WriteOptions(
-                dtype=dtype or archive.metadata.dtype_policy or "float16",
-                on_overflow=on_overflow,
-                codec=codec or archive.metadata.codec,
-                workers=workers,
-                overwrite=overwrite,
-            ),
+        return repack_archive(
+            archive,
+            dest,
+            layers=layers,
+            samples=samples,
+            dtype=dtype,
+            codec=codec,
+            on_overflow=on_overflow,
+            shard_samples=shard_samples,
+            overwrite=overwrite,
             verify=verify,
+            dry_run=dry_run,
+            workers=workers,
+            progress=progress,
         )
-        size = shard_samples or max(1, len(indices))
-        starts = range(0, max(1, len(indices)), size)
-        if dry_run:
-            report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
-            report.num_samples = len(indices)
-            return report
-        try:
-            for number, start in enumerate(starts):
-                shard = _shard(target, number, sharded=shard_samples is not None)
-                run.write(shard, indices[start : start + size], progress, len(indices))
-            run.publish()
-        except BaseException:
-            run.discard()
-            raise
+
+
+def repack_archive(
+    archive: Archive,
+    dest: PathLike,
+    *,
+    layers: Sequence[int] | None = None,
+    samples: slice | Sequence[int] | None = None,
+    dtype: DtypePolicy | None = None,
+    codec: str | None = None,
+    on_overflow: OverflowPolicy = "float32",
+    shard_samples: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RepackReport:
+    """`repack` of an archive that is open; with the labels that it has."""
+    target = Path(dest)
+    local = (path for path in archive.paths if isinstance(path, Path))
+    if any(path.resolve() == target.resolve() for path in local):
+        message = f"{target} is one of the sources; name another output"
+        raise ArchiveError(message)
+    report = RepackReport(
+        sources=[str(path) for path in archive.paths],
+        copied=dtype is None and codec in (None, archive.metadata.codec),
+        source_nbytes=sum(file.nbytes for file in archive.files),
+    )
+    selected = archive if layers is None else archive.select(layers=layers)
+    indices = _indices(samples, len(archive))
+    run = _Rewrite(
+        selected,
+        report,
+        WriteOptions(
+            dtype=dtype or archive.metadata.dtype_policy or "float16",
+            on_overflow=on_overflow,
+            codec=codec or archive.metadata.codec,
+            workers=workers,
+            overwrite=overwrite,
+        ),
+        verify=verify,
+    )
+    size = shard_samples or max(1, len(indices))
+    starts = range(0, max(1, len(indices)), size)
+    if dry_run:
+        report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
+        report.num_samples = len(indices)
+        return report
+    try:
+        for number, start in enumerate(starts):
+            shard = _shard(target, number, sharded=shard_samples is not None)
+            run.write(shard, indices[start : start + size], progress, len(indices))
+        run.publish()
+    except BaseException:
+        run.discard()
+        raise
     return report
 
 
@@ -216,10 +252,10 @@ def _carried(files: Sequence[ArchiveFile]) -> dict[str, Any]:
 
 def _joined_sources(
     files: Sequence[ArchiveFile],
-) -> tuple[tuple[SourceFile, ...] | None, dict[Path, int]]:
+) -> tuple[tuple[SourceFile, ...] | None, dict[Path | RemotePath, int]]:
     """The files that all archives were converted from, and where each archive's begin."""
     joined: list[SourceFile] = []
-    first: dict[Path, int] = {}
+    first: dict[Path | RemotePath, int] = {}
     for file in files:
         first[file.path] = len(joined)
         joined += file.metadata.sources or ()

@@ -5,6 +5,7 @@ The models in h5traces/schema/ are the single source of the format's metadata. W
   schema/unstable/archive_metadata.schema.json   attributes of the root group
   schema/unstable/kind_metadata.schema.json      attributes of /kinds/<name>
   schema/unstable/trace_metadata.schema.json     attributes of /samples/<ordinal>
+  schema/unstable/label_sidecar.schema.json      the file with labels beside an archive
   schema/unstable/trace_record.schema.json       a record without its numbers
   schema/SPEC.md                                 every table between two marker comments:
                                                  <!-- generated: NAME --> … <!-- end: NAME -->
@@ -32,6 +33,7 @@ from h5traces.schema import (
     COVERAGE_DEFINITIONS,
     ArchiveMetadata,
     KindMetadata,
+    LabelSidecar,
     SourceFile,
     SourcePosition,
     TraceDescription,
@@ -91,6 +93,12 @@ SCHEMAS: Final = (
         "TraceMetadata",
         TraceMetadata,
         "What is known of one trace: the attributes of its group below /samples, with JSON parsed.",
+    ),
+    SchemaFile(
+        "label_sidecar",
+        "LabelSidecar",
+        LabelSidecar,
+        "Labels and scores of samples of one archive: the file beside it.",
     ),
     SchemaFile(
         "trace_record",
@@ -242,6 +250,7 @@ def tables() -> dict[str, str]:
         "KindMetadata": model_table(KindMetadata),
         "Kinds": kinds_table(),
         "TraceMetadata": model_table(TraceMetadata),
+        "LabelSidecar": model_table(LabelSidecar, nested=True),
         "SourcePosition": model_table(SourcePosition, nested=True),
         "Coverage": coverage_table(),
         "ReadLimits": limits_table(),

@@ -1,7 +1,7 @@
 """Reading: archives, traces and their arrays."""
 
 from h5traces.archive.archive import Archive
-from h5traces.archive.opening import expand_paths, load, open_archive
+from h5traces.archive.opening import expand_paths, expand_sources, load, open_archive
 from h5traces.archive.store import ArchiveFile
 from h5traces.archive.trace import LayerSequence, Trace
 
@@ -11,6 +11,7 @@ __all__ = [
     "LayerSequence",
     "Trace",
     "expand_paths",
+    "expand_sources",
     "load",
     "open_archive",
 ]

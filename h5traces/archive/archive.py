@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -10,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
@@ -18,19 +19,28 @@ from h5traces import layout
 from h5traces.archive.store import ArchiveFile
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
+from h5traces.storage.remote import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from h5traces.limits import ReadLimits
     from h5traces.schema import ArchiveMetadata
+    from h5traces.storage.remote import RemoteOptions
 
 # Files kept open at a time; the usual limit on descriptors is 1024 for the whole process, and
 # where it is lower, other files need most of them.
 MAX_OPEN_FILES = 64
 _MOST_OF_LIMIT = 1 / 4
+# Those on servers take no descriptor, but a new request for every time they are opened again.
+MAX_OPEN_REMOTE_FILES = 512
 # Enough that no thread waits long for the last one.
 _TASKS_PER_WORKER = 4
+# Stored bytes of arrays on servers that one call holds at a time.
+_WINDOW_NBYTES = 128 << 20
+# Shards on servers that are opened or read at a time; each may make several requests.
+_FILES_AT_A_TIME = 8
 # What must agree among shards that are read as one sequence.
 _SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
 
@@ -44,11 +54,18 @@ class Archive(Sequence[Trace]):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Path | RemotePath],
         limits: ReadLimits,
+        remote: RemoteOptions = DEFAULT_REMOTE,
+        label_folder: Path | Literal[False] | None = None,
     ) -> None:
         self._open_files = _OpenFiles()
-        self._files = [ArchiveFile(path, limits, opened=self._open_files.use) for path in paths]
+
+        def opened(path: Path | RemotePath) -> ArchiveFile:
+            use = self._open_files.use
+            return ArchiveFile(path, limits, opened=use, remote=remote, label_folder=label_folder)
+
+        self._files = _opened_in_order(paths, opened)
         _check_alike(self._files)
         self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
         self._indices: Sequence[int] = range(self._starts[-1])
@@ -62,8 +79,8 @@ class Archive(Sequence[Trace]):
         return view
 
     @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files, in order."""
+    def paths(self) -> tuple[Path | RemotePath, ...]:
+        """The files, or their addresses, in order."""
         return tuple(file.path for file in self._files)
 
     @property
@@ -87,6 +104,11 @@ class Archive(Sequence[Trace]):
     def ids(self) -> tuple[str | None, ...]:
         """Every trace's sample id; None where it has none. Ids may repeat."""
         return tuple(sample_id for sample_id, _ in self._keys)
+
+    @property
+    def labels(self) -> tuple[int | None, ...]:
+        """Every trace's label, stored or from beside the archive; None where it has none."""
+        return tuple(trace.metadata.label for trace in self)
 
     @cached_property
     def _keys(self) -> list[tuple[str | None, int | None]]:
@@ -225,7 +247,7 @@ class Archive(Sequence[Trace]):
             for sequence in each.values()
             for position in range(len(sequence))
         ]
-        arrays = iter(_read_all(wanted, workers or os.cpu_count() or 1))
+        arrays = iter(_read_together(wanted, workers or os.cpu_count() or 1))
         return [
             {kind: [next(arrays) for _ in range(len(sequence))] for kind, sequence in each.items()}
             for each in sequences
@@ -247,6 +269,65 @@ class Archive(Sequence[Trace]):
         if len(self._files) > 1:
             where += f" and {len(self._files) - 1} more"
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}>"
+
+
+def _opened_in_order(
+    paths: Sequence[Path | RemotePath],
+    opened: Callable[[Path | RemotePath], ArchiveFile],
+) -> list[ArchiveFile]:
+    """The files of an archive; those on servers several at a time, since each waits for one."""
+    if sum(isinstance(path, RemotePath) for path in paths) <= 1:
+        return [opened(path) for path in paths]
+    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+        return list(pool.map(opened, paths))
+
+
+def _read_together(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
+    """Arrays by sequence and position, in order; those on servers are fetched in few requests."""
+    arrays: list[Any] = []
+    for part in _windows(wanted):
+        with contextlib.ExitStack() as fetched:
+            _fetch(part, fetched)
+            arrays += _read_all(part, workers)
+    return arrays
+
+
+def _windows(
+    wanted: list[tuple[LayerSequence, int]],
+) -> Iterator[list[tuple[LayerSequence, int]]]:
+    """Parts whose stored bytes may lie in memory at a time; local files need no more than one."""
+    if not any(sequence.is_remote for sequence, _ in wanted):
+        yield wanted
+        return
+    part: list[tuple[LayerSequence, int]] = []
+    nbytes = 0
+    for sequence, position in wanted:
+        part.append((sequence, position))
+        nbytes += sum(size for _, size in sequence.ranges(position))
+        if nbytes >= _WINDOW_NBYTES:
+            yield part
+            part, nbytes = [], 0
+    yield part
+
+
+def _fetch(wanted: list[tuple[LayerSequence, int]], until_closed: contextlib.ExitStack) -> None:
+    """Fetch the arrays that lie on servers, of all shards at a time."""
+    ranges: dict[ArchiveFile, list[tuple[int, int]]] = {}
+    samples: dict[ArchiveFile, list[int]] = {}
+    for sequence, position in wanted:
+        if sequence.is_remote:
+            file = sequence.trace.archive_file
+            ranges.setdefault(file, []).extend(sequence.ranges(position))
+            samples.setdefault(file, []).append(sequence.trace.position_in_file)
+    if not ranges:
+        return
+    with ThreadPoolExecutor(min(_FILES_AT_A_TIME, len(ranges))) as pool:
+        fetching = [
+            pool.submit(until_closed.enter_context, file.prefetched(parts, samples[file]))
+            for file, parts in ranges.items()
+        ]
+    for each in fetching:
+        each.result()
 
 
 def _read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
@@ -273,16 +354,20 @@ class _OpenFiles:
     """Closes the file that was not used for longest when too many are open."""
 
     def __init__(self) -> None:
-        self._used: OrderedDict[int, ArchiveFile] = OrderedDict()
+        self._local: OrderedDict[int, ArchiveFile] = OrderedDict()
+        self._remote: OrderedDict[int, ArchiveFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def use(self, file: ArchiveFile) -> None:
         """Note that `file` is about to be read."""
+        is_remote = isinstance(file.path, RemotePath)
+        used = self._remote if is_remote else self._local
+        most = MAX_OPEN_REMOTE_FILES if is_remote else _most_open_files()
         with self._lock:
-            self._used[id(file)] = file
-            self._used.move_to_end(id(file))
-            while len(self._used) > _most_open_files():
-                _, oldest = self._used.popitem(last=False)
+            used[id(file)] = file
+            used.move_to_end(id(file))
+            while len(used) > most:
+                _, oldest = used.popitem(last=False)
                 oldest.close()
 
     def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from h5traces import layout
+from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
     NotAnArchiveError,
+    RemoteError,
     SchemaError,
     StoredStateWarning,
     UnsupportedVersionError,
@@ -43,15 +46,19 @@ from h5traces.storage.objects import (
     carrier_dtype,
     digest_type,
 )
+from h5traces.storage.remote import DEFAULT_REMOTE, RemoteFile, RemotePath
 from h5traces.storage.scanning import scan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from h5traces.archive.labels import FileLabels
     from h5traces.limits import ReadLimits
+    from h5traces.storage.files import ByteFile
+    from h5traces.storage.remote import RemoteOptions
 
 _GROUP_TYPE = ""
 _MOST_FEATURES_NAMED = 10
@@ -63,7 +70,7 @@ class Store(Protocol):
     """Read access to one archive file; samples are counted in the order of their names."""
 
     @property
-    def file(self) -> LocalFile:
+    def file(self) -> ByteFile:
         """The bytes that chunk tables point into."""
 
     @property
@@ -118,7 +125,7 @@ class StoredSize:
 class FooterStore:
     """Reads through the footer: no HDF5, no lock, any number of threads."""
 
-    def __init__(self, file: LocalFile, limits: ReadLimits) -> None:
+    def __init__(self, file: ByteFile, limits: ReadLimits) -> None:
         self.file = file
         self._limits = limits
         self._directory = read_directory(file)
@@ -159,7 +166,7 @@ class FooterStore:
         entry = sample.objects[path]
         try:
             return read_array(self.file, entry, self._limits)
-        except CorruptArchiveError as error:
+        except (CorruptArchiveError, RemoteError) as error:
             raise _located(error, self.file.name, sample.ordinal, path) from error
 
     def close(self) -> None:
@@ -443,7 +450,8 @@ def _parse(document: bytes) -> dict[str, Any]:
 
 
 def _located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
-    return type(error)(f"{file}: {layout.sample_path(ordinal)}/{path}: {error}")
+    what = str(error).removeprefix(f"{file}: ")
+    return type(error)(f"{file}: {layout.sample_path(ordinal)}/{path}: {what}")
 
 
 class ArchiveFile:
@@ -452,34 +460,44 @@ class ArchiveFile:
     Parameters
     ----------
     path
-        The file.
+        The file, or the address of one.
     limits
         What it may ask of its reader.
     opened
         Called whenever the file was opened, so that others can be closed.
+    remote
+        How to read it where it is an address; then it must have a footer.
+    label_folder
+        Where its labels lie, if not beside it; False to read none.
 
     Raises
     ------
     NotAnArchiveError
         The file is no archive.
+    RemoteError
+        The server cannot be reached, or refuses.
     UnsupportedVersionError
         It was written in a newer format.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Path | RemotePath,
         limits: ReadLimits,
         *,
         opened: Callable[[ArchiveFile], None] | None = None,
+        remote: RemoteOptions = DEFAULT_REMOTE,
+        label_folder: Path | Literal[False] | None = None,
     ) -> None:
         self.path = path
         self._limits = limits
+        self._remote = remote
         self._opened = opened
         self._store: Store | None = None
         self._without_footer = False
         self.metadata = self._read_metadata(self.store)
         self.num_samples = self.store.num_samples
+        self.labels = self._read_labels(label_folder)
         if self.num_samples != self.metadata.num_samples:
             self._warn(
                 f"holds {self.num_samples} samples, its metadata says {self.metadata.num_samples}; "
@@ -571,13 +589,42 @@ class ArchiveFile:
         except FooterError as error:
             return self._fall_back(error).sizes()
 
+    @contextlib.contextmanager
+    def prefetched(
+        self, ranges: Iterable[tuple[int, int]], samples: Iterable[int]
+    ) -> Iterator[None]:
+        """Inside the block, these ranges of some samples are read from memory; on servers only.
+
+        Raises
+        ------
+        RemoteError, CorruptArchiveError
+            They cannot be fetched; the message names the samples.
+        """
+        with contextlib.ExitStack() as fetched:
+            file = self.store.file
+            try:
+                fetched.enter_context(file.prefetched(ranges))
+            except (CorruptArchiveError, RemoteError) as error:
+                places = ", ".join(layout.sample_path(each) for each in sorted(set(samples)))
+                what = str(error).removeprefix(f"{file.name}: ")
+                message = f"{file.name}: {places}: {what}"
+                raise type(error)(message) from error
+            yield
+
     def close(self) -> None:
         """Let go of the open file; the next use opens it again."""
         store, self._store = self._store, None
         if store is not None:
             store.file.close()
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.store.file.nbytes
+
     def _open(self) -> Store:
+        if isinstance(self.path, RemotePath):
+            return self._open_remote(self.path)
         if not self._without_footer:
             try:
                 return FooterStore(LocalFile(self.path), self._limits)
@@ -590,8 +637,26 @@ class ArchiveFile:
                 return store
         return Hdf5Store(self.path, self._limits)
 
+    def _open_remote(self, path: RemotePath) -> Store:
+        file = RemoteFile(path, self._remote)
+        try:
+            return FooterStore(file, self._limits)
+        except FooterError as error:
+            if file.read_at(0, min(8, file.nbytes)) != layout.HDF5_SIGNATURE:
+                message = f"{path}: is no HDF5 file, so no h5traces archive"
+                raise NotAnArchiveError(message) from None
+            raise self._needs_footer(error) from error
+
+    def _needs_footer(self, error: FooterError) -> CorruptArchiveError:
+        return CorruptArchiveError(
+            f"{self.path}: {error}; without a footer, HDF5 would read an archive on a server piece "
+            "by tiny piece; download it, run 'h5traces seal' on it, and upload it again"
+        )
+
     def _fall_back(self, error: FooterError) -> Store:
         """Switch to HDF5 for good; the footer turned out to be damaged while reading."""
+        if isinstance(self.path, RemotePath):
+            raise self._needs_footer(error) from error
         if not self._without_footer:
             self._without_footer = True
             self._warn_without_footer(error)
@@ -627,6 +692,13 @@ class ArchiveFile:
             )
             raise CorruptArchiveError(message)
         return metadata
+
+    def _read_labels(self, folder: Path | Literal[False] | None) -> FileLabels | None:
+        place = None if folder is False else sidecar_path(self.path, folder)
+        labels = None if place is None else read_sidecar(place)
+        if labels is not None:
+            labels.check(self.path, self.metadata.archive_id)
+        return labels
 
     def _check_same(self, store: Store) -> None:
         found = store.root_attrs.get("archive_id")

@@ -21,8 +21,11 @@ from h5traces.errors import (
 )
 from h5traces.schema import TraceMetadata
 from h5traces.schema.attributes import from_attributes
+from h5traces.storage.remote import RemotePath
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from h5traces.archive.store import ArchiveFile
@@ -70,17 +73,24 @@ class Trace(Mapping[str, Any]):
 
     @cached_property
     def metadata(self) -> TraceMetadata:
-        """The sample's attributes, validated."""
+        """The sample's attributes, validated; with the labels that lie beside the archive."""
+        labels = self._file.labels
         try:
-            return from_attributes(TraceMetadata, self._sample.attrs)
+            found = from_attributes(TraceMetadata, self._sample.attrs)
+            return found if labels is None else labels.labelled(found, self._sample.ordinal)
         except SchemaError as error:
             message = f"{self.place}: {error}"
             raise SchemaError(message, error.problems) from error
 
     @property
-    def path(self) -> Path:
-        """The file that the trace is stored in."""
+    def path(self) -> Path | RemotePath:
+        """The file that the trace is stored in, or its address."""
         return self._file.path
+
+    @property
+    def position_in_file(self) -> int:
+        """Index of the trace in its file; `ordinal` counts over all shards."""
+        return self._index
 
     @property
     def archive_metadata(self) -> ArchiveMetadata:
@@ -105,7 +115,11 @@ class Trace(Mapping[str, Any]):
     def fields(self) -> tuple[str, ...]:
         """Keys of the legacy dict, in their order."""
         named = self.metadata.fields or self._file.metadata.fields
-        return self._present_fields() if named is None else named
+        if named is None:
+            return self._present_fields()
+        is_new = layout.LABEL not in named and self.metadata.label is not None
+        # A label that was given later than the dict was made.
+        return (*named, layout.LABEL) if is_new and self._file.labels is not None else named
 
     def _present_fields(self) -> tuple[str, ...]:
         """Keys for a trace that no legacy dict was the source of."""
@@ -356,12 +370,44 @@ class Trace(Mapping[str, Any]):
         """
         torch_tensors = container == "source"
         plain: dict[str, Any] = {}
-        for key in self.fields:
-            value = self._value(key, torch_tensors=torch_tensors)
-            if isinstance(value, LayerSequence):
-                value = value.to_list(torch_tensors=torch_tensors)
-            plain[key] = value
+        with self.prefetched(self._selected_ranges()):
+            for key in self.fields:
+                value = self._value(key, torch_tensors=torch_tensors)
+                if isinstance(value, LayerSequence):
+                    value = value.to_list(torch_tensors=torch_tensors)
+                plain[key] = value
         return plain
+
+    def _selected_ranges(self) -> list[tuple[int, int]]:
+        """Where everything lies that `to_dict` reads; nothing for a file on disk."""
+        if not self.is_remote:
+            return []
+        layers = None if self._layers is None else set(self._layers)
+        ranges: list[tuple[int, int]] = []
+        for path in self._sample.objects:
+            layer = layout.parse_layer_name(path.rpartition("/")[2])
+            if layers is None or layer is None or layer in layers:
+                ranges += self.ranges(path)
+        return ranges
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the trace lies on a server."""
+        return isinstance(self._file.path, RemotePath)
+
+    @property
+    def archive_file(self) -> ArchiveFile:
+        """The file that the trace is stored in, opened."""
+        return self._file
+
+    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Inside the block, these ranges of the file are read from memory; on servers only."""
+        return self._file.prefetched(ranges, [self._sample.ordinal])
+
+    def ranges(self, path: str) -> list[tuple[int, int]]:
+        """Offset and size of the stored chunks of the dataset at `path`."""
+        chunks = self.entry(path).chunks
+        return [] if chunks is None else chunks.ranges
 
 
 class LayerSequence(Sequence[LayerValue]):
@@ -401,7 +447,7 @@ class LayerSequence(Sequence[LayerValue]):
     def __getitem__(self, position: slice) -> list[LayerValue]: ...
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
         if isinstance(position, slice):
-            return [self._read(name) for name in self.names[position]]
+            return self._read_slice(position)
         try:
             name = self.names[position]
         except IndexError:
@@ -412,6 +458,28 @@ class LayerSequence(Sequence[LayerValue]):
             )
             raise LayerIndexError(message) from None
         return self._read(name)
+
+    def _read_slice(self, positions: slice) -> list[LayerValue]:
+        numbers = range(len(self))[positions]
+        ranges = (each for number in numbers for each in self.ranges(number))
+        with self._trace.prefetched(ranges):
+            return [self._read(self.names[number]) for number in numbers]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the arrays lie on a server."""
+        return self._trace.is_remote
+
+    @property
+    def trace(self) -> Trace:
+        """The trace that the arrays belong to."""
+        return self._trace
+
+    def ranges(self, position: int) -> list[tuple[int, int]]:
+        """Offset and size of the stored chunks of one array."""
+        steps = f"{self.kind}/{layout.STEPS_TABLE}"
+        found = self._trace.ranges(f"{self.kind}/{self.names[position]}")
+        return found + (self._trace.ranges(steps) if steps in self._trace.objects else [])
 
     def _read(self, name: str) -> LayerValue:
         value: LayerValue = self._trace.read_layer(self.kind, name)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from h5traces.archive import expand_paths, open_archive
+from h5traces.archive import expand_paths, expand_sources, open_archive
 from h5traces.check import validate as validate_archive
 from h5traces.cli import reports
 from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json, reported
@@ -40,13 +40,14 @@ def inspect(
 
     - `h5traces inspect archives/`
     - `h5traces inspect old.pkl.gz --samples all`
+    - `h5traces inspect s3://bucket/run/*.h5` reads the footers and one sample
     """
     if samples != "all" and not is_number(samples):
         message = f"{samples!r}: expected a number of samples, or 'all'"
         raise typer.BadParameter(message)
     found, failed = [], False
     with reported():
-        for path in expand_paths(sources, (*SOURCE_SUFFIXES, ".h5", ".hdf5")):
+        for path in expand_sources(sources, (*SOURCE_SUFFIXES, ".h5", ".hdf5")):
             try:
                 with count_progress(path.name) as update:
                     wanted: Any = samples if samples == "all" else int(samples)

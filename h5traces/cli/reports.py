@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from h5traces.check import ValidationReport
     from h5traces.conversion import ConversionReport, FileReport
     from h5traces.errors import Problem
+    from h5traces.features import FeatureReport
     from h5traces.inspection import ArrayStats, Inspection, SampleStats
     from h5traces.integrity import VerifyReport
+    from h5traces.labelling import LabelReport
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -185,3 +187,37 @@ def _print_problems(path: str, problems: list[Problem], notes: list[str]) -> Non
         print_line(f"{path}:{problem.loc}: {problem.message} [{problem.kind}]")
     for note in notes:
         print_line(f"{path}: note: {note}")
+
+
+def print_labels(report: LabelReport, *, dry_run: bool) -> None:
+    """How many samples got which label, and how the scores are distributed."""
+    for target in report.targets:
+        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
+    print_line(f"{report.num_labelled} of {report.num_samples} samples have scores")
+    if report.threshold is not None:
+        for value, count in report.labels.items():
+            share = count / report.num_labelled
+            sign = "<" if value else ">="
+            print_line(f"  label {value} ({sign} {report.threshold:g}): {count} ({share:.1%})")
+    for name, stats in report.scores.items():
+        print_line(
+            f"  {name}: minimum {stats.minimum:.4g}, median {stats.median:.4g}, "
+            f"mean {stats.mean:.4g}, maximum {stats.maximum:.4g}"
+        )
+    if report.num_repeated:
+        print_line(f"  {report.num_repeated} rows repeat an earlier one")
+    if report.num_replaced:
+        print_line(f"  {report.num_replaced} samples had another label before")
+
+
+def print_features(report: FeatureReport, *, dry_run: bool) -> None:
+    """The shape of every feature."""
+    size = "" if dry_run else f" ({human_size(report.nbytes)})"
+    print_line(f"{'would write' if dry_run else 'wrote'} {report.target}{size}")
+    print_line(f"  {report.num_samples} samples, {report.num_labelled} with a label")
+    print_line(f"  layers {report.layers}")
+    for name, shape in report.shapes.items():
+        print_line(f"  {name}: {tuple(shape)} float32")
+    for name, ratios in report.explained.items():
+        shares = ", ".join(f"{each:.1%}" for each in ratios)
+        print_line(f"  components of {name} explain, by layer: {shares}")

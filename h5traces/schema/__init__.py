@@ -1,6 +1,7 @@
 """The pydantic models that are the single source of the format's metadata."""
 
 from h5traces.schema.archive import ArchiveMetadata, KindMetadata, SourceFile
+from h5traces.schema.labels import LabelSidecar
 from h5traces.schema.record import (
     ArrayDescription,
     ArraySource,
@@ -22,6 +23,7 @@ __all__ = [
     "Container",
     "Coverage",
     "KindMetadata",
+    "LabelSidecar",
     "LayerArray",
     "LayeredArrays",
     "SourceFile",

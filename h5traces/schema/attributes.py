@@ -87,7 +87,7 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
         value = attrs[name]
         if form == "json" and isinstance(value, str):
             try:
-                plain[name] = _with_tuples(json.loads(value))
+                plain[name] = with_tuples(json.loads(value))
             except (ValueError, RecursionError) as error:
                 problem = Problem(name, f"is no JSON: {error}", "bad_json")
                 msg = f"{name} {problem.message}"
@@ -106,12 +106,12 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
         raise SchemaError("; ".join(f"{p.loc}: {p.message}" for p in problems), problems) from error
 
 
-def _with_tuples(value: Any) -> Any:
+def with_tuples(value: Any) -> Any:
     """Lists as tuples: strict validation takes nothing else for a tuple, and no field is a list."""
     if isinstance(value, list):
-        return tuple(_with_tuples(each) for each in value)
+        return tuple(with_tuples(each) for each in value)
     if isinstance(value, dict):
-        return {key: _with_tuples(each) for key, each in value.items()}
+        return {key: with_tuples(each) for key, each in value.items()}
     return value
 
 

@@ -172,8 +172,15 @@ def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArra
     values = np.empty(entry.shape, dtype=dtype)
     if not values.size:
         return values
-    offsets = grid.chunk_offsets(entry.shape, entry.chunk)
-    for number, offset in enumerate(offsets):
+    with file.prefetched(entry.chunks.ranges):
+        _fill(values, file, entry, codec)
+    return values
+
+
+def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec) -> None:
+    """Read and inflate all chunks into an array."""
+    dtype = values.dtype
+    for number, offset in enumerate(grid.chunk_offsets(entry.shape, entry.chunk)):
         stored = read_chunk(file, entry, number)
         where = grid.chunk_slices(offset, entry.shape, entry.chunk)
         part = values[where]
@@ -183,7 +190,6 @@ def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArra
             full = np.empty(entry.chunk, dtype=dtype)
             _decode(codec, stored, as_bytes(full), dtype.itemsize, entry.path, number)
             values[where] = full[tuple(slice(0, length) for length in part.shape)]
-    return values
 
 
 def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from h5traces.errors import CorruptArchiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 
@@ -27,6 +28,18 @@ class ByteFile(Protocol):
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` from `offset`; CorruptArchiveError where the file ends before."""
+
+    def at_hand(self, offset: int, nbytes: int) -> bool:
+        """Whether these bytes can be read without asking a server."""
+
+    def hold(self, offset: int, nbytes: int) -> None:
+        """Bytes at the end of the file will be read piece by piece: fetch them at once."""
+
+    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Inside the block these (offset, nbytes) will be read: fetch them together."""
+
+    def close(self) -> None:
+        """Let go of what is open; the next read opens it again."""
 
 
 class LocalFile:
@@ -105,6 +118,19 @@ class LocalFile:
             f"{self.path}: the file ends at {os.fstat(descriptor).st_size}, expected {nbytes} "
             f"bytes at {offset}; it was truncated"
         )
+
+    def at_hand(self, offset: int, nbytes: int) -> bool:
+        """True: nothing of a local file is far away."""
+        del offset, nbytes
+        return True
+
+    def hold(self, offset: int, nbytes: int) -> None:
+        """Nothing: the system's page cache does that."""
+
+    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Nothing: reads of a local file are cheap."""
+        del ranges
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _used(self) -> Iterator[int]:

@@ -134,6 +134,9 @@ def read_directory(file: ByteFile) -> FooterDirectory:
     """
     file_nbytes = file.nbytes
     tail_start = max(0, file_nbytes - TAIL_NBYTES)
+    if not file.at_hand(tail_start, file_nbytes - tail_start):
+        # The trailer tells how much to ask the server for.
+        tail_start = max(0, file_nbytes - TRAILER_NBYTES)
     tail = file.read_at(tail_start, file_nbytes - tail_start)
     if len(tail) < TRAILER_NBYTES or tail[-len(MAGIC) :] != MAGIC:
         message = "there is no footer behind the HDF5 part"
@@ -153,10 +156,12 @@ def read_directory(file: ByteFile) -> FooterDirectory:
             f"bytes, but the file has {file_nbytes}"
         )
         raise FooterError(message)
-    end_of_hdf5 = hdf5_end(file)
+    # Far away, this is left to the checksums: every byte that the footer names has one.
+    end_of_hdf5 = hdf5_end(file) if file.at_hand(0, _SUPERBLOCK.size) else hdf5_nbytes
     if end_of_hdf5 != hdf5_nbytes:
         message = f"the footer belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
         raise FooterError(message)
+    file.hold(hdf5_nbytes, file_nbytes - hdf5_nbytes)
     start = hdf5_nbytes + offset - tail_start
     stored = (
         tail[start : start + nbytes] if start >= 0 else file.read_at(hdf5_nbytes + offset, nbytes)

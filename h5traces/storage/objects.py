@@ -79,6 +79,11 @@ class ChunkTable:
     sizes: tuple[int, ...]
     checksums: tuple[int, ...] | None
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Offset and size of every chunk."""
+        return list(zip(self.offsets, self.sizes, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectEntry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ from h5traces.storage.footer import hdf5_end
 from h5traces.storage.objects import ChunkTable, ObjectEntry, stored_type_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from contextlib import AbstractContextManager
 
 shapes = npst.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=9)
 
@@ -98,6 +100,9 @@ class Bytes:
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         return self.data[offset : offset + nbytes]
+
+    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))

@@ -34,9 +34,10 @@ LAYERS = (
         "transcription",
         "publishing",
         "repacking",
+        "labelling",
         "spooling",
     },
-    {"conversion", "exporting", "inspection", "extract", "torch_data", "graph"},
+    {"conversion", "exporting", "inspection", "extract", "torch_data", "graph", "features"},
     {"cli"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -129,6 +130,12 @@ def test_h5py_is_imported_in_one_place() -> None:
     assert all(name.startswith("storage.hdf5") for name in found), found
 
 
+def test_servers_are_talked_to_in_one_place() -> None:
+    libraries = ("fsspec", "s3fs", "aiohttp", "huggingface_hub", "botocore")
+    found = set().union(*(importers(each) for each in libraries))
+    assert found == {"storage.remote.filesystems"}
+
+
 def test_torch_is_imported_in_one_place_of_the_reader() -> None:
     heavy = ("extract", "torch_data", "graph")
     found = {name for name in importers("torch") if name.partition(".")[0] not in heavy}
@@ -144,10 +151,8 @@ def test_pickle_is_never_loaded() -> None:
 
 @pytest.mark.parametrize("module", ["h5traces", "h5traces.cli"])
 def test_importing_is_light(module: str) -> None:
-    code = (
-        f"import sys, {module}; "
-        "print(*sorted({'torch', 'transformers', 'pandas', 'torch_geometric'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "transformers", "pandas", "torch_geometric", "fsspec", "pyarrow", "sklearn"}
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -7,13 +7,20 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from h5traces.schema import ArchiveMetadata, KindMetadata, TraceDescription, TraceMetadata
+from h5traces.schema import (
+    ArchiveMetadata,
+    KindMetadata,
+    LabelSidecar,
+    TraceDescription,
+    TraceMetadata,
+)
 from h5traces.schema.attributes import from_attributes, problems_of, to_attributes
 
 UNSTABLE = Path(__file__).resolve().parents[2] / "schema" / "unstable"
 MODELS = {
     "archive_metadata": ArchiveMetadata,
     "kind_metadata": KindMetadata,
+    "label_sidecar": LabelSidecar,
     "trace_metadata": TraceMetadata,
     "trace_record": TraceDescription,
 }
@@ -25,6 +32,9 @@ ONLY_MODEL = {
     "archive_metadata.layers_not_ascending",
     "archive_metadata.num_samples_with_fraction_part",
     "kind_metadata.repeated_layer",
+    "label_sidecar.columns_of_other_length",
+    "label_sidecar.ordinal_beyond_archive",
+    "label_sidecar.ordinals_not_ascending",
     "trace_metadata.prompt_longer_than_sequence",
 }
 # What spans the arrays of a record: `TraceDescription.problems()`.

@@ -1,0 +1,126 @@
+"""The labels that lie beside an archive file."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from h5traces import layout
+from h5traces.errors import CorruptArchiveError, SchemaError, UnsupportedVersionError
+from h5traces.schema.attributes import problems_of, with_tuples
+from h5traces.schema.labels import LABELS_FORMAT, LabelSidecar
+from h5traces.storage.remote import RemotePath
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from h5traces.schema import TraceMetadata
+
+SIDECAR_SUFFIX = ".labels.json"
+# Millions of labels; JSON takes several times its size in memory.
+_MOST_NBYTES = 512 << 20
+
+
+def sidecar_path(archive: Path | RemotePath, folder: Path | None = None) -> Path | None:
+    """Where the labels of an archive file lie: beside it, or in a folder for all of them.
+
+    None where there is no place: beside an archive on a server, which nobody asks for it.
+    """
+    name = f"{archive.name}{SIDECAR_SUFFIX}"
+    if folder is not None:
+        return folder / name
+    return None if isinstance(archive, RemotePath) else archive.with_name(name)
+
+
+class FileLabels:
+    """The labels of the samples of one archive file.
+
+    Parameters
+    ----------
+    sidecar
+        The document.
+    place
+        Where it came from, for messages.
+    """
+
+    def __init__(self, sidecar: LabelSidecar, place: str) -> None:
+        self.sidecar, self._place = sidecar, place
+        self._rows = {ordinal: row for row, ordinal in enumerate(sidecar.ordinals)}
+
+    def check(self, path: Path | RemotePath, archive_id: str) -> None:
+        """Refuse labels of another archive.
+
+        Raises
+        ------
+        SchemaError
+            They are.
+        """
+        if self.sidecar.archive_id != archive_id:
+            message = (
+                f"{self._place}: holds labels of the archive {self.sidecar.archive_id}, but "
+                f"{path} is {archive_id}: it was rewritten since, or the labels belong to another "
+                "file; run 'h5traces label' again, or move the labels away"
+            )
+            raise SchemaError(message)
+
+    def labelled(self, metadata: TraceMetadata, ordinal: int) -> TraceMetadata:
+        """A sample's metadata with its label and scores; as it is where it has none.
+
+        Raises
+        ------
+        SchemaError
+            The label is of a sample with another id.
+        """
+        row = self._rows.get(ordinal)
+        if row is None:
+            return metadata
+        sidecar = self.sidecar
+        if sidecar.sample_ids[row] != metadata.sample_id:
+            message = (
+                f"{self._place}: sample {ordinal} is {sidecar.sample_ids[row]!r} there, but "
+                f"{metadata.sample_id!r} in the archive; run 'h5traces label' again"
+            )
+            raise SchemaError(message)
+        scores = {name: column[row] for name, column in sidecar.scores.items()}
+        label = metadata.label if sidecar.labels is None else sidecar.labels[row]
+        return metadata.model_copy(
+            update={"label": label, "scores": {**(metadata.scores or {}), **scores} or None}
+        )
+
+
+def read_sidecar(path: Path) -> FileLabels | None:
+    """The labels in a file; None where there is no such file.
+
+    Raises
+    ------
+    SchemaError, CorruptArchiveError
+        It is no sidecar, or a damaged one.
+    UnsupportedVersionError
+        It was written in a newer format.
+    """
+    try:
+        if path.stat().st_size > _MOST_NBYTES:
+            message = f"{path}: has {path.stat().st_size} bytes; the limit is {_MOST_NBYTES}"
+            raise CorruptArchiveError(message)
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        message = f"{path}: is no JSON ({error}); expected what 'h5traces label' writes"
+        raise CorruptArchiveError(message) from error
+    if not isinstance(document, dict) or document.get("format") != LABELS_FORMAT:
+        message = f"{path}: holds something else than labels; expected what 'h5traces label' writes"
+        raise CorruptArchiveError(message)
+    version = layout.parse_version(str(document.get("format_version")))
+    if version is not None and version[0] != layout.FORMAT_MAJOR:
+        message = f"{path}: format version is {version[0]}.{version[1]}; upgrade h5traces"
+        raise UnsupportedVersionError(message)
+    try:
+        # Not from JSON: pydantic's parser refuses the lone surrogates that ids may hold.
+        return FileLabels(LabelSidecar.model_validate(with_tuples(document)), str(path))
+    except ValidationError as error:
+        problems = problems_of(error)
+        message = f"{path}: " + "; ".join(f"{each.loc}: {each.message}" for each in problems[:5])
+        raise SchemaError(message, problems) from error

@@ -1,0 +1,57 @@
+"""Features as a Parquet table: one row per sample, a list of numbers per feature."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet as pq
+
+if TYPE_CHECKING:
+    from h5traces.features.writing import FeatureTable
+    from h5traces.storage.part_file import PartFile
+
+_ROWS_NBYTES = 64 << 20
+
+
+def write_parquet(table: FeatureTable, part: PartFile) -> None:
+    """Write the table; shapes of rows and numbers of layers go to the schema's metadata.
+
+    There is no place for the directions of principal components: ``.h5`` and ``.npz`` have them.
+    """
+    columns = table.features
+    shapes = {name: list(column.shape[1:]) for name, column in columns.items()}
+    layers = table.others["layers"].tolist()
+    facts = {"h5traces": json.dumps({**table.metadata, "shapes": shapes, "layers": layers})}
+    types = {name: pa.list_(pa.float32(), _width(shape)) for name, shape in shapes.items()}
+    samples = {name: _samples(name, table) for name in table.samples if name != "has_label"}
+    schema = pa.schema(
+        [*((name, each.type) for name, each in samples.items()), *types.items()], metadata=facts
+    )
+    row_nbytes = 4 * sum(map(_width, shapes.values()))
+    step = max(1, _ROWS_NBYTES // max(1, row_nbytes))
+    with pq.ParquetWriter(part.file, schema) as writer:
+        for start in range(0, table.num_samples, step):
+            stop = min(start + step, table.num_samples)
+            found = {name: each.slice(start, stop - start) for name, each in samples.items()}
+            for name, column in columns.items():
+                flat = pa.array(np.ascontiguousarray(column.rows(start, stop)).reshape(-1))
+                found[name] = pa.FixedSizeListArray.from_arrays(flat, _width(shapes[name]))
+            writer.write_table(pa.table(found, schema=schema))
+            part.file.raise_error()
+
+
+def _width(shape: list[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _samples(name: str, table: FeatureTable) -> Any:
+    """A column of facts of samples; a label that is not known is null."""
+    values = table.samples[name]
+    mask = table.samples["has_label"] == 0 if name == "label" else None
+    if values.dtype == object:
+        # Arrow's text is UTF-8, which holds no lone surrogates.
+        return pa.array([each.encode("utf-8", "replace").decode() for each in values], pa.string())
+    return pa.array(values, mask=mask)

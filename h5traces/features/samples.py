@@ -1,0 +1,307 @@
+"""Features of the samples of an archive, computed in threads and in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from h5traces import layout
+from h5traces.errors import FeatureError, LayerIndexError
+from h5traces.features.definitions import FEATURES
+from h5traces.features.pca import PrincipalComponents, StreamingPCA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from h5traces.archive import Archive, Trace
+    from h5traces.features.definitions import FeatureDefinition
+
+# Samples that may be computed ahead of the one in use, per worker.
+_AHEAD_PER_WORKER = 2
+# Stored bytes of a sample on a server that are fetched in one go.
+_MOST_PREFETCHED_NBYTES = 256 << 20
+_PCA_ROWS = 4096
+
+
+@dataclass(slots=True)
+class SampleFeatures:
+    """The features of one sample.
+
+    Attributes
+    ----------
+    index
+        Index in the archive.
+    values
+        By name of feature, float32 ``(layers, width)``; width is hidden size, or heads.
+    problems
+        Why values are NaN or infinite, one line each; empty where all are finite.
+    """
+
+    index: int
+    values: dict[str, NDArray[np.float32]]
+    problems: list[str] = field(default_factory=list)
+
+
+def definitions_of(names: Iterable[str]) -> list[FeatureDefinition]:
+    """The definitions of features by name, each once.
+
+    Raises
+    ------
+    FeatureError
+        There is no such feature, or none is named.
+    """
+    wanted = list(dict.fromkeys(names))
+    unknown = [name for name in wanted if name not in FEATURES]
+    if unknown or not wanted:
+        message = f"no feature is called {', '.join(unknown)}" if unknown else "no feature is named"
+        msg = f"{message}; there are {', '.join(FEATURES)}"
+        raise FeatureError(msg)
+    return [FEATURES[name] for name in wanted]
+
+
+def iterate_features(
+    archive: Archive,
+    names: Iterable[str],
+    *,
+    layers: Iterable[int] | None = None,
+    workers: int | None = None,
+) -> Iterator[SampleFeatures]:
+    """The features of every sample, in order.
+
+    Memory stays at one layer's array and the features of a few samples per worker.
+
+    Parameters
+    ----------
+    archive
+        The archive, or a view of it.
+    names
+        Features, of `FEATURES`.
+    layers
+        The model's own layer numbers; all that are stored by default.
+    workers
+        Threads; one per core by default.
+
+    Raises
+    ------
+    FeatureError
+        A feature does not exist, or a sample cannot have it: its layers differ in width, it is in
+        generation steps, or its prompt's length is not known.
+    LayerIndexError
+        A layer is not stored.
+    """
+    wanted = definitions_of(names)
+    view = archive if layers is None else archive.select(layers=layers)
+    if not view.layers:
+        message = f"{archive!r}: no layer is stored, so there is nothing to take features of"
+        raise FeatureError(message)
+    count = workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(count, thread_name_prefix="h5traces-features") as pool:
+        running: deque[Future[SampleFeatures]] = deque()
+        try:
+            for index in range(len(view)):
+                running.append(pool.submit(_sample_features, view, index, wanted))
+                if len(running) > _AHEAD_PER_WORKER * count:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for each in running:
+                each.cancel()
+
+
+def compute_features(
+    archive: Archive,
+    names: Iterable[str],
+    *,
+    layers: Iterable[int] | None = None,
+    workers: int | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """The features of all samples in memory: by name, ``(samples, layers, width)``.
+
+    Where a sample has none, its row is NaN; `iterate_features` says why, and
+    `h5traces.features.extract_features` writes more than fits into memory.
+
+    Raises
+    ------
+    FeatureError, LayerIndexError
+        As `iterate_features`; or samples differ in width, or all are empty.
+    """
+    columns: dict[str, list[NDArray[np.float32]]] = {}
+    for each in iterate_features(archive, names, layers=layers, workers=workers):
+        for name, values in each.values.items():
+            columns.setdefault(name, []).append(values)
+    widths = {name: max(each.shape[1] for each in rows) for name, rows in columns.items()}
+    return {
+        name: np.stack([fitted(each, widths[name], f"{archive!r}: {name}") for each in rows])
+        for name, rows in columns.items()
+    }
+
+
+def fitted(values: NDArray[np.float32], width: int, place: str) -> NDArray[np.float32]:
+    """A sample's values; NaN of the right width where it has none.
+
+    Raises
+    ------
+    FeatureError
+        They are of another width.
+    """
+    if values.shape[1] == width:
+        return values
+    if values.shape[1]:
+        message = f"{place}: has the width {values.shape[1]}, other samples have {width}"
+        raise FeatureError(message)
+    return np.full((values.shape[0], width), np.nan, dtype=np.float32)
+
+
+def _sample_features(
+    archive: Archive, index: int, wanted: Sequence[FeatureDefinition]
+) -> SampleFeatures:
+    trace = archive[index]
+    found = SampleFeatures(index, {})
+    with _fetched(trace, archive.layers, {each.kind for each in wanted}):
+        for kind in dict.fromkeys(each.kind for each in wanted):
+            _add_kind(found, trace, archive.layers, [each for each in wanted if each.kind == kind])
+    return found
+
+
+def _add_kind(
+    found: SampleFeatures,
+    trace: Trace,
+    layers: Sequence[int],
+    wanted: Sequence[FeatureDefinition],
+) -> None:
+    """The features that are made of one kind of array; each layer is read once."""
+    prompt_len = trace.metadata.prompt_len
+    unknown = [each.name for each in wanted if each.needs_prompt and prompt_len is None]
+    if unknown:
+        message = (
+            f"{place_of(trace)}: the length of its prompt is not known, which {', '.join(unknown)} "
+            "takes; old batches do not hold it"
+        )
+        raise FeatureError(message)
+    rows: dict[str, list[NDArray[np.float32]]] = {each.name: [] for each in wanted}
+    for layer in layers:
+        array = _layer(trace, layer, wanted[0].kind)
+        for each in wanted:
+            rows[each.name].append(_reduced(each, array, prompt_len or 0))
+    for name, parts in rows.items():
+        widths = sorted({len(part) for part in parts})
+        if len(widths) > 1:
+            message = (
+                f"{place_of(trace)}: layers differ in width ({widths}), so {name} has no table; "
+                "choose layers of one width"
+            )
+            raise FeatureError(message)
+        found.values[name] = np.stack(parts)
+        wrong = [layer for layer, part in zip(layers, parts, strict=True) if not _is_finite(part)]
+        if wrong:
+            where = f"layers {wrong}" if len(wrong) < len(layers) else "all layers"
+            found.problems.append(f"{place_of(trace)}: {name} of {where} is NaN or infinite")
+
+
+def _reduced(
+    feature: FeatureDefinition, array: NDArray[Any] | None, prompt_len: int
+) -> NDArray[np.float32]:
+    if array is None:
+        return np.zeros(0, dtype=np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return feature.reduce(array, prompt_len)
+
+
+def _is_finite(part: NDArray[np.float32]) -> bool:
+    return bool(len(part)) and bool(np.isfinite(part).all())
+
+
+def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
+    """A layer's array; None where the sample holds nothing of the kind."""
+    try:
+        array = trace.layer(layer, kind)
+    except LayerIndexError:
+        if not trace.stored_layers(kind):
+            return None
+        raise
+    axes = len(layout.KINDS[kind].axes)
+    if isinstance(array, list) or array.ndim != axes:
+        what = "generation steps" if isinstance(array, list) else f"the shape {array.shape}"
+        message = (
+            f"{place_of(trace)}: layer {layer} of {kind} has {what}, expected the axes "
+            f"{', '.join(layout.KINDS[kind].axes)}; leave these samples out"
+        )
+        raise FeatureError(message)
+    return array
+
+
+def place_of(trace: Trace) -> str:
+    """File, sample and id, for messages."""
+    return f"{trace.place} ({trace.metadata.sample_id!r})"
+
+
+def _fetched(
+    trace: Trace, layers: Sequence[int], kinds: Iterable[str]
+) -> contextlib.AbstractContextManager[None]:
+    """Inside the block, a sample on a server lies in memory, unless it is huge."""
+    if not trace.is_remote:
+        return contextlib.nullcontext()
+    paths = (f"{kind}/{layout.layer_name(layer)}" for kind in kinds for layer in layers)
+    ranges = [part for path in paths if path in trace.objects for part in trace.ranges(path)]
+    if sum(size for _, size in ranges) > _MOST_PREFETCHED_NBYTES:
+        return contextlib.nullcontext()
+    return trace.prefetched(ranges)
+
+
+def fit_pca(
+    archive: Archive,
+    layer: int,
+    num_components: int,
+    *,
+    indices: Iterable[int] | None = None,
+) -> PrincipalComponents:
+    """Principal components of the hidden states of one layer, over all tokens of all samples.
+
+    Parameters
+    ----------
+    archive
+        The archive.
+    layer
+        The model's own layer number.
+    num_components
+        How many directions to keep.
+    indices
+        Samples to fit on, such as those of a training split; all by default.
+
+    Raises
+    ------
+    FeatureError
+        A sample holds NaN or infinite values, or is of another width; the message names it.
+    """
+    pca = StreamingPCA(num_components)
+    waiting: list[NDArray[Any]] = []
+    num_rows = 0
+    for index in range(len(archive)) if indices is None else indices:
+        trace = archive[index]
+        states = _layer(trace, layer, layout.HIDDEN_STATES)
+        if states is None:
+            continue
+        if not np.isfinite(states).all():
+            message = f"{place_of(trace)}: layer {layer} holds NaN or infinite values"
+            raise FeatureError(message)
+        if waiting and states.shape[1] != waiting[0].shape[1]:
+            message = f"{place_of(trace)}: has the width {states.shape[1]}, others have "
+            msg = f"{message}{waiting[0].shape[1]}"
+            raise FeatureError(msg)
+        waiting.append(states)
+        num_rows += len(states)
+        if num_rows >= _PCA_ROWS:
+            pca.partial_fit(np.concatenate(waiting))
+            waiting, num_rows = [], 0
+    if waiting:
+        pca.partial_fit(np.concatenate(waiting))
+    return pca.finished()

@@ -1,0 +1,175 @@
+"""Files of features: HDF5, and numpy's ``.npz``."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from h5traces import text
+from h5traces.errors import FeatureError, MissingDependencyError
+from h5traces.features.columns import ArrayColumn, Column, blocks
+from h5traces.storage.arrays import as_bytes
+from h5traces.storage.chunks import chunk_shape, cut
+from h5traces.storage.codecs import GZIP, get_codec
+from h5traces.storage.hdf5 import Hdf5Writer
+from h5traces.storage.objects import stored_type_of
+from h5traces.storage.part_file import PartFile, make_folder, remove_abandoned_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from h5traces.schema.attributes import Attrs
+
+FORMATS = (".h5", ".npz", ".parquet")
+
+
+@dataclass(slots=True)
+class FeatureTable:
+    """What is written.
+
+    Attributes
+    ----------
+    features
+        By name, ``(samples, layers, width)``.
+    samples
+        By name, one entry per sample: ids, labels and so on.
+    others
+        By path, arrays that are not of samples: layer numbers, principal components.
+    metadata
+        Where all this comes from; JSON-ready.
+    """
+
+    features: dict[str, Column] = field(default_factory=dict)
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    others: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of every feature."""
+        return len(self.samples["index"])
+
+
+def check_target(target: Path) -> None:
+    """Refuse an output that no writer is for, before hours are spent on it.
+
+    Raises
+    ------
+    FeatureError
+        The suffix is unknown.
+    MissingDependencyError
+        ``.parquet`` is asked for, and pyarrow is not installed.
+    """
+    if target.suffix not in FORMATS:
+        message = f"{target}: expected a name that ends in {', '.join(FORMATS)}"
+        raise FeatureError(message)
+    if target.suffix == ".parquet":
+        _parquet_writer()
+
+
+def write_features(table: FeatureTable, target: Path, *, overwrite: bool) -> int:
+    """Write a table to a file of the kind that its suffix says; its size in bytes.
+
+    Raises
+    ------
+    ArchiveExistsError
+        The file exists, and `overwrite` is false.
+    OSError
+        The disk is full.
+    """
+    writers: dict[str, Callable[[FeatureTable, PartFile], None]] = {
+        ".h5": _write_hdf5,
+        ".npz": _write_npz,
+    }
+    write = writers.get(target.suffix) or _parquet_writer()
+    make_folder(target.parent)
+    remove_abandoned_parts(target)
+    with PartFile(target) as part:
+        write(table, part)
+        part.file.raise_error()
+        nbytes = part.file.nbytes
+        part.publish(overwrite=overwrite)
+    return nbytes
+
+
+def _parquet_writer() -> Callable[[FeatureTable, PartFile], None]:
+    try:
+        from h5traces.features.parquet import write_parquet
+    except ImportError as error:
+        message = ".parquet needs pyarrow, which is not installed; install h5traces[parquet]"
+        raise MissingDependencyError(message) from error
+    return write_parquet
+
+
+def _write_hdf5(table: FeatureTable, part: PartFile) -> None:
+    writer = Hdf5Writer(part.file)
+    try:
+        attrs: Attrs = {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in table.metadata.items()
+        }
+        writer.add_attributes("/", attrs)
+        for name, column in table.features.items():
+            _write_dataset(writer, f"/features/{name}", column)
+        for path, values in (*_in_group("samples", table.samples), *table.others.items()):
+            plain = text.encode_all(values.tolist()) if values.dtype == object else values
+            _write_dataset(writer, f"/{path}", ArrayColumn(plain))
+            part.file.raise_error()
+    finally:
+        writer.close()
+
+
+def _in_group(group: str, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    return ((f"{group}/{name}", values) for name, values in arrays.items())
+
+
+def _write_dataset(writer: Hdf5Writer, path: str, column: Column) -> None:
+    itemsize = column.dtype.itemsize
+    # Whole rows, so that a reader of one sample inflates few of others.
+    rows = chunk_shape(column.shape, itemsize)[0]
+    chunk = (rows, *(max(1, length) for length in column.shape[1:]))
+    codec = get_codec(GZIP.name if column.dtype.kind in "iuf" and itemsize > 1 else "deflate")
+
+    def encoded() -> Iterator[bytes]:
+        for start in range(0, column.shape[0], rows):
+            values = column.rows(start, min(start + rows, column.shape[0]))
+            full = cut(values, (0,) * values.ndim, chunk)
+            yield codec.encode(as_bytes(full), itemsize)
+
+    writer.write_dataset(
+        path,
+        dtype=stored_type_of(np.empty(0, column.dtype)),
+        shape=column.shape,
+        chunk=chunk,
+        codec=codec.name,
+        chunks=encoded(),
+        attrs={},
+    )
+
+
+def _write_npz(table: FeatureTable, part: PartFile) -> None:
+    """As ``numpy.savez_compressed`` does, but a block at a time."""
+    arrays: dict[str, Column] = dict(table.features)
+    others = {path.replace("/", "_"): values for path, values in table.others.items()}
+    for name, values in (table.samples | others).items():
+        plain = np.array(values.tolist(), dtype=str) if values.dtype == object else values
+        arrays[name] = ArrayColumn(plain)
+    arrays["metadata"] = ArrayColumn(np.array([json.dumps(table.metadata)]))
+    with zipfile.ZipFile(part.file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, column in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {
+                    "descr": npy.dtype_to_descr(column.dtype),
+                    "fortran_order": False,
+                    "shape": column.shape,
+                }
+                npy.write_array_header_1_0(member, header)
+                for block in blocks(column):
+                    member.write(np.ascontiguousarray(block).tobytes())
+            part.file.raise_error()

@@ -1,0 +1,229 @@
+"""An archive on a server, read by ranges."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
+
+from h5traces.errors import CorruptArchiveError, RemoteError, StoredStateWarning
+from h5traces.storage.remote.cache import RangeCache
+from h5traces.storage.remote.connecting import open_transport
+from h5traces.storage.remote.ranges import Blocks, ByteRange, coalesce
+from h5traces.storage.remote.transport import TemporaryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from h5traces.storage.remote.options import RemoteOptions
+    from h5traces.storage.remote.paths import RemotePath
+    from h5traces.storage.remote.transport import Reply, Transport
+
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 5.0
+# A footer may claim anything; one that is larger is read column by column.
+_MOST_HELD_NBYTES: Final = 256 << 20
+
+
+class RemoteFile:
+    """The bytes of an object; a `ByteFile`.
+
+    Opening takes one request, for the end of the object. Every later answer must be of the same
+    version and size. Safe for threads; a process that got it by fork or pickling makes connections
+    of its own.
+
+    Parameters
+    ----------
+    path
+        Its address.
+    options
+        How to read it.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such object.
+    RemoteError
+        The server cannot be reached, or refuses.
+    MissingDependencyError
+        A library for the protocol is not installed.
+    """
+
+    def __init__(self, path: RemotePath, options: RemoteOptions) -> None:
+        self.path, self._options = path, options
+        tail = self._persistently(lambda: self._transport().tail(options.tail_nbytes))
+        self._total_nbytes, self._version = tail.total_nbytes, tail.version
+        self._cache = RangeCache(options.cache, path, tail) if options.cache else None
+        self._tail: tuple[int, bytes] | None = (tail.total_nbytes - len(tail.data), tail.data)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        # What `prefetched` blocks hold, by exactly the ranges that will be read.
+        self._fetched: tuple[dict[ByteRange, bytes], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The address, without secrets."""
+        return str(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the object when it was opened."""
+        return self._total_nbytes
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` from `offset`; one request, unless they are at hand.
+
+        Raises
+        ------
+        CorruptArchiveError
+            The object ends before, or was replaced since it was opened.
+        RemoteError
+            The server cannot be reached, or refuses.
+        """
+        wanted = ByteRange(offset, nbytes)
+        if not nbytes:
+            return b""
+        found = self._find(wanted)
+        return self._fetch([wanted])[wanted] if found is None else found
+
+    def at_hand(self, offset: int, nbytes: int) -> bool:
+        """Whether reading these bytes takes no request."""
+        return self._find(ByteRange(offset, nbytes)) is not None
+
+    def hold(self, offset: int, nbytes: int) -> None:
+        """Keep bytes at the end of the object in memory; what is missing is one request."""
+        wanted = ByteRange(offset, nbytes)
+        if nbytes > _MOST_HELD_NBYTES or self._find(wanted) is not None:
+            return
+        start, data = self._tail or (wanted.stop, b"")
+        if not offset < start <= wanted.stop <= start + len(data):
+            start, data = wanted.stop, b""
+        missing = ByteRange(offset, start - offset)
+        self._tail = (offset, self._fetch([missing], whole=True)[missing] + data)
+
+    @contextlib.contextmanager
+    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Inside the block, reading these ranges takes no request: all are fetched here.
+
+        Ranges that lie near each other are fetched in one request, and requests run in parallel.
+        """
+        wanted = {ByteRange(*each) for each in ranges}
+        missing = [each for each in wanted if each.nbytes and self._find(each) is None]
+        if not missing:
+            yield
+            return
+        fetched = self._fetch(missing)
+        with self._lock:
+            self._fetched += (fetched,)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._fetched = tuple(each for each in self._fetched if each is not fetched)
+
+    def _find(self, wanted: ByteRange) -> bytes | None:
+        tail = self._tail
+        if tail is not None and wanted.offset >= tail[0]:
+            first = wanted.offset - tail[0]
+            if first + wanted.nbytes <= len(tail[1]):
+                return tail[1][first : first + wanted.nbytes]
+        return next((each[wanted] for each in self._fetched if wanted in each), None)
+
+    def _fetch(self, ranges: list[ByteRange], *, whole: bool = False) -> dict[ByteRange, bytes]:
+        """The bytes of every range, from the cache or the server."""
+        for each in ranges:
+            if each.offset < 0 or each.stop > self._total_nbytes:
+                message = (
+                    f"{self.name}: the object ends at {self._total_nbytes}, expected "
+                    f"{each.nbytes} bytes at {each.offset}; it was truncated"
+                )
+                raise CorruptArchiveError(message)
+        found: dict[ByteRange, bytes] = {}
+        if self._cache is not None:
+            kept = ((each, self._cache.find(each)) for each in ranges)
+            found = {each: data for each, data in kept if data is not None}
+        missing = [each for each in ranges if each not in found]
+        if not missing:
+            return found
+        fetched = self._request(missing, whole=whole)
+        if self._cache is not None:
+            self._keep(self._cache, fetched)
+        return found | fetched
+
+    def _keep(self, cache: RangeCache, fetched: dict[ByteRange, bytes]) -> None:
+        try:
+            cache.keep(fetched)
+        except OSError as error:
+            # A full disk is no reason to stop reading.
+            self._cache = None
+            message = f"{self.name}: the cache cannot be written and is not used: {error}"
+            warnings.warn(message, StoredStateWarning, stacklevel=2)
+
+    def _request(self, ranges: list[ByteRange], *, whole: bool) -> dict[ByteRange, bytes]:
+        options = self._options
+        joined = coalesce(
+            ranges,
+            max_gap_nbytes=options.max_gap_nbytes,
+            max_nbytes=self._total_nbytes if whole else options.max_request_nbytes,
+        )
+        if len(joined) == 1:
+            data = [self._get(joined[0])]
+        else:
+            with ThreadPoolExecutor(min(options.max_parallel, len(joined))) as pool:
+                data = list(pool.map(self._get, joined))
+        blocks = Blocks([(each.offset, part) for each, part in zip(joined, data, strict=True)])
+        pieces = {each: blocks.find(each) for each in ranges}
+        return {each: piece for each, piece in pieces.items() if piece is not None}
+
+    def _get(self, wanted: ByteRange) -> bytes:
+        try:
+            reply = self._persistently(lambda: self._transport().get(wanted))
+        except FileNotFoundError as error:
+            message = f"{self.name}: the object was deleted since it was opened"
+            raise RemoteError(message) from error
+        if (reply.total_nbytes, reply.version) != (self._total_nbytes, self._version):
+            message = (
+                f"{self.name}: the object was replaced since it was opened (size "
+                f"{reply.total_nbytes}, version {reply.version}; expected {self._total_nbytes}, "
+                f"{self._version}); open it again"
+            )
+            raise CorruptArchiveError(message)
+        return reply.data
+
+    def _transport(self) -> Transport:
+        return open_transport(self.path, self._options)
+
+    def _persistently(self, request: Callable[[], Reply]) -> Reply:
+        """A request, tried again with growing pauses while its failure may pass."""
+        attempts = self._options.attempts
+        for attempt in range(attempts):
+            try:
+                return request()
+            except TemporaryError as error:
+                if attempt + 1 == attempts:
+                    message = f"{self.path}: the server cannot be reached, or fails: {error} "
+                    msg = f"{message}(tried {attempts} times); check the address and the network"
+                    raise RemoteError(msg) from error
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
+            # Many readers that failed together must not come back together.
+            time.sleep(pause * random.uniform(0.5, 1.0))
+        message = f"{self.path}: attempts is {attempts}, expected at least 1"
+        raise RemoteError(message)
+
+    def close(self) -> None:
+        """Let go of what is in memory; the next read asks the server."""
+        with self._lock:
+            self._fetched, self._tail = (), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_fetched": (), "_tail": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()

@@ -1,0 +1,62 @@
+"""Runs moto's S3 server on a free port, which it prints; counts requests and fails on order."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+class Watched:
+    """The server behind a list of what it was asked, and errors to answer with before it is."""
+
+    def __init__(self) -> None:
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.requests: list[dict[str, str]] = []
+        # Status and S3's code for the next requests.
+        self.failures: list[tuple[int, str]] = []
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/__control__":
+            return self.control(environ, start)
+        asked = {
+            "method": environ["REQUEST_METHOD"],
+            "path": environ["PATH_INFO"],
+            "query": environ["QUERY_STRING"],
+            "range": environ.get("HTTP_RANGE", ""),
+        }
+        self.requests.append(asked)
+        if self.failures:
+            status, code = self.failures.pop(0)
+            body = f"<Error><Code>{code}</Code><Message>said the test</Message></Error>".encode()
+            start(f"{status} {code}", [("Content-Type", "application/xml")])
+            return [body]
+        return self.app(environ, start)
+
+    def control(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        for name, value in json.loads(environ["wsgi.input"].read(length) or "{}").items():
+            setattr(self, name, value)
+        found, self.requests = self.requests, []
+        start("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps(found).encode()]
+
+
+class Quiet(WSGIRequestHandler):
+    """Says nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    server = make_server("127.0.0.1", 0, Watched(), threaded=True, request_handler=Quiet)
+    print(server.server_port, flush=True)
+    server.serve_forever()
