@@ -109,6 +109,10 @@ class ExtractionError(H5TracesError):
     """Activations could not be extracted from a model."""
 
 
+class DatasetError(H5TracesError):
+    """A training dataset cannot give what was asked of it; the message names shard and sample."""
+
+
 class MissingDependencyError(H5TracesError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
