@@ -25,6 +25,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from suite.machine import describe_machine, versions
 from suite.measure import Series
 from suite.synthetic import LLAMA_2_7B, REPOSITORY, Generator, Shape, write_batch
@@ -118,8 +119,9 @@ def main() -> None:
     options = parse()
     scale = SCALES[options.scale]
     folder = options.work or Path(tempfile.mkdtemp(prefix="h5traces-training-"))
-    # Names of one file have one archive id; that is what the links are for.
     warnings.simplefilter("ignore", DeprecationWarning)
+    # As in the workers of every DataLoader; several threads only disturb such small operations.
+    torch.set_num_threads(1)
     try:
         data = prepare(folder, scale)
         series, notes = Series(), {}

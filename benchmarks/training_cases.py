@@ -192,7 +192,7 @@ def memory(data: Data, series: Series) -> Notes:
 
 
 def _grow(archives: str, num_graphs: int, sender: Any) -> None:
-    torch.set_num_threads(1)  # as DataLoader's workers do; OpenMP's threads do not survive a fork
+    torch.set_num_threads(1)  # spawned children start with all; DataLoader sets it in its workers
     found = [_memory("imported")]
     dataset = TraceGraphDataset(archives, THRESHOLD)
     indices = np.random.default_rng(5).integers(0, len(dataset), num_graphs).tolist()
