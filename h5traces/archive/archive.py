@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from h5traces.limits import ReadLimits
     from h5traces.schema import ArchiveMetadata
     from h5traces.storage.remote import RemoteOptions
@@ -87,6 +89,12 @@ class Archive(Sequence[Trace]):
     def files(self) -> tuple[ArchiveFile, ...]:
         """The opened files, in order."""
         return tuple(self._files)
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int64]:
+        """For every trace of this view, which of `files` it lies in."""
+        indices = np.asarray(self._indices, dtype=np.int64)
+        return np.searchsorted(self._starts, indices, side="right").astype(np.int64) - 1
 
     @property
     def metadata(self) -> ArchiveMetadata:

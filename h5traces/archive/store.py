@@ -322,9 +322,14 @@ class _FooterObjects(Mapping[str, ObjectEntry]):
     def __init__(self, store: FooterStore, rows: dict[str, int]) -> None:
         self._store = store
         self._rows = rows
+        self._last: ObjectEntry | None = None
 
     def __getitem__(self, path: str) -> ObjectEntry:
-        return self._store.entry(self._rows[path])
+        # Whoever reads an array asks for its entry three times in a row.
+        last = self._last
+        if last is None or last.path != path:
+            last = self._last = self._store.entry(self._rows[path])
+        return last
 
     def __contains__(self, path: object) -> bool:
         return path in self._rows
