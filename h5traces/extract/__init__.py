@@ -1,0 +1,31 @@
+"""From a transformers model straight into the archive.
+
+>>> from h5traces.extract import extract              # doctest: +SKIP
+>>> with h5traces.create("traces") as writer:         # doctest: +SKIP
+...     for record in extract(model, tokenizer, questions):
+...         writer.append(record)
+"""
+
+from h5traces.errors import MissingDependencyError
+
+try:
+    import torch as _torch  # noqa: F401  # named here, so that its absence is told apart
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    _MESSAGE = (
+        f"{error.name} is not installed, which extraction needs; pip install 'h5traces[extract]'"
+    )
+    raise MissingDependencyError(_MESSAGE) from error
+
+from h5traces.extract.functions import extract, extract_activations_and_attentions
+from h5traces.extract.generation import GenerationOptions
+from h5traces.extract.options import ExtractOptions
+from h5traces.extract.questions import Question
+
+__all__ = [
+    "ExtractOptions",
+    "GenerationOptions",
+    "Question",
+    "extract",
+    "extract_activations_and_attentions",
+]
