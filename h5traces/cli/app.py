@@ -9,6 +9,7 @@ import typer
 from h5traces import layout
 from h5traces.cli.console import print_line
 from h5traces.cli.converting import convert
+from h5traces.cli.extracting import estimate, extract
 from h5traces.cli.looking import inspect, ls, validate, verify
 from h5traces.cli.rewriting import export, merge, repack, salvage, seal, split
 from h5traces.version import __version__
@@ -55,6 +56,8 @@ _COMMANDS = (
     export,
     seal,
     salvage,
+    extract,
+    estimate,
 )
 for _command in _COMMANDS:
     app.command()(_command)

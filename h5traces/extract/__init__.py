@@ -17,15 +17,39 @@ except ImportError as error:
     )
     raise MissingDependencyError(_MESSAGE) from error
 
+from h5traces.extract.extracting import (
+    DatasetChoice,
+    ModelChoice,
+    StoreOptions,
+    extract_dataset,
+    shape_of,
+)
 from h5traces.extract.functions import extract, extract_activations_and_attentions
 from h5traces.extract.generation import GenerationOptions
+from h5traces.extract.models import MODEL_ALIASES, load_config, load_model, load_tokenizer
 from h5traces.extract.options import ExtractOptions
-from h5traces.extract.questions import Question
+from h5traces.extract.pilot import estimate_with_pilot
+from h5traces.extract.prompts import DEFAULT_TEMPLATE
+from h5traces.extract.questions import Columns, Question
+from h5traces.extract.reports import ExtractionReport
 
 __all__ = [
+    "DEFAULT_TEMPLATE",
+    "MODEL_ALIASES",
+    "Columns",
+    "DatasetChoice",
     "ExtractOptions",
+    "ExtractionReport",
     "GenerationOptions",
+    "ModelChoice",
     "Question",
+    "StoreOptions",
+    "estimate_with_pilot",
     "extract",
     "extract_activations_and_attentions",
+    "extract_dataset",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "shape_of",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -11,14 +10,8 @@ from h5traces import layout
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import BATCHING_FAMILIES, anatomy_of, check_eager
 from h5traces.extract.capture import CaptureOptions, Capturer
-from h5traces.extract.generation import Answer, generate, generation_config, sample_seed
-from h5traces.extract.prompts import (
-    Prompter,
-    answer_text,
-    clean_answer,
-    decoded_tokens,
-    padding_token,
-)
+from h5traces.extract.generation import Answer, generate, generation_config
+from h5traces.extract.prompts import answer_text, clean_answer, decoded_tokens, padding_token
 from h5traces.extract.provenance import extraction_metadata
 from h5traces.layer_ranges import layer_numbers
 from h5traces.schema import LayeredArrays, SampleExtraction, TraceRecord
@@ -28,19 +21,11 @@ if TYPE_CHECKING:
 
     from h5traces.extract.capture import Captured
     from h5traces.extract.options import ExtractOptions
-    from h5traces.extract.questions import Question, QuestionSet
+    from h5traces.extract.planning import Job
+    from h5traces.extract.questions import QuestionSet
     from h5traces.schema import ExtractionMetadata
 
 REFERENCE_ANSWERS: Final = "ground_truth_answers"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A question on its way through the model."""
-
-    question: Question
-    prompt: tuple[int, ...]
-    seed: int
 
 
 class NanError(ExtractionError):
@@ -82,7 +67,6 @@ class Extractor:
             )
             raise ExtractionError(message)
         self._model, self._tokenizer, self._options = model, tokenizer, options
-        self._prompter = Prompter(tokenizer, options.prompt_template, chat=options.chat)
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
         self._capturer = Capturer(
             self.anatomy,
@@ -102,36 +86,11 @@ class Extractor:
             self._model, self._tokenizer, self._options, generation=config, questions=questions
         )
 
-    def job(self, question: Question) -> Job:
-        """A question with its prompt.
+    def run(self, jobs: Sequence[Job]) -> list[TraceRecord | NanError]:
+        """Records of a batch; an error in the place of each sample with NaN that is not kept.
 
         Raises
         ------
-        ExtractionError
-            It is empty, or prompt and answer do not fit into the model's context.
-        """
-        try:
-            prompt = self._prompter.token_ids(question.text)
-        except ExtractionError as error:
-            message = f"{question.sample_id}: {error}"
-            raise ExtractionError(message) from error
-        context, longest = self.anatomy.context, self._options.generation.max_new_tokens
-        if context is not None and len(prompt) + longest > context:
-            message = (
-                f"{question.sample_id}: the prompt has {len(prompt)} tokens, and with up to "
-                f"{longest} of the answer it exceeds the {context} that "
-                f"{self.anatomy.model_class} takes; shorten it, or lower --max-new-tokens"
-            )
-            raise ExtractionError(message)
-        return Job(question, prompt, sample_seed(self._options.seed, question.sample_id))
-
-    def run(self, jobs: Sequence[Job]) -> list[TraceRecord]:
-        """Records of a batch.
-
-        Raises
-        ------
-        NanError
-            A value is NaN, and ``on_nan`` is not ``keep``.
         ExtractionError
             The model's arrays are not those of the sequence.
         """
@@ -151,14 +110,14 @@ class Extractor:
             for job, answer, arrays in zip(jobs, answers, captured, strict=True)
         ]
 
-    def _record(self, job: Job, answer: Answer, captured: Captured) -> TraceRecord:
+    def _record(self, job: Job, answer: Answer, captured: Captured) -> TraceRecord | NanError:
         if captured.num_nan and self._options.on_nan != "keep":
             (kind, name), count = next(iter(captured.num_nan.items()))
             message = (
                 f"{job.question.sample_id}: {kind}/{name} has {count} NaN values; compute in "
                 "bfloat16 or float32 (--model-dtype), or choose --on-nan skip or keep"
             )
-            raise NanError(message)
+            return NanError(message)
         tokens = (*job.prompt, *answer.tokens)
         text = answer_text(self._tokenizer, answer.tokens)
         texts = {

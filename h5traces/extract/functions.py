@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from h5traces import layout
 from h5traces.dtypes import TypedArray, cast_values
 from h5traces.errors import ExtractionError
-from h5traces.extract.extractor import Extractor
+from h5traces.extract.extractor import Extractor, NanError
 from h5traces.extract.options import ExtractOptions
+from h5traces.extract.planning import Planner
 from h5traces.extract.questions import Question
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from h5traces.extract.planning import Job
     from h5traces.schema import LayerArray, TraceRecord
 
 
@@ -53,20 +56,20 @@ def extract(
     """
     options = options or ExtractOptions()
     extractor = Extractor(model, tokenizer, options)
-    return _records(extractor, options, questions)
+    planner = Planner(tokenizer, model.config, options)
+    jobs = (planner.job(as_question(each, number)) for number, each in enumerate(questions))
+    return _records(extractor, options, jobs)
 
 
 def _records(
-    extractor: Extractor, options: ExtractOptions, questions: Iterable[Any]
+    extractor: Extractor, options: ExtractOptions, jobs: Iterator[Job]
 ) -> Iterator[TraceRecord]:
-    batch = []
-    for number, each in enumerate(questions):
-        batch.append(extractor.job(as_question(each, number)))
-        if len(batch) == options.batch_size:
-            yield from extractor.run(batch)
-            batch = []
-    if batch:
-        yield from extractor.run(batch)
+    while batch := list(itertools.islice(jobs, options.batch_size)):
+        for each in extractor.run(batch):
+            if not isinstance(each, NanError):
+                yield each
+            elif options.on_nan == "error":
+                raise each
 
 
 def as_question(value: str | Mapping[str, Any] | Question, number: int) -> Question:

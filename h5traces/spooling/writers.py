@@ -42,7 +42,13 @@ class TraceWriter(ABC):
         How many samples there are of each sample id, those of earlier runs included.
     num_samples
         Samples written, those of earlier runs included.
+    is_finished
+        Whether an earlier run ended here already; nothing can be appended then.
+    nbytes
+        Bytes that the samples appended to the spool take.
     """
+
+    is_finished = False
 
     def __init__(
         self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
@@ -53,6 +59,7 @@ class TraceWriter(ABC):
         self._closed = False
         self.done: Counter[str] = Counter()
         self.num_samples = 0
+        self.nbytes = 0
 
     @abstractmethod
     def append(self, sample: Sample, sample_id: str | None = None) -> None:
@@ -168,6 +175,7 @@ class SpoolWriter(TraceWriter):
     ) -> None:
         super().__init__(target, state, options, verify=verify)
         self._folder = folder
+        self.is_finished = folder is None
         for path in target.existing():
             # Left beside a shard whose writer was killed right after naming it.
             remove_abandoned_parts(path)
@@ -234,6 +242,7 @@ class SpoolWriter(TraceWriter):
         def note() -> None:
             self._observed, self._next = observed, number + 1
             (self._spooled[number],) = writer.digests
+            self.nbytes += writer.summary.nbytes
             self._note(record)
 
         try:
