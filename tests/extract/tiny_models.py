@@ -60,11 +60,13 @@ FAMILIES = tuple(_configs())
 BATCHING = ("llama", "qwen2", "mistral", "gpt2")
 
 
-def make_model(family, *, dtype=torch.float32, attn_implementation="eager", seed=0):
-    """A new model with random weights, in evaluation mode."""
-    torch.manual_seed(seed)
+def make_model(family, *, dtype=torch.float32, attn_implementation="eager", **changes):
+    """A new model with random weights, in evaluation mode; always the same ones."""
+    torch.manual_seed(0)
+    config = _configs()[family]
+    config.update(changes)
     model = transformers.AutoModelForCausalLM.from_config(
-        _configs()[family], attn_implementation=attn_implementation
+        config, attn_implementation=attn_implementation
     )
     # Their configuration alone makes biases 0 and norms 1, which would hide a swapped site.
     with torch.no_grad():
