@@ -63,7 +63,7 @@ def _parsed(text: str, num_layers: int) -> set[int]:
                 message = f"{part.strip()!r} runs backwards; write the lower layer first"
                 raise LayerIndexError(message)
             # A range that a typing error made huge must not fill the memory.
-            found |= set(range(low, min(high, num_layers) + 1))
+            found |= set(range(low, max(low, min(high, num_layers)) + 1))
     return found
 
 

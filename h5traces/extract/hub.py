@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,25 +71,34 @@ def load_questions(
         ``datasets`` is not installed.
     """
     known = HUB_DATASETS[name]
-    rows = _load(known, path or known.path, revision)
-    try:
-        questions = [known.question(number, row) for number, row in enumerate(rows)]
-    except (KeyError, TypeError) as error:
-        message = (
-            f"{path or known.path}: rows are not those of {known.path} ({error!r}); columns: "
-            f"{', '.join(rows.column_names)}"
-        )
-        raise ExtractionError(message) from error
+    with tempfile.TemporaryDirectory(prefix="h5traces-questions-") as folder:
+        # The library's cache knows local copies by the name of their folder alone, and would return
+        # the rows of another one.
+        cache = folder if path is not None else None
+        rows = _load(known, path or known.path, revision, cache)
+        questions = _questions(known, rows, path or known.path)
     return QuestionSet(
         known.path,
-        checked(questions, path or known.path),
+        questions,
         config=known.config,
         split=known.split,
-        revision=revision or _commit(rows),
+        revision=f"copy in {path}" if path is not None else revision or _commit(rows),
     )
 
 
-def _load(known: HubDataset, path: str, revision: str | None) -> Any:
+def _questions(known: HubDataset, rows: Any, place: str) -> tuple[Question, ...]:
+    try:
+        found = [known.question(number, row) for number, row in enumerate(rows)]
+    except (KeyError, TypeError) as error:
+        message = (
+            f"{place}: rows are not those of {known.path} ({error!r}); columns: "
+            f"{', '.join(rows.column_names)}"
+        )
+        raise ExtractionError(message) from error
+    return checked(found, place)
+
+
+def _load(known: HubDataset, path: str, revision: str | None, cache: str | None) -> Any:
     try:
         import datasets  # heavy, and needed for these data sets only
     except ImportError as error:
@@ -98,7 +108,9 @@ def _load(known: HubDataset, path: str, revision: str | None) -> Any:
         )
         raise MissingDependencyError(message) from error
     try:
-        return datasets.load_dataset(path, known.config, split=known.split, revision=revision)
+        return datasets.load_dataset(
+            path, known.config, split=known.split, revision=revision, cache_dir=cache
+        )
     # Whatever goes wrong comes as an error of one of four libraries.
     except Exception as error:
         message = (
