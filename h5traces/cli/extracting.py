@@ -387,7 +387,8 @@ def _quiet() -> None:
     """No bars of transformers between our lines."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    untyped: Any = logging.disable_progress_bar
+    untyped()
 
 
 class _Stop:

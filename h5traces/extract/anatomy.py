@@ -34,7 +34,7 @@ class Anatomy:
 
     model_class: str
     family: str
-    decoder: nn.Module
+    decoder: Any
     blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     num_heads: int

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import h5traces.spooling
 from h5traces.archive import open_archive
 from h5traces.errors import ArchiveExistsError, ExtractionError
-from h5traces.estimation import GZIP, ModelShape, Rates, estimate, stated_rates
+from h5traces.estimation import ModelShape, Rates, estimate, stated_rates
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
 from h5traces.extract.hub import HUB_DATASETS, load_questions
@@ -20,6 +20,7 @@ from h5traces.extract.questions import Columns, QuestionSet, read_questions
 from h5traces.extract.reports import ExtractionReport, skipped_before
 from h5traces.extract.running import Run, skipped
 from h5traces.layer_ranges import layer_numbers
+from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
     from collections.abc import Callable

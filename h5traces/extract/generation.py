@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
@@ -109,8 +109,7 @@ class Drawing(LogitsProcessor):
                 for each in self._generators
             ]
         )
-        drawn: torch.FloatTensor = scores.float() - noise.log().to(scores.device)
-        return drawn
+        return cast("torch.FloatTensor", scores.float() - noise.log().to(scores.device))
 
 
 def generation_config(model: Any, options: GenerationOptions, pad_id: int) -> Any:

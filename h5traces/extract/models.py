@@ -155,7 +155,8 @@ def _four_bits(device: str) -> Any:
         raise ExtractionError(message)
     from transformers import BitsAndBytesConfig  # needs the library when it is used
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
+    untyped: Any = BitsAndBytesConfig
+    return untyped(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
 
 
 def _require(library: str, option: str) -> None:

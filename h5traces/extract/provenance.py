@@ -30,7 +30,7 @@ def weights_digest(model: Any) -> str:
             continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         values = value.detach().cpu().contiguous()
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
