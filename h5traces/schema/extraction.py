@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from h5traces.schema.base import Document
 
@@ -15,12 +15,24 @@ _Digest = Field(pattern=r"^[0-9a-f]{32}$")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+def _with_lists(value: Any) -> Any:
+    """JSON as Python's own parser gives it; attributes are read with tuples for lists."""
+    if isinstance(value, dict):
+        return {key: _with_lists(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_lists(each) for each in value]
+    return value
+
+
+_Json = Annotated[dict[str, Any], BeforeValidator(_with_lists)]
+
+
 class ExtractionMetadata(Document):
     """How the samples of an archive were extracted, for everyone who must do it again."""
 
     model_class: Annotated[str, Field(description="Class of the model, as transformers names it.")]
     config: Annotated[
-        dict[str, Any], Field(description="The model's configuration, as transformers writes it.")
+        _Json, Field(description="The model's configuration, as transformers writes it.")
     ]
     weights_digest: Annotated[
         Annotated[str, _Digest] | None,
@@ -37,7 +49,7 @@ class ExtractionMetadata(Document):
     quantization: Annotated[str | None, Field(description="Of the weights, if any.")] = None
     device: Annotated[str, Field(description="Name of the device that computed.")]
     generation: Annotated[
-        dict[str, Any], Field(description="Every option that decided how answers were generated.")
+        _Json, Field(description="Every option that decided how answers were generated.")
     ]
     seed: Annotated[_Count, Field(description="Of the run; each sample's own is derived from it.")]
     batch_size: Annotated[int, Field(ge=1, description="Samples per batch, as planned.")]
