@@ -98,6 +98,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
             if metadata.source
             else None
         ),
+        extraction=metadata.extraction,
         fields=trace.fields,
         tokens=tokens,
         tokens_container="torch" if container == "torch" else None,

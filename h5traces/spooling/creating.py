@@ -19,6 +19,7 @@ from h5traces.writer import WriteOptions
 if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
+    from h5traces.schema import ExtractionMetadata
     from h5traces.spooling.trace_writer import TraceWriter
 
 
@@ -37,6 +38,7 @@ def create(
     model_revision: str | None = None,
     dataset: str | None = None,
     num_layers: int | None = None,
+    extraction: ExtractionMetadata | None = None,
 ) -> TraceWriter:
     """Start a run that writes samples as they come, or go on with one that was stopped.
 
@@ -62,7 +64,7 @@ def create(
         Threads; one per core by default.
     verify
         Read every file back and compare it before it gets its name.
-    model_id, model_revision, dataset, num_layers
+    model_id, model_revision, dataset, num_layers, extraction
         Recorded in the archives.
 
     Returns
@@ -89,6 +91,7 @@ def create(
         model_revision=model_revision,
         dataset=dataset,
         num_layers=num_layers,
+        extraction=extraction,
     )
     options = WriteOptions(dtype=dtype, on_overflow=on_overflow, codec=codec, workers=workers)
     spooled = target.spool_path.exists()

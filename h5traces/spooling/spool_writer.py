@@ -51,6 +51,7 @@ class SpoolWriter(TraceWriter):
     ) -> None:
         super().__init__(target, state, options, verify=verify)
         self._folder = folder
+        self.is_finished = folder is None
         for path in target.existing():
             # Left beside a shard whose writer was killed right after naming it.
             remove_abandoned_parts(path)
@@ -129,6 +130,7 @@ class SpoolWriter(TraceWriter):
         def note() -> None:
             self._observed, self._next = observed, number + 1
             (self._spooled[number],) = writer.digests
+            self.nbytes += writer.summary.nbytes
             self._note(record)
 
         try:

@@ -37,7 +37,13 @@ class TraceWriter(ABC):
         How many samples there are of each sample id, those of earlier runs included.
     num_samples
         Samples written, those of earlier runs included.
+    is_finished
+        Whether an earlier run ended here already; nothing can be appended then.
+    nbytes
+        Bytes that the samples appended to the spool take.
     """
+
+    is_finished = False
 
     def __init__(
         self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
@@ -48,6 +54,7 @@ class TraceWriter(ABC):
         self._closed = False
         self.done: Counter[str] = Counter()
         self.num_samples = 0
+        self.nbytes = 0
 
     @abstractmethod
     def append(self, sample: Sample, sample_id: str | None = None) -> None:

@@ -29,6 +29,9 @@ class ByteFile(Protocol):
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` from `offset`; CorruptArchiveError where the file ends before."""
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`; CorruptArchiveError as `read_at`."""
+
     def at_hand(self, offset: int, nbytes: int) -> bool:
         """Whether these bytes can be read without asking a server."""
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.storage.files import LocalFile
+    from h5traces.storage.files import ByteFile
 
 # Stays in a core's cache between reading and hashing.
 SPAN_NBYTES: Final = 1 << 20
@@ -64,7 +64,7 @@ class _Span:
 
 
 def scan(
-    file: LocalFile,
+    file: ByteFile,
     table: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]],
     end: int,
     *,
@@ -130,7 +130,7 @@ class _Buffers(threading.local):
 
 
 def _check(
-    file: LocalFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
+    file: ByteFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
 ) -> tuple[list[int], bytes]:
     """Rows of a span that are damaged, and its bytes that lie in no chunk."""
     view = buffers.get(span.stop - span.start)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.errors import DatasetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
+
+    from h5traces.storage.remote import RemotePath
 
 # The trailer of a footer, with its checksum over the whole footer, lies in these last bytes.
 _END_NBYTES = 64
@@ -38,10 +40,10 @@ class ShardGuard:
         The shards; those that are no local files are not watched.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._seen = {str(path): _look(str(path)) for path in paths if os.path.exists(path)}  # noqa: PTH110  # remote ones are no Path
+    def __init__(self, paths: Iterable[Path | RemotePath]) -> None:
+        self._seen = {str(path): _look(str(path)) for path in paths if isinstance(path, Path)}
 
-    def check(self, path: Path) -> None:
+    def check(self, path: Path | RemotePath) -> None:
         """Raise DatasetError unless the shard is the one that the dataset was made of."""
         name = str(path)
         seen = self._seen.get(name)

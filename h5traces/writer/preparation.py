@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,12 @@ def cast_layer(kind: str, entry: LayerArray, options: WriteOptions) -> tuple[Cas
     except ConversionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise ConversionError(message) from error
+    if entry.earlier is not None:
+        cast = replace(
+            cast,
+            cast_from=cast.cast_from or entry.earlier.cast_from,
+            counts=cast.counts + entry.earlier.counts,
+        )
     in_tuple = isinstance(array, StepArrays) and array.sequence == "tuple"
     facts = {
         "site": entry.site,
