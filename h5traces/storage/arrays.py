@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError, HostileFileError
+from h5traces.scratch import Scratch
 from h5traces.storage import chunks as grid
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.digests import chunk_checksum
 from h5traces.storage.objects import ObjectEntry, carrier_dtype
-from h5traces.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
