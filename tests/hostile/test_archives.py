@@ -7,7 +7,6 @@ hides in are pipes nobody writes to: whoever opened one would hang.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,18 +14,15 @@ import subprocess
 import sys
 import warnings
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import footer_attacks
 import h5py
 import hdf5_attacks
 import numpy as np
-import plugin_attacks
 import probe
 import pytest
 import specimen
-import value_attacks
+from prober import ATTACKS, Prober
 from specimen import SAMPLE, edit
 
 import h5traces
@@ -36,49 +32,19 @@ from h5traces.limits import ReadLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from attack import Attack
 
 MAX_SECONDS = 1.0
 MAX_EXTRA_NBYTES = 300 << 20
 MAX_WALL_SECONDS = 30  # a machine may be busy; a hang is longer
-ATTACKS = [
-    *hdf5_attacks.ATTACKS,
-    *footer_attacks.ATTACKS,
-    *value_attacks.ATTACKS,
-    *plugin_attacks.ATTACKS,
-]
 COMMANDS = [*probe.COMMANDS]
 # Beside reading and validating, one other way opens each file, in turn; all of them do with
 # H5TRACES_ALL_ROUTES=1, which takes minutes.
 ALL_ROUTES = "H5TRACES_ALL_ROUTES" in os.environ
 # Errors in modules that refuse too little so far; strict, so that a mended one shows.
 AWAITED: frozenset[str] = frozenset()
-
-
-class Prober:
-    """The process that opens files and survives what comes of it."""
-
-    def __init__(self, archive: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(probe.__file__)), str(archive)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout
-        assert self._process.stdout.readline() == "ready\n"
-
-    def __call__(self, path: Path, routes: list[str]) -> dict[str, dict[str, Any]]:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps({"path": str(path), "routes": routes}) + "\n")
-        self._process.stdin.flush()
-        results: dict[str, dict[str, Any]] = json.loads(self._process.stdout.readline())
-        return results
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
