@@ -417,8 +417,16 @@ def read(path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
-@pytest.mark.parametrize("name", ATTACKS)
+# Inside gzip, too, where that is another way to read; floods take as long either way.
+WAYS = [
+    pytest.param(name, compressed, id=f"{name}-{'gzip' if compressed else 'plain'}")
+    for name in ATTACKS
+    for compressed in (False, True)
+    if not (compressed and name.startswith("flood"))
+]
+
+
+@pytest.mark.parametrize(("name", "compressed"), WAYS)
 def test_attack(
     name: str, compressed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
