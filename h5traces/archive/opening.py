@@ -13,6 +13,7 @@ from h5traces.archive.tensors import materialised
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import as_dict
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -110,6 +111,6 @@ def is_archive(path: Path) -> bool:
     OSError
         It cannot be read.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         is_hdf5 = file.read(len(layout.HDF5_SIGNATURE)) == layout.HDF5_SIGNATURE
     return is_hdf5 or path.name.endswith(ARCHIVE_SUFFIXES)

@@ -256,3 +256,27 @@ def test_limits_are_options_of_reading(archive: Path) -> None:
     with warnings.catch_warnings(action="ignore"):
         with pytest.raises(HostileFileError, match="the limit is 10"):
             opened[0].to_dict()
+
+
+@pytest.mark.parametrize("name", ["archive.h5", "batch.pkl", "batch.pkl.gz"])
+def test_a_pipe_under_a_files_name_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    """In a folder of a stranger's; opening it would wait for a writer who never comes."""
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir()
+    os.mkfifo(path)
+    code = """
+import contextlib, sys
+import h5traces
+from h5traces.errors import H5TracesError
+from h5traces.isolation import validate_isolated
+for use in (h5traces.open, h5traces.load, h5traces.verify, h5traces.validate, validate_isolated):
+    for where in sys.argv[1:3]:
+        with contextlib.suppress(H5TracesError, OSError):
+            use(where)
+with contextlib.suppress(H5TracesError):
+    h5traces.convert(sys.argv[2], sys.argv[3])
+h5traces.load(sys.argv[2])
+"""
+    command = [sys.executable, "-c", code, str(path.parent), str(path), str(tmp_path / "out.h5")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert f"{path}: is no regular file" in done.stderr
