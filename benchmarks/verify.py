@@ -12,7 +12,10 @@ the file.
 Prediction, written before the first run: verify takes 1.3 times xxh3 with one thread and 1.5 times
 with two, ``--deep`` 8 times.
 
-OUTCOME
+Outcome of ``--samples 16`` on two shared cores: verify took 1.18 times xxh3 with one thread and
+1.23 times with two, less than predicted; ``--deep`` 42 and 39 times, five times the prediction,
+since most of it is HDF5, asked about every dataset in one thread. The first version read chunk by
+chunk into new buffers and took 1.57 times.
 """
 
 from __future__ import annotations

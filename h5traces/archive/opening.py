@@ -16,6 +16,7 @@ from h5traces.errors import RemoteError
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import as_dict
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.storage.files import open_regular
 from h5traces.storage.remote import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url, list_remote
 
 if TYPE_CHECKING:
@@ -209,6 +210,6 @@ def is_archive(path: Path) -> bool:
     OSError
         It cannot be read.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         is_hdf5 = file.read(len(layout.HDF5_SIGNATURE)) == layout.HDF5_SIGNATURE
     return is_hdf5 or path.name.endswith(ARCHIVE_SUFFIXES)

@@ -377,12 +377,12 @@ class Hdf5Store:
         return len(self._names)
 
     def sample_attrs(self, index: int) -> Attrs:
-        return self._hdf5.sample_attributes(self._names[index])
+        return self._hdf5.sample_attributes(self._name_of(index))
 
     def sample(self, index: int) -> SampleEntry:
         walked = self._walked
         if index not in walked:
-            found = self._hdf5.sample(self._names[index])
+            found = self._hdf5.sample(self._name_of(index))
             # Another dict, as other threads may be looking into the full one.
             self._walked = walked = {} if len(walked) >= _SAMPLES_KEPT else walked
             walked[index] = found
@@ -393,6 +393,16 @@ class Hdf5Store:
         """Close the file; for whoever opened it alone."""
         self._reader.close()
         self.file.close()
+
+    def _name_of(self, index: int) -> str:
+        if index >= len(self._names):
+            # Whoever asks was told so by a footer that turned out to be wrong.
+            message = (
+                f"{self._path}: sample {index} is missing, as there are {len(self._names)} in the "
+                "HDF5 part; the footer told of more, open the file again"
+            )
+            raise CorruptArchiveError(message)
+        return self._names[index]
 
     def check_index(self) -> None:
         """Read the table of samples, which no reader needs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
     from h5traces.extract.running import RunProgress
 
+# Control characters other than tab and newline, and those that turn the direction of writing.
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 EXIT_PROBLEMS = 1
 EXIT_USAGE = 2
 
@@ -48,24 +52,42 @@ def human_size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
+def visible(text: str) -> str:
+    """`text` with characters that steer a terminal spelled out, as files of strangers hold them."""
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def cell(text: str) -> str:
+    """`text` for a table: without markup, spelled out."""
+    return escape(_on_one_line(text))
+
+
+def _on_one_line(text: str) -> str:
+    return visible(text).replace("\n", r"\n")
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    print_line(json.dumps(document, ensure_ascii=False, indent=2, default=str))
+    _write(visible(json.dumps(document, ensure_ascii=False, indent=2, default=str)))
 
 
 def print_line(line: str = "") -> None:
-    """A line of data on stdout, without markup."""
+    """A line of data on stdout, without markup, whatever is in it."""
+    _write(_on_one_line(line))
+
+
+def _write(line: str) -> None:
     # Texts may hold lone surrogates, which no terminal takes; JSON, too, writes them like this.
     sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout; as wide as it needs where stdout is no terminal."""
+    """A table of `cell` on stdout; as wide as it needs where stdout is no terminal."""
     width = None if sys.stdout.isatty() else 160
     console = Console(file=sys.stdout, width=width, highlight=False)
     with console.capture() as printed:
         console.print(table)
-    print_line(printed.get().rstrip("\n"))
+    _write(printed.get().rstrip("\n"))
 
 
 def warn(message: str) -> None:
@@ -79,7 +101,7 @@ def fail(message: str) -> None:
 
 
 def _plain(message: str) -> str:
-    return message.replace("[", r"\[")
+    return visible(message).replace("[", r"\[")
 
 
 class _TerminatedError(KeyboardInterrupt):

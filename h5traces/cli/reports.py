@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from h5traces.cli.console import human_size, print_line, print_table
+from h5traces.cli.console import cell, human_size, print_line, print_table
 
 if TYPE_CHECKING:
     from h5traces.check import ValidationReport
@@ -39,7 +38,7 @@ def print_conversion(report: ConversionReport) -> None:
         name = each.targets[0]
         if len(each.targets) > 1:
             name += f" … {Path(each.targets[-1]).name}"
-        table.add_row(*_conversion_row(each, each.status, escape(name)))
+        table.add_row(*_conversion_row(each, each.status, cell(name)))
     if len(report.files) > 1:
         table.add_row(*_conversion_row(_total(report), "total", ""))
     print_table(table)
@@ -149,7 +148,7 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(
             *(
-                "" if value is None else escape(str(value))
+                "" if value is None else cell(str(value))
                 for value in (
                     row["index"],
                     row["sample_id"],

@@ -144,6 +144,7 @@ class BatchMachine(Machine):
         self.needed = needed
         self.kept: dict[int, Any] = {}
         self._kept_nbytes = 0
+        self._unfolded_nbytes = 0
         self._expiring: defaultdict[int, list[int]] = defaultdict(list)
         # Containers of earlier items that this one refers to; id -> object, so ids stay taken.
         self._frozen: dict[int, Any] = {}
@@ -260,7 +261,17 @@ class BatchMachine(Machine):
         self.halted = True
 
     def check(self, item: Any) -> None:
-        check_item(item, self.limits)
+        self._unfolded_nbytes += check_item(item, self.limits)
+        limits, read_nbytes = self.limits, self.source.inflated_bytes
+        most = limits.max_unfolded_ratio * read_nbytes + limits.unfolded_grace_nbytes
+        if self._unfolded_nbytes > most:
+            # Cheap here, where all share one object; whoever writes them down fills a disk.
+            message = (
+                f"{read_nbytes:,} bytes of pickle unfold to more than {most:,}, as the same arrays "
+                "are used again and again; if the file is trusted, raise "
+                "PickleLimits(max_unfolded_ratio=...)"
+            )
+            raise RefusedError(message)
 
     def end_item(self) -> None:
         """Drop what belongs to the item, keep what later items may refer to."""

@@ -40,6 +40,9 @@ class PickleLimits:
         Items written before they are appended to the list; picklers append after 1000.
     max_kept_entries, max_kept_nbytes
         Memo entries kept because later items share them.
+    max_unfolded_ratio, unfolded_grace_nbytes
+        Bytes of all items, every use of a shared object counted, per byte of pickle, plus the
+        constant. A megabyte that a hundred thousand arrays share would fill a disk when written.
     max_expansion, expansion_grace_nbytes
         Inflated bytes per compressed byte of a gzip file, once that many bytes were inflated.
         Deflate reaches 1032; float16 traces stay below 10, a batch of zeros reaches it.
@@ -57,5 +60,7 @@ class PickleLimits:
     max_portion_items: int = 100_000
     max_kept_entries: int = 200_000
     max_kept_nbytes: int = 2 * GIB
+    max_unfolded_ratio: int = 50
+    unfolded_grace_nbytes: int = 256 * MIB
     max_expansion: int = 300
     expansion_grace_nbytes: int = 64 * MIB

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -160,7 +161,7 @@ class FileSource(_Reader):
     def __init__(self, path: str | os.PathLike[str], limits: PickleLimits) -> None:
         self.path = Path(path)
         self.file: io.BufferedReader
-        self._raw = io.FileIO(self.path)
+        self._raw = io.FileIO(open_regular(self.path, ConversionError))
         try:
             self.compressed_size = os.fstat(self._raw.fileno()).st_size
             self.is_gzip = self._raw.read(2) == GZIP_MAGIC

@@ -167,9 +167,10 @@ class SpoolWriter(TraceWriter):
             note()
         else:
             self._copy(numbers, path, note)
-        folder.remove(numbers)
+        # Packed, whether or not their files can be removed now.
         for number in numbers:
             del self._spooled[number]
+        folder.remove(numbers)
         return [path]
 
     def _copy(self, numbers: list[int], path: Path, note: Callable[[], None]) -> None:
@@ -212,6 +213,8 @@ class SpoolWriter(TraceWriter):
     def _finish(self, folder: SpoolFolder) -> None:
         if self._num_shards:
             sync_folder(self._target.folder)
+        # Those that could not be removed when they were packed.
+        folder.remove(folder.samples())
         folder.remove_all()
         self._folder = None
 

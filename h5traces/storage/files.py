@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from h5traces.errors import CorruptArchiveError
+from h5traces.errors import CorruptArchiveError, H5TracesError, NotAnArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -45,6 +47,32 @@ class ByteFile(Protocol):
         """Let go of what is open; the next read opens it again."""
 
 
+def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> int:
+    """A descriptor of a file, open for reading; never waits, as opening a pipe does.
+
+    Parameters
+    ----------
+    path
+        The file.
+    error
+        What is raised where it is a pipe or a device.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or is a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        message = f"{path}: is no regular file; expected an archive or a batch on disk"
+        raise error(message)
+    return descriptor
+
+
 class LocalFile:
     """A file on disk, read without a shared position: safe for threads and after ``fork``.
 
@@ -55,6 +83,8 @@ class LocalFile:
     ------
     OSError
         The file cannot be opened.
+    NotAnArchiveError
+        It is a pipe or a device.
     """
 
     # Before a file is open, `__del__` finds this one.
@@ -151,7 +181,7 @@ class LocalFile:
                     self._close_now()
 
     def _open(self) -> int:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(self.path)
         status = os.fstat(descriptor)
         identity = (status.st_dev, status.st_ino)
         if self._identity not in (None, identity):

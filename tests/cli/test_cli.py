@@ -495,3 +495,20 @@ def test_the_installed_program(tmp_path: Path) -> None:
     )
     assert piped.stdout == "["
     assert "Traceback" not in piped.stderr
+
+
+@pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["inspect"], ["validate"]])
+def test_a_file_does_not_steer_the_terminal(tmp_path: Path, command: list[str]) -> None:
+    """`ls` wrote escape sequences of a sample's id as they are."""
+    odd = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202eesrever\nFAKE LINE"
+    trace = {"hidden_states": [np.ones((2, 3), "f2")], "question_id": odd, odd: 1}
+    archive = make_archive(tmp_path, [trace], name="odd.pkl")
+    result = run(*command, archive)
+    assert not set("\x1b\x07\x9b\u202e") & set(result.output)
+    assert not any(line.startswith("FAKE") for line in result.output.splitlines()), result.output
+    if "--json" in command:
+        assert json.dumps(odd, ensure_ascii=False)[1:-1] in json.dumps(
+            json.loads(result.stdout), ensure_ascii=False
+        )
+    elif command == ["ls"]:
+        assert "\\u001b[31mred\\u009b2J\\u202eesrever\\nFAKE LINE" in result.stdout

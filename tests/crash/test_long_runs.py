@@ -110,6 +110,34 @@ def test_a_sample_that_somebody_removed_is_told_of_and_done_again(tmp_path):
         assert archive.ids == ("q0", "q2", "q3", "q1")
 
 
+@pytest.mark.parametrize("num_samples", [6, 7])
+def test_a_packed_sample_that_cannot_be_removed_at_once_is_removed_later(
+    tmp_path, monkeypatch, num_samples
+):
+    """The spool lost its run.json with samples left in it, and the next start took that for damage;
+    where the run ended with a full shard, an empty one followed."""
+    unlink, failed = Path.unlink, []
+
+    def refuse_once(path, **options):
+        if path.suffix == ".sample" and not failed:
+            failed.append(path)
+            raise PermissionError(13, "Permission denied")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse_once)
+    with h5traces.create(tmp_path / "run", shard_samples=3) as writer:
+        for number in range(num_samples):
+            try:
+                writer.append(item(number))
+            except PermissionError:
+                writer.append(item(number))
+    assert failed
+    names = [f"run/traces-{number:05d}.h5" for number in range(-(-num_samples // 3))]
+    assert files(tmp_path) == names
+    with h5traces.create(tmp_path / "run", shard_samples=3) as writer:
+        assert writer.num_samples == num_samples
+
+
 def identity(path):
     """What changes when a file is replaced or written; reading changes its access time only."""
     status = path.stat()

@@ -65,3 +65,16 @@ def test_every_command_that_the_documents_name_exists():
     listed = set(re.findall(r"^│ (\w+)  ", done.stdout, flags=re.MULTILINE))
     assert {"convert", "inspect", "seal"} <= named
     assert named <= listed
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_files_that_exist_and_hold_no_placeholder(document):
+    text = document.read_text(encoding="utf-8")
+    assert re.findall(r"^[A-Z][A-Z ]+$", text, flags=re.MULTILINE) == []
+    for path in re.findall(r"(?:tools|tests|benchmarks|h5traces)/[\w/]+\.py", text):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), target

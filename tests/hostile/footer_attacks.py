@@ -172,6 +172,16 @@ forged(
     error="footer|stored",
 )
 forged("no-names", raw_column("names_json", b"[]"), error="the footer")
+
+
+def one_sample_more(document: dict[str, Any], columns: dict[str, bytes]) -> None:
+    """The tables fit; only who asks for the last sample learns that there is none."""
+    document["num_samples"] += 1
+    for name in ("sample_num_objects", "sample_attrs_nbytes"):
+        columns[name] += bytes(4)
+
+
+forged("one-sample-more", one_sample_more, error="sample 2 is missing, as there are 2")
 forged("no-checksums", raw_column("chunk_checksum", b""), error="footer|chunks are stored")
 forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error="footer")
 forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="footer|stored")

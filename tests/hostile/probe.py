@@ -27,6 +27,7 @@ import numpy as np
 import h5traces
 from h5traces.cli.app import app
 from h5traces.errors import H5TracesError
+from h5traces.legacy.stream import open_batch
 
 MAX_ADDRESS_SPACE = 3 << 30
 MAX_CPU_SECONDS = 30
@@ -98,7 +99,15 @@ def check(path: str) -> list[dict[str, str]]:
     return [each.as_dict() for each in h5traces.validate(path).problems]
 
 
+def batch(path: str) -> int:
+    """The items of a legacy batch."""
+    with open_batch(path) as found:
+        return sum(1 for _ in found)
+
+
 LIBRARY = {"read": read, "worker": worker, "validate": check}
+# For pickles.
+BATCHES = {"batch": batch}
 
 
 def command(name: str, path: str) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def attempt(route: str, path: str) -> dict[str, Any]:
     try:
         if route in COMMANDS:
             return command(route, path)
-        value = LIBRARY[route](path)
+        value = {**LIBRARY, **BATCHES}[route](path)
     except H5TracesError as error:
         return {"outcome": "error", "type": type(error).__name__, "message": str(error)}
     except BaseException as error:

@@ -7,7 +7,6 @@ hides in are pipes nobody writes to: whoever opened one would hang.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,18 +14,15 @@ import subprocess
 import sys
 import warnings
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import footer_attacks
 import h5py
 import hdf5_attacks
 import numpy as np
-import plugin_attacks
 import probe
 import pytest
 import specimen
-import value_attacks
+from prober import ATTACKS, Prober
 from specimen import SAMPLE, edit
 
 import h5traces
@@ -36,49 +32,19 @@ from h5traces.limits import ReadLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from attack import Attack
 
 MAX_SECONDS = 1.0
 MAX_EXTRA_NBYTES = 300 << 20
 MAX_WALL_SECONDS = 30  # a machine may be busy; a hang is longer
-ATTACKS = [
-    *hdf5_attacks.ATTACKS,
-    *footer_attacks.ATTACKS,
-    *value_attacks.ATTACKS,
-    *plugin_attacks.ATTACKS,
-]
 COMMANDS = [*probe.COMMANDS]
 # Beside reading and validating, one other way opens each file, in turn; all of them do with
 # H5TRACES_ALL_ROUTES=1, which takes minutes.
 ALL_ROUTES = "H5TRACES_ALL_ROUTES" in os.environ
 # Errors in modules that refuse too little so far; strict, so that a mended one shows.
 AWAITED: frozenset[str] = frozenset()
-
-
-class Prober:
-    """The process that opens files and survives what comes of it."""
-
-    def __init__(self, archive: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(probe.__file__)), str(archive)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout
-        assert self._process.stdout.readline() == "ready\n"
-
-    def __call__(self, path: Path, routes: list[str]) -> dict[str, dict[str, Any]]:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps({"path": str(path), "routes": routes}) + "\n")
-        self._process.stdin.flush()
-        results: dict[str, dict[str, Any]] = json.loads(self._process.stdout.readline())
-        return results
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +256,27 @@ def test_limits_are_options_of_reading(archive: Path) -> None:
     with warnings.catch_warnings(action="ignore"):
         with pytest.raises(HostileFileError, match="the limit is 10"):
             opened[0].to_dict()
+
+
+@pytest.mark.parametrize("name", ["archive.h5", "batch.pkl", "batch.pkl.gz"])
+def test_a_pipe_under_a_files_name_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    """In a folder of a stranger's; opening it would wait for a writer who never comes."""
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir()
+    os.mkfifo(path)
+    code = """
+import contextlib, sys
+import h5traces
+from h5traces.errors import H5TracesError
+from h5traces.isolation import validate_isolated
+for use in (h5traces.open, h5traces.load, h5traces.verify, h5traces.validate, validate_isolated):
+    for where in sys.argv[1:3]:
+        with contextlib.suppress(H5TracesError, OSError):
+            use(where)
+with contextlib.suppress(H5TracesError):
+    h5traces.convert(sys.argv[2], sys.argv[3])
+h5traces.load(sys.argv[2])
+"""
+    command = [sys.executable, "-c", code, str(path.parent), str(path), str(tmp_path / "out.h5")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert f"{path}: is no regular file" in done.stderr

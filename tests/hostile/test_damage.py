@@ -7,7 +7,7 @@ from damage import ARCHIVES, KINDS, REPORTED, run
 
 from h5traces import integrity
 
-FLIPS, FLIPS_OF_OTHERS, OTHERS = 300, 10, 3
+FLIPS, FLIPS_OF_OTHERS, OTHERS = 300, 6, 2
 
 
 @pytest.mark.parametrize("name", ARCHIVES)

@@ -25,6 +25,7 @@ from h5traces.errors import (
 )
 from h5traces.storage import chunks as grid
 from h5traces.storage.codecs import FILTER_SHUFFLE, Filter, codec_of
+from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,13 +69,13 @@ def check_superblock(path: Path) -> None:
     Raises
     ------
     NotAnArchiveError
-        It is no HDF5 file.
+        It is no HDF5 file, or no file.
     HostileFileError
         Its addresses do not count from the start of the file.
     CorruptArchiveError
         Its end is missing.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         block = file.read(_SUPERBLOCK.size + _END.size)
         nbytes = file.seek(0, os.SEEK_END)
     if not block.startswith(layout.HDF5_SIGNATURE):
