@@ -256,7 +256,7 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
     float16 = next(each for each in found.rows if each.name == "raw float16")
     for each in found.rows:
         table.add_row(
-            escape(each.name),
+            cell(each.name),
             str(each.num_layers),
             human_size(each.sample_nbytes),
             human_size(each.per_thousand),
