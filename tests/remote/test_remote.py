@@ -93,7 +93,9 @@ def web_process(web_folder: Path) -> Iterator[Server]:
 @pytest.fixture
 def web(web_process: Server, web_folder: Path, shelf: Path) -> Server:
     shutil.copytree(shelf, web_folder, dirs_exist_ok=True)
-    web_process.control(failures=[], version="etag", ranges=True, delay=0.0, token="", redirect="")
+    web_process.control(
+        failures=[], version="etag", ranges=True, delay=0.0, token="", redirect="", lie=""
+    )
     web_process.requests()
     return web_process
 
@@ -625,6 +627,23 @@ def test_a_server_that_never_answers(web: Server) -> None:
     web.control(delay=2.0)
     with pytest.raises(RemoteError, match=r"layer_001.*cannot be reached"):
         archive[0]["hidden_states"][1]
+
+
+@pytest.mark.parametrize(
+    ("lie", "expected"),
+    [
+        ("other range", "not with what was asked for"),
+        ("no size", "without the size"),
+        ("more", "sends more than the"),
+    ],
+)
+def test_a_server_that_lies(web: Server, lie: str, expected: str) -> None:
+    archive = from_web(web)
+    web.control(lie=lie)
+    with pytest.raises(RemoteError, match=rf"layer_001.*{expected}"):
+        archive[0]["hidden_states"][1]
+    with pytest.raises(RemoteError, match=expected):
+        from_web(web)
 
 
 def test_a_server_without_ranges(web: Server) -> None:
