@@ -65,6 +65,10 @@ class FileLabels:
             )
             raise SchemaError(message)
 
+    def has_label(self, ordinal: int) -> bool:
+        """Whether a sample has a label here."""
+        return self.sidecar.labels is not None and ordinal in self._rows
+
     def labelled(self, metadata: TraceMetadata, ordinal: int) -> TraceMetadata:
         """A sample's metadata with its label and scores; as it is where it has none.
 

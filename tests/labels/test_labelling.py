@@ -188,6 +188,22 @@ def test_labels_beside_win_over_those_inside(archive: Path, table: Path, tmp_pat
     assert opened[0].metadata.scores == {"bleurt": 0.9}
 
 
+@pytest.mark.parametrize("old", ["yes", True, [1, 2], {"a": 1, "b": [None]}, 7])
+def test_labels_of_old_dicts_are_replaced(tmp_path: Path, old: Any) -> None:
+    batch = [{**each, "label": old} for each in BATCH]
+    archive = make_archive(tmp_path, batch, name="run.pkl")
+    table = write_csv(tmp_path / "s.csv", zip(IDS[1:], SCORES[1:], strict=True))
+    label(archive, table, partial=True)
+    label(archive, table, partial=True, output=tmp_path / "copied.h5")
+    repack(archive, tmp_path / "cast.h5", dtype="float32")
+    for path in (archive, tmp_path / "copied.h5", tmp_path / "cast.h5"):
+        opened = h5traces.open(path)
+        assert opened[0]["label"] == old
+        assert [each["label"] for each in opened[1:]] == list(LABELS[1:])
+        assert list(opened[1]) == list(batch[1])
+        assert validate(path).ok
+
+
 # --- what does not join ---------------------------------------------------------------------------
 
 
