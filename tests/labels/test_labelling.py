@@ -327,6 +327,9 @@ def test_labels_of_another_archive_are_refused(archive: Path, table: Path, tmp_p
     shutil.copy(sidecar, f"{other}.labels.json")
     with pytest.raises(SchemaError, match=r"other\.h5.*labels belong to another file"):
         h5traces.open(other)
+    (problem,) = validate(other).problems
+    assert problem.loc == "other.h5.labels.json"
+    assert "labels belong to another file" in problem.message
     # A new run puts it right, whatever lies there.
     with pytest.raises(ArchiveExistsError, match="--overwrite"):
         label(other, table)
@@ -377,6 +380,8 @@ def test_a_row_of_another_sample_is_refused(archive: Path, table: Path) -> None:
     edited(archive, lambda doc: doc["sample_ids"].reverse())
     with pytest.raises(SchemaError, match=r"sample 0 is .* there, but"):
         h5traces.open(archive)[0].metadata  # noqa: B018
+    (problem,) = validate(archive).problems
+    assert problem.kind == "wrong_labels"
 
 
 # --- the command ----------------------------------------------------------------------------------
