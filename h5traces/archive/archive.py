@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # Files kept open at a time; the usual limit on descriptors is 1024 for the whole process.
 MAX_OPEN_FILES = 64
-# Those on servers take no descriptor, but a new request for every time they are opened again.
-MAX_OPEN_REMOTE_FILES = 512
+# Those on servers take no descriptor but their footers in memory, and new requests when reopened.
+MAX_OPEN_REMOTE_FILES = 128
 # Enough that no thread waits long for the last one.
 _TASKS_PER_WORKER = 4
 # Stored bytes of arrays on servers that one call holds at a time.
