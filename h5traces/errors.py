@@ -117,6 +117,10 @@ class FeatureError(H5TracesError):
     """Features cannot be computed, or hold values that are no numbers."""
 
 
+class DatasetError(H5TracesError):
+    """A training dataset cannot give what was asked of it; the message names shard and sample."""
+
+
 class MissingDependencyError(H5TracesError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

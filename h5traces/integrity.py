@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from h5traces.legacy.layouts import to_record
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.schema import ArchiveMetadata, SourcePosition
 from h5traces.schema.attributes import Attrs, from_attributes, to_attributes
-from h5traces.storage.digests import chunk_checksum, dataset_digest, sample_digest
+from h5traces.storage.digests import dataset_digest, sample_digest
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.storage.objects import digest_type
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.limits import ReadLimits
     from h5traces.storage.objects import SampleEntry
-
-# Chunks that one task of a thread checks.
-_CHUNKS_PER_TASK = 64
 
 ReportProgress = Callable[[int, int], None]
 
@@ -122,14 +120,15 @@ def verify(
     file = Path(path)
     report = VerifyReport(str(file), nbytes=file.stat().st_size)
     try:
-        store = _open(file, limits, report)
-        if isinstance(store, FooterStore):
-            _check_bytes(store, report, workers, progress)
-        if deep or not isinstance(store, FooterStore):
-            _check_contents(store, report, workers, progress)
-        report.num_samples = store.num_samples
-        if against is not None:
-            _check_against(store, Path(against), report, workers, progress)
+        with _opened(file, limits, report) as store:
+            if isinstance(store, FooterStore):
+                _check_bytes(store, report, workers, progress)
+            _check_head(store, report)
+            if deep or not isinstance(store, FooterStore):
+                _check_contents(store, report, workers, progress)
+            report.num_samples = store.num_samples
+            if against is not None:
+                _check_against(store, Path(against), report, workers, progress)
     except H5TracesError as error:
         if against is not None and not isinstance(error, CorruptArchiveError):
             raise
@@ -141,12 +140,17 @@ def verify(
     return report
 
 
-def _open(file: Path, limits: ReadLimits, report: VerifyReport) -> Store:
+@contextmanager
+def _opened(file: Path, limits: ReadLimits, report: VerifyReport) -> Iterator[Store]:
+    store: FooterStore | Hdf5Store
     try:
-        return FooterStore(LocalFile(file), limits)
+        store = FooterStore(LocalFile(file), limits)
     except FooterError as error:
         report.notes.append(f"{error}; checked through HDF5, by inflating everything")
-        return Hdf5Store(file, limits)
+        store = Hdf5Store(file, limits)
+    # Not left open: as long as HDF5 has a file open, it does not look at what is on disk now.
+    with closing(store):
+        yield store
 
 
 def _add(report: VerifyReport, loc: str, error: Exception) -> None:
@@ -161,34 +165,48 @@ def _check_bytes(
     progress: ReportProgress | None,
 ) -> None:
     """Every byte of the file against the checksums in its footer."""
-    if not store.check_metadata():
+    damaged, rest_fits = store.check_bytes(workers=workers, progress=progress)
+    if not rest_fits:
         message = "bytes of HDF5's own structures changed since the archive was written"
         report.problems.append(Problem("/", message, "damaged"))
-    offsets, sizes, checksums = store.chunk_table()
-    total = len(offsets)
-    starts = range(0, total, _CHUNKS_PER_TASK)
+    for number in damaged:
+        sample, path = store.owner_of_chunk(number)
+        message = "a stored chunk is damaged: its checksum does not fit"
+        loc = f"{layout.sample_path(sample)}/{path}"
+        report.problems.append(Problem(loc, message, "damaged"))
+    report.num_chunks = len(store.chunk_table()[0])
 
-    def damaged(start: int) -> list[int]:
-        numbers = range(start, min(start + _CHUNKS_PER_TASK, total))
-        return [number for number in numbers if not fits(number)]
 
-    def fits(number: int) -> bool:
+def _check_head(store: Store, report: VerifyReport) -> None:
+    """What tells of the whole archive: attributes of the root and the kinds, the table of samples.
+
+    No digest covers these. Bytes that changed in them fail a checksum of the footer's or of HDF5's
+    own when they are read, so they are read.
+    """
+
+    def note(loc: str, step: Callable[[], object]) -> None:
         try:
-            stored = store.file.read_at(int(offsets[number]), int(sizes[number]))
-        except CorruptArchiveError:
-            return False
-        return chunk_checksum(stored) == int(checksums[number])
+            step()
+        except H5TracesError as error:
+            _add(report, loc, error)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for start, found in zip(starts, pool.map(damaged, starts), strict=True):
-            for number in found:
-                sample, path = store.owner_of_chunk(number)
-                message = "a stored chunk is damaged: its checksum does not fit"
-                loc = f"{layout.sample_path(sample)}/{path}"
-                report.problems.append(Problem(loc, message, "damaged"))
-            if progress is not None:
-                progress(min(start + _CHUNKS_PER_TASK, total), total)
-    report.num_chunks = total
+    note("/", lambda: _check_root(store))
+    note(f"/{layout.KINDS_GROUP}", lambda: store.kinds)
+    if isinstance(store, Hdf5Store):
+        note(f"/{layout.INDEX_TABLE}", store.check_index)
+
+
+def _check_root(store: Store) -> None:
+    if store.root_attrs.get("format") != layout.FORMAT_NAME:
+        message = f"'format' is {store.root_attrs.get('format')!r}, expected {layout.FORMAT_NAME!r}"
+        raise CorruptArchiveError(message)
+    metadata = from_attributes(ArchiveMetadata, store.root_attrs)
+    if not metadata.complete:
+        message = "the archive was not finished ('complete' is not set)"
+        raise CorruptArchiveError(message)
+    if metadata.num_samples != store.num_samples:
+        message = f"num_samples is {metadata.num_samples}, {store.num_samples} are stored"
+        raise CorruptArchiveError(message)
 
 
 def _check_contents(

@@ -7,8 +7,14 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from h5traces import layout
 from h5traces.archive import open_archive
-from h5traces.errors import ArchiveExistsError, H5TracesError, StoredStateWarning
+from h5traces.errors import (
+    ArchiveExistsError,
+    CorruptArchiveError,
+    H5TracesError,
+    StoredStateWarning,
+)
 from h5traces.storage.part_file import make_folder, remove_abandoned_parts, sync_folder
 from h5traces.storage.signals import deferred_signals
 from h5traces.verification import verify_written
@@ -110,5 +116,15 @@ def holds(path: Path, digests: Sequence[str]) -> bool:
 
 
 def sample_digests(file: ArchiveFile) -> list[str]:
-    """The digest of every sample of an archive file, as it is stored."""
-    return [str(file.sample_attrs(index).get("digest")) for index in range(file.num_samples)]
+    """The digest of every sample of an archive file, as it is stored.
+
+    Raises
+    ------
+    CorruptArchiveError
+        A sample has none.
+    """
+    found = [file.sample_attrs(index).get("digest") for index in range(file.num_samples)]
+    if None in found:
+        message = f"{file.path}: {layout.sample_path(found.index(None))} has no digest"
+        raise CorruptArchiveError(message)
+    return [str(each) for each in found]

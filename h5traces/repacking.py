@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from h5traces.writer import ArchiveWriter
 
 # What archives that become one must have said alike, or not at all.
-_CARRIED_FIELDS = ("model_id", "model_revision", "dataset", "num_layers")
+_CARRIED_FIELDS = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
 
 
 @dataclass(slots=True)
@@ -245,8 +245,8 @@ def _carried(files: Sequence[ArchiveFile]) -> dict[str, Any]:
     """Facts that all sources state alike."""
     facts = {}
     for name in _CARRIED_FIELDS:
-        values = {getattr(file.metadata, name) for file in files}
-        facts[name] = next(iter(values)) if len(values) == 1 else None
+        values = [getattr(file.metadata, name) for file in files]
+        facts[name] = values[0] if all(each == values[0] for each in values) else None
     return facts
 
 

@@ -133,7 +133,7 @@ def _intact(
 
 def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptions) -> None:
     metadata = archive.metadata
-    kept = ("model_id", "model_revision", "dataset", "num_layers")
+    kept = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
     remove_abandoned_parts(target)
     writer = ArchiveWriter(
         target,

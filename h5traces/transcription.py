@@ -86,7 +86,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         if path.startswith(prefix) and "/" not in name and not is_old:
             extra[layout.unescape_key(text.unescape(name))] = trace.extra(path)
     metadata = trace.metadata
-    tokens = trace.get(layout.TOKENS) if layout.TOKENS in trace.objects else None
+    tokens = trace.tokens() if layout.TOKENS in trace.objects else None
     container = trace.attrs(layout.TOKENS).get("container") if tokens is not None else None
     return TraceRecord(
         sample_id=metadata.sample_id,
@@ -99,6 +99,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
             if metadata.source
             else None
         ),
+        extraction=metadata.extraction,
         fields=trace.fields,
         tokens=tokens,
         tokens_container="torch" if container == "torch" else None,

@@ -35,6 +35,9 @@ examples:
 
   a look, in two minutes:
     python tools/crash_test.py --kills 20 --calls 20
+
+  one scenario at all of its calls:
+    python tools/crash_test.py --only merge
 """
 
 
@@ -68,6 +71,9 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=200, help="at random moments, of a long run")
     parser.add_argument("--calls", type=int, default=0, help="how many per scenario; 0 for all")
+    parser.add_argument(
+        "--only", action="append", choices=[LONG_RUN, *SCENARIOS], help="may be given several times"
+    )
     parser.add_argument("--folder", type=Path, help="where to work; /dev/shm saves much time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -77,6 +83,7 @@ def main() -> None:
     stops = [f"kill{count}", f"power{count}", f"signal{count}", f"error{count}", f"limit{limits}"]
     jobs = [(LONG_RUN, [f"random={options.kills}"])]
     jobs += [(scenario, [stop]) for scenario in SCENARIOS for stop in stops]
+    jobs = [job for job in jobs if not options.only or job[0] in options.only]
     found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pending = [pool.submit(run, scenario, stops, options) for scenario, stops in jobs]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hostile"))
 
-from fuzz_archives import BATCH, Fuzzer, run
+from children import BATCH
+from fuzz_archives import Fuzzer, run
 
 
 def main() -> int:

@@ -32,8 +32,10 @@ from h5traces.limits import ReadLimits
 from h5traces.schema import (
     COVERAGE_DEFINITIONS,
     ArchiveMetadata,
+    ExtractionMetadata,
     KindMetadata,
     LabelSidecar,
+    SampleExtraction,
     SourceFile,
     SourcePosition,
     TraceDescription,
@@ -247,11 +249,13 @@ def tables() -> dict[str, str]:
     return {
         "ArchiveMetadata": model_table(ArchiveMetadata),
         "SourceFile": model_table(SourceFile, nested=True),
+        "ExtractionMetadata": model_table(ExtractionMetadata, nested=True),
         "KindMetadata": model_table(KindMetadata),
         "Kinds": kinds_table(),
         "TraceMetadata": model_table(TraceMetadata),
         "LabelSidecar": model_table(LabelSidecar, nested=True),
         "SourcePosition": model_table(SourcePosition, nested=True),
+        "SampleExtraction": model_table(SampleExtraction, nested=True),
         "Coverage": coverage_table(),
         "ReadLimits": limits_table(),
     }

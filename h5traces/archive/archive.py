@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from h5traces.limits import ReadLimits
     from h5traces.schema import ArchiveMetadata
     from h5traces.storage.remote import RemoteOptions
 
-# Files kept open at a time; the usual limit on descriptors is 1024 for the whole process.
+# Files kept open at a time; the usual limit on descriptors is 1024 for the whole process, and
+# where it is lower, other files need most of them.
 MAX_OPEN_FILES = 64
+_MOST_OF_LIMIT = 1 / 4
 # Those on servers take no descriptor but their footers in memory, and new requests when reopened.
 MAX_OPEN_REMOTE_FILES = 128
 # Enough that no thread waits long for the last one.
@@ -84,6 +89,12 @@ class Archive(Sequence[Trace]):
     def files(self) -> tuple[ArchiveFile, ...]:
         """The opened files, in order."""
         return tuple(self._files)
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int64]:
+        """For every trace of this view, which of `files` it lies in."""
+        indices = np.asarray(self._indices, dtype=np.int64)
+        return np.searchsorted(self._starts, indices, side="right").astype(np.int64) - 1
 
     @property
     def metadata(self) -> ArchiveMetadata:
@@ -341,6 +352,12 @@ def _read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any
         return [array for part in pool.map(read, parts) for array in part]
 
 
+def _most_open_files() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else int(soft * _MOST_OF_LIMIT)
+    return max(1, min(MAX_OPEN_FILES, allowed))
+
+
 class _OpenFiles:
     """Closes the file that was not used for longest when too many are open."""
 
@@ -353,7 +370,7 @@ class _OpenFiles:
         """Note that `file` is about to be read."""
         is_remote = isinstance(file.path, RemotePath)
         used = self._remote if is_remote else self._local
-        most = MAX_OPEN_REMOTE_FILES if is_remote else MAX_OPEN_FILES
+        most = MAX_OPEN_REMOTE_FILES if is_remote else _most_open_files()
         with self._lock:
             used[id(file)] = file
             used.move_to_end(id(file))

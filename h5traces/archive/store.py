@@ -28,6 +28,7 @@ from h5traces.schema import ArchiveMetadata
 from h5traces.schema.attributes import Attrs, from_attributes
 from h5traces.storage.arrays import check_sizes, read_array
 from h5traces.storage.codecs import get_codec
+from h5traces.storage.digests import dataset_digest
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
     COLUMNS,
@@ -35,12 +36,18 @@ from h5traces.storage.footer import (
     FooterError,
     FooterTables,
     attrs_from_json,
-    metadata_checksum,
     read_directory,
 )
 from h5traces.storage.hdf5 import Hdf5Reader
-from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
+from h5traces.storage.objects import (
+    ChunkTable,
+    ObjectEntry,
+    SampleEntry,
+    carrier_dtype,
+    digest_type,
+)
 from h5traces.storage.remote import DEFAULT_REMOTE, RemoteFile, RemotePath
+from h5traces.storage.scanning import scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,6 +62,8 @@ if TYPE_CHECKING:
 
 _GROUP_TYPE = ""
 _MOST_FEATURES_NAMED = 10
+# By a reader through HDF5; about as many as its threads are in at once.
+_SAMPLES_KEPT = 8
 
 
 class Store(Protocol):
@@ -160,6 +169,10 @@ class FooterStore:
         except (CorruptArchiveError, RemoteError) as error:
             raise _located(error, self.file.name, sample.ordinal, path) from error
 
+    def close(self) -> None:
+        """Close the file; for whoever opened it alone."""
+        self.file.close()
+
     def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
         """Offsets, sizes and checksums of all chunks, in the order of samples and objects."""
         column = self._tables.column
@@ -171,8 +184,15 @@ class FooterStore:
         sample = int(np.searchsorted(self._object_ends, row, side="right")) - 1
         return sample, self.entry(row).path
 
-    def check_metadata(self) -> bool:
-        """Whether all bytes of the HDF5 part outside of chunks are as they were written.
+    def check_bytes(
+        self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[list[int], bool]:
+        """Compare every byte of the file with the footer's checksums.
+
+        Returns
+        -------
+        list of int, bool
+            Rows of the chunk table that are damaged; whether all other bytes are as written.
 
         Raises
         ------
@@ -181,9 +201,17 @@ class FooterStore:
         """
         for name in COLUMNS:
             self._tables.column(name)
-        offsets, sizes, _ = self.chunk_table()
-        found = metadata_checksum(self.file, offsets, sizes, self._directory.hdf5_nbytes)
-        return found == self._directory.metadata_checksum
+        table = self.chunk_table()
+        if len({len(column) for column in table}) > 1:
+            message = "the footer's columns of chunks have several lengths"
+            raise FooterError(message)
+        end = self._directory.hdf5_nbytes
+        # Chunks that overlap would be read again and again; floats, as the sum may be any.
+        if table[1].astype(np.float64).sum() > end:
+            message = f"the footer's chunks overlap in {end} bytes"
+            raise FooterError(message)
+        found = scan(self.file, table, end, workers=workers, progress=progress)
+        return found.damaged, found.metadata_checksum == self._directory.metadata_checksum
 
     def sizes(self) -> dict[str, StoredSize]:
         column = self._tables.column
@@ -294,9 +322,14 @@ class _FooterObjects(Mapping[str, ObjectEntry]):
     def __init__(self, store: FooterStore, rows: dict[str, int]) -> None:
         self._store = store
         self._rows = rows
+        self._last: ObjectEntry | None = None
 
     def __getitem__(self, path: str) -> ObjectEntry:
-        return self._store.entry(self._rows[path])
+        # Whoever reads an array asks for its entry three times in a row.
+        last = self._last
+        if last is None or last.path != path:
+            last = self._last = self._store.entry(self._rows[path])
+        return last
 
     def __contains__(self, path: object) -> bool:
         return path in self._rows
@@ -316,6 +349,8 @@ class Hdf5Store:
         self.file = LocalFile(path)
         self._reader = Hdf5Reader(path, limits)
         self._pid = os.getpid()
+        # Whoever reads array by array asks for the same sample again and again.
+        self._walked: dict[int, SampleEntry] = {}
 
     @property
     def _hdf5(self) -> Hdf5Reader:
@@ -345,7 +380,29 @@ class Hdf5Store:
         return self._hdf5.sample_attributes(self._names[index])
 
     def sample(self, index: int) -> SampleEntry:
-        return self._hdf5.sample(self._names[index])
+        walked = self._walked
+        if index not in walked:
+            found = self._hdf5.sample(self._names[index])
+            # Another dict, as other threads may be looking into the full one.
+            self._walked = walked = {} if len(walked) >= _SAMPLES_KEPT else walked
+            walked[index] = found
+            return found
+        return walked[index]
+
+    def close(self) -> None:
+        """Close the file; for whoever opened it alone."""
+        self._reader.close()
+        self.file.close()
+
+    def check_index(self) -> None:
+        """Read the table of samples, which no reader needs.
+
+        Raises
+        ------
+        CorruptArchiveError
+            It is damaged.
+        """
+        self._hdf5.index_table()
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         entry = sample.objects[path]
@@ -509,10 +566,26 @@ class ArchiveFile:
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
         try:
-            return self.store.read(sample, path)
+            store = self.store
+            values = store.read(sample, path)
         except FooterError as error:
             store = self._fall_back(error)
-            return store.read(store.sample(sample.ordinal), path)
+            sample = store.sample(sample.ordinal)
+            values = store.read(sample, path)
+        if isinstance(store, Hdf5Store):
+            self._warn_of_edit(sample, sample.objects[path], values)
+        return values
+
+    def _warn_of_edit(self, sample: SampleEntry, entry: ObjectEntry, values: NDArray[Any]) -> None:
+        """No checksum of HDF5's shows that two chunks were exchanged; the digest does."""
+        expected = entry.attrs.get(DIGEST)
+        if entry.codec is None or expected is None:
+            return
+        if dataset_digest(digest_type(entry.dtype), values) != expected:
+            self._warn(
+                f"{layout.sample_path(sample.ordinal)}/{entry.path}: the values do not fit their "
+                "digest; they were edited, or exchanged by damage"
+            )
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""

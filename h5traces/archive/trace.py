@@ -180,7 +180,7 @@ class Trace(Mapping[str, Any]):
             value = self.extra(extra)
             return with_tensors(value) if torch_tensors else without_tensors(value)
         if key == layout.TOKENS and key in objects:
-            return self._tokens(torch_tensors=torch_tensors)
+            return self.tokens(torch_tensors=torch_tensors)
         if key == layout.TOKENS_DECODED and key in objects:
             return self.texts(key)
         if key in layout.TEXT_FIELDS and key in objects:
@@ -203,7 +203,14 @@ class Trace(Mapping[str, Any]):
         """The value of an extra field by its path; torch tensors as `TorchValue`."""
         return decode_element(_Elements(self), path)
 
-    def _tokens(self, *, torch_tensors: bool) -> Any:
+    def tokens(self, *, torch_tensors: bool = False) -> Any:
+        """The stored tokens in the type of their source, whether or not it is among `fields`.
+
+        Raises
+        ------
+        CorruptArchiveError
+            They are no row of integers.
+        """
         attrs, values = self.attrs(layout.TOKENS), self.stored(layout.TOKENS)
         source_dtype = attrs.get("source_dtype")
         if values.ndim != 1 or values.dtype.kind not in "iu":

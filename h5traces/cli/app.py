@@ -9,6 +9,7 @@ import typer
 from h5traces import layout
 from h5traces.cli.console import print_line
 from h5traces.cli.converting import convert
+from h5traces.cli.extracting import estimate, extract
 from h5traces.cli.features import features
 from h5traces.cli.labelling import label
 from h5traces.cli.looking import inspect, ls, validate, verify
@@ -59,6 +60,8 @@ _COMMANDS = (
     salvage,
     label,
     features,
+    extract,
+    estimate,
 )
 for _command in _COMMANDS:
     app.command()(_command)

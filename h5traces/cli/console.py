@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from h5traces.extract.running import RunProgress
+
 EXIT_PROBLEMS = 1
 EXIT_USAGE = 2
 
@@ -142,6 +144,19 @@ def count_progress(label: str) -> Iterator[Callable[[int, int], None]]:
     with _progress(MofNCompleteColumn()) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def samples_progress(label: str) -> Iterator[Callable[[RunProgress], None]]:
+    """A bar of samples with speed, bytes written and remaining time, as an extraction tells it."""
+    with _progress(MofNCompleteColumn(), TextColumn("{task.fields[state]}")) as bar:
+        task = bar.add_task(label, total=None, state="")
+
+        def update(state: RunProgress) -> None:
+            text = f"{state.tokens_per_second:.0f} tokens/s, {human_size(state.nbytes)}"
+            bar.update(task, completed=state.num_done, total=state.num_samples, state=text)
+
+        yield update
 
 
 def _progress(*columns: ProgressColumn) -> Progress:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from h5traces.check import ValidationReport
     from h5traces.conversion import ConversionReport, FileReport
     from h5traces.errors import Problem
+    from h5traces.estimation import Estimate
+    from h5traces.extract.reports import ExtractionReport
     from h5traces.features import FeatureReport
     from h5traces.inspection import ArrayStats, Inspection, SampleStats
     from h5traces.integrity import VerifyReport
@@ -221,3 +223,59 @@ def print_features(report: FeatureReport, *, dry_run: bool) -> None:
     for name, ratios in report.explained.items():
         shares = ", ".join(f"{each:.1%}" for each in ratios)
         print_line(f"  components of {name} explain, by layer: {shares}")
+
+
+def print_extraction(report: ExtractionReport) -> None:
+    """What a run did, or, in a dry run, would need."""
+    if report.status == "planned":
+        if report.estimate is not None:
+            print_estimate(report.estimate, sequences="every answer as long as it may be")
+        print_line(
+            f"{report.num_planned} samples: {human_size(report.needed_nbytes)} needed at most, "
+            f"with the room to pack a shard; {human_size(report.free_nbytes)} free"
+        )
+        return
+    line = (
+        f"{report.output}: {report.num_before + report.num_written} of {report.num_planned} samples"
+    )
+    if report.num_before:
+        line += f", {report.num_before} of them before"
+    if report.num_written:
+        line += (
+            f"; {human_size(report.nbytes)} in {report.seconds:.1f} s, "
+            f"{report.tokens_per_second:.0f} tokens/s"
+        )
+    print_line(line)
+    if report.halved:
+        print_line(f"{len(report.halved)} batches did not fit into memory and were halved")
+
+
+def print_estimate(found: Estimate, *, sequences: str = "") -> None:
+    """Bytes per sample and per 1000, by way of storing them."""
+    numbers = ("layers", "per sample", "per 1000", "of float16")
+    table = _table("stored as", *numbers, "basis", numbers=numbers)
+    float16 = next(each for each in found.rows if each.name == "raw float16")
+    for each in found.rows:
+        table.add_row(
+            escape(each.name),
+            str(each.num_layers),
+            human_size(each.sample_nbytes),
+            human_size(each.per_thousand),
+            f"{each.sample_nbytes / float16.sample_nbytes:.2f}",
+            each.basis,
+        )
+    print_table(table)
+    shape = found.shape
+    print_line(
+        f"{shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads, "
+        f"{found.mean_seq_len:.1f} tokens per sample" + (f" ({sequences})" if sequences else "")
+    )
+    bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
+    print_line(f"bits per value: {bits} ({found.rates.source})")
+    told = found.claim
+    print_line(
+        f"It is told that 1000 samples of Llama-2-7B take {human_size(told.low_nbytes)} to "
+        f"{human_size(told.high_nbytes)} in gzip and float16. By the stated rates they take "
+        f"{human_size(told.all_layers_nbytes)} at {told.seq_len} tokens, and "
+        f"{human_size(told.seven_layers_nbytes)} with 7 of the 32 layers."
+    )

@@ -1,11 +1,18 @@
 """The pydantic models that are the single source of the format's metadata."""
 
 from h5traces.schema.archive import ArchiveMetadata, KindMetadata, SourceFile
+from h5traces.schema.extraction import (
+    AnswerCut,
+    ExtractionMetadata,
+    FinishReason,
+    SampleExtraction,
+)
 from h5traces.schema.labels import LabelSidecar
 from h5traces.schema.record import (
     ArrayDescription,
     ArraySource,
     Container,
+    EarlierCast,
     LayerArray,
     LayeredArrays,
     StepArrays,
@@ -17,15 +24,20 @@ from h5traces.schema.trace import COVERAGE_DEFINITIONS, Coverage, SourcePosition
 
 __all__ = [
     "COVERAGE_DEFINITIONS",
+    "AnswerCut",
     "ArchiveMetadata",
     "ArrayDescription",
     "ArraySource",
     "Container",
     "Coverage",
+    "EarlierCast",
+    "ExtractionMetadata",
+    "FinishReason",
     "KindMetadata",
     "LabelSidecar",
     "LayerArray",
     "LayeredArrays",
+    "SampleExtraction",
     "SourceFile",
     "SourcePosition",
     "StepArrays",

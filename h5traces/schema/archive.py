@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.schema.base import Document
+from h5traces.schema.extraction import ExtractionMetadata
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -129,6 +130,10 @@ class ArchiveMetadata(Document):
     sources: Annotated[
         tuple[SourceFile, ...] | None,
         Field(description="The files that samples were converted from."),
+    ] = None
+    extraction: Annotated[
+        ExtractionMetadata | None,
+        Field(description="How a model was run to make the samples."),
     ] = None
     complete: Annotated[bool, Field(description="Written last; false or absent: not finished.")] = (
         False

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 
 from h5traces import layout
-from h5traces.dtypes import FloatType, TypedArray
+from h5traces.dtypes import CastCounts, FloatType, TypedArray
 from h5traces.errors import Problem, SchemaError
 from h5traces.schema.archive import Count, Int64
 from h5traces.schema.attributes import problems_of
 from h5traces.schema.base import Document
+from h5traces.schema.extraction import SampleExtraction
 from h5traces.schema.trace import Coverage, SourcePosition, TraceMetadata
 
 Container = Literal["torch"]
@@ -53,6 +54,22 @@ class StepArrays:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierCast:
+    """A cast that was made before an array got into a record, on the device that computed it.
+
+    Attributes
+    ----------
+    cast_from
+        The type of the array before.
+    counts
+        What that cast changed; values that are not finite are counted when the array is written.
+    """
+
+    cast_from: FloatType
+    counts: CastCounts
+
+
+@dataclass(frozen=True, slots=True)
 class LayerArray:
     """One array of a layered kind.
 
@@ -66,12 +83,15 @@ class LayerArray:
         Where in the model the numbers were taken; see ``schema/SPEC.md``.
     container
         ``torch`` where the source was a torch tensor; None for numpy.
+    earlier
+        The cast that the array has been through already.
     """
 
     name: str
     array: ArraySource | StepArrays
     site: str | None = None
     container: Container | None = None
+    earlier: EarlierCast | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +228,7 @@ class TraceRecord(BaseModel):
     label: Int64 | None = None
     scores: dict[str, float] | None = None
     source: SourcePosition | None = None
+    extraction: SampleExtraction | None = None
     fields: tuple[str, ...] = ()
     tokens: NDArray[np.int64] | None = None
     tokens_container: Container | None = None
@@ -276,6 +297,7 @@ class TraceRecord(BaseModel):
                 scores=self.scores,
                 fields=self.fields or None,
                 source=self.source,
+                extraction=self.extraction,
             ),
             num_tokens=None if self.tokens is None else len(self.tokens),
             num_tokens_decoded=None if self.tokens_decoded is None else len(self.tokens_decoded),

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from h5traces.schema.archive import Count, Int64
 from h5traces.schema.base import Document
+from h5traces.schema.extraction import SampleExtraction
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
 
@@ -55,6 +56,9 @@ class TraceMetadata(Document):
     ] = None
     source: Annotated[
         SourcePosition | None, Field(description="Where the sample was converted from.")
+    ] = None
+    extraction: Annotated[
+        SampleExtraction | None, Field(description="How the sample was extracted from the model.")
     ] = None
     digest: Annotated[
         str | None,

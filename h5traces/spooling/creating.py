@@ -9,15 +9,18 @@ from pydantic import ValidationError
 
 from h5traces.errors import ArchiveError, ArchiveExistsError, SchemaError
 from h5traces.schema.attributes import problems_of
+from h5traces.spooling.direct_writer import DirectWriter
 from h5traces.spooling.folder import RunState, SpoolFolder
+from h5traces.spooling.spool_writer import SpoolWriter
 from h5traces.spooling.targets import Target
-from h5traces.spooling.writers import DirectWriter, SpoolWriter, TraceWriter
 from h5traces.storage.codecs import get_codec
 from h5traces.writer import WriteOptions
 
 if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
+    from h5traces.schema import ExtractionMetadata
+    from h5traces.spooling.trace_writer import TraceWriter
 
 
 def create(
@@ -35,6 +38,7 @@ def create(
     model_revision: str | None = None,
     dataset: str | None = None,
     num_layers: int | None = None,
+    extraction: ExtractionMetadata | None = None,
 ) -> TraceWriter:
     """Start a run that writes samples as they come, or go on with one that was stopped.
 
@@ -60,7 +64,7 @@ def create(
         Threads; one per core by default.
     verify
         Read every file back and compare it before it gets its name.
-    model_id, model_revision, dataset, num_layers
+    model_id, model_revision, dataset, num_layers, extraction
         Recorded in the archives.
 
     Returns
@@ -87,6 +91,7 @@ def create(
         model_revision=model_revision,
         dataset=dataset,
         num_layers=num_layers,
+        extraction=extraction,
     )
     options = WriteOptions(dtype=dtype, on_overflow=on_overflow, codec=codec, workers=workers)
     spooled = target.spool_path.exists()

@@ -22,6 +22,7 @@ from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.schema.archive import PositiveCount
 from h5traces.schema.base import Document
+from h5traces.schema.extraction import ExtractionMetadata
 from h5traces.storage.part_file import PartFile, make_folder, sync_folder
 
 if TYPE_CHECKING:
@@ -45,20 +46,29 @@ class RunState(Document):
     model_revision: Annotated[str | None, Field(description="Recorded in the archives.")] = None
     dataset: Annotated[str | None, Field(description="Recorded in the archives.")] = None
     num_layers: Annotated[PositiveCount | None, Field(description="Of the model.")] = None
+    extraction: Annotated[
+        ExtractionMetadata | None, Field(description="Recorded in the archives.")
+    ] = None
     closing: Annotated[bool, Field(description="No sample comes after those in the spool.")] = False
 
     def facts(self) -> dict[str, Any]:
         """What is recorded in every archive."""
-        return self.model_dump(include={"model_id", "model_revision", "dataset", "num_layers"})
+        facts = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
+        return {name: getattr(self, name) for name in facts}
 
     def differences(self, other: RunState) -> list[str]:
         """What two runs want differently."""
-        ours, theirs = self.model_dump(exclude={"closing"}), other.model_dump()
-        return [
+        ours, theirs = self.model_dump(exclude={"closing", "extraction"}), other.model_dump()
+        found = [
             f"{name}={value!r} (was {theirs[name]!r})"
             for name, value in ours.items()
             if value != theirs[name]
         ]
+        if self.extraction is not None:
+            found += self.extraction.differences(other.extraction)
+        elif other.extraction is not None:
+            found.append("extraction=None (was recorded)")
+        return found
 
 
 class SpoolFolder:

@@ -109,7 +109,8 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
         raise HostileFileError(msg)
     expected = grid.num_chunks(shape, chunk)
     table = entry.chunks
-    counts = {len(table.offsets), len(table.sizes), len(table.checksums or table.offsets)}
+    columns = (table.offsets, table.sizes, table.checksums)
+    counts = {len(column) for column in columns if column is not None}
     if counts != {expected}:
         message = f"{min(counts)} chunks are stored, expected {expected}"
         raise CorruptArchiveError(message)

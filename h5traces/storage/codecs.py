@@ -15,6 +15,7 @@ import zstandard
 
 from h5traces.errors import UnsupportedEncodingError
 from h5traces.storage import deflate, planes
+from h5traces.storage.scratch import Scratch
 
 FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2
@@ -99,7 +100,8 @@ class ZstdCodec:
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One Zstandard frame, with its content size, of the shuffled bytes."""
-        shuffled = planes.shuffle(np.frombuffer(raw, np.uint8), itemsize)
+        data = np.frombuffer(raw, np.uint8)
+        shuffled = planes.shuffle(data, itemsize, out=_SCRATCH.take(data.size))
         return _ZSTD_CONTEXTS.compressor(self.level).compress(shuffled.data)
 
     def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
@@ -137,6 +139,7 @@ class _ZstdContexts(threading.local):
 
 
 _ZSTD_CONTEXTS: Final = _ZstdContexts()
+_SCRATCH: Final = Scratch()
 
 
 GZIP: Final = DeflateCodec("gzip", shuffle=True)

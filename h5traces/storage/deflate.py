@@ -5,11 +5,6 @@ joined on byte boundaries: noise goes into stored blocks, planes without matches
 coded, the zero runs of causal attentions are coded with the run-length strategy, and repeats with a
 full search. The choice is made from a sample (:mod:`h5traces.storage.planes`).
 
-Which library does what: isal's level 1 codes planes without matches three times as fast as zlib-ng
-and inflates them 1.3 times as fast; zlib-ng has the strategies that isal lacks and is the faster
-one at inflating runs. Both release the GIL. Where both are missing the standard library's zlib
-takes their place, at 0.3 of the speed for hidden states and 0.7 for attentions.
-
 Choosing takes a fifth of the time of float16-born hidden states, a quarter of that of bfloat16-born
 ones, which are looked through for repeats at more places, and a tenth of that of attentions.
 ``benchmarks/encoder.py`` measures the whole; figures of single steps, here and in
@@ -23,12 +18,14 @@ import enum
 import itertools
 import zlib
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from h5traces.storage import planes as _planes
+from h5traces.storage.engines import RAW_DEFLATE, Engines
+from h5traces.storage.inflate import inflate
+from h5traces.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 
 _HEADER = b"\x78\x01"  # RFC 1950: deflate, 32 KiB window, no dictionary
 _STORED_BLOCK = 65535
-_RAW_DEFLATE = -15
 
 # Below this size trying everything costs less than a third of a millisecond, and tables of codes
 # are so large a part that no rule of thumb holds.
@@ -81,10 +77,6 @@ _MEM_LEVEL_MEDIUM_BLOCKS = 8
 _MEM_LEVEL_LONG_BLOCKS = 9
 _LARGE = 1 << 17
 
-# zlib-ng inflates the runs of attentions, which are stored in so little of their size, 1.1 to 1.4
-# times as fast as isal; isal inflates hidden states 1.3, bfloat16-born ones 1.6 times as fast.
-_MAX_SHARE_FOR_ZLIB_NG = 0.56
-
 
 class _Coding(enum.Enum):
     """One way of coding bytes as deflate blocks other than stored ones."""
@@ -127,75 +119,10 @@ _DENSE_REPEATS = _Plan((_Coding.DENSE, *_LONG_SEARCHES))
 _THOROUGH = _Plan((_Coding.HUFFMAN, _Coding.SHORT_SEARCH))
 
 
-@dataclass(frozen=True)
-class Engines:
-    """The deflate libraries to work with; None stands for one that is not installed."""
-
-    isal_zlib: Any
-    igzip_lib: Any
-    zlib_ng: Any
-
-    @classmethod
-    def installed(cls) -> Engines:
-        """The libraries that can be imported."""
-        names = ("isal.isal_zlib", "isal.igzip_lib", "zlib_ng.zlib_ng")
-        return cls(*map(_import_or_none, names))
-
-    @property
-    def errors(self) -> tuple[type[Exception], ...]:
-        """What inflating a damaged stream raises."""
-        extra = (self.igzip_lib and self.igzip_lib.error, self.zlib_ng and self.zlib_ng.error)
-        return (zlib.error, *filter(None, extra))
-
-    def adler32(self, data: Bytes) -> int:
-        """RFC 1950's checksum: 49 GB/s with zlib-ng, 16 with isal, 3.5 with zlib."""
-        library = self.zlib_ng or self.isal_zlib or zlib
-        return int(library.adler32(data))
-
-    def inflater(self, stored_share: float) -> Any:
-        """A fresh zlib decompressor with ``decompress(data, max_length)`` and ``eof``.
-
-        Parameters
-        ----------
-        stored_share
-            Stored bytes per raw byte.
-        """
-        if self.igzip_lib and (stored_share > _MAX_SHARE_FOR_ZLIB_NG or not self.zlib_ng):
-            return self.igzip_lib.IgzipDecompressor(self.igzip_lib.DECOMP_ZLIB)
-        return (self.zlib_ng or zlib).decompressobj()
-
-    def deflater(self, coding: _Coding, mem_level: int) -> Any:
-        """A fresh raw deflate compressor."""
-        library = self.zlib_ng or zlib
-        if self.isal_zlib and coding is _Coding.DENSE:
-            return self.isal_zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE_SHORT_WINDOW, 9)
-        if self.isal_zlib and coding is _Coding.LONG_SEARCH:
-            return self.isal_zlib.compressobj(3, zlib.DEFLATED, _RAW_DEFLATE, 9)
-        level, strategy = self._setting(coding)
-        return library.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, mem_level, strategy)
-
-    def _setting(self, coding: _Coding) -> tuple[int, int]:
-        match coding:
-            case _Coding.DENSE | _Coding.HUFFMAN:
-                return 1, zlib.Z_HUFFMAN_ONLY
-            case _Coding.RUNS:
-                return 1, zlib.Z_RLE
-            # zlib-ng's level 7 is as thorough as zlib's level 6, but sees no matches of three
-            # bytes; its level 9 does.
-            case _Coding.SHORT_SEARCH if self.zlib_ng:
-                return 9, zlib.Z_DEFAULT_STRATEGY
-            case _:
-                return 7 if self.zlib_ng else 6, zlib.Z_DEFAULT_STRATEGY
-
-
-def _import_or_none(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        return None
-
-
 ENGINES = Engines.installed()
+
+# For what need not outlive a call.
+_SCRATCH = Scratch()
 
 
 def encode(raw: Buffer, *, itemsize: int) -> bytes:
@@ -208,7 +135,8 @@ def encode(raw: Buffer, *, itemsize: int) -> bytes:
     itemsize
         Bytes per element, as the dataset's shuffle filter has it; 1 leaves the order as it is.
     """
-    shuffled = _planes.shuffle(_as_bytes(raw), _checked(itemsize))
+    data = _as_bytes(raw)
+    shuffled = _planes.shuffle(data, _checked(itemsize), out=_SCRATCH.take(data.size))
     planes = _planes.plane_view(shuffled, itemsize)
     if planes.size < _SMALL:
         pieces = _small_pieces(shuffled, itemsize)
@@ -233,30 +161,9 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
     if not target.flags.writeable:
         msg = "the output buffer is read-only; give a writable one"
         raise ValueError(msg)
-    shuffled = np.frombuffer(_inflate(stored, target.size), np.uint8)
+    shuffled = _SCRATCH.take(target.size)
+    inflate(_as_bytes(stored), shuffled, ENGINES)
     _planes.unshuffle(shuffled, target, _checked(itemsize))
-
-
-def _inflate(stored: Buffer, nbytes: int) -> bytes:
-    inflater = ENGINES.inflater(memoryview(stored).nbytes / max(nbytes, 1))
-    try:
-        data: bytes = inflater.decompress(stored, nbytes + 1)
-    except ENGINES.errors as error:
-        msg = f"the stored bytes are no intact zlib stream: {error}"
-        raise ValueError(msg) from error
-    if len(data) > nbytes:
-        msg = f"the zlib stream holds more than the expected {nbytes} bytes"
-        raise ValueError(msg)
-    if not inflater.eof:
-        msg = f"the zlib stream is cut off after {len(data)} of {nbytes} bytes"
-        raise ValueError(msg)
-    if len(data) < nbytes:
-        msg = f"the zlib stream holds {len(data)} bytes, expected {nbytes}"
-        raise ValueError(msg)
-    if inflater.unused_data:
-        msg = f"{len(inflater.unused_data)} stray bytes follow the zlib stream"
-        raise ValueError(msg)
-    return data
 
 
 def _checked(itemsize: int) -> int:
@@ -361,10 +268,36 @@ def _nbytes(parts: list[Buffer]) -> int:
 
 
 def _deflated(data: Bytes, coding: _Coding, mem_level: int, *, final: bool) -> list[Buffer]:
-    deflater = ENGINES.deflater(coding, mem_level)
+    deflater = _deflater(coding, mem_level)
     # A sync flush ends the piece on a byte boundary without ending the stream.
     flush = zlib.Z_FINISH if final else zlib.Z_SYNC_FLUSH
     return [deflater.compress(data), deflater.flush(flush)]
+
+
+def _deflater(coding: _Coding, mem_level: int) -> Any:
+    """A fresh raw deflate compressor."""
+    isal_zlib, library = ENGINES.isal_zlib, ENGINES.zlib_ng or zlib
+    if isal_zlib and coding is _Coding.DENSE:
+        return isal_zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE_SHORT_WINDOW, 9)
+    if isal_zlib and coding is _Coding.LONG_SEARCH:
+        return isal_zlib.compressobj(3, zlib.DEFLATED, RAW_DEFLATE, 9)
+    level, strategy = _setting(coding)
+    return library.compressobj(level, zlib.DEFLATED, RAW_DEFLATE, mem_level, strategy)
+
+
+def _setting(coding: _Coding) -> tuple[int, int]:
+    """Level and strategy of zlib-ng or zlib."""
+    match coding:
+        case _Coding.DENSE | _Coding.HUFFMAN:
+            return 1, zlib.Z_HUFFMAN_ONLY
+        case _Coding.RUNS:
+            return 1, zlib.Z_RLE
+        # zlib-ng's level 7 is as thorough as zlib's level 6, but sees no matches of three
+        # bytes; its level 9 does.
+        case _Coding.SHORT_SEARCH if ENGINES.zlib_ng:
+            return 9, zlib.Z_DEFAULT_STRATEGY
+        case _:
+            return 7 if ENGINES.zlib_ng else 6, zlib.Z_DEFAULT_STRATEGY
 
 
 def _stored(data: Bytes, *, final: bool) -> list[Buffer]:

@@ -29,6 +29,9 @@ class ByteFile(Protocol):
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` from `offset`; CorruptArchiveError where the file ends before."""
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`; CorruptArchiveError as `read_at`."""
+
     def at_hand(self, offset: int, nbytes: int) -> bool:
         """Whether these bytes can be read without asking a server."""
 
@@ -45,7 +48,8 @@ class ByteFile(Protocol):
 class LocalFile:
     """A file on disk, read without a shared position: safe for threads and after ``fork``.
 
-    A closed file opens again when it is read, if it still is the same file.
+    A closed file opens again for every read, if it still is the same file: whoever closed it wants
+    few files open.
 
     Raises
     ------
@@ -66,7 +70,7 @@ class LocalFile:
     def _begin(self) -> None:
         self._lock = threading.Lock()
         self._num_readers = 0
-        self._is_closing = False
+        self._is_closed = False
 
     @property
     def name(self) -> str:
@@ -92,13 +96,31 @@ class LocalFile:
             while len(data) < nbytes:
                 more = os.pread(descriptor, nbytes - len(data), offset + len(data))
                 if not more:
-                    message = (
-                        f"{self.path}: the file ends at {os.fstat(descriptor).st_size}, expected "
-                        f"{nbytes} bytes at {offset}; it was truncated"
-                    )
-                    raise CorruptArchiveError(message)
+                    raise self._too_short(descriptor, offset, nbytes)
                 data += more
         return data
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`.
+
+        Raises
+        ------
+        CorruptArchiveError
+            As `read_at`.
+        """
+        with self._used() as descriptor:
+            done = 0
+            while done < len(out):
+                count = os.preadv(descriptor, [out[done:]], offset + done)
+                if not count:
+                    raise self._too_short(descriptor, offset, len(out))
+                done += count
+
+    def _too_short(self, descriptor: int, offset: int, nbytes: int) -> CorruptArchiveError:
+        return CorruptArchiveError(
+            f"{self.path}: the file ends at {os.fstat(descriptor).st_size}, expected {nbytes} "
+            f"bytes at {offset}; it was truncated"
+        )
 
     def at_hand(self, offset: int, nbytes: int) -> bool:
         """True: nothing of a local file is far away."""
@@ -120,13 +142,12 @@ class LocalFile:
             if self._descriptor < 0:
                 self._descriptor = self._open()
             self._num_readers += 1
-            self._is_closing = False
         try:
             yield self._descriptor
         finally:
             with self._lock:
                 self._num_readers -= 1
-                if self._is_closing and not self._num_readers:
+                if self._is_closed and not self._num_readers:
                     self._close_now()
 
     def _open(self) -> int:
@@ -143,9 +164,8 @@ class LocalFile:
     def close(self) -> None:
         """Close the descriptor as soon as nobody reads."""
         with self._lock:
-            if self._num_readers:
-                self._is_closing = True
-            else:
+            self._is_closed = True
+            if not self._num_readers:
                 self._close_now()
 
     def _close_now(self) -> None:

@@ -112,10 +112,10 @@ class PlaneSurvey:
         return others / total * math.log2(gain)
 
 
-def shuffle(raw: Bytes, itemsize: int) -> Bytes:
-    """The bytes of `raw` as HDF5's shuffle filter orders them, in a new array."""
+def shuffle(raw: Bytes, itemsize: int, *, out: Bytes | None = None) -> Bytes:
+    """The bytes of `raw` as HDF5's shuffle filter orders them, in `out` or a new array."""
     count = raw.size // itemsize
-    shuffled = np.empty(raw.size, np.uint8)
+    shuffled = np.empty(raw.size, np.uint8) if out is None else out
     planes = plane_view(shuffled, itemsize)
     if itemsize in (2, 4):
         # Shifts and casts of whole elements are vectorised: 19 GB/s for two-byte elements, 7 for

@@ -7,6 +7,7 @@ the final name before it is whole, durable and (unless told otherwise) read back
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import uuid
 from collections import deque
@@ -22,6 +23,7 @@ from h5traces.schema import (
     ArchiveMetadata,
     KindMetadata,
     SourceFile,
+    StepArrays,
     TraceMetadata,
     TraceRecord,
 )
@@ -39,7 +41,7 @@ from h5traces.writer.options import WriteOptions, WriteSummary
 from h5traces.writer.preparation import (
     Prepared,
     prepare_element,
-    prepare_layer,
+    prepare_layers,
     sequence_attributes,
     steps_table,
 )
@@ -48,10 +50,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from h5traces.schema import LayerArray
     from h5traces.writer.stored_samples import StoredSample
 
-# Arrays that may wait, cast and compressed, for the thread that writes, per worker.
+# Groups of arrays that may wait, cast and compressed, for the thread that writes, per worker.
 _QUEUED_PER_WORKER = 2
+# Values in a group of arrays. Handing one array at a time to a thread and back took a tenth of the
+# interpreter's time.
+_GROUP_SIZE = 1 << 20
 
 
 class ArchiveWriter:
@@ -113,7 +119,6 @@ class ArchiveWriter:
                 self._part = PartFile(path)
                 undo.callback(self._part.discard)
                 self._hdf5 = Hdf5Writer(self._part.file)
-                undo.callback(self._hdf5.close)
                 self._hdf5.create_group(layout.SAMPLES_GROUP, {})
                 self._hdf5.create_group(layout.KINDS_GROUP, {})
             undo.pop_all()
@@ -188,8 +193,6 @@ class ArchiveWriter:
             yield element if element.values is None else prepare_element(element)
 
     @uninterrupted
-    # Once for the sample: for each of its many datasets it would take as long as writing them.
-    @uninterrupted
     def _write_sample(
         self,
         metadata: TraceMetadata,
@@ -211,6 +214,7 @@ class ArchiveWriter:
         digest = sample_digest(attrs, {path: entry.attrs for path, entry in entries.items()})
         # The digest comes last: a sample without one is not whole.
         self._hdf5.add_attributes(group, {"digest": digest})
+        self._hdf5.finish_group(group)
         self._part.file.raise_error()
         self._footer.add_sample(
             {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
@@ -239,16 +243,16 @@ class ArchiveWriter:
 
     def _prepare(self, record: TraceRecord) -> Iterator[Prepared]:
         """The layered arrays, cast, digested and encoded in threads, in order."""
-        waiting: deque[Future[Prepared]] = deque()
+        waiting: deque[Future[list[Prepared]]] = deque()
         for kind, layered in record.layered.items():
             if layered.in_steps:
                 yield prepare_element(steps_table(kind, layered.arrays))
-            for entry in layered.arrays:
-                waiting.append(self._pool.submit(prepare_layer, kind, entry, self._options))
+            for group in _groups(layered.arrays):
+                waiting.append(self._pool.submit(prepare_layers, kind, group, self._options))
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
 
     def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
         encoded = prepared.encoded
@@ -356,8 +360,6 @@ class ArchiveWriter:
     def discard(self) -> None:
         """Delete what was written; nothing else is touched."""
         self._pool.shutdown(cancel_futures=True)
-        if not self._finished:
-            self._hdf5.close()
         self._part.discard()
 
     def __enter__(self) -> Self:
@@ -379,3 +381,18 @@ class ArchiveWriter:
 def _only(values: set[int]) -> int | None:
     """The one value, None where there are none or several."""
     return next(iter(values)) if len(values) == 1 else None
+
+
+def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
+    """The arrays in groups worth handing to another thread."""
+    group: list[LayerArray] = []
+    size = 0
+    for each in arrays:
+        steps = each.array.steps if isinstance(each.array, StepArrays) else (each.array,)
+        group.append(each)
+        size += sum(math.prod(step.shape) for step in steps)
+        if size >= _GROUP_SIZE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

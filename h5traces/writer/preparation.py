@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -40,14 +40,18 @@ class Prepared:
     counts: CastCounts
 
 
-def prepare_layer(kind: str, entry: LayerArray, options: WriteOptions) -> Prepared:
-    """One layer's array, cast, digested and encoded; called in threads.
+def prepare_layers(kind: str, entries: list[LayerArray], options: WriteOptions) -> list[Prepared]:
+    """Arrays of some layers, cast, digested and encoded; called in threads.
 
     Raises
     ------
     ConversionError
         The array overflows and ``on_overflow`` is ``error``, or its steps do not go together.
     """
+    return [_prepare_layer(kind, entry, options) for entry in entries]
+
+
+def _prepare_layer(kind: str, entry: LayerArray, options: WriteOptions) -> Prepared:
     cast, attrs = cast_layer(kind, entry, options)
     values = cast.array.values
     return Prepared(
@@ -76,6 +80,12 @@ def cast_layer(kind: str, entry: LayerArray, options: WriteOptions) -> tuple[Cas
     except ConversionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise ConversionError(message) from error
+    if entry.earlier is not None:
+        cast = replace(
+            cast,
+            cast_from=cast.cast_from or entry.earlier.cast_from,
+            counts=cast.counts + entry.earlier.counts,
+        )
     in_tuple = isinstance(array, StepArrays) and array.sequence == "tuple"
     facts = {
         "site": entry.site,

@@ -19,6 +19,7 @@ from h5traces.errors import (
     ConversionError,
     CorruptArchiveError,
     SchemaError,
+    StoredStateWarning,
 )
 from h5traces.legacy.layouts import to_record
 from h5traces.schema import SourcePosition
@@ -95,6 +96,18 @@ def test_a_run_resumes_and_knows_what_is_done(tmp_path):
         writer.append(item(5))
     with h5traces.open(tmp_path / "run") as archive:
         assert [is_same(t.to_dict(), item(n)) for n, t in enumerate(archive)] == [True] * 6
+
+
+def test_a_sample_that_somebody_removed_is_told_of_and_done_again(tmp_path):
+    suspended(tmp_path / "run", range(4))
+    (tmp_path / "run.spool" / "00000001.sample").unlink()
+    with pytest.warns(StoredStateWarning, match=r"00000001\.sample is missing \(1 such\)"):
+        writer = h5traces.create(tmp_path / "run")
+    assert set(writer.done) == {"q0", "q2", "q3"}
+    writer.append(item(1))
+    writer.close()
+    with h5traces.open(tmp_path / "run") as archive:
+        assert archive.ids == ("q0", "q2", "q3", "q1")
 
 
 def identity(path):

@@ -172,6 +172,7 @@ forged(
     error="footer|stored",
 )
 forged("no-names", raw_column("names_json", b"[]"), error="the footer")
+forged("no-checksums", raw_column("chunk_checksum", b""), error="footer|chunks are stored")
 forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error="footer")
 forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="footer|stored")
 forged("names-are-a-number", raw_column("names_json", b"7"), error="footer")

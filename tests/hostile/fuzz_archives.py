@@ -7,10 +7,7 @@ in an error of ours or give what was stored, and never in a crash, a hang or ano
 
 from __future__ import annotations
 
-import os
 import random
-import resource
-import signal
 import struct
 import tempfile
 import warnings
@@ -19,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import children
 import numpy as np
 import probe
 import specimen
+from children import ADDRESS_SPACE, SECONDS_PER_CASE
 from object_headers import lookup3
 
 from h5traces.check import validate
@@ -33,9 +32,6 @@ from h5traces.storage.files import LocalFile
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SECONDS_PER_FILE = 5
-ADDRESS_SPACE = 2 << 30
-BATCH = 50
 INTERESTING = (0, 1, 2, 7, 8, 255, 0xFFFF, 1 << 31, 0xFFFFFFFF, 1 << 40, 1 << 63, (1 << 64) - 1)
 _SIGNATURES = (b"OHDR", b"OCHK", b"BTHD", b"BTLF", b"BTIN", b"FRHP", b"FHIB", b"FADB", b"FAHD",
                b"EAHD", b"EAIB", b"FSHD", b"FSSE", b"SMTB", b"\x89HDF")  # fmt: skip
@@ -218,26 +214,29 @@ def run(fuzzer: Fuzzer, count: int, *, first: int = 0) -> Findings:
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.h5"
-        done = first
-        while done < first + count:
-            numbers = range(done, min(done + BATCH, first + count))
-            results, status = _batch(fuzzer, numbers, path)
-            for number, found in zip(numbers, results, strict=False):
-                findings.outcomes["bad" if found.startswith("bad") else found] += 1
-                if found.startswith("bad"):
-                    findings.bad.append((fuzzer.case(number), found))
-            done += len(results)
-            if len(results) < len(numbers):
-                _add_end(findings, fuzzer.case(done), status, path)
-                done += 1
+
+        def judge(number: int) -> str:
+            warnings.simplefilter("ignore")
+            case = fuzzer.case(number)
+            # Another file: HDF5 goes on with what it knows of one that is still open.
+            path.unlink(missing_ok=True)
+            path.write_bytes(case.data)
+            return outcome(path, case, fuzzer.expected)
+
+        for number, found, how in children.outcomes(judge, range(first, first + count)):
+            if found is None:
+                _add_end(findings, fuzzer.case(number), how, path)
+                continue
+            findings.outcomes["bad" if found.startswith("bad") else found] += 1
+            if found.startswith("bad"):
+                findings.bad.append((fuzzer.case(number), found))
     return findings
 
 
-def _add_end(findings: Findings, case: Case, status: int, path: Path) -> None:
+def _add_end(findings: Findings, case: Case, how: str, path: Path) -> None:
     """Note a case that ended its process."""
-    how = signal.Signals(status & 127).name if status & 127 else f"status {status}"
     path.write_bytes(case.data)
-    limits = IsolationLimits(memory_nbytes=ADDRESS_SPACE, timeout=SECONDS_PER_FILE)
+    limits = IsolationLimits(memory_nbytes=ADDRESS_SPACE, timeout=SECONDS_PER_CASE)
     report = validate_isolated(path, isolation=limits)
     if case.forged and case.what.startswith("b'") and not report.ok:
         findings.outcomes["crash of HDF5, reported in isolation"] += 1
@@ -245,38 +244,3 @@ def _add_end(findings: Findings, case: Case, status: int, path: Path) -> None:
     else:
         findings.outcomes["bad"] += 1
         findings.bad.append((case, f"bad: ended the process: {how}"))
-
-
-def _batch(fuzzer: Fuzzer, numbers: range, path: Path) -> tuple[list[str], int]:
-    inlet, outlet = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(inlet)
-        code = 1
-        try:
-            _child(fuzzer, numbers, path, outlet)
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(outlet)
-    with os.fdopen(inlet) as lines:
-        results = [line.rstrip("\n") for line in lines]
-    _, status = os.waitpid(pid, 0)
-    return results, status
-
-
-def _child(fuzzer: Fuzzer, numbers: range, path: Path, outlet: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for number in numbers:
-        case = fuzzer.case(number)
-        path.write_bytes(case.data)
-        signal.alarm(SECONDS_PER_FILE)
-        found = outcome(path, case, fuzzer.expected)
-        signal.alarm(0)
-        os.write(outlet, found.replace("\n", " ").encode() + b"\n")

@@ -561,7 +561,7 @@ def first_bytes_only(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:16])
 
 
-@register(ATTACKS, "HDF5 cannot open it")
+@register(ATTACKS, "its end is missing")
 def half_a_file(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])

@@ -30,6 +30,7 @@ from h5traces.errors import H5TracesError
 
 MAX_ADDRESS_SPACE = 3 << 30
 MAX_CPU_SECONDS = 30
+LAYERED = ("hidden_states", "attentions", "attention_mean")
 COMMANDS = {
     "inspect": ["inspect", "--samples", "all", "{path}"],
     "ls": ["ls", "{path}"],
@@ -65,7 +66,7 @@ def read(path: str) -> str:
             for key in trace:
                 try:
                     value = trace[key]
-                    if key in ("hidden_states", "attentions", "attention_mean"):
+                    if key in LAYERED:
                         _ = value.sites, value.layers
                         value = list(value)
                     whole[key] = flat(value)

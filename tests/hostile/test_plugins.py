@@ -14,15 +14,20 @@ import time
 from pathlib import Path
 
 import hdf5_attacks
+import plugin_attacks
 import pytest
 import specimen
 from h5py import h5pl
 
+from h5traces.repacking import repack
 from h5traces.storage.hdf5.safety import no_plugin_search
 
 SECONDS = 60
 FOLDER = Path(__file__).parent
 READ_WITH_H5PY = "import h5py, sys; h5py.File(sys.argv[1])['samples/00000000/tokens'][:]"
+READ_WITH_PLUGIN = (
+    f"import hdf5plugin, h5py, sys; h5py.File(sys.argv[1])['{plugin_attacks.LAYER}'][:]"
+)
 READ_WITH_US = """
 import contextlib, sys, warnings
 sys.path.insert(0, sys.argv[2])
@@ -95,6 +100,42 @@ def test_unknown_filter_of_index_loads_no_plugin(tmp_path: Path) -> None:
     specimen.write(path)
     hdf5_attacks.unknown_filter_of_index(path)
     assert not is_loaded(tmp_path, READ_WITH_US, path)
+
+
+@pytest.mark.parametrize("codec", ["lz4", "blosc2", "bitshuffle-zstd"])
+def test_known_filter_is_not_looked_for_on_disk(tmp_path: Path, codec: str) -> None:
+    source, path = tmp_path / "source.h5", tmp_path / "archive.h5"
+    specimen.write(source)
+    repack(source, path, codec=codec)
+    assert not is_loaded(tmp_path, READ_WITH_US, path)
+
+
+def is_executed(folder: Path, code: str, path: Path) -> bool:
+    """Whether the code imports a package that lies in the folder it is started in."""
+    (folder / "blosc2_grok.py").write_text("open('executed.txt', 'w').close()")
+    # `python` and `python3` are what Blosc2 starts.
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        [sys.executable, "-c", code, str(path), str(FOLDER)],
+        cwd=folder,
+        env={**os.environ, "PATH": search},
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    return (folder / "executed.txt").exists()
+
+
+def test_codec_of_a_chunk_executes_nothing(tmp_path: Path) -> None:
+    """With h5py and hdf5plugin, reading in a stranger's folder runs the stranger's code."""
+    path = tmp_path / "archive.h5"
+    specimen.write(path)
+    plugin_attacks.forge(path, "blosc2", plugin_attacks.user_codec)
+    folders = [tmp_path / "stock", tmp_path / "ours"]
+    for folder in folders:
+        folder.mkdir()
+    assert is_executed(folders[0], READ_WITH_PLUGIN, path)
+    assert not is_executed(folders[1], READ_WITH_US, path)
 
 
 def test_hdf5_itself_searches_only_where_asked_to(tmp_path: Path, path: Path) -> None:

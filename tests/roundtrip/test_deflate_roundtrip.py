@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h5traces.storage import deflate, planes
+from h5traces.storage.engines import Engines
 
-INSTALLED = deflate.Engines.installed()
+INSTALLED = Engines.installed()
 ENGINES = {
     "installed": INSTALLED,
     "without isal": dataclasses.replace(INSTALLED, isal_zlib=None, igzip_lib=None),
     "without zlib-ng": dataclasses.replace(INSTALLED, zlib_ng=None),
-    "zlib only": deflate.Engines(None, None, None),
+    "zlib only": Engines(None, None, None),
 }
 ITEMSIZES = (1, 2, 3, 4, 8)
 
@@ -31,7 +32,7 @@ def plain_shuffle(raw: bytes, itemsize: int) -> bytes:
     return elements.T.tobytes() + raw[count * itemsize :]
 
 
-def assert_comes_back(raw: bytes, itemsize: int, engines: deflate.Engines) -> bytes:
+def assert_comes_back(raw: bytes, itemsize: int, engines: Engines) -> bytes:
     with mock.patch.object(deflate, "ENGINES", engines):
         stored = deflate.encode(raw, itemsize=itemsize)
         out = bytearray(len(raw))
@@ -65,7 +66,7 @@ def chunks(draw: st.DrawFn) -> tuple[bytes, int]:
 @pytest.mark.parametrize("engines", ENGINES.values(), ids=ENGINES)
 @given(chunk=chunks())
 @settings(max_examples=60, deadline=None)
-def test_any_bytes_come_back(engines: deflate.Engines, chunk: tuple[bytes, int]) -> None:
+def test_any_bytes_come_back(engines: Engines, chunk: tuple[bytes, int]) -> None:
     assert_comes_back(*chunk, engines)
 
 
@@ -107,7 +108,7 @@ def large_chunks() -> dict[str, tuple[bytes, int]]:
 
 @pytest.mark.parametrize("engines", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("name", large_chunks())
-def test_megabytes_come_back(name: str, engines: deflate.Engines) -> None:
+def test_megabytes_come_back(name: str, engines: Engines) -> None:
     assert_comes_back(*large_chunks()[name], engines)
 
 
@@ -133,7 +134,7 @@ def test_libdeflate_inflates_it(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["u1", "<f2", "<f4", "<f8", "<i8"])
 @pytest.mark.parametrize("engines", ENGINES.values(), ids=ENGINES)
-def test_stock_hdf5_reads_it(tmp_path, dtype: str, engines: deflate.Engines) -> None:
+def test_stock_hdf5_reads_it(tmp_path, dtype: str, engines: Engines) -> None:
     rng = np.random.default_rng(21)
     values = (rng.standard_normal((70, 333)) * 50).astype(dtype)
     values[30:60] = np.tril(values[30:60])
@@ -151,7 +152,7 @@ def test_stock_hdf5_reads_it(tmp_path, dtype: str, engines: deflate.Engines) -> 
 
 @pytest.mark.parametrize("dtype", ["u1", "<f2", "<f4", "<f8"])
 @pytest.mark.parametrize("engines", ENGINES.values(), ids=ENGINES)
-def test_chunks_of_stock_hdf5_are_decoded(tmp_path, dtype: str, engines: deflate.Engines) -> None:
+def test_chunks_of_stock_hdf5_are_decoded(tmp_path, dtype: str, engines: Engines) -> None:
     values = (np.random.default_rng(22).standard_normal((70, 333)) * 50).astype(dtype)
     path = tmp_path / "chunk.h5"
     with h5py.File(path, "w") as file:

@@ -6,7 +6,12 @@ import pytest
 from legacy_batches import LAYERS, LAYOUTS, assert_same, make_archive, make_batch
 
 import h5traces
-from h5traces.errors import ArchiveError, ArchiveExistsError, LayerIndexError
+from h5traces.errors import (
+    ArchiveError,
+    ArchiveExistsError,
+    LayerIndexError,
+    StoredStateWarning,
+)
 from h5traces.repacking import repack
 
 CODECS = ("zstd", "lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd")
@@ -148,3 +153,18 @@ def test_a_dry_run_writes_nothing(archive, tmp_path):
     assert report.num_samples == len(h5traces.open(archive))
     assert report.targets == [str(tmp_path / "shard-00000.h5")]
     assert not list(tmp_path.glob("shard*"))
+
+
+def test_tokens_that_the_fields_do_not_list_are_kept(tmp_path, archive):
+    """A run of `extract` lists what its caller wanted; repacking dropped all other tokens."""
+    with h5py.File(archive, "r+", libver=("v110", "v110")) as file:
+        fields = file.attrs["fields"].replace(b'"tokens",', b"")
+        file.attrs.create("fields", np.bytes_(fields))
+    with pytest.warns(StoredStateWarning):
+        source = h5traces.open(archive)
+    assert "tokens" not in source[0]
+    with pytest.warns(StoredStateWarning):
+        repack(archive, tmp_path / "copy.h5", dtype="float32")
+    copy = h5traces.open(tmp_path / "copy.h5")
+    for ours, theirs in zip(copy, source, strict=True):
+        np.testing.assert_array_equal(ours.tokens(), theirs.tokens())

@@ -21,7 +21,7 @@ PACKAGE = Path(h5traces.__file__).parent
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS = (
     {"errors", "version"},
-    {"layout", "dtypes", "text", "encodings", "schema", "limits", "reading_ahead"},
+    {"layout", "dtypes", "text", "encodings", "schema", "limits", "reading_ahead", "layer_ranges"},
     {"storage"},
     {"legacy", "writer", "archive", "shards"},
     {
@@ -37,7 +37,16 @@ LAYERS = (
         "labelling",
         "spooling",
     },
-    {"conversion", "exporting", "inspection", "extract", "torch_data", "graph", "features"},
+    {
+        "conversion",
+        "exporting",
+        "inspection",
+        "estimation",
+        "extract",
+        "torch_data",
+        "graph",
+        "features",
+    },
     {"cli"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 
 from h5traces.storage import deflate, planes
+from h5traces.storage import engines as engines_module
+from h5traces.storage.engines import Engines
 
-INSTALLED = deflate.Engines.installed()
+INSTALLED = Engines.installed()
 ENGINES = {
     "installed": INSTALLED,
     "without isal": dataclasses.replace(INSTALLED, isal_zlib=None, igzip_lib=None),
     "without zlib-ng": dataclasses.replace(INSTALLED, zlib_ng=None),
-    "zlib only": deflate.Engines(None, None, None),
+    "zlib only": Engines(None, None, None),
 }
 ALL_INSTALLED = bool(INSTALLED.isal_zlib and INSTALLED.zlib_ng)
 
 
 @pytest.fixture(params=ENGINES.values(), ids=ENGINES)
-def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> deflate.Engines:
+def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engines:
     monkeypatch.setattr(deflate, "ENGINES", request.param)
     return request.param
 
@@ -141,19 +143,19 @@ def entropy_nbytes(plane: np.ndarray) -> float:
 @pytest.mark.parametrize("itemsize", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("nbytes", [0, 1, 7, 100, 8191, 65_535, 65_536, 1_000_001])
 def test_noise_costs_no_more_than_stored_blocks(
-    nbytes: int, itemsize: int, engines: deflate.Engines
+    nbytes: int, itemsize: int, engines: Engines
 ) -> None:
     raw = np.random.default_rng(nbytes).bytes(nbytes)
     stored = deflate.encode(raw, itemsize=itemsize)
     assert len(stored) <= nbytes + 6 + 5 * (nbytes // 65_535 + itemsize)
 
 
-def test_half_noise_half_zeros_in_one_plane_is_coded_as_both(engines: deflate.Engines) -> None:
+def test_half_noise_half_zeros_in_one_plane_is_coded_as_both(engines: Engines) -> None:
     raw = np.random.default_rng(5).bytes(200_000) + bytes(200_000)
     assert len(deflate.encode(raw, itemsize=1)) < 202_000
 
 
-def test_all_engines_agree_on_the_bytes(engines: deflate.Engines) -> None:
+def test_all_engines_agree_on_the_bytes(engines: Engines) -> None:
     values = causal_attentions(4, 43).astype(np.float16)
     stored = deflate.encode(values, itemsize=2)
     low_first = values.view(np.uint8).reshape(-1, 2).T.tobytes()
@@ -210,7 +212,7 @@ def decode_into(stored: bytes, sample: np.ndarray) -> np.ndarray:
     return out
 
 
-def test_every_truncation_is_refused(sample: np.ndarray, engines: deflate.Engines) -> None:
+def test_every_truncation_is_refused(sample: np.ndarray, engines: Engines) -> None:
     stored = deflate.encode(sample, itemsize=sample.itemsize)
     lengths = {*range(12), *range(len(stored) - 12, len(stored)), *range(0, len(stored), 397)}
     for length in lengths:
@@ -218,9 +220,7 @@ def test_every_truncation_is_refused(sample: np.ndarray, engines: deflate.Engine
             decode_into(stored[:length], sample)
 
 
-def test_flipped_bits_never_give_other_numbers(
-    sample: np.ndarray, engines: deflate.Engines
-) -> None:
+def test_flipped_bits_never_give_other_numbers(sample: np.ndarray, engines: Engines) -> None:
     stored = deflate.encode(sample, itemsize=sample.itemsize)
     rng = np.random.default_rng(6)
     positions = [*range(8 * 20), *rng.integers(0, 8 * len(stored), 300)]
@@ -237,7 +237,7 @@ def test_flipped_bits_never_give_other_numbers(
     assert refused > 0.95 * len(positions)
 
 
-def test_a_wrong_checksum_is_refused(sample: np.ndarray, engines: deflate.Engines) -> None:
+def test_a_wrong_checksum_is_refused(sample: np.ndarray, engines: Engines) -> None:
     stored = deflate.encode(sample, itemsize=sample.itemsize)
     for index in range(-4, 0):
         damaged = bytearray(stored)
@@ -248,7 +248,7 @@ def test_a_wrong_checksum_is_refused(sample: np.ndarray, engines: deflate.Engine
 
 @pytest.mark.parametrize("stray", [b"\0", b"stray", bytes(10_000)])
 def test_bytes_behind_the_stream_are_refused(
-    sample: np.ndarray, stray: bytes, engines: deflate.Engines
+    sample: np.ndarray, stray: bytes, engines: Engines
 ) -> None:
     stored = deflate.encode(sample, itemsize=sample.itemsize)
     with pytest.raises(ValueError, match=f"{len(stray)} stray bytes follow"):
@@ -259,7 +259,7 @@ def test_bytes_behind_the_stream_are_refused(
     ("difference", "message"), [(-1, "more than the expected"), (-2, "more"), (1, "expected")]
 )
 def test_a_chunk_of_another_size_is_refused(
-    sample: np.ndarray, difference: int, message: str, engines: deflate.Engines
+    sample: np.ndarray, difference: int, message: str, engines: Engines
 ) -> None:
     stored = deflate.encode(sample, itemsize=sample.itemsize)
     out = np.zeros(sample.nbytes + difference, np.uint8)
@@ -268,15 +268,13 @@ def test_a_chunk_of_another_size_is_refused(
     assert not out.any()
 
 
-def test_a_chunk_for_an_empty_output_is_refused(
-    sample: np.ndarray, engines: deflate.Engines
-) -> None:
+def test_a_chunk_for_an_empty_output_is_refused(sample: np.ndarray, engines: Engines) -> None:
     stored = deflate.encode(sample, itemsize=sample.itemsize)
     with pytest.raises(ValueError, match="more than the expected 0 bytes"):
         deflate.decode(stored, bytearray(), itemsize=sample.itemsize)
 
 
-def test_a_bomb_is_not_inflated(engines: deflate.Engines) -> None:
+def test_a_bomb_is_not_inflated(engines: Engines) -> None:
     bomb = zlib.compress(bytes(200_000_000), 9)
     out = bytearray(1000)
     tracemalloc.start()
@@ -290,7 +288,7 @@ def test_a_bomb_is_not_inflated(engines: deflate.Engines) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\x1f\x8b\x08\x00", b"PK\x03\x04" * 9, bytes(50)])
-def test_what_is_no_zlib_stream_is_refused(garbage: bytes, engines: deflate.Engines) -> None:
+def test_what_is_no_zlib_stream_is_refused(garbage: bytes, engines: Engines) -> None:
     with pytest.raises(ValueError, match="zlib stream"):
         deflate.decode(garbage, bytearray(100), itemsize=2)
 
@@ -299,8 +297,8 @@ def test_missing_libraries_are_noticed_in_one_place(monkeypatch: pytest.MonkeyPa
     def no_module(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(deflate, "import_module", no_module)
-    assert deflate.Engines.installed() == deflate.Engines(None, None, None)
+    monkeypatch.setattr(engines_module, "import_module", no_module)
+    assert Engines.installed() == Engines(None, None, None)
 
 
 def test_repeats_are_seen_at_odd_distances_and_not_in_noise() -> None:

@@ -211,8 +211,8 @@ def test_root_attributes_are_those_of_the_table(example):
     with h5py.File(example) as file:
         stored = dict(file.attrs)
     assert set(stored) <= set(rows)
-    # What this batch does not tell, and what is there for subsets of layers only.
-    assert set(rows) - set(stored) == {"model_revision", "layers"}
+    # What this batch does not tell, and what is there for subsets of layers or extractions only.
+    assert set(rows) - set(stored) == {"model_revision", "layers", "extraction"}
     assert {rows[name]["present"] for name in set(rows) - set(stored)} == {"if known"}
     for name, value in stored.items():
         form = rows[name]["stored as"].partition(",")[0]

@@ -129,7 +129,8 @@ def _read_value(attribute: h5a.AttrID, name: str, limits: ReadLimits) -> AttrVal
     is_text = type_id.get_class() == h5t.STRING
     nbytes = type_id.get_size() if is_text else math.prod(shape) * _NUMBER_NBYTES
     if nbytes > limits.max_attribute_nbytes:
-        message = f"attribute {name!r} has {nbytes} bytes; limit {limits.max_attribute_nbytes}"
+        limit = limits.max_attribute_nbytes
+        message = f"attribute {name!r} has {nbytes} bytes; the limit is {limit}"
         raise HostileFileError(message)
     if is_text:
         stored = np.empty(shape, dtype=f"S{nbytes}")

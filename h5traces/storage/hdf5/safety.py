@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,6 +36,8 @@ BUILT_IN_FILTERS: Final = frozenset({1, 2, 3})
 _MIN_INDEX_NBYTES: Final = 8
 # signature, version, sizes of offsets and lengths, flags, base address
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQ")
+# In those versions, the address of the superblock's extension and the end of the file follow.
+_END: Final = struct.Struct("<QQ")
 _CHECKED_SUPERBLOCKS: Final = (2, 3)
 
 
@@ -68,22 +71,33 @@ def check_superblock(path: Path) -> None:
         It is no HDF5 file.
     HostileFileError
         Its addresses do not count from the start of the file.
+    CorruptArchiveError
+        Its end is missing.
     """
     with path.open("rb") as file:
-        block = file.read(_SUPERBLOCK.size)
+        block = file.read(_SUPERBLOCK.size + _END.size)
+        nbytes = file.seek(0, os.SEEK_END)
     if not block.startswith(layout.HDF5_SIGNATURE):
         message = f"{path}: is no HDF5 file; expected an archive that h5traces wrote"
         raise NotAnArchiveError(message)
-    if len(block) < _SUPERBLOCK.size:
-        message = f"{path}: ends within its first {_SUPERBLOCK.size} bytes; it was truncated"
+    if len(block) < _SUPERBLOCK.size + _END.size:
+        message = f"{path}: ends within its first {len(block)} bytes; it was truncated"
         raise CorruptArchiveError(message)
-    _, version, offset_nbytes, length_nbytes, _, base = _SUPERBLOCK.unpack(block)
+    _, version, offset_nbytes, length_nbytes, _, base = _SUPERBLOCK.unpack_from(block)
     if version in _CHECKED_SUPERBLOCKS and ((offset_nbytes, length_nbytes) != (8, 8) or base):
         message = (
             f"{path}: the superblock has addresses of {offset_nbytes} bytes that count from "
             f"{base}; archives have 8 bytes from 0"
         )
         raise HostileFileError(message)
+    _, end = _END.unpack_from(block, _SUPERBLOCK.size)
+    if version in _CHECKED_SUPERBLOCKS and end > nbytes:
+        message = (
+            f"{path}: has {nbytes} bytes of {end} or more; its end is missing, and with it the "
+            "names of all objects. Fetch the rest ('curl -C -' and 'rsync --append' go on with a "
+            "transfer that broke off), or restore the file from a copy"
+        )
+        raise CorruptArchiveError(message)
 
 
 def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:

@@ -92,6 +92,10 @@ class RemoteFile:
         found = self._find(wanted)
         return self._fetch([wanted])[wanted] if found is None else found
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`; as `read_at`."""
+        out[:] = self.read_at(offset, len(out))
+
     def at_hand(self, offset: int, nbytes: int) -> bool:
         """Whether reading these bytes takes no request."""
         return self._find(ByteRange(offset, nbytes)) is not None

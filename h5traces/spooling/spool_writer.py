@@ -1,24 +1,24 @@
-"""What a long run writes with: `SpoolWriter`, and `DirectWriter` for runs that may be lost."""
+"""Makes every sample durable as a small archive of its own, and packs shards of them."""
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Mapping
+import warnings
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from h5traces.archive import open_archive
-from h5traces.errors import ArchiveError, ArchiveExistsError, CorruptArchiveError
+from h5traces.errors import (
+    ArchiveError,
+    ArchiveExistsError,
+    CorruptArchiveError,
+    StoredStateWarning,
+)
 from h5traces.publishing import holds
-from h5traces.schema import TraceRecord
-from h5traces.spooling.records import as_record
-from h5traces.spooling.targets import Contents, Target, joined
+from h5traces.spooling.targets import Contents, joined
+from h5traces.spooling.trace_writer import TraceWriter
 from h5traces.storage.part_file import make_folder, remove_abandoned_parts, sync_folder
-from h5traces.storage.signals import deferred_signals
-from h5traces.verification import verify_written
-from h5traces.writer import ArchiveWriter, StoredSample, WriteOptions
+from h5traces.writer import StoredSample
 from h5traces.writer.observation import observe
 
 if TYPE_CHECKING:
@@ -26,126 +26,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.spooling.folder import RunState, SpoolFolder
-
-Sample = TraceRecord | Mapping[str, Any]
-
-
-class TraceWriter(ABC):
-    """Writes samples as they come; a context manager, for one thread of one process.
-
-    Leaving the block without an exception closes the run. After an exception everything that was
-    acknowledged stays where it is, and `create` with the same arguments goes on.
-
-    Attributes
-    ----------
-    done
-        How many samples there are of each sample id, those of earlier runs included.
-    num_samples
-        Samples written, those of earlier runs included.
-    """
-
-    def __init__(
-        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
-    ) -> None:
-        self._target, self._state, self._options = target, state, options
-        self._verify = verify
-        self._pid = os.getpid()
-        self._closed = False
-        self.done: Counter[str] = Counter()
-        self.num_samples = 0
-
-    @abstractmethod
-    def append(self, sample: Sample, sample_id: str | None = None) -> None:
-        """Write one sample.
-
-        Parameters
-        ----------
-        sample
-            A `TraceRecord`, the dict of a trace as `pickle` batches held it (arrays or torch
-            tensors), or a stored trace.
-        sample_id
-            The sample's id, where it does not say so itself.
-
-        Raises
-        ------
-        SchemaError
-            Its fields contradict each other, or the samples before.
-        ConversionError
-            A value has no encoding, or overflows and ``on_overflow`` is ``error``.
-        OSError
-            The disk is full, or fails. As after every error, this sample is not stored, and all
-            samples before are.
-        """
-
-    @abstractmethod
-    def pack(self) -> list[Path]:
-        """Make archives of all full shards now; `append` does so by itself.
-
-        Returns
-        -------
-        list of Path
-            The new archives.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Make archives of all samples and end the run."""
-
-    @abstractmethod
-    def suspend(self) -> None:
-        """Let go without packing the rest; `create` with the same arguments goes on."""
-
-    def _check_open(self) -> None:
-        if self._closed:
-            message = f"{self._target.path}: the writer is closed; create it again to go on"
-            raise ArchiveError(message)
-        if self._pid != os.getpid():
-            message = (
-                f"{self._target.path}: the writer belongs to process {self._pid}, this is "
-                f"{os.getpid()}; hand samples to that process"
-            )
-            raise ArchiveError(message)
-
-    def _record(self, sample: Sample, sample_id: str | None) -> TraceRecord:
-        record = as_record(sample, sample_id)
-        if record.sample_id is None or record.generation_index is not None:
-            return record
-        # Known here only: neither a spooled sample nor a shard sees the others.
-        return record.model_copy(update={"generation_index": self.done[record.sample_id]})
-
-    def _note(self, record: TraceRecord) -> None:
-        self.num_samples += 1
-        if record.sample_id is not None:
-            self.done[record.sample_id] += 1
-
-    def _new_archive(self, path: Path) -> ArchiveWriter:
-        return ArchiveWriter(path, self._options, **self._state.facts())
-
-    def _publish(
-        self, writer: ArchiveWriter, note: Callable[[], None], *, is_spooled: bool = False
-    ) -> None:
-        """Finish, verify and name an archive, and note that; signals wait for both."""
-        writer.finish()
-        if self._verify:
-            verify_written(
-                writer.part_path,
-                writer.digests,
-                workers=self._options.workers,
-                # Its shard is; inflating everything with zlib takes longer than all the rest.
-                whole_through_stock=not is_spooled,
-            )
-        with deferred_signals():
-            writer.publish()
-            note()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
-        if exception_type is None:
-            self.close()
-        else:
-            self.suspend()
+    from h5traces.spooling.targets import Target
+    from h5traces.spooling.trace_writer import Sample
+    from h5traces.writer import WriteOptions
 
 
 class SpoolWriter(TraceWriter):
@@ -168,6 +51,7 @@ class SpoolWriter(TraceWriter):
     ) -> None:
         super().__init__(target, state, options, verify=verify)
         self._folder = folder
+        self.is_finished = folder is None
         for path in target.existing():
             # Left beside a shard whose writer was killed right after naming it.
             remove_abandoned_parts(path)
@@ -213,7 +97,19 @@ class SpoolWriter(TraceWriter):
         if packed:
             sync_folder(self._target.folder)
             folder.remove(packed)
+        self._warn_of_missing(folder, self._target.first_sample(len(shards)))
         return found
+
+    def _warn_of_missing(self, folder: SpoolFolder, first: int) -> None:
+        """Samples are numbered without gaps, so whoever removed one should know what follows."""
+        numbers = range(first, max(self._spooled, default=first))
+        missing = [number for number in numbers if number not in self._spooled]
+        if missing:
+            message = (
+                f"{folder.sample_path(missing[0])} is missing ({len(missing)} such); the run goes "
+                "on without, so that it counts as not done"
+            )
+            warnings.warn(message, StoredStateWarning, stacklevel=2)
 
     def append(self, sample: Sample, sample_id: str | None = None) -> None:
         """Write one sample; it is durable when this returns, and survives a loss of power.
@@ -234,6 +130,7 @@ class SpoolWriter(TraceWriter):
         def note() -> None:
             self._observed, self._next = observed, number + 1
             (self._spooled[number],) = writer.digests
+            self.nbytes += writer.summary.nbytes
             self._note(record)
 
         try:
@@ -333,71 +230,3 @@ class SpoolWriter(TraceWriter):
             )
             raise ArchiveExistsError(message)
         return self._folder
-
-
-class DirectWriter(TraceWriter):
-    """Writes straight into the archives; samples are safe only when their shard is full."""
-
-    def __init__(
-        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
-    ) -> None:
-        super().__init__(target, state, options, verify=verify)
-        self._writer: ArchiveWriter | None = None
-        self._num_shards = 0
-
-    def append(self, sample: Sample, sample_id: str | None = None) -> None:
-        """Write one sample; it is durable when its archive has its name.
-
-        See `TraceWriter.append` for parameters and errors. An error deletes the archive that was
-        being written.
-        """
-        self._check_open()
-        record = self._record(sample, sample_id)
-        self.pack()
-        if self._writer is None:
-            path = self._target.shard(self._num_shards)
-            make_folder(path.parent)
-            remove_abandoned_parts(path)
-            self._writer = self._new_archive(path)
-        try:
-            self._writer.append(record)
-        except BaseException:
-            self.suspend()
-            raise
-        self._note(record)
-
-    def pack(self) -> list[Path]:
-        """Name the archive being written if it is full."""
-        self._check_open()
-        if self._writer is None or self._writer.num_samples != self._target.shard_samples:
-            return []
-        return self._name()
-
-    def _name(self) -> list[Path]:
-        writer, self._writer = self._writer, None
-        if writer is None:
-            return []
-
-        def note() -> None:
-            self._num_shards += 1
-
-        try:
-            self._publish(writer, note)
-        except BaseException:
-            writer.discard()
-            raise
-        return [writer.summary.path]
-
-    def close(self) -> None:
-        """Name the last archive."""
-        if not self._closed:
-            self._check_open()
-            self._name()
-        self._closed = True
-
-    def suspend(self) -> None:
-        """Delete the archive that was being written; full shards stay."""
-        self._closed = True
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.discard()

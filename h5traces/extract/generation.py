@@ -1,0 +1,187 @@
+"""Generates answers, each sample with random numbers of its own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from h5traces.errors import ExtractionError
+from h5traces.extract.capture import padded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from h5traces.schema import FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How answers are generated.
+
+    Attributes
+    ----------
+    max_new_tokens
+        Tokens of an answer, at most.
+    num_beams
+        Beams of beam search; 1 for none.
+    do_sample
+        Whether tokens are drawn at random.
+    temperature, top_k, top_p
+        Of drawing; 0 is no top-k.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises
+        ------
+        ExtractionError
+            A number is out of its range, or beams are to be drawn.
+        """
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "num_beams": (self.num_beams >= 1, "at least 1"),
+            "temperature": (self.temperature > 0, "above 0"),
+            "top_k": (self.top_k >= 0, "0 for none, or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+        }
+        for name, (is_good, expected) in ranges.items():
+            if not is_good:
+                message = f"{name} is {getattr(self, name)}, expected {expected}"
+                raise ExtractionError(message)
+        if self.do_sample and self.num_beams > 1:
+            message = "sampling with beams has no seed per sample; choose one of the two"
+            raise ExtractionError(message)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens, the end-of-text token included where the model gave one."""
+
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+def sample_seed(seed: int, sample_id: str) -> int:
+    """A sample's own seed: 63 bits of BLAKE2b over the run's seed and the sample's id."""
+    text = f"{seed}:{sample_id}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+class Drawing(LogitsProcessor):
+    """Adds each row's own Gumbel noise, so that the highest score is a draw from the softmax.
+
+    torch.multinomial draws for the whole batch from one stream, so what a sample got would depend
+    on its neighbours. The noise comes from the processor: it is the same on every device.
+
+    Parameters
+    ----------
+    seeds
+        One per row.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores with noise."""
+        noise = torch.stack(
+            [
+                torch.empty(scores.shape[-1]).exponential_(generator=each)
+                for each in self._generators
+            ]
+        )
+        return cast("torch.FloatTensor", scores.float() - noise.log().to(scores.device))
+
+
+def generation_config(model: Any, options: GenerationOptions, pad_id: int) -> Any:
+    """The model's own generation config with ours laid over it; drawing is ours, see `Drawing`."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(
+        do_sample=False,
+        num_beams=options.num_beams,
+        max_new_tokens=options.max_new_tokens,
+        max_length=None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        num_return_sequences=1,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+    )
+    return config
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    options: GenerationOptions,
+    *,
+    pad_id: int,
+) -> list[Answer]:
+    """Answers to a batch of prompts.
+
+    Parameters
+    ----------
+    model
+        A causal language model.
+    prompts
+        Token ids; shorter ones are padded on the left.
+    seeds
+        Every sample's own.
+    options
+        How to generate.
+    pad_id
+        Token to pad with; it is masked.
+    """
+    processors = LogitsProcessorList()
+    if options.do_sample:
+        processors.append(TemperatureLogitsWarper(float(options.temperature)))
+        if options.top_k:
+            processors.append(TopKLogitsWarper(options.top_k))
+        if options.top_p < 1:
+            processors.append(TopPLogitsWarper(options.top_p))
+        processors.append(Drawing(seeds))
+    device = model.get_input_embeddings().weight.device
+    inputs = padded(prompts, pad_id, device)
+    inputs.pop("position_ids", None)  # generate counts them itself, from the mask
+    config = generation_config(model, options, pad_id)
+    with torch.inference_mode():
+        generated = model.generate(**inputs, generation_config=config, logits_processor=processors)
+    length = inputs["input_ids"].shape[1]
+    ends = end_tokens(config)
+    return [_answer(row[length:], ends, options) for row in generated.tolist()]
+
+
+def end_tokens(config: Any) -> frozenset[int]:
+    """The tokens that end an answer."""
+    found = config.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, (list, tuple)) else [found])
+
+
+def _answer(row: list[int], ends: frozenset[int], options: GenerationOptions) -> Answer:
+    for position, token in enumerate(row):
+        if token in ends:
+            return Answer(tuple(row[: position + 1]), "stop")
+    return Answer(tuple(row[: options.max_new_tokens]), "length")

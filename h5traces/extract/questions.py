@@ -1,0 +1,207 @@
+"""Questions, and the files that hold them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import xxhash
+
+from h5traces.errors import ExtractionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+_QUESTION_COLUMNS: Final = ("question", "prompt")
+_ID_COLUMNS: Final = ("question_id", "id")
+_ANSWER_COLUMNS: Final = ("answers", "answer", "ground_truth_answers", "reference_answers")
+# Cells of CSV files may hold whole articles; csv's own limit is 128 kB.
+_LARGEST_CELL: Final = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes
+    ----------
+    text
+        The question itself.
+    sample_id
+        Tells it from all others of its data set.
+    answers
+        Reference answers; empty where none are known.
+    row
+        Its row in the data set, from 0.
+    """
+
+    text: str
+    sample_id: str
+    answers: tuple[str, ...] = ()
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions and where they come from.
+
+    Attributes
+    ----------
+    name
+        Name of the data set, or of the file.
+    questions
+        In the order of the data set.
+    config, split, revision
+        Of a data set of the hub; of a file only the revision is known: a digest of its bytes.
+    """
+
+    name: str
+    questions: tuple[Question, ...]
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    def first(self, num_samples: int | None) -> QuestionSet:
+        """The first so many questions."""
+        if num_samples is None:
+            return self
+        chosen = self.questions[:num_samples]
+        return QuestionSet(self.name, chosen, self.config, self.split, self.revision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of the columns of a file; None for the first of the usual names that is there."""
+
+    question: str | None = None
+    sample_id: str | None = None
+    answers: str | None = None
+
+
+def checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
+    """Questions that can be asked, or an error that names the first that cannot.
+
+    Raises
+    ------
+    ExtractionError
+        There is none, one is empty, or two have the same id.
+    """
+    found: list[Question] = []
+    rows: dict[str, int] = {}
+    for each in questions:
+        if not each.text.strip():
+            message = f"{place}: row {each.row}: the question is empty; fill it in, or remove it"
+            raise ExtractionError(message)
+        if each.sample_id in rows:
+            message = (
+                f"{place}: row {each.row}: the id {each.sample_id!r} is that of row "
+                f"{rows[each.sample_id]} already; ids tell samples apart when a run is resumed"
+            )
+            raise ExtractionError(message)
+        rows[each.sample_id] = each.row
+        found.append(each)
+    if not found:
+        message = f"{place}: holds no questions"
+        raise ExtractionError(message)
+    return tuple(found)
+
+
+def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
+    """Questions of a JSONL or CSV file.
+
+    Parameters
+    ----------
+    path
+        A file whose name ends in ``.jsonl``, ``.json`` (one object per line) or ``.csv``.
+    columns
+        Which columns to read. Rows without an id are named after the file and their number.
+
+    Raises
+    ------
+    ExtractionError
+        The file cannot be read as such, has no questions, or an empty one.
+    OSError
+        It cannot be opened.
+    """
+    readers = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        message = f"{path}: expected a file of questions, .jsonl or .csv"
+        raise ExtractionError(message)
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})"
+        raise ExtractionError(message) from error
+    rows = reader(path, text)
+    questions = _from_rows(path, rows, columns or Columns())
+    digest = xxhash.xxh3_128_hexdigest(data)
+    return QuestionSet(path.name, checked(questions, str(path)), revision=f"xxh3-128:{digest}")
+
+
+def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    # Not splitlines: JSON strings may hold other line separators as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            message = f"{path}: line {number}: is no JSON: {error}"
+            raise ExtractionError(message) from error
+        if not isinstance(row, dict):
+            message = f"{path}: line {number}: holds {type(row).__name__}, expected an object"
+            raise ExtractionError(message)
+        yield row
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_LARGEST_CELL)
+    try:
+        yield from csv.DictReader(text.splitlines(keepends=True), strict=True)
+    except csv.Error as error:
+        message = f"{path}: is no CSV: {error}"
+        raise ExtractionError(message) from error
+
+
+def _from_rows(path: Path, rows: Iterable[dict[str, Any]], columns: Columns) -> Iterator[Question]:
+    for number, row in enumerate(rows):
+        place = f"{path}: row {number}"
+        question = _cell(row, columns.question, _QUESTION_COLUMNS)
+        if not isinstance(question, str):
+            wanted = columns.question or " or ".join(_QUESTION_COLUMNS)
+            message = (
+                f"{place}: found no text in a column {wanted}; columns: "
+                f"{', '.join(map(str, row)) or 'none'}; name the column with --question-column"
+            )
+            raise ExtractionError(message)
+        found_id = _cell(row, columns.sample_id, _ID_COLUMNS)
+        if columns.sample_id is not None and found_id is None:
+            message = f"{place}: has no column {columns.sample_id!r}"
+            raise ExtractionError(message)
+        sample_id = f"{path.stem}_{number}" if found_id in (None, "") else str(found_id)
+        answers = _answers(_cell(row, columns.answers, _ANSWER_COLUMNS))
+        yield Question(question, sample_id, answers, number)
+
+
+def _cell(row: dict[str, Any], name: str | None, usual: tuple[str, ...]) -> Any:
+    for each in usual if name is None else (name,):
+        if row.get(each) is not None:
+            return row[each]
+    return None
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    """Reference answers of a cell: a list, one text, or (in CSV) a list as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return (value,)
+    if isinstance(value, list):
+        return tuple(str(each) for each in value)
+    return () if value in (None, "") else (str(value),)

@@ -1,0 +1,117 @@
+"""Attention weights as the edges of a graph, without a loop over them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F  # as torch's own documents name it
+
+from h5traces.errors import DatasetError
+
+HeadReduction = Literal["mean", "max", "per_head"]
+EdgeDirection = Literal["query_to_key", "key_to_query", "both"]
+
+HEAD_REDUCTIONS: tuple[HeadReduction, ...] = get_args(HeadReduction)
+EDGE_DIRECTIONS: tuple[EdgeDirection, ...] = get_args(EdgeDirection)
+
+
+def attention_edges(
+    attention: torch.Tensor,
+    num_nodes: int,
+    *,
+    threshold: float = 0.01,
+    head_reduction: HeadReduction = "mean",
+    direction: EdgeDirection = "query_to_key",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Edges where the attention of a query to a key, reduced over heads, exceeds a threshold.
+
+    Only keys up to the query itself count, as in a causal model. Weights beyond `num_nodes` are
+    left out, and queries without weights have no edges.
+
+    Parameters
+    ----------
+    attention
+        ``(num_heads, query, key)``, or ``(query, key)`` where the heads are reduced already.
+    num_nodes
+        Tokens of the sequence.
+    threshold
+        An edge is where the weight is greater.
+    head_reduction
+        ``mean`` and ``max`` give one feature per edge. ``per_head`` takes the edges of ``mean`` and
+        gives every head's weight as a feature.
+    direction
+        ``query_to_key`` points from the observer to what it observes, as the legacy class does;
+        ``key_to_query`` in the direction that information flows; ``both`` has the edges of the
+        first and then, self-loops left out, of the second.
+
+    Returns
+    -------
+    edge_index
+        int64 ``(2, num_edges)``, by query, then by key.
+    edge_attr
+        float32 ``(num_edges, 1)``, or ``(num_edges, num_heads)``.
+
+    Raises
+    ------
+    DatasetError
+        The options are unknown, or heads are needed that were reduced already.
+    """
+    weights = attention.float()
+    reduced = _reduced(weights, head_reduction)
+    reduced = _fitted(reduced, num_nodes)
+    edge_index = (reduced > threshold).tril_().nonzero().t().contiguous()
+    query, key = edge_index
+    if head_reduction == "per_head":
+        edge_attr = _fitted(weights, num_nodes)[:, query, key].t().contiguous()
+    else:
+        edge_attr = reduced[query, key].unsqueeze(1)
+    return _directed(edge_index, edge_attr, direction)
+
+
+def check_options(head_reduction: str, direction: str) -> None:
+    """Refuse unknown options with a list of those that there are."""
+    if head_reduction not in HEAD_REDUCTIONS:
+        message = f"head_reduction is {head_reduction!r}, expected {', '.join(HEAD_REDUCTIONS)}"
+        raise DatasetError(message)
+    if direction not in EDGE_DIRECTIONS:
+        message = f"edge_direction is {direction!r}, expected {', '.join(EDGE_DIRECTIONS)}"
+        raise DatasetError(message)
+
+
+def _reduced(weights: torch.Tensor, head_reduction: HeadReduction) -> torch.Tensor:
+    check_options(head_reduction, "both")
+    if weights.ndim == 2:
+        if head_reduction != "mean":
+            message = (
+                f"the attention is stored without its heads, so head_reduction={head_reduction!r} "
+                "cannot be had; use 'mean' where it is their mean"
+            )
+            raise DatasetError(message)
+        return weights
+    return weights.amax(dim=0) if head_reduction == "max" else weights.mean(dim=0)
+
+
+def _fitted(weights: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """The last two axes cut or filled with zeros to the number of nodes."""
+    weights = weights[..., :num_nodes, :num_nodes]
+    queries, keys = weights.shape[-2:]
+    if (queries, keys) == (num_nodes, num_nodes):
+        return weights
+    return F.pad(weights, (0, num_nodes - keys, 0, num_nodes - queries))
+
+
+def _directed(
+    edge_index: torch.Tensor, edge_attr: torch.Tensor, direction: EdgeDirection
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_options("mean", direction)
+    if direction == "query_to_key":
+        return edge_index, edge_attr
+    backwards = edge_index.flip(0)
+    if direction == "key_to_query":
+        return backwards, edge_attr
+    between = edge_index[0] != edge_index[1]
+    return (
+        torch.cat([edge_index, backwards[:, between]], dim=1),
+        torch.cat([edge_attr, edge_attr[between]]),
+    )

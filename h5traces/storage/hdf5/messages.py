@@ -1,0 +1,193 @@
+"""What HDF5's object headers hold, as bytes.
+
+Written after the HDF5 File Format Specification, version 3.0, sections II.A, III.C and IV.A; names
+in comments are its names. All numbers are little-endian, addresses and lengths take eight bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Final
+
+from h5py import h5t
+
+from h5traces import text
+from h5traces.storage.codecs import get_codec
+from h5traces.storage.hdf5.plugin_codecs import applied_filters
+from h5traces.storage.hdf5.types import hdf5_type, text_type
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from h5traces.schema.attributes import AttrValue
+
+UNDEFINED: Final = 0xFFFF_FFFF_FFFF_FFFF
+_DATASPACE, _LINK_INFO, _DATATYPE, _FILL_VALUE = 0x01, 0x02, 0x03, 0x05
+_LINK, _LAYOUT, _GROUP_INFO, _FILTERS, _ATTRIBUTE = 0x06, 0x08, 0x0A, 0x0B, 0x0C
+_ATTRIBUTE_INFO: Final = 0x15
+# Message flags, bit 0: never changes; bit 2: who does not know the message may still write.
+_CONSTANT: Final = 0x01
+_OPTIONAL: Final = 0x04
+_LARGEST_MESSAGE: Final = 0xFFFF
+_UTF8: Final = 1
+_SIMPLE: Final = 1
+_SCALAR_SPACE: Final = bytes((2, 0, 0, 0))
+_SINGLE_CHUNK, _FIXED_ARRAY = 1, 3
+# Filters of lower numbers have their name fixed by the format.
+_FIRST_NAMED_FILTER: Final = 256
+PAGE_BITS: Final = 10
+
+
+def object_header(messages: Iterable[bytes]) -> bytes:
+    """A version 2 object header in one chunk, without the checksum behind it."""
+    body = b"".join(messages)
+    for flags, width in enumerate((1, 2, 4)):
+        if len(body) < 1 << 8 * width:
+            return b"OHDR" + bytes((2, flags)) + len(body).to_bytes(width, "little") + body
+    message = f"an object header of {len(body)} bytes is more than HDF5 can hold"
+    raise ValueError(message)
+
+
+def _message(kind: int, body: bytes, flags: int = 0) -> bytes:
+    return struct.pack("<BHB", kind, len(body), flags) + body
+
+
+@lru_cache(maxsize=4096)
+def dataset_messages(
+    datatype: bytes, itemsize: int, shape: tuple[int, ...], chunk: tuple[int, ...], codec: str
+) -> bytes:
+    """Dataspace, datatype, fill value and filters of a chunked dataset."""
+    return b"".join(
+        (
+            _message(_DATASPACE, _simple_space(shape)),
+            _message(_DATATYPE, datatype, _CONSTANT),
+            # Version 3: allocated chunk by chunk, written if the user has set one, undefined.
+            _message(_FILL_VALUE, bytes((3, 0x0B)), _CONSTANT),
+            _message(_FILTERS, _filters(itemsize, chunk, codec), _CONSTANT),
+        )
+    )
+
+
+@cache
+def datatype_message(stored_type: str) -> bytes:
+    """A stored type, as the HDF5 library encodes it."""
+    return encoded_type(hdf5_type(stored_type))
+
+
+def encoded_type(type_id: h5t.TypeID) -> bytes:
+    """An HDF5 type as a datatype message has it."""
+    # H5Tencode puts two bytes in front: the number of the message and a version.
+    encoded: bytes = type_id.encode()
+    return encoded[2:]
+
+
+def _simple_space(shape: tuple[int, ...]) -> bytes:
+    return struct.pack(f"<4B{len(shape)}Q", 2, len(shape), 0, _SIMPLE, *shape)
+
+
+def _filters(itemsize: int, chunk: tuple[int, ...], codec: str) -> bytes:
+    filters = get_codec(codec).pipeline(itemsize)
+    if any(each.filter_id >= _FIRST_NAMED_FILTER for each in filters):
+        filters = applied_filters(codec, filters, itemsize, chunk)
+    parts = [bytes((2, len(filters)))]
+    for each in filters:
+        no_name = (0,) if each.filter_id >= _FIRST_NAMED_FILTER else ()
+        head = (each.filter_id, *no_name, 0, len(each.parameters))
+        parts.append(struct.pack(f"<{len(head)}H", *head))
+        parts.append(struct.pack(f"<{len(each.parameters)}I", *each.parameters))
+    return b"".join(parts)
+
+
+def single_chunk_layout(
+    itemsize: int, chunk: tuple[int, ...], stored_nbytes: int, address: int
+) -> bytes:
+    """Layout of a dataset that is one filtered chunk."""
+    head = _layout_head(itemsize, chunk, flags=2)
+    tail = struct.pack("<BQIQ", _SINGLE_CHUNK, stored_nbytes, 0, address)
+    return _message(_LAYOUT, head + tail)
+
+
+def fixed_array_layout(itemsize: int, chunk: tuple[int, ...], address: int) -> bytes:
+    """Layout of a dataset of several chunks, or of none, with the address of their index."""
+    head = _layout_head(itemsize, chunk, flags=0)
+    return _message(_LAYOUT, head + struct.pack("<BBQ", _FIXED_ARRAY, PAGE_BITS, address))
+
+
+@lru_cache(maxsize=4096)
+def _layout_head(itemsize: int, chunk: tuple[int, ...], *, flags: int) -> bytes:
+    """Version 4, class chunked, flags, dimensions, of which the last is the element's size."""
+    dims = (*chunk, itemsize)
+    width = _width(max(dims))
+    lengths = b"".join(length.to_bytes(width, "little") for length in dims)
+    return bytes((4, 2, flags, len(dims), width)) + lengths
+
+
+def chunk_nbytes_width(raw_nbytes: int) -> int:
+    """Bytes that an index takes for the stored size of a chunk."""
+    return min(8, 1 + _width(raw_nbytes))
+
+
+def _width(number: int) -> int:
+    """Bytes that a number takes."""
+    return max(1, (number.bit_length() + 7) // 8)
+
+
+def group_messages(heap: int = UNDEFINED, names: int = UNDEFINED) -> bytes:
+    """Link info and group info; the addresses are those of dense storage, where it is used."""
+    link_info = struct.pack("<BBQQ", 0, 0, heap, names)
+    return _message(_LINK_INFO, link_info) + _message(_GROUP_INFO, bytes(2), _CONSTANT)
+
+
+def link(name: bytes, address: int) -> bytes:
+    """A hard link, as dense storage holds it."""
+    # Flags, bit 4: the character set is given; bits 0 and 1: width of the name's length.
+    flags, width = (0x10, 1) if len(name) < 1 << 8 else (0x11, 2)
+    head = bytes((1, flags, _UTF8)) + len(name).to_bytes(width, "little")
+    return head + name + address.to_bytes(8, "little")
+
+
+def link_message(name: bytes, address: int) -> bytes:
+    """A hard link in its group's header."""
+    return _message(_LINK, link(name, address))
+
+
+# Not stored densely. Without this message the library counts no attributes.
+ATTRIBUTE_INFO: Final = _message(
+    _ATTRIBUTE_INFO, struct.pack("<BBQQ", 0, 0, UNDEFINED, UNDEFINED), _OPTIONAL
+)
+
+
+@lru_cache(maxsize=4096)
+def attribute_message(name: str, value: AttrValue) -> bytes | None:
+    """An attribute; None where it is too large for a header.
+
+    Parameters
+    ----------
+    name
+        Its name.
+    value
+        Text, int64, float64, or a 1-D list of int64.
+    """
+    datatype, space, data = _attribute_value(value)
+    stored_name = name.encode() + b"\0"
+    sizes = (len(stored_name), len(datatype), len(space))
+    if max(*sizes, len(data)) > _LARGEST_MESSAGE:
+        return None
+    head = struct.pack("<BBHHHB", 3, 0, *sizes, _UTF8)
+    body = b"".join((head, stored_name, datatype, space, data))
+    return _message(_ATTRIBUTE, body) if len(body) <= _LARGEST_MESSAGE else None
+
+
+def _attribute_value(value: AttrValue) -> tuple[bytes, bytes, bytes]:
+    """Datatype, dataspace and bytes of an attribute."""
+    if isinstance(value, str):
+        # Fixed-length text cannot be empty.
+        data = text.encode(value) or b"\0"
+        return encoded_type(text_type(len(data))), _SCALAR_SPACE, data
+    if isinstance(value, tuple):
+        data = struct.pack(f"<{len(value)}q", *value)
+        return encoded_type(h5t.STD_I64LE), _simple_space((len(value),)), data
+    if isinstance(value, float):
+        return encoded_type(h5t.IEEE_F64LE), _SCALAR_SPACE, struct.pack("<d", value)
+    return encoded_type(h5t.STD_I64LE), _SCALAR_SPACE, struct.pack("<q", value)

@@ -1,0 +1,203 @@
+"""Samples of unequal length as one batch: padded with masks, or packed with offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from h5traces.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Item = dict[str, Any]
+Axes = tuple[tuple[str, tuple[str, ...]], ...]
+_SEQUENCE_AXES = ("token", "query")
+MASK, KEY_MASK, LENGTHS = "mask", "key_mask", "lengths"
+
+
+class HasAxes(Protocol):
+    """A dataset that names the axes of its items' tensors."""
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of axes by the names of tensors."""
+
+
+def pad_collate(dataset: HasAxes, *, pad_value: float = 0.0) -> PadCollate:
+    """The ``collate_fn`` that pads the sequences of a dataset's items to the longest one."""
+    return PadCollate(tuple(dataset.axes.items()), pad_value)
+
+
+def pack_collate(dataset: HasAxes) -> PackCollate:
+    """The ``collate_fn`` that lays the sequences of a dataset's items one behind the other."""
+    return PackCollate(tuple(dataset.axes.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class PadCollate:
+    """Pads token, query and key axes to the longest of the batch.
+
+    The batch holds, beside every entry of the items (tensors stacked, numbers as a tensor, other
+    values as a list):
+
+    - ``mask``: bool ``(batch, tokens)``, true where there is a token;
+    - ``lengths``: int64 ``(batch,)``, tokens of each sample;
+    - ``key_mask``: bool ``(batch, keys)``, where a tensor has keys.
+
+    Attributes
+    ----------
+    axes
+        Names of tensors and of their axes.
+    pad_value
+        What padding is filled with.
+    """
+
+    axes: Axes
+    pad_value: float = 0.0
+
+    def __call__(self, items: Sequence[Item]) -> Item:
+        """The batch of some items."""
+        batch = _other_entries(items, self.axes)
+        for name, axes in self.axes:
+            tensors = [item[name] for item in items]
+            batch[name] = _padded(tensors, name, axes, self.pad_value)
+            lengths = _lengths(tensors, axes, _SEQUENCE_AXES)
+            if lengths is not None and LENGTHS not in batch:
+                batch[LENGTHS], batch[MASK] = lengths, _mask(lengths)
+            keys = _lengths(tensors, axes, ("key",))
+            if keys is not None and KEY_MASK not in batch:
+                batch[KEY_MASK] = _mask(keys)
+        return batch
+
+
+@dataclass(frozen=True, slots=True)
+class PackCollate:
+    """Lays sequences one behind the other, without padding.
+
+    Tensors with a token axis are joined along it. Tensors with keys (attentions) have two axes of
+    unequal length: they become one flat tensor, with ``<name>_offsets`` ``(batch + 1,)`` and
+    ``<name>_shapes`` ``(batch, axes)`` beside it. The batch also holds:
+
+    - ``cu_seqlens``: int32 ``(batch + 1,)``, where each sample begins, as FlashAttention wants it;
+    - ``max_seqlen``: the longest, an int;
+    - ``lengths``: int64 ``(batch,)``;
+    - ``sample_index``: int64 ``(tokens,)``, which sample of the batch each token is of.
+
+    Attributes
+    ----------
+    axes
+        Names of tensors and of their axes.
+    """
+
+    axes: Axes
+
+    def __call__(self, items: Sequence[Item]) -> Item:
+        """The batch of some items."""
+        batch = _other_entries(items, self.axes)
+        for name, axes in self.axes:
+            tensors = [item[name] for item in items]
+            lengths = _lengths(tensors, axes, _SEQUENCE_AXES)
+            axis = _axis(axes, _SEQUENCE_AXES)
+            if "key" in axes:
+                batch |= _flattened(tensors, name)
+            elif axis is None:
+                batch[name] = _stacked(tensors, name)
+            else:
+                batch[name] = torch.cat(tensors, dim=axis)
+            if lengths is not None and LENGTHS not in batch:
+                batch |= _sequence_bounds(lengths)
+        return batch
+
+
+def _sequence_bounds(lengths: torch.Tensor) -> Item:
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, out=bounds[1:])
+    return {
+        LENGTHS: lengths,
+        "cu_seqlens": bounds,
+        "max_seqlen": int(lengths.max()),
+        "sample_index": torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+    }
+
+
+def _flattened(tensors: list[torch.Tensor], name: str) -> Item:
+    sizes = torch.tensor([0, *(tensor.numel() for tensor in tensors)])
+    return {
+        name: torch.cat([tensor.reshape(-1) for tensor in tensors]),
+        f"{name}_offsets": sizes.cumsum(0),
+        f"{name}_shapes": torch.tensor([tuple(tensor.shape) for tensor in tensors]),
+    }
+
+
+def _axis(axes: tuple[str, ...], wanted: tuple[str, ...]) -> int | None:
+    return next((number for number, name in enumerate(axes) if name in wanted), None)
+
+
+def _lengths(
+    tensors: list[torch.Tensor], axes: tuple[str, ...], wanted: tuple[str, ...]
+) -> torch.Tensor | None:
+    axis = _axis(axes, wanted)
+    return None if axis is None else torch.tensor([tensor.shape[axis] for tensor in tensors])
+
+
+def _mask(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def _padded(
+    tensors: list[torch.Tensor], name: str, axes: tuple[str, ...], pad_value: float
+) -> torch.Tensor:
+    """One tensor with a batch axis in front; each sample is copied once, to its place."""
+    shapes = [tensor.shape for tensor in tensors]
+    if len(set(shapes)) == 1:
+        return _stacked(tensors, name)
+    _check_alike(tensors, name, axes)
+    longest = [max(lengths) for lengths in zip(*shapes, strict=True)]
+    padded = torch.full((len(tensors), *longest), pad_value, dtype=tensors[0].dtype)
+    for place, tensor in zip(padded, tensors, strict=True):
+        place[tuple(slice(0, length) for length in tensor.shape)] = tensor
+    return padded
+
+
+def _check_alike(tensors: list[torch.Tensor], name: str, axes: tuple[str, ...]) -> None:
+    """Refuse to pad what are no sequences: layers, heads and channels must agree."""
+    first = tensors[0]
+    for number, tensor in enumerate(tensors):
+        differing = [
+            axis
+            for axis, ours, theirs in zip(axes, first.shape, tensor.shape, strict=True)
+            if ours != theirs and axis not in (*_SEQUENCE_AXES, "key")
+        ]
+        if differing or tensor.dtype != first.dtype:
+            message = (
+                f"{name}: item {number} of the batch is {tuple(tensor.shape)} {tensor.dtype}, item "
+                f"0 is {tuple(first.shape)} {first.dtype}; only token, query and key axes are "
+                "padded: choose layers= that are alike, and a dtype="
+            )
+            raise DatasetError(message)
+
+
+def _stacked(tensors: list[torch.Tensor], name: str) -> torch.Tensor:
+    if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
+        _check_alike(tensors, name, ("",) * tensors[0].ndim)
+    return torch.stack(tensors)
+
+
+def _other_entries(items: Sequence[Item], axes: Axes) -> Item:
+    """Entries that are no tensors with named axes: numbers as a tensor, the rest as a list."""
+    tensors = {name for name, _ in axes}
+    batch: Item = {}
+    for name in items[0]:
+        if name in tensors:
+            continue
+        values = [item[name] for item in items]
+        if all(isinstance(value, torch.Tensor) for value in values):
+            batch[name] = torch.stack(values)
+        elif all(isinstance(value, (int, float)) for value in values):
+            batch[name] = torch.tensor(values)
+        else:
+            batch[name] = values
+    return batch

@@ -1,0 +1,119 @@
+"""Batches onto a device, copied while the model computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = True) -> Any:
+    """A batch with all its tensors on a device.
+
+    Parameters
+    ----------
+    batch
+        A tensor, anything with a method ``to`` (graphs of PyTorch Geometric), or mappings, lists
+        and tuples of these; other values stay as they are.
+    device
+        Where to.
+    non_blocking
+        Do not wait for copies out of pinned memory (``DataLoader(pin_memory=True)``) to end.
+    """
+    if hasattr(batch, "to"):
+        return batch.to(device, non_blocking=non_blocking)
+    if isinstance(batch, Mapping):
+        return {
+            key: to_device(value, device, non_blocking=non_blocking) for key, value in batch.items()
+        }
+    if isinstance(batch, (list, tuple)):
+        moved = [to_device(each, device, non_blocking=non_blocking) for each in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+class DeviceLoader:
+    """A loader whose batches lie on a device, the next one copied while the last is in use.
+
+    On CUDA, copies run in a stream of their own; with ``pin_memory=True`` in the loader they do
+    not wait for the model, nor it for them. On other devices batches are moved one by one.
+
+    Its ``state_dict`` is the loader's, as of the batch that was handed out last, so that resuming
+    stays exact although one more was read.
+
+    Parameters
+    ----------
+    loader
+        A `torch.utils.data.DataLoader`, or any iterable of batches.
+    device
+        Where to.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device | str) -> None:
+        self._loader = loader
+        self.device = torch.device(device)
+        self._state: Any = None
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]  # as the loader has it, TypeError where none
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.device.type != "cuda":
+            for batch in self._loader:
+                self._state = None
+                yield to_device(batch, self.device)
+            return
+        yield from self._on_cuda()
+
+    def _on_cuda(self) -> Iterator[Any]:
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it so
+        batches = iter(self._loader)
+        copied = self._copied_in(stream, batches)
+        while copied is not None:
+            (batch, self._state), current = copied, torch.cuda.current_stream(self.device)
+            # The model waits for its copy, and the memory is not reused before the model is done.
+            current.wait_stream(stream)
+            for tensor in _tensors_of(batch):
+                tensor.record_stream(current)
+            copied = self._copied_in(stream, batches)
+            yield batch
+
+    def _copied_in(self, stream: torch.cuda.Stream, batches: Iterator[Any]) -> Any:
+        """The next batch, being copied, with the loader's state behind it; None at the end."""
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return None
+        state = self._loader_state()
+        with torch.cuda.stream(stream):
+            return to_device(batch, self.device), state
+
+    def _loader_state(self) -> Any:
+        if not hasattr(self._loader, "state_dict"):
+            return None
+        return copy.deepcopy(self._loader.state_dict())
+
+    def state_dict(self) -> Any:
+        """The loader's state behind the batch that was handed out last."""
+        return self._loader_state() if self._state is None else self._state
+
+    def load_state_dict(self, state: Any) -> None:
+        """Let the loader go on from a state."""
+        self._state = None
+        self._loader.load_state_dict(state)  # type: ignore[attr-defined]  # as the loader has it
+
+
+def _tensors_of(batch: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a batch, those of graphs included."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors_of(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _tensors_of(value)
+    elif hasattr(batch, "to_dict"):
+        yield from _tensors_of(batch.to_dict())

@@ -1,0 +1,227 @@
+"""A sampler that shuffles by shards, shares among processes, and can be taken up in mid-epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch.distributed
+from torch.utils.data import Sampler
+
+from h5traces.errors import DatasetError
+from h5traces.torch_data.order import (
+    DEFAULT_WINDOW,
+    epoch_order,
+    length_of_share,
+    share_of_rank,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from h5traces.torch_data.dataset import ShardedDataset
+
+EPOCH, POSITION = "epoch", "position"
+
+
+class Schedule:
+    """Which items come when, in one process of a training run.
+
+    Parameters
+    ----------
+    dataset
+        What the items are of.
+    shuffle, seed, window
+        See `h5traces.torch_data.order.epoch_order`; without `shuffle`, items come in their order.
+    num_replicas, rank, drop_last
+        As `torch.utils.data.DistributedSampler` has them.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        *,
+        shuffle: bool,
+        seed: int,
+        window: int | None,
+        num_replicas: int | None,
+        rank: int | None,
+        drop_last: bool,
+    ) -> None:
+        self.shard_numbers = dataset.shard_numbers
+        self.num_replicas, self.rank = _place_among_processes(num_replicas, rank)
+        self._drop_last = drop_last
+        # What a checkpoint must agree on; the rank may differ, since ranks are in step.
+        self.key = {
+            "dataset": dataset.fingerprint,
+            "seed": seed,
+            "shuffle": shuffle,
+            "window": window,
+            "num_replicas": self.num_replicas,
+            "drop_last": drop_last,
+        }
+        self._shuffle, self._seed, self._window = shuffle, seed, window
+        self.order(0)
+
+    def __len__(self) -> int:
+        return length_of_share(
+            len(self.shard_numbers), num_replicas=self.num_replicas, drop_last=self._drop_last
+        )
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The items of this process in one epoch, in order."""
+        order = np.arange(len(self.shard_numbers))
+        if self._shuffle:
+            order = epoch_order(
+                self.shard_numbers, seed=self._seed, epoch=epoch, window=self._window
+            )
+        return share_of_rank(
+            order, rank=self.rank, num_replicas=self.num_replicas, drop_last=self._drop_last
+        )
+
+    def state(self, epoch: int, position: int) -> dict[str, Any]:
+        """A checkpoint: plain values, for `check_state`."""
+        return {EPOCH: epoch, POSITION: position, **self.key}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another run: going on from it would repeat and leave out items."""
+        missing = [name for name in (EPOCH, POSITION, *self.key) if name not in state]
+        if missing:
+            message = f"the state has no {', '.join(missing)}; expected what state_dict() gave"
+            raise DatasetError(message)
+        for name, ours in self.key.items():
+            if state[name] != ours:
+                what = "other samples, or shards that were rewritten" if name == "dataset" else name
+                message = (
+                    f"the state was saved with {name}={state[name]!r}, here it is {ours!r} "
+                    f"({what}); going on would repeat some samples and leave out others: use the "
+                    "same data and options, or start the epoch anew"
+                )
+                raise DatasetError(message)
+
+
+def _place_among_processes(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """Number of processes and which this is: as given, else as torch.distributed knows."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if num_replicas is None:
+        num_replicas = torch.distributed.get_world_size() if started else 1
+    if rank is None:
+        rank = torch.distributed.get_rank() if started else 0
+    if num_replicas < 1:
+        message = f"num_replicas is {num_replicas}, expected at least 1"
+        raise DatasetError(message)
+    return num_replicas, rank
+
+
+class ShardSampler(Sampler[int]):
+    """Indices for a map-style dataset: shuffled by shards, shared among processes, resumable.
+
+    Takes the place of `torch.utils.data.DistributedSampler` (call `set_epoch` as with it), and
+    knows where it is: in a `torchdata.stateful_dataloader.StatefulDataLoader` the loader's own
+    ``state_dict`` is exact with any number of workers. With a plain `DataLoader`, whose workers
+    run ahead, `state_at` makes the state for the samples that were really used.
+
+    Parameters
+    ----------
+    dataset
+        A `TraceDataset` or `h5traces.graph.TraceGraphDataset`.
+    shuffle
+        A new order every epoch; without it items come in the order of the dataset.
+    seed
+        With the epoch it decides the order.
+    window
+        Shards that are mixed at a time; None mixes all.
+    num_replicas, rank
+        Number of processes and which this is; taken from `torch.distributed` by default.
+    drop_last
+        Leave out the remainder in place of repeating items for equal shares.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        window: int | None = DEFAULT_WINDOW,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self._schedule = Schedule(
+            dataset,
+            shuffle=shuffle,
+            seed=seed,
+            window=window,
+            num_replicas=num_replicas,
+            rank=rank,
+            drop_last=drop_last,
+        )
+        self.epoch = 0
+        self._start = 0
+        self._current: _Indices | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration; a loaded position holds for its epoch only."""
+        if epoch != self.epoch:
+            self.epoch, self._start, self._current = epoch, 0, None
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def __iter__(self) -> Iterator[int]:
+        start, self._start = self._start, 0
+        self._current = _Indices(self._schedule, self.epoch, start)
+        return self._current
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and position of the iteration under way, for `load_state_dict`."""
+        if self._current is None:
+            return self._schedule.state(self.epoch, self._start)
+        return self._current.state_dict()
+
+    def state_at(self, num_used: int) -> dict[str, Any]:
+        """The state behind that many samples of this epoch, for loaders that read ahead."""
+        return self._schedule.state(self.epoch, min(num_used, len(self)))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where that state was saved.
+
+        Raises
+        ------
+        DatasetError
+            The state is of other data or options.
+        """
+        self._schedule.check_state(state)
+        self.epoch, self._start = state[EPOCH], state[POSITION]
+        self._current = None
+
+
+class _Indices(Iterator[int]):
+    """One iteration of a sampler; has a state of its own, as StatefulDataLoader wants it."""
+
+    def __init__(self, schedule: Schedule, epoch: int, position: int) -> None:
+        self._schedule = schedule
+        self._begin(epoch, position)
+
+    def _begin(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        self._order = self._schedule.order(epoch)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> int:
+        if self._position >= len(self._order):
+            raise StopIteration
+        index = int(self._order[self._position])
+        self._position += 1
+        return index
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._schedule.state(self._epoch, self._position)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._schedule.check_state(state)
+        self._begin(state[EPOCH], state[POSITION])

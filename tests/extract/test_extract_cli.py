@@ -1,0 +1,267 @@
+"""``h5traces extract`` and ``estimate``: what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny_models import QUESTIONS, ROOT, TINY_LLAMA, make_model, tokenizer
+from typer.testing import CliRunner
+
+import h5traces
+from h5traces.cli.app import app
+from h5traces.extract.models import MODEL_ALIASES, aliases_path, known_aliases, resolve_model
+
+TINY = ["--model-id", TINY_LLAMA, "--dataset", QUESTIONS]
+FEW = ["--num-samples", 2, "--max-new-tokens", 4]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert isinstance(result.exception, (SystemExit, type(None)))
+    assert "\x1b[" not in result.output
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch, tmp_path):
+    """No test waits for a network, or reads the user's own aliases."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def test_the_command_of_the_readme(tmp_path):
+    """As it stands there, in the repository, with nothing but what lies in it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^h5traces (extract --model-id examples.*) -o out/$", text, re.M)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("h5traces"), *command.split(), "-o", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert re.search(r"out: 40 of 40 samples; [\d.]+ MB in [\d.]+ s, \d+ tokens/s", done.stdout)
+    assert done.stderr == ""
+    with h5traces.open(tmp_path / "out") as archive:
+        assert len(archive) == 40
+        assert archive[0]["hidden_states"][3].shape == (len(archive[0]["tokens"]), 128)
+
+
+@pytest.mark.h5tools
+def test_h5dump_reads_it(tmp_path):
+    run("extract", *TINY, *FEW, "-o", tmp_path / "run.h5", "--embedding")
+    path = "/samples/00000001"
+    objects = ["-d", f"{path}/hidden_states/embedding", "-d", f"{path}/tokens"]
+    objects += ["-a", "/extraction", "-a", f"{path}/extraction"]
+    done = subprocess.run(
+        ["h5dump", *objects, str(tmp_path / "run.h5")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '"model_class":"LlamaForCausalLM"' in done.stdout
+    assert '"finish_reason":"length"' in done.stdout
+    with h5traces.open(tmp_path / "run.h5") as archive:
+        tokens = ", ".join(str(each) for each in archive[1]["tokens"])
+    assert tokens in re.sub(r"\n\s*\(\d+\): ", " ", done.stdout)
+
+
+def test_a_run_as_json(tmp_path):
+    result = run("extract", *TINY, *FEW, "-o", tmp_path / "out", "--json", "--layers", "0,last")
+    report = json.loads(result.stdout)
+    assert report["ok"] is True
+    assert report["num_written"] == 2
+    assert report["num_generated"] == 8
+    assert report["tokens_per_second"] > 0
+    assert report["nbytes"] > 1000
+    again = run("extract", *TINY, *FEW, "-o", tmp_path / "out", "--layers", "0,last")
+    assert "2 of 2 samples, 2 of them before" in again.stdout
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    result = run("extract", *TINY, "-o", tmp_path / "out", "--dry-run", "--layers", "0,3,last")
+    assert "archive, float16, gzip, layers 0,3,5" in result.stdout
+    assert re.search(r"40 samples: [\d.]+ MB needed at most, .*; [\d.]+ \w+ free", result.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_forecast_is_no_less_than_what_is_written(tmp_path):
+    arguments = ["extract", *TINY, "-o", tmp_path / "run.h5", "--json"]
+    needed = json.loads(run(*arguments, "--dry-run").stdout)["needed_nbytes"]
+    run(*arguments)
+    assert needed > 2 * (tmp_path / "run.h5").stat().st_size
+
+
+@pytest.fixture
+def huge_model(tmp_path):
+    """A configuration of terabytes per sample, without weights."""
+    folder = tmp_path / "huge"
+    config = transformers.LlamaConfig(
+        num_hidden_layers=1000,
+        hidden_size=2**17,
+        num_attention_heads=1024,
+        max_position_embeddings=2**20,
+    )
+    config.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_model):
+    arguments = ["extract", "--model-id", huge_model, "--dataset", QUESTIONS]
+    arguments += ["--max-new-tokens", 100_000, "-o", tmp_path / "out"]
+    result = run(*arguments, code=2)
+    assert re.search(r"may need [\d,.]+ GB .* but [\d,.]+ GB are free", result.stderr)
+    assert not list(tmp_path.glob("out*"))
+    assert "the disk is too small for the forecast" in run(*arguments, "--dry-run").stderr
+    # Without the check it comes to the weights, which are not there.
+    assert "cannot be loaded" in run(*arguments, "--no-check-space", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"--model-id": "llama2_chat_7b"},
+            "no folder and no alias has that name (close aliases: llama2_chat_7B",
+        ),
+        (
+            {"--model-id": "llama2_chat_7B"},
+            "llama2_chat_7B stands for meta-llama/Llama-2-7b-chat-hf; without a network",
+        ),
+        ({"--model-id": ROOT / "tests"}, "cannot be loaded: Unrecognized model"),
+        ({"--dataset": "squad"}, "no data set is known as 'squad', and no file has that name"),
+        ({"--dataset": "triviaqa"}, "cannot be loaded"),
+        ({"--layers": "0,6"}, "layer 6 was asked for, but the model has 6 layers (0 to 5)"),
+        ({"--kinds": "hidden_states,logits"}, "expected some of hidden_states, attentions"),
+        ({"--prompt-template": "Q:"}, "does not hold {question}"),
+        ({"--device": "nonsense"}, "cannot be moved to device 'nonsense'"),
+        ({"--device": "auto"}, "--device auto needs accelerate, which is not installed"),
+        ({"--question-column": "query"}, "found no text in a column query"),
+        ({"--max-new-tokens": 512}, "no question fits: py_0001: the prompt has"),
+    ],
+)
+def test_wrong_usage(tmp_path, changes, message):
+    if "--device" in changes and "accelerate" in message:
+        pytest.importorskip("torch")
+        try:
+            import accelerate  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            pytest.skip("accelerate is installed")
+    options = {"--model-id": TINY_LLAMA, "--dataset": QUESTIONS, "--num-samples": 2}
+    arguments = [each for pair in {**options, **changes}.items() for each in pair]
+    result = run("extract", *arguments, "-o", tmp_path / "out", code=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("option", ["--chat", "--load-in-4bit"])
+def test_what_the_tiny_model_or_this_machine_lacks(tmp_path, option):
+    result = run("extract", *TINY, *FEW, option, "-o", tmp_path / "out", code=2)
+    expected = {"--chat": "has no chat template", "--load-in-4bit": "bitsandbytes"}
+    assert expected[option] in result.stderr
+
+
+def test_an_encoder_decoder(tmp_path):
+    transformers.T5Config().save_pretrained(tmp_path / "t5")
+    result = run(
+        "extract", "--model-id", tmp_path / "t5", "--dataset", QUESTIONS, "-o", tmp_path / "out",
+        code=2,
+    )  # fmt: skip
+    assert "is an encoder-decoder (t5); expected a decoder-only model" in result.stderr
+
+
+def test_a_family_that_was_not_tried_in_batches(tmp_path):
+    make_model("gemma2").save_pretrained(tmp_path / "gemma")
+    tokenizer().save_pretrained(tmp_path / "gemma")
+    arguments = ["extract", "--model-id", tmp_path / "gemma", "--dataset", QUESTIONS, *FEW]
+    result = run(*arguments, "--batch-size", 2, "-o", tmp_path / "out", code=2)
+    assert "Gemma2ForCausalLM (gemma2) was not tried in batches" in result.stderr
+    run(*arguments, "-o", tmp_path / "out")
+
+
+def test_samples_left_out_end_in_exit_code_1(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"question": "Why?"}\n' + json.dumps({"question": "long " * 600}))
+    result = run(
+        "extract", "--model-id", TINY_LLAMA, "--dataset", path, "-o", tmp_path / "out", code=1
+    )
+    assert "1 of 2 samples" in result.stdout
+    assert "left out: asked_1: the prompt has" in result.stderr
+
+
+def test_aliases_of_the_users_own(tmp_path):
+    assert resolve_model("llama2_chat_7B") == "meta-llama/Llama-2-7b-chat-hf"
+    aliases_path().parent.mkdir(parents=True)
+    aliases_path().write_text(f'[models]\ntiny = "{TINY_LLAMA}"\nllama2_7B = "/data/llama"\n')
+    assert known_aliases() == {**MODEL_ALIASES, "tiny": str(TINY_LLAMA), "llama2_7B": "/data/llama"}
+    run("extract", "--model-id", "tiny", "--dataset", QUESTIONS, *FEW, "-o", tmp_path / "out")
+    with h5traces.open(tmp_path / "out") as archive:
+        assert archive.metadata.model_id == "tiny"
+    aliases_path().write_text("[models]\ntiny = 3\n")
+    result = run("estimate", "--model-id", "tiny", code=2)
+    assert 'models.toml: expected a table [models] with lines such as mine = "' in result.stderr
+
+
+def test_estimate_from_shapes():
+    arguments = ["--num-layers", 32, "--hidden-size", 4096, "--num-heads", 32]
+    result = run("estimate", *arguments, "--seq-len", 43)
+    rows = re.findall(
+        r"^(raw \w+|archive.*?)  +(\d+) +([\d.]+ \w+) +([\d.]+ \w+)", result.stdout, re.M
+    )
+    assert [(name, per_thousand) for name, _, _, per_thousand in rows] == [
+        ("raw float32", "30.1 GB"),
+        ("raw float16", "15.1 GB"),
+        ("archive, float16, gzip", "11.5 GB"),
+        ("archive, float16, gzip, layers 0,5,10,15,20,25,31", "2.5 GB"),
+    ]
+    assert "estimated" in result.stdout
+    assert "1.5 GB to 2.5 GB" in result.stdout
+
+
+def test_estimate_from_a_configuration(huge_model):
+    found = json.loads(run("estimate", "--model-id", huge_model, "--json").stdout)
+    assert found["shape"] == {"num_layers": 1000, "hidden_size": 2**17, "num_heads": 1024}
+
+
+def test_estimate_from_a_pilot(tmp_path):
+    """What it says is what the same samples take."""
+    arguments = ["--codec", "zstd", "--max-new-tokens", 16]
+    found = json.loads(
+        run("estimate", *TINY, "--pilot", 5, *arguments, "--layers", "0,last", "--json").stdout
+    )
+    assert [row["basis"] for row in found["rows"]] == ["exact", "exact", "measured", "measured"]
+    whole = tmp_path / "whole.h5"
+    run("extract", *TINY, "--num-samples", 5, *arguments, "-o", whole)
+    assert found["rows"][2]["sample_nbytes"] * 5 == pytest.approx(whole.stat().st_size, rel=0.02)
+    part = tmp_path / "part.h5"
+    run("extract", *TINY, "--num-samples", 5, *arguments, "-o", part, "--layers", "0,last")
+    assert found["rows"][3]["sample_nbytes"] * 5 == pytest.approx(part.stat().st_size, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-layers", 3], "give --model-id, or all of"),
+        (["--pilot", 3], "--pilot needs --model-id and --dataset"),
+        (
+            ["--num-layers", 3, "--hidden-size", 8, "--num-heads", 2, "--dtype", "auto"],
+            "no rates are stated for dtype auto",
+        ),
+    ],
+)
+def test_wrong_usage_of_estimate(arguments, message):
+    result = run("estimate", *arguments, code=2)
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())

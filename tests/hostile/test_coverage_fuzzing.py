@@ -1,0 +1,60 @@
+"""Seconds of each target of the coverage-guided fuzzer; ``tools/fuzz.py`` runs for longer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz_targets
+import pytest
+from fuzz_targets import SEEDS, TARGETS, FindingError
+
+from h5traces.storage.codecs import CODECS, GZIP
+
+SECONDS = 2
+TOOL = Path(__file__).parents[2] / "tools" / "fuzz.py"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_is_found_in_what_fuzzing_starts_from(name: str) -> None:
+    seeds = [each for each in SEEDS[name]() if len(each) <= fuzz_targets.LARGEST_SEED]
+    assert len(seeds) > 10
+    for each in seeds:
+        TARGETS[name](each)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_is_found_in_seconds(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("atheris")
+    command = [sys.executable, str(TOOL), name, "--seconds", str(SECONDS), "--seed", "7"]
+    done = subprocess.run(
+        [*command, "--findings", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decoder_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(type(GZIP)):
+        def decode(self, _stored: memoryview, out: memoryview, _itemsize: int) -> None:
+            out[:] = b"\1" * len(out)
+
+    monkeypatch.setitem(CODECS, "gzip", Wrong("gzip", shuffle=True))
+    with pytest.raises(FindingError, match="other bytes than the stock library"):
+        TARGETS["chunks"](next(SEEDS["chunks"]()))
+
+
+def test_an_import_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(*_: object, **__: object) -> list[object]:
+        sys.modules["forbidden"] = sys
+        return []
+
+    monkeypatch.setattr(fuzz_targets, "read_batch", importing)
+    with pytest.raises(FindingError, match="had \\['forbidden'\\] imported"):
+        TARGETS["unpickler"](b"")
+    del sys.modules["forbidden"]
