@@ -667,6 +667,14 @@ def test_what_may_pass_is_tried_again(web: Server, failures: list[int]) -> None:
     assert len(web.requests()) == len(failures) + 1
 
 
+def test_listings_are_tried_again(remote: Any) -> None:
+    server, opener = remote
+    folder = "run/" if opener is from_s3 else ""
+    failure = (503, "SlowDown") if opener is from_s3 else 503
+    server.control(failures=[failure] * 2)
+    assert len(opener(server, f"{folder}[ab].h5")) == 7
+
+
 def test_s3_slow_down_is_tried_again(s3: Server) -> None:
     s3.control(failures=[(503, "SlowDown"), (500, "InternalError")])
     archive = from_s3(s3)

@@ -14,6 +14,7 @@ from fsspec.asyn import sync
 from h5traces.errors import RemoteError
 from h5traces.storage.remote.failures import refuse, translate
 from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.remote.retrying import persistently
 from h5traces.storage.remote.transport import Reply, TemporaryError
 
 if TYPE_CHECKING:
@@ -95,24 +96,24 @@ def list_objects(
 ) -> list[RemotePath]:
     """What a pattern matches, or what lies below a folder, by address."""
     files = filesystem(path.protocol, options)
-    last: Exception | None = None
-    for _ in range(options.attempts):
+
+    def found() -> list[str]:
         try:
             files.invalidate_cache()
             if path.is_pattern:
-                found = files.glob(path.url)
-            else:
-                found = [each for each in files.find(path.url) if each.endswith(suffixes)]
-            return sorted(RemotePath(files.unstrip_protocol(each)) for each in found)
+                return list(files.glob(path.url))
+            return [each for each in files.find(path.url) if each.endswith(suffixes)]
         except FileNotFoundError:
             return []
-        except Exception as error:  # every library has its own; sorted out below
-            try:
-                translate(path, error)
-            except TemporaryError as temporary:
-                last = temporary
-    message = f"{path}: the server cannot be reached, or fails: {last}; check the address"
-    raise RemoteError(message) from last
+        except Exception as error:  # every library has its own
+            translate(path, error)
+
+    try:
+        names = persistently(path, options.attempts, found)
+    except RemoteError:
+        _forget(files)
+        raise
+    return sorted(RemotePath(files.unstrip_protocol(each)) for each in names)
 
 
 def _asked(path: RemotePath, files: Any, request: Coroutine[Any, Any, Reply]) -> Reply:
