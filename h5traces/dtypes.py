@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h5traces.errors import ConversionError
+from h5traces.scratch import Scratch
 
 FloatType = Literal["float16", "bfloat16", "float32", "float64"]
 DtypePolicy = Literal["float16", "bfloat16", "float32", "auto"]
@@ -50,6 +51,8 @@ _LARGEST: Final[dict[FloatType, float]] = {
     "float32": float(np.finfo(np.float32).max),
     "float64": float(np.finfo(np.float64).max),
 }
+
+_SCRATCH: Final = Scratch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +216,13 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
     """The number of NaN and of infinite values."""
     unsigned, mask = _EXPONENT_MASKS[array.dtype]
     native = np.ascontiguousarray(array.values, dtype=array.values.dtype.newbyteorder("="))
-    bits = native.view(unsigned)
-    special = (bits & unsigned(mask)) == unsigned(mask)
-    total = int(np.count_nonzero(special))
-    if not total:
+    bits: AnyArray = native.view(unsigned).ravel()
+    exponents: AnyArray = _SCRATCH.take(bits.nbytes).view(unsigned)
+    np.bitwise_and(bits, mask, out=exponents)
+    if exponents.max(initial=0) < mask:
         return 0, 0
+    special = exponents == mask
+    total = int(np.count_nonzero(special))
     mantissa = unsigned((mask & -mask) - 1)
     num_nan = int(np.count_nonzero(bits[special] & mantissa))
     return num_nan, total - num_nan

@@ -61,6 +61,12 @@ TARGETS: Final = (
     Target("the same where the stock file has one chunk per array", "scan_wall_vs_stock_whole", 4),
     Target("one random (sample, layer), file open, against stock h5py", "random_vs_stock_1", 2),
     Target("the same where the stock file has one chunk per array", "random_vs_stock_whole_1", 2),
+    Target(
+        "full read, all cores, with a plugin codec at most 3 % larger, against the default codec",
+        "plugin_scan",
+        1.5,
+    ),
+    Target("the same with 1 thread", "plugin_scan_1", 1.5),
     Target("open and count 1000 samples", "open_ms", 10, "ms", at_most=True),
     Target(
         "convert .pkl.gz --no-verify against igzip inflating it", "convert_gz", 1.5, at_most=True

@@ -26,7 +26,7 @@ from h5traces.errors import (
 )
 from h5traces.schema import ArchiveMetadata
 from h5traces.schema.attributes import Attrs, from_attributes
-from h5traces.storage.arrays import check_sizes, read_array
+from h5traces.storage.arrays import check_sizes, read_array, read_checked_array
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.digests import dataset_digest
 from h5traces.storage.files import LocalFile
@@ -165,7 +165,7 @@ class FooterStore:
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         entry = sample.objects[path]
         try:
-            return read_array(self.file, entry, self._limits)
+            return read_checked_array(self.file, entry)
         except (CorruptArchiveError, RemoteError) as error:
             raise _located(error, self.file.name, sample.ordinal, path) from error
 

@@ -134,7 +134,7 @@ class TraceWriter(ABC):
                 writer.digests,
                 workers=self._options.workers,
                 # Its shard is; inflating everything with zlib takes longer than all the rest.
-                whole_through_stock=not is_spooled,
+                stock_at_ends=not is_spooled,
             )
         with deferred_signals():
             writer.publish()

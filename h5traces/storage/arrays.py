@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError, HostileFileError
+from h5traces.scratch import Scratch
 from h5traces.storage import chunks as grid
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.digests import chunk_checksum
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from h5traces.storage.files import ByteFile
     from h5traces.storage.objects import ChunkTable
 
+# Stored bytes of the chunk that is being read.
+_STORED: Final = Scratch()
 # HDF5's own limit
 MAX_AXES: Final = 32
 # Raw bytes that a stored byte can stand for: what the formats allow at most, and a little.
@@ -165,6 +168,11 @@ def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArra
         Sizes, a checksum, or the inflated bytes do not fit.
     """
     check_sizes(entry, limits, file.nbytes)
+    return read_checked_array(file, entry)
+
+
+def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
+    """What `read_array` gives, of an entry that went through `check_sizes` before."""
     if entry.chunks is None or entry.codec is None:
         message = f"{entry.path} cannot be read without the HDF5 library"
         raise CorruptArchiveError(message)
@@ -181,7 +189,7 @@ def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec
     """Read and inflate all chunks into an array."""
     dtype = values.dtype
     for number, offset in enumerate(grid.chunk_offsets(entry.shape, entry.chunk)):
-        stored = read_chunk(file, entry, number)
+        stored = _read_stored(file, entry, number)
         where = grid.chunk_slices(offset, entry.shape, entry.chunk)
         part = values[where]
         if part.shape == entry.chunk and part.flags.c_contiguous:
@@ -200,10 +208,16 @@ def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
     CorruptArchiveError
         The checksum does not fit, or the file ends before the chunk does.
     """
-    assert entry.chunks is not None
-    stored = file.read_at(entry.chunks.offsets[number], entry.chunks.sizes[number])
-    expected = entry.chunks.checksums
-    if expected is not None and chunk_checksum(stored) != expected[number]:
+    return bytes(_read_stored(file, entry, number))
+
+
+def _read_stored(file: ByteFile, entry: ObjectEntry, number: int) -> memoryview:
+    """As `read_chunk`, in memory that the thread's next call uses again."""
+    table = entry.chunks
+    assert table is not None
+    stored = _STORED.take(table.sizes[number]).data
+    file.read_into(table.offsets[number], stored)
+    if table.checksums is not None and chunk_checksum(stored) != table.checksums[number]:
         message = (
             f"chunk {number} of {entry.path} is damaged: its checksum does not fit; "
             "restore the file from a copy"
@@ -213,10 +227,10 @@ def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
 
 
 def _decode(
-    codec: Codec, stored: bytes, out: memoryview, itemsize: int, path: str, number: int
+    codec: Codec, stored: memoryview, out: memoryview, itemsize: int, path: str, number: int
 ) -> None:
     try:
-        codec.decode(memoryview(stored), out, itemsize)
+        codec.decode(stored, out, itemsize)
     except ValueError as error:
         message = f"chunk {number} of {path} is damaged: {error}; restore the file from a copy"
         raise CorruptArchiveError(message) from error

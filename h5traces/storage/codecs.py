@@ -14,8 +14,8 @@ import numpy as np
 import zstandard
 
 from h5traces.errors import UnsupportedEncodingError
+from h5traces.scratch import Scratch
 from h5traces.storage import deflate, planes
-from h5traces.storage.scratch import Scratch
 
 FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.scratch import Scratch
 from h5traces.storage import planes as _planes
 from h5traces.storage.engines import RAW_DEFLATE, Engines
 from h5traces.storage.inflate import inflate
-from h5traces.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

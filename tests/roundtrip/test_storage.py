@@ -98,6 +98,9 @@ class Bytes:
     def nbytes(self) -> int:
         return len(self.data)
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        out[:] = self.read_at(offset, len(out))
+
     def read_at(self, offset: int, nbytes: int) -> bytes:
         return self.data[offset : offset + nbytes]
 

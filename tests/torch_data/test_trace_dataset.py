@@ -132,13 +132,13 @@ def test_one_chunk_is_read_per_layer(shards: Path, monkeypatch: pytest.MonkeyPat
         if (chunk := dataset.archive[6].entry(f"{kind}/layer_{layer:03d}").chunks) is not None
     ]
     seen: list[tuple[int, int]] = []
-    read_at = LocalFile.read_at
+    read_into = LocalFile.read_into
 
-    def counted(self: LocalFile, offset: int, nbytes: int) -> bytes:
-        seen.append((offset, nbytes))
-        return read_at(self, offset, nbytes)
+    def counted(self: LocalFile, offset: int, out: memoryview) -> None:
+        seen.append((offset, len(out)))
+        read_into(self, offset, out)
 
-    monkeypatch.setattr(LocalFile, "read_at", counted)
+    monkeypatch.setattr(LocalFile, "read_into", counted)
     dataset[6]
     assert seen == chunks
 

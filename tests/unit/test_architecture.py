@@ -21,6 +21,7 @@ PACKAGE = Path(h5traces.__file__).parent
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS = (
     {"errors", "version"},
+    {"scratch"},
     {"layout", "dtypes", "text", "encodings", "schema", "limits", "reading_ahead", "layer_ranges"},
     {"storage"},
     {"legacy", "writer", "archive", "shards"},

@@ -381,13 +381,18 @@ def test_torch_data_loader_workers(path: Path) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Offset and size of every read of a local file."""
     seen: list[tuple[int, int]] = []
-    read_at = LocalFile.read_at
+    read_at, read_into = LocalFile.read_at, LocalFile.read_into
 
     def counted(self: LocalFile, offset: int, nbytes: int) -> bytes:
         seen.append((offset, nbytes))
         return read_at(self, offset, nbytes)
 
+    def counted_into(self: LocalFile, offset: int, out: memoryview) -> None:
+        seen.append((offset, len(out)))
+        read_into(self, offset, out)
+
     monkeypatch.setattr(LocalFile, "read_at", counted)
+    monkeypatch.setattr(LocalFile, "read_into", counted_into)
     return seen
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from h5traces.storage.planes import Bytes
+    from numpy.typing import NDArray
 
 # Every chunk that h5traces writes fits; larger ones of other writers are not worth keeping
 # memory for.
@@ -26,7 +26,7 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self._buffer = np.empty(0, np.uint8)
 
-    def take(self, nbytes: int) -> Bytes:
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
         """`nbytes` of uninitialised memory, to be let go of before the next call."""
         if nbytes > self._buffer.size:
             buffer = np.empty(nbytes, np.uint8)
