@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces import layout, text
+from h5traces.archive.labels import label_problems
 from h5traces.archive.store import FooterStore, check_version
 from h5traces.dtypes import FLOAT_TYPES
 from h5traces.errors import (
@@ -173,6 +174,9 @@ class _Validation:
         self._report.num_samples = len(names)
         self._check_index(names)
         self._check_keys()
+        if self._metadata is not None:
+            archive_id = self._metadata.archive_id
+            self._report.problems += label_problems(self._reader.path, archive_id, self._samples)
         for place, name in self._reader.ignored_attributes:
             if not name.startswith(layout.USER_ATTR_PREFIX):
                 message = f"attribute {name!r} is not of the format, nor of a type that it uses"

@@ -82,7 +82,8 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
     prefix = f"{layout.EXTRA_GROUP}/"
     for path in trace.objects:
         name = path.removeprefix(prefix)
-        if path.startswith(prefix) and "/" not in name:
+        is_old = name == layout.LABEL and trace.has_new_label
+        if path.startswith(prefix) and "/" not in name and not is_old:
             extra[layout.unescape_key(text.unescape(name))] = trace.extra(path)
     metadata = trace.metadata
     tokens = trace.tokens() if layout.TOKENS in trace.objects else None

@@ -23,6 +23,7 @@ from h5traces.storage.remote import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
 # where it is lower, other files need most of them.
 MAX_OPEN_FILES = 64
 _MOST_OF_LIMIT = 1 / 4
-# Those on servers take no descriptor, but a new request for every time they are opened again.
-MAX_OPEN_REMOTE_FILES = 512
+# Those on servers take no descriptor but their footers in memory, and new requests when reopened.
+MAX_OPEN_REMOTE_FILES = 128
 # Enough that no thread waits long for the last one.
 _TASKS_PER_WORKER = 4
 # Stored bytes of arrays on servers that one call holds at a time.
 _WINDOW_NBYTES = 128 << 20
+_MOST_FETCHED_NBYTES = 256 << 20
 # Shards on servers that are opened or read at a time; each may make several requests.
 _FILES_AT_A_TIME = 8
 # What must agree among shards that are read as one sequence.
@@ -260,6 +262,42 @@ class Archive(Sequence[Trace]):
             {kind: [next(arrays) for _ in range(len(sequence))] for kind, sequence in each.items()}
             for each in sequences
         ]
+
+    def fetched(
+        self,
+        indices: Iterable[int],
+        *,
+        kinds: Iterable[str],
+        layers: Iterable[int] | None = None,
+    ) -> AbstractContextManager[object]:
+        """Inside the block, these arrays are read from memory; for archives on servers only.
+
+        They are fetched here, in few requests and side by side. Where they take more than 256 MB
+        as stored, each is fetched when it is read.
+
+        Raises
+        ------
+        RemoteError, CorruptArchiveError
+            They cannot be fetched; the message names shard and samples.
+        """
+        if not self._has_remote:
+            return contextlib.nullcontext()
+        chosen = self._layers if layers is None else tuple(layers)
+        names, wanted, nbytes = tuple(kinds), [], 0
+        for index in indices:
+            for kind in names:
+                sequence = LayerSequence(self[index], kind, chosen)
+                for position in range(len(sequence)):
+                    wanted.append((sequence, position))
+                    nbytes += sum(size for _, size in sequence.ranges(position))
+        with contextlib.ExitStack() as until_closed:
+            if nbytes <= _MOST_FETCHED_NBYTES:
+                _fetch(wanted, until_closed)
+            return until_closed.pop_all()
+
+    @cached_property
+    def _has_remote(self) -> bool:
+        return any(isinstance(file.path, RemotePath) for file in self._files)
 
     def close(self) -> None:
         """Let go of the open files; the next use opens them again."""

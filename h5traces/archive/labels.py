@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from h5traces import layout
-from h5traces.errors import CorruptArchiveError, SchemaError, UnsupportedVersionError
+from h5traces.errors import (
+    CorruptArchiveError,
+    H5TracesError,
+    Problem,
+    SchemaError,
+    UnsupportedVersionError,
+)
 from h5traces.schema.attributes import problems_of, with_tuples
 from h5traces.schema.labels import LABELS_FORMAT, LabelSidecar
 from h5traces.storage.remote import RemotePath
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from h5traces.schema import TraceMetadata
@@ -65,6 +72,10 @@ class FileLabels:
             )
             raise SchemaError(message)
 
+    def has_label(self, ordinal: int) -> bool:
+        """Whether a sample has a label here."""
+        return self.sidecar.labels is not None and ordinal in self._rows
+
     def labelled(self, metadata: TraceMetadata, ordinal: int) -> TraceMetadata:
         """A sample's metadata with its label and scores; as it is where it has none.
 
@@ -88,6 +99,33 @@ class FileLabels:
         return metadata.model_copy(
             update={"label": label, "scores": {**(metadata.scores or {}), **scores} or None}
         )
+
+
+def label_problems(
+    archive: Path, archive_id: str, samples: Sequence[TraceMetadata | None]
+) -> list[Problem]:
+    """What is wrong with the labels beside an archive; nothing where there are none.
+
+    Parameters
+    ----------
+    archive
+        The file.
+    archive_id
+        Its own.
+    samples
+        Metadata of its samples; None where they are damaged.
+    """
+    place = archive.with_name(f"{archive.name}{SIDECAR_SUFFIX}")
+    try:
+        labels = read_sidecar(place)
+        if labels is not None:
+            labels.check(archive, archive_id)
+            for ordinal, metadata in enumerate(samples):
+                if metadata is not None:
+                    labels.labelled(metadata, ordinal)
+    except H5TracesError as error:
+        return [Problem(place.name, str(error).removeprefix(f"{place}: "), "wrong_labels")]
+    return []
 
 
 def read_sidecar(path: Path) -> FileLabels | None:

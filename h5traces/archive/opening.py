@@ -44,8 +44,8 @@ def expand_paths(
     for each in expand_sources(sources, suffixes):
         if isinstance(each, RemotePath):
             message = (
-                f"{each}: only 'h5traces.open', 'inspect', 'ls', 'label' and 'features' read "
-                "archives on servers; download it for this"
+                f"{each}: this takes a file on disk; download it. 'open', 'inspect', 'ls', "
+                "'label', 'features', 'repack' and 'merge' read archives on servers"
             )
             raise RemoteError(message)
         found.append(each)

@@ -93,6 +93,12 @@ class Trace(Mapping[str, Any]):
         return self._index
 
     @property
+    def has_new_label(self) -> bool:
+        """Whether the trace was labelled later than it was stored."""
+        labels = self._file.labels
+        return labels is not None and labels.has_label(self._sample.ordinal)
+
+    @property
     def archive_metadata(self) -> ArchiveMetadata:
         """Metadata of the archive file that the trace is stored in."""
         return self._file.metadata
@@ -117,9 +123,8 @@ class Trace(Mapping[str, Any]):
         named = self.metadata.fields or self._file.metadata.fields
         if named is None:
             return self._present_fields()
-        is_new = layout.LABEL not in named and self.metadata.label is not None
-        # A label that was given later than the dict was made.
-        return (*named, layout.LABEL) if is_new and self._file.labels is not None else named
+        is_further = self.has_new_label and layout.LABEL not in named
+        return (*named, layout.LABEL) if is_further else named
 
     def _present_fields(self) -> tuple[str, ...]:
         """Keys for a trace that no legacy dict was the source of."""
@@ -168,6 +173,8 @@ class Trace(Mapping[str, Any]):
         if key not in self.fields:
             raise KeyError(key)
         objects = self._sample.objects
+        if key == layout.LABEL and self.has_new_label:
+            return self.metadata.label
         extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
         if extra in objects:
             value = self.extra(extra)

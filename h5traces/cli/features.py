@@ -48,6 +48,10 @@ def features(
     pca_only: Annotated[
         bool, typer.Option("--pca-only", help="Leave out the features that were projected.")
     ] = False,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Labels lie here, not beside the archives."),
+    ] = None,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help="Write features that are NaN or infinite.")
     ] = False,
@@ -85,6 +89,7 @@ def features(
             pca=pca,
             pca_samples=parse_samples(pca_samples),
             pca_only=pca_only,
+            labels=labels,
             allow_nan=allow_nan,
             workers=workers,
             overwrite=overwrite,

@@ -7,10 +7,13 @@ float32. What has no tokens to reduce gives NaN.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Floats = NDArray[np.float32]
 AnyFloats = NDArray[Any]
@@ -36,7 +39,9 @@ def max_pooled(states: AnyFloats, start: int = 0) -> Floats:
     """The largest value of every dimension over tokens from `start` on, ``(hidden,)``."""
     if states.shape[0] <= start:
         return _nothing(states.shape[1:])
-    return _narrow(states[start:].max(axis=0))
+    # Cast first: numpy compares halves one by one.
+    top: Floats = states[start:].astype(np.float32).max(axis=0)
+    return top
 
 
 def row_entropy(attention: AnyFloats) -> Floats:
@@ -46,13 +51,14 @@ def row_entropy(attention: AnyFloats) -> Floats:
     and ``0 * ln 0 = 0``. A row of zeros has no entropy: its head gives NaN.
     """
     totals = np.zeros(attention.shape[0])
-    for head, rows in _blocks(attention):
-        sums = rows.sum(axis=1, dtype=np.float64)
+    for heads, rows in _blocks(attention):
+        sums = rows.sum(axis=2, dtype=np.float64)
         # H(p) with p = w / s is ln s - sum(w ln w) / s, which takes no scaled copy.
         logs = np.log(rows, out=np.zeros_like(rows), where=rows != 0)
+        logs *= rows
         with np.errstate(divide="ignore", invalid="ignore"):
-            inner = np.einsum("qk,qk->q", rows, logs, dtype=np.float64)
-            totals[head] += (np.log(sums) - inner / sums).sum()
+            entropies = np.log(sums) - logs.sum(axis=2, dtype=np.float64) / sums
+        totals[heads] += entropies.sum(axis=1)
     return _divided(totals, attention.shape[1])
 
 
@@ -106,13 +112,15 @@ def _row_sums(rows: AnyFloats) -> NDArray[np.float64]:
     return sums
 
 
-def _blocks(attention: AnyFloats) -> Any:
-    """Head and rows in float32, few enough at a time."""
-    heads, num_queries, num_keys = attention.shape
-    step = max(1, _BLOCK_VALUES // max(1, num_keys))
-    for head in range(heads):
-        for start in range(0, num_queries, step):
-            yield head, attention[head, start : start + step].astype(np.float32)
+def _blocks(attention: AnyFloats) -> Iterator[tuple[slice, Floats]]:
+    """Some heads, or some rows of one head, in float32."""
+    num_heads, num_queries, num_keys = attention.shape
+    heads = max(1, _BLOCK_VALUES // max(1, num_queries * num_keys))
+    rows = max(1, _BLOCK_VALUES // max(1, num_keys))
+    for head in range(0, num_heads, heads):
+        chosen = slice(head, head + heads)
+        for row in range(0, num_queries, rows):
+            yield chosen, _narrow(attention[chosen, row : row + rows])
 
 
 def _divided(totals: NDArray[np.float64], count: int) -> Floats:

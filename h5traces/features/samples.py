@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 # Samples that may be computed ahead of the one in use, per worker.
 _AHEAD_PER_WORKER = 2
-# Stored bytes of a sample on a server that are fetched in one go.
-_MOST_PREFETCHED_NBYTES = 256 << 20
 _PCA_ROWS = 4096
 
 
@@ -166,8 +163,9 @@ def _sample_features(
 ) -> SampleFeatures:
     trace = archive[index]
     found = SampleFeatures(index, {})
-    with _fetched(trace, archive.layers, {each.kind for each in wanted}):
-        for kind in dict.fromkeys(each.kind for each in wanted):
+    kinds = list(dict.fromkeys(each.kind for each in wanted))
+    with archive.fetched([index], kinds=kinds):
+        for kind in kinds:
             _add_kind(found, trace, archive.layers, [each for each in wanted if each.kind == kind])
     return found
 
@@ -242,19 +240,6 @@ def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
 def place_of(trace: Trace) -> str:
     """File, sample and id, for messages."""
     return f"{trace.place} ({trace.metadata.sample_id!r})"
-
-
-def _fetched(
-    trace: Trace, layers: Sequence[int], kinds: Iterable[str]
-) -> contextlib.AbstractContextManager[None]:
-    """Inside the block, a sample on a server lies in memory, unless it is huge."""
-    if not trace.is_remote:
-        return contextlib.nullcontext()
-    paths = (f"{kind}/{layout.layer_name(layer)}" for kind in kinds for layer in layers)
-    ranges = [part for path in paths if path in trace.objects for part in trace.ranges(path)]
-    if sum(size for _, size in ranges) > _MOST_PREFETCHED_NBYTES:
-        return contextlib.nullcontext()
-    return trace.prefetched(ranges)
 
 
 def fit_pca(

@@ -100,11 +100,13 @@ class ArchiveSource:
         trace, _ = self._sample(index)
         self._guard.check(trace.path)
         found = []
-        for kind in (layout.HIDDEN_STATES, self._weights):
-            array = read_layer(trace, kind, layer)
-            if not self._keep and may_be_not_finite(trace, kind, layer, torch.float32):
-                check_finite(array, f"{named(trace)}: layer {layer} of {kind}")
-            found.append(array)
+        kinds = (layout.HIDDEN_STATES, self._weights)
+        with self._archive.fetched([index], kinds=kinds, layers=[layer]):
+            for kind in kinds:
+                array = read_layer(trace, kind, layer)
+                if not self._keep and may_be_not_finite(trace, kind, layer, torch.float32):
+                    check_finite(array, f"{named(trace)}: layer {layer} of {kind}")
+                found.append(array)
         return found[0], found[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -339,7 +339,10 @@ def _write_sidecars(
     for file, sidecar in zip(archive.files, sidecars, strict=True):
         place = sidecar_path(file.path, folder)
         if place is None:
-            message = f"{file.path}: labels cannot be written on a server; name a folder for them"
+            message = (
+                f"{file.path}: labels cannot be written on a server; name a folder for them, with "
+                "--folder"
+            )
             raise SchemaError(message)
         if place in places:
             message = f"{place}: two archives have this name; label them into folders of their own"

@@ -28,6 +28,7 @@ from h5traces.torch_data.tensors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
@@ -181,8 +182,9 @@ class TraceDataset(Dataset[Item]):
         trace = self.archive[position]
         self._guard.check(trace.path)
         item: Item = {INDEX: position, SAMPLE_ID: trace.metadata.sample_id}
-        for kind in self.kinds:
-            item[kind] = read_tensor(trace, kind, self._stored_axes[kind], self.selection)
+        with self._fetched([index]):
+            for kind in self.kinds:
+                item[kind] = read_tensor(trace, kind, self._stored_axes[kind], self.selection)
         for field in self.fields:
             item[field] = self._field(trace, field)
         if self._labels is not None:
@@ -191,10 +193,17 @@ class TraceDataset(Dataset[Item]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The items of a batch, read in threads where the dataset has several."""
-        if self._threads == 1 or len(indices) == 1:
-            return [self[index] for index in indices]
-        with ThreadPoolExecutor(min(self._threads, len(indices))) as pool:
-            return list(pool.map(self.__getitem__, indices))
+        with self._fetched(indices):
+            if self._threads == 1 or len(indices) == 1:
+                return [self[index] for index in indices]
+            with ThreadPoolExecutor(min(self._threads, len(indices))) as pool:
+                return list(pool.map(self.__getitem__, indices))
+
+    def _fetched(self, indices: Sequence[int]) -> AbstractContextManager[object]:
+        """Inside the block, items on servers lie in memory: they came side by side."""
+        inside = range(-len(self), len(self))
+        positions = [self.indices[index] for index in indices if index in inside]
+        return self.archive.fetched(positions, kinds=self.kinds, layers=self.selection.layers)
 
     def _field(self, trace: Trace, field: str) -> Any:
         if field not in trace:

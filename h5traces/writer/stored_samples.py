@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from h5traces.storage.objects import ObjectEntry
 
 
+def is_label(path: str) -> bool:
+    """Whether a path is that of a label which is no plain number, or below it."""
+    return f"{path}/".startswith(f"{layout.EXTRA_GROUP}/{layout.LABEL}/")
+
+
 class StoredSample:
     """A stored trace, to be copied as it is, or without some of its layers.
 
@@ -72,6 +77,8 @@ class StoredSample:
     def _entries(self) -> Iterator[ObjectEntry]:
         selected = self._trace.selected
         for path in self._trace.objects:
+            if self._trace.has_new_label and is_label(path):
+                continue
             kind, _, name = path.partition("/")
             layer = layout.parse_layer_name(name) if kind in layout.KINDS else None
             if selected is None or layer is None or layer in selected:

@@ -423,6 +423,11 @@ def test_the_command(archive: Path, tmp_path: Path) -> None:
     found = read(target)
     np.testing.assert_array_equal(found["mean"], expected_features(BATCH)["mean"][:, [0, 3]])
     assert "exists" in run("features", archive, *options, "-o", target, code=2).stderr
+    table = tmp_path / "scores.csv"
+    table.write_text("question_id,bleurt_score\nq0_4,0.1\n", encoding="utf-8")
+    label(archive, table, folder=tmp_path / "labels", partial=True)
+    run("features", archive, *options, "-o", target, "--overwrite", "--labels", tmp_path / "labels")
+    assert read(target)["label"].tolist() == [None] * 4 + [1] + [None] * 5
     shown = run("features", archive, "--last-token", "--pca", "2", "-o", tmp_path / "f.npz")
     assert "components of last_token explain" in shown.stdout
 

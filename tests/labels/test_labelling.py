@@ -188,6 +188,22 @@ def test_labels_beside_win_over_those_inside(archive: Path, table: Path, tmp_pat
     assert opened[0].metadata.scores == {"bleurt": 0.9}
 
 
+@pytest.mark.parametrize("old", ["yes", True, [1, 2], {"a": 1, "b": [None]}, 7])
+def test_labels_of_old_dicts_are_replaced(tmp_path: Path, old: Any) -> None:
+    batch = [{**each, "label": old} for each in BATCH]
+    archive = make_archive(tmp_path, batch, name="run.pkl")
+    table = write_csv(tmp_path / "s.csv", zip(IDS[1:], SCORES[1:], strict=True))
+    label(archive, table, partial=True)
+    label(archive, table, partial=True, output=tmp_path / "copied.h5")
+    repack(archive, tmp_path / "cast.h5", dtype="float32")
+    for path in (archive, tmp_path / "copied.h5", tmp_path / "cast.h5"):
+        opened = h5traces.open(path)
+        assert opened[0]["label"] == old
+        assert [each["label"] for each in opened[1:]] == list(LABELS[1:])
+        assert list(opened[1]) == list(batch[1])
+        assert validate(path).ok
+
+
 # --- what does not join ---------------------------------------------------------------------------
 
 
@@ -311,6 +327,9 @@ def test_labels_of_another_archive_are_refused(archive: Path, table: Path, tmp_p
     shutil.copy(sidecar, f"{other}.labels.json")
     with pytest.raises(SchemaError, match=r"other\.h5.*labels belong to another file"):
         h5traces.open(other)
+    (problem,) = validate(other).problems
+    assert problem.loc == "other.h5.labels.json"
+    assert "labels belong to another file" in problem.message
     # A new run puts it right, whatever lies there.
     with pytest.raises(ArchiveExistsError, match="--overwrite"):
         label(other, table)
@@ -361,6 +380,8 @@ def test_a_row_of_another_sample_is_refused(archive: Path, table: Path) -> None:
     edited(archive, lambda doc: doc["sample_ids"].reverse())
     with pytest.raises(SchemaError, match=r"sample 0 is .* there, but"):
         h5traces.open(archive)[0].metadata  # noqa: B018
+    (problem,) = validate(archive).problems
+    assert problem.kind == "wrong_labels"
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import s3fs
+import torch
 from legacy_batches import assert_same, make_archive, make_batch
 from servers import Server, running
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import h5traces
@@ -34,10 +36,12 @@ from h5traces.errors import (
     StoredStateWarning,
 )
 from h5traces.features import compute_features
+from h5traces.graph import TraceGraphDataset
 from h5traces.labelling import label
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import TRAILER_NBYTES, hdf5_end
 from h5traces.storage.remote import RemoteOptions, RemotePath
+from h5traces.torch_data import TraceDataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +97,9 @@ def web_process(web_folder: Path) -> Iterator[Server]:
 @pytest.fixture
 def web(web_process: Server, web_folder: Path, shelf: Path) -> Server:
     shutil.copytree(shelf, web_folder, dirs_exist_ok=True)
-    web_process.control(failures=[], version="etag", ranges=True, delay=0.0, token="", redirect="")
+    web_process.control(
+        failures=[], version="etag", ranges=True, delay=0.0, token="", redirect="", lie=""
+    )
     web_process.requests()
     return web_process
 
@@ -299,6 +305,53 @@ def test_labels_of_archives_on_servers(remote: Any, tmp_path: Path) -> None:
     assert opener(server).labels == (None,) * 4
     label(address, table, storage_options=given, output=tmp_path / "mine.h5")
     assert h5traces.open(tmp_path / "mine.h5").labels == (1, 1, 0, 0)
+
+
+def test_items_and_batches_of_a_dataset_are_coalesced(remote: Any, shelf: Path) -> None:
+    server, opener = remote
+    kinds = ("hidden_states", "attentions")
+    dataset = TraceDataset(opener(server), kinds=kinds)
+    local = TraceDataset(shelf / "a.h5", kinds=kinds)
+    server.requests()
+    item = dataset[2]
+    assert len(server.requests()) == 1
+    assert torch.equal(item["attentions"], local[2]["attentions"])
+    items = dataset.__getitems__([3, 0, 1])
+    assert len(server.requests()) <= 2
+    for each, index in zip(items, (3, 0, 1), strict=True):
+        assert torch.equal(each["hidden_states"], local[index]["hidden_states"])
+    with pytest.raises(IndexError, match="the dataset has 4"):
+        dataset.__getitems__([1, 9])
+
+
+def test_a_graph_on_a_server_is_one_request(web: Server, shelf: Path) -> None:
+    graphs = TraceGraphDataset(from_web(web))
+    local = TraceGraphDataset(shelf / "a.h5")
+    graphs[4]
+    web.requests()
+    found = graphs[5]
+    # Near enough to each other; in larger samples they are two, side by side.
+    assert len(web.requests()) == 1
+    assert torch.equal(found.x, local[5].x)
+    assert torch.equal(found.edge_index, local[5].edge_index)
+
+
+@pytest.mark.parametrize(("kind", "start"), [("s3", "spawn"), ("web", "fork")])
+def test_workers_of_a_loader_read_from_servers(
+    request: pytest.FixtureRequest, shelf: Path, kind: str, start: str
+) -> None:
+    dataset = TraceDataset(OPENERS[kind](request.getfixturevalue(kind)), layers=2)
+    dataset[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        loader = DataLoader(
+            dataset, batch_size=2, num_workers=2, multiprocessing_context=start, collate_fn=list
+        )
+        found = [item for batch in loader for item in batch]
+    local = TraceDataset(shelf / "a.h5", layers=2)
+    assert [each["sample_id"] for each in found] == [each["question_id"] for each in BATCH]
+    for each, expected in zip(found, (local[index] for index in range(4)), strict=True):
+        assert torch.equal(each["hidden_states"], expected["hidden_states"])
 
 
 # --- processes -----------------------------------------------------------------------------------
@@ -614,6 +667,14 @@ def test_what_may_pass_is_tried_again(web: Server, failures: list[int]) -> None:
     assert len(web.requests()) == len(failures) + 1
 
 
+def test_listings_are_tried_again(remote: Any) -> None:
+    server, opener = remote
+    folder = "run/" if opener is from_s3 else ""
+    failure = (503, "SlowDown") if opener is from_s3 else 503
+    server.control(failures=[failure] * 2)
+    assert len(opener(server, f"{folder}[ab].h5")) == 7
+
+
 def test_s3_slow_down_is_tried_again(s3: Server) -> None:
     s3.control(failures=[(503, "SlowDown"), (500, "InternalError")])
     archive = from_s3(s3)
@@ -625,6 +686,23 @@ def test_a_server_that_never_answers(web: Server) -> None:
     web.control(delay=2.0)
     with pytest.raises(RemoteError, match=r"layer_001.*cannot be reached"):
         archive[0]["hidden_states"][1]
+
+
+@pytest.mark.parametrize(
+    ("lie", "expected"),
+    [
+        ("other range", "not with what was asked for"),
+        ("no size", "without the size"),
+        ("more", "sends more than the"),
+    ],
+)
+def test_a_server_that_lies(web: Server, lie: str, expected: str) -> None:
+    archive = from_web(web)
+    web.control(lie=lie)
+    with pytest.raises(RemoteError, match=rf"layer_001.*{expected}"):
+        archive[0]["hidden_states"][1]
+    with pytest.raises(RemoteError, match=expected):
+        from_web(web)
 
 
 def test_a_server_without_ranges(web: Server) -> None:

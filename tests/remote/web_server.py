@@ -37,6 +37,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.token = ""
         # Another server that all requests are sent on to.
         self.redirect = ""
+        # What to answer wrongly: "other range", "no size" or "more".
+        self.lie = ""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -75,8 +77,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(self.server.delay)
         if failure == -1:  # half an answer, then the connection breaks
             self.send_response(206)
-            self.send_header("Content-Length", "1000")
-            self.send_header("Content-Range", "bytes 0-999/100000")
+            first, _, last = asked["range"].removeprefix("bytes=").partition("-")
+            self.send_header("Content-Length", str(int(last) + 1 - int(first)))
+            self.send_header("Content-Range", f"bytes {first}-{last}/1000000")
             self.end_headers()
             self.wfile.write(b"x" * 10)
             self.close_connection = True
@@ -128,7 +131,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             start, stop = max(0, len(data) - int(found[2])), len(data)
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        self.answer(206, data[start:stop], headers)
+        body = data[start:stop]
+        if self.server.lie == "other range":
+            headers["Content-Range"] = f"bytes {start + 1}-{stop}/{len(data)}"
+        elif self.server.lie == "no size":
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/*"
+        elif self.server.lie == "more":
+            body += b"x" * 1000
+        self.answer(206, body, headers)
 
     def hub(self, url) -> None:
         """The two calls of the hub's API that reading by address and by glob make."""

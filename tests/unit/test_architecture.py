@@ -146,6 +146,10 @@ def test_servers_are_talked_to_in_one_place() -> None:
     assert found == {"storage.remote.filesystems"}
 
 
+def test_parquet_is_written_in_one_place() -> None:
+    assert importers("pyarrow") == {"features.parquet"}
+
+
 def test_torch_is_imported_in_one_place_of_the_reader() -> None:
     heavy = ("extract", "torch_data", "graph")
     found = {name for name in importers("torch") if name.partition(".")[0] not in heavy}

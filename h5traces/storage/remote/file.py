@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +12,7 @@ from h5traces.errors import CorruptArchiveError, RemoteError, StoredStateWarning
 from h5traces.storage.remote.cache import RangeCache
 from h5traces.storage.remote.connecting import open_transport
 from h5traces.storage.remote.ranges import Blocks, ByteRange, coalesce
-from h5traces.storage.remote.transport import TemporaryError
+from h5traces.storage.remote.retrying import persistently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.storage.remote.transport import Reply, Transport
 
-_FIRST_PAUSE: Final = 0.1
-_LONGEST_PAUSE: Final = 5.0
 # A footer may claim anything; one that is larger is read column by column.
 _MOST_HELD_NBYTES: Final = 256 << 20
 
@@ -204,21 +200,7 @@ class RemoteFile:
         return open_transport(self.path, self._options)
 
     def _persistently(self, request: Callable[[], Reply]) -> Reply:
-        """A request, tried again with growing pauses while its failure may pass."""
-        attempts = self._options.attempts
-        for attempt in range(attempts):
-            try:
-                return request()
-            except TemporaryError as error:
-                if attempt + 1 == attempts:
-                    message = f"{self.path}: the server cannot be reached, or fails: {error} "
-                    msg = f"{message}(tried {attempts} times); check the address and the network"
-                    raise RemoteError(msg) from error
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
-            # Many readers that failed together must not come back together.
-            time.sleep(pause * random.uniform(0.5, 1.0))
-        message = f"{self.path}: attempts is {attempts}, expected at least 1"
-        raise RemoteError(message)
+        return persistently(self.path, self._options.attempts, request)
 
     def close(self) -> None:
         """Let go of what is in memory; the next read asks the server."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http
 import os
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,7 @@ from fsspec.asyn import sync
 from h5traces.errors import RemoteError
 from h5traces.storage.remote.failures import refuse, translate
 from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.remote.retrying import persistently
 from h5traces.storage.remote.transport import Reply, TemporaryError
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from h5traces.storage.remote.transport import Transport
 
 _HTTP_ERRORS: Final = 400
+
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})\Z")
 
 # By process, protocol, options and environment: connections of one process are of no use in
 # another, and credentials that were renewed are read anew.
@@ -92,24 +96,24 @@ def list_objects(
 ) -> list[RemotePath]:
     """What a pattern matches, or what lies below a folder, by address."""
     files = filesystem(path.protocol, options)
-    last: Exception | None = None
-    for _ in range(options.attempts):
+
+    def found() -> list[str]:
         try:
             files.invalidate_cache()
             if path.is_pattern:
-                found = files.glob(path.url)
-            else:
-                found = [each for each in files.find(path.url) if each.endswith(suffixes)]
-            return sorted(RemotePath(files.unstrip_protocol(each)) for each in found)
+                return list(files.glob(path.url))
+            return [each for each in files.find(path.url) if each.endswith(suffixes)]
         except FileNotFoundError:
             return []
-        except Exception as error:  # every library has its own; sorted out below
-            try:
-                translate(path, error)
-            except TemporaryError as temporary:
-                last = temporary
-    message = f"{path}: the server cannot be reached, or fails: {last}; check the address"
-    raise RemoteError(message) from last
+        except Exception as error:  # every library has its own
+            translate(path, error)
+
+    try:
+        names = persistently(path, options.attempts, found)
+    except RemoteError:
+        _forget(files)
+        raise
+    return sorted(RemotePath(files.unstrip_protocol(each)) for each in names)
 
 
 def _asked(path: RemotePath, files: Any, request: Coroutine[Any, Any, Reply]) -> Reply:
@@ -189,11 +193,23 @@ class WebTransport:
                 refuse(self._path, reply.status, reply.reason or "")
             version = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
             if reply.status == http.HTTPStatus.PARTIAL_CONTENT:
-                total = _total(self._path, reply.headers.get("Content-Range", ""))
+                content_range = reply.headers.get("Content-Range", "")
+                total = _total(self._path, content_range, offset, nbytes)
             else:
                 total = self._whole(reply.content_length, nbytes)
-            data = await reply.read()
+            data = await self._body(reply.content, nbytes)
         return _complete(Reply(data, total, version), nbytes, offset)
+
+    async def _body(self, content: Any, nbytes: int) -> bytes:
+        """What the server sends, if it is no more than was asked for."""
+        parts, found = [], 0
+        while part := await content.read(nbytes + 1 - found):
+            parts.append(part)
+            found += len(part)
+            if found > nbytes:
+                message = f"{self._path}: the server sends more than the {nbytes} bytes asked for"
+                raise RemoteError(message)
+        return b"".join(parts)
 
     def _whole(self, length: int | None, nbytes: int) -> int:
         """Where a server sends all: its length, if no more was asked for."""
@@ -229,9 +245,9 @@ class S3Transport:
         if self._object_version is not None:
             arguments["VersionId"] = self._object_version
         found = await client.get_object(Range=_range(offset, nbytes), **arguments)
+        total = _total(self._path, found.get("ContentRange", ""), offset, nbytes)
         async with found["Body"] as body:
             data = await body.read()
-        total = _total(self._path, found.get("ContentRange", ""))
         return _complete(Reply(data, total, found.get("ETag")), nbytes, offset)
 
 
@@ -288,12 +304,19 @@ def _range(offset: int | None, nbytes: int) -> str:
     return f"bytes=-{nbytes}" if offset is None else f"bytes={offset}-{offset + nbytes - 1}"
 
 
-def _total(path: RemotePath, content_range: str) -> int:
-    total = content_range.rpartition("/")[2]
-    if not total.isdecimal():
+def _total(path: RemotePath, content_range: str, offset: int | None, nbytes: int) -> int:
+    """Size of the object by the header of an answer, which must be the range asked for."""
+    found = _CONTENT_RANGE.match(content_range)
+    if found is None:
         message = f"{path}: the server answers with the range {content_range!r}, without the size"
         raise RemoteError(message)
-    return int(total)
+    first, last, total = (int(part) for part in found.groups())
+    expected = max(0, total - nbytes) if offset is None else offset
+    if first != expected or last - first >= nbytes:
+        message = f"{path}: the server answers with the range {content_range!r}, not with what was "
+        msg = f"{message}asked for ({_range(offset, nbytes)})"
+        raise RemoteError(msg)
+    return total
 
 
 def _complete(reply: Reply, nbytes: int, offset: int | None) -> Reply:
