@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.errors import DatasetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 # The trailer of a footer, with its checksum over the whole footer, lies in these last bytes.
 _END_NBYTES = 64
@@ -38,10 +38,11 @@ class ShardGuard:
         The shards; those that are no local files are not watched.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._seen = {str(path): _look(str(path)) for path in paths if os.path.exists(path)}  # noqa: PTH110  # remote ones are no Path
+    def __init__(self, paths: Iterable[object]) -> None:
+        local = (path for path in paths if isinstance(path, Path))
+        self._seen = {str(path): _look(str(path)) for path in local}
 
-    def check(self, path: Path) -> None:
+    def check(self, path: object) -> None:
         """Raise DatasetError unless the shard is the one that the dataset was made of."""
         name = str(path)
         seen = self._seen.get(name)
