@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torch_geometric.loader import DataLoader as GraphLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from h5traces.errors import DatasetError
 from h5traces.graph import TraceGraphDataset
 from h5traces.torch_data import DeviceLoader, ShardSampler, TraceDataset, pad_collate, to_device
 
@@ -82,6 +83,12 @@ def test_resuming_is_exact_through_it(shards: Path, device: str, used: int) -> N
     again = make()
     again.load_state_dict(state)
     assert found[:used] + list(again) == found
+
+
+def test_a_loader_without_a_state(shards: Path) -> None:
+    loader = DeviceLoader(DataLoader(TraceDataset(shards)), "cpu")
+    with pytest.raises(DatasetError, match="DataLoader has no state_dict; use torchdata"):
+        loader.state_dict()
 
 
 def ids_of(items: list[dict[str, Any]]) -> list[str]:
