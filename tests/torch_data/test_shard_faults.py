@@ -13,7 +13,12 @@ from shards import LAYERS, make_legacy, make_shards, plain_batch
 from torch.utils.data import DataLoader
 
 import h5traces
-from h5traces.errors import CorruptArchiveError, DatasetError, StoredStateWarning
+from h5traces.errors import (
+    CorruptArchiveError,
+    DatasetError,
+    LayerIndexError,
+    StoredStateWarning,
+)
 from h5traces.graph import TraceGraphDataset
 from h5traces.torch_data import IterableTraceDataset, ShardSampler, TraceDataset
 
@@ -154,3 +159,14 @@ def test_a_pickle_replaced_during_training(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "m_d_batch_0000.pkl", tmp_path / "m_d_batch_0001.pkl.gz")
     with pytest.raises(DatasetError, match=r"m_d_batch_0001\.pkl\.gz: the shard was replaced"):
         dataset[5 * LAYERS]
+
+
+@pytest.mark.parametrize("make", [TraceDataset, TraceGraphDataset])
+def test_a_missing_layer_does_not_end_a_loop_early(tmp_path: Path, make: Any) -> None:
+    batch = plain_batch(3)
+    batch[1] |= {"hidden_states": [], "attentions": []}
+    dataset = make(make_shards(tmp_path, batch))
+    for loop in (dataset, DataLoader(dataset, batch_size=None), IterableTraceDataset(dataset)):
+        with pytest.raises(LayerIndexError, match=r"batch-00000\.h5.*'tc_1'.*not stored"):
+            for _ in loop:
+                pass
