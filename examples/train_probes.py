@@ -105,7 +105,7 @@ def make_traces(folder: Path, questions: list[dict[str, Any]]) -> tuple[Path, Pa
     """Let the shipped model answer; the traces as the old pipeline's pickles, and as archives."""
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (folder / "questions.jsonl").write_text(lines, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "tools" / "make_example_batch.py"), "--overwrite"]
+    command = [sys.executable, str(ROOT / "tools" / "make_example_batch.py")]
     command += ["--model", str(ROOT / "examples" / "tiny-llama-pydocs")]
     command += ["--questions", str(folder / "questions.jsonl")]
     command += ["--num-samples", str(len(questions)), "--max-new-tokens", "12"]
@@ -113,12 +113,12 @@ def make_traces(folder: Path, questions: list[dict[str, Any]]) -> tuple[Path, Pa
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     samples = h5traces.load(folder / "all.pkl.gz")
     pickles, archives = folder / "pickles", folder / "archives"
-    pickles.mkdir(exist_ok=True)
+    pickles.mkdir()
     for start in range(0, len(samples), FILE_SAMPLES):
         name = f"tiny_pydocs_batch_{start // FILE_SAMPLES:04d}.pkl.gz"
         with gzip.open(pickles / name, "wb", compresslevel=6) as file:
             pickle.dump(samples[start : start + FILE_SAMPLES], file, protocol=4)
-    report = h5traces.convert(pickles, archives, overwrite=True)
+    report = h5traces.convert(pickles, archives)
     if not report.ok:
         raise SystemExit(str([each.error for each in report.files if each.error]))
     return pickles, archives
@@ -264,6 +264,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(1)  # sums in one order, so that numbers repeat to the last digit
     options.folder.mkdir(parents=True, exist_ok=True)
+    if any(options.folder.iterdir()):
+        message = f"{options.folder} is not empty: name a new folder, or delete that one"
+        raise SystemExit(message)
     questions = make_questions(options.num_questions)
     start = time.perf_counter()
     pickles, archives = make_traces(options.folder, questions)
