@@ -67,7 +67,7 @@ class Scale:
 
 
 SCALES: Final = {
-    "full": Scale(LLAMA_2_7B, 2, 20, 25, 3, 400, 5),
+    "full": Scale(LLAMA_2_7B, 2, 20, 25, 3, 400, 3),
     "small": Scale(LLAMA_2_7B, 2, 4, 5, 2, 100, 4),
     "tiny": Scale(Shape(2, 16, 2), 2, 3, 2, 1, 8, 4),
 }
