@@ -67,7 +67,7 @@ class Scale:
 
 
 SCALES: Final = {
-    "full": Scale(LLAMA_2_7B, 2, 20, 25, 3, 400, 8),
+    "full": Scale(LLAMA_2_7B, 2, 20, 25, 3, 400, 3),
     "small": Scale(LLAMA_2_7B, 2, 4, 5, 2, 100, 4),
     "tiny": Scale(Shape(2, 16, 2), 2, 3, 2, 1, 8, 4),
 }
@@ -109,14 +109,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, help="also write the raw figures there")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        help="measure nothing, report what runs with -o have saved",
+    )
+    parser.add_argument(
         "--write", action="store_true", help="put the table into docs/training.md (default at full)"
     )
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    """Prepare, measure, report."""
-    options = parse()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of the cases asked for."""
     scale = SCALES[options.scale]
     folder = options.work or Path(tempfile.mkdtemp(prefix="h5traces-training-"))
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -128,7 +133,7 @@ def main() -> None:
         for name in options.only:
             print(f"{name} …", file=sys.stderr, flush=True)
             notes |= CASES[name](data, series) or {}
-        results: dict[str, Any] = {
+        return {
             "scale": options.scale,
             "num_samples": scale.num_samples,
             "machine": describe_machine(folder),
@@ -139,11 +144,26 @@ def main() -> None:
     finally:
         if options.work is None:
             shutil.rmtree(folder)
-    text = report(results)
-    print(text)
+
+
+def merged(paths: list[Path]) -> dict[str, Any]:
+    """Runs of different cases as one."""
+    first, *rest = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    for each in rest:
+        first["figures"] |= each["figures"]
+        first["notes"] |= each["notes"]
+    return first
+
+
+def main() -> None:
+    """Prepare, measure, report."""
+    options = parse()
+    results = merged(options.report) if options.report else measure(options)
     if options.output is not None:
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if options.write or (options.scale == "full" and set(options.only) == set(CASES)):
+    text = report(results)
+    print(text)
+    if options.write or (results["scale"] == "full" and set(options.only) == set(CASES)):
         before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(_BEGIN)
         after = rest.partition(_END)[2]
         DOCUMENT.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}", encoding="utf-8")

@@ -108,6 +108,8 @@ def random_graphs(data: Data, series: Series) -> None:
         for layer in layers
     ]
     num_layers = len(layers)
+    for index in range(0, len(dataset), scale.samples_per_file * num_layers):
+        dataset[index]  # the legacy class has opened every file by now as well
 
     def of_sample(index: int) -> Any:
         trace = pickle.loads(gzip.decompress(by_sample[index // num_layers]))

@@ -19,7 +19,7 @@ from h5traces.graph.edges import (
 from h5traces.graph.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -147,6 +147,10 @@ class TraceGraphDataset(Dataset[Data]):
         sample, number = divmod(int(position), self.num_layers)
         graph = self._graph(sample, self.layers[number])
         return graph if self._transform is None else self._transform(graph)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Without it, Python would take a LayerIndexError for the end of the dataset.
+        return (self[index] for index in range(len(self)))
 
     def _graph(self, sample: int, layer: int) -> Data:
         hidden, attention = self._source.arrays(sample, layer)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
 from h5traces.archive import Archive, open_archive
-from h5traces.archive.opening import ARCHIVE_SUFFIXES, expand_paths
+from h5traces.archive.opening import expand_paths
 from h5traces.errors import DatasetError
 from h5traces.graph.archive_source import ArchiveSource
 from h5traces.graph.pickle_source import PickleSource
@@ -38,40 +39,48 @@ def open_source(
         There are no samples, or archives and pickles are mixed.
     """
     if not isinstance(pattern, Archive):
-        paths = _expanded(pattern)
-        legacy = [path for path in paths if not path.name.endswith(ARCHIVE_SUFFIXES)]
-        if legacy and len(legacy) < len(paths):
-            message = (
-                f"{legacy[0]}: a legacy batch among archives; one dataset reads either; convert "
-                "it with 'h5traces convert'"
-            )
-            raise DatasetError(message)
+        legacy = _legacy_batches(pattern)
         if legacy:
             return PickleSource(legacy, layers, non_finite, cached_files)
-        pattern = open_archive(paths)
+        pattern = open_archive(pattern)
     return ArchiveSource(pattern, layers, non_finite)
 
 
-def _expanded(pattern: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The files of a pattern; of ``*.pkl`` also those in gzip, as the legacy class has it."""
+def _legacy_batches(pattern: PathLike | Iterable[PathLike]) -> list[Path]:
+    """The pickles that were named, by their suffixes or in folders without archives."""
     named = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
-    if len(named) == 1 and str(named[0]).endswith(".pkl") and "*" in str(named[0]):
-        found: list[Path] = []
-        for each in (str(named[0]), f"{named[0]}.gz"):
-            try:
-                found += expand_paths(each)
-            except FileNotFoundError:
-                continue
-        if found:
-            return sorted(found)
-    suffixes = ARCHIVE_SUFFIXES if _holds_archives(named) else SOURCE_SUFFIXES
-    return expand_paths(named, suffixes)
+    found = [each for each in named if _names_pickles(each)]
+    if found and len(found) < len(named):
+        message = (
+            f"{os.fspath(found[0])}: a legacy batch among archives; one dataset reads either; "
+            "convert it with 'h5traces convert'"
+        )
+        raise DatasetError(message)
+    paths: list[Path] = []
+    for each in found:
+        paths += _expanded(os.fspath(each))
+    return list(dict.fromkeys(paths))
 
 
-def _holds_archives(named: list[PathLike]) -> bool:
-    """Whether folders among what was named are to be read for archives."""
-    folders = [path for path in named if os.path.isdir(path)]  # noqa: PTH112  # may be no Path
-    try:
-        return not folders or bool(expand_paths(folders))
-    except FileNotFoundError:
+def _names_pickles(named: PathLike) -> bool:
+    if not isinstance(named, (str, os.PathLike)):
         return False
+    path = os.fspath(named)
+    if not os.path.isdir(path):  # noqa: PTH112  # may be an address on a server
+        return path.endswith(SOURCE_SUFFIXES)
+    try:
+        expand_paths(path)
+    except FileNotFoundError:
+        return bool(expand_paths(path, SOURCE_SUFFIXES))
+    return False
+
+
+def _expanded(named: str) -> list[Path]:
+    """The files behind a name; of ``*.pkl`` also those in gzip, as the legacy class has it."""
+    if "*" not in named or not named.endswith(".pkl"):
+        return expand_paths(named, SOURCE_SUFFIXES)
+    found: list[Path] = []
+    for each in (named, f"{named}.gz"):
+        with contextlib.suppress(FileNotFoundError):
+            found += expand_paths(each)
+    return sorted(found) if found else expand_paths(named)

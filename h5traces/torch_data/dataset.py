@@ -27,7 +27,7 @@ from h5traces.torch_data.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -190,6 +190,10 @@ class TraceDataset(Dataset[Item]):
         if self._labels is not None:
             item[LABEL] = self._labels[index]
         return item if self._transform is None else self._transform(item)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Without it, Python would take a LayerIndexError for the end of the dataset.
+        return (self[index] for index in range(len(self)))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The items of a batch, read in threads where the dataset has several."""

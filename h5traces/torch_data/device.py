@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from h5traces.errors import DatasetError
+
 
 def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = True) -> Any:
     """A batch with all its tensors on a device.
@@ -69,6 +71,7 @@ class DeviceLoader:
 
     def _on_cuda(self) -> Iterator[Any]:
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it so
+        self._state = self._loader_state()
         batches = iter(self._loader)
         copied = self._copied_in(stream, batches)
         while copied is not None:
@@ -79,6 +82,7 @@ class DeviceLoader:
                 tensor.record_stream(current)
             copied = self._copied_in(stream, batches)
             yield batch
+        self._state = None
 
     def _copied_in(self, stream: torch.cuda.Stream, batches: Iterator[Any]) -> Any:
         """The next batch, being copied, with the loader's state behind it; None at the end."""
@@ -96,8 +100,21 @@ class DeviceLoader:
         return copy.deepcopy(self._loader.state_dict())
 
     def state_dict(self) -> Any:
-        """The loader's state behind the batch that was handed out last."""
-        return self._loader_state() if self._state is None else self._state
+        """The loader's state behind the batch that was handed out last.
+
+        Raises
+        ------
+        DatasetError
+            The loader has none.
+        """
+        found = self._loader_state() if self._state is None else self._state
+        if found is None:
+            message = (
+                f"{type(self._loader).__name__} has no state_dict; use "
+                "torchdata.stateful_dataloader.StatefulDataLoader, or ShardSampler.state_at"
+            )
+            raise DatasetError(message)
+        return found
 
     def load_state_dict(self, state: Any) -> None:
         """Let the loader go on from a state."""

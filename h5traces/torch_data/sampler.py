@@ -62,7 +62,10 @@ class Schedule:
             "drop_last": drop_last,
         }
         self._shuffle, self._seed, self._window = shuffle, seed, window
-        self.order(0)
+        # Of no items: impossible options come out now, not in the first epoch.
+        nothing = self.shard_numbers[:0]
+        epoch_order(nothing, seed=seed, epoch=0, window=window)
+        share_of_rank(nothing, rank=self.rank, num_replicas=self.num_replicas, drop_last=drop_last)
 
     def __len__(self) -> int:
         return length_of_share(

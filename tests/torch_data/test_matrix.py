@@ -193,16 +193,37 @@ def test_the_distributed_sampler_of_torch(folder: Path, kind: str) -> None:
     assert len(found) == len(set(found)) == len(dataset)
 
 
-def test_ranks_come_from_torch_distributed(folder: Path, tmp_path: Path) -> None:
-    dataset = base_dataset("map", folder)
+def read_as_rank(rank: int, rendezvous: str, shards: Path, results: Any) -> None:
+    """What one process of a real group reads, through sampler and stream."""
+    torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=NUM_RANKS
     )
-    try:
-        assert len(list(ShardSampler(dataset))) == NUM_SAMPLES
-        assert IterableTraceDataset(dataset).num_items == NUM_SAMPLES
-    finally:
-        torch.distributed.destroy_process_group()
+    dataset = TraceDataset(shards)
+    sampled = list(ShardSampler(dataset, seed=4))
+    streamed = [item["index"] for item in IterableTraceDataset(dataset, shuffle=True, seed=4)]
+    torch.distributed.destroy_process_group()
+    results.put((rank, sampled, streamed))
+
+
+def test_ranks_come_from_torch_distributed(folder: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    children = [
+        context.Process(
+            target=read_as_rank,
+            args=(rank, str(tmp_path / "rendezvous"), folder / "shards", results),
+        )
+        for rank in range(NUM_RANKS)
+    ]
+    for child in children:
+        child.start()
+    found = sorted(results.get(timeout=120) for _ in children)
+    for child in children:
+        child.join()
+    assert [rank for rank, _, _ in found] == list(range(NUM_RANKS))
+    assert all(sampled == streamed for _, sampled, streamed in found)
+    assert sorted(index for _, sampled, _ in found for index in sampled) == list(range(NUM_SAMPLES))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker processes:UserWarning")

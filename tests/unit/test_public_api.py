@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import h5traces
 
@@ -20,9 +25,51 @@ PUBLIC = [
     "verify",
 ]
 
+# Heavy edges are explicit imports.
+PUBLIC_EDGES = {
+    "h5traces.graph": ["TraceGraphDataset", "attention_edges"],
+    "h5traces.torch_data": [
+        "DeviceLoader",
+        "IterableTraceDataset",
+        "PackCollate",
+        "PadCollate",
+        "ShardSampler",
+        "TraceDataset",
+        "pack_collate",
+        "pad_collate",
+        "to_device",
+    ],
+}
+
 
 def test_exports_are_listed() -> None:
     assert sorted(h5traces.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC_EDGES)
+def test_exports_of_edges_are_listed_and_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == PUBLIC_EDGES[name]
+    for each in PUBLIC_EDGES[name]:
+        assert inspect.getdoc(getattr(module, each)), each
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("h5traces.torch_data", "torch", "torch"),
+        ("h5traces.graph", "torch_geometric", "graph"),
+    ],
+)
+def test_a_missing_library_is_named(module: str, missing: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"from h5traces.errors import MissingDependencyError\n"
+        f"try:\n    import {module}\n"
+        f"except MissingDependencyError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"install h5traces[{extra}]" in done.stdout
 
 
 def test_exports_exist_and_are_documented() -> None:
