@@ -303,7 +303,7 @@ def _check_space(
     while not folder.exists():
         folder = folder.parent
     report.free_nbytes = shutil.disk_usage(folder).free
-    report.needed_nbytes = forecast.needed_nbytes(_num_written(output))
+    report.needed_nbytes = forecast.needed_nbytes(_num_written(output, store.shard_samples))
     if report.needed_nbytes > report.free_nbytes and store.check_space and not dry_run:
         message = (
             f"{output}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the room to "
@@ -313,14 +313,15 @@ def _check_space(
         raise ExtractionError(message)
 
 
-def _num_written(output: Path) -> int:
+def _num_written(output: Path, shard_samples: int | None) -> int:
     """Samples of earlier starts; those whose shard is being written need their room once more."""
-    target = h5traces.spooling.Target.of(output, None)
-    found = [each for each in target.existing() if each.is_file()]
+    target = h5traces.spooling.Target.of(output, shard_samples)
+    num_spooled = sum(1 for _ in target.spool_path.glob("*.sample"))
+    found = [str(each) for each in target.existing()]
     if not found:
-        return 0
-    with open_archive([str(each) for each in found]) as archive:
-        return len(archive)
+        return num_spooled
+    with open_archive(found) as archive:
+        return num_spooled + len(archive)
 
 
 def _finished_before(
