@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5traces.spooling
 from h5traces.archive import open_archive
 from h5traces.errors import ArchiveExistsError, ExtractionError
 from h5traces.estimation import ModelShape, Rates, estimate, stated_rates
@@ -20,6 +19,7 @@ from h5traces.extract.questions import Columns, QuestionSet, read_questions
 from h5traces.extract.reports import ExtractionReport, skipped_before
 from h5traces.extract.running import Run, skipped
 from h5traces.layer_ranges import layer_numbers
+from h5traces.spooling import DEFAULT_SHARD_SAMPLES, RemoteWriter, Target
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from h5traces.extract.models import ModelDtype
     from h5traces.extract.running import RunProgress
     from h5traces.schema import ExtractionMetadata
-    from h5traces.spooling import TraceWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +202,7 @@ def extract_dataset(
     )
     extractor = Extractor(loaded, tokenizer, options)
     metadata = extractor.metadata(questions)
-    writer = h5traces.spooling.create(
+    writer = RemoteWriter(
         output,
         shard_samples=store.shard_samples,
         dtype=options.dtype,
@@ -219,7 +218,8 @@ def extract_dataset(
     )
     report.num_before = writer.num_samples
     if writer.is_finished:
-        _finished_before(writer, Path(output), jobs, metadata, report)
+        with writer:
+            _finished_before(writer, Path(output), jobs, metadata, report)
         return report
     run = Run(extractor, writer, jobs, options, report, progress=progress, should_stop=should_stop)
     run.run()
@@ -272,7 +272,7 @@ class _Forecast:
         """Room for all samples but the first so many, and for one more shard while it is packed."""
         sample = self.estimate().rows[-1].sample_nbytes
         left = max(0, len(self._lengths) - num_done)
-        shard = self._store.shard_samples or h5traces.spooling.DEFAULT_SHARD_SAMPLES
+        shard = self._store.shard_samples or DEFAULT_SHARD_SAMPLES
         return sample * (left + min(shard, len(self._lengths)))
 
 
@@ -315,7 +315,7 @@ def _check_space(
 
 def _num_written(output: Path, shard_samples: int | None) -> int:
     """Samples of earlier starts; those whose shard is being written need their room once more."""
-    target = h5traces.spooling.Target.of(output, shard_samples)
+    target = Target.of(output, shard_samples)
     num_spooled = sum(1 for _ in target.spool_path.glob("*.sample"))
     found = [str(each) for each in target.existing()]
     if not found:
@@ -325,7 +325,7 @@ def _num_written(output: Path, shard_samples: int | None) -> int:
 
 
 def _finished_before(
-    writer: TraceWriter,
+    writer: RemoteWriter,
     output: Path,
     jobs: list[Job],
     metadata: ExtractionMetadata,

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from h5traces.extract.questions import Question
     from h5traces.extract.reports import ExtractionReport, SkipReason
     from h5traces.schema import TraceRecord
-    from h5traces.spooling import TraceWriter
+    from h5traces.spooling import RemoteWriter
 
-# Records that may wait for the writer: enough to bridge a slow sample, few enough to stay small.
-_LEAST_WAITING: Final = 2
 # What torch says on devices whose errors have no class of their own.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -89,7 +87,7 @@ class Run:
     def __init__(
         self,
         extractor: Extractor,
-        writer: TraceWriter,
+        writer: RemoteWriter,
         jobs: Sequence[Job],
         options: ExtractOptions,
         report: ExtractionReport,
@@ -109,9 +107,7 @@ class Run:
     def run(self) -> None:
         """Compute and write all that is not done."""
         self._started = time.perf_counter()
-        thread = WriterThread(
-            self._writer, max(_LEAST_WAITING, self._options.batch_size), self._note
-        )
+        thread = WriterThread(self._writer, self._note)
         try:
             is_stopped = self._compute_all(thread)
             thread.close()
