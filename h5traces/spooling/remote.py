@@ -71,6 +71,11 @@ class RemoteWriter:
             self._end()
             raise
 
+    @property
+    def process_id(self) -> int:
+        """The number of the process that writes."""
+        return self._process.pid
+
     def append(self, record: TraceRecord) -> None:
         """Write one sample; it is durable when this returns.
 
@@ -84,11 +89,15 @@ class RemoteWriter:
 
     def close(self) -> None:
         """Make archives of all samples and end the run."""
+        if self._connection.closed:
+            return
         self._ask("close")
         self._end()
 
     def suspend(self) -> None:
         """Let go without packing the rest."""
+        if self._connection.closed:
+            return
         # Where the process is gone already, so is its lock.
         with contextlib.suppress(ArchiveError):
             self._ask("suspend")

@@ -215,6 +215,27 @@ def test_aliases_of_the_users_own(tmp_path):
     assert 'models.toml: expected a table [models] with lines such as mine = "' in result.stderr
 
 
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_without_the_libraries(tmp_path, library):
+    """Estimates from shapes need neither; everything else says what to install."""
+    code = f"import sys; sys.modules[{library!r}] = None; from h5traces.cli import main; main()"
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = command("extract", *TINY, "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"{library} is not installed" in done.stderr
+    assert "pip install 'h5traces[extract]'" in done.stderr
+    shape = ["--num-layers", 2, "--hidden-size", 8, "--num-heads", 2]
+    assert command("estimate", *shape).returncode == 0
+
+
 def test_estimate_from_shapes():
     arguments = ["--num-layers", 32, "--hidden-size", 4096, "--num-heads", 32]
     result = run("estimate", *arguments, "--seq-len", 43)
