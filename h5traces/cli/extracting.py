@@ -243,6 +243,8 @@ def extract(
         print_json(report.as_dict())
     else:
         reports.print_extraction(report)
+    for message in report.warnings:
+        warn(message)
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:

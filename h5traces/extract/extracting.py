@@ -221,7 +221,16 @@ def extract_dataset(
         with writer:
             _finished_before(writer, Path(output), jobs, metadata, report)
         return report
-    run = Run(extractor, writer, jobs, options, report, progress=progress, should_stop=should_stop)
+    run = Run(
+        extractor,
+        writer,
+        jobs,
+        options,
+        report,
+        on_overflow=store.on_overflow,
+        progress=progress,
+        should_stop=should_stop,
+    )
     run.run()
     return report
 

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from h5traces.conversion.reports import cast_warnings
 from h5traces.errors import ExtractionError
 from h5traces.extract.extractor import NanError
 from h5traces.extract.overlap import WriterThread
 from h5traces.extract.reports import Skipped
+from h5traces.writer import WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from h5traces.dtypes import OverflowPolicy
     from h5traces.extract.extractor import Extractor
     from h5traces.extract.options import ExtractOptions
     from h5traces.extract.planning import Job
@@ -78,6 +81,8 @@ class Run:
         Of the run.
     report
         Filled.
+    on_overflow
+        As the writer was told.
     progress
         Called when a sample was written.
     should_stop
@@ -92,11 +97,13 @@ class Run:
         options: ExtractOptions,
         report: ExtractionReport,
         *,
+        on_overflow: OverflowPolicy = "float32",
         progress: Callable[[RunProgress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._extractor, self._writer, self._jobs = extractor, writer, jobs
         self._options, self._report = options, report
+        self._write_options = WriteOptions(dtype=options.dtype, on_overflow=on_overflow)
         self._progress, self._should_stop = progress, should_stop
         self._done = frozenset(writer.done)
         self._num_samples = len(jobs)
@@ -126,6 +133,7 @@ class Run:
         finally:
             self._report.seconds = time.perf_counter() - self._started
             self._report.nbytes = self._writer.nbytes
+            self._report.warnings = cast_warnings(self._writer.counts, self._write_options)
             self._report.save()
 
     @staticmethod

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from h5traces.archive.opening import PathLike
+    from h5traces.dtypes import CastCounts
     from h5traces.schema import TraceRecord
 
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(*map(int, sys.argv[1:]))"
@@ -41,7 +42,7 @@ class RemoteWriter:
 
     Attributes
     ----------
-    done, num_samples, is_finished, nbytes
+    done, num_samples, is_finished, nbytes, counts
         As those of `TraceWriter`.
 
     Raises
@@ -65,6 +66,7 @@ class RemoteWriter:
         self.num_samples = 0
         self.is_finished = False
         self.nbytes = 0
+        self.counts: dict[str, CastCounts] = {}
         try:
             self.done, self.num_samples, self.is_finished = self._ask("create", path, options)
         except BaseException:
@@ -84,7 +86,7 @@ class RemoteWriter:
         H5TracesError, OSError
             As `TraceWriter.append`.
         """
-        self.nbytes = self._ask("append", record)
+        self.nbytes, self.counts = self._ask("append", record)
         self.num_samples += 1
 
     def close(self) -> None:
@@ -170,7 +172,7 @@ def serve(descriptor: int, parent: int) -> None:
                     answer = (writer.done, writer.num_samples, writer.is_finished)
                 elif request == "append":
                     writer.append(*arguments)
-                    answer = writer.nbytes
+                    answer = (writer.nbytes, writer.counts)
                 else:
                     getattr(writer, request)()
             except BaseException as error:  # whatever it is, the program is told

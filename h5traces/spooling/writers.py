@@ -10,6 +10,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Self
 
 from h5traces.archive import open_archive
+from h5traces.dtypes import CastCounts
 from h5traces.errors import ArchiveError, ArchiveExistsError, CorruptArchiveError
 from h5traces.publishing import holds
 from h5traces.schema import TraceRecord
@@ -46,6 +47,8 @@ class TraceWriter(ABC):
         Whether an earlier run ended here already; nothing can be appended then.
     nbytes
         Bytes that the samples appended to the spool take.
+    counts
+        By kind, the values of these samples that are not finite, or were changed by casts.
     """
 
     is_finished = False
@@ -60,6 +63,7 @@ class TraceWriter(ABC):
         self.done: Counter[str] = Counter()
         self.num_samples = 0
         self.nbytes = 0
+        self.counts: dict[str, CastCounts] = {}
 
     @abstractmethod
     def append(self, sample: Sample, sample_id: str | None = None) -> None:
@@ -243,6 +247,8 @@ class SpoolWriter(TraceWriter):
             self._observed, self._next = observed, number + 1
             (self._spooled[number],) = writer.digests
             self.nbytes += writer.summary.nbytes
+            for kind, each in writer.summary.counts.items():
+                self.counts[kind] = self.counts.get(kind, CastCounts()) + each
             self._note(record)
 
         try:

@@ -97,6 +97,8 @@ def test_a_run_stores_what_is_known(tmp_path):
         assert trace.metadata.extraction.row == 0
         assert trace["hidden_states"].sites == ("block_output", "final_norm")
     document = json.loads(report_path(tmp_path / "out").read_text())
+    (warning,) = document["warnings"]
+    assert warning.startswith("attentions: ")
     assert document["ok"]
     assert document["num_written"] == 3
 
