@@ -212,7 +212,7 @@ def test_aliases_of_the_users_own(tmp_path):
     assert known_aliases() == {**MODEL_ALIASES, "tiny": str(TINY_LLAMA), "llama2_7B": "/data/llama"}
     run("extract", "--model-id", "tiny", "--dataset", QUESTIONS, *FEW, "-o", tmp_path / "out")
     with h5traces.open(tmp_path / "out") as archive:
-        assert archive.metadata.model_id == "tiny"
+        assert archive.metadata.model_id == str(TINY_LLAMA)
     aliases_path().write_text("[models]\ntiny = 3\n")
     result = run("estimate", "--model-id", "tiny", code=2)
     assert 'models.toml: expected a table [models] with lines such as mine = "' in result.stderr
