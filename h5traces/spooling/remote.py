@@ -59,6 +59,11 @@ class RemoteWriter:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
+                # What this program found by a path of its own, the process must find, too.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
@@ -118,10 +123,13 @@ class RemoteWriter:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._end()
+            code = self._process.returncode
+            how = f"ended with exit code {code}"
+            if code < 0:
+                how = f"was killed (signal {-code}), as the system does when memory runs out"
             message = (
-                f"{self._path}: the process that writes it was killed (exit code "
-                f"{self._process.returncode}), as the system does when memory runs out; what was "
-                "written is safe, start again to go on"
+                f"{self._path}: the process that writes it {how}; what was written is safe, start "
+                "again to go on"
             )
             raise ArchiveError(message) from error
         if isinstance(answer, BaseException):

@@ -89,7 +89,7 @@ def test_a_process_that_was_killed_is_told_apart(tmp_path):
     with RemoteWriter(tmp_path / "run.h5") as writer:
         writer.append(record(0))
         os.kill(writer.process_id, signal.SIGKILL)
-        with pytest.raises(ArchiveError, match=r"was killed \(exit code -9\).* start again"):
+        with pytest.raises(ArchiveError, match=r"was killed \(signal 9\).* start again"):
             writer.append(record(1))
         writer.suspend()
     with RemoteWriter(tmp_path / "run.h5") as writer:
@@ -125,3 +125,15 @@ def test_it_ends_with_its_program(tmp_path):
         time.sleep(0.1)
     assert ended(process)
     RemoteWriter(tmp_path / "run.h5").close()
+
+
+def test_it_finds_what_its_program_found(tmp_path):
+    """Programs that came to h5traces by a path of their own, as notebooks do."""
+    folder = str(Path(h5traces.__file__).parents[1])
+    code = (
+        f"import sys; sys.path.insert(0, {folder!r}); "
+        "from h5traces.spooling import RemoteWriter; "
+        f"RemoteWriter({str(tmp_path / 'run.h5')!r}).close()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
