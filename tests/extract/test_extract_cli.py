@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import h5traces
 from h5traces.cli.app import app
+from h5traces.estimation import STATED_RATES
 from h5traces.extract.models import MODEL_ALIASES, aliases_path, known_aliases, resolve_model
 
 TINY = ["--model-id", TINY_LLAMA, "--dataset", QUESTIONS]
@@ -289,3 +290,13 @@ def test_estimate_from_a_pilot(tmp_path):
 def test_wrong_usage_of_estimate(arguments, message):
     result = run("estimate", *arguments, code=2)
     assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_stated_rates_are_those_of_the_trained_model(dtype):
+    """A third of its questions, so not quite the same figures."""
+    found = json.loads(run("estimate", *TINY, "--pilot", 13, "--dtype", dtype, "--json").stdout)
+    stated = STATED_RATES[dtype]
+    assert found["rates"]["bits"] == pytest.approx(stated.bits, rel=0.05)
+    beside = found["rates"]["sample_nbytes"]
+    assert beside == pytest.approx(stated.sample_nbytes, rel=0.5)
