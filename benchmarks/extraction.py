@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=4, help="of the 40 questions")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--num-beams", type=int, default=1, help="the old pipeline had 5")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--random-7b", action="store_true")
@@ -132,7 +133,8 @@ def main() -> None:
         else load_model(str(TINY), device=arguments.device)
     )
     options = ExtractOptions(
-        batch_size=arguments.batch_size, generation=GenerationOptions(max_new_tokens=64)
+        batch_size=arguments.batch_size,
+        generation=GenerationOptions(max_new_tokens=64, num_beams=arguments.num_beams),
     )
     bench = Bench(model, load_tokenizer(str(TINY)), options, arguments.repeats)
     bench.compute(Path())  # warms caches and thread pools
