@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,16 +17,13 @@ from h5traces.cli.console import (
     warn,
 )
 from h5traces.cli.options import DryRun, Json, Verify
+from h5traces.cli.stopping import stopping
 from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.errors import ExtractionError, LayerIndexError, MissingDependencyError
 from h5traces.estimation import ModelShape
 from h5traces.estimation import estimate as estimate_sizes
 from h5traces.layer_ranges import layer_numbers
 from h5traces.storage.codecs import ArrayCodec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import FrameType
 
 _USAGE_ERRORS = (ExtractionError, LayerIndexError, MissingDependencyError)
 
@@ -207,7 +201,7 @@ def extract(
             batch_size=batch_size,
             on_nan=on_nan,
         )
-        with samples_progress("extract") as update, _stopping() as should_stop:
+        with samples_progress("extract") as update, stopping() as should_stop:
             report = extraction.extract_dataset(
                 extraction.ModelChoice(
                     model_id=model_id,
@@ -243,6 +237,8 @@ def extract(
         print_json(report.as_dict())
     else:
         reports.print_extraction(report)
+    for message in report.warnings:
+        warn(message)
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:
@@ -389,39 +385,3 @@ def _quiet() -> None:
 
     untyped: Any = logging.disable_progress_bar
     untyped()
-
-
-class _Stop:
-    """Whether a signal came. One before the first batch, and a second one, stop at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._is_computing = False
-        self.before: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        self._is_computing = True
-        return self.number != 0
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        if self.number or not self._is_computing:
-            self.before[number](number, frame)
-        self.number = number
-        warn("finishing the current batch; again to stop at once")
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM let the batch that is being computed come to its end."""
-    stop = _Stop()
-    if threading.current_thread() is threading.main_thread():
-        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # What is ignored (nohup, a shell's background job) stays ignored.
-        stop.before = {number: each for number, each in found.items() if callable(each)}
-    for number in stop.before:
-        signal.signal(number, stop.note)
-    try:
-        yield stop
-    finally:
-        for number, handler in stop.before.items():
-            signal.signal(number, handler)

@@ -17,13 +17,9 @@ except ImportError as error:
     )
     raise MissingDependencyError(_MESSAGE) from error
 
-from h5traces.extract.extracting import (
-    DatasetChoice,
-    ModelChoice,
-    StoreOptions,
-    extract_dataset,
-    shape_of,
-)
+from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
+from h5traces.extract.extracting import extract_dataset
+from h5traces.extract.forecasting import shape_of
 from h5traces.extract.functions import extract, extract_activations_and_attentions
 from h5traces.extract.generation import GenerationOptions
 from h5traces.extract.models import MODEL_ALIASES, load_config, load_model, load_tokenizer

@@ -2,106 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import h5traces.spooling
 from h5traces.archive import open_archive
 from h5traces.errors import ArchiveExistsError, ExtractionError
-from h5traces.estimation import ModelShape, Rates, estimate, stated_rates
 from h5traces.extract import models
+from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
 from h5traces.extract.extractor import Extractor
+from h5traces.extract.forecasting import Forecast, check_space, shape_of
 from h5traces.extract.hub import HUB_DATASETS, load_questions
 from h5traces.extract.options import ExtractOptions
 from h5traces.extract.planning import Job, Planner, TooLongError
-from h5traces.extract.questions import Columns, QuestionSet, read_questions
+from h5traces.extract.questions import QuestionSet, read_questions
 from h5traces.extract.reports import ExtractionReport, skipped_before
 from h5traces.extract.running import Run, skipped
 from h5traces.layer_ranges import layer_numbers
-from h5traces.storage.codecs import GZIP
+from h5traces.spooling import RemoteWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from h5traces.archive.opening import PathLike
-    from h5traces.dtypes import DtypePolicy, OverflowPolicy
-    from h5traces.estimation import Estimate
-    from h5traces.extract.models import ModelDtype
     from h5traces.extract.running import RunProgress
     from h5traces.schema import ExtractionMetadata
-    from h5traces.spooling import TraceWriter
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """Which model computes, and where.
-
-    Attributes
-    ----------
-    model_id
-        Hub id, local folder, or alias.
-    revision
-        Commit, branch or tag on the hub.
-    dtype
-        Type to compute in; ``auto`` is the checkpoint's own, but float32 on processors.
-    device
-        As torch names it, or ``auto`` to spread the model over all.
-    load_in_4bit
-        Quantise the weights with bitsandbytes.
-    """
-
-    model_id: str
-    revision: str | None = None
-    dtype: ModelDtype = "auto"
-    device: str | None = None
-    load_in_4bit: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetChoice:
-    """Which questions are asked.
-
-    Attributes
-    ----------
-    dataset
-        ``triviaqa``, ``truthfulqa``, or a JSONL or CSV file.
-    num_samples
-        The first so many; None for all.
-    path
-        A local copy of a data set that is known by name.
-    revision
-        Its commit, branch or tag on the hub.
-    columns
-        Which columns of a file to read.
-    """
-
-    dataset: str
-    num_samples: int | None = None
-    path: str | None = None
-    revision: str | None = None
-    columns: Columns = field(default_factory=Columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreOptions:
-    """How archives are written; see `h5traces.create`.
-
-    Attributes
-    ----------
-    shard_samples, on_overflow, codec, workers, verify
-        As there. The stored type is that of `ExtractOptions`.
-    check_space
-        Refuse to start where the disk is too small for the forecast.
-    """
-
-    shard_samples: int | None = None
-    on_overflow: OverflowPolicy = "float32"
-    codec: str = GZIP.name
-    workers: int | None = None
-    verify: bool = True
-    check_space: bool = True
 
 
 def load_dataset(choice: DatasetChoice) -> QuestionSet:
@@ -124,16 +48,6 @@ def load_dataset(choice: DatasetChoice) -> QuestionSet:
         )
         raise ExtractionError(message)
     return found.first(choice.num_samples)
-
-
-def shape_of(config: Any) -> ModelShape:
-    """What of a configuration decides the size of traces."""
-    text = config.get_text_config()
-    return ModelShape(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        num_heads=text.num_attention_heads,
-    )
 
 
 def extract_dataset(
@@ -188,9 +102,9 @@ def extract_dataset(
     layers = layer_numbers(options.layers, shape_of(config).num_layers)
     report = ExtractionReport(str(output), num_planned=len(questions.questions))
     jobs = _plan(Planner(tokenizer, config, options), questions, report)
-    forecast = _Forecast(shape_of(config), jobs, layers, options, store)
+    forecast = Forecast(shape_of(config), jobs, layers, options, store)
     report.estimate = forecast.estimate()
-    _check_space(Path(output), forecast, store, report, dry_run=dry_run)
+    check_space(Path(output), forecast, store, report, dry_run=dry_run)
     if dry_run:
         return report
     loaded = models.load_model(
@@ -203,7 +117,7 @@ def extract_dataset(
     )
     extractor = Extractor(loaded, tokenizer, options)
     metadata = extractor.metadata(questions)
-    writer = h5traces.spooling.create(
+    writer = RemoteWriter(
         output,
         shard_samples=store.shard_samples,
         dtype=options.dtype,
@@ -211,17 +125,27 @@ def extract_dataset(
         codec=store.codec,
         workers=store.workers,
         verify=store.verify,
-        model_id=model.model_id,
-        model_revision=model.revision or getattr(loaded.config, "_commit_hash", None),
+        model_id=models.resolve_model(model.model_id),
+        model_revision=getattr(loaded.config, "_commit_hash", None) or model.revision,
         dataset=questions.name,
         num_layers=extractor.anatomy.num_layers,
         extraction=metadata,
     )
     report.num_before = writer.num_samples
     if writer.is_finished:
-        _finished_before(writer, Path(output), jobs, metadata, report)
+        with writer:
+            _finished_before(writer, Path(output), jobs, metadata, report)
         return report
-    run = Run(extractor, writer, jobs, options, report, progress=progress, should_stop=should_stop)
+    run = Run(
+        extractor,
+        writer,
+        jobs,
+        options,
+        report,
+        on_overflow=store.on_overflow,
+        progress=progress,
+        should_stop=should_stop,
+    )
     run.run()
     return report
 
@@ -240,91 +164,8 @@ def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) ->
     return jobs
 
 
-class _Forecast:
-    """Room that samples need at most: every answer as long as it may be."""
-
-    def __init__(
-        self,
-        shape: ModelShape,
-        jobs: list[Job],
-        layers: tuple[int, ...],
-        options: ExtractOptions,
-        store: StoreOptions,
-    ) -> None:
-        self._shape, self._layers = shape, layers
-        self._options, self._store = options, store
-        longest = options.generation.max_new_tokens
-        self._lengths = [len(each.prompt) + longest for each in jobs]
-
-    def estimate(self) -> Estimate:
-        """The table."""
-        return estimate(
-            self._shape,
-            self._lengths,
-            layers=self._layers,
-            kinds=self._options.kinds,
-            dtype=self._options.dtype,
-            codec=self._store.codec,
-            rates=_rates(self._options.dtype, self._store.codec),
-        )
-
-    def needed_nbytes(self, num_done: int) -> float:
-        """Room for all samples but the first so many, and for one more shard while it is packed."""
-        sample = self.estimate().rows[-1].sample_nbytes
-        left = max(0, len(self._lengths) - num_done)
-        shard = self._store.shard_samples or h5traces.spooling.DEFAULT_SHARD_SAMPLES
-        return sample * (left + min(shard, len(self._lengths)))
-
-
-def _rates(dtype: DtypePolicy, codec: str) -> Rates:
-    """Stated rates, or for types and codecs that have none those of float32, which are larger."""
-    try:
-        return stated_rates(dtype, codec)
-    except ExtractionError:
-        return stated_rates("float32", GZIP.name)
-
-
-def _check_space(
-    output: Path,
-    forecast: _Forecast,
-    store: StoreOptions,
-    report: ExtractionReport,
-    *,
-    dry_run: bool,
-) -> None:
-    """Compare what is needed with what is there.
-
-    Raises
-    ------
-    ExtractionError
-        The disk is too small.
-    """
-    folder = output.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    report.free_nbytes = shutil.disk_usage(folder).free
-    report.needed_nbytes = forecast.needed_nbytes(_num_written(output))
-    if report.needed_nbytes > report.free_nbytes and store.check_space and not dry_run:
-        message = (
-            f"{output}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the room to "
-            f"pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; choose "
-            "another, fewer samples or layers, smaller shards, or --no-check-space"
-        )
-        raise ExtractionError(message)
-
-
-def _num_written(output: Path) -> int:
-    """Samples of earlier starts; those whose shard is being written need their room once more."""
-    target = h5traces.spooling.Target.of(output, None)
-    found = [each for each in target.existing() if each.is_file()]
-    if not found:
-        return 0
-    with open_archive([str(each) for each in found]) as archive:
-        return len(archive)
-
-
 def _finished_before(
-    writer: TraceWriter,
+    writer: RemoteWriter,
     output: Path,
     jobs: list[Job],
     metadata: ExtractionMetadata,

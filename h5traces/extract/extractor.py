@@ -13,6 +13,7 @@ from h5traces.extract.capture import CaptureOptions, Capturer
 from h5traces.extract.generation import Answer, generate, generation_config
 from h5traces.extract.prompts import answer_text, clean_answer, decoded_tokens, padding_token
 from h5traces.extract.provenance import extraction_metadata
+from h5traces.extract.self_check import check_capture
 from h5traces.layer_ranges import layer_numbers
 from h5traces.schema import LayeredArrays, SampleExtraction, TraceRecord
 
@@ -66,6 +67,7 @@ class Extractor:
                 f"a batch size of 1. Batches work with {', '.join(sorted(BATCHING_FAMILIES))}"
             )
             raise ExtractionError(message)
+        check_capture(model, self.anatomy, options.kinds)
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
         self._capturer = Capturer(

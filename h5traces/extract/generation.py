@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from h5traces.errors import ExtractionError
 from h5traces.extract.capture import padded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from h5traces.schema import FinishReason
 
@@ -165,11 +166,26 @@ def generate(
     inputs = padded(prompts, pad_id, device)
     inputs.pop("position_ids", None)  # generate counts them itself, from the mask
     config = generation_config(model, options, pad_id)
-    with torch.inference_mode():
+    with torch.inference_mode(), _in_force(model, config):
         generated = model.generate(**inputs, generation_config=config, logits_processor=processors)
     length = inputs["input_ids"].shape[1]
     ends = end_tokens(config)
     return [_answer(row[length:], ends, options) for row in generated.tolist()]
+
+
+@contextlib.contextmanager
+def _in_force(model: Any, config: Any) -> Iterator[None]:
+    """Inside, the model has no generation config but this one.
+
+    transformers fills what a config leaves open from the model's own, so that its temperature, say,
+    would come back, with a warning that it means nothing.
+    """
+    before = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def end_tokens(config: Any) -> frozenset[int]:

@@ -10,13 +10,9 @@ from typing import TYPE_CHECKING
 from h5traces.archive import open_archive
 from h5traces.errors import ExtractionError
 from h5traces.estimation import STATED_RATES, Estimate, Rates, estimate, num_values
-from h5traces.extract.extracting import (
-    DatasetChoice,
-    ModelChoice,
-    StoreOptions,
-    extract_dataset,
-    shape_of,
-)
+from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
+from h5traces.extract.extracting import extract_dataset
+from h5traces.extract.forecasting import shape_of
 from h5traces.extract.models import load_config
 from h5traces.extract.options import ExtractOptions
 from h5traces.layer_ranges import layer_numbers

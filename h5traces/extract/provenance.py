@@ -22,12 +22,17 @@ def plain_json(document: Any) -> Any:
     return json.loads(json.dumps(document, default=str))
 
 
-def weights_digest(model: Any) -> str:
-    """xxh3-128 over name, type, shape and bytes of every parameter and stored buffer."""
+def weights_digest(model: Any) -> str | None:
+    """xxh3-128 over name, type, shape and bytes of every parameter and stored buffer.
+
+    None where some are not in memory, as when a model is spread over devices and disk.
+    """
     digest = xxhash.xxh3_128()
     for name, value in sorted(model.state_dict().items()):
         if not isinstance(value, torch.Tensor):
             continue
+        if value.is_meta:
+            return None
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         values = value.detach().cpu().contiguous()
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)

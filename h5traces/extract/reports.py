@@ -71,6 +71,8 @@ class ExtractionReport:
         Room that the samples to be written need at most, while a shard is being packed.
     estimate
         The forecast.
+    warnings
+        What casts changed in the samples written.
     error
         Why the run failed.
     """
@@ -89,6 +91,7 @@ class ExtractionReport:
     free_nbytes: int = 0
     needed_nbytes: float = 0.0
     estimate: Estimate | None = None
+    warnings: list[str] = field(default_factory=list)
     error: str | None = None
 
     @property

@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from h5traces.conversion.reports import cast_warnings
 from h5traces.errors import ExtractionError
 from h5traces.extract.extractor import NanError
 from h5traces.extract.overlap import WriterThread
 from h5traces.extract.reports import Skipped
+from h5traces.writer import WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from h5traces.dtypes import OverflowPolicy
     from h5traces.extract.extractor import Extractor
     from h5traces.extract.options import ExtractOptions
     from h5traces.extract.planning import Job
     from h5traces.extract.questions import Question
     from h5traces.extract.reports import ExtractionReport, SkipReason
     from h5traces.schema import TraceRecord
-    from h5traces.spooling import TraceWriter
+    from h5traces.spooling import RemoteWriter
 
-# Records that may wait for the writer: enough to bridge a slow sample, few enough to stay small.
-_LEAST_WAITING: Final = 2
 # What torch says on devices whose errors have no class of their own.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -80,6 +81,8 @@ class Run:
         Of the run.
     report
         Filled.
+    on_overflow
+        As the writer was told.
     progress
         Called when a sample was written.
     should_stop
@@ -89,16 +92,18 @@ class Run:
     def __init__(
         self,
         extractor: Extractor,
-        writer: TraceWriter,
+        writer: RemoteWriter,
         jobs: Sequence[Job],
         options: ExtractOptions,
         report: ExtractionReport,
         *,
+        on_overflow: OverflowPolicy = "float32",
         progress: Callable[[RunProgress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._extractor, self._writer, self._jobs = extractor, writer, jobs
         self._options, self._report = options, report
+        self._write_options = WriteOptions(dtype=options.dtype, on_overflow=on_overflow)
         self._progress, self._should_stop = progress, should_stop
         self._done = frozenset(writer.done)
         self._num_samples = len(jobs)
@@ -109,9 +114,7 @@ class Run:
     def run(self) -> None:
         """Compute and write all that is not done."""
         self._started = time.perf_counter()
-        thread = WriterThread(
-            self._writer, max(_LEAST_WAITING, self._options.batch_size), self._note
-        )
+        thread = WriterThread(self._writer, self._note)
         try:
             is_stopped = self._compute_all(thread)
             thread.close()
@@ -130,6 +133,7 @@ class Run:
         finally:
             self._report.seconds = time.perf_counter() - self._started
             self._report.nbytes = self._writer.nbytes
+            self._report.warnings = cast_warnings(self._writer.counts, self._write_options)
             self._report.save()
 
     @staticmethod

@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from h5traces.archive import open_archive
+from h5traces.dtypes import CastCounts
 from h5traces.errors import (
     ArchiveError,
     ArchiveExistsError,
@@ -131,6 +132,8 @@ class SpoolWriter(TraceWriter):
             self._observed, self._next = observed, number + 1
             (self._spooled[number],) = writer.digests
             self.nbytes += writer.summary.nbytes
+            for kind, each in writer.summary.counts.items():
+                self.counts[kind] = self.counts.get(kind, CastCounts()) + each
             self._note(record)
 
         try:

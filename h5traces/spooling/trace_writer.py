@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from h5traces.dtypes import CastCounts
     from h5traces.spooling.folder import RunState
     from h5traces.spooling.targets import Target
 
@@ -41,6 +42,8 @@ class TraceWriter(ABC):
         Whether an earlier run ended here already; nothing can be appended then.
     nbytes
         Bytes that the samples appended to the spool take.
+    counts
+        By kind, the values of these samples that are not finite, or were changed by casts.
     """
 
     is_finished = False
@@ -55,6 +58,7 @@ class TraceWriter(ABC):
         self.done: Counter[str] = Counter()
         self.num_samples = 0
         self.nbytes = 0
+        self.counts: dict[str, CastCounts] = {}
 
     @abstractmethod
     def append(self, sample: Sample, sample_id: str | None = None) -> None:

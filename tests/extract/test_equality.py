@@ -155,6 +155,33 @@ def test_beams_are_those_of_transformers():
     assert record.layered["hidden_states"].arrays[0].array.shape == tuple(hidden.shape)
 
 
+def test_of_the_models_own_generation_config_only_drawing_is_ours():
+    """Chat models come with a temperature; a penalty of theirs stays in force, and is recorded."""
+    from h5traces.extract.extractor import Extractor
+
+    model = make_model("llama")
+    plain = one(model, generation=GenerationOptions(max_new_tokens=40))
+    model.generation_config.update(do_sample=True, temperature=0.1, top_p=0.5, max_length=99)
+    drawn = one(model, generation=GenerationOptions(max_new_tokens=40))
+    assert drawn.tokens.tolist() == plain.tokens.tolist()
+    model.generation_config.update(repetition_penalty=1.9)
+    other = one(model, generation=GenerationOptions(max_new_tokens=40))
+    prompt = torch.tensor([plain.tokens[: plain.prompt_len].tolist()])
+    expected = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=40,
+        do_sample=False,
+        repetition_penalty=1.9,
+    )
+    assert other.tokens.tolist() == expected[0].tolist() != plain.tokens.tolist()
+    recorded = Extractor(model, tokenizer(), ExtractOptions()).metadata().generation
+    assert recorded["repetition_penalty"] == 1.9
+    assert recorded["do_sample"] is False
+    assert "temperature" not in recorded
+    assert model.generation_config.temperature == 0.1
+
+
 def test_one_overflow_widens_the_array_and_no_other():
     model = make_model("llama")
     with torch.no_grad():

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import h5traces
 from h5traces.cli.app import app
+from h5traces.estimation import STATED_RATES
 from h5traces.extract.models import MODEL_ALIASES, aliases_path, known_aliases, resolve_model
 
 TINY = ["--model-id", TINY_LLAMA, "--dataset", QUESTIONS]
@@ -50,7 +51,10 @@ def test_the_command_of_the_readme(tmp_path):
         cwd=ROOT,
     )
     assert re.search(r"out: 40 of 40 samples; [\d.]+ MB in [\d.]+ s, \d+ tokens/s", done.stdout)
-    assert done.stderr == ""
+    # What float16 does to small attention weights is told, as 'h5traces convert' tells it.
+    told = re.compile(r"warning: (hidden_states|attentions): \d+ values became 0 and \d+ lost prec")
+    assert done.stderr
+    assert all(told.match(line) for line in done.stderr.splitlines())
     with h5traces.open(tmp_path / "out") as archive:
         assert len(archive) == 40
         assert archive[0]["hidden_states"][3].shape == (len(archive[0]["tokens"]), 128)
@@ -209,10 +213,31 @@ def test_aliases_of_the_users_own(tmp_path):
     assert known_aliases() == {**MODEL_ALIASES, "tiny": str(TINY_LLAMA), "llama2_7B": "/data/llama"}
     run("extract", "--model-id", "tiny", "--dataset", QUESTIONS, *FEW, "-o", tmp_path / "out")
     with h5traces.open(tmp_path / "out") as archive:
-        assert archive.metadata.model_id == "tiny"
+        assert archive.metadata.model_id == str(TINY_LLAMA)
     aliases_path().write_text("[models]\ntiny = 3\n")
     result = run("estimate", "--model-id", "tiny", code=2)
     assert 'models.toml: expected a table [models] with lines such as mine = "' in result.stderr
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_without_the_libraries(tmp_path, library):
+    """Estimates from shapes need neither; everything else says what to install."""
+    code = f"import sys; sys.modules[{library!r}] = None; from h5traces.cli import main; main()"
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = command("extract", *TINY, "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"{library} is not installed" in done.stderr
+    assert "pip install 'h5traces[extract]'" in done.stderr
+    shape = ["--num-layers", 2, "--hidden-size", 8, "--num-heads", 2]
+    assert command("estimate", *shape).returncode == 0
 
 
 def test_estimate_from_shapes():
@@ -265,3 +290,13 @@ def test_estimate_from_a_pilot(tmp_path):
 def test_wrong_usage_of_estimate(arguments, message):
     result = run("estimate", *arguments, code=2)
     assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_stated_rates_are_those_of_the_trained_model(dtype):
+    """A third of its questions, so not quite the same figures."""
+    found = json.loads(run("estimate", *TINY, "--pilot", 13, "--dtype", dtype, "--json").stdout)
+    stated = STATED_RATES[dtype]
+    assert found["rates"]["bits"] == pytest.approx(stated.bits, rel=0.05)
+    beside = found["rates"]["sample_nbytes"]
+    assert beside == pytest.approx(stated.sample_nbytes, rel=0.5)

@@ -331,6 +331,23 @@ def test_a_model_that_drops_its_weights_is_found_out():
         list(extract(model, tokenizer(), ["Why?"], ExtractOptions(generation=SHORT)))
 
 
+def test_a_model_that_is_built_in_another_way_is_found_out():
+    """Its hooks would take something, but not what transformers returns."""
+    model = make_model("llama")
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.self_attn, self._block = block.self_attn, [block]
+
+        def forward(self, *args, **kwargs):
+            return self._block[0](*args, **kwargs) * 2
+
+    model.model.layers[1] = Wrapped(model.model.layers[1])
+    with pytest.raises(ExtractionError, match="hidden_states/layer_001 is not what transformers"):
+        list(extract(model.eval(), tokenizer(), ["Why?"], ExtractOptions(generation=SHORT)))
+
+
 def test_a_model_that_gives_one_position_is_found_out():
     """The '350 MB bug': one position instead of the sequence."""
     model = make_model("llama")

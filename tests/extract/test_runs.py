@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -97,6 +98,8 @@ def test_a_run_stores_what_is_known(tmp_path):
         assert trace.metadata.extraction.row == 0
         assert trace["hidden_states"].sites == ("block_output", "final_norm")
     document = json.loads(report_path(tmp_path / "out").read_text())
+    (warning,) = document["warnings"]
+    assert warning.startswith("attentions: ")
     assert document["ok"]
     assert document["num_written"] == 3
 
@@ -311,9 +314,15 @@ def test_what_does_not_fit_into_memory_is_halved_and_then_left_out(tmp_path):
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); main()"
     )
     arguments = ["extract", "--model-id", folder, "--dataset", questions, "--batch-size", "4"]
-    arguments += ["-o", tmp_path / "run.h5", "--json", "--max-new-tokens", "4"]
+    arguments += ["-o", tmp_path / "run.h5", "--json", "--max-new-tokens", "4", "--workers", "1"]
+    # Each further thread would take address space of its own.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)

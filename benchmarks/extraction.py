@@ -1,0 +1,178 @@
+"""What storing adds to the time of an extraction.
+
+Run ``python benchmarks/extraction.py`` (some minutes); it prints a markdown table. In every round
+the same samples are extracted in each way, one way after the other, so ratios within a round hold
+on a noisy machine and seconds do not; medians, with the range of the rounds in brackets.
+
+*compute* generates answers, runs the clean forward pass, copies and casts, and throws the records
+away. *stored* is ``h5traces extract`` as it is: another process writes every sample durably, and
+packs shards, while the next ones are computed. *in turn* writes in the same thread, between
+samples. *added* is the time beyond *compute*, as a share of *compute*, until every sample is
+durable. *start* and *close* are what is there once per run: starting the process, and packing the
+last shard; they are not in the other columns.
+
+The model is the trained one of this repository, with its 40 questions several times over and
+answers of up to 64 tokens. ``--random-7b`` takes one of Llama-2-7B's shape with random weights
+instead, for machines with a GPU; random weights never end an answer, so all have 64 tokens.
+
+Prediction, written before the first run: *in turn* adds 60 %, since writing a sample of this model
+takes two thirds of the processor time of computing it; *stored* adds less than 3 % where a core is
+free (``--threads 1`` on two), and 20 % where torch uses all of them.
+
+Outcome of ``--threads 1 --rounds 3 --repeats 3`` on two cores that other work used as well: *in
+turn* added 99 % (57 to 205), *stored* 51 % (41 to 126). No core was free, so the prediction of 3 %
+is not tested; a sample takes about as long to write as to compute here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+import h5traces
+from h5traces.extract import ExtractOptions, GenerationOptions, load_model, load_tokenizer
+from h5traces.extract.extractor import Extractor
+from h5traces.extract.overlap import WriterThread
+from h5traces.extract.planning import Planner
+from h5traces.extract.questions import read_questions
+from h5traces.spooling import RemoteWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = EXAMPLES / "tiny-llama-pydocs"
+SHARD_SAMPLES = 40
+
+
+def random_7b(device: str) -> Any:
+    """A model of Llama-2-7B's shape, made on its device."""
+    config = transformers.LlamaConfig(max_position_embeddings=4096, vocab_size=32000)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=torch.float16
+        )
+    return model.eval()
+
+
+class Bench:
+    """One model, one list of jobs, three ways."""
+
+    def __init__(self, model: Any, tokenizer: Any, options: ExtractOptions, repeats: int) -> None:
+        self._extractor = Extractor(model, tokenizer, options)
+        planner = Planner(tokenizer, model.config, options)
+        jobs = [
+            planner.job(replace(each, sample_id=f"{each.sample_id}_{repeat}"))
+            for repeat in range(repeats)
+            for each in read_questions(EXAMPLES / "questions.jsonl").questions
+        ]
+        size = options.batch_size
+        self._batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+        self.num_samples, self.num_tokens = len(jobs), 0
+
+    def compute(self, _folder: Path) -> dict[str, float]:
+        """Throw the records away."""
+        started = time.perf_counter()
+        self.num_tokens = 0
+        for batch in self._batches:
+            self.num_tokens += sum(len(each.tokens) for each in self._extractor.run(batch))
+        return {"seconds": time.perf_counter() - started}
+
+    def stored(self, folder: Path) -> dict[str, float]:
+        """As the command does it."""
+        before = time.perf_counter()
+        writer = RemoteWriter(folder / "run", shard_samples=SHARD_SAMPLES)
+        started = time.perf_counter()
+        thread = WriterThread(writer, lambda _record: None)
+        for batch in self._batches:
+            for each in self._extractor.run(batch):
+                thread.put(each)
+        thread.close()
+        ended = time.perf_counter()
+        writer.close()
+        closed = time.perf_counter()
+        return {"seconds": ended - started, "start": started - before, "close": closed - ended}
+
+    def in_turn(self, folder: Path) -> dict[str, float]:
+        """Write between samples."""
+        started = time.perf_counter()
+        writer = h5traces.create(folder / "run", shard_samples=SHARD_SAMPLES)
+        for batch in self._batches:
+            for each in self._extractor.run(batch):
+                writer.append(each)
+        ended = time.perf_counter()
+        writer.close()
+        return {"seconds": ended - started, "close": time.perf_counter() - ended}
+
+
+def cell(values: Sequence[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What storing adds to the time of an extraction.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4, help="of the 40 questions")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--num-beams", type=int, default=1, help="the old pipeline had 5")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--random-7b", action="store_true")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.disable_progress_bar()
+    model = (
+        random_7b(arguments.device)
+        if arguments.random_7b
+        else load_model(str(TINY), device=arguments.device)
+    )
+    options = ExtractOptions(
+        batch_size=arguments.batch_size,
+        generation=GenerationOptions(max_new_tokens=64, num_beams=arguments.num_beams),
+    )
+    bench = Bench(model, load_tokenizer(str(TINY)), options, arguments.repeats)
+    bench.compute(Path())  # warms caches and thread pools
+    ways = {"compute": bench.compute, "stored": bench.stored, "in turn": bench.in_turn}
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(arguments.rounds):
+        found = {}
+        for name, way in ways.items():
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                found[name] = way(Path(folder))
+        rounds.append(found)
+    threads = torch.get_num_threads()
+    print(f"{bench.num_samples} samples, {bench.num_tokens} tokens, torch on {threads} threads\n")
+    print("| way | seconds | tokens/s | added, % | start, s | close, s |")
+    print("|---|---|---|---|---|---|")
+    for name in ways:
+        print(row(name, rounds, bench.num_tokens))
+
+
+def row(name: str, rounds: list[dict[str, dict[str, float]]], num_tokens: int) -> str:
+    found = [each[name] for each in rounds]
+    added = [100 * (each[name]["seconds"] / each["compute"]["seconds"] - 1) for each in rounds]
+    cells = [
+        name,
+        cell([each["seconds"] for each in found], ".2f"),
+        cell([num_tokens / each["seconds"] for each in found], ".0f"),
+        cell(added, ".1f") if name != "compute" else "",
+        *(
+            cell([each[key] for each in found], ".2f") if key in found[0] else ""
+            for key in ("start", "close")
+        ),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
