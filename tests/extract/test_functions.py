@@ -331,9 +331,19 @@ def test_a_model_that_drops_its_weights_is_found_out():
         list(extract(model, tokenizer(), ["Why?"], ExtractOptions(generation=SHORT)))
 
 
-def test_a_model_that_is_built_in_another_way_is_found_out():
+@pytest.mark.parametrize(
+    ("has_run", "message"),
+    [
+        (True, "hidden_states/layer_001 is not what transformers returns"),
+        (False, "transformers returns 4 hidden_states, the hooks took 5"),
+    ],
+)
+def test_a_model_that_is_built_in_another_way_is_found_out(has_run, message):
     """Its hooks would take something, but not what transformers returns."""
     model = make_model("llama")
+    if has_run:
+        # transformers puts its own hooks into the blocks that are there now.
+        model(torch.tensor([[0, 5]]), output_hidden_states=True)
 
     class Wrapped(torch.nn.Module):
         def __init__(self, block):
@@ -344,7 +354,7 @@ def test_a_model_that_is_built_in_another_way_is_found_out():
             return self._block[0](*args, **kwargs) * 2
 
     model.model.layers[1] = Wrapped(model.model.layers[1])
-    with pytest.raises(ExtractionError, match="hidden_states/layer_001 is not what transformers"):
+    with pytest.raises(ExtractionError, match=re.escape(message)):
         list(extract(model.eval(), tokenizer(), ["Why?"], ExtractOptions(generation=SHORT)))
 
 
