@@ -43,7 +43,7 @@ from h5traces.extract.extractor import Extractor
 from h5traces.extract.overlap import WriterThread
 from h5traces.extract.planning import Planner
 from h5traces.extract.questions import read_questions
-from h5traces.spooling import RemoteWriter
+from h5traces.spooling import ProcessWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +89,7 @@ class Bench:
     def stored(self, folder: Path) -> dict[str, float]:
         """As the command does it."""
         before = time.perf_counter()
-        writer = RemoteWriter(folder / "run", shard_samples=SHARD_SAMPLES)
+        writer = ProcessWriter(folder / "run", shard_samples=SHARD_SAMPLES)
         started = time.perf_counter()
         thread = WriterThread(writer, lambda _record: None)
         for batch in self._batches:

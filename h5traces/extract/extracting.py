@@ -18,7 +18,7 @@ from h5traces.extract.questions import QuestionSet, read_questions
 from h5traces.extract.reports import ExtractionReport, skipped_before
 from h5traces.extract.running import Run, skipped
 from h5traces.layer_ranges import layer_numbers
-from h5traces.spooling import RemoteWriter
+from h5traces.spooling import ProcessWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +117,7 @@ def extract_dataset(
     )
     extractor = Extractor(loaded, tokenizer, options)
     metadata = extractor.metadata(questions)
-    writer = RemoteWriter(
+    writer = ProcessWriter(
         output,
         shard_samples=store.shard_samples,
         dtype=options.dtype,
@@ -165,7 +165,7 @@ def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) ->
 
 
 def _finished_before(
-    writer: RemoteWriter,
+    writer: ProcessWriter,
     output: Path,
     jobs: list[Job],
     metadata: ExtractionMetadata,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from h5traces.schema import TraceRecord
-    from h5traces.spooling import RemoteWriter
+    from h5traces.spooling import ProcessWriter
 
 # Enough to go on computing while a shard is being packed.
 MAX_WAITING_NBYTES: Final = 512 * 2**20
@@ -43,7 +43,7 @@ class WriterThread:
 
     def __init__(
         self,
-        writer: RemoteWriter,
+        writer: ProcessWriter,
         written: Callable[[TraceRecord], None],
         *,
         max_waiting_nbytes: int = MAX_WAITING_NBYTES,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from h5traces.extract.questions import Question
     from h5traces.extract.reports import ExtractionReport, SkipReason
     from h5traces.schema import TraceRecord
-    from h5traces.spooling import RemoteWriter
+    from h5traces.spooling import ProcessWriter
 
 # What torch says on devices whose errors have no class of their own.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
@@ -92,7 +92,7 @@ class Run:
     def __init__(
         self,
         extractor: Extractor,
-        writer: RemoteWriter,
+        writer: ProcessWriter,
         jobs: Sequence[Job],
         options: ExtractOptions,
         report: ExtractionReport,

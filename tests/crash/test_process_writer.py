@@ -17,7 +17,7 @@ import h5traces
 from h5traces.errors import ArchiveError, ArchiveExistsError, SchemaError
 from h5traces.legacy.layouts import to_record
 from h5traces.schema import ExtractionMetadata, SourcePosition
-from h5traces.spooling import RemoteWriter
+from h5traces.spooling import ProcessWriter
 
 EXTRACTION = ExtractionMetadata(
     model_class="TinyForCausalLM",
@@ -47,57 +47,57 @@ def ended(process):
 
 
 def test_it_writes_and_resumes(tmp_path):
-    with RemoteWriter(tmp_path / "run", shard_samples=2, extraction=EXTRACTION) as writer:
+    with ProcessWriter(tmp_path / "run", shard_samples=2, extraction=EXTRACTION) as writer:
         for number in range(3):
             writer.append(record(number))
         assert (writer.num_samples, writer.is_finished) == (3, False)
         assert writer.nbytes > 1000
         writer.suspend()
-    with RemoteWriter(tmp_path / "run", shard_samples=2, extraction=EXTRACTION) as writer:
+    with ProcessWriter(tmp_path / "run", shard_samples=2, extraction=EXTRACTION) as writer:
         assert dict(writer.done) == {"q0": 1, "q1": 1, "q2": 1}
         writer.append(record(3))
     with h5traces.open(tmp_path / "run") as archive:
         assert all(is_same(trace.to_dict(), item(n)) for n, trace in enumerate(archive))
         assert archive.metadata.extraction == EXTRACTION
-    with RemoteWriter(tmp_path / "run", shard_samples=2) as writer:
+    with ProcessWriter(tmp_path / "run", shard_samples=2) as writer:
         assert writer.is_finished
 
 
 def test_errors_are_those_of_the_writer(tmp_path):
-    with RemoteWriter(tmp_path / "run.h5", extraction=EXTRACTION) as writer:
+    with ProcessWriter(tmp_path / "run.h5", extraction=EXTRACTION) as writer:
         writer.append(record(0))
         odd = record(1).model_copy(update={"tokens": np.arange(3), "tokens_decoded": ("a",)})
         with pytest.raises(SchemaError, match="1 decoded tokens for 3 token ids") as caught:
             writer.append(odd)
         assert caught.value.problems
         with pytest.raises(ArchiveError, match=r"process .* is writing it"):
-            RemoteWriter(tmp_path / "run.h5", extraction=EXTRACTION)
+            ProcessWriter(tmp_path / "run.h5", extraction=EXTRACTION)
         writer.append(record(1))
         writer.suspend()
     other = EXTRACTION.model_copy(update={"seed": 2, "generation": {"max_new_tokens": 4}})
     with pytest.raises(
         ArchiveError, match=r"generation.max_new_tokens=4 \(was 3\), seed=2 \(was 1\)"
     ):
-        RemoteWriter(tmp_path / "run.h5", extraction=other)
+        ProcessWriter(tmp_path / "run.h5", extraction=other)
     with pytest.raises(ArchiveError, match=r"extraction=None \(was recorded\)"):
-        RemoteWriter(tmp_path / "run.h5")
+        ProcessWriter(tmp_path / "run.h5")
     with pytest.raises(ArchiveExistsError):
-        RemoteWriter(tmp_path / "run.h5", extraction=EXTRACTION, resume=False)
+        ProcessWriter(tmp_path / "run.h5", extraction=EXTRACTION, resume=False)
 
 
 def test_a_process_that_was_killed_is_told_apart(tmp_path):
-    with RemoteWriter(tmp_path / "run.h5") as writer:
+    with ProcessWriter(tmp_path / "run.h5") as writer:
         writer.append(record(0))
         os.kill(writer.process_id, signal.SIGKILL)
         with pytest.raises(ArchiveError, match=r"was killed \(signal 9\).* start again"):
             writer.append(record(1))
         writer.suspend()
-    with RemoteWriter(tmp_path / "run.h5") as writer:
+    with ProcessWriter(tmp_path / "run.h5") as writer:
         assert writer.num_samples == 1
 
 
 def test_signals_of_the_terminal_do_not_reach_it(tmp_path):
-    with RemoteWriter(tmp_path / "run.h5") as writer:
+    with ProcessWriter(tmp_path / "run.h5") as writer:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(writer.process_id, number)
         writer.append(record(0))
@@ -108,8 +108,8 @@ def test_signals_of_the_terminal_do_not_reach_it(tmp_path):
 def test_it_ends_with_its_program(tmp_path):
     """Else the next start would find the lock taken."""
     code = (
-        "import sys; from h5traces.spooling import RemoteWriter; "
-        f"print(RemoteWriter({str(tmp_path / 'run.h5')!r}).process_id, flush=True); "
+        "import sys; from h5traces.spooling import ProcessWriter; "
+        f"print(ProcessWriter({str(tmp_path / 'run.h5')!r}).process_id, flush=True); "
         "sys.stdin.read()"
     )
     program = subprocess.Popen(
@@ -124,7 +124,7 @@ def test_it_ends_with_its_program(tmp_path):
             break
         time.sleep(0.1)
     assert ended(process)
-    RemoteWriter(tmp_path / "run.h5").close()
+    ProcessWriter(tmp_path / "run.h5").close()
 
 
 def test_it_finds_what_its_program_found(tmp_path):
@@ -132,8 +132,8 @@ def test_it_finds_what_its_program_found(tmp_path):
     folder = str(Path(h5traces.__file__).parents[1])
     code = (
         f"import sys; sys.path.insert(0, {folder!r}); "
-        "from h5traces.spooling import RemoteWriter; "
-        f"RemoteWriter({str(tmp_path / 'run.h5')!r}).close()"
+        "from h5traces.spooling import ProcessWriter; "
+        f"ProcessWriter({str(tmp_path / 'run.h5')!r}).close()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)

@@ -32,7 +32,7 @@ _STOPPING: Final = {signal.SIGINT, signal.SIGTERM}
 _POLL_SECONDS: Final = 0.1
 
 
-class RemoteWriter:
+class ProcessWriter:
     """What `h5traces.create` returns, at the other end of a pipe.
 
     Parameters
