@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces import layout, text
+from h5traces.archive.archive_file import check_version
+from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.labels import label_problems
-from h5traces.archive.store import FooterStore, check_version
 from h5traces.dtypes import FLOAT_TYPES
 from h5traces.errors import (
     ArchiveError,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces import layout
-from h5traces.archive.store import FooterStore, Hdf5Store, Store
+from h5traces.archive.footer_store import FooterStore
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.check import validate
 from h5traces.errors import CorruptArchiveError, H5TracesError, Problem
 from h5traces.legacy import open_batch
@@ -27,6 +28,7 @@ from h5traces.writer import WriteOptions, record_attributes
 
 if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
+    from h5traces.archive.store import Store
     from h5traces.limits import ReadLimits
     from h5traces.storage.objects import SampleEntry
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces import layout
-from h5traces.archive.store import check_version
+from h5traces.archive.archive_file import check_version
 from h5traces.errors import CorruptArchiveError, NotAnArchiveError
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.storage.arrays import read_array, read_chunk

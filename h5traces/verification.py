@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from h5traces import layout
-from h5traces.archive.store import FooterStore
+from h5traces.archive.footer_store import FooterStore
 from h5traces.errors import CorruptArchiveError
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.storage.arrays import read_array

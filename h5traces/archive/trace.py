@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from h5traces.archive.store import ArchiveFile
+    from h5traces.archive.archive_file import ArchiveFile
     from h5traces.schema import ArchiveMetadata
     from h5traces.schema.attributes import Attrs
     from h5traces.storage.files import ByteFile

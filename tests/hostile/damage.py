@@ -23,7 +23,8 @@ import xxhash
 from legacy_batches import make_archive, make_batch
 
 import h5traces
-from h5traces.archive.store import FooterStore, Hdf5Store, Store
+from h5traces.archive.footer_store import FooterStore
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.repacking import repack
@@ -32,6 +33,8 @@ from h5traces.storage.footer import FooterError, hdf5_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from h5traces.archive.store import Store
 
 SECTOR = 512
 PAGE = 4096

@@ -25,7 +25,8 @@ from legacy_batches import (
 from strategies import extra_fields
 
 import h5traces
-from h5traces.archive.store import FooterStore, Hdf5Store
+from h5traces.archive.footer_store import FooterStore
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.check import validate
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.sealing import seal
