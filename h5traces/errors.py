@@ -113,6 +113,14 @@ class ExtractionError(H5TracesError):
     """Activations could not be extracted from a model."""
 
 
+class TooLongError(ExtractionError):
+    """A prompt and its answer do not fit into the model's context."""
+
+
+class NanError(ExtractionError):
+    """A sample has NaN among its values."""
+
+
 class FeatureError(H5TracesError):
     """Features cannot be computed, or hold values that are no numbers."""
 

@@ -71,19 +71,19 @@ _SOURCE: Final = (
 STATED_RATES: Final[dict[DtypePolicy, Rates]] = {
     "float16": Rates(
         bits={layout.HIDDEN_STATES: 13.7, layout.ATTENTIONS: 7.6},
-        array_nbytes=500,
+        array_nbytes=350,
         sample_nbytes=3500,
         source=_SOURCE,
     ),
     "bfloat16": Rates(
         bits={layout.HIDDEN_STATES: 10.9, layout.ATTENTIONS: 6.2},
-        array_nbytes=500,
+        array_nbytes=350,
         sample_nbytes=3500,
         source=_SOURCE,
     ),
     "float32": Rates(
         bits={layout.HIDDEN_STATES: 26.9, layout.ATTENTIONS: 15.3},
-        array_nbytes=500,
+        array_nbytes=350,
         sample_nbytes=3500,
         source=_SOURCE,
     ),

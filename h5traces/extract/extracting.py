@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.archive import open_archive
-from h5traces.errors import ArchiveExistsError, ExtractionError
+from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
 from h5traces.extract.extractor import Extractor
 from h5traces.extract.forecasting import Forecast, check_space, shape_of
 from h5traces.extract.hub import HUB_DATASETS, load_questions
 from h5traces.extract.options import ExtractOptions
-from h5traces.extract.planning import Job, Planner, TooLongError
+from h5traces.extract.planning import Job, Planner
 from h5traces.extract.questions import QuestionSet, read_questions
 from h5traces.extract.reports import ExtractionReport, skipped_before
 from h5traces.extract.running import Run, skipped

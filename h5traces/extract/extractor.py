@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces import layout
-from h5traces.errors import ExtractionError
+from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import BATCHING_FAMILIES, anatomy_of, check_eager
 from h5traces.extract.capture import CaptureOptions, Capturer
 from h5traces.extract.generation import Answer, generate, generation_config
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from h5traces.schema import ExtractionMetadata
 
 REFERENCE_ANSWERS: Final = "ground_truth_answers"
-
-
-class NanError(ExtractionError):
-    """A sample has NaN among its values."""
 
 
 class Extractor:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces import layout
 from h5traces.dtypes import TypedArray, cast_values
-from h5traces.errors import ExtractionError
-from h5traces.extract.extractor import Extractor, NanError
+from h5traces.errors import ExtractionError, NanError
+from h5traces.extract.extractor import Extractor
 from h5traces.extract.options import ExtractOptions
 from h5traces.extract.planning import Planner
 from h5traces.extract.questions import Question

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from h5traces.errors import ExtractionError
+from h5traces.errors import ExtractionError, TooLongError
 from h5traces.extract.generation import sample_seed
 from h5traces.extract.prompts import Prompter
 
@@ -31,10 +31,6 @@ class Job:
     question: Question
     prompt: tuple[int, ...]
     seed: int
-
-
-class TooLongError(ExtractionError):
-    """A prompt and its answer do not fit into the model's context."""
 
 
 class Planner:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from h5traces.conversion.reports import cast_warnings
-from h5traces.errors import ExtractionError
-from h5traces.extract.extractor import NanError
+from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.overlap import WriterThread
 from h5traces.extract.reports import Skipped
 from h5traces.writer import WriteOptions
