@@ -164,8 +164,3 @@ def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
             "itemsize": type_id.get_size(),
         }
     )
-
-
-def table_dtype(columns: dict[str, np.dtype]) -> np.dtype:
-    """The compound dtype of a table."""
-    return np.dtype(list(columns.items()))

@@ -12,6 +12,7 @@ files, reading, checking, copying and changing them, is the same as with its own
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -200,7 +201,7 @@ class Hdf5Writer:
         else:
             index = UNDEFINED
             if sizes:
-                raw_nbytes = int(np.prod(chunk, dtype=object)) * itemsize
+                raw_nbytes = math.prod(chunk) * itemsize
                 index = write_fixed_array(addresses, sizes, raw_nbytes, self._append)
             layout = fixed_array_layout(itemsize, chunk, index)
         node = self._node(path)
