@@ -7,13 +7,17 @@ their type, in a `TypedArray`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from h5traces import half
 from h5traces.errors import ConversionError
 from h5traces.scratch import Scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FloatType = Literal["float16", "bfloat16", "float32", "float64"]
 DtypePolicy = Literal["float16", "bfloat16", "float32", "auto"]
@@ -180,12 +184,24 @@ def cast_values(array: TypedArray, dtype: FloatType) -> TypedArray:
     if array.dtype == dtype:
         return TypedArray(np.ascontiguousarray(array.values, dtype=CARRIERS[dtype]), dtype)
     numbers = array.to_numpy()
+    if (array.dtype, dtype) in _VECTORISED:
+        return TypedArray(_VECTORISED[array.dtype, dtype](_contiguous(numbers, array.dtype)), dtype)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if dtype == "bfloat16":
             if numbers.dtype.itemsize > 4:
                 return TypedArray(_float64_to_bfloat16(numbers), dtype)
             return TypedArray(float32_to_bfloat16(numbers.astype(np.float32, copy=False)), dtype)
         return TypedArray(np.ascontiguousarray(numbers, dtype=CARRIERS[dtype]), dtype)
+
+
+def _contiguous(numbers: AnyArray, dtype: FloatType) -> AnyArray:
+    return np.ascontiguousarray(numbers, dtype=CARRIERS[dtype])
+
+
+_VECTORISED: Final[dict[tuple[FloatType, FloatType], Callable[[AnyArray], AnyArray]]] = {
+    ("float32", "float16"): half.to_float16,
+    ("float16", "float32"): half.to_float32,
+}
 
 
 def _float64_to_bfloat16(numbers: AnyArray) -> NDArray[np.uint16]:

@@ -121,6 +121,26 @@ class NanError(ExtractionError):
     """A sample has NaN among its values."""
 
 
+class PrecisionError(H5TracesError):
+    """Arrays cannot be stored as precisely, or as coarsely, as was asked for."""
+
+
+class LossyArchiveError(ArchiveError):
+    """An archive that stores less than its source held was asked for what it does not hold."""
+
+
+class HeadsNotStoredError(LossyArchiveError, KeyError):
+    """The archive holds attentions averaged over heads, not each head's."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message.
+        return str(self.args[0]) if self.args else ""
+
+
+class LossyWarning(UserWarning):
+    """What is read or written holds less than its source did."""
+
+
 class FeatureError(H5TracesError):
     """Features cannot be computed, or hold values that are no numbers."""
 

@@ -11,12 +11,14 @@ FORMAT_NAME: Final = "h5traces"
 FORMAT_VERSION: Final = "1.0"
 FORMAT_MAJOR: Final = 1
 KNOWN_VERSION: Final = (1, 0)
-# Names a reader must know to read an archive rightly. Format 1.0 itself needs none.
-KNOWN_FEATURES: Final = frozenset[str]()
+# Names a reader must know to read an archive rightly.
+PRECISION_FEATURE: Final = "encoded-layers"
+KNOWN_FEATURES: Final = frozenset({PRECISION_FEATURE})
 
 KINDS_GROUP: Final = "kinds"
 SAMPLES_GROUP: Final = "samples"
 INDEX_GROUP: Final = "index"
+SCALES_GROUP: Final = "scales"
 INDEX_TABLE: Final = "index/samples"
 EXTRA_GROUP: Final = "extra"
 
@@ -25,6 +27,9 @@ ATTENTIONS: Final = "attentions"
 ATTENTION_MEAN: Final = "attention_mean"
 EMBEDDING: Final = "embedding"
 STEPS_TABLE: Final = "steps"
+EXCEPTIONS_TABLE: Final = "exceptions"
+# Datasets beside the layers of a kind that are no layers themselves.
+TABLES: Final = frozenset({STEPS_TABLE, EXCEPTIONS_TABLE})
 
 TOKENS: Final = "tokens"
 TOKENS_DECODED: Final = "tokens_decoded"
@@ -45,6 +50,9 @@ IMAGE_ATTRS: Final = {
 LAYER_ATTRS: Final = frozenset(
     {"site", "source_dtype", "cast_from", "container", "sequence", "digest"}
     | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal"}
+    | {"encoding", "encoding_version", "formula", "restored_dtype", "kept_exact"}
+    | {"scales", "zero_point", "spacing", "max_error_sigma", "levels", "mantissa_bits"}
+    | {"exceptions", "num_exceptions"}
 )
 # Attributes of all groups and datasets inside samples.
 OBJECT_ATTRS: Final = LAYER_ATTRS | {

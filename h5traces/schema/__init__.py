@@ -8,6 +8,7 @@ from h5traces.schema.extraction import (
     SampleExtraction,
 )
 from h5traces.schema.labels import LabelSidecar
+from h5traces.schema.precision import EXACT, TIERS, CalibrationRecord, Precision, Tier
 from h5traces.schema.record import (
     ArrayDescription,
     ArraySource,
@@ -24,10 +25,13 @@ from h5traces.schema.trace import COVERAGE_DEFINITIONS, Coverage, SourcePosition
 
 __all__ = [
     "COVERAGE_DEFINITIONS",
+    "EXACT",
+    "TIERS",
     "AnswerCut",
     "ArchiveMetadata",
     "ArrayDescription",
     "ArraySource",
+    "CalibrationRecord",
     "Container",
     "Coverage",
     "EarlierCast",
@@ -37,10 +41,12 @@ __all__ = [
     "LabelSidecar",
     "LayerArray",
     "LayeredArrays",
+    "Precision",
     "SampleExtraction",
     "SourceFile",
     "SourcePosition",
     "StepArrays",
+    "Tier",
     "TraceDescription",
     "TraceMetadata",
     "TraceRecord",

@@ -22,8 +22,10 @@ PACKAGE = Path(h5traces.__file__).parent
 LAYERS = (
     {"errors", "version"},
     {"scratch"},
+    {"half"},
     {"layout", "dtypes", "text", "encodings", "schema", "limits", "reading_ahead", "layer_ranges"},
     {"storage"},
+    {"precision"},
     {"legacy", "writer", "archive", "shards"},
     {
         "check",

@@ -1,0 +1,191 @@
+"""Hidden states as whole numbers of steps, each channel with its own step and offset.
+
+``restored = offset + (stored - zero_point) / spacing * step``. Steps have few significant bits and
+offsets are sixteenths of a step, so float32 computes this exactly, in any order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from h5traces import half
+from h5traces.scratch import Scratch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from h5traces.precision.scales import ChannelScale
+
+# What one byte must reach; a Gaussian has one value in 10^23 beyond.
+_REACH_OF_BYTE: Final = 10.0
+# In two bytes, the upper one should change by about one and a half within a sigma: Huffman codes
+# waste more where it changes less. The lower one should have many values, since deflate spends one
+# code of every table on the end of a block: of 32 values that takes 0.03 bits each, of 8 it takes
+# 0.13.
+_SPACING_OF_SIGMA: Final = 400
+# Rounding to float16 changes a value by at most half its spacing: 2^-11 of it, or 2^-25.
+_RELATIVE_ROUNDING: Final = np.float32(2.0**-11)
+_LEAST_ROUNDING: Final = np.float32(2.0**-25)
+# Values at a time: what is computed on the way stays in the processor's cache.
+_BLOCK: Final = 1 << 16
+
+_SOURCE, _RESTORED, _ERROR = Scratch(), Scratch(), Scratch()
+
+
+@dataclass(frozen=True, slots=True)
+class StepFormat:
+    """How numbers of steps lie in unsigned integers.
+
+    Attributes
+    ----------
+    dtype
+        ``uint8`` or ``uint16``.
+    zero_point
+        What stands for no step.
+    spacing
+        Stored units per step, a power of two. In two bytes, the lower one holds the fine part of a
+        number, which is noise, and the upper one all that can be compressed.
+    most_steps
+        The largest number of steps in either direction.
+    """
+
+    dtype: str
+    zero_point: int
+    spacing: int
+    most_steps: int
+
+    @classmethod
+    def of(cls, step: float) -> StepFormat:
+        """The format for steps of so many sigma."""
+        if 127 * step >= _REACH_OF_BYTE:
+            return cls("uint8", 128, 1, 127)
+        spacing = max(1, 2 ** round(math.log2(_SPACING_OF_SIGMA * step)))
+        return cls("uint16", 32768, spacing, 32767 // spacing)
+
+
+def to_steps(
+    values: NDArray[Any], scale: ChannelScale, step: float
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Values as numbers of steps, and which of them would not come back within the bound.
+
+    The bound is half of `step` in sigma, for values that are restored in the type of the source.
+
+    Parameters
+    ----------
+    values
+        float16 or float32 ``(tokens, hidden)``, C-contiguous.
+    scale
+        Of the layer.
+    step
+        In sigma.
+
+    Returns
+    -------
+    tuple
+        The numbers, of the shape of `values`, and flat indices (in C order) of exceptions: what is
+        not finite, or so far away that there is no number for it.
+    """
+    form = StepFormat.of(step)
+    stored = np.empty(values.shape, np.dtype(form.dtype).newbyteorder("<"))
+    bound = np.nextafter(scale.sigma * np.float32(step / 2), np.float32(0))
+    exceptions = []
+    rows = max(1, _BLOCK // max(1, values.shape[1]))
+    for first in range(0, len(values), rows):
+        part = slice(first, first + rows)
+        found = _block_to_steps(values[part], scale, form, bound, stored[part])
+        if found.size:
+            exceptions.append(found + first * values.shape[1])
+    beyond = np.concatenate(exceptions) if exceptions else np.empty(0, np.int64)
+    stored.reshape(-1)[beyond] = form.zero_point
+    return stored, beyond
+
+
+def _block_to_steps(
+    values: NDArray[Any],
+    scale: ChannelScale,
+    form: StepFormat,
+    bound: NDArray[np.float32],
+    stored: NDArray[Any],
+) -> NDArray[np.int64]:
+    source, restored, error = (_float32(each, values) for each in (_SOURCE, _RESTORED, _ERROR))
+    is_half = values.dtype.itemsize == 2
+    if is_half:
+        half.to_float32(values, source)
+    else:
+        np.copyto(source, values)
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = np.subtract(source, scale.offset, out=error)
+        np.multiply(steps, 1 / scale.step, out=steps)
+        np.rint(steps, out=steps)
+        np.clip(steps, -form.most_steps, form.most_steps, out=steps)
+        np.multiply(steps, scale.step, out=restored)
+        np.add(restored, scale.offset, out=restored)
+        np.multiply(steps, form.spacing, out=steps)
+        np.add(steps, form.zero_point, out=steps)
+        np.copyto(stored, steps, casting="unsafe")
+        np.subtract(restored, source, out=source)
+        np.abs(source, out=source)
+        if is_half:
+            # More than rounding can add; the few beyond are looked at one by one.
+            rounding = np.abs(restored, out=error)
+            np.multiply(rounding, _RELATIVE_ROUNDING, out=rounding)
+            np.add(rounding, source, out=source)
+            np.add(source, _LEAST_ROUNDING, out=source)
+        within = source <= bound
+    if within.all():
+        return np.empty(0, np.int64)
+    suspects = np.flatnonzero(~within)
+    return suspects[~_comes_back(suspects, values, restored, bound)]
+
+
+def _comes_back(
+    suspects: NDArray[np.int64],
+    values: NDArray[Any],
+    restored: NDArray[np.float32],
+    bound: NDArray[np.float32],
+) -> NDArray[np.bool_]:
+    """Whether values, at flat indices, are within the bound when restored in their own type."""
+    before = values.reshape(-1)[suspects].astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        after = restored.reshape(-1)[suspects].astype(values.dtype).astype(np.float64)
+        found: NDArray[np.bool_] = np.abs(after - before) <= bound[suspects % values.shape[1]]
+    return found
+
+
+def _float32(scratch: Scratch, like: NDArray[Any]) -> NDArray[np.float32]:
+    return scratch.take(4 * like.size).view(np.float32).reshape(like.shape)
+
+
+def from_steps(
+    stored: NDArray[Any], scale: ChannelScale, zero_point: int, spacing: int, *, as_half: bool
+) -> NDArray[Any]:
+    """The values that numbers of steps stand for.
+
+    Parameters
+    ----------
+    stored
+        uint8 or uint16 ``(tokens, hidden)``.
+    scale
+        Of the layer.
+    zero_point, spacing
+        As in `StepFormat`.
+    as_half
+        Whether to round to float16; else float32, which is exact.
+    """
+    out = np.empty(stored.shape, np.float16 if as_half else np.float32)
+    factor = scale.step / np.float32(spacing)
+    rows = max(1, _BLOCK // max(1, stored.shape[1]))
+    for first in range(0, len(stored), rows):
+        part = slice(first, first + rows)
+        values = _float32(_SOURCE, stored[part]) if as_half else out[part]
+        np.copyto(values, stored[part], casting="unsafe")
+        np.subtract(values, np.float32(zero_point), out=values)
+        np.multiply(values, factor, out=values)
+        np.add(values, scale.offset, out=values)
+        if as_half:
+            half.to_float16(values, out[part])
+    return out

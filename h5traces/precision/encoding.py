@@ -1,0 +1,200 @@
+"""Which encoding an array gets, and what is recorded of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from h5traces import layout
+from h5traces.errors import PrecisionError
+from h5traces.precision import channel_steps, rounding, square_root
+from h5traces.precision.channel_steps import StepFormat
+from h5traces.schema.precision import EXACT, Precision
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from h5traces.dtypes import TypedArray
+    from h5traces.precision.scales import ScaleSet
+    from h5traces.schema.attributes import Attrs
+
+CHANNEL_STEPS: Final = "channel-steps"
+SQUARE_ROOT: Final = "sqrt-uint8"
+FLOAT16_ROUNDED: Final = "float16-rounded"
+VERSION: Final = "1"
+STEPS_FORMULA: Final = "offset[channel] + (stored - zero_point) / spacing * step[channel]"
+SQUARE_ROOT_FORMULA: Final = "(stored / levels) ** 2"
+
+# Weights of the head mean always have a byte: it is a thirtieth of the heads.
+_MEAN_LEVELS: Final = 255
+# Exceptions take some 60 bits each; with more of them float16 is as small.
+_MOST_EXCEPTIONS: Final = 1 / 16
+_STATE_AXES: Final = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedLayer:
+    """One layer's array as it is stored.
+
+    Attributes
+    ----------
+    values
+        Of the source's shape.
+    dtype
+        Stored type.
+    attrs
+        What a reader needs to restore it.
+    exceptions
+        Values that are stored as they are: float64 ``(n, 2)``, flat index in C order and value.
+    kept_exact
+        Why the array is stored in float16 although the precision says otherwise.
+    """
+
+    values: NDArray[Any]
+    dtype: str
+    attrs: Attrs = field(default_factory=dict)
+    exceptions: NDArray[np.float64] | None = None
+    kept_exact: str | None = None
+
+
+class Encoder:
+    """Encodes the arrays of an archive; may be called from many threads.
+
+    Parameters
+    ----------
+    precision
+        How precisely.
+    scales
+        Of the hidden states, where they are stored in steps.
+
+    Raises
+    ------
+    PrecisionError
+        Steps need scales.
+    """
+
+    def __init__(self, precision: Precision = EXACT, scales: ScaleSet | None = None) -> None:
+        if precision.step is not None and scales is None:
+            message = "steps of hidden states need scales; 'h5traces calibrate' measures them"
+            raise PrecisionError(message)
+        self.precision, self.scales = precision, scales
+
+    def encode(
+        self, kind: str, name: str, array: TypedArray, *, in_steps: bool = False
+    ) -> EncodedLayer:
+        """One layer's array.
+
+        Parameters
+        ----------
+        kind, name
+            Where it lies, such as ``hidden_states`` and ``layer_005``.
+        array
+            As it would be stored exactly: float16, or float32 where float16 does not reach.
+        in_steps
+            Whether generation steps lie side by side in it.
+
+        Raises
+        ------
+        PrecisionError
+            The scale is of another width.
+        """
+        precision = self.precision
+        reason = "holds generation steps" if in_steps else None
+        if kind == layout.HIDDEN_STATES and precision.step is not None:
+            reason = reason or self._unfit(kind, name, array)
+            return _exact(array, reason) if reason else self._in_steps(kind, name, array)
+        levels = self._levels(kind)
+        if levels is not None:
+            reason = reason or (None if array.dtype == "float16" else f"needs {array.dtype}")
+            return _exact(array, reason) if reason else _square_root(kind, array, levels)
+        if precision.mantissa_bits is not None:
+            reason = None if array.dtype == "float16" else f"needs {array.dtype}"
+            return _exact(array, reason) if reason else _rounded(array, precision.mantissa_bits)
+        return _exact(array)
+
+    def _levels(self, kind: str) -> int | None:
+        bits = self.precision.attention_bits
+        if kind == layout.ATTENTIONS and bits is not None:
+            return (1 << bits) - 1
+        has_mean = bits is not None or self.precision.head_mean != "none"
+        return _MEAN_LEVELS if kind == layout.ATTENTION_MEAN and has_mean else None
+
+    def _unfit(self, kind: str, name: str, array: TypedArray) -> str | None:
+        """Why an array cannot be stored in steps."""
+        if len(array.shape) != _STATE_AXES:
+            return f"has {len(array.shape)} axes"
+        if array.dtype not in ("float16", "float32"):
+            return f"needs {array.dtype}"
+        assert self.scales is not None
+        scale = self.scales.layers.get(f"{kind}/{name}")
+        if scale is None:
+            return "has no scale"
+        if len(scale.step) != array.shape[1]:
+            made_of = self.scales.record and self.scales.record.model_id
+            message = (
+                f"is {array.shape[1]} wide, its scale {len(scale.step)}"
+                + (f" (of {made_of})" if made_of else "")
+                + "; run 'h5traces calibrate' on samples of this model"
+            )
+            raise PrecisionError(message)
+        return None
+
+    def _in_steps(self, kind: str, name: str, array: TypedArray) -> EncodedLayer:
+        assert self.scales is not None
+        assert self.precision.step is not None
+        path, step = f"{kind}/{name}", self.precision.step
+        stored, beyond = channel_steps.to_steps(array.values, self.scales.layers[path], step)
+        if beyond.size > _MOST_EXCEPTIONS * array.values.size:
+            return _exact(array, f"{beyond.size} of {array.values.size} values are exceptions")
+        form = StepFormat.of(step)
+        attrs: Attrs = {
+            "encoding": CHANNEL_STEPS,
+            "encoding_version": VERSION,
+            "formula": STEPS_FORMULA,
+            "scales": f"/{layout.SCALES_GROUP}/{path}",
+            "zero_point": form.zero_point,
+            "spacing": form.spacing,
+            "max_error_sigma": step / 2,
+        }
+        return _encoded(stored, attrs, kind, array, beyond)
+
+
+def _square_root(kind: str, array: TypedArray, levels: int) -> EncodedLayer:
+    stored, beyond = square_root.to_levels(array.values, levels)
+    if beyond.size > _MOST_EXCEPTIONS * array.values.size:
+        return _exact(array, f"{beyond.size} of {array.values.size} values are no weights")
+    attrs: Attrs = {
+        "encoding": SQUARE_ROOT,
+        "encoding_version": VERSION,
+        "formula": SQUARE_ROOT_FORMULA,
+        "levels": levels,
+    }
+    return _encoded(stored, attrs, kind, array, beyond)
+
+
+def _encoded(
+    stored: NDArray[Any], attrs: Attrs, kind: str, source: TypedArray, beyond: NDArray[np.int64]
+) -> EncodedLayer:
+    attrs["restored_dtype"] = source.dtype
+    if not beyond.size:
+        return EncodedLayer(stored, stored.dtype.name, attrs)
+    attrs["exceptions"] = f"{kind}/{layout.EXCEPTIONS_TABLE}"
+    attrs["num_exceptions"] = beyond.size
+    values = source.values.reshape(-1)[beyond].astype(np.float64)
+    return EncodedLayer(stored, stored.dtype.name, attrs, np.column_stack((beyond, values)))
+
+
+def _rounded(array: TypedArray, mantissa_bits: int) -> EncodedLayer:
+    attrs: Attrs = {
+        "encoding": FLOAT16_ROUNDED,
+        "encoding_version": VERSION,
+        "mantissa_bits": mantissa_bits,
+    }
+    return EncodedLayer(rounding.rounded(array.values, mantissa_bits), array.dtype, attrs)
+
+
+def _exact(array: TypedArray, reason: str | None = None) -> EncodedLayer:
+    attrs: Attrs = {} if reason is None else {"kept_exact": reason}
+    return EncodedLayer(array.values, array.dtype, attrs, kept_exact=reason)

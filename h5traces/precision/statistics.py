@@ -1,0 +1,132 @@
+"""What is usual in every channel, from tokens as they stream by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from h5traces.errors import PrecisionError
+from h5traces.precision.scales import ChannelStatistics
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Tokens whose median and spread tell what is unusual in the others.
+_FIRST_TOKENS: Final = 512
+# Sigmas of the median from which a value counts as unusual: massive activations lie at hundreds, a
+# Gaussian has one value in 10^15 there.
+_USUAL: Final = 8.0
+# Median absolute deviation to standard deviation, of a Gaussian: 1 / Phi^-1(3/4).
+_MAD_TO_SIGMA: Final = 1.4826022185056018
+# A channel that hardly moves still gets steps of this share of what is usual in its layer.
+_DEAD: Final = 2.0**-12
+
+METHOD: Final = (
+    "mean and standard deviation of each channel over all tokens but the first of a sample, "
+    f"without values beyond {_USUAL:g} x 1.4826 MAD of the median of the first {_FIRST_TOKENS} "
+    "tokens; sigma is at least 2^-12 of the layer's median sigma"
+)
+
+
+class _Usual:
+    """Moments of what lies near the median, by channel."""
+
+    def __init__(self, first: NDArray[np.float32]) -> None:
+        self._median = np.median(first, axis=0).astype(np.float32)
+        spread = np.median(np.abs(first - self._median), axis=0) * (_USUAL * _MAD_TO_SIGMA)
+        self._limit = spread.astype(np.float32)
+        self._moments = np.zeros((3, first.shape[1]))
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        away = rows - self._median
+        usual = np.abs(away) <= self._limit
+        away[~usual] = 0
+        self._moments[0] += np.count_nonzero(usual, axis=0)
+        self._moments[1] += away.sum(axis=0, dtype=np.float64)
+        self._moments[2] += np.square(away).sum(axis=0, dtype=np.float64)
+
+    def statistics(self) -> ChannelStatistics:
+        count, total, squares = self._moments
+        # A channel may have no value that equals its median, and a spread of zero.
+        count = np.maximum(count, 1)
+        mean = total / count
+        sigma = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+        sigma = np.maximum(sigma, _DEAD * np.median(sigma))
+        center = (self._median + mean).astype(np.float32)
+        return ChannelStatistics(center, sigma.astype(np.float32))
+
+
+class ChannelAccumulator:
+    """Mean and standard deviation of the channels of one layer, without what is unusual.
+
+    The first token of every sample is left out: in many models its activations are hundreds of
+    times as large as all others and would decide alone. So are tokens with values that are not
+    finite.
+
+    Attributes
+    ----------
+    num_tokens, num_not_finite
+        Tokens taken in, and tokens left out since a value of theirs is not finite.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.num_not_finite = 0
+        self._width: int | None = None
+        self._first: list[NDArray[np.float32]] = []
+        self._usual: _Usual | None = None
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take in the hidden states of one sample: floats ``(tokens, hidden)``.
+
+        Raises
+        ------
+        PrecisionError
+            They have another width than those before.
+        """
+        if self._width not in (None, values.shape[1]):
+            message = (
+                f"hidden states are {values.shape[1]} wide, those before {self._width}; expected "
+                "samples of one model"
+            )
+            raise PrecisionError(message)
+        self._width = values.shape[1]
+        rows = values[1:].astype(np.float32)
+        finite = np.isfinite(rows).all(axis=1)
+        self.num_not_finite += int(np.count_nonzero(~finite))
+        rows = rows[finite]
+        self.num_tokens += len(rows)
+        if self._usual is not None:
+            self._usual.add(rows)
+            return
+        self._first.append(rows)
+        if self.num_tokens >= _FIRST_TOKENS:
+            self._usual = self._look()
+
+    def _look(self) -> _Usual:
+        """What is usual, from the tokens that were kept to find that out."""
+        rows = np.concatenate(self._first)
+        self._first = []
+        usual = _Usual(rows)
+        usual.add(rows)
+        return usual
+
+    def statistics(self) -> ChannelStatistics:
+        """Center and sigma of what was taken in.
+
+        Raises
+        ------
+        PrecisionError
+            There was no token.
+        """
+        if not self.num_tokens:
+            message = (
+                f"there are no tokens to measure: {self.num_not_finite} have values that are not "
+                "finite, and the first of a sample does not count; give samples of two tokens or "
+                "more"
+            )
+            raise PrecisionError(message)
+        if self._usual is None:
+            self._usual = self._look()
+        return self._usual.statistics()

@@ -1,0 +1,104 @@
+"""How precisely arrays are stored, and what their scales were made from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from h5traces.schema.base import Document
+
+AttentionBits = Literal[8, 6, 5]
+HeadMean = Literal["none", "beside", "only"]
+Tier = Literal["exact", "fine", "analysis", "compact", "native"]
+
+ATTENTION_BITS: Final[tuple[AttentionBits, ...]] = get_args(AttentionBits)
+HEAD_MEANS: Final[tuple[HeadMean, ...]] = get_args(HeadMean)
+
+# Finer steps than this cannot reach 20 sigma in 16 bits; coarser ones say hardly more than a sign.
+FINEST_STEP: Final = 0.001
+COARSEST_STEP: Final = 4.0
+
+
+class Precision(Document):
+    """How precisely arrays are stored; what is not given is kept as it is in float16."""
+
+    step: Annotated[
+        float | None,
+        Field(
+            ge=FINEST_STEP,
+            le=COARSEST_STEP,
+            description="Steps of hidden states, in sigma of each channel; the error is at most "
+            "half of it.",
+        ),
+    ] = None
+    attention_bits: Annotated[
+        AttentionBits | None,
+        Field(description="Attention weights on a square-root scale of 2^bits - 1 steps."),
+    ] = None
+    head_mean: Annotated[
+        HeadMean,
+        Field(
+            description="Whether attentions averaged over heads are stored: not at all, beside "
+            "the heads, or only they."
+        ),
+    ] = "none"
+    mantissa_bits: Annotated[
+        int | None,
+        Field(ge=1, le=9, description="What is in float16 is rounded to so many mantissa bits."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _heads_are_stored(self) -> Precision:
+        if self.head_mean == "only" and self.attention_bits is not None:
+            message = (
+                "attention_bits are given for heads that head_mean='only' does not store; use "
+                "head_mean='beside', or leave attention_bits out"
+            )
+            raise ValueError(message)
+        return self
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is lost, and nothing added."""
+        return self == EXACT
+
+    @property
+    def tier(self) -> str:
+        """Name of the tier that is made of these, or ``custom``."""
+        return next((name for name, each in TIERS.items() if each == self), "custom")
+
+    def __str__(self) -> str:
+        parts = {
+            "hidden states in steps of {} sigma": self.step,
+            "attentions in {} bits": self.attention_bits,
+            "head mean {}": None if self.head_mean == "none" else self.head_mean,
+            "float16 rounded to {} mantissa bits": self.mantissa_bits,
+        }
+        stated = ", ".join(text.format(value) for text, value in parts.items() if value is not None)
+        return f"{self.tier} ({stated})" if stated else self.tier
+
+
+EXACT: Final = Precision()
+TIERS: Final[dict[Tier, Precision]] = {
+    "exact": EXACT,
+    "fine": Precision(step=0.02, attention_bits=8, head_mean="beside"),
+    "analysis": Precision(step=0.1, attention_bits=8, head_mean="beside"),
+    "compact": Precision(step=0.4, head_mean="only"),
+    "native": Precision(mantissa_bits=5),
+}
+
+
+class CalibrationRecord(Document):
+    """What channels were measured on."""
+
+    num_samples: Annotated[int, Field(ge=1, description="Samples that were looked at.")]
+    num_tokens: Annotated[
+        int, Field(ge=1, description="Tokens among them, without the first of each sample.")
+    ]
+    sources: Annotated[
+        tuple[str, ...], Field(description="Names of the files, without their folders.")
+    ] = ()
+    model_id: Annotated[str | None, Field(description="As the sources give it.")] = None
+    generator: Annotated[str, Field(description="Program and version that measured.")]
+    method: Annotated[str, Field(description="How, in one sentence.")]

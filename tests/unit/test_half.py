@@ -1,0 +1,47 @@
+"""Casts between float16 and float32 are numpy's own, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from h5traces import half
+
+
+def numpys(values: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return values.astype(np.float16).view(np.uint16)
+
+
+def test_every_float16_widens_exactly() -> None:
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    assert np.array_equal(
+        half.to_float32(values).view(np.uint32), values.astype(np.float32).view(np.uint32)
+    )
+
+
+@pytest.mark.parametrize("exponents", ["all", "of float16"])
+def test_random_bits_narrow_as_numpy_does(exponents: str) -> None:
+    bits = (
+        np.random.default_rng(0).integers(0, 1 << 32, 3_000_001, dtype=np.uint64).astype(np.uint32)
+    )
+    if exponents == "of float16":
+        bits = (bits & 0x8FFFFFFF) | 0x30000000
+    values = bits.view(np.float32)
+    assert np.array_equal(half.to_float16(values).view(np.uint16), numpys(values))
+
+
+@pytest.mark.parametrize("nudge", [-1, 0, 1])
+def test_ties_and_their_neighbours_narrow_as_numpy_does(nudge: int) -> None:
+    finite = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    middles = ((finite[:-1] + finite[1:]) / 2).astype(np.float32)
+    values = (middles.view(np.int32) + nudge).astype(np.int32).view(np.float32)
+    for signed in (values, -values):
+        assert np.array_equal(half.to_float16(signed).view(np.uint16), numpys(signed))
+
+
+def test_results_go_where_they_are_wanted() -> None:
+    values = np.linspace(-3, 3, 70_000, dtype=np.float32).reshape(7, 10_000)
+    out = np.empty(values.shape, np.float16)
+    assert half.to_float16(values, out) is out
+    assert np.array_equal(out, values.astype(np.float16))
