@@ -11,7 +11,8 @@ from h5traces import layout, text
 from h5traces.archive.archive_file import check_version
 from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.labels import label_problems
-from h5traces.dtypes import FLOAT_TYPES
+from h5traces.archive.store import object_place
+from h5traces.encoding_checks import encoding_problems, float_type, scale_problems
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -21,6 +22,7 @@ from h5traces.errors import (
     SchemaError,
 )
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.precision import layers_with_scales
 from h5traces.schema import (
     ArchiveMetadata,
     ArrayDescription,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from h5traces.storage.objects import ObjectEntry, SampleEntry
 
 _ROOT_GROUPS = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
+_OPTIONAL_GROUPS = frozenset({layout.SCALES_GROUP})
 _SAMPLE_DATASETS = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
 _SITES = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
 _INTEGERS = frozenset({"int64"})
@@ -150,6 +153,8 @@ class _Validation:
         self._metadata: ArchiveMetadata | None = None
         self._kinds: dict[str, KindMetadata] = {}
         self._samples: list[TraceMetadata | None] = []
+        # Layers that have a scale, by path below a sample.
+        self._scaled: list[str] = []
         self._is_newer = False
 
     def run(self) -> None:
@@ -166,6 +171,7 @@ class _Validation:
         self._check_root_names()
         self._check_kinds()
         self._open_footer(root)
+        self._check_scales()
         names = self._reader.sample_names()
         self._check_sample_names(names)
         for index, name in enumerate(names):
@@ -206,7 +212,7 @@ class _Validation:
 
     def _check_root_names(self) -> None:
         found = set(self._reader.root_names())
-        for name in sorted(found - _ROOT_GROUPS):
+        for name in sorted(found - _ROOT_GROUPS - _OPTIONAL_GROUPS):
             self._add(f"/{name}", "no such object belongs in an archive", "unknown_object")
         for name in sorted(_ROOT_GROUPS - found):
             self._add(f"/{name}", "the group is missing", "missing_group")
@@ -229,6 +235,41 @@ class _Validation:
             return
         if self._footer.root_attrs != root or self._footer.kinds != self._reader.kinds():
             self._add("/", "the footer and HDF5 tell different metadata", "footer_mismatch")
+
+    def _check_scales(self) -> None:
+        place = f"/{layout.SCALES_GROUP}"
+        problems: list[Problem] = []
+        try:
+            scales = self._reader.scales(problems=problems)
+        except ArchiveError as error:
+            self._add(
+                place, _without(error, f"{self._reader.path}: {place}: "), problem_kind(error)
+            )
+            return
+        for each in problems:
+            self._add(f"/{each.loc}", each.message, each.kind)
+        self._scaled = layers_with_scales(scales.objects) if scales is not None else []
+        for loc, message, kind in () if scales is None else scale_problems(scales.objects):
+            self._add(f"/{loc}", message, kind)
+        if self._footer is not None and not problems:
+            listed = self._footer.scales()
+            self._check_same(place, listed, scales)
+
+    def _check_same(
+        self, place: str, listed: SampleEntry | None, stored: SampleEntry | None
+    ) -> None:
+        """Nobody may see one thing in HDFView and another in Python."""
+        if listed is None or stored is None:
+            if listed is not stored:
+                self._add(place, "only one of the footer and HDF5 has it", "footer_mismatch")
+            return
+        if listed.attrs != stored.attrs or set(listed.objects) != set(stored.objects):
+            self._add(place, "the footer tells other metadata than HDF5", "footer_mismatch")
+            return
+        for path, entry in stored.objects.items():
+            if not _same_entry(listed.objects[path], entry):
+                message = "the footer tells another dataset than HDF5"
+                self._add(object_place(stored.ordinal, path), message, "footer_mismatch")
 
     def _check_sample_names(self, names: list[str]) -> None:
         expected = [layout.sample_name(ordinal) for ordinal in range(len(names))]
@@ -267,6 +308,9 @@ class _Validation:
         self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
         for loc, message, kind in _sample_problems(sample, metadata, self._kinds):
             self._add(f"{place}/{loc}" if loc else place, message, kind)
+        exact = self._metadata is not None and self._metadata.precision is None
+        for loc, message, kind in encoding_problems(sample.objects, self._scaled, is_exact=exact):
+            self._add(f"{place}/{loc}", message, kind)
         if not problems:
             if metadata is not None and stored_sample_digest(sample) != metadata.digest:
                 message = "the digest does not fit the metadata and datasets; they were edited"
@@ -290,19 +334,10 @@ class _Validation:
                 self._add(place, f"the field {key!r} is listed but not stored", "missing_field")
 
     def _check_footer_sample(self, index: int, sample: SampleEntry, place: str) -> None:
-        """Nobody may see one thing in HDFView and another in Python."""
         if self._footer is None:
             return
         try:
-            listed = self._footer.sample(index)
-            paths = set(listed.objects)
-            if listed.attrs != sample.attrs or paths != set(sample.objects):
-                self._add(place, "the footer tells other metadata than HDF5", "footer_mismatch")
-                return
-            for path, entry in sample.objects.items():
-                if not _same_entry(listed.objects[path], entry):
-                    message = "the footer tells another dataset than HDF5"
-                    self._add(f"{place}/{path}", message, "footer_mismatch")
+            self._check_same(place, self._footer.sample(index), sample)
         except CorruptArchiveError as error:
             self._add("/", str(error), "footer_damaged")
             self._footer = None
@@ -372,14 +407,10 @@ def _sample_problems(
                 yield from _layer_problems(entry, rest, kinds[first])
             known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
             in_steps = f"{first}/{layout.STEPS_TABLE}" in sample.objects
-            if known and not in_steps and entry.dtype in FLOAT_TYPES:
+            dtype = float_type(entry)
+            if known and not in_steps and dtype is not None:
                 arrays.append(
-                    ArrayDescription(
-                        kind=first,
-                        name=rest,
-                        dtype=entry.dtype,
-                        shape=entry.shape,
-                    )
+                    ArrayDescription(kind=first, name=rest, dtype=dtype, shape=entry.shape)
                 )
         elif path not in _SAMPLE_DATASETS:
             yield path, "no such object belongs in a sample", "unknown_object"
@@ -396,7 +427,7 @@ def _sample_problems(
 def _layer_problems(
     entry: ObjectEntry, name: str, kind: KindMetadata
 ) -> Iterator[tuple[str, str, str]]:
-    if name == layout.STEPS_TABLE:
+    if name in layout.TABLES:
         return
     number = layout.parse_layer_name(name)
     if number is None and name != layout.EMBEDDING:
@@ -404,8 +435,9 @@ def _layer_problems(
         return
     if number is not None and number not in kind.layers:
         yield entry.path, f"layer {number} is not among the kind's layers", "unlisted_layer"
-    if entry.dtype not in FLOAT_TYPES:
-        yield entry.path, f"stored type is {entry.dtype}, expected a float type", "wrong_type"
+    if float_type(entry) is None:
+        message = f"stored type is {entry.dtype}, expected a float type, or an encoding of one"
+        yield entry.path, message, "wrong_type"
     site = entry.attrs.get("site")
     if site is not None and site not in _SITES:
         yield entry.path, f"site {site!r} is none of {', '.join(sorted(_SITES))}", "wrong_site"

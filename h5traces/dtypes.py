@@ -322,6 +322,12 @@ def cast_for_storage(
     return CastResult(stored, None, cast_from, counts)
 
 
+def uncast(array: TypedArray) -> CastResult:
+    """`array` as it is, C-contiguous and little-endian, with a count of what is not finite."""
+    counts = CastCounts(*count_not_finite(array))
+    return CastResult(cast_values(array, array.dtype), None, None, counts)
+
+
 def _widen(array: TypedArray) -> tuple[TypedArray, int, int]:
     """`array` in float32, or in float64 where float32 overflows too; what became 0 or subnormal."""
     stored = cast_values(array, "float32")

@@ -6,11 +6,13 @@ import contextlib
 import gzip
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.opening import open_archive
-from h5traces.errors import ConversionError
+from h5traces.errors import ConversionError, LossyWarning
+from h5traces.inheritance import InheritedPrecision, inherited_facts
 from h5traces.storage.part_file import PartFile, remove_abandoned_parts
 from h5traces.transcription import to_record
 from h5traces.writer import ArchiveWriter, WriteOptions
@@ -82,15 +84,22 @@ def export(
         if dry_run:
             return target
         remove_abandoned_parts(target)
+        losses = InheritedPrecision.of(archive.files).losses
+        if is_pickle and losses:
+            message = (
+                f"{target}: holds less than its source did ({', '.join(map(str, losses))}), and "
+                "no pickle can say so"
+            )
+            warnings.warn(message, LossyWarning, stacklevel=2)
         if is_pickle:
             _export_pickle(archive, target, container, overwrite=overwrite, progress=progress)
         else:
-            options = WriteOptions(dtype=dtype or "float32", overwrite=overwrite)
-            facts = {
-                name: getattr(archive.metadata, name)
-                for name in ("model_id", "model_revision", "dataset", "num_layers")
-            }
-            with ArchiveWriter(target, options, **facts) as writer:
+            options = WriteOptions(
+                dtype=dtype or "float32",
+                overwrite=overwrite,
+                earlier_precisions=losses,
+            )
+            with ArchiveWriter(target, options, **inherited_facts(archive.files)) as writer:
                 for index, trace in enumerate(archive):
                     writer.append(to_record(trace))
                     if progress is not None:

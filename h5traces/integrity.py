@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from h5traces import layout
 from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.hdf5_store import Hdf5Store
+from h5traces.archive.scales import stored_scales
+from h5traces.archive.store import object_place
 from h5traces.check import validate
 from h5traces.errors import CorruptArchiveError, H5TracesError, Problem
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import to_record
 from h5traces.limits import DEFAULT_LIMITS
-from h5traces.schema import ArchiveMetadata, SourcePosition
+from h5traces.precision import with_head_mean
+from h5traces.schema import EXACT, ArchiveMetadata, SourcePosition
 from h5traces.schema.attributes import Attrs, from_attributes, to_attributes
 from h5traces.storage.digests import dataset_digest, sample_digest
 from h5traces.storage.files import LocalFile
@@ -174,8 +177,7 @@ def _check_bytes(
     for number in damaged:
         sample, path = store.owner_of_chunk(number)
         message = "a stored chunk is damaged: its checksum does not fit"
-        loc = f"{layout.sample_path(sample)}/{path}"
-        report.problems.append(Problem(loc, message, "damaged"))
+        report.problems.append(Problem(object_place(sample, path), message, "damaged"))
     report.num_chunks = len(store.chunk_table()[0])
 
 
@@ -194,8 +196,20 @@ def _check_head(store: Store, report: VerifyReport) -> None:
 
     note("/", lambda: _check_root(store))
     note(f"/{layout.KINDS_GROUP}", lambda: store.kinds)
+    note(f"/{layout.SCALES_GROUP}", lambda: _check_scales(store))
     if isinstance(store, Hdf5Store):
         note(f"/{layout.INDEX_TABLE}", store.check_index)
+
+
+def _check_scales(store: Store) -> None:
+    """Without its scales, no sample of an archive can be restored."""
+    scales = store.scales()
+    if scales is None:
+        return
+    for path in scales.objects:
+        error = None if scales.objects[path].is_group else _array_damage(store, scales, path)
+        if error is not None:
+            raise error
 
 
 def _check_root(store: Store) -> None:
@@ -272,6 +286,8 @@ def _check_against(
         dtype=metadata.dtype_policy or "float16",
         on_overflow=metadata.on_overflow or "float32",
         workers=workers,
+        precision=metadata.precision or EXACT,
+        scales=stored_scales(store),
     )
     copies = _copies_of(store, metadata, batch_path)
     num_compared = 0
@@ -284,6 +300,7 @@ def _check_against(
             index = copies[position]
             place = SourcePosition(file=0, position=position)
             record = to_record(item, source=place, layers=metadata.layers)
+            record = with_head_mean(record, options.precision)
             expected = record_attributes(record, options, pool)
             facts = to_attributes(record.describe().metadata)
             for loc in _differences(store.sample(index), facts, expected):

@@ -28,6 +28,8 @@ ATTENTION_MEAN: Final = "attention_mean"
 EMBEDDING: Final = "embedding"
 STEPS_TABLE: Final = "steps"
 EXCEPTIONS_TABLE: Final = "exceptions"
+# Stands for the embedding in the table of exceptions.
+EMBEDDING_LAYER: Final = -1
 # Datasets beside the layers of a kind that are no layers themselves.
 TABLES: Final = frozenset({STEPS_TABLE, EXCEPTIONS_TABLE})
 

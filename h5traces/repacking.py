@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open_archive
-from h5traces.errors import ArchiveError
+from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_calibration, measured
+from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning
+from h5traces.inheritance import InheritedPrecision, inherited_facts, inherited_scales
+from h5traces.precision import ScaleSet
 from h5traces.publishing import ShardSet
+from h5traces.schema import EXACT, Precision
 from h5traces.transcription import to_record
-from h5traces.writer import StoredSample, WriteOptions
+from h5traces.writer import StoredSample, WriteOptions, precision_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +23,9 @@ if TYPE_CHECKING:
     from h5traces.archive import Archive, ArchiveFile, Trace
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
-    from h5traces.schema import SourceFile
+    from h5traces.schema import SourceFile, Tier
     from h5traces.storage.remote import RemotePath
     from h5traces.writer import ArchiveWriter
-
-# What archives that become one must have said alike, or not at all.
-_CARRIED_FIELDS = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
 
 
 @dataclass(slots=True)
@@ -40,6 +42,10 @@ class RepackReport:
         Whether chunks were copied as they are; else arrays were compressed anew.
     source_nbytes, target_nbytes
         Sizes before and after.
+    precision
+        What the targets give up; None where nothing.
+    warnings
+        What the user should know.
     """
 
     sources: list[str]
@@ -48,6 +54,8 @@ class RepackReport:
     copied: bool = True
     source_nbytes: int = 0
     target_nbytes: int = 0
+    precision: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -60,6 +68,9 @@ def repack(
     *,
     layers: Sequence[int] | None = None,
     samples: slice | Sequence[int] | None = None,
+    tier: Tier | Precision | None = None,
+    scales: PathLike | None = None,
+    calibration_samples: int = AUTOMATIC_SAMPLES,
     dtype: DtypePolicy | None = None,
     codec: str | None = None,
     on_overflow: OverflowPolicy = "float32",
@@ -72,8 +83,8 @@ def repack(
 ) -> RepackReport:
     """Rewrite archives into one, or into shards, with all layers and samples or some of them.
 
-    Without `dtype` and `codec`, chunks are copied byte for byte: nothing is decompressed but for
-    verification. Sources are never changed.
+    Without `tier`, `dtype` and `codec`, chunks are copied byte for byte: nothing is decompressed
+    but for verification. Sources are never changed.
 
     Parameters
     ----------
@@ -85,6 +96,8 @@ def repack(
         The model's own layer numbers to keep.
     samples
         Indices to keep, counted over all sources, in the order given.
+    tier, scales, calibration_samples
+        How precisely, as in `h5traces.convert`; as the sources are by default.
     dtype, codec, on_overflow
         Cast and compress the arrays anew; as in `h5traces.convert`.
     shard_samples
@@ -108,6 +121,15 @@ def repack(
         A layer or sample is not there.
     ArchiveExistsError
         A target exists.
+    LossyArchiveError
+        `tier` is ``exact``, and the sources are not.
+    PrecisionError
+        The tier does not go with the other options, or the scales are of another model.
+
+    Warns
+    -----
+    LossyWarning
+        The sources lost precision before, and lose more: the errors add up.
     """
     with open_archive(sources) as archive:
         return repack_archive(
@@ -115,6 +137,9 @@ def repack(
             dest,
             layers=layers,
             samples=samples,
+            tier=tier,
+            scales=scales,
+            calibration_samples=calibration_samples,
             dtype=dtype,
             codec=codec,
             on_overflow=on_overflow,
@@ -133,6 +158,9 @@ def repack_archive(
     *,
     layers: Sequence[int] | None = None,
     samples: slice | Sequence[int] | None = None,
+    tier: Tier | Precision | None = None,
+    scales: PathLike | None = None,
+    calibration_samples: int = AUTOMATIC_SAMPLES,
     dtype: DtypePolicy | None = None,
     codec: str | None = None,
     on_overflow: OverflowPolicy = "float32",
@@ -149,23 +177,33 @@ def repack_archive(
     if any(path.resolve() == target.resolve() for path in local):
         message = f"{target} is one of the sources; name another output"
         raise ArchiveError(message)
-    report = RepackReport(
-        sources=[str(path) for path in archive.paths],
-        copied=dtype is None and codec in (None, archive.metadata.codec),
-        source_nbytes=sum(file.nbytes for file in archive.files),
-    )
     selected = archive if layers is None else archive.select(layers=layers)
     indices = _indices(samples, len(archive))
+    before = InheritedPrecision.of(archive.files)
+    wanted = _wanted(before, tier, dtype, archive)
+    encodes = dtype is not None or wanted != before.precision
+    report = RepackReport(
+        sources=[str(path) for path in archive.paths],
+        copied=not encodes and codec in (None, archive.metadata.codec),
+        source_nbytes=sum(file.nbytes for file in archive.files),
+        precision=None if wanted.is_exact else str(wanted),
+    )
     run = _Rewrite(
         selected,
         report,
         WriteOptions(
-            dtype=dtype or archive.metadata.dtype_policy or "float16",
+            dtype=dtype or ("float16" if encodes else archive.metadata.dtype_policy) or "float16",
             on_overflow=on_overflow,
             codec=codec or archive.metadata.codec,
             workers=workers,
             overwrite=overwrite,
+            precision=wanted,
+            scales=_scales(selected, wanted, scales, calibration_samples, measures=encodes)
+            if not dry_run
+            else ScaleSet(),
+            earlier_precisions=before.losses if encodes else before.earlier,
         ),
+        encodes=encodes,
         verify=verify,
     )
     size = shard_samples or max(1, len(indices))
@@ -185,6 +223,58 @@ def repack_archive(
     return report
 
 
+def _wanted(
+    before: InheritedPrecision,
+    tier: Tier | Precision | None,
+    dtype: DtypePolicy | None,
+    archive: Archive,
+) -> Precision:
+    """How precise the targets are to be.
+
+    Raises
+    ------
+    LossyArchiveError
+        More precise than the sources.
+    """
+    if tier is None:
+        return before.precision if dtype is None else EXACT
+    wanted = Precision.of(tier)
+    losses = ", ".join(str(each) for each in before.losses)
+    if wanted.is_exact and not before.is_exact:
+        message = (
+            f"{archive.paths[0]}: holds {losses}; what was given up cannot be had back, so take "
+            "the archive that it was made from"
+        )
+        raise LossyArchiveError(message)
+    if not before.is_exact and wanted != before.precision:
+        message = (
+            f"{archive.paths[0]}: holds {losses} already, and becomes {wanted}: the errors add "
+            "up; take the archive that it was made from"
+        )
+        warnings.warn(message, LossyWarning, stacklevel=3)
+    return wanted
+
+
+def _scales(
+    archive: Archive,
+    wanted: Precision,
+    path: PathLike | None,
+    num_samples: int,
+    *,
+    measures: bool,
+) -> ScaleSet | None:
+    """The scales of the targets: those of the sources, of a file, or of the first samples."""
+    if wanted.step is None:
+        return None
+    if not measures:
+        return inherited_scales(archive.files)
+    if path is not None:
+        calibration = load_calibration(path)
+        check_model(calibration, archive.metadata.model_id)
+        return calibration.scales(wanted.step)
+    return measured(archive, num_samples).scales(wanted.step)
+
+
 def _indices(samples: slice | Sequence[int] | None, length: int) -> Sequence[int]:
     if samples is None:
         return range(length)
@@ -201,9 +291,16 @@ class _Rewrite:
     """Writes all targets, then publishes them."""
 
     def __init__(
-        self, archive: Archive, report: RepackReport, options: WriteOptions, *, verify: bool
+        self,
+        archive: Archive,
+        report: RepackReport,
+        options: WriteOptions,
+        *,
+        encodes: bool,
+        verify: bool,
     ) -> None:
-        self._archive, self._report = archive, report
+        self._archive, self._report, self._encodes = archive, report, encodes
+        self._codec = None if report.copied else options.codec
         self._shards = ShardSet(options, verify=verify)
         self._sources, self._first_source = _joined_sources(archive.files)
 
@@ -214,7 +311,7 @@ class _Rewrite:
         progress: Callable[[int, int], None] | None,
         total: int,
     ) -> None:
-        writer = self._shards.new(target, **_carried(self._archive.files))
+        writer = self._shards.new(target, **inherited_facts(self._archive.files))
         for index in indices:
             self._add(writer, self._archive[index])
             self._report.num_samples += 1
@@ -224,30 +321,22 @@ class _Rewrite:
 
     def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
         first_source = self._first_source[trace.path]
-        if self._report.copied:
-            writer.copy(StoredSample(trace), first_source=first_source)
-        else:
+        if self._encodes:
             writer.append(to_record(trace, first_source=first_source))
+        else:
+            writer.copy(StoredSample(trace, codec=self._codec), first_source=first_source)
 
     def publish(self) -> None:
         """Name the targets."""
         self._shards.publish()
         summaries = [writer.summary for writer in self._shards.writers]
         self._report.targets = [str(summary.path) for summary in summaries]
+        self._report.warnings = [each for one in summaries for each in precision_warnings(one)]
         self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
 
     def discard(self) -> None:
         """Delete what was not published."""
         self._shards.discard()
-
-
-def _carried(files: Sequence[ArchiveFile]) -> dict[str, Any]:
-    """Facts that all sources state alike."""
-    facts = {}
-    for name in _CARRIED_FIELDS:
-        values = [getattr(file.metadata, name) for file in files]
-        facts[name] = values[0] if all(each == values[0] for each in values) else None
-    return facts
 
 
 def _joined_sources(

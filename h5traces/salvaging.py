@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces import layout
 from h5traces.archive import Archive, open_archive
 from h5traces.errors import Problem, StoredStateWarning
+from h5traces.inheritance import InheritedPrecision, inherited_facts, inherited_scales
 from h5traces.integrity import sample_damage
 from h5traces.limits import DEFAULT_LIMITS
 from h5traces.storage.part_file import remove_abandoned_parts
@@ -133,7 +134,7 @@ def _intact(
 
 def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptions) -> None:
     metadata = archive.metadata
-    kept = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
+    before = InheritedPrecision.of(archive.files)
     remove_abandoned_parts(target)
     writer = ArchiveWriter(
         target,
@@ -143,8 +144,11 @@ def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptio
             codec=metadata.codec,
             workers=options.workers,
             overwrite=options.overwrite,
+            precision=before.precision,
+            scales=inherited_scales(archive.files),
+            earlier_precisions=before.earlier,
         ),
-        **{name: getattr(metadata, name) for name in kept},
+        **inherited_facts(archive.files),
     )
     with writer:
         for index in intact:

@@ -117,6 +117,11 @@ def seal(
             builder.add_sample(sample.attrs, (entry for entry, _ in entries))
             if progress is not None:
                 progress(index + 1, len(names))
+        scales = reader.scales()
+        if scales is not None:
+            entries = [_sealed(file, entry, limits) for entry in _all(scales)]
+            report.edited += [f"/{entry.path}" for entry, fits in entries if not fits]
+            builder.add_scales(entry for entry, _ in entries)
     report.num_samples = builder.num_samples
     if dry_run or (report.edited and not accept_edits):
         return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces import layout, text
+from h5traces.precision import restored_type
 from h5traces.schema import (
     ArrayDescription,
     LayerArray,
@@ -24,7 +25,7 @@ def layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
     found: dict[str, list[ObjectEntry]] = {}
     for path in trace.objects:
         kind, _, name = path.partition("/")
-        if kind not in layout.KINDS or name == layout.STEPS_TABLE:
+        if kind not in layout.KINDS or name in layout.TABLES:
             continue
         found.setdefault(kind, [])
         layer = layout.parse_layer_name(name)
@@ -41,7 +42,7 @@ def describe(trace: Trace) -> TraceDescription:
         ArrayDescription(
             kind=kind,
             name=entry.path.removeprefix(f"{kind}/"),
-            dtype=entry.dtype,  # type: ignore[arg-type]  # pydantic checks it
+            dtype=restored_type(entry.dtype, entry.attrs),  # type: ignore[arg-type]  # pydantic checks it
             shape=entry.shape,
             site=_text_or_none(entry.attrs.get("site")),
         )
@@ -113,6 +114,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
             kind: LayeredArrays(
                 tuple(_layer_array(trace, kind, entry) for entry in entries),
                 "tuple" if trace.attrs(kind).get("sequence") == "tuple" else "list",
+                trace.archive_file.reduction(kind),
             )
             for kind, entries in layered_entries(trace).items()
         },

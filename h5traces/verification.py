@@ -85,7 +85,15 @@ def verify_written(
             at_end = stock_at_ends and index in (0, len(digests) - 1)
             _check_through_stock_hdf5(stock, sample, _stock_choice(entries, index, at_end=at_end))
             num_datasets += len(entries)
-    return num_datasets
+        scales = store.scales()
+        datasets = (
+            [] if scales is None else [each for each in scales.objects.values() if each.dtype]
+        )
+        wrong = _wrong_paths(file, datasets)
+        if wrong:
+            message = f"{path}: /{wrong[0]} reads back otherwise than it was written"
+            raise CorruptArchiveError(message)
+    return num_datasets + len(datasets)
 
 
 def stored_sample_digest(sample: SampleEntry) -> str:

@@ -47,6 +47,8 @@ _MOST_FETCHED_NBYTES = 256 << 20
 _FILES_AT_A_TIME = 8
 # What must agree among shards that are read as one sequence.
 _SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
+# What must agree where a file that does not have it is not just silent, but says so.
+_SHARED_OR_ABSENT = ("precision", "earlier_precisions")
 
 
 class Archive(Sequence[Trace]):
@@ -62,12 +64,21 @@ class Archive(Sequence[Trace]):
         limits: ReadLimits,
         remote: RemoteOptions = DEFAULT_REMOTE,
         label_folder: Path | Literal[False] | None = None,
+        *,
+        unrounded: bool = False,
     ) -> None:
         self._open_files = _OpenFiles()
 
         def opened(path: Path | RemotePath) -> ArchiveFile:
             use = self._open_files.use
-            return ArchiveFile(path, limits, opened=use, remote=remote, label_folder=label_folder)
+            return ArchiveFile(
+                path,
+                limits,
+                opened=use,
+                remote=remote,
+                label_folder=label_folder,
+                unrounded=unrounded,
+            )
 
         self._files = _opened_in_order(paths, opened)
         _check_alike(self._files)
@@ -245,12 +256,16 @@ class Archive(Sequence[Trace]):
         ------
         LayerIndexError
             A layer is not stored.
+        HeadsNotStoredError
+            Only the mean over heads is stored; name the kind ``attention_mean``.
         """
         view = self if layers is None else self.select(layers=layers)
-        sequences = [
-            {kind: LayerSequence(trace, kind, view._layers) for kind in kinds}
-            for trace in (view[index] for index in indices)
-        ]
+        names = tuple(kinds)
+        sequences = []
+        for trace in (view[index] for index in indices):
+            for kind in names:
+                trace.check_heads(kind)
+            sequences.append({kind: LayerSequence(trace, kind, view._layers) for kind in names})
         wanted = [
             (sequence, position)
             for each in sequences
@@ -425,6 +440,12 @@ def _fact(file: ArchiveFile, name: str) -> Any:
     return (file.layers or None) if name == "layers" else getattr(file.metadata, name)
 
 
+def _stated(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return "exact" if value is None else str(value)
+
+
 def _check_alike(files: Sequence[ArchiveFile]) -> None:
     """Refuse to read archives of different models as one sequence."""
     if not files:
@@ -432,6 +453,15 @@ def _check_alike(files: Sequence[ArchiveFile]) -> None:
         raise ArchiveError(message)
     first = files[0]
     for other in files[1:]:
+        for name in _SHARED_OR_ABSENT:
+            ours, theirs = getattr(first.metadata, name), getattr(other.metadata, name)
+            if ours != theirs and first.num_samples and other.num_samples:
+                message = (
+                    f"{other.path} has {name} {_stated(theirs)}, but {first.path} has "
+                    f"{_stated(ours)}; shards read as one must be equally precise; open them one "
+                    "by one"
+                )
+                raise ArchiveError(message)
         for name in _SHARED_FIELDS:
             ours, theirs = _fact(first, name), _fact(other, name)
             # What a file does not know contradicts nothing: it may hold empty samples only.

@@ -11,6 +11,7 @@ from h5traces import layout
 from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.labels import read_sidecar, sidecar_path
+from h5traces.archive.scales import stored_scale, stored_scales
 from h5traces.errors import (
     CorruptArchiveError,
     NotAnArchiveError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from h5traces.archive.labels import FileLabels
     from h5traces.archive.store import Store, StoredSize
     from h5traces.limits import ReadLimits
+    from h5traces.precision import ChannelScale
     from h5traces.storage.remote import RemoteOptions
 
 _MOST_FEATURES_NAMED = 10
@@ -63,6 +65,8 @@ class ArchiveFile:
         How to read it where it is an address; then it must have a footer.
     label_folder
         Where its labels lie, if not beside it; False to read none.
+    unrounded
+        Whether encoded layers come as float32 where their source was float16.
 
     Raises
     ------
@@ -82,8 +86,11 @@ class ArchiveFile:
         opened: Callable[[ArchiveFile], None] | None = None,
         remote: RemoteOptions = DEFAULT_REMOTE,
         label_folder: Path | Literal[False] | None = None,
+        unrounded: bool = False,
     ) -> None:
         self.path = path
+        self.unrounded = unrounded
+        self._scales: dict[str, ChannelScale] = {}
         self._limits = limits
         self._remote = remote
         self._opened = opened
@@ -116,6 +123,11 @@ class ArchiveFile:
     def metadata_kinds(self) -> tuple[str, ...]:
         """Names of the kinds of arrays that the archive declares."""
         return tuple(self.store.kinds)
+
+    def reduction(self, kind: str) -> str | None:
+        """How heads were reduced in a kind of arrays, where that is known."""
+        found = self.store.kinds.get(kind, {}).get("reduction")
+        return None if found in (None, "unknown") else str(found)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -175,6 +187,23 @@ class ArchiveFile:
                 f"{layout.sample_path(sample.ordinal)}/{entry.path}: the values do not fit their "
                 "digest; they were edited, or exchanged by damage"
             )
+
+    def scale(self, path: str) -> ChannelScale:
+        """The scale of a layer, such as ``hidden_states/layer_005``.
+
+        Raises
+        ------
+        CorruptArchiveError
+            There is none, or what is there is none.
+        """
+        if path not in self._scales:
+            if isinstance(self.path, RemotePath):
+                # Another request for each layer would take longer than fetching all.
+                found = stored_scales(self.store)
+                self._scales |= found.layers if found is not None else {}
+            if path not in self._scales:
+                self._scales[path] = stored_scale(self.store, path)
+        return self._scales[path]
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.archive.store import StoredSize, located
+from h5traces.archive.store import NO_ORDINAL, StoredSize, located
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -72,6 +72,15 @@ class FooterStore:
         return _attrs(document)
 
     def sample(self, index: int) -> SampleEntry:
+        return SampleEntry(index, self.sample_attrs(index), self._objects(index))
+
+    def scales(self) -> SampleEntry | None:
+        if not self._directory.has_scales:
+            return None
+        return SampleEntry(NO_ORDINAL, {}, self._objects(self.num_samples))
+
+    def _objects(self, index: int) -> _FooterObjects:
+        """The objects of a sample by its index; those of the scales behind the last."""
         first, stop = self._bounds(self._object_ends, index)
         numbers = self._tables.column("object_name")[first:stop].tolist()
         names = self.names
@@ -83,7 +92,7 @@ class FooterStore:
         if len(rows) != stop - first:
             message = "the footer's table of objects does not fit its names"
             raise FooterError(message)
-        return SampleEntry(index, self.sample_attrs(index), _FooterObjects(self, rows))
+        return _FooterObjects(self, rows)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         entry = sample.objects[path]
@@ -102,10 +111,13 @@ class FooterStore:
         return self._chunk_offsets, column("chunk_nbytes"), column("chunk_checksum")
 
     def owner_of_chunk(self, number: int) -> tuple[int, str]:
-        """Index of the sample, and path below it, that a row of the chunk table belongs to."""
+        """Index of the sample, and path below it, that a row of the chunk table belongs to.
+
+        Scales are of no sample, `NO_ORDINAL`; their paths are below the root.
+        """
         row = int(np.searchsorted(self._chunk_ends, number, side="right")) - 1
         sample = int(np.searchsorted(self._object_ends, row, side="right")) - 1
-        return sample, self.entry(row).path
+        return sample if sample < self.num_samples else NO_ORDINAL, self.entry(row).path
 
     def check_bytes(
         self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -172,7 +184,7 @@ class FooterStore:
 
     def _bounds(self, ends: NDArray[np.int64], index: int) -> tuple[int, int]:
         """Where the rows of a sample begin and end."""
-        if len(ends) != self.num_samples + 1:
+        if len(ends) != self.num_samples + 1 + self._directory.has_scales:
             message = f"the footer's tables are not of {self.num_samples} samples"
             raise FooterError(message)
         start, stop = ends[index : index + 2].tolist()

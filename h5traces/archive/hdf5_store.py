@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from h5traces import layout
-from h5traces.archive.store import StoredSize, located
+from h5traces.archive.store import NO_ORDINAL, StoredSize, located
 from h5traces.errors import (
     CorruptArchiveError,
 )
@@ -78,6 +78,9 @@ class Hdf5Store:
             return found
         return walked[index]
 
+    def scales(self) -> SampleEntry | None:
+        return self._hdf5.scales()
+
     def close(self) -> None:
         """Close the file; for whoever opened it alone."""
         self._reader.close()
@@ -105,6 +108,9 @@ class Hdf5Store:
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         entry = sample.objects[path]
+        if entry.codec is None and sample.ordinal == NO_ORDINAL:
+            message = f"{self._path}: /{path}: has filters or storage that scales never have"
+            raise CorruptArchiveError(message)
         if entry.codec is None:
             return self._hdf5.read_values(layout.sample_name(sample.ordinal), entry)
         # Not through HDF5's own pipeline: where a chunk inflates short, it returns memory that

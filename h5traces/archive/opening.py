@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 from h5traces import layout
 from h5traces.archive.archive import Archive
 from h5traces.archive.tensors import materialised
-from h5traces.errors import RemoteError
+from h5traces.errors import LossyArchiveError, RemoteError
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import as_dict
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
@@ -129,6 +129,8 @@ def open_archive(
     storage_options: Mapping[str, Any] | None = None,
     remote: RemoteOptions = DEFAULT_REMOTE,
     labels: PathLike | Literal[False] | None = None,
+    exact: bool = False,
+    lossy_dtype: Literal["float16", "float32"] = "float16",
 ) -> Archive:
     """Open one archive, or several as one sequence.
 
@@ -151,6 +153,11 @@ def open_archive(
     labels
         Folder with the labels that ``h5traces label`` wrote; beside each archive by default, where
         archives on servers are not looked for any. False reads none.
+    exact
+        Refuse archives that hold less than their source did.
+    lossy_dtype
+        Type in which layers stored in steps come back. ``float32`` spares them the rounding to
+        float16; the bound on the error holds in both.
 
     Raises
     ------
@@ -159,7 +166,9 @@ def open_archive(
     NotAnArchiveError, CorruptArchiveError, UnsupportedVersionError
         A file is no archive, is damaged, or is newer than this release.
     ArchiveError
-        The files are of different models.
+        The files are of different models, or not equally precise.
+    LossyArchiveError
+        `exact` is set, and an archive is not.
     SchemaError
         The labels beside an archive are of another one.
     RemoteError
@@ -173,7 +182,25 @@ def open_archive(
         storage_options=remote.storage_options if storage_options is None else storage_options,
     )
     folder = labels if labels is None or labels is False else Path(labels)
-    return Archive(expand_sources(path, remote=options), limits, options, folder)
+    unrounded = lossy_dtype == "float32"
+    archive = Archive(
+        expand_sources(path, remote=options), limits, options, folder, unrounded=unrounded
+    )
+    if exact:
+        _check_exact(archive)
+    return archive
+
+
+def _check_exact(archive: Archive) -> None:
+    for file in archive.files:
+        if not file.metadata.is_exact:
+            archive.close()
+            lost = [*(file.metadata.earlier_precisions or ()), file.metadata.precision]
+            message = (
+                f"{file.path}: is not exact: {', '.join(str(each) for each in lost if each)}; "
+                "take the archive that it was made from, or open it without exact=True"
+            )
+            raise LossyArchiveError(message)
 
 
 def load(path: Source) -> list[dict[str, Any]]:

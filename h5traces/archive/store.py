@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from h5traces import layout
 
@@ -45,6 +45,9 @@ class Store(Protocol):
     def sample_attrs(self, index: int) -> Attrs:
         """Attributes of one sample."""
 
+    def scales(self) -> SampleEntry | None:
+        """The objects of ``/scales`` by their paths below the root; None where there are none."""
+
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
 
@@ -76,7 +79,16 @@ class StoredSize:
         )
 
 
+# Of what lies in no sample.
+NO_ORDINAL: Final = -1
+
+
 def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
     """The error with file, sample and object in front."""
     what = str(error).removeprefix(f"{file}: ")
-    return type(error)(f"{file}: {layout.sample_path(ordinal)}/{path}: {what}")
+    return type(error)(f"{file}: {object_place(ordinal, path)}: {what}")
+
+
+def object_place(ordinal: int, path: str) -> str:
+    """Absolute path of an object of a sample, or of one outside of all samples."""
+    return f"/{path}" if ordinal == NO_ORDINAL else f"{layout.sample_path(ordinal)}/{path}"

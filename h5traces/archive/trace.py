@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -11,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h5traces import layout, text
+from h5traces.archive.restoring import restored_layer
 from h5traces.archive.tensors import to_tensor, with_tensors, without_tensors
-from h5traces.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.encodings import TorchValue, decode_element
 from h5traces.errors import (
     CorruptArchiveError,
+    HeadsNotStoredError,
     LayerIndexError,
     SchemaError,
 )
@@ -29,14 +29,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.archive.archive_file import ArchiveFile
+    from h5traces.dtypes import TypedArray
     from h5traces.schema import ArchiveMetadata
     from h5traces.schema.attributes import Attrs
     from h5traces.storage.files import ByteFile
     from h5traces.storage.objects import ObjectEntry, SampleEntry
 
 _INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-_STEPS_TABLE_AXES = 3
-_FLAT_AXES = 2
 
 LayerValue = NDArray[Any] | list[NDArray[Any]]
 
@@ -113,6 +112,25 @@ class Trace(Mapping[str, Any]):
         """The bytes that chunk tables point into."""
         return self._file.store.file
 
+    def check_heads(self, kind: str) -> None:
+        """Refuse to look for attention heads that were given up for their mean.
+
+        Raises
+        ------
+        HeadsNotStoredError
+            `kind` is ``attentions``, and only their mean is stored.
+        """
+        objects = self._sample.objects
+        has_mean = kind == layout.ATTENTIONS and layout.ATTENTION_MEAN in objects
+        if has_mean and kind not in objects:
+            precision = self._file.metadata.precision
+            kept = f" (tier {precision.tier})" if precision is not None else ""
+            message = (
+                f"{self.place}: attentions of single heads are not stored{kept}; "
+                f"trace[{layout.ATTENTION_MEAN!r}] holds their reduction over heads, (query, key)"
+            )
+            raise HeadsNotStoredError(message)
+
     def stored_layers(self, kind: str) -> tuple[int, ...]:
         """Layer numbers stored of a kind, selected or not."""
         return LayerSequence(self, kind, None).layers
@@ -170,9 +188,11 @@ class Trace(Mapping[str, Any]):
         )
 
     def _value(self, key: str, *, torch_tensors: bool) -> Any:
-        if key not in self.fields:
-            raise KeyError(key)
         objects = self._sample.objects
+        # A kind that was made of others, such as the head mean, is no key of the legacy dict.
+        if key not in self.fields and not (key in layout.KINDS and key in objects):
+            self.check_heads(key)
+            raise KeyError(key)
         if key == layout.LABEL and self.has_new_label:
             return self.metadata.label
         extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
@@ -296,9 +316,12 @@ class Trace(Mapping[str, Any]):
         ------
         LayerIndexError
             The trace does not store that layer.
+        HeadsNotStoredError
+            It stores attentions averaged over heads only.
         """
         name = layout.layer_name(layer)
         if f"{kind}/{name}" not in self._sample.objects:
+            self.check_heads(kind)
             stored = LayerSequence(self, kind, self._layers).layers
             message = f"{self.place}: layer {layer} of {kind} is not stored; stored: "
             msg = f"{message}{list(stored)}"
@@ -308,10 +331,7 @@ class Trace(Mapping[str, Any]):
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
         """The array of a kind by its dataset name, in its source's type; a list where in steps."""
-        entry, stored = self.entry(f"{kind}/{name}"), self.stored(f"{kind}/{name}")
-        if f"{kind}/{layout.STEPS_TABLE}" in self._sample.objects:
-            return [self._restore(step, entry) for step in self._steps(kind, name, stored)]
-        return self._restore(stored, entry)
+        return restored_layer(self, kind, name)
 
     def read_layer(self, kind: str, name: str, *, torch_tensors: bool = False) -> Any:
         """The array of a kind by its dataset name; a list of arrays where it holds steps.
@@ -332,34 +352,6 @@ class Trace(Mapping[str, Any]):
         steps = [plain(step) for step in typed]
         in_tuple = self.attrs(f"{kind}/{name}").get("sequence") == "tuple"
         return tuple(steps) if in_tuple else steps
-
-    def _restore(self, stored: NDArray[Any], entry: ObjectEntry) -> TypedArray:
-        """Stored values in the type they are to be read in."""
-        place = f"{self.place}/{entry.path}"
-        array = TypedArray(stored, _float_type(entry.dtype, place))
-        source = entry.attrs.get("source_dtype")
-        return cast_values(array, _float_type(source, place)) if source is not None else array
-
-    def _steps(self, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
-        """Generation steps out of the flat dataset that holds them."""
-        names = LayerSequence(self, kind, None).names
-        table = self.stored(f"{kind}/{layout.STEPS_TABLE}")
-        fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
-        steps, start = [], 0
-        try:
-            shapes = table[names.index(name)].tolist() if fits and stored.ndim == _FLAT_AXES else []
-            for shape in shapes:
-                if min(shape, default=0) < 0:
-                    break
-                stop = start + math.prod(shape) // max(1, stored.shape[0])
-                steps.append(np.ascontiguousarray(stored[:, start:stop]).reshape(shape))
-                start = stop
-        except (ValueError, IndexError, OverflowError):
-            shapes = []
-        if not fits or len(steps) != len(shapes) or start != stored.shape[-1]:
-            message = f"{self.place}/{kind}/{name}: {stored.shape} does not fit its steps table"
-            raise CorruptArchiveError(message)
-        return steps
 
     def to_dict(self, *, container: Literal["source", "numpy"] = "source") -> dict[str, Any]:
         """The plain legacy dict: same keys in the same order, types, shapes and values.
@@ -484,9 +476,11 @@ class LayerSequence(Sequence[LayerValue]):
 
     def ranges(self, position: int) -> list[tuple[int, int]]:
         """Offset and size of the stored chunks of one array."""
-        steps = f"{self.kind}/{layout.STEPS_TABLE}"
         found = self._trace.ranges(f"{self.kind}/{self.names[position]}")
-        return found + (self._trace.ranges(steps) if steps in self._trace.objects else [])
+        tables = (f"{self.kind}/{name}" for name in layout.TABLES)
+        for table in tables:
+            found += self._trace.ranges(table) if table in self._trace.objects else []
+        return found
 
     def _read(self, name: str) -> LayerValue:
         value: LayerValue = self._trace.read_layer(self.kind, name)
@@ -541,10 +535,3 @@ class _Elements:
             message = f"{self._trace.place}/{path}: is a dataset, expected a group"
             raise CorruptArchiveError(message)
         return sorted(self._children.get(path, ()))
-
-
-def _float_type(name: object, place: str) -> FloatType:
-    if name not in FLOAT_TYPES:
-        message = f"{place}: stored type {name!r} is none of {', '.join(CARRIERS)}"
-        raise CorruptArchiveError(message)
-    return name

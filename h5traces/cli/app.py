@@ -13,6 +13,7 @@ from h5traces.cli.extracting import estimate, extract
 from h5traces.cli.features import features
 from h5traces.cli.labelling import label
 from h5traces.cli.looking import inspect, ls, validate, verify
+from h5traces.cli.precision import calibrate
 from h5traces.cli.rewriting import export, merge, repack, salvage, seal, split
 from h5traces.version import __version__
 
@@ -58,6 +59,7 @@ _COMMANDS = (
     export,
     seal,
     salvage,
+    calibrate,
     label,
     features,
     extract,

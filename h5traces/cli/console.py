@@ -25,7 +25,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from h5traces.errors import H5TracesError, StoredStateWarning
+from h5traces.errors import H5TracesError, LossyWarning, StoredStateWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,6 +130,7 @@ def reported(usage_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turns errors into one line on stderr and an exit code: 1 problems, 2 usage, 128 + signal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", StoredStateWarning)
+        warnings.simplefilter("always", LossyWarning)
         try:
             with _sigterm_raises():
                 yield

@@ -10,10 +10,24 @@ import typer
 from h5traces.cli import reports
 from h5traces.cli.console import EXIT_PROBLEMS, bytes_progress, fail, print_json, reported, warn
 from h5traces.cli.options import DryRun, Json, Layers, Overwrite, Verify, parse_layers
+from h5traces.cli.precision import (
+    CALIBRATION_SAMPLES,
+    PRECISION_ERRORS,
+    AttentionBits,
+    CalibrationSamples,
+    HeadMean,
+    MantissaBits,
+    Scales,
+    Step,
+    Tier,
+    parse_precision,
+    warn_of_loss,
+)
 from h5traces.conversion import Progress
 from h5traces.conversion import convert as convert_batches
 from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.errors import ConversionError
+from h5traces.schema import EXACT
 from h5traces.storage.codecs import ArrayCodec, tools_note
 
 
@@ -29,6 +43,13 @@ def convert(
         ),
     ],
     layers: Layers = None,
+    tier: Tier = None,
+    step: Step = None,
+    attention_bits: AttentionBits = None,
+    head_mean: HeadMean = None,
+    mantissa_bits: MantissaBits = None,
+    scales: Scales = None,
+    calibration_samples: CalibrationSamples = CALIBRATION_SAMPLES,
     dtype: Annotated[
         DtypePolicy,
         typer.Option(help="Stored type. `auto`: the narrowest that keeps every bit."),
@@ -76,9 +97,11 @@ def convert(
     - `h5traces convert traces/ -o archives/`
     - `h5traces convert 'run/*.pkl.gz' -o run.h5 --merge --layers 0,5,10,15,20,25,31`
     - `h5traces convert traces/ -o archives/ --skip-existing` finishes a stopped run
+    - `h5traces convert traces/ -o small/ --tier compact` gives up precision for size, within bounds
     """
     wanted = parse_layers(layers)
-    with reported((ConversionError,)), bytes_progress("convert") as update:
+    with reported((ConversionError, *PRECISION_ERRORS)), bytes_progress("convert") as update:
+        precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits)
 
         def progress(state: Progress) -> None:
             text = f"{state.source.name}: {state.num_samples} samples"
@@ -88,6 +111,9 @@ def convert(
             sources,
             output,
             layers=wanted,
+            tier=precision or EXACT,
+            scales=scales,
+            calibration_samples=calibration_samples,
             dtype=dtype,
             on_overflow=on_overflow,
             codec=codec,
@@ -107,8 +133,10 @@ def convert(
     else:
         reports.print_conversion(report)
     note = tools_note(codec)
-    if note is not None and any(each.status == "converted" for each in report.files):
-        warn(note)
+    if any(each.status == "converted" for each in report.files):
+        warn_of_loss(report.precision)
+        if note is not None:
+            warn(note)
     for each in report.files:
         for message in each.warnings:
             warn(f"{', '.join(each.sources)}: {message}")

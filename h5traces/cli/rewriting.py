@@ -19,8 +19,21 @@ from h5traces.cli.console import (
     warn,
 )
 from h5traces.cli.options import Archives, DryRun, Json, Layers, Overwrite, Verify, parse_layers
+from h5traces.cli.precision import (
+    CALIBRATION_SAMPLES,
+    PRECISION_ERRORS,
+    AttentionBits,
+    CalibrationSamples,
+    HeadMean,
+    MantissaBits,
+    Scales,
+    Step,
+    Tier,
+    parse_precision,
+    warn_of_loss,
+)
 from h5traces.dtypes import DtypePolicy
-from h5traces.errors import ArchiveExistsError, ConversionError
+from h5traces.errors import ArchiveExistsError, ConversionError, LossyArchiveError
 from h5traces.exporting import export as export_archive
 from h5traces.repacking import RepackReport
 from h5traces.repacking import repack as repack_archives
@@ -118,12 +131,17 @@ def parse_samples(value: str | None) -> slice | list[int] | None:
 
 def _rewrite(sources: list[str], output: Path, *, json: bool, **options: Any) -> None:
     """Run a rewrite with progress, and tell what it did."""
-    with reported((ArchiveExistsError, IndexError)), count_progress(str(output)) as update:
+    usage = (ArchiveExistsError, IndexError, LossyArchiveError, *PRECISION_ERRORS)
+    with reported(usage), count_progress(str(output)) as update:
         report = repack_archives(sources, output, progress=update, **options)
     if json:
         print_json(report.as_dict())
     else:
         print_line(_summary(report, dry_run=options["dry_run"]))
+    for message in report.warnings:
+        warn(message)
+    if not options["dry_run"]:
+        warn_of_loss(report.precision)
     note = tools_note(options.get("codec") or "gzip")
     if note is not None:
         warn(note)
@@ -147,6 +165,13 @@ def repack(
     samples: Annotated[
         str | None, typer.Option(metavar="0,3|0:100", help="Keep only these samples, by index.")
     ] = None,
+    tier: Tier = None,
+    step: Step = None,
+    attention_bits: AttentionBits = None,
+    head_mean: HeadMean = None,
+    mantissa_bits: MantissaBits = None,
+    scales: Scales = None,
+    calibration_samples: CalibrationSamples = CALIBRATION_SAMPLES,
     dtype: Annotated[DtypePolicy | None, typer.Option(help="Cast the arrays anew.")] = None,
     codec: Annotated[ArrayCodec | None, typer.Option(help="Compress the arrays anew.")] = None,
     overwrite: Overwrite = False,
@@ -154,18 +179,24 @@ def repack(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Rewrite archives with some of their layers or samples, or another codec or type.
+    """Rewrite archives with some of their layers or samples, or another precision, codec or type.
 
-    Without --dtype or --codec, chunks are copied byte for byte, which is as fast as the disk.
+    Without --tier, --dtype or --codec, chunks are copied byte for byte, as fast as the disk is.
 
     - `h5traces repack run.h5 -o seven.h5 --layers 0,5,10,15,20,25,31`
     - `h5traces repack run.h5 -o fast.h5 --codec zstd`
+    - `h5traces repack run.h5 -o small.h5 --tier analysis`
     """
+    with reported(PRECISION_ERRORS):
+        precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits)
     _rewrite(
         sources,
         output,
         layers=parse_layers(layers),
         samples=parse_samples(samples),
+        tier=precision,
+        scales=scales,
+        calibration_samples=calibration_samples,
         dtype=dtype,
         codec=codec,
         overwrite=overwrite,

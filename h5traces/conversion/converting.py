@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h5traces.calibration import AUTOMATIC_SAMPLES, load_calibration
 from h5traces.conversion.jobs import ConvertOptions, run_job
 from h5traces.conversion.plan import plan_jobs
 from h5traces.conversion.processes import run_in_processes
 from h5traces.conversion.reports import ConversionReport, Progress
+from h5traces.conversion.scaling import scaled_options
 from h5traces.errors import ConversionError
+from h5traces.precision import ScaleSet
+from h5traces.schema import Precision
 from h5traces.writer import WriteOptions
 
 if TYPE_CHECKING:
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
+    from h5traces.schema import Tier
 
 
 def convert(
@@ -24,6 +29,9 @@ def convert(
     dest: PathLike,
     *,
     layers: Sequence[int] | None = None,
+    tier: Tier | Precision = "exact",
+    scales: PathLike | None = None,
+    calibration_samples: int = AUTOMATIC_SAMPLES,
     dtype: DtypePolicy = "float16",
     on_overflow: OverflowPolicy = "float32",
     merge: bool = False,
@@ -51,6 +59,14 @@ def convert(
         A folder (one archive per batch), or a name ending in ``.h5`` for one archive.
     layers
         Decoder blocks to keep, 0-based; all by default.
+    tier
+        How precisely: ``exact``, ``fine``, ``analysis``, ``compact`` or ``native``, or a
+        `Precision` of your own; `docs/precision.md` tells what each gives up.
+    scales
+        What `calibrate` wrote, or an archive with scales, for hidden states in steps; measured on
+        the first samples by default.
+    calibration_samples
+        How many of them.
     dtype
         Stored type: ``float16``, ``bfloat16``, ``float32``, or ``auto`` for the narrowest type
         that is exact for every value of an array.
@@ -84,9 +100,12 @@ def convert(
     ConversionError
         The plan is impossible: nothing to convert, two batches with one target, or contradicting
         options. Problems of single files are in the report instead.
+    PrecisionError
+        The tier does not go with the other options, or the scales are of another model.
     FileNotFoundError
         A source does not exist.
     """
+    precision = Precision.of(tier)
     options = ConvertOptions(
         layers=None if layers is None else _checked_layers(layers),
         merge=merge,
@@ -102,15 +121,22 @@ def convert(
             codec=codec,
             workers=workers,
             overwrite=overwrite,
+            precision=precision,
+            # Those of its model go with each job.
+            scales=ScaleSet(),
         ),
     )
+    calibration = None if scales is None else load_calibration(scales)
     jobs, leftovers = plan_jobs(sources, Path(dest), merge=merge, shard_samples=shard_samples)
-    report = ConversionReport(leftovers=leftovers)
+    report = ConversionReport(
+        precision=None if precision.is_exact else str(precision), leftovers=leftovers
+    )
     meter = _Meter([source for job in jobs for source in job.sources], progress)
+    each = scaled_options(jobs, options, calibration, calibration_samples, meter)
     if workers is not None and workers > 1 and len(jobs) > 1:
-        report.files += run_in_processes(jobs, options, workers, meter)
+        report.files += run_in_processes(jobs, each, workers, meter)
     else:
-        report.files += [run_job(job, options, meter) for job in jobs]
+        report.files += [run_job(*job, meter) for job in zip(jobs, each, strict=True)]
     return report
 
 

@@ -22,9 +22,9 @@ from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import names_in_file_name, num_layers_of, to_record
 from h5traces.publishing import ShardSet
 from h5traces.reading_ahead import ReadAhead
-from h5traces.schema import SourceFile, SourcePosition, TraceRecord
+from h5traces.schema import EXACT, SourceFile, SourcePosition, TraceRecord
 from h5traces.storage.part_file import remove_abandoned_parts, sync_folder
-from h5traces.writer import WriteOptions, WriteSummary
+from h5traces.writer import WriteOptions, WriteSummary, precision_warnings
 
 if TYPE_CHECKING:
     from h5traces.conversion.plan import Job
@@ -56,7 +56,7 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         source_nbytes=sum(source.stat().st_size for source in job.sources),
     )
     exists = job.first_target.exists()
-    if exists and options.skip_existing and (odd := _not_an_archive(job.first_target)) is not None:
+    if exists and options.skip_existing and (odd := _unlike(job.first_target, options)) is not None:
         report.status, report.error = "failed", odd
     elif exists and options.skip_existing:
         # Its writer may have been killed between naming it and making the name durable.
@@ -79,12 +79,18 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     return report
 
 
-def _not_an_archive(target: Path) -> str | None:
-    """Why a target that exists is no finished archive; None where it is one."""
+def _unlike(target: Path, options: ConvertOptions) -> str | None:
+    """Why a target that exists is no archive that this job would write; None where it is one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StoredStateWarning)
-            open_archive(target).close()
+            with open_archive(target) as archive:
+                found = archive.metadata.precision or EXACT
+        if found != options.write.precision:
+            return (
+                f"{target} exists, of precision {found}, not {options.write.precision}; choose "
+                "another output, or use --overwrite"
+            )
     except (H5TracesError, OSError) as error:
         return f"{error}; it stands where an archive would go: move it, or use --overwrite"
     return None
@@ -214,6 +220,7 @@ class _Conversion:
         raw, stored, coverage = Counter[str](), Counter[str](), Counter[str]()
         counts: dict[str, CastCounts] = {}
         for summary in self._summaries:
+            report.warnings += precision_warnings(summary)
             raw += summary.raw_nbytes
             stored += summary.stored_nbytes
             coverage += summary.coverage

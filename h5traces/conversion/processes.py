@@ -29,16 +29,18 @@ _stop: Any = None
 
 
 def run_in_processes(
-    jobs: Sequence[Job], options: ConvertOptions, workers: int, report: Report
+    jobs: Sequence[Job], options: Sequence[ConvertOptions], workers: int, report: Report
 ) -> list[FileReport]:
-    """Run every job in one of `workers` processes; reports come in the order of the jobs.
+    """Run every job, with its options, in one of `workers` processes.
+
+    Reports come in the order of the jobs.
 
     Where a process is killed, the jobs that were not finished fail. An interrupt stops all of them
     at their next sample.
     """
     num_processes = min(workers, len(jobs))
     threads = max(1, workers // num_processes)
-    each = replace(options, write=replace(options.write, workers=threads))
+    shared = [replace(each, write=replace(each.write, workers=threads)) for each in options]
     context = multiprocessing.get_context("spawn")
     progress, stop = context.Queue(), context.Event()
     done = threading.Event()
@@ -50,7 +52,9 @@ def run_in_processes(
     futures: list[Future[FileReport]] = []
     try:
         with _sigint_blocked():
-            futures += [pool.submit(_run, job, each) for job in jobs]
+            futures += [
+                pool.submit(_run, job, each) for job, each in zip(jobs, shared, strict=True)
+            ]
         return [_result(job, future) for job, future in zip(jobs, futures, strict=True)]
     except BaseException:
         stop.set()

@@ -79,12 +79,15 @@ class ConversionReport:
 
     Attributes
     ----------
+    precision
+        What was given up; None where nothing was.
     files
         One report per job.
     leftovers
         Files that were passed over, and why; unfinished ``.part`` files above all.
     """
 
+    precision: str | None = None
     files: list[FileReport] = field(default_factory=list)
     leftovers: list[Leftover] = field(default_factory=list)
 

@@ -2,11 +2,21 @@
 
 from h5traces.precision.decoding import decode, is_encoded, restored_type
 from h5traces.precision.encoding import EncodedLayer, Encoder
-from h5traces.precision.head_mean import with_head_mean
-from h5traces.precision.scales import ChannelScale, ChannelStatistics, ScaleSet
+from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
+from h5traces.precision.scale_storage import (
+    layers_with_scales,
+    read_scale,
+    read_statistics,
+    scale_arrays,
+    statistics_arrays,
+)
+from h5traces.precision.scales import Calibration, ChannelScale, ChannelStatistics, ScaleSet
 from h5traces.precision.statistics import ChannelAccumulator
 
 __all__ = [
+    "DERIVATION",
+    "MEAN",
+    "Calibration",
     "ChannelAccumulator",
     "ChannelScale",
     "ChannelStatistics",
@@ -15,6 +25,11 @@ __all__ = [
     "ScaleSet",
     "decode",
     "is_encoded",
+    "layers_with_scales",
+    "read_scale",
+    "read_statistics",
     "restored_type",
+    "scale_arrays",
+    "statistics_arrays",
     "with_head_mean",
 ]

@@ -50,10 +50,13 @@ class EncodedLayer:
         Values that are stored as they are: float64 ``(n, 2)``, flat index in C order and value.
     kept_exact
         Why the array is stored in float16 although the precision says otherwise.
+    source_nbytes
+        Bytes of the array before.
     """
 
     values: NDArray[Any]
     dtype: str
+    source_nbytes: int
     attrs: Attrs = field(default_factory=dict)
     exceptions: NDArray[np.float64] | None = None
     kept_exact: str | None = None
@@ -107,12 +110,30 @@ class Encoder:
             return _exact(array, reason) if reason else self._in_steps(kind, name, array)
         levels = self._levels(kind)
         if levels is not None:
-            reason = reason or (None if array.dtype == "float16" else f"needs {array.dtype}")
+            known = array.dtype == "float16" or self.takes_source(kind)
+            reason = reason or (None if known else f"needs {array.dtype}")
             return _exact(array, reason) if reason else _square_root(kind, array, levels)
         if precision.mantissa_bits is not None:
             reason = None if array.dtype == "float16" else f"needs {array.dtype}"
             return _exact(array, reason) if reason else _rounded(array, precision.mantissa_bits)
         return _exact(array)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer is stored as floats that need no decoding."""
+        precision = self.precision
+        return (
+            precision.step is None
+            and precision.attention_bits is None
+            and precision.head_mean == "none"
+        )
+
+    def takes_source(self, kind: str) -> bool:
+        """Whether arrays of a kind are encoded as they come, not as float16 would hold them.
+
+        Rounding a mean to float16 first could put it on the other side of a threshold.
+        """
+        return kind == layout.ATTENTION_MEAN and self._levels(kind) is not None
 
     def _levels(self, kind: str) -> int | None:
         bits = self.precision.attention_bits
@@ -157,6 +178,7 @@ class Encoder:
             "zero_point": form.zero_point,
             "spacing": form.spacing,
             "max_error_sigma": step / 2,
+            "restored_dtype": array.dtype,
         }
         return _encoded(stored, attrs, kind, array, beyond)
 
@@ -171,19 +193,20 @@ def _square_root(kind: str, array: TypedArray, levels: int) -> EncodedLayer:
         "formula": SQUARE_ROOT_FORMULA,
         "levels": levels,
     }
+    attrs["restored_dtype"] = "float16"
     return _encoded(stored, attrs, kind, array, beyond)
 
 
 def _encoded(
     stored: NDArray[Any], attrs: Attrs, kind: str, source: TypedArray, beyond: NDArray[np.int64]
 ) -> EncodedLayer:
-    attrs["restored_dtype"] = source.dtype
     if not beyond.size:
-        return EncodedLayer(stored, stored.dtype.name, attrs)
+        return EncodedLayer(stored, stored.dtype.name, source.values.nbytes, attrs)
     attrs["exceptions"] = f"{kind}/{layout.EXCEPTIONS_TABLE}"
     attrs["num_exceptions"] = beyond.size
-    values = source.values.reshape(-1)[beyond].astype(np.float64)
-    return EncodedLayer(stored, stored.dtype.name, attrs, np.column_stack((beyond, values)))
+    pairs = np.empty((beyond.size, 2))
+    pairs[:, 0], pairs[:, 1] = beyond, source.values.reshape(-1)[beyond]
+    return EncodedLayer(stored, stored.dtype.name, source.values.nbytes, attrs, pairs)
 
 
 def _rounded(array: TypedArray, mantissa_bits: int) -> EncodedLayer:
@@ -192,9 +215,11 @@ def _rounded(array: TypedArray, mantissa_bits: int) -> EncodedLayer:
         "encoding_version": VERSION,
         "mantissa_bits": mantissa_bits,
     }
-    return EncodedLayer(rounding.rounded(array.values, mantissa_bits), array.dtype, attrs)
+    values = rounding.rounded(array.values, mantissa_bits)
+    return EncodedLayer(values, array.dtype, array.values.nbytes, attrs)
 
 
 def _exact(array: TypedArray, reason: str | None = None) -> EncodedLayer:
     attrs: Attrs = {} if reason is None else {"kept_exact": reason}
-    return EncodedLayer(array.values, array.dtype, attrs, kept_exact=reason)
+    nbytes = array.values.nbytes
+    return EncodedLayer(array.values, array.dtype, nbytes, attrs, kept_exact=reason)

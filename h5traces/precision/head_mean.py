@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from h5traces.dtypes import FloatType
     from h5traces.schema import ArraySource, Precision, TraceRecord
 
-_HEAD_AXES = 3
+# Reduction of the kind that holds it, and what it was made by.
+MEAN: Final = "mean"
+DERIVATION: Final = "head-mean 1"
+_HEAD_AXES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,14 @@ def with_head_mean(record: TraceRecord, precision: Precision) -> TraceRecord:
     )
     layered = dict(record.layered)
     fields = record.fields
+    known = layered.get(layout.ATTENTION_MEAN)
+    # Of heads that lost precision before, the mean that was stored beside them is the better one.
+    mean = known if known is not None and known.reduction == MEAN else None
     if precision.head_mean == "only":
         del layered[layout.ATTENTIONS]
         renamed = {layout.ATTENTIONS: layout.ATTENTION_MEAN}
         fields = tuple(renamed.get(each, each) for each in fields)
-    layered[layout.ATTENTION_MEAN] = LayeredArrays(means, attentions.sequence)
+    layered[layout.ATTENTION_MEAN] = mean or LayeredArrays(means, attentions.sequence, MEAN)
     return record.model_copy(update={"layered": layered, "fields": fields})
 
 

@@ -100,6 +100,27 @@ def _rounded_down(values: NDArray[np.float64], bits: int) -> NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """What is usual in the channels of a model's layers.
+
+    Attributes
+    ----------
+    layers
+        By path of the layer, such as ``hidden_states/layer_005``.
+    record
+        What it was measured on.
+    """
+
+    layers: dict[str, ChannelStatistics] = field(default_factory=dict)
+    record: CalibrationRecord | None = None
+
+    def scales(self, step: float) -> ScaleSet:
+        """The scales for steps of so many sigma."""
+        scales = {path: channel_scale(each, step) for path, each in self.layers.items()}
+        return ScaleSet(scales, self.record)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ScaleSet:
     """The scales of an archive.
 
@@ -113,6 +134,13 @@ class ScaleSet:
 
     layers: dict[str, ChannelScale] = field(default_factory=dict)
     record: CalibrationRecord | None = None
+
+    @property
+    def calibration(self) -> Calibration:
+        """What other scales can be made from."""
+        return Calibration(
+            {path: each.statistics for path, each in self.layers.items()}, self.record
+        )
 
     def equals(self, other: ScaleSet) -> bool:
         """Whether both decode every layer alike."""

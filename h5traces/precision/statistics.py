@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from h5traces.dtypes import TypedArray, cast_values
 from h5traces.errors import PrecisionError
 from h5traces.precision.scales import ChannelStatistics
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Tokens whose median and spread tell what is unusual in the others.
-_FIRST_TOKENS: Final = 512
+_FIRST_TOKENS: Final = 256
 # Sigmas of the median from which a value counts as unusual: massive activations lie at hundreds, a
 # Gaussian has one value in 10^15 there.
 _USUAL: Final = 8.0
@@ -60,8 +61,8 @@ class _Usual:
 class ChannelAccumulator:
     """Mean and standard deviation of the channels of one layer, without what is unusual.
 
-    The first token of every sample is left out: in many models its activations are hundreds of
-    times as large as all others and would decide alone. So are tokens with values that are not
+    The first token of every longer sample is left out: in many models its activations are hundreds
+    of times as large as all others and would decide alone. So are tokens with values that are not
     finite.
 
     Attributes
@@ -74,7 +75,7 @@ class ChannelAccumulator:
         self.num_tokens = 0
         self.num_not_finite = 0
         self._width: int | None = None
-        self._first: list[NDArray[np.float32]] = []
+        self._first: list[NDArray[np.float16]] = []
         self._usual: _Usual | None = None
 
     def add(self, values: NDArray[Any]) -> None:
@@ -92,7 +93,7 @@ class ChannelAccumulator:
             )
             raise PrecisionError(message)
         self._width = values.shape[1]
-        rows = values[1:].astype(np.float32)
+        rows = (values[1:] if len(values) > 1 else values).astype(np.float32)
         finite = np.isfinite(rows).all(axis=1)
         self.num_not_finite += int(np.count_nonzero(~finite))
         rows = rows[finite]
@@ -100,13 +101,14 @@ class ChannelAccumulator:
         if self._usual is not None:
             self._usual.add(rows)
             return
-        self._first.append(rows)
+        # Half the memory; what float16 cannot hold is unusual anyway.
+        self._first.append(cast_values(TypedArray(rows, "float32"), "float16").values)
         if self.num_tokens >= _FIRST_TOKENS:
             self._usual = self._look()
 
     def _look(self) -> _Usual:
         """What is usual, from the tokens that were kept to find that out."""
-        rows = np.concatenate(self._first)
+        rows = np.concatenate(self._first).astype(np.float32)
         self._first = []
         usual = _Usual(rows)
         usual.add(rows)
@@ -122,9 +124,8 @@ class ChannelAccumulator:
         """
         if not self.num_tokens:
             message = (
-                f"there are no tokens to measure: {self.num_not_finite} have values that are not "
-                "finite, and the first of a sample does not count; give samples of two tokens or "
-                "more"
+                f"there are no tokens to measure; {self.num_not_finite} have values that are not "
+                "finite"
             )
             raise PrecisionError(message)
         if self._usual is None:

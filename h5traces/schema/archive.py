@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.schema.base import Document
 from h5traces.schema.extraction import ExtractionMetadata
+from h5traces.schema.precision import Precision
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -50,6 +51,10 @@ class KindMetadata(Document):
     reduction: Annotated[
         str | None,
         Field(description="How heads were reduced: 'mean', 'max', or 'unknown'."),
+    ] = None
+    derivation: Annotated[
+        str | None,
+        Field(description="Encoding and version that made these arrays of others."),
     ] = None
 
     @model_validator(mode="after")
@@ -127,6 +132,14 @@ class ArchiveMetadata(Document):
     on_overflow: Annotated[
         OverflowPolicy | None, Field(description="What was done where the type was too narrow.")
     ] = None
+    precision: Annotated[
+        Precision | None,
+        Field(description="How precisely arrays are stored; absent where nothing was given up."),
+    ] = None
+    earlier_precisions: Annotated[
+        tuple[Precision, ...] | None,
+        Field(description="What the arrays had lost before they were encoded, first loss first."),
+    ] = None
     sources: Annotated[
         tuple[SourceFile, ...] | None,
         Field(description="The files that samples were converted from."),
@@ -138,6 +151,11 @@ class ArchiveMetadata(Document):
     complete: Annotated[bool, Field(description="Written last; false or absent: not finished.")] = (
         False
     )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether arrays hold all that their source held in the stored type."""
+        return self.precision is None and self.earlier_precisions is None
 
     @model_validator(mode="after")
     def _layers_fit(self) -> ArchiveMetadata:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from h5traces.errors import PrecisionError
+from h5traces.schema.attributes import problems_of
 from h5traces.schema.base import Document
 
 AttentionBits = Literal[8, 6, 5]
@@ -57,6 +59,38 @@ class Precision(Document):
             )
             raise ValueError(message)
         return self
+
+    @classmethod
+    def of(cls, tier: Tier | Precision = "exact", **changes: Any) -> Precision:
+        """A tier by its name, with some of its parameters changed.
+
+        Parameters
+        ----------
+        tier
+            One of `TIERS`, or a precision to start from.
+        changes
+            Fields of this class; those that are None stay as the tier has them.
+
+        Raises
+        ------
+        PrecisionError
+            There is no such tier, or the parameters do not go together.
+        """
+        if isinstance(tier, str) and tier not in TIERS:
+            message = f"tier is {tier!r}, expected one of {', '.join(TIERS)}"
+            raise PrecisionError(message)
+        start = TIERS[tier] if isinstance(tier, str) else tier
+        wanted = {name: value for name, value in changes.items() if value is not None}
+        if "attention_bits" in wanted and "head_mean" not in wanted and start.head_mean == "only":
+            wanted["head_mean"] = "beside"
+        if wanted.get("head_mean") == "only" and "attention_bits" not in wanted:
+            wanted["attention_bits"] = None
+        try:
+            return cls(**{**start.model_dump(), **wanted})
+        except ValidationError as error:
+            found = problems_of(error)
+            message = "; ".join(f"{each.loc}: {each.message}" for each in found)
+            raise PrecisionError(message) from error
 
     @property
     def is_exact(self) -> bool:

@@ -104,10 +104,13 @@ class LayeredArrays:
         One entry per stored position.
     sequence
         Whether the legacy dict held a list or a tuple of arrays.
+    reduction
+        How heads were reduced in arrays that have none, where that is known.
     """
 
     arrays: tuple[LayerArray, ...]
     sequence: Literal["list", "tuple"] = "list"
+    reduction: str | None = None
 
     @property
     def in_steps(self) -> bool:

@@ -107,6 +107,8 @@ class FooterDirectory:
         Attributes of the root group and of the groups under ``/kinds``.
     num_samples, num_objects
         Lengths of the tables.
+    has_scales
+        Whether the tables list the objects of ``/scales`` behind those of the last sample.
     types, codecs
         Stored types and codecs by number.
     columns
@@ -119,6 +121,7 @@ class FooterDirectory:
     kinds: dict[str, Attrs]
     num_samples: int
     num_objects: int
+    has_scales: bool
     types: list[str]
     codecs: list[str]
     columns: dict[str, Column]
@@ -197,6 +200,7 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
             kinds={name: attrs_from_json(each) for name, each in document["kinds"].items()},
             num_samples=_count(document["num_samples"], hdf5_nbytes),
             num_objects=_count(document["num_objects"], hdf5_nbytes),
+            has_scales=bool(_count(document.get("has_scales", 0), 1)),
             types=[str(each) for each in document["types"]],
             codecs=[str(each) for each in document["codecs"]],
             columns={

@@ -59,9 +59,19 @@ class FooterBuilder:
             if not name.endswith("_json")
         }
         self._next_offset = 0
+        self._has_scales = False
 
     def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
         """Append a sample; every dataset must have a chunk table with checksums."""
+        self._add_group(attrs, objects)
+        self.num_samples += 1
+
+    def add_scales(self, objects: Iterable[ObjectEntry]) -> None:
+        """Append the scales, behind all samples; paths begin at the root group."""
+        self._add_group({}, objects)
+        self._has_scales = True
+
+    def _add_group(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
         columns, num_objects = self._columns, 0
         for entry in objects:
             self._add_object(entry)
@@ -70,7 +80,6 @@ class FooterBuilder:
         document = compact_json(attrs).encode("utf-8", "surrogatepass")
         columns["sample_attrs_nbytes"].append(len(document))
         columns["sample_attrs"].frombytes(document)
-        self.num_samples += 1
 
     def _add_object(self, entry: ObjectEntry) -> None:
         columns = self._columns
@@ -126,6 +135,7 @@ class FooterBuilder:
                 "kinds": kinds,
                 "num_samples": self.num_samples,
                 "num_objects": len(self._columns["object_name"]),
+                **({"has_scales": 1} if self._has_scales else {}),
                 "types": self._types.values(),
                 "codecs": self._codecs.values(),
                 "columns": table,

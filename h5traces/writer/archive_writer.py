@@ -13,12 +13,13 @@ import uuid
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from h5traces import layout
 from h5traces.dtypes import CastCounts
 from h5traces.encodings import EncodedObject
 from h5traces.errors import ArchiveExistsError
+from h5traces.precision import DERIVATION, MEAN, Encoder, scale_arrays, with_head_mean
 from h5traces.schema import (
     ArchiveMetadata,
     KindMetadata,
@@ -40,18 +41,25 @@ from h5traces.writer.observation import Observation, observe
 from h5traces.writer.options import WriteOptions, WriteSummary
 from h5traces.writer.preparation import (
     Prepared,
+    exceptions_table,
     prepare_element,
     prepare_layers,
     sequence_attributes,
     steps_table,
 )
+from h5traces.writer.scales import scales_of, write_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from h5traces.schema import LayerArray
     from h5traces.writer.stored_samples import StoredSample
+
+_Value = TypeVar("_Value")
 
 # Groups of arrays that may wait, cast and compressed, for the thread that writes, per worker.
 _QUEUED_PER_WORKER = 2
@@ -83,6 +91,8 @@ class ArchiveWriter:
     ------
     ArchiveExistsError
         The target exists and ``options.overwrite`` is false.
+    PrecisionError
+        The options ask for steps and give no scales.
     OSError
         The folder is missing or full, or the disk is.
     """
@@ -99,6 +109,7 @@ class ArchiveWriter:
         if not self._options.overwrite and os.path.lexists(path):
             message = f"{path} exists; use --overwrite to replace it, or another name"
             raise ArchiveExistsError(message)
+        self._encoder = Encoder(self._options.precision, self._options.scales)
         self._metadata = ArchiveMetadata(
             format=layout.FORMAT_NAME,
             format_version=layout.FORMAT_VERSION,
@@ -109,6 +120,9 @@ class ArchiveWriter:
             codec=self._options.codec,
             dtype_policy=self._options.dtype,
             on_overflow=self._options.on_overflow,
+            precision=None if self._encoder.precision.is_exact else self._encoder.precision,
+            earlier_precisions=self._options.earlier_precisions or None,
+            required_features=() if self._encoder.is_plain else (layout.PRECISION_FEATURE,),
             **metadata,
         )
         self._workers = self._options.workers or os.cpu_count() or 1
@@ -154,9 +168,12 @@ class ArchiveWriter:
             Its fields contradict each other, or the records written before.
         ConversionError
             A value has no encoding, or overflows and ``on_overflow`` is ``error``.
+        PrecisionError
+            A scale is of another width than the layer.
         OSError
             The disk is full.
         """
+        record = with_head_mean(record, self._options.precision)
         description = record.describe()
         self._write_sample(description.metadata, observe(record), self._record_objects(record))
 
@@ -244,15 +261,29 @@ class ArchiveWriter:
     def _prepare(self, record: TraceRecord) -> Iterator[Prepared]:
         """The layered arrays, cast, digested and encoded in threads, in order."""
         waiting: deque[Future[list[Prepared]]] = deque()
+        exceptions: dict[str, dict[str, NDArray[np.float64]]] = {}
+
+        def next_ready() -> Iterator[Prepared]:
+            for each in waiting.popleft().result():
+                if each.exceptions is not None:
+                    kind, _, name = each.path.partition("/")
+                    exceptions.setdefault(kind, {})[name] = each.exceptions
+                yield each
+
         for kind, layered in record.layered.items():
             if layered.in_steps:
                 yield prepare_element(steps_table(kind, layered.arrays))
             for group in _groups(layered.arrays):
-                waiting.append(self._pool.submit(prepare_layers, kind, group, self._options))
+                waiting.append(
+                    self._pool.submit(prepare_layers, kind, group, self._options, self._encoder)
+                )
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
-                    yield from waiting.popleft().result()
+                    yield from next_ready()
         while waiting:
-            yield from waiting.popleft().result()
+            yield from next_ready()
+        for kind, found in exceptions.items():
+            self.summary.num_exceptions[kind] += sum(map(len, found.values()))
+            yield prepare_element(exceptions_table(kind, found))
 
     def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
         encoded = prepared.encoded
@@ -271,6 +302,8 @@ class ArchiveWriter:
         kind = kind if kind in layout.KINDS else "other"
         self.summary.raw_nbytes[kind] += prepared.raw_nbytes
         self.summary.stored_nbytes[kind] += sum(sizes)
+        if prepared.kept_exact is not None:
+            self.summary.kept_exact[f"{kind}: {prepared.kept_exact}"] += 1
         if prepared.counts != CastCounts():
             before = self.summary.counts.get(kind, CastCounts())
             self.summary.counts[kind] = before + prepared.counts
@@ -300,6 +333,7 @@ class ArchiveWriter:
         kinds = {name: self._kind_attributes(name) for name in self._observed.layers}
         for name, attrs in kinds.items():
             self._hdf5.create_group(f"/{layout.KINDS_GROUP}/{name}", attrs)
+        self._write_scales()
         self._hdf5.write_table(f"/{layout.INDEX_TABLE}", index_columns(self._index))
         archive = self._final_metadata(sources=sources, **metadata)
         root = to_attributes(archive)
@@ -313,6 +347,14 @@ class ArchiveWriter:
         self._part.sync()
         self.summary.nbytes = self._part.path.stat().st_size
         return archive
+
+    def _write_scales(self) -> None:
+        """The scales of the layers that are stored, once for all samples."""
+        scales = self._encoder.scales
+        if scales is None or self._encoder.precision.step is None:
+            return
+        stored = scales_of(scales, self._observed.layers)
+        self._footer.add_scales(write_scales(self._hdf5, scale_arrays(stored), stored.record))
 
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
         observed = self._observed
@@ -335,7 +377,8 @@ class ArchiveWriter:
 
     def _kind_attributes(self, kind: str) -> Attrs:
         definition = layout.KINDS.get(kind)
-        reduction = "unknown" if kind == layout.ATTENTION_MEAN else None
+        found = self._observed.reductions.get(kind, {None})
+        reduction = (_only(found) or "unknown") if kind == layout.ATTENTION_MEAN else None
         return to_attributes(
             KindMetadata(
                 axes=definition.axes if definition else ("value",),
@@ -343,6 +386,7 @@ class ArchiveWriter:
                 layers=tuple(sorted(self._observed.layers.get(kind, ()))),
                 definition=definition.definition if definition else "",
                 reduction=reduction,
+                derivation=DERIVATION if reduction == MEAN else None,
             )
         )
 
@@ -378,7 +422,7 @@ class ArchiveWriter:
             raise
 
 
-def _only(values: set[int]) -> int | None:
+def _only(values: set[_Value]) -> _Value | None:
     """The one value, None where there are none or several."""
     return next(iter(values)) if len(values) == 1 else None
 

@@ -23,11 +23,14 @@ class Observation:
         Layer numbers by kind; empty for a kind that is stored without arrays.
     hidden_sizes, head_counts
         Every width of hidden states, and every number of heads.
+    reductions
+        Every way in which heads were reduced, by kind; None where it is not known.
     """
 
     layers: dict[str, set[int]] = field(default_factory=dict)
     hidden_sizes: set[int] = field(default_factory=set)
     head_counts: set[int] = field(default_factory=set)
+    reductions: dict[str, set[str | None]] = field(default_factory=dict)
 
     def add_array(self, kind: str, name: str, shape: tuple[int, ...]) -> None:
         """Note one layer's array, without a beam axis."""
@@ -61,6 +64,8 @@ class Observation:
             known |= numbers
         self.hidden_sizes |= sample.hidden_sizes
         self.head_counts |= sample.head_counts
+        for kind, reductions in sample.reductions.items():
+            self.reductions.setdefault(kind, set()).update(reductions)
 
 
 def observe(record: TraceRecord) -> Observation:
@@ -68,6 +73,7 @@ def observe(record: TraceRecord) -> Observation:
     found = Observation()
     for kind, layered in record.layered.items():
         found.layers.setdefault(kind, set())
+        found.reductions[kind] = {layered.reduction}
         for entry in layered.arrays:
             if isinstance(entry.array, StepArrays):
                 found.add_array(kind, entry.name, ())

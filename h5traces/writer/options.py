@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from h5traces.errors import PrecisionError
+from h5traces.schema import EXACT, Precision
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.dtypes import CastCounts, DtypePolicy, OverflowPolicy
+    from h5traces.precision import ScaleSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,17 @@ class WriteOptions:
         Threads that cast and compress; None for one per core.
     overwrite
         Replace an existing target, in one atomic step when the new file is whole.
+    precision
+        How precisely; anything but `EXACT` goes with the type float16 only.
+    scales
+        Of hidden states that are stored in steps.
+    earlier_precisions
+        What the arrays have lost already.
+
+    Raises
+    ------
+    PrecisionError
+        The precision does not go with the type.
     """
 
     dtype: DtypePolicy = "float16"
@@ -37,6 +51,39 @@ class WriteOptions:
     codec: str = GZIP.name
     workers: int | None = None
     overwrite: bool = False
+    precision: Precision = EXACT
+    scales: ScaleSet | None = None
+    earlier_precisions: tuple[Precision, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.precision.is_exact and self.dtype != "float16":
+            message = (
+                f"precision {self.precision} goes with dtype float16, not {self.dtype}; leave one "
+                "of them out"
+            )
+            raise PrecisionError(message)
+
+
+_HALF_NBYTES: Final = 2
+# From here on exceptions cost a tenth of what the coarsest tier stores.
+_MANY_EXCEPTIONS: Final = 0.005
+
+
+def precision_warnings(summary: WriteSummary) -> list[str]:
+    """What the chosen precision could not do."""
+    found = [
+        f"{count} arrays are stored in full float16, not as the tier has them: {reason}"
+        for reason, count in sorted(summary.kept_exact.items())
+    ]
+    for kind, count in summary.num_exceptions.items():
+        share = count * _HALF_NBYTES / max(1, summary.raw_nbytes[kind])
+        if share > _MANY_EXCEPTIONS:
+            found.append(
+                f"{kind}: {share:.1%} of the values lie beyond their scales and are stored one by "
+                "one, which takes room; 'h5traces calibrate' on samples like these makes better "
+                "scales"
+            )
+    return found
 
 
 @dataclass(slots=True)
@@ -57,6 +104,10 @@ class WriteSummary:
         Values not finite or changed by casts, by kind.
     coverage
         Number of samples by coverage.
+    kept_exact
+        Arrays that were stored in float16 although the precision says otherwise, by reason.
+    num_exceptions
+        Values that encodings list beside the arrays, by kind.
     """
 
     path: Path
@@ -66,3 +117,5 @@ class WriteSummary:
     nbytes: int = 0
     counts: dict[str, CastCounts] = field(default_factory=dict)
     coverage: Counter[str] = field(default_factory=Counter)
+    kept_exact: Counter[str] = field(default_factory=Counter)
+    num_exceptions: Counter[str] = field(default_factory=Counter)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from h5traces import layout
-from h5traces.dtypes import CastCounts, CastResult, TypedArray, cast_for_storage
+from h5traces.dtypes import CastCounts, TypedArray, cast_for_storage, uncast
 from h5traces.encodings import EncodedObject
-from h5traces.errors import ConversionError
+from h5traces.errors import ConversionError, PrecisionError
+from h5traces.precision import Encoder
 from h5traces.schema import LayerArray, LayeredArrays, StepArrays
 from h5traces.storage.arrays import EncodedArray, encode_array
 from h5traces.storage.codecs import DEFLATE, GZIP
@@ -20,8 +21,12 @@ from h5traces.storage.objects import digest_type
 from h5traces.writer.elements import record_elements
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from concurrent.futures import Executor
 
+    from numpy.typing import NDArray
+
+    from h5traces.precision import EncodedLayer
     from h5traces.schema import TraceRecord
     from h5traces.schema.attributes import Attrs
     from h5traces.writer.options import WriteOptions
@@ -29,7 +34,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A dataset that was cast, digested and encoded."""
+    """A dataset that was cast, digested and encoded.
+
+    Attributes
+    ----------
+    raw_nbytes
+        Bytes of the array as it was cast.
+    exceptions
+        Values of a layer that go into the table of exceptions: float64 ``(n, 2)``.
+    kept_exact
+        Why a layer is stored more precisely than was asked for.
+    """
 
     path: str
     dtype: str
@@ -38,45 +53,64 @@ class Prepared:
     encoded: EncodedArray
     raw_nbytes: int
     counts: CastCounts
+    exceptions: NDArray[np.float64] | None = None
+    kept_exact: str | None = None
 
 
-def prepare_layers(kind: str, entries: list[LayerArray], options: WriteOptions) -> list[Prepared]:
+def prepare_layers(
+    kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
+) -> list[Prepared]:
     """Arrays of some layers, cast, digested and encoded; called in threads.
 
     Raises
     ------
     ConversionError
         The array overflows and ``on_overflow`` is ``error``, or its steps do not go together.
+    PrecisionError
+        Its scale is of another width.
     """
-    return [_prepare_layer(kind, entry, options) for entry in entries]
+    return [_prepare_layer(kind, entry, options, encoder) for entry in entries]
 
 
-def _prepare_layer(kind: str, entry: LayerArray, options: WriteOptions) -> Prepared:
-    cast, attrs = cast_layer(kind, entry, options)
-    values = cast.array.values
+def _prepare_layer(
+    kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
+) -> Prepared:
+    layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
     return Prepared(
         path=f"{kind}/{entry.name}",
-        dtype=cast.array.dtype,
+        dtype=layer.dtype,
         attrs=attrs,
         image=kind in layout.KINDS and layout.KINDS[kind].image,
-        encoded=encode_array(values, options.codec),
-        raw_nbytes=values.nbytes,
-        counts=cast.counts,
+        encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
+        raw_nbytes=layer.source_nbytes,
+        counts=counts,
+        exceptions=layer.exceptions,
+        kept_exact=layer.kept_exact,
     )
 
 
-def cast_layer(kind: str, entry: LayerArray, options: WriteOptions) -> tuple[CastResult, Attrs]:
+def codec_for(values: NDArray[Any], codec: str) -> str:
+    """The codec of a layer's values: shuffling single bytes would do nothing."""
+    return DEFLATE.name if codec == GZIP.name and values.dtype.itemsize == 1 else codec
+
+
+def _stored_layer(
+    kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
+) -> tuple[EncodedLayer, CastCounts, Attrs]:
     """One layer's array as it will be stored, and its attributes, the digest among them.
 
     Raises
     ------
-    ConversionError
-        As `prepare_layer`.
+    ConversionError, PrecisionError
+        As `prepare_layers`.
     """
     array = entry.array
     try:
         source = flatten_steps(array) if isinstance(array, StepArrays) else array.load()
-        cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
+        if encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
+            cast = uncast(source)
+        else:
+            cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
     except ConversionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise ConversionError(message) from error
@@ -86,6 +120,12 @@ def cast_layer(kind: str, entry: LayerArray, options: WriteOptions) -> tuple[Cas
             cast_from=cast.cast_from or entry.earlier.cast_from,
             counts=cast.counts + entry.earlier.counts,
         )
+    in_steps = isinstance(array, StepArrays)
+    try:
+        layer = encoder.encode(kind, entry.name, cast.array, in_steps=in_steps)
+    except PrecisionError as error:
+        message = f"{kind}/{entry.name}: {error}"
+        raise PrecisionError(message) from error
     in_tuple = isinstance(array, StepArrays) and array.sequence == "tuple"
     facts = {
         "site": entry.site,
@@ -96,8 +136,9 @@ def cast_layer(kind: str, entry: LayerArray, options: WriteOptions) -> tuple[Cas
     }
     attrs: Attrs = {name: value for name, value in facts.items() if value is not None}
     attrs.update(cast.counts.nonzero())
-    attrs["digest"] = dataset_digest(cast.array.dtype, cast.array.values)
-    return cast, attrs
+    attrs.update(layer.attrs)
+    attrs["digest"] = dataset_digest(layer.dtype, layer.values)
+    return layer, cast.counts, attrs
 
 
 def prepare_element(element: EncodedObject) -> Prepared:
@@ -152,24 +193,49 @@ def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
     return EncodedObject(f"{kind}/{layout.STEPS_TABLE}", {}, "int64", table)
 
 
+def exceptions_table(kind: str, found: Mapping[str, NDArray[np.float64]]) -> EncodedObject:
+    """Exceptions of all layers of a kind: float64 ``(n, 3)``, layer, flat index and value.
+
+    Parameters
+    ----------
+    kind
+        Which.
+    found
+        Index and value by name of the layer; the embedding is layer -1.
+    """
+    parts = []
+    for name, pairs in found.items():
+        layer = layout.parse_layer_name(name)
+        number = np.full((len(pairs), 1), layout.EMBEDDING_LAYER if layer is None else layer)
+        parts.append(np.hstack((number, pairs)))
+    return EncodedObject(
+        f"{kind}/{layout.EXCEPTIONS_TABLE}", {}, "float64", np.concatenate(parts).astype("<f8")
+    )
+
+
 def record_attributes(
     record: TraceRecord, options: WriteOptions, pool: Executor
 ) -> dict[str, Attrs]:
     """The attributes that every object of a record gets when it is written, digests included."""
     attrs: dict[str, Attrs] = {}
+    encoder = Encoder(options.precision, options.scales)
     for kind, layered in record.layered.items():
         attrs[kind] = sequence_attributes(layered)
         elements = [steps_table(kind, layered.arrays)] if layered.in_steps else []
         attrs |= {each.path: element_attributes(each) for each in elements}
-        cast = pool.map(partial(_layer_attributes, kind, options), layered.arrays)
-        names = (f"{kind}/{entry.name}" for entry in layered.arrays)
-        attrs |= dict(zip(names, cast, strict=True))
+        stored = pool.map(
+            partial(_stored_layer, kind, options=options, encoder=encoder), layered.arrays
+        )
+        found: dict[str, NDArray[np.float64]] = {}
+        for entry, (layer, _, layer_attrs) in zip(layered.arrays, stored, strict=True):
+            attrs[f"{kind}/{entry.name}"] = layer_attrs
+            if layer.exceptions is not None:
+                found[entry.name] = layer.exceptions
+        if found:
+            table = exceptions_table(kind, found)
+            attrs[table.path] = element_attributes(table)
     attrs |= {each.path: element_attributes(each) for each in record_elements(record)}
     return attrs
-
-
-def _layer_attributes(kind: str, options: WriteOptions, entry: LayerArray) -> Attrs:
-    return cast_layer(kind, entry, options)[1]
 
 
 def sequence_attributes(layered: LayeredArrays) -> Attrs:

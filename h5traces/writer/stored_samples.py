@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from h5traces import layout
 from h5traces.dtypes import CastCounts
 from h5traces.encodings import EncodedObject
@@ -11,7 +13,7 @@ from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
 from h5traces.storage.codecs import DEFLATE, GZIP
 from h5traces.storage.digests import chunk_checksum
 from h5traces.writer.observation import Observation
-from h5traces.writer.preparation import Prepared, prepare_element
+from h5traces.writer.preparation import Prepared, codec_for, prepare_element
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from h5traces.archive import Trace
     from h5traces.schema import TraceMetadata
     from h5traces.storage.objects import ObjectEntry
+
+
+def _is_table(entry: ObjectEntry, name: str) -> bool:
+    kind, _, last = entry.path.partition("/")
+    return kind in layout.KINDS and last == name
 
 
 def is_label(path: str) -> bool:
@@ -33,10 +40,12 @@ class StoredSample:
     ----------
     trace
         The trace; where it comes from ``archive.select(layers=…)``, only these layers are copied.
+    codec
+        What layers are compressed with anew; None to copy their chunks.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
+    def __init__(self, trace: Trace, *, codec: str | None = None) -> None:
+        self._trace, self._codec = trace, codec
 
     @property
     def metadata(self) -> TraceMetadata:
@@ -53,7 +62,8 @@ class StoredSample:
             if kind not in layout.KINDS:
                 continue
             found.layers.setdefault(kind, set())
-            if not name or name == layout.STEPS_TABLE:
+            found.reductions[kind] = {self._trace.archive_file.reduction(kind)}
+            if not name or name in layout.TABLES:
                 continue
             in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
             found.add_array(kind, name, () if in_steps else entry.shape)
@@ -69,8 +79,10 @@ class StoredSample:
         for entry in self._entries():
             if entry.is_group:
                 yield EncodedObject(entry.path, entry.attrs)
-            elif entry.path.endswith(f"/{layout.STEPS_TABLE}") and self._trace.selected is not None:
+            elif self._trace.selected is not None and _is_table(entry, layout.STEPS_TABLE):
                 yield self._selected_steps(entry)
+            elif self._trace.selected is not None and _is_table(entry, layout.EXCEPTIONS_TABLE):
+                yield from self._selected_exceptions(entry)
             else:
                 yield self._copied(entry)
 
@@ -95,17 +107,31 @@ class StoredSample:
         table = self._trace.stored(entry.path)[rows]
         return prepare_element(EncodedObject(entry.path, {}, entry.dtype, table))
 
+    def _selected_exceptions(self, entry: ObjectEntry) -> Iterator[Prepared]:
+        """The table of exceptions without the rows of the layers that stay behind."""
+        table = self._trace.stored(entry.path)
+        kept = np.isin(table[:, 0], [layout.EMBEDDING_LAYER, *(self._trace.selected or ())])
+        if kept.any():
+            yield prepare_element(EncodedObject(entry.path, {}, entry.dtype, table[kept]))
+
     def _copied(self, entry: ObjectEntry) -> Prepared:
-        kind = entry.path.partition("/")[0]
+        kind, _, name = entry.path.partition("/")
+        is_layer = kind in layout.KINDS and name not in layout.TABLES
+        codec = self._codec if is_layer else None
         return Prepared(
             path=entry.path,
             dtype=entry.dtype,
             attrs=entry.attrs,
             image=kind in layout.KINDS and layout.KINDS[kind].image,
-            encoded=self._encoded(entry),
+            encoded=self._encoded(entry) if codec is None else self._compressed(entry, codec),
             raw_nbytes=entry.raw_nbytes,
             counts=CastCounts(),
         )
+
+    def _compressed(self, entry: ObjectEntry, codec: str) -> EncodedArray:
+        """The stored values in chunks of another codec."""
+        values = self._trace.stored(entry.path)
+        return encode_array(values, codec_for(values, codec))
 
     def _encoded(self, entry: ObjectEntry) -> EncodedArray:
         """The stored chunks, checked; encoded anew only where they are of no codec of ours."""

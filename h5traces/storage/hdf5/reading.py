@@ -216,6 +216,24 @@ class Hdf5Reader:
         ordinal = int(name) if layout.is_sample_name(name) else -1
         return SampleEntry(ordinal, attrs, dict(sorted(objects.items())))
 
+    def scales(self, *, problems: list[Problem] | None = None) -> SampleEntry | None:
+        """The objects of ``/scales`` by their paths below the root; None where there are none.
+
+        Parameters
+        ----------
+        problems
+            As in `sample`.
+        """
+        place = f"{self.path}: /{layout.SCALES_GROUP}"
+        with self._translated(place):
+            if not safety.has_link(self._root, layout.SCALES_GROUP):
+                return None
+            group = safety.open_group(self._root, layout.SCALES_GROUP)
+            attrs = self._attributes(group, f"/{layout.SCALES_GROUP}")
+            objects = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
+            self._walk(_Walk(objects, problems), group, f"{layout.SCALES_GROUP}/", depth=0)
+        return SampleEntry(-1, {}, dict(sorted(objects.items())))
+
     def read_values(self, sample: str, entry: ObjectEntry) -> NDArray[Any]:
         """A dataset's values, in the carrier dtype of its stored type; bfloat16 as bits.
 

@@ -1,0 +1,141 @@
+"""Options of precision that several commands share, and ``h5traces calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from h5traces.calibration import AUTOMATIC_SAMPLES, DEFAULT_SAMPLES
+from h5traces.calibration import calibrate as calibrate_sources
+from h5traces.cli.console import count_progress, print_json, print_line, reported, warn
+from h5traces.cli.options import DryRun, Json, Layers, Overwrite, parse_layers
+from h5traces.errors import ArchiveExistsError, ConversionError, PrecisionError
+from h5traces.schema import Precision
+from h5traces.schema import Tier as TierName
+from h5traces.schema.precision import AttentionBits as AttentionBitsNumber
+from h5traces.schema.precision import HeadMean as HeadMeanName
+
+PRECISION_ERRORS = (PrecisionError,)
+
+Tier = Annotated[
+    TierName | None,
+    typer.Option(
+        help="How precisely: `exact`; `fine` (0.01 sigma, like computing in bfloat16); `analysis` "
+        "(0.05 sigma); `compact` (0.2 sigma, attentions averaged over heads); `native` (float16 "
+        "rounded to 5 mantissa bits).",
+    ),
+]
+Step = Annotated[
+    float | None,
+    typer.Option(
+        metavar="C",
+        help="Hidden states in steps of C sigma of their channel: off by C/2 sigma at most.",
+    ),
+]
+AttentionBits = Annotated[
+    Literal["8", "6", "5"] | None,
+    typer.Option(help="Bits of attention weights, on a square-root scale."),
+]
+HeadMean = Annotated[
+    HeadMeanName | None,
+    typer.Option(help="Attentions averaged over heads: not stored, beside the heads, or `only`."),
+]
+MantissaBits = Annotated[
+    int | None,
+    typer.Option(metavar="K", help="Round what stays in float16 to K of its 10 mantissa bits."),
+]
+Scales = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What `h5traces calibrate` wrote, or an archive [default: measured on the first "
+        "samples].",
+    ),
+]
+CalibrationSamples = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Samples to measure steps on, without --scales."),
+]
+CALIBRATION_SAMPLES = AUTOMATIC_SAMPLES
+
+_BITS: dict[str, AttentionBitsNumber] = {"8": 8, "6": 6, "5": 5}
+
+
+def parse_precision(
+    tier: TierName | None,
+    step: float | None,
+    attention_bits: str | None,
+    head_mean: HeadMeanName | None,
+    mantissa_bits: int | None,
+) -> Precision | None:
+    """What the options say together; None where none was given.
+
+    Raises
+    ------
+    PrecisionError
+        They do not go together.
+    """
+    if (tier, step, attention_bits, head_mean, mantissa_bits) == (None,) * 5:
+        return None
+    return Precision.of(
+        tier or "exact",
+        step=step,
+        attention_bits=None if attention_bits is None else _BITS[attention_bits],
+        head_mean=head_mean,
+        mantissa_bits=mantissa_bits,
+    )
+
+
+def warn_of_loss(precision: str | None) -> None:
+    """Say once that something was given up."""
+    if precision is not None:
+        warn(f"{precision}: the archives hold less than their sources; keep those to have it all")
+
+
+def calibrate(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC…", help="Archives or batches of one model, globs or folders."),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="SCALES", help="The new file of scales.")
+    ],
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", metavar="N", min=1, help="Samples to look at.")
+    ] = DEFAULT_SAMPLES,
+    layers: Layers = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Measure what is usual in every channel of hidden states, for tiers below float16.
+
+    The first token of each sample and massive activations are left out. Whatever the samples, the
+    bound on the error holds for all data: values beyond the scales are stored one by one.
+
+    - `h5traces calibrate traces/ -o scales.h5`
+    - `h5traces convert traces/ -o archives/ --tier analysis --scales scales.h5`
+    """
+    errors = (ArchiveExistsError, ConversionError, PrecisionError)
+    with reported(errors), count_progress("calibrate") as update:
+        report = calibrate_sources(
+            sources,
+            output,
+            samples=samples,
+            layers=parse_layers(layers),
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=update,
+        )
+    if json:
+        print_json(report.as_dict())
+    else:
+        print_line(
+            f"{'would write' if dry_run else 'wrote'} {output}: {len(report.layers)} layers, "
+            f"{report.hidden_size} channels, from {report.num_tokens} tokens of "
+            f"{report.num_samples} samples"
+        )
+    if report.num_not_finite:
+        warn(f"{report.num_not_finite} tokens hold NaN or Inf and were left out")

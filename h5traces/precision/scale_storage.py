@@ -1,0 +1,122 @@
+"""Scales as datasets of an HDF5 file, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from h5traces import layout
+from h5traces.errors import CorruptArchiveError
+from h5traces.precision.scales import ChannelScale, ChannelStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from h5traces.precision.scales import Calibration, ScaleSet
+    from h5traces.storage.objects import ObjectEntry
+
+CENTER: Final = "center"
+STEP: Final = "step"
+OFFSET: Final = "offset"
+SIGMA: Final = "sigma"
+NAMES: Final = frozenset({CENTER, STEP, OFFSET, SIGMA})
+
+
+def scale_arrays(scales: ScaleSet) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every dataset of a set of scales: path below the root, and values ``(hidden,)``."""
+    for path, scale in scales.layers.items():
+        place = f"{layout.SCALES_GROUP}/{path}"
+        for name, values in ((STEP, scale.step), (OFFSET, scale.offset), (SIGMA, scale.sigma)):
+            yield f"{place}/{name}", np.ascontiguousarray(values, "<f4")
+
+
+def statistics_arrays(calibration: Calibration) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every dataset of a calibration: path below the root, and values ``(hidden,)``."""
+    for path, each in calibration.layers.items():
+        place = f"{layout.SCALES_GROUP}/{path}"
+        for name, values in ((CENTER, each.center), (SIGMA, each.sigma)):
+            yield f"{place}/{name}", np.ascontiguousarray(values, "<f4")
+
+
+def read_statistics(
+    path: str, objects: Mapping[str, ObjectEntry], read: Callable[[str], NDArray[Any]]
+) -> ChannelStatistics:
+    """What is usual in a layer, from a calibration, or from the scales of an archive.
+
+    Raises
+    ------
+    CorruptArchiveError
+        An array is missing, or holds what cannot be.
+    """
+    place = f"{layout.SCALES_GROUP}/{path}"
+    name = OFFSET if f"{place}/{OFFSET}" in objects else CENTER
+    center, sigma = (_values(f"{place}/{each}", objects, read) for each in (name, SIGMA))
+    if len(center) != len(sigma):
+        message = f"/{place}: {name} and {SIGMA} have {len(center)} and {len(sigma)} channels"
+        raise CorruptArchiveError(message)
+    if not ((sigma >= 0).all() and np.isfinite(sigma).all() and np.isfinite(center).all()):
+        message = f"/{place}: values must be finite, and {SIGMA} not negative"
+        raise CorruptArchiveError(message)
+    return ChannelStatistics(center, sigma)
+
+
+def read_scale(
+    path: str,
+    objects: Mapping[str, ObjectEntry],
+    read: Callable[[str], NDArray[Any]],
+) -> ChannelScale:
+    """The scale of a layer.
+
+    Parameters
+    ----------
+    path
+        Of the layer, such as ``hidden_states/layer_005``.
+    objects
+        What is stored, by path below the root.
+    read
+        Gives the values of a dataset.
+
+    Raises
+    ------
+    CorruptArchiveError
+        An array is missing, or is not what a scale is made of.
+    """
+    place = f"{layout.SCALES_GROUP}/{path}"
+    step, offset, sigma = (
+        _values(f"{place}/{name}", objects, read) for name in (STEP, OFFSET, SIGMA)
+    )
+    if not len(step) == len(offset) == len(sigma):
+        message = (
+            f"/{place}: step, offset and sigma have {len(step)}, {len(offset)} and {len(sigma)} "
+            "channels; expected as many of each"
+        )
+        raise CorruptArchiveError(message)
+    if not ((step > 0).all() and np.isfinite(step).all() and np.isfinite(offset).all()):
+        message = f"/{place}: steps must be greater than zero, and all values finite"
+        raise CorruptArchiveError(message)
+    return ChannelScale(step, offset, sigma)
+
+
+def _values(
+    path: str, objects: Mapping[str, ObjectEntry], read: Callable[[str], NDArray[Any]]
+) -> NDArray[np.float32]:
+    entry = objects.get(path)
+    if entry is None:
+        message = f"/{path} is missing, which encoded layers need; restore the file from a copy"
+        raise CorruptArchiveError(message)
+    if entry.dtype != "float32" or len(entry.shape) != 1:
+        message = f"/{path}: is {entry.dtype or 'a group'} {entry.shape}, expected float32 (hidden)"
+        raise CorruptArchiveError(message)
+    return read(path)
+
+
+def layers_with_scales(objects: Mapping[str, ObjectEntry]) -> list[str]:
+    """Paths of the layers that have a scale, or a part of one."""
+    prefix = f"{layout.SCALES_GROUP}/"
+    found = (
+        path.removeprefix(prefix).rpartition("/") for path in objects if path.startswith(prefix)
+    )
+    return list(dict.fromkeys(layer for layer, _, name in found if name in NAMES))
