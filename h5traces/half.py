@@ -40,9 +40,10 @@ def to_float32(values: NDArray[np.float16], out: NDArray[np.float32] | None = No
     values
         C-contiguous, little-endian, any shape.
     out
-        Where to; a new array by default.
+        Where to, of as many values and any shape; a new array by default.
     """
-    return _FLOAT32.take(values.view(np.uint16), out=out, mode="wrap")
+    bits = values.view(np.uint16)
+    return _FLOAT32.take(bits if out is None else bits.reshape(out.shape), out=out, mode="wrap")
 
 
 def to_float16(

@@ -30,10 +30,12 @@ _SPACING_OF_SIGMA: Final = 400
 # Rounding to float16 changes a value by at most half its spacing: 2^-11 of it, or 2^-25.
 _RELATIVE_ROUNDING: Final = np.float32(2.0**-11)
 _LEAST_ROUNDING: Final = np.float32(2.0**-25)
+# In float32, numbers from 2^23 to 2^24 are whole.
+_WHOLE: Final = np.float32(3 << 22)
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 16
 
-_SOURCE, _RESTORED, _ERROR = Scratch(), Scratch(), Scratch()
+_SOURCE, _STEPS, _ROUNDING = Scratch(), Scratch(), Scratch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,31 +113,34 @@ def _block_to_steps(
     bound: NDArray[np.float32],
     stored: NDArray[Any],
 ) -> NDArray[np.int64]:
-    source, restored, error = (_float32(each, values) for each in (_SOURCE, _RESTORED, _ERROR))
+    source, steps, rounding = (_float32(each, values) for each in (_SOURCE, _STEPS, _ROUNDING))
     is_half = values.dtype.itemsize == 2
     if is_half:
         half.to_float32(values, source)
     else:
         np.copyto(source, values)
     with np.errstate(invalid="ignore", over="ignore"):
-        steps = np.subtract(source, scale.offset, out=error)
+        np.subtract(source, scale.offset, out=steps)
         np.multiply(steps, 1 / scale.step, out=steps)
-        np.rint(steps, out=steps)
         np.clip(steps, -form.most_steps, form.most_steps, out=steps)
-        np.multiply(steps, scale.step, out=restored)
+        # Beside so large a number nothing is left behind the point, and the last bits of the sum
+        # are those of the nearest whole number.
+        np.add(steps, _WHOLE, out=steps)
+        np.copyto(stored, steps.view(np.uint32), casting="unsafe")
+        np.subtract(steps, _WHOLE, out=steps)
+        restored = np.multiply(steps, scale.step, out=steps)
         np.add(restored, scale.offset, out=restored)
-        np.multiply(steps, form.spacing, out=steps)
-        np.add(steps, form.zero_point, out=steps)
-        np.copyto(stored, steps, casting="unsafe")
-        np.subtract(restored, source, out=source)
+        np.subtract(source, restored, out=source)
         np.abs(source, out=source)
         if is_half:
             # More than rounding can add; the few beyond are looked at one by one.
-            rounding = np.abs(restored, out=error)
+            np.abs(restored, out=rounding)
             np.multiply(rounding, _RELATIVE_ROUNDING, out=rounding)
-            np.add(rounding, source, out=source)
-            np.add(source, _LEAST_ROUNDING, out=source)
-        within = source <= bound
+            np.add(source, rounding, out=source)
+        within = source <= bound - _LEAST_ROUNDING
+    if form.spacing > 1:
+        np.multiply(stored, form.spacing, out=stored)
+    np.add(stored, form.zero_point, out=stored)
     if within.all():
         return np.empty(0, np.int64)
     suspects = np.flatnonzero(~within)

@@ -10,6 +10,7 @@ import numpy as np
 from h5traces import half, layout
 from h5traces.dtypes import TypedArray, cast_values
 from h5traces.schema import LayerArray, LayeredArrays, StepArrays
+from h5traces.scratch import Scratch
 
 if TYPE_CHECKING:
     from h5traces.dtypes import FloatType
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 MEAN: Final = "mean"
 DERIVATION: Final = "head-mean 1"
 _HEAD_AXES: Final = 3
+
+_WEIGHTS: Final = Scratch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,11 @@ class HeadMean:
 
     def load(self) -> TypedArray:
         """The mean of the weights as float16 holds them, so that it is the same of an archive."""
-        weights = half.to_float32(cast_values(self.attention.load(), "float16").values)
-        mean = weights.mean(axis=0, dtype=np.float64) if len(weights) else np.zeros(self.shape)
-        return TypedArray(mean.astype(np.float32), "float32")
+        stored = cast_values(self.attention.load(), "float16").values
+        weights = half.to_float32(stored, _WEIGHTS.take(4 * stored.size).view(np.float32))
+        mean = weights.reshape(stored.shape).sum(axis=0)
+        mean /= np.float32(max(1, len(stored)))
+        return TypedArray(mean, "float32")
 
 
 def with_head_mean(record: TraceRecord, precision: Precision) -> TraceRecord:

@@ -32,10 +32,15 @@ def rounded(values: NDArray[Any], mantissa_bits: int) -> NDArray[Any]:
     unit = np.uint16(1 << int(drop))
     bits = values.view(np.uint16)
     magnitude = bits & _MAGNITUDE
-    near = magnitude + ((magnitude >> drop) & np.uint16(1)) + np.uint16(int(unit) // 2 - 1)
-    near &= ~np.uint16(int(unit) - 1)
-    np.copyto(near, magnitude & ~np.uint16(int(unit) - 1), where=near >= _INFINITY)
-    stays = (magnitude < _SMALLEST_NORMAL) | (magnitude >= _INFINITY)
-    np.copyto(near, magnitude, where=stays)
+    kept = ~np.uint16(int(unit) - 1)
+    near = magnitude >> drop
+    near &= np.uint16(1)
+    near += magnitude
+    near += np.uint16(int(unit) // 2 - 1)
+    near &= kept
+    if near.size and (magnitude.min() < _SMALLEST_NORMAL or near.max() >= _INFINITY):
+        np.copyto(near, magnitude & kept, where=near >= _INFINITY)
+        stays = (magnitude < _SMALLEST_NORMAL) | (magnitude >= _INFINITY)
+        np.copyto(near, magnitude, where=stays)
     near |= bits & ~_MAGNITUDE
     return near.view(np.float16)
