@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces import layout
 from h5traces.dtypes import CARRIERS, DtypePolicy
 from h5traces.errors import ExtractionError
+from h5traces.schema import EXACT, TIERS, Precision
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 _BITS: Final = 8
 PER: Final = 1000
@@ -90,6 +92,53 @@ STATED_RATES: Final[dict[DtypePolicy, Rates]] = {
 }
 
 
+# By the formula of hidden states in steps, 2.05 - log2(step), bits are those of a Gaussian; whole
+# bits of Huffman codes, tables and exceptions take the rest.
+_GAUSSIAN_BITS: Final = 2.05
+_CODING_BITS: Final = 0.07
+# Of the pilot's attentions, by bits of the square-root scale; and of their mean over heads.
+_ATTENTION_BITS: Final = {8: 3.7, 6: 2.6, 5: 2.1}
+_MEAN_BITS: Final = 3.9
+# Of the pilot's hidden states and attentions, rounded to 1 to 9 mantissa bits.
+_ROUNDED_BITS: Final = {
+    layout.HIDDEN_STATES: (4.8, 5.7, 7.1, 8.0, 8.8, 9.8, 10.8, 11.8, 12.7),
+    layout.ATTENTIONS: (3.0, 3.5, 4.3, 4.8, 5.2, 5.7, 6.2, 6.7, 7.1),
+}
+# Attributes that tell how to decode an array.
+_DECODING_NBYTES: Final = 260
+
+
+def precise_rates(precision: Precision, exact: Rates) -> Rates:
+    """The rates of a tier, from those of exact storage in float16.
+
+    Parameters
+    ----------
+    precision
+        Of the tier.
+    exact
+        Stated, or of a pilot; kinds that stay exact keep their bits.
+    """
+    bits = dict(exact.bits)
+    for kind, rounded in _ROUNDED_BITS.items():
+        if precision.mantissa_bits is not None and kind in bits:
+            bits[kind] = rounded[precision.mantissa_bits - 1]
+    if precision.step is not None and layout.HIDDEN_STATES in bits:
+        bits[layout.HIDDEN_STATES] = _GAUSSIAN_BITS + _CODING_BITS - math.log2(precision.step)
+    if layout.ATTENTIONS in bits:
+        if precision.head_mean != "none":
+            bits[layout.ATTENTION_MEAN] = _MEAN_BITS
+        if precision.attention_bits is not None:
+            bits[layout.ATTENTIONS] = _ATTENTION_BITS[precision.attention_bits]
+        if precision.head_mean == "only":
+            del bits[layout.ATTENTIONS]
+    return Rates(
+        bits=bits,
+        array_nbytes=exact.array_nbytes + (0 if precision.is_exact else _DECODING_NBYTES),
+        sample_nbytes=exact.sample_nbytes,
+        source=exact.source,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One way to store the samples.
@@ -98,6 +147,8 @@ class Row:
     ----------
     name
         Which.
+    precision
+        How precisely; None where it is no archive.
     sample_nbytes
         Bytes per sample.
     num_layers
@@ -110,6 +161,7 @@ class Row:
     sample_nbytes: float
     num_layers: int
     basis: str
+    precision: Precision | None = None
 
     @property
     def per_thousand(self) -> float:
@@ -126,6 +178,7 @@ def num_values(shape: ModelShape, lengths: Sequence[int], kinds: Iterable[str]) 
     each = {
         layout.HIDDEN_STATES: shape.hidden_size * sum(lengths) / count,
         layout.ATTENTIONS: shape.num_heads * sum(n * n for n in lengths) / count,
+        layout.ATTENTION_MEAN: sum(n * n for n in lengths) / count,
     }
     return {kind: each[kind] for kind in kinds}
 
@@ -171,6 +224,8 @@ class Claim:
         Their tokens.
     all_layers_nbytes, seven_layers_nbytes
         1000 samples in float16 by the stated rates: all 32 layers, and 7 of them.
+    compact_nbytes, compact_seven_layers_nbytes
+        The same of the tier ``compact``, which is not exact.
     """
 
     low_nbytes: float
@@ -178,19 +233,28 @@ class Claim:
     seq_len: int
     all_layers_nbytes: float
     seven_layers_nbytes: float
+    compact_nbytes: float
+    compact_seven_layers_nbytes: float
 
 
 def claim() -> Claim:
     """The figure that circulates, beside the stated rates."""
-    values = num_values(LLAMA2_7B, [_CLAIM_SEQ_LEN], (layout.HIDDEN_STATES, layout.ATTENTIONS))
-    rates = STATED_RATES["float16"]
+    exact = STATED_RATES["float16"]
+    compact = precise_rates(TIERS["compact"], exact)
     low, high = CLAIM_NBYTES
+
+    def thousand(num_layers: int, rates: Rates) -> float:
+        values = num_values(LLAMA2_7B, [_CLAIM_SEQ_LEN], rates.bits)
+        return PER * stored_nbytes(values, num_layers, rates)
+
     return Claim(
         low_nbytes=low,
         high_nbytes=high,
         seq_len=_CLAIM_SEQ_LEN,
-        all_layers_nbytes=PER * stored_nbytes(values, LLAMA2_7B.num_layers, rates),
-        seven_layers_nbytes=PER * stored_nbytes(values, _SUBSET, rates),
+        all_layers_nbytes=thousand(LLAMA2_7B.num_layers, exact),
+        seven_layers_nbytes=thousand(_SUBSET, exact),
+        compact_nbytes=thousand(LLAMA2_7B.num_layers, compact),
+        compact_seven_layers_nbytes=thousand(_SUBSET, compact),
     )
 
 
@@ -218,9 +282,22 @@ class Estimate:
     rates: Rates
     claim: Claim
 
+    def sample_nbytes(self, precision: Precision, num_layers: int) -> float:
+        """Bytes of a sample in an archive; those of exact storage where no rates are known."""
+        found = [each for each in self.rows if each.num_layers == num_layers and each.precision]
+        alike = [each for each in found if each.precision == precision]
+        return (alike or found)[0].sample_nbytes
+
     def as_dict(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""
-        rows = [{**asdict(each), "per_1000_nbytes": each.per_thousand} for each in self.rows]
+        rows = [
+            {
+                **asdict(each),
+                "precision": each.precision and each.precision.model_dump(exclude_none=True),
+                "per_1000_nbytes": each.per_thousand,
+            }
+            for each in self.rows
+        ]
         return {**asdict(self), "rows": rows}
 
 
@@ -233,6 +310,8 @@ def estimate(
     dtype: DtypePolicy = "float16",
     codec: str = GZIP.name,
     rates: Rates | None = None,
+    tier_rates: Mapping[Precision, Rates] | None = None,
+    precision: Precision = EXACT,
 ) -> Estimate:
     """Bytes of samples, raw and in archives, of all layers and of some.
 
@@ -250,14 +329,17 @@ def estimate(
         Of the archive.
     rates
         Those of a pilot, for instance; the stated ones by default.
+    tier_rates
+        Those of tiers, measured by a pilot; the stated ones by default. Tiers go with float16 only.
+    precision
+        One to list beside the tiers.
 
     Raises
     ------
     ExtractionError
         No rates are known for the type and codec.
     """
-    rates = rates or stated_rates(dtype, codec)
-    basis = "measured" if rates.is_measured else "estimated"
+    rates = rates or _of_kinds(stated_rates(dtype, codec), kinds)
     values = num_values(shape, lengths, kinds)
     subset = layers or spread(shape.num_layers)
     rows = [
@@ -269,22 +351,47 @@ def estimate(
         )
         for each in ("float32", "float16")
     ]
-    for chosen in dict.fromkeys((tuple(range(shape.num_layers)), subset)):
-        rows.append(
-            Row(
-                name=f"archive, {dtype}, {codec}"
-                + ("" if len(chosen) == shape.num_layers else f", layers {_listed(chosen)}"),
-                sample_nbytes=stored_nbytes(values, len(chosen), rates),
-                num_layers=len(chosen),
-                basis=basis,
-            )
-        )
+    choices = dict.fromkeys((tuple(range(shape.num_layers)), subset))
+    rows += [
+        _row(f"archive, {dtype}, {codec}", EXACT, rates, shape, lengths, chosen)
+        for chosen in choices
+    ]
+    if dtype == "float16" and codec == GZIP.name:
+        for each in dict.fromkeys((*TIERS.values(), precision)):
+            if not each.is_exact:
+                known = (tier_rates or {}).get(each) or precise_rates(each, rates)
+                rows += [
+                    _row(f"tier {each.tier}", each, known, shape, lengths, chosen)
+                    for chosen in choices
+                ]
     return Estimate(
         shape=shape,
         mean_seq_len=sum(lengths) / len(lengths),
         rows=tuple(rows),
         rates=rates,
         claim=claim(),
+    )
+
+
+def _of_kinds(rates: Rates, kinds: Iterable[str]) -> Rates:
+    return replace(rates, bits={kind: rates.bits[kind] for kind in kinds})
+
+
+def _row(
+    name: str,
+    precision: Precision,
+    rates: Rates,
+    shape: ModelShape,
+    lengths: Sequence[int],
+    layers: tuple[int, ...],
+) -> Row:
+    values = num_values(shape, lengths, rates.bits)
+    return Row(
+        name=name if len(layers) == shape.num_layers else f"{name}, layers {_listed(layers)}",
+        sample_nbytes=stored_nbytes(values, len(layers), rates),
+        num_layers=len(layers),
+        basis="measured" if rates.is_measured else "estimated",
+        precision=precision,
     )
 
 

@@ -303,6 +303,9 @@ def _check_against(
             record = with_head_mean(record, options.precision)
             expected = record_attributes(record, options, pool)
             facts = to_attributes(record.describe().metadata)
+            # Of another archive, which a batch does not know.
+            stored = store.sample_attrs(index)
+            facts |= {name: stored[name] for name in ("exact_digest",) if name in stored}
             for loc in _differences(store.sample(index), facts, expected):
                 message = f"is not what sample {position} of {batch_path} holds"
                 report.problems.append(Problem(loc, message, "differs_from_source"))

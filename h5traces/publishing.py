@@ -105,25 +105,46 @@ class ShardSet:
             writer.discard()
 
 
-def holds(path: Path, digests: Sequence[str]) -> bool:
-    """Whether a file is an archive of exactly these samples, by their digests."""
+def holds(path: Path, digests: Sequence[str], *, as_exact: bool = False) -> bool:
+    """Whether a file is an archive of exactly these samples, by their digests.
+
+    Parameters
+    ----------
+    path
+        The file.
+    digests
+        Of the samples.
+    as_exact
+        Whether these are the digests that samples had before precision was given up.
+    """
     try:
         with warnings.catch_warnings(), open_archive(path) as archive:
             warnings.simplefilter("ignore", StoredStateWarning)
-            return list(digests) == sample_digests(archive.files[0])
+            return list(digests) == sample_digests(archive.files[0], as_exact=as_exact)
     except (H5TracesError, OSError):
         return False
 
 
-def sample_digests(file: ArchiveFile) -> list[str]:
+def sample_digests(file: ArchiveFile, *, as_exact: bool = False) -> list[str]:
     """The digest of every sample of an archive file, as it is stored.
+
+    Parameters
+    ----------
+    file
+        The archive.
+    as_exact
+        Whether to give those that samples had before precision was given up, where that is known.
 
     Raises
     ------
     CorruptArchiveError
         A sample has none.
     """
-    found = [file.sample_attrs(index).get("digest") for index in range(file.num_samples)]
+    samples = (file.sample_attrs(index) for index in range(file.num_samples))
+    found = [
+        attrs.get("exact_digest" if as_exact and "exact_digest" in attrs else "digest")
+        for attrs in samples
+    ]
     if None in found:
         message = f"{file.path}: {layout.sample_path(found.index(None))} has no digest"
         raise CorruptArchiveError(message)

@@ -101,6 +101,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
             else None
         ),
         extraction=metadata.extraction,
+        exact_digest=metadata.exact_digest or metadata.digest,
         fields=trace.fields,
         tokens=tokens,
         tokens_container="torch" if container == "torch" else None,

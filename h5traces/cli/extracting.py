@@ -17,15 +17,29 @@ from h5traces.cli.console import (
     warn,
 )
 from h5traces.cli.options import DryRun, Json, Verify
+from h5traces.cli.precision import (
+    CALIBRATION_SAMPLES,
+    PRECISION_ERRORS,
+    AttentionBits,
+    CalibrationSamples,
+    HeadMean,
+    MantissaBits,
+    Scales,
+    Step,
+    Tier,
+    parse_precision,
+    warn_of_loss,
+)
 from h5traces.cli.stopping import stopping
 from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.errors import ExtractionError, LayerIndexError, MissingDependencyError
 from h5traces.estimation import ModelShape
 from h5traces.estimation import estimate as estimate_sizes
 from h5traces.layer_ranges import layer_numbers
+from h5traces.schema import EXACT
 from h5traces.storage.codecs import ArrayCodec
 
-_USAGE_ERRORS = (ExtractionError, LayerIndexError, MissingDependencyError)
+_USAGE_ERRORS = (ExtractionError, LayerIndexError, MissingDependencyError, *PRECISION_ERRORS)
 
 ModelId = Annotated[
     str,
@@ -92,6 +106,13 @@ def extract(
             help="Where the last block's state is taken: behind the final norm or before."
         ),
     ] = "final_norm",
+    tier: Tier = None,
+    step: Step = None,
+    attention_bits: AttentionBits = None,
+    head_mean: HeadMean = None,
+    mantissa_bits: MantissaBits = None,
+    scales: Scales = None,
+    calibration_samples: CalibrationSamples = CALIBRATION_SAMPLES,
     dtype: Dtype = "float16",
     on_overflow: Annotated[
         OverflowPolicy,
@@ -173,9 +194,11 @@ def extract(
       -o out/`
     - `h5traces extract --model-id llama2_chat_7B --dataset triviaqa --num-samples 1000 -o traces/
       --layers 0,5,10,15,20,25,last --batch-size 8`
+    - `… --tier analysis` gives up precision for size, within bounds, when a shard is packed
     - `… --dry-run` tells how much room it will take
     """
     with reported(_USAGE_ERRORS):
+        precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits) or EXACT
         from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
         _quiet()
@@ -223,6 +246,9 @@ def extract(
                 options,
                 store=extraction.StoreOptions(
                     shard_samples=shard_samples,
+                    tier=precision,
+                    scales=scales,
+                    calibration_samples=calibration_samples,
                     on_overflow=on_overflow,
                     codec=codec,
                     workers=workers,
@@ -237,6 +263,8 @@ def extract(
         print_json(report.as_dict())
     else:
         reports.print_extraction(report)
+    if report.num_written and not precision.is_exact:
+        warn_of_loss(str(precision))
     for message in report.warnings:
         warn(message)
     for each in report.skipped:

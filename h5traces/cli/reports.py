@@ -278,5 +278,7 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
         f"It is told that 1000 samples of Llama-2-7B take {human_size(told.low_nbytes)} to "
         f"{human_size(told.high_nbytes)} in gzip and float16. By the stated rates they take "
         f"{human_size(told.all_layers_nbytes)} at {told.seq_len} tokens, and "
-        f"{human_size(told.seven_layers_nbytes)} with 7 of the 32 layers."
+        f"{human_size(told.seven_layers_nbytes)} with 7 of the 32 layers. In the tier compact, "
+        f"which is not exact, they take {human_size(told.compact_nbytes)}, and "
+        f"{human_size(told.compact_seven_layers_nbytes)} with 7 layers."
     )

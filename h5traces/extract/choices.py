@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from h5traces.calibration import AUTOMATIC_SAMPLES
 from h5traces.extract.questions import Columns
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
+    from h5traces.archive.opening import PathLike
     from h5traces.dtypes import OverflowPolicy
     from h5traces.extract.models import ModelDtype
+    from h5traces.schema import Precision, Tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +72,16 @@ class StoreOptions:
 
     Attributes
     ----------
-    shard_samples, on_overflow, codec, workers, verify
+    shard_samples, tier, scales, calibration_samples, on_overflow, codec, workers, verify
         As there. The stored type is that of `ExtractOptions`.
     check_space
         Refuse to start where the disk is too small for the forecast.
     """
 
     shard_samples: int | None = None
+    tier: Tier | Precision = "exact"
+    scales: PathLike | None = None
+    calibration_samples: int = AUTOMATIC_SAMPLES
     on_overflow: OverflowPolicy = "float32"
     codec: str = GZIP.name
     workers: int | None = None

@@ -18,6 +18,7 @@ from h5traces.extract.questions import QuestionSet, read_questions
 from h5traces.extract.reports import ExtractionReport, skipped_before
 from h5traces.extract.running import Run, skipped
 from h5traces.layer_ranges import layer_numbers
+from h5traces.schema import EXACT, Precision
 from h5traces.spooling import ProcessWriter
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def extract_dataset(
     ------
     ExtractionError
         Model, data set or options cannot be used, or the disk is too small.
+    PrecisionError
+        The tier does not go with the other options, or the scales are of another model.
     ArchiveExistsError, ArchiveError
         The output is that of another run, or of other options.
     """
@@ -120,6 +123,9 @@ def extract_dataset(
     writer = ProcessWriter(
         output,
         shard_samples=store.shard_samples,
+        tier=store.tier,
+        scales=store.scales,
+        calibration_samples=store.calibration_samples,
         dtype=options.dtype,
         on_overflow=store.on_overflow,
         codec=store.codec,
@@ -134,7 +140,7 @@ def extract_dataset(
     report.num_before = writer.num_samples
     if writer.is_finished:
         with writer:
-            _finished_before(writer, Path(output), jobs, metadata, report)
+            _finished_before(writer, Path(output), jobs, metadata, store, report)
         return report
     run = Run(
         extractor,
@@ -169,6 +175,7 @@ def _finished_before(
     output: Path,
     jobs: list[Job],
     metadata: ExtractionMetadata,
+    store: StoreOptions,
     report: ExtractionReport,
 ) -> None:
     """Tell that there is nothing to do, or what is there instead.
@@ -180,7 +187,11 @@ def _finished_before(
     """
     with open_archive(output) as archive:
         recorded = archive.metadata.extraction
-    if differences := metadata.differences(recorded):
+        precision = archive.metadata.precision or EXACT
+    differences = metadata.differences(recorded)
+    if precision != (wanted := Precision.of(store.tier)):
+        differences.append(f"precision={wanted} (was {precision})")
+    if differences:
         message = (
             f"{output}: holds a finished run with other options: {', '.join(differences)}; name "
             "another target"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive import open_archive
 from h5traces.errors import ExtractionError
 from h5traces.estimation import ModelShape, Rates, estimate, stated_rates
+from h5traces.schema import EXACT, Precision
 from h5traces.spooling import DEFAULT_SHARD_SAMPLES, Target
 from h5traces.storage.codecs import GZIP
 
@@ -58,14 +59,21 @@ class Forecast:
             dtype=self._options.dtype,
             codec=self._store.codec,
             rates=_rates(self._options.dtype, self._store.codec),
+            precision=Precision.of(self._store.tier),
         )
 
     def needed_nbytes(self, num_done: int) -> float:
-        """Room for all samples but the first so many, and for one more shard while it is packed."""
-        sample = self.estimate().rows[-1].sample_nbytes
+        """Room for all samples but the first so many, and for one shard that waits to be packed.
+
+        Samples wait exactly, whatever the tier.
+        """
+        found = self.estimate()
+        precision = Precision.of(self._store.tier)
+        waiting = found.sample_nbytes(EXACT, len(self._layers))
+        stored = found.sample_nbytes(precision, len(self._layers))
         left = max(0, len(self._lengths) - num_done)
         shard = self._store.shard_samples or DEFAULT_SHARD_SAMPLES
-        return sample * (left + min(shard, len(self._lengths)))
+        return stored * left + waiting * min(shard, len(self._lengths))
 
 
 def _rates(dtype: DtypePolicy, codec: str) -> Rates:

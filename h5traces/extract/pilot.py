@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h5traces import layout
 from h5traces.archive import open_archive
+from h5traces.archive.store import StoredSize
 from h5traces.errors import ExtractionError
 from h5traces.estimation import STATED_RATES, Estimate, Rates, estimate, num_values
 from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
@@ -16,10 +18,14 @@ from h5traces.extract.forecasting import shape_of
 from h5traces.extract.models import load_config
 from h5traces.extract.options import ExtractOptions
 from h5traces.layer_ranges import layer_numbers
+from h5traces.repacking import repack
+from h5traces.schema import TIERS
+from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from h5traces.estimation import ModelShape
     from h5traces.extract.running import RunProgress
 
 _BITS = 8
@@ -70,11 +76,14 @@ def estimate_with_pilot(
             raise ExtractionError(message)
         with open_archive(output) as archive:
             lengths = [trace.metadata.seq_len for trace in archive]
-            sizes = archive.files[0].sizes()
-            nbytes = output.stat().st_size
-    values = num_values(shape, lengths, options.kinds)
-    stored = {kind: sizes[kind].stored_nbytes for kind in values}
-    rates = _measured(nbytes, stored, values, shape.num_layers, len(lengths))
+        rates = _measured(output, shape, lengths)
+        tier_rates = {}
+        if options.dtype == "float16" and store.codec == GZIP.name:
+            for precision in (each for each in TIERS.values() if not each.is_exact):
+                encoded = output.with_name(f"{precision.tier}.h5")
+                repack(output, encoded, tier=precision, verify=False)
+                tier_rates[precision] = _measured(encoded, shape, lengths)
+                encoded.unlink()
     return estimate(
         shape,
         lengths,
@@ -83,21 +92,24 @@ def estimate_with_pilot(
         dtype=options.dtype,
         codec=store.codec,
         rates=rates,
+        tier_rates=tier_rates,
     )
 
 
-def _measured(
-    nbytes: int,
-    stored: dict[str, int],
-    values: dict[str, float],
-    num_layers: int,
-    num_samples: int,
-) -> Rates:
+def _measured(path: Path, shape: ModelShape, lengths: list[int]) -> Rates:
     """The rates of a pilot's archive.
 
     What one array takes beside its values is the stated figure, since the archive of a pilot does
-    not tell it from what a sample takes; together they are what was measured.
+    not tell it from what a sample takes; together they are what was measured. Scales, of which an
+    archive has one set however many its samples are, are left out.
     """
+    with open_archive(path) as archive:
+        sizes = archive.files[0].sizes()
+    num_layers, num_samples = shape.num_layers, len(lengths)
+    scales = sizes.pop(layout.SCALES_GROUP, StoredSize())
+    nbytes = path.stat().st_size - scales.stored_nbytes
+    values = num_values(shape, lengths, [kind for kind in layout.KINDS if kind in sizes])
+    stored = {kind: sizes[kind].stored_nbytes for kind in values}
     beside = (nbytes - sum(stored.values())) / num_samples
     arrays = STATED_RATES["float16"].array_nbytes
     return Rates(

@@ -133,6 +133,7 @@ class Run:
             self._report.seconds = time.perf_counter() - self._started
             self._report.nbytes = self._writer.nbytes
             self._report.warnings = cast_warnings(self._writer.counts, self._write_options)
+            self._report.warnings += self._writer.warnings
             self._report.save()
 
     @staticmethod

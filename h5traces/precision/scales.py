@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import xxhash
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,6 +114,16 @@ class Calibration:
 
     layers: dict[str, ChannelStatistics] = field(default_factory=dict)
     record: CalibrationRecord | None = None
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128 over paths and values."""
+        state = xxhash.xxh3_128()
+        for path in sorted(self.layers):
+            state.update(path.encode())
+            for values in (self.layers[path].center, self.layers[path].sigma):
+                state.update(np.ascontiguousarray(values, "<f4").tobytes())
+        return state.hexdigest()
 
     def scales(self, step: float) -> ScaleSet:
         """The scales for steps of so many sigma."""

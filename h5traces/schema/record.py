@@ -232,6 +232,7 @@ class TraceRecord(BaseModel):
     scores: dict[str, float] | None = None
     source: SourcePosition | None = None
     extraction: SampleExtraction | None = None
+    exact_digest: Annotated[str | None, Field(pattern=r"^[0-9a-f]{32}$")] = None
     fields: tuple[str, ...] = ()
     tokens: NDArray[np.int64] | None = None
     tokens_container: Container | None = None
@@ -301,6 +302,7 @@ class TraceRecord(BaseModel):
                 fields=self.fields or None,
                 source=self.source,
                 extraction=self.extraction,
+                exact_digest=self.exact_digest,
             ),
             num_tokens=None if self.tokens is None else len(self.tokens),
             num_tokens_decoded=None if self.tokens_decoded is None else len(self.tokens_decoded),

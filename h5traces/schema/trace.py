@@ -60,6 +60,13 @@ class TraceMetadata(Document):
     extraction: Annotated[
         SampleExtraction | None, Field(description="How the sample was extracted from the model.")
     ] = None
+    exact_digest: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[0-9a-f]{32}$",
+            description="Digest of the sample that this one was made of by giving up precision.",
+        ),
+    ] = None
     digest: Annotated[
         str | None,
         Field(pattern=r"^[0-9a-f]{32}$", description="xxh3-128 of the content; written last."),

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from h5traces.errors import ArchiveError, ArchiveExistsError, SchemaError
+from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_calibration
+from h5traces.errors import ArchiveError, ArchiveExistsError, PrecisionError, SchemaError
+from h5traces.precision import ScaleSet
+from h5traces.schema import Precision
 from h5traces.schema.attributes import problems_of
 from h5traces.spooling.direct_writer import DirectWriter
 from h5traces.spooling.folder import RunState, SpoolFolder
@@ -19,7 +22,8 @@ from h5traces.writer import WriteOptions
 if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
-    from h5traces.schema import ExtractionMetadata
+    from h5traces.precision import Calibration
+    from h5traces.schema import ExtractionMetadata, Tier
     from h5traces.spooling.trace_writer import TraceWriter
 
 
@@ -29,6 +33,9 @@ def create(
     shard_samples: int | None = None,
     spool: bool = True,
     resume: bool = True,
+    tier: Tier | Precision = "exact",
+    scales: PathLike | None = None,
+    calibration_samples: int = AUTOMATIC_SAMPLES,
     dtype: DtypePolicy = "float16",
     on_overflow: OverflowPolicy = "float32",
     codec: str = "gzip",
@@ -58,6 +65,10 @@ def create(
     resume
         Go on with a run that was stopped, and do nothing where it is finished; without, both are
         errors.
+    tier, scales, calibration_samples
+        How precisely, as in `h5traces.convert`. The spool holds samples exactly; precision is given
+        up when a shard is packed. Scales are measured on the first samples of the run, all shards
+        have the same.
     dtype, on_overflow, codec
         As in `h5traces.convert`; those of a stopped run must be given again.
     workers
@@ -78,33 +89,67 @@ def create(
         The target exists, and resuming was not wanted.
     ArchiveError
         Another process is writing the target, or the stopped run had other options.
+    PrecisionError
+        The tier does not go with the other arguments, or the scales are of another model.
     SchemaError, UnsupportedEncodingError
         An argument has a value that it cannot have, or no codec has that name.
     """
     target = Target.of(Path(path), shard_samples)
+    precision = Precision.of(tier)
+    calibration = None if scales is None else load_calibration(scales)
+    if calibration is not None:
+        check_model(calibration, model_id)
     state = _state(
         shard_samples=target.shard_samples,
         dtype=dtype,
         on_overflow=on_overflow,
         codec=codec,
+        precision=precision,
+        calibration=None if calibration is None else calibration.digest,
         model_id=model_id,
         model_revision=model_revision,
         dataset=dataset,
         num_layers=num_layers,
         extraction=extraction,
     )
-    options = WriteOptions(dtype=dtype, on_overflow=on_overflow, codec=codec, workers=workers)
+    options = WriteOptions(
+        dtype=dtype,
+        on_overflow=on_overflow,
+        codec=codec,
+        workers=workers,
+        precision=precision,
+        scales=_given_scales(precision, calibration),
+    )
     spooled = target.spool_path.exists()
     existing = target.existing()
     if (existing or spooled) and not (resume and spool):
         found = existing[0] if existing else target.spool_path
         message = f"{found} exists; name another target, or go on with resume=True and spool=True"
         raise ArchiveExistsError(message)
+    if not spool and precision.step is not None and calibration is None:
+        message = (
+            "without a spool there is nothing to measure steps on before the first sample is "
+            "written; give scales, which 'h5traces calibrate' makes, or spool=True"
+        )
+        raise PrecisionError(message)
     if not spool:
         return DirectWriter(target, state, options, verify=verify)
     if existing and not spooled:
         return SpoolWriter(target, state, options, None, verify=verify)
-    return _resumed(target, state, options, verify=verify)
+    return _resumed(
+        target,
+        state,
+        options,
+        verify=verify,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+    )
+
+
+def _given_scales(precision: Precision, calibration: Calibration | None) -> ScaleSet:
+    if precision.step is None or calibration is None:
+        return ScaleSet()
+    return calibration.scales(precision.step)
 
 
 def _state(**fields: Any) -> RunState:
@@ -119,7 +164,13 @@ def _state(**fields: Any) -> RunState:
 
 
 def _resumed(
-    target: Target, state: RunState, options: WriteOptions, *, verify: bool
+    target: Target,
+    state: RunState,
+    options: WriteOptions,
+    *,
+    verify: bool,
+    calibration: Calibration | None,
+    calibration_samples: int,
 ) -> SpoolWriter:
     folder = SpoolFolder(target.spool_path)
     try:
@@ -136,7 +187,15 @@ def _resumed(
                 "the same again, or name another target"
             )
             raise ArchiveError(message)
-        return SpoolWriter(target, before or state, options, folder, verify=verify)
+        return SpoolWriter(
+            target,
+            before or state,
+            options,
+            folder,
+            verify=verify,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+        )
     except BaseException:
         folder.release()
         raise

@@ -23,6 +23,7 @@ from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.schema.archive import PositiveCount
 from h5traces.schema.base import Document
 from h5traces.schema.extraction import ExtractionMetadata
+from h5traces.schema.precision import EXACT, Precision
 from h5traces.storage.part_file import PartFile, make_folder, sync_folder
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ class RunState(Document):
     dtype: Annotated[DtypePolicy, Field(description="Stored type.")]
     on_overflow: Annotated[OverflowPolicy, Field(description="Where it is too narrow.")]
     codec: Annotated[str, Field(description="Codec of the arrays.")]
+    precision: Annotated[Precision, Field(description="Of the archives; the spool is exact.")] = (
+        EXACT
+    )
+    calibration: Annotated[
+        str | None, Field(description="Digest of the scales that were given, if any.")
+    ] = None
     model_id: Annotated[str | None, Field(description="Recorded in the archives.")] = None
     model_revision: Annotated[str | None, Field(description="Recorded in the archives.")] = None
     dataset: Annotated[str | None, Field(description="Recorded in the archives.")] = None

@@ -44,6 +44,8 @@ class ProcessWriter:
     ----------
     done, num_samples, is_finished, nbytes, counts
         As those of `TraceWriter`.
+    warnings
+        As those of `TraceWriter`, when it is closed.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class ProcessWriter:
         self.is_finished = False
         self.nbytes = 0
         self.counts: dict[str, CastCounts] = {}
+        self.warnings: list[str] = []
         try:
             self.done, self.num_samples, self.is_finished = self._ask("create", path, options)
         except BaseException:
@@ -98,7 +101,7 @@ class ProcessWriter:
         """Make archives of all samples and end the run."""
         if self._connection.closed:
             return
-        self._ask("close")
+        self.warnings = self._ask("close")
         self._end()
 
     def suspend(self) -> None:
@@ -183,6 +186,7 @@ def serve(descriptor: int, parent: int) -> None:
                     answer = (writer.nbytes, writer.counts)
                 else:
                     getattr(writer, request)()
+                    answer = writer.warnings
             except BaseException as error:  # whatever it is, the program is told
                 answer = error
             # Free the arrays before waiting for the next ones.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from h5traces.archive import open_archive
+from h5traces.archive.scales import stored_scales
+from h5traces.calibration import AUTOMATIC_SAMPLES, measured
 from h5traces.dtypes import CastCounts
 from h5traces.errors import (
     ArchiveError,
@@ -15,10 +18,12 @@ from h5traces.errors import (
     CorruptArchiveError,
     StoredStateWarning,
 )
-from h5traces.publishing import holds
+from h5traces.publishing import holds, sample_digests
+from h5traces.schema import EXACT
 from h5traces.spooling.targets import Contents, joined
 from h5traces.spooling.trace_writer import TraceWriter
 from h5traces.storage.part_file import make_folder, remove_abandoned_parts, sync_folder
+from h5traces.transcription import to_record
 from h5traces.writer import StoredSample
 from h5traces.writer.observation import observe
 
@@ -26,10 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from h5traces.archive import Trace
+    from h5traces.precision import Calibration
     from h5traces.spooling.folder import RunState, SpoolFolder
     from h5traces.spooling.targets import Target
     from h5traces.spooling.trace_writer import Sample
-    from h5traces.writer import WriteOptions
+    from h5traces.writer import ArchiveWriter, WriteOptions
 
 
 class SpoolWriter(TraceWriter):
@@ -39,6 +46,10 @@ class SpoolWriter(TraceWriter):
     ----------
     folder
         The spool; None where the run is finished.
+    calibration
+        What scales are made from; else the first samples of the run.
+    calibration_samples
+        How many of these.
     """
 
     def __init__(
@@ -49,9 +60,13 @@ class SpoolWriter(TraceWriter):
         folder: SpoolFolder | None,
         *,
         verify: bool,
+        calibration: Calibration | None = None,
+        calibration_samples: int = AUTOMATIC_SAMPLES,
     ) -> None:
         super().__init__(target, state, options, verify=verify)
         self._folder = folder
+        self._exact = replace(options, precision=EXACT, scales=None)
+        self._calibration, self._calibration_samples = calibration, calibration_samples
         self.is_finished = folder is None
         for path in target.existing():
             # Left beside a shard whose writer was killed right after naming it.
@@ -126,7 +141,7 @@ class SpoolWriter(TraceWriter):
         observed.add_sample(observe(record), self.num_samples)
         number = self._next
         path = folder.sample_path(number)
-        writer = self._new_archive(path)
+        writer = self._new_archive(path, self._exact)
 
         def note() -> None:
             self._observed, self._next = observed, number + 1
@@ -164,7 +179,8 @@ class SpoolWriter(TraceWriter):
 
         make_folder(path.parent)
         remove_abandoned_parts(path)
-        if os.path.lexists(path) and holds(path, [self._spooled[each] for each in numbers]):
+        digests = [self._spooled[each] for each in numbers]
+        if os.path.lexists(path) and holds(path, digests, as_exact=True):
             # Named already, but its name could not be made durable then.
             sync_folder(path.parent)
             note()
@@ -181,18 +197,40 @@ class SpoolWriter(TraceWriter):
         if os.path.lexists(path):
             message = f"{path} exists and is not of this run; move it away, then go on"
             raise ArchiveExistsError(message)
-        writer = self._new_archive(path)
+        writer = self._new_archive(path, self._packing_options(numbers))
         try:
             for number in numbers:
                 with open_archive(folder.sample_path(number)) as archive:
-                    writer.copy(StoredSample(archive[0]))
-            if list(writer.digests) != [self._spooled[number] for number in numbers]:
-                message = f"{folder.path}: samples were changed since they were written"
-                raise CorruptArchiveError(message)
+                    (found,) = sample_digests(archive.files[0])
+                    if found != self._spooled[number]:
+                        message = f"{folder.sample_path(number)}: was changed since it was written"
+                        raise CorruptArchiveError(message)
+                    self._put(writer, archive[0])
             self._publish(writer, note)
         except BaseException:
             writer.discard()
             raise
+
+    def _put(self, writer: ArchiveWriter, trace: Trace) -> None:
+        if self._options.precision.is_exact:
+            writer.copy(StoredSample(trace))
+        else:
+            writer.append(to_record(trace))
+
+    def _packing_options(self, numbers: list[int]) -> WriteOptions:
+        """How a shard is written: with the scales of the first one, so that all go together."""
+        step = self._options.precision.step
+        if step is None:
+            return self._options
+        if self._num_shards:
+            with open_archive(self._target.shard(0)) as archive:
+                return replace(self._options, scales=stored_scales(archive.files[0].store))
+        calibration = self._calibration
+        if calibration is None:
+            paths = [self._spool().sample_path(each) for each in numbers]
+            with open_archive(paths[: self._calibration_samples]) as archive:
+                calibration = measured(archive, self._calibration_samples)
+        return replace(self._options, scales=calibration.scales(step))
 
     def close(self) -> None:
         """Pack what is left and remove the spool; the run is finished."""

@@ -89,7 +89,7 @@ class Contents:
     Attributes
     ----------
     digests
-        Of every sample, in order.
+        Of every sample, in order, as they were before precision was given up.
     done
         How many samples there are of each sample id.
     observed
@@ -112,7 +112,7 @@ class Contents:
         found = cls()
         with open_archive(path) as archive:
             (file,) = archive.files
-            found.digests = sample_digests(file)
+            found.digests = sample_digests(file, as_exact=True)
             found.done.update(each for each in archive.ids if each is not None)
             for kind, attrs in file.store.kinds.items():
                 layers = attrs.get("layers", ())

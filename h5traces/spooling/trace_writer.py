@@ -13,7 +13,7 @@ from h5traces.schema import TraceRecord
 from h5traces.spooling.records import as_record
 from h5traces.storage.signals import deferred_signals
 from h5traces.verification import verify_written
-from h5traces.writer import ArchiveWriter, WriteOptions
+from h5traces.writer import ArchiveWriter, WriteOptions, precision_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,8 @@ class TraceWriter(ABC):
         Bytes that the samples appended to the spool take.
     counts
         By kind, the values of these samples that are not finite, or were changed by casts.
+    warnings
+        What the chosen precision could not do.
     """
 
     is_finished = False
@@ -52,6 +54,7 @@ class TraceWriter(ABC):
         self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
     ) -> None:
         self._target, self._state, self._options = target, state, options
+        self.warnings: list[str] = []
         self._verify = verify
         self._pid = os.getpid()
         self._closed = False
@@ -124,8 +127,8 @@ class TraceWriter(ABC):
         if record.sample_id is not None:
             self.done[record.sample_id] += 1
 
-    def _new_archive(self, path: Path) -> ArchiveWriter:
-        return ArchiveWriter(path, self._options, **self._state.facts())
+    def _new_archive(self, path: Path, options: WriteOptions | None = None) -> ArchiveWriter:
+        return ArchiveWriter(path, options or self._options, **self._state.facts())
 
     def _publish(
         self, writer: ArchiveWriter, note: Callable[[], None], *, is_spooled: bool = False
@@ -143,6 +146,7 @@ class TraceWriter(ABC):
         with deferred_signals():
             writer.publish()
             note()
+        self.warnings += precision_warnings(writer.summary)
 
     def __enter__(self) -> Self:
         return self

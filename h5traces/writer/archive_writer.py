@@ -174,6 +174,8 @@ class ArchiveWriter:
             The disk is full.
         """
         record = with_head_mean(record, self._options.precision)
+        if self._options.precision.is_exact and not self._options.earlier_precisions:
+            record = record.model_copy(update={"exact_digest": None})
         description = record.describe()
         self._write_sample(description.metadata, observe(record), self._record_objects(record))
 

@@ -17,6 +17,7 @@ import h5traces
 from h5traces.cli.app import app
 from h5traces.estimation import STATED_RATES
 from h5traces.extract.models import MODEL_ALIASES, aliases_path, known_aliases, resolve_model
+from h5traces.schema import TIERS
 
 TINY = ["--model-id", TINY_LLAMA, "--dataset", QUESTIONS]
 FEW = ["--num-samples", 2, "--max-new-tokens", 4]
@@ -274,6 +275,21 @@ def test_estimate_from_a_pilot(tmp_path):
     part = tmp_path / "part.h5"
     run("extract", *TINY, "--num-samples", 5, *arguments, "-o", part, "--layers", "0,last")
     assert found["rows"][3]["sample_nbytes"] * 5 == pytest.approx(part.stat().st_size, rel=0.15)
+
+
+def test_a_pilot_measures_the_tiers(tmp_path):
+    short = [*TINY, "--max-new-tokens", 16]
+    found = json.loads(run("estimate", *short, "--pilot", 3, "--json").stdout)
+    assert [row["basis"] for row in found["rows"]] == ["exact"] * 2 + ["measured"] * 10
+    row = next(each for each in found["rows"] if each["name"] == "tier compact")
+    compact = tmp_path / "compact.h5"
+    result = run("extract", *short, "--num-samples", 3, "-o", compact, "--tier", "compact")
+    assert "compact (hidden states in steps of 0.4 sigma, head mean only)" in result.stderr
+    with h5traces.open(compact) as archive:
+        assert archive.metadata.precision == TIERS["compact"]
+        scales = archive.files[0].sizes()["scales"].stored_nbytes
+    nbytes = compact.stat().st_size - scales
+    assert row["sample_nbytes"] * 3 == pytest.approx(nbytes, rel=0.05)
 
 
 @pytest.mark.parametrize(
