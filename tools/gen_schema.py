@@ -32,9 +32,11 @@ from h5traces.limits import ReadLimits
 from h5traces.schema import (
     COVERAGE_DEFINITIONS,
     ArchiveMetadata,
+    CalibrationRecord,
     ExtractionMetadata,
     KindMetadata,
     LabelSidecar,
+    Precision,
     SampleExtraction,
     SourceFile,
     SourcePosition,
@@ -176,7 +178,9 @@ def _allowed(schema: dict[str, Any]) -> str:
         found.append(", ".join(f"`{each}`" for each in schema["enum"]))
     if "pattern" in schema:
         found.append(f"`{schema['pattern']}`")
-    if "minimum" in schema:
+    if "minimum" in schema and "maximum" in schema:
+        found.append(f"{schema['minimum']} to {schema['maximum']}")
+    elif "minimum" in schema:
         found.append(f"≥ {schema['minimum']}")
     if "minLength" in schema or "minItems" in schema:
         found.append("not empty")
@@ -248,6 +252,8 @@ def tables() -> dict[str, str]:
     """Every generated table of SPEC.md by the name in its markers."""
     return {
         "ArchiveMetadata": model_table(ArchiveMetadata),
+        "Precision": model_table(Precision, nested=True),
+        "CalibrationRecord": model_table(CalibrationRecord),
         "SourceFile": model_table(SourceFile, nested=True),
         "ExtractionMetadata": model_table(ExtractionMetadata, nested=True),
         "KindMetadata": model_table(KindMetadata),

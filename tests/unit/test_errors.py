@@ -10,7 +10,13 @@ from multiprocessing import get_context
 import pytest
 
 from h5traces import errors
-from h5traces.errors import H5TracesError, Problem, SchemaError, StoredStateWarning
+from h5traces.errors import (
+    H5TracesError,
+    LossyWarning,
+    Problem,
+    SchemaError,
+    StoredStateWarning,
+)
 
 MESSAGE = "batch.h5: something is wrong; expected something else; do this"
 CLASSES = sorted(
@@ -35,7 +41,8 @@ def test_all_errors_live_in_one_module() -> None:
     elsewhere = {each for each in subclasses(H5TracesError) if each.__module__ != errors.__name__}
     # Private to the reader of footers: users meet CorruptArchiveError.
     assert elsewhere <= {h5traces.storage.footer.FooterError}
-    assert {each for each in CLASSES if not issubclass(each, H5TracesError)} == {StoredStateWarning}
+    others = {each for each in CLASSES if not issubclass(each, H5TracesError)}
+    assert others == {StoredStateWarning, LossyWarning}
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

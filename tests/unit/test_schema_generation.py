@@ -69,7 +69,9 @@ def test_missing_marker_is_named(folder, capsys):
     text = spec.read_text(encoding="utf-8").replace("<!-- generated: Coverage -->", "")
     spec.write_text(text, encoding="utf-8")
     assert gen_schema.main(["--check", "--schema-folder", str(folder)]) == 1
-    assert "expected each of ArchiveMetadata, Coverage" in capsys.readouterr().err
+    assert (
+        "expected each of ArchiveMetadata, CalibrationRecord, Coverage" in capsys.readouterr().err
+    )
 
 
 def test_folder_without_spec_is_a_usage_error(tmp_path, capsys):

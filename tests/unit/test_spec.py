@@ -18,6 +18,7 @@ import xxhash
 import h5traces
 import h5traces.storage.hdf5  # registers the codecs of HDF5's plugins
 from h5traces import encodings, layout, text
+from h5traces.precision import encoding
 from h5traces.schema import ArchiveMetadata, TraceMetadata
 from h5traces.storage.chunks import chunk_shape
 from h5traces.storage.codecs import CODECS
@@ -131,6 +132,64 @@ def test_code_blocks_read_an_archive(rich, monkeypatch):
         assert type(names["config"]["a"]) is tuple
 
 
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory):
+    """An archive of the tier compact whose first layer has exceptions."""
+    folder = tmp_path_factory.mktemp("compact")
+    random = np.random.default_rng(0)
+    states = random.normal(size=(40, 16)).astype("f2")
+    states[3, 4], states[5, 6] = np.nan, 60000
+    attention = random.dirichlet(np.ones(40), size=(4, 40)).astype("f2")
+    trace = {"hidden_states": [states, states + 1], "attentions": [attention] * 2}
+    batch = folder / "batch.pkl"
+    batch.write_bytes(pickle.dumps([trace]))
+    h5traces.convert(batch, folder / "compact.h5", tier="compact")
+    return folder, trace
+
+
+def test_code_blocks_decode_an_archive(compact, monkeypatch):
+    folder, trace = compact
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"```python\n(.*?)```", section("Precision below float16"), re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(compile(block, "SPEC.md", "exec"), names)  # what readers are told to run
+    with names["file"] as file:
+        sigma = file["scales/hidden_states/layer_000/sigma"][:]
+        bound = names["stored"].attrs["max_error_sigma"] * sigma
+        assert names["stored"].attrs["num_exceptions"] == 2
+    states, mean = names["states"], trace["attentions"][0].astype("f4").mean(axis=0)
+    source = trace["hidden_states"][0].astype("f8")
+    finite = np.isfinite(source)
+    assert (np.abs(states - source)[finite] <= np.broadcast_to(bound, source.shape)[finite]).all()
+    assert np.isnan(states[3, 4])
+    assert states[5, 6] == 60000
+    assert np.abs(np.sqrt(names["mean"]) - np.sqrt(mean)).max() <= 0.5001 / 255
+    assert np.array_equal(names["mean"] > 0.01, mean > 0.01)
+    with h5traces.open(folder / "compact.h5", lossy_dtype="float32") as archive:
+        np.testing.assert_array_equal(archive[0]["hidden_states"][0], states)
+        np.testing.assert_allclose(archive[0]["attention_mean"][0], names["mean"], rtol=3e-7)
+
+
+def test_encodings_of_layers_are_those_of_the_code(compact):
+    rows = {one(row["encoding"]): row for row in table("Precision below float16", "encoding")}
+    assert set(rows) == {encoding.CHANNEL_STEPS, encoding.SQUARE_ROOT, encoding.FLOAT16_ROUNDED}
+    assert {one(row["version"]) for row in rows.values()} == {encoding.VERSION}
+    with h5py.File(compact[0] / "compact.h5") as file:
+        for path in ("hidden_states", "attention_mean"):
+            for name, dataset in file[f"samples/00000000/{path}"].items():
+                if name != "exceptions":
+                    row = rows[dataset.attrs["encoding"].decode()]
+                    assert dataset.attrs["formula"].decode() == one(row["restored value"])
+                    assert dataset.dtype.name in names(row["stored type"])
+        assert json.loads(file.attrs["required_features"]) == ["encoded-layers"]
+        kind = plain_attributes(file["kinds/attention_mean"])
+        assert (kind["derivation"], kind["reduction"]) == ("head-mean 1", "mean")
+        record = {one(row["attribute"]) for row in table("Precision below float16", "attribute")}
+        assert set(file["scales"].attrs) == record - {"model_id"}
+
+
 def test_code_blocks_need_nothing_but_h5py_and_numpy():
     code = "\n".join(re.findall(r"```python\n(.*?)```", SPEC, re.DOTALL))
     imported = {
@@ -212,7 +271,13 @@ def test_root_attributes_are_those_of_the_table(example):
         stored = dict(file.attrs)
     assert set(stored) <= set(rows)
     # What this batch does not tell, and what is there for subsets of layers or extractions only.
-    assert set(rows) - set(stored) == {"model_revision", "layers", "extraction"}
+    assert set(rows) - set(stored) == {
+        "model_revision",
+        "layers",
+        "extraction",
+        "precision",
+        "earlier_precisions",
+    }
     assert {rows[name]["present"] for name in set(rows) - set(stored)} == {"if known"}
     for name, value in stored.items():
         form = rows[name]["stored as"].partition(",")[0]
@@ -234,7 +299,8 @@ def test_layers_are_present_in_a_subset(tmp_path):
 
 
 def test_kind_and_sample_attributes_are_those_of_the_tables(example):
-    kinds = {one(row["attribute"]) for row in table("Kinds", "attribute")}
+    # The example is exact, and has no arrays whose heads were reduced.
+    kinds = {one(row["attribute"]) for row in table("Kinds", "attribute")} - {"derivation"}
     samples = {one(row["attribute"]) for row in table("Samples", "attribute")}
     assert samples == set(TraceMetadata.model_fields)
     with h5py.File(example) as file:
@@ -508,10 +574,10 @@ def large(tmp_path_factory):
     return folder / "large.h5"
 
 
-@pytest.mark.parametrize("which", ["example", "rich", "large"])
+@pytest.mark.parametrize("which", ["example", "rich", "large", "compact"])
 def test_footer_by_the_tables_agrees_with_hdf5(which, request):
     path = request.getfixturevalue(which)
-    path = path[0] / "archive.h5" if which == "rich" else path
+    path = next(path[0].glob("*.h5")) if isinstance(path, tuple) else path
     data = path.read_bytes()
     footer = FooterBySpec(data)
     num_chunks = 0
@@ -521,10 +587,15 @@ def test_footer_by_the_tables_agrees_with_hdf5(which, request):
         kinds = {name: plain_attributes(kind) for name, kind in file["kinds"].items()}
         assert footer.directory["kinds"] == kinds
         listed = list(footer.samples())
-        for (attrs, objects), sample in zip(listed, file["samples"].values(), strict=True):
-            assert attrs == plain_attributes(sample)
+        groups = list(file["samples"].values())
+        assert footer.directory.get("has_scales", 0) == ("scales" in file)
+        groups += [file] if "scales" in file else []
+        for (attrs, objects), sample in zip(listed, groups, strict=True):
+            assert attrs == ({} if sample is file else plain_attributes(sample))
             paths = []
             sample.visit(paths.append)
+            if sample is file:
+                paths = [each for each in paths if each.partition("/")[0] == "scales"]
             assert list(objects) == sorted(paths)
             for path, entry in objects.items():
                 stored = plain_attributes(sample[path])
