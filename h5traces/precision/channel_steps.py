@@ -30,6 +30,10 @@ _SPACING_OF_SIGMA: Final = 400
 # Rounding to float16 changes a value by at most half its spacing: 2^-11 of it, or 2^-25.
 _RELATIVE_ROUNDING: Final = np.float32(2.0**-11)
 _LEAST_ROUNDING: Final = np.float32(2.0**-25)
+# What does not become infinite in float16 is less.
+_OVERFLOW: Final = np.float32(65520)
+# The bound that is checked is less by far more than float32 rounds away in the check.
+_SLACK: Final = 1 - 2.0**-20
 # In float32, numbers from 2^23 to 2^24 are whole.
 _WHOLE: Final = np.float32(3 << 22)
 # Values at a time: what is computed on the way stays in the processor's cache.
@@ -74,7 +78,8 @@ def to_steps(
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Values as numbers of steps, and which of them would not come back within the bound.
 
-    The bound is half of `step` in sigma, for values that are restored in the type of the source.
+    The bound is half of `step` in sigma, for values that are restored in the type of the source
+    and for those that are restored in float32.
 
     Parameters
     ----------
@@ -93,12 +98,14 @@ def to_steps(
     """
     form = StepFormat.of(step)
     stored = np.empty(values.shape, np.dtype(form.dtype).newbyteorder("<"))
-    bound = np.nextafter(scale.sigma * np.float32(step / 2), np.float32(0))
+    bound = (scale.sigma.astype(np.float64) * (step / 2 * _SLACK)).astype(np.float32)
+    reach = np.abs(scale.offset) + form.most_steps * scale.step
+    overflows = values.dtype.itemsize == 2 and bool((reach >= _OVERFLOW).any())
     exceptions = []
     rows = max(1, _BLOCK // max(1, values.shape[1]))
     for first in range(0, len(values), rows):
         part = slice(first, first + rows)
-        found = _block_to_steps(values[part], scale, form, bound, stored[part])
+        found = _block_to_steps(values[part], scale, form, bound, stored[part], overflows=overflows)
         if found.size:
             exceptions.append(found + first * values.shape[1])
     beyond = np.concatenate(exceptions) if exceptions else np.empty(0, np.int64)
@@ -112,6 +119,8 @@ def _block_to_steps(
     form: StepFormat,
     bound: NDArray[np.float32],
     stored: NDArray[Any],
+    *,
+    overflows: bool,
 ) -> NDArray[np.int64]:
     source, steps, rounding = (_float32(each, values) for each in (_SOURCE, _STEPS, _ROUNDING))
     is_half = values.dtype.itemsize == 2
@@ -138,6 +147,8 @@ def _block_to_steps(
             np.multiply(rounding, _RELATIVE_ROUNDING, out=rounding)
             np.add(source, rounding, out=source)
         within = source <= bound - _LEAST_ROUNDING
+        if overflows:
+            within &= rounding < _OVERFLOW * _RELATIVE_ROUNDING
     if form.spacing > 1:
         np.multiply(stored, form.spacing, out=stored)
     np.add(stored, form.zero_point, out=stored)
@@ -153,11 +164,13 @@ def _comes_back(
     restored: NDArray[np.float32],
     bound: NDArray[np.float32],
 ) -> NDArray[np.bool_]:
-    """Whether values, at flat indices, are within the bound when restored in their own type."""
+    """Whether values, at flat indices, are within the bound in their own type and in float32."""
     before = values.reshape(-1)[suspects].astype(np.float64)
+    after, limit = restored.reshape(-1)[suspects], bound[suspects % values.shape[1]]
     with np.errstate(over="ignore", invalid="ignore"):
-        after = restored.reshape(-1)[suspects].astype(values.dtype).astype(np.float64)
-        found: NDArray[np.bool_] = np.abs(after - before) <= bound[suspects % values.shape[1]]
+        found: NDArray[np.bool_] = np.abs(after.astype(np.float64) - before) <= limit
+        rounded = after.astype(values.dtype).astype(np.float64)
+        found &= np.abs(rounded - before) <= limit
     return found
 
 

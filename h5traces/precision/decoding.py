@@ -135,7 +135,7 @@ def _put_back(values: NDArray[Any], attrs: Attrs, exceptions: Callable[[], Excep
             "layer, or lie outside it"
         )
         raise CorruptArchiveError(message)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         values.reshape(-1)[index.astype(np.int64)] = table[:, 1].astype(
             CARRIERS["float16" if values.dtype.itemsize == 2 else "float32"]
         )

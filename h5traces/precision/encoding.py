@@ -205,7 +205,8 @@ def _encoded(
     attrs["exceptions"] = f"{kind}/{layout.EXCEPTIONS_TABLE}"
     attrs["num_exceptions"] = beyond.size
     pairs = np.empty((beyond.size, 2))
-    pairs[:, 0], pairs[:, 1] = beyond, source.values.reshape(-1)[beyond]
+    with np.errstate(invalid="ignore"):
+        pairs[:, 0], pairs[:, 1] = beyond, source.values.reshape(-1)[beyond]
     return EncodedLayer(stored, stored.dtype.name, source.values.nbytes, attrs, pairs)
 
 

@@ -19,6 +19,9 @@ OFFSETS_PER_STEP: Final = 16
 # Bits of float16's significand, the hidden one included, less one for values of up to two sigma.
 _SIGNIFICANT_BITS: Final = 10
 _FEWEST_BITS: Final = 3
+# Of spacings of normal numbers: float16 has 13 bits less. Below these it is the same everywhere.
+_FLOAT16_TO_FLOAT32: Final = 2.0**13
+_LEAST_SPACING: Final = 2.0**-24
 # Less than one in thousand of a step: what float32 may round away on the way.
 _SLACK: Final = 1 - 2.0**-12
 
@@ -83,14 +86,20 @@ def channel_scale(statistics: ChannelStatistics, step: float) -> ChannelScale:
     """
     center = statistics.center.astype(np.float64)
     # Where float16 itself is coarser, its own spacing is the step, and nothing is lost.
-    spacing = np.spacing(np.abs(statistics.center).astype(np.float16)).astype(np.float64)
-    sigma = np.maximum(statistics.sigma, spacing / step).astype(np.float32)
+    spacing = _float16_spacing(statistics.center)
+    sigma = np.maximum(statistics.sigma, spacing / (step * _SLACK)).astype(np.float32)
     fine = _rounded_down(
         sigma.astype(np.float64) * (step * _SLACK), _SIGNIFICANT_BITS + math.floor(math.log2(step))
     )
     steps = np.maximum(fine, spacing)
     offsets = np.rint(center / steps * OFFSETS_PER_STEP) / OFFSETS_PER_STEP * steps
     return ChannelScale(steps.astype(np.float32), offsets.astype(np.float32), sigma)
+
+
+def _float16_spacing(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The spacing of float16 at these values, as if it had more exponents."""
+    spacing = np.spacing(np.abs(values)).astype(np.float64) * _FLOAT16_TO_FLOAT32
+    return np.maximum(spacing, _LEAST_SPACING)
 
 
 def _rounded_down(values: NDArray[np.float64], bits: int) -> NDArray[np.float64]:

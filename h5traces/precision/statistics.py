@@ -35,17 +35,19 @@ class _Usual:
 
     def __init__(self, first: NDArray[np.float32]) -> None:
         self._median = np.median(first, axis=0).astype(np.float32)
-        spread = np.median(np.abs(first - self._median), axis=0) * (_USUAL * _MAD_TO_SIGMA)
-        self._limit = spread.astype(np.float32)
+        with np.errstate(over="ignore"):
+            spread = np.median(np.abs(first - self._median), axis=0) * (_USUAL * _MAD_TO_SIGMA)
+            self._limit = np.minimum(spread, np.finfo(np.float32).max).astype(np.float32)
         self._moments = np.zeros((3, first.shape[1]))
 
     def add(self, rows: NDArray[np.float32]) -> None:
-        away = rows - self._median
+        with np.errstate(over="ignore"):
+            away = rows - self._median
         usual = np.abs(away) <= self._limit
         away[~usual] = 0
         self._moments[0] += np.count_nonzero(usual, axis=0)
         self._moments[1] += away.sum(axis=0, dtype=np.float64)
-        self._moments[2] += np.square(away).sum(axis=0, dtype=np.float64)
+        self._moments[2] += np.square(away, dtype=np.float64).sum(axis=0)
 
     def statistics(self) -> ChannelStatistics:
         count, total, squares = self._moments
@@ -75,7 +77,7 @@ class ChannelAccumulator:
         self.num_tokens = 0
         self.num_not_finite = 0
         self._width: int | None = None
-        self._first: list[NDArray[np.float16]] = []
+        self._first: list[NDArray[Any]] = []
         self._usual: _Usual | None = None
 
     def add(self, values: NDArray[Any]) -> None:
@@ -93,7 +95,8 @@ class ChannelAccumulator:
             )
             raise PrecisionError(message)
         self._width = values.shape[1]
-        rows = (values[1:] if len(values) > 1 else values).astype(np.float32)
+        with np.errstate(over="ignore"):
+            rows = (values[1:] if len(values) > 1 else values).astype(np.float32)
         finite = np.isfinite(rows).all(axis=1)
         self.num_not_finite += int(np.count_nonzero(~finite))
         rows = rows[finite]
@@ -101,8 +104,9 @@ class ChannelAccumulator:
         if self._usual is not None:
             self._usual.add(rows)
             return
-        # Half the memory; what float16 cannot hold is unusual anyway.
-        self._first.append(cast_values(TypedArray(rows, "float32"), "float16").values)
+        # Half the memory, where float16 holds them.
+        short = cast_values(TypedArray(rows, "float32"), "float16").values
+        self._first.append(short if np.isfinite(short).all() else rows)
         if self.num_tokens >= _FIRST_TOKENS:
             self._usual = self._look()
 
