@@ -45,6 +45,7 @@ LAYERS = (
         "exporting",
         "inspection",
         "estimation",
+        "fidelity",
         "extract",
         "torch_data",
         "graph",
