@@ -245,7 +245,7 @@ def print_fidelity(report: FidelityReport) -> None:
 def _states_table(rows: list[StateFidelity]) -> Table:
     numbers = (
         "NRMSE",
-        "max σ",
+        "max sigma",
         "max relative",
         "mean cosine",
         "lowest",

@@ -90,7 +90,7 @@ def _named(key: SampleKey) -> str:
     sample_id, generation, number = key
     if sample_id is None:
         return f"index {number}"
-    name = sample_id if generation is None else f"{sample_id} (generation {generation})"
+    name = f"{sample_id} (generation {generation})" if generation else sample_id
     return f"{name}, number {number + 1} of that name" if number else name
 
 

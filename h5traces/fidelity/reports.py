@@ -201,7 +201,7 @@ class Unmatched:
     Attributes
     ----------
     samples
-        Ids, with their generation where it is known, or indices of samples without one.
+        Ids, with their generation where it is not the first, or indices of samples without one.
     arrays
         By kind and layer, such as ``attentions/layer_005``: of how many of the samples compared.
     """

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 TIE: Final = 1e-6
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 17
+# Products up to which BLAS starts no threads (OpenBLAS; others may at fewer). The threads of small
+# ones wait for each other, beside ours and other programs', longer than the product takes.
+_SMALL_PRODUCT: Final = 1 << 18
+_FEW_TOKENS: Final = 64
 # Cosines at a time.
 _BLOCK_COSINES: Final = 1 << 22
 
@@ -201,8 +205,24 @@ def _agreeing(units_a: NDArray[Any], units_b: NDArray[Any]) -> int:
 
 def _nearest(units: NDArray[Any], rows: slice) -> NDArray[np.bool_]:
     """For some tokens, which others are nearest: ``(some, tokens)``."""
-    cosines = units[rows] @ units.T
+    cosines = _products(units[rows], units)
     some = np.arange(len(cosines))
     cosines[some, some + rows.start] = -np.inf
     nearest: NDArray[np.bool_] = cosines >= cosines.max(axis=1, keepdims=True) - TIE
     return nearest
+
+
+def _products(some: NDArray[Any], units: NDArray[Any]) -> NDArray[Any]:
+    """``some @ units.T``; of few tokens in parts of the channels, in this thread alone."""
+    other = units.copy()  # a product of an array with itself would go another way, with threads
+    whole = some.shape[1]
+    part = _SMALL_PRODUCT // (len(some) * len(units))
+    if max(len(some), len(units)) > _FEW_TOKENS or whole <= part:
+        found: NDArray[Any] = some @ other.T
+        return found
+    fitting = whole // part * part
+    left, right = (each[:, :fitting].reshape(len(each), -1, part) for each in (some, other))
+    parts = np.matmul(left.transpose(1, 0, 2), right.transpose(1, 2, 0))
+    rest = some[:, fitting:] @ other[:, fitting:].T
+    total: NDArray[Any] = parts.sum(axis=0) + rest
+    return total

@@ -146,4 +146,5 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 def _square_sum(values: NDArray[Any]) -> float:
     flat = values.reshape(-1)
-    return float(flat @ flat)
+    # Not `flat @ flat`, for which BLAS starts threads that wait for each other.
+    return float(np.einsum("i,i->", flat, flat))
