@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,10 +74,13 @@ def compare(
         Nothing matches.
     FidelityError
         They have no sample or no array in common, or arrays differ in shape; the message names
-        file, sample and field.
+        file, sample and field. Or the threshold is no number.
     H5TracesError
         A file is no archive, or is damaged.
     """
+    if not math.isfinite(threshold):
+        message = f"the threshold is {threshold}, expected a weight such as {THRESHOLD}"
+        raise FidelityError(message)
     count = workers or os.cpu_count() or 1
     with (
         open_archive(a, labels=False) as first,
