@@ -57,16 +57,17 @@ class ChannelErrors:
         self._sums_of_squares += np.einsum("ij,ij->j", away, away)
 
     def sigma(self) -> NDArray[np.float64] | None:
-        """Standard deviation of every channel; None where there is no channel that varies.
+        """Standard deviation of every channel; None where no channel varies, or squares overflow.
 
         Channels below 2^-12 of the median of those that vary are given that.
         """
         if not self._count:
             return None
-        mean = self._sums / self._count
-        variance = self._sums_of_squares / self._count - np.square(mean)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = self._sums / self._count
+            variance = self._sums_of_squares / self._count - np.square(mean)
         sigma: NDArray[np.float64] = np.sqrt(np.maximum(variance, 0))
-        if not sigma.any():
+        if not sigma.any() or not np.isfinite(sigma).all():
             return None
         floored: NDArray[np.float64] = np.maximum(sigma, DEAD * np.median(sigma[sigma > 0]))
         return floored

@@ -170,7 +170,7 @@ class _Comparison:
         means = _common(names_a, names_b, layout.ATTENTION_MEAN, source) if has_mean else []
         tasks += self._weight_tasks(pair, both, means, source)
         self._note_unmatched(names_a, names_b, means)
-        list(self._pool.map(lambda task: task(), tasks))
+        list(self._pool.map(_run, tasks))
 
     def _note_unmatched(
         self, names_a: dict[str, list[str]], names_b: dict[str, list[str]], means: list[str]
@@ -287,6 +287,12 @@ class _Comparison:
             if self._report.skipped:
                 message += f" that can be compared: {self._report.skipped[0]}"
             raise FidelityError(message)
+
+
+def _run(task: Callable[[], None]) -> None:
+    # float64 archives may hold values whose squares overflow; what is infinite then is reported so.
+    with np.errstate(over="ignore", invalid="ignore"):
+        task()
 
 
 def _state_pair(a: NDArray[Any], b: NDArray[Any]) -> ValuePair:

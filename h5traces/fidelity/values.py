@@ -114,8 +114,7 @@ class ValueErrors:
             self.num_from_zero += int(np.count_nonzero(errors[~nonzero]))
         else:
             relative = errors / pair.reference
-        with np.errstate(invalid="ignore"):
-            largest = max(float(relative.max(initial=0)), -float(relative.min(initial=0)))
+        largest = max(float(relative.max(initial=0)), -float(relative.min(initial=0)))
         self.max_relative = max(self.max_relative, largest)
         restored_zeros = pair.restored.size - int(np.count_nonzero(pair.restored))
         if restored_zeros:
