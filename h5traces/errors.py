@@ -141,6 +141,10 @@ class LossyWarning(UserWarning):
     """What is read or written holds less than its source did."""
 
 
+class FidelityError(H5TracesError):
+    """Two archives cannot be compared: nothing in common, or arrays of different shapes."""
+
+
 class FeatureError(H5TracesError):
     """Features cannot be computed, or hold values that are no numbers."""
 

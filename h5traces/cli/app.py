@@ -11,6 +11,7 @@ from h5traces.cli.console import print_line
 from h5traces.cli.converting import convert
 from h5traces.cli.extracting import estimate, extract
 from h5traces.cli.features import features
+from h5traces.cli.fidelity import fidelity
 from h5traces.cli.labelling import label
 from h5traces.cli.looking import inspect, ls, validate, verify
 from h5traces.cli.precision import calibrate
@@ -64,6 +65,7 @@ _COMMANDS = (
     features,
     extract,
     estimate,
+    fidelity,
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from h5traces.estimation import Estimate
     from h5traces.extract.reports import ExtractionReport
     from h5traces.features import FeatureReport
+    from h5traces.fidelity import FidelityReport, StateFidelity, Unmatched, WeightFidelity
     from h5traces.inspection import ArrayStats, Inspection, SampleStats
     from h5traces.integrity import VerifyReport
     from h5traces.labelling import LabelReport
@@ -224,6 +225,86 @@ def print_features(report: FeatureReport, *, dry_run: bool) -> None:
     for name, ratios in report.explained.items():
         shares = ", ".join(f"{each:.1%}" for each in ratios)
         print_line(f"  components of {name} explain, by layer: {shares}")
+
+
+def print_fidelity(report: FidelityReport) -> None:
+    """A table for every kind, a row for every layer."""
+    print_line(
+        f"{report.num_samples} samples, matched by {report.matched_by}; "
+        f"edges are above {report.threshold:g}"
+    )
+    for each in report.kinds:
+        print_line()
+        of_mean = f", compared with the mean over heads of A's {each.reference}"
+        print_line(each.kind + (of_mean if each.reference != each.kind else ""))
+        rows: list[Any] = [*each.layers, each.total]
+        print_table(_states_table(rows) if each.kind == "hidden_states" else _weights_table(rows))
+        odd = each.total.num_not_finite, each.total.num_misplaced
+        if any(odd):
+            print_line(f"NaN or infinite in A: {odd[0]}; not the same in both: {odd[1]}")
+
+
+def _states_table(rows: list[StateFidelity]) -> Table:
+    numbers = (
+        "NRMSE",
+        "max sigma",
+        "max relative",
+        "mean cosine",
+        "lowest",
+        "neighbours",
+        "difference",
+    )
+    table = _table("layer", *numbers, numbers=numbers)
+    for each in rows:
+        table.add_row(
+            each.name,
+            _share(each.nrmse),
+            _figure(each.max_sigma),
+            _figure(each.max_relative),
+            _figure(each.mean_cosine, ".7g"),
+            _figure(each.min_cosine, ".7g"),
+            _share(each.neighbour_agreement),
+            _share(each.difference_nrmse),
+        )
+    return table
+
+
+def _weights_table(rows: list[WeightFidelity]) -> Table:
+    numbers = ("NRMSE", "max error", "max relative", "edges", "flips", "share", "mean KL", "max KL")
+    table = _table("layer", *numbers, numbers=numbers)
+    for each in rows:
+        table.add_row(
+            each.name,
+            _share(each.nrmse),
+            _figure(each.max_error),
+            _figure(each.max_relative),
+            str(each.num_edges),
+            str(each.num_flips),
+            _share(each.flip_share),
+            _figure(each.mean_kl),
+            _figure(each.max_kl),
+        )
+    return table
+
+
+def _figure(value: float | None, form: str = ".3g") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.4g} %"
+
+
+def unmatched_lines(found: Unmatched, which: str) -> list[str]:
+    """What only one archive has, for people."""
+    lines = []
+    if found.samples:
+        more = len(found.samples) - 3
+        named = ", ".join(found.samples[:3]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"{len(found.samples)} samples are only in {which}: {named}")
+    kinds = found.kinds().items()
+    lines += [f"{count} layers of {kind} are only in {which}" for kind, count in kinds]
+    return lines
 
 
 def print_extraction(report: ExtractionReport) -> None:

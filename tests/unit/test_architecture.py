@@ -48,6 +48,7 @@ LAYERS = (
         "exporting",
         "inspection",
         "estimation",
+        "fidelity",
         "extract",
         "torch_data",
         "graph",

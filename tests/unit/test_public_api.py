@@ -27,6 +27,14 @@ PUBLIC = [
 
 # Heavy edges are explicit imports.
 PUBLIC_EDGES = {
+    "h5traces.fidelity": [
+        "FidelityReport",
+        "KindFidelity",
+        "StateFidelity",
+        "Unmatched",
+        "WeightFidelity",
+        "compare",
+    ],
     "h5traces.graph": ["TraceGraphDataset", "attention_edges"],
     "h5traces.torch_data": [
         "DeviceLoader",

@@ -1,0 +1,81 @@
+"""``h5traces fidelity``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from h5traces.cli import reports
+from h5traces.cli.console import (
+    EXIT_PROBLEMS,
+    count_progress,
+    fail,
+    print_json,
+    reported,
+    warn,
+)
+from h5traces.cli.options import Json
+from h5traces.errors import H5TracesError
+from h5traces.fidelity import FidelityReport, compare
+
+_MOST_NAMED = 5
+
+
+def fidelity(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference: archive, glob or folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is judged, of the same samples.")],
+    threshold: Annotated[
+        float,
+        typer.Option(metavar="T", min=0, help="An edge is where the mean over heads is greater."),
+    ] = 0.01,
+    max_sigma: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Exit 1 where a state errs by more than X sigma."),
+    ] = None,
+    max_flips: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Exit 1 where more than X of a layer's edges flip."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads [default: one per core].")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure how faithfully archive B holds what archive A does, layer by layer.
+
+    States: error in units of each channel's standard deviation sigma (NRMSE, largest), relative
+    error, cosine of each token, share of tokens that keep their nearest neighbour, and NRMSE of the
+    difference to the layer before. Attentions: error, edges that appear or vanish at the threshold,
+    divergence (KL, nats) of each row. `docs/fidelity.md` defines each, and says what none of them
+    tells.
+
+    Samples are matched by id and generation, without ids by index. Exit code 0 however large the
+    errors are, unless --max-sigma or --max-flips is exceeded (1); 2 where nothing can be compared.
+
+    - `h5traces fidelity exact.h5 small.h5`
+    - `h5traces fidelity exact/ small/ --max-sigma 0.06 --max-flips 0.005 --json`
+    """
+    with reported((H5TracesError, OSError)), count_progress("comparing") as update:
+        report = compare(a, b, threshold=threshold, workers=workers, progress=update)
+    exceeding = report.exceeding(max_sigma=max_sigma, max_flips=max_flips)
+    if json:
+        print_json({**report.as_dict(), "exceeding": exceeding})
+    else:
+        reports.print_fidelity(report)
+    for line in _notes(report):
+        warn(line)
+    for line in exceeding:
+        fail(line)
+    if exceeding:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+def _notes(report: FidelityReport) -> list[str]:
+    """What was not compared."""
+    lines = reports.unmatched_lines(report.only_in_a, "A")
+    lines += reports.unmatched_lines(report.only_in_b, "B")
+    lines += report.skipped[:_MOST_NAMED]
+    if len(report.skipped) > _MOST_NAMED:
+        lines.append(f"and {len(report.skipped) - _MOST_NAMED} more, which --json lists")
+    return lines
