@@ -134,18 +134,18 @@ def test_edges_are_those_of_graphs(tmp_path: Path) -> None:
     b = in_steps(a, 0.1)
     report = compared(tmp_path, a, b, threshold=0.05)
     for name in NAMES:
-        edges = [_graph_edges(samples, name) for samples in (a, b)]
+        edges = [_graph_edges(samples, name, 0.05) for samples in (a, b)]
         found = layer(report, ATTENTIONS, name)
         assert found["num_edges"] == len(edges[0])
         assert found["num_added"] == len(edges[1] - edges[0])
         assert found["num_removed"] == len(edges[0] - edges[1])
 
 
-def _graph_edges(samples: Sequence[Sample], name: str) -> set[tuple[int, ...]]:
+def _graph_edges(samples: Sequence[Sample], name: str, threshold: float) -> set[tuple[int, ...]]:
     found = set()
     for index, each in enumerate(samples):
         weights = torch.from_numpy(each.attentions[name])
-        edges, _ = attention_edges(weights, weights.shape[1], threshold=0.05)
+        edges, _ = attention_edges(weights, weights.shape[1], threshold=threshold)
         found |= {(index, *edge) for edge in edges.t().tolist()}
     return found
 
@@ -227,6 +227,36 @@ def test_neighbours_of_many_tokens(tmp_path: Path, tokens: int) -> None:
     expected = (nearest[0] == nearest[1]).mean()
     assert report.kind(STATES).total.neighbour_agreement == pytest.approx(expected)
     assert tokens == 2 or 0 < expected < 1
+
+
+def test_arrays_that_are_worked_on_in_blocks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    states = rng.standard_normal((2, 300, 700)).astype(np.float16)
+    weights = (np.exp(2 * rng.standard_normal((2, 300, 300))) * np.tri(300)).astype(np.float32)
+    weights = (weights / weights.sum(-1, keepdims=True)).astype(np.float16)
+    a = [Sample("q", dict(zip(NAMES[:2], states, strict=True)), {NAMES[0]: weights})]
+    b = in_steps(a, 0.3)
+    report = compared(tmp_path, a, b)
+
+    def nrmse(before: np.ndarray, after: np.ndarray) -> float:
+        return float(np.sqrt(np.square((after - before) / before[1:].std(axis=0)).mean()))
+
+    first, second = (
+        [each.states[name].astype(float) for each in (a[0], b[0])] for name in NAMES[:2]
+    )
+    found = layer(report, STATES, NAMES[1])
+    assert found["nrmse"] == pytest.approx(nrmse(*second), rel=1e-5)
+    steps = [after - before for before, after in zip(first, second, strict=True)]
+    assert found["difference_nrmse"] == pytest.approx(nrmse(*steps), rel=1e-5)
+    found = layer(report, ATTENTIONS, NAMES[0])
+    edges = [_graph_edges(each, NAMES[0], 0.01) for each in (a, b)]
+    assert found["num_edges"] == len(edges[0])
+    assert found["num_added"] + found["num_removed"] == len(edges[0] ^ edges[1]) > 0
+    restored = b[0].attentions[NAMES[0]].astype(float)
+    restored[(restored == 0) & (weights > 0)] = 2.0**-24
+    expected = entropy(weights.astype(float), restored, axis=-1)
+    assert found["mean_kl"] == pytest.approx(expected.mean())
+    assert found["max_kl"] == pytest.approx(expected.max())
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3000), st.integers(0, 99))
