@@ -81,7 +81,7 @@ def _exceptions(trace: Trace, kind: str, name: str) -> NDArray[np.float64]:
     if path not in trace.objects:
         message = f"its exceptions are missing; expected the table {path}"
         raise CorruptArchiveError(message)
-    table = trace.stored(path)
+    table = trace.table(path)
     if table.ndim != 2 or table.shape[1] != _EXCEPTION_COLUMNS or table.dtype.kind != "f":
         message = f"{path} is {table.dtype} {table.shape}, expected float64 (n, 3)"
         raise CorruptArchiveError(message)
@@ -95,7 +95,7 @@ def _exceptions(trace: Trace, kind: str, name: str) -> NDArray[np.float64]:
 def _steps(trace: Trace, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
     """Generation steps out of the flat dataset that holds them."""
     names = [layout.layer_name(layer) for layer in trace.stored_layers(kind)]
-    table = trace.stored(f"{kind}/{layout.STEPS_TABLE}")
+    table = trace.table(f"{kind}/{layout.STEPS_TABLE}")
     fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
     steps, start = [], 0
     try:

@@ -59,6 +59,7 @@ class Trace(Mapping[str, Any]):
         self._file = file
         self._index = index
         self._layers = layers
+        self._tables: dict[str, NDArray[Any]] = {}
         self.ordinal = index if ordinal is None else ordinal
 
     @cached_property
@@ -288,6 +289,12 @@ class Trace(Mapping[str, Any]):
     def stored(self, path: str) -> NDArray[Any]:
         """Stored values of the dataset at `path`, as they lie in the file."""
         return self._file.read(self._sample, path)
+
+    def table(self, path: str) -> NDArray[Any]:
+        """A dataset that all layers of a kind are read with; kept, and not to be written to."""
+        if path not in self._tables:
+            self._tables[path] = self.stored(path)
+        return self._tables[path]
 
     @property
     def objects(self) -> Mapping[str, ObjectEntry]:
