@@ -118,7 +118,7 @@ class Encoder:
             return _exact(array, reason) if reason else _rounded(array, precision.mantissa_bits)
         if kind == layout.ATTENTIONS and precision.head_mean == "only":
             # Heads that could be averaged do not come here.
-            return _exact(array, reason or f"has {len(array.shape)} axes")
+            return _exact(array, reason)
         return _exact(array)
 
     @property
