@@ -12,7 +12,12 @@ from h5traces.archive.archive_file import check_version
 from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.labels import label_problems
 from h5traces.archive.store import object_place
-from h5traces.encoding_checks import encoding_problems, float_type, scale_problems
+from h5traces.encoding_checks import (
+    encoding_problems,
+    float_type,
+    scale_problems,
+    scale_widths,
+)
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -22,7 +27,6 @@ from h5traces.errors import (
     SchemaError,
 )
 from h5traces.limits import DEFAULT_LIMITS, ReadLimits
-from h5traces.precision import layers_with_scales
 from h5traces.schema import (
     ArchiveMetadata,
     ArrayDescription,
@@ -154,7 +158,7 @@ class _Validation:
         self._kinds: dict[str, KindMetadata] = {}
         self._samples: list[TraceMetadata | None] = []
         # Layers that have a scale, by path below a sample.
-        self._scaled: list[str] = []
+        self._widths: dict[str, int] = {}
         self._is_newer = False
 
     def run(self) -> None:
@@ -248,7 +252,7 @@ class _Validation:
             return
         for each in problems:
             self._add(f"/{each.loc}", each.message, each.kind)
-        self._scaled = layers_with_scales(scales.objects) if scales is not None else []
+        self._widths = scale_widths(scales.objects) if scales is not None else {}
         for loc, message, kind in () if scales is None else scale_problems(scales.objects):
             self._add(f"/{loc}", message, kind)
         if self._footer is not None and not problems:
@@ -309,7 +313,7 @@ class _Validation:
         for loc, message, kind in _sample_problems(sample, metadata, self._kinds):
             self._add(f"{place}/{loc}" if loc else place, message, kind)
         exact = self._metadata is not None and self._metadata.precision is None
-        for loc, message, kind in encoding_problems(sample.objects, self._scaled, is_exact=exact):
+        for loc, message, kind in encoding_problems(sample.objects, self._widths, is_exact=exact):
             self._add(f"{place}/{loc}", message, kind)
         if not problems:
             if metadata is not None and stored_sample_digest(sample) != metadata.digest:

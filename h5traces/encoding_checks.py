@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final, get_args
 
 from h5traces import layout
 from h5traces.dtypes import FloatType
 from h5traces.errors import UnsupportedEncodingError
-from h5traces.precision import is_encoded, restored_type
+from h5traces.precision import is_encoded, layers_with_scales, restored_type
 from h5traces.precision.scale_storage import OFFSET, SIGMA, STEP
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from h5traces.storage.objects import ObjectEntry
 
@@ -44,10 +45,29 @@ def scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Finding]:
             yield path, f"is {entry.dtype} {entry.shape}, expected float32 (hidden)", "wrong_type"
         if "digest" not in entry.attrs:
             yield path, "the attribute 'digest' is missing", "missing_attribute"
+    for layer in layers_with_scales(objects):
+        place = f"{layout.SCALES_GROUP}/{layer}"
+        for name in (STEP, OFFSET, SIGMA):
+            if f"{place}/{name}" not in objects:
+                yield f"{place}/{name}", "is missing, which encoded layers need", "missing_scale"
+        widths = _widths(objects, layer)
+        if len(set(widths)) > 1:
+            message = f"step, offset and sigma have {', '.join(map(str, widths))} channels"
+            yield place, message, "scale_width"
+
+
+def scale_widths(objects: Mapping[str, ObjectEntry]) -> dict[str, int]:
+    """Channels that the scale of each layer is for, by path of the layer."""
+    return {layer: min(_widths(objects, layer), default=0) for layer in layers_with_scales(objects)}
+
+
+def _widths(objects: Mapping[str, ObjectEntry], layer: str) -> list[int]:
+    paths = (f"{layout.SCALES_GROUP}/{layer}/{name}" for name in (STEP, OFFSET, SIGMA))
+    return [math.prod(objects[path].shape) for path in paths if path in objects]
 
 
 def encoding_problems(
-    objects: Mapping[str, ObjectEntry], scaled: Collection[str], *, is_exact: bool
+    objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], *, is_exact: bool
 ) -> Iterator[Finding]:
     """What is wrong with the encoded layers of a sample, as path, message and kind.
 
@@ -55,8 +75,8 @@ def encoding_problems(
     ----------
     objects
         Of the sample, by path.
-    scaled
-        Paths of the layers that have a scale.
+    widths
+        Channels of the scales, by path of their layer.
     is_exact
         Whether the archive says that nothing was given up.
     """
@@ -80,8 +100,11 @@ def encoding_problems(
         if not encoded:
             continue
         link = entry.attrs.get("scales")
-        if link is not None and str(link).removeprefix(f"/{layout.SCALES_GROUP}/") not in scaled:
+        width = widths.get(str(link).removeprefix(f"/{layout.SCALES_GROUP}/"))
+        if link is not None and width is None:
             yield path, f"its scale {link} is missing", "missing_scale"
+        elif link is not None and entry.shape[1:] != (width,):
+            yield path, f"is {entry.shape}, its scale {link} for {width} channels", "scale_width"
         table = f"{kind}/{layout.EXCEPTIONS_TABLE}"
         if entry.attrs.get("num_exceptions") and table not in objects:
             yield path, f"its exceptions are missing; expected {table}", "missing_exceptions"

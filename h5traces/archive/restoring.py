@@ -9,7 +9,7 @@ import numpy as np
 
 from h5traces import layout
 from h5traces.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
-from h5traces.errors import CorruptArchiveError
+from h5traces.errors import CorruptArchiveError, UnsupportedEncodingError
 from h5traces.precision import decode, is_encoded
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ def restored_layer(trace: Trace, kind: str, name: str) -> TypedArray | list[Type
     """
     path = f"{kind}/{name}"
     entry, stored = trace.entry(path), trace.stored(path)
-    if is_encoded(entry.attrs):
+    try:
+        encoded = is_encoded(entry.attrs)
+    except UnsupportedEncodingError as error:
+        message = f"{trace.place}/{path}: {error}"
+        raise UnsupportedEncodingError(message) from error
+    if encoded:
         return _decoded(trace, kind, name, entry, stored)
     if f"{kind}/{layout.STEPS_TABLE}" in trace.objects:
         steps = _steps(trace, kind, name, stored)

@@ -12,6 +12,7 @@ import torch
 from h5traces import layout
 from h5traces.errors import DatasetError
 from h5traces.graph.samples import SampleFacts, check_finite
+from h5traces.precision import MEAN
 from h5traces.torch_data.dataset import fingerprint_of
 from h5traces.torch_data.guard import ShardGuard
 from h5traces.torch_data.kinds import check_layers
@@ -36,14 +37,19 @@ class ArchiveSource:
     """Samples of archives: a graph is two chunk reads."""
 
     def __init__(
-        self, archive: Archive, layers: Iterable[int] | None, non_finite: NonFinite
+        self,
+        archive: Archive,
+        layers: Iterable[int] | None,
+        non_finite: NonFinite,
+        *,
+        averages: bool,
     ) -> None:
         if not len(archive):
             message = f"{archive.paths[0]}: there are no samples; name archives that hold some"
             raise DatasetError(message)
         self._archive, self._keep = archive, non_finite == "keep"
         self.layers = archive.layers if layers is None else tuple(layers)
-        self._weights = _attention_kind(archive)
+        self._weights = _attention_kind(archive, averages=averages)
         check_layers(archive, (layout.HIDDEN_STATES, self._weights), self.layers)
         self._guard = ShardGuard(archive.paths)
         self._forget()
@@ -100,7 +106,7 @@ class ArchiveSource:
         trace, _ = self._sample(index)
         self._guard.check(trace.path)
         found = []
-        kinds = (layout.HIDDEN_STATES, self._weights)
+        kinds = (layout.HIDDEN_STATES, self._kind_of(trace))
         with self._archive.fetched([index], kinds=kinds, layers=[layer]):
             for kind in kinds:
                 array = read_layer(trace, kind, layer)
@@ -108,6 +114,11 @@ class ArchiveSource:
                     check_finite(array, f"{named(trace)}: layer {layer} of {kind}")
                 found.append(array)
         return found[0], found[1]
+
+    def _kind_of(self, trace: Trace) -> str:
+        """What a sample has weights in: heads that could not be averaged were kept."""
+        has_none = self._weights not in trace.objects and layout.ATTENTIONS in trace.objects
+        return layout.ATTENTIONS if has_none else self._weights
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -119,9 +130,18 @@ class ArchiveSource:
         self._forget()
 
 
-def _attention_kind(archive: Archive) -> str:
-    """Attentions where they are stored; their mean where heads were not kept."""
-    stored = set(archive.files[0].store.kinds)
-    if layout.ATTENTIONS in stored or layout.ATTENTION_MEAN not in stored:
+def _attention_kind(archive: Archive, *, averages: bool) -> str:
+    """Attentions where they are stored; their mean where heads were not kept.
+
+    Of heads that lost precision, the mean that was stored beside them is the better one.
+    """
+    file = archive.files[0]
+    stored = set(file.store.kinds)
+    if layout.ATTENTION_MEAN not in stored:
         return layout.ATTENTIONS
-    return layout.ATTENTION_MEAN
+    is_better = not file.metadata.is_exact and file.reduction(layout.ATTENTION_MEAN) == MEAN
+    return (
+        layout.ATTENTION_MEAN
+        if layout.ATTENTIONS not in stored or (averages and is_better)
+        else layout.ATTENTIONS
+    )

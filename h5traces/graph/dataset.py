@@ -102,7 +102,11 @@ class TraceGraphDataset(Dataset[Data]):
         self._head_reduction, self._edge_direction = head_reduction, edge_direction
         self._non_finite, self._transform = non_finite, transform
         self._source = open_source(
-            pattern, layers=layers, non_finite=non_finite, cached_files=cached_files
+            pattern,
+            layers=layers,
+            non_finite=non_finite,
+            cached_files=cached_files,
+            averages=head_reduction == "mean",
         )
         self._num_samples = len(self._source.shard_numbers)
         self._labels = (

@@ -28,8 +28,9 @@ def open_source(
     layers: Iterable[int] | None,
     non_finite: NonFinite,
     cached_files: int,
+    averages: bool,
 ) -> GraphSource:
-    """The samples behind archives or legacy batches.
+    """The samples behind archives or legacy batches; `averages` where heads become their mean.
 
     Raises
     ------
@@ -43,7 +44,7 @@ def open_source(
         if legacy:
             return PickleSource(legacy, layers, non_finite, cached_files)
         pattern = open_archive(pattern)
-    return ArchiveSource(pattern, layers, non_finite)
+    return ArchiveSource(pattern, layers, non_finite, averages=averages)
 
 
 def _legacy_batches(pattern: PathLike | Iterable[PathLike]) -> list[Path]:

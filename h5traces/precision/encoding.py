@@ -116,6 +116,9 @@ class Encoder:
         if precision.mantissa_bits is not None:
             reason = None if array.dtype == "float16" else f"needs {array.dtype}"
             return _exact(array, reason) if reason else _rounded(array, precision.mantissa_bits)
+        if kind == layout.ATTENTIONS and precision.head_mean == "only":
+            # Heads that could be averaged do not come here.
+            return _exact(array, reason)
         return _exact(array)
 
     @property
@@ -168,7 +171,7 @@ class Encoder:
         path, step = f"{kind}/{name}", self.precision.step
         stored, beyond = channel_steps.to_steps(array.values, self.scales.layers[path], step)
         if beyond.size > _MOST_EXCEPTIONS * array.values.size:
-            return _exact(array, f"{beyond.size} of {array.values.size} values are exceptions")
+            return _exact(array, "too many values are exceptions")
         form = StepFormat.of(step)
         attrs: Attrs = {
             "encoding": CHANNEL_STEPS,
@@ -186,7 +189,7 @@ class Encoder:
 def _square_root(kind: str, array: TypedArray, levels: int) -> EncodedLayer:
     stored, beyond = square_root.to_levels(array.values, levels)
     if beyond.size > _MOST_EXCEPTIONS * array.values.size:
-        return _exact(array, f"{beyond.size} of {array.values.size} values are no weights")
+        return _exact(array, "too many values are no weights")
     attrs: Attrs = {
         "encoding": SQUARE_ROOT,
         "encoding_version": VERSION,

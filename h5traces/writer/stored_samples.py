@@ -122,7 +122,7 @@ class StoredSample:
             path=entry.path,
             dtype=entry.dtype,
             attrs=entry.attrs,
-            image=kind in layout.KINDS and layout.KINDS[kind].image,
+            image=is_layer and layout.KINDS[kind].image,
             encoded=self._encoded(entry) if codec is None else self._compressed(entry, codec),
             raw_nbytes=entry.raw_nbytes,
             counts=CastCounts(),

@@ -391,7 +391,7 @@ def _through_hdf5(dataset: h5d.DatasetID, entry: ObjectEntry) -> NDArray[Any]:
 def _presentation_problems(dataset: h5d.DatasetID, path: str) -> Iterator[Problem]:
     """What viewers would show wrongly: pictures without attributes, text of another padding."""
     kind = layout.KINDS.get(path.partition("/")[0])
-    if kind is not None and kind.image and not path.endswith(f"/{layout.STEPS_TABLE}"):
+    if kind is not None and kind.image and path.rpartition("/")[2] not in layout.TABLES:
         for name, value in layout.IMAGE_ATTRS.items():
             if not h5a.exists(dataset, name.encode()):
                 message = f"the attribute {name!r} is missing, expected {value!r}"
