@@ -13,7 +13,7 @@ What is done    The model runs over texts in float32 with eager attention; hidde
                 functions of h5traces.precision and back, and through the codec of archives.
 Bits            Chunks of the samples as they are, and of all tokens cut anew into chunks of
                 43 x 4096 values, as a sample of Llama-2-7B has: small chunks pay for their Huffman
-                tables. Exceptions count with their stored table. Beside them the formula
+                tables. Exceptions count, with the table that holds them. Beside them the formula
                 2.05 - log2(step), and where the difference goes. HDF5's own structures and
                 checksums do not count (h5traces estimate has whole files).
 Patching        What an archive gives back is put into the model behind one block (the last: behind
@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +50,7 @@ FOLDER: Final = Path(__file__).resolve().parent
 DOCUMENT: Final = REPOSITORY / "docs" / "precision-study.md"
 _BEGIN, _END = "<!-- study -->", "<!-- end of study -->"
 _QUICK: Final = Limits(calibration=24, held_out=12)
+_PACKAGES: Final = ("numpy", "scikit-learn", "torch", "transformers")
 EPILOG: Final = """\
 examples:
   the committed report (benchmarks/precision.md and the table in docs/precision-study.md):
@@ -138,8 +140,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         message = f"{options.folder} has no config.json: expected the folder of a model"
         raise SystemExit(message)
     found = study_encoder(options) if arguments.encoder else study_causal(options)
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"versions": packages, "models": {options.name: found}}
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return {"versions": versions, "models": {options.name: found}}
 
 
 def merged(paths: list[Path]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -64,22 +63,6 @@ def calibrate(traces: Sequence[Trace], *, differences: bool = False) -> list[Cha
             accumulator.add(values)
         found.append(accumulator.statistics())
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A layer as it is stored.
-
-    Attributes
-    ----------
-    encoded
-        As `Encoder` gives it.
-    nbytes
-        Of its chunks.
-    """
-
-    encoded: EncodedLayer
-    nbytes: int
 
 
 class Coder:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EVERY_LAYER: Final = "every layer at once"
 MEAN: Final = "mean of single layers"
+ROUNDING: Final = "float16 instead of float32"
 _BATCH: Final = 16
 
 
@@ -148,10 +149,13 @@ def measure_patching(
     Returns
     -------
     dict
-        ``loss``, nats per token without a patch, and by encoding and place the changes.
+        ``loss``, nats per token without a patch, ``rounding``, by place the changes that float16
+        makes of the model's own float32, and ``by_encoding`` and place those of the encodings.
     """
     places = [f"layer {layer}" for layer in patched.layers] + [EVERY_LAYER]
-    effects = {name: {place: Effects(len(traces)) for place in places} for name in coders}
+    effects = {
+        name: {place: Effects(len(traces)) for place in places} for name in (ROUNDING, *coders)
+    }
     loss = np.zeros(len(traces))
     for indices in batches(traces):
         batch = [traces[index] for index in indices]
@@ -160,6 +164,8 @@ def measure_patching(
             loss[index] = float(losses(plain, traces[index], row)[1].sum())
         for number, place in enumerate(places):
             reference = patched.logits(batch, _changes(patched, batch, number, None))
+            for row, index in enumerate(indices):
+                effects[ROUNDING][place].add(index, batch[row], row, of=reference, against=plain)
             for name, coder in coders.items():
                 found = patched.logits(batch, _changes(patched, batch, number, coder))
                 for row, index in enumerate(indices):
@@ -167,12 +173,15 @@ def measure_patching(
     tokens = predicted_tokens(traces)
     for of_places in effects.values():
         of_places[MEAN] = mean_of([of_places[place] for place in places[:-1]])
+    changes = {
+        name: {place: each.summary(bootstrap, tokens) for place, each in of_places.items()}
+        for name, of_places in effects.items()
+    }
+    rounding = changes.pop(ROUNDING)
     return {
         "loss": bootstrap.per_token(loss, tokens),
-        "by_encoding": {
-            name: {place: each.summary(bootstrap, tokens) for place, each in of_places.items()}
-            for name, of_places in effects.items()
-        },
+        "rounding": rounding,
+        "by_encoding": changes,
     }
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Bits of a Gaussian in steps of one sigma: log2(2 pi e) / 2, as the formula has it.
 FORMULA_BITS: Final = 2.05
+# A channel that varies by so much less than its sigma, which has a floor, is dead.
+_DEAD: Final = 100
 # Values of a chunk in an archive of Llama-2-7B's shape: 43 tokens, 4096 channels.
 POOLED_VALUES: Final = 43 * 4096
 
@@ -49,6 +51,7 @@ class _Count:
     values: NDArray[np.int64]
     exceptions: int = 0
     exceptions_nbytes: int = 0
+    kept_exact: int = 0
     numbers: list[list[NDArray[Any]]] = field(default_factory=list)
 
     @property
@@ -65,6 +68,7 @@ def _count(coder: Coder, samples: Sequence[NDArray[np.float16]]) -> _Count:
         number, nbytes = exceptions_nbytes(layers)
         found.exceptions += number
         found.exceptions_nbytes += nbytes
+        found.kept_exact += sum(each.kept_exact is not None for each in layers)
         found.nbytes += [chunk_nbytes(each.values) for each in layers]
         found.values += [each.values.size for each in layers]
         found.numbers.append([each.values for each in layers])
@@ -87,6 +91,7 @@ def measure_rate(coder: Coder, traces: Sequence[Trace]) -> dict[str, Any]:
         "bits_per_sample": by_sample.bits,
         "bits_pooled": in_large.bits,
         "bits_pooled_by_layer": (8 * in_large.nbytes / in_large.values).tolist(),
+        "kept_exact": by_sample.kept_exact,
         "exceptions_per_million": 1e6 * by_sample.exceptions / int(by_sample.values.sum()),
     }
     step = coder.precision.step
@@ -102,9 +107,9 @@ def _parts(coder: Coder, traces: Sequence[Trace], count: _Count) -> dict[str, fl
     """What the bits consist of; the parts add up to the bits of pooled chunks.
 
     ``finer`` is what steps cost that are finer than asked for, ``spread`` what it costs that
-    channels vary more here than in calibration, ``shape`` what other distributions than a Gaussian
-    cost, ``coder`` what the stored chunks have beyond the entropy of their numbers, and
-    ``exceptions`` is their table.
+    channels vary more here than in calibration (both without dead channels), ``shape`` what other
+    distributions than a Gaussian cost, ``coder`` what the stored chunks have beyond the entropy of
+    their numbers, and ``exceptions`` is their table.
     """
     step = coder.precision.step
     assert step is not None
@@ -113,9 +118,10 @@ def _parts(coder: Coder, traces: Sequence[Trace], count: _Count) -> dict[str, fl
         scale = coder.scale(layer)
         assert scale is not None
         rows = np.concatenate([each.states[layer, 1:] for each in traces]).astype(np.float64)
-        deviation = np.maximum(rows.std(axis=0), np.finfo(np.float32).tiny)
-        finer = np.log2(step * scale.sigma.astype(np.float64) / scale.step).mean()
-        spread = np.log2(deviation / scale.sigma).mean()
+        deviation = rows.std(axis=0)
+        varies = deviation > scale.sigma / _DEAD
+        finer = np.log2(step * scale.sigma.astype(np.float64) / scale.step)[varies].mean()
+        spread = np.log2(deviation[varies] / scale.sigma[varies]).mean()
         numbers = np.concatenate([each[layer].reshape(-1) for each in count.numbers])
         bits = 8 * count.nbytes[layer] / count.values[layer]
         columns.append((finer, spread, entropy(numbers), bits))

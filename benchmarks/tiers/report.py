@@ -73,12 +73,12 @@ def tier_table(model: Model) -> str:
         (
             "tier",
             "hidden states",
-            "bits per value",
-            "of these small chunks",
+            "bits per value, large chunks",
+            "samples as they are",
             "NRMSE",
+            "of differences of layers",
             "largest error / sigma",
             "change of loss, mean of layers",
-            "every layer at once",
             "change of probe AUROC, worst layer",
             f"edges that flip at {THRESHOLD:g}",
         ),
@@ -95,9 +95,9 @@ def _tier_row(model: Model, tier: str) -> list[str]:
         f"{states['bits_pooled']:.2f}",
         f"{states['bits_per_sample']:.2f}",
         _percent(states["nrmse"]),
+        _range(states["nrmse_of_differences"]) if states["nrmse_of_differences"] else "",
         f"{states['max_error_sigma']:.3g}",
         _interval(effects[MEAN]["loss_change"]),
-        _interval(effects[EVERY_LAYER]["loss_change"]),
         _interval(model["probes"]["by_encoding"][name]["worst"]),
         _tier_flips(model, tier),
     ]
@@ -136,6 +136,7 @@ def _bits(model: Model) -> str:
         cells += [
             f"{min(layers):.2f} to {max(layers):.2f}",
             f"{found['exceptions_per_million']:.1f}",
+            str(found["kept_exact"]),
         ]
         rows.append(cells)
     heading = (
@@ -147,6 +148,7 @@ def _bits(model: Model) -> str:
         "of the formula",
         "large chunks by layer",
         "exceptions per million",
+        "arrays kept in float16",
     )
     return (
         "Bits per value, exceptions included. The formula is 2.05 - log2(step). *Samples as they "
@@ -190,10 +192,10 @@ def _errors(model: Model) -> str:
             [
                 _state_text(name),
                 _percent(found["nrmse"]),
-                f"{_percent(min(layers))} to {_percent(max(layers))}",
+                _range(layers),
                 f"{found['max_error_sigma']:.4f}",
                 "" if bound is None else f"{bound:g}",
-                f"{_percent(min(between))} to {_percent(max(between))}" if between else "",
+                _range(between) if between else "",
             ]
         )
     heading = (
@@ -229,8 +231,9 @@ def _attentions(model: Model) -> str:
         "KL per row, nats",
     )
     return (
-        f"Chunks of the samples as they are. Edges: a head mean above {THRESHOLD:g}, keys up to "
-        f"the query; the original has {edges:,}. KL after {SMOOTHING:g} is added to every weight.\n\n"
+        f"Chunks of the samples as they are. Edges: a head mean above {THRESHOLD:g}, keys "
+        f"up to the query; the original has {edges:,}. KL after {SMOOTHING:g} is added to every "
+        "weight.\n\n"
         f"{table(heading, rows)}"
     )
 
@@ -244,7 +247,7 @@ def _patching(model: Model) -> str:
             [
                 _state_text(name),
                 _interval(places[MEAN]["loss_change"]),
-                f"{_interval(places[worst]['loss_change'])}, {worst}",
+                _where(places[worst]["loss_change"], worst),
                 _interval(places[EVERY_LAYER]["loss_change"]),
                 _small(places[MEAN]["kl"]["value"]),
                 _small(places[EVERY_LAYER]["kl"]["value"]),
@@ -275,8 +278,8 @@ def _probes(model: Model) -> str:
             [
                 _state_text(name),
                 _interval(found["mean"]),
-                f"{_interval(worst)}, {layers[worst['layer']]}",
-                f"{_interval(single)}, {single['task']}, {layers[single['layer']]}",
+                _where(worst, f"layer {layers[worst['layer']]}"),
+                _where(single, f"{single['task']}, layer {layers[single['layer']]}"),
             ]
         )
     tasks = "; ".join(
@@ -301,7 +304,7 @@ def _probes(model: Model) -> str:
 def _yardsticks(model: Model) -> str:
     rows = [
         [
-            name,
+            f"computing in {name}",
             _percent(found["nrmse"]),
             _interval(found["loss_change"]),
             _small(found["kl"]["value"]),
@@ -309,8 +312,12 @@ def _yardsticks(model: Model) -> str:
         ]
         for name, found in model["yardsticks"].items()
     ]
-    heading = ("computing in", "NRMSE", "change of loss", "KL", "edges that flip")
-    return f"Against computing in float32.\n\n{table(heading, rows)}"
+    for place in (MEAN, EVERY_LAYER):
+        found = model["patching"]["rounding"][place]
+        changes = _interval(found["loss_change"]), _small(found["kl"]["value"])
+        rows.append([f"states rounded to float16, {place}", "", *changes, ""])
+    heading = ("", "NRMSE", "change of loss", "KL", "edges that flip")
+    return f"Against computing in float32, and nothing put in.\n\n{table(heading, rows)}"
 
 
 def _embeddings(model: Model) -> str:
@@ -335,7 +342,13 @@ def _embeddings(model: Model) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share else "0"
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %" if share else "0"
+
+
+def _range(shares: list[float]) -> str:
+    low, high = _percent(min(shares)), _percent(max(shares))
+    return low if low == high else f"{low} to {high}"
 
 
 def _flips(share: float) -> str:
@@ -349,4 +362,14 @@ def _small(value: float) -> str:
 def _interval(found: dict[str, Any]) -> str:
     if found["value"] == found["low"] == found["high"] == 0:
         return "0"
-    return f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return f"{_change(found['value'])} [{_change(found['low'])}, {_change(found['high'])}]"
+
+
+def _where(found: dict[str, Any], place: str) -> str:
+    text = _interval(found)
+    return text if text == "0" else f"{text}, {place}"
+
+
+def _change(value: float) -> str:
+    text = f"{value:+.4f}"
+    return "0.0000" if text in ("-0.0000", "+0.0000") else text

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 _SEED: Final = 0
@@ -43,18 +45,15 @@ class Bootstrap:
         drawn = (self._counts @ sums) / (self._counts @ tokens)
         return interval(float(sums.sum() / tokens.sum()), drawn)
 
-    def auroc_change(self, pairs: list[tuple[Ranking, Ranking]]) -> dict[str, float]:
-        """The mean change of the area under the curve, and its interval.
+    def auroc(self, ranking: Ranking) -> NDArray[np.float64]:
+        """Area under the curve: of the texts as they are, and then of every resample."""
+        return ranking.auroc(np.vstack((np.ones((1, self._counts.shape[1])), self._counts)))
 
-        Parameters
-        ----------
-        pairs
-            Rankings before and after.
-        """
-        every = np.vstack((np.ones((1, self._counts.shape[1])), self._counts))
-        changes = sum(after.auroc(every) - before.auroc(every) for before, after in pairs)
-        changes = np.asarray(changes) / len(pairs)
-        return interval(float(changes[0]), changes[1:])
+
+def change(areas: Sequence[NDArray[np.float64]]) -> dict[str, float]:
+    """The mean of several changes of what `Bootstrap.auroc` gives, and its interval."""
+    mean = np.mean(areas, axis=0)
+    return interval(float(mean[0]), mean[1:])
 
 
 def interval(value: float, drawn: NDArray[np.float64]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tiers.capturing import capture
 from tiers.coding import Coder, calibrate, encodings
 from tiers.embeddings import measure_embeddings
 from tiers.patching import Effects, Patched, batches, measure_patching, predicted_tokens
-from tiers.probes import Tasks, measure_probes
+from tiers.probes import Labelled, measure_probes
 from tiers.rates import measure_errors, measure_rate
 from tiers.resampling import Bootstrap
 from tiers.texts import TINY, Limits, shipped_texts, split, texts_of_file
@@ -104,12 +104,13 @@ class Study:
             message = f"layers are {self.layers}; the model has 0 to {num_layers - 1}"
             raise SystemExit(message)
         say(f"{options.name}: {len(parts.calibration)} + {len(parts.held_out)} texts")
-        self.calibration = self._capture(model, parts.calibration)
-        self.held_out = self._capture(model, parts.held_out)
+        self.calibration = self.capture(model, parts.calibration)
+        self.held_out = self.capture(model, parts.held_out)
         self.statistics = calibrate(self.calibration)
         self.coders = {name: Coder(each, self.statistics) for name, each in encodings().items()}
 
-    def _capture(self, model: Any, texts: list[list[int]]) -> list[Trace]:
+    def capture(self, model: Any, texts: list[list[int]]) -> list[Trace]:
+        """What the model computes in the layers that are looked at."""
         return [each.of_layers(self.layers) for each in capture(model, texts)]
 
     def differences(self) -> list[ChannelStatistics]:
@@ -165,10 +166,8 @@ def study_causal(options: Options) -> dict[str, Any]:
     say("probes")
     found["probes"] = measure_probes(
         study.coders,
-        Tasks(tokenizer, study.calibration),
-        study.calibration,
-        Tasks(tokenizer, study.held_out),
-        study.held_out,
+        Labelled(tokenizer, study.calibration),
+        Labelled(tokenizer, study.held_out),
         bootstrap,
     )
     say("yardsticks")
@@ -210,7 +209,7 @@ def _yardstick(
         before, after = patched.logits(batch, {}), other.logits(batch, {})
         for row, index in enumerate(indices):
             effects.add(index, study.held_out[index], row, of=after, against=before)
-    traces = study._capture(model, study.parts.held_out)
+    traces = study.capture(model, study.parts.held_out)
     squares = [
         np.square((a.astype(np.float64) - b) / each.sigma).mean(axis=1).sum()
         for one, two in zip(traces, study.held_out, strict=True)
