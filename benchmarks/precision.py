@@ -114,10 +114,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    """What is studied, from the command line."""
+    """What is studied, from the command line.
+
+    Raises
+    ------
+    SystemExit
+        There is no model, or there are no texts.
+    """
+    folder = arguments.encoder or arguments.model
+    if not (folder / "config.json").is_file():
+        message = f"{folder} has no config.json: expected the folder of a model"
+        raise SystemExit(message)
+    if arguments.texts is not None and not arguments.texts.is_file():
+        message = f"{arguments.texts} is no file: expected one text per line"
+        raise SystemExit(message)
     base = _QUICK if arguments.quick else Limits()
     return Options(
-        folder=arguments.encoder or arguments.model,
+        folder=folder,
         texts=arguments.texts,
         limits=Limits(
             calibration=arguments.calibration or base.calibration,
@@ -132,13 +145,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One model's figures."""
+    options = options_of(arguments)
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options = options_of(arguments)
-    if not (options.folder / "config.json").is_file():
-        message = f"{options.folder} has no config.json: expected the folder of a model"
-        raise SystemExit(message)
     found = study_encoder(options) if arguments.encoder else study_causal(options)
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {"versions": versions, "models": {options.name: found}}

@@ -73,9 +73,9 @@ def _find(document: Any, name: str) -> Any:
 
 
 def texts_of_file(path: Path) -> tuple[list[str], dict[str, Any]]:
-    """Texts of a file, one per line."""
+    """Texts of a file, one per line; repeated ones once."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line], {"texts": f"lines of {path.name}"}
+    return list(dict.fromkeys(line for line in lines if line)), {"texts": f"lines of {path.name}"}
 
 
 def split(texts: list[str], tokenizer: Any, limits: Limits) -> Split:

@@ -24,16 +24,6 @@ STEPS = ("0.02", "0.05", "0.1", "0.2", "0.4", "1")
 ENCODINGS = ("float16", *(f"step {step}" for step in STEPS), "5 mantissa bits")
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "benchmarks/precision.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [inspect.getdoc(value) or "" for value in vars(textwrap).values()]
@@ -45,8 +35,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def figures(folder: Path, *arguments: Any) -> tuple[dict[str, Any], str]:
-    sizes = ["--calibration", 16, "--held-out", 6, "--longest", 40, "--resamples", 200]
-    done = run("--quick", *sizes, "-o", folder / "study.json", *arguments)
+    sizes = ("--calibration", 16, "--held-out", 6, "--longest", 40, "--resamples", 200)
+    command = [*sizes, "-o", folder / "study.json", *arguments]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/precision.py", "--quick", *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = json.loads((folder / "study.json").read_text())["models"].values()
     return found, done.stdout
@@ -174,27 +171,39 @@ def test_an_encoder_has_embeddings_and_no_predictions(encoder):
     assert "### Sentence embeddings" in report
 
 
-def test_too_few_texts_and_no_model_are_said(tmp_path: Path, texts: Path):
-    done = run("--texts", texts, "--calibration", 5000)
-    assert done.returncode == 1
-    assert "give more texts, or a smaller --calibration" in done.stderr
-    done = run("--model", tmp_path, "--texts", texts)
-    assert done.returncode == 1
-    assert "has no config.json" in done.stderr
-
-
-def test_what_is_committed_is_what_the_figures_say():
-    done = run("--report", "benchmarks/precision.json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == (ROOT / "benchmarks" / "precision.md").read_text(encoding="utf-8")
-    table = done.stdout.partition("### Tiers\n\n")[2].partition("\n\n")[0]
-    document = (ROOT / "docs" / "precision-study.md").read_text(encoding="utf-8")
-    assert f"<!-- study -->\n{table}\n<!-- end of study -->" in document
-
-
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.usefixtures("tools")
+def test_too_few_texts_no_model_and_no_file_are_said(tmp_path: Path, texts: Path):
+    from precision import options_of, parse
+    from tiers.texts import Limits, split, texts_of_file
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    lines, _ = texts_of_file(texts)
+    with pytest.raises(SystemExit, match="give more texts, or a smaller --calibration"):
+        split(lines, tokenizer, Limits(calibration=5000))
+    parts = split(lines, tokenizer, Limits(calibration=10, held_out=5))
+    assert [len(parts.calibration), len(parts.held_out)] == [10, 5]
+    assert not any(each in parts.calibration for each in parts.held_out)
+    with pytest.raises(SystemExit, match=r"has no config\.json"):
+        options_of(parse(["--model", str(tmp_path)]))
+    with pytest.raises(SystemExit, match="expected one text per line"):
+        options_of(parse(["--texts", str(tmp_path / "missing.txt")]))
+
+
+@pytest.mark.usefixtures("tools")
+def test_what_is_committed_is_what_the_figures_say():
+    from tiers.report import markdown, tier_table
+
+    folder = ROOT / "benchmarks"
+    results = json.loads((folder / "precision.json").read_text(encoding="utf-8"))
+    assert markdown(results) == (folder / "precision.md").read_text(encoding="utf-8")
+    table = tier_table(results["models"]["tiny-llama-pydocs"])
+    document = (ROOT / "docs" / "precision-study.md").read_text(encoding="utf-8")
+    assert f"<!-- study -->\n{table}\n<!-- end of study -->" in document
 
 
 @pytest.mark.usefixtures("tools")
