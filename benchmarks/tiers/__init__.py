@@ -1,0 +1,1 @@
+"""What precision tiers cost a model downstream; `benchmarks/precision.py` runs it."""
