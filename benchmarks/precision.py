@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import transformers
-from tiers.report import markdown, tier_table
-from tiers.study import Options, study_causal, study_encoder
-from tiers.texts import REPOSITORY, TINY, Limits
+from downstream.report import markdown, tier_table
+from downstream.study import Options, study_causal, study_encoder
+from downstream.texts import REPOSITORY, TINY, Limits
 
 FOLDER: Final = Path(__file__).resolve().parent
 DOCUMENT: Final = REPOSITORY / "docs" / "precision-study.md"

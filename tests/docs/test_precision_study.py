@@ -178,8 +178,8 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tools")
 def test_too_few_texts_no_model_and_no_file_are_said(tmp_path: Path, texts: Path):
+    from downstream.texts import Limits, split, texts_of_file
     from precision import options_of, parse
-    from tiers.texts import Limits, split, texts_of_file
 
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     lines, _ = texts_of_file(texts)
@@ -196,7 +196,7 @@ def test_too_few_texts_no_model_and_no_file_are_said(tmp_path: Path, texts: Path
 
 @pytest.mark.usefixtures("tools")
 def test_what_is_committed_is_what_the_figures_say():
-    from tiers.report import markdown, tier_table
+    from downstream.report import markdown, tier_table
 
     folder = ROOT / "benchmarks"
     results = json.loads((folder / "precision.json").read_text(encoding="utf-8"))
@@ -208,7 +208,7 @@ def test_what_is_committed_is_what_the_figures_say():
 
 @pytest.mark.usefixtures("tools")
 def test_areas_under_the_curve_are_those_of_scikit_learn():
-    from tiers.resampling import Bootstrap, Ranking, change
+    from downstream.resampling import Bootstrap, Ranking, change
 
     random = np.random.default_rng(0)
     texts = np.repeat(np.arange(5), 40)
@@ -229,7 +229,7 @@ def test_areas_under_the_curve_are_those_of_scikit_learn():
 
 @pytest.mark.usefixtures("tools")
 def test_edges_are_those_of_graphs():
-    from tiers.weights import edges, head_mean
+    from downstream.weights import edges, head_mean
 
     weights = np.random.default_rng(0).dirichlet(np.full(30, 0.2), (4, 30)).astype(np.float16)
     found = edges(head_mean(weights))

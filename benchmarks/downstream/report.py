@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from suite.report import table
 
+from downstream.coding import encoding_of_tier
+from downstream.patching import EVERY_LAYER, MEAN
+from downstream.rates import POOLED_VALUES
+from downstream.weights import HEAD_MEAN, SMOOTHING, THRESHOLD
 from h5traces.schema.precision import TIERS
-from tiers.coding import encoding_of_tier
-from tiers.patching import EVERY_LAYER, MEAN
-from tiers.rates import POOLED_VALUES
-from tiers.weights import HEAD_MEAN, SMOOTHING, THRESHOLD
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from downstream.capturing import Trace
     from h5traces.precision import ChannelScale, ChannelStatistics, EncodedLayer
-    from tiers.capturing import Trace
 
 STEPS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 FLOAT16: Final = "float16"

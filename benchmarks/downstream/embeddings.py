@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiers.capturing import Trace
-    from tiers.coding import Coder
+    from downstream.capturing import Trace
+    from downstream.coding import Coder
 
 NEIGHBOURS: Final = 5
 

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from downstream.coding import chunk_nbytes
 from h5traces.dtypes import TypedArray
 from h5traces.precision import rounding, square_root
 from h5traces.precision.head_mean import HeadMean
-from tiers.coding import chunk_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from tiers.capturing import Trace
+    from downstream.capturing import Trace
 
 THRESHOLD: Final = 0.01
 HEAD_MEAN: Final = "head mean"

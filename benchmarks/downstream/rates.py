@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from tiers.coding import chunk_nbytes, exceptions_nbytes
+from downstream.coding import chunk_nbytes, exceptions_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from downstream.capturing import Trace
+    from downstream.coding import Coder
     from h5traces.precision import ChannelStatistics
-    from tiers.capturing import Trace
-    from tiers.coding import Coder
 
 # Bits of a Gaussian in steps of one sigma: log2(2 pi e) / 2, as the formula has it.
 FORMULA_BITS: Final = 2.05

@@ -9,16 +9,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from tiers.resampling import Ranking, change
+from downstream.resampling import Ranking, change
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from tiers.capturing import Trace
-    from tiers.coding import Coder
-    from tiers.resampling import Bootstrap
+    from downstream.capturing import Trace
+    from downstream.coding import Coder
+    from downstream.resampling import Bootstrap
 
     # By task and then layer, what `Bootstrap.auroc` gives.
     Areas = dict[str, list[NDArray[np.float64]]]

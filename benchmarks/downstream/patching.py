@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from downstream.capturing import Trace
+    from downstream.coding import Coder
+    from downstream.resampling import Bootstrap
     from h5traces.extract.anatomy import Anatomy
-    from tiers.capturing import Trace
-    from tiers.coding import Coder
-    from tiers.resampling import Bootstrap
 
     # Replaces the states of one text behind one layer.
     Change = Callable[[NDArray[np.float16]], NDArray[np.float16]]

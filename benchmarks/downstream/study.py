@@ -10,25 +10,25 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
+from downstream.capturing import capture
+from downstream.coding import Coder, calibrate, encodings
+from downstream.embeddings import measure_embeddings
+from downstream.patching import Effects, Patched, batches, measure_patching, predicted_tokens
+from downstream.probes import Labelled, measure_probes
+from downstream.rates import measure_errors, measure_rate
+from downstream.resampling import Bootstrap
+from downstream.texts import TINY, Limits, shipped_texts, split, texts_of_file
+from downstream.weights import flip_share, measure_weights
 from h5traces.extract import load_model, load_tokenizer
 from h5traces.extract.anatomy import anatomy_of
-from tiers.capturing import capture
-from tiers.coding import Coder, calibrate, encodings
-from tiers.embeddings import measure_embeddings
-from tiers.patching import Effects, Patched, batches, measure_patching, predicted_tokens
-from tiers.probes import Labelled, measure_probes
-from tiers.rates import measure_errors, measure_rate
-from tiers.resampling import Bootstrap
-from tiers.texts import TINY, Limits, shipped_texts, split, texts_of_file
-from tiers.weights import flip_share, measure_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from downstream.capturing import Trace
+    from downstream.texts import Split
     from h5traces.precision import ChannelStatistics
-    from tiers.capturing import Trace
-    from tiers.texts import Split
 
 # Types to compute in that people use without a thought; what they change is the yardstick.
 YARDSTICKS: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16}
