@@ -96,6 +96,15 @@ def _spooled(folder: Path) -> Path:
     return target
 
 
+def _in_steps(folder: Path) -> Path:
+    """Samples that need scales, and lists of exceptions, to be read."""
+    return make_archive(folder, make_batch("full_gz", num_samples=8), tier="fine")
+
+
+def _averaged(folder: Path) -> Path:
+    return make_archive(folder, make_batch("full_gz"), tier="compact")
+
+
 def _tiny(folder: Path) -> Path:
     array = np.arange(6, dtype="f2").reshape(2, 3)
     return make_archive(folder, [{"hidden_states": [array], "tokens": np.arange(2)}])
@@ -120,6 +129,8 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
     "subset of layers": _subset,
     "shard of a long run": _shard,
     "spooled sample": _spooled,
+    "fine": _in_steps,
+    "compact": _averaged,
     "one tiny sample": _tiny,
     "several chunks per array": _large,
     "zstd": _zstd,
@@ -130,8 +141,12 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
 def contents(store: Store) -> dict[str, str]:
     """Every attribute and value of an archive by its path; the errors of ours are not caught."""
     found = {"/": repr(store.root_attrs), "/kinds": repr(store.kinds)}
-    for index in range(store.num_samples):
-        sample = store.sample(index)
+    scales = store.scales()
+    named = [] if scales is None else [("scales", scales)]
+    for index, sample in (
+        *((index, store.sample(index)) for index in range(store.num_samples)),
+        *named,
+    ):
         found[f"/{index}"] = repr(sorted(sample.attrs.items()))
         for path, entry in sample.objects.items():
             digest = ""
