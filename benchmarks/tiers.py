@@ -193,7 +193,7 @@ def readme_table(figures: dict[str, Figures]) -> str:
     for row in rows:
         cells = dict(zip(header, row, strict=True))
         each = figures[cells["tier"]]
-        studied = " | ".join(cells[name] for name in STUDIED)
+        studied = " | ".join(cells[name].removeprefix("float16: ") for name in STUDIED)
         sizes = f"{each.thousand_nbytes / 1e9:.2f} | {each.seven_nbytes / 1e9:.2f}"
         lines.append(f"| `{cells['tier']}` | {sizes} | {studied} |")
     return "\n".join(lines)

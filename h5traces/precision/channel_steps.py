@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from h5traces.precision.scales import ChannelScale
 
-# What one byte must reach; a Gaussian has one value in 10^23 beyond.
-_REACH_OF_BYTE: Final = 10.0
+# Sigmas that one byte must reach; a Gaussian has one value in 5 x 10^8 beyond.
+_REACH_OF_BYTE: Final = 6.0
 # In two bytes, the upper one should change by about one and a half within a sigma: Huffman codes
 # waste more where it changes less. The lower one should have many values, since deflate spends one
 # code of every table on the end of a block: of 32 values that takes 0.03 bits each, of 8 it takes
