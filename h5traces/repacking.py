@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open_archive
 from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_calibration, measured
-from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning
+from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
 from h5traces.inheritance import InheritedPrecision, inherited_facts, inherited_scales
 from h5traces.precision import ScaleSet
 from h5traces.publishing import ShardSet
@@ -182,6 +182,13 @@ def repack_archive(
     before = InheritedPrecision.of(archive.files)
     wanted = _wanted(before, tier, dtype, archive)
     encodes = dtype is not None or wanted != before.precision
+    if scales is not None and not encodes:
+        message = (
+            f"{archive.paths[0]}: is of precision {wanted} already, with scales of its own, which "
+            "others could replace only with more loss; leave --scales out, or take the archive "
+            "that it was made from"
+        )
+        raise PrecisionError(message)
     report = RepackReport(
         sources=[str(path) for path in archive.paths],
         copied=not encodes and codec in (None, archive.metadata.codec),

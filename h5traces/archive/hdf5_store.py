@@ -109,7 +109,10 @@ class Hdf5Store:
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         entry = sample.objects[path]
         if entry.codec is None and sample.ordinal == NO_ORDINAL:
-            message = f"{self._path}: /{path}: has filters or storage that scales never have"
+            message = (
+                f"{self._path}: /{path}: is not stored in chunks with shuffle and gzip, as scales "
+                "are; 'h5traces calibrate' writes such files"
+            )
             raise CorruptArchiveError(message)
         if entry.codec is None:
             return self._hdf5.read_values(layout.sample_name(sample.ordinal), entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 from h5traces import layout
 from h5traces.archive.opening import open_archive
 from h5traces.dtypes import TypedArray
-from h5traces.errors import FidelityError
+from h5traces.errors import FidelityError, LossyWarning
 from h5traces.fidelity.pairing import pair_samples, stored_kinds, stored_names
 from h5traces.fidelity.reports import (
     FidelityReport,
@@ -26,6 +27,7 @@ from h5traces.fidelity.reports import (
 from h5traces.fidelity.states import StateErrors
 from h5traces.fidelity.values import ValuePair
 from h5traces.fidelity.weights import WeightErrors
+from h5traces.inheritance import InheritedPrecision
 from h5traces.precision.head_mean import HeadMean
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive import Trace
+    from h5traces.archive import Archive, Trace
     from h5traces.archive.opening import PathLike
 
 # Edges of graphs, where nothing else is asked for; as `h5traces.graph` has it.
@@ -77,6 +79,11 @@ def compare(
         file, sample and field. Or the threshold is no number.
     H5TracesError
         A file is no archive, or is damaged.
+
+    Warns
+    -----
+    LossyWarning
+        A lost precision itself.
     """
     if not math.isfinite(threshold):
         message = f"the threshold is {threshold}, expected a weight such as {THRESHOLD}"
@@ -87,6 +94,7 @@ def compare(
         open_archive(b, labels=False) as second,
         ThreadPoolExecutor(count, thread_name_prefix="h5traces-fidelity") as pool,
     ):
+        _warn_of_losses(first)
         pairs = pair_samples(first, second)
         report = FidelityReport(
             a=[str(path) for path in first.paths],
@@ -104,6 +112,16 @@ def compare(
                 progress(done, len(pairs.indices))
         run.finish()
     return report
+
+
+def _warn_of_losses(reference: Archive) -> None:
+    losses = InheritedPrecision.of(reference.files).losses
+    if losses:
+        message = (
+            f"{reference.paths[0]}: the reference lost precision itself "
+            f"({', '.join(map(str, losses))}), so errors are not those against its source"
+        )
+        warnings.warn(message, LossyWarning, stacklevel=3)
 
 
 @dataclass(frozen=True, slots=True)

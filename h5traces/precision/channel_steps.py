@@ -1,7 +1,8 @@
 """Hidden states as whole numbers of steps, each channel with its own step and offset.
 
 ``restored = offset + (stored - zero_point) / spacing * step``. Steps have few significant bits and
-offsets are sixteenths of a step, so float32 computes this exactly, in any order.
+offsets are sixteenths of a step, so float64 computes this exactly, in any order, and float32 does
+unless an offset is thousands of steps.
 """
 
 from __future__ import annotations

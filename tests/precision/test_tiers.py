@@ -29,6 +29,7 @@ from h5traces.errors import (
     PrecisionError,
 )
 from h5traces.exporting import export
+from h5traces.fidelity import compare
 from h5traces.legacy.layouts import to_record
 from h5traces.repacking import repack
 from h5traces.salvaging import salvage
@@ -720,3 +721,20 @@ def test_an_edited_footer_is_found(shelf: Path, tmp_path: Path) -> None:
         assert not report.ok or report.notes
         assert_same(h5traces.open(path)[0].to_dict(), h5traces.open(source)[0].to_dict())
         path.unlink()
+
+
+def test_scales_of_an_archive_that_has_some_cannot_be_replaced(tmp_path: Path) -> None:
+    write_batch(tmp_path / "batch.pkl", batch())
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "exact.h5")
+    repack(tmp_path / "exact.h5", tmp_path / "fine.h5", tier="fine")
+    with pytest.raises(PrecisionError, match=r"fine\.h5.*scales of its own.*leave --scales out"):
+        repack(tmp_path / "fine.h5", tmp_path / "b.h5", tier="fine", scales=tmp_path / "fine.h5")
+    assert not (tmp_path / "b.h5").exists()
+
+
+def test_a_reference_that_lost_precision_is_named(tmp_path: Path) -> None:
+    write_batch(tmp_path / "batch.pkl", batch())
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "exact.h5")
+    repack(tmp_path / "exact.h5", tmp_path / "fine.h5", tier="fine")
+    with pytest.warns(LossyWarning, match=r"fine\.h5: the reference lost precision itself"):
+        compare(tmp_path / "fine.h5", tmp_path / "exact.h5")
