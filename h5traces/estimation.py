@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from h5traces import layout
 from h5traces.dtypes import CARRIERS, DtypePolicy
 from h5traces.errors import ExtractionError
+from h5traces.precision.channel_steps import StepFormat
 from h5traces.schema import EXACT, TIERS, Precision
 from h5traces.storage.codecs import GZIP
 
@@ -92,10 +93,11 @@ STATED_RATES: Final[dict[DtypePolicy, Rates]] = {
 }
 
 
-# By the formula of hidden states in steps, 2.05 - log2(step), bits are those of a Gaussian; whole
-# bits of Huffman codes, tables and exceptions take the rest.
+# By the formula of hidden states in steps, 2.05 - log2(step), bits are those of a Gaussian. Whole
+# bits of Huffman codes, tables, rounded steps and exceptions take the rest, by bytes of a number:
+# benchmarks/precision.md, large chunks.
 _GAUSSIAN_BITS: Final = 2.05
-_CODING_BITS: Final = 0.07
+_CODING_BITS: Final = {"uint8": 0.05, "uint16": 0.15}
 # Of the pilot's attentions, by bits of the square-root scale; and of their mean over heads.
 _ATTENTION_BITS: Final = {8: 3.7, 6: 2.6, 5: 2.1}
 _MEAN_BITS: Final = 3.9
@@ -123,7 +125,9 @@ def precise_rates(precision: Precision, exact: Rates) -> Rates:
         if precision.mantissa_bits is not None and kind in bits:
             bits[kind] = rounded[precision.mantissa_bits - 1]
     if precision.step is not None and layout.HIDDEN_STATES in bits:
-        bits[layout.HIDDEN_STATES] = _GAUSSIAN_BITS + _CODING_BITS - math.log2(precision.step)
+        ideal = _GAUSSIAN_BITS - math.log2(precision.step)
+        coding = _CODING_BITS[StepFormat.of(precision.step).dtype]
+        bits[layout.HIDDEN_STATES] = ideal + coding
     if layout.ATTENTIONS in bits:
         if precision.head_mean != "none":
             bits[layout.ATTENTION_MEAN] = _MEAN_BITS

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.opening import open_archive
+from h5traces.archive import Archive, open_archive
 from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_calibration, measured
 from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
 from h5traces.inheritance import InheritedPrecision, inherited_facts, inherited_scales
@@ -20,7 +21,7 @@ from h5traces.writer import StoredSample, WriteOptions, precision_warnings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from h5traces.archive import Archive, ArchiveFile, Trace
+    from h5traces.archive import ArchiveFile, Trace
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.schema import SourceFile, Tier
@@ -63,7 +64,7 @@ class RepackReport:
 
 
 def repack(
-    sources: PathLike | Iterable[PathLike],
+    sources: PathLike | Iterable[PathLike] | Archive,
     dest: PathLike,
     *,
     layers: Sequence[int] | None = None,
@@ -89,7 +90,8 @@ def repack(
     Parameters
     ----------
     sources
-        Archives, globs and folders; of one model and one set of layers.
+        Archives, globs and folders; of one model and one set of layers. Or an archive that is open,
+        with the labels that it has.
     dest
         The new archive; with `shard_samples`, ``-00000`` and so on go before its suffix.
     layers
@@ -131,57 +133,59 @@ def repack(
     LossyWarning
         The sources lost precision before, and lose more: the errors add up.
     """
-    with open_archive(sources) as archive:
-        return repack_archive(
-            archive,
-            dest,
-            layers=layers,
-            samples=samples,
-            tier=tier,
-            scales=scales,
-            calibration_samples=calibration_samples,
-            dtype=dtype,
-            codec=codec,
-            on_overflow=on_overflow,
-            shard_samples=shard_samples,
-            overwrite=overwrite,
-            verify=verify,
-            dry_run=dry_run,
-            workers=workers,
-            progress=progress,
-        )
-
-
-def repack_archive(
-    archive: Archive,
-    dest: PathLike,
-    *,
-    layers: Sequence[int] | None = None,
-    samples: slice | Sequence[int] | None = None,
-    tier: Tier | Precision | None = None,
-    scales: PathLike | None = None,
-    calibration_samples: int = AUTOMATIC_SAMPLES,
-    dtype: DtypePolicy | None = None,
-    codec: str | None = None,
-    on_overflow: OverflowPolicy = "float32",
-    shard_samples: int | None = None,
-    overwrite: bool = False,
-    verify: bool = True,
-    dry_run: bool = False,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> RepackReport:
-    """`repack` of an archive that is open; with the labels that it has."""
     target = Path(dest)
+    with contextlib.ExitStack() as until_done:
+        archive = (
+            sources
+            if isinstance(sources, Archive)
+            else until_done.enter_context(open_archive(sources))
+        )
+        _check_target(archive, target)
+        selected = archive if layers is None else archive.select(layers=layers)
+        indices = _indices(samples, len(archive))
+        before = InheritedPrecision.of(archive.files)
+        wanted = _wanted(before, tier, dtype, archive)
+        encodes = dtype is not None or wanted != before.precision
+        _check_scales(archive, scales, wanted, encodes=encodes)
+        report = RepackReport(
+            sources=[str(path) for path in archive.paths],
+            copied=not encodes and codec in (None, archive.metadata.codec),
+            source_nbytes=sum(file.nbytes for file in archive.files),
+            precision=None if wanted.is_exact else str(wanted),
+        )
+        found = ScaleSet()
+        if not dry_run and wanted.step is not None:
+            found = _scales(selected, wanted.step, scales, calibration_samples, measures=encodes)
+        options = WriteOptions(
+            dtype=dtype or ("float16" if encodes else archive.metadata.dtype_policy) or "float16",
+            on_overflow=on_overflow,
+            codec=codec or archive.metadata.codec,
+            workers=workers,
+            overwrite=overwrite,
+            precision=wanted,
+            scales=found,
+            earlier_precisions=before.losses if encodes else before.earlier,
+        )
+        if dry_run:
+            report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
+            report.num_samples = len(indices)
+            return report
+        run = _Rewrite(selected, report, options, encodes=encodes, verify=verify)
+        run.run(target, indices, shard_samples, progress)
+        return report
+
+
+def _check_target(archive: Archive, target: Path) -> None:
     local = (path for path in archive.paths if isinstance(path, Path))
     if any(path.resolve() == target.resolve() for path in local):
         message = f"{target} is one of the sources; name another output"
         raise ArchiveError(message)
-    selected = archive if layers is None else archive.select(layers=layers)
-    indices = _indices(samples, len(archive))
-    before = InheritedPrecision.of(archive.files)
-    wanted = _wanted(before, tier, dtype, archive)
-    encodes = dtype is not None or wanted != before.precision
+
+
+def _check_scales(
+    archive: Archive, scales: PathLike | None, wanted: Precision, *, encodes: bool
+) -> None:
+    """Refuse scales that would not be used."""
     if scales is not None and not encodes:
         message = (
             f"{archive.paths[0]}: is of precision {wanted} already, with scales of its own, which "
@@ -189,45 +193,6 @@ def repack_archive(
             "that it was made from"
         )
         raise PrecisionError(message)
-    report = RepackReport(
-        sources=[str(path) for path in archive.paths],
-        copied=not encodes and codec in (None, archive.metadata.codec),
-        source_nbytes=sum(file.nbytes for file in archive.files),
-        precision=None if wanted.is_exact else str(wanted),
-    )
-    run = _Rewrite(
-        selected,
-        report,
-        WriteOptions(
-            dtype=dtype or ("float16" if encodes else archive.metadata.dtype_policy) or "float16",
-            on_overflow=on_overflow,
-            codec=codec or archive.metadata.codec,
-            workers=workers,
-            overwrite=overwrite,
-            precision=wanted,
-            scales=_scales(selected, wanted, scales, calibration_samples, measures=encodes)
-            if not dry_run
-            else ScaleSet(),
-            earlier_precisions=before.losses if encodes else before.earlier,
-        ),
-        encodes=encodes,
-        verify=verify,
-    )
-    size = shard_samples or max(1, len(indices))
-    starts = range(0, max(1, len(indices)), size)
-    if dry_run:
-        report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
-        report.num_samples = len(indices)
-        return report
-    try:
-        for number, start in enumerate(starts):
-            shard = _shard(target, number, sharded=shard_samples is not None)
-            run.write(shard, indices[start : start + size], progress, len(indices))
-        run.publish()
-    except BaseException:
-        run.discard()
-        raise
-    return report
 
 
 def _wanted(
@@ -264,22 +229,20 @@ def _wanted(
 
 def _scales(
     archive: Archive,
-    wanted: Precision,
+    step: float,
     path: PathLike | None,
     num_samples: int,
     *,
     measures: bool,
-) -> ScaleSet | None:
+) -> ScaleSet:
     """The scales of the targets: those of the sources, of a file, or of the first samples."""
-    if wanted.step is None:
-        return None
     if not measures:
-        return inherited_scales(archive.files)
+        return inherited_scales(archive.files) or ScaleSet()
     if path is not None:
         calibration = load_calibration(path)
         check_model(calibration, archive.metadata.model_id)
-        return calibration.scales(wanted.step)
-    return measured(archive, num_samples).scales(wanted.step)
+        return calibration.scales(step)
+    return measured(archive, num_samples).scales(step)
 
 
 def _indices(samples: slice | Sequence[int] | None, length: int) -> Sequence[int]:
@@ -311,20 +274,29 @@ class _Rewrite:
         self._shards = ShardSet(options, verify=verify)
         self._sources, self._first_source = _joined_sources(archive.files)
 
-    def write(
+    def run(
         self,
         target: Path,
         indices: Sequence[int],
+        shard_samples: int | None,
         progress: Callable[[int, int], None] | None,
-        total: int,
     ) -> None:
-        writer = self._shards.new(target, **inherited_facts(self._archive.files))
-        for index in indices:
-            self._add(writer, self._archive[index])
-            self._report.num_samples += 1
-            if progress is not None:
-                progress(self._report.num_samples, total)
-        self._shards.finish(sources=self._sources)
+        """Write and publish; on an exception nothing is left behind."""
+        size = shard_samples or max(1, len(indices))
+        try:
+            for number, start in enumerate(range(0, max(1, len(indices)), size)):
+                shard = _shard(target, number, sharded=shard_samples is not None)
+                writer = self._shards.new(shard, **inherited_facts(self._archive.files))
+                for index in indices[start : start + size]:
+                    self._add(writer, self._archive[index])
+                    self._report.num_samples += 1
+                    if progress is not None:
+                        progress(self._report.num_samples, len(indices))
+                self._shards.finish(sources=self._sources)
+            self._publish()
+        except BaseException:
+            self._shards.discard()
+            raise
 
     def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
         first_source = self._first_source[trace.path]
@@ -333,17 +305,13 @@ class _Rewrite:
         else:
             writer.copy(StoredSample(trace, codec=self._codec), first_source=first_source)
 
-    def publish(self) -> None:
-        """Name the targets."""
+    def _publish(self) -> None:
+        """Name the targets, and tell of them."""
         self._shards.publish()
         summaries = [writer.summary for writer in self._shards.writers]
         self._report.targets = [str(summary.path) for summary in summaries]
         self._report.warnings = [each for one in summaries for each in precision_warnings(one)]
         self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
-
-    def discard(self) -> None:
-        """Delete what was not published."""
-        self._shards.discard()
 
 
 def _joined_sources(

@@ -92,7 +92,7 @@ def convert(
 
     Pickles are read by an interpreter that executes nothing; samples stream through in bounded
     memory. Every archive is verified against its source before it gets its name, so the pickle may
-    go when this command exits with 0.
+    go when this command exits with 0. With any --tier but `exact`, it holds more than the archive.
 
     - `h5traces convert traces/ -o archives/`
     - `h5traces convert 'run/*.pkl.gz' -o run.h5 --merge --layers 0,5,10,15,20,25,31`

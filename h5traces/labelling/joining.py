@@ -16,7 +16,7 @@ from h5traces.archive.labels import FileLabels, sidecar_path
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, SchemaError
 from h5traces.labelling.tables import ID_COLUMN, SCORE_COLUMN, ScoreTable, read_scores
-from h5traces.repacking import repack_archive
+from h5traces.repacking import repack
 from h5traces.schema.labels import LabelSidecar
 from h5traces.storage.part_file import PartFile, make_folder, remove_abandoned_parts
 from h5traces.version import __version__
@@ -322,7 +322,7 @@ def _write_archive(
 ) -> None:
     for file, sidecar in zip(archive.files, sidecars, strict=True):
         file.labels = FileLabels(sidecar, report.table)
-    done = repack_archive(archive, output, overwrite=overwrite, dry_run=dry_run)
+    done = repack(archive, output, overwrite=overwrite, dry_run=dry_run)
     report.targets = done.targets
 
 
