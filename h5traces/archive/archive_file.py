@@ -333,7 +333,8 @@ class ArchiveFile:
             raise CorruptArchiveError(message)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_store": None}
+        # Scales are read again where they are needed; a model's take megabytes.
+        return {**self.__dict__, "_store": None, "_scales": {}}
 
 
 def _name(value: object) -> str:
