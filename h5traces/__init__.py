@@ -8,16 +8,20 @@
 
 from h5traces.archive import Archive, Trace, load
 from h5traces.archive import open_archive as open  # as h5py.File, gzip.open do
+from h5traces.calibration import calibrate
 from h5traces.check import validate
 from h5traces.conversion import convert
 from h5traces.integrity import verify
+from h5traces.schema import Precision
 from h5traces.spooling import create
 from h5traces.version import __version__
 
 __all__ = [
     "Archive",
+    "Precision",
     "Trace",
     "__version__",
+    "calibrate",
     "convert",
     "create",
     "load",

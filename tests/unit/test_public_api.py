@@ -15,8 +15,10 @@ import h5traces
 
 PUBLIC = [
     "Archive",
+    "Precision",
     "Trace",
     "__version__",
+    "calibrate",
     "convert",
     "create",
     "load",
