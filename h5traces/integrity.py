@@ -210,6 +210,7 @@ def _check_scales(store: Store) -> None:
         error = None if scales.objects[path].is_group else _array_damage(store, scales, path)
         if error is not None:
             raise error
+    stored_scales(store)
 
 
 def _check_root(store: Store) -> None:

@@ -77,6 +77,13 @@ class StepFormat:
         return cls("uint16", 32768, spacing, 32767 // spacing)
 
 
+def reaches_too_far(scale: ChannelScale, dtype: str, spacing: int) -> bool:
+    """Whether float32 cannot hold what some number of steps stands for."""
+    with np.errstate(over="ignore"):
+        reach = np.abs(scale.offset) + np.float32(np.iinfo(dtype).max / spacing) * scale.step
+    return not np.isfinite(reach).all()
+
+
 def to_steps(
     values: NDArray[Any], scale: ChannelScale, step: float
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
