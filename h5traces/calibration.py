@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from h5traces.archive import Archive, Trace
     from h5traces.archive.opening import PathLike
     from h5traces.limits import ReadLimits
-    from h5traces.schema import TraceRecord
+    from h5traces.schema import Precision, TraceRecord
 
     # Path of a layer, and its hidden states (tokens, hidden).
     States = Iterable[tuple[str, NDArray[Any]]]
@@ -85,6 +85,7 @@ def calibrate(
     *,
     samples: int = DEFAULT_SAMPLES,
     layers: Sequence[int] | None = None,
+    model_id: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -103,6 +104,8 @@ def calibrate(
         How many to look at, from the beginning of the sources.
     layers
         Decoder blocks to measure; all by default.
+    model_id
+        Recorded; as the sources give it by default.
     overwrite
         Replace `dest`.
     dry_run
@@ -133,7 +136,8 @@ def calibrate(
                         progress(measurement.num_samples, samples)
             if measurement.num_samples >= samples:
                 break
-        calibration = measurement.calibration(_one_model(paths[: len(measurement.sources)]))
+        name = model_id or _one_model(paths[: len(measurement.sources)])
+        calibration = measurement.calibration(name)
     if not dry_run:
         save_calibration(calibration, target, overwrite=overwrite)
     assert calibration.record is not None
@@ -375,6 +379,23 @@ def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> 
     return found
 
 
+def load_given(path: PathLike | None, precision: Precision) -> Calibration | None:
+    """The scales that a caller gives, if any.
+
+    Raises
+    ------
+    PrecisionError
+        The precision has no use for scales, or the file holds none.
+    """
+    if path is not None and precision.step is None:
+        message = (
+            f"{path}: scales are for hidden states in steps, which precision {precision} does not "
+            "have; choose a tier (fine, analysis, compact) or a step"
+        )
+        raise PrecisionError(message)
+    return None if path is None else load_calibration(path)
+
+
 def check_model(calibration: Calibration, model_id: str | None) -> None:
     """Refuse scales that were measured on another model.
 
@@ -384,9 +405,16 @@ def check_model(calibration: Calibration, model_id: str | None) -> None:
         Both models are known, and differ.
     """
     measured = calibration.record and calibration.record.model_id
-    if None not in (measured, model_id) and measured != model_id:
-        message = (
-            f"the scales were measured on {measured}, the samples are of {model_id}; run "
-            "'h5traces calibrate' on samples of that model"
-        )
-        raise PrecisionError(message)
+    if measured is None or model_id is None or _short(measured) == _short(model_id):
+        return
+    message = (
+        f"the scales were measured on {measured}, the samples are of {model_id}; run 'h5traces "
+        "calibrate' on samples of that model, or, if it is the same under another name, with "
+        f"--model-id {model_id}"
+    )
+    raise PrecisionError(message)
+
+
+def _short(model_id: str) -> str:
+    """A model's name without the folder, or the account, that it lies in."""
+    return model_id.rstrip("/").rpartition("/")[2].lower()

@@ -30,6 +30,7 @@ from h5traces.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.schema import (
     ArchiveMetadata,
     ArrayDescription,
+    CalibrationRecord,
     KindMetadata,
     TraceDescription,
     TraceMetadata,
@@ -252,6 +253,9 @@ class _Validation:
             return
         for each in problems:
             self._add(f"/{each.loc}", each.message, each.kind)
+        record = scales.objects[layout.SCALES_GROUP].attrs if scales is not None else {}
+        if record:
+            self._document(CalibrationRecord, record, place)
         self._widths = scale_widths(scales.objects) if scales is not None else {}
         for loc, message, kind in () if scales is None else scale_problems(scales.objects):
             self._add(f"/{loc}", message, kind)
@@ -312,8 +316,7 @@ class _Validation:
         self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
         for loc, message, kind in _sample_problems(sample, metadata, self._kinds):
             self._add(f"{place}/{loc}" if loc else place, message, kind)
-        exact = self._metadata is not None and self._metadata.precision is None
-        for loc, message, kind in encoding_problems(sample.objects, self._widths, is_exact=exact):
+        for loc, message, kind in encoding_problems(sample.objects, self._widths, self._metadata):
             self._add(f"{place}/{loc}", message, kind)
         if not problems:
             if metadata is not None and stored_sample_digest(sample) != metadata.digest:

@@ -8,18 +8,27 @@ from typing import TYPE_CHECKING, Final, get_args
 from h5traces import layout
 from h5traces.dtypes import FloatType
 from h5traces.errors import UnsupportedEncodingError
-from h5traces.precision import is_encoded, layers_with_scales, restored_type
+from h5traces.precision import (
+    EXCEPTION_COLUMNS,
+    attribute_problems,
+    is_encoded,
+    is_stated,
+    layers_with_scales,
+    num_exceptions,
+    restored_type,
+)
 from h5traces.precision.scale_storage import OFFSET, SIGMA, STEP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from h5traces.schema import ArchiveMetadata
+    from h5traces.schema.attributes import Attrs
     from h5traces.storage.objects import ObjectEntry
 
     Finding = tuple[str, str, str]
 
 _FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
-_EXCEPTION_COLUMNS: Final = 3
 
 
 def float_type(entry: ObjectEntry) -> FloatType | None:
@@ -67,7 +76,7 @@ def _widths(objects: Mapping[str, ObjectEntry], layer: str) -> list[int]:
 
 
 def encoding_problems(
-    objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], *, is_exact: bool
+    objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], metadata: ArchiveMetadata | None
 ) -> Iterator[Finding]:
     """What is wrong with the encoded layers of a sample, as path, message and kind.
 
@@ -77,28 +86,28 @@ def encoding_problems(
         Of the sample, by path.
     widths
         Channels of the scales, by path of their layer.
-    is_exact
-        Whether the archive says that nothing was given up.
+    metadata
+        Of the archive, None where it cannot be read.
     """
     for path, entry in objects.items():
         kind, _, name = path.partition("/")
         if kind not in layout.KINDS or not name:
             continue
         if name == layout.EXCEPTIONS_TABLE:
-            if entry.dtype != "float64" or entry.shape[1:] != (_EXCEPTION_COLUMNS,):
-                message = f"is {entry.dtype} {entry.shape}, expected float64 (n, 3)"
-                yield path, message, "wrong_type"
+            layers = (objects[each] for each in objects if each.startswith(f"{kind}/"))
+            yield from _table_problems(entry, num_exceptions(layers))
             continue
         try:
             encoded = is_encoded(entry.attrs)
         except UnsupportedEncodingError as error:
             yield path, str(error), "unsupported_encoding"
             continue
-        if "encoding" in entry.attrs and is_exact:
-            message = "is encoded, but the root attribute 'precision' is missing"
-            yield path, message, "unmarked_loss"
+        if "encoding" in entry.attrs and metadata is not None:
+            yield from _unmarked(path, kind, entry.attrs, metadata, encoded=encoded)
         if not encoded:
             continue
+        for message in attribute_problems(entry.dtype, entry.attrs):
+            yield path, message, "wrong_encoding"
         link = entry.attrs.get("scales")
         width = widths.get(str(link).removeprefix(f"/{layout.SCALES_GROUP}/"))
         if link is not None and width is None:
@@ -108,3 +117,27 @@ def encoding_problems(
         table = f"{kind}/{layout.EXCEPTIONS_TABLE}"
         if entry.attrs.get("num_exceptions") and table not in objects:
             yield path, f"its exceptions are missing; expected {table}", "missing_exceptions"
+
+
+def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
+    if entry.dtype != "float64" or entry.shape[1:] != (EXCEPTION_COLUMNS,):
+        message = f"is {entry.dtype} {entry.shape}, expected float64 (n, {EXCEPTION_COLUMNS})"
+        yield entry.path, message, "wrong_type"
+    elif entry.shape[0] != count:
+        message = f"has {entry.shape[0]} rows, layers list {count} exceptions"
+        yield entry.path, message, "count_mismatch"
+
+
+def _unmarked(
+    path: str, kind: str, attrs: Attrs, metadata: ArchiveMetadata, *, encoded: bool
+) -> Iterator[Finding]:
+    """What the archive does not say of an encoding that it uses."""
+    if metadata.precision is None:
+        message = "is encoded, but the root attribute 'precision' is missing"
+        yield path, message, "unmarked_loss"
+    elif not is_stated(kind, attrs, metadata.precision):
+        message = f"is encoded otherwise than 'precision' on the root says: {metadata.precision}"
+        yield path, message, "unmarked_loss"
+    if encoded and layout.PRECISION_FEATURE not in metadata.required_features:
+        message = f"is encoded, but 'required_features' does not name {layout.PRECISION_FEATURE!r}"
+        yield path, message, "missing_feature"

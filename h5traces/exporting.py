@@ -85,10 +85,10 @@ def export(
             return target
         remove_abandoned_parts(target)
         losses = InheritedPrecision.of(archive.files).losses
-        if is_pickle and losses:
+        if losses:
+            told = "no pickle can say so" if is_pickle else "'earlier_precisions' says so"
             message = (
-                f"{target}: holds less than its source did ({', '.join(map(str, losses))}), and "
-                "no pickle can say so"
+                f"{target}: holds less than its source did ({', '.join(map(str, losses))}); {told}"
             )
             warnings.warn(message, LossyWarning, stacklevel=2)
         if is_pickle:

@@ -55,7 +55,7 @@ class InheritedPrecision:
     @property
     def losses(self) -> tuple[Precision, ...]:
         """All that was given up, first loss first."""
-        return self.earlier if self.precision.is_exact else (*self.earlier, self.precision)
+        return (*self.earlier, self.precision) if self.precision.is_lossy else self.earlier
 
 
 def inherited_scales(files: Sequence[ArchiveFile]) -> ScaleSet | None:

@@ -15,7 +15,7 @@ from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.store import object_place
 from h5traces.check import validate
-from h5traces.errors import CorruptArchiveError, H5TracesError, Problem
+from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, Problem
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import to_record
 from h5traces.limits import DEFAULT_LIMITS
@@ -210,6 +210,7 @@ def _check_scales(store: Store) -> None:
         error = None if scales.objects[path].is_group else _array_damage(store, scales, path)
         if error is not None:
             raise error
+    stored_scales(store)
 
 
 def _check_root(store: Store) -> None:
@@ -282,6 +283,12 @@ def _check_against(
 ) -> None:
     """Every sample of a batch against the digests of its copy."""
     metadata = from_attributes(ArchiveMetadata, store.root_attrs)
+    if metadata.earlier_precisions:
+        message = (
+            f"{report.path}: was made of an archive that had lost precision before, so it cannot "
+            f"be what {batch_path} holds; 'h5traces fidelity' tells how far it is from an exact one"
+        )
+        raise LossyArchiveError(message)
     options = WriteOptions(
         dtype=metadata.dtype_policy or "float16",
         on_overflow=metadata.on_overflow or "float32",
@@ -314,7 +321,10 @@ def _check_against(
             num_compared += 1
             if progress is not None:
                 progress(*batch.progress)
-    report.notes.append(f"{num_compared} samples compared with {batch_path}")
+    note = f"{num_compared} samples compared with {batch_path}"
+    if not metadata.is_exact:
+        note += f", encoded as {metadata.precision}: the archive holds less than it"
+    report.notes.append(note)
 
 
 def _differences(sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive import Archive, open_archive
-from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_calibration, measured
+from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_given, measured
 from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
 from h5traces.inheritance import InheritedPrecision, inherited_facts, inherited_scales
 from h5traces.precision import ScaleSet
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from h5traces.archive import ArchiveFile, Trace
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
+    from h5traces.precision import Calibration
     from h5traces.schema import SourceFile, Tier
     from h5traces.storage.remote import RemotePath
     from h5traces.writer import ArchiveWriter
@@ -147,15 +148,22 @@ def repack(
         wanted = _wanted(before, tier, dtype, archive)
         encodes = dtype is not None or wanted != before.precision
         _check_scales(archive, scales, wanted, encodes=encodes)
+        calibration = load_given(scales, wanted)
+        if calibration is not None:
+            check_model(calibration, archive.metadata.model_id)
+        if before.precision.is_lossy and wanted.is_exact:
+            _warn_of_recast(archive, target, before)
         report = RepackReport(
             sources=[str(path) for path in archive.paths],
             copied=not encodes and codec in (None, archive.metadata.codec),
             source_nbytes=sum(file.nbytes for file in archive.files),
-            precision=None if wanted.is_exact else str(wanted),
+            precision=str(wanted) if wanted.is_lossy else None,
         )
         found = ScaleSet()
         if not dry_run and wanted.step is not None:
-            found = _scales(selected, wanted.step, scales, calibration_samples, measures=encodes)
+            found = _scales(
+                selected, wanted.step, calibration, calibration_samples, encodes=encodes
+            )
         options = WriteOptions(
             dtype=dtype or ("float16" if encodes else archive.metadata.dtype_policy) or "float16",
             on_overflow=on_overflow,
@@ -180,6 +188,14 @@ def _check_target(archive: Archive, target: Path) -> None:
     if any(path.resolve() == target.resolve() for path in local):
         message = f"{target} is one of the sources; name another output"
         raise ArchiveError(message)
+
+
+def _warn_of_recast(archive: Archive, target: Path, before: InheritedPrecision) -> None:
+    message = (
+        f"{target}: holds what {archive.paths[0]} gives back, which is less than its source held "
+        f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
+    )
+    warnings.warn(message, LossyWarning, stacklevel=3)
 
 
 def _check_scales(
@@ -230,19 +246,15 @@ def _wanted(
 def _scales(
     archive: Archive,
     step: float,
-    path: PathLike | None,
+    calibration: Calibration | None,
     num_samples: int,
     *,
-    measures: bool,
+    encodes: bool,
 ) -> ScaleSet:
     """The scales of the targets: those of the sources, of a file, or of the first samples."""
-    if not measures:
+    if not encodes:
         return inherited_scales(archive.files) or ScaleSet()
-    if path is not None:
-        calibration = load_calibration(path)
-        check_model(calibration, archive.metadata.model_id)
-        return calibration.scales(step)
-    return measured(archive, num_samples).scales(step)
+    return (calibration or measured(archive, num_samples)).scales(step)
 
 
 def _indices(samples: slice | Sequence[int] | None, length: int) -> Sequence[int]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from h5traces import layout
 from h5traces.archive.archive_file import ArchiveFile
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
@@ -231,7 +230,7 @@ class Archive(Sequence[Trace]):
         indices: Iterable[int],
         *,
         layers: Iterable[int] | None = None,
-        kinds: Iterable[str] = (layout.HIDDEN_STATES, layout.ATTENTIONS),
+        kinds: Iterable[str] | None = None,
         workers: int | None = None,
     ) -> list[dict[str, list[Any]]]:
         """Many arrays in one call, read and inflated in parallel.
@@ -243,7 +242,8 @@ class Archive(Sequence[Trace]):
         layers
             The model's own layer numbers; all that are stored by default.
         kinds
-            Which kinds of arrays.
+            Which kinds of arrays; hidden states and attentions by default, or the mean over heads
+            where it took the place of attentions.
         workers
             Threads; one per core by default.
 
@@ -260,9 +260,9 @@ class Archive(Sequence[Trace]):
             Only the mean over heads is stored; name the kind ``attention_mean``.
         """
         view = self if layers is None else self.select(layers=layers)
-        names = tuple(kinds)
         sequences = []
         for trace in (view[index] for index in indices):
+            names = trace.default_kinds if kinds is None else tuple(kinds)
             for kind in names:
                 trace.check_heads(kind)
             sequences.append({kind: LayerSequence(trace, kind, view._layers) for kind in names})
@@ -329,7 +329,10 @@ class Archive(Sequence[Trace]):
         where = str(self._files[0].path)
         if len(self._files) > 1:
             where += f" and {len(self._files) - 1} more"
-        return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}>"
+        precision = self.metadata.precision
+        told = f", {precision.tier}" if precision is not None else ""
+        told += "" if self.metadata.is_exact else " (lossy)"
+        return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{told}>"
 
 
 def _opened_in_order(

@@ -196,14 +196,22 @@ class ArchiveFile:
         CorruptArchiveError
             There is none, or what is there is none.
         """
-        if path not in self._scales:
-            if isinstance(self.path, RemotePath):
-                # Another request for each layer would take longer than fetching all.
-                found = stored_scales(self.store)
-                self._scales |= found.layers if found is not None else {}
-            if path not in self._scales:
-                self._scales[path] = stored_scale(self.store, path)
-        return self._scales[path]
+        # Local, so that a `close` in another thread cannot take them away in between.
+        known = self._scales
+        if path not in known:
+            try:
+                self._read_scales(self.store, path, known)
+            except FooterError as error:
+                self._read_scales(self._fall_back(error), path, known)
+        return known[path]
+
+    def _read_scales(self, store: Store, path: str, known: dict[str, ChannelScale]) -> None:
+        if isinstance(self.path, RemotePath):
+            # Another request for each layer would take longer than fetching all.
+            found = stored_scales(store)
+            known |= found.layers if found is not None else {}
+        if path not in known:
+            known[path] = stored_scale(store, path)
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""
@@ -235,8 +243,10 @@ class ArchiveFile:
             yield
 
     def close(self) -> None:
-        """Let go of the open file; the next use opens it again."""
+        """Let go of the open file and of its scales; the next use opens it again."""
         store, self._store = self._store, None
+        # There may be thousands of shards, each with scales of its own.
+        self._scales = {}
         if store is not None:
             store.file.close()
 

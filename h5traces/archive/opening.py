@@ -169,6 +169,8 @@ def open_archive(
         The files are of different models, or not equally precise.
     LossyArchiveError
         `exact` is set, and an archive is not.
+    ValueError
+        `lossy_dtype` is another type.
     SchemaError
         The labels beside an archive are of another one.
     RemoteError
@@ -182,6 +184,9 @@ def open_archive(
         storage_options=remote.storage_options if storage_options is None else storage_options,
     )
     folder = labels if labels is None or labels is False else Path(labels)
+    if lossy_dtype not in ("float16", "float32"):
+        message = f"lossy_dtype is {lossy_dtype!r}, expected 'float16' or 'float32'"
+        raise ValueError(message)
     unrounded = lossy_dtype == "float32"
     archive = Archive(
         expand_sources(path, remote=options), limits, options, folder, unrounded=unrounded

@@ -10,7 +10,7 @@ import numpy as np
 from h5traces import layout
 from h5traces.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.errors import CorruptArchiveError, UnsupportedEncodingError
-from h5traces.precision import decode, is_encoded
+from h5traces.precision import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _STEPS_TABLE_AXES = 3
 _FLAT_AXES = 2
-_EXCEPTION_COLUMNS = 3
 
 
 def restored_layer(trace: Trace, kind: str, name: str) -> TypedArray | list[TypedArray]:
@@ -40,6 +39,13 @@ def restored_layer(trace: Trace, kind: str, name: str) -> TypedArray | list[Type
     except UnsupportedEncodingError as error:
         message = f"{trace.place}/{path}: {error}"
         raise UnsupportedEncodingError(message) from error
+    if "encoding" in entry.attrs and trace.archive_file.metadata.precision is None:
+        message = (
+            f"{trace.place}/{entry.path}: is encoded as {entry.attrs['encoding']}, but the archive "
+            "does not say that it is less than exact (the root attribute 'precision' is missing); "
+            "restore the file from a copy"
+        )
+        raise CorruptArchiveError(message)
     if encoded:
         return _decoded(trace, kind, name, entry, stored)
     if f"{kind}/{layout.STEPS_TABLE}" in trace.objects:
@@ -76,8 +82,9 @@ def _decoded(
             unrounded=file.unrounded,
         )
     except CorruptArchiveError as error:
-        message = f"{trace.place}/{entry.path}: {error}"
-        raise CorruptArchiveError(message) from error
+        what = str(error).removeprefix(f"{file.path}: ")
+        message = f"{trace.place}/{entry.path}: {what}"
+        raise type(error)(message) from error
 
 
 def _exceptions(trace: Trace, kind: str, name: str) -> NDArray[np.float64]:
@@ -86,10 +93,17 @@ def _exceptions(trace: Trace, kind: str, name: str) -> NDArray[np.float64]:
     if path not in trace.objects:
         message = f"its exceptions are missing; expected the table {path}"
         raise CorruptArchiveError(message)
-    table = trace.table(path)
-    if table.ndim != 2 or table.shape[1] != _EXCEPTION_COLUMNS or table.dtype.kind != "f":
-        message = f"{path} is {table.dtype} {table.shape}, expected float64 (n, 3)"
+    entry = trace.entry(path)
+    # Before anything is read: rows are counted by the layers, and a table may claim any number.
+    layers = (trace.entry(each) for each in trace.objects if each.startswith(f"{kind}/"))
+    count = num_exceptions(layers)
+    if entry.dtype != "float64" or entry.shape != (count, EXCEPTION_COLUMNS):
+        message = (
+            f"{path} is {entry.dtype or 'a group'} {entry.shape}, expected float64 "
+            f"({count}, {EXCEPTION_COLUMNS}), as layers list {count} exceptions"
+        )
         raise CorruptArchiveError(message)
+    table = trace.table(path)
     layer = layout.parse_layer_name(name)
     found: NDArray[np.float64] = table[
         table[:, 0] == (layout.EMBEDDING_LAYER if layer is None else layer)

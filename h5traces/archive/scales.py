@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from h5traces import layout
-from h5traces.errors import CorruptArchiveError, SchemaError
+from h5traces.errors import CorruptArchiveError, HostileFileError, SchemaError
 from h5traces.precision import (
     Calibration,
     ChannelScale,
@@ -16,12 +16,19 @@ from h5traces.precision import (
 )
 from h5traces.schema import CalibrationRecord
 from h5traces.schema.attributes import from_attributes
+from h5traces.storage.digests import dataset_digest
+from h5traces.storage.footer import DIGEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from h5traces.archive.store import Store
     from h5traces.storage.objects import SampleEntry
+
+# All scales of a file together; those of the largest models take a tenth of it.
+MAX_SCALES_NBYTES: Final = 256 << 20
 
 
 def stored_scale(store: Store, path: str) -> ChannelScale:
@@ -39,7 +46,7 @@ def stored_scale(store: Store, path: str) -> ChannelScale:
     CorruptArchiveError
         It is missing, or is not what a scale is made of.
     """
-    group = store.scales()
+    group = _group(store)
     if group is None:
         message = (
             f"/{layout.SCALES_GROUP} is missing, which encoded layers need; restore the file from "
@@ -57,7 +64,7 @@ def stored_scales(store: Store) -> ScaleSet | None:
     CorruptArchiveError
         One is not whole.
     """
-    group = store.scales()
+    group = _group(store)
     if group is None:
         return None
     with store.file.prefetched(_ranges(group)):
@@ -73,17 +80,43 @@ def stored_statistics(store: Store) -> Calibration | None:
     CorruptArchiveError
         An array is missing, or holds what cannot be.
     """
-    group = store.scales()
+    group = _group(store)
     if group is None:
         return None
     try:
         layers = {
-            path: read_statistics(path, group.objects, lambda each: store.read(group, each))
+            path: read_statistics(path, group.objects, lambda each: _values(store, group, each))
             for path in layers_with_scales(group.objects)
         }
     except CorruptArchiveError as error:
         raise _placed(store, error) from error
     return Calibration(layers, _record(store, group))
+
+
+def _group(store: Store) -> SampleEntry | None:
+    """The scales, if they are few enough to be held in memory all together."""
+    group = store.scales()
+    nbytes = 0 if group is None else sum(each.raw_nbytes for each in group.objects.values())
+    if nbytes > MAX_SCALES_NBYTES:
+        message = (
+            f"{store.file.name}: /{layout.SCALES_GROUP}: scales take {nbytes} bytes; the limit is "
+            f"{MAX_SCALES_NBYTES}"
+        )
+        raise HostileFileError(message)
+    return group
+
+
+def _values(store: Store, group: SampleEntry, path: str) -> NDArray[Any]:
+    """One array; everything is decoded with it, so it must be the one that was written."""
+    values, entry = store.read(group, path), group.objects[path]
+    expected = entry.attrs.get(DIGEST)
+    if expected is not None and dataset_digest(entry.dtype, values) != expected:
+        message = (
+            f"/{path}: the values do not fit their digest; they were edited, or exchanged by "
+            "damage; restore the file from a copy"
+        )
+        raise CorruptArchiveError(message)
+    return values
 
 
 def _ranges(group: SampleEntry) -> Iterator[tuple[int, int]]:
@@ -102,7 +135,7 @@ def _record(store: Store, group: SampleEntry) -> CalibrationRecord | None:
 
 def _scale(store: Store, group: SampleEntry, path: str) -> ChannelScale:
     try:
-        return read_scale(path, group.objects, lambda each: store.read(group, each))
+        return read_scale(path, group.objects, lambda each: _values(store, group, each))
     except CorruptArchiveError as error:
         raise _placed(store, error) from error
 

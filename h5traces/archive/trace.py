@@ -113,6 +113,13 @@ class Trace(Mapping[str, Any]):
         """The bytes that chunk tables point into."""
         return self._file.store.file
 
+    @property
+    def default_kinds(self) -> tuple[str, str]:
+        """Hidden states, and attentions or what took their place."""
+        objects = self._sample.objects
+        has_heads = layout.ATTENTIONS in objects or layout.ATTENTION_MEAN not in objects
+        return layout.HIDDEN_STATES, layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
+
     def check_heads(self, kind: str) -> None:
         """Refuse to look for attention heads that were given up for their mean.
 

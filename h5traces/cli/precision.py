@@ -31,7 +31,7 @@ Step = Annotated[
     float | None,
     typer.Option(
         metavar="C",
-        help="Hidden states in steps of C sigma of their channel: off by C/2 sigma at most.",
+        help="Hidden states in steps of C sigma (0.001 to 4) of their channel: off by C/2 at most.",
     ),
 ]
 AttentionBits = Annotated[
@@ -44,7 +44,9 @@ HeadMean = Annotated[
 ]
 MantissaBits = Annotated[
     int | None,
-    typer.Option(metavar="K", help="Round what stays in float16 to K of its 10 mantissa bits."),
+    typer.Option(
+        metavar="K", help="Round what stays in float16 to K (1 to 9) of its 10 mantissa bits."
+    ),
 ]
 Scales = Annotated[
     Path | None,
@@ -59,6 +61,9 @@ CalibrationSamples = Annotated[
     typer.Option(metavar="N", min=1, help="Samples to measure steps on, without --scales."),
 ]
 CALIBRATION_SAMPLES = AUTOMATIC_SAMPLES
+
+# Sigma of so many is uncertain by a tenth.
+_FEW_TOKENS = 100
 
 _BITS: dict[str, AttentionBitsNumber] = {"8": 8, "6": 6, "5": 5}
 
@@ -106,6 +111,9 @@ def calibrate(
         int, typer.Option("-n", "--samples", metavar="N", min=1, help="Samples to look at.")
     ] = DEFAULT_SAMPLES,
     layers: Layers = None,
+    model_id: Annotated[
+        str | None, typer.Option(help="Recorded model [default: as the sources say].")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -125,6 +133,7 @@ def calibrate(
             output,
             samples=samples,
             layers=parse_layers(layers),
+            model_id=model_id,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=update,
@@ -137,5 +146,7 @@ def calibrate(
             f"{report.hidden_size} channels, from {report.num_tokens} tokens of "
             f"{report.num_samples} samples"
         )
+    if report.num_tokens < _FEW_TOKENS:
+        warn(f"{report.num_tokens} tokens tell little; 1000 or more tell sigma to a few per cent")
     if report.num_not_finite:
         warn(f"{report.num_not_finite} tokens hold NaN or Inf and were left out")

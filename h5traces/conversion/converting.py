@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h5traces.calibration import AUTOMATIC_SAMPLES, load_calibration
+from h5traces.calibration import AUTOMATIC_SAMPLES, load_given
 from h5traces.conversion.jobs import ConvertOptions, run_job
 from h5traces.conversion.plan import plan_jobs
 from h5traces.conversion.processes import run_in_processes
@@ -126,10 +126,10 @@ def convert(
             scales=ScaleSet(),
         ),
     )
-    calibration = None if scales is None else load_calibration(scales)
+    calibration = load_given(scales, precision)
     jobs, leftovers = plan_jobs(sources, Path(dest), merge=merge, shard_samples=shard_samples)
     report = ConversionReport(
-        precision=None if precision.is_exact else str(precision), leftovers=leftovers
+        precision=str(precision) if precision.is_lossy else None, leftovers=leftovers
     )
     meter = _Meter([source for job in jobs for source in job.sources], progress)
     each = scaled_options(jobs, options, calibration, calibration_samples, meter)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.archive import open_archive
+from h5traces.calibration import load_given
 from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
@@ -20,6 +21,7 @@ from h5traces.extract.running import Run, skipped
 from h5traces.layer_ranges import layer_numbers
 from h5traces.schema import EXACT, Precision
 from h5traces.spooling import ProcessWriter
+from h5traces.writer.options import check_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +101,9 @@ def extract_dataset(
         The output is that of another run, or of other options.
     """
     options, store = options or ExtractOptions(), store or StoreOptions()
+    precision = Precision.of(store.tier)
+    check_type(precision, options.dtype)
+    load_given(store.scales, precision)
     questions = load_dataset(dataset)
     config = models.load_config(model.model_id, revision=model.revision)
     tokenizer = models.load_tokenizer(model.model_id, revision=model.revision)

@@ -1,7 +1,14 @@
 """Encodings that give up precision for size, each with a bound on what they change."""
 
-from h5traces.precision.decoding import decode, is_encoded, restored_type
+from h5traces.precision.decoding import (
+    attribute_problems,
+    decode,
+    is_encoded,
+    is_stated,
+    restored_type,
+)
 from h5traces.precision.encoding import EncodedLayer, Encoder
+from h5traces.precision.exceptions import EXCEPTION_COLUMNS, num_exceptions
 from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.scale_storage import (
     layers_with_scales,
@@ -15,6 +22,7 @@ from h5traces.precision.statistics import ChannelAccumulator
 
 __all__ = [
     "DERIVATION",
+    "EXCEPTION_COLUMNS",
     "MEAN",
     "Calibration",
     "ChannelAccumulator",
@@ -23,9 +31,12 @@ __all__ = [
     "EncodedLayer",
     "Encoder",
     "ScaleSet",
+    "attribute_problems",
     "decode",
     "is_encoded",
+    "is_stated",
     "layers_with_scales",
+    "num_exceptions",
     "read_scale",
     "read_statistics",
     "restored_type",

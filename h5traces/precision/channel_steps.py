@@ -37,6 +37,9 @@ _OVERFLOW: Final = np.float32(65520)
 _SLACK: Final = 1 - 2.0**-20
 # Steps from here on, and their sixteenths, stay normal float32 when they are aligned.
 _LEAST_ALIGNED: Final = np.float32(2.0**-9)
+# Tokens, and the share of channels below, that tell whether a scale fits.
+_LOOKED_AT: Final = 16
+_DEVIATING: Final = 0.9
 # In float32, numbers from 2^23 to 2^24 are whole.
 _WHOLE: Final = np.float32(3 << 22)
 # Values at a time: what is computed on the way stays in the processor's cache.
@@ -78,6 +81,13 @@ class StepFormat:
         return cls("uint16", 32768, spacing, 32767 // spacing)
 
 
+def reaches_too_far(scale: ChannelScale, dtype: str, spacing: int) -> bool:
+    """Whether float32 cannot hold what some number of steps stands for."""
+    with np.errstate(over="ignore"):
+        reach = np.abs(scale.offset) + np.float32(np.iinfo(dtype).max / spacing) * scale.step
+    return not np.isfinite(reach).all()
+
+
 def to_steps(
     values: NDArray[Any], scale: ChannelScale, step: float
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -116,6 +126,25 @@ def to_steps(
     beyond = np.concatenate(exceptions) if exceptions else np.empty(0, np.int64)
     stored.reshape(-1)[beyond] = form.zero_point
     return stored, beyond
+
+
+def spread_of(stored: NDArray[Any], step: float) -> float:
+    """Mean deviation from the middle, in sigma, of the channels that deviate most.
+
+    About 1 where a scale fits. A tenth of the channels is taken, since some may be dead, and up to
+    16 tokens from all over the array.
+
+    Parameters
+    ----------
+    stored
+        What `to_steps` gave: at least one token and one channel.
+    step
+        In sigma.
+    """
+    form = StepFormat.of(step)
+    tokens = stored[:: max(1, -(-len(stored) // _LOOKED_AT))].astype(np.float32)
+    deviation = np.abs(tokens - np.float32(form.zero_point)).mean(axis=0) / form.spacing * step
+    return float(np.quantile(deviation, _DEVIATING))
 
 
 def _block_to_steps(

@@ -6,25 +6,36 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from h5traces import layout
 from h5traces.dtypes import CARRIERS, TypedArray
 from h5traces.errors import CorruptArchiveError, UnsupportedEncodingError
-from h5traces.precision.channel_steps import from_steps
-from h5traces.precision.encoding import CHANNEL_STEPS, FLOAT16_ROUNDED, SQUARE_ROOT, VERSION
+from h5traces.precision.channel_steps import from_steps, reaches_too_far
+from h5traces.precision.encoding import (
+    CHANNEL_STEPS,
+    FLOAT16_ROUNDED,
+    SQUARE_ROOT,
+    VERSION,
+    levels_of,
+)
 from h5traces.precision.square_root import from_levels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from h5traces.dtypes import FloatType
     from h5traces.precision.scales import ChannelScale
+    from h5traces.schema import Precision
     from h5traces.schema.attributes import Attrs
 
     Exceptions = NDArray[np.float64]
 
 _STORED_TYPES: Final = {CHANNEL_STEPS: ("uint8", "uint16"), SQUARE_ROOT: ("uint8",)}
+_RESTORED_TYPES: Final = {CHANNEL_STEPS: ("float16", "float32"), SQUARE_ROOT: ("float16",)}
 _MOST_LEVELS: Final = 255
+# Of attributes that messages quote.
+_MOST_QUOTED: Final = 100
 
 
 def is_encoded(attrs: Attrs) -> bool:
@@ -84,43 +95,94 @@ def decode(
     if not is_encoded(attrs):
         message = "the array is stored as it is, and has nothing to be restored"
         raise CorruptArchiveError(message)
-    name = str(attrs["encoding"])
-    dtype = "float32" if unrounded else str(attrs.get("restored_dtype"))
-    if dtype not in ("float16", "float32") or stored.dtype.name not in _STORED_TYPES[name]:
-        message = (
-            f"is of type {stored.dtype.name} and restored_dtype {attrs.get('restored_dtype')!r}; "
-            f"expected {' or '.join(_STORED_TYPES[name])}, and float16 or float32"
-        )
+    for message in attribute_problems(stored.dtype.name, attrs):
         raise CorruptArchiveError(message)
-    as_half = dtype == "float16"
-    if name == CHANNEL_STEPS:
+    as_half = not unrounded and attrs["restored_dtype"] == "float16"
+    if attrs["encoding"] == CHANNEL_STEPS:
         values = _from_steps(stored, attrs, scale, as_half=as_half)
     else:
-        values = from_levels(stored, _number(attrs, "levels", _MOST_LEVELS), as_half=as_half)
+        values = from_levels(stored, int(str(attrs["levels"])), as_half=as_half)
     _put_back(values, attrs, exceptions)
     restored: FloatType = "float16" if as_half else "float32"
     return TypedArray(values, restored)
 
 
+def is_stated(kind: str, attrs: Attrs, precision: Precision) -> bool:
+    """Whether what an array gave up is what its archive says.
+
+    Parameters
+    ----------
+    kind
+        Such as ``hidden_states``.
+    attrs
+        Of an array whose encoding is known.
+    precision
+        Of the archive.
+    """
+    name = attrs["encoding"]
+    if name == CHANNEL_STEPS:
+        return precision.step is not None and attrs.get("max_error_sigma") == precision.step / 2
+    if name == SQUARE_ROOT:
+        return attrs.get("levels") == levels_of(kind, precision)
+    return attrs.get("mantissa_bits") == precision.mantissa_bits
+
+
+def attribute_problems(stored_type: str, attrs: Attrs) -> Iterator[str]:
+    """What is wrong with the attributes of an encoded array, so that it cannot be decoded.
+
+    Parameters
+    ----------
+    stored_type
+        Of the array.
+    attrs
+        Of an array for which `is_encoded` holds.
+    """
+    name = str(attrs["encoding"])
+    restored = attrs.get("restored_dtype")
+    if stored_type not in _STORED_TYPES[name] or restored not in _RESTORED_TYPES[name]:
+        yield (
+            f"is of type {stored_type} and restored_dtype {_quoted(restored)}; expected "
+            f"{' or '.join(_STORED_TYPES[name])}, and {' or '.join(_RESTORED_TYPES[name])}"
+        )
+        return
+    largest = int(np.iinfo(stored_type).max)
+    bounds = {"zero_point": largest, "spacing": largest}
+    for key, most in (bounds if name == CHANNEL_STEPS else {"levels": _MOST_LEVELS}).items():
+        value = attrs.get(key)
+        if not isinstance(value, int) or not 1 <= value <= most:
+            yield f"attribute {key!r} is {_quoted(value)}, expected a number from 1 to {most}"
+        elif key == "spacing" and value & (value - 1):
+            yield f"attribute {key!r} is {value}, expected a power of two"
+    link = attrs.get("scales")
+    if name == CHANNEL_STEPS and not str(link).startswith(f"/{layout.SCALES_GROUP}/"):
+        yield f"attribute 'scales' is {_quoted(link)}, expected a path below /{layout.SCALES_GROUP}"
+    count = attrs.get("num_exceptions")
+    if ("exceptions" in attrs) != (count is not None) or not (
+        count is None or (isinstance(count, int) and count > 0)
+    ):
+        yield (
+            f"attributes 'exceptions' and 'num_exceptions' are {_quoted(attrs.get('exceptions'))} "
+            f"and {_quoted(count)}, expected the path of a table and a positive number, or neither"
+        )
+
+
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}…"
+
+
 def _from_steps(
     stored: NDArray[Any], attrs: Attrs, scale: Callable[[str], ChannelScale], *, as_half: bool
 ) -> NDArray[Any]:
-    found = scale(str(attrs.get("scales")))
+    found = scale(str(attrs["scales"]))
     if stored.ndim != 2 or stored.shape[1] != len(found.step):
         message = f"has the shape {stored.shape}, its scale {len(found.step)} channels"
         raise CorruptArchiveError(message)
-    largest = np.iinfo(stored.dtype).max
-    zero_point = _number(attrs, "zero_point", largest)
-    spacing = _number(attrs, "spacing", largest)
-    return from_steps(stored, found, zero_point, spacing, as_half=as_half)
-
-
-def _number(attrs: Attrs, name: str, largest: int) -> int:
-    value = attrs.get(name)
-    if not isinstance(value, int) or not 1 <= value <= largest:
-        message = f"attribute {name!r} is {value!r}, expected a number from 1 to {largest}"
+    zero_point, spacing = int(str(attrs["zero_point"])), int(str(attrs["spacing"]))
+    if reaches_too_far(found, stored.dtype.name, spacing):
+        message = f"its scale {_quoted(attrs['scales'])} has steps that float32 does not reach"
         raise CorruptArchiveError(message)
-    return value
+    return from_steps(stored, found, zero_point, spacing, as_half=as_half)
 
 
 def _put_back(values: NDArray[Any], attrs: Attrs, exceptions: Callable[[], Exceptions]) -> None:
@@ -129,7 +191,8 @@ def _put_back(values: NDArray[Any], attrs: Attrs, exceptions: Callable[[], Excep
         return
     table = exceptions()
     index = table[:, 0]
-    if len(table) != count or not ((index >= 0) & (index < values.size)).all():
+    within = (index >= 0) & (index < values.size) & (index == np.floor(index))
+    if len(table) != count or not within.all():
         message = (
             f"lists {count} exceptions; the table of exceptions has {len(table)} that are of this "
             "layer, or lie outside it"

@@ -31,6 +31,9 @@ SQUARE_ROOT_FORMULA: Final = "(stored / levels) ** 2"
 _MEAN_LEVELS: Final = 255
 # Exceptions take some 60 bits each; with more of them float16 is as small.
 _MOST_EXCEPTIONS: Final = 1 / 16
+# Of the values, in sigma; about 1 where a scale fits. Below it, the scale is of something else, and
+# the bound, which is stated in its sigma, would promise nothing.
+_LEAST_SPREAD: Final = 0.4
 _STATE_AXES: Final = 2
 
 
@@ -108,7 +111,7 @@ class Encoder:
         if kind == layout.HIDDEN_STATES and precision.step is not None:
             reason = reason or self._unfit(kind, name, array)
             return _exact(array, reason) if reason else self._in_steps(kind, name, array)
-        levels = self._levels(kind)
+        levels = levels_of(kind, precision)
         if levels is not None:
             known = array.dtype == "float16" or self.takes_source(kind)
             reason = reason or (None if known else f"needs {array.dtype}")
@@ -136,14 +139,7 @@ class Encoder:
 
         Rounding a mean to float16 first could put it on the other side of a threshold.
         """
-        return kind == layout.ATTENTION_MEAN and self._levels(kind) is not None
-
-    def _levels(self, kind: str) -> int | None:
-        bits = self.precision.attention_bits
-        if kind == layout.ATTENTIONS and bits is not None:
-            return (1 << bits) - 1
-        has_mean = bits is not None or self.precision.head_mean != "none"
-        return _MEAN_LEVELS if kind == layout.ATTENTION_MEAN and has_mean else None
+        return kind == layout.ATTENTION_MEAN and levels_of(kind, self.precision) is not None
 
     def _unfit(self, kind: str, name: str, array: TypedArray) -> str | None:
         """Why an array cannot be stored in steps."""
@@ -169,10 +165,14 @@ class Encoder:
         assert self.scales is not None
         assert self.precision.step is not None
         path, step = f"{kind}/{name}", self.precision.step
-        stored, beyond = channel_steps.to_steps(array.values, self.scales.layers[path], step)
+        scale, form = self.scales.layers[path], StepFormat.of(step)
+        if channel_steps.reaches_too_far(scale, form.dtype, form.spacing):
+            return _exact(array, "has a scale that float32 does not reach")
+        stored, beyond = channel_steps.to_steps(array.values, scale, step)
         if beyond.size > _MOST_EXCEPTIONS * array.values.size:
             return _exact(array, "too many values are exceptions")
-        form = StepFormat.of(step)
+        if stored.size and channel_steps.spread_of(stored, step) < _LEAST_SPREAD:
+            return _exact(array, "its scale is far wider than its values")
         attrs: Attrs = {
             "encoding": CHANNEL_STEPS,
             "encoding_version": VERSION,
@@ -184,6 +184,15 @@ class Encoder:
             "restored_dtype": array.dtype,
         }
         return _encoded(stored, attrs, kind, array, beyond)
+
+
+def levels_of(kind: str, precision: Precision) -> int | None:
+    """What stands for the weight 1 in a kind of arrays; None where it has no square-root scale."""
+    bits = precision.attention_bits
+    if kind == layout.ATTENTIONS and bits is not None:
+        return (1 << bits) - 1
+    has_mean = bits is not None or precision.head_mean != "none"
+    return _MEAN_LEVELS if kind == layout.ATTENTION_MEAN and has_mean else None
 
 
 def _square_root(kind: str, array: TypedArray, levels: int) -> EncodedLayer:

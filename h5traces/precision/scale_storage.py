@@ -53,10 +53,7 @@ def read_statistics(
     """
     place = f"{layout.SCALES_GROUP}/{path}"
     name = OFFSET if f"{place}/{OFFSET}" in objects else CENTER
-    center, sigma = (_values(f"{place}/{each}", objects, read) for each in (name, SIGMA))
-    if len(center) != len(sigma):
-        message = f"/{place}: {name} and {SIGMA} have {len(center)} and {len(sigma)} channels"
-        raise CorruptArchiveError(message)
+    center, sigma = _arrays(place, (name, SIGMA), objects, read)
     if not ((sigma >= 0).all() and np.isfinite(sigma).all() and np.isfinite(center).all()):
         message = f"/{place}: values must be finite, and {SIGMA} not negative"
         raise CorruptArchiveError(message)
@@ -85,24 +82,32 @@ def read_scale(
         An array is missing, or is not what a scale is made of.
     """
     place = f"{layout.SCALES_GROUP}/{path}"
-    step, offset, sigma = (
-        _values(f"{place}/{name}", objects, read) for name in (STEP, OFFSET, SIGMA)
-    )
-    if not len(step) == len(offset) == len(sigma):
-        message = (
-            f"/{place}: step, offset and sigma have {len(step)}, {len(offset)} and {len(sigma)} "
-            "channels; expected as many of each"
-        )
-        raise CorruptArchiveError(message)
+    step, offset, sigma = _arrays(place, (STEP, OFFSET, SIGMA), objects, read)
     if not ((step > 0).all() and np.isfinite(step).all() and np.isfinite(offset).all()):
         message = f"/{place}: steps must be greater than zero, and all values finite"
         raise CorruptArchiveError(message)
     return ChannelScale(step, offset, sigma)
 
 
-def _values(
-    path: str, objects: Mapping[str, ObjectEntry], read: Callable[[str], NDArray[Any]]
-) -> NDArray[np.float32]:
+def _arrays(
+    place: str,
+    names: tuple[str, ...],
+    objects: Mapping[str, ObjectEntry],
+    read: Callable[[str], NDArray[Any]],
+) -> list[NDArray[np.float32]]:
+    """Arrays of one scale; none is read before all are known to be of the same width."""
+    paths = [f"{place}/{name}" for name in names]
+    widths = [_width(path, objects) for path in paths]
+    if len(set(widths)) > 1:
+        message = (
+            f"/{place}: {', '.join(names)} have {', '.join(map(str, widths))} channels; expected "
+            "as many of each"
+        )
+        raise CorruptArchiveError(message)
+    return [read(path) for path in paths]
+
+
+def _width(path: str, objects: Mapping[str, ObjectEntry]) -> int:
     entry = objects.get(path)
     if entry is None:
         message = f"/{path} is missing, which encoded layers need; restore the file from a copy"
@@ -110,7 +115,7 @@ def _values(
     if entry.dtype != "float32" or len(entry.shape) != 1:
         message = f"/{path}: is {entry.dtype or 'a group'} {entry.shape}, expected float32 (hidden)"
         raise CorruptArchiveError(message)
-    return read(path)
+    return entry.shape[0]
 
 
 def layers_with_scales(objects: Mapping[str, ObjectEntry]) -> list[str]:

@@ -155,7 +155,8 @@ class ArchiveMetadata(Document):
     @property
     def is_exact(self) -> bool:
         """Whether arrays hold all that their source held in the stored type."""
-        return self.precision is None and self.earlier_precisions is None
+        is_lossy = self.precision is not None and self.precision.is_lossy
+        return not is_lossy and self.earlier_precisions is None
 
     @model_validator(mode="after")
     def _layers_fit(self) -> ArchiveMetadata:

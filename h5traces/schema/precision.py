@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from h5traces.errors import PrecisionError
+from h5traces.errors import PrecisionError, Problem
 from h5traces.schema.attributes import problems_of
 from h5traces.schema.base import Document
 
@@ -58,6 +58,13 @@ class Precision(Document):
                 "head_mean='beside', or leave attention_bits out"
             )
             raise ValueError(message)
+        has_no_heads = self.head_mean == "only" or self.attention_bits is not None
+        if self.mantissa_bits is not None and self.step is not None and has_no_heads:
+            message = (
+                "mantissa_bits are given, but nothing stays in float16; leave them out, or take "
+                "the tier 'native'"
+            )
+            raise ValueError(message)
         return self
 
     @classmethod
@@ -88,14 +95,18 @@ class Precision(Document):
         try:
             return cls(**{**start.model_dump(), **wanted})
         except ValidationError as error:
-            found = problems_of(error)
-            message = "; ".join(f"{each.loc}: {each.message}" for each in found)
+            message = "; ".join(_told(each, wanted) for each in problems_of(error))
             raise PrecisionError(message) from error
 
     @property
     def is_exact(self) -> bool:
         """Whether nothing is lost, and nothing added."""
         return self == EXACT
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether anything is given up; a head mean beside the heads is only added."""
+        return self not in (EXACT, _WITH_MEAN)
 
     @property
     def tier(self) -> str:
@@ -114,6 +125,7 @@ class Precision(Document):
 
 
 EXACT: Final = Precision()
+_WITH_MEAN: Final = Precision(head_mean="beside")
 TIERS: Final[dict[Tier, Precision]] = {
     "exact": EXACT,
     "fine": Precision(step=0.02, attention_bits=8, head_mean="beside"),
@@ -121,6 +133,14 @@ TIERS: Final[dict[Tier, Precision]] = {
     "compact": Precision(step=0.4, head_mean="only"),
     "native": Precision(mantissa_bits=5),
 }
+
+
+def _told(problem: Problem, given: dict[str, Any]) -> str:
+    """pydantic's finding with the value that it is about."""
+    message = problem.message.removeprefix("Value error, ")
+    if problem.loc not in given:
+        return message
+    return f"{problem.loc} is {given[problem.loc]!r}: {message[:1].lower()}{message[1:]}"
 
 
 class CalibrationRecord(Document):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_calibration
+from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_given
 from h5traces.errors import ArchiveError, ArchiveExistsError, PrecisionError, SchemaError
 from h5traces.precision import ScaleSet
 from h5traces.schema import Precision
@@ -96,7 +96,7 @@ def create(
     """
     target = Target.of(Path(path), shard_samples)
     precision = Precision.of(tier)
-    calibration = None if scales is None else load_calibration(scales)
+    calibration = load_given(scales, precision)
     if calibration is not None:
         check_model(calibration, model_id)
     state = _state(

@@ -56,12 +56,20 @@ class WriteOptions:
     earlier_precisions: tuple[Precision, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.precision.is_exact and self.dtype != "float16":
-            message = (
-                f"precision {self.precision} goes with dtype float16, not {self.dtype}; leave one "
-                "of them out"
-            )
-            raise PrecisionError(message)
+        check_type(self.precision, self.dtype)
+
+
+def check_type(precision: Precision, dtype: DtypePolicy) -> None:
+    """Refuse a precision that does not go with the stored type.
+
+    Raises
+    ------
+    PrecisionError
+        It does not.
+    """
+    if not precision.is_exact and dtype != "float16":
+        message = f"precision {precision} goes with dtype float16, not {dtype}; leave one out"
+        raise PrecisionError(message)
 
 
 _HALF_NBYTES: Final = 2
