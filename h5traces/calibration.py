@@ -15,7 +15,7 @@ from h5traces.archive import open_archive
 from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.opening import ARCHIVE_SUFFIXES, expand_paths, is_archive
 from h5traces.archive.scales import stored_statistics
-from h5traces.errors import ArchiveExistsError, PrecisionError
+from h5traces.errors import ArchiveExistsError, ConversionError, PrecisionError, SchemaError
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import SOURCE_SUFFIXES, names_in_file_name, to_record
 from h5traces.limits import DEFAULT_LIMITS
@@ -274,13 +274,18 @@ def batch_states(path: Path) -> Generator[States]:
 
     Raises
     ------
-    ConversionError, SchemaError
+    ConversionError
         It cannot be read.
     """
     with open_batch(path) as batch:
         for position, item in enumerate(batch):
             place = SourcePosition(file=0, position=position)
-            yield record_states(to_record(item, source=place))
+            try:
+                record = to_record(item, source=place)
+            except (ConversionError, SchemaError) as error:
+                message = f"{path}: sample {position}: {error}"
+                raise ConversionError(message) from error
+            yield record_states(record)
 
 
 def measured(archive: Archive, samples: int) -> Calibration:
@@ -404,7 +409,7 @@ def check_model(calibration: Calibration, model_id: str | None) -> None:
     PrecisionError
         Both models are known, and differ.
     """
-    measured = calibration.record and calibration.record.model_id
+    measured = calibration.record.model_id if calibration.record is not None else None
     if measured is None or model_id is None or _short(measured) == _short(model_id):
         return
     message = (

@@ -37,9 +37,11 @@ _OVERFLOW: Final = np.float32(65520)
 _SLACK: Final = 1 - 2.0**-20
 # Steps from here on, and their sixteenths, stay normal float32 when they are aligned.
 _LEAST_ALIGNED: Final = np.float32(2.0**-9)
-# Tokens, and the share of channels below, that tell whether a scale fits.
+# Tokens, the share of channels below, and the most that a value counts, in sigma, where it is asked
+# whether a scale fits.
 _LOOKED_AT: Final = 16
 _DEVIATING: Final = 0.9
+_MASSIVE: Final = np.float32(4)
 # In float32, numbers from 2^23 to 2^24 are whole.
 _WHOLE: Final = np.float32(3 << 22)
 # Values at a time: what is computed on the way stays in the processor's cache.
@@ -132,7 +134,8 @@ def spread_of(stored: NDArray[Any], step: float) -> float:
     """Mean deviation from the middle, in sigma, of the channels that deviate most.
 
     About 1 where a scale fits. A tenth of the channels is taken, since some may be dead, and up to
-    16 tokens from all over the array.
+    16 tokens from all over the array, of which massive values count as 4 sigma. As in calibration,
+    a first token does not count.
 
     Parameters
     ----------
@@ -142,9 +145,11 @@ def spread_of(stored: NDArray[Any], step: float) -> float:
         In sigma.
     """
     form = StepFormat.of(step)
-    tokens = stored[:: max(1, -(-len(stored) // _LOOKED_AT))].astype(np.float32)
-    deviation = np.abs(tokens - np.float32(form.zero_point)).mean(axis=0) / form.spacing * step
-    return float(np.quantile(deviation, _DEVIATING))
+    others = stored[1:] if len(stored) > 1 else stored
+    tokens = others[:: -(-len(others) // _LOOKED_AT)].astype(np.float32)
+    deviation = np.abs(tokens - np.float32(form.zero_point)) * np.float32(step / form.spacing)
+    mean = np.minimum(deviation, _MASSIVE).mean(axis=0)
+    return float(np.quantile(mean, _DEVIATING))
 
 
 def _block_to_steps(

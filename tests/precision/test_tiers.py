@@ -19,6 +19,7 @@ from comparing import TIERS, assert_within_bounds, without_footer
 from legacy_batches import LAYOUTS, assert_same, make_archive, write_batch, write_layout
 
 import h5traces
+from h5traces.calibration import calibrate
 from h5traces.errors import (
     ArchiveError,
     H5TracesError,
@@ -276,7 +277,8 @@ def test_heads_of_a_compact_archive(shelf: Path) -> None:
     with pytest.raises(HeadsNotStoredError, match=message):
         trace.layer(0, "attentions")
     with pytest.raises(HeadsNotStoredError, match=message):
-        archive.read([0, 1])
+        archive.read([0, 1], kinds=["hidden_states", "attentions"])
+    assert list(archive.read([0])[0]) == ["hidden_states", "attention_mean"]
     assert isinstance(HeadsNotStoredError("x"), (KeyError, LossyArchiveError))
     assert "attentions" not in trace
     assert trace.get("attentions") is None
@@ -403,7 +405,8 @@ def test_a_pickle_cannot_say_what_it_lost(shelf: Path, tmp_path: Path) -> None:
 
 
 def test_plain_floats_say_what_they_lost(shelf: Path, tmp_path: Path) -> None:
-    export(shelf / "compact.h5", tmp_path / "plain.h5")
+    with pytest.warns(LossyWarning, match=r"plain\.h5: holds less than its source did"):
+        export(shelf / "compact.h5", tmp_path / "plain.h5")
     archive = h5traces.open(tmp_path / "plain.h5")
     assert archive.metadata.precision is None
     assert archive.metadata.earlier_precisions == (Precision.of("compact"),)
@@ -738,3 +741,84 @@ def test_a_reference_that_lost_precision_is_named(tmp_path: Path) -> None:
     repack(tmp_path / "exact.h5", tmp_path / "fine.h5", tier="fine")
     with pytest.warns(LossyWarning, match=r"fine\.h5: the reference lost precision itself"):
         compare(tmp_path / "fine.h5", tmp_path / "exact.h5")
+
+
+@pytest.mark.parametrize(
+    ("factor", "is_encoded"), [(1, True), (1.5, True), (4, False), (1e3, False)]
+)
+def test_scales_far_too_wide_are_not_used(tmp_path: Path, factor: float, is_encoded: bool) -> None:
+    """The bound is stated in their sigma: it would promise nothing."""
+    write_batch(tmp_path / "batch.pkl", batch())
+    wide = [
+        {**trace, "hidden_states": [each.astype("f4") * factor for each in trace["hidden_states"]]}
+        for trace in batch()
+    ]
+    write_batch(tmp_path / "wide.pkl", wide)
+    calibrate(tmp_path / "wide.pkl", tmp_path / "scales.h5")
+    report = h5traces.convert(
+        tmp_path / "batch.pkl", tmp_path / "a.h5", tier="analysis", scales=tmp_path / "scales.h5"
+    )
+    with h5traces.open(tmp_path / "a.h5") as archive:
+        reasons = {trace.attrs("hidden_states/layer_000").get("kept_exact") for trace in archive}
+    assert reasons == ({None} if is_encoded else {"its scale is far wider than its values"})
+    warnings_of = " ".join(report.files[0].warnings)
+    assert ("far wider than its values" in warnings_of) != is_encoded
+
+
+def test_scales_without_use_are_refused(tmp_path: Path) -> None:
+    write_batch(tmp_path / "batch.pkl", batch())
+    calibrate(tmp_path / "batch.pkl", tmp_path / "scales.h5", model_id="org/Model")
+    for tier in ("exact", "native"):
+        with pytest.raises(PrecisionError, match="scales are for hidden states in steps"):
+            h5traces.convert(
+                tmp_path / "batch.pkl", tmp_path / "a.h5", tier=tier, scales=tmp_path / "scales.h5"
+            )
+    other = {"tier": "fine", "scales": tmp_path / "scales.h5"}
+    with pytest.raises(PrecisionError, match="measured on org/Model, the samples are of other/one"):
+        h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", model_id="other/one", **other)
+    # The same, from a folder.
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", model_id="/models/model", **other)
+
+
+def test_a_mean_beside_the_heads_loses_nothing(tmp_path: Path) -> None:
+    write_batch(tmp_path / "batch.pkl", batch())
+    precision = Precision(head_mean="beside")
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", tier=precision)
+    with h5traces.open(tmp_path / "a.h5", exact=True) as archive:
+        assert archive.metadata.precision == precision
+        assert archive[0]["attention_mean"][0].shape == (TOKENS, TOKENS)
+        assert "lossy" not in repr(archive)
+
+
+def test_default_kinds_are_what_is_stored(tmp_path: Path) -> None:
+    write_batch(tmp_path / "batch.pkl", batch())
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", tier="compact")
+    with h5traces.open(tmp_path / "a.h5") as archive:
+        (found,) = archive.read([0], layers=[1])
+        assert list(found) == ["hidden_states", "attention_mean"]
+        assert "compact (lossy)" in repr(archive)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "f4", None, np.float32])
+def test_other_types_of_reading_are_refused(tmp_path: Path, dtype: Any) -> None:
+    write_batch(tmp_path / "batch.pkl", batch())
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5")
+    with pytest.raises(ValueError, match="expected 'float16' or 'float32'"):
+        h5traces.open(tmp_path / "a.h5", lossy_dtype=dtype)
+
+
+def test_what_is_cast_from_a_lossy_archive_says_so(tmp_path: Path) -> None:
+    write_batch(tmp_path / "batch.pkl", batch())
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", tier="fine")
+    with pytest.warns(LossyWarning, match="earlier_precisions"):
+        repack(tmp_path / "a.h5", tmp_path / "b.h5", dtype="float32")
+    with pytest.warns(LossyWarning, match="earlier_precisions"):
+        export(tmp_path / "a.h5", tmp_path / "c.h5")
+    for name in ("b.h5", "c.h5"):
+        with h5traces.open(tmp_path / name) as archive:
+            assert not archive.metadata.is_exact
+        with pytest.raises(LossyArchiveError, match=r"had lost precision before.*fidelity"):
+            h5traces.verify(tmp_path / name, against=tmp_path / "batch.pkl")
+    report = h5traces.verify(tmp_path / "a.h5", against=tmp_path / "batch.pkl")
+    assert report.ok
+    assert "encoded as fine" in report.notes[-1]
