@@ -30,13 +30,18 @@ METHOD: Final = (
 )
 
 
+def _median(rows: NDArray[np.float32]) -> NDArray[Any]:
+    """Of every channel; there may be none."""
+    return np.median(rows, axis=0) if rows.size else np.zeros(rows.shape[1])
+
+
 class _Usual:
     """Moments of what lies near the median, by channel."""
 
     def __init__(self, first: NDArray[np.float32]) -> None:
-        self._median = np.median(first, axis=0).astype(np.float32)
+        self._median = _median(first).astype(np.float32)
         with np.errstate(over="ignore"):
-            spread = np.median(np.abs(first - self._median), axis=0) * (_USUAL * _MAD_TO_SIGMA)
+            spread = _median(np.abs(first - self._median)) * (_USUAL * _MAD_TO_SIGMA)
             self._limit = np.minimum(spread, np.finfo(np.float32).max).astype(np.float32)
         self._moments = np.zeros((3, first.shape[1]))
 
@@ -55,7 +60,7 @@ class _Usual:
         count = np.maximum(count, 1)
         mean = total / count
         sigma = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
-        sigma = np.maximum(sigma, _DEAD * np.median(sigma))
+        sigma = np.maximum(sigma, _DEAD * (np.median(sigma) if sigma.size else 0))
         center = (self._median + mean).astype(np.float32)
         return ChannelStatistics(center, sigma.astype(np.float32))
 
