@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -160,7 +161,8 @@ class Measurement:
     def __init__(self, layers: Collection[int] | None = None) -> None:
         self._layers = None if layers is None else frozenset(layers)
         self._accumulators: dict[str, ChannelAccumulator] = {}
-        self._pool = ThreadPoolExecutor()
+        # Each thread holds copies of a layer.
+        self._pool = ThreadPoolExecutor(os.cpu_count())
         self.num_samples = 0
         self.sources: list[str] = []
 
