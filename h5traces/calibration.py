@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -164,7 +165,8 @@ class Measurement:
     def __init__(self, layers: Collection[int] | None = None) -> None:
         self._layers = None if layers is None else frozenset(layers)
         self._accumulators: dict[str, ChannelAccumulator] = {}
-        self._pool = ThreadPoolExecutor()
+        # Each thread holds copies of a layer.
+        self._pool = ThreadPoolExecutor(os.cpu_count())
         self.num_samples = 0
         self.sources: list[str] = []
 
@@ -194,17 +196,23 @@ class Measurement:
 
     @property
     def has_states(self) -> bool:
-        """Whether there was a token to measure in every layer that was seen."""
-        found = self._accumulators.values()
-        return bool(found) and all(each.num_tokens for each in found)
+        """Whether there was a token to measure in a layer."""
+        return any(each.num_tokens for each in self._accumulators.values())
 
     @property
     def num_not_finite(self) -> int:
         """Tokens left out since a value is not finite, in the layer with the most."""
         return max((each.num_not_finite for each in self._accumulators.values()), default=0)
 
-    def calibration(self, model_id: str | None) -> Calibration:
+    def calibration(self, model_id: str | None, *, partial: bool = False) -> Calibration:
         """What was measured.
+
+        Parameters
+        ----------
+        model_id
+            As the sources give it.
+        partial
+            Whether layers without a token to measure may be missing; they are stored exactly.
 
         Raises
         ------
@@ -212,7 +220,12 @@ class Measurement:
             There was nothing to measure.
         """
         found = {}
-        for path, accumulator in self._accumulators.items():
+        measured = {
+            path: each
+            for path, each in self._accumulators.items()
+            if each.num_tokens or not partial
+        }
+        for path, accumulator in measured.items():
             try:
                 found[path] = accumulator.statistics()
             except PrecisionError as error:
@@ -226,7 +239,7 @@ class Measurement:
             raise PrecisionError(message)
         record = CalibrationRecord(
             num_samples=self.num_samples,
-            num_tokens=min(each.num_tokens for each in self._accumulators.values()),
+            num_tokens=min(each.num_tokens for each in measured.values()),
             sources=tuple(self.sources),
             model_id=model_id,
             generator=f"h5traces {__version__}",
@@ -303,7 +316,7 @@ def measured(archive: Archive, samples: int) -> Calibration:
             measurement.add(trace.path.name, trace_states(trace))
         if not measurement.has_states:
             return Calibration()
-        return measurement.calibration(archive.metadata.model_id)
+        return measurement.calibration(archive.metadata.model_id, partial=True)
 
 
 def _one_model(paths: Sequence[Path]) -> str | None:

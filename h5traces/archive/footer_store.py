@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces import layout
 from h5traces.archive.store import NO_ORDINAL, StoredSize, located
 from h5traces.errors import (
     ArchiveError,
@@ -77,7 +78,11 @@ class FooterStore:
     def scales(self) -> SampleEntry | None:
         if not self._directory.has_scales:
             return None
-        return SampleEntry(NO_ORDINAL, {}, self._objects(self.num_samples))
+        objects = self._objects(self.num_samples)
+        if layout.SCALES_GROUP not in objects:
+            message = "the footer says that there are scales, and lists none"
+            raise FooterError(message)
+        return SampleEntry(NO_ORDINAL, {}, objects)
 
     def _objects(self, index: int) -> _FooterObjects:
         """The objects of a sample by its index; those of the scales behind the last."""

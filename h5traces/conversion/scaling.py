@@ -88,7 +88,7 @@ def _measured(
         if not measurement.has_states:
             # Nothing to encode; what turns up all the same is stored exactly, and reported.
             return ScaleSet()
-        return measurement.calibration(model).scales(step)
+        return measurement.calibration(model, partial=True).scales(step)
 
 
 def _add(measurement: Measurement, path: Path, samples: int) -> None:

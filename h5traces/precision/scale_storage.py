@@ -11,7 +11,7 @@ from h5traces.errors import CorruptArchiveError
 from h5traces.precision.scales import ChannelScale, ChannelStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -100,11 +100,14 @@ def _arrays(
     widths = [_width(path, objects) for path in paths]
     if len(set(widths)) > 1:
         message = (
-            f"/{place}: {', '.join(names)} have {', '.join(map(str, widths))} channels; expected "
-            "as many of each"
+            f"/{place}: {_listed(names)} have {_listed(widths)} channels; expected as many of each"
         )
         raise CorruptArchiveError(message)
     return [read(path) for path in paths]
+
+
+def _listed(items: Sequence[object]) -> str:
+    return f"{', '.join(map(str, items[:-1]))} and {items[-1]}"
 
 
 def _width(path: str, objects: Mapping[str, ObjectEntry]) -> int:

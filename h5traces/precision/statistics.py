@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Tokens whose median and spread tell what is unusual in the others.
 _FIRST_TOKENS: Final = 256
+_CHANNELS_AT_ONCE: Final = 256
 # Sigmas of the median from which a value counts as unusual: massive activations lie at hundreds, a
 # Gaussian has one value in 10^15 there.
 _USUAL: Final = 8.0
@@ -34,11 +35,17 @@ class _Usual:
     """Moments of what lies near the median, by channel."""
 
     def __init__(self, first: NDArray[np.float32]) -> None:
-        self._median = np.median(first, axis=0).astype(np.float32)
-        with np.errstate(over="ignore"):
-            spread = np.median(np.abs(first - self._median), axis=0) * (_USUAL * _MAD_TO_SIGMA)
-            self._limit = np.minimum(spread, np.finfo(np.float32).max).astype(np.float32)
-        self._moments = np.zeros((3, first.shape[1]))
+        width = first.shape[1]
+        self._median, self._limit = np.empty((2, width), np.float32)
+        # Some channels at a time: medians take copies of all that they look at.
+        for start in range(0, width, _CHANNELS_AT_ONCE):
+            part = slice(start, start + _CHANNELS_AT_ONCE)
+            self._median[part] = np.median(first[:, part], axis=0)
+            with np.errstate(over="ignore"):
+                away = np.abs(first[:, part] - self._median[part])
+                spread = np.median(away, axis=0) * (_USUAL * _MAD_TO_SIGMA)
+                self._limit[part] = np.minimum(spread, np.finfo(np.float32).max)
+        self._moments = np.zeros((3, width))
 
     def add(self, rows: NDArray[np.float32]) -> None:
         with np.errstate(over="ignore"):
@@ -55,7 +62,7 @@ class _Usual:
         count = np.maximum(count, 1)
         mean = total / count
         sigma = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
-        sigma = np.maximum(sigma, _DEAD * np.median(sigma))
+        sigma = np.maximum(sigma, _DEAD * (np.median(sigma) if sigma.size else 0))
         center = (self._median + mean).astype(np.float32)
         return ChannelStatistics(center, sigma.astype(np.float32))
 
@@ -112,7 +119,7 @@ class ChannelAccumulator:
 
     def _look(self) -> _Usual:
         """What is usual, from the tokens that were kept to find that out."""
-        rows = np.concatenate(self._first).astype(np.float32)
+        rows = np.concatenate(self._first, dtype=np.float32)
         self._first = []
         usual = _Usual(rows)
         usual.add(rows)

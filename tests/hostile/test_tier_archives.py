@@ -12,6 +12,7 @@ import probe
 import pytest
 import tier_attacks
 from prober import Prober
+from specimen import column, footer_of, seal
 from test_archives import MAX_EXTRA_NBYTES, MAX_SECONDS, MAX_WALL_SECONDS, check_reading, routes_of
 
 import h5traces
@@ -115,3 +116,28 @@ def test_no_scale_counts_as_a_sample(archive: Path) -> None:
         for index in (2, -3):
             with pytest.raises(IndexError):
                 found[index]
+
+
+def rows_in_the_last_sample(document: dict[str, Any], columns: dict[str, bytes]) -> None:
+    counts = column(columns, "sample_num_objects")
+    counts[-2:] = counts[-2:].sum(), 0
+    document["has_scales"], columns["sample_num_objects"] = 1, counts.tobytes()
+
+
+def scales_as_a_sample(document: dict[str, Any], columns: dict[str, bytes]) -> None:
+    document["num_samples"] += 1
+
+
+@pytest.mark.filterwarnings("ignore::h5traces.errors.StoredStateWarning")
+@pytest.mark.parametrize("change", [rows_in_the_last_sample, scales_as_a_sample])
+def test_footer_that_lies_about_scales(tmp_path: Path, archive: Path, change: Any) -> None:
+    path = tmp_path / "archive.h5"
+    shutil.copyfile(archive, path)
+    document, columns = footer_of(path)
+    change(document, columns)
+    seal(path, document, columns)
+    assert not h5traces.verify(path).ok
+    assert not h5traces.validate(path).ok
+    result = probe.attempt("read", str(path))
+    assert result["outcome"] in ("ok", "error"), result["message"]
+    assert result.get("value", probe.read(str(archive))) == probe.read(str(archive))
