@@ -234,18 +234,18 @@ def from_steps(
         Whether to round to float16; else float32, which is exact.
     """
     out = np.empty(stored.shape, np.float16 if as_half else np.float32)
-    factor = scale.step / np.float32(spacing)
-    first = scale.offset - np.float32(zero_point) * factor
-    aligned = as_half and _can_be_aligned(first, factor, np.iinfo(stored.dtype).max)
+    factor, offset = scale.step / np.float32(spacing), scale.offset
+    aligned = as_half and _can_be_aligned(factor, offset, np.iinfo(stored.dtype).max)
     if aligned:
-        factor, first = factor * half.ALIGNED, first * half.ALIGNED
+        factor, offset = factor * half.ALIGNED, offset * half.ALIGNED
     rows = max(1, _DECODED_BLOCK // max(1, stored.shape[1]))
     for start in range(0, len(stored), rows):
         part = slice(start, start + rows)
         values = _float32(_SOURCE, stored[part]) if as_half else out[part]
         np.copyto(values, stored[part], casting="unsafe")
+        np.subtract(values, np.float32(zero_point), out=values)
         np.multiply(values, factor, out=values)
-        np.add(values, first, out=values)
+        np.add(values, offset, out=values)
         if aligned:
             half.from_aligned(values, out[part])
         elif as_half:
@@ -253,8 +253,8 @@ def from_steps(
     return out
 
 
-def _can_be_aligned(first: NDArray[np.float32], factor: NDArray[np.float32], largest: int) -> bool:
+def _can_be_aligned(factor: NDArray[np.float32], offset: NDArray[np.float32], largest: int) -> bool:
     """Whether no value can be infinite in float16, and no part of the sum is lost by `ALIGNED`."""
-    last = first + np.float32(largest) * factor
-    reach = max(np.abs(first).max(initial=0), np.abs(last).max(initial=0))
-    return bool(reach < _OVERFLOW and factor.min(initial=1) >= _LEAST_ALIGNED)
+    reach = np.abs(offset) + np.float32(largest) * factor
+    is_finite = reach.max(initial=0) < _OVERFLOW
+    return bool(is_finite and factor.min(initial=1) >= _LEAST_ALIGNED)

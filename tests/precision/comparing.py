@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -11,16 +13,14 @@ from coding import assert_same_class, bits
 
 import h5traces
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 TIERS = ("fine", "analysis", "compact", "native")
 KINDS = ("hidden_states", "attentions", "attention_mean")
 
 
 def without_footer(path: Path) -> Path:
     """A copy that HDF5 opened for writing, so that reading goes through HDF5."""
-    target = path.with_name(f"{path.stem}-hdf5.h5")
+    # HDF5 keeps a file that an earlier test has not let go of.
+    target = Path(tempfile.mkdtemp(dir=path.parent)) / f"{path.stem}-hdf5.h5"
     shutil.copy(path, target)
     with h5py.File(target, "a"):
         pass
