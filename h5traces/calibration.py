@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     # Path of a layer, and its hidden states (tokens, hidden).
     States = Iterable[tuple[str, NDArray[Any]]]
 
-SCALES_FORMAT: Final = "h5traces-scales"
 # Tokens of some 64 samples tell sigma to about one per cent.
 AUTOMATIC_SAMPLES: Final = 64
 DEFAULT_SAMPLES: Final = 200
@@ -363,7 +362,7 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
         hdf5.add_attributes(
             "/",
             {
-                "format": SCALES_FORMAT,
+                "format": layout.SCALES_FORMAT,
                 "format_version": layout.FORMAT_VERSION,
                 "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             },

@@ -47,6 +47,8 @@ class ArrayStats:
         Range of the finite values; None where there are none.
     num_nan, num_inf
         How many values are not finite.
+    kept_exact
+        Why the array is more precise than its archive says; None where it is not.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class ArrayStats:
     maximum: float | None
     num_nan: int
     num_inf: int
+    kept_exact: str | None = None
 
 
 @dataclass(slots=True)
@@ -185,6 +188,9 @@ def _inspect_archive(
         looked_at = []
         for index in range(wanted):
             looked_at.append(_sample_stats(index, record_of_trace(archive[index])))
+            for each in looked_at[-1].arrays:
+                reason = archive[index].attrs(f"{each.kind}/{each.name}").get("kept_exact")
+                each.kept_exact = None if reason is None else str(reason)
             if progress is not None:
                 progress(index + 1, wanted)
         (stored,) = archive.files

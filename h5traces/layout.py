@@ -8,6 +8,7 @@ from typing import Final
 
 HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 FORMAT_NAME: Final = "h5traces"
+SCALES_FORMAT: Final = "h5traces-scales"
 FORMAT_VERSION: Final = "1.0"
 FORMAT_MAJOR: Final = 1
 KNOWN_VERSION: Final = (1, 0)

@@ -264,7 +264,7 @@ class ArchiveFile:
             except FooterError as error:
                 store = Hdf5Store(self.path, self._limits)
                 if store.root_attrs.get("format") != layout.FORMAT_NAME:
-                    raise self._not_an_archive() from None
+                    raise self._not_an_archive(store) from None
                 self._without_footer = True
                 self._warn_without_footer(error)
                 return store
@@ -302,7 +302,12 @@ class ArchiveFile:
     def _warn(self, message: str) -> None:
         warnings.warn(f"{self.path}: {message}", StoredStateWarning, stacklevel=2)
 
-    def _not_an_archive(self) -> NotAnArchiveError:
+    def _not_an_archive(self, store: Store) -> NotAnArchiveError:
+        if store.root_attrs.get("format") == layout.SCALES_FORMAT:
+            return NotAnArchiveError(
+                f"{self.path}: is a file of scales, which 'h5traces calibrate' wrote, and no "
+                "archive; --scales takes it"
+            )
         return NotAnArchiveError(
             f"{self.path}: is HDF5, but no h5traces archive: the root attribute 'format' is not "
             "'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
@@ -311,7 +316,7 @@ class ArchiveFile:
     def _read_metadata(self, store: Store) -> ArchiveMetadata:
         attrs = store.root_attrs
         if attrs.get("format") != layout.FORMAT_NAME:
-            raise self._not_an_archive()
+            raise self._not_an_archive(store)
         check_version(attrs, str(self.path))
         try:
             metadata = from_attributes(ArchiveMetadata, attrs)

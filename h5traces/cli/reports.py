@@ -139,7 +139,8 @@ def _print_kind(title: str, arrays: list[ArrayStats], sample: SampleStats) -> No
             span = f"{each.minimum:.4g} … {each.maximum:.4g}"
         odd = f", {each.num_nan} NaN, {each.num_inf} Inf" if each.num_nan or each.num_inf else ""
         site = f", {each.site}" if each.site else ""
-        print_line(f"      {each.name}: {span}{odd}{site}")
+        kept = f", kept exact: {each.kept_exact}" if each.kept_exact else ""
+        print_line(f"      {each.name}: {span}{odd}{site}{kept}")
 
 
 def print_samples(rows: list[dict[str, Any]]) -> None:

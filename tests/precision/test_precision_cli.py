@@ -276,3 +276,23 @@ def test_help_teaches(command: str) -> None:
         ["scales.h5"] if command == "calibrate" else ["--tier", "sigma", "--calibration-samples"]
     )
     assert all(word[:15] in shown for word in words)
+
+
+def test_inspect_says_what_stayed_exact(source: Path, tmp_path: Path) -> None:
+    run("calibrate", source, "-o", tmp_path / "scales.h5", "--layers", "0")
+    run(
+        "convert",
+        source,
+        "-o",
+        tmp_path / "a.h5",
+        "--step",
+        "0.1",
+        "--scales",
+        tmp_path / "scales.h5",
+    )
+    lines = run("inspect", tmp_path / "a.h5").stdout.splitlines()
+    first, second = (next(each for each in lines if f"layer_00{n}:" in each) for n in (0, 1))
+    assert "kept exact" not in first
+    assert second.endswith("kept exact: has no scale")
+    found = run("inspect", tmp_path / "scales.h5", code=1)
+    assert "is a file of scales" in plain(found.stderr)
