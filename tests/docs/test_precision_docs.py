@@ -43,7 +43,7 @@ def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for code in blocks("python", "docs/precision.md"):
         exec(code, names)  # the code is ours, and running it is the test
     with h5traces.open("custom/") as archive:
-        assert archive.metadata.precision == names["Precision"](step=0.2, attention_bits=6)
+        assert archive.metadata.precision == h5traces.Precision(step=0.2, attention_bits=6)
     assert names["hidden"].dtype == "float16"
     assert names["unrounded"].dtype == "float32"
     assert names["mean"].shape == (len(names["hidden"]),) * 2
