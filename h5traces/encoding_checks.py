@@ -94,7 +94,7 @@ def encoding_problems(
         if kind not in layout.KINDS or not name:
             continue
         if name == layout.EXCEPTIONS_TABLE:
-            layers = (objects[each] for each in objects if each.startswith(f"{kind}/"))
+            layers = (objects[each].attrs for each in objects if each.startswith(f"{kind}/"))
             yield from _table_problems(entry, num_exceptions(layers))
             continue
         try:

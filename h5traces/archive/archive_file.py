@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces import layout
-from h5traces.archive.footer_store import FooterStore
+from h5traces.archive.footer_store import FooterObjects, FooterStore
 from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.archive.scales import stored_scale, stored_scales
@@ -163,6 +163,16 @@ class ArchiveFile:
             return sample.objects[path]
         except FooterError as error:
             return self._fall_back(error).sample(sample.ordinal).objects[path]
+
+    def attrs(self, sample: SampleEntry, path: str) -> Attrs:
+        """Attributes of one object of a sample; perhaps without its digest."""
+        objects = sample.objects
+        if not isinstance(objects, FooterObjects):
+            return objects[path].attrs
+        try:
+            return objects.attrs(path)
+        except FooterError as error:
+            return self._fall_back(error).sample(sample.ordinal).objects[path].attrs
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""

@@ -93,22 +93,24 @@ def _exceptions(trace: Trace, kind: str, name: str) -> NDArray[np.float64]:
     if path not in trace.objects:
         message = f"its exceptions are missing; expected the table {path}"
         raise CorruptArchiveError(message)
+    table = trace.table(path, check=lambda: _check_table(trace, kind, path))
+    layer = layout.parse_layer_name(name)
+    found: NDArray[np.float64] = table[
+        table[:, 0] == (layout.EMBEDDING_LAYER if layer is None else layer)
+    ]
+    return found[:, 1:]
+
+
+def _check_table(trace: Trace, kind: str, path: str) -> None:
+    """Rows are counted by the layers; a table may claim any number."""
     entry = trace.entry(path)
-    # Before anything is read: rows are counted by the layers, and a table may claim any number.
-    layers = (trace.entry(each) for each in trace.objects if each.startswith(f"{kind}/"))
-    count = num_exceptions(layers)
+    count = num_exceptions(trace.all_attrs(f"{kind}/"))
     if entry.dtype != "float64" or entry.shape != (count, EXCEPTION_COLUMNS):
         message = (
             f"{path} is {entry.dtype or 'a group'} {entry.shape}, expected float64 "
             f"({count}, {EXCEPTION_COLUMNS}), as layers list {count} exceptions"
         )
         raise CorruptArchiveError(message)
-    table = trace.table(path)
-    layer = layout.parse_layer_name(name)
-    found: NDArray[np.float64] = table[
-        table[:, 0] == (layout.EMBEDDING_LAYER if layer is None else layer)
-    ]
-    return found[:, 1:]
 
 
 def _steps(trace: Trace, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:

@@ -24,7 +24,7 @@ from h5traces.schema.attributes import from_attributes
 from h5traces.storage.remote import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -297,11 +297,27 @@ class Trace(Mapping[str, Any]):
         """Stored values of the dataset at `path`, as they lie in the file."""
         return self._file.read(self._sample, path)
 
-    def table(self, path: str) -> NDArray[Any]:
-        """A dataset that all layers of a kind are read with; kept, and not to be written to."""
+    def table(self, path: str, *, check: Callable[[], None] | None = None) -> NDArray[Any]:
+        """A dataset that all layers of a kind are read with; kept, and not to be written to.
+
+        Parameters
+        ----------
+        path
+            Below the sample's group.
+        check
+            Called before it is read.
+        """
         if path not in self._tables:
+            if check is not None:
+                check()
             self._tables[path] = self.stored(path)
         return self._tables[path]
+
+    def all_attrs(self, prefix: str) -> Iterator[Attrs]:
+        """Attributes of all objects whose path begins so; perhaps without their digests."""
+        objects = self._sample.objects
+        found = (path for path in objects if path.startswith(prefix))
+        return (self._file.attrs(self._sample, path) for path in found)
 
     @property
     def objects(self) -> Mapping[str, ObjectEntry]:
