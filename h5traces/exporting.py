@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ConversionError, LossyWarning
-from h5traces.inheritance import InheritedPrecision, inherited_facts
+from h5traces.inheritance import inherited_facts, shared_metadata
 from h5traces.storage.part_file import PartFile, remove_abandoned_parts
 from h5traces.transcription import to_record
 from h5traces.writer import ArchiveWriter, WriteOptions
@@ -84,7 +84,7 @@ def export(
         if dry_run:
             return target
         remove_abandoned_parts(target)
-        losses = InheritedPrecision.of(archive.files).losses
+        losses = shared_metadata(archive.files).losses
         if losses:
             told = "no pickle can say so" if is_pickle else "'earlier_precisions' says so"
             message = (

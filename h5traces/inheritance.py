@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.scales import stored_scales
 from h5traces.errors import ArchiveError
-from h5traces.schema import EXACT, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from h5traces.archive import ArchiveFile
     from h5traces.precision import ScaleSet
+    from h5traces.schema import ArchiveMetadata
 
 # What archives that become one must have said alike, or not at all.
 _FACTS: Final = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
@@ -28,34 +27,12 @@ def inherited_facts(files: Sequence[ArchiveFile]) -> dict[str, Any]:
     return facts
 
 
-@dataclass(frozen=True, slots=True)
-class InheritedPrecision:
-    """How precise archives are that were opened as one.
+def shared_metadata(files: Sequence[ArchiveFile]) -> ArchiveMetadata:
+    """Metadata that tells how precise files are that go together.
 
-    Attributes
-    ----------
-    precision, earlier
-        What was given up last, and before.
+    It is the first one's; files without samples have no say where others have some.
     """
-
-    precision: Precision
-    earlier: tuple[Precision, ...]
-
-    @classmethod
-    def of(cls, files: Sequence[ArchiveFile]) -> InheritedPrecision:
-        """That of files that go together; those without samples have no say."""
-        named = [file.metadata for file in files if file.num_samples] or [files[0].metadata]
-        return cls(named[0].precision or EXACT, named[0].earlier_precisions or ())
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether nothing was given up."""
-        return not self.losses
-
-    @property
-    def losses(self) -> tuple[Precision, ...]:
-        """All that was given up, first loss first."""
-        return (*self.earlier, self.precision) if self.precision.is_lossy else self.earlier
+    return next((file.metadata for file in files if file.num_samples), files[0].metadata)
 
 
 def inherited_scales(files: Sequence[ArchiveFile]) -> ScaleSet | None:

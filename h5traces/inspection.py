@@ -13,7 +13,7 @@ from h5traces import layout
 from h5traces.archive.opening import is_archive, open_archive
 from h5traces.dtypes import TypedArray, count_not_finite
 from h5traces.errors import ConversionError, SchemaError
-from h5traces.inheritance import InheritedPrecision
+from h5traces.inheritance import shared_metadata
 from h5traces.legacy import open_batch
 from h5traces.legacy.layouts import names_in_file_name, num_layers_of
 from h5traces.legacy.layouts import to_record as record_of_item
@@ -196,7 +196,7 @@ def _inspect_archive(
         (stored,) = archive.files
         sizes = {name: asdict(size) for name, size in stored.sizes().items()}
         metadata = archive.metadata.model_dump(mode="json", exclude_none=True)
-        metadata["losses"] = [str(each) for each in InheritedPrecision.of(archive.files).losses]
+        metadata["losses"] = [str(each) for each in shared_metadata(archive.files).losses]
         return Inspection(
             path=str(file),
             container="archive",

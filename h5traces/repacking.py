@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive import Archive, open_archive
 from h5traces.calibration import AUTOMATIC_SAMPLES, check_model, load_given, measured
 from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
-from h5traces.inheritance import InheritedPrecision, inherited_facts, inherited_scales
+from h5traces.inheritance import inherited_facts, inherited_scales, shared_metadata
 from h5traces.precision import ScaleSet
 from h5traces.publishing import ShardSet
 from h5traces.schema import EXACT, Precision
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
     from h5traces.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.precision import Calibration
-    from h5traces.schema import SourceFile, Tier
+    from h5traces.schema import ArchiveMetadata, SourceFile, Tier
     from h5traces.storage.remote import RemotePath
     from h5traces.writer import ArchiveWriter
 
@@ -144,14 +144,16 @@ def repack(
         _check_target(archive, target)
         selected = archive if layers is None else archive.select(layers=layers)
         indices = _indices(samples, len(archive))
-        before = InheritedPrecision.of(archive.files)
+        before = shared_metadata(archive.files)
+        precision = before.precision or EXACT
         wanted = _wanted(before, tier, dtype, archive)
-        encodes = dtype is not None or wanted != before.precision
-        _check_scales(archive, scales, wanted, encodes=encodes)
+        encodes = dtype is not None or wanted != precision
+        # Scales that go with no steps have a message of their own.
         calibration = load_given(scales, wanted)
+        _check_scales(archive, scales, wanted, encodes=encodes)
         if calibration is not None:
             check_model(calibration, archive.metadata.model_id)
-        if before.precision.is_lossy and wanted.is_exact:
+        if precision.is_lossy and wanted.is_exact:
             _warn_of_recast(archive, target, before)
         report = RepackReport(
             sources=[str(path) for path in archive.paths],
@@ -172,7 +174,7 @@ def repack(
             overwrite=overwrite,
             precision=wanted,
             scales=found,
-            earlier_precisions=before.losses if encodes else before.earlier,
+            earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
         )
         if dry_run:
             report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
@@ -190,7 +192,7 @@ def _check_target(archive: Archive, target: Path) -> None:
         raise ArchiveError(message)
 
 
-def _warn_of_recast(archive: Archive, target: Path, before: InheritedPrecision) -> None:
+def _warn_of_recast(archive: Archive, target: Path, before: ArchiveMetadata) -> None:
     message = (
         f"{target}: holds what {archive.paths[0]} gives back, which is less than its source held "
         f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
@@ -212,7 +214,7 @@ def _check_scales(
 
 
 def _wanted(
-    before: InheritedPrecision,
+    before: ArchiveMetadata,
     tier: Tier | Precision | None,
     dtype: DtypePolicy | None,
     archive: Archive,
@@ -225,16 +227,16 @@ def _wanted(
         More precise than the sources.
     """
     if tier is None:
-        return before.precision if dtype is None else EXACT
+        return (before.precision or EXACT) if dtype is None else EXACT
     wanted = Precision.of(tier)
     losses = ", ".join(str(each) for each in before.losses)
-    if wanted.is_exact and not before.is_exact:
+    if wanted.is_exact and before.losses:
         message = (
             f"{archive.paths[0]}: holds {losses}; what was given up cannot be had back, so take "
             "the archive that it was made from"
         )
         raise LossyArchiveError(message)
-    if not before.is_exact and wanted != before.precision:
+    if before.losses and wanted != before.precision:
         message = (
             f"{archive.paths[0]}: holds {losses} already, and becomes {wanted}: the errors add "
             "up; take the archive that it was made from"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from h5traces import layout
 from h5traces.archive import Archive, open_archive
 from h5traces.errors import Problem, StoredStateWarning
-from h5traces.inheritance import InheritedPrecision, inherited_facts, inherited_scales
+from h5traces.inheritance import inherited_facts, inherited_scales
 from h5traces.integrity import sample_damage
 from h5traces.limits import DEFAULT_LIMITS
+from h5traces.schema import EXACT
 from h5traces.storage.part_file import remove_abandoned_parts
 from h5traces.verification import verify_written
 from h5traces.writer import ArchiveWriter, StoredSample, WriteOptions
@@ -134,7 +135,6 @@ def _intact(
 
 def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptions) -> None:
     metadata = archive.metadata
-    before = InheritedPrecision.of(archive.files)
     remove_abandoned_parts(target)
     writer = ArchiveWriter(
         target,
@@ -144,9 +144,9 @@ def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptio
             codec=metadata.codec,
             workers=options.workers,
             overwrite=options.overwrite,
-            precision=before.precision,
+            precision=metadata.precision or EXACT,
             scales=inherited_scales(archive.files),
-            earlier_precisions=before.earlier,
+            earlier_precisions=metadata.earlier_precisions or (),
         ),
         **inherited_facts(archive.files),
     )

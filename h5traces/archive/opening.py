@@ -200,9 +200,8 @@ def _check_exact(archive: Archive) -> None:
     for file in archive.files:
         if not file.metadata.is_exact:
             archive.close()
-            lost = [*(file.metadata.earlier_precisions or ()), file.metadata.precision]
             message = (
-                f"{file.path}: is not exact: {', '.join(str(each) for each in lost if each)}; "
+                f"{file.path}: is not exact: {', '.join(map(str, file.metadata.losses))}; "
                 "take the archive that it was made from, or open it without exact=True"
             )
             raise LossyArchiveError(message)

@@ -263,7 +263,7 @@ def extract(
         print_json(report.as_dict())
     else:
         reports.print_extraction(report)
-    if report.num_written and not precision.is_exact:
+    if report.num_written and precision.is_lossy:
         warn_of_loss(str(precision))
     for message in report.warnings:
         warn(message)

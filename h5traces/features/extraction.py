@@ -16,7 +16,7 @@ from h5traces.features.definitions import FEATURES
 from h5traces.features.pca import PrincipalComponents, StreamingPCA
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
 from h5traces.features.writing import FeatureTable, check_target, write_features
-from h5traces.inheritance import InheritedPrecision
+from h5traces.inheritance import shared_metadata
 from h5traces.storage.part_file import make_folder
 from h5traces.version import __version__
 
@@ -277,7 +277,7 @@ def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "model_id": metadata.model_id or "",
         "archive_ids": [file.metadata.archive_id for file in view.files],
-        "losses": [str(each) for each in InheritedPrecision.of(view.files).losses],
+        "losses": [str(each) for each in shared_metadata(view.files).losses],
         "features": {name: FEATURES[name].meaning for name in wanted},
     }
 

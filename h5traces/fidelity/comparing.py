@@ -27,7 +27,7 @@ from h5traces.fidelity.reports import (
 from h5traces.fidelity.states import StateErrors
 from h5traces.fidelity.values import ValuePair
 from h5traces.fidelity.weights import WeightErrors
-from h5traces.inheritance import InheritedPrecision
+from h5traces.inheritance import shared_metadata
 from h5traces.precision.head_mean import HeadMean
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def compare(
 
 
 def _warn_of_losses(reference: Archive) -> None:
-    losses = InheritedPrecision.of(reference.files).losses
+    losses = shared_metadata(reference.files).losses
     if losses:
         message = (
             f"{reference.paths[0]}: the reference lost precision itself "

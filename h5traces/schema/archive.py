@@ -153,6 +153,14 @@ class ArchiveMetadata(Document):
     )
 
     @property
+    def losses(self) -> tuple[Precision, ...]:
+        """All that was given up, first loss first."""
+        earlier = self.earlier_precisions or ()
+        if self.precision is None or not self.precision.is_lossy:
+            return earlier
+        return (*earlier, self.precision)
+
+    @property
     def is_exact(self) -> bool:
         """Whether arrays hold all that their source held in the stored type."""
         is_lossy = self.precision is not None and self.precision.is_lossy
