@@ -2,8 +2,9 @@
 
 from h5traces.archive.archive import Archive
 from h5traces.archive.archive_file import ArchiveFile
+from h5traces.archive.layer_sequence import LayerSequence
 from h5traces.archive.opening import expand_paths, expand_sources, load, open_archive
-from h5traces.archive.trace import LayerSequence, Trace
+from h5traces.archive.trace import Trace
 
 __all__ = [
     "Archive",

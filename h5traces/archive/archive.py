@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import numpy as np
 
 from h5traces.archive.archive_file import ArchiveFile
-from h5traces.archive.trace import LayerSequence, Trace
+from h5traces.archive.layer_sequence import LayerSequence
+from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
 from h5traces.storage.remote import DEFAULT_REMOTE, RemotePath
 
