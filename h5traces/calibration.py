@@ -130,10 +130,7 @@ def calibrate(
     with Measurement(layers) as measurement:
         for path in paths:
             with contextlib.closing(_samples(path)) as found:
-                for states in itertools.islice(found, samples - measurement.num_samples):
-                    measurement.add(path.name, states)
-                    if progress is not None:
-                        progress(measurement.num_samples, samples)
+                measurement.add_first(path.name, found, samples, progress)
             if measurement.num_samples >= samples:
                 break
         name = model_id or _one_model(paths[: len(measurement.sources)])
@@ -188,6 +185,25 @@ class Measurement:
         if source not in self.sources:
             self.sources.append(source)
         self.num_samples += 1
+
+    def add_first(
+        self,
+        source: str,
+        samples: Iterable[States],
+        most: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Take in samples of a source until there are `most`, those of other sources included.
+
+        Raises
+        ------
+        PrecisionError
+            As `add`.
+        """
+        for states in itertools.islice(samples, most - self.num_samples):
+            self.add(source, states)
+            if progress is not None:
+                progress(self.num_samples, most)
 
     def _is_wanted(self, path: str) -> bool:
         layer = layout.parse_layer_name(path.rpartition("/")[2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -92,11 +91,9 @@ def _measured(
 
 
 def _add(measurement: Measurement, path: Path, samples: int) -> None:
-    wanted = samples - measurement.num_samples
-    with contextlib.closing(batch_states(path)) as found:
-        for states in itertools.islice(found, wanted):
-            try:
-                measurement.add(path.name, states)
-            except PrecisionError as error:
-                message = f"{error}; convert the batches of each model by themselves"
-                raise PrecisionError(message) from error
+    try:
+        with contextlib.closing(batch_states(path)) as found:
+            measurement.add_first(path.name, found, samples)
+    except PrecisionError as error:
+        message = f"{error}; convert the batches of each model by themselves"
+        raise PrecisionError(message) from error
