@@ -30,6 +30,7 @@ LAYERS = (
     {
         "check",
         "encoding_checks",
+        "sample_checks",
         "verification",
         "integrity",
         "isolation",
