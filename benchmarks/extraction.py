@@ -43,7 +43,7 @@ from h5traces.extract.extractor import Extractor
 from h5traces.extract.overlap import WriterThread
 from h5traces.extract.planning import Planner
 from h5traces.extract.questions import read_questions
-from h5traces.spooling import ProcessWriter
+from h5traces.writing.process_writer import ProcessWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -42,18 +42,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from make_synthetic import Generator, Shape
 
 import h5traces
-from h5traces.calibration import Measurement, record_states
-from h5traces.legacy.layouts import to_record
-from h5traces.precision import ScaleSet
-from h5traces.repacking import repack
-from h5traces.schema import TIERS, SourcePosition
-from h5traces.writer import ArchiveWriter, WriteOptions
+from h5traces.format.precision import TIERS
+from h5traces.format.trace import SourcePosition
+from h5traces.precision.scales import ScaleSet
+from h5traces.rewriting.repack import repack
+from h5traces.sources.pickle.layouts import to_record
+from h5traces.writing.archive_writer import ArchiveWriter
+from h5traces.writing.calibrate import Measurement, record_states
+from h5traces.writing.options import WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from h5traces.precision import Calibration
-    from h5traces.schema import TraceRecord
+    from h5traces.format.record import TraceRecord
+    from h5traces.precision.scales import Calibration
 
 SEQ_LEN: Final = 43
 SEVEN_LAYERS: Final = (0, 5, 10, 15, 20, 25, 31)

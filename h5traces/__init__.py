@@ -6,15 +6,17 @@
 (43, 4096)
 """
 
-from h5traces.archive import Archive, Trace, load
-from h5traces.archive import open_archive as open  # as h5py.File, gzip.open do
-from h5traces.calibration import calibrate
-from h5traces.check import validate
-from h5traces.conversion import convert
-from h5traces.integrity import verify
-from h5traces.schema import Precision
-from h5traces.spooling import create
+from h5traces.archive.archive import Archive
+from h5traces.archive.opening import load
+from h5traces.archive.opening import open_archive as open  # as h5py.File, gzip.open do
+from h5traces.archive.trace import Trace
+from h5traces.checking.validate import validate
+from h5traces.checking.verify import verify
+from h5traces.format.precision import Precision
+from h5traces.rewriting.convert import convert
 from h5traces.version import __version__
+from h5traces.writing.calibrate import calibrate
+from h5traces.writing.create import create
 
 __all__ = [
     "Archive",

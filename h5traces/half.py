@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.scratch import Scratch
+from h5traces.format.scratch import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

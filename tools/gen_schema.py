@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Generate the JSON Schemas and the tables of SPEC.md from the pydantic models.
 
-The models in h5traces/schema/ are the single source of the format's metadata. Written from them:
+The models in h5traces/format/ are the single source of the format's metadata. Written from them:
   schema/unstable/archive_metadata.schema.json   attributes of the root group
   schema/unstable/kind_metadata.schema.json      attributes of /kinds/<name>
   schema/unstable/trace_metadata.schema.json     attributes of /samples/<ordinal>
@@ -27,28 +27,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from h5traces import layout
-from h5traces.limits import ReadLimits
-from h5traces.schema import (
-    COVERAGE_DEFINITIONS,
-    ArchiveMetadata,
-    CalibrationRecord,
-    ExtractionMetadata,
-    KindMetadata,
-    LabelSidecar,
-    Precision,
-    SampleExtraction,
-    SourceFile,
-    SourcePosition,
-    TraceDescription,
-    TraceMetadata,
-)
-from h5traces.schema.attributes import field_forms
+from h5traces.format import layout
+from h5traces.format.archive import ArchiveMetadata, KindMetadata, SourceFile
+from h5traces.format.attributes import field_forms
+from h5traces.format.extraction import ExtractionMetadata, SampleExtraction
+from h5traces.format.labels import LabelSidecar
+from h5traces.format.limits import ReadLimits
+from h5traces.format.precision import CalibrationRecord, Precision
+from h5traces.format.record import TraceDescription
+from h5traces.format.trace import COVERAGE_DEFINITIONS, SourcePosition, TraceMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from h5traces.schema.base import Document
+    from h5traces.format.document import Document
 
 SCHEMA_FOLDER: Final = Path(__file__).resolve().parent.parent / "schema"
 STAGE: Final = "unstable"
@@ -56,7 +48,7 @@ SPEC: Final = "SPEC.md"
 
 EPILOG: Final = """\
 examples:
-  after a change of a model in h5traces/schema/, write everything anew and look at the difference:
+  after a change of a model in h5traces/format/, write everything anew and look at the difference:
     python tools/gen_schema.py
     git diff schema/
 

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces import layout
-from h5traces.dtypes import TypedArray
-from h5traces.precision import ChannelAccumulator, Encoder, ScaleSet, decode
-from h5traces.precision.scales import channel_scale
-from h5traces.schema.precision import EXACT, TIERS, Precision
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray
+from h5traces.format.precision import EXACT, TIERS, Precision
+from h5traces.precision.decoding import decode
+from h5traces.precision.encoding import Encoder
+from h5traces.precision.scales import ScaleSet, channel_scale
+from h5traces.precision.statistics import ChannelAccumulator
 from h5traces.storage.arrays import encode_array
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from downstream.capturing import Trace
-    from h5traces.precision import ChannelScale, ChannelStatistics, EncodedLayer
+    from h5traces.precision.encoding import EncodedLayer
+    from h5traces.precision.scales import ChannelScale, ChannelStatistics
 
 STEPS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 FLOAT16: Final = "float16"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from downstream.capturing import Trace
     from downstream.coding import Coder
-    from h5traces.precision import ChannelStatistics
+    from h5traces.precision.scales import ChannelStatistics
 
 # Bits of a Gaussian in steps of one sigma: log2(2 pi e) / 2, as the formula has it.
 FORMULA_BITS: Final = 2.05

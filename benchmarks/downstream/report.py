@@ -10,7 +10,7 @@ from downstream.coding import encoding_of_tier
 from downstream.patching import EVERY_LAYER, MEAN
 from downstream.rates import POOLED_VALUES
 from downstream.weights import HEAD_MEAN, SMOOTHING, THRESHOLD
-from h5traces.schema.precision import TIERS
+from h5traces.format.precision import TIERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from downstream.capturing import Trace
     from downstream.texts import Split
-    from h5traces.precision import ChannelStatistics
+    from h5traces.precision.scales import ChannelStatistics
 
 # Types to compute in that people use without a thought; what they change is the yardstick.
 YARDSTICKS: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from downstream.coding import chunk_nbytes
-from h5traces.dtypes import TypedArray
+from h5traces.format.dtypes import TypedArray
 from h5traces.precision import rounding, square_root
 from h5traces.precision.head_mean import HeadMean
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 
-from h5traces.archive.archive_file import ArchiveFile
+from h5traces.archive.file import ArchiveFile
 from h5traces.archive.layer_sequence import LayerSequence
 from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
-from h5traces.storage.remote import DEFAULT_REMOTE, RemotePath
+from h5traces.storage.remote.options import DEFAULT_REMOTE
+from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.limits import ReadLimits
-    from h5traces.schema import ArchiveMetadata
-    from h5traces.storage.remote import RemoteOptions
+    from h5traces.format.archive import ArchiveMetadata
+    from h5traces.format.limits import ReadLimits
+    from h5traces.storage.remote.options import RemoteOptions
 
 # Files kept open at a time; the usual limit on descriptors is 1024 for the whole process, and
 # where it is lower, other files need most of them.

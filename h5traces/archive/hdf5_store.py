@@ -6,25 +6,21 @@ import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from h5traces import layout
 from h5traces.archive.store import NO_ORDINAL, StoredSize, located
-from h5traces.errors import (
-    CorruptArchiveError,
-)
+from h5traces.errors import CorruptArchiveError
+from h5traces.format import layout
 from h5traces.storage.arrays import read_array
 from h5traces.storage.files import LocalFile
-from h5traces.storage.hdf5 import Hdf5Reader
+from h5traces.storage.hdf5.reading import Hdf5Reader
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from h5traces.limits import ReadLimits
-    from h5traces.schema.attributes import Attrs
-    from h5traces.storage.objects import (
-        SampleEntry,
-    )
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.entries import SampleEntry
+    from h5traces.format.limits import ReadLimits
 
 # About as many as the threads of a reader are in at once.
 _SAMPLES_KEPT = 8

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from h5traces import layout
 from h5traces.errors import (
     CorruptArchiveError,
     H5TracesError,
@@ -15,15 +14,16 @@ from h5traces.errors import (
     SchemaError,
     UnsupportedVersionError,
 )
-from h5traces.schema.attributes import problems_of, with_tuples
-from h5traces.schema.labels import LABELS_FORMAT, LabelSidecar
-from h5traces.storage.remote import RemotePath
+from h5traces.format import layout
+from h5traces.format.attributes import problems_of, with_tuples
+from h5traces.format.labels import LABELS_FORMAT, LabelSidecar
+from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from h5traces.schema import TraceMetadata
+    from h5traces.format.trace import TraceMetadata
 
 SIDECAR_SUFFIX = ".labels.json"
 # Millions of labels; JSON takes several times its size in memory.

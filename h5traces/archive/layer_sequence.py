@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from numpy.typing import NDArray
 
-from h5traces import layout
 from h5traces.errors import LayerIndexError
+from h5traces.format import layout
 
 if TYPE_CHECKING:
     from h5traces.archive.trace import Trace

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.request import url2pathname
 
-from h5traces import layout
 from h5traces.archive.archive import Archive
 from h5traces.archive.tensors import materialised
 from h5traces.errors import LossyArchiveError, RemoteError
-from h5traces.legacy import open_batch
-from h5traces.legacy.layouts import as_dict
-from h5traces.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.format import layout
+from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.sources.pickle.layouts import as_dict
+from h5traces.sources.pickle.stream import open_batch
 from h5traces.storage.files import open_regular
-from h5traces.storage.remote import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url, list_remote
+from h5traces.storage.remote.connecting import list_remote
+from h5traces.storage.remote.options import DEFAULT_REMOTE, RemoteOptions
+from h5traces.storage.remote.paths import RemotePath, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

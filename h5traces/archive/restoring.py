@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces import layout
-from h5traces.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.errors import CorruptArchiveError, UnsupportedEncodingError
-from h5traces.precision import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
+from h5traces.format import layout
+from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
+from h5traces.precision.decoding import decode, is_encoded
+from h5traces.precision.exceptions import EXCEPTION_COLUMNS, num_exceptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.trace import Trace
-    from h5traces.storage.objects import ObjectEntry
+    from h5traces.format.entries import ObjectEntry
 
 _STEPS_TABLE_AXES = 3
 _FLAT_AXES = 2

@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from h5traces import layout
+from h5traces.format import layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.errors import (
-        ArchiveError,
-    )
-    from h5traces.schema.attributes import Attrs
+    from h5traces.errors import ArchiveError
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.entries import SampleEntry
     from h5traces.storage.files import ByteFile
-    from h5traces.storage.objects import (
-        SampleEntry,
-    )
 
 
 class Store(Protocol):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.dtypes import bfloat16_to_float32
-from h5traces.encodings import TorchValue
 from h5traces.errors import MissingDependencyError
+from h5traces.format.dtypes import bfloat16_to_float32
+from h5traces.format.values import TorchValue
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from h5traces.encodings import TorchValue
+    from h5traces.format.values import TorchValue
 
 
 def to_tensor(value: TorchValue) -> torch.Tensor:

@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from h5traces import layout, text
 from h5traces.archive.layer_sequence import LayerSequence
 from h5traces.archive.restoring import restored_layer
 from h5traces.archive.tensors import to_tensor, with_tensors, without_tensors
-from h5traces.encodings import TorchValue, decode_element
-from h5traces.errors import (
-    CorruptArchiveError,
-    HeadsNotStoredError,
-    LayerIndexError,
-    SchemaError,
-)
-from h5traces.schema import TraceMetadata
-from h5traces.schema.attributes import from_attributes
-from h5traces.storage.remote import RemotePath
+from h5traces.errors import CorruptArchiveError, HeadsNotStoredError, LayerIndexError, SchemaError
+from h5traces.format import layout, text
+from h5traces.format.attributes import from_attributes
+from h5traces.format.trace import TraceMetadata
+from h5traces.format.values import TorchValue, decode_element
+from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,13 +25,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive.archive_file import ArchiveFile
+    from h5traces.archive.file import ArchiveFile
     from h5traces.archive.layer_sequence import LayerValue
-    from h5traces.dtypes import TypedArray
-    from h5traces.schema import ArchiveMetadata
-    from h5traces.schema.attributes import Attrs
+    from h5traces.format.archive import ArchiveMetadata
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.dtypes import TypedArray
+    from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.storage.files import ByteFile
-    from h5traces.storage.objects import ObjectEntry, SampleEntry
 
 _INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 

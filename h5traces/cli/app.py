@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from h5traces import layout
 from h5traces.cli.console import print_line
 from h5traces.cli.converting import convert
 from h5traces.cli.extracting import estimate, extract
@@ -16,6 +15,7 @@ from h5traces.cli.labelling import label
 from h5traces.cli.looking import inspect, ls, validate, verify
 from h5traces.cli.precision import calibrate
 from h5traces.cli.rewriting import export, merge, repack, salvage, seal, split
+from h5traces.format import layout
 from h5traces.version import __version__
 
 app = typer.Typer(

@@ -23,11 +23,11 @@ from h5traces.cli.precision import (
     parse_precision,
     warn_of_loss,
 )
-from h5traces.conversion import Progress
-from h5traces.conversion import convert as convert_batches
-from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.errors import ConversionError
-from h5traces.schema import EXACT
+from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
+from h5traces.format.precision import EXACT
+from h5traces.rewriting.convert import convert as convert_batches
+from h5traces.rewriting.reports import Progress
 from h5traces.storage.codecs import ArrayCodec, tools_note
 
 

@@ -8,14 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import (
-    EXIT_PROBLEMS,
-    fail,
-    print_json,
-    reported,
-    samples_progress,
-    warn,
-)
+from h5traces.cli.console import EXIT_PROBLEMS, fail, print_json, reported, samples_progress, warn
 from h5traces.cli.options import DryRun, Json, Verify
 from h5traces.cli.precision import (
     CALIBRATION_SAMPLES,
@@ -31,12 +24,12 @@ from h5traces.cli.precision import (
     warn_of_loss,
 )
 from h5traces.cli.stopping import stopping
-from h5traces.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.errors import ExtractionError, LayerIndexError, MissingDependencyError
-from h5traces.estimation import ModelShape
-from h5traces.estimation import estimate as estimate_sizes
-from h5traces.layer_ranges import layer_numbers
-from h5traces.schema import EXACT
+from h5traces.extract.estimate import ModelShape
+from h5traces.extract.estimate import estimate as estimate_sizes
+from h5traces.extract.layer_ranges import layer_numbers
+from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
+from h5traces.format.precision import EXACT
 from h5traces.storage.codecs import ArrayCodec
 
 _USAGE_ERRORS = (ExtractionError, LayerIndexError, MissingDependencyError, *PRECISION_ERRORS)

@@ -11,10 +11,9 @@ from h5traces.cli import reports
 from h5traces.cli.console import count_progress, print_json, reported, warn
 from h5traces.cli.options import Archives, DryRun, Json
 from h5traces.errors import ArchiveExistsError
-from h5traces.labelling import LabelReport
-from h5traces.labelling import label as label_archives
-from h5traces.labelling.joining import THRESHOLD
-from h5traces.labelling.tables import ID_COLUMN, SCORE_COLUMN
+from h5traces.rewriting.label import THRESHOLD, LabelReport
+from h5traces.rewriting.label import label as label_archives
+from h5traces.rewriting.tables import ID_COLUMN, SCORE_COLUMN
 
 _MOST_NAMED = 5
 

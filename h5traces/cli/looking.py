@@ -7,21 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from h5traces.archive import expand_paths, expand_sources, open_archive
-from h5traces.check import validate as validate_archive
-from h5traces.cli import reports
-from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json, reported
-from h5traces.cli.options import Archives, Json, is_number
-from h5traces.errors import H5TracesError
-from h5traces.inspection import inspect as inspect_file
-from h5traces.integrity import verify as verify_archive
-from h5traces.isolation import (
+from h5traces.archive.opening import expand_paths, expand_sources, open_archive
+from h5traces.checking.inspect import inspect as inspect_file
+from h5traces.checking.isolated import (
     DEFAULT_MEMORY_NBYTES,
     DEFAULT_TIMEOUT,
     IsolationLimits,
     validate_isolated,
 )
-from h5traces.legacy.layouts import SOURCE_SUFFIXES
+from h5traces.checking.validate import validate as validate_archive
+from h5traces.checking.verify import verify as verify_archive
+from h5traces.cli import reports
+from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json, reported
+from h5traces.cli.options import Archives, Json, is_number
+from h5traces.errors import H5TracesError
+from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES
 
 
 def inspect(

@@ -10,16 +10,16 @@ from rich.table import Table
 from h5traces.cli.console import cell, human_size, print_line, print_table
 
 if TYPE_CHECKING:
-    from h5traces.check import ValidationReport
-    from h5traces.conversion import ConversionReport, FileReport
+    from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
+    from h5traces.checking.validate import ValidationReport
+    from h5traces.checking.verify import VerifyReport
     from h5traces.errors import Problem
-    from h5traces.estimation import Estimate
+    from h5traces.extract.estimate import Estimate
     from h5traces.extract.reports import ExtractionReport
     from h5traces.features import FeatureReport
     from h5traces.fidelity import FidelityReport, StateFidelity, Unmatched, WeightFidelity
-    from h5traces.inspection import ArrayStats, Inspection, SampleStats
-    from h5traces.integrity import VerifyReport
-    from h5traces.labelling import LabelReport
+    from h5traces.rewriting.label import LabelReport
+    from h5traces.rewriting.reports import ConversionReport, FileReport
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -61,7 +61,7 @@ def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
 
 
 def _total(report: ConversionReport) -> FileReport:
-    from h5traces.conversion import FileReport
+    from h5traces.rewriting.reports import FileReport
 
     total = FileReport(sources=[], targets=[])
     for each in report.files:

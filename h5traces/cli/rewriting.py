@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from h5traces.archive import expand_paths
+from h5traces.archive.opening import expand_paths
+from h5traces.checking.salvage import salvage as salvage_archive
+from h5traces.checking.seal import seal as seal_archive
 from h5traces.cli.console import (
     EXIT_PROBLEMS,
     count_progress,
@@ -32,13 +34,11 @@ from h5traces.cli.precision import (
     parse_precision,
     warn_of_loss,
 )
-from h5traces.dtypes import DtypePolicy
 from h5traces.errors import ArchiveExistsError, ConversionError, LossyArchiveError
-from h5traces.exporting import export as export_archive
-from h5traces.repacking import RepackReport
-from h5traces.repacking import repack as repack_archives
-from h5traces.salvaging import salvage as salvage_archive
-from h5traces.sealing import seal as seal_archive
+from h5traces.format.dtypes import DtypePolicy
+from h5traces.rewriting.export import export as export_archive
+from h5traces.rewriting.repack import RepackReport
+from h5traces.rewriting.repack import repack as repack_archives
 from h5traces.storage.codecs import ArrayCodec, tools_note
 
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DEST", help="The new archive.")]

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
-from h5traces import layout
-from h5traces.dtypes import CastCounts
 from h5traces.errors import ExtractionError
 from h5traces.extract.casting import as_typed, cast, target_of, to_host, type_name
-from h5traces.schema import EarlierCast, LayerArray
+from h5traces.format import layout
+from h5traces.format.dtypes import CastCounts
+from h5traces.format.record import EarlierCast, LayerArray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from h5traces.dtypes import DtypePolicy
     from h5traces.extract.anatomy import Anatomy
+    from h5traces.format.dtypes import DtypePolicy
 
 Kind = Literal["hidden_states", "attentions"]
 LastState = Literal["final_norm", "block_output"]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from h5traces.dtypes import TypedArray
+from h5traces.format.dtypes import TypedArray
 
 if TYPE_CHECKING:
-    from h5traces.dtypes import DtypePolicy, FloatType
+    from h5traces.format.dtypes import DtypePolicy, FloatType
 
 _TARGETS: Final[dict[str, torch.dtype]] = {
     "float16": torch.float16,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from h5traces.calibration import AUTOMATIC_SAMPLES
 from h5traces.extract.questions import Columns
 from h5traces.storage.codecs import GZIP
+from h5traces.writing.calibrate import AUTOMATIC_SAMPLES
 
 if TYPE_CHECKING:
     from h5traces.archive.opening import PathLike
-    from h5traces.dtypes import OverflowPolicy
     from h5traces.extract.models import ModelDtype
-    from h5traces.schema import Precision, Tier
+    from h5traces.format.dtypes import OverflowPolicy
+    from h5traces.format.precision import Precision, Tier
 
 
 @dataclass(frozen=True, kw_only=True)

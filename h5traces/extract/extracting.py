@@ -5,30 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h5traces.archive import open_archive
-from h5traces.calibration import load_given
+from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
 from h5traces.extract.extractor import Extractor
 from h5traces.extract.forecasting import Forecast, check_space, shape_of
 from h5traces.extract.hub import HUB_DATASETS, load_questions
+from h5traces.extract.layer_ranges import layer_numbers
 from h5traces.extract.options import ExtractOptions
 from h5traces.extract.planning import Job, Planner
 from h5traces.extract.questions import QuestionSet, read_questions
 from h5traces.extract.reports import ExtractionReport, skipped_before
 from h5traces.extract.running import Run, skipped
-from h5traces.layer_ranges import layer_numbers
-from h5traces.schema import EXACT, Precision
-from h5traces.spooling import ProcessWriter
-from h5traces.writer.options import check_type
+from h5traces.format.precision import EXACT, Precision
+from h5traces.writing.calibrate import load_given
+from h5traces.writing.options import check_type
+from h5traces.writing.process_writer import ProcessWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from h5traces.archive.opening import PathLike
     from h5traces.extract.running import RunProgress
-    from h5traces.schema import ExtractionMetadata
+    from h5traces.format.extraction import ExtractionMetadata
 
 
 def load_dataset(choice: DatasetChoice) -> QuestionSet:

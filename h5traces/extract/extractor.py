@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces import layout
 from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import BATCHING_FAMILIES, anatomy_of, check_eager
 from h5traces.extract.capture import CaptureOptions, Capturer
 from h5traces.extract.generation import Answer, generate, generation_config
+from h5traces.extract.layer_ranges import layer_numbers
 from h5traces.extract.prompts import answer_text, clean_answer, decoded_tokens, padding_token
 from h5traces.extract.provenance import extraction_metadata
 from h5traces.extract.self_check import check_capture
-from h5traces.layer_ranges import layer_numbers
-from h5traces.schema import LayeredArrays, SampleExtraction, TraceRecord
+from h5traces.format import layout
+from h5traces.format.extraction import SampleExtraction
+from h5traces.format.record import LayeredArrays, TraceRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from h5traces.extract.options import ExtractOptions
     from h5traces.extract.planning import Job
     from h5traces.extract.questions import QuestionSet
-    from h5traces.schema import ExtractionMetadata
+    from h5traces.format.extraction import ExtractionMetadata
 
 REFERENCE_ANSWERS: Final = "ground_truth_answers"
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive import open_archive
+from h5traces.archive.opening import open_archive
 from h5traces.errors import ExtractionError
-from h5traces.estimation import ModelShape, Rates, estimate, stated_rates
-from h5traces.schema import EXACT, Precision
-from h5traces.spooling import DEFAULT_SHARD_SAMPLES, Target
+from h5traces.extract.estimate import ModelShape, Rates, estimate, stated_rates
+from h5traces.format.precision import EXACT, Precision
 from h5traces.storage.codecs import GZIP
+from h5traces.writing.targets import DEFAULT_SHARD_SAMPLES, Target
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from h5traces.dtypes import DtypePolicy
-    from h5traces.estimation import Estimate
     from h5traces.extract.choices import StoreOptions
+    from h5traces.extract.estimate import Estimate
     from h5traces.extract.options import ExtractOptions
     from h5traces.extract.planning import Job
     from h5traces.extract.reports import ExtractionReport
+    from h5traces.format.dtypes import DtypePolicy
 
 
 def shape_of(config: Any) -> ModelShape:

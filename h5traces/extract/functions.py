@@ -6,19 +6,19 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from h5traces import layout
-from h5traces.dtypes import TypedArray, cast_values
 from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.extractor import Extractor
 from h5traces.extract.options import ExtractOptions
 from h5traces.extract.planning import Planner
 from h5traces.extract.questions import Question
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray, cast_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from h5traces.extract.planning import Job
-    from h5traces.schema import LayerArray, TraceRecord
+    from h5traces.format.record import LayerArray, TraceRecord
 
 
 def extract(

@@ -23,7 +23,7 @@ from h5traces.extract.capture import padded
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from h5traces.schema import FinishReason
+    from h5traces.format.extraction import FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)

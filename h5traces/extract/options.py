@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from h5traces.dtypes import DTYPE_POLICIES, DtypePolicy
 from h5traces.errors import ExtractionError
 from h5traces.extract.capture import KINDS, Kind, LastState
 from h5traces.extract.generation import GenerationOptions
 from h5traces.extract.prompts import DEFAULT_TEMPLATE
-from h5traces.schema import AnswerCut
+from h5traces.format.dtypes import DTYPE_POLICIES, DtypePolicy
+from h5traces.format.extraction import AnswerCut
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -6,13 +6,13 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from h5traces.dtypes import TypedArray
+from h5traces.format.dtypes import TypedArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.schema import TraceRecord
-    from h5traces.spooling import ProcessWriter
+    from h5traces.format.record import TraceRecord
+    from h5traces.writing.process_writer import ProcessWriter
 
 # Enough to go on computing while a shard is being packed.
 MAX_WAITING_NBYTES: Final = 512 * 2**20

@@ -7,25 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h5traces import layout
-from h5traces.archive import open_archive
+from h5traces.archive.opening import open_archive
 from h5traces.archive.store import StoredSize
 from h5traces.errors import ExtractionError
-from h5traces.estimation import STATED_RATES, Estimate, Rates, estimate, num_values
 from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
+from h5traces.extract.estimate import STATED_RATES, Estimate, Rates, estimate, num_values
 from h5traces.extract.extracting import extract_dataset
 from h5traces.extract.forecasting import shape_of
+from h5traces.extract.layer_ranges import layer_numbers
 from h5traces.extract.models import load_config
 from h5traces.extract.options import ExtractOptions
-from h5traces.layer_ranges import layer_numbers
-from h5traces.repacking import repack
-from h5traces.schema import TIERS
+from h5traces.format import layout
+from h5traces.format.precision import TIERS
+from h5traces.rewriting.repack import repack
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.estimation import ModelShape
+    from h5traces.extract.estimate import ModelShape
     from h5traces.extract.running import RunProgress
 
 _BITS = 8

@@ -10,7 +10,7 @@ from h5traces.errors import ExtractionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from h5traces.schema import AnswerCut
+    from h5traces.format.extraction import AnswerCut
 
 PLACE: Final = "{question}"
 # What the pipeline behind the old batches asked.

@@ -10,7 +10,7 @@ import torch
 import transformers
 import xxhash
 
-from h5traces.schema import ExtractionMetadata
+from h5traces.format.extraction import ExtractionMetadata
 
 if TYPE_CHECKING:
     from h5traces.extract.options import ExtractOptions

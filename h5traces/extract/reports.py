@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.errors import ExtractionError
-from h5traces.storage.part_file import PartFile, make_folder
+from h5traces.storage.publish import PartFile, make_folder
 
 if TYPE_CHECKING:
-    from h5traces.estimation import Estimate
+    from h5traces.extract.estimate import Estimate
 
 SkipReason = Literal["too_long", "out_of_memory", "nan"]
 Status = Literal["planned", "stopped", "failed", "finished"]

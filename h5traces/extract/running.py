@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from h5traces.conversion.reports import cast_warnings
 from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.overlap import WriterThread
 from h5traces.extract.reports import Skipped
-from h5traces.writer import WriteOptions
+from h5traces.rewriting.reports import cast_warnings
+from h5traces.writing.options import WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from h5traces.dtypes import OverflowPolicy
     from h5traces.extract.extractor import Extractor
     from h5traces.extract.options import ExtractOptions
     from h5traces.extract.planning import Job
     from h5traces.extract.questions import Question
     from h5traces.extract.reports import ExtractionReport, SkipReason
-    from h5traces.schema import TraceRecord
-    from h5traces.spooling import ProcessWriter
+    from h5traces.format.dtypes import OverflowPolicy
+    from h5traces.format.record import TraceRecord
+    from h5traces.writing.process_writer import ProcessWriter
 
 # What torch says on devices whose errors have no class of their own.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from h5traces import layout
-from h5traces.dtypes import TypedArray
 from h5traces.errors import ExtractionError
 from h5traces.extract.capture import CaptureOptions, Capturer, padded
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray
 
 if TYPE_CHECKING:
     import numpy as np

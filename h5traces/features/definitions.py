@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from h5traces import layout
 from h5traces.features import reductions
+from h5traces.format import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

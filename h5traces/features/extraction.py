@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.archive.inheritance import shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, FeatureError
 from h5traces.features.columns import Column, SpooledColumn
@@ -16,14 +17,13 @@ from h5traces.features.definitions import FEATURES
 from h5traces.features.pca import PrincipalComponents, StreamingPCA
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
 from h5traces.features.writing import FeatureTable, check_target, write_features
-from h5traces.inheritance import shared_metadata
-from h5traces.storage.part_file import make_folder
+from h5traces.storage.publish import make_folder
 from h5traces.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from h5traces.archive import Archive
+    from h5traces.archive.archive import Archive
     from h5traces.archive.opening import PathLike, Source
     from h5traces.features.samples import SampleFeatures
 

@@ -11,7 +11,7 @@ from pyarrow import parquet as pq
 
 if TYPE_CHECKING:
     from h5traces.features.writing import FeatureTable
-    from h5traces.storage.part_file import PartFile
+    from h5traces.storage.publish import PartFile
 
 _ROWS_NBYTES = 64 << 20
 

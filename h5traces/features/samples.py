@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces import layout
 from h5traces.errors import FeatureError, LayerIndexError
 from h5traces.features.definitions import FEATURES
 from h5traces.features.pca import PrincipalComponents, StreamingPCA
+from h5traces.format import layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from h5traces.archive import Archive, Trace
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.trace import Trace
     from h5traces.features.definitions import FeatureDefinition
 
 # Samples that may be computed ahead of the one in use, per worker.

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from h5traces import text
 from h5traces.errors import FeatureError, MissingDependencyError
 from h5traces.features.columns import ArrayColumn, Column, blocks
+from h5traces.format import text
+from h5traces.format.entries import stored_type_of
 from h5traces.storage.arrays import as_bytes
 from h5traces.storage.chunks import chunk_shape, cut
 from h5traces.storage.codecs import GZIP, get_codec
-from h5traces.storage.hdf5 import Hdf5Writer
-from h5traces.storage.objects import stored_type_of
-from h5traces.storage.part_file import PartFile, make_folder, remove_abandoned_parts
+from h5traces.storage.hdf5.writing import Hdf5Writer
+from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from h5traces.schema.attributes import Attrs
+    from h5traces.format.attributes import Attrs
 
 FORMATS = (".h5", ".npz", ".parquet")
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces import layout
+from h5traces.archive.inheritance import shared_metadata
 from h5traces.archive.opening import open_archive
-from h5traces.dtypes import TypedArray
 from h5traces.errors import FidelityError, LossyWarning
 from h5traces.fidelity.pairing import pair_samples, stored_kinds, stored_names
 from h5traces.fidelity.reports import (
@@ -27,7 +26,8 @@ from h5traces.fidelity.reports import (
 from h5traces.fidelity.states import StateErrors
 from h5traces.fidelity.values import ValuePair
 from h5traces.fidelity.weights import WeightErrors
-from h5traces.inheritance import shared_metadata
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray
 from h5traces.precision.head_mean import HeadMean
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive import Archive, Trace
+    from h5traces.archive.archive import Archive
     from h5traces.archive.opening import PathLike
+    from h5traces.archive.trace import Trace
 
 # Edges of graphs, where nothing else is asked for; as `h5traces.graph` has it.
 THRESHOLD = 0.01

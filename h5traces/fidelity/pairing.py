@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from h5traces import layout
 from h5traces.errors import FidelityError
+from h5traces.format import layout
 
 if TYPE_CHECKING:
-    from h5traces.archive import Archive, Trace
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.trace import Trace
 
 # Sample id, generation and how many such came before; or index, where there is no id.
 SampleKey = tuple[str | None, int | None, int]

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from h5traces import layout
+from h5traces.format import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

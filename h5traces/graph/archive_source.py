@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from h5traces import layout
 from h5traces.errors import DatasetError
+from h5traces.format import layout
 from h5traces.graph.samples import SampleFacts, check_finite
-from h5traces.precision import MEAN
+from h5traces.precision.head_mean import MEAN
 from h5traces.torch_data.dataset import fingerprint_of
 from h5traces.torch_data.guard import ShardGuard
 from h5traces.torch_data.kinds import check_layers
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from h5traces.archive import Archive, Trace
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.trace import Trace
     from h5traces.torch_data.labels import Labels
     from h5traces.torch_data.tensors import NonFinite
 

@@ -10,12 +10,7 @@ from torch.utils.data import Dataset
 from torch_geometric.data import Data
 
 from h5traces.errors import DatasetError
-from h5traces.graph.edges import (
-    EdgeDirection,
-    HeadReduction,
-    attention_edges,
-    check_options,
-)
+from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
 from h5traces.graph.sources import open_source
 
 if TYPE_CHECKING:
@@ -23,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive import Archive
+    from h5traces.archive.archive import Archive
     from h5traces.archive.opening import PathLike
     from h5traces.torch_data.tensors import NonFinite
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import xxhash
 
-from h5traces import layout
-from h5traces.archive import load
+from h5traces.archive.opening import load
 from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
+from h5traces.format import layout
 from h5traces.graph.samples import SampleFacts, check_finite
-from h5traces.legacy import open_batch
-from h5traces.legacy.layouts import as_dict, num_layers_of
+from h5traces.sources.pickle.layouts import as_dict, num_layers_of
+from h5traces.sources.pickle.stream import open_batch
 from h5traces.torch_data.guard import ShardGuard
 from h5traces.torch_data.labels import mapped_labels
 

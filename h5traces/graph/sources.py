@@ -6,12 +6,12 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from h5traces.archive import Archive, open_archive
-from h5traces.archive.opening import expand_paths
+from h5traces.archive.archive import Archive
+from h5traces.archive.opening import expand_paths, open_archive
 from h5traces.errors import DatasetError
 from h5traces.graph.archive_source import ArchiveSource
 from h5traces.graph.pickle_source import PickleSource
-from h5traces.legacy.layouts import SOURCE_SUFFIXES
+from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

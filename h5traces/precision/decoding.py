@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces import layout
-from h5traces.dtypes import CARRIERS, TypedArray
 from h5traces.errors import CorruptArchiveError, UnsupportedEncodingError
+from h5traces.format import layout
+from h5traces.format.dtypes import CARRIERS, TypedArray
 from h5traces.precision.channel_steps import from_steps, reaches_too_far
 from h5traces.precision.encoding import (
     CHANNEL_STEPS,
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.dtypes import FloatType
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.dtypes import FloatType
+    from h5traces.format.precision import Precision
     from h5traces.precision.scales import ChannelScale
-    from h5traces.schema import Precision
-    from h5traces.schema.attributes import Attrs
 
     Exceptions = NDArray[np.float64]
 

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces import layout
 from h5traces.errors import PrecisionError
+from h5traces.format import layout
+from h5traces.format.precision import EXACT, Precision
 from h5traces.precision import channel_steps, rounding, square_root
 from h5traces.precision.channel_steps import StepFormat
-from h5traces.schema.precision import EXACT, Precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.dtypes import TypedArray
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.dtypes import TypedArray
     from h5traces.precision.scales import ScaleSet
-    from h5traces.schema.attributes import Attrs
 
 CHANNEL_STEPS: Final = "channel-steps"
 SQUARE_ROOT: Final = "sqrt-uint8"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from h5traces.schema.attributes import Attrs
+    from h5traces.format.attributes import Attrs
 
 # Layer, flat index in it, and value.
 EXCEPTION_COLUMNS: Final = 3

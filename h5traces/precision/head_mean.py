@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from h5traces import half, layout
-from h5traces.dtypes import TypedArray, cast_values
-from h5traces.schema import LayerArray, LayeredArrays, StepArrays
-from h5traces.scratch import Scratch
+from h5traces import half
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray, cast_values
+from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
+from h5traces.format.scratch import Scratch
 
 if TYPE_CHECKING:
-    from h5traces.dtypes import FloatType
-    from h5traces.schema import ArraySource, Precision, TraceRecord
+    from h5traces.format.dtypes import FloatType
+    from h5traces.format.precision import Precision
+    from h5traces.format.record import ArraySource, TraceRecord
 
 # Reduction of the kind that holds it, and what it was made by.
 MEAN: Final = "mean"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces import layout
 from h5traces.errors import CorruptArchiveError
+from h5traces.format import layout
 from h5traces.precision.scales import ChannelScale, ChannelStatistics
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from h5traces.format.entries import ObjectEntry
     from h5traces.precision.scales import Calibration, ScaleSet
-    from h5traces.storage.objects import ObjectEntry
 
 CENTER: Final = "center"
 STEP: Final = "step"

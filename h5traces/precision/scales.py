@@ -12,7 +12,7 @@ import xxhash
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.schema import CalibrationRecord
+    from h5traces.format.precision import CalibrationRecord
 
 # Offsets lie on a grid of so many parts of a step, so that steps centre on the middle of a channel.
 OFFSETS_PER_STEP: Final = 16

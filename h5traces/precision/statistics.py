@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.dtypes import TypedArray, cast_values
 from h5traces.errors import PrecisionError
+from h5traces.format.dtypes import TypedArray, cast_values
 from h5traces.precision.scales import ChannelStatistics
 
 if TYPE_CHECKING:

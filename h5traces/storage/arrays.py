@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError, HostileFileError
-from h5traces.scratch import Scratch
+from h5traces.format.digests import chunk_checksum
+from h5traces.format.entries import ObjectEntry, carrier_dtype
+from h5traces.format.scratch import Scratch
 from h5traces.storage import chunks as grid
 from h5traces.storage.codecs import get_codec
-from h5traces.storage.digests import chunk_checksum
-from h5traces.storage.objects import ObjectEntry, carrier_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.limits import ReadLimits
+    from h5traces.format.entries import ChunkTable
+    from h5traces.format.limits import ReadLimits
     from h5traces.storage.codecs import Codec
     from h5traces.storage.files import ByteFile
-    from h5traces.storage.objects import ChunkTable
 
 # Stored bytes of the chunk that is being read.
 _STORED: Final = Scratch()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.scratch import Scratch
+from h5traces.format.scratch import Scratch
 from h5traces.storage import planes as _planes
 from h5traces.storage.engines import RAW_DEFLATE, Engines
 from h5traces.storage.inflate import inflate

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 import xxhash
 
-from h5traces import layout
 from h5traces.errors import CorruptArchiveError
+from h5traces.format import layout
 from h5traces.storage import deflate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.schema.attributes import Attrs
+    from h5traces.format.attributes import Attrs
     from h5traces.storage.files import ByteFile
 
 MAGIC: Final = b"h5tr\r\nF1"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import xxhash
 
-from h5traces.schema.attributes import Attrs, compact_json
+from h5traces.format.attributes import Attrs, compact_json
 from h5traces.storage import deflate
 from h5traces.storage.footer import (
     COLUMNS,
@@ -26,7 +26,7 @@ from h5traces.storage.footer import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from h5traces.storage.objects import ObjectEntry
+    from h5traces.format.entries import ObjectEntry
 
 _DIGEST: Final = re.compile("[0-9a-f]{32}")
 # Stands for an object that has no digest, or one that is none and lies with the other attributes.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import xxhash
 
-from h5traces.storage.digests import chunk_checksum
+from h5traces.format.digests import chunk_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,9 +11,10 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
-from h5traces import layout
-from h5traces.archive import Archive, open_archive
+from h5traces.archive.archive import Archive
+from h5traces.archive.opening import open_archive
 from h5traces.errors import DatasetError
+from h5traces.format import layout
 from h5traces.torch_data.guard import ShardGuard
 from h5traces.torch_data.kinds import axes_of, check_layers
 from h5traces.torch_data.labels import Labels, labels_of
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive import Trace
     from h5traces.archive.opening import PathLike
+    from h5traces.archive.trace import Trace
 
 Item = dict[str, Any]
 # What an item always holds; collating knows these names.

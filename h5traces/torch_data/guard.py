@@ -12,7 +12,7 @@ from h5traces.errors import DatasetError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from h5traces.storage.remote import RemotePath
+    from h5traces.storage.remote.paths import RemotePath
 
 # The trailer of a footer, with its checksum over the whole footer, lies in these last bytes.
 _END_NBYTES = 64

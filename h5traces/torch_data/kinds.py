@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from h5traces import layout
 from h5traces.errors import DatasetError, LayerIndexError
+from h5traces.format import layout
 
 if TYPE_CHECKING:
-    from h5traces.archive import Archive, ArchiveFile
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.file import ArchiveFile
 
 
 def axes_of(archive: Archive, kind: str) -> tuple[str, ...]:

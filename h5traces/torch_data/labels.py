@@ -12,7 +12,8 @@ from h5traces.torch_data.tensors import named
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from h5traces.archive import Archive, Trace
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.trace import Trace
 
 Labels = Mapping[Any, Any] | str
 # A sample's id, and its generation index where several share the id.

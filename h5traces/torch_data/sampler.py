@@ -10,12 +10,7 @@ import torch.distributed
 from torch.utils.data import Sampler
 
 from h5traces.errors import DatasetError
-from h5traces.torch_data.order import (
-    DEFAULT_WINDOW,
-    epoch_order,
-    length_of_share,
-    share_of_rank,
-)
+from h5traces.torch_data.order import DEFAULT_WINDOW, epoch_order, length_of_share, share_of_rank
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import torch
 
-from h5traces import layout
 from h5traces.errors import DatasetError, LayerIndexError
-from h5traces.storage.objects import carrier_dtype
+from h5traces.format import layout
+from h5traces.format.entries import carrier_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from h5traces.archive import Trace
-    from h5traces.dtypes import TypedArray
+    from h5traces.archive.trace import Trace
+    from h5traces.format.dtypes import TypedArray
 
 Tokens = Literal["all", "answer", "last", "mean", "answer_mean"]
 NonFinite = Literal["error", "keep"]

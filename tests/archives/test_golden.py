@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import h5traces
-from h5traces.check import validate
-from h5traces.sealing import seal
+from h5traces.checking.seal import seal
+from h5traces.checking.validate import validate
 
 if TYPE_CHECKING:
     from types import ModuleType

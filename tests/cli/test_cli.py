@@ -28,7 +28,7 @@ from legacy_batches import (
 from typer.testing import CliRunner
 
 import h5traces
-from h5traces.check import validate
+from h5traces.checking.validate import validate
 from h5traces.cli.app import app
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end

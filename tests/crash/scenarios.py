@@ -14,7 +14,7 @@ import numpy as np
 
 import h5traces
 from h5traces.errors import ArchiveExistsError, H5TracesError
-from h5traces.repacking import repack
+from h5traces.rewriting.repack import repack
 
 if TYPE_CHECKING:
     from pathlib import Path

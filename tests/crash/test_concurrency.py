@@ -15,7 +15,7 @@ from scenarios import is_same, item
 
 import h5traces
 from h5traces.errors import ArchiveExistsError, CorruptArchiveError, StoredStateWarning
-from h5traces.repacking import repack
+from h5traces.rewriting.repack import repack
 
 SHARDS, FEW_FILES = 1000, 40
 # What a process reads over and over while others publish; every archive that it sees is whole.

@@ -21,8 +21,8 @@ from h5traces.errors import (
     SchemaError,
     StoredStateWarning,
 )
-from h5traces.legacy.layouts import to_record
-from h5traces.schema import SourcePosition
+from h5traces.format.trace import SourcePosition
+from h5traces.sources.pickle.layouts import to_record
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from test_labels_and_features import shell
 from test_readme import ROOT, blocks
 
 import h5traces
-from h5traces.schema import TIERS
+from h5traces.format.precision import TIERS
 
 if TYPE_CHECKING:
     from pathlib import Path

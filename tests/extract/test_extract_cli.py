@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import h5traces
 from h5traces.cli.app import app
-from h5traces.estimation import STATED_RATES
+from h5traces.extract.estimate import STATED_RATES
 from h5traces.extract.models import MODEL_ALIASES, aliases_path, known_aliases, resolve_model
-from h5traces.schema import TIERS
+from h5traces.format.precision import TIERS
 
 TINY = ["--model-id", TINY_LLAMA, "--dataset", QUESTIONS]
 FEW = ["--num-samples", 2, "--max-new-tokens", 4]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tiny_models import make_model, shared_model, tokenizer
 
 import h5traces
-from h5traces.dtypes import TypedArray, cast_for_storage
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract import (
     ExtractOptions,
@@ -27,6 +26,7 @@ from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.casting import as_typed, cast
 from h5traces.extract.generation import sample_seed
 from h5traces.extract.prompts import clean_answer
+from h5traces.format.dtypes import TypedArray, cast_for_storage
 
 SHORT = GenerationOptions(max_new_tokens=5)
 LEGACY_KEYS = [

@@ -31,8 +31,8 @@ from h5traces.features import (
     row_entropy,
     sink_mass,
 )
-from h5traces.labelling import label
-from h5traces.repacking import repack
+from h5traces.rewriting.label import label
+from h5traces.rewriting.repack import repack
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import h5traces
-from h5traces import layout
-from h5traces.dtypes import TypedArray
-from h5traces.precision import ChannelAccumulator
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray
+from h5traces.format.record import LayerArray, LayeredArrays, TraceRecord
 from h5traces.precision.channel_steps import StepFormat, from_steps, to_steps
 from h5traces.precision.head_mean import HeadMean
 from h5traces.precision.scales import channel_scale
 from h5traces.precision.square_root import from_levels, to_levels
-from h5traces.schema import LayerArray, LayeredArrays, TraceRecord
+from h5traces.precision.statistics import ChannelAccumulator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

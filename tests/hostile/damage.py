@@ -23,11 +23,11 @@ import xxhash
 from legacy_batches import make_archive, make_batch
 
 import h5traces
-from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.hdf5_store import Hdf5Store
+from h5traces.archive.stores import FooterStore
 from h5traces.errors import H5TracesError, StoredStateWarning
-from h5traces.limits import DEFAULT_LIMITS
-from h5traces.repacking import repack
+from h5traces.format.limits import DEFAULT_LIMITS
+from h5traces.rewriting.repack import repack
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError, hdf5_end
 

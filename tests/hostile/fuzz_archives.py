@@ -23,9 +23,9 @@ import specimen
 from children import ADDRESS_SPACE, SECONDS_PER_CASE
 from object_headers import lookup3
 
-from h5traces.check import validate
+from h5traces.checking.isolated import IsolationLimits, validate_isolated
+from h5traces.checking.validate import validate
 from h5traces.errors import H5TracesError
-from h5traces.isolation import IsolationLimits, validate_isolated
 from h5traces.storage import footer
 from h5traces.storage.files import LocalFile
 

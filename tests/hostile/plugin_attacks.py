@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from attack import Attack, register
 from specimen import SAMPLE, edit
 
-from h5traces.repacking import repack
+from h5traces.rewriting.repack import repack
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ import numpy as np
 import h5traces
 from h5traces.cli.app import app
 from h5traces.errors import H5TracesError
-from h5traces.legacy.stream import open_batch
+from h5traces.sources.pickle.stream import open_batch
 
 MAX_ADDRESS_SPACE = 3 << 30
 MAX_CPU_SECONDS = 30

@@ -26,9 +26,9 @@ from prober import ATTACKS, Prober
 from specimen import SAMPLE, edit
 
 import h5traces
-from h5traces.check import validate
+from h5traces.checking.validate import validate
 from h5traces.errors import HostileFileError
-from h5traces.limits import ReadLimits
+from h5traces.format.limits import ReadLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -268,7 +268,7 @@ def test_a_pipe_under_a_files_name_is_not_waited_for(tmp_path: Path, name: str) 
 import contextlib, sys
 import h5traces
 from h5traces.errors import H5TracesError
-from h5traces.isolation import validate_isolated
+from h5traces.checking.isolated import validate_isolated
 for use in (h5traces.open, h5traces.load, h5traces.verify, h5traces.validate, validate_isolated):
     for where in sys.argv[1:3]:
         with contextlib.suppress(H5TracesError, OSError):

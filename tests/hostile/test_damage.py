@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from damage import ARCHIVES, KINDS, REPORTED, run
 
-from h5traces import integrity
+from h5traces.checking import verify as integrity
 
 FLIPS, FLIPS_OF_OTHERS, OTHERS = 300, 6, 2
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.legacy.stream import open_batch
+from h5traces.sources.pickle.stream import open_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

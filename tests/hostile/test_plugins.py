@@ -19,7 +19,7 @@ import pytest
 import specimen
 from h5py import h5pl
 
-from h5traces.repacking import repack
+from h5traces.rewriting.repack import repack
 from h5traces.storage.hdf5.safety import no_plugin_search
 
 SECONDS = 60
@@ -32,7 +32,7 @@ READ_WITH_US = """
 import contextlib, sys, warnings
 sys.path.insert(0, sys.argv[2])
 import h5traces, probe
-from h5traces.limits import ReadLimits
+from h5traces.format.limits import ReadLimits
 warnings.simplefilter("ignore")
 limits = ReadLimits(search_plugins=len(sys.argv) > 3)
 h5traces.validate(sys.argv[1], limits=limits)

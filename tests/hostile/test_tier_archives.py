@@ -16,8 +16,8 @@ from specimen import column, footer_of, seal
 from test_archives import MAX_EXTRA_NBYTES, MAX_SECONDS, MAX_WALL_SECONDS, check_reading, routes_of
 
 import h5traces
-from h5traces.calibration import load_calibration
 from h5traces.errors import H5TracesError
+from h5traces.writing.calibrate import load_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from attack import Attack
 
-    from h5traces.precision import Calibration
+    from h5traces.precision.scales import Calibration
 
 
 @pytest.fixture(scope="module")

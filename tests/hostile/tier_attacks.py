@@ -13,7 +13,7 @@ from hdf5_attacks import put_text
 from specimen import SAMPLE, batch, edit
 
 import h5traces
-from h5traces.storage.digests import dataset_digest
+from h5traces.format.digests import dataset_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

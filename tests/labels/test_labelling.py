@@ -15,7 +15,8 @@ from legacy_batches import assert_same, bits, make_archive, make_batch
 from typer.testing import CliRunner
 
 import h5traces
-from h5traces.check import validate
+from h5traces.checking.validate import validate
+from h5traces.checking.verify import verify
 from h5traces.cli.app import app
 from h5traces.errors import (
     ArchiveExistsError,
@@ -23,9 +24,8 @@ from h5traces.errors import (
     SchemaError,
     UnsupportedVersionError,
 )
-from h5traces.integrity import verify
-from h5traces.labelling import label
-from h5traces.repacking import repack
+from h5traces.rewriting.label import label
+from h5traces.rewriting.repack import repack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,21 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from h5traces.dtypes import TypedArray
-from h5traces.precision import (
-    ChannelAccumulator,
-    ChannelScale,
-    ChannelStatistics,
-    EncodedLayer,
-    Encoder,
-    ScaleSet,
-    decode,
-    is_encoded,
-)
-from h5traces.precision.scales import channel_scale
+from h5traces.format.dtypes import TypedArray
+from h5traces.precision.decoding import decode, is_encoded
+from h5traces.precision.encoding import EncodedLayer, Encoder
+from h5traces.precision.scales import ChannelScale, ChannelStatistics, ScaleSet, channel_scale
+from h5traces.precision.statistics import ChannelAccumulator
 
 if TYPE_CHECKING:
-    from h5traces.schema import Precision
+    from h5traces.format.precision import Precision
 
 LAYER = "layer_000"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from coding import (
@@ -17,10 +19,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from h5traces.precision import ChannelScale, EncodedLayer
+from h5traces.format.precision import COARSEST_STEP, FINEST_STEP, TIERS, Precision
 from h5traces.precision.channel_steps import StepFormat, to_steps
-from h5traces.schema import Precision
-from h5traces.schema.precision import COARSEST_STEP, FINEST_STEP, TIERS
+from h5traces.precision.encoding import EncodedLayer
+
+if TYPE_CHECKING:
+    from h5traces.precision.scales import ChannelScale
 
 steps = st.one_of(
     st.sampled_from([FINEST_STEP, 0.02, 0.0787, 0.0788, 0.1, 0.2, 0.4, 1.0, COARSEST_STEP]),

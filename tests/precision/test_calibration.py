@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from legacy_batches import make_archive, write_batch, write_layout
 
 import h5traces
-from h5traces.calibration import calibrate, load_calibration
 from h5traces.errors import (
     ArchiveExistsError,
     CorruptArchiveError,
@@ -24,8 +23,9 @@ from h5traces.errors import (
     NotAnArchiveError,
     PrecisionError,
 )
-from h5traces.precision import ChannelAccumulator
-from h5traces.schema import Precision
+from h5traces.format.precision import Precision
+from h5traces.precision.statistics import ChannelAccumulator
+from h5traces.writing.calibrate import calibrate, load_calibration
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,11 +12,11 @@ from coding import encoded, restored, typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from h5traces.format.precision import TIERS
 from h5traces.precision.head_mean import HeadMean
-from h5traces.schema.precision import TIERS
 
 if TYPE_CHECKING:
-    from h5traces.dtypes import TypedArray
+    from h5traces.format.dtypes import TypedArray
 
 THRESHOLD = 0.01
 HEADS = [1, 2, 3, 5, 7, 8, 12, 16, 24, 31, 32, 40, 48, 63, 64]

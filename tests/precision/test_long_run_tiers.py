@@ -13,9 +13,9 @@ import pytest
 
 import h5traces
 from h5traces.archive.scales import stored_scales
-from h5traces.calibration import calibrate
 from h5traces.errors import ArchiveError, PrecisionError
-from h5traces.schema import TIERS
+from h5traces.format.precision import TIERS
+from h5traces.writing.calibrate import calibrate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +88,7 @@ def test_killed_while_packing(tmp_path: Path, point: str) -> None:
         import os, signal, sys
         sys.path[:0] = {sys.path!r}
         import h5traces
-        from h5traces.storage.part_file import PartFile
+        from h5traces.storage.publish import PartFile
         from test_long_run_tiers import sample
 
         publish = PartFile.publish

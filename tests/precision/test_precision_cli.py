@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import h5traces
 from h5traces.cli.app import app
-from h5traces.schema import Precision
+from h5traces.format.precision import Precision
 
 if TYPE_CHECKING:
     from pathlib import Path

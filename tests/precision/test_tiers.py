@@ -19,7 +19,8 @@ from comparing import TIERS, assert_within_bounds, without_footer
 from legacy_batches import LAYOUTS, assert_same, make_archive, write_batch, write_layout
 
 import h5traces
-from h5traces.calibration import calibrate
+from h5traces.checking.salvage import salvage
+from h5traces.checking.seal import seal
 from h5traces.errors import (
     ArchiveError,
     H5TracesError,
@@ -29,16 +30,17 @@ from h5traces.errors import (
     LossyWarning,
     PrecisionError,
 )
-from h5traces.exporting import export
 from h5traces.fidelity import compare
-from h5traces.legacy.layouts import to_record
-from h5traces.repacking import repack
-from h5traces.salvaging import salvage
-from h5traces.schema import LayerArray, Precision, SourcePosition
-from h5traces.sealing import seal
+from h5traces.format.precision import Precision
+from h5traces.format.record import LayerArray
+from h5traces.format.trace import SourcePosition
+from h5traces.rewriting.export import export
+from h5traces.rewriting.repack import repack
+from h5traces.sources.pickle.layouts import to_record
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
-from h5traces.writer import ArchiveWriter
+from h5traces.writing.archive_writer import ArchiveWriter
+from h5traces.writing.calibrate import calibrate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -37,10 +37,11 @@ from h5traces.errors import (
 )
 from h5traces.features import compute_features
 from h5traces.graph import TraceGraphDataset
-from h5traces.labelling import label
+from h5traces.rewriting.label import label
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import TRAILER_NBYTES, hdf5_end
-from h5traces.storage.remote import RemoteOptions, RemotePath
+from h5traces.storage.remote.options import RemoteOptions
+from h5traces.storage.remote.paths import RemotePath
 from h5traces.torch_data import TraceDataset
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def test_file_systems_without_a_transport_of_their_own(shelf: Path) -> None:
 
 
 def test_rewriting_reads_from_servers(web: Server, tmp_path: Path) -> None:
-    from h5traces.repacking import repack
+    from h5traces.rewriting.repack import repack
 
     report = repack(f"{web.url}/a.h5", tmp_path / "two.h5", layers=[0, 2])
     assert report.num_samples == 4
@@ -742,7 +743,7 @@ def test_secrets_in_addresses_are_not_shown(web: Server) -> None:
 
 
 def test_commands_that_need_a_file_say_so(web: Server) -> None:
-    from h5traces.archive import expand_paths
+    from h5traces.archive.opening import expand_paths
 
     with pytest.raises(RemoteError, match="download it"):
         expand_paths(f"{web.url}/a.h5")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from legacy_batches import assert_same, bits
 from strategies import float_arrays
 
-from h5traces.dtypes import (
+from h5traces.errors import ConversionError
+from h5traces.format.dtypes import (
     CARRIERS,
     FLOAT_TYPES,
     CastCounts,
@@ -24,7 +25,6 @@ from h5traces.dtypes import (
     float32_to_bfloat16,
     same_bits,
 )
-from h5traces.errors import ConversionError
 
 LARGEST_BFLOAT16 = 0x7F7F
 

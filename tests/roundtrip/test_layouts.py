@@ -22,7 +22,7 @@ from legacy_batches import (
 )
 
 import h5traces
-from h5traces.check import validate
+from h5traces.checking.validate import validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,13 +24,13 @@ from strategies import (
 )
 
 import h5traces
-from h5traces import layout, text
-from h5traces.check import validate
-from h5traces.encodings import decode_element, encode_element
-from h5traces.storage.objects import carrier_dtype
+from h5traces.checking.validate import validate
+from h5traces.format import layout, text
+from h5traces.format.entries import carrier_dtype
+from h5traces.format.values import decode_element, encode_element
 
 if TYPE_CHECKING:
-    from h5traces.schema.attributes import Attrs
+    from h5traces.format.attributes import Attrs
 
 
 def sample(**fields: Any) -> dict[str, Any]:

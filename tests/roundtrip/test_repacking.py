@@ -6,13 +6,8 @@ import pytest
 from legacy_batches import LAYERS, LAYOUTS, assert_same, make_archive, make_batch
 
 import h5traces
-from h5traces.errors import (
-    ArchiveError,
-    ArchiveExistsError,
-    LayerIndexError,
-    StoredStateWarning,
-)
-from h5traces.repacking import repack
+from h5traces.errors import ArchiveError, ArchiveExistsError, LayerIndexError, StoredStateWarning
+from h5traces.rewriting.repack import repack
 
 CODECS = ("zstd", "lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd")
 

@@ -25,17 +25,17 @@ from legacy_batches import (
 from strategies import extra_fields
 
 import h5traces
-from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.hdf5_store import Hdf5Store
-from h5traces.check import validate
-from h5traces.limits import DEFAULT_LIMITS
-from h5traces.sealing import seal
+from h5traces.archive.stores import FooterStore
+from h5traces.checking.seal import seal
+from h5traces.checking.validate import validate
+from h5traces.format.entries import ChunkTable, ObjectEntry, stored_type_of
+from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage import chunks as grid
 from h5traces.storage.arrays import encode_array, read_array
 from h5traces.storage.codecs import CODECS
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
-from h5traces.storage.objects import ChunkTable, ObjectEntry, stored_type_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -16,8 +16,8 @@ from h5py import h5a, h5d, h5l, h5t
 from legacy_batches import ODD_TEXT, assert_same, make_archive, make_batch, with_torch
 
 import h5traces
-from h5traces import layout
-from h5traces.check import validate
+from h5traces.checking.seal import seal
+from h5traces.checking.validate import validate
 from h5traces.errors import (
     CorruptArchiveError,
     H5TracesError,
@@ -27,7 +27,7 @@ from h5traces.errors import (
     StoredStateWarning,
     UnsupportedVersionError,
 )
-from h5traces.sealing import seal
+from h5traces.format import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

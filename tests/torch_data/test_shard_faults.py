@@ -13,12 +13,7 @@ from shards import LAYERS, make_legacy, make_shards, plain_batch
 from torch.utils.data import DataLoader
 
 import h5traces
-from h5traces.errors import (
-    CorruptArchiveError,
-    DatasetError,
-    LayerIndexError,
-    StoredStateWarning,
-)
+from h5traces.errors import CorruptArchiveError, DatasetError, LayerIndexError, StoredStateWarning
 from h5traces.graph import TraceGraphDataset
 from h5traces.torch_data import IterableTraceDataset, ShardSampler, TraceDataset
 

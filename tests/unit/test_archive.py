@@ -17,7 +17,7 @@ from legacy_batches import assert_same, make_archive, make_batch
 
 import h5traces
 from h5traces.archive import archive as archive_module
-from h5traces.archive.footer_store import FooterStore
+from h5traces.archive.stores import FooterStore
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,

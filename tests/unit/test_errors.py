@@ -10,13 +10,7 @@ from multiprocessing import get_context
 import pytest
 
 from h5traces import errors
-from h5traces.errors import (
-    H5TracesError,
-    LossyWarning,
-    Problem,
-    SchemaError,
-    StoredStateWarning,
-)
+from h5traces.errors import H5TracesError, LossyWarning, Problem, SchemaError, StoredStateWarning
 
 MESSAGE = "batch.h5: something is wrong; expected something else; do this"
 CLASSES = sorted(
@@ -35,7 +29,7 @@ def subclasses(base: type) -> set[type]:
 
 def test_all_errors_live_in_one_module() -> None:
     import h5traces.cli.app
-    import h5traces.conversion
+    import h5traces.rewriting
     import h5traces.storage.footer
 
     elsewhere = {each for each in subclasses(H5TracesError) if each.__module__ != errors.__name__}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from h5traces.errors import ExtractionError, LayerIndexError
-from h5traces.estimation import (
+from h5traces.extract.estimate import (
     CLAIM_NBYTES,
     LLAMA2_7B,
     STATED_RATES,
@@ -16,8 +16,8 @@ from h5traces.estimation import (
     num_values,
     spread,
 )
-from h5traces.layer_ranges import layer_numbers
-from h5traces.schema import EXACT, Precision
+from h5traces.extract.layer_ranges import layer_numbers
+from h5traces.format.precision import EXACT, Precision
 
 
 def test_raw_sizes_are_exact():

@@ -13,14 +13,14 @@ import pytest
 from legacy_batches import assert_same, make_archive, make_batch, write_batch
 
 import h5traces
-from h5traces.check import validate
+from h5traces.checking.seal import seal
+from h5traces.checking.validate import validate
 from h5traces.errors import (
     CorruptArchiveError,
     H5TracesError,
     NotAnArchiveError,
     StoredStateWarning,
 )
-from h5traces.sealing import seal
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import TRAILER_NBYTES, read_directory
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from h5traces.storage import chunks as grid
 from h5traces.storage.arrays import as_bytes, encode_array
 from h5traces.storage.codecs import CODECS, get_codec
-from h5traces.storage.hdf5 import Hdf5Writer, checksums
-from h5traces.storage.part_file import PartFile
+from h5traces.storage.hdf5 import checksums
+from h5traces.storage.hdf5.writing import Hdf5Writer
+from h5traces.storage.publish import PartFile
 
 ATTRS = {
     "number": 5,

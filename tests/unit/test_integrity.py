@@ -9,11 +9,11 @@ import pytest
 from legacy_batches import LAYOUTS, assert_same, make_archive, make_batch, write_layout
 
 import h5traces
+from h5traces.checking.salvage import salvage
 from h5traces.errors import StoredStateWarning
-from h5traces.salvaging import salvage
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import read_directory
-from h5traces.storage.hdf5 import Hdf5Reader
+from h5traces.storage.hdf5.reading import Hdf5Reader
 
 
 @pytest.fixture(scope="module")

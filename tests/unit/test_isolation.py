@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 import h5traces
-from h5traces import isolation
-from h5traces.check import validate
+from h5traces.checking import isolated as isolation
+from h5traces.checking.isolated import IsolationLimits, validate_isolated
+from h5traces.checking.validate import validate
 from h5traces.cli.app import app
-from h5traces.isolation import IsolationLimits, validate_isolated
-from h5traces.limits import ReadLimits
+from h5traces.format.limits import ReadLimits
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from h5traces import layout
+from h5traces.format import layout
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h5traces.legacy.limits import PickleLimits
-from h5traces.legacy.machine import NAMES, Machine
-from h5traces.legacy.shims import Shim
-from h5traces.legacy.source import MalformedError, MemorySource, RefusedError
-from h5traces.legacy.torch_shims import STORAGE_NAMES
+from h5traces.sources.pickle.limits import PickleLimits
+from h5traces.sources.pickle.machine import NAMES, Machine
+from h5traces.sources.pickle.shims import Shim
+from h5traces.sources.pickle.source import MalformedError, MemorySource, RefusedError
+from h5traces.sources.pickle.torch_shims import STORAGE_NAMES
 
 
 def load(data: bytes) -> Any:

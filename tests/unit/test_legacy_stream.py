@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.legacy.limits import PickleLimits
-from h5traces.legacy.stream import ContainerItem, is_pickle, open_batch
+from h5traces.sources.pickle.limits import PickleLimits
+from h5traces.sources.pickle.stream import ContainerItem, is_pickle, open_batch
 
 if TYPE_CHECKING:
     from pathlib import Path

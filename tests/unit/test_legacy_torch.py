@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.legacy.shims import Tensor
-from h5traces.legacy.stream import open_batch
+from h5traces.sources.pickle.shims import Tensor
+from h5traces.sources.pickle.stream import open_batch
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,7 +22,7 @@ ALLOWED_NBYTES = 200 * 10**6
 # Peak memory of the process itself; what the imports take is not the conversion's.
 _MEASURED = """
 import json, resource, sys
-import h5traces, h5traces.conversion
+import h5traces, h5traces.rewriting
 def peak():
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM:"):

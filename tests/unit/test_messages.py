@@ -13,8 +13,8 @@ import pytest
 from legacy_batches import make_batch, write_batch
 
 import h5traces
-from h5traces.conversion import convert
 from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.rewriting.convert import convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable

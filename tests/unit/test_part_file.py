@@ -14,12 +14,12 @@ from legacy_batches import assert_same, make_archive, make_batch, write_batch
 
 import h5traces
 from h5traces.errors import ArchiveExistsError
-from h5traces.storage.part_file import LatchedFile, PartFile, remove_abandoned_parts
+from h5traces.storage.publish import LatchedFile, PartFile, remove_abandoned_parts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from h5traces.conversion import Progress
+    from h5traces.rewriting.reports import Progress
 
 
 def names(folder: Path) -> list[str]:

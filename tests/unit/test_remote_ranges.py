@@ -9,8 +9,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h5traces.storage.remote import RemotePath, is_url
 from h5traces.storage.remote.cache import RangeCache
+from h5traces.storage.remote.paths import RemotePath, is_url
 from h5traces.storage.remote.ranges import Blocks, ByteRange, coalesce
 from h5traces.storage.remote.transport import Reply
 

@@ -7,14 +7,11 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from h5traces.schema import (
-    ArchiveMetadata,
-    KindMetadata,
-    LabelSidecar,
-    TraceDescription,
-    TraceMetadata,
-)
-from h5traces.schema.attributes import from_attributes, problems_of, to_attributes
+from h5traces.format.archive import ArchiveMetadata, KindMetadata
+from h5traces.format.attributes import from_attributes, problems_of, to_attributes
+from h5traces.format.labels import LabelSidecar
+from h5traces.format.record import TraceDescription
+from h5traces.format.trace import TraceMetadata
 
 UNSTABLE = Path(__file__).resolve().parents[2] / "schema" / "unstable"
 MODELS = {

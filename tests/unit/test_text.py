@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from h5traces import text
 from h5traces.errors import CorruptArchiveError
+from h5traces.format import text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from h5traces.schema import TraceRecord
+    from h5traces.format.record import TraceRecord
 
 # Samples that one call of `Archive.read` returns together, as a data loader would ask for.
 _READ_BATCH = 4
@@ -31,7 +31,7 @@ class Archive(Format):
         reading by ``Archive.read``.
     """
 
-    modules = ("h5traces", "h5traces.writer")
+    modules = ("h5traces", "h5traces.writing")
     suffix: ClassVar[str] = ".h5"
 
     def __init__(self, codec: str, workers: int | None) -> None:
@@ -39,7 +39,8 @@ class Archive(Format):
         self.name = archive_name(codec, threaded=workers is None)
 
     def write(self, samples: Iterable[Sample], path: Path) -> None:
-        from h5traces.writer import ArchiveWriter, WriteOptions
+        from h5traces.writing.archive_writer import ArchiveWriter
+        from h5traces.writing.options import WriteOptions
 
         options = WriteOptions(codec=self._codec, workers=self._workers)
         # Leaving the block makes the file durable and gives it its name.
@@ -106,9 +107,9 @@ def archives() -> tuple[Archive, ...]:
 
 def to_record(sample: Sample) -> TraceRecord:
     """A legacy dict as what the writer takes, without going through the importer."""
-    from h5traces import layout
-    from h5traces.dtypes import TypedArray
-    from h5traces.schema import LayerArray, LayeredArrays, TraceRecord
+    from h5traces.format import layout
+    from h5traces.format.dtypes import TypedArray
+    from h5traces.format.record import LayerArray, LayeredArrays, TraceRecord
 
     last = len(sample[layout.HIDDEN_STATES]) - 1
 

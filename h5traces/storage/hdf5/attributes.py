@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from h5py import h5a, h5o, h5s, h5t
 
-from h5traces import layout, text
 from h5traces.errors import CorruptArchiveError, HostileFileError
-from h5traces.schema import ArchiveMetadata, KindMetadata, TraceMetadata
+from h5traces.format import layout, text
+from h5traces.format.archive import ArchiveMetadata, KindMetadata
+from h5traces.format.trace import TraceMetadata
 from h5traces.storage.hdf5.types import null_padded, number_type, text_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from h5traces.limits import ReadLimits
-    from h5traces.schema.attributes import Attrs, AttrValue
+    from h5traces.format.attributes import Attrs, AttrValue
+    from h5traces.format.limits import ReadLimits
 
 _SCALAR = h5s.create(h5s.SCALAR)
 _NUMBER_NBYTES: Final = 8

@@ -22,7 +22,7 @@ from h5traces.storage.planes import unshuffle
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.limits import ReadLimits
+    from h5traces.format.limits import ReadLimits
     from h5traces.storage.codecs import Filter
     from h5traces.storage.files import ByteFile
 

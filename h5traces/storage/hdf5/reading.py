@@ -14,7 +14,6 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5s, h5t
 
-from h5traces import layout
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -22,6 +21,8 @@ from h5traces.errors import (
     NotAnArchiveError,
     Problem,
 )
+from h5traces.format import layout
+from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
 from h5traces.storage.arrays import check_sizes
 from h5traces.storage.codecs import codec_of
 from h5traces.storage.files import LocalFile
@@ -35,7 +36,6 @@ from h5traces.storage.hdf5.types import (
     stored_type,
     table_file_dtype,
 )
-from h5traces.storage.objects import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.limits import ReadLimits
-    from h5traces.schema.attributes import Attrs
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.limits import ReadLimits
 
 
 # What h5py and numpy raise about what a file says; MemoryError where that is a size.

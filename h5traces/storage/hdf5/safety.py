@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 from h5py import h5d, h5g, h5l, h5o, h5pl
 from h5py._objects import phil  # the lock that every call of h5py takes; it has no public name
 
-from h5traces import layout
 from h5traces.errors import (
     CorruptArchiveError,
     HostileFileError,
     MissingFilterError,
     NotAnArchiveError,
 )
+from h5traces.format import layout
 from h5traces.storage import chunks as grid
 from h5traces.storage.codecs import FILTER_SHUFFLE, Filter, codec_of
 from h5traces.storage.files import open_regular

@@ -9,7 +9,7 @@ import numpy as np
 from h5py import h5t
 
 from h5traces.errors import CorruptArchiveError, HostileFileError
-from h5traces.storage.objects import carrier_dtype
+from h5traces.format.entries import carrier_dtype
 
 # sign position, exponent position and width, mantissa position and width; exponent bias 127
 _BFLOAT16_FIELDS: Final = (15, 7, 8, 0, 7)

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 from h5py import h5g, h5t
 
-from h5traces import text
+from h5traces.format import text
 from h5traces.storage.arrays import encode_array
 from h5traces.storage.chunks import num_chunks
 from h5traces.storage.codecs import DEFLATE
@@ -47,8 +47,8 @@ from h5traces.storage.hdf5.types import hdf5_type
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from h5traces.schema.attributes import Attrs, AttrValue
-    from h5traces.storage.part_file import LatchedFile
+    from h5traces.format.attributes import Attrs, AttrValue
+    from h5traces.storage.publish import LatchedFile
 
 # What the library may write when it opens the file again: what "latest" writes HDF5 1.14 and
 # HDFView 3.3 cannot read.
@@ -212,7 +212,7 @@ class Hdf5Writer:
     def write_table(self, path: str, columns: Mapping[str, np.ndarray]) -> None:
         """A compound table, gzip-compressed; all columns have one length.
 
-        Text columns are arrays of dtype ``S<n>`` that hold what `h5traces.text.encode` made.
+        Text columns are arrays of dtype ``S<n>`` that hold what `h5traces.format.text.encode` made.
         """
         dtype = np.dtype([(name, values.dtype) for name, values in columns.items()])
         table = np.empty(len(next(iter(columns.values()))), dtype=dtype)

@@ -1,0 +1,393 @@
+"""One archive file behind one interface, whether its footer or its HDF5 part is read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+from h5traces.archive.hdf5_store import Hdf5Store
+from h5traces.archive.labels import read_sidecar, sidecar_path
+from h5traces.archive.scales import stored_scale, stored_scales
+from h5traces.archive.stores import FooterObjects, FooterStore
+from h5traces.errors import (
+    CorruptArchiveError,
+    NotAnArchiveError,
+    RemoteError,
+    SchemaError,
+    StoredStateWarning,
+    UnsupportedVersionError,
+)
+from h5traces.format import layout
+from h5traces.format.archive import ArchiveMetadata
+from h5traces.format.attributes import Attrs, from_attributes
+from h5traces.format.digests import dataset_digest
+from h5traces.format.entries import ObjectEntry, SampleEntry, digest_type
+from h5traces.storage.files import LocalFile
+from h5traces.storage.footer import DIGEST, FooterError
+from h5traces.storage.remote.file import RemoteFile
+from h5traces.storage.remote.options import DEFAULT_REMOTE
+from h5traces.storage.remote.paths import RemotePath
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from h5traces.archive.labels import FileLabels
+    from h5traces.archive.store import Store, StoredSize
+    from h5traces.format.limits import ReadLimits
+    from h5traces.precision.scales import ChannelScale
+    from h5traces.storage.remote.options import RemoteOptions
+
+_MOST_FEATURES_NAMED = 10
+
+
+class ArchiveFile:
+    """One archive file: opens when needed, survives pickling and fork, falls back to HDF5.
+
+    Parameters
+    ----------
+    path
+        The file, or the address of one.
+    limits
+        What it may ask of its reader.
+    opened
+        Called whenever the file was opened, so that others can be closed.
+    remote
+        How to read it where it is an address; then it must have a footer.
+    label_folder
+        Where its labels lie, if not beside it; False to read none.
+    unrounded
+        Whether encoded layers come as float32 where their source was float16.
+
+    Raises
+    ------
+    NotAnArchiveError
+        The file is no archive.
+    RemoteError
+        The server cannot be reached, or refuses.
+    UnsupportedVersionError
+        It was written in a newer format.
+    """
+
+    def __init__(
+        self,
+        path: Path | RemotePath,
+        limits: ReadLimits,
+        *,
+        opened: Callable[[ArchiveFile], None] | None = None,
+        remote: RemoteOptions = DEFAULT_REMOTE,
+        label_folder: Path | Literal[False] | None = None,
+        unrounded: bool = False,
+    ) -> None:
+        self.path = path
+        self.unrounded = unrounded
+        self._scales: dict[str, ChannelScale] = {}
+        self._limits = limits
+        self._remote = remote
+        self._opened = opened
+        self._store: Store | None = None
+        self._without_footer = False
+        self.metadata = self._read_metadata(self.store)
+        self.num_samples = self.store.num_samples
+        self.labels = self._read_labels(label_folder)
+        if self.num_samples != self.metadata.num_samples:
+            self._warn(
+                f"holds {self.num_samples} samples, its metadata says {self.metadata.num_samples}; "
+                "it was edited"
+            )
+
+    @property
+    def store(self) -> Store:
+        """The store in use; opened on first use in a process, and again after `close`."""
+        # Local, so that a `close` in another thread cannot take it away in between.
+        store = self._store
+        if store is None:
+            store = self._open()
+            if hasattr(self, "metadata"):
+                self._check_same(store)
+            self._store = store
+            if self._opened is not None:
+                self._opened(self)
+        return store
+
+    @property
+    def metadata_kinds(self) -> tuple[str, ...]:
+        """Names of the kinds of arrays that the archive declares."""
+        return tuple(self.store.kinds)
+
+    def reduction(self, kind: str) -> str | None:
+        """How heads were reduced in a kind of arrays, where that is known."""
+        found = self.store.kinds.get(kind, {}).get("reduction")
+        return None if found in (None, "unknown") else str(found)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer numbers that are stored, of the first kind that has layers."""
+        for kind in (layout.HIDDEN_STATES, layout.ATTENTIONS, *self.store.kinds):
+            layers = self.store.kinds.get(kind, {}).get("layers", ())
+            if isinstance(layers, tuple) and layers:
+                return layers
+        return ()
+
+    @property
+    def has_footer(self) -> bool:
+        """Whether the archive is read through its footer."""
+        return isinstance(self.store, FooterStore)
+
+    def sample(self, index: int) -> SampleEntry:
+        """One sample and its objects."""
+        try:
+            return self.store.sample(index)
+        except FooterError as error:
+            return self._fall_back(error).sample(index)
+
+    def sample_attrs(self, index: int) -> Attrs:
+        """Attributes of one sample."""
+        try:
+            return self.store.sample_attrs(index)
+        except FooterError as error:
+            return self._fall_back(error).sample_attrs(index)
+
+    def entry(self, sample: SampleEntry, path: str) -> ObjectEntry:
+        """One object of a sample; KeyError where there is none."""
+        try:
+            return sample.objects[path]
+        except FooterError as error:
+            return self._fall_back(error).sample(sample.ordinal).objects[path]
+
+    def attrs(self, sample: SampleEntry, path: str) -> Attrs:
+        """Attributes of one object of a sample; perhaps without its digest."""
+        objects = sample.objects
+        if not isinstance(objects, FooterObjects):
+            return objects[path].attrs
+        try:
+            return objects.attrs(path)
+        except FooterError as error:
+            return self._fall_back(error).sample(sample.ordinal).objects[path].attrs
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        """Values of one dataset in its carrier dtype; bfloat16 as bits."""
+        try:
+            store = self.store
+            values = store.read(sample, path)
+        except FooterError as error:
+            store = self._fall_back(error)
+            sample = store.sample(sample.ordinal)
+            values = store.read(sample, path)
+        if isinstance(store, Hdf5Store):
+            self._warn_of_edit(sample, sample.objects[path], values)
+        return values
+
+    def _warn_of_edit(self, sample: SampleEntry, entry: ObjectEntry, values: NDArray[Any]) -> None:
+        """No checksum of HDF5's shows that two chunks were exchanged; the digest does."""
+        expected = entry.attrs.get(DIGEST)
+        if entry.codec is None or expected is None:
+            return
+        if dataset_digest(digest_type(entry.dtype), values) != expected:
+            self._warn(
+                f"{layout.sample_path(sample.ordinal)}/{entry.path}: the values do not fit their "
+                "digest; they were edited, or exchanged by damage"
+            )
+
+    def scale(self, path: str) -> ChannelScale:
+        """The scale of a layer, such as ``hidden_states/layer_005``.
+
+        Raises
+        ------
+        CorruptArchiveError
+            There is none, or what is there is none.
+        """
+        # Local, so that a `close` in another thread cannot take them away in between.
+        known = self._scales
+        if path not in known:
+            try:
+                self._read_scales(self.store, path, known)
+            except FooterError as error:
+                self._read_scales(self._fall_back(error), path, known)
+        return known[path]
+
+    def _read_scales(self, store: Store, path: str, known: dict[str, ChannelScale]) -> None:
+        if isinstance(self.path, RemotePath):
+            # Another request for each layer would take longer than fetching all.
+            found = stored_scales(store)
+            known |= found.layers if found is not None else {}
+        if path not in known:
+            known[path] = stored_scale(store, path)
+
+    def sizes(self) -> dict[str, StoredSize]:
+        """Sizes of all datasets by the first part of their path."""
+        try:
+            return self.store.sizes()
+        except FooterError as error:
+            return self._fall_back(error).sizes()
+
+    @contextlib.contextmanager
+    def prefetched(
+        self, ranges: Iterable[tuple[int, int]], samples: Iterable[int]
+    ) -> Iterator[None]:
+        """Inside the block, these ranges of some samples are read from memory; on servers only.
+
+        Raises
+        ------
+        RemoteError, CorruptArchiveError
+            They cannot be fetched; the message names the samples.
+        """
+        with contextlib.ExitStack() as fetched:
+            file = self.store.file
+            try:
+                fetched.enter_context(file.prefetched(ranges))
+            except (CorruptArchiveError, RemoteError) as error:
+                places = ", ".join(layout.sample_path(each) for each in sorted(set(samples)))
+                what = str(error).removeprefix(f"{file.name}: ")
+                message = f"{file.name}: {places}: {what}"
+                raise type(error)(message) from error
+            yield
+
+    def close(self) -> None:
+        """Let go of the open file and of its scales; the next use opens it again."""
+        store, self._store = self._store, None
+        # There may be thousands of shards, each with scales of its own.
+        self._scales = {}
+        if store is not None:
+            store.file.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.store.file.nbytes
+
+    def _open(self) -> Store:
+        if isinstance(self.path, RemotePath):
+            return self._open_remote(self.path)
+        if not self._without_footer:
+            try:
+                return FooterStore(LocalFile(self.path), self._limits)
+            except FooterError as error:
+                store = Hdf5Store(self.path, self._limits)
+                if store.root_attrs.get("format") != layout.FORMAT_NAME:
+                    raise self._not_an_archive(store) from None
+                self._without_footer = True
+                self._warn_without_footer(error)
+                return store
+        return Hdf5Store(self.path, self._limits)
+
+    def _open_remote(self, path: RemotePath) -> Store:
+        file = RemoteFile(path, self._remote)
+        try:
+            return FooterStore(file, self._limits)
+        except FooterError as error:
+            if file.read_at(0, min(8, file.nbytes)) != layout.HDF5_SIGNATURE:
+                message = f"{path}: is no HDF5 file, so no h5traces archive"
+                raise NotAnArchiveError(message) from None
+            raise self._needs_footer(error) from error
+
+    def _needs_footer(self, error: FooterError) -> CorruptArchiveError:
+        return CorruptArchiveError(
+            f"{self.path}: {error}; without a footer, HDF5 would read an archive on a server piece "
+            "by tiny piece; download it, run 'h5traces seal' on it, and upload it again"
+        )
+
+    def _fall_back(self, error: FooterError) -> Store:
+        """Switch to HDF5 for good; the footer turned out to be damaged while reading."""
+        if isinstance(self.path, RemotePath):
+            raise self._needs_footer(error) from error
+        if not self._without_footer:
+            self._without_footer = True
+            self._warn_without_footer(error)
+            self._store = None
+        return self.store
+
+    def _warn_without_footer(self, error: FooterError) -> None:
+        self._warn(f"{error}; reading through HDF5, run 'h5traces seal {self.path}' for speed")
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"{self.path}: {message}", StoredStateWarning, stacklevel=2)
+
+    def _not_an_archive(self, store: Store) -> NotAnArchiveError:
+        if store.root_attrs.get("format") == layout.SCALES_FORMAT:
+            return NotAnArchiveError(
+                f"{self.path}: is a file of scales, which 'h5traces calibrate' wrote, and no "
+                "archive; --scales takes it"
+            )
+        return NotAnArchiveError(
+            f"{self.path}: is HDF5, but no h5traces archive: the root attribute 'format' is not "
+            "'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
+        )
+
+    def _read_metadata(self, store: Store) -> ArchiveMetadata:
+        attrs = store.root_attrs
+        if attrs.get("format") != layout.FORMAT_NAME:
+            raise self._not_an_archive(store)
+        check_version(attrs, str(self.path))
+        try:
+            metadata = from_attributes(ArchiveMetadata, attrs)
+        except SchemaError as error:
+            message = f"{self.path}: /: {error}"
+            raise SchemaError(message, error.problems) from error
+        if not metadata.complete:
+            message = (
+                f"{self.path}: the archive was not finished ('complete' is not set); run the "
+                "command that wrote it again"
+            )
+            raise CorruptArchiveError(message)
+        return metadata
+
+    def _read_labels(self, folder: Path | Literal[False] | None) -> FileLabels | None:
+        place = None if folder is False else sidecar_path(self.path, folder)
+        labels = None if place is None else read_sidecar(place)
+        if labels is not None:
+            labels.check(self.path, self.metadata.archive_id)
+        return labels
+
+    def _check_same(self, store: Store) -> None:
+        found = store.root_attrs.get("archive_id")
+        if found != self.metadata.archive_id:
+            message = (
+                f"{self.path}: the file was replaced since it was opened (archive_id {found}, "
+                f"expected {self.metadata.archive_id}); open it again"
+            )
+            raise CorruptArchiveError(message)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Scales are read again where they are needed; a model's take megabytes.
+        return {**self.__dict__, "_store": None, "_scales": {}}
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        message = f"{value!r} is no name"
+        raise TypeError(message)
+    return value
+
+
+def check_version(attrs: Attrs, place: str) -> None:
+    """Refuse an archive that this release cannot read rightly.
+
+    Raises
+    ------
+    UnsupportedVersionError
+        Its major version is newer, or it requires a feature that is unknown here.
+    """
+    version = str(attrs.get("format_version", ""))
+    found = layout.parse_version(version)
+    if found is None or found[0] != layout.FORMAT_MAJOR:
+        message = (
+            f"{place}: format version is {version!r}, this release reads major version "
+            f"{layout.FORMAT_MAJOR}; upgrade h5traces, or use the release that wrote the archive"
+        )
+        raise UnsupportedVersionError(message)
+    features = attrs.get("required_features", "[]")
+    try:
+        required = {_name(each) for each in json.loads(str(features))}
+    except (ValueError, TypeError, RecursionError) as error:
+        message = f"{place}: required_features {str(features)[:80]!r} is no list of names"
+        raise CorruptArchiveError(message) from error
+    unknown = sorted(required - layout.KNOWN_FEATURES)
+    if unknown:
+        names = ", ".join(unknown[:_MOST_FEATURES_NAMED])[:1000]
+        message = f"{place}: the archive requires {names}; upgrade h5traces"
+        raise UnsupportedVersionError(message)

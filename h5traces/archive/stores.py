@@ -1,0 +1,312 @@
+"""An archive file through its footer, without HDF5."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from h5traces.archive.store import NO_ORDINAL, StoredSize, located
+from h5traces.errors import ArchiveError, CorruptArchiveError, RemoteError
+from h5traces.format import layout
+from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
+from h5traces.storage.arrays import check_sizes, read_checked_array
+from h5traces.storage.codecs import get_codec
+from h5traces.storage.footer import (
+    COLUMNS,
+    DIGEST,
+    FooterError,
+    FooterTables,
+    attrs_from_json,
+    read_directory,
+)
+from h5traces.storage.scanning import scan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.limits import ReadLimits
+    from h5traces.storage.files import ByteFile
+
+_GROUP_TYPE = ""
+
+
+class FooterStore:
+    """Reads through the footer: no HDF5, no lock, any number of threads."""
+
+    def __init__(self, file: ByteFile, limits: ReadLimits) -> None:
+        self.file = file
+        self._limits = limits
+        self._directory = read_directory(file)
+        self._tables = FooterTables(file, self._directory)
+
+    @property
+    def root_attrs(self) -> Attrs:
+        return self._directory.archive
+
+    @property
+    def kinds(self) -> dict[str, Attrs]:
+        return self._directory.kinds
+
+    @property
+    def num_samples(self) -> int:
+        return self._directory.num_samples
+
+    def sample_attrs(self, index: int) -> Attrs:
+        start, stop = self._bounds(self._attrs_ends, index)
+        document = _parse(self._tables.column("sample_attrs")[start:stop].tobytes())
+        return _attrs(document)
+
+    def sample(self, index: int) -> SampleEntry:
+        return SampleEntry(index, self.sample_attrs(index), self._objects(index))
+
+    def scales(self) -> SampleEntry | None:
+        if not self._directory.has_scales:
+            return None
+        objects = self._objects(self.num_samples)
+        if layout.SCALES_GROUP not in objects:
+            message = "the footer says that there are scales, and lists none"
+            raise FooterError(message)
+        return SampleEntry(NO_ORDINAL, {}, objects)
+
+    def _objects(self, index: int) -> FooterObjects:
+        """The objects of a sample by its index; those of the scales behind the last."""
+        first, stop = self._bounds(self._object_ends, index)
+        numbers = self._tables.column("object_name")[first:stop].tolist()
+        names = self.names
+        try:
+            rows = {names[number]: first + row for row, number in enumerate(numbers)}
+        except IndexError as error:
+            message = "the footer's table of names is too short"
+            raise FooterError(message) from error
+        if len(rows) != stop - first:
+            message = "the footer's table of objects does not fit its names"
+            raise FooterError(message)
+        return FooterObjects(self, rows)
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        entry = sample.objects[path]
+        try:
+            return read_checked_array(self.file, entry)
+        except (CorruptArchiveError, RemoteError) as error:
+            raise located(error, self.file.name, sample.ordinal, path) from error
+
+    def close(self) -> None:
+        """Close the file; for whoever opened it alone."""
+        self.file.close()
+
+    def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+        """Offsets, sizes and checksums of all chunks, in the order of samples and objects."""
+        column = self._tables.column
+        return self._chunk_offsets, column("chunk_nbytes"), column("chunk_checksum")
+
+    def owner_of_chunk(self, number: int) -> tuple[int, str]:
+        """Index of the sample, and path below it, that a row of the chunk table belongs to.
+
+        Scales are of no sample, `NO_ORDINAL`; their paths are below the root.
+        """
+        row = int(np.searchsorted(self._chunk_ends, number, side="right")) - 1
+        sample = int(np.searchsorted(self._object_ends, row, side="right")) - 1
+        return sample if sample < self.num_samples else NO_ORDINAL, self.entry(row).path
+
+    def check_bytes(
+        self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[list[int], bool]:
+        """Compare every byte of the file with the footer's checksums.
+
+        Returns
+        -------
+        list of int, bool
+            Rows of the chunk table that are damaged; whether all other bytes are as written.
+
+        Raises
+        ------
+        FooterError
+            A column of the footer is damaged; all of them are read.
+        """
+        for name in COLUMNS:
+            self._tables.column(name)
+        table = self.chunk_table()
+        if len({len(column) for column in table}) > 1:
+            message = "the footer's columns of chunks have several lengths"
+            raise FooterError(message)
+        end = self._directory.hdf5_nbytes
+        # Chunks that overlap would be read again and again; floats, as the sum may be any.
+        if table[1].astype(np.float64).sum() > end:
+            message = f"the footer's chunks overlap in {end} bytes"
+            raise FooterError(message)
+        found = scan(self.file, table, end, workers=workers, progress=progress)
+        return found.damaged, found.metadata_checksum == self._directory.metadata_checksum
+
+    def sizes(self) -> dict[str, StoredSize]:
+        column = self._tables.column
+        ndim, dims, starts = column("object_ndim"), column("object_dims"), self._dims_ends[:-1]
+        types = self._directory.types
+        itemsizes = np.array([carrier_dtype(each).itemsize if each else 0 for each in types])
+        raw = itemsizes[column("object_type")] if types else np.zeros(0, dtype=np.int64)
+        for axis in range(int(ndim.max(initial=0))):
+            has_axis = ndim > axis
+            raw[has_axis] *= dims[starts[has_axis] + axis]
+        stored = np.diff(_ends(column("chunk_nbytes"))[self._chunk_ends])
+        sizes: dict[str, StoredSize] = {}
+        for number, name in enumerate(self.names):
+            rows = (column("object_name") == number) & (raw > 0)
+            part = StoredSize(int(rows.sum()), int(raw[rows].sum()), int(stored[rows].sum()))
+            first = name.partition("/")[0]
+            sizes[first] = sizes.get(first, StoredSize()) + part
+        return sizes
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Paths of objects by number."""
+        return [str(name) for name in self._list("names_json")]
+
+    @cached_property
+    def _attr_sets(self) -> list[Attrs]:
+        return [_attrs(attrs) for attrs in self._list("attrs_json")]
+
+    def _list(self, name: str) -> list[Any]:
+        document = self._tables.document(name)
+        if not isinstance(document, list):
+            message = f"the footer's column {name} is no list"
+            raise FooterError(message)
+        return document
+
+    def _bounds(self, ends: NDArray[np.int64], index: int) -> tuple[int, int]:
+        """Where the rows of a sample begin and end."""
+        if len(ends) != self.num_samples + 1 + self._directory.has_scales:
+            message = f"the footer's tables are not of {self.num_samples} samples"
+            raise FooterError(message)
+        start, stop = ends[index : index + 2].tolist()
+        return start, stop
+
+    @cached_property
+    def _attrs_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("sample_attrs_nbytes"))
+
+    @cached_property
+    def _object_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("sample_num_objects"))
+
+    @cached_property
+    def _dims_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("object_ndim"))
+
+    @cached_property
+    def _chunk_ends(self) -> NDArray[np.int64]:
+        return _ends(self._tables.column("object_num_chunks"))
+
+    @cached_property
+    def _chunk_offsets(self) -> NDArray[np.int64]:
+        sizes = self._tables.column("chunk_nbytes")
+        offsets: NDArray[np.int64] = np.cumsum(self._tables.column("chunk_gap") + sizes) - sizes
+        return offsets
+
+    def object_attrs(self, row: int) -> Attrs:
+        """Attributes of the object in a row of the object table, without its digest."""
+        try:
+            return self._attr_sets[int(self._tables.column("object_attrs")[row])]
+        except IndexError as error:
+            message = f"row {row} of the footer's object table does not fit its columns: {error}"
+            raise FooterError(message) from error
+
+    def entry(self, row: int) -> ObjectEntry:
+        """The object in a row of the object table."""
+        column = self._tables.column
+        try:
+            path = self.names[int(column("object_name")[row])]
+            attrs = dict(self._attr_sets[int(column("object_attrs")[row])])
+            dtype = self._directory.types[int(column("object_type")[row])]
+            codec = self._directory.codecs[int(column("object_codec")[row])]
+            if dtype == _GROUP_TYPE:
+                return ObjectEntry(path, attrs)
+            digest = column("object_digest")[16 * row : 16 * row + 16].tobytes()
+            if any(digest):
+                attrs[DIGEST] = digest.hex()
+            dims = slice(*self._dims_ends[row : row + 2].tolist())
+            chunks = slice(*self._chunk_ends[row : row + 2].tolist())
+            entry = ObjectEntry(
+                path,
+                attrs,
+                dtype,
+                tuple(column("object_dims")[dims].tolist()),
+                tuple(column("object_chunk_dims")[dims].tolist()),
+                codec,
+                ChunkTable(
+                    tuple(self._chunk_offsets[chunks].tolist()),
+                    tuple(column("chunk_nbytes")[chunks].tolist()),
+                    tuple(column("chunk_checksum")[chunks].tolist()),
+                ),
+            )
+            # Here, so that what the footer cannot mean is neither read, copied nor reported.
+            get_codec(codec)
+            check_sizes(entry, self._limits, self.file.nbytes)
+        except FooterError:
+            raise
+        except (IndexError, ValueError, TypeError, ArchiveError) as error:
+            message = f"row {row} of the footer's object table does not fit its columns: {error}"
+            raise FooterError(message) from error
+        return entry
+
+
+class FooterObjects(Mapping[str, ObjectEntry]):
+    """Objects of one sample; entries are made when asked for, since most readers want one."""
+
+    def __init__(self, store: FooterStore, rows: dict[str, int]) -> None:
+        self._store = store
+        self._rows = rows
+        self._last: ObjectEntry | None = None
+
+    def __getitem__(self, path: str) -> ObjectEntry:
+        # Whoever reads an array asks for its entry three times in a row.
+        last = self._last
+        if last is None or last.path != path:
+            last = self._last = self._store.entry(self._rows[path])
+        return last
+
+    def attrs(self, path: str) -> Attrs:
+        """Attributes of one object but its digest; a thirtieth of the time of the whole entry."""
+        return self._store.object_attrs(self._rows[path])
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _attrs(document: Any) -> Attrs:
+    """Attributes as the footer's JSON has them."""
+    try:
+        return attrs_from_json(document)
+    except (ValueError, TypeError, AttributeError) as error:
+        message = f"the footer holds something else than attributes: {error}"
+        raise FooterError(message) from error
+
+
+def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Where runs of these lengths begin and end: one entry more than there are runs."""
+    ends = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=ends[1:])
+    return ends
+
+
+def _parse(document: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(document)
+    except (ValueError, RecursionError) as error:
+        message = f"the footer's sample table is no JSON: {error}"
+        raise FooterError(message) from error
+    if not isinstance(parsed, dict):
+        message = "the footer's sample table holds something else than attributes"
+        raise FooterError(message)
+    return parsed

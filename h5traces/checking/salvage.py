@@ -1,0 +1,160 @@
+"""Saves every intact sample of a damaged archive into a new one."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h5traces.archive.inheritance import inherited_facts, inherited_scales
+from h5traces.archive.opening import open_archive
+from h5traces.checking.verify import sample_damage
+from h5traces.errors import Problem, StoredStateWarning
+from h5traces.format import layout
+from h5traces.format.limits import DEFAULT_LIMITS
+from h5traces.format.precision import EXACT
+from h5traces.storage.publish import remove_abandoned_parts
+from h5traces.writing.archive_writer import ArchiveWriter
+from h5traces.writing.options import WriteOptions
+from h5traces.writing.read_back import verify_written
+from h5traces.writing.stored_samples import StoredSample
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.opening import PathLike
+    from h5traces.format.limits import ReadLimits
+
+
+@dataclass(slots=True)
+class SalvageReport:
+    """What was saved.
+
+    Attributes
+    ----------
+    source, target
+        The damaged archive, and the new one.
+    num_saved
+        Samples in the new archive.
+    lost
+        What is damaged in the samples that were left behind.
+    """
+
+    source: str
+    target: str
+    num_saved: int = 0
+    lost: list[Problem] = field(default_factory=list)
+
+    @property
+    def lost_samples(self) -> list[int]:
+        """Ordinals of the samples that were left behind."""
+        prefix = f"/{layout.SAMPLES_GROUP}/"
+        names = (each.loc.removeprefix(prefix).partition("/")[0] for each in self.lost)
+        return sorted({int(name) for name in names})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "source": self.source,
+            "target": self.target,
+            "num_saved": self.num_saved,
+            "lost_samples": self.lost_samples,
+            "lost": [each.as_dict() for each in self.lost],
+        }
+
+
+def salvage(
+    source: PathLike,
+    dest: PathLike,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    workers: int | None = None,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> SalvageReport:
+    """Copy every sample that is intact, and list those that are not.
+
+    A sample is intact if all its arrays inflate and fit their digests. The source is not changed.
+
+    Parameters
+    ----------
+    source
+        The damaged archive; its footer or its HDF5 part must still open.
+    dest
+        The new archive.
+    overwrite
+        Replace `dest`.
+    dry_run
+        Look only.
+    workers
+        Threads; one per core by default.
+    limits
+        What the source may ask of its reader.
+    progress
+        Called with the samples looked at and the samples there are.
+
+    Raises
+    ------
+    NotAnArchiveError, CorruptArchiveError
+        Neither footer nor HDF5 part tells where the samples are.
+    ArchiveExistsError
+        `dest` exists.
+    """
+    target = Path(dest)
+    report = SalvageReport(str(source), str(target))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoredStateWarning)
+        with open_archive(source, limits=limits) as archive, ThreadPoolExecutor(workers) as pool:
+            intact = _intact(archive, pool, report, progress)
+            if not dry_run:
+                _copy(archive, intact, target, WriteOptions(workers=workers, overwrite=overwrite))
+    report.num_saved = len(intact)
+    return report
+
+
+def _intact(
+    archive: Archive,
+    pool: ThreadPoolExecutor,
+    report: SalvageReport,
+    progress: Callable[[int, int], None] | None,
+) -> list[int]:
+    (file,) = archive.files
+    intact = []
+    for index in range(len(archive)):
+        damage = list(sample_damage(file.store, index, pool))
+        for loc, error in damage:
+            message = str(error).removeprefix(f"{report.source}: ").removeprefix(f"{loc}: ")
+            report.lost.append(Problem(loc, message, "damaged"))
+        if not damage:
+            intact.append(index)
+        if progress is not None:
+            progress(index + 1, len(archive))
+    return intact
+
+
+def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptions) -> None:
+    metadata = archive.metadata
+    remove_abandoned_parts(target)
+    writer = ArchiveWriter(
+        target,
+        WriteOptions(
+            dtype=metadata.dtype_policy or "float16",
+            on_overflow=metadata.on_overflow or "float32",
+            codec=metadata.codec,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            precision=metadata.precision or EXACT,
+            scales=inherited_scales(archive.files),
+            earlier_precisions=metadata.earlier_precisions or (),
+        ),
+        **inherited_facts(archive.files),
+    )
+    with writer:
+        for index in intact:
+            writer.copy(StoredSample(archive[index]))
+        writer.finish(sources=metadata.sources)
+        verify_written(writer.part_path, writer.digests, workers=options.workers)

@@ -1,0 +1,167 @@
+"""Rebuilds the footer of an archive from its HDF5 part."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h5traces.archive.file import check_version
+from h5traces.errors import CorruptArchiveError, NotAnArchiveError
+from h5traces.format import layout
+from h5traces.format.digests import chunk_checksum, dataset_digest
+from h5traces.format.entries import digest_type
+from h5traces.format.limits import DEFAULT_LIMITS
+from h5traces.storage.arrays import read_array, read_chunk
+from h5traces.storage.files import LocalFile
+from h5traces.storage.footer import hdf5_end
+from h5traces.storage.footer_builder import FooterBuilder
+from h5traces.storage.hdf5.reading import Hdf5Reader
+from h5traces.writing.read_back import stored_sample_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from h5traces.archive.opening import PathLike
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.entries import ObjectEntry
+    from h5traces.format.limits import ReadLimits
+
+
+@dataclass(slots=True)
+class SealReport:
+    """What sealing did.
+
+    Attributes
+    ----------
+    path
+        The archive.
+    sealed
+        Whether it has a new footer.
+    num_samples
+        Samples in it.
+    edited
+        HDF5 paths whose values or metadata do not fit their digests.
+    """
+
+    path: str
+    sealed: bool = False
+    num_samples: int = 0
+    edited: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "path": self.path,
+            "sealed": self.sealed,
+            "num_samples": self.num_samples,
+            "edited": self.edited,
+        }
+
+
+def seal(
+    path: PathLike,
+    *,
+    accept_edits: bool = False,
+    dry_run: bool = False,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> SealReport:
+    """Give an archive a footer again, after something opened it for writing.
+
+    Reads every chunk. The HDF5 part is not touched; until the last byte of the new footer is
+    written, readers go on through HDF5.
+
+    Parameters
+    ----------
+    path
+        The archive.
+    accept_edits
+        Seal although values or metadata were changed since the archive was written.
+    dry_run
+        Look for edits only.
+    limits
+        What the file may ask of its reader.
+    progress
+        Called with the samples read and the samples there are.
+
+    Raises
+    ------
+    CorruptArchiveError
+        A chunk is damaged, or a dataset is not stored as archives store it.
+    NotAnArchiveError
+        The file is no archive.
+    """
+    file_path = Path(path)
+    report = SealReport(str(file_path))
+    builder = FooterBuilder()
+    file = LocalFile(file_path)
+    with Hdf5Reader(file_path, limits) as reader, ThreadPoolExecutor() as pool:
+        root, kinds = reader.root_attributes(), reader.kinds()
+        if root.get("format") != layout.FORMAT_NAME:
+            message = f"{file_path}: is no h5traces archive; there is nothing to seal"
+            raise NotAnArchiveError(message)
+        check_version(root, str(file_path))
+        names = reader.sample_names()
+        if root.get("num_samples") != len(names):
+            report.edited.append(f"/{layout.SAMPLES_GROUP}")
+        for index, name in enumerate(names):
+            sample = reader.sample(name)
+            place = layout.sample_path(sample.ordinal)
+            entries = list(pool.map(lambda entry: _sealed(file, entry, limits), _all(sample)))
+            report.edited += [f"{place}/{entry.path}" for entry, fits in entries if not fits]
+            if stored_sample_digest(sample) != sample.attrs.get("digest"):
+                report.edited.append(place)
+            builder.add_sample(sample.attrs, (entry for entry, _ in entries))
+            if progress is not None:
+                progress(index + 1, len(names))
+        scales = reader.scales()
+        if scales is not None:
+            entries = [_sealed(file, entry, limits) for entry in _all(scales)]
+            report.edited += [f"/{entry.path}" for entry, fits in entries if not fits]
+            builder.add_scales(entry for entry, _ in entries)
+    report.num_samples = builder.num_samples
+    if dry_run or (report.edited and not accept_edits):
+        return report
+    _append(file_path, builder, root, kinds)
+    report.sealed = True
+    return report
+
+
+def _all(sample: Any) -> list[ObjectEntry]:
+    return list(sample.objects.values())
+
+
+def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[ObjectEntry, bool]:
+    """The entry with checksums of its chunks, and whether its values fit its digest."""
+    if entry.is_group:
+        return entry, True
+    if entry.chunks is None:
+        message = (
+            f"{file.name}: {entry.path} is not stored in chunks that h5traces can address; rewrite "
+            "the file with 'h5repack -L -f SHUF -f GZIP=6', then seal it"
+        )
+        raise CorruptArchiveError(message)
+    values = read_array(file, entry, limits)
+    numbers = range(len(entry.chunks.offsets))
+    checksums = tuple(chunk_checksum(read_chunk(file, entry, number)) for number in numbers)
+    fits = dataset_digest(digest_type(entry.dtype), values) == entry.attrs.get("digest")
+    return replace(entry, chunks=replace(entry.chunks, checksums=checksums)), fits
+
+
+def _append(path: Path, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:
+    """Write the footer behind the HDF5 part, durably."""
+    end = hdf5_end(LocalFile(path))
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        # What lies there now is a footer that does not fit, or nothing.
+        os.ftruncate(descriptor, end)
+        footer = builder.finish(LocalFile(path), root, kinds)
+        written = 0
+        while written < len(footer):
+            written += os.pwrite(descriptor, footer[written:], end + written)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

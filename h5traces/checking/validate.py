@@ -1,0 +1,386 @@
+"""Structure checks: does an archive hold what ``schema/SPEC.md`` says, and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h5traces.archive.file import check_version
+from h5traces.archive.labels import label_problems
+from h5traces.archive.store import object_place
+from h5traces.archive.stores import FooterStore
+from h5traces.checking.encoding_checks import encoding_problems, scale_problems, scale_widths
+from h5traces.checking.sample_checks import sample_problems
+from h5traces.errors import (
+    ArchiveError,
+    CorruptArchiveError,
+    H5TracesError,
+    NotAnArchiveError,
+    Problem,
+    SchemaError,
+)
+from h5traces.format import layout, text
+from h5traces.format.archive import ArchiveMetadata, KindMetadata
+from h5traces.format.attributes import Attrs, from_attributes, unknown_attributes
+from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.format.precision import CalibrationRecord
+from h5traces.format.trace import TraceMetadata
+from h5traces.storage.files import LocalFile
+from h5traces.storage.footer import FooterError
+from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind
+from h5traces.writing.elements import index_columns
+from h5traces.writing.read_back import stored_sample_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from h5traces.archive.opening import PathLike
+    from h5traces.format.document import Document
+    from h5traces.format.entries import ObjectEntry, SampleEntry
+
+_ROOT_GROUPS = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
+_OPTIONAL_GROUPS = frozenset({layout.SCALES_GROUP})
+
+
+@dataclass(slots=True)
+class ValidationReport:
+    """What a validation found.
+
+    Attributes
+    ----------
+    path
+        The file.
+    num_samples, num_datasets
+        What was looked at.
+    problems
+        Everything that is not as the specification says; empty for a valid archive.
+    notes
+        What is allowed and still worth knowing, such as a missing footer.
+    """
+
+    path: str
+    num_samples: int = 0
+    num_datasets: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "path": self.path,
+            "ok": self.ok,
+            "num_samples": self.num_samples,
+            "num_datasets": self.num_datasets,
+            "problems": [each.as_dict() for each in self.problems],
+            "notes": self.notes,
+        }
+
+
+def validate(
+    path: PathLike,
+    *,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> ValidationReport:
+    """Check the structure of one archive through its HDF5 part, and that its footer agrees.
+
+    Every object is looked at, no array is read. Nothing is written.
+
+    Parameters
+    ----------
+    path
+        The archive.
+    limits
+        What the file may ask of its reader.
+    progress
+        Called with the samples checked and the samples there are.
+
+    Returns
+    -------
+    ValidationReport
+        With every problem and its HDF5 path; a file that is no archive at all is a problem, too.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    """
+    file = Path(path)
+    if not file.exists():
+        message = f"{file}: no such file"
+        raise FileNotFoundError(message)
+    report = ValidationReport(str(file))
+    try:
+        with Hdf5Reader(file, limits) as reader:
+            _Validation(reader, limits, report, progress).run()
+    except H5TracesError as error:
+        report.problems.append(Problem("/", _without(error, f"{file}: "), problem_kind(error)))
+    return report
+
+
+def _without(error: Exception, prefix: str) -> str:
+    return str(error).removeprefix(prefix)
+
+
+class _Validation:
+    """One run over one file."""
+
+    def __init__(
+        self,
+        reader: Hdf5Reader,
+        limits: ReadLimits,
+        report: ValidationReport,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._reader, self._limits, self._report = reader, limits, report
+        self._progress = progress
+        self._footer: FooterStore | None = None
+        self._metadata: ArchiveMetadata | None = None
+        self._kinds: dict[str, KindMetadata] = {}
+        self._samples: list[TraceMetadata | None] = []
+        # Layers that have a scale, by path below a sample.
+        self._widths: dict[str, int] = {}
+        self._is_newer = False
+
+    def run(self) -> None:
+        root = self._reader.root_attributes()
+        if root.get("format") != layout.FORMAT_NAME:
+            message = "is HDF5, but no h5traces archive: the attribute 'format' is not 'h5traces'"
+            raise NotAnArchiveError(message)
+        check_version(root, "/")
+        version = layout.parse_version(str(root["format_version"]))
+        self._is_newer = version is not None and version > layout.KNOWN_VERSION
+        self._metadata = self._document(ArchiveMetadata, root, "/")
+        if root.get("complete") != 1:
+            self._add("/", "the archive was not finished: 'complete' is not 1", "incomplete")
+        self._check_root_names()
+        self._check_kinds()
+        self._open_footer(root)
+        self._check_scales()
+        names = self._reader.sample_names()
+        self._check_sample_names(names)
+        for index, name in enumerate(names):
+            self._check_sample(index, name)
+            if self._progress is not None:
+                self._progress(index + 1, len(names))
+        self._report.num_samples = len(names)
+        self._check_index(names)
+        self._check_keys()
+        if self._metadata is not None:
+            archive_id = self._metadata.archive_id
+            self._report.problems += label_problems(self._reader.path, archive_id, self._samples)
+        for place, name in self._reader.ignored_attributes:
+            if not name.startswith(layout.USER_ATTR_PREFIX):
+                message = f"attribute {name!r} is not of the format, nor of a type that it uses"
+                self._add(place, message, "unknown_attribute")
+
+    def _add(self, loc: str, message: str, kind: str) -> None:
+        self._report.problems.append(Problem(loc, message, kind))
+
+    def _document(self, document: type[Document], attrs: Attrs, loc: str) -> Any:
+        for name in unknown_attributes(document, attrs):
+            if self._is_newer:
+                self._report.notes.append(f"{loc}: attribute {name!r} is of a newer format")
+                continue
+            self._add(
+                loc,
+                f"attribute {name!r} is not of the format; names of your own begin with "
+                f"{layout.USER_ATTR_PREFIX!r}",
+                "unknown_attribute",
+            )
+        try:
+            return from_attributes(document, attrs)
+        except SchemaError as error:
+            for each in error.problems:
+                self._add(loc, f"attribute {each.loc!r}: {each.message}", each.kind)
+            return None
+
+    def _check_root_names(self) -> None:
+        found = set(self._reader.root_names())
+        for name in sorted(found - _ROOT_GROUPS - _OPTIONAL_GROUPS):
+            self._add(f"/{name}", "no such object belongs in an archive", "unknown_object")
+        for name in sorted(_ROOT_GROUPS - found):
+            self._add(f"/{name}", "the group is missing", "missing_group")
+        for name in self._reader.stray_names():
+            self._add(name, "no such object belongs in an archive", "unknown_object")
+
+    def _check_kinds(self) -> None:
+        for name, attrs in self._reader.kinds().items():
+            metadata = self._document(KindMetadata, attrs, f"/{layout.KINDS_GROUP}/{name}")
+            if metadata is not None:
+                self._kinds[name] = metadata
+
+    def _open_footer(self, root: Attrs) -> None:
+        try:
+            self._footer = FooterStore(LocalFile(self._reader.path), self._limits)
+        except FooterError as error:
+            self._report.notes.append(
+                f"{error}; the archive is read through HDF5, 'h5traces seal' makes it fast again"
+            )
+            return
+        if self._footer.root_attrs != root or self._footer.kinds != self._reader.kinds():
+            self._add("/", "the footer and HDF5 tell different metadata", "footer_mismatch")
+
+    def _check_scales(self) -> None:
+        place = f"/{layout.SCALES_GROUP}"
+        problems: list[Problem] = []
+        try:
+            scales = self._reader.scales(problems=problems)
+        except ArchiveError as error:
+            self._add(
+                place, _without(error, f"{self._reader.path}: {place}: "), problem_kind(error)
+            )
+            return
+        for each in problems:
+            self._add(f"/{each.loc}", each.message, each.kind)
+        record = scales.objects[layout.SCALES_GROUP].attrs if scales is not None else {}
+        if record:
+            self._document(CalibrationRecord, record, place)
+        self._widths = scale_widths(scales.objects) if scales is not None else {}
+        for loc, message, kind in () if scales is None else scale_problems(scales.objects):
+            self._add(f"/{loc}", message, kind)
+        if self._footer is not None and not problems:
+            listed = self._footer.scales()
+            self._check_same(place, listed, scales)
+
+    def _check_same(
+        self, place: str, listed: SampleEntry | None, stored: SampleEntry | None
+    ) -> None:
+        """Nobody may see one thing in HDFView and another in Python."""
+        if listed is None or stored is None:
+            if listed is not stored:
+                self._add(place, "only one of the footer and HDF5 has it", "footer_mismatch")
+            return
+        if listed.attrs != stored.attrs or set(listed.objects) != set(stored.objects):
+            self._add(place, "the footer tells other metadata than HDF5", "footer_mismatch")
+            return
+        for path, entry in stored.objects.items():
+            if not _same_entry(listed.objects[path], entry):
+                message = "the footer tells another dataset than HDF5"
+                self._add(object_place(stored.ordinal, path), message, "footer_mismatch")
+
+    def _check_sample_names(self, names: list[str]) -> None:
+        expected = [layout.sample_name(ordinal) for ordinal in range(len(names))]
+        if names != expected:
+            odd = next(name for name, wanted in zip(names, expected, strict=True) if name != wanted)
+            self._add(
+                f"/{layout.SAMPLES_GROUP}/{odd}",
+                "sample groups must be named 00000000, 00000001, … without gaps; one was removed "
+                "or renamed",
+                "sample_names",
+            )
+        if self._metadata is not None and self._metadata.num_samples != len(names):
+            message = f"num_samples is {self._metadata.num_samples}, {len(names)} are stored"
+            self._add("/", message, "count_mismatch")
+        if self._footer is not None and self._footer.num_samples != len(names):
+            message = (
+                f"the footer lists {self._footer.num_samples} samples, {len(names)} are stored"
+            )
+            self._add("/", message, "footer_mismatch")
+            self._footer = None
+
+    def _check_sample(self, index: int, name: str) -> None:
+        place = f"/{layout.SAMPLES_GROUP}/{name}"
+        problems: list[Problem] = []
+        try:
+            sample = self._reader.sample(name, problems=problems)
+        except ArchiveError as error:
+            prefix = f"{self._reader.path}: {place}: "
+            self._add(place, _without(error, prefix), problem_kind(error))
+            self._samples.append(None)
+            return
+        for each in problems:
+            self._add(f"{place}/{each.loc}", each.message, each.kind)
+        metadata = self._document(TraceMetadata, sample.attrs, place)
+        self._samples.append(metadata)
+        self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
+        for loc, message, kind in sample_problems(sample, metadata, self._kinds):
+            self._add(f"{place}/{loc}" if loc else place, message, kind)
+        for loc, message, kind in encoding_problems(sample.objects, self._widths, self._metadata):
+            self._add(f"{place}/{loc}", message, kind)
+        if not problems:
+            if metadata is not None and stored_sample_digest(sample) != metadata.digest:
+                message = "the digest does not fit the metadata and datasets; they were edited"
+                self._add(place, message, "digest_mismatch")
+            self._check_fields(sample, metadata, place)
+            self._check_footer_sample(index, sample, place)
+
+    def _check_fields(
+        self, sample: SampleEntry, metadata: TraceMetadata | None, place: str
+    ) -> None:
+        if metadata is None or self._metadata is None:
+            return
+        slots = {
+            layout.QUESTION_ID: metadata.sample_id,
+            layout.PROMPT_LENGTH: metadata.prompt_len,
+            layout.LABEL: metadata.label,
+        }
+        for key in metadata.fields or self._metadata.fields or ():
+            extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
+            if key not in sample.objects and extra not in sample.objects and slots.get(key) is None:
+                self._add(place, f"the field {key!r} is listed but not stored", "missing_field")
+
+    def _check_footer_sample(self, index: int, sample: SampleEntry, place: str) -> None:
+        if self._footer is None:
+            return
+        try:
+            self._check_same(place, self._footer.sample(index), sample)
+        except CorruptArchiveError as error:
+            self._add("/", str(error), "footer_damaged")
+            self._footer = None
+
+    def _check_index(self, names: list[str]) -> None:
+        loc = f"/{layout.INDEX_TABLE}"
+        table = self._reader.index_table()
+        if table is None or table.dtype.names is None:
+            self._add(loc, "the table of samples is missing", "missing_index")
+            return
+        if len(table) != len(names):
+            self._add(loc, f"{len(table)} rows for {len(names)} samples", "count_mismatch")
+            return
+        for name, expected in index_columns([each for each in self._samples if each]).items():
+            if name not in table.dtype.names:
+                self._add(loc, f"the column {name!r} is missing", "missing_column")
+            elif len(expected) == len(table):
+                self._check_column(loc, name, table[name], expected)
+
+    def _check_column(self, loc: str, name: str, found: Any, expected: Any) -> None:
+        for row, (listed, stored) in enumerate(zip(found.tolist(), expected.tolist(), strict=True)):
+            if listed != stored:
+                message = f"row {row} has {name} {listed!r}, the sample has {stored!r}"
+                self._add(loc, message, "index_mismatch")
+
+    def _check_keys(self) -> None:
+        keys = ((each.sample_id, each.generation_index) for each in self._samples if each)
+        counts = Counter(key for key in keys if key[0] is not None)
+        for (sample_id, generation), count in counts.items():
+            if count > 1:
+                message = (
+                    f"{count} samples have sample_id {sample_id!r} and generation_index "
+                    f"{generation}; the pair must be unique"
+                )
+                self._add(f"/{layout.SAMPLES_GROUP}", message, "repeated_key")
+
+
+def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:
+    if (listed.attrs, listed.dtype, listed.shape, listed.chunk, listed.codec) != (
+        stored.attrs,
+        stored.dtype,
+        stored.shape,
+        stored.chunk,
+        stored.codec,
+    ):
+        return False
+    if listed.chunks is None or stored.chunks is None:
+        return listed.chunks is stored.chunks
+    return (listed.chunks.offsets, listed.chunks.sizes) == (
+        stored.chunks.offsets,
+        stored.chunks.sizes,
+    )

@@ -1,0 +1,177 @@
+"""Metadata of an archive and of the kinds of arrays in it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from h5traces.format.document import Document
+from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
+from h5traces.format.extraction import ExtractionMetadata
+from h5traces.format.precision import Precision
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
+LayerNumbers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="0-based decoder block numbers, strictly ascending."),
+]
+
+
+def check_ascending(layers: tuple[int, ...], field: str) -> None:
+    """Raise ValueError unless layer numbers ascend strictly."""
+    if any(left >= right for left, right in itertools.pairwise(layers)):
+        message = f"{field} must be strictly ascending layer numbers, got {list(layers)}"
+        raise ValueError(message)
+
+
+class SourceFile(Document):
+    """A file that samples were converted from."""
+
+    name: Annotated[str, Field(min_length=1, description="File name, without its folder.")]
+    nbytes: Annotated[int, Field(ge=0, description="Size of the file in bytes.")]
+    num_samples: Annotated[
+        int, Field(ge=0, description="Samples of this archive that came from the file.")
+    ] = 0
+
+
+class KindMetadata(Document):
+    """What one kind of layered array is: the attributes of ``/kinds/<name>``."""
+
+    axes: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(min_length=1, description="Axis names of one layer's array, outermost first."),
+    ]
+    layered: Annotated[bool, Field(description="Whether there is one array per decoder block.")]
+    layers: LayerNumbers = ()
+    definition: Annotated[str, Field(description="What the numbers are, in one sentence.")]
+    reduction: Annotated[
+        str | None,
+        Field(description="How heads were reduced: 'mean', 'max', or 'unknown'."),
+    ] = None
+    derivation: Annotated[
+        str | None,
+        Field(description="Encoding and version that made these arrays of others."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> KindMetadata:
+        check_ascending(self.layers, "layers")
+        return self
+
+
+class ArchiveMetadata(Document):
+    """What an archive says of itself: the attributes of its root group.
+
+    A fact that is not known is absent. ``complete`` is written last: an archive without it was
+    not finished.
+    """
+
+    format: Annotated[
+        Literal["h5traces"], Field(description="Tells an archive from other HDF5 files.")
+    ]
+    format_version: Annotated[
+        str, Field(pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR of the format.")
+    ]
+    stability: Annotated[
+        Literal["unstable", "stable"],
+        Field(description="'unstable' until this format version is released and frozen."),
+    ] = "unstable"
+    required_features: Annotated[
+        tuple[str, ...],
+        Field(description="Names a reader must know; one it does not know means: do not read."),
+    ] = ()
+    generator: Annotated[str, Field(description="Program and version that wrote the archive.")]
+    created: Annotated[
+        str,
+        Field(
+            pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$",
+            description="UTC time of writing, ISO 8601.",
+        ),
+    ]
+    archive_id: Annotated[
+        str,
+        Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", description="A UUID."),
+    ]
+    num_samples: Annotated[Count, Field(description="Groups below /samples.")]
+    model_id: Annotated[
+        str | None, Field(description="As the user or the batch's file name gives it.")
+    ] = None
+    model_revision: Annotated[
+        str | None, Field(description="Commit or tag of the model's weights.")
+    ] = None
+    dataset: Annotated[
+        str | None, Field(description="The data set that the questions came from.")
+    ] = None
+    num_layers: Annotated[
+        PositiveCount | None, Field(description="Decoder blocks of the model.")
+    ] = None
+    hidden_size: Annotated[
+        PositiveCount | None,
+        Field(description="Width of the hidden states where all stored layers share it."),
+    ] = None
+    num_heads: Annotated[
+        PositiveCount | None,
+        Field(description="Attention heads where all stored layers share the number."),
+    ] = None
+    layers: Annotated[
+        LayerNumbers | None,
+        Field(description="Present only when a subset of the model's layers is stored."),
+    ] = None
+    fields: Annotated[
+        tuple[str, ...] | None,
+        Field(description="Keys of the legacy dicts, in order; a sample may name its own."),
+    ] = None
+    codec: Annotated[str, Field(description="Name of the codec of the layered arrays.")]
+    dtype_policy: Annotated[
+        DtypePolicy | None, Field(description="How stored types were chosen.")
+    ] = None
+    on_overflow: Annotated[
+        OverflowPolicy | None, Field(description="What was done where the type was too narrow.")
+    ] = None
+    precision: Annotated[
+        Precision | None,
+        Field(description="How precisely arrays are stored; absent where nothing was given up."),
+    ] = None
+    earlier_precisions: Annotated[
+        tuple[Precision, ...] | None,
+        Field(description="What the arrays had lost before they were encoded, first loss first."),
+    ] = None
+    sources: Annotated[
+        tuple[SourceFile, ...] | None,
+        Field(description="The files that samples were converted from."),
+    ] = None
+    extraction: Annotated[
+        ExtractionMetadata | None,
+        Field(description="How a model was run to make the samples."),
+    ] = None
+    complete: Annotated[bool, Field(description="Written last; false or absent: not finished.")] = (
+        False
+    )
+
+    @property
+    def losses(self) -> tuple[Precision, ...]:
+        """All that was given up, first loss first."""
+        earlier = self.earlier_precisions or ()
+        if self.precision is None or not self.precision.is_lossy:
+            return earlier
+        return (*earlier, self.precision)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether arrays hold all that their source held in the stored type."""
+        is_lossy = self.precision is not None and self.precision.is_lossy
+        return not is_lossy and self.earlier_precisions is None
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> ArchiveMetadata:
+        if self.layers is None:
+            return self
+        check_ascending(self.layers, "layers")
+        if self.num_layers is not None and self.layers and self.layers[-1] >= self.num_layers:
+            message = f"layers names layer {self.layers[-1]} of a model of {self.num_layers} layers"
+            raise ValueError(message)
+        return self

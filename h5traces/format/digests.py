@@ -1,0 +1,82 @@
+"""xxh3 checksums of stored chunks and digests of content.
+
+Digests are of content, not of storage, so repacking keeps them. They show exchanged chunks,
+silent edits and incomplete samples; they prove no authenticity, for anybody can recompute them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from h5traces.format import layout
+from h5traces.format.attributes import compact_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+# What depends on the archive that a sample lies in, and on the samples before it: merging and
+# splitting keep the digest.
+ARCHIVE_RELATIVE = frozenset({"digest", "fields", "generation_index", "source"})
+
+
+def chunk_checksum(stored: bytes | bytearray | memoryview) -> int:
+    """xxh3-64 of a chunk's stored bytes."""
+    return xxhash.xxh3_64_intdigest(stored)
+
+
+def dataset_digest(stored_type: str, values: NDArray[Any]) -> str:
+    """xxh3-128 over type, shape and little-endian C-order bytes, as 32 hexadecimal digits.
+
+    Parameters
+    ----------
+    stored_type
+        Name of the stored type, for instance ``float16``; texts are ``text`` whatever their width.
+    values
+        The array; texts as dtype ``S<n>``.
+    """
+    header = f"{stored_type}{list(values.shape)}\n"
+    state = xxhash.xxh3_128(header.encode())
+    if values.dtype.kind == "S":
+        # The padding depends on the longest text stored, which is no content.
+        for text in values.ravel().tolist():
+            state.update(len(text).to_bytes(8, "little"))
+            state.update(text)
+        return state.hexdigest()
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    if little.size:
+        state.update(little.reshape(-1).view(np.uint8).data)
+    return state.hexdigest()
+
+
+def _without_users(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes in order of name, without those that users may add."""
+    return {
+        name: value
+        for name, value in sorted(attrs.items())
+        if not name.startswith(layout.USER_ATTR_PREFIX)
+    }
+
+
+def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> str:
+    """xxh3-128 over a sample's metadata and, in order of path, its objects.
+
+    Parameters
+    ----------
+    metadata
+        Attributes of the sample group; those in `ARCHIVE_RELATIVE` and the users' own are left out.
+    objects
+        For every path in the group: the attributes of a group or dataset, the digest among them.
+    """
+    content = {name: value for name, value in metadata.items() if name not in ARCHIVE_RELATIVE}
+    document = compact_json(
+        {
+            "metadata": _without_users(content),
+            "objects": {path: _without_users(objects[path]) for path in sorted(objects)},
+        }
+    )
+    return xxhash.xxh3_128_hexdigest(document.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,345 @@
+"""Stored floating-point types, and casts that count what they change.
+
+numpy has no bfloat16: such values travel as their raw bits in uint16 arrays, beside the name of
+their type, in a `TypedArray`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from h5traces import half
+from h5traces.errors import ConversionError
+from h5traces.format.scratch import Scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FloatType = Literal["float16", "bfloat16", "float32", "float64"]
+DtypePolicy = Literal["float16", "bfloat16", "float32", "auto"]
+OverflowPolicy = Literal["float32", "error", "clip"]
+
+AnyArray = NDArray[Any]
+
+FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
+DTYPE_POLICIES: Final[tuple[DtypePolicy, ...]] = get_args(DtypePolicy)
+OVERFLOW_POLICIES: Final[tuple[OverflowPolicy, ...]] = get_args(OverflowPolicy)
+
+# numpy dtype that carries each type's bits in memory.
+CARRIERS: Final[dict[FloatType, np.dtype[Any]]] = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+}
+# Narrowest first: the order in which `auto` tries them.
+_EXACT_CANDIDATES: Final[dict[FloatType, tuple[FloatType, ...]]] = {
+    "float16": ("float16",),
+    "bfloat16": ("float16", "bfloat16"),
+    "float32": ("float16", "bfloat16", "float32"),
+    "float64": ("float16", "bfloat16", "float32", "float64"),
+}
+_EXPONENT_MASKS: Final = {
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float32": (np.uint32, 0x7F800000),
+    "float64": (np.uint64, 0x7FF0000000000000),
+}
+_LARGEST: Final[dict[FloatType, float]] = {
+    "float16": float(np.finfo(np.float16).max),
+    "bfloat16": float.fromhex("0x1.fep127"),
+    "float32": float(np.finfo(np.float32).max),
+    "float64": float(np.finfo(np.float64).max),
+}
+
+_SCRATCH: Final = Scratch()
+
+
+@dataclass(frozen=True, slots=True)
+class TypedArray:
+    """An array and the name of its floating-point type.
+
+    Attributes
+    ----------
+    values
+        Any shape; for ``bfloat16`` the raw bits as uint16, else the numbers themselves.
+    dtype
+        One of `FLOAT_TYPES`.
+    """
+
+    values: AnyArray
+    dtype: FloatType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.values.shape
+
+    @classmethod
+    def of(cls, values: AnyArray) -> TypedArray:
+        """`values` with the type read off its numpy dtype; any byte order.
+
+        Raises
+        ------
+        ConversionError
+            The dtype is no floating-point type that archives store.
+        """
+        name = values.dtype.name
+        if name not in FLOAT_TYPES or values.dtype.kind != "f":
+            message = (
+                f"dtype is {values.dtype}, expected one of {', '.join(FLOAT_TYPES)}; "
+                "cast the array before it is stored"
+            )
+            raise ConversionError(message)
+        return cls(values, name)
+
+    def load(self) -> TypedArray:
+        """The array itself: it is in memory already."""
+        return self
+
+    def to_numpy(self) -> AnyArray:
+        """Numbers that numpy can compute with: bfloat16 as float32 (exact), others as they are."""
+        if self.dtype == "bfloat16":
+            return bfloat16_to_float32(self.values)
+        return self.values
+
+
+@dataclass(frozen=True, slots=True)
+class CastCounts:
+    """How many values of an array were not finite, or were changed by a cast.
+
+    Attributes
+    ----------
+    num_nan, num_inf
+        NaN and infinite values of the source; they are kept.
+    num_overflow
+        Finite values beyond the stored type: clipped, or the reason for a wider stored type.
+    num_to_zero
+        Values other than zero that became zero.
+    num_to_subnormal
+        Values that became subnormal numbers of the stored type and so lost precision.
+    """
+
+    num_nan: int = 0
+    num_inf: int = 0
+    num_overflow: int = 0
+    num_to_zero: int = 0
+    num_to_subnormal: int = 0
+
+    def __add__(self, other: CastCounts) -> CastCounts:
+        return CastCounts(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+        )
+
+    def nonzero(self) -> dict[str, int]:
+        """The counts that are not zero, by name."""
+        counts = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: count for name, count in counts if count}
+
+
+@dataclass(frozen=True, slots=True)
+class CastResult:
+    """An array as it will be stored.
+
+    Attributes
+    ----------
+    array
+        C-contiguous, little-endian, of the stored type.
+    source_dtype
+        The source's type where reading should cast back to it (policy ``auto``), else None.
+    cast_from
+        The source's type where the cast may have lost something, else None.
+    counts
+        What was found and changed.
+    """
+
+    array: TypedArray
+    source_dtype: FloatType | None
+    cast_from: FloatType | None
+    counts: CastCounts
+
+
+def bfloat16_to_float32(bits: AnyArray) -> NDArray[np.float32]:
+    """The numbers behind bfloat16 bits: exact, since bfloat16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def float32_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 values, ties to even; NaN stays a (quiet) NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding could carry a NaN's mantissa into the exponent and sign.
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    if nan.any():
+        rounded = np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded)
+    return rounded.astype(np.uint16)
+
+
+def cast_values(array: TypedArray, dtype: FloatType) -> TypedArray:
+    """`array` in another type by round-to-nearest-even: C-contiguous and little-endian."""
+    if array.dtype == dtype:
+        return TypedArray(np.ascontiguousarray(array.values, dtype=CARRIERS[dtype]), dtype)
+    numbers = array.to_numpy()
+    if (array.dtype, dtype) in _VECTORISED:
+        return TypedArray(_VECTORISED[array.dtype, dtype](_contiguous(numbers, array.dtype)), dtype)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if dtype == "bfloat16":
+            if numbers.dtype.itemsize > 4:
+                return TypedArray(_float64_to_bfloat16(numbers), dtype)
+            return TypedArray(float32_to_bfloat16(numbers.astype(np.float32, copy=False)), dtype)
+        return TypedArray(np.ascontiguousarray(numbers, dtype=CARRIERS[dtype]), dtype)
+
+
+def _contiguous(numbers: AnyArray, dtype: FloatType) -> AnyArray:
+    return np.ascontiguousarray(numbers, dtype=CARRIERS[dtype])
+
+
+_VECTORISED: Final[dict[tuple[FloatType, FloatType], Callable[[AnyArray], AnyArray]]] = {
+    ("float32", "float16"): half.to_float16,
+    ("float16", "float32"): half.to_float32,
+}
+
+
+def _float64_to_bfloat16(numbers: AnyArray) -> NDArray[np.uint16]:
+    """Rounds once: going through a nearest float32 would round twice.
+
+    Truncating to float32 with a sticky last bit ("round to odd") keeps the second rounding right.
+    """
+    narrow = numbers.astype(np.float32)
+    overflowed = np.isinf(narrow) & np.isfinite(numbers)
+    too_large = (np.abs(narrow) > np.abs(numbers)) & ~overflowed
+    toward_zero = np.where(too_large, np.nextafter(narrow, np.float32(0)), narrow)
+    inexact = (toward_zero.astype(np.float64) != numbers) & np.isfinite(narrow)
+    bits = toward_zero.astype(np.float32).view(np.uint32) | inexact.astype(np.uint32)
+    return float32_to_bfloat16(bits.view(np.float32))
+
+
+def same_bits(a: AnyArray, b: AnyArray) -> bool:
+    """Whether two arrays have the same shape, dtype and bits (NaN payloads and -0.0 included)."""
+    if a.shape != b.shape or a.dtype.newbyteorder("=") != b.dtype.newbyteorder("="):
+        return False
+    unsigned = np.dtype(f"u{a.dtype.itemsize}")
+    left = np.ascontiguousarray(a, dtype=a.dtype.newbyteorder("=")).view(unsigned)
+    right = np.ascontiguousarray(b, dtype=b.dtype.newbyteorder("=")).view(unsigned)
+    return bool(np.array_equal(left, right))
+
+
+def count_not_finite(array: TypedArray) -> tuple[int, int]:
+    """The number of NaN and of infinite values."""
+    unsigned, mask = _EXPONENT_MASKS[array.dtype]
+    native = np.ascontiguousarray(array.values, dtype=array.values.dtype.newbyteorder("="))
+    bits: AnyArray = native.view(unsigned).ravel()
+    exponents: AnyArray = _SCRATCH.take(bits.nbytes).view(unsigned)
+    np.bitwise_and(bits, mask, out=exponents)
+    if exponents.max(initial=0) < mask:
+        return 0, 0
+    special = exponents == mask
+    total = int(np.count_nonzero(special))
+    mantissa = unsigned((mask & -mask) - 1)
+    num_nan = int(np.count_nonzero(bits[special] & mantissa))
+    return num_nan, total - num_nan
+
+
+def _count_changes(source: TypedArray, stored: TypedArray) -> tuple[int, int, int]:
+    """Overflows, values gone to zero, values gone subnormal, of a cast to a narrower type.
+
+    Only values with the lowest or highest exponent can be any of these, and they are found by
+    their bits: numpy computes with float16 thirty times more slowly.
+    """
+    unsigned, mask = _EXPONENT_MASKS[stored.dtype]
+    exponents = stored.values.view(unsigned) & unsigned(mask)
+    extreme = (exponents == 0) | (exponents == unsigned(mask))
+    before = TypedArray(source.values[extreme], source.dtype).to_numpy()
+    after = TypedArray(stored.values[extreme], stored.dtype).to_numpy().astype(before.dtype)
+    overflow = np.isinf(after) & np.isfinite(before)
+    to_zero = (after == 0) & (before != 0)
+    to_subnormal = (after != 0) & np.isfinite(after) & (after != before)
+    return (
+        int(np.count_nonzero(overflow)),
+        int(np.count_nonzero(to_zero)),
+        int(np.count_nonzero(to_subnormal)),
+    )
+
+
+def _cast_exact(array: TypedArray) -> TypedArray:
+    """The narrowest type that gives every bit of `array` back."""
+    native = cast_values(array, array.dtype)
+    for dtype in _EXACT_CANDIDATES[array.dtype]:
+        stored = cast_values(native, dtype)
+        if same_bits(cast_values(stored, array.dtype).values, native.values):
+            return stored
+    return native
+
+
+def cast_for_storage(
+    array: TypedArray, *, policy: DtypePolicy = "float16", on_overflow: OverflowPolicy = "float32"
+) -> CastResult:
+    """`array` in the type that the policy chooses, with a count of all that changed.
+
+    Parameters
+    ----------
+    array
+        The source, any shape.
+    policy
+        A stored type, or ``auto`` for the narrowest type that is exact for every value.
+    on_overflow
+        What to do with an array holding finite values beyond the stored type: store it in
+        ``float32`` (or float64, where it needs that), raise an ``error``, or ``clip`` it to the
+        largest finite value.
+
+    Raises
+    ------
+    ConversionError
+        The array overflows and `on_overflow` is ``error``.
+    """
+    num_nan, num_inf = count_not_finite(array)
+    if policy == "auto":
+        stored = _cast_exact(array)
+        source_dtype = array.dtype if stored.dtype != array.dtype else None
+        return CastResult(stored, source_dtype, None, CastCounts(num_nan, num_inf))
+    stored = cast_values(array, policy)
+    if stored.dtype == array.dtype:
+        return CastResult(stored, None, None, CastCounts(num_nan, num_inf))
+    overflow, to_zero, to_subnormal = _count_changes(array, stored)
+    counts = CastCounts(num_nan, num_inf, overflow, to_zero, to_subnormal)
+    if overflow:
+        if on_overflow == "error":
+            message = (
+                f"{overflow} finite values lie beyond {policy} (largest: {_LARGEST[policy]:g}); "
+                "use --on-overflow float32 or clip, or --dtype float32 or auto"
+            )
+            raise ConversionError(message)
+        if on_overflow == "clip":
+            stored = _clip(array, stored)
+        else:
+            stored, to_zero, to_subnormal = _widen(array)
+            counts = CastCounts(num_nan, num_inf, overflow, to_zero, to_subnormal)
+    cast_from = array.dtype if stored.dtype != array.dtype else None
+    return CastResult(stored, None, cast_from, counts)
+
+
+def uncast(array: TypedArray) -> CastResult:
+    """`array` as it is, C-contiguous and little-endian, with a count of what is not finite."""
+    counts = CastCounts(*count_not_finite(array))
+    return CastResult(cast_values(array, array.dtype), None, None, counts)
+
+
+def _widen(array: TypedArray) -> tuple[TypedArray, int, int]:
+    """`array` in float32, or in float64 where float32 overflows too; what became 0 or subnormal."""
+    stored = cast_values(array, "float32")
+    overflow, to_zero, to_subnormal = _count_changes(array, stored)
+    if overflow:
+        return cast_values(array, "float64"), 0, 0
+    return stored, to_zero, to_subnormal
+
+
+def _clip(source: TypedArray, stored: TypedArray) -> TypedArray:
+    """`stored` with its overflows replaced by the largest finite value of their sign."""
+    before, after = source.to_numpy(), stored.to_numpy()
+    overflow = np.isinf(after) & np.isfinite(before)
+    largest = np.where(overflow, np.copysign(_LARGEST[stored.dtype], before), after)
+    return cast_values(TypedArray.of(largest.astype(before.dtype)), stored.dtype)

@@ -1,0 +1,140 @@
+"""Stored objects of a sample, described alike whether HDF5 or the footer told of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from h5traces.errors import UnsupportedEncodingError
+from h5traces.format.dtypes import CARRIERS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from h5traces.format.attributes import Attrs
+
+_TEXT_TYPE = re.compile(r"text:([1-9][0-9]{0,9})\Z")
+_INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+
+@cache
+def carrier_dtype(stored_type: str) -> np.dtype[Any]:
+    """The numpy dtype that carries a stored type's bytes.
+
+    Parameters
+    ----------
+    stored_type
+        ``float16``, ``bfloat16``, ``float32``, ``float64``, ``int8`` … ``uint64``, or ``text:<n>``
+        for UTF-8 fields of n bytes.
+
+    Raises
+    ------
+    UnsupportedEncodingError
+        No archive stores that type.
+    """
+    if stored_type in CARRIERS:
+        return CARRIERS[stored_type]
+    if stored_type in _INTEGER_TYPES:
+        return np.dtype(stored_type).newbyteorder("<")
+    text = _TEXT_TYPE.match(stored_type)
+    if text:
+        return np.dtype(f"S{text[1]}")
+    message = f"stored type {stored_type!r} is none that archives hold"
+    raise UnsupportedEncodingError(message)
+
+
+def stored_type_of(values: NDArray[Any]) -> str:
+    """The stored type of an array of integers, floats or fixed-length bytes."""
+    if values.dtype.kind == "S":
+        return f"text:{max(1, values.dtype.itemsize)}"
+    return values.dtype.name
+
+
+def digest_type(stored_type: str) -> str:
+    """The type name that enters a dataset's digest: texts are ``text`` whatever their width."""
+    return "text" if stored_type.startswith("text:") else stored_type
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTable:
+    """Where the chunks of one dataset lie, in C order of the chunk grid.
+
+    Attributes
+    ----------
+    offsets
+        Absolute byte offsets in the file.
+    sizes
+        Stored sizes in bytes.
+    checksums
+        xxh3-64 of the stored bytes; None where only HDF5 is known, which keeps none.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    checksums: tuple[int, ...] | None
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Offset and size of every chunk."""
+        return list(zip(self.offsets, self.sizes, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectEntry:
+    """A group or dataset inside a sample.
+
+    Attributes
+    ----------
+    path
+        Path below the sample's group, for instance ``hidden_states/layer_000``.
+    attrs
+        Its attributes, without those every reader can derive (the IMAGE attributes).
+    dtype
+        Stored type; the empty string for a group.
+    shape, chunk
+        Shape of the dataset and of its chunks.
+    codec
+        Codec name, None where only the HDF5 library can read the dataset.
+    chunks
+        Chunk table, None where `codec` is None, and for groups.
+    """
+
+    path: str
+    attrs: Attrs = field(default_factory=dict)
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    chunk: tuple[int, ...] = ()
+    codec: str | None = None
+    chunks: ChunkTable | None = None
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the object is a group."""
+        return not self.dtype
+
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of the uncompressed array."""
+        if self.is_group:
+            return 0
+        return int(np.prod(self.shape, dtype=object)) * carrier_dtype(self.dtype).itemsize
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of the stored chunks."""
+        return sum(self.chunks.sizes) if self.chunks else 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleEntry:
+    """A sample as stored: its attributes and its objects by path, in order of path."""
+
+    ordinal: int
+    attrs: Attrs
+    objects: Mapping[str, ObjectEntry]

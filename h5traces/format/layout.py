@@ -1,0 +1,174 @@
+"""Every path and attribute name of an archive, in one place; ``schema/SPEC.md`` explains them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+FORMAT_NAME: Final = "h5traces"
+SCALES_FORMAT: Final = "h5traces-scales"
+FORMAT_VERSION: Final = "1.0"
+FORMAT_MAJOR: Final = 1
+KNOWN_VERSION: Final = (1, 0)
+# Names a reader must know to read an archive rightly.
+PRECISION_FEATURE: Final = "encoded-layers"
+KNOWN_FEATURES: Final = frozenset({PRECISION_FEATURE})
+
+KINDS_GROUP: Final = "kinds"
+SAMPLES_GROUP: Final = "samples"
+INDEX_GROUP: Final = "index"
+SCALES_GROUP: Final = "scales"
+INDEX_TABLE: Final = "index/samples"
+EXTRA_GROUP: Final = "extra"
+
+HIDDEN_STATES: Final = "hidden_states"
+ATTENTIONS: Final = "attentions"
+ATTENTION_MEAN: Final = "attention_mean"
+EMBEDDING: Final = "embedding"
+STEPS_TABLE: Final = "steps"
+EXCEPTIONS_TABLE: Final = "exceptions"
+# Stands for the embedding in the table of exceptions.
+EMBEDDING_LAYER: Final = -1
+# Datasets beside the layers of a kind that are no layers themselves.
+TABLES: Final = frozenset({STEPS_TABLE, EXCEPTIONS_TABLE})
+
+TOKENS: Final = "tokens"
+TOKENS_DECODED: Final = "tokens_decoded"
+TEXT_FIELDS: Final = ("question", "generated_text", "generated_answer", "generated_answer_clean")
+
+# Legacy dict keys that live in attributes of the sample group.
+QUESTION_ID: Final = "question_id"
+PROMPT_LENGTH: Final = "prompt_length"
+LABEL: Final = "label"
+
+IMAGE_ATTRS: Final = {
+    "CLASS": "IMAGE",
+    "IMAGE_VERSION": "1.2",
+    "IMAGE_SUBCLASS": "IMAGE_GRAYSCALE",
+}
+
+# Attributes of layered arrays.
+LAYER_ATTRS: Final = frozenset(
+    {"site", "source_dtype", "cast_from", "container", "sequence", "digest"}
+    | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal"}
+    | {"encoding", "encoding_version", "formula", "restored_dtype", "kept_exact"}
+    | {"scales", "zero_point", "spacing", "max_error_sigma", "levels", "mantissa_bits"}
+    | {"exceptions", "num_exceptions"}
+)
+# Attributes of all groups and datasets inside samples.
+OBJECT_ATTRS: Final = LAYER_ATTRS | {
+    "sequence",
+    "encoding",
+    "encoding_version",
+    "dtype",
+    "torch_dtype",
+    "ndim",
+    "keys",
+    *IMAGE_ATTRS,
+}
+
+SITE_EMBEDDING: Final = "embedding"
+SITE_BLOCK_OUTPUT: Final = "block_output"
+SITE_FINAL_NORM: Final = "final_norm"
+
+USER_ATTR_PREFIX: Final = "x_"
+
+
+@dataclass(frozen=True)
+class KindDefinition:
+    """What one kind of layered array is.
+
+    Attributes
+    ----------
+    axes
+        Names of the axes of one layer's array, outermost first.
+    definition
+        One sentence for people who meet the archive without its software.
+    image
+        Whether viewers should show the last two axes as a picture.
+    """
+
+    axes: tuple[str, ...]
+    definition: str
+    image: bool
+
+
+KINDS: Final = {
+    HIDDEN_STATES: KindDefinition(
+        axes=("token", "hidden"),
+        definition="Residual-stream state of every token behind one decoder block; the attribute "
+        "'site' of each dataset tells the exact place.",
+        image=False,
+    ),
+    ATTENTIONS: KindDefinition(
+        axes=("head", "query", "key"),
+        definition="Attention weights after the softmax, per head; row = query token, column = "
+        "key token.",
+        image=True,
+    ),
+    ATTENTION_MEAN: KindDefinition(
+        axes=("query", "key"),
+        definition="Attention weights reduced over the heads of one decoder block; the attribute "
+        "'reduction' tells how, where that is known.",
+        image=True,
+    ),
+}
+
+_LAYER_NAME = re.compile(r"layer_(\d{3,})\Z")
+_SAMPLE_NAME = re.compile(r"\d{8,}\Z")
+
+
+def parse_version(version: str) -> tuple[int, int] | None:
+    """Major and minor of a format version, None where it is no version."""
+    found = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version, flags=re.ASCII)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def sample_name(ordinal: int) -> str:
+    """The group name of a sample: 8 digits, so that HDF5 tools list samples in order."""
+    return f"{ordinal:08d}"
+
+
+def is_sample_name(name: str) -> bool:
+    """Whether `name` is an 8-digit (or longer) ordinal."""
+    return _SAMPLE_NAME.match(name) is not None
+
+
+def sample_path(ordinal: int) -> str:
+    """The absolute HDF5 path of a sample's group."""
+    return f"/{SAMPLES_GROUP}/{sample_name(ordinal)}"
+
+
+def layer_name(layer: int) -> str:
+    """The dataset name of a decoder block's array: at least 3 digits of its 0-based number."""
+    return f"layer_{layer:03d}"
+
+
+def parse_layer_name(name: str) -> int | None:
+    """The decoder block number behind a dataset name, None where it is no such name."""
+    found = _LAYER_NAME.match(name)
+    return int(found[1]) if found else None
+
+
+def escape_key(key: str) -> str:
+    """A legacy dict key as an HDF5 link name.
+
+    Percent-encodes ``%``, ``/``, NUL and, where they are all of the name, dots: HDF5 reads ``/``
+    as a path separator, ``.`` as the group itself and ends names at NUL. An empty key becomes
+    ``%``. Lone surrogates take the escape of `h5traces.format.text`.
+    """
+    if not key:
+        return "%"
+    escaped = key.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
+    if set(escaped) == {"."}:
+        escaped = escaped.replace(".", "%2E")
+    return escaped
+
+
+def unescape_key(name: str) -> str:
+    """The legacy dict key behind a link name that `escape_key` made."""
+    if name == "%":
+        return ""
+    return re.sub(r"%([0-9A-F]{2})", lambda found: chr(int(found[1], 16)), name)

@@ -1,0 +1,350 @@
+"""A trace in memory on its way into an archive, and the checks that span its fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
+
+from h5traces.errors import Problem, SchemaError
+from h5traces.format import layout
+from h5traces.format.archive import Count, Int64
+from h5traces.format.attributes import problems_of
+from h5traces.format.document import Document
+from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
+from h5traces.format.extraction import SampleExtraction
+from h5traces.format.trace import Coverage, SourcePosition, TraceMetadata
+
+Container = Literal["torch"]
+
+
+class ArraySource(Protocol):
+    """Anything that knows its shape and type and can produce the array when it is written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+
+    @property
+    def dtype(self) -> FloatType:
+        """Type of the array."""
+
+    def load(self) -> TypedArray:
+        """The array; called once, when the writer gets to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """One layer's arrays of generation steps, as old extractors kept them.
+
+    Attributes
+    ----------
+    steps
+        One array per generation step: hidden states ``(beams, tokens, hidden)`` or attentions
+        ``(beams, heads, query, key)``; all of one type.
+    sequence
+        Whether the legacy dict held a list or a tuple of steps.
+    """
+
+    steps: tuple[TypedArray, ...]
+    sequence: Literal["list", "tuple"] = "list"
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierCast:
+    """A cast that was made before an array got into a record, on the device that computed it.
+
+    Attributes
+    ----------
+    cast_from
+        The type of the array before.
+    counts
+        What that cast changed; values that are not finite are counted when the array is written.
+    """
+
+    cast_from: FloatType
+    counts: CastCounts
+
+
+@dataclass(frozen=True, slots=True)
+class LayerArray:
+    """One array of a layered kind.
+
+    Attributes
+    ----------
+    name
+        Dataset name: ``layer_000`` (the model's own 0-based block number) or ``embedding``.
+    array
+        The numbers, or their generation steps.
+    site
+        Where in the model the numbers were taken; see ``schema/SPEC.md``.
+    container
+        ``torch`` where the source was a torch tensor; None for numpy.
+    earlier
+        The cast that the array has been through already.
+    """
+
+    name: str
+    array: ArraySource | StepArrays
+    site: str | None = None
+    container: Container | None = None
+    earlier: EarlierCast | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayeredArrays:
+    """All arrays of one kind of one sample, in the order of the legacy list.
+
+    Attributes
+    ----------
+    arrays
+        One entry per stored position.
+    sequence
+        Whether the legacy dict held a list or a tuple of arrays.
+    reduction
+        How heads were reduced in arrays that have none, where that is known.
+    """
+
+    arrays: tuple[LayerArray, ...]
+    sequence: Literal["list", "tuple"] = "list"
+    reduction: str | None = None
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the arrays are lists of generation steps."""
+        return any(isinstance(entry.array, StepArrays) for entry in self.arrays)
+
+
+class ArrayDescription(Document):
+    """Name, type and shape of one stored array."""
+
+    kind: Annotated[str, Field(min_length=1, description="For instance ``hidden_states``.")]
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^(layer_[0-9]{3,}|embedding)$",
+            description="Dataset name: ``layer_000`` and so on, or ``embedding``.",
+        ),
+    ]
+    dtype: Annotated[FloatType, Field(description="Stored type.")]
+    shape: Annotated[tuple[Count, ...], Field(description="Shape of the array.")]
+    site: Annotated[str | None, Field(description="Where in the model the numbers were taken.")] = (
+        None
+    )
+
+
+class TraceDescription(Document):
+    """A trace without its numbers: what is stored, under which names, in which shapes."""
+
+    metadata: Annotated[TraceMetadata, Field(description="The attributes of the sample group.")]
+    num_tokens: Annotated[Count | None, Field(description="Stored token ids.")] = None
+    num_tokens_decoded: Annotated[Count | None, Field(description="Stored token texts.")] = None
+    arrays: Annotated[tuple[ArrayDescription, ...], Field(description="Every layered array.")] = ()
+
+    def problems(self) -> list[Problem]:
+        """Every contradiction between the fields; JSON Schema cannot relate their lengths."""
+        found: list[Problem] = []
+        if (
+            self.num_tokens is not None
+            and self.num_tokens_decoded is not None
+            and self.num_tokens != self.num_tokens_decoded
+        ):
+            message = (
+                f"{self.num_tokens_decoded} decoded tokens for {self.num_tokens} token ids; "
+                "expected one text per id"
+            )
+            found.append(Problem(layout.TOKENS_DECODED, message, "length_mismatch"))
+        if self.metadata.coverage in ("steps", "empty"):
+            # Kinds that are not in steps still have their axes.
+            for kind, definition in layout.KINDS.items():
+                found += self._axes_problems(kind, definition.axes)
+            return found
+        for kind, definition in layout.KINDS.items():
+            found += self._shape_problems(kind, definition.axes)
+        found += self._cross_kind_problems()
+        return found
+
+    def _of(self, kind: str) -> list[ArrayDescription]:
+        return [entry for entry in self.arrays if entry.kind == kind]
+
+    def _axes_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
+        found = []
+        for entry in self._of(kind):
+            if len(entry.shape) != len(axes):
+                message = (
+                    f"shape {entry.shape} has {len(entry.shape)} axes, expected {len(axes)}: "
+                    f"({', '.join(axes)})"
+                )
+                found.append(Problem(f"{kind}/{entry.name}", message, "wrong_axes"))
+        return found
+
+    def _shape_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
+        found = self._axes_problems(kind, axes)
+        if found:
+            return found
+        entries = self._of(kind)
+        for axis, axis_name in enumerate(axes):
+            if axis_name not in ("token", "query", "key"):
+                continue
+            lengths = {entry.shape[axis] for entry in entries}
+            if len(lengths) > 1:
+                odd = next(
+                    entry for entry in entries if entry.shape[axis] != entries[0].shape[axis]
+                )
+                message = (
+                    f"shape {odd.shape} has {odd.shape[axis]} on the {axis_name} axis, but "
+                    f"{entries[0].name} has {entries[0].shape[axis]}; expected the same sequence "
+                    "in every layer"
+                )
+                found.append(Problem(f"{kind}/{odd.name}", message, "unequal_lengths"))
+        return found
+
+    def _cross_kind_problems(self) -> list[Problem]:
+        hidden, found = self._of(layout.HIDDEN_STATES), []
+        for kind in (layout.ATTENTIONS, layout.ATTENTION_MEAN):
+            weights = self._of(kind)
+            if not hidden or not weights or len(hidden[0].shape) < 1 or len(weights[0].shape) < 2:
+                continue
+            if hidden[0].shape[0] != weights[0].shape[-2]:
+                message = (
+                    f"{weights[0].shape[-2]} query positions, but hidden states have "
+                    f"{hidden[0].shape[0]} tokens; expected the same sequence in both"
+                )
+                found.append(Problem(f"{kind}/{weights[0].name}", message, "unequal_lengths"))
+        return found
+
+
+class TraceRecord(BaseModel):
+    """A trace that is not written yet.
+
+    The converter and the extractor both produce it, and the writer knows nothing else.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
+
+    sample_id: str | None = None
+    generation_index: Annotated[int | None, Field(ge=0)] = None
+    prompt_len: Annotated[int | None, Field(ge=0)] = None
+    label: Int64 | None = None
+    scores: dict[str, float] | None = None
+    source: SourcePosition | None = None
+    extraction: SampleExtraction | None = None
+    exact_digest: Annotated[str | None, Field(pattern=r"^[0-9a-f]{32}$")] = None
+    fields: tuple[str, ...] = ()
+    tokens: NDArray[np.int64] | None = None
+    tokens_container: Container | None = None
+    tokens_decoded: tuple[str, ...] | None = None
+    texts: dict[str, str] = {}
+    layered: SkipValidation[dict[str, LayeredArrays]] = {}
+    extra: SkipValidation[dict[str, Any]] = {}
+
+    def coverage(self) -> Coverage:
+        """What the token axis of the arrays covers; see `COVERAGE_DEFINITIONS`."""
+        kinds = {name: kind for name, kind in self.layered.items() if kind.arrays}
+        if any(kind.in_steps for kind in kinds.values()):
+            has_steps = any(
+                isinstance(entry.array, StepArrays) and entry.array.steps
+                for kind in kinds.values()
+                for entry in kind.arrays
+            )
+            return "steps" if has_steps else "empty"
+        if not kinds:
+            return "empty"
+        return coverage_of(
+            {name: _shape_of(kind.arrays[0]) for name, kind in kinds.items()},
+            None if self.tokens is None else len(self.tokens),
+        )
+
+    def describe(self) -> TraceDescription:
+        """The record without its numbers, checked.
+
+        Raises
+        ------
+        SchemaError
+            Fields contradict each other; ``problems`` lists how.
+        """
+        try:
+            description = self._description()
+        except ValidationError as error:
+            found = problems_of(error)
+            raise SchemaError(_joined(found), found) from error
+        problems = description.problems()
+        if problems:
+            raise SchemaError(_joined(problems), problems)
+        return description
+
+    def _description(self) -> TraceDescription:
+        coverage = self.coverage()
+        arrays = tuple(
+            ArrayDescription(
+                kind=kind,
+                name=entry.name,
+                dtype=entry.array.dtype,
+                shape=entry.array.shape,
+                site=entry.site,
+            )
+            for kind, layers in self.layered.items()
+            for entry in layers.arrays
+            if not isinstance(entry.array, StepArrays)
+        )
+        return TraceDescription(
+            metadata=TraceMetadata(
+                sample_id=self.sample_id,
+                generation_index=self.generation_index,
+                seq_len=self._seq_len(arrays),
+                prompt_len=self.prompt_len,
+                coverage=coverage,
+                label=self.label,
+                scores=self.scores,
+                fields=self.fields or None,
+                source=self.source,
+                extraction=self.extraction,
+                exact_digest=self.exact_digest,
+            ),
+            num_tokens=None if self.tokens is None else len(self.tokens),
+            num_tokens_decoded=None if self.tokens_decoded is None else len(self.tokens_decoded),
+            arrays=arrays,
+        )
+
+    def _seq_len(self, arrays: tuple[ArrayDescription, ...]) -> int:
+        if self.tokens is not None:
+            return len(self.tokens)
+        for entry in arrays:
+            axes = layout.KINDS[entry.kind].axes if entry.kind in layout.KINDS else ()
+            if len(axes) == len(entry.shape):
+                for axis_name, length in zip(axes, entry.shape, strict=True):
+                    if axis_name in ("token", "query"):
+                        return length
+        return 0
+
+
+def _joined(problems: list[Problem]) -> str:
+    return "; ".join(f"{each.loc}: {each.message}" for each in problems)
+
+
+def _shape_of(entry: LayerArray) -> tuple[int, ...]:
+    return () if isinstance(entry.array, StepArrays) else entry.array.shape
+
+
+def coverage_of(shapes: dict[str, tuple[int, ...]], num_tokens: int | None) -> Coverage:
+    """What arrays of these shapes cover.
+
+    Parameters
+    ----------
+    shapes
+        One layer's shape by kind, for the kinds that are stored.
+    num_tokens
+        Number of stored tokens, None where tokens are not stored.
+    """
+    hidden = shapes.get(layout.HIDDEN_STATES)
+    weights = shapes.get(layout.ATTENTIONS) or shapes.get(layout.ATTENTION_MEAN)
+    length = hidden[0] if hidden else weights[-2] if weights and len(weights) >= 2 else 0
+    keys = weights[-1] if weights else length
+    if length == 1 and (keys > 1 or num_tokens not in (None, 1)):
+        return "last_position"
+    if keys == length and num_tokens in (None, length):
+        return "full"
+    return "partial"

@@ -1,0 +1,85 @@
+"""Metadata of one trace."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from h5traces.format.archive import Count, Int64
+from h5traces.format.document import Document
+from h5traces.format.extraction import SampleExtraction
+
+Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
+
+COVERAGE_DEFINITIONS: dict[Coverage, str] = {
+    "full": "Every layer's array covers exactly the stored tokens.",
+    "partial": "Arrays cover a sequence whose length is not the number of stored tokens.",
+    "last_position": "Arrays hold one position only (the '350 MB bug' of old extractors).",
+    "steps": "Arrays are generation steps, as an old extractor kept them, often with beams.",
+    "empty": "No layered array is stored, or none with a value in it.",
+}
+
+
+class SourcePosition(Document):
+    """Where a sample was converted from."""
+
+    file: Annotated[int, Field(ge=0, description="Index into the archive's ``sources``.")]
+    position: Annotated[int, Field(ge=0, description="Index in that file's list.")]
+
+
+class TraceMetadata(Document):
+    """What is known of one trace: the attributes of its sample group."""
+
+    sample_id: Annotated[
+        str | None,
+        Field(description="The legacy ``question_id``. May be absent, and may repeat."),
+    ] = None
+    generation_index: Annotated[
+        Count | None,
+        Field(description="Tells samples of one sample_id apart, in order of writing, from 0."),
+    ] = None
+    seq_len: Annotated[
+        Count, Field(description="Number of stored tokens, or of stored positions without tokens.")
+    ]
+    prompt_len: Annotated[Count | None, Field(description="Tokens of the prompt.")] = None
+    coverage: Annotated[Coverage, Field(description="What the token axis of the arrays covers.")]
+    label: Annotated[
+        Int64 | None, Field(description="Class label, for instance 1=hallucination.")
+    ] = None
+    scores: Annotated[
+        dict[str, float] | None, Field(description="Scores by name, for instance bleurt.")
+    ] = None
+    fields: Annotated[
+        tuple[str, ...] | None,
+        Field(description="Keys of the legacy dict in order, where not the archive's ``fields``."),
+    ] = None
+    source: Annotated[
+        SourcePosition | None, Field(description="Where the sample was converted from.")
+    ] = None
+    extraction: Annotated[
+        SampleExtraction | None, Field(description="How the sample was extracted from the model.")
+    ] = None
+    exact_digest: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[0-9a-f]{32}$",
+            description="Digest of the sample that this one was made of by giving up precision.",
+        ),
+    ] = None
+    digest: Annotated[
+        str | None,
+        Field(pattern=r"^[0-9a-f]{32}$", description="xxh3-128 of the content; written last."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _prompt_fits(self) -> TraceMetadata:
+        # Only where the arrays cover the tokens: old batches stored answer tokens alone.
+        if (
+            self.coverage == "full"
+            and self.prompt_len is not None
+            and self.prompt_len > self.seq_len
+        ):
+            message = f"prompt_len {self.prompt_len} exceeds seq_len {self.seq_len}"
+            raise ValueError(message)
+        return self

@@ -1,0 +1,1 @@
+"""Converts legacy batches to archives: plans the targets, streams the samples, reports."""

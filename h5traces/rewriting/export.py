@@ -1,0 +1,136 @@
+"""Archives back to legacy batches, or to float32 HDF5 for viewers that cannot show float16."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from h5traces.archive.inheritance import inherited_facts, shared_metadata
+from h5traces.archive.opening import open_archive
+from h5traces.errors import ConversionError, LossyWarning
+from h5traces.storage.publish import PartFile, remove_abandoned_parts
+from h5traces.writing.archive_writer import ArchiveWriter
+from h5traces.writing.options import WriteOptions
+from h5traces.writing.transcription import to_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.opening import PathLike
+    from h5traces.format.dtypes import DtypePolicy
+
+# Explicit memo numbers (MEMOIZE of protocol 4 counts from the start of the file), so that every
+# sample can be pickled by itself and freed before the next.
+_PROTOCOL = 3
+_PROTOCOL_HEADER_NBYTES = 2
+_GZIP_LEVEL = 6
+
+
+def export(
+    source: PathLike,
+    dest: PathLike,
+    *,
+    dtype: DtypePolicy | None = None,
+    container: Literal["source", "numpy"] = "source",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write an archive's traces to another file, sample by sample in bounded memory.
+
+    Parameters
+    ----------
+    source
+        An archive, a glob or a folder of archives.
+    dest
+        ``.pkl`` or ``.pkl.gz`` for a legacy batch (a list of dicts), ``.h5`` for an archive.
+    dtype
+        Stored type of an ``.h5`` export; ``float32`` suits viewers without float16.
+    container
+        For pickles: ``numpy`` turns what came from torch tensors into arrays.
+    overwrite
+        Replace `dest`.
+    dry_run
+        Check only.
+    progress
+        Called with the samples written and the samples there are.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    ConversionError
+        The suffix of `dest` is none of these, or `dtype` was given for a pickle.
+    ArchiveExistsError
+        `dest` exists.
+    """
+    target = Path(dest)
+    is_pickle = target.name.endswith((".pkl", ".pkl.gz"))
+    if not is_pickle and target.suffix != ".h5":
+        message = f"{target}: expected a name ending in .pkl, .pkl.gz or .h5"
+        raise ConversionError(message)
+    if is_pickle and dtype is not None:
+        message = f"{target}: dtype goes with .h5; a pickle holds what the archive gives"
+        raise ConversionError(message)
+    with open_archive(source) as archive:
+        if dry_run:
+            return target
+        remove_abandoned_parts(target)
+        losses = shared_metadata(archive.files).losses
+        if losses:
+            told = "no pickle can say so" if is_pickle else "'earlier_precisions' says so"
+            message = (
+                f"{target}: holds less than its source did ({', '.join(map(str, losses))}); {told}"
+            )
+            warnings.warn(message, LossyWarning, stacklevel=2)
+        if is_pickle:
+            _export_pickle(archive, target, container, overwrite=overwrite, progress=progress)
+        else:
+            options = WriteOptions(
+                dtype=dtype or "float32",
+                overwrite=overwrite,
+                earlier_precisions=losses,
+            )
+            with ArchiveWriter(target, options, **inherited_facts(archive.files)) as writer:
+                for index, trace in enumerate(archive):
+                    writer.append(to_record(trace))
+                    if progress is not None:
+                        progress(index + 1, len(archive))
+    return target
+
+
+def _export_pickle(
+    archive: Archive,
+    target: Path,
+    container: Literal["source", "numpy"],
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    with PartFile(target) as part:
+        with contextlib.ExitStack() as files:
+            out: Any = files.enter_context(os.fdopen(os.dup(part.file.fileno()), "wb"))
+            if target.name.endswith(".gz"):
+                zipped = gzip.GzipFile(
+                    filename="", fileobj=out, mode="wb", compresslevel=_GZIP_LEVEL, mtime=0
+                )
+                out = files.enter_context(zipped)
+            out.write(pickle.PROTO + bytes([_PROTOCOL]) + pickle.EMPTY_LIST)
+            for index, trace in enumerate(archive):
+                fragment = pickle.dumps(trace.to_dict(container=container), protocol=_PROTOCOL)
+                # Without its own header and STOP: the dict, then "append it to the list".
+                out.write(memoryview(fragment)[_PROTOCOL_HEADER_NBYTES : -len(pickle.STOP)])
+                out.write(pickle.APPEND)
+                if progress is not None:
+                    progress(index + 1, len(archive))
+            out.write(pickle.STOP)
+        part.publish(overwrite=overwrite)

@@ -1,0 +1,370 @@
+"""Joins scores to the samples of archives, and writes what comes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h5traces.archive.labels import FileLabels, sidecar_path
+from h5traces.archive.opening import open_archive
+from h5traces.errors import ArchiveExistsError, SchemaError
+from h5traces.format import layout
+from h5traces.format.labels import LabelSidecar
+from h5traces.rewriting.repack import repack
+from h5traces.rewriting.tables import ID_COLUMN, SCORE_COLUMN, ScoreTable, read_scores
+from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
+from h5traces.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.file import ArchiveFile
+    from h5traces.archive.opening import PathLike, Source
+    from h5traces.rewriting.tables import Key
+
+THRESHOLD = 0.5
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreStats:
+    """How scores are distributed.
+
+    Attributes
+    ----------
+    minimum, median, mean, maximum
+        Of the scores that were joined.
+    """
+
+    minimum: float
+    median: float
+    mean: float
+    maximum: float
+
+
+@dataclass(slots=True)
+class LabelReport:
+    """What joining found.
+
+    Attributes
+    ----------
+    archives, targets
+        Files read, and sidecars or archives written (or, in a dry run, that would be).
+    table
+        The file with the scores.
+    threshold
+        Labels are 1 below it; None where only scores are given.
+    num_samples, num_labelled
+        Samples in the archives, and those that got scores.
+    labels
+        How many samples have which label.
+    scores
+        Statistics by name of score.
+    missing
+        Samples that the table has no score for: file, index and id.
+    ambiguous
+        Samples that share their id while the table does not tell which it means.
+    unknown
+        Ids of the table that no archive has.
+    unscored
+        Ids whose row has no score.
+    num_repeated
+        Rows that repeat an earlier one with the same scores.
+    num_replaced
+        Samples that had another label before.
+    """
+
+    archives: list[str]
+    table: str
+    threshold: float | None
+    targets: list[str] = field(default_factory=list)
+    num_samples: int = 0
+    num_labelled: int = 0
+    labels: dict[int, int] = field(default_factory=dict)
+    scores: dict[str, ScoreStats] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    ambiguous: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    unscored: list[str] = field(default_factory=list)
+    num_repeated: int = 0
+    num_replaced: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample got its scores."""
+        return not self.missing and not self.ambiguous
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {"complete": self.complete, **asdict(self)}
+
+
+def label(
+    sources: Source | Iterable[Source],
+    table: PathLike,
+    *,
+    output: PathLike | None = None,
+    folder: PathLike | None = None,
+    threshold: float | None = THRESHOLD,
+    id_column: str = ID_COLUMN,
+    score_column: str = SCORE_COLUMN,
+    partial: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelReport:
+    """Join a table of scores to archives by sample id; the archives are not changed.
+
+    Writes a sidecar for every archive, which `h5traces.open` picks up, or, with `output`, one new
+    archive by copying chunks.
+
+    Parameters
+    ----------
+    sources
+        Archives, globs and folders; also on servers, then with `folder` or `output`.
+    table
+        CSV with a header: ``question_id``, ``bleurt_score``, and ``generation_index`` where
+        questions were answered more than once; ``min_score`` and ``avg_score`` are taken, too.
+    output
+        A new archive of all samples, labels and scores among their attributes.
+    folder
+        Where sidecars go, if not beside the archives.
+    threshold
+        A label is 1 where the score is below it, else 0; None gives scores only.
+    id_column, score_column
+        Other names of these columns.
+    partial
+        Write although samples have no score; these stay without a label.
+    overwrite
+        Replace sidecars, or `output`.
+    dry_run
+        Report only.
+    storage_options
+        As for `h5traces.open`.
+    progress
+        Called with the samples joined and the samples there are.
+
+    Raises
+    ------
+    SchemaError
+        The table is wrong, no id of it is in the archives, or samples have no score and `partial`
+        is false.
+    ArchiveExistsError
+        A sidecar or `output` exists.
+    """
+    scores = read_scores(Path(table), id_column=id_column, score_column=score_column)
+    if threshold is not None and not math.isfinite(threshold):
+        message = f"the threshold is {threshold}, expected a finite number"
+        raise SchemaError(message)
+    # Not those of an earlier run, which may be of an archive that was replaced since.
+    with open_archive(sources, storage_options=storage_options, labels=False) as archive:
+        report = LabelReport([str(path) for path in archive.paths], str(table), threshold)
+        sidecars = _Joining(scores, threshold, report).join(archive, progress)
+        _check(report, scores, partial=partial)
+        if output is not None:
+            _write_archive(
+                archive, sidecars, Path(output), report, overwrite=overwrite, dry_run=dry_run
+            )
+        else:
+            place = None if folder is None else Path(folder)
+            _write_sidecars(archive, sidecars, place, report, overwrite=overwrite, dry_run=dry_run)
+    return report
+
+
+class _Joining:
+    """Looks every sample up in the table."""
+
+    def __init__(self, table: ScoreTable, threshold: float | None, report: LabelReport) -> None:
+        self._table, self._threshold, self._report = table, threshold, report
+        self._joined: set[Key] = set()
+        self._found: list[tuple[float, ...]] = []
+        self._counts: Counter[int] = Counter()
+
+    def join(
+        self, archive: Archive, progress: Callable[[int, int], None] | None
+    ) -> list[LabelSidecar]:
+        """A sidecar for every file; the report tells of what has none."""
+        report = self._report
+        repeats = Counter(each for each in archive.ids if each is not None)
+        sidecars, total = [], len(archive)
+        for file in archive.files:
+            sidecars.append(self._join_file(file, repeats))
+            if progress is not None:
+                progress(report.num_samples, total)
+        known = {sample_id for sample_id, _ in self._joined}
+        unknown = (key for key in self._table.scores if key not in self._joined)
+        # Ids whose samples are ambiguous are known, if not joined.
+        report.unknown = [_named(key) for key in unknown if key[0] in known or not repeats[key[0]]]
+        report.unscored = list(self._table.unscored)
+        report.num_repeated = self._table.num_repeated
+        report.labels = dict(sorted(self._counts.items()))
+        for name, column in zip(self._table.names, zip(*self._found, strict=True), strict=False):
+            report.scores[name] = ScoreStats(
+                min(column), statistics.median(column), statistics.fmean(column), max(column)
+            )
+        return sidecars
+
+    def _join_file(self, file: ArchiveFile, repeats: Counter[str]) -> LabelSidecar:
+        ordinals: list[int] = []
+        ids: list[str] = []
+        rows: list[tuple[float, ...]] = []
+        labels: list[int] = []
+        for ordinal in range(file.num_samples):
+            attrs = file.sample_attrs(ordinal)
+            self._report.num_samples += 1
+            found = self._row(file, ordinal, attrs.get("sample_id"), attrs, repeats)
+            if found is None:
+                continue
+            sample_id, row = found
+            ordinals.append(ordinal)
+            ids.append(sample_id)
+            rows.append(row)
+            if self._threshold is not None:
+                labels.append(int(row[0] < self._threshold))
+                self._report.num_replaced += attrs.get(layout.LABEL, labels[-1]) != labels[-1]
+        self._report.num_labelled += len(rows)
+        self._found += rows
+        self._counts.update(labels)
+        columns = list(zip(*rows, strict=True)) or [()] * len(self._table.names)
+        return LabelSidecar(
+            format_version=layout.FORMAT_VERSION,
+            generator=f"h5traces {__version__}",
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            archive_id=file.metadata.archive_id,
+            num_samples=file.num_samples,
+            source=self._table.path.name,
+            label_score=None if self._threshold is None else self._table.names[0],
+            threshold=self._threshold,
+            ordinals=tuple(ordinals),
+            sample_ids=tuple(ids),
+            labels=None if self._threshold is None else tuple(labels),
+            scores=dict(zip(self._table.names, columns, strict=True)),
+        )
+
+    def _row(
+        self,
+        file: ArchiveFile,
+        ordinal: int,
+        sample_id: object,
+        attrs: Mapping[str, object],
+        repeats: Counter[str],
+    ) -> tuple[str, tuple[float, ...]] | None:
+        """The id and scores of one sample; None where there are none, which the report notes."""
+        place = f"{file.path}: sample {ordinal} ({sample_id!r})"
+        if not isinstance(sample_id, str):
+            self._report.missing.append(f"{file.path}: sample {ordinal} (without an id)")
+            return None
+        generation = attrs.get("generation_index")
+        key: Key = (sample_id, generation if isinstance(generation, int) else None)
+        if key not in self._table.scores:
+            key = (sample_id, None)
+            if key not in self._table.scores:
+                self._report.missing.append(place)
+                return None
+            if repeats[sample_id] > 1:
+                self._report.ambiguous.append(place)
+                return None
+        self._joined.add(key)
+        return sample_id, self._table.scores[key]
+
+
+def _named(key: Key) -> str:
+    sample_id, generation = key
+    return sample_id if generation is None else f"{sample_id} (generation {generation})"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
+    """Refuse to write labels that would leave samples out unseen."""
+    if not report.num_labelled:
+        example = next(iter(table.scores), ("none", None))[0]
+        message = (
+            f"{report.table}: none of its {table.num_questions} ids is in the archives; it has ids "
+            f"such as {example!r}, they have {_some(report.missing) or 'no sample'}"
+        )
+        raise SchemaError(message)
+    if partial or report.complete:
+        return
+    said = []
+    if report.missing:
+        said.append(f"{len(report.missing)} samples have no score: {_some(report.missing)}")
+    if report.ambiguous:
+        said.append(
+            f"{len(report.ambiguous)} samples share an id, and a column 'generation_index' is "
+            f"missing that tells them apart: {_some(report.ambiguous)}"
+        )
+    message = (
+        f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or use "
+        "--partial to leave these without a label"
+    )
+    raise SchemaError(message)
+
+
+def _write_archive(
+    archive: Archive,
+    sidecars: list[LabelSidecar],
+    output: Path,
+    report: LabelReport,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    for file, sidecar in zip(archive.files, sidecars, strict=True):
+        file.labels = FileLabels(sidecar, report.table)
+    done = repack(archive, output, overwrite=overwrite, dry_run=dry_run)
+    report.targets = done.targets
+
+
+def _write_sidecars(
+    archive: Archive,
+    sidecars: list[LabelSidecar],
+    folder: Path | None,
+    report: LabelReport,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    places: dict[Path, LabelSidecar] = {}
+    for file, sidecar in zip(archive.files, sidecars, strict=True):
+        place = sidecar_path(file.path, folder)
+        if place is None:
+            message = (
+                f"{file.path}: labels cannot be written on a server; name a folder for them, with "
+                "--folder"
+            )
+            raise SchemaError(message)
+        if place in places:
+            message = f"{place}: two archives have this name; label them into folders of their own"
+            raise SchemaError(message)
+        if place.exists() and not overwrite:
+            message = f"{place} exists; use --overwrite to replace it"
+            raise ArchiveExistsError(message)
+        places[place] = sidecar
+    report.targets = [str(place) for place in places]
+    if dry_run:
+        return
+    for place, sidecar in places.items():
+        make_folder(place.parent)
+        remove_abandoned_parts(place)
+        with PartFile(place) as part:
+            part.append(sidecar_json(sidecar))
+            part.publish(overwrite=overwrite)
+
+
+def sidecar_json(sidecar: LabelSidecar) -> bytes:
+    """The document as it is written: a line for every key, since columns are long."""
+    plain = sidecar.model_dump(exclude_none=True)
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in plain.items())
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")

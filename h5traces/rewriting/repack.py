@@ -1,0 +1,344 @@
+"""Rewrites archives: merges, splits and subsets them, by copying chunks wherever that is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h5traces.archive.archive import Archive
+from h5traces.archive.inheritance import inherited_facts, inherited_scales, shared_metadata
+from h5traces.archive.opening import open_archive
+from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
+from h5traces.format.precision import EXACT, Precision
+from h5traces.precision.scales import ScaleSet
+from h5traces.writing.calibrate import AUTOMATIC_SAMPLES, check_model, load_given, measured
+from h5traces.writing.options import WriteOptions, precision_warnings
+from h5traces.writing.shards import ShardSet
+from h5traces.writing.stored_samples import StoredSample
+from h5traces.writing.transcription import to_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from h5traces.archive.file import ArchiveFile
+    from h5traces.archive.opening import PathLike
+    from h5traces.archive.trace import Trace
+    from h5traces.format.archive import ArchiveMetadata, SourceFile
+    from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
+    from h5traces.format.precision import Tier
+    from h5traces.precision.scales import Calibration
+    from h5traces.storage.remote.paths import RemotePath
+    from h5traces.writing.archive_writer import ArchiveWriter
+
+
+@dataclass(slots=True)
+class RepackReport:
+    """What a rewrite did.
+
+    Attributes
+    ----------
+    sources, targets
+        Files read, and archives written (or, in a dry run, the first that would be).
+    num_samples
+        Samples in the targets.
+    copied
+        Whether chunks were copied as they are; else arrays were compressed anew.
+    source_nbytes, target_nbytes
+        Sizes before and after.
+    precision
+        What the targets give up; None where nothing.
+    warnings
+        What the user should know.
+    """
+
+    sources: list[str]
+    targets: list[str] = field(default_factory=list)
+    num_samples: int = 0
+    copied: bool = True
+    source_nbytes: int = 0
+    target_nbytes: int = 0
+    precision: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+def repack(
+    sources: PathLike | Iterable[PathLike] | Archive,
+    dest: PathLike,
+    *,
+    layers: Sequence[int] | None = None,
+    samples: slice | Sequence[int] | None = None,
+    tier: Tier | Precision | None = None,
+    scales: PathLike | None = None,
+    calibration_samples: int = AUTOMATIC_SAMPLES,
+    dtype: DtypePolicy | None = None,
+    codec: str | None = None,
+    on_overflow: OverflowPolicy = "float32",
+    shard_samples: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RepackReport:
+    """Rewrite archives into one, or into shards, with all layers and samples or some of them.
+
+    Without `tier`, `dtype` and `codec`, chunks are copied byte for byte: nothing is decompressed
+    but for verification. Sources are never changed.
+
+    Parameters
+    ----------
+    sources
+        Archives, globs and folders; of one model and one set of layers. Or an archive that is open,
+        with the labels that it has.
+    dest
+        The new archive; with `shard_samples`, ``-00000`` and so on go before its suffix.
+    layers
+        The model's own layer numbers to keep.
+    samples
+        Indices to keep, counted over all sources, in the order given.
+    tier, scales, calibration_samples
+        How precisely, as in `h5traces.convert`; as the sources are by default.
+    dtype, codec, on_overflow
+        Cast and compress the arrays anew; as in `h5traces.convert`.
+    shard_samples
+        Largest number of samples in an archive.
+    overwrite
+        Replace existing targets.
+    verify
+        Read the new files back and compare them before they get their names.
+    dry_run
+        Check sources and options only.
+    workers
+        Threads; one per core by default.
+    progress
+        Called with the samples written and the samples there are.
+
+    Raises
+    ------
+    ArchiveError
+        The sources do not go together, or `dest` is one of them.
+    LayerIndexError, IndexError
+        A layer or sample is not there.
+    ArchiveExistsError
+        A target exists.
+    LossyArchiveError
+        `tier` is ``exact``, and the sources are not.
+    PrecisionError
+        The tier does not go with the other options, or the scales are of another model.
+
+    Warns
+    -----
+    LossyWarning
+        The sources lost precision before, and lose more: the errors add up.
+    """
+    target = Path(dest)
+    with contextlib.ExitStack() as until_done:
+        archive = (
+            sources
+            if isinstance(sources, Archive)
+            else until_done.enter_context(open_archive(sources))
+        )
+        _check_target(archive, target)
+        selected = archive if layers is None else archive.select(layers=layers)
+        indices = _indices(samples, len(archive))
+        before = shared_metadata(archive.files)
+        precision = before.precision or EXACT
+        wanted = _wanted(before, tier, dtype, archive)
+        encodes = dtype is not None or wanted != precision
+        # Scales that go with no steps have a message of their own.
+        calibration = load_given(scales, wanted)
+        _check_scales(archive, scales, wanted, encodes=encodes)
+        if calibration is not None:
+            check_model(calibration, archive.metadata.model_id)
+        if precision.is_lossy and wanted.is_exact:
+            _warn_of_recast(archive, target, before)
+        report = RepackReport(
+            sources=[str(path) for path in archive.paths],
+            copied=not encodes and codec in (None, archive.metadata.codec),
+            source_nbytes=sum(file.nbytes for file in archive.files),
+            precision=str(wanted) if wanted.is_lossy else None,
+        )
+        found = ScaleSet()
+        if not dry_run and wanted.step is not None:
+            found = _scales(
+                selected, wanted.step, calibration, calibration_samples, encodes=encodes
+            )
+        options = WriteOptions(
+            dtype=dtype or ("float16" if encodes else archive.metadata.dtype_policy) or "float16",
+            on_overflow=on_overflow,
+            codec=codec or archive.metadata.codec,
+            workers=workers,
+            overwrite=overwrite,
+            precision=wanted,
+            scales=found,
+            earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
+        )
+        if dry_run:
+            report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
+            report.num_samples = len(indices)
+            return report
+        run = _Rewrite(selected, report, options, encodes=encodes, verify=verify)
+        run.run(target, indices, shard_samples, progress)
+        return report
+
+
+def _check_target(archive: Archive, target: Path) -> None:
+    local = (path for path in archive.paths if isinstance(path, Path))
+    if any(path.resolve() == target.resolve() for path in local):
+        message = f"{target} is one of the sources; name another output"
+        raise ArchiveError(message)
+
+
+def _warn_of_recast(archive: Archive, target: Path, before: ArchiveMetadata) -> None:
+    message = (
+        f"{target}: holds what {archive.paths[0]} gives back, which is less than its source held "
+        f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
+    )
+    warnings.warn(message, LossyWarning, stacklevel=3)
+
+
+def _check_scales(
+    archive: Archive, scales: PathLike | None, wanted: Precision, *, encodes: bool
+) -> None:
+    """Refuse scales that would not be used."""
+    if scales is not None and not encodes:
+        message = (
+            f"{archive.paths[0]}: is of precision {wanted} already, with scales of its own, which "
+            "others could replace only with more loss; leave --scales out, or take the archive "
+            "that it was made from"
+        )
+        raise PrecisionError(message)
+
+
+def _wanted(
+    before: ArchiveMetadata,
+    tier: Tier | Precision | None,
+    dtype: DtypePolicy | None,
+    archive: Archive,
+) -> Precision:
+    """How precise the targets are to be.
+
+    Raises
+    ------
+    LossyArchiveError
+        More precise than the sources.
+    """
+    if tier is None:
+        return (before.precision or EXACT) if dtype is None else EXACT
+    wanted = Precision.of(tier)
+    losses = ", ".join(str(each) for each in before.losses)
+    if wanted.is_exact and before.losses:
+        message = (
+            f"{archive.paths[0]}: holds {losses}; what was given up cannot be had back, so take "
+            "the archive that it was made from"
+        )
+        raise LossyArchiveError(message)
+    if before.losses and wanted != before.precision:
+        message = (
+            f"{archive.paths[0]}: holds {losses} already, and becomes {wanted}: the errors add "
+            "up; take the archive that it was made from"
+        )
+        warnings.warn(message, LossyWarning, stacklevel=3)
+    return wanted
+
+
+def _scales(
+    archive: Archive,
+    step: float,
+    calibration: Calibration | None,
+    num_samples: int,
+    *,
+    encodes: bool,
+) -> ScaleSet:
+    """The scales of the targets: those of the sources, of a file, or of the first samples."""
+    if not encodes:
+        return inherited_scales(archive.files) or ScaleSet()
+    return (calibration or measured(archive, num_samples)).scales(step)
+
+
+def _indices(samples: slice | Sequence[int] | None, length: int) -> Sequence[int]:
+    if samples is None:
+        return range(length)
+    if isinstance(samples, slice):
+        return range(length)[samples]
+    return [range(length)[index] for index in samples]
+
+
+def _shard(target: Path, number: int, *, sharded: bool) -> Path:
+    return target.with_name(f"{target.stem}-{number:05d}{target.suffix}") if sharded else target
+
+
+class _Rewrite:
+    """Writes all targets, then publishes them."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        report: RepackReport,
+        options: WriteOptions,
+        *,
+        encodes: bool,
+        verify: bool,
+    ) -> None:
+        self._archive, self._report, self._encodes = archive, report, encodes
+        self._codec = None if report.copied else options.codec
+        self._shards = ShardSet(options, verify=verify)
+        self._sources, self._first_source = _joined_sources(archive.files)
+
+    def run(
+        self,
+        target: Path,
+        indices: Sequence[int],
+        shard_samples: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Write and publish; on an exception nothing is left behind."""
+        size = shard_samples or max(1, len(indices))
+        try:
+            for number, start in enumerate(range(0, max(1, len(indices)), size)):
+                shard = _shard(target, number, sharded=shard_samples is not None)
+                writer = self._shards.new(shard, **inherited_facts(self._archive.files))
+                for index in indices[start : start + size]:
+                    self._add(writer, self._archive[index])
+                    self._report.num_samples += 1
+                    if progress is not None:
+                        progress(self._report.num_samples, len(indices))
+                self._shards.finish(sources=self._sources)
+            self._publish()
+        except BaseException:
+            self._shards.discard()
+            raise
+
+    def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
+        first_source = self._first_source[trace.path]
+        if self._encodes:
+            writer.append(to_record(trace, first_source=first_source))
+        else:
+            writer.copy(StoredSample(trace, codec=self._codec), first_source=first_source)
+
+    def _publish(self) -> None:
+        """Name the targets, and tell of them."""
+        self._shards.publish()
+        summaries = [writer.summary for writer in self._shards.writers]
+        self._report.targets = [str(summary.path) for summary in summaries]
+        self._report.warnings = [each for one in summaries for each in precision_warnings(one)]
+        self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
+
+
+def _joined_sources(
+    files: Sequence[ArchiveFile],
+) -> tuple[tuple[SourceFile, ...] | None, dict[Path | RemotePath, int]]:
+    """The files that all archives were converted from, and where each archive's begin."""
+    joined: list[SourceFile] = []
+    first: dict[Path | RemotePath, int] = {}
+    for file in files:
+        first[file.path] = len(joined)
+        joined += file.metadata.sources or ()
+    return tuple(joined) or None, first

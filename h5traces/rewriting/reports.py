@@ -1,0 +1,146 @@
+"""What a conversion tells: progress while it runs, a report and warnings when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from h5traces.format.trace import COVERAGE_DEFINITIONS
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from pathlib import Path
+
+    from h5traces.format.dtypes import CastCounts
+    from h5traces.rewriting.convert_plan import Leftover
+    from h5traces.writing.options import WriteOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a conversion is.
+
+    Attributes
+    ----------
+    source
+        The file being read.
+    done_nbytes, total_nbytes
+        Bytes of all sources read so far, and to be read.
+    num_samples
+        Samples written so far.
+    """
+
+    source: Path
+    done_nbytes: int
+    total_nbytes: int
+    num_samples: int
+
+
+@dataclass(slots=True)
+class FileReport:
+    """What became of one job: one batch file, or all of them with ``merge``.
+
+    Attributes
+    ----------
+    sources, targets
+        Files read, and archives written (or, in a dry run, to be written).
+    status
+        ``converted``, ``skipped``, ``planned`` or ``failed``.
+    num_samples
+        Samples in the archives.
+    source_nbytes, archive_nbytes
+        Sizes of the files before and after.
+    raw_nbytes, stored_nbytes
+        Bytes of the arrays as stored before and after compression, by kind.
+    seconds
+        Wall-clock time.
+    warnings
+        What the user should know.
+    error
+        Why it failed, where it did.
+    """
+
+    sources: list[str]
+    targets: list[str]
+    status: str = "planned"
+    num_samples: int = 0
+    source_nbytes: int = 0
+    archive_nbytes: int = 0
+    raw_nbytes: dict[str, int] = field(default_factory=dict)
+    stored_nbytes: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class ConversionReport:
+    """What became of every file that was named.
+
+    Attributes
+    ----------
+    precision
+        What was given up; None where nothing was.
+    files
+        One report per job.
+    leftovers
+        Files that were passed over, and why; unfinished ``.part`` files above all.
+    """
+
+    precision: str | None = None
+    files: list[FileReport] = field(default_factory=list)
+    leftovers: list[Leftover] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was named is now an archive."""
+        return not self.leftovers and all(each.error is None for each in self.files)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def coverage_warnings(coverage: Counter[str]) -> list[str]:
+    total, found = sum(coverage.values()), []
+    if coverage["last_position"]:
+        found.append(
+            f"{coverage['last_position']} of {total} samples hold one position instead of the "
+            "sequence: the '350 MB bug' of old extractors; they are stored as they are, but "
+            "re-extract the traces to get whole sequences"
+        )
+    if coverage["steps"]:
+        found.append(
+            f"{coverage['steps']} of {total} samples hold generation steps, not one sequence; "
+            "they are stored as they are (coverage 'steps')"
+        )
+    for name in ("partial", "empty"):
+        if coverage[name]:
+            definition = COVERAGE_DEFINITIONS[name]
+            found.append(
+                f"{coverage[name]} of {total} samples: {definition[0].lower()}{definition[1:]}"
+            )
+    return found
+
+
+def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[str]:
+    found = []
+    stored, treatment = (
+        options.dtype,
+        {
+            "float32": "their arrays are stored in float32",
+            "clip": "they were clipped to the largest finite value",
+            "error": "",
+        }[options.on_overflow],
+    )
+    for kind, each in counts.items():
+        if each.num_nan or each.num_inf:
+            found.append(f"{kind}: {each.num_nan} NaN and {each.num_inf} Inf values, kept")
+        if each.num_overflow:
+            found.append(f"{kind}: {each.num_overflow} values lie beyond {stored}; {treatment}")
+        if each.num_to_zero or each.num_to_subnormal:
+            found.append(
+                f"{kind}: {each.num_to_zero} values became 0 and {each.num_to_subnormal} lost "
+                f"precision as subnormal numbers of {stored}; --dtype auto keeps every bit"
+            )
+    return found

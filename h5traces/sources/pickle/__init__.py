@@ -1,0 +1,1 @@
+"""Reading legacy batches without executing them."""

@@ -1,0 +1,354 @@
+"""Machines that hand out the items of a batch while its pickle is still being read.
+
+A pickler writes a list as its items one above the other and then APPENDS. So an item of the root
+list is complete as soon as the next list or dict lies directly above it, or at the APPEND. The
+item is then handed out, a placeholder takes its place, and its memo entries are dropped, except
+the small strings and numbers that picklers share between items. If a later item asks for a
+dropped entry, `SharedEntryError` tells the caller to scan the pickle once and to start again
+with the exact set of entries to keep.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from h5traces.sources.pickle.machine import Machine
+from h5traces.sources.pickle.shims import Marker, Shim, Tensor, type_name
+from h5traces.sources.pickle.source import MalformedError, RefusedError
+from h5traces.sources.pickle.torch_shims import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from h5traces.sources.pickle.limits import PickleLimits
+    from h5traces.sources.pickle.source import Source
+
+TRACES_KEY = "traces"
+SMALL_TEXT = 256
+SMALL_BYTES = 64
+_SMALL_INT = 1 << 64
+# Arrays name their callables and dtypes in the first item only.
+_SHARED = (Shim, np.dtype)
+
+
+ROOT = Marker("root list")
+EMITTED = Marker("item that was handed out")
+
+_NUMPY_SCALARS = frozenset(np.sctypeDict.values()) - {np.void, np.object_}
+_LEAVES = frozenset({type(None), bool, int, float, str, bytes, bytearray, np.ndarray, Tensor})
+_KNOWN_LEAVES = _LEAVES | _NUMPY_SCALARS
+_CONTAINERS = frozenset({list, tuple, dict})
+
+
+class SharedEntryError(Exception):
+    """An item refers to a memo entry that was dropped with an earlier item."""
+
+
+def _children(value: Any) -> tuple[Any, ...]:
+    if type(value) is dict:
+        return tuple(value.values())
+    return tuple(value)
+
+
+def check_item(item: Any, limits: PickleLimits) -> int:
+    """The bytes an item holds, after a check that it is a finite tree of known types.
+
+    A pickle of a hundred bytes can hold a list that contains itself, or tuples that share their
+    halves and unfold to 2**100 leaves: harmless until somebody walks it.
+    """
+    level = [item]
+    nbytes = 0
+    num_values = 0
+    for _ in range(limits.max_depth + 1):
+        inner = []
+        for container in level:
+            values = _children(container)
+            num_values += len(values)
+            if num_values > limits.max_item_opcodes:
+                message = (
+                    f"an item unfolds to more than {limits.max_item_opcodes:,} values; if the "
+                    f"file is trusted, raise PickleLimits(max_item_opcodes=...)"
+                )
+                raise RefusedError(message)
+            kinds = set(map(type, values))
+            if kinds <= _SIMPLE:
+                nbytes += 64 * len(values)
+                continue
+            for value in values:
+                kind = type(value)
+                if kind in _CONTAINERS:
+                    inner.append(value)
+                elif kind in _KNOWN_LEAVES:
+                    nbytes += _leaf_nbytes(value)
+                else:
+                    message = f"an item holds {type_name(value)}, which is no value for a trace"
+                    raise RefusedError(message)
+        if not inner:
+            return nbytes
+        level = inner
+    message = (
+        f"an item contains itself or is nested deeper than {limits.max_depth} levels; if the "
+        f"file is trusted, raise PickleLimits(max_depth=...)"
+    )
+    raise RefusedError(message)
+
+
+_SIMPLE = frozenset({type(None), bool, int, float})
+
+
+def _leaf_nbytes(value: Any) -> int:
+    if type(value) is np.ndarray:
+        return value.nbytes
+    if type(value) is Tensor:
+        return value.data.nbytes
+    return 64 + (len(value) if isinstance(value, (str, bytes, bytearray)) else 0)
+
+
+def _is_small(value: Any) -> bool:
+    kind = type(value)
+    if kind is str:
+        return len(value) <= SMALL_TEXT
+    if kind is bytes:
+        return len(value) <= SMALL_BYTES
+    if kind is int:
+        return bool(-_SMALL_INT < value < _SMALL_INT)
+    return kind in (type(None), float) or value is ROOT or isinstance(value, _SHARED)
+
+
+class BatchMachine(Machine):
+    """Reads a batch; `advance` until it returns False and `take` the item each time.
+
+    Parameters
+    ----------
+    needed
+        Memo slots to keep and the last item that reads each, as `Scanner` found them; without
+        them, small values are kept and anything else raises `SharedEntryError` when asked for.
+
+    Attributes
+    ----------
+    kind
+        ``list`` for a list of dicts, ``container`` for a dict with the list under ``traces``,
+        None while and if the pickle is neither.
+    """
+
+    def __init__(
+        self, source: Source, limits: PickleLimits, needed: Mapping[int, int] | None = None
+    ) -> None:
+        super().__init__(source, limits)
+        self.kind: str | None = None
+        self.num_items = 0
+        self.ready: list[Any] = []
+        self.needed = needed
+        self.kept: dict[int, Any] = {}
+        self._kept_nbytes = 0
+        self._unfolded_nbytes = 0
+        self._expiring: defaultdict[int, list[int]] = defaultdict(list)
+        # Containers of earlier items that this one refers to; id -> object, so ids stay taken.
+        self._frozen: dict[int, Any] = {}
+        self._item_type: type = dict
+        self._root_dict: dict[Any, Any] | None = None
+        self._root_depth = -1
+        self._root_index = 0
+        self._root_seen = False
+
+    def advance(self) -> bool:
+        """Read on until an item is ready; False if there are no more."""
+        while not self.ready:
+            if self.run():
+                return False
+        return True
+
+    def take(self) -> Any:
+        """The item that is ready; the machine keeps no reference to it."""
+        return self.ready.pop(0)
+
+    def find_root(self) -> None:
+        """Read on until `kind` is known or cannot be."""
+        while not self._root_seen and not self.run():
+            pass
+
+    # --- the root -------------------------------------------------------------------------------
+
+    def _look_for_root(self) -> None:
+        stack = self.stack
+        top = stack[-1]
+        if not self._root_seen:
+            if self.meta or len(stack) != 1:
+                return
+            self._root_seen = self.halted = True
+            if top:  # filled by LIST or DICT itself, which no pickler of Python does
+                return
+            if type(top) is list:
+                self.kind = "list"
+                self._set_root()
+            else:
+                self.kind = "container"
+                self._root_dict = top
+                self._item_type = list
+        elif self._root_dict is not None and type(top) is list and not top:
+            outer = self.meta[0] if self.meta else stack[:1]
+            if (
+                len(self.meta) <= 1
+                and len(stack) > 1
+                and type(stack[-2]) is str
+                and stack[-2] == TRACES_KEY
+                and len(outer) == 1
+                and outer[0] is self._root_dict
+                and len(stack) % 2 == (0 if self.meta else 1)
+            ):
+                self._set_root()
+
+    def _set_root(self) -> None:
+        self._root_depth = len(self.meta)
+        self._root_index = len(self.stack) - 1
+        self.stack[-1] = ROOT
+
+    # --- items ----------------------------------------------------------------------------------
+
+    def pushed(self, *, existing: bool = False) -> None:
+        above_root = len(self.meta) - self._root_depth
+        if self._root_depth < 0:
+            if not existing:
+                self._look_for_root()
+            return
+        stack = self.stack
+        if above_root == 1:
+            first = 0 if self.meta[-1][-1] is ROOT else len(stack)
+        elif above_root == 0:
+            first = self._root_index + 1
+        else:
+            return
+        # Below an item there are only items; a dict above a key is the value of an item.
+        lower = len(stack) - 2
+        if lower < first or (lower > first and stack[lower - 1] is not EMITTED):
+            return
+        item = stack[lower]
+        if type(item) is self._item_type:
+            if lower - first > self.limits.max_portion_items:
+                self.exceed("items in one portion of the list", "max_portion_items")
+            top = stack[-1]
+            stack[lower] = EMITTED
+            self._complete(item)
+            if existing:
+                # The same object twice in the list: handed out again, but changed no more.
+                self._frozen[id(top)] = top
+
+    def extend(self, target: Any, values: list[Any]) -> None:
+        if target is not ROOT:
+            self._check_frozen(target)
+            super().extend(target, values)
+            return
+        for value in values:
+            if type(value) is self._item_type:
+                self._complete(value)
+            elif value is not EMITTED:
+                expected = "dicts" if self.kind == "list" else "lists of pairs of arrays"
+                message = (
+                    f"item {self.num_items} of the batch is {type_name(value)}; "
+                    f"a batch is a list of {expected}"
+                )
+                raise MalformedError(message)
+
+    def _complete(self, item: Any) -> None:
+        if self.num_pending:
+            raise self.unfinished()
+        self.check(item)
+        self.end_item()
+        self.ready.append(item)
+        self.halted = True
+
+    def check(self, item: Any) -> None:
+        self._unfolded_nbytes += check_item(item, self.limits)
+        limits, read_nbytes = self.limits, self.source.inflated_bytes
+        most = limits.max_unfolded_ratio * read_nbytes + limits.unfolded_grace_nbytes
+        if self._unfolded_nbytes > most:
+            # Cheap here, where all share one object; whoever writes them down fills a disk.
+            message = (
+                f"{read_nbytes:,} bytes of pickle unfold to more than {most:,}, as the same arrays "
+                "are used again and again; if the file is trusted, raise "
+                "PickleLimits(max_unfolded_ratio=...)"
+            )
+            raise RefusedError(message)
+
+    def end_item(self) -> None:
+        """Drop what belongs to the item, keep what later items may refer to."""
+        if self.needed is None:
+            self._keep_small()
+        else:
+            self._keep_needed(self.needed)
+        self.memo = {}
+        self._frozen.clear()
+        self.num_items += 1
+        self.num_opcodes = self.read_nbytes = self.created_nbytes = 0
+
+    def _keep_small(self) -> None:
+        kept = self.kept
+        for slot, value in self.memo.items():
+            if _is_small(value):
+                kept[slot] = value
+        excess = len(kept) - self.limits.max_kept_entries
+        if excess > 0:
+            # The oldest go, and can come back by a scan; names last, since all arrays need them.
+            excess += self.limits.max_kept_entries // 10
+            oldest = sorted(kept, key=lambda slot: (isinstance(kept[slot], Shim), slot))
+            for slot in oldest[:excess]:
+                del kept[slot]
+
+    def _keep_needed(self, needed: Mapping[int, int]) -> None:
+        for slot, value in self.memo.items():
+            last = needed.get(slot, -1)
+            if last > self.num_items:
+                self.kept[slot] = value
+                self._expiring[last].append(slot)
+                self._kept_nbytes += self._nbytes(value)
+        if self._kept_nbytes > self.limits.max_kept_nbytes:
+            self.exceed("bytes shared between items", "max_kept_nbytes")
+        for slot in self._expiring.pop(self.num_items, ()):
+            self._kept_nbytes -= self._nbytes(self.kept.pop(slot))
+
+    def _nbytes(self, value: Any) -> int:
+        if type(value) in _CONTAINERS:
+            return check_item(value, self.limits)
+        return value.nbytes if type(value) is Storage else _leaf_nbytes(value)
+
+    # --- memo and stack -------------------------------------------------------------------------
+
+    def put(self, slot: int) -> None:
+        if self.stack[-1] is EMITTED:
+            raise self._touched(EMITTED)
+        super().put(slot)
+
+    def recall(self, slot: int) -> Any:
+        if slot in self.kept:
+            value = self.kept[slot]
+            if type(value) in (list, dict):
+                self._frozen[id(value)] = value
+            return value
+        if 0 <= slot < self.next_slot and self.needed is None:
+            raise SharedEntryError
+        return super().recall(slot)
+
+    def push_again(self, value: Any) -> None:
+        if type(value) is Marker:
+            raise self._touched(value)
+        super().push_again(value)
+
+    def drop(self, value: Any) -> None:
+        if type(value) is Marker:
+            raise self._touched(value)
+
+    def set_items(self, target: Any, flat: list[Any]) -> None:
+        self._check_frozen(target)
+        super().set_items(target, flat)
+
+    def _check_frozen(self, target: Any) -> None:
+        if id(target) in self._frozen:
+            message = "an item that was complete is changed afterwards, which no pickler does"
+            raise RefusedError(message)
+
+    def _touched(self, marker: Marker) -> RefusedError:
+        message = f"the pickle uses the {marker.what} as a value, which no pickler of a batch does"
+        return RefusedError(message)

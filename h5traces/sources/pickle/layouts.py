@@ -1,0 +1,251 @@
+"""Every layout of legacy batches, as trace records.
+
+Which fields a record knows by name, which go to ``extra``, and what positions in the legacy lists
+mean: index i is decoder block i, the embedding was always dropped, and the last stored hidden state
+is the one behind the model's final norm.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from h5traces.errors import ConversionError
+from h5traces.format import layout
+from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
+from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArrays, TraceRecord
+from h5traces.format.values import TorchValue
+from h5traces.sources.pickle.stream import ContainerItem
+
+if TYPE_CHECKING:
+    from h5traces.format.trace import SourcePosition
+
+_BATCH_NAME: Final = re.compile(
+    r"(?P<model>.+)_(?P<dataset>triviaqa|trivia_qa|truthfulqa|truthful_qa|[A-Za-z0-9-]+)"
+    r"_batch_\d+(_sub\d+)?\Z"
+)
+_SUFFIXES: Final = (".pkl.gz", ".pickle.gz", ".pkl", ".pickle")
+SOURCE_SUFFIXES: Final = _SUFFIXES
+
+
+@dataclass(slots=True)
+class _Fields:
+    """What a record is built from."""
+
+    named: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    layered: dict[str, LayeredArrays] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def batch_stem(name: str) -> str:
+    """A batch's file name without its suffix."""
+    for suffix in _SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def names_in_file_name(name: str) -> dict[str, str]:
+    """``model_id`` and ``dataset`` where a batch's file name has the pipeline's own form.
+
+    The form is ``{model}_{dataset}_batch_0000.pkl.gz``, with ``_sub0000`` for sub-batches.
+    """
+    found = _BATCH_NAME.match(batch_stem(name))
+    return {"model_id": found["model"], "dataset": found["dataset"]} if found else {}
+
+
+def to_record(
+    item: Any, *, source: SourcePosition, layers: tuple[int, ...] | None = None
+) -> TraceRecord:
+    """One element of a legacy batch as a record.
+
+    Parameters
+    ----------
+    item
+        A dict, or a `ContainerItem`, as `open_batch` yields them.
+    source
+        Where it was read.
+    layers
+        Decoder blocks to keep, ascending; all by default.
+
+    Raises
+    ------
+    ConversionError
+        A field is missing or of a type that no layout has; the message names the field.
+    """
+    found = _Fields()
+    # No producer of the container layout is known, so nobody knows where its last state was taken.
+    sites_known = not isinstance(item, ContainerItem)
+    item = as_dict(item)
+    if layout.HIDDEN_STATES not in item:
+        message = (
+            f"field 'hidden_states' is missing; found {', '.join(map(str, item)) or 'no fields'}; "
+            "expected the dict of a trace"
+        )
+        raise ConversionError(message)
+    for key, value in item.items():
+        if not isinstance(key, str):
+            message = f"field {key!r} is named by a {type(key).__name__}, expected a str"
+            raise ConversionError(message)
+        if key in layout.KINDS:
+            found.layered[key] = _layered(key, value, layers, sites_known=sites_known)
+    for key, value in item.items():
+        if key not in found.layered:
+            _place(key, value, item, found)
+    return TraceRecord(
+        source=source,
+        fields=tuple(item),
+        texts=found.texts,
+        layered=found.layered,
+        extra=found.extra,
+        **found.named,
+    )
+
+
+def as_dict(item: Any) -> Any:
+    """An element of a batch as a dict; attentions of the container layout have no head axis."""
+    if not isinstance(item, ContainerItem):
+        return item
+    plain: dict[str, Any] = {
+        layout.HIDDEN_STATES: [hidden for hidden, _ in item.layers],
+        layout.ATTENTION_MEAN: [attention for _, attention in item.layers],
+    }
+    if item.label is not None:
+        plain[layout.LABEL] = item.label
+    if item.question_id is not None:
+        plain[layout.QUESTION_ID] = item.question_id
+    return plain
+
+
+def num_layers_of(item: Any) -> int:
+    """Decoder blocks that an element of a batch has arrays of; 0 where its lists are empty."""
+    if isinstance(item, ContainerItem):
+        return len(item.layers)
+    lists = (item.get(kind) for kind in layout.KINDS)
+    return max((len(each) for each in lists if isinstance(each, (list, tuple))), default=0)
+
+
+def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
+    """Put a field where the format has a place for exactly its type, else under ``extra``."""
+    if key in layout.TEXT_FIELDS and type(value) is str:
+        found.texts[key] = value
+    elif key == layout.TOKENS and _is_token_array(value):
+        is_tensor = isinstance(value, TorchValue)
+        found.named["tokens"] = value.data if is_tensor else value
+        found.named["tokens_container"] = "torch" if is_tensor else None
+    elif key == layout.TOKENS_DECODED and _is_decoded(value, item.get(layout.TOKENS)):
+        found.named["tokens_decoded"] = tuple(value)
+    elif key == layout.QUESTION_ID and type(value) is str:
+        found.named["sample_id"] = value
+    elif key == layout.LABEL and type(value) is int and abs(value) < 2**63:
+        found.named["label"] = value
+    elif key == layout.PROMPT_LENGTH and _is_prompt_length(value, item, found):
+        found.named["prompt_len"] = value
+    else:
+        found.extra[key] = value
+        if key == layout.QUESTION_ID and isinstance(value, (int, np.integer, str)):
+            # Kept with its type, and findable by its text.
+            found.named["sample_id"] = str(value)
+
+
+def _is_token_array(value: Any) -> bool:
+    array = value.data if isinstance(value, TorchValue) else value
+    return (
+        isinstance(array, np.ndarray)
+        and array.ndim == 1
+        and array.dtype.kind in "iu"
+        and array.dtype.name != "uint64"
+        and array.dtype.isnative
+    )
+
+
+def _is_decoded(value: Any, tokens: Any) -> bool:
+    if type(value) is not list or not all(type(each) is str for each in value):
+        return False
+    return not _is_token_array(tokens) or len(value) == _length(tokens)
+
+
+def _is_prompt_length(value: Any, item: dict[str, Any], found: _Fields) -> bool:
+    if type(value) is not int or not 0 <= value < 2**63:
+        return False
+    tokens = item.get(layout.TOKENS)
+    in_steps = any(kind.in_steps for kind in found.layered.values())
+    # A prompt longer than the sequence contradicts it, so it is kept without that meaning.
+    return in_steps or (_is_token_array(tokens) and value <= _length(tokens))
+
+
+def _length(tokens: Any) -> int:
+    return len(tokens.data if isinstance(tokens, TorchValue) else tokens)
+
+
+def _layered(
+    kind: str, value: Any, layers: tuple[int, ...] | None, *, sites_known: bool
+) -> LayeredArrays:
+    if not isinstance(value, (list, tuple)):
+        message = (
+            f"field {kind!r} is a {type(value).__name__}, expected a list with one array per layer"
+        )
+        raise ConversionError(message)
+    wanted = range(len(value)) if layers is None or not value else layers
+    missing = [layer for layer in wanted if layer >= len(value)]
+    if missing:
+        message = (
+            f"field {kind!r}: layer {missing[0]} was asked for, but there are {len(value)} layers "
+            f"(0 to {len(value) - 1}); change --layers"
+        )
+        raise ConversionError(message)
+    has_sites = sites_known and kind == layout.HIDDEN_STATES
+    arrays = tuple(
+        _layer(kind, layer, value[layer], _site(layer, len(value)) if has_sites else None)
+        for layer in wanted
+    )
+    if len({isinstance(each.array, StepArrays) for each in arrays}) > 1:
+        message = f"field {kind!r} mixes arrays and lists of generation steps; expected one or the "
+        msg = f"{message}other for all layers"
+        raise ConversionError(msg)
+    sequence: Literal["list", "tuple"] = "list" if isinstance(value, list) else "tuple"
+    return LayeredArrays(arrays, sequence)
+
+
+def _site(layer: int, num_layers: int) -> str:
+    """Where the old extractors took a hidden state: transformers norms the last one."""
+    return layout.SITE_FINAL_NORM if layer == num_layers - 1 else layout.SITE_BLOCK_OUTPUT
+
+
+def _layer(kind: str, layer: int, value: Any, site: str | None) -> LayerArray:
+    place = f"field {kind!r}, layer {layer}"
+    name = layout.layer_name(layer)
+    if isinstance(value, (list, tuple)):
+        steps = [_typed(step, f"{place}, step {number}") for number, step in enumerate(value)]
+        containers = {container for _, container in steps}
+        if len(containers) > 1:
+            message = f"{place}: steps mix torch tensors and numpy arrays"
+            raise ConversionError(message)
+        sequence: Literal["list", "tuple"] = "list" if isinstance(value, list) else "tuple"
+        array = StepArrays(tuple(step for step, _ in steps), sequence)
+        return LayerArray(name, array, site, next(iter(containers), None))
+    typed, container = _typed(value, place)
+    return LayerArray(name, typed, site, container)
+
+
+def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
+    if isinstance(value, TorchValue):
+        if value.dtype not in FLOAT_TYPES:
+            message = f"{place}: torch dtype is {value.dtype}, expected {', '.join(FLOAT_TYPES)}"
+            raise ConversionError(message)
+        return TypedArray(value.data, value.dtype), "torch"
+    if not isinstance(value, np.ndarray):
+        message = (
+            f"{place}: found a {type(value).__name__}, expected a numpy array, a torch tensor, or "
+            "a list of them (generation steps)"
+        )
+        raise ConversionError(message)
+    try:
+        return TypedArray.of(value), None
+    except ConversionError as error:
+        message = f"{place}: {error}"
+        raise ConversionError(message) from error

@@ -1,0 +1,332 @@
+"""What a pickle may call: an exact list of names, each bound to a function written here.
+
+No real object of numpy or torch is ever handed to a pickle. ``numpy.dtype.__setstate__`` crashes
+the interpreter on a forged state, and ``torch.storage._load_from_bytes`` is ``torch.load``; the
+shims check dtype, shape and byte count and build the array themselves. They also read numpy 2
+names under numpy 1 and the other way round.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from h5traces.format.values import TorchValue
+from h5traces.sources.pickle.source import MalformedError, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# What a torch tensor becomes: its numbers and the name of its dtype.
+Tensor = TorchValue
+
+MAX_NDIM = 32
+_MAX_DIM = 1 << 62
+
+_NUMERIC_CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 f12 f16 c8 c16 c24 c32".split())
+_FORBIDDEN_KINDS = {
+    "O": "objects",
+    "V": "structures or raw records",
+    "M": "dates",
+    "m": "time differences",
+}
+# NPY_NEEDS_INIT, which U dtypes carry; every other flag speaks of objects or of user types.
+_HARMLESS_DTYPE_FLAGS = (0, 8)
+_DTYPE_STATE_LENGTH = 8
+
+
+class Meter(Protocol):
+    """The running machine as shims see it."""
+
+    def charge(self, num_bytes: int) -> None:
+        """Account for memory or work that a shim is about to create."""
+
+    def load_storage(self, data: bytes) -> Any:
+        """Read an embedded torch storage with a machine of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shim:
+    """A name that a pickle may use, and the function that stands for it."""
+
+    name: str
+    call: Callable[[Meter, tuple[Any, ...]], Any]
+
+
+@dataclass(eq=False)
+class Pending:
+    """An array or dtype between its REDUCE and its BUILD.
+
+    ``slots`` are the memo entries that must hold the finished value instead.
+    """
+
+    what: str
+    build: Callable[[Meter, Any], Any]
+    slots: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Marker:
+    """A stack entry that stands for something that is not kept."""
+
+    what: str
+
+
+def type_name(value: Any) -> str:
+    """The type of a value in words for a message, or the name behind a shim."""
+    if isinstance(value, Shim):
+        return f"the name {value.name}"
+    if isinstance(value, Marker):
+        return f"the {value.what}"
+    if isinstance(value, Pending):
+        return f"an unfinished {value.what}"
+    name = type(value).__name__
+    return name if value is None else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+def brief(value: Any) -> str:
+    """A value in a few characters for a message.
+
+    Only flat values are shown: repr() of tuples that share their halves never ends.
+    """
+    if type(value) in (str, bytes):
+        return repr(value[:40])
+    if value is None or type(value) in (bool, int, float):
+        return repr(value)[:40]
+    return type_name(value)
+
+
+def check_args(name: str, args: tuple[Any, ...], *counts: int) -> None:
+    """Raise RefusedError unless a call has one of these numbers of arguments."""
+    if len(args) not in counts:
+        expected = " or ".join(str(count) for count in counts)
+        message = f"{name} is called with {len(args)} arguments, expected {expected}"
+        raise RefusedError(message)
+
+
+def is_int(value: Any) -> bool:
+    """True for an int that is no bool."""
+    return type(value) is int
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """The shape if it is a tuple of plausible ints, else RefusedError."""
+    if type(shape) is not tuple or len(shape) > MAX_NDIM:
+        message = f"a shape is {type_name(shape)}, expected a tuple of at most {MAX_NDIM} ints"
+        raise RefusedError(message)
+    for dim in shape:
+        if not is_int(dim) or not 0 <= dim < _MAX_DIM:
+            message = f"a shape holds {brief(dim)}, expected sizes"
+            raise RefusedError(message)
+    return shape
+
+
+def build_array(
+    meter: Meter, data: Any, dtype: Any, shape: Any, *, order: str = "C"
+) -> np.ndarray[Any, Any]:
+    """An array over the payload's own memory, after dtype, shape and byte count were checked."""
+    if not isinstance(dtype, np.dtype):
+        message = f"an array has {type_name(dtype)} for its dtype, expected a numpy.dtype"
+        raise RefusedError(message)
+    if type(data) not in (bytes, bytearray):
+        message = f"an array has {type_name(data)} for its data, expected bytes"
+        raise RefusedError(message)
+    check_shape(shape)
+    if not dtype.itemsize:
+        message = f"an array has elements of no bytes (dtype {dtype.str}); numpy writes no such"
+        raise RefusedError(message)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes != len(data):
+        message = (
+            f"an array of shape {shape} and dtype {dtype.str} needs {nbytes:,} bytes, "
+            f"found {len(data):,}"
+        )
+        raise MalformedError(message)
+    array: np.ndarray[Any, Any] = np.ndarray(
+        shape, dtype, buffer=data, order="F" if order == "F" else "C"
+    )
+    if dtype.kind == "U" and array.size:
+        _check_characters(meter, data, dtype)
+    return array
+
+
+def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any]) -> None:
+    # numpy makes str objects of these words unchecked; Python has no such characters.
+    meter.charge(len(data))
+    words = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder))
+    if words.max() > sys.maxunicode:
+        message = f"an array of dtype {dtype.str} holds a word that is no Unicode character"
+        raise MalformedError(message)
+
+
+# --- numpy -------------------------------------------------------------------------------------
+
+
+def _dtype(_meter: Meter, args: tuple[Any, ...]) -> Pending:
+    check_args("numpy.dtype", args, 3)
+    code, _align, _copy = args
+    if type(code) is not str:
+        message = f"numpy.dtype is called with {type_name(code)}, expected a type code"
+        raise RefusedError(message)
+    known = code in _NUMERIC_CODES or (code[:1] in ("S", "U") and code[1:].isdecimal())
+    if not known or not code.isascii() or len(code) > 12:
+        holds = _FORBIDDEN_KINDS.get(code[:1], "values of an unknown type")
+        message = (
+            f"numpy.dtype({brief(code)}) would make an array of {holds}; expected booleans, "
+            f"integers, floats, complex numbers or fixed-length strings"
+        )
+        raise RefusedError(message)
+    try:
+        dtype = np.dtype(code)
+    except (TypeError, ValueError):
+        message = f"this machine's numpy has no dtype {code!r}; convert the batch on another"
+        raise MalformedError(message) from None
+    if dtype.itemsize >= 1 << 30:
+        message = f"numpy.dtype({code!r}) has elements of {dtype.itemsize} bytes"
+        raise RefusedError(message)
+    return Pending("dtype", lambda _meter, state: _finish_dtype(dtype, state))
+
+
+def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
+    if type(state) is not tuple or len(state) != _DTYPE_STATE_LENGTH:
+        message = f"the state of a dtype is {type_name(state)}, expected a tuple of 8"
+        raise RefusedError(message)
+    version, order, subarray, names, fields, itemsize, alignment, flags = state
+    checks = {
+        "version": is_int(version) and version == 3,
+        "byte order": type(order) is str and order in ("<", ">", "|", "="),
+        "subarray": subarray is None,
+        "names": names is None,
+        "fields": fields is None,
+        "element size": is_int(itemsize) and itemsize in (-1, dtype.itemsize),
+        "alignment": is_int(alignment) and alignment in (-1, 1, 2, 4, 8, 16),
+        "flags": is_int(flags) and flags in _HARMLESS_DTYPE_FLAGS,
+    }
+    wrong = [what for what, fits in checks.items() if not fits]
+    if wrong:
+        message = (
+            f"the state of dtype {dtype.str} has unexpected {', '.join(wrong)}; numpy writes "
+            f"that for structures and objects only, if at all"
+        )
+        raise RefusedError(message)
+    # Not newbyteorder: its result says "<" where numpy says "=".
+    return dtype if order in "|=" else np.dtype(order + dtype.str[1:])
+
+
+def _reconstruct(_meter: Meter, args: tuple[Any, ...]) -> Pending:
+    check_args("_reconstruct", args, 3)
+    if args[0] is not _NDARRAY:
+        message = f"_reconstruct is called with {type_name(args[0])}, expected numpy.ndarray"
+        raise RefusedError(message)
+    return Pending("array", _finish_array)
+
+
+def _finish_array(meter: Meter, state: Any) -> np.ndarray[Any, Any]:
+    if type(state) is not tuple or len(state) not in (4, 5):
+        message = f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5"
+        raise RefusedError(message)
+    if len(state) == 5 and (not is_int(state[0]) or state[0] not in (0, 1)):
+        message = f"the state of an array has version {brief(state[0])}, expected 1"
+        raise RefusedError(message)
+    shape, dtype, fortran, data = state[-4:]
+    if type(fortran) is not bool:
+        message = f"the state of an array has the order {type_name(fortran)}, expected a bool"
+        raise RefusedError(message)
+    return build_array(meter, data, dtype, shape, order="F" if fortran else "C")
+
+
+def _frombuffer(meter: Meter, args: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+    check_args("_frombuffer", args, 4)
+    data, dtype, shape, order = args
+    if type(order) is not str or order not in ("C", "F"):
+        message = f"_frombuffer is called with the order {brief(order)}, expected 'C' or 'F'"
+        raise RefusedError(message)
+    return build_array(meter, data, dtype, shape, order=order)
+
+
+def _scalar(meter: Meter, args: tuple[Any, ...]) -> Any:
+    check_args("scalar", args, 2)
+    dtype, data = args
+    if isinstance(dtype, np.dtype) and not dtype.itemsize and type(data) is bytes and not data:
+        return dtype.type()  # the empty string, which no array can hold
+    return build_array(meter, data, dtype, ())[()]
+
+
+def _not_callable(name: str) -> Shim:
+    def call(_meter: Meter, _args: tuple[Any, ...]) -> Any:
+        message = f"{name} is called; pickles of arrays only pass it on"
+        raise RefusedError(message)
+
+    return Shim(name, call)
+
+
+_NDARRAY = _not_callable("numpy.ndarray")
+
+
+# --- builtins, _codecs, collections ------------------------------------------------------------
+
+
+def _encode(meter: Meter, args: tuple[Any, ...]) -> bytes:
+    check_args("_codecs.encode", args, 2)
+    text, encoding = args
+    if type(text) is not str or type(encoding) is not str or encoding != "latin1":
+        message = f"_codecs.encode is called with {type_name(text)} and {brief(encoding)}"
+        raise RefusedError(message)
+    return _to_bytes(meter, text)
+
+
+def _to_bytes(meter: Meter, text: str) -> bytes:
+    meter.charge(len(text))
+    try:
+        return text.encode("latin1")
+    except UnicodeEncodeError:
+        message = "a string that stands for bytes holds a character above U+00FF"
+        raise MalformedError(message) from None
+
+
+def _bytes(_meter: Meter, args: tuple[Any, ...]) -> bytes:
+    check_args("bytes", args, 0)  # bytes(n) would allocate whatever n says
+    return b""
+
+
+def _bytearray(meter: Meter, args: tuple[Any, ...]) -> bytearray:
+    check_args("bytearray", args, 0, 1, 2)
+    if not args:
+        return bytearray()
+    if len(args) == 2:
+        if (type(args[0]), type(args[1])) != (str, str) or args[1] != "latin-1":
+            message = f"bytearray is called with {type_name(args[0])} and {brief(args[1])}"
+            raise RefusedError(message)
+        return bytearray(_to_bytes(meter, args[0]))
+    if type(args[0]) is not bytes:
+        message = f"bytearray is called with {type_name(args[0])}, expected bytes"
+        raise RefusedError(message)
+    meter.charge(len(args[0]))
+    return bytearray(args[0])
+
+
+def _ordered_dict(_meter: Meter, args: tuple[Any, ...]) -> dict[Any, Any]:
+    check_args("collections.OrderedDict", args, 0)
+    return {}  # dicts keep their order
+
+
+def _allow(function: Callable[[Meter, tuple[Any, ...]], Any], name: str, *modules: str) -> None:
+    shim = Shim(f"{modules[0]}.{name}", function)
+    for module in modules:
+        NUMPY_NAMES[module, name] = shim
+
+
+# Exact (module, name) pairs, compared as strings and never resolved.
+NUMPY_NAMES: dict[tuple[str, str], Shim] = {("numpy", "ndarray"): _NDARRAY}
+_allow(_dtype, "dtype", "numpy")
+_allow(_reconstruct, "_reconstruct", "numpy._core.multiarray", "numpy.core.multiarray")
+_allow(_scalar, "scalar", "numpy._core.multiarray", "numpy.core.multiarray")
+_allow(_frombuffer, "_frombuffer", "numpy._core.numeric", "numpy.core.numeric")
+_allow(_encode, "encode", "_codecs")
+_allow(_bytes, "bytes", "builtins", "__builtin__")  # protocols 0 to 2 write the latter
+_allow(_bytearray, "bytearray", "builtins", "__builtin__")
+_allow(_ordered_dict, "OrderedDict", "collections")

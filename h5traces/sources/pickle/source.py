@@ -1,0 +1,292 @@
+"""Bytes of a pickle: a plain or gzip file read forwards, or a block in memory.
+
+Gzip is recognised by its magic bytes, since batches were renamed freely. Every inflate call asks
+for at most one mebibyte, so the expansion of a gzip bomb is seen early, and releases the GIL.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.storage.files import open_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from h5traces.sources.pickle.limits import PickleLimits
+
+_open_gzip: Callable[..., gzip.GzipFile] = gzip.GzipFile
+_INFLATE_ERRORS: tuple[type[Exception], ...] = (gzip.BadGzipFile, zlib.error)
+try:
+    # Inflates about twice as fast as zlib; has wheels for x86-64 and arm64 only.
+    from isal import igzip, isal_zlib
+except ImportError:  # pragma: no cover - depends on the machine
+    pass
+else:
+    _open_gzip = igzip.IGzipFile
+    _INFLATE_ERRORS = (*_INFLATE_ERRORS, cast("type[Exception]", isal_zlib.error))
+
+GZIP_MAGIC = b"\x1f\x8b"
+_BUFFER_NBYTES = 1 << 16
+_INFLATE_NBYTES = 1 << 20
+# Requests above this are read in blocks, so that a declared length alone allocates nothing.
+_BLOCK_NBYTES = 1 << 26
+_DEFLATE_MAX_RATIO = 1032
+
+
+class RefusedError(Exception):
+    """A pickle asks for what is never granted; the machine adds the place: UnsafePickleError."""
+
+
+class MalformedError(Exception):
+    """A pickle contradicts itself; the machine adds the place: ConversionError."""
+
+
+class TruncatedError(MalformedError):
+    """Fewer bytes are left than an opcode asks for."""
+
+
+class Source(Protocol):
+    """What the pickle machine reads from."""
+
+    @property
+    def file(self) -> io.BufferedReader | io.BytesIO:
+        """A buffered stream for single bytes; all other reads go through the methods."""
+
+    def read(self, num_bytes: int) -> bytes:
+        """Exactly that many bytes, or ConversionError."""
+
+    def read_buffer(self, num_bytes: int) -> bytearray:
+        """As read, into a new bytearray."""
+
+    def readline(self, max_nbytes: int) -> bytes:
+        """A line without its newline, or ConversionError."""
+
+    def skip(self, num_bytes: int) -> None:
+        """Move forwards."""
+
+    @property
+    def inflated_bytes(self) -> int:
+        """Position in the pickle."""
+
+
+class _Reader:
+    """Exact reads from a buffered stream; subclasses know how many bytes may be left."""
+
+    file: io.BufferedReader | io.BytesIO
+    # True if _bound is exact, so that a request within it cannot come up short.
+    _exact_bound = False
+
+    def _bound(self) -> int:
+        """No more bytes than this can follow."""
+        raise NotImplementedError
+
+    def _truncated(self, wanted: int, found: int) -> TruncatedError:
+        return TruncatedError(f"{wanted:,} bytes are declared and only {found:,} follow")
+
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > _INFLATE_NBYTES and num_bytes > (bound := self._bound()):
+            raise self._truncated(num_bytes, bound)
+
+    def read(self, num_bytes: int) -> bytes:
+        self._check(num_bytes)
+        if num_bytes > _BLOCK_NBYTES and not self._exact_bound:
+            return b"".join(self._blocks(num_bytes))
+        data = self.file.read(num_bytes)
+        if len(data) != num_bytes:
+            raise self._truncated(num_bytes, len(data))
+        return data
+
+    def _blocks(self, num_bytes: int, block_nbytes: int = _BLOCK_NBYTES) -> Iterator[bytes]:
+        left = num_bytes
+        while left:
+            block = self.file.read(min(left, block_nbytes))
+            if not block:
+                raise self._truncated(num_bytes, num_bytes - left)
+            left -= len(block)
+            yield block
+
+    def read_buffer(self, num_bytes: int) -> bytearray:
+        self._check(num_bytes)
+        first = num_bytes if self._exact_bound else min(num_bytes, _BLOCK_NBYTES)
+        buffer = bytearray(first)
+        found = self.file.readinto(buffer)
+        if found != first:
+            raise self._truncated(num_bytes, found)
+        for block in self._blocks(num_bytes - first):
+            buffer += block
+        return buffer
+
+    def readline(self, max_nbytes: int) -> bytes:
+        line = self.file.readline(max_nbytes + 1)
+        if not line.endswith(b"\n"):
+            if len(line) > max_nbytes:
+                message = f"a text argument is longer than {max_nbytes:,} bytes"
+                raise RefusedError(message)
+            raise self._truncated(len(line) + 1, len(line))
+        return line[:-1]
+
+    def skip(self, num_bytes: int) -> None:
+        for _ in self._blocks(num_bytes, _INFLATE_NBYTES):
+            pass
+
+    @property
+    def inflated_bytes(self) -> int:
+        return self.file.tell()
+
+
+class MemorySource(_Reader):
+    """A pickle embedded in the bytes of another one."""
+
+    _exact_bound = True
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.data = data
+        self.file = io.BytesIO(data)
+
+    def _bound(self) -> int:
+        return len(self.data) - self.file.tell()
+
+
+class FileSource(_Reader):
+    """A file opened by `open_source`; close it, or use it as a context manager."""
+
+    def __init__(self, path: str | os.PathLike[str], limits: PickleLimits) -> None:
+        self.path = Path(path)
+        self.file: io.BufferedReader
+        self._raw = io.FileIO(open_regular(self.path, ConversionError))
+        try:
+            self.compressed_size = os.fstat(self._raw.fileno()).st_size
+            self.is_gzip = self._raw.read(2) == GZIP_MAGIC
+            self._raw.seek(0)
+            self._exact_bound = not self.is_gzip
+            self._inflater = _Inflater(self, self._raw, limits) if self.is_gzip else None
+            self.file = io.BufferedReader(
+                self._inflater or self._raw,
+                _INFLATE_NBYTES if self.is_gzip else _BUFFER_NBYTES,
+            )
+        except BaseException:
+            self._raw.close()
+            raise
+
+    @property
+    def compressed_position(self) -> int:
+        """Bytes of the file that were read so far, for progress bars."""
+        return self._raw.tell() if self.is_gzip else self.file.tell()
+
+    def at_end(self) -> bool:
+        """True if nothing follows; for gzip this also checks the last member's CRC and size."""
+        return not self.file.read(1)
+
+    def skip(self, num_bytes: int) -> None:
+        if self.is_gzip:
+            super().skip(num_bytes)
+            return
+        if num_bytes > (bound := self._bound()):
+            raise self._truncated(num_bytes, bound)
+        self.file.seek(num_bytes, os.SEEK_CUR)
+
+    def close(self) -> None:
+        self.file.close()
+        if self._inflater is not None:
+            self._inflater.close()
+        self._raw.close()
+
+    def __enter__(self) -> FileSource:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _bound(self) -> int:
+        if self._inflater is None:
+            return self.compressed_size - self.file.tell()
+        # Deflate cannot expand further than this, whatever follows; the extra block is what the
+        # two buffers hold already.
+        left = self.compressed_size - self._raw.tell() + (1 << 20)
+        return left * _DEFLATE_MAX_RATIO + 2 * _INFLATE_NBYTES
+
+    def truncated_error(self, detail: str) -> ConversionError:
+        """The error for a file that ends too early."""
+        kind = "gzip file" if self.is_gzip else "pickle"
+        leftover = " (.part leftovers are)" if self.path.suffix == ".part" else ""
+        message = (
+            f"{self.path}: truncated {kind}: {detail}; this looks like an unfinished write"
+            f"{leftover}. Convert the complete file instead, or delete this one"
+        )
+        return ConversionError(message)
+
+
+class _Inflater(io.RawIOBase):
+    """Inflated bytes of a gzip file, with its errors translated and its expansion bounded."""
+
+    def __init__(self, owner: FileSource, raw: io.FileIO, limits: PickleLimits) -> None:
+        self._owner = owner
+        self._raw = raw
+        self._limits = limits
+        self._gzip = _open_gzip(fileobj=raw, mode="rb")
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        view = memoryview(buffer)[:_INFLATE_NBYTES]
+        try:
+            num_bytes: int = self._gzip.readinto(view)
+        except EOFError:
+            detail = "the compressed stream has no end"
+            raise self._owner.truncated_error(detail) from None
+        except _INFLATE_ERRORS as error:
+            message = (
+                f"{self._owner.path}: corrupted gzip file near compressed byte "
+                f"{self._raw.tell():,}: {error}; copy the file again from where it was written"
+            )
+            raise ConversionError(message) from None
+        self._position += num_bytes
+        if self._position > self._limits.expansion_grace_nbytes:
+            self._check_expansion()
+        return num_bytes
+
+    def _check_expansion(self) -> None:
+        compressed = max(1, self._raw.tell())
+        limit = self._limits.max_expansion
+        if self._position > limit * compressed:
+            message = (
+                f"{self._owner.path}: gzip bomb: {self._position:,} bytes came out of the first "
+                f"{compressed:,}, more than {limit} times as many; if the file is trusted, raise "
+                f"PickleLimits(max_expansion=...)"
+            )
+            raise UnsafePickleError(message)
+
+    def close(self) -> None:
+        self._gzip.close()
+        super().close()
+
+
+def open_source(path: str | os.PathLike[str], limits: PickleLimits) -> FileSource:
+    """Open a plain or gzip file for reading forwards.
+
+    Raises
+    ------
+    ConversionError
+        While reading: the file is truncated or its checksum does not fit.
+    UnsafePickleError
+        While reading: the gzip stream expands more than ``limits`` allow.
+    """
+    return FileSource(path, limits)

@@ -1,0 +1,347 @@
+"""Legacy batches, read item by item in bounded memory and without trusting the file.
+
+A batch is a pickled list of dicts, or a dict of parallel lists under ``traces``, ``labels`` and
+``question_ids``; plain or inside gzip; pickle protocols 0 to 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+
+from h5traces.errors import ConversionError
+from h5traces.sources.pickle.items import (
+    ROOT,
+    TRACES_KEY,
+    BatchMachine,
+    SharedEntryError,
+    check_item,
+)
+from h5traces.sources.pickle.limits import PickleLimits
+from h5traces.sources.pickle.machine import INVALID, locate
+from h5traces.sources.pickle.opcodes import HIGHEST_PROTOCOL
+from h5traces.sources.pickle.scan import Scanner
+from h5traces.sources.pickle.shims import Tensor, type_name
+from h5traces.sources.pickle.source import FileSource, MalformedError, TruncatedError, open_source
+
+if TYPE_CHECKING:
+    import os
+    from types import TracebackType
+
+_DEFAULT_LIMITS = PickleLimits()
+_EXPECTED = "expected a list of dicts, or a dict with the list 'traces'"
+# Files of the same folders whose first byte happens to be an opcode.
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip file, as torch.save and numpy.savez write",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x93NUMPY": "a file of numpy.save",
+}
+_SNIFFED_PREFIXES = (b"(l", b"(d", b"](", b"]q", b"].", b"}(", b"}q", b"}.")
+
+
+@dataclass(frozen=True, eq=False)
+class ContainerItem:
+    """One element of ``traces`` with its label and question id.
+
+    Attributes
+    ----------
+    layers
+        A (hidden states, attention) pair per layer; arrays or tensors.
+    label, question_id
+        None if the batch has no such list.
+    """
+
+    layers: list[tuple[Any, Any]]
+    label: Any
+    question_id: Any
+
+
+class BatchStream(Iterator[Any]):
+    """The items of a batch, one by one; a context manager. `open_batch` makes it.
+
+    Keeps no reference to an item that it has handed out. Arrays may be read-only views of the
+    pickle's payload, in the byte order of the file.
+
+    Attributes
+    ----------
+    path
+        The file.
+    num_read
+        Index of the next item.
+    num_passes
+        How often the file has been opened: more than once if items share objects, or for a
+        container.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, limits: PickleLimits, start: int = 0
+    ) -> None:
+        if start < 0:
+            message = f"start is {start}, expected the index of an item"
+            raise ValueError(message)
+        self.path = Path(path)
+        self.num_read = start
+        self.num_passes = 0
+        self._limits = limits
+        self._shared: dict[int, int] | None = None
+        self._columns: tuple[Any, Any] | None = None
+        self._source: FileSource | None = None
+        self._done = False
+        self._closed_at = (0, 0)
+        try:
+            self._open()
+            self._check_magic()
+            self._guard(self._machine.find_root)
+            if self._machine.kind is None:
+                self._advance()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def kind(self) -> Literal["list", "container"]:
+        """``list`` for a list of dicts, ``container`` for parallel lists."""
+        return "list" if self._machine.kind == "list" else "container"
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the file read in this pass, and the size of the file."""
+        if self._source is None:
+            return self._closed_at
+        return self._source.compressed_position, self._source.compressed_size
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        if self._source is None and not self._done:
+            message = f"{self.path}: the batch is closed; open it again with open_batch"
+            raise ValueError(message)
+        if self._done:
+            raise StopIteration
+        try:
+            if self.kind == "container" and self._columns is None:
+                self._read_columns()
+            if self._advance_to(self.num_read):
+                self.num_read += 1
+                if self._columns is None:
+                    return self._machine.take()
+                return self._container_item(self._machine.take(), self.num_read - 1)
+        except BaseException:
+            # What follows an error in the stream is noise.
+            self.close()
+            raise
+        self._done = True
+        self.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Close the file; items that were handed out stay valid."""
+        if self._source is not None:
+            self._closed_at = self.progress
+            self._source.close()
+            self._source = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_magic(self) -> None:
+        assert self._source is not None
+        head = self._source.file.peek(8)[:8]
+        for magic, kind in _OTHER_FORMATS.items():
+            if head.startswith(magic):
+                message = f"{self.path}: found {kind}, {_EXPECTED} in a pickle"
+                raise ConversionError(message)
+
+    # --- passes ---------------------------------------------------------------------------------
+
+    def _open(self, *, scan: bool = False) -> None:
+        self.close()
+        self._source = open_source(self.path, self._limits)
+        self.num_passes += 1
+        self._taken = 0
+        if scan:
+            self._machine: BatchMachine = Scanner(self._source, self._limits)
+        else:
+            self._machine = BatchMachine(self._source, self._limits, self._shared)
+
+    def _advance_to(self, index: int) -> bool:
+        """Make the item with that index ready; False if the batch has fewer."""
+        while True:
+            try:
+                while self._advance():
+                    self._taken += 1
+                    if self._taken > index:
+                        return True
+                    self._machine.take()
+                return False
+            except SharedEntryError:
+                self._learn_shared()
+
+    def _learn_shared(self) -> None:
+        self._open(scan=True)
+        scanner = self._machine
+        while self._guard(scanner.advance):
+            scanner.take()
+        assert isinstance(scanner, Scanner)
+        self._shared = scanner.shared
+        self._open()
+
+    def _advance(self) -> bool:
+        if self._guard(self._machine.advance):
+            return True
+        self._guard(self._finish)
+        return False
+
+    def _finish(self) -> None:
+        """Check what the pickle was and that nothing follows it."""
+        machine = self._machine
+        found = machine.result
+        root = found.get(TRACES_KEY) if type(found) is dict else found
+        if machine.kind is None or root is not ROOT:
+            message = f"found {_describe(found)}, {_EXPECTED}"
+            raise MalformedError(message)
+        if machine.num_pending:
+            raise machine.unfinished()
+        assert self._source is not None
+        if not self._source.at_end():
+            message = (
+                "data follows the end of the pickle. If several pickle.dump calls wrote into "
+                "this file one after the other, dump each into a file of its own; otherwise the "
+                "file is damaged"
+            )
+            raise MalformedError(message)
+
+    def _guard(self, step: Any) -> Any:
+        source = self._source
+        assert source is not None
+        try:
+            return step()
+        except TruncatedError as error:
+            detail = f"byte {source.inflated_bytes:,}, item {self._machine.num_items}: {error}"
+            raise source.truncated_error(detail) from None
+        except INVALID as error:
+            raise locate(error, self._machine, str(self.path), self._machine.num_items) from error
+
+    # --- containers -----------------------------------------------------------------------------
+
+    def _read_columns(self) -> None:
+        """Read the lists beside ``traces``, which follow it in the file, and rewind."""
+        while self._advance_to(self._taken):
+            self._machine.take()
+        found = {key: value for key, value in self._machine.result.items() if key != TRACES_KEY}
+        num_items = self._machine.num_items
+
+        def check() -> tuple[Any, Any]:
+            check_item(found, self._limits)
+            unknown = sorted(map(str, found.keys() - {"labels", "question_ids"}))
+            if unknown:
+                message = (
+                    f"the dict has the unknown keys {', '.join(unknown)[:200]}, expected only "
+                    f"'traces', 'labels' and 'question_ids'"
+                )
+                raise MalformedError(message)
+            return (
+                _column(found.get("labels"), "labels", num_items),
+                _column(found.get("question_ids"), "question_ids", num_items),
+            )
+
+        self._columns = self._guard(check)
+        self._open()
+
+    def _container_item(self, layers: list[Any], index: int) -> ContainerItem:
+        assert self._columns is not None
+        for number, pair in enumerate(layers):
+            if (
+                type(pair) not in (tuple, list)
+                or len(pair) != 2
+                or not all(isinstance(value, (np.ndarray, Tensor)) for value in pair)
+            ):
+                message = (
+                    f"{self.path}: layer {number} of item {index} in 'traces' is "
+                    f"{type_name(pair)}, expected a pair (hidden states, attention)"
+                )
+                raise ConversionError(message)
+        labels, question_ids = self._columns
+        return ContainerItem(
+            layers=[(hidden, attention) for hidden, attention in layers],
+            label=None if labels is None else labels[index],
+            question_id=None if question_ids is None else question_ids[index],
+        )
+
+
+def _column(values: Any, name: str, num_items: int) -> list[Any] | None:
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        values = values.data
+    if type(values) not in (list, tuple) and not (
+        isinstance(values, np.ndarray) and values.ndim == 1
+    ):
+        message = f"{name!r} is {type_name(values)}, expected a list with one value per trace"
+        raise MalformedError(message)
+    if len(values) != num_items:
+        message = (
+            f"{name!r} has {len(values)} values for {num_items} traces; they cannot be matched, "
+            f"so remove or repair that list"
+        )
+        raise MalformedError(message)
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+def _describe(value: Any) -> str:
+    if type(value) is dict:
+        keys = ", ".join(repr(key)[:40] for key in list(value)[:8])
+        return f"a dict with the keys {keys}" if value else "an empty dict"
+    if type(value) in (list, tuple) and value:
+        first = "a batch" if value[0] is ROOT else type_name(value[0])
+        return f"{type_name(value)} that starts with {first}"
+    return type_name(value)
+
+
+def open_batch(
+    path: str | os.PathLike[str], *, limits: PickleLimits = _DEFAULT_LIMITS, start: int = 0
+) -> BatchStream:
+    """Open a legacy batch for reading item by item.
+
+    Parameters
+    ----------
+    path
+        A pickle, plain or inside gzip (recognised by content).
+    limits
+        Bounds for hostile files.
+    start
+        Index of the first item to hand out; earlier ones are read and dropped.
+
+    Raises
+    ------
+    ConversionError
+        Now or while iterating: the file is damaged, or is no batch.
+    UnsafePickleError
+        Now or while iterating: the pickle asks for something that batches never need.
+    """
+    return BatchStream(path, limits=limits, start=start)
+
+
+def is_pickle(path: str | os.PathLike[str]) -> bool:
+    """True if the file starts like a pickle, plain or inside gzip; reads a few bytes."""
+    try:
+        with open_source(path, _DEFAULT_LIMITS) as source:
+            head = source.file.read(2)
+    except ConversionError:
+        return False
+    if head[:1] == b"\x80":
+        return 2 <= head[-1] <= HIGHEST_PROTOCOL
+    return head in _SNIFFED_PREFIXES

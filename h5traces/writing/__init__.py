@@ -1,0 +1,1 @@
+"""Writes archives; the writer knows trace records and nothing else."""

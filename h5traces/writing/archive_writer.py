@@ -1,0 +1,441 @@
+"""Writes archives: records in, one published file out.
+
+Arrays are cast, digested and compressed in threads; one thread talks to HDF5. Nothing appears under
+the final name before it is whole, durable and (unless told otherwise) read back and compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import uuid
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from h5traces.errors import ArchiveExistsError
+from h5traces.format import layout
+from h5traces.format.archive import ArchiveMetadata, KindMetadata, SourceFile
+from h5traces.format.attributes import Attrs, to_attributes
+from h5traces.format.digests import sample_digest
+from h5traces.format.dtypes import CastCounts
+from h5traces.format.entries import ChunkTable, ObjectEntry
+from h5traces.format.record import StepArrays, TraceRecord
+from h5traces.format.values import EncodedObject
+from h5traces.precision.encoding import Encoder
+from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
+from h5traces.precision.scale_storage import scale_arrays
+from h5traces.storage.footer_builder import FooterBuilder
+from h5traces.storage.hdf5.writing import Hdf5Writer
+from h5traces.storage.publish import PartFile
+from h5traces.storage.signals import deferred_signals, uninterrupted
+from h5traces.version import __version__
+from h5traces.writing.elements import index_columns, record_elements
+from h5traces.writing.observation import Observation, observe
+from h5traces.writing.options import WriteOptions, WriteSummary
+from h5traces.writing.preparation import (
+    Prepared,
+    exceptions_table,
+    prepare_element,
+    prepare_layers,
+    sequence_attributes,
+    steps_table,
+)
+from h5traces.writing.scales import scales_of, write_scales
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from h5traces.format.record import LayerArray
+    from h5traces.format.trace import TraceMetadata
+    from h5traces.writing.stored_samples import StoredSample
+
+_Value = TypeVar("_Value")
+
+# Groups of arrays that may wait, cast and compressed, for the thread that writes, per worker.
+_QUEUED_PER_WORKER = 2
+# Values in a group of arrays. Handing one array at a time to a thread and back took a tenth of the
+# interpreter's time.
+_GROUP_SIZE = 1 << 20
+
+
+class ArchiveWriter:
+    """Writes records to one archive file; use it as a context manager.
+
+    Leaving the block without an exception finishes and publishes the file; an exception deletes
+    what was written and touches nothing else.
+
+    Parameters
+    ----------
+    path
+        The final name. Its folder must exist.
+    options
+        How to write.
+    generations
+        Generation indices taken, by sample id; shards of one set share it.
+    num_layers
+        Decoder blocks of the model, where known; else the largest number seen in a record.
+    metadata
+        Further fields of `ArchiveMetadata`, such as ``model_id``.
+
+    Raises
+    ------
+    ArchiveExistsError
+        The target exists and ``options.overwrite`` is false.
+    PrecisionError
+        The options ask for steps and give no scales.
+    OSError
+        The folder is missing or full, or the disk is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: WriteOptions | None = None,
+        *,
+        generations: dict[str, set[int]] | None = None,
+        **metadata: Any,
+    ) -> None:
+        self._options = options or WriteOptions()
+        if not self._options.overwrite and os.path.lexists(path):
+            message = f"{path} exists; use --overwrite to replace it, or another name"
+            raise ArchiveExistsError(message)
+        self._encoder = Encoder(self._options.precision, self._options.scales)
+        self._metadata = ArchiveMetadata(
+            format=layout.FORMAT_NAME,
+            format_version=layout.FORMAT_VERSION,
+            num_samples=0,
+            generator=f"h5traces {__version__}",
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            archive_id=str(uuid.uuid4()),
+            codec=self._options.codec,
+            dtype_policy=self._options.dtype,
+            on_overflow=self._options.on_overflow,
+            precision=None if self._encoder.precision.is_exact else self._encoder.precision,
+            earlier_precisions=self._options.earlier_precisions or None,
+            required_features=() if self._encoder.is_plain else (layout.PRECISION_FEATURE,),
+            **metadata,
+        )
+        self._workers = self._options.workers or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="h5traces-encode")
+        with contextlib.ExitStack() as undo:
+            # Nobody could discard a writer that was interrupted before its caller had it.
+            with deferred_signals():
+                self._part = PartFile(path)
+                undo.callback(self._part.discard)
+                self._hdf5 = Hdf5Writer(self._part.file)
+                self._hdf5.create_group(layout.SAMPLES_GROUP, {})
+                self._hdf5.create_group(layout.KINDS_GROUP, {})
+            undo.pop_all()
+        self._footer = FooterBuilder()
+        self._observed = Observation()
+        self._generations = {} if generations is None else generations
+        self._index: list[TraceMetadata] = []
+        self._digests: list[str] = []
+        self._finished = False
+        self.summary = WriteSummary(path)
+
+    @property
+    def part_path(self) -> Path:
+        """Where the file is being written."""
+        return self._part.path
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Content digest of every sample written, taken from the records themselves."""
+        return tuple(self._digests)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples written so far."""
+        return self.summary.num_samples
+
+    def append(self, record: TraceRecord) -> None:
+        """Write one record.
+
+        Raises
+        ------
+        SchemaError
+            Its fields contradict each other, or the records written before.
+        ConversionError
+            A value has no encoding, or overflows and ``on_overflow`` is ``error``.
+        PrecisionError
+            A scale is of another width than the layer.
+        OSError
+            The disk is full.
+        """
+        record = with_head_mean(record, self._options.precision)
+        if self._options.precision.is_exact and not self._options.earlier_precisions:
+            record = record.model_copy(update={"exact_digest": None})
+        description = record.describe()
+        self._write_sample(description.metadata, observe(record), self._record_objects(record))
+
+    def copy(self, sample: StoredSample, *, first_source: int = 0) -> None:
+        """Write a sample of another archive by copying its chunks, without recompression.
+
+        Parameters
+        ----------
+        sample
+            The stored sample.
+        first_source
+            Index that the first of its archive's ``sources`` has in the new archive's.
+
+        Raises
+        ------
+        SchemaError
+            It has other layers than the samples before.
+        CorruptArchiveError
+            A chunk is damaged.
+        OSError
+            The disk is full.
+        """
+        metadata = sample.metadata
+        if metadata.source is not None:
+            moved = metadata.source.model_copy(update={"file": first_source + metadata.source.file})
+            metadata = metadata.model_copy(update={"source": moved})
+        self._write_sample(metadata, sample.observation(), sample.objects())
+
+    def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
+        for kind, layers in record.layered.items():
+            yield EncodedObject(kind, sequence_attributes(layers))
+        yield from self._prepare(record)
+        for element in record_elements(record):
+            yield element if element.values is None else prepare_element(element)
+
+    @uninterrupted
+    def _write_sample(
+        self,
+        metadata: TraceMetadata,
+        observation: Observation,
+        objects: Iterable[EncodedObject | Prepared],
+    ) -> None:
+        self._observed.add_sample(observation, self.summary.num_samples)
+        metadata = self._complete(metadata)
+        group = layout.sample_path(self.summary.num_samples)
+        attrs = to_attributes(metadata)
+        entries: dict[str, ObjectEntry] = {}
+        self._hdf5.create_group(group, attrs)
+        for each in objects:
+            if isinstance(each, Prepared):
+                entries[each.path] = self._write_dataset(group, each)
+            else:
+                self._hdf5.create_group(f"{group}/{each.path}", each.attrs)
+                entries[each.path] = ObjectEntry(each.path, each.attrs)
+        digest = sample_digest(attrs, {path: entry.attrs for path, entry in entries.items()})
+        # The digest comes last: a sample without one is not whole.
+        self._hdf5.add_attributes(group, {"digest": digest})
+        self._hdf5.finish_group(group)
+        self._part.file.raise_error()
+        self._footer.add_sample(
+            {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
+        )
+        self._digests.append(digest)
+        self._index.append(metadata)
+        self.summary.num_samples += 1
+        self.summary.coverage[metadata.coverage] += 1
+
+    def _complete(self, metadata: TraceMetadata) -> TraceMetadata:
+        """Fill in what depends on the samples before."""
+        update: dict[str, Any] = {}
+        if metadata.sample_id is not None:
+            # A copied sample keeps its index, unless another archive's sample has it already.
+            taken = self._generations.setdefault(metadata.sample_id, set())
+            index = metadata.generation_index
+            if index is None or index in taken:
+                index = max(taken, default=-1) + 1
+            taken.add(index)
+            update["generation_index"] = index
+        if self.summary.num_samples == 0 and metadata.fields:
+            self._metadata = self._metadata.model_copy(update={"fields": metadata.fields})
+        if metadata.fields == self._metadata.fields:
+            update["fields"] = None
+        return metadata.model_copy(update=update)
+
+    def _prepare(self, record: TraceRecord) -> Iterator[Prepared]:
+        """The layered arrays, cast, digested and encoded in threads, in order."""
+        waiting: deque[Future[list[Prepared]]] = deque()
+        exceptions: dict[str, dict[str, NDArray[np.float64]]] = {}
+
+        def next_ready() -> Iterator[Prepared]:
+            for each in waiting.popleft().result():
+                if each.exceptions is not None:
+                    kind, _, name = each.path.partition("/")
+                    exceptions.setdefault(kind, {})[name] = each.exceptions
+                yield each
+
+        for kind, layered in record.layered.items():
+            if layered.in_steps:
+                yield prepare_element(steps_table(kind, layered.arrays))
+            for group in _groups(layered.arrays):
+                waiting.append(
+                    self._pool.submit(prepare_layers, kind, group, self._options, self._encoder)
+                )
+                if len(waiting) > _QUEUED_PER_WORKER * self._workers:
+                    yield from next_ready()
+        while waiting:
+            yield from next_ready()
+        for kind, found in exceptions.items():
+            self.summary.num_exceptions[kind] += sum(map(len, found.values()))
+            yield prepare_element(exceptions_table(kind, found))
+
+    def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
+        encoded = prepared.encoded
+        offsets, sizes = self._hdf5.write_dataset(
+            f"{sample}/{prepared.path}",
+            dtype=prepared.dtype,
+            shape=encoded.shape,
+            chunk=encoded.chunk,
+            codec=encoded.codec,
+            chunks=encoded.chunks,
+            attrs={**(layout.IMAGE_ATTRS if prepared.image else {}), **prepared.attrs},
+        )
+        # A full disk shows here at the latest; HDF5 itself was told that all went well.
+        self._part.file.raise_error()
+        kind = prepared.path.partition("/")[0]
+        kind = kind if kind in layout.KINDS else "other"
+        self.summary.raw_nbytes[kind] += prepared.raw_nbytes
+        self.summary.stored_nbytes[kind] += sum(sizes)
+        if prepared.kept_exact is not None:
+            self.summary.kept_exact[f"{kind}: {prepared.kept_exact}"] += 1
+        if prepared.counts != CastCounts():
+            before = self.summary.counts.get(kind, CastCounts())
+            self.summary.counts[kind] = before + prepared.counts
+        return ObjectEntry(
+            prepared.path,
+            prepared.attrs,
+            prepared.dtype,
+            encoded.shape,
+            encoded.chunk,
+            encoded.codec,
+            ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums),
+        )
+
+    def finish(
+        self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any
+    ) -> ArchiveMetadata:
+        """Write metadata, index and footer and make the file durable; `publish` names it.
+
+        Parameters
+        ----------
+        sources
+            The files that the records were converted from.
+        metadata
+            Fields of `ArchiveMetadata` that are known only now.
+        """
+        self._finished = True
+        kinds = {name: self._kind_attributes(name) for name in self._observed.layers}
+        for name, attrs in kinds.items():
+            self._hdf5.create_group(f"/{layout.KINDS_GROUP}/{name}", attrs)
+        self._write_scales()
+        self._hdf5.write_table(f"/{layout.INDEX_TABLE}", index_columns(self._index))
+        archive = self._final_metadata(sources=sources, **metadata)
+        root = to_attributes(archive)
+        complete = {"complete": root.pop("complete")}
+        self._hdf5.add_attributes("/", root)
+        self._hdf5.add_attributes("/", complete)
+        self._hdf5.close()
+        self._pool.shutdown()
+        self._part.file.raise_error()
+        self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
+        self._part.sync()
+        self.summary.nbytes = self._part.path.stat().st_size
+        return archive
+
+    def _write_scales(self) -> None:
+        """The scales of the layers that are stored, once for all samples."""
+        scales = self._encoder.scales
+        if scales is None or self._encoder.precision.step is None:
+            return
+        stored = scales_of(scales, self._observed.layers)
+        self._footer.add_scales(write_scales(self._hdf5, scale_arrays(stored), stored.record))
+
+    def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
+        observed = self._observed
+        stored = sorted(set().union(*observed.layers.values()))
+        known = metadata.pop("num_layers", None) or self._metadata.num_layers or 0
+        num_layers = max(known, stored[-1] + 1 if stored else 0) or None
+        is_subset = bool(stored) and stored != list(range(min(num_layers or 0, len(stored) + 1)))
+        return ArchiveMetadata(
+            **{
+                **self._metadata.model_dump(),
+                "num_samples": self.summary.num_samples,
+                "num_layers": num_layers,
+                "hidden_size": _only(observed.hidden_sizes),
+                "num_heads": _only(observed.head_counts),
+                "layers": tuple(stored) if is_subset else None,
+                "complete": True,
+                **metadata,
+            }
+        )
+
+    def _kind_attributes(self, kind: str) -> Attrs:
+        definition = layout.KINDS.get(kind)
+        found = self._observed.reductions.get(kind, {None})
+        reduction = (_only(found) or "unknown") if kind == layout.ATTENTION_MEAN else None
+        return to_attributes(
+            KindMetadata(
+                axes=definition.axes if definition else ("value",),
+                layered=True,
+                layers=tuple(sorted(self._observed.layers.get(kind, ()))),
+                definition=definition.definition if definition else "",
+                reduction=reduction,
+                derivation=DERIVATION if reduction == MEAN else None,
+            )
+        )
+
+    def publish(self) -> Path:
+        """Give the finished file its final name.
+
+        Raises
+        ------
+        ArchiveExistsError
+            Something took that name meanwhile and ``options.overwrite`` is false.
+        """
+        self._part.publish(overwrite=self._options.overwrite)
+        return self.summary.path
+
+    def discard(self) -> None:
+        """Delete what was written; nothing else is touched."""
+        self._pool.shutdown(cancel_futures=True)
+        self._part.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        if exception_type is not None:
+            self.discard()
+            return
+        try:
+            if not self._finished:
+                self.finish()
+            self.publish()
+        except BaseException:
+            self.discard()
+            raise
+
+
+def _only(values: set[_Value]) -> _Value | None:
+    """The one value, None where there are none or several."""
+    return next(iter(values)) if len(values) == 1 else None
+
+
+def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
+    """The arrays in groups worth handing to another thread."""
+    group: list[LayerArray] = []
+    size = 0
+    for each in arrays:
+        steps = each.array.steps if isinstance(each.array, StepArrays) else (each.array,)
+        group.append(each)
+        size += sum(math.prod(step.shape) for step in steps)
+        if size >= _GROUP_SIZE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

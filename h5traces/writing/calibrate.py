@@ -1,0 +1,457 @@
+"""Measures the channels of a model's hidden states, so that they can be stored in steps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from h5traces.archive.hdf5_store import Hdf5Store
+from h5traces.archive.opening import ARCHIVE_SUFFIXES, expand_paths, is_archive, open_archive
+from h5traces.archive.scales import stored_statistics
+from h5traces.errors import ArchiveExistsError, ConversionError, PrecisionError, SchemaError
+from h5traces.format import layout
+from h5traces.format.limits import DEFAULT_LIMITS
+from h5traces.format.precision import CalibrationRecord
+from h5traces.format.record import StepArrays
+from h5traces.format.trace import SourcePosition
+from h5traces.precision.scale_storage import statistics_arrays
+from h5traces.precision.scales import Calibration
+from h5traces.precision.statistics import METHOD, ChannelAccumulator
+from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES, names_in_file_name, to_record
+from h5traces.sources.pickle.stream import open_batch
+from h5traces.storage.hdf5.writing import Hdf5Writer
+from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
+from h5traces.version import __version__
+from h5traces.writing.scales import write_scales
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.opening import PathLike
+    from h5traces.archive.trace import Trace
+    from h5traces.format.limits import ReadLimits
+    from h5traces.format.precision import Precision
+    from h5traces.format.record import TraceRecord
+
+    # Path of a layer, and its hidden states (tokens, hidden).
+    States = Iterable[tuple[str, NDArray[Any]]]
+
+# Tokens of some 64 samples tell sigma to about one per cent.
+AUTOMATIC_SAMPLES: Final = 64
+DEFAULT_SAMPLES: Final = 200
+
+
+@dataclass(slots=True)
+class CalibrationReport:
+    """What a calibration measured.
+
+    Attributes
+    ----------
+    path
+        The file of scales.
+    num_samples, num_tokens
+        What was looked at; the first token of a sample does not count.
+    num_not_finite
+        Tokens left out since a value is NaN or infinite, in the layer with the most.
+    layers
+        Paths of the layers, such as ``hidden_states/layer_005``.
+    hidden_size
+        Width of the hidden states.
+    model_id
+        As the sources give it.
+    """
+
+    path: str
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_not_finite: int = 0
+    layers: list[str] = field(default_factory=list)
+    hidden_size: int = 0
+    model_id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+def calibrate(
+    sources: PathLike | Iterable[PathLike],
+    dest: PathLike,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    layers: Sequence[int] | None = None,
+    model_id: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrationReport:
+    """Measure the channels of hidden states on some samples, and write a file of scales.
+
+    Memory stays at one sample and a few megabytes for each layer.
+
+    Parameters
+    ----------
+    sources
+        Archives or legacy batches, globs, folders; of one model.
+    dest
+        The new file.
+    samples
+        How many to look at, from the beginning of the sources.
+    layers
+        Decoder blocks to measure; all by default.
+    model_id
+        Recorded; as the sources give it by default.
+    overwrite
+        Replace `dest`.
+    dry_run
+        Measure only.
+    progress
+        Called with the samples looked at and the samples wanted.
+
+    Raises
+    ------
+    PrecisionError
+        The samples are of several models or widths, or hold nothing to measure.
+    ArchiveExistsError
+        `dest` exists.
+    ConversionError, ArchiveError
+        A source cannot be read.
+    """
+    target = Path(dest)
+    if target.exists() and not overwrite:
+        message = f"{target} exists; use --overwrite to replace it, or another name"
+        raise ArchiveExistsError(message)
+    paths = expand_paths(sources, (*ARCHIVE_SUFFIXES, *SOURCE_SUFFIXES))
+    with Measurement(layers) as measurement:
+        for path in paths:
+            with contextlib.closing(_samples(path)) as found:
+                measurement.add_first(path.name, found, samples, progress)
+            if measurement.num_samples >= samples:
+                break
+        name = model_id or _one_model(paths[: len(measurement.sources)])
+        calibration = measurement.calibration(name)
+    if not dry_run:
+        save_calibration(calibration, target, overwrite=overwrite)
+    assert calibration.record is not None
+    return CalibrationReport(
+        str(target),
+        calibration.record.num_samples,
+        calibration.record.num_tokens,
+        measurement.num_not_finite,
+        sorted(calibration.layers),
+        len(next(iter(calibration.layers.values())).sigma),
+        calibration.record.model_id,
+    )
+
+
+class Measurement:
+    """Takes in samples and measures their hidden states, layers side by side.
+
+    Parameters
+    ----------
+    layers
+        Decoder blocks to measure; all by default.
+    """
+
+    def __init__(self, layers: Collection[int] | None = None) -> None:
+        self._layers = None if layers is None else frozenset(layers)
+        self._accumulators: dict[str, ChannelAccumulator] = {}
+        # Each thread holds copies of a layer.
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self.num_samples = 0
+        self.sources: list[str] = []
+
+    def add(self, source: str, states: States) -> None:
+        """Take in one sample.
+
+        Raises
+        ------
+        PrecisionError
+            A layer has another width than in the samples before.
+        """
+        wanted = [(path, values) for path, values in states if self._is_wanted(path)]
+        for path, _ in wanted:
+            self._accumulators.setdefault(path, ChannelAccumulator())
+        try:
+            list(self._pool.map(lambda each: self._accumulators[each[0]].add(each[1]), wanted))
+        except PrecisionError as error:
+            message = f"{source}: sample {self.num_samples}: {error}"
+            raise PrecisionError(message) from error
+        if source not in self.sources:
+            self.sources.append(source)
+        self.num_samples += 1
+
+    def add_first(
+        self,
+        source: str,
+        samples: Iterable[States],
+        most: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Take in samples of a source until there are `most`, those of other sources included.
+
+        Raises
+        ------
+        PrecisionError
+            As `add`.
+        """
+        for states in itertools.islice(samples, most - self.num_samples):
+            self.add(source, states)
+            if progress is not None:
+                progress(self.num_samples, most)
+
+    def _is_wanted(self, path: str) -> bool:
+        layer = layout.parse_layer_name(path.rpartition("/")[2])
+        return self._layers is None or layer is None or layer in self._layers
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there was a token to measure in a layer."""
+        return any(each.num_tokens for each in self._accumulators.values())
+
+    @property
+    def num_not_finite(self) -> int:
+        """Tokens left out since a value is not finite, in the layer with the most."""
+        return max((each.num_not_finite for each in self._accumulators.values()), default=0)
+
+    def calibration(self, model_id: str | None, *, partial: bool = False) -> Calibration:
+        """What was measured.
+
+        Parameters
+        ----------
+        model_id
+            As the sources give it.
+        partial
+            Whether layers without a token to measure may be missing; they are stored exactly.
+
+        Raises
+        ------
+        PrecisionError
+            There was nothing to measure.
+        """
+        found = {}
+        measured = {
+            path: each
+            for path, each in self._accumulators.items()
+            if each.num_tokens or not partial
+        }
+        for path, accumulator in measured.items():
+            try:
+                found[path] = accumulator.statistics()
+            except PrecisionError as error:
+                message = f"{', '.join(self.sources)}: {path}: {error}"
+                raise PrecisionError(message) from error
+        if not found:
+            message = (
+                f"{', '.join(self.sources) or 'the sources'}: {self.num_samples} samples without "
+                "hidden states (tokens, hidden), so there is nothing to measure"
+            )
+            raise PrecisionError(message)
+        record = CalibrationRecord(
+            num_samples=self.num_samples,
+            num_tokens=min(each.num_tokens for each in measured.values()),
+            sources=tuple(self.sources),
+            model_id=model_id,
+            generator=f"h5traces {__version__}",
+            method=METHOD,
+        )
+        return Calibration(found, record)
+
+    def __enter__(self) -> Measurement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def record_states(record: TraceRecord) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The hidden states of a record that have an axis of tokens and one of channels."""
+    layered = record.layered.get(layout.HIDDEN_STATES)
+    for each in layered.arrays if layered is not None else ():
+        if not isinstance(each.array, StepArrays) and len(each.array.shape) == 2:
+            yield f"{layout.HIDDEN_STATES}/{each.name}", each.array.load().to_numpy()
+
+
+def trace_states(trace: Trace) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The hidden states of a stored trace that have an axis of tokens and one of channels."""
+    prefix = f"{layout.HIDDEN_STATES}/"
+    for path in trace.objects:
+        name = path.removeprefix(prefix)
+        if path.startswith(prefix) and name not in layout.TABLES:
+            array = trace.typed_layer(layout.HIDDEN_STATES, name)
+            if not isinstance(array, list) and len(array.shape) == 2:
+                yield path, array.to_numpy()
+
+
+def _samples(path: Path) -> Generator[States]:
+    """The hidden states of every sample of a file."""
+    if is_archive(path):
+        with open_archive(path) as archive:
+            yield from map(trace_states, archive)
+        return
+    yield from batch_states(path)
+
+
+def batch_states(path: Path) -> Generator[States]:
+    """The hidden states of every sample of a legacy batch.
+
+    Raises
+    ------
+    ConversionError
+        It cannot be read.
+    """
+    with open_batch(path) as batch:
+        for position, item in enumerate(batch):
+            place = SourcePosition(file=0, position=position)
+            try:
+                record = to_record(item, source=place)
+            except (ConversionError, SchemaError) as error:
+                message = f"{path}: sample {position}: {error}"
+                raise ConversionError(message) from error
+            yield record_states(record)
+
+
+def measured(archive: Archive, samples: int) -> Calibration:
+    """What is usual in the channels of an archive's first samples; nothing where it has no states.
+
+    Parameters
+    ----------
+    archive
+        Of which the selected layers are measured.
+    samples
+        How many.
+    """
+    with Measurement(archive.layers) as measurement:
+        for trace in archive[:samples]:
+            measurement.add(trace.path.name, trace_states(trace))
+        if not measurement.has_states:
+            return Calibration()
+        return measurement.calibration(archive.metadata.model_id, partial=True)
+
+
+def _one_model(paths: Sequence[Path]) -> str | None:
+    """The model that the sources name.
+
+    Raises
+    ------
+    PrecisionError
+        They name several.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = _model_of(path)
+        if name is not None:
+            found.setdefault(name, path)
+    if len(found) > 1:
+        named = ", ".join(f"{path} of {name}" for name, path in found.items())
+        message = f"the sources are of several models: {named}; calibrate each by itself"
+        raise PrecisionError(message)
+    return next(iter(found), None)
+
+
+def _model_of(path: Path) -> str | None:
+    if not is_archive(path):
+        return names_in_file_name(path.name).get("model_id")
+    with open_archive(path) as archive:
+        return archive.metadata.model_id
+
+
+def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool = False) -> None:
+    """Write a file of scales; it appears under its name when it is whole.
+
+    Raises
+    ------
+    ArchiveExistsError
+        `target` exists.
+    OSError
+        The disk is full.
+    """
+    make_folder(target.parent)
+    remove_abandoned_parts(target)
+    with PartFile(target) as part:
+        hdf5 = Hdf5Writer(part.file)
+        hdf5.add_attributes(
+            "/",
+            {
+                "format": layout.SCALES_FORMAT,
+                "format_version": layout.FORMAT_VERSION,
+                "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            },
+        )
+        write_scales(hdf5, statistics_arrays(calibration), calibration.record)
+        hdf5.close()
+        part.file.raise_error()
+        part.sync()
+        part.publish(overwrite=overwrite)
+
+
+def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> Calibration:
+    """Read a file of scales, or take them from an archive that has some.
+
+    Raises
+    ------
+    PrecisionError
+        It holds no scales.
+    NotAnArchiveError, CorruptArchiveError
+        It is no HDF5 file, or damaged.
+    """
+    file = Path(path)
+    with contextlib.closing(Hdf5Store(file, limits)) as store:
+        found = stored_statistics(store)
+    if found is None or not found.layers:
+        message = (
+            f"{file}: holds no scales; expected a file that 'h5traces calibrate' wrote, or an "
+            "archive with hidden states in steps"
+        )
+        raise PrecisionError(message)
+    return found
+
+
+def load_given(path: PathLike | None, precision: Precision) -> Calibration | None:
+    """The scales that a caller gives, if any.
+
+    Raises
+    ------
+    PrecisionError
+        The precision has no use for scales, or the file holds none.
+    """
+    if path is not None and precision.step is None:
+        message = (
+            f"{path}: scales are for hidden states in steps, which precision {precision} does not "
+            "have; choose a tier (fine, analysis, compact) or a step"
+        )
+        raise PrecisionError(message)
+    return None if path is None else load_calibration(path)
+
+
+def check_model(calibration: Calibration, model_id: str | None) -> None:
+    """Refuse scales that were measured on another model.
+
+    Raises
+    ------
+    PrecisionError
+        Both models are known, and differ.
+    """
+    measured = calibration.record.model_id if calibration.record is not None else None
+    if measured is None or model_id is None or _short(measured) == _short(model_id):
+        return
+    message = (
+        f"the scales were measured on {measured}, the samples are of {model_id}; run 'h5traces "
+        "calibrate' on samples of that model, or, if it is the same under another name, with "
+        f"--model-id {model_id}"
+    )
+    raise PrecisionError(message)
+
+
+def _short(model_id: str) -> str:
+    """A model's name without the folder, or the account, that it lies in."""
+    return model_id.rstrip("/").rpartition("/")[2].lower()

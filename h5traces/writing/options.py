@@ -1,0 +1,129 @@
+"""How an archive is written, and what was written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from h5traces.errors import PrecisionError
+from h5traces.format.precision import EXACT, Precision
+from h5traces.storage.codecs import GZIP
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from h5traces.format.dtypes import CastCounts, DtypePolicy, OverflowPolicy
+    from h5traces.precision.scales import ScaleSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteOptions:
+    """How an archive is written.
+
+    Attributes
+    ----------
+    dtype
+        Stored type of hidden states and attentions, or ``auto`` for the narrowest exact one.
+    on_overflow
+        What becomes of arrays with finite values beyond that type.
+    codec
+        Codec of the layered arrays.
+    workers
+        Threads that cast and compress; None for one per core.
+    overwrite
+        Replace an existing target, in one atomic step when the new file is whole.
+    precision
+        How precisely; anything but `EXACT` goes with the type float16 only.
+    scales
+        Of hidden states that are stored in steps.
+    earlier_precisions
+        What the arrays have lost already.
+
+    Raises
+    ------
+    PrecisionError
+        The precision does not go with the type.
+    """
+
+    dtype: DtypePolicy = "float16"
+    on_overflow: OverflowPolicy = "float32"
+    codec: str = GZIP.name
+    workers: int | None = None
+    overwrite: bool = False
+    precision: Precision = EXACT
+    scales: ScaleSet | None = None
+    earlier_precisions: tuple[Precision, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_type(self.precision, self.dtype)
+
+
+def check_type(precision: Precision, dtype: DtypePolicy) -> None:
+    """Refuse a precision that does not go with the stored type.
+
+    Raises
+    ------
+    PrecisionError
+        It does not.
+    """
+    if not precision.is_exact and dtype != "float16":
+        message = f"precision {precision} goes with dtype float16, not {dtype}; leave one out"
+        raise PrecisionError(message)
+
+
+_HALF_NBYTES: Final = 2
+# From here on exceptions cost a tenth of what the coarsest tier stores.
+_MANY_EXCEPTIONS: Final = 0.005
+
+
+def precision_warnings(summary: WriteSummary) -> list[str]:
+    """What the chosen precision could not do."""
+    found = [
+        f"{count} arrays are stored in full float16, not as the tier has them: {reason}"
+        for reason, count in sorted(summary.kept_exact.items())
+    ]
+    for kind, count in summary.num_exceptions.items():
+        share = count * _HALF_NBYTES / max(1, summary.raw_nbytes[kind])
+        if share > _MANY_EXCEPTIONS:
+            found.append(
+                f"{kind}: {share:.1%} of the values lie beyond their scales and are stored one by "
+                "one, which takes room; 'h5traces calibrate' on samples like these makes better "
+                "scales"
+            )
+    return found
+
+
+@dataclass(slots=True)
+class WriteSummary:
+    """What was written.
+
+    Attributes
+    ----------
+    path
+        The published file.
+    num_samples
+        Samples in it.
+    raw_nbytes, stored_nbytes
+        Bytes of the arrays before and after compression, by kind (``other`` for the rest).
+    nbytes
+        Size of the file.
+    counts
+        Values not finite or changed by casts, by kind.
+    coverage
+        Number of samples by coverage.
+    kept_exact
+        Arrays that were stored in float16 although the precision says otherwise, by reason.
+    num_exceptions
+        Values that encodings list beside the arrays, by kind.
+    """
+
+    path: Path
+    num_samples: int = 0
+    raw_nbytes: Counter[str] = field(default_factory=Counter)
+    stored_nbytes: Counter[str] = field(default_factory=Counter)
+    nbytes: int = 0
+    counts: dict[str, CastCounts] = field(default_factory=dict)
+    coverage: Counter[str] = field(default_factory=Counter)
+    kept_exact: Counter[str] = field(default_factory=Counter)
+    num_exceptions: Counter[str] = field(default_factory=Counter)

@@ -1,0 +1,251 @@
+"""Records to datasets that are ready to be written: cast, digested and encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from h5traces.errors import ConversionError, PrecisionError
+from h5traces.format import layout
+from h5traces.format.digests import dataset_digest
+from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage, uncast
+from h5traces.format.entries import digest_type
+from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
+from h5traces.format.values import EncodedObject
+from h5traces.precision.encoding import Encoder
+from h5traces.storage.arrays import EncodedArray, encode_array
+from h5traces.storage.codecs import DEFLATE, GZIP
+from h5traces.writing.elements import record_elements
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from concurrent.futures import Executor
+
+    from numpy.typing import NDArray
+
+    from h5traces.format.attributes import Attrs
+    from h5traces.format.record import TraceRecord
+    from h5traces.precision.encoding import EncodedLayer
+    from h5traces.writing.options import WriteOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A dataset that was cast, digested and encoded.
+
+    Attributes
+    ----------
+    raw_nbytes
+        Bytes of the array as it was cast.
+    exceptions
+        Values of a layer that go into the table of exceptions: float64 ``(n, 2)``.
+    kept_exact
+        Why a layer is stored more precisely than was asked for.
+    """
+
+    path: str
+    dtype: str
+    attrs: Attrs
+    image: bool
+    encoded: EncodedArray
+    raw_nbytes: int
+    counts: CastCounts
+    exceptions: NDArray[np.float64] | None = None
+    kept_exact: str | None = None
+
+
+def prepare_layers(
+    kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
+) -> list[Prepared]:
+    """Arrays of some layers, cast, digested and encoded; called in threads.
+
+    Raises
+    ------
+    ConversionError
+        The array overflows and ``on_overflow`` is ``error``, or its steps do not go together.
+    PrecisionError
+        Its scale is of another width.
+    """
+    return [_prepare_layer(kind, entry, options, encoder) for entry in entries]
+
+
+def _prepare_layer(
+    kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
+) -> Prepared:
+    layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
+    return Prepared(
+        path=f"{kind}/{entry.name}",
+        dtype=layer.dtype,
+        attrs=attrs,
+        image=kind in layout.KINDS and layout.KINDS[kind].image,
+        encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
+        raw_nbytes=layer.source_nbytes,
+        counts=counts,
+        exceptions=layer.exceptions,
+        kept_exact=layer.kept_exact,
+    )
+
+
+def codec_for(values: NDArray[Any], codec: str) -> str:
+    """The codec of a layer's values: shuffling single bytes would do nothing."""
+    return DEFLATE.name if codec == GZIP.name and values.dtype.itemsize == 1 else codec
+
+
+def _stored_layer(
+    kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
+) -> tuple[EncodedLayer, CastCounts, Attrs]:
+    """One layer's array as it will be stored, and its attributes, the digest among them.
+
+    Raises
+    ------
+    ConversionError, PrecisionError
+        As `prepare_layers`.
+    """
+    array = entry.array
+    try:
+        source = flatten_steps(array) if isinstance(array, StepArrays) else array.load()
+        if encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
+            cast = uncast(source)
+        else:
+            cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
+    except ConversionError as error:
+        message = f"{kind}/{entry.name}: {error}"
+        raise ConversionError(message) from error
+    if entry.earlier is not None:
+        cast = replace(
+            cast,
+            cast_from=cast.cast_from or entry.earlier.cast_from,
+            counts=cast.counts + entry.earlier.counts,
+        )
+    in_steps = isinstance(array, StepArrays)
+    try:
+        layer = encoder.encode(kind, entry.name, cast.array, in_steps=in_steps)
+    except PrecisionError as error:
+        message = f"{kind}/{entry.name}: {error}"
+        raise PrecisionError(message) from error
+    in_tuple = isinstance(array, StepArrays) and array.sequence == "tuple"
+    facts = {
+        "site": entry.site,
+        "source_dtype": cast.source_dtype,
+        "cast_from": cast.cast_from,
+        "container": entry.container,
+        "sequence": "tuple" if in_tuple else None,
+    }
+    attrs: Attrs = {name: value for name, value in facts.items() if value is not None}
+    attrs.update(cast.counts.nonzero())
+    attrs.update(layer.attrs)
+    attrs["digest"] = dataset_digest(layer.dtype, layer.values)
+    return layer, cast.counts, attrs
+
+
+def prepare_element(element: EncodedObject) -> Prepared:
+    """A small dataset; encoded by the thread that writes, since handing it over costs more."""
+    values = element.values
+    assert values is not None
+    shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
+    return Prepared(
+        path=element.path,
+        dtype=element.dtype,
+        attrs=element_attributes(element),
+        image=False,
+        encoded=encode_array(values, (GZIP if shuffles else DEFLATE).name),
+        raw_nbytes=values.nbytes,
+        counts=CastCounts(),
+    )
+
+
+def flatten_steps(steps: StepArrays) -> TypedArray:
+    """Generation steps side by side: ``(beams, total)``, or ``(1, total)`` where beams differ."""
+    arrays = steps.steps
+    if not arrays:
+        return TypedArray(np.empty((0, 0), dtype="<f2"), "float16")
+    dtypes = {each.dtype for each in arrays}
+    if len(dtypes) > 1:
+        message = f"generation steps are of several types: {', '.join(sorted(dtypes))}"
+        raise ConversionError(message)
+    beams = {each.shape[0] if each.shape else 0 for each in arrays}
+    rows = next(iter(beams)) if len(beams) == 1 and 0 not in beams else 1
+    flat = np.concatenate([each.values.reshape(rows, -1) for each in arrays], axis=1)
+    return TypedArray(flat, arrays[0].dtype)
+
+
+def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
+    """Shapes of all steps of all layers: int64 ``(positions, steps, axes)``."""
+    shapes = [
+        [step.shape for step in entry.array.steps]
+        for entry in arrays
+        if isinstance(entry.array, StepArrays)
+    ]
+    if any(layout.parse_layer_name(entry.name) is None for entry in arrays):
+        message = f"{kind}: generation steps of something else than a layer have no place"
+        raise ConversionError(message)
+    if len(shapes) != len(arrays) or len({len(each) for each in shapes}) > 1:
+        message = f"{kind}: layers have different numbers of generation steps"
+        raise ConversionError(message)
+    if len({len(shape) for each in shapes for shape in each}) > 1:
+        message = f"{kind}: generation steps have different numbers of axes"
+        raise ConversionError(message)
+    num_axes = len(shapes[0][0]) if shapes[0] else 0
+    table = np.array(shapes, dtype="<i8").reshape(len(shapes), len(shapes[0]), num_axes)
+    return EncodedObject(f"{kind}/{layout.STEPS_TABLE}", {}, "int64", table)
+
+
+def exceptions_table(kind: str, found: Mapping[str, NDArray[np.float64]]) -> EncodedObject:
+    """Exceptions of all layers of a kind: float64 ``(n, 3)``, layer, flat index and value.
+
+    Parameters
+    ----------
+    kind
+        Which.
+    found
+        Index and value by name of the layer; the embedding is layer -1.
+    """
+    parts = []
+    for name, pairs in found.items():
+        layer = layout.parse_layer_name(name)
+        number = np.full((len(pairs), 1), layout.EMBEDDING_LAYER if layer is None else layer)
+        parts.append(np.hstack((number, pairs)))
+    return EncodedObject(
+        f"{kind}/{layout.EXCEPTIONS_TABLE}", {}, "float64", np.concatenate(parts).astype("<f8")
+    )
+
+
+def record_attributes(
+    record: TraceRecord, options: WriteOptions, pool: Executor
+) -> dict[str, Attrs]:
+    """The attributes that every object of a record gets when it is written, digests included."""
+    attrs: dict[str, Attrs] = {}
+    encoder = Encoder(options.precision, options.scales)
+    for kind, layered in record.layered.items():
+        attrs[kind] = sequence_attributes(layered)
+        elements = [steps_table(kind, layered.arrays)] if layered.in_steps else []
+        attrs |= {each.path: element_attributes(each) for each in elements}
+        stored = pool.map(
+            partial(_stored_layer, kind, options=options, encoder=encoder), layered.arrays
+        )
+        found: dict[str, NDArray[np.float64]] = {}
+        for entry, (layer, _, layer_attrs) in zip(layered.arrays, stored, strict=True):
+            attrs[f"{kind}/{entry.name}"] = layer_attrs
+            if layer.exceptions is not None:
+                found[entry.name] = layer.exceptions
+        if found:
+            table = exceptions_table(kind, found)
+            attrs[table.path] = element_attributes(table)
+    attrs |= {each.path: element_attributes(each) for each in record_elements(record)}
+    return attrs
+
+
+def sequence_attributes(layered: LayeredArrays) -> Attrs:
+    """Attributes of the group of a kind."""
+    return {"sequence": "tuple"} if layered.sequence == "tuple" else {}
+
+
+def element_attributes(element: EncodedObject) -> Attrs:
+    """Attributes of a small object as they are stored."""
+    if element.values is None:
+        return element.attrs
+    digest = dataset_digest(digest_type(element.dtype), element.values)
+    return {**element.attrs, "digest": digest}

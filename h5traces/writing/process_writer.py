@@ -1,0 +1,201 @@
+"""A writer in a process of its own, for programs whose own Python must not wait.
+
+Compressing frees Python's lock, but the work around it does not: a thread that writes samples of a
+small model slows the loop that generates the next ones by as long as it works. A process does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from multiprocessing.connection import Connection, Pipe
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from h5traces.errors import ArchiveError
+from h5traces.writing.create import create
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from h5traces.archive.opening import PathLike
+    from h5traces.format.dtypes import CastCounts
+    from h5traces.format.record import TraceRecord
+
+_CHILD: Final = f"import sys; from {__name__} import serve; serve(*map(int, sys.argv[1:]))"
+_STOPPING: Final = {signal.SIGINT, signal.SIGTERM}
+_POLL_SECONDS: Final = 0.1
+
+
+class ProcessWriter:
+    """What `h5traces.create` returns, at the other end of a pipe.
+
+    Parameters
+    ----------
+    path, options
+        As for `h5traces.create`.
+
+    Attributes
+    ----------
+    done, num_samples, is_finished, nbytes, counts
+        As those of `TraceWriter`.
+    warnings
+        As those of `TraceWriter`, when it is closed.
+
+    Raises
+    ------
+    H5TracesError, OSError
+        As `h5traces.create`.
+    """
+
+    def __init__(self, path: PathLike, **options: Any) -> None:
+        self._path = path
+        self._connection, theirs = Pipe()
+        with theirs, _blocked_signals():
+            # Not multiprocessing: it would run the program's main module again.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                # What this program found by a path of its own, the process must find, too.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self.done: Counter[str] = Counter()
+        self.num_samples = 0
+        self.is_finished = False
+        self.nbytes = 0
+        self.counts: dict[str, CastCounts] = {}
+        self.warnings: list[str] = []
+        try:
+            self.done, self.num_samples, self.is_finished = self._ask("create", path, options)
+        except BaseException:
+            self._end()
+            raise
+
+    @property
+    def process_id(self) -> int:
+        """The number of the process that writes."""
+        return self._process.pid
+
+    def append(self, record: TraceRecord) -> None:
+        """Write one sample; it is durable when this returns.
+
+        Raises
+        ------
+        H5TracesError, OSError
+            As `TraceWriter.append`.
+        """
+        self.nbytes, self.counts = self._ask("append", record)
+        self.num_samples += 1
+
+    def close(self) -> None:
+        """Make archives of all samples and end the run."""
+        if self._connection.closed:
+            return
+        self.warnings = self._ask("close")
+        self._end()
+
+    def suspend(self) -> None:
+        """Let go without packing the rest."""
+        if self._connection.closed:
+            return
+        # Where the process is gone already, so is its lock.
+        with contextlib.suppress(ArchiveError):
+            self._ask("suspend")
+        self._end()
+
+    def _ask(self, request: str, *arguments: Any) -> Any:
+        """Send a request and wait for its answer.
+
+        Raises
+        ------
+        ArchiveError
+            The process is gone.
+        """
+        try:
+            self._connection.send((request, arguments))
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._end()
+            code = self._process.returncode
+            how = f"ended with exit code {code}"
+            if code < 0:
+                how = f"was killed (signal {-code}), as the system does when memory runs out"
+            message = (
+                f"{self._path}: the process that writes it {how}; what was written is safe, start "
+                "again to go on"
+            )
+            raise ArchiveError(message) from error
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _end(self) -> None:
+        self._connection.close()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        if exception_type is None:
+            self.close()
+        else:
+            self.suspend()
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """A process started inside never gets Ctrl-C or SIGTERM, which reach the whole group.
+
+    Its parent tells it when to stop.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Answer requests until there are no more; the main function of the process."""
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    writer: Any = None
+    with Connection(descriptor) as connection:
+        while True:
+            try:
+                request, arguments = connection.recv()
+            except (EOFError, OSError):
+                break
+            answer: Any = None
+            try:
+                if request == "create":
+                    writer = create(arguments[0], **arguments[1])
+                    answer = (writer.done, writer.num_samples, writer.is_finished)
+                elif request == "append":
+                    writer.append(*arguments)
+                    answer = (writer.nbytes, writer.counts)
+                else:
+                    getattr(writer, request)()
+                    answer = writer.warnings
+            except BaseException as error:  # whatever it is, the program is told
+                answer = error
+            # Free the arrays before waiting for the next ones.
+            del arguments
+            connection.send(answer)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Never outlive a program that was killed: its successor may be writing the same target."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os._exit(1)

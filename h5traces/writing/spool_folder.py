@@ -1,0 +1,207 @@
+"""The spool: a locked folder with one small archive per sample that is in no shard yet.
+
+``run.json`` says how the run was started, ``lock`` who is writing, ``00000042.sample`` is the
+sample of that number. Samples are whole archives, but are not named ``.h5``: a program that gathers
+``*.h5`` while a shard is being packed would find them twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import weakref
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import Field, ValidationError
+
+from h5traces.errors import ArchiveError, CorruptArchiveError
+from h5traces.format.archive import PositiveCount
+from h5traces.format.document import Document
+from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
+from h5traces.format.extraction import ExtractionMetadata
+from h5traces.format.precision import EXACT, Precision
+from h5traces.storage.publish import PartFile, make_folder, sync_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+_SAMPLE: Final = re.compile(r"([0-9]{8,})\.sample\Z")
+_LOCK, _RUN = "lock", "run.json"
+_OWNER_NBYTES: Final = 500
+
+
+class RunState(Document):
+    """How a run was started; whoever resumes it must want the same."""
+
+    version: Annotated[Literal[1], Field(description="Of this document.")] = 1
+    shard_samples: Annotated[PositiveCount | None, Field(description="Samples per shard.")] = None
+    dtype: Annotated[DtypePolicy, Field(description="Stored type.")]
+    on_overflow: Annotated[OverflowPolicy, Field(description="Where it is too narrow.")]
+    codec: Annotated[str, Field(description="Codec of the arrays.")]
+    precision: Annotated[Precision, Field(description="Of the archives; the spool is exact.")] = (
+        EXACT
+    )
+    calibration: Annotated[
+        str | None, Field(description="Digest of the scales that were given, if any.")
+    ] = None
+    model_id: Annotated[str | None, Field(description="Recorded in the archives.")] = None
+    model_revision: Annotated[str | None, Field(description="Recorded in the archives.")] = None
+    dataset: Annotated[str | None, Field(description="Recorded in the archives.")] = None
+    num_layers: Annotated[PositiveCount | None, Field(description="Of the model.")] = None
+    extraction: Annotated[
+        ExtractionMetadata | None, Field(description="Recorded in the archives.")
+    ] = None
+    closing: Annotated[bool, Field(description="No sample comes after those in the spool.")] = False
+
+    def facts(self) -> dict[str, Any]:
+        """What is recorded in every archive."""
+        facts = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
+        return {name: getattr(self, name) for name in facts}
+
+    def differences(self, other: RunState) -> list[str]:
+        """What two runs want differently."""
+        ours, theirs = self.model_dump(exclude={"closing", "extraction"}), other.model_dump()
+        found = [
+            f"{name}={value!r} (was {theirs[name]!r})"
+            for name, value in ours.items()
+            if value != theirs[name]
+        ]
+        if self.extraction is not None:
+            found += self.extraction.differences(other.extraction)
+        elif other.extraction is not None:
+            found.append("extraction=None (was recorded)")
+        return found
+
+
+class SpoolFolder:
+    """The spool of one target, locked for this process; the folder is made if need be.
+
+    Raises
+    ------
+    ArchiveError
+        Another writer has it.
+    OSError
+        It cannot be made, or the file system has no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = _locked(path)
+        _open_locks.add(self)
+        try:
+            for part in path.glob("*.part"):
+                part.unlink()
+            # A sample counts as done from now on, so its name must last even if its writer was
+            # killed before it had made sure of that.
+            sync_folder(path)
+        except BaseException:
+            self.release()
+            raise
+
+    def state(self) -> RunState | None:
+        """How the run was started; None where no run was.
+
+        Raises
+        ------
+        CorruptArchiveError
+            ``run.json`` does not say, or is missing beside samples.
+        """
+        path = self.path / _RUN
+        try:
+            return RunState.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            if not self.samples():
+                return None
+            message = f"{path} is missing, expected beside samples; move {self.path} away"
+            raise CorruptArchiveError(message) from None
+        except ValidationError as error:
+            message = f"{path} is damaged ({error.error_count()} problems); move {self.path} away"
+            raise CorruptArchiveError(message) from error
+
+    def save(self, state: RunState) -> None:
+        """Write down how the run was started, durably and in one step."""
+        with PartFile(self.path / _RUN) as part:
+            part.append(state.model_dump_json(indent=2).encode())
+            part.publish(overwrite=True)
+
+    def sample_path(self, number: int) -> Path:
+        """The file of a sample."""
+        return self.path / f"{number:08d}.sample"
+
+    def samples(self) -> list[int]:
+        """Numbers of the samples that are there, ascending."""
+        names = (_SAMPLE.match(each.name) for each in self.path.iterdir())
+        return sorted(int(found[1]) for found in names if found)
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Delete samples."""
+        for number in numbers:
+            self.sample_path(number).unlink(missing_ok=True)
+
+    def remove_all(self) -> None:
+        """Delete the spool, which must hold no sample any more, and let go of it."""
+        # Samples without run.json would be taken for damage.
+        sync_folder(self.path)
+        (self.path / _RUN).unlink(missing_ok=True)
+        (self.path / _LOCK).unlink(missing_ok=True)
+        # Not empty where somebody keeps a file of his own there.
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+_open_locks: weakref.WeakSet[SpoolFolder] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    """A forked child (of a DataLoader, say) must not hold the lock of a parent that is gone."""
+    for each in list(_open_locks):
+        each.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _locked(path: Path) -> int:
+    while True:
+        make_folder(path)
+        try:
+            descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            # A writer that finishes removes the folder.
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:
+                _write_owner(descriptor)
+                return descriptor
+        except BlockingIOError:
+            owner = os.pread(descriptor, _OWNER_NBYTES, 0).decode(errors="replace")
+            os.close(descriptor)
+            message = (
+                f"{path.with_suffix('')}: {owner or 'another process'} is writing it; "
+                "wait until it ends, or stop it"
+            )
+            raise ArchiveError(message) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _write_owner(descriptor: int) -> None:
+    since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    owner = f"process {os.getpid()} on {socket.gethostname()} (since {since})".encode()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, owner[:_OWNER_NBYTES], 0)

@@ -1,0 +1,277 @@
+"""Makes every sample durable as a small archive of its own, and packs shards of them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from h5traces.archive.opening import open_archive
+from h5traces.archive.scales import stored_scales
+from h5traces.errors import (
+    ArchiveError,
+    ArchiveExistsError,
+    CorruptArchiveError,
+    StoredStateWarning,
+)
+from h5traces.format.dtypes import CastCounts
+from h5traces.format.precision import EXACT
+from h5traces.storage.publish import make_folder, remove_abandoned_parts, sync_folder
+from h5traces.writing.calibrate import AUTOMATIC_SAMPLES, measured
+from h5traces.writing.observation import observe
+from h5traces.writing.shards import holds, sample_digests
+from h5traces.writing.stored_samples import StoredSample
+from h5traces.writing.targets import Contents, joined
+from h5traces.writing.trace_writer import TraceWriter
+from h5traces.writing.transcription import to_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from h5traces.archive.trace import Trace
+    from h5traces.precision.scales import Calibration
+    from h5traces.writing.archive_writer import ArchiveWriter
+    from h5traces.writing.options import WriteOptions
+    from h5traces.writing.spool_folder import RunState, SpoolFolder
+    from h5traces.writing.targets import Target
+    from h5traces.writing.trace_writer import Sample
+
+
+class SpoolWriter(TraceWriter):
+    """Makes every sample durable as a small archive of its own and packs shards of them later.
+
+    Parameters
+    ----------
+    folder
+        The spool; None where the run is finished.
+    calibration
+        What scales are made from; else the first samples of the run.
+    calibration_samples
+        How many of these.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        state: RunState,
+        options: WriteOptions,
+        folder: SpoolFolder | None,
+        *,
+        verify: bool,
+        calibration: Calibration | None = None,
+        calibration_samples: int = AUTOMATIC_SAMPLES,
+    ) -> None:
+        super().__init__(target, state, options, verify=verify)
+        self._folder = folder
+        self._exact = replace(options, precision=EXACT, scales=None)
+        self._calibration, self._calibration_samples = calibration, calibration_samples
+        self.is_finished = folder is None
+        for path in target.existing():
+            # Left beside a shard whose writer was killed right after naming it.
+            remove_abandoned_parts(path)
+        shards = [Contents.of(path) for path in target.existing()]
+        self._num_shards = len(shards)
+        # Digests of the samples that are in no shard yet, by number.
+        self._spooled: dict[int, str] = {}
+        found = shards
+        if folder is not None:
+            found = shards + self._read_spool(folder, shards)
+        contents = joined(found)
+        self._observed, self.done = contents.observed, contents.done
+        self.num_samples = len(contents.digests)
+        self._next = max([target.first_sample(self._num_shards), *(n + 1 for n in self._spooled)])
+        if folder is not None and state.closing and shards and not self._spooled:
+            self._finish(folder)
+
+    def _read_spool(self, folder: SpoolFolder, shards: list[Contents]) -> list[Contents]:
+        """Look into the spool, and remove what a shard holds: its packer was killed meanwhile."""
+        found: list[Contents] = []
+        packed: list[int] = []
+        for number in folder.samples():
+            contents = Contents.of(folder.sample_path(number))
+            shard = self._target.shard_of(number)
+            if shard >= len(shards):
+                found.append(contents)
+                (self._spooled[number],) = contents.digests
+            elif contents.digests[0] in shards[shard].digests:
+                packed.append(number)
+            else:
+                message = (
+                    f"{self._target.shard(shard)} does not hold the sample of "
+                    f"{folder.sample_path(number)}, as a shard of this run would; move it away"
+                )
+                raise CorruptArchiveError(message)
+        first = min(self._spooled, default=0)
+        if self._target.shard_of(first) > len(shards):
+            message = (
+                f"{self._target.shard(len(shards))} is missing, but the run got beyond it; put it "
+                "back until the run is closed"
+            )
+            raise ArchiveError(message)
+        if packed:
+            sync_folder(self._target.folder)
+            folder.remove(packed)
+        self._warn_of_missing(folder, self._target.first_sample(len(shards)))
+        return found
+
+    def _warn_of_missing(self, folder: SpoolFolder, first: int) -> None:
+        """Samples are numbered without gaps, so whoever removed one should know what follows."""
+        numbers = range(first, max(self._spooled, default=first))
+        missing = [number for number in numbers if number not in self._spooled]
+        if missing:
+            message = (
+                f"{folder.sample_path(missing[0])} is missing ({len(missing)} such); the run goes "
+                "on without, so that it counts as not done"
+            )
+            warnings.warn(message, StoredStateWarning, stacklevel=2)
+
+    def append(self, sample: Sample, sample_id: str | None = None) -> None:
+        """Write one sample; it is durable when this returns, and survives a loss of power.
+
+        See `TraceWriter.append` for parameters and errors.
+        """
+        folder = self._spool()
+        record = self._record(sample, sample_id)
+        # Before the sample is stored: an error means that it is not.
+        self.pack()
+        self._set_closing(closing=False)
+        observed = deepcopy(self._observed)
+        observed.add_sample(observe(record), self.num_samples)
+        number = self._next
+        path = folder.sample_path(number)
+        writer = self._new_archive(path, self._exact)
+
+        def note() -> None:
+            self._observed, self._next = observed, number + 1
+            (self._spooled[number],) = writer.digests
+            self.nbytes += writer.summary.nbytes
+            for kind, each in writer.summary.counts.items():
+                self.counts[kind] = self.counts.get(kind, CastCounts()) + each
+            self._note(record)
+
+        try:
+            writer.append(record)
+            self._publish(writer, note, is_spooled=True)
+        except BaseException:
+            writer.discard()
+            if number not in self._spooled:
+                path.unlink(missing_ok=True)
+            raise
+
+    def pack(self) -> list[Path]:
+        """Copy the samples of every full shard into an archive, and delete them from the spool."""
+        self._spool()
+        packed = []
+        while self._target.shard_of(self._next) > self._num_shards:
+            packed += self._pack_next()
+        return packed
+
+    def _pack_next(self) -> list[Path]:
+        """Pack the samples of the next shard, however many there are."""
+        folder, shard = self._spool(), self._num_shards
+        path = self._target.shard(shard)
+        numbers = [each for each in self._spooled if self._target.shard_of(each) == shard]
+
+        def note() -> None:
+            self._num_shards += 1
+
+        make_folder(path.parent)
+        remove_abandoned_parts(path)
+        digests = [self._spooled[each] for each in numbers]
+        if os.path.lexists(path) and holds(path, digests, as_exact=True):
+            # Named already, but its name could not be made durable then.
+            sync_folder(path.parent)
+            note()
+        else:
+            self._copy(numbers, path, note)
+        # Packed, whether or not their files can be removed now.
+        for number in numbers:
+            del self._spooled[number]
+        folder.remove(numbers)
+        return [path]
+
+    def _copy(self, numbers: list[int], path: Path, note: Callable[[], None]) -> None:
+        folder = self._spool()
+        if os.path.lexists(path):
+            message = f"{path} exists and is not of this run; move it away, then go on"
+            raise ArchiveExistsError(message)
+        writer = self._new_archive(path, self._packing_options(numbers))
+        try:
+            for number in numbers:
+                with open_archive(folder.sample_path(number)) as archive:
+                    (found,) = sample_digests(archive.files[0])
+                    if found != self._spooled[number]:
+                        message = f"{folder.sample_path(number)}: was changed since it was written"
+                        raise CorruptArchiveError(message)
+                    self._put(writer, archive[0])
+            self._publish(writer, note)
+        except BaseException:
+            writer.discard()
+            raise
+
+    def _put(self, writer: ArchiveWriter, trace: Trace) -> None:
+        if self._options.precision.is_exact:
+            writer.copy(StoredSample(trace))
+        else:
+            writer.append(to_record(trace))
+
+    def _packing_options(self, numbers: list[int]) -> WriteOptions:
+        """How a shard is written: with the scales of the first one, so that all go together."""
+        step = self._options.precision.step
+        if step is None:
+            return self._options
+        if self._num_shards:
+            with open_archive(self._target.shard(0)) as archive:
+                return replace(self._options, scales=stored_scales(archive.files[0].store))
+        calibration = self._calibration
+        if calibration is None:
+            paths = [self._spool().sample_path(each) for each in numbers]
+            with open_archive(paths[: self._calibration_samples]) as archive:
+                calibration = measured(archive, self._calibration_samples)
+        return replace(self._options, scales=calibration.scales(step))
+
+    def close(self) -> None:
+        """Pack what is left and remove the spool; the run is finished."""
+        if self._closed or self._folder is None:
+            self._closed = True
+            return
+        folder = self._spool()
+        self._set_closing(closing=True)
+        self.pack()
+        if self._spooled:
+            self._pack_next()
+        self._finish(folder)
+        self._closed = True
+
+    def _set_closing(self, *, closing: bool) -> None:
+        """Write down whether an archive that is not full may be the last."""
+        if self._state.closing != closing:
+            self._state = self._state.model_copy(update={"closing": closing})
+            self._spool().save(self._state)
+
+    def _finish(self, folder: SpoolFolder) -> None:
+        if self._num_shards:
+            sync_folder(self._target.folder)
+        # Those that could not be removed when they were packed.
+        folder.remove(folder.samples())
+        folder.remove_all()
+        self._folder = None
+
+    def suspend(self) -> None:
+        """Let go of the spool, which stays as it is."""
+        self._closed = True
+        if self._folder is not None:
+            self._folder.release()
+
+    def _spool(self) -> SpoolFolder:
+        self._check_open()
+        if self._folder is None:
+            message = (
+                f"{self._target.shard(0)} exists and its run is finished, with {self.num_samples} "
+                "samples; write to another name, 'h5traces merge' joins them"
+            )
+            raise ArchiveExistsError(message)
+        return self._folder

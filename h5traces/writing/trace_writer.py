@@ -1,0 +1,159 @@
+"""What all writers of long runs have in common."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from h5traces.errors import ArchiveError
+from h5traces.format.record import TraceRecord
+from h5traces.storage.signals import deferred_signals
+from h5traces.writing.archive_writer import ArchiveWriter
+from h5traces.writing.options import WriteOptions, precision_warnings
+from h5traces.writing.read_back import verify_written
+from h5traces.writing.records import as_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from h5traces.format.dtypes import CastCounts
+    from h5traces.writing.spool_folder import RunState
+    from h5traces.writing.targets import Target
+
+Sample = TraceRecord | Mapping[str, Any]
+
+
+class TraceWriter(ABC):
+    """Writes samples as they come; a context manager, for one thread of one process.
+
+    Leaving the block without an exception closes the run. After an exception everything that was
+    acknowledged stays where it is, and `create` with the same arguments goes on.
+
+    Attributes
+    ----------
+    done
+        How many samples there are of each sample id, those of earlier runs included.
+    num_samples
+        Samples written, those of earlier runs included.
+    is_finished
+        Whether an earlier run ended here already; nothing can be appended then.
+    nbytes
+        Bytes that the samples appended to the spool take.
+    counts
+        By kind, the values of these samples that are not finite, or were changed by casts.
+    warnings
+        What the chosen precision could not do.
+    """
+
+    is_finished = False
+
+    def __init__(
+        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
+    ) -> None:
+        self._target, self._state, self._options = target, state, options
+        self.warnings: list[str] = []
+        self._verify = verify
+        self._pid = os.getpid()
+        self._closed = False
+        self.done: Counter[str] = Counter()
+        self.num_samples = 0
+        self.nbytes = 0
+        self.counts: dict[str, CastCounts] = {}
+
+    @abstractmethod
+    def append(self, sample: Sample, sample_id: str | None = None) -> None:
+        """Write one sample.
+
+        Parameters
+        ----------
+        sample
+            A `TraceRecord`, the dict of a trace as `pickle` batches held it (arrays or torch
+            tensors), or a stored trace.
+        sample_id
+            The sample's id, where it does not say so itself.
+
+        Raises
+        ------
+        SchemaError
+            Its fields contradict each other, or the samples before.
+        ConversionError
+            A value has no encoding, or overflows and ``on_overflow`` is ``error``.
+        OSError
+            The disk is full, or fails. As after every error, this sample is not stored, and all
+            samples before are.
+        """
+
+    @abstractmethod
+    def pack(self) -> list[Path]:
+        """Make archives of all full shards now; `append` does so by itself.
+
+        Returns
+        -------
+        list of Path
+            The new archives.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Make archives of all samples and end the run."""
+
+    @abstractmethod
+    def suspend(self) -> None:
+        """Let go without packing the rest; `create` with the same arguments goes on."""
+
+    def _check_open(self) -> None:
+        if self._closed:
+            message = f"{self._target.path}: the writer is closed; create it again to go on"
+            raise ArchiveError(message)
+        if self._pid != os.getpid():
+            message = (
+                f"{self._target.path}: the writer belongs to process {self._pid}, this is "
+                f"{os.getpid()}; hand samples to that process"
+            )
+            raise ArchiveError(message)
+
+    def _record(self, sample: Sample, sample_id: str | None) -> TraceRecord:
+        record = as_record(sample, sample_id)
+        if record.sample_id is None or record.generation_index is not None:
+            return record
+        # Known here only: neither a spooled sample nor a shard sees the others.
+        return record.model_copy(update={"generation_index": self.done[record.sample_id]})
+
+    def _note(self, record: TraceRecord) -> None:
+        self.num_samples += 1
+        if record.sample_id is not None:
+            self.done[record.sample_id] += 1
+
+    def _new_archive(self, path: Path, options: WriteOptions | None = None) -> ArchiveWriter:
+        return ArchiveWriter(path, options or self._options, **self._state.facts())
+
+    def _publish(
+        self, writer: ArchiveWriter, note: Callable[[], None], *, is_spooled: bool = False
+    ) -> None:
+        """Finish, verify and name an archive, and note that; signals wait for both."""
+        writer.finish()
+        if self._verify:
+            verify_written(
+                writer.part_path,
+                writer.digests,
+                workers=self._options.workers,
+                # Its shard is; inflating everything with zlib takes longer than all the rest.
+                stock_at_ends=not is_spooled,
+            )
+        with deferred_signals():
+            writer.publish()
+            note()
+        self.warnings += precision_warnings(writer.summary)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        if exception_type is None:
+            self.close()
+        else:
+            self.suspend()

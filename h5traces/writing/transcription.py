@@ -1,0 +1,138 @@
+"""Stored traces back into records, for everything that rewrites an archive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from h5traces.format import layout, text
+from h5traces.format.record import (
+    ArrayDescription,
+    LayerArray,
+    LayeredArrays,
+    StepArrays,
+    TraceDescription,
+    TraceRecord,
+)
+from h5traces.precision.decoding import restored_type
+
+if TYPE_CHECKING:
+    from h5traces.archive.trace import Trace
+    from h5traces.format.entries import ObjectEntry
+
+
+def layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
+    """The (selected) datasets of every layered kind of a trace, in order of layer."""
+    found: dict[str, list[ObjectEntry]] = {}
+    for path in trace.objects:
+        kind, _, name = path.partition("/")
+        if kind not in layout.KINDS or name in layout.TABLES:
+            continue
+        found.setdefault(kind, [])
+        layer = layout.parse_layer_name(name)
+        if name and (trace.selected is None or layer is None or layer in trace.selected):
+            found[kind].append(trace.entry(path))
+    return found
+
+
+def describe(trace: Trace) -> TraceDescription:
+    """A stored trace without its numbers, for checks and reports."""
+    objects = trace.objects
+    in_steps = {kind for kind in layout.KINDS if f"{kind}/{layout.STEPS_TABLE}" in objects}
+    arrays = tuple(
+        ArrayDescription(
+            kind=kind,
+            name=entry.path.removeprefix(f"{kind}/"),
+            dtype=restored_type(entry.dtype, entry.attrs),  # type: ignore[arg-type]  # pydantic checks it
+            shape=entry.shape,
+            site=_text_or_none(entry.attrs.get("site")),
+        )
+        for kind, entries in layered_entries(trace).items()
+        if kind not in in_steps
+        for entry in entries
+    )
+    return TraceDescription(
+        metadata=trace.metadata,
+        num_tokens=_length(trace, layout.TOKENS),
+        num_tokens_decoded=_length(trace, layout.TOKENS_DECODED),
+        arrays=arrays,
+    )
+
+
+def _length(trace: Trace, path: str) -> int | None:
+    if path not in trace.objects:
+        return None
+    shape = trace.entry(path).shape
+    return shape[0] if shape else 0
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
+    """A stored trace as a record: what is stored (and selected), in the types of its source.
+
+    Parameters
+    ----------
+    trace
+        The trace.
+    first_source
+        Index that the first of its archive's ``sources`` has in the new archive's.
+    """
+    extra: dict[str, Any] = {}
+    prefix = f"{layout.EXTRA_GROUP}/"
+    for path in trace.objects:
+        name = path.removeprefix(prefix)
+        is_old = name == layout.LABEL and trace.has_new_label
+        if path.startswith(prefix) and "/" not in name and not is_old:
+            extra[layout.unescape_key(text.unescape(name))] = trace.extra(path)
+    metadata = trace.metadata
+    tokens = trace.tokens() if layout.TOKENS in trace.objects else None
+    container = trace.attrs(layout.TOKENS).get("container") if tokens is not None else None
+    return TraceRecord(
+        sample_id=metadata.sample_id,
+        generation_index=metadata.generation_index,
+        prompt_len=metadata.prompt_len,
+        label=metadata.label,
+        scores=metadata.scores,
+        source=(
+            metadata.source.model_copy(update={"file": first_source + metadata.source.file})
+            if metadata.source
+            else None
+        ),
+        extraction=metadata.extraction,
+        exact_digest=metadata.exact_digest or metadata.digest,
+        fields=trace.fields,
+        tokens=tokens,
+        tokens_container="torch" if container == "torch" else None,
+        tokens_decoded=(
+            tuple(trace.texts(layout.TOKENS_DECODED))
+            if layout.TOKENS_DECODED in trace.objects
+            else None
+        ),
+        texts={name: trace.text(name) for name in layout.TEXT_FIELDS if name in trace.objects},
+        layered={
+            kind: LayeredArrays(
+                tuple(_layer_array(trace, kind, entry) for entry in entries),
+                "tuple" if trace.attrs(kind).get("sequence") == "tuple" else "list",
+                trace.archive_file.reduction(kind),
+            )
+            for kind, entries in layered_entries(trace).items()
+        },
+        extra=extra,
+    )
+
+
+def _layer_array(trace: Trace, kind: str, entry: ObjectEntry) -> LayerArray:
+    name = entry.path.removeprefix(f"{kind}/")
+    value = trace.typed_layer(kind, name)
+    sequence: Literal["list", "tuple"] = "list"
+    if entry.attrs.get("sequence") == "tuple":
+        sequence = "tuple"
+    array = StepArrays(tuple(value), sequence) if isinstance(value, list) else value
+    return LayerArray(
+        name=name,
+        array=array,
+        site=_text_or_none(entry.attrs.get("site")),
+        container="torch" if entry.attrs.get("container") == "torch" else None,
+    )
