@@ -40,7 +40,8 @@ import numpy as np
 from isal import isal_zlib
 from zlib_ng import zlib_ng
 
-from h5traces.storage import deflate, planes
+from h5traces.storage import deflate
+from h5traces.storage import deflate as planes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,14 +7,14 @@
 """
 
 from h5traces.archive.archive import Archive
-from h5traces.archive.opening import load
 from h5traces.archive.opening import open_archive as open  # as h5py.File, gzip.open do
 from h5traces.archive.trace import Trace
 from h5traces.checking.validate import validate
 from h5traces.checking.verify import verify
+from h5traces.errors import __version__
 from h5traces.format.precision import Precision
+from h5traces.loading import load
 from h5traces.rewriting.convert import convert
-from h5traces.version import __version__
 from h5traces.writing.calibrate import calibrate
 from h5traces.writing.create import create
 

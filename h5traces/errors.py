@@ -159,3 +159,6 @@ class MissingDependencyError(H5TracesError, ImportError):
 
 class StoredStateWarning(UserWarning):
     """The archive can be read, but not in its usual way; for instance its footer is missing."""
+
+
+__version__ = "0.1.0"

@@ -28,9 +28,14 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic.json_schema import GenerateJsonSchema
 
 from h5traces.format import layout
-from h5traces.format.archive import ArchiveMetadata, KindMetadata, SourceFile
-from h5traces.format.attributes import field_forms
-from h5traces.format.extraction import ExtractionMetadata, SampleExtraction
+from h5traces.format.archive import (
+    ArchiveMetadata,
+    ExtractionMetadata,
+    KindMetadata,
+    SampleExtraction,
+    SourceFile,
+)
+from h5traces.format.document import field_forms
 from h5traces.format.labels import LabelSidecar
 from h5traces.format.limits import ReadLimits
 from h5traces.format.precision import CalibrationRecord, Precision

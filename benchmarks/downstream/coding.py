@@ -11,8 +11,7 @@ from h5traces.format.dtypes import TypedArray
 from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.precision.decoding import decode
 from h5traces.precision.encoding import Encoder
-from h5traces.precision.scales import ScaleSet, channel_scale
-from h5traces.precision.statistics import ChannelAccumulator
+from h5traces.precision.scales import ChannelAccumulator, ScaleSet, channel_scale
 from h5traces.storage.arrays import encode_array
 
 if TYPE_CHECKING:

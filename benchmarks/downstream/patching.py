@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from downstream.capturing import Trace
     from downstream.coding import Coder
     from downstream.resampling import Bootstrap
-    from h5traces.extract.anatomy import Anatomy
+    from h5traces.extract.models import Anatomy
 
     # Replaces the states of one text behind one layer.
     Change = Callable[[NDArray[np.float16]], NDArray[np.float16]]

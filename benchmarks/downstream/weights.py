@@ -8,7 +8,8 @@ import numpy as np
 
 from downstream.coding import chunk_nbytes
 from h5traces.format.dtypes import TypedArray
-from h5traces.precision import rounding, square_root
+from h5traces.precision import square_root
+from h5traces.precision import square_root as rounding
 from h5traces.precision.head_mean import HeadMean
 
 if TYPE_CHECKING:

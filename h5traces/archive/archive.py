@@ -8,22 +8,21 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 import numpy as np
 
 from h5traces.archive.file import ArchiveFile
-from h5traces.archive.layer_sequence import LayerSequence
-from h5traces.archive.trace import Trace
+from h5traces.archive.scales import stored_scales
+from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
-from h5traces.storage.remote.options import DEFAULT_REMOTE
-from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -31,7 +30,9 @@ if TYPE_CHECKING:
 
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.format.limits import ReadLimits
-    from h5traces.storage.remote.options import RemoteOptions
+    from h5traces.precision.scales import ScaleSet
+    from h5traces.storage.remote.paths import RemoteOptions
+
 
 # Files kept open at a time; the usual limit on descriptors is 1024 for the whole process, and
 # where it is lower, other files need most of them.
@@ -477,3 +478,48 @@ def _check_alike(files: Sequence[ArchiveFile]) -> None:
                     "one by one"
                 )
                 raise ArchiveError(message)
+
+
+# What archives that become one must have said alike, or not at all.
+_FACTS: Final = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
+
+
+def inherited_facts(files: Sequence[ArchiveFile]) -> dict[str, Any]:
+    """Facts that all sources state alike."""
+    facts = {}
+    for name in _FACTS:
+        values = [getattr(file.metadata, name) for file in files]
+        facts[name] = values[0] if all(each == values[0] for each in values) else None
+    return facts
+
+
+def shared_metadata(files: Sequence[ArchiveFile]) -> ArchiveMetadata:
+    """Metadata that tells how precise files are that go together.
+
+    It is the first one's; files without samples have no say where others have some.
+    """
+    return next((file.metadata for file in files if file.num_samples), files[0].metadata)
+
+
+def inherited_scales(files: Sequence[ArchiveFile]) -> ScaleSet | None:
+    """The scales that stored integers of all files are read with.
+
+    Raises
+    ------
+    ArchiveError
+        Files have different ones, so that their chunks cannot go into one archive.
+    """
+    first: tuple[ArchiveFile, ScaleSet] | None = None
+    for file in files:
+        found = stored_scales(file.store) if file.num_samples else None
+        if found is None:
+            continue
+        if first is None:
+            first = file, found
+        elif not found.equals(first[1]):
+            message = (
+                f"{file.path} and {first[0].path} have different scales, so their chunks cannot go "
+                "into one archive; keep them as shards, which are read as one"
+            )
+            raise ArchiveError(message)
+    return None if first is None else first[1]

@@ -7,10 +7,9 @@ import json
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.archive.scales import stored_scale, stored_scales
-from h5traces.archive.stores import FooterObjects, FooterStore
+from h5traces.archive.stores import FooterObjects, FooterStore, Hdf5Store
 from h5traces.errors import (
     CorruptArchiveError,
     NotAnArchiveError,
@@ -21,14 +20,13 @@ from h5traces.errors import (
 )
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
-from h5traces.format.attributes import Attrs, from_attributes
 from h5traces.format.digests import dataset_digest
+from h5traces.format.document import Attrs, from_attributes
 from h5traces.format.entries import ObjectEntry, SampleEntry, digest_type
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import DIGEST, FooterError
 from h5traces.storage.remote.file import RemoteFile
-from h5traces.storage.remote.options import DEFAULT_REMOTE
-from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -37,10 +35,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.labels import FileLabels
-    from h5traces.archive.store import Store, StoredSize
+    from h5traces.archive.stores import Store, StoredSize
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
-    from h5traces.storage.remote.options import RemoteOptions
+    from h5traces.storage.remote.paths import RemoteOptions
 
 _MOST_FEATURES_NAMED = 10
 

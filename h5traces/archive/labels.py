@@ -15,7 +15,7 @@ from h5traces.errors import (
     UnsupportedVersionError,
 )
 from h5traces.format import layout
-from h5traces.format.attributes import problems_of, with_tuples
+from h5traces.format.document import problems_of, with_tuples
 from h5traces.format.labels import LABELS_FORMAT, LabelSidecar
 from h5traces.storage.remote.paths import RemotePath
 

@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import CorruptArchiveError, HostileFileError, SchemaError
 from h5traces.format import layout
-from h5traces.format.attributes import from_attributes
 from h5traces.format.digests import dataset_digest
+from h5traces.format.document import from_attributes
 from h5traces.format.precision import CalibrationRecord
-from h5traces.precision.scale_storage import layers_with_scales, read_scale, read_statistics
-from h5traces.precision.scales import Calibration, ChannelScale, ScaleSet
+from h5traces.precision.scales import (
+    Calibration,
+    ChannelScale,
+    ScaleSet,
+    layers_with_scales,
+    read_scale,
+    read_statistics,
+)
 from h5traces.storage.footer import DIGEST
 
 if TYPE_CHECKING:
@@ -18,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive.store import Store
+    from h5traces.archive.stores import Store
     from h5traces.format.entries import SampleEntry
 
 # All scales of a file together; those of the largest models take a tenth of it.

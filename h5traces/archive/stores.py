@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from h5traces.archive.store import NO_ORDINAL, StoredSize, located
 from h5traces.errors import ArchiveError, CorruptArchiveError, RemoteError
 from h5traces.format import layout
 from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
-from h5traces.storage.arrays import check_sizes, read_checked_array
+from h5traces.storage.arrays import check_sizes, read_array, read_checked_array
 from h5traces.storage.codecs import get_codec
+from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
     COLUMNS,
     DIGEST,
@@ -22,17 +24,94 @@ from h5traces.storage.footer import (
     FooterTables,
     attrs_from_json,
     read_directory,
+    scan,
 )
-from h5traces.storage.scanning import scan
+from h5traces.storage.hdf5.reading import Hdf5Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
     from h5traces.format.limits import ReadLimits
     from h5traces.storage.files import ByteFile
+
+
+class Store(Protocol):
+    """Read access to one archive file; samples are counted in the order of their names."""
+
+    @property
+    def file(self) -> ByteFile:
+        """The bytes that chunk tables point into."""
+
+    @property
+    def root_attrs(self) -> Attrs:
+        """Attributes of the root group."""
+
+    @property
+    def kinds(self) -> dict[str, Attrs]:
+        """Attributes of the groups under ``/kinds``."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+
+    def sample(self, index: int) -> SampleEntry:
+        """One sample and its objects."""
+
+    def sample_attrs(self, index: int) -> Attrs:
+        """Attributes of one sample."""
+
+    def scales(self) -> SampleEntry | None:
+        """The objects of ``/scales`` by their paths below the root; None where there are none."""
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        """Values of one dataset in its carrier dtype; bfloat16 as bits."""
+
+    def sizes(self) -> dict[str, StoredSize]:
+        """Sizes of all datasets by the first part of their path."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSize:
+    """Sizes of several datasets.
+
+    Attributes
+    ----------
+    num_datasets
+        How many.
+    raw_nbytes, stored_nbytes
+        Bytes before and after compression.
+    """
+
+    num_datasets: int = 0
+    raw_nbytes: int = 0
+    stored_nbytes: int = 0
+
+    def __add__(self, other: StoredSize) -> StoredSize:
+        return StoredSize(
+            self.num_datasets + other.num_datasets,
+            self.raw_nbytes + other.raw_nbytes,
+            self.stored_nbytes + other.stored_nbytes,
+        )
+
+
+# Of what lies in no sample.
+NO_ORDINAL: Final = -1
+
+
+def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
+    """The error with file, sample and object in front."""
+    what = str(error).removeprefix(f"{file}: ")
+    return type(error)(f"{file}: {object_place(ordinal, path)}: {what}")
+
+
+def object_place(ordinal: int, path: str) -> str:
+    """Absolute path of an object of a sample, or of one outside of all samples."""
+    return f"/{path}" if ordinal == NO_ORDINAL else f"{layout.sample_path(ordinal)}/{path}"
+
 
 _GROUP_TYPE = ""
 
@@ -310,3 +389,111 @@ def _parse(document: bytes) -> dict[str, Any]:
         message = "the footer's sample table holds something else than attributes"
         raise FooterError(message)
     return parsed
+
+
+# About as many as the threads of a reader are in at once.
+_SAMPLES_KEPT = 8
+
+
+class Hdf5Store:
+    """Reads through HDF5: for archives whose footer is missing or does not fit."""
+
+    def __init__(self, path: Path, limits: ReadLimits) -> None:
+        self._path, self._limits = path, limits
+        self.file = LocalFile(path)
+        self._reader = Hdf5Reader(path, limits)
+        self._pid = os.getpid()
+        # Whoever reads array by array asks for the same sample again and again.
+        self._walked: dict[int, SampleEntry] = {}
+
+    @property
+    def _hdf5(self) -> Hdf5Reader:
+        # HDF5's state does not survive a fork.
+        if self._pid != os.getpid():
+            self._reader = Hdf5Reader(self._path, self._limits)
+            self._pid = os.getpid()
+        return self._reader
+
+    @cached_property
+    def root_attrs(self) -> Attrs:
+        return self._hdf5.root_attributes()
+
+    @cached_property
+    def kinds(self) -> dict[str, Attrs]:
+        return self._hdf5.kinds()
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return self._hdf5.sample_names()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._names)
+
+    def sample_attrs(self, index: int) -> Attrs:
+        return self._hdf5.sample_attributes(self._name_of(index))
+
+    def sample(self, index: int) -> SampleEntry:
+        walked = self._walked
+        if index not in walked:
+            found = self._hdf5.sample(self._name_of(index))
+            # Another dict, as other threads may be looking into the full one.
+            self._walked = walked = {} if len(walked) >= _SAMPLES_KEPT else walked
+            walked[index] = found
+            return found
+        return walked[index]
+
+    def scales(self) -> SampleEntry | None:
+        return self._hdf5.scales()
+
+    def close(self) -> None:
+        """Close the file; for whoever opened it alone."""
+        self._reader.close()
+        self.file.close()
+
+    def _name_of(self, index: int) -> str:
+        if index >= len(self._names):
+            # Whoever asks was told so by a footer that turned out to be wrong.
+            message = (
+                f"{self._path}: sample {index} is missing, as there are {len(self._names)} in the "
+                "HDF5 part; the footer told of more, open the file again"
+            )
+            raise CorruptArchiveError(message)
+        return self._names[index]
+
+    def check_index(self) -> None:
+        """Read the table of samples, which no reader needs.
+
+        Raises
+        ------
+        CorruptArchiveError
+            It is damaged.
+        """
+        self._hdf5.index_table()
+
+    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        entry = sample.objects[path]
+        if entry.codec is None and sample.ordinal == NO_ORDINAL:
+            message = (
+                f"{self._path}: /{path}: is not stored in chunks with shuffle and gzip, as scales "
+                "are; 'h5traces calibrate' writes such files"
+            )
+            raise CorruptArchiveError(message)
+        if entry.codec is None:
+            return self._hdf5.read_values(layout.sample_name(sample.ordinal), entry)
+        # Not through HDF5's own pipeline: where a chunk inflates short, it returns memory that
+        # was never written.
+        try:
+            return read_array(self.file, entry, self._limits)
+        except CorruptArchiveError as error:
+            raise located(error, str(self._path), sample.ordinal, path) from error
+
+    def sizes(self) -> dict[str, StoredSize]:
+        sizes: dict[str, StoredSize] = {}
+        for index in range(self.num_samples):
+            for path, entry in self.sample(index).objects.items():
+                if entry.raw_nbytes:
+                    first = path.partition("/")[0]
+                    part = StoredSize(1, entry.raw_nbytes, entry.stored_nbytes)
+                    sizes[first] = sizes.get(first, StoredSize()) + part
+        return sizes

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from h5traces.archive.layer_sequence import LayerSequence
-from h5traces.archive.restoring import restored_layer
 from h5traces.archive.tensors import to_tensor, with_tensors, without_tensors
-from h5traces.errors import CorruptArchiveError, HeadsNotStoredError, LayerIndexError, SchemaError
+from h5traces.errors import (
+    CorruptArchiveError,
+    HeadsNotStoredError,
+    LayerIndexError,
+    SchemaError,
+    UnsupportedEncodingError,
+)
 from h5traces.format import layout, text
-from h5traces.format.attributes import from_attributes
+from h5traces.format.document import from_attributes
+from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.format.trace import TraceMetadata
 from h5traces.format.values import TorchValue, decode_element
+from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
@@ -23,15 +31,233 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from h5traces.archive.file import ArchiveFile
-    from h5traces.archive.layer_sequence import LayerValue
     from h5traces.format.archive import ArchiveMetadata
-    from h5traces.format.attributes import Attrs
-    from h5traces.format.dtypes import TypedArray
+    from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.storage.files import ByteFile
+
+
+LayerValue = NDArray[Any] | list[NDArray[Any]]
+
+
+class LayerSequence(Sequence[LayerValue]):
+    """The arrays of one kind of one trace, by position in the stored list; each read when asked."""
+
+    def __init__(self, trace: Trace, kind: str, layers: tuple[int, ...] | None) -> None:
+        self._trace = trace
+        self.kind = kind
+        self._selected = layers
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Dataset names, in order of position; the embedding is not part of the list."""
+        names = _layer_names(self.kind, tuple(self._trace.objects))
+        if self._selected is None:
+            return list(names)
+        selected = {layout.layer_name(layer) for layer in self._selected}
+        return [name for name in names if name in selected]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer number of every position."""
+        return tuple(int(name.removeprefix("layer_")) for name in self.names)
+
+    @property
+    def sites(self) -> tuple[str | None, ...]:
+        """Where in the model each position was taken: ``block_output`` or ``final_norm``."""
+        sites = (self._trace.attrs(f"{self.kind}/{name}").get("site") for name in self.names)
+        return tuple(None if site is None else str(site) for site in sites)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, position: int) -> LayerValue: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[LayerValue]: ...
+    def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
+        if isinstance(position, slice):
+            return self._read_slice(position)
+        try:
+            name = self.names[position]
+        except IndexError:
+            message = (
+                f"{self._trace.place}: position {position} of {self.kind} is out of range; "
+                f"{len(self.names)} are stored, layers {list(self.layers)}; "
+                "trace.layer(n) takes the model's own layer number"
+            )
+            raise LayerIndexError(message) from None
+        return self._read(name)
+
+    def _read_slice(self, positions: slice) -> list[LayerValue]:
+        numbers = range(len(self))[positions]
+        ranges = (each for number in numbers for each in self.ranges(number))
+        with self._trace.prefetched(ranges):
+            return [self._read(self.names[number]) for number in numbers]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the arrays lie on a server."""
+        return self._trace.is_remote
+
+    @property
+    def trace(self) -> Trace:
+        """The trace that the arrays belong to."""
+        return self._trace
+
+    def ranges(self, position: int) -> list[tuple[int, int]]:
+        """Offset and size of the stored chunks of one array."""
+        found = self._trace.ranges(f"{self.kind}/{self.names[position]}")
+        tables = (f"{self.kind}/{name}" for name in layout.TABLES)
+        for table in tables:
+            found += self._trace.ranges(table) if table in self._trace.objects else []
+        return found
+
+    def _read(self, name: str) -> LayerValue:
+        value: LayerValue = self._trace.read_layer(self.kind, name)
+        return value
+
+    def to_list(self, *, torch_tensors: bool = False) -> list[Any] | tuple[Any, ...]:
+        """All arrays, in a list or tuple as the source had them."""
+        values = [
+            self._trace.read_layer(self.kind, name, torch_tensors=torch_tensors)
+            for name in self.names
+        ]
+        is_tuple = self._trace.attrs(self.kind).get("sequence") == "tuple"
+        return tuple(values) if is_tuple else values
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
+
+
+@lru_cache(maxsize=256)
+def _layer_names(kind: str, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Layer datasets of a kind, by layer; cached, since all samples of an archive are alike."""
+    prefix = f"{kind}/"
+    names = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
+    layers = (layout.parse_layer_name(name) for name in names)
+    return tuple(
+        layout.layer_name(layer) for layer in sorted(each for each in layers if each is not None)
+    )
+
+
+_STEPS_TABLE_AXES = 3
+_FLAT_AXES = 2
+
+
+def restored_layer(trace: Trace, kind: str, name: str) -> TypedArray | list[TypedArray]:
+    """The array of a kind by its dataset name, in its source's type; a list where in steps.
+
+    Raises
+    ------
+    CorruptArchiveError
+        What is stored does not go together.
+    UnsupportedEncodingError
+        This release does not know how to decode it.
+    """
+    path = f"{kind}/{name}"
+    entry, stored = trace.entry(path), trace.stored(path)
+    try:
+        encoded = is_encoded(entry.attrs)
+    except UnsupportedEncodingError as error:
+        message = f"{trace.place}/{path}: {error}"
+        raise UnsupportedEncodingError(message) from error
+    if "encoding" in entry.attrs and trace.archive_file.metadata.precision is None:
+        message = (
+            f"{trace.place}/{entry.path}: is encoded as {entry.attrs['encoding']}, but the archive "
+            "does not say that it is less than exact (the root attribute 'precision' is missing); "
+            "restore the file from a copy"
+        )
+        raise CorruptArchiveError(message)
+    if encoded:
+        return _decoded(trace, kind, name, entry, stored)
+    if f"{kind}/{layout.STEPS_TABLE}" in trace.objects:
+        steps = _steps(trace, kind, name, stored)
+        return [_cast_back(trace, step, entry) for step in steps]
+    return _cast_back(trace, stored, entry)
+
+
+def _cast_back(trace: Trace, stored: NDArray[Any], entry: ObjectEntry) -> TypedArray:
+    """Stored values in the type they are to be read in."""
+    place = f"{trace.place}/{entry.path}"
+    array = TypedArray(stored, _float_type(entry.dtype, place))
+    source = entry.attrs.get("source_dtype")
+    return cast_values(array, _float_type(source, place)) if source is not None else array
+
+
+def _float_type(name: object, place: str) -> FloatType:
+    if name not in FLOAT_TYPES:
+        message = f"{place}: stored type {name!r} is none of {', '.join(CARRIERS)}"
+        raise CorruptArchiveError(message)
+    return name
+
+
+def _decoded(
+    trace: Trace, kind: str, name: str, entry: ObjectEntry, stored: NDArray[Any]
+) -> TypedArray:
+    file = trace.archive_file
+    try:
+        return decode(
+            stored,
+            entry.attrs,
+            scale=lambda path: file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/")),
+            exceptions=lambda: _exceptions(trace, kind, name),
+            unrounded=file.unrounded,
+        )
+    except CorruptArchiveError as error:
+        what = str(error).removeprefix(f"{file.path}: ")
+        message = f"{trace.place}/{entry.path}: {what}"
+        raise type(error)(message) from error
+
+
+def _exceptions(trace: Trace, kind: str, name: str) -> NDArray[np.float64]:
+    """Flat index and value of every exception of a layer."""
+    path = f"{kind}/{layout.EXCEPTIONS_TABLE}"
+    if path not in trace.objects:
+        message = f"its exceptions are missing; expected the table {path}"
+        raise CorruptArchiveError(message)
+    table = trace.table(path, check=lambda: _check_table(trace, kind, path))
+    layer = layout.parse_layer_name(name)
+    found: NDArray[np.float64] = table[
+        table[:, 0] == (layout.EMBEDDING_LAYER if layer is None else layer)
+    ]
+    return found[:, 1:]
+
+
+def _check_table(trace: Trace, kind: str, path: str) -> None:
+    """Rows are counted by the layers; a table may claim any number."""
+    entry = trace.entry(path)
+    count = num_exceptions(trace.all_attrs(f"{kind}/"))
+    if entry.dtype != "float64" or entry.shape != (count, EXCEPTION_COLUMNS):
+        message = (
+            f"{path} is {entry.dtype or 'a group'} {entry.shape}, expected float64 "
+            f"({count}, {EXCEPTION_COLUMNS}), as layers list {count} exceptions"
+        )
+        raise CorruptArchiveError(message)
+
+
+def _steps(trace: Trace, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
+    """Generation steps out of the flat dataset that holds them."""
+    names = [layout.layer_name(layer) for layer in trace.stored_layers(kind)]
+    table = trace.table(f"{kind}/{layout.STEPS_TABLE}")
+    fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
+    steps, start = [], 0
+    try:
+        shapes = table[names.index(name)].tolist() if fits and stored.ndim == _FLAT_AXES else []
+        for shape in shapes:
+            if min(shape, default=0) < 0:
+                break
+            stop = start + math.prod(shape) // max(1, stored.shape[0])
+            steps.append(np.ascontiguousarray(stored[:, start:stop]).reshape(shape))
+            start = stop
+    except (ValueError, IndexError, OverflowError):
+        shapes = []
+    if not fits or len(steps) != len(shapes) or start != stored.shape[-1]:
+        message = f"{trace.place}/{kind}/{name}: {stored.shape} does not fit its steps table"
+        raise CorruptArchiveError(message)
+    return steps
+
 
 _INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 

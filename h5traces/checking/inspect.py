@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from h5traces.archive.inheritance import shared_metadata
-from h5traces.archive.opening import is_archive, open_archive
+from h5traces.archive.archive import shared_metadata
+from h5traces.archive.opening import open_archive
 from h5traces.errors import ConversionError, SchemaError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import StepArrays, TraceRecord
 from h5traces.format.trace import SourcePosition
+from h5traces.paths import is_archive
 from h5traces.sources.pickle.layouts import names_in_file_name, num_layers_of
 from h5traces.sources.pickle.layouts import to_record as record_of_item
 from h5traces.sources.pickle.stream import open_batch
@@ -26,8 +27,8 @@ from h5traces.writing.transcription import to_record as record_of_trace
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from h5traces.archive.opening import PathLike
     from h5traces.format.limits import ReadLimits
+    from h5traces.paths import PathLike
 
 Samples = int | Literal["all"]
 

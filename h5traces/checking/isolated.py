@@ -21,7 +21,7 @@ from h5traces.errors import Problem
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 
 if TYPE_CHECKING:
-    from h5traces.archive.opening import PathLike
+    from h5traces.paths import PathLike
 
 DEFAULT_MEMORY_NBYTES: Final = 1 << 30
 DEFAULT_TIMEOUT: Final = 60.0

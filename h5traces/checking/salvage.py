@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.inheritance import inherited_facts, inherited_scales
+from h5traces.archive.archive import inherited_facts, inherited_scales
 from h5traces.archive.opening import open_archive
 from h5traces.checking.verify import sample_damage
 from h5traces.errors import Problem, StoredStateWarning
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from h5traces.archive.archive import Archive
-    from h5traces.archive.opening import PathLike
     from h5traces.format.limits import ReadLimits
+    from h5traces.paths import PathLike
 
 
 @dataclass(slots=True)

@@ -16,18 +16,17 @@ from h5traces.format.entries import digest_type
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.arrays import read_array, read_chunk
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import hdf5_end
-from h5traces.storage.footer_builder import FooterBuilder
+from h5traces.storage.footer import FooterBuilder, hdf5_end
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.writing.read_back import stored_sample_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.archive.opening import PathLike
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
     from h5traces.format.limits import ReadLimits
+    from h5traces.paths import PathLike
 
 
 @dataclass(slots=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from h5traces.archive.file import check_version
 from h5traces.archive.labels import label_problems
-from h5traces.archive.store import object_place
-from h5traces.archive.stores import FooterStore
-from h5traces.checking.encoding_checks import encoding_problems, scale_problems, scale_widths
-from h5traces.checking.sample_checks import sample_problems
+from h5traces.archive.stores import FooterStore, object_place
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -20,25 +18,242 @@ from h5traces.errors import (
     NotAnArchiveError,
     Problem,
     SchemaError,
+    UnsupportedEncodingError,
 )
 from h5traces.format import layout, text
 from h5traces.format.archive import ArchiveMetadata, KindMetadata
-from h5traces.format.attributes import Attrs, from_attributes, unknown_attributes
+from h5traces.format.document import Attrs, from_attributes, unknown_attributes
+from h5traces.format.dtypes import FloatType
+from h5traces.format.index_table import index_columns
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
+from h5traces.format.record import ArrayDescription, TraceDescription, coverage_of
 from h5traces.format.trace import TraceMetadata
+from h5traces.precision.decoding import (
+    EXCEPTION_COLUMNS,
+    attribute_problems,
+    is_encoded,
+    is_stated,
+    num_exceptions,
+    restored_type,
+)
+from h5traces.precision.scales import OFFSET, SIGMA, STEP, layers_with_scales
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind
-from h5traces.writing.elements import index_columns
 from h5traces.writing.read_back import stored_sample_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
-    from h5traces.archive.opening import PathLike
-    from h5traces.format.document import Document
+    from h5traces.format.document import Attrs, Document
     from h5traces.format.entries import ObjectEntry, SampleEntry
+    from h5traces.paths import PathLike
+
+    Finding = tuple[str, str, str]
+
+
+_FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
+
+
+def float_type(entry: ObjectEntry) -> FloatType | None:
+    """The type that a layer is read in, None where it is no float type."""
+    try:
+        found = restored_type(entry.dtype, entry.attrs)
+    except UnsupportedEncodingError:
+        return None
+    return next((each for each in _FLOAT_TYPES if each == found), None)
+
+
+def scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Finding]:
+    """What is wrong below ``/scales``, as path, message and kind."""
+    for path, entry in objects.items():
+        parts = path.split("/")[1:]
+        if entry.is_group:
+            if len(parts) > 2:
+                yield path, "no such group belongs among scales", "unknown_object"
+            continue
+        if len(parts) != 3 or parts[2] not in (STEP, OFFSET, SIGMA):
+            yield path, "no such dataset belongs among scales", "unknown_object"
+        elif entry.dtype != "float32" or len(entry.shape) != 1:
+            yield path, f"is {entry.dtype} {entry.shape}, expected float32 (hidden)", "wrong_type"
+        if "digest" not in entry.attrs:
+            yield path, "the attribute 'digest' is missing", "missing_attribute"
+    for layer in layers_with_scales(objects):
+        place = f"{layout.SCALES_GROUP}/{layer}"
+        for name in (STEP, OFFSET, SIGMA):
+            if f"{place}/{name}" not in objects:
+                yield f"{place}/{name}", "is missing, which encoded layers need", "missing_scale"
+        widths = _widths(objects, layer)
+        if len(set(widths)) > 1:
+            message = f"step, offset and sigma have {', '.join(map(str, widths))} channels"
+            yield place, message, "scale_width"
+
+
+def scale_widths(objects: Mapping[str, ObjectEntry]) -> dict[str, int]:
+    """Channels that the scale of each layer is for, by path of the layer."""
+    return {layer: min(_widths(objects, layer), default=0) for layer in layers_with_scales(objects)}
+
+
+def _widths(objects: Mapping[str, ObjectEntry], layer: str) -> list[int]:
+    paths = (f"{layout.SCALES_GROUP}/{layer}/{name}" for name in (STEP, OFFSET, SIGMA))
+    return [math.prod(objects[path].shape) for path in paths if path in objects]
+
+
+def encoding_problems(
+    objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], metadata: ArchiveMetadata | None
+) -> Iterator[Finding]:
+    """What is wrong with the encoded layers of a sample, as path, message and kind.
+
+    Parameters
+    ----------
+    objects
+        Of the sample, by path.
+    widths
+        Channels of the scales, by path of their layer.
+    metadata
+        Of the archive, None where it cannot be read.
+    """
+    for path, entry in objects.items():
+        kind, _, name = path.partition("/")
+        if kind not in layout.KINDS or not name:
+            continue
+        if name == layout.EXCEPTIONS_TABLE:
+            layers = (objects[each].attrs for each in objects if each.startswith(f"{kind}/"))
+            yield from _table_problems(entry, num_exceptions(layers))
+            continue
+        try:
+            encoded = is_encoded(entry.attrs)
+        except UnsupportedEncodingError as error:
+            yield path, str(error), "unsupported_encoding"
+            continue
+        if "encoding" in entry.attrs and metadata is not None:
+            yield from _unmarked(path, kind, entry.attrs, metadata, encoded=encoded)
+        if not encoded:
+            continue
+        for message in attribute_problems(entry.dtype, entry.attrs):
+            yield path, message, "wrong_encoding"
+        link = entry.attrs.get("scales")
+        width = widths.get(str(link).removeprefix(f"/{layout.SCALES_GROUP}/"))
+        if link is not None and width is None:
+            yield path, f"its scale {link} is missing", "missing_scale"
+        elif link is not None and entry.shape[1:] != (width,):
+            yield path, f"is {entry.shape}, its scale {link} for {width} channels", "scale_width"
+        table = f"{kind}/{layout.EXCEPTIONS_TABLE}"
+        if entry.attrs.get("num_exceptions") and table not in objects:
+            yield path, f"its exceptions are missing; expected {table}", "missing_exceptions"
+
+
+def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
+    if entry.dtype != "float64" or entry.shape[1:] != (EXCEPTION_COLUMNS,):
+        message = f"is {entry.dtype} {entry.shape}, expected float64 (n, {EXCEPTION_COLUMNS})"
+        yield entry.path, message, "wrong_type"
+    elif entry.shape[0] != count:
+        message = f"has {entry.shape[0]} rows, layers list {count} exceptions"
+        yield entry.path, message, "count_mismatch"
+
+
+def _unmarked(
+    path: str, kind: str, attrs: Attrs, metadata: ArchiveMetadata, *, encoded: bool
+) -> Iterator[Finding]:
+    """What the archive does not say of an encoding that it uses."""
+    if metadata.precision is None:
+        message = "is encoded, but the root attribute 'precision' is missing"
+        yield path, message, "unmarked_loss"
+    elif not is_stated(kind, attrs, metadata.precision):
+        message = f"is encoded otherwise than 'precision' on the root says: {metadata.precision}"
+        yield path, message, "unmarked_loss"
+    if encoded and layout.PRECISION_FEATURE not in metadata.required_features:
+        message = f"is encoded, but 'required_features' does not name {layout.PRECISION_FEATURE!r}"
+        yield path, message, "missing_feature"
+
+
+_SAMPLE_DATASETS = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
+_SITES = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
+_INTEGERS = frozenset({"int64"})
+
+
+def sample_problems(
+    sample: SampleEntry, metadata: TraceMetadata | None, kinds: dict[str, KindMetadata]
+) -> Iterator[tuple[str, str, str]]:
+    """What is wrong inside a sample, as path below its group, message and kind."""
+    arrays: list[ArrayDescription] = []
+    for path, entry in sample.objects.items():
+        first, _, rest = path.partition("/")
+        if first == layout.EXTRA_GROUP:
+            if rest and "encoding" not in entry.attrs:
+                yield path, "the attribute 'encoding' is missing", "missing_attribute"
+        elif first in kinds:
+            if rest:
+                yield from _layer_problems(entry, rest, kinds[first])
+            known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
+            in_steps = f"{first}/{layout.STEPS_TABLE}" in sample.objects
+            dtype = float_type(entry)
+            if known and not in_steps and dtype is not None:
+                arrays.append(
+                    ArrayDescription(kind=first, name=rest, dtype=dtype, shape=entry.shape)
+                )
+        elif path not in _SAMPLE_DATASETS:
+            yield path, "no such object belongs in a sample", "unknown_object"
+        elif path == layout.TOKENS and entry.dtype not in _INTEGERS:
+            yield path, f"stored type is {entry.dtype}, expected int64", "wrong_type"
+        elif path != layout.TOKENS and not entry.dtype.startswith("text:"):
+            yield path, f"stored type is {entry.dtype}, expected fixed-length UTF-8", "wrong_type"
+        if not entry.is_group and entry.codec is None:
+            yield path, "is not stored in gzip-filtered chunks, so damage would go unseen", "filter"
+    if metadata is not None:
+        yield from _consistency_problems(sample, metadata, arrays)
+
+
+def _layer_problems(
+    entry: ObjectEntry, name: str, kind: KindMetadata
+) -> Iterator[tuple[str, str, str]]:
+    if name in layout.TABLES:
+        return
+    number = layout.parse_layer_name(name)
+    if number is None and name != layout.EMBEDDING:
+        yield entry.path, "expected a name such as layer_000, or 'embedding'", "unknown_object"
+        return
+    if number is not None and number not in kind.layers:
+        yield entry.path, f"layer {number} is not among the kind's layers", "unlisted_layer"
+    if float_type(entry) is None:
+        message = f"stored type is {entry.dtype}, expected a float type, or an encoding of one"
+        yield entry.path, message, "wrong_type"
+    site = entry.attrs.get("site")
+    if site is not None and site not in _SITES:
+        yield entry.path, f"site {site!r} is none of {', '.join(sorted(_SITES))}", "wrong_site"
+    if "digest" not in entry.attrs:
+        yield entry.path, "the attribute 'digest' is missing", "missing_attribute"
+    for attribute in entry.attrs:
+        if attribute not in layout.LAYER_ATTRS and not attribute.startswith(
+            layout.USER_ATTR_PREFIX
+        ):
+            yield entry.path, f"attribute {attribute!r} is not of the format", "unknown_attribute"
+
+
+def _consistency_problems(
+    sample: SampleEntry, metadata: TraceMetadata, arrays: list[ArrayDescription]
+) -> Iterator[tuple[str, str, str]]:
+    tokens = sample.objects.get(layout.TOKENS)
+    decoded = sample.objects.get(layout.TOKENS_DECODED)
+    num_tokens = tokens.shape[0] if tokens and tokens.shape else None
+    description = TraceDescription(
+        metadata=metadata,
+        num_tokens=num_tokens,
+        num_tokens_decoded=decoded.shape[0] if decoded and decoded.shape else None,
+        arrays=tuple(arrays),
+    )
+    for each in description.problems():
+        yield each.loc, each.message, each.kind
+    if metadata.coverage in ("steps", "empty") or not arrays:
+        return
+    found = coverage_of({each.kind: each.shape for each in reversed(arrays)}, num_tokens)
+    if found != metadata.coverage:
+        message = f"coverage is {metadata.coverage!r}, but the shapes say {found!r}"
+        yield "", message, "wrong_coverage"
+    if num_tokens is not None and metadata.seq_len != num_tokens:
+        yield "", f"seq_len is {metadata.seq_len} for {num_tokens} tokens", "length_mismatch"
+
 
 _ROOT_GROUPS = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
 _OPTIONAL_GROUPS = frozenset({layout.SCALES_GROUP})

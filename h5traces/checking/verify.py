@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.scales import stored_scales
-from h5traces.archive.store import object_place
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
 from h5traces.checking.validate import validate
 from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, Problem
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
-from h5traces.format.attributes import Attrs, from_attributes, to_attributes
 from h5traces.format.digests import dataset_digest, sample_digest
+from h5traces.format.document import Attrs, from_attributes, to_attributes
 from h5traces.format.entries import digest_type
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
@@ -33,10 +31,10 @@ from h5traces.writing.preparation import record_attributes
 from h5traces.writing.read_back import stored_sample_digest
 
 if TYPE_CHECKING:
-    from h5traces.archive.opening import PathLike
-    from h5traces.archive.store import Store
+    from h5traces.archive.stores import Store
     from h5traces.format.entries import SampleEntry
     from h5traces.format.limits import ReadLimits
+    from h5traces.paths import PathLike
 
 ReportProgress = Callable[[int, int], None]
 

@@ -15,8 +15,8 @@ from h5traces.cli.labelling import label
 from h5traces.cli.looking import inspect, ls, validate, verify
 from h5traces.cli.precision import calibrate
 from h5traces.cli.rewriting import export, merge, repack, salvage, seal, split
+from h5traces.errors import __version__
 from h5traces.format import layout
-from h5traces.version import __version__
 
 app = typer.Typer(
     name="h5traces",

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,10 +29,12 @@ from h5traces.errors import H5TracesError, LossyWarning, StoredStateWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from rich.table import Table
 
     from h5traces.extract.running import RunProgress
+
 
 # Control characters other than tab and newline, and those that turn the direction of writing.
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -192,3 +194,91 @@ def _progress(*columns: ProgressColumn) -> Progress:
         transient=True,
         disable=not errors.is_terminal,
     )
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace archives that exist.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="0,5,10-12", help="Keep only these decoder blocks (0-based)."),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Read all back from disk and compare with the source before naming a file.",
+    ),
+]
+Archives = Annotated[list[str], typer.Argument(metavar="FILE…", help="Archives, globs or folders.")]
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` is a decimal number; `str.isdigit` takes superscripts, too."""
+    return text.isascii() and text.isdigit()
+
+
+def parse_layers(value: str | None) -> list[int] | None:
+    """Layer numbers from ``0,5,10`` and ranges such as ``28-31``.
+
+    Raises
+    ------
+    typer.BadParameter
+        The text is something else.
+    """
+    if value is None:
+        return None
+    layers: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not is_number(first) or (dash and not is_number(last)):
+            message = f"{part!r} is no layer number; expected 0-based numbers such as 0,5,10 or 0-7"
+            raise typer.BadParameter(message)
+        layers += range(int(first), int(last if dash else first) + 1)
+    return layers
+
+
+class Stop:
+    """Whether a signal came. One before the first batch, and a second one, stop at once.
+
+    Attributes
+    ----------
+    number
+        The signal; 0 for none.
+    before
+        The handlers that were there before.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._is_computing = False
+        self.before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Asked before every batch."""
+        self._is_computing = True
+        return self.number != 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        if self.number or not self._is_computing:
+            self.before[number](number, frame)
+        self.number = number
+        warn("finishing the current batch; again to stop at once")
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM let the batch that is being computed come to its end."""
+    stop = Stop()
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What is ignored (nohup, a shell's background job) stays ignored.
+        stop.before = {number: each for number, each in found.items() if callable(each)}
+    for number in stop.before:
+        signal.signal(number, stop.note)
+    try:
+        yield stop
+    finally:
+        for number, handler in stop.before.items():
+            signal.signal(number, handler)

@@ -8,8 +8,20 @@ from typing import Annotated
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import EXIT_PROBLEMS, bytes_progress, fail, print_json, reported, warn
-from h5traces.cli.options import DryRun, Json, Layers, Overwrite, Verify, parse_layers
+from h5traces.cli.console import (
+    EXIT_PROBLEMS,
+    DryRun,
+    Json,
+    Layers,
+    Overwrite,
+    Verify,
+    bytes_progress,
+    fail,
+    parse_layers,
+    print_json,
+    reported,
+    warn,
+)
 from h5traces.cli.precision import (
     CALIBRATION_SAMPLES,
     PRECISION_ERRORS,

@@ -8,8 +8,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import EXIT_PROBLEMS, fail, print_json, reported, samples_progress, warn
-from h5traces.cli.options import DryRun, Json, Verify
+from h5traces.cli.console import (
+    EXIT_PROBLEMS,
+    DryRun,
+    Json,
+    Verify,
+    fail,
+    print_json,
+    reported,
+    samples_progress,
+    stopping,
+    warn,
+)
 from h5traces.cli.precision import (
     CALIBRATION_SAMPLES,
     PRECISION_ERRORS,
@@ -23,11 +33,10 @@ from h5traces.cli.precision import (
     parse_precision,
     warn_of_loss,
 )
-from h5traces.cli.stopping import stopping
 from h5traces.errors import ExtractionError, LayerIndexError, MissingDependencyError
 from h5traces.extract.estimate import ModelShape
 from h5traces.extract.estimate import estimate as estimate_sizes
-from h5traces.extract.layer_ranges import layer_numbers
+from h5traces.extract.options import layer_numbers
 from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.format.precision import EXACT
 from h5traces.storage.codecs import ArrayCodec

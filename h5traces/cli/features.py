@@ -8,8 +8,17 @@ from typing import Annotated
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import count_progress, print_json, reported, warn
-from h5traces.cli.options import Archives, DryRun, Json, Layers, parse_layers
+from h5traces.cli.console import (
+    Archives,
+    DryRun,
+    Json,
+    Layers,
+    count_progress,
+    parse_layers,
+    print_json,
+    reported,
+    warn,
+)
 from h5traces.cli.rewriting import parse_samples
 from h5traces.errors import ArchiveExistsError
 from h5traces.features import extract_features

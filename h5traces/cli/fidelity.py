@@ -7,8 +7,15 @@ from typing import Annotated
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json, reported, warn
-from h5traces.cli.options import Json
+from h5traces.cli.console import (
+    EXIT_PROBLEMS,
+    Json,
+    count_progress,
+    fail,
+    print_json,
+    reported,
+    warn,
+)
 from h5traces.errors import H5TracesError
 from h5traces.fidelity import FidelityReport, compare
 

@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import count_progress, print_json, reported, warn
-from h5traces.cli.options import Archives, DryRun, Json
+from h5traces.cli.console import Archives, DryRun, Json, count_progress, print_json, reported, warn
 from h5traces.errors import ArchiveExistsError
-from h5traces.rewriting.label import THRESHOLD, LabelReport
+from h5traces.rewriting.label import ID_COLUMN, SCORE_COLUMN, THRESHOLD, LabelReport
 from h5traces.rewriting.label import label as label_archives
-from h5traces.rewriting.tables import ID_COLUMN, SCORE_COLUMN
 
 _MOST_NAMED = 5
 

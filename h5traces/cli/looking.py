@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from h5traces.archive.opening import expand_paths, expand_sources, open_archive
+from h5traces.archive.opening import open_archive
 from h5traces.checking.inspect import inspect as inspect_file
 from h5traces.checking.isolated import (
     DEFAULT_MEMORY_NBYTES,
@@ -18,9 +18,18 @@ from h5traces.checking.isolated import (
 from h5traces.checking.validate import validate as validate_archive
 from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
-from h5traces.cli.console import EXIT_PROBLEMS, count_progress, fail, print_json, reported
-from h5traces.cli.options import Archives, Json, is_number
+from h5traces.cli.console import (
+    EXIT_PROBLEMS,
+    Archives,
+    Json,
+    count_progress,
+    fail,
+    is_number,
+    print_json,
+    reported,
+)
 from h5traces.errors import H5TracesError
+from h5traces.paths import expand_paths, expand_sources
 from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES
 
 

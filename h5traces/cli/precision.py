@@ -7,15 +7,26 @@ from typing import Annotated, Literal
 
 import typer
 
-from h5traces.cli.console import count_progress, print_json, print_line, reported, warn
-from h5traces.cli.options import DryRun, Json, Layers, Overwrite, parse_layers
+from h5traces.cli.console import (
+    DryRun,
+    Json,
+    Layers,
+    Overwrite,
+    count_progress,
+    parse_layers,
+    print_json,
+    print_line,
+    reported,
+    warn,
+)
 from h5traces.errors import ArchiveExistsError, ConversionError, PrecisionError
 from h5traces.format.precision import AttentionBits as AttentionBitsNumber
 from h5traces.format.precision import HeadMean as HeadMeanName
 from h5traces.format.precision import Precision
 from h5traces.format.precision import Tier as TierName
-from h5traces.writing.calibrate import AUTOMATIC_SAMPLES, DEFAULT_SAMPLES
+from h5traces.writing.calibrate import DEFAULT_SAMPLES
 from h5traces.writing.calibrate import calibrate as calibrate_sources
+from h5traces.writing.options import AUTOMATIC_SAMPLES
 
 PRECISION_ERRORS = (PrecisionError,)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from h5traces.checking.verify import VerifyReport
     from h5traces.errors import Problem
     from h5traces.extract.estimate import Estimate
-    from h5traces.extract.reports import ExtractionReport
+    from h5traces.extract.running import ExtractionReport
     from h5traces.features import FeatureReport
     from h5traces.fidelity import FidelityReport, StateFidelity, Unmatched, WeightFidelity
     from h5traces.rewriting.label import LabelReport

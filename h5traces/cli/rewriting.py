@@ -7,20 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from h5traces.archive.opening import expand_paths
 from h5traces.checking.salvage import salvage as salvage_archive
 from h5traces.checking.seal import seal as seal_archive
 from h5traces.cli.console import (
     EXIT_PROBLEMS,
+    Archives,
+    DryRun,
+    Json,
+    Layers,
+    Overwrite,
+    Verify,
     count_progress,
     fail,
     human_size,
+    parse_layers,
     print_json,
     print_line,
     reported,
     warn,
 )
-from h5traces.cli.options import Archives, DryRun, Json, Layers, Overwrite, Verify, parse_layers
 from h5traces.cli.precision import (
     CALIBRATION_SAMPLES,
     PRECISION_ERRORS,
@@ -36,6 +41,7 @@ from h5traces.cli.precision import (
 )
 from h5traces.errors import ArchiveExistsError, ConversionError, LossyArchiveError
 from h5traces.format.dtypes import DtypePolicy
+from h5traces.paths import expand_paths
 from h5traces.rewriting.export import export as export_archive
 from h5traces.rewriting.repack import RepackReport
 from h5traces.rewriting.repack import repack as repack_archives

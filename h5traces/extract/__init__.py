@@ -17,17 +17,14 @@ except ImportError as error:
     )
     raise MissingDependencyError(_MESSAGE) from error
 
-from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
-from h5traces.extract.extracting import extract_dataset
-from h5traces.extract.forecasting import shape_of
-from h5traces.extract.functions import extract, extract_activations_and_attentions
-from h5traces.extract.generation import GenerationOptions
+from h5traces.extract.estimate import shape_of
+from h5traces.extract.extracting import estimate_with_pilot, extract_dataset
+from h5traces.extract.extractor import extract, extract_activations_and_attentions
+from h5traces.extract.generation import DEFAULT_TEMPLATE, GenerationOptions
 from h5traces.extract.models import MODEL_ALIASES, load_config, load_model, load_tokenizer
-from h5traces.extract.options import ExtractOptions
-from h5traces.extract.pilot import estimate_with_pilot
-from h5traces.extract.prompts import DEFAULT_TEMPLATE
+from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice, StoreOptions
 from h5traces.extract.questions import Columns, Question
-from h5traces.extract.reports import ExtractionReport
+from h5traces.extract.running import ExtractionReport
 
 __all__ = [
     "DEFAULT_TEMPLATE",

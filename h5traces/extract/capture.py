@@ -9,16 +9,94 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 
 from h5traces.errors import ExtractionError
-from h5traces.extract.casting import as_typed, cast, target_of, to_host, type_name
 from h5traces.format import layout
-from h5traces.format.dtypes import CastCounts
+from h5traces.format.dtypes import CastCounts, TypedArray
 from h5traces.format.record import EarlierCast, LayerArray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from h5traces.extract.anatomy import Anatomy
-    from h5traces.format.dtypes import DtypePolicy
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from h5traces.extract.models import Anatomy
+    from h5traces.format.dtypes import DtypePolicy, FloatType
+
+
+_TARGETS: Final[dict[str, torch.dtype]] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+NUM_COUNTS: Final = 4
+
+
+def target_of(policy: DtypePolicy, dtype: torch.dtype) -> torch.dtype | None:
+    """The type to cast to on the device; None where the writer should get the numbers as they are.
+
+    Only casts that make the copy to the host no larger are worth it.
+    """
+    target = _TARGETS.get(policy)
+    return None if target is None or target == dtype else target
+
+
+def type_name(dtype: torch.dtype) -> FloatType:
+    """The name of a floating-point type, as archives know it."""
+    names: dict[torch.dtype, FloatType] = {
+        torch.float16: "float16",
+        torch.bfloat16: "bfloat16",
+        torch.float32: "float32",
+        torch.float64: "float64",
+    }
+    return names[dtype]
+
+
+def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of `values` in the target type, and what the cast changed.
+
+    Parameters
+    ----------
+    values
+        Any shape and floating-point type, on any device.
+    target
+        The new type; None for a copy as it is.
+
+    Returns
+    -------
+    tuple of Tensor
+        The contiguous copy; and int64 ``(4,)`` on the same device: overflows, values gone to zero,
+        values gone subnormal, NaN of the source.
+    """
+    num_nan = values.isnan().sum()
+    if target is None:
+        copied = values.clone(memory_format=torch.contiguous_format)
+        zero = torch.zeros_like(num_nan)
+        return copied, torch.stack([zero, zero, zero, num_nan])
+    narrow = values.to(target).contiguous()
+    # Both narrow types fit into float32; float64 models are compared in their own.
+    wide = values.dtype if values.dtype == torch.float64 else torch.float32
+    before, after = values.to(wide), narrow.to(wide)
+    tiny = torch.finfo(target).smallest_normal
+    overflow = (after.isinf() & before.isfinite()).sum()
+    to_zero = ((after == 0) & (before != 0)).sum()
+    is_subnormal = (after.abs() < tiny) & (after != 0)
+    to_subnormal = (is_subnormal & (after != before)).sum()
+    return narrow, torch.stack([overflow, to_zero, to_subnormal, num_nan])
+
+
+def to_host(values: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; one from CUDA is complete when the device has been synchronised."""
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values, non_blocking=values.is_cuda)
+
+
+def as_typed(values: torch.Tensor) -> TypedArray:
+    """A tensor in host memory as numpy holds it; no copy."""
+    if values.dtype == torch.bfloat16:
+        return TypedArray(values.view(torch.uint16).numpy(), "bfloat16")
+    return TypedArray(values.numpy(), type_name(values.dtype))
+
 
 Kind = Literal["hidden_states", "attentions"]
 LastState = Literal["final_norm", "block_output"]
@@ -269,3 +347,58 @@ def padded(
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         inputs["position_ids"] = positions
     return inputs
+
+
+_TOKENS: Final = tuple(range(8))
+# Kernels of accelerators need not give the same bits twice; another place gives other numbers.
+_TOLERANCE: Final = 1e-2
+
+
+def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...]) -> None:
+    """Run eight tokens both ways.
+
+    Raises
+    ------
+    ExtractionError
+        An array is another than transformers' own.
+    """
+    options = CaptureOptions(
+        layers=tuple(range(anatomy.num_layers)), kinds=kinds, embedding=True, dtype="auto"
+    )
+    (captured,) = Capturer(anatomy, options).run([_TOKENS])
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        output = model(
+            **padded([_TOKENS], 0, device),
+            output_hidden_states=layout.HIDDEN_STATES in kinds,
+            output_attentions=layout.ATTENTIONS in kinds,
+            use_cache=False,
+        )
+    expected = {layout.HIDDEN_STATES: output.hidden_states, layout.ATTENTIONS: output.attentions}
+    for kind in kinds:
+        found = captured.arrays[kind]
+        if len(found) != len(expected[kind]):
+            message = (
+                f"{anatomy.model_class}: transformers returns {len(expected[kind])} {kind}, the "
+                f"hooks took {len(found)}; h5traces does not know how this model is built"
+            )
+            raise ExtractionError(message)
+        for entry, tensor in zip(found, expected[kind], strict=True):
+            if not isinstance(entry.array, TypedArray) or not _is_close(
+                entry.array.to_numpy(), tensor[0].float().cpu().numpy()
+            ):
+                message = (
+                    f"{anatomy.model_class}: {kind}/{entry.name} is not what transformers returns; "
+                    "h5traces does not know how this model is built"
+                )
+                raise ExtractionError(message)
+
+
+def _is_close(found: NDArray[Any], expected: NDArray[np.float32]) -> bool:
+    """Whether two arrays differ by rounding at most; NaN where the model gives NaN."""
+    if found.shape != expected.shape:
+        return False
+    a, b = torch.from_numpy(found).float(), torch.from_numpy(expected)
+    finite = b[b.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * largest, equal_nan=True)

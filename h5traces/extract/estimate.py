@@ -12,9 +12,15 @@ from h5traces.format.dtypes import CARRIERS, DtypePolicy
 from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.precision.channel_steps import StepFormat
 from h5traces.storage.codecs import GZIP
+from h5traces.writing.shards import DEFAULT_SHARD_SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from h5traces.extract.extractor import Job
+    from h5traces.extract.options import ExtractOptions, StoreOptions
+    from h5traces.format.dtypes import DtypePolicy
+
 
 _BITS: Final = 8
 PER: Final = 1000
@@ -407,3 +413,64 @@ def spread(num_layers: int) -> tuple[int, ...]:
 
 def _listed(layers: tuple[int, ...]) -> str:
     return ",".join(str(each) for each in layers)
+
+
+def shape_of(config: Any) -> ModelShape:
+    """What of a configuration decides the size of traces."""
+    text = config.get_text_config()
+    return ModelShape(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_heads=text.num_attention_heads,
+    )
+
+
+class Forecast:
+    """Room that samples need at most: every answer as long as it may be."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        jobs: list[Job],
+        layers: tuple[int, ...],
+        options: ExtractOptions,
+        store: StoreOptions,
+    ) -> None:
+        self._shape, self._layers = shape, layers
+        self._options, self._store = options, store
+        longest = options.generation.max_new_tokens
+        self._lengths = [len(each.prompt) + longest for each in jobs]
+
+    def estimate(self) -> Estimate:
+        """The table."""
+        return estimate(
+            self._shape,
+            self._lengths,
+            layers=self._layers,
+            kinds=self._options.kinds,
+            dtype=self._options.dtype,
+            codec=self._store.codec,
+            rates=_rates(self._options.dtype, self._store.codec),
+            precision=Precision.of(self._store.tier),
+        )
+
+    def needed_nbytes(self, num_done: int) -> float:
+        """Room for all samples but the first so many, and for one shard that waits to be packed.
+
+        Samples wait exactly, whatever the tier.
+        """
+        found = self.estimate()
+        precision = Precision.of(self._store.tier)
+        waiting = found.sample_nbytes(EXACT, len(self._layers))
+        stored = found.sample_nbytes(precision, len(self._layers))
+        left = max(0, len(self._lengths) - num_done)
+        shard = self._store.shard_samples or DEFAULT_SHARD_SAMPLES
+        return stored * left + waiting * min(shard, len(self._lengths))
+
+
+def _rates(dtype: DtypePolicy, codec: str) -> Rates:
+    """Stated rates, or for types and codecs that have none those of float32, which are larger."""
+    try:
+        return stated_rates(dtype, codec)
+    except ExtractionError:
+        return stated_rates("float32", GZIP.name)

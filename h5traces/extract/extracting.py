@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.archive.opening import open_archive
+from h5traces.archive.stores import StoredSize
 from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
 from h5traces.extract import models
-from h5traces.extract.choices import DatasetChoice, ModelChoice, StoreOptions
-from h5traces.extract.extractor import Extractor
-from h5traces.extract.forecasting import Forecast, check_space, shape_of
-from h5traces.extract.hub import HUB_DATASETS, load_questions
-from h5traces.extract.layer_ranges import layer_numbers
-from h5traces.extract.options import ExtractOptions
-from h5traces.extract.planning import Job, Planner
-from h5traces.extract.questions import QuestionSet, read_questions
-from h5traces.extract.reports import ExtractionReport, skipped_before
-from h5traces.extract.running import Run, skipped
-from h5traces.format.precision import EXACT, Precision
+from h5traces.extract.estimate import (
+    STATED_RATES,
+    Estimate,
+    Forecast,
+    ModelShape,
+    Rates,
+    estimate,
+    num_values,
+    shape_of,
+)
+from h5traces.extract.extractor import Extractor, Job, Planner
+from h5traces.extract.models import load_config
+from h5traces.extract.options import (
+    DatasetChoice,
+    ExtractOptions,
+    ModelChoice,
+    StoreOptions,
+    layer_numbers,
+)
+from h5traces.extract.questions import HUB_DATASETS, QuestionSet, load_questions, read_questions
+from h5traces.extract.running import ExtractionReport, Run, skipped, skipped_before
+from h5traces.format import layout
+from h5traces.format.precision import EXACT, TIERS, Precision
+from h5traces.rewriting.repack import repack
+from h5traces.storage.codecs import GZIP
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import check_type
 from h5traces.writing.process_writer import ProcessWriter
+from h5traces.writing.shards import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.archive.opening import PathLike
+    from h5traces.extract.estimate import Estimate, ModelShape
+    from h5traces.extract.extractor import Job
     from h5traces.extract.running import RunProgress
-    from h5traces.format.extraction import ExtractionMetadata
+    from h5traces.format.archive import ExtractionMetadata
+    from h5traces.paths import PathLike
 
 
 def load_dataset(choice: DatasetChoice) -> QuestionSet:
@@ -218,3 +239,139 @@ def _finished_before(
     known = {each.sample_id for each in report.skipped}
     report.skipped += [each for each in before.values() if each.sample_id not in known]
     report.status = "finished"
+
+
+def check_space(
+    output: Path,
+    forecast: Forecast,
+    store: StoreOptions,
+    report: ExtractionReport,
+    *,
+    dry_run: bool,
+) -> None:
+    """Compare what is needed with what is there.
+
+    Raises
+    ------
+    ExtractionError
+        The disk is too small.
+    """
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    report.free_nbytes = shutil.disk_usage(folder).free
+    report.needed_nbytes = forecast.needed_nbytes(_num_written(output, store.shard_samples))
+    if report.needed_nbytes > report.free_nbytes and store.check_space and not dry_run:
+        message = (
+            f"{output}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the room to "
+            f"pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; choose "
+            "another, fewer samples or layers, smaller shards, or --no-check-space"
+        )
+        raise ExtractionError(message)
+
+
+def _num_written(output: Path, shard_samples: int | None) -> int:
+    """Samples of earlier starts; those whose shard is being written need their room once more."""
+    target = Target.of(output, shard_samples)
+    num_spooled = sum(1 for _ in target.spool_path.glob("*.sample"))
+    found = [str(each) for each in target.existing()]
+    if not found:
+        return num_spooled
+    with open_archive(found) as archive:
+        return num_spooled + len(archive)
+
+
+_BITS = 8
+
+
+def estimate_with_pilot(
+    model: ModelChoice,
+    dataset: DatasetChoice,
+    num_samples: int,
+    options: ExtractOptions | None = None,
+    *,
+    store: StoreOptions | None = None,
+    progress: Callable[[RunProgress], None] | None = None,
+) -> Estimate:
+    """Extract a few samples of all layers, and reckon with what they took.
+
+    Parameters
+    ----------
+    model, dataset, options, store
+        As for `extract_dataset`; ``options.layers`` are the subset to compare with.
+    num_samples
+        Samples of the pilot: the first so many.
+    progress
+        Called when a sample was written.
+
+    Raises
+    ------
+    ExtractionError
+        As `extract_dataset`; also where no sample could be computed.
+    """
+    options, store = options or ExtractOptions(), store or StoreOptions()
+    shape = shape_of(load_config(model.model_id, revision=model.revision))
+    layers = None
+    if options.layers is not None:
+        layers = layer_numbers(options.layers, shape.num_layers)
+    with tempfile.TemporaryDirectory(prefix="h5traces-pilot-") as folder:
+        output = Path(folder) / "pilot.h5"
+        report = extract_dataset(
+            model,
+            replace(dataset, num_samples=num_samples),
+            output,
+            replace(options, layers=None),
+            store=replace(store, shard_samples=None),
+            progress=progress,
+        )
+        if not report.num_written:
+            message = f"no sample of the pilot could be computed: {report.skipped[0].message}"
+            raise ExtractionError(message)
+        with open_archive(output) as archive:
+            lengths = [trace.metadata.seq_len for trace in archive]
+        rates = _measured(output, shape, lengths)
+        tier_rates = {}
+        if options.dtype == "float16" and store.codec == GZIP.name:
+            for precision in (each for each in TIERS.values() if not each.is_exact):
+                encoded = output.with_name(f"{precision.tier}.h5")
+                repack(output, encoded, tier=precision, verify=False)
+                tier_rates[precision] = _measured(encoded, shape, lengths)
+                encoded.unlink()
+    return estimate(
+        shape,
+        lengths,
+        layers=layers,
+        kinds=options.kinds,
+        dtype=options.dtype,
+        codec=store.codec,
+        rates=rates,
+        tier_rates=tier_rates,
+    )
+
+
+def _measured(path: Path, shape: ModelShape, lengths: list[int]) -> Rates:
+    """The rates of a pilot's archive.
+
+    What one array takes beside its values is the stated figure, since the archive of a pilot does
+    not tell it from what a sample takes; together they are what was measured. Scales, of which an
+    archive has one set however many its samples are, are left out.
+    """
+    with open_archive(path) as archive:
+        sizes = archive.files[0].sizes()
+    num_layers, num_samples = shape.num_layers, len(lengths)
+    scales = sizes.pop(layout.SCALES_GROUP, StoredSize())
+    nbytes = path.stat().st_size - scales.stored_nbytes
+    values = num_values(shape, lengths, [kind for kind in layout.KINDS if kind in sizes])
+    stored = {kind: sizes[kind].stored_nbytes for kind in values}
+    beside = (nbytes - sum(stored.values())) / num_samples
+    arrays = STATED_RATES["float16"].array_nbytes
+    return Rates(
+        bits={
+            kind: stored[kind] * _BITS / (each * num_layers * num_samples)
+            for kind, each in values.items()
+        },
+        array_nbytes=arrays,
+        sample_nbytes=beside - arrays * num_layers * len(values),
+        source=f"pilot of {num_samples} samples",
+        is_measured=True,
+    )

@@ -5,15 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from h5traces.errors import ExtractionError
+from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract.capture import KINDS, Kind, LastState
-from h5traces.extract.generation import GenerationOptions
-from h5traces.extract.prompts import DEFAULT_TEMPLATE
+from h5traces.extract.generation import DEFAULT_TEMPLATE, GenerationOptions
+from h5traces.extract.questions import Columns
+from h5traces.format.archive import AnswerCut
 from h5traces.format.dtypes import DTYPE_POLICIES, DtypePolicy
-from h5traces.format.extraction import AnswerCut
+from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from h5traces.extract.models import ModelDtype
+    from h5traces.format.dtypes import OverflowPolicy
+    from h5traces.format.precision import Precision, Tier
+    from h5traces.paths import PathLike
+
 
 OnNan = Literal["error", "skip", "keep"]
 
@@ -91,3 +98,138 @@ class ExtractOptions:
                 message = f"{name} is {getattr(self, name)}, expected at least {least}"
                 raise ExtractionError(message)
         self.generation.check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Which model computes, and where.
+
+    Attributes
+    ----------
+    model_id
+        Hub id, local folder, or alias.
+    revision
+        Commit, branch or tag on the hub.
+    dtype
+        Type to compute in; ``auto`` is the checkpoint's own, but float32 on processors.
+    device
+        As torch names it, or ``auto`` to spread the model over all.
+    load_in_4bit
+        Quantise the weights with bitsandbytes.
+    """
+
+    model_id: str
+    revision: str | None = None
+    dtype: ModelDtype = "auto"
+    device: str | None = None
+    load_in_4bit: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetChoice:
+    """Which questions are asked.
+
+    Attributes
+    ----------
+    dataset
+        ``triviaqa``, ``truthfulqa``, or a JSONL or CSV file.
+    num_samples
+        The first so many; None for all.
+    path
+        A local copy of a data set that is known by name.
+    revision
+        Its commit, branch or tag on the hub.
+    columns
+        Which columns of a file to read.
+    """
+
+    dataset: str
+    num_samples: int | None = None
+    path: str | None = None
+    revision: str | None = None
+    columns: Columns = field(default_factory=Columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """How archives are written; see `h5traces.create`.
+
+    Attributes
+    ----------
+    shard_samples, tier, scales, calibration_samples, on_overflow, codec, workers, verify
+        As there. The stored type is that of `ExtractOptions`.
+    check_space
+        Refuse to start where the disk is too small for the forecast.
+    """
+
+    shard_samples: int | None = None
+    tier: Tier | Precision = "exact"
+    scales: PathLike | None = None
+    calibration_samples: int = AUTOMATIC_SAMPLES
+    on_overflow: OverflowPolicy = "float32"
+    codec: str = GZIP.name
+    workers: int | None = None
+    verify: bool = True
+    check_space: bool = True
+
+
+_LAST = "last"
+
+
+def layer_numbers(choice: str | Iterable[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Layer numbers, ascending.
+
+    Parameters
+    ----------
+    choice
+        0-based numbers, or text such as ``0,5,10-12,last``; None for all layers.
+    num_layers
+        Decoder blocks of the model.
+
+    Raises
+    ------
+    LayerIndexError
+        The model has no such layer, or the text is no choice of layers.
+    """
+    if choice is None:
+        return tuple(range(num_layers))
+    wanted = _parsed(choice, num_layers) if isinstance(choice, str) else set(choice)
+    for layer in sorted(wanted):
+        if not 0 <= layer < num_layers:
+            message = (
+                f"layer {layer} was asked for, but the model has {num_layers} layers "
+                f"(0 to {num_layers - 1}); change the choice of layers"
+            )
+            raise LayerIndexError(message)
+    if not wanted:
+        message = f"no layer was chosen; expected numbers from 0 to {num_layers - 1}"
+        raise LayerIndexError(message)
+    return tuple(sorted(wanted))
+
+
+def _parsed(text: str, num_layers: int) -> set[int]:
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, end = (each.strip() for each in part.partition("-"))
+        bounds = [
+            num_layers - 1 if each == _LAST else int(each) if _is_number(each) else None
+            for each in ((first, end) if dash else (first,))
+        ]
+        if any(each is None for each in bounds):
+            message = (
+                f"{part.strip()!r} is no layer; expected 0-based numbers, ranges and 'last', "
+                "such as 0,5,10-12,last"
+            )
+            raise LayerIndexError(message)
+        low, high = bounds[0], bounds[-1]
+        if low is not None and high is not None:
+            if low > high:
+                message = f"{part.strip()!r} runs backwards; write the lower layer first"
+                raise LayerIndexError(message)
+            # A range that a typing error made huge must not fill the memory.
+            found |= set(range(low, max(low, min(high, num_layers)) + 1))
+    return found
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

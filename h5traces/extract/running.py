@@ -3,30 +3,271 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
 from h5traces.errors import ExtractionError, NanError
-from h5traces.extract.overlap import WriterThread
-from h5traces.extract.reports import Skipped
+from h5traces.format.dtypes import TypedArray
 from h5traces.rewriting.reports import cast_warnings
+from h5traces.storage.publish import PartFile, make_folder
 from h5traces.writing.options import WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from h5traces.extract.extractor import Extractor
+    from h5traces.extract.estimate import Estimate
+    from h5traces.extract.extractor import Extractor, Job
     from h5traces.extract.options import ExtractOptions
-    from h5traces.extract.planning import Job
     from h5traces.extract.questions import Question
-    from h5traces.extract.reports import ExtractionReport, SkipReason
     from h5traces.format.dtypes import OverflowPolicy
     from h5traces.format.record import TraceRecord
     from h5traces.writing.process_writer import ProcessWriter
+
+
+# Enough to go on computing while a shard is being packed.
+MAX_WAITING_NBYTES: Final = 512 * 2**20
+
+
+def record_nbytes(record: TraceRecord) -> int:
+    """Bytes of a record's arrays in memory."""
+    return sum(
+        entry.array.values.nbytes
+        for layered in record.layered.values()
+        for entry in layered.arrays
+        if isinstance(entry.array, TypedArray)
+    )
+
+
+class WriterThread:
+    """A thread that waits for the writer in place of the one that computes, and a bounded queue.
+
+    Parameters
+    ----------
+    writer
+        Used by this thread alone until `close` returns.
+    written
+        Called in the thread with each record that is durable.
+    max_waiting_nbytes
+        Bytes of records that may wait; one record may always.
+    """
+
+    def __init__(
+        self,
+        writer: ProcessWriter,
+        written: Callable[[TraceRecord], None],
+        *,
+        max_waiting_nbytes: int = MAX_WAITING_NBYTES,
+    ) -> None:
+        self._writer, self._written = writer, written
+        self._max_waiting_nbytes = max_waiting_nbytes
+        self._waiting: deque[TraceRecord] = deque()
+        self._waiting_nbytes = 0
+        self._is_closing = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="h5traces-write", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while (record := self._next()) is not None:
+                self._writer.append(record)
+                self._written(record)
+                # Free the arrays before waiting for the next ones.
+                del record
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _next(self) -> TraceRecord | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closing)
+            if not self._waiting:
+                return None
+            record = self._waiting.popleft()
+            self._waiting_nbytes -= record_nbytes(record)
+            self._changed.notify_all()
+            return record
+
+    def put(self, record: TraceRecord) -> None:
+        """Hand a record over; waits while too many are waiting.
+
+        Raises
+        ------
+        Exception
+            Whatever an earlier record ended in.
+        """
+        nbytes = record_nbytes(record)
+
+        def has_room() -> bool:
+            fits = self._waiting_nbytes + nbytes <= self._max_waiting_nbytes
+            return self._error is not None or not self._waiting or fits
+
+        with self._changed:
+            self._changed.wait_for(has_room)
+            if self._error is not None:
+                raise self._error
+            self._waiting.append(record)
+            self._waiting_nbytes += nbytes
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wait until all is written.
+
+        Raises
+        ------
+        Exception
+            Whatever a record ended in.
+        """
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+SkipReason = Literal["too_long", "out_of_memory", "nan"]
+Status = Literal["planned", "stopped", "failed", "finished"]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that is not in the archive.
+
+    Attributes
+    ----------
+    sample_id, row
+        Which.
+    reason
+        Why, for programs.
+    message
+        Why, for people.
+    """
+
+    sample_id: str
+    row: int
+    reason: SkipReason
+    message: str
+
+
+@dataclass
+class ExtractionReport:
+    """What became of a run.
+
+    Attributes
+    ----------
+    output
+        Archive, or folder of shards.
+    status
+        ``planned`` in a dry run; ``stopped`` or ``failed`` runs go on when started again.
+    num_planned
+        Samples asked for.
+    num_before
+        Samples that earlier starts had written.
+    num_written
+        Samples that this start wrote.
+    skipped
+        Samples that are not in the archive, and why.
+    halved
+        Batches that did not fit into memory and were halved: the ids of their samples.
+    num_tokens
+        Tokens of the samples written, prompts included.
+    num_generated
+        Of these, tokens of answers.
+    nbytes
+        Bytes of the samples written.
+    seconds
+        Wall-clock time, without loading the model.
+    free_nbytes
+        Room on the disk at the start.
+    needed_nbytes
+        Room that the samples to be written need at most, while a shard is being packed.
+    estimate
+        The forecast.
+    warnings
+        What casts changed in the samples written.
+    error
+        Why the run failed.
+    """
+
+    output: str
+    status: Status = "planned"
+    num_planned: int = 0
+    num_before: int = 0
+    num_written: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    halved: list[list[str]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_generated: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    free_nbytes: int = 0
+    needed_nbytes: float = 0.0
+    estimate: Estimate | None = None
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was asked for is in the archive, or would be."""
+        return self.status in ("planned", "finished") and not self.skipped
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of samples per second of wall-clock time."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        found = {
+            **asdict(self),
+            "estimate": self.estimate.as_dict() if self.estimate else None,
+        }
+        return {"ok": self.ok, "tokens_per_second": self.tokens_per_second, **found}
+
+    def save(self) -> None:
+        """Write the report beside the output, in one step, over that of an earlier start."""
+        path = report_path(Path(self.output))
+        make_folder(path.parent)
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        with PartFile(path) as part:
+            part.append(text.encode("utf-8", "surrogatepass"))
+            part.publish(overwrite=True)
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of a run lies: beside its archive or folder."""
+    return output.with_name(f"{output.name}.report.json")
+
+
+def skipped_before(output: Path) -> dict[str, Skipped]:
+    """Samples that earlier starts left out, by id.
+
+    Raises
+    ------
+    ExtractionError
+        There is a report that is none.
+    """
+    path = report_path(output)
+    try:
+        document = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+        found = [Skipped(**each) for each in document["skipped"]]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{path}: is no report of an extraction ({error!r}); move it away"
+        raise ExtractionError(message) from error
+    return {each.sample_id: each for each in found}
+
 
 # What torch says on devices whose errors have no class of their own.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")

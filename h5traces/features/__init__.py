@@ -4,10 +4,11 @@ Functions of arrays (`last_token`, `row_entropy`, …), of archives (`iterate_fe
 and one that writes a file (`extract_features`). Needs numpy only.
 """
 
-from h5traces.features.definitions import FEATURES, FeatureDefinition
 from h5traces.features.extraction import FeatureReport, extract_features
 from h5traces.features.pca import PrincipalComponents, StreamingPCA
 from h5traces.features.reductions import (
+    FEATURES,
+    FeatureDefinition,
     last_token,
     lookback_ratio,
     max_pooled,

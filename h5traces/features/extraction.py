@@ -9,23 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.archive.inheritance import shared_metadata
+from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open_archive
-from h5traces.errors import ArchiveExistsError, FeatureError
-from h5traces.features.columns import Column, SpooledColumn
-from h5traces.features.definitions import FEATURES
+from h5traces.errors import ArchiveExistsError, FeatureError, __version__
 from h5traces.features.pca import PrincipalComponents, StreamingPCA
+from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
-from h5traces.features.writing import FeatureTable, check_target, write_features
+from h5traces.features.table import Column, FeatureTable, SpooledColumn
+from h5traces.features.writing import check_target, write_features
 from h5traces.storage.publish import make_folder
-from h5traces.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from h5traces.archive.archive import Archive
-    from h5traces.archive.opening import PathLike, Source
     from h5traces.features.samples import SampleFeatures
+    from h5traces.paths import PathLike, Source
 
 FEATURES_FORMAT = "h5traces-features"
 FEATURES_VERSION = "1.0"

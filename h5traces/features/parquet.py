@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 if TYPE_CHECKING:
-    from h5traces.features.writing import FeatureTable
+    from h5traces.features.table import FeatureTable
     from h5traces.storage.publish import PartFile
 
 _ROWS_NBYTES = 64 << 20

@@ -7,13 +7,17 @@ float32. What has no tokens to reduce gives NaN.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from h5traces.format import layout
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
 
 Floats = NDArray[np.float32]
 AnyFloats = NDArray[Any]
@@ -131,3 +135,91 @@ def _divided(totals: NDArray[np.float64], count: int) -> Floats:
 
 def _nothing(shape: tuple[int, ...]) -> Floats:
     return np.full(shape, np.nan, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureDefinition:
+    """A feature of one layer.
+
+    Attributes
+    ----------
+    name
+        Its name in files and options.
+    kind
+        The kind of array that it is made of.
+    meaning
+        One sentence.
+    reduce
+        From the layer's array, and the length of the prompt, to one row.
+    needs_prompt
+        Whether the length of the prompt must be known.
+    """
+
+    name: str
+    kind: str
+    meaning: str
+    reduce: Callable[[AnyFloats, int], Floats]
+    needs_prompt: bool = False
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it has the width of a hidden state, and so may be projected."""
+        return self.kind == layout.HIDDEN_STATES
+
+
+def _of_states(name: str, meaning: str, reduce: Any, *, prompt: bool = False) -> FeatureDefinition:
+    return FeatureDefinition(name, layout.HIDDEN_STATES, meaning, reduce, needs_prompt=prompt)
+
+
+def _of_attention(
+    name: str, meaning: str, reduce: Any, *, prompt: bool = False
+) -> FeatureDefinition:
+    return FeatureDefinition(name, layout.ATTENTIONS, meaning, reduce, needs_prompt=prompt)
+
+
+_DEFINITIONS: Final = (
+    _of_states(
+        "last_token",
+        "Hidden state of the last token.",
+        lambda states, _: last_token(states),
+    ),
+    _of_states(
+        "mean",
+        "Hidden states, mean over all tokens.",
+        lambda states, _: mean_pooled(states),
+    ),
+    _of_states(
+        "max",
+        "Hidden states, maximum over all tokens.",
+        lambda states, _: max_pooled(states),
+    ),
+    _of_states(
+        "answer_mean",
+        "Hidden states, mean over the tokens of the answer.",
+        mean_pooled,
+        prompt=True,
+    ),
+    _of_states(
+        "answer_max",
+        "Hidden states, maximum over the tokens of the answer.",
+        max_pooled,
+        prompt=True,
+    ),
+    _of_attention(
+        "attention_entropy",
+        "Entropy of attention in nats per head, mean over queries.",
+        lambda attention, _: row_entropy(attention),
+    ),
+    _of_attention(
+        "sink_mass",
+        "Share of attention on the first token per head, mean over later queries.",
+        lambda attention, _: sink_mass(attention),
+    ),
+    _of_attention(
+        "lookback_ratio",
+        "Attention of the answer to the prompt against prompt and answer, per head.",
+        lookback_ratio,
+        prompt=True,
+    ),
+)
+FEATURES: Final = {each.name: each for each in _DEFINITIONS}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from h5traces.errors import FeatureError, LayerIndexError
-from h5traces.features.definitions import FEATURES
 from h5traces.features.pca import PrincipalComponents, StreamingPCA
+from h5traces.features.reductions import FEATURES
 from h5traces.format import layout
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from h5traces.archive.archive import Archive
     from h5traces.archive.trace import Trace
-    from h5traces.features.definitions import FeatureDefinition
+    from h5traces.features.reductions import FeatureDefinition
 
 # Samples that may be computed ahead of the one in use, per worker.
 _AHEAD_PER_WORKER = 2

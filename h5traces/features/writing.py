@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.lib import format as npy
 
 from h5traces.errors import FeatureError, MissingDependencyError
-from h5traces.features.columns import ArrayColumn, Column, blocks
+from h5traces.features.table import ArrayColumn, Column, FeatureTable, blocks
 from h5traces.format import text
 from h5traces.format.entries import stored_type_of
-from h5traces.storage.arrays import as_bytes
-from h5traces.storage.chunks import chunk_shape, cut
+from h5traces.storage.arrays import as_bytes, chunk_shape, cut
 from h5traces.storage.codecs import GZIP, get_codec
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
@@ -24,36 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
+
 
 FORMATS = (".h5", ".npz", ".parquet")
-
-
-@dataclass(slots=True)
-class FeatureTable:
-    """What is written.
-
-    Attributes
-    ----------
-    features
-        By name, ``(samples, layers, width)``.
-    samples
-        By name, one entry per sample: ids, labels and so on.
-    others
-        By path, arrays that are not of samples: layer numbers, principal components.
-    metadata
-        Where all this comes from; JSON-ready.
-    """
-
-    features: dict[str, Column] = field(default_factory=dict)
-    samples: dict[str, np.ndarray] = field(default_factory=dict)
-    others: dict[str, np.ndarray] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_samples(self) -> int:
-        """Rows of every feature."""
-        return len(self.samples["index"])
 
 
 def check_target(target: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.fidelity.reports import WeightFidelity
-from h5traces.fidelity.values import ValueErrors, ValuePair
+from h5traces.fidelity.states import ValueErrors, ValuePair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

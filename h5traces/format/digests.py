@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from h5traces.format import layout
-from h5traces.format.attributes import compact_json
+from h5traces.format.document import compact_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

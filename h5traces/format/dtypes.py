@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from h5traces import half
 from h5traces.errors import ConversionError
+from h5traces.format import half
 from h5traces.format.scratch import Scratch
 
 if TYPE_CHECKING:

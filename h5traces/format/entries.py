@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
 
 _TEXT_TYPE = re.compile(r"text:([1-9][0-9]{0,9})\Z")
 _INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from h5traces.errors import PrecisionError, Problem
-from h5traces.format.attributes import problems_of
-from h5traces.format.document import Document
+from h5traces.format.document import Document, problems_of
 
 AttentionBits = Literal[8, 6, 5]
 HeadMean = Literal["none", "beside", "only"]

@@ -11,11 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationErr
 
 from h5traces.errors import Problem, SchemaError
 from h5traces.format import layout
-from h5traces.format.archive import Count, Int64
-from h5traces.format.attributes import problems_of
-from h5traces.format.document import Document
+from h5traces.format.archive import Count, Int64, SampleExtraction
+from h5traces.format.document import Document, problems_of
 from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
-from h5traces.format.extraction import SampleExtraction
 from h5traces.format.trace import Coverage, SourcePosition, TraceMetadata
 
 Container = Literal["torch"]

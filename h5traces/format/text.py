@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from h5traces.errors import ConversionError, CorruptArchiveError
+from h5traces.format import text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
 
 INTRODUCER = "\u241b"
 MAX_TEXT_NBYTES = 128 << 20
@@ -96,3 +98,8 @@ def encode_all(texts: Sequence[str]) -> np.ndarray:
 def decode_all(stored: np.ndarray) -> list[str]:
     """The strings of an array of dtype ``S<n>``, in C order."""
     return [decode(item) for item in stored.ravel().tolist()]
+
+
+def text_column(values: Iterable[str]) -> np.ndarray:
+    """Texts as a table column."""
+    return text.encode_all(list(values))

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from h5traces.format.archive import Count, Int64
+from h5traces.format.archive import Count, Int64, SampleExtraction
 from h5traces.format.document import Document
-from h5traces.format.extraction import SampleExtraction
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from h5traces.errors import ConversionError, CorruptArchiveError, UnsupportedEncodingError
 from h5traces.format import layout, text
-from h5traces.format.attributes import compact_json
+from h5traces.format.document import compact_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
 
 ENCODING: Final = "encoding"
 ENCODING_VERSION: Final = "encoding_version"

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from h5traces.errors import DatasetError
 from h5traces.format import layout
-from h5traces.graph.samples import SampleFacts, check_finite
 from h5traces.precision.head_mean import MEAN
-from h5traces.torch_data.dataset import fingerprint_of
-from h5traces.torch_data.guard import ShardGuard
-from h5traces.torch_data.kinds import check_layers
-from h5traces.torch_data.labels import labels_of
+from h5traces.torch_data.dataset import ShardGuard, check_layers, fingerprint_of, labels_of
 from h5traces.torch_data.tensors import may_be_not_finite, named, read_layer
 
 if TYPE_CHECKING:
@@ -27,8 +24,55 @@ if TYPE_CHECKING:
 
     from h5traces.archive.archive import Archive
     from h5traces.archive.trace import Trace
-    from h5traces.torch_data.labels import Labels
+    from h5traces.torch_data.dataset import Labels
     from h5traces.torch_data.tensors import NonFinite
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFacts:
+    """What all graphs of one sample share."""
+
+    question_id: Any
+    answer: Any
+    tokens_decoded: Any
+
+
+class GraphSource(Protocol):
+    """Samples whose layers become graphs."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer numbers."""
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int64]:
+        """For every sample, the shard that it lies in."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same text for the same samples of the same shards."""
+
+    def facts(self, index: int) -> SampleFacts:
+        """What the graphs of a sample share."""
+
+    def arrays(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states ``(seq_len, hidden_size)`` and attention of one layer of a sample."""
+
+    def place(self, index: int) -> str:
+        """Shard and sample, for messages."""
+
+    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+        """The label of every sample."""
+
+
+def check_finite(array: torch.Tensor, place: str) -> None:
+    """Refuse an array with NaN or infinite values."""
+    if not bool(array.isfinite().all()):
+        message = (
+            f"{place}: values are NaN or infinite; leave the sample out, or pass non_finite='keep'"
+        )
+        raise DatasetError(message)
+
 
 # Samples whose small facts are kept, for the other layers of the same sample.
 _KEPT_SAMPLES = 256

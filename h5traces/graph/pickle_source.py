@@ -12,14 +12,13 @@ import numpy as np
 import torch
 import xxhash
 
-from h5traces.archive.opening import load
 from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
 from h5traces.format import layout
-from h5traces.graph.samples import SampleFacts, check_finite
+from h5traces.graph.archive_source import SampleFacts, check_finite
+from h5traces.loading import load
 from h5traces.sources.pickle.layouts import as_dict, num_layers_of
 from h5traces.sources.pickle.stream import open_batch
-from h5traces.torch_data.guard import ShardGuard
-from h5traces.torch_data.labels import mapped_labels
+from h5traces.torch_data.dataset import ShardGuard, mapped_labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.torch_data.labels import Labels
+    from h5traces.torch_data.dataset import Labels
     from h5traces.torch_data.tensors import NonFinite
 
 

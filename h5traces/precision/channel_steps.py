@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces import half
+from h5traces.format import half
 from h5traces.format.scratch import Scratch
 
 if TYPE_CHECKING:

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
     from h5traces.format.dtypes import FloatType
     from h5traces.format.precision import Precision
     from h5traces.precision.scales import ChannelScale
 
     Exceptions = NDArray[np.float64]
+    from collections.abc import Iterable
+
 
 _STORED_TYPES: Final = {CHANNEL_STEPS: ("uint8", "uint16"), SQUARE_ROOT: ("uint8",)}
 _RESTORED_TYPES: Final = {CHANNEL_STEPS: ("float16", "float32"), SQUARE_ROOT: ("float16",)}
@@ -202,3 +204,13 @@ def _put_back(values: NDArray[Any], attrs: Attrs, exceptions: Callable[[], Excep
         values.reshape(-1)[index.astype(np.int64)] = table[:, 1].astype(
             CARRIERS["float16" if values.dtype.itemsize == 2 else "float32"]
         )
+
+
+# Layer, flat index in it, and value.
+EXCEPTION_COLUMNS: Final = 3
+
+
+def num_exceptions(layers: Iterable[Attrs]) -> int:
+    """Rows that the table of a kind must have, by what the attributes of its layers say."""
+    counts = (each.get("num_exceptions", 0) for each in layers)
+    return sum(each for each in counts if isinstance(each, int) and each > 0)

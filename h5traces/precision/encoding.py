@@ -10,13 +10,14 @@ import numpy as np
 from h5traces.errors import PrecisionError
 from h5traces.format import layout
 from h5traces.format.precision import EXACT, Precision
-from h5traces.precision import channel_steps, rounding, square_root
+from h5traces.precision import channel_steps, square_root
+from h5traces.precision import square_root as rounding
 from h5traces.precision.channel_steps import StepFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
     from h5traces.format.dtypes import TypedArray
     from h5traces.precision.scales import ScaleSet
 

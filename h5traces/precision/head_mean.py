@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from h5traces import half
-from h5traces.format import layout
+from h5traces.format import half, layout
 from h5traces.format.dtypes import TypedArray, cast_values
 from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
 from h5traces.format.scratch import Scratch

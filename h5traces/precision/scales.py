@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import xxhash
 
+from h5traces.errors import CorruptArchiveError, PrecisionError
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray, cast_values
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
     from numpy.typing import NDArray
 
+    from h5traces.format.entries import ObjectEntry
     from h5traces.format.precision import CalibrationRecord
+
 
 # Offsets lie on a grid of so many parts of a step, so that steps centre on the middle of a channel.
 OFFSETS_PER_STEP: Final = 16
@@ -167,3 +175,246 @@ class ScaleSet:
         return self.layers.keys() == other.layers.keys() and all(
             scale.equals(other.layers[path]) for path, scale in self.layers.items()
         )
+
+
+CENTER: Final = "center"
+STEP: Final = "step"
+OFFSET: Final = "offset"
+SIGMA: Final = "sigma"
+NAMES: Final = frozenset({CENTER, STEP, OFFSET, SIGMA})
+
+
+def scale_arrays(scales: ScaleSet) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every dataset of a set of scales: path below the root, and values ``(hidden,)``."""
+    for path, scale in scales.layers.items():
+        place = f"{layout.SCALES_GROUP}/{path}"
+        for name, values in ((STEP, scale.step), (OFFSET, scale.offset), (SIGMA, scale.sigma)):
+            yield f"{place}/{name}", np.ascontiguousarray(values, "<f4")
+
+
+def statistics_arrays(calibration: Calibration) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every dataset of a calibration: path below the root, and values ``(hidden,)``."""
+    for path, each in calibration.layers.items():
+        place = f"{layout.SCALES_GROUP}/{path}"
+        for name, values in ((CENTER, each.center), (SIGMA, each.sigma)):
+            yield f"{place}/{name}", np.ascontiguousarray(values, "<f4")
+
+
+def read_statistics(
+    path: str, objects: Mapping[str, ObjectEntry], read: Callable[[str], NDArray[Any]]
+) -> ChannelStatistics:
+    """What is usual in a layer, from a calibration, or from the scales of an archive.
+
+    Raises
+    ------
+    CorruptArchiveError
+        An array is missing, or holds what cannot be.
+    """
+    place = f"{layout.SCALES_GROUP}/{path}"
+    name = OFFSET if f"{place}/{OFFSET}" in objects else CENTER
+    center, sigma = _arrays(place, (name, SIGMA), objects, read)
+    if not ((sigma >= 0).all() and np.isfinite(sigma).all() and np.isfinite(center).all()):
+        message = f"/{place}: values must be finite, and {SIGMA} not negative"
+        raise CorruptArchiveError(message)
+    return ChannelStatistics(center, sigma)
+
+
+def read_scale(
+    path: str,
+    objects: Mapping[str, ObjectEntry],
+    read: Callable[[str], NDArray[Any]],
+) -> ChannelScale:
+    """The scale of a layer.
+
+    Parameters
+    ----------
+    path
+        Of the layer, such as ``hidden_states/layer_005``.
+    objects
+        What is stored, by path below the root.
+    read
+        Gives the values of a dataset.
+
+    Raises
+    ------
+    CorruptArchiveError
+        An array is missing, or is not what a scale is made of.
+    """
+    place = f"{layout.SCALES_GROUP}/{path}"
+    step, offset, sigma = _arrays(place, (STEP, OFFSET, SIGMA), objects, read)
+    if not ((step > 0).all() and np.isfinite(step).all() and np.isfinite(offset).all()):
+        message = f"/{place}: steps must be greater than zero, and all values finite"
+        raise CorruptArchiveError(message)
+    return ChannelScale(step, offset, sigma)
+
+
+def _arrays(
+    place: str,
+    names: tuple[str, ...],
+    objects: Mapping[str, ObjectEntry],
+    read: Callable[[str], NDArray[Any]],
+) -> list[NDArray[np.float32]]:
+    """Arrays of one scale; none is read before all are known to be of the same width."""
+    paths = [f"{place}/{name}" for name in names]
+    widths = [_width(path, objects) for path in paths]
+    if len(set(widths)) > 1:
+        message = (
+            f"/{place}: {_listed(names)} have {_listed(widths)} channels; expected as many of each"
+        )
+        raise CorruptArchiveError(message)
+    return [read(path) for path in paths]
+
+
+def _listed(items: Sequence[object]) -> str:
+    return f"{', '.join(map(str, items[:-1]))} and {items[-1]}"
+
+
+def _width(path: str, objects: Mapping[str, ObjectEntry]) -> int:
+    entry = objects.get(path)
+    if entry is None:
+        message = f"/{path} is missing, which encoded layers need; restore the file from a copy"
+        raise CorruptArchiveError(message)
+    if entry.dtype != "float32" or len(entry.shape) != 1:
+        message = f"/{path}: is {entry.dtype or 'a group'} {entry.shape}, expected float32 (hidden)"
+        raise CorruptArchiveError(message)
+    return entry.shape[0]
+
+
+def layers_with_scales(objects: Mapping[str, ObjectEntry]) -> list[str]:
+    """Paths of the layers that have a scale, or a part of one."""
+    prefix = f"{layout.SCALES_GROUP}/"
+    found = (
+        path.removeprefix(prefix).rpartition("/") for path in objects if path.startswith(prefix)
+    )
+    return list(dict.fromkeys(layer for layer, _, name in found if name in NAMES))
+
+
+# Tokens whose median and spread tell what is unusual in the others.
+_FIRST_TOKENS: Final = 256
+_CHANNELS_AT_ONCE: Final = 256
+# Sigmas of the median from which a value counts as unusual: massive activations lie at hundreds, a
+# Gaussian has one value in 10^15 there.
+_USUAL: Final = 8.0
+# Median absolute deviation to standard deviation, of a Gaussian: 1 / Phi^-1(3/4).
+_MAD_TO_SIGMA: Final = 1.4826022185056018
+# A channel that hardly moves still gets steps of this share of what is usual in its layer.
+_DEAD: Final = 2.0**-12
+
+METHOD: Final = (
+    "mean and standard deviation of each channel over all tokens but the first of a sample, "
+    f"without values beyond {_USUAL:g} x 1.4826 MAD of the median of the first {_FIRST_TOKENS} "
+    "tokens; sigma is at least 2^-12 of the layer's median sigma"
+)
+
+
+class _Usual:
+    """Moments of what lies near the median, by channel."""
+
+    def __init__(self, first: NDArray[np.float32]) -> None:
+        width = first.shape[1]
+        self._median, self._limit = np.empty((2, width), np.float32)
+        # Some channels at a time: medians take copies of all that they look at.
+        for start in range(0, width, _CHANNELS_AT_ONCE):
+            part = slice(start, start + _CHANNELS_AT_ONCE)
+            self._median[part] = np.median(first[:, part], axis=0)
+            with np.errstate(over="ignore"):
+                away = np.abs(first[:, part] - self._median[part])
+                spread = np.median(away, axis=0) * (_USUAL * _MAD_TO_SIGMA)
+                self._limit[part] = np.minimum(spread, np.finfo(np.float32).max)
+        self._moments = np.zeros((3, width))
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        with np.errstate(over="ignore"):
+            away = rows - self._median
+        usual = np.abs(away) <= self._limit
+        away[~usual] = 0
+        self._moments[0] += np.count_nonzero(usual, axis=0)
+        self._moments[1] += away.sum(axis=0, dtype=np.float64)
+        self._moments[2] += np.square(away, dtype=np.float64).sum(axis=0)
+
+    def statistics(self) -> ChannelStatistics:
+        count, total, squares = self._moments
+        # A channel may have no value that equals its median, and a spread of zero.
+        count = np.maximum(count, 1)
+        mean = total / count
+        sigma = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+        sigma = np.maximum(sigma, _DEAD * (np.median(sigma) if sigma.size else 0))
+        center = (self._median + mean).astype(np.float32)
+        return ChannelStatistics(center, sigma.astype(np.float32))
+
+
+class ChannelAccumulator:
+    """Mean and standard deviation of the channels of one layer, without what is unusual.
+
+    The first token of every longer sample is left out: in many models its activations are hundreds
+    of times as large as all others and would decide alone. So are tokens with values that are not
+    finite.
+
+    Attributes
+    ----------
+    num_tokens, num_not_finite
+        Tokens taken in, and tokens left out since a value of theirs is not finite.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.num_not_finite = 0
+        self._width: int | None = None
+        self._first: list[NDArray[Any]] = []
+        self._usual: _Usual | None = None
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take in the hidden states of one sample: floats ``(tokens, hidden)``.
+
+        Raises
+        ------
+        PrecisionError
+            They have another width than those before.
+        """
+        if self._width not in (None, values.shape[1]):
+            message = (
+                f"hidden states are {values.shape[1]} wide, those before {self._width}; expected "
+                "samples of one model"
+            )
+            raise PrecisionError(message)
+        self._width = values.shape[1]
+        with np.errstate(over="ignore"):
+            rows = (values[1:] if len(values) > 1 else values).astype(np.float32)
+        finite = np.isfinite(rows).all(axis=1)
+        self.num_not_finite += int(np.count_nonzero(~finite))
+        rows = rows[finite]
+        self.num_tokens += len(rows)
+        if self._usual is not None:
+            self._usual.add(rows)
+            return
+        # Half the memory, where float16 holds them.
+        short = cast_values(TypedArray(rows, "float32"), "float16").values
+        self._first.append(short if np.isfinite(short).all() else rows)
+        if self.num_tokens >= _FIRST_TOKENS:
+            self._usual = self._look()
+
+    def _look(self) -> _Usual:
+        """What is usual, from the tokens that were kept to find that out."""
+        rows = np.concatenate(self._first, dtype=np.float32)
+        self._first = []
+        usual = _Usual(rows)
+        usual.add(rows)
+        return usual
+
+    def statistics(self) -> ChannelStatistics:
+        """Center and sigma of what was taken in.
+
+        Raises
+        ------
+        PrecisionError
+            There was no token.
+        """
+        if not self.num_tokens:
+            message = (
+                f"there are no tokens to measure; {self.num_not_finite} have values that are not "
+                "finite"
+            )
+            raise PrecisionError(message)
+        if self._usual is None:
+            self._usual = self._look()
+        return self._usual.statistics()

@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 from h5traces.errors import ConversionError
 from h5traces.format.precision import Precision
 from h5traces.precision.scales import ScaleSet
-from h5traces.rewriting.convert_jobs import ConvertOptions, run_job
+from h5traces.rewriting.convert_jobs import (
+    ConvertOptions,
+    run_in_processes,
+    run_job,
+    scaled_options,
+)
 from h5traces.rewriting.convert_plan import plan_jobs
-from h5traces.rewriting.processes import run_in_processes
 from h5traces.rewriting.reports import ConversionReport, Progress
-from h5traces.rewriting.scaling import scaled_options
-from h5traces.writing.calibrate import AUTOMATIC_SAMPLES, load_given
-from h5traces.writing.options import WriteOptions
+from h5traces.writing.calibrate import load_given
+from h5traces.writing.options import AUTOMATIC_SAMPLES, WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from h5traces.archive.opening import PathLike
     from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.format.precision import Tier
+    from h5traces.paths import PathLike
 
 
 def convert(

@@ -2,31 +2,115 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from h5traces.archive.opening import open_archive
-from h5traces.errors import ConversionError, H5TracesError, SchemaError, StoredStateWarning
+from h5traces.errors import (
+    ConversionError,
+    H5TracesError,
+    PrecisionError,
+    SchemaError,
+    StoredStateWarning,
+)
 from h5traces.format.archive import SourceFile
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
 from h5traces.format.trace import SourcePosition
-from h5traces.rewriting.reading_ahead import ReadAhead
+from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.reports import FileReport, cast_warnings, coverage_warnings
 from h5traces.sources.pickle.layouts import names_in_file_name, num_layers_of, to_record
 from h5traces.sources.pickle.stream import open_batch
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
+from h5traces.writing.calibrate import Measurement, batch_states, check_model
 from h5traces.writing.options import WriteOptions, WriteSummary, precision_warnings
 from h5traces.writing.shards import ShardSet
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from h5traces.format.record import TraceRecord
+    from h5traces.precision.scales import Calibration
     from h5traces.rewriting.convert_plan import Job
+
+
+Item = TypeVar("Item")
+_END = object()
+
+
+class ReadAhead(Iterator[Item], Generic[Item]):
+    """Runs an iterator one item ahead; a context manager.
+
+    Never more than two items exist: the one in use and the one being made. So the caller must drop
+    an item before it asks for the next.
+
+    Parameters
+    ----------
+    make
+        Called in the thread to make the iterator.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
+        self._make = make
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._wanted = threading.Semaphore(1)
+        self._stopped = False
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="h5traces-read", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            items = self._make()
+            while True:
+                self._wanted.acquire()
+                if self._stopped:
+                    return
+                # Not kept in a local: the caller must be able to free what it was handed.
+                self._ready.put((None, next(items, _END)))
+        except BaseException as error:  # handed to the caller's thread
+            self._ready.put((error, None))
+
+    def __next__(self) -> Item:
+        if self._ended:
+            raise StopIteration
+        error, item = self._ready.get()
+        if error is not None or item is _END:
+            self._ended = True
+            raise StopIteration if error is None else error
+        self._wanted.release()
+        return item  # type: ignore[no-any-return]  # the queue holds Item and _END only
+
+    def close(self) -> None:
+        """Stop the thread; an item in the making is dropped."""
+        self._stopped = True
+        self._wanted.release()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 # Called with the source, how many of its bytes are read, and samples written since the last call.
 Report = Callable[[Path, int, int], None]
@@ -270,3 +354,189 @@ def _records(source: Path, number: int, layers: tuple[int, ...] | None) -> Itera
 def _placed(error: Exception, source: Path, place: SourcePosition | None) -> str:
     position = "" if place is None else f"sample {place.position}: "
     return f"{source}: {position}{error}"
+
+
+_POLL_SECONDS = 0.1
+# Set in every worker process: where it puts its progress, and whether it is to stop.
+_progress_queue: Any = None
+_stop: Any = None
+
+
+def run_in_processes(
+    jobs: Sequence[Job], options: Sequence[ConvertOptions], workers: int, report: Report
+) -> list[FileReport]:
+    """Run every job, with its options, in one of `workers` processes.
+
+    Reports come in the order of the jobs.
+
+    Where a process is killed, the jobs that were not finished fail. An interrupt stops all of them
+    at their next sample.
+    """
+    num_processes = min(workers, len(jobs))
+    threads = max(1, workers // num_processes)
+    shared = [replace(each, write=replace(each.write, workers=threads)) for each in options]
+    context = multiprocessing.get_context("spawn")
+    progress, stop = context.Queue(), context.Event()
+    done = threading.Event()
+    forwarder = threading.Thread(target=_forward, args=(progress, report, done), daemon=True)
+    forwarder.start()
+    pool = ProcessPoolExecutor(
+        num_processes, context, initializer=_start, initargs=(progress, stop)
+    )
+    futures: list[Future[FileReport]] = []
+    try:
+        with _sigint_blocked():
+            futures += [
+                pool.submit(_run, job, each) for job, each in zip(jobs, shared, strict=True)
+            ]
+        return [_result(job, future) for job, future in zip(jobs, futures, strict=True)]
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        done.set()
+        forwarder.join()
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Processes started inside never get SIGINT, not even while they import.
+
+    Ctrl-C reaches the whole group of processes; the parent tells the others when to stop.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _result(job: Job, future: Future[FileReport]) -> FileReport:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        sources = [str(source) for source in job.sources]
+        return FileReport(
+            sources=sources,
+            targets=[str(job.first_target)],
+            status="failed",
+            error=(
+                f"{', '.join(sources)}: not converted: one of the processes was killed, as the "
+                "system does when memory runs out; nothing half-written was kept, run again with "
+                "--skip-existing and fewer --workers"
+            ),
+        )
+
+
+def _start(progress: Any, stop: Any) -> None:
+    global _progress_queue, _stop  # both can only be handed over at the start
+    _progress_queue, _stop = progress, stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Never outlive a parent that was killed: its successor may be writing the same target."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(job: Job, options: ConvertOptions) -> FileReport:
+    return run_job(job, options, _put)
+
+
+def _put(source: Path, position: int, num_samples: int) -> None:
+    if _stop.is_set():
+        raise KeyboardInterrupt
+    _progress_queue.put((source, position, num_samples))
+
+
+def _forward(progress: Any, report: Report, done: threading.Event) -> None:
+    """Hand progress from the processes on, until all are done and nothing is left."""
+    while True:
+        try:
+            report(*progress.get(timeout=_POLL_SECONDS))
+        except queue.Empty:
+            if done.is_set():
+                return
+
+
+def scaled_options(
+    jobs: Sequence[Job],
+    options: ConvertOptions,
+    calibration: Calibration | None,
+    samples: int,
+    report: Report,
+) -> list[ConvertOptions]:
+    """The options of every job, with scales where hidden states go into steps.
+
+    Parameters
+    ----------
+    jobs
+        What will be converted.
+    options
+        Of all jobs.
+    calibration
+        What scales are to be made from; else the first samples of each model's batches.
+    samples
+        How many of these.
+    report
+        Told of every batch that is looked at.
+
+    Raises
+    ------
+    PrecisionError
+        The calibration is of another model, or batches of one model have different widths.
+    """
+    step = options.write.precision.step
+    if step is None or options.dry_run:
+        return [options for _ in jobs]
+    models = [_model_of(job, options) for job in jobs]
+    found: dict[str | None, ScaleSet] = {}
+    for model in dict.fromkeys(models):
+        if calibration is not None:
+            check_model(calibration, model)
+            found[model] = calibration.scales(step)
+            continue
+        alike = [job for job, other in zip(jobs, models, strict=True) if other == model]
+        found[model] = _measured(alike, options, model, samples, step, report)
+    return [replace(options, write=replace(options.write, scales=found[model])) for model in models]
+
+
+def _model_of(job: Job, options: ConvertOptions) -> str | None:
+    return options.model_id or names_in_file_name(job.sources[0].name).get("model_id")
+
+
+def _measured(
+    jobs: Sequence[Job],
+    options: ConvertOptions,
+    model: str | None,
+    samples: int,
+    step: float,
+    report: Report,
+) -> ScaleSet:
+    if options.skip_existing and all(job.first_target.exists() for job in jobs):
+        return ScaleSet()
+    with Measurement(options.layers) as measurement:
+        for path in (source for job in jobs for source in job.sources):
+            report(path, 0, 0)
+            # Whoever cannot read it says so when it is converted.
+            with contextlib.suppress(ConversionError, SchemaError, OSError):
+                _add(measurement, path, samples)
+            if measurement.num_samples >= samples:
+                break
+        if not measurement.has_states:
+            # Nothing to encode; what turns up all the same is stored exactly, and reported.
+            return ScaleSet()
+        return measurement.calibration(model, partial=True).scales(step)
+
+
+def _add(measurement: Measurement, path: Path, samples: int) -> None:
+    try:
+        with contextlib.closing(batch_states(path)) as found:
+            measurement.add_first(path.name, found, samples)
+    except PrecisionError as error:
+        message = f"{error}; convert the batches of each model by themselves"
+        raise PrecisionError(message) from error

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h5traces.archive.opening import expand_paths
 from h5traces.errors import ConversionError
+from h5traces.paths import expand_paths
 from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES, batch_stem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from h5traces.archive.opening import PathLike
+    from h5traces.paths import PathLike
 
 _TARGET_SUFFIX = ".h5"
 _MERGED_NAME = "traces.h5"

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from h5traces.archive.inheritance import inherited_facts, shared_metadata
+from h5traces.archive.archive import inherited_facts, shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ConversionError, LossyWarning
 from h5traces.storage.publish import PartFile, remove_abandoned_parts
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from h5traces.archive.archive import Archive
-    from h5traces.archive.opening import PathLike
     from h5traces.format.dtypes import DtypePolicy
+    from h5traces.paths import PathLike
 
 # Explicit memo numbers (MEMOIZE of protocol 4 counts from the start of the file), so that every
 # sample can be pickled by itself and freed before the next.

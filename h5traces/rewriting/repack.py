@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.archive import Archive
-from h5traces.archive.inheritance import inherited_facts, inherited_scales, shared_metadata
+from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision.scales import ScaleSet
-from h5traces.writing.calibrate import AUTOMATIC_SAMPLES, check_model, load_given, measured
-from h5traces.writing.options import WriteOptions, precision_warnings
+from h5traces.writing.calibrate import check_model, load_given, measured
+from h5traces.writing.options import AUTOMATIC_SAMPLES, WriteOptions, precision_warnings
 from h5traces.writing.shards import ShardSet
 from h5traces.writing.stored_samples import StoredSample
 from h5traces.writing.transcription import to_record
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from h5traces.archive.file import ArchiveFile
-    from h5traces.archive.opening import PathLike
     from h5traces.archive.trace import Trace
     from h5traces.format.archive import ArchiveMetadata, SourceFile
     from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.format.precision import Tier
+    from h5traces.paths import PathLike
     from h5traces.precision.scales import Calibration
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.archive_writer import ArchiveWriter

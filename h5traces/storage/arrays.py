@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -12,16 +13,82 @@ from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.entries import ObjectEntry, carrier_dtype
 from h5traces.format.scratch import Scratch
-from h5traces.storage import chunks as grid
 from h5traces.storage.codecs import get_codec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from h5traces.format.entries import ChunkTable
     from h5traces.format.limits import ReadLimits
     from h5traces.storage.codecs import Codec
     from h5traces.storage.files import ByteFile
+
+
+TARGET_NBYTES: Final = 4 << 20
+
+Shape = tuple[int, ...]
+
+
+def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = TARGET_NBYTES) -> Shape:
+    """The chunk shape for an array: whole where it is small, else tiles of nearly equal size.
+
+    Parameters
+    ----------
+    shape
+        Shape of the array; axes of length 0 count as 1, as HDF5 wants chunk axes of at least 1.
+    itemsize
+        Bytes per element.
+    target_nbytes
+        Largest raw size of a chunk, unless one element is larger.
+    """
+    chunk = [max(1, length) for length in shape]
+    for axis, length in enumerate(chunk):
+        row_nbytes = itemsize * math.prod(chunk[axis + 1 :])
+        if length * row_nbytes <= target_nbytes:
+            break
+        rows = max(1, target_nbytes // row_nbytes)
+        num_tiles = math.ceil(length / rows)
+        chunk[axis] = math.ceil(length / num_tiles)
+        if chunk[axis] > 1:
+            break
+    return tuple(chunk)
+
+
+def grid_shape(shape: Shape, chunk: Shape) -> Shape:
+    """The number of chunks along every axis."""
+    return tuple(math.ceil(length / size) for length, size in zip(shape, chunk, strict=True))
+
+
+def num_chunks(shape: Shape, chunk: Shape) -> int:
+    """The number of chunks of an array."""
+    return math.prod(grid_shape(shape, chunk))
+
+
+def chunk_offsets(shape: Shape, chunk: Shape) -> Iterator[Shape]:
+    """Index of the first element of every chunk, in C order of the grid."""
+    starts = (range(0, length, size) for length, size in zip(shape, chunk, strict=True))
+    return itertools.product(*starts)
+
+
+def chunk_slices(offset: Shape, shape: Shape, chunk: Shape) -> tuple[slice, ...]:
+    """The part of the array that the chunk at `offset` holds."""
+    return tuple(
+        slice(start, min(start + size, length))
+        for start, length, size in zip(offset, shape, chunk, strict=True)
+    )
+
+
+def cut(array: NDArray[Any], offset: Shape, chunk: Shape) -> NDArray[Any]:
+    """The chunk at `offset`: C-contiguous and of full size, zeros beyond the array's edge."""
+    part = array[chunk_slices(offset, array.shape, chunk)]
+    if part.shape == chunk:
+        return np.ascontiguousarray(part)
+    full = np.zeros(chunk, dtype=array.dtype)
+    full[tuple(slice(0, length) for length in part.shape)] = part
+    return full
+
 
 # Stored bytes of the chunk that is being read.
 _STORED: Final = Scratch()
@@ -64,10 +131,10 @@ class EncodedArray:
 def encode_array(values: NDArray[Any], codec: str) -> EncodedArray:
     """`values` (of a carrier dtype, little-endian) cut into chunks and encoded."""
     encoder, itemsize = get_codec(codec), values.dtype.itemsize
-    chunk = grid.chunk_shape(values.shape, itemsize)
+    chunk = chunk_shape(values.shape, itemsize)
     stored = tuple(
-        encoder.encode(as_bytes(grid.cut(values, offset, chunk)), itemsize)
-        for offset in grid.chunk_offsets(values.shape, chunk)
+        encoder.encode(as_bytes(cut(values, offset, chunk)), itemsize)
+        for offset in chunk_offsets(values.shape, chunk)
     )
     checksums = tuple(chunk_checksum(each) for each in stored)
     return EncodedArray(values.shape, chunk, codec, stored, checksums)
@@ -110,7 +177,7 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
         message = f"chunks {chunk} take {chunk_nbytes} bytes; the limit is "
         msg = f"{message}{limits.max_chunk_nbytes}"
         raise HostileFileError(msg)
-    expected = grid.num_chunks(shape, chunk)
+    expected = num_chunks(shape, chunk)
     table = entry.chunks
     columns = (table.offsets, table.sizes, table.checksums)
     counts = {len(column) for column in columns if column is not None}
@@ -188,9 +255,9 @@ def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
 def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec) -> None:
     """Read and inflate all chunks into an array."""
     dtype = values.dtype
-    for number, offset in enumerate(grid.chunk_offsets(entry.shape, entry.chunk)):
+    for number, offset in enumerate(chunk_offsets(entry.shape, entry.chunk)):
         stored = _read_stored(file, entry, number)
-        where = grid.chunk_slices(offset, entry.shape, entry.chunk)
+        where = chunk_slices(offset, entry.shape, entry.chunk)
         part = values[where]
         if part.shape == entry.chunk and part.flags.c_contiguous:
             _decode(codec, stored, as_bytes(part), dtype.itemsize, entry.path, number)

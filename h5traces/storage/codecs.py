@@ -15,7 +15,8 @@ import zstandard
 
 from h5traces.errors import UnsupportedEncodingError
 from h5traces.format.scratch import Scratch
-from h5traces.storage import deflate, planes
+from h5traces.storage import deflate
+from h5traces.storage import deflate as planes
 
 FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2

@@ -3,12 +3,12 @@
 A deflate stream is a chain of blocks, so every byte plane can be coded as suits it, and the pieces
 joined on byte boundaries: noise goes into stored blocks, planes without matches are only Huffman
 coded, the zero runs of causal attentions are coded with the run-length strategy, and repeats with a
-full search. The choice is made from a sample (:mod:`h5traces.storage.planes`).
+full search. The choice is made from a sample (:mod:`h5traces.storage.deflate`).
 
 Choosing takes a fifth of the time of float16-born hidden states, a quarter of that of bfloat16-born
 ones, which are looked through for repeats at more places, and a tenth of that of attentions.
 ``benchmarks/encoder.py`` measures the whole; figures of single steps, here and in
-:mod:`h5traces.storage.planes`, come from single runs with ISA-L 2.32, zlib-ng 2.3 and numpy 2.4 on
+:mod:`h5traces.storage.deflate`, come from single runs with ISA-L 2.32, zlib-ng 2.3 and numpy 2.4 on
 two shared cores of an AMD EPYC, with synthetic activations of Llama-2-7B's shape.
 """
 
@@ -16,21 +16,382 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import zlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from h5traces.format.scratch import Scratch
-from h5traces.storage import planes as _planes
-from h5traces.storage.engines import RAW_DEFLATE, Engines
-from h5traces.storage.inflate import inflate
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
 
-    from h5traces.storage.planes import Bytes, PlaneSurvey
+    Bytes: TypeAlias = NDArray[np.uint8]
+    Counts: TypeAlias = NDArray[np.int64]
+
+
+RAW_DEFLATE = -15
+
+# zlib-ng inflates long runs, which are stored in so little of their size, up to 1.4 times as fast
+# as isal; isal inflates hidden states 1.3 times, bfloat16-born ones 1.6 times and those in steps
+# twice as fast, and attentions nearly as fast.
+_MAX_SHARE_FOR_ZLIB_NG = 0.35
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The deflate libraries to work with; None stands for one that is not installed."""
+
+    isal_zlib: Any
+    igzip_lib: Any
+    zlib_ng: Any
+
+    @classmethod
+    def installed(cls) -> Engines:
+        """The libraries that can be imported."""
+        names = ("isal.isal_zlib", "isal.igzip_lib", "zlib_ng.zlib_ng")
+        return cls(*map(_import_or_none, names))
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What inflating a damaged stream raises."""
+        extra = (self.igzip_lib and self.igzip_lib.error, self.zlib_ng and self.zlib_ng.error)
+        return (zlib.error, *filter(None, extra))
+
+    def adler32(self, data: Bytes) -> int:
+        """RFC 1950's checksum: 49 GB/s with zlib-ng, 16 with isal, 3.5 with zlib."""
+        library = self.zlib_ng or self.isal_zlib or zlib
+        return int(library.adler32(data))
+
+    def inflater(self, stored_share: float) -> Any:
+        """A fresh raw inflater with ``decompress(data, max_length)``, ``eof`` and ``unused_data``.
+
+        Parameters
+        ----------
+        stored_share
+            Stored bytes per raw byte.
+        """
+        if self.igzip_lib and (stored_share > _MAX_SHARE_FOR_ZLIB_NG or not self.zlib_ng):
+            return self.igzip_lib.IgzipDecompressor(self.igzip_lib.DECOMP_DEFLATE)
+        return (self.zlib_ng or zlib).decompressobj(RAW_DEFLATE)
+
+
+def _import_or_none(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+_HEADER_NBYTES: Final = 2
+_CHECKSUM_NBYTES: Final = 4
+_STORED_HEADER_NBYTES: Final = 5
+# Stored bytes that are handed to the library at a time.
+_STEP: Final = 32 << 10
+
+
+def inflate(stored: Bytes, out: Bytes, engines: Engines) -> None:
+    """Fill `out` with what the stream holds, no more and no less.
+
+    No more than ``len(out) + 1`` bytes are ever inflated.
+
+    Parameters
+    ----------
+    stored
+        A zlib stream (RFC 1950) and nothing behind it.
+    out
+        Writable bytes; after an error they hold something undefined.
+    engines
+        The libraries to use.
+
+    Raises
+    ------
+    ValueError
+        The stream is damaged, cut off, followed by other bytes, or not of the size of `out`.
+    """
+    if stored.size < _HEADER_NBYTES or not _is_header(*stored[:_HEADER_NBYTES].tolist()):
+        msg = "the stored bytes are no intact zlib stream: they begin with no header of one"
+        raise ValueError(msg)
+    position, filled = _copy_stored_blocks(stored, out)
+    try:
+        end = _inflate_blocks(stored, position, out, filled, engines)
+    except _DamagedError as error:
+        # Other writers' later blocks may refer back into the stored ones.
+        if not filled:
+            raise ValueError(str(error)) from error
+        try:
+            end = _inflate_blocks(stored, _HEADER_NBYTES, out, 0, engines)
+        except _DamagedError as error_of_whole:
+            raise ValueError(str(error_of_whole)) from error
+    _check_end(stored, end, out, engines)
+
+
+class _DamagedError(Exception):
+    """Blocks are damaged, or refer back to what came before them."""
+
+
+def _is_header(method: int, flags: int) -> bool:
+    """RFC 1950, 2.2: deflate with a window of up to 32 KiB, a check sum, and no dictionary."""
+    is_deflate = method & 0x0F == 8 and method >> 4 <= 7
+    return is_deflate and (256 * method + flags) % 31 == 0 and not flags & 0x20
+
+
+def _copy_stored_blocks(stored: Bytes, out: Bytes) -> tuple[int, int]:
+    """Copy the stored blocks that the stream begins with, except a final one.
+
+    Returns
+    -------
+    tuple
+        Bytes read of the stream and bytes written.
+    """
+    position, filled = _HEADER_NBYTES, 0
+    while True:
+        header = stored[position : position + _STORED_HEADER_NBYTES].tolist()
+        # RFC 1951, 3.2.4: three bits for "not final, stored", the length and its complement.
+        if len(header) < _STORED_HEADER_NBYTES or header[0] & 7:
+            return position, filled
+        length = header[1] | header[2] << 8
+        start = position + _STORED_HEADER_NBYTES
+        is_whole = length ^ 0xFFFF == header[3] | header[4] << 8 and start + length <= stored.size
+        if not is_whole or filled + length > out.size:
+            return position, filled
+        out[filled : filled + length] = stored[start : start + length]
+        position, filled = start + length, filled + length
+
+
+def _inflate_blocks(stored: Bytes, position: int, out: Bytes, filled: int, engines: Engines) -> int:
+    """Inflate from `position` on to behind `filled`; where the last block ends."""
+    inflater = engines.inflater((stored.size - position) / max(out.size - filled, 1))
+    while not inflater.eof:
+        if position >= stored.size:
+            msg = f"the zlib stream is cut off after {filled} of {out.size} bytes"
+            raise _DamagedError(msg)
+        step = stored[position : position + _STEP]
+        try:
+            data = inflater.decompress(step, out.size - filled + 1)
+        except engines.errors as error:
+            msg = f"the stored bytes are no intact zlib stream: {error}"
+            raise _DamagedError(msg) from error
+        if filled + len(data) > out.size:
+            msg = f"the zlib stream holds more than the expected {out.size} bytes"
+            raise _DamagedError(msg)
+        out[filled : filled + len(data)] = np.frombuffer(data, np.uint8)
+        position, filled = position + step.size, filled + len(data)
+    if filled < out.size:
+        msg = f"the zlib stream holds {filled} bytes, expected {out.size}"
+        raise _DamagedError(msg)
+    return position - len(inflater.unused_data)
+
+
+def _check_end(stored: Bytes, end: int, out: Bytes, engines: Engines) -> None:
+    checksum = stored[end : end + _CHECKSUM_NBYTES].tobytes()
+    if len(checksum) < _CHECKSUM_NBYTES:
+        msg = f"the zlib stream is cut off after {out.size} of {out.size} bytes"
+        raise ValueError(msg)
+    if int.from_bytes(checksum, "big") != engines.adler32(out):
+        msg = "the stored bytes are no intact zlib stream: its checksum does not fit"
+        raise ValueError(msg)
+    stray = stored.size - end - _CHECKSUM_NBYTES
+    if stray:
+        msg = f"{stray} stray bytes follow the zlib stream"
+        raise ValueError(msg)
+
+
+# Eight windows of 512 values show the entropy of a plane to about 0.03 bits. They are windows and
+# not single values because equal neighbours must stay visible. A numpy call on so many values lets
+# go of the GIL, and getting it back takes longer than the call while others encode: so few calls,
+# for all planes together, and what only some planes need is counted when asked for.
+_WINDOW = 512
+_NUM_WINDOWS = 8
+
+# A sample of 4096 random bytes shows at least 7.98 bits. Coding at 7.92 would win one per cent of
+# the plane, and cost all of the speed that stored blocks have.
+_NOISE_ENTROPY = 7.92
+
+# Repeats are looked for in so many bytes from the middle of a plane: two windows of deflate.
+_SPAN = 65536
+
+# n log2 n for every count that a sample can hold: looking up is five times faster than computing.
+_COUNTS = np.arange(_NUM_WINDOWS * _WINDOW + 1, dtype=np.float64)
+_TIMES_LOG = _COUNTS * np.log2(np.maximum(_COUNTS, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class PlaneSurvey:
+    """What a sample of one byte plane shows.
+
+    Attributes
+    ----------
+    sample
+        Rows of bytes that were neighbours in the plane.
+    histograms
+        How often every byte value is in each row.
+    counts
+        How often every byte value is in the sample.
+    num_values
+        Number of different byte values seen.
+    entropy
+        Order-0 entropy in bits per byte, with Miller and Madow's correction.
+    """
+
+    sample: Bytes
+    histograms: Counts
+    counts: Counts
+    num_values: int
+    entropy: float
+
+    @property
+    def noise(self) -> bool:
+        """Whether coding the plane is not worth its time."""
+        return self.entropy > _NOISE_ENTROPY
+
+    @property
+    def collision(self) -> float:
+        """Probability that two bytes drawn at random are equal."""
+        size: int = self.sample.size
+        return _squares(self.counts) / size**2
+
+    @property
+    def pairs(self) -> float:
+        """Share of bytes that equal their neighbour; what exceeds `collision` are runs."""
+        equal: NDArray[np.bool_] = self.sample[:, 1:] == self.sample[:, :-1]
+        return int(np.count_nonzero(equal)) / max(equal.size, 1)
+
+    @property
+    def zeros(self) -> float:
+        """Share of the byte zero."""
+        return float(self.counts[0]) / self.sample.size
+
+    @property
+    def anchor(self) -> int:
+        """The rarest byte value of those at least half as frequent as all values are in noise."""
+        size = self.sample.size
+        return int(np.where(512 * self.counts < size, size, self.counts).argmin())
+
+    @property
+    def variation(self) -> float:
+        """Bits per byte that separate statistics for every window would save, roughly.
+
+        It is the difference of collision entropies: one product instead of many logarithms. The
+        commonest byte is left aside because runs of it cost nothing anyway.
+        """
+        commonest = int(self.counts.argmax())
+        number, column = int(self.counts[commonest]), self.histograms[:, commonest]
+        total, length = self.sample.size, self.sample.shape[1]
+        others = total - number
+        equal_pairs = _squares(self.counts) - number**2 - others
+        equal_in_windows = _squares(self.histograms) - _squares(column) - others
+        if equal_in_windows <= 0:
+            return 0.0
+        gain = equal_in_windows / (length - 1) / equal_pairs * (total - 1)
+        return others / total * math.log2(gain)
+
+
+def shuffle(raw: Bytes, itemsize: int, *, out: Bytes | None = None) -> Bytes:
+    """The bytes of `raw` as HDF5's shuffle filter orders them, in `out` or a new array."""
+    count = raw.size // itemsize
+    shuffled = np.empty(raw.size, np.uint8) if out is None else out
+    planes = plane_view(shuffled, itemsize)
+    if itemsize in (2, 4):
+        # Shifts and casts of whole elements are vectorised: 19 GB/s for two-byte elements, 7 for
+        # four, against 3.6 for strided copies, which are as fast for eight.
+        elements = raw[: count * itemsize].view(f"<u{itemsize}")
+        np.copyto(planes[0], elements, casting="unsafe")
+        for index in range(1, itemsize):
+            np.right_shift(elements, 8 * index, out=planes[index], casting="unsafe")
+    else:
+        rows = raw[: count * itemsize].reshape(count, itemsize)
+        for index, plane in enumerate(planes):
+            plane[...] = rows[:, index]
+    shuffled[count * itemsize :] = raw[count * itemsize :]
+    return shuffled
+
+
+def unshuffle(shuffled: Bytes, out: Bytes, itemsize: int) -> None:
+    """Write the bytes of `shuffled` into `out` in the order they had before the shuffle filter."""
+    count = out.size // itemsize
+    planes = plane_view(shuffled, itemsize)
+    if itemsize in (2, 4):
+        elements = out[: count * itemsize].view(f"<u{itemsize}")
+        np.multiply(planes[-1], 256, out=elements, dtype=elements.dtype)
+        for index in range(itemsize - 2, -1, -1):
+            np.bitwise_or(elements, planes[index], out=elements)
+            if index:
+                np.left_shift(elements, 8, out=elements)
+    else:
+        rows = out[: count * itemsize].reshape(count, itemsize)
+        for index, plane in enumerate(planes):
+            rows[:, index] = plane
+    out[count * itemsize :] = shuffled[count * itemsize :]
+
+
+def plane_view(shuffled: Bytes, itemsize: int) -> Bytes:
+    """The byte planes of shuffled bytes as the rows of a view, without the unshuffled tail."""
+    count = shuffled.size // itemsize
+    return shuffled[: count * itemsize].reshape(itemsize, count)
+
+
+def survey(planes: Bytes) -> list[PlaneSurvey]:
+    """Look at a sample of every plane; the planes must not be empty."""
+    sample = _sample(planes)
+    histograms = _histograms(sample)
+    counts = histograms.sum(axis=1)
+    times_log = _TIMES_LOG[counts].sum(axis=1).tolist()
+    return list(map(_survey_one, sample, histograms, counts, times_log))
+
+
+def _survey_one(sample: Bytes, histograms: Counts, counts: Counts, times_log: float) -> PlaneSurvey:
+    num_values = int(np.count_nonzero(counts))
+    correction = (num_values - 1) / (2 * math.log(2))
+    bits = float(_TIMES_LOG[sample.size]) - times_log + correction
+    return PlaneSurvey(sample, histograms, counts, num_values, bits / sample.size)
+
+
+def repeats(plane: Bytes, anchor: int) -> float:
+    """Share of the eight-byte strings behind every byte `anchor` that stand twice near each other.
+
+    Anchors move with what is repeated, so repeats are found at any distance. Chance does not repeat
+    eight bytes of a plane of much entropy; of others it does, so do not ask.
+    """
+    start = max(plane.size - _SPAN, 0) // 2
+    span = plane[start : start + _SPAN]
+    places = np.flatnonzero(span[:-8] == anchor)
+    every_string = np.ndarray((max(span.size - 7, 0),), "<u8", span, 0, (1,))
+    strings = every_string[places + 1]
+    strings.sort()
+    return int(np.count_nonzero(strings[1:] == strings[:-1])) / max(strings.size, 1)
+
+
+def _sample(planes: Bytes) -> Bytes:
+    """Windows of every plane: a view with the axes plane, window, byte."""
+    itemsize, count = planes.shape
+    available = count // _WINDOW
+    if available == 0:
+        return planes.reshape(itemsize, 1, count)
+    # An odd step visits all parts of rows whose length is a multiple of the window.
+    step = -(-available // _NUM_WINDOWS) | 1
+    cut = planes[:, : available * _WINDOW].reshape(itemsize, available, _WINDOW)
+    return cut[:, ::step]
+
+
+def _histograms(sample: Bytes) -> Counts:
+    """Counts with the axes plane, window, byte value."""
+    itemsize, num_windows, _ = sample.shape
+    first_bins = np.arange(0, itemsize * num_windows * 256, 256).reshape(itemsize, num_windows, 1)
+    bins = np.add(sample, first_bins, dtype=np.int64)
+    counts = np.bincount(bins.ravel(), minlength=itemsize * num_windows * 256)
+    return counts.reshape(itemsize, num_windows, 256)
+
+
+def _squares(counts: Counts) -> int:
+    return int(np.vdot(counts, counts))
+
 
 _HEADER = b"\x78\x01"  # RFC 1950: deflate, 32 KiB window, no dictionary
 _STORED_BLOCK = 65535
@@ -136,8 +497,8 @@ def encode(raw: Buffer, *, itemsize: int) -> bytes:
         Bytes per element, as the dataset's shuffle filter has it; 1 leaves the order as it is.
     """
     data = _as_bytes(raw)
-    shuffled = _planes.shuffle(data, _checked(itemsize), out=_SCRATCH.take(data.size))
-    planes = _planes.plane_view(shuffled, itemsize)
+    shuffled = shuffle(data, _checked(itemsize), out=_SCRATCH.take(data.size))
+    planes = plane_view(shuffled, itemsize)
     if planes.size < _SMALL:
         pieces = _small_pieces(shuffled, itemsize)
     else:
@@ -163,7 +524,7 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
         raise ValueError(msg)
     shuffled = _SCRATCH.take(target.size)
     inflate(_as_bytes(stored), shuffled, ENGINES)
-    _planes.unshuffle(shuffled, target, _checked(itemsize))
+    unshuffle(shuffled, target, _checked(itemsize))
 
 
 def _checked(itemsize: int) -> int:
@@ -186,7 +547,7 @@ def _small_pieces(shuffled: Bytes, itemsize: int) -> list[Buffer]:
     whole = _piece(shuffled, _THOROUGH, final=True)
     if itemsize == 1 or shuffled.size < 2 * itemsize:
         return whole
-    planes = _planes.plane_view(shuffled, itemsize)
+    planes = plane_view(shuffled, itemsize)
     plans = [_CONSTANT if (plane == plane[0]).all() else _THOROUGH for plane in planes]
     return min(whole, _pieces(shuffled, itemsize, plans), key=_nbytes)
 
@@ -212,7 +573,7 @@ def _plans(planes: Bytes) -> list[_Plan]:
     """The codings that may be smallest for every plane, from what samples show."""
     plans: list[_Plan] = []
     elements_differ = False
-    for plane, facts in zip(planes, _planes.survey(planes), strict=True):
+    for plane, facts in zip(planes, survey(planes), strict=True):
         plans.append(_plan(plane, facts, elements_differ=elements_differ))
         # What repeats are whole elements, so one plane without repeats speaks for those behind it.
         elements_differ = elements_differ or plans[-1] in (_STORED, _DENSE)
@@ -239,7 +600,7 @@ def _plan(plane: Bytes, facts: PlaneSurvey, *, elements_differ: bool) -> _Plan:
 
 
 def _repeats(plane: Bytes, facts: PlaneSurvey) -> bool:
-    return _planes.repeats(plane, facts.anchor) > _MIN_REPEATS
+    return repeats(plane, facts.anchor) > _MIN_REPEATS
 
 
 def _searches(plane: Bytes, facts: PlaneSurvey, simple: _Plan) -> tuple[_Coding, ...]:

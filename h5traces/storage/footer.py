@@ -12,8 +12,12 @@ itself. A footer whose magic, checksums or sizes do not fit is not used. Layout,
 from __future__ import annotations
 
 import json
+import re
 import struct
+import threading
 import zlib
+from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -22,13 +26,19 @@ import xxhash
 
 from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
+from h5traces.format.digests import chunk_checksum
+from h5traces.format.document import Attrs, compact_json
 from h5traces.storage import deflate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from numpy.typing import NDArray
 
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
+    from h5traces.format.entries import ObjectEntry
     from h5traces.storage.files import ByteFile
+
 
 MAGIC: Final = b"h5tr\r\nF1"
 VERSION: Final = 1
@@ -339,3 +349,286 @@ class FooterTables:
             raise FooterError(message) from error
         values.flags.writeable = False
         return values
+
+
+_DIGEST: Final = re.compile("[0-9a-f]{32}")
+# Stands for an object that has no digest, or one that is none and lies with the other attributes.
+_NO_DIGEST: Final = bytes(16)
+
+
+class _Dictionary:
+    """Numbers for values that repeat."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, value: str) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+    def values(self) -> list[str]:
+        return list(self._numbers)
+
+
+class FooterBuilder:
+    """Collects what a footer tells, sample by sample, in compact columns."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self._names, self._attrs = _Dictionary(), _Dictionary()
+        self._types, self._codecs = _Dictionary(), _Dictionary()
+        self._columns: dict[str, array[int]] = {
+            name: array(np.dtype(dtype).char if dtype != "<i8" else "q")
+            for name, dtype in COLUMNS.items()
+            if not name.endswith("_json")
+        }
+        self._next_offset = 0
+        self._has_scales = False
+
+    def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
+        """Append a sample; every dataset must have a chunk table with checksums."""
+        self._add_group(attrs, objects)
+        self.num_samples += 1
+
+    def add_scales(self, objects: Iterable[ObjectEntry]) -> None:
+        """Append the scales, behind all samples; paths begin at the root group."""
+        self._add_group({}, objects)
+        self._has_scales = True
+
+    def _add_group(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
+        columns, num_objects = self._columns, 0
+        for entry in objects:
+            self._add_object(entry)
+            num_objects += 1
+        columns["sample_num_objects"].append(num_objects)
+        document = compact_json(attrs).encode("utf-8", "surrogatepass")
+        columns["sample_attrs_nbytes"].append(len(document))
+        columns["sample_attrs"].frombytes(document)
+
+    def _add_object(self, entry: ObjectEntry) -> None:
+        columns = self._columns
+        digest = entry.attrs.get(DIGEST)
+        has_digest = isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
+        others = {
+            name: value for name, value in entry.attrs.items() if name != DIGEST or not has_digest
+        }
+        columns["object_name"].append(self._names.number(entry.path))
+        columns["object_attrs"].append(self._attrs.number(compact_json(others)))
+        columns["object_type"].append(self._types.number(entry.dtype))
+        columns["object_codec"].append(self._codecs.number(entry.codec or ""))
+        columns["object_ndim"].append(len(entry.shape))
+        columns["object_dims"].extend(entry.shape)
+        columns["object_chunk_dims"].extend(entry.chunk)
+        columns["object_digest"].frombytes(bytes.fromhex(str(digest)) if has_digest else _NO_DIGEST)
+        offsets = entry.chunks.offsets if entry.chunks else ()
+        columns["object_num_chunks"].append(len(offsets))
+        if entry.chunks is None or not offsets:
+            return
+        if entry.chunks.checksums is None:
+            message = f"{entry.path}: chunks without checksums cannot enter a footer"
+            raise ValueError(message)
+        for offset, size in zip(offsets, entry.chunks.sizes, strict=True):
+            # Chunks mostly follow one another, so the gaps are mostly zero.
+            columns["chunk_gap"].append(offset - self._next_offset)
+            columns["chunk_nbytes"].append(size)
+            self._next_offset = offset + size
+        columns["chunk_checksum"].extend(entry.chunks.checksums)
+
+    def finish(self, hdf5: Readable, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
+        """The footer's bytes, to be appended to the finished HDF5 part.
+
+        Parameters
+        ----------
+        hdf5
+            The file, which ends with its HDF5 part.
+        archive, kinds
+            Attributes of the root group and of the groups under ``/kinds``.
+        """
+        blocks: list[bytes] = []
+        table: dict[str, tuple[int, int, int, int]] = {}
+        position = 0
+        for name, dtype in COLUMNS.items():
+            raw = self._column_bytes(name)
+            stored = deflate.encode(raw, itemsize=np.dtype(dtype).itemsize)
+            table[name] = (position, len(stored), len(raw), xxhash.xxh3_64_intdigest(stored))
+            blocks.append(stored)
+            position += len(stored)
+        directory = compact_json(
+            {
+                "archive": archive,
+                "kinds": kinds,
+                "num_samples": self.num_samples,
+                "num_objects": len(self._columns["object_name"]),
+                **({"has_scales": 1} if self._has_scales else {}),
+                "types": self._types.values(),
+                "codecs": self._codecs.values(),
+                "columns": table,
+                "metadata_checksum": self._metadata_checksum(hdf5),
+            }
+        ).encode("utf-8", "surrogatepass")
+        stored = zlib.compress(directory, 6)
+        checksum = xxhash.xxh3_64_intdigest(stored)
+        head = TRAILER.pack(
+            position, len(stored), len(directory), hdf5.nbytes, checksum, VERSION, 0
+        )
+        tail = TRAILER_END.pack(xxhash.xxh3_64_intdigest(head), MAGIC)
+        return b"".join([*blocks, stored, head, tail])
+
+    def _column_bytes(self, name: str) -> bytes:
+        if name == "names_json":
+            return compact_json(self._names.values()).encode("utf-8", "surrogatepass")
+        if name == "attrs_json":
+            return f"[{','.join(self._attrs.values())}]".encode("utf-8", "surrogatepass")
+        # array() is in native byte order, and so are all machines that wheels are built for.
+        return self._columns[name].tobytes()
+
+    def _metadata_checksum(self, hdf5: Readable) -> int:
+        sizes = np.frombuffer(self._columns["chunk_nbytes"], dtype=np.int64)
+        gaps = np.frombuffer(self._columns["chunk_gap"], dtype=np.int64)
+        return metadata_checksum(hdf5, np.cumsum(gaps + sizes) - sizes, sizes, hdf5.nbytes)
+
+
+# Stays in a core's cache between reading and hashing.
+SPAN_NBYTES: Final = 1 << 20
+# That a thread checks one after the other: handing work over takes as long as hashing 300 kB.
+_SPANS_PER_TASK: Final = 16
+_BETWEEN: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a pass over a file found.
+
+    Attributes
+    ----------
+    damaged
+        Rows of the chunk table whose bytes do not fit their checksum, or lie outside, ascending.
+    metadata_checksum
+        xxh3-64 of the bytes that lie in no chunk.
+    """
+
+    damaged: list[int]
+    metadata_checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A part of the file.
+
+    Attributes
+    ----------
+    start, stop
+        Where it lies.
+    pieces
+        What it consists of, in order: a row of the chunk table (or `_BETWEEN`), start and stop.
+    """
+
+    start: int
+    stop: int
+    pieces: list[tuple[int, int, int]]
+
+
+def scan(
+    file: ByteFile,
+    table: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]],
+    end: int,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """Compare all bytes up to `end` with checksums.
+
+    Parameters
+    ----------
+    file
+        The file.
+    table
+        Offset, size and xxh3-64 of every chunk.
+    end
+        Where the chunks and what lies between them end.
+    workers
+        Threads; one per core by default.
+    progress
+        Called with the bytes read and the bytes there are.
+
+    Raises
+    ------
+    CorruptArchiveError
+        The file ends before `end`.
+    """
+    offsets, sizes, checksums = table
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= end) & (offsets <= end - sizes)
+    damaged = np.flatnonzero(~inside).tolist()
+    rows = np.flatnonzero(inside)
+    rows = rows[np.argsort(offsets[rows], kind="stable")]
+    places = zip(rows.tolist(), offsets[rows].tolist(), sizes[rows].tolist(), strict=True)
+    between = xxhash.xxh3_64()
+    buffers = _Buffers()
+
+    spans = list(_spans(places, end))
+    starts = range(0, len(spans), _SPANS_PER_TASK)
+
+    def check(start: int) -> list[tuple[list[int], bytes]]:
+        task = spans[start : start + _SPANS_PER_TASK]
+        return [_check(file, span, checksums, buffers) for span in task]
+
+    with ThreadPoolExecutor(workers) as pool:
+        for start, results in zip(starts, pool.map(check, starts), strict=True):
+            for found, more in results:
+                damaged += found
+                between.update(more)
+            if progress is not None:
+                progress(spans[: start + _SPANS_PER_TASK][-1].stop, end)
+    return Scan(sorted(damaged), between.intdigest())
+
+
+class _Buffers(threading.local):
+    """A buffer for every thread, which grows to the largest span."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(2 * SPAN_NBYTES)
+
+    def get(self, nbytes: int) -> memoryview:
+        if nbytes > len(self._buffer):
+            self._buffer = bytearray(nbytes)
+        return memoryview(self._buffer)[:nbytes]
+
+
+def _check(
+    file: ByteFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
+) -> tuple[list[int], bytes]:
+    """Rows of a span that are damaged, and its bytes that lie in no chunk."""
+    view = buffers.get(span.stop - span.start)
+    file.read_into(span.start, view)
+    damaged, between = [], []
+    for row, start, stop in span.pieces:
+        piece = view[start - span.start : stop - span.start]
+        if row == _BETWEEN:
+            between.append(bytes(piece))
+        elif chunk_checksum(piece) != int(checksums[row]):
+            damaged.append(row)
+    return damaged, b"".join(between)
+
+
+def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
+    """The file from its start to `end` in spans; a chunk is never cut."""
+    pieces: list[tuple[int, int, int]] = []
+    start = position = 0
+    for row, offset, nbytes in (*places, (_BETWEEN, end, 0)):
+        while position < offset:
+            stop = min(offset, position + SPAN_NBYTES)
+            pieces.append((_BETWEEN, position, stop))
+            position = stop
+            if position - start >= SPAN_NBYTES:
+                yield _Span(start, position, pieces)
+                pieces, start = [], position
+        if offset < start:
+            # It begins in an earlier span: only in files that are damaged, or made by hand.
+            yield _Span(offset, offset + nbytes, [(row, offset, offset + nbytes)])
+            continue
+        pieces.append((row, offset, offset + nbytes))
+        position = max(position, offset + nbytes)
+        if position - start >= SPAN_NBYTES:
+            yield _Span(start, position, pieces)
+            pieces, start = [], position
+    if pieces:
+        yield _Span(start, position, pieces)

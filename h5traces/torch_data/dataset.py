@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -13,28 +19,275 @@ from torch.utils.data import Dataset
 
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open_archive
-from h5traces.errors import DatasetError
+from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.format import layout
-from h5traces.torch_data.guard import ShardGuard
-from h5traces.torch_data.kinds import axes_of, check_layers
-from h5traces.torch_data.labels import Labels, labels_of
 from h5traces.torch_data.tensors import (
     TOKENS_CHOICES,
     NonFinite,
     Selection,
     Tokens,
     answer_span,
+    named,
     read_tensor,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
-    from h5traces.archive.opening import PathLike
+    from h5traces.archive.file import ArchiveFile
     from h5traces.archive.trace import Trace
+    from h5traces.paths import PathLike
+    from h5traces.storage.remote.paths import RemotePath
+
+
+# The trailer of a footer, with its checksum over the whole footer, lies in these last bytes.
+_END_NBYTES = 64
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a file was when the dataset was made."""
+
+    status: tuple[int, int, int, int]
+    nbytes: int
+    end: bytes
+
+
+class ShardGuard:
+    """Remembers what local files are, and refuses to go on with others in their place.
+
+    One `os.stat` per check. An archive that is open stays readable after it was renamed over, so
+    without this a worker that opened it early would train on the old file and one that opened it
+    late on the new one. Files that only moved or were touched (same size, same footer) pass.
+
+    Parameters
+    ----------
+    paths
+        The shards; those that are no local files are not watched.
+    """
+
+    def __init__(self, paths: Iterable[Path | RemotePath]) -> None:
+        self._seen = {str(path): _look(str(path)) for path in paths if isinstance(path, Path)}
+
+    def check(self, path: Path | RemotePath) -> None:
+        """Raise DatasetError unless the shard is the one that the dataset was made of."""
+        name = str(path)
+        seen = self._seen.get(name)
+        if seen is None:
+            return
+        try:
+            if _status(name) == seen.status:
+                return
+            found = _look(name)
+        except OSError as error:
+            message = (
+                f"{name}: the shard cannot be read any more ({error.strerror}); it was moved or "
+                "deleted during training; put it back, or make the dataset again"
+            )
+            raise DatasetError(message) from error
+        if (found.nbytes, found.end) != (seen.nbytes, seen.end):
+            message = (
+                f"{name}: the shard was replaced or edited during training ({seen.nbytes} bytes "
+                f"when the dataset was made, {found.nbytes} now); an epoch over both would mix "
+                "two versions; make the dataset again and start from a checkpoint"
+            )
+            raise DatasetError(message)
+        self._seen[name] = found
+
+
+def _status(path: str) -> tuple[int, int, int, int]:
+    status = os.stat(path)  # noqa: PTH116  # once per item: Path.stat costs twice as much
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _look(path: str) -> _Seen:
+    with open(path, "rb") as file:  # noqa: PTH123  # as above
+        status = os.fstat(file.fileno())
+        end = os.pread(file.fileno(), _END_NBYTES, max(0, status.st_size - _END_NBYTES))
+    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return _Seen(key, status.st_size, end)
+
+
+def axes_of(archive: Archive, kind: str) -> tuple[str, ...]:
+    """Names of the axes of one layer's array of a kind."""
+    if kind in layout.KINDS:
+        return layout.KINDS[kind].axes
+    axes = json.loads(str(_declared(archive.files[0], kind)["axes"]))
+    return tuple(str(axis) for axis in axes)
+
+
+def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ...]) -> None:
+    """Refuse shards that do not store the kinds and layers asked for.
+
+    Raises
+    ------
+    DatasetError
+        No kind or no layer was asked for, or a shard does not store a kind.
+    LayerIndexError
+        A shard does not store a layer.
+    """
+    if not kinds:
+        message = "kinds is empty, expected for instance ('hidden_states',)"
+        raise DatasetError(message)
+    for file in archive.files:
+        if not file.num_samples:
+            continue
+        for kind in kinds:
+            _check_stored(file, kind, layers)
+    if not layers and len(archive):
+        message = f"{archive.paths[0]}: layers is empty, or the archive stores no layers"
+        raise DatasetError(message)
+
+
+def _check_stored(file: ArchiveFile, kind: str, layers: tuple[int, ...]) -> None:
+    stored = _declared(file, kind).get("layers", ())
+    missing = [each for each in layers if not isinstance(stored, tuple) or each not in stored]
+    if missing:
+        message = (
+            f"{file.path}: layers {missing} of {kind} are not stored; stored: "
+            f"{list(stored) if isinstance(stored, tuple) else stored}; choose other layers="
+        )
+        raise LayerIndexError(message)
+
+
+def _declared(file: ArchiveFile, kind: str) -> dict[str, object]:
+    kinds = file.store.kinds
+    if kind not in kinds:
+        message = (
+            f"{file.path}: stores no {kind}; stored: {', '.join(kinds) or 'no kinds'}; choose "
+            "other kinds=, or name the shards that have them"
+        )
+        raise DatasetError(message)
+    return dict(kinds[kind])
+
+
+Labels = Mapping[Any, Any] | str
+# A sample's id, and its generation index where several share the id.
+Key = tuple[Any, int | None]
+_MOST_NAMED = 5
+
+
+def labels_of(
+    archive: Archive, indices: Sequence[int], labels: Labels, *, allow_unused: bool
+) -> list[Any]:
+    """The label of every sample, in the order of `indices`.
+
+    Parameters
+    ----------
+    archive, indices
+        The samples.
+    labels
+        Values by sample id, or by (sample id, generation index) where ids repeat; or the name of
+        what the archive itself knows: ``label``, or one of its ``scores``.
+    allow_unused
+        Whether a mapping may hold ids that no sample has.
+
+    Raises
+    ------
+    DatasetError
+        A sample has no label, an id is ambiguous, or a label belongs to no sample; the message
+        names shard and sample.
+    """
+    if isinstance(labels, str):
+        return [_stored_label(archive[index], labels) for index in indices]
+    ids = Counter(archive.ids)
+    keys = [
+        (each, archive[index].metadata.generation_index if ids[each] > 1 else None)
+        for index, each in enumerate(archive.ids)
+    ]
+    where = ", ".join(str(path) for path in archive.paths[:_MOST_NAMED])
+    return mapped_labels(
+        keys,
+        indices,
+        labels,
+        place=lambda index: named(archive[index]),
+        where=where,
+        allow_unused=allow_unused,
+    )
+
+
+def _stored_label(trace: Trace, name: str) -> Any:
+    metadata = trace.metadata
+    value: Any = metadata.label if name == "label" else (metadata.scores or {}).get(name)
+    if value is None:
+        known = sorted(metadata.scores or {}) + (["label"] if metadata.label is not None else [])
+        message = (
+            f"{named(trace)}: has no label {name!r}; stored: {', '.join(known) or 'none'}; pass "
+            "labels={sample_id: value}, or leave the sample out with indices="
+        )
+        raise DatasetError(message)
+    return value
+
+
+def mapped_labels(
+    keys: Sequence[Key],
+    indices: Sequence[int],
+    labels: Mapping[Any, Any],
+    *,
+    place: Callable[[int], str],
+    where: str,
+    allow_unused: bool,
+) -> list[Any]:
+    """The labels that a mapping has for some samples.
+
+    Parameters
+    ----------
+    keys
+        Id and generation index of all samples.
+    indices
+        Which of them to label.
+    labels
+        Values by id, or by both.
+    place
+        Names a sample, for messages.
+    where
+        Names the shards, for messages.
+    allow_unused
+        Whether the mapping may hold ids that no sample has.
+
+    Raises
+    ------
+    DatasetError
+        As `labels_of`.
+    """
+    ids = Counter(sample_id for sample_id, _ in keys)
+    found = []
+    for index in indices:
+        sample_id, _ = key = keys[index]
+        if key in labels:
+            found.append(labels[key])
+        elif sample_id not in labels:
+            message = (
+                f"{place(index)}: labels holds no value for it; a missing label is never 0: add "
+                "it, or leave the sample out"
+            )
+            raise DatasetError(message)
+        elif ids[sample_id] > 1:
+            message = (
+                f"{place(index)}: {ids[sample_id]} samples have that id, so one label for it would "
+                "be given to all of them; use the keys (sample_id, generation_index)"
+            )
+            raise DatasetError(message)
+        else:
+            found.append(labels[sample_id])
+    unused = [] if allow_unused else [key for key in labels if _id_of(key) not in ids]
+    if unused:
+        names = ", ".join(repr(key) for key in unused[:_MOST_NAMED])
+        more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""
+        message = (
+            f"{where}: labels names {names}{more}, which no sample there has as its id; check the "
+            "ids, or pass allow_unused_labels=True for shards that hold a part of the data"
+        )
+        raise DatasetError(message)
+    return found
+
+
+def _id_of(key: Any) -> Any:
+    return key[0] if isinstance(key, tuple) and key else key
+
 
 Item = dict[str, Any]
 # What an item always holds; collating knows these names.

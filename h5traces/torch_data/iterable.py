@@ -11,8 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from h5traces.errors import DatasetError
-from h5traces.torch_data.order import DEFAULT_WINDOW
-from h5traces.torch_data.sampler import EPOCH, POSITION, Schedule
+from h5traces.torch_data.sampler import DEFAULT_WINDOW, EPOCH, POSITION, Schedule
 
 if TYPE_CHECKING:
     from h5traces.torch_data.dataset import ShardedDataset

@@ -15,46 +15,115 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from h5traces.errors import ArchiveExistsError
+from h5traces.errors import ArchiveExistsError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata, KindMetadata, SourceFile
-from h5traces.format.attributes import Attrs, to_attributes
 from h5traces.format.digests import sample_digest
+from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
+from h5traces.format.index_table import index_columns
 from h5traces.format.record import StepArrays, TraceRecord
 from h5traces.format.values import EncodedObject
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
-from h5traces.precision.scale_storage import scale_arrays
-from h5traces.storage.footer_builder import FooterBuilder
+from h5traces.precision.scales import ScaleSet, scale_arrays
+from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
-from h5traces.storage.publish import PartFile
-from h5traces.storage.signals import deferred_signals, uninterrupted
-from h5traces.version import __version__
-from h5traces.writing.elements import index_columns, record_elements
-from h5traces.writing.observation import Observation, observe
+from h5traces.storage.publish import PartFile, deferred_signals, uninterrupted
+from h5traces.writing.elements import record_elements
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
+    Observation,
     Prepared,
     exceptions_table,
+    observe,
     prepare_element,
     prepare_layers,
     sequence_attributes,
     steps_table,
 )
-from h5traces.writing.scales import scales_of, write_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from h5traces.format.precision import CalibrationRecord
     from h5traces.format.record import LayerArray
     from h5traces.format.trace import TraceMetadata
     from h5traces.writing.stored_samples import StoredSample
+
+
+def write_scales(
+    hdf5: Hdf5Writer,
+    arrays: Iterable[tuple[str, NDArray[np.float32]]],
+    record: CalibrationRecord | None,
+) -> list[ObjectEntry]:
+    """The group ``/scales``.
+
+    Parameters
+    ----------
+    hdf5
+        Where to.
+    arrays
+        Paths below the root, and values ``(hidden,)``.
+    record
+        What they were made from.
+
+    Returns
+    -------
+    list of ObjectEntry
+        Groups and datasets with their paths below the root, in order of path.
+    """
+    attrs: Attrs = {} if record is None else to_attributes(record)
+    entries = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
+    hdf5.create_group(f"/{layout.SCALES_GROUP}", attrs)
+    for path, values in arrays:
+        parent = path.rpartition("/")[0]
+        while parent not in entries:
+            hdf5.create_group(f"/{parent}", {})
+            entries[parent] = ObjectEntry(parent)
+            parent = parent.rpartition("/")[0]
+        prepared = prepare_element(EncodedObject(path, {}, "float32", values))
+        encoded = prepared.encoded
+        offsets, sizes = hdf5.write_dataset(
+            f"/{path}",
+            dtype=prepared.dtype,
+            shape=encoded.shape,
+            chunk=encoded.chunk,
+            codec=encoded.codec,
+            chunks=encoded.chunks,
+            attrs=prepared.attrs,
+        )
+        table = ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums)
+        entries[path] = ObjectEntry(
+            path, prepared.attrs, "float32", encoded.shape, encoded.chunk, encoded.codec, table
+        )
+    return [entries[path] for path in sorted(entries)]
+
+
+def scales_of(scales: ScaleSet, stored: Mapping[str, Collection[int]]) -> ScaleSet:
+    """The scales of stored layers only.
+
+    Parameters
+    ----------
+    scales
+        Of these layers and others.
+    stored
+        Layer numbers by kind; the embedding of a kind goes along.
+    """
+    layers = {path: each for path, each in scales.layers.items() if _is_stored(path, stored)}
+    return ScaleSet(layers, scales.record)
+
+
+def _is_stored(path: str, stored: Mapping[str, Collection[int]]) -> bool:
+    kind, _, name = path.partition("/")
+    layer = layout.parse_layer_name(name)
+    return kind in stored and (layer is None or layer in stored[kind])
+
 
 _Value = TypeVar("_Value")
 

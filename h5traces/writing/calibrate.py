@@ -11,24 +11,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from h5traces.archive.hdf5_store import Hdf5Store
-from h5traces.archive.opening import ARCHIVE_SUFFIXES, expand_paths, is_archive, open_archive
+from h5traces.archive.opening import open_archive
 from h5traces.archive.scales import stored_statistics
-from h5traces.errors import ArchiveExistsError, ConversionError, PrecisionError, SchemaError
+from h5traces.archive.stores import Hdf5Store
+from h5traces.errors import (
+    ArchiveExistsError,
+    ConversionError,
+    PrecisionError,
+    SchemaError,
+    __version__,
+)
 from h5traces.format import layout
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
 from h5traces.format.trace import SourcePosition
-from h5traces.precision.scale_storage import statistics_arrays
-from h5traces.precision.scales import Calibration
-from h5traces.precision.statistics import METHOD, ChannelAccumulator
+from h5traces.paths import ARCHIVE_SUFFIXES, expand_paths, is_archive
+from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, statistics_arrays
 from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES, names_in_file_name, to_record
 from h5traces.sources.pickle.stream import open_batch
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
-from h5traces.version import __version__
-from h5traces.writing.scales import write_scales
+from h5traces.writing.archive_writer import write_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
@@ -36,17 +40,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.archive import Archive
-    from h5traces.archive.opening import PathLike
     from h5traces.archive.trace import Trace
     from h5traces.format.limits import ReadLimits
     from h5traces.format.precision import Precision
     from h5traces.format.record import TraceRecord
+    from h5traces.paths import PathLike
 
     # Path of a layer, and its hidden states (tokens, hidden).
     States = Iterable[tuple[str, NDArray[Any]]]
 
-# Tokens of some 64 samples tell sigma to about one per cent.
-AUTOMATIC_SAMPLES: Final = 64
 DEFAULT_SAMPLES: Final = 200
 
 

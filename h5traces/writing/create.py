@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from h5traces.errors import ArchiveError, ArchiveExistsError, PrecisionError, SchemaError
-from h5traces.format.attributes import problems_of
+from h5traces.format.document import problems_of
 from h5traces.format.precision import Precision
 from h5traces.precision.scales import ScaleSet
 from h5traces.storage.codecs import get_codec
-from h5traces.writing.calibrate import AUTOMATIC_SAMPLES, check_model, load_given
-from h5traces.writing.direct_writer import DirectWriter
-from h5traces.writing.options import WriteOptions
+from h5traces.writing.calibrate import check_model, load_given
+from h5traces.writing.options import AUTOMATIC_SAMPLES, WriteOptions
+from h5traces.writing.shards import Target
 from h5traces.writing.spool_folder import RunState, SpoolFolder
 from h5traces.writing.spool_writer import SpoolWriter
-from h5traces.writing.targets import Target
+from h5traces.writing.trace_writer import DirectWriter
 
 if TYPE_CHECKING:
-    from h5traces.archive.opening import PathLike
+    from h5traces.format.archive import ExtractionMetadata
     from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
-    from h5traces.format.extraction import ExtractionMetadata
     from h5traces.format.precision import Tier
+    from h5traces.paths import PathLike
     from h5traces.precision.scales import Calibration
     from h5traces.writing.trace_writer import TraceWriter
 

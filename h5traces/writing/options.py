@@ -14,7 +14,81 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts, DtypePolicy, OverflowPolicy
+    from h5traces.format.precision import Tier
+    from h5traces.paths import PathLike
     from h5traces.precision.scales import ScaleSet
+
+
+# Samples that steps are measured on where no file of scales is given: tokens of some 64 samples
+# tell sigma to about one per cent.
+AUTOMATIC_SAMPLES: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionOptions:
+    """How precisely hidden states and attentions are stored, and with which codec.
+
+    Attributes
+    ----------
+    tier
+        ``exact``, ``fine``, ``analysis``, ``compact`` or ``native``, or a `Precision` of your own.
+        None means ``exact`` for new archives, and the precision of the source for rewritten ones.
+    scales
+        File that `h5traces.calibrate` wrote, or an archive with scales; measured on the first
+        samples by default.
+    calibration_samples
+        How many samples that measurement takes.
+    dtype
+        Stored type: ``float16``, ``bfloat16``, ``float32``, or ``auto`` for the narrowest type that
+        holds every value of an array. None means ``float16`` for new archives, and the type of the
+        source for rewritten ones.
+    on_overflow
+        Arrays with finite values beyond `dtype` are stored as ``float32``, raise an ``error``, or
+        are ``clip``-ped.
+    codec
+        Name of the codec. None means ``gzip`` for new archives, and the codec of the source for
+        rewritten ones.
+    """
+
+    tier: Tier | Precision | None = None
+    scales: PathLike | None = None
+    calibration_samples: int = AUTOMATIC_SAMPLES
+    dtype: DtypePolicy | None = None
+    on_overflow: OverflowPolicy = "float32"
+    codec: str | None = None
+
+    @classmethod
+    def of(cls, value: PrecisionOptions | Tier | Precision | None) -> PrecisionOptions:
+        """The options behind what a caller gave: a tier, a `Precision`, or the options."""
+        return value if isinstance(value, cls) else cls(tier=value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOptions:
+    """What happens to the archives that are written.
+
+    Attributes
+    ----------
+    shard_samples
+        Largest number of samples in an archive; ``-00000`` and so on go before the suffix.
+    overwrite
+        Replace existing targets, each in one atomic step.
+    skip_existing
+        Pass over what has been written before; finishes a stopped run.
+    verify
+        Read every file back and compare it with its source before it gets its name.
+    dry_run
+        Check sources and options; write nothing.
+    workers
+        Threads; None for one per core.
+    """
+
+    shard_samples: int | None = None
+    overwrite: bool = False
+    skip_existing: bool = False
+    verify: bool = True
+    dry_run: bool = False
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

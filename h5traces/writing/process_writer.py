@@ -23,9 +23,9 @@ from h5traces.writing.create import create
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from h5traces.archive.opening import PathLike
     from h5traces.format.dtypes import CastCounts
     from h5traces.format.record import TraceRecord
+    from h5traces.paths import PathLike
 
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(*map(int, sys.argv[1:]))"
 _STOPPING: Final = {signal.SIGINT, signal.SIGTERM}

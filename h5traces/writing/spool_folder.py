@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from h5traces.errors import ArchiveError, CorruptArchiveError
-from h5traces.format.archive import PositiveCount
+from h5traces.format.archive import ExtractionMetadata, PositiveCount
 from h5traces.format.document import Document
 from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
-from h5traces.format.extraction import ExtractionMetadata
 from h5traces.format.precision import EXACT, Precision
 from h5traces.storage.publish import PartFile, make_folder, sync_folder
 

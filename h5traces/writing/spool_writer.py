@@ -19,11 +19,11 @@ from h5traces.errors import (
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
 from h5traces.storage.publish import make_folder, remove_abandoned_parts, sync_folder
-from h5traces.writing.calibrate import AUTOMATIC_SAMPLES, measured
-from h5traces.writing.observation import observe
-from h5traces.writing.shards import holds, sample_digests
+from h5traces.writing.calibrate import measured
+from h5traces.writing.options import AUTOMATIC_SAMPLES
+from h5traces.writing.preparation import observe
+from h5traces.writing.shards import Contents, holds, joined, sample_digests
 from h5traces.writing.stored_samples import StoredSample
-from h5traces.writing.targets import Contents, joined
 from h5traces.writing.trace_writer import TraceWriter
 from h5traces.writing.transcription import to_record
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from h5traces.precision.scales import Calibration
     from h5traces.writing.archive_writer import ArchiveWriter
     from h5traces.writing.options import WriteOptions
+    from h5traces.writing.shards import Target
     from h5traces.writing.spool_folder import RunState, SpoolFolder
-    from h5traces.writing.targets import Target
     from h5traces.writing.trace_writer import Sample
 
 

@@ -12,8 +12,7 @@ from h5traces.format.dtypes import CastCounts
 from h5traces.format.values import EncodedObject
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
 from h5traces.storage.codecs import DEFLATE, GZIP
-from h5traces.writing.observation import Observation
-from h5traces.writing.preparation import Prepared, codec_for, prepare_element
+from h5traces.writing.preparation import Observation, Prepared, codec_for, prepare_element
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,26 +3,88 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from h5traces.errors import ArchiveError
+import numpy as np
+
+from h5traces.archive.trace import Trace
+from h5traces.errors import ArchiveError, ConversionError, SchemaError
 from h5traces.format.record import TraceRecord
-from h5traces.storage.signals import deferred_signals
+from h5traces.format.trace import SourcePosition
+from h5traces.format.values import TorchValue
+from h5traces.sources.pickle import layouts
+from h5traces.storage.publish import deferred_signals, make_folder, remove_abandoned_parts
+from h5traces.writing import transcription
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions, precision_warnings
 from h5traces.writing.read_back import verify_written
-from h5traces.writing.records import as_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
+    from h5traces.writing.options import WriteOptions
+    from h5traces.writing.shards import Target
     from h5traces.writing.spool_folder import RunState
-    from h5traces.writing.targets import Target
+
+
+_NOWHERE = SourcePosition(file=0, position=0)
+
+
+def as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -> TraceRecord:
+    """A record, a legacy dict (with arrays or torch tensors) or a stored trace as a record.
+
+    Raises
+    ------
+    ConversionError
+        It is none of these, or a field of the dict has a type that no layout has.
+    SchemaError
+        It has another sample id already.
+    """
+    if isinstance(sample, TraceRecord):
+        record = sample
+    elif isinstance(sample, Trace):
+        record = transcription.to_record(sample).model_copy(update={"source": None})
+    elif isinstance(sample, Mapping):
+        plain = {key: _without_torch(value) for key, value in sample.items()}
+        record = layouts.to_record(plain, source=_NOWHERE).model_copy(update={"source": None})
+    else:
+        message = f"found a {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
+        raise ConversionError(message)
+    if sample_id is None or record.sample_id == sample_id:
+        return record
+    if record.sample_id is not None:
+        message = f"sample_id is {sample_id!r}, but the sample itself says {record.sample_id!r}"
+        raise SchemaError(message)
+    return record.model_copy(update={"sample_id": sample_id})
+
+
+def _without_torch(value: Any) -> Any:
+    """`value` with every torch tensor inside it as a `TorchValue`; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return _from_tensor(value, torch)
+    if type(value) is dict:
+        return {key: _without_torch(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_torch(each) for each in value)
+    return value
+
+
+def _from_tensor(tensor: Any, torch: Any) -> TorchValue:
+    found = tensor.detach().cpu().contiguous()
+    dtype = str(found.dtype).removeprefix("torch.")
+    if found.dtype == torch.bfloat16:
+        return TorchValue(found.view(torch.int16).numpy().view(np.uint16), dtype)
+    return TorchValue(found.numpy(), dtype)
+
 
 Sample = TraceRecord | Mapping[str, Any]
 
@@ -157,3 +219,71 @@ class TraceWriter(ABC):
             self.close()
         else:
             self.suspend()
+
+
+class DirectWriter(TraceWriter):
+    """Writes straight into the archives; samples are safe only when their shard is full."""
+
+    def __init__(
+        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
+    ) -> None:
+        super().__init__(target, state, options, verify=verify)
+        self._writer: ArchiveWriter | None = None
+        self._num_shards = 0
+
+    def append(self, sample: Sample, sample_id: str | None = None) -> None:
+        """Write one sample; it is durable when its archive has its name.
+
+        See `TraceWriter.append` for parameters and errors. An error deletes the archive that was
+        being written.
+        """
+        self._check_open()
+        record = self._record(sample, sample_id)
+        self.pack()
+        if self._writer is None:
+            path = self._target.shard(self._num_shards)
+            make_folder(path.parent)
+            remove_abandoned_parts(path)
+            self._writer = self._new_archive(path)
+        try:
+            self._writer.append(record)
+        except BaseException:
+            self.suspend()
+            raise
+        self._note(record)
+
+    def pack(self) -> list[Path]:
+        """Name the archive being written if it is full."""
+        self._check_open()
+        if self._writer is None or self._writer.num_samples != self._target.shard_samples:
+            return []
+        return self._name()
+
+    def _name(self) -> list[Path]:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return []
+
+        def note() -> None:
+            self._num_shards += 1
+
+        try:
+            self._publish(writer, note)
+        except BaseException:
+            writer.discard()
+            raise
+        return [writer.summary.path]
+
+    def close(self) -> None:
+        """Name the last archive."""
+        if not self._closed:
+            self._check_open()
+            self._name()
+        self._closed = True
+
+    def suspend(self) -> None:
+        """Delete the archive that was being written; full shards stay."""
+        self._closed = True
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.discard()

@@ -31,7 +31,7 @@ from scenarios import SCENARIOS, Scenario, long_scenario, problems_done, problem
 
 from h5traces.errors import H5TracesError
 from h5traces.storage import publish as part_file
-from h5traces.storage import signals
+from h5traces.storage import publish as signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -10,8 +10,7 @@ from test_labels_and_features import shell
 from test_readme import ROOT, blocks
 
 import h5traces
-from h5traces.fidelity.channels import DEAD
-from h5traces.fidelity.states import TIE
+from h5traces.fidelity.states import DEAD, TIE
 from h5traces.fidelity.weights import SMALLEST
 
 if TYPE_CHECKING:

@@ -52,8 +52,8 @@ def test_batches_in_float32(family, batch_size):
 @pytest.mark.parametrize("family", BATCHING)
 def test_batches_in_half_precision(family, dtype):
     """Over the same tokens: rounding alone may turn a near tie of two tokens around."""
-    from h5traces.extract.anatomy import anatomy_of
     from h5traces.extract.capture import CaptureOptions, Capturer
+    from h5traces.extract.models import anatomy_of
 
     model = make_model(family, dtype=dtype)
     sequences = [tokenizer()(each)["input_ids"] for each in QUESTIONS]

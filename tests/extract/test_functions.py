@@ -22,10 +22,9 @@ from h5traces.extract import (
     extract,
     extract_activations_and_attentions,
 )
-from h5traces.extract.anatomy import anatomy_of
-from h5traces.extract.casting import as_typed, cast
-from h5traces.extract.generation import sample_seed
-from h5traces.extract.prompts import clean_answer
+from h5traces.extract.capture import as_typed, cast
+from h5traces.extract.generation import clean_answer, sample_seed
+from h5traces.extract.models import anatomy_of
 from h5traces.format.dtypes import TypedArray, cast_for_storage
 
 SHORT = GenerationOptions(max_new_tokens=5)

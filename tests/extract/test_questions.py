@@ -11,8 +11,13 @@ import pytest
 from tiny_models import QUESTIONS
 
 from h5traces.errors import ExtractionError, MissingDependencyError
-from h5traces.extract.hub import HUB_DATASETS, load_questions
-from h5traces.extract.questions import Columns, Question, read_questions
+from h5traces.extract.questions import (
+    HUB_DATASETS,
+    Columns,
+    Question,
+    load_questions,
+    read_questions,
+)
 
 
 def test_jsonl():

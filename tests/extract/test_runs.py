@@ -26,7 +26,7 @@ from h5traces.extract import (
     StoreOptions,
     extract_dataset,
 )
-from h5traces.extract.reports import report_path
+from h5traces.extract.running import report_path
 
 H5TRACES = str(Path(sys.executable).with_name("h5traces"))
 COMMAND = [H5TRACES, "extract"]

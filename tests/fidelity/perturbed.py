@@ -13,9 +13,8 @@ from h5traces.format.dtypes import TypedArray
 from h5traces.format.record import LayerArray, LayeredArrays, TraceRecord
 from h5traces.precision.channel_steps import StepFormat, from_steps, to_steps
 from h5traces.precision.head_mean import HeadMean
-from h5traces.precision.scales import channel_scale
+from h5traces.precision.scales import ChannelAccumulator, channel_scale
 from h5traces.precision.square_root import from_levels, to_levels
-from h5traces.precision.statistics import ChannelAccumulator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,8 +23,7 @@ import xxhash
 from legacy_batches import make_archive, make_batch
 
 import h5traces
-from h5traces.archive.hdf5_store import Hdf5Store
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.stores import FooterStore, Hdf5Store
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.rewriting.repack import repack
@@ -34,7 +33,7 @@ from h5traces.storage.footer import FooterError, hdf5_end
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.archive.store import Store
+    from h5traces.archive.stores import Store
 
 SECTOR = 512
 PAGE = 4096

@@ -28,7 +28,7 @@ import zstandard
 from legacy_batches import LAYOUTS, dumps, make_batch
 
 from h5traces.errors import ConversionError, H5TracesError
-from h5traces.sources.pickle.limits import PickleLimits
+from h5traces.sources.pickle.source import PickleLimits
 from h5traces.sources.pickle.stream import open_batch
 from h5traces.storage.codecs import CODECS
 from h5traces.storage.footer import COLUMNS

@@ -9,8 +9,13 @@ import numpy as np
 from h5traces.format.dtypes import TypedArray
 from h5traces.precision.decoding import decode, is_encoded
 from h5traces.precision.encoding import EncodedLayer, Encoder
-from h5traces.precision.scales import ChannelScale, ChannelStatistics, ScaleSet, channel_scale
-from h5traces.precision.statistics import ChannelAccumulator
+from h5traces.precision.scales import (
+    ChannelAccumulator,
+    ChannelScale,
+    ChannelStatistics,
+    ScaleSet,
+    channel_scale,
+)
 
 if TYPE_CHECKING:
     from h5traces.format.precision import Precision

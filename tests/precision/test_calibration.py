@@ -24,7 +24,7 @@ from h5traces.errors import (
     PrecisionError,
 )
 from h5traces.format.precision import Precision
-from h5traces.precision.statistics import ChannelAccumulator
+from h5traces.precision.scales import ChannelAccumulator
 from h5traces.writing.calibrate import calibrate, load_calibration
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from legacy_batches import assert_same, write_batch
 import h5traces
 from h5traces.graph import TraceGraphDataset
 from h5traces.rewriting.repack import repack
-from h5traces.storage.remote.options import RemoteOptions
+from h5traces.storage.remote.paths import RemoteOptions
 
 sys.path.append(str(Path(__file__).parents[1] / "remote"))
 from servers import Server, running

@@ -40,8 +40,7 @@ from h5traces.graph import TraceGraphDataset
 from h5traces.rewriting.label import label
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import TRAILER_NBYTES, hdf5_end
-from h5traces.storage.remote.options import RemoteOptions
-from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.remote.paths import RemoteOptions, RemotePath
 from h5traces.torch_data import TraceDataset
 
 if TYPE_CHECKING:
@@ -743,7 +742,7 @@ def test_secrets_in_addresses_are_not_shown(web: Server) -> None:
 
 
 def test_commands_that_need_a_file_say_so(web: Server) -> None:
-    from h5traces.archive.opening import expand_paths
+    from h5traces.paths import expand_paths
 
     with pytest.raises(RemoteError, match="download it"):
         expand_paths(f"{web.url}/a.h5")

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h5traces.storage import deflate, planes
-from h5traces.storage.engines import Engines
+from h5traces.storage import deflate
+from h5traces.storage import deflate as planes
+from h5traces.storage.deflate import Engines
 
 INSTALLED = Engines.installed()
 ENGINES = {

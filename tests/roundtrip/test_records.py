@@ -30,7 +30,7 @@ from h5traces.format.entries import carrier_dtype
 from h5traces.format.values import decode_element, encode_element
 
 if TYPE_CHECKING:
-    from h5traces.format.attributes import Attrs
+    from h5traces.format.document import Attrs
 
 
 def sample(**fields: Any) -> dict[str, Any]:

@@ -25,13 +25,12 @@ from legacy_batches import (
 from strategies import extra_fields
 
 import h5traces
-from h5traces.archive.hdf5_store import Hdf5Store
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.stores import FooterStore, Hdf5Store
 from h5traces.checking.seal import seal
 from h5traces.checking.validate import validate
 from h5traces.format.entries import ChunkTable, ObjectEntry, stored_type_of
 from h5traces.format.limits import DEFAULT_LIMITS
-from h5traces.storage import chunks as grid
+from h5traces.storage import arrays as grid
 from h5traces.storage.arrays import encode_array, read_array
 from h5traces.storage.codecs import CODECS
 from h5traces.storage.files import LocalFile

@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from h5traces.errors import DatasetError
 from h5traces.torch_data import ShardSampler
-from h5traces.torch_data.order import epoch_order, length_of_share, share_of_rank
+from h5traces.torch_data.sampler import epoch_order, length_of_share, share_of_rank
 
 FROZEN_WINDOWED = [1, 10, 0, 11, 2, 9, 6, 7, 4, 5, 3, 8]
 FROZEN_WHOLE = [0, 3, 5, 1, 8, 11, 4, 10, 9, 2, 6, 7]

@@ -9,9 +9,10 @@ import zlib
 import numpy as np
 import pytest
 
-from h5traces.storage import deflate, planes
-from h5traces.storage import engines as engines_module
-from h5traces.storage.engines import Engines
+from h5traces.storage import deflate
+from h5traces.storage import deflate as engines_module
+from h5traces.storage import deflate as planes
+from h5traces.storage.deflate import Engines
 
 INSTALLED = Engines.installed()
 ENGINES = {

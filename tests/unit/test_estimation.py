@@ -16,7 +16,7 @@ from h5traces.extract.estimate import (
     num_values,
     spread,
 )
-from h5traces.extract.layer_ranges import layer_numbers
+from h5traces.extract.options import layer_numbers
 from h5traces.format.precision import EXACT, Precision
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from h5traces import half
+from h5traces.format import half
 
 
 def numpys(values: np.ndarray) -> np.ndarray:

@@ -10,10 +10,10 @@ from h5py import h5o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h5traces.storage import chunks as grid
+from h5traces.storage import arrays as grid
 from h5traces.storage.arrays import as_bytes, encode_array
 from h5traces.storage.codecs import CODECS, get_codec
-from h5traces.storage.hdf5 import checksums
+from h5traces.storage.hdf5 import indexes as checksums
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.sources.pickle.limits import PickleLimits
 from h5traces.sources.pickle.machine import Machine
-from h5traces.sources.pickle.source import MalformedError, MemorySource, RefusedError
+from h5traces.sources.pickle.source import MalformedError, MemorySource, PickleLimits, RefusedError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

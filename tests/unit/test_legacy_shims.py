@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h5traces.sources.pickle.limits import PickleLimits
 from h5traces.sources.pickle.machine import NAMES, Machine
-from h5traces.sources.pickle.shims import Shim
-from h5traces.sources.pickle.source import MalformedError, MemorySource, RefusedError
-from h5traces.sources.pickle.torch_shims import STORAGE_NAMES
+from h5traces.sources.pickle.shims import STORAGE_NAMES, Shim
+from h5traces.sources.pickle.source import MalformedError, MemorySource, PickleLimits, RefusedError
 
 
 def load(data: bytes) -> Any:

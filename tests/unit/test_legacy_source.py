@@ -10,8 +10,13 @@ import pytest
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.pickle import source as source_module
-from h5traces.sources.pickle.limits import PickleLimits
-from h5traces.sources.pickle.source import FileSource, MemorySource, TruncatedError, open_source
+from h5traces.sources.pickle.source import (
+    FileSource,
+    MemorySource,
+    PickleLimits,
+    TruncatedError,
+    open_source,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.sources.pickle.limits import PickleLimits
+from h5traces.sources.pickle.source import PickleLimits
 from h5traces.sources.pickle.stream import ContainerItem, is_pickle, open_batch
 
 if TYPE_CHECKING:

@@ -9,10 +9,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h5traces.storage.remote.cache import RangeCache
+from h5traces.storage.remote.file import RangeCache
 from h5traces.storage.remote.paths import RemotePath, is_url
-from h5traces.storage.remote.ranges import Blocks, ByteRange, coalesce
-from h5traces.storage.remote.transport import Reply
+from h5traces.storage.remote.transport import Blocks, ByteRange, Reply, coalesce
 
 DATA = bytes(index * 7 % 251 for index in range(400))
 ranges = st.lists(

@@ -22,11 +22,11 @@ from h5traces.format import values as encodings
 from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import dataset_digest, sample_digest
 from h5traces.format.entries import carrier_dtype
+from h5traces.format.index_table import index_columns
 from h5traces.format.trace import TraceMetadata
 from h5traces.precision import encoding
-from h5traces.storage.chunks import chunk_shape
+from h5traces.storage.arrays import chunk_shape
 from h5traces.storage.codecs import CODECS
-from h5traces.writing.elements import index_columns
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = (ROOT / "schema" / "SPEC.md").read_text(encoding="utf-8")

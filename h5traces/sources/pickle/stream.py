@@ -18,15 +18,19 @@ from h5traces.sources.pickle.items import (
     ROOT,
     TRACES_KEY,
     BatchMachine,
+    Scanner,
     SharedEntryError,
     check_item,
 )
-from h5traces.sources.pickle.limits import PickleLimits
-from h5traces.sources.pickle.machine import INVALID, locate
-from h5traces.sources.pickle.opcodes import HIGHEST_PROTOCOL
-from h5traces.sources.pickle.scan import Scanner
+from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
 from h5traces.sources.pickle.shims import Tensor, type_name
-from h5traces.sources.pickle.source import FileSource, MalformedError, TruncatedError, open_source
+from h5traces.sources.pickle.source import (
+    FileSource,
+    MalformedError,
+    PickleLimits,
+    TruncatedError,
+    open_source,
+)
 
 if TYPE_CHECKING:
     import os

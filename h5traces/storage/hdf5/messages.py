@@ -20,7 +20,7 @@ from h5traces.storage.hdf5.types import hdf5_type, text_type
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from h5traces.format.attributes import AttrValue
+    from h5traces.format.document import AttrValue
 
 UNDEFINED: Final = 0xFFFF_FFFF_FFFF_FFFF
 _DATASPACE, _LINK_INFO, _DATATYPE, _FILL_VALUE = 0x01, 0x02, 0x03, 0x05

@@ -23,7 +23,7 @@ from h5traces.errors import (
     NotAnArchiveError,
 )
 from h5traces.format import layout
-from h5traces.storage import chunks as grid
+from h5traces.storage import arrays as grid
 from h5traces.storage.codecs import FILTER_SHUFFLE, Filter, codec_of
 from h5traces.storage.files import open_regular
 

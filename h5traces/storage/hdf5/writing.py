@@ -22,13 +22,14 @@ import numpy as np
 import xxhash
 from h5py import h5g, h5t
 
-from h5traces.format import text
-from h5traces.storage.arrays import encode_array
-from h5traces.storage.chunks import num_chunks
+from h5traces.storage.arrays import encode_array, num_chunks
 from h5traces.storage.codecs import DEFLATE
-from h5traces.storage.hdf5.attributes import write_attributes
-from h5traces.storage.hdf5.checksums import checksums
-from h5traces.storage.hdf5.indexes import with_checksum, write_dense_links, write_fixed_array
+from h5traces.storage.hdf5.indexes import (
+    checksums,
+    with_checksum,
+    write_dense_links,
+    write_fixed_array,
+)
 from h5traces.storage.hdf5.messages import (
     ATTRIBUTE_INFO,
     UNDEFINED,
@@ -42,13 +43,14 @@ from h5traces.storage.hdf5.messages import (
     object_header,
     single_chunk_layout,
 )
-from h5traces.storage.hdf5.types import hdf5_type
+from h5traces.storage.hdf5.types import hdf5_type, write_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from h5traces.format.attributes import Attrs, AttrValue
+    from h5traces.format.document import Attrs, AttrValue
     from h5traces.storage.publish import LatchedFile
+
 
 # What the library may write when it opens the file again: what "latest" writes HDF5 1.14 and
 # HDFView 3.3 cannot read.
@@ -334,8 +336,3 @@ def _addresses(group: _Node) -> dict[bytes, int]:
         message = "a group can be written after what it links to"
         raise ValueError(message)
     return links
-
-
-def text_column(values: Iterable[str]) -> np.ndarray:
-    """Texts as a table column."""
-    return text.encode_all(list(values))

@@ -1,9 +1,10 @@
-"""Columns of a table of features on their way to a file, on disk while they grow."""
+"""Columns of features, and the table that they make up."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -109,3 +110,30 @@ class SpooledColumn:
     def close(self) -> None:
         """Delete the file."""
         self._file.close()
+
+
+@dataclass(slots=True)
+class FeatureTable:
+    """What is written.
+
+    Attributes
+    ----------
+    features
+        By name, ``(samples, layers, width)``.
+    samples
+        By name, one entry per sample: ids, labels and so on.
+    others
+        By path, arrays that are not of samples: layer numbers, principal components.
+    metadata
+        Where all this comes from; JSON-ready.
+    """
+
+    features: dict[str, Column] = field(default_factory=dict)
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    others: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of every feature."""
+        return len(self.samples["index"])

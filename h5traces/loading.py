@@ -1,0 +1,39 @@
+"""From what a user names (files, globs, folders) to an archive or a list of dicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from h5traces.archive.opening import open_archive
+from h5traces.archive.tensors import materialised
+from h5traces.paths import Source, is_archive
+from h5traces.sources.pickle.layouts import as_dict
+from h5traces.sources.pickle.stream import open_batch
+from h5traces.storage.remote.paths import RemotePath, is_url
+
+
+def load(path: Source) -> list[dict[str, Any]]:
+    """All traces of one file as plain dicts: what ``pickle.load`` gave, from any format.
+
+    Parameters
+    ----------
+    path
+        An ``.h5`` archive, also on a server, or a legacy ``.pkl`` or ``.pkl.gz`` batch. Pickles
+        are read by an interpreter of our own that executes nothing.
+
+    Returns
+    -------
+    list of dict
+        The whole file in memory.
+
+    Raises
+    ------
+    UnsafePickleError, ConversionError
+        The pickle asks for something outside the allow-list, or is no batch.
+    """
+    if isinstance(path, RemotePath) or is_url(path) or is_archive(Path(path)):
+        with open_archive(path) as archive:
+            return [trace.to_dict() for trace in archive]
+    with open_batch(Path(path)) as batch:
+        return [materialised(as_dict(item)) for item in batch]
