@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from h5traces.errors import ExtractionError
+from h5traces.extract.options import KINDS, Kind, LastState
 from h5traces.format import layout
 from h5traces.format.dtypes import CastCounts, TypedArray
 from h5traces.format.record import EarlierCast, LayerArray
@@ -96,11 +97,6 @@ def as_typed(values: torch.Tensor) -> TypedArray:
     if values.dtype == torch.bfloat16:
         return TypedArray(values.view(torch.uint16).numpy(), "bfloat16")
     return TypedArray(values.numpy(), type_name(values.dtype))
-
-
-Kind = Literal["hidden_states", "attentions"]
-LastState = Literal["final_norm", "block_output"]
-KINDS: Final[tuple[Kind, ...]] = ("hidden_states", "attentions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from h5traces.errors import ExtractionError, LayerIndexError
-from h5traces.extract.capture import KINDS, Kind, LastState
-from h5traces.extract.generation import DEFAULT_TEMPLATE, GenerationOptions
 from h5traces.extract.questions import Columns
 from h5traces.format.archive import AnswerCut
 from h5traces.format.dtypes import DTYPE_POLICIES, DtypePolicy
 from h5traces.storage.codecs import GZIP
+from h5traces.writing.options import AUTOMATIC_SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,7 +21,61 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike
 
 
+Kind = Literal["hidden_states", "attentions"]
+LastState = Literal["final_norm", "block_output"]
+KINDS: Final[tuple[Kind, ...]] = ("hidden_states", "attentions")
 OnNan = Literal["error", "skip", "keep"]
+
+
+# What the pipeline behind the old batches asked.
+DEFAULT_TEMPLATE: Final = "Answer the question concisely. Q: {question} A:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How answers are generated.
+
+    Attributes
+    ----------
+    max_new_tokens
+        Tokens of an answer, at most.
+    num_beams
+        Beams of beam search; 1 for none.
+    do_sample
+        Whether tokens are drawn at random.
+    temperature, top_k, top_p
+        Of drawing; 0 is no top-k.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises
+        ------
+        ExtractionError
+            A number is out of its range, or beams are to be drawn.
+        """
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "num_beams": (self.num_beams >= 1, "at least 1"),
+            "temperature": (self.temperature > 0, "above 0"),
+            "top_k": (self.top_k >= 0, "0 for none, or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+        }
+        for name, (is_good, expected) in ranges.items():
+            if not is_good:
+                message = f"{name} is {getattr(self, name)}, expected {expected}"
+                raise ExtractionError(message)
+        if self.do_sample and self.num_beams > 1:
+            message = "sampling with beams has no seed per sample; choose one of the two"
+            raise ExtractionError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

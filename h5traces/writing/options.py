@@ -60,7 +60,7 @@ class PrecisionOptions:
     @classmethod
     def of(cls, value: PrecisionOptions | Tier | Precision | None) -> PrecisionOptions:
         """The options behind what a caller gave: a tier, a `Precision`, or the options."""
-        return value if isinstance(value, cls) else cls(tier=value)
+        return value if isinstance(value, PrecisionOptions) else cls(tier=value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
