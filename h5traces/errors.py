@@ -101,6 +101,10 @@ class LayerIndexError(H5TracesError, IndexError):
     """A layer or position that the trace or archive does not store."""
 
 
+class SampleIndexError(H5TracesError, IndexError):
+    """A sample that the archive does not hold."""
+
+
 class ConversionError(H5TracesError):
     """A legacy batch cannot be converted."""
 
