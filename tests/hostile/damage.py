@@ -64,17 +64,8 @@ def _subset(folder: Path) -> Path:
 
 
 def _zstd(folder: Path) -> Path:
-    return repacked(folder, "zstd")
-
-
-def _blosc2(folder: Path) -> Path:
-    return repacked(folder, "blosc2")
-
-
-def repacked(folder: Path, codec: str) -> Path:
-    """The first archive with another codec."""
     target = folder / "repacked.h5"
-    repack(_float16(folder), target, codec=codec)
+    repack(_float16(folder), target, codec="zstd")
     return target
 
 
@@ -133,7 +124,6 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
     "one tiny sample": _tiny,
     "several chunks per array": _large,
     "zstd": _zstd,
-    "blosc2": _blosc2,
 }
 
 
