@@ -10,10 +10,9 @@ import typer
 from h5traces.cli import reports
 from h5traces.cli.console import Archives, DryRun, Json, count_progress, print_json, reported, warn
 from h5traces.errors import ArchiveExistsError
+from h5traces.format.text import and_more
 from h5traces.rewriting.label import ID_COLUMN, SCORE_COLUMN, THRESHOLD, LabelReport
 from h5traces.rewriting.label import label as label_archives
-
-_MOST_NAMED = 5
 
 
 def label(
@@ -93,5 +92,4 @@ def _warn(report: LabelReport) -> None:
     }
     for what, names in found.items():
         if names:
-            more = ", …" if len(names) > _MOST_NAMED else ""
-            warn(f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}")
+            warn(f"{len(names)} {what}: {and_more(names)}")

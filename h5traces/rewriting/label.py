@@ -17,6 +17,7 @@ from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, Problem, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.labels import LabelSidecar
+from h5traces.format.text import and_more
 from h5traces.rewriting.repack import repack
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 
@@ -33,7 +34,6 @@ SCORE_COLUMN: Final = "bleurt_score"
 GENERATION_COLUMN: Final = "generation_index"
 # What the ``_full`` tables have beside; the score itself is the best of all references.
 OTHER_SCORES: Final = ("min_score", "avg_score")
-_MOST_NAMED = 5
 
 # Sample id, and generation index where the table has one.
 Key = tuple[str, int | None]
@@ -103,9 +103,8 @@ def read_scores(
             message = f"{path}: line {reader.line_num}: is no CSV in UTF-8: {error}"
             raise SchemaError(message) from error
     if problems:
-        named = "; ".join(f"{each.loc}: {each.message}" for each in problems[:_MOST_NAMED])
-        more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
-        message = f"{path}: {named}{more}"
+        named = [f"{each.loc}: {each.message}" for each in problems]
+        message = f"{path}: {and_more(named, separator='; ')}"
         raise SchemaError(message, problems)
     return table
 
@@ -436,29 +435,24 @@ def _named(key: Key) -> str:
     return sample_id if generation is None else f"{sample_id} (generation {generation})"
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
-
-
 def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
     """Refuse to write labels that would leave samples out unseen."""
     if not report.num_labelled:
         example = next(iter(table.scores), ("none", None))[0]
         message = (
             f"{report.table}: none of its {table.num_questions} ids is in the archives; it has ids "
-            f"such as {example!r}, they have {_some(report.missing) or 'no sample'}"
+            f"such as {example!r}, they have {and_more(report.missing) or 'no sample'}"
         )
         raise SchemaError(message)
     if partial or report.complete:
         return
     said = []
     if report.missing:
-        said.append(f"{len(report.missing)} samples have no score: {_some(report.missing)}")
+        said.append(f"{len(report.missing)} samples have no score: {and_more(report.missing)}")
     if report.ambiguous:
         said.append(
             f"{len(report.ambiguous)} samples share an id, and a column 'generation_index' is "
-            f"missing that tells them apart: {_some(report.ambiguous)}"
+            f"missing that tells them apart: {and_more(report.ambiguous)}"
         )
     message = (
         f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or use "
