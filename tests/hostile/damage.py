@@ -29,6 +29,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.rewriting.repack import repack
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError, hdf5_end
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +75,7 @@ def _blosc2(folder: Path) -> Path:
 def repacked(folder: Path, codec: str) -> Path:
     """The first archive with another codec."""
     target = folder / "repacked.h5"
-    repack(_float16(folder), target, codec=codec)
+    repack(_float16(folder), target, precision=PrecisionOptions(codec=codec))
     return target
 
 

@@ -13,6 +13,7 @@ from attack import Attack, register
 from specimen import SAMPLE, edit
 
 from h5traces.rewriting.repack import repack
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,7 @@ def forged(codec: str, name: str, error: str, change: Change) -> None:
 def forge(path: Path, codec: str, change: Change) -> None:
     """Rewrite an archive with a codec and change a stored chunk of it."""
     other = path.with_suffix(".repacked")
-    repack(path, other, codec=codec)
+    repack(path, other, precision=PrecisionOptions(codec=codec))
     other.replace(path)
 
     def put(file: h5py.File) -> None:
