@@ -11,6 +11,7 @@ import numpy as np
 
 from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open_archive
+from h5traces.archive.selection import choose_samples
 from h5traces.errors import ArchiveExistsError, FeatureError, __version__
 from h5traces.features.pca import PrincipalComponents, StreamingPCA
 from h5traces.features.reductions import FEATURES
@@ -159,7 +160,7 @@ def extract_features(
             table.others["layers"] = np.array(report.layers, dtype="<i8")
             table.metadata = _metadata(view, wanted)
             if pca is not None:
-                fit_on = _chosen(pca_samples, len(view))
+                fit_on = choose_samples(pca_samples, len(view))
                 for name in projected:
                     _project(table, spool, name, pca, fit_on, report)
                     if pca_only:
@@ -279,14 +280,6 @@ def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
         "losses": [str(each) for each in shared_metadata(view.files).losses],
         "features": {name: FEATURES[name].meaning for name in wanted},
     }
-
-
-def _chosen(samples: slice | Sequence[int] | None, length: int) -> Sequence[int]:
-    if samples is None:
-        return range(length)
-    if isinstance(samples, slice):
-        return range(length)[samples]
-    return [range(length)[index] for index in samples]
 
 
 def _project(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
 from h5traces.archive.opening import open_archive
+from h5traces.archive.selection import choose_samples
 from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision.scales import ScaleSet
@@ -133,7 +134,7 @@ def repack(
         )
         _check_target(archive, place)
         selected = archive if layers is None else archive.select(layers=layers)
-        indices = _indices(samples, len(archive))
+        indices = choose_samples(samples, len(archive))
         before = shared_metadata(archive.files)
         current = before.precision or EXACT
         wanted = _wanted(before, given, archive)
@@ -292,14 +293,6 @@ def _scales(
     if not encodes:
         return inherited_scales(archive.files) or ScaleSet()
     return (calibration or measured(archive, num_samples)).scales(step)
-
-
-def _indices(samples: slice | Sequence[int] | None, length: int) -> Sequence[int]:
-    if samples is None:
-        return range(length)
-    if isinstance(samples, slice):
-        return range(length)[samples]
-    return [range(length)[index] for index in samples]
 
 
 def _shard(target: Path, number: int, *, sharded: bool) -> Path:

@@ -65,17 +65,8 @@ def _subset(folder: Path) -> Path:
 
 
 def _zstd(folder: Path) -> Path:
-    return repacked(folder, "zstd")
-
-
-def _blosc2(folder: Path) -> Path:
-    return repacked(folder, "blosc2")
-
-
-def repacked(folder: Path, codec: str) -> Path:
-    """The first archive with another codec."""
     target = folder / "repacked.h5"
-    repack(_float16(folder), target, precision=PrecisionOptions(codec=codec))
+    repack(_float16(folder), target, precision=PrecisionOptions(codec="zstd"))
     return target
 
 
@@ -134,7 +125,6 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
     "one tiny sample": _tiny,
     "several chunks per array": _large,
     "zstd": _zstd,
-    "blosc2": _blosc2,
 }
 
 

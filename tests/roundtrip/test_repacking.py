@@ -10,8 +10,6 @@ from h5traces.errors import ArchiveError, ArchiveExistsError, LayerIndexError, S
 from h5traces.rewriting.repack import repack
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 
-CODECS = ("zstd", "lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd")
-
 
 def stored_chunks(path):
     """Every chunk of every dataset below /samples as its bytes, by path."""
@@ -95,17 +93,16 @@ def test_merging_an_archive_with_itself_numbers_the_generations(archive, tmp_pat
     assert h5traces.validate(tmp_path / "both.h5").ok
 
 
-@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_codecs_are_read_by_us_and_by_stock_h5py(archive, tmp_path, codec, dtype):
+def test_zstd_is_read_by_us_and_by_stock_h5py(archive, tmp_path, dtype):
     pytest.importorskip("hdf5plugin")
-    target = tmp_path / f"{codec}.h5"
-    report = repack(archive, target, precision=PrecisionOptions(codec=codec, dtype=dtype))
+    target = tmp_path / "zstd.h5"
+    report = repack(archive, target, precision=PrecisionOptions(codec="zstd", dtype=dtype))
     assert not report.copied
     plain = tmp_path / "plain.h5"
     repack(archive, plain, precision=PrecisionOptions(dtype=dtype))
     ours, expected = h5traces.open(target), h5traces.open(plain)
-    assert ours.metadata.codec == codec
+    assert ours.metadata.codec == "zstd"
     with h5py.File(target) as stock:
         for index, trace in enumerate(expected):
             assert_same(ours[index].to_dict(), trace.to_dict())
@@ -134,7 +131,7 @@ def test_a_damaged_chunk_is_not_copied(archive, tmp_path):
 def test_errors_name_what_is_wrong(archive, tmp_path):
     with pytest.raises(ArchiveError, match="is one of the sources; name another output"):
         repack(archive, archive, target=TargetOptions(overwrite=True))
-    with pytest.raises(LayerIndexError, match=r"layers \[7\] are not stored"):
+    with pytest.raises(LayerIndexError, match="layer 7 was asked for, but"):
         repack(archive, tmp_path / "x.h5", layers=[7])
     with pytest.raises(IndexError):
         repack(archive, tmp_path / "x.h5", samples=[1000])

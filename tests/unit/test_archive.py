@@ -22,6 +22,7 @@ from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
     LayerIndexError,
+    SampleIndexError,
     StoredStateWarning,
     TraceNotFoundError,
 )
@@ -119,8 +120,19 @@ def test_selecting_layers(archive: h5traces.Archive) -> None:
     assert view.select(layers=[]).layers == ()
     assert list(view.select(layers=[])[0]["hidden_states"]) == []
     for missing in ([3], [-1], [1]):
-        with pytest.raises(LayerIndexError, match=r"not stored; stored: \[0, 2\]"):
+        with pytest.raises(LayerIndexError, match=r"layer .* stores 2 layers \(0, 2\)"):
             view.select(layers=missing)
+
+
+def test_selecting_samples(archive: h5traces.Archive, path: Path) -> None:
+    view = archive.select(samples="1:4").select(samples=[2, 0], layers="last")
+    assert ids(view) == ["tc_3", "tc_1"]
+    assert view.layers == (2,)
+    assert view.by_id("tc_3").ordinal == 3
+    with pytest.raises(SampleIndexError, match="sample 2 was asked for, but there are 2"):
+        view.select(samples=[2])
+    with pytest.raises(LayerIndexError, match=f"layer 0 was asked for, but {path} stores 1"):
+        view.select(layers="0-last")
 
 
 def test_reading_many_at_once(archive: h5traces.Archive) -> None:

@@ -16,7 +16,6 @@ import pytest
 import xxhash
 
 import h5traces
-import h5traces.storage.hdf5  # registers the codecs of HDF5's plugins
 from h5traces.format import layout, text
 from h5traces.format import values as encodings
 from h5traces.format.archive import ArchiveMetadata
