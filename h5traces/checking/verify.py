@@ -22,8 +22,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.trace import SourcePosition
 from h5traces.precision.head_mean import with_head_mean
-from h5traces.sources.pickle.layouts import to_record
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import open_source
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.writing.options import WriteOptions
@@ -299,18 +298,16 @@ def _check_against(
     )
     copies = _copies_of(store, metadata, batch_path)
     num_compared = 0
-    with open_batch(batch_path) as batch, ThreadPoolExecutor(workers) as pool:
-        for position, item in enumerate(batch):
+    with open_source(batch_path) as source, ThreadPoolExecutor(workers) as pool:
+        for position, record in enumerate(source.records(layers=metadata.layers)):
             if position not in copies:
                 message = f"sample {position} of {batch_path} is not in the archive"
                 report.problems.append(Problem("/samples", message, "missing_sample"))
                 continue
             index = copies[position]
-            place = SourcePosition(file=0, position=position)
-            record = to_record(item, source=place, layers=metadata.layers)
-            record = with_head_mean(record, options.precision)
-            expected = record_attributes(record, options, pool)
-            facts = to_attributes(record.describe().metadata)
+            encoded = with_head_mean(record, options.precision)
+            expected = record_attributes(encoded, options, pool)
+            facts = to_attributes(encoded.describe().metadata)
             # Of another archive, which a batch does not know.
             stored = store.sample_attrs(index)
             facts |= {name: stored[name] for name in ("exact_digest",) if name in stored}
@@ -321,7 +318,7 @@ def _check_against(
                 _add(report, loc, error)
             num_compared += 1
             if progress is not None:
-                progress(*batch.progress)
+                progress(*source.progress)
     note = f"{num_compared} samples compared with {batch_path}"
     if not metadata.is_exact:
         note += f", encoded as {metadata.precision}: the archive holds less than it"

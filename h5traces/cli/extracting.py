@@ -413,5 +413,7 @@ def _quiet() -> None:
     """No bars of transformers between our lines."""
     from transformers.utils import logging
 
+    from h5traces.extract import extract_dataset  # noqa: F401  # names what is not installed
+
     untyped: Any = logging.disable_progress_bar
     untyped()

@@ -18,7 +18,7 @@ from h5traces.graph.archive_source import ArchiveSource
 from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
 from h5traces.graph.pickle_source import PickleSource
 from h5traces.paths import expand_paths
-from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES
+from h5traces.sources.opening import SOURCE_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -16,8 +16,7 @@ from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.graph.archive_source import SampleFacts, check_finite
 from h5traces.loading import load
-from h5traces.sources.pickle.layouts import as_dict, num_layers_of
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import open_source
 from h5traces.torch_data.dataset import ShardGuard, mapped_labels
 
 if TYPE_CHECKING:
@@ -182,8 +181,8 @@ def _look_through(path: Path) -> tuple[list[Any], int]:
     """Question ids of a batch, and layers of its first sample; one pass in bounded memory."""
     ids: list[Any] = []
     num_layers = 0
-    with open_batch(path) as batch:
-        for item in batch:
-            num_layers = num_layers if ids else num_layers_of(item)
-            ids.append(as_dict(item).get(layout.QUESTION_ID))
+    with open_source(path) as source:
+        for sample in source.dicts():
+            num_layers = num_layers if ids else source.num_layers
+            ids.append(sample.get(layout.QUESTION_ID))
     return ids, num_layers

@@ -29,11 +29,9 @@ from h5traces.errors import (
 from h5traces.format.archive import SourceFile
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
-from h5traces.format.trace import SourcePosition
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.reports import FileReport, cast_warnings, coverage_warnings
-from h5traces.sources.pickle.layouts import names_in_file_name, num_layers_of, to_record
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import Measurement, batch_states, check_model
 from h5traces.writing.options import (
@@ -48,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from h5traces.format.record import TraceRecord
+    from h5traces.format.trace import SourcePosition
     from h5traces.precision.scales import Calibration
     from h5traces.rewriting.convert_plan import Job
 
@@ -287,7 +286,7 @@ class _Conversion:
 
     def _new_writer(self) -> None:
         target = self._job.shard(len(self._shards.writers))
-        names = names_in_file_name(self._sources[0].name)
+        names = facts_in_name(self._sources[0])
         facts = {
             "model_id": self._options.model_id or names.get("model_id"),
             "dataset": self._options.dataset or names.get("dataset"),
@@ -337,21 +336,14 @@ class _SampleError(Exception):
 
 def _records(source: Path, number: int, layers: tuple[int, ...] | None) -> Iterator[_Ready]:
     """The records of one batch file."""
-    index = 0
     try:
-        with open_batch(source) as batch:
-            for item in batch:
-                place = SourcePosition(file=number, position=index)
-                try:
-                    record = to_record(item, source=place, layers=layers)
-                except (ConversionError, SchemaError) as error:
-                    raise _SampleError(_placed(error, source, place)) from error
-                ready = _Ready(record, batch.progress[0], num_layers_of(item))
-                del item, record
+        with open_source(source) as opened:
+            for record in opened.records(file=number, layers=layers):
+                ready = _Ready(record, opened.progress[0], opened.num_layers)
+                del record
                 yield ready
                 # Two samples exist at a time: this one, and the one that is being written.
                 del ready
-                index += 1
     except (ConversionError, OSError) as error:
         raise _SampleError(str(error)) from error
 
@@ -511,7 +503,7 @@ def scaled_options(
 
 
 def _model_of(job: Job, options: ConvertOptions) -> str | None:
-    return options.model_id or names_in_file_name(job.sources[0].name).get("model_id")
+    return options.model_id or facts_in_name(job.sources[0]).get("model_id")
 
 
 def _measured(

@@ -70,6 +70,14 @@ def one(cell):
     return name
 
 
+def test_the_normative_text_is_short():
+    """Words outside of generated tables, of code and of the examples with h5py."""
+    text = SPEC.replace(section("Reading an archive with nothing but h5py"), "")
+    for left_out in (r"<!-- generated: .*?<!-- end: \w+ -->", r"```.*?```"):
+        text = re.sub(left_out, "", text, flags=re.DOTALL)
+    assert len([each for each in text.split() if re.search(r"\w", each)]) <= 6000
+
+
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """The example batch of the repository as an archive."""
