@@ -28,7 +28,6 @@ from h5traces.storage.remote.file import RemoteFile
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
-    from h5traces.format.entries import ObjectEntry, SampleEntry
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from h5traces.archive.labels import FileLabels
     from h5traces.archive.stores import Store, StoredSize
+    from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
     from h5traces.storage.remote.paths import RemoteOptions

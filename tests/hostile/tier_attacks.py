@@ -38,7 +38,7 @@ def write(path: Path) -> None:
     source.write_bytes(pickle.dumps(items))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = h5traces.convert(source, path, tier="fine")
+        report = h5traces.convert(source, path, precision="fine")
     assert report.ok
     source.unlink()
 
