@@ -14,6 +14,7 @@ from h5traces.cli.console import (
     Json,
     Layers,
     count_progress,
+    first_lines,
     parse_layers,
     print_json,
     reported,
@@ -25,7 +26,6 @@ from h5traces.features import extract_features
 
 _POOLED = ("mean", "max", "answer_mean", "answer_max")
 _ATTENTION = {"entropy": "attention_entropy", "sink": "sink_mass", "lookback": "lookback_ratio"}
-_MOST_NAMED = 5
 
 
 def features(
@@ -109,10 +109,8 @@ def features(
         print_json(report.as_dict())
     else:
         reports.print_features(report, dry_run=dry_run)
-    for problem in report.problems[:_MOST_NAMED]:
-        warn(problem)
-    if len(report.problems) > _MOST_NAMED:
-        warn(f"and {len(report.problems) - _MOST_NAMED} more, which --json lists")
+    for line in first_lines(report.problems):
+        warn(line)
 
 
 def _listed(value: str | None, names: dict[str, str], option: str) -> list[str]:

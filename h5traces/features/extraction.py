@@ -18,6 +18,7 @@ from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
 from h5traces.features.table import Column, FeatureTable, SpooledColumn
 from h5traces.features.writing import check_target, write_features
+from h5traces.format.text import and_more
 from h5traces.storage.publish import make_folder
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ FEATURES_FORMAT = "h5traces-features"
 FEATURES_VERSION = "1.0"
 # In the column of labels where there is none; 0, 1 and -1 are labels that people use.
 NO_LABEL = -(2**63)
-_MOST_NAMED = 5
 _PCA_ROWS = 1024
 
 
@@ -232,11 +232,9 @@ def _look(view: Archive, wanted: list[str], report: FeatureReport) -> None:
 def _check_problems(report: FeatureReport, *, allow_nan: bool) -> None:
     if allow_nan or not report.problems:
         return
-    more = len(report.problems) - _MOST_NAMED
-    said = "; ".join(report.problems[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
     message = (
-        f"{said}. Nothing was written; leave these samples or layers out, or use --allow-nan to "
-        "write such values"
+        f"{and_more(report.problems, separator='; ')}. Nothing was written; leave these "
+        "samples or layers out, or use --allow-nan to write such values"
     )
     raise FeatureError(message)
 

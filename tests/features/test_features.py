@@ -33,6 +33,7 @@ from h5traces.features import (
 )
 from h5traces.rewriting.label import label
 from h5traces.rewriting.repack import repack
+from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -213,7 +214,7 @@ def test_labels_and_scores_lie_beside(archive: Path, tmp_path: Path, suffix: str
 def test_shards_tell_rows_apart(archive: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
-    repack(archive, shards / "run.h5", shard_samples=4)
+    repack(archive, shards / "run.h5", target=TargetOptions(shard_samples=4))
     extract_features(shards, tmp_path / "f.npz", ["mean"])
     found = read(tmp_path / "f.npz")
     np.testing.assert_array_equal(found["mean"], expected_features(BATCH)["mean"])
