@@ -21,7 +21,7 @@ from h5traces.cli.console import (
 )
 from h5traces.cli.rewriting import parse_samples
 from h5traces.errors import ArchiveExistsError
-from h5traces.features import extract_features
+from h5traces.features import PcaOptions, extract_features
 
 _POOLED = ("mean", "max", "answer_mean", "answer_max")
 _ATTENTION = {"entropy": "attention_entropy", "sink": "sink_mass", "lookback": "lookback_ratio"}
@@ -95,9 +95,7 @@ def features(
             output,
             names,
             layers=parse_layers(layers),
-            pca=pca,
-            pca_samples=parse_samples(pca_samples),
-            pca_only=pca_only,
+            pca=None if pca is None else PcaOptions(pca, parse_samples(pca_samples), pca_only),
             labels=labels,
             allow_nan=allow_nan,
             workers=workers,

@@ -21,6 +21,7 @@ from h5traces.cli.app import app
 from h5traces.errors import ArchiveExistsError, FeatureError, LayerIndexError
 from h5traces.features import (
     FEATURES,
+    PcaOptions,
     compute_features,
     extract_features,
     fit_pca,
@@ -225,7 +226,7 @@ def test_shards_tell_rows_apart(archive: Path, tmp_path: Path) -> None:
 def test_components_by_layer(archive: Path, tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"f{suffix}"
     report = extract_features(
-        archive, target, ["last_token", "sink_mass"], pca=2, pca_samples=slice(0, 7), pca_only=True
+        archive, target, ["last_token", "sink_mass"], pca=PcaOptions(2, slice(0, 7), only=True)
     )
     found = read(target)
     assert "last_token" not in found
@@ -284,7 +285,7 @@ def test_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     said = str(caught.value)
     assert f"{archive}: /samples/00000004 ('q0_4'): last_token of layers [2]" in said
     assert f"{archive}: /samples/00000005 ('q0_5'): sink_mass of layers [1]" in said
-    assert "--allow-nan" in said
+    assert "allow_nan=True" in said
     assert not target.exists()
     assert not list(tmp_path.glob("*.part"))
 
@@ -383,7 +384,7 @@ def test_what_is_asked_for_wrongly(
 def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
     target = tmp_path / "f.h5"
     target.write_bytes(b"mine")
-    with pytest.raises(ArchiveExistsError, match="--overwrite"):
+    with pytest.raises(ArchiveExistsError, match="overwrite=True"):
         extract_features(archive, target, ["mean"])
     assert target.read_bytes() == b"mine"
     extract_features(archive, target, ["mean"], overwrite=True)
