@@ -76,6 +76,10 @@ class ArchiveExistsError(ArchiveError):
     """The target exists already and replacing it was not asked for."""
 
 
+class TargetError(ArchiveError, ValueError):
+    """An output is no name that its command can write, or is one of the files that it reads."""
+
+
 class SchemaError(H5TracesError, ValueError):
     """Metadata or a record does not fit the schema; ``problems`` lists every finding."""
 
@@ -99,6 +103,10 @@ class TraceNotFoundError(H5TracesError, KeyError):
 
 class LayerIndexError(H5TracesError, IndexError):
     """A layer or position that the trace or archive does not store."""
+
+
+class SampleIndexError(H5TracesError, IndexError):
+    """A sample that the archive does not hold."""
 
 
 class ConversionError(H5TracesError):

@@ -1,52 +1,50 @@
-"""From what a user names (files, globs, folders) to an archive or a list of dicts."""
+"""What a user names: sources to read (files, globs, folders, addresses) and outputs to write."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Self
 from urllib.request import url2pathname
 
-from h5traces.errors import RemoteError
+from h5traces.errors import RemoteError, TargetError
 from h5traces.format import layout
 from h5traces.storage.files import open_regular
 from h5traces.storage.remote.file import list_remote
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-
-ARCHIVE_SUFFIXES = (".h5", ".hdf5")
-
-
-_LOCAL_URL = "file://"
-
+ARCHIVE_SUFFIXES: Final = (".h5", ".hdf5")
+# Of an archive in a folder that the user named.
+DEFAULT_NAME: Final = "traces"
+_LOCAL_URL: Final = "file://"
 
 PathLike = str | os.PathLike[str]
-
-
 Source = PathLike | RemotePath
 
 
 def expand_paths(
     sources: PathLike | Iterable[PathLike], suffixes: tuple[str, ...] = ARCHIVE_SUFFIXES
 ) -> list[Path]:
-    """The files behind paths, globs and folders, in the order given, sorted within each.
+    """List the files that paths, globs and folders name, in the order given, sorted within each.
 
     Raises
     ------
     FileNotFoundError
         A path does not exist, a glob matches nothing, or a folder holds no such file.
     RemoteError
-        An address on a server is among them.
+        One is an address on a server.
     """
     found: list[Path] = []
     for each in expand_sources(sources, suffixes):
         if isinstance(each, RemotePath):
             message = (
-                f"{each}: this takes a file on disk; download it. 'open', 'inspect', 'ls', "
+                f"{each}: expected a file on disk; download it. 'open', 'inspect', 'ls', "
                 "'label', 'features', 'repack' and 'merge' read archives on servers"
             )
             raise RemoteError(message)
@@ -59,21 +57,18 @@ def expand_sources(
     suffixes: tuple[str, ...] = ARCHIVE_SUFFIXES,
     remote: RemoteOptions = DEFAULT_REMOTE,
 ) -> list[Path | RemotePath]:
-    """The files, and objects on servers, behind what is named; as `expand_paths`.
+    """List the files and the objects on servers that are named; as `expand_paths`.
 
-    Addresses that end in a suffix of an archive are taken as they are; the server is asked for
-    what a glob or a folder holds.
+    An address that ends in a suffix is used as it is; for a glob or a folder, the server is asked.
 
     Raises
     ------
     FileNotFoundError
         A path does not exist, a glob matches nothing, or a folder holds no such file.
     RemoteError, MissingDependencyError
-        The server cannot be asked.
+        The server cannot be reached.
     """
-    named: list[Source] = (
-        [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else list(sources)
-    )
+    named = [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else sources
     found: list[Path | RemotePath] = []
     for source in named:
         found += _expand(source, suffixes, remote)
@@ -83,19 +78,26 @@ def expand_sources(
 def _expand(
     source: Source, suffixes: tuple[str, ...], remote: RemoteOptions
 ) -> Sequence[Path | RemotePath]:
-    if isinstance(source, str) and source.startswith(_LOCAL_URL):
-        return _expand_local(url2pathname(source.removeprefix(_LOCAL_URL)), suffixes)
-    path = RemotePath(source) if isinstance(source, str) and is_url(source) else source
+    path = _place(source)
     if isinstance(path, RemotePath):
         return _expand_remote(path, suffixes, remote)
     return _expand_local(path, suffixes)
 
 
+def _place(named: Source) -> PathLike | RemotePath:
+    """A path on disk, also for ``file://``, or the address of an object."""
+    if not isinstance(named, str) or not is_url(named):
+        return named
+    if named[: len(_LOCAL_URL)].lower() == _LOCAL_URL:
+        return url2pathname(named[len(_LOCAL_URL) :])
+    return RemotePath(named)
+
+
 def _expand_remote(
     path: RemotePath, suffixes: tuple[str, ...], remote: RemoteOptions
 ) -> list[RemotePath]:
-    # A web server is asked for a folder only where it looks like one: addresses of files there
-    # need not end in a suffix.
+    # Files on a web server need not end in a suffix, so only an address with a final slash is a
+    # folder there.
     if not path.is_pattern and (
         path.name.endswith(suffixes) or (path.is_web and not path.url.endswith("/"))
     ):
@@ -124,7 +126,7 @@ def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is to be read as an archive: by its name, or as HDF5 by its first bytes.
+    """Whether a file is read as an archive: its name ends so, or its first bytes are HDF5's.
 
     Raises
     ------
@@ -134,3 +136,188 @@ def is_archive(path: Path) -> bool:
     with os.fdopen(open_regular(path), "rb") as file:
         is_hdf5 = file.read(len(layout.HDF5_SIGNATURE)) == layout.HDF5_SIGNATURE
     return is_hdf5 or path.name.endswith(ARCHIVE_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an output names: one file, or a folder of files. `of` makes it from a user's words.
+
+    One rule holds for every command and function that writes:
+
+    - Text that ends in a slash is a folder, which is made; so is the name of a folder that exists,
+      even if it ends in ``.h5``.
+    - A name that ends in a suffix of the command (``.h5`` for archives) is a file.
+    - Anything else is an error, so that a forgotten suffix never makes a folder.
+
+    Names inside a folder: commands that write one file per source (``convert``) name it after the
+    source. Commands that write one archive (``repack``, ``merge``, ``split``, ``export``, ...) use
+    `for_sources`: the name of the source if there is one, else ``traces``. Several archives are
+    therefore never rewritten one by one: samples are counted, and scales measured, over all of
+    them. Runs (``create``, ``extract``) write ``traces``. With `shard_samples`, a number follows
+    the name: ``traces-00000.h5``.
+
+    Attributes
+    ----------
+    path
+        The file, or the folder.
+    suffix
+        Of the files.
+    is_folder
+        Whether `path` is a folder.
+    shard_samples
+        Largest number of samples in a file; None if everything goes into one.
+    """
+
+    path: Path
+    suffix: str
+    _: KW_ONLY
+    is_folder: bool
+    shard_samples: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        dest: PathLike,
+        *,
+        suffixes: tuple[str, ...] = ARCHIVE_SUFFIXES[:1],
+        shard_samples: int | None = None,
+    ) -> Self:
+        """The target that a user names.
+
+        Parameters
+        ----------
+        dest
+            As given. A `Path` cannot keep a final slash, so it names a folder only if that exists.
+        suffixes
+            Endings of a file's name. Files in a folder get the first.
+        shard_samples
+            Largest number of samples in a file.
+
+        Raises
+        ------
+        TargetError
+            `dest` is neither a folder nor a name with such an ending, or an address on a server, or
+            `shard_samples` is not positive.
+        """
+        if shard_samples is not None and shard_samples < 1:
+            message = f"shard_samples is {shard_samples}, expected at least 1"
+            raise TargetError(message)
+        place = _place(dest)
+        if isinstance(place, RemotePath):
+            message = f"{place} is an address on a server; name an output on disk, and copy it"
+            raise TargetError(message)
+        text, path = os.fspath(place), Path(place)
+        is_folder = bool(text) and (text.endswith("/") or path.is_dir())
+        if is_folder and os.path.lexists(path) and not path.is_dir():
+            message = f"{text} ends in a slash, but {path} is a file; name a folder"
+            raise TargetError(message)
+        endings = (each for each in suffixes if path.name.endswith(each) and path.name != each)
+        suffix = suffixes[0] if is_folder else next(endings, None)
+        if suffix is None:
+            new = f"write {text}/" if text and isinstance(dest, str) else "create it first"
+            message = (
+                f"{text or 'an empty name'} is neither a folder that exists nor a name ending in "
+                f"{' or '.join(suffixes)}; for a new folder {new}"
+            )
+            if isinstance(dest, Path):
+                message += f", or pass the text '{text}/': a Path keeps no final slash"
+            raise TargetError(message)
+        return cls(path, suffix, is_folder=is_folder, shard_samples=shard_samples)
+
+    def named(self, name: str) -> Target:
+        """The target of the file `name`, without suffix, in the folder; a file keeps its name."""
+        if not self.is_folder:
+            return self
+        return replace(self, path=self.path / f"{name}{self.suffix}", is_folder=False)
+
+    def for_sources(self, sources: Sequence[Source]) -> Target:
+        """The target of the one file that is made of `sources`: named after it if it is one."""
+        if len(sources) != 1:
+            return self.named(DEFAULT_NAME)
+        (source,) = sources
+        name = source.name if isinstance(source, RemotePath) else Path(source).name
+        suffix = next((each for each in ARCHIVE_SUFFIXES if name.endswith(each)), "")
+        return self.named(name.removesuffix(suffix))
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the files."""
+        return self.path if self.is_folder else self.path.parent
+
+    @property
+    def _stem(self) -> str:
+        return DEFAULT_NAME if self.is_folder else self.path.name.removesuffix(self.suffix)
+
+    def shard(self, number: int) -> Path:
+        """The name of one file of a set of shards, or of the only file."""
+        ending = self.suffix if self.shard_samples is None else f"-{number:05d}{self.suffix}"
+        return self.folder / f"{self._stem}{ending}"
+
+    def shard_of(self, sample: int) -> int:
+        """The number of the shard that a sample goes to."""
+        return 0 if self.shard_samples is None else sample // self.shard_samples
+
+    def first_sample(self, shard: int) -> int:
+        """The number of the first sample of a shard."""
+        return shard * (self.shard_samples or 0)
+
+    def existing(self) -> list[Path]:
+        """The files that exist, in order, up to the first that does not."""
+        found: list[Path] = []
+        while (path := self.shard(len(found))).exists():
+            found.append(path)
+            if self.shard_samples is None:
+                break
+        return found
+
+    def taken(self) -> list[Path]:
+        """Every file that has a name of this target, in any number and with gaps."""
+        if self.shard_samples is None:
+            path = self.shard(0)
+            return [path] if os.path.lexists(path) else []
+        pattern = re.compile(rf"{re.escape(self._stem)}-[0-9]{{5,}}{re.escape(self.suffix)}")
+        try:
+            return sorted(path for path in self.folder.iterdir() if pattern.fullmatch(path.name))
+        except FileNotFoundError:
+            return []
+
+
+def check_not_a_source(
+    targets: Target | PathLike | Iterable[Target | PathLike], sources: Source | Iterable[Source]
+) -> None:
+    """Reject an output that is one of the files read, under any name; `overwrite` allows no such.
+
+    Parameters
+    ----------
+    targets
+        What will be written. Of a `Target`, all shards that exist.
+    sources
+        Files that are read, sidecars and files of scales included, as `expand_sources` lists them.
+        Addresses on servers are never an output.
+
+    Raises
+    ------
+    TargetError
+        An output and a source are one file: the same path, or linked symbolically or hard.
+    """
+    read: dict[object, Source] = {}
+    for source in [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else sources:
+        place = _place(source)
+        if not isinstance(place, RemotePath):
+            read |= dict.fromkeys(_identities(place), source)
+    for target in [targets] if isinstance(targets, (str, os.PathLike, Target)) else targets:
+        for path in target.taken() if isinstance(target, Target) else [target]:
+            for source in (read[each] for each in _identities(path) if each in read):
+                same = "" if os.fspath(path) == str(source) else f", the same file as {source},"
+                message = f"{path}{same} is one of the sources; name another output"
+                raise TargetError(message)
+
+
+def _identities(path: PathLike) -> Iterator[object]:
+    """What two names of one file have in common: the path without links, device and inode."""
+    yield os.path.realpath(path)
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return
+    yield status.st_dev, status.st_ino

@@ -17,8 +17,10 @@ import numpy as np
 
 from h5traces.archive.file import ArchiveFile
 from h5traces.archive.scales import stored_scales
+from h5traces.archive.selection import choose_layers, choose_samples
 from h5traces.archive.trace import LayerSequence, Trace
-from h5traces.errors import ArchiveError, LayerIndexError, TraceNotFoundError
+from h5traces.errors import ArchiveError, SampleIndexError, TraceNotFoundError
+from h5traces.format.text import and_more
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from h5traces.archive.selection import LayerChoice, SampleChoice
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ScaleSet
@@ -181,25 +184,31 @@ class Archive(Sequence[Trace]):
         )
         raise TraceNotFoundError(message)
 
-    def select(self, *, layers: Iterable[int]) -> Self:
-        """A view of the same traces with only some of the stored layers, in ascending order.
+    def select(self, *, layers: LayerChoice = None, samples: SampleChoice = None) -> Self:
+        """A view of some of the layers and traces.
 
         Parameters
         ----------
         layers
-            The model's own 0-based layer numbers.
+            The model's own 0-based layer numbers, or text such as ``0,5,10-12,last``; the view has
+            them in ascending order.
+        samples
+            Indices or a slice of this view, or text such as ``0,3`` or ``0:100``; in this order.
 
         Raises
         ------
         LayerIndexError
-            A layer is not stored.
+            A layer is not stored, or the text names none.
+        SampleIndexError
+            There is no such trace, or the text names none.
         """
-        wanted = tuple(sorted(set(layers)))
-        missing = [layer for layer in wanted if layer not in self.layers]
-        if missing:
-            message = f"layers {missing} are not stored; stored: {list(self.layers)}"
-            raise LayerIndexError(message)
-        return self._view(self._indices, wanted)
+        indices = self._indices
+        if samples is not None:
+            indices = [indices[each] for each in choose_samples(samples, len(self))]
+        if layers is None:
+            return self._view(indices, self._layers)
+        owner = f"{self._files[0].path} stores"
+        return self._view(indices, choose_layers(layers, self.layers, owner))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -215,7 +224,7 @@ class Archive(Sequence[Trace]):
             position = self._indices[index]
         except IndexError:
             message = f"index {index} is out of range; the archive holds {len(self)} traces"
-            raise IndexError(message) from None
+            raise SampleIndexError(message) from None
         file, local = self._locate(position)
         return Trace(file, local, ordinal=position, layers=self._layers)
 
@@ -329,9 +338,7 @@ class Archive(Sequence[Trace]):
         self.close()
 
     def __repr__(self) -> str:
-        where = str(self._files[0].path)
-        if len(self._files) > 1:
-            where += f" and {len(self._files) - 1} more"
+        where = and_more(self.paths, 1)
         precision = self.metadata.precision
         told = f", {precision.tier}" if precision is not None else ""
         told += "" if self.metadata.is_exact else " (lossy)"

@@ -30,7 +30,7 @@ from h5traces.cli.console import (
 )
 from h5traces.errors import H5TracesError
 from h5traces.paths import expand_paths, expand_sources
-from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES
+from h5traces.sources.opening import SOURCE_SUFFIXES
 
 
 def inspect(

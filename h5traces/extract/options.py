@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
+from h5traces.archive.selection import choose_layers
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract.questions import Columns
 from h5traces.format.archive import AnswerCut
@@ -226,9 +227,6 @@ class StoreOptions:
     check_space: bool = True
 
 
-_LAST = "last"
-
-
 def layer_numbers(choice: str | Iterable[int] | None, num_layers: int) -> tuple[int, ...]:
     """Layer numbers, ascending.
 
@@ -244,45 +242,8 @@ def layer_numbers(choice: str | Iterable[int] | None, num_layers: int) -> tuple[
     LayerIndexError
         The model has no such layer, or the text is no choice of layers.
     """
-    if choice is None:
-        return tuple(range(num_layers))
-    wanted = _parsed(choice, num_layers) if isinstance(choice, str) else set(choice)
-    for layer in sorted(wanted):
-        if not 0 <= layer < num_layers:
-            message = (
-                f"layer {layer} was asked for, but the model has {num_layers} layers "
-                f"(0 to {num_layers - 1}); change the choice of layers"
-            )
-            raise LayerIndexError(message)
-    if not wanted:
+    chosen = choose_layers(choice, range(num_layers))
+    if not chosen:
         message = f"no layer was chosen; expected numbers from 0 to {num_layers - 1}"
         raise LayerIndexError(message)
-    return tuple(sorted(wanted))
-
-
-def _parsed(text: str, num_layers: int) -> set[int]:
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, end = (each.strip() for each in part.partition("-"))
-        bounds = [
-            num_layers - 1 if each == _LAST else int(each) if _is_number(each) else None
-            for each in ((first, end) if dash else (first,))
-        ]
-        if any(each is None for each in bounds):
-            message = (
-                f"{part.strip()!r} is no layer; expected 0-based numbers, ranges and 'last', "
-                "such as 0,5,10-12,last"
-            )
-            raise LayerIndexError(message)
-        low, high = bounds[0], bounds[-1]
-        if low is not None and high is not None:
-            if low > high:
-                message = f"{part.strip()!r} runs backwards; write the lower layer first"
-                raise LayerIndexError(message)
-            # A range that a typing error made huge must not fill the memory.
-            found |= set(range(low, max(low, min(high, num_layers)) + 1))
-    return found
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return chosen

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from h5traces.archive.archive import shared_metadata
+from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open_archive
+from h5traces.archive.selection import choose_samples
 from h5traces.errors import ArchiveExistsError, FeatureError, __version__
 from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
 from h5traces.features.table import Column, FeatureTable, SpooledColumn
-from h5traces.features.writing import check_target, write_features
+from h5traces.features.writing import FORMATS, check_writer, write_features
+from h5traces.format.text import and_more
+from h5traces.paths import Target, check_not_a_source
 from h5traces.storage.publish import make_folder
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.archive import Archive
+    from h5traces.archive.selection import LayerChoice, SampleChoice
     from h5traces.features.samples import SampleFeatures
     from h5traces.paths import PathLike, Source
 
@@ -32,7 +37,6 @@ FEATURES_FORMAT: Final = "h5traces-features"
 FEATURES_VERSION: Final = "1.0"
 # Stands for a missing label; 0, 1 and -1 are labels that people use.
 NO_LABEL: Final = -(2**63)
-_MOST_NAMED = 5
 _BLOCK_ROWS = 1024
 
 
@@ -45,13 +49,14 @@ class PcaOptions:
     num_components
         How many.
     samples
-        Samples to fit on, such as those of a training split; all by default.
+        Samples to fit on, such as those of a training split, as for `h5traces.repack`; all by
+        default.
     only
         Leave out the features that were projected.
     """
 
     num_components: int
-    samples: slice | Sequence[int] | None = None
+    samples: SampleChoice = None
     only: bool = False
 
     @classmethod
@@ -102,7 +107,7 @@ def extract_features(
     output: PathLike,
     names: Iterable[str],
     *,
-    layers: Iterable[int] | None = None,
+    layers: LayerChoice = None,
     pca: int | PcaOptions | None = None,
     allow_nan: bool = False,
     workers: int | None = None,
@@ -121,7 +126,8 @@ def extract_features(
     sources
         Archives, globs and folders, also on servers.
     output
-        ``.h5``, ``.npz`` or ``.parquet``.
+        A file that ends in ``.h5``, ``.npz`` or ``.parquet``; in a folder (text that ends in a
+        slash, or one that exists) it becomes ``features.h5``.
     names
         Features, of `FEATURES`.
     layers
@@ -149,14 +155,14 @@ def extract_features(
         the message names file and sample. Nothing is written.
     ArchiveExistsError
         `output` exists.
+    TargetError
+        `output` is one of the sources, under any name, or ends in another suffix.
     MissingDependencyError
         `pca` needs scikit-learn, or ``.parquet`` needs pyarrow, and it is not installed.
     """
-    target, components = Path(output), PcaOptions.of(pca)
-    check_target(target)
-    if target.exists() and not overwrite:
-        message = f"{target} exists; pass overwrite=True to replace it, or another name"
-        raise ArchiveExistsError(message)
+    target = Target.of(output, suffixes=FORMATS).named("features").shard(0)
+    check_writer(target)
+    components = PcaOptions.of(pca)
     wanted = [each.name for each in definitions_of(names)]
     if components is not None:
         require_scikit_learn()
@@ -167,7 +173,10 @@ def extract_features(
             )
             raise FeatureError(message)
     with open_archive(sources, storage_options=storage_options, labels=labels) as archive:
-        view = archive if layers is None else archive.select(layers=layers)
+        _check_free(target, archive, labels, overwrite=overwrite)
+        view = archive.select(layers=layers)
+        # Now, since a wrong choice must not come out after hours.
+        fit_on = choose_samples(components.samples if components else None, len(view))
         report = FeatureReport([str(each) for each in view.paths], str(target), list(view.layers))
         if dry_run:
             _look(view, wanted, report)
@@ -184,10 +193,21 @@ def extract_features(
             table.others["layers"] = np.array(report.layers, dtype="<i8")
             table.metadata = _metadata(view, wanted)
             if components is not None:
-                _project(table, spool, components, report)
+                _project(table, spool, components, fit_on, report)
             report.shapes = {name: list(each.shape) for name, each in table.features.items()}
             report.nbytes = write_features(table, target, overwrite=overwrite)
     return report
+
+
+def _check_free(
+    target: Path, archive: Archive, labels: PathLike | None, *, overwrite: bool
+) -> None:
+    folder = None if labels is None else Path(labels)
+    sidecars = (sidecar_path(path, folder) for path in archive.paths)
+    check_not_a_source(target, [*archive.paths, *(each for each in sidecars if each is not None)])
+    if target.exists() and not overwrite:
+        message = f"{target} exists; pass overwrite=True to replace it, or another name"
+        raise ArchiveExistsError(message)
 
 
 def _look(view: Archive, wanted: list[str], report: FeatureReport) -> None:
@@ -202,11 +222,9 @@ def _look(view: Archive, wanted: list[str], report: FeatureReport) -> None:
 def _check_problems(report: FeatureReport, *, allow_nan: bool) -> None:
     if allow_nan or not report.problems:
         return
-    more = len(report.problems) - _MOST_NAMED
-    said = "; ".join(report.problems[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
     message = (
-        f"{said}. Nothing was written; leave these samples or layers out, or pass allow_nan=True "
-        "to write such values"
+        f"{and_more(report.problems, separator='; ')}. Nothing was written; leave these samples "
+        "or layers out, or pass allow_nan=True to write such values"
     )
     raise FeatureError(message)
 
@@ -302,21 +320,22 @@ def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
 
 
 def _project(
-    table: FeatureTable, spool: _Spool, options: PcaOptions, report: FeatureReport
+    table: FeatureTable,
+    spool: _Spool,
+    options: PcaOptions,
+    fit_on: Sequence[int],
+    report: FeatureReport,
 ) -> None:
     """Add the projections of features of hidden states, layer by layer, and what was fitted."""
     for name in [each for each in table.features if FEATURES[each].is_state]:
         source = spool.columns[name]
         num_samples, num_layers, _ = source.shape
-        every = range(num_samples)
-        chosen = every if options.samples is None else options.samples
-        fit_on = every[chosen] if isinstance(chosen, slice) else [every[index] for index in chosen]
         fits = [
             fit_components(_finite_rows(source, layer, fit_on), options.num_components)
             for layer in range(num_layers)
         ]
         target = spool.new(f"{name}_pca", (num_layers, options.num_components))
-        for start in every:
+        for start in range(num_samples):
             (row,) = source.rows(start, start + 1)
             target.append(np.stack([fit.transform(row[i, None])[0] for i, fit in enumerate(fits)]))
         table.features[f"{name}_pca"] = target

@@ -17,7 +17,7 @@ from h5traces.errors import DatasetError
 from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
 from h5traces.graph.samples import ArchiveSamples, RecordSamples
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_paths
-from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES
+from h5traces.sources.opening import SOURCE_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -13,14 +13,12 @@ import numpy as np
 import torch
 import xxhash
 
-from h5traces.errors import ConversionError, DatasetError, LayerIndexError, StoredStateWarning
+from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.record import StepArrays
-from h5traces.format.trace import SourcePosition
 from h5traces.precision.head_mean import MEAN
-from h5traces.sources.pickle.layouts import to_record
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import open_source
 from h5traces.torch_data.dataset import (
     ShardGuard,
     check_layers,
@@ -331,13 +329,8 @@ class _Reader:
 
 def _records(path: Path) -> Iterator[TraceRecord]:
     """The records of a file, one by one."""
-    with open_batch(path) as batch:
-        for number, item in enumerate(batch):
-            try:
-                yield to_record(item, source=SourcePosition(file=0, position=number))
-            except ConversionError as error:
-                message = f"{path}: sample {number}: {error}"
-                raise ConversionError(message) from error
+    with open_source(path) as source:
+        yield from source.records()
 
 
 def _field(record: TraceRecord, name: str, absent: Any) -> Any:

@@ -98,10 +98,7 @@ MAX_AXES: Final = 32
 _MOST_RAW_NBYTES: Final = {
     "gzip": 1040,
     "deflate": 1040,
-    "lz4": 260,
-    "bitshuffle-lz4": 260,
     "zstd": 33_000,
-    "bitshuffle-zstd": 33_000,
 }
 
 

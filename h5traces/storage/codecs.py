@@ -148,15 +148,9 @@ GZIP: Final = DeflateCodec("gzip", shuffle=True)
 DEFLATE: Final = DeflateCodec("deflate", shuffle=False)
 ZSTD: Final = ZstdCodec("zstd", level=3)
 
-# `h5traces.storage.hdf5.plugin_codecs` adds those that only HDF5's own plugins can run.
 CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE, ZSTD)}
 # What `convert --codec` offers for the layered arrays.
-ArrayCodec = Literal["gzip", "zstd", "lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd"]
-
-
-def register(codec: Codec) -> None:
-    """Make a codec known to readers and writers."""
-    CODECS[codec.name] = codec
+ArrayCodec = Literal["gzip", "zstd"]
 
 
 def get_codec(name: str) -> Codec:

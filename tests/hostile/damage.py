@@ -29,6 +29,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.rewriting.repack import repack
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError, hdf5_end
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,17 +65,8 @@ def _subset(folder: Path) -> Path:
 
 
 def _zstd(folder: Path) -> Path:
-    return repacked(folder, "zstd")
-
-
-def _blosc2(folder: Path) -> Path:
-    return repacked(folder, "blosc2")
-
-
-def repacked(folder: Path, codec: str) -> Path:
-    """The first archive with another codec."""
     target = folder / "repacked.h5"
-    repack(_float16(folder), target, codec=codec)
+    repack(_float16(folder), target, precision=PrecisionOptions(codec="zstd"))
     return target
 
 
@@ -133,7 +125,6 @@ ARCHIVES: dict[str, Callable[[Path], Path]] = {
     "one tiny sample": _tiny,
     "several chunks per array": _large,
     "zstd": _zstd,
-    "blosc2": _blosc2,
 }
 
 

@@ -20,7 +20,7 @@ ATTACKS_BY_PLACE = {
     "HDF5 structures": hdf5_attacks.ATTACKS,
     "footer": footer_attacks.ATTACKS,
     "values and attributes": value_attacks.ATTACKS,
-    "chunks of plugins": plugin_attacks.ATTACKS,
+    "filters of plugins": plugin_attacks.ATTACKS,
 }
 ATTACKS = [attack for attacks in ATTACKS_BY_PLACE.values() for attack in attacks]
 

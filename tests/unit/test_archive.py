@@ -22,11 +22,13 @@ from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
     LayerIndexError,
+    SampleIndexError,
     StoredStateWarning,
     TraceNotFoundError,
 )
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
+from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,8 +120,19 @@ def test_selecting_layers(archive: h5traces.Archive) -> None:
     assert view.select(layers=[]).layers == ()
     assert list(view.select(layers=[])[0]["hidden_states"]) == []
     for missing in ([3], [-1], [1]):
-        with pytest.raises(LayerIndexError, match=r"not stored; stored: \[0, 2\]"):
+        with pytest.raises(LayerIndexError, match=r"layer .* stores 2 layers \(0, 2\)"):
             view.select(layers=missing)
+
+
+def test_selecting_samples(archive: h5traces.Archive, path: Path) -> None:
+    view = archive.select(samples="1:4").select(samples=[2, 0], layers="last")
+    assert ids(view) == ["tc_3", "tc_1"]
+    assert view.layers == (2,)
+    assert view.by_id("tc_3").ordinal == 3
+    with pytest.raises(SampleIndexError, match="sample 2 was asked for, but there are 2"):
+        view.select(samples=[2])
+    with pytest.raises(LayerIndexError, match=f"layer 0 was asked for, but {path} stores 1"):
+        view.select(layers="0-last")
 
 
 def test_reading_many_at_once(archive: h5traces.Archive) -> None:
@@ -174,7 +187,9 @@ def test_ids_may_repeat_and_be_missing(tmp_path: Path) -> None:
 def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     report = h5traces.convert(
-        make_archive(tmp_path, BATCH[:5]).with_suffix(".pkl"), folder, shard_samples=2
+        make_archive(tmp_path, BATCH[:5]).with_suffix(".pkl"),
+        folder,
+        target=TargetOptions(shard_samples=2),
     )
     assert report.ok
     assert [Path(target).name for target in report.files[0].targets] == [

@@ -60,6 +60,7 @@ def test_survives_what_worker_processes_do(kind: type[Exception]) -> None:
         ("SchemaError", ValueError),
         ("TraceNotFoundError", KeyError),
         ("LayerIndexError", IndexError),
+        ("SampleIndexError", IndexError),
         ("MissingDependencyError", ImportError),
         ("UnsafePickleError", errors.ConversionError),
         ("HostileFileError", errors.CorruptArchiveError),

@@ -14,7 +14,6 @@ from h5py import h5t
 
 from h5traces.format import text
 from h5traces.storage.codecs import get_codec
-from h5traces.storage.hdf5.plugin_codecs import applied_filters
 from h5traces.storage.hdf5.types import hdf5_type, text_type
 
 if TYPE_CHECKING:
@@ -54,9 +53,7 @@ def _message(kind: int, body: bytes, flags: int = 0) -> bytes:
 
 
 @lru_cache(maxsize=4096)
-def dataset_messages(
-    datatype: bytes, itemsize: int, shape: tuple[int, ...], chunk: tuple[int, ...], codec: str
-) -> bytes:
+def dataset_messages(datatype: bytes, itemsize: int, shape: tuple[int, ...], codec: str) -> bytes:
     """Dataspace, datatype, fill value and filters of a chunked dataset."""
     return b"".join(
         (
@@ -64,7 +61,7 @@ def dataset_messages(
             _message(_DATATYPE, datatype, _CONSTANT),
             # Version 3: allocated chunk by chunk, written if the user has set one, undefined.
             _message(_FILL_VALUE, bytes((3, 0x0B)), _CONSTANT),
-            _message(_FILTERS, _filters(itemsize, chunk, codec), _CONSTANT),
+            _message(_FILTERS, _filters(itemsize, codec), _CONSTANT),
         )
     )
 
@@ -86,10 +83,8 @@ def _simple_space(shape: tuple[int, ...]) -> bytes:
     return struct.pack(f"<4B{len(shape)}Q", 2, len(shape), 0, _SIMPLE, *shape)
 
 
-def _filters(itemsize: int, chunk: tuple[int, ...], codec: str) -> bytes:
+def _filters(itemsize: int, codec: str) -> bytes:
     filters = get_codec(codec).pipeline(itemsize)
-    if any(each.filter_id >= _FIRST_NAMED_FILTER for each in filters):
-        filters = applied_filters(codec, filters, itemsize, chunk)
     parts = [bytes((2, len(filters)))]
     for each in filters:
         no_name = (0,) if each.filter_id >= _FIRST_NAMED_FILTER else ()

@@ -27,7 +27,7 @@ from h5traces.format import layout
 from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
 from h5traces.storage import arrays as grid
 from h5traces.storage.arrays import check_sizes
-from h5traces.storage.codecs import codec_of
+from h5traces.storage.codecs import ZSTD, codec_of
 from h5traces.storage.deflate import unshuffle
 from h5traces.storage.files import LocalFile
 from h5traces.storage.hdf5 import safety
@@ -525,6 +525,8 @@ class _Walk:
 def _through_hdf5(dataset: h5d.DatasetID, entry: ObjectEntry) -> NDArray[Any]:
     dtype = np.dtype("<f4") if entry.dtype == "bfloat16" else carrier_dtype(entry.dtype)
     values = np.empty(entry.shape, dtype=dtype)
+    if entry.codec == ZSTD.name:
+        safety.require_zstd()
     if values.size:
         if dtype.kind == "S":
             dataset.read(h5s.ALL, h5s.ALL, values, mtype=dataset.get_type())

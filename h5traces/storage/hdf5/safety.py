@@ -13,7 +13,7 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from h5py import h5d, h5g, h5l, h5o, h5pl
+from h5py import h5d, h5g, h5l, h5o, h5pl, h5z
 from h5py._objects import phil  # the lock that every call of h5py takes; it has no public name
 
 from h5traces.errors import (
@@ -24,7 +24,7 @@ from h5traces.errors import (
 )
 from h5traces.format import layout
 from h5traces.storage import arrays as grid
-from h5traces.storage.codecs import FILTER_SHUFFLE, Filter, codec_of
+from h5traces.storage.codecs import FILTER_SHUFFLE, FILTER_ZSTD, Filter, codec_of
 from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
@@ -61,6 +61,28 @@ def no_plugin_search(*, allowed: bool) -> Iterator[None]:
         finally:
             for path in paths:
                 h5pl.append(path)
+
+
+def require_zstd() -> None:
+    """Register HDF5's Zstandard filter, without a search for it on disk.
+
+    Raises
+    ------
+    MissingFilterError
+        hdf5plugin is not installed, or lacks the filter.
+    """
+    # HDF5 looks through its plugin folders for a filter that is not registered, and hdf5plugin
+    # asks for every filter before it registers its own.
+    with no_plugin_search(allowed=False):
+        try:
+            import hdf5plugin  # noqa: F401  # registers its filters with HDF5
+        except ImportError as error:
+            message = f"HDF5 reads codec zstd with filter {FILTER_ZSTD}: pip install hdf5plugin"
+            raise MissingFilterError(message) from error
+        is_registered = h5z.filter_avail(FILTER_ZSTD)
+    if not is_registered:
+        message = f"HDF5 reads codec zstd with filter {FILTER_ZSTD}, which hdf5plugin lacks here"
+        raise MissingFilterError(message)
 
 
 def check_superblock(path: Path) -> None:

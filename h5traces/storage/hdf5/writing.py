@@ -190,7 +190,7 @@ class Hdf5Writer:
         chunks: Iterable[bytes],
         attrs: Mapping[str, AttrValue],
     ) -> tuple[list[int], list[int]]:
-        described = dataset_messages(datatype, itemsize, shape, chunk, codec)
+        described = dataset_messages(datatype, itemsize, shape, codec)
         addresses, sizes = [], []
         for stored in chunks:
             addresses.append(self._append(stored))

@@ -1,0 +1,156 @@
+"""Which layers and samples a user chooses: the text of the command line, and what it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from h5traces.errors import LayerIndexError, SampleIndexError
+
+LayerChoice = str | Iterable[int] | None
+SampleChoice = str | slice | Iterable[int] | None
+
+_LAST: Final = "last"
+_MOST_DIGITS: Final = 18
+_LAYERS_FORM: Final = "expected 0-based numbers, ranges and 'last', such as 0,5,10-12,last"
+_SAMPLES_FORM: Final = "expected indices such as 0,3,7 or a slice such as 0:100"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Layers and samples to keep; None keeps all.
+
+    Attributes
+    ----------
+    layers
+        The model's own 0-based layer numbers, or text such as ``0,5,10-12,last``.
+    samples
+        0-based indices (negative ones count from the end), a slice, or text such as ``0,3`` or
+        ``0:100``.
+
+    Raises
+    ------
+    LayerIndexError, SampleIndexError
+        The text names no layers or no samples.
+    """
+
+    layers: LayerChoice = None
+    samples: SampleChoice = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            _layer_ranges(self.layers)
+        if isinstance(self.samples, str):
+            _parsed_samples(self.samples)
+
+
+def choose_layers(
+    choice: LayerChoice, available: Sequence[int], owner: str = "the model has"
+) -> tuple[int, ...]:
+    """The chosen layer numbers, ascending, each once.
+
+    Parameters
+    ----------
+    choice
+        As in `Selection`; None for all that are available.
+    available
+        Layer numbers there are, ascending.
+    owner
+        Begins the sentence of the error that lists them.
+
+    Raises
+    ------
+    LayerIndexError
+        A layer is not available, or text names no layers.
+    """
+    if choice is None:
+        return tuple(available)
+    last = available[-1] if available else -1
+    wanted: set[int] = set()
+    if isinstance(choice, str):
+        for low, high in _layer_ranges(choice):
+            low, high = (last if each is None else each for each in (low, high))
+            # A range that a typing error made huge must not fill the memory.
+            wanted |= set(range(low, max(low, min(high, last + 1)) + 1))
+    else:
+        wanted = set(choice)
+    for layer in sorted(wanted.difference(available)):
+        message = (
+            f"layer {layer} was asked for, but {owner} {len(available)} layers "
+            f"({_listed(available)}); choose among these"
+        )
+        raise LayerIndexError(message)
+    return tuple(sorted(wanted))
+
+
+def choose_samples(choice: SampleChoice, num_samples: int) -> Sequence[int]:
+    """The chosen indices, in the order of the choice.
+
+    Parameters
+    ----------
+    choice
+        As in `Selection`; None for all.
+    num_samples
+        How many samples there are.
+
+    Raises
+    ------
+    SampleIndexError
+        There is no such sample, or text names no samples.
+    """
+    every = range(num_samples)
+    if choice is None:
+        return every
+    if isinstance(choice, str):
+        choice = _parsed_samples(choice)
+    if isinstance(choice, slice):
+        return every[choice]
+    indices = tuple(choice)
+    for index in indices:
+        if not -num_samples <= index < num_samples:
+            message = f"sample {index} was asked for, but there are {num_samples}, counted from 0"
+            raise SampleIndexError(message)
+    return tuple(every[index] for index in indices)
+
+
+def _layer_ranges(text: str) -> list[tuple[int | None, int | None]]:
+    """First and last layer of every part; None stands for the last layer there is."""
+    found = []
+    for part in text.split(","):
+        first, dash, end = (each.strip() for each in part.partition("-"))
+        bounds = (first, end) if dash else (first, first)
+        if not all(each == _LAST or _is_number(each) for each in bounds):
+            message = f"{part.strip()!r} is no layer; {_LAYERS_FORM}"
+            raise LayerIndexError(message)
+        low, high = (None if each == _LAST else int(each) for each in bounds)
+        if high is not None and (low is None or low > high):
+            message = f"{part.strip()!r} runs backwards; write the lower layer first"
+            raise LayerIndexError(message)
+        found.append((low, high))
+    return found
+
+
+def _is_number(text: str) -> bool:
+    # `str.isdigit` takes superscripts, too, and `int` raises where a number is very long.
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+
+
+def _parsed_samples(text: str) -> slice | list[int]:
+    try:
+        if ":" in text:
+            chosen = slice(*(int(part) if part.strip() else None for part in text.split(":")))
+            range(0)[chosen]  # a step of 0 is an error
+            return chosen
+        return [int(part) for part in text.split(",")]
+    except (ValueError, TypeError):
+        message = f"{text!r} names no samples; {_SAMPLES_FORM}"
+        raise SampleIndexError(message) from None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "none"
+    if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
