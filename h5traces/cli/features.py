@@ -15,15 +15,14 @@ from h5traces.cli.console import (
     Layers,
     count_progress,
     first_lines,
-    parse_layers,
     print_json,
     reported,
     warn,
 )
-from h5traces.cli.rewriting import parse_samples
-from h5traces.errors import ArchiveExistsError
-from h5traces.features import extract_features
+from h5traces.errors import ArchiveExistsError, TargetError
+from h5traces.features import PcaOptions, extract_features
 
+_USAGE = (ArchiveExistsError, TargetError, IndexError)
 _POOLED = ("mean", "max", "answer_mean", "answer_max")
 _ATTENTION = {"entropy": "attention_entropy", "sink": "sink_mass", "lookback": "lookback_ratio"}
 
@@ -31,7 +30,7 @@ _ATTENTION = {"entropy": "attention_entropy", "sink": "sink_mass", "lookback": "
 def features(
     sources: Archives,
     output: Annotated[
-        Path,
+        str,
         typer.Option("-o", "--output", metavar="DEST", help="`.h5`, `.npz` or `.parquet`."),
     ],
     last_token: Annotated[
@@ -89,15 +88,14 @@ def features(
     if not names:
         message = "name at least one of --last-token, --pooled and --attention"
         raise typer.BadParameter(message)
-    with reported((ArchiveExistsError,)), count_progress(str(output)) as update:
+    components = None if pca is None else PcaOptions(pca, pca_samples, only=pca_only)
+    with reported(_USAGE), count_progress(output) as update:
         report = extract_features(
             sources,
             output,
             names,
-            layers=parse_layers(layers),
-            pca=pca,
-            pca_samples=parse_samples(pca_samples),
-            pca_only=pca_only,
+            layers=layers,
+            pca=components,
             labels=labels,
             allow_nan=allow_nan,
             workers=workers,
