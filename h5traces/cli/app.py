@@ -34,8 +34,8 @@ _PANELS: Final = {
     "Make archives": {
         "converting": {
             "convert": "Convert legacy trace batches to archives.",
+            "calibrate": "Measure the channels of hidden states, for lossy tiers.",
         },
-        "precision": {"calibrate": "Measure the channels of hidden states, for lossy tiers."},
         "extracting": {
             "extract": "Run a model on questions and archive its traces.",
             "estimate": "Estimate the size of traces, per sample and per 1000.",

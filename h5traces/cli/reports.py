@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from h5traces.cli.console import cell, human_size, print_line, print_table
+from h5traces.cli.console import cell, human_size, print_line, print_table, warn
 from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from h5traces.features import FeatureReport
     from h5traces.fidelity import FidelityReport, StateFidelity, Unmatched, WeightFidelity
     from h5traces.rewriting.label import LabelReport
+    from h5traces.rewriting.repack import RepackReport
     from h5traces.rewriting.reports import ConversionReport, FileReport
 
 
@@ -28,6 +29,18 @@ def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     for name in columns:
         table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     return table
+
+
+def warn_of_loss(precision: str | None) -> None:
+    """Say once that precision was lost."""
+    if precision is not None:
+        warn(f"{precision}: the archives hold less than their sources; keep those if you need more")
+
+
+def warn_of(note: str | None) -> None:
+    """A warning, where there is something to say."""
+    if note is not None:
+        warn(note)
 
 
 def print_conversion(report: ConversionReport) -> None:
@@ -72,6 +85,19 @@ def _total(report: ConversionReport) -> FileReport:
         total.seconds += each.seconds
         total.warnings += each.warnings
     return total
+
+
+def print_rewrite(report: RepackReport, *, dry_run: bool) -> None:
+    """The targets of a rewrite, and how they were made."""
+    targets = report.targets[0]
+    if len(report.targets) > 1:
+        targets += f" … {report.targets[-1]}"
+    how = "chunks copied" if report.copied else "compressed anew"
+    if dry_run:
+        print_line(f"would write {targets}: {report.num_samples} samples, {how}")
+        return
+    sizes = f"{human_size(report.source_nbytes)} -> {human_size(report.target_nbytes)}"
+    print_line(f"wrote {targets}: {report.num_samples} samples, {sizes}, {how}")
 
 
 def print_inspection(result: Inspection) -> None:
@@ -355,12 +381,3 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
     )
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")
-    told = found.claim
-    print_line(
-        f"It is told that 1000 samples of Llama-2-7B take {human_size(told.low_nbytes)} to "
-        f"{human_size(told.high_nbytes)} in gzip and float16. By the stated rates they take "
-        f"{human_size(told.all_layers_nbytes)} at {told.seq_len} tokens, and "
-        f"{human_size(told.seven_layers_nbytes)} with 7 of the 32 layers. In the tier compact, "
-        f"which is not exact, they take {human_size(told.compact_nbytes)}, and "
-        f"{human_size(told.compact_seven_layers_nbytes)} with 7 layers."
-    )

@@ -178,9 +178,9 @@ def codec_of(filters: tuple[Filter, ...]) -> str | None:
     return next((codec.name for codec in CODECS.values() if codec.accepts(filters)), None)
 
 
-def tools_note(codec: str) -> str | None:
+def tools_note(codec: str | None) -> str | None:
     """What a user should know of the tools that open archives of this codec; None for gzip."""
-    if codec == GZIP.name:
+    if codec in (None, GZIP.name):
         return None
     filters = ", ".join(str(each.filter_id) for each in get_codec(codec).pipeline(2))
     return (

@@ -1,0 +1,226 @@
+"""What makes a function a command: groups of options, errors as messages, exit codes, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+import signal
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import typer
+
+from h5traces.cli.console import fail, warn
+from h5traces.errors import (
+    ArchiveExistsError,
+    H5TracesError,
+    LayerIndexError,
+    LossyArchiveError,
+    LossyWarning,
+    MissingDependencyError,
+    PrecisionError,
+    SampleIndexError,
+    StoredStateWarning,
+    TargetError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from types import FrameType
+
+EXIT_PROBLEMS: Final = 1
+EXIT_USAGE: Final = 2
+# In every command, these are about its arguments.
+_USAGE_ERRORS: Final = (
+    FileNotFoundError,
+    ArchiveExistsError,
+    LayerIndexError,
+    LossyArchiveError,
+    MissingDependencyError,
+    PrecisionError,
+    SampleIndexError,
+    TargetError,
+)
+# How messages of the library name a parameter: overwrite=True, head_mean='only'.
+_PARAMETER: Final = re.compile(r"\b([a-z_]+)=(?:(True)|'(\w+)')")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Annotates a parameter of a command that stands for several options.
+
+    Attributes
+    ----------
+    build
+        Makes the value; its parameters are the options.
+    """
+
+    build: Callable[..., Any]
+
+
+def command(
+    *usage_errors: type[Exception],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates the function of a command.
+
+    Parameters annotated with a `Group` become its options. Errors end in one line on stderr and an
+    exit code: 1 for problems, 2 for wrong usage, 128 + number for a signal.
+
+    Parameters
+    ----------
+    usage_errors
+        Errors that are wrong usage in this command, beside those that are so in all.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        options: list[inspect.Parameter] = []
+        groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+        for each in inspect.signature(function, eval_str=True).parameters.values():
+            metadata = getattr(each.annotation, "__metadata__", ())
+            if not (metadata and isinstance(metadata[0], Group)):
+                options.append(each)
+                continue
+            build = metadata[0].build
+            spread = inspect.signature(build, eval_str=True).parameters
+            groups[each.name] = build, list(spread)
+            options += spread.values()
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            with _reported((*_USAGE_ERRORS, *usage_errors), frozenset(given)):
+                for name, (build, names) in groups.items():
+                    given[name] = build(**{each: given.pop(each) for each in names})
+                function(**given)
+
+        named = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options]
+        run.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in named}
+        return run
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _reported(
+    usage_errors: tuple[type[Exception], ...], options: Collection[str]
+) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", StoredStateWarning)
+        warnings.simplefilter("always", LossyWarning)
+        try:
+            with _sigterm_raises():
+                yield
+        except BrokenPipeError:
+            # The reader of a pipe (head, less) has seen enough.
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+        except (H5TracesError, OSError) as error:
+            fail(_with_flags(error, options))
+            is_usage = isinstance(error, usage_errors)
+            raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS) from None
+        except KeyboardInterrupt as stop:
+            fail("stopped; no unfinished file was kept")
+            number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
+            raise typer.Exit(128 + number) from None
+        finally:
+            for each in caught:
+                warn(_flagged(str(each.message), options))
+
+
+def _with_flags(error: Exception, options: Collection[str]) -> str:
+    """The message of an error, with the options of the command that help."""
+    message = _flagged(str(error), options)
+    if isinstance(error, ArchiveExistsError):
+        help_of = {
+            "overwrite": "--overwrite replaces it",
+            "skip_existing": "--skip-existing keeps what is finished",
+        }
+        for name, text in help_of.items():
+            if name in options and text.split()[0] not in message:
+                message += f"; {text}"
+    return message
+
+
+def _flagged(message: str, options: Collection[str]) -> str:
+    """A message in which parameters of Python are options of the command."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, is_true, value = found.groups()
+        if name not in options:
+            return found[0]
+        option = f"--{name.replace('_', '-')}"
+        return option if is_true else f"{option} {value}"
+
+    return _PARAMETER.sub(flag, message)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM came; handled as Ctrl-C is."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM, as a batch system sends it before it kills, stops cleanly inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+class Stop:
+    """Whether a signal came. One before the first batch, and a second one, stop at once.
+
+    Attributes
+    ----------
+    number
+        The signal; 0 for none.
+    before
+        The handlers that were there before.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._is_computing = False
+        self.before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Asked before every batch."""
+        self._is_computing = True
+        return self.number != 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        if self.number or not self._is_computing:
+            self.before[number](number, frame)
+        self.number = number
+        warn("finishing the current batch; press again to stop at once")
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM let the batch that is being computed finish."""
+    stop = Stop()
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What is ignored (nohup, a shell's background job) stays ignored.
+        stop.before = {number: each for number, each in found.items() if callable(each)}
+    for number in stop.before:
+        signal.signal(number, stop.note)
+    try:
+        yield stop
+    finally:
+        for number, handler in stop.before.items():
+            signal.signal(number, handler)
