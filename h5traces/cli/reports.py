@@ -11,7 +11,7 @@ from h5traces.cli.console import cell, human_size, print_line, print_table
 
 if TYPE_CHECKING:
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
-    from h5traces.checking.validate import ValidationReport
+    from h5traces.checking.reports import ValidationReport
     from h5traces.checking.verify import VerifyReport
     from h5traces.errors import Problem
     from h5traces.extract.estimate import Estimate
