@@ -16,9 +16,8 @@ from h5traces.checking.validate import validate_file
 from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, Problem
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
-from h5traces.format.digests import dataset_digest, sample_digest
+from h5traces.format.digests import difference, sample_difference, sample_digest
 from h5traces.format.document import Attrs, from_attributes, to_attributes
-from h5traces.format.entries import digest_type
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.trace import SourcePosition
@@ -29,7 +28,6 @@ from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.writing.options import WriteOptions
 from h5traces.writing.preparation import record_attributes
-from h5traces.writing.read_back import stored_sample_digest
 
 if TYPE_CHECKING:
     from h5traces.archive.stores import Store
@@ -248,9 +246,9 @@ def sample_damage(
     ):
         if found is not None:
             yield f"{place}/{path}", found
-    if stored_sample_digest(sample) != sample.attrs.get("digest"):
-        message = "metadata or datasets do not fit the sample's digest"
-        yield place, CorruptArchiveError(message)
+    differs = sample_difference(sample)
+    if differs is not None:
+        yield place, CorruptArchiveError(differs)
 
 
 def _array_damage(store: Store, sample: SampleEntry, path: str) -> Exception | None:
@@ -259,11 +257,8 @@ def _array_damage(store: Store, sample: SampleEntry, path: str) -> Exception | N
         entry = sample.objects[path]
     except H5TracesError as error:
         return error
-    if dataset_digest(digest_type(entry.dtype), values) != entry.attrs.get("digest"):
-        return CorruptArchiveError(
-            "the values do not fit their digest; they were exchanged or edited"
-        )
-    return None
+    differs = difference(entry, values)
+    return None if differs is None else CorruptArchiveError(differs)
 
 
 def _check_against(

@@ -203,7 +203,7 @@ def extract(
         precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits) or EXACT
         from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
-        _quiet()
+        extraction.hide_progress_bars()
         options = extraction.ExtractOptions(
             layers=layers,
             kinds=_kinds(kinds),
@@ -367,7 +367,7 @@ def _measured(
         raise typer.BadParameter(message)
     from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
-    _quiet()
+    extraction.hide_progress_bars()
     with samples_progress("pilot") as update:
         return extraction.estimate_with_pilot(
             extraction.ModelChoice(
@@ -407,13 +407,3 @@ def _shape(
 def _kinds(text: str) -> Any:
     """Kinds as they are named on the command line; unknown ones are refused with the options."""
     return tuple(dict.fromkeys(each.strip() for each in text.split(",")))
-
-
-def _quiet() -> None:
-    """No bars of transformers between our lines."""
-    from transformers.utils import logging
-
-    from h5traces.extract import extract_dataset  # noqa: F401  # names what is not installed
-
-    untyped: Any = logging.disable_progress_bar
-    untyped()

@@ -12,14 +12,13 @@ from h5traces.cli.console import (
     Json,
     count_progress,
     fail,
+    first_lines,
     print_json,
     reported,
     warn,
 )
 from h5traces.errors import H5TracesError
 from h5traces.fidelity import FidelityReport, compare
-
-_MOST_NAMED = 5
 
 
 def fidelity(
@@ -75,7 +74,4 @@ def _notes(report: FidelityReport) -> list[str]:
     """What was not compared."""
     lines = reports.unmatched_lines(report.only_in_a, "A")
     lines += reports.unmatched_lines(report.only_in_b, "B")
-    lines += report.skipped[:_MOST_NAMED]
-    if len(report.skipped) > _MOST_NAMED:
-        lines.append(f"and {len(report.skipped) - _MOST_NAMED} more, which --json lists")
-    return lines
+    return lines + first_lines(report.skipped)
