@@ -211,7 +211,7 @@ def test_an_hdf5_file_of_another_program(tmp_path: Path) -> None:
         file["data"] = np.arange(3)
     with pytest.raises(NotAnArchiveError, match=r"no h5traces archive.*'h5traces convert'"):
         h5traces.open(path)
-    with pytest.raises(NotAnArchiveError, match="nothing to seal"):
+    with pytest.raises(NotAnArchiveError, match="cannot be sealed"):
         seal(path)
     assert [each.kind for each in validate(path).problems] == ["not_an_archive"]
 
