@@ -49,7 +49,7 @@ from h5traces.rewriting.repack import repack
 from h5traces.sources.pickle.layouts import to_record
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.calibrate import Measurement, record_states
-from h5traces.writing.options import WriteOptions
+from h5traces.writing.options import TargetOptions, WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -237,7 +237,7 @@ def measured(options: argparse.Namespace) -> dict[str, Figures]:
             figures[tier].read_nbytes = float16_nbytes(path)
             write(path, repeated, options_of(tier, calibration))
             figures[tier].thousand_nbytes = per_thousand(path, options.samples)
-            repack(path, seven, layers=layers, overwrite=True, verify=False)
+            repack(path, seven, layers=layers, target=TargetOptions(overwrite=True, verify=False))
             figures[tier].seven_nbytes = per_thousand(seven, options.samples)
             path.unlink()
     return figures

@@ -33,6 +33,7 @@ from training_cases import CASES, Data
 from training_report import report
 
 import h5traces
+from h5traces.writing.options import TargetOptions
 
 DOCUMENT: Final = REPOSITORY / "docs" / "training.md"
 _BEGIN, _END = "<!-- benchmark -->", "<!-- end of benchmark -->"
@@ -85,7 +86,9 @@ def prepare(folder: Path, scale: Scale) -> Data:
             batch = [next(samples) for _ in range(scale.samples_per_file)]
             write_batch(batch, pickles / f"{name}.pkl.gz")
             converted = h5traces.convert(
-                pickles / f"{name}.pkl.gz", archives / f"{name}.h5", verify=False
+                pickles / f"{name}.pkl.gz",
+                archives / f"{name}.h5",
+                target=TargetOptions(verify=False),
             )
             if not converted.ok:
                 raise SystemExit(converted.files[0].error)

@@ -40,7 +40,7 @@ def lazy_names(
             if extra is None or isinstance(error, MissingDependencyError):
                 raise
             message = (
-                f"{package} needs {error.name}, which is not installed; "
+                f"{error.name} is not installed, which {package} needs; "
                 f"pip install 'h5traces[{extra}]'"
             )
             raise MissingDependencyError(message) from error

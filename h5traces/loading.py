@@ -8,8 +8,7 @@ from typing import Any
 from h5traces.archive.opening import open_archive
 from h5traces.archive.tensors import materialised
 from h5traces.paths import Source, is_archive
-from h5traces.sources.pickle.layouts import as_dict
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import open_source
 from h5traces.storage.remote.paths import RemotePath, is_url
 
 
@@ -20,7 +19,7 @@ def load(path: Source) -> list[dict[str, Any]]:
     ----------
     path
         An ``.h5`` archive, also on a server, or a legacy ``.pkl`` or ``.pkl.gz`` batch. Pickles
-        are read by an interpreter of our own that executes nothing.
+        are read by an interpreter that executes nothing.
 
     Returns
     -------
@@ -35,5 +34,5 @@ def load(path: Source) -> list[dict[str, Any]]:
     if isinstance(path, RemotePath) or is_url(path) or is_archive(Path(path)):
         with open_archive(path) as archive:
             return [trace.to_dict() for trace in archive]
-    with open_batch(Path(path)) as batch:
-        return [materialised(as_dict(item)) for item in batch]
+    with open_source(path) as source:
+        return [materialised(each) for each in source.dicts()]

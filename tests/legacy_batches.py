@@ -9,12 +9,14 @@ import gzip
 import io
 import pickle
 import struct
+from dataclasses import fields
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import h5traces
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -406,10 +408,20 @@ def _tensor_bits(tensor: Any) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
+def grouped(**options: Any) -> dict[str, Any]:
+    """Keyword arguments of `convert` and `repack`: flat options are put into their groups."""
+    found: dict[str, Any] = {}
+    for name, group in (("precision", PrecisionOptions), ("target", TargetOptions)):
+        known = {each.name for each in fields(group)} & set(options)
+        if known:
+            found[name] = group(**{each: options.pop(each) for each in known})
+    return {**options, **found}
+
+
 def make_archive(folder: Path, batch: Any, *, name: str = "batch.pkl", **options: Any) -> Path:
     """An archive that `h5traces.convert` made of `batch`, beside its pickle in `folder`."""
     source = write_batch(folder / name, batch)
     target = source.with_name(f"{name.partition('.')[0]}.h5")
-    report = h5traces.convert(source, target, **options)
+    report = h5traces.convert(source, target, **grouped(**options))
     assert report.ok, report.files[0].error
     return target

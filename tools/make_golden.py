@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import h5traces
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 LAYERS, HIDDEN, HEADS, PROMPT = 3, 8, 2, 4
 WORDS = ("The", " answer", "\u00e9", "\ufffd", "\U0001f600", "\x00", "", "\ud83d", "\u241b", " end")
@@ -209,7 +210,7 @@ def goldens() -> dict[str, Golden]:
     """Every archive by file name."""
     rng = np.random.default_rng(0)
     plain = [trace(rng, number) for number in range(3)]
-    exact = {"dtype": "auto"}
+    exact = {"precision": PrecisionOptions(dtype="auto")}
     return {
         "full.h5": Golden(full(rng)),
         "layers.h5": Golden(in_type(plain, "float16"), {"layers": [0, 2]}),
@@ -242,7 +243,9 @@ def write(name: str, golden: Golden, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / golden.file_name
         source.write_bytes(pickle.dumps(golden.batch, protocol=4))
-        report = h5traces.convert(source, folder / name, overwrite=True, **golden.options)
+        report = h5traces.convert(
+            source, folder / name, target=TargetOptions(overwrite=True), **golden.options
+        )
     if not report.ok:
         raise SystemExit(report.files[0].error)
     expected = source_dicts(golden)

@@ -20,6 +20,7 @@ from h5traces.archive.scales import stored_scales
 from h5traces.archive.selection import choose_layers, choose_samples
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, SampleIndexError, TraceNotFoundError
+from h5traces.format.text import and_more
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
@@ -337,9 +338,7 @@ class Archive(Sequence[Trace]):
         self.close()
 
     def __repr__(self) -> str:
-        where = str(self._files[0].path)
-        if len(self._files) > 1:
-            where += f" and {len(self._files) - 1} more"
+        where = and_more(self.paths, 1)
         precision = self.metadata.precision
         told = f", {precision.tier}" if precision is not None else ""
         told += "" if self.metadata.is_exact else " (lossy)"

@@ -20,11 +20,10 @@ from h5traces.errors import (
 )
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
-from h5traces.format.digests import dataset_digest
+from h5traces.format.digests import DIGEST, difference
 from h5traces.format.document import Attrs, from_attributes
-from h5traces.format.entries import ObjectEntry, SampleEntry, digest_type
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import DIGEST, FooterError
+from h5traces.storage.footer import FooterError
 from h5traces.storage.remote.file import RemoteFile
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from h5traces.archive.labels import FileLabels
     from h5traces.archive.stores import Store, StoredSize
+    from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
     from h5traces.storage.remote.paths import RemoteOptions
@@ -182,14 +182,11 @@ class ArchiveFile:
 
     def _warn_of_edit(self, sample: SampleEntry, entry: ObjectEntry, values: NDArray[Any]) -> None:
         """No checksum of HDF5's shows that two chunks were exchanged; the digest does."""
-        expected = entry.attrs.get(DIGEST)
-        if entry.codec is None or expected is None:
+        if entry.codec is None or DIGEST not in entry.attrs:
             return
-        if dataset_digest(digest_type(entry.dtype), values) != expected:
-            self._warn(
-                f"{layout.sample_path(sample.ordinal)}/{entry.path}: the values do not fit their "
-                "digest; they were edited, or exchanged by damage"
-            )
+        differs = difference(entry, values)
+        if differs is not None:
+            self._warn(f"{layout.sample_path(sample.ordinal)}/{entry.path}: {differs}")
 
     def scale(self, path: str) -> ChannelScale:
         """The scale of a layer, such as ``hidden_states/layer_005``.

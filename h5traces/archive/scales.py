@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import CorruptArchiveError, HostileFileError, SchemaError
 from h5traces.format import layout
-from h5traces.format.digests import dataset_digest
+from h5traces.format.digests import DIGEST, difference
 from h5traces.format.document import from_attributes
 from h5traces.format.precision import CalibrationRecord
 from h5traces.precision.scales import (
@@ -17,7 +17,6 @@ from h5traces.precision.scales import (
     read_scale,
     read_statistics,
 )
-from h5traces.storage.footer import DIGEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,12 +108,9 @@ def _group(store: Store) -> SampleEntry | None:
 def _values(store: Store, group: SampleEntry, path: str) -> NDArray[Any]:
     """One array; everything is decoded with it, so it must be the one that was written."""
     values, entry = store.read(group, path), group.objects[path]
-    expected = entry.attrs.get(DIGEST)
-    if expected is not None and dataset_digest(entry.dtype, values) != expected:
-        message = (
-            f"/{path}: the values do not fit their digest; they were edited, or exchanged by "
-            "damage; restore the file from a copy"
-        )
+    differs = difference(entry, values) if DIGEST in entry.attrs else None
+    if differs is not None:
+        message = f"/{path}: {differs}; restore the file from a copy"
         raise CorruptArchiveError(message)
     return values
 

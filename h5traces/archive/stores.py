@@ -13,13 +13,13 @@ import numpy as np
 
 from h5traces.errors import ArchiveError, CorruptArchiveError, RemoteError
 from h5traces.format import layout
+from h5traces.format.digests import DIGEST
 from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
 from h5traces.storage.arrays import check_sizes, read_array, read_checked_array
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
     COLUMNS,
-    DIGEST,
     FooterError,
     FooterTables,
     attrs_from_json,

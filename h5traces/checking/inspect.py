@@ -11,18 +11,15 @@ import numpy as np
 
 from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open_archive
-from h5traces.errors import ConversionError, SchemaError
+from h5traces.errors import SchemaError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import StepArrays, TraceRecord
-from h5traces.format.trace import SourcePosition
 from h5traces.paths import is_archive
-from h5traces.sources.pickle.layouts import names_in_file_name, num_layers_of
-from h5traces.sources.pickle.layouts import to_record as record_of_item
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath, is_url
-from h5traces.writing.transcription import to_record as record_of_trace
+from h5traces.writing.transcription import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -189,7 +186,7 @@ def _inspect_archive(
         wanted = len(archive) if samples == "all" else min(samples, len(archive))
         looked_at = []
         for index in range(wanted):
-            looked_at.append(_sample_stats(index, record_of_trace(archive[index])))
+            looked_at.append(_sample_stats(index, to_record(archive[index])))
             for each in looked_at[-1].arrays:
                 reason = archive[index].attrs(f"{each.kind}/{each.name}").get("kept_exact")
                 each.kept_exact = None if reason is None else str(reason)
@@ -221,16 +218,8 @@ def _inspect_batch(
     looked_at: list[SampleStats] = []
     raw: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    num_layers = 0
-    with open_batch(file) as batch:
-        for index, item in enumerate(batch):
-            try:
-                place = SourcePosition(file=0, position=index)
-                record = record_of_item(item, source=place)
-            except (ConversionError, SchemaError) as error:
-                message = f"{file}: sample {index}: {error}"
-                raise ConversionError(message) from error
-            num_layers = max(num_layers, num_layers_of(item))
+    with open_source(file) as source:
+        for index, record in enumerate(source.records()):
             stats = _sample_stats(index, record, read=samples == "all" or index < samples)
             lengths.append(stats.seq_len)
             coverage[stats.coverage] += 1
@@ -240,14 +229,14 @@ def _inspect_batch(
             if samples == "all" or index < samples:
                 looked_at.append(stats)
             if progress is not None:
-                progress(*batch.progress)
+                progress(*source.progress)
     return Inspection(
         path=str(file),
         container="pickle",
         nbytes=file.stat().st_size,
-        metadata=names_in_file_name(file.name),
+        metadata=facts_in_name(file),
         num_samples=len(lengths),
-        layers=list(range(num_layers)),
+        layers=list(range(source.num_layers)),
         lengths=_length_stats(lengths),
         coverage=dict(coverage),
         sizes={

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive.file import check_version
 from h5traces.errors import CorruptArchiveError, NotAnArchiveError
 from h5traces.format import layout
-from h5traces.format.digests import chunk_checksum, dataset_digest
-from h5traces.format.entries import digest_type
+from h5traces.format.digests import chunk_checksum, difference, sample_difference
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.arrays import read_array, read_chunk
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterBuilder, hdf5_end
 from h5traces.storage.hdf5.reading import Hdf5Reader
-from h5traces.writing.read_back import stored_sample_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,7 +109,7 @@ def seal(
             place = layout.sample_path(sample.ordinal)
             entries = list(pool.map(lambda entry: _sealed(file, entry, limits), _all(sample)))
             report.edited += [f"{place}/{entry.path}" for entry, fits in entries if not fits]
-            if stored_sample_digest(sample) != sample.attrs.get("digest"):
+            if sample_difference(sample):
                 report.edited.append(place)
             builder.add_sample(sample.attrs, (entry for entry, _ in entries))
             if progress is not None:
@@ -146,8 +144,8 @@ def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[Ob
     values = read_array(file, entry, limits)
     numbers = range(len(entry.chunks.offsets))
     checksums = tuple(chunk_checksum(read_chunk(file, entry, number)) for number in numbers)
-    fits = dataset_digest(digest_type(entry.dtype), values) == entry.attrs.get("digest")
-    return replace(entry, chunks=replace(entry.chunks, checksums=checksums)), fits
+    sealed = replace(entry, chunks=replace(entry.chunks, checksums=checksums))
+    return sealed, difference(entry, values) is None
 
 
 def _append(path: Path, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:

@@ -15,20 +15,17 @@ from h5traces.checking.validate import validate
 from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, Problem
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
-from h5traces.format.digests import dataset_digest, sample_digest
+from h5traces.format.digests import difference, sample_difference, sample_digest
 from h5traces.format.document import Attrs, from_attributes, to_attributes
-from h5traces.format.entries import digest_type
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.trace import SourcePosition
 from h5traces.precision.head_mean import with_head_mean
-from h5traces.sources.pickle.layouts import to_record
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import open_source
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.writing.options import WriteOptions
 from h5traces.writing.preparation import record_attributes
-from h5traces.writing.read_back import stored_sample_digest
 
 if TYPE_CHECKING:
     from h5traces.archive.stores import Store
@@ -257,9 +254,9 @@ def sample_damage(
     ):
         if found is not None:
             yield f"{place}/{path}", found
-    if stored_sample_digest(sample) != sample.attrs.get("digest"):
-        message = "metadata or datasets do not fit the sample's digest"
-        yield place, CorruptArchiveError(message)
+    differs = sample_difference(sample)
+    if differs is not None:
+        yield place, CorruptArchiveError(differs)
 
 
 def _array_damage(store: Store, sample: SampleEntry, path: str) -> Exception | None:
@@ -268,11 +265,8 @@ def _array_damage(store: Store, sample: SampleEntry, path: str) -> Exception | N
         entry = sample.objects[path]
     except H5TracesError as error:
         return error
-    if dataset_digest(digest_type(entry.dtype), values) != entry.attrs.get("digest"):
-        return CorruptArchiveError(
-            "the values do not fit their digest; they were exchanged or edited"
-        )
-    return None
+    differs = difference(entry, values)
+    return None if differs is None else CorruptArchiveError(differs)
 
 
 def _check_against(
@@ -299,18 +293,16 @@ def _check_against(
     )
     copies = _copies_of(store, metadata, batch_path)
     num_compared = 0
-    with open_batch(batch_path) as batch, ThreadPoolExecutor(workers) as pool:
-        for position, item in enumerate(batch):
+    with open_source(batch_path) as source, ThreadPoolExecutor(workers) as pool:
+        for position, record in enumerate(source.records(layers=metadata.layers)):
             if position not in copies:
                 message = f"sample {position} of {batch_path} is not in the archive"
                 report.problems.append(Problem("/samples", message, "missing_sample"))
                 continue
             index = copies[position]
-            place = SourcePosition(file=0, position=position)
-            record = to_record(item, source=place, layers=metadata.layers)
-            record = with_head_mean(record, options.precision)
-            expected = record_attributes(record, options, pool)
-            facts = to_attributes(record.describe().metadata)
+            encoded = with_head_mean(record, options.precision)
+            expected = record_attributes(encoded, options, pool)
+            facts = to_attributes(encoded.describe().metadata)
             # Of another archive, which a batch does not know.
             stored = store.sample_attrs(index)
             facts |= {name: stored[name] for name in ("exact_digest",) if name in stored}
@@ -321,7 +313,7 @@ def _check_against(
                 _add(report, loc, error)
             num_compared += 1
             if progress is not None:
-                progress(*batch.progress)
+                progress(*source.progress)
     note = f"{num_compared} samples compared with {batch_path}"
     if not metadata.is_exact:
         note += f", encoded as {metadata.precision}: the archive holds less than it"

@@ -238,6 +238,12 @@ def parse_layers(value: str | None) -> list[int] | None:
     return layers
 
 
+def first_lines(lines: list[str], most: int = 5) -> list[str]:
+    """The first of many lines, and one that says how many more there are."""
+    more = len(lines) - most
+    return [*lines[:most], *([f"and {more} more, which --json lists"] if more > 0 else [])]
+
+
 class Stop:
     """Whether a signal came. One before the first batch, and a second one, stop at once.
 

@@ -37,10 +37,10 @@ from h5traces.cli.precision import (
 )
 from h5traces.errors import ConversionError
 from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
-from h5traces.format.precision import EXACT
 from h5traces.rewriting.convert import convert as convert_batches
 from h5traces.rewriting.reports import Progress
 from h5traces.storage.codecs import ArrayCodec, tools_note
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 
 def convert(
@@ -123,19 +123,23 @@ def convert(
             sources,
             output,
             layers=wanted,
-            tier=precision or EXACT,
-            scales=scales,
-            calibration_samples=calibration_samples,
-            dtype=dtype,
-            on_overflow=on_overflow,
-            codec=codec,
+            precision=PrecisionOptions(
+                tier=precision,
+                scales=scales,
+                calibration_samples=calibration_samples,
+                dtype=dtype,
+                on_overflow=on_overflow,
+                codec=codec,
+            ),
+            target=TargetOptions(
+                shard_samples=shard_samples,
+                overwrite=overwrite,
+                skip_existing=skip_existing,
+                verify=verify,
+                dry_run=dry_run,
+                workers=workers,
+            ),
             merge=merge,
-            shard_samples=shard_samples,
-            overwrite=overwrite,
-            skip_existing=skip_existing,
-            verify=verify,
-            dry_run=dry_run,
-            workers=workers,
             model_id=model_id,
             dataset=dataset,
             progress=progress,

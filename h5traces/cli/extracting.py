@@ -184,7 +184,7 @@ def extract(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Ask a model questions, and archive what happens inside it.
+    """Run a model on questions and archive its traces.
 
     Each answer is generated first; then one clean forward pass over prompt and answer gives hidden
     states `(S, H)` and attentions `(A, S, S)` of every layer. Every sample is durable before it
@@ -203,7 +203,7 @@ def extract(
         precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits) or EXACT
         from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
-        _quiet()
+        extraction.hide_progress_bars()
         options = extraction.ExtractOptions(
             layers=layers,
             kinds=_kinds(kinds),
@@ -313,7 +313,7 @@ def estimate(
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Tell how much room traces take: per sample, and per 1000.
+    """Estimate the size of traces, per sample and per 1000.
 
     From the configuration alone, raw sizes are exact and those of archives estimated with rates
     that were measured on the small model of the repository. `--pilot` measures on yours.
@@ -367,7 +367,7 @@ def _measured(
         raise typer.BadParameter(message)
     from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
-    _quiet()
+    extraction.hide_progress_bars()
     with samples_progress("pilot") as update:
         return extraction.estimate_with_pilot(
             extraction.ModelChoice(
@@ -407,11 +407,3 @@ def _shape(
 def _kinds(text: str) -> Any:
     """Kinds as they are named on the command line; unknown ones are refused with the options."""
     return tuple(dict.fromkeys(each.strip() for each in text.split(",")))
-
-
-def _quiet() -> None:
-    """No bars of transformers between our lines."""
-    from transformers.utils import logging
-
-    untyped: Any = logging.disable_progress_bar
-    untyped()

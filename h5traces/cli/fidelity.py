@@ -12,14 +12,13 @@ from h5traces.cli.console import (
     Json,
     count_progress,
     fail,
+    first_lines,
     print_json,
     reported,
     warn,
 )
 from h5traces.errors import H5TracesError
 from h5traces.fidelity import FidelityReport, compare
-
-_MOST_NAMED = 5
 
 
 def fidelity(
@@ -42,7 +41,7 @@ def fidelity(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure how faithfully archive B holds what archive A does, layer by layer.
+    """Compare a lossy archive with its original, layer by layer.
 
     States: error in units of each channel's standard deviation sigma (NRMSE, largest), relative
     error, cosine of each token, share of tokens that keep their nearest neighbour, and NRMSE of the
@@ -75,7 +74,4 @@ def _notes(report: FidelityReport) -> list[str]:
     """What was not compared."""
     lines = reports.unmatched_lines(report.only_in_a, "A")
     lines += reports.unmatched_lines(report.only_in_b, "B")
-    lines += report.skipped[:_MOST_NAMED]
-    if len(report.skipped) > _MOST_NAMED:
-        lines.append(f"and {len(report.skipped) - _MOST_NAMED} more, which --json lists")
-    return lines
+    return lines + first_lines(report.skipped)

@@ -10,10 +10,10 @@ import typer
 from h5traces.cli import reports
 from h5traces.cli.console import Archives, DryRun, Json, count_progress, print_json, reported, warn
 from h5traces.errors import ArchiveExistsError
-from h5traces.rewriting.label import ID_COLUMN, SCORE_COLUMN, THRESHOLD, LabelReport
+from h5traces.format.text import and_more
+from h5traces.rewriting.label import THRESHOLD, LabelReport, ScoreColumns
 from h5traces.rewriting.label import label as label_archives
-
-_MOST_NAMED = 5
+from h5traces.writing.options import TargetOptions
 
 
 def label(
@@ -35,10 +35,12 @@ def label(
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="Keep the scores and make no labels.")
     ] = False,
-    id_column: Annotated[str, typer.Option(metavar="NAME", help="Column of ids.")] = ID_COLUMN,
+    id_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of ids.")
+    ] = ScoreColumns().id,
     score_column: Annotated[
         str, typer.Option(metavar="NAME", help="Column of scores.")
-    ] = SCORE_COLUMN,
+    ] = ScoreColumns().score,
     partial: Annotated[
         bool,
         typer.Option("--partial", help="Go on where samples have no score; these get no label."),
@@ -49,7 +51,7 @@ def label(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Join scores to archives by question id, for `h5traces.open` to pick up.
+    """Join scores to archives by question id.
 
     Writes `<archive>.labels.json` beside each archive; archives are never changed. A sample without
     a score is an error, unless --partial leaves it without a label: none becomes 0 by itself. Ids
@@ -69,11 +71,9 @@ def label(
             output=output,
             folder=folder,
             threshold=None if scores_only else threshold,
-            id_column=id_column,
-            score_column=score_column,
+            columns=ScoreColumns(id_column, score_column),
             partial=partial,
-            overwrite=overwrite,
-            dry_run=dry_run,
+            target=TargetOptions(overwrite=overwrite, dry_run=dry_run),
             progress=update,
         )
     if json:
@@ -93,5 +93,4 @@ def _warn(report: LabelReport) -> None:
     }
     for what, names in found.items():
         if names:
-            more = ", …" if len(names) > _MOST_NAMED else ""
-            warn(f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}")
+            warn(f"{len(names)} {what}: {and_more(names)}")

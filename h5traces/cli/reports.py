@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from h5traces.cli.console import cell, human_size, print_line, print_table
+from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
@@ -300,8 +301,7 @@ def unmatched_lines(found: Unmatched, which: str) -> list[str]:
     """What only one archive has, for people."""
     lines = []
     if found.samples:
-        more = len(found.samples) - 3
-        named = ", ".join(found.samples[:3]) + (f" and {more} more" if more > 0 else "")
+        named = and_more(found.samples, 3)
         lines.append(f"{len(found.samples)} samples are only in {which}: {named}")
     kinds = found.kinds().items()
     lines += [f"{count} layers of {kind} are only in {which}" for kind, count in kinds]

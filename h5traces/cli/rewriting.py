@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,8 +46,11 @@ from h5traces.format.dtypes import DtypePolicy
 from h5traces.paths import expand_paths
 from h5traces.rewriting.export import export as export_archive
 from h5traces.rewriting.repack import RepackReport
+from h5traces.rewriting.repack import merge as merge_archives
 from h5traces.rewriting.repack import repack as repack_archives
+from h5traces.rewriting.repack import split as split_archives
 from h5traces.storage.codecs import ArrayCodec, tools_note
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DEST", help="The new archive.")]
 
@@ -59,7 +64,7 @@ def seal(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Rebuild the footer of archives that something opened for writing.
+    """Rebuild the index of archives that another program changed.
 
     Any open for writing removes the footer; archives are then read through HDF5, correctly but
     slowly. Sealing reads every chunk, and refuses if contents no longer fit their digests.
@@ -98,7 +103,7 @@ def export(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a legacy batch back, or an archive that every viewer can show.
+    """Write a legacy batch, or an archive for viewers without float16.
 
     - `h5traces export run.h5 -o run.pkl.gz`
     - `h5traces export run.h5 -o run_float32.h5` for browser viewers that cannot show float16
@@ -135,20 +140,22 @@ def parse_samples(value: str | None) -> slice | list[int] | None:
         raise typer.BadParameter(message) from None
 
 
-def _rewrite(sources: list[str], output: Path, *, json: bool, **options: Any) -> None:
-    """Run a rewrite with progress, and tell what it did."""
+def _rewrite(
+    run: Callable[..., RepackReport], output: Path, target: TargetOptions, codec: str, *, json: bool
+) -> None:
+    """Run a rewrite with progress, and say what it did."""
     usage = (ArchiveExistsError, IndexError, LossyArchiveError, *PRECISION_ERRORS)
     with reported(usage), count_progress(str(output)) as update:
-        report = repack_archives(sources, output, progress=update, **options)
+        report = run(target=target, progress=update)
     if json:
         print_json(report.as_dict())
     else:
-        print_line(_summary(report, dry_run=options["dry_run"]))
+        print_line(_summary(report, dry_run=target.dry_run))
     for message in report.warnings:
         warn(message)
-    if not options["dry_run"]:
+    if not target.dry_run:
         warn_of_loss(report.precision)
-    note = tools_note(options.get("codec") or "gzip")
+    note = tools_note(codec)
     if note is not None:
         warn(note)
 
@@ -185,7 +192,7 @@ def repack(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Rewrite archives with some of their layers or samples, or another precision, codec or type.
+    """Rewrite archives with fewer layers or samples, or more compactly.
 
     Without --tier, --dtype or --codec, chunks are copied byte for byte, as fast as the disk is.
 
@@ -195,21 +202,22 @@ def repack(
     """
     with reported(PRECISION_ERRORS):
         precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits)
-    _rewrite(
+    run = partial(
+        repack_archives,
         sources,
         output,
         layers=parse_layers(layers),
         samples=parse_samples(samples),
-        tier=precision,
-        scales=scales,
-        calibration_samples=calibration_samples,
-        dtype=dtype,
-        codec=codec,
-        overwrite=overwrite,
-        verify=verify,
-        dry_run=dry_run,
-        json=json,
+        precision=PrecisionOptions(
+            tier=precision,
+            scales=scales,
+            calibration_samples=calibration_samples,
+            dtype=dtype,
+            codec=codec,
+        ),
     )
+    target = TargetOptions(overwrite=overwrite, verify=verify, dry_run=dry_run)
+    _rewrite(run, output, target, codec or "gzip", json=json)
 
 
 def merge(
@@ -220,11 +228,14 @@ def merge(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Put several archives of one model into one, by copying chunks.
+    """Merge several archives of one model into one.
+
+    Chunks are copied byte for byte.
 
     - `h5traces merge shards/*.h5 -o run.h5`
     """
-    _rewrite(sources, output, overwrite=overwrite, verify=verify, dry_run=dry_run, json=json)
+    target = TargetOptions(overwrite=overwrite, verify=verify, dry_run=dry_run)
+    _rewrite(partial(merge_archives, sources, output), output, target, "gzip", json=json)
 
 
 def split(
@@ -238,19 +249,15 @@ def split(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Cut archives into shards of at most N samples, by copying chunks.
+    """Cut archives into shards.
+
+    Chunks are copied byte for byte.
 
     - `h5traces split run.h5 -o shards/run.h5 -n 250` writes `shards/run-00000.h5` and so on
     """
-    _rewrite(
-        sources,
-        output,
-        shard_samples=samples,
-        overwrite=overwrite,
-        verify=verify,
-        dry_run=dry_run,
-        json=json,
-    )
+    run = partial(split_archives, sources, output, samples)
+    target = TargetOptions(overwrite=overwrite, verify=verify, dry_run=dry_run)
+    _rewrite(run, output, target, "gzip", json=json)
 
 
 def salvage(
@@ -260,7 +267,7 @@ def salvage(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Copy every intact sample of a damaged archive into a new one, and list what is lost.
+    """Copy the intact samples of a damaged archive.
 
     Exit code 1 if samples were left behind.
 

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from h5traces.extract.estimate import shape_of
     from h5traces.extract.extracting import estimate_with_pilot, extract_dataset
     from h5traces.extract.extractor import extract, extract_activations_and_attentions
-    from h5traces.extract.models import MODEL_ALIASES, load_config, load_model, load_tokenizer
+    from h5traces.extract.models import (
+        MODEL_ALIASES,
+        hide_progress_bars,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
     from h5traces.extract.options import (
         DEFAULT_TEMPLATE,
         DatasetChoice,
@@ -41,6 +47,7 @@ __all__ = [
     "extract",
     "extract_activations_and_attentions",
     "extract_dataset",
+    "hide_progress_bars",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -61,6 +68,7 @@ _HOMES = {
     "estimate_with_pilot": "h5traces.extract.extracting",
     "extract": "h5traces.extract.extractor",
     "extract_activations_and_attentions": "h5traces.extract.extractor",
+    "hide_progress_bars": "h5traces.extract.models",
     "extract_dataset": "h5traces.extract.extracting",
     "load_config": "h5traces.extract.models",
     "load_model": "h5traces.extract.models",

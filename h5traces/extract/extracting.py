@@ -38,7 +38,7 @@ from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.rewriting.repack import repack
 from h5traces.storage.codecs import GZIP
 from h5traces.writing.calibrate import load_given
-from h5traces.writing.options import check_type
+from h5traces.writing.options import TargetOptions, check_type
 from h5traces.writing.process_writer import ProcessWriter
 from h5traces.writing.shards import Target
 
@@ -334,7 +334,7 @@ def estimate_with_pilot(
         if options.dtype == "float16" and store.codec == GZIP.name:
             for precision in (each for each in TIERS.values() if not each.is_exact):
                 encoded = output.with_name(f"{precision.tier}.h5")
-                repack(output, encoded, tier=precision, verify=False)
+                repack(output, encoded, precision=precision, target=TargetOptions(verify=False))
                 tier_rates[precision] = _measured(encoded, shape, lengths)
                 encoded.unlink()
     return estimate(

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from h5traces.errors import ExtractionError, MissingDependencyError
 
@@ -321,3 +322,9 @@ def _not_found(model_id: str, name: str) -> str:
         f"the model {name!r} cannot be loaded; {hint}; without a network it must be in the cache "
         "(HF_HOME), or name a local folder"
     )
+
+
+def hide_progress_bars() -> None:
+    """No bars of transformers between the lines of a command."""
+    untyped: Any = logging.disable_progress_bar
+    untyped()

@@ -27,6 +27,7 @@ from h5traces.fidelity.states import StateErrors, ValuePair
 from h5traces.fidelity.weights import WeightErrors
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray
+from h5traces.format.text import and_more
 from h5traces.precision.head_mean import HeadMean
 
 if TYPE_CHECKING:
@@ -122,13 +123,11 @@ def _named(key: SampleKey) -> str:
 
 
 def _place(archive: Archive) -> str:
-    more = len(archive.paths) - 1
-    return f"{archive.paths[0]}" + (f" and {more} more" if more else "")
+    return and_more(archive.paths, 1)
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMED
-    return (", ".join(names[:_MOST_NAMED]) or "none") + (f" and {more} more" if more > 0 else "")
+    return and_more(names, _MOST_NAMED) or "none"
 
 
 def stored_names(trace: Trace, kind: str) -> list[str]:

@@ -6,22 +6,26 @@ silent edits and incomplete samples; they prove no authenticity, for anybody can
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import xxhash
 
 from h5traces.format import layout
 from h5traces.format.document import compact_json
+from h5traces.format.entries import digest_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
+    from h5traces.format.entries import ObjectEntry, SampleEntry
+
+DIGEST: Final = "digest"
 # What depends on the archive that a sample lies in, and on the samples before it: merging and
 # splitting keep the digest.
-ARCHIVE_RELATIVE = frozenset({"digest", "fields", "generation_index", "source"})
+ARCHIVE_RELATIVE = frozenset({DIGEST, "fields", "generation_index", "source"})
 
 
 def chunk_checksum(stored: bytes | bytearray | memoryview) -> int:
@@ -80,3 +84,34 @@ def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> st
         }
     )
     return xxhash.xxh3_128_hexdigest(document.encode("utf-8", "surrogatepass"))
+
+
+def _stored_digest(sample: SampleEntry) -> str:
+    """The digest of a sample by its stored attributes and its datasets' own digests."""
+    objects = {path: entry.attrs for path, entry in sample.objects.items()}
+    return sample_digest(sample.attrs, objects)
+
+
+def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
+    """What tells the values of a dataset from those that were written; None where nothing does."""
+    expected = entry.attrs.get(DIGEST)
+    if expected is None:
+        return "the digest is missing; the file was edited"
+    if dataset_digest(digest_type(entry.dtype), values) == expected:
+        return None
+    return "the values do not fit their digest; they were edited, or exchanged by damage"
+
+
+def sample_difference(sample: SampleEntry, expected: str | None = None) -> str | None:
+    """What tells a sample, its datasets' digests among it, from the one that was written.
+
+    Parameters
+    ----------
+    sample
+        Whose datasets' values fit their own digests.
+    expected
+        Its digest; the stored one by default.
+    """
+    if _stored_digest(sample) == (expected or sample.attrs.get(DIGEST)):
+        return None
+    return "metadata or datasets do not fit the sample's digest; they were edited"

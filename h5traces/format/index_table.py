@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from h5traces.format.text import text_column
+from h5traces.format.text import encode_all
 
 if TYPE_CHECKING:
     from h5traces.format.trace import TraceMetadata
@@ -25,11 +25,11 @@ def index_columns(index: list[TraceMetadata]) -> dict[str, np.ndarray]:
 
     columns = {
         "ordinal": np.arange(len(index), dtype="<i8"),
-        "sample_id": text_column([each.sample_id or "" for each in index]),
+        "sample_id": encode_all([each.sample_id or "" for each in index]),
         "generation_index": numbers("generation_index"),
         "seq_len": numbers("seq_len"),
         "prompt_len": numbers("prompt_len"),
-        "coverage": text_column([each.coverage for each in index]),
+        "coverage": encode_all([each.coverage for each in index]),
     }
     if any(each.label is not None for each in index):
         columns["label"] = numbers("label", NO_LABEL)

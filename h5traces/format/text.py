@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from h5traces.errors import ConversionError, CorruptArchiveError
-from h5traces.format import text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -100,6 +99,8 @@ def decode_all(stored: np.ndarray) -> list[str]:
     return [decode(item) for item in stored.ravel().tolist()]
 
 
-def text_column(values: Iterable[str]) -> np.ndarray:
-    """Texts as a table column."""
-    return text.encode_all(list(values))
+def and_more(names: Iterable[object], most: int = 5, *, separator: str = ", ") -> str:
+    """The first names of a list for people, and how many more there are."""
+    every = list(names)
+    listed = separator.join(str(each) for each in every[:most])
+    return f"{listed} and {len(every) - most} more" if len(every) > most else listed

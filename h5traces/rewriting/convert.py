@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.errors import ConversionError
-from h5traces.format.precision import Precision
+from h5traces.format.precision import EXACT, Precision
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.convert_jobs import (
     ConvertOptions,
@@ -16,13 +16,13 @@ from h5traces.rewriting.convert_jobs import (
 )
 from h5traces.rewriting.convert_plan import plan_jobs
 from h5traces.rewriting.reports import ConversionReport, Progress
+from h5traces.storage.codecs import GZIP
 from h5traces.writing.calibrate import load_given
-from h5traces.writing.options import AUTOMATIC_SAMPLES, WriteOptions
+from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.format.precision import Tier
     from h5traces.paths import PathLike
 
@@ -32,19 +32,9 @@ def convert(
     dest: PathLike,
     *,
     layers: Sequence[int] | None = None,
-    tier: Tier | Precision = "exact",
-    scales: PathLike | None = None,
-    calibration_samples: int = AUTOMATIC_SAMPLES,
-    dtype: DtypePolicy = "float16",
-    on_overflow: OverflowPolicy = "float32",
+    precision: PrecisionOptions | Precision | Tier | None = None,
+    target: TargetOptions = TargetOptions(),
     merge: bool = False,
-    shard_samples: int | None = None,
-    overwrite: bool = False,
-    skip_existing: bool = False,
-    verify: bool = True,
-    dry_run: bool = False,
-    workers: int | None = None,
-    codec: str = "gzip",
     model_id: str | None = None,
     dataset: str | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -52,7 +42,7 @@ def convert(
     """Convert legacy trace batches (``.pkl``, ``.pkl.gz``) to archives.
 
     Samples are streamed: memory stays at about twice the largest sample, however many there are.
-    One unreadable batch does not stop the others; the report tells.
+    One unreadable batch does not stop the others; the report lists it.
 
     Parameters
     ----------
@@ -62,37 +52,15 @@ def convert(
         A folder (one archive per batch), or a name ending in ``.h5`` for one archive.
     layers
         Decoder blocks to keep, 0-based; all by default.
-    tier
-        How precisely: ``exact``, ``fine``, ``analysis``, ``compact`` or ``native``, or a
-        `Precision` of your own; `docs/precision.md` tells what each gives up.
-    scales
-        What `calibrate` wrote, or an archive with scales, for hidden states in steps; measured on
-        the first samples by default.
-    calibration_samples
-        How many of them.
-    dtype
-        Stored type: ``float16``, ``bfloat16``, ``float32``, or ``auto`` for the narrowest type
-        that is exact for every value of an array.
-    on_overflow
-        Arrays with finite values beyond `dtype` are stored as ``float32``, are an ``error``, or
-        are ``clip``-ped.
+    precision
+        ``exact`` (the default), ``fine``, ``analysis``, ``compact`` or ``native``, a `Precision`,
+        or `PrecisionOptions` for the stored type, scales and codec as well; `docs/precision.md`
+        says what each tier gives up.
+    target
+        Shards, existing targets, verification and workers. With several batches, ``workers`` is
+        the number of processes that convert them side by side, each in its own memory.
     merge
-        Put all batches into one archive (or, with `shard_samples`, into one set of shards).
-    shard_samples
-        Largest number of samples in an archive; targets get ``-00000`` and so on.
-    overwrite
-        Replace existing targets, each in one atomic step.
-    skip_existing
-        Pass over batches whose target exists: finishes a stopped run.
-    verify
-        Read everything back from disk and compare it with the source before a file gets its name.
-    dry_run
-        Plan only.
-    workers
-        Threads that compress; one per core by default. With several batches, that many processes
-        convert them side by side, each in memory of its own.
-    codec
-        Codec of hidden states and attentions.
+        Put all batches into one archive (or, with ``shard_samples``, into one set of shards).
     model_id, dataset
         Recorded in the archives; taken from the batch's file name by default.
     progress
@@ -101,43 +69,42 @@ def convert(
     Raises
     ------
     ConversionError
-        The plan is impossible: nothing to convert, two batches with one target, or contradicting
-        options. Problems of single files are in the report instead.
+        The plan is impossible: nothing to convert, two batches with one target, one batch named
+        twice for a merge, or contradicting options. Problems of single files are in the report.
     PrecisionError
-        The tier does not go with the other options, or the scales are of another model.
+        The precision does not go with the other options, or the scales are of another model.
     FileNotFoundError
         A source does not exist.
     """
-    precision = Precision.of(tier)
+    given = PrecisionOptions.of(precision)
+    wanted = Precision.of(given.tier or EXACT)
     options = ConvertOptions(
         layers=None if layers is None else _checked_layers(layers),
-        merge=merge,
-        shard_samples=shard_samples,
-        skip_existing=skip_existing,
-        verify=verify,
-        dry_run=dry_run,
+        target=target,
         model_id=model_id,
         dataset=dataset,
         write=WriteOptions(
-            dtype=dtype,
-            on_overflow=on_overflow,
-            codec=codec,
-            workers=workers,
-            overwrite=overwrite,
-            precision=precision,
+            dtype=given.dtype or "float16",
+            on_overflow=given.on_overflow,
+            codec=given.codec or GZIP.name,
+            workers=target.workers,
+            overwrite=target.overwrite,
+            precision=wanted,
             # Those of its model go with each job.
             scales=ScaleSet(),
         ),
     )
-    calibration = load_given(scales, precision)
-    jobs, leftovers = plan_jobs(sources, Path(dest), merge=merge, shard_samples=shard_samples)
+    calibration = load_given(given.scales, wanted)
+    jobs, leftovers = plan_jobs(
+        sources, Path(dest), merge=merge, shard_samples=target.shard_samples
+    )
     report = ConversionReport(
-        precision=str(precision) if precision.is_lossy else None, leftovers=leftovers
+        precision=str(wanted) if wanted.is_lossy else None, leftovers=leftovers
     )
     meter = _Meter([source for job in jobs for source in job.sources], progress)
-    each = scaled_options(jobs, options, calibration, calibration_samples, meter)
-    if workers is not None and workers > 1 and len(jobs) > 1:
-        report.files += run_in_processes(jobs, each, workers, meter)
+    each = scaled_options(jobs, options, calibration, given.calibration_samples, meter)
+    if target.workers is not None and target.workers > 1 and len(jobs) > 1:
+        report.files += run_in_processes(jobs, each, target.workers, meter)
     else:
         report.files += [run_job(*job, meter) for job in zip(jobs, each, strict=True)]
     return report

@@ -29,20 +29,24 @@ from h5traces.errors import (
 from h5traces.format.archive import SourceFile
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
-from h5traces.format.trace import SourcePosition
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.reports import FileReport, cast_warnings, coverage_warnings
-from h5traces.sources.pickle.layouts import names_in_file_name, num_layers_of, to_record
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import Measurement, batch_states, check_model
-from h5traces.writing.options import WriteOptions, WriteSummary, precision_warnings
+from h5traces.writing.options import (
+    TargetOptions,
+    WriteOptions,
+    WriteSummary,
+    precision_warnings,
+)
 from h5traces.writing.shards import ShardSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from h5traces.format.record import TraceRecord
+    from h5traces.format.trace import SourcePosition
     from h5traces.precision.scales import Calibration
     from h5traces.rewriting.convert_plan import Job
 
@@ -121,11 +125,7 @@ class ConvertOptions:
     """How batches are converted; see `convert`."""
 
     layers: tuple[int, ...] | None = None
-    merge: bool = False
-    shard_samples: int | None = None
-    skip_existing: bool = False
-    verify: bool = True
-    dry_run: bool = False
+    target: TargetOptions = TargetOptions()
     model_id: str | None = None
     dataset: str | None = None
     write: WriteOptions = field(default_factory=WriteOptions)
@@ -139,17 +139,21 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         source_nbytes=sum(source.stat().st_size for source in job.sources),
     )
     exists = job.first_target.exists()
-    if exists and options.skip_existing and (odd := _unlike(job.first_target, options)) is not None:
+    if (
+        exists
+        and options.target.skip_existing
+        and (odd := _unlike(job.first_target, options)) is not None
+    ):
         report.status, report.error = "failed", odd
-    elif exists and options.skip_existing:
+    elif exists and options.target.skip_existing:
         # Its writer may have been killed between naming it and making the name durable.
         sync_folder(job.first_target.parent)
         report.status, report.targets = "skipped", [str(each) for each in job.existing_targets()]
         for target in job.existing_targets():
             remove_abandoned_parts(target)
         report.archive_nbytes = sum(each.stat().st_size for each in job.existing_targets())
-    elif options.dry_run:
-        if exists and not options.write.overwrite:
+    elif options.target.dry_run:
+        if exists and not options.target.overwrite:
             report.status = "failed"
             report.error = f"{job.first_target} exists; use --overwrite or --skip-existing"
     else:
@@ -233,7 +237,7 @@ class _Conversion:
     ) -> None:
         self._job, self._sources, self._options = job, sources, options
         self._report_progress = report_progress
-        self._shards = ShardSet(options.write, verify=options.verify)
+        self._shards = ShardSet(options.write, verify=options.target.verify)
         self._source_counts: list[int] = [0] * len(sources)
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
@@ -269,7 +273,7 @@ class _Conversion:
             raise ConversionError(str(error)) from cause
 
     def _write(self, record: TraceRecord, source: Path) -> None:
-        size, writers = self._options.shard_samples, self._shards.writers
+        size, writers = self._options.target.shard_samples, self._shards.writers
         if not writers:
             self._new_writer()
         elif size is not None and writers[-1].num_samples >= size:
@@ -282,7 +286,7 @@ class _Conversion:
 
     def _new_writer(self) -> None:
         target = self._job.shard(len(self._shards.writers))
-        names = names_in_file_name(self._sources[0].name)
+        names = facts_in_name(self._sources[0])
         facts = {
             "model_id": self._options.model_id or names.get("model_id"),
             "dataset": self._options.dataset or names.get("dataset"),
@@ -332,21 +336,14 @@ class _SampleError(Exception):
 
 def _records(source: Path, number: int, layers: tuple[int, ...] | None) -> Iterator[_Ready]:
     """The records of one batch file."""
-    index = 0
     try:
-        with open_batch(source) as batch:
-            for item in batch:
-                place = SourcePosition(file=number, position=index)
-                try:
-                    record = to_record(item, source=place, layers=layers)
-                except (ConversionError, SchemaError) as error:
-                    raise _SampleError(_placed(error, source, place)) from error
-                ready = _Ready(record, batch.progress[0], num_layers_of(item))
-                del item, record
+        with open_source(source) as opened:
+            for record in opened.records(file=number, layers=layers):
+                ready = _Ready(record, opened.progress[0], opened.num_layers)
+                del record
                 yield ready
                 # Two samples exist at a time: this one, and the one that is being written.
                 del ready
-                index += 1
     except (ConversionError, OSError) as error:
         raise _SampleError(str(error)) from error
 
@@ -491,7 +488,7 @@ def scaled_options(
         The calibration is of another model, or batches of one model have different widths.
     """
     step = options.write.precision.step
-    if step is None or options.dry_run:
+    if step is None or options.target.dry_run:
         return [options for _ in jobs]
     models = [_model_of(job, options) for job in jobs]
     found: dict[str | None, ScaleSet] = {}
@@ -506,7 +503,7 @@ def scaled_options(
 
 
 def _model_of(job: Job, options: ConvertOptions) -> str | None:
-    return options.model_id or names_in_file_name(job.sources[0].name).get("model_id")
+    return options.model_id or facts_in_name(job.sources[0]).get("model_id")
 
 
 def _measured(
@@ -517,7 +514,7 @@ def _measured(
     step: float,
     report: Report,
 ) -> ScaleSet:
-    if options.skip_existing and all(job.first_target.exists() for job in jobs):
+    if options.target.skip_existing and all(job.first_target.exists() for job in jobs):
         return ScaleSet()
     with Measurement(options.layers) as measurement:
         for path in (source for job in jobs for source in job.sources):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from h5traces.errors import ConversionError
 from h5traces.paths import expand_paths
-from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES, batch_stem
+from h5traces.sources.opening import SOURCE_SUFFIXES, source_stem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +127,7 @@ def plan_jobs(
 def _one_target_each(named: list[tuple[Path, Path]], dest: Path, *, sharded: bool) -> list[Job]:
     targets: dict[Path, Path] = {}
     for path, relative in named:
-        target = dest / relative.with_name(f"{batch_stem(relative.name)}{_TARGET_SUFFIX}")
+        target = dest / relative.with_name(f"{source_stem(relative.name)}{_TARGET_SUFFIX}")
         if target in targets:
             message = (
                 f"{path} and {targets[target]} would both become {target}; convert them into "

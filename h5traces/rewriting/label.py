@@ -17,8 +17,10 @@ from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, Problem, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.labels import LabelSidecar
+from h5traces.format.text import and_more
 from h5traces.rewriting.repack import repack
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
+from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,15 +30,28 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike, Source
 
 
-ID_COLUMN: Final = "question_id"
-SCORE_COLUMN: Final = "bleurt_score"
 GENERATION_COLUMN: Final = "generation_index"
 # What the ``_full`` tables have beside; the score itself is the best of all references.
 OTHER_SCORES: Final = ("min_score", "avg_score")
-_MOST_NAMED = 5
 
 # Sample id, and generation index where the table has one.
 Key = tuple[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreColumns:
+    """Names of a table's columns.
+
+    Attributes
+    ----------
+    id
+        The column of sample ids.
+    score
+        The column of the scores that labels are made from.
+    """
+
+    id: str = "question_id"
+    score: str = "bleurt_score"
 
 
 @dataclass(slots=True)
@@ -78,9 +93,7 @@ def score_name(column: str) -> str:
     return column.removesuffix("_score") or column
 
 
-def read_scores(
-    path: Path, *, id_column: str = ID_COLUMN, score_column: str = SCORE_COLUMN
-) -> ScoreTable:
+def read_scores(path: Path, columns: ScoreColumns = ScoreColumns()) -> ScoreTable:
     """A CSV file with a header, in UTF-8; texts may hold newlines.
 
     Raises
@@ -94,38 +107,35 @@ def read_scores(
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            columns = tuple(reader.fieldnames or ())
-            names = _score_columns(path, columns, id_column, score_column)
+            found = tuple(reader.fieldnames or ())
+            names = _score_columns(path, found, columns)
             table = ScoreTable(path, tuple(score_name(each) for each in names))
-            table.has_generations = GENERATION_COLUMN in columns
-            problems = _read_rows(reader, table, id_column, names)
+            table.has_generations = GENERATION_COLUMN in found
+            problems = _read_rows(reader, table, columns.id, names)
         except (csv.Error, UnicodeDecodeError) as error:
             message = f"{path}: line {reader.line_num}: is no CSV in UTF-8: {error}"
             raise SchemaError(message) from error
     if problems:
-        named = "; ".join(f"{each.loc}: {each.message}" for each in problems[:_MOST_NAMED])
-        more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
-        message = f"{path}: {named}{more}"
+        named = [f"{each.loc}: {each.message}" for each in problems]
+        message = f"{path}: {and_more(named, separator='; ')}"
         raise SchemaError(message, problems)
     return table
 
 
-def _score_columns(
-    path: Path, columns: Sequence[str], id_column: str, score_column: str
-) -> tuple[str, ...]:
-    missing = [each for each in (id_column, score_column) if each not in columns]
+def _score_columns(path: Path, found: Sequence[str], columns: ScoreColumns) -> tuple[str, ...]:
+    missing = [each for each in (columns.id, columns.score) if each not in found]
     if missing:
         message = (
             f"{path}: has no column {' and no column '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(columns) or 'none'}; name yours with --id-column and --score-column"
+            f"{', '.join(found) or 'none'}; name those of the ids and scores"
         )
         raise SchemaError(message)
-    repeated = sorted({each for each in columns if columns.count(each) > 1})
+    repeated = sorted({each for each in found if found.count(each) > 1})
     if repeated:
         message = f"{path}: the columns {', '.join(repeated)} occur more than once"
         raise SchemaError(message)
-    others = (each for each in OTHER_SCORES if each in columns and each != score_column)
-    return (score_column, *others)
+    others = (each for each in OTHER_SCORES if each in found and each != columns.score)
+    return (columns.score, *others)
 
 
 def _read_rows(
@@ -268,11 +278,9 @@ def label(
     output: PathLike | None = None,
     folder: PathLike | None = None,
     threshold: float | None = THRESHOLD,
-    id_column: str = ID_COLUMN,
-    score_column: str = SCORE_COLUMN,
+    columns: ScoreColumns = ScoreColumns(),
     partial: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
+    target: TargetOptions = TargetOptions(),
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelReport:
@@ -294,14 +302,13 @@ def label(
         Where sidecars go, if not beside the archives.
     threshold
         A label is 1 where the score is below it, else 0; None gives scores only.
-    id_column, score_column
-        Other names of these columns.
+    columns
+        Names of the columns, where they differ.
     partial
         Write although samples have no score; these stay without a label.
-    overwrite
-        Replace sidecars, or `output`.
-    dry_run
-        Report only.
+    target
+        Whether to replace existing sidecars or `output`, and to write at all; verification and
+        workers are for `output`.
     storage_options
         As for `h5traces.open`.
     progress
@@ -315,7 +322,7 @@ def label(
     ArchiveExistsError
         A sidecar or `output` exists.
     """
-    scores = read_scores(Path(table), id_column=id_column, score_column=score_column)
+    scores = read_scores(Path(table), columns)
     if threshold is not None and not math.isfinite(threshold):
         message = f"the threshold is {threshold}, expected a finite number"
         raise SchemaError(message)
@@ -325,12 +332,10 @@ def label(
         sidecars = _Joining(scores, threshold, report).join(archive, progress)
         _check(report, scores, partial=partial)
         if output is not None:
-            _write_archive(
-                archive, sidecars, Path(output), report, overwrite=overwrite, dry_run=dry_run
-            )
+            _write_archive(archive, sidecars, output, report, target)
         else:
             place = None if folder is None else Path(folder)
-            _write_sidecars(archive, sidecars, place, report, overwrite=overwrite, dry_run=dry_run)
+            _write_sidecars(archive, sidecars, place, report, target)
     return report
 
 
@@ -436,29 +441,24 @@ def _named(key: Key) -> str:
     return sample_id if generation is None else f"{sample_id} (generation {generation})"
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
-
-
 def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
     """Refuse to write labels that would leave samples out unseen."""
     if not report.num_labelled:
         example = next(iter(table.scores), ("none", None))[0]
         message = (
             f"{report.table}: none of its {table.num_questions} ids is in the archives; it has ids "
-            f"such as {example!r}, they have {_some(report.missing) or 'no sample'}"
+            f"such as {example!r}, they have {and_more(report.missing) or 'no sample'}"
         )
         raise SchemaError(message)
     if partial or report.complete:
         return
     said = []
     if report.missing:
-        said.append(f"{len(report.missing)} samples have no score: {_some(report.missing)}")
+        said.append(f"{len(report.missing)} samples have no score: {and_more(report.missing)}")
     if report.ambiguous:
         said.append(
             f"{len(report.ambiguous)} samples share an id, and a column 'generation_index' is "
-            f"missing that tells them apart: {_some(report.ambiguous)}"
+            f"missing that tells them apart: {and_more(report.ambiguous)}"
         )
     message = (
         f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or use "
@@ -470,16 +470,13 @@ def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
 def _write_archive(
     archive: Archive,
     sidecars: list[LabelSidecar],
-    output: Path,
+    output: PathLike,
     report: LabelReport,
-    *,
-    overwrite: bool,
-    dry_run: bool,
+    target: TargetOptions,
 ) -> None:
     for file, sidecar in zip(archive.files, sidecars, strict=True):
         file.labels = FileLabels(sidecar, report.table)
-    done = repack(archive, output, overwrite=overwrite, dry_run=dry_run)
-    report.targets = done.targets
+    report.targets = repack(archive, output, target=target).targets
 
 
 def _write_sidecars(
@@ -487,9 +484,7 @@ def _write_sidecars(
     sidecars: list[LabelSidecar],
     folder: Path | None,
     report: LabelReport,
-    *,
-    overwrite: bool,
-    dry_run: bool,
+    target: TargetOptions,
 ) -> None:
     places: dict[Path, LabelSidecar] = {}
     for file, sidecar in zip(archive.files, sidecars, strict=True):
@@ -503,19 +498,19 @@ def _write_sidecars(
         if place in places:
             message = f"{place}: two archives have this name; label them into folders of their own"
             raise SchemaError(message)
-        if place.exists() and not overwrite:
+        if place.exists() and not target.overwrite:
             message = f"{place} exists; use --overwrite to replace it"
             raise ArchiveExistsError(message)
         places[place] = sidecar
     report.targets = [str(place) for place in places]
-    if dry_run:
+    if target.dry_run:
         return
     for place, sidecar in places.items():
         make_folder(place.parent)
         remove_abandoned_parts(place)
         with PartFile(place) as part:
             part.append(sidecar_json(sidecar))
-            part.publish(overwrite=overwrite)
+            part.publish(overwrite=target.overwrite)
 
 
 def sidecar_json(sidecar: LabelSidecar) -> bytes:

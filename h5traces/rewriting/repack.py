@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,12 @@ from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, Preci
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision.scales import ScaleSet
 from h5traces.writing.calibrate import check_model, load_given, measured
-from h5traces.writing.options import AUTOMATIC_SAMPLES, WriteOptions, precision_warnings
+from h5traces.writing.options import (
+    PrecisionOptions,
+    TargetOptions,
+    WriteOptions,
+    precision_warnings,
+)
 from h5traces.writing.shards import ShardSet
 from h5traces.writing.stored_samples import StoredSample
 from h5traces.writing.transcription import to_record
@@ -26,7 +31,6 @@ if TYPE_CHECKING:
     from h5traces.archive.file import ArchiveFile
     from h5traces.archive.trace import Trace
     from h5traces.format.archive import ArchiveMetadata, SourceFile
-    from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
     from h5traces.format.precision import Tier
     from h5traces.paths import PathLike
     from h5traces.precision.scales import Calibration
@@ -74,119 +78,152 @@ def repack(
     *,
     layers: Sequence[int] | None = None,
     samples: slice | Sequence[int] | None = None,
-    tier: Tier | Precision | None = None,
-    scales: PathLike | None = None,
-    calibration_samples: int = AUTOMATIC_SAMPLES,
-    dtype: DtypePolicy | None = None,
-    codec: str | None = None,
-    on_overflow: OverflowPolicy = "float32",
-    shard_samples: int | None = None,
-    overwrite: bool = False,
-    verify: bool = True,
-    dry_run: bool = False,
-    workers: int | None = None,
+    precision: PrecisionOptions | Precision | Tier | None = None,
+    target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> RepackReport:
     """Rewrite archives into one, or into shards, with all layers and samples or some of them.
 
-    Without `tier`, `dtype` and `codec`, chunks are copied byte for byte: nothing is decompressed
-    but for verification. Sources are never changed.
+    Without `precision`, chunks are copied byte for byte: nothing is decompressed but for
+    verification. Sources are never changed.
 
     Parameters
     ----------
     sources
         Archives, globs and folders; of one model and one set of layers. Or an archive that is open,
-        with the labels that it has.
+        with its labels.
     dest
-        The new archive; with `shard_samples`, ``-00000`` and so on go before its suffix.
+        The new archive; with ``shard_samples``, ``-00000`` and so on go before its suffix.
     layers
         The model's own layer numbers to keep.
     samples
         Indices to keep, counted over all sources, in the order given.
-    tier, scales, calibration_samples
-        How precisely, as in `h5traces.convert`; as the sources are by default.
-    dtype, codec, on_overflow
-        Cast and compress the arrays anew; as in `h5traces.convert`.
-    shard_samples
-        Largest number of samples in an archive.
-    overwrite
-        Replace existing targets.
-    verify
-        Read the new files back and compare them before they get their names.
-    dry_run
-        Check sources and options only.
-    workers
-        Threads; one per core by default.
+    precision
+        A tier, a `Precision` or `PrecisionOptions`, as in `h5traces.convert`; what is None stays
+        as it is in the sources.
+    target
+        Shards, existing targets, verification and workers.
     progress
-        Called with the samples written and the samples there are.
+        Called with the number of samples written and their total.
 
     Raises
     ------
     ArchiveError
-        The sources do not go together, or `dest` is one of them.
+        The sources do not go together, one of them is named twice, or `dest` is one of them.
     LayerIndexError, IndexError
         A layer or sample is not there.
     ArchiveExistsError
         A target exists.
     LossyArchiveError
-        `tier` is ``exact``, and the sources are not.
+        The tier is ``exact``, and the sources are not.
     PrecisionError
-        The tier does not go with the other options, or the scales are of another model.
+        The precision does not go with the other options, or the scales are of another model.
 
     Warns
     -----
     LossyWarning
         The sources lost precision before, and lose more: the errors add up.
     """
-    target = Path(dest)
+    given = PrecisionOptions.of(precision)
+    place = Path(dest)
     with contextlib.ExitStack() as until_done:
         archive = (
             sources
             if isinstance(sources, Archive)
             else until_done.enter_context(open_archive(sources))
         )
-        _check_target(archive, target)
+        _check_target(archive, place)
         selected = archive if layers is None else archive.select(layers=layers)
         indices = choose_samples(samples, len(archive))
         before = shared_metadata(archive.files)
-        precision = before.precision or EXACT
-        wanted = _wanted(before, tier, dtype, archive)
-        encodes = dtype is not None or wanted != precision
+        current = before.precision or EXACT
+        wanted = _wanted(before, given, archive)
+        encodes = given.dtype is not None or wanted != current
         # Scales that go with no steps have a message of their own.
-        calibration = load_given(scales, wanted)
-        _check_scales(archive, scales, wanted, encodes=encodes)
+        calibration = load_given(given.scales, wanted)
+        _check_scales(archive, given.scales, wanted, encodes=encodes)
         if calibration is not None:
             check_model(calibration, archive.metadata.model_id)
-        if precision.is_lossy and wanted.is_exact:
-            _warn_of_recast(archive, target, before)
+        if current.is_lossy and wanted.is_exact:
+            _warn_of_recast(archive, place, before)
         report = RepackReport(
             sources=[str(path) for path in archive.paths],
-            copied=not encodes and codec in (None, archive.metadata.codec),
+            copied=not encodes and given.codec in (None, archive.metadata.codec),
             source_nbytes=sum(file.nbytes for file in archive.files),
             precision=str(wanted) if wanted.is_lossy else None,
         )
         found = ScaleSet()
-        if not dry_run and wanted.step is not None:
+        if not target.dry_run and wanted.step is not None:
             found = _scales(
-                selected, wanted.step, calibration, calibration_samples, encodes=encodes
+                selected, wanted.step, calibration, given.calibration_samples, encodes=encodes
             )
         options = WriteOptions(
-            dtype=dtype or ("float16" if encodes else archive.metadata.dtype_policy) or "float16",
-            on_overflow=on_overflow,
-            codec=codec or archive.metadata.codec,
-            workers=workers,
-            overwrite=overwrite,
+            dtype=given.dtype
+            or ("float16" if encodes else archive.metadata.dtype_policy)
+            or "float16",
+            on_overflow=given.on_overflow,
+            codec=given.codec or archive.metadata.codec,
+            workers=target.workers,
+            overwrite=target.overwrite,
             precision=wanted,
             scales=found,
             earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
         )
-        if dry_run:
-            report.targets = [str(_shard(target, 0, sharded=shard_samples is not None))]
+        if target.dry_run:
+            report.targets = [str(_shard(place, 0, sharded=target.shard_samples is not None))]
             report.num_samples = len(indices)
             return report
-        run = _Rewrite(selected, report, options, encodes=encodes, verify=verify)
-        run.run(target, indices, shard_samples, progress)
+        run = _Rewrite(selected, report, options, encodes=encodes, verify=target.verify)
+        run.run(place, indices, target.shard_samples, progress)
         return report
+
+
+def merge(
+    sources: PathLike | Iterable[PathLike],
+    dest: PathLike,
+    *,
+    target: TargetOptions = TargetOptions(),
+    progress: Callable[[int, int], None] | None = None,
+) -> RepackReport:
+    """Put several archives of one model into one, by copying chunks.
+
+    Parameters
+    ----------
+    sources, dest, target, progress
+        As in `repack`.
+
+    Raises
+    ------
+    ArchiveError, ArchiveExistsError
+        As in `repack`.
+    """
+    return repack(sources, dest, target=target, progress=progress)
+
+
+def split(
+    sources: PathLike | Iterable[PathLike],
+    dest: PathLike,
+    num_samples: int,
+    *,
+    target: TargetOptions = TargetOptions(),
+    progress: Callable[[int, int], None] | None = None,
+) -> RepackReport:
+    """Cut archives into shards, by copying chunks.
+
+    Parameters
+    ----------
+    sources, dest, target, progress
+        As in `repack`.
+    num_samples
+        Largest number of samples in a shard.
+
+    Raises
+    ------
+    ArchiveError, ArchiveExistsError
+        As in `repack`.
+    """
+    target = replace(target, shard_samples=num_samples)
+    return repack(sources, dest, target=target, progress=progress)
 
 
 def _check_target(archive: Archive, target: Path) -> None:
@@ -217,12 +254,7 @@ def _check_scales(
         raise PrecisionError(message)
 
 
-def _wanted(
-    before: ArchiveMetadata,
-    tier: Tier | Precision | None,
-    dtype: DtypePolicy | None,
-    archive: Archive,
-) -> Precision:
+def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) -> Precision:
     """How precise the targets are to be.
 
     Raises
@@ -230,9 +262,9 @@ def _wanted(
     LossyArchiveError
         More precise than the sources.
     """
-    if tier is None:
-        return (before.precision or EXACT) if dtype is None else EXACT
-    wanted = Precision.of(tier)
+    if given.tier is None:
+        return (before.precision or EXACT) if given.dtype is None else EXACT
+    wanted = Precision.of(given.tier)
     losses = ", ".join(str(each) for each in before.losses)
     if wanted.is_exact and before.losses:
         message = (

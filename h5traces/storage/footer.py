@@ -26,7 +26,7 @@ import xxhash
 
 from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
-from h5traces.format.digests import chunk_checksum
+from h5traces.format.digests import DIGEST, chunk_checksum
 from h5traces.format.document import Attrs, compact_json
 from h5traces.storage import deflate
 
@@ -75,7 +75,6 @@ COLUMNS: Final = {
     "names_json": "u1",
     "attrs_json": "u1",
 }
-DIGEST: Final = "digest"
 
 
 class Readable(Protocol):

@@ -21,6 +21,7 @@ from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open_archive
 from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.format import layout
+from h5traces.format.text import and_more
 from h5traces.torch_data.tensors import (
     TOKENS_CHOICES,
     NonFinite,
@@ -275,10 +276,9 @@ def mapped_labels(
             found.append(labels[sample_id])
     unused = [] if allow_unused else [key for key in labels if _id_of(key) not in ids]
     if unused:
-        names = ", ".join(repr(key) for key in unused[:_MOST_NAMED])
-        more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""
+        names = and_more(map(repr, unused))
         message = (
-            f"{where}: labels names {names}{more}, which no sample there has as its id; check the "
+            f"{where}: labels names {names}, which no sample there has as its id; check the "
             "ids, or pass allow_unused_labels=True for shards that hold a part of the data"
         )
         raise DatasetError(message)

@@ -16,20 +16,16 @@ from h5traces.archive.scales import stored_statistics
 from h5traces.archive.stores import Hdf5Store
 from h5traces.errors import (
     ArchiveExistsError,
-    ConversionError,
     PrecisionError,
-    SchemaError,
     __version__,
 )
 from h5traces.format import layout
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
-from h5traces.format.trace import SourcePosition
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_paths, is_archive
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, statistics_arrays
-from h5traces.sources.pickle.layouts import SOURCE_SUFFIXES, names_in_file_name, to_record
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import write_scales
@@ -311,15 +307,8 @@ def batch_states(path: Path) -> Generator[States]:
     ConversionError
         It cannot be read.
     """
-    with open_batch(path) as batch:
-        for position, item in enumerate(batch):
-            place = SourcePosition(file=0, position=position)
-            try:
-                record = to_record(item, source=place)
-            except (ConversionError, SchemaError) as error:
-                message = f"{path}: sample {position}: {error}"
-                raise ConversionError(message) from error
-            yield record_states(record)
+    with open_source(path) as source:
+        yield from map(record_states, source.records())
 
 
 def measured(archive: Archive, samples: int) -> Calibration:
@@ -362,7 +351,7 @@ def _one_model(paths: Sequence[Path]) -> str | None:
 
 def _model_of(path: Path) -> str | None:
     if not is_archive(path):
-        return names_in_file_name(path.name).get("model_id")
+        return facts_in_name(path).get("model_id")
     with open_archive(path) as archive:
         return archive.metadata.model_id
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from h5traces.archive.stores import FooterStore
 from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
-from h5traces.format.digests import dataset_digest, sample_digest
-from h5traces.format.entries import digest_type
+from h5traces.format.digests import difference, sample_difference
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.arrays import read_array
 from h5traces.storage.files import LocalFile
@@ -78,7 +77,7 @@ def verify_written(
             groups = [entries[start : start + _GROUP] for start in range(0, len(entries), _GROUP)]
             found = pool.map(lambda group: _wrong_paths(file, group), groups)
             wrong = [path for paths in found for path in paths]
-            if wrong or stored_sample_digest(sample) != expected:
+            if wrong or sample_difference(sample, expected):
                 place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
                 message = f"{path}: {place} reads back otherwise than it was written"
                 raise CorruptArchiveError(message)
@@ -94,12 +93,6 @@ def verify_written(
             message = f"{path}: /{wrong[0]} reads back otherwise than it was written"
             raise CorruptArchiveError(message)
     return num_datasets + len(datasets)
-
-
-def stored_sample_digest(sample: SampleEntry) -> str:
-    """The digest of a sample by its stored attributes and its datasets' own digests."""
-    objects = {path: entry.attrs for path, entry in sample.objects.items()}
-    return sample_digest(sample.attrs, objects)
 
 
 def _stock_choice(entries: Sequence[ObjectEntry], index: int, *, at_end: bool) -> list[ObjectEntry]:
@@ -119,9 +112,7 @@ def _wrong_paths(file: ByteFile, entries: Sequence[ObjectEntry]) -> list[str]:
 
 def wrong_path(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> str | None:
     """The entry's path where its values do not give its digest, else None."""
-    values = read_array(file, entry, limits)
-    fits = dataset_digest(digest_type(entry.dtype), values) == entry.attrs.get("digest")
-    return None if fits else entry.path
+    return entry.path if difference(entry, read_array(file, entry, limits)) else None
 
 
 def _check_through_stock_hdf5(
@@ -129,8 +120,7 @@ def _check_through_stock_hdf5(
 ) -> None:
     name = layout.sample_name(sample.ordinal)
     for entry in entries:
-        values = stock.read_values(name, entry)
-        if dataset_digest(digest_type(entry.dtype), values) != entry.attrs.get("digest"):
+        if difference(entry, stock.read_values(name, entry)):
             message = (
                 f"{stock.path}: {layout.sample_path(sample.ordinal)}/{entry.path}: stock HDF5 "
                 "reads other values than were written"

@@ -15,6 +15,7 @@ import numpy as np
 import h5traces
 from h5traces.errors import ArchiveExistsError, H5TracesError
 from h5traces.rewriting.repack import repack
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,10 +159,14 @@ def _archives(inputs: Path) -> None:
     h5traces.convert(sorted(inputs.glob("*.pkl")), inputs)
 
 
-def _convert(dest: str = ".", **options: Any) -> Callable[[Path, Path, Ack], None]:
+def _convert(
+    dest: str = ".", shard_samples: int | None = None, **options: Any
+) -> Callable[[Path, Path, Ack], None]:
+    options["target"] = TargetOptions(skip_existing=True, shard_samples=shard_samples)
+
     def run(inputs: Path, out: Path, ack: Ack) -> None:
         sources = sorted(inputs.glob("*.pkl"))
-        report = h5traces.convert(sources, out / dest, skip_existing=True, **options)
+        report = h5traces.convert(sources, out / dest, **options)
         if not report.ok:
             raise H5TracesError("; ".join(str(each.error) for each in report.files))
         ack(*range(2 * BATCH))
@@ -206,8 +211,14 @@ SCENARIOS = {
         _batches, _convert("run.h5", merge=True, shard_samples=3), _shards("run", 3, 8)
     ),
     "merge": Scenario(_archives, _repack("run.h5"), {"run.h5": _ALL}),
-    "repack": Scenario(_archives, _repack("run.h5", codec="zstd"), {"run.h5": _ALL}),
-    "split": Scenario(_archives, _repack("new/run.h5", shard_samples=3), _shards("new/run", 3, 8)),
+    "repack": Scenario(
+        _archives, _repack("run.h5", precision=PrecisionOptions(codec="zstd")), {"run.h5": _ALL}
+    ),
+    "split": Scenario(
+        _archives,
+        _repack("new/run.h5", target=TargetOptions(shard_samples=3)),
+        _shards("new/run", 3, 8),
+    ),
 }
 
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 import h5traces
+from h5traces.writing.options import TargetOptions
 
 COMMAND = Path(sys.executable).with_name("h5traces")
 SAMPLES = 60
@@ -66,7 +67,7 @@ def wait_for(process, condition):
 
 def finish(folder, out):
     """What the same command with --skip-existing does, without another start of Python."""
-    assert h5traces.convert(folder, out, skip_existing=True).ok
+    assert h5traces.convert(folder, out, target=TargetOptions(skip_existing=True)).ok
     assert sorted(path.name for path in out.iterdir()) == ["b0.h5", "b1.h5", "b2.h5"]
     with h5traces.open(out) as archive:
         assert len(archive) == 3 * SAMPLES

@@ -16,6 +16,7 @@ from scenarios import is_same, item
 import h5traces
 from h5traces.errors import ArchiveExistsError, CorruptArchiveError, StoredStateWarning
 from h5traces.rewriting.repack import repack
+from h5traces.writing.options import TargetOptions
 
 SHARDS, FEW_FILES = 1000, 40
 # What a process reads over and over while others publish; every archive that it sees is whole.
@@ -72,7 +73,9 @@ def test_readers_see_whole_archives_while_others_are_published_and_replaced(tmp_
         # The same names again and again, with one batch or the other.
         for name in ("one", "two"):
             target = out / f"{name}.h5"
-            assert h5traces.convert(sources[number % 2], target, overwrite=True).ok
+            assert h5traces.convert(
+                sources[number % 2], target, target=TargetOptions(overwrite=True)
+            ).ok
     (out / "stop").touch()
     stdout, stderr = reader.communicate(timeout=60)
     assert reader.returncode == 0, stderr

@@ -109,7 +109,7 @@ def test_signals_of_the_terminal_do_not_reach_it(tmp_path):
 def test_it_ends_with_its_program(tmp_path):
     """Else the next start would find the lock taken."""
     code = (
-        "import sys; from h5traces.writing import ProcessWriter; "
+        "import sys; from h5traces.writing.process_writer import ProcessWriter; "
         f"print(ProcessWriter({str(tmp_path / 'run.h5')!r}).process_id, flush=True); "
         "sys.stdin.read()"
     )
@@ -133,7 +133,7 @@ def test_it_finds_what_its_program_found(tmp_path):
     folder = str(Path(h5traces.__file__).parents[1])
     code = (
         f"import sys; sys.path.insert(0, {folder!r}); "
-        "from h5traces.writing import ProcessWriter; "
+        "from h5traces.writing.process_writer import ProcessWriter; "
         f"ProcessWriter({str(tmp_path / 'run.h5')!r}).close()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -29,6 +29,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.rewriting.repack import repack
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError, hdf5_end
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +66,7 @@ def _subset(folder: Path) -> Path:
 
 def _zstd(folder: Path) -> Path:
     target = folder / "repacked.h5"
-    repack(_float16(folder), target, codec="zstd")
+    repack(_float16(folder), target, precision=PrecisionOptions(codec="zstd"))
     return target
 
 

@@ -19,6 +19,7 @@ from hdf5_attacks import LAYER, low_level
 from specimen import edit
 
 from h5traces.rewriting.repack import repack
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +95,7 @@ def frame(name: str, error: str, change: Change) -> None:
 
     def build(path: Path) -> None:
         other = path.with_suffix(".repacked")
-        repack(path, other, codec="zstd")
+        repack(path, other, precision=PrecisionOptions(codec="zstd"))
         other.replace(path)
 
         def put(file: h5py.File) -> None:

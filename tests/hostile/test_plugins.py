@@ -21,6 +21,7 @@ from h5py import h5pl
 
 from h5traces.rewriting.repack import repack
 from h5traces.storage.hdf5.safety import no_plugin_search
+from h5traces.writing.options import PrecisionOptions
 
 SECONDS = 60
 FOLDER = Path(__file__).parent
@@ -105,7 +106,7 @@ def test_unknown_filter_of_index_loads_no_plugin(tmp_path: Path) -> None:
 def test_known_filter_is_not_looked_for_on_disk(tmp_path: Path) -> None:
     source, path = tmp_path / "source.h5", tmp_path / "archive.h5"
     specimen.write(source)
-    repack(source, path, codec="zstd")
+    repack(source, path, precision=PrecisionOptions(codec="zstd"))
     assert not is_loaded(tmp_path, READ_WITH_US, path)
 
 

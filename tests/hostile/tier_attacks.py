@@ -24,7 +24,7 @@ LAYER = f"{SAMPLE}/hidden_states/layer_000"
 WEIGHTS = f"{SAMPLE}/attentions/layer_000"
 TABLE = f"{SAMPLE}/hidden_states/exceptions"
 SCALE = "scales/hidden_states/layer_000"
-EDITED = "the digest does not fit"
+EDITED = "do not fit the sample"
 MiB = 1 << 20
 
 
@@ -38,7 +38,7 @@ def write(path: Path) -> None:
     source.write_bytes(pickle.dumps(items))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = h5traces.convert(source, path, tier="fine")
+        report = h5traces.convert(source, path, precision="fine")
     assert report.ok
     source.unlink()
 

@@ -18,7 +18,7 @@ ATTACKS: list[Attack] = []
 NESTED = b"[" * 100_000 + b"]" * 100_000
 HUGE_NUMBER = b"[" + b"9" * 100_000 + b"]"
 # validate reads no arrays, but knows that these are not what was written.
-EDITED = "the digest does not fit|text is not UTF-8 padded"
+EDITED = "do not fit the sample|text is not UTF-8 padded"
 CONFIG = f"{EXTRA}/config"
 
 

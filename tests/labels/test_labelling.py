@@ -26,6 +26,7 @@ from h5traces.errors import (
 )
 from h5traces.rewriting.label import label
 from h5traces.rewriting.repack import repack
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,7 +82,7 @@ def test_open_picks_labels_up(archive: Path, table: Path) -> None:
 
 
 def test_statistics(archive: Path, table: Path) -> None:
-    report = label(archive, table, threshold=0.6, dry_run=True)
+    report = label(archive, table, threshold=0.6, target=TargetOptions(dry_run=True))
     assert not Path(report.targets[0]).exists()
     assert report.labels == {0: 2, 1: 4}
     assert report.num_labelled == report.num_samples == 6
@@ -122,7 +123,7 @@ def test_scores_without_labels(archive: Path, table: Path) -> None:
 def test_shards_have_a_sidecar_each(archive: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
-    repack(archive, shards / "run.h5", shard_samples=4)
+    repack(archive, shards / "run.h5", target=TargetOptions(shard_samples=4))
     rows = [*zip(IDS, SCORES, strict=True), ("elsewhere", 0.3)]
     report = label(shards, write_csv(tmp_path / "s.csv", rows))
     assert report.unknown == ["elsewhere"]
@@ -143,13 +144,19 @@ def test_labels_in_a_folder_of_their_own(archive: Path, table: Path, tmp_path: P
     other.mkdir()
     repack(archive, other / "run.h5", samples=[0])
     with pytest.raises(SchemaError, match="two archives have this name"):
-        label([archive, other / "run.h5"], table, folder=folder, overwrite=True, partial=True)
+        label(
+            [archive, other / "run.h5"],
+            table,
+            folder=folder,
+            target=TargetOptions(overwrite=True),
+            partial=True,
+        )
 
 
 def test_rewriting_takes_labels_along(archive: Path, table: Path, tmp_path: Path) -> None:
     label(archive, table)
     repack(archive, tmp_path / "part.h5", samples=[3, 0], layers=[1])
-    repack(archive, tmp_path / "cast.h5", dtype="float32")
+    repack(archive, tmp_path / "cast.h5", precision=PrecisionOptions(dtype="float32"))
     assert h5traces.open(tmp_path / "part.h5").labels == (0, 1)
     assert h5traces.open(tmp_path / "cast.h5").labels == LABELS
 
@@ -195,7 +202,7 @@ def test_labels_of_old_dicts_are_replaced(tmp_path: Path, old: Any) -> None:
     table = write_csv(tmp_path / "s.csv", zip(IDS[1:], SCORES[1:], strict=True))
     label(archive, table, partial=True)
     label(archive, table, partial=True, output=tmp_path / "copied.h5")
-    repack(archive, tmp_path / "cast.h5", dtype="float32")
+    repack(archive, tmp_path / "cast.h5", precision=PrecisionOptions(dtype="float32"))
     for path in (archive, tmp_path / "copied.h5", tmp_path / "cast.h5"):
         opened = h5traces.open(path)
         assert opened[0]["label"] == old
@@ -292,7 +299,7 @@ def test_samples_that_share_an_id(tmp_path: Path) -> None:
     told = [("same", 0.1, 0), ("same", 0.9, 1), ("same", 0.2, 2), ("same", 0.3, 7)]
     told += [(name, score, "") for name, score in rows[1:]]
     table = write_csv(tmp_path / "g.csv", told, "question_id,bleurt_score,generation_index")
-    report = label(archive, table, overwrite=True)
+    report = label(archive, table, target=TargetOptions(overwrite=True))
     assert report.unknown == ["same (generation 7)"]
     assert h5traces.open(archive).labels == (1, 0, 1, *LABELS[3:])
 
@@ -333,7 +340,7 @@ def test_labels_of_another_archive_are_refused(archive: Path, table: Path, tmp_p
     # A new run puts it right, whatever lies there.
     with pytest.raises(ArchiveExistsError, match="--overwrite"):
         label(other, table)
-    label(other, table, overwrite=True)
+    label(other, table, target=TargetOptions(overwrite=True))
     assert h5traces.open(other).labels == LABELS[:2]
 
 

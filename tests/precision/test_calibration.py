@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from legacy_batches import make_archive, write_batch, write_layout
+from legacy_batches import grouped, make_archive, write_batch, write_layout
 
 import h5traces
 from h5traces.errors import (
@@ -26,6 +26,7 @@ from h5traces.errors import (
 from h5traces.format.precision import Precision
 from h5traces.precision.scales import ChannelAccumulator
 from h5traces.writing.calibrate import calibrate, load_calibration
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -283,7 +284,7 @@ def test_nothing_is_overwritten(scales: Path, tmp_path: Path) -> None:
 def convert(tmp_path: Path, scales: Path, **options: Any) -> None:
     write_batch(tmp_path / "in.pkl", batch(9))
     options.setdefault("tier", "analysis")
-    h5traces.convert(tmp_path / "in.pkl", tmp_path / "out.h5", scales=scales, **options)
+    h5traces.convert(tmp_path / "in.pkl", tmp_path / "out.h5", **grouped(scales=scales, **options))
 
 
 def edited(path: Path, change: Any) -> Path:
@@ -382,7 +383,9 @@ def test_flipped_bytes_in_a_file_of_scales(scales: Path, tmp_path: Path) -> None
 def test_another_width_than_the_layers(scales: Path, tmp_path: Path) -> None:
     write_batch(tmp_path / "in.pkl", batch(9, width=10))
     report = h5traces.convert(
-        tmp_path / "in.pkl", tmp_path / "out.h5", scales=scales, tier="analysis"
+        tmp_path / "in.pkl",
+        tmp_path / "out.h5",
+        precision=PrecisionOptions(scales=scales, tier="analysis"),
     )
     assert not report.ok
     assert re.search(r"layer_000.*10 wide.*24.*calibrate", str(report.files[0].error))
@@ -401,7 +404,9 @@ def test_layers_without_scales_stay_exact_and_are_named(tmp_path: Path) -> None:
     calibrate(tmp_path / "some.pkl", tmp_path / "scales.h5", layers=[0])
     write_batch(tmp_path / "in.pkl", batch(9))
     report = h5traces.convert(
-        tmp_path / "in.pkl", tmp_path / "out.h5", scales=tmp_path / "scales.h5", tier="compact"
+        tmp_path / "in.pkl",
+        tmp_path / "out.h5",
+        precision=PrecisionOptions(scales=tmp_path / "scales.h5", tier="compact"),
     )
     assert report.ok
     assert any("has no scale" in each and "16" in each for each in report.files[0].warnings)

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made[2]["hidden_states"][1][3, 3] = np.inf
     source = write_batch(folder / "source.pkl", made)
     for tier in ("exact", "fine", "compact"):
-        assert h5traces.convert(source, folder / f"{tier}.h5", tier=tier).ok
+        assert h5traces.convert(source, folder / f"{tier}.h5", precision=tier).ok
     return folder
 
 

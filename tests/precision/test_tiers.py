@@ -41,6 +41,7 @@ from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.calibrate import calibrate
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +82,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shelf")
     source = write_batch(folder / "source.pkl", batch())
     for tier in ("exact", *TIERS):
-        report = h5traces.convert(source, folder / f"{tier}.h5", tier=tier)
+        report = h5traces.convert(source, folder / f"{tier}.h5", precision=tier)
         assert report.ok, report.files[0].error
     return folder
 
@@ -129,7 +130,7 @@ def test_every_tier_of_every_layout(tmp_path: Path, layout: str) -> None:
     plain = h5traces.open(exact)
     for tier in ("fine", "compact", "native"):
         lossy = tmp_path / f"{tier}.h5"
-        report = h5traces.convert(source, lossy, tier=tier)
+        report = h5traces.convert(source, lossy, precision=tier)
         assert report.ok, report.files[0].error
         assert h5traces.validate(lossy).ok
         assert h5traces.verify(lossy, against=source).ok
@@ -189,7 +190,7 @@ def test_tiers_are_as_small_as_they_are_coarse(tmp_path: Path) -> None:
     source = write_batch(tmp_path / "source.pkl", batch(30))
     sizes = []
     for tier in ("exact", "fine", "analysis", "compact"):
-        h5traces.convert(source, tmp_path / f"{tier}.h5", tier=tier)
+        h5traces.convert(source, tmp_path / f"{tier}.h5", precision=tier)
         with h5traces.open(tmp_path / f"{tier}.h5") as archive:
             sizes.append(
                 sum(
@@ -237,7 +238,7 @@ def test_float32_beyond_float16_stays_float32_within_its_bound(tmp_path: Path) -
         ]
     source = write_batch(tmp_path / "wide.pkl", made)
     for tier in ("exact", "fine", "compact", "native"):
-        report = h5traces.convert(source, tmp_path / f"{tier}.h5", tier=tier)
+        report = h5traces.convert(source, tmp_path / f"{tier}.h5", precision=tier)
         assert report.ok, report.files[0].error
         met = assert_within_bounds(tmp_path / f"{tier}.h5", tmp_path / "exact.h5")
         name = "exact" if tier in ("exact", "native") else "channel-steps"
@@ -258,11 +259,11 @@ def test_next_to_no_tokens(tmp_path: Path, tokens: int) -> None:
     source = write_batch(tmp_path / "short.pkl", [short, *made])
     assert h5traces.convert(source, tmp_path / "exact.h5").ok
     for tier in TIERS:
-        report = h5traces.convert(source, tmp_path / f"{tier}.h5", tier=tier)
+        report = h5traces.convert(source, tmp_path / f"{tier}.h5", precision=tier)
         assert report.ok, report.files[0].error
         assert_within_bounds(tmp_path / f"{tier}.h5", tmp_path / "exact.h5")
     alone = write_batch(tmp_path / "alone.pkl", [short])
-    report = h5traces.convert(alone, tmp_path / "alone.h5", tier="fine")
+    report = h5traces.convert(alone, tmp_path / "alone.h5", precision="fine")
     assert report.ok
     assert h5traces.open(tmp_path / "alone.h5")[0]["hidden_states"][0].shape == (tokens, HIDDEN)
 
@@ -347,7 +348,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("tier", TIERS)
 def test_the_embedding_is_a_layer_like_others(embedded: Path, tmp_path: Path, tier: str) -> None:
     exact, lossy = embedded / "exact.h5", tmp_path / f"{tier}.h5"
-    repack(exact, lossy, tier=tier)
+    repack(exact, lossy, precision=tier)
     repack(lossy, tmp_path / "subset.h5", layers=[2])
     for path in (lossy, tmp_path / "subset.h5"):
         assert_within_bounds(path, exact)
@@ -434,7 +435,7 @@ def test_chunks_are_copied_as_they_are(shelf: Path, tmp_path: Path, tier: str) -
     assert report.copied
     assert_same_stored(stored(tmp_path / "copy.h5"), stored(source))
     assert h5traces.open(tmp_path / "copy.h5").metadata.precision == Precision.of(tier)  # type: ignore[arg-type]
-    repack(source, tmp_path / "parts.h5", shard_samples=2)
+    repack(source, tmp_path / "parts.h5", target=TargetOptions(shard_samples=2))
     parts = sorted(tmp_path.glob("parts-*.h5"))
     assert len(parts) == 3
     repack(parts, tmp_path / "whole.h5")
@@ -468,11 +469,11 @@ def test_another_codec_keeps_the_integers(
     shelf: Path, tmp_path: Path, tier: str, codec: str
 ) -> None:
     pytest.importorskip("hdf5plugin")
-    repack(shelf / f"{tier}.h5", tmp_path / "other.h5", codec=codec)
+    repack(shelf / f"{tier}.h5", tmp_path / "other.h5", precision=PrecisionOptions(codec=codec))
     assert_same_stored(stored(tmp_path / "other.h5"), stored(shelf / f"{tier}.h5"))
     assert h5traces.open(tmp_path / "other.h5").metadata.codec == codec
     assert h5traces.verify(tmp_path / "other.h5", deep=True).ok
-    repack(tmp_path / "other.h5", tmp_path / "back.h5", codec="gzip")
+    repack(tmp_path / "other.h5", tmp_path / "back.h5", precision=PrecisionOptions(codec="gzip"))
     assert_same_stored(stored(tmp_path / "back.h5"), stored(shelf / f"{tier}.h5"))
 
 
@@ -495,13 +496,13 @@ def test_the_same_scales_do(shelf: Path, tmp_path: Path) -> None:
 
 def test_rewriting_an_exact_archive_is_converting_its_source(shelf: Path, tmp_path: Path) -> None:
     for tier in TIERS:
-        repack(shelf / "exact.h5", tmp_path / f"{tier}.h5", tier=tier)
+        repack(shelf / "exact.h5", tmp_path / f"{tier}.h5", precision=tier)
         assert_same_stored(integers(tmp_path / f"{tier}.h5"), integers(shelf / f"{tier}.h5"))
 
 
 def test_losses_add_up_and_are_told(shelf: Path, tmp_path: Path) -> None:
     with pytest.warns(LossyWarning, match=r"fine\.h5: holds fine.*becomes compact.*add up"):
-        repack(shelf / "fine.h5", tmp_path / "twice.h5", tier="compact")
+        repack(shelf / "fine.h5", tmp_path / "twice.h5", precision="compact")
     archive = h5traces.open(tmp_path / "twice.h5")
     assert archive.metadata.earlier_precisions == (Precision.of("fine"),)
     assert archive.metadata.precision == Precision.of("compact")
@@ -514,20 +515,20 @@ def test_losses_add_up_and_are_told(shelf: Path, tmp_path: Path) -> None:
     with pytest.warns(LossyWarning, match="fine.*compact"):
         export(tmp_path / "twice.h5", tmp_path / "twice.pkl")
     with pytest.raises(LossyArchiveError, match=r"twice\.h5: holds fine.*compact"):
-        repack(tmp_path / "twice.h5", tmp_path / "never.h5", tier="exact")
+        repack(tmp_path / "twice.h5", tmp_path / "never.h5", precision="exact")
 
 
 def test_what_was_lost_is_not_had_back(shelf: Path, tmp_path: Path) -> None:
     for tier in TIERS:
         with pytest.raises(LossyArchiveError, match=rf"{tier}\.h5: holds {tier}.*made from"):
-            repack(shelf / f"{tier}.h5", tmp_path / "out.h5", tier="exact")
+            repack(shelf / f"{tier}.h5", tmp_path / "out.h5", precision="exact")
     assert not (tmp_path / "out.h5").exists()
 
 
 def test_the_same_tier_again_loses_nothing(shelf: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert repack(shelf / "analysis.h5", tmp_path / "again.h5", tier="analysis").copied
+        assert repack(shelf / "analysis.h5", tmp_path / "again.h5", precision="analysis").copied
     assert_same_stored(stored(tmp_path / "again.h5"), stored(shelf / "analysis.h5"))
 
 
@@ -538,11 +539,14 @@ def test_tiers_go_with_float16_only(shelf: Path, tmp_path: Path, dtype: str) -> 
             h5traces.convert(
                 shelf / "source.pkl",
                 tmp_path / "out.h5",
-                tier=tier,
-                dtype=dtype,  # type: ignore[arg-type]
+                precision=PrecisionOptions(tier=tier, dtype=dtype),
             )
         with pytest.raises(PrecisionError, match=rf"{tier}.*not {dtype}"):
-            repack(shelf / "exact.h5", tmp_path / "out.h5", tier=tier, dtype=dtype)
+            repack(
+                shelf / "exact.h5",
+                tmp_path / "out.h5",
+                precision=PrecisionOptions(tier=tier, dtype=dtype),
+            )
     assert not (tmp_path / "out.h5").exists()
 
 
@@ -731,16 +735,20 @@ def test_an_edited_footer_is_found(shelf: Path, tmp_path: Path) -> None:
 def test_scales_of_an_archive_that_has_some_cannot_be_replaced(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
     h5traces.convert(tmp_path / "batch.pkl", tmp_path / "exact.h5")
-    repack(tmp_path / "exact.h5", tmp_path / "fine.h5", tier="fine")
+    repack(tmp_path / "exact.h5", tmp_path / "fine.h5", precision="fine")
     with pytest.raises(PrecisionError, match=r"fine\.h5.*scales of its own.*leave --scales out"):
-        repack(tmp_path / "fine.h5", tmp_path / "b.h5", tier="fine", scales=tmp_path / "fine.h5")
+        repack(
+            tmp_path / "fine.h5",
+            tmp_path / "b.h5",
+            precision=PrecisionOptions(tier="fine", scales=tmp_path / "fine.h5"),
+        )
     assert not (tmp_path / "b.h5").exists()
 
 
 def test_a_reference_that_lost_precision_is_named(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
     h5traces.convert(tmp_path / "batch.pkl", tmp_path / "exact.h5")
-    repack(tmp_path / "exact.h5", tmp_path / "fine.h5", tier="fine")
+    repack(tmp_path / "exact.h5", tmp_path / "fine.h5", precision="fine")
     with pytest.warns(LossyWarning, match=r"fine\.h5: the reference lost precision itself"):
         compare(tmp_path / "fine.h5", tmp_path / "exact.h5")
 
@@ -758,7 +766,9 @@ def test_scales_far_too_wide_are_not_used(tmp_path: Path, factor: float, is_enco
     write_batch(tmp_path / "wide.pkl", wide)
     calibrate(tmp_path / "wide.pkl", tmp_path / "scales.h5")
     report = h5traces.convert(
-        tmp_path / "batch.pkl", tmp_path / "a.h5", tier="analysis", scales=tmp_path / "scales.h5"
+        tmp_path / "batch.pkl",
+        tmp_path / "a.h5",
+        precision=PrecisionOptions(tier="analysis", scales=tmp_path / "scales.h5"),
     )
     with h5traces.open(tmp_path / "a.h5") as archive:
         reasons = {trace.attrs("hidden_states/layer_000").get("kept_exact") for trace in archive}
@@ -773,9 +783,11 @@ def test_scales_without_use_are_refused(tmp_path: Path) -> None:
     for tier in ("exact", "native"):
         with pytest.raises(PrecisionError, match="scales are for hidden states in steps"):
             h5traces.convert(
-                tmp_path / "batch.pkl", tmp_path / "a.h5", tier=tier, scales=tmp_path / "scales.h5"
+                tmp_path / "batch.pkl",
+                tmp_path / "a.h5",
+                precision=PrecisionOptions(tier=tier, scales=tmp_path / "scales.h5"),
             )
-    other = {"tier": "fine", "scales": tmp_path / "scales.h5"}
+    other = {"precision": PrecisionOptions(tier="fine", scales=tmp_path / "scales.h5")}
     with pytest.raises(PrecisionError, match="measured on org/Model, the samples are of other/one"):
         h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", model_id="other/one", **other)
     # The same, from a folder.
@@ -785,7 +797,7 @@ def test_scales_without_use_are_refused(tmp_path: Path) -> None:
 def test_a_mean_beside_the_heads_loses_nothing(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
     precision = Precision(head_mean="beside")
-    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", tier=precision)
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", precision=precision)
     with h5traces.open(tmp_path / "a.h5", exact=True) as archive:
         assert archive.metadata.precision == precision
         assert archive[0]["attention_mean"][0].shape == (TOKENS, TOKENS)
@@ -794,7 +806,7 @@ def test_a_mean_beside_the_heads_loses_nothing(tmp_path: Path) -> None:
 
 def test_default_kinds_are_what_is_stored(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
-    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", tier="compact")
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", precision="compact")
     with h5traces.open(tmp_path / "a.h5") as archive:
         (found,) = archive.read([0], layers=[1])
         assert list(found) == ["hidden_states", "attention_mean"]
@@ -811,9 +823,9 @@ def test_other_types_of_reading_are_refused(tmp_path: Path, dtype: Any) -> None:
 
 def test_what_is_cast_from_a_lossy_archive_says_so(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
-    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", tier="fine")
+    h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", precision="fine")
     with pytest.warns(LossyWarning, match="earlier_precisions"):
-        repack(tmp_path / "a.h5", tmp_path / "b.h5", dtype="float32")
+        repack(tmp_path / "a.h5", tmp_path / "b.h5", precision=PrecisionOptions(dtype="float32"))
     with pytest.warns(LossyWarning, match="earlier_precisions"):
         export(tmp_path / "a.h5", tmp_path / "c.h5")
     for name in ("b.h5", "c.h5"):

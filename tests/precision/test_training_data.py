@@ -54,7 +54,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     source = write_batch(folder / "source.pkl", batch())
     for tier in ("exact", *TIERS, "native"):
-        assert h5traces.convert(source, folder / f"{tier}.h5", tier=tier).ok
+        assert h5traces.convert(source, folder / f"{tier}.h5", precision=tier).ok
     return folder
 
 
@@ -121,7 +121,7 @@ def test_graphs_where_some_heads_could_not_be_averaged(tmp_path: Path) -> None:
         each.pop("prompt_length", None)
     source = write_batch(tmp_path / "mixed.pkl", made)
     for tier in ("exact", "compact"):
-        report = h5traces.convert(source, tmp_path / f"{tier}.h5", tier=tier)
+        report = h5traces.convert(source, tmp_path / f"{tier}.h5", precision=tier)
         assert report.ok, report.files[0].error
     assert any("attentions: holds generation steps" in each for each in report.files[0].warnings)
     assert h5traces.validate(tmp_path / "compact.h5").ok

@@ -12,6 +12,7 @@ from legacy_batches import (
     LAYOUTS,
     as_dicts,
     assert_same,
+    grouped,
     in_float16,
     make_archive,
     make_batch,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def convert(source: Path, **options: Any) -> Path:
     target = source.with_name("archive.h5")
-    report = h5traces.convert(source, target, **options)
+    report = h5traces.convert(source, target, **grouped(**options))
     assert report.ok, report.files[0].error
     assert report.files[0].status == "converted"
     found = validate(target)

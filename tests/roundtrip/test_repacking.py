@@ -8,6 +8,7 @@ from legacy_batches import LAYERS, LAYOUTS, assert_same, make_archive, make_batc
 import h5traces
 from h5traces.errors import ArchiveError, ArchiveExistsError, LayerIndexError, StoredStateWarning
 from h5traces.rewriting.repack import repack
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 
 def stored_chunks(path):
@@ -69,7 +70,7 @@ def test_samples_are_taken_in_the_order_given(archive, tmp_path):
 
 
 def test_split_and_merge_give_the_archive_back(archive, tmp_path):
-    report = repack(archive, tmp_path / "shard.h5", shard_samples=4)
+    report = repack(archive, tmp_path / "shard.h5", target=TargetOptions(shard_samples=4))
     shards = [tmp_path / f"shard-{number:05d}.h5" for number in range(len(report.targets))]
     assert [str(path) for path in shards] == report.targets
     assert next(len(h5traces.open(path)) for path in shards) == 4
@@ -96,10 +97,10 @@ def test_merging_an_archive_with_itself_numbers_the_generations(archive, tmp_pat
 def test_zstd_is_read_by_us_and_by_stock_h5py(archive, tmp_path, dtype):
     pytest.importorskip("hdf5plugin")
     target = tmp_path / "zstd.h5"
-    report = repack(archive, target, codec="zstd", dtype=dtype)
+    report = repack(archive, target, precision=PrecisionOptions(codec="zstd", dtype=dtype))
     assert not report.copied
     plain = tmp_path / "plain.h5"
-    repack(archive, plain, dtype=dtype)
+    repack(archive, plain, precision=PrecisionOptions(dtype=dtype))
     ours, expected = h5traces.open(target), h5traces.open(plain)
     assert ours.metadata.codec == "zstd"
     with h5py.File(target) as stock:
@@ -129,7 +130,7 @@ def test_a_damaged_chunk_is_not_copied(archive, tmp_path):
 
 def test_errors_name_what_is_wrong(archive, tmp_path):
     with pytest.raises(ArchiveError, match="is one of the sources; name another output"):
-        repack(archive, archive, overwrite=True)
+        repack(archive, archive, target=TargetOptions(overwrite=True))
     with pytest.raises(LayerIndexError, match="layer 7 was asked for, but"):
         repack(archive, tmp_path / "x.h5", layers=[7])
     with pytest.raises(IndexError):
@@ -141,7 +142,9 @@ def test_errors_name_what_is_wrong(archive, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(archive, tmp_path):
-    report = repack(archive, tmp_path / "shard.h5", shard_samples=2, dry_run=True)
+    report = repack(
+        archive, tmp_path / "shard.h5", target=TargetOptions(shard_samples=2, dry_run=True)
+    )
     assert report.num_samples == len(h5traces.open(archive))
     assert report.targets == [str(tmp_path / "shard-00000.h5")]
     assert not list(tmp_path.glob("shard*"))
@@ -156,7 +159,7 @@ def test_tokens_that_the_fields_do_not_list_are_kept(tmp_path, archive):
         source = h5traces.open(archive)
     assert "tokens" not in source[0]
     with pytest.warns(StoredStateWarning):
-        repack(archive, tmp_path / "copy.h5", dtype="float32")
+        repack(archive, tmp_path / "copy.h5", precision=PrecisionOptions(dtype="float32"))
     copy = h5traces.open(tmp_path / "copy.h5")
     for ours, theirs in zip(copy, source, strict=True):
         np.testing.assert_array_equal(ours.tokens(), theirs.tokens())

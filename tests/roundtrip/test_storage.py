@@ -35,6 +35,7 @@ from h5traces.storage.arrays import encode_array, read_array
 from h5traces.storage.codecs import CODECS
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -182,7 +183,7 @@ def assert_stores_agree(path: Path) -> int:
 def test_footer_and_hdf5_tell_the_same(tmp_path: Path, layout: str, policy: Any) -> None:
     source = write_layout(tmp_path, layout, make_batch(layout, dtype="float32-from-bfloat16"))
     target = tmp_path / "archive.h5"
-    assert h5traces.convert(source, target, dtype=policy).ok
+    assert h5traces.convert(source, target, precision=PrecisionOptions(dtype=policy)).ok
     assert assert_stores_agree(target) > 20
 
 
@@ -200,9 +201,13 @@ def test_arrays_of_many_chunks(
 ) -> None:
     batch = make_batch(layout, dtype="float32-from-float16")
     source = write_layout(tmp_path, layout, batch)
-    assert h5traces.convert(source, tmp_path / "one.h5", dtype="auto").ok
+    assert h5traces.convert(
+        source, tmp_path / "one.h5", precision=PrecisionOptions(dtype="auto")
+    ).ok
     monkeypatch.setattr(grid.chunk_shape, "__defaults__", (50,))
-    assert h5traces.convert(source, tmp_path / "many.h5", dtype="auto").ok
+    assert h5traces.convert(
+        source, tmp_path / "many.h5", precision=PrecisionOptions(dtype="auto")
+    ).ok
     many, one = (assert_stores_agree(tmp_path / name) for name in ("many.h5", "one.h5"))
     assert many > one + 15
     expected = [native(trace) for trace in as_dicts(batch)]

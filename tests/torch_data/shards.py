@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from legacy_batches import write_batch
+from legacy_batches import grouped, write_batch
 
 import h5traces
 
@@ -43,7 +43,7 @@ def make_shards(folder: Path, batch: list | None = None, **options: Any) -> Path
     """A folder with archives of four samples each, made of `batch`."""
     source = write_batch(folder / "batch.pkl", plain_batch() if batch is None else batch)
     target = folder / "shards"
-    report = h5traces.convert(source, target, shard_samples=SHARD_SAMPLES, **options)
+    report = h5traces.convert(source, target, **grouped(shard_samples=SHARD_SAMPLES, **options))
     assert report.ok, report.files[0].error
     return target
 

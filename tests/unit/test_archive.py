@@ -28,6 +28,7 @@ from h5traces.errors import (
 )
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
+from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,7 +187,9 @@ def test_ids_may_repeat_and_be_missing(tmp_path: Path) -> None:
 def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     report = h5traces.convert(
-        make_archive(tmp_path, BATCH[:5]).with_suffix(".pkl"), folder, shard_samples=2
+        make_archive(tmp_path, BATCH[:5]).with_suffix(".pkl"),
+        folder,
+        target=TargetOptions(shard_samples=2),
     )
     assert report.ok
     assert [Path(target).name for target in report.files[0].targets] == [

@@ -23,6 +23,7 @@ from h5traces.errors import (
 )
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import TRAILER_NBYTES, read_directory
+from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -277,7 +278,7 @@ def test_full_disk_while_converting(tmp_path: Path, share: float) -> None:
     if small_fits:
         assert_same(h5traces.load(out / "a.h5"), small)
     # With room again, the same command finishes the work.
-    report = h5traces.convert([first, second], out, skip_existing=True)
+    report = h5traces.convert([first, second], out, target=TargetOptions(skip_existing=True))
     assert [each.status for each in report.files] == [
         "skipped" if small_fits else "converted",
         "converted",

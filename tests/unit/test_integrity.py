@@ -14,6 +14,7 @@ from h5traces.errors import StoredStateWarning
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import read_directory
 from h5traces.storage.hdf5.reading import Hdf5Reader
+from h5traces.writing.options import PrecisionOptions
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_salvage_works_from_the_footer_when_hdf5_is_destroyed(archive, tmp_path)
 @pytest.mark.parametrize("dtype", ["float16", "auto"])
 def test_a_conversion_is_proven_against_its_batch(tmp_path, layout, dtype):
     batch = write_layout(tmp_path, layout)
-    h5traces.convert(batch, tmp_path / "out.h5", dtype=dtype)
+    h5traces.convert(batch, tmp_path / "out.h5", precision=PrecisionOptions(dtype=dtype))
     report = h5traces.verify(tmp_path / "out.h5", against=batch)
     assert report.ok
     assert any("samples compared with" in note for note in report.notes)

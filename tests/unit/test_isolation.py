@@ -40,8 +40,8 @@ def kinds(report: isolation.ValidationReport) -> list[str]:
 def in_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let the child do this where it would validate."""
     body = f"def stand_in(path, limits):\n import os, time\n {code}\n"
-    run = "from h5traces import isolation\nisolation.validate = stand_in\nisolation.run_child()"
-    monkeypatch.setattr(isolation, "_CHILD", body + run)
+    run = "from h5traces.checking import isolated\nisolated.validate = stand_in\n"
+    monkeypatch.setattr(isolation, "_CHILD", f"{body}{run}isolated.run_child()")
 
 
 def test_report_is_the_same(archive: Path) -> None:

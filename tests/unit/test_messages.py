@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from legacy_batches import make_batch, write_batch
+from legacy_batches import grouped, make_batch, write_batch
 
 import h5traces
 from h5traces.errors import ConversionError, UnsafePickleError
@@ -86,7 +86,7 @@ BAD_SAMPLES = {
 
 
 def error_of(source: Path, target: Path, **options: Any) -> str:
-    report = convert(source, target, **options)
+    report = convert(source, target, **grouped(**options))
     assert not report.ok
     (file,) = report.files
     assert file.status == "failed"
@@ -201,7 +201,7 @@ def test_layers_that_the_model_does_not_have(tmp_path: Path) -> None:
 def test_impossible_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     source = write_batch(tmp_path / "batch.pkl", [sample()])
     with pytest.raises(ConversionError, match=message):
-        convert(source, tmp_path / "a.h5", **options)
+        convert(source, tmp_path / "a.h5", **grouped(**options))
     assert not (tmp_path / "a.h5").exists()
 
 

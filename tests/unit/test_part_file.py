@@ -15,6 +15,7 @@ from legacy_batches import assert_same, make_archive, make_batch, write_batch
 import h5traces
 from h5traces.errors import ArchiveExistsError
 from h5traces.storage.publish import LatchedFile, PartFile, remove_abandoned_parts
+from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -216,7 +217,7 @@ def test_a_killed_conversion_can_be_run_again(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     (left,) = names(out)
     assert left.endswith(".part")
-    report = h5traces.convert(source, out, skip_existing=True)
+    report = h5traces.convert(source, out, target=TargetOptions(skip_existing=True))
     assert [each.status for each in report.files] == ["converted"]
     assert names(out) == ["a.h5"]
     assert_same(h5traces.load(out / "a.h5"), BATCH)

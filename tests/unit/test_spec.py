@@ -26,6 +26,7 @@ from h5traces.format.trace import TraceMetadata
 from h5traces.precision import encoding
 from h5traces.storage.arrays import chunk_shape
 from h5traces.storage.codecs import CODECS
+from h5traces.writing.options import PrecisionOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = (ROOT / "schema" / "SPEC.md").read_text(encoding="utf-8")
@@ -69,6 +70,14 @@ def one(cell):
     return name
 
 
+def test_the_normative_text_is_short():
+    """Words outside of generated tables, of code and of the examples with h5py."""
+    text = SPEC.replace(section("Reading an archive with nothing but h5py"), "")
+    for left_out in (r"<!-- generated: .*?<!-- end: \w+ -->", r"```.*?```"):
+        text = re.sub(left_out, "", text, flags=re.DOTALL)
+    assert len([each for each in text.split() if re.search(r"\w", each)]) <= 6000
+
+
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """The example batch of the repository as an archive."""
@@ -94,7 +103,7 @@ def rich(tmp_path_factory):
     }
     batch = folder / "m_d_batch_0000.pkl"
     batch.write_bytes(pickle.dumps([trace, trace]))
-    h5traces.convert(batch, folder / "archive.h5", dtype="auto")
+    h5traces.convert(batch, folder / "archive.h5", precision=PrecisionOptions(dtype="auto"))
     return folder, trace
 
 
@@ -144,7 +153,7 @@ def compact(tmp_path_factory):
     trace = {"hidden_states": [states, states + 1], "attentions": [attention] * 2}
     batch = folder / "batch.pkl"
     batch.write_bytes(pickle.dumps([trace]))
-    h5traces.convert(batch, folder / "compact.h5", tier="compact")
+    h5traces.convert(batch, folder / "compact.h5", precision="compact")
     return folder, trace
 
 
@@ -571,7 +580,7 @@ def large(tmp_path_factory):
     states = np.arange(2500 * 1001, dtype="f4").reshape(2500, 1001)
     batch = folder / "batch.pkl"
     batch.write_bytes(pickle.dumps([{"hidden_states": [states], "attentions": []}]))
-    h5traces.convert(batch, folder / "large.h5", dtype="float32")
+    h5traces.convert(batch, folder / "large.h5", precision=PrecisionOptions(dtype="float32"))
     return folder / "large.h5"
 
 

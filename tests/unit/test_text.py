@@ -47,3 +47,10 @@ def test_arrays_of_text() -> None:
     assert text.decode_all(stored.reshape(3, 1)) == ["a", "", "b\0"]
     assert text.encode_all([]).dtype == np.dtype("S1")
     assert text.encode_all([""]).dtype == np.dtype("S1")
+
+
+def test_names_for_people() -> None:
+    assert text.and_more([]) == ""
+    assert text.and_more(range(5)) == "0, 1, 2, 3, 4"
+    assert text.and_more(range(7)) == "0, 1, 2, 3, 4 and 2 more"
+    assert text.and_more(["a", "b"], 1, separator="; ") == "a and 1 more"

@@ -7,6 +7,7 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 import h5traces
+from h5traces.writing.options import TargetOptions
 from suite.measure import Series, rounds, timed
 from suite.workspace import payload_nbytes
 
@@ -78,7 +79,7 @@ def run(workspace: Workspace, log: Callable[[str], None]) -> dict[str, Any]:
 
 def convert(source: Path, target: Path, *, verify: bool) -> None:
     """What the command does."""
-    report = h5traces.convert(source, target, verify=verify)
+    report = h5traces.convert(source, target, target=TargetOptions(verify=verify))
     if not report.ok:
         message = f"the conversion failed: {report.files[0].error}"
         raise RuntimeError(message)

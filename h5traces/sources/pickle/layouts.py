@@ -7,9 +7,8 @@ is the one behind the model's final norm.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,17 +17,26 @@ from h5traces.format import layout
 from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
 from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArrays, TraceRecord
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.stream import ContainerItem
 
 if TYPE_CHECKING:
     from h5traces.format.trace import SourcePosition
 
-_BATCH_NAME: Final = re.compile(
-    r"(?P<model>.+)_(?P<dataset>triviaqa|trivia_qa|truthfulqa|truthful_qa|[A-Za-z0-9-]+)"
-    r"_batch_\d+(_sub\d+)?\Z"
-)
-_SUFFIXES: Final = (".pkl.gz", ".pickle.gz", ".pkl", ".pickle")
-SOURCE_SUFFIXES: Final = _SUFFIXES
+
+@dataclass(frozen=True, eq=False)
+class ContainerItem:
+    """One element of ``traces`` with its label and question id.
+
+    Attributes
+    ----------
+    layers
+        A (hidden states, attention) pair per layer; arrays or tensors.
+    label, question_id
+        None if the batch has no such list.
+    """
+
+    layers: list[tuple[Any, Any]]
+    label: Any
+    question_id: Any
 
 
 @dataclass(slots=True)
@@ -39,23 +47,6 @@ class _Fields:
     texts: dict[str, str] = field(default_factory=dict)
     layered: dict[str, LayeredArrays] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-def batch_stem(name: str) -> str:
-    """A batch's file name without its suffix."""
-    for suffix in _SUFFIXES:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name
-
-
-def names_in_file_name(name: str) -> dict[str, str]:
-    """``model_id`` and ``dataset`` where a batch's file name has the pipeline's own form.
-
-    The form is ``{model}_{dataset}_batch_0000.pkl.gz``, with ``_sub0000`` for sub-batches.
-    """
-    found = _BATCH_NAME.match(batch_stem(name))
-    return {"model_id": found["model"], "dataset": found["dataset"]} if found else {}
 
 
 def to_record(

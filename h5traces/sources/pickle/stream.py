@@ -7,13 +7,13 @@ A batch is a pickled list of dicts, or a dict of parallel lists under ``traces``
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from h5traces.errors import ConversionError
+from h5traces.errors import ConversionError, SchemaError
+from h5traces.format.trace import SourcePosition
 from h5traces.sources.pickle.items import (
     ROOT,
     TRACES_KEY,
@@ -22,6 +22,7 @@ from h5traces.sources.pickle.items import (
     SharedEntryError,
     check_item,
 )
+from h5traces.sources.pickle.layouts import ContainerItem, as_dict, num_layers_of, to_record
 from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
 from h5traces.sources.pickle.shims import Tensor, type_name
 from h5traces.sources.pickle.source import (
@@ -34,7 +35,8 @@ from h5traces.sources.pickle.source import (
 
 if TYPE_CHECKING:
     import os
-    from types import TracebackType
+
+    from h5traces.format.record import TraceRecord
 
 _DEFAULT_LIMITS = PickleLimits()
 _EXPECTED = "expected a list of dicts, or a dict with the list 'traces'"
@@ -45,23 +47,6 @@ _OTHER_FORMATS = {
     b"\x93NUMPY": "a file of numpy.save",
 }
 _SNIFFED_PREFIXES = (b"(l", b"(d", b"](", b"]q", b"].", b"}(", b"}q", b"}.")
-
-
-@dataclass(frozen=True, eq=False)
-class ContainerItem:
-    """One element of ``traces`` with its label and question id.
-
-    Attributes
-    ----------
-    layers
-        A (hidden states, attention) pair per layer; arrays or tensors.
-    label, question_id
-        None if the batch has no such list.
-    """
-
-    layers: list[tuple[Any, Any]]
-    label: Any
-    question_id: Any
 
 
 class BatchStream(Iterator[Any]):
@@ -79,7 +64,13 @@ class BatchStream(Iterator[Any]):
     num_passes
         How often the file has been opened: more than once if items share objects, or for a
         container.
+    num_samples
+        None: a pickle does not say it.
+    num_layers
+        Decoder blocks of the items that `records` and `dicts` have yielded, the largest number.
     """
+
+    num_samples: int | None = None
 
     def __init__(
         self, path: str | os.PathLike[str], *, limits: PickleLimits, start: int = 0
@@ -90,6 +81,7 @@ class BatchStream(Iterator[Any]):
         self.path = Path(path)
         self.num_read = start
         self.num_passes = 0
+        self.num_layers = 0
         self._limits = limits
         self._shared: dict[int, int] | None = None
         self._columns: tuple[Any, Any] | None = None
@@ -153,13 +145,44 @@ class BatchStream(Iterator[Any]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    def records(
+        self, *, file: int = 0, layers: tuple[int, ...] | None = None
+    ) -> Iterator[TraceRecord]:
+        """Every item as a record.
+
+        Parameters
+        ----------
+        file
+            The number of this file among the sources of an archive.
+        layers
+            Decoder blocks to keep, ascending; all by default.
+
+        Raises
+        ------
+        ConversionError
+            An item is no sample; the message names file, sample and field.
+        """
+        for item in self:
+            place = SourcePosition(file=file, position=self.num_read - 1)
+            try:
+                record = to_record(item, source=place, layers=layers)
+            except (ConversionError, SchemaError) as error:
+                message = f"{self.path}: sample {place.position}: {error}"
+                raise ConversionError(message) from error
+            self.num_layers = max(self.num_layers, num_layers_of(item))
+            del item
+            yield record
+            # Free the arrays before the next item is read.
+            del record
+
+    def dicts(self) -> Iterator[dict[str, Any]]:
+        """Every item as a dict."""
+        for item in self:
+            self.num_layers = max(self.num_layers, num_layers_of(item))
+            yield as_dict(item)
 
     def _check_magic(self) -> None:
         assert self._source is not None
