@@ -191,9 +191,7 @@ def seal(
     found = []
     for path in expand_paths(sources):
         with count_progress(path.name) as update:
-            found.append(
-                seal_archive(path, accept_edits=accept_edits, dry_run=dry_run, progress=update)
-            )
+            found += seal_archive(path, accept_edits=accept_edits, dry_run=dry_run, progress=update)
     if json:
         print_json([each.as_dict() for each in found])
     for each in found:
