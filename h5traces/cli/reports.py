@@ -337,8 +337,6 @@ def unmatched_lines(found: Unmatched, which: str) -> list[str]:
 def print_extraction(report: ExtractionReport) -> None:
     """What a run did, or, in a dry run, would need."""
     if report.status == "planned":
-        if report.estimate is not None:
-            print_estimate(report.estimate, sequences="every answer as long as it may be")
         print_line(
             f"{report.num_planned} samples: {human_size(report.needed_nbytes)} needed at most, "
             f"with the room to pack a shard; {human_size(report.free_nbytes)} free"
