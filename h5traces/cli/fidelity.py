@@ -56,7 +56,8 @@ def fidelity(
     divergence (KL, nats) of each row. `docs/fidelity.md` defines each, and its limits.
 
     Samples are matched by id and generation, without ids by index. Exit code 0 however large the
-    errors are, unless `--max-sigma` or `--max-flips` is exceeded (1); 2 where nothing can be compared.
+    errors are, unless `--max-sigma` or `--max-flips` is exceeded (1); 2 where nothing can be
+    compared.
 
     - `h5traces fidelity exact.h5 small.h5`
     - `h5traces fidelity exact/ small/ --max-sigma 0.06 --max-flips 0.005 --json`

@@ -76,8 +76,8 @@ def _precision(
         option(
             panel=PRECISION,
             metavar="NAME",
-            help="`exact` (no quantisation, the default for new archives); `fine` (0.01 sigma, like "
-            "computing in bfloat16); `analysis` (0.05 sigma); `compact` (0.2 sigma, attentions "
+            help="`exact` (no quantisation, the default for new archives); `fine` (0.01 sigma, as "
+            "in bfloat16); `analysis` (0.05 sigma); `compact` (0.2 sigma, attentions "
             "averaged over heads); `native` (float16 rounded to 5 mantissa bits).",
         ),
     ] = None,

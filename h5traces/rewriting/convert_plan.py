@@ -100,7 +100,9 @@ def _check_different(paths: list[Path]) -> None:
 
 def _one_target_each(named: list[tuple[Path, Path]], target: Target) -> list[Job]:
     if len(named) > 1 and not target.is_folder:
-        message = f"{len(named)} batches cannot all become {target.path}; name a folder, or use merge=True"
+        message = (
+            f"{len(named)} batches cannot all become {target.path}; name a folder or merge=True"
+        )
         raise ConversionError(message)
     found: dict[Path, Job] = {}
     for path, relative in named:

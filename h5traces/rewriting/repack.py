@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,8 @@ def repack(
         The sources lost precision before, and lose more: the errors add up.
     """
     given = PrecisionOptions.of(precision)
+    if not isinstance(sources, Archive):
+        sources = _named_once(sources)
     with contextlib.ExitStack() as until_done:
         archive = (
             sources
@@ -236,6 +239,16 @@ def split(
     return repack(sources, dest, target=target, progress=progress)
 
 
+def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
+    """The sources; one that is named twice is an error, though reading it once would do."""
+    named = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    for position, each in enumerate(named):
+        if each in named[:position]:
+            message = f"{each} is named twice, which would store its samples twice; name it once"
+            raise ArchiveError(message)
+    return named
+
+
 def _check_different(archive: Archive) -> None:
     """Reject an archive that is named twice, or with its copy."""
     found: dict[str, Path | RemotePath] = {}
@@ -269,7 +282,7 @@ def _repeated_samples(archive: Archive, indices: Sequence[int]) -> list[str]:
 
 def _warn_of_recast(archive: Archive, place: Target, before: ArchiveMetadata) -> None:
     message = (
-        f"{place.path}: holds what {archive.paths[0]} gives back, which is less than its source held "
+        f"{place.path}: holds what {archive.paths[0]} gives back, less than its source held "
         f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
     )
     warnings.warn(message, LossyWarning, stacklevel=3)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.opening import open_archive
 from h5traces.archive.scales import stored_statistics
+from h5traces.archive.selection import choose_layers
 from h5traces.archive.stores import Hdf5Store
 from h5traces.errors import (
     ArchiveExistsError,
@@ -31,11 +32,12 @@ from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_par
 from h5traces.writing.archive_writer import write_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from h5traces.archive.archive import Archive
+    from h5traces.archive.selection import LayerChoice
     from h5traces.archive.trace import Trace
     from h5traces.format.limits import ReadLimits
     from h5traces.format.precision import Precision
@@ -86,7 +88,7 @@ def calibrate(
     dest: PathLike,
     *,
     samples: int = DEFAULT_SAMPLES,
-    layers: Sequence[int] | None = None,
+    layers: LayerChoice = None,
     model_id: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -105,7 +107,7 @@ def calibrate(
     samples
         How many to look at, from the beginning of the sources.
     layers
-        Decoder blocks to measure; all by default.
+        Decoder blocks to measure: numbers, or text such as ``0,5,last``; all by default.
     model_id
         Recorded; as the sources give it by default.
     overwrite
@@ -157,11 +159,11 @@ class Measurement:
     Parameters
     ----------
     layers
-        Decoder blocks to measure; all by default.
+        Decoder blocks to measure: numbers, or text such as ``0,5,last``; all by default.
     """
 
-    def __init__(self, layers: Collection[int] | None = None) -> None:
-        self._layers = None if layers is None else frozenset(layers)
+    def __init__(self, layers: LayerChoice = None) -> None:
+        self._layers = layers if layers is None or isinstance(layers, str) else frozenset(layers)
         self._accumulators: dict[str, ChannelAccumulator] = {}
         # Each thread holds copies of a layer.
         self._pool = ThreadPoolExecutor(os.cpu_count())
@@ -176,7 +178,7 @@ class Measurement:
         PrecisionError
             A layer has another width than in the samples before.
         """
-        wanted = [(path, values) for path, values in states if self._is_wanted(path)]
+        wanted = self._wanted(states)
         for path, _ in wanted:
             self._accumulators.setdefault(path, ChannelAccumulator())
         try:
@@ -207,9 +209,18 @@ class Measurement:
             if progress is not None:
                 progress(self.num_samples, most)
 
-    def _is_wanted(self, path: str) -> bool:
-        layer = layout.parse_layer_name(path.rpartition("/")[2])
-        return self._layers is None or layer is None or layer in self._layers
+    def _wanted(self, states: States) -> list[tuple[str, NDArray[Any]]]:
+        if isinstance(self._layers, str):
+            # The first sample says which layer is the last.
+            states = list(states)
+            found = {layer for path, _ in states if (layer := _layer(path)) is not None}
+            self._layers = frozenset(choose_layers(self._layers, sorted(found)))
+        layers = self._layers
+        return [
+            (path, values)
+            for path, values in states
+            if layers is None or (layer := _layer(path)) is None or layer in layers
+        ]
 
     @property
     def has_states(self) -> bool:
@@ -269,6 +280,10 @@ class Measurement:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+
+
+def _layer(path: str) -> int | None:
+    return layout.parse_layer_name(path.rpartition("/")[2])
 
 
 def record_states(record: TraceRecord) -> Iterator[tuple[str, NDArray[Any]]]:
