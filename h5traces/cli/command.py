@@ -46,8 +46,10 @@ _USAGE_ERRORS: Final = (
     SampleIndexError,
     TargetError,
 )
-# How messages of the library name a parameter: overwrite=True, head_mean='only'.
-_PARAMETER: Final = re.compile(r"\b([a-z_]+)=(?:(True)|'(\w+)')")
+# How messages of the library name a parameter: overwrite=True, head_mean='only', shard_samples.
+_PARAMETER: Final = re.compile(
+    r"(?<![\w/.'-])(?P<name>[a-z]+(?:_[a-z]+)*)(?P<value>=True|='\w+')?(?![\w/.'=-])"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +152,11 @@ def _flagged(message: str, options: Collection[str]) -> str:
     """A message in which parameters of Python are options of the command."""
 
     def flag(found: re.Match[str]) -> str:
-        name, is_true, value = found.groups()
-        if name not in options:
+        name, value = found["name"], found["value"] or ""
+        if name not in options or not (value or "_" in name):
             return found[0]
-        option = f"--{name.replace('_', '-')}"
-        return option if is_true else f"{option} {value}"
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value in ("", "=True") else f"{flag} {value[2:-1]}"
 
     return _PARAMETER.sub(flag, message)
 

@@ -29,13 +29,14 @@ from h5traces.extract.options import (
     GenerationOptions,
     ModelChoice,
 )
+from h5traces.extract.sizes import ModelShape
 from h5traces.format.dtypes import DtypePolicy
+from h5traces.format.precision import Precision
 from h5traces.storage.codecs import ArrayCodec
 from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from h5traces.extract.estimate import Estimate
-    from h5traces.extract.sizes import ModelShape
 
 _MODEL, _QUESTIONS, _ANSWERS, _PILOT = "Model", "Questions", "Answers", "Pilot"
 
@@ -288,8 +289,9 @@ def extract(
         print_json(report.as_dict())
     else:
         reports.print_extraction(report)
-    if report.num_written and precision.precision.is_lossy:
-        reports.warn_of_loss(str(precision.precision))
+    tier = Precision.of(precision.tier or "exact")
+    if report.num_written and tier.is_lossy:
+        reports.warn_of_loss(str(tier))
     for message in report.warnings:
         warn(message)
     for each in report.skipped:
@@ -316,8 +318,6 @@ def _shape(
 ) -> ModelShape | None:
     if num_layers is None or hidden_size is None or num_heads is None:
         return None
-    from h5traces.extract.sizes import ModelShape
-
     return ModelShape(num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
 
 

@@ -103,7 +103,7 @@ def _precision(
         option(
             panel=PRECISION,
             metavar="none|beside|only",
-            help="Attentions averaged over heads: not stored, beside the heads, or only they.",
+            help="Attentions averaged over heads; `only` replaces the heads by them.",
         ),
     ] = None,
     mantissa_bits: Annotated[
@@ -143,7 +143,8 @@ def _precision(
         option(
             panel=PRECISION,
             metavar="float32|error|clip",
-            help="Arrays with finite values beyond the type: store as float32, stop, or clip.",
+            help="Arrays with finite values beyond the type are stored as float32, end the run, or "
+            "are clipped.",
         ),
     ] = "float32",
     codec: Annotated[

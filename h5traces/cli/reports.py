@@ -337,6 +337,18 @@ def unmatched_lines(found: Unmatched, which: str) -> list[str]:
 def print_extraction(report: ExtractionReport) -> None:
     """What a run did, or, in a dry run, would need."""
     if report.status == "planned":
+        if (forecast := report.forecast) is not None:
+            from h5traces.extract.estimate import estimate
+
+            found = estimate(
+                forecast.shape,
+                forecast.lengths,
+                layers=forecast.layers,
+                kinds=forecast.kinds,
+                precision=forecast.precision,
+                rates=forecast.rates,
+            )
+            print_estimate(found, sequences="every answer at its largest length")
         print_line(
             f"{report.num_planned} samples: {human_size(report.needed_nbytes)} needed at most, "
             f"with the room to pack a shard; {human_size(report.free_nbytes)} free"

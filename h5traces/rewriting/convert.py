@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from h5traces.archive.selection import Selection
 from h5traces.errors import ConversionError
 from h5traces.format.precision import EXACT, Precision
 from h5traces.paths import Target, check_not_a_source
@@ -80,6 +81,7 @@ def convert(
     FileNotFoundError
         A source does not exist.
     """
+    Selection(layers=layers)  # text is checked before anything is read
     given = PrecisionOptions.of(precision)
     wanted = Precision.of(given.tier or EXACT)
     options = ConvertOptions(
