@@ -28,7 +28,9 @@ _TARGETS: Final[dict[str, torch.dtype]] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-NUM_COUNTS: Final = 4
+NUM_COUNTS: Final = 5
+# Integers of the same size, to compare values bit by bit.
+_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def target_of(policy: DtypePolicy, dtype: torch.dtype) -> torch.dtype | None:
@@ -64,14 +66,14 @@ def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor
     Returns
     -------
     tuple of Tensor
-        The contiguous copy; and int64 ``(4,)`` on the same device: overflows, values gone to zero,
-        values gone subnormal, NaN of the source.
+        The contiguous copy; and int64 ``(5,)`` on the same device: overflows, values gone to zero,
+        values gone subnormal, values changed at all, NaN of the source.
     """
     num_nan = values.isnan().sum()
     if target is None:
         copied = values.clone(memory_format=torch.contiguous_format)
         zero = torch.zeros_like(num_nan)
-        return copied, torch.stack([zero, zero, zero, num_nan])
+        return copied, torch.stack([zero, zero, zero, zero, num_nan])
     narrow = values.to(target).contiguous()
     # Both narrow types fit into float32; float64 models are compared in their own.
     wide = values.dtype if values.dtype == torch.float64 else torch.float32
@@ -81,7 +83,9 @@ def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor
     to_zero = ((after == 0) & (before != 0)).sum()
     is_subnormal = (after.abs() < tiny) & (after != 0)
     to_subnormal = (is_subnormal & (after != before)).sum()
-    return narrow, torch.stack([overflow, to_zero, to_subnormal, num_nan])
+    bits = _BITS[values.element_size()]
+    changed = (narrow.to(values.dtype).view(bits) != values.view(bits)).sum()
+    return narrow, torch.stack([overflow, to_zero, to_subnormal, changed, num_nan])
 
 
 def to_host(values: torch.Tensor) -> torch.Tensor:
@@ -312,11 +316,11 @@ class _Pass:
         found = Captured()
         # Hooks fire in the order of computing, which puts the final norm and layers where they go.
         for each in row:
-            _, to_zero, to_subnormal, num_nan = each.counts.tolist()
+            _, to_zero, to_subnormal, changed, num_nan = each.counts.tolist()
             earlier = None
             if each.host.dtype != each.source:
                 counts = CastCounts(num_to_zero=to_zero, num_to_subnormal=to_subnormal)
-                earlier = EarlierCast(type_name(each.source), counts)
+                earlier = EarlierCast(type_name(each.source), counts, changed)
             if num_nan:
                 found.num_nan[each.kind, each.name] = num_nan
             array = LayerArray(each.name, as_typed(each.host), each.site, earlier=earlier)

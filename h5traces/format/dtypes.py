@@ -56,6 +56,7 @@ _LARGEST: Final[dict[FloatType, float]] = {
     "float64": float(np.finfo(np.float64).max),
 }
 
+_BLOCK: Final = 1 << 16
 _SCRATCH: Final = Scratch()
 
 
@@ -155,12 +156,15 @@ class CastResult:
         The source's type where the cast may have lost something, else None.
     counts
         What was found and changed.
+    num_changed
+        Values that casting back to `cast_from` does not give, bit for bit.
     """
 
     array: TypedArray
     source_dtype: FloatType | None
     cast_from: FloatType | None
     counts: CastCounts
+    num_changed: int = 0
 
 
 def bfloat16_to_float32(bits: AnyArray) -> NDArray[np.float32]:
@@ -265,6 +269,21 @@ def _count_changes(source: TypedArray, stored: TypedArray) -> tuple[int, int, in
     )
 
 
+def _count_changed(source: TypedArray, stored: TypedArray) -> int:
+    """Values that casting back does not give, bit for bit."""
+    unsigned, _ = _EXPONENT_MASKS[source.dtype]
+    before = cast_values(source, source.dtype).values.reshape(-1)
+    after = stored.values.reshape(-1)
+    num_changed = 0
+    # What is computed on the way stays in the processor's cache.
+    for start in range(0, before.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        back = cast_values(TypedArray(after[part], stored.dtype), source.dtype).values
+        differs = back.view(unsigned) != before[part].view(unsigned)
+        num_changed += int(np.count_nonzero(differs))
+    return num_changed
+
+
 def _cast_exact(array: TypedArray) -> TypedArray:
     """The narrowest type that gives every bit of `array` back."""
     native = cast_values(array, array.dtype)
@@ -318,8 +337,9 @@ def cast_for_storage(
         else:
             stored, to_zero, to_subnormal = _widen(array)
             counts = CastCounts(num_nan, num_inf, overflow, to_zero, to_subnormal)
-    cast_from = array.dtype if stored.dtype != array.dtype else None
-    return CastResult(stored, None, cast_from, counts)
+    if stored.dtype == array.dtype:
+        return CastResult(stored, None, None, counts)
+    return CastResult(stored, None, array.dtype, counts, _count_changed(array, stored))
 
 
 def uncast(array: TypedArray) -> CastResult:

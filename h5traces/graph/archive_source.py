@@ -184,7 +184,7 @@ def _attention_kind(archive: Archive, *, averages: bool) -> str:
     stored = set(file.store.kinds)
     if layout.ATTENTION_MEAN not in stored:
         return layout.ATTENTIONS
-    is_better = not file.metadata.is_exact and file.reduction(layout.ATTENTION_MEAN) == MEAN
+    is_better = bool(file.metadata.losses) and file.reduction(layout.ATTENTION_MEAN) == MEAN
     return (
         layout.ATTENTION_MEAN
         if layout.ATTENTIONS not in stored or (averages and is_better)

@@ -137,7 +137,7 @@ def test_a_cast_on_the_device_is_the_writers_cast(values, target):
     array = np.array(values, dtype=np.float32)
     expected = cast_for_storage(TypedArray.of(array), policy=target)
     narrow, counts = cast(torch.from_numpy(array), getattr(torch, target))
-    overflow, to_zero, to_subnormal, num_nan = counts.tolist()
+    overflow, to_zero, to_subnormal, changed, num_nan = counts.tolist()
     assert overflow == expected.counts.num_overflow
     assert num_nan == 0
     if overflow == 0:
@@ -146,6 +146,7 @@ def test_a_cast_on_the_device_is_the_writers_cast(values, target):
         assert np.array_equal(found.values.view("u2"), expected.array.values.view("u2"))
         assert to_zero == expected.counts.num_to_zero
         assert to_subnormal == expected.counts.num_to_subnormal
+        assert changed == expected.num_changed
 
 
 def test_what_the_device_cast_changed_is_stored(tmp_path):

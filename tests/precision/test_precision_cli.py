@@ -120,8 +120,8 @@ def test_inspect_shows_the_precision(source: Path, tmp_path: Path) -> None:
     for tier, words in [
         ("exact", "precision: exact"),
         ("fine", "precision: fine (hidden states in steps of 0.02 sigma, attentions in 8 bits"),
-        ("compact", "head mean only) (lossy)"),
-        ("native", "5 mantissa bits) (lossy)"),
+        ("compact", "head mean only) lossless: no (compact"),
+        ("native", "5 mantissa bits) lossless: no (native"),
     ]:
         run("convert", source, "-o", tmp_path / f"{tier}.h5", "--tier", tier)
         assert words in plain(run("inspect", tmp_path / f"{tier}.h5").stdout)
@@ -130,7 +130,7 @@ def test_inspect_shows_the_precision(source: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice.h5"
     run("repack", tmp_path / "fine.h5", "-o", twice, "--tier", "compact")
     shown = plain(run("inspect", twice).stdout)
-    assert re.search(r"precision: fine \(.*then compact \(.*\(lossy\)", shown)
+    assert re.search(r"precision: fine \(.*then compact \(.*lossless: no \(fine", shown)
 
 
 # --- calibrate -------------------------------------------------------------------------------
