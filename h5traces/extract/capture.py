@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError
 from h5traces.extract.options import KINDS, Kind, LastState
 from h5traces.format import layout
@@ -94,13 +95,6 @@ def to_host(values: torch.Tensor) -> torch.Tensor:
         return values
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
     return host.copy_(values, non_blocking=values.is_cuda)
-
-
-def as_typed(values: torch.Tensor) -> TypedArray:
-    """A tensor in host memory as numpy holds it; no copy."""
-    if values.dtype == torch.bfloat16:
-        return TypedArray(values.view(torch.uint16).numpy(), "bfloat16")
-    return TypedArray(values.numpy(), type_name(values.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +317,9 @@ class _Pass:
                 earlier = EarlierCast(type_name(each.source), counts, changed)
             if num_nan:
                 found.num_nan[each.kind, each.name] = num_nan
-            array = LayerArray(each.name, as_typed(each.host), each.site, earlier=earlier)
+            values, _ = from_tensor(each.host)
+            typed = TypedArray(values, type_name(each.host.dtype))
+            array = LayerArray(each.name, typed, each.site, earlier=earlier)
             found.arrays.setdefault(each.kind, []).append(array)
         return found
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
+from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.graph.archive_source import SampleFacts, check_finite
@@ -139,7 +140,7 @@ class PickleSource:
     def _tensor(self, index: int, kind: str, layer: int, array: Any) -> torch.Tensor:
         place = f"{self.place(index)}: layer {layer} of {kind}"
         if isinstance(array, np.ndarray):
-            array = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+            array = to_tensor(array, array.dtype.name)
         if not isinstance(array, torch.Tensor):
             message = (
                 f"{place}: is a list of generation steps, not one array; extract again, or leave "
