@@ -1,33 +1,105 @@
 """The archive for LLM traces: per-layer hidden states and attentions in plain HDF5.
 
+Examples
+--------
 >>> import h5traces
 >>> archive = h5traces.open("batch_0000.h5")            # doctest: +SKIP
 >>> archive[0]["hidden_states"][3].shape                # doctest: +SKIP
 (43, 4096)
+
+Every name loads its module on first use: ``import h5traces`` itself loads next to nothing.
 """
 
-from h5traces.archive.archive import Archive
-from h5traces.archive.opening import open_archive as open  # as h5py.File, gzip.open do
-from h5traces.archive.trace import Trace
-from h5traces.checking.validate import validate
-from h5traces.checking.verify import verify
-from h5traces.errors import __version__
-from h5traces.format.precision import Precision
-from h5traces.loading import load
-from h5traces.rewriting.convert import convert
-from h5traces.writing.calibrate import calibrate
-from h5traces.writing.create import create
+from typing import TYPE_CHECKING
+
+from h5traces import errors
+from h5traces.errors import H5TracesError, __version__
+from h5traces.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from h5traces import extract, features, fidelity, graph, torch_data
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.opening import open_archive as open  # as h5py.File, gzip.open do
+    from h5traces.archive.trace import Trace
+    from h5traces.checking.inspect import inspect
+    from h5traces.checking.salvage import salvage
+    from h5traces.checking.seal import seal
+    from h5traces.checking.validate import validate
+    from h5traces.checking.verify import verify
+    from h5traces.extract.estimate import estimate
+    from h5traces.format.precision import Precision
+    from h5traces.loading import load
+    from h5traces.rewriting.convert import convert
+    from h5traces.rewriting.export import export
+    from h5traces.rewriting.label import label
+    from h5traces.rewriting.repack import merge, repack, split
+    from h5traces.writing.calibrate import calibrate
+    from h5traces.writing.create import create
+    from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 __all__ = [
     "Archive",
+    "H5TracesError",
     "Precision",
+    "PrecisionOptions",
+    "TargetOptions",
     "Trace",
     "__version__",
     "calibrate",
     "convert",
     "create",
+    "errors",
+    "estimate",
+    "export",
+    "extract",
+    "features",
+    "fidelity",
+    "graph",
+    "inspect",
+    "label",
     "load",
+    "merge",
     "open",
+    "repack",
+    "salvage",
+    "seal",
+    "split",
+    "torch_data",
     "validate",
     "verify",
 ]
+
+_HOMES = {
+    "Archive": "h5traces.archive.archive",
+    "Precision": "h5traces.format.precision",
+    "PrecisionOptions": "h5traces.writing.options",
+    "TargetOptions": "h5traces.writing.options",
+    "Trace": "h5traces.archive.trace",
+    "calibrate": "h5traces.writing.calibrate",
+    "convert": "h5traces.rewriting.convert",
+    "create": "h5traces.writing.create",
+    "estimate": "h5traces.extract.estimate",
+    "export": "h5traces.rewriting.export",
+    "extract": "h5traces.extract",
+    "features": "h5traces.features",
+    "fidelity": "h5traces.fidelity",
+    "graph": "h5traces.graph",
+    "inspect": "h5traces.checking.inspect",
+    "label": "h5traces.rewriting.label",
+    "load": "h5traces.loading",
+    "merge": "h5traces.rewriting.repack",
+    "open": "h5traces.archive.opening:open_archive",
+    "repack": "h5traces.rewriting.repack",
+    "salvage": "h5traces.checking.salvage",
+    "seal": "h5traces.checking.seal",
+    "split": "h5traces.rewriting.repack",
+    "torch_data": "h5traces.torch_data",
+    "validate": "h5traces.checking.validate",
+    "verify": "h5traces.checking.verify",
+}
+if not TYPE_CHECKING:  # names that do not exist stay errors of type checkers
+    __getattr__, _ = lazy_names(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

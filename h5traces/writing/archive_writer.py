@@ -390,7 +390,7 @@ class ArchiveWriter:
     def _note_cast(self, kind: str, prepared: Prepared) -> None:
         """Collect what casts changed; means over heads that were computed here have no source."""
         source: Any = prepared.attrs.get("cast_from")
-        dtype: Any = prepared.dtype
+        dtype: Any = prepared.attrs.get("restored_dtype", prepared.dtype)
         is_derived = kind == layout.ATTENTION_MEAN and self._encoder.precision.head_mean != "none"
         if source is not None and not is_derived:
             changed: Any = prepared.attrs.get("num_changed")

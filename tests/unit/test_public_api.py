@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import h5traces
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 PUBLIC = [
     "Archive",
+    "H5TracesError",
     "Precision",
+    "PrecisionOptions",
+    "TargetOptions",
     "Trace",
     "__version__",
     "calibrate",
     "convert",
     "create",
+    "errors",
+    "estimate",
+    "export",
+    "extract",
+    "features",
+    "fidelity",
+    "graph",
+    "inspect",
+    "label",
     "load",
+    "merge",
     "open",
+    "repack",
+    "salvage",
+    "seal",
+    "split",
+    "torch_data",
     "validate",
     "verify",
 ]
 
-# Heavy edges are explicit imports.
+VERBS = [name for name in PUBLIC if name in {
+    "calibrate", "convert", "create", "estimate", "export", "inspect", "label", "load", "merge",
+    "open", "repack", "salvage", "seal", "split", "validate", "verify",
+}]  # fmt: skip
+PACKAGE = Path(h5traces.__file__).parent
+
+# Packages for one kind of work each.
 PUBLIC_EDGES = {
     "h5traces.fidelity": [
         "FidelityReport",
@@ -88,11 +117,55 @@ def test_exports_exist_and_are_documented() -> None:
         assert name == "__version__" or inspect.getdoc(each), name
 
 
-def test_no_module_shares_the_name_of_a_function() -> None:
-    modules = {
-        path.stem for path in Path(h5traces.__file__).parent.glob("*") if path.stem[0] != "_"
+def test_a_name_is_what_it_says_whatever_was_imported_before() -> None:
+    """No module shares its name with a public function: importing one would replace the other."""
+    modules = ["archive.opening", "checking.validate", "rewriting.convert", "extract.estimate"]
+    imported = "; ".join(f"import h5traces.{each}" for each in modules)
+    types = f"(type(getattr(h5traces, each)).__name__ for each in {VERBS})"
+    code = f"import h5traces; {imported}; print(*{types})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"function"}
+    top = {path.stem for path in PACKAGE.glob("*") if path.stem[0] != "_"}
+    assert not top & set(VERBS)
+
+
+def test_importing_loads_next_to_nothing() -> None:
+    code = "import sys, h5traces; print(*sorted(set(sys.modules) & {'numpy', 'h5py', 'pydantic'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_the_package_shows_its_public_names_only() -> None:
+    assert dir(h5traces) == PUBLIC
+
+
+def test_unknown_names_are_named() -> None:
+    with pytest.raises(AttributeError, match="module 'h5traces' has no attribute 'opne'"):
+        _ = h5traces.opne
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "h5traces", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert h5traces.__version__ in done.stdout
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "cli":
+            continue  # one parameter per option: typer reads them
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.relative_to(PACKAGE)}:{node.name}", node
+
+
+def test_no_function_has_more_than_twelve_parameters() -> None:
+    long = {
+        name: count
+        for name, node in functions()
+        if (count := len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])) > 12
     }
-    assert not modules & set(h5traces.__all__)
+    assert long == {}
 
 
 def test_the_version_is_one() -> None:
