@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
+from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.record import StepArrays
