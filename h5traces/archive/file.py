@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.labels import read_sidecar, sidecar_path
@@ -17,6 +16,7 @@ from h5traces.errors import (
     SchemaError,
     StoredStateWarning,
     UnsupportedVersionError,
+    warn,
 )
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
@@ -300,7 +300,7 @@ class ArchiveFile:
         self._warn(f"{error}; reading through HDF5, run 'h5traces seal {self.path}' for speed")
 
     def _warn(self, message: str) -> None:
-        warnings.warn(f"{self.path}: {message}", StoredStateWarning, stacklevel=2)
+        warn(f"{self.path}: {message}", StoredStateWarning)
 
     def _not_an_archive(self, store: Store) -> NotAnArchiveError:
         if store.root_attrs.get("format") == layout.SCALES_FORMAT:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections import Counter, OrderedDict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -14,7 +13,7 @@ import torch
 import xxhash
 
 from h5traces.archive.torch_values import to_tensor
-from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
+from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning, warn
 from h5traces.format import layout
 from h5traces.format.record import StepArrays
 from h5traces.precision.head_mean import MEAN
@@ -167,11 +166,10 @@ class RecordSamples:
     def __init__(
         self, paths: Sequence[Path], layers: Iterable[int] | None, *, keep_non_finite: bool
     ) -> None:
-        warnings.warn(
+        warn(
             f"{paths[0]}: reading legacy pickles, which is slow unless samples come in order; "
             "'h5traces convert' makes archives of them, which give the same graphs",
             StoredStateWarning,
-            stacklevel=4,
         )
         self._paths, self._keep_non_finite = tuple(paths), keep_non_finite
         self._ids: list[Any] = []
