@@ -12,7 +12,7 @@ from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
-    from h5traces.checking.validate import ValidationReport
+    from h5traces.checking.reports import ValidationReport
     from h5traces.checking.verify import VerifyReport
     from h5traces.errors import Problem
     from h5traces.extract.estimate import Estimate
@@ -84,7 +84,10 @@ def print_inspection(result: Inspection) -> None:
         footer = "" if metadata.get("has_footer") else ", no footer (run h5traces seal)"
         print_line(f"  format: {metadata['format_version']}, {metadata['codec']}{footer}")
         losses = metadata["losses"]
-        print_line(f"  precision: {', then '.join(losses) + ' (lossy)' if losses else 'exact'}")
+        print_line(f"  precision: {', then '.join(losses) or 'exact'}")
+        lossless = {True: "yes", False: "no", None: "unknown"}[metadata["is_lossless"]]
+        changes = f" ({metadata['changes']})" if metadata["changes"] else ""
+        print_line(f"  lossless: {lossless}{changes}")
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"
