@@ -1,4 +1,4 @@
-"""Legacy batches, read item by item in bounded memory and without trusting the file.
+"""Reads legacy batches item by item, in bounded memory and without trusting the file.
 
 A batch is a pickled list of dicts, or a dict of parallel lists under ``traces``, ``labels`` and
 ``question_ids``; plain or inside gzip; pickle protocols 0 to 5.
@@ -30,7 +30,6 @@ from h5traces.sources.pickle.source import (
     MalformedError,
     PickleLimits,
     TruncatedError,
-    open_source,
 )
 
 if TYPE_CHECKING:
@@ -50,9 +49,9 @@ _SNIFFED_PREFIXES = (b"(l", b"(d", b"](", b"]q", b"].", b"}(", b"}q", b"}.")
 
 
 class BatchStream(Iterator[Any]):
-    """The items of a batch, one by one; a context manager. `open_batch` makes it.
+    """The items of a batch, one by one; a context manager, made by `open_batch`.
 
-    Keeps no reference to an item that it has handed out. Arrays may be read-only views of the
+    It keeps no reference to an item that it has returned. Arrays may be read-only views of the
     pickle's payload, in the byte order of the file.
 
     Attributes
@@ -128,7 +127,7 @@ class BatchStream(Iterator[Any]):
                     return self._machine.take()
                 return self._container_item(self._machine.take(), self.num_read - 1)
         except BaseException:
-            # What follows an error in the stream is noise.
+            # Nothing after an error in the stream can be trusted.
             self.close()
             raise
         self._done = True
@@ -136,7 +135,7 @@ class BatchStream(Iterator[Any]):
         raise StopIteration
 
     def close(self) -> None:
-        """Close the file; items that were handed out stay valid."""
+        """Close the file; items that were returned stay valid."""
         if self._source is not None:
             self._closed_at = self.progress
             self._source.close()
@@ -196,7 +195,7 @@ class BatchStream(Iterator[Any]):
 
     def _open(self, *, scan: bool = False) -> None:
         self.close()
-        self._source = open_source(self.path, self._limits)
+        self._source = FileSource(self.path, self._limits)
         self.num_passes += 1
         self._taken = 0
         if scan:
@@ -205,7 +204,7 @@ class BatchStream(Iterator[Any]):
             self._machine = BatchMachine(self._source, self._limits, self._shared)
 
     def _advance_to(self, index: int) -> bool:
-        """Make the item with that index ready; False if the batch has fewer."""
+        """Read up to the item with that index; False if the batch has fewer."""
         while True:
             try:
                 while self._advance():
@@ -233,7 +232,7 @@ class BatchStream(Iterator[Any]):
         return False
 
     def _finish(self) -> None:
-        """Check what the pickle was and that nothing follows it."""
+        """Check that the pickle was a batch and that nothing follows it."""
         machine = self._machine
         found = machine.result
         root = found.get(TRACES_KEY) if type(found) is dict else found
@@ -246,8 +245,7 @@ class BatchStream(Iterator[Any]):
         if not self._source.at_end():
             message = (
                 "data follows the end of the pickle. If several pickle.dump calls wrote into "
-                "this file one after the other, dump each into a file of its own; otherwise the "
-                "file is damaged"
+                "this file, write one file per call; otherwise the file is damaged"
             )
             raise MalformedError(message)
 
@@ -265,7 +263,7 @@ class BatchStream(Iterator[Any]):
     # --- containers -----------------------------------------------------------------------------
 
     def _read_columns(self) -> None:
-        """Read the lists beside ``traces``, which follow it in the file, and rewind."""
+        """Read the lists that follow ``traces`` in the file, and rewind."""
         while self._advance_to(self._taken):
             self._machine.take()
         found = {key: value for key, value in self._machine.result.items() if key != TRACES_KEY}
@@ -350,22 +348,22 @@ def open_batch(
     limits
         Bounds for hostile files.
     start
-        Index of the first item to hand out; earlier ones are read and dropped.
+        Index of the first item to return; earlier ones are read and dropped.
 
     Raises
     ------
     ConversionError
         Now or while iterating: the file is damaged, or is no batch.
     UnsafePickleError
-        Now or while iterating: the pickle asks for something that batches never need.
+        Now or while iterating: the pickle asks for something outside the allow-list.
     """
     return BatchStream(path, limits=limits, start=start)
 
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
-    """True if the file starts like a pickle, plain or inside gzip; reads a few bytes."""
+    """Whether the file starts like a pickle, plain or inside gzip."""
     try:
-        with open_source(path, _DEFAULT_LIMITS) as source:
+        with FileSource(path, _DEFAULT_LIMITS) as source:
             head = source.file.read(2)
     except ConversionError:
         return False
