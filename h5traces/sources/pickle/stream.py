@@ -14,6 +14,7 @@ import numpy as np
 
 from h5traces.errors import ConversionError, SchemaError
 from h5traces.format.trace import SourcePosition
+from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.items import (
     ROOT,
     TRACES_KEY,
@@ -24,7 +25,7 @@ from h5traces.sources.pickle.items import (
 )
 from h5traces.sources.pickle.layouts import ContainerItem, as_dict, num_layers_of, to_record
 from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
-from h5traces.sources.pickle.shims import Tensor, type_name
+from h5traces.sources.pickle.shims import type_name
 from h5traces.sources.pickle.source import (
     FileSource,
     MalformedError,
@@ -49,10 +50,26 @@ _SNIFFED_PREFIXES = (b"(l", b"(d", b"](", b"]q", b"].", b"}(", b"}q", b"}.")
 
 
 class BatchStream(Iterator[Any]):
-    """The items of a batch, one by one; a context manager, made by `open_batch`.
+    """The items of a batch, one by one; a context manager.
 
     It keeps no reference to an item that it has returned. Arrays may be read-only views of the
     pickle's payload, in the byte order of the file.
+
+    Parameters
+    ----------
+    path
+        A pickle, plain or inside gzip (recognised by content).
+    limits
+        Bounds for hostile files.
+    start
+        Index of the first item to return; earlier ones are read and dropped.
+
+    Raises
+    ------
+    ConversionError
+        Now or while iterating: the file is damaged, or is no batch.
+    UnsafePickleError
+        Now or while iterating: the pickle asks for something outside the allow-list.
 
     Attributes
     ----------
@@ -72,7 +89,11 @@ class BatchStream(Iterator[Any]):
     num_samples: int | None = None
 
     def __init__(
-        self, path: str | os.PathLike[str], *, limits: PickleLimits, start: int = 0
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limits: PickleLimits = _DEFAULT_LIMITS,
+        start: int = 0,
     ) -> None:
         if start < 0:
             message = f"start is {start}, expected the index of an item"
@@ -114,7 +135,7 @@ class BatchStream(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._source is None and not self._done:
-            message = f"{self.path}: the batch is closed; open it again with open_batch"
+            message = f"{self.path}: the batch is closed; open it again"
             raise ValueError(message)
         if self._done:
             raise StopIteration
@@ -292,7 +313,7 @@ class BatchStream(Iterator[Any]):
             if (
                 type(pair) not in (tuple, list)
                 or len(pair) != 2
-                or not all(isinstance(value, (np.ndarray, Tensor)) for value in pair)
+                or not all(isinstance(value, (np.ndarray, TorchValue)) for value in pair)
             ):
                 message = (
                     f"{self.path}: layer {number} of item {index} in 'traces' is "
@@ -310,7 +331,7 @@ class BatchStream(Iterator[Any]):
 def _column(values: Any, name: str, num_items: int) -> list[Any] | None:
     if values is None:
         return None
-    if isinstance(values, Tensor):
+    if isinstance(values, TorchValue):
         values = values.data
     if type(values) not in (list, tuple) and not (
         isinstance(values, np.ndarray) and values.ndim == 1
@@ -334,30 +355,6 @@ def _describe(value: Any) -> str:
         first = "a batch" if value[0] is ROOT else type_name(value[0])
         return f"{type_name(value)} that starts with {first}"
     return type_name(value)
-
-
-def open_batch(
-    path: str | os.PathLike[str], *, limits: PickleLimits = _DEFAULT_LIMITS, start: int = 0
-) -> BatchStream:
-    """Open a legacy batch for reading item by item.
-
-    Parameters
-    ----------
-    path
-        A pickle, plain or inside gzip (recognised by content).
-    limits
-        Bounds for hostile files.
-    start
-        Index of the first item to return; earlier ones are read and dropped.
-
-    Raises
-    ------
-    ConversionError
-        Now or while iterating: the file is damaged, or is no batch.
-    UnsafePickleError
-        Now or while iterating: the pickle asks for something outside the allow-list.
-    """
-    return BatchStream(path, limits=limits, start=start)
 
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
