@@ -200,7 +200,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
     spool = tmp_path / "out.spool"
     while kills < 5:
         process = subprocess.Popen(
-            [*COMMAND, *common, "-o", str(tmp_path / "out")], stderr=subprocess.DEVNULL
+            [*COMMAND, *common, "-o", f"{tmp_path}/out/"], stderr=subprocess.DEVNULL
         )
         # Most of a start is importing; kills are to hit the run itself.
         while not spool.exists() and process.poll() is None:
@@ -211,7 +211,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
             break
         kills += 1
     done = subprocess.run(
-        [*COMMAND, *common, "-o", str(tmp_path / "out"), "--json"], capture_output=True, text=True
+        [*COMMAND, *common, "-o", f"{tmp_path}/out/", "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert kills > 0
