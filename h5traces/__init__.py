@@ -1,5 +1,7 @@
 """The archive for LLM traces: per-layer hidden states and attentions in plain HDF5.
 
+Examples
+--------
 >>> import h5traces
 >>> archive = h5traces.open("batch_0000.h5")            # doctest: +SKIP
 >>> archive[0]["hidden_states"][3].shape                # doctest: +SKIP

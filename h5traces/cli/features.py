@@ -15,15 +15,14 @@ from h5traces.cli.console import (
     Layers,
     count_progress,
     first_lines,
-    parse_layers,
     print_json,
     reported,
     warn,
 )
-from h5traces.cli.rewriting import parse_samples
-from h5traces.errors import ArchiveExistsError
-from h5traces.features import extract_features
+from h5traces.errors import ArchiveExistsError, TargetError
+from h5traces.features import PcaOptions, extract_features
 
+_USAGE = (ArchiveExistsError, TargetError, IndexError)
 _POOLED = ("mean", "max", "answer_mean", "answer_max")
 _ATTENTION = {"entropy": "attention_entropy", "sink": "sink_mass", "lookback": "lookback_ratio"}
 
@@ -31,7 +30,7 @@ _ATTENTION = {"entropy": "attention_entropy", "sink": "sink_mass", "lookback": "
 def features(
     sources: Archives,
     output: Annotated[
-        Path,
+        str,
         typer.Option("-o", "--output", metavar="DEST", help="`.h5`, `.npz` or `.parquet`."),
     ],
     last_token: Annotated[
@@ -73,7 +72,7 @@ def features(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Compute features of every sample: a row each, with ids and labels beside.
+    """Compute features: a row for every sample.
 
     Every feature is an array (samples, layers, width). `answer_…` and `lookback` take archives that
     know the length of prompts. Features that are NaN or infinite are an error that names file and
@@ -89,15 +88,14 @@ def features(
     if not names:
         message = "name at least one of --last-token, --pooled and --attention"
         raise typer.BadParameter(message)
-    with reported((ArchiveExistsError,)), count_progress(str(output)) as update:
+    components = None if pca is None else PcaOptions(pca, pca_samples, only=pca_only)
+    with reported(_USAGE), count_progress(output) as update:
         report = extract_features(
             sources,
             output,
             names,
-            layers=parse_layers(layers),
-            pca=pca,
-            pca_samples=parse_samples(pca_samples),
-            pca_only=pca_only,
+            layers=layers,
+            pca=components,
             labels=labels,
             allow_nan=allow_nan,
             workers=workers,

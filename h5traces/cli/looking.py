@@ -43,7 +43,7 @@ def inspect(
     ] = "1",
     json: Json = False,
 ) -> None:
-    """Show what archives or legacy batches hold: shapes, ranges, consistency, sizes.
+    """Show what archives or batches hold, and their sizes.
 
     Pickles are read to their end (that is how their samples are counted); archives answer at once.
 
@@ -78,7 +78,9 @@ def ls(
     sources: Archives,
     json: Json = False,
 ) -> None:
-    """List the samples of archives: index, id, length, coverage, label.
+    """List the samples of archives.
+
+    Index, id, generation, length, coverage and label of each.
 
     - `h5traces ls archives/ --json | jq -r '.[].sample_id'`
     """
@@ -107,7 +109,7 @@ def validate(
     ] = DEFAULT_TIMEOUT,
     json: Json = False,
 ) -> None:
-    """Report every problem of structure and schema with its HDF5 path.
+    """Report every problem of structure and schema.
 
     Looks at every object through HDF5, reads no array, and checks that the footer tells the same.
     Exit code 1 if there is a problem. With --isolated, a crash of HDF5, a full memory or a hang is
@@ -145,7 +147,7 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check that archives are still what was written.
+    """Compare the bytes of archives with their digests.
 
     The quick check compares a checksum of every byte, as fast as the disk reads. Damage is named by
     sample and layer. Exit code 1 if there is any; see `h5traces salvage`.

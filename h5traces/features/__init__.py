@@ -1,11 +1,11 @@
 """Features for the classic experiments: one row of numbers per sample.
 
 Functions of arrays (`last_token`, `row_entropy`, …), of archives (`iterate_features`, `fit_pca`),
-and one that writes a file (`extract_features`). Needs numpy only.
+and one that writes a file (`extract_features`).
 """
 
-from h5traces.features.extraction import FeatureReport, extract_features
-from h5traces.features.pca import PrincipalComponents, StreamingPCA
+from h5traces.features.components import PrincipalComponents
+from h5traces.features.extraction import FeatureReport, PcaOptions, extract_features
 from h5traces.features.reductions import (
     FEATURES,
     FeatureDefinition,
@@ -22,9 +22,9 @@ __all__ = [
     "FEATURES",
     "FeatureDefinition",
     "FeatureReport",
+    "PcaOptions",
     "PrincipalComponents",
     "SampleFeatures",
-    "StreamingPCA",
     "compute_features",
     "extract_features",
     "fit_pca",

@@ -5,34 +5,64 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
 from h5traces.archive.archive import shared_metadata
+from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_samples
 from h5traces.errors import ArchiveExistsError, FeatureError, __version__
-from h5traces.features.pca import PrincipalComponents, StreamingPCA
+from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
 from h5traces.features.table import Column, FeatureTable, SpooledColumn
-from h5traces.features.writing import check_target, write_features
+from h5traces.features.writing import FORMATS, check_writer, write_features
 from h5traces.format.text import and_more
+from h5traces.paths import Target, check_not_a_source
 from h5traces.storage.publish import make_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from h5traces.archive.archive import Archive
+    from h5traces.archive.selection import LayerChoice, SampleChoice
     from h5traces.features.samples import SampleFeatures
     from h5traces.paths import PathLike, Source
 
-FEATURES_FORMAT = "h5traces-features"
-FEATURES_VERSION = "1.0"
-# In the column of labels where there is none; 0, 1 and -1 are labels that people use.
-NO_LABEL = -(2**63)
-_PCA_ROWS = 1024
+FEATURES_FORMAT: Final = "h5traces-features"
+FEATURES_VERSION: Final = "1.0"
+# Stands for a missing label; 0, 1 and -1 are labels that people use.
+NO_LABEL: Final = -(2**63)
+_BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PcaOptions:
+    """Principal components of features of hidden states, fitted layer by layer.
+
+    Attributes
+    ----------
+    num_components
+        How many.
+    samples
+        Samples to fit on, such as those of a training split, as for `h5traces.repack`; all by
+        default.
+    only
+        Leave out the features that were projected.
+    """
+
+    num_components: int
+    samples: SampleChoice = None
+    only: bool = False
+
+    @classmethod
+    def of(cls, value: int | PcaOptions | None) -> PcaOptions | None:
+        """The options that `value` stands for; a bare number is the number of components."""
+        return cls(value) if isinstance(value, int) else value
 
 
 @dataclass(slots=True)
@@ -42,7 +72,7 @@ class FeatureReport:
     Attributes
     ----------
     archives, target
-        Files read, and the file written (or, in a dry run, that would be).
+        Files read, and the file written (in a dry run: that would be written).
     layers
         The model's own layer numbers, the second axis of every feature.
     num_samples, num_labelled
@@ -77,10 +107,8 @@ def extract_features(
     output: PathLike,
     names: Iterable[str],
     *,
-    layers: Iterable[int] | None = None,
-    pca: int | None = None,
-    pca_samples: slice | Sequence[int] | None = None,
-    pca_only: bool = False,
+    layers: LayerChoice = None,
+    pca: int | PcaOptions | None = None,
     allow_nan: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
@@ -98,18 +126,15 @@ def extract_features(
     sources
         Archives, globs and folders, also on servers.
     output
-        ``.h5``, ``.npz`` or ``.parquet``.
+        A file that ends in ``.h5``, ``.npz`` or ``.parquet``; in a folder (text that ends in a
+        slash, or one that exists) it becomes ``features.h5``.
     names
         Features, of `FEATURES`.
     layers
         The model's own layer numbers; all that are stored by default.
     pca
-        Also project features of hidden states on this many principal components, layer by layer:
+        Also project features of hidden states on so many principal components, layer by layer:
         columns ``<name>_pca``, and what was fitted.
-    pca_samples
-        Samples to fit on, such as those of a training split; all by default.
-    pca_only
-        Leave out the features that were projected.
     allow_nan
         Write although features are NaN or infinite; components are then fitted on other rows.
     workers
@@ -121,7 +146,7 @@ def extract_features(
     storage_options, labels
         As for `h5traces.open`.
     progress
-        Called with the samples done and the samples there are.
+        Called with the number of samples done and that of all samples.
 
     Raises
     ------
@@ -130,20 +155,28 @@ def extract_features(
         the message names file and sample. Nothing is written.
     ArchiveExistsError
         `output` exists.
+    TargetError
+        `output` is one of the sources, under any name, or ends in another suffix.
+    MissingDependencyError
+        `pca` needs scikit-learn, or ``.parquet`` needs pyarrow, and it is not installed.
     """
-    target = Path(output)
-    check_target(target)
-    if target.exists() and not overwrite:
-        message = f"{target} exists; use --overwrite to replace it, or another name"
-        raise ArchiveExistsError(message)
+    target = Target.of(output, suffixes=FORMATS).named("features").shard(0)
+    check_writer(target)
+    components = PcaOptions.of(pca)
     wanted = [each.name for each in definitions_of(names)]
-    projected = [name for name in wanted if FEATURES[name].is_state] if pca is not None else []
-    if pca is not None and not projected:
-        message = f"principal components are of hidden states, but only {', '.join(wanted)} is "
-        msg = f"{message}asked for"
-        raise FeatureError(msg)
+    if components is not None:
+        require_scikit_learn()
+        if not any(FEATURES[name].is_state for name in wanted):
+            message = (
+                f"principal components are of hidden states, but only {', '.join(wanted)} is "
+                "asked for"
+            )
+            raise FeatureError(message)
     with open_archive(sources, storage_options=storage_options, labels=labels) as archive:
-        view = archive if layers is None else archive.select(layers=layers)
+        _check_free(target, archive, labels, overwrite=overwrite)
+        view = archive.select(layers=layers)
+        # Now, since a wrong choice must not come out after hours.
+        fit_on = choose_samples(components.samples if components else None, len(view))
         report = FeatureReport([str(each) for each in view.paths], str(target), list(view.layers))
         if dry_run:
             _look(view, wanted, report)
@@ -156,22 +189,48 @@ def extract_features(
                 if progress is not None:
                     progress(each.index + 1, len(view))
             _check_problems(report, allow_nan=allow_nan)
-            table = FeatureTable(dict(spool.finished()), _samples(view, report), {}, {})
+            table = FeatureTable(spool.finished(), _samples(view, report))
             table.others["layers"] = np.array(report.layers, dtype="<i8")
             table.metadata = _metadata(view, wanted)
-            if pca is not None:
-                fit_on = choose_samples(pca_samples, len(view))
-                for name in projected:
-                    _project(table, spool, name, pca, fit_on, report)
-                    if pca_only:
-                        del table.features[name]
+            if components is not None:
+                _project(table, spool, components, fit_on, report)
             report.shapes = {name: list(each.shape) for name, each in table.features.items()}
             report.nbytes = write_features(table, target, overwrite=overwrite)
     return report
 
 
+def _check_free(
+    target: Path, archive: Archive, labels: PathLike | None, *, overwrite: bool
+) -> None:
+    folder = None if labels is None else Path(labels)
+    sidecars = (sidecar_path(path, folder) for path in archive.paths)
+    check_not_a_source(target, [*archive.paths, *(each for each in sidecars if each is not None)])
+    if target.exists() and not overwrite:
+        message = f"{target} exists; pass overwrite=True to replace it, or another name"
+        raise ArchiveExistsError(message)
+
+
+def _look(view: Archive, wanted: list[str], report: FeatureReport) -> None:
+    """Fill the report of a dry run from the first sample."""
+    report.num_samples = len(view)
+    report.num_labelled = sum(label is not None for label in view.labels)
+    for each in iterate_features(view[:1], wanted, workers=1):
+        report.problems = each.problems
+        report.shapes = {name: [len(view), *row.shape] for name, row in each.values.items()}
+
+
+def _check_problems(report: FeatureReport, *, allow_nan: bool) -> None:
+    if allow_nan or not report.problems:
+        return
+    message = (
+        f"{and_more(report.problems, separator='; ')}. Nothing was written; leave these samples "
+        "or layers out, or pass allow_nan=True to write such values"
+    )
+    raise FeatureError(message)
+
+
 class _Spool:
-    """The columns while samples come in; the width of each is known with the first that has one."""
+    """The columns while samples come in; the first sample that has a feature decides its width."""
 
     def __init__(self, folder: Path, num_samples: int) -> None:
         self._folder, self._num_samples = folder, num_samples
@@ -212,7 +271,7 @@ class _Spool:
             raise FeatureError(message)
         return dict(self.columns)
 
-    def __enter__(self) -> _Spool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -220,27 +279,8 @@ class _Spool:
             column.close()
 
 
-def _look(view: Archive, wanted: list[str], report: FeatureReport) -> None:
-    """Fill the report of a dry run from the first sample."""
-    report.num_samples = len(view)
-    report.num_labelled = sum(label is not None for label in view.labels)
-    for each in iterate_features(view[:1], wanted, workers=1):
-        report.problems = each.problems
-        report.shapes = {name: [len(view), *row.shape] for name, row in each.values.items()}
-
-
-def _check_problems(report: FeatureReport, *, allow_nan: bool) -> None:
-    if allow_nan or not report.problems:
-        return
-    message = (
-        f"{and_more(report.problems, separator='; ')}. Nothing was written; leave these "
-        "samples or layers out, or use --allow-nan to write such values"
-    )
-    raise FeatureError(message)
-
-
 def _samples(view: Archive, report: FeatureReport) -> dict[str, np.ndarray]:
-    """What tells the rows apart, and their labels and scores."""
+    """Ids, places, labels and scores of the rows."""
     found = [(trace.path.name, trace.position_in_file, trace.metadata) for trace in view]
     report.num_samples = len(found)
     report.num_labelled = sum(metadata.label is not None for _, _, metadata in found)
@@ -267,13 +307,12 @@ def _samples(view: Archive, report: FeatureReport) -> dict[str, np.ndarray]:
 
 
 def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
-    metadata = view.metadata
     return {
         "format": FEATURES_FORMAT,
         "format_version": FEATURES_VERSION,
         "generator": f"h5traces {__version__}",
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "model_id": metadata.model_id or "",
+        "model_id": view.metadata.model_id or "",
         "archive_ids": [file.metadata.archive_id for file in view.files],
         "losses": [str(each) for each in shared_metadata(view.files).losses],
         "features": {name: FEATURES[name].meaning for name in wanted},
@@ -283,37 +322,35 @@ def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
 def _project(
     table: FeatureTable,
     spool: _Spool,
-    name: str,
-    num_components: int,
+    options: PcaOptions,
     fit_on: Sequence[int],
     report: FeatureReport,
 ) -> None:
-    """Add the projections of one feature, layer by layer, and what was fitted."""
-    source = spool.columns[name]
-    num_samples, num_layers, _ = source.shape
-    fitted_layers: list[PrincipalComponents] = []
-    for layer in range(num_layers):
-        fitted_layers.append(_fit(source, layer, num_components, fit_on))
-    target = spool.new(f"{name}_pca", (num_layers, num_components))
-    for start in range(num_samples):
-        row = source.rows(start, start + 1)[0]
-        parts = [each.transform(row[i : i + 1])[0] for i, each in enumerate(fitted_layers)]
-        target.append(np.stack(parts))
-    table.features[f"{name}_pca"] = target
-    facts = ("components", "mean", "explained_variance", "explained_variance_ratio")
-    for fact in facts:
-        values = np.stack([getattr(each, fact) for each in fitted_layers])
-        table.others[f"pca/{name}/{fact}"] = values
-    ratios = table.others[f"pca/{name}/explained_variance_ratio"].sum(axis=1)
-    report.explained[name] = [round(float(each), 6) for each in ratios]
+    """Add the projections of features of hidden states, layer by layer, and what was fitted."""
+    for name in [each for each in table.features if FEATURES[each].is_state]:
+        source = spool.columns[name]
+        num_samples, num_layers, _ = source.shape
+        fits = [
+            fit_components(_finite_rows(source, layer, fit_on), options.num_components)
+            for layer in range(num_layers)
+        ]
+        target = spool.new(f"{name}_pca", (num_layers, options.num_components))
+        for start in range(num_samples):
+            (row,) = source.rows(start, start + 1)
+            target.append(np.stack([fit.transform(row[i, None])[0] for i, fit in enumerate(fits)]))
+        table.features[f"{name}_pca"] = target
+        for fact in ("components", "mean", "explained_variance", "explained_variance_ratio"):
+            table.others[f"pca/{name}/{fact}"] = np.stack([getattr(fit, fact) for fit in fits])
+        ratios = (fit.explained_variance_ratio.sum() for fit in fits)
+        report.explained[name] = [round(float(each), 6) for each in ratios]
+        if options.only:
+            del table.features[name]
 
 
-def _fit(
-    source: SpooledColumn, layer: int, num_components: int, fit_on: Sequence[int]
-) -> PrincipalComponents:
-    pca = StreamingPCA(num_components)
-    for start in range(0, len(fit_on), _PCA_ROWS):
-        chosen = fit_on[start : start + _PCA_ROWS]
+def _finite_rows(
+    source: SpooledColumn, layer: int, indices: Sequence[int]
+) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, len(indices), _BLOCK_ROWS):
+        chosen = indices[start : start + _BLOCK_ROWS]
         rows = np.concatenate([source.layer_rows(layer, each, each + 1) for each in chosen])
-        pca.partial_fit(rows[np.isfinite(rows).all(axis=1)])
-    return pca.finished()
+        yield rows[np.isfinite(rows).all(axis=1)]

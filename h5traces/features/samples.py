@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from h5traces.errors import FeatureError, LayerIndexError
-from h5traces.features.pca import PrincipalComponents, StreamingPCA
+from h5traces.features.components import fit_components
 from h5traces.features.reductions import FEATURES
 from h5traces.format import layout
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from h5traces.archive.archive import Archive
     from h5traces.archive.trace import Trace
+    from h5traces.features.components import PrincipalComponents
     from h5traces.features.reductions import FeatureDefinition
 
 # Samples that may be computed ahead of the one in use, per worker.
 _AHEAD_PER_WORKER = 2
-_PCA_ROWS = 4096
 
 
 @dataclass(slots=True)
@@ -259,19 +259,25 @@ def fit_pca(
     layer
         The model's own layer number.
     num_components
-        How many directions to keep.
+        How many directions to return.
     indices
         Samples to fit on, such as those of a training split; all by default.
 
     Raises
     ------
     FeatureError
-        A sample holds NaN or infinite values, or is of another width; the message names it.
+        A sample has NaN or infinite values or another width, which the message names; or more
+        components are asked for than the tokens have.
+    MissingDependencyError
+        scikit-learn is not installed.
     """
-    pca = StreamingPCA(num_components)
-    waiting: list[NDArray[Any]] = []
-    num_rows = 0
-    for index in range(len(archive)) if indices is None else indices:
+    chosen = range(len(archive)) if indices is None else indices
+    return fit_components(_token_states(archive, layer, chosen), num_components)
+
+
+def _token_states(archive: Archive, layer: int, indices: Iterable[int]) -> Iterator[NDArray[Any]]:
+    width = None
+    for index in indices:
         trace = archive[index]
         states = _layer(trace, layer, layout.HIDDEN_STATES)
         if states is None:
@@ -279,15 +285,11 @@ def fit_pca(
         if not np.isfinite(states).all():
             message = f"{place_of(trace)}: layer {layer} holds NaN or infinite values"
             raise FeatureError(message)
-        if waiting and states.shape[1] != waiting[0].shape[1]:
-            message = f"{place_of(trace)}: has the width {states.shape[1]}, others have "
-            msg = f"{message}{waiting[0].shape[1]}"
-            raise FeatureError(msg)
-        waiting.append(states)
-        num_rows += len(states)
-        if num_rows >= _PCA_ROWS:
-            pca.partial_fit(np.concatenate(waiting))
-            waiting, num_rows = [], 0
-    if waiting:
-        pca.partial_fit(np.concatenate(waiting))
-    return pca.finished()
+        width = width or states.shape[1]
+        if states.shape[1] != width:
+            message = (
+                f"{place_of(trace)}: layer {layer} is {states.shape[1]} wide, in other samples "
+                f"{width}"
+            )
+            raise FeatureError(message)
+        yield states

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.lib import format as npy
 
-from h5traces.errors import FeatureError, MissingDependencyError
+from h5traces.errors import MissingDependencyError
 from h5traces.features.table import ArrayColumn, Column, FeatureTable, blocks
 from h5traces.format import text
 from h5traces.format.entries import stored_type_of
@@ -28,19 +28,8 @@ if TYPE_CHECKING:
 FORMATS = (".h5", ".npz", ".parquet")
 
 
-def check_target(target: Path) -> None:
-    """Refuse an output that no writer is for, before hours are spent on it.
-
-    Raises
-    ------
-    FeatureError
-        The suffix is unknown.
-    MissingDependencyError
-        ``.parquet`` is asked for, and pyarrow is not installed.
-    """
-    if target.suffix not in FORMATS:
-        message = f"{target}: expected a name that ends in {', '.join(FORMATS)}"
-        raise FeatureError(message)
+def check_writer(target: Path) -> None:
+    """Raise MissingDependencyError where a file of that suffix needs a library that is missing."""
     if target.suffix == ".parquet":
         _parquet_writer()
 

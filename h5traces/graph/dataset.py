@@ -1,9 +1,9 @@
-"""A map-style dataset of attention graphs, in the place of the legacy class of the same name."""
+"""A map-style dataset of attention graphs that replaces the legacy class of the same name."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,90 +14,19 @@ from torch_geometric.data import Data
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open_archive
 from h5traces.errors import DatasetError
-from h5traces.graph.archive_source import ArchiveSource
 from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
-from h5traces.graph.pickle_source import PickleSource
-from h5traces.paths import expand_paths
+from h5traces.graph.samples import ArchiveSamples, RecordSamples
+from h5traces.paths import ARCHIVE_SUFFIXES, expand_paths
 from h5traces.sources.opening import SOURCE_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from h5traces.graph.archive_source import GraphSource
+    from h5traces.graph.samples import GraphSamples
     from h5traces.paths import PathLike
     from h5traces.torch_data.tensors import NonFinite
-
-
-def open_source(
-    pattern: Archive | PathLike | Iterable[PathLike],
-    *,
-    layers: Iterable[int] | None,
-    non_finite: NonFinite,
-    cached_files: int,
-    averages: bool,
-) -> GraphSource:
-    """The samples behind archives or legacy batches; `averages` where heads become their mean.
-
-    Raises
-    ------
-    FileNotFoundError
-        Nothing matches.
-    DatasetError
-        There are no samples, or archives and pickles are mixed.
-    """
-    if not isinstance(pattern, Archive):
-        legacy = _legacy_batches(pattern)
-        if legacy:
-            return PickleSource(legacy, layers, non_finite, cached_files)
-        pattern = open_archive(pattern)
-    return ArchiveSource(pattern, layers, non_finite, averages=averages)
-
-
-def _legacy_batches(pattern: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The pickles that were named, by their suffixes or in folders without archives."""
-    named = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
-    found = [each for each in named if _names_pickles(each)]
-    if found and len(found) < len(named):
-        message = (
-            f"{os.fspath(found[0])}: a legacy batch among archives; one dataset reads either; "
-            "convert it with 'h5traces convert'"
-        )
-        raise DatasetError(message)
-    paths: list[Path] = []
-    for each in found:
-        paths += _expanded(os.fspath(each))
-    return list(dict.fromkeys(paths))
-
-
-def _names_pickles(named: PathLike) -> bool:
-    if not isinstance(named, (str, os.PathLike)):
-        return False
-    path = os.fspath(named)
-    if not os.path.isdir(path):  # noqa: PTH112  # may be an address on a server
-        return path.endswith(SOURCE_SUFFIXES)
-    try:
-        expand_paths(path)
-    except FileNotFoundError:
-        return bool(expand_paths(path, SOURCE_SUFFIXES))
-    return False
-
-
-def _expanded(named: str) -> list[Path]:
-    """The files behind a name; of ``*.pkl`` also those in gzip, as the legacy class has it."""
-    if "*" not in named or not named.endswith(".pkl"):
-        return expand_paths(named, SOURCE_SUFFIXES)
-    found: list[Path] = []
-    for each in (named, f"{named}.gz"):
-        with contextlib.suppress(FileNotFoundError):
-            found += expand_paths(each)
-    return sorted(found) if found else expand_paths(named)
-
-
-# Whole files that the legacy class keeps.
-_LEGACY_CACHED_FILES = 6
 
 
 class TraceGraphDataset(Dataset[Data]):
@@ -112,14 +41,13 @@ class TraceGraphDataset(Dataset[Data]):
       the trace has none), ``num_nodes``, ``layer_idx``;
     - ``y``, where there are labels.
 
-    ``layer_idx`` is the model's own number; where all layers are stored, which is all that legacy
-    batches know, it is the position in the list.
+    ``layer_idx`` is the model's own layer number; legacy batches store all layers.
 
     Parameters
     ----------
     pattern
-        Archives as `h5traces.open` takes them, an open `Archive` or a slice of one; or, for the
-        time of transition, ``.pkl`` and ``.pkl.gz`` batches.
+        Archives as `h5traces.open` takes them, an open `Archive` or a slice of one; or, during a
+        transition, ``.pkl`` and ``.pkl.gz`` batches, which can only be read from their beginning.
     attn_threshold
         An edge is where the attention of a query to a key exceeds this.
     head_reduction
@@ -128,18 +56,16 @@ class TraceGraphDataset(Dataset[Data]):
     edge_direction
         ``query_to_key``, as in the legacy class, ``key_to_query``, or ``both``.
     layers
-        The model's own layer numbers; all that are stored by default.
+        The model's own layer numbers, in this order; all that are stored by default.
     labels
-        Values by question id, or the name of what the archive knows itself, as in
+        Values by question id, or the name of a label of the archive, as in
         `h5traces.torch_data.TraceDataset`; graphs get them as ``y``.
     allow_unused_labels
         Accept labels of ids that no sample has.
     non_finite
-        ``error`` refuses graphs with NaN or infinite values, ``keep`` hands them out.
-    cached_files
-        Of pickles, how many whole files stay in memory.
+        ``error`` raises for graphs with NaN or infinite values, ``keep`` returns them.
     transform
-        Called with every graph; what it returns is handed out.
+        Called with every graph; its result is the item.
 
     Raises
     ------
@@ -160,34 +86,30 @@ class TraceGraphDataset(Dataset[Data]):
         labels: Mapping[Any, Any] | str | None = None,
         allow_unused_labels: bool = False,
         non_finite: NonFinite = "error",
-        cached_files: int = _LEGACY_CACHED_FILES,
         transform: Callable[[Data], Any] | None = None,
     ) -> None:
         check_options(head_reduction, edge_direction)
-        if cached_files < 1:
-            message = f"cached_files is {cached_files}, expected at least 1"
-            raise DatasetError(message)
         self.attn_threshold = attn_threshold
         self._head_reduction, self._edge_direction = head_reduction, edge_direction
-        self._non_finite, self._transform = non_finite, transform
-        self._source = open_source(
-            pattern,
-            layers=layers,
-            non_finite=non_finite,
-            cached_files=cached_files,
-            averages=head_reduction == "mean",
-        )
-        self._num_samples = len(self._source.shard_numbers)
-        self._labels = (
-            None
-            if labels is None
-            else self._source.labels(labels, allow_unused=allow_unused_labels)
-        )
+        self._transform = transform
+        keep = non_finite == "keep"
+        files = [] if isinstance(pattern, Archive) else _record_files(pattern)
+        self._samples: GraphSamples
+        if files:
+            self._samples = RecordSamples(files, layers, keep_non_finite=keep)
+        else:
+            archive = pattern if isinstance(pattern, Archive) else open_archive(pattern)
+            averages = head_reduction == "mean"
+            self._samples = ArchiveSamples(archive, layers, keep_non_finite=keep, averages=averages)
+        self._num_samples = len(self._samples.shard_numbers)
+        self._labels = None
+        if labels is not None:
+            self._labels = self._samples.labels(labels, allow_unused=allow_unused_labels)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The model's own layer numbers, in the order of the graphs of a sample."""
-        return self._source.layers
+        return self._samples.layers
 
     @property
     def num_layers(self) -> int:
@@ -201,13 +123,13 @@ class TraceGraphDataset(Dataset[Data]):
 
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
-        """For every graph, the shard that it lies in."""
-        return np.repeat(self._source.shard_numbers, self.num_layers)
+        """The shard of every graph."""
+        return np.repeat(self._samples.shard_numbers, self.num_layers)
 
     @property
     def fingerprint(self) -> str:
-        """The same text for the same graphs of the same shards."""
-        return f"{self._source.fingerprint} layers {list(self.layers)}"
+        """Identifies the graphs and their shards."""
+        return f"{self._samples.fingerprint} layers {list(self.layers)}"
 
     def __len__(self) -> int:
         return self._num_samples * self.num_layers
@@ -226,10 +148,10 @@ class TraceGraphDataset(Dataset[Data]):
         return (self[index] for index in range(len(self)))
 
     def _graph(self, sample: int, layer: int) -> Data:
-        hidden, attention = self._source.arrays(sample, layer)
+        hidden, attention = self._samples.arrays(sample, layer)
         if hidden.ndim != 2 or attention.ndim not in (2, 3):
             message = (
-                f"{self._source.place(sample)}: layer {layer} has hidden states "
+                f"{self._samples.place(sample)}: layer {layer} has hidden states "
                 f"{tuple(hidden.shape)} and attention {tuple(attention.shape)}, expected "
                 "(tokens, channels) and (heads, queries, keys)"
             )
@@ -244,14 +166,50 @@ class TraceGraphDataset(Dataset[Data]):
                 direction=self._edge_direction,
             )
         except DatasetError as error:
-            message = f"{self._source.place(sample)}: layer {layer}: {error}"
+            message = f"{self._samples.place(sample)}: layer {layer}: {error}"
             raise DatasetError(message) from error
-        facts = self._source.facts(sample)
+        facts = self._samples.facts(sample)
         graph = Data(x=x, edge_index=edge_index, edge_attr=edge_attr)
         graph.question_id, graph.answer = facts.question_id, facts.answer
-        # A list of its own: other graphs of the sample share the facts.
+        # A copy, since other graphs of the sample have the same facts.
         graph.tokens_decoded = list(facts.tokens_decoded)
         graph.num_nodes, graph.layer_idx = num_nodes, layer
         if self._labels is not None:
             graph.y = torch.as_tensor(self._labels[sample]).reshape(1)
         return graph
+
+
+def _record_files(pattern: PathLike | Iterable[PathLike]) -> list[Path]:
+    """The files that are no archives, by their suffixes; empty where archives are named.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing matches.
+    DatasetError
+        Archives and other files are mixed.
+    """
+    named = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
+    found = [_expanded(each) if isinstance(each, (str, os.PathLike)) else [] for each in named]
+    if any(found) and not all(found):
+        first = next(files[0] for files in found if files)
+        message = (
+            f"{first}: a legacy batch among archives; one dataset reads either; convert it with "
+            "'h5traces convert'"
+        )
+        raise DatasetError(message)
+    return list(dict.fromkeys(path for files in found for path in files))
+
+
+def _expanded(named: PathLike) -> list[Path]:
+    path = Path(named)
+    if path.is_dir():
+        has_archives = any(each.name.endswith(ARCHIVE_SUFFIXES) for each in path.rglob("*"))
+        return [] if has_archives else expand_paths(path, SOURCE_SUFFIXES)
+    if not path.name.endswith(SOURCE_SUFFIXES):
+        return []
+    if "*" in str(path) and path.name.endswith(".pkl"):
+        # As the legacy class has it: a pattern of pickles finds those in gzip as well.
+        found = [each for each in expand_paths(f"{path}*") if each.name.endswith(SOURCE_SUFFIXES)]
+        return found or expand_paths(path)
+    return expand_paths(path, SOURCE_SUFFIXES)

@@ -1,5 +1,7 @@
 """Datasets of PyTorch over archives: map-style, iterable, shuffled by shard, resumable.
 
+Examples
+--------
 >>> from h5traces.torch_data import TraceDataset, pad_collate     # doctest: +SKIP
 >>> dataset = TraceDataset("archives/", layers=[15], tokens="last")  # doctest: +SKIP
 >>> dataset[0]["hidden_states"].shape                             # doctest: +SKIP

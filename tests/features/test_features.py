@@ -18,9 +18,16 @@ from typer.testing import CliRunner
 
 import h5traces
 from h5traces.cli.app import app
-from h5traces.errors import ArchiveExistsError, FeatureError, LayerIndexError
+from h5traces.errors import (
+    ArchiveExistsError,
+    FeatureError,
+    H5TracesError,
+    LayerIndexError,
+    TargetError,
+)
 from h5traces.features import (
     FEATURES,
+    PcaOptions,
     compute_features,
     extract_features,
     fit_pca,
@@ -117,7 +124,7 @@ def test_layers_and_views(archive: Path) -> None:
     np.testing.assert_array_equal(
         compute_features(opened[3:7], ["mean"], layers=[0, 2])["mean"], expected[3:7][:, [0, 2]]
     )
-    with pytest.raises(LayerIndexError, match=r"\[9\]"):
+    with pytest.raises(LayerIndexError, match="layer 9 was asked for"):
         compute_features(opened, ["mean"], layers=[9])
 
 
@@ -226,7 +233,7 @@ def test_shards_tell_rows_apart(archive: Path, tmp_path: Path) -> None:
 def test_components_by_layer(archive: Path, tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"f{suffix}"
     report = extract_features(
-        archive, target, ["last_token", "sink_mass"], pca=2, pca_samples=slice(0, 7), pca_only=True
+        archive, target, ["last_token", "sink_mass"], pca=PcaOptions(2, slice(0, 7), only=True)
     )
     found = read(target)
     assert "last_token" not in found
@@ -285,7 +292,7 @@ def test_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     said = str(caught.value)
     assert f"{archive}: /samples/00000004 ('q0_4'): last_token of layers [2]" in said
     assert f"{archive}: /samples/00000005 ('q0_5'): sink_mass of layers [1]" in said
-    assert "--allow-nan" in said
+    assert "allow_nan=True" in said
     assert not target.exists()
     assert not list(tmp_path.glob("*.part"))
 
@@ -369,14 +376,16 @@ def test_layers_of_other_widths(tmp_path: Path) -> None:
         ({"names": []}, "no feature is named"),
         ({"names": ["sink_mass"], "pca": 2}, "principal components are of hidden states"),
         ({"names": ["mean"], "pca": 10}, "10 components were asked for, but 10 rows"),
-        ({"names": ["mean"], "output": "f.csv"}, r"f\.csv: expected a name that ends in \.h5"),
+        ({"names": ["mean"], "output": "f.csv"}, r"f\.csv is neither .* ending in \.h5 or \.npz"),
+        ({"names": ["mean"], "pca": PcaOptions(2, "3,x")}, "'3,x' names no samples"),
+        ({"names": ["mean"], "pca": PcaOptions(2, [10])}, "sample 10 was asked for"),
     ],
 )
 def test_what_is_asked_for_wrongly(
     archive: Path, tmp_path: Path, options: dict[str, Any], expected: str
 ) -> None:
     output = tmp_path / options.pop("output", "f.h5")
-    with pytest.raises(FeatureError, match=expected):
+    with pytest.raises(H5TracesError, match=expected):
         extract_features(archive, output, **options)
     assert not output.exists()
 
@@ -384,11 +393,47 @@ def test_what_is_asked_for_wrongly(
 def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
     target = tmp_path / "f.h5"
     target.write_bytes(b"mine")
-    with pytest.raises(ArchiveExistsError, match="--overwrite"):
+    with pytest.raises(ArchiveExistsError, match="overwrite=True"):
         extract_features(archive, target, ["mean"])
     assert target.read_bytes() == b"mine"
     extract_features(archive, target, ["mean"], overwrite=True)
     assert "mean" in read(target)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_a_source_is_never_overwritten(
+    archive: Path, tmp_path: Path, link: str | None, overwrite: bool
+) -> None:
+    target = archive
+    if link is not None:
+        target = tmp_path / "other.h5"
+        getattr(target, link)(archive)
+    before = archive.read_bytes()
+    with pytest.raises(TargetError, match=rf"{target}.* is one of the sources"):
+        extract_features(tmp_path / "run.h5", target, ["mean"], overwrite=overwrite)
+    flags = ["--overwrite"] if overwrite else []
+    failed = run("features", archive, "--last-token", "-o", target, *flags, code=2)
+    assert "is one of the sources" in failed.stderr
+    assert archive.read_bytes() == before
+    assert len(h5traces.open(archive)) == len(BATCH)
+
+
+def test_labels_are_never_overwritten(archive: Path, tmp_path: Path) -> None:
+    table = tmp_path / "scores.csv"
+    table.write_text("question_id,bleurt_score\nq0_4,0.1\n", encoding="utf-8")
+    label(archive, table, partial=True)
+    (tmp_path / "f.h5").hardlink_to(tmp_path / "run.h5.labels.json")
+    with pytest.raises(TargetError, match=r"f\.h5, the same file as .*run\.h5\.labels\.json,"):
+        extract_features(archive, tmp_path / "f.h5", ["mean"], overwrite=True)
+
+
+@pytest.mark.parametrize("folder", ["new/", "old"])
+def test_a_folder_gets_a_file(archive: Path, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "old").mkdir()
+    report = extract_features(archive, f"{tmp_path}/{folder}", ["mean"])
+    assert report.target == str(tmp_path / folder / "features.h5")
+    assert "mean" in read(tmp_path / folder / "features.h5")
 
 
 def test_a_missing_library_is_named(archive: Path, tmp_path: Path) -> None:

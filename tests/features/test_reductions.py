@@ -1,4 +1,4 @@
-"""Reductions equal what plain loops and torch compute; components equal scikit-learn's."""
+"""Reductions equal what plain loops and torch compute."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA, IncrementalPCA
 
-from h5traces.errors import FeatureError
 from h5traces.features import (
-    StreamingPCA,
     last_token,
     lookback_ratio,
     max_pooled,
     mean_pooled,
-    pca,
     reductions,
     row_entropy,
     sink_mass,
@@ -152,90 +148,3 @@ def test_nan_goes_through() -> None:
     assert np.isnan(max_pooled(array))[2]
     for reduced in (row_entropy(weights), sink_mass(weights), lookback_ratio(weights, 2)):
         assert np.isnan(reduced).tolist() == [False, True, False]
-
-
-# --- principal components -------------------------------------------------------------------------
-
-
-def correlated(rows: int, width: int, seed: int = 0) -> np.ndarray:
-    """Rows with a few strong directions, far from zero."""
-    rng = np.random.default_rng(seed)
-    strengths = 10.0 * 0.7 ** np.arange(width)
-    turned = np.linalg.qr(rng.standard_normal((width, width)))[0]
-    return (rng.standard_normal((rows, width)) * strengths) @ turned + 100.0
-
-
-def split(rows: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
-    return np.split(rows, np.cumsum(sizes)[:-1])
-
-
-def signed(components: np.ndarray) -> np.ndarray:
-    largest = np.argmax(np.abs(components), axis=1)
-    return components * np.sign(components[np.arange(len(components)), largest])[:, None]
-
-
-@pytest.mark.parametrize("sizes", [[200], [50] * 4, [1, 2, 190, 7], [0, 120, 0, 80]])
-def test_exact_components_equal_scikit_learns(sizes: list[int]) -> None:
-    rows = correlated(200, 20)
-    fitting = StreamingPCA(6)
-    for block in split(rows, sizes):
-        fitting.partial_fit(block)
-    found, expected = fitting.finished(), PCA(6, svd_solver="full").fit(rows)
-    assert found.num_rows == 200
-    np.testing.assert_allclose(found.mean, expected.mean_, rtol=1e-12)
-    np.testing.assert_allclose(found.components, signed(expected.components_), atol=1e-8)
-    np.testing.assert_allclose(found.explained_variance, expected.explained_variance_, rtol=1e-9)
-    np.testing.assert_allclose(
-        found.explained_variance_ratio, expected.explained_variance_ratio_, rtol=1e-9
-    )
-    by_hand = (rows - rows.mean(0)) @ found.components.T
-    np.testing.assert_allclose(found.transform(rows), by_hand, atol=1e-4)
-
-
-def test_wide_rows_go_as_in_scikit_learns_incremental_pca(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pca, "MOST_EXACT_WIDTH", 10)
-    rows = correlated(300, 40)
-    fitting = StreamingPCA(6)
-    for block in split(rows, [60] * 5):
-        fitting.partial_fit(block)
-    found = fitting.finished()
-    expected = IncrementalPCA(6, batch_size=60).fit(rows)
-    np.testing.assert_allclose(found.mean, expected.mean_, rtol=1e-10)
-    np.testing.assert_allclose(found.components, signed(expected.components_), atol=1e-8)
-    np.testing.assert_allclose(found.explained_variance, expected.explained_variance_, rtol=1e-8)
-    np.testing.assert_allclose(
-        found.explained_variance_ratio, expected.explained_variance_ratio_, rtol=1e-8
-    )
-    # Small blocks wait for others, so the result is as good.
-    small = StreamingPCA(6)
-    for row in rows:
-        small.partial_fit(row[None])
-    exact = PCA(6, svd_solver="full").fit(rows)
-    overlap = np.abs(np.sum(small.finished().components * exact.components_, axis=1))
-    assert (overlap[:3] > 0.99).all()
-
-
-def test_components_are_orthonormal() -> None:
-    found = StreamingPCA(5).partial_fit(correlated(80, 12)).finished()
-    np.testing.assert_allclose(found.components @ found.components.T, np.eye(5), atol=1e-10)
-
-
-@pytest.mark.parametrize("most", [2048, 1])
-def test_rows_without_variance(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(pca, "MOST_EXACT_WIDTH", most)
-    found = StreamingPCA(2).partial_fit(np.ones((10, 4))).finished()
-    assert found.explained_variance_ratio.tolist() == [0, 0]
-    assert np.isfinite(found.transform(np.ones((3, 4)))).all()
-
-
-def test_what_cannot_be_fitted() -> None:
-    with pytest.raises(FeatureError, match="at least 1"):
-        StreamingPCA(0)
-    with pytest.raises(FeatureError, match="3 components were asked for, but 3 rows"):
-        StreamingPCA(3).partial_fit(correlated(3, 9)).finished()
-    with pytest.raises(FeatureError, match="have 0 at most"):
-        StreamingPCA(3).finished()
-    with pytest.raises(FeatureError, match="NaN"):
-        StreamingPCA(1).partial_fit(np.array([[1.0, np.nan]]))
-    with pytest.raises(FeatureError, match=r"expected \(rows, 4\)"):
-        StreamingPCA(1).partial_fit(np.ones((2, 4))).partial_fit(np.ones((2, 5)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch_geometric.nn import GATv2Conv
 
 import h5traces
 from h5traces.errors import ArchiveError, DatasetError, LayerIndexError, StoredStateWarning
-from h5traces.graph import TraceGraphDataset, attention_edges
+from h5traces.graph import TraceGraphDataset, attention_edges, samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,7 +165,7 @@ def test_it_drops_in_for_the_legacy_class(folder: Path) -> None:
     pattern = str(folder / "legacy" / "*.pkl")
     legacy = legacy_class(pattern, attn_threshold=0.05)
     archives = TraceGraphDataset(folder / "shards", attn_threshold=0.05)
-    pickles = TraceGraphDataset(pattern, attn_threshold=0.05, cached_files=2)
+    pickles = TraceGraphDataset(pattern, attn_threshold=0.05)
     assert len(legacy) == len(archives) == len(pickles) == NUM_SAMPLES * LAYERS
     assert legacy.num_layers == archives.num_layers == pickles.num_layers
     for index in (*range(0, len(legacy), 5), 3, 50):
@@ -246,6 +247,37 @@ def test_the_loader_of_torch_geometric(folder: Path) -> None:
     assert len(set(seen)) == len(seen) == len(dataset)
 
 
+# --- pickles, which are read from their beginning -----------------------------------------------
+
+
+@pytest.mark.usefixtures("no_warnings")
+def test_pickles_in_any_order_with_little_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passed samples are read again; no more than a limit stays in memory."""
+    wanted = TraceGraphDataset(folder / "shards")
+    one_record = sum(
+        each.nbytes for kind in ("hidden_states", "attentions") for each in BATCH[0][kind]
+    )
+    monkeypatch.setattr(samples, "_MOST_KEPT_NBYTES", 3 * one_record)
+    pickles = TraceGraphDataset(folder / "legacy")
+    order = np.random.default_rng(0).permutation(len(wanted)).tolist()
+    for index in order:
+        assert_same_graph(pickles[index], wanted[index])
+        assert len(pickles._samples._reader._kept) < 8
+    again = pickle.loads(pickle.dumps(pickles))
+    assert not again._samples._reader._kept
+    assert_same_graph(again[order[0]], wanted[order[0]])
+
+
+@pytest.mark.usefixtures("no_warnings")
+def test_pickles_whose_graphs_are_changed(tmp_path: Path) -> None:
+    write_batch(tmp_path / "b.pkl", plain_batch(2, dtype="float32"))
+    dataset = TraceGraphDataset(tmp_path / "b.pkl")
+    dataset[0].x.zero_()
+    assert dataset[0].x.any()
+
+
 # --- labels and what cannot be ------------------------------------------------------------------
 
 
@@ -258,7 +290,7 @@ def test_labels_of_pickles(folder: Path) -> None:
         TraceGraphDataset(pattern, labels={k: v for k, v in labels.items() if k != "tc_5"})
     with pytest.raises(DatasetError, match=r"batch_0000\.pkl: labels names 'x'"):
         TraceGraphDataset(pattern, labels={**labels, "x": 1.0})
-    with pytest.raises(DatasetError, match="know no labels by name"):
+    with pytest.raises(DatasetError, match="have no labels by name"):
         TraceGraphDataset(pattern, labels="label")
 
 
@@ -319,13 +351,12 @@ def test_datasets_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         TraceGraphDataset(folder / "shards", layers=[9])
     with (
         pytest.warns(StoredStateWarning, match="legacy pickles"),
-        pytest.raises(LayerIndexError, match=r"layers \[9\] are not stored; stored: 0 to 2"),
+        pytest.raises(LayerIndexError, match=r"layers \[9\] are not stored; stored: \[0, 1, 2\]"),
     ):
         TraceGraphDataset(folder / "legacy", layers=[9])
     for options in (
         {"head_reduction": "sum"},
         {"edge_direction": "up"},
-        {"cached_files": 0},
     ):
         with pytest.raises(DatasetError, match=f"{next(iter(options))} is .*expected"):
             TraceGraphDataset(folder / "shards", **options)  # type: ignore[arg-type]

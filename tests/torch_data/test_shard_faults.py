@@ -149,7 +149,7 @@ def test_a_checkpoint_of_other_shards_is_refused(shards: Path, tmp_path: Path) -
 def test_a_pickle_replaced_during_training(tmp_path: Path) -> None:
     make_legacy(tmp_path)
     with pytest.warns(StoredStateWarning, match="legacy pickles"):
-        dataset = TraceGraphDataset(tmp_path / "*.pkl", cached_files=1)
+        dataset = TraceGraphDataset(tmp_path / "*.pkl")
     dataset[0]
     shutil.copy(tmp_path / "m_d_batch_0000.pkl", tmp_path / "m_d_batch_0001.pkl.gz")
     with pytest.raises(DatasetError, match=r"m_d_batch_0001\.pkl\.gz: the shard was replaced"):

@@ -1,0 +1,359 @@
+"""Samples whose layers become graphs: in archives, or in files of other formats."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+
+from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray
+from h5traces.format.record import StepArrays
+from h5traces.precision.head_mean import MEAN
+from h5traces.sources.opening import open_source
+from h5traces.torch_data.dataset import (
+    ShardGuard,
+    check_layers,
+    fingerprint_of,
+    labels_of,
+    mapped_labels,
+)
+from h5traces.torch_data.tensors import as_tensor, may_be_not_finite, named, read_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from h5traces.archive.archive import Archive
+    from h5traces.archive.trace import Trace
+    from h5traces.format.record import LayerArray, TraceRecord
+    from h5traces.torch_data.dataset import Labels
+
+_ANSWER: Final = "generated_answer_clean"
+# Arrays that are kept of files that can only be read from their beginning.
+_MOST_KEPT_NBYTES: Final = 512 << 20
+
+
+class SampleFacts(NamedTuple):
+    """What all graphs of one sample share."""
+
+    question_id: Any
+    answer: Any
+    tokens_decoded: Any
+
+
+class ArchiveSamples:
+    """Samples of archives; a graph reads two chunks.
+
+    Parameters
+    ----------
+    archive
+        Where they are stored.
+    layers
+        The model's own layer numbers; None for all that are stored.
+    keep_non_finite
+        Whether NaN and infinite values are no error.
+    averages
+        Whether heads are reduced to their mean.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        layers: Iterable[int] | None,
+        *,
+        keep_non_finite: bool,
+        averages: bool,
+    ) -> None:
+        if not len(archive):
+            message = f"{archive.paths[0]}: there are no samples; name archives that hold some"
+            raise DatasetError(message)
+        self._archive, self._keep_non_finite = archive, keep_non_finite
+        self.layers = archive.layers if layers is None else tuple(layers)
+        self._weights = _attention_kind(archive, averages=averages)
+        check_layers(archive, (layout.HIDDEN_STATES, self._weights), self.layers)
+        self._guard = ShardGuard(archive.paths)
+        # The sample used last: its other layers often come next.
+        self._last: tuple[int, SampleFacts] | None = None
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int64]:
+        """The shard of every sample."""
+        return self._archive.shard_numbers
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the samples and their shards."""
+        return fingerprint_of(self._archive, range(len(self._archive)))
+
+    def place(self, index: int) -> str:
+        """Shard and sample, for messages."""
+        return named(self._archive[index])
+
+    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+        """The label of every sample."""
+        every = range(len(self._archive))
+        return labels_of(self._archive, every, labels, allow_unused=allow_unused)
+
+    def facts(self, index: int) -> SampleFacts:
+        """What the graphs of a sample share."""
+        last = self._last
+        if last is None or last[0] != index:
+            trace = self._archive[index]
+            facts = SampleFacts(
+                trace.get(layout.QUESTION_ID, "unknown"),
+                trace.get(_ANSWER, ""),
+                trace.get(layout.TOKENS_DECODED, []),
+            )
+            last = self._last = index, facts
+        return last[1]
+
+    def arrays(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states ``(seq_len, hidden_size)`` and attention of one layer of a sample."""
+        trace = self._archive[index]
+        self._guard.check(trace.path)
+        found = []
+        kinds = (layout.HIDDEN_STATES, self._kind_of(trace))
+        with self._archive.fetched([index], kinds=kinds, layers=[layer]):
+            for kind in kinds:
+                array = read_layer(trace, kind, layer)
+                suspect = may_be_not_finite(trace, kind, layer, torch.float32)
+                if suspect and not self._keep_non_finite:
+                    _check_finite(array, f"{named(trace)}: layer {layer} of {kind}")
+                found.append(array)
+        return found[0], found[1]
+
+    def _kind_of(self, trace: Trace) -> str:
+        """Where a sample's weights are: heads that could not be averaged are stored instead."""
+        has_none = self._weights not in trace.objects and layout.ATTENTIONS in trace.objects
+        return layout.ATTENTIONS if has_none else self._weights
+
+
+def _attention_kind(archive: Archive, *, averages: bool) -> str:
+    """Attentions where they are stored, else their mean.
+
+    Where heads lost precision, the mean stored beside them is the better one.
+    """
+    file = archive.files[0]
+    stored = set(file.store.kinds)
+    if layout.ATTENTION_MEAN not in stored:
+        return layout.ATTENTIONS
+    is_better = not file.metadata.is_exact and file.reduction(layout.ATTENTION_MEAN) == MEAN
+    takes_mean = layout.ATTENTIONS not in stored or (averages and is_better)
+    return layout.ATTENTION_MEAN if takes_mean else layout.ATTENTIONS
+
+
+class RecordSamples:
+    """Samples of files that can only be read from their beginning, such as legacy batches.
+
+    Parameters
+    ----------
+    paths
+        The files.
+    layers, keep_non_finite
+        As for `ArchiveSamples`.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], layers: Iterable[int] | None, *, keep_non_finite: bool
+    ) -> None:
+        warnings.warn(
+            f"{paths[0]}: reading legacy pickles, which is slow unless samples come in order; "
+            "'h5traces convert' makes archives of them, which give the same graphs",
+            StoredStateWarning,
+            stacklevel=4,
+        )
+        self._paths, self._keep_non_finite = tuple(paths), keep_non_finite
+        self._ids: list[Any] = []
+        starts: list[int] = []
+        stored: list[int] = []
+        for path in self._paths:
+            starts.append(len(self._ids))
+            for record in _records(path):
+                self._ids.append(_field(record, layout.QUESTION_ID, record.sample_id))
+                if len(self._ids) == 1:
+                    stored = sorted(
+                        {layer for kind in record.layered for layer in _by_layer(record, kind)}
+                    )
+        self._starts = np.array([*starts, len(self._ids)])
+        if not self._ids:
+            message = f"{paths[0]}: there are no samples; name files that hold some"
+            raise DatasetError(message)
+        self.layers = tuple(stored if layers is None else layers)
+        missing = [layer for layer in self.layers if layer not in stored]
+        if missing or not self.layers:
+            message = f"{paths[0]}: layers {missing} are not stored; stored: {stored}"
+            raise LayerIndexError(message)
+        self._reader = _Reader(self._paths, self._starts, ShardGuard(self._paths))
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int64]:
+        """The file of every sample."""
+        return np.repeat(np.arange(len(self._paths)), np.diff(self._starts))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the files by name, size and number of samples."""
+        digest = xxhash.xxh3_64()
+        for path, count in zip(self._paths, np.diff(self._starts), strict=True):
+            digest.update(f"{path.name} {path.stat().st_size} {count} ".encode())
+        return digest.hexdigest()
+
+    def place(self, index: int) -> str:
+        """File and sample, for messages."""
+        number = self.shard_numbers[index]
+        local = index - self._starts[number]
+        return f"{self._paths[number]}: sample {local} (question id {self._ids[index]!r})"
+
+    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+        """The label of every sample."""
+        if isinstance(labels, str):
+            message = (
+                f"{self._paths[0]}: legacy batches have no labels by name; pass "
+                "labels={question_id: value}"
+            )
+            raise DatasetError(message)
+        seen: Counter[Any] = Counter()
+        keys = []
+        for each in self._ids:
+            keys.append((each, seen[each]))
+            seen[each] += 1
+        every, where = range(len(keys)), str(self._paths[0])
+        return mapped_labels(
+            keys, every, labels, place=self.place, where=where, allow_unused=allow_unused
+        )
+
+    def facts(self, index: int) -> SampleFacts:
+        """What the graphs of a sample share."""
+        record = self._reader.record(index)
+        return SampleFacts(
+            _field(record, layout.QUESTION_ID, record.sample_id or "unknown"),
+            _field(record, _ANSWER, ""),
+            _field(record, layout.TOKENS_DECODED, record.tokens_decoded or []),
+        )
+
+    def arrays(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states ``(seq_len, hidden_size)`` and attention of one layer of a sample."""
+        record = self._reader.record(index)
+        has_heads = layout.ATTENTIONS in record.layered
+        weights = layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
+        return (
+            self._tensor(index, record, layout.HIDDEN_STATES, layer),
+            self._tensor(index, record, weights, layer),
+        )
+
+    def _tensor(self, index: int, record: TraceRecord, kind: str, layer: int) -> torch.Tensor:
+        arrays = _by_layer(record, kind)
+        place = f"{self.place(index)}: layer {layer} of {kind}"
+        if layer not in arrays:
+            message = f"{place} is not stored; stored: {list(arrays) or 'none'}"
+            raise LayerIndexError(message)
+        array = arrays[layer].array
+        if isinstance(array, StepArrays):
+            message = (
+                f"{place} is a list of generation steps, not one array; extract again, or leave "
+                "the file out"
+            )
+            raise DatasetError(message)
+        typed = array.load()
+        # A copy: the record stays in memory, and its arrays may be read-only.
+        tensor = as_tensor(TypedArray(typed.values.copy(), typed.dtype))
+        if not self._keep_non_finite:
+            _check_finite(tensor, place)
+        return tensor
+
+
+GraphSamples = ArchiveSamples | RecordSamples
+
+
+class _Reader:
+    """Reads a file up to the sample asked for, and keeps it open there.
+
+    The last samples that were read stay in memory, 512 MB of them; a pickle holds none.
+
+    Parameters
+    ----------
+    paths
+        The files.
+    starts
+        Index of the first sample of every file, and the number of samples.
+    guard
+        Raises where a file was replaced.
+    """
+
+    def __init__(
+        self, paths: tuple[Path, ...], starts: NDArray[np.int64], guard: ShardGuard
+    ) -> None:
+        self._paths, self._starts, self._guard = paths, starts, guard
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, tuple[TraceRecord, int]] = OrderedDict()
+        # Process and number of the open file: after a fork, both processes would move its position.
+        self._open = (0, -1)
+        self._records: Iterator[TraceRecord] = iter(())
+        self._next = 0
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self._paths, self._starts, self._guard)
+
+    def record(self, index: int) -> TraceRecord:
+        """One sample; other threads wait while it is read."""
+        with self._lock:
+            while index not in self._kept:
+                self._read_on(index)
+            self._kept.move_to_end(index)
+            return self._kept[index][0]
+
+    def _read_on(self, index: int) -> None:
+        """Read one more record, from the beginning of the file where it was passed already."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if self._open != (os.getpid(), number) or self._next > index:
+            self._guard.check(self._paths[number])
+            self._open = os.getpid(), number
+            self._records, self._next = _records(self._paths[number]), int(self._starts[number])
+        record = next(self._records)
+        self._kept[self._next] = record, _nbytes(record)
+        self._next += 1
+        while len(self._kept) > 1 and sum(n for _, n in self._kept.values()) > _MOST_KEPT_NBYTES:
+            self._kept.popitem(last=False)
+
+
+def _records(path: Path) -> Iterator[TraceRecord]:
+    """The records of a file, one by one."""
+    with open_source(path) as source:
+        yield from source.records()
+
+
+def _field(record: TraceRecord, name: str, absent: Any) -> Any:
+    """A field with the type that it had in its file."""
+    return record.texts.get(name, record.extra.get(name, absent))
+
+
+def _by_layer(record: TraceRecord, kind: str) -> dict[int, LayerArray]:
+    """The arrays of a kind by the model's own layer numbers."""
+    layered = record.layered.get(kind)
+    arrays = layered.arrays if layered else ()
+    numbered = ((layout.parse_layer_name(each.name), each) for each in arrays)
+    return {layer: each for layer, each in numbered if layer is not None}
+
+
+def _nbytes(record: TraceRecord) -> int:
+    arrays = (each.array for kind in record.layered.values() for each in kind.arrays)
+    return sum(each.load().values.nbytes for each in arrays if not isinstance(each, StepArrays))
+
+
+def _check_finite(array: torch.Tensor, place: str) -> None:
+    if not bool(array.isfinite().all()):
+        message = (
+            f"{place}: values are NaN or infinite; leave the sample out, or pass non_finite='keep'"
+        )
+        raise DatasetError(message)
