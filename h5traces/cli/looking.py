@@ -13,9 +13,10 @@ from h5traces.checking.isolated import (
     DEFAULT_MEMORY_NBYTES,
     DEFAULT_TIMEOUT,
     IsolationLimits,
-    validate_isolated,
 )
+from h5traces.checking.reports import ValidationReport
 from h5traces.checking.validate import validate as validate_archive
+from h5traces.checking.verify import VerifyReport
 from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.console import (
@@ -60,7 +61,7 @@ def inspect(
             try:
                 with count_progress(path.name) as update:
                     wanted: Any = samples if samples == "all" else int(samples)
-                    result = inspect_file(path, samples=wanted, progress=update)
+                    (result,) = inspect_file(path, samples=wanted, progress=update)
             except H5TracesError as error:
                 failed = True
                 fail(str(error))
@@ -118,15 +119,12 @@ def validate(
     - `h5traces validate archives/*.h5`
     - `h5traces validate --isolated downloaded.h5`
     """
-    found = []
-    isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout)
+    found: list[ValidationReport] = []
+    isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout) if isolated else None
     with reported():
         for path in expand_paths(sources):
-            if isolated:
-                found.append(validate_isolated(path, isolation=isolation))
-                continue
             with count_progress(path.name) as update:
-                found.append(validate_archive(path, progress=update))
+                found += validate_archive(path, isolation=isolation, progress=update)
     if json:
         print_json([each.as_dict() for each in found])
     else:
@@ -155,11 +153,11 @@ def verify(
     - `h5traces verify archives/`
     - `h5traces verify run.h5 --against run.pkl.gz` before deleting the pickle
     """
-    found = []
+    found: list[VerifyReport] = []
     with reported():
         for path in expand_paths(sources):
             with count_progress(path.name) as update:
-                found.append(verify_archive(path, deep=deep, against=against, progress=update))
+                found += verify_archive(path, deep=deep, against=against, progress=update)
     if json:
         print_json([each.as_dict() for each in found])
     else:

@@ -73,8 +73,8 @@ def seal(
     with reported():
         for path in expand_paths(sources):
             with count_progress(path.name) as update:
-                found.append(
-                    seal_archive(path, accept_edits=accept_edits, dry_run=dry_run, progress=update)
+                found += seal_archive(
+                    path, accept_edits=accept_edits, dry_run=dry_run, progress=update
                 )
     if json:
         print_json([each.as_dict() for each in found])
@@ -281,7 +281,9 @@ def salvage(
         print_json(report.as_dict())
     else:
         done = "would save" if dry_run else "saved"
-        print_line(f"{done} {report.num_saved} samples in {output}, lost {report.lost_samples}")
+        print_line(
+            f"{done} {report.num_saved} samples in {report.target}, lost {report.lost_samples}"
+        )
     for each in report.lost:
         warn(f"{source}: {each.loc}: {each.message}")
     if report.lost:
