@@ -135,7 +135,7 @@ def extract_dataset(
     config = models.load_config(model.model_id, revision=model.revision)
     tokenizer = models.load_tokenizer(model.model_id, revision=model.revision)
     layers = layer_numbers(options.layers, shape_of(config).num_layers)
-    report = ExtractionReport(str(output), num_planned=len(questions.questions))
+    report = ExtractionReport(str(target.path), num_planned=len(questions.questions))
     jobs = _plan(Planner(tokenizer, config, options), questions, report)
     forecast = Forecast(shape_of(config), jobs, layers, options, store)
     report.estimate = forecast.estimate()
@@ -172,7 +172,7 @@ def extract_dataset(
     report.num_before = writer.num_samples
     if writer.is_finished:
         with writer:
-            _finished_before(writer, Path(output), jobs, metadata, store, report)
+            _finished_before(writer, target.path, jobs, metadata, store, report)
         return report
     run = Run(
         extractor,
