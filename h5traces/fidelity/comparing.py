@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open_archive
-from h5traces.errors import FidelityError, LossyWarning
+from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (
     FidelityReport,
     KindFidelity,
@@ -231,7 +230,7 @@ def _warn_of_losses(reference: Archive) -> None:
             f"{reference.paths[0]}: the reference lost precision itself "
             f"({', '.join(map(str, losses))}), so errors are not those against its source"
         )
-        warnings.warn(message, LossyWarning, stacklevel=3)
+        warn(message, LossyWarning)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from h5traces.fidelity.reports import StateFidelity
-from h5traces.format import half
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,11 +90,7 @@ class ChannelErrors:
 
 
 def widened(values: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """`values` as float32 or float64, C-contiguous; float16 through a table, as numpy is slow."""
-    if values.dtype == np.float16:
-        narrow = half.to_float32(np.ascontiguousarray(values))
-        wide: NDArray[Any] = narrow.astype(dtype, copy=False)
-        return wide
+    """`values` as float32 or float64, C-contiguous."""
     return np.ascontiguousarray(values, dtype)
 
 

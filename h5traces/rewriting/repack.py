@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
+from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision.scales import ScaleSet
 from h5traces.writing.calibrate import check_model, load_given, measured
@@ -157,15 +156,14 @@ def repack(
             found = _scales(
                 selected, wanted.step, calibration, given.calibration_samples, encodes=encodes
             )
-        options = WriteOptions(
-            dtype=given.dtype
-            or ("float16" if encodes else archive.metadata.dtype_policy)
-            or "float16",
-            on_overflow=given.on_overflow,
-            codec=given.codec or archive.metadata.codec,
-            workers=target.workers,
-            overwrite=target.overwrite,
-            precision=wanted,
+        options = WriteOptions.of(
+            replace(
+                given,
+                tier=wanted,
+                dtype=given.dtype or (None if encodes else archive.metadata.dtype_policy),
+                codec=given.codec or archive.metadata.codec,
+            ),
+            target,
             scales=found,
             earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
         )
@@ -173,7 +171,7 @@ def repack(
             report.targets = [str(_shard(place, 0, sharded=target.shard_samples is not None))]
             report.num_samples = len(indices)
             return report
-        run = _Rewrite(selected, report, options, encodes=encodes, verify=target.verify)
+        run = _Rewrite(selected, report, options, encodes=encodes)
         run.run(place, indices, target.shard_samples, progress)
         return report
 
@@ -238,7 +236,7 @@ def _warn_of_recast(archive: Archive, target: Path, before: ArchiveMetadata) -> 
         f"{target}: holds what {archive.paths[0]} gives back, which is less than its source held "
         f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
     )
-    warnings.warn(message, LossyWarning, stacklevel=3)
+    warn(message, LossyWarning)
 
 
 def _check_scales(
@@ -277,7 +275,7 @@ def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) 
             f"{archive.paths[0]}: holds {losses} already, and becomes {wanted}: the errors add "
             "up; take the archive that it was made from"
         )
-        warnings.warn(message, LossyWarning, stacklevel=3)
+        warn(message, LossyWarning)
     return wanted
 
 
@@ -309,11 +307,10 @@ class _Rewrite:
         options: WriteOptions,
         *,
         encodes: bool,
-        verify: bool,
     ) -> None:
         self._archive, self._report, self._encodes = archive, report, encodes
         self._codec = None if report.copied else options.codec
-        self._shards = ShardSet(options, verify=verify)
+        self._shards = ShardSet(options)
         self._sources, self._first_source = _joined_sources(archive.files)
 
     def run(
