@@ -95,7 +95,7 @@ def extract(
             "-o",
             "--output",
             metavar="DEST",
-            help="One `.h5` name; or a folder for shards, with a slash at the end if it is new.",
+            help="Folder for shards (`traces/`), or an `.h5` name.",
         ),
     ],
     num_samples: Annotated[
