@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/tiers.py`` (five minutes, 1 GB of disk); it prints two markdown tables and
 writes ``tiers.json`` beside itself. ``--report`` prints them again, and puts the table of tiers
-into ``README.md``, whose other columns come from ``docs/precision-study.md``.
+into ``docs/precision.md``, whose other columns come from ``docs/precision-study.md``.
 
 Data are synthetic, at Llama-2-7B's shape (32 layers, 43 tokens, 15.1 MB of float16 per sample),
 with the massive activations of ``tools/make_synthetic.py``. They say nothing of the model itself.
@@ -62,7 +62,7 @@ SEVEN_LAYERS: Final = (0, 5, 10, 15, 20, 25, 31)
 THOUSAND: Final = 1000
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "tiers.json"
-# Columns of the study that README shows.
+# Columns of the study that the guide shows.
 STUDIED: Final = (
     "largest error / sigma",
     "change of loss, mean of layers",
@@ -180,7 +180,7 @@ def speed_table(figures: dict[str, Figures]) -> str:
     return "\n".join(lines)
 
 
-def readme_table(figures: dict[str, Figures]) -> str:
+def guide_table(figures: dict[str, Figures]) -> str:
     """Sizes from here, beside what the study found of the shipped model."""
     study = (ROOT / "docs" / "precision-study.md").read_text(encoding="utf-8")
     found = re.search("<!-- study -->\n(.*?)\n<!-- end of study -->", study, re.DOTALL)
@@ -202,11 +202,11 @@ def readme_table(figures: dict[str, Figures]) -> str:
 
 
 def report(figures: dict[str, Figures]) -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    guide = ROOT / "docs" / "precision.md"
+    text = guide.read_text(encoding="utf-8")
     marked = re.compile("<!-- tiers -->\n.*?<!-- end of tiers -->", re.DOTALL)
-    filled = f"<!-- tiers -->\n{readme_table(figures)}\n<!-- end of tiers -->"
-    readme.write_text(marked.sub(lambda _: filled, text), encoding="utf-8")
+    filled = f"<!-- tiers -->\n{guide_table(figures)}\n<!-- end of tiers -->"
+    guide.write_text(marked.sub(lambda _: filled, text), encoding="utf-8")
     print(size_table(figures), speed_table(figures), sep="\n\n")
 
 

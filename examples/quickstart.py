@@ -17,10 +17,10 @@ def run(*arguments: str) -> None:
     subprocess.run([command, *arguments], check=True)
 
 
-run("convert", str(here / "legacy"), "-o", str(out), "--overwrite")
-run("inspect", str(out))
+run("convert", str(here / "legacy"), "-o", f"{out}/", "--overwrite")
+run("inspect", f"{out}/")
 
-print("\n>>> archive = h5traces.open('out')")
+print(f"\n>>> archive = h5traces.open('{out}/')")
 with h5traces.open(out) as archive:
     trace = archive.by_id("py_0003")
     states = trace["hidden_states"][3]  # reads this one array and nothing else

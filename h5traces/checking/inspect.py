@@ -1,10 +1,9 @@
-"""What is in an archive or a legacy batch: shapes, ranges, consistency, lengths and sizes."""
+"""Describes archives and legacy batches: shapes, ranges, consistency, lengths and sizes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,23 +15,26 @@ from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import StepArrays, TraceRecord
-from h5traces.paths import is_archive
-from h5traces.sources.opening import facts_in_name, open_source
-from h5traces.storage.remote.paths import RemotePath, is_url
+from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
+from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
+from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.transcription import to_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from h5traces.format.limits import ReadLimits
-    from h5traces.paths import PathLike
+    from h5traces.paths import Source
 
-Samples = int | Literal["all"]
+    ReportProgress = Callable[[int, int], None]
+
+SampleCount = int | Literal["all"]
 
 
 @dataclass(slots=True)
 class ArrayStats:
-    """One array, looked at.
+    """One array.
 
     Attributes
     ----------
@@ -43,11 +45,11 @@ class ArrayStats:
     dtype
         Type of the values.
     minimum, maximum
-        Range of the finite values; None where there are none.
+        Range of the finite values; None if there are none.
     num_nan, num_inf
         How many values are not finite.
     kept_exact
-        Why the array is more precise than its archive says; None where it is not.
+        Why the array is stored without its archive's loss; None if it is not.
     """
 
     kind: str
@@ -64,7 +66,7 @@ class ArrayStats:
 
 @dataclass(slots=True)
 class SampleStats:
-    """One sample, looked at.
+    """One sample.
 
     Attributes
     ----------
@@ -75,11 +77,11 @@ class SampleStats:
     fields
         Keys of the dict.
     texts
-        Question and answers, where there are.
+        Question and answers, if stored.
     num_tokens, num_tokens_decoded
-        Lengths, None where not stored.
+        Lengths; None if not stored.
     arrays
-        Every array.
+        Every array, if they were read.
     problems
         Contradictions between lengths, layers and heads; empty means consistent.
     """
@@ -107,9 +109,9 @@ class Inspection:
     metadata
         Facts about the whole: model, dataset, layers and so on.
     num_samples
-        How many.
+        Number of samples.
     layers
-        Layer numbers that are stored.
+        Numbers of the stored layers.
     lengths
         Minimum, median, mean and maximum of ``seq_len``.
     coverage
@@ -117,7 +119,7 @@ class Inspection:
     sizes
         By kind: datasets, bytes before and after compression.
     samples
-        The samples whose arrays were looked at.
+        The samples whose arrays were read.
     """
 
     path: str
@@ -137,49 +139,52 @@ class Inspection:
 
 
 def inspect(
-    path: PathLike | RemotePath,
+    sources: Source | Iterable[Source],
     *,
-    samples: Samples = 1,
+    samples: SampleCount = 1,
     limits: ReadLimits = DEFAULT_LIMITS,
-    progress: Callable[[int, int], None] | None = None,
-) -> Inspection:
-    """Look into one archive or legacy batch.
+    progress: ReportProgress | None = None,
+) -> list[Inspection]:
+    """Describe archives and legacy batches.
 
     Parameters
     ----------
-    path
-        An ``.h5`` archive, also on a server, or a ``.pkl`` or ``.pkl.gz`` batch (which must be
-        read to its end to count its samples; nothing in it is executed).
+    sources
+        Archives (also on servers), legacy batches, globs or folders. A batch is read to its end,
+        which is how its samples are counted; nothing in it is executed.
     samples
-        Of how many samples the arrays are read, or ``all``.
+        Number of samples per file whose arrays are read, or ``all``.
     limits
         What an archive may ask of its reader.
     progress
-        Called with the work done and the work there is.
+        Called for every file with the work done and the work there is.
+
+    Returns
+    -------
+    list of Inspection
+        One per file.
 
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        A path does not exist, or a folder or glob holds no such file.
     H5TracesError
-        It is neither, or damaged.
+        A file is neither an archive nor a batch, or is damaged.
     """
-    if isinstance(path, RemotePath) or is_url(path):
-        return _inspect_archive(path, samples, limits, progress)
-    file = Path(path)
-    if not file.exists():
-        message = f"{file}: no such file"
-        raise FileNotFoundError(message)
-    if is_archive(file):
-        return _inspect_archive(file, samples, limits, progress)
-    return _inspect_batch(file, samples, progress)
+    found = []
+    for path in expand_sources(sources, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES)):
+        if isinstance(path, RemotePath) or is_archive(path):
+            found.append(_inspect_archive(path, samples, limits, progress))
+        else:
+            found.append(_inspect_batch(path, samples, progress))
+    return found
 
 
 def _inspect_archive(
-    file: PathLike | RemotePath,
-    samples: Samples,
+    file: Path | RemotePath,
+    samples: SampleCount,
     limits: ReadLimits,
-    progress: Callable[[int, int], None] | None,
+    progress: ReportProgress | None,
 ) -> Inspection:
     with open_archive(file, limits=limits) as archive:
         metadatas = [trace.metadata for trace in archive]
@@ -210,9 +215,7 @@ def _inspect_archive(
         )
 
 
-def _inspect_batch(
-    file: Path, samples: Samples, progress: Callable[[int, int], None] | None
-) -> Inspection:
+def _inspect_batch(file: Path, samples: SampleCount, progress: ReportProgress | None) -> Inspection:
     lengths: list[int] = []
     coverage: Counter[str] = Counter()
     looked_at: list[SampleStats] = []

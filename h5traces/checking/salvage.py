@@ -1,11 +1,10 @@
-"""Saves every intact sample of a damaged archive into a new one."""
+"""Copies the intact samples of a damaged archive into a new one."""
 
 from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.archive import inherited_facts, inherited_scales
@@ -15,7 +14,8 @@ from h5traces.errors import Problem, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
-from h5traces.storage.publish import remove_abandoned_parts
+from h5traces.paths import Target, check_not_a_source
+from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions
 from h5traces.writing.read_back import verify_written
@@ -23,6 +23,7 @@ from h5traces.writing.stored_samples import StoredSample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from h5traces.archive.archive import Archive
     from h5traces.format.limits import ReadLimits
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SalvageReport:
-    """What was saved.
+    """What was saved and what was lost.
 
     Attributes
     ----------
     source, target
-        The damaged archive, and the new one.
+        The damaged archive and the new one.
     num_saved
         Samples in the new archive.
     lost
-        What is damaged in the samples that were left behind.
+        The damage of the samples that were not copied.
     """
 
     source: str
@@ -50,7 +51,7 @@ class SalvageReport:
 
     @property
     def lost_samples(self) -> list[int]:
-        """Ordinals of the samples that were left behind."""
+        """Ordinals of the samples that were not copied."""
         prefix = f"/{layout.SAMPLES_GROUP}/"
         names = (each.loc.removeprefix(prefix).partition("/")[0] for each in self.lost)
         return sorted({int(name) for name in names})
@@ -76,42 +77,45 @@ def salvage(
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> SalvageReport:
-    """Copy every sample that is intact, and list those that are not.
+    """Copy every intact sample of a damaged archive, and list the others.
 
-    A sample is intact if all its arrays inflate and fit their digests. The source is not changed.
+    A sample is intact if all its arrays inflate and match their digests. The source is not changed.
 
     Parameters
     ----------
     source
         The damaged archive; its footer or its HDF5 part must still open.
     dest
-        The new archive.
+        The new archive: a name ending in ``.h5``, or a folder.
     overwrite
-        Replace `dest`.
+        Replace an existing archive; never the source.
     dry_run
-        Look only.
+        Write nothing.
     workers
         Threads; one per core by default.
     limits
         What the source may ask of its reader.
     progress
-        Called with the samples looked at and the samples there are.
+        Called with the samples checked and the samples there are.
 
     Raises
     ------
     NotAnArchiveError, CorruptArchiveError
-        Neither footer nor HDF5 part tells where the samples are.
+        Neither footer nor HDF5 part says where the samples are.
+    TargetError
+        `dest` is no name of an archive, or is the source, links included.
     ArchiveExistsError
-        `dest` exists.
+        The new archive exists.
     """
-    target = Path(dest)
+    target = Target.of(dest).for_sources([source]).path
+    check_not_a_source(target, source)
     report = SalvageReport(str(source), str(target))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoredStateWarning)
         with open_archive(source, limits=limits) as archive, ThreadPoolExecutor(workers) as pool:
             intact = _intact(archive, pool, report, progress)
             if not dry_run:
-                _copy(archive, intact, target, WriteOptions(workers=workers, overwrite=overwrite))
+                _copy(archive, intact, target, overwrite=overwrite, workers=workers)
     report.num_saved = len(intact)
     return report
 
@@ -136,8 +140,11 @@ def _intact(
     return intact
 
 
-def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptions) -> None:
+def _copy(
+    archive: Archive, intact: list[int], target: Path, *, overwrite: bool, workers: int | None
+) -> None:
     metadata = archive.metadata
+    make_folder(target.parent)
     remove_abandoned_parts(target)
     writer = ArchiveWriter(
         target,
@@ -145,8 +152,8 @@ def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptio
             dtype=metadata.dtype_policy or "float16",
             on_overflow=metadata.on_overflow or "float32",
             codec=metadata.codec,
-            workers=options.workers,
-            overwrite=options.overwrite,
+            workers=workers,
+            overwrite=overwrite,
             precision=metadata.precision or EXACT,
             scales=inherited_scales(archive.files),
             earlier_precisions=metadata.earlier_precisions or (),
@@ -157,4 +164,4 @@ def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptio
         for index in intact:
             writer.copy(StoredSample(archive[index]))
         writer.finish(sources=metadata.sources)
-        verify_written(writer.part_path, writer.digests, workers=options.workers)
+        verify_written(writer.part_path, writer.digests, workers=workers)

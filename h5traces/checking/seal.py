@@ -1,11 +1,10 @@
-"""Rebuilds the footer of an archive from its HDF5 part."""
+"""Rebuilds the footers of archives from their HDF5 parts."""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.file import check_version
@@ -13,13 +12,15 @@ from h5traces.errors import CorruptArchiveError, NotAnArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
 from h5traces.format.limits import DEFAULT_LIMITS
+from h5traces.paths import expand_paths
 from h5traces.storage.arrays import read_array, read_chunk
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterBuilder, hdf5_end
 from h5traces.storage.hdf5.reading import Hdf5Reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class SealReport:
-    """What sealing did.
+    """What sealing did to one archive.
 
     Attributes
     ----------
     path
         The archive.
     sealed
-        Whether it has a new footer.
+        Whether it got a new footer.
     num_samples
         Samples in it.
     edited
-        HDF5 paths whose values or metadata do not fit their digests.
+        HDF5 paths whose values or metadata do not match their digests.
     """
 
     path: str
@@ -50,64 +51,83 @@ class SealReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return {
-            "path": self.path,
-            "sealed": self.sealed,
-            "num_samples": self.num_samples,
-            "edited": self.edited,
-        }
+        return asdict(self)
 
 
 def seal(
-    path: PathLike,
+    sources: PathLike | Iterable[PathLike],
     *,
     accept_edits: bool = False,
     dry_run: bool = False,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
-) -> SealReport:
-    """Give an archive a footer again, after something opened it for writing.
+) -> list[SealReport]:
+    """Rebuild the footers of archives that another program opened for writing.
 
-    Reads every chunk. The HDF5 part is not touched; until the last byte of the new footer is
-    written, readers go on through HDF5.
+    Reads every chunk. The HDF5 part is not changed; until the last byte of the new footer is
+    written, readers use HDF5.
 
     Parameters
     ----------
-    path
-        The archive.
+    sources
+        Archives, globs or folders.
     accept_edits
-        Seal although values or metadata were changed since the archive was written.
+        Seal even if values or metadata were changed since the archive was written.
     dry_run
-        Look for edits only.
+        Only look for edits.
     limits
-        What the file may ask of its reader.
+        What a file may ask of its reader.
     progress
-        Called with the samples read and the samples there are.
+        Called for every archive with the samples read and the samples there are.
+
+    Returns
+    -------
+    list of SealReport
+        One per archive.
 
     Raises
     ------
+    FileNotFoundError
+        A path does not exist, or a folder or glob holds no archive.
     CorruptArchiveError
         A chunk is damaged, or a dataset is not stored as archives store it.
     NotAnArchiveError
-        The file is no archive.
+        A file is no archive.
     """
-    file_path = Path(path)
-    report = SealReport(str(file_path))
+    return [
+        _seal_file(
+            path, accept_edits=accept_edits, dry_run=dry_run, limits=limits, progress=progress
+        )
+        for path in expand_paths(sources)
+    ]
+
+
+def _seal_file(
+    path: Path,
+    *,
+    accept_edits: bool,
+    dry_run: bool,
+    limits: ReadLimits,
+    progress: Callable[[int, int], None] | None,
+) -> SealReport:
+    report = SealReport(str(path))
     builder = FooterBuilder()
-    file = LocalFile(file_path)
-    with Hdf5Reader(file_path, limits) as reader, ThreadPoolExecutor() as pool:
+    file = LocalFile(path)
+    with Hdf5Reader(path, limits) as reader, ThreadPoolExecutor() as pool:
         root, kinds = reader.root_attributes(), reader.kinds()
         if root.get("format") != layout.FORMAT_NAME:
-            message = f"{file_path}: is no h5traces archive; there is nothing to seal"
+            message = f"{path}: is no h5traces archive, so it cannot be sealed"
             raise NotAnArchiveError(message)
-        check_version(root, str(file_path))
+        check_version(root, str(path))
         names = reader.sample_names()
         if root.get("num_samples") != len(names):
             report.edited.append(f"/{layout.SAMPLES_GROUP}")
         for index, name in enumerate(names):
             sample = reader.sample(name)
             place = layout.sample_path(sample.ordinal)
-            entries = list(pool.map(lambda entry: _sealed(file, entry, limits), _all(sample)))
+            entries = list(
+                pool.map(lambda entry: _sealed(file, entry, limits), sample.objects.values())
+            )
             report.edited += [f"{place}/{entry.path}" for entry, fits in entries if not fits]
             if sample_difference(sample):
                 report.edited.append(place)
@@ -116,28 +136,24 @@ def seal(
                 progress(index + 1, len(names))
         scales = reader.scales()
         if scales is not None:
-            entries = [_sealed(file, entry, limits) for entry in _all(scales)]
+            entries = [_sealed(file, entry, limits) for entry in scales.objects.values()]
             report.edited += [f"/{entry.path}" for entry, fits in entries if not fits]
             builder.add_scales(entry for entry, _ in entries)
     report.num_samples = builder.num_samples
     if dry_run or (report.edited and not accept_edits):
         return report
-    _append(file_path, builder, root, kinds)
+    _append(path, builder, root, kinds)
     report.sealed = True
     return report
 
 
-def _all(sample: Any) -> list[ObjectEntry]:
-    return list(sample.objects.values())
-
-
 def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[ObjectEntry, bool]:
-    """The entry with checksums of its chunks, and whether its values fit its digest."""
+    """The entry with checksums of its chunks, and whether its values match its digest."""
     if entry.is_group:
         return entry, True
     if entry.chunks is None:
         message = (
-            f"{file.name}: {entry.path} is not stored in chunks that h5traces can address; rewrite "
+            f"{file.name}: {entry.path} is not stored in chunks that h5traces can read; rewrite "
             "the file with 'h5repack -L -f SHUF -f GZIP=6', then seal it"
         )
         raise CorruptArchiveError(message)
@@ -149,11 +165,11 @@ def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[Ob
 
 
 def _append(path: Path, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:
-    """Write the footer behind the HDF5 part, durably."""
+    """Write the footer after the HDF5 part, durably."""
     end = hdf5_end(LocalFile(path))
     descriptor = os.open(path, os.O_RDWR)
     try:
-        # What lies there now is a footer that does not fit, or nothing.
+        # Removes an outdated footer.
         os.ftruncate(descriptor, end)
         footer = builder.finish(LocalFile(path), root, kinds)
         written = 0

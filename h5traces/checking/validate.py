@@ -1,16 +1,20 @@
-"""Structure checks: does an archive hold what ``schema/SPEC.md`` says, and nothing else."""
+"""Checks the structure of archives against ``schema/SPEC.md``, and their footers against HDF5.
+
+Every object is looked at through HDF5; no array is read, and nothing is written.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from h5traces.archive.file import check_version
 from h5traces.archive.labels import label_problems
 from h5traces.archive.stores import FooterStore, object_place
+from h5traces.checking.isolated import validate_isolated
+from h5traces.checking.reports import Reports, ValidationReport
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -30,6 +34,7 @@ from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import ArrayDescription, TraceDescription, coverage_of
 from h5traces.format.trace import TraceMetadata
+from h5traces.paths import expand_paths
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
     attribute_problems,
@@ -44,308 +49,85 @@ from h5traces.storage.footer import FooterError
 from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from h5traces.format.document import Attrs, Document
+    from h5traces.checking.isolated import IsolationLimits
+    from h5traces.format.document import Document
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.paths import PathLike
 
+    # Path below the group that is checked, message and kind.
     Finding = tuple[str, str, str]
 
-
+_ROOT_GROUPS: Final = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
+_OPTIONAL_GROUPS: Final = frozenset({layout.SCALES_GROUP})
+_SAMPLE_DATASETS: Final = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
+_SITES: Final = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
 _FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
-
-
-def float_type(entry: ObjectEntry) -> FloatType | None:
-    """The type that a layer is read in, None where it is no float type."""
-    try:
-        found = restored_type(entry.dtype, entry.attrs)
-    except UnsupportedEncodingError:
-        return None
-    return next((each for each in _FLOAT_TYPES if each == found), None)
-
-
-def scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Finding]:
-    """What is wrong below ``/scales``, as path, message and kind."""
-    for path, entry in objects.items():
-        parts = path.split("/")[1:]
-        if entry.is_group:
-            if len(parts) > 2:
-                yield path, "no such group belongs among scales", "unknown_object"
-            continue
-        if len(parts) != 3 or parts[2] not in (STEP, OFFSET, SIGMA):
-            yield path, "no such dataset belongs among scales", "unknown_object"
-        elif entry.dtype != "float32" or len(entry.shape) != 1:
-            yield path, f"is {entry.dtype} {entry.shape}, expected float32 (hidden)", "wrong_type"
-        if "digest" not in entry.attrs:
-            yield path, "the attribute 'digest' is missing", "missing_attribute"
-    for layer in layers_with_scales(objects):
-        place = f"{layout.SCALES_GROUP}/{layer}"
-        for name in (STEP, OFFSET, SIGMA):
-            if f"{place}/{name}" not in objects:
-                yield f"{place}/{name}", "is missing, which encoded layers need", "missing_scale"
-        widths = _widths(objects, layer)
-        if len(set(widths)) > 1:
-            message = f"step, offset and sigma have {', '.join(map(str, widths))} channels"
-            yield place, message, "scale_width"
-
-
-def scale_widths(objects: Mapping[str, ObjectEntry]) -> dict[str, int]:
-    """Channels that the scale of each layer is for, by path of the layer."""
-    return {layer: min(_widths(objects, layer), default=0) for layer in layers_with_scales(objects)}
-
-
-def _widths(objects: Mapping[str, ObjectEntry], layer: str) -> list[int]:
-    paths = (f"{layout.SCALES_GROUP}/{layer}/{name}" for name in (STEP, OFFSET, SIGMA))
-    return [math.prod(objects[path].shape) for path in paths if path in objects]
-
-
-def encoding_problems(
-    objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], metadata: ArchiveMetadata | None
-) -> Iterator[Finding]:
-    """What is wrong with the encoded layers of a sample, as path, message and kind.
-
-    Parameters
-    ----------
-    objects
-        Of the sample, by path.
-    widths
-        Channels of the scales, by path of their layer.
-    metadata
-        Of the archive, None where it cannot be read.
-    """
-    for path, entry in objects.items():
-        kind, _, name = path.partition("/")
-        if kind not in layout.KINDS or not name:
-            continue
-        if name == layout.EXCEPTIONS_TABLE:
-            layers = (objects[each].attrs for each in objects if each.startswith(f"{kind}/"))
-            yield from _table_problems(entry, num_exceptions(layers))
-            continue
-        try:
-            encoded = is_encoded(entry.attrs)
-        except UnsupportedEncodingError as error:
-            yield path, str(error), "unsupported_encoding"
-            continue
-        if "encoding" in entry.attrs and metadata is not None:
-            yield from _unmarked(path, kind, entry.attrs, metadata, encoded=encoded)
-        if not encoded:
-            continue
-        for message in attribute_problems(entry.dtype, entry.attrs):
-            yield path, message, "wrong_encoding"
-        link = entry.attrs.get("scales")
-        width = widths.get(str(link).removeprefix(f"/{layout.SCALES_GROUP}/"))
-        if link is not None and width is None:
-            yield path, f"its scale {link} is missing", "missing_scale"
-        elif link is not None and entry.shape[1:] != (width,):
-            yield path, f"is {entry.shape}, its scale {link} for {width} channels", "scale_width"
-        table = f"{kind}/{layout.EXCEPTIONS_TABLE}"
-        if entry.attrs.get("num_exceptions") and table not in objects:
-            yield path, f"its exceptions are missing; expected {table}", "missing_exceptions"
-
-
-def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
-    if entry.dtype != "float64" or entry.shape[1:] != (EXCEPTION_COLUMNS,):
-        message = f"is {entry.dtype} {entry.shape}, expected float64 (n, {EXCEPTION_COLUMNS})"
-        yield entry.path, message, "wrong_type"
-    elif entry.shape[0] != count:
-        message = f"has {entry.shape[0]} rows, layers list {count} exceptions"
-        yield entry.path, message, "count_mismatch"
-
-
-def _unmarked(
-    path: str, kind: str, attrs: Attrs, metadata: ArchiveMetadata, *, encoded: bool
-) -> Iterator[Finding]:
-    """What the archive does not say of an encoding that it uses."""
-    if metadata.precision is None:
-        message = "is encoded, but the root attribute 'precision' is missing"
-        yield path, message, "unmarked_loss"
-    elif not is_stated(kind, attrs, metadata.precision):
-        message = f"is encoded otherwise than 'precision' on the root says: {metadata.precision}"
-        yield path, message, "unmarked_loss"
-    if encoded and layout.PRECISION_FEATURE not in metadata.required_features:
-        message = f"is encoded, but 'required_features' does not name {layout.PRECISION_FEATURE!r}"
-        yield path, message, "missing_feature"
-
-
-_SAMPLE_DATASETS = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
-_SITES = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
-_INTEGERS = frozenset({"int64"})
-
-
-def sample_problems(
-    sample: SampleEntry, metadata: TraceMetadata | None, kinds: dict[str, KindMetadata]
-) -> Iterator[tuple[str, str, str]]:
-    """What is wrong inside a sample, as path below its group, message and kind."""
-    arrays: list[ArrayDescription] = []
-    for path, entry in sample.objects.items():
-        first, _, rest = path.partition("/")
-        if first == layout.EXTRA_GROUP:
-            if rest and "encoding" not in entry.attrs:
-                yield path, "the attribute 'encoding' is missing", "missing_attribute"
-        elif first in kinds:
-            if rest:
-                yield from _layer_problems(entry, rest, kinds[first])
-            known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
-            in_steps = f"{first}/{layout.STEPS_TABLE}" in sample.objects
-            dtype = float_type(entry)
-            if known and not in_steps and dtype is not None:
-                arrays.append(
-                    ArrayDescription(kind=first, name=rest, dtype=dtype, shape=entry.shape)
-                )
-        elif path not in _SAMPLE_DATASETS:
-            yield path, "no such object belongs in a sample", "unknown_object"
-        elif path == layout.TOKENS and entry.dtype not in _INTEGERS:
-            yield path, f"stored type is {entry.dtype}, expected int64", "wrong_type"
-        elif path != layout.TOKENS and not entry.dtype.startswith("text:"):
-            yield path, f"stored type is {entry.dtype}, expected fixed-length UTF-8", "wrong_type"
-        if not entry.is_group and entry.codec is None:
-            yield path, "is not stored in gzip-filtered chunks, so damage would go unseen", "filter"
-    if metadata is not None:
-        yield from _consistency_problems(sample, metadata, arrays)
-
-
-def _layer_problems(
-    entry: ObjectEntry, name: str, kind: KindMetadata
-) -> Iterator[tuple[str, str, str]]:
-    if name in layout.TABLES:
-        return
-    number = layout.parse_layer_name(name)
-    if number is None and name != layout.EMBEDDING:
-        yield entry.path, "expected a name such as layer_000, or 'embedding'", "unknown_object"
-        return
-    if number is not None and number not in kind.layers:
-        yield entry.path, f"layer {number} is not among the kind's layers", "unlisted_layer"
-    if float_type(entry) is None:
-        message = f"stored type is {entry.dtype}, expected a float type, or an encoding of one"
-        yield entry.path, message, "wrong_type"
-    site = entry.attrs.get("site")
-    if site is not None and site not in _SITES:
-        yield entry.path, f"site {site!r} is none of {', '.join(sorted(_SITES))}", "wrong_site"
-    if "digest" not in entry.attrs:
-        yield entry.path, "the attribute 'digest' is missing", "missing_attribute"
-    for attribute in entry.attrs:
-        if attribute not in layout.LAYER_ATTRS and not attribute.startswith(
-            layout.USER_ATTR_PREFIX
-        ):
-            yield entry.path, f"attribute {attribute!r} is not of the format", "unknown_attribute"
-
-
-def _consistency_problems(
-    sample: SampleEntry, metadata: TraceMetadata, arrays: list[ArrayDescription]
-) -> Iterator[tuple[str, str, str]]:
-    tokens = sample.objects.get(layout.TOKENS)
-    decoded = sample.objects.get(layout.TOKENS_DECODED)
-    num_tokens = tokens.shape[0] if tokens and tokens.shape else None
-    description = TraceDescription(
-        metadata=metadata,
-        num_tokens=num_tokens,
-        num_tokens_decoded=decoded.shape[0] if decoded and decoded.shape else None,
-        arrays=tuple(arrays),
-    )
-    for each in description.problems():
-        yield each.loc, each.message, each.kind
-    if metadata.coverage in ("steps", "empty") or not arrays:
-        return
-    found = coverage_of({each.kind: each.shape for each in reversed(arrays)}, num_tokens)
-    if found != metadata.coverage:
-        message = f"coverage is {metadata.coverage!r}, but the shapes say {found!r}"
-        yield "", message, "wrong_coverage"
-    if num_tokens is not None and metadata.seq_len != num_tokens:
-        yield "", f"seq_len is {metadata.seq_len} for {num_tokens} tokens", "length_mismatch"
-
-
-_ROOT_GROUPS = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
-_OPTIONAL_GROUPS = frozenset({layout.SCALES_GROUP})
-
-
-@dataclass(slots=True)
-class ValidationReport:
-    """What a validation found.
-
-    Attributes
-    ----------
-    path
-        The file.
-    num_samples, num_datasets
-        What was looked at.
-    problems
-        Everything that is not as the specification says; empty for a valid archive.
-    notes
-        What is allowed and still worth knowing, such as a missing footer.
-    """
-
-    path: str
-    num_samples: int = 0
-    num_datasets: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found."""
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return {
-            "path": self.path,
-            "ok": self.ok,
-            "num_samples": self.num_samples,
-            "num_datasets": self.num_datasets,
-            "problems": [each.as_dict() for each in self.problems],
-            "notes": self.notes,
-        }
+_STRAY: Final = "no such object belongs in an archive"
 
 
 def validate(
+    sources: PathLike | Iterable[PathLike],
+    *,
+    isolation: IsolationLimits | None = None,
+    limits: ReadLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reports[ValidationReport]:
+    """Check structure and schema of archives, and that footer and HDF5 say the same.
+
+    Parameters
+    ----------
+    sources
+        Archives, globs or folders.
+    isolation
+        Check every archive in a child process with these limits, so that a crash, exhausted memory
+        or a hang becomes a problem: for files that you do not trust.
+    limits
+        What a file may ask of its reader.
+    progress
+        Called for every archive with the samples checked and the samples there are; never called
+        with `isolation`.
+
+    Returns
+    -------
+    list of ValidationReport
+        One per archive, with every problem and its HDF5 path. A file that is no archive is a
+        problem, too.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path does not exist, or a folder or glob holds no archive.
+    """
+    paths = expand_paths(sources)
+    if isolation is not None:
+        return Reports(
+            validate_isolated(path, limits=limits, isolation=isolation) for path in paths
+        )
+    return Reports(validate_file(path, limits=limits, progress=progress) for path in paths)
+
+
+def validate_file(
     path: PathLike,
     *,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
-    """Check the structure of one archive through its HDF5 part, and that its footer agrees.
-
-    Every object is looked at, no array is read. Nothing is written.
-
-    Parameters
-    ----------
-    path
-        The archive.
-    limits
-        What the file may ask of its reader.
-    progress
-        Called with the samples checked and the samples there are.
-
-    Returns
-    -------
-    ValidationReport
-        With every problem and its HDF5 path; a file that is no archive at all is a problem, too.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such file.
-    """
+    """Check one archive in this process, as `validate` does."""
     file = Path(path)
-    if not file.exists():
-        message = f"{file}: no such file"
-        raise FileNotFoundError(message)
     report = ValidationReport(str(file))
     try:
         with Hdf5Reader(file, limits) as reader:
             _Validation(reader, limits, report, progress).run()
     except H5TracesError as error:
-        report.problems.append(Problem("/", _without(error, f"{file}: "), problem_kind(error)))
+        message = str(error).removeprefix(f"{file}: ")
+        report.problems.append(Problem("/", message, problem_kind(error)))
     return report
 
 
-def _without(error: Exception, prefix: str) -> str:
-    return str(error).removeprefix(prefix)
-
-
 class _Validation:
-    """One run over one file."""
+    """One check of one file."""
 
     def __init__(
         self,
@@ -360,7 +142,7 @@ class _Validation:
         self._metadata: ArchiveMetadata | None = None
         self._kinds: dict[str, KindMetadata] = {}
         self._samples: list[TraceMetadata | None] = []
-        # Layers that have a scale, by path below a sample.
+        # Channels of each layer's scale, by the layer's path below a sample.
         self._widths: dict[str, int] = {}
         self._is_newer = False
 
@@ -393,20 +175,28 @@ class _Validation:
             self._report.problems += label_problems(self._reader.path, archive_id, self._samples)
         for place, name in self._reader.ignored_attributes:
             if not name.startswith(layout.USER_ATTR_PREFIX):
-                message = f"attribute {name!r} is not of the format, nor of a type that it uses"
+                message = f"attribute {name!r} is neither of the format nor of a type that it uses"
                 self._add(place, message, "unknown_attribute")
 
     def _add(self, loc: str, message: str, kind: str) -> None:
         self._report.problems.append(Problem(loc, message, kind))
 
+    def _add_all(self, place: str, findings: Iterable[Finding]) -> None:
+        for loc, message, kind in findings:
+            self._add(f"{place}/{loc}" if loc else place, message, kind)
+
+    def _add_error(self, place: str, error: ArchiveError) -> None:
+        message = str(error).removeprefix(f"{self._reader.path}: ").removeprefix(f"{place}: ")
+        self._add(place, message, problem_kind(error))
+
     def _document(self, document: type[Document], attrs: Attrs, loc: str) -> Any:
         for name in unknown_attributes(document, attrs):
             if self._is_newer:
-                self._report.notes.append(f"{loc}: attribute {name!r} is of a newer format")
+                self._report.notes.append(f"{loc}: attribute {name!r} belongs to a newer format")
                 continue
             self._add(
                 loc,
-                f"attribute {name!r} is not of the format; names of your own begin with "
+                f"attribute {name!r} is not of the format; names of users' attributes begin with "
                 f"{layout.USER_ATTR_PREFIX!r}",
                 "unknown_attribute",
             )
@@ -420,11 +210,11 @@ class _Validation:
     def _check_root_names(self) -> None:
         found = set(self._reader.root_names())
         for name in sorted(found - _ROOT_GROUPS - _OPTIONAL_GROUPS):
-            self._add(f"/{name}", "no such object belongs in an archive", "unknown_object")
+            self._add(f"/{name}", _STRAY, "unknown_object")
         for name in sorted(_ROOT_GROUPS - found):
             self._add(f"/{name}", "the group is missing", "missing_group")
         for name in self._reader.stray_names():
-            self._add(name, "no such object belongs in an archive", "unknown_object")
+            self._add(name, _STRAY, "unknown_object")
 
     def _check_kinds(self) -> None:
         for name, attrs in self._reader.kinds().items():
@@ -437,11 +227,11 @@ class _Validation:
             self._footer = FooterStore(LocalFile(self._reader.path), self._limits)
         except FooterError as error:
             self._report.notes.append(
-                f"{error}; the archive is read through HDF5, 'h5traces seal' makes it fast again"
+                f"{error}; the archive is read through HDF5, which is slow; run 'h5traces seal'"
             )
             return
         if self._footer.root_attrs != root or self._footer.kinds != self._reader.kinds():
-            self._add("/", "the footer and HDF5 tell different metadata", "footer_mismatch")
+            self._add("/", "the footer and HDF5 have different metadata", "footer_mismatch")
 
     def _check_scales(self) -> None:
         place = f"/{layout.SCALES_GROUP}"
@@ -449,36 +239,31 @@ class _Validation:
         try:
             scales = self._reader.scales(problems=problems)
         except ArchiveError as error:
-            self._add(
-                place, _without(error, f"{self._reader.path}: {place}: "), problem_kind(error)
-            )
+            self._add_error(place, error)
             return
-        for each in problems:
-            self._add(f"/{each.loc}", each.message, each.kind)
-        record = scales.objects[layout.SCALES_GROUP].attrs if scales is not None else {}
-        if record:
-            self._document(CalibrationRecord, record, place)
-        self._widths = scale_widths(scales.objects) if scales is not None else {}
-        for loc, message, kind in () if scales is None else scale_problems(scales.objects):
-            self._add(f"/{loc}", message, kind)
+        self._add_all("", ((each.loc, each.message, each.kind) for each in problems))
+        if scales is not None:
+            if record := scales.objects[layout.SCALES_GROUP].attrs:
+                self._document(CalibrationRecord, record, place)
+            self._widths = _scale_widths(scales.objects)
+            self._add_all("", _scale_problems(scales.objects))
         if self._footer is not None and not problems:
-            listed = self._footer.scales()
-            self._check_same(place, listed, scales)
+            self._check_same(place, self._footer.scales(), scales)
 
     def _check_same(
         self, place: str, listed: SampleEntry | None, stored: SampleEntry | None
     ) -> None:
-        """Nobody may see one thing in HDFView and another in Python."""
+        """HDFView, which reads HDF5, and h5traces, which reads the footer, must show the same."""
         if listed is None or stored is None:
             if listed is not stored:
-                self._add(place, "only one of the footer and HDF5 has it", "footer_mismatch")
+                self._add(place, "only one of footer and HDF5 has it", "footer_mismatch")
             return
         if listed.attrs != stored.attrs or set(listed.objects) != set(stored.objects):
-            self._add(place, "the footer tells other metadata than HDF5", "footer_mismatch")
+            self._add(place, "the footer has other metadata than HDF5", "footer_mismatch")
             return
         for path, entry in stored.objects.items():
             if not _same_entry(listed.objects[path], entry):
-                message = "the footer tells another dataset than HDF5"
+                message = "the footer describes another dataset than HDF5"
                 self._add(object_place(stored.ordinal, path), message, "footer_mismatch")
 
     def _check_sample_names(self, names: list[str]) -> None:
@@ -507,19 +292,15 @@ class _Validation:
         try:
             sample = self._reader.sample(name, problems=problems)
         except ArchiveError as error:
-            prefix = f"{self._reader.path}: {place}: "
-            self._add(place, _without(error, prefix), problem_kind(error))
+            self._add_error(place, error)
             self._samples.append(None)
             return
-        for each in problems:
-            self._add(f"{place}/{each.loc}", each.message, each.kind)
+        self._add_all(place, ((each.loc, each.message, each.kind) for each in problems))
         metadata = self._document(TraceMetadata, sample.attrs, place)
         self._samples.append(metadata)
         self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
-        for loc, message, kind in sample_problems(sample, metadata, self._kinds):
-            self._add(f"{place}/{loc}" if loc else place, message, kind)
-        for loc, message, kind in encoding_problems(sample.objects, self._widths, self._metadata):
-            self._add(f"{place}/{loc}", message, kind)
+        self._add_all(place, _sample_problems(sample, metadata, self._kinds))
+        self._add_all(place, _encoding_problems(sample.objects, self._widths, self._metadata))
         if not problems:
             differs = None if metadata is None else sample_difference(sample)
             if differs is not None:
@@ -599,3 +380,193 @@ def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:
         stored.chunks.offsets,
         stored.chunks.sizes,
     )
+
+
+def _sample_problems(
+    sample: SampleEntry, metadata: TraceMetadata | None, kinds: dict[str, KindMetadata]
+) -> Iterator[Finding]:
+    """Problems inside a sample."""
+    arrays: list[ArrayDescription] = []
+    for path, entry in sample.objects.items():
+        first, _, rest = path.partition("/")
+        if first == layout.EXTRA_GROUP:
+            if rest and "encoding" not in entry.attrs:
+                yield path, "the attribute 'encoding' is missing", "missing_attribute"
+        elif first in kinds:
+            if rest:
+                yield from _layer_problems(entry, rest, kinds[first])
+            known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
+            in_steps = f"{first}/{layout.STEPS_TABLE}" in sample.objects
+            dtype = _float_type(entry)
+            if known and not in_steps and dtype is not None:
+                arrays.append(
+                    ArrayDescription(kind=first, name=rest, dtype=dtype, shape=entry.shape)
+                )
+        elif path not in _SAMPLE_DATASETS:
+            yield path, "no such object belongs in a sample", "unknown_object"
+        elif path == layout.TOKENS and entry.dtype != "int64":
+            yield path, f"stored type is {entry.dtype}, expected int64", "wrong_type"
+        elif path != layout.TOKENS and not entry.dtype.startswith("text:"):
+            yield path, f"stored type is {entry.dtype}, expected fixed-length UTF-8", "wrong_type"
+        if not entry.is_group and entry.codec is None:
+            yield (
+                path,
+                "is not stored in gzip-filtered chunks, so damage would go unnoticed",
+                "filter",
+            )
+    if metadata is not None:
+        yield from _consistency_problems(sample, metadata, arrays)
+
+
+def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterator[Finding]:
+    if name in layout.TABLES:
+        return
+    number = layout.parse_layer_name(name)
+    if number is None and name != layout.EMBEDDING:
+        yield entry.path, "expected a name such as layer_000, or 'embedding'", "unknown_object"
+        return
+    if number is not None and number not in kind.layers:
+        yield entry.path, f"layer {number} is not among the kind's layers", "unlisted_layer"
+    if _float_type(entry) is None:
+        message = f"stored type is {entry.dtype}, expected a float type, or an encoding of one"
+        yield entry.path, message, "wrong_type"
+    site = entry.attrs.get("site")
+    if site is not None and site not in _SITES:
+        yield entry.path, f"site {site!r} is none of {', '.join(sorted(_SITES))}", "wrong_site"
+    if "digest" not in entry.attrs:
+        yield entry.path, "the attribute 'digest' is missing", "missing_attribute"
+    for attribute in entry.attrs:
+        if attribute not in layout.LAYER_ATTRS and not attribute.startswith(
+            layout.USER_ATTR_PREFIX
+        ):
+            yield entry.path, f"attribute {attribute!r} is not of the format", "unknown_attribute"
+
+
+def _consistency_problems(
+    sample: SampleEntry, metadata: TraceMetadata, arrays: list[ArrayDescription]
+) -> Iterator[Finding]:
+    tokens = sample.objects.get(layout.TOKENS)
+    decoded = sample.objects.get(layout.TOKENS_DECODED)
+    num_tokens = tokens.shape[0] if tokens and tokens.shape else None
+    description = TraceDescription(
+        metadata=metadata,
+        num_tokens=num_tokens,
+        num_tokens_decoded=decoded.shape[0] if decoded and decoded.shape else None,
+        arrays=tuple(arrays),
+    )
+    for each in description.problems():
+        yield each.loc, each.message, each.kind
+    if metadata.coverage in ("steps", "empty") or not arrays:
+        return
+    found = coverage_of({each.kind: each.shape for each in reversed(arrays)}, num_tokens)
+    if found != metadata.coverage:
+        message = f"coverage is {metadata.coverage!r}, but the shapes say {found!r}"
+        yield "", message, "wrong_coverage"
+    if num_tokens is not None and metadata.seq_len != num_tokens:
+        yield "", f"seq_len is {metadata.seq_len} for {num_tokens} tokens", "length_mismatch"
+
+
+def _float_type(entry: ObjectEntry) -> FloatType | None:
+    """The type of a layer when it is read; None if that is no float type."""
+    try:
+        found = restored_type(entry.dtype, entry.attrs)
+    except UnsupportedEncodingError:
+        return None
+    return next((each for each in _FLOAT_TYPES if each == found), None)
+
+
+def _scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Finding]:
+    """Problems below ``/scales``."""
+    for path, entry in objects.items():
+        parts = path.split("/")[1:]
+        if entry.is_group:
+            if len(parts) > 2:
+                yield path, "no such object belongs among scales", "unknown_object"
+            continue
+        if len(parts) != 3 or parts[2] not in (STEP, OFFSET, SIGMA):
+            yield path, "no such object belongs among scales", "unknown_object"
+        elif entry.dtype != "float32" or len(entry.shape) != 1:
+            yield path, f"is {entry.dtype} {entry.shape}, expected float32 (hidden)", "wrong_type"
+        if "digest" not in entry.attrs:
+            yield path, "the attribute 'digest' is missing", "missing_attribute"
+    for layer in layers_with_scales(objects):
+        place = f"{layout.SCALES_GROUP}/{layer}"
+        for name in (STEP, OFFSET, SIGMA):
+            if f"{place}/{name}" not in objects:
+                yield f"{place}/{name}", "is missing; encoded layers need it", "missing_scale"
+        widths = _widths(objects, layer)
+        if len(set(widths)) > 1:
+            message = f"step, offset and sigma have {', '.join(map(str, widths))} channels"
+            yield place, message, "scale_width"
+
+
+def _scale_widths(objects: Mapping[str, ObjectEntry]) -> dict[str, int]:
+    """Channels of the scale of each layer, by path of the layer."""
+    return {layer: min(_widths(objects, layer), default=0) for layer in layers_with_scales(objects)}
+
+
+def _widths(objects: Mapping[str, ObjectEntry], layer: str) -> list[int]:
+    paths = (f"{layout.SCALES_GROUP}/{layer}/{name}" for name in (STEP, OFFSET, SIGMA))
+    return [math.prod(objects[path].shape) for path in paths if path in objects]
+
+
+def _encoding_problems(
+    objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], metadata: ArchiveMetadata | None
+) -> Iterator[Finding]:
+    """Problems of a sample's encoded layers.
+
+    `widths` has the channels of the scales by path of their layer; `metadata`, the archive's, is
+    None if it cannot be read.
+    """
+    for path, entry in objects.items():
+        kind, _, name = path.partition("/")
+        if kind not in layout.KINDS or not name:
+            continue
+        if name == layout.EXCEPTIONS_TABLE:
+            layers = (objects[each].attrs for each in objects if each.startswith(f"{kind}/"))
+            yield from _table_problems(entry, num_exceptions(layers))
+            continue
+        try:
+            encoded = is_encoded(entry.attrs)
+        except UnsupportedEncodingError as error:
+            yield path, str(error), "unsupported_encoding"
+            continue
+        if "encoding" in entry.attrs and metadata is not None:
+            yield from _unmarked(path, kind, entry.attrs, metadata, encoded=encoded)
+        if not encoded:
+            continue
+        for message in attribute_problems(entry.dtype, entry.attrs):
+            yield path, message, "wrong_encoding"
+        link = entry.attrs.get("scales")
+        width = widths.get(str(link).removeprefix(f"/{layout.SCALES_GROUP}/"))
+        if link is not None and width is None:
+            yield path, f"its scale {link} is missing", "missing_scale"
+        elif link is not None and entry.shape[1:] != (width,):
+            yield path, f"is {entry.shape}, its scale {link} for {width} channels", "scale_width"
+        table = f"{kind}/{layout.EXCEPTIONS_TABLE}"
+        if entry.attrs.get("num_exceptions") and table not in objects:
+            yield path, f"its exceptions are missing; expected {table}", "missing_exceptions"
+
+
+def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
+    if entry.dtype != "float64" or entry.shape[1:] != (EXCEPTION_COLUMNS,):
+        message = f"is {entry.dtype} {entry.shape}, expected float64 (n, {EXCEPTION_COLUMNS})"
+        yield entry.path, message, "wrong_type"
+    elif entry.shape[0] != count:
+        message = f"has {entry.shape[0]} rows, layers list {count} exceptions"
+        yield entry.path, message, "count_mismatch"
+
+
+def _unmarked(
+    path: str, kind: str, attrs: Attrs, metadata: ArchiveMetadata, *, encoded: bool
+) -> Iterator[Finding]:
+    """Encodings that the archive uses and its metadata does not state."""
+    if metadata.precision is None:
+        message = "is encoded, but the root attribute 'precision' is missing"
+        yield path, message, "unmarked_loss"
+    elif not is_stated(kind, attrs, metadata.precision):
+        message = f"is not encoded as 'precision' on the root says: {metadata.precision}"
+        yield path, message, "unmarked_loss"
+    if encoded and layout.PRECISION_FEATURE not in metadata.required_features:
+        message = f"is encoded, but 'required_features' does not name {layout.PRECISION_FEATURE!r}"
+        yield path, message, "missing_feature"

@@ -1,17 +1,18 @@
-"""Is an archive still what was written: checksums, content, and agreement with its source."""
+"""Compares the bytes of archives with their checksums, and contents with digests or a source."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
-from h5traces.checking.validate import validate
+from h5traces.checking.reports import FileReport, Reports
+from h5traces.checking.validate import validate_file
 from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, Problem
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
@@ -20,6 +21,7 @@ from h5traces.format.document import Attrs, from_attributes, to_attributes
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.trace import SourcePosition
+from h5traces.paths import expand_paths
 from h5traces.precision.head_mean import with_head_mean
 from h5traces.sources.opening import open_source
 from h5traces.storage.files import LocalFile
@@ -37,90 +39,81 @@ ReportProgress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
-class VerifyReport:
-    """What a verification found.
+class VerifyReport(FileReport):
+    """What `verify` found in one archive; `FileReport` describes the other attributes.
 
     Attributes
     ----------
-    path
-        The archive.
-    num_samples, num_chunks, nbytes
-        What was read.
-    problems
-        Everything that is not as it was written, with its HDF5 path; empty if all is well.
-    notes
-        What could not be checked, or is worth knowing.
+    num_chunks
+        Chunks that were compared with their checksums.
+    nbytes
+        Size of the file.
     """
 
-    path: str
-    num_samples: int = 0
     num_chunks: int = 0
     nbytes: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing was found."""
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return {
-            "path": self.path,
-            "ok": self.ok,
-            "num_samples": self.num_samples,
-            "num_chunks": self.num_chunks,
-            "nbytes": self.nbytes,
-            "problems": [each.as_dict() for each in self.problems],
-            "notes": self.notes,
-        }
 
 
 def verify(
-    path: PathLike,
+    sources: PathLike | Iterable[PathLike],
     *,
     deep: bool = False,
     against: PathLike | None = None,
     workers: int | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: ReportProgress | None = None,
-) -> VerifyReport:
-    """Check that an archive is what was written.
+) -> Reports[VerifyReport]:
+    """Check that archives are what was written.
 
     The quick check compares checksums of every chunk and of all bytes between them, as fast as
     the file can be read. It needs a footer; without one, everything is inflated instead.
 
     Parameters
     ----------
-    path
-        The archive.
+    sources
+        Archives, globs or folders.
     deep
-        Also inflate every array and compare the digests of its content, and check structure,
-        schema and the agreement of footer and HDF5.
+        Also inflate every array and compare the digests of its content, and validate: check
+        structure, schema and the agreement of footer and HDF5.
     against
-        A legacy batch that the archive was converted from: prove that every sample of it is
-        there, bit for bit after the cast that the archive records.
+        A file that the archives were converted from: prove that they hold every sample of it, bit
+        for bit after the cast that the archive records.
     workers
         Threads; one per core by default.
     limits
-        What the file may ask of its reader.
+        What a file may ask of its reader.
     progress
-        Called with the work done and the work there is.
+        Called for every archive with the work done and the work there is.
 
     Returns
     -------
-    VerifyReport
-        With every damaged sample and layer.
+    list of VerifyReport
+        One per archive, with every damaged sample and layer.
 
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        A path does not exist, or a folder or glob holds no archive.
     ConversionError
-        The batch cannot be read.
+        `against` cannot be read.
+    LossyArchiveError
+        `against` cannot be compared with an archive made of one that had lost precision.
     """
-    file = Path(path)
+    source = None if against is None else Path(against)
+    return Reports(
+        _verify_file(path, deep, source, workers, limits, progress)
+        for path in expand_paths(sources)
+    )
+
+
+def _verify_file(
+    file: Path,
+    deep: bool,  # noqa: FBT001  # passed on
+    against: Path | None,
+    workers: int | None,
+    limits: ReadLimits,
+    progress: ReportProgress | None,
+) -> VerifyReport:
     report = VerifyReport(str(file), nbytes=file.stat().st_size)
     try:
         with _opened(file, limits, report) as store:
@@ -131,13 +124,13 @@ def verify(
                 _check_contents(store, report, workers, progress)
             report.num_samples = store.num_samples
             if against is not None:
-                _check_against(store, Path(against), report, workers, progress)
+                _check_against(store, against, report, workers, progress)
     except H5TracesError as error:
         if against is not None and not isinstance(error, CorruptArchiveError):
             raise
         _add(report, "/", error)
     if deep:
-        validation = validate(file, limits=limits)
+        validation = validate_file(file, limits=limits)
         report.problems += validation.problems
         report.notes += validation.notes
     return report
@@ -151,7 +144,7 @@ def _opened(file: Path, limits: ReadLimits, report: VerifyReport) -> Iterator[St
     except FooterError as error:
         report.notes.append(f"{error}; checked through HDF5, by inflating everything")
         store = Hdf5Store(file, limits)
-    # Not left open: as long as HDF5 has a file open, it does not look at what is on disk now.
+    # Closed at the end: while HDF5 has a file open, it does not read what is on disk now.
     with closing(store):
         yield store
 
@@ -180,10 +173,9 @@ def _check_bytes(
 
 
 def _check_head(store: Store, report: VerifyReport) -> None:
-    """What tells of the whole archive: attributes of the root and the kinds, the table of samples.
+    """Attributes of the root and the kinds, scales, and the table of samples.
 
-    No digest covers these. Bytes that changed in them fail a checksum of the footer's or of HDF5's
-    own when they are read, so they are read.
+    No digest covers these, but reading them compares checksums of the footer or of HDF5.
     """
 
     def note(loc: str, step: Callable[[], object]) -> None:
@@ -200,7 +192,7 @@ def _check_head(store: Store, report: VerifyReport) -> None:
 
 
 def _check_scales(store: Store) -> None:
-    """Without its scales, no sample of an archive can be restored."""
+    """Scales, without which no sample of the archive can be decoded."""
     scales = store.scales()
     if scales is None:
         return
@@ -227,7 +219,7 @@ def _check_root(store: Store) -> None:
 def _check_contents(
     store: Store, report: VerifyReport, workers: int | None, progress: ReportProgress | None
 ) -> None:
-    """Every array against its digest, and every sample's metadata against the sample's."""
+    """Every array against its digest, and every sample's metadata against the sample's digest."""
     known = {each.loc for each in report.problems}
     with ThreadPoolExecutor(workers) as pool:
         for index in range(store.num_samples):
@@ -241,7 +233,7 @@ def _check_contents(
 def sample_damage(
     store: Store, index: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[str, Exception]]:
-    """What of a sample is not as it was written: HDF5 path and error."""
+    """Yield HDF5 path and error of everything in a sample that is not as it was written."""
     place = layout.sample_path(index)
     try:
         sample = store.sample(index)
@@ -281,7 +273,7 @@ def _check_against(
     if metadata.earlier_precisions:
         message = (
             f"{report.path}: was made of an archive that had lost precision before, so it cannot "
-            f"be what {batch_path} holds; 'h5traces fidelity' tells how far it is from an exact one"
+            f"hold what {batch_path} does; 'h5traces fidelity' measures how far they are apart"
         )
         raise LossyArchiveError(message)
     options = WriteOptions(
@@ -303,7 +295,7 @@ def _check_against(
             encoded = with_head_mean(record, options.precision)
             expected = record_attributes(encoded, options, pool)
             facts = to_attributes(encoded.describe().metadata)
-            # Of another archive, which a batch does not know.
+            # This digest is of another archive's sample; the batch does not have it.
             stored = store.sample_attrs(index)
             facts |= {name: stored[name] for name in ("exact_digest",) if name in stored}
             for loc in _differences(store.sample(index), facts, expected):
@@ -316,7 +308,7 @@ def _check_against(
                 progress(*source.progress)
     note = f"{num_compared} samples compared with {batch_path}"
     if not metadata.is_exact:
-        note += f", encoded as {metadata.precision}: the archive holds less than it"
+        note += f", encoded as {metadata.precision}: the archive is not lossless"
     report.notes.append(note)
 
 
@@ -349,6 +341,6 @@ def _copies_of(store: Store, metadata: ArchiveMetadata, batch_path: Path) -> dic
             continue
         copies[place.position] = index
     if not copies:
-        # Archives that do not say where their samples come from: in order.
+        # The archive does not record where its samples come from: assume the same order.
         copies = {index: index for index in range(store.num_samples)}
     return copies

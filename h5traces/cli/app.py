@@ -1,40 +1,128 @@
-"""The commands of ``h5traces``, put together."""
+"""The commands of ``h5traces``; the module of each is imported when it runs or shows its help."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from h5traces.cli.console import print_line
-from h5traces.cli.converting import convert
-from h5traces.cli.extracting import estimate, extract
-from h5traces.cli.features import features
-from h5traces.cli.fidelity import fidelity
-from h5traces.cli.labelling import label
-from h5traces.cli.looking import inspect, ls, validate, verify
-from h5traces.cli.precision import calibrate
-from h5traces.cli.rewriting import export, merge, repack, salvage, seal, split
-from h5traces.errors import __version__
-from h5traces.format import layout
+from h5traces.cli.help import Command, group_help
+
+
+class Entry(NamedTuple):
+    """What is known of a command before its module is imported.
+
+    Attributes
+    ----------
+    module
+        The module of ``h5traces.cli`` with a function of the command's name.
+    panel
+        The section of the help.
+    summary
+        The first line of that function's docstring.
+    """
+
+    module: str
+    panel: str
+    summary: str
+
+
+# By panel of the help, the commands of each module, with the first lines of their docstrings.
+_PANELS: Final = {
+    "Make archives": {
+        "converting": {
+            "convert": "Convert legacy trace batches to archives.",
+        },
+        "precision": {"calibrate": "Measure the channels of hidden states, for lossy tiers."},
+        "extracting": {
+            "extract": "Run a model on questions and archive its traces.",
+            "estimate": "Estimate the size of traces, per sample and per 1000.",
+        },
+    },
+    "Look and check": {
+        "looking": {
+            "inspect": "Show what archives or batches hold, and their sizes.",
+            "ls": "List the samples of archives.",
+            "validate": "Report every problem of structure and schema.",
+            "verify": "Compare the bytes of archives with their digests.",
+        },
+    },
+    "Rewrite archives": {
+        "rewriting": {
+            "repack": "Rewrite archives with fewer layers or samples, or more compactly.",
+            "merge": "Merge several archives of one model into one.",
+            "split": "Cut archives into shards.",
+            "export": "Write a legacy batch, or an archive for viewers without float16.",
+            "seal": "Rebuild the index of archives that another program changed.",
+            "salvage": "Copy the intact samples of a damaged archive.",
+        },
+        "labelling": {"label": "Join scores to archives by question id."},
+    },
+    "Use archives": {
+        "features": {"features": "Compute features: a row for every sample."},
+        "fidelity": {"fidelity": "Compare a lossy archive with its original, layer by layer."},
+    },
+}
+COMMANDS: Final = {
+    name: Entry(module, panel, summary)
+    for panel, modules in _PANELS.items()
+    for module, commands in modules.items()
+    for name, summary in commands.items()
+}
+
+
+def load(name: str) -> TyperCommand:
+    """Import a command."""
+    function = getattr(import_module(f"h5traces.cli.{COMMANDS[name].module}"), name)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name, cls=Command)(function)
+    command: Any = typer.main.get_command(single)
+    return command  # type: ignore[no-any-return]  # typer gives the class it was handed
+
+
+class _Commands(TyperGroup):
+    """All commands. Listing them, for help and completion, imports none of their modules."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return Command(cmd_name, help=COMMANDS[cmd_name].summary)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load(str(name)), rest
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        listed = [(name, each.panel, each.summary) for name, each in COMMANDS.items()]
+        formatter.write(group_help(self, ctx, listed))
+
 
 app = typer.Typer(
     name="h5traces",
+    cls=_Commands,
     no_args_is_help=True,
-    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "The archive for LLM traces: per-layer hidden states and attentions in plain HDF5.\n\n"
-        "Start with: `h5traces convert traces/ -o archives/`, then `h5traces inspect archives/`."
+        "Start with `h5traces convert traces/ -o archives/`, then `h5traces inspect archives/`. "
+        "`h5traces COMMAND --help` describes each command."
     ),
-    epilog="Exit codes: 0 fine, 1 problems found, 2 wrong usage.",
+    epilog="Exit codes: 0 good, 1 problems found, 2 wrong usage.",
 )
 
 
 def _version(value: bool) -> None:
     if value:
-        print_line(f"h5traces {__version__} (format {layout.FORMAT_VERSION})")
+        from h5traces.errors import __version__
+        from h5traces.format.layout import FORMAT_VERSION
+
+        typer.echo(f"h5traces {__version__} (format {FORMAT_VERSION})")
         raise typer.Exit
 
 
@@ -46,29 +134,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-_COMMANDS = (
-    convert,
-    inspect,
-    ls,
-    validate,
-    verify,
-    repack,
-    merge,
-    split,
-    export,
-    seal,
-    salvage,
-    calibrate,
-    label,
-    features,
-    extract,
-    estimate,
-    fidelity,
-)
-for _command in _COMMANDS:
-    app.command()(_command)
 
 
 def main() -> None:

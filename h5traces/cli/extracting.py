@@ -184,7 +184,7 @@ def extract(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Ask a model questions, and archive what happens inside it.
+    """Run a model on questions and archive its traces.
 
     Each answer is generated first; then one clean forward pass over prompt and answer gives hidden
     states `(S, H)` and attentions `(A, S, S)` of every layer. Every sample is durable before it
@@ -313,7 +313,7 @@ def estimate(
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Tell how much room traces take: per sample, and per 1000.
+    """Estimate the size of traces, per sample and per 1000.
 
     From the configuration alone, raw sizes are exact and those of archives estimated with rates
     that were measured on the small model of the repository. `--pilot` measures on yours.

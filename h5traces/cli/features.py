@@ -72,7 +72,7 @@ def features(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Compute features of every sample: a row each, with ids and labels beside.
+    """Compute features: a row for every sample.
 
     Every feature is an array (samples, layers, width). `answer_…` and `lookback` take archives that
     know the length of prompts. Features that are NaN or infinite are an error that names file and

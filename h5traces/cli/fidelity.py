@@ -38,7 +38,7 @@ def fidelity(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure how faithfully archive B holds what archive A does, layer by layer.
+    """Compare a lossy archive with its original, layer by layer.
 
     States: error in units of each channel's standard deviation sigma (NRMSE, largest), relative
     error, cosine of each token, share of tokens that keep their nearest neighbour, and NRMSE of the

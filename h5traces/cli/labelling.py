@@ -51,7 +51,7 @@ def label(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Join scores to archives by question id, for `h5traces.open` to pick up.
+    """Join scores to archives by question id.
 
     Writes `<archive>.labels.json` beside each archive; archives are never changed. A sample without
     a score is an error, unless --partial leaves it without a label: none becomes 0 by itself. Ids

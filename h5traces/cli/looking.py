@@ -13,9 +13,10 @@ from h5traces.checking.isolated import (
     DEFAULT_MEMORY_NBYTES,
     DEFAULT_TIMEOUT,
     IsolationLimits,
-    validate_isolated,
 )
+from h5traces.checking.reports import ValidationReport
 from h5traces.checking.validate import validate as validate_archive
+from h5traces.checking.verify import VerifyReport
 from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.console import (
@@ -43,7 +44,7 @@ def inspect(
     ] = "1",
     json: Json = False,
 ) -> None:
-    """Show what archives or legacy batches hold: shapes, ranges, consistency, sizes.
+    """Show what archives or batches hold, and their sizes.
 
     Pickles are read to their end (that is how their samples are counted); archives answer at once.
 
@@ -60,7 +61,7 @@ def inspect(
             try:
                 with count_progress(path.name) as update:
                     wanted: Any = samples if samples == "all" else int(samples)
-                    result = inspect_file(path, samples=wanted, progress=update)
+                    (result,) = inspect_file(path, samples=wanted, progress=update)
             except H5TracesError as error:
                 failed = True
                 fail(str(error))
@@ -78,7 +79,9 @@ def ls(
     sources: Archives,
     json: Json = False,
 ) -> None:
-    """List the samples of archives: index, id, length, coverage, label.
+    """List the samples of archives.
+
+    Index, id, generation, length, coverage and label of each.
 
     - `h5traces ls archives/ --json | jq -r '.[].sample_id'`
     """
@@ -107,7 +110,7 @@ def validate(
     ] = DEFAULT_TIMEOUT,
     json: Json = False,
 ) -> None:
-    """Report every problem of structure and schema with its HDF5 path.
+    """Report every problem of structure and schema.
 
     Looks at every object through HDF5, reads no array, and checks that the footer tells the same.
     Exit code 1 if there is a problem. With --isolated, a crash of HDF5, a full memory or a hang is
@@ -116,15 +119,12 @@ def validate(
     - `h5traces validate archives/*.h5`
     - `h5traces validate --isolated downloaded.h5`
     """
-    found = []
-    isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout)
+    found: list[ValidationReport] = []
+    isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout) if isolated else None
     with reported():
         for path in expand_paths(sources):
-            if isolated:
-                found.append(validate_isolated(path, isolation=isolation))
-                continue
             with count_progress(path.name) as update:
-                found.append(validate_archive(path, progress=update))
+                found += validate_archive(path, isolation=isolation, progress=update)
     if json:
         print_json([each.as_dict() for each in found])
     else:
@@ -145,7 +145,7 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check that archives are still what was written.
+    """Compare the bytes of archives with their digests.
 
     The quick check compares a checksum of every byte, as fast as the disk reads. Damage is named by
     sample and layer. Exit code 1 if there is any; see `h5traces salvage`.
@@ -153,11 +153,11 @@ def verify(
     - `h5traces verify archives/`
     - `h5traces verify run.h5 --against run.pkl.gz` before deleting the pickle
     """
-    found = []
+    found: list[VerifyReport] = []
     with reported():
         for path in expand_paths(sources):
             with count_progress(path.name) as update:
-                found.append(verify_archive(path, deep=deep, against=against, progress=update))
+                found += verify_archive(path, deep=deep, against=against, progress=update)
     if json:
         print_json([each.as_dict() for each in found])
     else:

@@ -129,7 +129,7 @@ def calibrate(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Measure what is usual in every channel of hidden states, for tiers below float16.
+    """Measure the channels of hidden states, for lossy tiers.
 
     The first token of each sample and massive activations are left out. Whatever the samples, the
     bound on the error holds for all data: values beyond the scales are stored one by one.

@@ -12,7 +12,7 @@ from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
-    from h5traces.checking.validate import ValidationReport
+    from h5traces.checking.reports import ValidationReport
     from h5traces.checking.verify import VerifyReport
     from h5traces.errors import Problem
     from h5traces.extract.estimate import Estimate

@@ -64,7 +64,7 @@ def seal(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Rebuild the footer of archives that something opened for writing.
+    """Rebuild the index of archives that another program changed.
 
     Any open for writing removes the footer; archives are then read through HDF5, correctly but
     slowly. Sealing reads every chunk, and refuses if contents no longer fit their digests.
@@ -73,8 +73,8 @@ def seal(
     with reported():
         for path in expand_paths(sources):
             with count_progress(path.name) as update:
-                found.append(
-                    seal_archive(path, accept_edits=accept_edits, dry_run=dry_run, progress=update)
+                found += seal_archive(
+                    path, accept_edits=accept_edits, dry_run=dry_run, progress=update
                 )
     if json:
         print_json([each.as_dict() for each in found])
@@ -103,7 +103,7 @@ def export(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a legacy batch back, or an archive that every viewer can show.
+    """Write a legacy batch, or an archive for viewers without float16.
 
     - `h5traces export run.h5 -o run.pkl.gz`
     - `h5traces export run.h5 -o run_float32.h5` for browser viewers that cannot show float16
@@ -192,7 +192,7 @@ def repack(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Rewrite archives with some of their layers or samples, or another precision, codec or type.
+    """Rewrite archives with fewer layers or samples, or more compactly.
 
     Without --tier, --dtype or --codec, chunks are copied byte for byte, as fast as the disk is.
 
@@ -228,7 +228,9 @@ def merge(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Put several archives of one model into one, by copying chunks.
+    """Merge several archives of one model into one.
+
+    Chunks are copied byte for byte.
 
     - `h5traces merge shards/*.h5 -o run.h5`
     """
@@ -247,7 +249,9 @@ def split(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Cut archives into shards of at most N samples, by copying chunks.
+    """Cut archives into shards.
+
+    Chunks are copied byte for byte.
 
     - `h5traces split run.h5 -o shards/run.h5 -n 250` writes `shards/run-00000.h5` and so on
     """
@@ -263,7 +267,7 @@ def salvage(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Copy every intact sample of a damaged archive into a new one, and list what is lost.
+    """Copy the intact samples of a damaged archive.
 
     Exit code 1 if samples were left behind.
 
@@ -277,7 +281,9 @@ def salvage(
         print_json(report.as_dict())
     else:
         done = "would save" if dry_run else "saved"
-        print_line(f"{done} {report.num_saved} samples in {output}, lost {report.lost_samples}")
+        print_line(
+            f"{done} {report.num_saved} samples in {report.target}, lost {report.lost_samples}"
+        )
     for each in report.lost:
         warn(f"{source}: {each.loc}: {each.message}")
     if report.lost:

@@ -83,7 +83,7 @@ def test_golden_archive(path: Path, tool: ModuleType) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_golden_archive_has_not_been_edited(path: Path) -> None:
-    report = seal(path, dry_run=True)
+    (report,) = seal(path, dry_run=True)
     assert report.edited == []
     assert report.num_samples == len(expected_of(path)["samples"])
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +32,7 @@ from typer.testing import CliRunner
 
 import h5traces
 from h5traces.checking.validate import validate
-from h5traces.cli.app import app
+from h5traces.cli.app import COMMANDS, app, load
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
 
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
     from click.testing import Result
 
 BATCH = make_batch("full_pkl")
-COMMANDS = ["convert", "inspect", "ls", "validate", "seal", "export"]
 
 
 def run(*arguments: Any, code: int = 0) -> Result:
@@ -445,19 +447,51 @@ def test_export_usage(tmp_path: Path) -> None:
 # --- the program --------------------------------------------------------------------------------
 
 
-def test_help_of_everything() -> None:
+def test_the_list_of_commands() -> None:
     listed = run("--help").stdout
-    for command in COMMANDS:
-        assert command in listed
-    registered = [command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
-    assert set(COMMANDS) <= set(registered)
-    for command in registered:
-        text = run(command, "--help").stdout
-        assert "--help" in text
-        assert len(text.splitlines()) > 5
     assert run("-h").stdout == listed
+    for name, entry in COMMANDS.items():
+        function = load(name).callback
+        assert function.__name__ == name
+        assert inspect.getdoc(function).splitlines()[0] == entry.summary
+        assert re.search(rf"{name} +{re.escape(entry.summary[:40])}", listed)
     run(code=2)
     run("nonsense", code=2)
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_fits_80_columns(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(*([] if name is None else [name]), "--help").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    words = set(re.findall(r"-[-\w]+", text))
+    parameters = [] if name is None else load(name).params
+    options = {each for one in parameters for each in (*one.opts, *one.secondary_opts)}
+    assert {each for each in options if each[0] == "-"} | {"--help", "-h"} <= words
+
+
+def test_the_list_of_commands_is_light() -> None:
+    """Neither for help nor for completion is the module of a command imported."""
+    heavy = "numpy", "h5py", "pydantic", "h5traces.format.archive", "h5traces.cli.converting"
+    code = (
+        "import sys; from h5traces.cli import main; sys.argv[1:] = ['--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n"
+        f"    print(sorted({set(heavy)} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    # typer itself imports pydantic here.
+    completion = code.replace("'pydantic', ", "").replace("sys.argv[1:] = ['--help']", "")
+    words = {"_H5TRACES_COMPLETE": "complete_bash", "COMP_WORDS": "h5traces ver", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = ['h5traces']; {completion}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **words},
+    )
+    assert done.stdout.split() == ["verify"]
+    assert done.stderr.strip() == "[]"
 
 
 def test_version() -> None:

@@ -1,4 +1,4 @@
-"""What docs/precision.md and README.md say of tiers is run, and comes from what was measured."""
+"""What docs/precision.md says of tiers is run, and comes from what was measured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for code in blocks("python", "docs/precision.md"):
         exec(code, names)  # the code is ours, and running it is the test
     with h5traces.open("custom/") as archive:
-        assert archive.metadata.precision == h5traces.Precision(step=0.2, attention_bits=6)
+        assert archive.metadata.precision == h5traces.Precision(step=0.2, attention_bits=8)
     assert names["hidden"].dtype == "float16"
     assert names["unrounded"].dtype == "float32"
     assert names["mean"].shape == (len(names["hidden"]),) * 2
@@ -59,13 +59,16 @@ def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_tables_come_from_what_was_measured(benchmark: Any) -> None:
     stored = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
     figures = {tier: benchmark.Figures(**each) for tier, each in stored.items()}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- tiers -->\n{benchmark.readme_table(figures)}\n<!-- end of tiers -->" in readme
     guide = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
+    table = benchmark.guide_table(figures)
+    assert f"<!-- tiers -->\n{table}\n<!-- end of tiers -->" in guide
     for tier, each in figures.items():
-        row = next(line for line in guide.splitlines() if line.startswith(f"| `{tier}` |"))
         whole, seven = each.thousand_nbytes / 1e9, each.seven_nbytes / 1e9
-        assert row.endswith(f"| {whole:.2f} | {seven:.2f} |")
+        assert f"| `{tier}` | {whole:.2f} | {seven:.2f} |" in table
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    sizes = [figures[tier] for tier in ("exact", "compact")]
+    assert f"{sizes[0].thousand_nbytes / 1e9:.1f} GB in float16" in readme
+    assert f"{sizes[1].seven_nbytes / 1e9:.2f} GB with seven layers" in readme
     about = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert benchmark.speed_table(figures) in about
 

@@ -1,7 +1,7 @@
 """What README.md and docs/ show is run as it stands there."""
 
+import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +20,9 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with the archives and the batch that the README speaks of."""
+    """A folder with the archives that the README speaks of."""
     batch = next((ROOT / "examples" / "legacy").glob("*.pkl.gz"))
-    h5traces.convert(batch, tmp_path / "archives")
-    shutil.copy(batch, tmp_path / "old.pkl.gz")
+    h5traces.convert(batch, f"{tmp_path}/archives/")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -35,6 +34,26 @@ def test_the_python_code_of_the_readme_runs():
     exec(code, names)  # the code is ours, and running it is the test
     assert names["hidden"].shape == (len(names["trace"]["tokens"]), 128)
     assert names["attention"].shape[0] == 8
+
+
+def test_the_first_steps_run_as_typed(tmp_path):
+    """What a newcomer types after ./tools/demo, but for the virtual environment."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    steps = next(each for each in blocks("bash") if "source .venv/bin/activate\n" in each)
+    convert = next(each for each in blocks("bash") if "--merge" in each)
+    commands = steps.replace("source .venv/bin/activate\n", "") + convert
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-c", commands],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Hidden states: shape=(29, 128), dtype=float16" in done.stdout
+    assert len(h5traces.load(tmp_path / "run.pkl.gz")) == 8
 
 
 def test_the_quickstart_shows_the_example(tmp_path):
@@ -55,7 +74,8 @@ def test_the_first_two_commands_are_scripts_of_the_repository():
 def test_every_command_that_the_documents_name_exists():
     documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
-    named = set(re.findall(r"h5traces (\w+)[ `]", text)) - {"keeps", "read", "writes", "is"}
+    shown = "\n".join(re.findall(r"```bash\n.*?```|`[^`\n]+`", text, flags=re.DOTALL))
+    named = set(re.findall(r"\bh5traces (\w+)[ `]", shown))
     done = subprocess.run(
         [Path(sys.executable).with_name("h5traces"), "--help"],
         capture_output=True,

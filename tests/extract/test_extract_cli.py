@@ -43,7 +43,7 @@ def _offline(monkeypatch, tmp_path):
 def test_the_command_of_the_readme(tmp_path):
     """As it stands there, in the repository, with nothing but what lies in it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^h5traces (extract --model-id examples.*) -o out/$", text, re.M)
+    (command,) = re.findall(r"^h5traces (extract --model-id examples.*) -o extracted/$", text, re.M)
     done = subprocess.run(
         [Path(sys.executable).with_name("h5traces"), *command.split(), "-o", tmp_path / "out"],
         capture_output=True,

@@ -620,10 +620,10 @@ def test_an_edit_is_sealed_again(shelf: Path, tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["samples/00000000/hidden_states/layer_000"][0, 0] += 1
     assert not h5traces.verify(path, deep=True).ok
-    report = seal(path)
+    (report,) = seal(path)
     assert not report.sealed
     assert report.edited == ["/samples/00000000/hidden_states/layer_000"]
-    assert seal(path, accept_edits=True).sealed
+    assert seal(path, accept_edits=True)[0].sealed
     archive = h5traces.open(path)
     assert hdf5_end(LocalFile(path)) < path.stat().st_size
     assert_same(archive[1].to_dict(), h5traces.open(shelf / "fine.h5")[1].to_dict())

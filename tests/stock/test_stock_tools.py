@@ -252,7 +252,7 @@ def test_opening_for_writing_alone_removes_the_footer(tmp_path: Path) -> None:
     report = validate(target)
     assert report.ok
     assert "no footer" in report.notes[0]
-    assert seal(target).sealed
+    assert seal(target)[0].sealed
     assert_same(h5traces.load(target), BATCH)  # a warning would be an error
     assert validate(target).notes == []
 
@@ -266,11 +266,11 @@ def test_an_edited_value_is_read_as_it_is_now(tmp_path: Path) -> None:
     expected[0, 0] = 42
     with pytest.warns(StoredStateWarning, match="layer_000: the values do not fit their digest"):
         assert_same(open_with_warning(target)[1]["hidden_states"][0], expected)
-    report = seal(target)
+    (report,) = seal(target)
     assert (report.sealed, report.edited) == (False, [f"{PLACE}/hidden_states/layer_000"])
     assert not open_with_warning(target).files[0].has_footer
-    assert seal(target, dry_run=True, accept_edits=True).sealed is False
-    assert seal(target, accept_edits=True).sealed
+    assert seal(target, dry_run=True, accept_edits=True)[0].sealed is False
+    assert seal(target, accept_edits=True)[0].sealed
     assert_same(h5traces.open(target)[1]["hidden_states"][0], expected)
 
 
@@ -288,8 +288,8 @@ def test_edited_attributes_are_read_as_they_are_now(tmp_path: Path, at_once: boo
     assert archive[1].metadata.label == (7 if at_once else None)
     kinds = {(each.loc, each.kind) for each in validate(target).problems}
     assert {(PLACE, "digest_mismatch"), ("/index/samples", "index_mismatch")} <= kinds
-    assert seal(target).edited == [PLACE]
-    assert seal(target, accept_edits=True).sealed
+    assert seal(target)[0].edited == [PLACE]
+    assert seal(target, accept_edits=True)[0].sealed
     assert h5traces.open(target)[1]["question_id"] == "renamed"
 
 
@@ -305,7 +305,7 @@ def test_two_datasets_swapped_by_name(tmp_path: Path) -> None:
     sources = BATCH[1]["hidden_states"]
     assert_same(list(found), [sources[1], sources[0], sources[2]])
     assert [each.kind for each in validate(target).problems] == ["digest_mismatch"]
-    report = seal(target)
+    (report,) = seal(target)
     assert (report.sealed, report.edited) == (False, [PLACE])
 
 
@@ -323,7 +323,7 @@ def test_two_datasets_swapped_by_value(tmp_path: Path) -> None:
         assert_same(list(found), [sources[2], sources[1], sources[0]])
     assert len(caught) == 2
     expected = [f"{PLACE}/attentions/layer_000", f"{PLACE}/attentions/layer_002"]
-    assert seal(target).edited == expected
+    assert seal(target)[0].edited == expected
 
 
 def test_a_deleted_sample_is_gone(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_deleted_sample_is_gone(tmp_path: Path) -> None:
     assert_same([trace.to_dict() for trace in archive], [BATCH[0], *BATCH[2:]])
     kinds = {each.kind for each in validate(target).problems}
     assert {"sample_names", "count_mismatch"} <= kinds
-    assert seal(target).edited == ["/samples"]
+    assert seal(target)[0].edited == ["/samples"]
 
 
 def test_a_deleted_field_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_dataset_written_anew_by_h5py(
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         try:
-            report = seal(target)
+            (report,) = seal(target)
         except CorruptArchiveError as error:
             assert "h5repack" in str(error)  # noqa: PT017  # either way is right
         else:
@@ -513,7 +513,7 @@ def test_a_repacked_file_can_be_sealed(repack_source: tuple[Path, list[Any]]) ->
     source, batch = repack_source
     target = source.with_name("repacked.h5")
     run("h5repack", "-L", source, target)
-    assert seal(target).sealed
+    assert seal(target)[0].sealed
     assert_same(h5traces.load(target), batch)
     assert validate(target).ok
     assert h5traces.open(target).files[0].has_footer

@@ -1,6 +1,7 @@
 """verify and salvage: damage is named, what is intact is saved, a conversion is proven."""
 
 import contextlib
+import json
 import struct
 import warnings
 
@@ -9,8 +10,10 @@ import pytest
 from legacy_batches import LAYOUTS, assert_same, make_archive, make_batch, write_layout
 
 import h5traces
+from h5traces.checking.inspect import inspect
 from h5traces.checking.salvage import salvage
-from h5traces.errors import StoredStateWarning
+from h5traces.checking.seal import seal
+from h5traces.errors import StoredStateWarning, TargetError
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import read_directory
 from h5traces.storage.hdf5.reading import Hdf5Reader
@@ -49,7 +52,7 @@ def chunk_offset(archive, index, path):
 
 def test_an_intact_archive_is_intact(archive):
     for deep in (False, True):
-        report = h5traces.verify(archive, deep=deep)
+        (report,) = h5traces.verify(archive, deep=deep)
         assert report.ok
         assert report.num_samples == len(h5traces.open(archive))
         assert report.num_chunks > 0
@@ -216,3 +219,61 @@ def test_a_footer_that_fails_while_reading_is_left_after_one_walk(archive, tmp_p
         found = trace.to_dict()
     assert_same(found, h5traces.open(archive)[1].to_dict())
     assert walks == ["00000001"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("link", ["none", "symbolic", "hard"])
+def test_salvage_never_writes_over_its_source(archive, flipped, tmp_path, link, overwrite):
+    path = flipped(chunk_offset(archive, 1, "hidden_states/layer_000") + 3)
+    before = path.read_bytes()
+    target = tmp_path / "target.h5"
+    if link == "none":
+        target = path
+    elif link == "symbolic":
+        target.symlink_to(path)
+    else:
+        target.hardlink_to(path)
+    with pytest.raises(TargetError, match="is one of the sources"):
+        salvage(path, target, overwrite=overwrite)
+    assert path.read_bytes() == target.read_bytes() == before
+
+
+def test_salvage_into_a_folder_keeps_the_name(archive, tmp_path):
+    report = salvage(archive, f"{tmp_path}/saved/")
+    assert report.target == str(tmp_path / "saved" / archive.name)
+    assert len(h5traces.open(report.target)) == report.num_saved == len(h5traces.open(archive))
+    with pytest.raises(TargetError, match="neither a folder that exists nor a name ending in"):
+        salvage(archive, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_sealing_through_a_link_seals_the_archive(archive, tmp_path, link):
+    path, name = without_footer(archive, tmp_path / "plain.h5"), tmp_path / "link.h5"
+    name.symlink_to(path) if link == "symbolic" else name.hardlink_to(path)
+    assert seal(name)[0].sealed
+    assert name.is_symlink() == (link == "symbolic")
+    assert name.samefile(path)
+    assert h5traces.verify(path, deep=True).ok
+
+
+def test_several_archives_are_checked_at_once(archive, flipped, tmp_path):
+    path = flipped(chunk_offset(archive, 3, "attentions/layer_002") + 9)
+    (tmp_path / "intact.h5").write_bytes(archive.read_bytes())
+    for sources in (tmp_path, f"{tmp_path}/*.h5", [path, tmp_path / "intact.h5"]):
+        reports = h5traces.verify(sources)
+        assert [each.path for each in reports] == [str(path), str(tmp_path / "intact.h5")]
+        assert [each.ok for each in reports] == [False, True]
+        assert not reports.ok
+        assert reports.problems == reports[0].problems
+        assert h5traces.validate(sources).ok
+        assert [each.num_samples for each in inspect(sources)] == [6, 6]
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        h5traces.validate(tmp_path / "none.h5")
+
+
+def test_reports_are_json(archive):
+    for report in (*h5traces.verify(archive), *h5traces.validate(archive)):
+        document = json.loads(json.dumps(report.as_dict()))
+        assert document["ok"]
+        assert document["num_samples"] == 6
+        assert document["problems"] == []

@@ -7,17 +7,25 @@ Written after the HDF5 File Format Specification, version 3.0: III.A.2 (version 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.storage.hdf5.messages import PAGE_BITS, UNDEFINED, chunk_nbytes_width, link
+from h5traces.storage.hdf5.messages import (
+    PAGE_BITS,
+    UNDEFINED,
+    byte_width,
+    chunk_nbytes_width,
+    link,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -131,19 +139,26 @@ def _final(a: Any, b: Any, c: Any) -> Any:
 # Appends bytes to the file and returns their address.
 Append = Callable[[bytes], int]
 
-_MIN_HEAP_BLOCK_NBYTES: Final = 512
-# Signature, version, address of the heap's header, offset in the heap, checksum.
-_HEAP_BLOCK_HEAD: Final = struct.Struct("<4sBQII")
+# HDF5 reads whole blocks of a heap and whole nodes of a tree to find one link, so both are small. A
+# heap has four blocks in a row: two rows of this size, four rows that double it each, then rows of
+# indirect blocks, which have rows themselves.
+_FIRST_BLOCK_NBYTES: Final = 1 << 10
+_BLOCKS_PER_ROW: Final = 4
+_NUM_DIRECT_ROWS: Final = 6
+_LARGEST_NODE_NBYTES: Final = 2 << 10
+_HEAP_HEADER_NBYTES: Final = 146
+# Signature, version, address of the heap's header, offset in the heap.
+_BLOCK_HEAD: Final = struct.Struct("<4sBQI")
+_CHECKSUM_NBYTES: Final = 4
+_BLOCK_OVERHEAD: Final = _BLOCK_HEAD.size + _CHECKSUM_NBYTES
 _HEAP_ID: Final = struct.Struct("<BIH")
 _LARGEST_HEAP: Final = 1 << 32
-# As long as a link may be; HDF5 gives larger objects storage of their own.
-_LARGEST_OBJECT: Final = 65_535
+# HDF5's own choice; it gives larger objects that it adds storage of their own.
+_LARGEST_OBJECT: Final = 4096
 _LINKS_BY_NAME: Final = 5
 _RECORD: Final = struct.Struct("<I7s")
 # Signature, version and type in front, the checksum behind.
 _NODE_OVERHEAD: Final = 10
-# Number of records of a leaf; each node has room for as many, and a root of leaves for so many.
-_LEAF_RECORDS: Final = 20_000
 _FILTERED_CHUNKS: Final = 1
 _ARRAY_HEADER_NBYTES: Final = 28
 
@@ -179,84 +194,217 @@ def write_dense_links(links: dict[bytes, int], append: Append) -> tuple[int, int
 
 
 def _write_heap(objects: Sequence[bytes], append: Append) -> tuple[int, list[bytes]]:
-    """A fractal heap of one direct block; its address and the ids of the objects."""
-    ids, offset = [], _HEAP_BLOCK_HEAD.size
-    for each in objects:
-        ids.append(_HEAP_ID.pack(0, offset, len(each)))
-        offset += len(each)
-    nbytes = max(_MIN_HEAP_BLOCK_NBYTES, 1 << (offset - 1).bit_length())
-    if nbytes > _LARGEST_HEAP // 2:
-        message = f"{len(objects)} links take {offset} bytes, more than one group can hold"
-        raise ValueError(message)
-    # The block names its heap and the heap its block, so one address must be known before: the
-    # header follows the block.
-    body = b"".join(objects).ljust(nbytes - _HEAP_BLOCK_HEAD.size, b"\0")
-    header_address = append(b"") + nbytes
-    head = _HEAP_BLOCK_HEAD.pack(b"FHDB", 0, header_address, 0, 0)
-    found = checksum(head + body)
-    block = append(_HEAP_BLOCK_HEAD.pack(b"FHDB", 0, header_address, 0, found) + body)
-    return append(_heap_header(len(objects), nbytes, block)), ids
+    """A fractal heap; its address and the ids of the objects."""
+    heap = _Heap(append(b""), objects)
+    append(heap.encoded())
+    return heap.address, heap.ids
 
 
-def _heap_header(num_objects: int, block_nbytes: int, block: int) -> bytes:
-    """Its fields are those of a heap whose root is a direct block and whose space is all used."""
-    return with_checksum(
-        b"FRHP"
-        # version; lengths of ids and of filters; flags: direct blocks have checksums
-        + struct.pack("<BHHB", 0, _HEAP_ID.size, 0, 2)
-        # largest object; next id and tree of huge objects; free space and its manager
-        + struct.pack("<IQQQQ", _LARGEST_OBJECT, 0, UNDEFINED, 0, UNDEFINED)
-        # managed space, allocated space, next block, managed objects; huge and tiny objects
-        + struct.pack("<8Q", block_nbytes, block_nbytes, 0, num_objects, 0, 0, 0, 0)
-        # table width, first and largest direct block, bits of offsets, rows to begin with
-        + struct.pack("<HQQHH", 4, block_nbytes, max(block_nbytes, 1 << 17), 32, 1)
-        # root block, and no rows, since it is a direct one
-        + struct.pack("<QH", block, 0)
-    )
+@dataclass(slots=True)
+class _Block:
+    """A direct block of a heap: its offset in the heap, its size and its objects."""
+
+    offset: int
+    nbytes: int
+    objects: list[bytes] = field(default_factory=list)
 
 
-def _write_tree(records: Sequence[bytes], append: Append) -> int:
-    """A version 2 B-tree of one leaf, or of a root and its leaves; its address."""
-    node_nbytes = _NODE_OVERHEAD + _RECORD.size * min(len(records), _LEAF_RECORDS)
-    if len(records) <= _LEAF_RECORDS:
-        depth, root, num_in_root = 0, append(_leaf(records, node_nbytes)), len(records)
-    else:
-        node_nbytes, root, num_in_root = _write_root(records, append)
-        depth = 1
+class _Heap:
+    """A fractal heap in one piece: its header, direct blocks, indirect blocks.
+
+    Parameters
+    ----------
+    address
+        Where it will lie.
+    objects
+        What it holds, in this order.
+    """
+
+    def __init__(self, address: int, objects: Sequence[bytes]) -> None:
+        self.address = address
+        self.ids: list[bytes] = []
+        self._longest = max(map(len, objects))
+        # Every block has room for every object, so none is skipped.
+        needed = _BLOCK_OVERHEAD + self._longest
+        self._first_nbytes = max(_FIRST_BLOCK_NBYTES, 1 << (needed - 1).bit_length())
+        self._blocks = list(self._filled(objects))
+        self._end = self._blocks[-1].offset + self._blocks[-1].nbytes
+        if self._end > _LARGEST_HEAP // 2:
+            message = f"{len(objects)} links take {self._end} bytes, more than one group can hold"
+            raise ValueError(message)
+        self._parts: list[bytes] = []
+        self._position = address + _HEAP_HEADER_NBYTES
+
+    def _filled(self, objects: Sequence[bytes]) -> Iterator[_Block]:
+        """The direct blocks; notes the ids of the objects."""
+        sizes = self._block_sizes(itertools.count())
+        block, position = _Block(0, next(sizes)), _BLOCK_OVERHEAD
+        for each in objects:
+            if position + len(each) > block.nbytes:
+                yield block
+                block = _Block(block.offset + block.nbytes, next(sizes))
+                position = _BLOCK_OVERHEAD
+            block.objects.append(each)
+            self.ids.append(_HEAP_ID.pack(0, block.offset + position, len(each)))
+            position += len(each)
+        yield block
+
+    def _block_sizes(self, rows: Iterable[int]) -> Iterator[int]:
+        """Sizes of the direct blocks in rows, by their offsets."""
+        for row in rows:
+            for _ in range(_BLOCKS_PER_ROW):
+                if row < _NUM_DIRECT_ROWS:
+                    yield self._row_nbytes(row)
+                else:
+                    yield from self._block_sizes(range(_rows_inside(row)))
+
+    def _row_nbytes(self, row: int) -> int:
+        """Size of each block in a row."""
+        return self._first_nbytes << max(0, row - 1)
+
+    def encoded(self) -> bytes:
+        """All of its bytes."""
+        addresses = {
+            block.offset: self._place(encoded)
+            for block, encoded in zip(self._blocks, self._direct_blocks(), strict=True)
+        }
+        num_rows, root = 0, addresses[0]
+        if len(addresses) > 1:
+            # Each row but the first doubles the heap.
+            row_nbytes = _BLOCKS_PER_ROW * self._first_nbytes
+            num_rows = 1 + ((self._end - 1) // row_nbytes).bit_length()
+            root = self._place_indirect(num_rows, 0, addresses)
+        return b"".join([self._header(root, num_rows), *self._parts])
+
+    def _place(self, part: bytes) -> int:
+        """Put a part behind the others; its address."""
+        self._parts.append(part)
+        self._position += len(part)
+        return self._position - len(part)
+
+    def _direct_blocks(self) -> Iterator[bytes]:
+        """The blocks with their checksums, which are taken with zeros in their place."""
+        blocks = []
+        for each in self._blocks:
+            head = _BLOCK_HEAD.pack(b"FHDB", 0, self.address, each.offset)
+            parts = (head, bytes(_CHECKSUM_NBYTES), *each.objects)
+            blocks.append(b"".join(parts).ljust(each.nbytes, b"\0"))
+        for block, found in zip(blocks, checksums(blocks), strict=True):
+            stored = found.to_bytes(_CHECKSUM_NBYTES, "little")
+            yield block[: _BLOCK_HEAD.size] + stored + block[_BLOCK_OVERHEAD:]
+
+    def _place_indirect(self, num_rows: int, offset: int, addresses: dict[int, int]) -> int:
+        """Put an indirect block behind those that it points to; its address.
+
+        Parameters
+        ----------
+        num_rows
+            Its rows.
+        offset
+            Where in the heap it begins.
+        addresses
+            Addresses of the direct blocks by their offsets.
+        """
+        entries, position = [], offset
+        for row in range(num_rows):
+            for _ in range(_BLOCKS_PER_ROW):
+                if row < _NUM_DIRECT_ROWS or position >= self._end:
+                    entries.append(addresses.get(position, UNDEFINED))
+                else:
+                    entries.append(self._place_indirect(_rows_inside(row), position, addresses))
+                position += self._row_nbytes(row)
+        head = _BLOCK_HEAD.pack(b"FHIB", 0, self.address, offset)
+        return self._place(with_checksum(head + struct.pack(f"<{len(entries)}Q", *entries)))
+
+    def _header(self, root: int, num_rows: int) -> bytes:
+        """The header; a root of no rows is a direct block."""
+        sizes = list(self._block_sizes(range(num_rows))) or [self._first_nbytes]
+        used = _BLOCK_OVERHEAD * len(sizes) + sum(
+            len(data) for block in self._blocks for data in block.objects
+        )
+        allocated = sum(block.nbytes for block in self._blocks)
+        next_block = self._end if num_rows else 0
+        largest_block = self._row_nbytes(_NUM_DIRECT_ROWS - 1)
+        return with_checksum(
+            b"FRHP"
+            # version; lengths of ids and of filters; flags: direct blocks have checksums
+            + struct.pack("<BHHB", 0, _HEAP_ID.size, 0, 2)
+            # largest object; next id and tree of huge objects; free space and its manager
+            + struct.pack("<IQQ", max(_LARGEST_OBJECT, self._longest), 0, UNDEFINED)
+            + struct.pack("<QQ", sum(sizes) - used, UNDEFINED)
+            # managed space, allocated space, next block, managed objects; huge and tiny objects
+            + struct.pack("<8Q", sum(sizes), allocated, next_block, len(self.ids), 0, 0, 0, 0)
+            # table width, first and largest direct block, bits of offsets, rows to begin with
+            + struct.pack("<HQQHH", _BLOCKS_PER_ROW, self._first_nbytes, largest_block, 32, 1)
+            # root block and its rows
+            + struct.pack("<QH", root, num_rows)
+        )
+
+
+def _rows_inside(row: int) -> int:
+    """Rows of an indirect block that stands in a row."""
+    return row - _BLOCKS_PER_ROW.bit_length() + 1
+
+
+def _write_tree(records: list[bytes], append: Append) -> int:
+    """A version 2 B-tree of sorted records; its address.
+
+    Built from its leaves up: the records that part the nodes of a level are those of the next.
+    """
+    num_records = len(records)
+    capacity = min(num_records, (_LARGEST_NODE_NBYTES - _NODE_OVERHEAD) // _RECORD.size)
+    node_nbytes = _NODE_OVERHEAD + _RECORD.size * capacity
+    count_width, total_width = byte_width(capacity), 0
+    most_below = capacity
+    totals, pointers = [0] * (num_records + 1), [b""] * (num_records + 1)
+    for depth in itertools.count():
+        parts = _parted(len(records), capacity)
+        nodes = [
+            (b"BTIN" if depth else b"BTLF")
+            + bytes((0, _LINKS_BY_NAME))
+            + b"".join([*records[part], *pointers[part.start : part.stop + 1]])
+            for part in parts
+        ]
+        address = append(
+            b"".join(
+                (node + found.to_bytes(_CHECKSUM_NBYTES, "little")).ljust(node_nbytes, b"\0")
+                for node, found in zip(nodes, checksums(nodes), strict=True)
+            )
+        )
+        counts = [part.stop - part.start for part in parts]
+        if len(parts) == 1:
+            break
+        totals = [
+            count + sum(totals[part.start : part.stop + 1])
+            for count, part in zip(counts, parts, strict=True)
+        ]
+        pointers = [
+            (address + node_nbytes * number).to_bytes(8, "little")
+            + count.to_bytes(count_width, "little")
+            + (total.to_bytes(total_width, "little") if total_width else b"")
+            for number, (count, total) in enumerate(zip(counts, totals, strict=True))
+        ]
+        records = [records[part.stop] for part in parts[:-1]]
+        # A node has one pointer more than it has records.
+        width = len(pointers[0])
+        capacity = (node_nbytes - _NODE_OVERHEAD - width) // (_RECORD.size + width)
+        most_below = (capacity + 1) * most_below + capacity
+        total_width = byte_width(most_below)
     return append(
         with_checksum(
             b"BTHD"
             # version, type, node size, record size, depth, split and merge percentages
             + struct.pack("<BBIHHBB", 0, _LINKS_BY_NAME, node_nbytes, _RECORD.size, depth, 100, 40)
-            + struct.pack("<QHQ", root, num_in_root, len(records))
+            + struct.pack("<QHQ", address, counts[0], num_records)
         )
     )
 
 
-def _leaf(records: Sequence[bytes], node_nbytes: int) -> bytes:
-    head = b"BTLF" + bytes((0, _LINKS_BY_NAME))
-    return with_checksum(head + b"".join(records)).ljust(node_nbytes, b"\0")
-
-
-def _write_root(records: Sequence[bytes], append: Append) -> tuple[int, int, int]:
-    """A root whose records part its leaves: node size, its address, and its number of records."""
-    stride = _LEAF_RECORDS + 1
-    leaves: list[Sequence[bytes]] = [
-        records[start : start + _LEAF_RECORDS] for start in range(0, len(records), stride)
-    ]
-    separators = list(records[_LEAF_RECORDS::stride])
-    # A separator needs a leaf behind it, which may not be empty.
-    if len(leaves) == len(separators):
-        leaves.append([])
-        leaves[-1], separators[-1:] = [separators[-1]], [leaves[-2][-1]]
-        leaves[-2] = leaves[-2][:-1]
-    pointer_nbytes = 8 + 2
-    body_nbytes = _RECORD.size * len(separators) + pointer_nbytes * len(leaves)
-    node_nbytes = _NODE_OVERHEAD + max(_RECORD.size * _LEAF_RECORDS, body_nbytes)
-    pointers = [struct.pack("<QH", append(_leaf(leaf, node_nbytes)), len(leaf)) for leaf in leaves]
-    head = b"BTIN" + bytes((0, _LINKS_BY_NAME))
-    root = with_checksum(head + b"".join(separators) + b"".join(pointers))
-    return node_nbytes, append(root.ljust(node_nbytes, b"\0")), len(separators)
+def _parted(num_records: int, capacity: int) -> list[slice]:
+    """As few nodes as hold the records, evenly, with one record between each two of them."""
+    num_nodes = -(-(num_records + 1) // (capacity + 1))
+    bounds = [(num_records + 1) * number // num_nodes for number in range(num_nodes + 1)]
+    return [slice(start, stop - 1) for start, stop in itertools.pairwise(bounds)]
 
 
 def write_fixed_array(
@@ -287,9 +435,8 @@ def write_fixed_array(
     pages = [
         b"".join(entries[start : start + per_page]) for start in range(0, len(entries), per_page)
     ]
-    header_nbytes = 28
     header_address = append(b"")
-    data_address = header_address + header_nbytes
+    data_address = header_address + _ARRAY_HEADER_NBYTES
     entry_nbytes = 8 + width + 4
     header = (
         b"FAHD"

@@ -113,17 +113,17 @@ def fixed_array_layout(itemsize: int, chunk: tuple[int, ...], address: int) -> b
 def _layout_head(itemsize: int, chunk: tuple[int, ...], *, flags: int) -> bytes:
     """Version 4, class chunked, flags, dimensions, of which the last is the element's size."""
     dims = (*chunk, itemsize)
-    width = _width(max(dims))
+    width = byte_width(max(dims))
     lengths = b"".join(length.to_bytes(width, "little") for length in dims)
     return bytes((4, 2, flags, len(dims), width)) + lengths
 
 
 def chunk_nbytes_width(raw_nbytes: int) -> int:
     """Bytes that an index takes for the stored size of a chunk."""
-    return min(8, 1 + _width(raw_nbytes))
+    return min(8, 1 + byte_width(raw_nbytes))
 
 
-def _width(number: int) -> int:
+def byte_width(number: int) -> int:
     """Bytes that a number takes."""
     return max(1, (number.bit_length() + 7) // 8)
 

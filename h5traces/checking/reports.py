@@ -1,0 +1,75 @@
+"""What checks report: the problems of each archive."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from h5traces.errors import Problem
+
+
+@dataclass(slots=True)
+class FileReport:
+    """What a check found in one archive.
+
+    Attributes
+    ----------
+    path
+        The archive.
+    num_samples
+        Samples in it.
+    problems
+        Every finding with its HDF5 path; empty if there is none.
+    notes
+        What is no problem but worth knowing, such as a missing footer.
+    """
+
+    path: str
+    num_samples: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {"path": self.path, "ok": self.ok, **asdict(self)}
+
+
+Checked = TypeVar("Checked", bound=FileReport)
+
+
+class Reports(list[Checked]):
+    """One report per archive, in order."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no archive has problems."""
+        return all(each.ok for each in self)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The problems of all archives."""
+        return [problem for each in self for problem in each.problems]
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes of all archives."""
+        return [note for each in self for note in each.notes]
+
+
+@dataclass(slots=True)
+class ValidationReport(FileReport):
+    """What `validate` found in one archive; `FileReport` describes the other attributes.
+
+    Attributes
+    ----------
+    num_datasets
+        Datasets that were checked.
+    """
+
+    num_datasets: int = 0
