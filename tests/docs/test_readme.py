@@ -36,6 +36,14 @@ def test_the_python_code_of_the_readme_runs():
     assert names["attention"].shape[0] == 8
 
 
+@pytest.mark.usefixtures("folder")
+def test_the_python_code_of_the_guide_to_reading_runs():
+    (code,) = blocks("python", "docs/reading.md")
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["states"][3].shape == (len(names["trace"]["tokens"]), 128)
+
+
 def test_the_first_steps_run_as_typed(tmp_path):
     """What a newcomer types after ./tools/demo, but for the virtual environment."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
