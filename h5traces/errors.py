@@ -6,6 +6,8 @@ re-raises a worker's error as ``type(error)(message)``, and process pools pickle
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -170,3 +172,11 @@ class StoredStateWarning(UserWarning):
 
 
 __version__ = "0.1.0"
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside of this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "h5traces":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -341,7 +341,7 @@ class Archive(Sequence[Trace]):
         where = and_more(self.paths, 1)
         precision = self.metadata.precision
         told = f", {precision.tier}" if precision is not None else ""
-        told += "" if self.metadata.is_exact else " (lossy)"
+        told += " (lossy)" if self.metadata.is_lossless is False else ""
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{told}>"
 
 

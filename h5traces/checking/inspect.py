@@ -200,7 +200,9 @@ def _inspect_archive(
         (stored,) = archive.files
         sizes = {name: asdict(size) for name, size in stored.sizes().items()}
         metadata = archive.metadata.model_dump(mode="json", exclude_none=True)
-        metadata["losses"] = [str(each) for each in shared_metadata(archive.files).losses]
+        told = shared_metadata(archive.files)
+        metadata["losses"] = [str(each) for each in told.losses]
+        metadata |= {"is_lossless": told.is_lossless, "changes": told.changes}
         return Inspection(
             path=str(file),
             container="archive",

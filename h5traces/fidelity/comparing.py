@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open_archive
-from h5traces.errors import FidelityError, LossyWarning
+from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (
     FidelityReport,
     KindFidelity,
@@ -104,7 +103,7 @@ def compare(
                 f"{first.paths[0]}: the reference lost precision itself "
                 f"({', '.join(map(str, losses))}), so errors are not those against its source"
             )
-            warnings.warn(message, LossyWarning, stacklevel=2)
+            warn(message, LossyWarning)
         report = FidelityReport([*map(str, first.paths)], [*map(str, second.paths)], threshold)
         pairs = _paired(first, second, report)
         comparison = _Comparison(report, pool, num_threads)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from h5traces.fidelity.reports import StateFidelity
-from h5traces.format import half
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +55,7 @@ class ValuePair:
     @classmethod
     def of(cls, reference: NDArray[Any], restored: NDArray[Any], dtype: DTypeLike) -> Self:
         """The pair of two arrays of one shape, computed in `dtype`."""
-        a, b = _widened(reference, dtype), _widened(restored, dtype)
+        a, b = (np.ascontiguousarray(each, dtype) for each in (reference, restored))
         with np.errstate(invalid="ignore", over="ignore"):
             error = b - a
         if np.isfinite(error).all():
@@ -85,15 +84,6 @@ class ValuePair:
             return np.ones(self.error.shape[:-1], np.bool_)
         rows: NDArray[np.bool_] = np.logical_and.reduce(self.finite, axis=-1)
         return rows
-
-
-def _widened(values: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """`values` as float32 or float64, C-contiguous; float16 through a table, as numpy is slow."""
-    if values.dtype == np.float16:
-        narrow = half.to_float32(np.ascontiguousarray(values))
-        wide: NDArray[Any] = narrow.astype(dtype, copy=False)
-        return wide
-    return np.ascontiguousarray(values, dtype)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections import Counter, OrderedDict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 import xxhash
 
-from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
+from h5traces.archive.torch_values import to_tensor
+from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning, warn
 from h5traces.format import layout
-from h5traces.format.dtypes import TypedArray
 from h5traces.format.record import StepArrays
 from h5traces.precision.head_mean import MEAN
 from h5traces.sources.opening import open_source
@@ -26,7 +25,7 @@ from h5traces.torch_data.dataset import (
     labels_of,
     mapped_labels,
 )
-from h5traces.torch_data.tensors import as_tensor, may_be_not_finite, named, read_layer
+from h5traces.torch_data.tensors import may_be_not_finite, named, read_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -147,7 +146,7 @@ def _attention_kind(archive: Archive, *, averages: bool) -> str:
     stored = set(file.store.kinds)
     if layout.ATTENTION_MEAN not in stored:
         return layout.ATTENTIONS
-    is_better = not file.metadata.is_exact and file.reduction(layout.ATTENTION_MEAN) == MEAN
+    is_better = bool(file.metadata.losses) and file.reduction(layout.ATTENTION_MEAN) == MEAN
     takes_mean = layout.ATTENTIONS not in stored or (averages and is_better)
     return layout.ATTENTION_MEAN if takes_mean else layout.ATTENTIONS
 
@@ -166,11 +165,10 @@ class RecordSamples:
     def __init__(
         self, paths: Sequence[Path], layers: Iterable[int] | None, *, keep_non_finite: bool
     ) -> None:
-        warnings.warn(
+        warn(
             f"{paths[0]}: reading legacy pickles, which is slow unless samples come in order; "
             "'h5traces convert' makes archives of them, which give the same graphs",
             StoredStateWarning,
-            stacklevel=4,
         )
         self._paths, self._keep_non_finite = tuple(paths), keep_non_finite
         self._ids: list[Any] = []
@@ -264,7 +262,7 @@ class RecordSamples:
             raise DatasetError(message)
         typed = array.load()
         # A copy: the record stays in memory, and its arrays may be read-only.
-        tensor = as_tensor(TypedArray(typed.values.copy(), typed.dtype))
+        tensor = to_tensor(typed.values.copy(), typed.dtype)
         if not self._keep_non_finite:
             _check_finite(tensor, place)
         return tensor

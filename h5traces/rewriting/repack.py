@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
+from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision.scales import ScaleSet
 from h5traces.writing.calibrate import check_model, load_given, measured
@@ -238,7 +237,7 @@ def _warn_of_recast(archive: Archive, target: Path, before: ArchiveMetadata) -> 
         f"{target}: holds what {archive.paths[0]} gives back, which is less than its source held "
         f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
     )
-    warnings.warn(message, LossyWarning, stacklevel=3)
+    warn(message, LossyWarning)
 
 
 def _check_scales(
@@ -277,7 +276,7 @@ def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) 
             f"{archive.paths[0]}: holds {losses} already, and becomes {wanted}: the errors add "
             "up; take the archive that it was made from"
         )
-        warnings.warn(message, LossyWarning, stacklevel=3)
+        warn(message, LossyWarning)
     return wanted
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
 import torch
 
+from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.format import layout
 from h5traces.format.entries import carrier_dtype
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from h5traces.archive.trace import Trace
-    from h5traces.format.dtypes import TypedArray
 
 TokenChoice = Literal["all", "answer", "last", "mean", "answer_mean"]
 NonFinite = Literal["error", "keep"]
@@ -84,14 +83,6 @@ def named(trace: Trace) -> str:
     return f"{trace.place} (sample id {trace.metadata.sample_id!r})"
 
 
-def as_tensor(array: TypedArray) -> torch.Tensor:
-    """The values of an array as a tensor that shares its memory; bfloat16 as it is stored."""
-    values = array.values.astype(array.values.dtype.newbyteorder("="), copy=False)
-    if array.dtype == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
-
-
 def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
     """One layer's array of a trace: reads its chunks and nothing else.
 
@@ -117,7 +108,7 @@ def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
             "array per layer; extract again, or leave the sample out with indices="
         )
         raise DatasetError(message)
-    return as_tensor(typed)
+    return to_tensor(typed.values, typed.dtype)
 
 
 def read_tensor(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from h5traces.errors import (
     ArchiveExistsError,
     CorruptArchiveError,
     StoredStateWarning,
+    warn,
 )
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
@@ -126,7 +126,7 @@ class SpoolWriter(TraceWriter):
                 f"{folder.sample_path(missing[0])} is missing ({len(missing)} such); the run goes "
                 "on without, so that it counts as not done"
             )
-            warnings.warn(message, StoredStateWarning, stacklevel=2)
+            warn(message, StoredStateWarning)
 
     def append(self, sample: Sample, sample_id: str | None = None) -> None:
         """Write one sample; it is durable when this returns, and survives a loss of power.

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, ConversionError, SchemaError
 from h5traces.format.record import TraceRecord
@@ -70,20 +68,14 @@ def _without_torch(value: Any) -> Any:
     if torch is None:
         return value
     if isinstance(value, torch.Tensor):
-        return _from_tensor(value, torch)
+        from h5traces.archive.torch_values import from_tensor
+
+        return TorchValue(*from_tensor(value))
     if type(value) is dict:
         return {key: _without_torch(each) for key, each in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_without_torch(each) for each in value)
     return value
-
-
-def _from_tensor(tensor: Any, torch: Any) -> TorchValue:
-    found = tensor.detach().cpu().contiguous()
-    dtype = str(found.dtype).removeprefix("torch.")
-    if found.dtype == torch.bfloat16:
-        return TorchValue(found.view(torch.int16).numpy().view(np.uint16), dtype)
-    return TorchValue(found.numpy(), dtype)
 
 
 Sample = TraceRecord | Mapping[str, Any]

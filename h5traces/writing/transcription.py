@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.format import layout, text
+from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import (
     ArrayDescription,
+    EarlierCast,
     LayerArray,
     LayeredArrays,
     StepArrays,
@@ -17,6 +19,7 @@ from h5traces.precision.decoding import restored_type
 
 if TYPE_CHECKING:
     from h5traces.archive.trace import Trace
+    from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
 
 
@@ -135,4 +138,16 @@ def _layer_array(trace: Trace, kind: str, entry: ObjectEntry) -> LayerArray:
         array=array,
         site=_text_or_none(entry.attrs.get("site")),
         container="torch" if entry.attrs.get("container") == "torch" else None,
+        earlier=_earlier_cast(entry.attrs),
     )
+
+
+def _earlier_cast(attrs: Attrs) -> EarlierCast | None:
+    """The cast that a stored array has been through; values not finite are counted anew."""
+    source: Any = attrs.get("cast_from")
+    if source is None:
+        return None
+    names = ("num_overflow", "num_to_zero", "num_to_subnormal")
+    counts = CastCounts(**{name: int(attrs.get(name, 0)) for name in names})  # type: ignore[arg-type]
+    num_changed: Any = attrs.get("num_changed")
+    return EarlierCast(source, counts, num_changed)

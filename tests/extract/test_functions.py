@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import make_model, shared_model, tokenizer
 
 import h5traces
+from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract import (
     ExtractOptions,
@@ -22,7 +23,7 @@ from h5traces.extract import (
     extract,
     extract_activations_and_attentions,
 )
-from h5traces.extract.capture import as_typed, cast
+from h5traces.extract.capture import cast
 from h5traces.extract.generation import clean_answer, sample_seed
 from h5traces.extract.models import anatomy_of
 from h5traces.format.dtypes import TypedArray, cast_for_storage
@@ -137,15 +138,16 @@ def test_a_cast_on_the_device_is_the_writers_cast(values, target):
     array = np.array(values, dtype=np.float32)
     expected = cast_for_storage(TypedArray.of(array), policy=target)
     narrow, counts = cast(torch.from_numpy(array), getattr(torch, target))
-    overflow, to_zero, to_subnormal, num_nan = counts.tolist()
+    overflow, to_zero, to_subnormal, changed, num_nan = counts.tolist()
     assert overflow == expected.counts.num_overflow
     assert num_nan == 0
     if overflow == 0:
-        found = as_typed(narrow)
-        assert found.dtype == expected.array.dtype
-        assert np.array_equal(found.values.view("u2"), expected.array.values.view("u2"))
+        found, dtype = from_tensor(narrow)
+        assert dtype == expected.array.dtype
+        assert np.array_equal(found.view("u2"), expected.array.values.view("u2"))
         assert to_zero == expected.counts.num_to_zero
         assert to_subnormal == expected.counts.num_to_subnormal
+        assert changed == expected.num_changed
 
 
 def test_what_the_device_cast_changed_is_stored(tmp_path):

@@ -425,7 +425,7 @@ def test_steps_that_cannot_be(step: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bits": 7}, "attention_bits"),
+        *(({"attention_bits": bits}, "attention_bits") for bits in (5, 6, 7)),
         ({"mantissa_bits": 0}, "mantissa_bits"),
         ({"mantissa_bits": 10}, "mantissa_bits"),
         ({"head_mean": "some"}, "head_mean"),
