@@ -131,14 +131,14 @@ def _listed(names: list[str]) -> str:
 
 def stored_names(trace: Trace, kind: str) -> list[str]:
     """Datasets of a kind, the embedding first, then by layer."""
-    names = [layout.layer_name(layer) for layer in trace.stored_layers(kind)]
-    embedding = f"{kind}/{layout.EMBEDDING}" in trace.objects
+    names = [layout.layer_name(layer) for layer in trace._stored.stored_layers(kind)]
+    embedding = f"{kind}/{layout.EMBEDDING}" in trace._stored.objects
     return [layout.EMBEDDING, *names] if embedding else names
 
 
 def stored_kinds(trace: Trace) -> list[str]:
     """Kinds of which a trace has an array, in their order in the file."""
-    paths = (path.partition("/") for path in trace.objects)
+    paths = (path.partition("/") for path in trace._stored.objects)
     found = (
         kind
         for kind, _, name in paths
@@ -224,7 +224,7 @@ def compare(
 
 
 def _warn_of_losses(reference: Archive) -> None:
-    losses = shared_metadata(reference.files).losses
+    losses = shared_metadata(reference._files).losses
     if losses:
         message = (
             f"{reference.paths[0]}: the reference lost precision itself "
@@ -242,10 +242,12 @@ class _TracePair:
 
     @property
     def place(self) -> str:
-        return f"{self.b.place} ({self.b.metadata.sample_id!r})"
+        return f"{self.b._stored.place} ({self.b.metadata.sample_id!r})"
 
     def is_in_steps(self, kind: str) -> bool:
-        return any(f"{kind}/{layout.STEPS_TABLE}" in each.objects for each in (self.a, self.b))
+        return any(
+            f"{kind}/{layout.STEPS_TABLE}" in each._stored.objects for each in (self.a, self.b)
+        )
 
     def read(self, kind: str, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """The array of both."""
@@ -257,8 +259,8 @@ class _TracePair:
         """Refuse arrays of different shapes."""
         if a != b:
             message = (
-                f"{self.place}: {kind}/{name} has the shape {b}, but {a} in {self.a.place}; "
-                "expected archives of the same samples"
+                f"{self.place}: {kind}/{name} has the shape {b}, but {a} in "
+                f"{self.a._stored.place}; expected archives of the same samples"
             )
             raise FidelityError(message)
 
@@ -268,7 +270,7 @@ def _read(trace: Trace, kind: str, name: str) -> NDArray[Any]:
     array = trace.embedding if layer is None else trace.layer(layer, kind)
     axes = layout.KINDS[kind].axes
     if isinstance(array, list) or array.ndim != len(axes):
-        message = f"{trace.place}: {kind}/{name} does not have the axes {', '.join(axes)}"
+        message = f"{trace._stored.place}: {kind}/{name} does not have the axes {', '.join(axes)}"
         raise FidelityError(message)
     return array
 

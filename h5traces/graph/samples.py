@@ -88,7 +88,7 @@ class ArchiveSamples:
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
         """The shard of every sample."""
-        return self._archive.shard_numbers
+        return self._archive._shard_numbers
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,7 +123,7 @@ class ArchiveSamples:
         self._guard.check(trace.path)
         found = []
         kinds = (layout.HIDDEN_STATES, self._kind_of(trace))
-        with self._archive.fetched([index], kinds=kinds, layers=[layer]):
+        with self._archive._fetched([index], kinds=kinds, layers=[layer]):
             for kind in kinds:
                 array = read_layer(trace, kind, layer)
                 suspect = may_be_not_finite(trace, kind, layer, torch.float32)
@@ -134,7 +134,10 @@ class ArchiveSamples:
 
     def _kind_of(self, trace: Trace) -> str:
         """Where a sample's weights are: heads that could not be averaged are stored instead."""
-        has_none = self._weights not in trace.objects and layout.ATTENTIONS in trace.objects
+        has_none = (
+            self._weights not in trace._stored.objects
+            and layout.ATTENTIONS in trace._stored.objects
+        )
         return layout.ATTENTIONS if has_none else self._weights
 
 
@@ -143,7 +146,7 @@ def _attention_kind(archive: Archive, *, averages: bool) -> str:
 
     Where heads lost precision, the mean stored beside them is the better one.
     """
-    file = archive.files[0]
+    file = archive._files[0]
     stored = set(file.store.kinds)
     if layout.ATTENTION_MEAN not in stored:
         return layout.ATTENTIONS

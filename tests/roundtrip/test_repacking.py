@@ -119,7 +119,7 @@ def test_zstd_is_read_by_us_and_by_stock_h5py(archive, tmp_path, dtype):
 
 def test_a_damaged_chunk_is_not_copied(archive, tmp_path):
     data = bytearray(archive.read_bytes())
-    entry = h5traces.open(archive)[2].entry("hidden_states/layer_001")
+    entry = h5traces.open(archive)[2]._stored.entry("hidden_states/layer_001")
     data[entry.chunks.offsets[0] + 5] ^= 1
     damaged = tmp_path / "damaged.h5"
     damaged.write_bytes(data)

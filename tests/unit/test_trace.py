@@ -187,3 +187,16 @@ def test_arrays_live_as_long_as_they_are_used(path: Path) -> None:
     archive.close()
     del archive
     assert_same(states, SOURCE["hidden_states"][0])
+
+
+def test_what_a_user_sees(archive: h5traces.Archive) -> None:
+    mapping = ["get", "items", "keys", "values"]
+    trace = ["embedding", "fields", "layer", "metadata", "ordinal", "path", "position_in_file"]
+    assert public(archive[0]) == sorted([*mapping, *trace, "to_dict"])
+    sequence = ["count", "index"]
+    own = ["by_id", "close", "ids", "labels", "layers", "metadata", "paths", "read", "select"]
+    assert public(archive) == sorted([*sequence, *own])
+
+
+def public(value: object) -> list[str]:
+    return [name for name in dir(value) if not name.startswith("_")]
