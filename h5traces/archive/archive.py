@@ -288,7 +288,7 @@ class Archive(Sequence[Trace]):
             for each in sequences
         ]
 
-    def _fetched(
+    def fetched(
         self,
         indices: Iterable[int],
         *,

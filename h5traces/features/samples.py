@@ -165,7 +165,7 @@ def _sample_features(
     trace = archive[index]
     found = SampleFeatures(index, {})
     kinds = list(dict.fromkeys(each.kind for each in wanted))
-    with archive._fetched([index], kinds=kinds):
+    with archive.fetched([index], kinds=kinds):
         for kind in kinds:
             _add_kind(found, trace, archive.layers, [each for each in wanted if each.kind == kind])
     return found

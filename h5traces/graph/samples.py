@@ -123,7 +123,7 @@ class ArchiveSamples:
         self._guard.check(trace.path)
         found = []
         kinds = (layout.HIDDEN_STATES, self._kind_of(trace))
-        with self._archive._fetched([index], kinds=kinds, layers=[layer]):
+        with self._archive.fetched([index], kinds=kinds, layers=[layer]):
             for kind in kinds:
                 array = read_layer(trace, kind, layer)
                 suspect = may_be_not_finite(trace, kind, layer, torch.float32)

@@ -461,7 +461,7 @@ class TraceDataset(Dataset[Item]):
         """Inside the block, items on servers lie in memory: they came side by side."""
         inside = range(-len(self), len(self))
         positions = [self.indices[index] for index in indices if index in inside]
-        return self.archive._fetched(positions, kinds=self.kinds, layers=self.selection.layers)
+        return self.archive.fetched(positions, kinds=self.kinds, layers=self.selection.layers)
 
     def _field(self, trace: Trace, field: str) -> Any:
         if field not in trace:

@@ -162,4 +162,4 @@ def test_tokens_that_the_fields_do_not_list_are_kept(tmp_path, archive):
         repack(archive, tmp_path / "copy.h5", precision=PrecisionOptions(dtype="float32"))
     copy = h5traces.open(tmp_path / "copy.h5")
     for ours, theirs in zip(copy, source, strict=True):
-        np.testing.assert_array_equal(ours.tokens(), theirs.tokens())
+        np.testing.assert_array_equal(ours._stored.tokens(), theirs._stored.tokens())
