@@ -12,7 +12,7 @@ from h5traces.format.dtypes import CARRIERS, DtypePolicy
 from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.precision.channel_steps import StepFormat
 from h5traces.storage.codecs import GZIP
-from h5traces.writing.shards import DEFAULT_SHARD_SAMPLES
+from h5traces.writing.create import DEFAULT_SHARD_SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

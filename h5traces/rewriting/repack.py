@@ -156,15 +156,14 @@ def repack(
             found = _scales(
                 selected, wanted.step, calibration, given.calibration_samples, encodes=encodes
             )
-        options = WriteOptions(
-            dtype=given.dtype
-            or ("float16" if encodes else archive.metadata.dtype_policy)
-            or "float16",
-            on_overflow=given.on_overflow,
-            codec=given.codec or archive.metadata.codec,
-            workers=target.workers,
-            overwrite=target.overwrite,
-            precision=wanted,
+        options = WriteOptions.of(
+            replace(
+                given,
+                tier=wanted,
+                dtype=given.dtype or (None if encodes else archive.metadata.dtype_policy),
+                codec=given.codec or archive.metadata.codec,
+            ),
+            target,
             scales=found,
             earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
         )
@@ -172,7 +171,7 @@ def repack(
             report.targets = [str(_shard(place, 0, sharded=target.shard_samples is not None))]
             report.num_samples = len(indices)
             return report
-        run = _Rewrite(selected, report, options, encodes=encodes, verify=target.verify)
+        run = _Rewrite(selected, report, options, encodes=encodes)
         run.run(place, indices, target.shard_samples, progress)
         return report
 
@@ -308,11 +307,10 @@ class _Rewrite:
         options: WriteOptions,
         *,
         encodes: bool,
-        verify: bool,
     ) -> None:
         self._archive, self._report, self._encodes = archive, report, encodes
         self._codec = None if report.copied else options.codec
-        self._shards = ShardSet(options, verify=verify)
+        self._shards = ShardSet(options)
         self._sources, self._first_source = _joined_sources(archive._files)
 
     def run(

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.archive.trace import Trace
+    from h5traces.paths import Target
     from h5traces.precision.scales import Calibration
     from h5traces.writing.archive_writer import ArchiveWriter
     from h5traces.writing.options import WriteOptions
-    from h5traces.writing.shards import Target
     from h5traces.writing.spool_folder import RunState, SpoolFolder
     from h5traces.writing.trace_writer import Sample
 
@@ -60,11 +60,10 @@ class SpoolWriter(TraceWriter):
         options: WriteOptions,
         folder: SpoolFolder | None,
         *,
-        verify: bool,
         calibration: Calibration | None = None,
         calibration_samples: int = AUTOMATIC_SAMPLES,
     ) -> None:
-        super().__init__(target, state, options, verify=verify)
+        super().__init__(target, state, options)
         self._folder = folder
         self._exact = replace(options, precision=EXACT, scales=None)
         self._calibration, self._calibration_samples = calibration, calibration_samples

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
+    from h5traces.paths import Target
     from h5traces.writing.options import WriteOptions
-    from h5traces.writing.shards import Target
     from h5traces.writing.spool_folder import RunState
 
 
@@ -105,12 +105,9 @@ class TraceWriter(ABC):
 
     is_finished = False
 
-    def __init__(
-        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
-    ) -> None:
+    def __init__(self, target: Target, state: RunState, options: WriteOptions) -> None:
         self._target, self._state, self._options = target, state, options
         self.warnings: list[str] = []
-        self._verify = verify
         self._pid = os.getpid()
         self._closed = False
         self.done: Counter[str] = Counter()
@@ -190,7 +187,7 @@ class TraceWriter(ABC):
     ) -> None:
         """Finish, verify and name an archive, and note that; signals wait for both."""
         writer.finish()
-        if self._verify:
+        if self._options.verify:
             verify_written(
                 writer.part_path,
                 writer.digests,
@@ -216,10 +213,8 @@ class TraceWriter(ABC):
 class DirectWriter(TraceWriter):
     """Writes straight into the archives; samples are safe only when their shard is full."""
 
-    def __init__(
-        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
-    ) -> None:
-        super().__init__(target, state, options, verify=verify)
+    def __init__(self, target: Target, state: RunState, options: WriteOptions) -> None:
+        super().__init__(target, state, options)
         self._writer: ArchiveWriter | None = None
         self._num_shards = 0
 

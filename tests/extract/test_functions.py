@@ -27,6 +27,7 @@ from h5traces.extract.capture import cast
 from h5traces.extract.generation import clean_answer, sample_seed
 from h5traces.extract.models import anatomy_of
 from h5traces.format.dtypes import TypedArray, cast_for_storage
+from h5traces.writing.options import PrecisionOptions
 
 SHORT = GenerationOptions(max_new_tokens=5)
 LEGACY_KEYS = [
@@ -118,7 +119,9 @@ def test_the_embedding_lies_beside_the_layers(tmp_path):
         ["Why?"],
         ExtractOptions(generation=SHORT, embedding=True, dtype="float32"),
     )
-    with h5traces.create(tmp_path / "run.h5", dtype="float32") as writer:
+    with h5traces.create(
+        tmp_path / "run.h5", precision=PrecisionOptions(dtype="float32")
+    ) as writer:
         writer.append(record)
     assert h5traces.validate(tmp_path / "run.h5").ok
     with h5traces.open(tmp_path / "run.h5") as archive:
@@ -159,7 +162,7 @@ def test_what_the_device_cast_changed_is_stored(tmp_path):
             model, tokenizer(), ["Why?"], ExtractOptions(generation=SHORT, dtype=dtype)
         )
         path = tmp_path / f"{dtype}.h5"
-        with h5traces.create(path, dtype="float16") as writer:
+        with h5traces.create(path, precision=PrecisionOptions(dtype="float16")) as writer:
             writer.append(record)
         with h5traces.open(path) as archive:
             stored[dtype] = {
