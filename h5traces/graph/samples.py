@@ -88,7 +88,7 @@ class ArchiveSamples:
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
         """The shard of every sample."""
-        return self._archive.shard_numbers
+        return self._archive._shard_numbers
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,10 +99,9 @@ class ArchiveSamples:
         """Shard and sample, for messages."""
         return named(self._archive[index])
 
-    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+    def labels(self, labels: Labels) -> list[Any]:
         """The label of every sample."""
-        every = range(len(self._archive))
-        return labels_of(self._archive, every, labels, allow_unused=allow_unused)
+        return labels_of(self._archive, range(len(self._archive)), labels)
 
     def facts(self, index: int) -> SampleFacts:
         """What the graphs of a sample share."""
@@ -134,7 +133,10 @@ class ArchiveSamples:
 
     def _kind_of(self, trace: Trace) -> str:
         """Where a sample's weights are: heads that could not be averaged are stored instead."""
-        has_none = self._weights not in trace.objects and layout.ATTENTIONS in trace.objects
+        has_none = (
+            self._weights not in trace._stored.objects
+            and layout.ATTENTIONS in trace._stored.objects
+        )
         return layout.ATTENTIONS if has_none else self._weights
 
 
@@ -143,7 +145,7 @@ def _attention_kind(archive: Archive, *, averages: bool) -> str:
 
     Where heads lost precision, the mean stored beside them is the better one.
     """
-    file = archive.files[0]
+    file = archive._files[0]
     stored = set(file.store.kinds)
     if layout.ATTENTION_MEAN not in stored:
         return layout.ATTENTIONS
@@ -213,9 +215,9 @@ class RecordSamples:
         local = index - self._starts[number]
         return f"{self._paths[number]}: sample {local} (question id {self._ids[index]!r})"
 
-    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+    def labels(self, labels: Labels) -> list[Any]:
         """The label of every sample."""
-        if isinstance(labels, str):
+        if isinstance(labels.values, str):
             message = (
                 f"{self._paths[0]}: legacy batches have no labels by name; pass "
                 "labels={question_id: value}"
@@ -227,9 +229,7 @@ class RecordSamples:
             keys.append((each, seen[each]))
             seen[each] += 1
         every, where = range(len(keys)), str(self._paths[0])
-        return mapped_labels(
-            keys, every, labels, place=self.place, where=where, allow_unused=allow_unused
-        )
+        return mapped_labels(keys, every, labels, where=where, place=self.place)
 
     def facts(self, index: int) -> SampleFacts:
         """What the graphs of a sample share."""

@@ -291,7 +291,7 @@ def test_a_pilot_measures_the_tiers(tmp_path):
     assert "compact (hidden states in steps of 0.4 sigma, head mean only)" in result.stderr
     with h5traces.open(compact) as archive:
         assert archive.metadata.precision == TIERS["compact"]
-        scales = archive.files[0].sizes()["scales"].stored_nbytes
+        scales = archive._files[0].sizes()["scales"].stored_nbytes
     nbytes = compact.stat().st_size - scales
     assert row["sample_nbytes"] * 3 == pytest.approx(nbytes, rel=0.05)
 

@@ -164,7 +164,9 @@ def test_what_the_device_cast_changed_is_stored(tmp_path):
         with h5traces.create(path, precision=PrecisionOptions(dtype="float16")) as writer:
             writer.append(record)
         with h5traces.open(path) as archive:
-            stored[dtype] = {name: dict(entry.attrs) for name, entry in archive[0].objects.items()}
+            stored[dtype] = {
+                name: dict(entry.attrs) for name, entry in archive[0]._stored.objects.items()
+            }
     assert stored["float16"] == stored["float32"]
     attrs = stored["float16"]["attentions/layer_000"]
     assert attrs["cast_from"] == "float32"
