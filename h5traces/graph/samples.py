@@ -99,10 +99,9 @@ class ArchiveSamples:
         """Shard and sample, for messages."""
         return named(self._archive[index])
 
-    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+    def labels(self, labels: Labels) -> list[Any]:
         """The label of every sample."""
-        every = range(len(self._archive))
-        return labels_of(self._archive, every, labels, allow_unused=allow_unused)
+        return labels_of(self._archive, range(len(self._archive)), labels)
 
     def facts(self, index: int) -> SampleFacts:
         """What the graphs of a sample share."""
@@ -213,9 +212,9 @@ class RecordSamples:
         local = index - self._starts[number]
         return f"{self._paths[number]}: sample {local} (question id {self._ids[index]!r})"
 
-    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+    def labels(self, labels: Labels) -> list[Any]:
         """The label of every sample."""
-        if isinstance(labels, str):
+        if isinstance(labels.values, str):
             message = (
                 f"{self._paths[0]}: legacy batches have no labels by name; pass "
                 "labels={question_id: value}"
@@ -227,9 +226,7 @@ class RecordSamples:
             keys.append((each, seen[each]))
             seen[each] += 1
         every, where = range(len(keys)), str(self._paths[0])
-        return mapped_labels(
-            keys, every, labels, place=self.place, where=where, allow_unused=allow_unused
-        )
+        return mapped_labels(keys, every, labels, where=where, place=self.place)
 
     def facts(self, index: int) -> SampleFacts:
         """What the graphs of a sample share."""

@@ -69,9 +69,9 @@ def open_source(path: str | os.PathLike[str]) -> TraceSource:
         Now or while reading: a pickle asks for something outside the allow-list.
     """
     # Loaded on first use: archives are read without it.
-    from h5traces.sources.pickle.stream import open_batch
+    from h5traces.sources.pickle.stream import BatchStream
 
-    return open_batch(path)
+    return BatchStream(path)
 
 
 def source_stem(name: str) -> str:

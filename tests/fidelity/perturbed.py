@@ -128,7 +128,7 @@ def in_steps(samples: Sequence[Sample], step: float) -> list[Sample]:
 
 def on_levels(values: np.ndarray, *, as_half: bool = True) -> np.ndarray:
     """Weights on a square-root scale."""
-    return from_levels(to_levels(values, LEVELS)[0], LEVELS, as_half=as_half)
+    return from_levels(to_levels(values)[0], LEVELS, as_half=as_half)
 
 
 def with_means_only(samples: Sequence[Sample]) -> list[Sample]:

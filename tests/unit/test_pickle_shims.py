@@ -129,7 +129,7 @@ def test_the_allow_list_is_exact() -> None:
         (array(1, (2,), dtype(), 1, bytes(16)), "has the order an int"),
         (array(2, (2,), dtype(), False, bytes(16)), "has version 2"),
         (array(1, 2, 3), "is a tuple, expected a tuple of 4 or 5"),
-        (array(1, (2,), dtype("U0"), False, b""), "no bytes"),
+        (array(1, (2,), dtype("U0"), False, b""), "0 bytes"),
         (array(cls=dtype()), "called with a"),
         (array(1, cls=bytes), "asks for|called with"),
         (Call("numpy", "ndarray", (3,)), "numpy.ndarray is called"),

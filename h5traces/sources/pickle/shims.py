@@ -1,9 +1,8 @@
-"""What a pickle may call: an exact list of names, each bound to a function written here.
+"""What a pickle may call: an exact list of names, each bound to a function of this module.
 
-No real object of numpy or torch is ever handed to a pickle. ``numpy.dtype.__setstate__`` crashes
-the interpreter on a forged state, and ``torch.storage._load_from_bytes`` is ``torch.load``; the
-shims check dtype, shape and byte count and build the array themselves. They also read numpy 2
-names under numpy 1 and the other way round.
+A pickle never gets a real object of numpy or torch. ``numpy.dtype.__setstate__`` crashes Python on
+a forged state, and ``torch.storage._load_from_bytes`` is ``torch.load``; the shims check dtype,
+shape and byte count and build the array themselves. They read names of numpy 1 and 2 under either.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from h5traces.sources.pickle.source import MemorySource
 
 
-# What a torch tensor becomes: its numbers and the name of its dtype.
-Tensor = TorchValue
-
 MAX_NDIM = 32
 _MAX_DIM = 1 << 62
 
@@ -37,24 +33,57 @@ _FORBIDDEN_KINDS = {
     "M": "dates",
     "m": "time differences",
 }
-# NPY_NEEDS_INIT, which U dtypes carry; every other flag speaks of objects or of user types.
+# NPY_NEEDS_INIT, which U dtypes have; all other flags are of objects or user types.
 _HARMLESS_DTYPE_FLAGS = (0, 8)
 _DTYPE_STATE_LENGTH = 8
 
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+
+# numpy's dtype for each of torch's; types that numpy lacks are stored as raw words.
+_STORED_AS = {
+    **{
+        name: np.dtype(name).newbyteorder("<")
+        for name in (
+            *("float16", "float32", "float64", "complex64", "complex128", "bool"),
+            *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        )
+    },
+    "bfloat16": np.dtype("<u2"),
+    **dict.fromkeys(
+        ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), np.dtype("u1")
+    ),
+}
+_STORAGE_TYPES = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
+}
+
 
 class Meter(Protocol):
-    """The running machine as shims see it."""
+    """The running machine, as shims use it."""
 
     def charge(self, num_bytes: int) -> None:
         """Account for memory or work that a shim is about to create."""
 
     def load_storage(self, data: bytes) -> Any:
-        """Read an embedded torch storage with a machine of its own."""
+        """Read an embedded torch storage."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shim:
-    """A name that a pickle may use, and the function that stands for it."""
+    """A name that a pickle may use, and the function that replaces it."""
 
     name: str
     call: Callable[[Meter, tuple[Any, ...]], Any]
@@ -64,7 +93,7 @@ class Shim:
 class Pending:
     """An array or dtype between its REDUCE and its BUILD.
 
-    ``slots`` are the memo entries that must hold the finished value instead.
+    `slots` are the memo entries that must get the finished value.
     """
 
     what: str
@@ -74,13 +103,13 @@ class Pending:
 
 @dataclass(frozen=True, eq=False)
 class Marker:
-    """A stack entry that stands for something that is not kept."""
+    """A stack entry in place of a value that is not kept."""
 
     what: str
 
 
 def type_name(value: Any) -> str:
-    """The type of a value in words for a message, or the name behind a shim."""
+    """The type of a value in words, for messages."""
     if isinstance(value, Shim):
         return f"the name {value.name}"
     if isinstance(value, Marker):
@@ -92,7 +121,7 @@ def type_name(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value in a few characters for a message.
+    """A value in a few characters, for messages.
 
     Only flat values are shown: repr() of tuples that share their halves never ends.
     """
@@ -111,18 +140,13 @@ def check_args(name: str, args: tuple[Any, ...], *counts: int) -> None:
         raise RefusedError(message)
 
 
-def is_int(value: Any) -> bool:
-    """True for an int that is no bool."""
-    return type(value) is int
-
-
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """The shape if it is a tuple of plausible ints, else RefusedError."""
+    """The shape; RefusedError unless it is a tuple of plausible ints."""
     if type(shape) is not tuple or len(shape) > MAX_NDIM:
         message = f"a shape is {type_name(shape)}, expected a tuple of at most {MAX_NDIM} ints"
         raise RefusedError(message)
     for dim in shape:
-        if not is_int(dim) or not 0 <= dim < _MAX_DIM:
+        if type(dim) is not int or not 0 <= dim < _MAX_DIM:
             message = f"a shape holds {brief(dim)}, expected sizes"
             raise RefusedError(message)
     return shape
@@ -131,7 +155,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
 def build_array(
     meter: Meter, data: Any, dtype: Any, shape: Any, *, order: str = "C"
 ) -> np.ndarray[Any, Any]:
-    """An array over the payload's own memory, after dtype, shape and byte count were checked."""
+    """An array over the payload's own memory, once dtype, shape and byte count are checked."""
     if not isinstance(dtype, np.dtype):
         message = f"an array has {type_name(dtype)} for its dtype, expected a numpy.dtype"
         raise RefusedError(message)
@@ -140,7 +164,7 @@ def build_array(
         raise RefusedError(message)
     check_shape(shape)
     if not dtype.itemsize:
-        message = f"an array has elements of no bytes (dtype {dtype.str}); numpy writes no such"
+        message = f"an array has elements of 0 bytes (dtype {dtype.str}), which numpy never writes"
         raise RefusedError(message)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != len(data):
@@ -158,7 +182,7 @@ def build_array(
 
 
 def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any]) -> None:
-    # numpy makes str objects of these words unchecked; Python has no such characters.
+    # numpy makes str objects of these words unchecked, even where Python has no such character.
     meter.charge(len(data))
     words = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder))
     if words.max() > sys.maxunicode:
@@ -200,14 +224,14 @@ def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
         raise RefusedError(message)
     version, order, subarray, names, fields, itemsize, alignment, flags = state
     checks = {
-        "version": is_int(version) and version == 3,
+        "version": type(version) is int and version == 3,
         "byte order": type(order) is str and order in ("<", ">", "|", "="),
         "subarray": subarray is None,
         "names": names is None,
         "fields": fields is None,
-        "element size": is_int(itemsize) and itemsize in (-1, dtype.itemsize),
-        "alignment": is_int(alignment) and alignment in (-1, 1, 2, 4, 8, 16),
-        "flags": is_int(flags) and flags in _HARMLESS_DTYPE_FLAGS,
+        "element size": type(itemsize) is int and itemsize in (-1, dtype.itemsize),
+        "alignment": type(alignment) is int and alignment in (-1, 1, 2, 4, 8, 16),
+        "flags": type(flags) is int and flags in _HARMLESS_DTYPE_FLAGS,
     }
     wrong = [what for what, fits in checks.items() if not fits]
     if wrong:
@@ -232,7 +256,7 @@ def _finish_array(meter: Meter, state: Any) -> np.ndarray[Any, Any]:
     if type(state) is not tuple or len(state) not in (4, 5):
         message = f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5"
         raise RefusedError(message)
-    if len(state) == 5 and (not is_int(state[0]) or state[0] not in (0, 1)):
+    if len(state) == 5 and (type(state[0]) is not int or state[0] not in (0, 1)):
         message = f"the state of an array has version {brief(state[0])}, expected 1"
         raise RefusedError(message)
     shape, dtype, fortran, data = state[-4:]
@@ -335,51 +359,12 @@ _allow(_bytearray, "bytearray", "builtins", "__builtin__")
 _allow(_ordered_dict, "OrderedDict", "collections")
 
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_PROTOCOL = 1001
-
-# What holds each torch dtype in numpy; types that numpy lacks stay raw words.
-_STORED_AS = {
-    "float32": "<f4",
-    "float64": "<f8",
-    "float16": "<f2",
-    "bfloat16": "<u2",
-    "int64": "<i8",
-    "int32": "<i4",
-    "int16": "<i2",
-    "int8": "|i1",
-    "uint8": "|u1",
-    "uint16": "<u2",
-    "uint32": "<u4",
-    "uint64": "<u8",
-    "bool": "|b1",
-    "complex64": "<c8",
-    "complex128": "<c16",
-    "float8_e4m3fn": "|u1",
-    "float8_e4m3fnuz": "|u1",
-    "float8_e5m2": "|u1",
-    "float8_e5m2fnuz": "|u1",
-}
-_STORAGE_TYPES = {
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "UntypedStorage": "uint8",
-}
+# --- torch ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class TypeName(Shim):
-    """The name of a storage type or of a torch dtype; nothing that can be called."""
+    """The name of a storage type or of a torch dtype; it cannot be called."""
 
     dtype: str
 
@@ -396,12 +381,12 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers."""
-        return self.num_elements * np.dtype(_STORED_AS[self.dtype]).itemsize
+        return self.num_elements * _STORED_AS[self.dtype].itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class StorageHeader:
-    """What the persistent id of an embedded stream says about its storage."""
+    """A storage as the persistent id of its embedded stream describes it."""
 
     key: str
     dtype: str
@@ -425,7 +410,7 @@ def parse_persistent_id(value: Any) -> StorageHeader:
     if view is not None:
         message = "a storage is a view of another one, which only torch before 0.4 wrote"
         raise MalformedError(message)
-    if not is_int(num_elements) or not 0 <= num_elements < 1 << 62:
+    if type(num_elements) is not int or not 0 <= num_elements < 1 << 62:
         message = f"a storage has {brief(num_elements)} elements"
         raise RefusedError(message)
     return StorageHeader(key, kind.dtype, num_elements)
@@ -469,13 +454,13 @@ def _load_from_bytes(meter: Meter, args: tuple[Any, ...]) -> Storage:
     return storage
 
 
-def _rebuild_v2(meter: Meter, args: tuple[Any, ...]) -> Tensor:
+def _rebuild_v2(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_tensor_v2", args, 6, 7)
     _check_extras(args[4], args[5], args[6] if len(args) == 7 else None)
     return _tensor(meter, args, None)
 
 
-def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> Tensor:
+def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_tensor_v3", args, 7, 8)
     _check_extras(args[4], args[5], args[7] if len(args) == 8 else None)
     if type(args[6]) is not TypeName:
@@ -484,10 +469,10 @@ def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> Tensor:
     return _tensor(meter, args, args[6].dtype)
 
 
-def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> Tensor:
+def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_parameter", args, 3)
     _check_extras(args[1], args[2], None)
-    if type(args[0]) is not Tensor:
+    if type(args[0]) is not TorchValue:
         message = f"a parameter holds {type_name(args[0])}, expected a tensor"
         raise RefusedError(message)
     return args[0]
@@ -503,20 +488,20 @@ def _check_extras(requires_grad: Any, hooks: Any, metadata: Any) -> None:
         raise RefusedError(message)
 
 
-def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> Tensor:
+def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> TorchValue:
     storage, offset, size, strides = args[:4]
     if type(storage) is not Storage:
         message = f"a tensor has {type_name(storage)} for its storage"
         raise RefusedError(message)
     dtype_name = dtype_name or storage.dtype
-    dtype = np.dtype(_STORED_AS[dtype_name])
+    dtype = _STORED_AS[dtype_name]
     shape = check_shape(size)
-    if len(check_shape(strides)) != len(shape) or not is_int(offset) or offset < 0:
+    if len(check_shape(strides)) != len(shape) or type(offset) is not int or offset < 0:
         message = f"a tensor of shape {shape} has the strides {strides} and offset {brief(offset)}"
         raise RefusedError(message)
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
-        return Tensor(np.empty(shape, dtype), dtype_name)
+        return TorchValue(np.empty(shape, dtype), dtype_name)
     last = offset + sum((dim - 1) * step for dim, step in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > storage.nbytes:
         message = (
@@ -532,12 +517,12 @@ def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> Tens
     array: np.ndarray[Any, Any] = np.ndarray(
         shape, dtype, buffer=storage.data, offset=start, strides=byte_strides
     )
-    # Where the numbers lie in the stream is chance, and readers of unaligned memory are slow; a
-    # view of a part would keep the rest alive.
+    # Numbers may be unaligned in the stream, which is slow to read; a view of a part would keep
+    # the whole alive.
     if not whole or not array.flags.c_contiguous or not array.flags.aligned:
         meter.charge(nbytes if whole else 0)
         array = array.copy(order="C")
-    return Tensor(array, dtype_name)
+    return TorchValue(array, dtype_name)
 
 
 def _names() -> tuple[dict[tuple[str, str], Shim], dict[tuple[str, str], Shim]]:
@@ -558,7 +543,7 @@ def _names() -> tuple[dict[tuple[str, str], Shim], dict[tuple[str, str], Shim]]:
     return names, storages
 
 
-# What a batch may name, and what the embedded streams may name: storage types, nothing else.
+# What a batch may name; embedded streams may name storage types and nothing else.
 TORCH_NAMES: Mapping[tuple[str, str], Shim]
 STORAGE_NAMES: Mapping[tuple[str, str], Shim]
 TORCH_NAMES, STORAGE_NAMES = _names()
