@@ -1,7 +1,7 @@
 """Writes archives: records in, one published file out.
 
 Arrays are cast, digested and compressed in threads; one thread writes. Nothing appears under the
-final name before it is complete and durable. `shards.ShardSet` and `create` also read it back first.
+final name before it is complete and durable. Its callers also read it back first.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ArchiveWriter:
     ) -> None:
         self._options = options or WriteOptions()
         if not self._options.overwrite and os.path.lexists(path):
-            message = f"{path} exists; overwrite=True replaces it, or name another output"
+            message = f"{path} exists; use overwrite=True to replace it, or another name"
             raise ArchiveExistsError(message)
         self._encoder = Encoder(self._options.precision, self._options.scales)
         self._metadata = ArchiveMetadata(
@@ -498,7 +498,7 @@ def write_scales(
 
 
 def _scales_of(scales: ScaleSet, stored: Mapping[str, Collection[int]]) -> ScaleSet:
-    """The scales of the layers in `stored` (numbers by kind), and of the embeddings of its kinds."""
+    """The scales of the layers in `stored` (numbers by kind) and of the embeddings."""
     layers = {path: each for path, each in scales.layers.items() if _is_stored(path, stored)}
     return ScaleSet(layers, scales.record)
 

@@ -136,7 +136,7 @@ def calibrate(
     paths = expand_paths(sources, (*ARCHIVE_SUFFIXES, *SOURCE_SUFFIXES))
     check_not_a_source(target, paths)
     if target.exists() and not overwrite:
-        message = f"{target} exists; overwrite=True replaces it, or name another output"
+        message = f"{target} exists; use overwrite=True to replace it, or another name"
         raise ArchiveExistsError(message)
     with Measurement(layers) as measurement:
         for path in paths:
@@ -260,7 +260,7 @@ class Measurement:
         if not found:
             message = (
                 f"{', '.join(self.sources) or 'the sources'}: {self.num_samples} samples without "
-                "hidden states (tokens, hidden); expected some to measure"
+                "hidden states (tokens, hidden), so there is nothing to measure"
             )
             raise PrecisionError(message)
         record = CalibrationRecord(
@@ -447,7 +447,7 @@ def check_model(calibration: Calibration, model_id: str | None) -> None:
     message = (
         f"the scales were measured on {measured}, the samples come from {model_id}; run 'h5traces "
         "calibrate' on samples of that model, or, if both names are of one model, with "
-        f"model_id={model_id!r}"
+        f"the model id {model_id}"
     )
     raise PrecisionError(message)
 
