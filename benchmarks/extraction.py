@@ -88,7 +88,8 @@ class Bench:
     def stored(self, folder: Path) -> dict[str, float]:
         """As the command does it."""
         before = time.perf_counter()
-        writer = ProcessWriter(folder / "run", shard_samples=SHARD_SAMPLES)
+        target = h5traces.TargetOptions(shard_samples=SHARD_SAMPLES)
+        writer = ProcessWriter(f"{folder}/run/", target=target)
         started = time.perf_counter()
         thread = WriterThread(writer, lambda _record: None)
         for batch in self._batches:
@@ -103,7 +104,9 @@ class Bench:
     def in_turn(self, folder: Path) -> dict[str, float]:
         """Write between samples."""
         started = time.perf_counter()
-        writer = h5traces.create(folder / "run", shard_samples=SHARD_SAMPLES)
+        writer = h5traces.create(
+            f"{folder}/run/", target=h5traces.TargetOptions(shard_samples=SHARD_SAMPLES)
+        )
         for batch in self._batches:
             for each in self._extractor.run(batch):
                 writer.append(each)

@@ -307,7 +307,7 @@ def _check_against(
             if progress is not None:
                 progress(*source.progress)
     note = f"{num_compared} samples compared with {batch_path}"
-    if not metadata.is_exact:
+    if metadata.losses:
         note += f", encoded as {metadata.precision}: the archive is not lossless"
     report.notes.append(note)
 

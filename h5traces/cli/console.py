@@ -25,7 +25,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from h5traces.errors import H5TracesError, LossyWarning, StoredStateWarning
+from h5traces.errors import H5TracesError, LossyWarning, StoredStateWarning, TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,7 +142,7 @@ def reported(usage_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
             raise typer.Exit(0) from None
         except (H5TracesError, OSError) as error:
             fail(str(error))
-            is_usage = isinstance(error, (FileNotFoundError, *usage_errors))
+            is_usage = isinstance(error, (FileNotFoundError, TargetError, *usage_errors))
             raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS) from None
         except KeyboardInterrupt as stop:
             fail("stopped; nothing half-written was kept")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -89,9 +88,12 @@ def extract(
     model_id: ModelId,
     dataset: Dataset,
     output: Annotated[
-        Path,
+        str,
         typer.Option(
-            "-o", "--output", metavar="DEST", help="Folder for shards, or one `.h5` name."
+            "-o",
+            "--output",
+            metavar="DEST",
+            help="Folder for shards (`traces/`), or an `.h5` name.",
         ),
     ],
     num_samples: Annotated[

@@ -36,9 +36,6 @@ def fidelity(
         float | None,
         typer.Option(metavar="X", min=0, help="Exit 1 where more than X of a layer's edges flip."),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads [default: one per core].")
-    ] = None,
     json: Json = False,
 ) -> None:
     """Compare a lossy archive with its original, layer by layer.
@@ -46,8 +43,7 @@ def fidelity(
     States: error in units of each channel's standard deviation sigma (NRMSE, largest), relative
     error, cosine of each token, share of tokens that keep their nearest neighbour, and NRMSE of the
     difference to the layer before. Attentions: error, edges that appear or vanish at the threshold,
-    divergence (KL, nats) of each row. `docs/fidelity.md` defines each, and says what none of them
-    tells.
+    divergence (KL, nats) of each row. `docs/fidelity.md` defines each measure and its limits.
 
     Samples are matched by id and generation, without ids by index. Exit code 0 however large the
     errors are, unless --max-sigma or --max-flips is exceeded (1); 2 where nothing can be compared.
@@ -56,7 +52,7 @@ def fidelity(
     - `h5traces fidelity exact/ small/ --max-sigma 0.06 --max-flips 0.005 --json`
     """
     with reported((H5TracesError, OSError)), count_progress("comparing") as update:
-        report = compare(a, b, threshold=threshold, workers=workers, progress=update)
+        report = compare(a, b, threshold=threshold, progress=update)
     exceeding = report.exceeding(max_sigma=max_sigma, max_flips=max_flips)
     if json:
         print_json({**report.as_dict(), "exceeding": exceeding})

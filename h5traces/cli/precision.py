@@ -20,7 +20,6 @@ from h5traces.cli.console import (
     warn,
 )
 from h5traces.errors import ArchiveExistsError, ConversionError, PrecisionError
-from h5traces.format.precision import AttentionBits as AttentionBitsNumber
 from h5traces.format.precision import HeadMean as HeadMeanName
 from h5traces.format.precision import Precision
 from h5traces.format.precision import Tier as TierName
@@ -46,8 +45,8 @@ Step = Annotated[
     ),
 ]
 AttentionBits = Annotated[
-    Literal["8", "6", "5"] | None,
-    typer.Option(help="Bits of attention weights, on a square-root scale."),
+    Literal["8"] | None,
+    typer.Option(help="Attention weights in 8 bits, on a square-root scale."),
 ]
 HeadMean = Annotated[
     HeadMeanName | None,
@@ -76,8 +75,6 @@ CALIBRATION_SAMPLES = AUTOMATIC_SAMPLES
 # Sigma of so many is uncertain by a tenth.
 _FEW_TOKENS = 100
 
-_BITS: dict[str, AttentionBitsNumber] = {"8": 8, "6": 6, "5": 5}
-
 
 def parse_precision(
     tier: TierName | None,
@@ -98,7 +95,7 @@ def parse_precision(
     return Precision.of(
         tier or "exact",
         step=step,
-        attention_bits=None if attention_bits is None else _BITS[attention_bits],
+        attention_bits=None if attention_bits is None else 8,
         head_mean=head_mean,
         mantissa_bits=mantissa_bits,
     )

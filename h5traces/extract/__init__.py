@@ -1,7 +1,7 @@
 """From a transformers model straight into the archive.
 
 >>> from h5traces.extract import extract              # doctest: +SKIP
->>> with h5traces.create("traces") as writer:         # doctest: +SKIP
+>>> with h5traces.create("traces/") as writer:        # doctest: +SKIP
 ...     for record in extract(model, tokenizer, questions):
 ...         writer.append(record)
 """

@@ -12,7 +12,7 @@ from h5traces.format.dtypes import CARRIERS, DtypePolicy
 from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.precision.channel_steps import StepFormat
 from h5traces.storage.codecs import GZIP
-from h5traces.writing.shards import DEFAULT_SHARD_SAMPLES
+from h5traces.writing.create import DEFAULT_SHARD_SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -105,7 +105,7 @@ STATED_RATES: Final[dict[DtypePolicy, Rates]] = {
 _GAUSSIAN_BITS: Final = 2.05
 _CODING_BITS: Final = {"uint8": 0.05, "uint16": 0.15}
 # Of the pilot's attentions, by bits of the square-root scale; and of their mean over heads.
-_ATTENTION_BITS: Final = {8: 3.7, 6: 2.6, 5: 2.1}
+_ATTENTION_BITS: Final = 3.7
 _MEAN_BITS: Final = 3.9
 # Of the pilot's hidden states and attentions, rounded to 1 to 9 mantissa bits.
 _ROUNDED_BITS: Final = {
@@ -138,7 +138,7 @@ def precise_rates(precision: Precision, exact: Rates) -> Rates:
         if precision.head_mean != "none":
             bits[layout.ATTENTION_MEAN] = _MEAN_BITS
         if precision.attention_bits is not None:
-            bits[layout.ATTENTIONS] = _ATTENTION_BITS[precision.attention_bits]
+            bits[layout.ATTENTIONS] = _ATTENTION_BITS
         if precision.head_mean == "only":
             del bits[layout.ATTENTIONS]
     return Rates(

@@ -38,9 +38,10 @@ from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.rewriting.repack import repack
 from h5traces.storage.codecs import GZIP
 from h5traces.writing.calibrate import load_given
-from h5traces.writing.options import TargetOptions, check_type
+from h5traces.writing.create import target_of_run
+from h5traces.writing.options import PrecisionOptions, TargetOptions, check_type
 from h5traces.writing.process_writer import ProcessWriter
-from h5traces.writing.shards import Target
+from h5traces.writing.spool_folder import spool_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from h5traces.extract.extractor import Job
     from h5traces.extract.running import RunProgress
     from h5traces.format.archive import ExtractionMetadata
-    from h5traces.paths import PathLike
+    from h5traces.paths import PathLike, Target
 
 
 def load_dataset(choice: DatasetChoice) -> QuestionSet:
@@ -95,7 +96,8 @@ def extract_dataset(
     model, dataset
         Who is asked what.
     output
-        A name ending in ``.h5`` for one archive, or a folder for shards.
+        A name that ends in ``.h5`` for one archive. A folder that exists, or text that ends in a
+        slash, for shards.
     options
         What is extracted, and how.
     store
@@ -125,15 +127,19 @@ def extract_dataset(
     precision = Precision.of(store.tier)
     check_type(precision, options.dtype)
     load_given(store.scales, precision)
+    target_options = TargetOptions(
+        shard_samples=store.shard_samples, workers=store.workers, verify=store.verify
+    )
+    target = target_of_run(output, target_options)
     questions = load_dataset(dataset)
     config = models.load_config(model.model_id, revision=model.revision)
     tokenizer = models.load_tokenizer(model.model_id, revision=model.revision)
     layers = layer_numbers(options.layers, shape_of(config).num_layers)
-    report = ExtractionReport(str(output), num_planned=len(questions.questions))
+    report = ExtractionReport(str(target.path), num_planned=len(questions.questions))
     jobs = _plan(Planner(tokenizer, config, options), questions, report)
     forecast = Forecast(shape_of(config), jobs, layers, options, store)
     report.estimate = forecast.estimate()
-    check_space(Path(output), forecast, store, report, dry_run=dry_run)
+    check_space(target, forecast, store, report, dry_run=dry_run)
     if dry_run:
         return report
     loaded = models.load_model(
@@ -148,15 +154,15 @@ def extract_dataset(
     metadata = extractor.metadata(questions)
     writer = ProcessWriter(
         output,
-        shard_samples=store.shard_samples,
-        tier=store.tier,
-        scales=store.scales,
-        calibration_samples=store.calibration_samples,
-        dtype=options.dtype,
-        on_overflow=store.on_overflow,
-        codec=store.codec,
-        workers=store.workers,
-        verify=store.verify,
+        precision=PrecisionOptions(
+            tier=store.tier,
+            scales=store.scales,
+            calibration_samples=store.calibration_samples,
+            dtype=options.dtype,
+            on_overflow=store.on_overflow,
+            codec=store.codec,
+        ),
+        target=target_options,
         model_id=models.resolve_model(model.model_id),
         model_revision=getattr(loaded.config, "_commit_hash", None) or model.revision,
         dataset=questions.name,
@@ -166,7 +172,7 @@ def extract_dataset(
     report.num_before = writer.num_samples
     if writer.is_finished:
         with writer:
-            _finished_before(writer, Path(output), jobs, metadata, store, report)
+            _finished_before(writer, target.path, jobs, metadata, store, report)
         return report
     run = Run(
         extractor,
@@ -242,7 +248,7 @@ def _finished_before(
 
 
 def check_space(
-    output: Path,
+    target: Target,
     forecast: Forecast,
     store: StoreOptions,
     report: ExtractionReport,
@@ -256,24 +262,23 @@ def check_space(
     ExtractionError
         The disk is too small.
     """
-    folder = output.absolute().parent
+    folder = target.path.absolute().parent
     while not folder.exists():
         folder = folder.parent
     report.free_nbytes = shutil.disk_usage(folder).free
-    report.needed_nbytes = forecast.needed_nbytes(_num_written(output, store.shard_samples))
+    report.needed_nbytes = forecast.needed_nbytes(_num_written(target))
     if report.needed_nbytes > report.free_nbytes and store.check_space and not dry_run:
         message = (
-            f"{output}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the room to "
-            f"pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; choose "
-            "another, fewer samples or layers, smaller shards, or --no-check-space"
+            f"{target.path}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the "
+            f"room to pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; "
+            "choose another, fewer samples or layers, smaller shards, or --no-check-space"
         )
         raise ExtractionError(message)
 
 
-def _num_written(output: Path, shard_samples: int | None) -> int:
+def _num_written(target: Target) -> int:
     """Samples of earlier starts; those whose shard is being written need their room once more."""
-    target = Target.of(output, shard_samples)
-    num_spooled = sum(1 for _ in target.spool_path.glob("*.sample"))
+    num_spooled = sum(1 for _ in spool_path(target).glob("*.sample"))
     found = [str(each) for each in target.existing()]
     if not found:
         return num_spooled
@@ -357,7 +362,7 @@ def _measured(path: Path, shape: ModelShape, lengths: list[int]) -> Rates:
     archive has one set however many its samples are, are left out.
     """
     with open_archive(path) as archive:
-        sizes = archive.files[0].sizes()
+        sizes = archive._files[0].sizes()
     num_layers, num_samples = shape.num_layers, len(lengths)
     scales = sizes.pop(layout.SCALES_GROUP, StoredSize())
     nbytes = path.stat().st_size - scales.stored_nbytes

@@ -237,7 +237,7 @@ class _Conversion:
     ) -> None:
         self._job, self._sources, self._options = job, sources, options
         self._report_progress = report_progress
-        self._shards = ShardSet(options.write, verify=options.target.verify)
+        self._shards = ShardSet(options.write)
         self._source_counts: list[int] = [0] * len(sources)
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
+from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision.scales import ScaleSet
 from h5traces.writing.calibrate import check_model, load_given, measured
@@ -135,7 +134,7 @@ def repack(
         _check_target(archive, place)
         selected = archive if layers is None else archive.select(layers=layers)
         indices = choose_samples(samples, len(archive))
-        before = shared_metadata(archive.files)
+        before = shared_metadata(archive._files)
         current = before.precision or EXACT
         wanted = _wanted(before, given, archive)
         encodes = given.dtype is not None or wanted != current
@@ -149,7 +148,7 @@ def repack(
         report = RepackReport(
             sources=[str(path) for path in archive.paths],
             copied=not encodes and given.codec in (None, archive.metadata.codec),
-            source_nbytes=sum(file.nbytes for file in archive.files),
+            source_nbytes=sum(file.nbytes for file in archive._files),
             precision=str(wanted) if wanted.is_lossy else None,
         )
         found = ScaleSet()
@@ -157,15 +156,14 @@ def repack(
             found = _scales(
                 selected, wanted.step, calibration, given.calibration_samples, encodes=encodes
             )
-        options = WriteOptions(
-            dtype=given.dtype
-            or ("float16" if encodes else archive.metadata.dtype_policy)
-            or "float16",
-            on_overflow=given.on_overflow,
-            codec=given.codec or archive.metadata.codec,
-            workers=target.workers,
-            overwrite=target.overwrite,
-            precision=wanted,
+        options = WriteOptions.of(
+            replace(
+                given,
+                tier=wanted,
+                dtype=given.dtype or (None if encodes else archive.metadata.dtype_policy),
+                codec=given.codec or archive.metadata.codec,
+            ),
+            target,
             scales=found,
             earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
         )
@@ -173,7 +171,7 @@ def repack(
             report.targets = [str(_shard(place, 0, sharded=target.shard_samples is not None))]
             report.num_samples = len(indices)
             return report
-        run = _Rewrite(selected, report, options, encodes=encodes, verify=target.verify)
+        run = _Rewrite(selected, report, options, encodes=encodes)
         run.run(place, indices, target.shard_samples, progress)
         return report
 
@@ -238,7 +236,7 @@ def _warn_of_recast(archive: Archive, target: Path, before: ArchiveMetadata) -> 
         f"{target}: holds what {archive.paths[0]} gives back, which is less than its source held "
         f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
     )
-    warnings.warn(message, LossyWarning, stacklevel=3)
+    warn(message, LossyWarning)
 
 
 def _check_scales(
@@ -277,7 +275,7 @@ def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) 
             f"{archive.paths[0]}: holds {losses} already, and becomes {wanted}: the errors add "
             "up; take the archive that it was made from"
         )
-        warnings.warn(message, LossyWarning, stacklevel=3)
+        warn(message, LossyWarning)
     return wanted
 
 
@@ -291,7 +289,7 @@ def _scales(
 ) -> ScaleSet:
     """The scales of the targets: those of the sources, of a file, or of the first samples."""
     if not encodes:
-        return inherited_scales(archive.files) or ScaleSet()
+        return inherited_scales(archive._files) or ScaleSet()
     return (calibration or measured(archive, num_samples)).scales(step)
 
 
@@ -309,12 +307,11 @@ class _Rewrite:
         options: WriteOptions,
         *,
         encodes: bool,
-        verify: bool,
     ) -> None:
         self._archive, self._report, self._encodes = archive, report, encodes
         self._codec = None if report.copied else options.codec
-        self._shards = ShardSet(options, verify=verify)
-        self._sources, self._first_source = _joined_sources(archive.files)
+        self._shards = ShardSet(options)
+        self._sources, self._first_source = _joined_sources(archive._files)
 
     def run(
         self,
@@ -328,7 +325,7 @@ class _Rewrite:
         try:
             for number, start in enumerate(range(0, max(1, len(indices)), size)):
                 shard = _shard(target, number, sharded=shard_samples is not None)
-                writer = self._shards.new(shard, **inherited_facts(self._archive.files))
+                writer = self._shards.new(shard, **inherited_facts(self._archive._files))
                 for index in indices[start : start + size]:
                     self._add(writer, self._archive[index])
                     self._report.num_samples += 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from h5traces.errors import ArchiveExistsError, __version__
 from h5traces.format import layout
-from h5traces.format.archive import ArchiveMetadata, KindMetadata, SourceFile
+from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile
 from h5traces.format.digests import sample_digest
 from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
@@ -207,6 +207,7 @@ class ArchiveWriter:
         self._generations = {} if generations is None else generations
         self._index: list[TraceMetadata] = []
         self._digests: list[str] = []
+        self._casts: dict[tuple[Any, Any], Cast] = {}
         self._finished = False
         self.summary = WriteSummary(path)
 
@@ -372,6 +373,7 @@ class ArchiveWriter:
         self.summary.stored_nbytes[kind] += sum(sizes)
         if prepared.kept_exact is not None:
             self.summary.kept_exact[f"{kind}: {prepared.kept_exact}"] += 1
+        self._note_cast(kind, prepared)
         if prepared.counts != CastCounts():
             before = self.summary.counts.get(kind, CastCounts())
             self.summary.counts[kind] = before + prepared.counts
@@ -384,6 +386,17 @@ class ArchiveWriter:
             encoded.codec,
             ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums),
         )
+
+    def _note_cast(self, kind: str, prepared: Prepared) -> None:
+        """Collect what casts changed; means over heads that were computed here have no source."""
+        source: Any = prepared.attrs.get("cast_from")
+        dtype: Any = prepared.attrs.get("restored_dtype", prepared.dtype)
+        is_derived = kind == layout.ATTENTION_MEAN and self._encoder.precision.head_mean != "none"
+        if source is not None and not is_derived:
+            changed: Any = prepared.attrs.get("num_changed")
+            one = Cast(cast_from=source, dtype=dtype, num_arrays=1, num_changed=changed)
+            key = source, dtype
+            self._casts[key] = self._casts[key] + one if key in self._casts else one
 
     def finish(
         self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any
@@ -438,6 +451,7 @@ class ArchiveWriter:
                 "hidden_size": _only(observed.hidden_sizes),
                 "num_heads": _only(observed.head_counts),
                 "layers": tuple(stored) if is_subset else None,
+                "casts": tuple(cast for _, cast in sorted(self._casts.items())),
                 "complete": True,
                 **metadata,
             }

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from h5traces.paths import Target
+
 _SAMPLE: Final = re.compile(r"([0-9]{8,})\.sample\Z")
 _LOCK, _RUN = "lock", "run.json"
 _OWNER_NBYTES: Final = 500
@@ -75,6 +77,13 @@ class RunState(Document):
         elif other.extraction is not None:
             found.append("extraction=None (was recorded)")
         return found
+
+
+def spool_path(target: Target) -> Path:
+    """The folder of samples that are in no archive yet."""
+    path = target.path
+    path = path.resolve() if path.name in ("", "..") else path
+    return path.with_name(f"{path.name}.spool")
 
 
 class SpoolFolder:

@@ -70,7 +70,7 @@ def saved_model(tmp_path_factory):
 
 
 def test_a_run_stores_what_is_known(tmp_path):
-    report = run(tmp_path / "out", num_samples=3, answer_cut="sentence", layers="0,last", seed=5)
+    report = run(f"{tmp_path}/out/", num_samples=3, answer_cut="sentence", layers="0,last", seed=5)
     assert report.ok
     assert report.status == "finished"
     assert report.num_written == 3
@@ -188,7 +188,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
     common = [*TINY, "--num-samples", "16", "--max-new-tokens", "8", "--batch-size", "3"]
     common += ["--shard-samples", "5", "--sample", "--top-k", "20", "--seed", "7"]
     run(
-        tmp_path / "whole",
+        f"{tmp_path}/whole/",
         num_samples=16,
         batch_size=3,
         seed=7,
@@ -200,7 +200,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
     spool = tmp_path / "out.spool"
     while kills < 5:
         process = subprocess.Popen(
-            [*COMMAND, *common, "-o", str(tmp_path / "out")], stderr=subprocess.DEVNULL
+            [*COMMAND, *common, "-o", f"{tmp_path}/out/"], stderr=subprocess.DEVNULL
         )
         # Most of a start is importing; kills are to hit the run itself.
         while not spool.exists() and process.poll() is None:
@@ -211,7 +211,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
             break
         kills += 1
     done = subprocess.run(
-        [*COMMAND, *common, "-o", str(tmp_path / "out"), "--json"], capture_output=True, text=True
+        [*COMMAND, *common, "-o", f"{tmp_path}/out/", "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert kills > 0

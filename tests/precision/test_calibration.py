@@ -411,7 +411,7 @@ def test_layers_without_scales_stay_exact_and_are_named(tmp_path: Path) -> None:
     assert report.ok
     assert any("has no scale" in each and "16" in each for each in report.files[0].warnings)
     trace = h5traces.open(tmp_path / "out.h5")[0]
-    assert trace.attrs("hidden_states/layer_001")["kept_exact"] == "has no scale"
+    assert trace._stored.attrs("hidden_states/layer_001")["kept_exact"] == "has no scale"
     assert np.array_equal(trace.layer(1), batch(9)[0]["hidden_states"][1])
     assert not np.array_equal(trace.layer(0), batch(9)[0]["hidden_states"][0])
 
@@ -425,7 +425,7 @@ def test_steps_that_cannot_be(step: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bits": 7}, "attention_bits"),
+        *(({"attention_bits": bits}, "attention_bits") for bits in (5, 6, 7)),
         ({"mantissa_bits": 0}, "mantissa_bits"),
         ({"mantissa_bits": 10}, "mantissa_bits"),
         ({"head_mean": "some"}, "head_mean"),

@@ -45,14 +45,14 @@ def test_tiers_are_listed_with_all_layers_and_with_some():
 
 
 def test_a_precision_of_ones_own_is_listed_beside_the_tiers():
-    own = Precision(step=0.2, attention_bits=6)
+    own = Precision(step=0.2, attention_bits=8)
     found = estimate(LLAMA2_7B, [43], precision=own)
     assert found.rows[-1].name.startswith("tier custom")
     exact = found.sample_nbytes(EXACT, 32)
     assert found.sample_nbytes(own, 32) == found.rows[-2].sample_nbytes < 0.5 * exact
     assert found.as_dict()["rows"][-1]["precision"] == {
         "step": 0.2,
-        "attention_bits": 6,
+        "attention_bits": 8,
         "head_mean": "none",
     }
 
