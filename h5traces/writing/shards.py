@@ -16,8 +16,8 @@ from h5traces.errors import (
     StoredStateWarning,
 )
 from h5traces.format import layout
+from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import (
-    deferred_signals,
     make_folder,
     remove_abandoned_parts,
     sync_folder,
