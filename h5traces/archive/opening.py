@@ -93,7 +93,7 @@ def open_archive(
 
 
 def _check_lossless(archive: Archive) -> None:
-    for file in archive.files:
+    for file in archive._files:
         found = file.metadata.is_lossless
         if not found:
             archive.close()

@@ -193,14 +193,14 @@ def _inspect_archive(
         for index in range(wanted):
             looked_at.append(_sample_stats(index, to_record(archive[index])))
             for each in looked_at[-1].arrays:
-                reason = archive[index].attrs(f"{each.kind}/{each.name}").get("kept_exact")
+                reason = archive[index]._stored.attrs(f"{each.kind}/{each.name}").get("kept_exact")
                 each.kept_exact = None if reason is None else str(reason)
             if progress is not None:
                 progress(index + 1, wanted)
-        (stored,) = archive.files
+        (stored,) = archive._files
         sizes = {name: asdict(size) for name, size in stored.sizes().items()}
         metadata = archive.metadata.model_dump(mode="json", exclude_none=True)
-        told = shared_metadata(archive.files)
+        told = shared_metadata(archive._files)
         metadata["losses"] = [str(each) for each in told.losses]
         metadata |= {"is_lossless": told.is_lossless, "changes": told.changes}
         return Inspection(

@@ -312,8 +312,8 @@ def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
         "generator": f"h5traces {__version__}",
         "created": utc_now(),
         "model_id": view.metadata.model_id or "",
-        "archive_ids": [file.metadata.archive_id for file in view.files],
-        "losses": [str(each) for each in shared_metadata(view.files).losses],
+        "archive_ids": [file.metadata.archive_id for file in view._files],
+        "losses": [str(each) for each in shared_metadata(view._files).losses],
         "features": {name: FEATURES[name].meaning for name in wanted},
     }
 

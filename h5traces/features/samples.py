@@ -224,7 +224,7 @@ def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
     try:
         array = trace.layer(layer, kind)
     except LayerIndexError:
-        if not trace.stored_layers(kind):
+        if not trace._stored.stored_layers(kind):
             return None
         raise
     axes = len(layout.KINDS[kind].axes)
@@ -240,7 +240,7 @@ def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
 
 def place_of(trace: Trace) -> str:
     """File, sample and id, for messages."""
-    return f"{trace.place} ({trace.metadata.sample_id!r})"
+    return f"{trace._stored.place} ({trace.metadata.sample_id!r})"
 
 
 def fit_pca(

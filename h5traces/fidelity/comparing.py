@@ -97,7 +97,7 @@ def compare(
         open_archive(b, labels=False) as second,
         ThreadPoolExecutor(num_threads, thread_name_prefix="h5traces-fidelity") as pool,
     ):
-        losses = shared_metadata(first.files).losses
+        losses = shared_metadata(first._files).losses
         if losses:
             message = (
                 f"{first.paths[0]}: the reference lost precision itself "
@@ -184,10 +184,12 @@ class _TracePair:
 
     @property
     def place(self) -> str:
-        return f"{self.b.place} ({self.b.metadata.sample_id!r})"
+        return f"{self.b._stored.place} ({self.b.metadata.sample_id!r})"
 
     def is_in_steps(self, kind: str) -> bool:
-        return any(f"{kind}/{layout.STEPS_TABLE}" in each.objects for each in (self.a, self.b))
+        return any(
+            f"{kind}/{layout.STEPS_TABLE}" in each._stored.objects for each in (self.a, self.b)
+        )
 
     def states(self, name: str) -> ValuePair:
         """The hidden states of both."""
@@ -201,8 +203,8 @@ class _TracePair:
         """Raise FidelityError for arrays of different shapes."""
         if a != b:
             message = (
-                f"{self.place}: {kind}/{name} has the shape {b}, but {a} in {self.a.place}; "
-                "expected archives of the same samples"
+                f"{self.place}: {kind}/{name} has the shape {b}, but {a} in "
+                f"{self.a._stored.place}; expected archives of the same samples"
             )
             raise FidelityError(message)
 
@@ -212,7 +214,7 @@ def _read(trace: Trace, kind: str, name: str) -> NDArray[Any]:
     array = trace.embedding if layer is None else trace.layer(layer, kind)
     axes = layout.KINDS[kind].axes
     if isinstance(array, list) or array.ndim != len(axes):
-        message = f"{trace.place}: {kind}/{name} does not have the axes {', '.join(axes)}"
+        message = f"{trace._stored.place}: {kind}/{name} does not have the axes {', '.join(axes)}"
         raise FidelityError(message)
     return array
 
@@ -353,12 +355,12 @@ def _run(task: Callable[[], None]) -> None:
 def _stored_names(trace: Trace) -> _Names:
     """The arrays of every kind, in the order of the file; the embedding first, then by layer."""
     found: _Names = {}
-    for path in trace.objects:
+    for path in trace._stored.objects:
         kind, _, name = path.partition("/")
         is_layer = layout.parse_layer_name(name) is not None
         if kind not in found and (is_layer or name == layout.EMBEDDING):
-            names = [layout.layer_name(layer) for layer in trace.stored_layers(kind)]
-            embedding = f"{kind}/{layout.EMBEDDING}" in trace.objects
+            names = [layout.layer_name(layer) for layer in trace._stored.stored_layers(kind)]
+            embedding = f"{kind}/{layout.EMBEDDING}" in trace._stored.objects
             found[kind] = [layout.EMBEDDING, *names] if embedding else names
     return found
 

@@ -88,7 +88,7 @@ class ArchiveSamples:
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
         """The shard of every sample."""
-        return self._archive.shard_numbers
+        return self._archive._shard_numbers
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,7 +133,10 @@ class ArchiveSamples:
 
     def _kind_of(self, trace: Trace) -> str:
         """Where a sample's weights are: heads that could not be averaged are stored instead."""
-        has_none = self._weights not in trace.objects and layout.ATTENTIONS in trace.objects
+        has_none = (
+            self._weights not in trace._stored.objects
+            and layout.ATTENTIONS in trace._stored.objects
+        )
         return layout.ATTENTIONS if has_none else self._weights
 
 
@@ -142,7 +145,7 @@ def _attention_kind(archive: Archive, *, averages: bool) -> str:
 
     Where heads lost precision, the mean stored beside them is the better one.
     """
-    file = archive.files[0]
+    file = archive._files[0]
     stored = set(file.store.kinds)
     if layout.ATTENTION_MEAN not in stored:
         return layout.ATTENTIONS

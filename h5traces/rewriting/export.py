@@ -84,7 +84,7 @@ def export(
         if dry_run:
             return target
         remove_abandoned_parts(target)
-        losses = shared_metadata(archive.files).losses
+        losses = shared_metadata(archive._files).losses
         if losses:
             told = "no pickle can say so" if is_pickle else "'earlier_precisions' says so"
             message = (
@@ -99,7 +99,7 @@ def export(
                 overwrite=overwrite,
                 earlier_precisions=losses,
             )
-            with ArchiveWriter(target, options, **inherited_facts(archive.files)) as writer:
+            with ArchiveWriter(target, options, **inherited_facts(archive._files)) as writer:
                 for index, trace in enumerate(archive):
                     writer.append(to_record(trace))
                     if progress is not None:

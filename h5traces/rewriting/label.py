@@ -354,7 +354,7 @@ class _Joining:
         report = self._report
         repeats = Counter(each for each in archive.ids if each is not None)
         sidecars, total = [], len(archive)
-        for file in archive.files:
+        for file in archive._files:
             sidecars.append(self._join_file(file, repeats))
             if progress is not None:
                 progress(report.num_samples, total)
@@ -473,7 +473,7 @@ def _write_archive(
     report: LabelReport,
     target: TargetOptions,
 ) -> None:
-    for file, sidecar in zip(archive.files, sidecars, strict=True):
+    for file, sidecar in zip(archive._files, sidecars, strict=True):
         file.labels = FileLabels(sidecar, report.table)
     report.targets = repack(archive, output, target=target).targets
 
@@ -486,7 +486,7 @@ def _write_sidecars(
     target: TargetOptions,
 ) -> None:
     places: dict[Path, LabelSidecar] = {}
-    for file, sidecar in zip(archive.files, sidecars, strict=True):
+    for file, sidecar in zip(archive._files, sidecars, strict=True):
         place = sidecar_path(file.path, folder)
         if place is None:
             message = (

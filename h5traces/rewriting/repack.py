@@ -134,7 +134,7 @@ def repack(
         _check_target(archive, place)
         selected = archive if layers is None else archive.select(layers=layers)
         indices = choose_samples(samples, len(archive))
-        before = shared_metadata(archive.files)
+        before = shared_metadata(archive._files)
         current = before.precision or EXACT
         wanted = _wanted(before, given, archive)
         encodes = given.dtype is not None or wanted != current
@@ -148,7 +148,7 @@ def repack(
         report = RepackReport(
             sources=[str(path) for path in archive.paths],
             copied=not encodes and given.codec in (None, archive.metadata.codec),
-            source_nbytes=sum(file.nbytes for file in archive.files),
+            source_nbytes=sum(file.nbytes for file in archive._files),
             precision=str(wanted) if wanted.is_lossy else None,
         )
         found = ScaleSet()
@@ -289,7 +289,7 @@ def _scales(
 ) -> ScaleSet:
     """The scales of the targets: those of the sources, of a file, or of the first samples."""
     if not encodes:
-        return inherited_scales(archive.files) or ScaleSet()
+        return inherited_scales(archive._files) or ScaleSet()
     return (calibration or measured(archive, num_samples)).scales(step)
 
 
@@ -311,7 +311,7 @@ class _Rewrite:
         self._archive, self._report, self._encodes = archive, report, encodes
         self._codec = None if report.copied else options.codec
         self._shards = ShardSet(options)
-        self._sources, self._first_source = _joined_sources(archive.files)
+        self._sources, self._first_source = _joined_sources(archive._files)
 
     def run(
         self,
@@ -325,7 +325,7 @@ class _Rewrite:
         try:
             for number, start in enumerate(range(0, max(1, len(indices)), size)):
                 shard = _shard(target, number, sharded=shard_samples is not None)
-                writer = self._shards.new(shard, **inherited_facts(self._archive.files))
+                writer = self._shards.new(shard, **inherited_facts(self._archive._files))
                 for index in indices[start : start + size]:
                     self._add(writer, self._archive[index])
                     self._report.num_samples += 1

@@ -192,7 +192,7 @@ class TraceDataset(Dataset[Item]):
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
         """The shard of every item."""
-        return self.archive.shard_numbers[np.asarray(self.indices, dtype=np.int64)]
+        return self.archive._shard_numbers[np.asarray(self.indices, dtype=np.int64)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -241,8 +241,8 @@ class TraceDataset(Dataset[Item]):
     def _field(self, trace: Trace, field: str) -> Any:
         if field not in trace:
             message = (
-                f"{trace.place} (sample id {trace.metadata.sample_id!r}): has no field {field!r}; "
-                f"stored: {', '.join(trace)}"
+                f"{trace._stored.place} (sample id {trace.metadata.sample_id!r}): has no field "
+                f"{field!r}; stored: {', '.join(trace)}"
             )
             raise DatasetError(message)
         if field != layout.TOKENS:
@@ -257,7 +257,7 @@ class TraceDataset(Dataset[Item]):
 def fingerprint_of(archive: Archive, indices: Sequence[int]) -> str:
     """Identifies samples and their shards; it changes when a shard is written again."""
     digest = xxhash.xxh3_64()
-    for file in archive.files:
+    for file in archive._files:
         digest.update(f"{file.metadata.archive_id} {file.num_samples} ".encode())
     digest.update(np.asarray(indices, dtype="<i8").tobytes())
     return digest.hexdigest()
@@ -296,7 +296,7 @@ def axes_of(archive: Archive, kind: str) -> tuple[str, ...]:
     """Names of the axes of one layer's array of a kind."""
     if kind in layout.KINDS:
         return layout.KINDS[kind].axes
-    axes = json.loads(str(_declared(archive.files[0], kind)["axes"]))
+    axes = json.loads(str(_declared(archive._files[0], kind)["axes"]))
     return tuple(str(axis) for axis in axes)
 
 
@@ -313,7 +313,7 @@ def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ..
     if not kinds:
         message = "kinds is empty, expected for instance ('hidden_states',)"
         raise DatasetError(message)
-    for file in archive.files:
+    for file in archive._files:
         if not file.num_samples:
             continue
         for kind in kinds:

@@ -80,7 +80,7 @@ class Preparation:
 
 def named(trace: Trace) -> str:
     """Shard, place in it and sample id, for messages."""
-    return f"{trace.place} (sample id {trace.metadata.sample_id!r})"
+    return f"{trace._stored.place} (sample id {trace.metadata.sample_id!r})"
 
 
 def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
@@ -94,14 +94,14 @@ def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
         It stores generation steps in place of one array.
     """
     name = layout.layer_name(layer)
-    if f"{kind}/{name}" not in trace.objects:
-        stored = list(trace.stored_layers(kind))
+    if f"{kind}/{name}" not in trace._stored.objects:
+        stored = list(trace._stored.stored_layers(kind))
         message = (
             f"{named(trace)}: layer {layer} of {kind} is not stored; stored: {stored or 'none'}; "
             "choose other layers=, or leave the sample out with indices="
         )
         raise LayerIndexError(message)
-    typed = trace.typed_layer(kind, name)
+    typed = trace._stored.typed_layer(kind, name)
     if isinstance(typed, list):
         message = (
             f"{named(trace)}: {kind} are generation steps, as an old extractor kept them, not one "
@@ -282,6 +282,6 @@ def may_be_not_finite(trace: Trace, kind: str, layer: int, dtype: torch.dtype) -
 
     A sample without those counts had none: the writer notes what is not zero.
     """
-    entry = trace.entry(f"{kind}/{layout.layer_name(layer)}")
+    entry = trace._stored.entry(f"{kind}/{layout.layer_name(layer)}")
     counted = bool(entry.attrs.get("num_nan") or entry.attrs.get("num_inf"))
     return counted or carrier_dtype(entry.dtype).itemsize > dtype.itemsize

@@ -30,7 +30,8 @@ from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.scales import ScaleSet, scale_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
-from h5traces.storage.publish import PartFile, deferred_signals, uninterrupted
+from h5traces.storage.processes import deferred_signals, uninterrupted
+from h5traces.storage.publish import PartFile
 from h5traces.writing.elements import record_elements
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (

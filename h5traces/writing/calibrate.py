@@ -291,10 +291,10 @@ def record_states(record: TraceRecord) -> Iterator[tuple[str, NDArray[Any]]]:
 def trace_states(trace: Trace) -> Iterator[tuple[str, NDArray[Any]]]:
     """The hidden states of a stored trace that have an axis of tokens and one of channels."""
     prefix = f"{layout.HIDDEN_STATES}/"
-    for path in trace.objects:
+    for path in trace._stored.objects:
         name = path.removeprefix(prefix)
         if path.startswith(prefix) and name not in layout.TABLES:
-            array = trace.typed_layer(layout.HIDDEN_STATES, name)
+            array = trace._stored.typed_layer(layout.HIDDEN_STATES, name)
             if not isinstance(array, list) and len(array.shape) == 2:
                 yield path, array.to_numpy()
 

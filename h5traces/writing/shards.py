@@ -16,8 +16,8 @@ from h5traces.errors import (
     StoredStateWarning,
 )
 from h5traces.format import layout
+from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import (
-    deferred_signals,
     make_folder,
     remove_abandoned_parts,
     sync_folder,
@@ -125,7 +125,7 @@ def holds(path: Path, digests: Sequence[str], *, as_exact: bool = False) -> bool
     try:
         with warnings.catch_warnings(), open_archive(path) as archive:
             warnings.simplefilter("ignore", StoredStateWarning)
-            return list(digests) == sample_digests(archive.files[0], as_exact=as_exact)
+            return list(digests) == sample_digests(archive._files[0], as_exact=as_exact)
     except (H5TracesError, OSError):
         return False
 
@@ -185,7 +185,7 @@ class Contents:
         """
         found = cls()
         with open_archive(path) as archive:
-            (file,) = archive.files
+            (file,) = archive._files
             found.digests = sample_digests(file, as_exact=True)
             found.done.update(each for each in archive.ids if each is not None)
             for kind, attrs in file.store.kinds.items():

@@ -201,7 +201,7 @@ class SpoolWriter(TraceWriter):
         try:
             for number in numbers:
                 with open_archive(folder.sample_path(number)) as archive:
-                    (found,) = sample_digests(archive.files[0])
+                    (found,) = sample_digests(archive._files[0])
                     if found != self._spooled[number]:
                         message = f"{folder.sample_path(number)}: was changed since it was written"
                         raise CorruptArchiveError(message)
@@ -224,7 +224,7 @@ class SpoolWriter(TraceWriter):
             return self._options
         if self._num_shards:
             with open_archive(self._target.shard(0)) as archive:
-                return replace(self._options, scales=stored_scales(archive.files[0].store))
+                return replace(self._options, scales=stored_scales(archive._files[0].store))
         calibration = self._calibration
         if calibration is None:
             paths = [self._spool().sample_path(each) for each in numbers]

@@ -434,7 +434,7 @@ def test_layers_without_scales_stay_exact_and_are_named(tmp_path: Path) -> None:
     assert report.ok
     assert any("has no scale" in each and "16" in each for each in report.files[0].warnings)
     trace = h5traces.open(tmp_path / "out.h5")[0]
-    assert trace.attrs("hidden_states/layer_001")["kept_exact"] == "has no scale"
+    assert trace._stored.attrs("hidden_states/layer_001")["kept_exact"] == "has no scale"
     assert np.array_equal(trace.layer(1), batch(9)[0]["hidden_states"][1])
     assert not np.array_equal(trace.layer(0), batch(9)[0]["hidden_states"][0])
 

@@ -46,7 +46,7 @@ def write(path: str, numbers: range, **options: Any) -> None:
 def check(target: Path, step: float) -> None:
     with h5traces.open(target, lossy_dtype="float32") as archive:
         assert list(archive.ids) == [f"q{number}" for number in range(NUM_SAMPLES)]
-        scales = [stored_scales(file.store) for file in archive.files]
+        scales = [stored_scales(file.store) for file in archive._files]
         assert len(scales) == 3
         for other in scales[1:]:
             assert scales[0].equals(other)
@@ -140,7 +140,7 @@ def test_given_scales_are_used_and_asked_for_again(tmp_path: Path) -> None:
     write(f"{tmp_path}/run/", range(NUM_SAMPLES), precision=given)
     check(tmp_path / "run", 0.02)
     with h5traces.open(tmp_path / "run") as archive:
-        record = stored_scales(archive.files[0].store).record
+        record = stored_scales(archive._files[0].store).record
     assert record.num_samples == 3
 
 

@@ -196,8 +196,8 @@ def test_tiers_are_as_small_as_they_are_coarse(tmp_path: Path) -> None:
                 sum(
                     size
                     for trace in archive
-                    for path in trace.objects
-                    for _, size in trace.ranges(path)
+                    for path in trace._stored.objects
+                    for _, size in trace._stored.ranges(path)
                 )
             )
     assert sizes == sorted(sizes, reverse=True)
@@ -771,7 +771,9 @@ def test_scales_far_too_wide_are_not_used(tmp_path: Path, factor: float, is_enco
         precision=PrecisionOptions(tier="analysis", scales=tmp_path / "scales.h5"),
     )
     with h5traces.open(tmp_path / "a.h5") as archive:
-        reasons = {trace.attrs("hidden_states/layer_000").get("kept_exact") for trace in archive}
+        reasons = {
+            trace._stored.attrs("hidden_states/layer_000").get("kept_exact") for trace in archive
+        }
     assert reasons == ({None} if is_encoded else {"its scale is far wider than its values"})
     warnings_of = " ".join(report.files[0].warnings)
     assert ("far wider than its values" in warnings_of) != is_encoded

@@ -129,7 +129,8 @@ def test_one_chunk_is_read_per_layer(shards: Path, monkeypatch: pytest.MonkeyPat
         (chunk.offsets[0], chunk.sizes[0])
         for kind in KINDS
         for layer in (2, 0)
-        if (chunk := dataset.archive[6].entry(f"{kind}/layer_{layer:03d}").chunks) is not None
+        if (chunk := dataset.archive[6]._stored.entry(f"{kind}/layer_{layer:03d}").chunks)
+        is not None
     ]
     seen: list[tuple[int, int]] = []
     read_into = LocalFile.read_into

@@ -18,7 +18,7 @@ import numpy as np
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.machine import Machine
 from h5traces.sources.pickle.shims import Marker, Shim, Storage, type_name
-from h5traces.sources.pickle.source import MalformedError, RefusedError
+from h5traces.sources.pickle.source import RejectedError, contradict, reject
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,11 +65,10 @@ def check_item(item: Any, limits: PickleLimits) -> int:
             values = container.values() if type(container) is dict else container
             num_values += len(values)
             if num_values > limits.max_item_opcodes:
-                message = (
+                reject(
                     f"an item unfolds to more than {limits.max_item_opcodes:,} values; if the "
                     f"file is trusted, raise PickleLimits(max_item_opcodes=...)"
                 )
-                raise RefusedError(message)
             kinds = set(map(type, values))
             if kinds <= _SIMPLE:
                 nbytes += 64 * len(values)
@@ -81,16 +80,14 @@ def check_item(item: Any, limits: PickleLimits) -> int:
                 elif kind in _KNOWN_LEAVES:
                     nbytes += _leaf_nbytes(value)
                 else:
-                    message = f"an item holds {type_name(value)}, which no trace holds"
-                    raise RefusedError(message)
+                    reject(f"an item holds {type_name(value)}, which no trace holds")
         if not inner:
             return nbytes
         level = inner
-    message = (
+    reject(
         f"an item contains itself or is nested deeper than {limits.max_depth} levels; if the "
         f"file is trusted, raise PickleLimits(max_depth=...)"
     )
-    raise RefusedError(message)
 
 
 def _leaf_nbytes(value: Any) -> int:
@@ -240,11 +237,10 @@ class BatchMachine(Machine):
                 self._complete(value)
             elif value is not EMITTED:
                 expected = "dicts" if self.kind == "list" else "lists of pairs of arrays"
-                message = (
+                contradict(
                     f"item {self.num_items} of the batch is {type_name(value)}; "
                     f"a batch is a list of {expected}"
                 )
-                raise MalformedError(message)
 
     def _complete(self, item: Any) -> None:
         if self.num_pending:
@@ -260,12 +256,11 @@ class BatchMachine(Machine):
         most = limits.max_unfolded_ratio * read_nbytes + limits.unfolded_grace_nbytes
         if self._unfolded_nbytes > most:
             # They share memory here, but written to a file they would fill a disk.
-            message = (
+            reject(
                 f"{read_nbytes:,} bytes of pickle unfold to more than {most:,}, as the same arrays "
                 "are used again and again; if the file is trusted, raise "
                 "PickleLimits(max_unfolded_ratio=...)"
             )
-            raise RefusedError(message)
 
     def end_item(self) -> None:
         """Drop what belongs to the item and keep what later items may refer to."""
@@ -340,12 +335,11 @@ class BatchMachine(Machine):
 
     def _check_frozen(self, target: Any) -> None:
         if id(target) in self._frozen:
-            message = "an item that was complete is changed afterwards, which no pickler does"
-            raise RefusedError(message)
+            reject("an item that was complete is changed afterwards, which no pickler does")
 
-    def _touched(self, marker: Marker) -> RefusedError:
+    def _touched(self, marker: Marker) -> RejectedError:
         message = f"the pickle uses the {marker.what} as a value, which no pickler of a batch does"
-        return RefusedError(message)
+        return RejectedError(message)
 
 
 class Scanner(BatchMachine):
@@ -374,8 +368,7 @@ class Scanner(BatchMachine):
         kind = type(self.stack[-1])
         code = 1 if kind is dict else 2 if kind is list else 0
         if slot >= _MAX_SLOTS:
-            message = f"the batch has more than {_MAX_SLOTS:,} memo entries and shares some of them"
-            raise RefusedError(message)
+            reject(f"the batch has more than {_MAX_SLOTS:,} memo entries and shares some of them")
         if slot >= len(self._kinds):
             self._kinds.extend(bytes(slot + 1 - len(self._kinds)))
         self._kinds[slot] = code

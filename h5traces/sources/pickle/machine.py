@@ -29,9 +29,11 @@ from h5traces.sources.pickle.shims import (
 from h5traces.sources.pickle.source import (
     MalformedError,
     MemorySource,
-    RefusedError,
+    RejectedError,
     Source,
     TruncatedError,
+    contradict,
+    reject,
 )
 
 if TYPE_CHECKING:
@@ -124,14 +126,13 @@ class Machine:
     def exceed(self, what: str, name: str) -> NoReturn:
         """Reject the pickle because of that limit."""
         value = getattr(self.limits, name)
-        message = (
+        reject(
             f"more than {value:,} {what}; if the file is trusted, raise PickleLimits({name}=...)"
         )
-        raise RefusedError(message)
 
-    def unfinished(self) -> RefusedError:
+    def unfinished(self) -> RejectedError:
         message = "an array or dtype was used without the state that completes it"
-        return RefusedError(message)
+        return RejectedError(message)
 
     def count_payload(self, num_bytes: int) -> None:
         """Account for bytes that are about to be read."""
@@ -145,12 +146,11 @@ class Machine:
         limits = self.limits
         allowed = limits.max_created_ratio * self.read_nbytes + limits.max_created_nbytes
         if self.created_nbytes > allowed:
-            message = (
+            reject(
                 f"copies of {self.created_nbytes:,} bytes would be made of {self.read_nbytes:,} "
                 f"that were read; if the file is trusted, raise "
                 f"PickleLimits(max_created_nbytes=...)"
             )
-            raise RefusedError(message)
 
     # --- arguments ------------------------------------------------------------------------------
 
@@ -193,8 +193,7 @@ class Machine:
         # Picklers number the slots 0, 1, 2, ... (Python 2's cPickle from 1). Other numbers would
         # escape the limits per item.
         if not 0 <= slot <= self.next_slot and not (slot == 1 and self.next_slot == 0):
-            message = f"memo slot {slot:,} is written and {self.next_slot:,} is the next: memo bomb"
-            raise RefusedError(message)
+            reject(f"memo slot {slot:,} is written and {self.next_slot:,} is the next: memo bomb")
         if len(self.memo) >= self.limits.max_item_memo:
             self.exceed("memo entries in one item", "max_item_memo")
         self.next_slot = max(self.next_slot, slot + 1)
@@ -218,15 +217,13 @@ class Machine:
 
     def recall(self, slot: int) -> Any:
         """A slot that is not in the memo."""
-        message = f"memo slot {slot:,} is read and was never written"
-        raise RefusedError(message)
+        reject(f"memo slot {slot:,} is read and was never written")
 
     # --- stack ----------------------------------------------------------------------------------
 
     def pop_mark(self) -> list[Any]:
         if not self.meta:
-            message = "it needs a mark and there is none"
-            raise RefusedError(message)
+            reject("it needs a mark and there is none")
         items = self.stack
         self.stack = self.meta.pop()
         return items
@@ -239,49 +236,41 @@ class Machine:
 
     def extend(self, target: Any, values: list[Any]) -> None:
         if type(target) is not list:
-            message = f"values are appended to {type_name(target)}, expected a list"
-            raise RefusedError(message)
+            reject(f"values are appended to {type_name(target)}, expected a list")
         target.extend(values)
 
     def set_items(self, target: Any, flat: list[Any]) -> None:
         if type(target) is not dict:
-            message = f"items are set in {type_name(target)}, expected a dict"
-            raise RefusedError(message)
+            reject(f"items are set in {type_name(target)}, expected a dict")
         if len(flat) % 2:
-            message = "items are set from an odd number of values"
-            raise RefusedError(message)
+            reject("items are set from an odd number of values")
         keys = flat[::2]
         for key in keys:
             # Ints this small cannot be chosen to collide; str hashes are salted.
             if type(key) is not str and (type(key) is not int or not -_MAX_KEY < key < _MAX_KEY):
                 found = "a larger int" if type(key) is int else type_name(key)
-                message = f"a dict has {found} as a key, expected str or int below 2**63"
-                raise RefusedError(message)
+                reject(f"a dict has {found} as a key, expected str or int below 2**63")
         target.update(zip(keys, flat[1::2], strict=True))
 
     # --- what shims build -----------------------------------------------------------------------
 
     def find(self, module: Any, name: Any) -> Shim:
         if type(module) is not str or type(name) is not str:
-            message = f"a global is named by {type_name(module)} and {type_name(name)}"
-            raise RefusedError(message)
+            reject(f"a global is named by {type_name(module)} and {type_name(name)}")
         shim = self.names.get((module, name))
         if shim is None:
-            message = (
+            reject(
                 f"the pickle asks for {module[:80]!r} {name[:80]!r}, which batches of arrays never "
                 f"need; nothing was imported. Convert only files that you trust, and save objects "
                 f"of other types as arrays first"
             )
-            raise RefusedError(message)
         return shim
 
     def call(self, function: Any, args: Any) -> None:
         if type(function) is not Shim:
-            message = f"{type_name(function)} is called, expected an allowed name"
-            raise RefusedError(message)
+            reject(f"{type_name(function)} is called, expected an allowed name")
         if type(args) is not tuple:
-            message = f"{function.name} is called with {type_name(args)}, expected a tuple"
-            raise RefusedError(message)
+            reject(f"{function.name} is called with {type_name(args)}, expected a tuple")
         value = function.call(self, args)
         self.stack.append(value)
         if type(value) is Pending:
@@ -291,8 +280,7 @@ class Machine:
 
     def build(self, target: Any, state: Any) -> None:
         if type(target) is not Pending:
-            message = f"a state is given to {type_name(target)}, expected a new array or dtype"
-            raise RefusedError(message)
+            reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
         value = target.build(self, state)
         self.num_pending -= 1
         self.stack[-1] = value
@@ -303,8 +291,7 @@ class Machine:
         return StorageMachine(MemorySource(data), self.limits).read(self)
 
     def persistent(self, _value: Any) -> Any:
-        message = "the pickle refers to objects outside of itself (a persistent id)"
-        raise RefusedError(message)
+        reject("the pickle refers to objects outside of itself (a persistent id)")
 
 
 class StorageMachine(Machine):
@@ -333,7 +320,7 @@ def locate(
     place = f"{where}: byte {machine.source.inflated_bytes:,}"
     place += f" ({name})" if (name := _OPCODE_NAMES.get(machine.opcode)) else ""
     place += f", item {item}" if item is not None else ""
-    if isinstance(error, RefusedError):
+    if isinstance(error, RejectedError):
         return UnsafePickleError(f"{place}: {error}")
     if isinstance(error, MalformedError):
         return ConversionError(f"{place}: {error}")
@@ -344,7 +331,7 @@ def locate(
 
 # What handlers raise on bytes that no pickler writes; `locate` translates it.
 INVALID = (
-    RefusedError,
+    RejectedError,
     MalformedError,
     ArithmeticError,
     LookupError,
@@ -359,16 +346,14 @@ INVALID = (
 
 def _integer(line: bytes) -> int:
     if not _INTEGER.fullmatch(line):
-        message = f"the text of an int is {line[:40]!r}"
-        raise MalformedError(message)
+        contradict(f"the text of an int is {line[:40]!r}")
     return int(line.rstrip(b"L"))
 
 
 def _proto(m: Machine) -> None:
     protocol = m.number(1)
     if protocol > HIGHEST_PROTOCOL:
-        message = f"pickle protocol {protocol} is unknown, expected 0 to {HIGHEST_PROTOCOL}"
-        raise MalformedError(message)
+        contradict(f"pickle protocol {protocol} is unknown, expected 0 to {HIGHEST_PROTOCOL}")
 
 
 def _frame(m: Machine) -> None:
@@ -379,8 +364,7 @@ def _frame(m: Machine) -> None:
 def _stop(m: Machine) -> None:
     m.result = m.stack.pop()
     if m.stack or m.meta:
-        message = "the pickle stops and values are left on the stack"
-        raise RefusedError(message)
+        reject("the pickle stops and values are left on the stack")
     m.stopped = m.halted = True
 
 
@@ -427,16 +411,14 @@ def _integer_of(width: int, *, signed: bool = False) -> Handler:
 
 def _long_of(m: Machine, num_bytes: int) -> None:
     if num_bytes > _MAX_LONG_NBYTES:
-        message = f"an int of {num_bytes:,} bytes, expected at most {_MAX_LONG_NBYTES:,}"
-        raise RefusedError(message)
+        reject(f"an int of {num_bytes:,} bytes, expected at most {_MAX_LONG_NBYTES:,}")
     m.stack.append(int.from_bytes(m.source.read(num_bytes), "little", signed=True))
 
 
 def _float(m: Machine) -> None:
     line = m.line(_MAX_NUMBER_CHARS)
     if not _FLOAT.fullmatch(line):
-        message = f"the text of a float is {line[:40]!r}"
-        raise MalformedError(message)
+        contradict(f"the text of a float is {line[:40]!r}")
     m.stack.append(float(line))
 
 
@@ -458,8 +440,7 @@ def _string(m: Machine) -> None:
     m.count_payload(len(line))
     match = _PLAIN_STRING.fullmatch(line)
     if match is None:
-        message = f"the text of a Python 2 string is {line[:40]!r}"
-        raise MalformedError(message)
+        contradict(f"the text of a Python 2 string is {line[:40]!r}")
     m.stack.append(m.ascii(_ESCAPE.sub(_unescape, match[2])))
 
 
@@ -603,15 +584,13 @@ def _binpersid(m: Machine) -> None:
 
 def _rejected(name: str, why: str) -> Handler:
     def handler(_m: Machine) -> None:
-        message = f"{name} {why}; batches of arrays never need it"
-        raise RefusedError(message)
+        reject(f"{name} {why}; batches of arrays never need it")
 
     return handler
 
 
 def _unknown(m: Machine) -> None:
-    message = f"byte 0x{m.opcode:02x} is no pickle opcode, so this is no pickle or a damaged one"
-    raise MalformedError(message)
+    contradict(f"byte 0x{m.opcode:02x} is no pickle opcode, so this is no pickle or a damaged one")
 
 
 _HANDLERS: dict[bytes, Handler] = {

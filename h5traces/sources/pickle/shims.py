@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.source import MalformedError, RefusedError
+from h5traces.sources.pickle.source import MalformedError, contradict, reject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -133,22 +133,19 @@ def brief(value: Any) -> str:
 
 
 def check_args(name: str, args: tuple[Any, ...], *counts: int) -> None:
-    """Raise RefusedError unless a call has one of these numbers of arguments."""
+    """Raise RejectedError unless a call has one of these numbers of arguments."""
     if len(args) not in counts:
         expected = " or ".join(str(count) for count in counts)
-        message = f"{name} is called with {len(args)} arguments, expected {expected}"
-        raise RefusedError(message)
+        reject(f"{name} is called with {len(args)} arguments, expected {expected}")
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """The shape; RefusedError unless it is a tuple of plausible ints."""
+    """The shape; RejectedError unless it is a tuple of plausible ints."""
     if type(shape) is not tuple or len(shape) > MAX_NDIM:
-        message = f"a shape is {type_name(shape)}, expected a tuple of at most {MAX_NDIM} ints"
-        raise RefusedError(message)
+        reject(f"a shape is {type_name(shape)}, expected a tuple of at most {MAX_NDIM} ints")
     for dim in shape:
         if type(dim) is not int or not 0 <= dim < _MAX_DIM:
-            message = f"a shape holds {brief(dim)}, expected sizes"
-            raise RefusedError(message)
+            reject(f"a shape holds {brief(dim)}, expected sizes")
     return shape
 
 
@@ -157,22 +154,18 @@ def build_array(
 ) -> np.ndarray[Any, Any]:
     """An array over the payload's own memory, once dtype, shape and byte count are checked."""
     if not isinstance(dtype, np.dtype):
-        message = f"an array has {type_name(dtype)} for its dtype, expected a numpy.dtype"
-        raise RefusedError(message)
+        reject(f"an array has {type_name(dtype)} for its dtype, expected a numpy.dtype")
     if type(data) not in (bytes, bytearray):
-        message = f"an array has {type_name(data)} for its data, expected bytes"
-        raise RefusedError(message)
+        reject(f"an array has {type_name(data)} for its data, expected bytes")
     check_shape(shape)
     if not dtype.itemsize:
-        message = f"an array has elements of 0 bytes (dtype {dtype.str}), which numpy never writes"
-        raise RefusedError(message)
+        reject(f"an array has elements of 0 bytes (dtype {dtype.str}), which numpy never writes")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != len(data):
-        message = (
+        contradict(
             f"an array of shape {shape} and dtype {dtype.str} needs {nbytes:,} bytes, "
             f"found {len(data):,}"
         )
-        raise MalformedError(message)
     array: np.ndarray[Any, Any] = np.ndarray(
         shape, dtype, buffer=data, order="F" if order == "F" else "C"
     )
@@ -186,8 +179,7 @@ def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any
     meter.charge(len(data))
     words = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder))
     if words.max() > sys.maxunicode:
-        message = f"an array of dtype {dtype.str} holds a word that is no Unicode character"
-        raise MalformedError(message)
+        contradict(f"an array of dtype {dtype.str} holds a word that is no Unicode character")
 
 
 # --- numpy -------------------------------------------------------------------------------------
@@ -197,31 +189,27 @@ def _dtype(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("numpy.dtype", args, 3)
     code, _align, _copy = args
     if type(code) is not str:
-        message = f"numpy.dtype is called with {type_name(code)}, expected a type code"
-        raise RefusedError(message)
+        reject(f"numpy.dtype is called with {type_name(code)}, expected a type code")
     known = code in _NUMERIC_CODES or (code[:1] in ("S", "U") and code[1:].isdecimal())
     if not known or not code.isascii() or len(code) > 12:
         holds = _FORBIDDEN_KINDS.get(code[:1], "values of an unknown type")
-        message = (
+        reject(
             f"numpy.dtype({brief(code)}) would make an array of {holds}; expected booleans, "
             f"integers, floats, complex numbers or fixed-length strings"
         )
-        raise RefusedError(message)
     try:
         dtype = np.dtype(code)
     except (TypeError, ValueError):
         message = f"this machine's numpy has no dtype {code!r}; convert the batch on another"
         raise MalformedError(message) from None
     if dtype.itemsize >= 1 << 30:
-        message = f"numpy.dtype({code!r}) has elements of {dtype.itemsize} bytes"
-        raise RefusedError(message)
+        reject(f"numpy.dtype({code!r}) has elements of {dtype.itemsize} bytes")
     return Pending("dtype", lambda _meter, state: _finish_dtype(dtype, state))
 
 
 def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
     if type(state) is not tuple or len(state) != _DTYPE_STATE_LENGTH:
-        message = f"the state of a dtype is {type_name(state)}, expected a tuple of 8"
-        raise RefusedError(message)
+        reject(f"the state of a dtype is {type_name(state)}, expected a tuple of 8")
     version, order, subarray, names, fields, itemsize, alignment, flags = state
     checks = {
         "version": type(version) is int and version == 3,
@@ -235,11 +223,10 @@ def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
     }
     wrong = [what for what, fits in checks.items() if not fits]
     if wrong:
-        message = (
+        reject(
             f"the state of dtype {dtype.str} has unexpected {', '.join(wrong)}; numpy writes "
             f"that for structures and objects only, if at all"
         )
-        raise RefusedError(message)
     # Not newbyteorder: its result says "<" where numpy says "=".
     return dtype if order in "|=" else np.dtype(order + dtype.str[1:])
 
@@ -247,22 +234,18 @@ def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
 def _reconstruct(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("_reconstruct", args, 3)
     if args[0] is not _NDARRAY:
-        message = f"_reconstruct is called with {type_name(args[0])}, expected numpy.ndarray"
-        raise RefusedError(message)
+        reject(f"_reconstruct is called with {type_name(args[0])}, expected numpy.ndarray")
     return Pending("array", _finish_array)
 
 
 def _finish_array(meter: Meter, state: Any) -> np.ndarray[Any, Any]:
     if type(state) is not tuple or len(state) not in (4, 5):
-        message = f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5"
-        raise RefusedError(message)
+        reject(f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5")
     if len(state) == 5 and (type(state[0]) is not int or state[0] not in (0, 1)):
-        message = f"the state of an array has version {brief(state[0])}, expected 1"
-        raise RefusedError(message)
+        reject(f"the state of an array has version {brief(state[0])}, expected 1")
     shape, dtype, fortran, data = state[-4:]
     if type(fortran) is not bool:
-        message = f"the state of an array has the order {type_name(fortran)}, expected a bool"
-        raise RefusedError(message)
+        reject(f"the state of an array has the order {type_name(fortran)}, expected a bool")
     return build_array(meter, data, dtype, shape, order="F" if fortran else "C")
 
 
@@ -270,8 +253,7 @@ def _frombuffer(meter: Meter, args: tuple[Any, ...]) -> np.ndarray[Any, Any]:
     check_args("_frombuffer", args, 4)
     data, dtype, shape, order = args
     if type(order) is not str or order not in ("C", "F"):
-        message = f"_frombuffer is called with the order {brief(order)}, expected 'C' or 'F'"
-        raise RefusedError(message)
+        reject(f"_frombuffer is called with the order {brief(order)}, expected 'C' or 'F'")
     return build_array(meter, data, dtype, shape, order=order)
 
 
@@ -285,8 +267,7 @@ def _scalar(meter: Meter, args: tuple[Any, ...]) -> Any:
 
 def _not_callable(name: str) -> Shim:
     def call(_meter: Meter, _args: tuple[Any, ...]) -> Any:
-        message = f"{name} is called; pickles of arrays only pass it on"
-        raise RefusedError(message)
+        reject(f"{name} is called; pickles of arrays only pass it on")
 
     return Shim(name, call)
 
@@ -301,8 +282,7 @@ def _encode(meter: Meter, args: tuple[Any, ...]) -> bytes:
     check_args("_codecs.encode", args, 2)
     text, encoding = args
     if type(text) is not str or type(encoding) is not str or encoding != "latin1":
-        message = f"_codecs.encode is called with {type_name(text)} and {brief(encoding)}"
-        raise RefusedError(message)
+        reject(f"_codecs.encode is called with {type_name(text)} and {brief(encoding)}")
     return _to_bytes(meter, text)
 
 
@@ -326,12 +306,10 @@ def _bytearray(meter: Meter, args: tuple[Any, ...]) -> bytearray:
         return bytearray()
     if len(args) == 2:
         if (type(args[0]), type(args[1])) != (str, str) or args[1] != "latin-1":
-            message = f"bytearray is called with {type_name(args[0])} and {brief(args[1])}"
-            raise RefusedError(message)
+            reject(f"bytearray is called with {type_name(args[0])} and {brief(args[1])}")
         return bytearray(_to_bytes(meter, args[0]))
     if type(args[0]) is not bytes:
-        message = f"bytearray is called with {type_name(args[0])}, expected bytes"
-        raise RefusedError(message)
+        reject(f"bytearray is called with {type_name(args[0])}, expected bytes")
     meter.charge(len(args[0]))
     return bytearray(args[0])
 
@@ -394,63 +372,52 @@ class StorageHeader:
 
 
 def _never(_meter: Meter, _args: tuple[Any, ...]) -> Any:
-    message = "a torch type is called; pickles of tensors only pass it on"
-    raise RefusedError(message)
+    reject("a torch type is called; pickles of tensors only pass it on")
 
 
 def parse_persistent_id(value: Any) -> StorageHeader:
     """The storage that an embedded stream's persistent id describes."""
     if type(value) is not tuple or len(value) != 6 or brief(value[0]) != "'storage'":
-        message = f"a persistent id is {type_name(value)}, expected a description of a storage"
-        raise RefusedError(message)
+        reject(f"a persistent id is {type_name(value)}, expected a description of a storage")
     _, kind, key, location, num_elements, view = value
     if type(kind) is not TypeName or type(key) is not str or type(location) is not str:
-        message = f"a persistent id names {type_name(kind)}, expected a torch storage type"
-        raise RefusedError(message)
+        reject(f"a persistent id names {type_name(kind)}, expected a torch storage type")
     if view is not None:
-        message = "a storage is a view of another one, which only torch before 0.4 wrote"
-        raise MalformedError(message)
+        contradict("a storage is a view of another one, which only torch before 0.4 wrote")
     if type(num_elements) is not int or not 0 <= num_elements < 1 << 62:
-        message = f"a storage has {brief(num_elements)} elements"
-        raise RefusedError(message)
+        reject(f"a storage has {brief(num_elements)} elements")
     return StorageHeader(key, kind.dtype, num_elements)
 
 
 def read_storage(load: Callable[[], Any], source: MemorySource) -> Storage:
     """The storage in an embedded stream; ``load`` reads one pickle from ``source``."""
     if load() != _MAGIC or load() != _PROTOCOL:
-        message = "the bytes of a torch storage are no legacy torch.save stream"
-        raise MalformedError(message)
+        contradict("the bytes of a torch storage are no legacy torch.save stream")
     system = load()
     if type(system) is not dict or system.get("little_endian") is not True:
-        message = "a torch storage was written on a big-endian machine; save it again on another"
-        raise MalformedError(message)
+        contradict("a torch storage was written on a big-endian machine; save it again on another")
     header = load()
     keys = load()
     if type(header) is not StorageHeader or type(keys) is not list or keys != [header.key]:
-        message = "the bytes of a torch storage hold something else than one storage"
-        raise MalformedError(message)
+        contradict("the bytes of a torch storage hold something else than one storage")
     declared = int.from_bytes(source.read(8), "little")
     storage = Storage(source.data, source.inflated_bytes, header.num_elements, header.dtype)
     found = len(source.data) - storage.start
     if declared != header.num_elements or storage.nbytes != found:
-        message = (
+        contradict(
             f"a torch storage of {header.num_elements:,} {header.dtype} elements needs "
             f"{storage.nbytes:,} bytes, found {found:,} for {declared:,} elements"
         )
-        raise MalformedError(message)
     return storage
 
 
 def _load_from_bytes(meter: Meter, args: tuple[Any, ...]) -> Storage:
     check_args("_load_from_bytes", args, 1)
     if type(args[0]) is not bytes:
-        message = f"_load_from_bytes is called with {type_name(args[0])}, expected bytes"
-        raise RefusedError(message)
+        reject(f"_load_from_bytes is called with {type_name(args[0])}, expected bytes")
     storage = meter.load_storage(args[0])
     if type(storage) is not Storage:
-        message = f"the bytes of a torch storage hold {type_name(storage)}"
-        raise MalformedError(message)
+        contradict(f"the bytes of a torch storage hold {type_name(storage)}")
     return storage
 
 
@@ -464,8 +431,7 @@ def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_tensor_v3", args, 7, 8)
     _check_extras(args[4], args[5], args[7] if len(args) == 8 else None)
     if type(args[6]) is not TypeName:
-        message = f"a tensor has {type_name(args[6])} for its dtype, expected a torch dtype"
-        raise RefusedError(message)
+        reject(f"a tensor has {type_name(args[6])} for its dtype, expected a torch dtype")
     return _tensor(meter, args, args[6].dtype)
 
 
@@ -473,42 +439,37 @@ def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_parameter", args, 3)
     _check_extras(args[1], args[2], None)
     if type(args[0]) is not TorchValue:
-        message = f"a parameter holds {type_name(args[0])}, expected a tensor"
-        raise RefusedError(message)
+        reject(f"a parameter holds {type_name(args[0])}, expected a tensor")
     return args[0]
 
 
 def _check_extras(requires_grad: Any, hooks: Any, metadata: Any) -> None:
     empty = all(value is None or (type(value) is dict and not value) for value in (hooks, metadata))
     if type(requires_grad) is not bool or not empty:
-        message = (
+        reject(
             "a tensor carries hooks, or a conjugate or negative bit; save it again after "
             "detach().resolve_conj().resolve_neg()"
         )
-        raise RefusedError(message)
 
 
 def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> TorchValue:
     storage, offset, size, strides = args[:4]
     if type(storage) is not Storage:
-        message = f"a tensor has {type_name(storage)} for its storage"
-        raise RefusedError(message)
+        reject(f"a tensor has {type_name(storage)} for its storage")
     dtype_name = dtype_name or storage.dtype
     dtype = _STORED_AS[dtype_name]
     shape = check_shape(size)
     if len(check_shape(strides)) != len(shape) or type(offset) is not int or offset < 0:
-        message = f"a tensor of shape {shape} has the strides {strides} and offset {brief(offset)}"
-        raise RefusedError(message)
+        reject(f"a tensor of shape {shape} has the strides {strides} and offset {brief(offset)}")
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return TorchValue(np.empty(shape, dtype), dtype_name)
     last = offset + sum((dim - 1) * step for dim, step in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > storage.nbytes:
-        message = (
+        reject(
             f"a tensor of shape {shape}, strides {strides} and offset {offset} reaches element "
             f"{last:,} of a storage of {storage.nbytes // dtype.itemsize:,}"
         )
-        raise RefusedError(message)
     start = storage.start + offset * dtype.itemsize
     byte_strides = tuple(step * dtype.itemsize for step in strides)
     whole = nbytes == storage.nbytes

@@ -12,7 +12,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, NoReturn, Self, cast
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.storage.files import open_regular
@@ -95,7 +95,7 @@ class PickleLimits:
     expansion_grace_nbytes: int = 64 * MIB
 
 
-class RefusedError(Exception):
+class RejectedError(Exception):
     """A pickle asks for what is not allowed; `locate` makes an UnsafePickleError of it."""
 
 
@@ -105,6 +105,16 @@ class MalformedError(Exception):
 
 class TruncatedError(MalformedError):
     """Fewer bytes follow than an opcode needs."""
+
+
+def reject(message: str) -> NoReturn:
+    """Raise `RejectedError`."""
+    raise RejectedError(message)
+
+
+def contradict(message: str) -> NoReturn:
+    """Raise `MalformedError`."""
+    raise MalformedError(message)
 
 
 class Source:
@@ -168,8 +178,7 @@ class Source:
         line = self.file.readline(max_nbytes + 1)
         if not line.endswith(b"\n"):
             if len(line) > max_nbytes:
-                message = f"a text argument is longer than {max_nbytes:,} bytes"
-                raise RefusedError(message)
+                reject(f"a text argument is longer than {max_nbytes:,} bytes")
             raise self._truncated(len(line) + 1, len(line))
         return line[:-1]
 

@@ -28,9 +28,9 @@ from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
 from h5traces.sources.pickle.shims import type_name
 from h5traces.sources.pickle.source import (
     FileSource,
-    MalformedError,
     PickleLimits,
     TruncatedError,
+    contradict,
 )
 
 if TYPE_CHECKING:
@@ -258,17 +258,15 @@ class BatchStream(Iterator[Any]):
         found = machine.result
         root = found.get(TRACES_KEY) if type(found) is dict else found
         if machine.kind is None or root is not ROOT:
-            message = f"found {_describe(found)}, {_EXPECTED}"
-            raise MalformedError(message)
+            contradict(f"found {_describe(found)}, {_EXPECTED}")
         if machine.num_pending:
             raise machine.unfinished()
         assert self._source is not None
         if not self._source.at_end():
-            message = (
+            contradict(
                 "data follows the end of the pickle. If several pickle.dump calls wrote into "
                 "this file, write one file per call; otherwise the file is damaged"
             )
-            raise MalformedError(message)
 
     def _guard(self, step: Any) -> Any:
         source = self._source
@@ -294,11 +292,10 @@ class BatchStream(Iterator[Any]):
             check_item(found, self._limits)
             unknown = sorted(map(str, found.keys() - {"labels", "question_ids"}))
             if unknown:
-                message = (
+                contradict(
                     f"the dict has the unknown keys {', '.join(unknown)[:200]}, expected only "
                     f"'traces', 'labels' and 'question_ids'"
                 )
-                raise MalformedError(message)
             return (
                 _column(found.get("labels"), "labels", num_items),
                 _column(found.get("question_ids"), "question_ids", num_items),
@@ -336,14 +333,12 @@ def _column(values: Any, name: str, num_items: int) -> list[Any] | None:
     if type(values) not in (list, tuple) and not (
         isinstance(values, np.ndarray) and values.ndim == 1
     ):
-        message = f"{name!r} is {type_name(values)}, expected a list with one value per trace"
-        raise MalformedError(message)
+        contradict(f"{name!r} is {type_name(values)}, expected a list with one value per trace")
     if len(values) != num_items:
-        message = (
+        contradict(
             f"{name!r} has {len(values)} values for {num_items} traces; they cannot be matched, "
             f"so remove or repair that list"
         )
-        raise MalformedError(message)
     return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
