@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import sys
-import threading
 import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +25,7 @@ from rich.progress import (
 )
 
 from h5traces.errors import H5TracesError, LossyWarning, StoredStateWarning, TargetError
+from h5traces.storage.processes import handled_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,7 +98,9 @@ def warn(message: str) -> None:
 
 
 def fail(message: str) -> None:
-    """An error on stderr."""
+    """An error on stderr; it names options as they are typed."""
+    message = re.sub(r"\boverwrite=True\b", "--overwrite", message)
+    message = re.sub(r"\bskip_existing=True\b", "--skip-existing", message)
     errors.print(f"[red]error:[/] {_plain(message)}")
 
 
@@ -110,21 +112,8 @@ class _TerminatedError(KeyboardInterrupt):
     """SIGTERM came; handled as Ctrl-C is."""
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM, as a batch system sends it before it kills, stops cleanly inside the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: object) -> None:
-        raise _TerminatedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+def _raise_terminated(*_: object) -> None:
+    raise _TerminatedError
 
 
 @contextlib.contextmanager
@@ -134,7 +123,7 @@ def reported(usage_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         warnings.simplefilter("always", StoredStateWarning)
         warnings.simplefilter("always", LossyWarning)
         try:
-            with _sigterm_raises():
+            with handled_signals(_raise_terminated, [signal.SIGTERM]):
                 yield
         except BrokenPipeError:
             # The reader of a pipe (head, less) has seen enough.
@@ -251,24 +240,21 @@ class Stop:
     ----------
     number
         The signal; 0 for none.
-    before
-        The handlers that were there before.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._is_computing = False
-        self.before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Asked before every batch."""
         self._is_computing = True
         return self.number != 0
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
-        if self.number or not self._is_computing:
-            self.before[number](number, frame)
+    def note(self, number: int, frame: FrameType | None, before: Any) -> None:
+        """Handle a signal, which `before` handled."""
+        if callable(before) and (self.number or not self._is_computing):
+            before(number, frame)
         self.number = number
         warn("finishing the current batch; again to stop at once")
 
@@ -277,14 +263,5 @@ class Stop:
 def stopping() -> Iterator[Stop]:
     """Ctrl-C and SIGTERM let the batch that is being computed come to its end."""
     stop = Stop()
-    if threading.current_thread() is threading.main_thread():
-        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # What is ignored (nohup, a shell's background job) stays ignored.
-        stop.before = {number: each for number, each in found.items() if callable(each)}
-    for number in stop.before:
-        signal.signal(number, stop.note)
-    try:
+    with handled_signals(stop.note):
         yield stop
-    finally:
-        for number, handler in stop.before.items():
-            signal.signal(number, handler)

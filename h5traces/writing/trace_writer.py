@@ -15,7 +15,8 @@ from h5traces.format.record import TraceRecord
 from h5traces.format.trace import SourcePosition
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle import layouts
-from h5traces.storage.publish import deferred_signals, make_folder, remove_abandoned_parts
+from h5traces.storage.processes import deferred_signals
+from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing import transcription
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions, precision_warnings
