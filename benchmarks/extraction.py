@@ -39,7 +39,8 @@ import transformers
 
 import h5traces
 from h5traces.extract import ExtractOptions, GenerationOptions, load_model, load_tokenizer
-from h5traces.extract.extractor import Extractor, Planner
+from h5traces.extract.extractor import Extractor
+from h5traces.extract.generation import Planner
 from h5traces.extract.questions import read_questions
 from h5traces.extract.running import WriterThread
 from h5traces.writing.process_writer import ProcessWriter
@@ -88,7 +89,8 @@ class Bench:
     def stored(self, folder: Path) -> dict[str, float]:
         """As the command does it."""
         before = time.perf_counter()
-        writer = ProcessWriter(folder / "run", shard_samples=SHARD_SAMPLES)
+        target = h5traces.TargetOptions(shard_samples=SHARD_SAMPLES)
+        writer = ProcessWriter(f"{folder}/run/", target=target)
         started = time.perf_counter()
         thread = WriterThread(writer, lambda _record: None)
         for batch in self._batches:
@@ -103,7 +105,9 @@ class Bench:
     def in_turn(self, folder: Path) -> dict[str, float]:
         """Write between samples."""
         started = time.perf_counter()
-        writer = h5traces.create(folder / "run", shard_samples=SHARD_SAMPLES)
+        writer = h5traces.create(
+            f"{folder}/run/", target=h5traces.TargetOptions(shard_samples=SHARD_SAMPLES)
+        )
         for batch in self._batches:
             for each in self._extractor.run(batch):
                 writer.append(each)

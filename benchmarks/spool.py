@@ -75,8 +75,11 @@ def measured(
     return Cost(statistics.median(appends), total / count, cpu / count)
 
 
-def archive(samples: Sequence[dict[str, Any]], folder: Path, **options: Any) -> Cost:
-    writer = h5traces.create(folder / "run.h5", **options)
+def archive(
+    samples: Sequence[dict[str, Any]], folder: Path, *, spool: bool = True, verify: bool = True
+) -> Cost:
+    target = h5traces.TargetOptions(verify=verify)
+    writer = h5traces.create(folder / "run.h5", spool=spool, target=target)
     return measured(samples, lambda number: writer.append(samples[number]), writer.close)
 
 

@@ -121,7 +121,7 @@ def write(path: Path, found: Sequence[TraceRecord], options: WriteOptions) -> fl
 
 def read(path: Path) -> float:
     with h5traces.open(path) as archive:
-        kinds = archive.files[0].metadata_kinds
+        kinds = archive._files[0].metadata_kinds
         started = time.perf_counter()
         for index in range(len(archive)):
             archive.read([index], kinds=kinds)
@@ -132,9 +132,9 @@ def float16_nbytes(path: Path) -> int:
     """Bytes of all layers as float16 has them."""
     with h5traces.open(path) as archive:
         return sum(
-            2 * int(np.prod(trace.entry(name).shape))
+            2 * int(np.prod(trace._stored.entry(name).shape))
             for trace in archive
-            for name in trace.objects
+            for name in trace._stored.objects
             if "layer_" in name
         )
 
@@ -146,7 +146,7 @@ def cell(values: Sequence[float], form: str) -> str:
 def per_thousand(path: Path, num_samples: int) -> float:
     """Bytes of 1000 such samples; what an archive holds once is counted once."""
     with h5traces.open(path) as archive:
-        sizes = archive.files[0].sizes()
+        sizes = archive._files[0].sizes()
     once = sizes["scales"].stored_nbytes if "scales" in sizes else 0
     return once + (path.stat().st_size - once) / num_samples * THOUSAND
 

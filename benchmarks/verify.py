@@ -113,7 +113,8 @@ def main() -> None:
     generator = Generator(Shape(32, 4096, 32))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "archive.h5"
-        with h5traces.create(path, spool=False, verify=False) as writer:
+        target = h5traces.TargetOptions(verify=False)
+        with h5traces.create(path, spool=False, target=target) as writer:
             for number in range(options.samples):
                 writer.append(generator.sample(number, 43))
         nbytes = path.stat().st_size

@@ -1,4 +1,4 @@
-"""The exceptions of h5traces.
+"""Errors and warnings of h5traces, and its version.
 
 Every class can be built from one message string and survives pickling: PyTorch's DataLoader
 re-raises a worker's error as ``type(error)(message)``, and process pools pickle them.
@@ -6,6 +6,8 @@ re-raises a worker's error as ``type(error)(message)``, and process pools pickle
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -37,51 +39,54 @@ class Problem:
 
 
 class H5TracesError(Exception):
-    """Base class of every error that h5traces raises on purpose."""
+    """Base class of the errors that h5traces raises on purpose."""
 
 
 class ArchiveError(H5TracesError):
-    """An archive cannot be read or written."""
+    """An archive cannot be read or written; see the subclasses and the message."""
 
 
 class NotAnArchiveError(ArchiveError):
-    """The file is no h5traces archive: not HDF5, or HDF5 written by something else."""
+    """The file is no h5traces archive; name another file, or convert this one."""
 
 
 class CorruptArchiveError(ArchiveError):
-    """Stored bytes contradict themselves: a checksum, a size or a shape does not fit."""
+    """Stored bytes contradict a checksum, a size or a shape.
+
+    Fetch the file again, or copy its intact samples with `h5traces.salvage`.
+    """
 
 
 class HostileFileError(CorruptArchiveError):
-    """The file holds a construct that archives never contain and that attacks are made of."""
+    """The file holds something that only attacks need; do not open it with other programs."""
 
 
 class UnsupportedVersionError(ArchiveError):
-    """The archive's format version or a required feature is unknown to this release."""
+    """The archive has a format version or feature that this release does not know; upgrade."""
 
 
 class UnsupportedEncodingError(ArchiveError):
-    """A stored element has an encoding name or version that this release does not know."""
+    """A stored value has an encoding that this release does not know; upgrade h5traces."""
 
 
 class MissingFilterError(ArchiveError):
-    """A dataset needs an HDF5 filter plugin that is not available."""
+    """A dataset needs an HDF5 filter that is not available; the message names it."""
 
 
 class RemoteError(ArchiveError):
-    """A server cannot be reached, refuses access, or does not do what reading takes."""
+    """A server cannot be reached, denies access, or cannot serve ranges; download the file."""
 
 
 class ArchiveExistsError(ArchiveError):
-    """The target exists already and replacing it was not asked for."""
+    """The output exists; choose another name, or pass ``overwrite=True``."""
 
 
 class TargetError(ArchiveError, ValueError):
-    """An output is no name that its command can write, or is one of the files that it reads."""
+    """The output is not a valid name, or is one of the files that are read; name another."""
 
 
 class SchemaError(H5TracesError, ValueError):
-    """Metadata or a record does not fit the schema; ``problems`` lists every finding."""
+    """Metadata or a record does not fit the schema; `problems` lists every finding."""
 
     problems: tuple[Problem, ...]
 
@@ -94,7 +99,7 @@ class SchemaError(H5TracesError, ValueError):
 
 
 class TraceNotFoundError(H5TracesError, KeyError):
-    """No trace has that sample id, or several have and the id alone is ambiguous."""
+    """No sample has this id, or several have; look at the archive's ids, or use an index."""
 
     def __str__(self) -> str:
         # KeyError would print the repr of the message.
@@ -102,43 +107,43 @@ class TraceNotFoundError(H5TracesError, KeyError):
 
 
 class LayerIndexError(H5TracesError, IndexError):
-    """A layer or position that the trace or archive does not store."""
+    """A layer or position is not stored; the message lists those that are."""
 
 
 class SampleIndexError(H5TracesError, IndexError):
-    """A sample that the archive does not hold."""
+    """A sample is not stored; the message says how many are."""
 
 
 class ConversionError(H5TracesError):
-    """A legacy batch cannot be converted."""
+    """A source cannot be converted; the message names file, sample and field."""
 
 
 class UnsafePickleError(ConversionError):
-    """A pickle asks for something outside the allow-list; nothing of it was executed."""
+    """A pickle asks for something outside the allow-list; nothing in it was executed."""
 
 
 class ExtractionError(H5TracesError):
-    """Activations could not be extracted from a model."""
+    """Activations cannot be extracted from a model; the message says what to change."""
 
 
 class TooLongError(ExtractionError):
-    """A prompt and its answer do not fit into the model's context."""
+    """A prompt and its answer exceed the model's context; shorten either."""
 
 
 class NanError(ExtractionError):
-    """A sample has NaN among its values."""
+    """A sample contains NaN; compute in another type, or choose what to do with NaN."""
 
 
 class PrecisionError(H5TracesError):
-    """Arrays cannot be stored as precisely, or as coarsely, as was asked for."""
+    """Arrays cannot be stored in the requested precision; choose another one."""
 
 
 class LossyArchiveError(ArchiveError):
-    """An archive that stores less than its source held was asked for what it does not hold."""
+    """An archive that is not lossless lacks what was requested; use the archive it was made of."""
 
 
 class HeadsNotStoredError(LossyArchiveError, KeyError):
-    """The archive holds attentions averaged over heads, not each head's."""
+    """The archive stores attentions averaged over heads; use the average, or another archive."""
 
     def __str__(self) -> str:
         # KeyError would print the repr of the message.
@@ -146,19 +151,19 @@ class HeadsNotStoredError(LossyArchiveError, KeyError):
 
 
 class LossyWarning(UserWarning):
-    """What is read or written holds less than its source did."""
+    """The archive that is read or written is not lossless."""
 
 
 class FidelityError(H5TracesError):
-    """Two archives cannot be compared: nothing in common, or arrays of different shapes."""
+    """Two archives cannot be compared: they share no samples, or their shapes differ."""
 
 
 class FeatureError(H5TracesError):
-    """Features cannot be computed, or hold values that are no numbers."""
+    """Features cannot be computed, or are not finite; the message names the sample."""
 
 
 class DatasetError(H5TracesError):
-    """A training dataset cannot give what was asked of it; the message names shard and sample."""
+    """A training dataset cannot return a sample; the message names shard and sample."""
 
 
 class MissingDependencyError(H5TracesError, ImportError):
@@ -166,7 +171,15 @@ class MissingDependencyError(H5TracesError, ImportError):
 
 
 class StoredStateWarning(UserWarning):
-    """The archive can be read, but not in its usual way; for instance its footer is missing."""
+    """The archive is readable, but not in the usual way, for instance without its footer."""
 
 
 __version__ = "0.1.0"
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside of this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "h5traces":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -220,7 +220,7 @@ class Target:
                 f"{' or '.join(suffixes)}; for a new folder {new}"
             )
             if isinstance(dest, Path):
-                message += f", or pass the text '{text}/': a Path keeps no final slash"
+                message += ", or pass text that ends in a slash, which a Path cannot keep"
             raise TargetError(message)
         return cls(path, suffix, is_folder=is_folder, shard_samples=shard_samples)
 

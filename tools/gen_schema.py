@@ -30,6 +30,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from h5traces.format import layout
 from h5traces.format.archive import (
     ArchiveMetadata,
+    Cast,
     ExtractionMetadata,
     KindMetadata,
     SampleExtraction,
@@ -249,6 +250,7 @@ def tables() -> dict[str, str]:
     """Every generated table of SPEC.md by the name in its markers."""
     return {
         "ArchiveMetadata": model_table(ArchiveMetadata),
+        "Cast": model_table(Cast, nested=True),
         "Precision": model_table(Precision, nested=True),
         "CalibrationRecord": model_table(CalibrationRecord),
         "SourceFile": model_table(SourceFile, nested=True),

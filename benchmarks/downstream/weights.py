@@ -9,7 +9,6 @@ import numpy as np
 from downstream.coding import chunk_nbytes
 from h5traces.format.dtypes import TypedArray
 from h5traces.precision import square_root
-from h5traces.precision import square_root as rounding
 from h5traces.precision.head_mean import HeadMean
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 THRESHOLD: Final = 0.01
 HEAD_MEAN: Final = "head mean"
-_MEAN_LEVELS: Final = 255
 # Added to every weight before rows are compared, so that what became zero has a logarithm.
 SMOOTHING: Final = 1e-6
 
@@ -31,18 +29,20 @@ _Coded = tuple["NDArray[Any]", "NDArray[Any]"]
 
 def _levels(bits: int) -> Callable[[NDArray[Any]], _Coded]:
     def code(weights: NDArray[Any]) -> _Coded:
-        levels = (1 << bits) - 1
-        stored, beyond = square_root.to_levels(weights, levels)
-        if beyond.size:
+        if not ((weights >= 0) & (weights <= 1)).all():
             message = "attention weights outside 0 to 1: is this a softmax?"
             raise SystemExit(message)
+        # As archives have it at 8 bits: halves go down.
+        levels = (1 << bits) - 1
+        roots = np.sqrt(weights.astype(np.float64)) * levels
+        stored = np.ceil(roots - 0.5).astype(np.uint8)
         return stored, square_root.from_levels(stored, levels, as_half=True)
 
     return code
 
 
 def _rounded(weights: NDArray[Any]) -> _Coded:
-    values = rounding.rounded(weights, 5)
+    values = square_root.rounded(weights, 5)
     return values, values
 
 
@@ -102,8 +102,8 @@ def measure_weights(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
                 _add(sums[name], stored, before, head_mean(values))
                 sums[name].kl += divergence(weights, values)
                 sums[name].rows += weights.shape[0] * weights.shape[1]
-            stored, _ = square_root.to_levels(mean, _MEAN_LEVELS)
-            restored = square_root.from_levels(stored, _MEAN_LEVELS, as_half=True)
+            stored, _ = square_root.to_levels(mean)
+            restored = square_root.from_levels(stored, square_root.LEVELS, as_half=True)
             _add(sums[HEAD_MEAN], stored, before, restored)
             sums[HEAD_MEAN].kl += divergence(mean, restored)
             sums[HEAD_MEAN].rows += len(mean)

@@ -85,7 +85,8 @@ class Archive(Sequence[Trace]):
                 unrounded=unrounded,
             )
 
-        self._files = _opened_in_order(paths, opened)
+        # Read by the other rooms; in the order of `paths`, and the same for all views.
+        self._files = tuple(_opened_in_order(paths, opened))
         _check_alike(self._files)
         self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
         self._indices: Sequence[int] = range(self._starts[-1])
@@ -104,13 +105,8 @@ class Archive(Sequence[Trace]):
         return tuple(file.path for file in self._files)
 
     @property
-    def files(self) -> tuple[ArchiveFile, ...]:
-        """The opened files, in order."""
-        return tuple(self._files)
-
-    @property
-    def shard_numbers(self) -> NDArray[np.int64]:
-        """For every trace of this view, which of `files` it lies in."""
+    def _shard_numbers(self) -> NDArray[np.int64]:
+        """For every trace of this view, which of `_files` it lies in."""
         indices = np.asarray(self._indices, dtype=np.int64)
         return np.searchsorted(self._starts, indices, side="right").astype(np.int64) - 1
 
@@ -274,10 +270,12 @@ class Archive(Sequence[Trace]):
         view = self if layers is None else self.select(layers=layers)
         sequences = []
         for trace in (view[index] for index in indices):
-            names = trace.default_kinds if kinds is None else tuple(kinds)
+            names = trace._stored.default_kinds if kinds is None else tuple(kinds)
             for kind in names:
-                trace.check_heads(kind)
-            sequences.append({kind: LayerSequence(trace, kind, view._layers) for kind in names})
+                trace._stored.check_heads(kind)
+            sequences.append(
+                {kind: LayerSequence(trace._stored, kind, view._layers) for kind in names}
+            )
         wanted = [
             (sequence, position)
             for each in sequences
@@ -313,7 +311,7 @@ class Archive(Sequence[Trace]):
         names, wanted, nbytes = tuple(kinds), [], 0
         for index in indices:
             for kind in names:
-                sequence = LayerSequence(self[index], kind, chosen)
+                sequence = LayerSequence(self[index]._stored, kind, chosen)
                 for position in range(len(sequence)):
                     wanted.append((sequence, position))
                     nbytes += sum(size for _, size in sequence.ranges(position))
@@ -341,7 +339,7 @@ class Archive(Sequence[Trace]):
         where = and_more(self.paths, 1)
         precision = self.metadata.precision
         told = f", {precision.tier}" if precision is not None else ""
-        told += "" if self.metadata.is_exact else " (lossy)"
+        told += " (lossy)" if self.metadata.is_lossless is False else ""
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{told}>"
 
 
@@ -390,9 +388,9 @@ def _fetch(wanted: list[tuple[LayerSequence, int]], until_closed: contextlib.Exi
     samples: dict[ArchiveFile, list[int]] = {}
     for sequence, position in wanted:
         if sequence.is_remote:
-            file = sequence.trace.archive_file
+            file = sequence.trace.file
             ranges.setdefault(file, []).extend(sequence.ranges(position))
-            samples.setdefault(file, []).append(sequence.trace.position_in_file)
+            samples.setdefault(file, []).append(sequence.trace.index)
     if not ranges:
         return
     with ThreadPoolExecutor(min(_FILES_AT_A_TIME, len(ranges))) as pool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.archive.scales import stored_scale, stored_scales
@@ -17,6 +16,7 @@ from h5traces.errors import (
     SchemaError,
     StoredStateWarning,
     UnsupportedVersionError,
+    warn,
 )
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
     from h5traces.storage.remote.paths import RemoteOptions
+
+_T = TypeVar("_T")
 
 _MOST_FEATURES_NAMED = 10
 
@@ -136,49 +138,54 @@ class ArchiveFile:
         """Whether the archive is read through its footer."""
         return isinstance(self.store, FooterStore)
 
+    def _from_store(self, read: Callable[[Store], _T]) -> _T:
+        """What `read` gives; read again through HDF5 where the index turns out to be damaged."""
+        try:
+            return read(self.store)
+        except FooterError as error:
+            return read(self._fall_back(error))
+
+    def _from_sample(self, sample: SampleEntry, read: Callable[[SampleEntry], _T]) -> _T:
+        """The same of a sample that came from the store in use."""
+        try:
+            return read(sample)
+        except FooterError as error:
+            return read(self._fall_back(error).sample(sample.ordinal))
+
     def sample(self, index: int) -> SampleEntry:
         """One sample and its objects."""
-        try:
-            return self.store.sample(index)
-        except FooterError as error:
-            return self._fall_back(error).sample(index)
+        return self._from_store(lambda store: store.sample(index))
 
     def sample_attrs(self, index: int) -> Attrs:
         """Attributes of one sample."""
-        try:
-            return self.store.sample_attrs(index)
-        except FooterError as error:
-            return self._fall_back(error).sample_attrs(index)
+        return self._from_store(lambda store: store.sample_attrs(index))
 
     def entry(self, sample: SampleEntry, path: str) -> ObjectEntry:
         """One object of a sample; KeyError where there is none."""
-        try:
-            return sample.objects[path]
-        except FooterError as error:
-            return self._fall_back(error).sample(sample.ordinal).objects[path]
+        return self._from_sample(sample, lambda each: each.objects[path])
 
     def attrs(self, sample: SampleEntry, path: str) -> Attrs:
         """Attributes of one object of a sample; perhaps without its digest."""
-        objects = sample.objects
-        if not isinstance(objects, FooterObjects):
+
+        def read(each: SampleEntry) -> Attrs:
+            objects = each.objects
+            if isinstance(objects, FooterObjects):
+                return objects.attrs(path)
             return objects[path].attrs
-        try:
-            return objects.attrs(path)
-        except FooterError as error:
-            return self._fall_back(error).sample(sample.ordinal).objects[path].attrs
+
+        return self._from_sample(sample, read)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
-        try:
+
+        def read(each: SampleEntry) -> NDArray[Any]:
             store = self.store
-            values = store.read(sample, path)
-        except FooterError as error:
-            store = self._fall_back(error)
-            sample = store.sample(sample.ordinal)
-            values = store.read(sample, path)
-        if isinstance(store, Hdf5Store):
-            self._warn_of_edit(sample, sample.objects[path], values)
-        return values
+            values = store.read(each, path)
+            if isinstance(store, Hdf5Store):
+                self._warn_of_edit(each, each.objects[path], values)
+            return values
+
+        return self._from_sample(sample, read)
 
     def _warn_of_edit(self, sample: SampleEntry, entry: ObjectEntry, values: NDArray[Any]) -> None:
         """No checksum of HDF5's shows that two chunks were exchanged; the digest does."""
@@ -199,10 +206,7 @@ class ArchiveFile:
         # Local, so that a `close` in another thread cannot take them away in between.
         known = self._scales
         if path not in known:
-            try:
-                self._read_scales(self.store, path, known)
-            except FooterError as error:
-                self._read_scales(self._fall_back(error), path, known)
+            self._from_store(lambda store: self._read_scales(store, path, known))
         return known[path]
 
     def _read_scales(self, store: Store, path: str, known: dict[str, ChannelScale]) -> None:
@@ -215,10 +219,7 @@ class ArchiveFile:
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""
-        try:
-            return self.store.sizes()
-        except FooterError as error:
-            return self._fall_back(error).sizes()
+        return self._from_store(lambda store: store.sizes())
 
     @contextlib.contextmanager
     def prefetched(
@@ -300,7 +301,7 @@ class ArchiveFile:
         self._warn(f"{error}; reading through HDF5, run 'h5traces seal {self.path}' for speed")
 
     def _warn(self, message: str) -> None:
-        warnings.warn(f"{self.path}: {message}", StoredStateWarning, stacklevel=2)
+        warn(f"{self.path}: {message}", StoredStateWarning)
 
     def _not_an_archive(self, store: Store) -> NotAnArchiveError:
         if store.root_attrs.get("format") == layout.SCALES_FORMAT:

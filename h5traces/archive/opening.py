@@ -24,7 +24,7 @@ def open_archive(
     storage_options: Mapping[str, Any] | None = None,
     remote: RemoteOptions = DEFAULT_REMOTE,
     labels: PathLike | Literal[False] | None = None,
-    exact: bool = False,
+    lossless: bool = False,
     lossy_dtype: Literal["float16", "float32"] = "float16",
 ) -> Archive:
     """Open one archive, or several as one sequence.
@@ -48,8 +48,9 @@ def open_archive(
     labels
         Folder with the labels that ``h5traces label`` wrote; beside each archive by default, where
         archives on servers are not looked for any. False reads none.
-    exact
-        Refuse archives that hold less than their source did.
+    lossless
+        Reject archives that do not hold every bit of their source, or do not say whether they do:
+        those of a lossy tier, and those whose cast to the stored type changed values.
     lossy_dtype
         Type in which layers stored in steps come back. ``float32`` spares them the rounding to
         float16; the bound on the error holds in both.
@@ -63,7 +64,7 @@ def open_archive(
     ArchiveError
         The files are of different models, or not equally precise.
     LossyArchiveError
-        `exact` is set, and an archive is not.
+        `lossless` is set, and an archive is not.
     ValueError
         `lossy_dtype` is another type.
     SchemaError
@@ -86,17 +87,19 @@ def open_archive(
     archive = Archive(
         expand_sources(path, remote=options), limits, options, folder, unrounded=unrounded
     )
-    if exact:
-        _check_exact(archive)
+    if lossless:
+        _check_lossless(archive)
     return archive
 
 
-def _check_exact(archive: Archive) -> None:
-    for file in archive.files:
-        if not file.metadata.is_exact:
+def _check_lossless(archive: Archive) -> None:
+    for file in archive._files:
+        found = file.metadata.is_lossless
+        if not found:
             archive.close()
             message = (
-                f"{file.path}: is not exact: {', '.join(map(str, file.metadata.losses))}; "
-                "take the archive that it was made from, or open it without exact=True"
+                f"{file.path}: {'may not be' if found is None else 'is not'} lossless: "
+                f"{file.metadata.changes}; convert or extract again with dtype='auto' in the tier "
+                "'exact', or open it without lossless=True"
             )
             raise LossyArchiveError(message)

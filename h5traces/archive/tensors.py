@@ -32,7 +32,8 @@ def to_tensor(value: TorchValue) -> Any:
             "or ask for arrays with to_dict(container='numpy')"
         )
         raise MissingDependencyError(message) from error
-    return torch_values.to_tensor(value)
+    # Of its own memory: stored values may be read-only, and shared.
+    return torch_values.to_tensor(np.array(value.data, order="C"), value.dtype)
 
 
 def with_tensors(value: Any) -> Any:

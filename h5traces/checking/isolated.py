@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from h5traces.checking.reports import ValidationReport
 from h5traces.errors import Problem
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.storage.processes import child_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,14 +92,8 @@ def validate_isolated(
     request = {"path": str(file), "limits": asdict(limits), "isolation": asdict(isolation)}
     # -P: never import from the current folder.
     command = [sys.executable, "-P", "-c", _CHILD]
-    environment = {
-        **os.environ,
-        # The child finds the same modules, whatever the current folder.
-        "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
-        # Every thread of linear algebra reserves address space, which is limited.
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    # Every thread of linear algebra reserves address space, which is limited.
+    environment = child_environment(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True

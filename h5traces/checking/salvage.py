@@ -126,7 +126,7 @@ def _intact(
     report: SalvageReport,
     progress: Callable[[int, int], None] | None,
 ) -> list[int]:
-    (file,) = archive.files
+    (file,) = archive._files
     intact = []
     for index in range(len(archive)):
         damage = list(sample_damage(file.store, index, pool))
@@ -155,10 +155,10 @@ def _copy(
             workers=workers,
             overwrite=overwrite,
             precision=metadata.precision or EXACT,
-            scales=inherited_scales(archive.files),
+            scales=inherited_scales(archive._files),
             earlier_precisions=metadata.earlier_precisions or (),
         ),
-        **inherited_facts(archive.files),
+        **inherited_facts(archive._files),
     )
     with writer:
         for index in intact:

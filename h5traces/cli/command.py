@@ -8,7 +8,6 @@ import inspect
 import re
 import signal
 import sys
-import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +27,7 @@ from h5traces.errors import (
     StoredStateWarning,
     TargetError,
 )
+from h5traces.storage.processes import handled_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -115,7 +115,7 @@ def _reported(
         warnings.simplefilter("always", StoredStateWarning)
         warnings.simplefilter("always", LossyWarning)
         try:
-            with _sigterm_raises():
+            with handled_signals(_raise_terminated, [signal.SIGTERM]):
                 yield
         except BrokenPipeError:
             # The reader of a pipe (head, less) has seen enough.
@@ -165,21 +165,8 @@ class _TerminatedError(KeyboardInterrupt):
     """SIGTERM came; handled as Ctrl-C is."""
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM, as a batch system sends it before it kills, stops cleanly inside the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: object) -> None:
-        raise _TerminatedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+def _raise_terminated(*_: object) -> None:
+    raise _TerminatedError
 
 
 class Stop:
@@ -189,40 +176,28 @@ class Stop:
     ----------
     number
         The signal; 0 for none.
-    before
-        The handlers that were there before.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._is_computing = False
-        self.before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Asked before every batch."""
         self._is_computing = True
         return self.number != 0
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
-        if self.number or not self._is_computing:
-            self.before[number](number, frame)
+    def note(self, number: int, frame: FrameType | None, before: Any) -> None:
+        """Handle a signal, which `before` handled."""
+        if callable(before) and (self.number or not self._is_computing):
+            before(number, frame)
         self.number = number
-        warn("finishing the current batch; press again to stop at once")
+        warn("finishing the current batch; send it again to stop at once")
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Stop]:
     """Ctrl-C and SIGTERM let the batch that is being computed finish."""
     stop = Stop()
-    if threading.current_thread() is threading.main_thread():
-        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # What is ignored (nohup, a shell's background job) stays ignored.
-        stop.before = {number: each for number, each in found.items() if callable(each)}
-    for number in stop.before:
-        signal.signal(number, stop.note)
-    try:
+    with handled_signals(stop.note):
         yield stop
-    finally:
-        for number, handler in stop.before.items():
-            signal.signal(number, handler)

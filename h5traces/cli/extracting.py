@@ -31,7 +31,6 @@ from h5traces.extract.options import (
 )
 from h5traces.extract.sizes import ModelShape
 from h5traces.format.dtypes import DtypePolicy
-from h5traces.format.precision import Precision
 from h5traces.storage.codecs import ArrayCodec
 from h5traces.writing.options import PrecisionOptions
 
@@ -289,9 +288,8 @@ def extract(
         print_json(report.as_dict())
     else:
         reports.print_extraction(report)
-    tier = Precision.of(precision.tier or "exact")
-    if report.num_written and tier.is_lossy:
-        reports.warn_of_loss(str(tier))
+    if report.num_written and precision.precision.is_lossy:
+        reports.warn_of_loss(str(precision.precision))
     for message in report.warnings:
         warn(message)
     for each in report.skipped:

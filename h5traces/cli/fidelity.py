@@ -9,7 +9,7 @@ import typer
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, first_lines, print_json, warn
-from h5traces.cli.options import Json, Workers, option
+from h5traces.cli.options import Json, option
 from h5traces.errors import H5TracesError
 from h5traces.fidelity import FidelityReport, compare
 
@@ -45,7 +45,6 @@ def fidelity(
             help="Exit 1 where more than the share X of a layer's edges flip.",
         ),
     ] = None,
-    workers: Workers = None,
     json: Json = False,
 ) -> None:
     """Compare a lossy archive with its original, layer by layer.
@@ -53,7 +52,7 @@ def fidelity(
     States: error in units of each channel's standard deviation sigma (NRMSE, largest), relative
     error, cosine of each token, share of tokens that keep their nearest neighbour, and NRMSE of the
     difference to the layer before. Attentions: error, edges that appear or vanish at the threshold,
-    divergence (KL, nats) of each row. `docs/fidelity.md` defines each, and its limits.
+    divergence (KL, nats) of each row. `docs/fidelity.md` defines each measure and its limits.
 
     Samples are matched by id and generation, without ids by index. Exit code 0 however large the
     errors are, unless `--max-sigma` or `--max-flips` is exceeded (1); 2 where nothing can be
@@ -63,7 +62,7 @@ def fidelity(
     - `h5traces fidelity exact/ small/ --max-sigma 0.06 --max-flips 0.005 --json`
     """
     with count_progress("comparing") as update:
-        report = compare(a, b, threshold=threshold, workers=workers, progress=update)
+        report = compare(a, b, threshold=threshold, progress=update)
     exceeding = report.exceeding(max_sigma=max_sigma, max_flips=max_flips)
     if json:
         print_json({**report.as_dict(), "exceeding": exceeding})

@@ -110,7 +110,10 @@ def print_inspection(result: Inspection) -> None:
         footer = "" if metadata.get("has_footer") else ", no footer (run h5traces seal)"
         print_line(f"  format: {metadata['format_version']}, {metadata['codec']}{footer}")
         losses = metadata["losses"]
-        print_line(f"  precision: {', then '.join(losses) + ' (lossy)' if losses else 'exact'}")
+        print_line(f"  precision: {', then '.join(losses) or 'exact'}")
+        lossless = {True: "yes", False: "no", None: "unknown"}[metadata["is_lossless"]]
+        changes = f" ({metadata['changes']})" if metadata["changes"] else ""
+        print_line(f"  lossless: {lossless}{changes}")
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"

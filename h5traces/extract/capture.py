@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError
 from h5traces.extract.options import KINDS, Kind, LastState
 from h5traces.format import layout
@@ -35,6 +36,8 @@ _TYPE_NAMES: Final[dict[torch.dtype, FloatType]] = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
+# Integers of the same size, to compare values bit by bit.
+_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHECK_TOKENS: Final = tuple(range(8))
 # Kernels of accelerators may round differently from run to run; wrong arrays differ far more.
 _TOLERANCE: Final = 1e-2
@@ -250,14 +253,16 @@ class _Pass:
         found = Captured()
         # Hooks fire in the order of computation: embedding, layers, final norm.
         for each in row:
-            _, to_zero, to_subnormal, num_nan = each.counts.tolist()
+            _, to_zero, to_subnormal, changed, num_nan = each.counts.tolist()
             earlier = None
             if each.host.dtype != each.source:
                 counts = CastCounts(num_to_zero=to_zero, num_to_subnormal=to_subnormal)
-                earlier = EarlierCast(_type_name(each.source), counts)
+                earlier = EarlierCast(_TYPE_NAMES[each.source], counts, changed)
             if num_nan:
                 found.num_nan[each.kind, each.name] = num_nan
-            array = LayerArray(each.name, as_typed(each.host), each.site, earlier=earlier)
+            values, _ = from_tensor(each.host)
+            typed = TypedArray(values, _TYPE_NAMES[each.host.dtype])
+            array = LayerArray(each.name, typed, each.site, earlier=earlier)
             found.arrays.setdefault(each.kind, []).append(array)
         return found
 
@@ -275,14 +280,14 @@ def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor
     Returns
     -------
     tuple of Tensor
-        The contiguous copy; and int64 ``(4,)`` on the same device: values that overflow, become
-        zero, become subnormal, and NaN values of the source.
+        The contiguous copy; and int64 ``(5,)`` on the same device: values that overflow, become
+        zero, become subnormal, or change at all, and NaN values of the source.
     """
     num_nan = values.isnan().sum()
     if target is None:
         copied = values.clone(memory_format=torch.contiguous_format)
         zero = torch.zeros_like(num_nan)
-        return copied, torch.stack([zero, zero, zero, num_nan])
+        return copied, torch.stack([zero, zero, zero, zero, num_nan])
     narrow = values.to(target).contiguous()
     # Both narrow types fit into float32; float64 models are compared in their own.
     wide = values.dtype if values.dtype == torch.float64 else torch.float32
@@ -292,7 +297,9 @@ def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor
     to_zero = ((after == 0) & (before != 0)).sum()
     is_subnormal = (after.abs() < tiny) & (after != 0)
     to_subnormal = (is_subnormal & (after != before)).sum()
-    return narrow, torch.stack([overflow, to_zero, to_subnormal, num_nan])
+    bits = _BITS[values.element_size()]
+    changed = (narrow.to(values.dtype).view(bits) != values.view(bits)).sum()
+    return narrow, torch.stack([overflow, to_zero, to_subnormal, changed, num_nan])
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:
@@ -301,17 +308,6 @@ def _to_host(values: torch.Tensor) -> torch.Tensor:
         return values
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
     return host.copy_(values, non_blocking=values.is_cuda)
-
-
-def as_typed(values: torch.Tensor) -> TypedArray:
-    """A tensor in host memory as numpy holds it; no copy."""
-    if values.dtype == torch.bfloat16:
-        return TypedArray(values.view(torch.uint16).numpy(), "bfloat16")
-    return TypedArray(values.numpy(), _type_name(values.dtype))
-
-
-def _type_name(dtype: torch.dtype) -> FloatType:
-    return _TYPE_NAMES[dtype]
 
 
 def padded(

@@ -9,14 +9,14 @@ from h5traces.archive.selection import choose_layers
 from h5traces.extract.sizes import ModelShape, Rates, stated_rates
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS
-from h5traces.format.precision import EXACT, TIERS, Precision
+from h5traces.format.precision import EXACT, TIERS
 from h5traces.storage.codecs import GZIP
 from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from h5traces.format.precision import Tier
+    from h5traces.format.precision import Precision, Tier
 
 _PER: Final = 1000
 # Models with fewer layers are thinned out less.
@@ -144,10 +144,9 @@ def estimate(
         subset = choose_layers(layers, range(shape.num_layers))
     ways = [(f"archive, {dtype}, {codec}", EXACT, rates)]
     if dtype == "float16" and codec == GZIP.name:
-        own = Precision.of(options.tier or EXACT)
         ways += [
             (f"tier {each.tier}", each, (tier_rates or {}).get(each) or rates.of_precision(each))
-            for each in dict.fromkeys((*TIERS.values(), own))
+            for each in dict.fromkeys((*TIERS.values(), options.precision))
             if each != EXACT
         ]
     rows = [

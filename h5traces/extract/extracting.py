@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from h5traces.archive.opening import open_archive
@@ -16,21 +16,23 @@ from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.sizes import Forecast, ModelShape
-from h5traces.format.precision import EXACT, Precision
+from h5traces.format.precision import EXACT
 from h5traces.writing.calibrate import load_given
+from h5traces.writing.create import target_of_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions, check_type
 from h5traces.writing.process_writer import ProcessWriter
-from h5traces.writing.shards import Target
+from h5traces.writing.spool_folder import spool_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from h5traces.extract.generation import Job
     from h5traces.extract.questions import QuestionSet
     from h5traces.extract.running import RunProgress
     from h5traces.format.archive import ExtractionMetadata
-    from h5traces.format.precision import Tier
-    from h5traces.paths import PathLike
+    from h5traces.format.precision import Precision, Tier
+    from h5traces.paths import PathLike, Target
 
 
 def extract_dataset(
@@ -55,14 +57,15 @@ def extract_dataset(
     model, dataset
         Which model is asked which questions.
     dest
-        A name ending in ``.h5`` for one archive; a folder, or text ending in ``/``, for shards.
+        A name that ends in ``.h5`` for one archive. A folder that exists, or text that ends in a
+        slash, for shards.
     options
         What is computed.
     precision
         How it is stored: a tier, a `Precision`, or `PrecisionOptions`.
     target
-        Shards, verification and workers; a dry run loads no weights and writes nothing. Finished
-        samples are always skipped, and nothing is ever overwritten.
+        Shards, verification and workers, as for `h5traces.create`; a dry run loads no weights and
+        writes nothing.
     check_space
         Reject a disk that is too small for the forecast.
     progress
@@ -77,6 +80,8 @@ def extract_dataset(
 
     Raises
     ------
+    TargetError
+        `dest` names neither a file nor a folder, or `target` has an option that does not apply.
     ExtractionError
         Model, data set or options cannot be used, or the disk is too small.
     PrecisionError
@@ -85,16 +90,13 @@ def extract_dataset(
         The output is that of another run, or of other options.
     """
     options, storage = options or ExtractOptions(), PrecisionOptions.of(precision)
-    if target.overwrite:
-        message = "extract never overwrites; remove the old output, or name another dest"
-        raise ExtractionError(message)
-    wanted = Precision.of(storage.tier or EXACT)
-    check_type(wanted, storage.dtype or "float16")
-    load_given(storage.scales, wanted)
+    place = target_of_run(dest, replace(target, dry_run=False))
+    check_type(storage.precision, storage.dtype or "float16")
+    load_given(storage.scales, storage.precision)
     questions = load_dataset(dataset)
     config = models.load_config(model.model_id, revision=model.revision)
     tokenizer = models.load_tokenizer(model.model_id, revision=model.revision)
-    report = ExtractionReport(str(dest), num_planned=len(questions.questions))
+    report = ExtractionReport(str(place.path), num_planned=len(questions.questions))
     jobs = _plan(Planner(tokenizer, config, options), questions, report)
     shape = ModelShape.of(config)
     report.forecast = Forecast(
@@ -104,14 +106,15 @@ def extract_dataset(
         lengths=tuple(len(each.prompt) + options.generation.max_new_tokens for each in jobs),
         precision=storage,
     )
-    _measure_space(Target.of(Path(dest), target.shard_samples), report)
+    _measure_space(place, report)
     if target.dry_run:
         return report
     if check_space and report.needed_nbytes > report.free_nbytes:
         message = (
-            f"{dest}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the room to "
-            f"pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; choose "
-            "another, fewer samples or layers, or smaller shards, or set check_space to False"
+            f"{place.path}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the "
+            f"room to pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; "
+            "choose another, fewer samples or layers, or smaller shards, or set check_space to "
+            "False"
         )
         raise ExtractionError(message)
     loaded = models.load_model(
@@ -126,15 +129,8 @@ def extract_dataset(
     metadata = extractor.metadata(questions)
     writer = ProcessWriter(
         dest,
-        shard_samples=target.shard_samples,
-        tier=wanted,
-        scales=storage.scales,
-        calibration_samples=storage.calibration_samples,
-        dtype=storage.dtype or "float16",
-        on_overflow=storage.on_overflow,
-        codec=storage.codec or "gzip",
-        workers=target.workers,
-        verify=target.verify,
+        precision=storage,
+        target=target,
         model_id=models.resolve_model(model.model_id),
         model_revision=getattr(loaded.config, "_commit_hash", None) or model.revision,
         dataset=questions.name,
@@ -144,7 +140,7 @@ def extract_dataset(
     report.num_before = writer.num_samples
     if writer.is_finished:
         with writer:
-            _check_finished(writer, Path(dest), jobs, metadata, wanted, report)
+            _check_finished(writer, place.path, jobs, metadata, storage.precision, report)
         return report
     Run(
         extractor,
@@ -180,7 +176,7 @@ def _measure_space(target: Target, report: ExtractionReport) -> None:
         folder = folder.parent
     report.free_nbytes = shutil.disk_usage(folder).free
     # Samples of a shard that is being written need their room once more.
-    num_done = sum(1 for _ in target.spool_path.glob("*.sample"))
+    num_done = sum(1 for _ in spool_path(target).glob("*.sample"))
     if existing := [str(each) for each in target.existing()]:
         with open_archive(existing) as archive:
             num_done += len(archive)
@@ -190,7 +186,7 @@ def _measure_space(target: Target, report: ExtractionReport) -> None:
 
 def _check_finished(
     writer: ProcessWriter,
-    dest: Path,
+    path: Path,
     jobs: list[Job],
     metadata: ExtractionMetadata,
     wanted: Precision,
@@ -203,23 +199,23 @@ def _check_finished(
     ArchiveExistsError
         The archives are of another run, or lack samples.
     """
-    with open_archive(dest) as archive:
+    with open_archive(path) as archive:
         differences = metadata.differences(archive.metadata.extraction)
         precision = archive.metadata.precision or EXACT
     if precision != wanted:
         differences.append(f"precision={wanted} (was {precision})")
     if differences:
         message = (
-            f"{dest}: holds a finished run with other options: {', '.join(differences)}; name "
+            f"{path}: holds a finished run with other options: {', '.join(differences)}; name "
             "another output"
         )
         raise ArchiveExistsError(message)
-    before = skipped_before(dest)
+    before = skipped_before(path)
     ids = (each.question.sample_id for each in jobs)
     missing = [each for each in ids if each not in writer.done and each not in before]
     if missing:
         message = (
-            f"{dest}: the run is finished with {writer.num_samples} samples, and {len(missing)} "
+            f"{path}: the run is finished with {writer.num_samples} samples, and {len(missing)} "
             f"that were asked for are not among them ({missing[0]} first); write them to another "
             "output, then merge both"
         )

@@ -104,7 +104,7 @@ def _measured(path: Path, shape: ModelShape, lengths: list[int]) -> Rates:
     set, however many samples it holds.
     """
     with open_archive(path) as archive:
-        sizes = archive.files[0].sizes()
+        sizes = archive._files[0].sizes()
     num_layers, num_samples = shape.num_layers, len(lengths)
     scales = sizes.pop(layout.SCALES_GROUP, StoredSize())
     nbytes = path.stat().st_size - scales.stored_nbytes

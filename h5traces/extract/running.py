@@ -153,6 +153,7 @@ class ExtractionReport:
 
 def report_path(output: Path) -> Path:
     """The file of a run's report, beside its archive or folder."""
+    output = output.resolve() if output.name in ("", "..") else output
     return output.with_name(f"{output.name}.report.json")
 
 

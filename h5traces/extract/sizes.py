@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ExtractionError
 from h5traces.format import layout
-from h5traces.format.precision import EXACT, Precision
+from h5traces.format.precision import EXACT
 from h5traces.precision.channel_steps import StepFormat
 from h5traces.storage.codecs import GZIP
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from h5traces.format.dtypes import DtypePolicy
+    from h5traces.format.precision import Precision
     from h5traces.writing.options import PrecisionOptions
 
 _BITS_PER_BYTE: Final = 8
@@ -212,7 +213,7 @@ class Forecast:
     @property
     def sample_nbytes(self) -> float:
         """Bytes of a sample in an archive."""
-        return self._nbytes(self.rates.of_precision(Precision.of(self.precision.tier or EXACT)))
+        return self._nbytes(self.rates.of_precision(self.precision.precision))
 
     def needed_nbytes(self, num_done: int, shard_samples: int | None) -> float:
         """Bytes for the samples that are left, and for a shard that waits to be packed.

@@ -73,7 +73,7 @@ def require_scikit_learn() -> Any:
 def fit_components(blocks: Iterable[NDArray[Any]], num_components: int) -> PrincipalComponents:
     """Principal components of rows that come in blocks of any size.
 
-    Up to some 1,100 rows they are those of ``sklearn.decomposition.PCA``. More rows go through
+    Up to 1,090 rows they are those of ``sklearn.decomposition.PCA``. More rows go through
     ``IncrementalPCA``, which forgets the variance outside the directions that it keeps; so it keeps
     about four times as many as are asked for, and takes 1,024 rows or more at a time.
 

@@ -3,64 +3,76 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from h5traces.format import layout
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-TOTAL = "total"
+TOTAL: Final = "total"
 
 
-@dataclass(frozen=True, slots=True)
-class StateFidelity:
-    """Hidden states of one layer, or of all; None is what cannot be told.
-
-    Sigma is the standard deviation of a channel in A, over the compared tokens but the first of
-    each sample, whose activations are often hundreds of times as large. Tokens with values that
-    are not finite do not count. Channels with less than 2^-12 of the median sigma of the layer's
-    channels that vary are given that much.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFidelity:
+    """Measures that states and weights have in common; None where a measure is not defined.
 
     Attributes
     ----------
     name
         ``layer_005``, ``embedding`` or ``total``.
     num_samples, num_values
-        Samples and values that were compared, the first tokens included.
+        Samples and values that were compared.
     nrmse
-        ``sqrt(mean((error / sigma) ** 2))`` over all values.
-    max_sigma, max_error
-        The largest error in sigma, and as it is.
-    max_relative
-        The largest ``error / |value of A|``, where that value is not zero.
+        Root mean square of the errors, in units that the subclass states.
+    max_error, max_relative
+        The largest error, and the largest ``error / |value of A|`` where that value is not zero.
     num_from_zero, num_to_zero
-        Zeros of A that are none in B, and values of A that are zero in B.
-    num_tokens, mean_cosine, min_cosine
-        Tokens, and the cosine of a token's state in A and in B; without tokens that hold values
-        which are not finite.
-    num_neighbours, neighbour_agreement
-        Tokens with another one in their sample, and the share of them whose nearest other token,
-        by cosine, is the same in A and B. Cosines within 1e-6 of the largest are ties; one nearest
-        token in common is enough.
-    num_differences, difference_nrmse
-        As `nrmse`, of the difference to the compared layer before, in units of that difference's
-        own sigma in A.
+        Zeros of A that are not zero in B, and values of A that are zero in B.
     num_not_finite, num_misplaced
-        Values of A that are NaN or infinite, and places where only one archive has such a value,
-        or both have others. They are left out of all else.
+        Values of A that are NaN or infinite, and places where one archive has such a value and the
+        other a different one. All other measures leave both out.
     """
 
     name: str
     num_samples: int
     num_values: int
     nrmse: float | None
-    max_sigma: float | None
     max_error: float
     max_relative: float
     num_from_zero: int
     num_to_zero: int
+    num_not_finite: int
+    num_misplaced: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFidelity(LayerFidelity):
+    """Hidden states of one layer, or of all.
+
+    Sigma is the standard deviation of a channel in A, over the compared tokens except the first of
+    each sample, whose activations are often hundreds of times as large. Tokens with a value that
+    is not finite do not count. Channels whose sigma is less than 2^-12 of the median (over the
+    channels of the layer that vary) are given that much.
+
+    Attributes
+    ----------
+    nrmse
+        ``sqrt(mean((error / sigma) ** 2))`` over all values.
+    max_sigma
+        The largest error in sigma.
+    num_tokens, mean_cosine, min_cosine
+        Tokens, and the cosine between a token's state in A and in B.
+    num_neighbours, neighbour_agreement
+        Tokens with another one in their sample, and the share of them whose nearest other token,
+        by cosine, is the same in A and B. Cosines within 1e-6 of the largest are ties; one nearest
+        token in common is enough.
+    num_differences, difference_nrmse
+        As `nrmse`, of the difference to the compared layer before, in units of the sigma of that
+        difference in A.
+    """
+
+    max_sigma: float | None
     num_tokens: int
     mean_cosine: float | None
     min_cosine: float | None
@@ -68,47 +80,44 @@ class StateFidelity:
     neighbour_agreement: float | None
     num_differences: int
     difference_nrmse: float | None
-    num_not_finite: int
-    num_misplaced: int
 
     @classmethod
     def total(cls, layers: Sequence[StateFidelity]) -> StateFidelity:
         """All layers together: means over all their values, tokens or differences."""
         return cls(
-            name=TOTAL,
-            nrmse=_root_mean(layers, lambda each: (each.nrmse, each.num_values)),
-            max_sigma=_largest(each.max_sigma for each in layers),
-            mean_cosine=_mean(layers, lambda each: (each.mean_cosine, each.num_tokens)),
-            min_cosine=_smallest(each.min_cosine for each in layers),
+            nrmse=_root_mean((each.nrmse, each.num_values) for each in layers),
+            max_sigma=_extreme(max, (each.max_sigma for each in layers)),
+            mean_cosine=_mean((each.mean_cosine, each.num_tokens) for each in layers),
+            min_cosine=_extreme(min, (each.min_cosine for each in layers)),
             neighbour_agreement=_mean(
-                layers, lambda each: (each.neighbour_agreement, each.num_neighbours)
+                (each.neighbour_agreement, each.num_neighbours) for each in layers
             ),
             difference_nrmse=_root_mean(
-                layers, lambda each: (each.difference_nrmse, each.num_differences)
+                (each.difference_nrmse, each.num_differences) for each in layers
             ),
-            num_tokens=sum(each.num_tokens for each in layers),
-            num_neighbours=sum(each.num_neighbours for each in layers),
-            num_differences=sum(each.num_differences for each in layers),
-            **_common(layers),
+            **_sums(layers, "num_tokens", "num_neighbours", "num_differences"),
         )
 
+    def problem(self, limit: float) -> str | None:
+        """Why an error exceeds `limit` sigma; None where none does."""
+        if self.max_sigma is None:
+            # Without a channel that varies there is no sigma, but equal values pass every limit.
+            return f"errors of {self.max_error:g} without a sigma" if self.max_error else None
+        if self.max_sigma <= limit:
+            return None
+        return f"the largest error is {self.max_sigma:.6g} sigma, more than {limit:g}"
 
-@dataclass(frozen=True, slots=True)
-class WeightFidelity:
-    """Attention weights of one layer, or of all; None is what cannot be told.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFidelity(LayerFidelity):
+    """Attention weights of one layer, or of all.
 
     Attributes
     ----------
-    name
-        ``layer_005`` or ``total``.
-    num_samples, num_values
-        Samples and weights that were compared.
     nrmse
         ``sqrt(mean(error ** 2))`` divided by `rms`.
     rms
         ``sqrt(mean(value ** 2))`` of A.
-    max_error, max_relative, num_from_zero, num_to_zero
-        As in `StateFidelity`.
     num_edges
         Pairs of a query and a key up to it whose mean weight over heads exceeds the threshold in A,
         as `h5traces.graph` makes graphs.
@@ -117,31 +126,19 @@ class WeightFidelity:
     num_rows, mean_kl, max_kl
         Rows with weights, and the Kullback-Leibler divergence of B's row from A's in nats, both
         scaled to sum to 1. A weight that is zero in B only counts as 2^-24.
-    num_not_finite, num_misplaced
-        As in `StateFidelity`.
     """
 
-    name: str
-    num_samples: int
-    num_values: int
-    nrmse: float | None
     rms: float | None
-    max_error: float
-    max_relative: float
-    num_from_zero: int
-    num_to_zero: int
     num_edges: int
     num_added: int
     num_removed: int
     num_rows: int
     mean_kl: float | None
     max_kl: float | None
-    num_not_finite: int
-    num_misplaced: int
 
     @property
     def num_flips(self) -> int:
-        """Edges that only one of both has."""
+        """Edges that only one archive has."""
         return self.num_added + self.num_removed
 
     @property
@@ -154,25 +151,23 @@ class WeightFidelity:
     @classmethod
     def total(cls, layers: Sequence[WeightFidelity]) -> WeightFidelity:
         """All layers together: means over all their weights or rows."""
-        rms = _root_mean(layers, lambda each: (each.rms, each.num_values))
+        rms = _root_mean((each.rms, each.num_values) for each in layers)
         error = _root_mean(
-            layers, lambda each: ((each.nrmse or 0) * (each.rms or 0), each.num_values)
+            ((each.nrmse or 0) * (each.rms or 0), each.num_values) for each in layers
         )
         return cls(
-            name=TOTAL,
             nrmse=error / rms if rms and error is not None else None,
             rms=rms,
-            num_edges=sum(each.num_edges for each in layers),
-            num_added=sum(each.num_added for each in layers),
-            num_removed=sum(each.num_removed for each in layers),
-            num_rows=sum(each.num_rows for each in layers),
-            mean_kl=_mean(layers, lambda each: (each.mean_kl, each.num_rows)),
-            max_kl=_largest(each.max_kl for each in layers),
-            **_common(layers),
+            mean_kl=_mean((each.mean_kl, each.num_rows) for each in layers),
+            max_kl=_extreme(max, (each.max_kl for each in layers)),
+            **_sums(layers, "num_edges", "num_added", "num_removed", "num_rows"),
         )
 
-
-LayerFidelity = StateFidelity | WeightFidelity
+    def problem(self, limit: float) -> str | None:
+        """Why more than `limit` of the edges flip; None where no more do."""
+        if self.num_flips <= limit * self.num_edges:
+            return None
+        return f"{self.num_flips} of {self.num_edges} edges flip, more than {limit:g} of them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +177,16 @@ class KindFidelity:
     Attributes
     ----------
     kind, reference
-        The kind in B, and what of A it was compared with: the same, or ``attentions``, whose mean
-        over heads is compared with ``attention_mean``.
+        The kind in B, and the kind in A that it was compared with: the same, or ``attentions``,
+        whose mean over heads is compared with ``attention_mean``.
     total, layers
         All layers together, and each.
     """
 
     kind: str
     reference: str
-    total: LayerFidelity
-    layers: list[LayerFidelity]
+    total: StateFidelity | WeightFidelity
+    layers: list[StateFidelity] | list[WeightFidelity]
 
 
 @dataclass(slots=True)
@@ -201,21 +196,17 @@ class Unmatched:
     Attributes
     ----------
     samples
-        Ids, with their generation where it is not the first, or indices of samples without one.
+        Ids, with their generation unless it is the first, or indices of samples without an id.
     arrays
-        By kind and layer, such as ``attentions/layer_005``: of how many of the samples compared.
+        By kind and layer, such as ``attentions/layer_005``: in how many of the samples compared.
     """
 
     samples: list[str] = field(default_factory=list)
     arrays: dict[str, int] = field(default_factory=dict)
 
     def kinds(self) -> dict[str, int]:
-        """Layers by kind."""
-        found: dict[str, int] = {}
-        for path in self.arrays:
-            kind = path.partition("/")[0]
-            found[kind] = found.get(kind, 0) + 1
-        return found
+        """Number of layers by kind."""
+        return dict(Counter(path.partition("/")[0] for path in self.arrays))
 
 
 @dataclass(slots=True)
@@ -235,7 +226,7 @@ class FidelityReport:
     kinds
         The kinds that were compared.
     only_in_a, only_in_b
-        What could not be compared, since the other has none of it.
+        What was not compared, since the other archive has no such thing.
     skipped
         Arrays that cannot be compared, and why.
     """
@@ -263,7 +254,7 @@ class FidelityReport:
     def exceeding(
         self, *, max_sigma: float | None = None, max_flips: float | None = None
     ) -> list[str]:
-        """Which layers differ by more than is allowed, a line each; empty where all is well.
+        """The layers that exceed a limit, a line each; empty where all is well.
 
         Parameters
         ----------
@@ -274,49 +265,38 @@ class FidelityReport:
 
         Notes
         -----
-        NaN and infinite values at other places are always too much; so is a measure that is limited
-        and was not taken, since nothing of its kind was compared.
+        NaN and infinite values at different places always exceed a limit; so does a kind with a
+        limit that was not compared.
         """
         found = []
-        if max_sigma is not None:
-            found += self._exceeding(StateFidelity, lambda each: _beyond_sigma(each, max_sigma))
-        if max_flips is not None:
-            found += self._exceeding(WeightFidelity, lambda each: _beyond_flips(each, max_flips))
+        for limit, measure, what in (
+            (max_sigma, StateFidelity, "hidden states"),
+            (max_flips, WeightFidelity, "attentions"),
+        ):
+            if limit is not None:
+                found += self._exceeding(limit, measure, what)
         return found
 
-    def _exceeding(
-        self, measure: type[LayerFidelity], judge: Callable[[Any], str | None]
-    ) -> list[str]:
-        layers = [
-            (kind.kind, each)
-            for kind in self.kinds
-            for each in kind.layers
-            if isinstance(each, measure)
-        ]
-        if not layers:
-            what = "hidden states" if measure is StateFidelity else "attentions"
+    def _exceeding(self, limit: float, measure: type[LayerFidelity], what: str) -> list[str]:
+        kinds = [each for each in self.kinds if isinstance(each.total, measure)]
+        if not kinds:
             return [f"no {what} were compared, so they cannot be within a limit"]
         found = []
-        for kind, each in layers:
-            problem = judge(each)
-            if each.num_misplaced:
-                problem = f"{each.num_misplaced} values are not finite in one archive only"
-            if problem is not None:
-                found.append(f"{kind}/{each.name}: {problem}")
+        for kind in kinds:
+            for each in kind.layers:
+                problem = each.problem(limit)
+                if each.num_misplaced:
+                    problem = f"{each.num_misplaced} values are not finite in one archive only"
+                if problem is not None:
+                    found.append(f"{kind.kind}/{each.name}: {problem}")
         return found
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values; what is infinite is None."""
         document = asdict(self)
-        document["kinds"] = [
-            {
-                "kind": each.kind,
-                "reference": each.reference,
-                "total": _as_dict(each.total),
-                "layers": [_as_dict(layer) for layer in each.layers],
-            }
-            for each in self.kinds
-        ]
+        for found, kind in zip(document["kinds"], self.kinds, strict=True):
+            found["total"] = _as_dict(kind.total)
+            found["layers"] = [_as_dict(each) for each in kind.layers]
         return document
 
 
@@ -330,57 +310,30 @@ def _as_dict(layer: LayerFidelity) -> dict[str, Any]:
     }
 
 
-def is_state(kind: str) -> bool:
-    """Whether a kind is measured as states are."""
-    return kind == layout.HIDDEN_STATES
-
-
-def _beyond_sigma(layer: StateFidelity, limit: float) -> str | None:
-    if layer.max_sigma is None:
-        # Without a channel that varies there is no sigma, but equal values are within every limit.
-        return f"errors of {layer.max_error:g} without a sigma" if layer.max_error else None
-    if layer.max_sigma <= limit:
-        return None
-    return f"the largest error is {layer.max_sigma:.6g} sigma, more than {limit:g}"
-
-
-def _beyond_flips(layer: WeightFidelity, limit: float) -> str | None:
-    if layer.num_flips <= limit * layer.num_edges:
-        return None
-    return f"{layer.num_flips} of {layer.num_edges} edges flip, more than {limit:g} of them"
-
-
-def _common(layers: Sequence[LayerFidelity]) -> dict[str, Any]:
-    counts = ("num_values", "num_from_zero", "num_to_zero", "num_not_finite", "num_misplaced")
+def _sums(layers: Sequence[LayerFidelity], *counts: str) -> dict[str, Any]:
+    """What all totals have, and the sums of more counts."""
+    counts += ("num_values", "num_from_zero", "num_to_zero", "num_not_finite", "num_misplaced")
     found: dict[str, Any] = {name: sum(getattr(each, name) for each in layers) for name in counts}
     for name in ("num_samples", "max_error", "max_relative"):
         found[name] = max((getattr(each, name) for each in layers), default=0)
-    return found
+    return {"name": TOTAL, **found}
 
 
-def _mean(layers: Sequence[Any], part: Callable[[Any], tuple[float | None, int]]) -> float | None:
-    """The mean of means over so many each."""
-    parts = [(mean, count) for mean, count in map(part, layers) if mean is not None and count]
-    total = sum(count for _, count in parts)
-    return sum(mean * count for mean, count in parts) / total if total else None
+def _mean(parts: Iterable[tuple[float | None, int]]) -> float | None:
+    """The mean over all of means over so many each."""
+    known = [(mean, count) for mean, count in parts if mean is not None and count]
+    total = sum(count for _, count in known)
+    return sum(mean * count for mean, count in known) / total if total else None
 
 
-def _root_mean(
-    layers: Sequence[Any], part: Callable[[Any], tuple[float | None, int]]
-) -> float | None:
-    """The root mean square of such over so many each."""
-
-    def squared(layer: Any) -> tuple[float | None, int]:
-        root, count = part(layer)
-        return None if root is None else root * root, count
-
-    mean = _mean(layers, squared)
+def _root_mean(parts: Iterable[tuple[float | None, int]]) -> float | None:
+    """As `_mean`, of root mean squares."""
+    mean = _mean((None if root is None else root * root, count) for root, count in parts)
     return None if mean is None else math.sqrt(mean)
 
 
-def _largest(values: Iterable[float | None]) -> float | None:
-    return max((each for each in values if each is not None), default=None)
-
-
-def _smallest(values: Iterable[float | None]) -> float | None:
-    return min((each for each in values if each is not None), default=None)
+def _extreme(
+    choose: Callable[[list[float]], float], values: Iterable[float | None]
+) -> float | None:
+    known = [each for each in values if each is not None]
+    return choose(known) if known else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# The smallest float16. A weight that B lost counts as this, since its logarithm would be infinite.
+# The smallest float16. A weight that is zero in B counts as this: a logarithm of 0 is infinite.
 SMALLEST: Final = 2.0**-24
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 16
@@ -46,7 +47,7 @@ class WeightErrors:
         self._max_divergence = 0.0
 
     def add(self, reference: NDArray[Any], restored: NDArray[Any]) -> None:
-        """Take in the weights of one sample: both ``(heads, query, key)``, or ``(query, key)``."""
+        """Add the weights of one sample: both ``(heads, query, key)``, or ``(query, key)``."""
         self._num_samples += 1
         a, b = (each[None] if each.ndim == 2 else each for each in (reference, restored))
         for queries in _blocks(a.shape):
@@ -88,21 +89,15 @@ class WeightErrors:
         return WeightFidelity(
             name=self.name,
             num_samples=self._num_samples,
-            num_values=values.num_values,
             nrmse=float(np.sqrt(self._squares / size)) if size else None,
             rms=float(np.sqrt(size / values.num_values)) if values.num_values else None,
-            max_error=values.max_error,
-            max_relative=values.max_relative,
-            num_from_zero=values.num_from_zero,
-            num_to_zero=values.num_to_zero,
             num_edges=self._num_edges,
             num_added=self._num_added,
             num_removed=self._num_removed,
             num_rows=rows,
             mean_kl=self._divergences / rows if rows else None,
             max_kl=self._max_divergence if rows else None,
-            num_not_finite=values.num_not_finite,
-            num_misplaced=values.num_misplaced,
+            **asdict(values),
         )
 
 

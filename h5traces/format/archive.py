@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from h5traces.format.document import Document
-from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
+from h5traces.format.dtypes import DtypePolicy, FloatType, OverflowPolicy
 from h5traces.format.precision import Precision
 
 AnswerCut = Literal["none", "sentence", "newline"]
@@ -152,6 +152,30 @@ class KindMetadata(Document):
         return self
 
 
+class Cast(Document):
+    """What casts from one type to another changed, over all layered arrays of an archive."""
+
+    cast_from: Annotated[FloatType, Field(description="Type of the source.")]
+    dtype: Annotated[FloatType, Field(description="Stored type.")]
+    num_arrays: Annotated[PositiveCount, Field(description="Arrays that were cast so.")]
+    num_changed: Annotated[
+        Count | None,
+        Field(description="Values that the cast changed, rounding included; absent: not known."),
+    ] = None
+
+    def __add__(self, other: Cast) -> Cast:
+        """Both together; of the same types."""
+        changed = None
+        if self.num_changed is not None and other.num_changed is not None:
+            changed = self.num_changed + other.num_changed
+        num_arrays = self.num_arrays + other.num_arrays
+        return self.model_copy(update={"num_arrays": num_arrays, "num_changed": changed})
+
+    def __str__(self) -> str:
+        changed = "an unknown number of" if self.num_changed is None else f"{self.num_changed:,}"
+        return f"cast {self.cast_from} -> {self.dtype} changed {changed} values"
+
+
 class ArchiveMetadata(Document):
     """What an archive says of itself: the attributes of its root group.
 
@@ -221,9 +245,13 @@ class ArchiveMetadata(Document):
     on_overflow: Annotated[
         OverflowPolicy | None, Field(description="What was done where the type was too narrow.")
     ] = None
+    casts: Annotated[
+        tuple[Cast, ...] | None,
+        Field(description="What casts changed; absent: not known, empty: nothing was cast."),
+    ] = None
     precision: Annotated[
         Precision | None,
-        Field(description="How precisely arrays are stored; absent where nothing was given up."),
+        Field(description="How precisely arrays are stored; absent in the tier 'exact'."),
     ] = None
     earlier_precisions: Annotated[
         tuple[Precision, ...] | None,
@@ -250,10 +278,26 @@ class ArchiveMetadata(Document):
         return (*earlier, self.precision)
 
     @property
-    def is_exact(self) -> bool:
-        """Whether arrays hold all that their source held in the stored type."""
-        is_lossy = self.precision is not None and self.precision.is_lossy
-        return not is_lossy and self.earlier_precisions is None
+    def is_lossless(self) -> bool | None:
+        """Whether every stored array holds every bit of its source; None where that is not known.
+
+        Layers and samples that were left out do not count.
+        """
+        if self.losses or any(each.num_changed for each in self.casts or ()):
+            return False
+        is_known = self.casts is not None and all(
+            each.num_changed is not None for each in self.casts
+        )
+        return True if is_known else None
+
+    @property
+    def changes(self) -> str:
+        """What distinguishes stored arrays from their source, for people; empty for nothing."""
+        found = [str(each) for each in self.losses]
+        found += [str(each) for each in self.casts or () if each.num_changed != 0]
+        if self.casts is None:
+            found.append("the archive does not say what was cast")
+        return ", ".join(found)
 
     @model_validator(mode="after")
     def _layers_fit(self) -> ArchiveMetadata:

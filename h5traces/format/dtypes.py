@@ -6,18 +6,15 @@ their type, in a `TypedArray`.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from h5traces.errors import ConversionError
-from h5traces.format import half
 from h5traces.format.scratch import Scratch
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 FloatType = Literal["float16", "bfloat16", "float32", "float64"]
 DtypePolicy = Literal["float16", "bfloat16", "float32", "auto"]
@@ -56,6 +53,10 @@ _LARGEST: Final[dict[FloatType, float]] = {
     "float64": float(np.finfo(np.float64).max),
 }
 
+# Values at a time: what is computed on the way stays in the processor's cache.
+_BLOCK: Final = 1 << 16
+# Of as many values or more, torch takes threads of its own, which do not survive a fork.
+_TORCH_BLOCK: Final = 1 << 14
 _SCRATCH: Final = Scratch()
 
 
@@ -155,12 +156,15 @@ class CastResult:
         The source's type where the cast may have lost something, else None.
     counts
         What was found and changed.
+    num_changed
+        Values that casting back to `cast_from` does not give, bit for bit.
     """
 
     array: TypedArray
     source_dtype: FloatType | None
     cast_from: FloatType | None
     counts: CastCounts
+    num_changed: int = 0
 
 
 def bfloat16_to_float32(bits: AnyArray) -> NDArray[np.float32]:
@@ -179,29 +183,50 @@ def float32_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return rounded.astype(np.uint16)
 
 
+def float32_to_float16(
+    values: NDArray[np.float32], out: NDArray[np.float16] | None = None
+) -> NDArray[np.float16]:
+    """The nearest float16 values, ties to even, with numpy's bits and without its warnings.
+
+    Parameters
+    ----------
+    values
+        Any shape and byte order.
+    out
+        C-contiguous, where to; a new array by default.
+    """
+    values = np.ascontiguousarray(values, dtype="<f4")
+    out = np.empty(values.shape, "<f2") if out is None else out
+    # Five times as fast, but not worth importing; it may be half imported, or None.
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "from_numpy") or not values.flags.writeable:
+        with np.errstate(all="ignore"):
+            np.copyto(out, values, casting="unsafe")
+        return out
+    source, target = values.reshape(-1), out.reshape(-1)
+    for start in range(0, source.size, _TORCH_BLOCK):
+        part = slice(start, start + _TORCH_BLOCK)
+        torch.from_numpy(target[part]).copy_(torch.from_numpy(source[part]))
+    if np.isnan(source.max(initial=0)):
+        # torch gives NaN other bits.
+        nan = np.isnan(values)
+        out[nan] = values[nan].astype(np.float16)
+    return out
+
+
 def cast_values(array: TypedArray, dtype: FloatType) -> TypedArray:
     """`array` in another type by round-to-nearest-even: C-contiguous and little-endian."""
     if array.dtype == dtype:
         return TypedArray(np.ascontiguousarray(array.values, dtype=CARRIERS[dtype]), dtype)
     numbers = array.to_numpy()
-    if (array.dtype, dtype) in _VECTORISED:
-        return TypedArray(_VECTORISED[array.dtype, dtype](_contiguous(numbers, array.dtype)), dtype)
+    if (array.dtype, dtype) == ("float32", "float16"):
+        return TypedArray(float32_to_float16(numbers), dtype)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if dtype == "bfloat16":
             if numbers.dtype.itemsize > 4:
                 return TypedArray(_float64_to_bfloat16(numbers), dtype)
             return TypedArray(float32_to_bfloat16(numbers.astype(np.float32, copy=False)), dtype)
         return TypedArray(np.ascontiguousarray(numbers, dtype=CARRIERS[dtype]), dtype)
-
-
-def _contiguous(numbers: AnyArray, dtype: FloatType) -> AnyArray:
-    return np.ascontiguousarray(numbers, dtype=CARRIERS[dtype])
-
-
-_VECTORISED: Final[dict[tuple[FloatType, FloatType], Callable[[AnyArray], AnyArray]]] = {
-    ("float32", "float16"): half.to_float16,
-    ("float16", "float32"): half.to_float32,
-}
 
 
 def _float64_to_bfloat16(numbers: AnyArray) -> NDArray[np.uint16]:
@@ -265,6 +290,20 @@ def _count_changes(source: TypedArray, stored: TypedArray) -> tuple[int, int, in
     )
 
 
+def _count_changed(source: TypedArray, stored: TypedArray) -> int:
+    """Values that casting back does not give, bit for bit."""
+    unsigned, _ = _EXPONENT_MASKS[source.dtype]
+    before = cast_values(source, source.dtype).values.reshape(-1)
+    after = stored.values.reshape(-1)
+    num_changed = 0
+    for start in range(0, before.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        back = cast_values(TypedArray(after[part], stored.dtype), source.dtype).values
+        differs = back.view(unsigned) != before[part].view(unsigned)
+        num_changed += int(np.count_nonzero(differs))
+    return num_changed
+
+
 def _cast_exact(array: TypedArray) -> TypedArray:
     """The narrowest type that gives every bit of `array` back."""
     native = cast_values(array, array.dtype)
@@ -318,8 +357,9 @@ def cast_for_storage(
         else:
             stored, to_zero, to_subnormal = _widen(array)
             counts = CastCounts(num_nan, num_inf, overflow, to_zero, to_subnormal)
-    cast_from = array.dtype if stored.dtype != array.dtype else None
-    return CastResult(stored, None, cast_from, counts)
+    if stored.dtype == array.dtype:
+        return CastResult(stored, None, None, counts)
+    return CastResult(stored, None, array.dtype, counts, _count_changed(array, stored))
 
 
 def uncast(array: TypedArray) -> CastResult:

@@ -52,7 +52,7 @@ IMAGE_ATTRS: Final = {
 # Attributes of layered arrays.
 LAYER_ATTRS: Final = frozenset(
     {"site", "source_dtype", "cast_from", "container", "sequence", "digest"}
-    | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal"}
+    | {"num_nan", "num_inf", "num_overflow", "num_to_zero", "num_to_subnormal", "num_changed"}
     | {"encoding", "encoding_version", "formula", "restored_dtype", "kept_exact"}
     | {"scales", "zero_point", "spacing", "max_error_sigma", "levels", "mantissa_bits"}
     | {"exceptions", "num_exceptions"}

@@ -9,11 +9,10 @@ from pydantic import Field, ValidationError, model_validator
 from h5traces.errors import PrecisionError, Problem
 from h5traces.format.document import Document, problems_of
 
-AttentionBits = Literal[8, 6, 5]
+AttentionBits = Literal[8]
 HeadMean = Literal["none", "beside", "only"]
 Tier = Literal["exact", "fine", "analysis", "compact", "native"]
 
-ATTENTION_BITS: Final[tuple[AttentionBits, ...]] = get_args(AttentionBits)
 HEAD_MEANS: Final[tuple[HeadMean, ...]] = get_args(HeadMean)
 
 # Finer steps than this cannot reach 20 sigma in 16 bits; coarser ones say hardly more than a sign.
@@ -35,7 +34,7 @@ class Precision(Document):
     ] = None
     attention_bits: Annotated[
         AttentionBits | None,
-        Field(description="Attention weights on a square-root scale of 2^bits - 1 steps."),
+        Field(description="Attention weights on a square-root scale of 255 levels."),
     ] = None
     head_mean: Annotated[
         HeadMean,

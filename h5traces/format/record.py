@@ -61,10 +61,13 @@ class EarlierCast:
         The type of the array before.
     counts
         What that cast changed; values that are not finite are counted when the array is written.
+    num_changed
+        Values that it changed, rounding included; None where that is not known.
     """
 
     cast_from: FloatType
     counts: CastCounts
+    num_changed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

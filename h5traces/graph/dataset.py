@@ -18,6 +18,7 @@ from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, 
 from h5traces.graph.samples import ArchiveSamples, RecordSamples
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_paths
 from h5traces.sources.opening import SOURCE_SUFFIXES
+from h5traces.torch_data.dataset import Labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,10 +59,7 @@ class TraceGraphDataset(Dataset[Data]):
     layers
         The model's own layer numbers, in this order; all that are stored by default.
     labels
-        Values by question id, or the name of a label of the archive, as in
-        `h5traces.torch_data.TraceDataset`; graphs get them as ``y``.
-    allow_unused_labels
-        Accept labels of ids that no sample has.
+        As for `h5traces.torch_data.TraceDataset`, by question id; graphs get them as ``y``.
     non_finite
         ``error`` raises for graphs with NaN or infinite values, ``keep`` returns them.
     transform
@@ -83,8 +81,7 @@ class TraceGraphDataset(Dataset[Data]):
         head_reduction: HeadReduction = "mean",
         edge_direction: EdgeDirection = "query_to_key",
         layers: Iterable[int] | None = None,
-        labels: Mapping[Any, Any] | str | None = None,
-        allow_unused_labels: bool = False,
+        labels: Mapping[Any, Any] | str | Labels | None = None,
         non_finite: NonFinite = "error",
         transform: Callable[[Data], Any] | None = None,
     ) -> None:
@@ -104,7 +101,7 @@ class TraceGraphDataset(Dataset[Data]):
         self._num_samples = len(self._samples.shard_numbers)
         self._labels = None
         if labels is not None:
-            self._labels = self._samples.labels(labels, allow_unused=allow_unused_labels)
+            self._labels = self._samples.labels(Labels.of(labels))
 
     @property
     def layers(self) -> tuple[int, ...]:

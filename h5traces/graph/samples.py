@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections import Counter, OrderedDict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 import xxhash
 
-from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning
+from h5traces.archive.torch_values import to_tensor
+from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning, warn
 from h5traces.format import layout
-from h5traces.format.dtypes import TypedArray
 from h5traces.format.record import StepArrays
 from h5traces.precision.head_mean import MEAN
 from h5traces.sources.opening import open_source
@@ -26,7 +25,7 @@ from h5traces.torch_data.dataset import (
     labels_of,
     mapped_labels,
 )
-from h5traces.torch_data.tensors import as_tensor, may_be_not_finite, named, read_layer
+from h5traces.torch_data.tensors import may_be_not_finite, named, read_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -89,7 +88,7 @@ class ArchiveSamples:
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
         """The shard of every sample."""
-        return self._archive.shard_numbers
+        return self._archive._shard_numbers
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,10 +99,9 @@ class ArchiveSamples:
         """Shard and sample, for messages."""
         return named(self._archive[index])
 
-    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+    def labels(self, labels: Labels) -> list[Any]:
         """The label of every sample."""
-        every = range(len(self._archive))
-        return labels_of(self._archive, every, labels, allow_unused=allow_unused)
+        return labels_of(self._archive, range(len(self._archive)), labels)
 
     def facts(self, index: int) -> SampleFacts:
         """What the graphs of a sample share."""
@@ -135,7 +133,10 @@ class ArchiveSamples:
 
     def _kind_of(self, trace: Trace) -> str:
         """Where a sample's weights are: heads that could not be averaged are stored instead."""
-        has_none = self._weights not in trace.objects and layout.ATTENTIONS in trace.objects
+        has_none = (
+            self._weights not in trace._stored.objects
+            and layout.ATTENTIONS in trace._stored.objects
+        )
         return layout.ATTENTIONS if has_none else self._weights
 
 
@@ -144,11 +145,11 @@ def _attention_kind(archive: Archive, *, averages: bool) -> str:
 
     Where heads lost precision, the mean stored beside them is the better one.
     """
-    file = archive.files[0]
+    file = archive._files[0]
     stored = set(file.store.kinds)
     if layout.ATTENTION_MEAN not in stored:
         return layout.ATTENTIONS
-    is_better = not file.metadata.is_exact and file.reduction(layout.ATTENTION_MEAN) == MEAN
+    is_better = bool(file.metadata.losses) and file.reduction(layout.ATTENTION_MEAN) == MEAN
     takes_mean = layout.ATTENTIONS not in stored or (averages and is_better)
     return layout.ATTENTION_MEAN if takes_mean else layout.ATTENTIONS
 
@@ -167,11 +168,10 @@ class RecordSamples:
     def __init__(
         self, paths: Sequence[Path], layers: Iterable[int] | None, *, keep_non_finite: bool
     ) -> None:
-        warnings.warn(
+        warn(
             f"{paths[0]}: reading legacy pickles, which is slow unless samples come in order; "
             "'h5traces convert' makes archives of them, which give the same graphs",
             StoredStateWarning,
-            stacklevel=4,
         )
         self._paths, self._keep_non_finite = tuple(paths), keep_non_finite
         self._ids: list[Any] = []
@@ -215,9 +215,9 @@ class RecordSamples:
         local = index - self._starts[number]
         return f"{self._paths[number]}: sample {local} (question id {self._ids[index]!r})"
 
-    def labels(self, labels: Labels, *, allow_unused: bool) -> list[Any]:
+    def labels(self, labels: Labels) -> list[Any]:
         """The label of every sample."""
-        if isinstance(labels, str):
+        if isinstance(labels.values, str):
             message = (
                 f"{self._paths[0]}: legacy batches have no labels by name; pass "
                 "labels={question_id: value}"
@@ -229,9 +229,7 @@ class RecordSamples:
             keys.append((each, seen[each]))
             seen[each] += 1
         every, where = range(len(keys)), str(self._paths[0])
-        return mapped_labels(
-            keys, every, labels, place=self.place, where=where, allow_unused=allow_unused
-        )
+        return mapped_labels(keys, every, labels, where=where, place=self.place)
 
     def facts(self, index: int) -> SampleFacts:
         """What the graphs of a sample share."""
@@ -267,7 +265,7 @@ class RecordSamples:
             raise DatasetError(message)
         typed = array.load()
         # A copy: the record stays in memory, and its arrays may be read-only.
-        tensor = as_tensor(TypedArray(typed.values.copy(), typed.dtype))
+        tensor = to_tensor(typed.values.copy(), typed.dtype)
         if not self._keep_non_finite:
             _check_finite(tensor, place)
         return tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.format import half
+from h5traces.format.dtypes import float32_to_float16
 from h5traces.format.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ _LEAST_ROUNDING: Final = np.float32(2.0**-25)
 _OVERFLOW: Final = np.float32(65520)
 # The bound that is checked is less by far more than float32 rounds away in the check.
 _SLACK: Final = 1 - 2.0**-20
-# Steps from here on, and their sixteenths, stay normal float32 when they are aligned.
-_LEAST_ALIGNED: Final = np.float32(2.0**-9)
 # Tokens, the share of channels below, and the most that a value counts, in sigma, where it is asked
 # whether a scale fits.
 _LOOKED_AT: Final = 16
@@ -163,10 +161,7 @@ def _block_to_steps(
 ) -> NDArray[np.int64]:
     source, steps, rounding = (_float32(each, values) for each in (_SOURCE, _STEPS, _ROUNDING))
     is_half = values.dtype.itemsize == 2
-    if is_half:
-        half.to_float32(values, source)
-    else:
-        np.copyto(source, values)
+    np.copyto(source, values)
     with np.errstate(invalid="ignore", over="ignore"):
         np.subtract(source, scale.offset, out=steps)
         np.multiply(steps, 1 / scale.step, out=steps)
@@ -235,9 +230,6 @@ def from_steps(
     """
     out = np.empty(stored.shape, np.float16 if as_half else np.float32)
     factor, offset = scale.step / np.float32(spacing), scale.offset
-    aligned = as_half and _can_be_aligned(factor, offset, np.iinfo(stored.dtype).max)
-    if aligned:
-        factor, offset = factor * half.ALIGNED, offset * half.ALIGNED
     rows = max(1, _DECODED_BLOCK // max(1, stored.shape[1]))
     for start in range(0, len(stored), rows):
         part = slice(start, start + rows)
@@ -246,15 +238,6 @@ def from_steps(
         np.subtract(values, np.float32(zero_point), out=values)
         np.multiply(values, factor, out=values)
         np.add(values, offset, out=values)
-        if aligned:
-            half.from_aligned(values, out[part])
-        elif as_half:
-            half.to_float16(values, out[part])
+        if as_half:
+            float32_to_float16(values, out[part])
     return out
-
-
-def _can_be_aligned(factor: NDArray[np.float32], offset: NDArray[np.float32], largest: int) -> bool:
-    """Whether no value can be infinite in float16, and no part of the sum is lost by `ALIGNED`."""
-    reach = np.abs(offset) + np.float32(largest) * factor
-    is_finite = reach.max(initial=0) < _OVERFLOW
-    return bool(is_finite and factor.min(initial=1) >= _LEAST_ALIGNED)

@@ -15,9 +15,9 @@ from h5traces.precision.encoding import (
     FLOAT16_ROUNDED,
     SQUARE_ROOT,
     VERSION,
-    levels_of,
+    has_levels,
 )
-from h5traces.precision.square_root import from_levels
+from h5traces.precision.square_root import LEVELS, from_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,7 +125,7 @@ def is_stated(kind: str, attrs: Attrs, precision: Precision) -> bool:
     if name == CHANNEL_STEPS:
         return precision.step is not None and attrs.get("max_error_sigma") == precision.step / 2
     if name == SQUARE_ROOT:
-        return attrs.get("levels") == levels_of(kind, precision)
+        return attrs.get("levels") == LEVELS and has_levels(kind, precision)
     return attrs.get("mantissa_bits") == precision.mantissa_bits
 
 

@@ -11,7 +11,6 @@ from h5traces.errors import PrecisionError
 from h5traces.format import layout
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision import channel_steps, square_root
-from h5traces.precision import square_root as rounding
 from h5traces.precision.channel_steps import StepFormat
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ VERSION: Final = "1"
 STEPS_FORMULA: Final = "offset[channel] + (stored - zero_point) / spacing * step[channel]"
 SQUARE_ROOT_FORMULA: Final = "(stored / levels) ** 2"
 
-# Weights of the head mean always have a byte: it is a thirtieth of the heads.
-_MEAN_LEVELS: Final = 255
 # Exceptions take some 60 bits each; with more of them float16 is as small.
 _MOST_EXCEPTIONS: Final = 1 / 16
 # Of the values, in sigma; about 1 where a scale fits. Below it, the scale is of something else, and
@@ -112,11 +109,10 @@ class Encoder:
         if kind == layout.HIDDEN_STATES and precision.step is not None:
             reason = reason or self._unfit(kind, name, array)
             return _exact(array, reason) if reason else self._in_steps(kind, name, array)
-        levels = levels_of(kind, precision)
-        if levels is not None:
+        if has_levels(kind, precision):
             known = array.dtype == "float16" or self.takes_source(kind)
             reason = reason or (None if known else f"needs {array.dtype}")
-            return _exact(array, reason) if reason else _square_root(kind, array, levels)
+            return _exact(array, reason) if reason else _square_root(kind, array)
         if precision.mantissa_bits is not None:
             reason = None if array.dtype == "float16" else f"needs {array.dtype}"
             return _exact(array, reason) if reason else _rounded(array, precision.mantissa_bits)
@@ -140,7 +136,7 @@ class Encoder:
 
         Rounding a mean to float16 first could put it on the other side of a threshold.
         """
-        return kind == layout.ATTENTION_MEAN and levels_of(kind, self.precision) is not None
+        return kind == layout.ATTENTION_MEAN and has_levels(kind, self.precision)
 
     def _unfit(self, kind: str, name: str, array: TypedArray) -> str | None:
         """Why an array cannot be stored in steps."""
@@ -187,26 +183,24 @@ class Encoder:
         return _encoded(stored, attrs, kind, array, beyond)
 
 
-def levels_of(kind: str, precision: Precision) -> int | None:
-    """What stands for the weight 1 in a kind of arrays; None where it has no square-root scale."""
-    bits = precision.attention_bits
-    if kind == layout.ATTENTIONS and bits is not None:
-        return (1 << bits) - 1
-    has_mean = bits is not None or precision.head_mean != "none"
-    return _MEAN_LEVELS if kind == layout.ATTENTION_MEAN and has_mean else None
+def has_levels(kind: str, precision: Precision) -> bool:
+    """Whether arrays of a kind are stored on a square-root scale."""
+    if kind == layout.ATTENTION_MEAN:
+        return precision.attention_bits is not None or precision.head_mean != "none"
+    return kind == layout.ATTENTIONS and precision.attention_bits is not None
 
 
-def _square_root(kind: str, array: TypedArray, levels: int) -> EncodedLayer:
-    stored, beyond = square_root.to_levels(array.values, levels)
+def _square_root(kind: str, array: TypedArray) -> EncodedLayer:
+    stored, beyond = square_root.to_levels(array.values)
     if beyond.size > _MOST_EXCEPTIONS * array.values.size:
         return _exact(array, "too many values are no weights")
     attrs: Attrs = {
         "encoding": SQUARE_ROOT,
         "encoding_version": VERSION,
         "formula": SQUARE_ROOT_FORMULA,
-        "levels": levels,
+        "levels": square_root.LEVELS,
+        "restored_dtype": "float16",
     }
-    attrs["restored_dtype"] = "float16"
     return _encoded(stored, attrs, kind, array, beyond)
 
 
@@ -229,7 +223,7 @@ def _rounded(array: TypedArray, mantissa_bits: int) -> EncodedLayer:
         "encoding_version": VERSION,
         "mantissa_bits": mantissa_bits,
     }
-    values = rounding.rounded(array.values, mantissa_bits)
+    values = square_root.rounded(array.values, mantissa_bits)
     return EncodedLayer(values, array.dtype, array.values.nbytes, attrs)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from h5traces.format import half, layout
+from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, cast_values
 from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
 from h5traces.format.scratch import Scratch
@@ -50,8 +50,9 @@ class HeadMean:
     def load(self) -> TypedArray:
         """The mean of the weights as float16 holds them, so that it is the same of an archive."""
         stored = cast_values(self.attention.load(), "float16").values
-        weights = half.to_float32(stored, _WEIGHTS.take(4 * stored.size).view(np.float32))
-        mean = weights.reshape(stored.shape).sum(axis=0)
+        weights = _WEIGHTS.take(4 * stored.size).view(np.float32).reshape(stored.shape)
+        np.copyto(weights, stored)
+        mean = weights.sum(axis=0)
         mean /= np.float32(max(1, len(stored)))
         return TypedArray(mean, "float32")
 

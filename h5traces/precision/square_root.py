@@ -15,46 +15,46 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# What stands for the weight 1.
+LEVELS: Final = 255
 _BYTE_VALUES: Final = 256
 # Bits of float16: weights lie from 0 to 1, and minus zero is zero.
 _ONE: Final = 0x3C00
 _MINUS_ZERO: Final = 0x8000
 
 
-def to_levels(values: NDArray[Any], levels: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def to_levels(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Weights as numbers of levels, and the flat indices of those that are not from 0 to 1.
 
     Parameters
     ----------
     values
         float16 or float32, any shape, C-contiguous.
-    levels
-        What stands for the weight 1, at most 255.
     """
     if values.dtype.itemsize == 2:
         bits = values.view(np.uint16)
-        stored = _table(levels).take(bits, mode="wrap")
+        stored = _table().take(bits, mode="wrap")
         if bits.max(initial=0) <= _ONE:
             return stored, np.empty(0, np.int64)
         return stored, np.flatnonzero((bits > _ONE) & (bits != _MINUS_ZERO))
     with np.errstate(invalid="ignore"):
         within = (values >= 0) & (values <= 1)
     safe = np.where(within, values, 0)
-    return _nearest(safe, levels), np.flatnonzero(~within)
+    return _nearest(safe), np.flatnonzero(~within)
 
 
-def _nearest(values: NDArray[Any], levels: int) -> NDArray[np.uint8]:
+def _nearest(values: NDArray[Any]) -> NDArray[np.uint8]:
     # Halves go down: a weight that equals a threshold does not exceed it.
-    roots = np.sqrt(values.astype(np.float64)) * levels
+    roots = np.sqrt(values.astype(np.float64)) * LEVELS
     return np.ceil(roots - 0.5).astype(np.uint8)
 
 
 @cache
-def _table(levels: int) -> NDArray[np.uint8]:
+def _table() -> NDArray[np.uint8]:
     """The level of every float16, by its bits; 0 for what is no weight."""
     table = np.zeros(1 << 16, np.uint8)
     weights = np.arange(_ONE + 1, dtype=np.uint16).view(np.float16)
-    table[: _ONE + 1] = _nearest(weights, levels)
+    table[: _ONE + 1] = _nearest(weights)
     return table
 
 

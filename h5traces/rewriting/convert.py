@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from h5traces.archive.selection import Selection
 from h5traces.errors import ConversionError
-from h5traces.format.precision import EXACT, Precision
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.convert_jobs import (
@@ -17,7 +16,6 @@ from h5traces.rewriting.convert_jobs import (
 )
 from h5traces.rewriting.convert_plan import plan_jobs
 from h5traces.rewriting.reports import ConversionReport, Progress
-from h5traces.storage.codecs import GZIP
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.archive.selection import LayerChoice
-    from h5traces.format.precision import Tier
+    from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike
 
 
@@ -83,22 +81,14 @@ def convert(
     """
     Selection(layers=layers)  # text is checked before anything is read
     given = PrecisionOptions.of(precision)
-    wanted = Precision.of(given.tier or EXACT)
+    wanted = given.precision
     options = ConvertOptions(
         layers=layers if layers is None or isinstance(layers, str) else _checked(layers),
         target=target,
         model_id=model_id,
         dataset=dataset,
-        write=WriteOptions(
-            dtype=given.dtype or "float16",
-            on_overflow=given.on_overflow,
-            codec=given.codec or GZIP.name,
-            workers=target.workers,
-            overwrite=target.overwrite,
-            precision=wanted,
-            # Those of its model go with each job.
-            scales=ScaleSet(),
-        ),
+        # Each job gets the scales of its model.
+        write=WriteOptions.of(given, target, scales=ScaleSet()),
     )
     calibration = load_given(given.scales, wanted)
     place = Target.of(dest, shard_samples=target.shard_samples)

@@ -34,6 +34,7 @@ from h5traces.format.precision import EXACT
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.reports import FileReport, cast_warnings, coverage_warnings
 from h5traces.sources.opening import facts_in_name, open_source
+from h5traces.storage.processes import blocked_signals
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import Measurement, batch_states, check_model
 from h5traces.writing.options import (
@@ -240,7 +241,7 @@ class _Conversion:
     ) -> None:
         self._job, self._sources, self._options = job, sources, options
         self._report_progress = report_progress
-        self._shards = ShardSet(options.write, verify=options.target.verify)
+        self._shards = ShardSet(options.write)
         self._source_counts: list[int] = [0] * len(sources)
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
@@ -395,7 +396,7 @@ def run_in_processes(
     )
     futures: list[Future[FileReport]] = []
     try:
-        with _sigint_blocked():
+        with blocked_signals([signal.SIGINT]):
             futures += [
                 pool.submit(_run, job, each) for job, each in zip(jobs, shared, strict=True)
             ]
@@ -407,19 +408,6 @@ def run_in_processes(
         pool.shutdown(cancel_futures=True)
         done.set()
         forwarder.join()
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Processes started inside never get SIGINT, not even while they import.
-
-    Ctrl-C reaches the whole group of processes; the parent tells the others when to stop.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(job: Job, future: Future[FileReport]) -> FileReport:

@@ -6,13 +6,12 @@ import contextlib
 import gzip
 import os
 import pickle
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.archive import inherited_facts, shared_metadata
 from h5traces.archive.opening import open_archive
-from h5traces.errors import ConversionError, LossyWarning
+from h5traces.errors import ConversionError, LossyWarning, warn
 from h5traces.storage.publish import PartFile, remove_abandoned_parts
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions
@@ -85,13 +84,13 @@ def export(
         if dry_run:
             return target
         remove_abandoned_parts(target)
-        losses = shared_metadata(archive.files).losses
+        losses = shared_metadata(archive._files).losses
         if losses:
             told = "no pickle can say so" if is_pickle else "'earlier_precisions' says so"
             message = (
                 f"{target}: holds less than its source did ({', '.join(map(str, losses))}); {told}"
             )
-            warnings.warn(message, LossyWarning, stacklevel=2)
+            warn(message, LossyWarning)
         if is_pickle:
             _export_pickle(archive, target, container, overwrite=overwrite, progress=progress)
         else:
@@ -100,7 +99,7 @@ def export(
                 overwrite=overwrite,
                 earlier_precisions=losses,
             )
-            with ArchiveWriter(target, options, **inherited_facts(archive.files)) as writer:
+            with ArchiveWriter(target, options, **inherited_facts(archive._files)) as writer:
                 for index, trace in enumerate(archive):
                     writer.append(to_record(trace))
                     if progress is not None:

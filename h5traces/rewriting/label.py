@@ -8,7 +8,6 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +16,7 @@ from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, Problem, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.labels import LabelSidecar
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, utc_now
 from h5traces.rewriting.repack import repack
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.options import TargetOptions
@@ -355,7 +354,7 @@ class _Joining:
         report = self._report
         repeats = Counter(each for each in archive.ids if each is not None)
         sidecars, total = [], len(archive)
-        for file in archive.files:
+        for file in archive._files:
             sidecars.append(self._join_file(file, repeats))
             if progress is not None:
                 progress(report.num_samples, total)
@@ -397,7 +396,7 @@ class _Joining:
         return LabelSidecar(
             format_version=layout.FORMAT_VERSION,
             generator=f"h5traces {__version__}",
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=utc_now(),
             archive_id=file.metadata.archive_id,
             num_samples=file.num_samples,
             source=self._table.path.name,
@@ -474,7 +473,7 @@ def _write_archive(
     report: LabelReport,
     target: TargetOptions,
 ) -> None:
-    for file, sidecar in zip(archive.files, sidecars, strict=True):
+    for file, sidecar in zip(archive._files, sidecars, strict=True):
         file.labels = FileLabels(sidecar, report.table)
     report.targets = repack(archive, output, target=target).targets
 
@@ -487,7 +486,7 @@ def _write_sidecars(
     target: TargetOptions,
 ) -> None:
     places: dict[Path, LabelSidecar] = {}
-    for file, sidecar in zip(archive.files, sidecars, strict=True):
+    for file, sidecar in zip(archive._files, sidecars, strict=True):
         place = sidecar_path(file.path, folder)
         if place is None:
             message = (

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError
+from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import and_more
 from h5traces.paths import Target, check_not_a_source
@@ -147,7 +146,7 @@ def repack(
         check_not_a_source(place, read)
         selected = archive if layers is None else archive.select(layers=layers)
         indices = choose_samples(samples, len(archive))
-        before = shared_metadata(archive.files)
+        before = shared_metadata(archive._files)
         current = before.precision or EXACT
         wanted = _wanted(before, given, archive)
         encodes = given.dtype is not None or wanted != current
@@ -161,7 +160,7 @@ def repack(
         report = RepackReport(
             sources=[str(path) for path in archive.paths],
             copied=not encodes and given.codec in (None, archive.metadata.codec),
-            source_nbytes=sum(file.nbytes for file in archive.files),
+            source_nbytes=sum(file.nbytes for file in archive._files),
             precision=str(wanted) if wanted.is_lossy else None,
         )
         report.warnings += _repeated_samples(archive, indices)
@@ -170,15 +169,14 @@ def repack(
             found = _scales(
                 selected, wanted.step, calibration, given.calibration_samples, encodes=encodes
             )
-        options = WriteOptions(
-            dtype=given.dtype
-            or ("float16" if encodes else archive.metadata.dtype_policy)
-            or "float16",
-            on_overflow=given.on_overflow,
-            codec=given.codec or archive.metadata.codec,
-            workers=target.workers,
-            overwrite=target.overwrite,
-            precision=wanted,
+        options = WriteOptions.of(
+            replace(
+                given,
+                tier=wanted,
+                dtype=given.dtype or (None if encodes else archive.metadata.dtype_policy),
+                codec=given.codec or archive.metadata.codec,
+            ),
+            target,
             scales=found,
             earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
         )
@@ -186,7 +184,7 @@ def repack(
             report.targets = [str(place.shard(0))]
             report.num_samples = len(indices)
             return report
-        run = _Rewrite(selected, report, options, encodes=encodes, verify=target.verify)
+        run = _Rewrite(selected, report, options, encodes=encodes)
         run.run(place, indices, progress)
         return report
 
@@ -252,7 +250,7 @@ def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
 def _check_different(archive: Archive) -> None:
     """Reject an archive that is named twice, or with its copy."""
     found: dict[str, Path | RemotePath] = {}
-    for file in archive.files:
+    for file in archive._files:
         archive_id = file.metadata.archive_id
         first = found.setdefault(archive_id, file.path)
         if first is not file.path:
@@ -265,12 +263,12 @@ def _check_different(archive: Archive) -> None:
 
 def _repeated_samples(archive: Archive, indices: Sequence[int]) -> list[str]:
     """A warning, where several files hold the same bytes under one id."""
-    if len(archive.files) == 1:
+    if len(archive._files) == 1:
         return []
     first: dict[tuple[object, object], Trace] = {}
     repeated: list[str] = []
     for trace in (archive[index] for index in indices):
-        stored = trace.archive_file.sample_attrs(trace.position_in_file)
+        stored = trace._stored.file.sample_attrs(trace.position_in_file)
         key = stored.get("sample_id"), stored.get("digest")
         other = first.setdefault(key, trace)
         if None not in key and other.path != trace.path:
@@ -285,7 +283,7 @@ def _warn_of_recast(archive: Archive, place: Target, before: ArchiveMetadata) ->
         f"{place.path}: holds what {archive.paths[0]} gives back, less than its source held "
         f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
     )
-    warnings.warn(message, LossyWarning, stacklevel=3)
+    warn(message, LossyWarning)
 
 
 def _check_scales(
@@ -324,7 +322,7 @@ def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) 
             f"{archive.paths[0]}: holds {losses} already, and becomes {wanted}: the errors add "
             "up; take the archive that it was made from"
         )
-        warnings.warn(message, LossyWarning, stacklevel=3)
+        warn(message, LossyWarning)
     return wanted
 
 
@@ -338,7 +336,7 @@ def _scales(
 ) -> ScaleSet:
     """The scales of the targets: those of the sources, of a file, or of the first samples."""
     if not encodes:
-        return inherited_scales(archive.files) or ScaleSet()
+        return inherited_scales(archive._files) or ScaleSet()
     return (calibration or measured(archive, num_samples)).scales(step)
 
 
@@ -352,12 +350,11 @@ class _Rewrite:
         options: WriteOptions,
         *,
         encodes: bool,
-        verify: bool,
     ) -> None:
         self._archive, self._report, self._encodes = archive, report, encodes
         self._codec = None if report.copied else options.codec
-        self._shards = ShardSet(options, verify=verify)
-        self._sources, self._first_source = _joined_sources(archive.files)
+        self._shards = ShardSet(options)
+        self._sources, self._first_source = _joined_sources(archive._files)
 
     def run(
         self,
@@ -370,7 +367,7 @@ class _Rewrite:
         try:
             for number, start in enumerate(range(0, max(1, len(indices)), size)):
                 writer = self._shards.new(
-                    place.shard(number), **inherited_facts(self._archive.files)
+                    place.shard(number), **inherited_facts(self._archive._files)
                 )
                 for index in indices[start : start + size]:
                     self._add(writer, self._archive[index])

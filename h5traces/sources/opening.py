@@ -20,16 +20,10 @@ _BATCH_NAME: Final = re.compile(
 
 
 class TraceSource(Protocol):
-    """An open source; samples are read once, in order, by `records` or by `dicts`.
+    """An open source; `records` or `dicts` read its samples once, in order.
 
-    Attributes
-    ----------
-    num_samples
-        None where the file does not say it.
-    num_layers
-        Decoder blocks of the samples read so far, the largest number of them.
-    progress
-        Bytes of the file read so far, and the size of the file.
+    `num_samples` is None if the file does not say it; `num_layers` is the largest number of decoder
+    blocks among the samples read so far; `progress` has the bytes read so far and the file's size.
     """
 
     num_samples: int | None
@@ -69,9 +63,9 @@ def open_source(path: str | os.PathLike[str]) -> TraceSource:
         Now or while reading: a pickle asks for something outside the allow-list.
     """
     # Loaded on first use: archives are read without it.
-    from h5traces.sources.pickle.stream import open_batch
+    from h5traces.sources.pickle.stream import BatchStream
 
-    return open_batch(path)
+    return BatchStream(path)
 
 
 def source_stem(name: str) -> str:

@@ -32,7 +32,7 @@ def pad_collate(dataset: HasAxes, *, pad_value: float = 0.0) -> PadCollate:
 
 
 def pack_collate(dataset: HasAxes) -> PackCollate:
-    """The ``collate_fn`` that lays the sequences of a dataset's items one behind the other."""
+    """The ``collate_fn`` that concatenates the sequences of a dataset's items."""
     return PackCollate(tuple(dataset.axes.items()))
 
 
@@ -40,8 +40,8 @@ def pack_collate(dataset: HasAxes) -> PackCollate:
 class PadCollate:
     """Pads token, query and key axes to the longest of the batch.
 
-    The batch holds, beside every entry of the items (tensors stacked, numbers as a tensor, other
-    values as a list):
+    The batch holds every entry of the items (tensors stacked, numbers as a tensor, other values as
+    a list), and
 
     - ``mask``: bool ``(batch, tokens)``, true where there is a token;
     - ``lengths``: int64 ``(batch,)``, tokens of each sample;
@@ -52,7 +52,7 @@ class PadCollate:
     axes
         Names of tensors and of their axes.
     pad_value
-        What padding is filled with.
+        Value of the padding.
     """
 
     axes: Axes
@@ -75,16 +75,16 @@ class PadCollate:
 
 @dataclass(frozen=True, slots=True)
 class PackCollate:
-    """Lays sequences one behind the other, without padding.
+    """Concatenates sequences, without padding.
 
     Tensors with a token axis are joined along it. Tensors with keys (attentions) have two axes of
     unequal length: they become one flat tensor, with ``<name>_offsets`` ``(batch + 1,)`` and
-    ``<name>_shapes`` ``(batch, axes)`` beside it. The batch also holds:
+    ``<name>_shapes`` ``(batch, axes)``. The batch also holds:
 
-    - ``cu_seqlens``: int32 ``(batch + 1,)``, where each sample begins, as FlashAttention wants it;
-    - ``max_seqlen``: the longest, an int;
+    - ``cu_seqlens``: int32 ``(batch + 1,)``, the beginning of each sample, for FlashAttention;
+    - ``max_seqlen``: the largest length, an int;
     - ``lengths``: int64 ``(batch,)``;
-    - ``sample_index``: int64 ``(tokens,)``, which sample of the batch each token is of.
+    - ``sample_index``: int64 ``(tokens,)``, the sample of the batch that each token belongs to.
 
     Attributes
     ----------
@@ -163,7 +163,7 @@ def _padded(
 
 
 def _check_alike(tensors: list[torch.Tensor], name: str, axes: tuple[str, ...]) -> None:
-    """Refuse to pad what are no sequences: layers, heads and channels must agree."""
+    """Raise DatasetError where layers, heads or channels differ, which cannot be padded."""
     first = tensors[0]
     for number, tensor in enumerate(tensors):
         differing = [
@@ -187,7 +187,7 @@ def _stacked(tensors: list[torch.Tensor], name: str) -> torch.Tensor:
 
 
 def _other_entries(items: Sequence[Item], axes: Axes) -> Item:
-    """Entries that are no tensors with named axes: numbers as a tensor, the rest as a list."""
+    """Entries without named axes: numbers as a tensor, the rest as a list."""
     tensors = {name for name, _ in axes}
     batch: Item = {}
     for name in items[0]:

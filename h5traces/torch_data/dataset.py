@@ -1,11 +1,10 @@
-"""A map-style dataset: one sample of an archive, as tensors, per item."""
+"""A map-style dataset over archives: one sample per item, as tensors."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,13 +18,15 @@ from torch.utils.data import Dataset
 
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open_archive
-from h5traces.errors import DatasetError, LayerIndexError
+from h5traces.archive.selection import choose_samples
+from h5traces.errors import DatasetError, LayerIndexError, SampleIndexError
 from h5traces.format import layout
 from h5traces.format.text import and_more
 from h5traces.torch_data.tensors import (
-    TOKENS_CHOICES,
+    TOKEN_CHOICES,
     NonFinite,
-    Selection,
+    Preparation,
+    TokenChoice,
     Tokens,
     answer_span,
     named,
@@ -33,24 +34,418 @@ from h5traces.torch_data.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
     from h5traces.archive.file import ArchiveFile
+    from h5traces.archive.selection import SampleChoice
     from h5traces.archive.trace import Trace
     from h5traces.paths import PathLike
     from h5traces.storage.remote.paths import RemotePath
 
-
-# The trailer of a footer, with its checksum over the whole footer, lies in these last bytes.
+Item = dict[str, Any]
+# Entries of every item; collating knows these names.
+INDEX, SAMPLE_ID, LABEL = "index", "sample_id", "label"
+# A sample's id, and its generation index where several share the id.
+Key = tuple[Any, int | None]
+# Bytes at the end of a file that identify it: a footer ends in a checksum over all of it.
 _END_NBYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Labels of samples.
+
+    Attributes
+    ----------
+    values
+        By sample id, or by ``(sample_id, generation_index)`` where ids repeat; or the name of what
+        the archive has: ``label``, or one of its scores.
+    allow_unused
+        Accept values of ids that no sample has, for shards that hold a part of the data.
+    """
+
+    values: Mapping[Any, Any] | str
+    allow_unused: bool = False
+
+    @classmethod
+    def of(cls, value: Mapping[Any, Any] | str | Labels) -> Labels:
+        """The labels that `value` stands for; bare values allow no unused ids."""
+        return value if isinstance(value, Labels) else cls(value)
+
+
+class ShardedDataset(Protocol):
+    """A map-style dataset whose items lie in shards, as samplers and streams need it."""
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int64]:
+        """The shard of every item."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the items and their shards; a checkpoint holds it."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+
+    def __getitem__(self, index: int) -> Any:
+        """One item."""
+
+
+class TraceDataset(Dataset[Item]):
+    """Samples of one or many archives as dicts of tensors, each read on access.
+
+    Works from many threads, pickled, and in `torch.utils.data.DataLoader` workers of every start
+    method. Only the layers asked for are read, one chunk each.
+
+    Parameters
+    ----------
+    source
+        As for `h5traces.open`: a file, a glob, a folder, a list of these; or an open `Archive` or
+        a slice of one.
+    kinds
+        Kinds of arrays, for instance ``("hidden_states", "attentions")``.
+    layers
+        The model's own layer numbers, in the order of the layer axis; all that are stored by
+        default. A bare number gives tensors without a layer axis.
+    tokens
+        ``all``; ``answer``, the tokens after the prompt; ``last``; ``mean``, over all tokens;
+        ``answer_mean``. In attentions, this chooses queries. `Tokens` states the length of prompts
+        as well, where the archive does not have it.
+    dtype
+        Type of the tensors; by default that of the file, bfloat16 included.
+    labels
+        Values by sample id, or the name of a label of the archive; `Labels` has more options.
+    fields
+        More fields of a trace to include: ``tokens`` as a tensor, others as they are.
+    indices
+        Samples of the source, by index or slice: for splits, or to leave samples out.
+    non_finite
+        ``error`` raises for samples with NaN or infinite values, ``keep`` returns them.
+    threads
+        Threads that read a batch, in addition to the workers of a `DataLoader`.
+    transform
+        Called with every item; its result is the item.
+
+    Raises
+    ------
+    FileNotFoundError, ArchiveError
+        As `h5traces.open`; or shards are of different models or layer sets.
+    DatasetError
+        There are no samples, or labels are missing or left over.
+    LayerIndexError
+        A shard does not store a layer.
+
+    Notes
+    -----
+    An item is a dict: ``index`` (position in the source), ``sample_id``, a tensor per kind with the
+    axes that `axes` names, ``label`` where there are labels, and the fields.
+    """
+
+    def __init__(
+        self,
+        source: Archive | PathLike | Iterable[PathLike],
+        *,
+        kinds: Iterable[str] = (layout.HIDDEN_STATES,),
+        layers: int | Iterable[int] | None = None,
+        tokens: TokenChoice | Tokens = "all",
+        dtype: torch.dtype | None = None,
+        labels: Mapping[Any, Any] | str | Labels | None = None,
+        fields: Iterable[str] = (),
+        indices: SampleChoice = None,
+        non_finite: NonFinite = "error",
+        threads: int = 1,
+        transform: Callable[[Item], Any] | None = None,
+    ) -> None:
+        taken = Tokens.of(tokens)
+        _check_options(taken, non_finite, threads)
+        self.archive = source if isinstance(source, Archive) else open_archive(source)
+        self.kinds, self.fields = tuple(kinds), tuple(fields)
+        one_layer = isinstance(layers, int)
+        wanted = (layers,) if isinstance(layers, int) else layers
+        numbers = self.archive.layers if wanted is None else tuple(wanted)
+        check_layers(self.archive, self.kinds, numbers)
+        self.indices = _checked_indices(self.archive, indices)
+        self.preparation = Preparation(numbers, not one_layer, taken, dtype, non_finite)
+        self._stored_axes = {kind: axes_of(self.archive, kind) for kind in self.kinds}
+        self._labels = None
+        if labels is not None:
+            self._labels = labels_of(self.archive, self.indices, Labels.of(labels))
+        self._threads, self._transform = threads, transform
+        self._guard = ShardGuard(self.archive.paths)
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the axes of every tensor of an item that has any."""
+        axes = {kind: self.preparation.axes(stored) for kind, stored in self._stored_axes.items()}
+        if layout.TOKENS in self.fields:
+            axes[layout.TOKENS] = ("token",)
+        return axes
+
+    @property
+    def labels(self) -> list[Any] | None:
+        """The label of every item, where there are labels."""
+        return self._labels
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int64]:
+        """The shard of every item."""
+        return self.archive._shard_numbers[np.asarray(self.indices, dtype=np.int64)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the items and their shards."""
+        return fingerprint_of(self.archive, self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            position = self.indices[index]
+        except IndexError:
+            message = f"item {index} is out of range; the dataset has {len(self)}"
+            raise IndexError(message) from None
+        trace = self.archive[position]
+        self._guard.check(trace.path)
+        item: Item = {INDEX: position, SAMPLE_ID: trace.metadata.sample_id}
+        with self._fetched([index]):
+            for kind in self.kinds:
+                item[kind] = read_tensor(trace, kind, self._stored_axes[kind], self.preparation)
+        for field in self.fields:
+            item[field] = self._field(trace, field)
+        if self._labels is not None:
+            item[LABEL] = self._labels[index]
+        return item if self._transform is None else self._transform(item)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Without it, Python would take a LayerIndexError for the end of the dataset.
+        return (self[index] for index in range(len(self)))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The items of a batch, read in threads where the dataset has several."""
+        with self._fetched(indices):
+            if self._threads == 1 or len(indices) == 1:
+                return [self[index] for index in indices]
+            with ThreadPoolExecutor(min(self._threads, len(indices))) as pool:
+                return list(pool.map(self.__getitem__, indices))
+
+    def _fetched(self, indices: Sequence[int]) -> AbstractContextManager[object]:
+        """Inside the block, items on servers are in memory, fetched in parallel."""
+        inside = range(-len(self), len(self))
+        positions = [self.indices[index] for index in indices if index in inside]
+        return self.archive.fetched(positions, kinds=self.kinds, layers=self.preparation.layers)
+
+    def _field(self, trace: Trace, field: str) -> Any:
+        if field not in trace:
+            message = (
+                f"{trace._stored.place} (sample id {trace.metadata.sample_id!r}): has no field "
+                f"{field!r}; stored: {', '.join(trace)}"
+            )
+            raise DatasetError(message)
+        if field != layout.TOKENS:
+            return trace[field]
+        tokens = torch.from_numpy(np.asarray(trace[field], dtype=np.int64))
+        if self.preparation.tokens.take == "answer":
+            start, stop = answer_span(trace, self.preparation.tokens)
+            return tokens[start:stop].clone()
+        return tokens
+
+
+def fingerprint_of(archive: Archive, indices: Sequence[int]) -> str:
+    """Identifies samples and their shards; it changes when a shard is written again."""
+    digest = xxhash.xxh3_64()
+    for file in archive._files:
+        digest.update(f"{file.metadata.archive_id} {file.num_samples} ".encode())
+    digest.update(np.asarray(indices, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _check_options(tokens: Tokens, non_finite: str, threads: int) -> None:
+    if tokens.take not in TOKEN_CHOICES:
+        message = f"tokens is {tokens.take!r}, expected one of {', '.join(TOKEN_CHOICES)}"
+        raise DatasetError(message)
+    if non_finite not in ("error", "keep"):
+        message = f"non_finite is {non_finite!r}, expected 'error' or 'keep'"
+        raise DatasetError(message)
+    if threads < 1:
+        message = f"threads is {threads}, expected at least 1"
+        raise DatasetError(message)
+
+
+def _checked_indices(archive: Archive, indices: SampleChoice) -> Sequence[int]:
+    """Indices from 0 on; those of all samples by default."""
+    try:
+        found = choose_samples(indices, len(archive))
+    except SampleIndexError as error:
+        message = f"{archive.paths[0]}: indices: {error}"
+        raise DatasetError(message) from error
+    if not found:
+        message = (
+            f"{and_more(archive.paths)}: there are no samples to train on"
+            + (" (indices is empty)" if len(archive) else "")
+            + "; name archives that hold some"
+        )
+        raise DatasetError(message)
+    return found
+
+
+def axes_of(archive: Archive, kind: str) -> tuple[str, ...]:
+    """Names of the axes of one layer's array of a kind."""
+    if kind in layout.KINDS:
+        return layout.KINDS[kind].axes
+    axes = json.loads(str(_declared(archive._files[0], kind)["axes"]))
+    return tuple(str(axis) for axis in axes)
+
+
+def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ...]) -> None:
+    """Check that all shards store the kinds and layers asked for.
+
+    Raises
+    ------
+    DatasetError
+        No kind or no layer was asked for, or a shard does not store a kind.
+    LayerIndexError
+        A shard does not store a layer.
+    """
+    if not kinds:
+        message = "kinds is empty, expected for instance ('hidden_states',)"
+        raise DatasetError(message)
+    for file in archive._files:
+        if not file.num_samples:
+            continue
+        for kind in kinds:
+            _check_stored(file, kind, layers)
+    if not layers and len(archive):
+        message = f"{archive.paths[0]}: layers is empty, or the archive stores no layers"
+        raise DatasetError(message)
+
+
+def _check_stored(file: ArchiveFile, kind: str, layers: tuple[int, ...]) -> None:
+    stored = _declared(file, kind).get("layers", ())
+    missing = [each for each in layers if not isinstance(stored, tuple) or each not in stored]
+    if missing:
+        message = (
+            f"{file.path}: layers {missing} of {kind} are not stored; stored: "
+            f"{list(stored) if isinstance(stored, tuple) else stored}; choose other layers="
+        )
+        raise LayerIndexError(message)
+
+
+def _declared(file: ArchiveFile, kind: str) -> dict[str, object]:
+    kinds = file.store.kinds
+    if kind not in kinds:
+        message = (
+            f"{file.path}: stores no {kind}; stored: {', '.join(kinds) or 'no kinds'}; choose "
+            "other kinds=, or name the shards that have them"
+        )
+        raise DatasetError(message)
+    return dict(kinds[kind])
+
+
+def labels_of(archive: Archive, indices: Sequence[int], labels: Labels) -> list[Any]:
+    """The labels of some samples, in the order of `indices`.
+
+    Raises
+    ------
+    DatasetError
+        A sample has no label, an id is ambiguous, or a label belongs to no sample; the message
+        names shard and sample.
+    """
+    if isinstance(labels.values, str):
+        return [_stored_label(archive[index], labels.values) for index in indices]
+    ids = Counter(archive.ids)
+    keys = [
+        (each, archive[index].metadata.generation_index if ids[each] > 1 else None)
+        for index, each in enumerate(archive.ids)
+    ]
+    where = and_more(archive.paths)
+    return mapped_labels(
+        keys, indices, labels, where=where, place=lambda index: named(archive[index])
+    )
+
+
+def _stored_label(trace: Trace, name: str) -> Any:
+    metadata = trace.metadata
+    value: Any = metadata.label if name == "label" else (metadata.scores or {}).get(name)
+    if value is None:
+        known = sorted(metadata.scores or {}) + (["label"] if metadata.label is not None else [])
+        message = (
+            f"{named(trace)}: has no label {name!r}; stored: {', '.join(known) or 'none'}; pass "
+            "labels={sample_id: value}, or leave the sample out with indices="
+        )
+        raise DatasetError(message)
+    return value
+
+
+def mapped_labels(
+    keys: Sequence[Key],
+    indices: Sequence[int],
+    labels: Labels,
+    *,
+    where: str,
+    place: Callable[[int], str],
+) -> list[Any]:
+    """The labels of some samples by their ids.
+
+    Parameters
+    ----------
+    keys
+        Id and generation index of all samples.
+    indices
+        Which of them to label.
+    labels
+        With values by id.
+    where, place
+        Shards, and a sample by its index, for messages.
+
+    Raises
+    ------
+    DatasetError
+        As `labels_of`.
+    """
+    values = labels.values
+    assert not isinstance(values, str)  # names of labels are for `labels_of`
+    ids = Counter(sample_id for sample_id, _ in keys)
+    found = []
+    for index in indices:
+        sample_id, _ = key = keys[index]
+        if key in values:
+            found.append(values[key])
+        elif sample_id not in values:
+            message = (
+                f"{place(index)}: labels holds no value for it; a missing label is never 0: add "
+                "it, or leave the sample out"
+            )
+            raise DatasetError(message)
+        elif ids[sample_id] > 1:
+            message = (
+                f"{place(index)}: {ids[sample_id]} samples have that id and would all get its "
+                "label; use the keys (sample_id, generation_index)"
+            )
+            raise DatasetError(message)
+        else:
+            found.append(values[sample_id])
+    unused = [] if labels.allow_unused else [key for key in values if _id_of(key) not in ids]
+    if unused:
+        names = and_more(map(repr, unused))
+        message = (
+            f"{where}: labels names {names}, which no sample there has as its id; check the "
+            "ids, or pass Labels(values, allow_unused=True) for shards that hold a part of the data"
+        )
+        raise DatasetError(message)
+    return found
+
+
+def _id_of(key: Any) -> Any:
+    return key[0] if isinstance(key, tuple) and key else key
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What a file was when the dataset was made."""
+    """A file as it was when the dataset was made."""
 
     status: tuple[int, int, int, int]
     nbytes: int
@@ -58,23 +453,23 @@ class _Seen:
 
 
 class ShardGuard:
-    """Remembers what local files are, and refuses to go on with others in their place.
+    """Remembers local files, and raises where another one took their place.
 
-    One `os.stat` per check. An archive that is open stays readable after it was renamed over, so
-    without this a worker that opened it early would train on the old file and one that opened it
-    late on the new one. Files that only moved or were touched (same size, same footer) pass.
+    A check takes one `os.stat`. An open archive stays readable after another file got its name, so
+    without this, one worker might train on the old file and the next one on the new. Files that
+    only moved or were touched (same size, same footer) pass.
 
     Parameters
     ----------
     paths
-        The shards; those that are no local files are not watched.
+        The shards; those on servers are not watched.
     """
 
     def __init__(self, paths: Iterable[Path | RemotePath]) -> None:
         self._seen = {str(path): _look(str(path)) for path in paths if isinstance(path, Path)}
 
     def check(self, path: Path | RemotePath) -> None:
-        """Raise DatasetError unless the shard is the one that the dataset was made of."""
+        """Raise DatasetError unless the shard is the one that the dataset was made from."""
         name = str(path)
         seen = self._seen.get(name)
         if seen is None:
@@ -110,415 +505,3 @@ def _look(path: str) -> _Seen:
         end = os.pread(file.fileno(), _END_NBYTES, max(0, status.st_size - _END_NBYTES))
     key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     return _Seen(key, status.st_size, end)
-
-
-def axes_of(archive: Archive, kind: str) -> tuple[str, ...]:
-    """Names of the axes of one layer's array of a kind."""
-    if kind in layout.KINDS:
-        return layout.KINDS[kind].axes
-    axes = json.loads(str(_declared(archive.files[0], kind)["axes"]))
-    return tuple(str(axis) for axis in axes)
-
-
-def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ...]) -> None:
-    """Refuse shards that do not store the kinds and layers asked for.
-
-    Raises
-    ------
-    DatasetError
-        No kind or no layer was asked for, or a shard does not store a kind.
-    LayerIndexError
-        A shard does not store a layer.
-    """
-    if not kinds:
-        message = "kinds is empty, expected for instance ('hidden_states',)"
-        raise DatasetError(message)
-    for file in archive.files:
-        if not file.num_samples:
-            continue
-        for kind in kinds:
-            _check_stored(file, kind, layers)
-    if not layers and len(archive):
-        message = f"{archive.paths[0]}: layers is empty, or the archive stores no layers"
-        raise DatasetError(message)
-
-
-def _check_stored(file: ArchiveFile, kind: str, layers: tuple[int, ...]) -> None:
-    stored = _declared(file, kind).get("layers", ())
-    missing = [each for each in layers if not isinstance(stored, tuple) or each not in stored]
-    if missing:
-        message = (
-            f"{file.path}: layers {missing} of {kind} are not stored; stored: "
-            f"{list(stored) if isinstance(stored, tuple) else stored}; choose other layers="
-        )
-        raise LayerIndexError(message)
-
-
-def _declared(file: ArchiveFile, kind: str) -> dict[str, object]:
-    kinds = file.store.kinds
-    if kind not in kinds:
-        message = (
-            f"{file.path}: stores no {kind}; stored: {', '.join(kinds) or 'no kinds'}; choose "
-            "other kinds=, or name the shards that have them"
-        )
-        raise DatasetError(message)
-    return dict(kinds[kind])
-
-
-Labels = Mapping[Any, Any] | str
-# A sample's id, and its generation index where several share the id.
-Key = tuple[Any, int | None]
-_MOST_NAMED = 5
-
-
-def labels_of(
-    archive: Archive, indices: Sequence[int], labels: Labels, *, allow_unused: bool
-) -> list[Any]:
-    """The label of every sample, in the order of `indices`.
-
-    Parameters
-    ----------
-    archive, indices
-        The samples.
-    labels
-        Values by sample id, or by (sample id, generation index) where ids repeat; or the name of
-        what the archive itself knows: ``label``, or one of its ``scores``.
-    allow_unused
-        Whether a mapping may hold ids that no sample has.
-
-    Raises
-    ------
-    DatasetError
-        A sample has no label, an id is ambiguous, or a label belongs to no sample; the message
-        names shard and sample.
-    """
-    if isinstance(labels, str):
-        return [_stored_label(archive[index], labels) for index in indices]
-    ids = Counter(archive.ids)
-    keys = [
-        (each, archive[index].metadata.generation_index if ids[each] > 1 else None)
-        for index, each in enumerate(archive.ids)
-    ]
-    where = ", ".join(str(path) for path in archive.paths[:_MOST_NAMED])
-    return mapped_labels(
-        keys,
-        indices,
-        labels,
-        place=lambda index: named(archive[index]),
-        where=where,
-        allow_unused=allow_unused,
-    )
-
-
-def _stored_label(trace: Trace, name: str) -> Any:
-    metadata = trace.metadata
-    value: Any = metadata.label if name == "label" else (metadata.scores or {}).get(name)
-    if value is None:
-        known = sorted(metadata.scores or {}) + (["label"] if metadata.label is not None else [])
-        message = (
-            f"{named(trace)}: has no label {name!r}; stored: {', '.join(known) or 'none'}; pass "
-            "labels={sample_id: value}, or leave the sample out with indices="
-        )
-        raise DatasetError(message)
-    return value
-
-
-def mapped_labels(
-    keys: Sequence[Key],
-    indices: Sequence[int],
-    labels: Mapping[Any, Any],
-    *,
-    place: Callable[[int], str],
-    where: str,
-    allow_unused: bool,
-) -> list[Any]:
-    """The labels that a mapping has for some samples.
-
-    Parameters
-    ----------
-    keys
-        Id and generation index of all samples.
-    indices
-        Which of them to label.
-    labels
-        Values by id, or by both.
-    place
-        Names a sample, for messages.
-    where
-        Names the shards, for messages.
-    allow_unused
-        Whether the mapping may hold ids that no sample has.
-
-    Raises
-    ------
-    DatasetError
-        As `labels_of`.
-    """
-    ids = Counter(sample_id for sample_id, _ in keys)
-    found = []
-    for index in indices:
-        sample_id, _ = key = keys[index]
-        if key in labels:
-            found.append(labels[key])
-        elif sample_id not in labels:
-            message = (
-                f"{place(index)}: labels holds no value for it; a missing label is never 0: add "
-                "it, or leave the sample out"
-            )
-            raise DatasetError(message)
-        elif ids[sample_id] > 1:
-            message = (
-                f"{place(index)}: {ids[sample_id]} samples have that id, so one label for it would "
-                "be given to all of them; use the keys (sample_id, generation_index)"
-            )
-            raise DatasetError(message)
-        else:
-            found.append(labels[sample_id])
-    unused = [] if allow_unused else [key for key in labels if _id_of(key) not in ids]
-    if unused:
-        names = and_more(map(repr, unused))
-        message = (
-            f"{where}: labels names {names}, which no sample there has as its id; check the "
-            "ids, or pass allow_unused_labels=True for shards that hold a part of the data"
-        )
-        raise DatasetError(message)
-    return found
-
-
-def _id_of(key: Any) -> Any:
-    return key[0] if isinstance(key, tuple) and key else key
-
-
-Item = dict[str, Any]
-# What an item always holds; collating knows these names.
-INDEX, SAMPLE_ID, LABEL = "index", "sample_id", "label"
-
-
-class ShardedDataset(Protocol):
-    """A map-style dataset whose items lie in shards, as samplers and streams want it."""
-
-    @property
-    def shard_numbers(self) -> NDArray[np.int64]:
-        """For every item, the shard that it lies in."""
-
-    @property
-    def fingerprint(self) -> str:
-        """The same text for the same items of the same shards, to check a checkpoint against."""
-
-    def __len__(self) -> int:
-        """Number of items."""
-
-    def __getitem__(self, index: int) -> Any:
-        """One item."""
-
-
-class TraceDataset(Dataset[Item]):
-    """Samples of one or many archives as dicts of tensors, each read when it is asked for.
-
-    Can be used from many threads, pickled, and handed to `torch.utils.data.DataLoader` workers of
-    every start method. Only the layers asked for are read, one chunk each.
-
-    Parameters
-    ----------
-    source
-        What `h5traces.open` takes: a file, a glob, a folder, a list of these; or an open `Archive`
-        or a slice of one.
-    kinds
-        Kinds of arrays, for instance ``("hidden_states", "attentions")``.
-    layers
-        The model's own layer numbers, in the order of the layer axis; all that are stored by
-        default. A bare number gives tensors without a layer axis.
-    tokens
-        ``all``; ``answer``, the tokens behind the prompt; ``last``; ``mean``, over all tokens;
-        ``answer_mean``. Of attentions, this chooses queries.
-    dtype
-        Type of the tensors; by default that of the file, bfloat16 included.
-    labels
-        Values by sample id (by ``(sample_id, generation_index)`` where ids repeat), or the name of
-        what the archive knows itself: ``label``, or one of its scores.
-    allow_unused_labels
-        Accept labels of ids that no sample has.
-    prompt_lens
-        Tokens of the prompt by sample id, where the archive does not know.
-    fields
-        More fields of a trace to hand out: ``tokens`` as a tensor, others as they are.
-    indices
-        Which traces of the source, by index: for splits, or to leave samples out. All by default.
-    non_finite
-        ``error`` refuses samples with NaN or infinite values, ``keep`` hands them out.
-    threads
-        Threads that read a batch, beside the workers of a `DataLoader`.
-    transform
-        Called with every item; what it returns is handed out.
-
-    Raises
-    ------
-    FileNotFoundError, ArchiveError
-        As `h5traces.open`; shards of different models or layer sets are refused.
-    DatasetError
-        There are no samples, or labels are missing or left over.
-    LayerIndexError
-        A shard does not store a layer.
-
-    Notes
-    -----
-    An item is a dict: ``index`` (position in the source), ``sample_id``, a tensor per kind with the
-    axes that `axes` names, ``label`` where there are labels, and the fields.
-    """
-
-    def __init__(
-        self,
-        source: Archive | PathLike | Iterable[PathLike],
-        *,
-        kinds: Iterable[str] = (layout.HIDDEN_STATES,),
-        layers: int | Iterable[int] | None = None,
-        tokens: Tokens = "all",
-        dtype: torch.dtype | None = None,
-        labels: Labels | None = None,
-        allow_unused_labels: bool = False,
-        prompt_lens: Mapping[str, int] | None = None,
-        fields: Iterable[str] = (),
-        indices: Sequence[int] | None = None,
-        non_finite: NonFinite = "error",
-        threads: int = 1,
-        transform: Callable[[Item], Any] | None = None,
-    ) -> None:
-        _check_options(tokens, non_finite, threads)
-        self.archive = source if isinstance(source, Archive) else open_archive(source)
-        self.kinds, self.fields = tuple(kinds), tuple(fields)
-        one_layer = isinstance(layers, int)
-        wanted = (layers,) if isinstance(layers, int) else layers
-        numbers = self.archive.layers if wanted is None else tuple(wanted)
-        check_layers(self.archive, self.kinds, numbers)
-        self.indices = _checked_indices(self.archive, indices)
-        self.selection = Selection(numbers, not one_layer, tokens, dtype, non_finite, prompt_lens)
-        self._stored_axes = {kind: axes_of(self.archive, kind) for kind in self.kinds}
-        self._labels = None
-        if labels is not None:
-            self._labels = labels_of(
-                self.archive, self.indices, labels, allow_unused=allow_unused_labels
-            )
-        self._threads, self._transform = threads, transform
-        self._guard = ShardGuard(self.archive.paths)
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """Names of the axes of every tensor of an item that has any."""
-        axes = {kind: self.selection.axes(stored) for kind, stored in self._stored_axes.items()}
-        if layout.TOKENS in self.fields:
-            axes[layout.TOKENS] = ("token",)
-        return axes
-
-    @property
-    def labels(self) -> list[Any] | None:
-        """The label of every item, where there are labels."""
-        return self._labels
-
-    @property
-    def shard_numbers(self) -> NDArray[np.int64]:
-        """For every item, the shard that it lies in."""
-        return self.archive.shard_numbers[np.asarray(self.indices, dtype=np.int64)]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The same text for the same items of the same shards."""
-        return fingerprint_of(self.archive, self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            position = self.indices[index]
-        except IndexError:
-            message = f"item {index} is out of range; the dataset has {len(self)}"
-            raise IndexError(message) from None
-        trace = self.archive[position]
-        self._guard.check(trace.path)
-        item: Item = {INDEX: position, SAMPLE_ID: trace.metadata.sample_id}
-        with self._fetched([index]):
-            for kind in self.kinds:
-                item[kind] = read_tensor(trace, kind, self._stored_axes[kind], self.selection)
-        for field in self.fields:
-            item[field] = self._field(trace, field)
-        if self._labels is not None:
-            item[LABEL] = self._labels[index]
-        return item if self._transform is None else self._transform(item)
-
-    def __iter__(self) -> Iterator[Any]:
-        # Without it, Python would take a LayerIndexError for the end of the dataset.
-        return (self[index] for index in range(len(self)))
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The items of a batch, read in threads where the dataset has several."""
-        with self._fetched(indices):
-            if self._threads == 1 or len(indices) == 1:
-                return [self[index] for index in indices]
-            with ThreadPoolExecutor(min(self._threads, len(indices))) as pool:
-                return list(pool.map(self.__getitem__, indices))
-
-    def _fetched(self, indices: Sequence[int]) -> AbstractContextManager[object]:
-        """Inside the block, items on servers lie in memory: they came side by side."""
-        inside = range(-len(self), len(self))
-        positions = [self.indices[index] for index in indices if index in inside]
-        return self.archive.fetched(positions, kinds=self.kinds, layers=self.selection.layers)
-
-    def _field(self, trace: Trace, field: str) -> Any:
-        if field not in trace:
-            message = (
-                f"{trace.place} (sample id {trace.metadata.sample_id!r}): has no field {field!r}; "
-                f"stored: {', '.join(trace)}"
-            )
-            raise DatasetError(message)
-        if field != layout.TOKENS:
-            return trace[field]
-        tokens = torch.from_numpy(np.asarray(trace[field], dtype=np.int64))
-        if self.selection.tokens == "answer":
-            start, stop = answer_span(trace, self.selection.prompt_lens)
-            return tokens[start:stop].clone()
-        return tokens
-
-
-def fingerprint_of(archive: Archive, indices: Sequence[int]) -> str:
-    """The same text for the same traces of the same shards; not for one that was rewritten."""
-    digest = xxhash.xxh3_64()
-    for file in archive.files:
-        digest.update(f"{file.metadata.archive_id} {file.num_samples} ".encode())
-    digest.update(np.asarray(indices, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
-def _check_options(tokens: str, non_finite: str, threads: int) -> None:
-    if tokens not in TOKENS_CHOICES:
-        message = f"tokens is {tokens!r}, expected one of {', '.join(TOKENS_CHOICES)}"
-        raise DatasetError(message)
-    if non_finite not in ("error", "keep"):
-        message = f"non_finite is {non_finite!r}, expected 'error' or 'keep'"
-        raise DatasetError(message)
-    if threads < 1:
-        message = f"threads is {threads}, expected at least 1"
-        raise DatasetError(message)
-
-
-def _checked_indices(archive: Archive, indices: Sequence[int] | None) -> Sequence[int]:
-    """Indices from 0 on; all traces where none are given."""
-    found: Sequence[int] = range(len(archive))
-    if indices is not None:
-        found = [int(index) for index in indices]
-        outside = [index for index in found if not -len(archive) <= index < len(archive)]
-        if outside:
-            message = (
-                f"{archive.paths[0]}: indices names {outside[0]}, but there are {len(archive)} "
-                "samples"
-            )
-            raise DatasetError(message)
-        found = [index % len(archive) for index in found]
-    if not found:
-        shards = ", ".join(str(path) for path in archive.paths[:5])
-        message = (
-            f"{shards}: there are no samples to train on"
-            + (" (indices is empty)" if indices is not None and len(archive) else "")
-            + "; name archives that hold some"
-        )
-        raise DatasetError(message)
-    return found

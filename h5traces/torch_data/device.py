@@ -1,4 +1,4 @@
-"""Batches onto a device, copied while the model computes."""
+"""Moves batches to a device, the next one while the model computes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = Tr
         A tensor, anything with a method ``to`` (graphs of PyTorch Geometric), or mappings, lists
         and tuples of these; other values stay as they are.
     device
-        Where to.
+        The device.
     non_blocking
-        Do not wait for copies out of pinned memory (``DataLoader(pin_memory=True)``) to end.
+        Do not wait for copies from pinned memory (``DataLoader(pin_memory=True)``).
     """
     if hasattr(batch, "to"):
         return batch.to(device, non_blocking=non_blocking)
@@ -37,20 +37,20 @@ def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = Tr
 
 
 class DeviceLoader:
-    """A loader whose batches lie on a device, the next one copied while the last is in use.
+    """A loader whose batches are on a device; the next one is copied while the last is in use.
 
-    On CUDA, copies run in a stream of their own; with ``pin_memory=True`` in the loader they do
-    not wait for the model, nor it for them. On other devices batches are moved one by one.
+    On CUDA, copies run in a stream of their own; with ``pin_memory=True`` in the loader they and
+    the model do not wait for each other. On other devices batches are moved one by one.
 
-    Its ``state_dict`` is the loader's, as of the batch that was handed out last, so that resuming
-    stays exact although one more was read.
+    Its ``state_dict`` is the loader's, as of the batch returned last, so that nothing is lost on
+    resuming although one more batch was read.
 
     Parameters
     ----------
     loader
         A `torch.utils.data.DataLoader`, or any iterable of batches.
     device
-        Where to.
+        The device.
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device | str) -> None:
@@ -59,7 +59,7 @@ class DeviceLoader:
         self._state: Any = None
 
     def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # as the loader has it, TypeError where none
+        return len(self._loader)  # type: ignore[arg-type]  # TypeError where the loader has none
 
     def __iter__(self) -> Iterator[Any]:
         if self.device.type != "cuda":
@@ -85,7 +85,7 @@ class DeviceLoader:
         self._state = None
 
     def _copied_in(self, stream: torch.cuda.Stream, batches: Iterator[Any]) -> Any:
-        """The next batch, being copied, with the loader's state behind it; None at the end."""
+        """The next batch, being copied, and the loader's state after it; None at the end."""
         try:
             batch = next(batches)
         except StopIteration:
@@ -100,7 +100,7 @@ class DeviceLoader:
         return copy.deepcopy(self._loader.state_dict())
 
     def state_dict(self) -> Any:
-        """The loader's state behind the batch that was handed out last.
+        """The loader's state after the batch that was returned last.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class DeviceLoader:
         return found
 
     def load_state_dict(self, state: Any) -> None:
-        """Let the loader go on from a state."""
+        """Let the loader continue from a state."""
         self._state = None
         self._loader.load_state_dict(state)  # type: ignore[attr-defined]  # as the loader has it
 

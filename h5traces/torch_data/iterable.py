@@ -1,4 +1,4 @@
-"""An iterable dataset: the items of a map-style one as a stream, shared among workers."""
+"""An iterable dataset: the items of a map-style dataset as a stream, shared among workers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ _NUM_WORKERS = "num_workers"
 
 
 class IterableTraceDataset(IterableDataset[Any]):
-    """A stream over a map-style dataset, in the order that a `ShardSampler` would give.
+    """A stream over a map-style dataset, in the order of a `ShardSampler`.
 
-    Processes (`num_replicas`) and the workers of a loader each take every n-th item; none comes
-    twice and none is left out, except as `drop_last` says. The stream knows where it is in each
-    worker, so that ``StatefulDataLoader.state_dict`` is exact in mid-epoch with any number of
-    workers.
+    Processes (`num_replicas`) and the workers of a loader each take every n-th item; each comes
+    once, except as `drop_last` says. The stream knows its position in each worker, so that
+    ``StatefulDataLoader.state_dict`` is right within an epoch with any number of workers.
 
     Parameters
     ----------
@@ -34,9 +33,9 @@ class IterableTraceDataset(IterableDataset[Any]):
     shuffle, seed, window, num_replicas, rank, drop_last
         As in `ShardSampler`.
     threads
-        Threads that read ahead in each worker, or in this process where there are none.
+        Threads that read ahead in each worker, or in this process where there are no workers.
     prefetch
-        Items that are read ahead in each; twice the threads by default.
+        Items that each reads ahead; twice the number of threads by default.
     """
 
     def __init__(
@@ -75,8 +74,8 @@ class IterableTraceDataset(IterableDataset[Any]):
     def num_items(self) -> int:
         """Items of one epoch in this process, over all its workers.
 
-        There is no ``len``: a loader would promise a number of batches that it cannot know, since
-        each worker ends with a batch of its own.
+        There is no ``len``: a loader would derive a wrong number of batches from it, since the last
+        batch of each worker may be short.
         """
         return len(self._schedule)
 
@@ -88,7 +87,7 @@ class IterableTraceDataset(IterableDataset[Any]):
 
     @property
     def epoch(self) -> int:
-        """Decides, with the seed, the order of the next iteration."""
+        """Decides the order of the next iteration, together with the seed."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -100,7 +99,7 @@ class IterableTraceDataset(IterableDataset[Any]):
 
 
 class _Stream(Iterator[Any]):
-    """One iteration in one worker; its state counts what was handed out, not what was read."""
+    """One iteration in one worker; its state counts the items returned, not those read."""
 
     def __init__(
         self,
@@ -144,7 +143,7 @@ class _Stream(Iterator[Any]):
         if state.get(_NUM_WORKERS) != self._num_workers:
             message = (
                 f"the state was saved with {state.get(_NUM_WORKERS)} workers, now there are "
-                f"{self._num_workers}; each worker has a share of its own: use the same number"
+                f"{self._num_workers}; each worker has its own share: use the same number"
             )
             raise DatasetError(message)
         self._epoch, self._position = state[EPOCH], state[POSITION]
@@ -154,7 +153,7 @@ class _Stream(Iterator[Any]):
 def _read_ahead(
     dataset: ShardedDataset, indices: Iterator[int], threads: int, prefetch: int
 ) -> Iterator[Any]:
-    """Items in order, of which `prefetch` are being read in threads while one is in use."""
+    """Items in order; threads read the next `prefetch` items while one is in use."""
     with ThreadPoolExecutor(threads, thread_name_prefix="h5traces-read") as pool:
         waiting: deque[Future[Any]] = deque()
         try:

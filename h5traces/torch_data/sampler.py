@@ -1,4 +1,4 @@
-"""A sampler that shuffles by shards, shares among processes, and can be taken up in mid-epoch."""
+"""A sampler that shuffles by shards, shares among processes, and can resume within an epoch."""
 
 from __future__ import annotations
 
@@ -16,173 +16,18 @@ if TYPE_CHECKING:
 
     from h5traces.torch_data.dataset import ShardedDataset
 
-
 DEFAULT_WINDOW = 8
-
-
-def epoch_order(
-    shard_numbers: NDArray[np.int64], *, seed: int, epoch: int, window: int | None
-) -> NDArray[np.int64]:
-    """All items in random order, a few shards at a time.
-
-    Parameters
-    ----------
-    shard_numbers
-        For every item, the shard that it lies in.
-    seed, epoch
-        The same two give the same order, on every machine.
-    window
-        Shards that are mixed with one another: they come in random order, so many at a time, and
-        the items of those are shuffled together. None mixes all.
-
-    Returns
-    -------
-    NDArray
-        A permutation of the items, int64.
-    """
-    if window is not None and window < 1:
-        message = f"window is {window}, expected the number of shards to mix, or None for all"
-        raise DatasetError(message)
-    draws = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    shards = np.unique(shard_numbers)
-    if window is None or len(shards) <= window:
-        return _shuffled(np.arange(len(shard_numbers)), draws)
-    by_shard = np.argsort(shard_numbers, kind="stable")
-    parts = np.split(by_shard, np.searchsorted(shard_numbers[by_shard], shards[1:]))
-    turns = _shuffled(np.arange(len(parts)), draws).tolist()
-    windows = (turns[start : start + window] for start in range(0, len(turns), window))
-    return np.concatenate(
-        [_shuffled(np.concatenate([parts[turn] for turn in each]), draws) for each in windows]
-    )
-
-
-def _shuffled(values: NDArray[np.int64], draws: np.random.Philox) -> NDArray[np.int64]:
-    shuffled: NDArray[np.int64] = values[np.argsort(draws.random_raw(len(values)), kind="stable")]
-    return shuffled
-
-
-def share_of_rank(
-    order: NDArray[np.int64], *, rank: int, num_replicas: int, drop_last: bool
-) -> NDArray[np.int64]:
-    """What one of several processes takes: every n-th item, the same number for all of them.
-
-    As `torch.utils.data.DistributedSampler` has it: what is missing for equal shares is taken from
-    the beginning again, or, with `drop_last`, the remainder is left out.
-    """
-    if not 0 <= rank < num_replicas:
-        message = f"rank is {rank}, expected 0 to {num_replicas - 1}: there are {num_replicas}"
-        raise DatasetError(message)
-    share = len(order) // num_replicas if drop_last else -(-len(order) // num_replicas)
-    return np.resize(order, share * num_replicas)[rank::num_replicas] if share else order[:0]
-
-
-def length_of_share(num_items: int, *, num_replicas: int, drop_last: bool) -> int:
-    """How many items `share_of_rank` gives."""
-    return num_items // num_replicas if drop_last else -(-num_items // num_replicas)
-
-
+# Entries of a checkpoint.
 EPOCH, POSITION = "epoch", "position"
-
-
-class Schedule:
-    """Which items come when, in one process of a training run.
-
-    Parameters
-    ----------
-    dataset
-        What the items are of.
-    shuffle, seed, window
-        See `h5traces.torch_data.sampler.epoch_order`; without `shuffle`, items come in their order.
-    num_replicas, rank, drop_last
-        As `torch.utils.data.DistributedSampler` has them.
-    """
-
-    def __init__(
-        self,
-        dataset: ShardedDataset,
-        *,
-        shuffle: bool,
-        seed: int,
-        window: int | None,
-        num_replicas: int | None,
-        rank: int | None,
-        drop_last: bool,
-    ) -> None:
-        self.shard_numbers = dataset.shard_numbers
-        self.num_replicas, self.rank = _place_among_processes(num_replicas, rank)
-        self._drop_last = drop_last
-        # What a checkpoint must agree on; the rank may differ, since ranks are in step.
-        self.key = {
-            "dataset": dataset.fingerprint,
-            "seed": seed,
-            "shuffle": shuffle,
-            "window": window,
-            "num_replicas": self.num_replicas,
-            "drop_last": drop_last,
-        }
-        self._shuffle, self._seed, self._window = shuffle, seed, window
-        # Of no items: impossible options come out now, not in the first epoch.
-        nothing = self.shard_numbers[:0]
-        epoch_order(nothing, seed=seed, epoch=0, window=window)
-        share_of_rank(nothing, rank=self.rank, num_replicas=self.num_replicas, drop_last=drop_last)
-
-    def __len__(self) -> int:
-        return length_of_share(
-            len(self.shard_numbers), num_replicas=self.num_replicas, drop_last=self._drop_last
-        )
-
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """The items of this process in one epoch, in order."""
-        order = np.arange(len(self.shard_numbers))
-        if self._shuffle:
-            order = epoch_order(
-                self.shard_numbers, seed=self._seed, epoch=epoch, window=self._window
-            )
-        return share_of_rank(
-            order, rank=self.rank, num_replicas=self.num_replicas, drop_last=self._drop_last
-        )
-
-    def state(self, epoch: int, position: int) -> dict[str, Any]:
-        """A checkpoint: plain values, for `check_state`."""
-        return {EPOCH: epoch, POSITION: position, **self.key}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another run: going on from it would repeat and leave out items."""
-        missing = [name for name in (EPOCH, POSITION, *self.key) if name not in state]
-        if missing:
-            message = f"the state has no {', '.join(missing)}; expected what state_dict() gave"
-            raise DatasetError(message)
-        for name, ours in self.key.items():
-            if state[name] != ours:
-                what = "other samples, or shards that were rewritten" if name == "dataset" else name
-                message = (
-                    f"the state was saved with {name}={state[name]!r}, here it is {ours!r} "
-                    f"({what}); going on would repeat some samples and leave out others: use the "
-                    "same data and options, or start the epoch anew"
-                )
-                raise DatasetError(message)
-
-
-def _place_among_processes(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """Number of processes and which this is: as given, else as torch.distributed knows."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if num_replicas is None:
-        num_replicas = torch.distributed.get_world_size() if started else 1
-    if rank is None:
-        rank = torch.distributed.get_rank() if started else 0
-    if num_replicas < 1:
-        message = f"num_replicas is {num_replicas}, expected at least 1"
-        raise DatasetError(message)
-    return num_replicas, rank
 
 
 class ShardSampler(Sampler[int]):
     """Indices for a map-style dataset: shuffled by shards, shared among processes, resumable.
 
-    Takes the place of `torch.utils.data.DistributedSampler` (call `set_epoch` as with it), and
-    knows where it is: in a `torchdata.stateful_dataloader.StatefulDataLoader` the loader's own
-    ``state_dict`` is exact with any number of workers. With a plain `DataLoader`, whose workers
-    run ahead, `state_at` makes the state for the samples that were really used.
+    Replaces `torch.utils.data.DistributedSampler` (call `set_epoch` in the same way), and knows its
+    position: in a `torchdata.stateful_dataloader.StatefulDataLoader` the loader's own
+    ``state_dict`` is right with any number of workers. With a plain `DataLoader`, whose workers run
+    ahead, `state_at` makes the state for the samples that were really used.
 
     Parameters
     ----------
@@ -191,13 +36,13 @@ class ShardSampler(Sampler[int]):
     shuffle
         A new order every epoch; without it items come in the order of the dataset.
     seed
-        With the epoch it decides the order.
+        Decides the order, together with the epoch.
     window
         Shards that are mixed at a time; None mixes all.
     num_replicas, rank
-        Number of processes and which this is; taken from `torch.distributed` by default.
+        Number of processes, and the number of this one; from `torch.distributed` by default.
     drop_last
-        Leave out the remainder in place of repeating items for equal shares.
+        Leave out the remainder instead of repeating items for equal shares.
     """
 
     def __init__(
@@ -238,17 +83,17 @@ class ShardSampler(Sampler[int]):
         return self._current
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and position of the iteration under way, for `load_state_dict`."""
+        """Epoch and position of the current iteration, for `load_state_dict`."""
         if self._current is None:
             return self._schedule.state(self.epoch, self._start)
         return self._current.state_dict()
 
     def state_at(self, num_used: int) -> dict[str, Any]:
-        """The state behind that many samples of this epoch, for loaders that read ahead."""
+        """The state after that many samples of this epoch, for loaders that read ahead."""
         return self._schedule.state(self.epoch, min(num_used, len(self)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on where that state was saved.
+        """Let the next iteration continue where that state was saved.
 
         Raises
         ------
@@ -261,7 +106,7 @@ class ShardSampler(Sampler[int]):
 
 
 class _Indices(Iterator[int]):
-    """One iteration of a sampler; has a state of its own, as StatefulDataLoader wants it."""
+    """One iteration of a sampler; has its own state, as StatefulDataLoader needs it."""
 
     def __init__(self, schedule: Schedule, epoch: int, position: int) -> None:
         self._schedule = schedule
@@ -287,3 +132,146 @@ class _Indices(Iterator[int]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._schedule.check_state(state)
         self._begin(state[EPOCH], state[POSITION])
+
+
+class Schedule:
+    """The order of items in one process of a training run; parameters as for `ShardSampler`."""
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        *,
+        shuffle: bool,
+        seed: int,
+        window: int | None,
+        num_replicas: int | None,
+        rank: int | None,
+        drop_last: bool,
+    ) -> None:
+        self.shard_numbers = dataset.shard_numbers
+        self.num_replicas, self.rank = _place_among_processes(num_replicas, rank)
+        self._shuffle, self._seed, self._window = shuffle, seed, window
+        self._drop_last = drop_last
+        # A checkpoint must agree in all of these. The rank may differ: ranks are in step.
+        self.key = {
+            "dataset": dataset.fingerprint,
+            "seed": seed,
+            "shuffle": shuffle,
+            "window": window,
+            "num_replicas": self.num_replicas,
+            "drop_last": drop_last,
+        }
+        # Of no items: impossible options raise now, not in the first epoch.
+        nothing = self.shard_numbers[:0]
+        epoch_order(nothing, seed=seed, epoch=0, window=window)
+        share_of_rank(nothing, rank=self.rank, num_replicas=self.num_replicas, drop_last=drop_last)
+
+    def __len__(self) -> int:
+        return length_of_share(
+            len(self.shard_numbers), num_replicas=self.num_replicas, drop_last=self._drop_last
+        )
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The items of this process in one epoch, in order."""
+        order = np.arange(len(self.shard_numbers))
+        if self._shuffle:
+            order = epoch_order(
+                self.shard_numbers, seed=self._seed, epoch=epoch, window=self._window
+            )
+        return share_of_rank(
+            order, rank=self.rank, num_replicas=self.num_replicas, drop_last=self._drop_last
+        )
+
+    def state(self, epoch: int, position: int) -> dict[str, Any]:
+        """A checkpoint: plain values, for `check_state`."""
+        return {EPOCH: epoch, POSITION: position, **self.key}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise DatasetError for a checkpoint of another run, which would mix up the items."""
+        missing = [name for name in (EPOCH, POSITION, *self.key) if name not in state]
+        if missing:
+            message = f"the state has no {', '.join(missing)}; expected what state_dict() gave"
+            raise DatasetError(message)
+        for name, ours in self.key.items():
+            if state[name] != ours:
+                what = "other samples, or shards that were rewritten" if name == "dataset" else name
+                message = (
+                    f"the state was saved with {name}={state[name]!r}, here it is {ours!r} "
+                    f"({what}); continuing would repeat some samples and leave out others: use the "
+                    "same data and options, or start the epoch again"
+                )
+                raise DatasetError(message)
+
+
+def _place_among_processes(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """Number of processes and the number of this one: as given, else from torch.distributed."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if num_replicas is None:
+        num_replicas = torch.distributed.get_world_size() if started else 1
+    if rank is None:
+        rank = torch.distributed.get_rank() if started else 0
+    if num_replicas < 1:
+        message = f"num_replicas is {num_replicas}, expected at least 1"
+        raise DatasetError(message)
+    return num_replicas, rank
+
+
+def epoch_order(
+    shard_numbers: NDArray[np.int64], *, seed: int, epoch: int, window: int | None
+) -> NDArray[np.int64]:
+    """All items in random order, a few shards at a time.
+
+    Parameters
+    ----------
+    shard_numbers
+        The shard of every item.
+    seed, epoch
+        The same two give the same order, on every machine.
+    window
+        Shards come in random order, this many at a time, and the items of those are shuffled
+        together. None mixes all.
+
+    Returns
+    -------
+    NDArray
+        A permutation of the items, int64.
+    """
+    if window is not None and window < 1:
+        message = f"window is {window}, expected the number of shards to mix, or None for all"
+        raise DatasetError(message)
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    shards = np.unique(shard_numbers)
+    if window is None or len(shards) <= window:
+        return _shuffled(np.arange(len(shard_numbers)), draws)
+    by_shard = np.argsort(shard_numbers, kind="stable")
+    parts = np.split(by_shard, np.searchsorted(shard_numbers[by_shard], shards[1:]))
+    turns = _shuffled(np.arange(len(parts)), draws).tolist()
+    windows = (turns[start : start + window] for start in range(0, len(turns), window))
+    return np.concatenate(
+        [_shuffled(np.concatenate([parts[turn] for turn in each]), draws) for each in windows]
+    )
+
+
+def _shuffled(values: NDArray[np.int64], draws: np.random.Philox) -> NDArray[np.int64]:
+    shuffled: NDArray[np.int64] = values[np.argsort(draws.random_raw(len(values)), kind="stable")]
+    return shuffled
+
+
+def share_of_rank(
+    order: NDArray[np.int64], *, rank: int, num_replicas: int, drop_last: bool
+) -> NDArray[np.int64]:
+    """The items of one of several processes: every n-th item, equally many for all of them.
+
+    As in `torch.utils.data.DistributedSampler`, items from the beginning are repeated for equal
+    shares, or the remainder is left out with `drop_last`.
+    """
+    if not 0 <= rank < num_replicas:
+        message = f"rank is {rank}, expected 0 to {num_replicas - 1}: there are {num_replicas}"
+        raise DatasetError(message)
+    share = length_of_share(len(order), num_replicas=num_replicas, drop_last=drop_last)
+    return np.resize(order, share * num_replicas)[rank::num_replicas] if share else order[:0]
+
+
+def length_of_share(num_items: int, *, num_replicas: int, drop_last: bool) -> int:
+    """How many items `share_of_rank` returns."""
+    return num_items // num_replicas if drop_last else -(-num_items // num_replicas)

@@ -1,13 +1,13 @@
-"""Stored arrays as tensors: which layers and tokens, in which type; nothing copied needlessly."""
+"""Stored arrays as tensors: chosen layers and tokens, in a chosen type, with few copies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
 import torch
 
+from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.format import layout
 from h5traces.format.entries import carrier_dtype
@@ -16,20 +16,40 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from h5traces.archive.trace import Trace
-    from h5traces.format.dtypes import TypedArray
 
-Tokens = Literal["all", "answer", "last", "mean", "answer_mean"]
+TokenChoice = Literal["all", "answer", "last", "mean", "answer_mean"]
 NonFinite = Literal["error", "keep"]
 
-TOKENS_CHOICES: tuple[Tokens, ...] = get_args(Tokens)
+TOKEN_CHOICES: tuple[TokenChoice, ...] = get_args(TokenChoice)
 _TOKEN_AXES = ("token", "query")
-# Of these, nothing is left of the token axis.
-REDUCED: frozenset[Tokens] = frozenset({"last", "mean", "answer_mean"})
+# These leave no token axis.
+_REDUCED: frozenset[TokenChoice] = frozenset({"last", "mean", "answer_mean"})
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """What of every trace becomes tensors.
+class Tokens:
+    """Which tokens of a sample are taken, or how they are pooled.
+
+    Attributes
+    ----------
+    take
+        ``all``; ``answer``, the tokens after the prompt; ``last``; ``mean``; ``answer_mean``.
+    prompt_lens
+        Tokens of the prompt by sample id, where archives do not have them.
+    """
+
+    take: TokenChoice = "all"
+    prompt_lens: Mapping[str, int] | None = None
+
+    @classmethod
+    def of(cls, value: TokenChoice | Tokens) -> Tokens:
+        """The tokens that `value` stands for."""
+        return value if isinstance(value, Tokens) else cls(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What of every sample becomes tensors.
 
     Attributes
     ----------
@@ -38,13 +58,11 @@ class Selection:
     has_layer_axis
         False where one layer was asked for by its bare number.
     tokens
-        Which tokens, or how they are pooled.
+        Which tokens.
     dtype
-        Type of the tensors; None keeps what is stored, bfloat16 included.
+        Type of the tensors; None for that of the file, bfloat16 included.
     non_finite
-        What to do with NaN and infinite values.
-    prompt_lens
-        Tokens of the prompt by sample id, where archives do not know.
+        Whether NaN and infinite values are an error.
     """
 
     layers: tuple[int, ...]
@@ -52,25 +70,17 @@ class Selection:
     tokens: Tokens
     dtype: torch.dtype | None
     non_finite: NonFinite
-    prompt_lens: Mapping[str, int] | None
 
     def axes(self, stored: tuple[str, ...]) -> tuple[str, ...]:
         """Names of a tensor's axes, from those of one layer's stored array."""
-        kept = [axis for axis in stored if axis not in _TOKEN_AXES or self.tokens not in REDUCED]
+        reduced = _TOKEN_AXES if self.tokens.take in _REDUCED else ()
+        kept = [axis for axis in stored if axis not in reduced]
         return ("layer", *kept) if self.has_layer_axis else tuple(kept)
 
 
 def named(trace: Trace) -> str:
     """Shard, place in it and sample id, for messages."""
-    return f"{trace.place} (sample id {trace.metadata.sample_id!r})"
-
-
-def as_tensor(array: TypedArray) -> torch.Tensor:
-    """The values of an array as a tensor that shares its memory; bfloat16 as it is stored."""
-    values = array.values.astype(array.values.dtype.newbyteorder("="), copy=False)
-    if array.dtype == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
+    return f"{trace._stored.place} (sample id {trace.metadata.sample_id!r})"
 
 
 def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
@@ -84,25 +94,25 @@ def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
         It stores generation steps in place of one array.
     """
     name = layout.layer_name(layer)
-    if f"{kind}/{name}" not in trace.objects:
-        stored = list(trace.stored_layers(kind))
+    if f"{kind}/{name}" not in trace._stored.objects:
+        stored = list(trace._stored.stored_layers(kind))
         message = (
             f"{named(trace)}: layer {layer} of {kind} is not stored; stored: {stored or 'none'}; "
             "choose other layers=, or leave the sample out with indices="
         )
         raise LayerIndexError(message)
-    typed = trace.typed_layer(kind, name)
+    typed = trace._stored.typed_layer(kind, name)
     if isinstance(typed, list):
         message = (
             f"{named(trace)}: {kind} are generation steps, as an old extractor kept them, not one "
             "array per layer; extract again, or leave the sample out with indices="
         )
         raise DatasetError(message)
-    return as_tensor(typed)
+    return to_tensor(typed.values, typed.dtype)
 
 
 def read_tensor(
-    trace: Trace, kind: str, axes: tuple[str, ...], selection: Selection
+    trace: Trace, kind: str, axes: tuple[str, ...], preparation: Preparation
 ) -> torch.Tensor:
     """The layers and tokens of one kind of a trace as one tensor.
 
@@ -114,13 +124,13 @@ def read_tensor(
         For instance ``hidden_states``.
     axes
         Names of the axes of one layer's stored array.
-    selection
+    preparation
         What to take.
 
     Returns
     -------
     torch.Tensor
-        As `Selection.axes` names its axes.
+        With the axes that `Preparation.axes` names.
 
     Raises
     ------
@@ -128,31 +138,31 @@ def read_tensor(
         A layer is missing, layers differ in shape, values are not finite, or tokens cannot be
         told apart.
     """
-    span = _span(trace, selection)
-    if not selection.has_layer_axis:
-        (layer,) = selection.layers
-        taken = _read_taken(trace, kind, axes, layer, selection, span)
-        whole = selection.tokens == "all" and selection.dtype in (None, taken.dtype)
+    span = _span(trace, preparation)
+    if not preparation.has_layer_axis:
+        (layer,) = preparation.layers
+        taken = _read_taken(trace, kind, axes, layer, preparation, span)
+        whole = preparation.tokens.take == "all" and preparation.dtype in (None, taken.dtype)
         # A view of a few tokens would keep the whole array alive, and send it between processes.
-        found = taken if whole else _cast(taken, selection.dtype)
-        _check_finite(trace, kind, selection.layers, found, selection)
+        found = taken if whole else _cast(taken, preparation.dtype)
+        _check_finite(trace, kind, preparation.layers, found, preparation)
         return found
     stacked: torch.Tensor | None = None
-    for position, layer in enumerate(selection.layers):
-        taken = _read_taken(trace, kind, axes, layer, selection, span)
+    for position, layer in enumerate(preparation.layers):
+        taken = _read_taken(trace, kind, axes, layer, preparation, span)
         if stacked is None:
-            dtype = selection.dtype or taken.dtype
-            stacked = torch.empty((len(selection.layers), *taken.shape), dtype=dtype)
-        if taken.shape != stacked.shape[1:] or (selection.dtype or taken.dtype) != stacked.dtype:
+            dtype = preparation.dtype or taken.dtype
+            stacked = torch.empty((len(preparation.layers), *taken.shape), dtype=dtype)
+        if taken.shape != stacked.shape[1:] or (preparation.dtype or taken.dtype) != stacked.dtype:
             message = (
                 f"{named(trace)}: layer {layer} of {kind} is {tuple(taken.shape)} {taken.dtype}, "
-                f"layer {selection.layers[0]} is {tuple(stacked.shape[1:])} {stacked.dtype}; they "
-                "cannot be stacked: choose layers= that are alike, and a dtype="
+                f"layer {preparation.layers[0]} is {tuple(stacked.shape[1:])} {stacked.dtype}; "
+                "they cannot be stacked: choose layers= that are alike, and a dtype="
             )
             raise DatasetError(message)
         stacked[position] = taken
-    assert stacked is not None  # `TraceDataset` refuses an empty selection of layers
-    _check_finite(trace, kind, selection.layers, stacked, selection)
+    assert stacked is not None  # `check_layers` rejects an empty choice of layers
+    _check_finite(trace, kind, preparation.layers, stacked, preparation)
     return stacked
 
 
@@ -166,12 +176,12 @@ def _read_taken(
     kind: str,
     axes: tuple[str, ...],
     layer: int,
-    selection: Selection,
+    preparation: Preparation,
     span: tuple[int, int] | None,
 ) -> torch.Tensor:
     """One layer's array, cut to the tokens asked for; a view of what was read where it can be."""
     array = read_layer(trace, kind, layer)
-    if selection.tokens == "all":
+    if preparation.tokens.take == "all":
         return array
     if array.ndim != len(axes):
         message = (
@@ -188,29 +198,29 @@ def _read_taken(
         raise DatasetError(message)
     if span is not None:
         array = array.narrow(axis, span[0], span[1] - span[0])
-    if selection.tokens == "answer":
+    if preparation.tokens.take == "answer":
         return array
     if not array.shape[axis]:
         message = (
-            f"{named(trace)}: {kind} holds no tokens to take tokens={selection.tokens!r} of; leave "
+            f"{named(trace)}: {kind} holds no tokens for tokens={preparation.tokens.take!r}; leave "
             "the sample out with indices="
         )
         raise DatasetError(message)
-    if selection.tokens == "last":
+    if preparation.tokens.take == "last":
         return array.select(axis, -1)
     # Sums of float16 numbers overflow in float16.
     wide = torch.float64 if array.dtype == torch.float64 else torch.float32
-    return array.mean(axis, dtype=wide).to(selection.dtype or array.dtype)
+    return array.mean(axis, dtype=wide).to(preparation.dtype or array.dtype)
 
 
-def _span(trace: Trace, selection: Selection) -> tuple[int, int] | None:
+def _span(trace: Trace, preparation: Preparation) -> tuple[int, int] | None:
     """First and last (exclusive) token of the answer; None where all tokens count."""
-    if selection.tokens not in ("answer", "answer_mean"):
+    if preparation.tokens.take not in ("answer", "answer_mean"):
         return None
-    return answer_span(trace, selection.prompt_lens)
+    return answer_span(trace, preparation.tokens)
 
 
-def answer_span(trace: Trace, prompt_lens: Mapping[str, int] | None) -> tuple[int, int]:
+def answer_span(trace: Trace, tokens: Tokens) -> tuple[int, int]:
     """First and last (exclusive) token of the answer of a trace.
 
     Raises
@@ -220,18 +230,19 @@ def answer_span(trace: Trace, prompt_lens: Mapping[str, int] | None) -> tuple[in
     """
     metadata = trace.metadata
     prompt_len = metadata.prompt_len
-    if prompt_lens is not None and metadata.sample_id is not None:
-        prompt_len = prompt_lens.get(metadata.sample_id, prompt_len)
+    if tokens.prompt_lens is not None and metadata.sample_id is not None:
+        prompt_len = tokens.prompt_lens.get(metadata.sample_id, prompt_len)
     if prompt_len is None:
         message = (
-            f"{named(trace)}: how long the prompt is, is not stored, so its answer cannot be told "
-            "apart; pass prompt_lens={sample_id: tokens}, or choose tokens='all', 'last' or 'mean'"
+            f"{named(trace)}: the length of the prompt is not stored, so the answer cannot be cut "
+            "out; pass tokens=Tokens('answer', prompt_lens={sample_id: tokens}), or choose 'all', "
+            "'last' or 'mean'"
         )
         raise DatasetError(message)
     if metadata.coverage != "full":
         message = (
             f"{named(trace)}: the arrays do not cover exactly the stored tokens (coverage "
-            f"{metadata.coverage!r}), so its answer cannot be cut out; use tokens='all'"
+            f"{metadata.coverage!r}), so the answer cannot be cut out; use tokens='all'"
         )
         raise DatasetError(message)
     if not 0 <= prompt_len <= metadata.seq_len:
@@ -248,14 +259,14 @@ def _check_finite(
     kind: str,
     layers: tuple[int, ...],
     values: torch.Tensor,
-    selection: Selection,
+    preparation: Preparation,
 ) -> None:
-    """Refuse NaN and infinite values.
+    """Raise DatasetError for NaN and infinite values.
 
-    The writer counted those of every array, so only arrays that have some, or values that a cast
-    or a mean made, are looked at.
+    The writer counted those of every array, so only arrays that have some, or that a cast or a mean
+    may have given some, are looked at.
     """
-    if selection.non_finite == "keep":
+    if preparation.non_finite == "keep":
         return
     suspects = [layer for layer in layers if may_be_not_finite(trace, kind, layer, values.dtype)]
     if suspects and not bool(values.isfinite().all()):
@@ -271,6 +282,6 @@ def may_be_not_finite(trace: Trace, kind: str, layer: int, dtype: torch.dtype) -
 
     A sample without those counts had none: the writer notes what is not zero.
     """
-    entry = trace.entry(f"{kind}/{layout.layer_name(layer)}")
+    entry = trace._stored.entry(f"{kind}/{layout.layer_name(layer)}")
     counted = bool(entry.attrs.get("num_nan") or entry.attrs.get("num_inf"))
     return counted or carrier_dtype(entry.dtype).itemsize > dtype.itemsize

@@ -1,93 +1,93 @@
-"""The public function: starts a run, or goes on with one."""
+"""`create`: starts a run that writes samples as they come, or resumes one."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from h5traces.errors import ArchiveError, ArchiveExistsError, PrecisionError, SchemaError
+from h5traces.errors import (
+    ArchiveError,
+    ArchiveExistsError,
+    PrecisionError,
+    SchemaError,
+    TargetError,
+)
 from h5traces.format.document import problems_of
-from h5traces.format.precision import Precision
+from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
-from h5traces.storage.codecs import get_codec
+from h5traces.storage.codecs import GZIP, get_codec
 from h5traces.writing.calibrate import check_model, load_given
-from h5traces.writing.options import AUTOMATIC_SAMPLES, WriteOptions
-from h5traces.writing.shards import Target
-from h5traces.writing.spool_folder import RunState, SpoolFolder
+from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
+from h5traces.writing.spool_folder import RunState, SpoolFolder, spool_path
 from h5traces.writing.spool_writer import SpoolWriter
 from h5traces.writing.trace_writer import DirectWriter
 
 if TYPE_CHECKING:
     from h5traces.format.archive import ExtractionMetadata
-    from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
-    from h5traces.format.precision import Tier
+    from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike
     from h5traces.precision.scales import Calibration
     from h5traces.writing.trace_writer import TraceWriter
+
+# Of a run into a folder; half an hour to some hours of generating with a 7B model.
+DEFAULT_SHARD_SAMPLES = 1000
 
 
 def create(
     path: PathLike,
     *,
-    shard_samples: int | None = None,
+    precision: PrecisionOptions | Precision | Tier | None = None,
+    target: TargetOptions = TargetOptions(),
     spool: bool = True,
     resume: bool = True,
-    tier: Tier | Precision = "exact",
-    scales: PathLike | None = None,
-    calibration_samples: int = AUTOMATIC_SAMPLES,
-    dtype: DtypePolicy = "float16",
-    on_overflow: OverflowPolicy = "float32",
-    codec: str = "gzip",
-    workers: int | None = None,
-    verify: bool = True,
     model_id: str | None = None,
     model_revision: str | None = None,
     dataset: str | None = None,
     num_layers: int | None = None,
     extraction: ExtractionMetadata | None = None,
 ) -> TraceWriter:
-    """Start a run that writes samples as they come, or go on with one that was stopped.
+    """Start a run that writes samples as they come, or resume one that was stopped.
 
-    Nothing is ever overwritten. Samples wait in ``<path>.spool`` until a shard of them is packed.
+    Nothing is ever overwritten. Samples wait in ``<path>.spool`` until their shard is packed.
 
     Parameters
     ----------
     path
-        A name ending in ``.h5`` for one archive, or a folder for shards ``traces-00000.h5`` and so
-        on.
-    shard_samples
-        Samples per shard; 1000 by default in a folder. An ``.h5`` name with it gets ``-00000`` and
-        so on before its suffix.
+        A name that ends in ``.h5`` for one archive. A folder that exists, or text that ends in a
+        slash, for shards ``traces-00000.h5`` and so on.
+    precision
+        ``exact`` (the default), ``fine``, ``analysis``, ``compact`` or ``native``, a `Precision`,
+        or `PrecisionOptions` for stored type, scales and codec as well. The spool holds samples
+        without this loss; it happens when a shard is packed. Scales are measured on the first
+        samples of the run, and all shards have the same. A stopped run needs the same options
+        again.
+    target
+        ``shard_samples``: samples per shard, 1000 by default in a folder; an ``.h5`` name with it
+        gets ``-00000`` and so on before its suffix. ``verify``: read every file back before it
+        gets its name. ``workers``: threads, one per core by default. The other options do not
+        apply.
     spool
         Acknowledge a sample only when it is durable. Without, samples go straight into the archive,
         and a crash loses all of a shard that was not full.
     resume
-        Go on with a run that was stopped, and do nothing where it is finished; without, both are
-        errors.
-    tier, scales, calibration_samples
-        How precisely, as in `h5traces.convert`. The spool holds samples exactly; precision is given
-        up when a shard is packed. Scales are measured on the first samples of the run, all shards
-        have the same.
-    dtype, on_overflow, codec
-        As in `h5traces.convert`; those of a stopped run must be given again.
-    workers
-        Threads; one per core by default.
-    verify
-        Read every file back and compare it before it gets its name.
+        Resume a run that was stopped, and do nothing if it is finished. Without, both are errors.
     model_id, model_revision, dataset, num_layers, extraction
         Recorded in the archives.
 
     Returns
     -------
     TraceWriter
-        Use it as a context manager; ``sample_id in writer.done`` tells what need not be done again.
+        A context manager; ``sample_id in writer.done`` says whether a sample is stored already.
 
     Raises
     ------
+    TargetError
+        `path` names neither a file nor a folder, `target` has an option that does not apply, or
+        the file of scales is the target.
     ArchiveExistsError
-        The target exists, and resuming was not wanted.
+        The target exists, and `resume` or `spool` is false.
     ArchiveError
         Another process is writing the target, or the stopped run had other options.
     PrecisionError
@@ -95,17 +95,19 @@ def create(
     SchemaError, UnsupportedEncodingError
         An argument has a value that it cannot have, or no codec has that name.
     """
-    target = Target.of(Path(path), shard_samples)
-    precision = Precision.of(tier)
-    calibration = load_given(scales, precision)
+    precision = PrecisionOptions.of(precision)
+    place = target_of_run(path, target)
+    calibration = load_given(precision.scales, precision.precision)
     if calibration is not None:
         check_model(calibration, model_id)
+    if precision.scales is not None:
+        check_not_a_source(place, precision.scales)
     state = _state(
-        shard_samples=target.shard_samples,
-        dtype=dtype,
-        on_overflow=on_overflow,
-        codec=codec,
-        precision=precision,
+        shard_samples=place.shard_samples,
+        dtype=precision.dtype or "float16",
+        on_overflow=precision.on_overflow,
+        codec=precision.codec or GZIP.name,
+        precision=precision.precision,
         calibration=None if calibration is None else calibration.digest,
         model_id=model_id,
         model_revision=model_revision,
@@ -113,44 +115,44 @@ def create(
         num_layers=num_layers,
         extraction=extraction,
     )
-    options = WriteOptions(
-        dtype=dtype,
-        on_overflow=on_overflow,
-        codec=codec,
-        workers=workers,
-        precision=precision,
-        scales=_given_scales(precision, calibration),
-    )
-    spooled = target.spool_path.exists()
-    existing = target.existing()
+    step = precision.precision.step
+    scales = ScaleSet() if step is None or calibration is None else calibration.scales(step)
+    options = WriteOptions.of(precision, target, scales=scales)
+    spooled = spool_path(place).exists()
+    existing = place.existing()
     if (existing or spooled) and not (resume and spool):
-        found = existing[0] if existing else target.spool_path
-        message = f"{found} exists; name another target, or go on with resume=True and spool=True"
+        found = existing[0] if existing else spool_path(place)
+        message = f"{found} exists; name another target, or resume with resume=True and spool=True"
         raise ArchiveExistsError(message)
-    if not spool and precision.step is not None and calibration is None:
+    if not spool and step is not None and calibration is None:
         message = (
-            "without a spool there is nothing to measure steps on before the first sample is "
-            "written; give scales, which 'h5traces calibrate' makes, or spool=True"
+            "without a spool there are no samples to measure quantisation steps on before the "
+            "first is written; pass scales, which 'h5traces calibrate' makes, or spool=True"
         )
         raise PrecisionError(message)
     if not spool:
-        return DirectWriter(target, state, options, verify=verify)
+        return DirectWriter(place, state, options)
     if existing and not spooled:
-        return SpoolWriter(target, state, options, None, verify=verify)
-    return _resumed(
-        target,
-        state,
-        options,
-        verify=verify,
-        calibration=calibration,
-        calibration_samples=calibration_samples,
-    )
+        return SpoolWriter(place, state, options, None)
+    return _resumed(place, state, options, calibration, precision.calibration_samples)
 
 
-def _given_scales(precision: Precision, calibration: Calibration | None) -> ScaleSet:
-    if precision.step is None or calibration is None:
-        return ScaleSet()
-    return calibration.scales(precision.step)
+def target_of_run(path: PathLike, options: TargetOptions = TargetOptions()) -> Target:
+    """The target of `create`: in a folder, always shards.
+
+    Raises
+    ------
+    TargetError
+        It names neither a file nor a folder, or an option does not apply to a run.
+    """
+    for name in ("overwrite", "skip_existing", "dry_run"):
+        if getattr(options, name):
+            message = f"{path}: {name} does not apply to a run, which resumes and never overwrites"
+            raise TargetError(message)
+    found = Target.of(path, shard_samples=options.shard_samples)
+    if found.is_folder and found.shard_samples is None:
+        return replace(found, shard_samples=DEFAULT_SHARD_SAMPLES)
+    return found
 
 
 def _state(**fields: Any) -> RunState:
@@ -168,23 +170,21 @@ def _resumed(
     target: Target,
     state: RunState,
     options: WriteOptions,
-    *,
-    verify: bool,
     calibration: Calibration | None,
     calibration_samples: int,
 ) -> SpoolWriter:
-    folder = SpoolFolder(target.spool_path)
+    folder = SpoolFolder(spool_path(target))
     try:
         before = folder.state()
         if before is None and target.existing():
-            # Killed when all was packed and the spool half removed.
+            # Killed when everything was packed and the spool half removed.
             folder.remove_all()
-            return SpoolWriter(target, state, options, None, verify=verify)
+            return SpoolWriter(target, state, options, None)
         if before is None:
             folder.save(state)
         elif differences := state.differences(before):
             message = (
-                f"{target.path}: the stopped run had other options: {', '.join(differences)}; give "
+                f"{target.path}: the stopped run had other options: {', '.join(differences)}; pass "
                 "the same again, or name another target"
             )
             raise ArchiveError(message)
@@ -193,7 +193,6 @@ def _resumed(
             before or state,
             options,
             folder,
-            verify=verify,
             calibration=calibration,
             calibration_samples=calibration_samples,
         )

@@ -59,8 +59,19 @@ class PrecisionOptions:
 
     @classmethod
     def of(cls, value: PrecisionOptions | Tier | Precision | None) -> PrecisionOptions:
-        """The options behind what a caller gave: a tier, a `Precision`, or the options."""
+        """The options that a caller gave as such, as a tier, or as a `Precision`."""
         return value if isinstance(value, PrecisionOptions) else cls(tier=value)
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of a new archive.
+
+        Raises
+        ------
+        PrecisionError
+            No tier has that name.
+        """
+        return EXACT if self.tier is None else Precision.of(self.tier)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,31 +104,34 @@ class TargetOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOptions:
-    """How an archive is written.
+    """How an archive is written, with every default filled in and scales measured.
 
     Attributes
     ----------
     dtype
-        Stored type of hidden states and attentions, or ``auto`` for the narrowest exact one.
+        Stored type of hidden states and attentions, or ``auto`` for the narrowest type that holds
+        every value of an array.
     on_overflow
-        What becomes of arrays with finite values beyond that type.
+        What happens to arrays with finite values beyond that type.
     codec
-        Codec of the layered arrays.
+        Codec of hidden states and attentions.
     workers
         Threads that cast and compress; None for one per core.
     overwrite
         Replace an existing target, in one atomic step when the new file is whole.
+    verify
+        Read the file back before it gets its name.
     precision
-        How precisely; anything but `EXACT` goes with the type float16 only.
+        How precisely; anything but `EXACT` needs the type float16.
     scales
-        Of hidden states that are stored in steps.
+        Of hidden states with quantisation steps.
     earlier_precisions
-        What the arrays have lost already.
+        Losses that the arrays have behind them.
 
     Raises
     ------
     PrecisionError
-        The precision does not go with the type.
+        The precision needs another type.
     """
 
     dtype: DtypePolicy = "float16"
@@ -125,24 +139,53 @@ class WriteOptions:
     codec: str = GZIP.name
     workers: int | None = None
     overwrite: bool = False
+    verify: bool = True
     precision: Precision = EXACT
     scales: ScaleSet | None = None
     earlier_precisions: tuple[Precision, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        precision: PrecisionOptions,
+        target: TargetOptions,
+        *,
+        scales: ScaleSet | None = None,
+        earlier_precisions: tuple[Precision, ...] = (),
+    ) -> WriteOptions:
+        """Join what a caller chose; None means the default of a new archive.
+
+        Raises
+        ------
+        PrecisionError
+            The tier is unknown, or needs another type.
+        """
+        return cls(
+            dtype=precision.dtype or "float16",
+            on_overflow=precision.on_overflow,
+            codec=precision.codec or GZIP.name,
+            workers=target.workers,
+            overwrite=target.overwrite,
+            verify=target.verify,
+            precision=precision.precision,
+            scales=scales,
+            earlier_precisions=earlier_precisions,
+        )
 
     def __post_init__(self) -> None:
         check_type(self.precision, self.dtype)
 
 
 def check_type(precision: Precision, dtype: DtypePolicy) -> None:
-    """Refuse a precision that does not go with the stored type.
+    """Reject a precision that needs another stored type.
 
     Raises
     ------
     PrecisionError
-        It does not.
+        `precision` loses something, and `dtype` is not float16.
     """
     if not precision.is_exact and dtype != "float16":
-        message = f"precision {precision} goes with dtype float16, not {dtype}; leave one out"
+        message = f"precision {precision} needs dtype float16, not {dtype}; leave one out"
         raise PrecisionError(message)
 
 

@@ -114,12 +114,15 @@ def _stored_layer(
     except ConversionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise ConversionError(message) from error
+    num_changed: int | None = cast.num_changed
     if entry.earlier is not None:
         cast = replace(
             cast,
-            cast_from=cast.cast_from or entry.earlier.cast_from,
+            cast_from=entry.earlier.cast_from,
             counts=cast.counts + entry.earlier.counts,
         )
+        before = entry.earlier.num_changed
+        num_changed = None if before is None else before + cast.num_changed
     in_steps = isinstance(array, StepArrays)
     try:
         layer = encoder.encode(kind, entry.name, cast.array, in_steps=in_steps)
@@ -131,6 +134,7 @@ def _stored_layer(
         "site": entry.site,
         "source_dtype": cast.source_dtype,
         "cast_from": cast.cast_from,
+        "num_changed": num_changed if cast.cast_from is not None else None,
         "container": entry.container,
         "sequence": "tuple" if in_tuple else None,
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,17 +17,15 @@ from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from h5traces.errors import ArchiveError
+from h5traces.storage.processes import blocked_signals, child_environment
 from h5traces.writing.create import create
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from h5traces.format.dtypes import CastCounts
     from h5traces.format.record import TraceRecord
     from h5traces.paths import PathLike
 
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(*map(int, sys.argv[1:]))"
-_STOPPING: Final = {signal.SIGINT, signal.SIGTERM}
 _POLL_SECONDS: Final = 0.1
 
 
@@ -56,16 +53,12 @@ class ProcessWriter:
     def __init__(self, path: PathLike, **options: Any) -> None:
         self._path = path
         self._connection, theirs = Pipe()
-        with theirs, _blocked_signals():
+        with theirs, blocked_signals():
             # Not multiprocessing: it would run the program's main module again.
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
-                # What this program found by a path of its own, the process must find, too.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
-                },
+                env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
@@ -151,19 +144,6 @@ class ProcessWriter:
             self.close()
         else:
             self.suspend()
-
-
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """A process started inside never gets Ctrl-C or SIGTERM, which reach the whole group.
-
-    Its parent tells it when to stop.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def serve(descriptor: int, parent: int) -> None:

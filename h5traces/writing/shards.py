@@ -16,8 +16,8 @@ from h5traces.errors import (
     StoredStateWarning,
 )
 from h5traces.format import layout
+from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import (
-    deferred_signals,
     make_folder,
     remove_abandoned_parts,
     sync_folder,
@@ -42,12 +42,11 @@ class ShardSet:
     ----------
     options
         How to write.
-    verify
-        Read every archive back and compare it before any gets its name.
+        With ``verify``, every archive is read back before any gets its name.
     """
 
-    def __init__(self, options: WriteOptions, *, verify: bool) -> None:
-        self._options, self._verify = options, verify
+    def __init__(self, options: WriteOptions) -> None:
+        self._options = options
         self.writers: list[ArchiveWriter] = []
         self._generations: dict[str, set[int]] = {}
         # Shards that an earlier run of the same job published before it was stopped.
@@ -85,13 +84,13 @@ class ShardSet:
         """
         writer = self.writers[-1]
         writer.finish(sources=sources, **metadata)
-        if self._verify:
+        if self._options.verify:
             verify_written(writer.part_path, writer.digests, workers=self._options.workers)
         target = writer.summary.path
         if len(self.writers) - 1 in self._published_before and not holds(target, writer.digests):
             message = (
                 f"{target} exists and holds other samples, so no stopped run of this command left "
-                "it; move it, use --overwrite, or another name"
+                "it; move it, use overwrite=True, or another name"
             )
             raise ArchiveExistsError(message)
 
@@ -126,7 +125,7 @@ def holds(path: Path, digests: Sequence[str], *, as_exact: bool = False) -> bool
     try:
         with warnings.catch_warnings(), open_archive(path) as archive:
             warnings.simplefilter("ignore", StoredStateWarning)
-            return list(digests) == sample_digests(archive.files[0], as_exact=as_exact)
+            return list(digests) == sample_digests(archive._files[0], as_exact=as_exact)
     except (H5TracesError, OSError):
         return False
 
@@ -155,74 +154,6 @@ def sample_digests(file: ArchiveFile, *, as_exact: bool = False) -> list[str]:
         message = f"{file.path}: {layout.sample_path(found.index(None))} has no digest"
         raise CorruptArchiveError(message)
     return [str(each) for each in found]
-
-
-_SUFFIX = ".h5"
-_NAME_IN_FOLDER = "traces"
-# Of a run into a folder; half an hour to some hours of generating with a 7B model.
-DEFAULT_SHARD_SAMPLES = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where the archives of a run go.
-
-    Attributes
-    ----------
-    path
-        As the caller named it: a name ending in ``.h5``, or a folder.
-    shard_samples
-        Samples per shard; None where all go into one archive.
-    """
-
-    path: Path
-    shard_samples: int | None
-
-    @classmethod
-    def of(cls, path: Path, shard_samples: int | None) -> Target:
-        """A folder gets shards in any case, an ``.h5`` name only if asked for."""
-        if cls.is_folder(path):
-            return cls(path, shard_samples or DEFAULT_SHARD_SAMPLES)
-        return cls(path, shard_samples)
-
-    @staticmethod
-    def is_folder(path: Path) -> bool:
-        """Whether a name stands for a folder."""
-        return path.suffix != _SUFFIX or path.is_dir()
-
-    @property
-    def spool_path(self) -> Path:
-        """The folder of samples that are in no archive yet."""
-        return self.path.with_name(f"{self.path.name}.spool")
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the archives."""
-        return self.path if self.is_folder(self.path) else self.path.parent
-
-    def shard(self, number: int) -> Path:
-        """The name of one archive."""
-        if self.shard_samples is None:
-            return self.path
-        stem = _NAME_IN_FOLDER if self.is_folder(self.path) else self.path.stem
-        return self.folder / f"{stem}-{number:05d}{_SUFFIX}"
-
-    def shard_of(self, sample: int) -> int:
-        """The number of the archive that a sample goes to."""
-        return 0 if self.shard_samples is None else sample // self.shard_samples
-
-    def first_sample(self, shard: int) -> int:
-        """The number of the first sample of an archive."""
-        return shard * (self.shard_samples or 0)
-
-    def existing(self) -> list[Path]:
-        """The archives that are there, in order."""
-        found: list[Path] = []
-        while (path := self.shard(len(found))).exists():
-            found.append(path)
-            if self.shard_samples is None:
-                break
-        return found
 
 
 @dataclass(slots=True)
@@ -254,7 +185,7 @@ class Contents:
         """
         found = cls()
         with open_archive(path) as archive:
-            (file,) = archive.files
+            (file,) = archive._files
             found.digests = sample_digests(file, as_exact=True)
             found.done.update(each for each in archive.ids if each is not None)
             for kind, attrs in file.store.kinds.items():

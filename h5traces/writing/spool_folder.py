@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import weakref
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
@@ -23,11 +22,14 @@ from h5traces.format.archive import ExtractionMetadata, PositiveCount
 from h5traces.format.document import Document
 from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.format.precision import EXACT, Precision
+from h5traces.format.text import utc_now
 from h5traces.storage.publish import PartFile, make_folder, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+    from h5traces.paths import Target
 
 _SAMPLE: Final = re.compile(r"([0-9]{8,})\.sample\Z")
 _LOCK, _RUN = "lock", "run.json"
@@ -75,6 +77,13 @@ class RunState(Document):
         elif other.extraction is not None:
             found.append("extraction=None (was recorded)")
         return found
+
+
+def spool_path(target: Target) -> Path:
+    """The folder of samples that are in no archive yet."""
+    path = target.path
+    path = path.resolve() if path.name in ("", "..") else path
+    return path.with_name(f"{path.name}.spool")
 
 
 class SpoolFolder:
@@ -200,7 +209,6 @@ def _locked(path: Path) -> int:
 
 
 def _write_owner(descriptor: int) -> None:
-    since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    owner = f"process {os.getpid()} on {socket.gethostname()} (since {since})".encode()
+    owner = f"process {os.getpid()} on {socket.gethostname()} (since {utc_now()})".encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, owner[:_OWNER_NBYTES], 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from h5traces.errors import (
     ArchiveExistsError,
     CorruptArchiveError,
     StoredStateWarning,
+    warn,
 )
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.archive.trace import Trace
+    from h5traces.paths import Target
     from h5traces.precision.scales import Calibration
     from h5traces.writing.archive_writer import ArchiveWriter
     from h5traces.writing.options import WriteOptions
-    from h5traces.writing.shards import Target
     from h5traces.writing.spool_folder import RunState, SpoolFolder
     from h5traces.writing.trace_writer import Sample
 
@@ -60,11 +60,10 @@ class SpoolWriter(TraceWriter):
         options: WriteOptions,
         folder: SpoolFolder | None,
         *,
-        verify: bool,
         calibration: Calibration | None = None,
         calibration_samples: int = AUTOMATIC_SAMPLES,
     ) -> None:
-        super().__init__(target, state, options, verify=verify)
+        super().__init__(target, state, options)
         self._folder = folder
         self._exact = replace(options, precision=EXACT, scales=None)
         self._calibration, self._calibration_samples = calibration, calibration_samples
@@ -126,7 +125,7 @@ class SpoolWriter(TraceWriter):
                 f"{folder.sample_path(missing[0])} is missing ({len(missing)} such); the run goes "
                 "on without, so that it counts as not done"
             )
-            warnings.warn(message, StoredStateWarning, stacklevel=2)
+            warn(message, StoredStateWarning)
 
     def append(self, sample: Sample, sample_id: str | None = None) -> None:
         """Write one sample; it is durable when this returns, and survives a loss of power.
@@ -202,7 +201,7 @@ class SpoolWriter(TraceWriter):
         try:
             for number in numbers:
                 with open_archive(folder.sample_path(number)) as archive:
-                    (found,) = sample_digests(archive.files[0])
+                    (found,) = sample_digests(archive._files[0])
                     if found != self._spooled[number]:
                         message = f"{folder.sample_path(number)}: was changed since it was written"
                         raise CorruptArchiveError(message)
@@ -225,7 +224,7 @@ class SpoolWriter(TraceWriter):
             return self._options
         if self._num_shards:
             with open_archive(self._target.shard(0)) as archive:
-                return replace(self._options, scales=stored_scales(archive.files[0].store))
+                return replace(self._options, scales=stored_scales(archive._files[0].store))
         calibration = self._calibration
         if calibration is None:
             paths = [self._spool().sample_path(each) for each in numbers]

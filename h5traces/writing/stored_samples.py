@@ -44,7 +44,7 @@ class StoredSample:
     """
 
     def __init__(self, trace: Trace, *, codec: str | None = None) -> None:
-        self._trace, self._codec = trace, codec
+        self._trace, self._codec = trace._stored, codec
 
     @property
     def metadata(self) -> TraceMetadata:
@@ -55,13 +55,13 @@ class StoredSample:
 
     def observation(self) -> Observation:
         """Layers and sizes of what is copied."""
-        found, archive = Observation(), self._trace.archive_metadata
+        found, archive = Observation(), self._trace.file.metadata
         for entry in self._entries():
             kind, _, name = entry.path.partition("/")
             if kind not in layout.KINDS:
                 continue
             found.layers.setdefault(kind, set())
-            found.reductions[kind] = {self._trace.archive_file.reduction(kind)}
+            found.reductions[kind] = {self._trace.file.reduction(kind)}
             if not name or name in layout.TABLES:
                 continue
             in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
@@ -103,12 +103,12 @@ class StoredSample:
             for row, layer in enumerate(self._trace.stored_layers(kind))
             if self._trace.selected is None or layer in self._trace.selected
         ]
-        table = self._trace.stored(entry.path)[rows]
+        table = self._trace.values(entry.path)[rows]
         return prepare_element(EncodedObject(entry.path, {}, entry.dtype, table))
 
     def _selected_exceptions(self, entry: ObjectEntry) -> Iterator[Prepared]:
         """The table of exceptions without the rows of the layers that stay behind."""
-        table = self._trace.stored(entry.path)
+        table = self._trace.values(entry.path)
         kept = np.isin(table[:, 0], [layout.EMBEDDING_LAYER, *(self._trace.selected or ())])
         if kept.any():
             yield prepare_element(EncodedObject(entry.path, {}, entry.dtype, table[kept]))
@@ -129,13 +129,13 @@ class StoredSample:
 
     def _compressed(self, entry: ObjectEntry, codec: str) -> EncodedArray:
         """The stored values in chunks of another codec."""
-        values = self._trace.stored(entry.path)
+        values = self._trace.values(entry.path)
         return encode_array(values, codec_for(values, codec))
 
     def _encoded(self, entry: ObjectEntry) -> EncodedArray:
         """The stored chunks, checked; encoded anew only where they are of no codec of ours."""
         if entry.codec is None or entry.chunks is None:
-            values = self._trace.stored(entry.path)
+            values = self._trace.values(entry.path)
             shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
             return encode_array(values, (GZIP if shuffles else DEFLATE).name)
         file = self._trace.byte_file

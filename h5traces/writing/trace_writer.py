@@ -9,15 +9,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, ConversionError, SchemaError
 from h5traces.format.record import TraceRecord
 from h5traces.format.trace import SourcePosition
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle import layouts
-from h5traces.storage.publish import deferred_signals, make_folder, remove_abandoned_parts
+from h5traces.storage.processes import deferred_signals
+from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing import transcription
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions, precision_warnings
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
+    from h5traces.paths import Target
     from h5traces.writing.options import WriteOptions
-    from h5traces.writing.shards import Target
     from h5traces.writing.spool_folder import RunState
 
 
@@ -70,20 +69,14 @@ def _without_torch(value: Any) -> Any:
     if torch is None:
         return value
     if isinstance(value, torch.Tensor):
-        return _from_tensor(value, torch)
+        from h5traces.archive.torch_values import from_tensor
+
+        return TorchValue(*from_tensor(value))
     if type(value) is dict:
         return {key: _without_torch(each) for key, each in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_without_torch(each) for each in value)
     return value
-
-
-def _from_tensor(tensor: Any, torch: Any) -> TorchValue:
-    found = tensor.detach().cpu().contiguous()
-    dtype = str(found.dtype).removeprefix("torch.")
-    if found.dtype == torch.bfloat16:
-        return TorchValue(found.view(torch.int16).numpy().view(np.uint16), dtype)
-    return TorchValue(found.numpy(), dtype)
 
 
 Sample = TraceRecord | Mapping[str, Any]
@@ -113,12 +106,9 @@ class TraceWriter(ABC):
 
     is_finished = False
 
-    def __init__(
-        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
-    ) -> None:
+    def __init__(self, target: Target, state: RunState, options: WriteOptions) -> None:
         self._target, self._state, self._options = target, state, options
         self.warnings: list[str] = []
-        self._verify = verify
         self._pid = os.getpid()
         self._closed = False
         self.done: Counter[str] = Counter()
@@ -198,7 +188,7 @@ class TraceWriter(ABC):
     ) -> None:
         """Finish, verify and name an archive, and note that; signals wait for both."""
         writer.finish()
-        if self._verify:
+        if self._options.verify:
             verify_written(
                 writer.part_path,
                 writer.digests,
@@ -224,10 +214,8 @@ class TraceWriter(ABC):
 class DirectWriter(TraceWriter):
     """Writes straight into the archives; samples are safe only when their shard is full."""
 
-    def __init__(
-        self, target: Target, state: RunState, options: WriteOptions, *, verify: bool
-    ) -> None:
-        super().__init__(target, state, options, verify=verify)
+    def __init__(self, target: Target, state: RunState, options: WriteOptions) -> None:
+        super().__init__(target, state, options)
         self._writer: ArchiveWriter | None = None
         self._num_shards = 0
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.format import layout, text
+from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import (
     ArrayDescription,
+    EarlierCast,
     LayerArray,
     LayeredArrays,
     StepArrays,
@@ -16,27 +18,31 @@ from h5traces.format.record import (
 from h5traces.precision.decoding import restored_type
 
 if TYPE_CHECKING:
+    from h5traces.archive.stored_trace import StoredTrace
     from h5traces.archive.trace import Trace
+    from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
 
 
 def layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
     """The (selected) datasets of every layered kind of a trace, in order of layer."""
+    stored = trace._stored
     found: dict[str, list[ObjectEntry]] = {}
-    for path in trace.objects:
+    for path in stored.objects:
         kind, _, name = path.partition("/")
         if kind not in layout.KINDS or name in layout.TABLES:
             continue
         found.setdefault(kind, [])
         layer = layout.parse_layer_name(name)
-        if name and (trace.selected is None or layer is None or layer in trace.selected):
-            found[kind].append(trace.entry(path))
+        if name and (stored.selected is None or layer is None or layer in stored.selected):
+            found[kind].append(stored.entry(path))
     return found
 
 
 def describe(trace: Trace) -> TraceDescription:
     """A stored trace without its numbers, for checks and reports."""
-    objects = trace.objects
+    stored = trace._stored
+    objects = stored.objects
     in_steps = {kind for kind in layout.KINDS if f"{kind}/{layout.STEPS_TABLE}" in objects}
     arrays = tuple(
         ArrayDescription(
@@ -51,14 +57,14 @@ def describe(trace: Trace) -> TraceDescription:
         for entry in entries
     )
     return TraceDescription(
-        metadata=trace.metadata,
-        num_tokens=_length(trace, layout.TOKENS),
-        num_tokens_decoded=_length(trace, layout.TOKENS_DECODED),
+        metadata=stored.metadata,
+        num_tokens=_length(stored, layout.TOKENS),
+        num_tokens_decoded=_length(stored, layout.TOKENS_DECODED),
         arrays=arrays,
     )
 
 
-def _length(trace: Trace, path: str) -> int | None:
+def _length(trace: StoredTrace, path: str) -> int | None:
     if path not in trace.objects:
         return None
     shape = trace.entry(path).shape
@@ -79,16 +85,17 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
     first_source
         Index that the first of its archive's ``sources`` has in the new archive's.
     """
+    stored = trace._stored
     extra: dict[str, Any] = {}
     prefix = f"{layout.EXTRA_GROUP}/"
-    for path in trace.objects:
+    for path in stored.objects:
         name = path.removeprefix(prefix)
-        is_old = name == layout.LABEL and trace.has_new_label
+        is_old = name == layout.LABEL and stored.has_new_label
         if path.startswith(prefix) and "/" not in name and not is_old:
-            extra[layout.unescape_key(text.unescape(name))] = trace.extra(path)
-    metadata = trace.metadata
-    tokens = trace.tokens() if layout.TOKENS in trace.objects else None
-    container = trace.attrs(layout.TOKENS).get("container") if tokens is not None else None
+            extra[layout.unescape_key(text.unescape(name))] = stored.extra(path)
+    metadata = stored.metadata
+    tokens = stored.tokens() if layout.TOKENS in stored.objects else None
+    container = stored.attrs(layout.TOKENS).get("container") if tokens is not None else None
     return TraceRecord(
         sample_id=metadata.sample_id,
         generation_index=metadata.generation_index,
@@ -102,20 +109,20 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         ),
         extraction=metadata.extraction,
         exact_digest=metadata.exact_digest or metadata.digest,
-        fields=trace.fields,
+        fields=stored.fields,
         tokens=tokens,
         tokens_container="torch" if container == "torch" else None,
         tokens_decoded=(
-            tuple(trace.texts(layout.TOKENS_DECODED))
-            if layout.TOKENS_DECODED in trace.objects
+            tuple(stored.texts(layout.TOKENS_DECODED))
+            if layout.TOKENS_DECODED in stored.objects
             else None
         ),
-        texts={name: trace.text(name) for name in layout.TEXT_FIELDS if name in trace.objects},
+        texts={name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects},
         layered={
             kind: LayeredArrays(
-                tuple(_layer_array(trace, kind, entry) for entry in entries),
-                "tuple" if trace.attrs(kind).get("sequence") == "tuple" else "list",
-                trace.archive_file.reduction(kind),
+                tuple(_layer_array(stored, kind, entry) for entry in entries),
+                "tuple" if stored.attrs(kind).get("sequence") == "tuple" else "list",
+                stored.file.reduction(kind),
             )
             for kind, entries in layered_entries(trace).items()
         },
@@ -123,7 +130,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
     )
 
 
-def _layer_array(trace: Trace, kind: str, entry: ObjectEntry) -> LayerArray:
+def _layer_array(trace: StoredTrace, kind: str, entry: ObjectEntry) -> LayerArray:
     name = entry.path.removeprefix(f"{kind}/")
     value = trace.typed_layer(kind, name)
     sequence: Literal["list", "tuple"] = "list"
@@ -135,4 +142,16 @@ def _layer_array(trace: Trace, kind: str, entry: ObjectEntry) -> LayerArray:
         array=array,
         site=_text_or_none(entry.attrs.get("site")),
         container="torch" if entry.attrs.get("container") == "torch" else None,
+        earlier=_earlier_cast(entry.attrs),
     )
+
+
+def _earlier_cast(attrs: Attrs) -> EarlierCast | None:
+    """The cast that a stored array has been through; values not finite are counted anew."""
+    source: Any = attrs.get("cast_from")
+    if source is None:
+        return None
+    names = ("num_overflow", "num_to_zero", "num_to_subnormal")
+    counts = CastCounts(**{name: int(attrs.get(name, 0)) for name in names})  # type: ignore[arg-type]
+    num_changed: Any = attrs.get("num_changed")
+    return EarlierCast(source, counts, num_changed)

@@ -68,7 +68,7 @@ def test_golden_archive(path: Path, tool: ModuleType) -> None:
     assert report.notes == []
     expected = expected_of(path)
     with h5traces.open(path) as archive:
-        assert archive.files[0].has_footer
+        assert archive._files[0].has_footer
         for name in ("format_version", "num_layers", "hidden_size", "num_heads", "model_id"):
             assert getattr(archive.metadata, name) == expected[name], name
         assert archive.metadata.dataset == expected["dataset"]

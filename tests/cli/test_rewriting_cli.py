@@ -26,7 +26,7 @@ def archive(tmp_path):
 
 def damage(archive):
     data = bytearray(archive.read_bytes())
-    entry = h5traces.open(archive)[1].entry("attentions/layer_001")
+    entry = h5traces.open(archive)[1]._stored.entry("attentions/layer_001")
     data[entry.chunks.offsets[0] + 4] ^= 8
     archive.write_bytes(data)
 

@@ -30,8 +30,8 @@ from power_loss import after_power_loss
 from scenarios import SCENARIOS, Scenario, long_scenario, problems_done, problems_left
 
 from h5traces.errors import H5TracesError
+from h5traces.storage import processes as signals
 from h5traces.storage import publish as part_file
-from h5traces.storage import publish as signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

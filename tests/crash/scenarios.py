@@ -132,9 +132,13 @@ def _nothing(inputs: Path) -> None:
     pass
 
 
-def _long_run(target: str, num_samples: int, **options: Any) -> Callable[[Path, Path, Ack], None]:
+def _long_run(
+    target: str, num_samples: int, *, shard_samples: int | None = None
+) -> Callable[[Path, Path, Ack], None]:
     def run(_inputs: Path, out: Path, ack: Ack) -> None:
-        with h5traces.create(out / target, **options) as writer:
+        with h5traces.create(
+            f"{out}/{target}", target=TargetOptions(workers=1, shard_samples=shard_samples)
+        ) as writer:
             for number in range(num_samples):
                 if f"q{number}" in writer.done:
                     continue
@@ -198,12 +202,10 @@ _ALL = list(range(2 * BATCH))
 SCENARIOS = {
     "run into shards": Scenario(
         _nothing,
-        _long_run("long/run", 8, shard_samples=3, workers=1),
+        _long_run("long/run/", 8, shard_samples=3),
         _shards("long/run/traces", 3, 8),
     ),
-    "run into one archive": Scenario(
-        _nothing, _long_run("run.h5", 3, workers=1), {"run.h5": [0, 1, 2]}
-    ),
+    "run into one archive": Scenario(_nothing, _long_run("run.h5", 3), {"run.h5": [0, 1, 2]}),
     "convert": Scenario(
         _batches, _convert("new/archives/"), {f"new/archives/b{n}.h5": _BOTH[n] for n in (0, 1)}
     ),
@@ -226,7 +228,7 @@ def long_scenario(num_samples: int) -> Scenario:
     """A run of so many samples into shards of 10, for kills at random moments."""
     return Scenario(
         _nothing,
-        _long_run("run", num_samples, shard_samples=10, workers=1),
+        _long_run("run/", num_samples, shard_samples=10),
         _shards("run/traces", 10, num_samples),
     )
 

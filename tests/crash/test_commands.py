@@ -167,14 +167,18 @@ def test_a_full_disk_keeps_every_acknowledged_sample(batches, small_disk):
     items = h5traces.load(batches / "b0.pkl") * 3
     acked = 0
     with pytest.raises(OSError, match="No space left"):  # noqa: PT012  # counts until it raises
-        with h5traces.create(small_disk / "run", shard_samples=20) as writer:
+        with h5traces.create(
+            f"{small_disk}/run/", target=TargetOptions(shard_samples=20)
+        ) as writer:
             for item in items:
                 writer.append(item)
                 acked += 1
     assert acked > 10
-    moved = Path(shutil.move(small_disk / "run.spool", small_disk.parent / "run.spool"))
+    shutil.move(small_disk / "run.spool", small_disk.parent / "run.spool")
     shutil.copytree(small_disk / "run", small_disk.parent / "run")
-    with h5traces.create(moved.with_suffix(""), shard_samples=20) as writer:
+    with h5traces.create(
+        f"{small_disk.parent}/run/", target=TargetOptions(shard_samples=20)
+    ) as writer:
         assert writer.num_samples == acked
 
 

@@ -20,9 +20,11 @@ from h5traces.errors import (
     CorruptArchiveError,
     SchemaError,
     StoredStateWarning,
+    TargetError,
 )
 from h5traces.format.trace import SourcePosition
 from h5traces.sources.pickle.layouts import to_record
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,15 +33,15 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def write(target, numbers, **options):
-    with h5traces.create(target, **options) as writer:
+def write(path, numbers, **options):
+    with h5traces.create(path, **options) as writer:
         for number in numbers:
             writer.append(item(number))
     return writer
 
 
-def suspended(target, numbers, **options):
-    writer = h5traces.create(target, **options)
+def suspended(path, numbers, **options):
+    writer = h5traces.create(path, **options)
     for number in numbers:
         writer.append(item(number))
     writer.suspend()
@@ -57,20 +59,49 @@ def test_an_h5_name_is_one_archive(tmp_path, spool):
 
 @pytest.mark.parametrize("spool", [True, False])
 def test_a_folder_gets_shards(tmp_path, spool):
-    write(tmp_path / "run", range(5), shard_samples=2, spool=spool)
+    write(f"{tmp_path}/run/", range(5), target=TargetOptions(shard_samples=2), spool=spool)
     names = [f"run/traces-{number:05d}.h5" for number in range(3)]
     assert files(tmp_path) == names
     with h5traces.open(tmp_path / "run") as archive:
         assert archive.ids == tuple(f"q{number}" for number in range(5))
 
 
+def test_a_folder_that_exists_gets_shards(tmp_path):
+    (tmp_path / "run.h5").mkdir()
+    write(tmp_path / "run.h5", range(2))
+    assert files(tmp_path) == ["run.h5/traces-00000.h5"]
+
+
+def test_the_current_folder_gets_shards(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    suspended(".", [0])
+    assert "here.spool/00000000.sample" in files(tmp_path)
+    write(".", [1])
+    assert files(tmp_path) == ["here/traces-00000.h5"]
+
+
+def test_a_name_that_is_neither_file_nor_folder(tmp_path):
+    for name in (tmp_path / "run", f"{tmp_path}/run"):
+        with pytest.raises(TargetError, match="is neither a folder that exists nor a name ending"):
+            h5traces.create(name)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["overwrite", "skip_existing", "dry_run"])
+def test_options_that_do_not_apply(tmp_path, name):
+    with pytest.raises(TargetError, match=f"{name} does not apply to a run"):
+        h5traces.create(tmp_path / "run.h5", target=TargetOptions(**{name: True}))
+    assert files(tmp_path) == []
+
+
 def test_an_h5_name_with_shards(tmp_path):
-    write(tmp_path / "run.h5", range(3), shard_samples=2)
+    write(tmp_path / "run.h5", range(3), target=TargetOptions(shard_samples=2))
     assert files(tmp_path) == ["run-00000.h5", "run-00001.h5"]
 
 
 def test_a_shard_is_packed_by_the_append_behind_it(tmp_path):
-    with h5traces.create(tmp_path / "run", shard_samples=2) as writer:
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2)) as writer:
         writer.append(item(0))
         writer.append(item(1))
         assert not (tmp_path / "run").exists()
@@ -81,7 +112,7 @@ def test_a_shard_is_packed_by_the_append_behind_it(tmp_path):
 
 
 def test_pack_packs_full_shards(tmp_path):
-    with h5traces.create(tmp_path / "run", shard_samples=2) as writer:
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2)) as writer:
         writer.append(item(0))
         assert writer.pack() == []
         writer.append(item(1))
@@ -89,8 +120,8 @@ def test_pack_packs_full_shards(tmp_path):
 
 
 def test_a_run_resumes_and_knows_what_is_done(tmp_path):
-    suspended(tmp_path / "run", range(5), shard_samples=3)
-    with h5traces.create(tmp_path / "run", shard_samples=3) as writer:
+    suspended(f"{tmp_path}/run/", range(5), target=TargetOptions(shard_samples=3))
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=3)) as writer:
         assert writer.done == {f"q{number}": 1 for number in range(5)}
         assert writer.num_samples == 5
         writer.append(item(5))
@@ -99,10 +130,10 @@ def test_a_run_resumes_and_knows_what_is_done(tmp_path):
 
 
 def test_a_sample_that_somebody_removed_is_told_of_and_done_again(tmp_path):
-    suspended(tmp_path / "run", range(4))
+    suspended(f"{tmp_path}/run/", range(4))
     (tmp_path / "run.spool" / "00000001.sample").unlink()
     with pytest.warns(StoredStateWarning, match=r"00000001\.sample is missing \(1 such\)"):
-        writer = h5traces.create(tmp_path / "run")
+        writer = h5traces.create(f"{tmp_path}/run/")
     assert set(writer.done) == {"q0", "q2", "q3"}
     writer.append(item(1))
     writer.close()
@@ -125,7 +156,7 @@ def test_a_packed_sample_that_cannot_be_removed_at_once_is_removed_later(
         unlink(path, **options)
 
     monkeypatch.setattr(Path, "unlink", refuse_once)
-    with h5traces.create(tmp_path / "run", shard_samples=3) as writer:
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=3)) as writer:
         for number in range(num_samples):
             try:
                 writer.append(item(number))
@@ -134,7 +165,7 @@ def test_a_packed_sample_that_cannot_be_removed_at_once_is_removed_later(
     assert failed
     names = [f"run/traces-{number:05d}.h5" for number in range(-(-num_samples // 3))]
     assert files(tmp_path) == names
-    with h5traces.create(tmp_path / "run", shard_samples=3) as writer:
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=3)) as writer:
         assert writer.num_samples == num_samples
 
 
@@ -145,9 +176,9 @@ def identity(path):
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path):
-    write(tmp_path / "run", range(3), shard_samples=2)
+    write(f"{tmp_path}/run/", range(3), target=TargetOptions(shard_samples=2))
     before = [identity(path) for path in sorted((tmp_path / "run").iterdir())]
-    with h5traces.create(tmp_path / "run", shard_samples=2) as writer:
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2)) as writer:
         assert set(writer.done) == {"q0", "q1", "q2"}
     assert [identity(path) for path in sorted((tmp_path / "run").iterdir())] == before
     assert files(tmp_path) == ["run/traces-00000.h5", "run/traces-00001.h5"]
@@ -176,7 +207,7 @@ def test_a_stopped_run_is_not_begun_anew(tmp_path):
 def test_other_options_are_refused(tmp_path):
     suspended(tmp_path / "run.h5", range(2))
     with pytest.raises(ArchiveError, match=r"dtype='auto' \(was 'float16'\)"):
-        h5traces.create(tmp_path / "run.h5", dtype="auto")
+        h5traces.create(tmp_path / "run.h5", precision=PrecisionOptions(dtype="auto"))
 
 
 def test_what_lies_where_a_shard_would_go_is_not_touched(tmp_path):
@@ -200,10 +231,10 @@ def test_an_archive_of_another_run_beside_a_spool_is_noticed(tmp_path):
 
 
 def test_a_missing_shard_is_noticed(tmp_path):
-    suspended(tmp_path / "run", range(5), shard_samples=2)
+    suspended(f"{tmp_path}/run/", range(5), target=TargetOptions(shard_samples=2))
     (tmp_path / "run" / "traces-00001.h5").unlink()
     with pytest.raises(ArchiveError, match=r"traces-00001\.h5 is missing"):
-        h5traces.create(tmp_path / "run", shard_samples=2)
+        h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2))
 
 
 def test_a_second_writer_is_refused(tmp_path):
@@ -276,17 +307,17 @@ def test_an_error_stores_nothing_and_the_run_goes_on(tmp_path):
 
 
 def test_layers_are_compared_with_those_of_earlier_runs(tmp_path):
-    suspended(tmp_path / "run", range(3), shard_samples=2)
+    suspended(f"{tmp_path}/run/", range(3), target=TargetOptions(shard_samples=2))
     fewer = item(3)
     fewer["attentions"].pop()
-    with h5traces.create(tmp_path / "run", shard_samples=2) as writer:
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2)) as writer:
         with pytest.raises(SchemaError, match="attentions has layers"):
             writer.append(fewer)
 
 
 def test_several_samples_of_one_id(tmp_path):
-    suspended(tmp_path / "run", [0, 0, 1], shard_samples=2)
-    with h5traces.create(tmp_path / "run", shard_samples=2) as writer:
+    suspended(f"{tmp_path}/run/", [0, 0, 1], target=TargetOptions(shard_samples=2))
+    with h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2)) as writer:
         assert writer.done["q0"] == 2
         assert writer.done["q7"] == 0
         writer.append(item(0))
@@ -325,7 +356,9 @@ def test_torch_tensors_come_back_as_tensors(tmp_path):
         for each in plain["hidden_states"]
     ]
     plain["more"] = {"logits": torch.arange(3)}
-    with h5traces.create(tmp_path / "run.h5", dtype="bfloat16") as writer:
+    with h5traces.create(
+        tmp_path / "run.h5", precision=PrecisionOptions(dtype="bfloat16")
+    ) as writer:
         writer.append(plain)
     with h5traces.open(tmp_path / "run.h5") as archive:
         found = archive[0].to_dict()
@@ -347,7 +380,10 @@ def test_a_closed_writer_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dtype": "float8"}, "dtype: "), ({"num_layers": 0}, "num_layers: ")],
+    [
+        ({"precision": PrecisionOptions(dtype="float8")}, "dtype: "),
+        ({"num_layers": 0}, "num_layers: "),
+    ],
 )
 def test_wrong_options(tmp_path, options, message):
     with pytest.raises(SchemaError, match=message):
@@ -366,7 +402,7 @@ def test_damage_of_the_spool_is_named(tmp_path):
 
 
 def test_a_direct_writer_loses_its_shard_but_no_other(tmp_path):
-    writer = h5traces.create(tmp_path / "run", shard_samples=2, spool=False)
+    writer = h5traces.create(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2), spool=False)
     for number in range(3):
         writer.append(item(number))
     with pytest.raises(ConversionError):

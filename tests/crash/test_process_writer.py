@@ -18,6 +18,7 @@ from h5traces.errors import ArchiveError, ArchiveExistsError, SchemaError
 from h5traces.format.archive import ExtractionMetadata
 from h5traces.format.trace import SourcePosition
 from h5traces.sources.pickle.layouts import to_record
+from h5traces.writing.options import TargetOptions
 from h5traces.writing.process_writer import ProcessWriter
 
 EXTRACTION = ExtractionMetadata(
@@ -48,19 +49,23 @@ def ended(process):
 
 
 def test_it_writes_and_resumes(tmp_path):
-    with ProcessWriter(tmp_path / "run", shard_samples=2, extraction=EXTRACTION) as writer:
+    with ProcessWriter(
+        f"{tmp_path}/run/", target=TargetOptions(shard_samples=2), extraction=EXTRACTION
+    ) as writer:
         for number in range(3):
             writer.append(record(number))
         assert (writer.num_samples, writer.is_finished) == (3, False)
         assert writer.nbytes > 1000
         writer.suspend()
-    with ProcessWriter(tmp_path / "run", shard_samples=2, extraction=EXTRACTION) as writer:
+    with ProcessWriter(
+        f"{tmp_path}/run/", target=TargetOptions(shard_samples=2), extraction=EXTRACTION
+    ) as writer:
         assert dict(writer.done) == {"q0": 1, "q1": 1, "q2": 1}
         writer.append(record(3))
     with h5traces.open(tmp_path / "run") as archive:
         assert all(is_same(trace.to_dict(), item(n)) for n, trace in enumerate(archive))
         assert archive.metadata.extraction == EXTRACTION
-    with ProcessWriter(tmp_path / "run", shard_samples=2) as writer:
+    with ProcessWriter(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2)) as writer:
         assert writer.is_finished
 
 

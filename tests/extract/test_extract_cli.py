@@ -45,7 +45,7 @@ def test_the_command_of_the_readme(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^h5traces (extract --model-id examples.*) -o extracted/$", text, re.M)
     done = subprocess.run(
-        [Path(sys.executable).with_name("h5traces"), *command.split(), "-o", tmp_path / "out"],
+        [Path(sys.executable).with_name("h5traces"), *command.split(), "-o", f"{tmp_path}/out/"],
         capture_output=True,
         text=True,
         check=True,
@@ -81,19 +81,19 @@ def test_h5dump_reads_it(tmp_path):
 
 
 def test_a_run_as_json(tmp_path):
-    result = run("extract", *TINY, *FEW, "-o", tmp_path / "out", "--json", "--layers", "0,last")
+    result = run("extract", *TINY, *FEW, "-o", f"{tmp_path}/out/", "--json", "--layers", "0,last")
     report = json.loads(result.stdout)
     assert report["ok"] is True
     assert report["num_written"] == 2
     assert report["num_generated"] == 8
     assert report["tokens_per_second"] > 0
     assert report["nbytes"] > 1000
-    again = run("extract", *TINY, *FEW, "-o", tmp_path / "out", "--layers", "0,last")
+    again = run("extract", *TINY, *FEW, "-o", f"{tmp_path}/out/", "--layers", "0,last")
     assert "2 of 2 samples, 2 of them before" in again.stdout
 
 
 def test_a_dry_run_writes_nothing(tmp_path):
-    result = run("extract", *TINY, "-o", tmp_path / "out", "--dry-run", "--layers", "0,3,last")
+    result = run("extract", *TINY, "-o", f"{tmp_path}/out/", "--dry-run", "--layers", "0,3,last")
     assert "archive, float16, gzip, layers 0,3,5" in result.stdout
     assert re.search(r"40 samples: [\d.]+ MB needed at most, .*; [\d.]+ \w+ free", result.stdout)
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +123,7 @@ def huge_model(tmp_path):
 
 def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_model):
     arguments = ["extract", "--model-id", huge_model, "--dataset", QUESTIONS]
-    arguments += ["--max-new-tokens", 100_000, "-o", tmp_path / "out"]
+    arguments += ["--max-new-tokens", 100_000, "-o", f"{tmp_path}/out/"]
     result = run(*arguments, code=2)
     assert re.search(r"may need [\d,.]+ GB .* but [\d,.]+ GB are free", result.stderr)
     assert not list(tmp_path.glob("out*"))
@@ -166,7 +166,7 @@ def test_wrong_usage(tmp_path, changes, message):
             pytest.skip("accelerate is installed")
     options = {"--model-id": TINY_LLAMA, "--dataset": QUESTIONS, "--num-samples": 2}
     arguments = [each for pair in {**options, **changes}.items() for each in pair]
-    result = run("extract", *arguments, "-o", tmp_path / "out", code=2)
+    result = run("extract", *arguments, "-o", f"{tmp_path}/out/", code=2)
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not list(tmp_path.glob("out*"))
@@ -174,7 +174,7 @@ def test_wrong_usage(tmp_path, changes, message):
 
 @pytest.mark.parametrize("option", ["--chat", "--load-in-4bit"])
 def test_what_the_tiny_model_or_this_machine_lacks(tmp_path, option):
-    result = run("extract", *TINY, *FEW, option, "-o", tmp_path / "out", code=2)
+    result = run("extract", *TINY, *FEW, option, "-o", f"{tmp_path}/out/", code=2)
     expected = {"--chat": "has no chat template", "--load-in-4bit": "bitsandbytes"}
     assert expected[option] in result.stderr
 
@@ -182,7 +182,7 @@ def test_what_the_tiny_model_or_this_machine_lacks(tmp_path, option):
 def test_an_encoder_decoder(tmp_path):
     transformers.T5Config().save_pretrained(tmp_path / "t5")
     result = run(
-        "extract", "--model-id", tmp_path / "t5", "--dataset", QUESTIONS, "-o", tmp_path / "out",
+        "extract", "--model-id", tmp_path / "t5", "--dataset", QUESTIONS, "-o", f"{tmp_path}/out/",
         code=2,
     )  # fmt: skip
     assert "is an encoder-decoder (t5); expected a decoder-only model" in result.stderr
@@ -192,16 +192,16 @@ def test_a_family_that_was_not_tried_in_batches(tmp_path):
     make_model("gemma2").save_pretrained(tmp_path / "gemma")
     tokenizer().save_pretrained(tmp_path / "gemma")
     arguments = ["extract", "--model-id", tmp_path / "gemma", "--dataset", QUESTIONS, *FEW]
-    result = run(*arguments, "--batch-size", 2, "-o", tmp_path / "out", code=2)
+    result = run(*arguments, "--batch-size", 2, "-o", f"{tmp_path}/out/", code=2)
     assert "Gemma2ForCausalLM (gemma2) was not tried in batches" in result.stderr
-    run(*arguments, "-o", tmp_path / "out")
+    run(*arguments, "-o", f"{tmp_path}/out/")
 
 
 def test_samples_left_out_end_in_exit_code_1(tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text('{"question": "Why?"}\n' + json.dumps({"question": "long " * 600}))
     result = run(
-        "extract", "--model-id", TINY_LLAMA, "--dataset", path, "-o", tmp_path / "out", code=1
+        "extract", "--model-id", TINY_LLAMA, "--dataset", path, "-o", f"{tmp_path}/out/", code=1
     )
     assert "1 of 2 samples" in result.stdout
     assert "left out: asked_1: the prompt has" in result.stderr
@@ -212,7 +212,7 @@ def test_aliases_of_the_users_own(tmp_path):
     aliases_path().parent.mkdir(parents=True)
     aliases_path().write_text(f'[models]\ntiny = "{TINY_LLAMA}"\nllama2_7B = "/data/llama"\n')
     assert known_aliases() == {**MODEL_ALIASES, "tiny": str(TINY_LLAMA), "llama2_7B": "/data/llama"}
-    run("extract", "--model-id", "tiny", "--dataset", QUESTIONS, *FEW, "-o", tmp_path / "out")
+    run("extract", "--model-id", "tiny", "--dataset", QUESTIONS, *FEW, "-o", f"{tmp_path}/out/")
     with h5traces.open(tmp_path / "out") as archive:
         assert archive.metadata.model_id == str(TINY_LLAMA)
     aliases_path().write_text("[models]\ntiny = 3\n")
@@ -233,7 +233,7 @@ def test_without_the_libraries(tmp_path, library):
             check=False,
         )
 
-    done = command("extract", *TINY, "-o", tmp_path / "out")
+    done = command("extract", *TINY, "-o", f"{tmp_path}/out/")
     assert done.returncode == 2
     assert f"{library} is not installed" in done.stderr
     assert "pip install 'h5traces[extract]'" in done.stderr
@@ -291,7 +291,7 @@ def test_a_pilot_measures_the_tiers(tmp_path):
     assert "compact (hidden states in steps of 0.4 sigma, head mean only)" in result.stderr
     with h5traces.open(compact) as archive:
         assert archive.metadata.precision == TIERS["compact"]
-        scales = archive.files[0].sizes()["scales"].stored_nbytes
+        scales = archive._files[0].sizes()["scales"].stored_nbytes
     nbytes = compact.stat().st_size - scales
     assert row["sample_nbytes"] * 3 == pytest.approx(nbytes, rel=0.05)
 

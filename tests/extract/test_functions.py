@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import make_model, shared_model, tokenizer
 
 import h5traces
+from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract import (
     ExtractOptions,
@@ -22,10 +23,11 @@ from h5traces.extract import (
     extract,
     extract_activations_and_attentions,
 )
-from h5traces.extract.capture import as_typed, cast
+from h5traces.extract.capture import cast
 from h5traces.extract.generation import clean_answer, sample_seed
 from h5traces.extract.models import anatomy_of
 from h5traces.format.dtypes import TypedArray, cast_for_storage
+from h5traces.writing.options import PrecisionOptions
 
 SHORT = GenerationOptions(max_new_tokens=5)
 LEGACY_KEYS = [
@@ -116,7 +118,9 @@ def test_the_embedding_lies_beside_the_layers(tmp_path):
         ExtractOptions(generation=SHORT, embedding=True),
         dtype="float32",
     )
-    with h5traces.create(tmp_path / "run.h5", dtype="float32") as writer:
+    with h5traces.create(
+        tmp_path / "run.h5", precision=PrecisionOptions(dtype="float32")
+    ) as writer:
         writer.append(record)
     assert h5traces.validate(tmp_path / "run.h5").ok
     with h5traces.open(tmp_path / "run.h5") as archive:
@@ -136,15 +140,16 @@ def test_a_cast_on_the_device_is_the_writers_cast(values, target):
     array = np.array(values, dtype=np.float32)
     expected = cast_for_storage(TypedArray.of(array), policy=target)
     narrow, counts = cast(torch.from_numpy(array), getattr(torch, target))
-    overflow, to_zero, to_subnormal, num_nan = counts.tolist()
+    overflow, to_zero, to_subnormal, changed, num_nan = counts.tolist()
     assert overflow == expected.counts.num_overflow
     assert num_nan == 0
     if overflow == 0:
-        found = as_typed(narrow)
-        assert found.dtype == expected.array.dtype
-        assert np.array_equal(found.values.view("u2"), expected.array.values.view("u2"))
+        found, dtype = from_tensor(narrow)
+        assert dtype == expected.array.dtype
+        assert np.array_equal(found.view("u2"), expected.array.values.view("u2"))
         assert to_zero == expected.counts.num_to_zero
         assert to_subnormal == expected.counts.num_to_subnormal
+        assert changed == expected.num_changed
 
 
 def test_what_the_device_cast_changed_is_stored(tmp_path):
@@ -156,10 +161,12 @@ def test_what_the_device_cast_changed_is_stored(tmp_path):
             model, tokenizer(), ["Why?"], ExtractOptions(generation=SHORT), dtype=dtype
         )
         path = tmp_path / f"{dtype}.h5"
-        with h5traces.create(path, dtype="float16") as writer:
+        with h5traces.create(path, precision=PrecisionOptions(dtype="float16")) as writer:
             writer.append(record)
         with h5traces.open(path) as archive:
-            stored[dtype] = {name: dict(entry.attrs) for name, entry in archive[0].objects.items()}
+            stored[dtype] = {
+                name: dict(entry.attrs) for name, entry in archive[0]._stored.objects.items()
+            }
     assert stored["float16"] == stored["float32"]
     attrs = stored["float16"]["attentions/layer_000"]
     assert attrs["cast_from"] == "float32"

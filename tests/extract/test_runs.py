@@ -17,7 +17,7 @@ import torch
 from tiny_models import QUESTIONS, TINY_LLAMA, make_model, tokenizer
 
 import h5traces
-from h5traces.errors import ArchiveError, ArchiveExistsError, ExtractionError
+from h5traces.errors import ArchiveError, ArchiveExistsError, ExtractionError, TargetError
 from h5traces.extract import (
     DatasetChoice,
     ExtractOptions,
@@ -71,7 +71,7 @@ def saved_model(tmp_path_factory):
 
 
 def test_a_run_stores_what_is_known(tmp_path):
-    report = run(tmp_path / "out", num_samples=3, answer_cut="sentence", layers="0,last", seed=5)
+    report = run(f"{tmp_path}/out/", num_samples=3, answer_cut="sentence", layers="0,last", seed=5)
     assert report.ok
     assert report.status == "finished"
     assert report.num_written == 3
@@ -144,8 +144,15 @@ def test_a_finished_run_is_not_done_again(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    with pytest.raises(ExtractionError, match="extract never overwrites"):
+    with pytest.raises(TargetError, match="overwrite does not apply to a run, which resumes"):
         run(tmp_path / "run.h5", target=TargetOptions(overwrite=True))
+
+
+def test_the_report_lies_beside_the_output(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert report_path(Path("run.h5")) == Path("run.h5.report.json")
+    assert report_path(Path()) == tmp_path / "out.report.json"
 
 
 def test_a_stopped_run_wants_the_same_options(tmp_path):
@@ -194,7 +201,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
     common = [*TINY, "--num-samples", "16", "--max-new-tokens", "8", "--batch-size", "3"]
     common += ["--shard-samples", "5", "--sample", "--top-k", "20", "--seed", "7"]
     run(
-        tmp_path / "whole",
+        f"{tmp_path}/whole/",
         num_samples=16,
         batch_size=3,
         seed=7,
@@ -206,7 +213,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
     spool = tmp_path / "out.spool"
     while kills < 5:
         process = subprocess.Popen(
-            [*COMMAND, *common, "-o", str(tmp_path / "out")], stderr=subprocess.DEVNULL
+            [*COMMAND, *common, "-o", f"{tmp_path}/out/"], stderr=subprocess.DEVNULL
         )
         # Most of a start is importing; kills are to hit the run itself.
         while not spool.exists() and process.poll() is None:
@@ -217,7 +224,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
             break
         kills += 1
     done = subprocess.run(
-        [*COMMAND, *common, "-o", str(tmp_path / "out"), "--json"], capture_output=True, text=True
+        [*COMMAND, *common, "-o", f"{tmp_path}/out/", "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert kills > 0

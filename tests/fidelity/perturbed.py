@@ -15,6 +15,7 @@ from h5traces.precision.channel_steps import StepFormat, from_steps, to_steps
 from h5traces.precision.head_mean import HeadMean
 from h5traces.precision.scales import ChannelAccumulator, channel_scale
 from h5traces.precision.square_root import from_levels, to_levels
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,9 +58,18 @@ def _layered(arrays: dict[str, np.ndarray]) -> LayeredArrays:
     )
 
 
-def write(path: Path, samples: Sequence[Sample], **options: Any) -> Path:
-    """An archive of the samples."""
-    with h5traces.create(path, spool=False, **{"dtype": "auto", **options}) as writer:
+def write(
+    path: Path,
+    samples: Sequence[Sample],
+    *,
+    shard_samples: int | None = None,
+    **facts: Any,
+) -> Path:
+    """An archive of the samples, or a folder of shards."""
+    target = TargetOptions(shard_samples=shard_samples)
+    name = f"{path}/" if shard_samples is not None else path
+    precision = PrecisionOptions(dtype="auto")
+    with h5traces.create(name, spool=False, precision=precision, target=target, **facts) as writer:
         for each in samples:
             writer.append(each.record())
     return path
@@ -118,7 +128,7 @@ def in_steps(samples: Sequence[Sample], step: float) -> list[Sample]:
 
 def on_levels(values: np.ndarray, *, as_half: bool = True) -> np.ndarray:
     """Weights on a square-root scale."""
-    return from_levels(to_levels(values, LEVELS)[0], LEVELS, as_half=as_half)
+    return from_levels(to_levels(values)[0], LEVELS, as_half=as_half)
 
 
 def with_means_only(samples: Sequence[Sample]) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -433,8 +434,11 @@ def test_identities(tmp_path_factory: pytest.TempPathFactory, seed: int, order: 
     b = in_steps(a, 0.3)
     assert_perfect(compared(folder, a, a))
     assert_perfect(compared(folder, a, [a[index] for index in order]))
-    plain = compared(folder, a, b, workers=1)
-    mixed = compared(folder, [a[i] for i in order], [b[i] for i in reversed(order)], workers=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        plain = compared(folder, a, b)
+        patch.setattr(os, "cpu_count", lambda: 3)
+        mixed = compared(folder, [a[i] for i in order], [b[i] for i in reversed(order)])
     for kind in plain.kinds:
         for each, other in zip(kind.layers, mixed.kind(kind.kind).layers, strict=True):
             expected = asdict(each)
@@ -600,17 +604,21 @@ def test_the_report_is_json(tmp_path: Path) -> None:
     assert len(document["kinds"][0]["layers"]) == 3
 
 
-def test_progress_and_workers(tmp_path: Path) -> None:
+def test_progress_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = make()
     b = in_steps(a, 0.1)
     seen: list[tuple[int, int]] = []
-    first = compared(tmp_path, a, b, workers=1, progress=lambda *each: seen.append(each))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    first = compared(tmp_path, a, b, progress=lambda *each: seen.append(each))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    for workers in (2, 7):
-        assert compared(tmp_path, a, b, workers=workers) == first
+    for threads in (2, 7):
+        monkeypatch.setattr(os, "cpu_count", lambda found=threads: found)
+        assert compared(tmp_path, a, b) == first
 
 
-def test_memory_does_not_grow_with_samples(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
     def peak(num_samples: int) -> int:
         rng = np.random.default_rng(0)
         values = rng.standard_normal((16, 1024)).astype(np.float16)
@@ -618,9 +626,9 @@ def test_memory_does_not_grow_with_samples(tmp_path: Path) -> None:
         path = write(
             tmp_path / f"{num_samples}.h5", [Sample(f"q{i}", states) for i in range(num_samples)]
         )
-        compare(path, path, workers=1)
+        compare(path, path)
         tracemalloc.start()
-        compare(path, path, workers=1)
+        compare(path, path)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most

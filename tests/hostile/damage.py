@@ -29,7 +29,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.rewriting.repack import repack
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError, hdf5_end
-from h5traces.writing.options import PrecisionOptions
+from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ def _zstd(folder: Path) -> Path:
 
 
 def _shard(folder: Path) -> Path:
-    with h5traces.create(folder / "run", shard_samples=4) as writer:
+    with h5traces.create(f"{folder}/run/", target=TargetOptions(shard_samples=4)) as writer:
         for sample in make_batch("full_gz"):
             writer.append(sample)
     return folder / "run" / "traces-00000.h5"

@@ -29,7 +29,7 @@ from legacy_batches import LAYOUTS, dumps, make_batch
 
 from h5traces.errors import ConversionError, H5TracesError
 from h5traces.sources.pickle.source import PickleLimits
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.pickle.stream import BatchStream
 from h5traces.storage.codecs import CODECS
 from h5traces.storage.footer import COLUMNS
 
@@ -75,7 +75,7 @@ def unpickle(data: bytes) -> None:
 
 def read_batch(path: Path) -> None:
     """Every item of a batch."""
-    with open_batch(path, limits=_LIMITS) as batch:
+    with BatchStream(path, limits=_LIMITS) as batch:
         for _ in batch:
             pass
 

@@ -27,7 +27,7 @@ import numpy as np
 import h5traces
 from h5traces.cli.app import app
 from h5traces.errors import H5TracesError
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.pickle.stream import BatchStream
 
 MAX_ADDRESS_SPACE = 3 << 30
 MAX_CPU_SECONDS = 30
@@ -101,7 +101,7 @@ def check(path: str) -> list[dict[str, str]]:
 
 def batch(path: str) -> int:
     """The items of a legacy batch."""
-    with open_batch(path) as found:
+    with BatchStream(path) as found:
         return sum(1 for _ in found)
 
 

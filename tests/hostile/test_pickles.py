@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.pickle.stream import BatchStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,7 +225,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: item(call(named("numpy", "dtype"), text("f8"), b"\x89", b"\x88")),
         "without the state",
     ),
-    "dtype as a value": (lambda: item(dtype()), "which is no value for a trace"),
+    "dtype as a value": (lambda: item(dtype()), "which no trace holds"),
     "shim as a value": (lambda: item(named("numpy", "dtype")), "the name numpy.dtype"),
     "array of declared size": (
         lambda: item(
@@ -412,7 +412,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 def read(path: Path) -> None:
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         for _ in batch:
             pass
 

@@ -48,7 +48,7 @@ def assert_within_bounds(lossy: Path, exact: Path, *, lossy_dtype: str = "float1
     every = h5traces.open(exact)
     assert len(some) == len(every)
     for trace, other in zip(some, every, strict=True):
-        for path in trace.objects:
+        for path in trace._stored.objects:
             kind, _, name = path.partition("/")
             if kind in KINDS and name and name not in ("steps", "exceptions"):
                 met.add(_assert_layer(trace, other, kind, name, lossy))
@@ -56,8 +56,8 @@ def assert_within_bounds(lossy: Path, exact: Path, *, lossy_dtype: str = "float1
 
 
 def _assert_layer(trace: Any, other: Any, kind: str, name: str, lossy: Path) -> str:
-    attrs = trace.attrs(f"{kind}/{name}")
-    found = trace.typed_layer(kind, name)
+    attrs = trace._stored.attrs(f"{kind}/{name}")
+    found = trace._stored.typed_layer(kind, name)
     encoding = attrs.get("encoding", "exact")
     if kind == "attention_mean" and f"{kind}/{name}" not in other.objects:
         heads = other.typed_layer("attentions", name).to_numpy().astype(np.float16)

@@ -30,7 +30,7 @@ def kept_exact(path: Path) -> list[object]:
     with h5traces.open(path) as archive:
         trace = archive[0]
         paths = [f"hidden_states/layer_{layer:03d}" for layer in archive.layers]
-        return [trace.entry(each).attrs.get("kept_exact") for each in paths]
+        return [trace._stored.entry(each).attrs.get("kept_exact") for each in paths]
 
 
 def normal() -> np.ndarray:

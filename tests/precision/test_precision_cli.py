@@ -82,21 +82,21 @@ def test_exact_says_nothing(source: Path, tmp_path: Path, options: list[str]) ->
     ("options", "expected"),
     [
         (["--step", "0.3"], Precision(step=0.3)),
-        (["--attention-bits", "6"], Precision(attention_bits=6)),
+        (["--attention-bits", "8"], Precision(attention_bits=8)),
         (["--head-mean", "beside"], Precision(head_mean="beside")),
         (["--head-mean", "only"], Precision(head_mean="only")),
         (["--mantissa-bits", "3"], Precision(mantissa_bits=3)),
         (
-            ["--step", "0.05", "--attention-bits", "5", "--head-mean", "beside"],
-            Precision(step=0.05, attention_bits=5, head_mean="beside"),
+            ["--step", "0.05", "--attention-bits", "8", "--head-mean", "beside"],
+            Precision(step=0.05, attention_bits=8, head_mean="beside"),
         ),
         (
             ["--tier", "fine", "--step", "0.04"],
             Precision(step=0.04, attention_bits=8, head_mean="beside"),
         ),
         (
-            ["--tier", "compact", "--attention-bits", "5"],
-            Precision(step=0.4, attention_bits=5, head_mean="beside"),
+            ["--tier", "compact", "--attention-bits", "8"],
+            Precision(step=0.4, attention_bits=8, head_mean="beside"),
         ),
         (["--tier", "analysis", "--head-mean", "only"], Precision(step=0.1, head_mean="only")),
         (["--tier", "fine", "--step", "0.1"], Precision.of("analysis")),
@@ -120,8 +120,8 @@ def test_inspect_shows_the_precision(source: Path, tmp_path: Path) -> None:
     for tier, words in [
         ("exact", "precision: exact"),
         ("fine", "precision: fine (hidden states in steps of 0.02 sigma, attentions in 8 bits"),
-        ("compact", "head mean only) (lossy)"),
-        ("native", "5 mantissa bits) (lossy)"),
+        ("compact", "head mean only) lossless: no (compact"),
+        ("native", "5 mantissa bits) lossless: no (native"),
     ]:
         run("convert", source, "-o", tmp_path / f"{tier}.h5", "--tier", tier)
         assert words in plain(run("inspect", tmp_path / f"{tier}.h5").stdout)
@@ -130,7 +130,7 @@ def test_inspect_shows_the_precision(source: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice.h5"
     run("repack", tmp_path / "fine.h5", "-o", twice, "--tier", "compact")
     shown = plain(run("inspect", twice).stdout)
-    assert re.search(r"precision: fine \(.*then compact \(.*\(lossy\)", shown)
+    assert re.search(r"precision: fine \(.*then compact \(.*lossless: no \(fine", shown)
 
 
 # --- calibrate -------------------------------------------------------------------------------
@@ -203,13 +203,13 @@ def test_calibrate_without_anything_to_measure(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--head-mean", "only", "--attention-bits", "8"], "--head-mean beside, or leave"),
-        (["--tier", "fine", "--head-mean", "only", "--attention-bits", "6"], "beside"),
+        (["--tier", "fine", "--head-mean", "only", "--attention-bits", "8"], "beside"),
         (["--tier", "best"], "exact"),
         (["--step", "0"], "step is 0.0: .*greater than or equal to 0.001"),
         (["--step", "9"], "step is 9.0: .*less than or equal to 4"),
         (["--step", "nan"], "step"),
-        (["--attention-bits", "7"], "attention-bits is 7: input should be 8, 6 or 5"),
-        (["--mantissa-bits", "10"], "mantissa_bits is 10: .*less than or equal to 9"),
+        (["--attention-bits", "6"], "attention-bits is 6: input should be 8"),
+        (["--mantissa-bits", "10"], "mantissa-bits is 10: .*less than or equal to 9"),
         (["--tier", "fine", "--dtype", "float32"], "float16, not float32; leave one"),
         (["--step", "0.1", "--dtype", "bfloat16"], "float16, not bfloat16; leave one"),
         (["--tier", "fine", "--scales", "nowhere.h5"], "nowhere.h5"),

@@ -196,8 +196,8 @@ def test_tiers_are_as_small_as_they_are_coarse(tmp_path: Path) -> None:
                 sum(
                     size
                     for trace in archive
-                    for path in trace.objects
-                    for _, size in trace.ranges(path)
+                    for path in trace._stored.objects
+                    for _, size in trace._stored.ranges(path)
                 )
             )
     assert sizes == sorted(sizes, reverse=True)
@@ -210,12 +210,12 @@ def test_the_archive_says_what_it_lost(shelf: Path) -> None:
         assert metadata.precision == Precision.of(tier)  # type: ignore[arg-type]
         assert metadata.precision is not None
         assert metadata.precision.tier == tier
-        assert not metadata.is_exact
+        assert metadata.is_lossless is False
         with h5py.File(shelf / f"{tier}.h5") as file:
             # What old releases cannot decode they must refuse; rounded floats they can read.
             assert bool(json.loads(file.attrs["required_features"])) == (tier != "native")
             assert json.loads(file.attrs["precision"])
-    assert h5traces.open(shelf / "exact.h5").metadata.is_exact
+    assert h5traces.open(shelf / "exact.h5").metadata.is_lossless
 
 
 def test_layers_are_read_in_the_type_that_is_asked_for(shelf: Path) -> None:
@@ -373,11 +373,11 @@ def test_an_archive_survives_pickling(shelf: Path) -> None:
     assert_same(found, archive[1]["hidden_states"][2])
 
 
-def test_exact_archives_only(shelf: Path) -> None:
+def test_lossless_archives_only(shelf: Path) -> None:
     for tier in TIERS:
-        with pytest.raises(LossyArchiveError, match=rf"{tier}\.h5: is not exact: {tier}"):
-            h5traces.open(shelf / f"{tier}.h5", exact=True)
-    assert len(h5traces.open(shelf / "exact.h5", exact=True)) == 5
+        with pytest.raises(LossyArchiveError, match=rf"{tier}\.h5: is not lossless: {tier}"):
+            h5traces.open(shelf / f"{tier}.h5", lossless=True)
+    assert len(h5traces.open(shelf / "exact.h5", lossless=True)) == 5
 
 
 def test_exact_and_lossy_shards_do_not_mix(shelf: Path, tmp_path: Path) -> None:
@@ -413,9 +413,9 @@ def test_plain_floats_say_what_they_lost(shelf: Path, tmp_path: Path) -> None:
     archive = h5traces.open(tmp_path / "plain.h5")
     assert archive.metadata.precision is None
     assert archive.metadata.earlier_precisions == (Precision.of("compact"),)
-    assert not archive.metadata.is_exact
+    assert archive.metadata.is_lossless is False
     with pytest.raises(LossyArchiveError, match="compact"):
-        h5traces.open(tmp_path / "plain.h5", exact=True)
+        h5traces.open(tmp_path / "plain.h5", lossless=True)
     for one, other in zip(archive, h5traces.open(shelf / "compact.h5"), strict=True):
         for mine, theirs in zip(one["hidden_states"], other["hidden_states"], strict=True):
             assert np.array_equal(mine, theirs, equal_nan=True)
@@ -771,7 +771,9 @@ def test_scales_far_too_wide_are_not_used(tmp_path: Path, factor: float, is_enco
         precision=PrecisionOptions(tier="analysis", scales=tmp_path / "scales.h5"),
     )
     with h5traces.open(tmp_path / "a.h5") as archive:
-        reasons = {trace.attrs("hidden_states/layer_000").get("kept_exact") for trace in archive}
+        reasons = {
+            trace._stored.attrs("hidden_states/layer_000").get("kept_exact") for trace in archive
+        }
     assert reasons == ({None} if is_encoded else {"its scale is far wider than its values"})
     warnings_of = " ".join(report.files[0].warnings)
     assert ("far wider than its values" in warnings_of) != is_encoded
@@ -781,7 +783,7 @@ def test_scales_without_use_are_refused(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
     calibrate(tmp_path / "batch.pkl", tmp_path / "scales.h5", model_id="org/Model")
     for tier in ("exact", "native"):
-        with pytest.raises(PrecisionError, match="scales are for hidden states in steps"):
+        with pytest.raises(PrecisionError, match="scales need a precision with quantisation steps"):
             h5traces.convert(
                 tmp_path / "batch.pkl",
                 tmp_path / "a.h5",
@@ -798,7 +800,7 @@ def test_a_mean_beside_the_heads_loses_nothing(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
     precision = Precision(head_mean="beside")
     h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", precision=precision)
-    with h5traces.open(tmp_path / "a.h5", exact=True) as archive:
+    with h5traces.open(tmp_path / "a.h5", lossless=True) as archive:
         assert archive.metadata.precision == precision
         assert archive[0]["attention_mean"][0].shape == (TOKENS, TOKENS)
         assert "lossy" not in repr(archive)
@@ -830,7 +832,7 @@ def test_what_is_cast_from_a_lossy_archive_says_so(tmp_path: Path) -> None:
         export(tmp_path / "a.h5", tmp_path / "c.h5")
     for name in ("b.h5", "c.h5"):
         with h5traces.open(tmp_path / name) as archive:
-            assert not archive.metadata.is_exact
+            assert archive.metadata.is_lossless is False
         with pytest.raises(LossyArchiveError, match=r"had lost precision before.*fidelity"):
             h5traces.verify(tmp_path / name, against=tmp_path / "batch.pkl")
     report = h5traces.verify(tmp_path / "a.h5", against=tmp_path / "batch.pkl")

@@ -693,6 +693,7 @@ def test_a_server_that_never_answers(web: Server) -> None:
     [
         ("other range", "not with what was asked for"),
         ("no size", "without the size"),
+        ("no length", "does not say how many bytes"),
         ("more", "sends more than the"),
     ],
 )

@@ -37,7 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.token = ""
         # Another server that all requests are sent on to.
         self.redirect = ""
-        # What to answer wrongly: "other range", "no size" or "more".
+        # What to answer wrongly: "other range", "no size", "no length" or "more".
         self.lie = ""
 
 
@@ -138,6 +138,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/*"
         elif self.server.lie == "more":
             body += b"x" * 1000
+        elif self.server.lie == "no length":
+            self.without_length(body, headers)
+            return
         self.answer(206, body, headers)
 
     def hub(self, url) -> None:
@@ -167,6 +170,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             document = {"id": found["repo"], "sha": "1" * 40, "siblings": [], "private": False}
         self.answer(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+    def without_length(self, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(206)
+        for name, value in {**headers, "Transfer-Encoding": "chunked"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

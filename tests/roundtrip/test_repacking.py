@@ -119,7 +119,7 @@ def test_zstd_is_read_by_us_and_by_stock_h5py(archive, tmp_path, dtype):
 
 def test_a_damaged_chunk_is_not_copied(archive, tmp_path):
     data = bytearray(archive.read_bytes())
-    entry = h5traces.open(archive)[2].entry("hidden_states/layer_001")
+    entry = h5traces.open(archive)[2]._stored.entry("hidden_states/layer_001")
     data[entry.chunks.offsets[0] + 5] ^= 1
     damaged = tmp_path / "damaged.h5"
     damaged.write_bytes(data)
@@ -136,7 +136,7 @@ def test_errors_name_what_is_wrong(archive, tmp_path):
     with pytest.raises(IndexError):
         repack(archive, tmp_path / "x.h5", samples=[1000])
     (tmp_path / "there.h5").write_text("mine")
-    with pytest.raises(ArchiveExistsError, match=r"there\.h5 exists; use --overwrite"):
+    with pytest.raises(ArchiveExistsError, match=r"there\.h5 exists; use overwrite=True"):
         repack(archive, tmp_path / "there.h5")
     assert (tmp_path / "there.h5").read_text() == "mine"
 
@@ -162,4 +162,4 @@ def test_tokens_that_the_fields_do_not_list_are_kept(tmp_path, archive):
         repack(archive, tmp_path / "copy.h5", precision=PrecisionOptions(dtype="float32"))
     copy = h5traces.open(tmp_path / "copy.h5")
     for ours, theirs in zip(copy, source, strict=True):
-        np.testing.assert_array_equal(ours.tokens(), theirs.tokens())
+        np.testing.assert_array_equal(ours._stored.tokens(), theirs._stored.tokens())

@@ -240,7 +240,7 @@ def test_arrays_larger_than_a_chunk(tmp_path: Path) -> None:
             ("attentions/layer_000", 3),
             ("extra/bytes", 2),
         ):
-            chunks = trace.entry(path).chunks
+            chunks = trace._stored.entry(path).chunks
             assert chunks is not None
             assert len(chunks.offsets) == num_chunks, path
         assert_same(trace.to_dict(), batch[0])

@@ -75,11 +75,11 @@ def test_h5py_reads_every_dataset_to_the_same_bits(archive_path: Path) -> None:
         stored = datasets(file)
         num_compared = 0
         for index, trace in enumerate(archive):
-            for path, entry in trace.objects.items():
+            for path, entry in trace._stored.objects.items():
                 if entry.is_group:
                     continue
                 values = stored[f"samples/{index:08d}/{path}"][...]
-                ours = trace.stored(path)
+                ours = trace._stored.values(path)
                 if entry.dtype == "bfloat16":
                     ours = (ours.astype(np.uint32) << 16).view(np.float32)
                 if entry.dtype.startswith("text:"):
@@ -187,7 +187,7 @@ def test_h5dump_prints_the_numbers(archive_path: Path) -> None:
         states = archive[5]["hidden_states"][1]
         name = "hidden_states/layer_001"
         expected = archive[5].stored(name)
-        if archive[5].entry(name).dtype == "bfloat16":
+        if archive[5]._stored.entry(name).dtype == "bfloat16":
             expected = (expected.astype(np.uint32) << 16).view(np.float32)
         assert len(states)
     path = f"/samples/00000005/{name}"
@@ -218,7 +218,7 @@ def test_h5ls_lists_everything(archive_path: Path) -> None:
     found = {line.split()[0] for line in listed.splitlines()}
     with h5traces.open(archive_path) as archive:
         for index, trace in enumerate(archive):
-            for path in trace.objects:
+            for path in trace._stored.objects:
                 if "%" not in path and " " not in path:
                     assert f"/samples/{index:08d}/{path}" in found
     assert {"/kinds", "/index/samples"} <= found
@@ -247,7 +247,7 @@ PLACE = f"/{SAMPLE}"
 def test_opening_for_writing_alone_removes_the_footer(tmp_path: Path) -> None:
     target = edited(tmp_path, lambda _: None)
     archive = open_with_warning(target)
-    assert not archive.files[0].has_footer
+    assert not archive._files[0].has_footer
     assert_same([trace.to_dict() for trace in archive], BATCH)
     report = validate(target)
     assert report.ok
@@ -516,7 +516,7 @@ def test_a_repacked_file_can_be_sealed(repack_source: tuple[Path, list[Any]]) ->
     assert seal(target)[0].sealed
     assert_same(h5traces.load(target), batch)
     assert validate(target).ok
-    assert h5traces.open(target).files[0].has_footer
+    assert h5traces.open(target)._files[0].has_footer
 
 
 @pytest.mark.h5tools

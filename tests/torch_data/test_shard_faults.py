@@ -110,7 +110,7 @@ def test_workers_notice_too(shards: Path, tmp_path: Path, make: Any, workers: in
 
 def test_a_damaged_chunk_names_shard_and_layer(shards: Path) -> None:
     path = shards / "batch-00001.h5"
-    chunk = h5traces.open(path)[1].entry("hidden_states/layer_002").chunks
+    chunk = h5traces.open(path)[1]._stored.entry("hidden_states/layer_002").chunks
     assert chunk is not None
     with path.open("r+b") as file:
         file.seek(chunk.offsets[0])

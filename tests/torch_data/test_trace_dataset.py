@@ -17,7 +17,7 @@ from shards import HEADS, HIDDEN, LAYERS, NUM_SAMPLES, PROMPT, make_shards, plai
 import h5traces
 from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.storage.files import LocalFile
-from h5traces.torch_data import TraceDataset
+from h5traces.torch_data import Labels, Tokens, TraceDataset
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,7 +129,8 @@ def test_one_chunk_is_read_per_layer(shards: Path, monkeypatch: pytest.MonkeyPat
         (chunk.offsets[0], chunk.sizes[0])
         for kind in KINDS
         for layer in (2, 0)
-        if (chunk := dataset.archive[6].entry(f"{kind}/layer_{layer:03d}").chunks) is not None
+        if (chunk := dataset.archive[6]._stored.entry(f"{kind}/layer_{layer:03d}").chunks)
+        is not None
     ]
     seen: list[tuple[int, int]] = []
     read_into = LocalFile.read_into
@@ -218,7 +219,8 @@ def test_labels_of_unknown_ids(shards: Path) -> None:
     labels = {f"tc_{number}": 0 for number in range(NUM_SAMPLES)} | {"tc_99": 1, "tc_98": 1}
     with pytest.raises(DatasetError, match=r"shards.*labels names 'tc_99', 'tc_98', which no sam"):
         TraceDataset(shards, labels=labels)
-    assert len(TraceDataset(shards, labels=labels, allow_unused_labels=True)) == NUM_SAMPLES
+    partial = Labels(labels, allow_unused=True)
+    assert len(TraceDataset(shards, labels=partial)) == NUM_SAMPLES
 
 
 def test_labels_of_ids_that_repeat(tmp_path: Path) -> None:
@@ -256,10 +258,10 @@ def test_an_unknown_prompt_length(tmp_path: Path) -> None:
     for tokens in ("answer", "answer_mean"):
         with pytest.raises(DatasetError, match=r"batch\.h5.*'tc_1'.*prompt_lens=\{sample_id"):
             TraceDataset(path, tokens=tokens)[1]
-    found = TraceDataset(path, tokens="answer", prompt_lens={"tc_1": 2})[1]["hidden_states"]
+    found = TraceDataset(path, tokens=Tokens("answer", {"tc_1": 2}))[1]["hidden_states"]
     assert_same(found.numpy(), np.stack(batch[1]["hidden_states"])[:, 2:])
     with pytest.raises(DatasetError, match="a prompt of 99 tokens does not fit"):
-        TraceDataset(path, tokens="answer", prompt_lens={"tc_0": 99})[0]
+        TraceDataset(path, tokens=Tokens("answer", {"tc_0": 99}))[0]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_odd_samples(tmp_path: Path, layout: str, index: int, message: str) -> N
 def test_one_position_has_no_answer_to_cut_out(tmp_path: Path) -> None:
     path = make_archive(tmp_path, make_batch("final_full"))
     with pytest.raises(DatasetError, match=r"batch\.h5.*coverage 'last_position'.*tokens='all'"):
-        TraceDataset(path, tokens="answer", prompt_lens={"tc_5": 5})[5]
+        TraceDataset(path, tokens=Tokens("answer", {"tc_5": 5}))[5]
     assert TraceDataset(path)[5]["hidden_states"].shape == (3, 1, 8)
 
 
@@ -292,7 +294,7 @@ def test_values_that_are_not_finite_may_be_kept(tmp_path: Path) -> None:
     assert not np.isfinite(batch[2]["hidden_states"][0][-1]).all()
     with pytest.raises(DatasetError, match=r"hidden_states of layers \[0\]"):
         TraceDataset(path, tokens="last")[2]
-    TraceDataset(path, tokens="answer", prompt_lens={"tc_5": 5})[5]
+    TraceDataset(path, tokens=Tokens("answer", {"tc_5": 5}))[5]
     # A cast that overflows is found out too.
     huge = plain_batch(1, dtype="float32")
     huge[0]["hidden_states"][1][0, 0] = 1e6
@@ -338,7 +340,7 @@ def test_empty_datasets(tmp_path: Path, shards: Path) -> None:
         TraceDataset(empty)
     with pytest.raises(DatasetError, match=r"indices is empty"):
         TraceDataset(shards, indices=[])
-    with pytest.raises(DatasetError, match="indices names 18, but there are 18"):
+    with pytest.raises(DatasetError, match="indices: sample 18 was asked for, but there are 18"):
         TraceDataset(shards, indices=[0, 18])
     with pytest.raises(FileNotFoundError, match="no such file"):
         TraceDataset(tmp_path / "nothing" / "*.h5")

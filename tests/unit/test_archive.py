@@ -434,7 +434,7 @@ def test_a_layer_of_a_sample_is_one_read_of_its_chunk(
     for index, kind, position in ((7, "hidden_states", 3), (31, "attentions", 7), (0, "tokens", 0)):
         trace = archive[index]
         path = kind if kind == "tokens" else f"{kind}/layer_{position:03d}"
-        chunks = trace.entry(path).chunks
+        chunks = trace._stored.entry(path).chunks
         assert chunks is not None
         reads.clear()
         value = archive[index][kind]
@@ -449,10 +449,10 @@ def test_opening_reads_little(large: Path, reads: list[tuple[int, int]]) -> None
     assert len(archive) == 40
     assert len(reads) <= 3
     assert sum(nbytes for _, nbytes in reads) <= 70_000
-    assert isinstance(archive.files[0].store, FooterStore)
+    assert isinstance(archive._files[0].store, FooterStore)
     reads.clear()
     archive[13]["hidden_states"][5]
-    chunk = archive[13].entry("hidden_states/layer_005").stored_nbytes
+    chunk = archive[13]._stored.entry("hidden_states/layer_005").stored_nbytes
     # The chunk, and the footer's columns, of which there are fewer than twenty.
     assert len(reads) <= 20
     assert sum(nbytes for _, nbytes in reads) - chunk < large.stat().st_size / 50

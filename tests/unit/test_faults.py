@@ -121,7 +121,7 @@ def test_damaged_chunk_names_sample_and_layer(
 ) -> None:
     data, path = intact.read_bytes(), tmp_path / "damaged.h5"
     with h5traces.open(intact) as archive:
-        chunks = archive[4].entry(name).chunks
+        chunks = archive[4]._stored.entry(name).chunks
     assert chunks is not None
     start, size = chunks.offsets[0], chunks.sizes[0]
     kept = data if footer else without_footer(data, intact)

@@ -47,7 +47,7 @@ def without_footer_warnings():
 
 
 def chunk_offset(archive, index, path):
-    return h5traces.open(archive)[index].entry(path).chunks.offsets[0]
+    return h5traces.open(archive)[index]._stored.entry(path).chunks.offsets[0]
 
 
 def test_an_intact_archive_is_intact(archive):
@@ -100,7 +100,7 @@ def test_salvage_works_from_the_footer_when_hdf5_is_destroyed(archive, tmp_path)
     chunks = sorted(
         extent
         for trace in h5traces.open(archive)
-        for entry in trace.objects.values()
+        for entry in trace._stored.objects.values()
         if entry.chunks
         for extent in zip(entry.chunks.offsets, entry.chunks.sizes, strict=True)
     )

@@ -53,7 +53,7 @@ def test_a_name_with_the_suffix_is_a_file(name):
         ("run.H5", "write run.H5/"),
         ("some/.h5", "write some/.h5/"),
         ("", "an empty name is neither"),
-        (Path("archives"), "create it first, or pass the text 'archives/'"),
+        (Path("archives"), "create it first, or pass text that ends in a slash"),
     ],
 )
 def test_anything_else_is_an_error_that_says_what_to_write(name, remedy):

@@ -15,7 +15,6 @@ from h5traces.sources.pickle.source import (
     MemorySource,
     PickleLimits,
     TruncatedError,
-    open_source,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def test_reads_exactly_what_is_asked_for(tmp_path: Path, compressed: bool) -> No
     name = "batch.pkl" if compressed else "batch.pkl.gz"
     data = gzip.compress(DATA, 1) if compressed else DATA
     path = write(tmp_path, data, name=name)
-    with open_source(path, LIMITS) as source:
+    with FileSource(path, LIMITS) as source:
         assert source.is_gzip is compressed
         assert source.compressed_size == len(data)
         assert source.read(10) == DATA[:10]
@@ -71,7 +70,7 @@ def test_reads_exactly_what_is_asked_for(tmp_path: Path, compressed: bool) -> No
 @pytest.mark.usefixtures("inflater")
 def test_reads_several_gzip_members_and_padding(tmp_path: Path) -> None:
     path = write(tmp_path, gzip.compress(b"one") + gzip.compress(b"two") + bytes(10))
-    with open_source(path, LIMITS) as source:
+    with FileSource(path, LIMITS) as source:
         assert source.read(6) == b"onetwo"
         assert source.at_end()
 
@@ -82,10 +81,10 @@ def test_reads_blocks_larger_than_one_block(
     monkeypatch.setattr(source_module, "_BLOCK_NBYTES", 1 << 20)
     path = write(tmp_path, gzip.compress(DATA, 1))
     for method in ("read", "read_buffer"):
-        with open_source(path, LIMITS) as source:
+        with FileSource(path, LIMITS) as source:
             assert getattr(source, method)(len(DATA)) == DATA
         with (
-            open_source(path, LIMITS) as source,
+            FileSource(path, LIMITS) as source,
             pytest.raises(TruncatedError, match="only"),
         ):
             getattr(source, method)(len(DATA) + 1)
@@ -95,7 +94,7 @@ def test_reads_blocks_larger_than_one_block(
 @pytest.mark.parametrize("method", ["read", "read_buffer"])
 def test_refuses_lengths_that_cannot_follow(tmp_path: Path, compressed: bool, method: str) -> None:
     path = write(tmp_path, gzip.compress(DATA, 1) if compressed else DATA)
-    with open_source(path, LIMITS) as source, pytest.raises(TruncatedError, match="declared"):
+    with FileSource(path, LIMITS) as source, pytest.raises(TruncatedError, match="declared"):
         getattr(source, method)(1 << 50)
 
 
@@ -104,7 +103,7 @@ def test_refuses_lengths_that_cannot_follow(tmp_path: Path, compressed: bool, me
 def test_names_a_truncated_gzip_file(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path, gzip.compress(DATA, 1)[:-cut], name="batch.pkl.gz.part")
     with (
-        open_source(path, LIMITS) as source,
+        FileSource(path, LIMITS) as source,
         pytest.raises(ConversionError, match=r"batch\.pkl\.gz\.part: truncated gzip.*unfinished"),
     ):
         read_to_end(source)
@@ -117,7 +116,7 @@ def test_names_a_corrupted_gzip_file(tmp_path: Path, offset: int) -> None:
     data[offset] ^= 1
     path = write(tmp_path, bytes(data))
     with (
-        open_source(path, LIMITS) as source,
+        FileSource(path, LIMITS) as source,
         pytest.raises(ConversionError, match=r"batch\.pkl: corrupted gzip file"),
     ):
         read_to_end(source)
@@ -129,7 +128,7 @@ def test_names_a_gzip_file_damaged_in_the_middle(tmp_path: Path) -> None:
     data[2000:2100] = bytes(100)
     path = write(tmp_path, bytes(data))
     with (
-        open_source(path, LIMITS) as source,
+        FileSource(path, LIMITS) as source,
         pytest.raises(ConversionError, match="gzip file"),
     ):
         read_to_end(source)
@@ -140,7 +139,7 @@ def test_stops_a_gzip_bomb(tmp_path: Path) -> None:
     path = write(tmp_path, gzip.compress(bytes(4_000_000)))
     limits = PickleLimits(expansion_grace_nbytes=1_000_000)
     with (
-        open_source(path, limits) as source,
+        FileSource(path, limits) as source,
         pytest.raises(UnsafePickleError, match=r"gzip bomb.*max_expansion"),
     ):
         source.skip(4_000_000)
@@ -149,7 +148,7 @@ def test_stops_a_gzip_bomb(tmp_path: Path) -> None:
 
 
 def open_and_skip(path: Path, limits: PickleLimits) -> bool:
-    with open_source(path, limits) as source:
+    with FileSource(path, limits) as source:
         source.skip(4_000_000)
         return source.at_end()
 
@@ -164,7 +163,7 @@ def test_can_be_read_in_a_thread(tmp_path: Path) -> None:
     found = []
 
     def read() -> None:
-        with open_source(path, LIMITS) as source:
+        with FileSource(path, LIMITS) as source:
             found.append(source.read(len(DATA)))
 
     threads = [threading.Thread(target=read) for _ in range(3)]
@@ -186,6 +185,6 @@ def test_memory_source() -> None:
 
 def test_missing_files_and_folders_are_os_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        open_source(tmp_path / "none.pkl", LIMITS)
+        FileSource(tmp_path / "none.pkl", LIMITS)
     with pytest.raises(OSError):  # noqa: PT011 - the class depends on the platform
-        open_source(tmp_path, LIMITS)
+        FileSource(tmp_path, LIMITS)

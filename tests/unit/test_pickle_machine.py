@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.pickle.machine import Machine
-from h5traces.sources.pickle.source import MalformedError, MemorySource, PickleLimits, RefusedError
+from h5traces.sources.pickle.source import MalformedError, MemorySource, PickleLimits, RejectedError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -201,7 +201,7 @@ def test_large_arrays_are_views_of_the_payload() -> None:
         (b"Fx\n.", MalformedError, "text of a float"),
         (b"S'\\q'\n.", MalformedError, "Python 2 string"),
         (b"U\x01\xff.", MalformedError, "Python 2 string holds bytes"),
-        (b"NN.", RefusedError, "left on the stack"),
+        (b"NN.", RejectedError, "left on the stack"),
         (b"]}a", MalformedError, "no end"),
         (b"B\xff\x00\x00\x00abc", MalformedError, "255 bytes are declared and only 3 follow"),
         (b"I1", MalformedError, "declared"),
@@ -226,7 +226,7 @@ def test_refuses_what_no_pickler_writes(data: bytes, error: type[Exception], mes
 )
 def test_every_limit_names_itself(value: Any, limit: dict[str, int]) -> None:
     data = pickle.dumps([value, value], 5)
-    with pytest.raises(RefusedError, match=rf"raise PickleLimits\({next(iter(limit))}="):
+    with pytest.raises(RejectedError, match=rf"raise PickleLimits\({next(iter(limit))}="):
         load(data, **limit)
 
 

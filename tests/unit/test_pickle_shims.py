@@ -11,7 +11,7 @@ import pytest
 
 from h5traces.sources.pickle.machine import NAMES, Machine
 from h5traces.sources.pickle.shims import STORAGE_NAMES, Shim
-from h5traces.sources.pickle.source import MalformedError, MemorySource, PickleLimits, RefusedError
+from h5traces.sources.pickle.source import MalformedError, MemorySource, PickleLimits, RejectedError
 
 
 def load(data: bytes) -> Any:
@@ -129,7 +129,7 @@ def test_the_allow_list_is_exact() -> None:
         (array(1, (2,), dtype(), 1, bytes(16)), "has the order an int"),
         (array(2, (2,), dtype(), False, bytes(16)), "has version 2"),
         (array(1, 2, 3), "is a tuple, expected a tuple of 4 or 5"),
-        (array(1, (2,), dtype("U0"), False, b""), "no bytes"),
+        (array(1, (2,), dtype("U0"), False, b""), "0 bytes"),
         (array(cls=dtype()), "called with a"),
         (array(1, cls=bytes), "asks for|called with"),
         (Call("numpy", "ndarray", (3,)), "numpy.ndarray is called"),
@@ -148,7 +148,7 @@ def test_the_allow_list_is_exact() -> None:
     ],
 )
 def test_refuses_what_numpy_never_writes(value: Any, message: str) -> None:
-    with pytest.raises(RefusedError, match=message):
+    with pytest.raises(RejectedError, match=message):
         load(dumps(value))
 
 
@@ -176,5 +176,5 @@ def test_copies_are_paid_for_by_what_was_read() -> None:
     put = b"\x94"
     call = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R0"
     data = b"\x80\x04" + text.replace(b"q\x00", b"") + put + call * 2000 + b"."
-    with pytest.raises(RefusedError, match=r"copies of .* would be made.*max_created_nbytes"):
+    with pytest.raises(RejectedError, match=r"copies of .* would be made.*max_created_nbytes"):
         load(data)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.pickle.source import PickleLimits
-from h5traces.sources.pickle.stream import ContainerItem, is_pickle, open_batch
+from h5traces.sources.pickle.stream import BatchStream, ContainerItem, is_pickle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,7 +65,7 @@ def test_gives_the_items_of_a_list(
     items = [make_item(index) for index in range(num_items)]
     path = write(tmp_path, items, protocol, compressed=compressed)
     assert is_pickle(path)
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         assert batch.kind == "list"
         assert_equal(items, list(batch))
         assert batch.num_read == num_items
@@ -80,7 +80,7 @@ def test_gives_items_across_the_picklers_portions(
     tmp_path: Path, num_items: int, protocol: int
 ) -> None:
     items = [{"index": index} for index in range(num_items)]
-    with open_batch(write(tmp_path, items, protocol)) as batch:
+    with BatchStream(write(tmp_path, items, protocol)) as batch:
         assert list(batch) == items
 
 
@@ -102,7 +102,7 @@ def test_containers_inside_items_are_no_items(
 ) -> None:
     # A dict of one entry is written without a mark, so its values lie on the items' level.
     for items in ([item], [item, dict(item)], [{}, item, {"b": 1}, dict(item), {}]):
-        with open_batch(write(tmp_path, items, protocol)) as batch:
+        with BatchStream(write(tmp_path, items, protocol)) as batch:
             assert list(batch) == items
 
 
@@ -111,26 +111,26 @@ def test_reads_what_the_python_pickler_writes(tmp_path: Path, protocol: int) -> 
     items = [make_item(index) for index in range(4)]
     buffer = io.BytesIO()
     pickle._Pickler(buffer, protocol).dump(items)
-    with open_batch(write_raw(tmp_path, buffer.getvalue())) as batch:
+    with BatchStream(write_raw(tmp_path, buffer.getvalue())) as batch:
         assert_equal(items, list(batch))
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 9])
 def test_starts_where_it_is_told(tmp_path: Path, start: int) -> None:
     items = [make_item(index) for index in range(5)]
-    with open_batch(write(tmp_path, items), start=start) as batch:
+    with BatchStream(write(tmp_path, items), start=start) as batch:
         assert batch.num_read == start
         assert_equal(items[start:], list(batch))
 
 
 def test_start_is_no_negative_index(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="start is -1"):
-        open_batch(write(tmp_path, []), start=-1)
+        BatchStream(write(tmp_path, []), start=-1)
 
 
 def test_reports_progress(tmp_path: Path) -> None:
     path = write(tmp_path, [make_item(1, size=100_000) for _ in range(5)])
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         positions = [batch.progress[0] for _ in batch]
     assert positions == sorted(positions)
     assert 0 < positions[0] < positions[-1] <= path.stat().st_size
@@ -149,11 +149,11 @@ def test_shared_objects_come_back(tmp_path: Path, protocol: int, compressed: boo
     items[7]["tokens_decoded"] = ["x" * 1000] * 3
     items[5]["tokens_decoded"] = [items[7]["tokens_decoded"][0]]
     path = write(tmp_path, items, protocol, compressed=compressed)
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         found = list(batch)
         assert batch.num_passes == 3
     assert_equal(items, found)
-    with open_batch(path, start=2) as batch:
+    with BatchStream(path, start=2) as batch:
         assert_equal(items[2:], list(batch))
 
 
@@ -161,7 +161,7 @@ def test_shared_objects_come_back(tmp_path: Path, protocol: int, compressed: boo
 def test_the_same_item_several_times(tmp_path: Path, protocol: int) -> None:
     one, other = make_item(1), make_item(2)
     for items in ([one, one], [one, one, one], [one, other, one, one, other], [{}] * 1500):
-        with open_batch(write(tmp_path, items, protocol)) as batch:
+        with BatchStream(write(tmp_path, items, protocol)) as batch:
             assert_equal(items, list(batch))
 
 
@@ -169,7 +169,7 @@ def test_the_same_item_several_times(tmp_path: Path, protocol: int) -> None:
 def test_shared_texts_need_no_second_pass(tmp_path: Path, protocol: int) -> None:
     shared = ["a short text", b"bytes", 1.5]
     items = [{"index": index, "shared": tuple(shared)} for index in range(50)]
-    with open_batch(write(tmp_path, items, protocol)) as batch:
+    with BatchStream(write(tmp_path, items, protocol)) as batch:
         assert list(batch) == items
         assert batch.num_passes == 1
 
@@ -178,18 +178,18 @@ def test_more_shared_texts_than_are_kept(tmp_path: Path) -> None:
     texts = [f"text {index}" for index in range(100)]
     items = [{"texts": list(texts)}, {"texts": list(texts)}]
     limits = PickleLimits(max_kept_entries=150)
-    with open_batch(write(tmp_path, items), limits=limits) as batch:
+    with BatchStream(write(tmp_path, items), limits=limits) as batch:
         assert list(batch) == items
         assert batch.num_passes == 1
     items = [{f"text {index}": f"value {index}"} for index in range(200)]
     items.append(items[0])
     limits = PickleLimits(max_kept_entries=20)
-    with open_batch(write(tmp_path, items), limits=limits) as batch:
+    with BatchStream(write(tmp_path, items), limits=limits) as batch:
         assert list(batch) == items
         assert batch.num_passes == 3
     items = [{"texts": texts}, {"texts": list(texts)}]
     with (
-        open_batch(write(tmp_path, items), limits=limits) as batch,
+        BatchStream(write(tmp_path, items), limits=limits) as batch,
         pytest.raises(UnsafePickleError, match=r"shared between items.*max_kept_entries"),
     ):
         list(batch)
@@ -198,12 +198,12 @@ def test_more_shared_texts_than_are_kept(tmp_path: Path) -> None:
 def test_limits_what_shared_objects_keep_alive(tmp_path: Path) -> None:
     items = [{"array": np.zeros(1000)} for _ in range(10)]
     limits = PickleLimits(max_kept_nbytes=30_000)
-    with open_batch(write(tmp_path, items + items), limits=limits) as batch:
+    with BatchStream(write(tmp_path, items + items), limits=limits) as batch:
         next(batch)
         with pytest.raises(UnsafePickleError, match=r"shared between items.*max_kept_nbytes"):
             list(batch)
     pairs = [item for item in items for _ in range(2)]
-    with open_batch(write(tmp_path, pairs), limits=limits) as batch:
+    with BatchStream(write(tmp_path, pairs), limits=limits) as batch:
         assert_equal(pairs, list(batch))
 
 
@@ -236,7 +236,7 @@ def test_equals_pickle_load_whatever_is_shared(
     items = [dicts[index] for index in order]
     path = tmp_path_factory.getbasetemp() / "shared.pkl"
     path.write_bytes(pickle.dumps(items, protocol))
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         assert_equal(items, list(batch))
 
 
@@ -248,7 +248,7 @@ def test_an_item_that_was_handed_out_cannot_be_changed(tmp_path: Path) -> None:
     ]
     for body in changed:
         path = write_raw(tmp_path, b"\x80\x02]q\x00" + body[1:])
-        with open_batch(path) as batch, pytest.raises(UnsafePickleError, match="changed after"):
+        with BatchStream(path) as batch, pytest.raises(UnsafePickleError, match="changed after"):
             list(batch)
 
 
@@ -265,7 +265,7 @@ def test_memory_is_bounded_by_one_item(tmp_path: Path, protocol: int, compressed
     del items
     tracemalloc.start()
     try:
-        with open_batch(path) as batch:
+        with BatchStream(path) as batch:
             for item in batch:
                 assert len(item["arrays"]) == 4
                 del item
@@ -283,7 +283,7 @@ def test_memory_is_bounded_with_shared_objects(tmp_path: Path) -> None:
     del items
     tracemalloc.start()
     try:
-        with open_batch(path) as batch:
+        with BatchStream(path) as batch:
             for item in batch:
                 del item
             assert batch.num_passes == 3
@@ -295,7 +295,7 @@ def test_memory_is_bounded_with_shared_objects(tmp_path: Path) -> None:
 
 def test_keeps_no_reference_to_items(tmp_path: Path) -> None:
     path = write(tmp_path, [make_item(index) for index in range(4)])
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         for item in batch:
             alive = weakref.ref(item["hidden_states"][0])
             del item
@@ -324,7 +324,7 @@ def test_gives_the_items_of_a_container(
     tmp_path: Path, num_items: int, protocol: int, order: int
 ) -> None:
     container = dict(list(make_container(num_items).items())[::order])
-    with open_batch(write(tmp_path, container, protocol)) as batch:
+    with BatchStream(write(tmp_path, container, protocol)) as batch:
         assert batch.kind == "container"
         found = list(batch)
         assert batch.num_passes == 2
@@ -342,14 +342,14 @@ def test_containers_may_share_objects_and_lack_lists(tmp_path: Path, protocol: i
     container["labels"] = np.arange(6)
     del container["question_ids"]
     path = write(tmp_path, container, protocol)
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         found = list(batch)
     assert_equal(container["traces"], [item.layers for item in found])
     assert [item.label for item in found] == list(range(6))
     assert {item.question_id for item in found} == {None}
-    with open_batch(path, start=4) as batch:
+    with BatchStream(path, start=4) as batch:
         assert [item.label for item in batch] == [4, 5]
-    with open_batch(write(tmp_path, {"traces": container["traces"]}, protocol)) as batch:
+    with BatchStream(write(tmp_path, {"traces": container["traces"]}, protocol)) as batch:
         assert {item.label for item in batch} == {None}
 
 
@@ -369,7 +369,7 @@ def test_refuses_containers_that_do_not_fit(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     path = write(tmp_path, make_container(3) | change)
-    with open_batch(path) as batch, pytest.raises(ConversionError, match=message):
+    with BatchStream(path) as batch, pytest.raises(ConversionError, match=message):
         list(batch)
 
 
@@ -402,7 +402,7 @@ def test_refuses_what_is_no_batch(tmp_path: Path, value: Any, found: str, protoc
 
 
 def read_all(path: Path) -> list[Any]:
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         return list(batch)
 
 
@@ -420,7 +420,7 @@ def test_names_other_formats(tmp_path: Path, head: bytes, kind: str) -> None:
     path = write_raw(tmp_path, head + bytes(100))
     assert not is_pickle(path)
     with pytest.raises(ConversionError, match=kind):
-        open_batch(path)
+        BatchStream(path)
 
 
 def test_is_pickle_looks_at_the_first_bytes(tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_truncated_batches_give_their_complete_items(tmp_path: Path, compressed:
     path = write(tmp_path, items, compressed=compressed)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     found = []
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         with pytest.raises(ConversionError, match=r"batch\.pkl: truncated .* unfinished write"):
             found.extend(batch)  # list(batch) would lose them
         assert 1 <= batch.num_read <= 3

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.sources.pickle.shims import Tensor
-from h5traces.sources.pickle.stream import open_batch
+from h5traces.sources.pickle.shims import TorchValue
+from h5traces.sources.pickle.stream import BatchStream
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ def read(tmp_path: Path, value: Any, protocol: int = 4) -> Any:
 def read_raw(tmp_path: Path, data: bytes) -> Any:
     path = tmp_path / "batch.pkl"
     path.write_bytes(data)
-    with open_batch(path) as batch:
+    with BatchStream(path) as batch:
         (item,) = batch
     return item["value"]
 
@@ -41,7 +41,7 @@ def raw(tensor: Any) -> bytes:
 
 
 def assert_same(expected: Any, found: Any) -> None:
-    assert type(found) is Tensor
+    assert type(found) is TorchValue
     assert f"torch.{found.dtype}" == str(expected.dtype)
     assert found.data.shape == tuple(expected.shape)
     assert found.data.flags.c_contiguous

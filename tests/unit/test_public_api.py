@@ -70,9 +70,11 @@ PUBLIC_EDGES = {
     "h5traces.torch_data": [
         "DeviceLoader",
         "IterableTraceDataset",
+        "Labels",
         "PackCollate",
         "PadCollate",
         "ShardSampler",
+        "Tokens",
         "TraceDataset",
         "pack_collate",
         "pad_collate",

@@ -187,3 +187,17 @@ def test_arrays_live_as_long_as_they_are_used(path: Path) -> None:
     archive.close()
     del archive
     assert_same(states, SOURCE["hidden_states"][0])
+
+
+def test_what_a_user_sees(path: Path) -> None:
+    archive = h5traces.open(path)
+    mapping = ["get", "items", "keys", "values"]
+    trace = ["embedding", "fields", "layer", "metadata", "ordinal", "path", "position_in_file"]
+    assert public(archive[0]) == sorted([*mapping, *trace, "to_dict"])
+    sequence = ["count", "index"]
+    own = ["by_id", "close", "ids", "labels", "layers", "metadata", "paths"]
+    assert public(archive) == sorted([*sequence, *own, "fetched", "read", "select"])
+
+
+def public(value: object) -> list[str]:
+    return [name for name in dir(value) if not name.startswith("_")]

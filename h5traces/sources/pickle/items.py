@@ -1,11 +1,11 @@
-"""Machines that hand out the items of a batch while its pickle is still being read.
+"""Machines that return the items of a batch while its pickle is still being read.
 
-A pickler writes a list as its items one above the other and then APPENDS. So an item of the root
-list is complete as soon as the next list or dict lies directly above it, or at the APPEND. The
-item is then handed out, a placeholder takes its place, and its memo entries are dropped, except
-the small strings and numbers that picklers share between items. If a later item asks for a
-dropped entry, `SharedEntryError` tells the caller to scan the pickle once and to start again
-with the exact set of entries to keep.
+A pickler pushes the items of a list on the stack, one after the other, and then writes APPENDS. So
+an item of the root list is complete as soon as the next list or dict lies directly above it, or at
+the APPEND. The item is then returned, a marker takes its place, and its memo entries are dropped,
+except the small strings and numbers that picklers share between items. If a later item needs a
+dropped entry, `SharedEntryError` makes the caller scan the pickle once with `Scanner` and start
+again with the exact set of entries to keep.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.machine import Machine
-from h5traces.sources.pickle.shims import Marker, Shim, Storage, Tensor, type_name
-from h5traces.sources.pickle.source import MalformedError, RefusedError
+from h5traces.sources.pickle.shims import Marker, Shim, Storage, type_name
+from h5traces.sources.pickle.source import RejectedError, contradict, reject
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,34 +30,31 @@ TRACES_KEY = "traces"
 SMALL_TEXT = 256
 SMALL_BYTES = 64
 _SMALL_INT = 1 << 64
-# Arrays name their callables and dtypes in the first item only.
+# The scan keeps a byte per slot; a batch of 15 GB has about a million slots.
+_MAX_SLOTS = 1 << 28
+# Picklers name the callables and dtypes of arrays in the first item only.
 _SHARED = (Shim, np.dtype)
-
 
 ROOT = Marker("root list")
 EMITTED = Marker("item that was handed out")
+STALE = Marker("value that the scan skips")
 
 _NUMPY_SCALARS = frozenset(np.sctypeDict.values()) - {np.void, np.object_}
-_LEAVES = frozenset({type(None), bool, int, float, str, bytes, bytearray, np.ndarray, Tensor})
+_LEAVES = frozenset({type(None), bool, int, float, str, bytes, bytearray, np.ndarray, TorchValue})
 _KNOWN_LEAVES = _LEAVES | _NUMPY_SCALARS
 _CONTAINERS = frozenset({list, tuple, dict})
+_SIMPLE = frozenset({type(None), bool, int, float})
 
 
 class SharedEntryError(Exception):
     """An item refers to a memo entry that was dropped with an earlier item."""
 
 
-def _children(value: Any) -> tuple[Any, ...]:
-    if type(value) is dict:
-        return tuple(value.values())
-    return tuple(value)
-
-
 def check_item(item: Any, limits: PickleLimits) -> int:
-    """The bytes an item holds, after a check that it is a finite tree of known types.
+    """Check that an item is a finite tree of known types, and return its bytes.
 
     A pickle of a hundred bytes can hold a list that contains itself, or tuples that share their
-    halves and unfold to 2**100 leaves: harmless until somebody walks it.
+    halves and unfold to 2**100 leaves.
     """
     level = [item]
     nbytes = 0
@@ -64,14 +62,13 @@ def check_item(item: Any, limits: PickleLimits) -> int:
     for _ in range(limits.max_depth + 1):
         inner = []
         for container in level:
-            values = _children(container)
+            values = container.values() if type(container) is dict else container
             num_values += len(values)
             if num_values > limits.max_item_opcodes:
-                message = (
+                reject(
                     f"an item unfolds to more than {limits.max_item_opcodes:,} values; if the "
                     f"file is trusted, raise PickleLimits(max_item_opcodes=...)"
                 )
-                raise RefusedError(message)
             kinds = set(map(type, values))
             if kinds <= _SIMPLE:
                 nbytes += 64 * len(values)
@@ -83,25 +80,20 @@ def check_item(item: Any, limits: PickleLimits) -> int:
                 elif kind in _KNOWN_LEAVES:
                     nbytes += _leaf_nbytes(value)
                 else:
-                    message = f"an item holds {type_name(value)}, which is no value for a trace"
-                    raise RefusedError(message)
+                    reject(f"an item holds {type_name(value)}, which no trace holds")
         if not inner:
             return nbytes
         level = inner
-    message = (
+    reject(
         f"an item contains itself or is nested deeper than {limits.max_depth} levels; if the "
         f"file is trusted, raise PickleLimits(max_depth=...)"
     )
-    raise RefusedError(message)
-
-
-_SIMPLE = frozenset({type(None), bool, int, float})
 
 
 def _leaf_nbytes(value: Any) -> int:
     if type(value) is np.ndarray:
         return value.nbytes
-    if type(value) is Tensor:
+    if type(value) is TorchValue:
         return value.data.nbytes
     return 64 + (len(value) if isinstance(value, (str, bytes, bytearray)) else 0)
 
@@ -118,19 +110,19 @@ def _is_small(value: Any) -> bool:
 
 
 class BatchMachine(Machine):
-    """Reads a batch; `advance` until it returns False and `take` the item each time.
+    """Reads a batch: call `advance` until it returns False, and `take` the item each time.
 
     Parameters
     ----------
     needed
-        Memo slots to keep and the last item that reads each, as `Scanner` found them; without
-        them, small values are kept and anything else raises `SharedEntryError` when asked for.
+        Memo slots to keep and the last item that reads each, as `Scanner` finds them. By
+        default small values are kept, and reading another one raises `SharedEntryError`.
 
     Attributes
     ----------
     kind
-        ``list`` for a list of dicts, ``container`` for a dict with the list under ``traces``,
-        None while and if the pickle is neither.
+        ``list`` for a list of dicts, ``container`` for a dict with the list under ``traces``;
+        None if the pickle is neither, or not known yet.
     """
 
     def __init__(
@@ -145,7 +137,7 @@ class BatchMachine(Machine):
         self._kept_nbytes = 0
         self._unfolded_nbytes = 0
         self._expiring: defaultdict[int, list[int]] = defaultdict(list)
-        # Containers of earlier items that this one refers to; id -> object, so ids stay taken.
+        # Containers of earlier items that this one refers to, by id; kept, so ids stay unique.
         self._frozen: dict[int, Any] = {}
         self._item_type: type = dict
         self._root_dict: dict[Any, Any] | None = None
@@ -154,7 +146,7 @@ class BatchMachine(Machine):
         self._root_seen = False
 
     def advance(self) -> bool:
-        """Read on until an item is ready; False if there are no more."""
+        """Read until an item is ready; False if there are no more."""
         while not self.ready:
             if self.run():
                 return False
@@ -165,7 +157,7 @@ class BatchMachine(Machine):
         return self.ready.pop(0)
 
     def find_root(self) -> None:
-        """Read on until `kind` is known or cannot be."""
+        """Read until `kind` is decided."""
         while not self._root_seen and not self.run():
             pass
 
@@ -178,7 +170,7 @@ class BatchMachine(Machine):
             if self.meta or len(stack) != 1:
                 return
             self._root_seen = self.halted = True
-            if top:  # filled by LIST or DICT itself, which no pickler of Python does
+            if top:  # filled by LIST or DICT, which Python's picklers never write here
                 return
             if type(top) is list:
                 self.kind = "list"
@@ -220,7 +212,7 @@ class BatchMachine(Machine):
             first = self._root_index + 1
         else:
             return
-        # Below an item there are only items; a dict above a key is the value of an item.
+        # Only items lie below an item; a dict above a key is a value inside an item.
         lower = len(stack) - 2
         if lower < first or (lower > first and stack[lower - 1] is not EMITTED):
             return
@@ -232,7 +224,7 @@ class BatchMachine(Machine):
             stack[lower] = EMITTED
             self._complete(item)
             if existing:
-                # The same object twice in the list: handed out again, but changed no more.
+                # The same object twice in the list: returned again, but never changed again.
                 self._frozen[id(top)] = top
 
     def extend(self, target: Any, values: list[Any]) -> None:
@@ -245,11 +237,10 @@ class BatchMachine(Machine):
                 self._complete(value)
             elif value is not EMITTED:
                 expected = "dicts" if self.kind == "list" else "lists of pairs of arrays"
-                message = (
+                contradict(
                     f"item {self.num_items} of the batch is {type_name(value)}; "
                     f"a batch is a list of {expected}"
                 )
-                raise MalformedError(message)
 
     def _complete(self, item: Any) -> None:
         if self.num_pending:
@@ -264,16 +255,15 @@ class BatchMachine(Machine):
         limits, read_nbytes = self.limits, self.source.inflated_bytes
         most = limits.max_unfolded_ratio * read_nbytes + limits.unfolded_grace_nbytes
         if self._unfolded_nbytes > most:
-            # Cheap here, where all share one object; whoever writes them down fills a disk.
-            message = (
+            # They share memory here, but written to a file they would fill a disk.
+            reject(
                 f"{read_nbytes:,} bytes of pickle unfold to more than {most:,}, as the same arrays "
                 "are used again and again; if the file is trusted, raise "
                 "PickleLimits(max_unfolded_ratio=...)"
             )
-            raise RefusedError(message)
 
     def end_item(self) -> None:
-        """Drop what belongs to the item, keep what later items may refer to."""
+        """Drop what belongs to the item and keep what later items may refer to."""
         if self.needed is None:
             self._keep_small()
         else:
@@ -290,7 +280,7 @@ class BatchMachine(Machine):
                 kept[slot] = value
         excess = len(kept) - self.limits.max_kept_entries
         if excess > 0:
-            # The oldest go, and can come back by a scan; names last, since all arrays need them.
+            # Drop the oldest, which a scan can restore; names last, since all arrays need them.
             excess += self.limits.max_kept_entries // 10
             oldest = sorted(kept, key=lambda slot: (isinstance(kept[slot], Shim), slot))
             for slot in oldest[:excess]:
@@ -345,22 +335,15 @@ class BatchMachine(Machine):
 
     def _check_frozen(self, target: Any) -> None:
         if id(target) in self._frozen:
-            message = "an item that was complete is changed afterwards, which no pickler does"
-            raise RefusedError(message)
+            reject("an item that was complete is changed afterwards, which no pickler does")
 
-    def _touched(self, marker: Marker) -> RefusedError:
+    def _touched(self, marker: Marker) -> RejectedError:
         message = f"the pickle uses the {marker.what} as a value, which no pickler of a batch does"
-        return RefusedError(message)
-
-
-STALE = Marker("value that the scan skips")
-
-# A byte each is kept; a batch of 15 GB has about a million.
-_MAX_SLOTS = 1 << 28
+        return RejectedError(message)
 
 
 class Scanner(BatchMachine):
-    """Finds the memo entries that items share; skips payloads and builds next to nothing.
+    """Finds the memo entries that items share; skips payloads and builds almost nothing.
 
     Attributes
     ----------
@@ -371,9 +354,9 @@ class Scanner(BatchMachine):
     def __init__(self, source: Source, limits: PickleLimits) -> None:
         super().__init__(source, limits)
         self.shared: dict[int, int] = {}
-        # Slots are numbered in order, so those below the item's first belong to earlier items.
+        # Slots are numbered in order: those below an item's first belong to earlier items.
         self._first_slot = 0
-        # Per slot: a dict (1), a list (2) or anything else. Where items end depends on it.
+        # Per slot: a dict (1), a list (2) or anything else (0), as ends of items depend on it.
         self._kinds = bytearray()
 
     def end_item(self) -> None:
@@ -385,8 +368,7 @@ class Scanner(BatchMachine):
         kind = type(self.stack[-1])
         code = 1 if kind is dict else 2 if kind is list else 0
         if slot >= _MAX_SLOTS:
-            message = f"the batch has more than {_MAX_SLOTS:,} memo entries and shares some of them"
-            raise RefusedError(message)
+            reject(f"the batch has more than {_MAX_SLOTS:,} memo entries and shares some of them")
         if slot >= len(self._kinds):
             self._kinds.extend(bytes(slot + 1 - len(self._kinds)))
         self._kinds[slot] = code
@@ -433,14 +415,14 @@ class Scanner(BatchMachine):
         return STALE if data is STALE else super().ascii(data)
 
     def check(self, item: Any) -> None:
-        """Nothing: the items are empty."""
+        """Do nothing: the items are empty."""
 
     def extend(self, target: Any, values: list[Any]) -> None:
         if target is ROOT:
             super().extend(target, values)
 
     def set_items(self, target: Any, flat: list[Any]) -> None:
-        """Nothing: only the number of items matters."""
+        """Do nothing: only the number of items matters."""
 
     def find(self, module: Any, name: Any) -> Any:
         return STALE if STALE in (module, name) else super().find(module, name)
@@ -452,4 +434,4 @@ class Scanner(BatchMachine):
             self.stack.append(STALE)
 
     def build(self, target: Any, state: Any) -> None:
-        """Nothing: the value stays what it is."""
+        """Do nothing: the value stays what it is."""

@@ -1,8 +1,7 @@
-"""Every layout of legacy batches, as trace records.
+"""Makes trace records of the elements of legacy batches, whatever their layout.
 
-Which fields a record knows by name, which go to ``extra``, and what positions in the legacy lists
-mean: index i is decoder block i, the embedding was always dropped, and the last stored hidden state
-is the one behind the model's final norm.
+Index i of a legacy list is decoder block i: the embedding was never stored, and the last hidden
+state was taken after the model's final norm. Fields without a place in the format go to ``extra``.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class ContainerItem:
 
 @dataclass(slots=True)
 class _Fields:
-    """What a record is built from."""
+    """The parts of a record."""
 
     named: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
@@ -52,12 +51,12 @@ class _Fields:
 def to_record(
     item: Any, *, source: SourcePosition, layers: tuple[int, ...] | None = None
 ) -> TraceRecord:
-    """One element of a legacy batch as a record.
+    """One element of a legacy batch, as a record.
 
     Parameters
     ----------
     item
-        A dict, or a `ContainerItem`, as `open_batch` yields them.
+        A dict, or a `ContainerItem`, as `BatchStream` yields them.
     source
         Where it was read.
     layers
@@ -66,10 +65,10 @@ def to_record(
     Raises
     ------
     ConversionError
-        A field is missing or of a type that no layout has; the message names the field.
+        A field is missing or has a wrong type; the message names the field.
     """
     found = _Fields()
-    # No producer of the container layout is known, so nobody knows where its last state was taken.
+    # No producer of the container layout is known, nor where its last state was taken.
     sites_known = not isinstance(item, ContainerItem)
     item = as_dict(item)
     if layout.HIDDEN_STATES not in item:
@@ -98,7 +97,7 @@ def to_record(
 
 
 def as_dict(item: Any) -> Any:
-    """An element of a batch as a dict; attentions of the container layout have no head axis."""
+    """An element of a batch, as a dict; attentions of the container layout have no head axis."""
     if not isinstance(item, ContainerItem):
         return item
     plain: dict[str, Any] = {
@@ -113,7 +112,7 @@ def as_dict(item: Any) -> Any:
 
 
 def num_layers_of(item: Any) -> int:
-    """Decoder blocks that an element of a batch has arrays of; 0 where its lists are empty."""
+    """Decoder blocks with arrays in an element of a batch; 0 if its lists are empty."""
     if isinstance(item, ContainerItem):
         return len(item.layers)
     lists = (item.get(kind) for kind in layout.KINDS)
@@ -121,7 +120,7 @@ def num_layers_of(item: Any) -> int:
 
 
 def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
-    """Put a field where the format has a place for exactly its type, else under ``extra``."""
+    """Put a field in its place if the format has one for exactly its type, else in ``extra``."""
     if key in layout.TEXT_FIELDS and type(value) is str:
         found.texts[key] = value
     elif key == layout.TOKENS and _is_token_array(value):
@@ -139,7 +138,7 @@ def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
     else:
         found.extra[key] = value
         if key == layout.QUESTION_ID and isinstance(value, (int, np.integer, str)):
-            # Kept with its type, and findable by its text.
+            # Kept with its type, and found by its text.
             found.named["sample_id"] = str(value)
 
 
@@ -165,7 +164,7 @@ def _is_prompt_length(value: Any, item: dict[str, Any], found: _Fields) -> bool:
         return False
     tokens = item.get(layout.TOKENS)
     in_steps = any(kind.in_steps for kind in found.layered.values())
-    # A prompt longer than the sequence contradicts it, so it is kept without that meaning.
+    # A prompt longer than the sequence is no prompt length; it is kept as an extra value.
     return in_steps or (_is_token_array(tokens) and value <= _length(tokens))
 
 
@@ -186,7 +185,7 @@ def _layered(
     if missing:
         message = (
             f"field {kind!r}: layer {missing[0]} was asked for, but there are {len(value)} layers "
-            f"(0 to {len(value) - 1}); change --layers"
+            f"(0 to {len(value) - 1}); choose among these"
         )
         raise ConversionError(message)
     has_sites = sites_known and kind == layout.HIDDEN_STATES
@@ -195,15 +194,17 @@ def _layered(
         for layer in wanted
     )
     if len({isinstance(each.array, StepArrays) for each in arrays}) > 1:
-        message = f"field {kind!r} mixes arrays and lists of generation steps; expected one or the "
-        msg = f"{message}other for all layers"
-        raise ConversionError(msg)
+        message = (
+            f"field {kind!r} mixes arrays and lists of generation steps; expected one or the other "
+            "for all layers"
+        )
+        raise ConversionError(message)
     sequence: Literal["list", "tuple"] = "list" if isinstance(value, list) else "tuple"
     return LayeredArrays(arrays, sequence)
 
 
 def _site(layer: int, num_layers: int) -> str:
-    """Where the old extractors took a hidden state: transformers norms the last one."""
+    """Where old extractors took a hidden state: transformers returns the last one normed."""
     return layout.SITE_FINAL_NORM if layer == num_layers - 1 else layout.SITE_BLOCK_OUTPUT
 
 

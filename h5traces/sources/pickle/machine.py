@@ -1,9 +1,9 @@
-"""A pickle machine of our own: every opcode of protocols 0 to 5, none of pickle's powers.
+"""An interpreter of pickles: every opcode of protocols 0 to 5, without imports or side effects.
 
 It builds None, bool, int, float, str, bytes, bytearray, list, tuple and dict, and calls the shims
-of `sources.pickle.shims`. Nothing is imported, no attribute is looked up, no instance gets a state
-that a shim did not check. `Machine` reads one pickle into memory and is the base of the
-streaming machines in `h5traces.sources.pickle.items`.
+of `h5traces.sources.pickle.shims`. Nothing is imported, no attribute is looked up, and shims check
+every state. `Machine` reads one pickle into memory; the machines of `h5traces.sources.pickle.items`
+stream a batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pickle
 import re
 import struct
 from pickletools import opcodes as described_opcodes
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.pickle.shims import (
@@ -29,9 +29,11 @@ from h5traces.sources.pickle.shims import (
 from h5traces.sources.pickle.source import (
     MalformedError,
     MemorySource,
-    RefusedError,
+    RejectedError,
     Source,
     TruncatedError,
+    contradict,
+    reject,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 
 HIGHEST_PROTOCOL = 5
-# Enough for every int that belongs into a trace; int() of text takes quadratic time.
+# Enough for every int of a trace; int() of a text takes quadratic time.
 _MAX_LONG_NBYTES = 1024
 _MAX_NUMBER_CHARS = 2500
 _MAX_NAME_NBYTES = 1024
@@ -54,34 +56,315 @@ _PLAIN_STRING = re.compile(rb"""(['"])((?:[^\\]|\\[\\'"nrt]|\\x[0-9a-fA-F]{2})*)
 _ESCAPE = re.compile(rb"""\\(x[0-9a-fA-F]{2}|.)""", re.DOTALL)
 _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 _double = struct.Struct(">d").unpack
+_MAX_KEY = 1 << 63
+_MISSING = object()
+_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in described_opcodes}
+NAMES: Mapping[tuple[str, str], Shim] = {**NUMPY_NAMES, **TORCH_NAMES}
 
-TABLE: list[Handler] = []
+
+class Machine:
+    """Executes the opcodes of pickles from a source.
+
+    Attributes
+    ----------
+    stack, meta
+        The values since the innermost mark, and one list per enclosing mark, so that no pop
+        reaches below a mark.
+    memo
+        Memo slots; a dict, so that a slot number alone allocates nothing.
+    """
+
+    names: ClassVar[Mapping[tuple[str, str], Shim]] = NAMES
+
+    def __init__(self, source: Source, limits: PickleLimits) -> None:
+        self.source = source
+        self.limits = limits
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the position in the source."""
+        self.stack: list[Any] = []
+        self.meta: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.next_slot = 0
+        self.num_opcodes = 0
+        self.num_pending = 0
+        self.read_nbytes = 0
+        self.created_nbytes = 0
+        self.opcode = -1
+        self.halted = False
+        self.stopped = False
+        self.result: Any = None
+
+    def run(self) -> bool:
+        """Execute opcodes until the pickle stops or ``halted`` is set; True if stopped."""
+        read = self.source.file.read
+        limit = self.limits.max_item_opcodes
+        self.halted = self.stopped
+        while not self.halted:
+            code = read(1)
+            if not code:
+                message = "the pickle has no end (no STOP opcode)"
+                raise TruncatedError(message)
+            self.opcode = code[0]
+            self.num_opcodes += 1
+            if self.num_opcodes > limit:
+                self.exceed("opcodes in one item", "max_item_opcodes")
+            _TABLE[self.opcode](self)
+        return self.stopped
+
+    def load(self) -> Any:
+        """The value of one whole pickle."""
+        self.reset()
+        self.run()
+        if self.num_pending:
+            raise self.unfinished()
+        return self.result
+
+    # --- limits ---------------------------------------------------------------------------------
+
+    def exceed(self, what: str, name: str) -> NoReturn:
+        """Reject the pickle because of that limit."""
+        value = getattr(self.limits, name)
+        reject(
+            f"more than {value:,} {what}; if the file is trusted, raise PickleLimits({name}=...)"
+        )
+
+    def unfinished(self) -> RejectedError:
+        message = "an array or dtype was used without the state that completes it"
+        return RejectedError(message)
+
+    def count_payload(self, num_bytes: int) -> None:
+        """Account for bytes that are about to be read."""
+        self.read_nbytes += num_bytes
+        if self.read_nbytes > self.limits.max_item_nbytes:
+            self.exceed("bytes in one item", "max_item_nbytes")
+
+    def charge(self, num_bytes: int) -> None:
+        """Account for bytes that a shim is about to create."""
+        self.created_nbytes += num_bytes
+        limits = self.limits
+        allowed = limits.max_created_ratio * self.read_nbytes + limits.max_created_nbytes
+        if self.created_nbytes > allowed:
+            reject(
+                f"copies of {self.created_nbytes:,} bytes would be made of {self.read_nbytes:,} "
+                f"that were read; if the file is trusted, raise "
+                f"PickleLimits(max_created_nbytes=...)"
+            )
+
+    # --- arguments ------------------------------------------------------------------------------
+
+    def number(self, num_bytes: int) -> int:
+        return int.from_bytes(self.source.read(num_bytes), "little")
+
+    def line(self, max_nbytes: int) -> bytes:
+        return self.source.readline(max_nbytes)
+
+    def take_bytes(self, num_bytes: int) -> Any:
+        self._count_object(num_bytes)
+        return self.source.read(num_bytes)
+
+    def take_buffer(self, num_bytes: int) -> Any:
+        self._count_object(num_bytes)
+        return self.source.read_buffer(num_bytes)
+
+    def _count_object(self, num_bytes: int) -> None:
+        if num_bytes > self.limits.max_payload_nbytes:
+            self.exceed("bytes in one object", "max_payload_nbytes")
+        self.count_payload(num_bytes)
+
+    def take_text(self, num_bytes: int) -> Any:
+        if num_bytes > self.limits.max_string_nbytes:
+            self.exceed("bytes in one string", "max_string_nbytes")
+        self.count_payload(num_bytes)
+        return str(self.source.read(num_bytes), "utf-8", "surrogatepass")
+
+    def ascii(self, data: Any) -> Any:
+        """The text of a Python 2 string."""
+        try:
+            return data.decode("ascii")
+        except UnicodeDecodeError:
+            message = "a Python 2 string holds bytes; load and dump the batch once with Python 3"
+            raise MalformedError(message) from None
+
+    # --- memo -----------------------------------------------------------------------------------
+
+    def put(self, slot: int) -> None:
+        # Picklers number the slots 0, 1, 2, ... (Python 2's cPickle from 1). Other numbers would
+        # escape the limits per item.
+        if not 0 <= slot <= self.next_slot and not (slot == 1 and self.next_slot == 0):
+            reject(f"memo slot {slot:,} is written and {self.next_slot:,} is the next: memo bomb")
+        if len(self.memo) >= self.limits.max_item_memo:
+            self.exceed("memo entries in one item", "max_item_memo")
+        self.next_slot = max(self.next_slot, slot + 1)
+        value = self.stack[-1]
+        if type(value) is Pending:
+            value.slots.append(slot)
+        self.memo[slot] = value
+
+    def get(self, slot: int) -> None:
+        value = self.memo.get(slot, _MISSING)
+        if value is _MISSING:
+            value = self.recall(slot)
+        self.push_again(value)
+
+    def push_again(self, value: Any) -> None:
+        if type(value) is Pending:
+            raise self.unfinished()
+        self.stack.append(value)
+        if type(value) is dict or type(value) is list:
+            self.pushed(existing=True)
+
+    def recall(self, slot: int) -> Any:
+        """A slot that is not in the memo."""
+        reject(f"memo slot {slot:,} is read and was never written")
+
+    # --- stack ----------------------------------------------------------------------------------
+
+    def pop_mark(self) -> list[Any]:
+        if not self.meta:
+            reject("it needs a mark and there is none")
+        items = self.stack
+        self.stack = self.meta.pop()
+        return items
+
+    def pushed(self, *, existing: bool = False) -> None:
+        """Called after a list or dict was pushed; it is `existing` if it was pushed before."""
+
+    def drop(self, value: Any) -> None:
+        """Called for a value that is popped and dropped."""
+
+    def extend(self, target: Any, values: list[Any]) -> None:
+        if type(target) is not list:
+            reject(f"values are appended to {type_name(target)}, expected a list")
+        target.extend(values)
+
+    def set_items(self, target: Any, flat: list[Any]) -> None:
+        if type(target) is not dict:
+            reject(f"items are set in {type_name(target)}, expected a dict")
+        if len(flat) % 2:
+            reject("items are set from an odd number of values")
+        keys = flat[::2]
+        for key in keys:
+            # Ints this small cannot be chosen to collide; str hashes are salted.
+            if type(key) is not str and (type(key) is not int or not -_MAX_KEY < key < _MAX_KEY):
+                found = "a larger int" if type(key) is int else type_name(key)
+                reject(f"a dict has {found} as a key, expected str or int below 2**63")
+        target.update(zip(keys, flat[1::2], strict=True))
+
+    # --- what shims build -----------------------------------------------------------------------
+
+    def find(self, module: Any, name: Any) -> Shim:
+        if type(module) is not str or type(name) is not str:
+            reject(f"a global is named by {type_name(module)} and {type_name(name)}")
+        shim = self.names.get((module, name))
+        if shim is None:
+            reject(
+                f"the pickle asks for {module[:80]!r} {name[:80]!r}, which batches of arrays never "
+                f"need; nothing was imported. Convert only files that you trust, and save objects "
+                f"of other types as arrays first"
+            )
+        return shim
+
+    def call(self, function: Any, args: Any) -> None:
+        if type(function) is not Shim:
+            reject(f"{type_name(function)} is called, expected an allowed name")
+        if type(args) is not tuple:
+            reject(f"{function.name} is called with {type_name(args)}, expected a tuple")
+        value = function.call(self, args)
+        self.stack.append(value)
+        if type(value) is Pending:
+            self.num_pending += 1
+        elif type(value) is dict:
+            self.pushed()
+
+    def build(self, target: Any, state: Any) -> None:
+        if type(target) is not Pending:
+            reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
+        value = target.build(self, state)
+        self.num_pending -= 1
+        self.stack[-1] = value
+        for slot in target.slots:
+            self.memo[slot] = value
+
+    def load_storage(self, data: bytes) -> Any:
+        return StorageMachine(MemorySource(data), self.limits).read(self)
+
+    def persistent(self, _value: Any) -> Any:
+        reject("the pickle refers to objects outside of itself (a persistent id)")
+
+
+class StorageMachine(Machine):
+    """Reads the embedded stream of a torch storage, which cannot nest further: it has no calls."""
+
+    names = STORAGE_NAMES
+
+    def read(self, outer: Machine) -> Any:
+        """The storage; its opcodes count as the outer machine's."""
+
+        def load() -> Any:
+            value = self.load()
+            outer.num_opcodes += self.num_opcodes
+            return value
+
+        return read_storage(load, self.source)  # type: ignore[arg-type]
+
+    def persistent(self, value: Any) -> StorageHeader:
+        return parse_persistent_id(value)
+
+
+def locate(
+    error: Exception, machine: Machine, where: str, item: int | None = None
+) -> ConversionError:
+    """The error for the caller, with file, byte, opcode and item."""
+    place = f"{where}: byte {machine.source.inflated_bytes:,}"
+    place += f" ({name})" if (name := _OPCODE_NAMES.get(machine.opcode)) else ""
+    place += f", item {item}" if item is not None else ""
+    if isinstance(error, RejectedError):
+        return UnsafePickleError(f"{place}: {error}")
+    if isinstance(error, MalformedError):
+        return ConversionError(f"{place}: {error}")
+    if isinstance(error, IndexError):
+        return UnsafePickleError(f"{place}: it needs a value and the stack is empty")
+    return ConversionError(f"{place}: no valid pickle: {error}")
+
+
+# What handlers raise on bytes that no pickler writes; `locate` translates it.
+INVALID = (
+    RejectedError,
+    MalformedError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+# --- opcodes ------------------------------------------------------------------------------------
 
 
 def _integer(line: bytes) -> int:
     if not _INTEGER.fullmatch(line):
-        message = f"the text of an int is {line[:40]!r}"
-        raise MalformedError(message)
+        contradict(f"the text of an int is {line[:40]!r}")
     return int(line.rstrip(b"L"))
 
 
 def _proto(m: Machine) -> None:
     protocol = m.number(1)
     if protocol > HIGHEST_PROTOCOL:
-        message = f"pickle protocol {protocol} is unknown, expected 0 to {HIGHEST_PROTOCOL}"
-        raise MalformedError(message)
+        contradict(f"pickle protocol {protocol} is unknown, expected 0 to {HIGHEST_PROTOCOL}")
 
 
 def _frame(m: Machine) -> None:
-    # Frames only help readers to buffer. Reading on regardless needs no trust in the length.
+    # Frames only help readers to buffer; the length is not needed, nor trusted.
     m.number(8)
 
 
 def _stop(m: Machine) -> None:
     m.result = m.stack.pop()
     if m.stack or m.meta:
-        message = "the pickle stops and values are left on the stack"
-        raise RefusedError(message)
+        reject("the pickle stops and values are left on the stack")
     m.stopped = m.halted = True
 
 
@@ -104,23 +387,7 @@ def _pop_mark(m: Machine) -> None:
         m.drop(value)
 
 
-def _dup(m: Machine) -> None:
-    m.push_again(m.stack[-1])
-
-
 # --- constants and numbers ---------------------------------------------------------------------
-
-
-def _none(m: Machine) -> None:
-    m.stack.append(None)
-
-
-def _true(m: Machine) -> None:
-    m.stack.append(True)
-
-
-def _false(m: Machine) -> None:
-    m.stack.append(False)
 
 
 def _int(m: Machine) -> None:
@@ -135,30 +402,23 @@ def _long(m: Machine) -> None:
     m.stack.append(_integer(m.line(_MAX_NUMBER_CHARS)))
 
 
-def _binint(m: Machine) -> None:
-    m.stack.append(int.from_bytes(m.source.read(4), "little", signed=True))
+def _integer_of(width: int, *, signed: bool = False) -> Handler:
+    def handler(m: Machine) -> None:
+        m.stack.append(int.from_bytes(m.source.read(width), "little", signed=signed))
 
-
-def _binint1(m: Machine) -> None:
-    m.stack.append(m.source.read(1)[0])
-
-
-def _binint2(m: Machine) -> None:
-    m.stack.append(int.from_bytes(m.source.read(2), "little"))
+    return handler
 
 
 def _long_of(m: Machine, num_bytes: int) -> None:
     if num_bytes > _MAX_LONG_NBYTES:
-        message = f"an int of {num_bytes:,} bytes, expected at most {_MAX_LONG_NBYTES:,}"
-        raise RefusedError(message)
+        reject(f"an int of {num_bytes:,} bytes, expected at most {_MAX_LONG_NBYTES:,}")
     m.stack.append(int.from_bytes(m.source.read(num_bytes), "little", signed=True))
 
 
 def _float(m: Machine) -> None:
     line = m.line(_MAX_NUMBER_CHARS)
     if not _FLOAT.fullmatch(line):
-        message = f"the text of a float is {line[:40]!r}"
-        raise MalformedError(message)
+        contradict(f"the text of a float is {line[:40]!r}")
     m.stack.append(float(line))
 
 
@@ -180,8 +440,7 @@ def _string(m: Machine) -> None:
     m.count_payload(len(line))
     match = _PLAIN_STRING.fullmatch(line)
     if match is None:
-        message = f"the text of a Python 2 string is {line[:40]!r}"
-        raise MalformedError(message)
+        contradict(f"the text of a Python 2 string is {line[:40]!r}")
     m.stack.append(m.ascii(_ESCAPE.sub(_unescape, match[2])))
 
 
@@ -190,29 +449,25 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     return bytes([int(code[1:], 16)]) if code[:1] == b"x" else _ESCAPED.get(code, code)
 
 
-def _text(width: int) -> Handler:
+def _sized(width: int, take: Callable[[Machine, int], Any]) -> Handler:
+    """Push what `take` reads, after its length in `width` bytes."""
+
     def handler(m: Machine) -> None:
-        m.stack.append(m.take_text(int.from_bytes(m.source.read(width), "little")))
+        m.stack.append(take(m, m.number(width)))
 
     return handler
 
 
-def _bytes(width: int) -> Handler:
-    def handler(m: Machine) -> None:
-        m.stack.append(m.take_bytes(int.from_bytes(m.source.read(width), "little")))
-
-    return handler
+def _text(m: Machine, num_bytes: int) -> Any:
+    return m.take_text(num_bytes)
 
 
-def _old_text(width: int) -> Handler:
-    def handler(m: Machine) -> None:
-        m.stack.append(m.ascii(m.take_bytes(int.from_bytes(m.source.read(width), "little"))))
-
-    return handler
+def _bytes(m: Machine, num_bytes: int) -> Any:
+    return m.take_bytes(num_bytes)
 
 
-def _bytearray8(m: Machine) -> None:
-    m.stack.append(m.take_buffer(m.number(8)))
+def _old_text(m: Machine, num_bytes: int) -> Any:
+    return m.ascii(m.take_bytes(num_bytes))
 
 
 # --- containers --------------------------------------------------------------------------------
@@ -263,12 +518,8 @@ def _setitems(m: Machine) -> None:
     m.set_items(m.stack[-1], flat)
 
 
-def _empty_tuple(m: Machine) -> None:
-    m.stack.append(())
-
-
 def _tuple(m: Machine) -> None:
-    values = tuple(m.pop_mark())
+    values = tuple(m.pop_mark())  # before `m.stack`, which it replaces
     m.stack.append(values)
 
 
@@ -293,32 +544,12 @@ def _tuple3(m: Machine) -> None:
 # --- memo --------------------------------------------------------------------------------------
 
 
-def _memoize(m: Machine) -> None:
-    m.put(m.next_slot)
-
-
 def _put(m: Machine) -> None:
     m.put(_integer(m.line(_MAX_NUMBER_CHARS)))
 
 
-def _binput(m: Machine) -> None:
-    m.put(m.source.read(1)[0])
-
-
-def _long_binput(m: Machine) -> None:
-    m.put(m.number(4))
-
-
 def _get(m: Machine) -> None:
     m.get(_integer(m.line(_MAX_NUMBER_CHARS)))
-
-
-def _binget(m: Machine) -> None:
-    m.get(m.source.read(1)[0])
-
-
-def _long_binget(m: Machine) -> None:
-    m.get(m.number(4))
 
 
 # --- globals and calls -------------------------------------------------------------------------
@@ -351,17 +582,15 @@ def _binpersid(m: Machine) -> None:
     m.stack.append(value)
 
 
-def _refused(name: str, why: str) -> Handler:
+def _rejected(name: str, why: str) -> Handler:
     def handler(_m: Machine) -> None:
-        message = f"{name} {why}; batches of arrays never need it"
-        raise RefusedError(message)
+        reject(f"{name} {why}; batches of arrays never need it")
 
     return handler
 
 
 def _unknown(m: Machine) -> None:
-    message = f"byte 0x{m.opcode:02x} is no pickle opcode, so this is no pickle or a damaged one"
-    raise MalformedError(message)
+    contradict(f"byte 0x{m.opcode:02x} is no pickle opcode, so this is no pickle or a damaged one")
 
 
 _HANDLERS: dict[bytes, Handler] = {
@@ -371,33 +600,33 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.MARK: _mark,
     pickle.POP: _pop,
     pickle.POP_MARK: _pop_mark,
-    pickle.DUP: _dup,
-    pickle.NONE: _none,
-    pickle.NEWTRUE: _true,
-    pickle.NEWFALSE: _false,
+    pickle.DUP: lambda m: m.push_again(m.stack[-1]),
+    pickle.NONE: lambda m: m.stack.append(None),
+    pickle.NEWTRUE: lambda m: m.stack.append(True),
+    pickle.NEWFALSE: lambda m: m.stack.append(False),
     pickle.INT: _int,
     pickle.LONG: _long,
-    pickle.BININT: _binint,
-    pickle.BININT1: _binint1,
-    pickle.BININT2: _binint2,
+    pickle.BININT: _integer_of(4, signed=True),
+    pickle.BININT1: _integer_of(1),
+    pickle.BININT2: _integer_of(2),
     pickle.LONG1: lambda m: _long_of(m, m.number(1)),
     pickle.LONG4: lambda m: _long_of(m, m.number(4)),
     pickle.FLOAT: _float,
     pickle.BINFLOAT: _binfloat,
     pickle.UNICODE: _unicode,
-    pickle.SHORT_BINUNICODE: _text(1),
-    pickle.BINUNICODE: _text(4),
-    pickle.BINUNICODE8: _text(8),
+    pickle.SHORT_BINUNICODE: _sized(1, _text),
+    pickle.BINUNICODE: _sized(4, _text),
+    pickle.BINUNICODE8: _sized(8, _text),
     pickle.STRING: _string,
-    pickle.SHORT_BINSTRING: _old_text(1),
-    pickle.BINSTRING: _old_text(4),
-    pickle.SHORT_BINBYTES: _bytes(1),
-    pickle.BINBYTES: _bytes(4),
-    pickle.BINBYTES8: _bytes(8),
-    pickle.BYTEARRAY8: _bytearray8,
+    pickle.SHORT_BINSTRING: _sized(1, _old_text),
+    pickle.BINSTRING: _sized(4, _old_text),
+    pickle.SHORT_BINBYTES: _sized(1, _bytes),
+    pickle.BINBYTES: _sized(4, _bytes),
+    pickle.BINBYTES8: _sized(8, _bytes),
+    pickle.BYTEARRAY8: _sized(8, lambda m, num_bytes: m.take_buffer(num_bytes)),
     pickle.EMPTY_LIST: _empty_list,
     pickle.EMPTY_DICT: _empty_dict,
-    pickle.EMPTY_TUPLE: _empty_tuple,
+    pickle.EMPTY_TUPLE: lambda m: m.stack.append(()),
     pickle.LIST: _list,
     pickle.DICT: _dict,
     pickle.TUPLE: _tuple,
@@ -408,331 +637,30 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.APPENDS: _appends,
     pickle.SETITEM: _setitem,
     pickle.SETITEMS: _setitems,
-    pickle.MEMOIZE: _memoize,
+    pickle.MEMOIZE: lambda m: m.put(m.next_slot),
     pickle.PUT: _put,
-    pickle.BINPUT: _binput,
-    pickle.LONG_BINPUT: _long_binput,
+    pickle.BINPUT: lambda m: m.put(m.number(1)),
+    pickle.LONG_BINPUT: lambda m: m.put(m.number(4)),
     pickle.GET: _get,
-    pickle.BINGET: _binget,
-    pickle.LONG_BINGET: _long_binget,
+    pickle.BINGET: lambda m: m.get(m.number(1)),
+    pickle.LONG_BINGET: lambda m: m.get(m.number(4)),
     pickle.GLOBAL: _global,
     pickle.STACK_GLOBAL: _stack_global,
     pickle.REDUCE: _reduce,
     pickle.NEWOBJ: _reduce,
     pickle.BUILD: _build,
     pickle.BINPERSID: _binpersid,
-    pickle.PERSID: _refused("PERSID", "refers to an object outside of the pickle"),
-    pickle.INST: _refused("INST", "makes an instance of a class"),
-    pickle.OBJ: _refused("OBJ", "makes an instance of a class"),
-    pickle.NEWOBJ_EX: _refused("NEWOBJ_EX", "makes an instance of a class"),
-    pickle.EXT1: _refused("EXT1", "looks a class up in the extension registry"),
-    pickle.EXT2: _refused("EXT2", "looks a class up in the extension registry"),
-    pickle.EXT4: _refused("EXT4", "looks a class up in the extension registry"),
-    pickle.NEXT_BUFFER: _refused("NEXT_BUFFER", "refers to a buffer outside of the pickle"),
-    pickle.READONLY_BUFFER: _refused("READONLY_BUFFER", "refers to an outside buffer"),
-    pickle.EMPTY_SET: _refused("EMPTY_SET", "makes a set"),
-    pickle.ADDITEMS: _refused("ADDITEMS", "fills a set"),
-    pickle.FROZENSET: _refused("FROZENSET", "makes a set"),
+    pickle.PERSID: _rejected("PERSID", "refers to an object outside of the pickle"),
+    pickle.INST: _rejected("INST", "makes an instance of a class"),
+    pickle.OBJ: _rejected("OBJ", "makes an instance of a class"),
+    pickle.NEWOBJ_EX: _rejected("NEWOBJ_EX", "makes an instance of a class"),
+    pickle.EXT1: _rejected("EXT1", "looks a class up in the extension registry"),
+    pickle.EXT2: _rejected("EXT2", "looks a class up in the extension registry"),
+    pickle.EXT4: _rejected("EXT4", "looks a class up in the extension registry"),
+    pickle.NEXT_BUFFER: _rejected("NEXT_BUFFER", "refers to a buffer outside of the pickle"),
+    pickle.READONLY_BUFFER: _rejected("READONLY_BUFFER", "refers to an outside buffer"),
+    pickle.EMPTY_SET: _rejected("EMPTY_SET", "makes a set"),
+    pickle.ADDITEMS: _rejected("ADDITEMS", "fills a set"),
+    pickle.FROZENSET: _rejected("FROZENSET", "makes a set"),
 }
-TABLE.extend(_HANDLERS.get(bytes([code]), _unknown) for code in range(256))
-
-
-_MAX_KEY = 1 << 63
-_MISSING = object()
-_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in described_opcodes}
-
-NAMES: Mapping[tuple[str, str], Shim] = {**NUMPY_NAMES, **TORCH_NAMES}
-
-
-class Machine:
-    """Runs the opcodes of one pickle after the other from a source.
-
-    Attributes
-    ----------
-    stack, meta
-        The values since the innermost mark, and one list per enclosing mark: a pop can never
-        reach below a mark.
-    memo
-        Memo slots; a dict, so that a slot number alone allocates nothing.
-    """
-
-    names: ClassVar[Mapping[tuple[str, str], Shim]] = NAMES
-
-    def __init__(self, source: Source, limits: PickleLimits) -> None:
-        self.source = source
-        self.limits = limits
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything but the position in the source."""
-        self.stack: list[Any] = []
-        self.meta: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.next_slot = 0
-        self.num_opcodes = 0
-        self.num_pending = 0
-        self.read_nbytes = 0
-        self.created_nbytes = 0
-        self.opcode = -1
-        self.halted = False
-        self.stopped = False
-        self.result: Any = None
-
-    def run(self) -> bool:
-        """Execute opcodes until the pickle stops or something sets ``halted``; True if stopped."""
-        read = self.source.file.read
-        limit = self.limits.max_item_opcodes
-        self.halted = self.stopped
-        while not self.halted:
-            code = read(1)
-            if not code:
-                message = "the pickle has no end (no STOP opcode)"
-                raise TruncatedError(message)
-            self.opcode = code[0]
-            self.num_opcodes += 1
-            if self.num_opcodes > limit:
-                self.exceed("opcodes in one item", "max_item_opcodes")
-            TABLE[self.opcode](self)
-        return self.stopped
-
-    def load(self) -> Any:
-        """The value of one whole pickle."""
-        self.reset()
-        self.run()
-        if self.num_pending:
-            raise self.unfinished()
-        return self.result
-
-    # --- limits ---------------------------------------------------------------------------------
-
-    def exceed(self, what: str, name: str) -> NoReturn:
-        """Refuse the pickle because of that limit."""
-        value = getattr(self.limits, name)
-        message = (
-            f"more than {value:,} {what}; if the file is trusted, raise PickleLimits({name}=...)"
-        )
-        raise RefusedError(message)
-
-    def unfinished(self) -> RefusedError:
-        message = "an array or dtype was used without the state that completes it"
-        return RefusedError(message)
-
-    def count_payload(self, num_bytes: int) -> None:
-        """Account for bytes that are about to be read."""
-        self.read_nbytes += num_bytes
-        if self.read_nbytes > self.limits.max_item_nbytes:
-            self.exceed("bytes in one item", "max_item_nbytes")
-
-    def charge(self, num_bytes: int) -> None:
-        """Account for bytes that a shim is about to create."""
-        self.created_nbytes += num_bytes
-        limits = self.limits
-        allowed = limits.max_created_ratio * self.read_nbytes + limits.max_created_nbytes
-        if self.created_nbytes > allowed:
-            message = (
-                f"copies of {self.created_nbytes:,} bytes would be made of {self.read_nbytes:,} "
-                f"that were read; if the file is trusted, raise "
-                f"PickleLimits(max_created_nbytes=...)"
-            )
-            raise RefusedError(message)
-
-    # --- arguments ------------------------------------------------------------------------------
-
-    def number(self, num_bytes: int) -> int:
-        return int.from_bytes(self.source.read(num_bytes), "little")
-
-    def line(self, max_nbytes: int) -> bytes:
-        return self.source.readline(max_nbytes)
-
-    def take_bytes(self, num_bytes: int) -> Any:
-        if num_bytes > self.limits.max_payload_nbytes:
-            self.exceed("bytes in one object", "max_payload_nbytes")
-        self.count_payload(num_bytes)
-        return self.source.read(num_bytes)
-
-    def take_buffer(self, num_bytes: int) -> Any:
-        if num_bytes > self.limits.max_payload_nbytes:
-            self.exceed("bytes in one object", "max_payload_nbytes")
-        self.count_payload(num_bytes)
-        return self.source.read_buffer(num_bytes)
-
-    def take_text(self, num_bytes: int) -> Any:
-        if num_bytes > self.limits.max_string_nbytes:
-            self.exceed("bytes in one string", "max_string_nbytes")
-        self.count_payload(num_bytes)
-        return str(self.source.read(num_bytes), "utf-8", "surrogatepass")
-
-    def ascii(self, data: Any) -> Any:
-        """The text of a Python 2 string."""
-        try:
-            return data.decode("ascii")
-        except UnicodeDecodeError:
-            message = "a Python 2 string holds bytes; load and dump the batch once with Python 3"
-            raise MalformedError(message) from None
-
-    # --- memo -----------------------------------------------------------------------------------
-
-    def put(self, slot: int) -> None:
-        # Picklers number the slots 0, 1, 2, ... (Python 2's cPickle from 1). Anything else makes
-        # slots that no item can be charged for.
-        if not 0 <= slot <= self.next_slot and not (slot == 1 and self.next_slot == 0):
-            message = f"memo slot {slot:,} is written and {self.next_slot:,} is the next: memo bomb"
-            raise RefusedError(message)
-        if len(self.memo) >= self.limits.max_item_memo:
-            self.exceed("memo entries in one item", "max_item_memo")
-        self.next_slot = max(self.next_slot, slot + 1)
-        value = self.stack[-1]
-        if type(value) is Pending:
-            value.slots.append(slot)
-        self.memo[slot] = value
-
-    def get(self, slot: int) -> None:
-        value = self.memo.get(slot, _MISSING)
-        if value is _MISSING:
-            value = self.recall(slot)
-        self.push_again(value)
-
-    def push_again(self, value: Any) -> None:
-        if type(value) is Pending:
-            raise self.unfinished()
-        self.stack.append(value)
-        if type(value) is dict or type(value) is list:
-            self.pushed(existing=True)
-
-    def recall(self, slot: int) -> Any:
-        """A slot that is not in the memo."""
-        message = f"memo slot {slot:,} is read and was never written"
-        raise RefusedError(message)
-
-    # --- stack ----------------------------------------------------------------------------------
-
-    def pop_mark(self) -> list[Any]:
-        if not self.meta:
-            message = "it needs a mark and there is none"
-            raise RefusedError(message)
-        items = self.stack
-        self.stack = self.meta.pop()
-        return items
-
-    def pushed(self, *, existing: bool = False) -> None:
-        """Called after a list or dict was pushed; ``existing`` if it is no new one."""
-
-    def drop(self, value: Any) -> None:
-        """Called for a value that is popped and not used."""
-
-    def extend(self, target: Any, values: list[Any]) -> None:
-        if type(target) is not list:
-            message = f"values are appended to {type_name(target)}, expected a list"
-            raise RefusedError(message)
-        target.extend(values)
-
-    def set_items(self, target: Any, flat: list[Any]) -> None:
-        if type(target) is not dict:
-            message = f"items are set in {type_name(target)}, expected a dict"
-            raise RefusedError(message)
-        if len(flat) % 2:
-            message = "items are set from an odd number of values"
-            raise RefusedError(message)
-        keys = flat[::2]
-        for key in keys:
-            # Ints this small cannot be chosen to collide; str hashes are salted.
-            if type(key) is not str and (type(key) is not int or not -_MAX_KEY < key < _MAX_KEY):
-                found = "a larger int" if type(key) is int else type_name(key)
-                message = f"a dict has {found} as a key, expected str or int below 2**63"
-                raise RefusedError(message)
-        target.update(zip(keys, flat[1::2], strict=True))
-
-    # --- what shims build -----------------------------------------------------------------------
-
-    def find(self, module: Any, name: Any) -> Shim:
-        if type(module) is not str or type(name) is not str:
-            message = f"a global is named by {type_name(module)} and {type_name(name)}"
-            raise RefusedError(message)
-        shim = self.names.get((module, name))
-        if shim is None:
-            message = (
-                f"the pickle asks for {module[:80]!r} {name[:80]!r}, which batches of arrays never "
-                f"need; nothing was imported. Convert only files that you trust, and export "
-                f"objects of other types as arrays first"
-            )
-            raise RefusedError(message)
-        return shim
-
-    def call(self, function: Any, args: Any) -> None:
-        if type(function) is not Shim:
-            message = f"{type_name(function)} is called, expected an allowed name"
-            raise RefusedError(message)
-        if type(args) is not tuple:
-            message = f"{function.name} is called with {type_name(args)}, expected a tuple"
-            raise RefusedError(message)
-        value = function.call(self, args)
-        self.stack.append(value)
-        if type(value) is Pending:
-            self.num_pending += 1
-        elif type(value) is dict:
-            self.pushed()
-
-    def build(self, target: Any, state: Any) -> None:
-        if type(target) is not Pending:
-            message = f"a state is given to {type_name(target)}, expected a new array or dtype"
-            raise RefusedError(message)
-        value = target.build(self, state)
-        self.num_pending -= 1
-        self.stack[-1] = value
-        for slot in target.slots:
-            self.memo[slot] = value
-
-    def load_storage(self, data: bytes) -> Any:
-        nested = StorageMachine(MemorySource(data), self.limits)
-        return nested.read(self)
-
-    def persistent(self, _value: Any) -> Any:
-        message = "the pickle refers to objects outside of itself (a persistent id)"
-        raise RefusedError(message)
-
-
-class StorageMachine(Machine):
-    """Reads the embedded stream of a torch storage; has no calls, so it cannot nest further."""
-
-    names = STORAGE_NAMES
-
-    def read(self, outer: Machine) -> Any:
-        """The storage; its opcodes count as the outer machine's."""
-
-        def load() -> Any:
-            value = self.load()
-            outer.num_opcodes += self.num_opcodes
-            return value
-
-        return read_storage(load, self.source)  # type: ignore[arg-type]
-
-    def persistent(self, value: Any) -> StorageHeader:
-        return parse_persistent_id(value)
-
-
-def locate(
-    error: Exception, machine: Machine, where: str, item: int | None = None
-) -> ConversionError:
-    """The error for the caller: which file, byte, opcode and item."""
-    place = f"{where}: byte {machine.source.inflated_bytes:,}"
-    place += f" ({name})" if (name := _OPCODE_NAMES.get(machine.opcode)) else ""
-    place += f", item {item}" if item is not None else ""
-    if isinstance(error, RefusedError):
-        return UnsafePickleError(f"{place}: {error}")
-    if isinstance(error, MalformedError):
-        return ConversionError(f"{place}: {error}")
-    if isinstance(error, IndexError):
-        return UnsafePickleError(f"{place}: it needs a value and the stack is empty")
-    return ConversionError(f"{place}: no valid pickle: {error}")
-
-
-# What handlers raise on bytes that no pickler writes; all of them end in `locate`.
-INVALID = (
-    RefusedError,
-    MalformedError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_TABLE: Final = [_HANDLERS.get(bytes([code]), _unknown) for code in range(256)]

@@ -1,9 +1,8 @@
-"""What a pickle may call: an exact list of names, each bound to a function written here.
+"""What a pickle may call: an exact list of names, each bound to a function of this module.
 
-No real object of numpy or torch is ever handed to a pickle. ``numpy.dtype.__setstate__`` crashes
-the interpreter on a forged state, and ``torch.storage._load_from_bytes`` is ``torch.load``; the
-shims check dtype, shape and byte count and build the array themselves. They also read numpy 2
-names under numpy 1 and the other way round.
+A pickle never gets a real object of numpy or torch. ``numpy.dtype.__setstate__`` crashes Python on
+a forged state, and ``torch.storage._load_from_bytes`` is ``torch.load``; the shims check dtype,
+shape and byte count and build the array themselves. They read names of numpy 1 and 2 under either.
 """
 
 from __future__ import annotations
@@ -16,16 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.source import MalformedError, RefusedError
+from h5traces.sources.pickle.source import MalformedError, contradict, reject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from h5traces.sources.pickle.source import MemorySource
 
-
-# What a torch tensor becomes: its numbers and the name of its dtype.
-Tensor = TorchValue
 
 MAX_NDIM = 32
 _MAX_DIM = 1 << 62
@@ -37,24 +33,57 @@ _FORBIDDEN_KINDS = {
     "M": "dates",
     "m": "time differences",
 }
-# NPY_NEEDS_INIT, which U dtypes carry; every other flag speaks of objects or of user types.
+# NPY_NEEDS_INIT, which U dtypes have; all other flags are of objects or user types.
 _HARMLESS_DTYPE_FLAGS = (0, 8)
 _DTYPE_STATE_LENGTH = 8
 
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+
+# numpy's dtype for each of torch's; types that numpy lacks are stored as raw words.
+_STORED_AS = {
+    **{
+        name: np.dtype(name).newbyteorder("<")
+        for name in (
+            *("float16", "float32", "float64", "complex64", "complex128", "bool"),
+            *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        )
+    },
+    "bfloat16": np.dtype("<u2"),
+    **dict.fromkeys(
+        ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), np.dtype("u1")
+    ),
+}
+_STORAGE_TYPES = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
+}
+
 
 class Meter(Protocol):
-    """The running machine as shims see it."""
+    """The running machine, as shims use it."""
 
     def charge(self, num_bytes: int) -> None:
         """Account for memory or work that a shim is about to create."""
 
     def load_storage(self, data: bytes) -> Any:
-        """Read an embedded torch storage with a machine of its own."""
+        """Read an embedded torch storage."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shim:
-    """A name that a pickle may use, and the function that stands for it."""
+    """A name that a pickle may use, and the function that replaces it."""
 
     name: str
     call: Callable[[Meter, tuple[Any, ...]], Any]
@@ -64,7 +93,7 @@ class Shim:
 class Pending:
     """An array or dtype between its REDUCE and its BUILD.
 
-    ``slots`` are the memo entries that must hold the finished value instead.
+    `slots` are the memo entries that must get the finished value.
     """
 
     what: str
@@ -74,13 +103,13 @@ class Pending:
 
 @dataclass(frozen=True, eq=False)
 class Marker:
-    """A stack entry that stands for something that is not kept."""
+    """A stack entry in place of a value that is not kept."""
 
     what: str
 
 
 def type_name(value: Any) -> str:
-    """The type of a value in words for a message, or the name behind a shim."""
+    """The type of a value in words, for messages."""
     if isinstance(value, Shim):
         return f"the name {value.name}"
     if isinstance(value, Marker):
@@ -92,7 +121,7 @@ def type_name(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value in a few characters for a message.
+    """A value in a few characters, for messages.
 
     Only flat values are shown: repr() of tuples that share their halves never ends.
     """
@@ -104,51 +133,39 @@ def brief(value: Any) -> str:
 
 
 def check_args(name: str, args: tuple[Any, ...], *counts: int) -> None:
-    """Raise RefusedError unless a call has one of these numbers of arguments."""
+    """Raise RejectedError unless a call has one of these numbers of arguments."""
     if len(args) not in counts:
         expected = " or ".join(str(count) for count in counts)
-        message = f"{name} is called with {len(args)} arguments, expected {expected}"
-        raise RefusedError(message)
-
-
-def is_int(value: Any) -> bool:
-    """True for an int that is no bool."""
-    return type(value) is int
+        reject(f"{name} is called with {len(args)} arguments, expected {expected}")
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """The shape if it is a tuple of plausible ints, else RefusedError."""
+    """The shape; RejectedError unless it is a tuple of plausible ints."""
     if type(shape) is not tuple or len(shape) > MAX_NDIM:
-        message = f"a shape is {type_name(shape)}, expected a tuple of at most {MAX_NDIM} ints"
-        raise RefusedError(message)
+        reject(f"a shape is {type_name(shape)}, expected a tuple of at most {MAX_NDIM} ints")
     for dim in shape:
-        if not is_int(dim) or not 0 <= dim < _MAX_DIM:
-            message = f"a shape holds {brief(dim)}, expected sizes"
-            raise RefusedError(message)
+        if type(dim) is not int or not 0 <= dim < _MAX_DIM:
+            reject(f"a shape holds {brief(dim)}, expected sizes")
     return shape
 
 
 def build_array(
     meter: Meter, data: Any, dtype: Any, shape: Any, *, order: str = "C"
 ) -> np.ndarray[Any, Any]:
-    """An array over the payload's own memory, after dtype, shape and byte count were checked."""
+    """An array over the payload's own memory, once dtype, shape and byte count are checked."""
     if not isinstance(dtype, np.dtype):
-        message = f"an array has {type_name(dtype)} for its dtype, expected a numpy.dtype"
-        raise RefusedError(message)
+        reject(f"an array has {type_name(dtype)} for its dtype, expected a numpy.dtype")
     if type(data) not in (bytes, bytearray):
-        message = f"an array has {type_name(data)} for its data, expected bytes"
-        raise RefusedError(message)
+        reject(f"an array has {type_name(data)} for its data, expected bytes")
     check_shape(shape)
     if not dtype.itemsize:
-        message = f"an array has elements of no bytes (dtype {dtype.str}); numpy writes no such"
-        raise RefusedError(message)
+        reject(f"an array has elements of 0 bytes (dtype {dtype.str}), which numpy never writes")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != len(data):
-        message = (
+        contradict(
             f"an array of shape {shape} and dtype {dtype.str} needs {nbytes:,} bytes, "
             f"found {len(data):,}"
         )
-        raise MalformedError(message)
     array: np.ndarray[Any, Any] = np.ndarray(
         shape, dtype, buffer=data, order="F" if order == "F" else "C"
     )
@@ -158,12 +175,11 @@ def build_array(
 
 
 def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any]) -> None:
-    # numpy makes str objects of these words unchecked; Python has no such characters.
+    # numpy makes str objects of these words unchecked, even where Python has no such character.
     meter.charge(len(data))
     words = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder))
     if words.max() > sys.maxunicode:
-        message = f"an array of dtype {dtype.str} holds a word that is no Unicode character"
-        raise MalformedError(message)
+        contradict(f"an array of dtype {dtype.str} holds a word that is no Unicode character")
 
 
 # --- numpy -------------------------------------------------------------------------------------
@@ -173,49 +189,44 @@ def _dtype(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("numpy.dtype", args, 3)
     code, _align, _copy = args
     if type(code) is not str:
-        message = f"numpy.dtype is called with {type_name(code)}, expected a type code"
-        raise RefusedError(message)
+        reject(f"numpy.dtype is called with {type_name(code)}, expected a type code")
     known = code in _NUMERIC_CODES or (code[:1] in ("S", "U") and code[1:].isdecimal())
     if not known or not code.isascii() or len(code) > 12:
         holds = _FORBIDDEN_KINDS.get(code[:1], "values of an unknown type")
-        message = (
+        reject(
             f"numpy.dtype({brief(code)}) would make an array of {holds}; expected booleans, "
             f"integers, floats, complex numbers or fixed-length strings"
         )
-        raise RefusedError(message)
     try:
         dtype = np.dtype(code)
     except (TypeError, ValueError):
         message = f"this machine's numpy has no dtype {code!r}; convert the batch on another"
         raise MalformedError(message) from None
     if dtype.itemsize >= 1 << 30:
-        message = f"numpy.dtype({code!r}) has elements of {dtype.itemsize} bytes"
-        raise RefusedError(message)
+        reject(f"numpy.dtype({code!r}) has elements of {dtype.itemsize} bytes")
     return Pending("dtype", lambda _meter, state: _finish_dtype(dtype, state))
 
 
 def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
     if type(state) is not tuple or len(state) != _DTYPE_STATE_LENGTH:
-        message = f"the state of a dtype is {type_name(state)}, expected a tuple of 8"
-        raise RefusedError(message)
+        reject(f"the state of a dtype is {type_name(state)}, expected a tuple of 8")
     version, order, subarray, names, fields, itemsize, alignment, flags = state
     checks = {
-        "version": is_int(version) and version == 3,
+        "version": type(version) is int and version == 3,
         "byte order": type(order) is str and order in ("<", ">", "|", "="),
         "subarray": subarray is None,
         "names": names is None,
         "fields": fields is None,
-        "element size": is_int(itemsize) and itemsize in (-1, dtype.itemsize),
-        "alignment": is_int(alignment) and alignment in (-1, 1, 2, 4, 8, 16),
-        "flags": is_int(flags) and flags in _HARMLESS_DTYPE_FLAGS,
+        "element size": type(itemsize) is int and itemsize in (-1, dtype.itemsize),
+        "alignment": type(alignment) is int and alignment in (-1, 1, 2, 4, 8, 16),
+        "flags": type(flags) is int and flags in _HARMLESS_DTYPE_FLAGS,
     }
     wrong = [what for what, fits in checks.items() if not fits]
     if wrong:
-        message = (
+        reject(
             f"the state of dtype {dtype.str} has unexpected {', '.join(wrong)}; numpy writes "
             f"that for structures and objects only, if at all"
         )
-        raise RefusedError(message)
     # Not newbyteorder: its result says "<" where numpy says "=".
     return dtype if order in "|=" else np.dtype(order + dtype.str[1:])
 
@@ -223,22 +234,18 @@ def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
 def _reconstruct(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("_reconstruct", args, 3)
     if args[0] is not _NDARRAY:
-        message = f"_reconstruct is called with {type_name(args[0])}, expected numpy.ndarray"
-        raise RefusedError(message)
+        reject(f"_reconstruct is called with {type_name(args[0])}, expected numpy.ndarray")
     return Pending("array", _finish_array)
 
 
 def _finish_array(meter: Meter, state: Any) -> np.ndarray[Any, Any]:
     if type(state) is not tuple or len(state) not in (4, 5):
-        message = f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5"
-        raise RefusedError(message)
-    if len(state) == 5 and (not is_int(state[0]) or state[0] not in (0, 1)):
-        message = f"the state of an array has version {brief(state[0])}, expected 1"
-        raise RefusedError(message)
+        reject(f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5")
+    if len(state) == 5 and (type(state[0]) is not int or state[0] not in (0, 1)):
+        reject(f"the state of an array has version {brief(state[0])}, expected 1")
     shape, dtype, fortran, data = state[-4:]
     if type(fortran) is not bool:
-        message = f"the state of an array has the order {type_name(fortran)}, expected a bool"
-        raise RefusedError(message)
+        reject(f"the state of an array has the order {type_name(fortran)}, expected a bool")
     return build_array(meter, data, dtype, shape, order="F" if fortran else "C")
 
 
@@ -246,8 +253,7 @@ def _frombuffer(meter: Meter, args: tuple[Any, ...]) -> np.ndarray[Any, Any]:
     check_args("_frombuffer", args, 4)
     data, dtype, shape, order = args
     if type(order) is not str or order not in ("C", "F"):
-        message = f"_frombuffer is called with the order {brief(order)}, expected 'C' or 'F'"
-        raise RefusedError(message)
+        reject(f"_frombuffer is called with the order {brief(order)}, expected 'C' or 'F'")
     return build_array(meter, data, dtype, shape, order=order)
 
 
@@ -261,8 +267,7 @@ def _scalar(meter: Meter, args: tuple[Any, ...]) -> Any:
 
 def _not_callable(name: str) -> Shim:
     def call(_meter: Meter, _args: tuple[Any, ...]) -> Any:
-        message = f"{name} is called; pickles of arrays only pass it on"
-        raise RefusedError(message)
+        reject(f"{name} is called; pickles of arrays only pass it on")
 
     return Shim(name, call)
 
@@ -277,8 +282,7 @@ def _encode(meter: Meter, args: tuple[Any, ...]) -> bytes:
     check_args("_codecs.encode", args, 2)
     text, encoding = args
     if type(text) is not str or type(encoding) is not str or encoding != "latin1":
-        message = f"_codecs.encode is called with {type_name(text)} and {brief(encoding)}"
-        raise RefusedError(message)
+        reject(f"_codecs.encode is called with {type_name(text)} and {brief(encoding)}")
     return _to_bytes(meter, text)
 
 
@@ -302,12 +306,10 @@ def _bytearray(meter: Meter, args: tuple[Any, ...]) -> bytearray:
         return bytearray()
     if len(args) == 2:
         if (type(args[0]), type(args[1])) != (str, str) or args[1] != "latin-1":
-            message = f"bytearray is called with {type_name(args[0])} and {brief(args[1])}"
-            raise RefusedError(message)
+            reject(f"bytearray is called with {type_name(args[0])} and {brief(args[1])}")
         return bytearray(_to_bytes(meter, args[0]))
     if type(args[0]) is not bytes:
-        message = f"bytearray is called with {type_name(args[0])}, expected bytes"
-        raise RefusedError(message)
+        reject(f"bytearray is called with {type_name(args[0])}, expected bytes")
     meter.charge(len(args[0]))
     return bytearray(args[0])
 
@@ -335,51 +337,12 @@ _allow(_bytearray, "bytearray", "builtins", "__builtin__")
 _allow(_ordered_dict, "OrderedDict", "collections")
 
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_PROTOCOL = 1001
-
-# What holds each torch dtype in numpy; types that numpy lacks stay raw words.
-_STORED_AS = {
-    "float32": "<f4",
-    "float64": "<f8",
-    "float16": "<f2",
-    "bfloat16": "<u2",
-    "int64": "<i8",
-    "int32": "<i4",
-    "int16": "<i2",
-    "int8": "|i1",
-    "uint8": "|u1",
-    "uint16": "<u2",
-    "uint32": "<u4",
-    "uint64": "<u8",
-    "bool": "|b1",
-    "complex64": "<c8",
-    "complex128": "<c16",
-    "float8_e4m3fn": "|u1",
-    "float8_e4m3fnuz": "|u1",
-    "float8_e5m2": "|u1",
-    "float8_e5m2fnuz": "|u1",
-}
-_STORAGE_TYPES = {
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "UntypedStorage": "uint8",
-}
+# --- torch ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class TypeName(Shim):
-    """The name of a storage type or of a torch dtype; nothing that can be called."""
+    """The name of a storage type or of a torch dtype; it cannot be called."""
 
     dtype: str
 
@@ -396,12 +359,12 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers."""
-        return self.num_elements * np.dtype(_STORED_AS[self.dtype]).itemsize
+        return self.num_elements * _STORED_AS[self.dtype].itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class StorageHeader:
-    """What the persistent id of an embedded stream says about its storage."""
+    """A storage as the persistent id of its embedded stream describes it."""
 
     key: str
     dtype: str
@@ -409,121 +372,104 @@ class StorageHeader:
 
 
 def _never(_meter: Meter, _args: tuple[Any, ...]) -> Any:
-    message = "a torch type is called; pickles of tensors only pass it on"
-    raise RefusedError(message)
+    reject("a torch type is called; pickles of tensors only pass it on")
 
 
 def parse_persistent_id(value: Any) -> StorageHeader:
     """The storage that an embedded stream's persistent id describes."""
     if type(value) is not tuple or len(value) != 6 or brief(value[0]) != "'storage'":
-        message = f"a persistent id is {type_name(value)}, expected a description of a storage"
-        raise RefusedError(message)
+        reject(f"a persistent id is {type_name(value)}, expected a description of a storage")
     _, kind, key, location, num_elements, view = value
     if type(kind) is not TypeName or type(key) is not str or type(location) is not str:
-        message = f"a persistent id names {type_name(kind)}, expected a torch storage type"
-        raise RefusedError(message)
+        reject(f"a persistent id names {type_name(kind)}, expected a torch storage type")
     if view is not None:
-        message = "a storage is a view of another one, which only torch before 0.4 wrote"
-        raise MalformedError(message)
-    if not is_int(num_elements) or not 0 <= num_elements < 1 << 62:
-        message = f"a storage has {brief(num_elements)} elements"
-        raise RefusedError(message)
+        contradict("a storage is a view of another one, which only torch before 0.4 wrote")
+    if type(num_elements) is not int or not 0 <= num_elements < 1 << 62:
+        reject(f"a storage has {brief(num_elements)} elements")
     return StorageHeader(key, kind.dtype, num_elements)
 
 
 def read_storage(load: Callable[[], Any], source: MemorySource) -> Storage:
     """The storage in an embedded stream; ``load`` reads one pickle from ``source``."""
     if load() != _MAGIC or load() != _PROTOCOL:
-        message = "the bytes of a torch storage are no legacy torch.save stream"
-        raise MalformedError(message)
+        contradict("the bytes of a torch storage are no legacy torch.save stream")
     system = load()
     if type(system) is not dict or system.get("little_endian") is not True:
-        message = "a torch storage was written on a big-endian machine; save it again on another"
-        raise MalformedError(message)
+        contradict("a torch storage was written on a big-endian machine; save it again on another")
     header = load()
     keys = load()
     if type(header) is not StorageHeader or type(keys) is not list or keys != [header.key]:
-        message = "the bytes of a torch storage hold something else than one storage"
-        raise MalformedError(message)
+        contradict("the bytes of a torch storage hold something else than one storage")
     declared = int.from_bytes(source.read(8), "little")
     storage = Storage(source.data, source.inflated_bytes, header.num_elements, header.dtype)
     found = len(source.data) - storage.start
     if declared != header.num_elements or storage.nbytes != found:
-        message = (
+        contradict(
             f"a torch storage of {header.num_elements:,} {header.dtype} elements needs "
             f"{storage.nbytes:,} bytes, found {found:,} for {declared:,} elements"
         )
-        raise MalformedError(message)
     return storage
 
 
 def _load_from_bytes(meter: Meter, args: tuple[Any, ...]) -> Storage:
     check_args("_load_from_bytes", args, 1)
     if type(args[0]) is not bytes:
-        message = f"_load_from_bytes is called with {type_name(args[0])}, expected bytes"
-        raise RefusedError(message)
+        reject(f"_load_from_bytes is called with {type_name(args[0])}, expected bytes")
     storage = meter.load_storage(args[0])
     if type(storage) is not Storage:
-        message = f"the bytes of a torch storage hold {type_name(storage)}"
-        raise MalformedError(message)
+        contradict(f"the bytes of a torch storage hold {type_name(storage)}")
     return storage
 
 
-def _rebuild_v2(meter: Meter, args: tuple[Any, ...]) -> Tensor:
+def _rebuild_v2(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_tensor_v2", args, 6, 7)
     _check_extras(args[4], args[5], args[6] if len(args) == 7 else None)
     return _tensor(meter, args, None)
 
 
-def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> Tensor:
+def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_tensor_v3", args, 7, 8)
     _check_extras(args[4], args[5], args[7] if len(args) == 8 else None)
     if type(args[6]) is not TypeName:
-        message = f"a tensor has {type_name(args[6])} for its dtype, expected a torch dtype"
-        raise RefusedError(message)
+        reject(f"a tensor has {type_name(args[6])} for its dtype, expected a torch dtype")
     return _tensor(meter, args, args[6].dtype)
 
 
-def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> Tensor:
+def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_parameter", args, 3)
     _check_extras(args[1], args[2], None)
-    if type(args[0]) is not Tensor:
-        message = f"a parameter holds {type_name(args[0])}, expected a tensor"
-        raise RefusedError(message)
+    if type(args[0]) is not TorchValue:
+        reject(f"a parameter holds {type_name(args[0])}, expected a tensor")
     return args[0]
 
 
 def _check_extras(requires_grad: Any, hooks: Any, metadata: Any) -> None:
     empty = all(value is None or (type(value) is dict and not value) for value in (hooks, metadata))
     if type(requires_grad) is not bool or not empty:
-        message = (
+        reject(
             "a tensor carries hooks, or a conjugate or negative bit; save it again after "
             "detach().resolve_conj().resolve_neg()"
         )
-        raise RefusedError(message)
 
 
-def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> Tensor:
+def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> TorchValue:
     storage, offset, size, strides = args[:4]
     if type(storage) is not Storage:
-        message = f"a tensor has {type_name(storage)} for its storage"
-        raise RefusedError(message)
+        reject(f"a tensor has {type_name(storage)} for its storage")
     dtype_name = dtype_name or storage.dtype
-    dtype = np.dtype(_STORED_AS[dtype_name])
+    dtype = _STORED_AS[dtype_name]
     shape = check_shape(size)
-    if len(check_shape(strides)) != len(shape) or not is_int(offset) or offset < 0:
-        message = f"a tensor of shape {shape} has the strides {strides} and offset {brief(offset)}"
-        raise RefusedError(message)
+    if len(check_shape(strides)) != len(shape) or type(offset) is not int or offset < 0:
+        reject(f"a tensor of shape {shape} has the strides {strides} and offset {brief(offset)}")
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
-        return Tensor(np.empty(shape, dtype), dtype_name)
+        return TorchValue(np.empty(shape, dtype), dtype_name)
     last = offset + sum((dim - 1) * step for dim, step in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > storage.nbytes:
-        message = (
+        reject(
             f"a tensor of shape {shape}, strides {strides} and offset {offset} reaches element "
             f"{last:,} of a storage of {storage.nbytes // dtype.itemsize:,}"
         )
-        raise RefusedError(message)
     start = storage.start + offset * dtype.itemsize
     byte_strides = tuple(step * dtype.itemsize for step in strides)
     whole = nbytes == storage.nbytes
@@ -532,12 +478,12 @@ def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> Tens
     array: np.ndarray[Any, Any] = np.ndarray(
         shape, dtype, buffer=storage.data, offset=start, strides=byte_strides
     )
-    # Where the numbers lie in the stream is chance, and readers of unaligned memory are slow; a
-    # view of a part would keep the rest alive.
+    # Numbers may be unaligned in the stream, which is slow to read; a view of a part would keep
+    # the whole alive.
     if not whole or not array.flags.c_contiguous or not array.flags.aligned:
         meter.charge(nbytes if whole else 0)
         array = array.copy(order="C")
-    return Tensor(array, dtype_name)
+    return TorchValue(array, dtype_name)
 
 
 def _names() -> tuple[dict[tuple[str, str], Shim], dict[tuple[str, str], Shim]]:
@@ -558,7 +504,7 @@ def _names() -> tuple[dict[tuple[str, str], Shim], dict[tuple[str, str], Shim]]:
     return names, storages
 
 
-# What a batch may name, and what the embedded streams may name: storage types, nothing else.
+# What a batch may name; embedded streams may name storage types and nothing else.
 TORCH_NAMES: Mapping[tuple[str, str], Shim]
 STORAGE_NAMES: Mapping[tuple[str, str], Shim]
 TORCH_NAMES, STORAGE_NAMES = _names()

@@ -1,7 +1,7 @@
-"""Bytes of a pickle: a plain or gzip file read forwards, or a block in memory.
+"""Reads the bytes of a pickle forwards, from a plain or gzip file or from memory, within limits.
 
-Gzip is recognised by its magic bytes, since batches were renamed freely. Every inflate call asks
-for at most one mebibyte, so the expansion of a gzip bomb is seen early, and releases the GIL.
+Gzip is recognised by its magic bytes, as batches have been renamed freely. Each call inflates at
+most one mebibyte, so a gzip bomb is noticed early; inflating releases the GIL.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NoReturn, Self, cast
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
 
 _open_gzip: Callable[..., gzip.GzipFile] = gzip.GzipFile
@@ -33,59 +32,107 @@ else:
     _open_gzip = igzip.IGzipFile
     _INFLATE_ERRORS = (*_INFLATE_ERRORS, cast("type[Exception]", isal_zlib.error))
 
+MIB = 1 << 20
+GIB = 1 << 30
 GZIP_MAGIC = b"\x1f\x8b"
 _BUFFER_NBYTES = 1 << 16
-_INFLATE_NBYTES = 1 << 20
+_INFLATE_NBYTES = MIB
 # Requests above this are read in blocks, so that a declared length alone allocates nothing.
 _BLOCK_NBYTES = 1 << 26
 _DEFLATE_MAX_RATIO = 1032
 
 
-class RefusedError(Exception):
-    """A pickle asks for what is never granted; the machine adds the place: UnsafePickleError."""
+@dataclass(frozen=True, kw_only=True)
+class PickleLimits:
+    """Limits of the reader of pickles; an item is one element of the batch.
+
+    Attributes
+    ----------
+    max_item_opcodes
+        Opcodes executed for one item, including those of embedded torch storages.
+    max_item_memo
+        Memo entries written by one item.
+    max_mark_depth
+        Marks open at the same time.
+    max_depth
+        Levels of lists, tuples and dicts inside an item.
+    max_payload_nbytes
+        Bytes of one array, bytes or bytearray object.
+    max_string_nbytes
+        Bytes of one encoded string; protocols 0 to 2 store arrays as strings.
+    max_item_nbytes
+        Bytes of all arrays, bytes and strings of one item.
+    max_created_ratio, max_created_nbytes
+        Bytes that shims may create by copying (expanded tensors, decoded strings) per item: the
+        ratio times what was read, plus the constant. A stride of 0 can expand to terabytes.
+    max_portion_items
+        Items on the stack before they are appended to the list; picklers append 1000 at a time.
+    max_kept_entries, max_kept_nbytes
+        Memo entries kept because later items share them.
+    max_unfolded_ratio, unfolded_grace_nbytes
+        Bytes of all items, counting every use of a shared object, per byte of pickle, plus the
+        constant. A megabyte shared by a hundred thousand arrays would fill a disk when written.
+    max_expansion, expansion_grace_nbytes
+        Inflated bytes per compressed byte of a gzip file, checked once that many bytes are
+        inflated. Deflate can reach 1032; float16 traces stay below 10.
+    """
+
+    max_item_opcodes: int = 2_000_000
+    max_item_memo: int = 1_000_000
+    max_mark_depth: int = 256
+    max_depth: int = 64
+    max_payload_nbytes: int = 4 * GIB
+    max_string_nbytes: int = 512 * MIB
+    max_item_nbytes: int = 16 * GIB
+    max_created_ratio: int = 4
+    max_created_nbytes: int = 64 * MIB
+    max_portion_items: int = 100_000
+    max_kept_entries: int = 200_000
+    max_kept_nbytes: int = 2 * GIB
+    max_unfolded_ratio: int = 50
+    unfolded_grace_nbytes: int = 256 * MIB
+    max_expansion: int = 300
+    expansion_grace_nbytes: int = 64 * MIB
+
+
+class RejectedError(Exception):
+    """A pickle asks for what is not allowed; `locate` makes an UnsafePickleError of it."""
 
 
 class MalformedError(Exception):
-    """A pickle contradicts itself; the machine adds the place: ConversionError."""
+    """A pickle contradicts itself; `locate` makes a ConversionError of it."""
 
 
 class TruncatedError(MalformedError):
-    """Fewer bytes are left than an opcode asks for."""
+    """Fewer bytes follow than an opcode needs."""
 
 
-class Source(Protocol):
-    """What the pickle machine reads from."""
-
-    @property
-    def file(self) -> io.BufferedReader | io.BytesIO:
-        """A buffered stream for single bytes; all other reads go through the methods."""
-
-    def read(self, num_bytes: int) -> bytes:
-        """Exactly that many bytes, or ConversionError."""
-
-    def read_buffer(self, num_bytes: int) -> bytearray:
-        """As read, into a new bytearray."""
-
-    def readline(self, max_nbytes: int) -> bytes:
-        """A line without its newline, or ConversionError."""
-
-    def skip(self, num_bytes: int) -> None:
-        """Move forwards."""
-
-    @property
-    def inflated_bytes(self) -> int:
-        """Position in the pickle."""
+def reject(message: str) -> NoReturn:
+    """Raise `RejectedError`."""
+    raise RejectedError(message)
 
 
-class _Reader:
-    """Exact reads from a buffered stream; subclasses know how many bytes may be left."""
+def contradict(message: str) -> NoReturn:
+    """Raise `MalformedError`."""
+    raise MalformedError(message)
+
+
+class Source:
+    """What the pickle machine reads from: exact reads from a buffered stream.
+
+    Attributes
+    ----------
+    file
+        The stream. Single bytes are read from it directly; everything else goes through methods,
+        which raise `TruncatedError` if the pickle ends too early.
+    """
 
     file: io.BufferedReader | io.BytesIO
-    # True if _bound is exact, so that a request within it cannot come up short.
+    # Whether `_bound` is exact, so that no request within it comes up short.
     _exact_bound = False
 
     def _bound(self) -> int:
-        """No more bytes than this can follow."""
+        """The most bytes that can follow."""
         raise NotImplementedError
 
     def _truncated(self, wanted: int, found: int) -> TruncatedError:
@@ -96,6 +143,7 @@ class _Reader:
             raise self._truncated(num_bytes, bound)
 
     def read(self, num_bytes: int) -> bytes:
+        """Exactly that many bytes."""
         self._check(num_bytes)
         if num_bytes > _BLOCK_NBYTES and not self._exact_bound:
             return b"".join(self._blocks(num_bytes))
@@ -114,6 +162,7 @@ class _Reader:
             yield block
 
     def read_buffer(self, num_bytes: int) -> bytearray:
+        """Exactly that many bytes, in a new bytearray."""
         self._check(num_bytes)
         first = num_bytes if self._exact_bound else min(num_bytes, _BLOCK_NBYTES)
         buffer = bytearray(first)
@@ -125,25 +174,27 @@ class _Reader:
         return buffer
 
     def readline(self, max_nbytes: int) -> bytes:
+        """A line without its newline."""
         line = self.file.readline(max_nbytes + 1)
         if not line.endswith(b"\n"):
             if len(line) > max_nbytes:
-                message = f"a text argument is longer than {max_nbytes:,} bytes"
-                raise RefusedError(message)
+                reject(f"a text argument is longer than {max_nbytes:,} bytes")
             raise self._truncated(len(line) + 1, len(line))
         return line[:-1]
 
     def skip(self, num_bytes: int) -> None:
+        """Move forwards."""
         for _ in self._blocks(num_bytes, _INFLATE_NBYTES):
             pass
 
     @property
     def inflated_bytes(self) -> int:
+        """Position in the pickle."""
         return self.file.tell()
 
 
-class MemorySource(_Reader):
-    """A pickle embedded in the bytes of another one."""
+class MemorySource(Source):
+    """A pickle inside the bytes of another one."""
 
     _exact_bound = True
 
@@ -155,8 +206,12 @@ class MemorySource(_Reader):
         return len(self.data) - self.file.tell()
 
 
-class FileSource(_Reader):
-    """A file opened by `open_source`; close it, or use it as a context manager."""
+class FileSource(Source):
+    """A plain or gzip file; a context manager.
+
+    Reading raises `ConversionError` if the file is truncated or its checksum does not fit, and
+    `UnsafePickleError` if the gzip stream expands more than `limits` allow.
+    """
 
     def __init__(self, path: str | os.PathLike[str], limits: PickleLimits) -> None:
         self.path = Path(path)
@@ -178,7 +233,7 @@ class FileSource(_Reader):
 
     @property
     def compressed_position(self) -> int:
-        """Bytes of the file that were read so far, for progress bars."""
+        """Bytes of the file read so far, for progress bars."""
         return self._raw.tell() if self.is_gzip else self.file.tell()
 
     def at_end(self) -> bool:
@@ -199,23 +254,17 @@ class FileSource(_Reader):
             self._inflater.close()
         self._raw.close()
 
-    def __enter__(self) -> FileSource:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _bound(self) -> int:
         if self._inflater is None:
             return self.compressed_size - self.file.tell()
-        # Deflate cannot expand further than this, whatever follows; the extra block is what the
-        # two buffers hold already.
-        left = self.compressed_size - self._raw.tell() + (1 << 20)
+        # The most that deflate can expand the rest to; the extra mebibyte is in buffers already.
+        left = self.compressed_size - self._raw.tell() + MIB
         return left * _DEFLATE_MAX_RATIO + 2 * _INFLATE_NBYTES
 
     def truncated_error(self, detail: str) -> ConversionError:
@@ -230,7 +279,7 @@ class FileSource(_Reader):
 
 
 class _Inflater(io.RawIOBase):
-    """Inflated bytes of a gzip file, with its errors translated and its expansion bounded."""
+    """Inflates a gzip file, translates errors and limits the expansion."""
 
     def __init__(self, owner: FileSource, raw: io.FileIO, limits: PickleLimits) -> None:
         self._owner = owner
@@ -277,73 +326,3 @@ class _Inflater(io.RawIOBase):
     def close(self) -> None:
         self._gzip.close()
         super().close()
-
-
-def open_source(path: str | os.PathLike[str], limits: PickleLimits) -> FileSource:
-    """Open a plain or gzip file for reading forwards.
-
-    Raises
-    ------
-    ConversionError
-        While reading: the file is truncated or its checksum does not fit.
-    UnsafePickleError
-        While reading: the gzip stream expands more than ``limits`` allow.
-    """
-    return FileSource(path, limits)
-
-
-MIB = 1 << 20
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class PickleLimits:
-    """Limits of the pickle reader; "item" is one element of the batch.
-
-    Attributes
-    ----------
-    max_item_opcodes
-        Opcodes executed for one item, those of embedded torch storages included.
-    max_item_memo
-        Memo entries written by one item.
-    max_mark_depth
-        Marks open at the same time.
-    max_depth
-        Levels of lists, tuples and dicts inside an item.
-    max_payload_nbytes
-        Bytes of one array, bytes or bytearray object.
-    max_string_nbytes
-        Bytes of one encoded string; protocols 0 to 2 store arrays as strings.
-    max_item_nbytes
-        Bytes of all arrays, bytes and strings of one item.
-    max_created_ratio, max_created_nbytes
-        Bytes that shims may create by copying (expanded tensors, decoded strings) per item: the
-        ratio times what was read, plus the constant. A stride of 0 makes terabytes of nothing.
-    max_portion_items
-        Items written before they are appended to the list; picklers append after 1000.
-    max_kept_entries, max_kept_nbytes
-        Memo entries kept because later items share them.
-    max_unfolded_ratio, unfolded_grace_nbytes
-        Bytes of all items, every use of a shared object counted, per byte of pickle, plus the
-        constant. A megabyte that a hundred thousand arrays share would fill a disk when written.
-    max_expansion, expansion_grace_nbytes
-        Inflated bytes per compressed byte of a gzip file, once that many bytes were inflated.
-        Deflate reaches 1032; float16 traces stay below 10, a batch of zeros reaches it.
-    """
-
-    max_item_opcodes: int = 2_000_000
-    max_item_memo: int = 1_000_000
-    max_mark_depth: int = 256
-    max_depth: int = 64
-    max_payload_nbytes: int = 4 * GIB
-    max_string_nbytes: int = 512 * MIB
-    max_item_nbytes: int = 16 * GIB
-    max_created_ratio: int = 4
-    max_created_nbytes: int = 64 * MIB
-    max_portion_items: int = 100_000
-    max_kept_entries: int = 200_000
-    max_kept_nbytes: int = 2 * GIB
-    max_unfolded_ratio: int = 50
-    unfolded_grace_nbytes: int = 256 * MIB
-    max_expansion: int = 300
-    expansion_grace_nbytes: int = 64 * MIB

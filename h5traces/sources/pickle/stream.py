@@ -1,4 +1,4 @@
-"""Legacy batches, read item by item in bounded memory and without trusting the file.
+"""Reads legacy batches item by item, in bounded memory and without trusting the file.
 
 A batch is a pickled list of dicts, or a dict of parallel lists under ``traces``, ``labels`` and
 ``question_ids``; plain or inside gzip; pickle protocols 0 to 5.
@@ -14,6 +14,7 @@ import numpy as np
 
 from h5traces.errors import ConversionError, SchemaError
 from h5traces.format.trace import SourcePosition
+from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.items import (
     ROOT,
     TRACES_KEY,
@@ -24,13 +25,12 @@ from h5traces.sources.pickle.items import (
 )
 from h5traces.sources.pickle.layouts import ContainerItem, as_dict, num_layers_of, to_record
 from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
-from h5traces.sources.pickle.shims import Tensor, type_name
+from h5traces.sources.pickle.shims import type_name
 from h5traces.sources.pickle.source import (
     FileSource,
-    MalformedError,
     PickleLimits,
     TruncatedError,
-    open_source,
+    contradict,
 )
 
 if TYPE_CHECKING:
@@ -50,10 +50,26 @@ _SNIFFED_PREFIXES = (b"(l", b"(d", b"](", b"]q", b"].", b"}(", b"}q", b"}.")
 
 
 class BatchStream(Iterator[Any]):
-    """The items of a batch, one by one; a context manager. `open_batch` makes it.
+    """The items of a batch, one by one; a context manager.
 
-    Keeps no reference to an item that it has handed out. Arrays may be read-only views of the
+    It keeps no reference to an item that it has returned. Arrays may be read-only views of the
     pickle's payload, in the byte order of the file.
+
+    Parameters
+    ----------
+    path
+        A pickle, plain or inside gzip (recognised by content).
+    limits
+        Bounds for hostile files.
+    start
+        Index of the first item to return; earlier ones are read and dropped.
+
+    Raises
+    ------
+    ConversionError
+        Now or while iterating: the file is damaged, or is no batch.
+    UnsafePickleError
+        Now or while iterating: the pickle asks for something outside the allow-list.
 
     Attributes
     ----------
@@ -73,7 +89,11 @@ class BatchStream(Iterator[Any]):
     num_samples: int | None = None
 
     def __init__(
-        self, path: str | os.PathLike[str], *, limits: PickleLimits, start: int = 0
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limits: PickleLimits = _DEFAULT_LIMITS,
+        start: int = 0,
     ) -> None:
         if start < 0:
             message = f"start is {start}, expected the index of an item"
@@ -115,7 +135,7 @@ class BatchStream(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._source is None and not self._done:
-            message = f"{self.path}: the batch is closed; open it again with open_batch"
+            message = f"{self.path}: the batch is closed; open it again"
             raise ValueError(message)
         if self._done:
             raise StopIteration
@@ -128,7 +148,7 @@ class BatchStream(Iterator[Any]):
                     return self._machine.take()
                 return self._container_item(self._machine.take(), self.num_read - 1)
         except BaseException:
-            # What follows an error in the stream is noise.
+            # Nothing after an error in the stream can be trusted.
             self.close()
             raise
         self._done = True
@@ -136,7 +156,7 @@ class BatchStream(Iterator[Any]):
         raise StopIteration
 
     def close(self) -> None:
-        """Close the file; items that were handed out stay valid."""
+        """Close the file; items that were returned stay valid."""
         if self._source is not None:
             self._closed_at = self.progress
             self._source.close()
@@ -196,7 +216,7 @@ class BatchStream(Iterator[Any]):
 
     def _open(self, *, scan: bool = False) -> None:
         self.close()
-        self._source = open_source(self.path, self._limits)
+        self._source = FileSource(self.path, self._limits)
         self.num_passes += 1
         self._taken = 0
         if scan:
@@ -205,7 +225,7 @@ class BatchStream(Iterator[Any]):
             self._machine = BatchMachine(self._source, self._limits, self._shared)
 
     def _advance_to(self, index: int) -> bool:
-        """Make the item with that index ready; False if the batch has fewer."""
+        """Read up to the item with that index; False if the batch has fewer."""
         while True:
             try:
                 while self._advance():
@@ -233,23 +253,20 @@ class BatchStream(Iterator[Any]):
         return False
 
     def _finish(self) -> None:
-        """Check what the pickle was and that nothing follows it."""
+        """Check that the pickle was a batch and that nothing follows it."""
         machine = self._machine
         found = machine.result
         root = found.get(TRACES_KEY) if type(found) is dict else found
         if machine.kind is None or root is not ROOT:
-            message = f"found {_describe(found)}, {_EXPECTED}"
-            raise MalformedError(message)
+            contradict(f"found {_describe(found)}, {_EXPECTED}")
         if machine.num_pending:
             raise machine.unfinished()
         assert self._source is not None
         if not self._source.at_end():
-            message = (
+            contradict(
                 "data follows the end of the pickle. If several pickle.dump calls wrote into "
-                "this file one after the other, dump each into a file of its own; otherwise the "
-                "file is damaged"
+                "this file, write one file per call; otherwise the file is damaged"
             )
-            raise MalformedError(message)
 
     def _guard(self, step: Any) -> Any:
         source = self._source
@@ -265,7 +282,7 @@ class BatchStream(Iterator[Any]):
     # --- containers -----------------------------------------------------------------------------
 
     def _read_columns(self) -> None:
-        """Read the lists beside ``traces``, which follow it in the file, and rewind."""
+        """Read the lists that follow ``traces`` in the file, and rewind."""
         while self._advance_to(self._taken):
             self._machine.take()
         found = {key: value for key, value in self._machine.result.items() if key != TRACES_KEY}
@@ -275,11 +292,10 @@ class BatchStream(Iterator[Any]):
             check_item(found, self._limits)
             unknown = sorted(map(str, found.keys() - {"labels", "question_ids"}))
             if unknown:
-                message = (
+                contradict(
                     f"the dict has the unknown keys {', '.join(unknown)[:200]}, expected only "
                     f"'traces', 'labels' and 'question_ids'"
                 )
-                raise MalformedError(message)
             return (
                 _column(found.get("labels"), "labels", num_items),
                 _column(found.get("question_ids"), "question_ids", num_items),
@@ -294,7 +310,7 @@ class BatchStream(Iterator[Any]):
             if (
                 type(pair) not in (tuple, list)
                 or len(pair) != 2
-                or not all(isinstance(value, (np.ndarray, Tensor)) for value in pair)
+                or not all(isinstance(value, (np.ndarray, TorchValue)) for value in pair)
             ):
                 message = (
                     f"{self.path}: layer {number} of item {index} in 'traces' is "
@@ -312,19 +328,17 @@ class BatchStream(Iterator[Any]):
 def _column(values: Any, name: str, num_items: int) -> list[Any] | None:
     if values is None:
         return None
-    if isinstance(values, Tensor):
+    if isinstance(values, TorchValue):
         values = values.data
     if type(values) not in (list, tuple) and not (
         isinstance(values, np.ndarray) and values.ndim == 1
     ):
-        message = f"{name!r} is {type_name(values)}, expected a list with one value per trace"
-        raise MalformedError(message)
+        contradict(f"{name!r} is {type_name(values)}, expected a list with one value per trace")
     if len(values) != num_items:
-        message = (
+        contradict(
             f"{name!r} has {len(values)} values for {num_items} traces; they cannot be matched, "
             f"so remove or repair that list"
         )
-        raise MalformedError(message)
     return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
@@ -338,34 +352,10 @@ def _describe(value: Any) -> str:
     return type_name(value)
 
 
-def open_batch(
-    path: str | os.PathLike[str], *, limits: PickleLimits = _DEFAULT_LIMITS, start: int = 0
-) -> BatchStream:
-    """Open a legacy batch for reading item by item.
-
-    Parameters
-    ----------
-    path
-        A pickle, plain or inside gzip (recognised by content).
-    limits
-        Bounds for hostile files.
-    start
-        Index of the first item to hand out; earlier ones are read and dropped.
-
-    Raises
-    ------
-    ConversionError
-        Now or while iterating: the file is damaged, or is no batch.
-    UnsafePickleError
-        Now or while iterating: the pickle asks for something that batches never need.
-    """
-    return BatchStream(path, limits=limits, start=start)
-
-
 def is_pickle(path: str | os.PathLike[str]) -> bool:
-    """True if the file starts like a pickle, plain or inside gzip; reads a few bytes."""
+    """Whether the file starts like a pickle, plain or inside gzip."""
     try:
-        with open_source(path, _DEFAULT_LIMITS) as source:
+        with FileSource(path, _DEFAULT_LIMITS) as source:
             head = source.file.read(2)
     except ConversionError:
         return False

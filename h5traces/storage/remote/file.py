@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +15,7 @@ from h5traces.errors import (
     MissingDependencyError,
     RemoteError,
     StoredStateWarning,
+    warn,
 )
 from h5traces.storage.remote.transport import Blocks, ByteRange, coalesce, persistently
 
@@ -293,7 +293,7 @@ class RemoteFile:
             # A full disk is no reason to stop reading.
             self._cache = None
             message = f"{self.name}: the cache cannot be written and is not used: {error}"
-            warnings.warn(message, StoredStateWarning, stacklevel=2)
+            warn(message, StoredStateWarning)
 
     def _request(self, ranges: list[ByteRange], *, whole: bool) -> dict[ByteRange, bytes]:
         options = self._options

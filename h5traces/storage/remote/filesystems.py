@@ -6,7 +6,7 @@ import asyncio
 import http
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import fsspec
@@ -14,15 +14,16 @@ from fsspec.asyn import sync
 
 from h5traces.errors import RemoteError
 from h5traces.storage.remote.paths import RemotePath
-from h5traces.storage.remote.transport import Reply, TemporaryError, persistently
+from h5traces.storage.remote.transport import ByteRange, Reply, TemporaryError, persistently
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Mapping
 
     from h5traces.storage.remote.paths import RemoteOptions
-    from h5traces.storage.remote.transport import ByteRange, Transport
+    from h5traces.storage.remote.transport import Transport
 
 
+_HTTP_ERRORS: Final = 400
 _TEMPORARY_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REFUSED_STATUS: Final = frozenset({401, 403, 407})
 # S3 says so with status 400.
@@ -30,6 +31,7 @@ _REFUSED_CODES: Final = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 )
 _RANGE_NOT_SATISFIABLE: Final = 416
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})\Z")
 
 
 def refuse(path: RemotePath, status: int, reason: str) -> NoReturn:
@@ -137,10 +139,6 @@ def _is_network_failure(error: Exception) -> bool:
     )
 
 
-_HTTP_ERRORS: Final = 400
-
-_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})\Z")
-
 # By process, protocol, options and environment: connections of one process are of no use in
 # another, and credentials that were renewed are read anew.
 _filesystems: dict[tuple[int, str, str, str], Any] = {}
@@ -159,7 +157,7 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
     RemoteError
         fsspec knows no such protocol.
     """
-    arguments = {**_defaults(protocol, options), **options.storage_options}
+    arguments = {**options.storage_options, **_settings(protocol, options)}
     environment = sorted(each for each in os.environ.items() if each[0].startswith(_ENVIRONMENT))
     key = (os.getpid(), protocol, repr(sorted(arguments.items())), repr(environment))
     found = _filesystems.get(key)
@@ -169,6 +167,9 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
         except ValueError as error:
             message = f"{protocol}:// cannot be opened: {error}"
             raise RemoteError(message) from error
+        if protocol == "s3":
+            # Requests are repeated here; repeating them there as well would multiply.
+            found.retries = 1
         _filesystems[key] = found
     return found
 
@@ -179,29 +180,40 @@ def _forget(files: Any) -> None:
         _filesystems.pop(key, None)
 
 
-def _defaults(protocol: str, options: RemoteOptions) -> dict[str, Any]:
+def _settings(protocol: str, options: RemoteOptions) -> dict[str, Any]:
+    """Arguments of a file system that go with the options; what a user sets in them counts."""
+    given = options.storage_options
     if protocol in ("s3", "s3a"):
-        # Our own attempts are enough: theirs would multiply.
         config = {
             "retries": {"max_attempts": 0},
             "connect_timeout": options.timeout,
             "read_timeout": options.timeout,
             "max_pool_connections": 4 * options.max_parallel,
         }
-        given: Mapping[str, Any] = options.storage_options.get("config_kwargs", {})
-        return {"config_kwargs": {**config, **given}, "use_listings_cache": False}
+        return {
+            "use_listings_cache": given.get("use_listings_cache", False),
+            "config_kwargs": {**config, **given.get("config_kwargs", {})},
+        }
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=options.timeout, sock_read=options.timeout
+        )
+        client = {"timeout": timeout, **given.get("client_kwargs", {})}
+        return {"get_client": _web_client, "client_kwargs": client}
     return {}
 
 
 def transport_for(path: RemotePath, options: RemoteOptions) -> Transport:
     """The transport for an address; see `h5traces.storage.remote.transport`."""
     if path.is_web:
-        return WebTransport(path, path.url, filesystem(path.protocol, options), options)
+        return _WebTransport(path, filesystem(path.protocol, options), path.url)
     if path.protocol in ("s3", "s3a"):
-        return S3Transport(path, filesystem("s3", options))
+        return _S3Transport(path, filesystem("s3", options))
     if path.protocol == "hf":
         return _hub_transport(path, options)
-    return PlainTransport(path, filesystem(path.protocol, options))
+    return _PlainTransport(path, filesystem(path.protocol, options))
 
 
 def list_objects(
@@ -229,168 +241,207 @@ def list_objects(
     return sorted(RemotePath(files.unstrip_protocol(each)) for each in names)
 
 
-def _asked(path: RemotePath, files: Any, request: Coroutine[Any, Any, Reply]) -> Reply:
-    """The answer to a request, run in the file system's loop."""
+@dataclass(slots=True)
+class _Request:
+    """A request for a range, and what the head of its answer says.
 
-    async def run() -> Reply:
-        return await request
+    Attributes
+    ----------
+    path
+        The address.
+    offset, nbytes
+        The range; the last bytes where `offset` is None.
+    total_nbytes, version
+        Of the answer; see `Reply`.
+    """
 
-    try:
+    path: RemotePath
+    offset: int | None
+    nbytes: int
+    total_nbytes: int = 0
+    version: str | None = None
+
+    @property
+    def header(self) -> str:
+        """The value of the header ``Range``."""
+        if self.offset is None:
+            return f"bytes=-{self.nbytes}"
+        return f"bytes={self.offset}-{self.offset + self.nbytes - 1}"
+
+    def read_content_range(self, content_range: str) -> None:
+        """Take the size of the object from a header, which must be of the range asked for."""
+        found = _CONTENT_RANGE.match(content_range)
+        if found is None:
+            message = f"the server answers with the range {content_range!r}, without the size"
+            msg = f"{self.path}: {message}"
+            raise RemoteError(msg)
+        first, last, self.total_nbytes = (int(part) for part in found.groups())
+        wanted = max(0, self.total_nbytes - self.nbytes) if self.offset is None else self.offset
+        if first != wanted or last - first >= self.nbytes:
+            message = f"the server answers with the range {content_range!r}, not with what was "
+            msg = f"{self.path}: {message}asked for ({self.header})"
+            raise RemoteError(msg)
+
+    def reply(self, data: bytes) -> Reply:
+        """The reply, if it is whole: up to the end of the object, where that comes first."""
+        expected = max(0, min(self.nbytes, self.total_nbytes - (self.offset or 0)))
+        if len(data) > expected:
+            self.reject_more()
+        if len(data) < expected:
+            message = f"the answer has {len(data)} bytes, expected {expected}"
+            raise TemporaryError(message)
+        return Reply(data, self.total_nbytes, self.version)
+
+    def reject_more(self) -> NoReturn:
+        """Raise that the server sends more than it was asked for."""
+        message = f"{self.path}: the server sends more than the {self.nbytes} bytes asked for"
+        raise RemoteError(message)
+
+
+class _FsspecTransport:
+    """An object that one of fsspec's file systems reaches; a `Transport`."""
+
+    def __init__(self, path: RemotePath, files: Any) -> None:
+        self._path, self._files = path, files
+
+    def tail(self, nbytes: int) -> Reply:
+        return self._asked(_Request(self._path, None, nbytes))
+
+    def get(self, wanted: ByteRange) -> Reply:
+        return self._asked(_Request(self._path, wanted.offset, wanted.nbytes))
+
+    def _asked(self, request: _Request) -> Reply:
         try:
-            reply: Reply = sync(files.loop, run)
-        except (RemoteError, TemporaryError, FileNotFoundError):
+            try:
+                return request.reply(self._data(request))
+            except (RemoteError, TemporaryError):
+                raise
+            except Exception as error:
+                translate(self._path, error)
+        except RemoteError:
+            _forget(self._files)
             raise
-        except Exception as error:
-            translate(path, error)
-    except RemoteError:
-        _forget(files)
-        raise
-    return reply
+
+    def _data(self, request: _Request) -> bytes:
+        """The bytes of the range; size and version of the object go into the request."""
+        raise NotImplementedError
 
 
-class WebTransport:
+class _PlainTransport(_FsspecTransport):
+    """An object whose version is what ``info`` says of it, in a request of its own."""
+
+    def _data(self, request: _Request) -> bytes:
+        self._files.invalidate_cache()
+        facts = self._files.info(self._path.url)
+        marks = (facts.get(name) for name in ("ETag", "etag", "mtime", "created", "modified"))
+        request.version = next((str(mark) for mark in marks if mark is not None), None)
+        request.total_nbytes = total = int(facts["size"])
+        first = request.offset
+        if first is None:
+            first = max(0, total - request.nbytes)
+        stop = first + request.nbytes
+        data: bytes = self._files.cat_file(self._path.url, start=first, end=stop)
+        return data
+
+
+class _S3Transport(_FsspecTransport):
+    """An object in an S3 bucket, or in a store that speaks S3."""
+
+    def _data(self, request: _Request) -> bytes:
+        bucket, key, version = self._files.split_path(self._path.url)
+        version_id = {} if version is None else {"VersionId": version}
+        found = self._files.call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=request.header, **version_id
+        )
+        request.version = found.get("ETag")
+        try:
+            request.read_content_range(found.get("ContentRange", ""))
+            data: bytes = sync(self._files.loop, found["Body"].read)
+        finally:
+            found["Body"].close()
+        return data
+
+
+class _WebTransport(_FsspecTransport):
     """An object on a web server.
 
     Parameters
     ----------
     path
         The address for messages.
-    url
-        Where it is asked for.
     files
         fsspec's file system for web servers.
-    options
-        For its timeout.
+    url
+        Where it is asked for.
     headers
         To send beside those of the storage options.
     """
 
     def __init__(
-        self,
-        path: RemotePath,
-        url: str,
-        files: Any,
-        options: RemoteOptions,
-        headers: Mapping[str, str] | None = None,
+        self, path: RemotePath, files: Any, url: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        import aiohttp
+        super().__init__(path, files)
+        self._url = url
+        self._more = {"headers": dict(headers)} if headers else {}
 
-        self._path, self._url, self._files = path, url, files
-        self._headers = headers or {}
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=options.timeout, sock_read=options.timeout
+    def _data(self, request: _Request) -> bytes:
+        start, stop = -request.nbytes, None
+        if request.offset is not None:
+            start, stop = request.offset, request.offset + request.nbytes
+        data: bytes = self._files.cat_file(
+            self._url, start=start, end=stop, trace_request_ctx=request, **self._more
         )
+        return data
 
-    def tail(self, nbytes: int) -> Reply:
-        return self._ask(None, nbytes)
 
-    def get(self, wanted: ByteRange) -> Reply:
-        return self._ask(wanted.offset, wanted.nbytes)
+async def _web_client(**arguments: Any) -> Any:
+    """aiohttp's client, which reads the heads of answers before their bodies are read."""
+    import aiohttp
 
-    def _ask(self, offset: int | None, nbytes: int) -> Reply:
-        return _asked(self._path, self._files, self._request(offset, nbytes))
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(_read_head)
+    # Ranges are of the bytes as they are sent, so they must not be compressed on the way.
+    headers = {"Accept-Encoding": "identity", **arguments.pop("headers", {})}
+    return aiohttp.ClientSession(headers=headers, trace_configs=[trace], **arguments)
 
-    async def _request(self, offset: int | None, nbytes: int) -> Reply:
-        arguments = dict(self._files.kwargs)
-        # Ranges are of the bytes as they are sent, so they must not be compressed on the way.
-        headers = {**arguments.pop("headers", {}), **self._headers, "Accept-Encoding": "identity"}
-        session = await self._files.set_session()
-        url = self._files.encode_url(self._url)
-        async with session.get(
-            url,
-            headers={**headers, "Range": _range(offset, nbytes)},
-            timeout=self._timeout,
-            **arguments,
-        ) as reply:
-            if reply.status >= _HTTP_ERRORS:
-                refuse(self._path, reply.status, reply.reason or "")
-            version = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-            if reply.status == http.HTTPStatus.PARTIAL_CONTENT:
-                content_range = reply.headers.get("Content-Range", "")
-                total = _total(self._path, content_range, offset, nbytes)
-            else:
-                total = self._whole(reply.content_length, nbytes)
-            data = await self._body(reply.content, nbytes)
-        return _complete(Reply(data, total, version), nbytes, offset)
 
-    async def _body(self, content: Any, nbytes: int) -> bytes:
-        """What the server sends, if it is no more than was asked for."""
-        parts, found = [], 0
-        while part := await content.read(nbytes + 1 - found):
-            parts.append(part)
-            found += len(part)
-            if found > nbytes:
-                message = f"{self._path}: the server sends more than the {nbytes} bytes asked for"
-                raise RemoteError(message)
-        return b"".join(parts)
+async def _read_head(_: Any, context: Any, answered: Any) -> None:
+    """Note size and version of an object; close an answer whose body must not be read."""
+    request, answer = context.trace_request_ctx, answered.response
+    # Listings have none.
+    if not isinstance(request, _Request):
+        return
+    try:
+        _check_head(request, answer)
+    except BaseException:
+        answer.close()
+        raise
 
-    def _whole(self, length: int | None, nbytes: int) -> int:
-        """Where a server sends all: its length, if no more was asked for."""
-        if length is None or length > nbytes:
-            message = (
-                f"{self._path}: the server does not support range requests; download the archive "
-                "and open the file"
-            )
+
+def _check_head(request: _Request, answer: Any) -> None:
+    if answer.status >= _HTTP_ERRORS:
+        refuse(request.path, answer.status, answer.reason or "")
+    request.version = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+    length = answer.content_length
+    if answer.status == http.HTTPStatus.PARTIAL_CONTENT:
+        request.read_content_range(answer.headers.get("Content-Range", ""))
+        if length is None:
+            message = f"{request.path}: the server does not say how many bytes it sends"
             raise RemoteError(message)
-        return length
+        if length > request.nbytes:
+            request.reject_more()
+        return
+    # The server sends all: good where no more was asked for.
+    if length is None or length > request.nbytes or request.offset:
+        message = (
+            f"{request.path}: the server does not support range requests; download the archive "
+            "and open the file"
+        )
+        raise RemoteError(message)
+    request.total_nbytes = length
 
 
-class S3Transport:
-    """An object in an S3 bucket, or in a store that speaks S3."""
-
-    def __init__(self, path: RemotePath, files: Any) -> None:
-        self._path, self._files = path, files
-        self._bucket, self._key, self._object_version = files.split_path(path.url)
-
-    def tail(self, nbytes: int) -> Reply:
-        return self._ask(None, nbytes)
-
-    def get(self, wanted: ByteRange) -> Reply:
-        return self._ask(wanted.offset, wanted.nbytes)
-
-    def _ask(self, offset: int | None, nbytes: int) -> Reply:
-        return _asked(self._path, self._files, self._request(offset, nbytes))
-
-    async def _request(self, offset: int | None, nbytes: int) -> Reply:
-        await self._files.set_session()
-        client = await self._files.get_s3(self._bucket)
-        arguments = {**self._files.req_kw, "Bucket": self._bucket, "Key": self._key}
-        if self._object_version is not None:
-            arguments["VersionId"] = self._object_version
-        found = await client.get_object(Range=_range(offset, nbytes), **arguments)
-        total = _total(self._path, found.get("ContentRange", ""), offset, nbytes)
-        async with found["Body"] as body:
-            data = await body.read()
-        return _complete(Reply(data, total, found.get("ETag")), nbytes, offset)
-
-
-class PlainTransport:
-    """An object that fsspec reads in its own way; its version is what ``info`` says of it."""
-
-    def __init__(self, path: RemotePath, files: Any) -> None:
-        self._path, self._files = path, files
-
-    def tail(self, nbytes: int) -> Reply:
-        return self._ask(None, nbytes)
-
-    def get(self, wanted: ByteRange) -> Reply:
-        return self._ask(wanted.offset, wanted.nbytes)
-
-    def _ask(self, offset: int | None, nbytes: int) -> Reply:
-        try:
-            self._files.invalidate_cache()
-            facts = self._files.info(self._path.url)
-            total = int(facts["size"])
-            start = max(0, total - nbytes) if offset is None else offset
-            data = self._files.cat_file(self._path.url, start=start, end=start + nbytes)
-        except Exception as error:
-            translate(self._path, error)
-        marks = (facts.get(name) for name in ("ETag", "etag", "mtime", "created", "modified"))
-        version = next((str(mark) for mark in marks if mark is not None), None)
-        return _complete(Reply(data, total, version), nbytes, offset)
-
-
-def _hub_transport(path: RemotePath, options: RemoteOptions) -> WebTransport:
+def _hub_transport(path: RemotePath, options: RemoteOptions) -> Transport:
     """A file of a repository on the Hugging Face hub: a web address behind its path."""
     from huggingface_hub import get_token, hf_hub_url
 
@@ -409,33 +460,4 @@ def _hub_transport(path: RemotePath, options: RemoteOptions) -> WebTransport:
     token = files.token if isinstance(files.token, str) else get_token()
     headers = {"Authorization": f"Bearer {token}"} if token and files.token is not False else {}
     web = filesystem("https", replace(options, storage_options={}))
-    return WebTransport(path, url, web, options, headers)
-
-
-def _range(offset: int | None, nbytes: int) -> str:
-    """The header for a range, or for the last bytes."""
-    return f"bytes=-{nbytes}" if offset is None else f"bytes={offset}-{offset + nbytes - 1}"
-
-
-def _total(path: RemotePath, content_range: str, offset: int | None, nbytes: int) -> int:
-    """Size of the object by the header of an answer, which must be the range asked for."""
-    found = _CONTENT_RANGE.match(content_range)
-    if found is None:
-        message = f"{path}: the server answers with the range {content_range!r}, without the size"
-        raise RemoteError(message)
-    first, last, total = (int(part) for part in found.groups())
-    expected = max(0, total - nbytes) if offset is None else offset
-    if first != expected or last - first >= nbytes:
-        message = f"{path}: the server answers with the range {content_range!r}, not with what was "
-        msg = f"{message}asked for ({_range(offset, nbytes)})"
-        raise RemoteError(msg)
-    return total
-
-
-def _complete(reply: Reply, nbytes: int, offset: int | None) -> Reply:
-    """The reply, if it is whole: up to the end of the object, where that comes first."""
-    expected = max(0, min(nbytes, reply.total_nbytes - (offset or 0)))
-    if len(reply.data) != expected:
-        message = f"the answer has {len(reply.data)} bytes, expected {expected}"
-        raise TemporaryError(message)
-    return reply
+    return _WebTransport(path, web, url, headers)

@@ -1,0 +1,424 @@
+"""What is stored of one sample, and its arrays in the types of their source."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from h5traces.archive.tensors import to_tensor
+from h5traces.errors import (
+    CorruptArchiveError,
+    HeadsNotStoredError,
+    SchemaError,
+    UnsupportedEncodingError,
+)
+from h5traces.format import layout, text
+from h5traces.format.document import from_attributes
+from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
+from h5traces.format.trace import TraceMetadata
+from h5traces.format.values import TorchValue, decode_element
+from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
+from h5traces.storage.remote.paths import RemotePath
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
+
+    from h5traces.archive.file import ArchiveFile
+    from h5traces.format.document import Attrs
+    from h5traces.format.entries import ObjectEntry, SampleEntry
+    from h5traces.storage.files import ByteFile
+
+_STEPS_TABLE_AXES = 3
+_FLAT_AXES = 2
+_INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+
+class StoredTrace:
+    """What is stored of one sample, for the rooms that read more than a user's `Trace` shows.
+
+    Attributes
+    ----------
+    file
+        The archive file that holds it.
+    index
+        Its place in that file.
+    selected
+        The layers that ``archive.select`` chose; None for all that are stored.
+    """
+
+    def __init__(self, file: ArchiveFile, index: int, selected: tuple[int, ...] | None) -> None:
+        self.file, self.index, self.selected = file, index, selected
+        self._tables: dict[str, NDArray[Any]] = {}
+
+    @cached_property
+    def sample(self) -> SampleEntry:
+        return self.file.sample(self.index)
+
+    @property
+    def place(self) -> str:
+        """File and HDF5 path, for messages."""
+        return f"{self.file.path}: {layout.sample_path(self.sample.ordinal)}"
+
+    @cached_property
+    def metadata(self) -> TraceMetadata:
+        """The sample's attributes, validated; with the labels that lie beside the archive."""
+        labels = self.file.labels
+        try:
+            found = from_attributes(TraceMetadata, self.sample.attrs)
+            return found if labels is None else labels.labelled(found, self.sample.ordinal)
+        except SchemaError as error:
+            message = f"{self.place}: {error}"
+            raise SchemaError(message, error.problems) from error
+
+    @property
+    def has_new_label(self) -> bool:
+        """Whether the trace was labelled later than it was stored."""
+        labels = self.file.labels
+        return labels is not None and labels.has_label(self.sample.ordinal)
+
+    @property
+    def byte_file(self) -> ByteFile:
+        """The bytes that chunk tables point into."""
+        return self.file.store.file
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the trace lies on a server."""
+        return isinstance(self.file.path, RemotePath)
+
+    @property
+    def objects(self) -> Mapping[str, ObjectEntry]:
+        """All objects of the sample by path."""
+        return self.sample.objects
+
+    def entry(self, path: str) -> ObjectEntry:
+        """The object at `path` below the sample's group."""
+        return self.file.entry(self.sample, path)
+
+    def attrs(self, path: str) -> Attrs:
+        """Attributes of the object at `path` below the sample's group."""
+        return self.entry(path).attrs
+
+    def all_attrs(self, prefix: str) -> Iterator[Attrs]:
+        """Attributes of all objects whose path begins so; perhaps without their digests."""
+        objects = self.sample.objects
+        found = (path for path in objects if path.startswith(prefix))
+        return (self.file.attrs(self.sample, path) for path in found)
+
+    def values(self, path: str) -> NDArray[Any]:
+        """Stored values of the dataset at `path`, as they lie in the file."""
+        return self.file.read(self.sample, path)
+
+    @cached_property
+    def _children(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self.objects:
+            parent, _, name = path.rpartition("/")
+            found.setdefault(parent, []).append(name)
+        return found
+
+    def children(self, path: str) -> list[str]:
+        """Names directly below the group at `path`, sorted."""
+        if not self.entry(path).is_group:
+            message = f"{self.place}/{path}: is a dataset, expected a group"
+            raise CorruptArchiveError(message)
+        return sorted(self._children.get(path, ()))
+
+    def table(self, path: str, *, check: Callable[[], None] | None = None) -> NDArray[Any]:
+        """A dataset that all layers of a kind are read with; kept, and not to be written to.
+
+        Parameters
+        ----------
+        path
+            Below the sample's group.
+        check
+            Called before it is read.
+        """
+        if path not in self._tables:
+            if check is not None:
+                check()
+            self._tables[path] = self.values(path)
+        return self._tables[path]
+
+    def ranges(self, path: str) -> list[tuple[int, int]]:
+        """Offset and size of the stored chunks of the dataset at `path`."""
+        chunks = self.entry(path).chunks
+        return [] if chunks is None else chunks.ranges
+
+    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Inside the block, these ranges of the file are read from memory; on servers only."""
+        return self.file.prefetched(ranges, [self.sample.ordinal])
+
+    @property
+    def default_kinds(self) -> tuple[str, str]:
+        """Hidden states, and attentions or what took their place."""
+        objects = self.sample.objects
+        has_heads = layout.ATTENTIONS in objects or layout.ATTENTION_MEAN not in objects
+        return layout.HIDDEN_STATES, layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
+
+    def stored_layers(self, kind: str) -> tuple[int, ...]:
+        """Layer numbers stored of a kind, selected or not, ascending."""
+        return _stored_layers(kind, tuple(self.objects))
+
+    def check_heads(self, kind: str) -> None:
+        """Refuse to look for attention heads that were given up for their mean.
+
+        Raises
+        ------
+        HeadsNotStoredError
+            `kind` is ``attentions``, and only their mean is stored.
+        """
+        objects = self.sample.objects
+        has_mean = kind == layout.ATTENTIONS and layout.ATTENTION_MEAN in objects
+        if has_mean and kind not in objects:
+            precision = self.file.metadata.precision
+            kept = f" (tier {precision.tier})" if precision is not None else ""
+            message = (
+                f"{self.place}: attentions of single heads are not stored{kept}; "
+                f"trace[{layout.ATTENTION_MEAN!r}] holds their reduction over heads, (query, key)"
+            )
+            raise HeadsNotStoredError(message)
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Keys of the legacy dict, in their order."""
+        named = self.metadata.fields or self.file.metadata.fields
+        if named is None:
+            return self._present_fields()
+        is_further = self.has_new_label and layout.LABEL not in named
+        return (*named, layout.LABEL) if is_further else named
+
+    def _present_fields(self) -> tuple[str, ...]:
+        """Keys for a trace that no legacy dict was the source of."""
+        objects, found = self.sample.objects, []
+        found += [kind for kind in self.file.metadata_kinds if kind in objects]
+        datasets = (layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS)
+        found += [name for name in datasets if name in objects]
+        for key, value in self.slots().items():
+            found += [key] if value is not None else []
+        prefix = f"{layout.EXTRA_GROUP}/"
+        found += [
+            layout.unescape_key(text.unescape(path.removeprefix(prefix)))
+            for path in objects
+            if path.startswith(prefix) and "/" not in path.removeprefix(prefix)
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def slots(self) -> dict[str, Any]:
+        """Values of the legacy keys that are attributes here; None for what is not stored."""
+        metadata = self.metadata
+        return {
+            layout.QUESTION_ID: metadata.sample_id,
+            layout.PROMPT_LENGTH: metadata.prompt_len,
+            layout.LABEL: metadata.label,
+        }
+
+    def extra(self, path: str) -> Any:
+        """The value of an extra field by its path; torch tensors as `TorchValue`."""
+        return decode_element(self, path)
+
+    def tokens(self, *, torch_tensors: bool = False) -> Any:
+        """The stored tokens in the type of their source, whether or not it is among `fields`.
+
+        Raises
+        ------
+        CorruptArchiveError
+            They are no row of integers.
+        """
+        attrs, values = self.attrs(layout.TOKENS), self.values(layout.TOKENS)
+        source_dtype = attrs.get("source_dtype")
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            message = f"{self.place}/{layout.TOKENS}: holds no row of integers"
+            raise CorruptArchiveError(message)
+        if source_dtype is not None:
+            if source_dtype not in _INTEGER_TYPES:
+                message = f"{self.place}/tokens: source_dtype {source_dtype!r} is no type"
+                raise CorruptArchiveError(message)
+            values = values.astype(np.dtype(source_dtype))
+        if torch_tensors and attrs.get("container") == "torch":
+            return to_tensor(TorchValue(values, values.dtype.name))
+        return values
+
+    def text(self, key: str) -> str:
+        """The one text of a dataset of the sample.
+
+        Raises
+        ------
+        CorruptArchiveError
+            It holds something else.
+        """
+        found = self.texts(key)
+        if len(found) != 1:
+            message = f"{self.place}/{key}: holds {len(found)} texts, expected one"
+            raise CorruptArchiveError(message)
+        return found[0]
+
+    def texts(self, key: str) -> list[str]:
+        """The texts of a dataset of the sample.
+
+        Raises
+        ------
+        CorruptArchiveError
+            It holds something else.
+        """
+        values = self.values(key)
+        if values.dtype.kind != "S":
+            message = f"{self.place}/{key}: holds {values.dtype}, expected text"
+            raise CorruptArchiveError(message)
+        try:
+            return text.decode_all(values)
+        except CorruptArchiveError as error:
+            message = f"{self.place}/{key}: {error}"
+            raise CorruptArchiveError(message) from error
+
+    def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
+        """The array of a kind by its dataset name, in its source's type; a list where in steps."""
+        return _restored_layer(self, kind, name)
+
+    def read_layer(self, kind: str, name: str, *, torch_tensors: bool = False) -> Any:
+        """The array of a kind by its dataset name; a list of arrays where it holds steps.
+
+        bfloat16 comes as float32, or, with `torch_tensors` and from a tensor, as a tensor.
+        """
+        typed = self.typed_layer(kind, name)
+        as_tensor = torch_tensors and self.attrs(f"{kind}/{name}").get("container") == "torch"
+
+        def plain(array: TypedArray) -> Any:
+            if as_tensor:
+                return to_tensor(TorchValue(array.values, array.dtype))
+            values = array.to_numpy()
+            return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+        if not isinstance(typed, list):
+            return plain(typed)
+        steps = [plain(step) for step in typed]
+        in_tuple = self.attrs(f"{kind}/{name}").get("sequence") == "tuple"
+        return tuple(steps) if in_tuple else steps
+
+
+@lru_cache(maxsize=256)
+def _stored_layers(kind: str, paths: tuple[str, ...]) -> tuple[int, ...]:
+    """Cached, since all samples of an archive are alike."""
+    prefix = f"{kind}/"
+    names = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
+    layers = (layout.parse_layer_name(name) for name in names)
+    return tuple(sorted(each for each in layers if each is not None))
+
+
+def _restored_layer(trace: StoredTrace, kind: str, name: str) -> TypedArray | list[TypedArray]:
+    """The array of a kind by its dataset name, in its source's type; a list where in steps.
+
+    Raises
+    ------
+    CorruptArchiveError
+        What is stored does not go together.
+    UnsupportedEncodingError
+        This release does not know how to decode it.
+    """
+    path = f"{kind}/{name}"
+    entry, stored = trace.entry(path), trace.values(path)
+    try:
+        encoded = is_encoded(entry.attrs)
+    except UnsupportedEncodingError as error:
+        message = f"{trace.place}/{path}: {error}"
+        raise UnsupportedEncodingError(message) from error
+    if "encoding" in entry.attrs and trace.file.metadata.precision is None:
+        message = (
+            f"{trace.place}/{entry.path}: is encoded as {entry.attrs['encoding']}, but the archive "
+            "does not say that it is less than exact (the root attribute 'precision' is missing); "
+            "restore the file from a copy"
+        )
+        raise CorruptArchiveError(message)
+    if encoded:
+        return _decoded(trace, kind, name, entry, stored)
+    if f"{kind}/{layout.STEPS_TABLE}" in trace.objects:
+        steps = _steps(trace, kind, name, stored)
+        return [_cast_back(trace, step, entry) for step in steps]
+    return _cast_back(trace, stored, entry)
+
+
+def _cast_back(trace: StoredTrace, stored: NDArray[Any], entry: ObjectEntry) -> TypedArray:
+    """Stored values in the type they are to be read in."""
+    place = f"{trace.place}/{entry.path}"
+    array = TypedArray(stored, _float_type(entry.dtype, place))
+    source = entry.attrs.get("source_dtype")
+    return cast_values(array, _float_type(source, place)) if source is not None else array
+
+
+def _float_type(name: object, place: str) -> FloatType:
+    if name not in FLOAT_TYPES:
+        message = f"{place}: stored type {name!r} is none of {', '.join(CARRIERS)}"
+        raise CorruptArchiveError(message)
+    return name
+
+
+def _decoded(
+    trace: StoredTrace, kind: str, name: str, entry: ObjectEntry, stored: NDArray[Any]
+) -> TypedArray:
+    file = trace.file
+    try:
+        return decode(
+            stored,
+            entry.attrs,
+            scale=lambda path: file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/")),
+            exceptions=lambda: _exceptions(trace, kind, name),
+            unrounded=file.unrounded,
+        )
+    except CorruptArchiveError as error:
+        what = str(error).removeprefix(f"{file.path}: ")
+        message = f"{trace.place}/{entry.path}: {what}"
+        raise type(error)(message) from error
+
+
+def _exceptions(trace: StoredTrace, kind: str, name: str) -> NDArray[np.float64]:
+    """Flat index and value of every exception of a layer."""
+    path = f"{kind}/{layout.EXCEPTIONS_TABLE}"
+    if path not in trace.objects:
+        message = f"its exceptions are missing; expected the table {path}"
+        raise CorruptArchiveError(message)
+    table = trace.table(path, check=lambda: _check_table(trace, kind, path))
+    layer = layout.parse_layer_name(name)
+    found: NDArray[np.float64] = table[
+        table[:, 0] == (layout.EMBEDDING_LAYER if layer is None else layer)
+    ]
+    return found[:, 1:]
+
+
+def _check_table(trace: StoredTrace, kind: str, path: str) -> None:
+    """Rows are counted by the layers; a table may claim any number."""
+    entry = trace.entry(path)
+    count = num_exceptions(trace.all_attrs(f"{kind}/"))
+    if entry.dtype != "float64" or entry.shape != (count, EXCEPTION_COLUMNS):
+        message = (
+            f"{path} is {entry.dtype or 'a group'} {entry.shape}, expected float64 "
+            f"({count}, {EXCEPTION_COLUMNS}), as layers list {count} exceptions"
+        )
+        raise CorruptArchiveError(message)
+
+
+def _steps(trace: StoredTrace, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
+    """Generation steps out of the flat dataset that holds them."""
+    names = [layout.layer_name(layer) for layer in trace.stored_layers(kind)]
+    table = trace.table(f"{kind}/{layout.STEPS_TABLE}")
+    fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
+    steps, start = [], 0
+    try:
+        shapes = table[names.index(name)].tolist() if fits and stored.ndim == _FLAT_AXES else []
+        for shape in shapes:
+            if min(shape, default=0) < 0:
+                break
+            stop = start + math.prod(shape) // max(1, stored.shape[0])
+            steps.append(np.ascontiguousarray(stored[:, start:stop]).reshape(shape))
+            start = stop
+    except (ValueError, IndexError, OverflowError):
+        shapes = []
+    if not fits or len(steps) != len(shapes) or start != stored.shape[-1]:
+        message = f"{trace.place}/{kind}/{name}: {stored.shape} does not fit its steps table"
+        raise CorruptArchiveError(message)
+    return steps
