@@ -85,7 +85,7 @@ def test_a_signal_stops_cleanly(batches, tmp_path, number, code, workers):
         process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == code, stderr
-    assert "stopped; nothing half-written was kept" in stderr
+    assert "stopped; no unfinished file was kept" in stderr
     assert "Traceback" not in stderr
     assert not list(out.glob("*.part"))
     finish(batches, out)
