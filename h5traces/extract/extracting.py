@@ -115,8 +115,7 @@ def extract_dataset(
         message = (
             f"{place.path}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the "
             f"room to pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; "
-            "choose another, fewer samples or layers, or smaller shards, or set check_space to "
-            "False"
+            "choose another, fewer samples or layers, smaller shards, or check_space=False"
         )
         raise ExtractionError(message)
     loaded = models.load_model(
