@@ -283,7 +283,7 @@ class ArchiveFile:
 
     def _needs_footer(self, error: FooterError) -> CorruptArchiveError:
         return CorruptArchiveError(
-            f"{self.path}: {error}; without a footer, HDF5 would read an archive on a server piece "
+            f"{self.path}: {error}; without an index, HDF5 would read an archive on a server piece "
             "by tiny piece; download it, run 'h5traces seal' on it, and upload it again"
         )
 

@@ -80,23 +80,23 @@ def dropped(name: str) -> Any:
 
 # --- sizes, offsets and shapes ---------------------------------------------------------------
 
-IMPOSSIBLE = "impossible|takes .* bytes; the limit|the footer"
+IMPOSSIBLE = "impossible|takes .* bytes; the limit|the index"
 forged("negative-dims", filled("object_dims", -5), error=IMPOSSIBLE)
 forged("huge-dims", filled("object_dims", 1 << 40), error=IMPOSSIBLE)
 forged("overflowing-dims", filled("object_dims", 1 << 62), error=IMPOSSIBLE)
 forged("zero-chunk-dims", filled("object_chunk_dims", 0), error=IMPOSSIBLE)
 forged("negative-chunk-dims", filled("object_chunk_dims", -1), error=IMPOSSIBLE)
 forged("huge-chunk-dims", filled("object_chunk_dims", 1 << 40), error="limit is|impossible")
-forged("too-many-dims", filled("object_ndim", 255), error="impossible|the footer")
-forged("no-dims", filled("object_ndim", 0), error="chunks|bytes|the footer")
-forged("chunk-outside-the-file", filled("chunk_gap", 1 << 40), error="outside the file|the footer")
-forged("chunk-before-the-file", filled("chunk_gap", -(1 << 40)), error="outside the|the footer")
+forged("too-many-dims", filled("object_ndim", 255), error="impossible|the index")
+forged("no-dims", filled("object_ndim", 0), error="chunks|bytes|the index")
+forged("chunk-outside-the-file", filled("chunk_gap", 1 << 40), error="outside the file|the index")
+forged("chunk-before-the-file", filled("chunk_gap", -(1 << 40)), error="outside the|the index")
 forged("overflowing-offsets", filled("chunk_gap", (1 << 63) - 1), error="outside the|damaged")
-forged("negative-chunk-sizes", filled("chunk_nbytes", -8), error="outside the|the footer")
-forged("huge-chunk-sizes", filled("chunk_nbytes", 1 << 50), error="outside the file|the footer")
+forged("negative-chunk-sizes", filled("chunk_nbytes", -8), error="outside the|the index")
+forged("huge-chunk-sizes", filled("chunk_nbytes", 1 << 50), error="outside the file|the index")
 forged("chunk-of-no-bytes", filled("chunk_nbytes", 0), error="outside|cannot hold|checksum")
 forged("no-chunks", filled("object_num_chunks", 0), error="0 chunks are stored, expected|footer")
-forged("too-many-chunks", filled("object_num_chunks", 4_000_000_000), error="chunks|the footer")
+forged("too-many-chunks", filled("object_num_chunks", 4_000_000_000), error="chunks|the index")
 # validate reads no arrays; verify does.
 forged("wrong-checksums", filled("chunk_checksum", 0), error="checksum does not fit", problem=None)
 
@@ -136,7 +136,7 @@ def amplified(document: dict[str, Any], columns: dict[str, bytes]) -> None:
     del document
 
 
-forged("one-chunk-50000-times", amplified, error="overlap in a file|the footer")
+forged("one-chunk-50000-times", amplified, error="overlap in a file|the index")
 
 # --- types, codecs and names -----------------------------------------------------------------
 
@@ -153,27 +153,27 @@ for name, types in {
     def change(document: dict[str, Any], _columns: Any, types: str = types) -> None:
         document["types"] = [each and types for each in document["types"]]
 
-    forged(f"type-{name}", change, error="type|larger than|the footer|chunks")
+    forged(f"type-{name}", change, error="type|larger than|the index|chunks")
 
-forged("no-types", key("types", []), error="the footer")
+forged("no-types", key("types", []), error="the index")
 forged("numbers-as-types", key("types", [1] * 50), error="type|footer")
-forged("types-out-of-range", filled("object_type", 65535), error="the footer")
-forged("codecs-out-of-range", filled("object_codec", 255), error="the footer")
-forged("names-out-of-range", filled("object_name", 4_000_000_000), error="the footer")
-forged("attrs-out-of-range", filled("object_attrs", 4_000_000_000), error="the footer")
+forged("types-out-of-range", filled("object_type", 65535), error="the index")
+forged("codecs-out-of-range", filled("object_codec", 255), error="the index")
+forged("names-out-of-range", filled("object_name", 4_000_000_000), error="the index")
+forged("attrs-out-of-range", filled("object_attrs", 4_000_000_000), error="the index")
 forged("unknown-codec", key("codecs", ["rot13"] * 20), error="codec 'rot13' is unknown|footer")
 for codec in ("lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd"):
     change = key("codecs", ["", *[codec] * 20])
     forged(f"codec-{codec}", change, error=f"codec '{codec}' is unknown|footer")
 # The chunks are zlib streams.
 forged("codec-zstd", key("codecs", ["", *["zstd"] * 20]), error="damaged|cannot hold|footer")
-forged("all-names-alike", filled("object_name", 0), error="not stored|footer|shape|field")
+forged("all-names-alike", filled("object_name", 0), error="not stored|index|shape|field")
 forged(
     "duplicate-names",
     raw_column("names_json", b'["a"' + b',"a"' * 99 + b"]"),
     error="footer|stored",
 )
-forged("no-names", raw_column("names_json", b"[]"), error="the footer")
+forged("no-names", raw_column("names_json", b"[]"), error="the index")
 
 
 def one_sample_more(document: dict[str, Any], columns: dict[str, bytes]) -> None:
@@ -184,7 +184,7 @@ def one_sample_more(document: dict[str, Any], columns: dict[str, bytes]) -> None
 
 
 forged("one-sample-more", one_sample_more, error="sample 2 is missing, as there are 2")
-forged("no-checksums", raw_column("chunk_checksum", b""), error="footer|chunks are stored")
+forged("no-checksums", raw_column("chunk_checksum", b""), error="index|chunks are stored")
 forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error="footer")
 forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="footer|stored")
 forged("names-are-a-number", raw_column("names_json", b"7"), error="footer")

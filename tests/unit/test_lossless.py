@@ -218,6 +218,7 @@ def test_what_was_not_recorded_is_not_known(tmp_path: Path) -> None:
 
 def test_inspect_shows_it(tmp_path: Path) -> None:
     source = batch("float32")
-    facts = inspect(archive_of(tmp_path, source)).metadata
+    (found,) = inspect(archive_of(tmp_path, source))
+    facts = found.metadata
     assert facts["is_lossless"] is False
     assert facts["changes"] == f"cast float32 -> float16 changed {changed(source)} values"
