@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -19,7 +18,7 @@ from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
 from h5traces.features.table import Column, FeatureTable, SpooledColumn
 from h5traces.features.writing import FORMATS, check_writer, write_features
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, utc_now
 from h5traces.paths import Target, check_not_a_source
 from h5traces.storage.publish import make_folder
 
@@ -311,7 +310,7 @@ def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
         "format": FEATURES_FORMAT,
         "format_version": FEATURES_VERSION,
         "generator": f"h5traces {__version__}",
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "created": utc_now(),
         "model_id": view.metadata.model_id or "",
         "archive_ids": [file.metadata.archive_id for file in view._files],
         "losses": [str(each) for each in shared_metadata(view._files).losses],
