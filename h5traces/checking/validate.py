@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from h5traces.archive.file import check_version
 from h5traces.archive.labels import label_problems
+from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore, object_place
 from h5traces.checking.isolated import validate_isolated
 from h5traces.checking.reports import Reports, ValidationReport
@@ -29,11 +30,10 @@ from h5traces.format.archive import ArchiveMetadata, KindMetadata
 from h5traces.format.digests import sample_difference
 from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
-from h5traces.format.index_table import index_columns
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import ArrayDescription, TraceDescription, coverage_of
-from h5traces.format.trace import TraceMetadata
+from h5traces.format.trace import TraceMetadata, index_columns
 from h5traces.paths import expand_paths
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
@@ -43,7 +43,7 @@ from h5traces.precision.decoding import (
     num_exceptions,
     restored_type,
 )
-from h5traces.precision.scales import OFFSET, SIGMA, STEP, layers_with_scales
+from h5traces.precision.scales import OFFSET, SIGMA, STEP
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind

@@ -21,9 +21,9 @@ from h5traces.format.digests import sample_digest
 from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
-from h5traces.format.index_table import index_columns
 from h5traces.format.record import StepArrays, TraceRecord
 from h5traces.format.text import utc_now
+from h5traces.format.trace import index_columns
 from h5traces.format.values import EncodedObject
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
