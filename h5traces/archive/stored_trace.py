@@ -252,7 +252,7 @@ class StoredTrace:
         Raises
         ------
         CorruptArchiveError
-            What is stored does not go together.
+            Stored values and attributes contradict each other.
         UnsupportedEncodingError
             This release does not know how to decode it.
         """

@@ -1,4 +1,4 @@
-"""An archive file through its footer, without HDF5."""
+"""Read access to one archive file: through its index (the footer), or through HDF5."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class FooterStore:
         return SampleEntry(NO_ORDINAL, {}, objects)
 
     def _objects(self, index: int) -> FooterObjects:
-        """The objects of a sample by its index; those of the scales behind the last."""
+        """The objects of a sample by its index; those of the scales come after the last."""
         first, stop = self._bounds(self._object_ends, index)
         numbers = self._tables.column("object_name")[first:stop].tolist()
         names = self.names
@@ -177,7 +177,7 @@ class FooterStore:
             raise located(error, self.file.name, sample.ordinal, path) from error
 
     def close(self) -> None:
-        """Close the file; for whoever opened it alone."""
+        """Close the file."""
         self.file.close()
 
     def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
@@ -343,7 +343,7 @@ class FooterObjects(Mapping[str, ObjectEntry]):
         self._last: ObjectEntry | None = None
 
     def __getitem__(self, path: str) -> ObjectEntry:
-        # Whoever reads an array asks for its entry three times in a row.
+        # Reading an array takes its entry three times in a row.
         last = self._last
         if last is None or last.path != path:
             last = self._last = self._store.entry(self._rows[path])
@@ -403,7 +403,7 @@ class Hdf5Store:
         self.file = LocalFile(path)
         self._reader = Hdf5Reader(path, limits)
         self._pid = os.getpid()
-        # Whoever reads array by array asks for the same sample again and again.
+        # Reading array by array takes the same sample again and again.
         self._walked: dict[int, SampleEntry] = {}
 
     @property
@@ -447,16 +447,16 @@ class Hdf5Store:
         return self._hdf5.scales()
 
     def close(self) -> None:
-        """Close the file; for whoever opened it alone."""
+        """Close the file."""
         self._reader.close()
         self.file.close()
 
     def _name_of(self, index: int) -> str:
         if index >= len(self._names):
-            # Whoever asks was told so by a footer that turned out to be wrong.
+            # The number came from an index that turned out to be wrong.
             message = (
                 f"{self._path}: sample {index} is missing, as there are {len(self._names)} in the "
-                "HDF5 part; the index told of more, open the file again"
+                "HDF5 part; the index lists more, open the file again"
             )
             raise CorruptArchiveError(message)
         return self._names[index]

@@ -262,7 +262,7 @@ class ChannelAccumulator:
     Attributes
     ----------
     num_tokens, num_not_finite
-        Tokens taken in, and tokens left out since a value of theirs is not finite.
+        Tokens measured, and tokens left out because one of their values is not finite.
     """
 
     def __init__(self) -> None:
@@ -273,7 +273,7 @@ class ChannelAccumulator:
         self._usual: _Usual | None = None
 
     def add(self, values: NDArray[Any]) -> None:
-        """Take in the hidden states of one sample: floats ``(tokens, hidden)``.
+        """Measure the hidden states of one sample: floats ``(tokens, hidden)``.
 
         Raises
         ------
@@ -311,7 +311,7 @@ class ChannelAccumulator:
         return usual
 
     def statistics(self) -> ChannelStatistics:
-        """Center and sigma of what was taken in.
+        """Center and sigma of the tokens measured.
 
         Raises
         ------
