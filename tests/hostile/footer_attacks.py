@@ -21,7 +21,7 @@ MiB = 1 << 20
 
 # Reading either goes through HDF5 and is right, or ends in an error.
 FALLS_BACK = None
-LIES = "footer"
+LIES = "the index"
 
 
 def forged(
@@ -185,19 +185,19 @@ def one_sample_more(document: dict[str, Any], columns: dict[str, bytes]) -> None
 
 forged("one-sample-more", one_sample_more, error="sample 2 is missing, as there are 2")
 forged("no-checksums", raw_column("chunk_checksum", b""), error="index|chunks are stored")
-forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error="footer")
+forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error="the index")
 forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="footer|stored")
-forged("names-are-a-number", raw_column("names_json", b"7"), error="footer")
-forged("attrs-are-numbers", raw_column("attrs_json", b"[1,2,3]"), error="footer")
-forged("attrs-are-null", raw_column("attrs_json", b"null"), error="footer")
+forged("names-are-a-number", raw_column("names_json", b"7"), error="the index")
+forged("attrs-are-numbers", raw_column("attrs_json", b"[1,2,3]"), error="the index")
+forged("attrs-are-null", raw_column("attrs_json", b"null"), error="the index")
 forged(
     "attrs-nest", raw_column("attrs_json", b'[{"a":{"b":[]}}]'), error="footer|encoding|sequence"
 )
-forged("sample-attrs-are-a-list", raw_column("sample_attrs", b"[" * 2000), error="footer")
-forged("sample-attrs-of-no-bytes", filled("sample_attrs_nbytes", 0), error="footer")
-forged("sample-attrs-too-long", filled("sample_attrs_nbytes", 4_000_000_000), error="footer")
+forged("sample-attrs-are-a-list", raw_column("sample_attrs", b"[" * 2000), error="the index")
+forged("sample-attrs-of-no-bytes", filled("sample_attrs_nbytes", 0), error="the index")
+forged("sample-attrs-too-long", filled("sample_attrs_nbytes", 4_000_000_000), error="the index")
 forged("samples-without-objects", filled("sample_num_objects", 0), error="not stored|footer")
-forged("too-many-objects", filled("sample_num_objects", 4_000_000_000), error="footer")
+forged("too-many-objects", filled("sample_num_objects", 4_000_000_000), error="the index")
 
 # --- counts and columns ----------------------------------------------------------------------
 
@@ -209,25 +209,25 @@ for name, count in {
     "of-300-digits": 10**300,
 }.items():
     # A footer without a directory is not used: no problem, but a note.
-    forged(f"{name}-num-samples", key("num_samples", count), error="footer", problem=None)
-forged("column-missing", dropped("chunk_nbytes"), error="footer")
+    forged(f"{name}-num-samples", key("num_samples", count), error="the index", problem=None)
+forged("column-missing", dropped("chunk_nbytes"), error="the index")
 forged("columns-empty", filled("chunk_nbytes", 0), error="outside|hold|footer|checksum")
 for name in ("object_dims", "names_json", "sample_attrs", "sample_num_objects"):
-    forged(f"{name}-claims-1-gib", lambda *_: None, claims={name: 1 << 30}, error="footer")
-    forged(f"{name}-claims-2-to-62", lambda *_: None, claims={name: 1 << 62}, error="footer")
-    forged(f"{name}-claims-less-than-nothing", lambda *_: None, claims={name: -8}, error="footer")
-    forged(f"{name}-is-a-bomb", raw_column(name, bytes(16 * MiB)), error="footer")
-forged("bomb-of-128-mib", raw_column("object_dims", bytes(128 * MiB)), error="footer")
+    forged(f"{name}-claims-1-gib", lambda *_: None, claims={name: 1 << 30}, error="the index")
+    forged(f"{name}-claims-2-to-62", lambda *_: None, claims={name: 1 << 62}, error="the index")
+    forged(f"{name}-claims-less-than-nothing", lambda *_: None, claims={name: -8}, error="the index")
+    forged(f"{name}-is-a-bomb", raw_column(name, bytes(16 * MiB)), error="the index")
+forged("bomb-of-128-mib", raw_column("object_dims", bytes(128 * MiB)), error="the index")
 forged("unknown-column", raw_column("x", b"abc"), problem=None)
 
 # --- documents -------------------------------------------------------------------------------
 
 DEEP_JSON = b"[" * 100_000
 for name in ("names_json", "attrs_json"):
-    forged(f"{name}-nests", raw_column(name, DEEP_JSON), error="footer")
-    forged(f"{name}-nests-whole", raw_column(name, DEEP_JSON + b"]" * 100_000), error="footer")
-    forged(f"{name}-huge-number", raw_column(name, b"[" + b"9" * 100_000 + b"]"), error="footer")
-    forged(f"{name}-not-utf-8", raw_column(name, b'["\xff\xfe"]'), error="footer")
+    forged(f"{name}-nests", raw_column(name, DEEP_JSON), error="the index")
+    forged(f"{name}-nests-whole", raw_column(name, DEEP_JSON + b"]" * 100_000), error="the index")
+    forged(f"{name}-huge-number", raw_column(name, b"[" + b"9" * 100_000 + b"]"), error="the index")
+    forged(f"{name}-not-utf-8", raw_column(name, b'["\xff\xfe"]'), error="the index")
 
 
 def directory(name: str, raw: bytes, **options: Any) -> None:
