@@ -256,7 +256,7 @@ class _Validation:
         """HDFView, which reads HDF5, and h5traces, which reads the footer, must show the same."""
         if listed is None or stored is None:
             if listed is not stored:
-                self._add(place, "only one of index and HDF5 has it", "footer_mismatch")
+                self._add(place, "only one of the index and HDF5 has it", "footer_mismatch")
             return
         if listed.attrs != stored.attrs or set(listed.objects) != set(stored.objects):
             self._add(place, "the index has other metadata than HDF5", "footer_mismatch")
