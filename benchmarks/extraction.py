@@ -39,7 +39,8 @@ import transformers
 
 import h5traces
 from h5traces.extract import ExtractOptions, GenerationOptions, load_model, load_tokenizer
-from h5traces.extract.extractor import Extractor, Planner
+from h5traces.extract.extractor import Extractor
+from h5traces.extract.generation import Planner
 from h5traces.extract.questions import read_questions
 from h5traces.extract.running import WriterThread
 from h5traces.writing.process_writer import ProcessWriter

@@ -4,13 +4,13 @@
     pip install '.[graph,extract,bench]'
     python examples/train_probes.py out/probes
 
-The task, which the traces can teach: does the question ask of a method of a type ("What does
-str.lower do?") or of a function of a module ("What does math.sqrt do?")? Python itself says which
-is which. Whether the shipped model answers rightly would be no task: it never does.
+The task: does a question ask about a method of a type ("What does str.lower do?") or about a
+function of a module ("What does math.sqrt do?")? Python itself has the labels. (Whether the shipped
+model answers correctly is no task: it never does.)
 
-A probe is a logistic regression on the state of the last token of one layer. The GNN sees the
-attention graph of one layer. Both run twice, through h5traces' datasets on archives and through
-the old class on pickles, and must give the same numbers to the last digit. Nothing is downloaded.
+A probe is a logistic regression on the last token's state in one layer. The GNN sees the attention
+graph of one layer. Both run twice, with h5traces' datasets on archives and with the old class on
+pickles, and must give the same numbers to the last digit. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Task:
 
 
 def make_questions(num_questions: int) -> list[dict[str, Any]]:
-    """As many questions of methods as of functions, in random order."""
+    """Equally many questions about methods and about functions, in random order."""
     methods = [
         f"{kind.__name__}.{name}"
         for kind in TYPES
@@ -102,7 +102,7 @@ def make_questions(num_questions: int) -> list[dict[str, Any]]:
 
 
 def make_traces(folder: Path, questions: list[dict[str, Any]]) -> tuple[Path, Path]:
-    """Let the shipped model answer; the traces as the old pipeline's pickles, and as archives."""
+    """Traces of the shipped model, as the old pipeline's pickles and as archives."""
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (folder / "questions.jsonl").write_text(lines, encoding="utf-8")
     command = [sys.executable, str(ROOT / "tools" / "make_example_batch.py")]
@@ -114,6 +114,7 @@ def make_traces(folder: Path, questions: list[dict[str, Any]]) -> tuple[Path, Pa
     samples = h5traces.load(folder / "all.pkl.gz")
     pickles, archives = folder / "pickles", folder / "archives"
     pickles.mkdir()
+    archives.mkdir()
     for start in range(0, len(samples), FILE_SAMPLES):
         name = f"tiny_pydocs_batch_{start // FILE_SAMPLES:04d}.pkl.gz"
         with gzip.open(pickles / name, "wb", compresslevel=6) as file:
@@ -125,7 +126,7 @@ def make_traces(folder: Path, questions: list[dict[str, Any]]) -> tuple[Path, Pa
 
 
 def read_labels(folder: Path, questions: list[dict[str, Any]]) -> dict[str, int]:
-    """Labels through a CSV, as they come from elsewhere in real runs."""
+    """Labels from a CSV, as in real runs."""
     with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["question_id", "label"])
@@ -146,7 +147,7 @@ def states_from_archives(archives: Path, task: Task) -> tuple[torch.Tensor, torc
 
 
 def states_from_pickles(pickles: Path, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same out of whole pickles."""
+    """The same from whole pickles."""
     traces = [each for path in sorted(pickles.iterdir()) for each in unpickle(str(path))]
     states = [np.stack([layer[-1] for layer in each["hidden_states"]]) for each in traces]
     labels = [task.labels[each["question_id"]] for each in traces]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,12 +33,14 @@ from h5traces.cli.precision import (
     warn_of_loss,
 )
 from h5traces.errors import ExtractionError, LayerIndexError, MissingDependencyError
-from h5traces.extract.estimate import ModelShape
-from h5traces.extract.estimate import estimate as estimate_sizes
-from h5traces.extract.options import layer_numbers
 from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.format.precision import EXACT
 from h5traces.storage.codecs import ArrayCodec
+from h5traces.writing.options import PrecisionOptions, TargetOptions
+
+if TYPE_CHECKING:
+    from h5traces.extract.estimate import Estimate
+    from h5traces.extract.sizes import ModelShape
 
 _USAGE_ERRORS = (ExtractionError, LayerIndexError, MissingDependencyError, *PRECISION_ERRORS)
 
@@ -204,12 +206,12 @@ def extract(
     with reported(_USAGE_ERRORS):
         precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits) or EXACT
         from h5traces import extract as extraction  # torch and transformers: heavy, and optional
+        from h5traces.extract.options import DEFAULT_TEMPLATE
 
         extraction.hide_progress_bars()
         options = extraction.ExtractOptions(
             layers=layers,
             kinds=_kinds(kinds),
-            dtype=dtype,
             embedding=embedding,
             last_state=last_state,
             generation=extraction.GenerationOptions(
@@ -221,8 +223,7 @@ def extract(
                 top_p=top_p,
             ),
             seed=seed,
-            prompt_template=prompt_template
-            or ("{question}" if chat else extraction.DEFAULT_TEMPLATE),
+            prompt_template=prompt_template or ("{question}" if chat else DEFAULT_TEMPLATE),
             chat=chat,
             answer_cut=answer_cut,
             batch_size=batch_size,
@@ -248,24 +249,36 @@ def extract(
                 ),
                 output,
                 options,
-                store=extraction.StoreOptions(
-                    shard_samples=shard_samples,
+                precision=PrecisionOptions(
                     tier=precision,
                     scales=scales,
                     calibration_samples=calibration_samples,
+                    dtype=dtype,
                     on_overflow=on_overflow,
                     codec=codec,
-                    workers=workers,
-                    verify=verify,
-                    check_space=check_space,
                 ),
-                dry_run=dry_run,
+                target=TargetOptions(
+                    shard_samples=shard_samples, verify=verify, dry_run=dry_run, workers=workers
+                ),
+                check_space=check_space,
                 progress=update,
                 should_stop=should_stop,
             )
     if json:
         print_json(report.as_dict())
     else:
+        if dry_run and (forecast := report.forecast) is not None:
+            from h5traces.extract.estimate import estimate as estimate_sizes
+
+            found = estimate_sizes(
+                forecast.shape,
+                forecast.lengths,
+                layers=forecast.layers,
+                kinds=forecast.kinds,
+                precision=forecast.precision,
+                rates=forecast.rates,
+            )
+            reports.print_estimate(found, sequences="every answer as long as it may be")
         reports.print_extraction(report)
     if report.num_written and precision.is_lossy:
         warn_of_loss(str(precision))
@@ -324,68 +337,44 @@ def estimate(
     - `h5traces estimate --model-id examples/tiny-llama-pydocs --pilot 8
       --dataset examples/questions.jsonl --layers 0,3,last`
     """
+    storage = PrecisionOptions(dtype=dtype, codec=codec)
+    found: Estimate
     with reported(_USAGE_ERRORS):
         if pilot is not None:
-            found = _measured(
-                model_id,
-                dataset,
-                pilot,
-                layers,
-                kinds,
-                dtype,
-                codec,
-                max_new_tokens,
-                model_dtype,
-                device,
-                revision,
+            if model_id is None or dataset is None:
+                message = "--pilot needs --model-id and --dataset"
+                raise typer.BadParameter(message)
+            from h5traces import extract as extraction  # torch and transformers: heavy, optional
+
+            extraction.hide_progress_bars()
+            model = extraction.ModelChoice(
+                model_id=model_id, revision=revision, dtype=model_dtype, device=device
             )
+            options = extraction.ExtractOptions(
+                layers=layers,
+                kinds=_kinds(kinds),
+                generation=extraction.GenerationOptions(max_new_tokens=max_new_tokens),
+            )
+            with samples_progress("pilot") as update:
+                found = extraction.estimate_with_pilot(
+                    model,
+                    extraction.DatasetChoice(dataset=dataset),
+                    pilot,
+                    options,
+                    precision=storage,
+                    progress=update,
+                )
         else:
+            from h5traces.extract.estimate import estimate as estimate_sizes
+
             shape = _shape(model_id, revision, num_layers, hidden_size, num_heads)
-            chosen = None if layers is None else layer_numbers(layers, shape.num_layers)
             found = estimate_sizes(
-                shape, [seq_len], layers=chosen, kinds=_kinds(kinds), dtype=dtype, codec=codec
+                shape, seq_len, layers=layers, kinds=_kinds(kinds), precision=storage
             )
     if json:
         print_json(found.as_dict())
     else:
         reports.print_estimate(found)
-
-
-def _measured(
-    model_id: str | None,
-    dataset: str | None,
-    pilot: int,
-    layers: str | None,
-    kinds: str,
-    dtype: DtypePolicy,
-    codec: str,
-    max_new_tokens: int,
-    model_dtype: Any,
-    device: str | None,
-    revision: str | None,
-) -> Any:
-    if model_id is None or dataset is None:
-        message = "--pilot needs --model-id and --dataset"
-        raise typer.BadParameter(message)
-    from h5traces import extract as extraction  # torch and transformers: heavy, and optional
-
-    extraction.hide_progress_bars()
-    with samples_progress("pilot") as update:
-        return extraction.estimate_with_pilot(
-            extraction.ModelChoice(
-                model_id=model_id, revision=revision, dtype=model_dtype, device=device
-            ),
-            extraction.DatasetChoice(dataset=dataset),
-            pilot,
-            extraction.ExtractOptions(
-                layers=layers,
-                kinds=_kinds(kinds),
-                dtype=dtype,
-                generation=extraction.GenerationOptions(max_new_tokens=max_new_tokens),
-            ),
-            store=extraction.StoreOptions(codec=codec),
-            progress=update,
-        )
 
 
 def _shape(
@@ -399,10 +388,12 @@ def _shape(
     if model_id is not None:
         from h5traces import extract as extraction  # transformers reads the configuration
 
-        return extraction.shape_of(extraction.load_config(model_id, revision=revision))
+        return extraction.model_shape(model_id, revision=revision)
     if num_layers is None or hidden_size is None or num_heads is None:
         message = "give --model-id, or all of --num-layers, --hidden-size and --num-heads"
         raise typer.BadParameter(message)
+    from h5traces.extract.sizes import ModelShape
+
     return ModelShape(num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
 
 

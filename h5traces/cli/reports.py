@@ -314,8 +314,6 @@ def unmatched_lines(found: Unmatched, which: str) -> list[str]:
 def print_extraction(report: ExtractionReport) -> None:
     """What a run did, or, in a dry run, would need."""
     if report.status == "planned":
-        if report.estimate is not None:
-            print_estimate(report.estimate, sequences="every answer as long as it may be")
         print_line(
             f"{report.num_planned} samples: {human_size(report.needed_nbytes)} needed at most, "
             f"with the room to pack a shard; {human_size(report.free_nbytes)} free"
@@ -358,12 +356,3 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
     )
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")
-    told = found.claim
-    print_line(
-        f"It is told that 1000 samples of Llama-2-7B take {human_size(told.low_nbytes)} to "
-        f"{human_size(told.high_nbytes)} in gzip and float16. By the stated rates they take "
-        f"{human_size(told.all_layers_nbytes)} at {told.seq_len} tokens, and "
-        f"{human_size(told.seven_layers_nbytes)} with 7 of the 32 layers. In the tier compact, "
-        f"which is not exact, they take {human_size(told.compact_nbytes)}, and "
-        f"{human_size(told.compact_seven_layers_nbytes)} with 7 layers."
-    )

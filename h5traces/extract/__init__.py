@@ -1,4 +1,4 @@
-"""From a transformers model straight into the archive.
+"""From a transformers model straight into archives.
 
 >>> from h5traces.extract import extract              # doctest: +SKIP
 >>> with h5traces.create("traces/") as writer:        # doctest: +SKIP
@@ -11,29 +11,28 @@ from typing import TYPE_CHECKING
 from h5traces.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from h5traces.extract.estimate import shape_of
-    from h5traces.extract.extracting import estimate_with_pilot, extract_dataset
+    from h5traces.extract.extracting import extract_dataset
     from h5traces.extract.extractor import extract, extract_activations_and_attentions
     from h5traces.extract.models import (
         MODEL_ALIASES,
         hide_progress_bars,
-        load_config,
         load_model,
         load_tokenizer,
+        model_shape,
     )
     from h5traces.extract.options import (
-        DEFAULT_TEMPLATE,
+        Columns,
         DatasetChoice,
         ExtractOptions,
         GenerationOptions,
         ModelChoice,
-        StoreOptions,
     )
-    from h5traces.extract.questions import Columns, Question
+    from h5traces.extract.pilot import estimate_with_pilot
+    from h5traces.extract.questions import Question
     from h5traces.extract.running import ExtractionReport
+    from h5traces.extract.sizes import ModelShape
 
 __all__ = [
-    "DEFAULT_TEMPLATE",
     "MODEL_ALIASES",
     "Columns",
     "DatasetChoice",
@@ -41,38 +40,35 @@ __all__ = [
     "ExtractionReport",
     "GenerationOptions",
     "ModelChoice",
+    "ModelShape",
     "Question",
-    "StoreOptions",
     "estimate_with_pilot",
     "extract",
     "extract_activations_and_attentions",
     "extract_dataset",
     "hide_progress_bars",
-    "load_config",
     "load_model",
     "load_tokenizer",
-    "shape_of",
+    "model_shape",
 ]
 
 _HOMES = {
-    "Columns": "h5traces.extract.questions",
-    "DEFAULT_TEMPLATE": "h5traces.extract.options",
+    "Columns": "h5traces.extract.options",
     "DatasetChoice": "h5traces.extract.options",
     "ExtractOptions": "h5traces.extract.options",
     "ExtractionReport": "h5traces.extract.running",
     "GenerationOptions": "h5traces.extract.options",
     "MODEL_ALIASES": "h5traces.extract.models",
     "ModelChoice": "h5traces.extract.options",
+    "ModelShape": "h5traces.extract.sizes",
     "Question": "h5traces.extract.questions",
-    "StoreOptions": "h5traces.extract.options",
-    "estimate_with_pilot": "h5traces.extract.extracting",
+    "estimate_with_pilot": "h5traces.extract.pilot",
     "extract": "h5traces.extract.extractor",
     "extract_activations_and_attentions": "h5traces.extract.extractor",
-    "hide_progress_bars": "h5traces.extract.models",
     "extract_dataset": "h5traces.extract.extracting",
-    "load_config": "h5traces.extract.models",
+    "hide_progress_bars": "h5traces.extract.models",
     "load_model": "h5traces.extract.models",
     "load_tokenizer": "h5traces.extract.models",
-    "shape_of": "h5traces.extract.estimate",
+    "model_shape": "h5traces.extract.models",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, extra="extract")

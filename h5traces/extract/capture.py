@@ -1,4 +1,4 @@
-"""One clean forward pass, of which only what was asked for is kept."""
+"""One clean forward pass; hooks keep the arrays that were asked for and nothing else."""
 
 from __future__ import annotations
 
@@ -25,93 +25,34 @@ if TYPE_CHECKING:
     from h5traces.format.dtypes import DtypePolicy, FloatType
 
 
-_TARGETS: Final[dict[str, torch.dtype]] = {
+# Types that arrays are cast to on the device: the copy to the host becomes smaller.
+_NARROW: Final[dict[str, torch.dtype]] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-NUM_COUNTS: Final = 5
+_TYPE_NAMES: Final[dict[torch.dtype, FloatType]] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
 # Integers of the same size, to compare values bit by bit.
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def target_of(policy: DtypePolicy, dtype: torch.dtype) -> torch.dtype | None:
-    """The type to cast to on the device; None where the writer should get the numbers as they are.
-
-    Only casts that make the copy to the host no larger are worth it.
-    """
-    target = _TARGETS.get(policy)
-    return None if target is None or target == dtype else target
-
-
-def type_name(dtype: torch.dtype) -> FloatType:
-    """The name of a floating-point type, as archives know it."""
-    names: dict[torch.dtype, FloatType] = {
-        torch.float16: "float16",
-        torch.bfloat16: "bfloat16",
-        torch.float32: "float32",
-        torch.float64: "float64",
-    }
-    return names[dtype]
-
-
-def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of `values` in the target type, and what the cast changed.
-
-    Parameters
-    ----------
-    values
-        Any shape and floating-point type, on any device.
-    target
-        The new type; None for a copy as it is.
-
-    Returns
-    -------
-    tuple of Tensor
-        The contiguous copy; and int64 ``(5,)`` on the same device: overflows, values gone to zero,
-        values gone subnormal, values changed at all, NaN of the source.
-    """
-    num_nan = values.isnan().sum()
-    if target is None:
-        copied = values.clone(memory_format=torch.contiguous_format)
-        zero = torch.zeros_like(num_nan)
-        return copied, torch.stack([zero, zero, zero, zero, num_nan])
-    narrow = values.to(target).contiguous()
-    # Both narrow types fit into float32; float64 models are compared in their own.
-    wide = values.dtype if values.dtype == torch.float64 else torch.float32
-    before, after = values.to(wide), narrow.to(wide)
-    tiny = torch.finfo(target).smallest_normal
-    overflow = (after.isinf() & before.isfinite()).sum()
-    to_zero = ((after == 0) & (before != 0)).sum()
-    is_subnormal = (after.abs() < tiny) & (after != 0)
-    to_subnormal = (is_subnormal & (after != before)).sum()
-    bits = _BITS[values.element_size()]
-    changed = (narrow.to(values.dtype).view(bits) != values.view(bits)).sum()
-    return narrow, torch.stack([overflow, to_zero, to_subnormal, changed, num_nan])
-
-
-def to_host(values: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory; one from CUDA is complete when the device has been synchronised."""
-    if values.device.type == "cpu":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    return host.copy_(values, non_blocking=values.is_cuda)
+_CHECK_TOKENS: Final = tuple(range(8))
+# Kernels of accelerators may round differently from run to run; wrong arrays differ far more.
+_TOLERANCE: Final = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """What of a forward pass is kept.
+    """What to keep of a forward pass.
 
     Attributes
     ----------
     layers
         Decoder blocks, ascending.
-    kinds
-        Hidden states, attentions, or both.
-    embedding
-        Whether to keep the input of the first block, too.
-    last_state
-        Where the last block's hidden state is taken: behind the final norm, as transformers returns
-        it, or before.
+    kinds, embedding, last_state
+        As in `ExtractOptions`.
     dtype
         Stored type; casts to the narrow ones are made on the device.
     """
@@ -141,7 +82,7 @@ class Captured:
 
 @dataclass
 class _Taken:
-    """A layer's array of one sample on its way to the host."""
+    """An array of one sample on its way to the host."""
 
     kind: str
     name: str
@@ -164,7 +105,7 @@ class Capturer:
 
     def __init__(self, anatomy: Anatomy, options: CaptureOptions) -> None:
         self._anatomy, self._options = anatomy, options
-        # Arrays that overflowed once; the writer gets them as they are and widens them.
+        # Arrays that overflowed once are no longer cast here; the writer widens them.
         self._too_wide: set[tuple[str, str]] = set()
 
     @torch.inference_mode()
@@ -174,14 +115,14 @@ class Capturer:
         Parameters
         ----------
         sequences
-            Token ids; shorter ones are padded on the left and their padding is removed again.
+            Token ids; shorter ones are padded on the left, and the padding is removed again.
         pad_id
             Token to pad with; it is masked.
 
         Raises
         ------
         ExtractionError
-            The model returns no attention weights, or arrays of another length.
+            The model returns no attention weights, or arrays of a different length.
         """
         while True:
             passed = _Pass(self._anatomy, self._options, self._too_wide, sequences)
@@ -210,7 +151,7 @@ class _Pass:
         self._devices: set[torch.device] = set()
 
     def run(self, pad_id: int) -> None:
-        """Compute, and start all copies; they are complete when this returns."""
+        """Compute and copy; all copies are complete when this returns."""
         device = self._anatomy.decoder.get_input_embeddings().weight.device
         inputs = padded(self._sequences, pad_id, device)
         with contextlib.ExitStack() as hooks:
@@ -284,7 +225,9 @@ class _Pass:
             )
             raise ExtractionError(message)
         too_wide = (kind, name) in self._too_wide
-        target = None if too_wide else target_of(self._options.dtype, values.dtype)
+        target = None if too_wide else _NARROW.get(self._options.dtype)
+        if target == values.dtype:
+            target = None
         self._devices.add(values.device)
         for row, length in enumerate(self._lengths):
             start = longest - length
@@ -295,11 +238,11 @@ class _Pass:
             )
             copied, counts = cast(part, target)
             self._taken[row].append(
-                _Taken(kind, name, site, values.dtype, to_host(copied), to_host(counts))
+                _Taken(kind, name, site, values.dtype, _to_host(copied), _to_host(counts))
             )
 
     def overflowed(self) -> set[tuple[str, str]]:
-        """Arrays with finite values beyond the type they were cast to."""
+        """Arrays with finite values beyond the type that they were cast to."""
         return {(each.kind, each.name) for row in self._taken for each in row if each.counts[0] > 0}
 
     def captured(self) -> list[Captured]:
@@ -308,29 +251,72 @@ class _Pass:
 
     def _sample(self, row: list[_Taken]) -> Captured:
         found = Captured()
-        # Hooks fire in the order of computing, which puts the final norm and layers where they go.
+        # Hooks fire in the order of computation: embedding, layers, final norm.
         for each in row:
             _, to_zero, to_subnormal, changed, num_nan = each.counts.tolist()
             earlier = None
             if each.host.dtype != each.source:
                 counts = CastCounts(num_to_zero=to_zero, num_to_subnormal=to_subnormal)
-                earlier = EarlierCast(type_name(each.source), counts, changed)
+                earlier = EarlierCast(_TYPE_NAMES[each.source], counts, changed)
             if num_nan:
                 found.num_nan[each.kind, each.name] = num_nan
             values, _ = from_tensor(each.host)
-            typed = TypedArray(values, type_name(each.host.dtype))
+            typed = TypedArray(values, _TYPE_NAMES[each.host.dtype])
             array = LayerArray(each.name, typed, each.site, earlier=earlier)
             found.arrays.setdefault(each.kind, []).append(array)
         return found
 
 
+def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of `values` in the target type, and what the cast changed.
+
+    Parameters
+    ----------
+    values
+        Floating-point values of any shape and type, on any device.
+    target
+        The new type; None to keep the type.
+
+    Returns
+    -------
+    tuple of Tensor
+        The contiguous copy; and int64 ``(5,)`` on the same device: values that overflow, become
+        zero, become subnormal, or change at all, and NaN values of the source.
+    """
+    num_nan = values.isnan().sum()
+    if target is None:
+        copied = values.clone(memory_format=torch.contiguous_format)
+        zero = torch.zeros_like(num_nan)
+        return copied, torch.stack([zero, zero, zero, zero, num_nan])
+    narrow = values.to(target).contiguous()
+    # Both narrow types fit into float32; float64 models are compared in their own.
+    wide = values.dtype if values.dtype == torch.float64 else torch.float32
+    before, after = values.to(wide), narrow.to(wide)
+    tiny = torch.finfo(target).smallest_normal
+    overflow = (after.isinf() & before.isfinite()).sum()
+    to_zero = ((after == 0) & (before != 0)).sum()
+    is_subnormal = (after.abs() < tiny) & (after != 0)
+    to_subnormal = (is_subnormal & (after != before)).sum()
+    bits = _BITS[values.element_size()]
+    changed = (narrow.to(values.dtype).view(bits) != values.view(bits)).sum()
+    return narrow, torch.stack([overflow, to_zero, to_subnormal, changed, num_nan])
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; one from CUDA is complete after the device was synchronised."""
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values, non_blocking=values.is_cuda)
+
+
 def padded(
     sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Inputs of a model: ids ``(B, S)`` padded on the left, and their mask.
+    """Inputs of a model: ids ``(B, S)`` padded on the left, their mask, and positions of a batch.
 
-    Positions count from each sequence's own first token; a single sequence needs none, and models
-    that take no positions run all the same.
+    Positions count from the first token of each sequence. A single sequence needs none, so models
+    that take no positions run as well.
     """
     longest = max(len(each) for each in sequences)
     ids = [[pad_id] * (longest - len(each)) + list(each) for each in sequences]
@@ -345,27 +331,22 @@ def padded(
     return inputs
 
 
-_TOKENS: Final = tuple(range(8))
-# Kernels of accelerators need not give the same bits twice; another place gives other numbers.
-_TOLERANCE: Final = 1e-2
-
-
 def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...]) -> None:
-    """Run eight tokens both ways.
+    """Compare the arrays of eight tokens with those that transformers returns.
 
     Raises
     ------
     ExtractionError
-        An array is another than transformers' own.
+        An array differs.
     """
     options = CaptureOptions(
         layers=tuple(range(anatomy.num_layers)), kinds=kinds, embedding=True, dtype="auto"
     )
-    (captured,) = Capturer(anatomy, options).run([_TOKENS])
+    (captured,) = Capturer(anatomy, options).run([_CHECK_TOKENS])
     device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
         output = model(
-            **padded([_TOKENS], 0, device),
+            **padded([_CHECK_TOKENS], 0, device),
             output_hidden_states=layout.HIDDEN_STATES in kinds,
             output_attentions=layout.ATTENTIONS in kinds,
             use_cache=False,
@@ -376,7 +357,7 @@ def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...]) -> None
         if len(found) != len(expected[kind]):
             message = (
                 f"{anatomy.model_class}: transformers returns {len(expected[kind])} {kind}, the "
-                f"hooks took {len(found)}; h5traces does not know how this model is built"
+                f"hooks took {len(found)}; h5traces does not know the structure of this model"
             )
             raise ExtractionError(message)
         for entry, tensor in zip(found, expected[kind], strict=True):
@@ -385,13 +366,13 @@ def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...]) -> None
             ):
                 message = (
                     f"{anatomy.model_class}: {kind}/{entry.name} is not what transformers returns; "
-                    "h5traces does not know how this model is built"
+                    "h5traces does not know the structure of this model"
                 )
                 raise ExtractionError(message)
 
 
 def _is_close(found: NDArray[Any], expected: NDArray[np.float32]) -> bool:
-    """Whether two arrays differ by rounding at most; NaN where the model gives NaN."""
+    """Whether two arrays differ by rounding at most, with NaN values in the same places."""
     if found.shape != expected.shape:
         return False
     a, b = torch.from_numpy(found).float(), torch.from_numpy(expected)

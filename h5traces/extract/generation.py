@@ -1,4 +1,4 @@
-"""Generates answers, each sample with random numbers of its own."""
+"""Prompts and answers: questions to token ids, generation, and token ids to text."""
 
 from __future__ import annotations
 
@@ -18,40 +18,135 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from h5traces.errors import ExtractionError
+from h5traces.errors import ExtractionError, TooLongError
 from h5traces.extract.capture import padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from h5traces.extract.options import GenerationOptions
+    from h5traces.extract.options import ExtractOptions, GenerationOptions
+    from h5traces.extract.questions import Question
     from h5traces.format.archive import AnswerCut, FinishReason
+
+
+_PLACE: Final = "{question}"
+_SENTENCE_END: Final = re.compile(r"[.!?](?=\s|\Z)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question, ready for the model.
+
+    Attributes
+    ----------
+    question
+        The question.
+    prompt
+        Token ids of the prompt.
+    seed
+        Seed of the sample's random numbers.
+    """
+
+    question: Question
+    prompt: tuple[int, ...]
+    seed: int
+
+
+class Planner:
+    """Makes jobs from questions; needs a tokenizer and a configuration, but no weights.
+
+    Parameters
+    ----------
+    tokenizer
+        Tokenizer of the model.
+    config
+        Configuration of the model.
+    options
+        Prompt template, seed and longest answer.
+
+    Raises
+    ------
+    ExtractionError
+        The template does not hold ``{question}``, or the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, config: Any, options: ExtractOptions) -> None:
+        if _PLACE not in options.prompt_template:
+            message = f"the prompt template {options.prompt_template!r} does not hold {_PLACE}"
+            raise ExtractionError(message)
+        if options.chat and not tokenizer.chat_template:
+            message = (
+                f"{type(tokenizer).__name__} has no chat template; use a prompt template without "
+                "chat, or set tokenizer.chat_template"
+            )
+            raise ExtractionError(message)
+        self._tokenizer, self._options = tokenizer, options
+        self._family = config.model_type
+        self._context = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def job(self, question: Question) -> Job:
+        """The job of a question.
+
+        Raises
+        ------
+        TooLongError
+            Prompt and answer may exceed the model's context.
+        ExtractionError
+            The question is empty, or the prompt has no tokens.
+        """
+        prompt = self._prompt(question)
+        longest = self._options.generation.max_new_tokens
+        if self._context is not None and len(prompt) + longest > self._context:
+            message = (
+                f"{question.sample_id}: the prompt has {len(prompt)} tokens, and with up to "
+                f"{longest} of the answer it exceeds the {self._context} that {self._family} "
+                "takes; shorten it, or lower max_new_tokens"
+            )
+            raise TooLongError(message)
+        return Job(question, prompt, sample_seed(self._options.seed, question.sample_id))
+
+    def _prompt(self, question: Question) -> tuple[int, ...]:
+        if not question.text.strip():
+            message = f"{question.sample_id}: the question is empty; expected text"
+            raise ExtractionError(message)
+        chat = self._options.chat
+        text = self._options.prompt_template.replace(_PLACE, question.text)
+        if chat:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        # A chat template writes the special tokens itself.
+        ids = self._tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        if not ids:
+            message = f"{question.sample_id}: the prompt {text!r} has no tokens"
+            raise ExtractionError(message)
+        return tuple(ids)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated tokens, the end-of-text token included where the model gave one."""
+    """Generated tokens, with the end-of-text token if the model gave one."""
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason
 
 
 def sample_seed(seed: int, sample_id: str) -> int:
-    """A sample's own seed: 63 bits of BLAKE2b over the run's seed and the sample's id."""
+    """A sample's own seed: 63 bits of BLAKE2b over the seed of the run and the id."""
     text = f"{seed}:{sample_id}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 class Drawing(LogitsProcessor):
-    """Adds each row's own Gumbel noise, so that the highest score is a draw from the softmax.
+    """Adds Gumbel noise to each row, so that the highest score is a draw from the softmax.
 
-    torch.multinomial draws for the whole batch from one stream, so what a sample got would depend
-    on its neighbours. The noise comes from the processor: it is the same on every device.
+    torch.multinomial draws for the whole batch from one stream, so a sample would depend on its
+    neighbours. Here every row has a generator, on the CPU: the noise is the same on every device.
 
     Parameters
     ----------
     seeds
-        One per row.
+        One seed per row.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -69,7 +164,7 @@ class Drawing(LogitsProcessor):
 
 
 def generation_config(model: Any, options: GenerationOptions, pad_id: int) -> Any:
-    """The model's own generation config with ours laid over it; drawing is ours, see `Drawing`."""
+    """The model's own generation config, changed by `options`; `Drawing` draws at random."""
     config = copy.deepcopy(model.generation_config)
     config.update(
         do_sample=False,
@@ -103,7 +198,7 @@ def generate(
     prompts
         Token ids; shorter ones are padded on the left.
     seeds
-        Every sample's own.
+        One seed per prompt.
     options
         How to generate.
     pad_id
@@ -119,21 +214,21 @@ def generate(
         processors.append(Drawing(seeds))
     device = model.get_input_embeddings().weight.device
     inputs = padded(prompts, pad_id, device)
-    inputs.pop("position_ids", None)  # generate counts them itself, from the mask
+    inputs.pop("position_ids", None)  # generate derives them from the mask
     config = generation_config(model, options, pad_id)
     with torch.inference_mode(), _in_force(model, config):
         generated = model.generate(**inputs, generation_config=config, logits_processor=processors)
     length = inputs["input_ids"].shape[1]
-    ends = end_tokens(config)
+    ends = _end_tokens(config)
     return [_answer(row[length:], ends, options) for row in generated.tolist()]
 
 
 @contextlib.contextmanager
 def _in_force(model: Any, config: Any) -> Iterator[None]:
-    """Inside, the model has no generation config but this one.
+    """Use this generation config alone.
 
-    transformers fills what a config leaves open from the model's own, so that its temperature, say,
-    would come back, with a warning that it means nothing.
+    transformers fills missing values from the model's own config, so that its temperature would
+    come back, with a warning that it has no effect.
     """
     before = model.generation_config
     model.generation_config = config
@@ -143,7 +238,7 @@ def _in_force(model: Any, config: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def end_tokens(config: Any) -> frozenset[int]:
+def _end_tokens(config: Any) -> frozenset[int]:
     """The tokens that end an answer."""
     found = config.eos_token_id
     if found is None:
@@ -158,79 +253,21 @@ def _answer(row: list[int], ends: frozenset[int], options: GenerationOptions) ->
     return Answer(tuple(row[: options.max_new_tokens]), "length")
 
 
-PLACE: Final = "{question}"
-_SENTENCE_END: Final = re.compile(r"[.!?](?=\s|\Z)")
-
-
-class Prompter:
-    """Makes token ids of questions.
-
-    Parameters
-    ----------
-    tokenizer
-        The model's.
-    template
-        Text around ``{question}``.
-    chat
-        Put the text into the tokenizer's chat template, as a user's message.
-
-    Raises
-    ------
-    ExtractionError
-        The template does not hold ``{question}``, or the tokenizer has no chat template.
-    """
-
-    def __init__(self, tokenizer: Any, template: str, *, chat: bool) -> None:
-        if PLACE not in template:
-            message = f"the prompt template {template!r} does not hold {PLACE}"
-            raise ExtractionError(message)
-        if chat and not tokenizer.chat_template:
-            message = (
-                f"{type(tokenizer).__name__} has no chat template; leave --chat out and give a "
-                "--prompt-template, or set tokenizer.chat_template"
-            )
-            raise ExtractionError(message)
-        self._tokenizer, self._template, self._chat = tokenizer, template, chat
-
-    def token_ids(self, question: str) -> tuple[int, ...]:
-        """The prompt of one question.
-
-        Raises
-        ------
-        ExtractionError
-            The question is empty, or the prompt has no tokens.
-        """
-        if not question.strip():
-            message = "the question is empty; expected text"
-            raise ExtractionError(message)
-        text = self._template.replace(PLACE, question)
-        if self._chat:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        # A chat template writes the special tokens itself.
-        ids = self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"]
-        if not ids:
-            message = f"the prompt {text!r} has no tokens"
-            raise ExtractionError(message)
-        return tuple(ids)
-
-
 def padding_token(tokenizer: Any, *, batch_size: int) -> int:
-    """The token that fills shorter sequences of a batch; masked, so any will do that is there.
+    """The token that fills shorter sequences of a batch. It is masked, so any token will do.
 
     Raises
     ------
     ExtractionError
-        The tokenizer has neither a padding nor an end token, and batches need one.
+        The tokenizer has neither a pad token nor an end token, and batches need one.
     """
     for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if found is not None:
             return int(found)
     if batch_size > 1:
         message = (
-            f"{type(tokenizer).__name__} has neither a pad token nor an end token, which batches "
-            "are filled with; set tokenizer.pad_token, or use a batch size of 1"
+            f"{type(tokenizer).__name__} has neither a pad token nor an end token to fill batches "
+            "with; set tokenizer.pad_token, or use a batch size of 1"
         )
         raise ExtractionError(message)
     return 0
@@ -241,14 +278,8 @@ def decoded_tokens(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(tokenizer.decode([each]) for each in ids)
 
 
-def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """An answer as the model gave it, without special tokens."""
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return text
-
-
 def clean_answer(text: str, cut: AnswerCut) -> str:
-    """The answer up to its first sentence or newline, without space around it."""
+    """The answer up to the end of its first sentence or line, without space around it."""
     found = text.strip()
     if cut == "newline":
         found = found.partition("\n")[0]

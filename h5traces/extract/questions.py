@@ -1,21 +1,23 @@
-"""Questions, and the files that hold them."""
+"""Questions, from files and from data sets on the hub."""
 
 from __future__ import annotations
 
 import csv
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
 from h5traces.errors import ExtractionError, MissingDependencyError
+from h5traces.extract.options import Columns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from h5traces.extract.options import DatasetChoice
 
 _QUESTION_COLUMNS: Final = ("question", "prompt")
 _ID_COLUMNS: Final = ("question_id", "id")
@@ -33,17 +35,40 @@ class Question:
     text
         The question itself.
     sample_id
-        Tells it from all others of its data set.
+        Its id, unique in the data set.
     answers
-        Reference answers; empty where none are known.
+        Reference answers, if there are any.
     row
-        Its row in the data set, from 0.
+        0-based row in the data set.
     """
 
     text: str
     sample_id: str
     answers: tuple[str, ...] = ()
     row: int = 0
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | Question, number: int) -> Question:
+        """A question from text or a dict; those without an id are named by their number.
+
+        Raises
+        ------
+        ExtractionError
+            `value` is something else.
+        """
+        if isinstance(value, Question):
+            return value
+        if isinstance(value, str):
+            return cls(value, str(number), row=number)
+        try:
+            text, sample_id = value["question"], value.get("question_id", number)
+            return cls(text, str(sample_id), tuple(value.get("answers", ())), number)
+        except (KeyError, TypeError, AttributeError) as error:
+            message = (
+                f"question {number}: found a {type(value).__name__}, expected text, or a dict with "
+                "'question' and optionally 'question_id' and 'answers'"
+            )
+            raise ExtractionError(message) from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,7 @@ class QuestionSet:
     questions
         In the order of the data set.
     config, split, revision
-        Of a data set of the hub; of a file only the revision is known: a digest of its bytes.
+        Of a data set on the hub. A file has only a revision: a digest of its bytes.
     """
 
     name: str
@@ -66,31 +91,31 @@ class QuestionSet:
     split: str | None = None
     revision: str | None = None
 
-    def first(self, num_samples: int | None) -> QuestionSet:
-        """The first so many questions."""
-        if num_samples is None:
-            return self
-        chosen = self.questions[:num_samples]
-        return QuestionSet(self.name, chosen, self.config, self.split, self.revision)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Names of the columns of a file; None for the first of the usual names that is there."""
-
-    question: str | None = None
-    sample_id: str | None = None
-    answers: str | None = None
-
-
-def checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
-    """Questions that can be asked, or an error that names the first that cannot.
+def load_dataset(choice: DatasetChoice) -> QuestionSet:
+    """Load the questions of a data set.
 
     Raises
     ------
     ExtractionError
-        There is none, one is empty, or two have the same id.
+        No data set and no file has that name, or it cannot be read.
     """
+    name = choice.dataset
+    if name in HUB_DATASETS:
+        found = load_questions(name, path=choice.path, revision=choice.revision)
+    elif Path(name).is_file():
+        found = read_questions(Path(name), choice.columns)
+    else:
+        message = (
+            f"no data set is known as {name!r}, and no file has that name; expected "
+            f"{', '.join(HUB_DATASETS)}, or a .jsonl or .csv file"
+        )
+        raise ExtractionError(message)
+    return replace(found, questions=found.questions[: choice.num_samples])
+
+
+def _checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
+    """All questions, or an error that names the first that is empty or repeats an id."""
     found: list[Question] = []
     rows: dict[str, int] = {}
     for each in questions:
@@ -100,7 +125,7 @@ def checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
         if each.sample_id in rows:
             message = (
                 f"{place}: row {each.row}: the id {each.sample_id!r} is that of row "
-                f"{rows[each.sample_id]} already; ids tell samples apart when a run is resumed"
+                f"{rows[each.sample_id]} already; ids must be unique"
             )
             raise ExtractionError(message)
         rows[each.sample_id] = each.row
@@ -112,19 +137,19 @@ def checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
 
 
 def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
-    """Questions of a JSONL or CSV file.
+    """Read the questions of a JSONL or CSV file.
 
     Parameters
     ----------
     path
         A file whose name ends in ``.jsonl``, ``.json`` (one object per line) or ``.csv``.
     columns
-        Which columns to read. Rows without an id are named after the file and their number.
+        Columns to read. Rows without an id are named after the file and their number.
 
     Raises
     ------
     ExtractionError
-        The file cannot be read as such, has no questions, or an empty one.
+        The file is malformed, or has no questions or an empty one.
     OSError
         It cannot be opened.
     """
@@ -137,12 +162,12 @@ def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})"
+        message = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
         raise ExtractionError(message) from error
     rows = reader(path, text)
     questions = _from_rows(path, rows, columns or Columns())
     digest = xxhash.xxh3_128_hexdigest(data)
-    return QuestionSet(path.name, checked(questions, str(path)), revision=f"xxh3-128:{digest}")
+    return QuestionSet(path.name, _checked(questions, str(path)), revision=f"xxh3-128:{digest}")
 
 
 def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
@@ -153,7 +178,7 @@ def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            message = f"{path}: line {number}: is no JSON: {error}"
+            message = f"{path}: line {number}: is not JSON: {error}"
             raise ExtractionError(message) from error
         if not isinstance(row, dict):
             message = f"{path}: line {number}: holds {type(row).__name__}, expected an object"
@@ -166,7 +191,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
     try:
         yield from csv.DictReader(text.splitlines(keepends=True), strict=True)
     except csv.Error as error:
-        message = f"{path}: is no CSV: {error}"
+        message = f"{path}: is not CSV: {error}"
         raise ExtractionError(message) from error
 
 
@@ -177,8 +202,8 @@ def _from_rows(path: Path, rows: Iterable[dict[str, Any]], columns: Columns) -> 
         if not isinstance(question, str):
             wanted = columns.question or " or ".join(_QUESTION_COLUMNS)
             message = (
-                f"{place}: found no text in a column {wanted}; columns: "
-                f"{', '.join(map(str, row)) or 'none'}; name the column with --question-column"
+                f"{place}: found no text in a column {wanted}; choose the column of questions "
+                f"among {', '.join(map(str, row)) or 'none'}"
             )
             raise ExtractionError(message)
         found_id = _cell(row, columns.sample_id, _ID_COLUMNS)
@@ -211,14 +236,14 @@ def _answers(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a data set lies on the hub, and how its rows read.
+    """A data set on the hub.
 
     Attributes
     ----------
     path, config, split
-        As ``datasets.load_dataset`` takes them.
+        Arguments of ``datasets.load_dataset``.
     question
-        Makes a question of a row and its number.
+        Makes a question from the number of a row and the row.
     """
 
     path: str
@@ -248,14 +273,14 @@ HUB_DATASETS: Final = {
 def load_questions(
     name: str, *, path: str | None = None, revision: str | None = None
 ) -> QuestionSet:
-    """The questions of a data set that is known by name.
+    """Load the questions of a data set on the hub.
 
     Parameters
     ----------
     name
         A key of `HUB_DATASETS`.
     path
-        A local copy of the data set's repository, instead of the hub.
+        A local copy of the repository, to be used instead of the hub.
     revision
         Commit, branch or tag on the hub.
 
@@ -282,6 +307,30 @@ def load_questions(
     )
 
 
+def _load(known: HubDataset, path: str, revision: str | None, cache: str | None) -> Any:
+    try:
+        import datasets  # heavy, and needed for these data sets only
+    except ImportError as error:
+        message = (
+            f"{known.path} is read with the library 'datasets', which is not installed; "
+            "pip install 'h5traces[extract]', or give a .jsonl or .csv file"
+        )
+        raise MissingDependencyError(message) from error
+    try:
+        return datasets.load_dataset(
+            path, known.config, split=known.split, revision=revision, cache_dir=cache
+        )
+    # Failures come as errors of four libraries.
+    except Exception as error:
+        message = (
+            f"the data set {path} ({known.config}, {known.split}) cannot be loaded: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; without "
+            "a network it must be in the cache (HF_HOME), or name the path of a local copy, or "
+            "give a .jsonl or .csv file"
+        )
+        raise ExtractionError(message) from error
+
+
 def _questions(known: HubDataset, rows: Any, place: str) -> tuple[Question, ...]:
     try:
         found = [known.question(number, row) for number, row in enumerate(rows)]
@@ -291,35 +340,11 @@ def _questions(known: HubDataset, rows: Any, place: str) -> tuple[Question, ...]
             f"{', '.join(rows.column_names)}"
         )
         raise ExtractionError(message) from error
-    return checked(found, place)
-
-
-def _load(known: HubDataset, path: str, revision: str | None, cache: str | None) -> Any:
-    try:
-        import datasets  # heavy, and needed for these data sets only
-    except ImportError as error:
-        message = (
-            f"{known.path} is read with the library 'datasets'; install it with "
-            "pip install 'h5traces[extract]', or give a .jsonl or .csv file"
-        )
-        raise MissingDependencyError(message) from error
-    try:
-        return datasets.load_dataset(
-            path, known.config, split=known.split, revision=revision, cache_dir=cache
-        )
-    # Whatever goes wrong comes as an error of one of four libraries.
-    except Exception as error:
-        message = (
-            f"the data set {path} ({known.config}, {known.split}) cannot be loaded: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; without "
-            "a network it must be in the cache (HF_HOME), or name a local copy with "
-            "--dataset-path; or give a .jsonl or .csv file"
-        )
-        raise ExtractionError(message) from error
+    return _checked(found, place)
 
 
 def _commit(rows: Any) -> str | None:
-    """The commit that was loaded: the hub's cache addresses files by it."""
+    """The loaded commit, from the addresses of files in the hub's cache."""
     for address in rows.download_checksums or {}:
         _, at, rest = str(address).rpartition("@")
         if at:

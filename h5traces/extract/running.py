@@ -1,15 +1,16 @@
-"""A long run: computes batch by batch, writes meanwhile, and goes on where it was stopped."""
+"""A long run: computes batch by batch while another thread writes, and reports what it did."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import threading
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import torch
 
@@ -22,20 +23,185 @@ from h5traces.writing.options import WriteOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from h5traces.extract.estimate import Estimate
-    from h5traces.extract.extractor import Extractor, Job
+    from h5traces.extract.extractor import Extractor
+    from h5traces.extract.generation import Job
     from h5traces.extract.options import ExtractOptions
     from h5traces.extract.questions import Question
-    from h5traces.format.dtypes import OverflowPolicy
+    from h5traces.extract.sizes import Forecast
     from h5traces.format.record import TraceRecord
+    from h5traces.writing.options import PrecisionOptions
     from h5traces.writing.process_writer import ProcessWriter
 
+SkipReason = Literal["too_long", "out_of_memory", "nan"]
+Status = Literal["planned", "stopped", "failed", "finished"]
 
-# Enough to go on computing while a shard is being packed.
-MAX_WAITING_NBYTES: Final = 512 * 2**20
+# Bytes in the queue, enough to go on computing while a shard is packed; one record may exceed it.
+_MAX_WAITING_NBYTES: Final = 512 * 2**20
+# What torch says on devices whose errors have no class of their own.
+_OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def record_nbytes(record: TraceRecord) -> int:
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out.
+
+    Attributes
+    ----------
+    sample_id, row
+        Id and row of its question.
+    reason
+        Reason, for programs.
+    message
+        Reason, for people.
+    """
+
+    sample_id: str
+    row: int
+    reason: SkipReason
+    message: str
+
+    @classmethod
+    def of(cls, question: Question, reason: SkipReason, message: str) -> Self:
+        """The entry of a question."""
+        return cls(question.sample_id, question.row, reason, message)
+
+
+@dataclass
+class ExtractionReport:
+    """What a run did.
+
+    Attributes
+    ----------
+    output
+        Archive, or folder of shards.
+    status
+        ``planned`` in a dry run. Runs that ``stopped`` or ``failed`` go on when started again.
+    num_planned
+        Requested samples.
+    num_before
+        Samples written by earlier starts.
+    num_written
+        Samples written by this start.
+    skipped
+        Samples that were left out, and why.
+    halved
+        Sample ids of batches that did not fit into memory and were halved.
+    num_tokens
+        Tokens of the written samples, prompts included.
+    num_generated
+        Tokens of their answers.
+    nbytes
+        Bytes written.
+    seconds
+        Wall-clock time, without loading the model.
+    free_nbytes
+        Free bytes on the disk at the start.
+    needed_nbytes
+        Bytes that the remaining samples need at most, while a shard is being packed.
+    forecast
+        What `needed_nbytes` was computed from.
+    warnings
+        Values that casts changed in the written samples.
+    error
+        Why the run failed.
+    """
+
+    output: str
+    status: Status = "planned"
+    num_planned: int = 0
+    num_before: int = 0
+    num_written: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    halved: list[list[str]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_generated: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    free_nbytes: int = 0
+    needed_nbytes: float = 0.0
+    forecast: Forecast | None = None
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every requested sample is in the archive, or would be."""
+        return self.status in ("planned", "finished") and not self.skipped
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of samples per second of wall-clock time."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "ok": self.ok,
+            "tokens_per_second": self.tokens_per_second,
+            **asdict(replace(self, forecast=None)),
+            "forecast": self.forecast and self.forecast.as_dict(),
+        }
+
+    def save(self) -> None:
+        """Write the report beside the output, in one atomic step."""
+        path = report_path(Path(self.output))
+        make_folder(path.parent)
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        with PartFile(path) as part:
+            part.append(text.encode("utf-8", "surrogatepass"))
+            part.publish(overwrite=True)
+
+
+def report_path(output: Path) -> Path:
+    """The file of a run's report, beside its archive or folder."""
+    output = output.resolve() if output.name in ("", "..") else output
+    return output.with_name(f"{output.name}.report.json")
+
+
+def skipped_before(output: Path) -> dict[str, Skipped]:
+    """Samples that earlier starts left out, by id.
+
+    Raises
+    ------
+    ExtractionError
+        The file in the place of the report is something else.
+    """
+    path = report_path(output)
+    try:
+        document = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+        found = [Skipped(**each) for each in document["skipped"]]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{path}: is not the report of an extraction ({error!r}); move it away"
+        raise ExtractionError(message) from error
+    return {each.sample_id: each for each in found}
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """Progress of a run.
+
+    Attributes
+    ----------
+    num_done, num_samples
+        Written samples, those of earlier starts included, and all samples.
+    tokens_per_second
+        Speed of this start.
+    nbytes
+        Bytes written by this start.
+    seconds_left
+        Estimate from the speed of this start.
+    """
+
+    num_done: int
+    num_samples: int
+    tokens_per_second: float
+    nbytes: int
+    seconds_left: float
+
+
+def _record_nbytes(record: TraceRecord) -> int:
     """Bytes of a record's arrays in memory."""
     return sum(
         entry.array.values.nbytes
@@ -46,7 +212,7 @@ def record_nbytes(record: TraceRecord) -> int:
 
 
 class WriterThread:
-    """A thread that waits for the writer in place of the one that computes, and a bounded queue.
+    """A thread that feeds the writer from a bounded queue while the next records are computed.
 
     Parameters
     ----------
@@ -54,19 +220,10 @@ class WriterThread:
         Used by this thread alone until `close` returns.
     written
         Called in the thread with each record that is durable.
-    max_waiting_nbytes
-        Bytes of records that may wait; one record may always.
     """
 
-    def __init__(
-        self,
-        writer: ProcessWriter,
-        written: Callable[[TraceRecord], None],
-        *,
-        max_waiting_nbytes: int = MAX_WAITING_NBYTES,
-    ) -> None:
+    def __init__(self, writer: ProcessWriter, written: Callable[[TraceRecord], None]) -> None:
         self._writer, self._written = writer, written
-        self._max_waiting_nbytes = max_waiting_nbytes
         self._waiting: deque[TraceRecord] = deque()
         self._waiting_nbytes = 0
         self._is_closing = False
@@ -93,22 +250,22 @@ class WriterThread:
             if not self._waiting:
                 return None
             record = self._waiting.popleft()
-            self._waiting_nbytes -= record_nbytes(record)
+            self._waiting_nbytes -= _record_nbytes(record)
             self._changed.notify_all()
             return record
 
     def put(self, record: TraceRecord) -> None:
-        """Hand a record over; waits while too many are waiting.
+        """Add a record to the queue; waits while the queue is full.
 
         Raises
         ------
         Exception
-            Whatever an earlier record ended in.
+            The error of an earlier record.
         """
-        nbytes = record_nbytes(record)
+        nbytes = _record_nbytes(record)
 
         def has_room() -> bool:
-            fits = self._waiting_nbytes + nbytes <= self._max_waiting_nbytes
+            fits = self._waiting_nbytes + nbytes <= _MAX_WAITING_NBYTES
             return self._error is not None or not self._waiting or fits
 
         with self._changed:
@@ -120,12 +277,12 @@ class WriterThread:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Wait until all is written.
+        """Wait until all records are written.
 
         Raises
         ------
         Exception
-            Whatever a record ended in.
+            The error of a record.
         """
         with self._changed:
             self._is_closing = True
@@ -135,198 +292,28 @@ class WriterThread:
             raise self._error
 
 
-SkipReason = Literal["too_long", "out_of_memory", "nan"]
-Status = Literal["planned", "stopped", "failed", "finished"]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A sample that is not in the archive.
-
-    Attributes
-    ----------
-    sample_id, row
-        Which.
-    reason
-        Why, for programs.
-    message
-        Why, for people.
-    """
-
-    sample_id: str
-    row: int
-    reason: SkipReason
-    message: str
-
-
-@dataclass
-class ExtractionReport:
-    """What became of a run.
-
-    Attributes
-    ----------
-    output
-        Archive, or folder of shards.
-    status
-        ``planned`` in a dry run; ``stopped`` or ``failed`` runs go on when started again.
-    num_planned
-        Samples asked for.
-    num_before
-        Samples that earlier starts had written.
-    num_written
-        Samples that this start wrote.
-    skipped
-        Samples that are not in the archive, and why.
-    halved
-        Batches that did not fit into memory and were halved: the ids of their samples.
-    num_tokens
-        Tokens of the samples written, prompts included.
-    num_generated
-        Of these, tokens of answers.
-    nbytes
-        Bytes of the samples written.
-    seconds
-        Wall-clock time, without loading the model.
-    free_nbytes
-        Room on the disk at the start.
-    needed_nbytes
-        Room that the samples to be written need at most, while a shard is being packed.
-    estimate
-        The forecast.
-    warnings
-        What casts changed in the samples written.
-    error
-        Why the run failed.
-    """
-
-    output: str
-    status: Status = "planned"
-    num_planned: int = 0
-    num_before: int = 0
-    num_written: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
-    halved: list[list[str]] = field(default_factory=list)
-    num_tokens: int = 0
-    num_generated: int = 0
-    nbytes: int = 0
-    seconds: float = 0.0
-    free_nbytes: int = 0
-    needed_nbytes: float = 0.0
-    estimate: Estimate | None = None
-    warnings: list[str] = field(default_factory=list)
-    error: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything that was asked for is in the archive, or would be."""
-        return self.status in ("planned", "finished") and not self.skipped
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of samples per second of wall-clock time."""
-        return self.num_tokens / self.seconds if self.seconds else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        found = {
-            **asdict(self),
-            "estimate": self.estimate.as_dict() if self.estimate else None,
-        }
-        return {"ok": self.ok, "tokens_per_second": self.tokens_per_second, **found}
-
-    def save(self) -> None:
-        """Write the report beside the output, in one step, over that of an earlier start."""
-        path = report_path(Path(self.output))
-        make_folder(path.parent)
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
-        with PartFile(path) as part:
-            part.append(text.encode("utf-8", "surrogatepass"))
-            part.publish(overwrite=True)
-
-
-def report_path(output: Path) -> Path:
-    """Where the report of a run lies: beside its archive or folder."""
-    return output.with_name(f"{output.name}.report.json")
-
-
-def skipped_before(output: Path) -> dict[str, Skipped]:
-    """Samples that earlier starts left out, by id.
-
-    Raises
-    ------
-    ExtractionError
-        There is a report that is none.
-    """
-    path = report_path(output)
-    try:
-        document = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
-        found = [Skipped(**each) for each in document["skipped"]]
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, KeyError) as error:
-        message = f"{path}: is no report of an extraction ({error!r}); move it away"
-        raise ExtractionError(message) from error
-    return {each.sample_id: each for each in found}
-
-
-# What torch says on devices whose errors have no class of their own.
-_OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-@dataclass(frozen=True)
-class RunProgress:
-    """How far a run is.
-
-    Attributes
-    ----------
-    num_done, num_samples
-        Samples written, earlier starts included, and samples in all.
-    tokens_per_second
-        Of this start.
-    nbytes
-        Bytes written by this start.
-    seconds_left
-        At the speed of this start; None before its first sample.
-    """
-
-    num_done: int
-    num_samples: int
-    tokens_per_second: float
-    nbytes: int
-    seconds_left: float | None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        each in str(error).lower() for each in _OUT_OF_MEMORY
-    )
-
-
 class Run:
     """One start of a run.
 
     Parameters
     ----------
     extractor
-        Computes.
+        Computes records.
     writer
-        Writes; closed when all is done, suspended otherwise.
+        Closed at the end of the run; suspended if the run stops or fails.
     jobs
         All samples of the run, in order. Batches are cut from this list, whatever is done already,
         so that a sample has the same neighbours in every start.
     options
-        Of the run.
+        What is computed.
     report
-        Filled.
-    on_overflow
-        As the writer was told.
+        Receives the results.
+    precision
+        Options of the writer.
     progress
-        Called when a sample was written.
+        Called after every written sample, in the writing thread.
     should_stop
-        Asked before every batch.
+        Called before every batch; if true, the run stops.
     """
 
     def __init__(
@@ -337,22 +324,21 @@ class Run:
         options: ExtractOptions,
         report: ExtractionReport,
         *,
-        on_overflow: OverflowPolicy = "float32",
+        precision: PrecisionOptions,
         progress: Callable[[RunProgress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._extractor, self._writer, self._jobs = extractor, writer, jobs
         self._options, self._report = options, report
-        self._write_options = WriteOptions(dtype=options.dtype, on_overflow=on_overflow)
+        self._write_options = WriteOptions(
+            dtype=precision.dtype or "float16", on_overflow=precision.on_overflow
+        )
         self._progress, self._should_stop = progress, should_stop
         self._done = frozenset(writer.done)
-        self._num_samples = len(jobs)
         self._started = 0.0
-        # Counts are made in the writer's thread and read in this one.
-        self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Compute and write all that is not done."""
+        """Compute and write the remaining samples."""
         self._started = time.perf_counter()
         thread = WriterThread(self._writer, self._note)
         try:
@@ -367,7 +353,9 @@ class Run:
         except BaseException as error:
             self._report.status = "failed"
             self._report.error = str(error) or type(error).__name__
-            self._drain(thread)
+            # Write what was computed; the first error is the one to raise.
+            with contextlib.suppress(Exception):
+                thread.close()
             self._writer.suspend()
             raise
         finally:
@@ -377,16 +365,8 @@ class Run:
             self._report.warnings += self._writer.warnings
             self._report.save()
 
-    @staticmethod
-    def _drain(thread: WriterThread) -> None:
-        """Let the thread write what was computed; the first error is the one to tell."""
-        try:
-            thread.close()
-        except Exception:
-            return
-
     def _compute_all(self, thread: WriterThread) -> bool:
-        """Hand all records to the writer; whether the run was stopped before the end."""
+        """Pass all records to the writer. Returns whether the run was stopped before the end."""
         for batch in self._batches():
             if self._should_stop is not None and self._should_stop():
                 return True
@@ -400,7 +380,7 @@ class Run:
         return False
 
     def _batches(self) -> Iterator[Sequence[Job]]:
-        """Batches in which something is not done."""
+        """Batches with a sample that is not done."""
         size = self._options.batch_size
         for start in range(0, len(self._jobs), size):
             batch = self._jobs[start : start + size]
@@ -408,11 +388,13 @@ class Run:
                 yield batch
 
     def _computed(self, batch: Sequence[Job]) -> Iterator[tuple[Job, TraceRecord | Skipped]]:
-        """Records of a batch; one that does not fit into memory is halved until it does."""
+        """Records of a batch, which is halved until it fits into memory."""
         outcomes = self._attempt(batch)
         if outcomes is None:
-            # Behind the except block: its traceback holds the tensors of the attempt.
-            free_memory()
+            # After the except block: its traceback holds the tensors of the attempt.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             if len(batch) == 1:
                 yield batch[0], self._too_large(batch[0])
                 return
@@ -427,14 +409,14 @@ class Run:
             elif self._options.on_nan == "error":
                 raise outcome
             else:
-                yield job, skipped(job.question, "nan", str(outcome))
+                yield job, Skipped.of(job.question, "nan", str(outcome))
 
     def _attempt(self, batch: Sequence[Job]) -> Sequence[TraceRecord | NanError] | None:
-        """What the batch gives; None where memory does not suffice."""
+        """Records of the batch; None if memory is too small."""
         try:
             return self._extractor.run(batch)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not _is_out_of_memory(error):
                 place = ", ".join(each.question.sample_id for each in batch)
                 message = f"{place}: the model failed: {error}"
                 raise ExtractionError(message) from error
@@ -444,31 +426,30 @@ class Run:
     def _too_large(job: Job) -> Skipped:
         message = (
             f"{job.question.sample_id}: does not fit into memory with its {len(job.prompt)} prompt "
-            "tokens, not even alone; start again with more memory or fewer layers to try it anew"
+            "tokens, not even alone; start again with more memory to try it again"
         )
-        return skipped(job.question, "out_of_memory", message)
+        return Skipped.of(job.question, "out_of_memory", message)
 
     def _skip(self, sample: Skipped) -> None:
         self._report.skipped.append(sample)
         self._report.save()
 
     def _note(self, record: TraceRecord) -> None:
-        """Count a record that is durable; called by the thread that writes."""
+        """Count a durable record; called by the writing thread, which alone counts."""
         num_tokens = 0 if record.tokens is None else len(record.tokens)
         report = self._report
-        with self._lock:
-            report.num_written += 1
-            report.num_tokens += num_tokens
-            report.num_generated += num_tokens - (record.prompt_len or 0)
+        report.num_written += 1
+        report.num_tokens += num_tokens
+        report.num_generated += num_tokens - (record.prompt_len or 0)
         if self._progress is None:
             return
         seconds = time.perf_counter() - self._started
         num_done = report.num_before + report.num_written
-        left = self._num_samples - num_done
+        left = len(self._jobs) - num_done
         self._progress(
             RunProgress(
                 num_done=num_done,
-                num_samples=self._num_samples,
+                num_samples=len(self._jobs),
                 tokens_per_second=report.num_tokens / seconds,
                 nbytes=self._writer.nbytes,
                 seconds_left=left * seconds / report.num_written,
@@ -476,13 +457,10 @@ class Run:
         )
 
 
-def skipped(question: Question, reason: SkipReason, message: str) -> Skipped:
-    """What the report says of a sample that was left out."""
-    return Skipped(question.sample_id, question.row, reason, message)
-
-
-def free_memory() -> None:
-    """Give back what a failed attempt held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory was too small."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        each in str(error).lower() for each in _OUT_OF_MEMORY
+    )

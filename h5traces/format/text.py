@@ -8,6 +8,7 @@ text is stored as it is. ``schema/SPEC.md``, section Text, is normative.
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,6 +98,11 @@ def encode_all(texts: Sequence[str]) -> np.ndarray:
 def decode_all(stored: np.ndarray) -> list[str]:
     """The strings of an array of dtype ``S<n>``, in C order."""
     return [decode(item) for item in stored.ravel().tolist()]
+
+
+def utc_now() -> str:
+    """The time as it is recorded in files: UTC, such as ``2026-11-28T18:00:00Z``."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def and_more(names: Iterable[object], most: int = 5, *, separator: str = ", ") -> str:

@@ -8,7 +8,6 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +16,7 @@ from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, Problem, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.labels import LabelSidecar
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, utc_now
 from h5traces.rewriting.repack import repack
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.options import TargetOptions
@@ -397,7 +396,7 @@ class _Joining:
         return LabelSidecar(
             format_version=layout.FORMAT_VERSION,
             generator=f"h5traces {__version__}",
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=utc_now(),
             archive_id=file.metadata.archive_id,
             num_samples=file.num_samples,
             source=self._table.path.name,

@@ -177,7 +177,7 @@ class PartFile:
                 _rename_without_replacing(self.path, self.target)
             except FileExistsError as error:
                 self.discard()
-                message = f"{self.target} exists; use --overwrite to replace it, or another name"
+                message = f"{self.target} exists; use overwrite=True to replace it, or another name"
                 raise ArchiveExistsError(message) from error
         self._close()
         sync_folder(self.target.parent)

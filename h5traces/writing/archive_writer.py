@@ -1,7 +1,7 @@
 """Writes archives: records in, one published file out.
 
-Arrays are cast, digested and compressed in threads; one thread talks to HDF5. Nothing appears under
-the final name before it is whole, durable and (unless told otherwise) read back and compared.
+Arrays are cast, digested and compressed in threads; one thread writes. Nothing appears under the
+final name before it is complete and durable. Its callers also read it back first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import uuid
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from h5traces.errors import ArchiveExistsError, __version__
@@ -24,6 +23,7 @@ from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
 from h5traces.format.index_table import index_columns
 from h5traces.format.record import StepArrays, TraceRecord
+from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
@@ -58,77 +58,9 @@ if TYPE_CHECKING:
     from h5traces.writing.stored_samples import StoredSample
 
 
-def write_scales(
-    hdf5: Hdf5Writer,
-    arrays: Iterable[tuple[str, NDArray[np.float32]]],
-    record: CalibrationRecord | None,
-) -> list[ObjectEntry]:
-    """The group ``/scales``.
-
-    Parameters
-    ----------
-    hdf5
-        Where to.
-    arrays
-        Paths below the root, and values ``(hidden,)``.
-    record
-        What they were made from.
-
-    Returns
-    -------
-    list of ObjectEntry
-        Groups and datasets with their paths below the root, in order of path.
-    """
-    attrs: Attrs = {} if record is None else to_attributes(record)
-    entries = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
-    hdf5.create_group(f"/{layout.SCALES_GROUP}", attrs)
-    for path, values in arrays:
-        parent = path.rpartition("/")[0]
-        while parent not in entries:
-            hdf5.create_group(f"/{parent}", {})
-            entries[parent] = ObjectEntry(parent)
-            parent = parent.rpartition("/")[0]
-        prepared = prepare_element(EncodedObject(path, {}, "float32", values))
-        encoded = prepared.encoded
-        offsets, sizes = hdf5.write_dataset(
-            f"/{path}",
-            dtype=prepared.dtype,
-            shape=encoded.shape,
-            chunk=encoded.chunk,
-            codec=encoded.codec,
-            chunks=encoded.chunks,
-            attrs=prepared.attrs,
-        )
-        table = ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums)
-        entries[path] = ObjectEntry(
-            path, prepared.attrs, "float32", encoded.shape, encoded.chunk, encoded.codec, table
-        )
-    return [entries[path] for path in sorted(entries)]
-
-
-def scales_of(scales: ScaleSet, stored: Mapping[str, Collection[int]]) -> ScaleSet:
-    """The scales of stored layers only.
-
-    Parameters
-    ----------
-    scales
-        Of these layers and others.
-    stored
-        Layer numbers by kind; the embedding of a kind goes along.
-    """
-    layers = {path: each for path, each in scales.layers.items() if _is_stored(path, stored)}
-    return ScaleSet(layers, scales.record)
-
-
-def _is_stored(path: str, stored: Mapping[str, Collection[int]]) -> bool:
-    kind, _, name = path.partition("/")
-    layer = layout.parse_layer_name(name)
-    return kind in stored and (layer is None or layer in stored[kind])
-
-
 _Value = TypeVar("_Value")
 
-# Groups of arrays that may wait, cast and compressed, for the thread that writes, per worker.
+# Groups of arrays per worker that may wait, cast and compressed, for the thread that writes.
 _QUEUED_PER_WORKER = 2
 # Values in a group of arrays. Handing one array at a time to a thread and back took a tenth of the
 # interpreter's time.
@@ -148,9 +80,9 @@ class ArchiveWriter:
     options
         How to write.
     generations
-        Generation indices taken, by sample id; shards of one set share it.
+        Generation indices in use, by sample id; the shards of a set share it.
     num_layers
-        Decoder blocks of the model, where known; else the largest number seen in a record.
+        Decoder blocks of the model if known; else the largest number in a record.
     metadata
         Further fields of `ArchiveMetadata`, such as ``model_id``.
 
@@ -159,7 +91,7 @@ class ArchiveWriter:
     ArchiveExistsError
         The target exists and ``options.overwrite`` is false.
     PrecisionError
-        The options ask for steps and give no scales.
+        The precision has quantisation steps and the options have no scales.
     OSError
         The folder is missing or full, or the disk is.
     """
@@ -174,7 +106,7 @@ class ArchiveWriter:
     ) -> None:
         self._options = options or WriteOptions()
         if not self._options.overwrite and os.path.lexists(path):
-            message = f"{path} exists; use --overwrite to replace it, or another name"
+            message = f"{path} exists; use overwrite=True to replace it, or another name"
             raise ArchiveExistsError(message)
         self._encoder = Encoder(self._options.precision, self._options.scales)
         self._metadata = ArchiveMetadata(
@@ -182,7 +114,7 @@ class ArchiveWriter:
             format_version=layout.FORMAT_VERSION,
             num_samples=0,
             generator=f"h5traces {__version__}",
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=utc_now(),
             archive_id=str(uuid.uuid4()),
             codec=self._options.codec,
             dtype_policy=self._options.dtype,
@@ -195,7 +127,7 @@ class ArchiveWriter:
         self._workers = self._options.workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="h5traces-encode")
         with contextlib.ExitStack() as undo:
-            # Nobody could discard a writer that was interrupted before its caller had it.
+            # A signal here would leave a file that no caller could discard.
             with deferred_signals():
                 self._part = PartFile(path)
                 undo.callback(self._part.discard)
@@ -214,12 +146,12 @@ class ArchiveWriter:
 
     @property
     def part_path(self) -> Path:
-        """Where the file is being written."""
+        """The unfinished file."""
         return self._part.path
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """Content digest of every sample written, taken from the records themselves."""
+        """Content digest of every sample written, computed from the records themselves."""
         return tuple(self._digests)
 
     @property
@@ -233,11 +165,11 @@ class ArchiveWriter:
         Raises
         ------
         SchemaError
-            Its fields contradict each other, or the records written before.
+            Its fields contradict each other or earlier records.
         ConversionError
-            A value has no encoding, or overflows and ``on_overflow`` is ``error``.
+            A value cannot be stored, or overflows and ``on_overflow`` is ``error``.
         PrecisionError
-            A scale is of another width than the layer.
+            A scale has another width than the layer.
         OSError
             The disk is full.
         """
@@ -255,12 +187,12 @@ class ArchiveWriter:
         sample
             The stored sample.
         first_source
-            Index that the first of its archive's ``sources`` has in the new archive's.
+            Index in the new archive's ``sources`` of the first source of this archive.
 
         Raises
         ------
         SchemaError
-            It has other layers than the samples before.
+            Its layers differ from those of earlier samples.
         CorruptArchiveError
             A chunk is damaged.
         OSError
@@ -299,7 +231,7 @@ class ArchiveWriter:
                 self._hdf5.create_group(f"{group}/{each.path}", each.attrs)
                 entries[each.path] = ObjectEntry(each.path, each.attrs)
         digest = sample_digest(attrs, {path: entry.attrs for path, entry in entries.items()})
-        # The digest comes last: a sample without one is not whole.
+        # The digest comes last: a sample without one is incomplete.
         self._hdf5.add_attributes(group, {"digest": digest})
         self._hdf5.finish_group(group)
         self._part.file.raise_error()
@@ -312,10 +244,10 @@ class ArchiveWriter:
         self.summary.coverage[metadata.coverage] += 1
 
     def _complete(self, metadata: TraceMetadata) -> TraceMetadata:
-        """Fill in what depends on the samples before."""
+        """Fill in what depends on earlier samples."""
         update: dict[str, Any] = {}
         if metadata.sample_id is not None:
-            # A copied sample keeps its index, unless another archive's sample has it already.
+            # A copied sample keeps its index unless a sample of another archive has it.
             taken = self._generations.setdefault(metadata.sample_id, set())
             index = metadata.generation_index
             if index is None or index in taken:
@@ -329,7 +261,7 @@ class ArchiveWriter:
         return metadata.model_copy(update=update)
 
     def _prepare(self, record: TraceRecord) -> Iterator[Prepared]:
-        """The layered arrays, cast, digested and encoded in threads, in order."""
+        """Yield the layered arrays in order, cast, digested and encoded in threads."""
         waiting: deque[Future[list[Prepared]]] = deque()
         exceptions: dict[str, dict[str, NDArray[np.float64]]] = {}
 
@@ -356,37 +288,20 @@ class ArchiveWriter:
             yield prepare_element(exceptions_table(kind, found))
 
     def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
-        encoded = prepared.encoded
-        offsets, sizes = self._hdf5.write_dataset(
-            f"{sample}/{prepared.path}",
-            dtype=prepared.dtype,
-            shape=encoded.shape,
-            chunk=encoded.chunk,
-            codec=encoded.codec,
-            chunks=encoded.chunks,
-            attrs={**(layout.IMAGE_ATTRS if prepared.image else {}), **prepared.attrs},
-        )
-        # A full disk shows here at the latest; HDF5 itself was told that all went well.
+        entry = _write_dataset(self._hdf5, sample, prepared)
+        # A full disk shows here at the latest; HDF5 sees every write succeed.
         self._part.file.raise_error()
         kind = prepared.path.partition("/")[0]
         kind = kind if kind in layout.KINDS else "other"
         self.summary.raw_nbytes[kind] += prepared.raw_nbytes
-        self.summary.stored_nbytes[kind] += sum(sizes)
+        self.summary.stored_nbytes[kind] += sum(entry.chunks.sizes) if entry.chunks else 0
         if prepared.kept_exact is not None:
             self.summary.kept_exact[f"{kind}: {prepared.kept_exact}"] += 1
         self._note_cast(kind, prepared)
         if prepared.counts != CastCounts():
             before = self.summary.counts.get(kind, CastCounts())
             self.summary.counts[kind] = before + prepared.counts
-        return ObjectEntry(
-            prepared.path,
-            prepared.attrs,
-            prepared.dtype,
-            encoded.shape,
-            encoded.chunk,
-            encoded.codec,
-            ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums),
-        )
+        return entry
 
     def _note_cast(self, kind: str, prepared: Prepared) -> None:
         """Collect what casts changed; means over heads that were computed here have no source."""
@@ -409,7 +324,7 @@ class ArchiveWriter:
         sources
             The files that the records were converted from.
         metadata
-            Fields of `ArchiveMetadata` that are known only now.
+            Fields of `ArchiveMetadata` that are known only at the end.
         """
         self._finished = True
         kinds = {name: self._kind_attributes(name) for name in self._observed.layers}
@@ -431,11 +346,11 @@ class ArchiveWriter:
         return archive
 
     def _write_scales(self) -> None:
-        """The scales of the layers that are stored, once for all samples."""
+        """Write the scales of the stored layers, once for all samples."""
         scales = self._encoder.scales
         if scales is None or self._encoder.precision.step is None:
             return
-        stored = scales_of(scales, self._observed.layers)
+        stored = _scales_of(scales, self._observed.layers)
         self._footer.add_scales(write_scales(self._hdf5, scale_arrays(stored), stored.record))
 
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
@@ -479,13 +394,13 @@ class ArchiveWriter:
         Raises
         ------
         ArchiveExistsError
-            Something took that name meanwhile and ``options.overwrite`` is false.
+            A file with that name appeared meanwhile and ``options.overwrite`` is false.
         """
         self._part.publish(overwrite=self._options.overwrite)
         return self.summary.path
 
     def discard(self) -> None:
-        """Delete what was written; nothing else is touched."""
+        """Delete what was written, and nothing else."""
         self._pool.shutdown(cancel_futures=True)
         self._part.discard()
 
@@ -506,12 +421,12 @@ class ArchiveWriter:
 
 
 def _only(values: set[_Value]) -> _Value | None:
-    """The one value, None where there are none or several."""
+    """The only value; None if there are none or several."""
     return next(iter(values)) if len(values) == 1 else None
 
 
 def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
-    """The arrays in groups worth handing to another thread."""
+    """Group the arrays so that handing a group to a thread is worth it."""
     group: list[LayerArray] = []
     size = 0
     for each in arrays:
@@ -523,3 +438,73 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:
+    """Write a dataset below `parent`; its entry has the path of `prepared`."""
+    encoded = prepared.encoded
+    offsets, sizes = hdf5.write_dataset(
+        f"{parent}/{prepared.path}",
+        dtype=prepared.dtype,
+        shape=encoded.shape,
+        chunk=encoded.chunk,
+        codec=encoded.codec,
+        chunks=encoded.chunks,
+        attrs={**(layout.IMAGE_ATTRS if prepared.image else {}), **prepared.attrs},
+    )
+    return ObjectEntry(
+        prepared.path,
+        prepared.attrs,
+        prepared.dtype,
+        encoded.shape,
+        encoded.chunk,
+        encoded.codec,
+        ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums),
+    )
+
+
+def write_scales(
+    hdf5: Hdf5Writer,
+    arrays: Iterable[tuple[str, NDArray[np.float32]]],
+    record: CalibrationRecord | None,
+) -> list[ObjectEntry]:
+    """Write the group ``/scales``.
+
+    Parameters
+    ----------
+    hdf5
+        The open file.
+    arrays
+        Paths below the root, and values ``(hidden,)``.
+    record
+        What they were measured on.
+
+    Returns
+    -------
+    list of ObjectEntry
+        Groups and datasets with their paths below the root, in order of path.
+    """
+    attrs: Attrs = {} if record is None else to_attributes(record)
+    entries = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
+    hdf5.create_group(f"/{layout.SCALES_GROUP}", attrs)
+    for path, values in arrays:
+        parent = path.rpartition("/")[0]
+        while parent not in entries:
+            hdf5.create_group(f"/{parent}", {})
+            entries[parent] = ObjectEntry(parent)
+            parent = parent.rpartition("/")[0]
+        prepared = prepare_element(EncodedObject(path, {}, "float32", values))
+        entries[path] = _write_dataset(hdf5, "", prepared)
+    return [entries[path] for path in sorted(entries)]
+
+
+def _scales_of(scales: ScaleSet, stored: Mapping[str, Collection[int]]) -> ScaleSet:
+    """The scales of the layers in `stored` (numbers by kind) and of the embeddings."""
+    layers = {path: each for path, each in scales.layers.items() if _is_stored(path, stored)}
+    return ScaleSet(layers, scales.record)
+
+
+def _is_stored(path: str, stored: Mapping[str, Collection[int]]) -> bool:
+    kind, _, name = path.partition("/")
+    layer = layout.parse_layer_name(name)
+    return kind in stored and (layer is None or layer in stored[kind])

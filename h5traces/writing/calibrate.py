@@ -1,4 +1,4 @@
-"""Measures the channels of a model's hidden states, so that they can be stored in steps."""
+"""Measures the scales of a model's hidden states, from which quantisation steps are made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +22,14 @@ from h5traces.format import layout
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
-from h5traces.paths import ARCHIVE_SUFFIXES, expand_paths, is_archive
+from h5traces.format.text import utc_now
+from h5traces.paths import (
+    ARCHIVE_SUFFIXES,
+    Target,
+    check_not_a_source,
+    expand_paths,
+    is_archive,
+)
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, statistics_arrays
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.hdf5.writing import Hdf5Writer
@@ -57,15 +63,15 @@ class CalibrationReport:
     path
         The file of scales.
     num_samples, num_tokens
-        What was looked at; the first token of a sample does not count.
+        What was measured; the first token of each sample is left out.
     num_not_finite
-        Tokens left out since a value is NaN or infinite, in the layer with the most.
+        Tokens left out because of a NaN or infinite value, in the layer with the most.
     layers
         Paths of the layers, such as ``hidden_states/layer_005``.
     hidden_size
-        Width of the hidden states.
+        Channels of the hidden states.
     model_id
-        As the sources give it.
+        The model that the sources name.
     """
 
     path: str
@@ -94,41 +100,44 @@ def calibrate(
 ) -> CalibrationReport:
     """Measure the channels of hidden states on some samples, and write a file of scales.
 
-    Memory stays at one sample and a few megabytes for each layer.
+    Memory holds one sample and a few megabytes per layer.
 
     Parameters
     ----------
     sources
         Archives or legacy batches, globs, folders; of one model.
     dest
-        The new file.
+        The new file, a name that ends in ``.h5``; in a folder, ``scales.h5``.
     samples
-        How many to look at, from the beginning of the sources.
+        Number of samples to measure, from the beginning of the sources.
     layers
         Decoder blocks to measure; all by default.
     model_id
-        Recorded; as the sources give it by default.
+        Recorded; the name in the sources by default.
     overwrite
         Replace `dest`.
     dry_run
         Measure only.
     progress
-        Called with the samples looked at and the samples wanted.
+        Called with the samples measured and the samples wanted.
 
     Raises
     ------
+    TargetError
+        `dest` is no such name, or one of the sources.
     PrecisionError
-        The samples are of several models or widths, or hold nothing to measure.
+        The samples come from several models, have several widths, or hold no hidden states.
     ArchiveExistsError
         `dest` exists.
     ConversionError, ArchiveError
         A source cannot be read.
     """
-    target = Path(dest)
-    if target.exists() and not overwrite:
-        message = f"{target} exists; use --overwrite to replace it, or another name"
-        raise ArchiveExistsError(message)
+    target = Target.of(dest).named("scales").path
     paths = expand_paths(sources, (*ARCHIVE_SUFFIXES, *SOURCE_SUFFIXES))
+    check_not_a_source(target, paths)
+    if target.exists() and not overwrite:
+        message = f"{target} exists; use overwrite=True to replace it, or another name"
+        raise ArchiveExistsError(message)
     with Measurement(layers) as measurement:
         for path in paths:
             with contextlib.closing(_samples(path)) as found:
@@ -152,7 +161,7 @@ def calibrate(
 
 
 class Measurement:
-    """Takes in samples and measures their hidden states, layers side by side.
+    """Measures the hidden states of samples, layers side by side.
 
     Parameters
     ----------
@@ -169,12 +178,12 @@ class Measurement:
         self.sources: list[str] = []
 
     def add(self, source: str, states: States) -> None:
-        """Take in one sample.
+        """Measure one sample.
 
         Raises
         ------
         PrecisionError
-            A layer has another width than in the samples before.
+            A layer has another width than in earlier samples.
         """
         wanted = [(path, values) for path, values in states if self._is_wanted(path)]
         for path, _ in wanted:
@@ -195,7 +204,7 @@ class Measurement:
         most: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Take in samples of a source until there are `most`, those of other sources included.
+        """Measure samples of a source until there are `most`, those of earlier sources included.
 
         Raises
         ------
@@ -213,23 +222,23 @@ class Measurement:
 
     @property
     def has_states(self) -> bool:
-        """Whether there was a token to measure in a layer."""
+        """Whether any layer had a token to measure."""
         return any(each.num_tokens for each in self._accumulators.values())
 
     @property
     def num_not_finite(self) -> int:
-        """Tokens left out since a value is not finite, in the layer with the most."""
+        """Tokens left out because a value is not finite, in the layer with the most."""
         return max((each.num_not_finite for each in self._accumulators.values()), default=0)
 
     def calibration(self, model_id: str | None, *, partial: bool = False) -> Calibration:
-        """What was measured.
+        """The statistics measured so far.
 
         Parameters
         ----------
         model_id
-            As the sources give it.
+            The model that the sources name.
         partial
-            Whether layers without a token to measure may be missing; they are stored exactly.
+            Whether layers without a token to measure may be missing; they get no quantisation step.
 
         Raises
         ------
@@ -312,14 +321,14 @@ def batch_states(path: Path) -> Generator[States]:
 
 
 def measured(archive: Archive, samples: int) -> Calibration:
-    """What is usual in the channels of an archive's first samples; nothing where it has no states.
+    """Measure the selected layers of an archive's first samples; empty if it has no hidden states.
 
     Parameters
     ----------
     archive
-        Of which the selected layers are measured.
+        The open archive.
     samples
-        How many.
+        Number of samples.
     """
     with Measurement(archive.layers) as measurement:
         for trace in archive[:samples]:
@@ -343,8 +352,8 @@ def _one_model(paths: Sequence[Path]) -> str | None:
         if name is not None:
             found.setdefault(name, path)
     if len(found) > 1:
-        named = ", ".join(f"{path} of {name}" for name, path in found.items())
-        message = f"the sources are of several models: {named}; calibrate each by itself"
+        named = ", ".join(f"{path} from {name}" for name, path in found.items())
+        message = f"the sources come from several models: {named}; calibrate each by itself"
         raise PrecisionError(message)
     return next(iter(found), None)
 
@@ -357,7 +366,7 @@ def _model_of(path: Path) -> str | None:
 
 
 def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool = False) -> None:
-    """Write a file of scales; it appears under its name when it is whole.
+    """Write a file of scales; it appears under its name when it is complete.
 
     Raises
     ------
@@ -375,7 +384,7 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
             {
                 "format": layout.SCALES_FORMAT,
                 "format_version": layout.FORMAT_VERSION,
-                "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                "created": utc_now(),
             },
         )
         write_scales(hdf5, statistics_arrays(calibration), calibration.record)
@@ -386,14 +395,14 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
 
 
 def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> Calibration:
-    """Read a file of scales, or take them from an archive that has some.
+    """Read the scales of a file that `calibrate` wrote, or of an archive.
 
     Raises
     ------
     PrecisionError
         It holds no scales.
     NotAnArchiveError, CorruptArchiveError
-        It is no HDF5 file, or damaged.
+        It is not an HDF5 file, or damaged.
     """
     file = Path(path)
     with contextlib.closing(Hdf5Store(file, limits)) as store:
@@ -401,48 +410,48 @@ def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> 
     if found is None or not found.layers:
         message = (
             f"{file}: holds no scales; expected a file that 'h5traces calibrate' wrote, or an "
-            "archive with hidden states in steps"
+            "archive whose hidden states have quantisation steps"
         )
         raise PrecisionError(message)
     return found
 
 
 def load_given(path: PathLike | None, precision: Precision) -> Calibration | None:
-    """The scales that a caller gives, if any.
+    """The scales of the file that a caller named, None without one.
 
     Raises
     ------
     PrecisionError
-        The precision has no use for scales, or the file holds none.
+        The precision has no quantisation steps, or the file holds no scales.
     """
     if path is not None and precision.step is None:
         message = (
-            f"{path}: scales are for hidden states in steps, which precision {precision} does not "
-            "have; choose a tier (fine, analysis, compact) or a step"
+            f"{path}: scales need a precision with quantisation steps, which {precision} has not; "
+            "choose a tier (fine, analysis, compact) or a step"
         )
         raise PrecisionError(message)
     return None if path is None else load_calibration(path)
 
 
 def check_model(calibration: Calibration, model_id: str | None) -> None:
-    """Refuse scales that were measured on another model.
+    """Reject scales that were measured on another model.
 
     Raises
     ------
     PrecisionError
-        Both models are known, and differ.
+        Both models are known and differ.
     """
     measured = calibration.record.model_id if calibration.record is not None else None
     if measured is None or model_id is None or _short(measured) == _short(model_id):
         return
     message = (
-        f"the scales were measured on {measured}, the samples are of {model_id}; run 'h5traces "
-        "calibrate' on samples of that model, or, if it is the same under another name, with "
-        f"--model-id {model_id}"
+        f"the scales were measured on {measured}, the samples come from {model_id}; run 'h5traces "
+        "calibrate' on samples of that model, or, if both names are of one model, with "
+        f"the model id {model_id}"
     )
     raise PrecisionError(message)
 
 
 def _short(model_id: str) -> str:
-    """A model's name without the folder, or the account, that it lies in."""
+    """A model's name without its folder or account."""
     return model_id.rstrip("/").rpartition("/")[2].lower()

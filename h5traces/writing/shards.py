@@ -90,7 +90,7 @@ class ShardSet:
         if len(self.writers) - 1 in self._published_before and not holds(target, writer.digests):
             message = (
                 f"{target} exists and holds other samples, so no stopped run of this command left "
-                "it; move it, use --overwrite, or another name"
+                "it; move it, use overwrite=True, or another name"
             )
             raise ArchiveExistsError(message)
 

@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import weakref
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
@@ -23,6 +22,7 @@ from h5traces.format.archive import ExtractionMetadata, PositiveCount
 from h5traces.format.document import Document
 from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.format.precision import EXACT, Precision
+from h5traces.format.text import utc_now
 from h5traces.storage.publish import PartFile, make_folder, sync_folder
 
 if TYPE_CHECKING:
@@ -209,7 +209,6 @@ def _locked(path: Path) -> int:
 
 
 def _write_owner(descriptor: int) -> None:
-    since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    owner = f"process {os.getpid()} on {socket.gethostname()} (since {since})".encode()
+    owner = f"process {os.getpid()} on {socket.gethostname()} (since {utc_now()})".encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, owner[:_OWNER_NBYTES], 0)

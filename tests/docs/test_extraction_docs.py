@@ -60,5 +60,7 @@ def test_the_figures_are_those_that_the_command_prints():
     text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
     sizes = dict(re.findall(r"^(archive.*?)  +\d+ .*?([\d.]+ GB)", output, re.MULTILINE))
     everything, subset = sizes.values()
-    assert f"prints {everything} per 1000 samples" in text
-    assert f"and {subset} for 7 of its 32 layers" in text
+    assert f"{everything} for archives with gzip" in text
+    assert f"and {subset} for 7 of the 32 layers" in text
+    (raw,) = re.findall(r"^raw float16 .*?([\d.]+ GB)", output, re.MULTILINE)
+    assert f"prints {raw} per 1000 samples for raw float16 arrays" in text

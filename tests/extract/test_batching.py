@@ -24,8 +24,9 @@ QUESTIONS = (
 
 def records(model, batch_size, **options):
     generation = options.pop("generation", GenerationOptions(max_new_tokens=9))
+    dtype = options.pop("dtype", "float16")
     chosen = ExtractOptions(generation=generation, batch_size=batch_size, **options)
-    return list(extract(model, tokenizer(), QUESTIONS, chosen))
+    return list(extract(model, tokenizer(), QUESTIONS, chosen, dtype=dtype))
 
 
 def assert_close(found, expected, tolerance):

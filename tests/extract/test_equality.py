@@ -30,9 +30,9 @@ def arrays(record, kind):
 
 def one(model, **options):
     generation = options.pop("generation", GenerationOptions(max_new_tokens=7))
-    (record,) = extract(
-        model, tokenizer(), [QUESTION], ExtractOptions(generation=generation, **options)
-    )
+    dtype = options.pop("dtype", "float16")
+    chosen = ExtractOptions(generation=generation, **options)
+    (record,) = extract(model, tokenizer(), [QUESTION], chosen, dtype=dtype)
     return record
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from tiny_models import make_model, shared_model, tokenizer
 
 import h5traces
+import h5traces.extract
 from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract import (
@@ -38,6 +41,50 @@ LEGACY_KEYS = [
     "generated_answer_clean",
     "question_id",
 ]
+
+
+def test_exports_are_listed_and_documented():
+    assert sorted(h5traces.extract.__all__) == [
+        "Columns",
+        "DatasetChoice",
+        "ExtractOptions",
+        "ExtractionReport",
+        "GenerationOptions",
+        "MODEL_ALIASES",
+        "ModelChoice",
+        "ModelShape",
+        "Question",
+        "estimate_with_pilot",
+        "extract",
+        "extract_activations_and_attentions",
+        "extract_dataset",
+        "hide_progress_bars",
+        "load_model",
+        "load_tokenizer",
+        "model_shape",
+    ]
+    assert dir(h5traces.extract) == sorted(h5traces.extract.__all__)
+    assert all(getattr(h5traces.extract, each).__doc__ for each in h5traces.extract.__all__)
+
+
+def test_options_and_estimates_need_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "from h5traces.extract import DatasetChoice, ExtractOptions, ModelChoice, ModelShape; "
+        "from h5traces import estimate; ExtractOptions(layers='0,last'); "
+        "print(len(estimate(ModelShape(num_layers=2, hidden_size=8, num_heads=2), 10).rows))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "7"
+
+
+def test_running_an_extraction_imports_no_estimate():
+    code = (
+        "import sys, h5traces.extract.extracting; "
+        "print([each for each in sys.modules if each.endswith(('.estimate', '.pilot'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_dict_of_old():
@@ -77,9 +124,7 @@ def test_the_dict_goes_into_the_old_pipeline(tmp_path):
 def test_float32_and_the_models_own_type():
     model = make_model("llama", dtype=torch.bfloat16)
     for dtype, expected in (("float32", "float32"), ("auto", "float32"), ("float16", "float16")):
-        found = extract_activations_and_attentions(
-            model, tokenizer(), "Why?", 3, options=ExtractOptions(dtype=dtype)
-        )
+        found = extract_activations_and_attentions(model, tokenizer(), "Why?", 3, dtype=dtype)
         assert {each.dtype.name for each in found["hidden_states"]} == {expected}
         assert "question_id" not in found
 
@@ -117,7 +162,8 @@ def test_the_embedding_lies_beside_the_layers(tmp_path):
         shared_model("llama"),
         tokenizer(),
         ["Why?"],
-        ExtractOptions(generation=SHORT, embedding=True, dtype="float32"),
+        ExtractOptions(generation=SHORT, embedding=True),
+        dtype="float32",
     )
     with h5traces.create(
         tmp_path / "run.h5", precision=PrecisionOptions(dtype="float32")
@@ -159,7 +205,7 @@ def test_what_the_device_cast_changed_is_stored(tmp_path):
     stored = {}
     for dtype in ("float16", "float32"):
         (record,) = extract(
-            model, tokenizer(), ["Why?"], ExtractOptions(generation=SHORT, dtype=dtype)
+            model, tokenizer(), ["Why?"], ExtractOptions(generation=SHORT), dtype=dtype
         )
         path = tmp_path / f"{dtype}.h5"
         with h5traces.create(path, precision=PrecisionOptions(dtype="float16")) as writer:
@@ -267,28 +313,38 @@ def without(*names):
         (None, {"kinds": ("logits",)}, "kinds is ['logits'], expected some of hidden_states"),
         (None, {"kinds": ()}, "kinds is []"),
         (None, {"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        (None, {"dtype": "int8"}, "dtype is 'int8', expected float16"),
         (None, {"last_state": "x"}, "last_state is 'x'"),
         (None, {"prompt_template": "Q:"}, "does not hold {question}"),
-        (None, {"chat": True}, "has no chat template; leave --chat out"),
+        (None, {"chat": True}, "has no chat template; use a prompt template without"),
         (
             None,
-            {"generation": GenerationOptions(temperature=0)},
+            {"generation": {"temperature": 0}},
             "temperature is 0, expected above",
         ),
-        (None, {"generation": GenerationOptions(top_p=1.5)}, "top_p is 1.5"),
+        (None, {"generation": {"top_p": 1.5}}, "top_p is 1.5"),
         (
             None,
-            {"generation": GenerationOptions(do_sample=True, num_beams=2)},
+            {"generation": {"do_sample": True, "num_beams": 2}},
             "sampling with beams",
         ),
-        (None, {"generation": GenerationOptions(max_new_tokens=300)}, "exceeds the 256"),
+        (None, {"generation": {"max_new_tokens": 300}}, "exceeds the 256"),
     ],
 )
 def test_refused(model, options, message):
     chosen = shared_model("llama") if model is None else model()
+
+    def try_it():
+        generation = GenerationOptions(**options.get("generation", {}))
+        wanted = ExtractOptions(**{**options, "generation": generation})
+        return list(extract(chosen, tokenizer(), ["Why?"], wanted))
+
     with pytest.raises(ExtractionError, match=re.escape(message)):
-        list(extract(chosen, tokenizer(), ["Why?"], ExtractOptions(**options)))
+        try_it()
+
+
+def test_a_type_that_nothing_is_stored_in():
+    with pytest.raises(ExtractionError, match="dtype is 'int8', expected float16"):
+        extract(shared_model("llama"), tokenizer(), ["Why?"], dtype="int8")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 from tiny_models import QUESTIONS
 
 from h5traces.errors import ExtractionError, MissingDependencyError
+from h5traces.extract import Columns, DatasetChoice, Question
 from h5traces.extract.questions import (
     HUB_DATASETS,
-    Columns,
-    Question,
+    load_dataset,
     load_questions,
     read_questions,
 )
@@ -33,8 +33,10 @@ def test_jsonl():
         1,
     )
     assert found.name == "questions.jsonl"
-    assert len(found.first(3).questions) == 3
-    assert found.first(3).revision == found.revision
+    assert load_dataset(DatasetChoice(dataset=str(QUESTIONS))) == found
+    first = load_dataset(DatasetChoice(dataset=str(QUESTIONS), num_samples=3))
+    assert first.questions == found.questions[:3]
+    assert first.revision == found.revision
 
 
 def test_csv_with_newlines_lists_and_a_byte_order_mark(tmp_path):
@@ -64,12 +66,12 @@ def test_columns_by_name(tmp_path):
         ("a.jsonl", b"", "a.jsonl: holds no questions"),
         ("a.csv", b"question\n", "a.csv: holds no questions"),
         ("a.jsonl", b'{"question": "a"}\n{"question": " "}', "row 1: the question is empty"),
-        ("a.jsonl", b'{"question": "a"}\nnonsense', "line 2: is no JSON"),
+        ("a.jsonl", b'{"question": "a"}\nnonsense', "line 2: is not JSON"),
         ("a.jsonl", b"[1]", "line 1: holds list, expected an object"),
         ("a.jsonl", b'{"query": "a"}', "row 0: found no text in a column question or prompt; "),
         ("a.jsonl", b'{"question": 3}', "row 0: found no text in a column"),
-        ("a.jsonl", b"\xff\xfe\x00", "is no UTF-8 text"),
-        ("a.csv", b'question\n"open', "is no CSV"),
+        ("a.jsonl", b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("a.csv", b'question\n"open', "is not CSV"),
         (
             "a.csv",
             b"id,question\nx,a\ny,b\nx,c\n",
@@ -82,6 +84,11 @@ def test_files_that_cannot_be_asked(tmp_path, name, content, message):
     path.write_bytes(content)
     with pytest.raises(ExtractionError, match=re.escape(message)):
         read_questions(path)
+
+
+def test_no_question_at_all():
+    with pytest.raises(ExtractionError, match="num_samples is 0, expected at least 1"):
+        DatasetChoice(dataset="triviaqa", num_samples=0)
 
 
 def test_a_column_that_is_not_there(tmp_path):
@@ -170,7 +177,7 @@ def test_another_data_set_is_told_apart(hub_copy):
 
 
 def test_a_data_set_that_is_nowhere(tmp_path):
-    with pytest.raises(ExtractionError, match=r"cannot be loaded: .*HF_HOME.*--dataset-path"):
+    with pytest.raises(ExtractionError, match=r"cannot be loaded: .*HF_HOME.*a local copy"):
         load_questions("truthfulqa", path=str(tmp_path / "nowhere"))
 
 

@@ -18,16 +18,16 @@ from child_processes import start_process
 from tiny_models import QUESTIONS, TINY_LLAMA, make_model, tokenizer
 
 import h5traces
-from h5traces.errors import ArchiveError, ArchiveExistsError, ExtractionError
+from h5traces.errors import ArchiveError, ArchiveExistsError, ExtractionError, TargetError
 from h5traces.extract import (
     DatasetChoice,
     ExtractOptions,
     GenerationOptions,
     ModelChoice,
-    StoreOptions,
     extract_dataset,
 )
 from h5traces.extract.running import report_path
+from h5traces.writing.options import TargetOptions
 
 H5TRACES = str(Path(sys.executable).with_name("h5traces"))
 COMMAND = [H5TRACES, "extract"]
@@ -35,15 +35,16 @@ TINY = ["--model-id", str(TINY_LLAMA), "--dataset", str(QUESTIONS)]
 SHORT = GenerationOptions(max_new_tokens=6)
 
 
-def run(output, *, num_samples=6, model=TINY_LLAMA, dataset=QUESTIONS, store=None, **options):
+def run(output, *, num_samples=6, model=TINY_LLAMA, dataset=QUESTIONS, **options):
     should_stop = options.pop("should_stop", None)
+    target = options.pop("target", TargetOptions())
     options.setdefault("generation", SHORT)
     return extract_dataset(
         ModelChoice(model_id=str(model)),
         DatasetChoice(dataset=str(dataset), num_samples=num_samples),
         output,
         ExtractOptions(**options),
-        store=store,
+        target=target,
         should_stop=should_stop,
     )
 
@@ -143,6 +144,18 @@ def test_a_finished_run_is_not_done_again(tmp_path):
     assert (tmp_path / "run.h5").read_bytes() == before
 
 
+def test_nothing_is_overwritten(tmp_path):
+    with pytest.raises(TargetError, match="overwrite does not apply to a run, which resumes"):
+        run(tmp_path / "run.h5", target=TargetOptions(overwrite=True))
+
+
+def test_the_report_lies_beside_the_output(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert report_path(Path("run.h5")) == Path("run.h5.report.json")
+    assert report_path(Path()) == tmp_path / "out.report.json"
+
+
 def test_a_stopped_run_wants_the_same_options(tmp_path):
     def stopping():
         calls = iter([False, False])
@@ -194,7 +207,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
         batch_size=3,
         seed=7,
         generation=GenerationOptions(max_new_tokens=8, do_sample=True, top_k=20),
-        store=StoreOptions(shard_samples=5),
+        target=TargetOptions(shard_samples=5),
     )
     chance = random.Random(0)
     kills = 0

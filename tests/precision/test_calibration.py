@@ -22,6 +22,7 @@ from h5traces.errors import (
     H5TracesError,
     NotAnArchiveError,
     PrecisionError,
+    TargetError,
 )
 from h5traces.format.precision import Precision
 from h5traces.precision.scales import ChannelAccumulator
@@ -271,7 +272,7 @@ def test_several_models_are_refused(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(scales: Path, tmp_path: Path) -> None:
     before = scales.read_bytes()
-    with pytest.raises(ArchiveExistsError, match="--overwrite"):
+    with pytest.raises(ArchiveExistsError, match="overwrite=True"):
         calibrate(tmp_path / "some.pkl", scales)
     assert scales.read_bytes() == before
     calibrate(tmp_path / "some.pkl", tmp_path / "new.h5", dry_run=True)
@@ -294,6 +295,28 @@ def edited(path: Path, change: Any) -> Path:
     with h5py.File(target, "r+") as file:
         change(file["scales/hidden_states/layer_001"])
     return target
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("link", ["same", "dots", "symlink", "hard link", "folder"])
+def test_calibrate_never_writes_over_a_source(tmp_path: Path, link: str, overwrite: bool) -> None:
+    write_batch(tmp_path / "some.pkl", batch())
+    archive = tmp_path / "runs" / "scales.h5"
+    archive.parent.mkdir()
+    h5traces.convert(tmp_path / "some.pkl", archive)
+    before = archive.read_bytes()
+    target = tmp_path / "link.h5"
+    if link == "symlink":
+        target.symlink_to(archive)
+    elif link == "hard link":
+        target.hardlink_to(archive)
+    else:
+        target = {"same": archive, "folder": archive.parent}.get(
+            link, tmp_path / "runs" / ".." / "runs" / "scales.h5"
+        )
+    with pytest.raises(TargetError, match="is one of the sources; name another output"):
+        calibrate([tmp_path / "some.pkl", archive], target, overwrite=overwrite)
+    assert archive.read_bytes() == before
 
 
 def test_scales_of_an_archive_serve_another(tmp_path: Path) -> None:

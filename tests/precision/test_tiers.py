@@ -783,7 +783,7 @@ def test_scales_without_use_are_refused(tmp_path: Path) -> None:
     write_batch(tmp_path / "batch.pkl", batch())
     calibrate(tmp_path / "batch.pkl", tmp_path / "scales.h5", model_id="org/Model")
     for tier in ("exact", "native"):
-        with pytest.raises(PrecisionError, match="scales are for hidden states in steps"):
+        with pytest.raises(PrecisionError, match="scales need a precision with quantisation steps"):
             h5traces.convert(
                 tmp_path / "batch.pkl",
                 tmp_path / "a.h5",

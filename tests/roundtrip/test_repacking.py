@@ -136,7 +136,7 @@ def test_errors_name_what_is_wrong(archive, tmp_path):
     with pytest.raises(IndexError):
         repack(archive, tmp_path / "x.h5", samples=[1000])
     (tmp_path / "there.h5").write_text("mine")
-    with pytest.raises(ArchiveExistsError, match=r"there\.h5 exists; use --overwrite"):
+    with pytest.raises(ArchiveExistsError, match=r"there\.h5 exists; use overwrite=True"):
         repack(archive, tmp_path / "there.h5")
     assert (tmp_path / "there.h5").read_text() == "mine"
 

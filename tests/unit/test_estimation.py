@@ -5,19 +5,13 @@ from __future__ import annotations
 import pytest
 
 from h5traces.errors import ExtractionError, LayerIndexError
-from h5traces.extract.estimate import (
-    CLAIM_NBYTES,
-    LLAMA2_7B,
-    STATED_RATES,
-    ModelShape,
-    Rates,
-    claim,
-    estimate,
-    num_values,
-    spread,
-)
-from h5traces.extract.options import layer_numbers
+from h5traces.extract import ModelShape
+from h5traces.extract.estimate import estimate, spread
+from h5traces.extract.sizes import STATED_RATES, Forecast, Rates
 from h5traces.format.precision import EXACT, Precision
+from h5traces.writing.options import PrecisionOptions
+
+LLAMA2_7B = ModelShape(num_layers=32, hidden_size=4096, num_heads=32)
 
 
 def test_raw_sizes_are_exact():
@@ -26,7 +20,7 @@ def test_raw_sizes_are_exact():
     rows = {row.name: row for row in found.rows}
     assert rows["raw float16"].sample_nbytes == 15_058_944
     assert rows["raw float32"].per_thousand == 2 * 15_058_944_000
-    assert rows["raw float16"].basis == "exact"
+    assert rows["raw float16"].basis == "computed"
     assert [row.num_layers for row in found.rows[:4]] == [32, 32, 32, 7]
     assert found.rows[3].name.endswith("layers 0,5,10,15,20,25,31")
 
@@ -48,8 +42,8 @@ def test_a_precision_of_ones_own_is_listed_beside_the_tiers():
     own = Precision(step=0.2, attention_bits=8)
     found = estimate(LLAMA2_7B, [43], precision=own)
     assert found.rows[-1].name.startswith("tier custom")
-    exact = found.sample_nbytes(EXACT, 32)
-    assert found.sample_nbytes(own, 32) == found.rows[-2].sample_nbytes < 0.5 * exact
+    assert [row.precision for row in found.rows[2:4] + found.rows[-2:]] == [EXACT] * 2 + [own] * 2
+    assert found.rows[-2].sample_nbytes < 0.5 * found.rows[2].sample_nbytes
     assert found.as_dict()["rows"][-1]["precision"] == {
         "step": 0.2,
         "attention_bits": 8,
@@ -59,7 +53,8 @@ def test_a_precision_of_ones_own_is_listed_beside_the_tiers():
 
 @pytest.mark.parametrize(("dtype", "codec"), [("float32", "gzip"), ("bfloat16", "gzip")])
 def test_tiers_go_with_float16(dtype, codec):
-    assert len(estimate(LLAMA2_7B, [43], dtype=dtype, codec=codec).rows) == 4
+    options = PrecisionOptions(dtype=dtype, codec=codec)
+    assert len(estimate(LLAMA2_7B, 43, precision=options).rows) == 4
 
 
 def test_without_attentions_tiers_have_no_head_mean():
@@ -70,17 +65,9 @@ def test_without_attentions_tiers_have_no_head_mean():
     )
 
 
-def test_the_claim_is_that_of_seven_layers_and_not_of_all():
-    told = claim()
-    assert told.all_layers_nbytes > 4 * CLAIM_NBYTES[1]
-    assert told.seven_layers_nbytes == pytest.approx(told.all_layers_nbytes * 7 / 32, rel=0.01)
-    assert told.compact_nbytes == pytest.approx(CLAIM_NBYTES[1], rel=0.02)
-    assert told.compact_seven_layers_nbytes < 0.6e9
-
-
 def test_attentions_grow_with_the_square_of_each_length():
     shape = ModelShape(num_layers=1, hidden_size=10, num_heads=2)
-    assert num_values(shape, [10, 30], ["hidden_states", "attentions"]) == {
+    assert shape.num_values([10, 30], ["hidden_states", "attentions"]) == {
         "hidden_states": 200,
         "attentions": 1000,
     }
@@ -97,7 +84,7 @@ def test_one_kind_and_a_subset():
         83 * 2 + 5,
     ]
     assert found.as_dict()["rows"][3]["per_1000_nbytes"] == 171_000
-    assert {row.basis for row in found.rows} == {"exact", "estimated"}
+    assert {row.basis for row in found.rows} == {"computed", "estimated"}
 
 
 def test_all_layers_are_listed_once():
@@ -107,8 +94,8 @@ def test_all_layers_are_listed_once():
 
 @pytest.mark.parametrize(("dtype", "codec"), [("auto", "gzip"), ("float16", "zstd")])
 def test_what_only_a_pilot_can_tell(dtype, codec):
-    with pytest.raises(ExtractionError, match=f"for dtype {dtype} with codec {codec}; .*--pilot"):
-        estimate(LLAMA2_7B, [43], dtype=dtype, codec=codec)
+    with pytest.raises(ExtractionError, match=f"for dtype {dtype} with codec {codec}; .*pilot"):
+        estimate(LLAMA2_7B, 43, precision=PrecisionOptions(dtype=dtype, codec=codec))
 
 
 def test_stated_rates_lie_below_the_raw_bits():
@@ -124,22 +111,47 @@ def test_a_spread_has_the_first_and_the_last(num_layers, expected):
     assert spread(num_layers) == expected
 
 
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [
-        (None, (0, 1, 2, 3)),
-        ("last", (3,)),
-        ("0, 2-last", (0, 2, 3)),
-        ("3,0,0", (0, 3)),
-        ([2, 1], (1, 2)),
-        ("last-last", (3,)),
-    ],
-)
-def test_choices_of_layers(choice, expected):
-    assert layer_numbers(choice, 4) == expected
+@pytest.mark.parametrize(("layers", "listed"), [("0,3-last", "0,3,4,5"), ([4, 1], "1,4")])
+def test_a_subset_of_ones_own(layers, listed):
+    shape = ModelShape(num_layers=6, hidden_size=8, num_heads=2)
+    assert estimate(shape, 10, layers=layers).rows[3].name.endswith(f", layers {listed}")
 
 
-@pytest.mark.parametrize("choice", ["", "a", "1-", "-1", "0,,1", "²", "1-2-3", "4", "0-4"])
-def test_choices_that_are_none(choice):
-    with pytest.raises(LayerIndexError):
-        layer_numbers(choice, 4)
+def test_a_layer_that_is_not_there():
+    with pytest.raises(LayerIndexError, match=r"layer 32 was asked for, .* \(0 to 31\)"):
+        estimate(LLAMA2_7B, 43, layers="0,32")
+
+
+def forecast(kinds=("hidden_states",), **options):
+    return Forecast(
+        shape=ModelShape(num_layers=4, hidden_size=100, num_heads=2),
+        layers=(0, 3),
+        kinds=kinds,
+        lengths=(10,) * 8,
+        precision=PrecisionOptions(**options),
+    )
+
+
+def test_a_forecast_counts_a_waiting_shard():
+    """13.7 bits of 1000 values and 350 bytes in each of two layers, and 3500 bytes."""
+    found = forecast()
+    nbytes = 2 * (1000 * 13.7 / 8 + 350) + 3500
+    assert found.sample_nbytes == pytest.approx(nbytes)
+    assert found.needed_nbytes(0, None) == pytest.approx(16 * nbytes)
+    assert found.needed_nbytes(5, 2) == pytest.approx((3 + 2) * nbytes)
+    assert found.needed_nbytes(99, 100) == pytest.approx(8 * nbytes)
+    assert found.as_dict()["mean_seq_len"] == 10
+
+
+def test_samples_of_a_forecast_wait_without_quantisation():
+    plain, compact = forecast(), forecast(tier="compact")
+    assert compact.sample_nbytes < 0.8 * plain.sample_nbytes
+    assert compact.needed_nbytes(0, 4) == pytest.approx(
+        8 * compact.sample_nbytes + 4 * plain.sample_nbytes
+    )
+
+
+def test_a_forecast_without_known_rates_takes_those_of_float32():
+    assert forecast(dtype="auto", codec="zstd").rates == forecast(dtype="float32").rates
+    both = forecast(kinds=("hidden_states", "attentions"))
+    assert both.sample_nbytes > forecast().sample_nbytes

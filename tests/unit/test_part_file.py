@@ -52,7 +52,7 @@ def test_never_replaces_what_appeared_meanwhile(tmp_path: Path, kind: str) -> No
         target.mkdir()
     else:
         target.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ArchiveExistsError, match=r"a\.h5 exists; use --overwrite"):
+    with pytest.raises(ArchiveExistsError, match=r"a\.h5 exists; use overwrite=True"):
         part.publish()
     assert names(tmp_path) == ["a.h5"]
     if kind == "file":
@@ -173,7 +173,7 @@ def test_convert_refuses_an_existing_target(tmp_path: Path) -> None:
     report = h5traces.convert(tmp_path / "batch.pkl", target)
     assert not report.ok
     assert report.files[0].status == "failed"
-    assert f"{target} exists; use --overwrite" in str(report.files[0].error)
+    assert f"{target} exists; use overwrite=True" in str(report.files[0].error)
     assert target.read_bytes() == before
     assert names(tmp_path) == ["batch.h5", "batch.pkl"]
 

@@ -1,0 +1,240 @@
+"""How many bytes a trace takes: shapes of models, and bits per stored value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from h5traces.errors import ExtractionError
+from h5traces.format import layout
+from h5traces.format.precision import EXACT
+from h5traces.precision.channel_steps import StepFormat
+from h5traces.storage.codecs import GZIP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from h5traces.format.dtypes import DtypePolicy
+    from h5traces.format.precision import Precision
+    from h5traces.writing.options import PrecisionOptions
+
+_BITS_PER_BYTE: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The dimensions of a model that decide the size of its traces.
+
+    Attributes
+    ----------
+    num_layers
+        Decoder blocks.
+    hidden_size
+        Width of the hidden states.
+    num_heads
+        Attention heads per layer.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """The shape that a configuration of transformers describes."""
+        text = config.get_text_config()
+        return cls(
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            num_heads=text.num_attention_heads,
+        )
+
+    def num_values(self, lengths: Sequence[int], kinds: Iterable[str]) -> dict[str, float]:
+        """Values per sample and layer, by kind, averaged over samples.
+
+        The mean is taken over samples, since attentions grow with the square of the length.
+
+        Parameters
+        ----------
+        lengths
+            Tokens of every sample.
+        kinds
+            Kinds of arrays.
+        """
+        count = len(lengths)
+        weights = sum(n * n for n in lengths) / count
+        values = {
+            layout.HIDDEN_STATES: self.hidden_size * sum(lengths) / count,
+            layout.ATTENTIONS: self.num_heads * weights,
+            layout.ATTENTION_MEAN: weights,
+        }
+        return {kind: values[kind] for kind in kinds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How well values compress.
+
+    Attributes
+    ----------
+    bits
+        Stored bits per value, by kind.
+    array_nbytes, sample_nbytes
+        Bytes of one array and of one sample beside the values: headers, tokens, texts, index.
+    source
+        What the figures were measured on.
+    is_measured
+        Whether a pilot of this run measured them.
+    """
+
+    bits: dict[str, float]
+    array_nbytes: float
+    sample_nbytes: float
+    source: str
+    is_measured: bool = False
+
+    def stored_nbytes(self, values: Mapping[str, float], num_layers: int) -> float:
+        """Bytes of a sample in an archive, from its values per layer and kind."""
+        arrays = sum(values[kind] * self.bits[kind] / _BITS_PER_BYTE for kind in values)
+        return (arrays + self.array_nbytes * len(values)) * num_layers + self.sample_nbytes
+
+    def of_kinds(self, kinds: Iterable[str]) -> Rates:
+        """The same rates for some kinds only."""
+        return replace(self, bits={kind: self.bits[kind] for kind in kinds})
+
+    def of_precision(self, precision: Precision) -> Rates:
+        """The rates of a precision, where `self` are those of float16 without quantisation."""
+        if precision == EXACT:
+            return self
+        bits = dict(self.bits)
+        for kind, rounded in _ROUNDED_BITS.items():
+            if precision.mantissa_bits is not None and kind in bits:
+                bits[kind] = rounded[precision.mantissa_bits - 1]
+        if precision.step is not None and layout.HIDDEN_STATES in bits:
+            ideal = _GAUSSIAN_BITS - math.log2(precision.step)
+            coding = _CODING_BITS[StepFormat.of(precision.step).dtype]
+            bits[layout.HIDDEN_STATES] = ideal + coding
+        if layout.ATTENTIONS in bits:
+            if precision.head_mean != "none":
+                bits[layout.ATTENTION_MEAN] = _MEAN_BITS
+            if precision.attention_bits is not None:
+                bits[layout.ATTENTIONS] = _SQUARE_ROOT_BITS
+            if precision.head_mean == "only":
+                del bits[layout.ATTENTIONS]
+        return replace(
+            self, bits=bits, array_nbytes=self.array_nbytes + _DECODING_NBYTES, is_measured=False
+        )
+
+
+def _stated(hidden_states: float, attentions: float) -> Rates:
+    return Rates(
+        bits={layout.HIDDEN_STATES: hidden_states, layout.ATTENTIONS: attentions},
+        array_nbytes=350,
+        sample_nbytes=3500,
+        source="examples/tiny-llama-pydocs in float32, its 40 questions, by a pilot",
+    )
+
+
+# Rates of gzip, by stored type. docs/extraction.md says how they were measured.
+STATED_RATES: Final[dict[DtypePolicy, Rates]] = {
+    "float16": _stated(13.7, 7.6),
+    "bfloat16": _stated(10.9, 6.2),
+    "float32": _stated(26.9, 15.3),
+}
+
+# An ideal code of a Gaussian needs 2.05 - log2(step) bits. Whole bits of Huffman codes, tables,
+# rounded steps and exceptions take the rest, by the integer type (benchmarks/precision.md, large
+# chunks).
+_GAUSSIAN_BITS: Final = 2.05
+_CODING_BITS: Final = {"uint8": 0.05, "uint16": 0.15}
+# The pilot's attentions on a square-root scale of 8 bits, and their mean over heads.
+_SQUARE_ROOT_BITS: Final = 3.7
+_MEAN_BITS: Final = 3.9
+# The pilot's values, rounded to 1 to 9 mantissa bits.
+_ROUNDED_BITS: Final = {
+    layout.HIDDEN_STATES: (4.8, 5.7, 7.1, 8.0, 8.8, 9.8, 10.8, 11.8, 12.7),
+    layout.ATTENTIONS: (3.0, 3.5, 4.3, 4.8, 5.2, 5.7, 6.2, 6.7, 7.1),
+}
+# Attributes that a quantised array needs for decoding.
+_DECODING_NBYTES: Final = 260
+
+
+def stated_rates(dtype: DtypePolicy, codec: str) -> Rates:
+    """The rates known for a stored type and codec.
+
+    Raises
+    ------
+    ExtractionError
+        Only a pilot can measure them.
+    """
+    if codec != GZIP.name or dtype not in STATED_RATES:
+        message = (
+            f"no rates are known for dtype {dtype} with codec {codec}; measure them with a pilot "
+            f"on your model, or choose gzip and one of {', '.join(STATED_RATES)}"
+        )
+        raise ExtractionError(message)
+    return STATED_RATES[dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Bytes that planned samples take at most.
+
+    Attributes
+    ----------
+    shape
+        Of the model.
+    layers, kinds
+        What is stored.
+    lengths
+        Tokens of every sample, with the longest possible answer.
+    precision
+        How the arrays are stored.
+    """
+
+    shape: ModelShape
+    layers: tuple[int, ...]
+    kinds: tuple[str, ...]
+    lengths: tuple[int, ...]
+    precision: PrecisionOptions
+
+    @property
+    def rates(self) -> Rates:
+        """Stated rates without quantisation; those of float32, the largest, if there are none."""
+        dtype, codec = self.precision.dtype or "float16", self.precision.codec or GZIP.name
+        is_known = codec == GZIP.name and dtype in STATED_RATES
+        return STATED_RATES[dtype if is_known else "float32"].of_kinds(self.kinds)
+
+    @property
+    def sample_nbytes(self) -> float:
+        """Bytes of a sample in an archive."""
+        return self._nbytes(self.rates.of_precision(self.precision.precision))
+
+    def needed_nbytes(self, num_done: int, shard_samples: int | None) -> float:
+        """Bytes for the samples that are left, and for a shard that waits to be packed.
+
+        Parameters
+        ----------
+        num_done
+            Samples that are in archives already.
+        shard_samples
+            Samples per shard; None for one archive. They wait without quantisation.
+        """
+        num_samples = len(self.lengths)
+        waiting = min(shard_samples or num_samples, num_samples)
+        left = max(0, num_samples - num_done)
+        return self.sample_nbytes * left + self._nbytes(self.rates) * waiting
+
+    def _nbytes(self, rates: Rates) -> float:
+        values = self.shape.num_values(self.lengths, rates.bits)
+        return rates.stored_nbytes(values, len(self.layers))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The forecast as JSON-ready values."""
+        return {
+            "shape": asdict(self.shape),
+            "layers": list(self.layers),
+            "mean_seq_len": sum(self.lengths) / len(self.lengths),
+            "sample_nbytes": self.sample_nbytes,
+        }
