@@ -14,7 +14,7 @@ from h5traces.errors import SchemaError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.limits import DEFAULT_LIMITS
-from h5traces.format.record import StepArrays, TraceRecord
+from h5traces.format.record import ArraySource, StepArrays, TraceRecord
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath
@@ -228,9 +228,10 @@ def _inspect_batch(file: Path, samples: SampleCount, progress: ReportProgress | 
             stats = _sample_stats(index, record, read=samples == "all" or index < samples)
             lengths.append(stats.seq_len)
             coverage[stats.coverage] += 1
-            for kind, nbytes in _array_sizes(record):
-                raw[kind] += nbytes
-                counts[kind] += 1
+            for kind, layered in record.layered.items():
+                counts[kind] += len(layered.arrays)
+                for layer in layered.arrays:
+                    raw[kind] += sum(part.values.nbytes for part in _parts(layer.array))
             if samples == "all" or index < samples:
                 looked_at.append(stats)
             if progress is not None:
@@ -251,13 +252,9 @@ def _inspect_batch(file: Path, samples: SampleCount, progress: ReportProgress | 
     )
 
 
-def _array_sizes(record: TraceRecord) -> Iterator[tuple[str, int]]:
-    for kind, layered in record.layered.items():
-        for entry in layered.arrays:
-            if isinstance(entry.array, StepArrays):
-                yield kind, sum(step.values.nbytes for step in entry.array.steps)
-            else:
-                yield kind, entry.array.load().values.nbytes
+def _parts(array: ArraySource | StepArrays) -> list[TypedArray]:
+    """The arrays of a layer: one, or one per generation step."""
+    return list(array.steps) if isinstance(array, StepArrays) else [array.load()]
 
 
 def _length_stats(lengths: list[int]) -> dict[str, float]:
@@ -296,35 +293,20 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
 
 def _array_stats(record: TraceRecord) -> Iterator[ArrayStats]:
     for kind in sorted(record.layered, key=list(layout.KINDS).index):
-        for entry in record.layered[kind].arrays:
-            if isinstance(entry.array, StepArrays):
-                parts = list(entry.array.steps)
-                shape: list[Any] = [list(step.shape) for step in parts]
-            else:
-                parts = [entry.array.load()]
-                shape = list(parts[0].shape)
-            yield _stats(kind, entry.name, entry.site, shape, parts)
-
-
-def _stats(
-    kind: str, name: str, site: str | None, shape: list[Any], parts: list[TypedArray]
-) -> ArrayStats:
-    counts = [count_not_finite(part) for part in parts]
-    lows, highs = [], []
-    for part in parts:
-        numbers = part.to_numpy()
-        finite = numbers[np.isfinite(numbers)]
-        if finite.size:
-            lows.append(float(finite.min()))
-            highs.append(float(finite.max()))
-    return ArrayStats(
-        kind=kind,
-        name=name,
-        site=site,
-        shape=shape,
-        dtype=parts[0].dtype if parts else "none",
-        minimum=min(lows, default=None),
-        maximum=max(highs, default=None),
-        num_nan=sum(nan for nan, _ in counts),
-        num_inf=sum(inf for _, inf in counts),
-    )
+        for layer in record.layered[kind].arrays:
+            parts = _parts(layer.array)
+            shapes = [list(part.shape) for part in parts]
+            numbers = [part.to_numpy() for part in parts]
+            finite = [values for each in numbers if (values := each[np.isfinite(each)]).size]
+            counts = [count_not_finite(part) for part in parts]
+            yield ArrayStats(
+                kind=kind,
+                name=layer.name,
+                site=layer.site,
+                shape=shapes if isinstance(layer.array, StepArrays) else shapes[0],
+                dtype=parts[0].dtype if parts else "none",
+                minimum=min((float(each.min()) for each in finite), default=None),
+                maximum=max((float(each.max()) for each in finite), default=None),
+                num_nan=sum(nan for nan, _ in counts),
+                num_inf=sum(inf for _, inf in counts),
+            )

@@ -53,6 +53,11 @@ class VerifyReport(FileReport):
     num_chunks: int = 0
     nbytes: int = 0
 
+    def add(self, loc: str, error: Exception | str, kind: str = "damaged") -> None:
+        """Add a problem."""
+        message = str(error).removeprefix(f"{self.path}: ").removeprefix(f"{loc}: ")
+        self.problems.append(Problem(loc, message, kind))
+
 
 def verify(
     sources: PathLike | Iterable[PathLike],
@@ -100,40 +105,22 @@ def verify(
         `against` cannot be compared with an archive made of one that had lost precision.
     """
     source = None if against is None else Path(against)
-    return Reports(
-        _verify_file(path, deep, source, workers, limits, progress)
-        for path in expand_paths(sources)
-    )
-
-
-def _verify_file(
-    file: Path,
-    deep: bool,  # noqa: FBT001  # passed on
-    against: Path | None,
-    workers: int | None,
-    limits: ReadLimits,
-    progress: ReportProgress | None,
-) -> VerifyReport:
-    report = VerifyReport(str(file), nbytes=file.stat().st_size)
-    try:
-        with _opened(file, limits, report) as store:
-            if isinstance(store, FooterStore):
-                _check_bytes(store, report, workers, progress)
-            _check_head(store, report)
-            if deep or not isinstance(store, FooterStore):
-                _check_contents(store, report, workers, progress)
-            report.num_samples = store.num_samples
-            if against is not None:
-                _check_against(store, against, report, workers, progress)
-    except H5TracesError as error:
-        if against is not None and not isinstance(error, CorruptArchiveError):
-            raise
-        _add(report, "/", error)
-    if deep:
-        validation = validate_file(file, limits=limits)
-        report.problems += validation.problems
-        report.notes += validation.notes
-    return report
+    reports = Reports[VerifyReport]()
+    for path in expand_paths(sources):
+        report = VerifyReport(str(path), nbytes=path.stat().st_size)
+        reports.append(report)
+        try:
+            with _opened(path, limits, report) as store:
+                _Verification(store, report, workers, progress).run(source, deep=deep)
+        except H5TracesError as error:
+            if against is not None and not isinstance(error, CorruptArchiveError):
+                raise
+            report.add("/", error)
+        if deep:
+            validation = validate_file(path, limits=limits)
+            report.problems += validation.problems
+            report.notes += validation.notes
+    return reports
 
 
 @contextmanager
@@ -149,85 +136,137 @@ def _opened(file: Path, limits: ReadLimits, report: VerifyReport) -> Iterator[St
         yield store
 
 
-def _add(report: VerifyReport, loc: str, error: Exception) -> None:
-    message = str(error).removeprefix(f"{report.path}: ").removeprefix(f"{loc}: ")
-    report.problems.append(Problem(loc, message, "damaged"))
+class _Verification:
+    """One check of one file."""
 
+    def __init__(
+        self,
+        store: Store,
+        report: VerifyReport,
+        workers: int | None,
+        progress: ReportProgress | None,
+    ) -> None:
+        self._store, self._report, self._workers = store, report, workers
+        self._progress = progress or (lambda _done, _total: None)
 
-def _check_bytes(
-    store: FooterStore,
-    report: VerifyReport,
-    workers: int | None,
-    progress: ReportProgress | None,
-) -> None:
-    """Every byte of the file against the checksums in its footer."""
-    damaged, rest_fits = store.check_bytes(workers=workers, progress=progress)
-    if not rest_fits:
-        message = "bytes of HDF5's own structures changed since the archive was written"
-        report.problems.append(Problem("/", message, "damaged"))
-    for number in damaged:
-        sample, path = store.owner_of_chunk(number)
-        message = "a stored chunk is damaged: its checksum does not fit"
-        report.problems.append(Problem(object_place(sample, path), message, "damaged"))
-    report.num_chunks = len(store.chunk_table()[0])
+    def run(self, against: Path | None, *, deep: bool) -> None:
+        if isinstance(self._store, FooterStore):
+            self._check_bytes(self._store)
+        self._check_head()
+        if deep or not isinstance(self._store, FooterStore):
+            self._check_contents()
+        self._report.num_samples = self._store.num_samples
+        if against is not None:
+            self._check_against(against)
 
+    def _check_bytes(self, store: FooterStore) -> None:
+        """Every byte of the file against the checksums in its footer."""
+        damaged, rest_fits = store.check_bytes(workers=self._workers, progress=self._progress)
+        if not rest_fits:
+            self._report.add("/", "bytes of HDF5's own structures changed since they were written")
+        for number in damaged:
+            sample, path = store.owner_of_chunk(number)
+            message = "a stored chunk is damaged: its checksum does not fit"
+            self._report.add(object_place(sample, path), message)
+        self._report.num_chunks = len(store.chunk_table()[0])
 
-def _check_head(store: Store, report: VerifyReport) -> None:
-    """Attributes of the root and the kinds, scales, and the table of samples.
+    def _check_head(self) -> None:
+        """Attributes of the root and the kinds, scales, and the table of samples.
 
-    No digest covers these, but reading them compares checksums of the footer or of HDF5.
-    """
+        No digest covers these, but reading them compares checksums of the footer or of HDF5.
+        """
+        store = self._store
+        steps: dict[str, Callable[[], object]] = {
+            "/": self._check_root,
+            f"/{layout.KINDS_GROUP}": lambda: store.kinds,
+            f"/{layout.SCALES_GROUP}": self._check_scales,
+        }
+        if isinstance(store, Hdf5Store):
+            steps[f"/{layout.INDEX_TABLE}"] = store.check_index
+        for loc, step in steps.items():
+            try:
+                step()
+            except H5TracesError as error:
+                self._report.add(loc, error)
 
-    def note(loc: str, step: Callable[[], object]) -> None:
-        try:
-            step()
-        except H5TracesError as error:
-            _add(report, loc, error)
+    def _check_root(self) -> None:
+        attrs, num_samples = self._store.root_attrs, self._store.num_samples
+        if attrs.get("format") != layout.FORMAT_NAME:
+            message = f"'format' is {attrs.get('format')!r}, expected {layout.FORMAT_NAME!r}"
+            raise CorruptArchiveError(message)
+        metadata = from_attributes(ArchiveMetadata, attrs)
+        if not metadata.complete:
+            message = "the archive was not finished ('complete' is not set)"
+            raise CorruptArchiveError(message)
+        if metadata.num_samples != num_samples:
+            message = f"num_samples is {metadata.num_samples}, {num_samples} are stored"
+            raise CorruptArchiveError(message)
 
-    note("/", lambda: _check_root(store))
-    note(f"/{layout.KINDS_GROUP}", lambda: store.kinds)
-    note(f"/{layout.SCALES_GROUP}", lambda: _check_scales(store))
-    if isinstance(store, Hdf5Store):
-        note(f"/{layout.INDEX_TABLE}", store.check_index)
+    def _check_scales(self) -> None:
+        """Scales, without which no sample of the archive can be decoded."""
+        scales = self._store.scales()
+        if scales is None:
+            return
+        for path in scales.objects:
+            damage = None if scales.objects[path].is_group else _damage(self._store, scales, path)
+            if damage is not None:
+                raise damage
+        stored_scales(self._store)
 
+    def _check_contents(self) -> None:
+        """Every array against its digest, every sample's metadata against the sample's digest."""
+        known = {each.loc for each in self._report.problems}
+        num_samples = self._store.num_samples
+        with ThreadPoolExecutor(self._workers) as pool:
+            for index in range(num_samples):
+                for loc, error in sample_damage(self._store, index, pool):
+                    if loc not in known:
+                        self._report.add(loc, error)
+                self._progress(index + 1, num_samples)
 
-def _check_scales(store: Store) -> None:
-    """Scales, without which no sample of the archive can be decoded."""
-    scales = store.scales()
-    if scales is None:
-        return
-    for path in scales.objects:
-        error = None if scales.objects[path].is_group else _array_damage(store, scales, path)
-        if error is not None:
-            raise error
-    stored_scales(store)
-
-
-def _check_root(store: Store) -> None:
-    if store.root_attrs.get("format") != layout.FORMAT_NAME:
-        message = f"'format' is {store.root_attrs.get('format')!r}, expected {layout.FORMAT_NAME!r}"
-        raise CorruptArchiveError(message)
-    metadata = from_attributes(ArchiveMetadata, store.root_attrs)
-    if not metadata.complete:
-        message = "the archive was not finished ('complete' is not set)"
-        raise CorruptArchiveError(message)
-    if metadata.num_samples != store.num_samples:
-        message = f"num_samples is {metadata.num_samples}, {store.num_samples} are stored"
-        raise CorruptArchiveError(message)
-
-
-def _check_contents(
-    store: Store, report: VerifyReport, workers: int | None, progress: ReportProgress | None
-) -> None:
-    """Every array against its digest, and every sample's metadata against the sample's digest."""
-    known = {each.loc for each in report.problems}
-    with ThreadPoolExecutor(workers) as pool:
-        for index in range(store.num_samples):
-            for loc, error in sample_damage(store, index, pool):
-                if loc not in known:
-                    _add(report, loc, error)
-            if progress is not None:
-                progress(index + 1, store.num_samples)
+    def _check_against(self, path: Path) -> None:
+        """Every sample of a source against the digests of its copy."""
+        store, report = self._store, self._report
+        metadata = from_attributes(ArchiveMetadata, store.root_attrs)
+        if metadata.earlier_precisions:
+            message = (
+                f"{report.path}: was made of an archive that had lost precision before, so it "
+                f"cannot hold what {path} does; 'h5traces fidelity' measures how far they are apart"
+            )
+            raise LossyArchiveError(message)
+        options = WriteOptions(
+            dtype=metadata.dtype_policy or "float16",
+            on_overflow=metadata.on_overflow or "float32",
+            workers=self._workers,
+            precision=metadata.precision or EXACT,
+            scales=stored_scales(store),
+        )
+        copies = _copies_of(store, metadata, path)
+        num_compared = 0
+        with open_source(path) as source, ThreadPoolExecutor(self._workers) as pool:
+            for position, record in enumerate(source.records(layers=metadata.layers)):
+                if position not in copies:
+                    message = f"sample {position} of {path} is not in the archive"
+                    report.add(f"/{layout.SAMPLES_GROUP}", message, "missing_sample")
+                    continue
+                index = copies[position]
+                encoded = with_head_mean(record, options.precision)
+                expected = record_attributes(encoded, options, pool)
+                facts = to_attributes(encoded.describe().metadata)
+                # This digest is of another archive's sample; the source does not have it.
+                stored = store.sample_attrs(index)
+                facts |= {name: stored[name] for name in ("exact_digest",) if name in stored}
+                for loc in _differences(store.sample(index), facts, expected):
+                    message = f"is not what sample {position} of {path} holds"
+                    report.add(loc, message, "differs_from_source")
+                for loc, error in sample_damage(store, index, pool):
+                    report.add(loc, error)
+                num_compared += 1
+                self._progress(*source.progress)
+        note = f"{num_compared} samples compared with {path}"
+        if metadata.losses:
+            note += f", encoded as {metadata.precision}: the archive is not lossless"
+        report.notes.append(note)
 
 
 def sample_damage(
@@ -242,7 +281,7 @@ def sample_damage(
         return
     paths = [path for path in sample.objects if not sample.objects[path].is_group]
     for path, found in zip(
-        paths, pool.map(lambda path: _array_damage(store, sample, path), paths), strict=True
+        paths, pool.map(lambda path: _damage(store, sample, path), paths), strict=True
     ):
         if found is not None:
             yield f"{place}/{path}", found
@@ -251,7 +290,7 @@ def sample_damage(
         yield place, CorruptArchiveError(differs)
 
 
-def _array_damage(store: Store, sample: SampleEntry, path: str) -> Exception | None:
+def _damage(store: Store, sample: SampleEntry, path: str) -> Exception | None:
     try:
         values = store.read(sample, path)
         entry = sample.objects[path]
@@ -259,57 +298,6 @@ def _array_damage(store: Store, sample: SampleEntry, path: str) -> Exception | N
         return error
     differs = difference(entry, values)
     return None if differs is None else CorruptArchiveError(differs)
-
-
-def _check_against(
-    store: Store,
-    batch_path: Path,
-    report: VerifyReport,
-    workers: int | None,
-    progress: ReportProgress | None,
-) -> None:
-    """Every sample of a batch against the digests of its copy."""
-    metadata = from_attributes(ArchiveMetadata, store.root_attrs)
-    if metadata.earlier_precisions:
-        message = (
-            f"{report.path}: was made of an archive that had lost precision before, so it cannot "
-            f"hold what {batch_path} does; 'h5traces fidelity' measures how far they are apart"
-        )
-        raise LossyArchiveError(message)
-    options = WriteOptions(
-        dtype=metadata.dtype_policy or "float16",
-        on_overflow=metadata.on_overflow or "float32",
-        workers=workers,
-        precision=metadata.precision or EXACT,
-        scales=stored_scales(store),
-    )
-    copies = _copies_of(store, metadata, batch_path)
-    num_compared = 0
-    with open_source(batch_path) as source, ThreadPoolExecutor(workers) as pool:
-        for position, record in enumerate(source.records(layers=metadata.layers)):
-            if position not in copies:
-                message = f"sample {position} of {batch_path} is not in the archive"
-                report.problems.append(Problem("/samples", message, "missing_sample"))
-                continue
-            index = copies[position]
-            encoded = with_head_mean(record, options.precision)
-            expected = record_attributes(encoded, options, pool)
-            facts = to_attributes(encoded.describe().metadata)
-            # This digest is of another archive's sample; the batch does not have it.
-            stored = store.sample_attrs(index)
-            facts |= {name: stored[name] for name in ("exact_digest",) if name in stored}
-            for loc in _differences(store.sample(index), facts, expected):
-                message = f"is not what sample {position} of {batch_path} holds"
-                report.problems.append(Problem(loc, message, "differs_from_source"))
-            for loc, error in sample_damage(store, index, pool):
-                _add(report, loc, error)
-            num_compared += 1
-            if progress is not None:
-                progress(*source.progress)
-    note = f"{num_compared} samples compared with {batch_path}"
-    if metadata.losses:
-        note += f", encoded as {metadata.precision}: the archive is not lossless"
-    report.notes.append(note)
 
 
 def _differences(sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]) -> list[str]:
@@ -326,12 +314,10 @@ def _differences(sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]) 
     return found
 
 
-def _copies_of(store: Store, metadata: ArchiveMetadata, batch_path: Path) -> dict[int, int]:
+def _copies_of(store: Store, metadata: ArchiveMetadata, path: Path) -> dict[int, int]:
     """Index in the archive by position in the batch."""
     numbers = {
-        number
-        for number, source in enumerate(metadata.sources or ())
-        if source.name == batch_path.name
+        number for number, source in enumerate(metadata.sources or ()) if source.name == path.name
     }
     copies: dict[int, int] = {}
     for index in range(store.num_samples):
