@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -16,7 +17,7 @@ from h5traces.errors import ArchiveExistsError, FeatureError, __version__
 from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
-from h5traces.features.table import Column, FeatureTable, SpooledColumn
+from h5traces.features.table import FeatureTable, SpooledColumn
 from h5traces.features.writing import FORMATS, check_writer, write_features
 from h5traces.format.text import and_more, utc_now
 from h5traces.paths import Target, check_not_a_source
@@ -181,14 +182,14 @@ def extract_features(
             _look(view, wanted, report)
             return report
         make_folder(target.parent)
-        with _Spool(target.parent, len(view)) as spool:
+        with _Spool(target.parent) as spool:
             for each in iterate_features(view, wanted, workers=workers):
-                spool.add(each, view)
+                spool.add(each, place_of(view[each.index]))
                 report.problems += each.problems
                 if progress is not None:
                     progress(each.index + 1, len(view))
             _check_problems(report, allow_nan=allow_nan)
-            table = FeatureTable(spool.finished(), _samples(view, report))
+            table = FeatureTable(spool.features(len(view)), _samples(view, report))
             table.others["layers"] = np.array(report.layers, dtype="<i8")
             table.metadata = _metadata(view, wanted)
             if components is not None:
@@ -231,32 +232,31 @@ def _check_problems(report: FeatureReport, *, allow_nan: bool) -> None:
 class _Spool:
     """The columns while samples come in; the first sample that has a feature decides its width."""
 
-    def __init__(self, folder: Path, num_samples: int) -> None:
-        self._folder, self._num_samples = folder, num_samples
-        self.columns: dict[str, SpooledColumn] = {}
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._columns: dict[str, SpooledColumn] = {}
         # Samples without the arrays that a feature is made of, before the first that has them.
-        self._waiting: dict[str, int] = {}
+        self._waiting: Counter[str] = Counter()
 
     def new(self, name: str, row_shape: tuple[int, ...]) -> SpooledColumn:
         """A further column."""
-        self.columns[name] = SpooledColumn(self._folder, row_shape)
-        return self.columns[name]
+        self._columns[name] = SpooledColumn(self._folder, row_shape)
+        return self._columns[name]
 
-    def add(self, sample: SampleFeatures, archive: Archive) -> None:
-        """The next sample's features."""
+    def add(self, sample: SampleFeatures, place: str) -> None:
+        """Add the next sample's features."""
         for name, values in sample.values.items():
-            column = self.columns.get(name)
+            column = self._columns.get(name)
             if column is None and not values.shape[1]:
-                self._waiting[name] = self._waiting.get(name, 0) + 1
+                self._waiting[name] += 1
                 continue
             if column is None:
                 column = self.new(name, values.shape)
                 for _ in range(self._waiting.pop(name, 0)):
                     column.append(np.full(values.shape, np.nan, dtype=np.float32))
-            place = f"{place_of(archive[sample.index])}: {name}"
-            column.append(fitted(values, column.shape[2], place))
+            column.append(fitted(values, column.width, f"{place}: {name}"))
 
-    def finished(self) -> dict[str, Column]:
+    def features(self, num_samples: int) -> dict[str, NDArray[np.float32]]:
         """All columns.
 
         Raises
@@ -264,17 +264,17 @@ class _Spool:
         FeatureError
             No sample has the arrays that a feature is made of.
         """
-        if self._waiting or not self.columns:
+        if self._waiting or not self._columns:
             names = ", ".join(self._waiting) or "features"
-            message = f"none of {self._num_samples} samples has the arrays that {names} is made of"
+            message = f"none of {num_samples} samples has the arrays that {names} is made of"
             raise FeatureError(message)
-        return dict(self.columns)
+        return {name: column.values for name, column in self._columns.items()}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for column in self.columns.values():
+        for column in self._columns.values():
             column.close()
 
 
@@ -327,17 +327,17 @@ def _project(
 ) -> None:
     """Add the projections of features of hidden states, layer by layer, and what was fitted."""
     for name in [each for each in table.features if FEATURES[each].is_state]:
-        source = spool.columns[name]
-        num_samples, num_layers, _ = source.shape
+        values = table.features[name]
+        layers = range(values.shape[1])
         fits = [
-            fit_components(_finite_rows(source, layer, fit_on), options.num_components)
-            for layer in range(num_layers)
+            fit_components(_finite_rows(values[:, layer], fit_on), options.num_components)
+            for layer in layers
         ]
-        target = spool.new(f"{name}_pca", (num_layers, options.num_components))
-        for start in range(num_samples):
-            (row,) = source.rows(start, start + 1)
-            target.append(np.stack([fit.transform(row[i, None])[0] for i, fit in enumerate(fits)]))
-        table.features[f"{name}_pca"] = target
+        target = spool.new(f"{name}_pca", (len(layers), options.num_components))
+        for row in values:
+            parts = [fits[layer].transform(row[None, layer])[0] for layer in layers]
+            target.append(np.stack(parts))
+        table.features[f"{name}_pca"] = target.values
         for fact in ("components", "mean", "explained_variance", "explained_variance_ratio"):
             table.others[f"pca/{name}/{fact}"] = np.stack([getattr(fit, fact) for fit in fits])
         ratios = (fit.explained_variance_ratio.sum() for fit in fits)
@@ -347,9 +347,8 @@ def _project(
 
 
 def _finite_rows(
-    source: SpooledColumn, layer: int, indices: Sequence[int]
+    values: NDArray[np.float32], indices: Sequence[int]
 ) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(indices), _BLOCK_ROWS):
-        chosen = indices[start : start + _BLOCK_ROWS]
-        rows = np.concatenate([source.layer_rows(layer, each, each + 1) for each in chosen])
+        rows = values[list(indices[start : start + _BLOCK_ROWS])]
         yield rows[np.isfinite(rows).all(axis=1)]

@@ -19,7 +19,7 @@ _ROWS_NBYTES = 64 << 20
 def write_parquet(table: FeatureTable, part: PartFile) -> None:
     """Write the table; shapes of rows and numbers of layers go to the schema's metadata.
 
-    There is no place for the directions of principal components: ``.h5`` and ``.npz`` have them.
+    Directions of principal components are left out; ``.h5`` and ``.npz`` have them.
     """
     columns = table.features
     shapes = {name: list(column.shape[1:]) for name, column in columns.items()}
@@ -33,11 +33,10 @@ def write_parquet(table: FeatureTable, part: PartFile) -> None:
     row_nbytes = 4 * sum(map(_width, shapes.values()))
     step = max(1, _ROWS_NBYTES // max(1, row_nbytes))
     with pq.ParquetWriter(part.file, schema) as writer:
-        for start in range(0, table.num_samples, step):
-            stop = min(start + step, table.num_samples)
-            found = {name: each.slice(start, stop - start) for name, each in samples.items()}
+        for start in range(0, len(table.samples["index"]), step):
+            found = {name: each.slice(start, step) for name, each in samples.items()}
             for name, column in columns.items():
-                flat = pa.array(np.ascontiguousarray(column.rows(start, stop)).reshape(-1))
+                flat = pa.array(column[start : start + step].reshape(-1))
                 found[name] = pa.FixedSizeListArray.from_arrays(flat, _width(shapes[name]))
             writer.write_table(pa.table(found, schema=schema))
             part.file.raise_error()
@@ -48,7 +47,7 @@ def _width(shape: list[int]) -> int:
 
 
 def _samples(name: str, table: FeatureTable) -> Any:
-    """A column of facts of samples; a label that is not known is null."""
+    """A column with one value per sample; a missing label is null."""
     values = table.samples[name]
     mask = table.samples["has_label"] == 0 if name == "label" else None
     if values.dtype == object:

@@ -1,12 +1,13 @@
 """Reductions of one layer's array to a few numbers, in numpy.
 
-Hidden states are ``(tokens, hidden)``, attentions ``(heads, queries, keys)``; where a sequence was
-cut at its front, the last query still is the last key. Sums are taken in float64, results are
-float32. What has no tokens to reduce gives NaN.
+Hidden states are ``(tokens, hidden)``, attentions ``(heads, queries, keys)``; where the front of a
+sequence was cut off, the last query is still the last key. Sums are float64, results float32. The
+reduction of no tokens is NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 from h5traces.format import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 
 Floats = NDArray[np.float32]
 AnyFloats = NDArray[Any]
-# Values of attention that are turned into float32 at a time, to bound what a long sequence takes.
+# Values of attention that become float32 at a time, so that long sequences need little memory.
 _BLOCK_VALUES = 1 << 22
 
 
@@ -54,6 +55,8 @@ def row_entropy(attention: AnyFloats) -> Floats:
     ``-sum(p * ln p)`` over keys, with rows scaled to sum to 1 (stored ones do so up to rounding)
     and ``0 * ln 0 = 0``. A row of zeros has no entropy: its head gives NaN.
     """
+    if not attention.shape[1]:
+        return _nothing(attention.shape[:1])
     totals = np.zeros(attention.shape[0])
     for heads, rows in _blocks(attention):
         sums = rows.sum(axis=2, dtype=np.float64)
@@ -63,19 +66,19 @@ def row_entropy(attention: AnyFloats) -> Floats:
         with np.errstate(divide="ignore", invalid="ignore"):
             entropies = np.log(sums) - logs.sum(axis=2, dtype=np.float64) / sums
         totals[heads] += entropies.sum(axis=1)
-    return _divided(totals, attention.shape[1])
+    return _narrow(totals / attention.shape[1])
 
 
 def sink_mass(attention: AnyFloats) -> Floats:
-    """The share of attention that goes to the first token, mean over queries, ``(heads,)``.
+    """The share of attention on the first token, mean over queries, ``(heads,)``.
 
-    The first token itself, which can look at nothing else, is left out.
+    The query of the first token, which sees nothing else, is left out.
     """
     first_query = attention.shape[2] - attention.shape[1]
     rows = attention[:, 1:] if first_query == 0 else attention
     if not rows.shape[1] or not rows.shape[2]:
         return _nothing((attention.shape[0],))
-    sums = _row_sums(rows)
+    sums = rows.sum(axis=2, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         return _narrow((rows[:, :, 0] / sums).mean(axis=1))
 
@@ -84,22 +87,22 @@ def lookback_ratio(attention: AnyFloats, prompt_len: int) -> Floats:
     """How much the answer looks back at the prompt, mean over its tokens, ``(heads,)``.
 
     For every token of the answer, the mean attention to a token of the prompt, divided by that plus
-    the mean attention to a token of the answer up to and with itself: Chuang et al., "Lookback
-    Lens", EMNLP 2024, section 2. Between 0 (looks at the answer only) and 1.
+    the mean attention to a token of the answer up to itself: Chuang et al., "Lookback Lens", EMNLP
+    2024, section 2. Between 0 (looks at the answer only) and 1.
 
     Parameters
     ----------
     attention
         ``(heads, queries, keys)`` of prompt and answer.
     prompt_len
-        Tokens of the prompt; NaN where no token is before or behind it.
+        Tokens of the prompt; the result is NaN without prompt or without answer.
     """
     heads, num_queries, num_keys = attention.shape
     first = max(0, prompt_len - (num_keys - num_queries))
     rows = attention[:, first:]
     if not rows.shape[1] or not 0 < prompt_len < num_keys:
         return _nothing((heads,))
-    # Position of every query, so number of answer tokens that it can look at.
+    # By position of the query: the number of answer tokens that it sees.
     seen = np.arange(num_keys - rows.shape[1], num_keys) - prompt_len + 1
     context = rows[:, :, :prompt_len].sum(axis=2, dtype=np.float64) / prompt_len
     new = rows[:, :, prompt_len:].sum(axis=2, dtype=np.float64) / seen
@@ -111,11 +114,6 @@ def _narrow(values: AnyFloats) -> Floats:
     return values.astype(np.float32)
 
 
-def _row_sums(rows: AnyFloats) -> NDArray[np.float64]:
-    sums: NDArray[np.float64] = rows.sum(axis=2, dtype=np.float64)
-    return sums
-
-
 def _blocks(attention: AnyFloats) -> Iterator[tuple[slice, Floats]]:
     """Some heads, or some rows of one head, in float32."""
     num_heads, num_queries, num_keys = attention.shape
@@ -125,12 +123,6 @@ def _blocks(attention: AnyFloats) -> Iterator[tuple[slice, Floats]]:
         chosen = slice(head, head + heads)
         for row in range(0, num_queries, rows):
             yield chosen, _narrow(attention[chosen, row : row + rows])
-
-
-def _divided(totals: NDArray[np.float64], count: int) -> Floats:
-    if not count:
-        return _nothing(totals.shape)
-    return _narrow(totals / count)
 
 
 def _nothing(shape: tuple[int, ...]) -> Floats:
@@ -146,11 +138,11 @@ class FeatureDefinition:
     name
         Its name in files and options.
     kind
-        The kind of array that it is made of.
+        The kind of array that it is made from.
     meaning
         One sentence.
     reduce
-        From the layer's array, and the length of the prompt, to one row.
+        Makes one row of the layer's array and the length of the prompt.
     needs_prompt
         Whether the length of the prompt must be known.
     """
@@ -167,59 +159,55 @@ class FeatureDefinition:
         return self.kind == layout.HIDDEN_STATES
 
 
-def _of_states(name: str, meaning: str, reduce: Any, *, prompt: bool = False) -> FeatureDefinition:
-    return FeatureDefinition(name, layout.HIDDEN_STATES, meaning, reduce, needs_prompt=prompt)
+_Reduction = Callable[..., Floats]
 
 
-def _of_attention(
-    name: str, meaning: str, reduce: Any, *, prompt: bool = False
+def _definition(
+    name: str, kind: str, meaning: str, reduce: _Reduction, *, of_answer: bool = False
 ) -> FeatureDefinition:
-    return FeatureDefinition(name, layout.ATTENTIONS, meaning, reduce, needs_prompt=prompt)
+    """A feature, by a function of the array or, with `of_answer`, of it and the prompt's length."""
+    if of_answer:
+        return FeatureDefinition(name, kind, meaning, reduce, needs_prompt=True)
+    return FeatureDefinition(name, kind, meaning, lambda array, _: reduce(array))
 
 
+_STATES, _WEIGHTS = layout.HIDDEN_STATES, layout.ATTENTIONS
 _DEFINITIONS: Final = (
-    _of_states(
-        "last_token",
-        "Hidden state of the last token.",
-        lambda states, _: last_token(states),
-    ),
-    _of_states(
-        "mean",
-        "Hidden states, mean over all tokens.",
-        lambda states, _: mean_pooled(states),
-    ),
-    _of_states(
-        "max",
-        "Hidden states, maximum over all tokens.",
-        lambda states, _: max_pooled(states),
-    ),
-    _of_states(
+    _definition("last_token", _STATES, "Hidden state of the last token.", last_token),
+    _definition("mean", _STATES, "Hidden states, mean over all tokens.", mean_pooled),
+    _definition("max", _STATES, "Hidden states, maximum over all tokens.", max_pooled),
+    _definition(
         "answer_mean",
+        _STATES,
         "Hidden states, mean over the tokens of the answer.",
         mean_pooled,
-        prompt=True,
+        of_answer=True,
     ),
-    _of_states(
+    _definition(
         "answer_max",
+        _STATES,
         "Hidden states, maximum over the tokens of the answer.",
         max_pooled,
-        prompt=True,
+        of_answer=True,
     ),
-    _of_attention(
+    _definition(
         "attention_entropy",
+        _WEIGHTS,
         "Entropy of attention in nats per head, mean over queries.",
-        lambda attention, _: row_entropy(attention),
+        row_entropy,
     ),
-    _of_attention(
+    _definition(
         "sink_mass",
+        _WEIGHTS,
         "Share of attention on the first token per head, mean over later queries.",
-        lambda attention, _: sink_mass(attention),
+        sink_mass,
     ),
-    _of_attention(
+    _definition(
         "lookback_ratio",
+        _WEIGHTS,
         "Attention of the answer to the prompt against prompt and answer, per head.",
         lookback_ratio,
-        prompt=True,
+        of_answer=True,
     ),
 )
 FEATURES: Final = {each.name: each for each in _DEFINITIONS}

@@ -40,7 +40,7 @@ class SampleFeatures:
     values
         By name of feature, float32 ``(layers, width)``; width is hidden size, or heads.
     problems
-        Why values are NaN or infinite, one line each; empty where all are finite.
+        Which values are NaN or infinite, one line each; empty where all are finite.
     """
 
     index: int
@@ -90,15 +90,15 @@ def iterate_features(
     Raises
     ------
     FeatureError
-        A feature does not exist, or a sample cannot have it: its layers differ in width, it is in
-        generation steps, or its prompt's length is not known.
+        A feature does not exist, or a sample cannot have it: its layers differ in width, it holds
+        generation steps, or the length of its prompt is not stored.
     LayerIndexError
         A layer is not stored.
     """
     wanted = definitions_of(names)
     view = archive if layers is None else archive.select(layers=layers)
     if not view.layers:
-        message = f"{archive!r}: no layer is stored, so there is nothing to take features of"
+        message = f"{archive!r}: no layer is stored, so there are no features"
         raise FeatureError(message)
     count = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(count, thread_name_prefix="h5traces-features") as pool:
@@ -124,8 +124,8 @@ def compute_features(
 ) -> dict[str, NDArray[np.float32]]:
     """The features of all samples in memory: by name, ``(samples, layers, width)``.
 
-    Where a sample has none, its row is NaN; `iterate_features` says why, and
-    `h5traces.features.extract_features` writes more than fits into memory.
+    The row of a sample without the feature is NaN; `iterate_features` says why. `extract_features`
+    writes more than fits into memory.
 
     Raises
     ------
@@ -177,13 +177,13 @@ def _add_kind(
     layers: Sequence[int],
     wanted: Sequence[FeatureDefinition],
 ) -> None:
-    """The features that are made of one kind of array; each layer is read once."""
+    """Add the features of one kind of array; each layer is read once."""
     prompt_len = trace.metadata.prompt_len
     unknown = [each.name for each in wanted if each.needs_prompt and prompt_len is None]
     if unknown:
         message = (
-            f"{place_of(trace)}: the length of its prompt is not known, which {', '.join(unknown)} "
-            "takes; old batches do not hold it"
+            f"{place_of(trace)}: {', '.join(unknown)} needs the length of the prompt, which is not "
+            "stored; old batches do not have it"
         )
         raise FeatureError(message)
     rows: dict[str, list[NDArray[np.float32]]] = {each.name: [] for each in wanted}
@@ -195,8 +195,8 @@ def _add_kind(
         widths = sorted({len(part) for part in parts})
         if len(widths) > 1:
             message = (
-                f"{place_of(trace)}: layers differ in width ({widths}), so {name} has no table; "
-                "choose layers of one width"
+                f"{place_of(trace)}: layers differ in width ({widths}) in {name}; choose layers of "
+                "one width"
             )
             raise FeatureError(message)
         found.values[name] = np.stack(parts)

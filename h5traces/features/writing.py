@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import zipfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 from h5traces.errors import MissingDependencyError
-from h5traces.features.table import ArrayColumn, Column, FeatureTable, blocks
 from h5traces.format import text
 from h5traces.format.entries import stored_type_of
 from h5traces.storage.arrays import as_bytes, chunk_shape, cut
@@ -19,9 +18,12 @@ from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from h5traces.features.table import FeatureTable
     from h5traces.format.document import Attrs
 
 
@@ -78,59 +80,43 @@ def _write_hdf5(table: FeatureTable, part: PartFile) -> None:
         writer.add_attributes("/", attrs)
         for name, column in table.features.items():
             _write_dataset(writer, f"/features/{name}", column)
-        for path, values in (*_in_group("samples", table.samples), *table.others.items()):
+        samples = {f"samples/{name}": values for name, values in table.samples.items()}
+        for path, values in (samples | table.others).items():
             plain = text.encode_all(values.tolist()) if values.dtype == object else values
-            _write_dataset(writer, f"/{path}", ArrayColumn(plain))
+            _write_dataset(writer, f"/{path}", plain)
             part.file.raise_error()
     finally:
         writer.close()
 
 
-def _in_group(group: str, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    return ((f"{group}/{name}", values) for name, values in arrays.items())
-
-
-def _write_dataset(writer: Hdf5Writer, path: str, column: Column) -> None:
-    itemsize = column.dtype.itemsize
+def _write_dataset(writer: Hdf5Writer, path: str, values: NDArray[Any]) -> None:
+    itemsize = values.dtype.itemsize
     # Whole rows, so that a reader of one sample inflates few of others.
-    rows = chunk_shape(column.shape, itemsize)[0]
-    chunk = (rows, *(max(1, length) for length in column.shape[1:]))
-    codec = get_codec(GZIP.name if column.dtype.kind in "iuf" and itemsize > 1 else "deflate")
-
-    def encoded() -> Iterator[bytes]:
-        for start in range(0, column.shape[0], rows):
-            values = column.rows(start, min(start + rows, column.shape[0]))
-            full = cut(values, (0,) * values.ndim, chunk)
-            yield codec.encode(as_bytes(full), itemsize)
-
+    rows = chunk_shape(values.shape, itemsize)[0]
+    chunk = (rows, *(max(1, length) for length in values.shape[1:]))
+    rest = (0,) * (values.ndim - 1)
+    codec = get_codec(GZIP.name if values.dtype.kind in "iuf" and itemsize > 1 else "deflate")
+    starts = range(0, len(values), rows)
+    chunks = (cut(values, (start, *rest), chunk) for start in starts)
     writer.write_dataset(
         path,
-        dtype=stored_type_of(np.empty(0, column.dtype)),
-        shape=column.shape,
+        dtype=stored_type_of(np.empty(0, values.dtype)),
+        shape=values.shape,
         chunk=chunk,
         codec=codec.name,
-        chunks=encoded(),
+        chunks=(codec.encode(as_bytes(each), itemsize) for each in chunks),
         attrs={},
     )
 
 
 def _write_npz(table: FeatureTable, part: PartFile) -> None:
     """As ``numpy.savez_compressed`` does, but a block at a time."""
-    arrays: dict[str, Column] = dict(table.features)
     others = {path.replace("/", "_"): values for path, values in table.others.items()}
-    for name, values in (table.samples | others).items():
-        plain = np.array(values.tolist(), dtype=str) if values.dtype == object else values
-        arrays[name] = ArrayColumn(plain)
-    arrays["metadata"] = ArrayColumn(np.array([json.dumps(table.metadata)]))
+    arrays = table.features | table.samples | others
+    arrays["metadata"] = np.array([json.dumps(table.metadata)])
     with zipfile.ZipFile(part.file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, column in arrays.items():
+        for name, values in arrays.items():
+            plain = np.array(values.tolist(), dtype=str) if values.dtype == object else values
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                header = {
-                    "descr": npy.dtype_to_descr(column.dtype),
-                    "fortran_order": False,
-                    "shape": column.shape,
-                }
-                npy.write_array_header_1_0(member, header)
-                for block in blocks(column):
-                    member.write(np.ascontiguousarray(block).tobytes())
+                npy.write_array(member, plain, allow_pickle=False)
             part.file.raise_error()
