@@ -101,6 +101,7 @@ def fail(message: str) -> None:
     """An error on stderr; it names options as they are typed."""
     message = re.sub(r"\boverwrite=True\b", "--overwrite", message)
     message = re.sub(r"\bskip_existing=True\b", "--skip-existing", message)
+    message = re.sub(r"\bcheck_space=False\b", "--no-check-space", message)
     errors.print(f"[red]error:[/] {_plain(message)}")
 
 

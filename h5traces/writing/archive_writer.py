@@ -32,7 +32,6 @@ from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals, uninterrupted
 from h5traces.storage.publish import PartFile
-from h5traces.writing.elements import record_elements
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
     Observation,
@@ -41,6 +40,7 @@ from h5traces.writing.preparation import (
     observe,
     prepare_element,
     prepare_layers,
+    record_elements,
     sequence_attributes,
     steps_table,
 )

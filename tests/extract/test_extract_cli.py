@@ -126,6 +126,7 @@ def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_mo
     arguments += ["--max-new-tokens", 100_000, "-o", f"{tmp_path}/out/"]
     result = run(*arguments, code=2)
     assert re.search(r"may need [\d,.]+ GB .* but [\d,.]+ GB are free", result.stderr)
+    assert "or --no-check-space" in result.stderr
     assert not list(tmp_path.glob("out*"))
     assert "the disk is too small for the forecast" in run(*arguments, "--dry-run").stderr
     # Without the check it comes to the weights, which are not there.
