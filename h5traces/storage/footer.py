@@ -157,27 +157,27 @@ def read_directory(file: ByteFile) -> FooterDirectory:
         tail_start = max(0, file_nbytes - TRAILER_NBYTES)
     tail = file.read_at(tail_start, file_nbytes - tail_start)
     if len(tail) < TRAILER_NBYTES or tail[-len(MAGIC) :] != MAGIC:
-        message = "there is no footer behind the HDF5 part"
+        message = "the file has no index"
         raise FooterError(message)
     head = tail[-TRAILER_NBYTES : -TRAILER_END.size]
     (trailer_checksum, _) = TRAILER_END.unpack(tail[-TRAILER_END.size :])
     if xxhash.xxh3_64_intdigest(head) != trailer_checksum:
-        message = "the footer's trailer is damaged: its checksum does not fit"
+        message = "the index's trailer is damaged: its checksum does not fit"
         raise FooterError(message)
     offset, nbytes, raw_nbytes, hdf5_nbytes, checksum, version, _ = TRAILER.unpack(head)
     if version != VERSION:
-        message = f"the footer has version {version}, this release reads {VERSION}"
+        message = f"the index has version {version}, this release reads {VERSION}"
         raise FooterError(message)
     if hdf5_nbytes + offset + nbytes + TRAILER_NBYTES != file_nbytes:
         message = (
-            f"the footer describes a file of {hdf5_nbytes + offset + nbytes + TRAILER_NBYTES} "
+            f"the index describes a file of {hdf5_nbytes + offset + nbytes + TRAILER_NBYTES} "
             f"bytes, but the file has {file_nbytes}"
         )
         raise FooterError(message)
     # Far away, this is left to the checksums: every byte that the footer names has one.
     end_of_hdf5 = hdf5_end(file) if file.at_hand(0, _SUPERBLOCK.size) else hdf5_nbytes
     if end_of_hdf5 != hdf5_nbytes:
-        message = f"the footer belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
+        message = f"the index belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
         raise FooterError(message)
     file.hold(hdf5_nbytes, file_nbytes - hdf5_nbytes)
     start = hdf5_nbytes + offset - tail_start
@@ -185,7 +185,7 @@ def read_directory(file: ByteFile) -> FooterDirectory:
         tail[start : start + nbytes] if start >= 0 else file.read_at(hdf5_nbytes + offset, nbytes)
     )
     if xxhash.xxh3_64_intdigest(stored) != checksum:
-        message = "the footer's directory is damaged: its checksum does not fit"
+        message = "the index's directory is damaged: its checksum does not fit"
         raise FooterError(message)
     return _parse_directory(_inflate(stored, raw_nbytes, hdf5_nbytes), hdf5_nbytes)
 
@@ -218,15 +218,15 @@ def hdf5_end(file: ByteFile) -> int:
 
 def _inflate(stored: bytes, raw_nbytes: int, hdf5_nbytes: int) -> bytes:
     if raw_nbytes > _MOST_PER_HDF5_BYTE * hdf5_nbytes:
-        message = f"the footer's directory claims {raw_nbytes} bytes"
+        message = f"the index's directory claims {raw_nbytes} bytes"
         raise FooterError(message)
     try:
         raw = zlib.decompressobj().decompress(stored, raw_nbytes + 1)
     except zlib.error as error:
-        message = f"the footer's directory cannot be inflated: {error}"
+        message = f"the index's directory cannot be inflated: {error}"
         raise FooterError(message) from error
     if len(raw) != raw_nbytes:
-        message = f"the footer's directory has {len(raw)} bytes, expected {raw_nbytes}"
+        message = f"the index's directory has {len(raw)} bytes, expected {raw_nbytes}"
         raise FooterError(message)
     return raw
 
@@ -251,10 +251,10 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
             },
         )
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        message = f"the footer's directory is no directory: {error!r}"
+        message = f"the index's directory is no directory: {error!r}"
         raise FooterError(message) from error
     except RecursionError as error:
-        message = "the footer's directory is nested too deeply"
+        message = "the index's directory is nested too deeply"
         raise FooterError(message) from error
 
 
@@ -305,33 +305,33 @@ class FooterTables:
         try:
             return json.loads(self.column(name).tobytes())
         except (ValueError, RecursionError) as error:
-            message = f"the footer's column {name} is no JSON: {error}"
+            message = f"the index's column {name} is no JSON: {error}"
             raise FooterError(message) from error
 
     def _read(self, name: str) -> NDArray[Any]:
         where = self._directory.columns.get(name)
         dtype = np.dtype(COLUMNS[name])
         if where is None or where.raw_nbytes < 0 or where.raw_nbytes % dtype.itemsize:
-            message = f"the footer's column {name} is missing or of a wrong size"
+            message = f"the index's column {name} is missing or of a wrong size"
             raise FooterError(message)
         # Deflate cannot do better than 1032:1, so a larger claim is a lie told to make us allocate.
         most = min(1100 * where.nbytes + 64, _MOST_PER_HDF5_BYTE * self._directory.hdf5_nbytes)
         if where.raw_nbytes > most or min(where.offset, where.nbytes) < 0:
-            message = f"the footer's column {name} claims {where.raw_nbytes} bytes"
+            message = f"the index's column {name} claims {where.raw_nbytes} bytes"
             raise FooterError(message)
         start = self._directory.hdf5_nbytes + where.offset
         if start + where.nbytes > self._file.nbytes:
-            message = f"the footer's column {name} lies outside of the file"
+            message = f"the index's column {name} lies outside of the file"
             raise FooterError(message)
         stored = self._file.read_at(start, where.nbytes)
         if xxhash.xxh3_64_intdigest(stored) != where.checksum:
-            message = f"the footer's column {name} is damaged: its checksum does not fit"
+            message = f"the index's column {name} is damaged: its checksum does not fit"
             raise FooterError(message)
         values = np.empty(where.raw_nbytes // dtype.itemsize, dtype=dtype)
         try:
             deflate.decode(stored, values.view(np.uint8).data, itemsize=dtype.itemsize)
         except ValueError as error:
-            message = f"the footer's column {name} cannot be inflated: {error}"
+            message = f"the index's column {name} cannot be inflated: {error}"
             raise FooterError(message) from error
         values.flags.writeable = False
         return values
@@ -392,7 +392,7 @@ class FooterBuilder:
         if entry.chunks is None or not offsets:
             return
         if entry.chunks.checksums is None:
-            message = f"{entry.path}: chunks without checksums cannot enter a footer"
+            message = f"{entry.path}: chunks without checksums cannot enter an index"
             raise ValueError(message)
         for offset, size in zip(offsets, entry.chunks.sizes, strict=True):
             # Chunks mostly follow one another, so the gaps are mostly zero.
