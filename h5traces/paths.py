@@ -71,17 +71,12 @@ def expand_sources(
     named = [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else sources
     found: list[Path | RemotePath] = []
     for source in named:
-        found += _expand(source, suffixes, remote)
+        place = _place(source)
+        if isinstance(place, RemotePath):
+            found += _expand_remote(place, suffixes, remote)
+        else:
+            found += _expand_local(place, suffixes)
     return list(dict.fromkeys(found))
-
-
-def _expand(
-    source: Source, suffixes: tuple[str, ...], remote: RemoteOptions
-) -> Sequence[Path | RemotePath]:
-    path = _place(source)
-    if isinstance(path, RemotePath):
-        return _expand_remote(path, suffixes, remote)
-    return _expand_local(path, suffixes)
 
 
 def _place(named: Source) -> PathLike | RemotePath:
@@ -140,21 +135,17 @@ def is_archive(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an output names: one file, or a folder of files. `of` makes it from a user's words.
+    """What an output names: a file, or a folder of files.
 
-    One rule holds for every command and function that writes:
+    One rule for everything that writes: a name that ends in a slash, or a folder that exists, is a
+    folder; a name that ends in a suffix of the command (``.h5``) is a file; anything else is an
+    error, so that a forgotten suffix never makes a folder.
 
-    - Text that ends in a slash is a folder, which is made; so is the name of a folder that exists,
-      even if it ends in ``.h5``.
-    - A name that ends in a suffix of the command (``.h5`` for archives) is a file.
-    - Anything else is an error, so that a forgotten suffix never makes a folder.
-
-    Names inside a folder: commands that write one file per source (``convert``) name it after the
-    source. Commands that write one archive (``repack``, ``merge``, ``split``, ``export``, ...) use
-    `for_sources`: the name of the source if there is one, else ``traces``. Several archives are
-    therefore never rewritten one by one: samples are counted, and scales measured, over all of
-    them. Runs (``create``, ``extract``) write ``traces``. With `shard_samples`, a number follows
-    the name: ``traces-00000.h5``.
+    Files in a folder: ``convert`` writes one per source, with the source's name. Commands that
+    write one archive (``repack``, ``merge``, ``split``, ``export``, ...) give it the name of the
+    source if there is one, else ``traces``: they count samples and measure scales over all sources,
+    so several never become several archives. ``create`` and ``extract`` write ``traces``. With
+    `shard_samples`, a number follows the name: ``traces-00000.h5``.
 
     Attributes
     ----------
@@ -165,7 +156,7 @@ class Target:
     is_folder
         Whether `path` is a folder.
     shard_samples
-        Largest number of samples in a file; None if everything goes into one.
+        Largest number of samples in a file; None for a single file.
     """
 
     path: Path
@@ -187,17 +178,16 @@ class Target:
         Parameters
         ----------
         dest
-            As given. A `Path` cannot keep a final slash, so it names a folder only if that exists.
+            A `Path` cannot keep a final slash, so it names a folder only if that exists.
         suffixes
-            Endings of a file's name. Files in a folder get the first.
+            Endings of a file's name; files in a folder get the first.
         shard_samples
             Largest number of samples in a file.
 
         Raises
         ------
         TargetError
-            `dest` is neither a folder nor a name with such an ending, or an address on a server, or
-            `shard_samples` is not positive.
+            `dest` is neither a folder nor such a name, or `shard_samples` is not positive.
         """
         if shard_samples is not None and shard_samples < 1:
             message = f"shard_samples is {shard_samples}, expected at least 1"
@@ -244,14 +234,12 @@ class Target:
         """The folder of the files."""
         return self.path if self.is_folder else self.path.parent
 
-    @property
-    def _stem(self) -> str:
-        return DEFAULT_NAME if self.is_folder else self.path.name.removesuffix(self.suffix)
-
     def shard(self, number: int) -> Path:
         """The name of one file of a set of shards, or of the only file."""
-        ending = self.suffix if self.shard_samples is None else f"-{number:05d}{self.suffix}"
-        return self.folder / f"{self._stem}{ending}"
+        path = self.path / f"{DEFAULT_NAME}{self.suffix}" if self.is_folder else self.path
+        if self.shard_samples is None:
+            return path
+        return path.with_name(f"{path.name.removesuffix(self.suffix)}-{number:05d}{self.suffix}")
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that a sample goes to."""
@@ -275,25 +263,23 @@ class Target:
         if self.shard_samples is None:
             path = self.shard(0)
             return [path] if os.path.lexists(path) else []
-        pattern = re.compile(rf"{re.escape(self._stem)}-[0-9]{{5,}}{re.escape(self.suffix)}")
-        try:
-            return sorted(path for path in self.folder.iterdir() if pattern.fullmatch(path.name))
-        except FileNotFoundError:
-            return []
+        before, _, after = self.shard(0).name.rpartition("00000")
+        pattern = re.compile(rf"{re.escape(before)}[0-9]{{5,}}{re.escape(after)}")
+        files = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path for path in files if pattern.fullmatch(path.name))
 
 
 def check_not_a_source(
     targets: Target | PathLike | Iterable[Target | PathLike], sources: Source | Iterable[Source]
 ) -> None:
-    """Reject an output that is one of the files read, under any name; `overwrite` allows no such.
+    """Reject an output that is one of the files read, whether or not existing files are replaced.
 
     Parameters
     ----------
     targets
-        What will be written. Of a `Target`, all shards that exist.
+        What will be written; of a `Target`, all its files that exist.
     sources
-        Files that are read, sidecars and files of scales included, as `expand_sources` lists them.
-        Addresses on servers are never an output.
+        Files that are read, sidecars and scales included. Addresses on servers are no outputs.
 
     Raises
     ------

@@ -10,11 +10,19 @@ import os
 import shutil
 
 import pytest
+from child_processes import leave_home
 from hypothesis import settings
 
 # Disks and machines differ; a slow example is no failure.
 settings.register_profile("h5traces", deadline=None)
 settings.load_profile("h5traces")
+
+# So that no test, `h5traces --install-completion` least of all, changes the home of its user.
+_HOME = leave_home()
+
+
+def pytest_unconfigure() -> None:
+    _HOME.cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

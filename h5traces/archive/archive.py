@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import resource
@@ -20,6 +21,7 @@ from h5traces.archive.scales import stored_scales
 from h5traces.archive.selection import choose_layers, choose_samples
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, SampleIndexError, TraceNotFoundError
+from h5traces.format.archive import add_casts
 from h5traces.format.text import and_more
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
@@ -112,8 +114,12 @@ class Archive(Sequence[Trace]):
 
     @property
     def metadata(self) -> ArchiveMetadata:
-        """The first file's metadata; ``num_samples`` counts the samples of this view."""
-        return self._files[0].metadata.model_copy(update={"num_samples": len(self)})
+        """The first file's metadata, with the samples of this view and the casts of all files."""
+        casts = [file.metadata.casts for file in self._files]
+        known = [each for each in casts if each is not None]
+        together = add_casts(itertools.chain(*known)) if len(known) == len(casts) else None
+        update = {"num_samples": len(self), "casts": together}
+        return self._files[0].metadata.model_copy(update=update)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -172,7 +178,7 @@ class Archive(Sequence[Trace]):
         if generation_index is not None:
             wanted += f" with generation_index {generation_index}"
         if not found:
-            message = f"no trace has the {wanted}; archive.ids lists the {len(self)} that are there"
+            message = f"no trace has the {wanted}; archive.ids lists all {len(self)}"
             raise TraceNotFoundError(message)
         message = (
             f"{len(found)} traces have the {wanted}, at {found}; "
@@ -338,9 +344,9 @@ class Archive(Sequence[Trace]):
     def __repr__(self) -> str:
         where = and_more(self.paths, 1)
         precision = self.metadata.precision
-        told = f", {precision.tier}" if precision is not None else ""
-        told += " (lossy)" if self.metadata.is_lossless is False else ""
-        return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{told}>"
+        tier = f", {precision.tier}" if precision is not None else ""
+        lossy = " (lossy)" if self.metadata.is_lossless is False else ""
+        return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{tier}{lossy}>"
 
 
 def _opened_in_order(
@@ -458,7 +464,7 @@ def _stated(value: object) -> str:
 
 
 def _check_alike(files: Sequence[ArchiveFile]) -> None:
-    """Refuse to read archives of different models as one sequence."""
+    """Raise ArchiveError for archives of different models, layers or precisions."""
     if not files:
         message = "there is no archive to open"
         raise ArchiveError(message)
@@ -485,7 +491,7 @@ def _check_alike(files: Sequence[ArchiveFile]) -> None:
                 raise ArchiveError(message)
 
 
-# What archives that become one must have said alike, or not at all.
+# Facts that a new archive takes over where all its sources agree.
 _FACTS: Final = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
 
 
@@ -499,10 +505,7 @@ def inherited_facts(files: Sequence[ArchiveFile]) -> dict[str, Any]:
 
 
 def shared_metadata(files: Sequence[ArchiveFile]) -> ArchiveMetadata:
-    """Metadata that tells how precise files are that go together.
-
-    It is the first one's; files without samples have no say where others have some.
-    """
+    """Metadata of the first file with samples, which states the precision of all."""
     return next((file.metadata for file in files if file.num_samples), files[0].metadata)
 
 

@@ -1,4 +1,4 @@
-"""One archive file behind one interface, whether its footer or its HDF5 part is read."""
+"""One archive file, read through its index or, without one, through HDF5."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ArchiveFile:
     NotAnArchiveError
         The file is no archive.
     RemoteError
-        The server cannot be reached, or refuses.
+        The server cannot be reached, or rejects the request.
     UnsupportedVersionError
         It was written in a newer format.
     """
@@ -135,7 +135,7 @@ class ArchiveFile:
 
     @property
     def has_footer(self) -> bool:
-        """Whether the archive is read through its footer."""
+        """Whether the archive is read through its index."""
         return isinstance(self.store, FooterStore)
 
     def _from_store(self, read: Callable[[Store], _T]) -> _T:
@@ -188,7 +188,7 @@ class ArchiveFile:
         return self._from_sample(sample, read)
 
     def _warn_of_edit(self, sample: SampleEntry, entry: ObjectEntry, values: NDArray[Any]) -> None:
-        """No checksum of HDF5's shows that two chunks were exchanged; the digest does."""
+        """HDF5's checksums do not show that two chunks were exchanged; the digest does."""
         if entry.codec is None or DIGEST not in entry.attrs:
             return
         differs = difference(entry, values)
@@ -246,7 +246,7 @@ class ArchiveFile:
     def close(self) -> None:
         """Let go of the open file and of its scales; the next use opens it again."""
         store, self._store = self._store, None
-        # There may be thousands of shards, each with scales of its own.
+        # There may be thousands of shards with scales.
         self._scales = {}
         if store is not None:
             store.file.close()
@@ -283,12 +283,12 @@ class ArchiveFile:
 
     def _needs_footer(self, error: FooterError) -> CorruptArchiveError:
         return CorruptArchiveError(
-            f"{self.path}: {error}; without a footer, HDF5 would read an archive on a server piece "
+            f"{self.path}: {error}; without an index, HDF5 would read an archive on a server piece "
             "by tiny piece; download it, run 'h5traces seal' on it, and upload it again"
         )
 
     def _fall_back(self, error: FooterError) -> Store:
-        """Switch to HDF5 for good; the footer turned out to be damaged while reading."""
+        """Switch to HDF5 for good: the index turned out to be damaged."""
         if isinstance(self.path, RemotePath):
             raise self._needs_footer(error) from error
         if not self._without_footer:
@@ -307,7 +307,7 @@ class ArchiveFile:
         if store.root_attrs.get("format") == layout.SCALES_FORMAT:
             return NotAnArchiveError(
                 f"{self.path}: is a file of scales, which 'h5traces calibrate' wrote, and no "
-                "archive; --scales takes it"
+                "archive; pass it as scales"
             )
         return NotAnArchiveError(
             f"{self.path}: is HDF5, but no h5traces archive: the root attribute 'format' is not "
@@ -361,7 +361,7 @@ def _name(value: object) -> str:
 
 
 def check_version(attrs: Attrs, place: str) -> None:
-    """Refuse an archive that this release cannot read rightly.
+    """Raise for an archive that this release cannot read rightly.
 
     Raises
     ------

@@ -17,6 +17,7 @@ from h5traces.errors import (
 from h5traces.format import layout
 from h5traces.format.document import problems_of, with_tuples
 from h5traces.format.labels import LABELS_FORMAT, LabelSidecar
+from h5traces.format.text import and_more
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _MOST_NBYTES = 512 << 20
 def sidecar_path(archive: Path | RemotePath, folder: Path | None = None) -> Path | None:
     """Where the labels of an archive file lie: beside it, or in a folder for all of them.
 
-    None where there is no place: beside an archive on a server, which nobody asks for it.
+    None beside an archive on a server, where labels are not looked for.
     """
     name = f"{archive.name}{SIDECAR_SUFFIX}"
     if folder is not None:
@@ -57,13 +58,7 @@ class FileLabels:
         self._rows = {ordinal: row for row, ordinal in enumerate(sidecar.ordinals)}
 
     def check(self, path: Path | RemotePath, archive_id: str) -> None:
-        """Refuse labels of another archive.
-
-        Raises
-        ------
-        SchemaError
-            They are.
-        """
+        """Raise SchemaError for labels of another archive."""
         if self.sidecar.archive_id != archive_id:
             message = (
                 f"{self._place}: holds labels of the archive {self.sidecar.archive_id}, but "
@@ -77,7 +72,7 @@ class FileLabels:
         return self.sidecar.labels is not None and ordinal in self._rows
 
     def labelled(self, metadata: TraceMetadata, ordinal: int) -> TraceMetadata:
-        """A sample's metadata with its label and scores; as it is where it has none.
+        """A sample's metadata with its label and scores; unchanged without one.
 
         Raises
         ------
@@ -156,9 +151,10 @@ def read_sidecar(path: Path) -> FileLabels | None:
         message = f"{path}: format version is {version[0]}.{version[1]}; upgrade h5traces"
         raise UnsupportedVersionError(message)
     try:
-        # Not from JSON: pydantic's parser refuses the lone surrogates that ids may hold.
+        # Not from JSON: pydantic's parser rejects the lone surrogates that ids may hold.
         return FileLabels(LabelSidecar.model_validate(with_tuples(document)), str(path))
     except ValidationError as error:
         problems = problems_of(error)
-        message = f"{path}: " + "; ".join(f"{each.loc}: {each.message}" for each in problems[:5])
+        named = [f"{each.loc}: {each.message}" for each in problems]
+        message = f"{path}: {and_more(named, separator='; ')}"
         raise SchemaError(message, problems) from error

@@ -37,7 +37,7 @@ def open_archive(
         A file, a glob, a folder (all ``.h5`` files below it), or a list of these; on disk, or on a
         server (``s3://…``, ``hf://…``, ``https://…``), where reading goes by ranges.
     limits
-        What a file may ask of its reader before it is refused.
+        What a file may ask of its reader; others are rejected.
     cache
         Folder that keeps what is fetched from servers; an object that changed is fetched anew.
     storage_options
@@ -70,7 +70,7 @@ def open_archive(
     SchemaError
         The labels beside an archive are of another one.
     RemoteError
-        A server cannot be reached, or refuses.
+        A server cannot be reached, or rejects the request.
     MissingDependencyError
         ``h5traces[remote]`` is not installed.
     """

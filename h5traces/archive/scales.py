@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from h5traces.errors import CorruptArchiveError, HostileFileError, SchemaError
 from h5traces.format import layout
 from h5traces.format.digests import DIGEST, difference
 from h5traces.format.document import from_attributes
 from h5traces.format.precision import CalibrationRecord
 from h5traces.precision.scales import (
+    CENTER,
+    NAMES,
+    OFFSET,
+    SIGMA,
+    STEP,
     Calibration,
     ChannelScale,
+    ChannelStatistics,
     ScaleSet,
-    layers_with_scales,
-    read_scale,
-    read_statistics,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from h5traces.archive.stores import Store
-    from h5traces.format.entries import SampleEntry
+    from h5traces.format.entries import ObjectEntry, SampleEntry
 
 # All scales of a file together; those of the largest models take a tenth of it.
 MAX_SCALES_NBYTES: Final = 256 << 20
@@ -72,7 +77,7 @@ def stored_scales(store: Store) -> ScaleSet | None:
 
 
 def stored_statistics(store: Store) -> Calibration | None:
-    """What the scales of a file, or a file of scales, can be made from; None without any.
+    """The statistics in an archive or a file of scales; None without any.
 
     Raises
     ------
@@ -82,18 +87,21 @@ def stored_statistics(store: Store) -> Calibration | None:
     group = _group(store)
     if group is None:
         return None
-    try:
-        layers = {
-            path: read_statistics(path, group.objects, lambda each: _values(store, group, each))
-            for path in layers_with_scales(group.objects)
-        }
-    except CorruptArchiveError as error:
-        raise _placed(store, error) from error
+    layers = {path: _statistics(store, group, path) for path in layers_with_scales(group.objects)}
     return Calibration(layers, _record(store, group))
 
 
+def layers_with_scales(objects: Mapping[str, ObjectEntry]) -> list[str]:
+    """Paths of the layers that have a scale, or a part of one."""
+    prefix = f"{layout.SCALES_GROUP}/"
+    found = (
+        path.removeprefix(prefix).rpartition("/") for path in objects if path.startswith(prefix)
+    )
+    return list(dict.fromkeys(layer for layer, _, name in found if name in NAMES))
+
+
 def _group(store: Store) -> SampleEntry | None:
-    """The scales, if they are few enough to be held in memory all together."""
+    """The objects of the scales, if they are few enough to be held in memory."""
     group = store.scales()
     nbytes = 0 if group is None else sum(each.raw_nbytes for each in group.objects.values())
     if nbytes > MAX_SCALES_NBYTES:
@@ -105,19 +113,52 @@ def _group(store: Store) -> SampleEntry | None:
     return group
 
 
+def _scale(store: Store, group: SampleEntry, path: str) -> ChannelScale:
+    step, offset, sigma = _arrays(store, group, path, (STEP, OFFSET, SIGMA))
+    if not ((step > 0).all() and np.isfinite(step).all() and np.isfinite(offset).all()):
+        raise _error(store, path, "steps must be greater than zero, and all values finite")
+    return ChannelScale(step, offset, sigma)
+
+
+def _statistics(store: Store, group: SampleEntry, path: str) -> ChannelStatistics:
+    """From a calibration, or from the scales of an archive."""
+    has_scale = f"{layout.SCALES_GROUP}/{path}/{OFFSET}" in group.objects
+    center, sigma = _arrays(store, group, path, (OFFSET if has_scale else CENTER, SIGMA))
+    if not ((sigma >= 0).all() and np.isfinite(sigma).all() and np.isfinite(center).all()):
+        raise _error(store, path, f"values must be finite, and {SIGMA} not negative")
+    return ChannelStatistics(center, sigma)
+
+
+def _arrays(
+    store: Store, group: SampleEntry, path: str, names: tuple[str, ...]
+) -> list[NDArray[np.float32]]:
+    """Arrays of one layer; none is read before all are known to be of the same width."""
+    widths = [_width(store, group, f"{path}/{name}") for name in names]
+    if len(set(widths)) > 1:
+        message = f"{_listed(names)} have {_listed(widths)} channels; expected as many of each"
+        raise _error(store, path, message)
+    return [_values(store, group, f"{path}/{name}") for name in names]
+
+
+def _width(store: Store, group: SampleEntry, path: str) -> int:
+    entry = group.objects.get(f"{layout.SCALES_GROUP}/{path}")
+    if entry is None:
+        message = "is missing, which encoded layers need; restore the file from a copy"
+        raise _error(store, path, message)
+    if entry.dtype != "float32" or len(entry.shape) != 1:
+        message = f"is {entry.dtype or 'a group'} {entry.shape}, expected float32 (hidden)"
+        raise _error(store, path, message)
+    return entry.shape[0]
+
+
 def _values(store: Store, group: SampleEntry, path: str) -> NDArray[Any]:
     """One array; everything is decoded with it, so it must be the one that was written."""
-    values, entry = store.read(group, path), group.objects[path]
+    place = f"{layout.SCALES_GROUP}/{path}"
+    values, entry = store.read(group, place), group.objects[place]
     differs = difference(entry, values) if DIGEST in entry.attrs else None
     if differs is not None:
-        message = f"/{path}: {differs}; restore the file from a copy"
-        raise CorruptArchiveError(message)
+        raise _error(store, path, f"{differs}; restore the file from a copy")
     return values
-
-
-def _ranges(group: SampleEntry) -> Iterator[tuple[int, int]]:
-    for entry in group.objects.values():
-        yield from entry.chunks.ranges if entry.chunks is not None else ()
 
 
 def _record(store: Store, group: SampleEntry) -> CalibrationRecord | None:
@@ -129,17 +170,14 @@ def _record(store: Store, group: SampleEntry) -> CalibrationRecord | None:
         raise CorruptArchiveError(message) from error
 
 
-def _scale(store: Store, group: SampleEntry, path: str) -> ChannelScale:
-    try:
-        return read_scale(path, group.objects, lambda each: _values(store, group, each))
-    except CorruptArchiveError as error:
-        raise _placed(store, error) from error
+def _ranges(group: SampleEntry) -> Iterator[tuple[int, int]]:
+    for entry in group.objects.values():
+        yield from entry.chunks.ranges if entry.chunks is not None else ()
 
 
-def _placed(store: Store, error: CorruptArchiveError) -> CorruptArchiveError:
-    message = str(error)
-    return (
-        error
-        if message.startswith(store.file.name)
-        else type(error)(f"{store.file.name}: {message}")
-    )
+def _error(store: Store, path: str, what: str) -> CorruptArchiveError:
+    return CorruptArchiveError(f"{store.file.name}: /{layout.SCALES_GROUP}/{path}: {what}")
+
+
+def _listed(items: Sequence[object]) -> str:
+    return f"{', '.join(map(str, items[:-1]))} and {items[-1]}"

@@ -58,6 +58,7 @@ class StoredTrace:
 
     @cached_property
     def sample(self) -> SampleEntry:
+        """Its attributes and objects."""
         return self.file.sample(self.index)
 
     @property
@@ -78,7 +79,7 @@ class StoredTrace:
 
     @property
     def has_new_label(self) -> bool:
-        """Whether the trace was labelled later than it was stored."""
+        """Whether its label lies beside the archive."""
         labels = self.file.labels
         return labels is not None and labels.has_label(self.sample.ordinal)
 
@@ -131,15 +132,7 @@ class StoredTrace:
         return sorted(self._children.get(path, ()))
 
     def table(self, path: str, *, check: Callable[[], None] | None = None) -> NDArray[Any]:
-        """A dataset that all layers of a kind are read with; kept, and not to be written to.
-
-        Parameters
-        ----------
-        path
-            Below the sample's group.
-        check
-            Called before it is read.
-        """
+        """A dataset that all layers of a kind need; kept, read-only, after `check` was called."""
         if path not in self._tables:
             if check is not None:
                 check()
@@ -167,13 +160,7 @@ class StoredTrace:
         return _stored_layers(kind, tuple(self.objects))
 
     def check_heads(self, kind: str) -> None:
-        """Refuse to look for attention heads that were given up for their mean.
-
-        Raises
-        ------
-        HeadsNotStoredError
-            `kind` is ``attentions``, and only their mean is stored.
-        """
+        """Raise HeadsNotStoredError for ``attentions`` of which only the mean is stored."""
         objects = self.sample.objects
         has_mean = kind == layout.ATTENTIONS and layout.ATTENTION_MEAN in objects
         if has_mean and kind not in objects:
@@ -195,7 +182,7 @@ class StoredTrace:
         return (*named, layout.LABEL) if is_further else named
 
     def _present_fields(self) -> tuple[str, ...]:
-        """Keys for a trace that no legacy dict was the source of."""
+        """Keys for a trace without a legacy dict."""
         objects, found = self.sample.objects, []
         found += [kind for kind in self.file.metadata_kinds if kind in objects]
         datasets = (layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS)
@@ -224,13 +211,7 @@ class StoredTrace:
         return decode_element(self, path)
 
     def tokens(self, *, torch_tensors: bool = False) -> Any:
-        """The stored tokens in the type of their source, whether or not it is among `fields`.
-
-        Raises
-        ------
-        CorruptArchiveError
-            They are no row of integers.
-        """
+        """The tokens in the type of their source; CorruptArchiveError unless a row of integers."""
         attrs, values = self.attrs(layout.TOKENS), self.values(layout.TOKENS)
         source_dtype = attrs.get("source_dtype")
         if values.ndim != 1 or values.dtype.kind not in "iu":
@@ -246,13 +227,7 @@ class StoredTrace:
         return values
 
     def text(self, key: str) -> str:
-        """The one text of a dataset of the sample.
-
-        Raises
-        ------
-        CorruptArchiveError
-            It holds something else.
-        """
+        """The one text of a dataset; CorruptArchiveError where it holds something else."""
         found = self.texts(key)
         if len(found) != 1:
             message = f"{self.place}/{key}: holds {len(found)} texts, expected one"
@@ -260,13 +235,7 @@ class StoredTrace:
         return found[0]
 
     def texts(self, key: str) -> list[str]:
-        """The texts of a dataset of the sample.
-
-        Raises
-        ------
-        CorruptArchiveError
-            It holds something else.
-        """
+        """The texts of a dataset; CorruptArchiveError where it holds something else."""
         values = self.values(key)
         if values.dtype.kind != "S":
             message = f"{self.place}/{key}: holds {values.dtype}, expected text"
@@ -278,8 +247,35 @@ class StoredTrace:
             raise CorruptArchiveError(message) from error
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
-        """The array of a kind by its dataset name, in its source's type; a list where in steps."""
-        return _restored_layer(self, kind, name)
+        """The array of a kind by its dataset name, in its source's type; a list where in steps.
+
+        Raises
+        ------
+        CorruptArchiveError
+            Stored values and attributes contradict each other.
+        UnsupportedEncodingError
+            This release does not know how to decode it.
+        """
+        path = f"{kind}/{name}"
+        entry, stored = self.entry(path), self.values(path)
+        try:
+            encoded = is_encoded(entry.attrs)
+        except UnsupportedEncodingError as error:
+            message = f"{self.place}/{path}: {error}"
+            raise UnsupportedEncodingError(message) from error
+        if "encoding" in entry.attrs and self.file.metadata.precision is None:
+            message = (
+                f"{self.place}/{path}: is encoded as {entry.attrs['encoding']}, but the archive "
+                "does not say so (the root attribute 'precision' is missing); restore the file "
+                "from a copy"
+            )
+            raise CorruptArchiveError(message)
+        if encoded:
+            return _decoded(self, kind, name, entry, stored)
+        if f"{kind}/{layout.STEPS_TABLE}" in self.objects:
+            steps = _steps(self, kind, name, stored)
+            return [_cast_back(self, step, entry) for step in steps]
+        return _cast_back(self, stored, entry)
 
     def read_layer(self, kind: str, name: str, *, torch_tensors: bool = False) -> Any:
         """The array of a kind by its dataset name; a list of arrays where it holds steps.
@@ -309,38 +305,6 @@ def _stored_layers(kind: str, paths: tuple[str, ...]) -> tuple[int, ...]:
     names = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
     layers = (layout.parse_layer_name(name) for name in names)
     return tuple(sorted(each for each in layers if each is not None))
-
-
-def _restored_layer(trace: StoredTrace, kind: str, name: str) -> TypedArray | list[TypedArray]:
-    """The array of a kind by its dataset name, in its source's type; a list where in steps.
-
-    Raises
-    ------
-    CorruptArchiveError
-        What is stored does not go together.
-    UnsupportedEncodingError
-        This release does not know how to decode it.
-    """
-    path = f"{kind}/{name}"
-    entry, stored = trace.entry(path), trace.values(path)
-    try:
-        encoded = is_encoded(entry.attrs)
-    except UnsupportedEncodingError as error:
-        message = f"{trace.place}/{path}: {error}"
-        raise UnsupportedEncodingError(message) from error
-    if "encoding" in entry.attrs and trace.file.metadata.precision is None:
-        message = (
-            f"{trace.place}/{entry.path}: is encoded as {entry.attrs['encoding']}, but the archive "
-            "does not say that it is less than exact (the root attribute 'precision' is missing); "
-            "restore the file from a copy"
-        )
-        raise CorruptArchiveError(message)
-    if encoded:
-        return _decoded(trace, kind, name, entry, stored)
-    if f"{kind}/{layout.STEPS_TABLE}" in trace.objects:
-        steps = _steps(trace, kind, name, stored)
-        return [_cast_back(trace, step, entry) for step in steps]
-    return _cast_back(trace, stored, entry)
 
 
 def _cast_back(trace: StoredTrace, stored: NDArray[Any], entry: ObjectEntry) -> TypedArray:

@@ -1,4 +1,4 @@
-"""An archive file through its footer, without HDF5."""
+"""Read access to one archive file: through its index (the footer), or through HDF5."""
 
 from __future__ import annotations
 
@@ -150,22 +150,22 @@ class FooterStore:
             return None
         objects = self._objects(self.num_samples)
         if layout.SCALES_GROUP not in objects:
-            message = "the footer says that there are scales, and lists none"
+            message = "the index says that there are scales, and lists none"
             raise FooterError(message)
         return SampleEntry(NO_ORDINAL, {}, objects)
 
     def _objects(self, index: int) -> FooterObjects:
-        """The objects of a sample by its index; those of the scales behind the last."""
+        """The objects of a sample by its index; those of the scales come after the last."""
         first, stop = self._bounds(self._object_ends, index)
         numbers = self._tables.column("object_name")[first:stop].tolist()
         names = self.names
         try:
             rows = {names[number]: first + row for row, number in enumerate(numbers)}
         except IndexError as error:
-            message = "the footer's table of names is too short"
+            message = "the index's table of names is too short"
             raise FooterError(message) from error
         if len(rows) != stop - first:
-            message = "the footer's table of objects does not fit its names"
+            message = "the index's table of objects does not fit its names"
             raise FooterError(message)
         return FooterObjects(self, rows)
 
@@ -177,7 +177,7 @@ class FooterStore:
             raise located(error, self.file.name, sample.ordinal, path) from error
 
     def close(self) -> None:
-        """Close the file; for whoever opened it alone."""
+        """Close the file."""
         self.file.close()
 
     def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
@@ -213,12 +213,12 @@ class FooterStore:
             self._tables.column(name)
         table = self.chunk_table()
         if len({len(column) for column in table}) > 1:
-            message = "the footer's columns of chunks have several lengths"
+            message = "the index's columns of chunks have several lengths"
             raise FooterError(message)
         end = self._directory.hdf5_nbytes
         # Chunks that overlap would be read again and again; floats, as the sum may be any.
         if table[1].astype(np.float64).sum() > end:
-            message = f"the footer's chunks overlap in {end} bytes"
+            message = f"the index's chunks overlap in {end} bytes"
             raise FooterError(message)
         found = scan(self.file, table, end, workers=workers, progress=progress)
         return found.damaged, found.metadata_checksum == self._directory.metadata_checksum
@@ -253,14 +253,14 @@ class FooterStore:
     def _list(self, name: str) -> list[Any]:
         document = self._tables.document(name)
         if not isinstance(document, list):
-            message = f"the footer's column {name} is no list"
+            message = f"the index's column {name} is no list"
             raise FooterError(message)
         return document
 
     def _bounds(self, ends: NDArray[np.int64], index: int) -> tuple[int, int]:
         """Where the rows of a sample begin and end."""
         if len(ends) != self.num_samples + 1 + self._directory.has_scales:
-            message = f"the footer's tables are not of {self.num_samples} samples"
+            message = f"the index's tables are not of {self.num_samples} samples"
             raise FooterError(message)
         start, stop = ends[index : index + 2].tolist()
         return start, stop
@@ -292,7 +292,7 @@ class FooterStore:
         try:
             return self._attr_sets[int(self._tables.column("object_attrs")[row])]
         except IndexError as error:
-            message = f"row {row} of the footer's object table does not fit its columns: {error}"
+            message = f"row {row} of the index's object table does not fit its columns: {error}"
             raise FooterError(message) from error
 
     def entry(self, row: int) -> ObjectEntry:
@@ -329,7 +329,7 @@ class FooterStore:
         except FooterError:
             raise
         except (IndexError, ValueError, TypeError, ArchiveError) as error:
-            message = f"row {row} of the footer's object table does not fit its columns: {error}"
+            message = f"row {row} of the index's object table does not fit its columns: {error}"
             raise FooterError(message) from error
         return entry
 
@@ -343,7 +343,7 @@ class FooterObjects(Mapping[str, ObjectEntry]):
         self._last: ObjectEntry | None = None
 
     def __getitem__(self, path: str) -> ObjectEntry:
-        # Whoever reads an array asks for its entry three times in a row.
+        # Reading an array takes its entry three times in a row.
         last = self._last
         if last is None or last.path != path:
             last = self._last = self._store.entry(self._rows[path])
@@ -368,7 +368,7 @@ def _attrs(document: Any) -> Attrs:
     try:
         return attrs_from_json(document)
     except (ValueError, TypeError, AttributeError) as error:
-        message = f"the footer holds something else than attributes: {error}"
+        message = f"the index holds something else than attributes: {error}"
         raise FooterError(message) from error
 
 
@@ -383,10 +383,10 @@ def _parse(document: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(document)
     except (ValueError, RecursionError) as error:
-        message = f"the footer's sample table is no JSON: {error}"
+        message = f"the index's sample table is no JSON: {error}"
         raise FooterError(message) from error
     if not isinstance(parsed, dict):
-        message = "the footer's sample table holds something else than attributes"
+        message = "the index's sample table holds something else than attributes"
         raise FooterError(message)
     return parsed
 
@@ -403,7 +403,7 @@ class Hdf5Store:
         self.file = LocalFile(path)
         self._reader = Hdf5Reader(path, limits)
         self._pid = os.getpid()
-        # Whoever reads array by array asks for the same sample again and again.
+        # Reading array by array takes the same sample again and again.
         self._walked: dict[int, SampleEntry] = {}
 
     @property
@@ -447,16 +447,16 @@ class Hdf5Store:
         return self._hdf5.scales()
 
     def close(self) -> None:
-        """Close the file; for whoever opened it alone."""
+        """Close the file."""
         self._reader.close()
         self.file.close()
 
     def _name_of(self, index: int) -> str:
         if index >= len(self._names):
-            # Whoever asks was told so by a footer that turned out to be wrong.
+            # The number came from an index that turned out to be wrong.
             message = (
                 f"{self._path}: sample {index} is missing, as there are {len(self._names)} in the "
-                "HDF5 part; the footer told of more, open the file again"
+                "HDF5 part; the index lists more, open the file again"
             )
             raise CorruptArchiveError(message)
         return self._names[index]

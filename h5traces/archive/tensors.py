@@ -1,4 +1,4 @@
-"""Gives stored tensors back as torch tensors, where torch is installed."""
+"""Stored tensors as torch tensors, where torch is installed, or as arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def to_tensor(value: TorchValue) -> Any:
-    """The torch tensor behind a stored value.
+    """The torch tensor that a stored value stands for.
 
     Raises
     ------
@@ -32,7 +32,7 @@ def to_tensor(value: TorchValue) -> Any:
             "or ask for arrays with to_dict(container='numpy')"
         )
         raise MissingDependencyError(message) from error
-    # Of its own memory: stored values may be read-only, and shared.
+    # A copy: stored values may be read-only, and shared.
     return torch_values.to_tensor(np.array(value.data, order="C"), value.dtype)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from h5traces.archive.file import check_version
 from h5traces.archive.labels import label_problems
+from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore, object_place
 from h5traces.checking.isolated import validate_isolated
 from h5traces.checking.reports import Reports, ValidationReport
@@ -29,11 +30,10 @@ from h5traces.format.archive import ArchiveMetadata, KindMetadata
 from h5traces.format.digests import sample_difference
 from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
-from h5traces.format.index_table import index_columns
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import ArrayDescription, TraceDescription, coverage_of
-from h5traces.format.trace import TraceMetadata
+from h5traces.format.trace import TraceMetadata, index_columns
 from h5traces.paths import expand_paths
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
@@ -43,7 +43,7 @@ from h5traces.precision.decoding import (
     num_exceptions,
     restored_type,
 )
-from h5traces.precision.scales import OFFSET, SIGMA, STEP, layers_with_scales
+from h5traces.precision.scales import OFFSET, SIGMA, STEP
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind
@@ -231,7 +231,7 @@ class _Validation:
             )
             return
         if self._footer.root_attrs != root or self._footer.kinds != self._reader.kinds():
-            self._add("/", "the footer and HDF5 have different metadata", "footer_mismatch")
+            self._add("/", "the index and HDF5 have different metadata", "footer_mismatch")
 
     def _check_scales(self) -> None:
         place = f"/{layout.SCALES_GROUP}"
@@ -256,14 +256,14 @@ class _Validation:
         """HDFView, which reads HDF5, and h5traces, which reads the footer, must show the same."""
         if listed is None or stored is None:
             if listed is not stored:
-                self._add(place, "only one of footer and HDF5 has it", "footer_mismatch")
+                self._add(place, "only one of the index and HDF5 has it", "footer_mismatch")
             return
         if listed.attrs != stored.attrs or set(listed.objects) != set(stored.objects):
-            self._add(place, "the footer has other metadata than HDF5", "footer_mismatch")
+            self._add(place, "the index has other metadata than HDF5", "footer_mismatch")
             return
         for path, entry in stored.objects.items():
             if not _same_entry(listed.objects[path], entry):
-                message = "the footer describes another dataset than HDF5"
+                message = "the index describes another dataset than HDF5"
                 self._add(object_place(stored.ordinal, path), message, "footer_mismatch")
 
     def _check_sample_names(self, names: list[str]) -> None:
@@ -280,9 +280,7 @@ class _Validation:
             message = f"num_samples is {self._metadata.num_samples}, {len(names)} are stored"
             self._add("/", message, "count_mismatch")
         if self._footer is not None and self._footer.num_samples != len(names):
-            message = (
-                f"the footer lists {self._footer.num_samples} samples, {len(names)} are stored"
-            )
+            message = f"the index lists {self._footer.num_samples} samples, {len(names)} are stored"
             self._add("/", message, "footer_mismatch")
             self._footer = None
 
@@ -366,20 +364,13 @@ class _Validation:
 
 
 def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:
-    if (listed.attrs, listed.dtype, listed.shape, listed.chunk, listed.codec) != (
-        stored.attrs,
-        stored.dtype,
-        stored.shape,
-        stored.chunk,
-        stored.codec,
-    ):
-        return False
-    if listed.chunks is None or stored.chunks is None:
-        return listed.chunks is stored.chunks
-    return (listed.chunks.offsets, listed.chunks.sizes) == (
-        stored.chunks.offsets,
-        stored.chunks.sizes,
-    )
+    """Whether two entries agree but for checksums, which only the footer has."""
+
+    def facts(entry: ObjectEntry) -> tuple[object, ...]:
+        extents = entry.chunks and (entry.chunks.offsets, entry.chunks.sizes)
+        return entry.attrs, entry.dtype, entry.shape, entry.chunk, entry.codec, extents
+
+    return facts(listed) == facts(stored)
 
 
 def _sample_problems(

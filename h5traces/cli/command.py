@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
 import signal
 import sys
 import warnings
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from h5traces.cli.console import fail, warn
+from h5traces.cli.console import fail, options_named, warn
 from h5traces.errors import (
     ArchiveExistsError,
     H5TracesError,
@@ -45,10 +44,6 @@ _USAGE_ERRORS: Final = (
     PrecisionError,
     SampleIndexError,
     TargetError,
-)
-# How messages of the library name a parameter: overwrite=True, head_mean='only', shard_samples.
-_PARAMETER: Final = re.compile(
-    r"(?<![\w/.'-])(?P<name>[a-z]+(?:_[a-z]+)*)(?P<value>=True|='\w+')?(?![\w/.'=-])"
 )
 
 
@@ -111,7 +106,7 @@ def command(
 def _reported(
     usage_errors: tuple[type[Exception], ...], options: Collection[str]
 ) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
+    with options_named(options), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", StoredStateWarning)
         warnings.simplefilter("always", LossyWarning)
         try:
@@ -122,7 +117,7 @@ def _reported(
             sys.stderr.close()
             raise typer.Exit(0) from None
         except (H5TracesError, OSError) as error:
-            fail(_with_flags(error, options))
+            fail(f"{error}{_help_for(error, options)}")
             is_usage = isinstance(error, usage_errors)
             raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS) from None
         except KeyboardInterrupt as stop:
@@ -131,34 +126,19 @@ def _reported(
             raise typer.Exit(128 + number) from None
         finally:
             for each in caught:
-                warn(_flagged(str(each.message), options))
+                warn(str(each.message))
 
 
-def _with_flags(error: Exception, options: Collection[str]) -> str:
-    """The message of an error, with the options of the command that help."""
-    message = _flagged(str(error), options)
-    if isinstance(error, ArchiveExistsError):
-        help_of = {
-            "overwrite": "--overwrite replaces it",
-            "skip_existing": "--skip-existing keeps what is finished",
-        }
-        for name, text in help_of.items():
-            if name in options and text.split()[0] not in message:
-                message += f"; {text}"
-    return message
-
-
-def _flagged(message: str, options: Collection[str]) -> str:
-    """A message in which parameters of Python are options of the command."""
-
-    def flag(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"] or ""
-        if name not in options or not (value or "_" in name):
-            return found[0]
-        flag = f"--{name.replace('_', '-')}"
-        return flag if value in ("", "=True") else f"{flag} {value[2:-1]}"
-
-    return _PARAMETER.sub(flag, message)
+def _help_for(error: Exception, options: Collection[str]) -> str:
+    """What the command can do about an error, where the message does not say so."""
+    if not isinstance(error, ArchiveExistsError):
+        return ""
+    effects = {"overwrite": "replaces it", "skip_existing": "keeps what is finished"}
+    return "".join(
+        f"; {name}=True {effect}"
+        for name, effect in effects.items()
+        if name in options and name not in str(error)
+    )
 
 
 class _TerminatedError(KeyboardInterrupt):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import sys
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from rich.table import Table
 
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 
 # Control characters other than tab and newline, and those that turn the direction of writing.
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# How messages of the library name a parameter: overwrite=True, head_mean='only', shard_samples.
+_PARAMETER = re.compile(
+    r"(?<![\w/.'-])(?P<name>[a-z]+(?:_[a-z]+)*)(?P<value>=True|=False|='[^' ]*')?(?![\w/.'=-])"
+)
+_options: ContextVar[frozenset[str]] = ContextVar("options", default=frozenset())
 # Data goes to stdout, everything else to stderr.
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -93,7 +99,32 @@ def fail(message: str) -> None:
 
 
 def _plain(message: str) -> str:
-    return visible(message).replace("[", r"\[")
+    return visible(_with_flags(message)).replace("[", r"\[")
+
+
+@contextlib.contextmanager
+def options_named(names: Collection[str]) -> Iterator[None]:
+    """Inside the block, messages name these parameters as options of the command."""
+    token = _options.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+def _with_flags(message: str) -> str:
+    """A message of the library with flags in place of parameters of Python."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if name not in _options.get() or not (value or "_" in name):
+            return found[0]
+        flag = name.replace("_", "-")
+        if value == "=False":
+            return f"--no-{flag}"
+        return f"--{flag}" if value in (None, "=True") else f"--{flag} {value[2:-1]}"
+
+    return _PARAMETER.sub(flag, message)
 
 
 @contextlib.contextmanager

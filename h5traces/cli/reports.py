@@ -107,8 +107,8 @@ def print_inspection(result: Inspection) -> None:
     print_line(f"  model: {metadata.get('model_id', 'unknown')}")
     print_line(f"  dataset: {metadata.get('dataset', 'unknown')}")
     if result.container == "archive":
-        footer = "" if metadata.get("has_footer") else ", no footer (run h5traces seal)"
-        print_line(f"  format: {metadata['format_version']}, {metadata['codec']}{footer}")
+        index = "" if metadata.get("has_footer") else ", no index (run h5traces seal)"
+        print_line(f"  format: {metadata['format_version']}, {metadata['codec']}{index}")
         losses = metadata["losses"]
         print_line(f"  precision: {', then '.join(losses) or 'exact'}")
         lossless = {True: "yes", False: "no", None: "unknown"}[metadata["is_lossless"]]

@@ -99,22 +99,23 @@ def extract_dataset(
     report = ExtractionReport(str(place.path), num_planned=len(questions.questions))
     jobs = _plan(Planner(tokenizer, config, options), questions, report)
     shape = ModelShape.of(config)
-    report.forecast = Forecast(
+    forecast = Forecast(
         shape=shape,
         layers=choose_layers(options.layers, range(shape.num_layers)),
         kinds=options.kinds,
         lengths=tuple(len(each.prompt) + options.generation.max_new_tokens for each in jobs),
         precision=storage,
     )
-    _measure_space(place, report)
+    report.forecast = forecast
+    report.needed_nbytes = forecast.needed_nbytes(_num_written(place), place.shard_samples)
+    report.free_nbytes = _free_nbytes(place.path)
     if target.dry_run:
         return report
     if check_space and report.needed_nbytes > report.free_nbytes:
         message = (
             f"{place.path}: the samples may need {report.needed_nbytes / 1e9:,.1f} GB with the "
             f"room to pack a shard, but {report.free_nbytes / 1e9:,.1f} GB are free on that disk; "
-            "choose another, fewer samples or layers, or smaller shards, or set check_space to "
-            "False"
+            "choose another, fewer samples or layers, smaller shards, or check_space=False"
         )
         raise ExtractionError(message)
     loaded = models.load_model(
@@ -169,19 +170,21 @@ def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) ->
     return jobs
 
 
-def _measure_space(target: Target, report: ExtractionReport) -> None:
-    """Report the bytes that are free, and those that are needed."""
-    folder = target.path.absolute().parent
+def _num_written(target: Target) -> int:
+    """Samples of earlier starts, packed or in the spool."""
+    num_spooled = sum(1 for _ in spool_path(target).glob("*.sample"))
+    existing = [str(each) for each in target.existing()]
+    if not existing:
+        return num_spooled
+    with open_archive(existing) as archive:
+        return num_spooled + len(archive)
+
+
+def _free_nbytes(path: Path) -> int:
+    folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    report.free_nbytes = shutil.disk_usage(folder).free
-    # Samples of a shard that is being written need their room once more.
-    num_done = sum(1 for _ in spool_path(target).glob("*.sample"))
-    if existing := [str(each) for each in target.existing()]:
-        with open_archive(existing) as archive:
-            num_done += len(archive)
-    if report.forecast is not None:
-        report.needed_nbytes = report.forecast.needed_nbytes(num_done, target.shard_samples)
+    return shutil.disk_usage(folder).free
 
 
 def _check_finished(

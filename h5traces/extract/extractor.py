@@ -18,7 +18,6 @@ from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.capture import CaptureOptions, Capturer, check_capture
 from h5traces.extract.generation import (
     Planner,
-    answer_text,
     clean_answer,
     decoded_tokens,
     generate,
@@ -42,8 +41,7 @@ if TYPE_CHECKING:
     from h5traces.format.dtypes import DtypePolicy
     from h5traces.format.record import LayerArray
 
-REFERENCE_ANSWERS: Final = "ground_truth_answers"
-_DRAWING: Final = ("temperature", "top_k", "top_p")
+_REFERENCE_ANSWERS: Final = "ground_truth_answers"
 
 
 def extract(
@@ -165,7 +163,7 @@ def extract_activations_and_attentions(
 def _stored(entry: LayerArray, dtype: DtypePolicy) -> Any:
     """The array as an archive would return it; one that overflowed keeps its type."""
     if not isinstance(entry.array, TypedArray):
-        message = f"{entry.name}: is no array"
+        message = f"{entry.name}: expected an array in memory"
         raise ExtractionError(message)
     array = entry.array
     if dtype == "float32" and array.dtype != "float64":
@@ -188,8 +186,8 @@ class Extractor:
     Raises
     ------
     ExtractionError
-        The model is no decoder, gives no attention weights, is in training mode or does not batch;
-        the tokenizer has no token to fill batches with; or there is no such type.
+        The model is not a decoder, gives no attention weights, is in training mode or cannot batch;
+        the tokenizer has no token to fill batches with; or `dtype` is unknown.
     LayerIndexError
         The model has no such layer.
     """
@@ -262,7 +260,7 @@ class Extractor:
         """All generation parameters in force."""
         options = self._options.generation
         names = ["max_new_tokens", "num_beams", "do_sample"]
-        names += _DRAWING if options.do_sample else ()
+        names += ["temperature", "top_k", "top_p"] if options.do_sample else []
         config = generation_config(self._model, options, self._pad_id)
         return _plain_json(
             {**config.to_diff_dict(), **{name: getattr(options, name) for name in names}}
@@ -301,13 +299,13 @@ class Extractor:
             )
             return NanError(message)
         tokens = (*job.prompt, *answer.tokens)
-        text = answer_text(self._tokenizer, answer.tokens)
+        text = self._tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
         texts = {
             "question": job.question.text,
             "generated_answer": text,
             "generated_answer_clean": clean_answer(text, self._options.answer_cut),
         }
-        extra = {REFERENCE_ANSWERS: list(job.question.answers)} if job.question.answers else {}
+        extra = {_REFERENCE_ANSWERS: list(job.question.answers)} if job.question.answers else {}
         return TraceRecord(
             sample_id=job.question.sample_id,
             prompt_len=len(job.prompt),

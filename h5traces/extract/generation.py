@@ -278,12 +278,6 @@ def decoded_tokens(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(tokenizer.decode([each]) for each in ids)
 
 
-def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of an answer, without special tokens."""
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return text
-
-
 def clean_answer(text: str, cut: AnswerCut) -> str:
     """The answer up to the end of its first sentence or line, without space around it."""
     found = text.strip()

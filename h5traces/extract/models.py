@@ -97,14 +97,7 @@ def model_shape(model_id: str, *, revision: str | None = None) -> ModelShape:
 
 
 def load_tokenizer(model_id: str, *, revision: str | None = None) -> Any:
-    """Load the tokenizer of a model.
-
-    Parameters
-    ----------
-    model_id
-        Hub id, local folder, or alias.
-    revision
-        Commit, branch or tag on the hub.
+    """Load the tokenizer of a model; arguments as in `ModelChoice`.
 
     Raises
     ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import threading
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 SkipReason = Literal["too_long", "out_of_memory", "nan"]
 Status = Literal["planned", "stopped", "failed", "finished"]
 
-# Enough to go on computing while a shard is being packed.
+# Bytes in the queue, enough to go on computing while a shard is packed; one record may exceed it.
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
 # What torch says on devices whose errors have no class of their own.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
@@ -211,7 +212,7 @@ def _record_nbytes(record: TraceRecord) -> int:
 
 
 class WriterThread:
-    """A thread that feeds the writer from a bounded queue, so that computing never waits for it.
+    """A thread that feeds the writer from a bounded queue while the next records are computed.
 
     Parameters
     ----------
@@ -219,19 +220,10 @@ class WriterThread:
         Used by this thread alone until `close` returns.
     written
         Called in the thread with each record that is durable.
-    max_waiting_nbytes
-        Bytes of records in the queue; a single record may exceed them.
     """
 
-    def __init__(
-        self,
-        writer: ProcessWriter,
-        written: Callable[[TraceRecord], None],
-        *,
-        max_waiting_nbytes: int = _MAX_WAITING_NBYTES,
-    ) -> None:
+    def __init__(self, writer: ProcessWriter, written: Callable[[TraceRecord], None]) -> None:
         self._writer, self._written = writer, written
-        self._max_waiting_nbytes = max_waiting_nbytes
         self._waiting: deque[TraceRecord] = deque()
         self._waiting_nbytes = 0
         self._is_closing = False
@@ -273,7 +265,7 @@ class WriterThread:
         nbytes = _record_nbytes(record)
 
         def has_room() -> bool:
-            fits = self._waiting_nbytes + nbytes <= self._max_waiting_nbytes
+            fits = self._waiting_nbytes + nbytes <= _MAX_WAITING_NBYTES
             return self._error is not None or not self._waiting or fits
 
         with self._changed:
@@ -361,7 +353,9 @@ class Run:
         except BaseException as error:
             self._report.status = "failed"
             self._report.error = str(error) or type(error).__name__
-            self._drain(thread)
+            # Write what was computed; the first error is the one to raise.
+            with contextlib.suppress(Exception):
+                thread.close()
             self._writer.suspend()
             raise
         finally:
@@ -370,14 +364,6 @@ class Run:
             self._report.warnings = cast_warnings(self._writer.counts, self._write_options)
             self._report.warnings += self._writer.warnings
             self._report.save()
-
-    @staticmethod
-    def _drain(thread: WriterThread) -> None:
-        """Let the thread write what was computed; a further error is not reported."""
-        try:
-            thread.close()
-        except Exception:
-            return
 
     def _compute_all(self, thread: WriterThread) -> bool:
         """Pass all records to the writer. Returns whether the run was stopped before the end."""
@@ -406,7 +392,9 @@ class Run:
         outcomes = self._attempt(batch)
         if outcomes is None:
             # After the except block: its traceback holds the tensors of the attempt.
-            _free_memory()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             if len(batch) == 1:
                 yield batch[0], self._too_large(batch[0])
                 return
@@ -476,10 +464,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         each in str(error).lower() for each in _OUT_OF_MEMORY
     )
-
-
-def _free_memory() -> None:
-    """Release what a failed attempt held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

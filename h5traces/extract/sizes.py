@@ -202,13 +202,9 @@ class Forecast:
     @property
     def rates(self) -> Rates:
         """Stated rates without quantisation; those of float32, the largest, if there are none."""
-        try:
-            rates = stated_rates(
-                self.precision.dtype or "float16", self.precision.codec or GZIP.name
-            )
-        except ExtractionError:
-            rates = STATED_RATES["float32"]
-        return rates.of_kinds(self.kinds)
+        dtype, codec = self.precision.dtype or "float16", self.precision.codec or GZIP.name
+        is_known = codec == GZIP.name and dtype in STATED_RATES
+        return STATED_RATES[dtype if is_known else "float32"].of_kinds(self.kinds)
 
     @property
     def sample_nbytes(self) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from h5traces.format.document import Document
 from h5traces.format.dtypes import DtypePolicy, FloatType, OverflowPolicy
 from h5traces.format.precision import Precision
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 AnswerCut = Literal["none", "sentence", "newline"]
 FinishReason = Literal["stop", "length"]
@@ -163,17 +166,23 @@ class Cast(Document):
         Field(description="Values that the cast changed, rounding included; absent: not known."),
     ] = None
 
-    def __add__(self, other: Cast) -> Cast:
-        """Both together; of the same types."""
-        changed = None
-        if self.num_changed is not None and other.num_changed is not None:
-            changed = self.num_changed + other.num_changed
-        num_arrays = self.num_arrays + other.num_arrays
-        return self.model_copy(update={"num_arrays": num_arrays, "num_changed": changed})
-
     def __str__(self) -> str:
         changed = "an unknown number of" if self.num_changed is None else f"{self.num_changed:,}"
         return f"cast {self.cast_from} -> {self.dtype} changed {changed} values"
+
+
+def add_casts(casts: Iterable[Cast]) -> tuple[Cast, ...]:
+    """One entry for every pair of types, in order of their names."""
+    found: dict[tuple[FloatType, FloatType], Cast] = {}
+    for each in casts:
+        before = found.get((each.cast_from, each.dtype))
+        if before is not None:
+            counts = (before.num_changed, each.num_changed)
+            num_changed = None if None in counts else sum(filter(None, counts))
+            num_arrays = before.num_arrays + each.num_arrays
+            each = each.model_copy(update={"num_arrays": num_arrays, "num_changed": num_changed})
+        found[each.cast_from, each.dtype] = each
+    return tuple(found[key] for key in sorted(found))
 
 
 class ArchiveMetadata(Document):
@@ -292,7 +301,7 @@ class ArchiveMetadata(Document):
 
     @property
     def changes(self) -> str:
-        """What distinguishes stored arrays from their source, for people; empty for nothing."""
+        """How stored arrays differ from their source, for people; empty if they do not."""
         found = [str(each) for each in self.losses]
         found += [str(each) for each in self.casts or () if each.num_changed != 0]
         if self.casts is None:

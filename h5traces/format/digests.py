@@ -93,7 +93,7 @@ def _stored_digest(sample: SampleEntry) -> str:
 
 
 def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
-    """What tells the values of a dataset from those that were written; None where nothing does."""
+    """How the values of a dataset differ from those that were written; None if they do not."""
     expected = entry.attrs.get(DIGEST)
     if expected is None:
         return "the digest is missing; the file was edited"
@@ -103,12 +103,12 @@ def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
 
 
 def sample_difference(sample: SampleEntry, expected: str | None = None) -> str | None:
-    """What tells a sample, its datasets' digests among it, from the one that was written.
+    """How a sample, with the digests of its datasets, differs from the one that was written.
 
     Parameters
     ----------
     sample
-        Whose datasets' values fit their own digests.
+        The values of its datasets are compared apart from it.
     expected
         Its digest; the stored one by default.
     """

@@ -78,7 +78,7 @@ def to_attributes(document: Document) -> Attrs:
 
 
 def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue]) -> AnyDocument:
-    """The document behind `attrs`; attributes that are no field of it are passed over.
+    """The document behind `attrs`; other attributes are ignored.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
         else:
             plain[name] = value
     try:
-        # Not from JSON: pydantic's parser refuses the lone surrogates that Python strings may hold.
+        # Not from JSON: pydantic's parser rejects the lone surrogates that Python strings may hold.
         return document.model_validate(plain)
     except ValidationError as error:
         problems = problems_of(error)

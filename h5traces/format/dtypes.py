@@ -168,7 +168,7 @@ class CastResult:
 
 
 def bfloat16_to_float32(bits: AnyArray) -> NDArray[np.float32]:
-    """The numbers behind bfloat16 bits: exact, since bfloat16 is the upper half of a float32."""
+    """bfloat16 bits as numbers; exact, since bfloat16 is the upper half of a float32."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -349,7 +349,7 @@ def cast_for_storage(
         if on_overflow == "error":
             message = (
                 f"{overflow} finite values lie beyond {policy} (largest: {_LARGEST[policy]:g}); "
-                "use --on-overflow float32 or clip, or --dtype float32 or auto"
+                "pass on_overflow='float32' or 'clip', or dtype='float32' or 'auto'"
             )
             raise ConversionError(message)
         if on_overflow == "clip":
@@ -363,7 +363,7 @@ def cast_for_storage(
 
 
 def uncast(array: TypedArray) -> CastResult:
-    """`array` as it is, C-contiguous and little-endian, with a count of what is not finite."""
+    """`array` without a cast, C-contiguous and little-endian; counts what is not finite."""
     counts = CastCounts(*count_not_finite(array))
     return CastResult(cast_values(array, array.dtype), None, None, counts)
 

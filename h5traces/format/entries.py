@@ -1,4 +1,4 @@
-"""Stored objects of a sample, described alike whether HDF5 or the footer told of them."""
+"""Stored objects of a sample, described alike by HDF5 and by the index."""
 
 from __future__ import annotations
 

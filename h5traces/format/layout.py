@@ -98,8 +98,8 @@ class KindDefinition:
 KINDS: Final = {
     HIDDEN_STATES: KindDefinition(
         axes=("token", "hidden"),
-        definition="Residual-stream state of every token behind one decoder block; the attribute "
-        "'site' of each dataset tells the exact place.",
+        definition="Residual-stream state of every token after one decoder block; the attribute "
+        "'site' of each dataset names the exact place.",
         image=False,
     ),
     ATTENTIONS: KindDefinition(
@@ -111,7 +111,7 @@ KINDS: Final = {
     ATTENTION_MEAN: KindDefinition(
         axes=("query", "key"),
         definition="Attention weights reduced over the heads of one decoder block; the attribute "
-        "'reduction' tells how, where that is known.",
+        "'reduction' names how, where known.",
         image=True,
     ),
 }
@@ -147,7 +147,7 @@ def layer_name(layer: int) -> str:
 
 
 def parse_layer_name(name: str) -> int | None:
-    """The decoder block number behind a dataset name, None where it is no such name."""
+    """The decoder block number in a dataset name; None for other names."""
     found = _LAYER_NAME.match(name)
     return int(found[1]) if found else None
 
@@ -168,7 +168,7 @@ def escape_key(key: str) -> str:
 
 
 def unescape_key(name: str) -> str:
-    """The legacy dict key behind a link name that `escape_key` made."""
+    """The legacy dict key that `escape_key` made a link name of."""
     if name == "%":
         return ""
     return re.sub(r"%([0-9A-F]{2})", lambda found: chr(int(found[1], 16)), name)

@@ -21,7 +21,7 @@ COARSEST_STEP: Final = 4.0
 
 
 class Precision(Document):
-    """How precisely arrays are stored; what is not given is kept as it is in float16."""
+    """How precisely arrays are stored; what is not given stays in float16."""
 
     step: Annotated[
         float | None,

@@ -40,7 +40,7 @@ def unescape(text: str) -> str:
     Raises
     ------
     CorruptArchiveError
-        `text` holds the introducer without four upper-case hexadecimal digits behind it.
+        `text` holds the introducer without four upper-case hexadecimal digits after it.
     """
     if INTRODUCER not in text:
         return text
@@ -60,7 +60,7 @@ def encode(text: str) -> bytes:
 
 
 def decode(stored: bytes) -> str:
-    """The string behind `stored`, the bytes of a fixed-length field with or without its padding.
+    """The string in the bytes of a fixed-length field, with or without its padding.
 
     Raises
     ------

@@ -1,13 +1,15 @@
-"""Metadata of one trace."""
+"""Metadata of one trace, and the table of those of all traces."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from h5traces.format.archive import Count, Int64, SampleExtraction
 from h5traces.format.document import Document
+from h5traces.format.text import encode_all
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
 
@@ -82,3 +84,27 @@ class TraceMetadata(Document):
             message = f"prompt_len {self.prompt_len} exceeds seq_len {self.seq_len}"
             raise ValueError(message)
         return self
+
+
+# In the table's column of labels, where 0, 1 and -1 are labels that people use.
+NO_LABEL = -(2**63)
+
+
+def index_columns(index: list[TraceMetadata]) -> dict[str, np.ndarray]:
+    """The table ``/index/samples``; -1 stands for an absent count, `NO_LABEL` for no label."""
+
+    def numbers(name: str, absent: int = -1) -> np.ndarray:
+        values = [getattr(each, name) for each in index]
+        return np.array([absent if value is None else value for value in values], dtype="<i8")
+
+    columns = {
+        "ordinal": np.arange(len(index), dtype="<i8"),
+        "sample_id": encode_all([each.sample_id or "" for each in index]),
+        "generation_index": numbers("generation_index"),
+        "seq_len": numbers("seq_len"),
+        "prompt_len": numbers("prompt_len"),
+        "coverage": encode_all([each.coverage for each in index]),
+    }
+    if any(each.label is not None for each in index):
+        columns["label"] = numbers("label", NO_LABEL)
+    return columns

@@ -1,7 +1,7 @@
 """How the values of a legacy dict are stored without ever being pickled.
 
 Every element names its encoding and the encoding's version. A reader dispatches on the pair and
-refuses what it does not know. ``schema/SPEC.md``, section Extra fields, is normative.
+rejects what it does not know. ``schema/SPEC.md``, section Extra fields, is normative.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _encode_array(
 ) -> EncodedObject:
     """An array of any byte order; what HDF5 has no plain type for is stored as bytes.
 
-    ``shape`` and ``dtype`` attributes tell the original where the stored ones differ.
+    The attributes ``dtype`` and ``ndim`` state the original's where the stored ones differ.
     """
     attrs = _encoding(encoding)
     if isinstance(value, TorchValue):
@@ -349,7 +349,7 @@ _DECODERS: Final[dict[Any, Any]] = {
 
 
 def from_json(value: Any) -> Any:
-    """The Python value behind the tagged JSON of the encoding ``json``."""
+    """The Python value that the tagged JSON of the encoding ``json`` stands for."""
     if isinstance(value, list):
         return [from_json(each) for each in value]
     if not isinstance(value, dict):

@@ -166,7 +166,7 @@ def _block_to_steps(
         np.subtract(source, scale.offset, out=steps)
         np.multiply(steps, 1 / scale.step, out=steps)
         np.clip(steps, -form.most_steps, form.most_steps, out=steps)
-        # Beside so large a number nothing is left behind the point, and the last bits of the sum
+        # A sum with so large a number has no fraction: its last bits
         # are those of the nearest whole number.
         np.add(steps, _WHOLE, out=steps)
         np.copyto(stored, steps.view(np.uint32), casting="unsafe")

@@ -20,7 +20,7 @@ from h5traces.precision.encoding import (
 from h5traces.precision.square_root import LEVELS, from_levels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from h5traces.precision.scales import ChannelScale
 
     Exceptions = NDArray[np.float64]
-    from collections.abc import Iterable
-
 
 _STORED_TYPES: Final = {CHANNEL_STEPS: ("uint8", "uint16"), SQUARE_ROOT: ("uint8",)}
 _RESTORED_TYPES: Final = {CHANNEL_STEPS: ("float16", "float32"), SQUARE_ROOT: ("float16",)}
 _MOST_LEVELS: Final = 255
+# Of the table of exceptions: layer, flat index in it, and value.
+EXCEPTION_COLUMNS: Final = 3
 # Of attributes that messages quote.
 _MOST_QUOTED: Final = 100
 
 
 def is_encoded(attrs: Attrs) -> bool:
-    """Whether stored values have to be restored before they mean anything.
+    """Whether stored values have to be decoded.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def decode(
         This release does not know the encoding.
     """
     if not is_encoded(attrs):
-        message = "the array is stored as it is, and has nothing to be restored"
+        message = "the array is not encoded, so there is nothing to decode"
         raise CorruptArchiveError(message)
     for message in attribute_problems(stored.dtype.name, attrs):
         raise CorruptArchiveError(message)
@@ -204,10 +204,6 @@ def _put_back(values: NDArray[Any], attrs: Attrs, exceptions: Callable[[], Excep
         values.reshape(-1)[index.astype(np.int64)] = table[:, 1].astype(
             CARRIERS["float16" if values.dtype.itemsize == 2 else "float32"]
         )
-
-
-# Layer, flat index in it, and value.
-EXCEPTION_COLUMNS: Final = 3
 
 
 def num_exceptions(layers: Iterable[Attrs]) -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_layers
 from h5traces.errors import (
+    ArchiveExistsError,
     ConversionError,
     H5TracesError,
     LayerIndexError,
@@ -159,7 +160,7 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     elif options.target.dry_run:
         if exists and not options.target.overwrite:
             report.status = "failed"
-            report.error = f"{job.first_target} exists; use --overwrite or --skip-existing"
+            report.error = f"{job.first_target} exists; overwrite=True replaces it, skip_existing=True keeps it"
     else:
         started = time.perf_counter()
         _convert_job(job, options, report_progress, report)
@@ -180,10 +181,10 @@ def _unlike(target: Path, options: ConvertOptions) -> str | None:
         if found != options.write.precision:
             return (
                 f"{target} exists, of precision {found}, not {options.write.precision}; choose "
-                "another output, or use --overwrite"
+                "another output, or pass overwrite=True"
             )
     except (H5TracesError, OSError) as error:
-        return f"{error}; it stands where an archive would go: move it, or use --overwrite"
+        return f"{error}; it stands where an archive would go: move it, or pass overwrite=True"
     return None
 
 
@@ -220,8 +221,10 @@ def _reason(error: Exception, target: Path) -> str:
         return (
             f"{target}: cannot be written: {error}; nothing of it was kept, archives written "
             "before are whole; make room or choose another folder, then run again with "
-            "--skip-existing"
+            "skip_existing=True"
         )
+    if isinstance(error, ArchiveExistsError):
+        return f"{error}; skip_existing=True keeps what is finished"
     return str(error)
 
 
@@ -421,8 +424,8 @@ def _result(job: Job, future: Future[FileReport]) -> FileReport:
             status="failed",
             error=(
                 f"{', '.join(sources)}: not converted: one of the processes was killed, as the "
-                "system does when memory runs out; nothing half-written was kept, run again with "
-                "--skip-existing and fewer --workers"
+                "system does when memory runs out; no unfinished file was kept; run again with "
+                "skip_existing=True and fewer workers"
             ),
         )
 

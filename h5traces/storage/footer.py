@@ -52,9 +52,7 @@ TAIL_NBYTES: Final = 64 << 10
 # what is one byte there, and a digest or a number of every object more than its share.
 _MOST_PER_HDF5_BYTE: Final = 8
 _BLOCK_NBYTES: Final = 1 << 20
-
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
-
 # Column name -> dtype. "…_json" columns are documents; "sample_attrs" is all samples' JSON joined.
 COLUMNS: Final = {
     "sample_num_objects": "<u4",
@@ -75,6 +73,18 @@ COLUMNS: Final = {
     "names_json": "u1",
     "attrs_json": "u1",
 }
+_DIGEST: Final = re.compile("[0-9a-f]{32}")
+# Stands for an object that has no digest, or one that is none and lies with the other attributes.
+_NO_DIGEST: Final = bytes(16)
+# Stays in a core's cache between reading and hashing.
+SPAN_NBYTES: Final = 1 << 20
+# That a thread checks one after the other: handing work over takes as long as hashing 300 kB.
+_SPANS_PER_TASK: Final = 16
+_BETWEEN: Final = -1
+
+
+class FooterError(CorruptArchiveError):
+    """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
 
 
 class Readable(Protocol):
@@ -86,10 +96,6 @@ class Readable(Protocol):
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` from `offset`."""
-
-
-class FooterError(CorruptArchiveError):
-    """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,27 +157,27 @@ def read_directory(file: ByteFile) -> FooterDirectory:
         tail_start = max(0, file_nbytes - TRAILER_NBYTES)
     tail = file.read_at(tail_start, file_nbytes - tail_start)
     if len(tail) < TRAILER_NBYTES or tail[-len(MAGIC) :] != MAGIC:
-        message = "there is no footer behind the HDF5 part"
+        message = "the file has no index"
         raise FooterError(message)
     head = tail[-TRAILER_NBYTES : -TRAILER_END.size]
     (trailer_checksum, _) = TRAILER_END.unpack(tail[-TRAILER_END.size :])
     if xxhash.xxh3_64_intdigest(head) != trailer_checksum:
-        message = "the footer's trailer is damaged: its checksum does not fit"
+        message = "the index's trailer is damaged: its checksum does not fit"
         raise FooterError(message)
     offset, nbytes, raw_nbytes, hdf5_nbytes, checksum, version, _ = TRAILER.unpack(head)
     if version != VERSION:
-        message = f"the footer has version {version}, this release reads {VERSION}"
+        message = f"the index has version {version}, this release reads {VERSION}"
         raise FooterError(message)
     if hdf5_nbytes + offset + nbytes + TRAILER_NBYTES != file_nbytes:
         message = (
-            f"the footer describes a file of {hdf5_nbytes + offset + nbytes + TRAILER_NBYTES} "
+            f"the index describes a file of {hdf5_nbytes + offset + nbytes + TRAILER_NBYTES} "
             f"bytes, but the file has {file_nbytes}"
         )
         raise FooterError(message)
     # Far away, this is left to the checksums: every byte that the footer names has one.
     end_of_hdf5 = hdf5_end(file) if file.at_hand(0, _SUPERBLOCK.size) else hdf5_nbytes
     if end_of_hdf5 != hdf5_nbytes:
-        message = f"the footer belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
+        message = f"the index belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
         raise FooterError(message)
     file.hold(hdf5_nbytes, file_nbytes - hdf5_nbytes)
     start = hdf5_nbytes + offset - tail_start
@@ -179,72 +185,9 @@ def read_directory(file: ByteFile) -> FooterDirectory:
         tail[start : start + nbytes] if start >= 0 else file.read_at(hdf5_nbytes + offset, nbytes)
     )
     if xxhash.xxh3_64_intdigest(stored) != checksum:
-        message = "the footer's directory is damaged: its checksum does not fit"
+        message = "the index's directory is damaged: its checksum does not fit"
         raise FooterError(message)
     return _parse_directory(_inflate(stored, raw_nbytes, hdf5_nbytes), hdf5_nbytes)
-
-
-def _inflate(stored: bytes, raw_nbytes: int, hdf5_nbytes: int) -> bytes:
-    if raw_nbytes > _MOST_PER_HDF5_BYTE * hdf5_nbytes:
-        message = f"the footer's directory claims {raw_nbytes} bytes"
-        raise FooterError(message)
-    try:
-        raw = zlib.decompressobj().decompress(stored, raw_nbytes + 1)
-    except zlib.error as error:
-        message = f"the footer's directory cannot be inflated: {error}"
-        raise FooterError(message) from error
-    if len(raw) != raw_nbytes:
-        message = f"the footer's directory has {len(raw)} bytes, expected {raw_nbytes}"
-        raise FooterError(message)
-    return raw
-
-
-def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
-    try:
-        document = json.loads(raw)
-        return FooterDirectory(
-            hdf5_nbytes=hdf5_nbytes,
-            metadata_checksum=int(document["metadata_checksum"]),
-            archive=attrs_from_json(document["archive"]),
-            kinds={name: attrs_from_json(each) for name, each in document["kinds"].items()},
-            num_samples=_count(document["num_samples"], hdf5_nbytes),
-            num_objects=_count(document["num_objects"], hdf5_nbytes),
-            has_scales=bool(_count(document.get("has_scales", 0), 1)),
-            types=[str(each) for each in document["types"]],
-            codecs=[str(each) for each in document["codecs"]],
-            columns={
-                name: Column(*(int(part) for part in parts))
-                for name, parts in document["columns"].items()
-                if name in COLUMNS
-            },
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        message = f"the footer's directory is no directory: {error!r}"
-        raise FooterError(message) from error
-    except RecursionError as error:
-        message = "the footer's directory is nested too deeply"
-        raise FooterError(message) from error
-
-
-def _count(value: Any, most: int) -> int:
-    if not isinstance(value, int) or not 0 <= value <= most:
-        message = f"expected a number from 0 to {most}"
-        raise ValueError(message)
-    return value
-
-
-def attrs_from_json(document: dict[str, Any]) -> Attrs:
-    """The attributes that a JSON object of the footer holds; ValueError where it holds others."""
-    attrs: Attrs = {}
-    for name, value in document.items():
-        found = tuple(value) if isinstance(value, list) else value
-        parts = found if isinstance(found, tuple) else (found,)
-        kinds = int if isinstance(found, tuple) else (str, int, float)
-        if not all(isinstance(part, kinds) for part in parts):
-            message = f"the attribute {name!r} is neither text, nor a number, nor a list of them"
-            raise ValueError(message)
-        attrs[name] = found
-    return attrs
 
 
 def hdf5_end(file: ByteFile) -> int:
@@ -273,23 +216,67 @@ def hdf5_end(file: ByteFile) -> int:
     return int(base + end)
 
 
-def metadata_checksum(
-    file: Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
-) -> int:
-    """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
+def _inflate(stored: bytes, raw_nbytes: int, hdf5_nbytes: int) -> bytes:
+    if raw_nbytes > _MOST_PER_HDF5_BYTE * hdf5_nbytes:
+        message = f"the index's directory claims {raw_nbytes} bytes"
+        raise FooterError(message)
+    try:
+        raw = zlib.decompressobj().decompress(stored, raw_nbytes + 1)
+    except zlib.error as error:
+        message = f"the index's directory cannot be inflated: {error}"
+        raise FooterError(message) from error
+    if len(raw) != raw_nbytes:
+        message = f"the index's directory has {len(raw)} bytes, expected {raw_nbytes}"
+        raise FooterError(message)
+    return raw
 
-    With the checksums of the chunks, it covers every byte of the HDF5 part.
-    """
-    order = np.argsort(offsets, kind="stable")
-    starts, stops = offsets[order], offsets[order] + sizes[order]
-    state, position = xxhash.xxh3_64(), 0
-    for start, stop in zip([*starts.tolist(), end], [*stops.tolist(), end], strict=True):
-        while position < start:
-            block = file.read_at(position, min(_BLOCK_NBYTES, start - position))
-            state.update(block)
-            position += len(block)
-        position = max(position, stop)
-    return state.intdigest()
+
+def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
+    try:
+        document = json.loads(raw)
+        return FooterDirectory(
+            hdf5_nbytes=hdf5_nbytes,
+            metadata_checksum=int(document["metadata_checksum"]),
+            archive=attrs_from_json(document["archive"]),
+            kinds={name: attrs_from_json(each) for name, each in document["kinds"].items()},
+            num_samples=_count(document["num_samples"], hdf5_nbytes),
+            num_objects=_count(document["num_objects"], hdf5_nbytes),
+            has_scales=bool(_count(document.get("has_scales", 0), 1)),
+            types=[str(each) for each in document["types"]],
+            codecs=[str(each) for each in document["codecs"]],
+            columns={
+                name: Column(*(int(part) for part in parts))
+                for name, parts in document["columns"].items()
+                if name in COLUMNS
+            },
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        message = f"the index's directory is no directory: {error!r}"
+        raise FooterError(message) from error
+    except RecursionError as error:
+        message = "the index's directory is nested too deeply"
+        raise FooterError(message) from error
+
+
+def _count(value: Any, most: int) -> int:
+    if not isinstance(value, int) or not 0 <= value <= most:
+        message = f"expected a number from 0 to {most}"
+        raise ValueError(message)
+    return value
+
+
+def attrs_from_json(document: dict[str, Any]) -> Attrs:
+    """The attributes that a JSON object of the footer holds; ValueError where it holds others."""
+    attrs: Attrs = {}
+    for name, value in document.items():
+        found = tuple(value) if isinstance(value, list) else value
+        parts = found if isinstance(found, tuple) else (found,)
+        kinds = int if isinstance(found, tuple) else (str, int, float)
+        if not all(isinstance(part, kinds) for part in parts):
+            message = f"the attribute {name!r} is neither text, nor a number, nor a list of them"
+            raise ValueError(message)
+        attrs[name] = found
+    return attrs
 
 
 class FooterTables:
@@ -318,54 +305,36 @@ class FooterTables:
         try:
             return json.loads(self.column(name).tobytes())
         except (ValueError, RecursionError) as error:
-            message = f"the footer's column {name} is no JSON: {error}"
+            message = f"the index's column {name} is no JSON: {error}"
             raise FooterError(message) from error
 
     def _read(self, name: str) -> NDArray[Any]:
         where = self._directory.columns.get(name)
         dtype = np.dtype(COLUMNS[name])
         if where is None or where.raw_nbytes < 0 or where.raw_nbytes % dtype.itemsize:
-            message = f"the footer's column {name} is missing or of a wrong size"
+            message = f"the index's column {name} is missing or of a wrong size"
             raise FooterError(message)
         # Deflate cannot do better than 1032:1, so a larger claim is a lie told to make us allocate.
         most = min(1100 * where.nbytes + 64, _MOST_PER_HDF5_BYTE * self._directory.hdf5_nbytes)
         if where.raw_nbytes > most or min(where.offset, where.nbytes) < 0:
-            message = f"the footer's column {name} claims {where.raw_nbytes} bytes"
+            message = f"the index's column {name} claims {where.raw_nbytes} bytes"
             raise FooterError(message)
         start = self._directory.hdf5_nbytes + where.offset
         if start + where.nbytes > self._file.nbytes:
-            message = f"the footer's column {name} lies outside of the file"
+            message = f"the index's column {name} lies outside of the file"
             raise FooterError(message)
         stored = self._file.read_at(start, where.nbytes)
         if xxhash.xxh3_64_intdigest(stored) != where.checksum:
-            message = f"the footer's column {name} is damaged: its checksum does not fit"
+            message = f"the index's column {name} is damaged: its checksum does not fit"
             raise FooterError(message)
         values = np.empty(where.raw_nbytes // dtype.itemsize, dtype=dtype)
         try:
             deflate.decode(stored, values.view(np.uint8).data, itemsize=dtype.itemsize)
         except ValueError as error:
-            message = f"the footer's column {name} cannot be inflated: {error}"
+            message = f"the index's column {name} cannot be inflated: {error}"
             raise FooterError(message) from error
         values.flags.writeable = False
         return values
-
-
-_DIGEST: Final = re.compile("[0-9a-f]{32}")
-# Stands for an object that has no digest, or one that is none and lies with the other attributes.
-_NO_DIGEST: Final = bytes(16)
-
-
-class _Dictionary:
-    """Numbers for values that repeat."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, value: str) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[str]:
-        return list(self._numbers)
 
 
 class FooterBuilder:
@@ -423,7 +392,7 @@ class FooterBuilder:
         if entry.chunks is None or not offsets:
             return
         if entry.chunks.checksums is None:
-            message = f"{entry.path}: chunks without checksums cannot enter a footer"
+            message = f"{entry.path}: chunks without checksums cannot enter an index"
             raise ValueError(message)
         for offset, size in zip(offsets, entry.chunks.sizes, strict=True):
             # Chunks mostly follow one another, so the gaps are mostly zero.
@@ -486,11 +455,36 @@ class FooterBuilder:
         return metadata_checksum(hdf5, np.cumsum(gaps + sizes) - sizes, sizes, hdf5.nbytes)
 
 
-# Stays in a core's cache between reading and hashing.
-SPAN_NBYTES: Final = 1 << 20
-# That a thread checks one after the other: handing work over takes as long as hashing 300 kB.
-_SPANS_PER_TASK: Final = 16
-_BETWEEN: Final = -1
+class _Dictionary:
+    """Numbers for values that repeat."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, value: str) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+    def values(self) -> list[str]:
+        return list(self._numbers)
+
+
+def metadata_checksum(
+    file: Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
+) -> int:
+    """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
+
+    With the checksums of the chunks, it covers every byte of the HDF5 part.
+    """
+    order = np.argsort(offsets, kind="stable")
+    starts, stops = offsets[order], offsets[order] + sizes[order]
+    state, position = xxhash.xxh3_64(), 0
+    for start, stop in zip([*starts.tolist(), end], [*stops.tolist(), end], strict=True):
+        while position < start:
+            block = file.read_at(position, min(_BLOCK_NBYTES, start - position))
+            state.update(block)
+            position += len(block)
+        position = max(position, stop)
+    return state.intdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,23 +501,6 @@ class Scan:
 
     damaged: list[int]
     metadata_checksum: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """A part of the file.
-
-    Attributes
-    ----------
-    start, stop
-        Where it lies.
-    pieces
-        What it consists of, in order: a row of the chunk table (or `_BETWEEN`), start and stop.
-    """
-
-    start: int
-    stop: int
-    pieces: list[tuple[int, int, int]]
 
 
 def scan(
@@ -580,32 +557,21 @@ def scan(
     return Scan(sorted(damaged), between.intdigest())
 
 
-class _Buffers(threading.local):
-    """A buffer for every thread, which grows to the largest span."""
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A part of the file.
 
-    def __init__(self) -> None:
-        self._buffer = bytearray(2 * SPAN_NBYTES)
+    Attributes
+    ----------
+    start, stop
+        Where it lies.
+    pieces
+        What it consists of, in order: a row of the chunk table (or `_BETWEEN`), start and stop.
+    """
 
-    def get(self, nbytes: int) -> memoryview:
-        if nbytes > len(self._buffer):
-            self._buffer = bytearray(nbytes)
-        return memoryview(self._buffer)[:nbytes]
-
-
-def _check(
-    file: ByteFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
-) -> tuple[list[int], bytes]:
-    """Rows of a span that are damaged, and its bytes that lie in no chunk."""
-    view = buffers.get(span.stop - span.start)
-    file.read_into(span.start, view)
-    damaged, between = [], []
-    for row, start, stop in span.pieces:
-        piece = view[start - span.start : stop - span.start]
-        if row == _BETWEEN:
-            between.append(bytes(piece))
-        elif chunk_checksum(piece) != int(checksums[row]):
-            damaged.append(row)
-    return damaged, b"".join(between)
+    start: int
+    stop: int
+    pieces: list[tuple[int, int, int]]
 
 
 def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
@@ -631,3 +597,31 @@ def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
             pieces, start = [], position
     if pieces:
         yield _Span(start, position, pieces)
+
+
+def _check(
+    file: ByteFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
+) -> tuple[list[int], bytes]:
+    """Rows of a span that are damaged, and its bytes that lie in no chunk."""
+    view = buffers.get(span.stop - span.start)
+    file.read_into(span.start, view)
+    damaged, between = [], []
+    for row, start, stop in span.pieces:
+        piece = view[start - span.start : stop - span.start]
+        if row == _BETWEEN:
+            between.append(bytes(piece))
+        elif chunk_checksum(piece) != int(checksums[row]):
+            damaged.append(row)
+    return damaged, b"".join(between)
+
+
+class _Buffers(threading.local):
+    """A buffer for every thread, which grows to the largest span."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(2 * SPAN_NBYTES)
+
+    def get(self, nbytes: int) -> memoryview:
+        if nbytes > len(self._buffer):
+            self._buffer = bytearray(nbytes)
+        return memoryview(self._buffer)[:nbytes]

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from h5traces.errors import ArchiveExistsError, __version__
 from h5traces.format import layout
-from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile
+from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile, add_casts
 from h5traces.format.digests import sample_digest
 from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
-from h5traces.format.index_table import index_columns
 from h5traces.format.record import StepArrays, TraceRecord
 from h5traces.format.text import utc_now
+from h5traces.format.trace import index_columns
 from h5traces.format.values import EncodedObject
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
@@ -32,7 +32,6 @@ from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals, uninterrupted
 from h5traces.storage.publish import PartFile
-from h5traces.writing.elements import record_elements
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
     Observation,
@@ -41,6 +40,7 @@ from h5traces.writing.preparation import (
     observe,
     prepare_element,
     prepare_layers,
+    record_elements,
     sequence_attributes,
     steps_table,
 )
@@ -140,7 +140,7 @@ class ArchiveWriter:
         self._generations = {} if generations is None else generations
         self._index: list[TraceMetadata] = []
         self._digests: list[str] = []
-        self._casts: dict[tuple[Any, Any], Cast] = {}
+        self._casts: tuple[Cast, ...] = ()
         self._finished = False
         self.summary = WriteSummary(path)
 
@@ -311,8 +311,7 @@ class ArchiveWriter:
         if source is not None and not is_derived:
             changed: Any = prepared.attrs.get("num_changed")
             one = Cast(cast_from=source, dtype=dtype, num_arrays=1, num_changed=changed)
-            key = source, dtype
-            self._casts[key] = self._casts[key] + one if key in self._casts else one
+            self._casts = add_casts((*self._casts, one))
 
     def finish(
         self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any
@@ -367,7 +366,7 @@ class ArchiveWriter:
                 "hidden_size": _only(observed.hidden_sizes),
                 "num_heads": _only(observed.head_counts),
                 "layers": tuple(stored) if is_subset else None,
-                "casts": tuple(cast for _, cast in sorted(self._casts.items())),
+                "casts": self._casts,
                 "complete": True,
                 **metadata,
             }

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from h5traces.precision.scales import ScaleSet
 
 
-# Samples that steps are measured on where no file of scales is given: tokens of some 64 samples
-# tell sigma to about one per cent.
+# Samples to measure scales on if no file of scales is given: the tokens of 64 samples give sigma
+# to about one per cent.
 AUTOMATIC_SAMPLES: Final = 64
+
+_HALF_NBYTES: Final = 2
+# Above this share, exceptions take a tenth of what the coarsest tier stores.
+_MANY_EXCEPTIONS: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +35,13 @@ class PrecisionOptions:
     Attributes
     ----------
     tier
-        ``exact``, ``fine``, ``analysis``, ``compact`` or ``native``, or a `Precision` of your own.
+        ``exact``, ``fine``, ``analysis``, ``compact`` or ``native``, or a `Precision`.
         None means ``exact`` for new archives, and the precision of the source for rewritten ones.
     scales
         File that `h5traces.calibrate` wrote, or an archive with scales; measured on the first
         samples by default.
     calibration_samples
-        How many samples that measurement takes.
+        Number of samples for that measurement.
     dtype
         Stored type: ``float16``, ``bfloat16``, ``float32``, or ``auto`` for the narrowest type that
         holds every value of an array. None means ``float16`` for new archives, and the type of the
@@ -85,7 +89,7 @@ class TargetOptions:
     overwrite
         Replace existing targets, each in one atomic step.
     skip_existing
-        Pass over what has been written before; finishes a stopped run.
+        Skip targets that exist; resumes a stopped run.
     verify
         Read every file back and compare it with its source before it gets its name.
     dry_run
@@ -104,29 +108,18 @@ class TargetOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOptions:
-    """How an archive is written, with every default filled in and scales measured.
+    """What a writer of archives needs of both groups, with defaults filled in.
 
     Attributes
     ----------
-    dtype
-        Stored type of hidden states and attentions, or ``auto`` for the narrowest type that holds
-        every value of an array.
-    on_overflow
-        What happens to arrays with finite values beyond that type.
-    codec
-        Codec of hidden states and attentions.
-    workers
-        Threads that cast and compress; None for one per core.
-    overwrite
-        Replace an existing target, in one atomic step when the new file is whole.
-    verify
-        Read the file back before it gets its name.
+    dtype, on_overflow, codec, workers, overwrite, verify
+        As there.
     precision
         How precisely; anything but `EXACT` needs the type float16.
     scales
         Of hidden states with quantisation steps.
     earlier_precisions
-        Losses that the arrays have behind them.
+        What the arrays lost before.
 
     Raises
     ------
@@ -189,28 +182,6 @@ def check_type(precision: Precision, dtype: DtypePolicy) -> None:
         raise PrecisionError(message)
 
 
-_HALF_NBYTES: Final = 2
-# From here on exceptions cost a tenth of what the coarsest tier stores.
-_MANY_EXCEPTIONS: Final = 0.005
-
-
-def precision_warnings(summary: WriteSummary) -> list[str]:
-    """What the chosen precision could not do."""
-    found = [
-        f"{count} arrays are stored in full float16, not as the tier has them: {reason}"
-        for reason, count in sorted(summary.kept_exact.items())
-    ]
-    for kind, count in summary.num_exceptions.items():
-        share = count * _HALF_NBYTES / max(1, summary.raw_nbytes[kind])
-        if share > _MANY_EXCEPTIONS:
-            found.append(
-                f"{kind}: {share:.1%} of the values lie beyond their scales and are stored one by "
-                "one, which takes room; 'h5traces calibrate' on samples like these makes better "
-                "scales"
-            )
-    return found
-
-
 @dataclass(slots=True)
 class WriteSummary:
     """What was written.
@@ -226,13 +197,13 @@ class WriteSummary:
     nbytes
         Size of the file.
     counts
-        Values not finite or changed by casts, by kind.
+        Values that are not finite or were changed by casts, by kind.
     coverage
         Number of samples by coverage.
     kept_exact
-        Arrays that were stored in float16 although the precision says otherwise, by reason.
+        Arrays stored in float16 although the precision asks for less, by reason.
     num_exceptions
-        Values that encodings list beside the arrays, by kind.
+        Values listed beside the arrays, by kind.
     """
 
     path: Path
@@ -244,3 +215,20 @@ class WriteSummary:
     coverage: Counter[str] = field(default_factory=Counter)
     kept_exact: Counter[str] = field(default_factory=Counter)
     num_exceptions: Counter[str] = field(default_factory=Counter)
+
+
+def precision_warnings(summary: WriteSummary) -> list[str]:
+    """Limits that the chosen precision met."""
+    found = [
+        f"{count} arrays are stored in float16, not as the tier asks: {reason}"
+        for reason, count in sorted(summary.kept_exact.items())
+    ]
+    for kind, count in summary.num_exceptions.items():
+        share = count * _HALF_NBYTES / max(1, summary.raw_nbytes[kind])
+        if share > _MANY_EXCEPTIONS:
+            found.append(
+                f"{kind}: {share:.1%} of the values lie beyond their scales and are stored one by "
+                "one, which takes space; 'h5traces calibrate' on samples like these gives better "
+                "scales"
+            )
+    return found

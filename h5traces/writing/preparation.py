@@ -1,4 +1,4 @@
-"""Records to datasets that are ready to be written: cast, digested and encoded."""
+"""Turns records into datasets that are ready to be written: cast, digested and encoded."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from h5traces.errors import ConversionError, PrecisionError, SchemaError
-from h5traces.format import layout
+from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
 from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage, uncast
 from h5traces.format.entries import digest_type
 from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
-from h5traces.format.values import EncodedObject
+from h5traces.format.values import EncodedObject, encode_element
 from h5traces.precision.encoding import Encoder
 from h5traces.storage.arrays import EncodedArray, encode_array
 from h5traces.storage.codecs import DEFLATE, GZIP
-from h5traces.writing.elements import record_elements
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from concurrent.futures import Executor
 
     from numpy.typing import NDArray
@@ -39,11 +38,11 @@ class Prepared:
     Attributes
     ----------
     raw_nbytes
-        Bytes of the array as it was cast.
+        Bytes of the array after the cast.
     exceptions
         Values of a layer that go into the table of exceptions: float64 ``(n, 2)``.
     kept_exact
-        Why a layer is stored more precisely than was asked for.
+        Why a layer is stored more precisely than the tier asks.
     """
 
     path: str
@@ -60,14 +59,14 @@ class Prepared:
 def prepare_layers(
     kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
 ) -> list[Prepared]:
-    """Arrays of some layers, cast, digested and encoded; called in threads.
+    """Cast, digest and encode the arrays of some layers; called in threads.
 
     Raises
     ------
     ConversionError
-        The array overflows and ``on_overflow`` is ``error``, or its steps do not go together.
+        An array overflows and ``on_overflow`` is ``error``, or its generation steps contradict.
     PrecisionError
-        Its scale is of another width.
+        A scale has another width.
     """
     return [_prepare_layer(kind, entry, options, encoder) for entry in entries]
 
@@ -90,14 +89,14 @@ def _prepare_layer(
 
 
 def codec_for(values: NDArray[Any], codec: str) -> str:
-    """The codec of a layer's values: shuffling single bytes would do nothing."""
+    """The codec of a layer's values: single bytes have nothing to shuffle."""
     return DEFLATE.name if codec == GZIP.name and values.dtype.itemsize == 1 else codec
 
 
 def _stored_layer(
     kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
 ) -> tuple[EncodedLayer, CastCounts, Attrs]:
-    """One layer's array as it will be stored, and its attributes, the digest among them.
+    """One layer's array as it will be stored, and its attributes with the digest.
 
     Raises
     ------
@@ -106,7 +105,7 @@ def _stored_layer(
     """
     array = entry.array
     try:
-        source = flatten_steps(array) if isinstance(array, StepArrays) else array.load()
+        source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
         if encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
             cast = uncast(source)
         else:
@@ -146,7 +145,7 @@ def _stored_layer(
 
 
 def prepare_element(element: EncodedObject) -> Prepared:
-    """A small dataset; encoded by the thread that writes, since handing it over costs more."""
+    """Encode a small dataset in the calling thread: handing it to another would cost more."""
     values = element.values
     assert values is not None
     shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
@@ -161,14 +160,14 @@ def prepare_element(element: EncodedObject) -> Prepared:
     )
 
 
-def flatten_steps(steps: StepArrays) -> TypedArray:
-    """Generation steps side by side: ``(beams, total)``, or ``(1, total)`` where beams differ."""
+def _flatten_steps(steps: StepArrays) -> TypedArray:
+    """Join generation steps: ``(beams, total)``, or ``(1, total)`` if numbers of beams differ."""
     arrays = steps.steps
     if not arrays:
         return TypedArray(np.empty((0, 0), dtype="<f2"), "float16")
     dtypes = {each.dtype for each in arrays}
     if len(dtypes) > 1:
-        message = f"generation steps are of several types: {', '.join(sorted(dtypes))}"
+        message = f"generation steps have several types: {', '.join(sorted(dtypes))}"
         raise ConversionError(message)
     beams = {each.shape[0] if each.shape else 0 for each in arrays}
     rows = next(iter(beams)) if len(beams) == 1 and 0 not in beams else 1
@@ -184,7 +183,7 @@ def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
         if isinstance(entry.array, StepArrays)
     ]
     if any(layout.parse_layer_name(entry.name) is None for entry in arrays):
-        message = f"{kind}: generation steps of something else than a layer have no place"
+        message = f"{kind}: generation steps are stored for layers only, found another array"
         raise ConversionError(message)
     if len(shapes) != len(arrays) or len({len(each) for each in shapes}) > 1:
         message = f"{kind}: layers have different numbers of generation steps"
@@ -203,9 +202,9 @@ def exceptions_table(kind: str, found: Mapping[str, NDArray[np.float64]]) -> Enc
     Parameters
     ----------
     kind
-        Which.
+        Such as ``hidden_states``.
     found
-        Index and value by name of the layer; the embedding is layer -1.
+        Index and value ``(n, 2)`` by name of the layer; the embedding becomes layer -1.
     """
     parts = []
     for name, pairs in found.items():
@@ -217,10 +216,40 @@ def exceptions_table(kind: str, found: Mapping[str, NDArray[np.float64]]) -> Enc
     )
 
 
+def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
+    """Yield what a record stores besides layered arrays: tokens, texts and extra fields."""
+    if record.tokens is not None:
+        attrs: Attrs = {}
+        tokens = record.tokens
+        if tokens.dtype != np.int64:
+            attrs["source_dtype"] = tokens.dtype.newbyteorder("=").name
+        if record.tokens_container is not None:
+            attrs["container"] = record.tokens_container
+        yield EncodedObject(layout.TOKENS, attrs, "int64", tokens.astype("<i8"))
+    if record.tokens_decoded is not None:
+        yield _text_element(layout.TOKENS_DECODED, record.tokens_decoded)
+    for name, value in record.texts.items():
+        yield _text_element(name, (value,))
+    if record.extra:
+        yield EncodedObject(layout.EXTRA_GROUP)
+    for key, value in record.extra.items():
+        path = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
+        try:
+            yield from encode_element(path, value)
+        except ConversionError as error:
+            message = f"field {key!r}: {error}"
+            raise ConversionError(message) from error
+
+
+def _text_element(path: str, texts: tuple[str, ...]) -> EncodedObject:
+    values = text.encode_all(texts)
+    return EncodedObject(path, {}, f"text:{values.dtype.itemsize}", values)
+
+
 def record_attributes(
     record: TraceRecord, options: WriteOptions, pool: Executor
 ) -> dict[str, Attrs]:
-    """The attributes that every object of a record gets when it is written, digests included."""
+    """The attributes, digests included, that every object of a record gets when written."""
     attrs: dict[str, Attrs] = {}
     encoder = Encoder(options.precision, options.scales)
     for kind, layered in record.layered.items():
@@ -257,7 +286,7 @@ def element_attributes(element: EncodedObject) -> Attrs:
 
 @dataclass(slots=True)
 class Observation:
-    """Layers and sizes, of one sample or of all that were seen.
+    """Layers and sizes of one sample, or of all samples so far.
 
     Attributes
     ----------
@@ -266,7 +295,7 @@ class Observation:
     hidden_sizes, head_counts
         Every width of hidden states, and every number of heads.
     reductions
-        Every way in which heads were reduced, by kind; None where it is not known.
+        Every way in which heads were reduced, by kind; None if unknown.
     """
 
     layers: dict[str, set[int]] = field(default_factory=dict)
@@ -275,11 +304,11 @@ class Observation:
     reductions: dict[str, set[str | None]] = field(default_factory=dict)
 
     def add_array(self, kind: str, name: str, shape: tuple[int, ...]) -> None:
-        """Note one layer's array, without a beam axis."""
+        """Add one layer's array, without a beam axis."""
         number = layout.parse_layer_name(name)
         if number is not None:
             self.layers.setdefault(kind, set()).add(number)
-        # Arrays without a value say nothing of the model.
+        # Empty arrays do not show the model's sizes.
         if 0 in shape:
             return
         if kind == layout.HIDDEN_STATES and len(shape) == 2:
@@ -288,12 +317,12 @@ class Observation:
             self.head_counts.add(shape[0])
 
     def add_sample(self, sample: Observation, ordinal: int) -> None:
-        """Note what one sample holds.
+        """Add one sample.
 
         Raises
         ------
         SchemaError
-            It has other layers than the samples before.
+            Its layers differ from those of earlier samples.
         """
         for kind, numbers in sample.layers.items():
             known = self.layers.setdefault(kind, set())
@@ -311,7 +340,7 @@ class Observation:
 
 
 def observe(record: TraceRecord) -> Observation:
-    """What one record holds."""
+    """The layers and sizes of one record."""
     found = Observation()
     for kind, layered in record.layered.items():
         found.layers.setdefault(kind, set())

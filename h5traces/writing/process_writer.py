@@ -1,7 +1,8 @@
-"""A writer in a process of its own, for programs whose own Python must not wait.
+"""A writer that runs in another process, so that extraction does not wait for it.
 
-Compressing frees Python's lock, but the work around it does not: a thread that writes samples of a
-small model slows the loop that generates the next ones by as long as it works. A process does not.
+Compression releases Python's global lock, but the work around it does not: with a small model, a
+thread that writes samples delays the loop that generates the next ones by as long as it works. A
+process leaves the loop's interpreter free. It costs one copy of each sample through a pipe.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _POLL_SECONDS: Final = 0.1
 
 
 class ProcessWriter:
-    """What `h5traces.create` returns, at the other end of a pipe.
+    """A `TraceWriter` in another process, for a caller that must not wait for Python's global lock.
+
+    It offers the part of `TraceWriter` that extraction uses; records go through a pipe.
 
     Parameters
     ----------
@@ -40,9 +43,9 @@ class ProcessWriter:
     Attributes
     ----------
     done, num_samples, is_finished, nbytes, counts
-        As those of `TraceWriter`.
+        As in `TraceWriter`.
     warnings
-        As those of `TraceWriter`, when it is closed.
+        As in `TraceWriter`, complete after `close`.
 
     Raises
     ------
@@ -76,7 +79,7 @@ class ProcessWriter:
 
     @property
     def process_id(self) -> int:
-        """The number of the process that writes."""
+        """The id of the process that writes."""
         return self._process.pid
 
     def append(self, record: TraceRecord) -> None:
@@ -98,10 +101,10 @@ class ProcessWriter:
         self._end()
 
     def suspend(self) -> None:
-        """Let go without packing the rest."""
+        """Stop without packing the rest."""
         if self._connection.closed:
             return
-        # Where the process is gone already, so is its lock.
+        # If the process has ended, so has its lock.
         with contextlib.suppress(ArchiveError):
             self._ask("suspend")
         self._end()
@@ -112,7 +115,7 @@ class ProcessWriter:
         Raises
         ------
         ArchiveError
-            The process is gone.
+            The process has ended.
         """
         try:
             self._connection.send((request, arguments))
@@ -125,7 +128,7 @@ class ProcessWriter:
                 how = f"was killed (signal {-code}), as the system does when memory runs out"
             message = (
                 f"{self._path}: the process that writes it {how}; what was written is safe, start "
-                "again to go on"
+                "again to resume"
             )
             raise ArchiveError(message) from error
         if isinstance(answer, BaseException):
@@ -147,7 +150,7 @@ class ProcessWriter:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Answer requests until there are no more; the main function of the process."""
+    """Answer requests until the pipe closes; the main function of the process."""
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     writer: Any = None
     with Connection(descriptor) as connection:
@@ -167,7 +170,7 @@ def serve(descriptor: int, parent: int) -> None:
                 else:
                     getattr(writer, request)()
                     answer = writer.warnings
-            except BaseException as error:  # whatever it is, the program is told
+            except BaseException as error:  # sent to the caller, whatever it is
                 answer = error
             # Free the arrays before waiting for the next ones.
             del arguments
@@ -175,7 +178,7 @@ def serve(descriptor: int, parent: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Never outlive a program that was killed: its successor may be writing the same target."""
+    """End with the program, even if it was killed: a new start may write the same target."""
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     os._exit(1)

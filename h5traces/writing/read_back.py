@@ -1,4 +1,4 @@
-"""Reads a finished file back from disk and compares it with digests of its source."""
+"""Reads a finished file back from disk and compares it with the digests of its source."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from h5traces.format.limits import ReadLimits
     from h5traces.storage.files import ByteFile
 
-# Every n-th dataset is also read through stock HDF5; of the first and last sample all small ones,
-# and more of the large ones, which all are alike.
+# Every n-th dataset is also read through stock HDF5; of the first and last sample all small
+# datasets, and more of the large ones, which are alike.
 STOCK_EVERY = 64
 _STOCK_EVERY_AT_ENDS = 8
 _SMALL_NBYTES = 64 << 10
-# Datasets that a thread compares one after the other: handing each over would take longer than
-# hashing it.
+# Datasets per task of a thread: handing one over takes longer than hashing it.
 _GROUP = 8
 
 
@@ -44,10 +43,10 @@ def verify_written(
     Parameters
     ----------
     path
-        The finished file, opened afresh: HDF5's cache would return what was written, not what was
+        The finished file, opened anew: HDF5's cache would return what was written, not what was
         stored.
     digests
-        Content digest of every sample, taken from the source.
+        Content digest of every sample, computed from the source.
     workers
         Threads; one per core by default.
     stock_at_ends
@@ -61,7 +60,7 @@ def verify_written(
     Raises
     ------
     CorruptArchiveError
-        Something reads back otherwise than it was written.
+        Values differ from those written.
     """
     file = LocalFile(path)
     store = FooterStore(file, DEFAULT_LIMITS)
@@ -79,7 +78,7 @@ def verify_written(
             wrong = [path for paths in found for path in paths]
             if wrong or sample_difference(sample, expected):
                 place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
-                message = f"{path}: {place} reads back otherwise than it was written"
+                message = f"{path}: {place} reads back with other values than were written"
                 raise CorruptArchiveError(message)
             at_end = stock_at_ends and index in (0, len(digests) - 1)
             _check_through_stock_hdf5(stock, sample, _stock_choice(entries, index, at_end=at_end))
@@ -90,7 +89,7 @@ def verify_written(
         )
         wrong = _wrong_paths(file, datasets)
         if wrong:
-            message = f"{path}: /{wrong[0]} reads back otherwise than it was written"
+            message = f"{path}: /{wrong[0]} reads back with other values than were written"
             raise CorruptArchiveError(message)
     return num_datasets + len(datasets)
 

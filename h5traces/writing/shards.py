@@ -1,4 +1,4 @@
-"""Writes the archives of one job and names them at the end; a stopped job can be run again."""
+"""A set of shards that is published together, and what stored shards hold."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 
 class ShardSet:
-    """The archives of one job. The first is published last: where it exists, all of them do.
+    """The archives of one job. The first is published last: if it exists, all of them do.
+
+    A stopped job can be run again: shards that it published are compared with the new ones.
 
     Parameters
     ----------
     options
-        How to write.
-        With ``verify``, every archive is read back before any gets its name.
+        How to write; with ``verify``, every archive is read back before any gets its name.
     """
 
     def __init__(self, options: WriteOptions) -> None:
@@ -64,7 +65,7 @@ class ShardSet:
         remove_abandoned_parts(target)
         options = self._options
         if self.writers and not options.overwrite and os.path.lexists(target):
-            # Written all the same: only the digests tell whether it is the same shard.
+            # Written nevertheless: only digests show whether it is the same shard.
             self._published_before.add(len(self.writers))
             options = replace(options, overwrite=True)
         self.writers.append(
@@ -78,9 +79,9 @@ class ShardSet:
         Raises
         ------
         ArchiveExistsError
-            Its target exists and holds something else.
+            Its target exists and holds other samples.
         CorruptArchiveError
-            It reads back otherwise than it was written.
+            It reads back with other values than were written.
         """
         writer = self.writers[-1]
         writer.finish(sources=sources, **metadata)
@@ -89,8 +90,8 @@ class ShardSet:
         target = writer.summary.path
         if len(self.writers) - 1 in self._published_before and not holds(target, writer.digests):
             message = (
-                f"{target} exists and holds other samples, so no stopped run of this command left "
-                "it; move it, use overwrite=True, or another name"
+                f"{target} exists and holds other samples than a stopped run of this command would "
+                "have left; move it, use overwrite=True, or another name"
             )
             raise ArchiveExistsError(message)
 
@@ -110,35 +111,25 @@ class ShardSet:
             writer.discard()
 
 
-def holds(path: Path, digests: Sequence[str], *, as_exact: bool = False) -> bool:
-    """Whether a file is an archive of exactly these samples, by their digests.
-
-    Parameters
-    ----------
-    path
-        The file.
-    digests
-        Of the samples.
-    as_exact
-        Whether these are the digests that samples had before precision was given up.
-    """
+def holds(path: Path, digests: Sequence[str], *, before_loss: bool = False) -> bool:
+    """Whether a file is an archive of just these samples; see `sample_digests`."""
     try:
         with warnings.catch_warnings(), open_archive(path) as archive:
             warnings.simplefilter("ignore", StoredStateWarning)
-            return list(digests) == sample_digests(archive._files[0], as_exact=as_exact)
+            return list(digests) == sample_digests(archive._files[0], before_loss=before_loss)
     except (H5TracesError, OSError):
         return False
 
 
-def sample_digests(file: ArchiveFile, *, as_exact: bool = False) -> list[str]:
-    """The digest of every sample of an archive file, as it is stored.
+def sample_digests(file: ArchiveFile, *, before_loss: bool = False) -> list[str]:
+    """The stored digest of every sample of an archive file.
 
     Parameters
     ----------
     file
         The archive.
-    as_exact
-        Whether to give those that samples had before precision was given up, where that is known.
+    before_loss
+        Give the digests from before a tier was applied, where they are stored.
 
     Raises
     ------
@@ -147,7 +138,7 @@ def sample_digests(file: ArchiveFile, *, as_exact: bool = False) -> list[str]:
     """
     samples = (file.sample_attrs(index) for index in range(file.num_samples))
     found = [
-        attrs.get("exact_digest" if as_exact and "exact_digest" in attrs else "digest")
+        attrs.get("exact_digest" if before_loss and "exact_digest" in attrs else "digest")
         for attrs in samples
     ]
     if None in found:
@@ -163,11 +154,11 @@ class Contents:
     Attributes
     ----------
     digests
-        Of every sample, in order, as they were before precision was given up.
+        Of every sample, in order, from before a tier was applied.
     done
-        How many samples there are of each sample id.
+        Number of samples of each sample id.
     observed
-        The layers that all have.
+        The layers that all samples have.
     """
 
     digests: list[str] = field(default_factory=list)
@@ -176,17 +167,17 @@ class Contents:
 
     @classmethod
     def of(cls, path: Path) -> Contents:
-        """The contents of one archive file, of which no array is read.
+        """The contents of one archive file; reads no array.
 
         Raises
         ------
         ArchiveError
-            It is no archive, or damaged.
+            It is not an archive, or damaged.
         """
         found = cls()
         with open_archive(path) as archive:
             (file,) = archive._files
-            found.digests = sample_digests(file, as_exact=True)
+            found.digests = sample_digests(file, before_loss=True)
             found.done.update(each for each in archive.ids if each is not None)
             for kind, attrs in file.store.kinds.items():
                 layers = attrs.get("layers", ())

@@ -1,7 +1,7 @@
-"""The spool: a locked folder with one small archive per sample that is in no shard yet.
+"""The spool: a locked folder with a small archive for each sample that is in no shard yet.
 
-``run.json`` says how the run was started, ``lock`` who is writing, ``00000042.sample`` is the
-sample of that number. Samples are whole archives, but are not named ``.h5``: a program that gathers
+``run.json`` holds the options of the run, ``lock`` who is writing, ``00000042.sample`` the sample
+of that number. Samples are complete archives but not named ``.h5``: a program that collects
 ``*.h5`` while a shard is being packed would find them twice.
 """
 
@@ -37,19 +37,19 @@ _OWNER_NBYTES: Final = 500
 
 
 class RunState(Document):
-    """How a run was started; whoever resumes it must want the same."""
+    """The options of a run; resuming it needs the same."""
 
     version: Annotated[Literal[1], Field(description="Of this document.")] = 1
     shard_samples: Annotated[PositiveCount | None, Field(description="Samples per shard.")] = None
     dtype: Annotated[DtypePolicy, Field(description="Stored type.")]
     on_overflow: Annotated[OverflowPolicy, Field(description="Where it is too narrow.")]
     codec: Annotated[str, Field(description="Codec of the arrays.")]
-    precision: Annotated[Precision, Field(description="Of the archives; the spool is exact.")] = (
+    precision: Annotated[Precision, Field(description="Of the archives; the spool has none.")] = (
         EXACT
     )
-    calibration: Annotated[
-        str | None, Field(description="Digest of the scales that were given, if any.")
-    ] = None
+    calibration: Annotated[str | None, Field(description="Digest of the given scales, if any.")] = (
+        None
+    )
     model_id: Annotated[str | None, Field(description="Recorded in the archives.")] = None
     model_revision: Annotated[str | None, Field(description="Recorded in the archives.")] = None
     dataset: Annotated[str | None, Field(description="Recorded in the archives.")] = None
@@ -57,15 +57,15 @@ class RunState(Document):
     extraction: Annotated[
         ExtractionMetadata | None, Field(description="Recorded in the archives.")
     ] = None
-    closing: Annotated[bool, Field(description="No sample comes after those in the spool.")] = False
+    closing: Annotated[bool, Field(description="No samples follow those in the spool.")] = False
 
     def facts(self) -> dict[str, Any]:
-        """What is recorded in every archive."""
+        """The fields that are recorded in every archive."""
         facts = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
         return {name: getattr(self, name) for name in facts}
 
     def differences(self, other: RunState) -> list[str]:
-        """What two runs want differently."""
+        """The options that differ between two runs."""
         ours, theirs = self.model_dump(exclude={"closing", "extraction"}), other.model_dump()
         found = [
             f"{name}={value!r} (was {theirs[name]!r})"
@@ -87,12 +87,12 @@ def spool_path(target: Target) -> Path:
 
 
 class SpoolFolder:
-    """The spool of one target, locked for this process; the folder is made if need be.
+    """The spool of one target, locked for this process; the folder is made if it is missing.
 
     Raises
     ------
     ArchiveError
-        Another writer has it.
+        Another writer has locked it.
     OSError
         It cannot be made, or the file system has no locks.
     """
@@ -104,20 +104,20 @@ class SpoolFolder:
         try:
             for part in path.glob("*.part"):
                 part.unlink()
-            # A sample counts as done from now on, so its name must last even if its writer was
-            # killed before it had made sure of that.
+            # A sample counts as done from now on, so its name must be durable even if its writer
+            # was killed before the sync.
             sync_folder(path)
         except BaseException:
             self.release()
             raise
 
     def state(self) -> RunState | None:
-        """How the run was started; None where no run was.
+        """The options of the run; None if there is no run.
 
         Raises
         ------
         CorruptArchiveError
-            ``run.json`` does not say, or is missing beside samples.
+            ``run.json`` is damaged, or missing although there are samples.
         """
         path = self.path / _RUN
         try:
@@ -125,14 +125,14 @@ class SpoolFolder:
         except FileNotFoundError:
             if not self.samples():
                 return None
-            message = f"{path} is missing, expected beside samples; move {self.path} away"
+            message = f"{path} is missing although there are samples; move {self.path} away"
             raise CorruptArchiveError(message) from None
         except ValidationError as error:
             message = f"{path} is damaged ({error.error_count()} problems); move {self.path} away"
             raise CorruptArchiveError(message) from error
 
     def save(self, state: RunState) -> None:
-        """Write down how the run was started, durably and in one step."""
+        """Store the options of the run, durably and in one step."""
         with PartFile(self.path / _RUN) as part:
             part.append(state.model_dump_json(indent=2).encode())
             part.publish(overwrite=True)
@@ -142,7 +142,7 @@ class SpoolFolder:
         return self.path / f"{number:08d}.sample"
 
     def samples(self) -> list[int]:
-        """Numbers of the samples that are there, ascending."""
+        """Numbers of the stored samples, ascending."""
         names = (_SAMPLE.match(each.name) for each in self.path.iterdir())
         return sorted(int(found[1]) for found in names if found)
 
@@ -152,18 +152,18 @@ class SpoolFolder:
             self.sample_path(number).unlink(missing_ok=True)
 
     def remove_all(self) -> None:
-        """Delete the spool, which must hold no sample any more, and let go of it."""
-        # Samples without run.json would be taken for damage.
+        """Delete the spool, which must hold no samples, and release it."""
+        # Samples without run.json would look like damage.
         sync_folder(self.path)
         (self.path / _RUN).unlink(missing_ok=True)
         (self.path / _LOCK).unlink(missing_ok=True)
-        # Not empty where somebody keeps a file of his own there.
+        # Not empty if a user put a file there.
         with contextlib.suppress(OSError):
             self.path.rmdir()
         self.release()
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -173,7 +173,7 @@ _open_locks: weakref.WeakSet[SpoolFolder] = weakref.WeakSet()
 
 
 def _release_in_child() -> None:
-    """A forked child (of a DataLoader, say) must not hold the lock of a parent that is gone."""
+    """A forked child (of a DataLoader, say) must not hold the lock after its parent ends."""
     for each in list(_open_locks):
         each.release()
 

@@ -1,4 +1,4 @@
-"""Makes every sample durable as a small archive of its own, and packs shards of them."""
+"""Stores every sample durably as a small archive, and packs these into shards."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
 
 
 class SpoolWriter(TraceWriter):
-    """Makes every sample durable as a small archive of its own and packs shards of them later.
+    """Stores every sample durably in the spool, and packs full shards later.
 
     Parameters
     ----------
     folder
-        The spool; None where the run is finished.
+        The spool; None if the run is finished.
     calibration
-        What scales are made from; else the first samples of the run.
+        The given scales; measured on the first samples of the run by default.
     calibration_samples
-        How many of these.
+        Number of samples for that measurement.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SpoolWriter(TraceWriter):
         self._calibration, self._calibration_samples = calibration, calibration_samples
         self.is_finished = folder is None
         for path in target.existing():
-            # Left beside a shard whose writer was killed right after naming it.
+            # From a writer that was killed right after naming its shard.
             remove_abandoned_parts(path)
         shards = [Contents.of(path) for path in target.existing()]
         self._num_shards = len(shards)
@@ -86,7 +86,7 @@ class SpoolWriter(TraceWriter):
             self._finish(folder)
 
     def _read_spool(self, folder: SpoolFolder, shards: list[Contents]) -> list[Contents]:
-        """Look into the spool, and remove what a shard holds: its packer was killed meanwhile."""
+        """Read the spool, and remove samples that a shard holds: their packer was killed."""
         found: list[Contents] = []
         packed: list[int] = []
         for number in folder.samples():
@@ -100,13 +100,13 @@ class SpoolWriter(TraceWriter):
             else:
                 message = (
                     f"{self._target.shard(shard)} does not hold the sample of "
-                    f"{folder.sample_path(number)}, as a shard of this run would; move it away"
+                    f"{folder.sample_path(number)}, so it is not a shard of this run; move it away"
                 )
                 raise CorruptArchiveError(message)
         first = min(self._spooled, default=0)
         if self._target.shard_of(first) > len(shards):
             message = (
-                f"{self._target.shard(len(shards))} is missing, but the run got beyond it; put it "
+                f"{self._target.shard(len(shards))} is missing, but later samples exist; put it "
                 "back until the run is closed"
             )
             raise ArchiveError(message)
@@ -117,24 +117,24 @@ class SpoolWriter(TraceWriter):
         return found
 
     def _warn_of_missing(self, folder: SpoolFolder, first: int) -> None:
-        """Samples are numbered without gaps, so whoever removed one should know what follows."""
+        """Warn of gaps in the numbers: somebody removed samples."""
         numbers = range(first, max(self._spooled, default=first))
         missing = [number for number in numbers if number not in self._spooled]
         if missing:
             message = (
-                f"{folder.sample_path(missing[0])} is missing ({len(missing)} such); the run goes "
-                "on without, so that it counts as not done"
+                f"{folder.sample_path(missing[0])} is missing ({len(missing)} such); the run "
+                "continues without it, and it counts as not done"
             )
             warn(message, StoredStateWarning)
 
     def append(self, sample: Sample, sample_id: str | None = None) -> None:
-        """Write one sample; it is durable when this returns, and survives a loss of power.
+        """Write one sample; when this returns, it survives even a loss of power.
 
         See `TraceWriter.append` for parameters and errors.
         """
         folder = self._spool()
         record = self._record(sample, sample_id)
-        # Before the sample is stored: an error means that it is not.
+        # First, because an error must mean that the sample is not stored.
         self.pack()
         self._set_closing(closing=False)
         observed = deepcopy(self._observed)
@@ -161,7 +161,7 @@ class SpoolWriter(TraceWriter):
             raise
 
     def pack(self) -> list[Path]:
-        """Copy the samples of every full shard into an archive, and delete them from the spool."""
+        """Copy the samples of every full shard into an archive, and remove them from the spool."""
         self._spool()
         packed = []
         while self._target.shard_of(self._next) > self._num_shards:
@@ -169,7 +169,7 @@ class SpoolWriter(TraceWriter):
         return packed
 
     def _pack_next(self) -> list[Path]:
-        """Pack the samples of the next shard, however many there are."""
+        """Pack the samples of the next shard, full or not."""
         folder, shard = self._spool(), self._num_shards
         path = self._target.shard(shard)
         numbers = [each for each in self._spooled if self._target.shard_of(each) == shard]
@@ -180,8 +180,8 @@ class SpoolWriter(TraceWriter):
         make_folder(path.parent)
         remove_abandoned_parts(path)
         digests = [self._spooled[each] for each in numbers]
-        if os.path.lexists(path) and holds(path, digests, as_exact=True):
-            # Named already, but its name could not be made durable then.
+        if os.path.lexists(path) and holds(path, digests, before_loss=True):
+            # Its name exists but could not be made durable then.
             sync_folder(path.parent)
             note()
         else:
@@ -195,7 +195,7 @@ class SpoolWriter(TraceWriter):
     def _copy(self, numbers: list[int], path: Path, note: Callable[[], None]) -> None:
         folder = self._spool()
         if os.path.lexists(path):
-            message = f"{path} exists and is not of this run; move it away, then go on"
+            message = f"{path} exists and is not of this run; move it away, then resume"
             raise ArchiveExistsError(message)
         writer = self._new_archive(path, self._packing_options(numbers))
         try:
@@ -203,7 +203,7 @@ class SpoolWriter(TraceWriter):
                 with open_archive(folder.sample_path(number)) as archive:
                     (found,) = sample_digests(archive._files[0])
                     if found != self._spooled[number]:
-                        message = f"{folder.sample_path(number)}: was changed since it was written"
+                        message = f"{folder.sample_path(number)}: changed after it was written"
                         raise CorruptArchiveError(message)
                     self._put(writer, archive[0])
             self._publish(writer, note)
@@ -218,7 +218,7 @@ class SpoolWriter(TraceWriter):
             writer.append(to_record(trace))
 
     def _packing_options(self, numbers: list[int]) -> WriteOptions:
-        """How a shard is written: with the scales of the first one, so that all go together."""
+        """The options of a shard: all have the scales of the first."""
         step = self._options.precision.step
         if step is None:
             return self._options
@@ -233,7 +233,7 @@ class SpoolWriter(TraceWriter):
         return replace(self._options, scales=calibration.scales(step))
 
     def close(self) -> None:
-        """Pack what is left and remove the spool; the run is finished."""
+        """Pack the remaining samples and remove the spool; the run is finished."""
         if self._closed or self._folder is None:
             self._closed = True
             return
@@ -246,7 +246,7 @@ class SpoolWriter(TraceWriter):
         self._closed = True
 
     def _set_closing(self, *, closing: bool) -> None:
-        """Write down whether an archive that is not full may be the last."""
+        """Record whether the last archive may be less than full."""
         if self._state.closing != closing:
             self._state = self._state.model_copy(update={"closing": closing})
             self._spool().save(self._state)
@@ -254,13 +254,13 @@ class SpoolWriter(TraceWriter):
     def _finish(self, folder: SpoolFolder) -> None:
         if self._num_shards:
             sync_folder(self._target.folder)
-        # Those that could not be removed when they were packed.
+        # Some could not be removed when they were packed.
         folder.remove(folder.samples())
         folder.remove_all()
         self._folder = None
 
     def suspend(self) -> None:
-        """Let go of the spool, which stays as it is."""
+        """Release the spool, which stays as it is."""
         self._closed = True
         if self._folder is not None:
             self._folder.release()

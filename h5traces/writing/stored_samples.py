@@ -1,4 +1,4 @@
-"""Samples of one archive on their way into another, chunk by chunk and without recompression."""
+"""Stored samples as input of a writer: chunks are copied without recompression."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def _is_table(entry: ObjectEntry, name: str) -> bool:
 
 
 def is_label(path: str) -> bool:
-    """Whether a path is that of a label which is no plain number, or below it."""
+    """Whether a path is of a label that is not a plain number, or below it."""
     return f"{path}/".startswith(f"{layout.EXTRA_GROUP}/{layout.LABEL}/")
 
 
 class StoredSample:
-    """A stored trace, to be copied as it is, or without some of its layers.
+    """A stored trace that is copied whole or with selected layers only.
 
     Parameters
     ----------
     trace
-        The trace; where it comes from ``archive.select(layers=…)``, only these layers are copied.
+        The trace; from ``archive.select(layers=…)``, only the selected layers are copied.
     codec
-        What layers are compressed with anew; None to copy their chunks.
+        Codec to compress layers with again; None to copy their chunks.
     """
 
     def __init__(self, trace: Trace, *, codec: str | None = None) -> None:
@@ -48,7 +48,7 @@ class StoredSample:
 
     @property
     def metadata(self) -> TraceMetadata:
-        """The trace's metadata with its fields spelled out."""
+        """The trace's metadata with all its fields."""
         return self._trace.metadata.model_copy(
             update={"fields": self._trace.fields, "digest": None}
         )
@@ -66,7 +66,7 @@ class StoredSample:
                 continue
             in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
             found.add_array(kind, name, () if in_steps else entry.shape)
-        # Flat datasets of generation steps do not show their sizes.
+        # Joined generation steps do not show their sizes.
         if not found.hidden_sizes and archive.hidden_size is not None:
             found.hidden_sizes.add(archive.hidden_size)
         if not found.head_counts and archive.num_heads is not None:
@@ -96,7 +96,7 @@ class StoredSample:
                 yield self._trace.entry(path)
 
     def _selected_steps(self, entry: ObjectEntry) -> Prepared:
-        """The steps table without the rows of the layers that stay behind."""
+        """The table of generation steps, selected layers only."""
         kind = entry.path.partition("/")[0]
         rows = [
             row
@@ -107,7 +107,7 @@ class StoredSample:
         return prepare_element(EncodedObject(entry.path, {}, entry.dtype, table))
 
     def _selected_exceptions(self, entry: ObjectEntry) -> Iterator[Prepared]:
-        """The table of exceptions without the rows of the layers that stay behind."""
+        """The table of exceptions, selected layers only."""
         table = self._trace.values(entry.path)
         kept = np.isin(table[:, 0], [layout.EMBEDDING_LAYER, *(self._trace.selected or ())])
         if kept.any():
@@ -128,12 +128,12 @@ class StoredSample:
         )
 
     def _compressed(self, entry: ObjectEntry, codec: str) -> EncodedArray:
-        """The stored values in chunks of another codec."""
+        """The stored values, compressed with another codec."""
         values = self._trace.values(entry.path)
         return encode_array(values, codec_for(values, codec))
 
     def _encoded(self, entry: ObjectEntry) -> EncodedArray:
-        """The stored chunks, checked; encoded anew only where they are of no codec of ours."""
+        """The stored chunks, checked; compressed again only if their filters are no known codec."""
         if entry.codec is None or entry.chunks is None:
             values = self._trace.values(entry.path)
             shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1

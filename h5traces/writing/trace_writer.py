@@ -1,4 +1,4 @@
-"""What all writers of long runs have in common."""
+"""Writers of long runs: their interface, and the one that writes straight into archives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing import transcription
 from h5traces.writing.archive_writer import ArchiveWriter
-from h5traces.writing.options import WriteOptions, precision_warnings
+from h5traces.writing.options import precision_warnings
 from h5traces.writing.read_back import verify_written
 
 if TYPE_CHECKING:
@@ -32,76 +32,31 @@ if TYPE_CHECKING:
     from h5traces.writing.spool_folder import RunState
 
 
-_NOWHERE = SourcePosition(file=0, position=0)
-
-
-def as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -> TraceRecord:
-    """A record, a legacy dict (with arrays or torch tensors) or a stored trace as a record.
-
-    Raises
-    ------
-    ConversionError
-        It is none of these, or a field of the dict has a type that no layout has.
-    SchemaError
-        It has another sample id already.
-    """
-    if isinstance(sample, TraceRecord):
-        record = sample
-    elif isinstance(sample, Trace):
-        record = transcription.to_record(sample).model_copy(update={"source": None})
-    elif isinstance(sample, Mapping):
-        plain = {key: _without_torch(value) for key, value in sample.items()}
-        record = layouts.to_record(plain, source=_NOWHERE).model_copy(update={"source": None})
-    else:
-        message = f"found a {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
-        raise ConversionError(message)
-    if sample_id is None or record.sample_id == sample_id:
-        return record
-    if record.sample_id is not None:
-        message = f"sample_id is {sample_id!r}, but the sample itself says {record.sample_id!r}"
-        raise SchemaError(message)
-    return record.model_copy(update={"sample_id": sample_id})
-
-
-def _without_torch(value: Any) -> Any:
-    """`value` with every torch tensor inside it as a `TorchValue`; torch is not imported for it."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return value
-    if isinstance(value, torch.Tensor):
-        from h5traces.archive.torch_values import from_tensor
-
-        return TorchValue(*from_tensor(value))
-    if type(value) is dict:
-        return {key: _without_torch(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_without_torch(each) for each in value)
-    return value
-
-
 Sample = TraceRecord | Mapping[str, Any]
+
+_NOWHERE = SourcePosition(file=0, position=0)
 
 
 class TraceWriter(ABC):
     """Writes samples as they come; a context manager, for one thread of one process.
 
-    Leaving the block without an exception closes the run. After an exception everything that was
-    acknowledged stays where it is, and `create` with the same arguments goes on.
+    Leaving the block without an exception closes the run. After an exception every acknowledged
+    sample stays where it is, and `create` with the same arguments resumes.
 
     Attributes
     ----------
     done
-        How many samples there are of each sample id, those of earlier runs included.
+        Number of samples of each sample id, earlier starts included.
     num_samples
-        Samples written, those of earlier runs included.
+        Samples written, earlier starts included.
     is_finished
-        Whether an earlier run ended here already; nothing can be appended then.
+        Whether an earlier start finished the run; nothing can be appended then.
     nbytes
-        Bytes that the samples appended to the spool take.
+        Bytes in the spool of the samples appended by this start.
     counts
-        By kind, the values of these samples that are not finite, or were changed by casts.
+        By kind, the values of these samples that are not finite or were changed by casts.
     warnings
-        What the chosen precision could not do.
+        Limits that the chosen precision met.
     """
 
     is_finished = False
@@ -126,22 +81,22 @@ class TraceWriter(ABC):
             A `TraceRecord`, the dict of a trace as `pickle` batches held it (arrays or torch
             tensors), or a stored trace.
         sample_id
-            The sample's id, where it does not say so itself.
+            The sample's id, if the sample does not hold it.
 
         Raises
         ------
         SchemaError
-            Its fields contradict each other, or the samples before.
+            Its fields contradict each other or earlier samples.
         ConversionError
-            A value has no encoding, or overflows and ``on_overflow`` is ``error``.
+            A value cannot be stored, or overflows and ``on_overflow`` is ``error``.
         OSError
             The disk is full, or fails. As after every error, this sample is not stored, and all
-            samples before are.
+            earlier samples are.
         """
 
     @abstractmethod
     def pack(self) -> list[Path]:
-        """Make archives of all full shards now; `append` does so by itself.
+        """Make archives of all full shards now, as the next `append` would.
 
         Returns
         -------
@@ -155,11 +110,11 @@ class TraceWriter(ABC):
 
     @abstractmethod
     def suspend(self) -> None:
-        """Let go without packing the rest; `create` with the same arguments goes on."""
+        """Stop without packing the rest; `create` with the same arguments resumes."""
 
     def _check_open(self) -> None:
         if self._closed:
-            message = f"{self._target.path}: the writer is closed; create it again to go on"
+            message = f"{self._target.path}: the writer is closed; create it again to resume"
             raise ArchiveError(message)
         if self._pid != os.getpid():
             message = (
@@ -169,10 +124,10 @@ class TraceWriter(ABC):
             raise ArchiveError(message)
 
     def _record(self, sample: Sample, sample_id: str | None) -> TraceRecord:
-        record = as_record(sample, sample_id)
+        record = _as_record(sample, sample_id)
         if record.sample_id is None or record.generation_index is not None:
             return record
-        # Known here only: neither a spooled sample nor a shard sees the others.
+        # Only the run knows: neither a spooled sample nor a shard sees the others.
         return record.model_copy(update={"generation_index": self.done[record.sample_id]})
 
     def _note(self, record: TraceRecord) -> None:
@@ -186,14 +141,15 @@ class TraceWriter(ABC):
     def _publish(
         self, writer: ArchiveWriter, note: Callable[[], None], *, is_spooled: bool = False
     ) -> None:
-        """Finish, verify and name an archive, and note that; signals wait for both."""
+        """Finish, verify and name an archive, then call `note`; signals wait for both."""
         writer.finish()
         if self._options.verify:
             verify_written(
                 writer.part_path,
                 writer.digests,
                 workers=self._options.workers,
-                # Its shard is; inflating everything with zlib takes longer than all the rest.
+                # Shards are checked so; inflating every spooled sample with zlib takes longer
+                # than everything else.
                 stock_at_ends=not is_spooled,
             )
         with deferred_signals():
@@ -275,3 +231,47 @@ class DirectWriter(TraceWriter):
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.discard()
+
+
+def _as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -> TraceRecord:
+    """Make a record of a record, a legacy dict (arrays or torch tensors), or a stored trace.
+
+    Raises
+    ------
+    ConversionError
+        It is none of these, or a field of the dict has a type that no layout has.
+    SchemaError
+        It has another sample id already.
+    """
+    if isinstance(sample, TraceRecord):
+        record = sample
+    elif isinstance(sample, Trace):
+        record = transcription.to_record(sample).model_copy(update={"source": None})
+    elif isinstance(sample, Mapping):
+        plain = {key: _without_torch(value) for key, value in sample.items()}
+        record = layouts.to_record(plain, source=_NOWHERE).model_copy(update={"source": None})
+    else:
+        message = f"found a {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
+        raise ConversionError(message)
+    if sample_id is None or record.sample_id == sample_id:
+        return record
+    if record.sample_id is not None:
+        message = f"sample_id is {sample_id!r}, but the sample itself says {record.sample_id!r}"
+        raise SchemaError(message)
+    return record.model_copy(update={"sample_id": sample_id})
+
+
+def _without_torch(value: Any) -> Any:
+    """`value` with every torch tensor inside as a `TorchValue`; never the first to import torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        from h5traces.archive.torch_values import from_tensor
+
+        return TorchValue(*from_tensor(value))
+    if type(value) is dict:
+        return {key: _without_torch(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_torch(each) for each in value)
+    return value

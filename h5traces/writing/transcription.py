@@ -1,4 +1,4 @@
-"""Stored traces back into records, for everything that rewrites an archive."""
+"""Turns stored traces into records, for commands that encode arrays again."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from h5traces.format import layout, text
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import (
-    ArrayDescription,
     EarlierCast,
     LayerArray,
     LayeredArrays,
     StepArrays,
-    TraceDescription,
     TraceRecord,
 )
-from h5traces.precision.decoding import restored_type
 
 if TYPE_CHECKING:
     from h5traces.archive.stored_trace import StoredTrace
@@ -24,66 +21,15 @@ if TYPE_CHECKING:
     from h5traces.format.entries import ObjectEntry
 
 
-def layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
-    """The (selected) datasets of every layered kind of a trace, in order of layer."""
-    stored = trace._stored
-    found: dict[str, list[ObjectEntry]] = {}
-    for path in stored.objects:
-        kind, _, name = path.partition("/")
-        if kind not in layout.KINDS or name in layout.TABLES:
-            continue
-        found.setdefault(kind, [])
-        layer = layout.parse_layer_name(name)
-        if name and (stored.selected is None or layer is None or layer in stored.selected):
-            found[kind].append(stored.entry(path))
-    return found
-
-
-def describe(trace: Trace) -> TraceDescription:
-    """A stored trace without its numbers, for checks and reports."""
-    stored = trace._stored
-    objects = stored.objects
-    in_steps = {kind for kind in layout.KINDS if f"{kind}/{layout.STEPS_TABLE}" in objects}
-    arrays = tuple(
-        ArrayDescription(
-            kind=kind,
-            name=entry.path.removeprefix(f"{kind}/"),
-            dtype=restored_type(entry.dtype, entry.attrs),  # type: ignore[arg-type]  # pydantic checks it
-            shape=entry.shape,
-            site=_text_or_none(entry.attrs.get("site")),
-        )
-        for kind, entries in layered_entries(trace).items()
-        if kind not in in_steps
-        for entry in entries
-    )
-    return TraceDescription(
-        metadata=stored.metadata,
-        num_tokens=_length(stored, layout.TOKENS),
-        num_tokens_decoded=_length(stored, layout.TOKENS_DECODED),
-        arrays=arrays,
-    )
-
-
-def _length(trace: StoredTrace, path: str) -> int | None:
-    if path not in trace.objects:
-        return None
-    shape = trace.entry(path).shape
-    return shape[0] if shape else 0
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
 def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
-    """A stored trace as a record: what is stored (and selected), in the types of its source.
+    """A stored trace, or its selected layers, as a record in the types of the source.
 
     Parameters
     ----------
     trace
         The trace.
     first_source
-        Index that the first of its archive's ``sources`` has in the new archive's.
+        Index in the new archive's ``sources`` of the first source of this archive.
     """
     stored = trace._stored
     extra: dict[str, Any] = {}
@@ -124,10 +70,25 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
                 "tuple" if stored.attrs(kind).get("sequence") == "tuple" else "list",
                 stored.file.reduction(kind),
             )
-            for kind, entries in layered_entries(trace).items()
+            for kind, entries in _layered_entries(trace).items()
         },
         extra=extra,
     )
+
+
+def _layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
+    """The datasets of every layered kind of a trace, in order of layer; selected layers only."""
+    stored = trace._stored
+    found: dict[str, list[ObjectEntry]] = {}
+    for path in stored.objects:
+        kind, _, name = path.partition("/")
+        if kind not in layout.KINDS or name in layout.TABLES:
+            continue
+        found.setdefault(kind, [])
+        layer = layout.parse_layer_name(name)
+        if name and (stored.selected is None or layer is None or layer in stored.selected):
+            found[kind].append(stored.entry(path))
+    return found
 
 
 def _layer_array(trace: StoredTrace, kind: str, entry: ObjectEntry) -> LayerArray:
@@ -147,7 +108,7 @@ def _layer_array(trace: StoredTrace, kind: str, entry: ObjectEntry) -> LayerArra
 
 
 def _earlier_cast(attrs: Attrs) -> EarlierCast | None:
-    """The cast that a stored array has been through; values not finite are counted anew."""
+    """The earlier cast of a stored array; values that are not finite are counted again."""
     source: Any = attrs.get("cast_from")
     if source is None:
         return None
@@ -155,3 +116,7 @@ def _earlier_cast(attrs: Attrs) -> EarlierCast | None:
     counts = CastCounts(**{name: int(attrs.get(name, 0)) for name in names})  # type: ignore[arg-type]
     num_changed: Any = attrs.get("num_changed")
     return EarlierCast(source, counts, num_changed)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)

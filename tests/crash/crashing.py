@@ -168,7 +168,9 @@ class Bench:
         gc.disable()
         code = BROKE
         try:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            # Whoever started this may ignore Ctrl-C, as nohup and shells do in the background.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
             body()
             code = DONE
         except (H5TracesError, OSError):

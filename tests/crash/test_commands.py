@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from child_processes import start_process
 
 import h5traces
 from h5traces.writing.options import TargetOptions
@@ -47,14 +48,8 @@ def batches(tmp_path_factory):
 
 
 def start(*arguments, **options):
-    return subprocess.Popen(
-        [COMMAND, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    command = [COMMAND, *map(str, arguments)]
+    return start_process(command, start_new_session=True, **options)
 
 
 def wait_for(process, condition):

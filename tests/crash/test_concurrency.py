@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from child_processes import start_process
 from scenarios import is_same, item
 
 import h5traces
 from h5traces.errors import ArchiveExistsError, CorruptArchiveError, StoredStateWarning
 from h5traces.rewriting.repack import repack
 from h5traces.writing.options import TargetOptions
+
+if TYPE_CHECKING:
+    import subprocess
 
 SHARDS, FEW_FILES = 1000, 40
 # What a process reads over and over while others publish; every archive that it sees is whole.
@@ -50,13 +54,7 @@ def batch(folder: Path, name: str, numbers: range) -> Path:
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    return start_process(command, cwd=Path(__file__).parent)
 
 
 def test_readers_see_whole_archives_while_others_are_published_and_replaced(tmp_path: Path) -> None:

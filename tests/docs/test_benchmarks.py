@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from child_processes import REAL_HOME
 
 from h5traces.storage.codecs import ArrayCodec
 
@@ -136,7 +137,7 @@ def test_match_of_synthetic_data_is_computed(results, tables):
 def test_report_says_that_data_are_synthetic(output):
     text = (output / "results.md").read_text()
     assert "no measurement of Llama-2" in text
-    assert str(Path.home()) not in text
+    assert str(REAL_HOME) not in text
 
 
 def test_plots_are_drawn_where_matplotlib_is_installed(output, results):

@@ -52,10 +52,12 @@ def test_the_command_of_the_readme(tmp_path):
         cwd=ROOT,
     )
     assert re.search(r"out: 40 of 40 samples; [\d.]+ MB in [\d.]+ s, \d+ tokens/s", done.stdout)
-    # What float16 does to small attention weights is told, as 'h5traces convert' tells it.
-    told = re.compile(r"warning: (hidden_states|attentions): \d+ values became 0 and \d+ lost prec")
+    # What float16 does to small attention weights is a warning, as in 'h5traces convert'.
+    expected = re.compile(
+        r"warning: (hidden_states|attentions): \d+ values became 0 and \d+ lost prec"
+    )
     assert done.stderr
-    assert all(told.match(line) for line in done.stderr.splitlines())
+    assert all(expected.match(line) for line in done.stderr.splitlines())
     with h5traces.open(tmp_path / "out") as archive:
         assert len(archive) == 40
         assert archive[0]["hidden_states"][3].shape == (len(archive[0]["tokens"]), 128)
@@ -126,6 +128,7 @@ def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_mo
     arguments += ["--max-new-tokens", 100_000, "-o", f"{tmp_path}/out/"]
     result = run(*arguments, code=2)
     assert re.search(r"may need [\d,.]+ GB .* but [\d,.]+ GB are free", result.stderr)
+    assert "or --no-check-space" in result.stderr
     assert not list(tmp_path.glob("out*"))
     assert "the disk is too small for the forecast" in run(*arguments, "--dry-run").stderr
     # Without the check it comes to the weights, which are not there.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from tiny_models import make_model, shared_model, tokenizer
 
 import h5traces
+import h5traces.extract
 from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract import (
@@ -40,7 +43,51 @@ LEGACY_KEYS = [
 ]
 
 
-def test_the_dict_of_old():
+def test_exports_are_listed_and_documented():
+    assert sorted(h5traces.extract.__all__) == [
+        "Columns",
+        "DatasetChoice",
+        "ExtractOptions",
+        "ExtractionReport",
+        "GenerationOptions",
+        "MODEL_ALIASES",
+        "ModelChoice",
+        "ModelShape",
+        "Question",
+        "estimate_with_pilot",
+        "extract",
+        "extract_activations_and_attentions",
+        "extract_dataset",
+        "hide_progress_bars",
+        "load_model",
+        "load_tokenizer",
+        "model_shape",
+    ]
+    assert dir(h5traces.extract) == sorted(h5traces.extract.__all__)
+    assert all(getattr(h5traces.extract, each).__doc__ for each in h5traces.extract.__all__)
+
+
+def test_options_and_estimates_need_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "from h5traces.extract import DatasetChoice, ExtractOptions, ModelChoice, ModelShape; "
+        "from h5traces import estimate; ExtractOptions(layers='0,last'); "
+        "print(len(estimate(ModelShape(num_layers=2, hidden_size=8, num_heads=2), 10).rows))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "7"
+
+
+def test_running_an_extraction_imports_no_estimate():
+    code = (
+        "import sys, h5traces.extract.extracting; "
+        "print([each for each in sys.modules if each.endswith(('.estimate', '.pilot'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_dict_of_a_pickled_batch():
     model = shared_model("llama")
     found = extract_activations_and_attentions(
         model, tokenizer(), "What is a module?", max_new_tokens=5, question_id="tc_33"
@@ -283,7 +330,7 @@ def without(*names):
         (None, {"generation": {"max_new_tokens": 300}}, "exceeds the 256"),
     ],
 )
-def test_refused(model, options, message):
+def test_rejected(model, options, message):
     chosen = shared_model("llama") if model is None else model()
 
     def try_it():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from child_processes import start_process
 from tiny_models import QUESTIONS, TINY_LLAMA, make_model, tokenizer
 
 import h5traces
@@ -212,9 +213,8 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
     kills = 0
     spool = tmp_path / "out.spool"
     while kills < 5:
-        process = subprocess.Popen(
-            [*COMMAND, *common, "-o", f"{tmp_path}/out/"], stderr=subprocess.DEVNULL
-        )
+        command = [*COMMAND, *common, "-o", f"{tmp_path}/out/"]
+        process = start_process(command, stdout=None, stderr=subprocess.DEVNULL)
         # Most of a start is importing; kills are to hit the run itself.
         while not spool.exists() and process.poll() is None:
             time.sleep(0.02)
@@ -237,7 +237,7 @@ def test_killed_five_times_it_ends_as_if_never_stopped(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_current_sample_finish(tmp_path, number):
     command = [*COMMAND, *TINY, "--max-new-tokens", "60", "-o", str(tmp_path / "run.h5"), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_process(command)
     spool = tmp_path / "run.h5.spool"
     while not list(spool.glob("*.sample")) and process.poll() is None:
         time.sleep(0.02)

@@ -290,7 +290,7 @@ class Subject:
         at = rng.randrange(self.end, len(data))
         length = min(rng.choice([1, 2, 8, 64]), len(data) - at)
         data[at : at + length] = rng.randbytes(length)
-        return Damage(f"{length} bytes of the footer at {at}", bytes(data))
+        return Damage(f"{length} bytes of the index at {at}", bytes(data))
 
     def metadata(self, rng: random.Random) -> Damage:
         """One bit of HDF5's own structures."""
@@ -305,23 +305,23 @@ class Subject:
         """One bit of an archive that lost its footer before, so that no checksum is ours."""
         data, at = bytearray(self.data[: self.end]), rng.randrange(self.end)
         data[at] ^= 1 << rng.randrange(8)
-        return Damage(f"no footer, a bit of byte {at}", bytes(data))
+        return Damage(f"no index, a bit of byte {at}", bytes(data))
 
     def swapped_without_footer(self, rng: random.Random) -> Damage:
         """Two chunks exchanged in an archive that lost its footer before."""
         found = self.swapped(rng)
-        return Damage(f"no footer, {found.what}", found.data[: self.end])
+        return Damage(f"no index, {found.what}", found.data[: self.end])
 
 
 KINDS: dict[str, Callable[[Subject, random.Random], Damage]] = {
     "single bit": Subject.flip,
     "single bit outside of chunks": Subject.metadata,
-    "single bit, no footer": Subject.without_footer,
+    "single bit, no index": Subject.without_footer,
     "truncation": Subject.cut,
     "bytes behind the end": Subject.grown,
     "sector": Subject.sector,
     "chunks exchanged": Subject.swapped,
-    "chunks exchanged, no footer": Subject.swapped_without_footer,
+    "chunks exchanged, no index": Subject.swapped_without_footer,
     "chunk never written": Subject.lost_write,
     "footer": Subject.footer,
 }
@@ -373,9 +373,9 @@ def _unchanged(subject: Subject, path: Path, *, noted: bool) -> str:
         if contents(Hdf5Store(path, DEFAULT_LIMITS)) != subject.by_hdf5:
             return "bad: verified, but HDF5 gives other contents"
         if contents(FooterStore(LocalFile(path), DEFAULT_LIMITS)) != subject.by_footer:
-            return "bad: verified, but the footer gives other contents"
+            return "bad: verified, but the index gives other contents"
     except FooterError as error:
-        return NOTED if noted else f"bad: a damaged footer was not noted: {error}"
+        return NOTED if noted else f"bad: a damaged index was not noted: {error}"
     except H5TracesError as error:
         return f"bad: verified, but {error}"
     return NOTED if noted else UNCHANGED

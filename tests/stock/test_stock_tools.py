@@ -236,7 +236,7 @@ def edited(tmp_path: Path, change: Callable[[h5py.File], None]) -> Path:
 
 
 def open_with_warning(path: Path) -> h5traces.Archive:
-    with pytest.warns(StoredStateWarning, match=r"no footer.*h5traces seal"):
+    with pytest.warns(StoredStateWarning, match=r"no index.*h5traces seal"):
         return h5traces.open(path)
 
 
@@ -251,7 +251,7 @@ def test_opening_for_writing_alone_removes_the_footer(tmp_path: Path) -> None:
     assert_same([trace.to_dict() for trace in archive], BATCH)
     report = validate(target)
     assert report.ok
-    assert "no footer" in report.notes[0]
+    assert "no index" in report.notes[0]
     assert seal(target)[0].sealed
     assert_same(h5traces.load(target), BATCH)  # a warning would be an error
     assert validate(target).notes == []
@@ -534,7 +534,7 @@ def test_a_footer_of_another_file_is_not_believed(tmp_path: Path) -> None:
     theirs = make_archive(tmp_path / "theirs", make_batch("full_pkl", seed=1))
     hdf5, footer = (_split(path) for path in (ours, theirs))
     ours.write_bytes(hdf5[0] + footer[1])
-    with pytest.warns(StoredStateWarning, match=r"the footer (belongs|describes)"):
+    with pytest.warns(StoredStateWarning, match=r"the index (belongs|describes)"):
         archive = h5traces.open(ours)
     assert_same([trace.to_dict() for trace in archive], BATCH)
 

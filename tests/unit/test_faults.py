@@ -105,7 +105,7 @@ def test_damaged_footer(intact: Path, tmp_path: Path, part: str) -> None:
             assert archive.read([4], layers=[2])[0]["hidden_states"][0].shape == (
                 BATCH[4]["hidden_states"][2].shape
             )
-        assert any("footer" in note for note in validate(path).notes) or not validate(path).ok
+        assert any("index" in note for note in validate(path).notes) or not validate(path).ok
     assert seal(path)[0].sealed
     assert_same(h5traces.load(path), BATCH)
 
@@ -180,7 +180,7 @@ def test_truncated_files(intact: Path, tmp_path: Path) -> None:
         assert not validate(path).ok
     for length in (end_of_hdf5, end_of_hdf5 + 1, len(data) - TRAILER_NBYTES, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.warns(StoredStateWarning, match="footer"):
+        with pytest.warns(StoredStateWarning, match="index"):
             found = h5traces.load(path)
         assert_same(found, BATCH)
         assert validate(path).ok
@@ -189,7 +189,7 @@ def test_truncated_files(intact: Path, tmp_path: Path) -> None:
 def test_bytes_behind_the_footer(intact: Path, tmp_path: Path) -> None:
     path = tmp_path / "longer.h5"
     path.write_bytes(intact.read_bytes() + b"x")
-    with pytest.warns(StoredStateWarning, match="no footer"):
+    with pytest.warns(StoredStateWarning, match="no index"):
         found = h5traces.load(path)
     assert_same(found, BATCH)
 
@@ -314,7 +314,7 @@ def test_full_disk_while_sealing_leaves_a_readable_archive(tmp_path: Path) -> No
     archive.write_bytes(hdf5)
     assert_clean_failure(run_limited(len(hdf5) + 100, "seal", archive))
     assert archive.read_bytes()[: len(hdf5)] == hdf5
-    with pytest.warns(StoredStateWarning, match="footer"):
+    with pytest.warns(StoredStateWarning, match="index"):
         found = h5traces.load(archive)
     assert_same(found, batch)
     assert seal(archive)[0].sealed

@@ -75,7 +75,7 @@ def test_exchanged_arrays_are_found_without_a_footer(archive, tmp_path):
         group.move("layer_001", "layer_000")
         group.move("spare", "layer_001")
     report = h5traces.verify(path)
-    assert any("no footer" in note for note in report.notes)
+    assert any("no index" in note for note in report.notes)
     assert "/samples/00000002" in [each.loc for each in report.problems]
 
 

@@ -12,7 +12,7 @@ from legacy_batches import write_batch
 import h5traces
 from h5traces.checking.inspect import inspect
 from h5traces.errors import LossyArchiveError
-from h5traces.format.archive import Cast
+from h5traces.format.archive import Cast, add_casts
 from h5traces.rewriting.export import export
 from h5traces.rewriting.repack import merge, repack
 from h5traces.writing.options import PrecisionOptions
@@ -196,6 +196,17 @@ def more_than_eight_bits(halves: list[dict[str, Any]]) -> int:
     )
 
 
+def test_shards_add_up(tmp_path: Path) -> None:
+    sources = [batch("float32", exactly_half=True), batch("float32", seed=1)]
+    paths = [archive_of(tmp_path, source, f"s{n}") for n, source in enumerate(sources)]
+    with h5traces.open(paths) as archive:
+        (cast,) = archive.metadata.casts
+        assert (cast.num_arrays, cast.num_changed) == (16, changed(sources[1]))
+        assert archive.metadata.is_lossless is False
+    with pytest.raises(LossyArchiveError, match=r"s1\.h5: is not lossless"):
+        h5traces.open(paths, lossless=True)
+
+
 def test_an_export_says_it_too(tmp_path: Path) -> None:
     source = batch("float32")
     export(archive_of(tmp_path, source), tmp_path / "plain.h5")
@@ -210,14 +221,15 @@ def test_what_was_not_recorded_is_not_known(tmp_path: Path) -> None:
     assert old.changes == "the archive does not say what was cast"
     unknown = Cast(cast_from="float32", dtype="float16", num_arrays=1)
     known = Cast(cast_from="float32", dtype="float16", num_arrays=2, num_changed=3)
-    both = old.model_copy(update={"casts": (unknown + known,)})
+    both = old.model_copy(update={"casts": add_casts([unknown, known])})
     assert both.is_lossless is None
     assert both.changes == "cast float32 -> float16 changed an unknown number of values"
-    assert str(known + known) == "cast float32 -> float16 changed 6 values"
+    assert str(add_casts([known, known])[0]) == "cast float32 -> float16 changed 6 values"
 
 
 def test_inspect_shows_it(tmp_path: Path) -> None:
     source = batch("float32")
-    facts = inspect(archive_of(tmp_path, source)).metadata
+    (found,) = inspect(archive_of(tmp_path, source))
+    facts = found.metadata
     assert facts["is_lossless"] is False
     assert facts["changes"] == f"cast float32 -> float16 changed {changed(source)} values"

@@ -72,7 +72,7 @@ BAD_SAMPLES = {
     ),
     "steps of several types": (
         sample(hidden_states=[[STATES[None], STATES[None].astype(np.float32)]] * 2),
-        "hidden_states/layer_000: generation steps are of several types: float16, float32",
+        "hidden_states/layer_000: generation steps have several types: float16, float32",
     ),
     "other numbers of steps": (
         sample(hidden_states=[[STATES[None]], [STATES[None]] * 2]),
