@@ -160,7 +160,10 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     elif options.target.dry_run:
         if exists and not options.target.overwrite:
             report.status = "failed"
-            report.error = f"{job.first_target} exists; overwrite=True replaces it, skip_existing=True keeps it"
+            report.error = (
+                f"{job.first_target} exists; use overwrite=True to replace it, or "
+                "skip_existing=True to keep it"
+            )
     else:
         started = time.perf_counter()
         _convert_job(job, options, report_progress, report)

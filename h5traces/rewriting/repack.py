@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
+from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_samples
 from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError, warn
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from h5traces.archive.trace import Trace
     from h5traces.format.archive import ArchiveMetadata, SourceFile
     from h5traces.format.precision import Tier
-    from h5traces.paths import PathLike
+    from h5traces.paths import PathLike, Source
     from h5traces.precision.scales import Calibration
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.archive_writer import ArchiveWriter
@@ -142,8 +143,7 @@ def repack(
         )
         _check_different(archive)
         place = Target.of(dest, shard_samples=target.shard_samples).for_sources(archive.paths)
-        read = [*archive.paths, *([] if given.scales is None else [given.scales])]
-        check_not_a_source(place, read)
+        check_not_a_source(place, read_files(archive, given.scales))
         selected = archive if layers is None else archive.select(layers=layers)
         indices = choose_samples(samples, len(archive))
         before = shared_metadata(archive._files)
@@ -245,6 +245,12 @@ def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
             message = f"{each} is named twice, which would store its samples twice; name it once"
             raise ArchiveError(message)
     return named
+
+
+def read_files(archive: Archive, *others: Source | None) -> list[Source]:
+    """Everything that is read with an archive, its labels included."""
+    sidecars = [sidecar_path(path, None) for path in archive.paths]
+    return [each for each in (*archive.paths, *sidecars, *others) if each is not None]
 
 
 def _check_different(archive: Archive) -> None:

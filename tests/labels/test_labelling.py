@@ -176,9 +176,9 @@ def test_a_rewritten_archive_holds_labels_itself(
         assert new[0].metadata.scores == {"bleurt": 0.1}
         for before, after in zip(old, new, strict=True):
             assert_same(after.to_dict(), {**before.to_dict(), "label": after.metadata.label})
-            for path, entry in before.objects.items():
+            for path, entry in before._stored.objects.items():
                 # Chunks are copied as they are.
-                chunks = after.entry(path).chunks
+                chunks = after._stored.entry(path).chunks
                 assert entry.chunks is None or entry.chunks.checksums == chunks.checksums
     assert validate(target).ok
     assert verify(target, deep=True).ok
@@ -338,7 +338,7 @@ def test_labels_of_another_archive_are_refused(archive: Path, table: Path, tmp_p
     assert problem.loc == "other.h5.labels.json"
     assert "labels belong to another file" in problem.message
     # A new run puts it right, whatever lies there.
-    with pytest.raises(ArchiveExistsError, match="--overwrite"):
+    with pytest.raises(ArchiveExistsError, match="pass overwrite=True"):
         label(other, table)
     label(other, table, target=TargetOptions(overwrite=True))
     assert h5traces.open(other).labels == LABELS[:2]
