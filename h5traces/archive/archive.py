@@ -510,13 +510,7 @@ def shared_metadata(files: Sequence[ArchiveFile]) -> ArchiveMetadata:
 
 
 def inherited_scales(files: Sequence[ArchiveFile]) -> ScaleSet | None:
-    """The scales that stored integers of all files are read with.
-
-    Raises
-    ------
-    ArchiveError
-        Files have different ones, so that their chunks cannot go into one archive.
-    """
+    """The scales that stored integers of all files are read with; ArchiveError if they differ."""
     first: tuple[ArchiveFile, ScaleSet] | None = None
     for file in files:
         found = stored_scales(file.store) if file.num_samples else None
