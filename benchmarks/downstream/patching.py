@@ -70,7 +70,7 @@ class Patched:
         def replaced(states: torch.Tensor) -> torch.Tensor:
             states = states.clone()
             for row, (trace, change) in enumerate(zip(batch, of_texts, strict=True)):
-                part = states[row, : len(trace._stored.tokens)]
+                part = states[row, : len(trace.tokens)]
                 values = change(part.to(torch.float16).cpu().numpy())
                 part.copy_(torch.from_numpy(np.ascontiguousarray(values)))
             return states
@@ -98,9 +98,9 @@ def batches(traces: Sequence[Trace]) -> Iterator[list[int]]:
 
 def losses(logits: torch.Tensor, trace: Trace, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of every token but the first, and the loss of that which came."""
-    length = len(trace._stored.tokens)
+    length = len(trace.tokens)
     log_p = logits[row, : length - 1].log_softmax(-1)
-    targets = torch.tensor(trace._stored.tokens[1:], device=log_p.device).unsqueeze(1)
+    targets = torch.tensor(trace.tokens[1:], device=log_p.device).unsqueeze(1)
     return log_p, -log_p.gather(1, targets).squeeze(1)
 
 

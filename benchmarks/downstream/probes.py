@@ -53,7 +53,7 @@ class Labelled:
         )
         labels: dict[str, list[bool]] = {name: [] for name in TASKS}
         for trace in traces:
-            tokens = trace._stored.tokens
+            tokens = trace.tokens
             pieces = [each.translate(_MARKS) for each in tokenizer.convert_ids_to_tokens(tokens)]
             for here in range(_FIRST, len(pieces) - 1):
                 piece = pieces[here + 1]

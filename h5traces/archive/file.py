@@ -298,7 +298,7 @@ class ArchiveFile:
         if store.root_attrs.get("format") == layout.SCALES_FORMAT:
             return NotAnArchiveError(
                 f"{self.path}: is a file of scales, which 'h5traces calibrate' wrote, and no "
-                "archive; --scales takes it"
+                "archive; pass it as scales"
             )
         return NotAnArchiveError(
             f"{self.path}: is HDF5, but no h5traces archive: the root attribute 'format' is not "

@@ -105,7 +105,7 @@ class Capturer:
 
     def __init__(self, anatomy: Anatomy, options: CaptureOptions) -> None:
         self._anatomy, self._options = anatomy, options
-        # Arrays that overflowed once are no longer cast here; the writer widens them.
+        # Arrays that overflowed once; they go to the writer without a cast.
         self._too_wide: set[tuple[str, str]] = set()
 
     @torch.inference_mode()

@@ -163,7 +163,7 @@ def extract_activations_and_attentions(
 def _stored(entry: LayerArray, dtype: DtypePolicy) -> Any:
     """The array as an archive would return it; one that overflowed keeps its type."""
     if not isinstance(entry.array, TypedArray):
-        message = f"{entry.name}: is no array"
+        message = f"{entry.name}: expected an array in memory"
         raise ExtractionError(message)
     array = entry.array
     if dtype == "float32" and array.dtype != "float64":
@@ -186,8 +186,8 @@ class Extractor:
     Raises
     ------
     ExtractionError
-        The model is no decoder, gives no attention weights, is in training mode or does not batch;
-        the tokenizer has no token to fill batches with; or there is no such type.
+        The model is not a decoder, gives no attention weights, is in training mode or cannot batch;
+        the tokenizer has no token to fill batches with; or `dtype` is unknown.
     LayerIndexError
         The model has no such layer.
     """

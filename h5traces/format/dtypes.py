@@ -338,7 +338,7 @@ def cast_for_storage(
         if on_overflow == "error":
             message = (
                 f"{overflow} finite values lie beyond {policy} (largest: {_LARGEST[policy]:g}); "
-                "use --on-overflow float32 or clip, or --dtype float32 or auto"
+                "pass on_overflow='float32' or 'clip', or dtype='float32' or 'auto'"
             )
             raise ConversionError(message)
         if on_overflow == "clip":

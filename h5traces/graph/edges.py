@@ -27,23 +27,22 @@ def attention_edges(
     """Edges where the attention of a query to a key, reduced over heads, exceeds a threshold.
 
     Only keys up to the query itself count, as in a causal model. Weights beyond `num_nodes` are
-    left out, and queries without weights have no edges.
+    ignored, and queries without weights have no edges.
 
     Parameters
     ----------
     attention
-        ``(num_heads, query, key)``, or ``(query, key)`` where the heads are reduced already.
+        ``(num_heads, query, key)``, or ``(query, key)`` without heads.
     num_nodes
         Tokens of the sequence.
     threshold
         An edge is where the weight is greater.
     head_reduction
-        ``mean`` and ``max`` give one feature per edge. ``per_head`` takes the edges of ``mean`` and
-        gives every head's weight as a feature.
+        ``mean`` and ``max`` give one feature per edge. ``per_head`` has the edges of ``mean``, and
+        every head's weight as a feature.
     direction
-        ``query_to_key`` points from the observer to what it observes, as the legacy class does;
-        ``key_to_query`` in the direction that information flows; ``both`` has the edges of the
-        first and then, self-loops left out, of the second.
+        ``query_to_key``, as in the legacy class; ``key_to_query``, in which information flows;
+        ``both`` has the edges of the first, then those of the second without self-loops.
 
     Returns
     -------
@@ -55,7 +54,7 @@ def attention_edges(
     Raises
     ------
     DatasetError
-        The options are unknown, or heads are needed that were reduced already.
+        The options are unknown, or need heads that `attention` does not have.
     """
     weights = attention.float()
     reduced = _reduced(weights, head_reduction)
@@ -70,7 +69,7 @@ def attention_edges(
 
 
 def check_options(head_reduction: str, direction: str) -> None:
-    """Refuse unknown options with a list of those that there are."""
+    """Raise DatasetError for unknown options."""
     if head_reduction not in HEAD_REDUCTIONS:
         message = f"head_reduction is {head_reduction!r}, expected {', '.join(HEAD_REDUCTIONS)}"
         raise DatasetError(message)
@@ -84,8 +83,8 @@ def _reduced(weights: torch.Tensor, head_reduction: HeadReduction) -> torch.Tens
     if weights.ndim == 2:
         if head_reduction != "mean":
             message = (
-                f"the attention is stored without its heads, so head_reduction={head_reduction!r} "
-                "cannot be had; use 'mean' where it is their mean"
+                f"the attention is stored without its heads, which head_reduction="
+                f"{head_reduction!r} needs; use 'mean' where it is their mean"
             )
             raise DatasetError(message)
         return weights

@@ -460,8 +460,8 @@ def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
             f"missing that tells them apart: {and_more(report.ambiguous)}"
         )
     message = (
-        f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or use "
-        "--partial to leave these without a label"
+        f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or "
+        "pass partial=True to leave these without a label"
     )
     raise SchemaError(message)
 
@@ -491,14 +491,14 @@ def _write_sidecars(
         if place is None:
             message = (
                 f"{file.path}: labels cannot be written on a server; name a folder for them, with "
-                "--folder"
+                "folder='...'"
             )
             raise SchemaError(message)
         if place in places:
             message = f"{place}: two archives have this name; label them into folders of their own"
             raise SchemaError(message)
         if place.exists() and not target.overwrite:
-            message = f"{place} exists; use --overwrite to replace it"
+            message = f"{place} exists; pass overwrite=True to replace it"
             raise ArchiveExistsError(message)
         places[place] = sidecar
     report.targets = [str(place) for place in places]

@@ -246,7 +246,7 @@ def _check_scales(
     if scales is not None and not encodes:
         message = (
             f"{archive.paths[0]}: is of precision {wanted} already, with scales of its own, which "
-            "others could replace only with more loss; leave --scales out, or take the archive "
+            "others could replace only with more loss; leave scales out, or take the archive "
             "that it was made from"
         )
         raise PrecisionError(message)

@@ -141,6 +141,6 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
         if each.num_to_zero or each.num_to_subnormal:
             found.append(
                 f"{kind}: {each.num_to_zero} values became 0 and {each.num_to_subnormal} lost "
-                f"precision as subnormal numbers of {stored}; --dtype auto keeps every bit"
+                f"precision as subnormal numbers of {stored}; dtype='auto' keeps every bit"
             )
     return found

@@ -26,9 +26,18 @@ if TYPE_CHECKING:
     from h5traces.storage.files import ByteFile
 
 
-TARGET_NBYTES: Final = 4 << 20
-
 Shape = tuple[int, ...]
+TARGET_NBYTES: Final = 4 << 20
+# HDF5's own limit
+MAX_AXES: Final = 32
+# Raw bytes that a stored byte can stand for: what the formats allow at most, and a little.
+_MOST_RAW_NBYTES: Final = {
+    "gzip": 1040,
+    "deflate": 1040,
+    "zstd": 33_000,
+}
+# Stored bytes of the chunk that is being read.
+_STORED: Final = Scratch()
 
 
 def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = TARGET_NBYTES) -> Shape:
@@ -90,18 +99,6 @@ def cut(array: NDArray[Any], offset: Shape, chunk: Shape) -> NDArray[Any]:
     return full
 
 
-# Stored bytes of the chunk that is being read.
-_STORED: Final = Scratch()
-# HDF5's own limit
-MAX_AXES: Final = 32
-# Raw bytes that a stored byte can stand for: what the formats allow at most, and a little.
-_MOST_RAW_NBYTES: Final = {
-    "gzip": 1040,
-    "deflate": 1040,
-    "zstd": 33_000,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class EncodedArray:
     """A dataset ready to be written.
@@ -140,6 +137,83 @@ def encode_array(values: NDArray[Any], codec: str) -> EncodedArray:
 def as_bytes(values: NDArray[Any]) -> memoryview:
     """The bytes of a C-contiguous array, as a view."""
     return values.reshape(-1).view(np.uint8).data
+
+
+def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArray[Any]:
+    """The dataset's values, in its carrier dtype: a new, writable, C-contiguous array.
+
+    Raises
+    ------
+    CorruptArchiveError
+        Sizes, a checksum, or the inflated bytes do not fit.
+    """
+    check_sizes(entry, limits, file.nbytes)
+    return read_checked_array(file, entry)
+
+
+def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
+    """What `read_array` gives, of an entry that went through `check_sizes` before."""
+    if entry.chunks is None or entry.codec is None:
+        message = f"{entry.path} cannot be read without the HDF5 library"
+        raise CorruptArchiveError(message)
+    codec, dtype = get_codec(entry.codec), carrier_dtype(entry.dtype)
+    values = np.empty(entry.shape, dtype=dtype)
+    if not values.size:
+        return values
+    with file.prefetched(entry.chunks.ranges):
+        _fill(values, file, entry, codec)
+    return values
+
+
+def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec) -> None:
+    """Read and inflate all chunks into an array."""
+    dtype = values.dtype
+    for number, offset in enumerate(chunk_offsets(entry.shape, entry.chunk)):
+        stored = _read_stored(file, entry, number)
+        where = chunk_slices(offset, entry.shape, entry.chunk)
+        part = values[where]
+        if part.shape == entry.chunk and part.flags.c_contiguous:
+            _decode(codec, stored, as_bytes(part), dtype.itemsize, entry.path, number)
+        else:
+            full = np.empty(entry.chunk, dtype=dtype)
+            _decode(codec, stored, as_bytes(full), dtype.itemsize, entry.path, number)
+            values[where] = full[tuple(slice(0, length) for length in part.shape)]
+
+
+def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
+    """The stored bytes of one chunk, checked against their checksum where there is one.
+
+    Raises
+    ------
+    CorruptArchiveError
+        The checksum does not fit, or the file ends before the chunk does.
+    """
+    return bytes(_read_stored(file, entry, number))
+
+
+def _read_stored(file: ByteFile, entry: ObjectEntry, number: int) -> memoryview:
+    """As `read_chunk`, in memory that the thread's next call uses again."""
+    table = entry.chunks
+    assert table is not None
+    stored = _STORED.take(table.sizes[number]).data
+    file.read_into(table.offsets[number], stored)
+    if table.checksums is not None and chunk_checksum(stored) != table.checksums[number]:
+        message = (
+            f"chunk {number} of {entry.path} is damaged: its checksum does not fit; "
+            "restore the file from a copy"
+        )
+        raise CorruptArchiveError(message)
+    return stored
+
+
+def _decode(
+    codec: Codec, stored: memoryview, out: memoryview, itemsize: int, path: str, number: int
+) -> None:
+    try:
+        codec.decode(stored, out, itemsize)
+    except ValueError as error:
+        message = f"chunk {number} of {path} is damaged: {error}; restore the file from a copy"
+        raise CorruptArchiveError(message) from error
 
 
 def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> None:
@@ -221,80 +295,3 @@ def _check_chunks(table: ChunkTable, raw_nbytes: int, most: int | None, file_nby
     if sum(table.sizes) > file_nbytes:
         message = f"chunks of {sum(table.sizes)} bytes in all overlap in a file of {file_nbytes}"
         raise HostileFileError(message)
-
-
-def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArray[Any]:
-    """The dataset's values, in its carrier dtype: a new, writable, C-contiguous array.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Sizes, a checksum, or the inflated bytes do not fit.
-    """
-    check_sizes(entry, limits, file.nbytes)
-    return read_checked_array(file, entry)
-
-
-def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
-    """What `read_array` gives, of an entry that went through `check_sizes` before."""
-    if entry.chunks is None or entry.codec is None:
-        message = f"{entry.path} cannot be read without the HDF5 library"
-        raise CorruptArchiveError(message)
-    codec, dtype = get_codec(entry.codec), carrier_dtype(entry.dtype)
-    values = np.empty(entry.shape, dtype=dtype)
-    if not values.size:
-        return values
-    with file.prefetched(entry.chunks.ranges):
-        _fill(values, file, entry, codec)
-    return values
-
-
-def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec) -> None:
-    """Read and inflate all chunks into an array."""
-    dtype = values.dtype
-    for number, offset in enumerate(chunk_offsets(entry.shape, entry.chunk)):
-        stored = _read_stored(file, entry, number)
-        where = chunk_slices(offset, entry.shape, entry.chunk)
-        part = values[where]
-        if part.shape == entry.chunk and part.flags.c_contiguous:
-            _decode(codec, stored, as_bytes(part), dtype.itemsize, entry.path, number)
-        else:
-            full = np.empty(entry.chunk, dtype=dtype)
-            _decode(codec, stored, as_bytes(full), dtype.itemsize, entry.path, number)
-            values[where] = full[tuple(slice(0, length) for length in part.shape)]
-
-
-def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
-    """The stored bytes of one chunk, checked against their checksum where there is one.
-
-    Raises
-    ------
-    CorruptArchiveError
-        The checksum does not fit, or the file ends before the chunk does.
-    """
-    return bytes(_read_stored(file, entry, number))
-
-
-def _read_stored(file: ByteFile, entry: ObjectEntry, number: int) -> memoryview:
-    """As `read_chunk`, in memory that the thread's next call uses again."""
-    table = entry.chunks
-    assert table is not None
-    stored = _STORED.take(table.sizes[number]).data
-    file.read_into(table.offsets[number], stored)
-    if table.checksums is not None and chunk_checksum(stored) != table.checksums[number]:
-        message = (
-            f"chunk {number} of {entry.path} is damaged: its checksum does not fit; "
-            "restore the file from a copy"
-        )
-        raise CorruptArchiveError(message)
-    return stored
-
-
-def _decode(
-    codec: Codec, stored: memoryview, out: memoryview, itemsize: int, path: str, number: int
-) -> None:
-    try:
-        codec.decode(stored, out, itemsize)
-    except ValueError as error:
-        message = f"chunk {number} of {path} is damaged: {error}; restore the file from a copy"
-        raise CorruptArchiveError(message) from error

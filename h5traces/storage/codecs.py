@@ -16,11 +16,12 @@ import zstandard
 from h5traces.errors import UnsupportedEncodingError
 from h5traces.format.scratch import Scratch
 from h5traces.storage import deflate
-from h5traces.storage import deflate as planes
 
 FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2
 FILTER_ZSTD: Final = 32015
+# What `convert --codec` offers for the layered arrays.
+ArrayCodec = Literal["gzip", "zstd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class ZstdCodec:
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One Zstandard frame, with its content size, of the shuffled bytes."""
         data = np.frombuffer(raw, np.uint8)
-        shuffled = planes.shuffle(data, itemsize, out=_SCRATCH.take(data.size))
+        shuffled = deflate.shuffle(data, itemsize, out=_SCRATCH.take(data.size))
         return _ZSTD_CONTEXTS.compressor(self.level).compress(shuffled.data)
 
     def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
@@ -121,7 +122,7 @@ class ZstdCodec:
             message = f"the Zstandard frame holds {len(data)} bytes, expected {len(out)}"
             raise ValueError(message)
         target = np.frombuffer(out, np.uint8)
-        planes.unshuffle(np.frombuffer(data, np.uint8), target, itemsize)
+        deflate.unshuffle(np.frombuffer(data, np.uint8), target, itemsize)
 
 
 class _ZstdContexts(threading.local):
@@ -141,16 +142,11 @@ class _ZstdContexts(threading.local):
 
 _ZSTD_CONTEXTS: Final = _ZstdContexts()
 _SCRATCH: Final = Scratch()
-
-
 GZIP: Final = DeflateCodec("gzip", shuffle=True)
 # For bytes and text, which a shuffle by element would only scatter.
 DEFLATE: Final = DeflateCodec("deflate", shuffle=False)
 ZSTD: Final = ZstdCodec("zstd", level=3)
-
 CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE, ZSTD)}
-# What `convert --codec` offers for the layered arrays.
-ArrayCodec = Literal["gzip", "zstd"]
 
 
 def get_codec(name: str) -> Codec:
@@ -168,14 +164,14 @@ def get_codec(name: str) -> Codec:
         raise UnsupportedEncodingError(message) from None
 
 
-def same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
-    """Whether two pipelines have the same filters, whatever their parameters."""
-    return [each.filter_id for each in found] == [each.filter_id for each in expected]
-
-
 def codec_of(filters: tuple[Filter, ...]) -> str | None:
     """The codec that reads chunks behind `filters`; None if there is none."""
     return next((codec.name for codec in CODECS.values() if codec.accepts(filters)), None)
+
+
+def same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
+    """Whether two pipelines have the same filters, whatever their parameters."""
+    return [each.filter_id for each in found] == [each.filter_id for each in expected]
 
 
 def tools_note(codec: str) -> str | None:

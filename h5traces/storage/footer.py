@@ -52,9 +52,7 @@ TAIL_NBYTES: Final = 64 << 10
 # what is one byte there, and a digest or a number of every object more than its share.
 _MOST_PER_HDF5_BYTE: Final = 8
 _BLOCK_NBYTES: Final = 1 << 20
-
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
-
 # Column name -> dtype. "…_json" columns are documents; "sample_attrs" is all samples' JSON joined.
 COLUMNS: Final = {
     "sample_num_objects": "<u4",
@@ -75,6 +73,18 @@ COLUMNS: Final = {
     "names_json": "u1",
     "attrs_json": "u1",
 }
+_DIGEST: Final = re.compile("[0-9a-f]{32}")
+# Stands for an object that has no digest, or one that is none and lies with the other attributes.
+_NO_DIGEST: Final = bytes(16)
+# Stays in a core's cache between reading and hashing.
+SPAN_NBYTES: Final = 1 << 20
+# That a thread checks one after the other: handing work over takes as long as hashing 300 kB.
+_SPANS_PER_TASK: Final = 16
+_BETWEEN: Final = -1
+
+
+class FooterError(CorruptArchiveError):
+    """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
 
 
 class Readable(Protocol):
@@ -86,10 +96,6 @@ class Readable(Protocol):
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` from `offset`."""
-
-
-class FooterError(CorruptArchiveError):
-    """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +190,32 @@ def read_directory(file: ByteFile) -> FooterDirectory:
     return _parse_directory(_inflate(stored, raw_nbytes, hdf5_nbytes), hdf5_nbytes)
 
 
+def hdf5_end(file: ByteFile) -> int:
+    """End of the HDF5 part by its own superblock.
+
+    Raises
+    ------
+    FooterError
+        The file does not begin with a superblock of version 2 or 3, as every archive does.
+    """
+    block = file.read_at(0, min(file.nbytes, _SUPERBLOCK.size))
+    if len(block) < _SUPERBLOCK.size or not block.startswith(layout.HDF5_SIGNATURE):
+        message = "the file does not begin with HDF5's signature"
+        raise FooterError(message)
+    _, version, offset_nbytes, length_nbytes, flags, base, _, end, _ = _SUPERBLOCK.unpack(block)
+    if version not in (2, 3) or (offset_nbytes, length_nbytes) != (8, 8):
+        message = (
+            f"the HDF5 superblock has version {version}, archives have 2 or 3; 'h5repack -L' makes "
+            "such a file"
+        )
+        raise FooterError(message)
+    if flags:
+        # HDF5 truncates at its first flush, not on opening: until then the footer is still there.
+        message = "the file is open for writing, or a program crashed that had it open"
+        raise FooterError(message)
+    return int(base + end)
+
+
 def _inflate(stored: bytes, raw_nbytes: int, hdf5_nbytes: int) -> bytes:
     if raw_nbytes > _MOST_PER_HDF5_BYTE * hdf5_nbytes:
         message = f"the index's directory claims {raw_nbytes} bytes"
@@ -247,51 +279,6 @@ def attrs_from_json(document: dict[str, Any]) -> Attrs:
     return attrs
 
 
-def hdf5_end(file: ByteFile) -> int:
-    """End of the HDF5 part by its own superblock.
-
-    Raises
-    ------
-    FooterError
-        The file does not begin with a superblock of version 2 or 3, as every archive does.
-    """
-    block = file.read_at(0, min(file.nbytes, _SUPERBLOCK.size))
-    if len(block) < _SUPERBLOCK.size or not block.startswith(layout.HDF5_SIGNATURE):
-        message = "the file does not begin with HDF5's signature"
-        raise FooterError(message)
-    _, version, offset_nbytes, length_nbytes, flags, base, _, end, _ = _SUPERBLOCK.unpack(block)
-    if version not in (2, 3) or (offset_nbytes, length_nbytes) != (8, 8):
-        message = (
-            f"the HDF5 superblock has version {version}, archives have 2 or 3; 'h5repack -L' makes "
-            "such a file"
-        )
-        raise FooterError(message)
-    if flags:
-        # HDF5 truncates at its first flush, not on opening: until then the footer is still there.
-        message = "the file is open for writing, or a program crashed that had it open"
-        raise FooterError(message)
-    return int(base + end)
-
-
-def metadata_checksum(
-    file: Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
-) -> int:
-    """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
-
-    With the checksums of the chunks, it covers every byte of the HDF5 part.
-    """
-    order = np.argsort(offsets, kind="stable")
-    starts, stops = offsets[order], offsets[order] + sizes[order]
-    state, position = xxhash.xxh3_64(), 0
-    for start, stop in zip([*starts.tolist(), end], [*stops.tolist(), end], strict=True):
-        while position < start:
-            block = file.read_at(position, min(_BLOCK_NBYTES, start - position))
-            state.update(block)
-            position += len(block)
-        position = max(position, stop)
-    return state.intdigest()
-
-
 class FooterTables:
     """The footer's columns, each read and checked when it is first needed."""
 
@@ -348,24 +335,6 @@ class FooterTables:
             raise FooterError(message) from error
         values.flags.writeable = False
         return values
-
-
-_DIGEST: Final = re.compile("[0-9a-f]{32}")
-# Stands for an object that has no digest, or one that is none and lies with the other attributes.
-_NO_DIGEST: Final = bytes(16)
-
-
-class _Dictionary:
-    """Numbers for values that repeat."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, value: str) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[str]:
-        return list(self._numbers)
 
 
 class FooterBuilder:
@@ -486,11 +455,36 @@ class FooterBuilder:
         return metadata_checksum(hdf5, np.cumsum(gaps + sizes) - sizes, sizes, hdf5.nbytes)
 
 
-# Stays in a core's cache between reading and hashing.
-SPAN_NBYTES: Final = 1 << 20
-# That a thread checks one after the other: handing work over takes as long as hashing 300 kB.
-_SPANS_PER_TASK: Final = 16
-_BETWEEN: Final = -1
+class _Dictionary:
+    """Numbers for values that repeat."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, value: str) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+    def values(self) -> list[str]:
+        return list(self._numbers)
+
+
+def metadata_checksum(
+    file: Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
+) -> int:
+    """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
+
+    With the checksums of the chunks, it covers every byte of the HDF5 part.
+    """
+    order = np.argsort(offsets, kind="stable")
+    starts, stops = offsets[order], offsets[order] + sizes[order]
+    state, position = xxhash.xxh3_64(), 0
+    for start, stop in zip([*starts.tolist(), end], [*stops.tolist(), end], strict=True):
+        while position < start:
+            block = file.read_at(position, min(_BLOCK_NBYTES, start - position))
+            state.update(block)
+            position += len(block)
+        position = max(position, stop)
+    return state.intdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,23 +501,6 @@ class Scan:
 
     damaged: list[int]
     metadata_checksum: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """A part of the file.
-
-    Attributes
-    ----------
-    start, stop
-        Where it lies.
-    pieces
-        What it consists of, in order: a row of the chunk table (or `_BETWEEN`), start and stop.
-    """
-
-    start: int
-    stop: int
-    pieces: list[tuple[int, int, int]]
 
 
 def scan(
@@ -580,32 +557,21 @@ def scan(
     return Scan(sorted(damaged), between.intdigest())
 
 
-class _Buffers(threading.local):
-    """A buffer for every thread, which grows to the largest span."""
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A part of the file.
 
-    def __init__(self) -> None:
-        self._buffer = bytearray(2 * SPAN_NBYTES)
+    Attributes
+    ----------
+    start, stop
+        Where it lies.
+    pieces
+        What it consists of, in order: a row of the chunk table (or `_BETWEEN`), start and stop.
+    """
 
-    def get(self, nbytes: int) -> memoryview:
-        if nbytes > len(self._buffer):
-            self._buffer = bytearray(nbytes)
-        return memoryview(self._buffer)[:nbytes]
-
-
-def _check(
-    file: ByteFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
-) -> tuple[list[int], bytes]:
-    """Rows of a span that are damaged, and its bytes that lie in no chunk."""
-    view = buffers.get(span.stop - span.start)
-    file.read_into(span.start, view)
-    damaged, between = [], []
-    for row, start, stop in span.pieces:
-        piece = view[start - span.start : stop - span.start]
-        if row == _BETWEEN:
-            between.append(bytes(piece))
-        elif chunk_checksum(piece) != int(checksums[row]):
-            damaged.append(row)
-    return damaged, b"".join(between)
+    start: int
+    stop: int
+    pieces: list[tuple[int, int, int]]
 
 
 def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
@@ -631,3 +597,31 @@ def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
             pieces, start = [], position
     if pieces:
         yield _Span(start, position, pieces)
+
+
+def _check(
+    file: ByteFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
+) -> tuple[list[int], bytes]:
+    """Rows of a span that are damaged, and its bytes that lie in no chunk."""
+    view = buffers.get(span.stop - span.start)
+    file.read_into(span.start, view)
+    damaged, between = [], []
+    for row, start, stop in span.pieces:
+        piece = view[start - span.start : stop - span.start]
+        if row == _BETWEEN:
+            between.append(bytes(piece))
+        elif chunk_checksum(piece) != int(checksums[row]):
+            damaged.append(row)
+    return damaged, b"".join(between)
+
+
+class _Buffers(threading.local):
+    """A buffer for every thread, which grows to the largest span."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(2 * SPAN_NBYTES)
+
+    def get(self, nbytes: int) -> memoryview:
+        if nbytes > len(self._buffer):
+            self._buffer = bytearray(nbytes)
+        return memoryview(self._buffer)[:nbytes]

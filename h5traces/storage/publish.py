@@ -231,7 +231,7 @@ def _renameat2(source: Path, target: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         message = f"cannot publish {target} safely: the file system has no hard links"
-        raise OSError(errno.EOPNOTSUPP, f"{message}; use --overwrite")
+        raise OSError(errno.EOPNOTSUPP, f"{message}; pass overwrite=True")
     result = libc.renameat2(
         _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE
     )

@@ -43,7 +43,7 @@ def test_the_commands_run():
     for command in commands:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.output)
-    assert len(h5traces.open("out")) == 40
+    assert len(h5traces.open("extracted")) == 40
 
 
 def test_every_option_that_is_named_exists():

@@ -105,6 +105,6 @@ def test_draws_follow_the_softmax():
 
 
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each not in BATCHING])
-def test_other_families_are_refused_by_name(family):
+def test_other_families_are_rejected_by_name(family):
     with pytest.raises(ExtractionError, match=rf"\({family}\) was not tried in batches"):
         records(shared_model(family), 2)

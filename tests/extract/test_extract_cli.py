@@ -52,10 +52,12 @@ def test_the_command_of_the_readme(tmp_path):
         cwd=ROOT,
     )
     assert re.search(r"out: 40 of 40 samples; [\d.]+ MB in [\d.]+ s, \d+ tokens/s", done.stdout)
-    # What float16 does to small attention weights is told, as 'h5traces convert' tells it.
-    told = re.compile(r"warning: (hidden_states|attentions): \d+ values became 0 and \d+ lost prec")
+    # What float16 does to small attention weights is a warning, as in 'h5traces convert'.
+    expected = re.compile(
+        r"warning: (hidden_states|attentions): \d+ values became 0 and \d+ lost prec"
+    )
     assert done.stderr
-    assert all(told.match(line) for line in done.stderr.splitlines())
+    assert all(expected.match(line) for line in done.stderr.splitlines())
     with h5traces.open(tmp_path / "out") as archive:
         assert len(archive) == 40
         assert archive[0]["hidden_states"][3].shape == (len(archive[0]["tokens"]), 128)

@@ -87,7 +87,7 @@ def test_running_an_extraction_imports_no_estimate():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_dict_of_old():
+def test_the_dict_of_a_pickled_batch():
     model = shared_model("llama")
     found = extract_activations_and_attentions(
         model, tokenizer(), "What is a module?", max_new_tokens=5, question_id="tc_33"
@@ -330,7 +330,7 @@ def without(*names):
         (None, {"generation": {"max_new_tokens": 300}}, "exceeds the 256"),
     ],
 )
-def test_refused(model, options, message):
+def test_rejected(model, options, message):
     chosen = shared_model("llama") if model is None else model()
 
     def try_it():

@@ -95,7 +95,7 @@ forged("overflowing-offsets", filled("chunk_gap", (1 << 63) - 1), error="outside
 forged("negative-chunk-sizes", filled("chunk_nbytes", -8), error="outside the|the index")
 forged("huge-chunk-sizes", filled("chunk_nbytes", 1 << 50), error="outside the file|the index")
 forged("chunk-of-no-bytes", filled("chunk_nbytes", 0), error="outside|cannot hold|checksum")
-forged("no-chunks", filled("object_num_chunks", 0), error="0 chunks are stored, expected|footer")
+forged("no-chunks", filled("object_num_chunks", 0), error="0 chunks are stored, expected|index")
 forged("too-many-chunks", filled("object_num_chunks", 4_000_000_000), error="chunks|the index")
 # validate reads no arrays; verify does.
 forged("wrong-checksums", filled("chunk_checksum", 0), error="checksum does not fit", problem=None)
@@ -116,7 +116,7 @@ def same_chunk(document: dict[str, Any], columns: dict[str, bytes]) -> None:
         columns[name] = found.tobytes()
 
 
-forged("one-chunk-for-all", same_chunk, error="damaged|holds|footer|impossible|escape|UTF-8|hold")
+forged("one-chunk-for-all", same_chunk, error="damaged|holds|index|impossible|escape|UTF-8|hold")
 
 
 def amplified(document: dict[str, Any], columns: dict[str, bytes]) -> None:
@@ -156,22 +156,22 @@ for name, types in {
     forged(f"type-{name}", change, error="type|larger than|the index|chunks")
 
 forged("no-types", key("types", []), error=LIES)
-forged("numbers-as-types", key("types", [1] * 50), error="type|footer")
+forged("numbers-as-types", key("types", [1] * 50), error="type|index")
 forged("types-out-of-range", filled("object_type", 65535), error=LIES)
 forged("codecs-out-of-range", filled("object_codec", 255), error=LIES)
 forged("names-out-of-range", filled("object_name", 4_000_000_000), error=LIES)
 forged("attrs-out-of-range", filled("object_attrs", 4_000_000_000), error=LIES)
-forged("unknown-codec", key("codecs", ["rot13"] * 20), error="codec 'rot13' is unknown|footer")
+forged("unknown-codec", key("codecs", ["rot13"] * 20), error="codec 'rot13' is unknown|index")
 for codec in ("lz4", "blosc2", "bitshuffle-lz4", "bitshuffle-zstd"):
     change = key("codecs", ["", *[codec] * 20])
-    forged(f"codec-{codec}", change, error=f"codec '{codec}' is unknown|footer")
+    forged(f"codec-{codec}", change, error=f"codec '{codec}' is unknown|index")
 # The chunks are zlib streams.
-forged("codec-zstd", key("codecs", ["", *["zstd"] * 20]), error="damaged|cannot hold|footer")
+forged("codec-zstd", key("codecs", ["", *["zstd"] * 20]), error="damaged|cannot hold|index")
 forged("all-names-alike", filled("object_name", 0), error="not stored|index|shape|field")
 forged(
     "duplicate-names",
     raw_column("names_json", b'["a"' + b',"a"' * 99 + b"]"),
-    error="footer|stored",
+    error="index|stored",
 )
 forged("no-names", raw_column("names_json", b"[]"), error=LIES)
 
@@ -186,17 +186,17 @@ def one_sample_more(document: dict[str, Any], columns: dict[str, bytes]) -> None
 forged("one-sample-more", one_sample_more, error="sample 2 is missing, as there are 2")
 forged("no-checksums", raw_column("chunk_checksum", b""), error="index|chunks are stored")
 forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error=LIES)
-forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="footer|stored")
+forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="index|stored")
 forged("names-are-a-number", raw_column("names_json", b"7"), error=LIES)
 forged("attrs-are-numbers", raw_column("attrs_json", b"[1,2,3]"), error=LIES)
 forged("attrs-are-null", raw_column("attrs_json", b"null"), error=LIES)
 forged(
-    "attrs-nest", raw_column("attrs_json", b'[{"a":{"b":[]}}]'), error="footer|encoding|sequence"
+    "attrs-nest", raw_column("attrs_json", b'[{"a":{"b":[]}}]'), error="index|encoding|sequence"
 )
 forged("sample-attrs-are-a-list", raw_column("sample_attrs", b"[" * 2000), error=LIES)
 forged("sample-attrs-of-no-bytes", filled("sample_attrs_nbytes", 0), error=LIES)
 forged("sample-attrs-too-long", filled("sample_attrs_nbytes", 4_000_000_000), error=LIES)
-forged("samples-without-objects", filled("sample_num_objects", 0), error="not stored|footer")
+forged("samples-without-objects", filled("sample_num_objects", 0), error="not stored|index")
 forged("too-many-objects", filled("sample_num_objects", 4_000_000_000), error=LIES)
 
 # --- counts and columns ----------------------------------------------------------------------
@@ -211,7 +211,7 @@ for name, count in {
     # A footer without a directory is not used: no problem, but a note.
     forged(f"{name}-num-samples", key("num_samples", count), error="the index", problem=None)
 forged("column-missing", dropped("chunk_nbytes"), error=LIES)
-forged("columns-empty", filled("chunk_nbytes", 0), error="outside|hold|footer|checksum")
+forged("columns-empty", filled("chunk_nbytes", 0), error="outside|hold|index|checksum")
 for name in ("object_dims", "names_json", "sample_attrs", "sample_num_objects"):
     forged(f"{name}-claims-1-gib", lambda *_: None, claims={name: 1 << 30}, error=LIES)
     forged(f"{name}-claims-2-to-62", lambda *_: None, claims={name: 1 << 62}, error=LIES)
@@ -252,10 +252,10 @@ def root(name: str, error: str, **attrs: Any) -> None:
     forged(f"root-{name}", change, error=error, problem=None)
 
 
-root("format", "no h5traces archive|footer", format=["h5traces"])
-root("nested", "layers|footer", layers={"a": 1})
-root("complete", "not finished|complete|footer", complete=None)
-root("version", "format version|footer", format_version={"1": 0})
+root("format", "no h5traces archive|index", format=["h5traces"])
+root("nested", "layers|index", layers={"a": 1})
+root("complete", "not finished|complete|index", complete=None)
+root("version", "format version|index", format_version={"1": 0})
 forged("kinds-are-a-list", key("kinds", [1]), problem=None)
 forged("kinds-are-numbers", key("kinds", {"hidden_states": 1}), problem=None)
 forged("archive-is-a-list", key("archive", [1]), problem=None)

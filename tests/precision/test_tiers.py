@@ -736,7 +736,7 @@ def test_scales_of_an_archive_that_has_some_cannot_be_replaced(tmp_path: Path) -
     write_batch(tmp_path / "batch.pkl", batch())
     h5traces.convert(tmp_path / "batch.pkl", tmp_path / "exact.h5")
     repack(tmp_path / "exact.h5", tmp_path / "fine.h5", precision="fine")
-    with pytest.raises(PrecisionError, match=r"fine\.h5.*scales of its own.*leave --scales out"):
+    with pytest.raises(PrecisionError, match=r"fine\.h5.*scales of its own.*leave scales out"):
         repack(
             tmp_path / "fine.h5",
             tmp_path / "b.h5",
@@ -790,7 +790,7 @@ def test_scales_without_use_are_refused(tmp_path: Path) -> None:
                 precision=PrecisionOptions(tier=tier, scales=tmp_path / "scales.h5"),
             )
     other = {"precision": PrecisionOptions(tier="fine", scales=tmp_path / "scales.h5")}
-    with pytest.raises(PrecisionError, match="measured on org/Model, the samples are of other/one"):
+    with pytest.raises(PrecisionError, match="on org/Model, the samples come from other/one"):
         h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", model_id="other/one", **other)
     # The same, from a folder.
     h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", model_id="/models/model", **other)

@@ -233,7 +233,7 @@ def test_an_array_of_many_chunks_is_one_request(web: Server, web_folder: Path) -
         trace["attentions"] = []
     make_archive(web_folder, batch, name="chunks.pkl")
     archive = from_web(web, "chunks.h5", remote=RemoteOptions(tail_nbytes=1 << 10))
-    assert len(archive[0].ranges("hidden_states/layer_000")) > 1
+    assert len(archive[0]._stored.ranges("hidden_states/layer_000")) > 1
     web.requests()
     assert archive[0]["hidden_states"][0].shape == (3000, 1024)
     assert len(web.requests()) == 1
@@ -414,7 +414,7 @@ def test_pickles_closes_and_opens_again(remote: Any) -> None:
     assert archive.ids[0] == "q_0_0"
     archive.close()
     assert_same(archive[0].to_dict(), BATCH[0])
-    file = pickle.loads(pickle.dumps(archive[0].byte_file))
+    file = pickle.loads(pickle.dumps(archive[0]._stored.byte_file))
     assert file.read_at(0, 8) == b"\x89HDF\r\n\x1a\n"
 
 
@@ -496,7 +496,7 @@ def test_servers_without_etags(web: Server, web_folder: Path, shelf: Path, versi
     archive = from_web(web)
     assert_same(archive[0].to_dict(), BATCH[0])
     data = bytearray((shelf / "a.h5").read_bytes())
-    offset, nbytes = archive[1].ranges("hidden_states/layer_002")[0]
+    offset, nbytes = archive[1]._stored.ranges("hidden_states/layer_002")[0]
     data[offset + nbytes // 2] ^= 1
     path = web_folder / "a.h5"
     os.utime(path, (1, 1))
@@ -509,7 +509,7 @@ def test_servers_without_etags(web: Server, web_folder: Path, shelf: Path, versi
 def test_an_object_replaced_by_a_smaller_one(remote: Any, shelf: Path) -> None:
     server, opener = remote
     archive = opener(server)
-    offset, nbytes = archive[3].ranges("hidden_states/layer_001")[0]
+    offset, nbytes = archive[3]._stored.ranges("hidden_states/layer_001")[0]
     whole = (shelf / "a.h5").read_bytes()
     replace(server, opener, whole[: offset + nbytes // 2])
     with pytest.raises(CorruptArchiveError, match=r"/samples/00000003.*replaced since"):
@@ -523,7 +523,7 @@ def test_checksums_are_verified(remote: Any, shelf: Path) -> None:
     server, opener = remote
     data = bytearray((shelf / "a.h5").read_bytes())
     with h5traces.open(shelf / "a.h5") as local:
-        offset, nbytes = local[1].ranges("attentions/layer_002")[0]
+        offset, nbytes = local[1]._stored.ranges("attentions/layer_002")[0]
     data[offset + nbytes // 2] ^= 1
     replace(server, opener, bytes(data))
     with pytest.raises(CorruptArchiveError, match=r"a\.h5: /samples/00000001/attentions/layer_002"):

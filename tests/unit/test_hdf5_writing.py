@@ -11,8 +11,7 @@ from h5py import h5o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h5traces.storage import arrays as grid
-from h5traces.storage.arrays import as_bytes, encode_array
+from h5traces.storage.arrays import as_bytes, chunk_offsets, chunk_shape, cut, encode_array
 from h5traces.storage.codecs import CODECS, get_codec
 from h5traces.storage.hdf5.indexes import checksum, checksums
 from h5traces.storage.hdf5.writing import Hdf5Writer
@@ -54,7 +53,7 @@ class Writing:
 
 
 def write_array(writer, path, values, chunk=None, codec="gzip", attrs=None):
-    chunk = chunk or grid.chunk_shape(values.shape, values.dtype.itemsize)
+    chunk = chunk or chunk_shape(values.shape, values.dtype.itemsize)
     encoder = get_codec(codec)
     return writer.write_dataset(
         path,
@@ -63,8 +62,8 @@ def write_array(writer, path, values, chunk=None, codec="gzip", attrs=None):
         chunk=chunk,
         codec=codec,
         chunks=[
-            encoder.encode(as_bytes(grid.cut(values, offset, chunk)), values.dtype.itemsize)
-            for offset in grid.chunk_offsets(values.shape, chunk)
+            encoder.encode(as_bytes(cut(values, offset, chunk)), values.dtype.itemsize)
+            for offset in chunk_offsets(values.shape, chunk)
         ],
         attrs=attrs or {},
     )

@@ -25,8 +25,7 @@ from h5traces.errors import (
 )
 from h5traces.format import layout
 from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
-from h5traces.storage import arrays as grid
-from h5traces.storage.arrays import check_sizes
+from h5traces.storage.arrays import check_sizes, chunk_offsets, chunk_slices
 from h5traces.storage.codecs import ZSTD, codec_of
 from h5traces.storage.deflate import unshuffle
 from h5traces.storage.files import LocalFile
@@ -58,142 +57,6 @@ _FLETCHER32: Final = 3
 _CHECKSUM_NBYTES: Final = 4
 # Stored in the object's header, where a message has at most 64 KiB.
 _MAX_COMPACT_NBYTES: Final = 64 << 10
-
-
-def check_foreign(
-    dataset: h5d.DatasetID, raw_nbytes: int, limits: ReadLimits, file_nbytes: int
-) -> None:
-    """Refuse a dataset whose size is more than its bytes in the file can hold.
-
-    Parameters
-    ----------
-    dataset
-        One that archives never write.
-    raw_nbytes
-        Size of its array, checked already against the limits.
-    limits
-        What the file may ask of its reader.
-    file_nbytes
-        Size of the file.
-
-    Raises
-    ------
-    HostileFileError
-        A size cannot be.
-    CorruptArchiveError
-        Not all of it is stored.
-    """
-    options, stored = dataset.get_create_plist(), dataset.get_storage_size()
-    kind = options.get_layout()
-    if kind != h5d.CHUNKED:
-        offset = dataset.get_offset()
-        if not raw_nbytes:
-            return
-        if kind == h5d.COMPACT and stored == raw_nbytes <= _MAX_COMPACT_NBYTES:
-            return
-        if kind == h5d.CONTIGUOUS and offset is not None and stored == raw_nbytes:
-            if offset + raw_nbytes <= file_nbytes:
-                return
-        message = f"{raw_nbytes} bytes are declared, and not stored in the file"
-        raise HostileFileError(message)
-    chunk_nbytes = math.prod(options.get_chunk()) * dataset.get_type().get_size()
-    if chunk_nbytes > limits.max_chunk_nbytes:
-        message = f"chunks take {chunk_nbytes} bytes; the limit is {limits.max_chunk_nbytes}"
-        raise HostileFileError(message)
-    if stored > file_nbytes:
-        message = f"chunks of {stored} bytes in all lie in a file of {file_nbytes}"
-        raise HostileFileError(message)
-    stored_chunks(dataset, dataset.shape, options.get_chunk(), file_nbytes)
-
-
-def read_foreign(dataset: h5d.DatasetID, dtype: np.dtype[Any], file: ByteFile) -> NDArray[Any]:
-    """The values of a dataset that `check_foreign` let pass.
-
-    Parameters
-    ----------
-    dataset
-        The dataset.
-    dtype
-        The dtype of exactly the bytes that are stored, byte order included.
-    file
-        The bytes of the archive.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Stored bytes are damaged or of the wrong size.
-    """
-    options, shape = dataset.get_create_plist(), dataset.shape
-    values = np.empty(shape, dtype=dtype)
-    if not values.size:
-        return values
-    if options.get_layout() == h5d.COMPACT:
-        dataset.read(h5s.ALL, h5s.ALL, values, mtype=dataset.get_type())
-        return values
-    if options.get_layout() == h5d.CONTIGUOUS:
-        raw = file.read_at(dataset.get_offset(), values.nbytes)
-        return np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
-    chunk, filters = options.get_chunk(), filters_of(options, dtype.itemsize)
-    nbytes = math.prod(chunk) * dtype.itemsize
-    chunks = stored_chunks(dataset, shape, chunk, file.nbytes)
-    for offset, info in zip(grid.chunk_offsets(shape, chunk), chunks, strict=True):
-        stored = file.read_at(info.byte_offset, info.size)
-        raw = _unfiltered(stored, filters, info.filter_mask, nbytes, dtype.itemsize)
-        where = grid.chunk_slices(offset, shape, chunk)
-        part = np.frombuffer(raw, dtype=dtype).reshape(chunk)
-        values[where] = part[tuple(slice(0, each.stop - each.start) for each in where)]
-    return values
-
-
-def _unfiltered(
-    stored: bytes, filters: tuple[Filter, ...], mask: int, nbytes: int, itemsize: int
-) -> bytes:
-    """The `nbytes` raw bytes of a chunk; the mask's bits are of filters that it skipped."""
-    for number, each in reversed(list(enumerate(filters))):
-        if mask >> number & 1:
-            continue
-        if each.filter_id == _FLETCHER32:
-            stored = _without_checksum(stored)
-        elif each.filter_id == _DEFLATE:
-            # A checksum that was made before compression is inflated with the data.
-            stored = _inflated(stored, nbytes + _CHECKSUM_NBYTES)
-        else:
-            # Shuffle: `filters_of` lets no other pass.
-            out = np.empty(len(stored), dtype=np.uint8)
-            unshuffle(np.frombuffer(stored, np.uint8), out, itemsize)
-            stored = out.tobytes()
-    if len(stored) != nbytes:
-        message = f"a chunk holds {len(stored)} bytes, expected {nbytes}"
-        raise CorruptArchiveError(message)
-    return stored
-
-
-def _inflated(stored: bytes, most: int) -> bytes:
-    inflater = zlib.decompressobj()
-    try:
-        raw = inflater.decompress(stored, most + 1)
-    except zlib.error as error:
-        message = f"a chunk is no intact zlib stream: {error}"
-        raise CorruptArchiveError(message) from error
-    if len(raw) > most or not inflater.eof:
-        message = f"a chunk does not inflate to {most} bytes or less"
-        raise CorruptArchiveError(message)
-    return raw
-
-
-def _without_checksum(stored: bytes) -> bytes:
-    """The bytes in front of HDF5's fletcher32, which must be right."""
-    data, checksum = stored[:-_CHECKSUM_NBYTES], stored[-_CHECKSUM_NBYTES:]
-    words = np.frombuffer(data + bytes(len(data) % 2), dtype=">u2").astype(np.int64)
-    weights = np.arange(len(words), 0, -1, dtype=np.int64) % 65535
-    low, high = int(words.sum()) % 65535, int((words * weights).sum()) % 65535
-    found = int.from_bytes(checksum, "little")
-    if (found & 0xFFFF) % 65535 != low or (found >> 16) % 65535 != high:
-        message = "a chunk is damaged: its fletcher32 checksum does not fit"
-        raise CorruptArchiveError(message)
-    return data
-
-
 # What h5py and numpy raise about what a file says; MemoryError where that is a size.
 _LIBRARY_ERRORS = (
     OSError,
@@ -204,37 +67,6 @@ _LIBRARY_ERRORS = (
     ArithmeticError,
     MemoryError,
 )
-
-
-@contextlib.contextmanager
-def translated(place: str) -> Iterator[None]:
-    """Turns h5py's errors, which name neither file nor object, into ours."""
-    try:
-        yield
-    except ArchiveError as error:
-        message = str(error)
-        if message.startswith(place):
-            raise
-        msg = f"{place}: {message}"
-        raise type(error)(msg) from error
-    except _LIBRARY_ERRORS as error:
-        message = f"{place}: HDF5 cannot read it: {error}"
-        raise CorruptArchiveError(message) from error
-
-
-def _cannot_open(path: Path, error: Exception) -> ArchiveError:
-    """What HDF5's refusal means: a file that is open, torn or damaged."""
-    message = (
-        f"{path}: HDF5 cannot open it ({error}): another program has it open for writing, or one "
-        "crashed while it had ('h5clear -s' may help), or it is damaged; restore it from a copy"
-    )
-    return CorruptArchiveError(message)
-
-
-def problem_kind(error: Exception) -> str:
-    """A stable identifier for an error: ``HostileFileError`` is ``hostile_file``."""
-    name = type(error).__name__.removesuffix("Error")
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 class Hdf5Reader:
@@ -395,7 +227,7 @@ class Hdf5Reader:
                 dataset, _ = safety.open_child(dataset, part)
             if entry.codec is None:
                 dtype = file_dtype(dataset.get_type())
-                values = read_foreign(dataset, dtype, self._bytes)
+                values = _read_foreign(dataset, dtype, self._bytes)
                 if dtype.kind != "S":
                     return values.astype(dtype.newbyteorder("<"), copy=False)
                 texts = [null_padded(dataset.get_type(), each) for each in values.ravel().tolist()]
@@ -426,13 +258,13 @@ class Hdf5Reader:
         safety.filters_of(dataset.get_create_plist(), dtype.itemsize)
         entry = ObjectEntry(layout.INDEX_TABLE, {}, f"text:{dtype.itemsize}", shape)
         check_sizes(entry, self._limits, self._nbytes)
-        check_foreign(dataset, entry.raw_nbytes, self._limits, self._nbytes)
-        return read_foreign(dataset, dtype, self._bytes)
+        _check_foreign(dataset, entry.raw_nbytes, self._limits, self._nbytes)
+        return _read_foreign(dataset, dtype, self._bytes)
 
     @contextlib.contextmanager
     def _translated(self, place: str) -> Iterator[None]:
-        """`translated`, and no plugin is looked for meanwhile."""
-        with translated(place), safety.no_plugin_search(allowed=self._limits.search_plugins):
+        """`_translated`, and no plugin is looked for meanwhile."""
+        with _translated(place), safety.no_plugin_search(allowed=self._limits.search_plugins):
             yield
 
     def _attributes(self, location: Any, place: str) -> Attrs:
@@ -461,7 +293,7 @@ class Hdf5Reader:
         for name in safety.link_names(group, left, "objects in the sample"):
             path = f"{prefix}{name}"
             try:
-                with translated(path):
+                with _translated(path):
                     self._visit(walk, group, name, path, depth=depth)
             except ArchiveError as error:
                 if walk.problems is None:
@@ -509,7 +341,7 @@ class Hdf5Reader:
                 entry = ObjectEntry(path, attrs, dtype, shape, chunk, codec, table)
                 check_sizes(entry, self._limits, self._nbytes)
                 return entry
-        check_foreign(dataset, entry.raw_nbytes, self._limits, self._nbytes)
+        _check_foreign(dataset, entry.raw_nbytes, self._limits, self._nbytes)
         return entry
 
 
@@ -520,6 +352,53 @@ class _Walk:
     objects: dict[str, ObjectEntry]
     problems: list[Problem] | None
     addresses: set[int] = field(default_factory=set)
+
+
+def _cannot_open(path: Path, error: Exception) -> ArchiveError:
+    """What HDF5's refusal means: a file that is open, torn or damaged."""
+    message = (
+        f"{path}: HDF5 cannot open it ({error}): another program has it open for writing, or one "
+        "crashed while it had ('h5clear -s' may help), or it is damaged; restore it from a copy"
+    )
+    return CorruptArchiveError(message)
+
+
+@contextlib.contextmanager
+def _translated(place: str) -> Iterator[None]:
+    """Turns h5py's errors, which name neither file nor object, into ours."""
+    try:
+        yield
+    except ArchiveError as error:
+        message = str(error)
+        if message.startswith(place):
+            raise
+        msg = f"{place}: {message}"
+        raise type(error)(msg) from error
+    except _LIBRARY_ERRORS as error:
+        message = f"{place}: HDF5 cannot read it: {error}"
+        raise CorruptArchiveError(message) from error
+
+
+def problem_kind(error: Exception) -> str:
+    """A stable identifier for an error: ``HostileFileError`` is ``hostile_file``."""
+    name = type(error).__name__.removesuffix("Error")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _presentation_problems(dataset: h5d.DatasetID, path: str) -> Iterator[Problem]:
+    """What viewers would show wrongly: pictures without attributes, text of another padding."""
+    kind = layout.KINDS.get(path.partition("/")[0])
+    if kind is not None and kind.image and path.rpartition("/")[2] not in layout.TABLES:
+        for name, value in layout.IMAGE_ATTRS.items():
+            if not h5a.exists(dataset, name.encode()):
+                message = f"the attribute {name!r} is missing, expected {value!r}"
+                yield Problem(path, message, "missing_attribute")
+    type_id = dataset.get_type()
+    if type_id.get_class() == h5t.STRING and (
+        type_id.get_strpad() != h5t.STR_NULLPAD or type_id.get_cset() != h5t.CSET_UTF8
+    ):
+        message = "text is not UTF-8 padded with NUL, which embedded NULs need"
+        yield Problem(path, message, "wrong_type")
 
 
 def _through_hdf5(dataset: h5d.DatasetID, entry: ObjectEntry) -> NDArray[Any]:
@@ -537,17 +416,135 @@ def _through_hdf5(dataset: h5d.DatasetID, entry: ObjectEntry) -> NDArray[Any]:
     return values
 
 
-def _presentation_problems(dataset: h5d.DatasetID, path: str) -> Iterator[Problem]:
-    """What viewers would show wrongly: pictures without attributes, text of another padding."""
-    kind = layout.KINDS.get(path.partition("/")[0])
-    if kind is not None and kind.image and path.rpartition("/")[2] not in layout.TABLES:
-        for name, value in layout.IMAGE_ATTRS.items():
-            if not h5a.exists(dataset, name.encode()):
-                message = f"the attribute {name!r} is missing, expected {value!r}"
-                yield Problem(path, message, "missing_attribute")
-    type_id = dataset.get_type()
-    if type_id.get_class() == h5t.STRING and (
-        type_id.get_strpad() != h5t.STR_NULLPAD or type_id.get_cset() != h5t.CSET_UTF8
-    ):
-        message = "text is not UTF-8 padded with NUL, which embedded NULs need"
-        yield Problem(path, message, "wrong_type")
+def _check_foreign(
+    dataset: h5d.DatasetID, raw_nbytes: int, limits: ReadLimits, file_nbytes: int
+) -> None:
+    """Refuse a dataset whose size is more than its bytes in the file can hold.
+
+    Parameters
+    ----------
+    dataset
+        One that archives never write.
+    raw_nbytes
+        Size of its array, checked already against the limits.
+    limits
+        What the file may ask of its reader.
+    file_nbytes
+        Size of the file.
+
+    Raises
+    ------
+    HostileFileError
+        A size cannot be.
+    CorruptArchiveError
+        Not all of it is stored.
+    """
+    options, stored = dataset.get_create_plist(), dataset.get_storage_size()
+    kind = options.get_layout()
+    if kind != h5d.CHUNKED:
+        offset = dataset.get_offset()
+        if not raw_nbytes:
+            return
+        if kind == h5d.COMPACT and stored == raw_nbytes <= _MAX_COMPACT_NBYTES:
+            return
+        if kind == h5d.CONTIGUOUS and offset is not None and stored == raw_nbytes:
+            if offset + raw_nbytes <= file_nbytes:
+                return
+        message = f"{raw_nbytes} bytes are declared, and not stored in the file"
+        raise HostileFileError(message)
+    chunk_nbytes = math.prod(options.get_chunk()) * dataset.get_type().get_size()
+    if chunk_nbytes > limits.max_chunk_nbytes:
+        message = f"chunks take {chunk_nbytes} bytes; the limit is {limits.max_chunk_nbytes}"
+        raise HostileFileError(message)
+    if stored > file_nbytes:
+        message = f"chunks of {stored} bytes in all lie in a file of {file_nbytes}"
+        raise HostileFileError(message)
+    stored_chunks(dataset, dataset.shape, options.get_chunk(), file_nbytes)
+
+
+def _read_foreign(dataset: h5d.DatasetID, dtype: np.dtype[Any], file: ByteFile) -> NDArray[Any]:
+    """The values of a dataset that `_check_foreign` let pass.
+
+    Parameters
+    ----------
+    dataset
+        The dataset.
+    dtype
+        The dtype of exactly the bytes that are stored, byte order included.
+    file
+        The bytes of the archive.
+
+    Raises
+    ------
+    CorruptArchiveError
+        Stored bytes are damaged or of the wrong size.
+    """
+    options, shape = dataset.get_create_plist(), dataset.shape
+    values = np.empty(shape, dtype=dtype)
+    if not values.size:
+        return values
+    if options.get_layout() == h5d.COMPACT:
+        dataset.read(h5s.ALL, h5s.ALL, values, mtype=dataset.get_type())
+        return values
+    if options.get_layout() == h5d.CONTIGUOUS:
+        raw = file.read_at(dataset.get_offset(), values.nbytes)
+        return np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
+    chunk, filters = options.get_chunk(), filters_of(options, dtype.itemsize)
+    nbytes = math.prod(chunk) * dtype.itemsize
+    chunks = stored_chunks(dataset, shape, chunk, file.nbytes)
+    for offset, info in zip(chunk_offsets(shape, chunk), chunks, strict=True):
+        stored = file.read_at(info.byte_offset, info.size)
+        raw = _unfiltered(stored, filters, info.filter_mask, nbytes, dtype.itemsize)
+        where = chunk_slices(offset, shape, chunk)
+        part = np.frombuffer(raw, dtype=dtype).reshape(chunk)
+        values[where] = part[tuple(slice(0, each.stop - each.start) for each in where)]
+    return values
+
+
+def _unfiltered(
+    stored: bytes, filters: tuple[Filter, ...], mask: int, nbytes: int, itemsize: int
+) -> bytes:
+    """The `nbytes` raw bytes of a chunk; the mask's bits are of filters that it skipped."""
+    for number, each in reversed(list(enumerate(filters))):
+        if mask >> number & 1:
+            continue
+        if each.filter_id == _FLETCHER32:
+            stored = _without_checksum(stored)
+        elif each.filter_id == _DEFLATE:
+            # A checksum that was made before compression is inflated with the data.
+            stored = _inflated(stored, nbytes + _CHECKSUM_NBYTES)
+        else:
+            # Shuffle: `filters_of` lets no other pass.
+            out = np.empty(len(stored), dtype=np.uint8)
+            unshuffle(np.frombuffer(stored, np.uint8), out, itemsize)
+            stored = out.tobytes()
+    if len(stored) != nbytes:
+        message = f"a chunk holds {len(stored)} bytes, expected {nbytes}"
+        raise CorruptArchiveError(message)
+    return stored
+
+
+def _inflated(stored: bytes, most: int) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        raw = inflater.decompress(stored, most + 1)
+    except zlib.error as error:
+        message = f"a chunk is no intact zlib stream: {error}"
+        raise CorruptArchiveError(message) from error
+    if len(raw) > most or not inflater.eof:
+        message = f"a chunk does not inflate to {most} bytes or less"
+        raise CorruptArchiveError(message)
+    return raw
+
+
+def _without_checksum(stored: bytes) -> bytes:
+    """The bytes in front of HDF5's fletcher32, which must be right."""
+    data, checksum = stored[:-_CHECKSUM_NBYTES], stored[-_CHECKSUM_NBYTES:]
+    words = np.frombuffer(data + bytes(len(data) % 2), dtype=">u2").astype(np.int64)
+    weights = np.arange(len(words), 0, -1, dtype=np.int64) % 65535
+    low, high = int(words.sum()) % 65535, int((words * weights).sum()) % 65535
+    found = int.from_bytes(checksum, "little")
+    if (found & 0xFFFF) % 65535 != low or (found >> 16) % 65535 != high:
+        message = "a chunk is damaged: its fletcher32 checksum does not fit"
+        raise CorruptArchiveError(message)
+    return data

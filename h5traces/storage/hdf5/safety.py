@@ -23,7 +23,7 @@ from h5traces.errors import (
     NotAnArchiveError,
 )
 from h5traces.format import layout
-from h5traces.storage import arrays as grid
+from h5traces.storage.arrays import grid_shape
 from h5traces.storage.codecs import FILTER_SHUFFLE, FILTER_ZSTD, Filter, codec_of
 from h5traces.storage.files import open_regular
 
@@ -262,7 +262,7 @@ def stored_chunks(
     CorruptArchiveError
         The stored chunks are not exactly those of the grid.
     """
-    counts = grid.grid_shape(shape, chunk)
+    counts = grid_shape(shape, chunk)
     expected = math.prod(counts)
     if expected * _MIN_INDEX_NBYTES > file_nbytes:
         message = f"{expected} chunks cannot be listed in a file of {file_nbytes} bytes"
