@@ -190,9 +190,7 @@ forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="index
 forged("names-are-a-number", raw_column("names_json", b"7"), error=LIES)
 forged("attrs-are-numbers", raw_column("attrs_json", b"[1,2,3]"), error=LIES)
 forged("attrs-are-null", raw_column("attrs_json", b"null"), error=LIES)
-forged(
-    "attrs-nest", raw_column("attrs_json", b'[{"a":{"b":[]}}]'), error="index|encoding|sequence"
-)
+forged("attrs-nest", raw_column("attrs_json", b'[{"a":{"b":[]}}]'), error="index|encoding|sequence")
 forged("sample-attrs-are-a-list", raw_column("sample_attrs", b"[" * 2000), error=LIES)
 forged("sample-attrs-of-no-bytes", filled("sample_attrs_nbytes", 0), error=LIES)
 forged("sample-attrs-too-long", filled("sample_attrs_nbytes", 4_000_000_000), error=LIES)
