@@ -364,20 +364,13 @@ class _Validation:
 
 
 def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:
-    if (listed.attrs, listed.dtype, listed.shape, listed.chunk, listed.codec) != (
-        stored.attrs,
-        stored.dtype,
-        stored.shape,
-        stored.chunk,
-        stored.codec,
-    ):
-        return False
-    if listed.chunks is None or stored.chunks is None:
-        return listed.chunks is stored.chunks
-    return (listed.chunks.offsets, listed.chunks.sizes) == (
-        stored.chunks.offsets,
-        stored.chunks.sizes,
-    )
+    """Whether two entries agree but for checksums, which only the footer has."""
+
+    def facts(entry: ObjectEntry) -> tuple[object, ...]:
+        extents = entry.chunks and (entry.chunks.offsets, entry.chunks.sizes)
+        return entry.attrs, entry.dtype, entry.shape, entry.chunk, entry.codec, extents
+
+    return facts(listed) == facts(stored)
 
 
 def _sample_problems(

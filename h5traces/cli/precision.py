@@ -113,7 +113,7 @@ def calibrate(
         typer.Argument(metavar="SRC…", help="Archives or batches of one model, globs or folders."),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="SCALES", help="The new file of scales.")
+        str, typer.Option("-o", "--output", metavar="SCALES", help="The new file of scales.")
     ],
     samples: Annotated[
         int, typer.Option("-n", "--samples", metavar="N", min=1, help="Samples to look at.")
@@ -150,7 +150,7 @@ def calibrate(
         print_json(report.as_dict())
     else:
         print_line(
-            f"{'would write' if dry_run else 'wrote'} {output}: {len(report.layers)} layers, "
+            f"{'would write' if dry_run else 'wrote'} {report.path}: {len(report.layers)} layers, "
             f"{report.hidden_size} channels, from {report.num_tokens} tokens of "
             f"{report.num_samples} samples"
         )

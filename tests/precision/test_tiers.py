@@ -790,7 +790,7 @@ def test_scales_without_use_are_refused(tmp_path: Path) -> None:
                 precision=PrecisionOptions(tier=tier, scales=tmp_path / "scales.h5"),
             )
     other = {"precision": PrecisionOptions(tier="fine", scales=tmp_path / "scales.h5")}
-    with pytest.raises(PrecisionError, match="measured on org/Model, the samples are of other/one"):
+    with pytest.raises(PrecisionError, match="on org/Model, the samples come from other/one"):
         h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", model_id="other/one", **other)
     # The same, from a folder.
     h5traces.convert(tmp_path / "batch.pkl", tmp_path / "a.h5", model_id="/models/model", **other)
