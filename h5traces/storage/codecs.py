@@ -51,7 +51,7 @@ class Codec(Protocol):
         """The HDF5 filters, in order of writing, for elements of `itemsize` bytes."""
 
     def accepts(self, filters: tuple[Filter, ...]) -> bool:
-        """Whether chunks behind these filters are ones that `decode` can read."""
+        """Whether `decode` reads chunks that went through these filters."""
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """The stored bytes of a chunk; `raw` is C order, little-endian."""
@@ -108,7 +108,7 @@ class ZstdCodec:
 
     def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
         """Decompress exactly ``len(out)`` bytes and undo the shuffle."""
-        # The frame's own claim comes first: it decides what the library allocates.
+        # Checked first: the library allocates what the frame claims.
         try:
             claimed = zstandard.frame_content_size(stored)
             if claimed != len(out):
@@ -165,7 +165,7 @@ def get_codec(name: str) -> Codec:
 
 
 def codec_of(filters: tuple[Filter, ...]) -> str | None:
-    """The codec that reads chunks behind `filters`; None if there is none."""
+    """The codec that reads chunks of these filters; None if there is none."""
     return next((codec.name for codec in CODECS.values() if codec.accepts(filters)), None)
 
 
@@ -175,7 +175,7 @@ def same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> boo
 
 
 def tools_note(codec: str) -> str | None:
-    """What a user should know of the tools that open archives of this codec; None for gzip."""
+    """Which tools open archives of this codec; None for gzip, which all of them open."""
     if codec == GZIP.name:
         return None
     filters = ", ".join(str(each.filter_id) for each in get_codec(codec).pipeline(2))

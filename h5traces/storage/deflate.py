@@ -3,13 +3,13 @@
 A deflate stream is a chain of blocks, so every byte plane can be coded as suits it, and the pieces
 joined on byte boundaries: noise goes into stored blocks, planes without matches are only Huffman
 coded, the zero runs of causal attentions are coded with the run-length strategy, and repeats with a
-full search. The choice is made from a sample (:mod:`h5traces.storage.deflate`).
+full search. The choice is made from a sample.
 
-Choosing takes a fifth of the time of float16-born hidden states, a quarter of that of bfloat16-born
-ones, which are looked through for repeats at more places, and a tenth of that of attentions.
-``benchmarks/encoder.py`` measures the whole; figures of single steps, here and in
-:mod:`h5traces.storage.deflate`, come from single runs with ISA-L 2.32, zlib-ng 2.3 and numpy 2.4 on
-two shared cores of an AMD EPYC, with synthetic activations of Llama-2-7B's shape.
+Choosing takes a fifth of the time for hidden states that were float16, a quarter for those that
+were bfloat16, where more places are searched for repeats, and a tenth for attentions.
+``benchmarks/encoder.py`` measures the whole; figures of single steps come from single runs with
+ISA-L 2.32, zlib-ng 2.3 and numpy 2.4 on two shared cores of an AMD EPYC, with synthetic activations
+of Llama-2-7B's shape.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def _plans(planes: Bytes) -> list[_Plan]:
     elements_differ = False
     for plane, facts in zip(planes, survey(planes), strict=True):
         plans.append(_plan(plane, facts, elements_differ=elements_differ))
-        # What repeats are whole elements, so one plane without repeats speaks for those behind it.
+        # Whole elements repeat, so one plane without repeats speaks for those after it.
         elements_differ = elements_differ or plans[-1] in (_STORED, _DENSE)
     return plans
 
@@ -512,7 +512,7 @@ def _survey_one(sample: Bytes, histograms: Counts, counts: Counts, times_log: fl
 
 
 def repeats(plane: Bytes, anchor: int) -> float:
-    """Share of the eight-byte strings behind every byte `anchor` that stand twice near each other.
+    """Share of the eight-byte strings after every byte `anchor` that occur twice near each other.
 
     Anchors move with what is repeated, so repeats are found at any distance. Chance does not repeat
     eight bytes of a plane of much entropy; of others it does, so do not ask.
@@ -559,9 +559,9 @@ def inflate(stored: Bytes, out: Bytes, engines: Engines) -> None:
     Parameters
     ----------
     stored
-        A zlib stream (RFC 1950) and nothing behind it.
+        A zlib stream (RFC 1950) and nothing else.
     out
-        Writable bytes; after an error they hold something undefined.
+        Writable bytes; undefined after an error.
     engines
         The libraries to use.
 
@@ -621,7 +621,7 @@ def _copy_stored_blocks(stored: Bytes, out: Bytes) -> tuple[int, int]:
 
 
 def _inflate_blocks(stored: Bytes, position: int, out: Bytes, filled: int, engines: Engines) -> int:
-    """Inflate from `position` on to behind `filled`; where the last block ends."""
+    """Inflate from `position` into `out` after `filled`; where the last block ends."""
     inflater = engines.inflater((stored.size - position) / max(out.size - filled, 1))
     while not inflater.eof:
         if position >= stored.size:

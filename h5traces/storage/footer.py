@@ -1,8 +1,9 @@
-"""The footer: everything needed to read an archive without HDF5, behind the end of the HDF5 part.
+"""The footer: an index that makes an archive readable without HDF5, after the end of its HDF5 part.
 
-It is derived from the HDF5 part and only makes reading fast. HDF5 ignores bytes behind its own
-end on reading, and any open for writing truncates them away, so an edited file loses its footer by
-itself. A footer whose magic, checksums or sizes do not fit is not used. Layout, little-endian::
+It is derived from the HDF5 part and only makes reading fast. HDF5 ignores bytes after its own end
+when it reads, and truncates them when it opens a file for writing, so an edited file loses its
+index. A footer whose magic, checksums or sizes do not fit is not used. Users read of it as the
+index. Layout, little-endian::
 
     columns     one compressed block each
     directory   zlib-compressed JSON: archive attributes, kinds, where the columns lie
@@ -48,8 +49,8 @@ TRAILER_END: Final = struct.Struct("<Q8s")
 TRAILER_NBYTES: Final = TRAILER.size + TRAILER_END.size
 # One read of this size gets trailer and directory of nearly every archive.
 TAIL_NBYTES: Final = 64 << 10
-# A footer tells what the HDF5 part tells, so it cannot be much larger. JSON takes six bytes for
-# what is one byte there, and a digest or a number of every object more than its share.
+# The footer repeats what the HDF5 part says, so it cannot be much larger. JSON may take six bytes
+# for one byte there, and every object has a digest and numbers.
 _MOST_PER_HDF5_BYTE: Final = 8
 _BLOCK_NBYTES: Final = 1 << 20
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
@@ -74,11 +75,11 @@ COLUMNS: Final = {
     "attrs_json": "u1",
 }
 _DIGEST: Final = re.compile("[0-9a-f]{32}")
-# Stands for an object that has no digest, or one that is none and lies with the other attributes.
+# For an object without a valid digest; an invalid one is stored with the other attributes.
 _NO_DIGEST: Final = bytes(16)
-# Stays in a core's cache between reading and hashing.
+# Small enough to stay in a core's cache between reading and hashing.
 SPAN_NBYTES: Final = 1 << 20
-# That a thread checks one after the other: handing work over takes as long as hashing 300 kB.
+# Spans of one task of a thread: starting a task takes as long as hashing 300 kB.
 _SPANS_PER_TASK: Final = 16
 _BETWEEN: Final = -1
 
@@ -123,7 +124,7 @@ class FooterDirectory:
     num_samples, num_objects
         Lengths of the tables.
     has_scales
-        Whether the tables list the objects of ``/scales`` behind those of the last sample.
+        Whether the tables list the objects of ``/scales`` after those of the last sample.
     types, codecs
         Stored types and codecs by number.
     columns
@@ -153,7 +154,7 @@ def read_directory(file: ByteFile) -> FooterDirectory:
     file_nbytes = file.nbytes
     tail_start = max(0, file_nbytes - TAIL_NBYTES)
     if not file.at_hand(tail_start, file_nbytes - tail_start):
-        # The trailer tells how much to ask the server for.
+        # The trailer says how much to request.
         tail_start = max(0, file_nbytes - TRAILER_NBYTES)
     tail = file.read_at(tail_start, file_nbytes - tail_start)
     if len(tail) < TRAILER_NBYTES or tail[-len(MAGIC) :] != MAGIC:
@@ -174,7 +175,7 @@ def read_directory(file: ByteFile) -> FooterDirectory:
             f"bytes, but the file has {file_nbytes}"
         )
         raise FooterError(message)
-    # Far away, this is left to the checksums: every byte that the footer names has one.
+    # On a server this is left to the checksums: every byte that the footer points to has one.
     end_of_hdf5 = hdf5_end(file) if file.at_hand(0, _SUPERBLOCK.size) else hdf5_nbytes
     if end_of_hdf5 != hdf5_nbytes:
         message = f"the index belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
@@ -210,7 +211,7 @@ def hdf5_end(file: ByteFile) -> int:
         )
         raise FooterError(message)
     if flags:
-        # HDF5 truncates at its first flush, not on opening: until then the footer is still there.
+        # HDF5 truncates at its first flush, not on opening: until then the footer is there.
         message = "the file is open for writing, or a program crashed that had it open"
         raise FooterError(message)
     return int(base + end)
@@ -314,7 +315,7 @@ class FooterTables:
         if where is None or where.raw_nbytes < 0 or where.raw_nbytes % dtype.itemsize:
             message = f"the index's column {name} is missing or of a wrong size"
             raise FooterError(message)
-        # Deflate cannot do better than 1032:1, so a larger claim is a lie told to make us allocate.
+        # Deflate cannot do better than 1032:1: more is claimed only to make readers allocate it.
         most = min(1100 * where.nbytes + 64, _MOST_PER_HDF5_BYTE * self._directory.hdf5_nbytes)
         if where.raw_nbytes > most or min(where.offset, where.nbytes) < 0:
             message = f"the index's column {name} claims {where.raw_nbytes} bytes"
@@ -338,7 +339,7 @@ class FooterTables:
 
 
 class FooterBuilder:
-    """Collects what a footer tells, sample by sample, in compact columns."""
+    """Builds a footer, sample by sample, in compact columns."""
 
     def __init__(self) -> None:
         self.num_samples = 0
@@ -358,7 +359,7 @@ class FooterBuilder:
         self.num_samples += 1
 
     def add_scales(self, objects: Iterable[ObjectEntry]) -> None:
-        """Append the scales, behind all samples; paths begin at the root group."""
+        """Append the scales, after all samples; paths begin at the root group."""
         self._add_group({}, objects)
         self._has_scales = True
 
@@ -446,7 +447,7 @@ class FooterBuilder:
             return compact_json(self._names.values()).encode("utf-8", "surrogatepass")
         if name == "attrs_json":
             return f"[{','.join(self._attrs.values())}]".encode("utf-8", "surrogatepass")
-        # array() is in native byte order, and so are all machines that wheels are built for.
+        # array() has the native byte order, which is little-endian wherever there are wheels.
         return self._columns[name].tobytes()
 
     def _metadata_checksum(self, hdf5: Readable) -> int:
@@ -489,7 +490,7 @@ def metadata_checksum(
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a pass over a file found.
+    """Result of comparing all bytes of a file with checksums.
 
     Attributes
     ----------
@@ -587,7 +588,7 @@ def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
                 yield _Span(start, position, pieces)
                 pieces, start = [], position
         if offset < start:
-            # It begins in an earlier span: only in files that are damaged, or made by hand.
+            # It begins in an earlier span, in damaged or handmade files only.
             yield _Span(offset, offset + nbytes, [(row, offset, offset + nbytes)])
             continue
         pieces.append((row, offset, offset + nbytes))

@@ -1,8 +1,8 @@
 """What is checked of HDF5 objects before HDF5 may follow, open or allocate anything for them.
 
-HDF5 follows links out of the file, opens other files for external and virtual storage, looks for
-filter plugins on disk and believes every size it is told. Archives use none of these, which makes
-them easy to refuse.
+HDF5 follows links out of the file, opens other files for external and virtual storage, searches the
+disk for filter plugins and believes every size in the file. Archives need none of these, so all are
+rejected.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _CHECKED_SUPERBLOCKS: Final = (2, 3)
 
 @contextlib.contextmanager
 def no_plugin_search(*, allowed: bool) -> Iterator[None]:
-    """Keeps HDF5 from looking for filter plugins on disk, unless `allowed`.
+    """Keep HDF5 from searching the disk for filter plugins, unless `allowed`.
 
-    Filters that are registered already go on working. The search path belongs to the process, so
+    Filters that are registered already keep working. The search path belongs to the process, so
     h5py's lock is held: no other thread sees it empty.
     """
     if allowed:
@@ -135,7 +135,7 @@ def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:
 
     def add(name: bytes) -> bool | None:
         names.append(name.decode("utf-8", "surrogateescape"))
-        # Anything but None ends the iteration. The group's own count may be a lie.
+        # Anything but None ends the iteration. The group's own count may be wrong.
         return True if len(names) > most else None
 
     if group.get_num_objs() <= most:
@@ -147,12 +147,12 @@ def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:
 
 
 def has_link(group: h5g.GroupID, name: str) -> bool:
-    """Whether a link of that name exists; it is not followed, wherever it leads."""
+    """Whether a link of that name exists; it is not followed."""
     return bool(group.links.exists(name.encode("utf-8", "surrogateescape")))
 
 
 def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
-    """The group or dataset behind a hard link that is the only one to it, and its address.
+    """The group or dataset that only this hard link leads to, and its address.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
 
 
 def open_group(group: h5g.GroupID, name: str) -> h5g.GroupID:
-    """The group behind a hard link that is the only one to it.
+    """The group that only this hard link leads to.
 
     Raises
     ------

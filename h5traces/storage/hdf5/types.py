@@ -75,7 +75,7 @@ def hdf5_type(stored_type: str) -> h5t.TypeID:
 
 
 def stored_type(type_id: h5t.TypeID) -> str:
-    """The stored type behind an HDF5 type, of either byte order.
+    """The stored type of an HDF5 type of either byte order.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def stored_type(type_id: h5t.TypeID) -> str:
     name = number_type(type_id)
     if name is None:
         message = (
-            f"the type is a number of {type_id.get_size()} bytes in a layout of its own; archives "
+            f"the type is a number of {type_id.get_size()} bytes in an unusual layout; archives "
             "hold whole integers, IEEE floats and bfloat16"
         )
         raise CorruptArchiveError(message)
@@ -143,10 +143,10 @@ def is_archives_own(type_id: h5t.TypeID) -> bool:
 
 
 def null_padded(type_id: h5t.TypeID, stored: bytes) -> bytes:
-    """Text of a fixed-length type without what its own padding says is no part of it."""
+    """Text of a fixed-length type without its padding."""
     padding = type_id.get_strpad()
     if padding == h5t.STR_NULLTERM:
-        # Behind the first NUL lies whatever was in memory.
+        # What follows the first NUL is whatever was in memory.
         return stored.partition(b"\0")[0]
     return stored.rstrip(b" ") if padding == h5t.STR_SPACEPAD else stored
 

@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 _DATA = "data"
 _LOG = "ranges"
-# A footer may claim anything; one that is larger is read column by column.
+# A larger footer is read column by column.
 _MOST_HELD_NBYTES: Final = 256 << 20
 
 
 class RemoteFile:
     """The bytes of an object; a `ByteFile`.
 
-    Opening takes one request, for the end of the object. Every later answer must be of the same
-    version and size. Safe for threads; a process that got it by fork or pickling makes connections
-    of its own.
+    Opening takes one request, for the end of the object. Every later answer must have the same
+    version and size. Safe for threads, and for processes that get it by fork or pickling: each
+    makes its own connections.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class RemoteFile:
     FileNotFoundError
         There is no such object.
     RemoteError
-        The server cannot be reached, or refuses.
+        The server cannot be reached, or rejects the request.
     MissingDependencyError
         A library for the protocol is not installed.
     """
@@ -67,7 +67,7 @@ class RemoteFile:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        # What `prefetched` blocks hold, by exactly the ranges that will be read.
+        # Bytes that `prefetched` blocks hold, by range.
         self._fetched: tuple[dict[ByteRange, bytes], ...] = ()
 
     @property
@@ -81,14 +81,14 @@ class RemoteFile:
         return self._total_nbytes
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`; one request, unless they are at hand.
+        """Exactly `nbytes` from `offset`; one request, unless they are in memory.
 
         Raises
         ------
         CorruptArchiveError
             The object ends before, or was replaced since it was opened.
         RemoteError
-            The server cannot be reached, or refuses.
+            The server cannot be reached, or rejects the request.
         """
         wanted = ByteRange(offset, nbytes)
         if not nbytes:
@@ -168,7 +168,7 @@ class RemoteFile:
         try:
             cache.keep(fetched)
         except OSError as error:
-            # A full disk is no reason to stop reading.
+            # Reading goes on when the disk is full.
             self._cache = None
             message = f"{self.name}: the cache cannot be written and is not used: {error}"
             warn(message, StoredStateWarning)
@@ -211,7 +211,7 @@ class RemoteFile:
         return persistently(self.path, self._options.attempts, request)
 
     def close(self) -> None:
-        """Let go of what is in memory; the next read asks the server."""
+        """Drop what is in memory; the next read asks the server."""
         with self._lock:
             self._fetched, self._tail = (), None
 
@@ -233,7 +233,7 @@ class RangeCache:
     path
         Address of the object.
     tail
-        Its last bytes, and what the server said of it.
+        Its last bytes, size and version.
 
     Raises
     ------
@@ -285,7 +285,7 @@ class RangeCache:
         lines = "".join(f"{each.offset} {each.nbytes} {added[each]}\n" for each in added)
         log = os.open(self._folder / _LOG, os.O_WRONLY | os.O_APPEND | flags, 0o666)
         try:
-            # A newline in front, in case that the line before is torn.
+            # The newline comes first, in case the last line is torn.
             os.write(log, f"\n{lines}".encode("ascii"))
         finally:
             os.close(log)
@@ -325,7 +325,7 @@ def list_remote(
     Raises
     ------
     MissingDependencyError, RemoteError, FileNotFoundError
-        As `open_transport`; or the server refuses, or cannot be reached.
+        As `open_transport`; or the server rejects the request, or cannot be reached.
     """
     try:
         from h5traces.storage.remote.filesystems import list_objects
