@@ -106,7 +106,7 @@ def label_problems(
 
 
 def read_sidecar(path: Path) -> FileLabels | None:
-    """The labels in a file; None where there is no such file.
+    """The labels in a file; None if it does not exist.
 
     SchemaError, CorruptArchiveError and UnsupportedVersionError as for an archive.
     """
@@ -118,10 +118,12 @@ def read_sidecar(path: Path) -> FileLabels | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        message = f"{path}: is no JSON ({error}); expected what 'h5traces label' writes"
+        message = f"{path}: is not JSON ({error}); expected what 'h5traces label' writes"
         raise CorruptArchiveError(message) from error
     if not isinstance(document, dict) or document.get("format") != LABELS_FORMAT:
-        message = f"{path}: holds something else than labels; expected what 'h5traces label' writes"
+        message = (
+            f"{path}: holds something other than labels; expected what 'h5traces label' writes"
+        )
         raise CorruptArchiveError(message)
     version = layout.parse_version(str(document.get("format_version")))
     if version is not None and version[0] != layout.FORMAT_MAJOR:

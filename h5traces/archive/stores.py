@@ -65,7 +65,7 @@ class Store(Protocol):
         """Attributes of one sample."""
 
     def scales(self) -> SampleEntry | None:
-        """The objects of ``/scales`` by their paths below the root; None where there are none."""
+        """The objects of ``/scales`` by their paths below the root; None without scales."""
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
@@ -246,7 +246,7 @@ class FooterStore:
     def _list(self, name: str) -> list[Any]:
         document = self._tables.document(name)
         if not isinstance(document, list):
-            message = f"the index's column {name} is no list"
+            message = f"the index's column {name} is not a list"
             raise FooterError(message)
         return document
 
@@ -361,7 +361,7 @@ def _attrs(document: Any) -> Attrs:
     try:
         return attrs_from_json(document)
     except (ValueError, TypeError, AttributeError) as error:
-        message = f"the index holds something else than attributes: {error}"
+        message = f"the index holds something other than attributes: {error}"
         raise FooterError(message) from error
 
 
@@ -376,10 +376,10 @@ def _parse(document: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(document)
     except (ValueError, RecursionError) as error:
-        message = f"the index's sample table is no JSON: {error}"
+        message = f"the index's sample table is not JSON: {error}"
         raise FooterError(message) from error
     if not isinstance(parsed, dict):
-        message = "the index's sample table holds something else than attributes"
+        message = "the index's sample table holds something other than attributes"
         raise FooterError(message)
     return parsed
 

@@ -91,7 +91,7 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
             try:
                 plain[name] = with_tuples(json.loads(value))
             except (ValueError, RecursionError) as error:
-                problem = Problem(name, f"is no JSON: {error}", "bad_json")
+                problem = Problem(name, f"is not JSON: {error}", "bad_json")
                 msg = f"{name} {problem.message}"
                 raise SchemaError(msg, [problem]) from error
         elif form == "bool" and value in (0, 1):

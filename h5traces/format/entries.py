@@ -37,7 +37,7 @@ def carrier_dtype(stored_type: str) -> np.dtype[Any]:
     text = _TEXT_TYPE.match(stored_type)
     if text:
         return np.dtype(f"S{text[1]}")
-    message = f"stored type {stored_type!r} is none that archives hold"
+    message = f"stored type {stored_type!r} cannot be stored in an archive"
     raise UnsupportedEncodingError(message)
 
 

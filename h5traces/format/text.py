@@ -61,7 +61,7 @@ def decode(stored: bytes) -> str:
     try:
         text = stored.rstrip(b"\0").decode("utf-8")
     except UnicodeDecodeError as error:
-        message = f"stored text is no UTF-8: {error}"
+        message = f"stored text is not UTF-8: {error}"
         raise CorruptArchiveError(message) from error
     return unescape(text)
 

@@ -284,7 +284,7 @@ def _decode_array(reader: ElementReader, path: str, attrs: Attrs) -> Any:
     elif dtype.kind in "iuf":
         array = stored.astype(dtype)
     else:
-        message = f"dtype {dtype} is none that archives hold"
+        message = f"dtype {dtype} cannot be stored in an archive"
         raise CorruptArchiveError(message)
     if attrs.get("ndim") == 0:
         array = array.reshape(())

@@ -543,7 +543,7 @@ index_attack("index-of-wide-rows", "larger than|not stored", [("a", "S1000000000
 # --- the file itself -------------------------------------------------------------------------
 
 
-@register(ATTACKS, "is no HDF5 file")
+@register(ATTACKS, "is not an HDF5 file")
 def user_block(path: Path) -> None:
     path.write_bytes(bytes(512) + path.read_bytes())
 

@@ -53,8 +53,8 @@ for where, keys in {
 
 FEATURES = json.dumps([f"feature-{number}" for number in range(50_000)]).encode()
 attribute("50000-required-features", "/", "required_features", FEATURES, "requires feature-0,")
-attribute("features-of-all-types", "/", "required_features", b'[1, "a", null]', "is no list of")
-attribute("features-of-lists", "/", "required_features", b'[["a"]]', "is no list of names")
+attribute("features-of-all-types", "/", "required_features", b'[1, "a", null]', "is not a list of")
+attribute("features-of-lists", "/", "required_features", b'[["a"]]', "is not a list of names")
 attribute(
     "feature-of-6-mb", "/", "required_features", b'["' + b"a" * 6_000_000 + b'"]', "requires a"
 )
