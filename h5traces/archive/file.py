@@ -196,13 +196,7 @@ class ArchiveFile:
             self._warn(f"{layout.sample_path(sample.ordinal)}/{entry.path}: {differs}")
 
     def scale(self, path: str) -> ChannelScale:
-        """The scale of a layer, such as ``hidden_states/layer_005``.
-
-        Raises
-        ------
-        CorruptArchiveError
-            There is none, or what is there is none.
-        """
+        """The scale of a layer such as ``hidden_states/layer_005``; an error without one."""
         # Local, so that a `close` in another thread cannot take them away in between.
         known = self._scales
         if path not in known:
@@ -227,10 +221,7 @@ class ArchiveFile:
     ) -> Iterator[None]:
         """Inside the block, these ranges of some samples are read from memory; on servers only.
 
-        Raises
-        ------
-        RemoteError, CorruptArchiveError
-            They cannot be fetched; the message names the samples.
+        Errors name the samples.
         """
         with contextlib.ExitStack() as fetched:
             file = self.store.file
@@ -361,13 +352,7 @@ def _name(value: object) -> str:
 
 
 def check_version(attrs: Attrs, place: str) -> None:
-    """Raise for an archive that this release cannot read rightly.
-
-    Raises
-    ------
-    UnsupportedVersionError
-        Its major version is newer, or it requires a feature that is unknown here.
-    """
+    """Raise UnsupportedVersionError for a newer major version or an unknown required feature."""
     version = str(attrs.get("format_version", ""))
     found = layout.parse_version(version)
     if found is None or found[0] != layout.FORMAT_MAJOR:

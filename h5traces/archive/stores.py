@@ -197,17 +197,10 @@ class FooterStore:
     def check_bytes(
         self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> tuple[list[int], bool]:
-        """Compare every byte of the file with the footer's checksums.
+        """Compare every byte of the file with the index's checksums.
 
-        Returns
-        -------
-        list of int, bool
-            Rows of the chunk table that are damaged; whether all other bytes are as written.
-
-        Raises
-        ------
-        FooterError
-            A column of the footer is damaged; all of them are read.
+        Returns the damaged rows of the chunk table, and whether all other bytes are as written.
+        FooterError where a column of the index is damaged; all of them are read.
         """
         for name in COLUMNS:
             self._tables.column(name)
@@ -462,13 +455,7 @@ class Hdf5Store:
         return self._names[index]
 
     def check_index(self) -> None:
-        """Read the table of samples, which no reader needs.
-
-        Raises
-        ------
-        CorruptArchiveError
-            It is damaged.
-        """
+        """Read the table of samples, which no reader needs; CorruptArchiveError if damaged."""
         self._hdf5.index_table()
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:

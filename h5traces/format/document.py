@@ -78,12 +78,9 @@ def to_attributes(document: Document) -> Attrs:
 
 
 def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue]) -> AnyDocument:
-    """The document behind `attrs`; other attributes are ignored.
+    """The document that `attrs` hold; other attributes are ignored.
 
-    Raises
-    ------
-    SchemaError
-        A field is missing or has a value that the schema does not allow.
+    SchemaError where a field is missing or has a value that the schema does not allow.
     """
     plain: dict[str, Any] = {}
     for name, form in field_forms(document).items():

@@ -176,9 +176,9 @@ def test_a_rewritten_archive_holds_labels_itself(
         assert new[0].metadata.scores == {"bleurt": 0.1}
         for before, after in zip(old, new, strict=True):
             assert_same(after.to_dict(), {**before.to_dict(), "label": after.metadata.label})
-            for path, entry in before.objects.items():
+            for path, entry in before._stored.objects.items():
                 # Chunks are copied as they are.
-                chunks = after.entry(path).chunks
+                chunks = after._stored.entry(path).chunks
                 assert entry.chunks is None or entry.chunks.checksums == chunks.checksums
     assert validate(target).ok
     assert verify(target, deep=True).ok
