@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 Shape = tuple[int, ...]
-TARGET_NBYTES: Final = 4 << 20
+_TARGET_NBYTES: Final = 4 << 20
 # HDF5's own limit
 MAX_AXES: Final = 32
 # The most raw bytes that a stored byte can stand for in each format, with a margin.
@@ -40,7 +40,7 @@ _MOST_RAW_NBYTES: Final = {
 _STORED: Final = Scratch()
 
 
-def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = TARGET_NBYTES) -> Shape:
+def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = _TARGET_NBYTES) -> Shape:
     """The chunk shape for an array: the whole of a small one, else tiles of nearly equal size.
 
     Parameters

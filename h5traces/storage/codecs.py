@@ -17,7 +17,7 @@ from h5traces.errors import UnsupportedEncodingError
 from h5traces.format.scratch import Scratch
 from h5traces.storage import deflate
 
-FILTER_DEFLATE: Final = 1
+_FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2
 FILTER_ZSTD: Final = 32015
 # What `convert --codec` offers for the layered arrays.
@@ -70,11 +70,11 @@ class DeflateCodec:
     def pipeline(self, itemsize: int) -> tuple[Filter, ...]:
         """Shuffle (where the codec has it) and deflate."""
         steps = (Filter(FILTER_SHUFFLE, (itemsize,)),) if self.shuffle else ()
-        return (*steps, Filter(FILTER_DEFLATE, (6,)))
+        return (*steps, Filter(_FILTER_DEFLATE, (6,)))
 
     def accepts(self, filters: tuple[Filter, ...]) -> bool:
         """Deflate of any level, with shuffle where the codec has it."""
-        return same_filters(filters, self.pipeline(1))
+        return _same_filters(filters, self.pipeline(1))
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One zlib stream of the (shuffled) bytes."""
@@ -98,7 +98,7 @@ class ZstdCodec:
 
     def accepts(self, filters: tuple[Filter, ...]) -> bool:
         """Shuffle and Zstandard of any level."""
-        return same_filters(filters, self.pipeline(1))
+        return _same_filters(filters, self.pipeline(1))
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One Zstandard frame, with its content size, of the shuffled bytes."""
@@ -169,7 +169,7 @@ def codec_of(filters: tuple[Filter, ...]) -> str | None:
     return next((codec.name for codec in CODECS.values() if codec.accepts(filters)), None)
 
 
-def same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
+def _same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
     """Whether two pipelines have the same filters, whatever their parameters."""
     return [each.filter_id for each in found] == [each.filter_id for each in expected]
 

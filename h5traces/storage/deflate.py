@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 _HEADER = b"\x78\x01"  # RFC 1950: deflate, 32 KiB window, no dictionary
-RAW_DEFLATE = -15
+_RAW_DEFLATE = -15
 # A window of 512 bytes leaves few accidental matches: twice as fast as 32 KiB, and 0.2 % smaller.
 _RAW_DEFLATE_SHORT_WINDOW = -9
 _HEADER_NBYTES: Final = 2
@@ -132,7 +132,7 @@ class Engines:
         """
         if self.igzip_lib and (stored_share > _MAX_SHARE_FOR_ZLIB_NG or not self.zlib_ng):
             return self.igzip_lib.IgzipDecompressor(self.igzip_lib.DECOMP_DEFLATE)
-        return (self.zlib_ng or zlib).decompressobj(RAW_DEFLATE)
+        return (self.zlib_ng or zlib).decompressobj(_RAW_DEFLATE)
 
 
 def _import_or_none(name: str) -> Any:
@@ -326,7 +326,7 @@ def _plans(planes: Bytes) -> list[_Plan]:
     return plans
 
 
-def _plan(plane: Bytes, facts: PlaneSurvey, *, elements_differ: bool) -> _Plan:
+def _plan(plane: Bytes, facts: _PlaneSurvey, *, elements_differ: bool) -> _Plan:
     if facts.num_values == 1:
         return _CONSTANT
     if facts.noise:
@@ -345,11 +345,11 @@ def _plan(plane: Bytes, facts: PlaneSurvey, *, elements_differ: bool) -> _Plan:
     return replace(simple, codings=simple.codings + _searches(plane, facts, simple))
 
 
-def _repeats(plane: Bytes, facts: PlaneSurvey) -> bool:
+def _repeats(plane: Bytes, facts: _PlaneSurvey) -> bool:
     return repeats(plane, facts.anchor) > _MIN_REPEATS
 
 
-def _searches(plane: Bytes, facts: PlaneSurvey, simple: _Plan) -> tuple[_Coding, ...]:
+def _searches(plane: Bytes, facts: _PlaneSurvey, simple: _Plan) -> tuple[_Coding, ...]:
     """The codings that find matches, if they win on a part of the plane."""
     start = max(plane.size - _TRIAL, 0) // 2
     trial = plane[start : start + _TRIAL]
@@ -387,9 +387,9 @@ def _deflater(coding: _Coding, mem_level: int) -> Any:
     if isal_zlib and coding is _Coding.DENSE:
         return isal_zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE_SHORT_WINDOW, 9)
     if isal_zlib and coding is _Coding.LONG_SEARCH:
-        return isal_zlib.compressobj(3, zlib.DEFLATED, RAW_DEFLATE, 9)
+        return isal_zlib.compressobj(3, zlib.DEFLATED, _RAW_DEFLATE, 9)
     level, strategy = _setting(coding)
-    return library.compressobj(level, zlib.DEFLATED, RAW_DEFLATE, mem_level, strategy)
+    return library.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, mem_level, strategy)
 
 
 def _setting(coding: _Coding) -> tuple[int, int]:
@@ -425,7 +425,7 @@ def _stored_nbytes(nbytes: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class PlaneSurvey:
+class _PlaneSurvey:
     """What a sample of one byte plane shows.
 
     Attributes
@@ -495,7 +495,7 @@ class PlaneSurvey:
         return others / total * math.log2(gain)
 
 
-def survey(planes: Bytes) -> list[PlaneSurvey]:
+def survey(planes: Bytes) -> list[_PlaneSurvey]:
     """Look at a sample of every plane; the planes must not be empty."""
     sample = _sample(planes)
     histograms = _histograms(sample)
@@ -504,11 +504,13 @@ def survey(planes: Bytes) -> list[PlaneSurvey]:
     return list(map(_survey_one, sample, histograms, counts, times_log))
 
 
-def _survey_one(sample: Bytes, histograms: Counts, counts: Counts, times_log: float) -> PlaneSurvey:
+def _survey_one(
+    sample: Bytes, histograms: Counts, counts: Counts, times_log: float
+) -> _PlaneSurvey:
     num_values = int(np.count_nonzero(counts))
     correction = (num_values - 1) / (2 * math.log(2))
     bits = float(_TIMES_LOG[sample.size]) - times_log + correction
-    return PlaneSurvey(sample, histograms, counts, num_values, bits / sample.size)
+    return _PlaneSurvey(sample, histograms, counts, num_values, bits / sample.size)
 
 
 def repeats(plane: Bytes, anchor: int) -> float:

@@ -48,7 +48,7 @@ TRAILER: Final = struct.Struct("<QQQQQII")
 TRAILER_END: Final = struct.Struct("<Q8s")
 TRAILER_NBYTES: Final = TRAILER.size + TRAILER_END.size
 # One read of this size gets trailer and directory of nearly every archive.
-TAIL_NBYTES: Final = 64 << 10
+_TAIL_NBYTES: Final = 64 << 10
 # The footer repeats what the HDF5 part says, so it cannot be much larger. JSON may take six bytes
 # for one byte there, and every object has a digest and numbers.
 _MOST_PER_HDF5_BYTE: Final = 8
@@ -88,7 +88,7 @@ class FooterError(CorruptArchiveError):
     """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
 
 
-class Readable(Protocol):
+class _Readable(Protocol):
     """Bytes at any offset."""
 
     @property
@@ -100,7 +100,7 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class _Column:
     """Where a column lies, relative to the start of the footer, and its checksum."""
 
     offset: int
@@ -140,7 +140,7 @@ class FooterDirectory:
     has_scales: bool
     types: list[str]
     codecs: list[str]
-    columns: dict[str, Column]
+    columns: dict[str, _Column]
 
 
 def read_directory(file: ByteFile) -> FooterDirectory:
@@ -152,7 +152,7 @@ def read_directory(file: ByteFile) -> FooterDirectory:
         The file has no footer, or one that is damaged or does not belong to its HDF5 part.
     """
     file_nbytes = file.nbytes
-    tail_start = max(0, file_nbytes - TAIL_NBYTES)
+    tail_start = max(0, file_nbytes - _TAIL_NBYTES)
     if not file.at_hand(tail_start, file_nbytes - tail_start):
         # The trailer says how much to request.
         tail_start = max(0, file_nbytes - TRAILER_NBYTES)
@@ -246,7 +246,7 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
             types=[str(each) for each in document["types"]],
             codecs=[str(each) for each in document["codecs"]],
             columns={
-                name: Column(*(int(part) for part in parts))
+                name: _Column(*(int(part) for part in parts))
                 for name, parts in document["columns"].items()
                 if name in COLUMNS
             },
@@ -402,7 +402,7 @@ class FooterBuilder:
             self._next_offset = offset + size
         columns["chunk_checksum"].extend(entry.chunks.checksums)
 
-    def finish(self, hdf5: Readable, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
+    def finish(self, hdf5: _Readable, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
         """The footer's bytes, to be appended to the finished HDF5 part.
 
         Parameters
@@ -450,7 +450,7 @@ class FooterBuilder:
         # array() has the native byte order, which is little-endian wherever there are wheels.
         return self._columns[name].tobytes()
 
-    def _metadata_checksum(self, hdf5: Readable) -> int:
+    def _metadata_checksum(self, hdf5: _Readable) -> int:
         sizes = np.frombuffer(self._columns["chunk_nbytes"], dtype=np.int64)
         gaps = np.frombuffer(self._columns["chunk_gap"], dtype=np.int64)
         return metadata_checksum(hdf5, np.cumsum(gaps + sizes) - sizes, sizes, hdf5.nbytes)
@@ -470,7 +470,7 @@ class _Dictionary:
 
 
 def metadata_checksum(
-    file: Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
+    file: _Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
 ) -> int:
     """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
 

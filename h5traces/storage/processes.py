@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
+_STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def child_environment(**more: str) -> dict[str, str]:
@@ -33,7 +33,7 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def blocked_signals(numbers: Iterable[signal.Signals] = STOPPING) -> Iterator[None]:
+def blocked_signals(numbers: Iterable[signal.Signals] = _STOPPING) -> Iterator[None]:
     """Processes started inside the block never get these signals, not even while they import.
 
     Ctrl-C reaches a whole group of processes; only the parent handles it, and stops the others.
@@ -48,7 +48,7 @@ def blocked_signals(numbers: Iterable[signal.Signals] = STOPPING) -> Iterator[No
 @contextlib.contextmanager
 def handled_signals(
     handler: Callable[[int, FrameType | None, Any], None],
-    numbers: Iterable[signal.Signals] = STOPPING,
+    numbers: Iterable[signal.Signals] = _STOPPING,
 ) -> Iterator[None]:
     """A handler runs for these signals inside the block; it also gets the handler from before.
 
@@ -87,7 +87,7 @@ def deferred_signals() -> Iterator[None]:
     if _is_deferring or threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = {number: signal.getsignal(number) for number in STOPPING}
+    found = {number: signal.getsignal(number) for number in _STOPPING}
     handlers: dict[int, Any] = {
         number: handler for number, handler in found.items() if callable(handler)
     }

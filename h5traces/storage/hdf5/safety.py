@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # deflate, shuffle, fletcher32: what HDF5 itself brings and stock tools put on numbers
-BUILT_IN_FILTERS: Final = frozenset({1, 2, 3})
+_BUILT_IN_FILTERS: Final = frozenset({1, 2, 3})
 # An index of chunks spends at least an address on each.
 _MIN_INDEX_NBYTES: Final = 8
 # signature, version, sizes of offsets and lengths, flags, base address
@@ -240,7 +240,7 @@ def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
     if len(set(numbers)) != len(numbers):
         message = f"the filters {numbers} repeat one another; archives use each at most once"
         raise HostileFileError(message)
-    foreign = set(numbers) - BUILT_IN_FILTERS
+    foreign = set(numbers) - _BUILT_IN_FILTERS
     if foreign:
         message = (
             f"the filters {sorted(foreign)} are none that archives use; expected gzip (1) with or "

@@ -41,7 +41,7 @@ _CLASS_NAMES: Final = {
     h5t.BITFIELD: "a bit field",
     h5t.TIME: "a time",
 }
-MAX_COLUMNS: Final = 256
+_MAX_COLUMNS: Final = 256
 
 
 @lru_cache(maxsize=1024)
@@ -98,7 +98,7 @@ def stored_type(type_id: h5t.TypeID) -> str:
         what = _CLASS_NAMES.get(type_class, f"class {type_class}")
         message = f"the type is {what}; archives hold integers, floats and text only"
         raise HostileFileError(message)
-    name = number_type(type_id)
+    name = _number_type(type_id)
     if name is None:
         message = (
             f"the type is a number of {type_id.get_size()} bytes in an unusual layout; archives "
@@ -108,7 +108,7 @@ def stored_type(type_id: h5t.TypeID) -> str:
     return name
 
 
-def number_type(type_id: h5t.TypeID) -> str | None:
+def _number_type(type_id: h5t.TypeID) -> str | None:
     """The stored type of an integer or float, None where its bits lie otherwise."""
     size = type_id.get_size()
     if type_id.get_order() not in (h5t.ORDER_LE, h5t.ORDER_BE) and size > 1:
@@ -163,8 +163,8 @@ def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
         message = "the type is no plain compound; the table of samples has named columns"
         raise HostileFileError(message)
     count = type_id.get_nmembers()
-    if count > MAX_COLUMNS:
-        message = f"the table has {count} columns; the limit is {MAX_COLUMNS}"
+    if count > _MAX_COLUMNS:
+        message = f"the table has {count} columns; the limit is {_MAX_COLUMNS}"
         raise HostileFileError(message)
     names = [type_id.get_member_name(index).decode() for index in range(count)]
     return np.dtype(
@@ -273,7 +273,7 @@ def _is_readable(attribute: h5a.AttrID) -> bool:
     if type_class not in (h5t.INTEGER, h5t.FLOAT) or shape is None or len(shape) > 1:
         return False
     # HDF5 clips what does not fit into 64 signed bits.
-    return number_type(type_id) not in (None, "uint64", "bfloat16")
+    return _number_type(type_id) not in (None, "uint64", "bfloat16")
 
 
 def _read_value(attribute: h5a.AttrID, name: str, limits: ReadLimits) -> AttrValue:

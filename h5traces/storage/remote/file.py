@@ -205,7 +205,7 @@ class RemoteFile:
         return reply.data
 
     def _transport(self) -> Transport:
-        return open_transport(self.path, self._options)
+        return _open_transport(self.path, self._options)
 
     def _persistently(self, request: Callable[[], Reply]) -> Reply:
         return persistently(self.path, self._options.attempts, request)
@@ -299,7 +299,7 @@ def _key(path: RemotePath, tail: Reply) -> str:
     return digest.hexdigest()
 
 
-def open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
+def _open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
     """The transport for an address in this process.
 
     Raises
@@ -314,7 +314,7 @@ def open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
 
         return transport_for(path, options)
     except ImportError as error:
-        raise missing(path, error) from error
+        raise _missing(path, error) from error
 
 
 def list_remote(
@@ -325,17 +325,17 @@ def list_remote(
     Raises
     ------
     MissingDependencyError, RemoteError, FileNotFoundError
-        As `open_transport`; or the server rejects the request, or cannot be reached.
+        As `_open_transport`; or the server rejects the request, or cannot be reached.
     """
     try:
         from h5traces.storage.remote.filesystems import list_objects
 
         return list_objects(path, suffixes, options)
     except ImportError as error:
-        raise missing(path, error) from error
+        raise _missing(path, error) from error
 
 
-def missing(path: RemotePath, error: ImportError) -> MissingDependencyError:
+def _missing(path: RemotePath, error: ImportError) -> MissingDependencyError:
     """The error for a library that is not installed."""
     return MissingDependencyError(
         f"{path}: reading {path.protocol}:// needs a library that is not installed ({error}); "
