@@ -101,7 +101,7 @@ def check_superblock(path: Path) -> None:
         block = file.read(_SUPERBLOCK.size + _END.size)
         nbytes = file.seek(0, os.SEEK_END)
     if not block.startswith(layout.HDF5_SIGNATURE):
-        message = f"{path}: is no HDF5 file; expected an archive that h5traces wrote"
+        message = f"{path}: is not an HDF5 file; expected an archive that h5traces wrote"
         raise NotAnArchiveError(message)
     if len(block) < _SUPERBLOCK.size + _END.size:
         message = f"{path}: ends within its first {len(block)} bytes; it was truncated"
