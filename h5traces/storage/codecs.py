@@ -150,13 +150,7 @@ CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name.
-
-    Raises
-    ------
-    UnsupportedEncodingError
-        This release knows no such codec.
-    """
+    """The codec of that name."""
     try:
         return CODECS[name]
     except KeyError:
