@@ -320,7 +320,7 @@ class Archive(Sequence[Trace]):
                 sequence = LayerSequence(self[index]._stored, kind, chosen)
                 for position in range(len(sequence)):
                     wanted.append((sequence, position))
-                    nbytes += sum(size for _, size in sequence.ranges(position))
+                    nbytes += sum(size for _, size in sequence._ranges(position))
         with contextlib.ExitStack() as until_closed:
             if nbytes <= _MOST_FETCHED_NBYTES:
                 _fetch(wanted, until_closed)
@@ -374,14 +374,14 @@ def _windows(
     wanted: list[tuple[LayerSequence, int]],
 ) -> Iterator[list[tuple[LayerSequence, int]]]:
     """Parts whose stored bytes may lie in memory at a time; local files need no more than one."""
-    if not any(sequence.is_remote for sequence, _ in wanted):
+    if not any(sequence._trace.is_remote for sequence, _ in wanted):
         yield wanted
         return
     part: list[tuple[LayerSequence, int]] = []
     nbytes = 0
     for sequence, position in wanted:
         part.append((sequence, position))
-        nbytes += sum(size for _, size in sequence.ranges(position))
+        nbytes += sum(size for _, size in sequence._ranges(position))
         if nbytes >= _WINDOW_NBYTES:
             yield part
             part, nbytes = [], 0
@@ -393,10 +393,10 @@ def _fetch(wanted: list[tuple[LayerSequence, int]], until_closed: contextlib.Exi
     ranges: dict[ArchiveFile, list[tuple[int, int]]] = {}
     samples: dict[ArchiveFile, list[int]] = {}
     for sequence, position in wanted:
-        if sequence.is_remote:
-            file = sequence.trace.file
-            ranges.setdefault(file, []).extend(sequence.ranges(position))
-            samples.setdefault(file, []).append(sequence.trace.index)
+        if sequence._trace.is_remote:
+            file = sequence._trace.file
+            ranges.setdefault(file, []).extend(sequence._ranges(position))
+            samples.setdefault(file, []).append(sequence._trace.index)
     if not ranges:
         return
     with ThreadPoolExecutor(min(_FILES_AT_A_TIME, len(ranges))) as pool:
@@ -510,13 +510,7 @@ def shared_metadata(files: Sequence[ArchiveFile]) -> ArchiveMetadata:
 
 
 def inherited_scales(files: Sequence[ArchiveFile]) -> ScaleSet | None:
-    """The scales that stored integers of all files are read with.
-
-    Raises
-    ------
-    ArchiveError
-        Files have different ones, so that their chunks cannot go into one archive.
-    """
+    """The scales that stored integers of all files are read with; ArchiveError if they differ."""
     first: tuple[ArchiveFile, ScaleSet] | None = None
     for file in files:
         found = stored_scales(file.store) if file.num_samples else None

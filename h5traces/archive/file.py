@@ -66,7 +66,7 @@ class ArchiveFile:
     Raises
     ------
     NotAnArchiveError
-        The file is no archive.
+        The file is not an archive.
     RemoteError
         The server cannot be reached, or rejects the request.
     UnsupportedVersionError
@@ -196,13 +196,7 @@ class ArchiveFile:
             self._warn(f"{layout.sample_path(sample.ordinal)}/{entry.path}: {differs}")
 
     def scale(self, path: str) -> ChannelScale:
-        """The scale of a layer, such as ``hidden_states/layer_005``.
-
-        Raises
-        ------
-        CorruptArchiveError
-            There is none, or what is there is none.
-        """
+        """The scale of a layer such as ``hidden_states/layer_005``; an error without one."""
         # Local, so that a `close` in another thread cannot take them away in between.
         known = self._scales
         if path not in known:
@@ -227,10 +221,7 @@ class ArchiveFile:
     ) -> Iterator[None]:
         """Inside the block, these ranges of some samples are read from memory; on servers only.
 
-        Raises
-        ------
-        RemoteError, CorruptArchiveError
-            They cannot be fetched; the message names the samples.
+        Errors name the samples.
         """
         with contextlib.ExitStack() as fetched:
             file = self.store.file
@@ -277,7 +268,7 @@ class ArchiveFile:
             return FooterStore(file, self._limits)
         except FooterError as error:
             if file.read_at(0, min(8, file.nbytes)) != layout.HDF5_SIGNATURE:
-                message = f"{path}: is no HDF5 file, so no h5traces archive"
+                message = f"{path}: is not an HDF5 file, so not an h5traces archive"
                 raise NotAnArchiveError(message) from None
             raise self._needs_footer(error) from error
 
@@ -306,12 +297,12 @@ class ArchiveFile:
     def _not_an_archive(self, store: Store) -> NotAnArchiveError:
         if store.root_attrs.get("format") == layout.SCALES_FORMAT:
             return NotAnArchiveError(
-                f"{self.path}: is a file of scales, which 'h5traces calibrate' wrote, and no "
+                f"{self.path}: is a file of scales, which 'h5traces calibrate' wrote, not an "
                 "archive; pass it as scales"
             )
         return NotAnArchiveError(
-            f"{self.path}: is HDF5, but no h5traces archive: the root attribute 'format' is not "
-            "'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
+            f"{self.path}: is HDF5, but not an h5traces archive: the root attribute 'format' is "
+            "not 'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
         )
 
     def _read_metadata(self, store: Store) -> ArchiveMetadata:
@@ -355,19 +346,13 @@ class ArchiveFile:
 
 def _name(value: object) -> str:
     if not isinstance(value, str):
-        message = f"{value!r} is no name"
+        message = f"{value!r} is not a name"
         raise TypeError(message)
     return value
 
 
 def check_version(attrs: Attrs, place: str) -> None:
-    """Raise for an archive that this release cannot read rightly.
-
-    Raises
-    ------
-    UnsupportedVersionError
-        Its major version is newer, or it requires a feature that is unknown here.
-    """
+    """Raise UnsupportedVersionError for a newer major version or an unknown required feature."""
     version = str(attrs.get("format_version", ""))
     found = layout.parse_version(version)
     if found is None or found[0] != layout.FORMAT_MAJOR:
@@ -380,7 +365,7 @@ def check_version(attrs: Attrs, place: str) -> None:
     try:
         required = {_name(each) for each in json.loads(str(features))}
     except (ValueError, TypeError, RecursionError) as error:
-        message = f"{place}: required_features {str(features)[:80]!r} is no list of names"
+        message = f"{place}: required_features {str(features)[:80]!r} is not a list of names"
         raise CorruptArchiveError(message) from error
     unknown = sorted(required - layout.KNOWN_FEATURES)
     if unknown:

@@ -43,15 +43,7 @@ def sidecar_path(archive: Path | RemotePath, folder: Path | None = None) -> Path
 
 
 class FileLabels:
-    """The labels of the samples of one archive file.
-
-    Parameters
-    ----------
-    sidecar
-        The document.
-    place
-        Where it came from, for messages.
-    """
+    """The labels of the samples of one archive file, and where they came from."""
 
     def __init__(self, sidecar: LabelSidecar, place: str) -> None:
         self.sidecar, self._place = sidecar, place
@@ -74,10 +66,7 @@ class FileLabels:
     def labelled(self, metadata: TraceMetadata, ordinal: int) -> TraceMetadata:
         """A sample's metadata with its label and scores; unchanged without one.
 
-        Raises
-        ------
-        SchemaError
-            The label is of a sample with another id.
+        SchemaError where the label is of a sample with another id.
         """
         row = self._rows.get(ordinal)
         if row is None:
@@ -99,16 +88,9 @@ class FileLabels:
 def label_problems(
     archive: Path, archive_id: str, samples: Sequence[TraceMetadata | None]
 ) -> list[Problem]:
-    """What is wrong with the labels beside an archive; nothing where there are none.
+    """What is wrong with the labels beside an archive, if there are any.
 
-    Parameters
-    ----------
-    archive
-        The file.
-    archive_id
-        Its own.
-    samples
-        Metadata of its samples; None where they are damaged.
+    `samples` are the metadata of its samples; None where they are damaged.
     """
     place = archive.with_name(f"{archive.name}{SIDECAR_SUFFIX}")
     try:
@@ -124,14 +106,9 @@ def label_problems(
 
 
 def read_sidecar(path: Path) -> FileLabels | None:
-    """The labels in a file; None where there is no such file.
+    """The labels in a file; None if it does not exist.
 
-    Raises
-    ------
-    SchemaError, CorruptArchiveError
-        It is no sidecar, or a damaged one.
-    UnsupportedVersionError
-        It was written in a newer format.
+    SchemaError, CorruptArchiveError and UnsupportedVersionError as for an archive.
     """
     try:
         if path.stat().st_size > _MOST_NBYTES:
@@ -141,10 +118,12 @@ def read_sidecar(path: Path) -> FileLabels | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        message = f"{path}: is no JSON ({error}); expected what 'h5traces label' writes"
+        message = f"{path}: is not JSON ({error}); expected what 'h5traces label' writes"
         raise CorruptArchiveError(message) from error
     if not isinstance(document, dict) or document.get("format") != LABELS_FORMAT:
-        message = f"{path}: holds something else than labels; expected what 'h5traces label' writes"
+        message = (
+            f"{path}: holds something other than labels; expected what 'h5traces label' writes"
+        )
         raise CorruptArchiveError(message)
     version = layout.parse_version(str(document.get("format_version")))
     if version is not None and version[0] != layout.FORMAT_MAJOR:

@@ -60,7 +60,7 @@ def open_archive(
     FileNotFoundError
         Nothing matches.
     NotAnArchiveError, CorruptArchiveError, UnsupportedVersionError
-        A file is no archive, is damaged, or is newer than this release.
+        A file is not an archive, is damaged, or is newer than this release.
     ArchiveError
         The files are of different models, or not equally precise.
     LossyArchiveError

@@ -36,20 +36,7 @@ MAX_SCALES_NBYTES: Final = 256 << 20
 
 
 def stored_scale(store: Store, path: str) -> ChannelScale:
-    """The scale of one layer.
-
-    Parameters
-    ----------
-    store
-        The file.
-    path
-        Such as ``hidden_states/layer_005``.
-
-    Raises
-    ------
-    CorruptArchiveError
-        It is missing, or is not what a scale is made of.
-    """
+    """The scale of a layer such as ``hidden_states/layer_005``; an error without one."""
     group = _group(store)
     if group is None:
         message = (
@@ -61,13 +48,7 @@ def stored_scale(store: Store, path: str) -> ChannelScale:
 
 
 def stored_scales(store: Store) -> ScaleSet | None:
-    """All scales of a file, None where it holds none.
-
-    Raises
-    ------
-    CorruptArchiveError
-        One is not whole.
-    """
+    """All scales of a file, None where it holds none; CorruptArchiveError if one is not whole."""
     group = _group(store)
     if group is None:
         return None
@@ -77,12 +58,9 @@ def stored_scales(store: Store) -> ScaleSet | None:
 
 
 def stored_statistics(store: Store) -> Calibration | None:
-    """The statistics in an archive or a file of scales; None without any.
+    """The statistics in an archive or a file of scales, None without any.
 
-    Raises
-    ------
-    CorruptArchiveError
-        An array is missing, or holds what cannot be.
+    CorruptArchiveError where an array is missing, or holds what cannot be.
     """
     group = _group(store)
     if group is None:

@@ -121,7 +121,7 @@ def _layer_ranges(text: str) -> list[tuple[int | None, int | None]]:
         first, dash, end = (each.strip() for each in part.partition("-"))
         bounds = (first, end) if dash else (first, first)
         if not all(each == _LAST or _is_number(each) for each in bounds):
-            message = f"{part.strip()!r} is no layer; {_LAYERS_FORM}"
+            message = f"{part.strip()!r} is not a layer; {_LAYERS_FORM}"
             raise LayerIndexError(message)
         low, high = (None if each == _LAST else int(each) for each in bounds)
         if high is not None and (low is None or low > high):

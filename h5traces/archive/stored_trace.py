@@ -219,7 +219,9 @@ class StoredTrace:
             raise CorruptArchiveError(message)
         if source_dtype is not None:
             if source_dtype not in _INTEGER_TYPES:
-                message = f"{self.place}/tokens: source_dtype {source_dtype!r} is no type"
+                message = (
+                    f"{self.place}/tokens: source_dtype {source_dtype!r} is not an integer type"
+                )
                 raise CorruptArchiveError(message)
             values = values.astype(np.dtype(source_dtype))
         if torch_tensors and attrs.get("container") == "torch":
@@ -317,7 +319,7 @@ def _cast_back(trace: StoredTrace, stored: NDArray[Any], entry: ObjectEntry) -> 
 
 def _float_type(name: object, place: str) -> FloatType:
     if name not in FLOAT_TYPES:
-        message = f"{place}: stored type {name!r} is none of {', '.join(CARRIERS)}"
+        message = f"{place}: stored type {name!r} is not one of {', '.join(CARRIERS)}"
         raise CorruptArchiveError(message)
     return name
 

@@ -65,7 +65,7 @@ class Store(Protocol):
         """Attributes of one sample."""
 
     def scales(self) -> SampleEntry | None:
-        """The objects of ``/scales`` by their paths below the root; None where there are none."""
+        """The objects of ``/scales`` by their paths below the root; None without scales."""
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
@@ -197,17 +197,10 @@ class FooterStore:
     def check_bytes(
         self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> tuple[list[int], bool]:
-        """Compare every byte of the file with the footer's checksums.
+        """Compare every byte of the file with the index's checksums.
 
-        Returns
-        -------
-        list of int, bool
-            Rows of the chunk table that are damaged; whether all other bytes are as written.
-
-        Raises
-        ------
-        FooterError
-            A column of the footer is damaged; all of them are read.
+        Returns the damaged rows of the chunk table, and whether all other bytes are as written.
+        FooterError where a column of the index is damaged; all of them are read.
         """
         for name in COLUMNS:
             self._tables.column(name)
@@ -253,7 +246,7 @@ class FooterStore:
     def _list(self, name: str) -> list[Any]:
         document = self._tables.document(name)
         if not isinstance(document, list):
-            message = f"the index's column {name} is no list"
+            message = f"the index's column {name} is not a list"
             raise FooterError(message)
         return document
 
@@ -368,7 +361,7 @@ def _attrs(document: Any) -> Attrs:
     try:
         return attrs_from_json(document)
     except (ValueError, TypeError, AttributeError) as error:
-        message = f"the index holds something else than attributes: {error}"
+        message = f"the index holds something other than attributes: {error}"
         raise FooterError(message) from error
 
 
@@ -383,10 +376,10 @@ def _parse(document: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(document)
     except (ValueError, RecursionError) as error:
-        message = f"the index's sample table is no JSON: {error}"
+        message = f"the index's sample table is not JSON: {error}"
         raise FooterError(message) from error
     if not isinstance(parsed, dict):
-        message = "the index's sample table holds something else than attributes"
+        message = "the index's sample table holds something other than attributes"
         raise FooterError(message)
     return parsed
 
@@ -462,13 +455,7 @@ class Hdf5Store:
         return self._names[index]
 
     def check_index(self) -> None:
-        """Read the table of samples, which no reader needs.
-
-        Raises
-        ------
-        CorruptArchiveError
-            It is damaged.
-        """
+        """Read the table of samples, which no reader needs; CorruptArchiveError if damaged."""
         self._hdf5.index_table()
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def to_tensor(value: TorchValue) -> Any:
-    """The torch tensor that a stored value stands for.
-
-    Raises
-    ------
-    MissingDependencyError
-        torch is not installed.
-    """
+    """The torch tensor that a stored value stands for; MissingDependencyError without torch."""
     try:
         from h5traces.archive import torch_values
     except ImportError as error:

@@ -12,14 +12,9 @@ if TYPE_CHECKING:
 
 
 def to_tensor(values: NDArray[Any], dtype: str) -> torch.Tensor:
-    """A CPU tensor of the same dtype, shape and bits.
+    """A CPU tensor of the same bits; it shares the memory of values in native byte order.
 
-    Parameters
-    ----------
-    values
-        Of any byte order; the tensor shares the memory of native values.
-    dtype
-        torch's name, such as ``bfloat16``.
+    `dtype` is torch's name, such as ``bfloat16``, whose bits come as uint16.
     """
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
     if dtype == "bfloat16":

@@ -32,7 +32,7 @@ class LayerSequence(Sequence[LayerValue]):
         self._selected = layers
 
     @cached_property
-    def names(self) -> list[str]:
+    def _names(self) -> list[str]:
         """Dataset names, in order of position; the embedding is not part of the list."""
         return [layout.layer_name(layer) for layer in self.layers]
 
@@ -46,11 +46,11 @@ class LayerSequence(Sequence[LayerValue]):
     @property
     def sites(self) -> tuple[str | None, ...]:
         """Where in the model each position was taken: ``block_output`` or ``final_norm``."""
-        sites = (self._trace.attrs(f"{self.kind}/{name}").get("site") for name in self.names)
+        sites = (self._trace.attrs(f"{self.kind}/{name}").get("site") for name in self._names)
         return tuple(None if site is None else str(site) for site in sites)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._names)
 
     @overload
     def __getitem__(self, position: int) -> LayerValue: ...
@@ -60,11 +60,11 @@ class LayerSequence(Sequence[LayerValue]):
         if isinstance(position, slice):
             return self._read_slice(position)
         try:
-            name = self.names[position]
+            name = self._names[position]
         except IndexError:
             message = (
                 f"{self._trace.place}: position {position} of {self.kind} is out of range; "
-                f"{len(self.names)} are stored, layers {list(self.layers)}; "
+                f"{len(self._names)} are stored, layers {list(self.layers)}; "
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
@@ -72,23 +72,13 @@ class LayerSequence(Sequence[LayerValue]):
 
     def _read_slice(self, positions: slice) -> list[LayerValue]:
         numbers = range(len(self))[positions]
-        ranges = (each for number in numbers for each in self.ranges(number))
+        ranges = (each for number in numbers for each in self._ranges(number))
         with self._trace.prefetched(ranges):
-            return [self._read(self.names[number]) for number in numbers]
+            return [self._read(self._names[number]) for number in numbers]
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether the arrays lie on a server."""
-        return self._trace.is_remote
-
-    @property
-    def trace(self) -> StoredTrace:
-        """The trace that the arrays belong to."""
-        return self._trace
-
-    def ranges(self, position: int) -> list[tuple[int, int]]:
+    def _ranges(self, position: int) -> list[tuple[int, int]]:
         """Offset and size of the stored chunks of one array."""
-        found = self._trace.ranges(f"{self.kind}/{self.names[position]}")
+        found = self._trace.ranges(f"{self.kind}/{self._names[position]}")
         tables = (f"{self.kind}/{name}" for name in layout.TABLES)
         for table in tables:
             found += self._trace.ranges(table) if table in self._trace.objects else []
@@ -98,11 +88,11 @@ class LayerSequence(Sequence[LayerValue]):
         value: LayerValue = self._trace.read_layer(self.kind, name)
         return value
 
-    def to_list(self, *, torch_tensors: bool = False) -> list[Any] | tuple[Any, ...]:
+    def _to_list(self, *, torch_tensors: bool = False) -> list[Any] | tuple[Any, ...]:
         """All arrays, in a list or tuple as the source had them."""
         values = [
             self._trace.read_layer(self.kind, name, torch_tensors=torch_tensors)
-            for name in self.names
+            for name in self._names
         ]
         is_tuple = self._trace.attrs(self.kind).get("sequence") == "tuple"
         return tuple(values) if is_tuple else values
@@ -261,7 +251,7 @@ class Trace(Mapping[str, Any]):
             for key in self.fields:
                 value = self._value(key, torch_tensors=torch_tensors)
                 if isinstance(value, LayerSequence):
-                    value = value.to_list(torch_tensors=torch_tensors)
+                    value = value._to_list(torch_tensors=torch_tensors)
                 plain[key] = value
         return plain
 

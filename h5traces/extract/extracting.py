@@ -199,13 +199,7 @@ def _check_finished(
     wanted: Precision,
     report: ExtractionReport,
 ) -> None:
-    """Compare a finished run with the one that was asked for.
-
-    Raises
-    ------
-    ArchiveExistsError
-        The archives are of another run, or lack samples.
-    """
+    """Compare a finished run with the one that was asked for."""
     with open_archive(path) as archive:
         differences = metadata.differences(archive.metadata.extraction)
         precision = archive.metadata.precision or EXACT

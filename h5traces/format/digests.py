@@ -34,14 +34,9 @@ def chunk_checksum(stored: bytes | bytearray | memoryview) -> int:
 
 
 def dataset_digest(stored_type: str, values: NDArray[Any]) -> str:
-    """xxh3-128 over type, shape and little-endian C-order bytes, as 32 hexadecimal digits.
+    """xxh3-128 over stored type, shape and little-endian C-order bytes, as 32 hexadecimal digits.
 
-    Parameters
-    ----------
-    stored_type
-        Name of the stored type, for instance ``float16``; texts are ``text`` whatever their width.
-    values
-        The array; texts as dtype ``S<n>``.
+    Texts, of dtype ``S<n>``, have the type ``text`` whatever their width.
     """
     header = f"{stored_type}{list(values.shape)}\n"
     state = xxhash.xxh3_128(header.encode())
@@ -67,14 +62,9 @@ def _without_users(attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> str:
-    """xxh3-128 over a sample's metadata and, in order of path, its objects.
+    """xxh3-128 over a sample's attributes and, in order of path, those of its objects.
 
-    Parameters
-    ----------
-    metadata
-        Attributes of the sample group; those in `ARCHIVE_RELATIVE` and the users' own are left out.
-    objects
-        For every path in the group: the attributes of a group or dataset, the digest among them.
+    Digests of datasets are among them; `ARCHIVE_RELATIVE` and the users' own (``x_…``) are not.
     """
     content = {name: value for name, value in metadata.items() if name not in ARCHIVE_RELATIVE}
     document = compact_json(
@@ -105,12 +95,7 @@ def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
 def sample_difference(sample: SampleEntry, expected: str | None = None) -> str | None:
     """How a sample, with the digests of its datasets, differs from the one that was written.
 
-    Parameters
-    ----------
-    sample
-        The values of its datasets are compared apart from it.
-    expected
-        Its digest; the stored one by default.
+    `expected` is its digest; the stored one by default.
     """
     if _stored_digest(sample) == (expected or sample.attrs.get(DIGEST)):
         return None

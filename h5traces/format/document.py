@@ -78,12 +78,9 @@ def to_attributes(document: Document) -> Attrs:
 
 
 def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue]) -> AnyDocument:
-    """The document behind `attrs`; other attributes are ignored.
+    """The document that `attrs` hold; other attributes are ignored.
 
-    Raises
-    ------
-    SchemaError
-        A field is missing or has a value that the schema does not allow.
+    SchemaError where a field is missing or has a value that the schema does not allow.
     """
     plain: dict[str, Any] = {}
     for name, form in field_forms(document).items():
@@ -94,7 +91,7 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
             try:
                 plain[name] = with_tuples(json.loads(value))
             except (ValueError, RecursionError) as error:
-                problem = Problem(name, f"is no JSON: {error}", "bad_json")
+                problem = Problem(name, f"is not JSON: {error}", "bad_json")
                 msg = f"{name} {problem.message}"
                 raise SchemaError(msg, [problem]) from error
         elif form == "bool" and value in (0, 1):

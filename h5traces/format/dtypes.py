@@ -82,13 +82,7 @@ class TypedArray:
 
     @classmethod
     def of(cls, values: AnyArray) -> TypedArray:
-        """`values` with the type read off its numpy dtype; any byte order.
-
-        Raises
-        ------
-        ConversionError
-            The dtype is no floating-point type that archives store.
-        """
+        """`values` with the type of their dtype, any byte order; ConversionError for no float."""
         name = values.dtype.name
         if name not in FLOAT_TYPES or values.dtype.kind != "f":
             message = (
@@ -188,12 +182,7 @@ def float32_to_float16(
 ) -> NDArray[np.float16]:
     """The nearest float16 values, ties to even, with numpy's bits and without its warnings.
 
-    Parameters
-    ----------
-    values
-        Any shape and byte order.
-    out
-        C-contiguous, where to; a new array by default.
+    `values` are of any shape and byte order; `out` is C-contiguous, a new array by default.
     """
     values = np.ascontiguousarray(values, dtype="<f4")
     out = np.empty(values.shape, "<f2") if out is None else out

@@ -25,18 +25,10 @@ _INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in 
 
 @cache
 def carrier_dtype(stored_type: str) -> np.dtype[Any]:
-    """The numpy dtype that carries a stored type's bytes.
+    """The numpy dtype that carries the bytes of a stored type.
 
-    Parameters
-    ----------
-    stored_type
-        ``float16``, ``bfloat16``, ``float32``, ``float64``, ``int8`` … ``uint64``, or ``text:<n>``
-        for UTF-8 fields of n bytes.
-
-    Raises
-    ------
-    UnsupportedEncodingError
-        No archive stores that type.
+    Types are ``float16``, ``bfloat16``, ``float32``, ``float64``, ``int8`` … ``uint64``, and
+    ``text:<n>`` for UTF-8 fields of n bytes; UnsupportedEncodingError for others.
     """
     if stored_type in CARRIERS:
         return CARRIERS[stored_type]
@@ -45,7 +37,7 @@ def carrier_dtype(stored_type: str) -> np.dtype[Any]:
     text = _TEXT_TYPE.match(stored_type)
     if text:
         return np.dtype(f"S{text[1]}")
-    message = f"stored type {stored_type!r} is none that archives hold"
+    message = f"stored type {stored_type!r} cannot be stored in an archive"
     raise UnsupportedEncodingError(message)
 
 

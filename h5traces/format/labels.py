@@ -74,7 +74,7 @@ class LabelSidecar(Document):
             message = "ordinals must be strictly ascending"
             raise ValueError(message)
         if self.ordinals and self.ordinals[-1] >= self.num_samples:
-            message = f"ordinal {self.ordinals[-1]} is none of {self.num_samples} samples"
+            message = f"ordinal {self.ordinals[-1]} is not one of {self.num_samples} samples"
             raise ValueError(message)
         if not all(math.isfinite(each) for column in self.scores.values() for each in column):
             message = "scores must be finite numbers"

@@ -121,7 +121,7 @@ _SAMPLE_NAME = re.compile(r"\d{8,}\Z")
 
 
 def parse_version(version: str) -> tuple[int, int] | None:
-    """Major and minor of a format version, None where it is no version."""
+    """Major and minor of a format version, None for other text."""
     found = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version, flags=re.ASCII)
     return (int(found[1]), int(found[2])) if found else None
 

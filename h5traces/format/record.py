@@ -260,13 +260,7 @@ class TraceRecord(BaseModel):
         )
 
     def describe(self) -> TraceDescription:
-        """The record without its numbers, checked.
-
-        Raises
-        ------
-        SchemaError
-            Fields contradict each other; ``problems`` lists how.
-        """
+        """The record without its numbers; SchemaError, with `problems`, where fields contradict."""
         try:
             description = self._description()
         except ValidationError as error:
@@ -331,15 +325,7 @@ def _shape_of(entry: LayerArray) -> tuple[int, ...]:
 
 
 def coverage_of(shapes: dict[str, tuple[int, ...]], num_tokens: int | None) -> Coverage:
-    """What arrays of these shapes cover.
-
-    Parameters
-    ----------
-    shapes
-        One layer's shape by kind, for the kinds that are stored.
-    num_tokens
-        Number of stored tokens, None where tokens are not stored.
-    """
+    """What arrays cover, by one layer's shape of each stored kind; without tokens, None of them."""
     hidden = shapes.get(layout.HIDDEN_STATES)
     weights = shapes.get(layout.ATTENTIONS) or shapes.get(layout.ATTENTION_MEAN)
     length = hidden[0] if hidden else weights[-2] if weights and len(weights) >= 2 else 0

@@ -35,13 +35,7 @@ def escape(text: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """The original of `escape`'s result.
-
-    Raises
-    ------
-    CorruptArchiveError
-        `text` holds the introducer without four upper-case hexadecimal digits after it.
-    """
+    """The original of `escape`'s result; CorruptArchiveError for a broken escape."""
     if INTRODUCER not in text:
         return text
 
@@ -62,26 +56,20 @@ def encode(text: str) -> bytes:
 def decode(stored: bytes) -> str:
     """The string in the bytes of a fixed-length field, with or without its padding.
 
-    Raises
-    ------
-    CorruptArchiveError
-        The bytes are no UTF-8, or hold a broken escape.
+    CorruptArchiveError where they are no UTF-8, or hold a broken escape.
     """
     try:
         text = stored.rstrip(b"\0").decode("utf-8")
     except UnicodeDecodeError as error:
-        message = f"stored text is no UTF-8: {error}"
+        message = f"stored text is not UTF-8: {error}"
         raise CorruptArchiveError(message) from error
     return unescape(text)
 
 
 def encode_all(texts: Sequence[str]) -> np.ndarray:
-    """`texts` as an array of shape ``(len(texts),)`` and dtype ``S<n>``, n at least 1.
+    """`texts` as an array ``(len(texts),)`` of dtype ``S<n>``, n at least 1.
 
-    Raises
-    ------
-    ConversionError
-        They are longer than archives hold.
+    ConversionError where they are longer than archives hold.
     """
     encoded = [encode(text) for text in texts]
     width = max((len(text) for text in encoded), default=1)

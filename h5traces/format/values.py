@@ -87,10 +87,7 @@ class TorchValue:
 def encode_element(path: str, value: Any) -> Iterator[EncodedObject]:
     """The objects that hold `value` below `path`; parents come before children.
 
-    Raises
-    ------
-    ConversionError
-        The value, or one inside it, is of a type that no encoding holds, or nested too deeply.
+    ConversionError where it, or a value inside, has no encoding or is nested too deeply.
     """
     yield from _Encoder().encode(path, value, depth=0)
 
@@ -251,19 +248,8 @@ def _encode_array(
 def decode_element(reader: ElementReader, path: str) -> Any:
     """The value that `encode_element` stored at `path`; torch tensors as `TorchValue`.
 
-    Parameters
-    ----------
-    reader
-        Access to the archive.
-    path
-        Path below the sample's group.
-
-    Raises
-    ------
-    UnsupportedEncodingError
-        The encoding or its version is unknown.
-    CorruptArchiveError
-        The stored values contradict their encoding.
+    UnsupportedEncodingError for an unknown encoding or version; CorruptArchiveError where stored
+    values contradict their encoding.
     """
     attrs = reader.attrs(path)
     name, version = attrs.get(ENCODING), attrs.get(ENCODING_VERSION)
@@ -298,7 +284,7 @@ def _decode_array(reader: ElementReader, path: str, attrs: Attrs) -> Any:
     elif dtype.kind in "iuf":
         array = stored.astype(dtype)
     else:
-        message = f"dtype {dtype} is none that archives hold"
+        message = f"dtype {dtype} cannot be stored in an archive"
         raise CorruptArchiveError(message)
     if attrs.get("ndim") == 0:
         array = array.reshape(())

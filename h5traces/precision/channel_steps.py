@@ -93,23 +93,10 @@ def to_steps(
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Values as numbers of steps, and which of them would not come back within the bound.
 
-    The bound is half of `step` in sigma, for values that are restored in the type of the source
-    and for those that are restored in float32.
-
-    Parameters
-    ----------
-    values
-        float16 or float32 ``(tokens, hidden)``, C-contiguous.
-    scale
-        Of the layer.
-    step
-        In sigma.
-
-    Returns
-    -------
-    tuple
-        The numbers, of the shape of `values`, and flat indices (in C order) of exceptions: what is
-        not finite, or so far away that there is no number for it.
+    The bound is half of `step`, in sigma, for values that are read in the type of the source and
+    for those that are read in float32. `values` are float16 or float32 ``(tokens, hidden)``,
+    C-contiguous. The second result has flat indices (C order) of exceptions: values that are not
+    finite, or so far away that there is no number for them.
     """
     form = StepFormat.of(step)
     stored = np.empty(values.shape, np.dtype(form.dtype).newbyteorder("<"))
@@ -132,15 +119,9 @@ def spread_of(stored: NDArray[Any], step: float) -> float:
     """Mean deviation from the middle, in sigma, of the channels that deviate most.
 
     About 1 where a scale fits. A tenth of the channels is taken, since some may be dead, and up to
-    16 tokens from all over the array, of which massive values count as 4 sigma. As in calibration,
-    a first token does not count.
-
-    Parameters
-    ----------
-    stored
-        What `to_steps` gave: at least one token and one channel.
-    step
-        In sigma.
+    16 tokens from all over the array, where massive values count as 4 sigma. As in calibration, a
+    first token does not count. `stored` is what `to_steps` gave, with a token and a channel at
+    least.
     """
     form = StepFormat.of(step)
     others = stored[1:] if len(stored) > 1 else stored
@@ -215,18 +196,9 @@ def _float32(scratch: Scratch, like: NDArray[Any]) -> NDArray[np.float32]:
 def from_steps(
     stored: NDArray[Any], scale: ChannelScale, zero_point: int, spacing: int, *, as_half: bool
 ) -> NDArray[Any]:
-    """The values that numbers of steps stand for.
+    """The values that numbers of steps, ``(tokens, hidden)``, stand for.
 
-    Parameters
-    ----------
-    stored
-        uint8 or uint16 ``(tokens, hidden)``.
-    scale
-        Of the layer.
-    zero_point, spacing
-        As in `StepFormat`.
-    as_half
-        Whether to round to float16; else float32, which is exact.
+    Rounded to float16 with `as_half`; else float32, which is exact.
     """
     out = np.empty(stored.shape, np.float16 if as_half else np.float32)
     factor, offset = scale.step / np.float32(spacing), scale.offset

@@ -41,13 +41,7 @@ _MOST_QUOTED: Final = 100
 
 
 def is_encoded(attrs: Attrs) -> bool:
-    """Whether stored values have to be decoded.
-
-    Raises
-    ------
-    UnsupportedEncodingError
-        This release does not know how.
-    """
+    """Whether stored values have to be decoded; UnsupportedEncodingError if not known how."""
     name, version = attrs.get("encoding"), attrs.get("encoding_version")
     if name is None:
         return False
@@ -76,10 +70,6 @@ def decode(
 
     Parameters
     ----------
-    stored
-        As it lies in the file.
-    attrs
-        Attributes of its dataset.
     scale
         Gives the scale of a path such as ``/scales/hidden_states/layer_005``.
     exceptions
@@ -110,17 +100,7 @@ def decode(
 
 
 def is_stated(kind: str, attrs: Attrs, precision: Precision) -> bool:
-    """Whether what an array gave up is what its archive says.
-
-    Parameters
-    ----------
-    kind
-        Such as ``hidden_states``.
-    attrs
-        Of an array whose encoding is known.
-    precision
-        Of the archive.
-    """
+    """Whether an array of a kind, of a known encoding, lost what `precision` says."""
     name = attrs["encoding"]
     if name == CHANNEL_STEPS:
         return precision.step is not None and attrs.get("max_error_sigma") == precision.step / 2
@@ -130,15 +110,7 @@ def is_stated(kind: str, attrs: Attrs, precision: Precision) -> bool:
 
 
 def attribute_problems(stored_type: str, attrs: Attrs) -> Iterator[str]:
-    """What is wrong with the attributes of an encoded array, so that it cannot be decoded.
-
-    Parameters
-    ----------
-    stored_type
-        Of the array.
-    attrs
-        Of an array for which `is_encoded` holds.
-    """
+    """Why an array with these attributes, for which `is_encoded` holds, cannot be decoded."""
     name = str(attrs["encoding"])
     restored = attrs.get("restored_dtype")
     if stored_type not in _STORED_TYPES[name] or restored not in _RESTORED_TYPES[name]:

@@ -66,17 +66,7 @@ class EncodedLayer:
 class Encoder:
     """Encodes the arrays of an archive; may be called from many threads.
 
-    Parameters
-    ----------
-    precision
-        How precisely.
-    scales
-        Of the hidden states, where they are stored in steps.
-
-    Raises
-    ------
-    PrecisionError
-        Steps need scales.
+    PrecisionError where hidden states go in steps and there are no `scales`.
     """
 
     def __init__(self, precision: Precision = EXACT, scales: ScaleSet | None = None) -> None:
@@ -88,21 +78,11 @@ class Encoder:
     def encode(
         self, kind: str, name: str, array: TypedArray, *, in_steps: bool = False
     ) -> EncodedLayer:
-        """One layer's array.
+        """One layer's array, such as ``hidden_states`` and ``layer_005``.
 
-        Parameters
-        ----------
-        kind, name
-            Where it lies, such as ``hidden_states`` and ``layer_005``.
-        array
-            As it would be stored exactly: float16, or float32 where float16 does not reach.
-        in_steps
-            Whether generation steps lie side by side in it.
-
-        Raises
-        ------
-        PrecisionError
-            The scale is of another width.
+        `array` comes as the tier ``exact`` would store it: float16, or float32 where float16 does
+        not reach; with `in_steps`, generation steps lie side by side in it. PrecisionError where
+        its scale is of another width.
         """
         precision = self.precision
         reason = "holds generation steps" if in_steps else None

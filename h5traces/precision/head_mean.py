@@ -27,13 +27,7 @@ _WEIGHTS: Final = Scratch()
 
 @dataclass(frozen=True, slots=True)
 class HeadMean:
-    """The mean of one layer's attention over its heads, computed when it is asked for.
-
-    Attributes
-    ----------
-    attention
-        ``(heads, query, key)``.
-    """
+    """The mean of attention weights ``(heads, query, key)`` over heads, computed when asked for."""
 
     attention: ArraySource
 

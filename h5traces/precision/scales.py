@@ -107,13 +107,6 @@ def channel_scale(statistics: ChannelStatistics, step: float) -> ChannelScale:
     exception. With ``10 + floor(log2(step))`` bits all sums of an offset and some steps have up to
     11 within about two sigma: at 0.02 sigma one value in 5000 becomes an exception instead of one
     in 120, for steps that are 4 % finer on average.
-
-    Parameters
-    ----------
-    statistics
-        Of the layer's channels.
-    step
-        In sigma.
     """
     center = statistics.center.astype(np.float64)
     # Where float16 itself is coarser, its own spacing is the step, and nothing is lost.
@@ -275,10 +268,7 @@ class ChannelAccumulator:
     def add(self, values: NDArray[Any]) -> None:
         """Measure the hidden states of one sample: floats ``(tokens, hidden)``.
 
-        Raises
-        ------
-        PrecisionError
-            They have another width than those before.
+        PrecisionError where they have another width than those before.
         """
         if self._width not in (None, values.shape[1]):
             message = (
@@ -311,13 +301,7 @@ class ChannelAccumulator:
         return usual
 
     def statistics(self) -> ChannelStatistics:
-        """Center and sigma of the tokens measured.
-
-        Raises
-        ------
-        PrecisionError
-            There was no token.
-        """
+        """Center and sigma of the tokens measured; PrecisionError without any."""
         if not self.num_tokens:
             message = (
                 f"there are no tokens to measure; {self.num_not_finite} have values that are not "

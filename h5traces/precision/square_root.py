@@ -26,10 +26,7 @@ _MINUS_ZERO: Final = 0x8000
 def to_levels(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Weights as numbers of levels, and the flat indices of those that are not from 0 to 1.
 
-    Parameters
-    ----------
-    values
-        float16 or float32, any shape, C-contiguous.
+    `values` are float16 or float32, of any shape, C-contiguous.
     """
     if values.dtype.itemsize == 2:
         bits = values.view(np.uint16)
@@ -76,17 +73,10 @@ _MAGNITUDE: Final = np.uint16(0x7FFF)
 
 
 def rounded(values: NDArray[Any], mantissa_bits: int) -> NDArray[Any]:
-    """Values rounded to `mantissa_bits` stored bits, ties to even.
+    """float16 values rounded to `mantissa_bits` of 10 stored bits, ties to even.
 
     The relative error is at most 2^-(mantissa_bits + 1). Subnormal and not finite values stay as
     they are; what would round up to infinity is cut off instead, within the same bound.
-
-    Parameters
-    ----------
-    values
-        float16, any shape, C-contiguous.
-    mantissa_bits
-        Of 10.
     """
     drop = np.uint16(_MANTISSA_BITS - mantissa_bits)
     unit = np.uint16(1 << int(drop))

@@ -1,1 +1,1 @@
-"""Bytes: HDF5, codecs, chunks and the footer."""
+"""Bytes and files: codecs, chunks, HDF5, the index (footer), and files on servers."""

@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 
 
 Shape = tuple[int, ...]
-TARGET_NBYTES: Final = 4 << 20
+_TARGET_NBYTES: Final = 4 << 20
 # HDF5's own limit
 MAX_AXES: Final = 32
-# Raw bytes that a stored byte can stand for: what the formats allow at most, and a little.
+# The most raw bytes that a stored byte can stand for in each format, with a margin.
 _MOST_RAW_NBYTES: Final = {
     "gzip": 1040,
     "deflate": 1040,
     "zstd": 33_000,
 }
-# Stored bytes of the chunk that is being read.
+# For the stored bytes of the chunk that a thread reads.
 _STORED: Final = Scratch()
 
 
-def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = TARGET_NBYTES) -> Shape:
-    """The chunk shape for an array: whole where it is small, else tiles of nearly equal size.
+def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = _TARGET_NBYTES) -> Shape:
+    """The chunk shape for an array: the whole of a small one, else tiles of nearly equal size.
 
     Parameters
     ----------
     shape
-        Shape of the array; axes of length 0 count as 1, as HDF5 wants chunk axes of at least 1.
+        Shape of the array; axes of length 0 count as 1, since HDF5's chunks have no such axes.
     itemsize
         Bytes per element.
     target_nbytes
@@ -140,19 +140,13 @@ def as_bytes(values: NDArray[Any]) -> memoryview:
 
 
 def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArray[Any]:
-    """The dataset's values, in its carrier dtype: a new, writable, C-contiguous array.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Sizes, a checksum, or the inflated bytes do not fit.
-    """
+    """The dataset's values, in its carrier dtype: a new, writable, C-contiguous array."""
     check_sizes(entry, limits, file.nbytes)
     return read_checked_array(file, entry)
 
 
 def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
-    """What `read_array` gives, of an entry that went through `check_sizes` before."""
+    """As `read_array`, for an entry that `check_sizes` accepted before."""
     if entry.chunks is None or entry.codec is None:
         message = f"{entry.path} cannot be read without the HDF5 library"
         raise CorruptArchiveError(message)
@@ -181,18 +175,12 @@ def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec
 
 
 def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
-    """The stored bytes of one chunk, checked against their checksum where there is one.
-
-    Raises
-    ------
-    CorruptArchiveError
-        The checksum does not fit, or the file ends before the chunk does.
-    """
+    """The stored bytes of one chunk, compared with their checksum where there is one."""
     return bytes(_read_stored(file, entry, number))
 
 
 def _read_stored(file: ByteFile, entry: ObjectEntry, number: int) -> memoryview:
-    """As `read_chunk`, in memory that the thread's next call uses again."""
+    """As `read_chunk`, in memory that the thread's next call reuses."""
     table = entry.chunks
     assert table is not None
     stored = _STORED.take(table.sizes[number]).data
@@ -217,17 +205,9 @@ def _decode(
 
 
 def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> None:
-    """Refuse an entry whose claims do not fit the file, before anything is allocated for it.
-
-    Raises
-    ------
-    HostileFileError
-        A size exceeds `limits`, or what deflate could have made of it.
-    CorruptArchiveError
-        The chunk table does not fit the shape, or points outside the file.
-    """
+    """Refuse an entry whose claims do not fit the file, before anything is allocated for it."""
     shape, chunk = entry.shape, entry.chunk
-    # Filters and chunks take no scalars.
+    # HDF5 neither chunks nor filters scalars.
     is_chunked = bool(chunk) or entry.chunks is not None
     if len(shape) > MAX_AXES or (is_chunked and not 0 < len(chunk) == len(shape)):
         message = f"shape {shape} with chunks {chunk} is impossible"
@@ -236,7 +216,7 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
         message = f"shape {shape} with chunks {chunk} is impossible"
         raise CorruptArchiveError(message)
     itemsize = _itemsize(entry.dtype, limits)
-    # Axes of length 0 must not hide what the others claim: indexes run over those too.
+    # Axes of length 0 count as 1: indexes still run over the other axes.
     raw_nbytes = math.prod(max(1, length) for length in shape) * itemsize
     if raw_nbytes > limits.max_array_nbytes:
         message = f"shape {shape} takes {raw_nbytes} bytes; the limit is {limits.max_array_nbytes}"
@@ -259,7 +239,7 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
 
 
 def _itemsize(stored_type: str, limits: ReadLimits) -> int:
-    # numpy has no text type of 2 GiB.
+    # numpy has no text types of 2 GiB and more.
     if stored_type.startswith("text:") and stored_type[5:].isdecimal():
         width = int(stored_type[5:14])
         if len(stored_type) > 14 or width > limits.max_chunk_nbytes:
@@ -269,7 +249,7 @@ def _itemsize(stored_type: str, limits: ReadLimits) -> int:
 
 
 def _check_chunks(table: ChunkTable, raw_nbytes: int, most: int | None, file_nbytes: int) -> None:
-    """Whether every chunk lies in the file and has a size that its codec can give.
+    """Check that every chunk lies in the file and has a size that its codec can produce.
 
     Parameters
     ----------
@@ -278,12 +258,12 @@ def _check_chunks(table: ChunkTable, raw_nbytes: int, most: int | None, file_nby
     raw_nbytes
         Raw bytes of each.
     most
-        Raw bytes that the codec makes of one stored byte at most; None where there is no bound.
+        The most raw bytes per stored byte of the codec; None where there is no bound.
     file_nbytes
         Size of the file.
     """
     smallest = max(1, raw_nbytes // most) if most else 1
-    # No codec makes much more of what it cannot compress.
+    # Data that no codec can compress grow little.
     largest = raw_nbytes + raw_nbytes // 100 + 1024
     for offset, size in zip(table.offsets, table.sizes, strict=True):
         if not 0 < offset <= offset + size <= file_nbytes:

@@ -17,7 +17,7 @@ from h5traces.errors import UnsupportedEncodingError
 from h5traces.format.scratch import Scratch
 from h5traces.storage import deflate
 
-FILTER_DEFLATE: Final = 1
+_FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2
 FILTER_ZSTD: Final = 32015
 # What `convert --codec` offers for the layered arrays.
@@ -51,7 +51,7 @@ class Codec(Protocol):
         """The HDF5 filters, in order of writing, for elements of `itemsize` bytes."""
 
     def accepts(self, filters: tuple[Filter, ...]) -> bool:
-        """Whether chunks behind these filters are ones that `decode` can read."""
+        """Whether `decode` reads chunks that went through these filters."""
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """The stored bytes of a chunk; `raw` is C order, little-endian."""
@@ -70,11 +70,11 @@ class DeflateCodec:
     def pipeline(self, itemsize: int) -> tuple[Filter, ...]:
         """Shuffle (where the codec has it) and deflate."""
         steps = (Filter(FILTER_SHUFFLE, (itemsize,)),) if self.shuffle else ()
-        return (*steps, Filter(FILTER_DEFLATE, (6,)))
+        return (*steps, Filter(_FILTER_DEFLATE, (6,)))
 
     def accepts(self, filters: tuple[Filter, ...]) -> bool:
         """Deflate of any level, with shuffle where the codec has it."""
-        return same_filters(filters, self.pipeline(1))
+        return _same_filters(filters, self.pipeline(1))
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One zlib stream of the (shuffled) bytes."""
@@ -98,7 +98,7 @@ class ZstdCodec:
 
     def accepts(self, filters: tuple[Filter, ...]) -> bool:
         """Shuffle and Zstandard of any level."""
-        return same_filters(filters, self.pipeline(1))
+        return _same_filters(filters, self.pipeline(1))
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One Zstandard frame, with its content size, of the shuffled bytes."""
@@ -108,7 +108,7 @@ class ZstdCodec:
 
     def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
         """Decompress exactly ``len(out)`` bytes and undo the shuffle."""
-        # The frame's own claim comes first: it decides what the library allocates.
+        # Checked first: the library allocates what the frame claims.
         try:
             claimed = zstandard.frame_content_size(stored)
             if claimed != len(out):
@@ -150,13 +150,7 @@ CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name.
-
-    Raises
-    ------
-    UnsupportedEncodingError
-        This release knows no such codec.
-    """
+    """The codec of that name."""
     try:
         return CODECS[name]
     except KeyError:
@@ -165,17 +159,17 @@ def get_codec(name: str) -> Codec:
 
 
 def codec_of(filters: tuple[Filter, ...]) -> str | None:
-    """The codec that reads chunks behind `filters`; None if there is none."""
+    """The codec that reads chunks of these filters; None if there is none."""
     return next((codec.name for codec in CODECS.values() if codec.accepts(filters)), None)
 
 
-def same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
+def _same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
     """Whether two pipelines have the same filters, whatever their parameters."""
     return [each.filter_id for each in found] == [each.filter_id for each in expected]
 
 
 def tools_note(codec: str | None) -> str | None:
-    """What a user should know of the tools that open archives of this codec; None for gzip."""
+    """Which tools open archives of this codec; None for gzip, which all of them open."""
     if codec in (None, GZIP.name):
         return None
     filters = ", ".join(str(each.filter_id) for each in get_codec(codec).pipeline(2))

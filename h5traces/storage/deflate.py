@@ -3,13 +3,13 @@
 A deflate stream is a chain of blocks, so every byte plane can be coded as suits it, and the pieces
 joined on byte boundaries: noise goes into stored blocks, planes without matches are only Huffman
 coded, the zero runs of causal attentions are coded with the run-length strategy, and repeats with a
-full search. The choice is made from a sample (:mod:`h5traces.storage.deflate`).
+full search. The choice is made from a sample.
 
-Choosing takes a fifth of the time of float16-born hidden states, a quarter of that of bfloat16-born
-ones, which are looked through for repeats at more places, and a tenth of that of attentions.
-``benchmarks/encoder.py`` measures the whole; figures of single steps, here and in
-:mod:`h5traces.storage.deflate`, come from single runs with ISA-L 2.32, zlib-ng 2.3 and numpy 2.4 on
-two shared cores of an AMD EPYC, with synthetic activations of Llama-2-7B's shape.
+Choosing takes a fifth of the time for hidden states that were float16, a quarter for those that
+were bfloat16, where more places are searched for repeats, and a tenth for attentions.
+``benchmarks/encoder.py`` measures the whole; figures of single steps come from single runs with
+ISA-L 2.32, zlib-ng 2.3 and numpy 2.4 on two shared cores of an AMD EPYC, with synthetic activations
+of Llama-2-7B's shape.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 _HEADER = b"\x78\x01"  # RFC 1950: deflate, 32 KiB window, no dictionary
-RAW_DEFLATE = -15
+_RAW_DEFLATE = -15
 # A window of 512 bytes leaves few accidental matches: twice as fast as 32 KiB, and 0.2 % smaller.
 _RAW_DEFLATE_SHORT_WINDOW = -9
 _HEADER_NBYTES: Final = 2
@@ -132,7 +132,7 @@ class Engines:
         """
         if self.igzip_lib and (stored_share > _MAX_SHARE_FOR_ZLIB_NG or not self.zlib_ng):
             return self.igzip_lib.IgzipDecompressor(self.igzip_lib.DECOMP_DEFLATE)
-        return (self.zlib_ng or zlib).decompressobj(RAW_DEFLATE)
+        return (self.zlib_ng or zlib).decompressobj(_RAW_DEFLATE)
 
 
 def _import_or_none(name: str) -> Any:
@@ -172,12 +172,6 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
     """Inflate a stored chunk and unshuffle it into `out`, whose size the stream must have.
 
     No more than ``len(out) + 1`` bytes are ever inflated.
-
-    Raises
-    ------
-    ValueError
-        The stream is damaged, cut off, followed by other bytes, or not of the size of `out`.
-        `out` is left as it was.
     """
     target = _as_bytes(out)
     if not target.flags.writeable:
@@ -321,12 +315,12 @@ def _plans(planes: Bytes) -> list[_Plan]:
     elements_differ = False
     for plane, facts in zip(planes, survey(planes), strict=True):
         plans.append(_plan(plane, facts, elements_differ=elements_differ))
-        # What repeats are whole elements, so one plane without repeats speaks for those behind it.
+        # Whole elements repeat, so one plane without repeats speaks for those after it.
         elements_differ = elements_differ or plans[-1] in (_STORED, _DENSE)
     return plans
 
 
-def _plan(plane: Bytes, facts: PlaneSurvey, *, elements_differ: bool) -> _Plan:
+def _plan(plane: Bytes, facts: _PlaneSurvey, *, elements_differ: bool) -> _Plan:
     if facts.num_values == 1:
         return _CONSTANT
     if facts.noise:
@@ -345,11 +339,11 @@ def _plan(plane: Bytes, facts: PlaneSurvey, *, elements_differ: bool) -> _Plan:
     return replace(simple, codings=simple.codings + _searches(plane, facts, simple))
 
 
-def _repeats(plane: Bytes, facts: PlaneSurvey) -> bool:
+def _repeats(plane: Bytes, facts: _PlaneSurvey) -> bool:
     return repeats(plane, facts.anchor) > _MIN_REPEATS
 
 
-def _searches(plane: Bytes, facts: PlaneSurvey, simple: _Plan) -> tuple[_Coding, ...]:
+def _searches(plane: Bytes, facts: _PlaneSurvey, simple: _Plan) -> tuple[_Coding, ...]:
     """The codings that find matches, if they win on a part of the plane."""
     start = max(plane.size - _TRIAL, 0) // 2
     trial = plane[start : start + _TRIAL]
@@ -387,9 +381,9 @@ def _deflater(coding: _Coding, mem_level: int) -> Any:
     if isal_zlib and coding is _Coding.DENSE:
         return isal_zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE_SHORT_WINDOW, 9)
     if isal_zlib and coding is _Coding.LONG_SEARCH:
-        return isal_zlib.compressobj(3, zlib.DEFLATED, RAW_DEFLATE, 9)
+        return isal_zlib.compressobj(3, zlib.DEFLATED, _RAW_DEFLATE, 9)
     level, strategy = _setting(coding)
-    return library.compressobj(level, zlib.DEFLATED, RAW_DEFLATE, mem_level, strategy)
+    return library.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, mem_level, strategy)
 
 
 def _setting(coding: _Coding) -> tuple[int, int]:
@@ -425,7 +419,7 @@ def _stored_nbytes(nbytes: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class PlaneSurvey:
+class _PlaneSurvey:
     """What a sample of one byte plane shows.
 
     Attributes
@@ -495,7 +489,7 @@ class PlaneSurvey:
         return others / total * math.log2(gain)
 
 
-def survey(planes: Bytes) -> list[PlaneSurvey]:
+def survey(planes: Bytes) -> list[_PlaneSurvey]:
     """Look at a sample of every plane; the planes must not be empty."""
     sample = _sample(planes)
     histograms = _histograms(sample)
@@ -504,15 +498,17 @@ def survey(planes: Bytes) -> list[PlaneSurvey]:
     return list(map(_survey_one, sample, histograms, counts, times_log))
 
 
-def _survey_one(sample: Bytes, histograms: Counts, counts: Counts, times_log: float) -> PlaneSurvey:
+def _survey_one(
+    sample: Bytes, histograms: Counts, counts: Counts, times_log: float
+) -> _PlaneSurvey:
     num_values = int(np.count_nonzero(counts))
     correction = (num_values - 1) / (2 * math.log(2))
     bits = float(_TIMES_LOG[sample.size]) - times_log + correction
-    return PlaneSurvey(sample, histograms, counts, num_values, bits / sample.size)
+    return _PlaneSurvey(sample, histograms, counts, num_values, bits / sample.size)
 
 
 def repeats(plane: Bytes, anchor: int) -> float:
-    """Share of the eight-byte strings behind every byte `anchor` that stand twice near each other.
+    """Share of the eight-byte strings after every byte `anchor` that occur twice near each other.
 
     Anchors move with what is repeated, so repeats are found at any distance. Chance does not repeat
     eight bytes of a plane of much entropy; of others it does, so do not ask.
@@ -559,16 +555,11 @@ def inflate(stored: Bytes, out: Bytes, engines: Engines) -> None:
     Parameters
     ----------
     stored
-        A zlib stream (RFC 1950) and nothing behind it.
+        A zlib stream (RFC 1950) and nothing else.
     out
-        Writable bytes; after an error they hold something undefined.
+        Writable bytes; undefined after an error.
     engines
         The libraries to use.
-
-    Raises
-    ------
-    ValueError
-        The stream is damaged, cut off, followed by other bytes, or not of the size of `out`.
     """
     if stored.size < _HEADER_NBYTES or not _is_header(*stored[:_HEADER_NBYTES].tolist()):
         msg = "the stored bytes are no intact zlib stream: they begin with no header of one"
@@ -621,7 +612,7 @@ def _copy_stored_blocks(stored: Bytes, out: Bytes) -> tuple[int, int]:
 
 
 def _inflate_blocks(stored: Bytes, position: int, out: Bytes, filled: int, engines: Engines) -> int:
-    """Inflate from `position` on to behind `filled`; where the last block ends."""
+    """Inflate from `position` into `out` after `filled`; where the last block ends."""
     inflater = engines.inflater((stored.size - position) / max(out.size - filled, 1))
     while not inflater.eof:
         if position >= stored.size:

@@ -35,16 +35,16 @@ class ByteFile(Protocol):
         """Fill `out` from `offset`; CorruptArchiveError as `read_at`."""
 
     def at_hand(self, offset: int, nbytes: int) -> bool:
-        """Whether these bytes can be read without asking a server."""
+        """Whether reading these bytes takes no request to a server."""
 
     def hold(self, offset: int, nbytes: int) -> None:
-        """Bytes at the end of the file will be read piece by piece: fetch them at once."""
+        """Fetch bytes at the end of the file at once, since they will be read in pieces."""
 
     def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Inside the block these (offset, nbytes) will be read: fetch them together."""
+        """Fetch these (offset, nbytes) together for reads inside the block."""
 
     def close(self) -> None:
-        """Let go of what is open; the next read opens it again."""
+        """Close what is open; the next read opens it again."""
 
 
 def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> int:
@@ -56,11 +56,6 @@ def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> 
         The file.
     error
         What is raised where it is a pipe or a device.
-
-    Raises
-    ------
-    OSError
-        It cannot be opened, or is a folder.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
@@ -76,18 +71,11 @@ def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> 
 class LocalFile:
     """A file on disk, read without a shared position: safe for threads and after ``fork``.
 
-    A closed file opens again for every read, if it still is the same file: whoever closed it wants
-    few files open.
-
-    Raises
-    ------
-    OSError
-        The file cannot be opened.
-    NotAnArchiveError
-        It is a pipe or a device.
+    A closed file opens again for every read, if it still is the same file, so that few files are
+    open.
     """
 
-    # Before a file is open, `__del__` finds this one.
+    # For `__del__` where opening failed.
     _descriptor = -1
 
     def __init__(self, path: Path) -> None:
@@ -114,13 +102,7 @@ class LocalFile:
             return os.fstat(descriptor).st_size
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`.
-
-        Raises
-        ------
-        CorruptArchiveError
-            The file ends before, or was replaced while it was closed.
-        """
+        """Exactly `nbytes` from `offset`."""
         with self._used() as descriptor:
             data = os.pread(descriptor, nbytes, offset)
             while len(data) < nbytes:
@@ -131,13 +113,7 @@ class LocalFile:
         return data
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`.
-
-        Raises
-        ------
-        CorruptArchiveError
-            As `read_at`.
-        """
+        """Fill `out` from `offset`."""
         with self._used() as descriptor:
             done = 0
             while done < len(out):
@@ -153,21 +129,21 @@ class LocalFile:
         )
 
     def at_hand(self, offset: int, nbytes: int) -> bool:
-        """True: nothing of a local file is far away."""
+        """True: a local file needs no requests."""
         del offset, nbytes
         return True
 
     def hold(self, offset: int, nbytes: int) -> None:
-        """Nothing: the system's page cache does that."""
+        """Do nothing: the system's page cache does that."""
 
     def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Nothing: reads of a local file are cheap."""
+        """Do nothing: reads of a local file are cheap."""
         del ranges
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _used(self) -> Iterator[int]:
-        """The descriptor; it stays open inside the block, whoever closes the file meanwhile."""
+        """The descriptor, which stays open inside the block even if the file is closed."""
         with self._lock:
             if self._descriptor < 0:
                 self._descriptor = self._open()
@@ -192,7 +168,7 @@ class LocalFile:
         return descriptor
 
     def close(self) -> None:
-        """Close the descriptor as soon as nobody reads."""
+        """Close the descriptor as soon as no thread reads."""
         with self._lock:
             self._is_closed = True
             if not self._num_readers:

@@ -1,8 +1,9 @@
-"""The footer: everything needed to read an archive without HDF5, behind the end of the HDF5 part.
+"""The footer: an index that makes an archive readable without HDF5, after the end of its HDF5 part.
 
-It is derived from the HDF5 part and only makes reading fast. HDF5 ignores bytes behind its own
-end on reading, and any open for writing truncates them away, so an edited file loses its footer by
-itself. A footer whose magic, checksums or sizes do not fit is not used. Layout, little-endian::
+It is derived from the HDF5 part and only makes reading fast. HDF5 ignores bytes after its own end
+when it reads, and truncates them when it opens a file for writing, so an edited file loses its
+index. A footer whose magic, checksums or sizes do not fit is not used. Users read of it as the
+index. Layout, little-endian::
 
     columns     one compressed block each
     directory   zlib-compressed JSON: archive attributes, kinds, where the columns lie
@@ -47,9 +48,9 @@ TRAILER: Final = struct.Struct("<QQQQQII")
 TRAILER_END: Final = struct.Struct("<Q8s")
 TRAILER_NBYTES: Final = TRAILER.size + TRAILER_END.size
 # One read of this size gets trailer and directory of nearly every archive.
-TAIL_NBYTES: Final = 64 << 10
-# A footer tells what the HDF5 part tells, so it cannot be much larger. JSON takes six bytes for
-# what is one byte there, and a digest or a number of every object more than its share.
+_TAIL_NBYTES: Final = 64 << 10
+# The footer repeats what the HDF5 part says, so it cannot be much larger. JSON may take six bytes
+# for one byte there, and every object has a digest and numbers.
 _MOST_PER_HDF5_BYTE: Final = 8
 _BLOCK_NBYTES: Final = 1 << 20
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
@@ -74,11 +75,11 @@ COLUMNS: Final = {
     "attrs_json": "u1",
 }
 _DIGEST: Final = re.compile("[0-9a-f]{32}")
-# Stands for an object that has no digest, or one that is none and lies with the other attributes.
+# For an object without a valid digest; an invalid one is stored with the other attributes.
 _NO_DIGEST: Final = bytes(16)
-# Stays in a core's cache between reading and hashing.
+# Small enough to stay in a core's cache between reading and hashing.
 SPAN_NBYTES: Final = 1 << 20
-# That a thread checks one after the other: handing work over takes as long as hashing 300 kB.
+# Spans of one task of a thread: starting a task takes as long as hashing 300 kB.
 _SPANS_PER_TASK: Final = 16
 _BETWEEN: Final = -1
 
@@ -87,7 +88,7 @@ class FooterError(CorruptArchiveError):
     """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
 
 
-class Readable(Protocol):
+class _Readable(Protocol):
     """Bytes at any offset."""
 
     @property
@@ -99,7 +100,7 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class _Column:
     """Where a column lies, relative to the start of the footer, and its checksum."""
 
     offset: int
@@ -123,7 +124,7 @@ class FooterDirectory:
     num_samples, num_objects
         Lengths of the tables.
     has_scales
-        Whether the tables list the objects of ``/scales`` behind those of the last sample.
+        Whether the tables list the objects of ``/scales`` after those of the last sample.
     types, codecs
         Stored types and codecs by number.
     columns
@@ -139,21 +140,15 @@ class FooterDirectory:
     has_scales: bool
     types: list[str]
     codecs: list[str]
-    columns: dict[str, Column]
+    columns: dict[str, _Column]
 
 
 def read_directory(file: ByteFile) -> FooterDirectory:
-    """The directory of the footer of an open file.
-
-    Raises
-    ------
-    FooterError
-        The file has no footer, or one that is damaged or does not belong to its HDF5 part.
-    """
+    """The directory of the footer of an open file."""
     file_nbytes = file.nbytes
-    tail_start = max(0, file_nbytes - TAIL_NBYTES)
+    tail_start = max(0, file_nbytes - _TAIL_NBYTES)
     if not file.at_hand(tail_start, file_nbytes - tail_start):
-        # The trailer tells how much to ask the server for.
+        # The trailer says how much to request.
         tail_start = max(0, file_nbytes - TRAILER_NBYTES)
     tail = file.read_at(tail_start, file_nbytes - tail_start)
     if len(tail) < TRAILER_NBYTES or tail[-len(MAGIC) :] != MAGIC:
@@ -174,7 +169,7 @@ def read_directory(file: ByteFile) -> FooterDirectory:
             f"bytes, but the file has {file_nbytes}"
         )
         raise FooterError(message)
-    # Far away, this is left to the checksums: every byte that the footer names has one.
+    # On a server this is left to the checksums: every byte that the footer points to has one.
     end_of_hdf5 = hdf5_end(file) if file.at_hand(0, _SUPERBLOCK.size) else hdf5_nbytes
     if end_of_hdf5 != hdf5_nbytes:
         message = f"the index belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
@@ -191,13 +186,7 @@ def read_directory(file: ByteFile) -> FooterDirectory:
 
 
 def hdf5_end(file: ByteFile) -> int:
-    """End of the HDF5 part by its own superblock.
-
-    Raises
-    ------
-    FooterError
-        The file does not begin with a superblock of version 2 or 3, as every archive does.
-    """
+    """End of the HDF5 part by its own superblock."""
     block = file.read_at(0, min(file.nbytes, _SUPERBLOCK.size))
     if len(block) < _SUPERBLOCK.size or not block.startswith(layout.HDF5_SIGNATURE):
         message = "the file does not begin with HDF5's signature"
@@ -210,7 +199,7 @@ def hdf5_end(file: ByteFile) -> int:
         )
         raise FooterError(message)
     if flags:
-        # HDF5 truncates at its first flush, not on opening: until then the footer is still there.
+        # HDF5 truncates at its first flush, not on opening: until then the footer is there.
         message = "the file is open for writing, or a program crashed that had it open"
         raise FooterError(message)
     return int(base + end)
@@ -245,7 +234,7 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
             types=[str(each) for each in document["types"]],
             codecs=[str(each) for each in document["codecs"]],
             columns={
-                name: Column(*(int(part) for part in parts))
+                name: _Column(*(int(part) for part in parts))
                 for name, parts in document["columns"].items()
                 if name in COLUMNS
             },
@@ -288,13 +277,7 @@ class FooterTables:
         self._loaded: dict[str, NDArray[Any]] = {}
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column as a read-only array.
-
-        Raises
-        ------
-        FooterError
-            The column is missing or damaged.
-        """
+        """A column as a read-only array."""
         loaded = self._loaded.get(name)
         if loaded is None:
             loaded = self._loaded[name] = self._read(name)
@@ -314,7 +297,7 @@ class FooterTables:
         if where is None or where.raw_nbytes < 0 or where.raw_nbytes % dtype.itemsize:
             message = f"the index's column {name} is missing or of a wrong size"
             raise FooterError(message)
-        # Deflate cannot do better than 1032:1, so a larger claim is a lie told to make us allocate.
+        # Deflate cannot do better than 1032:1: more is claimed only to make readers allocate it.
         most = min(1100 * where.nbytes + 64, _MOST_PER_HDF5_BYTE * self._directory.hdf5_nbytes)
         if where.raw_nbytes > most or min(where.offset, where.nbytes) < 0:
             message = f"the index's column {name} claims {where.raw_nbytes} bytes"
@@ -338,7 +321,7 @@ class FooterTables:
 
 
 class FooterBuilder:
-    """Collects what a footer tells, sample by sample, in compact columns."""
+    """Builds a footer, sample by sample, in compact columns."""
 
     def __init__(self) -> None:
         self.num_samples = 0
@@ -358,7 +341,7 @@ class FooterBuilder:
         self.num_samples += 1
 
     def add_scales(self, objects: Iterable[ObjectEntry]) -> None:
-        """Append the scales, behind all samples; paths begin at the root group."""
+        """Append the scales, after all samples; paths begin at the root group."""
         self._add_group({}, objects)
         self._has_scales = True
 
@@ -401,7 +384,7 @@ class FooterBuilder:
             self._next_offset = offset + size
         columns["chunk_checksum"].extend(entry.chunks.checksums)
 
-    def finish(self, hdf5: Readable, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
+    def finish(self, hdf5: _Readable, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
         """The footer's bytes, to be appended to the finished HDF5 part.
 
         Parameters
@@ -446,10 +429,10 @@ class FooterBuilder:
             return compact_json(self._names.values()).encode("utf-8", "surrogatepass")
         if name == "attrs_json":
             return f"[{','.join(self._attrs.values())}]".encode("utf-8", "surrogatepass")
-        # array() is in native byte order, and so are all machines that wheels are built for.
+        # array() has the native byte order, which is little-endian wherever there are wheels.
         return self._columns[name].tobytes()
 
-    def _metadata_checksum(self, hdf5: Readable) -> int:
+    def _metadata_checksum(self, hdf5: _Readable) -> int:
         sizes = np.frombuffer(self._columns["chunk_nbytes"], dtype=np.int64)
         gaps = np.frombuffer(self._columns["chunk_gap"], dtype=np.int64)
         return metadata_checksum(hdf5, np.cumsum(gaps + sizes) - sizes, sizes, hdf5.nbytes)
@@ -469,7 +452,7 @@ class _Dictionary:
 
 
 def metadata_checksum(
-    file: Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
+    file: _Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
 ) -> int:
     """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
 
@@ -489,7 +472,7 @@ def metadata_checksum(
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a pass over a file found.
+    """Result of comparing all bytes of a file with checksums.
 
     Attributes
     ----------
@@ -525,11 +508,6 @@ def scan(
         Threads; one per core by default.
     progress
         Called with the bytes read and the bytes there are.
-
-    Raises
-    ------
-    CorruptArchiveError
-        The file ends before `end`.
     """
     offsets, sizes, checksums = table
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= end) & (offsets <= end - sizes)
@@ -587,7 +565,7 @@ def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
                 yield _Span(start, position, pieces)
                 pieces, start = [], position
         if offset < start:
-            # It begins in an earlier span: only in files that are damaged, or made by hand.
+            # It begins in an earlier span, in damaged or handmade files only.
             yield _Span(offset, offset + nbytes, [(row, offset, offset + nbytes)])
             continue
         pieces.append((row, offset, offset + nbytes))

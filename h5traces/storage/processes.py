@@ -1,4 +1,4 @@
-"""Signals that stop a program, and what the processes that it starts get of it."""
+"""Handling of signals that stop a program, and the environment of processes that it starts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
+_STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """The environment for a Python process that must find the modules that this one finds.
+    """The environment for a Python process that must find the same modules as this one.
 
     Parameters
     ----------
@@ -33,10 +33,10 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def blocked_signals(numbers: Iterable[signal.Signals] = STOPPING) -> Iterator[None]:
+def blocked_signals(numbers: Iterable[signal.Signals] = _STOPPING) -> Iterator[None]:
     """Processes started inside the block never get these signals, not even while they import.
 
-    Ctrl-C reaches a whole group of processes; the parent tells the others when to stop.
+    Ctrl-C reaches a whole group of processes; only the parent handles it, and stops the others.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -48,7 +48,7 @@ def blocked_signals(numbers: Iterable[signal.Signals] = STOPPING) -> Iterator[No
 @contextlib.contextmanager
 def handled_signals(
     handler: Callable[[int, FrameType | None, Any], None],
-    numbers: Iterable[signal.Signals] = STOPPING,
+    numbers: Iterable[signal.Signals] = _STOPPING,
 ) -> Iterator[None]:
     """A handler runs for these signals inside the block; it also gets the handler from before.
 
@@ -78,16 +78,16 @@ def _call(handler: Any, before: Any, number: int, frame: FrameType | None) -> No
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Python handlers of SIGINT and SIGTERM run behind the block instead of inside it.
+    """Python handlers of SIGINT and SIGTERM run after the block instead of inside it.
 
-    Signals that Python does not handle act as ever. Outside the main thread, where no handler ever
-    runs, this does nothing, nor does it inside another such block. Costs 20 µs.
+    Signals without a Python handler act as usual. Outside the main thread, where no handler ever
+    runs, and inside another such block, this does nothing. Costs 20 µs.
     """
     global _is_deferring  # handlers are the process's
     if _is_deferring or threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = {number: signal.getsignal(number) for number in STOPPING}
+    found = {number: signal.getsignal(number) for number in _STOPPING}
     handlers: dict[int, Any] = {
         number: handler for number, handler in found.items() if callable(handler)
     }

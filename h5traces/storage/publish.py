@@ -36,8 +36,8 @@ class LatchedFile(io.RawIOBase):
     """A file for HDF5 to write to that keeps the first error for later instead of failing.
 
     HDF5 crashes the process when a write fails inside a flush or close. So a failed write goes to
-    memory, HDF5 goes on undisturbed, and `raise_error` tells the writer, which stops soon: what
-    piles up in memory is what HDF5 still holds back.
+    memory instead, and `raise_error` raises its error in the writer, which then stops. Until then
+    memory grows by what HDF5 still has to flush.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -58,7 +58,7 @@ class LatchedFile(io.RawIOBase):
         return self._descriptor
 
     def readable(self) -> bool:
-        """True: HDF5 reads back what it wrote."""
+        """True: HDF5 reads what it wrote."""
         return True
 
     def writable(self) -> bool:
@@ -136,13 +136,7 @@ class LatchedFile(io.RawIOBase):
 
 
 class PartFile:
-    """A locked ``.part`` file on its way to `target`.
-
-    Raises
-    ------
-    OSError
-        The folder does not exist or cannot be written.
-    """
+    """A locked ``.part`` file on its way to `target`."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -150,7 +144,7 @@ class PartFile:
         self.file = LatchedFile(self._descriptor)
 
     def append(self, data: bytes) -> None:
-        """Write `data` behind the end of the file."""
+        """Write `data` at the end of the file."""
         self.file.raise_error()
         self.file.seek(0, os.SEEK_END)
         self.file.write(data)
@@ -162,13 +156,7 @@ class PartFile:
         os.fsync(self._descriptor)
 
     def publish(self, *, overwrite: bool = False) -> None:
-        """Give the file its final name, durably.
-
-        Raises
-        ------
-        ArchiveExistsError
-            Something has that name already and `overwrite` is false; the ``.part`` is deleted.
-        """
+        """Give the file its final name, durably."""
         self.sync()
         if overwrite:
             self.path.replace(self.target)
@@ -184,13 +172,13 @@ class PartFile:
 
     def discard(self) -> None:
         """Delete the file; for writers that failed."""
-        # Unlinked before the lock goes, so that nobody takes it for a leftover in between.
+        # Unlinked while it is locked, so that no cleaner takes it for a leftover.
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._close()
 
     def _close(self) -> None:
-        # Once only: the number may be that of another thread's file by now.
+        # Once only: another thread's file may have the number by now.
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -252,14 +240,14 @@ def sync_folder(folder: Path) -> None:
 def make_folder(folder: Path) -> None:
     """Make a folder and its missing parents, durably; one that exists is left alone."""
     if folder.is_dir():
-        # Whoever made it may have been killed before it was durable.
+        # Its maker may have been killed before it was durable.
         with contextlib.suppress(OSError):
             sync_folder(folder.parent)
         return
     make_folder(folder.parent)
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
-    # Without this, a power failure could take the folder away with all that is published in it.
+    # Otherwise a power failure could remove the folder with all that is published in it.
     sync_folder(folder.parent)
 
 

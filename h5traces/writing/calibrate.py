@@ -180,13 +180,7 @@ class Measurement:
         self.sources: list[str] = []
 
     def add(self, source: str, states: States) -> None:
-        """Measure one sample.
-
-        Raises
-        ------
-        PrecisionError
-            A layer has another width than in earlier samples.
-        """
+        """Measure one sample."""
         wanted = self._wanted(states)
         for path, _ in wanted:
             self._accumulators.setdefault(path, ChannelAccumulator())
@@ -206,13 +200,7 @@ class Measurement:
         most: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Measure samples of a source until there are `most`, those of earlier sources included.
-
-        Raises
-        ------
-        PrecisionError
-            As `add`.
-        """
+        """Measure samples of a source until there are `most`, those of earlier sources included."""
         for states in itertools.islice(samples, most - self.num_samples):
             self.add(source, states)
             if progress is not None:
@@ -250,11 +238,6 @@ class Measurement:
             The model that the sources name.
         partial
             Whether layers without a token to measure may be missing; they get no quantisation step.
-
-        Raises
-        ------
-        PrecisionError
-            There was nothing to measure.
         """
         found = {}
         measured = {
@@ -324,13 +307,7 @@ def _samples(path: Path) -> Generator[States]:
 
 
 def batch_states(path: Path) -> Generator[States]:
-    """The hidden states of every sample of a legacy batch.
-
-    Raises
-    ------
-    ConversionError
-        It cannot be read.
-    """
+    """The hidden states of every sample of a legacy batch."""
     with open_source(path) as source:
         yield from map(record_states, source.records())
 
@@ -354,13 +331,7 @@ def measured(archive: Archive, samples: int) -> Calibration:
 
 
 def _one_model(paths: Sequence[Path]) -> str | None:
-    """The model that the sources name.
-
-    Raises
-    ------
-    PrecisionError
-        They name several.
-    """
+    """The model that the sources name."""
     found: dict[str, Path] = {}
     for path in paths:
         name = _model_of(path)
@@ -381,15 +352,7 @@ def _model_of(path: Path) -> str | None:
 
 
 def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool = False) -> None:
-    """Write a file of scales; it appears under its name when it is complete.
-
-    Raises
-    ------
-    ArchiveExistsError
-        `target` exists.
-    OSError
-        The disk is full.
-    """
+    """Write a file of scales; it appears under its name when it is complete."""
     make_folder(target.parent)
     remove_abandoned_parts(target)
     with PartFile(target) as part:
@@ -410,15 +373,7 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
 
 
 def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> Calibration:
-    """Read the scales of a file that `calibrate` wrote, or of an archive.
-
-    Raises
-    ------
-    PrecisionError
-        It holds no scales.
-    NotAnArchiveError, CorruptArchiveError
-        It is not an HDF5 file, or damaged.
-    """
+    """Read the scales of a file that `calibrate` wrote, or of an archive."""
     file = Path(path)
     with contextlib.closing(Hdf5Store(file, limits)) as store:
         found = stored_statistics(store)
@@ -432,13 +387,7 @@ def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> 
 
 
 def load_given(path: PathLike | None, precision: Precision) -> Calibration | None:
-    """The scales of the file that a caller named, None without one.
-
-    Raises
-    ------
-    PrecisionError
-        The precision has no quantisation steps, or the file holds no scales.
-    """
+    """The scales of the file that a caller named, None without one."""
     if path is not None and precision.step is None:
         message = (
             f"{path}: scales need a precision with quantisation steps, which {precision} has not; "
@@ -449,13 +398,7 @@ def load_given(path: PathLike | None, precision: Precision) -> Calibration | Non
 
 
 def check_model(calibration: Calibration, model_id: str | None) -> None:
-    """Reject scales that were measured on another model.
-
-    Raises
-    ------
-    PrecisionError
-        Both models are known and differ.
-    """
+    """Reject scales that were measured on another model."""
     measured = calibration.record.model_id if calibration.record is not None else None
     if measured is None or model_id is None or _short(measured) == _short(model_id):
         return

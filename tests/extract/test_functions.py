@@ -354,7 +354,7 @@ def test_a_type_that_nothing_is_stored_in():
         ("0,9", "layer 9 was asked for"),
         ("0-99999999999", "layer 4 was asked for"),
         ([-1], "layer -1 was asked for"),
-        ("first", "'first' is no layer"),
+        ("first", "'first' is not a layer"),
         ("2-1", "'2-1' runs backwards"),
         ([], "no layer was chosen"),
     ],

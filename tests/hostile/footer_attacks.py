@@ -250,7 +250,7 @@ def root(name: str, error: str, **attrs: Any) -> None:
     forged(f"root-{name}", change, error=error, problem=None)
 
 
-root("format", "no h5traces archive|index", format=["h5traces"])
+root("format", "not an h5traces archive|index", format=["h5traces"])
 root("nested", "layers|index", layers={"a": 1})
 root("complete", "not finished|complete|index", complete=None)
 root("version", "format version|index", format_version={"1": 0})

@@ -491,7 +491,7 @@ def _changed(type_id: Any, **values: Any) -> Any:
     return made
 
 
-LAYOUT = "a layout of its own; archives hold whole integers"
+LAYOUT = "an unusual layout; archives hold whole integers"
 odd_type("integers-of-12-bits", LAYOUT, lambda: _changed(h5t.STD_I64LE, precision=12))
 odd_type("integers-of-3-bytes", LAYOUT, lambda: _changed(h5t.STD_I32LE, precision=24, size=3))
 odd_type("integers-of-1-gib", LAYOUT, lambda: _changed(h5t.STD_I32LE, size=GiB))
@@ -543,7 +543,7 @@ index_attack("index-of-wide-rows", "larger than|not stored", [("a", "S1000000000
 # --- the file itself -------------------------------------------------------------------------
 
 
-@register(ATTACKS, "is no HDF5 file")
+@register(ATTACKS, "is not an HDF5 file")
 def user_block(path: Path) -> None:
     path.write_bytes(bytes(512) + path.read_bytes())
 

@@ -205,11 +205,11 @@ values("4-million-exceptions", TABLE, "layers list", lambda _: np.zeros((4 * MiB
 
 # --- what the archive says of itself ---------------------------------------------------------
 
-attribute("claims-to-be-exact", "/", "precision", None, "does not say that it is less than exact",
+attribute("claims-to-be-exact", "/", "precision", None, "the archive does not say so",
           "'precision' is missing")  # fmt: skip
 attribute("feature-not-required", "/", "required_features", b"[]", None, "does not name")
-attribute("other-precision", "/", "precision", b'{"mantissa_bits":5}', None, "encoded otherwise")
-attribute("precision-of-nothing", "/", "precision", b"{}", None, "encoded otherwise")
+attribute("other-precision", "/", "precision", b'{"mantissa_bits":5}', None, "is not encoded as")
+attribute("precision-of-nothing", "/", "precision", b"{}", None, "is not encoded as")
 for title, text in {
     "broken": b"{",
     "nested": b"[" * 100_000,

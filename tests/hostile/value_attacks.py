@@ -53,8 +53,8 @@ for where, keys in {
 
 FEATURES = json.dumps([f"feature-{number}" for number in range(50_000)]).encode()
 attribute("50000-required-features", "/", "required_features", FEATURES, "requires feature-0,")
-attribute("features-of-all-types", "/", "required_features", b'[1, "a", null]', "is no list of")
-attribute("features-of-lists", "/", "required_features", b'[["a"]]', "is no list of names")
+attribute("features-of-all-types", "/", "required_features", b'[1, "a", null]', "is not a list of")
+attribute("features-of-lists", "/", "required_features", b'[["a"]]', "is not a list of names")
 attribute(
     "feature-of-6-mb", "/", "required_features", b'["' + b"a" * 6_000_000 + b'"]', "requires a"
 )
@@ -69,7 +69,7 @@ attribute("version-of-a-million-digits", "/", "format_version", b"1." + b"9" * 1
 attribute("seq-len-of-2-to-62", SAMPLE, "seq_len", np.int64(1 << 62), None, problem="seq_len is")
 attribute("label-of-2-to-53", SAMPLE, "label", np.float64(2.0**53), "label")
 attribute("text-with-a-broken-escape", SAMPLE, "sample_id", "\u241bXY".encode(), "U.241B without")
-attribute("text-not-utf-8", SAMPLE, "sample_id", b"\xff\xfe", "no UTF-8")
+attribute("text-not-utf-8", SAMPLE, "sample_id", b"\xff\xfe", "not UTF-8")
 
 
 # --- encodings -------------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def edited(archive: Path, change: Any) -> Path:
         (lambda doc: doc["scores"].update(bleurt=[float("nan")] * 6), SchemaError, "finite"),
         (lambda doc: doc.update(surprise=1), SchemaError, "surprise"),
         (lambda doc: doc.update(format_version="2.0"), UnsupportedVersionError, "upgrade"),
-        (lambda doc: doc.update(format="else"), CorruptArchiveError, "something else than labels"),
+        (lambda doc: doc.update(format="else"), CorruptArchiveError, "something other than labels"),
     ],
 )
 def test_damaged_sidecars(

@@ -59,13 +59,13 @@ def _assert_layer(trace: Any, other: Any, kind: str, name: str, lossy: Path) -> 
     attrs = trace._stored.attrs(f"{kind}/{name}")
     found = trace._stored.typed_layer(kind, name)
     encoding = attrs.get("encoding", "exact")
-    if kind == "attention_mean" and f"{kind}/{name}" not in other.objects:
-        heads = other.typed_layer("attentions", name).to_numpy().astype(np.float16)
+    if kind == "attention_mean" and f"{kind}/{name}" not in other._stored.objects:
+        heads = other._stored.typed_layer("attentions", name).to_numpy().astype(np.float16)
         with np.errstate(invalid="ignore"):
             mean = heads.astype(np.float32).sum(0) / np.float32(len(heads))
         _assert_weights(found.values, mean, attrs)
         return f"{kind} {encoding}"
-    expected = other.typed_layer(kind, name)
+    expected = other._stored.typed_layer(kind, name)
     if isinstance(found, list):
         assert encoding in ("exact", "float16-rounded")
         pairs = [(one.values, two.values) for one, two in zip(found, expected, strict=True)]

@@ -146,8 +146,8 @@ def test_every_tier_of_every_layout(tmp_path: Path, layout: str) -> None:
             }
         elif in_steps:
             assert met == {"hidden_states exact", "attentions exact"}
-            kept = [each for each in report.files[0].warnings if "full float16" in each]
-            assert [each.partition("has them: ")[2] for each in kept] == [
+            kept = [each for each in report.files[0].warnings if "stored in float16" in each]
+            assert [each.partition("the tier asks: ")[2] for each in kept] == [
                 "attentions: holds generation steps",
                 "hidden_states: holds generation steps",
             ]

@@ -209,7 +209,7 @@ def test_an_hdf5_file_of_another_program(tmp_path: Path) -> None:
     path = tmp_path / "other.h5"
     with h5py.File(path, "w") as file:
         file["data"] = np.arange(3)
-    with pytest.raises(NotAnArchiveError, match=r"no h5traces archive.*'h5traces convert'"):
+    with pytest.raises(NotAnArchiveError, match=r"not an h5traces archive.*'h5traces convert'"):
         h5traces.open(path)
     with pytest.raises(NotAnArchiveError, match="cannot be sealed"):
         seal(path)

@@ -33,8 +33,8 @@ def test_layers(choice, available, expected):
         ([-1], "layer -1 was asked for"),
         ("2-1", "'2-1' runs backwards"),
         ("last-1", "'last-1' runs backwards"),
-        ("9" * 5000, "is no layer"),
-        *((text, "is no layer") for text in ("", "a", "1-", "-1", "0,,1", "²", "1-2-3", "1.5")),
+        ("9" * 5000, "is not a layer"),
+        *((text, "is not a layer") for text in ("", "a", "1-", "-1", "0,,1", "²", "1-2-3", "1.5")),
     ],
 )
 def test_layers_that_are_none(choice, message):

@@ -37,7 +37,7 @@ def test_a_broken_escape_is_an_error(stored: str) -> None:
 
 @pytest.mark.parametrize("stored", [b"\xff", b"\xc3", b"\xed\xa0\x80", b"a\x80"])
 def test_other_bytes_are_an_error(stored: bytes) -> None:
-    with pytest.raises(CorruptArchiveError, match="no UTF-8"):
+    with pytest.raises(CorruptArchiveError, match="not UTF-8"):
         text.decode(stored)
 
 

@@ -1,6 +1,6 @@
-"""Structures that HDF5 finds things by: links of large groups, chunks of large datasets.
+"""HDF5's indexes: of the links of large groups and of the chunks of large datasets.
 
-Each is written once and whole, so none of them has the free space that HDF5 leaves for growth.
+Each is written once and whole, without the free space that HDF5 leaves for growth.
 Written after the HDF5 File Format Specification, version 3.0: III.A.2 (version 2 B-trees), III.G
 (fractal heap), VII.C (fixed array).
 """
@@ -153,11 +153,11 @@ _CHECKSUM_NBYTES: Final = 4
 _BLOCK_OVERHEAD: Final = _BLOCK_HEAD.size + _CHECKSUM_NBYTES
 _HEAP_ID: Final = struct.Struct("<BIH")
 _LARGEST_HEAP: Final = 1 << 32
-# HDF5's own choice; it gives larger objects that it adds storage of their own.
+# HDF5's own choice; larger objects that it adds are stored apart.
 _LARGEST_OBJECT: Final = 4096
 _LINKS_BY_NAME: Final = 5
 _RECORD: Final = struct.Struct("<I7s")
-# Signature, version and type in front, the checksum behind.
+# Signature, version and type first, the checksum last.
 _NODE_OVERHEAD: Final = 10
 _FILTERED_CHUNKS: Final = 1
 _ARRAY_HEADER_NBYTES: Final = 28
@@ -176,7 +176,7 @@ def write_dense_links(links: dict[bytes, int], append: Append) -> tuple[int, int
     links
         Address by name.
     append
-        Writes bytes behind the file's end.
+        Writes bytes at the end of the file.
 
     Returns
     -------
@@ -277,7 +277,7 @@ class _Heap:
         return b"".join([self._header(root, num_rows), *self._parts])
 
     def _place(self, part: bytes) -> int:
-        """Put a part behind the others; its address."""
+        """Append a part; its address."""
         self._parts.append(part)
         self._position += len(part)
         return self._position - len(part)
@@ -294,7 +294,7 @@ class _Heap:
             yield block[: _BLOCK_HEAD.size] + stored + block[_BLOCK_OVERHEAD:]
 
     def _place_indirect(self, num_rows: int, offset: int, addresses: dict[int, int]) -> int:
-        """Put an indirect block behind those that it points to; its address.
+        """Append an indirect block after those that it points to; its address.
 
         Parameters
         ----------
@@ -419,7 +419,7 @@ def write_fixed_array(
     raw_nbytes
         Size of a chunk before the filters.
     append
-        Writes bytes behind the file's end.
+        Writes bytes at the end of the file.
 
     Returns
     -------
@@ -450,7 +450,7 @@ def write_fixed_array(
 
 
 def _array_block(head: bytes, pages: Sequence[bytes]) -> Iterable[bytes]:
-    """One page needs no table of pages; of several, each has a checksum of its own."""
+    """A single page needs no table of pages; several pages have a checksum each."""
     if len(pages) == 1:
         return [with_checksum(head + pages[0])]
     written = (1 << len(pages)) - 1 << -len(pages) % 8

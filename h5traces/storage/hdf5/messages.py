@@ -25,7 +25,7 @@ UNDEFINED: Final = 0xFFFF_FFFF_FFFF_FFFF
 _DATASPACE, _LINK_INFO, _DATATYPE, _FILL_VALUE = 0x01, 0x02, 0x03, 0x05
 _LINK, _LAYOUT, _GROUP_INFO, _FILTERS, _ATTRIBUTE = 0x06, 0x08, 0x0A, 0x0B, 0x0C
 _ATTRIBUTE_INFO: Final = 0x15
-# Message flags, bit 0: never changes; bit 2: who does not know the message may still write.
+# Message flags, bit 0: never changes; bit 2: writers that do not know the message may go on.
 _CONSTANT: Final = 0x01
 _OPTIONAL: Final = 0x04
 _LARGEST_MESSAGE: Final = 0xFFFF
@@ -39,7 +39,7 @@ PAGE_BITS: Final = 10
 
 
 def object_header(messages: Iterable[bytes]) -> bytes:
-    """A version 2 object header in one chunk, without the checksum behind it."""
+    """A version 2 object header in one chunk, without its checksum."""
     body = b"".join(messages)
     for flags, width in enumerate((1, 2, 4)):
         if len(body) < 1 << 8 * width:

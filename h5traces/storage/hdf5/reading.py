@@ -1,6 +1,6 @@
 """Reads the HDF5 part of an archive, checking every object before anything is allocated for it.
 
-What may be followed, opened and believed is decided in :mod:`h5traces.storage.hdf5.safety`.
+The checks are in :mod:`h5traces.storage.hdf5.safety`.
 """
 
 from __future__ import annotations
@@ -80,11 +80,6 @@ class Hdf5Reader:
         What it may ask of its reader.
     locked_by_us
         The file is a ``.part`` whose writer holds its lock; HDF5 must not ask for it.
-
-    Raises
-    ------
-    NotAnArchiveError
-        The file is no HDF5 file.
     """
 
     def __init__(self, path: Path, limits: ReadLimits, *, locked_by_us: bool = False) -> None:
@@ -111,7 +106,7 @@ class Hdf5Reader:
         """Close the file."""
         self._samples = None
         self._bytes.close()
-        # Damaged metadata may surface only here. Nothing is lost: the file was read.
+        # Damaged metadata may surface only here, when all is read.
         with contextlib.suppress(*_LIBRARY_ERRORS):
             self._file.close()
 
@@ -263,7 +258,7 @@ class Hdf5Reader:
 
     @contextlib.contextmanager
     def _translated(self, place: str) -> Iterator[None]:
-        """`_translated`, and no plugin is looked for meanwhile."""
+        """As the function, with no search for plugins."""
         with _translated(place), safety.no_plugin_search(allowed=self._limits.search_plugins):
             yield
 
@@ -277,7 +272,7 @@ class Hdf5Reader:
         return safety.link_names(group, self._limits.max_kinds, what)
 
     def _sample_group(self) -> h5g.GroupID:
-        # Kept open: HDF5 looks through all of its links whenever it is asked about it.
+        # Kept open: HDF5 looks through all of its links whenever it opens it.
         if self._samples is None:
             self._samples = safety.open_group(self._root, layout.SAMPLES_GROUP)
         return self._samples
@@ -355,7 +350,7 @@ class _Walk:
 
 
 def _cannot_open(path: Path, error: Exception) -> ArchiveError:
-    """What HDF5's refusal means: a file that is open, torn or damaged."""
+    """The error for a file that HDF5 cannot open."""
     message = (
         f"{path}: HDF5 cannot open it ({error}): another program has it open for writing, or one "
         "crashed while it had ('h5clear -s' may help), or it is damaged; restore it from a copy"
@@ -365,7 +360,7 @@ def _cannot_open(path: Path, error: Exception) -> ArchiveError:
 
 @contextlib.contextmanager
 def _translated(place: str) -> Iterator[None]:
-    """Turns h5py's errors, which name neither file nor object, into ours."""
+    """Turn h5py's errors, which name neither file nor object, into our own."""
     try:
         yield
     except ArchiveError as error:
@@ -386,7 +381,7 @@ def problem_kind(error: Exception) -> str:
 
 
 def _presentation_problems(dataset: h5d.DatasetID, path: str) -> Iterator[Problem]:
-    """What viewers would show wrongly: pictures without attributes, text of another padding."""
+    """What viewers would show wrongly: images without attributes, text of another padding."""
     kind = layout.KINDS.get(path.partition("/")[0])
     if kind is not None and kind.image and path.rpartition("/")[2] not in layout.TABLES:
         for name, value in layout.IMAGE_ATTRS.items():
@@ -431,13 +426,6 @@ def _check_foreign(
         What the file may ask of its reader.
     file_nbytes
         Size of the file.
-
-    Raises
-    ------
-    HostileFileError
-        A size cannot be.
-    CorruptArchiveError
-        Not all of it is stored.
     """
     options, stored = dataset.get_create_plist(), dataset.get_storage_size()
     kind = options.get_layout()
@@ -463,7 +451,7 @@ def _check_foreign(
 
 
 def _read_foreign(dataset: h5d.DatasetID, dtype: np.dtype[Any], file: ByteFile) -> NDArray[Any]:
-    """The values of a dataset that `_check_foreign` let pass.
+    """The values of a dataset that `_check_foreign` accepted.
 
     Parameters
     ----------
@@ -473,11 +461,6 @@ def _read_foreign(dataset: h5d.DatasetID, dtype: np.dtype[Any], file: ByteFile) 
         The dtype of exactly the bytes that are stored, byte order included.
     file
         The bytes of the archive.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Stored bytes are damaged or of the wrong size.
     """
     options, shape = dataset.get_create_plist(), dataset.shape
     values = np.empty(shape, dtype=dtype)
@@ -538,7 +521,7 @@ def _inflated(stored: bytes, most: int) -> bytes:
 
 
 def _without_checksum(stored: bytes) -> bytes:
-    """The bytes in front of HDF5's fletcher32, which must be right."""
+    """The bytes before HDF5's fletcher32 checksum, which must be right."""
     data, checksum = stored[:-_CHECKSUM_NBYTES], stored[-_CHECKSUM_NBYTES:]
     words = np.frombuffer(data + bytes(len(data) % 2), dtype=">u2").astype(np.int64)
     weights = np.arange(len(words), 0, -1, dtype=np.int64) % 65535

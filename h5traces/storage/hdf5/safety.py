@@ -1,8 +1,8 @@
 """What is checked of HDF5 objects before HDF5 may follow, open or allocate anything for them.
 
-HDF5 follows links out of the file, opens other files for external and virtual storage, looks for
-filter plugins on disk and believes every size it is told. Archives use none of these, which makes
-them easy to refuse.
+HDF5 follows links out of the file, opens other files for external and virtual storage, searches the
+disk for filter plugins and believes every size in the file. Archives need none of these, so all are
+rejected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # deflate, shuffle, fletcher32: what HDF5 itself brings and stock tools put on numbers
-BUILT_IN_FILTERS: Final = frozenset({1, 2, 3})
+_BUILT_IN_FILTERS: Final = frozenset({1, 2, 3})
 # An index of chunks spends at least an address on each.
 _MIN_INDEX_NBYTES: Final = 8
 # signature, version, sizes of offsets and lengths, flags, base address
@@ -44,9 +44,9 @@ _CHECKED_SUPERBLOCKS: Final = (2, 3)
 
 @contextlib.contextmanager
 def no_plugin_search(*, allowed: bool) -> Iterator[None]:
-    """Keeps HDF5 from looking for filter plugins on disk, unless `allowed`.
+    """Keep HDF5 from searching the disk for filter plugins, unless `allowed`.
 
-    Filters that are registered already go on working. The search path belongs to the process, so
+    Filters that are registered already keep working. The search path belongs to the process, so
     h5py's lock is held: no other thread sees it empty.
     """
     if allowed:
@@ -64,13 +64,7 @@ def no_plugin_search(*, allowed: bool) -> Iterator[None]:
 
 
 def require_zstd() -> None:
-    """Register HDF5's Zstandard filter, without a search for it on disk.
-
-    Raises
-    ------
-    MissingFilterError
-        hdf5plugin is not installed, or lacks the filter.
-    """
+    """Register HDF5's Zstandard filter, without a search for it on disk."""
     # HDF5 looks through its plugin folders for a filter that is not registered, and hdf5plugin
     # asks for every filter before it registers its own.
     with no_plugin_search(allowed=False):
@@ -86,22 +80,12 @@ def require_zstd() -> None:
 
 
 def check_superblock(path: Path) -> None:
-    """Refuse a file before HDF5 opens it, by its first bytes.
-
-    Raises
-    ------
-    NotAnArchiveError
-        It is no HDF5 file, or no file.
-    HostileFileError
-        Its addresses do not count from the start of the file.
-    CorruptArchiveError
-        Its end is missing.
-    """
+    """Refuse a file before HDF5 opens it, by its first bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
         block = file.read(_SUPERBLOCK.size + _END.size)
         nbytes = file.seek(0, os.SEEK_END)
     if not block.startswith(layout.HDF5_SIGNATURE):
-        message = f"{path}: is no HDF5 file; expected an archive that h5traces wrote"
+        message = f"{path}: is not an HDF5 file; expected an archive that h5traces wrote"
         raise NotAnArchiveError(message)
     if len(block) < _SUPERBLOCK.size + _END.size:
         message = f"{path}: ends within its first {len(block)} bytes; it was truncated"
@@ -124,18 +108,12 @@ def check_superblock(path: Path) -> None:
 
 
 def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:
-    """The sorted names of a group's links, of which there may be no more than `most`.
-
-    Raises
-    ------
-    HostileFileError
-        There are more.
-    """
+    """The sorted names of a group's links, of which there may be no more than `most`."""
     names: list[str] = []
 
     def add(name: bytes) -> bool | None:
         names.append(name.decode("utf-8", "surrogateescape"))
-        # Anything but None ends the iteration. The group's own count may be a lie.
+        # Anything but None ends the iteration. The group's own count may be wrong.
         return True if len(names) > most else None
 
     if group.get_num_objs() <= most:
@@ -147,18 +125,12 @@ def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:
 
 
 def has_link(group: h5g.GroupID, name: str) -> bool:
-    """Whether a link of that name exists; it is not followed, wherever it leads."""
+    """Whether a link of that name exists; it is not followed."""
     return bool(group.links.exists(name.encode("utf-8", "surrogateescape")))
 
 
 def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
-    """The group or dataset behind a hard link that is the only one to it, and its address.
-
-    Raises
-    ------
-    HostileFileError
-        It is something else.
-    """
+    """The group or dataset that only this hard link leads to, and its address."""
     encoded = name.encode("utf-8", "surrogateescape")
     if group.links.get_info(encoded).type != h5l.TYPE_HARD:
         message = f"{name!r} is a soft or external link; archives hold hard links only"
@@ -175,13 +147,7 @@ def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
 
 
 def open_group(group: h5g.GroupID, name: str) -> h5g.GroupID:
-    """The group behind a hard link that is the only one to it.
-
-    Raises
-    ------
-    HostileFileError
-        It is something else.
-    """
+    """The group that only this hard link leads to."""
     found, _ = open_child(group, name)
     if not isinstance(found, h5g.GroupID):
         message = f"{name!r} is a dataset, expected a group"
@@ -190,13 +156,7 @@ def open_group(group: h5g.GroupID, name: str) -> h5g.GroupID:
 
 
 def check_storage(options: Any, shape: tuple[int, ...] | None) -> None:
-    """Refuse datasets whose bytes lie elsewhere, and those without a shape.
-
-    Raises
-    ------
-    HostileFileError
-        It is such a dataset.
-    """
+    """Refuse datasets whose bytes lie elsewhere, and those without a shape."""
     if options.get_layout() == h5d.VIRTUAL:
         message = "a virtual dataset; archives hold their own bytes"
         raise HostileFileError(message)
@@ -217,13 +177,6 @@ def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
         The dataset's creation properties.
     itemsize
         Bytes per element.
-
-    Raises
-    ------
-    HostileFileError
-        A filter repeats another, or shuffles by another size than the element's.
-    MissingFilterError
-        One of them is none that archives use.
     """
     filters = tuple(
         Filter(number, tuple(parameters))
@@ -240,7 +193,7 @@ def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
     if len(set(numbers)) != len(numbers):
         message = f"the filters {numbers} repeat one another; archives use each at most once"
         raise HostileFileError(message)
-    foreign = set(numbers) - BUILT_IN_FILTERS
+    foreign = set(numbers) - _BUILT_IN_FILTERS
     if foreign:
         message = (
             f"the filters {sorted(foreign)} are none that archives use; expected gzip (1) with or "
@@ -253,15 +206,7 @@ def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
 def stored_chunks(
     dataset: h5d.DatasetID, shape: tuple[int, ...], chunk: tuple[int, ...], file_nbytes: int
 ) -> list[Any]:
-    """h5py's description of every chunk, in C order of the grid.
-
-    Raises
-    ------
-    HostileFileError
-        There would be more chunks than the file can list.
-    CorruptArchiveError
-        The stored chunks are not exactly those of the grid.
-    """
+    """h5py's description of every chunk, in C order of the grid."""
     counts = grid_shape(shape, chunk)
     expected = math.prod(counts)
     if expected * _MIN_INDEX_NBYTES > file_nbytes:

@@ -41,7 +41,7 @@ _CLASS_NAMES: Final = {
     h5t.BITFIELD: "a bit field",
     h5t.TIME: "a time",
 }
-MAX_COLUMNS: Final = 256
+_MAX_COLUMNS: Final = 256
 
 
 @lru_cache(maxsize=1024)
@@ -75,16 +75,7 @@ def hdf5_type(stored_type: str) -> h5t.TypeID:
 
 
 def stored_type(type_id: h5t.TypeID) -> str:
-    """The stored type behind an HDF5 type, of either byte order.
-
-    Raises
-    ------
-    HostileFileError
-        The type is of a class that archives never hold: references, variable length, arrays,
-        compounds, enumerations, opaque bytes, or a named type.
-    CorruptArchiveError
-        It is a number of a size or layout that archives never hold.
-    """
+    """The stored type of an HDF5 type of either byte order."""
     type_class = type_id.get_class()
     if type_id.committed():
         message = "the type is a named (committed) type; archives hold plain ones"
@@ -98,17 +89,17 @@ def stored_type(type_id: h5t.TypeID) -> str:
         what = _CLASS_NAMES.get(type_class, f"class {type_class}")
         message = f"the type is {what}; archives hold integers, floats and text only"
         raise HostileFileError(message)
-    name = number_type(type_id)
+    name = _number_type(type_id)
     if name is None:
         message = (
-            f"the type is a number of {type_id.get_size()} bytes in a layout of its own; archives "
+            f"the type is a number of {type_id.get_size()} bytes in an unusual layout; archives "
             "hold whole integers, IEEE floats and bfloat16"
         )
         raise CorruptArchiveError(message)
     return name
 
 
-def number_type(type_id: h5t.TypeID) -> str | None:
+def _number_type(type_id: h5t.TypeID) -> str | None:
     """The stored type of an integer or float, None where its bits lie otherwise."""
     size = type_id.get_size()
     if type_id.get_order() not in (h5t.ORDER_LE, h5t.ORDER_BE) and size > 1:
@@ -143,28 +134,22 @@ def is_archives_own(type_id: h5t.TypeID) -> bool:
 
 
 def null_padded(type_id: h5t.TypeID, stored: bytes) -> bytes:
-    """Text of a fixed-length type without what its own padding says is no part of it."""
+    """Text of a fixed-length type without its padding."""
     padding = type_id.get_strpad()
     if padding == h5t.STR_NULLTERM:
-        # Behind the first NUL lies whatever was in memory.
+        # What follows the first NUL is whatever was in memory.
         return stored.partition(b"\0")[0]
     return stored.rstrip(b" ") if padding == h5t.STR_SPACEPAD else stored
 
 
 def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
-    """The structured dtype of the bytes of a table's rows.
-
-    Raises
-    ------
-    HostileFileError
-        The type is no compound, or a column is of a type that archives never hold.
-    """
+    """The structured dtype of the bytes of a table's rows."""
     if type_id.get_class() != h5t.COMPOUND or type_id.committed():
         message = "the type is no plain compound; the table of samples has named columns"
         raise HostileFileError(message)
     count = type_id.get_nmembers()
-    if count > MAX_COLUMNS:
-        message = f"the table has {count} columns; the limit is {MAX_COLUMNS}"
+    if count > _MAX_COLUMNS:
+        message = f"the table has {count} columns; the limit is {_MAX_COLUMNS}"
         raise HostileFileError(message)
     names = [type_id.get_member_name(index).decode() for index in range(count)]
     return np.dtype(
@@ -227,14 +212,6 @@ def read_attributes(
     ignored
         Receives the names of attributes that are not the format's and of no type it uses, such as
         the variable-length strings that h5py writes by default; they are passed over.
-
-    Raises
-    ------
-    HostileFileError
-        There are more attributes, or larger ones, than `limits` allows, or one of a type that
-        archives never hold.
-    CorruptArchiveError
-        A text is no UTF-8.
     """
     info = h5o.get_info(location)
     if info.num_attrs > limits.max_attributes:
@@ -273,7 +250,7 @@ def _is_readable(attribute: h5a.AttrID) -> bool:
     if type_class not in (h5t.INTEGER, h5t.FLOAT) or shape is None or len(shape) > 1:
         return False
     # HDF5 clips what does not fit into 64 signed bits.
-    return number_type(type_id) not in (None, "uint64", "bfloat16")
+    return _number_type(type_id) not in (None, "uint64", "bfloat16")
 
 
 def _read_value(attribute: h5a.AttrID, name: str, limits: ReadLimits) -> AttrValue:

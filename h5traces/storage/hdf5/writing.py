@@ -1,13 +1,12 @@
 """Writes the HDF5 part of an archive, without the HDF5 library.
 
-A dataset is its chunks and an object header of some 300 bytes. The library takes 150 to 250 µs for
-each, two thirds of what a file of its own rules needs, and holds the interpreter's lock meanwhile;
-a Llama-2-7B batch has 64,000 of them. Here the headers of a sample are made together, in a fifth of
-the time, and lie together. The library also crashes the process where a write fails.
+A dataset consists of its chunks and an object header of some 300 bytes. The library takes 150 to
+250 µs to write one, holding the interpreter's lock; a Llama-2-7B batch has 64,000 of them. Here the
+headers of a sample are made together, in a fifth of the time, and stored together. The library also
+crashes the process if a write fails.
 
-Samples are written once, so nothing in the file is ever moved. What the library does with such
-files, reading, checking, copying and changing them, is the same as with its own:
-``tests/unit/test_hdf5_writing.py``.
+Samples are written once, so nothing in the file is ever moved. The library reads, checks, copies
+and changes such files as its own: ``tests/unit/test_hdf5_writing.py``.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ if TYPE_CHECKING:
     from h5traces.storage.publish import LatchedFile
 
 
-# What the library may write when it opens the file again: what "latest" writes HDF5 1.14 and
-# HDFView 3.3 cannot read.
+# What the library may write into the file later: HDF5 1.14 and HDFView 3.3 cannot read "latest".
 LIBVER: Final = ("v110", "v110")
 _SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 _SUPERBLOCK_VERSION: Final = 3
@@ -86,7 +84,7 @@ class _Node:
 
 
 class Hdf5Writer:
-    """An HDF5 file under construction; nothing but it may write to the file meanwhile.
+    """An HDF5 file under construction; nothing else may write to the file.
 
     Parameters
     ----------
@@ -97,7 +95,7 @@ class Hdf5Writer:
     def __init__(self, file: LatchedFile) -> None:
         self._file = file
         self._root = _Node()
-        # What the library adds at the end: attributes by path; names by group and stand-in.
+        # Added by the library at the end: attributes by path; names by group and stand-in.
         self._large_attributes: dict[str, Attrs] = {}
         self._long_names: dict[tuple[bytes, bytes], bytes] = {}
         self._append(bytes(_SUPERBLOCK_NBYTES))
@@ -238,7 +236,7 @@ class Hdf5Writer:
         )
 
     def finish_group(self, path: str) -> None:
-        """Write a group with all that is in it; nothing can be added to it any more."""
+        """Write a group and everything in it; nothing can be added afterwards."""
         parent, _, name = path.rpartition("/")
         links = self._node(parent).links
         links[_short(name.encode())] = self._write_tree(self._node(path))
@@ -288,7 +286,7 @@ class Hdf5Writer:
                 yield link_message(name, address)
 
     def close(self) -> None:
-        """Write all that is not written yet, and at last the superblock."""
+        """Write the rest, and the superblock last."""
         root = self._write_tree(self._root)
         addresses = struct.pack("<4Q", 0, UNDEFINED, self._file.nbytes, root)
         # Version, size of offsets and of lengths, consistency flags.
@@ -300,7 +298,7 @@ class Hdf5Writer:
             self._finish_by_library()
 
     def _finish_by_library(self) -> None:
-        """Add what of 64 KiB and more no header has room for; it takes structures of its own."""
+        """Add names and attributes of 64 KiB and more, which no header has room for."""
         with h5py.File(self._file, "r+", libver=LIBVER) as file:
             for (parent, short), name in self._long_names.items():
                 group = h5g.open(file.id, parent)

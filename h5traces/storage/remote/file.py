@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 _DATA = "data"
 _LOG = "ranges"
-# A footer may claim anything; one that is larger is read column by column.
+# A larger footer is read column by column.
 _MOST_HELD_NBYTES: Final = 256 << 20
 
 
 class RemoteFile:
     """The bytes of an object; a `ByteFile`.
 
-    Opening takes one request, for the end of the object. Every later answer must be of the same
-    version and size. Safe for threads; a process that got it by fork or pickling makes connections
-    of its own.
+    Opening takes one request, for the end of the object. Every later answer must have the same
+    version and size. Safe for threads, and for processes that get it by fork or pickling: each
+    makes its own connections.
 
     Parameters
     ----------
@@ -46,15 +46,6 @@ class RemoteFile:
         Its address.
     options
         How to read it.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such object.
-    RemoteError
-        The server cannot be reached, or refuses.
-    MissingDependencyError
-        A library for the protocol is not installed.
     """
 
     def __init__(self, path: RemotePath, options: RemoteOptions) -> None:
@@ -67,7 +58,7 @@ class RemoteFile:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        # What `prefetched` blocks hold, by exactly the ranges that will be read.
+        # Bytes that `prefetched` blocks hold, by range.
         self._fetched: tuple[dict[ByteRange, bytes], ...] = ()
 
     @property
@@ -81,15 +72,7 @@ class RemoteFile:
         return self._total_nbytes
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`; one request, unless they are at hand.
-
-        Raises
-        ------
-        CorruptArchiveError
-            The object ends before, or was replaced since it was opened.
-        RemoteError
-            The server cannot be reached, or refuses.
-        """
+        """Exactly `nbytes` from `offset`; one request, unless they are in memory."""
         wanted = ByteRange(offset, nbytes)
         if not nbytes:
             return b""
@@ -168,7 +151,7 @@ class RemoteFile:
         try:
             cache.keep(fetched)
         except OSError as error:
-            # A full disk is no reason to stop reading.
+            # Reading goes on when the disk is full.
             self._cache = None
             message = f"{self.name}: the cache cannot be written and is not used: {error}"
             warn(message, StoredStateWarning)
@@ -205,13 +188,13 @@ class RemoteFile:
         return reply.data
 
     def _transport(self) -> Transport:
-        return open_transport(self.path, self._options)
+        return _open_transport(self.path, self._options)
 
     def _persistently(self, request: Callable[[], Reply]) -> Reply:
         return persistently(self.path, self._options.attempts, request)
 
     def close(self) -> None:
-        """Let go of what is in memory; the next read asks the server."""
+        """Drop what is in memory; the next read asks the server."""
         with self._lock:
             self._fetched, self._tail = (), None
 
@@ -233,12 +216,7 @@ class RangeCache:
     path
         Address of the object.
     tail
-        Its last bytes, and what the server said of it.
-
-    Raises
-    ------
-    OSError
-        The folder cannot be made or written.
+        Its last bytes, size and version.
     """
 
     def __init__(self, folder: Path, path: RemotePath, tail: Reply) -> None:
@@ -285,7 +263,7 @@ class RangeCache:
         lines = "".join(f"{each.offset} {each.nbytes} {added[each]}\n" for each in added)
         log = os.open(self._folder / _LOG, os.O_WRONLY | os.O_APPEND | flags, 0o666)
         try:
-            # A newline in front, in case that the line before is torn.
+            # The newline comes first, in case the last line is torn.
             os.write(log, f"\n{lines}".encode("ascii"))
         finally:
             os.close(log)
@@ -299,43 +277,29 @@ def _key(path: RemotePath, tail: Reply) -> str:
     return digest.hexdigest()
 
 
-def open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
-    """The transport for an address in this process.
-
-    Raises
-    ------
-    MissingDependencyError
-        fsspec, or the library for the protocol, is not installed.
-    RemoteError
-        fsspec knows no such protocol.
-    """
+def _open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
+    """The transport for an address in this process."""
     try:
         from h5traces.storage.remote.filesystems import transport_for
 
         return transport_for(path, options)
     except ImportError as error:
-        raise missing(path, error) from error
+        raise _missing(path, error) from error
 
 
 def list_remote(
     path: RemotePath, suffixes: tuple[str, ...], options: RemoteOptions
 ) -> list[RemotePath]:
-    """The objects that a pattern matches, or that lie below a folder, sorted.
-
-    Raises
-    ------
-    MissingDependencyError, RemoteError, FileNotFoundError
-        As `open_transport`; or the server refuses, or cannot be reached.
-    """
+    """The objects that a pattern matches, or that lie below a folder, sorted."""
     try:
         from h5traces.storage.remote.filesystems import list_objects
 
         return list_objects(path, suffixes, options)
     except ImportError as error:
-        raise missing(path, error) from error
+        raise _missing(path, error) from error
 
 
-def missing(path: RemotePath, error: ImportError) -> MissingDependencyError:
+def _missing(path: RemotePath, error: ImportError) -> MissingDependencyError:
     """The error for a library that is not installed."""
     return MissingDependencyError(
         f"{path}: reading {path.protocol}:// needs a library that is not installed ({error}); "

@@ -1,4 +1,4 @@
-"""Objects on servers, through fsspec; nothing else here knows of it."""
+"""Objects on servers, through the public interface of fsspec."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _HTTP_ERRORS: Final = 400
 _TEMPORARY_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REFUSED_STATUS: Final = frozenset({401, 403, 407})
-# S3 says so with status 400.
+# S3 sends these with status 400.
 _REFUSED_CODES: Final = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 )
@@ -34,14 +34,8 @@ _RANGE_NOT_SATISFIABLE: Final = 416
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})\Z")
 
 
-def refuse(path: RemotePath, status: int, reason: str) -> NoReturn:
-    """Raise what a status of HTTP means.
-
-    Raises
-    ------
-    FileNotFoundError, RemoteError, TemporaryError
-        As `Transport` says.
-    """
+def reject(path: RemotePath, status: int, reason: str) -> NoReturn:
+    """Raise the error that a status of HTTP means."""
     said = f"{status} {reason}".strip()
     if status in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
         message = f"{path}: no such object on the server ({said})"
@@ -49,7 +43,7 @@ def refuse(path: RemotePath, status: int, reason: str) -> NoReturn:
     if status in _REFUSED_STATUS or any(code in reason for code in _REFUSED_CODES):
         message = (
             f"{path}: the server refuses access ({said}): credentials are missing, wrong or "
-            "expired, or may not read this; renew them, or hand them over in storage_options"
+            "expired, or may not read this; renew them, or pass them in storage_options"
         )
         raise RemoteError(message)
     if status in _TEMPORARY_STATUS:
@@ -62,28 +56,22 @@ def refuse(path: RemotePath, status: int, reason: str) -> NoReturn:
 
 
 def translate(path: RemotePath, error: Exception) -> NoReturn:
-    """Raise what an error of one of the libraries means.
-
-    Raises
-    ------
-    FileNotFoundError, RemoteError, TemporaryError
-        As `Transport` says.
-    """
+    """Raise the error that an error of one of the libraries means."""
     for each in _causes(error):
         status, reason = _status(each)
         if status:
-            refuse(path, status, reason)
+            reject(path, status, reason)
     if isinstance(error, FileNotFoundError):
         message = f"{path}: no such object on the server"
         raise FileNotFoundError(message) from error
     if _lacks_credentials(error):
         message = (
-            f"{path}: there are no credentials ({error}); set them up for this machine, or hand "
-            "them over in storage_options ({'anon': True} for public data)"
+            f"{path}: there are no credentials ({error}); set them up for this machine, or pass "
+            "them in storage_options ({'anon': True} for public data)"
         )
         raise RemoteError(message) from error
     if isinstance(error, PermissionError):
-        refuse(path, http.HTTPStatus.FORBIDDEN, str(error))
+        reject(path, http.HTTPStatus.FORBIDDEN, str(error))
     if _is_network_failure(error):
         raise TemporaryError(str(error) or type(error).__name__) from error
     if isinstance(error, ImportError):
@@ -139,8 +127,8 @@ def _is_network_failure(error: Exception) -> bool:
     )
 
 
-# By process, protocol, options and environment: connections of one process are of no use in
-# another, and credentials that were renewed are read anew.
+# By process, protocol, options and environment: no process can use connections of another, and
+# renewed credentials are read anew.
 _filesystems: dict[tuple[int, str, str, str], Any] = {}
 _ENVIRONMENT: Final = ("AWS_", "HF_")
 
@@ -149,13 +137,6 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
     """The file system for a protocol in this process.
 
     fsspec itself keeps one for each thread; connections of all threads are shared here.
-
-    Raises
-    ------
-    ImportError
-        The library for the protocol is not installed.
-    RemoteError
-        fsspec knows no such protocol.
     """
     arguments = {**options.storage_options, **_settings(protocol, options)}
     environment = sorted(each for each in os.environ.items() if each[0].startswith(_ENVIRONMENT))
@@ -175,13 +156,13 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
 
 
 def _forget(files: Any) -> None:
-    """The next request makes a new file system: a refused one may hold old credentials."""
+    """Make a new file system for the next request: this one may hold old credentials."""
     for key in [key for key, known in _filesystems.items() if known is files]:
         _filesystems.pop(key, None)
 
 
 def _settings(protocol: str, options: RemoteOptions) -> dict[str, Any]:
-    """Arguments of a file system that go with the options; what a user sets in them counts."""
+    """Arguments for a file system from the options; those that a user sets win."""
     given = options.storage_options
     if protocol in ("s3", "s3a"):
         config = {
@@ -328,7 +309,7 @@ class _FsspecTransport:
 
 
 class _PlainTransport(_FsspecTransport):
-    """An object whose version is what ``info`` says of it, in a request of its own."""
+    """An object whose size and version take a request of their own (``info``)."""
 
     def _data(self, request: _Request) -> bytes:
         self._files.invalidate_cache()
@@ -395,7 +376,7 @@ class _WebTransport(_FsspecTransport):
 
 
 async def _web_client(**arguments: Any) -> Any:
-    """aiohttp's client, which reads the heads of answers before their bodies are read."""
+    """aiohttp's client, which checks the head of every answer before its body is read."""
     import aiohttp
 
     trace = aiohttp.TraceConfig()
@@ -408,7 +389,7 @@ async def _web_client(**arguments: Any) -> Any:
 async def _read_head(_: Any, context: Any, answered: Any) -> None:
     """Note size and version of an object; close an answer whose body must not be read."""
     request, answer = context.trace_request_ctx, answered.response
-    # Listings have none.
+    # Listings have no such request.
     if not isinstance(request, _Request):
         return
     try:
@@ -420,7 +401,7 @@ async def _read_head(_: Any, context: Any, answered: Any) -> None:
 
 def _check_head(request: _Request, answer: Any) -> None:
     if answer.status >= _HTTP_ERRORS:
-        refuse(request.path, answer.status, answer.reason or "")
+        reject(request.path, answer.status, answer.reason or "")
     request.version = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
     length = answer.content_length
     if answer.status == http.HTTPStatus.PARTIAL_CONTENT:
@@ -431,7 +412,7 @@ def _check_head(request: _Request, answer: Any) -> None:
         if length > request.nbytes:
             request.reject_more()
         return
-    # The server sends all: good where no more was asked for.
+    # The server sends the whole object: good if no more was asked for.
     if length is None or length > request.nbytes or request.offset:
         message = (
             f"{request.path}: the server does not support range requests; download the archive "
@@ -442,7 +423,7 @@ def _check_head(request: _Request, answer: Any) -> None:
 
 
 def _hub_transport(path: RemotePath, options: RemoteOptions) -> Transport:
-    """A file of a repository on the Hugging Face hub: a web address behind its path."""
+    """A file of a repository on the Hugging Face hub, by its web address."""
     from huggingface_hub import get_token, hf_hub_url
 
     files = filesystem("hf", options)

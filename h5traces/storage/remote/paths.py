@@ -33,8 +33,8 @@ def is_url(source: object) -> bool:
 class RemotePath:
     """The address of an object, or of several: what a `Path` is to files.
 
-    ``str()`` leaves out what may be a secret (passwords, signatures behind ``?``), so that
-    messages can be shown; ``url`` has all of it.
+    ``str()`` leaves out what may be secret (passwords, all after ``?``), so that messages can be
+    shown; ``url`` is complete.
 
     Attributes
     ----------
@@ -52,12 +52,12 @@ class RemotePath:
 
     @property
     def is_web(self) -> bool:
-        """Whether a web server is asked."""
+        """Whether it is on a web server."""
         return self.protocol in _WEB
 
     @property
     def name(self) -> str:
-        """The last part of the address, without what stands behind ``?``."""
+        """The last part of the address, up to ``?``."""
         if self.is_web:
             return posixpath.basename(unquote(urlsplit(self.url).path))
         return posixpath.basename(self.url.partition("://")[2])
@@ -80,7 +80,7 @@ class RemotePath:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteOptions:
-    """Options for remote archives; local ones do not look at them.
+    """Options for remote archives.
 
     Attributes
     ----------
@@ -90,15 +90,15 @@ class RemoteOptions:
     cache
         Folder that keeps what was fetched; None for none.
     attempts
-        How often a request is tried that fails for a reason that may pass.
+        How often a request is tried when it fails for a temporary reason.
     timeout
         Seconds to wait for a connection, and for each piece of an answer.
     tail_nbytes
-        Bytes of the first request, from the end of the object: the footer of most archives.
+        Bytes of the first request, from the end of the object: the index of most archives.
     max_gap_nbytes
         Ranges with no more than this between them are fetched in one request.
     max_request_nbytes
-        Ranges are not joined beyond this; several requests at a time are faster then.
+        Ranges are not joined beyond this: parallel requests are faster then.
     max_parallel
         Requests at a time for one read.
     """

@@ -1,4 +1,4 @@
-"""What a remote file asks of the library that talks to its server."""
+"""Requests for ranges: what a remote file needs of a server, joining, and trying again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reply:
     total_nbytes
         Size of the whole object.
     version
-        What changes when the object does: its ETag, else its time; None where the server names
+        What changes when the object does: its ETag, else its time; None if the server sends
         neither.
     """
 
@@ -37,14 +37,14 @@ class Reply:
 
 
 class TemporaryError(Exception):
-    """A request failed for a reason that may pass; never reaches users."""
+    """A request failed for a reason that may pass; users never see it."""
 
 
 class Transport(Protocol):
     """One object on its server. Safe for threads.
 
-    Every method raises FileNotFoundError where there is no such object, RemoteError where the
-    server refuses, and `TemporaryError` where it makes sense to try again.
+    Every method raises FileNotFoundError if there is no such object, RemoteError if the server
+    rejects the request, and `TemporaryError` if trying again makes sense.
     """
 
     def tail(self, nbytes: int) -> Reply:
@@ -68,19 +68,19 @@ class ByteRange(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Offset behind the last byte."""
+        """Offset after the last byte."""
         return self.offset + self.nbytes
 
 
 def coalesce(
     ranges: Iterable[ByteRange], *, max_gap_nbytes: int, max_nbytes: int
 ) -> list[ByteRange]:
-    """Ranges joined to as few requests as pay, in order; none overlaps another by its start.
+    """Ranges joined into few requests, in order.
 
     Parameters
     ----------
     ranges
-        What is wanted; in any order, may overlap.
+        Ranges to read, in any order; they may overlap.
     max_gap_nbytes
         Ranges are joined over gaps up to this.
     max_nbytes
@@ -131,13 +131,7 @@ _LONGEST_PAUSE: Final = 5.0
 
 
 def persistently(path: RemotePath, attempts: int, request: Callable[[], Result]) -> Result:
-    """What `request` returns, at the latest the last time; pauses grow from 0.1 to 5 seconds.
-
-    Raises
-    ------
-    RemoteError
-        Every attempt failed.
-    """
+    """What `request` returns, at the latest the last time; pauses grow from 0.1 to 5 seconds."""
     for attempt in range(attempts):
         try:
             return request()
@@ -147,7 +141,7 @@ def persistently(path: RemotePath, attempts: int, request: Callable[[], Result])
                 msg = f"{message}(tried {attempts} times); check the address and the network"
                 raise RemoteError(msg) from error
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
-        # Many readers that failed together must not come back together.
+        # So that many readers that failed together do not come back together.
         time.sleep(pause * random.uniform(0.5, 1.0))
     message = f"{path}: attempts is {attempts}, expected at least 1"
     raise RemoteError(message)
