@@ -47,7 +47,7 @@ _PANELS: Final = {
             "ls": "List the samples of archives.",
             "validate": "Report every problem of structure and schema.",
             "verify": "Compare the bytes of archives with their digests.",
-        },
+        }
     },
     "Rewrite archives": {
         "rewriting": {
@@ -129,8 +129,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass

@@ -60,9 +60,7 @@ class Group:
     build: Callable[..., Any]
 
 
-def command(
-    *usage_errors: type[Exception],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(*usage_errors: type[Exception]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates the function of a command.
 
     Parameters annotated with a `Group` become its options. Errors end in one line on stderr and an

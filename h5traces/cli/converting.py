@@ -8,14 +8,7 @@ import typer
 
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
-from h5traces.cli.console import (
-    bytes_progress,
-    count_progress,
-    fail,
-    print_json,
-    print_line,
-    warn,
-)
+from h5traces.cli.console import bytes_progress, count_progress, fail, print_json, print_line, warn
 from h5traces.cli.options import (
     OUTPUT,
     Converted,
@@ -48,19 +41,15 @@ def convert(
     layers: Layers = None,
     precision: PrecisionGroup,
     output: Output,
-    merge: Annotated[
-        bool, option("--merge", panel=OUTPUT, help="All batches into one archive.")
-    ] = False,
+    merge: Annotated[bool, option(OUTPUT, "--merge", "All batches into one archive.")] = False,
     target: Converted,
     model_id: Annotated[
         str | None,
-        option(panel=OUTPUT, metavar="ID", help="Model to record [default: from the file name]."),
+        option(OUTPUT, "--model-id ID", "Model to record [default: from the file name]."),
     ] = None,
     dataset: Annotated[
         str | None,
-        option(
-            panel=OUTPUT, metavar="NAME", help="Data set to record [default: from the file name]."
-        ),
+        option(OUTPUT, "--dataset NAME", "Data set to record [default: from the file name]."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -121,14 +110,10 @@ def calibrate(
     *,
     layers: Layers = None,
     num_samples: NumSamples = DEFAULT_SAMPLES,
-    output: Annotated[
-        str,
-        option("-o", "--output", panel=OUTPUT, metavar="SCALES", help="The new file of scales."),
-    ],
+    output: Annotated[str, option(OUTPUT, "-o --output SCALES", "The new file of scales.")],
     target: NewFile,
     model_id: Annotated[
-        str | None,
-        option(panel=OUTPUT, metavar="ID", help="Model to record [default: from the sources]."),
+        str | None, option(OUTPUT, "--model-id ID", "Model to record [default: from the sources].")
     ] = None,
     json: Json = False,
 ) -> None:

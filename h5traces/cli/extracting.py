@@ -40,37 +40,29 @@ if TYPE_CHECKING:
 _MODEL, _QUESTIONS, _ANSWERS, _PILOT = "Model", "Questions", "Answers", "Pilot"
 
 ModelId = Annotated[
-    str,
-    option(
-        panel=_MODEL, metavar="MODEL", help="Hub id, local folder, or alias (`llama2_chat_7B`)."
-    ),
+    str, option(_MODEL, "--model-id MODEL", "Hub id, local folder, or alias (`llama2_chat_7B`).")
 ]
 ModelDtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
     option(
-        panel=_MODEL,
-        metavar="TYPE",
-        help="Compute in `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's type, but "
+        _MODEL,
+        "--model-dtype TYPE",
+        "Compute in `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's type, but "
         "float32 on CPUs.",
     ),
 ]
 Device = Annotated[
     str | None,
     option(
-        panel=_MODEL,
-        metavar="NAME",
-        help="`cpu`, `cuda`, `cuda:1`, or `auto` for all [default: cuda where there is a GPU].",
+        _MODEL,
+        "--device NAME",
+        "`cpu`, `cuda`, `cuda:1`, or `auto` for all [default: cuda where there is a GPU].",
     ),
 ]
-Revision = Annotated[
-    str | None, option(panel=_MODEL, metavar="REV", help="Commit, branch or tag of the model.")
-]
-Kinds = Annotated[
-    str,
-    option(panel=KEEP, metavar="KIND,KIND", help="`hidden_states`, `attentions`, or both."),
-]
+Revision = Annotated[str | None, option(_MODEL, "--revision REV", "Commit, branch or tag of the model.")]
+Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", "`hidden_states`, `attentions`, or both.")]
 MaxNewTokens = Annotated[
-    int, option(panel=_ANSWERS, metavar="N", min=1, help="Largest number of tokens of an answer.")
+    int, option(_ANSWERS, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
 ]
 
 
@@ -80,8 +72,7 @@ def _model(
     model_dtype: ModelDtype = "auto",
     device: Device = None,
     load_in_4bit: Annotated[
-        bool,
-        option("--load-in-4bit", panel=_MODEL, help="Quantise the weights with bitsandbytes."),
+        bool, option(_MODEL, "--load-in-4bit", "Quantise the weights with bitsandbytes.")
     ] = False,
 ) -> ModelChoice:
     return ModelChoice(
@@ -97,43 +88,36 @@ def _dataset(
     dataset: Annotated[
         str,
         option(
-            panel=_QUESTIONS,
-            metavar="NAME|FILE",
-            help="`triviaqa`, `truthfulqa`, or a `.jsonl` or `.csv` file with a column `question` "
+            _QUESTIONS,
+            "--dataset NAME|FILE",
+            "`triviaqa`, `truthfulqa`, or a `.jsonl` or `.csv` file with a column `question` "
             "(and, optionally, `question_id` and `answers`).",
         ),
     ],
     num_samples: Annotated[
         int | None,
-        option(
-            "-n",
-            "--num-samples",
-            panel=_QUESTIONS,
-            metavar="N",
-            min=1,
-            help="The first N questions [default: all].",
-        ),
+        option(_QUESTIONS, "-n --num-samples N", "The first N questions [default: all].", min=1),
     ] = None,
     dataset_path: Annotated[
         str | None,
         option(
-            panel=_QUESTIONS,
-            metavar="DIR",
-            help="A local copy of triviaqa's or truthfulqa's repository.",
+            _QUESTIONS,
+            "--dataset-path DIR",
+            "A local copy of triviaqa's or truthfulqa's repository.",
         ),
     ] = None,
     dataset_revision: Annotated[
         str | None,
-        option(panel=_QUESTIONS, metavar="REV", help="Commit, branch or tag of the data set."),
+        option(_QUESTIONS, "--dataset-revision REV", "Commit, branch or tag of the data set."),
     ] = None,
     question_column: Annotated[
-        str | None, option(panel=_QUESTIONS, metavar="NAME", help="Column of a file.")
+        str | None, option(_QUESTIONS, "--question-column NAME", "Column of a file.")
     ] = None,
     id_column: Annotated[
-        str | None, option(panel=_QUESTIONS, metavar="NAME", help="Column of a file.")
+        str | None, option(_QUESTIONS, "--id-column NAME", "Column of a file.")
     ] = None,
     answers_column: Annotated[
-        str | None, option(panel=_QUESTIONS, metavar="NAME", help="Column of a file.")
+        str | None, option(_QUESTIONS, "--answers-column NAME", "Column of a file.")
     ] = None,
 ) -> DatasetChoice:
     return DatasetChoice(
@@ -148,16 +132,14 @@ def _dataset(
 def _generation(
     max_new_tokens: MaxNewTokens = 64,
     num_beams: Annotated[
-        int, option(panel=_ANSWERS, metavar="N", min=1, help="Beams of beam search; 1 for none.")
+        int, option(_ANSWERS, "--num-beams N", "Beams of beam search; 1 for none.", min=1)
     ] = 1,
-    sample: Annotated[
-        bool, option("--sample", panel=_ANSWERS, help="Draw tokens at random.")
-    ] = False,
-    temperature: Annotated[float, option(panel=_ANSWERS, metavar="T", help="Of `--sample`.")] = 1.0,
+    sample: Annotated[bool, option(_ANSWERS, "--sample", "Draw tokens at random.")] = False,
+    temperature: Annotated[float, option(_ANSWERS, "--temperature T", "Of `--sample`.")] = 1.0,
     top_k: Annotated[
-        int, option(panel=_ANSWERS, metavar="K", min=0, help="Of `--sample`; 0 for all tokens.")
+        int, option(_ANSWERS, "--top-k K", "Of `--sample`; 0 for all tokens.", min=0)
     ] = 0,
-    top_p: Annotated[float, option(panel=_ANSWERS, metavar="P", help="Of `--sample`.")] = 1.0,
+    top_p: Annotated[float, option(_ANSWERS, "--top-p P", "Of `--sample`.")] = 1.0,
 ) -> GenerationOptions:
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -177,54 +159,49 @@ def extract(
     prompt_template: Annotated[
         str | None,
         option(
-            panel=_QUESTIONS,
-            metavar="TEXT",
-            help="Text around `{question}` [default: 'Answer the question concisely. "
+            _QUESTIONS,
+            "--prompt-template TEXT",
+            "Text around `{question}` [default: 'Answer the question concisely. "
             "Q: {question} A:'; with `--chat` the question alone].",
         ),
     ] = None,
     chat: Annotated[
-        bool,
-        option("--chat", panel=_QUESTIONS, help="Put the prompt into the model's chat template."),
+        bool, option(_QUESTIONS, "--chat", "Put the prompt into the model's chat template.")
     ] = False,
     generation: Annotated[GenerationOptions, Group(_generation)],
     seed: Annotated[
         int,
         option(
-            panel=_ANSWERS,
-            metavar="N",
+            _ANSWERS,
+            "--seed N",
+            "Every sample's own seed is derived from it and the sample's id.",
             min=0,
-            help="Every sample's own seed is derived from it and the sample's id.",
         ),
     ] = 0,
     answer_cut: Annotated[
         Literal["none", "sentence", "newline"],
         option(
-            panel=_ANSWERS,
-            metavar="none|sentence|newline",
-            help="Where the clean answer ends. Raw answer and arrays are never cut.",
+            _ANSWERS,
+            "--answer-cut none|sentence|newline",
+            "Where the clean answer ends. Raw answer and arrays are never cut.",
         ),
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
     embedding: Annotated[
-        bool, option("--embedding", panel=KEEP, help="Also store the output of the embedding.")
+        bool, option(KEEP, "--embedding", "Also store the output of the embedding.")
     ] = False,
     last_state: Annotated[
         Literal["final_norm", "block_output"],
         option(
-            panel=KEEP,
-            metavar="final_norm|block_output",
-            help="Where the last block's state is taken: after the final norm, or before it.",
+            KEEP,
+            "--last-state final_norm|block_output",
+            "Where the last block's state is taken: after the final norm, or before it.",
         ),
     ] = "final_norm",
     on_nan: Annotated[
         Literal["error", "skip", "keep"],
-        option(
-            panel=KEEP,
-            metavar="error|skip|keep",
-            help="Samples with NaN: stop, leave out, or store.",
-        ),
+        option(KEEP, "--on-nan error|skip|keep", "Samples with NaN: stop, leave out, or store."),
     ] = "error",
     precision: PrecisionGroup,
     output: Output,
@@ -232,13 +209,11 @@ def extract(
     check_space: Annotated[
         bool,
         option(
-            "--check-space/--no-check-space",
-            panel=OUTPUT,
-            help="Do not start where the disk is too small.",
+            OUTPUT, "--check-space/--no-check-space", "Do not start where the disk is too small."
         ),
     ] = True,
     batch_size: Annotated[
-        int, option(panel=_MODEL, metavar="N", min=1, help="Number of samples computed together.")
+        int, option(_MODEL, "--batch-size N", "Number of samples computed together.", min=1)
     ] = 1,
     json: Json = False,
 ) -> None:
@@ -305,13 +280,13 @@ def extract(
 
 def _shape(
     num_layers: Annotated[
-        int | None, option(panel=_MODEL, metavar="N", min=1, help="Blocks, instead of a model.")
+        int | None, option(_MODEL, "--num-layers N", "Blocks, instead of a model.", min=1)
     ] = None,
     hidden_size: Annotated[
-        int | None, option(panel=_MODEL, metavar="N", min=1, help="Width, instead of a model.")
+        int | None, option(_MODEL, "--hidden-size N", "Width, instead of a model.", min=1)
     ] = None,
     num_heads: Annotated[
-        int | None, option(panel=_MODEL, metavar="N", min=1, help="Heads, instead of a model.")
+        int | None, option(_MODEL, "--num-heads N", "Heads, instead of a model.", min=1)
     ] = None,
 ) -> ModelShape | None:
     if num_layers is None or hidden_size is None or num_heads is None:
@@ -323,14 +298,10 @@ def _storage(
     dtype: Annotated[
         DtypePolicy,
         option(
-            panel=PRECISION,
-            metavar="TYPE",
-            help="Stored type: `float16`, `bfloat16`, `float32` or `auto`.",
+            PRECISION, "--dtype TYPE", "Stored type: `float16`, `bfloat16`, `float32` or `auto`."
         ),
     ] = "float16",
-    codec: Annotated[
-        ArrayCodec, option(panel=PRECISION, metavar="gzip|zstd", help="Compression.")
-    ] = "gzip",
+    codec: Annotated[ArrayCodec, option(PRECISION, "--codec gzip|zstd", "Compression.")] = "gzip",
 ) -> PrecisionOptions:
     return PrecisionOptions(dtype=dtype, codec=codec)
 
@@ -339,25 +310,24 @@ def _storage(
 def estimate(
     *,
     model_id: Annotated[
-        str | None, option(panel=_MODEL, metavar="MODEL", help="Hub id, local folder, or alias.")
+        str | None, option(_MODEL, "--model-id MODEL", "Hub id, local folder, or alias.")
     ] = None,
     revision: Revision = None,
     shape: Annotated[Any, Group(_shape)],
     seq_len: Annotated[
-        int, option(panel=_MODEL, metavar="S", min=1, help="Tokens of prompt and answer.")
+        int, option(_MODEL, "--seq-len S", "Tokens of prompt and answer.", min=1)
     ] = 43,
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
     storage: Annotated[PrecisionOptions, Group(_storage)],
     pilot: Annotated[
-        int | None,
-        option(panel=_PILOT, metavar="N", min=1, help="Extract N samples, and measure their size."),
+        int | None, option(_PILOT, "--pilot N", "Extract N samples, and measure their size.", min=1)
     ] = None,
     dataset: Annotated[
-        str | None, option(panel=_PILOT, metavar="NAME|FILE", help="Questions of the pilot.")
+        str | None, option(_PILOT, "--dataset NAME|FILE", "Questions of the pilot.")
     ] = None,
     max_new_tokens: Annotated[
-        int, option(panel=_PILOT, metavar="N", min=1, help="Largest number of tokens of an answer.")
+        int, option(_PILOT, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
     ] = 64,
     model_dtype: ModelDtype = "auto",
     device: Device = None,
@@ -400,11 +370,7 @@ def estimate(
 
 
 def _measured(
-    model: ModelChoice,
-    dataset: str,
-    pilot: int,
-    options: ExtractOptions,
-    storage: PrecisionOptions,
+    model: ModelChoice, dataset: str, pilot: int, options: ExtractOptions, storage: PrecisionOptions
 ) -> Estimate:
     from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 

@@ -9,16 +9,7 @@ import typer
 from h5traces.cli import reports
 from h5traces.cli.command import command
 from h5traces.cli.console import count_progress, first_lines, print_json, warn
-from h5traces.cli.options import (
-    KEEP,
-    OUTPUT,
-    Archives,
-    Json,
-    Layers,
-    NewFile,
-    Workers,
-    option,
-)
+from h5traces.cli.options import KEEP, OUTPUT, Archives, Json, Layers, NewFile, Workers, option
 from h5traces.features import PcaOptions, extract_features
 
 _FEATURES = "Features"
@@ -31,66 +22,49 @@ def features(
     sources: Archives,
     *,
     last_token: Annotated[
-        bool,
-        option("--last-token", panel=_FEATURES, help="Hidden state of the last token, per layer."),
+        bool, option(_FEATURES, "--last-token", "Hidden state of the last token, per layer.")
     ] = False,
     pooled: Annotated[
         str | None,
         option(
-            panel=_FEATURES,
-            metavar="NAME,NAME",
-            help="Hidden states pooled over tokens: some of `mean`, `max`, `answer_mean`, "
-            "`answer_max`.",
+            _FEATURES,
+            "--pooled NAME,NAME",
+            "Hidden states pooled over tokens: some of `mean`, `max`, `answer_mean`, `answer_max`.",
         ),
     ] = None,
     attention: Annotated[
         str | None,
         option(
-            panel=_FEATURES,
-            metavar="NAME,NAME",
-            help="Summaries of attention, per head: some of `entropy`, `sink`, `lookback`.",
+            _FEATURES,
+            "--attention NAME,NAME",
+            "Summaries of attention, per head: some of `entropy`, `sink`, `lookback`.",
         ),
     ] = None,
     pca: Annotated[
         int | None,
-        option(
-            panel=_FEATURES,
-            metavar="K",
-            min=1,
-            help="Project hidden states on K principal components.",
-        ),
+        option(_FEATURES, "--pca K", "Project hidden states on K principal components.", min=1),
     ] = None,
     pca_samples: Annotated[
         str | None,
         option(
-            panel=_FEATURES,
-            metavar="0,3|0:100",
-            help="Indices of the samples that components are fitted to [default: all].",
+            _FEATURES,
+            "--pca-samples 0,3|0:100",
+            "Indices of the samples that components are fitted to [default: all].",
         ),
     ] = None,
     pca_only: Annotated[
-        bool,
-        option("--pca-only", panel=_FEATURES, help="Leave out the features that were projected."),
+        bool, option(_FEATURES, "--pca-only", "Leave out the features that were projected.")
     ] = False,
     layers: Layers = None,
     labels: Annotated[
         str | None,
-        option(
-            panel=KEEP, metavar="DIR", help="Folder of the labels [default: beside the archives]."
-        ),
+        option(KEEP, "--labels DIR", "Folder of the labels [default: beside the archives]."),
     ] = None,
     output: Annotated[
-        str,
-        option(
-            "-o",
-            "--output",
-            panel=OUTPUT,
-            metavar="DEST",
-            help="A name ending in `.h5`, `.npz` or `.parquet`.",
-        ),
+        str, option(OUTPUT, "-o --output DEST", "A name ending in `.h5`, `.npz` or `.parquet`.")
     ],
     allow_nan: Annotated[
-        bool, option("--allow-nan", panel=OUTPUT, help="Write features that are NaN or infinite.")
+        bool, option(OUTPUT, "--allow-nan", "Write features that are NaN or infinite.")
     ] = False,
     workers: Workers = None,
     target: NewFile,

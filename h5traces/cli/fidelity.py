@@ -25,24 +25,21 @@ def fidelity(
     *,
     threshold: Annotated[
         float,
-        option(metavar="T", min=0, help="An edge is where the mean over heads is greater."),
+        option(None, "--threshold T", "An edge is where the mean over heads is greater.", min=0),
     ] = 0.01,
     max_sigma: Annotated[
         float | None,
         option(
-            panel=_LIMITS,
-            metavar="X",
-            min=0,
-            help="Exit 1 where a state is off by more than X sigma.",
+            _LIMITS, "--max-sigma X", "Exit 1 where a state is off by more than X sigma.", min=0
         ),
     ] = None,
     max_flips: Annotated[
         float | None,
         option(
-            panel=_LIMITS,
-            metavar="X",
+            _LIMITS,
+            "--max-flips X",
+            "Exit 1 where more than the share X of a layer's edges flip.",
             min=0,
-            help="Exit 1 where more than the share X of a layer's edges flip.",
         ),
     ] = None,
     json: Json = False,

@@ -24,39 +24,29 @@ def label(
     table: Annotated[str, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
     *,
     threshold: Annotated[
-        float,
-        option(panel=_LABELS, metavar="NUMBER", help="A label is 1 where the score is below this."),
+        float, option(_LABELS, "--threshold NUMBER", "A label is 1 where the score is below this.")
     ] = THRESHOLD,
     scores_only: Annotated[
-        bool, option("--scores-only", panel=_LABELS, help="Keep the scores and make no labels.")
+        bool, option(_LABELS, "--scores-only", "Keep the scores and make no labels.")
     ] = False,
     partial: Annotated[
-        bool,
-        option(
-            "--partial", panel=_LABELS, help="Accept samples without a score; they get no label."
-        ),
+        bool, option(_LABELS, "--partial", "Accept samples without a score; they get no label.")
     ] = False,
-    id_column: Annotated[
-        str, option(panel=_LABELS, metavar="NAME", help="Column of ids.")
-    ] = _COLUMNS.id,
+    id_column: Annotated[str, option(_LABELS, "--id-column NAME", "Column of ids.")] = _COLUMNS.id,
     score_column: Annotated[
-        str, option(panel=_LABELS, metavar="NAME", help="Column of scores.")
+        str, option(_LABELS, "--score-column NAME", "Column of scores.")
     ] = _COLUMNS.score,
     output: Annotated[
         str | None,
         option(
-            "-o",
-            "--output",
-            panel=OUTPUT,
-            metavar="DEST",
-            help="A new archive with the labels inside: an `.h5` name, or a folder/.",
+            OUTPUT,
+            "-o --output DEST",
+            "A new archive with the labels inside: an `.h5` name, or a folder/.",
         ),
     ] = None,
     folder: Annotated[
         str | None,
-        option(
-            panel=OUTPUT, metavar="DIR", help="Put the labels here [default: beside the archives]."
-        ),
+        option(OUTPUT, "--folder DIR", "Put the labels here [default: beside the archives]."),
     ] = None,
     target: NewFile,
     json: Json = False,

@@ -8,11 +8,7 @@ import typer
 
 from h5traces.archive.opening import open_archive
 from h5traces.checking.inspect import inspect as inspect_file
-from h5traces.checking.isolated import (
-    DEFAULT_MEMORY_NBYTES,
-    DEFAULT_TIMEOUT,
-    IsolationLimits,
-)
+from h5traces.checking.isolated import DEFAULT_MEMORY_NBYTES, DEFAULT_TIMEOUT, IsolationLimits
 from h5traces.checking.reports import ValidationReport
 from h5traces.checking.validate import validate as validate_archive
 from h5traces.checking.verify import VerifyReport
@@ -31,15 +27,11 @@ _ISOLATION = "Isolation"
 @command()
 def inspect(
     sources: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE…", help="Archives or batches, globs or folders."),
+        list[str], typer.Argument(metavar="FILE…", help="Archives or batches, globs or folders.")
     ],
     *,
     num_samples: Annotated[
-        str,
-        option(
-            "-n", "--num-samples", metavar="N|all", help="Read the arrays of the first N samples."
-        ),
+        str, option(None, "-n --num-samples N|all", "Read the arrays of the first N samples.")
     ] = "1",
     json: Json = False,
 ) -> None:
@@ -74,10 +66,7 @@ def inspect(
 
 
 @command()
-def ls(
-    sources: Archives,
-    json: Json = False,
-) -> None:
+def ls(sources: Archives, json: Json = False) -> None:
     """List the samples of archives.
 
     Index, id, generation, length, coverage and label of each.
@@ -99,16 +88,13 @@ def validate(
     sources: Archives,
     *,
     isolated: Annotated[
-        bool,
-        option(
-            "--isolated", panel=_ISOLATION, help="Use a child process, for files from strangers."
-        ),
+        bool, option(_ISOLATION, "--isolated", "Use a child process, for files from strangers.")
     ] = False,
     memory: Annotated[
-        int, option(panel=_ISOLATION, metavar="MIB", min=1, help="Memory for each file.")
+        int, option(_ISOLATION, "--memory MIB", "Memory for each file.", min=1)
     ] = DEFAULT_MEMORY_NBYTES >> 20,
     timeout: Annotated[
-        float, option(panel=_ISOLATION, metavar="SECONDS", min=0.1, help="Time for each file.")
+        float, option(_ISOLATION, "--timeout SECONDS", "Time for each file.", min=0.1)
     ] = DEFAULT_TIMEOUT,
     json: Json = False,
 ) -> None:
@@ -139,12 +125,11 @@ def verify(
     sources: Archives,
     *,
     deep: Annotated[
-        bool,
-        option("--deep", help="Inflate everything; compare contents, structure and schema."),
+        bool, option(None, "--deep", "Inflate everything; compare contents, structure and schema.")
     ] = False,
     against: Annotated[
         str | None,
-        option(metavar="BATCH", help="Compare with the legacy batch the archive was made from."),
+        option(None, "--against BATCH", "Compare with the legacy batch the archive was made from."),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -19,54 +19,42 @@ PRECISION: Final = "Precision"
 OUTPUT: Final = "Output"
 
 
-def option(*names: str, **settings: Any) -> Any:
-    """An option in a panel of the help, ``panel``."""
-    return typer.Option(*names, rich_help_panel=settings.pop("panel", None), **settings)
+def option(panel: str | None, spelling: str, text: str, **settings: Any) -> Any:
+    """An option as it reads in the help: its panel, names and value (``-n --num-samples N``).
+
+    Without a name, it is the parameter's.
+    """
+    names = [each for each in spelling.split() if each[0] == "-"]
+    metavar = spelling.split()[-1]
+    settings["metavar"] = None if metavar in names else metavar
+    return typer.Option(*names, rich_help_panel=panel, help=text, **settings)
 
 
 Archives = Annotated[list[str], typer.Argument(metavar="FILE…", help="Archives, globs or folders.")]
-Json = Annotated[bool, option("--json", help="One JSON document on stdout.")]
-DryRun = Annotated[
-    bool, option("--dry-run", panel=OUTPUT, help="Say what would be done; write nothing.")
-]
-Overwrite = Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace existing files.")]
+Json = Annotated[bool, option(None, "--json", "One JSON document on stdout.")]
+DryRun = Annotated[bool, option(OUTPUT, "--dry-run", "Say what would be done; write nothing.")]
+Overwrite = Annotated[bool, option(OUTPUT, "--overwrite", "Replace existing files.")]
 Workers = Annotated[
-    int | None,
-    option("--workers", metavar="N", min=1, help="Threads [default: one per core]."),
+    int | None, option(None, "--workers N", "Threads [default: one per core].", min=1)
 ]
 Verify = Annotated[
     bool,
     option(
+        OUTPUT,
         "--verify/--no-verify",
-        panel=OUTPUT,
-        help="Read every new file back and compare it with its source before it gets its name.",
+        "Read every new file back and compare it with its source before it gets its name.",
     ),
 ]
-Output = Annotated[
-    str,
-    option("-o", "--output", panel=OUTPUT, metavar="DEST", help="An `.h5` name, or a folder/."),
-]
+Output = Annotated[str, option(OUTPUT, "-o --output DEST", "An `.h5` name, or a folder/.")]
 Layers = Annotated[
-    str | None,
-    option(
-        "--layers",
-        panel=KEEP,
-        metavar="0,5,10-12,last",
-        help="Decoder blocks (0-based) [default: all].",
-    ),
+    str | None, option(KEEP, "--layers 0,5,10-12,last", "Decoder blocks (0-based) [default: all].")
 ]
 Samples = Annotated[
-    str | None,
-    option("--samples", panel=KEEP, metavar="0,3|0:100", help="Indices of samples [default: all]."),
+    str | None, option(KEEP, "--samples 0,3|0:100", "Indices of samples [default: all].")
 ]
-NumSamples = Annotated[
-    int, option("-n", "--num-samples", panel=KEEP, metavar="N", min=1, help="The first N samples.")
-]
+NumSamples = Annotated[int, option(KEEP, "-n --num-samples N", "The first N samples.", min=1)]
 ShardSamples = Annotated[
-    int | None,
-    option(
-        "--shard-samples", panel=OUTPUT, metavar="N", min=1, help="At most N samples per archive."
-    ),
+    int | None, option(OUTPUT, "--shard-samples N", "At most N samples per archive.", min=1)
 ]
 
 
@@ -74,9 +62,9 @@ def _precision(
     tier: Annotated[
         TierName | None,
         option(
-            panel=PRECISION,
-            metavar="NAME",
-            help="`exact` (no quantisation, the default for new archives); `fine` (0.01 sigma, as "
+            PRECISION,
+            "--tier NAME",
+            "`exact` (no quantisation, the default for new archives); `fine` (0.01 sigma, as "
             "in bfloat16); `analysis` (0.05 sigma); `compact` (0.2 sigma, attentions "
             "averaged over heads); `native` (float16 rounded to 5 mantissa bits).",
         ),
@@ -84,75 +72,76 @@ def _precision(
     step: Annotated[
         float | None,
         option(
-            panel=PRECISION,
-            metavar="C",
-            help="Quantisation step of hidden states, 0.001 to 4 sigma of their channel; errors "
+            PRECISION,
+            "--step C",
+            "Quantisation step of hidden states, 0.001 to 4 sigma of their channel; errors "
             "are at most half of it.",
         ),
     ] = None,
     attention_bits: Annotated[
         int | None,
         option(
-            panel=PRECISION,
-            metavar="BITS",
-            help="Bits of attention weights, on a square-root scale.",
+            PRECISION, "--attention-bits BITS", "Bits of attention weights, on a square-root scale."
         ),
     ] = None,
     head_mean: Annotated[
         HeadMeanName | None,
         option(
-            panel=PRECISION,
-            metavar="none|beside|only",
-            help="Attentions averaged over heads; `only` replaces the heads by them.",
+            PRECISION,
+            "--head-mean none|beside|only",
+            "Attentions averaged over heads; `only` replaces the heads by them.",
         ),
     ] = None,
     mantissa_bits: Annotated[
         int | None,
         option(
-            panel=PRECISION,
-            metavar="K",
-            help="Round what stays in float16 to K (1 to 9) of its 10 mantissa bits.",
+            PRECISION,
+            "--mantissa-bits K",
+            "Round what stays in float16 to K (1 to 9) of its 10 mantissa bits.",
         ),
     ] = None,
     scales: Annotated[
         str | None,
         option(
-            panel=PRECISION,
-            metavar="FILE",
-            help="Written by `h5traces calibrate`, or an archive with scales [default: measured "
+            PRECISION,
+            "--scales FILE",
+            "Written by `h5traces calibrate`, or an archive with scales [default: measured "
             "on the first samples].",
         ),
     ] = None,
     calibration_samples: Annotated[
         int,
         option(
-            panel=PRECISION, metavar="N", min=1, help="Samples measured where there is no --scales."
+            PRECISION,
+            "--calibration-samples N",
+            "Samples measured where there is no --scales.",
+            min=1,
         ),
     ] = AUTOMATIC_SAMPLES,
     dtype: Annotated[
         DtypePolicy | None,
         option(
-            panel=PRECISION,
-            metavar="TYPE",
-            help="Stored type: `float16`, `bfloat16`, `float32`, or `auto`, the narrowest that "
+            PRECISION,
+            "--dtype TYPE",
+            "Stored type: `float16`, `bfloat16`, `float32`, or `auto`, the narrowest that "
             "keeps every bit [default: float16, or that of the archives read].",
         ),
     ] = None,
     on_overflow: Annotated[
         OverflowPolicy,
         option(
-            panel=PRECISION,
-            metavar="float32|error|clip",
-            help="Arrays with finite values beyond the type are stored as float32, end the run, or "
+            PRECISION,
+            "--on-overflow float32|error|clip",
+            "Arrays with finite values beyond the type are stored as float32, end the run, or "
             "are clipped.",
         ),
     ] = "float32",
     codec: Annotated[
         ArrayCodec | None,
         option(
-            panel=PRECISION,
-            metavar="gzip|zstd",
-            help="Compression [default: gzip, or that of the archives read].",
+            PRECISION,
+            "--codec gzip|zstd",
+            "Compression [default: gzip, or that of the archives read].",
         ),
     ] = None,
 ) -> PrecisionOptions:
@@ -192,20 +181,16 @@ def _converted(
     shard_samples: ShardSamples = None,
     overwrite: Overwrite = False,
     skip_existing: Annotated[
-        bool,
-        option(
-            "--skip-existing",
-            panel=OUTPUT,
-            help="Keep finished archives; finishes a stopped run.",
-        ),
+        bool, option(OUTPUT, "--skip-existing", "Keep finished archives; finishes a stopped run.")
     ] = False,
     verify: Verify = True,
     workers: Annotated[
         int | None,
         option(
-            metavar="N",
+            None,
+            "--workers N",
+            "Threads [default: one per core]; with several batches, processes.",
             min=1,
-            help="Threads [default: one per core]; with several batches, processes.",
         ),
     ] = None,
     dry_run: DryRun = False,

@@ -81,15 +81,7 @@ def split(
     *,
     output: Output,
     shard_samples: Annotated[
-        int,
-        option(
-            "-n",
-            "--shard-samples",
-            panel=OUTPUT,
-            metavar="N",
-            min=1,
-            help="At most N samples per archive.",
-        ),
+        int, option(OUTPUT, "-n --shard-samples N", "At most N samples per archive.", min=1)
     ],
     target: Rewritten,
     json: Json = False,
@@ -131,24 +123,14 @@ def export(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Archive, glob or folder.")],
     *,
     output: Annotated[
-        str,
-        option(
-            "-o",
-            "--output",
-            panel=OUTPUT,
-            metavar="DEST",
-            help="A name ending in `.pkl`, `.pkl.gz` or `.h5`.",
-        ),
+        str, option(OUTPUT, "-o --output DEST", "A name ending in `.pkl`, `.pkl.gz` or `.h5`.")
     ],
     dtype: Annotated[
         DtypePolicy | None,
-        option(
-            panel=OUTPUT, metavar="TYPE", help="Stored type of an `.h5` export [default: float32]."
-        ),
+        option(OUTPUT, "--dtype TYPE", "Stored type of an `.h5` export [default: float32]."),
     ] = None,
     numpy: Annotated[
-        bool,
-        option("--numpy", panel=OUTPUT, help="Arrays where the source held torch tensors."),
+        bool, option(OUTPUT, "--numpy", "Arrays where the source held torch tensors.")
     ] = False,
     target: NewFile,
 ) -> None:
@@ -175,7 +157,7 @@ def seal(
     sources: Archives,
     *,
     accept_edits: Annotated[
-        bool, option("--accept-edits", help="Seal although values or metadata were changed.")
+        bool, option(None, "--accept-edits", "Seal although values or metadata were changed.")
     ] = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -221,11 +203,7 @@ def salvage(
     """
     with count_progress(source) as update:
         report = salvage_archive(
-            source,
-            output,
-            overwrite=target.overwrite,
-            dry_run=target.dry_run,
-            progress=update,
+            source, output, overwrite=target.overwrite, dry_run=target.dry_run, progress=update
         )
     if json:
         print_json(report.as_dict())

@@ -89,7 +89,7 @@ def test_another_codec_is_announced(archive, tmp_path):
         (["merge", "{missing}", "-o", "{out}"], "no such file"),
         (
             ["repack", "{archive}", "-o", "{out}", "--layers", "x"],
-            "'x' is no layer; expected 0-based numbers",
+            "'x' is not a layer; expected 0-based numbers",
         ),
         (["repack", "{archive}", "-o", "{out}", "--samples", "a:b"], "expected indices such as"),
     ],

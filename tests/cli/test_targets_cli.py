@@ -194,7 +194,7 @@ def test_layers_of_text(made: Path, tmp_path: Path) -> None:
         run(command, made / source, "-o", target, "--layers", "0,last")
         assert h5traces.open(target).layers == (0, last)
         found = run(command, made / source, "-o", tmp_path / "no.h5", "--layers", "x", code=2)
-        assert "'x' is no layer" in found.stderr
+        assert "'x' is not a layer" in found.stderr
     run("calibrate", made / "batch.h5", "-o", tmp_path / "s.h5", "--layers", "last")
     found = run(
         "calibrate", made / "batch.pkl", "-o", tmp_path / "t.h5", "--layers", "last", "--json"
