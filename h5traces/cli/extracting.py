@@ -59,7 +59,9 @@ Device = Annotated[
         "`cpu`, `cuda`, `cuda:1`, or `auto` for all [default: cuda where there is a GPU].",
     ),
 ]
-Revision = Annotated[str | None, option(_MODEL, "--revision REV", "Commit, branch or tag of the model.")]
+Revision = Annotated[
+    str | None, option(_MODEL, "--revision REV", "Commit, branch or tag of the model.")
+]
 Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", "`hidden_states`, `attentions`, or both.")]
 MaxNewTokens = Annotated[
     int, option(_ANSWERS, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)

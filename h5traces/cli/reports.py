@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from h5traces.cli.console import cell, human_size, print_line, print_table, warn
+from h5traces.cli.console import cell, first_lines, human_size, print_line, print_table, warn
 from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ def print_conversion(report: ConversionReport) -> None:
     if len(report.files) > 1:
         table.add_row(*_conversion_row(_total(report), "total", ""))
     print_table(table)
+    written = [each for each in report.files if each.status == "converted"]
+    changed = [each for each in written if not each.is_lossless]
+    if written and not changed:
+        print_line("lossless: the archives hold every bit of their sources")
+    for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
+        print_line(line)
 
 
 def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:

@@ -313,7 +313,7 @@ class _Conversion:
         self._summaries.append(self._shards.writers[-1].summary)
 
     def fill(self, report: FileReport) -> None:
-        """Tell what was done."""
+        """Report what was done."""
         raw, stored, coverage = Counter[str](), Counter[str](), Counter[str]()
         counts: dict[str, CastCounts] = {}
         for summary in self._summaries:
@@ -328,6 +328,9 @@ class _Conversion:
         report.num_samples = sum(summary.num_samples for summary in self._summaries)
         report.archive_nbytes = sum(summary.nbytes for summary in self._summaries)
         report.raw_nbytes, report.stored_nbytes = dict(raw), dict(stored)
+        with open_archive(report.targets) as archive:
+            metadata = archive.metadata
+        report.is_lossless, report.changes = metadata.is_lossless, metadata.changes
         report.warnings += coverage_warnings(coverage) + cast_warnings(counts, self._options.write)
 
 

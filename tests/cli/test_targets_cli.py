@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from legacy_batches import make_archive, make_batch
+from legacy_batches import make_archive, make_batch, write_batch
 from typer.testing import CliRunner
 
 import h5traces
@@ -200,3 +201,27 @@ def test_layers_of_text(made: Path, tmp_path: Path) -> None:
         "calibrate", made / "batch.pkl", "-o", tmp_path / "t.h5", "--layers", "last", "--json"
     )
     assert json.loads(found.stdout)["layers"] == [f"hidden_states/layer_{last:03d}"]
+
+
+# --- what a cast changed ------------------------------------------------------------------------
+
+
+def test_convert_says_what_the_cast_changed(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((3, 4), np.float32)
+    weights = np.full((2, 3, 3), 0.25, np.float32)
+    sample = {"hidden_states": [values, values], "attentions": [weights, weights]}
+    batch = [{**sample, "tokens": np.arange(3), "tokens_decoded": list("abc")}]
+    source = write_batch(tmp_path / "batch.pkl", batch)
+    changed = 2 * int((values.astype(np.float16) != values).sum())
+    assert changed > 10
+    found = run("convert", source, "-o", tmp_path / "a.h5")
+    assert f"a.h5: cast float32 -> float16 changed {changed} values" in found.stdout
+    assert "lossless" not in found.stdout
+    report = json.loads(run("convert", source, "-o", tmp_path / "b.h5", "--json").stdout)
+    assert report["files"][0]["is_lossless"] is False
+    for number, options in enumerate((["--dtype", "auto"], ["--dtype", "float32"])):
+        found = run("convert", source, "-o", tmp_path / f"c{number}.h5", *options)
+        assert "lossless: the archives hold every bit" in found.stdout
+    found = run("convert", source, "-o", tmp_path / "d.h5", "--tier", "native")
+    assert "lossless" not in found.stdout
+    assert "native (" in found.stdout
