@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import pickle
 import re
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +19,7 @@ from h5traces.errors import ConversionError, TargetError, UnsafePickleError
 from h5traces.rewriting.convert import convert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 
 def sample(**fields: Any) -> dict[str, Any]:
@@ -235,3 +236,30 @@ def test_nothing_of_a_pickle_is_executed(tmp_path: Path) -> None:
     with pytest.raises(UnsafePickleError):
         h5traces.load(source)
     assert not marker.exists()
+
+
+def literals(tree: ast.AST) -> Iterator[ast.Constant]:
+    """Every string of a module but docstrings."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node
+        yield from literals(node)
+
+
+# An option of another program.
+RSYNC = "rsync --append"
+
+
+def test_the_library_names_no_options_of_commands() -> None:
+    """Errors name parameters of Python; the command line adds its own options."""
+    package = Path(h5traces.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{node.lineno}: {node.value}"
+        for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0] != "cli"
+        for node in literals(ast.parse(path.read_text(encoding="utf-8")))
+        if re.search(r"--[a-z]", node.value.replace(RSYNC, ""))
+    ]
+    assert not found, "\n".join(found)
