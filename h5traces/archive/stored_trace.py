@@ -18,7 +18,7 @@ from h5traces.errors import (
 from h5traces.format import layout, text
 from h5traces.format.document import from_attributes
 from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
-from h5traces.format.trace import TraceMetadata
+from h5traces.format.record import TraceMetadata
 from h5traces.format.values import TorchValue, decode_element
 from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
 from h5traces.storage.remote.paths import RemotePath

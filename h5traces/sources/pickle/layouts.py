@@ -18,7 +18,7 @@ from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArr
 from h5traces.format.values import TorchValue
 
 if TYPE_CHECKING:
-    from h5traces.format.trace import SourcePosition
+    from h5traces.format.record import SourcePosition
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from h5traces.errors import ConversionError, SchemaError
-from h5traces.format.trace import SourcePosition
+from h5traces.format.record import SourcePosition
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.items import (
     ROOT,
@@ -26,12 +26,7 @@ from h5traces.sources.pickle.items import (
 from h5traces.sources.pickle.layouts import ContainerItem, as_dict, num_layers_of, to_record
 from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
 from h5traces.sources.pickle.shims import type_name
-from h5traces.sources.pickle.source import (
-    FileSource,
-    PickleLimits,
-    TruncatedError,
-    contradict,
-)
+from h5traces.sources.pickle.source import FileSource, PickleLimits, TruncatedError, contradict
 
 if TYPE_CHECKING:
     import os
