@@ -119,7 +119,7 @@ def make_traces(folder: Path, questions: list[dict[str, Any]]) -> tuple[Path, Pa
         name = f"tiny_pydocs_batch_{start // FILE_SAMPLES:04d}.pkl.gz"
         with gzip.open(pickles / name, "wb", compresslevel=6) as file:
             pickle.dump(samples[start : start + FILE_SAMPLES], file, protocol=4)
-    report = h5traces.convert(pickles, archives)
+    report = h5traces.convert(pickles, f"{archives}/")
     if not report.ok:
         raise SystemExit(str([each.error for each in report.files if each.error]))
     return pickles, archives

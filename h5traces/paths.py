@@ -31,15 +31,7 @@ Source = PathLike | RemotePath
 def expand_paths(
     sources: PathLike | Iterable[PathLike], suffixes: tuple[str, ...] = ARCHIVE_SUFFIXES
 ) -> list[Path]:
-    """List the files that paths, globs and folders name, in the order given, sorted within each.
-
-    Raises
-    ------
-    FileNotFoundError
-        A path does not exist, a glob matches nothing, or a folder holds no such file.
-    RemoteError
-        One is an address on a server.
-    """
+    """List the files that paths, globs and folders name, in the order given, sorted within each."""
     found: list[Path] = []
     for each in expand_sources(sources, suffixes):
         if isinstance(each, RemotePath):
@@ -60,13 +52,6 @@ def expand_sources(
     """List the files and the objects on servers that are named; as `expand_paths`.
 
     An address that ends in a suffix is used as it is; for a glob or a folder, the server is asked.
-
-    Raises
-    ------
-    FileNotFoundError
-        A path does not exist, a glob matches nothing, or a folder holds no such file.
-    RemoteError, MissingDependencyError
-        The server cannot be reached.
     """
     named = [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else sources
     found: list[Path | RemotePath] = []
@@ -121,13 +106,7 @@ def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is read as an archive: its name ends so, or its first bytes are HDF5's.
-
-    Raises
-    ------
-    OSError
-        It cannot be read.
-    """
+    """Whether a file is read as an archive: its name ends so, or its first bytes are HDF5's."""
     with os.fdopen(open_regular(path), "rb") as file:
         is_hdf5 = file.read(len(layout.HDF5_SIGNATURE)) == layout.HDF5_SIGNATURE
     return is_hdf5 or path.name.endswith(ARCHIVE_SUFFIXES)
@@ -183,11 +162,6 @@ class Target:
             Endings of a file's name; files in a folder get the first.
         shard_samples
             Largest number of samples in a file.
-
-        Raises
-        ------
-        TargetError
-            `dest` is neither a folder nor such a name, or `shard_samples` is not positive.
         """
         if shard_samples is not None and shard_samples < 1:
             message = f"shard_samples is {shard_samples}, expected at least 1"
@@ -280,11 +254,6 @@ def check_not_a_source(
         What will be written; of a `Target`, all its files that exist.
     sources
         Files that are read, sidecars and scales included. Addresses on servers are no outputs.
-
-    Raises
-    ------
-    TargetError
-        An output and a source are one file: the same path, or linked symbolically or hard.
     """
     read: dict[object, Source] = {}
     for source in [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else sources:

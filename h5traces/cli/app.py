@@ -34,8 +34,8 @@ _PANELS: Final = {
     "Make archives": {
         "converting": {
             "convert": "Convert legacy trace batches to archives.",
+            "calibrate": "Measure the channels of hidden states, for lossy tiers.",
         },
-        "precision": {"calibrate": "Measure the channels of hidden states, for lossy tiers."},
         "extracting": {
             "extract": "Run a model on questions and archive its traces.",
             "estimate": "Estimate the size of traces, per sample and per 1000.",
@@ -47,7 +47,7 @@ _PANELS: Final = {
             "ls": "List the samples of archives.",
             "validate": "Report every problem of structure and schema.",
             "verify": "Compare the bytes of archives with their digests.",
-        },
+        }
     },
     "Rewrite archives": {
         "rewriting": {
@@ -129,8 +129,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass

@@ -1,16 +1,14 @@
-"""What all commands share: where output goes, how sizes read, how errors end."""
+"""What a terminal shows: data on stdout, messages and progress on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-import signal
 import sys
-import warnings
-from typing import TYPE_CHECKING, Annotated, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -24,12 +22,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from h5traces.errors import H5TracesError, LossyWarning, StoredStateWarning, TargetError
-from h5traces.storage.processes import handled_signals
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
+    from collections.abc import Callable, Collection, Iterator
 
     from rich.table import Table
 
@@ -38,9 +32,11 @@ if TYPE_CHECKING:
 
 # Control characters other than tab and newline, and those that turn the direction of writing.
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-EXIT_PROBLEMS = 1
-EXIT_USAGE = 2
-
+# How messages of the library name a parameter: overwrite=True, head_mean='only', shard_samples.
+_PARAMETER = re.compile(
+    r"(?<![\w/.'-])(?P<name>[a-z]+(?:_[a-z]+)*)(?P<value>=True|=False|='[^' ]*')?(?![\w/.'=-])"
+)
+_options: ContextVar[frozenset[str]] = ContextVar("options", default=frozenset())
 # Data goes to stdout, everything else to stderr.
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -98,49 +94,37 @@ def warn(message: str) -> None:
 
 
 def fail(message: str) -> None:
-    """An error on stderr; it names options as they are typed."""
-    message = re.sub(r"\boverwrite=True\b", "--overwrite", message)
-    message = re.sub(r"\bskip_existing=True\b", "--skip-existing", message)
-    message = re.sub(r"\bcheck_space=False\b", "--no-check-space", message)
+    """An error on stderr."""
     errors.print(f"[red]error:[/] {_plain(message)}")
 
 
 def _plain(message: str) -> str:
-    return visible(message).replace("[", r"\[")
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM came; handled as Ctrl-C is."""
-
-
-def _raise_terminated(*_: object) -> None:
-    raise _TerminatedError
+    return visible(_with_flags(message)).replace("[", r"\[")
 
 
 @contextlib.contextmanager
-def reported(usage_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns errors into one line on stderr and an exit code: 1 problems, 2 usage, 128 + signal."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", StoredStateWarning)
-        warnings.simplefilter("always", LossyWarning)
-        try:
-            with handled_signals(_raise_terminated, [signal.SIGTERM]):
-                yield
-        except BrokenPipeError:
-            # The reader of a pipe (head, less) has seen enough.
-            sys.stderr.close()
-            raise typer.Exit(0) from None
-        except (H5TracesError, OSError) as error:
-            fail(str(error))
-            is_usage = isinstance(error, (FileNotFoundError, TargetError, *usage_errors))
-            raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS) from None
-        except KeyboardInterrupt as stop:
-            fail("stopped; nothing half-written was kept")
-            number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
-            raise typer.Exit(128 + number) from None
-        finally:
-            for each in caught:
-                warn(str(each.message))
+def options_named(names: Collection[str]) -> Iterator[None]:
+    """Inside the block, messages name these parameters as options of the command."""
+    token = _options.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+def _with_flags(message: str) -> str:
+    """A message of the library with flags in place of parameters of Python."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if name not in _options.get() or not (value or "_" in name):
+            return found[0]
+        flag = name.replace("_", "-")
+        if value == "=False":
+            return f"--no-{flag}"
+        return f"--{flag}" if value in (None, "=True") else f"--{flag} {value[2:-1]}"
+
+    return _PARAMETER.sub(flag, message)
 
 
 @contextlib.contextmanager
@@ -186,83 +170,7 @@ def _progress(*columns: ProgressColumn) -> Progress:
     )
 
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace archives that exist.")]
-Layers = Annotated[
-    str | None,
-    typer.Option(metavar="0,5,10-12", help="Keep only these decoder blocks (0-based)."),
-]
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify/--no-verify",
-        help="Read all back from disk and compare with the source before naming a file.",
-    ),
-]
-Archives = Annotated[list[str], typer.Argument(metavar="FILE…", help="Archives, globs or folders.")]
-
-
-def is_number(text: str) -> bool:
-    """Whether `text` is a decimal number; `str.isdigit` takes superscripts, too."""
-    return text.isascii() and text.isdigit()
-
-
-def parse_layers(value: str | None) -> list[int] | None:
-    """Layer numbers from ``0,5,10`` and ranges such as ``28-31``.
-
-    Raises
-    ------
-    typer.BadParameter
-        The text is something else.
-    """
-    if value is None:
-        return None
-    layers: list[int] = []
-    for part in value.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not is_number(first) or (dash and not is_number(last)):
-            message = f"{part!r} is no layer number; expected 0-based numbers such as 0,5,10 or 0-7"
-            raise typer.BadParameter(message)
-        layers += range(int(first), int(last if dash else first) + 1)
-    return layers
-
-
 def first_lines(lines: list[str], most: int = 5) -> list[str]:
     """The first of many lines, and one that says how many more there are."""
     more = len(lines) - most
     return [*lines[:most], *([f"and {more} more, which --json lists"] if more > 0 else [])]
-
-
-class Stop:
-    """Whether a signal came. One before the first batch, and a second one, stop at once.
-
-    Attributes
-    ----------
-    number
-        The signal; 0 for none.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._is_computing = False
-
-    def __call__(self) -> bool:
-        """Asked before every batch."""
-        self._is_computing = True
-        return self.number != 0
-
-    def note(self, number: int, frame: FrameType | None, before: Any) -> None:
-        """Handle a signal, which `before` handled."""
-        if callable(before) and (self.number or not self._is_computing):
-            before(number, frame)
-        self.number = number
-        warn("finishing the current batch; again to stop at once")
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM let the batch that is being computed come to its end."""
-    stop = Stop()
-    with handled_signals(stop.note):
-        yield stop

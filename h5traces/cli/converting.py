@@ -1,119 +1,72 @@
-"""``h5traces convert``."""
+"""``h5traces convert`` and ``calibrate``."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import (
-    EXIT_PROBLEMS,
-    DryRun,
+from h5traces.cli.command import EXIT_PROBLEMS, command
+from h5traces.cli.console import bytes_progress, count_progress, fail, print_json, print_line, warn
+from h5traces.cli.options import (
+    OUTPUT,
+    Converted,
     Json,
     Layers,
-    Overwrite,
-    Verify,
-    bytes_progress,
-    fail,
-    parse_layers,
-    print_json,
-    reported,
-    warn,
-)
-from h5traces.cli.precision import (
-    CALIBRATION_SAMPLES,
-    PRECISION_ERRORS,
-    AttentionBits,
-    CalibrationSamples,
-    HeadMean,
-    MantissaBits,
-    Scales,
-    Step,
-    Tier,
-    parse_precision,
-    warn_of_loss,
+    NewFile,
+    NumSamples,
+    Output,
+    PrecisionGroup,
+    option,
 )
 from h5traces.errors import ConversionError
-from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.rewriting.convert import convert as convert_batches
 from h5traces.rewriting.reports import Progress
-from h5traces.storage.codecs import ArrayCodec, tools_note
-from h5traces.writing.options import PrecisionOptions, TargetOptions
+from h5traces.storage.codecs import tools_note
+from h5traces.writing.calibrate import DEFAULT_SAMPLES
+from h5traces.writing.calibrate import calibrate as calibrate_sources
+
+# Sigma of so many is uncertain by a tenth.
+_FEW_TOKENS = 100
 
 
+@command(ConversionError)
 def convert(
     sources: Annotated[
         list[str],
         typer.Argument(metavar="SRC…", help="Batches (`.pkl`, `.pkl.gz`), globs or folders."),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", metavar="DEST", help="Folder for the archives, or one `.h5` name."
-        ),
-    ],
+    *,
     layers: Layers = None,
-    tier: Tier = None,
-    step: Step = None,
-    attention_bits: AttentionBits = None,
-    head_mean: HeadMean = None,
-    mantissa_bits: MantissaBits = None,
-    scales: Scales = None,
-    calibration_samples: CalibrationSamples = CALIBRATION_SAMPLES,
-    dtype: Annotated[
-        DtypePolicy,
-        typer.Option(help="Stored type. `auto`: the narrowest that keeps every bit."),
-    ] = "float16",
-    on_overflow: Annotated[
-        OverflowPolicy,
-        typer.Option(
-            help="Arrays with finite values beyond the type: store as float32, stop, or clip."
-        ),
-    ] = "float32",
-    codec: Annotated[ArrayCodec, typer.Option(help="Compression of the arrays.")] = "gzip",
-    merge: Annotated[bool, typer.Option("--merge", help="All batches into one archive.")] = False,
-    shard_samples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="At most N samples per archive.")
-    ] = None,
-    overwrite: Overwrite = False,
-    skip_existing: Annotated[
-        bool,
-        typer.Option("--skip-existing", help="Pass over finished ones: resumes a stopped run."),
-    ] = False,
-    verify: Verify = True,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Threads [default: cores]; with several batches, that many processes.",
-        ),
-    ] = None,
+    precision: PrecisionGroup,
+    output: Output,
+    merge: Annotated[bool, option(OUTPUT, "--merge", "All batches into one archive.")] = False,
+    target: Converted,
     model_id: Annotated[
-        str | None, typer.Option(help="Recorded model [default: from the file name].")
+        str | None,
+        option(OUTPUT, "--model-id ID", "Model to record [default: from the file name]."),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Recorded dataset [default: from the file name].")
+        str | None,
+        option(OUTPUT, "--dataset NAME", "Data set to record [default: from the file name]."),
     ] = None,
-    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Convert legacy trace batches to archives.
 
-    Pickles are read by an interpreter that executes nothing; samples stream through in bounded
-    memory. Every archive is verified against its source before it gets its name, so the pickle may
-    go when this command exits with 0. With any --tier but `exact`, it holds more than the archive.
+    Nothing in a pickle is executed; samples stream through in bounded memory. Arrays are stored in
+    float16 unless `--dtype` says otherwise; the summary says what the cast changed. Every archive
+    is compared with its source before it gets its name. Delete a pickle only where the archive is
+    lossless, or where you can do without what was lost.
 
     - `h5traces convert traces/ -o archives/`
+    - `h5traces convert traces/ -o archives/ --dtype auto` keeps every bit
     - `h5traces convert 'run/*.pkl.gz' -o run.h5 --merge --layers 0,5,10,15,20,25,31`
     - `h5traces convert traces/ -o archives/ --skip-existing` finishes a stopped run
-    - `h5traces convert traces/ -o small/ --tier compact` gives up precision for size, within bounds
+    - `h5traces convert traces/ -o small/ --tier compact` trades precision for size
     """
-    wanted = parse_layers(layers)
-    with reported((ConversionError, *PRECISION_ERRORS)), bytes_progress("convert") as update:
-        precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits)
+    with bytes_progress("convert") as update:
 
         def progress(state: Progress) -> None:
             text = f"{state.source.name}: {state.num_samples} samples"
@@ -122,23 +75,9 @@ def convert(
         report = convert_batches(
             sources,
             output,
-            layers=wanted,
-            precision=PrecisionOptions(
-                tier=precision,
-                scales=scales,
-                calibration_samples=calibration_samples,
-                dtype=dtype,
-                on_overflow=on_overflow,
-                codec=codec,
-            ),
-            target=TargetOptions(
-                shard_samples=shard_samples,
-                overwrite=overwrite,
-                skip_existing=skip_existing,
-                verify=verify,
-                dry_run=dry_run,
-                workers=workers,
-            ),
+            layers=layers,
+            precision=precision,
+            target=target,
             merge=merge,
             model_id=model_id,
             dataset=dataset,
@@ -148,11 +87,9 @@ def convert(
         print_json(report.as_dict())
     else:
         reports.print_conversion(report)
-    note = tools_note(codec)
     if any(each.status == "converted" for each in report.files):
-        warn_of_loss(report.precision)
-        if note is not None:
-            warn(note)
+        reports.warn_of_loss(report.precision)
+        reports.warn_of(tools_note(precision.codec))
     for each in report.files:
         for message in each.warnings:
             warn(f"{', '.join(each.sources)}: {message}")
@@ -162,3 +99,55 @@ def convert(
         fail(leftover.reason)
     if not report.ok:
         raise typer.Exit(EXIT_PROBLEMS)
+
+
+@command(ConversionError)
+def calibrate(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC…", help="Archives or batches of one model, globs or folders."),
+    ],
+    *,
+    layers: Layers = None,
+    num_samples: NumSamples = DEFAULT_SAMPLES,
+    output: Annotated[str, option(OUTPUT, "-o --output SCALES", "The new file of scales.")],
+    target: NewFile,
+    model_id: Annotated[
+        str | None, option(OUTPUT, "--model-id ID", "Model to record [default: from the sources].")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure the channels of hidden states, for lossy tiers.
+
+    The first token of each sample and massive activations are left out. Whatever the samples, the
+    bound on the error holds for all data: values beyond the scales are stored one by one.
+
+    - `h5traces calibrate traces/ -o scales.h5`
+    - `h5traces convert traces/ -o archives/ --tier analysis --scales scales.h5`
+    """
+    with count_progress("calibrate") as update:
+        report = calibrate_sources(
+            sources,
+            output,
+            samples=num_samples,
+            layers=layers,
+            model_id=model_id,
+            overwrite=target.overwrite,
+            dry_run=target.dry_run,
+            progress=update,
+        )
+    if json:
+        print_json(report.as_dict())
+    else:
+        print_line(
+            f"{'would write' if target.dry_run else 'wrote'} {report.path}: "
+            f"{len(report.layers)} layers, {report.hidden_size} channels, measured on "
+            f"{report.num_tokens} tokens of {report.num_samples} samples"
+        )
+    if report.num_tokens < _FEW_TOKENS:
+        warn(
+            f"{report.num_tokens} tokens give uncertain scales; 1000 or more measure sigma to a "
+            "few per cent"
+        )
+    if report.num_not_finite:
+        warn(f"{report.num_not_finite} tokens hold NaN or Inf and were left out")

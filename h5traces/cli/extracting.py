@@ -1,4 +1,4 @@
-"""``h5traces extract`` and ``h5traces estimate``."""
+"""``h5traces extract`` and ``estimate``."""
 
 from __future__ import annotations
 
@@ -7,281 +7,266 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import (
-    EXIT_PROBLEMS,
-    DryRun,
+from h5traces.cli.command import EXIT_PROBLEMS, Group, command, stopping
+from h5traces.cli.console import fail, print_json, samples_progress, warn
+from h5traces.cli.options import (
+    KEEP,
+    OUTPUT,
+    PRECISION,
+    Extracted,
     Json,
-    Verify,
-    fail,
-    print_json,
-    reported,
-    samples_progress,
-    stopping,
-    warn,
+    Layers,
+    Output,
+    PrecisionGroup,
+    option,
 )
-from h5traces.cli.precision import (
-    CALIBRATION_SAMPLES,
-    PRECISION_ERRORS,
-    AttentionBits,
-    CalibrationSamples,
-    HeadMean,
-    MantissaBits,
-    Scales,
-    Step,
-    Tier,
-    parse_precision,
-    warn_of_loss,
+from h5traces.errors import ExtractionError
+from h5traces.extract.options import (
+    DEFAULT_TEMPLATE,
+    Columns,
+    DatasetChoice,
+    ExtractOptions,
+    GenerationOptions,
+    ModelChoice,
 )
-from h5traces.errors import ExtractionError, LayerIndexError, MissingDependencyError
-from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
-from h5traces.format.precision import EXACT
+from h5traces.extract.sizes import ModelShape
+from h5traces.format.dtypes import DtypePolicy
 from h5traces.storage.codecs import ArrayCodec
-from h5traces.writing.options import PrecisionOptions, TargetOptions
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from h5traces.extract.estimate import Estimate
-    from h5traces.extract.sizes import ModelShape
 
-_USAGE_ERRORS = (ExtractionError, LayerIndexError, MissingDependencyError, *PRECISION_ERRORS)
+_MODEL, _QUESTIONS, _ANSWERS, _PILOT = "Model", "Questions", "Answers", "Pilot"
 
 ModelId = Annotated[
-    str,
-    typer.Option(
-        metavar="MODEL",
-        help="Hub id, local folder, or an alias such as `llama2_chat_7B`.",
-    ),
-]
-Dataset = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="`triviaqa`, `truthfulqa`, or a `.jsonl` or `.csv` file with a column `question` "
-        "(and `question_id`, `answers` where there are).",
-    ),
-]
-Layers = Annotated[
-    str | None,
-    typer.Option(metavar="0,5,10-12,last", help="Decoder blocks (0-based) [default: all]."),
-]
-Kinds = Annotated[
-    str,
-    typer.Option(metavar="KIND,KIND", help="`hidden_states`, `attentions`, or both."),
-]
-Dtype = Annotated[
-    DtypePolicy,
-    typer.Option(help="Stored type. `auto`: the narrowest that keeps every bit."),
+    str, option(_MODEL, "--model-id MODEL", "Hub id, local folder, or alias (`llama2_chat_7B`).")
 ]
 ModelDtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
-    typer.Option(help="Type to compute in. `auto`: the checkpoint's, but float32 on processors."),
+    option(
+        _MODEL,
+        "--model-dtype TYPE",
+        "Compute in `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's type, but "
+        "float32 on CPUs.",
+    ),
 ]
-MaxNewTokens = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Tokens of an answer, at most.")
-]
-Codec = Annotated[ArrayCodec, typer.Option(help="Compression of the arrays.")]
 Device = Annotated[
     str | None,
-    typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto` for all [default: cuda if there is]."),
+    option(
+        _MODEL,
+        "--device NAME",
+        "`cpu`, `cuda`, `cuda:1`, or `auto` for all [default: cuda where there is a GPU].",
+    ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model.")]
+Revision = Annotated[
+    str | None, option(_MODEL, "--revision REV", "Commit, branch or tag of the model.")
+]
+Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", "`hidden_states`, `attentions`, or both.")]
+MaxNewTokens = Annotated[
+    int, option(_ANSWERS, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
+]
 
 
-def extract(
+def _model(
     model_id: ModelId,
-    dataset: Dataset,
-    output: Annotated[
-        str,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="DEST",
-            help="Folder for shards (`traces/`), or an `.h5` name.",
-        ),
-    ],
-    num_samples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The first N questions [default: all].")
-    ] = None,
-    layers: Layers = None,
-    kinds: Kinds = "hidden_states,attentions",
-    embedding: Annotated[
-        bool, typer.Option("--embedding", help="Also store the output of the embedding.")
-    ] = False,
-    last_state: Annotated[
-        Literal["final_norm", "block_output"],
-        typer.Option(
-            help="Where the last block's state is taken: behind the final norm or before."
-        ),
-    ] = "final_norm",
-    tier: Tier = None,
-    step: Step = None,
-    attention_bits: AttentionBits = None,
-    head_mean: HeadMean = None,
-    mantissa_bits: MantissaBits = None,
-    scales: Scales = None,
-    calibration_samples: CalibrationSamples = CALIBRATION_SAMPLES,
-    dtype: Dtype = "float16",
-    on_overflow: Annotated[
-        OverflowPolicy,
-        typer.Option(
-            help="Arrays with finite values beyond the type: store as float32, stop, or clip."
-        ),
-    ] = "float32",
-    on_nan: Annotated[
-        Literal["error", "skip", "keep"],
-        typer.Option(help="Samples with NaN: stop, leave out, or store."),
-    ] = "error",
-    codec: Codec = "gzip",
-    max_new_tokens: MaxNewTokens = 64,
-    num_beams: Annotated[int, typer.Option(metavar="N", min=1, help="Beam search.")] = 1,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens at random.")] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="With --sample; 0 for none.")] = 0,
-    top_p: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Each sample's own seed is made of it and its id.")
-    ] = 0,
-    prompt_template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text around `{question}` [default: 'Answer the question concisely. "
-            "Q: {question} A:'; with --chat the question alone].",
-        ),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")
-    ] = False,
-    answer_cut: Annotated[
-        Literal["none", "sentence", "newline"],
-        typer.Option(help="Where the clean answer ends. Raw answer and arrays are never cut."),
-    ] = "none",
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Samples computed together.")
-    ] = 1,
+    revision: Revision = None,
     model_dtype: ModelDtype = "auto",
     device: Device = None,
     load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Quantise the weights with bitsandbytes.")
+        bool, option(_MODEL, "--load-in-4bit", "Quantise the weights with bitsandbytes.")
     ] = False,
-    revision: Revision = None,
+) -> ModelChoice:
+    return ModelChoice(
+        model_id=model_id,
+        revision=revision,
+        dtype=model_dtype,
+        device=device,
+        load_in_4bit=load_in_4bit,
+    )
+
+
+def _dataset(
+    dataset: Annotated[
+        str,
+        option(
+            _QUESTIONS,
+            "--dataset NAME|FILE",
+            "`triviaqa`, `truthfulqa`, or a `.jsonl` or `.csv` file with a column `question` "
+            "(and, optionally, `question_id` and `answers`).",
+        ),
+    ],
+    num_samples: Annotated[
+        int | None,
+        option(_QUESTIONS, "-n --num-samples N", "The first N questions [default: all].", min=1),
+    ] = None,
     dataset_path: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="A local copy of triviaqa's or truthfulqa's repository."),
+        option(
+            _QUESTIONS,
+            "--dataset-path DIR",
+            "A local copy of triviaqa's or truthfulqa's repository.",
+        ),
     ] = None,
     dataset_revision: Annotated[
-        str | None, typer.Option(help="Commit, branch or tag of the data set.")
+        str | None,
+        option(_QUESTIONS, "--dataset-revision REV", "Commit, branch or tag of the data set."),
     ] = None,
-    question_column: Annotated[str | None, typer.Option(help="Of a file.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Of a file.")] = None,
-    answers_column: Annotated[str | None, typer.Option(help="Of a file.")] = None,
-    shard_samples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="At most N samples per archive.")
+    question_column: Annotated[
+        str | None, option(_QUESTIONS, "--question-column NAME", "Column of a file.")
     ] = None,
-    verify: Verify = True,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads that compress [default: cores].")
+    id_column: Annotated[
+        str | None, option(_QUESTIONS, "--id-column NAME", "Column of a file.")
     ] = None,
+    answers_column: Annotated[
+        str | None, option(_QUESTIONS, "--answers-column NAME", "Column of a file.")
+    ] = None,
+) -> DatasetChoice:
+    return DatasetChoice(
+        dataset=dataset,
+        num_samples=num_samples,
+        path=dataset_path,
+        revision=dataset_revision,
+        columns=Columns(question=question_column, sample_id=id_column, answers=answers_column),
+    )
+
+
+def _generation(
+    max_new_tokens: MaxNewTokens = 64,
+    num_beams: Annotated[
+        int, option(_ANSWERS, "--num-beams N", "Beams of beam search; 1 for none.", min=1)
+    ] = 1,
+    sample: Annotated[bool, option(_ANSWERS, "--sample", "Draw tokens at random.")] = False,
+    temperature: Annotated[float, option(_ANSWERS, "--temperature T", "Of `--sample`.")] = 1.0,
+    top_k: Annotated[
+        int, option(_ANSWERS, "--top-k K", "Of `--sample`; 0 for all tokens.", min=0)
+    ] = 0,
+    top_p: Annotated[float, option(_ANSWERS, "--top-p P", "Of `--sample`.")] = 1.0,
+) -> GenerationOptions:
+    return GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+@command(ExtractionError)
+def extract(
+    *,
+    model: Annotated[ModelChoice, Group(_model)],
+    dataset: Annotated[DatasetChoice, Group(_dataset)],
+    prompt_template: Annotated[
+        str | None,
+        option(
+            _QUESTIONS,
+            "--prompt-template TEXT",
+            "Text around `{question}` [default: 'Answer the question concisely. "
+            "Q: {question} A:'; with `--chat` the question alone].",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, option(_QUESTIONS, "--chat", "Put the prompt into the model's chat template.")
+    ] = False,
+    generation: Annotated[GenerationOptions, Group(_generation)],
+    seed: Annotated[
+        int,
+        option(
+            _ANSWERS,
+            "--seed N",
+            "Every sample's own seed is derived from it and the sample's id.",
+            min=0,
+        ),
+    ] = 0,
+    answer_cut: Annotated[
+        Literal["none", "sentence", "newline"],
+        option(
+            _ANSWERS,
+            "--answer-cut none|sentence|newline",
+            "Where the clean answer ends. Raw answer and arrays are never cut.",
+        ),
+    ] = "none",
+    layers: Layers = None,
+    kinds: Kinds = "hidden_states,attentions",
+    embedding: Annotated[
+        bool, option(KEEP, "--embedding", "Also store the output of the embedding.")
+    ] = False,
+    last_state: Annotated[
+        Literal["final_norm", "block_output"],
+        option(
+            KEEP,
+            "--last-state final_norm|block_output",
+            "Where the last block's state is taken: after the final norm, or before it.",
+        ),
+    ] = "final_norm",
+    on_nan: Annotated[
+        Literal["error", "skip", "keep"],
+        option(KEEP, "--on-nan error|skip|keep", "Samples with NaN: stop, leave out, or store."),
+    ] = "error",
+    precision: PrecisionGroup,
+    output: Output,
+    target: Extracted,
     check_space: Annotated[
         bool,
-        typer.Option("--check-space/--no-check-space", help="Refuse to start on a disk too small."),
+        option(
+            OUTPUT, "--check-space/--no-check-space", "Do not start where the disk is too small."
+        ),
     ] = True,
-    dry_run: DryRun = False,
+    batch_size: Annotated[
+        int, option(_MODEL, "--batch-size N", "Number of samples computed together.", min=1)
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Run a model on questions and archive its traces.
 
     Each answer is generated first; then one clean forward pass over prompt and answer gives hidden
-    states `(S, H)` and attentions `(A, S, S)` of every layer. Every sample is durable before it
-    counts: a run that was stopped, killed or that crashed goes on when the same command is given
-    again. Ctrl-C finishes the current batch. Samples that cannot be computed are left out and
-    listed in `DEST.report.json`.
+    states `(S, H)` and attentions `(A, S, S)` of every layer. Finished samples are on disk: the
+    same command continues a run that was stopped or that crashed. Ctrl-C finishes the current
+    batch. Samples that cannot be computed are left out and listed in `DEST.report.json`.
 
     - `h5traces extract --model-id examples/tiny-llama-pydocs --dataset examples/questions.jsonl
       -o out/`
     - `h5traces extract --model-id llama2_chat_7B --dataset triviaqa --num-samples 1000 -o traces/
       --layers 0,5,10,15,20,25,last --batch-size 8`
-    - `… --tier analysis` gives up precision for size, within bounds, when a shard is packed
-    - `… --dry-run` tells how much room it will take
+    - `… --tier analysis` trades precision for size
+    - `… --dry-run` estimates the size and writes nothing
     """
-    with reported(_USAGE_ERRORS):
-        precision = parse_precision(tier, step, attention_bits, head_mean, mantissa_bits) or EXACT
-        from h5traces import extract as extraction  # torch and transformers: heavy, and optional
-        from h5traces.extract.options import DEFAULT_TEMPLATE
+    from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
-        extraction.hide_progress_bars()
-        options = extraction.ExtractOptions(
-            layers=layers,
-            kinds=_kinds(kinds),
-            embedding=embedding,
-            last_state=last_state,
-            generation=extraction.GenerationOptions(
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                do_sample=sample,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-            ),
-            seed=seed,
-            prompt_template=prompt_template or ("{question}" if chat else DEFAULT_TEMPLATE),
-            chat=chat,
-            answer_cut=answer_cut,
-            batch_size=batch_size,
-            on_nan=on_nan,
+    extraction.hide_progress_bars()
+    options = ExtractOptions(
+        layers=layers,
+        kinds=_kinds(kinds),
+        embedding=embedding,
+        last_state=last_state,
+        generation=generation,
+        seed=seed,
+        prompt_template=prompt_template or ("{question}" if chat else DEFAULT_TEMPLATE),
+        chat=chat,
+        answer_cut=answer_cut,
+        batch_size=batch_size,
+        on_nan=on_nan,
+    )
+    with samples_progress("extract") as update, stopping() as should_stop:
+        report = extraction.extract_dataset(
+            model,
+            dataset,
+            output,
+            options,
+            precision=precision,
+            target=target,
+            check_space=check_space,
+            progress=update,
+            should_stop=should_stop,
         )
-        with samples_progress("extract") as update, stopping() as should_stop:
-            report = extraction.extract_dataset(
-                extraction.ModelChoice(
-                    model_id=model_id,
-                    revision=revision,
-                    dtype=model_dtype,
-                    device=device,
-                    load_in_4bit=load_in_4bit,
-                ),
-                extraction.DatasetChoice(
-                    dataset=dataset,
-                    num_samples=num_samples,
-                    path=dataset_path,
-                    revision=dataset_revision,
-                    columns=extraction.Columns(
-                        question=question_column, sample_id=id_column, answers=answers_column
-                    ),
-                ),
-                output,
-                options,
-                precision=PrecisionOptions(
-                    tier=precision,
-                    scales=scales,
-                    calibration_samples=calibration_samples,
-                    dtype=dtype,
-                    on_overflow=on_overflow,
-                    codec=codec,
-                ),
-                target=TargetOptions(
-                    shard_samples=shard_samples, verify=verify, dry_run=dry_run, workers=workers
-                ),
-                check_space=check_space,
-                progress=update,
-                should_stop=should_stop,
-            )
     if json:
         print_json(report.as_dict())
     else:
-        if dry_run and (forecast := report.forecast) is not None:
-            from h5traces.extract.estimate import estimate as estimate_sizes
-
-            found = estimate_sizes(
-                forecast.shape,
-                forecast.lengths,
-                layers=forecast.layers,
-                kinds=forecast.kinds,
-                precision=forecast.precision,
-                rates=forecast.rates,
-            )
-            reports.print_estimate(found, sequences="every answer as long as it may be")
         reports.print_extraction(report)
-    if report.num_written and precision.is_lossy:
-        warn_of_loss(str(precision))
+    if report.num_written and precision.precision.is_lossy:
+        reports.warn_of_loss(str(precision.precision))
     for message in report.warnings:
         warn(message)
     for each in report.skipped:
@@ -289,114 +274,120 @@ def extract(
     if report.needed_nbytes > report.free_nbytes:
         warn("the disk is too small for the forecast")
     if report.status == "stopped":
-        fail("stopped; what was computed is safe, the same command goes on")
+        fail("stopped; finished samples are kept, and the same command continues")
         raise typer.Exit(128 + should_stop.number)
     if not report.ok:
         raise typer.Exit(EXIT_PROBLEMS)
 
 
-def estimate(
-    model_id: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Hub id, local folder, or alias.")
-    ] = None,
+def _shape(
     num_layers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Instead of a model: its blocks.")
+        int | None, option(_MODEL, "--num-layers N", "Blocks, instead of a model.", min=1)
     ] = None,
     hidden_size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Instead of a model: its width.")
+        int | None, option(_MODEL, "--hidden-size N", "Width, instead of a model.", min=1)
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Instead of a model: its heads.")
+        int | None, option(_MODEL, "--num-heads N", "Heads, instead of a model.", min=1)
     ] = None,
+) -> ModelShape | None:
+    if num_layers is None or hidden_size is None or num_heads is None:
+        return None
+    return ModelShape(num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
+
+
+def _storage(
+    dtype: Annotated[
+        DtypePolicy,
+        option(
+            PRECISION, "--dtype TYPE", "Stored type: `float16`, `bfloat16`, `float32` or `auto`."
+        ),
+    ] = "float16",
+    codec: Annotated[ArrayCodec, option(PRECISION, "--codec gzip|zstd", "Compression.")] = "gzip",
+) -> PrecisionOptions:
+    return PrecisionOptions(dtype=dtype, codec=codec)
+
+
+@command(ExtractionError)
+def estimate(
+    *,
+    model_id: Annotated[
+        str | None, option(_MODEL, "--model-id MODEL", "Hub id, local folder, or alias.")
+    ] = None,
+    revision: Revision = None,
+    shape: Annotated[Any, Group(_shape)],
     seq_len: Annotated[
-        int, typer.Option(metavar="S", min=1, help="Tokens of prompt and answer.")
+        int, option(_MODEL, "--seq-len S", "Tokens of prompt and answer.", min=1)
     ] = 43,
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
-    dtype: Dtype = "float16",
-    codec: Codec = "gzip",
+    storage: Annotated[PrecisionOptions, Group(_storage)],
     pilot: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Extract N samples and measure instead of guessing."),
+        int | None, option(_PILOT, "--pilot N", "Extract N samples, and measure their size.", min=1)
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Questions of the pilot.")
+        str | None, option(_PILOT, "--dataset NAME|FILE", "Questions of the pilot.")
     ] = None,
-    max_new_tokens: MaxNewTokens = 64,
+    max_new_tokens: Annotated[
+        int, option(_PILOT, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
+    ] = 64,
     model_dtype: ModelDtype = "auto",
     device: Device = None,
-    revision: Revision = None,
     json: Json = False,
 ) -> None:
     """Estimate the size of traces, per sample and per 1000.
 
-    From the configuration alone, raw sizes are exact and those of archives estimated with rates
-    that were measured on the small model of the repository. `--pilot` measures on yours.
+    Without a pilot, raw sizes follow from the model's configuration, and those of archives are
+    estimated with rates measured on the small model of the repository. `--pilot` measures yours.
 
     - `h5traces estimate --num-layers 32 --hidden-size 4096 --num-heads 32 --seq-len 43`
     - `h5traces estimate --model-id examples/tiny-llama-pydocs --pilot 8
       --dataset examples/questions.jsonl --layers 0,3,last`
     """
-    storage = PrecisionOptions(dtype=dtype, codec=codec)
-    found: Estimate
-    with reported(_USAGE_ERRORS):
-        if pilot is not None:
-            if model_id is None or dataset is None:
-                message = "--pilot needs --model-id and --dataset"
-                raise typer.BadParameter(message)
-            from h5traces import extract as extraction  # torch and transformers: heavy, optional
+    if pilot is not None:
+        if model_id is None or dataset is None:
+            message = "--pilot needs --model-id and --dataset"
+            raise typer.BadParameter(message)
+        model = ModelChoice(model_id=model_id, revision=revision, dtype=model_dtype, device=device)
+        generation = GenerationOptions(max_new_tokens=max_new_tokens)
+        options = ExtractOptions(layers=layers, kinds=_kinds(kinds), generation=generation)
+        found = _measured(model, dataset, pilot, options, storage)
+    else:
+        from h5traces.extract.estimate import estimate as estimate_sizes
 
-            extraction.hide_progress_bars()
-            model = extraction.ModelChoice(
-                model_id=model_id, revision=revision, dtype=model_dtype, device=device
-            )
-            options = extraction.ExtractOptions(
-                layers=layers,
-                kinds=_kinds(kinds),
-                generation=extraction.GenerationOptions(max_new_tokens=max_new_tokens),
-            )
-            with samples_progress("pilot") as update:
-                found = extraction.estimate_with_pilot(
-                    model,
-                    extraction.DatasetChoice(dataset=dataset),
-                    pilot,
-                    options,
-                    precision=storage,
-                    progress=update,
-                )
-        else:
-            from h5traces.extract.estimate import estimate as estimate_sizes
+        if model_id is not None:
+            from h5traces import extract as extraction  # transformers reads the configuration
 
-            shape = _shape(model_id, revision, num_layers, hidden_size, num_heads)
-            found = estimate_sizes(
-                shape, seq_len, layers=layers, kinds=_kinds(kinds), precision=storage
-            )
+            shape = extraction.model_shape(model_id, revision=revision)
+        if shape is None:
+            message = "give --model-id, or all of --num-layers, --hidden-size and --num-heads"
+            raise typer.BadParameter(message)
+        found = estimate_sizes(
+            shape, seq_len, layers=layers, kinds=_kinds(kinds), precision=storage
+        )
     if json:
         print_json(found.as_dict())
     else:
         reports.print_estimate(found)
 
 
-def _shape(
-    model_id: str | None,
-    revision: str | None,
-    num_layers: int | None,
-    hidden_size: int | None,
-    num_heads: int | None,
-) -> ModelShape:
-    """The shape of a model by name, or as it was given."""
-    if model_id is not None:
-        from h5traces import extract as extraction  # transformers reads the configuration
+def _measured(
+    model: ModelChoice, dataset: str, pilot: int, options: ExtractOptions, storage: PrecisionOptions
+) -> Estimate:
+    from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
-        return extraction.model_shape(model_id, revision=revision)
-    if num_layers is None or hidden_size is None or num_heads is None:
-        message = "give --model-id, or all of --num-layers, --hidden-size and --num-heads"
-        raise typer.BadParameter(message)
-    from h5traces.extract.sizes import ModelShape
-
-    return ModelShape(num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
+    extraction.hide_progress_bars()
+    with samples_progress("pilot") as update:
+        return extraction.estimate_with_pilot(
+            model,
+            DatasetChoice(dataset=dataset),
+            pilot,
+            options,
+            precision=storage,
+            progress=update,
+        )
 
 
 def _kinds(text: str) -> Any:
-    """Kinds as they are named on the command line; unknown ones are refused with the options."""
+    """Kinds as they are named on the command line; unknown ones are rejected with the options."""
     return tuple(dict.fromkeys(each.strip() for each in text.split(",")))

@@ -2,81 +2,79 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import (
-    Archives,
-    DryRun,
-    Json,
-    Layers,
-    count_progress,
-    first_lines,
-    print_json,
-    reported,
-    warn,
-)
-from h5traces.errors import ArchiveExistsError, TargetError
+from h5traces.cli.command import command
+from h5traces.cli.console import count_progress, first_lines, print_json, warn
+from h5traces.cli.options import KEEP, OUTPUT, Archives, Json, Layers, NewFile, Workers, option
 from h5traces.features import PcaOptions, extract_features
 
-_USAGE = (ArchiveExistsError, TargetError, IndexError)
+_FEATURES = "Features"
 _POOLED = ("mean", "max", "answer_mean", "answer_max")
 _ATTENTION = {"entropy": "attention_entropy", "sink": "sink_mass", "lookback": "lookback_ratio"}
 
 
+@command()
 def features(
     sources: Archives,
-    output: Annotated[
-        str,
-        typer.Option("-o", "--output", metavar="DEST", help="`.h5`, `.npz` or `.parquet`."),
-    ],
+    *,
     last_token: Annotated[
-        bool, typer.Option("--last-token", help="Hidden state of the last token, per layer.")
+        bool, option(_FEATURES, "--last-token", "Hidden state of the last token, per layer.")
     ] = False,
     pooled: Annotated[
         str | None,
-        typer.Option(metavar=",".join(_POOLED), help="Hidden states pooled over tokens."),
+        option(
+            _FEATURES,
+            "--pooled NAME,NAME",
+            "Hidden states pooled over tokens: some of `mean`, `max`, `answer_mean`, `answer_max`.",
+        ),
     ] = None,
     attention: Annotated[
         str | None,
-        typer.Option(metavar=",".join(_ATTENTION), help="Summaries of attention, per head."),
+        option(
+            _FEATURES,
+            "--attention NAME,NAME",
+            "Summaries of attention, per head: some of `entropy`, `sink`, `lookback`.",
+        ),
     ] = None,
-    layers: Layers = None,
     pca: Annotated[
         int | None,
-        typer.Option(metavar="K", min=1, help="Project hidden states on K principal components."),
+        option(_FEATURES, "--pca K", "Project hidden states on K principal components.", min=1),
     ] = None,
     pca_samples: Annotated[
         str | None,
-        typer.Option(metavar="0,3|0:100", help="Fit them on these samples only, by index."),
+        option(
+            _FEATURES,
+            "--pca-samples 0,3|0:100",
+            "Indices of the samples that components are fitted to [default: all].",
+        ),
     ] = None,
     pca_only: Annotated[
-        bool, typer.Option("--pca-only", help="Leave out the features that were projected.")
+        bool, option(_FEATURES, "--pca-only", "Leave out the features that were projected.")
     ] = False,
+    layers: Layers = None,
     labels: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Labels lie here, not beside the archives."),
+        str | None,
+        option(KEEP, "--labels DIR", "Folder of the labels [default: beside the archives]."),
     ] = None,
+    output: Annotated[
+        str, option(OUTPUT, "-o --output DEST", "A name ending in `.h5`, `.npz` or `.parquet`.")
+    ],
     allow_nan: Annotated[
-        bool, typer.Option("--allow-nan", help="Write features that are NaN or infinite.")
+        bool, option(OUTPUT, "--allow-nan", "Write features that are NaN or infinite.")
     ] = False,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads [default: one per core].")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that exists.")
-    ] = False,
-    dry_run: DryRun = False,
+    workers: Workers = None,
+    target: NewFile,
     json: Json = False,
 ) -> None:
     """Compute features: a row for every sample.
 
-    Every feature is an array (samples, layers, width). `answer_…` and `lookback` take archives that
-    know the length of prompts. Features that are NaN or infinite are an error that names file and
-    sample, unless --allow-nan.
+    Every feature is an array (samples, layers, width), with ids and labels beside it. `answer_…`
+    and `lookback` need archives that record the length of prompts. Features that are NaN or
+    infinite are an error that names file and sample, unless `--allow-nan` is given.
 
     - `h5traces features run.h5 --last-token -o features.h5`
     - `h5traces features shards/ --pooled mean,max --attention entropy,sink -o features.parquet`
@@ -88,25 +86,24 @@ def features(
     if not names:
         message = "name at least one of --last-token, --pooled and --attention"
         raise typer.BadParameter(message)
-    components = None if pca is None else PcaOptions(pca, pca_samples, only=pca_only)
-    with reported(_USAGE), count_progress(output) as update:
+    with count_progress(output) as update:
         report = extract_features(
             sources,
             output,
             names,
             layers=layers,
-            pca=components,
+            pca=None if pca is None else PcaOptions(pca, pca_samples, only=pca_only),
             labels=labels,
             allow_nan=allow_nan,
             workers=workers,
-            overwrite=overwrite,
-            dry_run=dry_run,
+            overwrite=target.overwrite,
+            dry_run=target.dry_run,
             progress=update,
         )
     if json:
         print_json(report.as_dict())
     else:
-        reports.print_features(report, dry_run=dry_run)
+        reports.print_features(report, dry_run=target.dry_run)
     for line in first_lines(report.problems):
         warn(line)
 

@@ -7,34 +7,40 @@ from typing import Annotated
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import (
-    EXIT_PROBLEMS,
-    Json,
-    count_progress,
-    fail,
-    first_lines,
-    print_json,
-    reported,
-    warn,
-)
+from h5traces.cli.command import EXIT_PROBLEMS, command
+from h5traces.cli.console import count_progress, fail, first_lines, print_json, warn
+from h5traces.cli.options import Json, option
 from h5traces.errors import H5TracesError
 from h5traces.fidelity import FidelityReport, compare
 
+_LIMITS = "Limits"
 
+
+@command(H5TracesError, OSError)
 def fidelity(
     a: Annotated[str, typer.Argument(metavar="A", help="The reference: archive, glob or folder.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="What is judged, of the same samples.")],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="The archive to judge, of the same samples.")
+    ],
+    *,
     threshold: Annotated[
         float,
-        typer.Option(metavar="T", min=0, help="An edge is where the mean over heads is greater."),
+        option(None, "--threshold T", "An edge is where the mean over heads is greater.", min=0),
     ] = 0.01,
     max_sigma: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, help="Exit 1 where a state errs by more than X sigma."),
+        option(
+            _LIMITS, "--max-sigma X", "Exit 1 where a state is off by more than X sigma.", min=0
+        ),
     ] = None,
     max_flips: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, help="Exit 1 where more than X of a layer's edges flip."),
+        option(
+            _LIMITS,
+            "--max-flips X",
+            "Exit 1 where more than the share X of a layer's edges flip.",
+            min=0,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -46,12 +52,13 @@ def fidelity(
     divergence (KL, nats) of each row. `docs/fidelity.md` defines each measure and its limits.
 
     Samples are matched by id and generation, without ids by index. Exit code 0 however large the
-    errors are, unless --max-sigma or --max-flips is exceeded (1); 2 where nothing can be compared.
+    errors are, unless `--max-sigma` or `--max-flips` is exceeded (1); 2 where nothing can be
+    compared.
 
     - `h5traces fidelity exact.h5 small.h5`
     - `h5traces fidelity exact/ small/ --max-sigma 0.06 --max-flips 0.005 --json`
     """
-    with reported((H5TracesError, OSError)), count_progress("comparing") as update:
+    with count_progress("comparing") as update:
         report = compare(a, b, threshold=threshold, progress=update)
     exceeding = report.exceeding(max_sigma=max_sigma, max_flips=max_flips)
     if json:

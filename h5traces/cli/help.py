@@ -132,10 +132,7 @@ def _described(parameter: Any) -> str:
 
 
 def _print_panel(
-    console: Console,
-    title: str,
-    rows: Iterable[tuple[str, str, str]],
-    width: int = _NAMES_WIDTH,
+    console: Console, title: str, rows: Iterable[tuple[str, str, str]], width: int = _NAMES_WIDTH
 ) -> None:
     """Names on the left, descriptions on the right."""
     from rich.panel import Panel

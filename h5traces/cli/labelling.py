@@ -2,60 +2,60 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.console import Archives, DryRun, Json, count_progress, print_json, reported, warn
-from h5traces.errors import ArchiveExistsError
+from h5traces.cli.command import command
+from h5traces.cli.console import count_progress, print_json, warn
+from h5traces.cli.options import OUTPUT, Archives, Json, NewFile, option
 from h5traces.format.text import and_more
 from h5traces.rewriting.label import THRESHOLD, LabelReport, ScoreColumns
 from h5traces.rewriting.label import label as label_archives
-from h5traces.writing.options import TargetOptions
+
+_LABELS = "Labels"
+_COLUMNS = ScoreColumns()
 
 
+@command()
 def label(
     sources: Archives,
-    table: Annotated[Path, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
+    table: Annotated[str, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
+    *,
+    threshold: Annotated[
+        float, option(_LABELS, "--threshold NUMBER", "A label is 1 where the score is below this.")
+    ] = THRESHOLD,
+    scores_only: Annotated[
+        bool, option(_LABELS, "--scores-only", "Keep the scores and make no labels.")
+    ] = False,
+    partial: Annotated[
+        bool, option(_LABELS, "--partial", "Accept samples without a score; they get no label.")
+    ] = False,
+    id_column: Annotated[str, option(_LABELS, "--id-column NAME", "Column of ids.")] = _COLUMNS.id,
+    score_column: Annotated[
+        str, option(_LABELS, "--score-column NAME", "Column of scores.")
+    ] = _COLUMNS.score,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="DEST", help="A new archive that holds the labels itself."
+        str | None,
+        option(
+            OUTPUT,
+            "-o --output DEST",
+            "A new archive with the labels inside: an `.h5` name, or a folder/.",
         ),
     ] = None,
     folder: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Put the labels here, not beside the archives."),
+        str | None,
+        option(OUTPUT, "--folder DIR", "Put the labels here [default: beside the archives]."),
     ] = None,
-    threshold: Annotated[
-        float, typer.Option(metavar="NUMBER", help="A label is 1 where the score is below this.")
-    ] = THRESHOLD,
-    scores_only: Annotated[
-        bool, typer.Option("--scores-only", help="Keep the scores and make no labels.")
-    ] = False,
-    id_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of ids.")
-    ] = ScoreColumns().id,
-    score_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of scores.")
-    ] = ScoreColumns().score,
-    partial: Annotated[
-        bool,
-        typer.Option("--partial", help="Go on where samples have no score; these get no label."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace labels, or an archive, that exist.")
-    ] = False,
-    dry_run: DryRun = False,
+    target: NewFile,
     json: Json = False,
 ) -> None:
     """Join scores to archives by question id.
 
-    Writes `<archive>.labels.json` beside each archive; archives are never changed. A sample without
-    a score is an error, unless --partial leaves it without a label: none becomes 0 by itself. Ids
-    that only the table has are counted.
+    Writes `<archive>.labels.json` beside each archive, where `h5traces.open` finds it; archives are
+    never changed. A sample without a score is an error, or with `--partial` stays without a label.
+    Ids that only the table has are counted.
 
     - `h5traces label run.h5 scores.csv`
     - `h5traces label shards/*.h5 scores.csv --threshold 0.4 --dry-run`
@@ -64,7 +64,7 @@ def label(
     if output is not None and folder is not None:
         message = "--output makes a new archive, --folder is for labels beside archives; name one"
         raise typer.BadParameter(message)
-    with reported((ArchiveExistsError,)), count_progress("joining") as update:
+    with count_progress("joining") as update:
         report = label_archives(
             sources,
             table,
@@ -73,13 +73,13 @@ def label(
             threshold=None if scores_only else threshold,
             columns=ScoreColumns(id_column, score_column),
             partial=partial,
-            target=TargetOptions(overwrite=overwrite, dry_run=dry_run),
+            target=target,
             progress=update,
         )
     if json:
         print_json(report.as_dict())
     else:
-        reports.print_labels(report, dry_run=dry_run)
+        reports.print_labels(report, dry_run=target.dry_run)
     _warn(report)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from h5traces.cli.console import cell, human_size, print_line, print_table
+from h5traces.cli.console import cell, first_lines, human_size, print_line, print_table, warn
 from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from h5traces.features import FeatureReport
     from h5traces.fidelity import FidelityReport, StateFidelity, Unmatched, WeightFidelity
     from h5traces.rewriting.label import LabelReport
+    from h5traces.rewriting.repack import RepackReport
     from h5traces.rewriting.reports import ConversionReport, FileReport
 
 
@@ -28,6 +29,18 @@ def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     for name in columns:
         table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     return table
+
+
+def warn_of_loss(precision: str | None) -> None:
+    """Say once that precision was lost."""
+    if precision is not None:
+        warn(f"{precision}: the archives hold less than their sources; keep those if you need more")
+
+
+def warn_of(note: str | None) -> None:
+    """A warning, where there is something to say."""
+    if note is not None:
+        warn(note)
 
 
 def print_conversion(report: ConversionReport) -> None:
@@ -44,6 +57,12 @@ def print_conversion(report: ConversionReport) -> None:
     if len(report.files) > 1:
         table.add_row(*_conversion_row(_total(report), "total", ""))
     print_table(table)
+    written = [each for each in report.files if each.status == "converted"]
+    changed = [each for each in written if not each.is_lossless]
+    if written and not changed:
+        print_line("lossless: the archives hold every bit of their sources")
+    for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
+        print_line(line)
 
 
 def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
@@ -72,6 +91,19 @@ def _total(report: ConversionReport) -> FileReport:
         total.seconds += each.seconds
         total.warnings += each.warnings
     return total
+
+
+def print_rewrite(report: RepackReport, *, dry_run: bool) -> None:
+    """The targets of a rewrite, and how they were made."""
+    targets = report.targets[0]
+    if len(report.targets) > 1:
+        targets += f" … {report.targets[-1]}"
+    how = "chunks copied" if report.copied else "compressed anew"
+    if dry_run:
+        print_line(f"would write {targets}: {report.num_samples} samples, {how}")
+        return
+    sizes = f"{human_size(report.source_nbytes)} -> {human_size(report.target_nbytes)}"
+    print_line(f"wrote {targets}: {report.num_samples} samples, {sizes}, {how}")
 
 
 def print_inspection(result: Inspection) -> None:
@@ -314,6 +346,18 @@ def unmatched_lines(found: Unmatched, which: str) -> list[str]:
 def print_extraction(report: ExtractionReport) -> None:
     """What a run did, or, in a dry run, would need."""
     if report.status == "planned":
+        if (forecast := report.forecast) is not None:
+            from h5traces.extract.estimate import estimate
+
+            found = estimate(
+                forecast.shape,
+                forecast.lengths,
+                layers=forecast.layers,
+                kinds=forecast.kinds,
+                precision=forecast.precision,
+                rates=forecast.rates,
+            )
+            print_estimate(found, sequences="every answer at its largest length")
         print_line(
             f"{report.num_planned} samples: {human_size(report.needed_nbytes)} needed at most, "
             f"with the room to pack a shard; {human_size(report.free_nbytes)} free"

@@ -118,11 +118,6 @@ class Capturer:
             Token ids; shorter ones are padded on the left, and the padding is removed again.
         pad_id
             Token to pad with; it is masked.
-
-        Raises
-        ------
-        ExtractionError
-            The model returns no attention weights, or arrays of a different length.
         """
         while True:
             passed = _Pass(self._anatomy, self._options, self._too_wide, sequences)
@@ -332,13 +327,7 @@ def padded(
 
 
 def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...]) -> None:
-    """Compare the arrays of eight tokens with those that transformers returns.
-
-    Raises
-    ------
-    ExtractionError
-        An array differs.
-    """
+    """Compare the arrays of eight tokens with those that transformers returns."""
     options = CaptureOptions(
         layers=tuple(range(anatomy.num_layers)), kinds=kinds, embedding=True, dtype="auto"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.archive.opening import open_archive
@@ -17,6 +18,7 @@ from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.sizes import Forecast, ModelShape
 from h5traces.format.precision import EXACT
+from h5traces.paths import Target, check_not_a_source
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.create import target_of_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions, check_type
@@ -25,14 +27,13 @@ from h5traces.writing.spool_folder import spool_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from h5traces.extract.generation import Job
     from h5traces.extract.questions import QuestionSet
     from h5traces.extract.running import RunProgress
     from h5traces.format.archive import ExtractionMetadata
     from h5traces.format.precision import Precision, Tier
-    from h5traces.paths import PathLike, Target
+    from h5traces.paths import PathLike
 
 
 def extract_dataset(
@@ -90,6 +91,9 @@ def extract_dataset(
         The output is that of another run, or of other options.
     """
     options, storage = options or ExtractOptions(), PrecisionOptions.of(precision)
+    if Path(dataset.dataset).is_file():
+        place = Target.of(dest, shard_samples=target.shard_samples)
+        check_not_a_source(place, dataset.dataset)
     place = target_of_run(dest, replace(target, dry_run=False))
     check_type(storage.precision, storage.dtype or "float16")
     load_given(storage.scales, storage.precision)
@@ -195,13 +199,7 @@ def _check_finished(
     wanted: Precision,
     report: ExtractionReport,
 ) -> None:
-    """Compare a finished run with the one that was asked for.
-
-    Raises
-    ------
-    ArchiveExistsError
-        The archives are of another run, or lack samples.
-    """
+    """Compare a finished run with the one that was asked for."""
     with open_archive(path) as archive:
         differences = metadata.differences(archive.metadata.extraction)
         precision = archive.metadata.precision or EXACT

@@ -182,14 +182,6 @@ class Extractor:
         What is computed.
     dtype
         Type that the arrays will be stored in.
-
-    Raises
-    ------
-    ExtractionError
-        The model is not a decoder, gives no attention weights, is in training mode or cannot batch;
-        the tokenizer has no token to fill batches with; or `dtype` is unknown.
-    LayerIndexError
-        The model has no such layer.
     """
 
     def __init__(
@@ -267,13 +259,7 @@ class Extractor:
         )
 
     def run(self, jobs: Sequence[Job]) -> list[TraceRecord | NanError]:
-        """Records of a batch, with an error in place of each sample rejected for NaN values.
-
-        Raises
-        ------
-        ExtractionError
-            The shapes of the model's arrays do not match the sequence.
-        """
+        """Records of a batch, with an error in place of each sample rejected for NaN values."""
         answers = generate(
             self._model,
             [each.prompt for each in jobs],

@@ -63,11 +63,6 @@ class Planner:
         Configuration of the model.
     options
         Prompt template, seed and longest answer.
-
-    Raises
-    ------
-    ExtractionError
-        The template does not hold ``{question}``, or the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: Any, config: Any, options: ExtractOptions) -> None:
@@ -85,15 +80,7 @@ class Planner:
         self._context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def job(self, question: Question) -> Job:
-        """The job of a question.
-
-        Raises
-        ------
-        TooLongError
-            Prompt and answer may exceed the model's context.
-        ExtractionError
-            The question is empty, or the prompt has no tokens.
-        """
+        """The job of a question."""
         prompt = self._prompt(question)
         longest = self._options.generation.max_new_tokens
         if self._context is not None and len(prompt) + longest > self._context:
@@ -254,13 +241,7 @@ def _answer(row: list[int], ends: frozenset[int], options: GenerationOptions) ->
 
 
 def padding_token(tokenizer: Any, *, batch_size: int) -> int:
-    """The token that fills shorter sequences of a batch. It is masked, so any token will do.
-
-    Raises
-    ------
-    ExtractionError
-        The tokenizer has neither a pad token nor an end token, and batches need one.
-    """
+    """The token that fills shorter sequences of a batch. It is masked, so any token will do."""
     for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if found is not None:
             return int(found)

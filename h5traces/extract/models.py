@@ -43,13 +43,7 @@ def aliases_path() -> Path:
 
 
 def known_aliases() -> dict[str, str]:
-    """All aliases; the user's own win over `MODEL_ALIASES`.
-
-    Raises
-    ------
-    ExtractionError
-        The user's table is not TOML, or maps a name to something other than text.
-    """
+    """All aliases; the user's own win over `MODEL_ALIASES`."""
     path = aliases_path()
     if not path.exists():
         return dict(MODEL_ALIASES)
@@ -72,13 +66,7 @@ def resolve_model(model_id: str) -> str:
 
 
 def load_config(model_id: str, *, revision: str | None = None) -> Any:
-    """Load the configuration of a model.
-
-    Raises
-    ------
-    ExtractionError
-        It cannot be loaded, or is that of an encoder-decoder.
-    """
+    """Load the configuration of a model."""
     name = resolve_model(model_id)
     config = _loaded(AutoConfig, model_id, name, revision=revision)
     _check_decoder_only(config, name)
@@ -233,13 +221,7 @@ class Anatomy:
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """Find the parts of a model.
-
-    Raises
-    ------
-    ExtractionError
-        The model is an encoder-decoder, or has an unknown structure.
-    """
+    """Find the parts of a model."""
     name = type(model).__name__
     _check_decoder_only(model.config, name)
     config = model.config.get_text_config()
@@ -292,13 +274,7 @@ def _attention(block: nn.Module, place: str) -> nn.Module:
 
 
 def check_eager(model: Any) -> None:
-    """Reject attention implementations that return no weights.
-
-    Raises
-    ------
-    ExtractionError
-        The implementation is not ``eager``.
-    """
+    """Reject attention implementations that return no weights."""
     found = model.config.get_text_config()._attn_implementation
     if found != _EAGER:
         message = (

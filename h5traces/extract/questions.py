@@ -93,13 +93,7 @@ class QuestionSet:
 
 
 def load_dataset(choice: DatasetChoice) -> QuestionSet:
-    """Load the questions of a data set.
-
-    Raises
-    ------
-    ExtractionError
-        No data set and no file has that name, or it cannot be read.
-    """
+    """Load the questions of a data set."""
     name = choice.dataset
     if name in HUB_DATASETS:
         found = load_questions(name, path=choice.path, revision=choice.revision)
@@ -145,13 +139,6 @@ def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
         A file whose name ends in ``.jsonl``, ``.json`` (one object per line) or ``.csv``.
     columns
         Columns to read. Rows without an id are named after the file and their number.
-
-    Raises
-    ------
-    ExtractionError
-        The file is malformed, or has no questions or an empty one.
-    OSError
-        It cannot be opened.
     """
     readers = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows}
     reader = readers.get(path.suffix.lower())
@@ -283,13 +270,6 @@ def load_questions(
         A local copy of the repository, to be used instead of the hub.
     revision
         Commit, branch or tag on the hub.
-
-    Raises
-    ------
-    ExtractionError
-        The data set cannot be loaded.
-    MissingDependencyError
-        ``datasets`` is not installed.
     """
     known = HUB_DATASETS[name]
     with tempfile.TemporaryDirectory(prefix="h5traces-questions-") as folder:

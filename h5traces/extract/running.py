@@ -159,13 +159,7 @@ def report_path(output: Path) -> Path:
 
 
 def skipped_before(output: Path) -> dict[str, Skipped]:
-    """Samples that earlier starts left out, by id.
-
-    Raises
-    ------
-    ExtractionError
-        The file in the place of the report is something else.
-    """
+    """Samples that earlier starts left out, by id."""
     path = report_path(output)
     try:
         document = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
@@ -255,13 +249,7 @@ class WriterThread:
             return record
 
     def put(self, record: TraceRecord) -> None:
-        """Add a record to the queue; waits while the queue is full.
-
-        Raises
-        ------
-        Exception
-            The error of an earlier record.
-        """
+        """Add a record to the queue; waits while the queue is full."""
         nbytes = _record_nbytes(record)
 
         def has_room() -> bool:
@@ -277,13 +265,7 @@ class WriterThread:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Wait until all records are written.
-
-        Raises
-        ------
-        Exception
-            The error of a record.
-        """
+        """Wait until all records are written."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()

@@ -161,13 +161,7 @@ _DECODING_NBYTES: Final = 260
 
 
 def stated_rates(dtype: DtypePolicy, codec: str) -> Rates:
-    """The rates known for a stored type and codec.
-
-    Raises
-    ------
-    ExtractionError
-        Only a pilot can measure them.
-    """
+    """The rates known for a stored type and codec."""
     if codec != GZIP.name or dtype not in STATED_RATES:
         message = (
             f"no rates are known for dtype {dtype} with codec {codec}; measure them with a pilot "

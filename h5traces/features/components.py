@@ -50,13 +50,7 @@ class PrincipalComponents:
 
 
 def require_scikit_learn() -> Any:
-    """The class ``sklearn.decomposition.IncrementalPCA``.
-
-    Raises
-    ------
-    MissingDependencyError
-        scikit-learn is not installed.
-    """
+    """The class ``sklearn.decomposition.IncrementalPCA``."""
     try:
         from sklearn.decomposition import IncrementalPCA
     except ImportError as error:
@@ -83,13 +77,6 @@ def fit_components(blocks: Iterable[NDArray[Any]], num_components: int) -> Princ
         Finite rows, ``(rows, width)`` each.
     num_components
         How many directions to return.
-
-    Raises
-    ------
-    FeatureError
-        More components are asked for than the rows have.
-    MissingDependencyError
-        scikit-learn is not installed.
     """
     if num_components < 1:
         message = f"num_components is {num_components}, expected at least 1"

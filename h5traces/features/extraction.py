@@ -257,13 +257,7 @@ class _Spool:
             column.append(fitted(values, column.width, f"{place}: {name}"))
 
     def features(self, num_samples: int) -> dict[str, NDArray[np.float32]]:
-        """All columns.
-
-        Raises
-        ------
-        FeatureError
-            No sample has the arrays that a feature is made of.
-        """
+        """All columns."""
         if self._waiting or not self._columns:
             names = ", ".join(self._waiting) or "features"
             message = f"none of {num_samples} samples has the arrays that {names} is made of"

@@ -49,13 +49,7 @@ class SampleFeatures:
 
 
 def definitions_of(names: Iterable[str]) -> list[FeatureDefinition]:
-    """The definitions of features by name, each once.
-
-    Raises
-    ------
-    FeatureError
-        There is no such feature, or none is named.
-    """
+    """The definitions of features by name, each once."""
     wanted = list(dict.fromkeys(names))
     unknown = [name for name in wanted if name not in FEATURES]
     if unknown or not wanted:
@@ -144,13 +138,7 @@ def compute_features(
 
 
 def fitted(values: NDArray[np.float32], width: int, place: str) -> NDArray[np.float32]:
-    """A sample's values; NaN of the right width where it has none.
-
-    Raises
-    ------
-    FeatureError
-        They are of another width.
-    """
+    """A sample's values; NaN of the right width where it has none."""
     if values.shape[1] == width:
         return values
     if values.shape[1]:

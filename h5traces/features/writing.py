@@ -37,15 +37,7 @@ def check_writer(target: Path) -> None:
 
 
 def write_features(table: FeatureTable, target: Path, *, overwrite: bool) -> int:
-    """Write a table to a file of the kind that its suffix says; its size in bytes.
-
-    Raises
-    ------
-    ArchiveExistsError
-        The file exists, and `overwrite` is false.
-    OSError
-        The disk is full.
-    """
+    """Write a table to a file of the kind that its suffix says; its size in bytes."""
     writers: dict[str, Callable[[FeatureTable, PartFile], None]] = {
         ".h5": _write_hdf5,
         ".npz": _write_npz,

@@ -120,11 +120,6 @@ def _paired(a: Archive, b: Archive, report: FidelityReport) -> list[tuple[int, i
 
     They are matched by id and generation, those without an id by index. Samples that share both are
     matched in their order. Where one archive has no ids at all, all are matched by index.
-
-    Raises
-    ------
-    FidelityError
-        They have none in common.
     """
     keys_a, keys_b = _keys(a), _keys(b)
     if not all(any(key[0] is not None for key in keys) for keys in (keys_a, keys_b)):
@@ -320,13 +315,7 @@ class _Comparison:
                 self._weights[kind, kind][name].add(array, restored)
 
     def finish(self) -> None:
-        """Fill the report.
-
-        Raises
-        ------
-        FidelityError
-            Nothing could be compared.
-        """
+        """Fill the report."""
         kinds = self._report.kinds
         states = [each.result() for _, each in sorted(self._states.items())]
         if states:

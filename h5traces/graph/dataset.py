@@ -177,15 +177,7 @@ class TraceGraphDataset(Dataset[Data]):
 
 
 def _record_files(pattern: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The files that are no archives, by their suffixes; empty where archives are named.
-
-    Raises
-    ------
-    FileNotFoundError
-        Nothing matches.
-    DatasetError
-        Archives and other files are mixed.
-    """
+    """The files that are no archives, by their suffixes; empty where archives are named."""
     named = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
     found = [_expanded(each) if isinstance(each, (str, os.PathLike)) else [] for each in named]
     if any(found) and not all(found):

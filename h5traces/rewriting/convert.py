@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h5traces.archive.selection import Selection
 from h5traces.errors import ConversionError
+from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.convert_jobs import (
     ConvertOptions,
@@ -19,8 +20,10 @@ from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
+    from h5traces.archive.selection import LayerChoice
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike
 
@@ -29,7 +32,7 @@ def convert(
     sources: PathLike | Sequence[PathLike],
     dest: PathLike,
     *,
-    layers: Sequence[int] | None = None,
+    layers: LayerChoice = None,
     precision: PrecisionOptions | Precision | Tier | None = None,
     target: TargetOptions = TargetOptions(),
     merge: bool = False,
@@ -49,7 +52,7 @@ def convert(
     dest
         A folder (one archive per batch), or a name ending in ``.h5`` for one archive.
     layers
-        Decoder blocks to keep, 0-based; all by default.
+        Decoder blocks to keep: 0-based numbers, or text such as ``0,5,10-12,last``; all by default.
     precision
         ``exact`` (the default), ``fine``, ``analysis``, ``compact`` or ``native``, a `Precision`,
         or `PrecisionOptions` for the stored type, scales and codec as well; `docs/precision.md`
@@ -66,6 +69,8 @@ def convert(
 
     Raises
     ------
+    TargetError
+        `dest` is neither a folder nor an ``.h5`` name, or a source.
     ConversionError
         The plan is impossible: nothing to convert, two batches with one target, one batch named
         twice for a merge, or contradicting options. Problems of single files are in the report.
@@ -74,10 +79,11 @@ def convert(
     FileNotFoundError
         A source does not exist.
     """
+    Selection(layers=layers)  # text is checked before anything is read
     given = PrecisionOptions.of(precision)
     wanted = given.precision
     options = ConvertOptions(
-        layers=None if layers is None else _checked_layers(layers),
+        layers=layers if layers is None or isinstance(layers, str) else _checked(layers),
         target=target,
         model_id=model_id,
         dataset=dataset,
@@ -85,9 +91,10 @@ def convert(
         write=WriteOptions.of(given, target, scales=ScaleSet()),
     )
     calibration = load_given(given.scales, wanted)
-    jobs, leftovers = plan_jobs(
-        sources, Path(dest), merge=merge, shard_samples=target.shard_samples
-    )
+    place = Target.of(dest, shard_samples=target.shard_samples)
+    jobs, leftovers = plan_jobs(sources, place, merge=merge)
+    if given.scales is not None:
+        check_not_a_source([job.target for job in jobs], given.scales)
     report = ConversionReport(
         precision=str(wanted) if wanted.is_lossy else None, leftovers=leftovers
     )
@@ -100,14 +107,15 @@ def convert(
     return report
 
 
-def _checked_layers(layers: Sequence[int]) -> tuple[int, ...]:
-    if not layers:
+def _checked(layers: Iterable[int]) -> tuple[int, ...]:
+    chosen = tuple(sorted(set(layers)))
+    if not chosen:
         message = "layers is empty; expected at least one 0-based layer number"
         raise ConversionError(message)
-    if min(layers) < 0:
-        message = f"layers names {min(layers)}; expected 0-based layer numbers"
+    if chosen[0] < 0:
+        message = f"layers names {chosen[0]}; expected 0-based layer numbers"
         raise ConversionError(message)
-    return tuple(sorted(set(layers)))
+    return chosen
 
 
 class _Meter:

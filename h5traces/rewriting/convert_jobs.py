@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from h5traces.archive.opening import open_archive
+from h5traces.archive.selection import choose_layers
 from h5traces.errors import (
+    ArchiveExistsError,
     ConversionError,
     H5TracesError,
+    LayerIndexError,
     PrecisionError,
     SchemaError,
     StoredStateWarning,
@@ -46,6 +49,7 @@ from h5traces.writing.shards import ShardSet
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from h5traces.archive.selection import LayerChoice
     from h5traces.format.record import TraceRecord
     from h5traces.format.trace import SourcePosition
     from h5traces.precision.scales import Calibration
@@ -125,7 +129,7 @@ Report = Callable[[Path, int, int], None]
 class ConvertOptions:
     """How batches are converted; see `convert`."""
 
-    layers: tuple[int, ...] | None = None
+    layers: LayerChoice = None
     target: TargetOptions = TargetOptions()
     model_id: str | None = None
     dataset: str | None = None
@@ -149,14 +153,17 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     elif exists and options.target.skip_existing:
         # Its writer may have been killed between naming it and making the name durable.
         sync_folder(job.first_target.parent)
-        report.status, report.targets = "skipped", [str(each) for each in job.existing_targets()]
-        for target in job.existing_targets():
+        report.status, report.targets = "skipped", [str(each) for each in job.target.existing()]
+        for target in job.target.existing():
             remove_abandoned_parts(target)
-        report.archive_nbytes = sum(each.stat().st_size for each in job.existing_targets())
+        report.archive_nbytes = sum(each.stat().st_size for each in job.target.existing())
     elif options.target.dry_run:
         if exists and not options.target.overwrite:
             report.status = "failed"
-            report.error = f"{job.first_target} exists; use --overwrite or --skip-existing"
+            report.error = (
+                f"{job.first_target} exists; use overwrite=True to replace it, or "
+                "skip_existing=True to keep it"
+            )
     else:
         started = time.perf_counter()
         _convert_job(job, options, report_progress, report)
@@ -177,10 +184,10 @@ def _unlike(target: Path, options: ConvertOptions) -> str | None:
         if found != options.write.precision:
             return (
                 f"{target} exists, of precision {found}, not {options.write.precision}; choose "
-                "another output, or use --overwrite"
+                "another output, or pass overwrite=True"
             )
     except (H5TracesError, OSError) as error:
-        return f"{error}; it stands where an archive would go: move it, or use --overwrite"
+        return f"{error}; it stands where an archive would go: move it, or pass overwrite=True"
     return None
 
 
@@ -199,7 +206,7 @@ def _convert_job(
             sources.remove(failed.source)
             continue
         except (H5TracesError, OSError) as error:
-            report.error = _joined(report.error, _reason(error, job.target))
+            report.error = _joined(report.error, _reason(error, job.first_target))
             report.status = "failed"
             return
         conversion.fill(report)
@@ -217,8 +224,10 @@ def _reason(error: Exception, target: Path) -> str:
         return (
             f"{target}: cannot be written: {error}; nothing of it was kept, archives written "
             "before are whole; make room or choose another folder, then run again with "
-            "--skip-existing"
+            "skip_existing=True"
         )
+    if isinstance(error, ArchiveExistsError):
+        return f"{error}; skip_existing=True keeps what is finished"
     return str(error)
 
 
@@ -286,7 +295,7 @@ class _Conversion:
             raise _SampleError(_placed(error, source, record.source)) from error
 
     def _new_writer(self) -> None:
-        target = self._job.shard(len(self._shards.writers))
+        target = self._job.target.shard(len(self._shards.writers))
         names = facts_in_name(self._sources[0])
         facts = {
             "model_id": self._options.model_id or names.get("model_id"),
@@ -304,7 +313,7 @@ class _Conversion:
         self._summaries.append(self._shards.writers[-1].summary)
 
     def fill(self, report: FileReport) -> None:
-        """Tell what was done."""
+        """Report what was done."""
         raw, stored, coverage = Counter[str](), Counter[str](), Counter[str]()
         counts: dict[str, CastCounts] = {}
         for summary in self._summaries:
@@ -319,6 +328,9 @@ class _Conversion:
         report.num_samples = sum(summary.num_samples for summary in self._summaries)
         report.archive_nbytes = sum(summary.nbytes for summary in self._summaries)
         report.raw_nbytes, report.stored_nbytes = dict(raw), dict(stored)
+        with open_archive(report.targets) as archive:
+            metadata = archive.metadata
+        report.is_lossless, report.changes = metadata.is_lossless, metadata.changes
         report.warnings += coverage_warnings(coverage) + cast_warnings(counts, self._options.write)
 
 
@@ -335,18 +347,28 @@ class _SampleError(Exception):
     """A source is unreadable; the message names file, sample and field."""
 
 
-def _records(source: Path, number: int, layers: tuple[int, ...] | None) -> Iterator[_Ready]:
+def _records(source: Path, number: int, layers: LayerChoice) -> Iterator[_Ready]:
     """The records of one batch file."""
     try:
+        chosen = _chosen(source, layers)
         with open_source(source) as opened:
-            for record in opened.records(file=number, layers=layers):
+            for record in opened.records(file=number, layers=chosen):
                 ready = _Ready(record, opened.progress[0], opened.num_layers)
                 del record
                 yield ready
                 # Two samples exist at a time: this one, and the one that is being written.
                 del ready
-    except (ConversionError, OSError) as error:
+    except (ConversionError, LayerIndexError, OSError) as error:
         raise _SampleError(str(error)) from error
+
+
+def _chosen(source: Path, layers: LayerChoice) -> tuple[int, ...] | None:
+    """Layer numbers; text may say ``last``, which is the source's."""
+    if layers is None or not isinstance(layers, str):
+        return None if layers is None else tuple(layers)
+    with open_source(source) as opened:
+        next(opened.dicts(), None)
+        return choose_layers(layers, range(opened.num_layers), f"{source} has")
 
 
 def _placed(error: Exception, source: Path, place: SourcePosition | None) -> str:
@@ -408,8 +430,8 @@ def _result(job: Job, future: Future[FileReport]) -> FileReport:
             status="failed",
             error=(
                 f"{', '.join(sources)}: not converted: one of the processes was killed, as the "
-                "system does when memory runs out; nothing half-written was kept, run again with "
-                "--skip-existing and fewer --workers"
+                "system does when memory runs out; no unfinished file was kept; run again with "
+                "skip_existing=True and fewer workers"
             ),
         )
 

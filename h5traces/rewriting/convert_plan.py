@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import ConversionError
-from h5traces.paths import expand_paths
+from h5traces.paths import DEFAULT_NAME, check_not_a_source, expand_paths
 from h5traces.sources.opening import SOURCE_SUFFIXES, source_stem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from h5traces.paths import PathLike
+    from h5traces.paths import PathLike, Target
 
-_TARGET_SUFFIX = ".h5"
-_MERGED_NAME = "traces.h5"
+_SUFFIXES: Final = ", ".join(SOURCE_SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,98 +44,77 @@ class Job:
     sources
         Batch files, in order.
     target
-        Name of the archive; shards insert a number before the suffix.
-    sharded
-        Whether there are shards.
+        The archive, or its shards.
     """
 
     sources: tuple[Path, ...]
-    target: Path
-    sharded: bool
-
-    def shard(self, number: int) -> Path:
-        """The name of one shard, or of the only archive."""
-        if not self.sharded:
-            return self.target
-        return self.target.with_name(f"{self.target.stem}-{number:05d}{self.target.suffix}")
+    target: Target
 
     @property
     def first_target(self) -> Path:
         """The file whose existence shows that the job was finished: it is published last."""
-        return self.shard(0)
-
-    def existing_targets(self) -> list[Path]:
-        """The targets that are there, in order."""
-        found: list[Path] = []
-        while (path := self.shard(len(found))).exists():
-            found.append(path)
-            if not self.sharded:
-                break
-        return found
+        return self.target.shard(0)
 
 
 def plan_jobs(
-    sources: PathLike | Sequence[PathLike],
-    dest: Path,
-    *,
-    merge: bool = False,
-    shard_samples: int | None = None,
+    sources: PathLike | Sequence[PathLike], target: Target, *, merge: bool = False
 ) -> tuple[list[Job], list[Leftover]]:
     """The jobs of a conversion, and the files that are passed over.
 
     Raises
     ------
     ConversionError
-        There is nothing to convert, two batches would get one target, or `dest` does not fit.
+        There is nothing to convert, two batches would get one target, or a batch that is merged was
+        named twice.
+    TargetError
+        A target is a source.
     FileNotFoundError
         A source does not exist.
     """
-    if shard_samples is not None and shard_samples < 1:
-        message = f"shard_samples is {shard_samples}, expected at least 1"
-        raise ConversionError(message)
     named: list[tuple[Path, Path]] = []
     leftovers: list[Leftover] = []
-    single = (
-        [sources]
-        if isinstance(sources, (str, Path)) or hasattr(sources, "__fspath__")
-        else (list(sources))
-    )
-    for source in single:
+    for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
         _collect(Path(source), named, leftovers)
-    named = list(dict.fromkeys(named))
     if not named and not leftovers:
-        message = "there is nothing to convert; expected .pkl or .pkl.gz batches"
+        message = f"there is nothing to convert; expected files ending in {_SUFFIXES}"
         raise ConversionError(message)
-    if not named:
-        return [], leftovers
-    sharded = shard_samples is not None
-    to_file = dest.suffix == _TARGET_SUFFIX and not dest.is_dir()
     if merge:
-        target = dest if to_file else dest / _MERGED_NAME
-        return [Job(tuple(path for path, _ in named), target, sharded)], leftovers
-    if to_file:
-        if len(named) > 1:
-            message = (
-                f"{len(named)} batches cannot all become {dest}; name a folder with -o, or use "
-                "--merge"
-            )
+        _check_different([path for path, _ in named])
+        jobs = [Job(tuple(path for path, _ in named), target.named(DEFAULT_NAME))] if named else []
+    else:
+        jobs = _one_target_each(list(dict.fromkeys(named)), target)
+    check_not_a_source([each.target for each in jobs], [path for path, _ in named])
+    return jobs, leftovers
+
+
+def _check_different(paths: list[Path]) -> None:
+    """Reject a batch that is named twice, also by a link."""
+    found: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        status = path.stat()
+        first = found.setdefault((status.st_dev, status.st_ino), path)
+        if first is not path:
+            message = f"{first} and {path} are one file; name each batch of a merge once"
             raise ConversionError(message)
-        return [Job((named[0][0],), dest, sharded)], leftovers
-    return _one_target_each(named, dest, sharded=sharded), leftovers
 
 
-def _one_target_each(named: list[tuple[Path, Path]], dest: Path, *, sharded: bool) -> list[Job]:
-    targets: dict[Path, Path] = {}
+def _one_target_each(named: list[tuple[Path, Path]], target: Target) -> list[Job]:
+    if len(named) > 1 and not target.is_folder:
+        message = (
+            f"{len(named)} batches cannot all become {target.path}; name a folder or merge=True"
+        )
+        raise ConversionError(message)
+    found: dict[Path, Job] = {}
     for path, relative in named:
-        target = dest / relative.with_name(f"{source_stem(relative.name)}{_TARGET_SUFFIX}")
-        if target in targets:
+        job = Job((path,), target.named(str(relative.with_name(source_stem(relative.name)))))
+        other = found.setdefault(job.target.path, job)
+        if other is not job:
             message = (
-                f"{path} and {targets[target]} would both become {target}; convert them into "
-                "different folders, or use --merge"
+                f"{path} and {other.sources[0]} would both become {job.target.path}; convert them "
+                "into different folders, or use merge=True"
             )
             raise ConversionError(message)
-        targets[target] = path
-    return [Job((path,), target, sharded) for target, path in targets.items()]
+    return list(found.values())
 
 
 def _collect(source: Path, named: list[tuple[Path, Path]], leftovers: list[Leftover]) -> None:
@@ -145,9 +124,8 @@ def _collect(source: Path, named: list[tuple[Path, Path]], leftovers: list[Lefto
         batches = [path for path in files if path.name.endswith(SOURCE_SUFFIXES)]
         parts = [path for path in files if _is_part(path)]
         if not batches and not parts:
-            message = f"{source}: the folder holds no batch; expected files ending in "
-            msg = f"{message}{', '.join(SOURCE_SUFFIXES)}"
-            raise ConversionError(msg)
+            message = f"{source}: the folder holds no batch; expected files ending in {_SUFFIXES}"
+            raise ConversionError(message)
         named += [(path, path.relative_to(source)) for path in batches]
     else:
         files = expand_paths(source, SOURCE_SUFFIXES)

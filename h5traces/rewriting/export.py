@@ -6,19 +6,21 @@ import contextlib
 import gzip
 import os
 import pickle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.archive import inherited_facts, shared_metadata
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ConversionError, LossyWarning, warn
-from h5traces.storage.publish import PartFile, remove_abandoned_parts
+from h5traces.paths import Target, check_not_a_source
+from h5traces.rewriting.repack import read_files
+from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions
 from h5traces.writing.transcription import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from h5traces.archive.archive import Archive
     from h5traces.format.dtypes import DtypePolicy
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _PROTOCOL = 3
 _PROTOCOL_HEADER_NBYTES = 2
 _GZIP_LEVEL = 6
+_SUFFIXES = (".pkl.gz", ".pkl", ".h5")
 
 
 def export(
@@ -48,7 +51,8 @@ def export(
     source
         An archive, a glob or a folder of archives.
     dest
-        ``.pkl`` or ``.pkl.gz`` for a legacy batch (a list of dicts), ``.h5`` for an archive.
+        A name ending in ``.pkl`` or ``.pkl.gz`` for a legacy batch (a list of dicts), or in ``.h5``
+        for an archive; in a folder, a ``.pkl.gz`` is named after its source.
     dtype
         Stored type of an ``.h5`` export; ``float32`` suits viewers without float16.
     container
@@ -67,22 +71,25 @@ def export(
 
     Raises
     ------
+    TargetError
+        `dest` has none of these suffixes, or is a source.
     ConversionError
-        The suffix of `dest` is none of these, or `dtype` was given for a pickle.
+        `dtype` was given for a pickle.
     ArchiveExistsError
         `dest` exists.
     """
-    target = Path(dest)
-    is_pickle = target.name.endswith((".pkl", ".pkl.gz"))
-    if not is_pickle and target.suffix != ".h5":
-        message = f"{target}: expected a name ending in .pkl, .pkl.gz or .h5"
-        raise ConversionError(message)
+    place = Target.of(dest, suffixes=_SUFFIXES)
+    is_pickle = place.suffix != _SUFFIXES[-1]
     if is_pickle and dtype is not None:
-        message = f"{target}: dtype goes with .h5; a pickle holds what the archive gives"
+        message = f"{place.path}: dtype is for {_SUFFIXES[-1]}; a pickle has the archive's types"
         raise ConversionError(message)
     with open_archive(source) as archive:
+        place = place.for_sources(archive.paths)
+        check_not_a_source(place, read_files(archive))
+        target = place.path
         if dry_run:
             return target
+        make_folder(target.parent)
         remove_abandoned_parts(target)
         losses = shared_metadata(archive._files).losses
         if losses:

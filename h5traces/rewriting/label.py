@@ -17,6 +17,7 @@ from h5traces.errors import ArchiveExistsError, Problem, SchemaError, __version_
 from h5traces.format import layout
 from h5traces.format.labels import LabelSidecar
 from h5traces.format.text import and_more, utc_now
+from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.repack import repack
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.options import TargetOptions
@@ -327,6 +328,8 @@ def label(
         raise SchemaError(message)
     # Not those of an earlier run, which may be of an archive that was replaced since.
     with open_archive(sources, storage_options=storage_options, labels=False) as archive:
+        if output is not None:
+            check_not_a_source(Target.of(output).for_sources(archive.paths), table)
         report = LabelReport([str(path) for path in archive.paths], str(table), threshold)
         sidecars = _Joining(scores, threshold, report).join(archive, progress)
         _check(report, scores, partial=partial)
@@ -490,8 +493,8 @@ def _write_sidecars(
         place = sidecar_path(file.path, folder)
         if place is None:
             message = (
-                f"{file.path}: labels cannot be written on a server; name a folder for them, with "
-                "folder='...'"
+                f"{file.path}: labels cannot be written on a server; name a folder for them "
+                "(folder='...')"
             )
             raise SchemaError(message)
         if place in places:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
+from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open_archive
 from h5traces.archive.selection import choose_samples
 from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
+from h5traces.format.text import and_more
+from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
 from h5traces.writing.calibrate import check_model, load_given, measured
 from h5traces.writing.options import (
@@ -26,12 +29,14 @@ from h5traces.writing.transcription import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     from h5traces.archive.file import ArchiveFile
+    from h5traces.archive.selection import LayerChoice, SampleChoice
     from h5traces.archive.trace import Trace
     from h5traces.format.archive import ArchiveMetadata, SourceFile
     from h5traces.format.precision import Tier
-    from h5traces.paths import PathLike
+    from h5traces.paths import PathLike, Source
     from h5traces.precision.scales import Calibration
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.archive_writer import ArchiveWriter
@@ -75,8 +80,8 @@ def repack(
     sources: PathLike | Iterable[PathLike] | Archive,
     dest: PathLike,
     *,
-    layers: Sequence[int] | None = None,
-    samples: slice | Sequence[int] | None = None,
+    layers: LayerChoice = None,
+    samples: SampleChoice = None,
     precision: PrecisionOptions | Precision | Tier | None = None,
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
@@ -92,11 +97,13 @@ def repack(
         Archives, globs and folders; of one model and one set of layers. Or an archive that is open,
         with its labels.
     dest
-        The new archive; with ``shard_samples``, ``-00000`` and so on go before its suffix.
+        A name ending in ``.h5``, or a folder, where the archive is named after its source; with
+        ``shard_samples``, ``-00000`` and so on go before the suffix.
     layers
-        The model's own layer numbers to keep.
+        The model's own layer numbers to keep, or text such as ``0,5,10-12,last``.
     samples
-        Indices to keep, counted over all sources, in the order given.
+        Indices to keep, counted over all sources, in the order given; a slice, or text such as
+        ``0,3`` or ``0:100``.
     precision
         A tier, a `Precision` or `PrecisionOptions`, as in `h5traces.convert`; what is None stays
         as it is in the sources.
@@ -108,8 +115,10 @@ def repack(
     Raises
     ------
     ArchiveError
-        The sources do not go together, one of them is named twice, or `dest` is one of them.
-    LayerIndexError, IndexError
+        The sources do not go together, or one archive is named twice.
+    TargetError
+        `dest` is neither a folder nor an ``.h5`` name, or is a source.
+    LayerIndexError, SampleIndexError
         A layer or sample is not there.
     ArchiveExistsError
         A target exists.
@@ -124,14 +133,17 @@ def repack(
         The sources lost precision before, and lose more: the errors add up.
     """
     given = PrecisionOptions.of(precision)
-    place = Path(dest)
+    if not isinstance(sources, Archive):
+        sources = _named_once(sources)
     with contextlib.ExitStack() as until_done:
         archive = (
             sources
             if isinstance(sources, Archive)
             else until_done.enter_context(open_archive(sources))
         )
-        _check_target(archive, place)
+        _check_different(archive)
+        place = Target.of(dest, shard_samples=target.shard_samples).for_sources(archive.paths)
+        check_not_a_source(place, read_files(archive, given.scales))
         selected = archive if layers is None else archive.select(layers=layers)
         indices = choose_samples(samples, len(archive))
         before = shared_metadata(archive._files)
@@ -151,6 +163,7 @@ def repack(
             source_nbytes=sum(file.nbytes for file in archive._files),
             precision=str(wanted) if wanted.is_lossy else None,
         )
+        report.warnings += _repeated_samples(archive, indices)
         found = ScaleSet()
         if not target.dry_run and wanted.step is not None:
             found = _scales(
@@ -168,11 +181,11 @@ def repack(
             earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
         )
         if target.dry_run:
-            report.targets = [str(_shard(place, 0, sharded=target.shard_samples is not None))]
+            report.targets = [str(place.shard(0))]
             report.num_samples = len(indices)
             return report
         run = _Rewrite(selected, report, options, encodes=encodes)
-        run.run(place, indices, target.shard_samples, progress)
+        run.run(place, indices, progress)
         return report
 
 
@@ -224,16 +237,56 @@ def split(
     return repack(sources, dest, target=target, progress=progress)
 
 
-def _check_target(archive: Archive, target: Path) -> None:
-    local = (path for path in archive.paths if isinstance(path, Path))
-    if any(path.resolve() == target.resolve() for path in local):
-        message = f"{target} is one of the sources; name another output"
-        raise ArchiveError(message)
+def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
+    """The sources; one that is named twice is an error, though reading it once would do."""
+    named = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    for position, each in enumerate(named):
+        if each in named[:position]:
+            message = f"{each} is named twice, which would store its samples twice; name it once"
+            raise ArchiveError(message)
+    return named
 
 
-def _warn_of_recast(archive: Archive, target: Path, before: ArchiveMetadata) -> None:
+def read_files(archive: Archive, *others: Source | None) -> list[Source]:
+    """Everything that is read with an archive, its labels included."""
+    sidecars = [sidecar_path(path, None) for path in archive.paths]
+    return [each for each in (*archive.paths, *sidecars, *others) if each is not None]
+
+
+def _check_different(archive: Archive) -> None:
+    """Reject an archive that is named twice, or with its copy."""
+    found: dict[str, Path | RemotePath] = {}
+    for file in archive._files:
+        archive_id = file.metadata.archive_id
+        first = found.setdefault(archive_id, file.path)
+        if first is not file.path:
+            message = (
+                f"{first} and {file.path} are the same archive (archive_id {archive_id}), which "
+                "would store its samples twice; name one of them"
+            )
+            raise ArchiveError(message)
+
+
+def _repeated_samples(archive: Archive, indices: Sequence[int]) -> list[str]:
+    """A warning, where several files hold the same bytes under one id."""
+    if len(archive._files) == 1:
+        return []
+    first: dict[tuple[object, object], Trace] = {}
+    repeated: list[str] = []
+    for trace in (archive[index] for index in indices):
+        stored = trace._stored.file.sample_attrs(trace.position_in_file)
+        key = stored.get("sample_id"), stored.get("digest")
+        other = first.setdefault(key, trace)
+        if None not in key and other.path != trace.path:
+            repeated.append(f"{key[0]!r} of {other.path} and {trace.path}")
+    if not repeated:
+        return []
+    return [f"{len(repeated)} samples are stored twice, byte for byte: {and_more(repeated, 3)}"]
+
+
+def _warn_of_recast(archive: Archive, place: Target, before: ArchiveMetadata) -> None:
     message = (
-        f"{target}: holds what {archive.paths[0]} gives back, which is less than its source held "
+        f"{place.path}: holds what {archive.paths[0]} gives back, less than its source held "
         f"({', '.join(map(str, before.losses))}); 'earlier_precisions' says so"
     )
     warn(message, LossyWarning)
@@ -293,10 +346,6 @@ def _scales(
     return (calibration or measured(archive, num_samples)).scales(step)
 
 
-def _shard(target: Path, number: int, *, sharded: bool) -> Path:
-    return target.with_name(f"{target.stem}-{number:05d}{target.suffix}") if sharded else target
-
-
 class _Rewrite:
     """Writes all targets, then publishes them."""
 
@@ -315,17 +364,17 @@ class _Rewrite:
 
     def run(
         self,
-        target: Path,
+        place: Target,
         indices: Sequence[int],
-        shard_samples: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         """Write and publish; on an exception nothing is left behind."""
-        size = shard_samples or max(1, len(indices))
+        size = place.shard_samples or max(1, len(indices))
         try:
             for number, start in enumerate(range(0, max(1, len(indices)), size)):
-                shard = _shard(target, number, sharded=shard_samples is not None)
-                writer = self._shards.new(shard, **inherited_facts(self._archive._files))
+                writer = self._shards.new(
+                    place.shard(number), **inherited_facts(self._archive._files)
+                )
                 for index in indices[start : start + size]:
                     self._add(writer, self._archive[index])
                     self._report.num_samples += 1
@@ -349,7 +398,7 @@ class _Rewrite:
         self._shards.publish()
         summaries = [writer.summary for writer in self._shards.writers]
         self._report.targets = [str(summary.path) for summary in summaries]
-        self._report.warnings = [each for one in summaries for each in precision_warnings(one)]
+        self._report.warnings += [each for one in summaries for each in precision_warnings(one)]
         self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
 
 

@@ -52,6 +52,10 @@ class FileReport:
         Sizes of the files before and after.
     raw_nbytes, stored_nbytes
         Bytes of the arrays as stored before and after compression, by kind.
+    is_lossless
+        Whether the archives hold every bit of the sources; None if they were not written.
+    changes
+        What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
         Wall-clock time.
     warnings
@@ -68,6 +72,8 @@ class FileReport:
     archive_nbytes: int = 0
     raw_nbytes: dict[str, int] = field(default_factory=dict)
     stored_nbytes: dict[str, int] = field(default_factory=dict)
+    is_lossless: bool | None = None
+    changes: str = ""
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     error: str | None = None

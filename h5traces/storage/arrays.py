@@ -140,13 +140,7 @@ def as_bytes(values: NDArray[Any]) -> memoryview:
 
 
 def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArray[Any]:
-    """The dataset's values, in its carrier dtype: a new, writable, C-contiguous array.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Sizes, a checksum, or the inflated bytes do not fit.
-    """
+    """The dataset's values, in its carrier dtype: a new, writable, C-contiguous array."""
     check_sizes(entry, limits, file.nbytes)
     return read_checked_array(file, entry)
 
@@ -181,13 +175,7 @@ def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec
 
 
 def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
-    """The stored bytes of one chunk, compared with their checksum where there is one.
-
-    Raises
-    ------
-    CorruptArchiveError
-        The checksum does not fit, or the file ends before the chunk does.
-    """
+    """The stored bytes of one chunk, compared with their checksum where there is one."""
     return bytes(_read_stored(file, entry, number))
 
 
@@ -217,15 +205,7 @@ def _decode(
 
 
 def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> None:
-    """Refuse an entry whose claims do not fit the file, before anything is allocated for it.
-
-    Raises
-    ------
-    HostileFileError
-        A size exceeds `limits`, or what deflate could have made of it.
-    CorruptArchiveError
-        The chunk table does not fit the shape, or points outside the file.
-    """
+    """Refuse an entry whose claims do not fit the file, before anything is allocated for it."""
     shape, chunk = entry.shape, entry.chunk
     # HDF5 neither chunks nor filters scalars.
     is_chunked = bool(chunk) or entry.chunks is not None

@@ -150,13 +150,7 @@ CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name.
-
-    Raises
-    ------
-    UnsupportedEncodingError
-        This release knows no such codec.
-    """
+    """The codec of that name."""
     try:
         return CODECS[name]
     except KeyError:
@@ -174,9 +168,9 @@ def _same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bo
     return [each.filter_id for each in found] == [each.filter_id for each in expected]
 
 
-def tools_note(codec: str) -> str | None:
+def tools_note(codec: str | None) -> str | None:
     """Which tools open archives of this codec; None for gzip, which all of them open."""
-    if codec == GZIP.name:
+    if codec in (None, GZIP.name):
         return None
     filters = ", ".join(str(each.filter_id) for each in get_codec(codec).pipeline(2))
     return (

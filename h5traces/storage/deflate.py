@@ -172,12 +172,6 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
     """Inflate a stored chunk and unshuffle it into `out`, whose size the stream must have.
 
     No more than ``len(out) + 1`` bytes are ever inflated.
-
-    Raises
-    ------
-    ValueError
-        The stream is damaged, cut off, followed by other bytes, or not of the size of `out`.
-        `out` is left as it was.
     """
     target = _as_bytes(out)
     if not target.flags.writeable:
@@ -566,11 +560,6 @@ def inflate(stored: Bytes, out: Bytes, engines: Engines) -> None:
         Writable bytes; undefined after an error.
     engines
         The libraries to use.
-
-    Raises
-    ------
-    ValueError
-        The stream is damaged, cut off, followed by other bytes, or not of the size of `out`.
     """
     if stored.size < _HEADER_NBYTES or not _is_header(*stored[:_HEADER_NBYTES].tolist()):
         msg = "the stored bytes are no intact zlib stream: they begin with no header of one"

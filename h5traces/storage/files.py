@@ -56,11 +56,6 @@ def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> 
         The file.
     error
         What is raised where it is a pipe or a device.
-
-    Raises
-    ------
-    OSError
-        It cannot be opened, or is a folder.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
@@ -78,13 +73,6 @@ class LocalFile:
 
     A closed file opens again for every read, if it still is the same file, so that few files are
     open.
-
-    Raises
-    ------
-    OSError
-        The file cannot be opened.
-    NotAnArchiveError
-        It is a pipe or a device.
     """
 
     # For `__del__` where opening failed.
@@ -114,13 +102,7 @@ class LocalFile:
             return os.fstat(descriptor).st_size
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`.
-
-        Raises
-        ------
-        CorruptArchiveError
-            The file ends before, or was replaced while it was closed.
-        """
+        """Exactly `nbytes` from `offset`."""
         with self._used() as descriptor:
             data = os.pread(descriptor, nbytes, offset)
             while len(data) < nbytes:
@@ -131,13 +113,7 @@ class LocalFile:
         return data
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`.
-
-        Raises
-        ------
-        CorruptArchiveError
-            As `read_at`.
-        """
+        """Fill `out` from `offset`."""
         with self._used() as descriptor:
             done = 0
             while done < len(out):

@@ -144,13 +144,7 @@ class FooterDirectory:
 
 
 def read_directory(file: ByteFile) -> FooterDirectory:
-    """The directory of the footer of an open file.
-
-    Raises
-    ------
-    FooterError
-        The file has no footer, or one that is damaged or does not belong to its HDF5 part.
-    """
+    """The directory of the footer of an open file."""
     file_nbytes = file.nbytes
     tail_start = max(0, file_nbytes - _TAIL_NBYTES)
     if not file.at_hand(tail_start, file_nbytes - tail_start):
@@ -192,13 +186,7 @@ def read_directory(file: ByteFile) -> FooterDirectory:
 
 
 def hdf5_end(file: ByteFile) -> int:
-    """End of the HDF5 part by its own superblock.
-
-    Raises
-    ------
-    FooterError
-        The file does not begin with a superblock of version 2 or 3, as every archive does.
-    """
+    """End of the HDF5 part by its own superblock."""
     block = file.read_at(0, min(file.nbytes, _SUPERBLOCK.size))
     if len(block) < _SUPERBLOCK.size or not block.startswith(layout.HDF5_SIGNATURE):
         message = "the file does not begin with HDF5's signature"
@@ -289,13 +277,7 @@ class FooterTables:
         self._loaded: dict[str, NDArray[Any]] = {}
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column as a read-only array.
-
-        Raises
-        ------
-        FooterError
-            The column is missing or damaged.
-        """
+        """A column as a read-only array."""
         loaded = self._loaded.get(name)
         if loaded is None:
             loaded = self._loaded[name] = self._read(name)
@@ -526,11 +508,6 @@ def scan(
         Threads; one per core by default.
     progress
         Called with the bytes read and the bytes there are.
-
-    Raises
-    ------
-    CorruptArchiveError
-        The file ends before `end`.
     """
     offsets, sizes, checksums = table
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= end) & (offsets <= end - sizes)

@@ -136,13 +136,7 @@ class LatchedFile(io.RawIOBase):
 
 
 class PartFile:
-    """A locked ``.part`` file on its way to `target`.
-
-    Raises
-    ------
-    OSError
-        The folder does not exist or cannot be written.
-    """
+    """A locked ``.part`` file on its way to `target`."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -162,13 +156,7 @@ class PartFile:
         os.fsync(self._descriptor)
 
     def publish(self, *, overwrite: bool = False) -> None:
-        """Give the file its final name, durably.
-
-        Raises
-        ------
-        ArchiveExistsError
-            Something has that name already and `overwrite` is false; the ``.part`` is deleted.
-        """
+        """Give the file its final name, durably."""
         self.sync()
         if overwrite:
             self.path.replace(self.target)

@@ -301,15 +301,7 @@ def axes_of(archive: Archive, kind: str) -> tuple[str, ...]:
 
 
 def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ...]) -> None:
-    """Check that all shards store the kinds and layers asked for.
-
-    Raises
-    ------
-    DatasetError
-        No kind or no layer was asked for, or a shard does not store a kind.
-    LayerIndexError
-        A shard does not store a layer.
-    """
+    """Check that all shards store the kinds and layers asked for."""
     if not kinds:
         message = "kinds is empty, expected for instance ('hidden_states',)"
         raise DatasetError(message)
@@ -346,14 +338,7 @@ def _declared(file: ArchiveFile, kind: str) -> dict[str, object]:
 
 
 def labels_of(archive: Archive, indices: Sequence[int], labels: Labels) -> list[Any]:
-    """The labels of some samples, in the order of `indices`.
-
-    Raises
-    ------
-    DatasetError
-        A sample has no label, an id is ambiguous, or a label belongs to no sample; the message
-        names shard and sample.
-    """
+    """The labels of some samples, in the order of `indices`."""
     if isinstance(labels.values, str):
         return [_stored_label(archive[index], labels.values) for index in indices]
     ids = Counter(archive.ids)
@@ -400,11 +385,6 @@ def mapped_labels(
         With values by id.
     where, place
         Shards, and a sample by its index, for messages.
-
-    Raises
-    ------
-    DatasetError
-        As `labels_of`.
     """
     values = labels.values
     assert not isinstance(values, str)  # names of labels are for `labels_of`

@@ -84,15 +84,7 @@ def named(trace: Trace) -> str:
 
 
 def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
-    """One layer's array of a trace: reads its chunks and nothing else.
-
-    Raises
-    ------
-    LayerIndexError
-        The trace does not store that layer.
-    DatasetError
-        It stores generation steps in place of one array.
-    """
+    """One layer's array of a trace: reads its chunks and nothing else."""
     name = layout.layer_name(layer)
     if f"{kind}/{name}" not in trace._stored.objects:
         stored = list(trace._stored.stored_layers(kind))
@@ -131,12 +123,6 @@ def read_tensor(
     -------
     torch.Tensor
         With the axes that `Preparation.axes` names.
-
-    Raises
-    ------
-    LayerIndexError, DatasetError
-        A layer is missing, layers differ in shape, values are not finite, or tokens cannot be
-        told apart.
     """
     span = _span(trace, preparation)
     if not preparation.has_layer_axis:
@@ -221,13 +207,7 @@ def _span(trace: Trace, preparation: Preparation) -> tuple[int, int] | None:
 
 
 def answer_span(trace: Trace, tokens: Tokens) -> tuple[int, int]:
-    """First and last (exclusive) token of the answer of a trace.
-
-    Raises
-    ------
-    DatasetError
-        The prompt's length is not known, or does not fit.
-    """
+    """First and last (exclusive) token of the answer of a trace."""
     metadata = trace.metadata
     prompt_len = metadata.prompt_len
     if tokens.prompt_lens is not None and metadata.sample_id is not None:

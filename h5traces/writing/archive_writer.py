@@ -85,15 +85,6 @@ class ArchiveWriter:
         Decoder blocks of the model if known; else the largest number in a record.
     metadata
         Further fields of `ArchiveMetadata`, such as ``model_id``.
-
-    Raises
-    ------
-    ArchiveExistsError
-        The target exists and ``options.overwrite`` is false.
-    PrecisionError
-        The precision has quantisation steps and the options have no scales.
-    OSError
-        The folder is missing or full, or the disk is.
     """
 
     def __init__(
@@ -160,19 +151,7 @@ class ArchiveWriter:
         return self.summary.num_samples
 
     def append(self, record: TraceRecord) -> None:
-        """Write one record.
-
-        Raises
-        ------
-        SchemaError
-            Its fields contradict each other or earlier records.
-        ConversionError
-            A value cannot be stored, or overflows and ``on_overflow`` is ``error``.
-        PrecisionError
-            A scale has another width than the layer.
-        OSError
-            The disk is full.
-        """
+        """Write one record."""
         record = with_head_mean(record, self._options.precision)
         if self._options.precision.is_exact and not self._options.earlier_precisions:
             record = record.model_copy(update={"exact_digest": None})
@@ -188,15 +167,6 @@ class ArchiveWriter:
             The stored sample.
         first_source
             Index in the new archive's ``sources`` of the first source of this archive.
-
-        Raises
-        ------
-        SchemaError
-            Its layers differ from those of earlier samples.
-        CorruptArchiveError
-            A chunk is damaged.
-        OSError
-            The disk is full.
         """
         metadata = sample.metadata
         if metadata.source is not None:
@@ -388,13 +358,7 @@ class ArchiveWriter:
         )
 
     def publish(self) -> Path:
-        """Give the finished file its final name.
-
-        Raises
-        ------
-        ArchiveExistsError
-            A file with that name appeared meanwhile and ``options.overwrite`` is false.
-        """
+        """Give the finished file its final name."""
         self._part.publish(overwrite=self._options.overwrite)
         return self.summary.path
 

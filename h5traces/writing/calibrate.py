@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.opening import open_archive
 from h5traces.archive.scales import stored_statistics
+from h5traces.archive.selection import choose_layers
 from h5traces.archive.stores import Hdf5Store
 from h5traces.errors import (
     ArchiveExistsError,
@@ -37,11 +38,12 @@ from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_par
 from h5traces.writing.archive_writer import write_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from h5traces.archive.archive import Archive
+    from h5traces.archive.selection import LayerChoice
     from h5traces.archive.trace import Trace
     from h5traces.format.limits import ReadLimits
     from h5traces.format.precision import Precision
@@ -92,7 +94,7 @@ def calibrate(
     dest: PathLike,
     *,
     samples: int = DEFAULT_SAMPLES,
-    layers: Sequence[int] | None = None,
+    layers: LayerChoice = None,
     model_id: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -111,7 +113,7 @@ def calibrate(
     samples
         Number of samples to measure, from the beginning of the sources.
     layers
-        Decoder blocks to measure; all by default.
+        Decoder blocks to measure: numbers, or text such as ``0,5,last``; all by default.
     model_id
         Recorded; the name in the sources by default.
     overwrite
@@ -166,11 +168,11 @@ class Measurement:
     Parameters
     ----------
     layers
-        Decoder blocks to measure; all by default.
+        Decoder blocks to measure: numbers, or text such as ``0,5,last``; all by default.
     """
 
-    def __init__(self, layers: Collection[int] | None = None) -> None:
-        self._layers = None if layers is None else frozenset(layers)
+    def __init__(self, layers: LayerChoice = None) -> None:
+        self._layers = layers if layers is None or isinstance(layers, str) else frozenset(layers)
         self._accumulators: dict[str, ChannelAccumulator] = {}
         # Each thread holds copies of a layer.
         self._pool = ThreadPoolExecutor(os.cpu_count())
@@ -178,14 +180,8 @@ class Measurement:
         self.sources: list[str] = []
 
     def add(self, source: str, states: States) -> None:
-        """Measure one sample.
-
-        Raises
-        ------
-        PrecisionError
-            A layer has another width than in earlier samples.
-        """
-        wanted = [(path, values) for path, values in states if self._is_wanted(path)]
+        """Measure one sample."""
+        wanted = self._wanted(states)
         for path, _ in wanted:
             self._accumulators.setdefault(path, ChannelAccumulator())
         try:
@@ -204,21 +200,24 @@ class Measurement:
         most: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Measure samples of a source until there are `most`, those of earlier sources included.
-
-        Raises
-        ------
-        PrecisionError
-            As `add`.
-        """
+        """Measure samples of a source until there are `most`, those of earlier sources included."""
         for states in itertools.islice(samples, most - self.num_samples):
             self.add(source, states)
             if progress is not None:
                 progress(self.num_samples, most)
 
-    def _is_wanted(self, path: str) -> bool:
-        layer = layout.parse_layer_name(path.rpartition("/")[2])
-        return self._layers is None or layer is None or layer in self._layers
+    def _wanted(self, states: States) -> list[tuple[str, NDArray[Any]]]:
+        if isinstance(self._layers, str):
+            # The first sample says which layer is the last.
+            states = list(states)
+            found = {layer for path, _ in states if (layer := _layer(path)) is not None}
+            self._layers = frozenset(choose_layers(self._layers, sorted(found)))
+        layers = self._layers
+        return [
+            (path, values)
+            for path, values in states
+            if layers is None or (layer := _layer(path)) is None or layer in layers
+        ]
 
     @property
     def has_states(self) -> bool:
@@ -239,11 +238,6 @@ class Measurement:
             The model that the sources name.
         partial
             Whether layers without a token to measure may be missing; they get no quantisation step.
-
-        Raises
-        ------
-        PrecisionError
-            There was nothing to measure.
         """
         found = {}
         measured = {
@@ -280,6 +274,10 @@ class Measurement:
         self._pool.shutdown()
 
 
+def _layer(path: str) -> int | None:
+    return layout.parse_layer_name(path.rpartition("/")[2])
+
+
 def record_states(record: TraceRecord) -> Iterator[tuple[str, NDArray[Any]]]:
     """The hidden states of a record that have an axis of tokens and one of channels."""
     layered = record.layered.get(layout.HIDDEN_STATES)
@@ -309,13 +307,7 @@ def _samples(path: Path) -> Generator[States]:
 
 
 def batch_states(path: Path) -> Generator[States]:
-    """The hidden states of every sample of a legacy batch.
-
-    Raises
-    ------
-    ConversionError
-        It cannot be read.
-    """
+    """The hidden states of every sample of a legacy batch."""
     with open_source(path) as source:
         yield from map(record_states, source.records())
 
@@ -339,13 +331,7 @@ def measured(archive: Archive, samples: int) -> Calibration:
 
 
 def _one_model(paths: Sequence[Path]) -> str | None:
-    """The model that the sources name.
-
-    Raises
-    ------
-    PrecisionError
-        They name several.
-    """
+    """The model that the sources name."""
     found: dict[str, Path] = {}
     for path in paths:
         name = _model_of(path)
@@ -366,15 +352,7 @@ def _model_of(path: Path) -> str | None:
 
 
 def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool = False) -> None:
-    """Write a file of scales; it appears under its name when it is complete.
-
-    Raises
-    ------
-    ArchiveExistsError
-        `target` exists.
-    OSError
-        The disk is full.
-    """
+    """Write a file of scales; it appears under its name when it is complete."""
     make_folder(target.parent)
     remove_abandoned_parts(target)
     with PartFile(target) as part:
@@ -395,15 +373,7 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
 
 
 def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> Calibration:
-    """Read the scales of a file that `calibrate` wrote, or of an archive.
-
-    Raises
-    ------
-    PrecisionError
-        It holds no scales.
-    NotAnArchiveError, CorruptArchiveError
-        It is not an HDF5 file, or damaged.
-    """
+    """Read the scales of a file that `calibrate` wrote, or of an archive."""
     file = Path(path)
     with contextlib.closing(Hdf5Store(file, limits)) as store:
         found = stored_statistics(store)
@@ -417,13 +387,7 @@ def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> 
 
 
 def load_given(path: PathLike | None, precision: Precision) -> Calibration | None:
-    """The scales of the file that a caller named, None without one.
-
-    Raises
-    ------
-    PrecisionError
-        The precision has no quantisation steps, or the file holds no scales.
-    """
+    """The scales of the file that a caller named, None without one."""
     if path is not None and precision.step is None:
         message = (
             f"{path}: scales need a precision with quantisation steps, which {precision} has not; "
@@ -434,13 +398,7 @@ def load_given(path: PathLike | None, precision: Precision) -> Calibration | Non
 
 
 def check_model(calibration: Calibration, model_id: str | None) -> None:
-    """Reject scales that were measured on another model.
-
-    Raises
-    ------
-    PrecisionError
-        Both models are known and differ.
-    """
+    """Reject scales that were measured on another model."""
     measured = calibration.record.model_id if calibration.record is not None else None
     if measured is None or model_id is None or _short(measured) == _short(model_id):
         return

@@ -138,13 +138,7 @@ def create(
 
 
 def target_of_run(path: PathLike, options: TargetOptions = TargetOptions()) -> Target:
-    """The target of `create`: in a folder, always shards.
-
-    Raises
-    ------
-    TargetError
-        It names neither a file nor a folder, or an option does not apply to a run.
-    """
+    """The target of `create`: in a folder, always shards."""
     for name in ("overwrite", "skip_existing", "dry_run"):
         if getattr(options, name):
             message = f"{path}: {name} does not apply to a run, which resumes and never overwrites"

@@ -120,11 +120,6 @@ class WriteOptions:
         Of hidden states with quantisation steps.
     earlier_precisions
         What the arrays lost before.
-
-    Raises
-    ------
-    PrecisionError
-        The precision needs another type.
     """
 
     dtype: DtypePolicy = "float16"
@@ -146,13 +141,7 @@ class WriteOptions:
         scales: ScaleSet | None = None,
         earlier_precisions: tuple[Precision, ...] = (),
     ) -> WriteOptions:
-        """Join what a caller chose; None means the default of a new archive.
-
-        Raises
-        ------
-        PrecisionError
-            The tier is unknown, or needs another type.
-        """
+        """Join what a caller chose; None means the default of a new archive."""
         return cls(
             dtype=precision.dtype or "float16",
             on_overflow=precision.on_overflow,
@@ -170,13 +159,7 @@ class WriteOptions:
 
 
 def check_type(precision: Precision, dtype: DtypePolicy) -> None:
-    """Reject a precision that needs another stored type.
-
-    Raises
-    ------
-    PrecisionError
-        `precision` loses something, and `dtype` is not float16.
-    """
+    """Reject a precision that needs another stored type."""
     if not precision.is_exact and dtype != "float16":
         message = f"precision {precision} needs dtype float16, not {dtype}; leave one out"
         raise PrecisionError(message)

@@ -59,15 +59,7 @@ class Prepared:
 def prepare_layers(
     kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
 ) -> list[Prepared]:
-    """Cast, digest and encode the arrays of some layers; called in threads.
-
-    Raises
-    ------
-    ConversionError
-        An array overflows and ``on_overflow`` is ``error``, or its generation steps contradict.
-    PrecisionError
-        A scale has another width.
-    """
+    """Cast, digest and encode the arrays of some layers; called in threads."""
     return [_prepare_layer(kind, entry, options, encoder) for entry in entries]
 
 
@@ -96,13 +88,7 @@ def codec_for(values: NDArray[Any], codec: str) -> str:
 def _stored_layer(
     kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
 ) -> tuple[EncodedLayer, CastCounts, Attrs]:
-    """One layer's array as it will be stored, and its attributes with the digest.
-
-    Raises
-    ------
-    ConversionError, PrecisionError
-        As `prepare_layers`.
-    """
+    """One layer's array as it will be stored, and its attributes with the digest."""
     array = entry.array
     try:
         source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
@@ -317,13 +303,7 @@ class Observation:
             self.head_counts.add(shape[0])
 
     def add_sample(self, sample: Observation, ordinal: int) -> None:
-        """Add one sample.
-
-        Raises
-        ------
-        SchemaError
-            Its layers differ from those of earlier samples.
-        """
+        """Add one sample."""
         for kind, numbers in sample.layers.items():
             known = self.layers.setdefault(kind, set())
             if known and numbers and known != numbers:

@@ -46,11 +46,6 @@ class ProcessWriter:
         As in `TraceWriter`.
     warnings
         As in `TraceWriter`, complete after `close`.
-
-    Raises
-    ------
-    H5TracesError, OSError
-        As `h5traces.create`.
     """
 
     def __init__(self, path: PathLike, **options: Any) -> None:
@@ -83,13 +78,7 @@ class ProcessWriter:
         return self._process.pid
 
     def append(self, record: TraceRecord) -> None:
-        """Write one sample; it is durable when this returns.
-
-        Raises
-        ------
-        H5TracesError, OSError
-            As `TraceWriter.append`.
-        """
+        """Write one sample; it is durable when this returns."""
         self.nbytes, self.counts = self._ask("append", record)
         self.num_samples += 1
 
@@ -110,13 +99,7 @@ class ProcessWriter:
         self._end()
 
     def _ask(self, request: str, *arguments: Any) -> Any:
-        """Send a request and wait for its answer.
-
-        Raises
-        ------
-        ArchiveError
-            The process has ended.
-        """
+        """Send a request and wait for its answer."""
         try:
             self._connection.send((request, arguments))
             answer = self._connection.recv()

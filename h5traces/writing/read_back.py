@@ -56,11 +56,6 @@ def verify_written(
     -------
     int
         Number of datasets compared.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Values differ from those written.
     """
     file = LocalFile(path)
     store = FooterStore(file, DEFAULT_LIMITS)

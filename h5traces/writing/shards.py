@@ -54,13 +54,7 @@ class ShardSet:
         self._published_before: set[int] = set()
 
     def new(self, target: Path, **metadata: Any) -> ArchiveWriter:
-        """A writer for the next archive.
-
-        Raises
-        ------
-        ArchiveExistsError
-            The first target exists, and may not be replaced.
-        """
+        """A writer for the next archive."""
         make_folder(target.parent)
         remove_abandoned_parts(target)
         options = self._options
@@ -74,15 +68,7 @@ class ShardSet:
         return self.writers[-1]
 
     def finish(self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any) -> None:
-        """Finish and verify the newest archive.
-
-        Raises
-        ------
-        ArchiveExistsError
-            Its target exists and holds other samples.
-        CorruptArchiveError
-            It reads back with other values than were written.
-        """
+        """Finish and verify the newest archive."""
         writer = self.writers[-1]
         writer.finish(sources=sources, **metadata)
         if self._options.verify:
@@ -130,11 +116,6 @@ def sample_digests(file: ArchiveFile, *, before_loss: bool = False) -> list[str]
         The archive.
     before_loss
         Give the digests from before a tier was applied, where they are stored.
-
-    Raises
-    ------
-    CorruptArchiveError
-        A sample has none.
     """
     samples = (file.sample_attrs(index) for index in range(file.num_samples))
     found = [
@@ -167,13 +148,7 @@ class Contents:
 
     @classmethod
     def of(cls, path: Path) -> Contents:
-        """The contents of one archive file; reads no array.
-
-        Raises
-        ------
-        ArchiveError
-            It is not an archive, or damaged.
-        """
+        """The contents of one archive file; reads no array."""
         found = cls()
         with open_archive(path) as archive:
             (file,) = archive._files
@@ -186,13 +161,7 @@ class Contents:
 
 
 def joined(contents: Iterable[Contents]) -> Contents:
-    """The contents of several files.
-
-    Raises
-    ------
-    SchemaError
-        They have different layers.
-    """
+    """The contents of several files."""
     found = Contents()
     for each in contents:
         found.observed.add_sample(each.observed, len(found.digests))

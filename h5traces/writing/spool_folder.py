@@ -87,15 +87,7 @@ def spool_path(target: Target) -> Path:
 
 
 class SpoolFolder:
-    """The spool of one target, locked for this process; the folder is made if it is missing.
-
-    Raises
-    ------
-    ArchiveError
-        Another writer has locked it.
-    OSError
-        It cannot be made, or the file system has no locks.
-    """
+    """The spool of one target, locked for this process; the folder is made if it is missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -112,13 +104,7 @@ class SpoolFolder:
             raise
 
     def state(self) -> RunState | None:
-        """The options of the run; None if there is no run.
-
-        Raises
-        ------
-        CorruptArchiveError
-            ``run.json`` is damaged, or missing although there are samples.
-        """
+        """The options of the run; None if there is no run."""
         path = self.path / _RUN
         try:
             return RunState.model_validate_json(path.read_bytes())

@@ -234,15 +234,7 @@ class DirectWriter(TraceWriter):
 
 
 def _as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -> TraceRecord:
-    """Make a record of a record, a legacy dict (arrays or torch tensors), or a stored trace.
-
-    Raises
-    ------
-    ConversionError
-        It is none of these, or a field of the dict has a type that no layout has.
-    SchemaError
-        It has another sample id already.
-    """
+    """Make a record of a record, a legacy dict (arrays or torch tensors), or a stored trace."""
     if isinstance(sample, TraceRecord):
         record = sample
     elif isinstance(sample, Trace):

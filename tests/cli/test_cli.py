@@ -70,7 +70,7 @@ def batches(tmp_path: Path) -> Path:
 
 def test_convert_a_folder(batches: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "archives"
-    result = run("convert", batches, "-o", out)
+    result = run("convert", batches, "-o", f"{out}/")
     assert names(out) == ["old/run_batch_0000.h5", "run_batch_0000.h5", "run_batch_0001.h5"]
     assert_same(h5traces.load(out / "run_batch_0000.h5"), BATCH)
     assert result.stdout.count("converted") == 3
@@ -80,9 +80,11 @@ def test_convert_a_folder(batches: Path, tmp_path: Path) -> None:
 
 
 def test_convert_files_and_globs(batches: Path, tmp_path: Path) -> None:
-    run("convert", batches / "run_batch_0001.pkl.gz", f"{batches}/old/*.pkl", "-o", tmp_path / "a")
+    run(
+        "convert", batches / "run_batch_0001.pkl.gz", f"{batches}/old/*.pkl", "-o", f"{tmp_path}/a/"
+    )
     assert names(tmp_path / "a") == ["run_batch_0000.h5", "run_batch_0001.h5"]
-    run("convert", f"{batches}/**/*.pkl*", "-o", tmp_path / "b", "--merge")
+    run("convert", f"{batches}/**/*.pkl*", "-o", f"{tmp_path}/b/", "--merge")
     assert names(tmp_path / "b") == ["traces.h5"]
 
 
@@ -113,7 +115,7 @@ def test_convert_merges(batches: Path, tmp_path: Path) -> None:
 
 def test_convert_shards(batches: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
-    run("convert", f"{batches}/*.gz", "-o", out, "--merge", "--shard-samples", 4)
+    run("convert", f"{batches}/*.gz", "-o", f"{out}/", "--merge", "--shard-samples", 4)
     assert names(out) == [f"traces-0000{number}.h5" for number in range(3)]
     assert [len(h5traces.open(path)) for path in sorted(out.iterdir())] == [4, 4, 1]
     expected = [*BATCH, *make_batch("full_pkl", num_samples=3, seed=1)]
@@ -139,21 +141,21 @@ def test_convert_layers_and_types(batches: Path, tmp_path: Path) -> None:
 def test_convert_over_existing_archives(batches: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = batches / "run_batch_0000.pkl.gz"
-    run("convert", first, "-o", out)
+    run("convert", first, "-o", f"{out}/")
     before = (out / "run_batch_0000.h5").read_bytes()
 
-    result = run("convert", f"{batches}/*.gz", "-o", out, code=1)
+    result = run("convert", f"{batches}/*.gz", "-o", f"{out}/", code=1)
     assert "run_batch_0000.h5 exists; use --overwrite" in result.stderr
     assert (out / "run_batch_0000.h5").read_bytes() == before
     assert len(h5traces.open(out / "run_batch_0001.h5")) == 3
 
     (out / "run_batch_0001.h5").unlink()
-    result = run("convert", f"{batches}/*.gz", "-o", out, "--skip-existing")
+    result = run("convert", f"{batches}/*.gz", "-o", f"{out}/", "--skip-existing")
     assert result.stdout.count("skipped") == 1
     assert (out / "run_batch_0000.h5").read_bytes() == before
     assert len(h5traces.open(out / "run_batch_0001.h5")) == 3
 
-    run("convert", first, "-o", out, "--overwrite", "--dtype", "float32")
+    run("convert", first, "-o", f"{out}/", "--overwrite", "--dtype", "float32")
     assert (out / "run_batch_0000.h5").read_bytes() != before
     assert h5traces.open(out / "run_batch_0000.h5")[0]["attentions"][0].dtype == np.float32
     assert all(name.endswith(".h5") for name in names(out))
@@ -161,7 +163,7 @@ def test_convert_over_existing_archives(batches: Path, tmp_path: Path) -> None:
 
 def test_convert_dry_run(batches: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run("convert", batches, "-o", out, "--dry-run")
+    result = run("convert", batches, "-o", f"{out}/", "--dry-run")
     assert result.stdout.count("planned") == 3
     assert not out.exists()
     target = make_archive(tmp_path, BATCH)
@@ -172,7 +174,7 @@ def test_convert_dry_run(batches: Path, tmp_path: Path) -> None:
 def test_convert_json(batches: Path, tmp_path: Path) -> None:
     (batches / "run_batch_0002.pkl.gz.part").write_bytes(b"half")
     (batches / "run_batch_0003.pkl").write_bytes(pickle.dumps(BATCH)[:-1000])
-    result = run("convert", batches, "-o", tmp_path / "out", "--json", code=1)
+    result = run("convert", batches, "-o", f"{tmp_path}/out/", "--json", code=1)
     report = json.loads(result.stdout)
     assert report["ok"] is False
     assert [each["status"] for each in report["files"]].count("converted") == 3
@@ -196,7 +198,7 @@ def test_convert_does_what_it_can(batches: Path, tmp_path: Path) -> None:
     damaged.write_bytes(gzip.compress(pickle.dumps(BATCH))[:-100])
     foreign = batches / "other.pkl"
     foreign.write_bytes(pickle.dumps(Path("/")))
-    result = run("convert", batches, "-o", tmp_path / "out", code=1)
+    result = run("convert", batches, "-o", f"{tmp_path}/out/", code=1)
     assert names(tmp_path / "out") == [
         "old/run_batch_0000.h5",
         "run_batch_0000.h5",
@@ -220,13 +222,15 @@ def test_merge_leaves_out_what_it_cannot_read(batches: Path, tmp_path: Path) -> 
 
 
 def test_convert_usage(tmp_path: Path) -> None:
-    assert "nope.pkl" in run("convert", tmp_path / "nope.pkl", "-o", tmp_path / "o", code=2).stderr
-    assert "holds no batch" in run("convert", tmp_path, "-o", tmp_path / "o", code=2).stderr
+    assert (
+        "nope.pkl" in run("convert", tmp_path / "nope.pkl", "-o", f"{tmp_path}/o/", code=2).stderr
+    )
+    assert "holds no batch" in run("convert", tmp_path, "-o", f"{tmp_path}/o/", code=2).stderr
     run("convert", tmp_path, code=2)
-    run("convert", "-o", tmp_path / "o", code=2)
-    run("convert", tmp_path, "-o", tmp_path / "o", "--shard-samples", 0, code=2)
-    run("convert", tmp_path, "-o", tmp_path / "o", "--workers", 0, code=2)
-    run("convert", tmp_path, "-o", tmp_path / "o", "--codec", "rar", code=2)
+    run("convert", "-o", f"{tmp_path}/o/", code=2)
+    run("convert", tmp_path, "-o", f"{tmp_path}/o/", "--shard-samples", 0, code=2)
+    run("convert", tmp_path, "-o", f"{tmp_path}/o/", "--workers", 0, code=2)
+    run("convert", tmp_path, "-o", f"{tmp_path}/o/", "--codec", "rar", code=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +254,7 @@ def test_inspect_batch_and_archive_alike(tmp_path: Path, layout: str) -> None:
     run("convert", source, "-o", tmp_path / "a.h5")
     found = {}
     for path in (source, tmp_path / "a.h5"):
-        result = run("inspect", path, "--samples", "all", "--json")
+        result = run("inspect", path, "--num-samples", "all", "--json")
         (found[path.suffix == ".h5"],) = json.loads(result.stdout)
         assert result.stderr == ""
     batch, archive = found[False], found[True]
@@ -273,7 +277,7 @@ def test_inspect_batch_and_archive_alike(tmp_path: Path, layout: str) -> None:
 
 
 def test_inspect_for_people(batches: Path, tmp_path: Path) -> None:
-    run("convert", batches, "-o", tmp_path / "out")
+    run("convert", batches, "-o", f"{tmp_path}/out/")
     result = run("inspect", tmp_path / "out", batches / "run_batch_0000.pkl.gz")
     assert result.stdout.count("samples: 6") == 3
     assert "Hidden states: shape=(6, 8), dtype=float16 ✓" in result.stdout
@@ -298,7 +302,7 @@ def test_inspect_goes_on_after_an_error(batches: Path, tmp_path: Path) -> None:
     assert f"error: {bad}" in result.stderr
     assert "samples: 3" in result.stdout
     run("inspect", tmp_path / "nope.h5", code=2)
-    run("inspect", batches, "--samples", "some", code=2)
+    run("inspect", batches, "--num-samples", "some", code=2)
 
 
 # --- ls, validate, seal -------------------------------------------------------------------------
@@ -417,7 +421,7 @@ def test_export_float32_for_viewers(tmp_path: Path, layout: str) -> None:
 
 def test_export_shards_and_subsets(tmp_path: Path) -> None:
     source = write_batch(tmp_path / "a.pkl", BATCH)
-    run("convert", source, "-o", tmp_path / "s", "--shard-samples", 4, "--layers", "0,2")
+    run("convert", source, "-o", f"{tmp_path}/s/", "--shard-samples", 4, "--layers", "0,2")
     run("export", tmp_path / "s", "-o", tmp_path / "all.pkl")
     loaded = pickle.loads((tmp_path / "all.pkl").read_bytes())
     assert [len(trace["hidden_states"]) for trace in loaded] == [2] * 6
@@ -432,7 +436,7 @@ def test_export_shards_and_subsets(tmp_path: Path) -> None:
 
 def test_export_usage(tmp_path: Path) -> None:
     archive = make_archive(tmp_path, BATCH)
-    assert ".pkl.gz or .h5" in run("export", archive, "-o", tmp_path / "a.npz", code=2).stderr
+    assert ".pkl or .h5" in run("export", archive, "-o", tmp_path / "a.npz", code=2).stderr
     run("export", archive, "-o", tmp_path / "a.pkl", "--dtype", "float32", code=2)
     run("export", tmp_path / "nope.h5", "-o", tmp_path / "a.pkl", code=2)
     assert "would write" in run("export", archive, "-o", tmp_path / "a.pkl", "--dry-run").stdout
@@ -503,7 +507,7 @@ def test_the_installed_program(tmp_path: Path) -> None:
     source = write_batch(tmp_path / "a.pkl", BATCH)
     program = [sys.executable, "-c", "from h5traces.cli import main; main()"]
     done = subprocess.run(
-        [*program, "convert", source, tmp_path / "bad.pkl", "-o", tmp_path / "out", "--json"],
+        [*program, "convert", source, tmp_path / "bad.pkl", "-o", f"{tmp_path}/out/", "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -511,7 +515,7 @@ def test_the_installed_program(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     done = subprocess.run(
-        [*program, "convert", source, "-o", tmp_path / "out", "--json"],
+        [*program, "convert", source, "-o", f"{tmp_path}/out/", "--json"],
         capture_output=True,
         text=True,
         check=False,

@@ -87,7 +87,10 @@ def test_another_codec_is_announced(archive, tmp_path):
         (["repack", "{archive}", "-o", "{archive}"], "is one of the sources"),
         (["repack", "{archive}", "-o", "{out}", "--layers", "9"], "layer 9 was asked for, but"),
         (["merge", "{missing}", "-o", "{out}"], "no such file"),
-        (["repack", "{archive}", "-o", "{out}", "--layers", "x"], "is no layer number"),
+        (
+            ["repack", "{archive}", "-o", "{out}", "--layers", "x"],
+            "'x' is not a layer; expected 0-based numbers",
+        ),
         (["repack", "{archive}", "-o", "{out}", "--samples", "a:b"], "expected indices such as"),
     ],
 )

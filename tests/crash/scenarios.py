@@ -164,13 +164,13 @@ def _archives(inputs: Path) -> None:
 
 
 def _convert(
-    dest: str = ".", shard_samples: int | None = None, **options: Any
+    dest: str = "", shard_samples: int | None = None, **options: Any
 ) -> Callable[[Path, Path, Ack], None]:
     options["target"] = TargetOptions(skip_existing=True, shard_samples=shard_samples)
 
     def run(inputs: Path, out: Path, ack: Ack) -> None:
         sources = sorted(inputs.glob("*.pkl"))
-        report = h5traces.convert(sources, out / dest, **options)
+        report = h5traces.convert(sources, f"{out}/{dest}", **options)
         if not report.ok:
             raise H5TracesError("; ".join(str(each.error) for each in report.files))
         ack(*range(2 * BATCH))
@@ -207,7 +207,7 @@ SCENARIOS = {
     ),
     "run into one archive": Scenario(_nothing, _long_run("run.h5", 3), {"run.h5": [0, 1, 2]}),
     "convert": Scenario(
-        _batches, _convert("new/archives"), {f"new/archives/b{n}.h5": _BOTH[n] for n in (0, 1)}
+        _batches, _convert("new/archives/"), {f"new/archives/b{n}.h5": _BOTH[n] for n in (0, 1)}
     ),
     "convert to shards": Scenario(
         _batches, _convert("run.h5", merge=True, shard_samples=3), _shards("run", 3, 8)

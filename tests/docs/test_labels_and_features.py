@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the archives and the table that the documents speak of."""
     batch = next((ROOT / "examples" / "legacy").glob("*.pkl.gz"))
     h5traces.convert(batch, tmp_path / "run.h5")
-    h5traces.convert(batch, tmp_path / "archives")
+    h5traces.convert(batch, f"{tmp_path}/archives/")
     ids = h5traces.open(tmp_path / "run.h5").ids
     rows = [f"{name},{score}" for name, score in zip(ids, SCORES, strict=True)]
     table = "\n".join(["question_id,bleurt_score", *rows])

@@ -23,7 +23,7 @@ def test_the_python_code_of_the_document_runs(
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 4
-    h5traces.convert(ROOT / "examples" / "legacy", tmp_path / "archives")
+    h5traces.convert(ROOT / "examples" / "legacy", f"{tmp_path}/archives/")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for code in blocks:

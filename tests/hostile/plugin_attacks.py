@@ -94,7 +94,7 @@ def frame(name: str, error: str, change: Change) -> None:
     """An attack by a frame of Zstandard in place of a layer's."""
 
     def build(path: Path) -> None:
-        other = path.with_suffix(".repacked")
+        other = path.with_suffix(".repacked.h5")
         repack(path, other, precision=PrecisionOptions(codec="zstd"))
         other.replace(path)
 

@@ -33,7 +33,7 @@ MAX_ADDRESS_SPACE = 3 << 30
 MAX_CPU_SECONDS = 30
 LAYERED = ("hidden_states", "attentions", "attention_mean")
 COMMANDS = {
-    "inspect": ["inspect", "--samples", "all", "{path}"],
+    "inspect": ["inspect", "--num-samples", "all", "{path}"],
     "ls": ["ls", "{path}"],
     "validate-command": ["validate", "{path}"],
     "verify": ["verify", "{path}"],

@@ -125,7 +125,7 @@ def test_commands_in_their_own_process(tmp_path: Path, archive: Path) -> None:
     shutil.copyfile(archive, path)
     hdf5_attacks.external_storage(path)
     code = "from h5traces.cli import main; main()"
-    for words in (["inspect", path], ["validate", path], ["repack", path, "-o", f"{path}.new"]):
+    for words in (["inspect", path], ["validate", path], ["repack", path, "-o", f"{path}.new.h5"]):
         command = [sys.executable, "-c", code, *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1, (words, done.stderr)

@@ -338,7 +338,7 @@ def test_labels_of_another_archive_are_refused(archive: Path, table: Path, tmp_p
     assert problem.loc == "other.h5.labels.json"
     assert "labels belong to another file" in problem.message
     # A new run puts it right, whatever lies there.
-    with pytest.raises(ArchiveExistsError, match="--overwrite"):
+    with pytest.raises(ArchiveExistsError, match="pass overwrite=True"):
         label(other, table)
     label(other, table, target=TargetOptions(overwrite=True))
     assert h5traces.open(other).labels == LABELS[:2]

@@ -66,7 +66,7 @@ def test_converting_to_a_tier_says_once_what_is_lost(
 def test_many_batches_are_one_warning(tmp_path: Path) -> None:
     for number in range(3):
         write_batch(tmp_path / "in" / f"m_d_batch_{number:04d}.pkl", make_batch("full_pkl"))
-    found = run("convert", tmp_path / "in", "-o", tmp_path / "out", "--tier", "compact")
+    found = run("convert", tmp_path / "in", "-o", f"{tmp_path}/out/", "--tier", "compact")
     assert plain(found.stderr).count(LOSS) == 1
     assert len(list((tmp_path / "out").glob("*.h5"))) == 3
 
@@ -140,7 +140,7 @@ def test_calibrating_and_using_what_came_of_it(source: Path, tmp_path: Path) -> 
     scales = tmp_path / "scales.h5"
     found = run("calibrate", source, "-o", scales)
     assert re.search(
-        r"wrote .*scales\.h5: 3 layers, 8 channels, from \d+ tokens of 6 samples",
+        r"wrote .*scales\.h5: 3 layers, 8 channels, measured on \d+ tokens of 6 samples",
         plain(found.stdout),
     )
     # One sample holds NaN and Inf.
@@ -202,14 +202,14 @@ def test_calibrate_without_anything_to_measure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--head-mean", "only", "--attention-bits", "8"], "head_mean='beside', or leave"),
+        (["--head-mean", "only", "--attention-bits", "8"], "--head-mean beside, or leave"),
         (["--tier", "fine", "--head-mean", "only", "--attention-bits", "8"], "beside"),
         (["--tier", "best"], "exact"),
         (["--step", "0"], "step is 0.0: .*greater than or equal to 0.001"),
         (["--step", "9"], "step is 9.0: .*less than or equal to 4"),
         (["--step", "nan"], "step"),
-        (["--attention-bits", "6"], "'6' is not"),
-        (["--mantissa-bits", "10"], "mantissa_bits is 10: .*less than or equal to 9"),
+        (["--attention-bits", "6"], "attention-bits is 6: input should be 8"),
+        (["--mantissa-bits", "10"], "mantissa-bits is 10: .*less than or equal to 9"),
         (["--tier", "fine", "--dtype", "float32"], "float16, not float32; leave one"),
         (["--step", "0.1", "--dtype", "bfloat16"], "float16, not bfloat16; leave one"),
         (["--tier", "fine", "--scales", "nowhere.h5"], "nowhere.h5"),

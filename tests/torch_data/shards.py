@@ -43,7 +43,9 @@ def make_shards(folder: Path, batch: list | None = None, **options: Any) -> Path
     """A folder with archives of four samples each, made of `batch`."""
     source = write_batch(folder / "batch.pkl", plain_batch() if batch is None else batch)
     target = folder / "shards"
-    report = h5traces.convert(source, target, **grouped(shard_samples=SHARD_SAMPLES, **options))
+    report = h5traces.convert(
+        source, f"{target}/", **grouped(shard_samples=SHARD_SAMPLES, **options)
+    )
     assert report.ok, report.files[0].error
     return target
 

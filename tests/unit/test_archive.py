@@ -188,7 +188,7 @@ def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     report = h5traces.convert(
         make_archive(tmp_path, BATCH[:5]).with_suffix(".pkl"),
-        folder,
+        f"{folder}/",
         target=TargetOptions(shard_samples=2),
     )
     assert report.ok

@@ -268,7 +268,7 @@ def test_full_disk_while_converting(tmp_path: Path, share: float) -> None:
     whole = make_archive(tmp_path / "whole", large).stat().st_size
     out = tmp_path / "out"
     limit = max(int(whole * share), 0)
-    done = run_limited(limit, "convert", first, second, "-o", out)
+    done = run_limited(limit, "convert", first, second, "-o", f"{out}/")
     assert_clean_failure(done)
     assert str(out / "b.h5") in done.stderr
     assert "File too large" in done.stderr
@@ -278,7 +278,7 @@ def test_full_disk_while_converting(tmp_path: Path, share: float) -> None:
     if small_fits:
         assert_same(h5traces.load(out / "a.h5"), small)
     # With room again, the same command finishes the work.
-    report = h5traces.convert([first, second], out, target=TargetOptions(skip_existing=True))
+    report = h5traces.convert([first, second], f"{out}/", target=TargetOptions(skip_existing=True))
     assert [each.status for each in report.files] == [
         "skipped" if small_fits else "converted",
         "converted",
@@ -324,7 +324,7 @@ def test_full_disk_while_sealing_leaves_a_readable_archive(tmp_path: Path) -> No
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     source = write_batch(tmp_path / "a.pkl", BATCH)
     (tmp_path / "taken").write_text("a file")
-    report = h5traces.convert(source, tmp_path / "taken" / "deeper")
+    report = h5traces.convert(source, f"{tmp_path}/taken/deeper/")
     assert not report.ok
     assert report.files[0].status == "failed"
     assert str(tmp_path / "taken") in str(report.files[0].error)
@@ -335,7 +335,7 @@ def test_no_partial_file_is_left_when_a_batch_is_damaged(tmp_path: Path) -> None
     source = write_batch(tmp_path / "a.pkl", incompressible(6))
     source.write_bytes(source.read_bytes()[:-20_000])
     out = tmp_path / "out"
-    report = h5traces.convert(source, out)
+    report = h5traces.convert(source, f"{out}/")
     assert not report.ok
     assert "truncated pickle" in str(report.files[0].error)
     assert list(out.iterdir()) == []

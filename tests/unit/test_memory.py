@@ -23,12 +23,13 @@ ALLOWED_NBYTES = 200 * 10**6
 _MEASURED = """
 import json, resource, sys
 import h5traces, h5traces.rewriting
+from h5traces.writing.options import TargetOptions
 def peak():
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
 before = peak()
-report = h5traces.convert(sys.argv[1], sys.argv[2], workers=2)
+report = h5traces.convert(sys.argv[1], sys.argv[2], target=TargetOptions(workers=2))
 assert report.ok, report.files[0].error
 print(json.dumps({"before": before, "after": peak(), "num_samples": report.files[0].num_samples}))
 """

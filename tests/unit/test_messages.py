@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import pickle
 import re
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +15,11 @@ import pytest
 from legacy_batches import grouped, make_batch, write_batch
 
 import h5traces
-from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.errors import ConversionError, TargetError, UnsafePickleError
 from h5traces.rewriting.convert import convert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 
 def sample(**fields: Any) -> dict[str, Any]:
@@ -195,12 +196,12 @@ def test_layers_that_the_model_does_not_have(tmp_path: Path) -> None:
     [
         ({"layers": []}, "layers is empty"),
         ({"layers": [-1]}, "0-based layer numbers"),
-        ({"shard_samples": 0}, "at least 1"),
+        ({"shard_samples": 0}, "shard_samples is 0, expected at least 1"),
     ],
 )
 def test_impossible_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     source = write_batch(tmp_path / "batch.pkl", [sample()])
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises((ConversionError, TargetError), match=message):
         convert(source, tmp_path / "a.h5", **grouped(**options))
     assert not (tmp_path / "a.h5").exists()
 
@@ -208,17 +209,17 @@ def test_impossible_options(tmp_path: Path, options: dict[str, Any], message: st
 def test_impossible_plans(tmp_path: Path) -> None:
     one = write_batch(tmp_path / "one" / "a.pkl", [sample()])
     two = write_batch(tmp_path / "two" / "a.pkl.gz", [sample()])
-    with pytest.raises(ConversionError, match=r"2 batches cannot all become .*--merge"):
+    with pytest.raises(ConversionError, match=r"2 batches cannot all become .*merge=True"):
         convert([one, two], tmp_path / "x.h5")
     with pytest.raises(ConversionError, match=r"would both become .*a\.h5"):
-        convert([one, two], tmp_path / "out")
+        convert([one, two], f"{tmp_path}/out/")
     with pytest.raises(FileNotFoundError, match="missing"):
-        convert(tmp_path / "missing.pkl", tmp_path / "out")
+        convert(tmp_path / "missing.pkl", f"{tmp_path}/out/")
     with pytest.raises(ConversionError, match="nothing to convert"):
-        convert([], tmp_path / "out")
+        convert([], f"{tmp_path}/out/")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConversionError, match="holds no batch"):
-        convert(tmp_path / "empty", tmp_path / "out")
+        convert(tmp_path / "empty", f"{tmp_path}/out/")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,3 +236,30 @@ def test_nothing_of_a_pickle_is_executed(tmp_path: Path) -> None:
     with pytest.raises(UnsafePickleError):
         h5traces.load(source)
     assert not marker.exists()
+
+
+def literals(tree: ast.AST) -> Iterator[ast.Constant]:
+    """Every string of a module but docstrings."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node
+        yield from literals(node)
+
+
+# An option of another program.
+RSYNC = "rsync --append"
+
+
+def test_the_library_names_no_options_of_commands() -> None:
+    """Errors name parameters of Python; the command line adds its own options."""
+    package = Path(h5traces.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{node.lineno}: {node.value}"
+        for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0] != "cli"
+        for node in literals(ast.parse(path.read_text(encoding="utf-8")))
+        if re.search(r"--[a-z]", node.value.replace(RSYNC, ""))
+    ]
+    assert not found, "\n".join(found)

@@ -212,12 +212,12 @@ h5traces.convert(sys.argv[1], sys.argv[2], progress=stop)
 
 def test_a_killed_conversion_can_be_run_again(tmp_path: Path) -> None:
     source, out = write_batch(tmp_path / "a.pkl", BATCH), tmp_path / "out"
-    command: list[Any] = [sys.executable, "-c", _KILLED, source, out]
+    command: list[Any] = [sys.executable, "-c", _KILLED, source, f"{out}/"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     (left,) = names(out)
     assert left.endswith(".part")
-    report = h5traces.convert(source, out, target=TargetOptions(skip_existing=True))
+    report = h5traces.convert(source, f"{out}/", target=TargetOptions(skip_existing=True))
     assert [each.status for each in report.files] == ["converted"]
     assert names(out) == ["a.h5"]
     assert_same(h5traces.load(out / "a.h5"), BATCH)

@@ -80,11 +80,6 @@ class Hdf5Reader:
         What it may ask of its reader.
     locked_by_us
         The file is a ``.part`` whose writer holds its lock; HDF5 must not ask for it.
-
-    Raises
-    ------
-    NotAnArchiveError
-        The file is no HDF5 file.
     """
 
     def __init__(self, path: Path, limits: ReadLimits, *, locked_by_us: bool = False) -> None:
@@ -431,13 +426,6 @@ def _check_foreign(
         What the file may ask of its reader.
     file_nbytes
         Size of the file.
-
-    Raises
-    ------
-    HostileFileError
-        A size cannot be.
-    CorruptArchiveError
-        Not all of it is stored.
     """
     options, stored = dataset.get_create_plist(), dataset.get_storage_size()
     kind = options.get_layout()
@@ -473,11 +461,6 @@ def _read_foreign(dataset: h5d.DatasetID, dtype: np.dtype[Any], file: ByteFile) 
         The dtype of exactly the bytes that are stored, byte order included.
     file
         The bytes of the archive.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Stored bytes are damaged or of the wrong size.
     """
     options, shape = dataset.get_create_plist(), dataset.shape
     values = np.empty(shape, dtype=dtype)

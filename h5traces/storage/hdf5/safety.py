@@ -64,13 +64,7 @@ def no_plugin_search(*, allowed: bool) -> Iterator[None]:
 
 
 def require_zstd() -> None:
-    """Register HDF5's Zstandard filter, without a search for it on disk.
-
-    Raises
-    ------
-    MissingFilterError
-        hdf5plugin is not installed, or lacks the filter.
-    """
+    """Register HDF5's Zstandard filter, without a search for it on disk."""
     # HDF5 looks through its plugin folders for a filter that is not registered, and hdf5plugin
     # asks for every filter before it registers its own.
     with no_plugin_search(allowed=False):
@@ -86,17 +80,7 @@ def require_zstd() -> None:
 
 
 def check_superblock(path: Path) -> None:
-    """Refuse a file before HDF5 opens it, by its first bytes.
-
-    Raises
-    ------
-    NotAnArchiveError
-        It is no HDF5 file, or no file.
-    HostileFileError
-        Its addresses do not count from the start of the file.
-    CorruptArchiveError
-        Its end is missing.
-    """
+    """Refuse a file before HDF5 opens it, by its first bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
         block = file.read(_SUPERBLOCK.size + _END.size)
         nbytes = file.seek(0, os.SEEK_END)
@@ -124,13 +108,7 @@ def check_superblock(path: Path) -> None:
 
 
 def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:
-    """The sorted names of a group's links, of which there may be no more than `most`.
-
-    Raises
-    ------
-    HostileFileError
-        There are more.
-    """
+    """The sorted names of a group's links, of which there may be no more than `most`."""
     names: list[str] = []
 
     def add(name: bytes) -> bool | None:
@@ -152,13 +130,7 @@ def has_link(group: h5g.GroupID, name: str) -> bool:
 
 
 def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
-    """The group or dataset that only this hard link leads to, and its address.
-
-    Raises
-    ------
-    HostileFileError
-        It is something else.
-    """
+    """The group or dataset that only this hard link leads to, and its address."""
     encoded = name.encode("utf-8", "surrogateescape")
     if group.links.get_info(encoded).type != h5l.TYPE_HARD:
         message = f"{name!r} is a soft or external link; archives hold hard links only"
@@ -175,13 +147,7 @@ def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
 
 
 def open_group(group: h5g.GroupID, name: str) -> h5g.GroupID:
-    """The group that only this hard link leads to.
-
-    Raises
-    ------
-    HostileFileError
-        It is something else.
-    """
+    """The group that only this hard link leads to."""
     found, _ = open_child(group, name)
     if not isinstance(found, h5g.GroupID):
         message = f"{name!r} is a dataset, expected a group"
@@ -190,13 +156,7 @@ def open_group(group: h5g.GroupID, name: str) -> h5g.GroupID:
 
 
 def check_storage(options: Any, shape: tuple[int, ...] | None) -> None:
-    """Refuse datasets whose bytes lie elsewhere, and those without a shape.
-
-    Raises
-    ------
-    HostileFileError
-        It is such a dataset.
-    """
+    """Refuse datasets whose bytes lie elsewhere, and those without a shape."""
     if options.get_layout() == h5d.VIRTUAL:
         message = "a virtual dataset; archives hold their own bytes"
         raise HostileFileError(message)
@@ -217,13 +177,6 @@ def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
         The dataset's creation properties.
     itemsize
         Bytes per element.
-
-    Raises
-    ------
-    HostileFileError
-        A filter repeats another, or shuffles by another size than the element's.
-    MissingFilterError
-        One of them is none that archives use.
     """
     filters = tuple(
         Filter(number, tuple(parameters))
@@ -253,15 +206,7 @@ def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
 def stored_chunks(
     dataset: h5d.DatasetID, shape: tuple[int, ...], chunk: tuple[int, ...], file_nbytes: int
 ) -> list[Any]:
-    """h5py's description of every chunk, in C order of the grid.
-
-    Raises
-    ------
-    HostileFileError
-        There would be more chunks than the file can list.
-    CorruptArchiveError
-        The stored chunks are not exactly those of the grid.
-    """
+    """h5py's description of every chunk, in C order of the grid."""
     counts = grid_shape(shape, chunk)
     expected = math.prod(counts)
     if expected * _MIN_INDEX_NBYTES > file_nbytes:

@@ -75,16 +75,7 @@ def hdf5_type(stored_type: str) -> h5t.TypeID:
 
 
 def stored_type(type_id: h5t.TypeID) -> str:
-    """The stored type of an HDF5 type of either byte order.
-
-    Raises
-    ------
-    HostileFileError
-        The type is of a class that archives never hold: references, variable length, arrays,
-        compounds, enumerations, opaque bytes, or a named type.
-    CorruptArchiveError
-        It is a number of a size or layout that archives never hold.
-    """
+    """The stored type of an HDF5 type of either byte order."""
     type_class = type_id.get_class()
     if type_id.committed():
         message = "the type is a named (committed) type; archives hold plain ones"
@@ -152,13 +143,7 @@ def null_padded(type_id: h5t.TypeID, stored: bytes) -> bytes:
 
 
 def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
-    """The structured dtype of the bytes of a table's rows.
-
-    Raises
-    ------
-    HostileFileError
-        The type is no compound, or a column is of a type that archives never hold.
-    """
+    """The structured dtype of the bytes of a table's rows."""
     if type_id.get_class() != h5t.COMPOUND or type_id.committed():
         message = "the type is no plain compound; the table of samples has named columns"
         raise HostileFileError(message)
@@ -227,14 +212,6 @@ def read_attributes(
     ignored
         Receives the names of attributes that are not the format's and of no type it uses, such as
         the variable-length strings that h5py writes by default; they are passed over.
-
-    Raises
-    ------
-    HostileFileError
-        There are more attributes, or larger ones, than `limits` allows, or one of a type that
-        archives never hold.
-    CorruptArchiveError
-        A text is no UTF-8.
     """
     info = h5o.get_info(location)
     if info.num_attrs > limits.max_attributes:

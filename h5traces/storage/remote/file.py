@@ -46,15 +46,6 @@ class RemoteFile:
         Its address.
     options
         How to read it.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such object.
-    RemoteError
-        The server cannot be reached, or rejects the request.
-    MissingDependencyError
-        A library for the protocol is not installed.
     """
 
     def __init__(self, path: RemotePath, options: RemoteOptions) -> None:
@@ -81,15 +72,7 @@ class RemoteFile:
         return self._total_nbytes
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`; one request, unless they are in memory.
-
-        Raises
-        ------
-        CorruptArchiveError
-            The object ends before, or was replaced since it was opened.
-        RemoteError
-            The server cannot be reached, or rejects the request.
-        """
+        """Exactly `nbytes` from `offset`; one request, unless they are in memory."""
         wanted = ByteRange(offset, nbytes)
         if not nbytes:
             return b""
@@ -234,11 +217,6 @@ class RangeCache:
         Address of the object.
     tail
         Its last bytes, size and version.
-
-    Raises
-    ------
-    OSError
-        The folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, path: RemotePath, tail: Reply) -> None:
@@ -300,15 +278,7 @@ def _key(path: RemotePath, tail: Reply) -> str:
 
 
 def _open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
-    """The transport for an address in this process.
-
-    Raises
-    ------
-    MissingDependencyError
-        fsspec, or the library for the protocol, is not installed.
-    RemoteError
-        fsspec knows no such protocol.
-    """
+    """The transport for an address in this process."""
     try:
         from h5traces.storage.remote.filesystems import transport_for
 
@@ -320,13 +290,7 @@ def _open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
 def list_remote(
     path: RemotePath, suffixes: tuple[str, ...], options: RemoteOptions
 ) -> list[RemotePath]:
-    """The objects that a pattern matches, or that lie below a folder, sorted.
-
-    Raises
-    ------
-    MissingDependencyError, RemoteError, FileNotFoundError
-        As `_open_transport`; or the server rejects the request, or cannot be reached.
-    """
+    """The objects that a pattern matches, or that lie below a folder, sorted."""
     try:
         from h5traces.storage.remote.filesystems import list_objects
 

@@ -35,13 +35,7 @@ _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,
 
 
 def reject(path: RemotePath, status: int, reason: str) -> NoReturn:
-    """Raise the error that a status of HTTP means.
-
-    Raises
-    ------
-    FileNotFoundError, RemoteError, TemporaryError
-        As `Transport` says.
-    """
+    """Raise the error that a status of HTTP means."""
     said = f"{status} {reason}".strip()
     if status in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
         message = f"{path}: no such object on the server ({said})"
@@ -62,13 +56,7 @@ def reject(path: RemotePath, status: int, reason: str) -> NoReturn:
 
 
 def translate(path: RemotePath, error: Exception) -> NoReturn:
-    """Raise the error that an error of one of the libraries means.
-
-    Raises
-    ------
-    FileNotFoundError, RemoteError, TemporaryError
-        As `Transport` says.
-    """
+    """Raise the error that an error of one of the libraries means."""
     for each in _causes(error):
         status, reason = _status(each)
         if status:
@@ -149,13 +137,6 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
     """The file system for a protocol in this process.
 
     fsspec itself keeps one for each thread; connections of all threads are shared here.
-
-    Raises
-    ------
-    ImportError
-        The library for the protocol is not installed.
-    RemoteError
-        fsspec knows no such protocol.
     """
     arguments = {**options.storage_options, **_settings(protocol, options)}
     environment = sorted(each for each in os.environ.items() if each[0].startswith(_ENVIRONMENT))

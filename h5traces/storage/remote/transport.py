@@ -131,13 +131,7 @@ _LONGEST_PAUSE: Final = 5.0
 
 
 def persistently(path: RemotePath, attempts: int, request: Callable[[], Result]) -> Result:
-    """What `request` returns, at the latest the last time; pauses grow from 0.1 to 5 seconds.
-
-    Raises
-    ------
-    RemoteError
-        Every attempt failed.
-    """
+    """What `request` returns, at the latest the last time; pauses grow from 0.1 to 5 seconds."""
     for attempt in range(attempts):
         try:
             return request()

@@ -1,0 +1,223 @@
+"""Options that several commands share, and the groups that are built from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import typer
+
+from h5traces.cli.command import Group
+from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
+from h5traces.format.precision import HeadMean as HeadMeanName
+from h5traces.format.precision import Precision
+from h5traces.format.precision import Tier as TierName
+from h5traces.storage.codecs import ArrayCodec
+from h5traces.writing.options import AUTOMATIC_SAMPLES, PrecisionOptions, TargetOptions
+
+KEEP: Final = "What to keep"
+PRECISION: Final = "Precision"
+OUTPUT: Final = "Output"
+
+
+def option(panel: str | None, spelling: str, text: str, **settings: Any) -> Any:
+    """An option as it reads in the help: its panel, names and value (``-n --num-samples N``).
+
+    Without a name, it is the parameter's.
+    """
+    names = [each for each in spelling.split() if each[0] == "-"]
+    metavar = spelling.split()[-1]
+    settings["metavar"] = None if metavar in names else metavar
+    return typer.Option(*names, rich_help_panel=panel, help=text, **settings)
+
+
+Archives = Annotated[list[str], typer.Argument(metavar="FILE…", help="Archives, globs or folders.")]
+Json = Annotated[bool, option(None, "--json", "One JSON document on stdout.")]
+DryRun = Annotated[bool, option(OUTPUT, "--dry-run", "Say what would be done; write nothing.")]
+Overwrite = Annotated[bool, option(OUTPUT, "--overwrite", "Replace existing files.")]
+Workers = Annotated[
+    int | None, option(None, "--workers N", "Threads [default: one per core].", min=1)
+]
+Verify = Annotated[
+    bool,
+    option(
+        OUTPUT,
+        "--verify/--no-verify",
+        "Read every new file back and compare it with its source before it gets its name.",
+    ),
+]
+Output = Annotated[str, option(OUTPUT, "-o --output DEST", "An `.h5` name, or a folder/.")]
+Layers = Annotated[
+    str | None, option(KEEP, "--layers 0,5,10-12,last", "Decoder blocks (0-based) [default: all].")
+]
+Samples = Annotated[
+    str | None, option(KEEP, "--samples 0,3|0:100", "Indices of samples [default: all].")
+]
+NumSamples = Annotated[int, option(KEEP, "-n --num-samples N", "The first N samples.", min=1)]
+ShardSamples = Annotated[
+    int | None, option(OUTPUT, "--shard-samples N", "At most N samples per archive.", min=1)
+]
+
+
+def _precision(
+    tier: Annotated[
+        TierName | None,
+        option(
+            PRECISION,
+            "--tier NAME",
+            "`exact` (no quantisation, the default for new archives); `fine` (0.01 sigma, as "
+            "in bfloat16); `analysis` (0.05 sigma); `compact` (0.2 sigma, attentions "
+            "averaged over heads); `native` (float16 rounded to 5 mantissa bits).",
+        ),
+    ] = None,
+    step: Annotated[
+        float | None,
+        option(
+            PRECISION,
+            "--step C",
+            "Quantisation step of hidden states, 0.001 to 4 sigma of their channel; errors "
+            "are at most half of it.",
+        ),
+    ] = None,
+    attention_bits: Annotated[
+        int | None,
+        option(
+            PRECISION, "--attention-bits BITS", "Bits of attention weights, on a square-root scale."
+        ),
+    ] = None,
+    head_mean: Annotated[
+        HeadMeanName | None,
+        option(
+            PRECISION,
+            "--head-mean none|beside|only",
+            "Attentions averaged over heads; `only` replaces the heads by them.",
+        ),
+    ] = None,
+    mantissa_bits: Annotated[
+        int | None,
+        option(
+            PRECISION,
+            "--mantissa-bits K",
+            "Round what stays in float16 to K (1 to 9) of its 10 mantissa bits.",
+        ),
+    ] = None,
+    scales: Annotated[
+        str | None,
+        option(
+            PRECISION,
+            "--scales FILE",
+            "Written by `h5traces calibrate`, or an archive with scales [default: measured "
+            "on the first samples].",
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int,
+        option(
+            PRECISION,
+            "--calibration-samples N",
+            "Samples measured where there is no --scales.",
+            min=1,
+        ),
+    ] = AUTOMATIC_SAMPLES,
+    dtype: Annotated[
+        DtypePolicy | None,
+        option(
+            PRECISION,
+            "--dtype TYPE",
+            "Stored type: `float16`, `bfloat16`, `float32`, or `auto`, the narrowest that "
+            "keeps every bit [default: float16, or that of the archives read].",
+        ),
+    ] = None,
+    on_overflow: Annotated[
+        OverflowPolicy,
+        option(
+            PRECISION,
+            "--on-overflow float32|error|clip",
+            "Arrays with finite values beyond the type are stored as float32, end the run, or "
+            "are clipped.",
+        ),
+    ] = "float32",
+    codec: Annotated[
+        ArrayCodec | None,
+        option(
+            PRECISION,
+            "--codec gzip|zstd",
+            "Compression [default: gzip, or that of the archives read].",
+        ),
+    ] = None,
+) -> PrecisionOptions:
+    chosen: TierName | Precision | None = tier
+    changes = {
+        "step": step,
+        "attention_bits": attention_bits,
+        "head_mean": head_mean,
+        "mantissa_bits": mantissa_bits,
+    }
+    if any(each is not None for each in changes.values()):
+        chosen = Precision.of(tier or "exact", **changes)
+    return PrecisionOptions(
+        tier=chosen,
+        scales=scales,
+        calibration_samples=calibration_samples,
+        dtype=dtype,
+        on_overflow=on_overflow,
+        codec=codec,
+    )
+
+
+def _new_file(overwrite: Overwrite = False, dry_run: DryRun = False) -> TargetOptions:
+    return TargetOptions(overwrite=overwrite, dry_run=dry_run)
+
+
+def _rewritten(
+    overwrite: Overwrite = False,
+    verify: Verify = True,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+) -> TargetOptions:
+    return TargetOptions(overwrite=overwrite, verify=verify, workers=workers, dry_run=dry_run)
+
+
+def _converted(
+    shard_samples: ShardSamples = None,
+    overwrite: Overwrite = False,
+    skip_existing: Annotated[
+        bool, option(OUTPUT, "--skip-existing", "Keep finished archives; finishes a stopped run.")
+    ] = False,
+    verify: Verify = True,
+    workers: Annotated[
+        int | None,
+        option(
+            None,
+            "--workers N",
+            "Threads [default: one per core]; with several batches, processes.",
+            min=1,
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> TargetOptions:
+    return TargetOptions(
+        shard_samples=shard_samples,
+        overwrite=overwrite,
+        skip_existing=skip_existing,
+        verify=verify,
+        workers=workers,
+        dry_run=dry_run,
+    )
+
+
+def _extracted(
+    shard_samples: ShardSamples = None,
+    verify: Verify = True,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+) -> TargetOptions:
+    return TargetOptions(
+        shard_samples=shard_samples, verify=verify, workers=workers, dry_run=dry_run
+    )
+
+
+PrecisionGroup = Annotated[PrecisionOptions, Group(_precision)]
+NewFile = Annotated[TargetOptions, Group(_new_file)]
+Rewritten = Annotated[TargetOptions, Group(_rewritten)]
+Converted = Annotated[TargetOptions, Group(_converted)]
+Extracted = Annotated[TargetOptions, Group(_extracted)]
