@@ -69,7 +69,7 @@ def command(*usage_errors: type[Exception]) -> Callable[[Callable[..., None]], C
     Parameters
     ----------
     usage_errors
-        Errors that are wrong usage in this command, beside those that are so in all.
+        Further errors that are wrong usage in this command.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

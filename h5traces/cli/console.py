@@ -42,7 +42,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def human_size(nbytes: float) -> str:
-    """Bytes in decimal units, as disks are sold: ``15.1 MB``."""
+    """Bytes in decimal units: ``15.1 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(nbytes) < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -51,7 +51,7 @@ def human_size(nbytes: float) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` with characters that steer a terminal spelled out, as files of strangers hold them."""
+    """`text` with characters that steer a terminal spelled out."""
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -80,7 +80,7 @@ def _write(line: str) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A table of `cell` on stdout; as wide as it needs where stdout is no terminal."""
+    """A table of `cell` on stdout; wide if stdout is not a terminal."""
     width = None if sys.stdout.isatty() else 160
     console = Console(file=sys.stdout, width=width, highlight=False)
     with console.capture() as printed:
@@ -147,7 +147,7 @@ def count_progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def samples_progress(label: str) -> Iterator[Callable[[RunProgress], None]]:
-    """A bar of samples with speed, bytes written and remaining time, as an extraction tells it."""
+    """A bar of samples with speed, bytes written and remaining time."""
     with _progress(MofNCompleteColumn(), TextColumn("{task.fields[state]}")) as bar:
         task = bar.add_task(label, total=None, state="")
 

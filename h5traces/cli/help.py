@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _MOST_COLUMNS: Final = 100
-# The column of names; descriptions begin behind it, at the same place in all panels.
+# Of the column of names; descriptions start at the same place in all panels.
 _NAMES_WIDTH: Final = 28
 _OTHER_OPTIONS: Final = "Other"
 
@@ -103,7 +103,7 @@ def _print_text(console: Console, text: str | None) -> None:
 
 
 def _names(parameter: Any) -> tuple[str, str]:
-    """Names of an option and its value, and the choices where these do not fit beside the names."""
+    """Names of an option and its value; the choices apart where they do not fit on the line."""
     if parameter.param_type_name == "argument":
         return parameter.metavar or parameter.name.upper(), ""
     names = sorted((*parameter.opts, *parameter.secondary_opts), key=lambda each: each[1] == "-")

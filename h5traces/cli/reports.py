@@ -1,4 +1,4 @@
-"""How results read in a terminal."""
+"""Prints results for people."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
     from h5traces.checking.reports import ValidationReport
     from h5traces.checking.verify import VerifyReport
-    from h5traces.errors import Problem
     from h5traces.extract.estimate import Estimate
     from h5traces.extract.running import ExtractionReport
     from h5traces.features import FeatureReport
-    from h5traces.fidelity import FidelityReport, StateFidelity, Unmatched, WeightFidelity
+    from h5traces.fidelity import FidelityReport, Unmatched
     from h5traces.rewriting.label import LabelReport
     from h5traces.rewriting.repack import RepackReport
     from h5traces.rewriting.reports import ConversionReport, FileReport
@@ -204,30 +203,24 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
 
 
 def print_validation(found: list[ValidationReport]) -> None:
-    """Every problem on a line of its own, and a verdict per file."""
+    """Every problem on its own line, and a verdict per file."""
     for each in found:
-        _print_problems(each.path, each.problems, each.notes)
-        verdict = "valid" if each.ok else f"{len(each.problems)} problems"
-        print_line(
-            f"{each.path}: {verdict} ({each.num_samples} samples, {each.num_datasets} datasets)"
-        )
+        _print_checked(each, "valid", f"{each.num_datasets} datasets")
 
 
 def print_verification(found: list[VerifyReport]) -> None:
-    """Every problem on a line of its own, and a verdict per file."""
+    """Every problem on its own line, and a verdict per file."""
     for each in found:
-        _print_problems(each.path, each.problems, each.notes)
-        verdict = "intact" if each.ok else f"{len(each.problems)} problems"
-        print_line(
-            f"{each.path}: {verdict} ({each.num_samples} samples, {human_size(each.nbytes)})"
-        )
+        _print_checked(each, "intact", human_size(each.nbytes))
 
 
-def _print_problems(path: str, problems: list[Problem], notes: list[str]) -> None:
-    for problem in problems:
-        print_line(f"{path}:{problem.loc}: {problem.message} [{problem.kind}]")
-    for note in notes:
-        print_line(f"{path}: note: {note}")
+def _print_checked(report: ValidationReport | VerifyReport, good: str, size: str) -> None:
+    for problem in report.problems:
+        print_line(f"{report.path}:{problem.loc}: {problem.message} [{problem.kind}]")
+    for note in report.notes:
+        print_line(f"{report.path}: note: {note}")
+    verdict = good if report.ok else f"{len(report.problems)} problems"
+    print_line(f"{report.path}: {verdict} ({report.num_samples} samples, {size})")
 
 
 def print_labels(report: LabelReport, *, dry_run: bool) -> None:
@@ -275,61 +268,43 @@ def print_fidelity(report: FidelityReport) -> None:
         of_mean = f", compared with the mean over heads of A's {each.reference}"
         print_line(each.kind + (of_mean if each.reference != each.kind else ""))
         rows: list[Any] = [*each.layers, each.total]
-        print_table(_states_table(rows) if each.kind == "hidden_states" else _weights_table(rows))
-        odd = each.total.num_not_finite, each.total.num_misplaced
-        if any(odd):
-            print_line(f"NaN or infinite in A: {odd[0]}; not the same in both: {odd[1]}")
+        columns = _STATES if each.kind == "hidden_states" else _WEIGHTS
+        table = _table("layer", *columns, numbers=tuple(columns))
+        for row in rows:
+            values = ((getattr(row, name), form) for name, form in columns.values())
+            table.add_row(row.name, *(_figure(value, form) for value, form in values))
+        print_table(table)
+        not_finite, misplaced = each.total.num_not_finite, each.total.num_misplaced
+        if not_finite or misplaced:
+            print_line(f"NaN or infinite in A: {not_finite}; not the same in both: {misplaced}")
 
 
-def _states_table(rows: list[StateFidelity]) -> Table:
-    numbers = (
-        "NRMSE",
-        "max sigma",
-        "max relative",
-        "mean cosine",
-        "lowest",
-        "neighbours",
-        "difference",
-    )
-    table = _table("layer", *numbers, numbers=numbers)
-    for each in rows:
-        table.add_row(
-            each.name,
-            _share(each.nrmse),
-            _figure(each.max_sigma),
-            _figure(each.max_relative),
-            _figure(each.mean_cosine, ".7g"),
-            _figure(each.min_cosine, ".7g"),
-            _share(each.neighbour_agreement),
-            _share(each.difference_nrmse),
-        )
-    return table
+# By column: the figure of a layer, and how it is shown.
+_STATES = {
+    "NRMSE": ("nrmse", "%"),
+    "max sigma": ("max_sigma", ".3g"),
+    "max relative": ("max_relative", ".3g"),
+    "mean cosine": ("mean_cosine", ".7g"),
+    "lowest": ("min_cosine", ".7g"),
+    "neighbours": ("neighbour_agreement", "%"),
+    "difference": ("difference_nrmse", "%"),
+}
+_WEIGHTS = {
+    "NRMSE": ("nrmse", "%"),
+    "max error": ("max_error", ".3g"),
+    "max relative": ("max_relative", ".3g"),
+    "edges": ("num_edges", "d"),
+    "flips": ("num_flips", "d"),
+    "share": ("flip_share", "%"),
+    "mean KL": ("mean_kl", ".3g"),
+    "max KL": ("max_kl", ".3g"),
+}
 
 
-def _weights_table(rows: list[WeightFidelity]) -> Table:
-    numbers = ("NRMSE", "max error", "max relative", "edges", "flips", "share", "mean KL", "max KL")
-    table = _table("layer", *numbers, numbers=numbers)
-    for each in rows:
-        table.add_row(
-            each.name,
-            _share(each.nrmse),
-            _figure(each.max_error),
-            _figure(each.max_relative),
-            str(each.num_edges),
-            str(each.num_flips),
-            _share(each.flip_share),
-            _figure(each.mean_kl),
-            _figure(each.max_kl),
-        )
-    return table
-
-
-def _figure(value: float | None, form: str = ".3g") -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.4g} %"
+def _figure(value: float | None, form: str) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.4g} %" if form == "%" else f"{value:{form}}"
 
 
 def unmatched_lines(found: Unmatched, which: str) -> list[str]:

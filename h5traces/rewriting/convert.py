@@ -1,4 +1,4 @@
-"""The public function: plans, runs the jobs here or in processes, and reports."""
+"""Converts legacy batches to archives."""
 
 from __future__ import annotations
 

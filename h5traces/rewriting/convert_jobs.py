@@ -1,4 +1,4 @@
-"""Runs the jobs of a conversion: one batch, or one merge, to one archive or one set of shards."""
+"""Runs the jobs of a conversion."""
 
 from __future__ import annotations
 
@@ -141,9 +141,9 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     if (
         exists
         and options.target.skip_existing
-        and (odd := _unlike(job.first_target, options)) is not None
+        and (reason := _unlike(job.first_target, options)) is not None
     ):
-        report.status, report.error = "failed", odd
+        report.status, report.error = "failed", reason
     elif exists and options.target.skip_existing:
         # Its writer may have been killed between naming it and making the name durable.
         sync_folder(job.first_target.parent)
@@ -169,7 +169,7 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
 
 
 def _unlike(target: Path, options: ConvertOptions) -> str | None:
-    """Why a target that exists is no archive that this job would write; None where it is one."""
+    """Why an existing target is not an archive that this job would write; None if it is."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StoredStateWarning)
@@ -181,7 +181,7 @@ def _unlike(target: Path, options: ConvertOptions) -> str | None:
                 "another output, or pass overwrite=True"
             )
     except (H5TracesError, OSError) as error:
-        return f"{error}; it stands where an archive would go: move it, or pass overwrite=True"
+        return f"{error}; it has the name of the new archive: move it, or pass overwrite=True"
     return None
 
 
@@ -247,7 +247,7 @@ class _Conversion:
         self._summaries: list[WriteSummary] = []
 
     def run(self) -> None:
-        """Convert; on an exception nothing is left behind."""
+        """Convert; an exception leaves no file."""
         try:
             for number, source in enumerate(self._sources):
                 self._read_source(number, source)
@@ -471,7 +471,7 @@ def scaled_options(
     samples: int,
     report: Report,
 ) -> list[ConvertOptions]:
-    """The options of every job, with scales where hidden states go into steps.
+    """The options of every job, with scales where hidden states are quantised.
 
     Parameters
     ----------
@@ -484,7 +484,7 @@ def scaled_options(
     samples
         How many of these.
     report
-        Told of every batch that is looked at.
+        Called for every batch that is measured.
 
     Raises
     ------
@@ -523,13 +523,13 @@ def _measured(
     with Measurement(options.layers) as measurement:
         for path in (source for job in jobs for source in job.sources):
             report(path, 0, 0)
-            # Whoever cannot read it says so when it is converted.
+            # A damaged batch is reported when it is converted.
             with contextlib.suppress(ConversionError, SchemaError, OSError):
                 _add(measurement, path, samples)
             if measurement.num_samples >= samples:
                 break
         if not measurement.has_states:
-            # Nothing to encode; what turns up all the same is stored exactly, and reported.
+            # No states were found; any that follow are stored in float16, and reported.
             return ScaleSet()
         return measurement.calibration(model, partial=True).scales(step)
 

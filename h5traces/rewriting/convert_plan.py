@@ -118,7 +118,7 @@ def _one_target_each(named: list[tuple[Path, Path]], target: Target) -> list[Job
 
 
 def _collect(source: Path, named: list[tuple[Path, Path]], leftovers: list[Leftover]) -> None:
-    """Add the batches behind one argument, each with its path relative to a named folder."""
+    """Add the batches of one argument, each with its path relative to the named folder."""
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.is_file())
         batches = [path for path in files if path.name.endswith(SOURCE_SUFFIXES)]

@@ -1,4 +1,4 @@
-"""Archives back to legacy batches, or to float32 HDF5 for viewers that cannot show float16."""
+"""Exports archives to legacy batches, or to float32 HDF5 for viewers without float16."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def export(
         remove_abandoned_parts(target)
         losses = shared_metadata(archive._files).losses
         if losses:
-            told = "no pickle can say so" if is_pickle else "'earlier_precisions' says so"
+            where = "a pickle cannot record it" if is_pickle else "'earlier_precisions' records it"
             message = (
-                f"{target}: holds less than its source did ({', '.join(map(str, losses))}); {told}"
+                f"{target}: holds less than its source did ({', '.join(map(str, losses))}); {where}"
             )
             warn(message, LossyWarning)
         if is_pickle:

@@ -1,4 +1,4 @@
-"""Joins scores to the samples of archives, and writes what comes of it."""
+"""Joins scores to the samples of archives, and writes labels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 GENERATION_COLUMN: Final = "generation_index"
-# What the ``_full`` tables have beside; the score itself is the best of all references.
+# Further columns of the ``_full`` tables; the score itself is the best of all references.
 OTHER_SCORES: Final = ("min_score", "avg_score")
 
 # Sample id, and generation index where the table has one.
@@ -235,7 +235,7 @@ class LabelReport:
     missing
         Samples that the table has no score for: file, index and id.
     ambiguous
-        Samples that share their id while the table does not tell which it means.
+        Samples that share an id which the table has without a generation.
     unknown
         Ids of the table that no archive has.
     unscored
@@ -299,7 +299,7 @@ def label(
     output
         A new archive of all samples, labels and scores among their attributes.
     folder
-        Where sidecars go, if not beside the archives.
+        Folder of the sidecars; beside the archives by default.
     threshold
         A label is 1 where the score is below it, else 0; None gives scores only.
     columns
@@ -353,7 +353,7 @@ class _Joining:
     def join(
         self, archive: Archive, progress: Callable[[int, int], None] | None
     ) -> list[LabelSidecar]:
-        """A sidecar for every file; the report tells of what has none."""
+        """A sidecar for every file; the report lists samples without scores."""
         report = self._report
         repeats = Counter(each for each in archive.ids if each is not None)
         sidecars, total = [], len(archive)
@@ -444,7 +444,7 @@ def _named(key: Key) -> str:
 
 
 def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
-    """Refuse to write labels that would leave samples out unseen."""
+    """Reject a table that leaves samples out, unless `partial`."""
     if not report.num_labelled:
         example = next(iter(table.scores), ("none", None))[0]
         message = (
@@ -459,8 +459,8 @@ def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
         said.append(f"{len(report.missing)} samples have no score: {and_more(report.missing)}")
     if report.ambiguous:
         said.append(
-            f"{len(report.ambiguous)} samples share an id, and a column 'generation_index' is "
-            f"missing that tells them apart: {and_more(report.ambiguous)}"
+            f"{len(report.ambiguous)} samples share an id, and the column 'generation_index', "
+            f"which distinguishes them, is missing: {and_more(report.ambiguous)}"
         )
     message = (
         f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or "
@@ -498,7 +498,7 @@ def _write_sidecars(
             )
             raise SchemaError(message)
         if place in places:
-            message = f"{place}: two archives have this name; label them into folders of their own"
+            message = f"{place}: two archives have this name; label them into different folders"
             raise SchemaError(message)
         if place.exists() and not target.overwrite:
             message = f"{place} exists; pass overwrite=True to replace it"

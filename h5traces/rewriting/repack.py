@@ -1,4 +1,4 @@
-"""Rewrites archives: merges, splits and subsets them, by copying chunks wherever that is enough."""
+"""Rewrites archives: merges, splits and subsets them, by copying chunks where possible."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RepackReport:
     source_nbytes, target_nbytes
         Sizes before and after.
     precision
-        What the targets give up; None where nothing.
+        Precision that the targets lost; None if nothing.
     warnings
         What the user should know.
     """
@@ -149,7 +149,7 @@ def repack(
         current = before.precision or EXACT
         wanted = _wanted(before, given, archive)
         encodes = given.dtype is not None or wanted != current
-        # Scales that go with no steps have a message of their own.
+        # Scales for a precision without steps have their own message.
         calibration = load_given(given.scales, wanted)
         _check_scales(archive, given.scales, wanted, encodes=encodes)
         if calibration is not None:
@@ -294,10 +294,10 @@ def _warn_of_recast(archive: Archive, place: Target, before: ArchiveMetadata) ->
 def _check_scales(
     archive: Archive, scales: PathLike | None, wanted: Precision, *, encodes: bool
 ) -> None:
-    """Refuse scales that would not be used."""
+    """Reject scales that would not be used."""
     if scales is not None and not encodes:
         message = (
-            f"{archive.paths[0]}: is of precision {wanted} already, with scales of its own, which "
+            f"{archive.paths[0]}: has precision {wanted} already, and its own scales, which "
             "others could replace only with more loss; leave scales out, or take the archive "
             "that it was made from"
         )
@@ -305,7 +305,7 @@ def _check_scales(
 
 
 def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) -> Precision:
-    """How precise the targets are to be.
+    """The precision of the targets.
 
     Raises
     ------
@@ -318,7 +318,7 @@ def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) 
     losses = ", ".join(str(each) for each in before.losses)
     if wanted.is_exact and before.losses:
         message = (
-            f"{archive.paths[0]}: holds {losses}; what was given up cannot be had back, so take "
+            f"{archive.paths[0]}: holds {losses}; what is lost cannot be restored, so take "
             "the archive that it was made from"
         )
         raise LossyArchiveError(message)
@@ -367,7 +367,7 @@ class _Rewrite:
         indices: Sequence[int],
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Write and publish; on an exception nothing is left behind."""
+        """Write and publish; an exception leaves no file."""
         size = place.shard_samples or max(1, len(indices))
         try:
             for number, start in enumerate(range(0, max(1, len(indices)), size)):
@@ -393,7 +393,7 @@ class _Rewrite:
             writer.copy(StoredSample(trace, codec=self._codec), first_source=first_source)
 
     def _publish(self) -> None:
-        """Name the targets, and tell of them."""
+        """Name the targets, and report them."""
         self._shards.publish()
         summaries = [writer.summary for writer in self._shards.writers]
         self._report.targets = [str(summary.path) for summary in summaries]
@@ -404,7 +404,7 @@ class _Rewrite:
 def _joined_sources(
     files: Sequence[ArchiveFile],
 ) -> tuple[tuple[SourceFile, ...] | None, dict[Path | RemotePath, int]]:
-    """The files that all archives were converted from, and where each archive's begin."""
+    """The sources of all archives, and the position of each archive's first."""
     joined: list[SourceFile] = []
     first: dict[Path | RemotePath, int] = {}
     for file in files:

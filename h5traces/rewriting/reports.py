@@ -1,4 +1,4 @@
-"""What a conversion tells: progress while it runs, a report and warnings when it is done."""
+"""Progress, report and warnings of a conversion."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass(slots=True)
 class FileReport:
-    """What became of one job: one batch file, or all of them with ``merge``.
+    """The result of one job: one batch file, or all of them with ``merge``.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class FileReport:
     seconds
         Wall-clock time.
     warnings
-        What the user should know.
+        Messages for the user.
     error
         Why it failed, where it did.
     """
@@ -81,12 +81,12 @@ class FileReport:
 
 @dataclass(slots=True)
 class ConversionReport:
-    """What became of every file that was named.
+    """The result for every file that was named.
 
     Attributes
     ----------
     precision
-        What was given up; None where nothing was.
+        The lossy precision; None if nothing was lost.
     files
         One report per job.
     leftovers
@@ -143,7 +143,7 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
         if each.num_nan or each.num_inf:
             found.append(f"{kind}: {each.num_nan} NaN and {each.num_inf} Inf values, kept")
         if each.num_overflow:
-            found.append(f"{kind}: {each.num_overflow} values lie beyond {stored}; {treatment}")
+            found.append(f"{kind}: {each.num_overflow} values are beyond {stored}; {treatment}")
         if each.num_to_zero or each.num_to_subnormal:
             found.append(
                 f"{kind}: {each.num_to_zero} values became 0 and {each.num_to_subnormal} lost "

@@ -474,28 +474,28 @@ def test_help_fits_80_columns(name: str | None, monkeypatch: pytest.MonkeyPatch)
     assert {each for each in options if each[0] == "-"} | {"--help", "-h"} <= words
 
 
+def loaded(argv: list[str], names: set[str], **environment: str) -> tuple[str, str]:
+    """What a run of the program prints, and which of these modules it has imported then."""
+    code = (
+        f"import sys; from h5traces.cli import main; sys.argv = {argv}\n"
+        "try:\n    main()\nexcept SystemExit:\n"
+        f"    print(*sorted({names} & set(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return done.stdout, done.stderr.strip()
+
+
 def test_the_list_of_commands_is_light() -> None:
     """Neither for help nor for completion is the module of a command imported."""
-    heavy = "numpy", "h5py", "pydantic", "h5traces.format.archive", "h5traces.cli.converting"
-    code = (
-        "import sys; from h5traces.cli import main; sys.argv[1:] = ['--help']\n"
-        "try:\n    main()\nexcept SystemExit:\n"
-        f"    print(sorted({set(heavy)} & set(sys.modules)), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
-    # typer itself imports pydantic here.
-    completion = code.replace("'pydantic', ", "").replace("sys.argv[1:] = ['--help']", "")
+    heavy = {"numpy", "h5py", "h5traces.format.archive", "h5traces.cli.converting"}
+    assert loaded(["h5traces", "--help"], {"pydantic", *heavy})[1] == ""
     words = {"_H5TRACES_COMPLETE": "complete_bash", "COMP_WORDS": "h5traces ver", "COMP_CWORD": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv = ['h5traces']; {completion}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **words},
-    )
-    assert done.stdout.split() == ["verify"]
-    assert done.stderr.strip() == "[]"
+    # typer itself imports pydantic here.
+    completed, modules = loaded(["h5traces"], heavy, **words)
+    assert completed.split() == ["verify"]
+    assert modules == ""
 
 
 def test_version() -> None:

@@ -357,7 +357,7 @@ def edited(archive: Path, change: Any) -> Path:
     [
         (lambda doc: doc["labels"].pop(), SchemaError, "labels has 5 entries"),
         (lambda doc: doc["ordinals"].reverse(), SchemaError, "strictly ascending"),
-        (lambda doc: doc.update(ordinals=[0, 1, 2, 3, 4, 9]), SchemaError, "none of 6 samples"),
+        (lambda doc: doc.update(ordinals=[0, 1, 2, 3, 4, 9]), SchemaError, "not one of 6 samples"),
         (lambda doc: doc.update(labels=["a"] * 6), SchemaError, "labels.0"),
         (lambda doc: doc["scores"].update(bleurt=[float("nan")] * 6), SchemaError, "finite"),
         (lambda doc: doc.update(surprise=1), SchemaError, "surprise"),

@@ -239,7 +239,7 @@ def test_an_archive_does_not_become_exact_again(source: Path, tmp_path: Path) ->
     found = run(
         "repack", tmp_path / "fine.h5", "-o", tmp_path / "out.h5", "--tier", "exact", code=2
     )
-    assert "cannot be had back" in plain(found.stderr)
+    assert "what is lost cannot be restored" in plain(found.stderr)
     found = run("repack", tmp_path / "fine.h5", "-o", tmp_path / "out.h5", "--tier", "compact")
     assert plain(found.stderr).count("add up") == 1
     assert "Warning:" not in found.stderr

@@ -722,7 +722,7 @@ def test_what_is_no_archive(remote: Any, name: str, shelf: Path) -> None:
     replace(server, opener, contents.get(name, whole[:-100]), name)
     expected = {
         "empty.h5": (RemoteError, "empty"),
-        "text.h5": (NotAnArchiveError, "no HDF5 file"),
+        "text.h5": (NotAnArchiveError, "not an HDF5 file"),
         # Nothing tells where the samples are; HDF5 would have to be asked over the network.
         "cut.h5": (CorruptArchiveError, "h5traces seal"),
     }

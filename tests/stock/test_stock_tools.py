@@ -186,7 +186,7 @@ def test_h5dump_prints_the_numbers(archive_path: Path) -> None:
     with h5traces.open(archive_path) as archive:
         states = archive[5]["hidden_states"][1]
         name = "hidden_states/layer_001"
-        expected = archive[5].stored(name)
+        expected = archive[5]._stored.values(name)
         if archive[5]._stored.entry(name).dtype == "bfloat16":
             expected = (expected.astype(np.uint32) << 16).view(np.float32)
         assert len(states)
@@ -268,7 +268,7 @@ def test_an_edited_value_is_read_as_it_is_now(tmp_path: Path) -> None:
         assert_same(open_with_warning(target)[1]["hidden_states"][0], expected)
     (report,) = seal(target)
     assert (report.sealed, report.edited) == (False, [f"{PLACE}/hidden_states/layer_000"])
-    assert not open_with_warning(target).files[0].has_footer
+    assert not open_with_warning(target)._files[0].has_footer
     assert seal(target, dry_run=True, accept_edits=True)[0].sealed is False
     assert seal(target, accept_edits=True)[0].sealed
     assert_same(h5traces.open(target)[1]["hidden_states"][0], expected)
@@ -449,7 +449,7 @@ def test_what_archives_never_hold_is_refused(
         ("format_version", b"2.0", UnsupportedVersionError, "'2.0'.*upgrade h5traces"),
         ("format_version", b"nonsense", UnsupportedVersionError, "upgrade h5traces"),
         ("required_features", b'["holograms"]', UnsupportedVersionError, "requires holograms"),
-        ("required_features", b"{", CorruptArchiveError, "no list of names"),
+        ("required_features", b"{", CorruptArchiveError, "not a list of names"),
         ("format", b"other", NotAnArchiveError, "not an h5traces archive"),
         ("complete", 0, CorruptArchiveError, "not finished"),
         ("num_samples", -5, H5TracesError, "num_samples"),

@@ -198,7 +198,7 @@ def test_bytes_behind_the_footer(intact: Path, tmp_path: Path) -> None:
 def test_files_that_are_no_archive(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.h5"
     path.write_bytes(content)
-    with pytest.raises(NotAnArchiveError, match="no HDF5 file"):
+    with pytest.raises(NotAnArchiveError, match="not an HDF5 file"):
         h5traces.open(path)
     assert [each.kind for each in validate(path).problems] == ["not_an_archive"]
 
