@@ -249,15 +249,7 @@ class StoredTrace:
             raise CorruptArchiveError(message) from error
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
-        """The array of a kind by its dataset name, in its source's type; a list where in steps.
-
-        Raises
-        ------
-        CorruptArchiveError
-            Stored values and attributes contradict each other.
-        UnsupportedEncodingError
-            This release does not know how to decode it.
-        """
+        """The array of a kind by its dataset name, in its source's type; a list where in steps."""
         path = f"{kind}/{name}"
         entry, stored = self.entry(path), self.values(path)
         try:

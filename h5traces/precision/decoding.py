@@ -76,13 +76,6 @@ def decode(
         Gives the layer's exceptions: float64 ``(n, 2)``, flat index and value.
     unrounded
         Whether to give float32 where the source was float16; the formulas are exact in it.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Attributes, scale or exceptions do not fit the array.
-    UnsupportedEncodingError
-        This release does not know the encoding.
     """
     if not is_encoded(attrs):
         message = "the array is not encoded, so there is nothing to decode"

@@ -59,13 +59,6 @@ class BatchStream(Iterator[Any]):
     start
         Index of the first item to return; earlier ones are read and dropped.
 
-    Raises
-    ------
-    ConversionError
-        Now or while iterating: the file is damaged, or is no batch.
-    UnsafePickleError
-        Now or while iterating: the pickle asks for something outside the allow-list.
-
     Attributes
     ----------
     path
@@ -174,11 +167,6 @@ class BatchStream(Iterator[Any]):
             The number of this file among the sources of an archive.
         layers
             Decoder blocks to keep, ascending; all by default.
-
-        Raises
-        ------
-        ConversionError
-            An item is no sample; the message names file, sample and field.
         """
         for item in self:
             place = SourcePosition(file=file, position=self.num_read - 1)
