@@ -21,13 +21,8 @@ _STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """The environment for a Python process that must find the same modules as this one.
+    """The environment for a Python process that must find the same modules as this one."""
 
-    Parameters
-    ----------
-    more
-        Further variables.
-    """
     path = os.pathsep.join(each for each in sys.path if each)
     return {**os.environ, "PYTHONPATH": path, **more}
 
