@@ -169,15 +169,7 @@ def check_storage(options: Any, shape: tuple[int, ...] | None) -> None:
 
 
 def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
-    """A dataset's filters in order of writing.
-
-    Parameters
-    ----------
-    options
-        The dataset's creation properties.
-    itemsize
-        Bytes per element.
-    """
+    """The filters in a dataset's creation properties, in order of writing."""
     filters = tuple(
         Filter(number, tuple(parameters))
         for number, _, parameters, _ in map(options.get_filter, range(options.get_nfilters()))
