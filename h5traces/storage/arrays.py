@@ -173,7 +173,7 @@ def _damaged(entry: ObjectEntry, number: int, what: str) -> CorruptArchiveError:
 
 
 def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> None:
-    """Refuse an entry whose claims do not fit the file, before anything is allocated for it."""
+    """Reject an entry whose claims do not fit the file, before anything is allocated for it."""
     shape, chunk = entry.shape, entry.chunk
     # HDF5 neither chunks nor filters scalars.
     is_chunked = bool(chunk) or entry.chunks is not None
