@@ -29,7 +29,6 @@ _CONSTANT: Final = 0x01
 _OPTIONAL: Final = 0x04
 _LARGEST_MESSAGE: Final = 0xFFFF
 _UTF8: Final = 1
-
 _SINGLE_CHUNK, _FIXED_ARRAY = 1, 3
 # Filters of lower numbers have their name fixed by the format.
 _FIRST_NAMED_FILTER: Final = 256
