@@ -43,7 +43,7 @@ from make_synthetic import Generator, Shape
 
 import h5traces
 from h5traces.format.precision import TIERS
-from h5traces.format.trace import SourcePosition
+from h5traces.format.record import SourcePosition
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.repack import repack
 from h5traces.sources.pickle.layouts import to_record

@@ -33,15 +33,19 @@ from h5traces.format.archive import (
     Cast,
     ExtractionMetadata,
     KindMetadata,
+    LabelSidecar,
     SampleExtraction,
     SourceFile,
 )
 from h5traces.format.document import field_forms
-from h5traces.format.labels import LabelSidecar
 from h5traces.format.limits import ReadLimits
 from h5traces.format.precision import CalibrationRecord, Precision
-from h5traces.format.record import TraceDescription
-from h5traces.format.trace import COVERAGE_DEFINITIONS, SourcePosition, TraceMetadata
+from h5traces.format.record import (
+    COVERAGE_DEFINITIONS,
+    SourcePosition,
+    TraceDescription,
+    TraceMetadata,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

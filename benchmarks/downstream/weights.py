@@ -8,8 +8,8 @@ import numpy as np
 
 from downstream.coding import chunk_nbytes
 from h5traces.format.dtypes import TypedArray
-from h5traces.precision import square_root
-from h5traces.precision.head_mean import HeadMean
+from h5traces.precision import attention
+from h5traces.precision.attention import HeadMean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,13 +36,13 @@ def _levels(bits: int) -> Callable[[NDArray[Any]], _Coded]:
         levels = (1 << bits) - 1
         roots = np.sqrt(weights.astype(np.float64)) * levels
         stored = np.ceil(roots - 0.5).astype(np.uint8)
-        return stored, square_root.from_levels(stored, levels, as_half=True)
+        return stored, attention.from_levels(stored, levels, as_half=True)
 
     return code
 
 
 def _rounded(weights: NDArray[Any]) -> _Coded:
-    values = square_root.rounded(weights, 5)
+    values = attention.rounded(weights, 5)
     return values, values
 
 
@@ -102,8 +102,8 @@ def measure_weights(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
                 _add(sums[name], stored, before, head_mean(values))
                 sums[name].kl += divergence(weights, values)
                 sums[name].rows += weights.shape[0] * weights.shape[1]
-            stored, _ = square_root.to_levels(mean)
-            restored = square_root.from_levels(stored, square_root.LEVELS, as_half=True)
+            stored, _ = attention.to_levels(mean)
+            restored = attention.from_levels(stored, attention.LEVELS, as_half=True)
             _add(sums[HEAD_MEAN], stored, before, restored)
             sums[HEAD_MEAN].kl += divergence(mean, restored)
             sums[HEAD_MEAN].rows += len(mean)

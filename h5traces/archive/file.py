@@ -62,15 +62,6 @@ class ArchiveFile:
         Where its labels lie, if not beside it; False to read none.
     unrounded
         Whether encoded layers come as float32 where their source was float16.
-
-    Raises
-    ------
-    NotAnArchiveError
-        The file is not an archive.
-    RemoteError
-        The server cannot be reached, or rejects the request.
-    UnsupportedVersionError
-        It was written in a newer format.
     """
 
     def __init__(

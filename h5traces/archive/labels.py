@@ -15,8 +15,8 @@ from h5traces.errors import (
     UnsupportedVersionError,
 )
 from h5traces.format import layout
+from h5traces.format.archive import LABELS_FORMAT, LabelSidecar
 from h5traces.format.document import problems_of, with_tuples
-from h5traces.format.labels import LABELS_FORMAT, LabelSidecar
 from h5traces.format.text import and_more
 from h5traces.storage.remote.paths import RemotePath
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from h5traces.format.trace import TraceMetadata
+    from h5traces.format.record import TraceMetadata
 
 SIDECAR_SUFFIX = ".labels.json"
 # Millions of labels; JSON takes several times its size in memory.

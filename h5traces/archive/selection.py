@@ -28,11 +28,6 @@ class Selection:
     samples
         0-based indices (negative ones count from the end), a slice, or text such as ``0,3`` or
         ``0:100``.
-
-    Raises
-    ------
-    LayerIndexError, SampleIndexError
-        The text names no layers or no samples.
     """
 
     layers: LayerChoice = None
@@ -58,11 +53,6 @@ def choose_layers(
         Layer numbers there are, ascending.
     owner
         Begins the sentence of the error that lists them.
-
-    Raises
-    ------
-    LayerIndexError
-        A layer is not available, or text names no layers.
     """
     if choice is None:
         return tuple(available)
@@ -93,11 +83,6 @@ def choose_samples(choice: SampleChoice, num_samples: int) -> Sequence[int]:
         As in `Selection`; None for all.
     num_samples
         How many samples there are.
-
-    Raises
-    ------
-    SampleIndexError
-        There is no such sample, or text names no samples.
     """
     every = range(num_samples)
     if choice is None:

@@ -18,7 +18,7 @@ from h5traces.errors import (
 from h5traces.format import layout, text
 from h5traces.format.document import from_attributes
 from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
-from h5traces.format.trace import TraceMetadata
+from h5traces.format.record import TraceMetadata
 from h5traces.format.values import TorchValue, decode_element
 from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
 from h5traces.storage.remote.paths import RemotePath
@@ -249,15 +249,7 @@ class StoredTrace:
             raise CorruptArchiveError(message) from error
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
-        """The array of a kind by its dataset name, in its source's type; a list where in steps.
-
-        Raises
-        ------
-        CorruptArchiveError
-            Stored values and attributes contradict each other.
-        UnsupportedEncodingError
-            This release does not know how to decode it.
-        """
+        """The array of a kind by its dataset name, in its source's type; a list where in steps."""
         path = f"{kind}/{name}"
         entry, stored = self.entry(path), self.values(path)
         try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.archive.file import ArchiveFile
-    from h5traces.format.trace import TraceMetadata
+    from h5traces.format.record import TraceMetadata
     from h5traces.storage.remote.paths import RemotePath
 
 LayerValue = NDArray[Any] | list[NDArray[Any]]

@@ -18,7 +18,7 @@ from h5traces.format.record import ArraySource, StepArrays, TraceRecord
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath
-from h5traces.writing.transcription import to_record
+from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -79,11 +79,6 @@ def validate_isolated(
     ValidationReport
         With a problem of the kind ``crashed``, ``out_of_memory`` or ``timed_out`` if the child
         did not finish.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such file.
     """
     file = Path(path)
     if not file.exists():

@@ -32,8 +32,13 @@ from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
-from h5traces.format.record import ArrayDescription, TraceDescription, coverage_of
-from h5traces.format.trace import TraceMetadata, index_columns
+from h5traces.format.record import (
+    ArrayDescription,
+    TraceDescription,
+    TraceMetadata,
+    coverage_of,
+    index_columns,
+)
 from h5traces.paths import expand_paths
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,

@@ -20,9 +20,9 @@ from h5traces.format.digests import difference, sample_difference, sample_digest
 from h5traces.format.document import Attrs, from_attributes, to_attributes
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
-from h5traces.format.trace import SourcePosition
+from h5traces.format.record import SourcePosition
 from h5traces.paths import expand_paths
-from h5traces.precision.head_mean import with_head_mean
+from h5traces.precision.attention import with_head_mean
 from h5traces.sources.opening import open_source
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError

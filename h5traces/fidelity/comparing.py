@@ -27,7 +27,7 @@ from h5traces.fidelity.weights import WeightErrors
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.text import and_more
-from h5traces.precision.head_mean import HeadMean
+from h5traces.precision.attention import HeadMean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -318,11 +318,6 @@ def cast_for_storage(
         What to do with an array holding finite values beyond the stored type: store it in
         ``float32`` (or float64, where it needs that), raise an ``error``, or ``clip`` it to the
         largest finite value.
-
-    Raises
-    ------
-    ConversionError
-        The array overflows and `on_overflow` is ``error``.
     """
     num_nan, num_inf = count_not_finite(array)
     if policy == "auto":

@@ -16,7 +16,7 @@ from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning, warn
 from h5traces.format import layout
 from h5traces.format.record import StepArrays
-from h5traces.precision.head_mean import MEAN
+from h5traces.precision.attention import MEAN
 from h5traces.sources.opening import open_source
 from h5traces.torch_data.dataset import (
     ShardGuard,

@@ -9,6 +9,7 @@ import numpy as np
 from h5traces.errors import CorruptArchiveError, UnsupportedEncodingError
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS, TypedArray
+from h5traces.precision.attention import LEVELS, from_levels
 from h5traces.precision.channel_steps import from_steps, reaches_too_far
 from h5traces.precision.encoding import (
     CHANNEL_STEPS,
@@ -17,7 +18,6 @@ from h5traces.precision.encoding import (
     VERSION,
     has_levels,
 )
-from h5traces.precision.square_root import LEVELS, from_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -76,13 +76,6 @@ def decode(
         Gives the layer's exceptions: float64 ``(n, 2)``, flat index and value.
     unrounded
         Whether to give float32 where the source was float16; the formulas are exact in it.
-
-    Raises
-    ------
-    CorruptArchiveError
-        Attributes, scale or exceptions do not fit the array.
-    UnsupportedEncodingError
-        This release does not know the encoding.
     """
     if not is_encoded(attrs):
         message = "the array is not encoded, so there is nothing to decode"

@@ -10,7 +10,7 @@ import numpy as np
 from h5traces.errors import PrecisionError
 from h5traces.format import layout
 from h5traces.format.precision import EXACT, Precision
-from h5traces.precision import channel_steps, square_root
+from h5traces.precision import attention, channel_steps
 from h5traces.precision.channel_steps import StepFormat
 
 if TYPE_CHECKING:
@@ -171,14 +171,14 @@ def has_levels(kind: str, precision: Precision) -> bool:
 
 
 def _square_root(kind: str, array: TypedArray) -> EncodedLayer:
-    stored, beyond = square_root.to_levels(array.values)
+    stored, beyond = attention.to_levels(array.values)
     if beyond.size > _MOST_EXCEPTIONS * array.values.size:
         return _exact(array, "too many values are no weights")
     attrs: Attrs = {
         "encoding": SQUARE_ROOT,
         "encoding_version": VERSION,
         "formula": SQUARE_ROOT_FORMULA,
-        "levels": square_root.LEVELS,
+        "levels": attention.LEVELS,
         "restored_dtype": "float16",
     }
     return _encoded(stored, attrs, kind, array, beyond)
@@ -203,7 +203,7 @@ def _rounded(array: TypedArray, mantissa_bits: int) -> EncodedLayer:
         "encoding_version": VERSION,
         "mantissa_bits": mantissa_bits,
     }
-    values = square_root.rounded(array.values, mantissa_bits)
+    values = attention.rounded(array.values, mantissa_bits)
     return EncodedLayer(values, array.dtype, array.values.nbytes, attrs)
 
 

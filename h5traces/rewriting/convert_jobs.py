@@ -38,20 +38,14 @@ from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.processes import blocked_signals
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import Measurement, batch_states, check_model
-from h5traces.writing.options import (
-    TargetOptions,
-    WriteOptions,
-    WriteSummary,
-    precision_warnings,
-)
+from h5traces.writing.options import TargetOptions, WriteOptions, WriteSummary, precision_warnings
 from h5traces.writing.shards import ShardSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from h5traces.archive.selection import LayerChoice
-    from h5traces.format.record import TraceRecord
-    from h5traces.format.trace import SourcePosition
+    from h5traces.format.record import SourcePosition, TraceRecord
     from h5traces.precision.scales import Calibration
     from h5traces.rewriting.convert_plan import Job
 

@@ -16,7 +16,7 @@ from h5traces.rewriting.repack import read_files
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions
-from h5traces.writing.transcription import to_record
+from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable

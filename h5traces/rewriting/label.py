@@ -15,7 +15,7 @@ from h5traces.archive.labels import FileLabels, sidecar_path
 from h5traces.archive.opening import open_archive
 from h5traces.errors import ArchiveExistsError, Problem, SchemaError, __version__
 from h5traces.format import layout
-from h5traces.format.labels import LabelSidecar
+from h5traces.format.archive import LabelSidecar
 from h5traces.format.text import and_more, utc_now
 from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.repack import repack

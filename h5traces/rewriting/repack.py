@@ -24,8 +24,7 @@ from h5traces.writing.options import (
     precision_warnings,
 )
 from h5traces.writing.shards import ShardSet
-from h5traces.writing.stored_samples import StoredSample
-from h5traces.writing.transcription import to_record
+from h5traces.writing.stored_samples import StoredSample, to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

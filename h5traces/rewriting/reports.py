@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from h5traces.format.trace import COVERAGE_DEFINITIONS
+from h5traces.format.record import COVERAGE_DEFINITIONS
 
 if TYPE_CHECKING:
     from collections import Counter

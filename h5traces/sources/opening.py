@@ -53,15 +53,7 @@ def is_source(path: str | os.PathLike[str]) -> bool:
 
 
 def open_source(path: str | os.PathLike[str]) -> TraceSource:
-    """Open a source; a context manager.
-
-    Raises
-    ------
-    ConversionError
-        Now or while reading: the file is no source, or is damaged; the message names the sample.
-    UnsafePickleError
-        Now or while reading: a pickle asks for something outside the allow-list.
-    """
+    """Open a source; a context manager."""
     # Loaded on first use: archives are read without it.
     from h5traces.sources.pickle.stream import BatchStream
 

@@ -21,12 +21,11 @@ from h5traces.format.digests import sample_digest
 from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
-from h5traces.format.record import StepArrays, TraceRecord
+from h5traces.format.record import StepArrays, TraceRecord, index_columns
 from h5traces.format.text import utc_now
-from h5traces.format.trace import index_columns
 from h5traces.format.values import EncodedObject
+from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
-from h5traces.precision.head_mean import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.scales import ScaleSet, scale_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
@@ -53,8 +52,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.format.precision import CalibrationRecord
-    from h5traces.format.record import LayerArray
-    from h5traces.format.trace import TraceMetadata
+    from h5traces.format.record import LayerArray, TraceMetadata
     from h5traces.writing.stored_samples import StoredSample
 
 

@@ -14,23 +14,13 @@ from h5traces.archive.opening import open_archive
 from h5traces.archive.scales import stored_statistics
 from h5traces.archive.selection import choose_layers
 from h5traces.archive.stores import Hdf5Store
-from h5traces.errors import (
-    ArchiveExistsError,
-    PrecisionError,
-    __version__,
-)
+from h5traces.errors import ArchiveExistsError, PrecisionError, __version__
 from h5traces.format import layout
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
 from h5traces.format.text import utc_now
-from h5traces.paths import (
-    ARCHIVE_SUFFIXES,
-    Target,
-    check_not_a_source,
-    expand_paths,
-    is_archive,
-)
+from h5traces.paths import ARCHIVE_SUFFIXES, Target, check_not_a_source, expand_paths, is_archive
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, statistics_arrays
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.hdf5.writing import Hdf5Writer

@@ -23,9 +23,8 @@ from h5traces.writing.calibrate import measured
 from h5traces.writing.options import AUTOMATIC_SAMPLES
 from h5traces.writing.preparation import observe
 from h5traces.writing.shards import Contents, holds, joined, sample_digests
-from h5traces.writing.stored_samples import StoredSample
+from h5traces.writing.stored_samples import StoredSample, to_record
 from h5traces.writing.trace_writer import TraceWriter
-from h5traces.writing.transcription import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, ConversionError, SchemaError
-from h5traces.format.record import TraceRecord
-from h5traces.format.trace import SourcePosition
+from h5traces.format.record import SourcePosition, TraceRecord
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle import layouts
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts
-from h5traces.writing import transcription
+from h5traces.writing import stored_samples as transcription
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import precision_warnings
-from h5traces.writing.read_back import verify_written
+from h5traces.writing.shards import verify_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,7 +22,7 @@ from h5traces.errors import (
     StoredStateWarning,
     TargetError,
 )
-from h5traces.format.trace import SourcePosition
+from h5traces.format.record import SourcePosition
 from h5traces.sources.pickle.layouts import to_record
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 

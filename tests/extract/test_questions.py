@@ -12,12 +12,7 @@ from tiny_models import QUESTIONS
 
 from h5traces.errors import ExtractionError, MissingDependencyError
 from h5traces.extract import Columns, DatasetChoice, Question
-from h5traces.extract.questions import (
-    HUB_DATASETS,
-    load_dataset,
-    load_questions,
-    read_questions,
-)
+from h5traces.extract.questions import HUB_DATASETS, load_dataset, load_questions, read_questions
 
 
 def test_jsonl():

@@ -11,10 +11,9 @@ import h5traces
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.record import LayerArray, LayeredArrays, TraceRecord
+from h5traces.precision.attention import HeadMean, from_levels, to_levels
 from h5traces.precision.channel_steps import StepFormat, from_steps, to_steps
-from h5traces.precision.head_mean import HeadMean
 from h5traces.precision.scales import ChannelAccumulator, channel_scale
-from h5traces.precision.square_root import from_levels, to_levels
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:

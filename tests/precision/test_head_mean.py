@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h5traces.format.precision import TIERS
-from h5traces.precision.head_mean import HeadMean
+from h5traces.precision.attention import HeadMean
 
 if TYPE_CHECKING:
     from h5traces.format.dtypes import TypedArray

@@ -32,8 +32,7 @@ from h5traces.errors import (
 )
 from h5traces.fidelity import compare
 from h5traces.format.precision import Precision
-from h5traces.format.record import LayerArray
-from h5traces.format.trace import SourcePosition
+from h5traces.format.record import LayerArray, SourcePosition
 from h5traces.rewriting.export import export
 from h5traces.rewriting.repack import repack
 from h5traces.sources.pickle.layouts import to_record

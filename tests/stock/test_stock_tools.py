@@ -449,7 +449,7 @@ def test_what_archives_never_hold_is_refused(
         ("format_version", b"2.0", UnsupportedVersionError, "'2.0'.*upgrade h5traces"),
         ("format_version", b"nonsense", UnsupportedVersionError, "upgrade h5traces"),
         ("required_features", b'["holograms"]', UnsupportedVersionError, "requires holograms"),
-        ("required_features", b"{", CorruptArchiveError, "no list of names"),
+        ("required_features", b"{", CorruptArchiveError, "not a list of names"),
         ("format", b"other", NotAnArchiveError, "not an h5traces archive"),
         ("complete", 0, CorruptArchiveError, "not finished"),
         ("num_samples", -5, H5TracesError, "num_samples"),

@@ -10,12 +10,7 @@ import pytest
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.pickle import source as source_module
-from h5traces.sources.pickle.source import (
-    FileSource,
-    MemorySource,
-    PickleLimits,
-    TruncatedError,
-)
+from h5traces.sources.pickle.source import FileSource, MemorySource, PickleLimits, TruncatedError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.sources.pickle.layouts import ContainerItem
 from h5traces.sources.pickle.source import PickleLimits
-from h5traces.sources.pickle.stream import BatchStream, ContainerItem, is_pickle
+from h5traces.sources.pickle.stream import BatchStream, is_pickle
 
 if TYPE_CHECKING:
     from pathlib import Path

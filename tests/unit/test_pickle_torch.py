@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from h5traces.errors import ConversionError, UnsafePickleError
-from h5traces.sources.pickle.shims import TorchValue
+from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.stream import BatchStream
 
 if TYPE_CHECKING:

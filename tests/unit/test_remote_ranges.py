@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from h5traces.storage.remote.file import RangeCache
-from h5traces.storage.remote.paths import RemotePath, is_url
-from h5traces.storage.remote.transport import Blocks, ByteRange, Reply, coalesce
+from h5traces.storage.remote.paths import Blocks, ByteRange, RemotePath, Reply, coalesce, is_url
 
 DATA = bytes(index * 7 % 251 for index in range(400))
 ranges = st.lists(

@@ -7,11 +7,9 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from h5traces.format.archive import ArchiveMetadata, KindMetadata
+from h5traces.format.archive import ArchiveMetadata, KindMetadata, LabelSidecar
 from h5traces.format.document import from_attributes, problems_of, to_attributes
-from h5traces.format.labels import LabelSidecar
-from h5traces.format.record import TraceDescription
-from h5traces.format.trace import TraceMetadata
+from h5traces.format.record import TraceDescription, TraceMetadata
 
 UNSTABLE = Path(__file__).resolve().parents[2] / "schema" / "unstable"
 MODELS = {

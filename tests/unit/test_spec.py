@@ -21,7 +21,7 @@ from h5traces.format import values as encodings
 from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import dataset_digest, sample_digest
 from h5traces.format.entries import carrier_dtype
-from h5traces.format.trace import TraceMetadata, index_columns
+from h5traces.format.record import TraceMetadata, index_columns
 from h5traces.precision import encoding
 from h5traces.storage.arrays import chunk_shape
 from h5traces.storage.codecs import CODECS

@@ -18,7 +18,7 @@ from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArr
 from h5traces.format.values import TorchValue
 
 if TYPE_CHECKING:
-    from h5traces.format.trace import SourcePosition
+    from h5traces.format.record import SourcePosition
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +61,6 @@ def to_record(
         Where it was read.
     layers
         Decoder blocks to keep, ascending; all by default.
-
-    Raises
-    ------
-    ConversionError
-        A field is missing or has a wrong type; the message names the field.
     """
     found = _Fields()
     # No producer of the container layout is known, nor where its last state was taken.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from h5traces.errors import ConversionError, SchemaError
-from h5traces.format.trace import SourcePosition
+from h5traces.format.record import SourcePosition
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.items import (
     ROOT,
@@ -26,12 +26,7 @@ from h5traces.sources.pickle.items import (
 from h5traces.sources.pickle.layouts import ContainerItem, as_dict, num_layers_of, to_record
 from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
 from h5traces.sources.pickle.shims import type_name
-from h5traces.sources.pickle.source import (
-    FileSource,
-    PickleLimits,
-    TruncatedError,
-    contradict,
-)
+from h5traces.sources.pickle.source import FileSource, PickleLimits, TruncatedError, contradict
 
 if TYPE_CHECKING:
     import os
@@ -63,13 +58,6 @@ class BatchStream(Iterator[Any]):
         Bounds for hostile files.
     start
         Index of the first item to return; earlier ones are read and dropped.
-
-    Raises
-    ------
-    ConversionError
-        Now or while iterating: the file is damaged, or is no batch.
-    UnsafePickleError
-        Now or while iterating: the pickle asks for something outside the allow-list.
 
     Attributes
     ----------
@@ -179,11 +167,6 @@ class BatchStream(Iterator[Any]):
             The number of this file among the sources of an archive.
         layers
             Decoder blocks to keep, ascending; all by default.
-
-        Raises
-        ------
-        ConversionError
-            An item is no sample; the message names file, sample and field.
         """
         for item in self:
             place = SourcePosition(file=file, position=self.num_read - 1)

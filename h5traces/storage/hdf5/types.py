@@ -13,7 +13,7 @@ from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.format import layout, text
 from h5traces.format.archive import ArchiveMetadata, KindMetadata
 from h5traces.format.entries import carrier_dtype
-from h5traces.format.trace import TraceMetadata
+from h5traces.format.record import TraceMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

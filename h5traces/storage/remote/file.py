@@ -17,14 +17,13 @@ from h5traces.errors import (
     StoredStateWarning,
     warn,
 )
-from h5traces.storage.remote.transport import Blocks, ByteRange, coalesce, persistently
+from h5traces.storage.remote.paths import Blocks, ByteRange, coalesce, persistently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from h5traces.storage.remote.paths import RemoteOptions, RemotePath
-    from h5traces.storage.remote.transport import Reply, Transport
+    from h5traces.storage.remote.paths import RemoteOptions, RemotePath, Reply, Transport
 
 
 _DATA = "data"

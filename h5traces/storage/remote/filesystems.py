@@ -13,14 +13,12 @@ import fsspec
 from fsspec.asyn import sync
 
 from h5traces.errors import RemoteError
-from h5traces.storage.remote.paths import RemotePath
-from h5traces.storage.remote.transport import ByteRange, Reply, TemporaryError, persistently
+from h5traces.storage.remote.paths import ByteRange, RemotePath, Reply, TemporaryError, persistently
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from h5traces.storage.remote.paths import RemoteOptions
-    from h5traces.storage.remote.transport import Transport
+    from h5traces.storage.remote.paths import RemoteOptions, Transport
 
 
 _HTTP_ERRORS: Final = 400
@@ -187,7 +185,7 @@ def _settings(protocol: str, options: RemoteOptions) -> dict[str, Any]:
 
 
 def transport_for(path: RemotePath, options: RemoteOptions) -> Transport:
-    """The transport for an address; see `h5traces.storage.remote.transport`."""
+    """The transport for an address; see `h5traces.storage.remote.paths`."""
     if path.is_web:
         return _WebTransport(path, filesystem(path.protocol, options), path.url)
     if path.protocol in ("s3", "s3a"):
