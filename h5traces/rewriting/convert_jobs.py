@@ -221,7 +221,7 @@ class _Conversion:
         size, writers = self._options.target.shard_samples, self._shards.writers
         if not writers:
             self._new_writer()
-        elif size is not None and writers[-1].num_samples >= size:
+        elif size is not None and writers[-1].summary.num_samples >= size:
             self._finish_writer()
             self._new_writer()
         try:

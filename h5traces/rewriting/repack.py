@@ -390,7 +390,7 @@ class _Rewrite:
         if self._encodes:
             writer.append(to_record(trace, first_source=first_source))
         else:
-            writer.copy(StoredSample(trace, codec=self._codec), first_source=first_source)
+            writer.copy(StoredSample(trace, codec=self._codec, first_source=first_source))
 
     def _publish(self) -> None:
         """Name the targets, and report them."""
