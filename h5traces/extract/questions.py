@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 import xxhash
 
 from h5traces.errors import ExtractionError, MissingDependencyError
+from h5traces.extract.options import Columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from h5traces.extract.options import Columns, DatasetChoice
+    from h5traces.extract.options import DatasetChoice
 
 _QUESTION_COLUMNS: Final = ("question", "prompt")
 _ID_COLUMNS: Final = ("question_id", "id")
@@ -85,9 +86,9 @@ def load_dataset(choice: DatasetChoice) -> QuestionSet:
     """Load the questions of a data set."""
     name = choice.dataset
     if name in HUB_DATASETS:
-        found = _read_hub(HUB_DATASETS[name], path=choice.path, revision=choice.revision)
+        found = load_questions(name, path=choice.path, revision=choice.revision)
     elif Path(name).is_file():
-        found = _read_file(Path(name), choice.columns)
+        found = read_questions(Path(name), choice.columns)
     else:
         message = (
             f"no data set is known as {name!r}, and no file has that name; expected "
@@ -119,7 +120,7 @@ def _checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
     return tuple(found)
 
 
-def _read_file(path: Path, columns: Columns) -> QuestionSet:
+def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
     """Questions of a JSONL or CSV file; those without an id are named by the file and their row."""
     readers = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows}
     reader = readers.get(path.suffix.lower())
@@ -132,7 +133,7 @@ def _read_file(path: Path, columns: Columns) -> QuestionSet:
     except UnicodeDecodeError as error:
         message = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
         raise ExtractionError(message) from error
-    questions = _from_rows(path, reader(path, text), columns)
+    questions = _from_rows(path, reader(path, text), columns or Columns())
     digest = xxhash.xxh3_128_hexdigest(data)
     return QuestionSet(path.name, _checked(questions, str(path)), revision=f"xxh3-128:{digest}")
 
@@ -229,8 +230,11 @@ HUB_DATASETS: Final = {
 }
 
 
-def _read_hub(known: HubDataset, *, path: str | None, revision: str | None) -> QuestionSet:
+def load_questions(
+    name: str, *, path: str | None = None, revision: str | None = None
+) -> QuestionSet:
     """Questions of a data set on the hub, or of a local copy of its repository."""
+    known = HUB_DATASETS[name]
     place = path or known.path
     with tempfile.TemporaryDirectory(prefix="h5traces-questions-") as folder:
         # The library's cache knows local copies by the name of their folder alone, and would return
