@@ -481,11 +481,6 @@ def scaled_options(
         How many of these.
     report
         Called for every batch that is measured.
-
-    Raises
-    ------
-    PrecisionError
-        The calibration is of another model, or batches of one model have different widths.
     """
     step = options.write.precision.step
     if step is None or options.target.dry_run:
