@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.pickle.shims import (
-    NUMPY_NAMES,
+    NAMES,
     STORAGE_NAMES,
-    TORCH_NAMES,
     Pending,
     Shim,
     StorageHeader,
@@ -59,7 +58,6 @@ _double = struct.Struct(">d").unpack
 _MAX_KEY = 1 << 63
 _MISSING = object()
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in described_opcodes}
-NAMES: Mapping[tuple[str, str], Shim] = {**NUMPY_NAMES, **TORCH_NAMES}
 
 
 class Machine:
@@ -268,8 +266,8 @@ class Machine:
         return shim
 
     def call(self, function: Any, args: Any) -> None:
-        if type(function) is not Shim:
-            reject(f"{type_name(function)} is called, expected an allowed name")
+        if type(function) is not Shim or function.call is None:
+            reject(f"{type_name(function)} is called, expected an allowed function")
         if type(args) is not tuple:
             reject(f"{function.name} is called with {type_name(args)}, expected a tuple")
         value = function.call(self, args)
