@@ -221,7 +221,7 @@ class _Conversion:
         size, writers = self._options.target.shard_samples, self._shards.writers
         if not writers:
             self._new_writer()
-        elif size is not None and writers[-1].num_samples >= size:
+        elif size is not None and writers[-1].summary.num_samples >= size:
             self._finish_writer()
             self._new_writer()
         try:
@@ -481,11 +481,6 @@ def scaled_options(
         How many of these.
     report
         Called for every batch that is measured.
-
-    Raises
-    ------
-    PrecisionError
-        The calibration is of another model, or batches of one model have different widths.
     """
     step = options.write.precision.step
     if step is None or options.target.dry_run:
