@@ -302,7 +302,7 @@ def _chosen(source: Path, layers: LayerChoice) -> tuple[int, ...] | None:
     if layers is None or not isinstance(layers, str):
         return None if layers is None else tuple(layers)
     with open_source(source) as opened:
-        next(opened.dicts(), None)
+        next(opened, None)
         return choose_layers(layers, range(opened.num_layers), f"{source} has")
 
 
