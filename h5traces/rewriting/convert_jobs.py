@@ -302,7 +302,7 @@ def _chosen(source: Path, layers: LayerChoice) -> tuple[int, ...] | None:
     if layers is None or not isinstance(layers, str):
         return None if layers is None else tuple(layers)
     with open_source(source) as opened:
-        next(opened.dicts(), None)
+        next(opened, None)
         return choose_layers(layers, range(opened.num_layers), f"{source} has")
 
 
@@ -481,11 +481,6 @@ def scaled_options(
         How many of these.
     report
         Called for every batch that is measured.
-
-    Raises
-    ------
-    PrecisionError
-        The calibration is of another model, or batches of one model have different widths.
     """
     step = options.write.precision.step
     if step is None or options.target.dry_run:

@@ -305,13 +305,7 @@ def _check_scales(
 
 
 def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) -> Precision:
-    """The precision of the targets.
-
-    Raises
-    ------
-    LossyArchiveError
-        More precise than the sources.
-    """
+    """The precision of the targets."""
     if given.tier is None:
         return (before.precision or EXACT) if given.dtype is None else EXACT
     wanted = Precision.of(given.tier)
