@@ -26,7 +26,7 @@ from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
-from h5traces.precision.scales import ScaleSet, scale_arrays
+from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals, uninterrupted
@@ -318,7 +318,7 @@ class ArchiveWriter:
         if scales is None or self._encoder.precision.step is None:
             return
         stored = _scales_of(scales, self._observed.layers)
-        self._footer.add_scales(write_scales(self._hdf5, scale_arrays(stored), stored.record))
+        self._footer.add_scales(write_scales(self._hdf5, stored_arrays(stored), stored.record))
 
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
         observed = self._observed
