@@ -35,14 +35,8 @@ if TYPE_CHECKING:
 class Prepared:
     """A dataset that was cast, digested and encoded.
 
-    Attributes
-    ----------
-    raw_nbytes
-        Bytes of the array after the cast.
-    exceptions
-        Values of a layer that go into the table of exceptions: float64 ``(n, 2)``.
-    kept_exact
-        Why a layer is stored more precisely than the tier asks.
+    ``raw_nbytes`` counts the array after the cast. ``exceptions`` go into that table, float64
+    ``(n, 2)``; ``kept_exact`` says why a layer is stored more precisely than the tier asks.
     """
 
     path: str
@@ -60,29 +54,29 @@ def prepare_layers(
     kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
 ) -> list[Prepared]:
     """Cast, digest and encode the arrays of some layers; called in threads."""
-    return [_prepare_layer(kind, entry, options, encoder) for entry in entries]
-
-
-def _prepare_layer(
-    kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
-) -> Prepared:
-    layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
-    return Prepared(
-        path=f"{kind}/{entry.name}",
-        dtype=layer.dtype,
-        attrs=attrs,
-        image=kind in layout.KINDS and layout.KINDS[kind].image,
-        encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
-        raw_nbytes=layer.source_nbytes,
-        counts=counts,
-        exceptions=layer.exceptions,
-        kept_exact=layer.kept_exact,
-    )
+    found = []
+    for entry in entries:
+        layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
+        found.append(
+            Prepared(
+                path=f"{kind}/{entry.name}",
+                dtype=layer.dtype,
+                attrs=attrs,
+                image=kind in layout.KINDS and layout.KINDS[kind].image,
+                encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
+                raw_nbytes=layer.source_nbytes,
+                counts=counts,
+                exceptions=layer.exceptions,
+                kept_exact=layer.kept_exact,
+            )
+        )
+    return found
 
 
 def codec_for(values: NDArray[Any], codec: str) -> str:
-    """The codec of a layer's values: single bytes have nothing to shuffle."""
-    return DEFLATE.name if codec == GZIP.name and values.dtype.itemsize == 1 else codec
+    """The codec, gzip without its shuffle for text and single bytes."""
+    shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
+    return DEFLATE.name if codec == GZIP.name and not shuffles else codec
 
 
 def _stored_layer(
@@ -134,13 +128,12 @@ def prepare_element(element: EncodedObject) -> Prepared:
     """Encode a small dataset in the calling thread: handing it to another would cost more."""
     values = element.values
     assert values is not None
-    shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
     return Prepared(
         path=element.path,
         dtype=element.dtype,
         attrs=element_attributes(element),
         image=False,
-        encoded=encode_array(values, (GZIP if shuffles else DEFLATE).name),
+        encoded=encode_array(values, codec_for(values, GZIP.name)),
         raw_nbytes=values.nbytes,
         counts=CastCounts(),
     )
@@ -185,12 +178,7 @@ def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
 def exceptions_table(kind: str, found: Mapping[str, NDArray[np.float64]]) -> EncodedObject:
     """Exceptions of all layers of a kind: float64 ``(n, 3)``, layer, flat index and value.
 
-    Parameters
-    ----------
-    kind
-        Such as ``hidden_states``.
-    found
-        Index and value ``(n, 2)`` by name of the layer; the embedding becomes layer -1.
+    `found` holds index and value ``(n, 2)`` by name; the embedding becomes layer -1.
     """
     parts = []
     for name, pairs in found.items():

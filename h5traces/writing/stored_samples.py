@@ -12,7 +12,7 @@ from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import EarlierCast, LayerArray, LayeredArrays, StepArrays, TraceRecord
 from h5traces.format.values import EncodedObject, decode_element
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
-from h5traces.storage.codecs import DEFLATE, GZIP
+from h5traces.storage.codecs import GZIP
 from h5traces.writing.preparation import Observation, Prepared, codec_for, prepare_element
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from h5traces.archive.trace import Trace
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
-    from h5traces.format.record import TraceMetadata
+    from h5traces.format.record import SourcePosition, TraceMetadata
 
 
 def _is_table(entry: ObjectEntry, name: str) -> bool:
@@ -36,24 +36,22 @@ def is_label(path: str) -> bool:
 
 
 class StoredSample:
-    """A stored trace that is copied whole or with selected layers only.
+    """A stored trace that is copied whole, or from ``archive.select(layers=…)`` those layers.
 
-    Parameters
-    ----------
-    trace
-        The trace; from ``archive.select(layers=…)``, only the selected layers are copied.
-    codec
-        Codec to compress layers with again; None to copy their chunks.
+    With a codec, layers are compressed again; else their chunks are copied. `first_source` is as in
+    `to_record`.
     """
 
-    def __init__(self, trace: Trace, *, codec: str | None = None) -> None:
-        self._trace, self._codec = trace._stored, codec
+    def __init__(self, trace: Trace, *, codec: str | None = None, first_source: int = 0) -> None:
+        self._trace, self._codec, self._first_source = trace._stored, codec, first_source
 
     @property
     def metadata(self) -> TraceMetadata:
         """The trace's metadata with all its fields."""
-        return self._trace.metadata.model_copy(
-            update={"fields": self._trace.fields, "digest": None}
+        metadata = self._trace.metadata
+        source = _source(metadata, self._first_source)
+        return metadata.model_copy(
+            update={"fields": self._trace.fields, "digest": None, "source": source}
         )
 
     def observation(self) -> Observation:
@@ -119,28 +117,21 @@ class StoredSample:
     def _copied(self, entry: ObjectEntry) -> Prepared:
         kind, _, name = entry.path.partition("/")
         is_layer = kind in layout.KINDS and name not in layout.TABLES
-        codec = self._codec if is_layer else None
         return Prepared(
             path=entry.path,
             dtype=entry.dtype,
             attrs=entry.attrs,
             image=is_layer and layout.KINDS[kind].image,
-            encoded=self._encoded(entry) if codec is None else self._compressed(entry, codec),
+            encoded=self._encoded(entry, self._codec if is_layer else None),
             raw_nbytes=entry.raw_nbytes,
             counts=CastCounts(),
         )
 
-    def _compressed(self, entry: ObjectEntry, codec: str) -> EncodedArray:
-        """The stored values, compressed with another codec."""
-        values = self._trace.values(entry.path)
-        return encode_array(values, codec_for(values, codec))
-
-    def _encoded(self, entry: ObjectEntry) -> EncodedArray:
-        """The stored chunks, checked; compressed again only if their filters are no known codec."""
-        if entry.codec is None or entry.chunks is None:
+    def _encoded(self, entry: ObjectEntry, codec: str | None) -> EncodedArray:
+        """The stored chunks, checked; compressed again if their filters are no known codec."""
+        if codec is not None or entry.codec is None or entry.chunks is None:
             values = self._trace.values(entry.path)
-            shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
-            return encode_array(values, (GZIP if shuffles else DEFLATE).name)
+            return encode_array(values, codec_for(values, codec or GZIP.name))
         file = self._trace.file.store.file
         chunks = tuple(
             read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
@@ -152,12 +143,7 @@ class StoredSample:
 def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
     """A stored trace, or its selected layers, as a record in the types of the source.
 
-    Parameters
-    ----------
-    trace
-        The trace.
-    first_source
-        Index in the new archive's ``sources`` of the first source of this archive.
+    `first_source` is the index in the new archive's ``sources`` of the first source of this one.
     """
     stored = trace._stored
     extra: dict[str, Any] = {}
@@ -176,11 +162,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         prompt_len=metadata.prompt_len,
         label=metadata.label,
         scores=metadata.scores,
-        source=(
-            metadata.source.model_copy(update={"file": first_source + metadata.source.file})
-            if metadata.source
-            else None
-        ),
+        source=_source(metadata, first_source),
         extraction=metadata.extraction,
         exact_digest=metadata.exact_digest or metadata.digest,
         fields=stored.fields,
@@ -202,6 +184,11 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         },
         extra=extra,
     )
+
+
+def _source(metadata: TraceMetadata, first_source: int) -> SourcePosition | None:
+    found = metadata.source
+    return found and found.model_copy(update={"file": first_source + found.file})
 
 
 def _layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
@@ -226,10 +213,11 @@ def _layer_array(trace: StoredTrace, kind: str, entry: ObjectEntry) -> LayerArra
     if entry.attrs.get("sequence") == "tuple":
         sequence = "tuple"
     array = StepArrays(tuple(value), sequence) if isinstance(value, list) else value
+    site = entry.attrs.get("site")
     return LayerArray(
         name=name,
         array=array,
-        site=_text_or_none(entry.attrs.get("site")),
+        site=None if site is None else str(site),
         container="torch" if entry.attrs.get("container") == "torch" else None,
         earlier=_earlier_cast(entry.attrs),
     )
@@ -244,7 +232,3 @@ def _earlier_cast(attrs: Attrs) -> EarlierCast | None:
     counts = CastCounts(**{name: int(attrs.get(name, 0)) for name in names})  # type: ignore[arg-type]
     num_changed: Any = attrs.get("num_changed")
     return EarlierCast(source, counts, num_changed)
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)
