@@ -372,6 +372,8 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
 def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:
     """Write a dataset below `parent`; its entry has the path of `prepared`."""
     encoded = prepared.encoded
+    kind, _, name = prepared.path.partition("/")
+    is_image = kind in layout.KINDS and layout.KINDS[kind].image and name not in layout.TABLES
     offsets, sizes = hdf5.write_dataset(
         f"{parent}/{prepared.path}",
         dtype=prepared.dtype,
@@ -379,7 +381,7 @@ def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectE
         chunk=encoded.chunk,
         codec=encoded.codec,
         chunks=encoded.chunks,
-        attrs={**(layout.IMAGE_ATTRS if prepared.image else {}), **prepared.attrs},
+        attrs={**(layout.IMAGE_ATTRS if is_image else {}), **prepared.attrs},
     )
     return ObjectEntry(
         prepared.path,

@@ -42,7 +42,6 @@ class Prepared:
     path: str
     dtype: str
     attrs: Attrs
-    image: bool
     encoded: EncodedArray
     raw_nbytes: int
     counts: CastCounts
@@ -62,7 +61,6 @@ def prepare_layers(
                 path=f"{kind}/{entry.name}",
                 dtype=layer.dtype,
                 attrs=attrs,
-                image=kind in layout.KINDS and layout.KINDS[kind].image,
                 encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
                 raw_nbytes=layer.source_nbytes,
                 counts=counts,
@@ -132,7 +130,6 @@ def prepare_element(element: EncodedObject) -> Prepared:
         path=element.path,
         dtype=element.dtype,
         attrs=element_attributes(element),
-        image=False,
         encoded=encode_array(values, codec_for(values, GZIP.name)),
         raw_nbytes=values.nbytes,
         counts=CastCounts(),
