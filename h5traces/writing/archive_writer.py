@@ -26,7 +26,7 @@ from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
-from h5traces.precision.scales import ScaleSet, scale_arrays
+from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals, uninterrupted
@@ -285,7 +285,7 @@ class ArchiveWriter:
             # The embedding has no number.
             if numbers is not None and (layer is None or layer in numbers):
                 stored[path] = each
-        arrays = scale_arrays(ScaleSet(stored, scales.record))
+        arrays = stored_arrays(ScaleSet(stored, scales.record))
         self._footer.add_scales(write_scales(self._hdf5, arrays, scales.record))
 
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:

@@ -11,7 +11,7 @@ import numpy as np
 from h5traces.errors import ConversionError, PrecisionError, SchemaError
 from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
-from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage, uncast
+from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage
 from h5traces.format.entries import digest_type
 from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
 from h5traces.format.values import EncodedObject, encode_element
@@ -85,7 +85,7 @@ def _stored_layer(
     try:
         source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
         if encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
-            cast = uncast(source)
+            cast = cast_for_storage(source, policy=source.dtype)
         else:
             cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
     except ConversionError as error:

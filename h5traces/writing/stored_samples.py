@@ -10,7 +10,7 @@ from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import EarlierCast, LayerArray, LayeredArrays, StepArrays, TraceRecord
-from h5traces.format.values import EncodedObject
+from h5traces.format.values import EncodedObject, decode_element
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
 from h5traces.storage.codecs import GZIP
 from h5traces.writing.preparation import Observation, Prepared, codec_for, prepare_element
@@ -128,7 +128,7 @@ class StoredSample:
         if codec is not None or entry.codec is None or entry.chunks is None:
             values = self._trace.values(entry.path)
             return encode_array(values, codec_for(values, codec or GZIP.name))
-        file = self._trace.byte_file
+        file = self._trace.file.store.file
         chunks = tuple(
             read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
         )
@@ -148,7 +148,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         name = path.removeprefix(prefix)
         is_old = name == layout.LABEL and stored.has_new_label
         if path.startswith(prefix) and "/" not in name and not is_old:
-            extra[layout.unescape_key(text.unescape(name))] = stored.extra(path)
+            extra[layout.unescape_key(text.unescape(name))] = decode_element(stored, path)
     metadata = stored.metadata
     tokens = stored.tokens() if layout.TOKENS in stored.objects else None
     container = stored.attrs(layout.TOKENS).get("container") if tokens is not None else None
