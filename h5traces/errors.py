@@ -101,9 +101,8 @@ class SchemaError(H5TracesError, ValueError):
 class TraceNotFoundError(H5TracesError, KeyError):
     """No sample has this id, or several have; look at the archive's ids, or use an index."""
 
-    def __str__(self) -> str:
-        # KeyError would print the repr of the message.
-        return str(self.args[0]) if self.args else ""
+    # KeyError would print the repr of the message.
+    __str__ = Exception.__str__
 
 
 class LayerIndexError(H5TracesError, IndexError):
@@ -145,9 +144,8 @@ class LossyArchiveError(ArchiveError):
 class HeadsNotStoredError(LossyArchiveError, KeyError):
     """The archive stores attentions averaged over heads; use the average, or another archive."""
 
-    def __str__(self) -> str:
-        # KeyError would print the repr of the message.
-        return str(self.args[0]) if self.args else ""
+    # KeyError would print the repr of the message.
+    __str__ = Exception.__str__
 
 
 class LossyWarning(UserWarning):

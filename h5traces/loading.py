@@ -35,4 +35,4 @@ def load(path: Source) -> list[dict[str, Any]]:
         with open_archive(path) as archive:
             return [trace.to_dict() for trace in archive]
     with open_source(path) as source:
-        return [materialised(each) for each in source.dicts()]
+        return [materialised(each) for each in source]

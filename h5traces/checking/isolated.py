@@ -65,20 +65,7 @@ def validate_isolated(
 ) -> ValidationReport:
     """Validate one archive in a child process that cannot crash this one.
 
-    Parameters
-    ----------
-    path
-        The archive.
-    limits
-        What the file may ask of its reader.
-    isolation
-        What the child may use.
-
-    Returns
-    -------
-    ValidationReport
-        With a problem of the kind ``crashed``, ``out_of_memory`` or ``timed_out`` if the child
-        did not finish.
+    The problem is ``crashed``, ``out_of_memory`` or ``timed_out`` if the child did not finish.
     """
     file = Path(path)
     if not file.exists():

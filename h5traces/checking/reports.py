@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from h5traces.errors import Problem
+from h5traces.errors import Problem
 
 
 @dataclass(slots=True)
@@ -34,6 +33,11 @@ class FileReport:
     def ok(self) -> bool:
         """Whether there are no problems."""
         return not self.problems
+
+    def add(self, loc: str, error: Exception | str, kind: str = "damaged") -> None:
+        """Add a problem; its message does not repeat the file and the place."""
+        message = str(error).removeprefix(f"{self.path}: ").removeprefix(f"{loc}: ")
+        self.problems.append(Problem(loc, message, kind))
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""

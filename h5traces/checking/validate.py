@@ -6,7 +6,7 @@ Every object is looked at through HDF5; no array is read, and nothing is written
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -126,8 +126,7 @@ def validate_file(
         with Hdf5Reader(file, limits) as reader:
             _Validation(reader, limits, report, progress).run()
     except H5TracesError as error:
-        message = str(error).removeprefix(f"{file}: ")
-        report.problems.append(Problem("/", message, problem_kind(error)))
+        report.add("/", error, problem_kind(error))
     return report
 
 
@@ -142,11 +141,13 @@ class _Validation:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._reader, self._limits, self._report = reader, limits, report
-        self._progress = progress
+        self._add, self._progress = report.add, progress
         self._footer: FooterStore | None = None
         self._metadata: ArchiveMetadata | None = None
         self._kinds: dict[str, KindMetadata] = {}
         self._samples: list[TraceMetadata | None] = []
+        # By cast and stored type, what each of the arrays says that the cast changed.
+        self._casts: defaultdict[tuple[object, str | None], list[Any]] = defaultdict(list)
         # Channels of each layer's scale, by the layer's path below a sample.
         self._widths: dict[str, int] = {}
         self._is_newer = False
@@ -173,6 +174,7 @@ class _Validation:
             if self._progress is not None:
                 self._progress(index + 1, len(names))
         self._report.num_samples = len(names)
+        self._check_casts()
         self._check_index(names)
         self._check_keys()
         if self._metadata is not None:
@@ -183,16 +185,9 @@ class _Validation:
                 message = f"attribute {name!r} is neither of the format nor of a type that it uses"
                 self._add(place, message, "unknown_attribute")
 
-    def _add(self, loc: str, message: str, kind: str) -> None:
-        self._report.problems.append(Problem(loc, message, kind))
-
     def _add_all(self, place: str, findings: Iterable[Finding]) -> None:
         for loc, message, kind in findings:
             self._add(f"{place}/{loc}" if loc else place, message, kind)
-
-    def _add_error(self, place: str, error: ArchiveError) -> None:
-        message = str(error).removeprefix(f"{self._reader.path}: ").removeprefix(f"{place}: ")
-        self._add(place, message, problem_kind(error))
 
     def _document(self, document: type[Document], attrs: Attrs, loc: str) -> Any:
         for name in unknown_attributes(document, attrs):
@@ -244,7 +239,7 @@ class _Validation:
         try:
             scales = self._reader.scales(problems=problems)
         except ArchiveError as error:
-            self._add_error(place, error)
+            self._add(place, error, problem_kind(error))
             return
         self._add_all("", ((each.loc, each.message, each.kind) for each in problems))
         if scales is not None:
@@ -295,7 +290,7 @@ class _Validation:
         try:
             sample = self._reader.sample(name, problems=problems)
         except ArchiveError as error:
-            self._add_error(place, error)
+            self._add(place, error, problem_kind(error))
             self._samples.append(None)
             return
         self._add_all(place, ((each.loc, each.message, each.kind) for each in problems))
@@ -303,6 +298,11 @@ class _Validation:
         self._samples.append(metadata)
         self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
         self._add_all(place, _sample_problems(sample, metadata, self._kinds))
+        for path, entry in sample.objects.items():
+            kind = self._kinds.get(path.partition("/")[0])
+            if kind is not None and kind.derivation is None and "cast_from" in entry.attrs:
+                key = entry.attrs["cast_from"], _float_type(entry)
+                self._casts[key].append(entry.attrs.get("num_changed"))
         self._add_all(place, _encoding_problems(sample.objects, self._widths, self._metadata))
         if not problems:
             differs = None if metadata is None else sample_difference(sample)
@@ -335,6 +335,29 @@ class _Validation:
             self._add("/", str(error), "footer_damaged")
             self._footer = None
 
+    def _check_casts(self) -> None:
+        """The root's ``casts`` against the attributes of the arrays, where all could be read."""
+        metadata = self._metadata
+        if metadata is None or metadata.casts is None or None in self._samples:
+            return
+        stored = {
+            key: (len(counts), sum(counts) if all(type(each) is int for each in counts) else None)
+            for key, counts in self._casts.items()
+        }
+        listed: dict[tuple[object, str | None], tuple[int, int | None]] = {
+            (each.cast_from, each.dtype): (each.num_arrays, each.num_changed)
+            for each in metadata.casts
+        }
+        for key in dict.fromkeys([*listed, *stored]):
+            ours, theirs = listed.get(key, (0, 0)), stored.get(key, (0, 0))
+            if ours != theirs:
+                message = (
+                    f"'casts' lists {ours[0]} arrays cast from {key[0]} to {key[1]} and "
+                    f"{_values(ours[1])}; the arrays' own attributes say {theirs[0]} and "
+                    f"{_values(theirs[1])}"
+                )
+                self._add("/", message, "count_mismatch")
+
     def _check_index(self, names: list[str]) -> None:
         loc = f"/{layout.INDEX_TABLE}"
         table = self._reader.index_table()
@@ -366,6 +389,11 @@ class _Validation:
                     f"{generation}; the pair must be unique"
                 )
                 self._add(f"/{layout.SAMPLES_GROUP}", message, "repeated_key")
+
+
+def _values(num_changed: int | None) -> str:
+    number = "an unknown number of" if num_changed is None else f"{num_changed:,}"
+    return f"{number} changed values"
 
 
 def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:

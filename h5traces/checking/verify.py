@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
 from h5traces.checking.reports import FileReport, Reports
 from h5traces.checking.validate import validate_file
-from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, Problem
+from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import difference, sample_difference, sample_digest
@@ -52,11 +52,6 @@ class VerifyReport(FileReport):
 
     num_chunks: int = 0
     nbytes: int = 0
-
-    def add(self, loc: str, error: Exception | str, kind: str = "damaged") -> None:
-        """Add a problem."""
-        message = str(error).removeprefix(f"{self.path}: ").removeprefix(f"{loc}: ")
-        self.problems.append(Problem(loc, message, kind))
 
 
 def verify(
@@ -110,7 +105,8 @@ def verify(
         report = VerifyReport(str(path), nbytes=path.stat().st_size)
         reports.append(report)
         try:
-            with _opened(path, limits, report) as store:
+            # Closed at the end: while HDF5 has a file open, it does not read what is on disk now.
+            with closing(_open(path, limits, report)) as store:
                 _Verification(store, report, workers, progress).run(source, deep=deep)
         except H5TracesError as error:
             if against is not None and not isinstance(error, CorruptArchiveError):
@@ -123,17 +119,12 @@ def verify(
     return reports
 
 
-@contextmanager
-def _opened(file: Path, limits: ReadLimits, report: VerifyReport) -> Iterator[Store]:
-    store: FooterStore | Hdf5Store
+def _open(file: Path, limits: ReadLimits, report: VerifyReport) -> FooterStore | Hdf5Store:
     try:
-        store = FooterStore(LocalFile(file), limits)
+        return FooterStore(LocalFile(file), limits)
     except FooterError as error:
         report.notes.append(f"{error}; checked through HDF5, by inflating everything")
-        store = Hdf5Store(file, limits)
-    # Closed at the end: while HDF5 has a file open, it does not read what is on disk now.
-    with closing(store):
-        yield store
+        return Hdf5Store(file, limits)
 
 
 class _Verification:

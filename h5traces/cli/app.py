@@ -57,12 +57,14 @@ _PANELS: Final = {
             "export": "Write a legacy batch, or an archive for viewers without float16.",
             "seal": "Rebuild the index of archives that another program changed.",
             "salvage": "Copy the intact samples of a damaged archive.",
-        },
-        "labelling": {"label": "Join scores to archives by question id."},
+            "label": "Join scores to archives by question id.",
+        }
     },
     "Use archives": {
-        "features": {"features": "Compute features: a row for every sample."},
-        "fidelity": {"fidelity": "Compare a lossy archive with its original, layer by layer."},
+        "using": {
+            "features": "Compute features: a row for every sample.",
+            "fidelity": "Compare a lossy archive with its original, layer by layer.",
+        }
     },
 }
 COMMANDS: Final = {

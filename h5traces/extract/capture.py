@@ -45,16 +45,9 @@ _TOLERANCE: Final = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """What to keep of a forward pass.
+    """What to keep of a forward pass, as in `ExtractOptions`; ``layers`` ascend.
 
-    Attributes
-    ----------
-    layers
-        Decoder blocks, ascending.
-    kinds, embedding, last_state
-        As in `ExtractOptions`.
-    dtype
-        Stored type; casts to the narrow ones are made on the device.
+    ``dtype`` is the stored type; casts to the narrow ones are made on the device.
     """
 
     layers: tuple[int, ...]
@@ -66,15 +59,7 @@ class CaptureOptions:
 
 @dataclass
 class Captured:
-    """The arrays of one sample.
-
-    Attributes
-    ----------
-    arrays
-        By kind, in order of layer; the embedding first.
-    num_nan
-        NaN values by kind and name.
-    """
+    """The arrays of one sample by kind, the embedding first; NaN values by kind and name."""
 
     arrays: dict[str, list[LayerArray]] = field(default_factory=dict)
     num_nan: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -93,15 +78,7 @@ class _Taken:
 
 
 class Capturer:
-    """Runs forward passes of one model.
-
-    Parameters
-    ----------
-    anatomy
-        The model's parts.
-    options
-        What to keep.
-    """
+    """Runs forward passes of one model."""
 
     def __init__(self, anatomy: Anatomy, options: CaptureOptions) -> None:
         self._anatomy, self._options = anatomy, options
@@ -110,14 +87,9 @@ class Capturer:
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Sequence[int]], *, pad_id: int = 0) -> list[Captured]:
-        """Hidden states ``(S, H)`` and attentions ``(A, S, S)`` of every sequence.
+        """Hidden states ``(S, H)`` and attentions ``(A, S, S)`` of every sequence of token ids.
 
-        Parameters
-        ----------
-        sequences
-            Token ids; shorter ones are padded on the left, and the padding is removed again.
-        pad_id
-            Token to pad with; it is masked.
+        Shorter ones are padded on the left; the padding is masked, and removed again.
         """
         while True:
             passed = _Pass(self._anatomy, self._options, self._too_wide, sequences)
@@ -263,20 +235,10 @@ class _Pass:
 
 
 def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of `values` in the target type, and what the cast changed.
+    """A contiguous copy of `values`, in the target type if there is one, and what the cast changed.
 
-    Parameters
-    ----------
-    values
-        Floating-point values of any shape and type, on any device.
-    target
-        The new type; None to keep the type.
-
-    Returns
-    -------
-    tuple of Tensor
-        The contiguous copy; and int64 ``(5,)`` on the same device: values that overflow, become
-        zero, become subnormal, or change at all, and NaN values of the source.
+    The latter is int64 ``(5,)`` on the same device: values that overflow, become zero, become
+    subnormal, or change at all, and NaN values of the source.
     """
     num_nan = values.isnan().sum()
     if target is None:
@@ -321,8 +283,7 @@ def padded(
         "attention_mask": torch.tensor(mask, device=device),
     }
     if len(sequences) > 1:
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        inputs["position_ids"] = positions
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return inputs
 
 

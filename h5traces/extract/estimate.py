@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from h5traces.format.precision import Precision, Tier
 
-_PER: Final = 1000
 # Models with fewer layers are thinned out less.
 _FEW_LAYERS: Final = 12
 
@@ -50,7 +49,7 @@ class EstimateRow:
     @property
     def per_thousand(self) -> float:
         """Bytes of 1000 samples."""
-        return self.sample_nbytes * _PER
+        return self.sample_nbytes * 1000
 
 
 @dataclass(frozen=True, kw_only=True)

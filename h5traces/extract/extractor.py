@@ -19,7 +19,6 @@ from h5traces.extract.capture import CaptureOptions, Capturer, check_capture
 from h5traces.extract.generation import (
     Planner,
     clean_answer,
-    decoded_tokens,
     generate,
     generation_config,
     padding_token,
@@ -172,25 +171,10 @@ def _stored(entry: LayerArray, dtype: DtypePolicy) -> Any:
 
 
 class Extractor:
-    """Makes records of questions with one model.
-
-    Parameters
-    ----------
-    model, tokenizer
-        A causal language model of transformers in evaluation mode, and its tokenizer.
-    options
-        What is computed.
-    dtype
-        Type that the arrays will be stored in.
-    """
+    """Makes records of questions with one model; arguments as for `extract`."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        options: ExtractOptions,
-        *,
-        dtype: DtypePolicy = "float16",
+        self, model: Any, tokenizer: Any, options: ExtractOptions, *, dtype: DtypePolicy = "float16"
     ) -> None:
         if dtype not in DTYPE_POLICIES:
             message = f"dtype is {dtype!r}, expected {', '.join(DTYPE_POLICIES)}"
@@ -311,7 +295,7 @@ class Extractor:
                 *extra,
             ),
             tokens=np.array(tokens, dtype=np.int64),
-            tokens_decoded=decoded_tokens(self._tokenizer, tokens),
+            tokens_decoded=tuple(self._tokenizer.decode([each]) for each in tokens),
             texts=texts,
             layered={
                 kind: LayeredArrays(tuple(captured.arrays.get(kind, ())))

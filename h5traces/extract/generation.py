@@ -35,17 +35,7 @@ _SENTENCE_END: Final = re.compile(r"[.!?](?=\s|\Z)")
 
 @dataclass(frozen=True)
 class Job:
-    """A question, ready for the model.
-
-    Attributes
-    ----------
-    question
-        The question.
-    prompt
-        Token ids of the prompt.
-    seed
-        Seed of the sample's random numbers.
-    """
+    """A question, its prompt as token ids, and the seed of the sample's random numbers."""
 
     question: Question
     prompt: tuple[int, ...]
@@ -53,17 +43,7 @@ class Job:
 
 
 class Planner:
-    """Makes jobs from questions; needs a tokenizer and a configuration, but no weights.
-
-    Parameters
-    ----------
-    tokenizer
-        Tokenizer of the model.
-    config
-        Configuration of the model.
-    options
-        Prompt template, seed and longest answer.
-    """
+    """Makes jobs from questions; needs a tokenizer and a configuration, but no weights."""
 
     def __init__(self, tokenizer: Any, config: Any, options: ExtractOptions) -> None:
         if _PLACE not in options.prompt_template:
@@ -129,11 +109,6 @@ class Drawing(LogitsProcessor):
 
     torch.multinomial draws for the whole batch from one stream, so a sample would depend on its
     neighbours. Here every row has a generator, on the CPU: the noise is the same on every device.
-
-    Parameters
-    ----------
-    seeds
-        One seed per row.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -176,21 +151,7 @@ def generate(
     *,
     pad_id: int,
 ) -> list[Answer]:
-    """Answers to a batch of prompts.
-
-    Parameters
-    ----------
-    model
-        A causal language model.
-    prompts
-        Token ids; shorter ones are padded on the left.
-    seeds
-        One seed per prompt.
-    options
-        How to generate.
-    pad_id
-        Token to pad with; it is masked.
-    """
+    """Answers to a batch of prompts; shorter ones are padded on the left, and masked there."""
     processors = LogitsProcessorList()
     if options.do_sample:
         processors.append(TemperatureLogitsWarper(float(options.temperature)))
@@ -252,11 +213,6 @@ def padding_token(tokenizer: Any, *, batch_size: int) -> int:
         )
         raise ExtractionError(message)
     return 0
-
-
-def decoded_tokens(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """Each token decoded by itself."""
-    return tuple(tokenizer.decode([each]) for each in ids)
 
 
 def clean_answer(text: str, cut: AnswerCut) -> str:

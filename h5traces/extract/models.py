@@ -198,14 +198,7 @@ def hide_progress_bars() -> None:
 class Anatomy:
     """The parts of a decoder-only model.
 
-    Attributes
-    ----------
-    model_class, family
-        Class name and ``model_type``.
-    decoder
-        The module that runs embedding, blocks and final norm.
-    blocks, attentions
-        The decoder blocks, and the attention module of each.
+    ``family`` is its ``model_type``; ``decoder`` runs embedding, blocks and final norm.
     """
 
     model_class: str

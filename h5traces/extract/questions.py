@@ -73,17 +73,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions and where they come from.
-
-    Attributes
-    ----------
-    name
-        Name of the data set, or of the file.
-    questions
-        In the order of the data set.
-    config, split, revision
-        Of a data set on the hub. A file has only a revision: a digest of its bytes.
-    """
+    """Questions and where they come from; the revision of a file is a digest of its bytes."""
 
     name: str
     questions: tuple[Question, ...]
@@ -131,15 +121,7 @@ def _checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
 
 
 def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
-    """Read the questions of a JSONL or CSV file.
-
-    Parameters
-    ----------
-    path
-        A file whose name ends in ``.jsonl``, ``.json`` (one object per line) or ``.csv``.
-    columns
-        Columns to read. Rows without an id are named after the file and their number.
-    """
+    """Questions of a JSONL or CSV file; those without an id are named by the file and their row."""
     readers = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -151,8 +133,7 @@ def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
     except UnicodeDecodeError as error:
         message = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
         raise ExtractionError(message) from error
-    rows = reader(path, text)
-    questions = _from_rows(path, rows, columns or Columns())
+    questions = _from_rows(path, reader(path, text), columns or Columns())
     digest = xxhash.xxh3_128_hexdigest(data)
     return QuestionSet(path.name, _checked(questions, str(path)), revision=f"xxh3-128:{digest}")
 
@@ -223,15 +204,7 @@ def _answers(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set on the hub.
-
-    Attributes
-    ----------
-    path, config, split
-        Arguments of ``datasets.load_dataset``.
-    question
-        Makes a question from the number of a row and the row.
-    """
+    """A data set on the hub; ``question`` makes a question from the number of a row and the row."""
 
     path: str
     config: str
@@ -260,24 +233,14 @@ HUB_DATASETS: Final = {
 def load_questions(
     name: str, *, path: str | None = None, revision: str | None = None
 ) -> QuestionSet:
-    """Load the questions of a data set on the hub.
-
-    Parameters
-    ----------
-    name
-        A key of `HUB_DATASETS`.
-    path
-        A local copy of the repository, to be used instead of the hub.
-    revision
-        Commit, branch or tag on the hub.
-    """
+    """Questions of a data set on the hub, or of a local copy of its repository."""
     known = HUB_DATASETS[name]
+    place = path or known.path
     with tempfile.TemporaryDirectory(prefix="h5traces-questions-") as folder:
         # The library's cache knows local copies by the name of their folder alone, and would return
         # the rows of another one.
-        cache = folder if path is not None else None
-        rows = _load(known, path or known.path, revision, cache)
-        questions = _questions(known, rows, path or known.path)
+        rows = _load(known, place, revision, folder if path is not None else None)
+        questions = _questions(known, rows, place)
     return QuestionSet(
         known.path,
         questions,

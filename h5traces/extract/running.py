@@ -208,12 +208,7 @@ def _record_nbytes(record: TraceRecord) -> int:
 class WriterThread:
     """A thread that feeds the writer from a bounded queue while the next records are computed.
 
-    Parameters
-    ----------
-    writer
-        Used by this thread alone until `close` returns.
-    written
-        Called in the thread with each record that is durable.
+    The writer is its own until `close` returns; `written` is called with each durable record.
     """
 
     def __init__(self, writer: ProcessWriter, written: Callable[[TraceRecord], None]) -> None:
@@ -275,27 +270,11 @@ class WriterThread:
 
 
 class Run:
-    """One start of a run.
+    """One start of a run; `progress` and `should_stop` are as for `extract_dataset`.
 
-    Parameters
-    ----------
-    extractor
-        Computes records.
-    writer
-        Closed at the end of the run; suspended if the run stops or fails.
-    jobs
-        All samples of the run, in order. Batches are cut from this list, whatever is done already,
-        so that a sample has the same neighbours in every start.
-    options
-        What is computed.
-    report
-        Receives the results.
-    precision
-        Options of the writer.
-    progress
-        Called after every written sample, in the writing thread.
-    should_stop
-        Called before every batch; if true, the run stops.
+    `jobs` are all samples of the run. Batches are cut from this list, whatever is done already, so
+    that a sample has the same neighbours in every start. The writer is closed at the end, or
+    suspended if the run stops or fails.
     """
 
     def __init__(
@@ -356,7 +335,8 @@ class Run:
                 if job.question.sample_id in self._done:
                     continue
                 if isinstance(outcome, Skipped):
-                    self._skip(outcome)
+                    self._report.skipped.append(outcome)
+                    self._report.save()
                 else:
                     thread.put(outcome)
         return False
@@ -378,7 +358,13 @@ class Run:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(batch) == 1:
-                yield batch[0], self._too_large(batch[0])
+                (job,) = batch
+                message = (
+                    f"{job.question.sample_id}: does not fit into memory with its "
+                    f"{len(job.prompt)} prompt tokens, not even alone; start again with more "
+                    "memory to try it again"
+                )
+                yield job, Skipped.of(job.question, "out_of_memory", message)
                 return
             self._report.halved.append([each.question.sample_id for each in batch])
             middle = len(batch) // 2
@@ -403,18 +389,6 @@ class Run:
                 message = f"{place}: the model failed: {error}"
                 raise ExtractionError(message) from error
             return None
-
-    @staticmethod
-    def _too_large(job: Job) -> Skipped:
-        message = (
-            f"{job.question.sample_id}: does not fit into memory with its {len(job.prompt)} prompt "
-            "tokens, not even alone; start again with more memory to try it again"
-        )
-        return Skipped.of(job.question, "out_of_memory", message)
-
-    def _skip(self, sample: Skipped) -> None:
-        self._report.skipped.append(sample)
-        self._report.save()
 
     def _note(self, record: TraceRecord) -> None:
         """Count a durable record; called by the writing thread, which alone counts."""

@@ -54,13 +54,6 @@ class ModelShape:
         """Values per sample and layer, by kind, averaged over samples.
 
         The mean is taken over samples, since attentions grow with the square of the length.
-
-        Parameters
-        ----------
-        lengths
-            Tokens of every sample.
-        kinds
-            Kinds of arrays.
         """
         count = len(lengths)
         weights = sum(n * n for n in lengths) / count
@@ -206,15 +199,7 @@ class Forecast:
         return self._nbytes(self.rates.of_precision(self.precision.precision))
 
     def needed_nbytes(self, num_done: int, shard_samples: int | None) -> float:
-        """Bytes for the samples that are left, and for a shard that waits to be packed.
-
-        Parameters
-        ----------
-        num_done
-            Samples that are in archives already.
-        shard_samples
-            Samples per shard; None for one archive. They wait without quantisation.
-        """
+        """Bytes for the samples that are left, and for a shard that waits without quantisation."""
         num_samples = len(self.lengths)
         waiting = min(shard_samples or num_samples, num_samples)
         left = max(0, num_samples - num_done)

@@ -52,69 +52,10 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 _END = object()
-
-
-class ReadAhead(Iterator[Item], Generic[Item]):
-    """Runs an iterator one item ahead; a context manager.
-
-    Never more than two items exist: the one in use and the one being made. So the caller must drop
-    an item before it asks for the next.
-
-    Parameters
-    ----------
-    make
-        Called in the thread to make the iterator.
-    """
-
-    def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
-        self._make = make
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._wanted = threading.Semaphore(1)
-        self._stopped = False
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="h5traces-read", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            items = self._make()
-            while True:
-                self._wanted.acquire()
-                if self._stopped:
-                    return
-                # Not kept in a local: the caller must be able to free what it was handed.
-                self._ready.put((None, next(items, _END)))
-        except BaseException as error:  # handed to the caller's thread
-            self._ready.put((error, None))
-
-    def __next__(self) -> Item:
-        if self._ended:
-            raise StopIteration
-        error, item = self._ready.get()
-        if error is not None or item is _END:
-            self._ended = True
-            raise StopIteration if error is None else error
-        self._wanted.release()
-        return item  # type: ignore[no-any-return]  # the queue holds Item and _END only
-
-    def close(self) -> None:
-        """Stop the thread; an item in the making is dropped."""
-        self._stopped = True
-        self._wanted.release()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
+_POLL_SECONDS = 0.1
+# Set in every worker process: where it puts its progress, and whether it is to stop.
+_progress_queue: Any = None
+_stop: Any = None
 # Called with the source, how many of its bytes are read, and samples written since the last call.
 Report = Callable[[Path, int, int], None]
 
@@ -280,7 +221,7 @@ class _Conversion:
         size, writers = self._options.target.shard_samples, self._shards.writers
         if not writers:
             self._new_writer()
-        elif size is not None and writers[-1].num_samples >= size:
+        elif size is not None and writers[-1].summary.num_samples >= size:
             self._finish_writer()
             self._new_writer()
         try:
@@ -361,7 +302,7 @@ def _chosen(source: Path, layers: LayerChoice) -> tuple[int, ...] | None:
     if layers is None or not isinstance(layers, str):
         return None if layers is None else tuple(layers)
     with open_source(source) as opened:
-        next(opened.dicts(), None)
+        next(opened, None)
         return choose_layers(layers, range(opened.num_layers), f"{source} has")
 
 
@@ -370,10 +311,65 @@ def _placed(error: Exception, source: Path, place: SourcePosition | None) -> str
     return f"{source}: {position}{error}"
 
 
-_POLL_SECONDS = 0.1
-# Set in every worker process: where it puts its progress, and whether it is to stop.
-_progress_queue: Any = None
-_stop: Any = None
+class ReadAhead(Iterator[Item], Generic[Item]):
+    """Runs an iterator one item ahead; a context manager.
+
+    Never more than two items exist: the one in use and the one being made. So the caller must drop
+    an item before it asks for the next.
+
+    Parameters
+    ----------
+    make
+        Called in the thread to make the iterator.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
+        self._make = make
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._wanted = threading.Semaphore(1)
+        self._stopped = False
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="h5traces-read", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            items = self._make()
+            while True:
+                self._wanted.acquire()
+                if self._stopped:
+                    return
+                # Not kept in a local: the caller must be able to free what it was handed.
+                self._ready.put((None, next(items, _END)))
+        except BaseException as error:  # handed to the caller's thread
+            self._ready.put((error, None))
+
+    def __next__(self) -> Item:
+        if self._ended:
+            raise StopIteration
+        error, item = self._ready.get()
+        if error is not None or item is _END:
+            self._ended = True
+            raise StopIteration if error is None else error
+        self._wanted.release()
+        return item  # type: ignore[no-any-return]  # the queue holds Item and _END only
+
+    def close(self) -> None:
+        """Stop the thread; an item in the making is dropped."""
+        self._stopped = True
+        self._wanted.release()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def run_in_processes(
@@ -485,11 +481,6 @@ def scaled_options(
         How many of these.
     report
         Called for every batch that is measured.
-
-    Raises
-    ------
-    PrecisionError
-        The calibration is of another model, or batches of one model have different widths.
     """
     step = options.write.precision.step
     if step is None or options.target.dry_run:

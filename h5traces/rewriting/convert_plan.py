@@ -59,18 +59,7 @@ class Job:
 def plan_jobs(
     sources: PathLike | Sequence[PathLike], target: Target, *, merge: bool = False
 ) -> tuple[list[Job], list[Leftover]]:
-    """The jobs of a conversion, and the files that are passed over.
-
-    Raises
-    ------
-    ConversionError
-        There is nothing to convert, two batches would get one target, or a batch that is merged was
-        named twice.
-    TargetError
-        A target is a source.
-    FileNotFoundError
-        A source does not exist.
-    """
+    """The jobs of a conversion, and the files that are passed over."""
     named: list[tuple[Path, Path]] = []
     leftovers: list[Leftover] = []
     for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:

@@ -94,16 +94,7 @@ def score_name(column: str) -> str:
 
 
 def read_scores(path: Path, columns: ScoreColumns = ScoreColumns()) -> ScoreTable:
-    """A CSV file with a header, in UTF-8; texts may hold newlines.
-
-    Raises
-    ------
-    SchemaError
-        A column is missing, a score is no number, or rows of one id contradict each other; the
-        problems name the lines.
-    OSError
-        The file cannot be read.
-    """
+    """A CSV file with a header, in UTF-8; texts may hold newlines."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:

@@ -305,13 +305,7 @@ def _check_scales(
 
 
 def _wanted(before: ArchiveMetadata, given: PrecisionOptions, archive: Archive) -> Precision:
-    """The precision of the targets.
-
-    Raises
-    ------
-    LossyArchiveError
-        More precise than the sources.
-    """
+    """The precision of the targets."""
     if given.tier is None:
         return (before.precision or EXACT) if given.dtype is None else EXACT
     wanted = Precision.of(given.tier)
@@ -390,7 +384,7 @@ class _Rewrite:
         if self._encodes:
             writer.append(to_record(trace, first_source=first_source))
         else:
-            writer.copy(StoredSample(trace, codec=self._codec), first_source=first_source)
+            writer.copy(StoredSample(trace, codec=self._codec, first_source=first_source))
 
     def _publish(self) -> None:
         """Name the targets, and report them."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
 
-    from h5traces.format.record import TraceRecord
+    from h5traces.sources.pickle.stream import BatchStream
 
 SOURCE_SUFFIXES: Final = (".pkl.gz", ".pickle.gz", ".pkl", ".pickle")
 _BATCH_NAME: Final = re.compile(
@@ -19,41 +18,8 @@ _BATCH_NAME: Final = re.compile(
 )
 
 
-class TraceSource(Protocol):
-    """An open source; `records` or `dicts` read its samples once, in order.
-
-    `num_samples` is None if the file does not say it; `num_layers` is the largest number of decoder
-    blocks among the samples read so far; `progress` has the bytes read so far and the file's size.
-    """
-
-    num_samples: int | None
-    num_layers: int
-
-    @property
-    def progress(self) -> tuple[int, int]: ...
-
-    def records(
-        self, *, file: int = 0, layers: tuple[int, ...] | None = None
-    ) -> Iterator[TraceRecord]:
-        """Every sample as a record: of `layers` only, with `file` as its source's number."""
-
-    def dicts(self) -> Iterator[dict[str, Any]]:
-        """Every sample as a dict; tensors are `TorchValue`."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def is_source(path: str | os.PathLike[str]) -> bool:
-    """Whether the file starts like a pickle, plain or inside gzip; its name does not matter."""
-    from h5traces.sources.pickle.stream import is_pickle
-
-    return is_pickle(path)
-
-
-def open_source(path: str | os.PathLike[str]) -> TraceSource:
-    """Open a source; a context manager."""
+def open_source(path: str | os.PathLike[str]) -> BatchStream:
+    """Open a source, a context manager: it yields dicts, its `records` yields records."""
     # Loaded on first use: archives are read without it.
     from h5traces.sources.pickle.stream import BatchStream
 

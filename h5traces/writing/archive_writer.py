@@ -26,7 +26,7 @@ from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
-from h5traces.precision.scales import ScaleSet, scale_arrays
+from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals, uninterrupted
@@ -45,7 +45,7 @@ from h5traces.writing.preparation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     import numpy as np
@@ -71,18 +71,8 @@ class ArchiveWriter:
     Leaving the block without an exception finishes and publishes the file; an exception deletes
     what was written and touches nothing else.
 
-    Parameters
-    ----------
-    path
-        The final name. Its folder must exist.
-    options
-        How to write.
-    generations
-        Generation indices in use, by sample id; the shards of a set share it.
-    num_layers
-        Decoder blocks of the model if known; else the largest number in a record.
-    metadata
-        Further fields of `ArchiveMetadata`, such as ``model_id``.
+    The shards of a set share `generations`, the generation indices in use by sample id. `metadata`
+    are further fields of `ArchiveMetadata`, such as ``model_id``.
     """
 
     def __init__(
@@ -128,25 +118,12 @@ class ArchiveWriter:
         self._observed = Observation()
         self._generations = {} if generations is None else generations
         self._index: list[TraceMetadata] = []
-        self._digests: list[str] = []
         self._casts: tuple[Cast, ...] = ()
         self._finished = False
+        self.part_path = self._part.path
+        # Of every sample written, computed from the records themselves.
+        self.digests: list[str] = []
         self.summary = WriteSummary(path)
-
-    @property
-    def part_path(self) -> Path:
-        """The unfinished file."""
-        return self._part.path
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """Content digest of every sample written, computed from the records themselves."""
-        return tuple(self._digests)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples written so far."""
-        return self.summary.num_samples
 
     def append(self, record: TraceRecord) -> None:
         """Write one record."""
@@ -156,21 +133,9 @@ class ArchiveWriter:
         description = record.describe()
         self._write_sample(description.metadata, observe(record), self._record_objects(record))
 
-    def copy(self, sample: StoredSample, *, first_source: int = 0) -> None:
-        """Write a sample of another archive by copying its chunks, without recompression.
-
-        Parameters
-        ----------
-        sample
-            The stored sample.
-        first_source
-            Index in the new archive's ``sources`` of the first source of this archive.
-        """
-        metadata = sample.metadata
-        if metadata.source is not None:
-            moved = metadata.source.model_copy(update={"file": first_source + metadata.source.file})
-            metadata = metadata.model_copy(update={"source": moved})
-        self._write_sample(metadata, sample.observation(), sample.objects())
+    def copy(self, sample: StoredSample) -> None:
+        """Write a sample of another archive by copying its chunks, without recompression."""
+        self._write_sample(sample.metadata, sample.observation(), sample.objects())
 
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
@@ -206,7 +171,7 @@ class ArchiveWriter:
         self._footer.add_sample(
             {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
         )
-        self._digests.append(digest)
+        self.digests.append(digest)
         self._index.append(metadata)
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
@@ -286,12 +251,7 @@ class ArchiveWriter:
     ) -> ArchiveMetadata:
         """Write metadata, index and footer and make the file durable; `publish` names it.
 
-        Parameters
-        ----------
-        sources
-            The files that the records were converted from.
-        metadata
-            Fields of `ArchiveMetadata` that are known only at the end.
+        `metadata` are fields of `ArchiveMetadata` that are known only at the end.
         """
         self._finished = True
         kinds = {name: self._kind_attributes(name) for name in self._observed.layers}
@@ -317,8 +277,16 @@ class ArchiveWriter:
         scales = self._encoder.scales
         if scales is None or self._encoder.precision.step is None:
             return
-        stored = _scales_of(scales, self._observed.layers)
-        self._footer.add_scales(write_scales(self._hdf5, scale_arrays(stored), stored.record))
+        stored = {}
+        for path, each in scales.layers.items():
+            kind, _, name = path.partition("/")
+            layer = layout.parse_layer_name(name)
+            numbers = self._observed.layers.get(kind)
+            # The embedding has no number.
+            if numbers is not None and (layer is None or layer in numbers):
+                stored[path] = each
+        arrays = stored_arrays(ScaleSet(stored, scales.record))
+        self._footer.add_scales(write_scales(self._hdf5, arrays, scales.record))
 
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
         observed = self._observed
@@ -404,6 +372,8 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
 def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:
     """Write a dataset below `parent`; its entry has the path of `prepared`."""
     encoded = prepared.encoded
+    kind, _, name = prepared.path.partition("/")
+    is_image = kind in layout.KINDS and layout.KINDS[kind].image and name not in layout.TABLES
     offsets, sizes = hdf5.write_dataset(
         f"{parent}/{prepared.path}",
         dtype=prepared.dtype,
@@ -411,7 +381,7 @@ def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectE
         chunk=encoded.chunk,
         codec=encoded.codec,
         chunks=encoded.chunks,
-        attrs={**(layout.IMAGE_ATTRS if prepared.image else {}), **prepared.attrs},
+        attrs={**(layout.IMAGE_ATTRS if is_image else {}), **prepared.attrs},
     )
     return ObjectEntry(
         prepared.path,
@@ -429,21 +399,9 @@ def write_scales(
     arrays: Iterable[tuple[str, NDArray[np.float32]]],
     record: CalibrationRecord | None,
 ) -> list[ObjectEntry]:
-    """Write the group ``/scales``.
+    """Write the group ``/scales`` from paths below the root and values ``(hidden,)``.
 
-    Parameters
-    ----------
-    hdf5
-        The open file.
-    arrays
-        Paths below the root, and values ``(hidden,)``.
-    record
-        What they were measured on.
-
-    Returns
-    -------
-    list of ObjectEntry
-        Groups and datasets with their paths below the root, in order of path.
+    Returns groups and datasets with their paths below the root, in order of path.
     """
     attrs: Attrs = {} if record is None else to_attributes(record)
     entries = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
@@ -457,15 +415,3 @@ def write_scales(
         prepared = prepare_element(EncodedObject(path, {}, "float32", values))
         entries[path] = _write_dataset(hdf5, "", prepared)
     return [entries[path] for path in sorted(entries)]
-
-
-def _scales_of(scales: ScaleSet, stored: Mapping[str, Collection[int]]) -> ScaleSet:
-    """The scales of the layers in `stored` (numbers by kind) and of the embeddings."""
-    layers = {path: each for path, each in scales.layers.items() if _is_stored(path, stored)}
-    return ScaleSet(layers, scales.record)
-
-
-def _is_stored(path: str, stored: Mapping[str, Collection[int]]) -> bool:
-    kind, _, name = path.partition("/")
-    layer = layout.parse_layer_name(name)
-    return kind in stored and (layer is None or layer in stored[kind])

@@ -21,7 +21,7 @@ from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
 from h5traces.format.text import utc_now
 from h5traces.paths import ARCHIVE_SUFFIXES, Target, check_not_a_source, expand_paths, is_archive
-from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, statistics_arrays
+from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, stored_arrays
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from h5traces.archive.archive import Archive
     from h5traces.archive.selection import LayerChoice
     from h5traces.archive.trace import Trace
-    from h5traces.format.limits import ReadLimits
     from h5traces.format.precision import Precision
     from h5traces.format.record import TraceRecord
     from h5traces.paths import PathLike
@@ -153,13 +152,7 @@ def calibrate(
 
 
 class Measurement:
-    """Measures the hidden states of samples, layers side by side.
-
-    Parameters
-    ----------
-    layers
-        Decoder blocks to measure: numbers, or text such as ``0,5,last``; all by default.
-    """
+    """Measures the hidden states of samples, layers side by side."""
 
     def __init__(self, layers: LayerChoice = None) -> None:
         self._layers = layers if layers is None or isinstance(layers, str) else frozenset(layers)
@@ -220,21 +213,13 @@ class Measurement:
         return max((each.num_not_finite for each in self._accumulators.values()), default=0)
 
     def calibration(self, model_id: str | None, *, partial: bool = False) -> Calibration:
-        """The statistics measured so far.
-
-        Parameters
-        ----------
-        model_id
-            The model that the sources name.
-        partial
-            Whether layers without a token to measure may be missing; they get no quantisation step.
-        """
-        found = {}
+        """The statistics so far; if `partial`, without layers that had no token to measure."""
         measured = {
             path: each
             for path, each in self._accumulators.items()
             if each.num_tokens or not partial
         }
+        found = {}
         for path, accumulator in measured.items():
             try:
                 found[path] = accumulator.statistics()
@@ -303,15 +288,7 @@ def batch_states(path: Path) -> Generator[States]:
 
 
 def measured(archive: Archive, samples: int) -> Calibration:
-    """Measure the selected layers of an archive's first samples; empty if it has no hidden states.
-
-    Parameters
-    ----------
-    archive
-        The open archive.
-    samples
-        Number of samples.
-    """
+    """Measure the selected layers of the first samples; empty if there are no hidden states."""
     with Measurement(archive.layers) as measurement:
         for trace in archive[:samples]:
             measurement.add(trace.path.name, trace_states(trace))
@@ -355,17 +332,17 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
                 "created": utc_now(),
             },
         )
-        write_scales(hdf5, statistics_arrays(calibration), calibration.record)
+        write_scales(hdf5, stored_arrays(calibration), calibration.record)
         hdf5.close()
         part.file.raise_error()
         part.sync()
         part.publish(overwrite=overwrite)
 
 
-def load_calibration(path: PathLike, *, limits: ReadLimits = DEFAULT_LIMITS) -> Calibration:
+def load_calibration(path: PathLike) -> Calibration:
     """Read the scales of a file that `calibrate` wrote, or of an archive."""
     file = Path(path)
-    with contextlib.closing(Hdf5Store(file, limits)) as store:
+    with contextlib.closing(Hdf5Store(file, DEFAULT_LIMITS)) as store:
         found = stored_statistics(store)
     if found is None or not found.layers:
         message = (

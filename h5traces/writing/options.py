@@ -110,16 +110,8 @@ class TargetOptions:
 class WriteOptions:
     """What a writer of archives needs of both groups, with defaults filled in.
 
-    Attributes
-    ----------
-    dtype, on_overflow, codec, workers, overwrite, verify
-        As there.
-    precision
-        How precisely; anything but `EXACT` needs the type float16.
-    scales
-        Of hidden states with quantisation steps.
-    earlier_precisions
-        What the arrays lost before.
+    ``scales`` are those of quantised hidden states; ``earlier_precisions`` say what the arrays lost
+    before.
     """
 
     dtype: DtypePolicy = "float16"
@@ -171,14 +163,8 @@ class WriteSummary:
 
     Attributes
     ----------
-    path
-        The published file.
-    num_samples
-        Samples in it.
     raw_nbytes, stored_nbytes
         Bytes of the arrays before and after compression, by kind (``other`` for the rest).
-    nbytes
-        Size of the file.
     counts
         Values that are not finite or were changed by casts, by kind.
     coverage

@@ -11,7 +11,7 @@ import numpy as np
 from h5traces.errors import ConversionError, PrecisionError, SchemaError
 from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
-from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage, uncast
+from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage
 from h5traces.format.entries import digest_type
 from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
 from h5traces.format.values import EncodedObject, encode_element
@@ -35,20 +35,13 @@ if TYPE_CHECKING:
 class Prepared:
     """A dataset that was cast, digested and encoded.
 
-    Attributes
-    ----------
-    raw_nbytes
-        Bytes of the array after the cast.
-    exceptions
-        Values of a layer that go into the table of exceptions: float64 ``(n, 2)``.
-    kept_exact
-        Why a layer is stored more precisely than the tier asks.
+    ``raw_nbytes`` counts the array after the cast. ``exceptions`` go into that table, float64
+    ``(n, 2)``; ``kept_exact`` says why a layer is stored more precisely than the tier asks.
     """
 
     path: str
     dtype: str
     attrs: Attrs
-    image: bool
     encoded: EncodedArray
     raw_nbytes: int
     counts: CastCounts
@@ -60,29 +53,28 @@ def prepare_layers(
     kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
 ) -> list[Prepared]:
     """Cast, digest and encode the arrays of some layers; called in threads."""
-    return [_prepare_layer(kind, entry, options, encoder) for entry in entries]
-
-
-def _prepare_layer(
-    kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
-) -> Prepared:
-    layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
-    return Prepared(
-        path=f"{kind}/{entry.name}",
-        dtype=layer.dtype,
-        attrs=attrs,
-        image=kind in layout.KINDS and layout.KINDS[kind].image,
-        encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
-        raw_nbytes=layer.source_nbytes,
-        counts=counts,
-        exceptions=layer.exceptions,
-        kept_exact=layer.kept_exact,
-    )
+    found = []
+    for entry in entries:
+        layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
+        found.append(
+            Prepared(
+                path=f"{kind}/{entry.name}",
+                dtype=layer.dtype,
+                attrs=attrs,
+                encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
+                raw_nbytes=layer.source_nbytes,
+                counts=counts,
+                exceptions=layer.exceptions,
+                kept_exact=layer.kept_exact,
+            )
+        )
+    return found
 
 
 def codec_for(values: NDArray[Any], codec: str) -> str:
-    """The codec of a layer's values: single bytes have nothing to shuffle."""
-    return DEFLATE.name if codec == GZIP.name and values.dtype.itemsize == 1 else codec
+    """The codec, gzip without its shuffle for text and single bytes."""
+    shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
+    return DEFLATE.name if codec == GZIP.name and not shuffles else codec
 
 
 def _stored_layer(
@@ -93,7 +85,7 @@ def _stored_layer(
     try:
         source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
         if encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
-            cast = uncast(source)
+            cast = cast_for_storage(source, policy=source.dtype)
         else:
             cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
     except ConversionError as error:
@@ -134,13 +126,11 @@ def prepare_element(element: EncodedObject) -> Prepared:
     """Encode a small dataset in the calling thread: handing it to another would cost more."""
     values = element.values
     assert values is not None
-    shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
     return Prepared(
         path=element.path,
         dtype=element.dtype,
         attrs=element_attributes(element),
-        image=False,
-        encoded=encode_array(values, (GZIP if shuffles else DEFLATE).name),
+        encoded=encode_array(values, codec_for(values, GZIP.name)),
         raw_nbytes=values.nbytes,
         counts=CastCounts(),
     )
@@ -185,12 +175,7 @@ def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
 def exceptions_table(kind: str, found: Mapping[str, NDArray[np.float64]]) -> EncodedObject:
     """Exceptions of all layers of a kind: float64 ``(n, 3)``, layer, flat index and value.
 
-    Parameters
-    ----------
-    kind
-        Such as ``hidden_states``.
-    found
-        Index and value ``(n, 2)`` by name of the layer; the embedding becomes layer -1.
+    `found` holds index and value ``(n, 2)`` by name; the embedding becomes layer -1.
     """
     parts = []
     for name, pairs in found.items():
@@ -274,14 +259,8 @@ def element_attributes(element: EncodedObject) -> Attrs:
 class Observation:
     """Layers and sizes of one sample, or of all samples so far.
 
-    Attributes
-    ----------
-    layers
-        Layer numbers by kind; empty for a kind that is stored without arrays.
-    hidden_sizes, head_counts
-        Every width of hidden states, and every number of heads.
-    reductions
-        Every way in which heads were reduced, by kind; None if unknown.
+    Layers are numbers by kind; a kind that is stored without arrays has none. ``reductions`` are
+    the ways in which heads were reduced, by kind; None if unknown.
     """
 
     layers: dict[str, set[int]] = field(default_factory=dict)

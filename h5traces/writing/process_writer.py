@@ -33,19 +33,8 @@ _POLL_SECONDS: Final = 0.1
 class ProcessWriter:
     """A `TraceWriter` in another process, for a caller that must not wait for Python's global lock.
 
-    It offers the part of `TraceWriter` that extraction uses; records go through a pipe.
-
-    Parameters
-    ----------
-    path, options
-        As for `h5traces.create`.
-
-    Attributes
-    ----------
-    done, num_samples, is_finished, nbytes, counts
-        As in `TraceWriter`.
-    warnings
-        As in `TraceWriter`, complete after `close`.
+    It takes the arguments of `h5traces.create` and offers the part of `TraceWriter` that extraction
+    uses; records go through a pipe. ``warnings`` are complete after `close`.
     """
 
     def __init__(self, path: PathLike, **options: Any) -> None:

@@ -35,14 +35,13 @@ if TYPE_CHECKING:
     from h5traces.archive.file import ArchiveFile
     from h5traces.format.archive import SourceFile
     from h5traces.format.entries import ObjectEntry, SampleEntry
-    from h5traces.format.limits import ReadLimits
     from h5traces.storage.files import ByteFile
     from h5traces.writing.options import WriteOptions
 
 
 # Every n-th dataset is also read through stock HDF5; of the first and last sample all small
 # datasets, and more of the large ones, which are alike.
-STOCK_EVERY = 64
+_STOCK_EVERY = 64
 _STOCK_EVERY_AT_ENDS = 8
 _SMALL_NBYTES = 64 << 10
 # Datasets per task of a thread: handing one over takes longer than hashing it.
@@ -56,24 +55,11 @@ def verify_written(
     workers: int | None = None,
     stock_at_ends: bool = True,
 ) -> int:
-    """Read every dataset of a file just written and compare it with its source.
+    """Read every dataset of a file just written, and compare it with the digests of its source.
 
-    Parameters
-    ----------
-    path
-        The finished file, opened anew: HDF5's cache would return what was written, not what was
-        stored.
-    digests
-        Content digest of every sample, computed from the source.
-    workers
-        Threads; one per core by default.
-    stock_at_ends
-        Read most of the first and last sample through stock HDF5 too; else every 64th dataset.
-
-    Returns
-    -------
-    int
-        Number of datasets compared.
+    The file is opened anew: HDF5's cache would return what was written, not what was stored. With
+    `stock_at_ends`, most of the first and last sample is read through stock HDF5 too; of the rest,
+    every 64th dataset. Returns the number of datasets compared.
     """
     file = LocalFile(path)
     store = FooterStore(file, DEFAULT_LIMITS)
@@ -109,7 +95,7 @@ def verify_written(
 
 def _stock_choice(entries: Sequence[ObjectEntry], index: int, *, at_end: bool) -> list[ObjectEntry]:
     """The datasets of a sample that are read through stock HDF5 too."""
-    step = _STOCK_EVERY_AT_ENDS if at_end else STOCK_EVERY
+    step = _STOCK_EVERY_AT_ENDS if at_end else _STOCK_EVERY
     return [
         entry
         for number, entry in enumerate(entries)
@@ -118,13 +104,12 @@ def _stock_choice(entries: Sequence[ObjectEntry], index: int, *, at_end: bool) -
 
 
 def _wrong_paths(file: ByteFile, entries: Sequence[ObjectEntry]) -> list[str]:
-    found = (wrong_path(file, entry, DEFAULT_LIMITS) for entry in entries)
-    return [path for path in found if path]
-
-
-def wrong_path(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> str | None:
-    """The entry's path where its values do not give its digest, else None."""
-    return entry.path if difference(entry, read_array(file, entry, limits)) else None
+    """Paths of the entries whose values do not give their digest."""
+    return [
+        entry.path
+        for entry in entries
+        if difference(entry, read_array(file, entry, DEFAULT_LIMITS))
+    ]
 
 
 def _check_through_stock_hdf5(
@@ -143,12 +128,8 @@ def _check_through_stock_hdf5(
 class ShardSet:
     """The archives of one job. The first is published last: if it exists, all of them do.
 
-    A stopped job can be run again: shards that it published are compared with the new ones.
-
-    Parameters
-    ----------
-    options
-        How to write; with ``verify``, every archive is read back before any gets its name.
+    A stopped job can be run again: shards that it published are compared with the new ones. With
+    ``options.verify``, every archive is read back before any gets its name.
     """
 
     def __init__(self, options: WriteOptions) -> None:
@@ -213,15 +194,7 @@ def holds(path: Path, digests: Sequence[str], *, before_loss: bool = False) -> b
 
 
 def sample_digests(file: ArchiveFile, *, before_loss: bool = False) -> list[str]:
-    """The stored digest of every sample of an archive file.
-
-    Parameters
-    ----------
-    file
-        The archive.
-    before_loss
-        Give the digests from before a tier was applied, where they are stored.
-    """
+    """The stored digest of every sample, if `before_loss` from before a tier was applied."""
     samples = (file.sample_attrs(index) for index in range(file.num_samples))
     found = [
         attrs.get("exact_digest" if before_loss and "exact_digest" in attrs else "digest")
@@ -237,14 +210,7 @@ def sample_digests(file: ArchiveFile, *, before_loss: bool = False) -> list[str]
 class Contents:
     """What archives or spooled samples hold.
 
-    Attributes
-    ----------
-    digests
-        Of every sample, in order, from before a tier was applied.
-    done
-        Number of samples of each sample id.
-    observed
-        The layers that all samples have.
+    ``digests`` are from before a tier was applied; ``done`` counts samples by sample id.
     """
 
     digests: list[str] = field(default_factory=list)

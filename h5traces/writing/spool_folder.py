@@ -13,9 +13,9 @@ import os
 import re
 import socket
 import weakref
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format.archive import ExtractionMetadata, PositiveCount
@@ -39,25 +39,22 @@ _OWNER_NBYTES: Final = 500
 class RunState(Document):
     """The options of a run; resuming it needs the same."""
 
-    version: Annotated[Literal[1], Field(description="Of this document.")] = 1
-    shard_samples: Annotated[PositiveCount | None, Field(description="Samples per shard.")] = None
-    dtype: Annotated[DtypePolicy, Field(description="Stored type.")]
-    on_overflow: Annotated[OverflowPolicy, Field(description="Where it is too narrow.")]
-    codec: Annotated[str, Field(description="Codec of the arrays.")]
-    precision: Annotated[Precision, Field(description="Of the archives; the spool has none.")] = (
-        EXACT
-    )
-    calibration: Annotated[str | None, Field(description="Digest of the given scales, if any.")] = (
-        None
-    )
-    model_id: Annotated[str | None, Field(description="Recorded in the archives.")] = None
-    model_revision: Annotated[str | None, Field(description="Recorded in the archives.")] = None
-    dataset: Annotated[str | None, Field(description="Recorded in the archives.")] = None
-    num_layers: Annotated[PositiveCount | None, Field(description="Of the model.")] = None
-    extraction: Annotated[
-        ExtractionMetadata | None, Field(description="Recorded in the archives.")
-    ] = None
-    closing: Annotated[bool, Field(description="No samples follow those in the spool.")] = False
+    version: Literal[1] = 1
+    shard_samples: PositiveCount | None = None
+    dtype: DtypePolicy
+    on_overflow: OverflowPolicy
+    codec: str
+    # Of the archives; the spool holds samples without loss.
+    precision: Precision = EXACT
+    # Digest of the given scales.
+    calibration: str | None = None
+    model_id: str | None = None
+    model_revision: str | None = None
+    dataset: str | None = None
+    num_layers: PositiveCount | None = None
+    extraction: ExtractionMetadata | None = None
+    # Whether no samples follow those in the spool.
+    closing: bool = False
 
     def facts(self) -> dict[str, Any]:
         """The fields that are recorded in every archive."""

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from h5traces.archive.trace import Trace
     from h5traces.paths import Target
     from h5traces.precision.scales import Calibration
-    from h5traces.writing.archive_writer import ArchiveWriter
     from h5traces.writing.options import WriteOptions
     from h5traces.writing.spool_folder import RunState, SpoolFolder
     from h5traces.writing.trace_writer import Sample
@@ -42,14 +40,7 @@ if TYPE_CHECKING:
 class SpoolWriter(TraceWriter):
     """Stores every sample durably in the spool, and packs full shards later.
 
-    Parameters
-    ----------
-    folder
-        The spool; None if the run is finished.
-    calibration
-        The given scales; measured on the first samples of the run by default.
-    calibration_samples
-        Number of samples for that measurement.
+    A finished run has no spool. Scales that were not given are measured on the first samples.
     """
 
     def __init__(
@@ -164,10 +155,10 @@ class SpoolWriter(TraceWriter):
         self._spool()
         packed = []
         while self._target.shard_of(self._next) > self._num_shards:
-            packed += self._pack_next()
+            packed.append(self._pack_next())
         return packed
 
-    def _pack_next(self) -> list[Path]:
+    def _pack_next(self) -> Path:
         """Pack the samples of the next shard, full or not."""
         folder, shard = self._spool(), self._num_shards
         path = self._target.shard(shard)
@@ -189,7 +180,7 @@ class SpoolWriter(TraceWriter):
         for number in numbers:
             del self._spooled[number]
         folder.remove(numbers)
-        return [path]
+        return path
 
     def _copy(self, numbers: list[int], path: Path, note: Callable[[], None]) -> None:
         folder = self._spool()
@@ -204,17 +195,14 @@ class SpoolWriter(TraceWriter):
                     if found != self._spooled[number]:
                         message = f"{folder.sample_path(number)}: changed after it was written"
                         raise CorruptArchiveError(message)
-                    self._put(writer, archive[0])
+                    if self._options.precision.is_exact:
+                        writer.copy(StoredSample(archive[0]))
+                    else:
+                        writer.append(to_record(archive[0]))
             self._publish(writer, note)
         except BaseException:
             writer.discard()
             raise
-
-    def _put(self, writer: ArchiveWriter, trace: Trace) -> None:
-        if self._options.precision.is_exact:
-            writer.copy(StoredSample(trace))
-        else:
-            writer.append(to_record(trace))
 
     def _packing_options(self, numbers: list[int]) -> WriteOptions:
         """The options of a shard: all have the scales of the first."""

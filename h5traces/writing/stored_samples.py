@@ -10,19 +10,19 @@ from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import EarlierCast, LayerArray, LayeredArrays, StepArrays, TraceRecord
-from h5traces.format.values import EncodedObject
+from h5traces.format.values import EncodedObject, decode_element
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
-from h5traces.storage.codecs import DEFLATE, GZIP
+from h5traces.storage.codecs import GZIP
 from h5traces.writing.preparation import Observation, Prepared, codec_for, prepare_element
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from h5traces.archive.stored_trace import StoredTrace
     from h5traces.archive.trace import Trace
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
-    from h5traces.format.record import TraceMetadata
+    from h5traces.format.record import SourcePosition, TraceMetadata
 
 
 def _is_table(entry: ObjectEntry, name: str) -> bool:
@@ -30,36 +30,42 @@ def _is_table(entry: ObjectEntry, name: str) -> bool:
     return kind in layout.KINDS and last == name
 
 
-def is_label(path: str) -> bool:
-    """Whether a path is of a label that is not a plain number, or below it."""
-    return f"{path}/".startswith(f"{layout.EXTRA_GROUP}/{layout.LABEL}/")
+def _entries(trace: StoredTrace) -> Iterator[ObjectEntry]:
+    """All that is stored but layers that are not selected, and a label that was replaced."""
+    # A label that is not a plain number is a field, or a group of them.
+    label = f"{layout.EXTRA_GROUP}/{layout.LABEL}/"
+    for path in trace.objects:
+        if trace.has_new_label and f"{path}/".startswith(label):
+            continue
+        kind, _, name = path.partition("/")
+        layer = layout.parse_layer_name(name) if kind in layout.KINDS else None
+        if trace.selected is None or layer is None or layer in trace.selected:
+            yield trace.entry(path)
 
 
 class StoredSample:
-    """A stored trace that is copied whole or with selected layers only.
+    """A stored trace that is copied whole, or from ``archive.select(layers=…)`` those layers.
 
-    Parameters
-    ----------
-    trace
-        The trace; from ``archive.select(layers=…)``, only the selected layers are copied.
-    codec
-        Codec to compress layers with again; None to copy their chunks.
+    With a codec, layers are compressed again; else their chunks are copied. `first_source` is as in
+    `to_record`.
     """
 
-    def __init__(self, trace: Trace, *, codec: str | None = None) -> None:
-        self._trace, self._codec = trace._stored, codec
+    def __init__(self, trace: Trace, *, codec: str | None = None, first_source: int = 0) -> None:
+        self._trace, self._codec, self._first_source = trace._stored, codec, first_source
 
     @property
     def metadata(self) -> TraceMetadata:
         """The trace's metadata with all its fields."""
-        return self._trace.metadata.model_copy(
-            update={"fields": self._trace.fields, "digest": None}
+        metadata = self._trace.metadata
+        source = _source(metadata, self._first_source)
+        return metadata.model_copy(
+            update={"fields": self._trace.fields, "digest": None, "source": source}
         )
 
     def observation(self) -> Observation:
         """Layers and sizes of what is copied."""
         found, archive = Observation(), self._trace.file.metadata
-        for entry in self._entries():
+        for entry in _entries(self._trace):
             kind, _, name = entry.path.partition("/")
             if kind not in layout.KINDS:
                 continue
@@ -78,70 +84,51 @@ class StoredSample:
 
     def objects(self) -> Iterator[EncodedObject | Prepared]:
         """Groups and datasets, parents first."""
-        for entry in self._entries():
+        selected = self._trace.selected
+        for entry in _entries(self._trace):
             if entry.is_group:
                 yield EncodedObject(entry.path, entry.attrs)
-            elif self._trace.selected is not None and _is_table(entry, layout.STEPS_TABLE):
-                yield self._selected_steps(entry)
-            elif self._trace.selected is not None and _is_table(entry, layout.EXCEPTIONS_TABLE):
-                yield from self._selected_exceptions(entry)
+            elif selected is not None and _is_table(entry, layout.STEPS_TABLE):
+                yield self._selected_steps(entry, selected)
+            elif selected is not None and _is_table(entry, layout.EXCEPTIONS_TABLE):
+                yield from self._selected_exceptions(entry, selected)
             else:
                 yield self._copied(entry)
 
-    def _entries(self) -> Iterator[ObjectEntry]:
-        selected = self._trace.selected
-        for path in self._trace.objects:
-            if self._trace.has_new_label and is_label(path):
-                continue
-            kind, _, name = path.partition("/")
-            layer = layout.parse_layer_name(name) if kind in layout.KINDS else None
-            if selected is None or layer is None or layer in selected:
-                yield self._trace.entry(path)
-
-    def _selected_steps(self, entry: ObjectEntry) -> Prepared:
+    def _selected_steps(self, entry: ObjectEntry, selected: Collection[int]) -> Prepared:
         """The table of generation steps, selected layers only."""
-        kind = entry.path.partition("/")[0]
-        rows = [
-            row
-            for row, layer in enumerate(self._trace.stored_layers(kind))
-            if self._trace.selected is None or layer in self._trace.selected
-        ]
+        layers = self._trace.stored_layers(entry.path.partition("/")[0])
+        rows = [row for row, layer in enumerate(layers) if layer in selected]
         table = self._trace.values(entry.path)[rows]
         return prepare_element(EncodedObject(entry.path, {}, entry.dtype, table))
 
-    def _selected_exceptions(self, entry: ObjectEntry) -> Iterator[Prepared]:
+    def _selected_exceptions(
+        self, entry: ObjectEntry, selected: Collection[int]
+    ) -> Iterator[Prepared]:
         """The table of exceptions, selected layers only."""
         table = self._trace.values(entry.path)
-        kept = np.isin(table[:, 0], [layout.EMBEDDING_LAYER, *(self._trace.selected or ())])
+        kept = np.isin(table[:, 0], [layout.EMBEDDING_LAYER, *selected])
         if kept.any():
             yield prepare_element(EncodedObject(entry.path, {}, entry.dtype, table[kept]))
 
     def _copied(self, entry: ObjectEntry) -> Prepared:
         kind, _, name = entry.path.partition("/")
         is_layer = kind in layout.KINDS and name not in layout.TABLES
-        codec = self._codec if is_layer else None
         return Prepared(
             path=entry.path,
             dtype=entry.dtype,
             attrs=entry.attrs,
-            image=is_layer and layout.KINDS[kind].image,
-            encoded=self._encoded(entry) if codec is None else self._compressed(entry, codec),
+            encoded=self._encoded(entry, self._codec if is_layer else None),
             raw_nbytes=entry.raw_nbytes,
             counts=CastCounts(),
         )
 
-    def _compressed(self, entry: ObjectEntry, codec: str) -> EncodedArray:
-        """The stored values, compressed with another codec."""
-        values = self._trace.values(entry.path)
-        return encode_array(values, codec_for(values, codec))
-
-    def _encoded(self, entry: ObjectEntry) -> EncodedArray:
-        """The stored chunks, checked; compressed again only if their filters are no known codec."""
-        if entry.codec is None or entry.chunks is None:
+    def _encoded(self, entry: ObjectEntry, codec: str | None) -> EncodedArray:
+        """The stored chunks, checked; compressed again if their filters are no known codec."""
+        if codec is not None or entry.codec is None or entry.chunks is None:
             values = self._trace.values(entry.path)
-            shuffles = values.dtype.kind in "iuf" and values.dtype.itemsize > 1
-            return encode_array(values, (GZIP if shuffles else DEFLATE).name)
-        file = self._trace.byte_file
+            return encode_array(values, codec_for(values, codec or GZIP.name))
+        file = self._trace.file.store.file
         chunks = tuple(
             read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
         )
@@ -152,12 +139,7 @@ class StoredSample:
 def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
     """A stored trace, or its selected layers, as a record in the types of the source.
 
-    Parameters
-    ----------
-    trace
-        The trace.
-    first_source
-        Index in the new archive's ``sources`` of the first source of this archive.
+    `first_source` is the index in the new archive's ``sources`` of the first source of this one.
     """
     stored = trace._stored
     extra: dict[str, Any] = {}
@@ -166,7 +148,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         name = path.removeprefix(prefix)
         is_old = name == layout.LABEL and stored.has_new_label
         if path.startswith(prefix) and "/" not in name and not is_old:
-            extra[layout.unescape_key(text.unescape(name))] = stored.extra(path)
+            extra[layout.unescape_key(text.unescape(name))] = decode_element(stored, path)
     metadata = stored.metadata
     tokens = stored.tokens() if layout.TOKENS in stored.objects else None
     container = stored.attrs(layout.TOKENS).get("container") if tokens is not None else None
@@ -176,11 +158,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         prompt_len=metadata.prompt_len,
         label=metadata.label,
         scores=metadata.scores,
-        source=(
-            metadata.source.model_copy(update={"file": first_source + metadata.source.file})
-            if metadata.source
-            else None
-        ),
+        source=_source(metadata, first_source),
         extraction=metadata.extraction,
         exact_digest=metadata.exact_digest or metadata.digest,
         fields=stored.fields,
@@ -198,24 +176,27 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
                 "tuple" if stored.attrs(kind).get("sequence") == "tuple" else "list",
                 stored.file.reduction(kind),
             )
-            for kind, entries in _layered_entries(trace).items()
+            for kind, entries in _layered_entries(stored).items()
         },
         extra=extra,
     )
 
 
-def _layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
-    """The datasets of every layered kind of a trace, in order of layer; selected layers only."""
-    stored = trace._stored
+def _source(metadata: TraceMetadata, first_source: int) -> SourcePosition | None:
+    found = metadata.source
+    return found and found.model_copy(update={"file": first_source + found.file})
+
+
+def _layered_entries(trace: StoredTrace) -> dict[str, list[ObjectEntry]]:
+    """The datasets of every layered kind, in order of layer; none for a kind without arrays."""
     found: dict[str, list[ObjectEntry]] = {}
-    for path in stored.objects:
-        kind, _, name = path.partition("/")
+    for entry in _entries(trace):
+        kind, _, name = entry.path.partition("/")
         if kind not in layout.KINDS or name in layout.TABLES:
             continue
-        found.setdefault(kind, [])
-        layer = layout.parse_layer_name(name)
-        if name and (stored.selected is None or layer is None or layer in stored.selected):
-            found[kind].append(stored.entry(path))
+        layers = found.setdefault(kind, [])
+        if name:
+            layers.append(entry)
     return found
 
 
@@ -226,10 +207,11 @@ def _layer_array(trace: StoredTrace, kind: str, entry: ObjectEntry) -> LayerArra
     if entry.attrs.get("sequence") == "tuple":
         sequence = "tuple"
     array = StepArrays(tuple(value), sequence) if isinstance(value, list) else value
+    site = entry.attrs.get("site")
     return LayerArray(
         name=name,
         array=array,
-        site=_text_or_none(entry.attrs.get("site")),
+        site=None if site is None else str(site),
         container="torch" if entry.attrs.get("container") == "torch" else None,
         earlier=_earlier_cast(entry.attrs),
     )
@@ -244,7 +226,3 @@ def _earlier_cast(attrs: Attrs) -> EarlierCast | None:
     counts = CastCounts(**{name: int(attrs.get(name, 0)) for name in names})  # type: ignore[arg-type]
     num_changed: Any = attrs.get("num_changed")
     return EarlierCast(source, counts, num_changed)
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)

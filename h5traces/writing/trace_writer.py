@@ -16,10 +16,10 @@ from h5traces.format.values import TorchValue
 from h5traces.sources.pickle import layouts
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts
-from h5traces.writing import stored_samples as transcription
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import precision_warnings
 from h5traces.writing.shards import verify_written
+from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,14 +198,14 @@ class DirectWriter(TraceWriter):
     def pack(self) -> list[Path]:
         """Name the archive being written if it is full."""
         self._check_open()
-        if self._writer is None or self._writer.num_samples != self._target.shard_samples:
+        writer = self._writer
+        if writer is None or writer.summary.num_samples != self._target.shard_samples:
             return []
-        return self._name()
+        self._name(writer)
+        return [writer.summary.path]
 
-    def _name(self) -> list[Path]:
-        writer, self._writer = self._writer, None
-        if writer is None:
-            return []
+    def _name(self, writer: ArchiveWriter) -> None:
+        self._writer = None
 
         def note() -> None:
             self._num_shards += 1
@@ -215,13 +215,13 @@ class DirectWriter(TraceWriter):
         except BaseException:
             writer.discard()
             raise
-        return [writer.summary.path]
 
     def close(self) -> None:
         """Name the last archive."""
         if not self._closed:
             self._check_open()
-            self._name()
+            if self._writer is not None:
+                self._name(self._writer)
         self._closed = True
 
     def suspend(self) -> None:
@@ -237,7 +237,7 @@ def _as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -
     if isinstance(sample, TraceRecord):
         record = sample
     elif isinstance(sample, Trace):
-        record = transcription.to_record(sample).model_copy(update={"source": None})
+        record = to_record(sample).model_copy(update={"source": None})
     elif isinstance(sample, Mapping):
         plain = {key: _without_torch(value) for key, value in sample.items()}
         record = layouts.to_record(plain, source=_NOWHERE).model_copy(update={"source": None})

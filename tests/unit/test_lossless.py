@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -81,6 +82,26 @@ def test_random_float32_is_not_lossless_in_float16(tmp_path: Path) -> None:
     for layer, each in enumerate(attrs):
         array = source[0]["hidden_states"][layer]
         assert each["num_changed"] == (array.astype("f2").astype("f4") != array).sum()
+
+
+def test_validate_adds_up_what_casts_changed(tmp_path: Path) -> None:
+    source = batch("float32")
+    path = archive_of(tmp_path, source)
+    assert h5traces.validate(path).ok
+    (cast,) = metadata_of(path).casts
+    unchanged = cast.model_copy(update={"num_changed": 0}).model_dump()
+    for casts, listed in (([unchanged], "8 arrays"), ([], "0 arrays")):
+        with h5py.File(path, "r+") as file:
+            file.attrs["casts"] = np.bytes_(json.dumps(casts))
+        (found,) = h5traces.validate(path).problems
+        assert (found.loc, found.kind) == ("/", "count_mismatch")
+        assert found.message == (
+            f"'casts' lists {listed} cast from float32 to float16 and 0 changed values; "
+            f"the arrays' own attributes say 8 and {changed(source)} changed values"
+        )
+    with h5py.File(path, "r+") as file:
+        del file.attrs["casts"]
+    assert h5traces.validate(path).ok
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

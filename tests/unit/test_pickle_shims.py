@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h5traces.sources.pickle.machine import NAMES, Machine
-from h5traces.sources.pickle.shims import STORAGE_NAMES, Shim
+from h5traces.sources.pickle.machine import Machine
+from h5traces.sources.pickle.shims import NAMES, STORAGE_NAMES, Shim
 from h5traces.sources.pickle.source import MalformedError, MemorySource, PickleLimits, RejectedError
 
 

@@ -227,10 +227,10 @@ class BatchMachine(Machine):
                 # The same object twice in the list: returned again, but never changed again.
                 self._frozen[id(top)] = top
 
-    def extend(self, target: Any, values: list[Any]) -> None:
-        if target is not ROOT:
-            self._check_frozen(target)
-            super().extend(target, values)
+    def extend(self, values: list[Any]) -> None:
+        if self.stack[-1] is not ROOT:
+            self._check_frozen()
+            super().extend(values)
             return
         for value in values:
             if type(value) is self._item_type:
@@ -329,12 +329,12 @@ class BatchMachine(Machine):
         if type(value) is Marker:
             raise self._touched(value)
 
-    def set_items(self, target: Any, flat: list[Any]) -> None:
-        self._check_frozen(target)
-        super().set_items(target, flat)
+    def set_items(self, flat: list[Any]) -> None:
+        self._check_frozen()
+        super().set_items(flat)
 
-    def _check_frozen(self, target: Any) -> None:
-        if id(target) in self._frozen:
+    def _check_frozen(self) -> None:
+        if id(self.stack[-1]) in self._frozen:
             reject("an item that was complete is changed afterwards, which no pickler does")
 
     def _touched(self, marker: Marker) -> RejectedError:
@@ -417,11 +417,11 @@ class Scanner(BatchMachine):
     def check(self, item: Any) -> None:
         """Do nothing: the items are empty."""
 
-    def extend(self, target: Any, values: list[Any]) -> None:
-        if target is ROOT:
-            super().extend(target, values)
+    def extend(self, values: list[Any]) -> None:
+        if self.stack[-1] is ROOT:
+            super().extend(values)
 
-    def set_items(self, target: Any, flat: list[Any]) -> None:
+    def set_items(self, flat: list[Any]) -> None:
         """Do nothing: only the number of items matters."""
 
     def find(self, module: Any, name: Any) -> Any:
@@ -433,5 +433,5 @@ class Scanner(BatchMachine):
         else:
             self.stack.append(STALE)
 
-    def build(self, target: Any, state: Any) -> None:
+    def build(self, state: Any) -> None:
         """Do nothing: the value stays what it is."""

@@ -21,23 +21,6 @@ if TYPE_CHECKING:
     from h5traces.format.record import SourcePosition
 
 
-@dataclass(frozen=True, eq=False)
-class ContainerItem:
-    """One element of ``traces`` with its label and question id.
-
-    Attributes
-    ----------
-    layers
-        A (hidden states, attention) pair per layer; arrays or tensors.
-    label, question_id
-        None if the batch has no such list.
-    """
-
-    layers: list[tuple[Any, Any]]
-    label: Any
-    question_id: Any
-
-
 @dataclass(slots=True)
 class _Fields:
     """The parts of a record."""
@@ -49,23 +32,14 @@ class _Fields:
 
 
 def to_record(
-    item: Any, *, source: SourcePosition, layers: tuple[int, ...] | None = None
+    item: dict[Any, Any],
+    *,
+    source: SourcePosition,
+    layers: tuple[int, ...] | None = None,
+    sites_known: bool = True,
 ) -> TraceRecord:
-    """One element of a legacy batch, as a record.
-
-    Parameters
-    ----------
-    item
-        A dict, or a `ContainerItem`, as `BatchStream` yields them.
-    source
-        Where it was read.
-    layers
-        Decoder blocks to keep, ascending; all by default.
-    """
+    """One item of a legacy batch, as a record of `layers` only, which ascend."""
     found = _Fields()
-    # No producer of the container layout is known, nor where its last state was taken.
-    sites_known = not isinstance(item, ContainerItem)
-    item = as_dict(item)
     if layout.HIDDEN_STATES not in item:
         message = (
             f"field 'hidden_states' is missing; found {', '.join(map(str, item)) or 'no fields'}; "
@@ -89,29 +63,6 @@ def to_record(
         extra=found.extra,
         **found.named,
     )
-
-
-def as_dict(item: Any) -> Any:
-    """An element of a batch, as a dict; attentions of the container layout have no head axis."""
-    if not isinstance(item, ContainerItem):
-        return item
-    plain: dict[str, Any] = {
-        layout.HIDDEN_STATES: [hidden for hidden, _ in item.layers],
-        layout.ATTENTION_MEAN: [attention for _, attention in item.layers],
-    }
-    if item.label is not None:
-        plain[layout.LABEL] = item.label
-    if item.question_id is not None:
-        plain[layout.QUESTION_ID] = item.question_id
-    return plain
-
-
-def num_layers_of(item: Any) -> int:
-    """Decoder blocks with arrays in an element of a batch; 0 if its lists are empty."""
-    if isinstance(item, ContainerItem):
-        return len(item.layers)
-    lists = (item.get(kind) for kind in layout.KINDS)
-    return max((len(each) for each in lists if isinstance(each, (list, tuple))), default=0)
 
 
 def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:

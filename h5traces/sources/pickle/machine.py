@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.pickle.shims import (
-    NUMPY_NAMES,
+    NAMES,
     STORAGE_NAMES,
-    TORCH_NAMES,
     Pending,
     Shim,
     StorageHeader,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
     from h5traces.sources.pickle.source import PickleLimits
 
-    Handler = Callable[["Machine"], None]
+    Handler = Callable[["Machine"], object]
 
 
 HIGHEST_PROTOCOL = 5
@@ -59,7 +58,6 @@ _double = struct.Struct(">d").unpack
 _MAX_KEY = 1 << 63
 _MISSING = object()
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in described_opcodes}
-NAMES: Mapping[tuple[str, str], Shim] = {**NUMPY_NAMES, **TORCH_NAMES}
 
 
 class Machine:
@@ -154,11 +152,8 @@ class Machine:
 
     # --- arguments ------------------------------------------------------------------------------
 
-    def number(self, num_bytes: int) -> int:
-        return int.from_bytes(self.source.read(num_bytes), "little")
-
-    def line(self, max_nbytes: int) -> bytes:
-        return self.source.readline(max_nbytes)
+    def number(self, num_bytes: int, *, signed: bool = False) -> int:
+        return int.from_bytes(self.source.read(num_bytes), "little", signed=signed)
 
     def take_bytes(self, num_bytes: int) -> Any:
         self._count_object(num_bytes)
@@ -234,12 +229,16 @@ class Machine:
     def drop(self, value: Any) -> None:
         """Called for a value that is popped and dropped."""
 
-    def extend(self, target: Any, values: list[Any]) -> None:
+    def extend(self, values: list[Any]) -> None:
+        """Append values to the list on top of the stack."""
+        target = self.stack[-1]
         if type(target) is not list:
             reject(f"values are appended to {type_name(target)}, expected a list")
         target.extend(values)
 
-    def set_items(self, target: Any, flat: list[Any]) -> None:
+    def set_items(self, flat: list[Any]) -> None:
+        """Set keys and values, which alternate, in the dict on top of the stack."""
+        target = self.stack[-1]
         if type(target) is not dict:
             reject(f"items are set in {type_name(target)}, expected a dict")
         if len(flat) % 2:
@@ -267,8 +266,8 @@ class Machine:
         return shim
 
     def call(self, function: Any, args: Any) -> None:
-        if type(function) is not Shim:
-            reject(f"{type_name(function)} is called, expected an allowed name")
+        if type(function) is not Shim or function.call is None:
+            reject(f"{type_name(function)} is called, expected an allowed function")
         if type(args) is not tuple:
             reject(f"{function.name} is called with {type_name(args)}, expected a tuple")
         value = function.call(self, args)
@@ -278,7 +277,9 @@ class Machine:
         elif type(value) is dict:
             self.pushed()
 
-    def build(self, target: Any, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Complete the array or dtype on top of the stack."""
+        target = self.stack[-1]
         if type(target) is not Pending:
             reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
         value = target.build(self, state)
@@ -356,11 +357,6 @@ def _proto(m: Machine) -> None:
         contradict(f"pickle protocol {protocol} is unknown, expected 0 to {HIGHEST_PROTOCOL}")
 
 
-def _frame(m: Machine) -> None:
-    # Frames only help readers to buffer; the length is not needed, nor trusted.
-    m.number(8)
-
-
 def _stop(m: Machine) -> None:
     m.result = m.stack.pop()
     if m.stack or m.meta:
@@ -391,52 +387,37 @@ def _pop_mark(m: Machine) -> None:
 
 
 def _int(m: Machine) -> None:
-    line = m.line(_MAX_NUMBER_CHARS)
+    line = m.source.readline(_MAX_NUMBER_CHARS)
     if line in (b"00", b"01"):
         m.stack.append(line == b"01")
     else:
         m.stack.append(_integer(line))
 
 
-def _long(m: Machine) -> None:
-    m.stack.append(_integer(m.line(_MAX_NUMBER_CHARS)))
-
-
-def _integer_of(width: int, *, signed: bool = False) -> Handler:
-    def handler(m: Machine) -> None:
-        m.stack.append(int.from_bytes(m.source.read(width), "little", signed=signed))
-
-    return handler
-
-
 def _long_of(m: Machine, num_bytes: int) -> None:
     if num_bytes > _MAX_LONG_NBYTES:
         reject(f"an int of {num_bytes:,} bytes, expected at most {_MAX_LONG_NBYTES:,}")
-    m.stack.append(int.from_bytes(m.source.read(num_bytes), "little", signed=True))
+    m.stack.append(m.number(num_bytes, signed=True))
 
 
 def _float(m: Machine) -> None:
-    line = m.line(_MAX_NUMBER_CHARS)
+    line = m.source.readline(_MAX_NUMBER_CHARS)
     if not _FLOAT.fullmatch(line):
         contradict(f"the text of a float is {line[:40]!r}")
     m.stack.append(float(line))
-
-
-def _binfloat(m: Machine) -> None:
-    m.stack.append(_double(m.source.read(8))[0])
 
 
 # --- strings and bytes -------------------------------------------------------------------------
 
 
 def _unicode(m: Machine) -> None:
-    line = m.line(m.limits.max_string_nbytes)
+    line = m.source.readline(m.limits.max_string_nbytes)
     m.count_payload(len(line))
     m.stack.append(str(line, "raw-unicode-escape"))
 
 
 def _string(m: Machine) -> None:
-    line = m.line(m.limits.max_string_nbytes)
+    line = m.source.readline(m.limits.max_string_nbytes)
     m.count_payload(len(line))
     match = _PLAIN_STRING.fullmatch(line)
     if match is None:
@@ -449,73 +430,26 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     return bytes([int(code[1:], 16)]) if code[:1] == b"x" else _ESCAPED.get(code, code)
 
 
-def _sized(width: int, take: Callable[[Machine, int], Any]) -> Handler:
-    """Push what `take` reads, after its length in `width` bytes."""
-
-    def handler(m: Machine) -> None:
-        m.stack.append(take(m, m.number(width)))
-
-    return handler
-
-
-def _text(m: Machine, num_bytes: int) -> Any:
-    return m.take_text(num_bytes)
-
-
-def _bytes(m: Machine, num_bytes: int) -> Any:
-    return m.take_bytes(num_bytes)
-
-
-def _old_text(m: Machine, num_bytes: int) -> Any:
-    return m.ascii(m.take_bytes(num_bytes))
-
-
 # --- containers --------------------------------------------------------------------------------
 
 
-def _empty_list(m: Machine) -> None:
-    m.stack.append([])
-    m.pushed()
-
-
-def _empty_dict(m: Machine) -> None:
-    m.stack.append({})
-    m.pushed()
-
-
-def _list(m: Machine) -> None:
-    values = m.pop_mark()
-    m.stack.append(values)
+def _push(m: Machine, value: Any) -> None:
+    """Push a new list or dict."""
+    m.stack.append(value)
     m.pushed()
 
 
 def _dict(m: Machine) -> None:
     flat = m.pop_mark()
-    new: dict[Any, Any] = {}
-    m.set_items(new, flat)
-    m.stack.append(new)
+    m.stack.append({})
+    m.set_items(flat)
     m.pushed()
-
-
-def _append(m: Machine) -> None:
-    value = m.stack.pop()
-    m.extend(m.stack[-1], [value])
-
-
-def _appends(m: Machine) -> None:
-    values = m.pop_mark()
-    m.extend(m.stack[-1], values)
 
 
 def _setitem(m: Machine) -> None:
     value = m.stack.pop()
     key = m.stack.pop()
-    m.set_items(m.stack[-1], [key, value])
-
-
-def _setitems(m: Machine) -> None:
-    flat = m.pop_mark()
-    m.set_items(m.stack[-1], flat)
+    m.set_items([key, value])
 
 
 def _tuple(m: Machine) -> None:
@@ -523,41 +457,20 @@ def _tuple(m: Machine) -> None:
     m.stack.append(values)
 
 
-def _tuple1(m: Machine) -> None:
-    stack = m.stack
-    stack[-1] = (stack[-1],)
+def _tuple_of(length: int) -> Handler:
+    def handler(m: Machine) -> None:
+        values = [m.stack.pop() for _ in range(length)]
+        m.stack.append(tuple(reversed(values)))
 
-
-def _tuple2(m: Machine) -> None:
-    stack = m.stack
-    second = stack.pop()
-    stack[-1] = (stack[-1], second)
-
-
-def _tuple3(m: Machine) -> None:
-    stack = m.stack
-    third = stack.pop()
-    second = stack.pop()
-    stack[-1] = (stack[-1], second, third)
-
-
-# --- memo --------------------------------------------------------------------------------------
-
-
-def _put(m: Machine) -> None:
-    m.put(_integer(m.line(_MAX_NUMBER_CHARS)))
-
-
-def _get(m: Machine) -> None:
-    m.get(_integer(m.line(_MAX_NUMBER_CHARS)))
+    return handler
 
 
 # --- globals and calls -------------------------------------------------------------------------
 
 
 def _global(m: Machine) -> None:
-    module = str(m.line(_MAX_NAME_NBYTES), "utf-8")
-    m.stack.append(m.find(module, str(m.line(_MAX_NAME_NBYTES), "utf-8")))
+    module = str(m.source.readline(_MAX_NAME_NBYTES), "utf-8")
+    m.stack.append(m.find(module, str(m.source.readline(_MAX_NAME_NBYTES), "utf-8")))
 
 
 def _stack_global(m: Machine) -> None:
@@ -570,16 +483,6 @@ def _reduce(m: Machine) -> None:
     args = m.stack.pop()
     function = m.stack.pop()
     m.call(function, args)
-
-
-def _build(m: Machine) -> None:
-    state = m.stack.pop()
-    m.build(m.stack[-1], state)
-
-
-def _binpersid(m: Machine) -> None:
-    value = m.persistent(m.stack.pop())
-    m.stack.append(value)
 
 
 def _rejected(name: str, why: str) -> Handler:
@@ -595,7 +498,8 @@ def _unknown(m: Machine) -> None:
 
 _HANDLERS: dict[bytes, Handler] = {
     pickle.PROTO: _proto,
-    pickle.FRAME: _frame,
+    # Frames only help readers to buffer; the length is not needed, nor trusted.
+    pickle.FRAME: lambda m: m.number(8),
     pickle.STOP: _stop,
     pickle.MARK: _mark,
     pickle.POP: _pop,
@@ -605,51 +509,51 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.NEWTRUE: lambda m: m.stack.append(True),
     pickle.NEWFALSE: lambda m: m.stack.append(False),
     pickle.INT: _int,
-    pickle.LONG: _long,
-    pickle.BININT: _integer_of(4, signed=True),
-    pickle.BININT1: _integer_of(1),
-    pickle.BININT2: _integer_of(2),
+    pickle.LONG: lambda m: m.stack.append(_integer(m.source.readline(_MAX_NUMBER_CHARS))),
+    pickle.BININT: lambda m: m.stack.append(m.number(4, signed=True)),
+    pickle.BININT1: lambda m: m.stack.append(m.number(1)),
+    pickle.BININT2: lambda m: m.stack.append(m.number(2)),
     pickle.LONG1: lambda m: _long_of(m, m.number(1)),
     pickle.LONG4: lambda m: _long_of(m, m.number(4)),
     pickle.FLOAT: _float,
-    pickle.BINFLOAT: _binfloat,
+    pickle.BINFLOAT: lambda m: m.stack.append(_double(m.source.read(8))[0]),
     pickle.UNICODE: _unicode,
-    pickle.SHORT_BINUNICODE: _sized(1, _text),
-    pickle.BINUNICODE: _sized(4, _text),
-    pickle.BINUNICODE8: _sized(8, _text),
+    pickle.SHORT_BINUNICODE: lambda m: m.stack.append(m.take_text(m.number(1))),
+    pickle.BINUNICODE: lambda m: m.stack.append(m.take_text(m.number(4))),
+    pickle.BINUNICODE8: lambda m: m.stack.append(m.take_text(m.number(8))),
     pickle.STRING: _string,
-    pickle.SHORT_BINSTRING: _sized(1, _old_text),
-    pickle.BINSTRING: _sized(4, _old_text),
-    pickle.SHORT_BINBYTES: _sized(1, _bytes),
-    pickle.BINBYTES: _sized(4, _bytes),
-    pickle.BINBYTES8: _sized(8, _bytes),
-    pickle.BYTEARRAY8: _sized(8, lambda m, num_bytes: m.take_buffer(num_bytes)),
-    pickle.EMPTY_LIST: _empty_list,
-    pickle.EMPTY_DICT: _empty_dict,
+    pickle.SHORT_BINSTRING: lambda m: m.stack.append(m.ascii(m.take_bytes(m.number(1)))),
+    pickle.BINSTRING: lambda m: m.stack.append(m.ascii(m.take_bytes(m.number(4)))),
+    pickle.SHORT_BINBYTES: lambda m: m.stack.append(m.take_bytes(m.number(1))),
+    pickle.BINBYTES: lambda m: m.stack.append(m.take_bytes(m.number(4))),
+    pickle.BINBYTES8: lambda m: m.stack.append(m.take_bytes(m.number(8))),
+    pickle.BYTEARRAY8: lambda m: m.stack.append(m.take_buffer(m.number(8))),
+    pickle.EMPTY_LIST: lambda m: _push(m, []),
+    pickle.EMPTY_DICT: lambda m: _push(m, {}),
     pickle.EMPTY_TUPLE: lambda m: m.stack.append(()),
-    pickle.LIST: _list,
+    pickle.LIST: lambda m: _push(m, m.pop_mark()),
     pickle.DICT: _dict,
     pickle.TUPLE: _tuple,
-    pickle.TUPLE1: _tuple1,
-    pickle.TUPLE2: _tuple2,
-    pickle.TUPLE3: _tuple3,
-    pickle.APPEND: _append,
-    pickle.APPENDS: _appends,
+    pickle.TUPLE1: _tuple_of(1),
+    pickle.TUPLE2: _tuple_of(2),
+    pickle.TUPLE3: _tuple_of(3),
+    pickle.APPEND: lambda m: m.extend([m.stack.pop()]),
+    pickle.APPENDS: lambda m: m.extend(m.pop_mark()),
     pickle.SETITEM: _setitem,
-    pickle.SETITEMS: _setitems,
+    pickle.SETITEMS: lambda m: m.set_items(m.pop_mark()),
     pickle.MEMOIZE: lambda m: m.put(m.next_slot),
-    pickle.PUT: _put,
+    pickle.PUT: lambda m: m.put(_integer(m.source.readline(_MAX_NUMBER_CHARS))),
     pickle.BINPUT: lambda m: m.put(m.number(1)),
     pickle.LONG_BINPUT: lambda m: m.put(m.number(4)),
-    pickle.GET: _get,
+    pickle.GET: lambda m: m.get(_integer(m.source.readline(_MAX_NUMBER_CHARS))),
     pickle.BINGET: lambda m: m.get(m.number(1)),
     pickle.LONG_BINGET: lambda m: m.get(m.number(4)),
     pickle.GLOBAL: _global,
     pickle.STACK_GLOBAL: _stack_global,
     pickle.REDUCE: _reduce,
     pickle.NEWOBJ: _reduce,
-    pickle.BUILD: _build,
-    pickle.BINPERSID: _binpersid,
+    pickle.BUILD: lambda m: m.build(m.stack.pop()),
+    pickle.BINPERSID: lambda m: m.stack.append(m.persistent(m.stack.pop())),
     pickle.PERSID: _rejected("PERSID", "refers to an object outside of the pickle"),
     pickle.INST: _rejected("INST", "makes an instance of a class"),
     pickle.OBJ: _rejected("OBJ", "makes an instance of a class"),

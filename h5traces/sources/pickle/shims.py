@@ -18,7 +18,7 @@ from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.source import MalformedError, contradict, reject
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from h5traces.sources.pickle.source import MemorySource
 
@@ -83,10 +83,19 @@ class Meter(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Shim:
-    """A name that a pickle may use, and the function that replaces it."""
+    """A name that a pickle may use.
+
+    Attributes
+    ----------
+    call
+        The function that replaces it; None for what pickles only pass on.
+    dtype
+        Of a storage type or a torch dtype.
+    """
 
     name: str
-    call: Callable[[Meter, tuple[Any, ...]], Any]
+    call: Callable[[Meter, tuple[Any, ...]], Any] | None = None
+    dtype: str | None = None
 
 
 @dataclass(eq=False)
@@ -184,6 +193,8 @@ def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any
 
 # --- numpy -------------------------------------------------------------------------------------
 
+_NDARRAY = Shim("numpy.ndarray")
+
 
 def _dtype(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("numpy.dtype", args, 3)
@@ -265,16 +276,6 @@ def _scalar(meter: Meter, args: tuple[Any, ...]) -> Any:
     return build_array(meter, data, dtype, ())[()]
 
 
-def _not_callable(name: str) -> Shim:
-    def call(_meter: Meter, _args: tuple[Any, ...]) -> Any:
-        reject(f"{name} is called; pickles of arrays only pass it on")
-
-    return Shim(name, call)
-
-
-_NDARRAY = _not_callable("numpy.ndarray")
-
-
 # --- builtins, _codecs, collections ------------------------------------------------------------
 
 
@@ -319,32 +320,7 @@ def _ordered_dict(_meter: Meter, args: tuple[Any, ...]) -> dict[Any, Any]:
     return {}  # dicts keep their order
 
 
-def _allow(function: Callable[[Meter, tuple[Any, ...]], Any], name: str, *modules: str) -> None:
-    shim = Shim(f"{modules[0]}.{name}", function)
-    for module in modules:
-        NUMPY_NAMES[module, name] = shim
-
-
-# Exact (module, name) pairs, compared as strings and never resolved.
-NUMPY_NAMES: dict[tuple[str, str], Shim] = {("numpy", "ndarray"): _NDARRAY}
-_allow(_dtype, "dtype", "numpy")
-_allow(_reconstruct, "_reconstruct", "numpy._core.multiarray", "numpy.core.multiarray")
-_allow(_scalar, "scalar", "numpy._core.multiarray", "numpy.core.multiarray")
-_allow(_frombuffer, "_frombuffer", "numpy._core.numeric", "numpy.core.numeric")
-_allow(_encode, "encode", "_codecs")
-_allow(_bytes, "bytes", "builtins", "__builtin__")  # protocols 0 to 2 write the latter
-_allow(_bytearray, "bytearray", "builtins", "__builtin__")
-_allow(_ordered_dict, "OrderedDict", "collections")
-
-
 # --- torch ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class TypeName(Shim):
-    """The name of a storage type or of a torch dtype; it cannot be called."""
-
-    dtype: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,22 +347,19 @@ class StorageHeader:
     num_elements: int
 
 
-def _never(_meter: Meter, _args: tuple[Any, ...]) -> Any:
-    reject("a torch type is called; pickles of tensors only pass it on")
-
-
 def parse_persistent_id(value: Any) -> StorageHeader:
     """The storage that an embedded stream's persistent id describes."""
     if type(value) is not tuple or len(value) != 6 or brief(value[0]) != "'storage'":
         reject(f"a persistent id is {type_name(value)}, expected a description of a storage")
     _, kind, key, location, num_elements, view = value
-    if type(kind) is not TypeName or type(key) is not str or type(location) is not str:
+    dtype = kind.dtype if type(kind) is Shim else None
+    if dtype is None or type(key) is not str or type(location) is not str:
         reject(f"a persistent id names {type_name(kind)}, expected a torch storage type")
     if view is not None:
         contradict("a storage is a view of another one, which only torch before 0.4 wrote")
     if type(num_elements) is not int or not 0 <= num_elements < 1 << 62:
         reject(f"a storage has {brief(num_elements)} elements")
-    return StorageHeader(key, kind.dtype, num_elements)
+    return StorageHeader(key, dtype, num_elements)
 
 
 def read_storage(load: Callable[[], Any], source: MemorySource) -> Storage:
@@ -430,7 +403,7 @@ def _rebuild_v2(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
 def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     check_args("_rebuild_tensor_v3", args, 7, 8)
     _check_extras(args[4], args[5], args[7] if len(args) == 8 else None)
-    if type(args[6]) is not TypeName:
+    if type(args[6]) is not Shim or args[6].dtype is None:
         reject(f"a tensor has {type_name(args[6])} for its dtype, expected a torch dtype")
     return _tensor(meter, args, args[6].dtype)
 
@@ -486,25 +459,35 @@ def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> Torc
     return TorchValue(array, dtype_name)
 
 
-def _names() -> tuple[dict[tuple[str, str], Shim], dict[tuple[str, str], Shim]]:
-    outer = {
-        ("torch.storage", "_load_from_bytes"): _load_from_bytes,
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-        ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    }
-    names = {pair: Shim(".".join(pair), function) for pair, function in outer.items()}
-    for dtype in _STORED_AS:
-        names["torch", dtype] = TypeName(f"torch.{dtype}", _never, dtype)
-    storages: dict[tuple[str, str], Shim] = {}
-    for kind, dtype in _STORAGE_TYPES.items():
-        # torch before 1.10 wrote torch.cuda for tensors on a GPU.
-        for module in ("torch", "torch.cuda", "torch.storage"):
-            storages[module, kind] = TypeName(f"{module}.{kind}", _never, dtype)
-    return names, storages
+# --- names -------------------------------------------------------------------------------------
 
 
-# What a batch may name; embedded streams may name storage types and nothing else.
-TORCH_NAMES: Mapping[tuple[str, str], Shim]
-STORAGE_NAMES: Mapping[tuple[str, str], Shim]
-TORCH_NAMES, STORAGE_NAMES = _names()
+def _allow(function: Callable[[Meter, tuple[Any, ...]], Any], name: str, *modules: str) -> None:
+    shim = Shim(f"{modules[0]}.{name}", function)
+    for module in modules:
+        NAMES[module, name] = shim
+
+
+# Exact (module, name) pairs, compared as strings and never resolved.
+NAMES: dict[tuple[str, str], Shim] = {("numpy", "ndarray"): _NDARRAY}
+NAMES |= {("torch", dtype): Shim(f"torch.{dtype}", dtype=dtype) for dtype in _STORED_AS}
+_allow(_dtype, "dtype", "numpy")
+_allow(_reconstruct, "_reconstruct", "numpy._core.multiarray", "numpy.core.multiarray")
+_allow(_scalar, "scalar", "numpy._core.multiarray", "numpy.core.multiarray")
+_allow(_frombuffer, "_frombuffer", "numpy._core.numeric", "numpy.core.numeric")
+_allow(_encode, "encode", "_codecs")
+_allow(_bytes, "bytes", "builtins", "__builtin__")  # protocols 0 to 2 write the latter
+_allow(_bytearray, "bytearray", "builtins", "__builtin__")
+_allow(_ordered_dict, "OrderedDict", "collections")
+_allow(_load_from_bytes, "_load_from_bytes", "torch.storage")
+_allow(_rebuild_v2, "_rebuild_tensor_v2", "torch._utils")
+_allow(_rebuild_v3, "_rebuild_tensor_v3", "torch._utils")
+_allow(_rebuild_parameter, "_rebuild_parameter", "torch._utils")
+
+# All that the embedded streams of storages may name. Torch before 1.10 wrote torch.cuda for
+# tensors on a GPU.
+STORAGE_NAMES = {
+    (module, kind): Shim(f"{module}.{kind}", dtype=dtype)
+    for kind, dtype in _STORAGE_TYPES.items()
+    for module in ("torch", "torch.cuda", "torch.storage")
+}

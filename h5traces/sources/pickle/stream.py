@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from h5traces.errors import ConversionError, SchemaError
+from h5traces.format import layout
 from h5traces.format.record import SourcePosition
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.items import (
@@ -23,8 +24,8 @@ from h5traces.sources.pickle.items import (
     SharedEntryError,
     check_item,
 )
-from h5traces.sources.pickle.layouts import ContainerItem, as_dict, num_layers_of, to_record
-from h5traces.sources.pickle.machine import HIGHEST_PROTOCOL, INVALID, locate
+from h5traces.sources.pickle.layouts import to_record
+from h5traces.sources.pickle.machine import INVALID, locate
 from h5traces.sources.pickle.shims import type_name
 from h5traces.sources.pickle.source import FileSource, PickleLimits, TruncatedError, contradict
 
@@ -41,53 +42,30 @@ _OTHER_FORMATS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x93NUMPY": "a file of numpy.save",
 }
-_SNIFFED_PREFIXES = (b"(l", b"(d", b"](", b"]q", b"].", b"}(", b"}q", b"}.")
 
 
 class BatchStream(Iterator[Any]):
-    """The items of a batch, one by one; a context manager.
+    """The items of a batch as dicts, one by one; a context manager.
 
     It keeps no reference to an item that it has returned. Arrays may be read-only views of the
-    pickle's payload, in the byte order of the file.
-
-    Parameters
-    ----------
-    path
-        A pickle, plain or inside gzip (recognised by content).
-    limits
-        Bounds for hostile files.
-    start
-        Index of the first item to return; earlier ones are read and dropped.
+    pickle's payload, in the byte order of the file; tensors are `TorchValue`.
 
     Attributes
     ----------
-    path
-        The file.
     num_read
         Index of the next item.
     num_passes
         How often the file has been opened: more than once if items share objects, or for a
         container.
-    num_samples
-        None: a pickle does not say it.
     num_layers
-        Decoder blocks of the items that `records` and `dicts` have yielded, the largest number.
+        Decoder blocks of the items that were returned, the largest number.
     """
 
-    num_samples: int | None = None
-
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        limits: PickleLimits = _DEFAULT_LIMITS,
-        start: int = 0,
+        self, path: str | os.PathLike[str], *, limits: PickleLimits = _DEFAULT_LIMITS
     ) -> None:
-        if start < 0:
-            message = f"start is {start}, expected the index of an item"
-            raise ValueError(message)
         self.path = Path(path)
-        self.num_read = start
+        self.num_read = 0
         self.num_passes = 0
         self.num_layers = 0
         self._limits = limits
@@ -107,11 +85,6 @@ class BatchStream(Iterator[Any]):
             raise
 
     @property
-    def kind(self) -> Literal["list", "container"]:
-        """``list`` for a list of dicts, ``container`` for parallel lists."""
-        return "list" if self._machine.kind == "list" else "container"
-
-    @property
     def progress(self) -> tuple[int, int]:
         """Bytes of the file read in this pass, and the size of the file."""
         if self._source is None:
@@ -128,13 +101,17 @@ class BatchStream(Iterator[Any]):
         if self._done:
             raise StopIteration
         try:
-            if self.kind == "container" and self._columns is None:
+            if self._machine.kind != "list" and self._columns is None:
                 self._read_columns()
             if self._advance_to(self.num_read):
+                item = self._machine.take()
+                if self._columns is not None:
+                    item = self._container_item(item, *self._columns)
                 self.num_read += 1
-                if self._columns is None:
-                    return self._machine.take()
-                return self._container_item(self._machine.take(), self.num_read - 1)
+                lists = (item.get(kind) for kind in layout.KINDS)
+                lengths = (len(each) for each in lists if isinstance(each, (list, tuple)))
+                self.num_layers = max([self.num_layers, *lengths])
+                return item
         except BaseException:
             # Nothing after an error in the stream can be trusted.
             self.close()
@@ -159,33 +136,20 @@ class BatchStream(Iterator[Any]):
     def records(
         self, *, file: int = 0, layers: tuple[int, ...] | None = None
     ) -> Iterator[TraceRecord]:
-        """Every item as a record.
-
-        Parameters
-        ----------
-        file
-            The number of this file among the sources of an archive.
-        layers
-            Decoder blocks to keep, ascending; all by default.
-        """
+        """Every item as a record: of `layers` only, with `file` as its source's number."""
         for item in self:
             place = SourcePosition(file=file, position=self.num_read - 1)
+            # No producer of containers is known, nor where their last hidden state was taken.
+            is_list = self._columns is None
             try:
-                record = to_record(item, source=place, layers=layers)
+                record = to_record(item, source=place, layers=layers, sites_known=is_list)
             except (ConversionError, SchemaError) as error:
                 message = f"{self.path}: sample {place.position}: {error}"
                 raise ConversionError(message) from error
-            self.num_layers = max(self.num_layers, num_layers_of(item))
             del item
             yield record
             # Free the arrays before the next item is read.
             del record
-
-    def dicts(self) -> Iterator[dict[str, Any]]:
-        """Every item as a dict."""
-        for item in self:
-            self.num_layers = max(self.num_layers, num_layers_of(item))
-            yield as_dict(item)
 
     def _check_magic(self) -> None:
         assert self._source is not None
@@ -287,8 +251,9 @@ class BatchStream(Iterator[Any]):
         self._columns = self._guard(check)
         self._open()
 
-    def _container_item(self, layers: list[Any], index: int) -> ContainerItem:
-        assert self._columns is not None
+    def _container_item(self, layers: list[Any], labels: Any, question_ids: Any) -> dict[str, Any]:
+        """An element of ``traces`` as a dict; its attentions have no head axis."""
+        index = self.num_read
         for number, pair in enumerate(layers):
             if (
                 type(pair) not in (tuple, list)
@@ -300,12 +265,14 @@ class BatchStream(Iterator[Any]):
                     f"{type_name(pair)}, expected a pair (hidden states, attention)"
                 )
                 raise ConversionError(message)
-        labels, question_ids = self._columns
-        return ContainerItem(
-            layers=[(hidden, attention) for hidden, attention in layers],
-            label=None if labels is None else labels[index],
-            question_id=None if question_ids is None else question_ids[index],
-        )
+        item: dict[str, Any] = {
+            layout.HIDDEN_STATES: [hidden for hidden, _ in layers],
+            layout.ATTENTION_MEAN: [attention for _, attention in layers],
+        }
+        for key, values in ((layout.LABEL, labels), (layout.QUESTION_ID, question_ids)):
+            if values is not None and values[index] is not None:
+                item[key] = values[index]
+        return item
 
 
 def _column(values: Any, name: str, num_items: int) -> list[Any] | None:
@@ -333,15 +300,3 @@ def _describe(value: Any) -> str:
         first = "a batch" if value[0] is ROOT else type_name(value[0])
         return f"{type_name(value)} that starts with {first}"
     return type_name(value)
-
-
-def is_pickle(path: str | os.PathLike[str]) -> bool:
-    """Whether the file starts like a pickle, plain or inside gzip."""
-    try:
-        with FileSource(path, _DEFAULT_LIMITS) as source:
-            head = source.file.read(2)
-    except ConversionError:
-        return False
-    if head[:1] == b"\x80":
-        return 2 <= head[-1] <= HIGHEST_PROTOCOL
-    return head in _SNIFFED_PREFIXES
