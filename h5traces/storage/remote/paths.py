@@ -25,6 +25,10 @@ _WEB_MAGIC = re.compile(r"[*\[]")
 _MAGIC = re.compile(r"[*?\[]")
 # Parts of a web address that may hold a password or a signature.
 _SECRETS = re.compile(r"(?<=://)[^/@]*@|(?<=\?)[^#]+")
+# seconds
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 5.0
+Result = TypeVar("Result")
 
 
 def is_url(source: object) -> bool:
@@ -203,12 +207,6 @@ class Blocks:
         if first + wanted.nbytes > len(data):
             return None
         return data[first : first + wanted.nbytes]
-
-
-Result = TypeVar("Result")
-
-_FIRST_PAUSE: Final = 0.1
-_LONGEST_PAUSE: Final = 5.0
 
 
 def persistently(path: RemotePath, attempts: int, request: Callable[[], Result]) -> Result:
