@@ -94,9 +94,6 @@ class SchemaError(H5TracesError, ValueError):
         super().__init__(message)
         self.problems = tuple(problems)
 
-    def __reduce__(self) -> tuple[type[SchemaError], tuple[str, tuple[Problem, ...]]]:
-        return type(self), (str(self), self.problems)
-
 
 class TraceNotFoundError(H5TracesError, KeyError):
     """No sample has this id, or several have; look at the archive's ids, or use an index."""
