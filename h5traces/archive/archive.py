@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from h5traces.archive.file import ArchiveFile
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.selection import choose_layers, choose_samples
+from h5traces.archive.stored_trace import StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, SampleIndexError, TraceNotFoundError
 from h5traces.format.archive import add_casts
@@ -26,7 +27,7 @@ from h5traces.format.text import and_more
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -76,19 +77,20 @@ class Archive(Sequence[Trace]):
     ) -> None:
         self._open_files = _OpenFiles()
 
-        def opened(path: Path | RemotePath) -> ArchiveFile:
-            use = self._open_files.use
-            return ArchiveFile(
-                path,
-                limits,
-                opened=use,
-                remote=remote,
-                label_folder=label_folder,
-                unrounded=unrounded,
-            )
-
-        # Read by the other rooms; in the order of `paths`, and the same for all views.
-        self._files = tuple(_opened_in_order(paths, opened))
+        open_file = partial(
+            ArchiveFile,
+            limits=limits,
+            opened=self._open_files.use,
+            remote=remote,
+            label_folder=label_folder,
+            unrounded=unrounded,
+        )
+        with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+            # Several on servers at a time, since each waits for one.
+            waits = sum(isinstance(path, RemotePath) for path in paths) > 1
+            opened = (pool.map if waits else map)(open_file, paths)
+            # Read by the other rooms; in the order of `paths`, and the same for all views.
+            self._files = tuple(opened)
         _check_alike(self._files)
         self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
         self._indices: Sequence[int] = range(self._starts[-1])
@@ -228,7 +230,7 @@ class Archive(Sequence[Trace]):
             message = f"index {index} is out of range; the archive holds {len(self)} traces"
             raise SampleIndexError(message) from None
         file, local = self._locate(position)
-        return Trace(file, local, ordinal=position, layers=self._layers)
+        return Trace(StoredTrace(file, local, self._layers), ordinal=position)
 
     def _locate(self, index: int) -> tuple[ArchiveFile, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -288,9 +290,17 @@ class Archive(Sequence[Trace]):
             for sequence in each.values()
             for position in range(len(sequence))
         ]
-        arrays = iter(_read_together(wanted, workers or os.cpu_count() or 1))
+        arrays: list[Any] = []
+        for part in _windows(wanted):
+            with contextlib.ExitStack() as fetched:
+                _fetch(part, fetched)
+                arrays += _read_all(part, workers or os.cpu_count() or 1)
+        following = iter(arrays)
         return [
-            {kind: [next(arrays) for _ in range(len(sequence))] for kind, sequence in each.items()}
+            {
+                kind: [next(following) for _ in range(len(sequence))]
+                for kind, sequence in each.items()
+            }
             for each in sequences
         ]
 
@@ -311,7 +321,7 @@ class Archive(Sequence[Trace]):
         RemoteError, CorruptArchiveError
             They cannot be fetched; the message names shard and samples.
         """
-        if not self._has_remote:
+        if not any(isinstance(file.path, RemotePath) for file in self._files):
             return contextlib.nullcontext()
         chosen = self._layers if layers is None else tuple(layers)
         names, wanted, nbytes = tuple(kinds), [], 0
@@ -325,10 +335,6 @@ class Archive(Sequence[Trace]):
             if nbytes <= _MOST_FETCHED_NBYTES:
                 _fetch(wanted, until_closed)
             return until_closed.pop_all()
-
-    @cached_property
-    def _has_remote(self) -> bool:
-        return any(isinstance(file.path, RemotePath) for file in self._files)
 
     def close(self) -> None:
         """Let go of the open files; the next use opens them again."""
@@ -347,27 +353,6 @@ class Archive(Sequence[Trace]):
         tier = f", {precision.tier}" if precision is not None else ""
         lossy = " (lossy)" if self.metadata.is_lossless is False else ""
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{tier}{lossy}>"
-
-
-def _opened_in_order(
-    paths: Sequence[Path | RemotePath],
-    opened: Callable[[Path | RemotePath], ArchiveFile],
-) -> list[ArchiveFile]:
-    """The files of an archive; those on servers several at a time, since each waits for one."""
-    if sum(isinstance(path, RemotePath) for path in paths) <= 1:
-        return [opened(path) for path in paths]
-    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
-        return list(pool.map(opened, paths))
-
-
-def _read_together(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
-    """Arrays by sequence and position, in order; those on servers are fetched in few requests."""
-    arrays: list[Any] = []
-    for part in _windows(wanted):
-        with contextlib.ExitStack() as fetched:
-            _fetch(part, fetched)
-            arrays += _read_all(part, workers)
-    return arrays
 
 
 def _windows(

@@ -48,20 +48,9 @@ _MOST_FEATURES_NAMED = 10
 class ArchiveFile:
     """One archive file: opens when needed, survives pickling and fork, falls back to HDF5.
 
-    Parameters
-    ----------
-    path
-        The file, or the address of one.
-    limits
-        What it may ask of its reader.
-    opened
-        Called whenever the file was opened, so that others can be closed.
-    remote
-        How to read it where it is an address; then it must have a footer.
-    label_folder
-        Where its labels lie, if not beside it; False to read none.
-    unrounded
-        Whether encoded layers come as float32 where their source was float16.
+    `opened` is called whenever the file was opened, so that others can be closed. `label_folder`
+    is where its labels lie, if not beside it; False to read none. With `unrounded`, encoded layers
+    come as float32 where their source was float16.
     """
 
     def __init__(
@@ -104,11 +93,6 @@ class ArchiveFile:
             if self._opened is not None:
                 self._opened(self)
         return store
-
-    @property
-    def metadata_kinds(self) -> tuple[str, ...]:
-        """Names of the kinds of arrays that the archive declares."""
-        return tuple(self.store.kinds)
 
     def reduction(self, kind: str) -> str | None:
         """How heads were reduced in a kind of arrays, where that is known."""
@@ -335,13 +319,6 @@ class ArchiveFile:
         return {**self.__dict__, "_store": None, "_scales": {}}
 
 
-def _name(value: object) -> str:
-    if not isinstance(value, str):
-        message = f"{value!r} is not a name"
-        raise TypeError(message)
-    return value
-
-
 def check_version(attrs: Attrs, place: str) -> None:
     """Raise UnsupportedVersionError for a newer major version or an unknown required feature."""
     version = str(attrs.get("format_version", ""))
@@ -354,12 +331,12 @@ def check_version(attrs: Attrs, place: str) -> None:
         raise UnsupportedVersionError(message)
     features = attrs.get("required_features", "[]")
     try:
-        required = {_name(each) for each in json.loads(str(features))}
+        unknown = sorted(set(json.loads(str(features))) - layout.KNOWN_FEATURES)
+        # A TypeError, as above, where something is no text.
+        names = ", ".join(unknown[:_MOST_FEATURES_NAMED])[:1000]
     except (ValueError, TypeError, RecursionError) as error:
         message = f"{place}: required_features {str(features)[:80]!r} is not a list of names"
         raise CorruptArchiveError(message) from error
-    unknown = sorted(required - layout.KNOWN_FEATURES)
     if unknown:
-        names = ", ".join(unknown[:_MOST_FEATURES_NAMED])[:1000]
         message = f"{place}: the archive requires {names}; upgrade h5traces"
         raise UnsupportedVersionError(message)

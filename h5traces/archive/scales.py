@@ -24,7 +24,7 @@ from h5traces.precision.scales import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -52,7 +52,8 @@ def stored_scales(store: Store) -> ScaleSet | None:
     group = _group(store)
     if group is None:
         return None
-    with store.file.prefetched(_ranges(group)):
+    chunks = (each.chunks for each in group.objects.values() if each.chunks is not None)
+    with store.file.prefetched(part for each in chunks for part in each.ranges):
         layers = {path: _scale(store, group, path) for path in layers_with_scales(group.objects)}
     return ScaleSet(layers, _record(store, group))
 
@@ -146,11 +147,6 @@ def _record(store: Store, group: SampleEntry) -> CalibrationRecord | None:
     except SchemaError as error:
         message = f"{store.file.name}: /{layout.SCALES_GROUP}: {error}"
         raise CorruptArchiveError(message) from error
-
-
-def _ranges(group: SampleEntry) -> Iterator[tuple[int, int]]:
-    for entry in group.objects.values():
-        yield from entry.chunks.ranges if entry.chunks is not None else ()
 
 
 def _error(store: Store, path: str, what: str) -> CorruptArchiveError:

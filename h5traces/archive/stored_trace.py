@@ -18,13 +18,14 @@ from h5traces.errors import (
 from h5traces.format import layout, text
 from h5traces.format.document import from_attributes
 from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
+from h5traces.format.entries import INTEGER_TYPES
 from h5traces.format.record import TraceMetadata
-from h5traces.format.values import TorchValue, decode_element
+from h5traces.format.values import TorchValue
 from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -32,24 +33,15 @@ if TYPE_CHECKING:
     from h5traces.archive.file import ArchiveFile
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry, SampleEntry
-    from h5traces.storage.files import ByteFile
 
 _STEPS_TABLE_AXES = 3
 _FLAT_AXES = 2
-_INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 class StoredTrace:
     """What is stored of one sample, for the rooms that read more than a user's `Trace` shows.
 
-    Attributes
-    ----------
-    file
-        The archive file that holds it.
-    index
-        Its place in that file.
-    selected
-        The layers that ``archive.select`` chose; None for all that are stored.
+    `selected` are the layers that ``archive.select`` chose; None for all that are stored.
     """
 
     def __init__(self, file: ArchiveFile, index: int, selected: tuple[int, ...] | None) -> None:
@@ -84,11 +76,6 @@ class StoredTrace:
         return labels is not None and labels.has_label(self.sample.ordinal)
 
     @property
-    def byte_file(self) -> ByteFile:
-        """The bytes that chunk tables point into."""
-        return self.file.store.file
-
-    @property
     def is_remote(self) -> bool:
         """Whether the trace lies on a server."""
         return isinstance(self.file.path, RemotePath)
@@ -105,12 +92,6 @@ class StoredTrace:
     def attrs(self, path: str) -> Attrs:
         """Attributes of the object at `path` below the sample's group."""
         return self.entry(path).attrs
-
-    def all_attrs(self, prefix: str) -> Iterator[Attrs]:
-        """Attributes of all objects whose path begins so; perhaps without their digests."""
-        objects = self.sample.objects
-        found = (path for path in objects if path.startswith(prefix))
-        return (self.file.attrs(self.sample, path) for path in found)
 
     def values(self, path: str) -> NDArray[Any]:
         """Stored values of the dataset at `path`, as they lie in the file."""
@@ -184,11 +165,10 @@ class StoredTrace:
     def _present_fields(self) -> tuple[str, ...]:
         """Keys for a trace without a legacy dict."""
         objects, found = self.sample.objects, []
-        found += [kind for kind in self.file.metadata_kinds if kind in objects]
+        found += [kind for kind in self.file.store.kinds if kind in objects]
         datasets = (layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS)
         found += [name for name in datasets if name in objects]
-        for key, value in self.slots().items():
-            found += [key] if value is not None else []
+        found += [key for key, value in self.slots().items() if value is not None]
         prefix = f"{layout.EXTRA_GROUP}/"
         found += [
             layout.unescape_key(text.unescape(path.removeprefix(prefix)))
@@ -206,10 +186,6 @@ class StoredTrace:
             layout.LABEL: metadata.label,
         }
 
-    def extra(self, path: str) -> Any:
-        """The value of an extra field by its path; torch tensors as `TorchValue`."""
-        return decode_element(self, path)
-
     def tokens(self, *, torch_tensors: bool = False) -> Any:
         """The tokens in the type of their source; CorruptArchiveError unless a row of integers."""
         attrs, values = self.attrs(layout.TOKENS), self.values(layout.TOKENS)
@@ -218,7 +194,7 @@ class StoredTrace:
             message = f"{self.place}/{layout.TOKENS}: holds no row of integers"
             raise CorruptArchiveError(message)
         if source_dtype is not None:
-            if source_dtype not in _INTEGER_TYPES:
+            if source_dtype not in INTEGER_TYPES:
                 message = (
                     f"{self.place}/tokens: source_dtype {source_dtype!r} is not an integer type"
                 )
@@ -351,7 +327,8 @@ def _exceptions(trace: StoredTrace, kind: str, name: str) -> NDArray[np.float64]
 def _check_table(trace: StoredTrace, kind: str, path: str) -> None:
     """Rows are counted by the layers; a table may claim any number."""
     entry = trace.entry(path)
-    count = num_exceptions(trace.all_attrs(f"{kind}/"))
+    layers = (each for each in trace.objects if each.startswith(f"{kind}/"))
+    count = num_exceptions(trace.file.attrs(trace.sample, each) for each in layers)
     if entry.dtype != "float64" or entry.shape != (count, EXCEPTION_COLUMNS):
         message = (
             f"{path} is {entry.dtype or 'a group'} {entry.shape}, expected float64 "

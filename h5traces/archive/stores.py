@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -39,52 +39,9 @@ if TYPE_CHECKING:
     from h5traces.storage.files import ByteFile
 
 
-class Store(Protocol):
-    """Read access to one archive file; samples are counted in the order of their names."""
-
-    @property
-    def file(self) -> ByteFile:
-        """The bytes that chunk tables point into."""
-
-    @property
-    def root_attrs(self) -> Attrs:
-        """Attributes of the root group."""
-
-    @property
-    def kinds(self) -> dict[str, Attrs]:
-        """Attributes of the groups under ``/kinds``."""
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples."""
-
-    def sample(self, index: int) -> SampleEntry:
-        """One sample and its objects."""
-
-    def sample_attrs(self, index: int) -> Attrs:
-        """Attributes of one sample."""
-
-    def scales(self) -> SampleEntry | None:
-        """The objects of ``/scales`` by their paths below the root; None without scales."""
-
-    def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
-        """Values of one dataset in its carrier dtype; bfloat16 as bits."""
-
-    def sizes(self) -> dict[str, StoredSize]:
-        """Sizes of all datasets by the first part of their path."""
-
-
 @dataclass(frozen=True, slots=True)
 class StoredSize:
-    """Sizes of several datasets.
-
-    Attributes
-    ----------
-    num_datasets
-        How many.
-    raw_nbytes, stored_nbytes
-        Bytes before and after compression.
-    """
+    """Sizes of several datasets, before and after compression."""
 
     num_datasets: int = 0
     raw_nbytes: int = 0
@@ -113,11 +70,11 @@ def object_place(ordinal: int, path: str) -> str:
     return f"/{path}" if ordinal == NO_ORDINAL else f"{layout.sample_path(ordinal)}/{path}"
 
 
-_GROUP_TYPE = ""
-
-
 class FooterStore:
-    """Reads through the footer: no HDF5, no lock, any number of threads."""
+    """Reads through the footer: no HDF5, no lock, any number of threads.
+
+    Samples are counted in the order of their names.
+    """
 
     def __init__(self, file: ByteFile, limits: ReadLimits) -> None:
         self.file = file
@@ -131,6 +88,7 @@ class FooterStore:
 
     @property
     def kinds(self) -> dict[str, Attrs]:
+        """Attributes of the groups under ``/kinds``."""
         return self._directory.kinds
 
     @property
@@ -139,13 +97,19 @@ class FooterStore:
 
     def sample_attrs(self, index: int) -> Attrs:
         start, stop = self._bounds(self._attrs_ends, index)
-        document = _parse(self._tables.column("sample_attrs")[start:stop].tobytes())
+        text = self._tables.column("sample_attrs")[start:stop].tobytes()
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            message = f"the index's sample table is not JSON: {error}"
+            raise FooterError(message) from error
         return _attrs(document)
 
     def sample(self, index: int) -> SampleEntry:
         return SampleEntry(index, self.sample_attrs(index), self._objects(index))
 
     def scales(self) -> SampleEntry | None:
+        """The objects of ``/scales`` by their paths below the root; None without scales."""
         if not self._directory.has_scales:
             return None
         objects = self._objects(self.num_samples)
@@ -170,6 +134,7 @@ class FooterStore:
         return FooterObjects(self, rows)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
+        """Values of one dataset in its carrier dtype; bfloat16 as bits."""
         entry = sample.objects[path]
         try:
             return read_checked_array(self.file, entry)
@@ -217,6 +182,7 @@ class FooterStore:
         return found.damaged, found.metadata_checksum == self._directory.metadata_checksum
 
     def sizes(self) -> dict[str, StoredSize]:
+        """Sizes of all datasets by the first part of their path."""
         column = self._tables.column
         ndim, dims, starts = column("object_ndim"), column("object_dims"), self._dims_ends[:-1]
         types = self._directory.types
@@ -296,7 +262,7 @@ class FooterStore:
             attrs = dict(self._attr_sets[int(column("object_attrs")[row])])
             dtype = self._directory.types[int(column("object_type")[row])]
             codec = self._directory.codecs[int(column("object_codec")[row])]
-            if dtype == _GROUP_TYPE:
+            if not dtype:
                 return ObjectEntry(path, attrs)
             digest = column("object_digest")[16 * row : 16 * row + 16].tobytes()
             if any(digest):
@@ -370,18 +336,6 @@ def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:
     ends = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=ends[1:])
     return ends
-
-
-def _parse(document: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(document)
-    except (ValueError, RecursionError) as error:
-        message = f"the index's sample table is not JSON: {error}"
-        raise FooterError(message) from error
-    if not isinstance(parsed, dict):
-        message = "the index's sample table holds something other than attributes"
-        raise FooterError(message)
-    return parsed
 
 
 # About as many as the threads of a reader are in at once.
@@ -484,3 +438,6 @@ class Hdf5Store:
                     part = StoredSize(1, entry.raw_nbytes, entry.stored_nbytes)
                     sizes[first] = sizes.get(first, StoredSize()) + part
         return sizes
+
+
+Store = FooterStore | Hdf5Store

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from numpy.typing import NDArray
 
-from h5traces.archive.stored_trace import StoredTrace
 from h5traces.archive.tensors import with_tensors, without_tensors
 from h5traces.errors import CorruptArchiveError, LayerIndexError
 from h5traces.format import layout, text
+from h5traces.format.values import decode_element
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from h5traces.archive.file import ArchiveFile
+    from h5traces.archive.stored_trace import StoredTrace
     from h5traces.format.record import TraceMetadata
     from h5traces.storage.remote.paths import RemotePath
 
@@ -57,8 +57,11 @@ class LayerSequence(Sequence[LayerValue]):
     @overload
     def __getitem__(self, position: slice) -> list[LayerValue]: ...
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
+        read = partial(self._trace.read_layer, self.kind)
         if isinstance(position, slice):
-            return self._read_slice(position)
+            numbers = range(len(self))[position]
+            with self._trace.prefetched(part for each in numbers for part in self._ranges(each)):
+                return [read(name) for name in self._names[position]]
         try:
             name = self._names[position]
         except IndexError:
@@ -68,32 +71,20 @@ class LayerSequence(Sequence[LayerValue]):
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
-        return self._read(name)
-
-    def _read_slice(self, positions: slice) -> list[LayerValue]:
-        numbers = range(len(self))[positions]
-        ranges = (each for number in numbers for each in self._ranges(number))
-        with self._trace.prefetched(ranges):
-            return [self._read(self._names[number]) for number in numbers]
+        value: LayerValue = read(name)
+        return value
 
     def _ranges(self, position: int) -> list[tuple[int, int]]:
         """Offset and size of the stored chunks of one array."""
         found = self._trace.ranges(f"{self.kind}/{self._names[position]}")
-        tables = (f"{self.kind}/{name}" for name in layout.TABLES)
-        for table in tables:
+        for table in (f"{self.kind}/{name}" for name in layout.TABLES):
             found += self._trace.ranges(table) if table in self._trace.objects else []
         return found
 
-    def _read(self, name: str) -> LayerValue:
-        value: LayerValue = self._trace.read_layer(self.kind, name)
-        return value
-
     def _to_list(self, *, torch_tensors: bool = False) -> list[Any] | tuple[Any, ...]:
         """All arrays, in a list or tuple as the source had them."""
-        values = [
-            self._trace.read_layer(self.kind, name, torch_tensors=torch_tensors)
-            for name in self._names
-        ]
+        read = partial(self._trace.read_layer, self.kind, torch_tensors=torch_tensors)
+        values = [read(name) for name in self._names]
         is_tuple = self._trace.attrs(self.kind).get("sequence") == "tuple"
         return tuple(values) if is_tuple else values
 
@@ -114,16 +105,8 @@ class Trace(Mapping[str, Any]):
         Index over all shards of its archive.
     """
 
-    def __init__(
-        self,
-        file: ArchiveFile,
-        index: int,
-        *,
-        ordinal: int | None = None,
-        layers: tuple[int, ...] | None = None,
-    ) -> None:
-        self._stored = StoredTrace(file, index, layers)
-        self.ordinal = index if ordinal is None else ordinal
+    def __init__(self, stored: StoredTrace, ordinal: int) -> None:
+        self._stored, self.ordinal = stored, ordinal
 
     @property
     def metadata(self) -> TraceMetadata:
@@ -174,7 +157,7 @@ class Trace(Mapping[str, Any]):
             return self.metadata.label
         extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
         if extra in objects:
-            value = self._stored.extra(extra)
+            value = decode_element(self._stored, extra)
             return with_tensors(value) if torch_tensors else without_tensors(value)
         if key == layout.TOKENS and key in objects:
             return self._stored.tokens(torch_tensors=torch_tensors)
@@ -225,9 +208,11 @@ class Trace(Mapping[str, Any]):
         if f"{kind}/{name}" not in self._stored.objects:
             self._stored.check_heads(kind)
             stored = LayerSequence(self._stored, kind, self._stored.selected).layers
-            message = f"{self._stored.place}: layer {layer} of {kind} is not stored; stored: "
-            msg = f"{message}{list(stored)}"
-            raise LayerIndexError(msg)
+            message = (
+                f"{self._stored.place}: layer {layer} of {kind} is not stored; stored: "
+                f"{list(stored)}"
+            )
+            raise LayerIndexError(message)
         value: LayerValue = self._stored.read_layer(kind, name)
         return value
 

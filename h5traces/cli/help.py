@@ -90,15 +90,16 @@ def _print_usage(console: Console, ctx: Any, *arguments: str) -> None:
     console.print()
 
 
-def _print_text(console: Console, text: str | None) -> None:
-    """Paragraphs, and lists whose items begin with a dash."""
+def _print_text(console: Console, paragraphs: str | None) -> None:
+    """Paragraphs, and lists whose items begin with a dash: commands, remarks as their comments."""
     from rich.padding import Padding
 
-    for paragraph in inspect.cleandoc(text or "").split("\n\n"):
+    for paragraph in inspect.cleandoc(paragraphs or "").split("\n\n"):
         for item in re.split(r"\n(?=- )", paragraph):
             line = " ".join(item.split())
             is_item = line.startswith("- ")
-            console.print(Padding(_styled(line.removeprefix("- ")), (0, 0, 0, 2 * is_item)))
+            text = re.sub(r"^- (`[^`]+`) ", r"\1  # ", line).removeprefix("- ")
+            console.print(Padding(_styled(text), (0, 0, 0, 2 * is_item)))
         console.print()
 
 

@@ -283,8 +283,7 @@ def padded(
         "attention_mask": torch.tensor(mask, device=device),
     }
     if len(sequences) > 1:
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        inputs["position_ids"] = positions
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return inputs
 
 

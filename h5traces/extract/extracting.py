@@ -18,7 +18,7 @@ from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.sizes import Forecast, ModelShape
 from h5traces.format.precision import EXACT
-from h5traces.paths import Target, check_not_a_source
+from h5traces.paths import check_not_a_source
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.create import target_of_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions, check_type
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from h5traces.extract.running import RunProgress
     from h5traces.format.archive import ExtractionMetadata
     from h5traces.format.precision import Precision, Tier
-    from h5traces.paths import PathLike
+    from h5traces.paths import PathLike, Target
 
 
 def extract_dataset(
@@ -91,10 +91,9 @@ def extract_dataset(
         The output is that of another run, or of other options.
     """
     options, storage = options or ExtractOptions(), PrecisionOptions.of(precision)
-    if Path(dataset.dataset).is_file():
-        place = Target.of(dest, shard_samples=target.shard_samples)
-        check_not_a_source(place, dataset.dataset)
     place = target_of_run(dest, replace(target, dry_run=False))
+    if Path(dataset.dataset).is_file():
+        check_not_a_source(place, dataset.dataset)
     check_type(storage.precision, storage.dtype or "float16")
     load_given(storage.scales, storage.precision)
     questions = load_dataset(dataset)

@@ -239,8 +239,7 @@ def load_questions(
     with tempfile.TemporaryDirectory(prefix="h5traces-questions-") as folder:
         # The library's cache knows local copies by the name of their folder alone, and would return
         # the rows of another one.
-        cache = folder if path is not None else None
-        rows = _load(known, place, revision, cache)
+        rows = _load(known, place, revision, folder if path is not None else None)
         questions = _questions(known, rows, place)
     return QuestionSet(
         known.path,

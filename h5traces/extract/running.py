@@ -358,7 +358,13 @@ class Run:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(batch) == 1:
-                yield batch[0], self._too_large(batch[0])
+                (job,) = batch
+                message = (
+                    f"{job.question.sample_id}: does not fit into memory with its "
+                    f"{len(job.prompt)} prompt tokens, not even alone; start again with more "
+                    "memory to try it again"
+                )
+                yield job, Skipped.of(job.question, "out_of_memory", message)
                 return
             self._report.halved.append([each.question.sample_id for each in batch])
             middle = len(batch) // 2
@@ -383,14 +389,6 @@ class Run:
                 message = f"{place}: the model failed: {error}"
                 raise ExtractionError(message) from error
             return None
-
-    @staticmethod
-    def _too_large(job: Job) -> Skipped:
-        message = (
-            f"{job.question.sample_id}: does not fit into memory with its {len(job.prompt)} prompt "
-            "tokens, not even alone; start again with more memory to try it again"
-        )
-        return Skipped.of(job.question, "out_of_memory", message)
 
     def _note(self, record: TraceRecord) -> None:
         """Count a durable record; called by the writing thread, which alone counts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -19,8 +19,25 @@ if TYPE_CHECKING:
 AnswerCut = Literal["none", "sentence", "newline"]
 FinishReason = Literal["stop", "length"]
 
-_Digest = Field(pattern=r"^[0-9a-f]{32}$")
-_Count = Annotated[int, Field(ge=0, lt=2**63)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
+LayerNumbers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="0-based decoder block numbers, strictly ascending."),
+]
+_Version = Annotated[
+    str, Field(pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR of the format.")
+]
+_Time = Annotated[
+    str,
+    Field(
+        pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$",
+        description="UTC time of writing, ISO 8601.",
+    ),
+]
+_Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 
 
 def _with_lists(value: Any) -> Any:
@@ -43,12 +60,12 @@ class ExtractionMetadata(Document):
         _Json, Field(description="The model's configuration, as transformers writes it.")
     ]
     weights_digest: Annotated[
-        Annotated[str, _Digest] | None,
+        Digest | None,
         Field(description="xxh3-128 over names, types, shapes and bytes of all weights."),
     ] = None
     tokenizer_class: Annotated[str | None, Field(description="Class of the tokenizer.")] = None
     tokenizer_digest: Annotated[
-        Annotated[str, _Digest] | None,
+        Digest | None,
         Field(description="xxh3-128 over the tokenizer's rules, vocabulary and chat template."),
     ] = None
     transformers_version: Annotated[str, Field(description="Release of transformers.")]
@@ -59,7 +76,7 @@ class ExtractionMetadata(Document):
     generation: Annotated[
         _Json, Field(description="Every option that decided how answers were generated.")
     ]
-    seed: Annotated[_Count, Field(description="Of the run; each sample's own is derived from it.")]
+    seed: Annotated[Count, Field(description="Of the run; each sample's own is derived from it.")]
     batch_size: Annotated[int, Field(ge=1, description="Samples per batch, as planned.")]
     prompt_template: Annotated[str | None, Field(description="Text around '{question}'.")] = None
     chat_template: Annotated[
@@ -80,19 +97,18 @@ class ExtractionMetadata(Document):
         """What two runs did differently, one text per field."""
         if other is None:
             return ["extraction (was not recorded)"]
-        ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        found = []
-        for name, value in ours.items():
-            if value != theirs[name] and isinstance(value, dict) and isinstance(theirs[name], dict):
-                found += _nested(name, value, theirs[name])
-            elif value != theirs[name]:
-                found.append(f"{name}={value!r} (was {theirs[name]!r})")
-        return found
+        return _changed("", self.model_dump(mode="json"), other.model_dump(mode="json"))
 
 
-def _nested(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    return [f"{name}.{key}={ours.get(key)!r} (was {theirs.get(key)!r})" for key in keys]
+def _changed(prefix: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    found = []
+    for key in {**ours, **theirs}:
+        new, old = ours.get(key), theirs.get(key)
+        if new != old and not prefix and isinstance(new, dict) and isinstance(old, dict):
+            found += _changed(f"{key}.", new, old)
+        elif new != old:
+            found.append(f"{prefix}{key}={new!r} (was {old!r})")
+    return found
 
 
 class SampleExtraction(Document):
@@ -102,17 +118,8 @@ class SampleExtraction(Document):
         FinishReason,
         Field(description="'stop': the model ended its answer; 'length': it was not allowed more."),
     ]
-    seed: Annotated[_Count, Field(description="Of the random numbers that chose its tokens.")]
-    row: Annotated[_Count, Field(description="Row of the data set, from 0.")]
-
-
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
-LayerNumbers = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...],
-    Field(description="0-based decoder block numbers, strictly ascending."),
-]
+    seed: Annotated[Count, Field(description="Of the random numbers that chose its tokens.")]
+    row: Annotated[Count, Field(description="Row of the data set, from 0.")]
 
 
 def check_ascending(layers: tuple[int, ...], field: str) -> None:
@@ -197,9 +204,7 @@ class ArchiveMetadata(Document):
     format: Annotated[
         Literal["h5traces"], Field(description="Tells an archive from other HDF5 files.")
     ]
-    format_version: Annotated[
-        str, Field(pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR of the format.")
-    ]
+    format_version: _Version
     stability: Annotated[
         Literal["unstable", "stable"],
         Field(description="'unstable' until this format version is released and frozen."),
@@ -209,17 +214,8 @@ class ArchiveMetadata(Document):
         Field(description="Names a reader must know; one it does not know means: do not read."),
     ] = ()
     generator: Annotated[str, Field(description="Program and version that wrote the archive.")]
-    created: Annotated[
-        str,
-        Field(
-            pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$",
-            description="UTC time of writing, ISO 8601.",
-        ),
-    ]
-    archive_id: Annotated[
-        str,
-        Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", description="A UUID."),
-    ]
+    created: _Time
+    archive_id: Annotated[_Uuid, Field(description="A UUID.")]
     num_samples: Annotated[Count, Field(description="Groups below /samples.")]
     model_id: Annotated[
         str | None, Field(description="As the user or the batch's file name gives it.")
@@ -321,7 +317,7 @@ class ArchiveMetadata(Document):
         return self
 
 
-LABELS_FORMAT = "h5traces-labels"
+LABELS_FORMAT: Final = "h5traces-labels"
 
 
 class LabelSidecar(Document):
@@ -329,24 +325,12 @@ class LabelSidecar(Document):
 
     format: Annotated[
         Literal["h5traces-labels"], Field(description="Tells a sidecar from other JSON files.")
-    ] = "h5traces-labels"
-    format_version: Annotated[
-        str, Field(pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR of the format.")
-    ]
+    ] = LABELS_FORMAT
+    format_version: _Version
     generator: Annotated[str, Field(description="Program and version that wrote the sidecar.")]
-    created: Annotated[
-        str,
-        Field(
-            pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$",
-            description="UTC time of writing, ISO 8601.",
-        ),
-    ]
+    created: _Time
     archive_id: Annotated[
-        str,
-        Field(
-            pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$",
-            description="The archive's own; the sidecar belongs to no other.",
-        ),
+        _Uuid, Field(description="The archive's own; the sidecar belongs to no other.")
     ]
     num_samples: Annotated[Count, Field(description="Samples in the archive, labelled or not.")]
     source: Annotated[

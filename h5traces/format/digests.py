@@ -76,12 +76,6 @@ def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> st
     return xxhash.xxh3_128_hexdigest(document.encode("utf-8", "surrogatepass"))
 
 
-def _stored_digest(sample: SampleEntry) -> str:
-    """The digest of a sample by its stored attributes and its datasets' own digests."""
-    objects = {path: entry.attrs for path, entry in sample.objects.items()}
-    return sample_digest(sample.attrs, objects)
-
-
 def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
     """How the values of a dataset differ from those that were written; None if they do not."""
     expected = entry.attrs.get(DIGEST)
@@ -97,6 +91,7 @@ def sample_difference(sample: SampleEntry, expected: str | None = None) -> str |
 
     `expected` is its digest; the stored one by default.
     """
-    if _stored_digest(sample) == (expected or sample.attrs.get(DIGEST)):
+    objects = {path: entry.attrs for path, entry in sample.objects.items()}
+    if sample_digest(sample.attrs, objects) == (expected or sample.attrs.get(DIGEST)):
         return None
     return "metadata or datasets do not fit the sample's digest; they were edited"

@@ -62,15 +62,7 @@ _SCRATCH: Final = Scratch()
 
 @dataclass(frozen=True, slots=True)
 class TypedArray:
-    """An array and the name of its floating-point type.
-
-    Attributes
-    ----------
-    values
-        Any shape; for ``bfloat16`` the raw bits as uint16, else the numbers themselves.
-    dtype
-        One of `FLOAT_TYPES`.
-    """
+    """An array of any shape, and the name of its type; bfloat16 as the raw bits in uint16."""
 
     values: AnyArray
     dtype: FloatType
@@ -258,7 +250,7 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
     return num_nan, total - num_nan
 
 
-def _count_changes(source: TypedArray, stored: TypedArray) -> tuple[int, int, int]:
+def _count_changes(source: TypedArray, stored: TypedArray) -> list[int]:
     """Overflows, values gone to zero, values gone subnormal, of a cast to a narrower type.
 
     Only values with the lowest or highest exponent can be any of these, and they are found by
@@ -272,11 +264,7 @@ def _count_changes(source: TypedArray, stored: TypedArray) -> tuple[int, int, in
     overflow = np.isinf(after) & np.isfinite(before)
     to_zero = (after == 0) & (before != 0)
     to_subnormal = (after != 0) & np.isfinite(after) & (after != before)
-    return (
-        int(np.count_nonzero(overflow)),
-        int(np.count_nonzero(to_zero)),
-        int(np.count_nonzero(to_subnormal)),
-    )
+    return [int(np.count_nonzero(each)) for each in (overflow, to_zero, to_subnormal)]
 
 
 def _count_changed(source: TypedArray, stored: TypedArray) -> int:
@@ -319,16 +307,15 @@ def cast_for_storage(
         ``float32`` (or float64, where it needs that), raise an ``error``, or ``clip`` it to the
         largest finite value.
     """
-    num_nan, num_inf = count_not_finite(array)
+    not_finite = CastCounts(*count_not_finite(array))
     if policy == "auto":
         stored = _cast_exact(array)
         source_dtype = array.dtype if stored.dtype != array.dtype else None
-        return CastResult(stored, source_dtype, None, CastCounts(num_nan, num_inf))
+        return CastResult(stored, source_dtype, None, not_finite)
     stored = cast_values(array, policy)
     if stored.dtype == array.dtype:
-        return CastResult(stored, None, None, CastCounts(num_nan, num_inf))
-    overflow, to_zero, to_subnormal = _count_changes(array, stored)
-    counts = CastCounts(num_nan, num_inf, overflow, to_zero, to_subnormal)
+        return CastResult(stored, None, None, not_finite)
+    overflow, *lost = _count_changes(array, stored)
     if overflow:
         if on_overflow == "error":
             message = (
@@ -339,26 +326,14 @@ def cast_for_storage(
         if on_overflow == "clip":
             stored = _clip(array, stored)
         else:
-            stored, to_zero, to_subnormal = _widen(array)
-            counts = CastCounts(num_nan, num_inf, overflow, to_zero, to_subnormal)
+            stored = cast_values(array, "float32")
+            beyond, *lost = _count_changes(array, stored)
+            if beyond:
+                stored, lost = cast_values(array, "float64"), [0, 0]
+    counts = not_finite + CastCounts(0, 0, overflow, *lost)
     if stored.dtype == array.dtype:
         return CastResult(stored, None, None, counts)
     return CastResult(stored, None, array.dtype, counts, _count_changed(array, stored))
-
-
-def uncast(array: TypedArray) -> CastResult:
-    """`array` without a cast, C-contiguous and little-endian; counts what is not finite."""
-    counts = CastCounts(*count_not_finite(array))
-    return CastResult(cast_values(array, array.dtype), None, None, counts)
-
-
-def _widen(array: TypedArray) -> tuple[TypedArray, int, int]:
-    """`array` in float32, or in float64 where float32 overflows too; what became 0 or subnormal."""
-    stored = cast_values(array, "float32")
-    overflow, to_zero, to_subnormal = _count_changes(array, stored)
-    if overflow:
-        return cast_values(array, "float64"), 0, 0
-    return stored, to_zero, to_subnormal
 
 
 def _clip(source: TypedArray, stored: TypedArray) -> TypedArray:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from h5traces.format.document import Attrs
 
 _TEXT_TYPE = re.compile(r"text:([1-9][0-9]{0,9})\Z")
-_INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 @cache
@@ -32,7 +32,7 @@ def carrier_dtype(stored_type: str) -> np.dtype[Any]:
     """
     if stored_type in CARRIERS:
         return CARRIERS[stored_type]
-    if stored_type in _INTEGER_TYPES:
+    if stored_type in INTEGER_TYPES:
         return np.dtype(stored_type).newbyteorder("<")
     text = _TEXT_TYPE.match(stored_type)
     if text:
@@ -55,20 +55,11 @@ def digest_type(stored_type: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ChunkTable:
-    """Where the chunks of one dataset lie, in C order of the chunk grid.
-
-    Attributes
-    ----------
-    offsets
-        Absolute byte offsets in the file.
-    sizes
-        Stored sizes in bytes.
-    checksums
-        xxh3-64 of the stored bytes; None where only HDF5 is known, which keeps none.
-    """
+    """Where the chunks of one dataset lie in the file, in C order of the chunk grid."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    # xxh3-64 of the stored bytes; None where only HDF5 is known, which keeps none.
     checksums: tuple[int, ...] | None
 
     @property
@@ -79,29 +70,16 @@ class ChunkTable:
 
 @dataclass(frozen=True, slots=True)
 class ObjectEntry:
-    """A group or dataset inside a sample.
-
-    Attributes
-    ----------
-    path
-        Path below the sample's group, for instance ``hidden_states/layer_000``.
-    attrs
-        Its attributes, without those every reader can derive (the IMAGE attributes).
-    dtype
-        Stored type; the empty string for a group.
-    shape, chunk
-        Shape of the dataset and of its chunks.
-    codec
-        Codec name, None where only the HDF5 library can read the dataset.
-    chunks
-        Chunk table, None where `codec` is None, and for groups.
-    """
+    """A group or dataset inside a sample; `path` is below the sample's group."""
 
     path: str
+    # Without those that every reader can derive (the IMAGE attributes).
     attrs: Attrs = field(default_factory=dict)
+    # Stored type; the empty string for a group.
     dtype: str = ""
     shape: tuple[int, ...] = ()
     chunk: tuple[int, ...] = ()
+    # Both None for groups, and where only the HDF5 library can read the dataset.
     codec: str | None = None
     chunks: ChunkTable | None = None
 

@@ -58,16 +58,7 @@ LAYER_ATTRS: Final = frozenset(
     | {"exceptions", "num_exceptions"}
 )
 # Attributes of all groups and datasets inside samples.
-OBJECT_ATTRS: Final = LAYER_ATTRS | {
-    "sequence",
-    "encoding",
-    "encoding_version",
-    "dtype",
-    "torch_dtype",
-    "ndim",
-    "keys",
-    *IMAGE_ATTRS,
-}
+OBJECT_ATTRS: Final = LAYER_ATTRS | {"dtype", "torch_dtype", "ndim", "keys", *IMAGE_ATTRS}
 
 SITE_EMBEDDING: Final = "embedding"
 SITE_BLOCK_OUTPUT: Final = "block_output"
@@ -78,20 +69,12 @@ USER_ATTR_PREFIX: Final = "x_"
 
 @dataclass(frozen=True)
 class KindDefinition:
-    """What one kind of layered array is.
-
-    Attributes
-    ----------
-    axes
-        Names of the axes of one layer's array, outermost first.
-    definition
-        One sentence for people who meet the archive without its software.
-    image
-        Whether viewers should show the last two axes as a picture.
-    """
+    """What one kind of layered array is; `axes` are those of one layer, outermost first."""
 
     axes: tuple[str, ...]
+    # One sentence for people who meet the archive without its software.
     definition: str
+    # Whether viewers should show the last two axes as a picture.
     image: bool
 
 
@@ -117,7 +100,6 @@ KINDS: Final = {
 }
 
 _LAYER_NAME = re.compile(r"layer_(\d{3,})\Z")
-_SAMPLE_NAME = re.compile(r"\d{8,}\Z")
 
 
 def parse_version(version: str) -> tuple[int, int] | None:
@@ -133,7 +115,7 @@ def sample_name(ordinal: int) -> str:
 
 def is_sample_name(name: str) -> bool:
     """Whether `name` is an 8-digit (or longer) ordinal."""
-    return _SAMPLE_NAME.match(name) is not None
+    return re.fullmatch(r"\d{8,}", name) is not None
 
 
 def sample_path(ordinal: int) -> str:

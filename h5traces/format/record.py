@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationErr
 
 from h5traces.errors import Problem, SchemaError
 from h5traces.format import layout
-from h5traces.format.archive import Count, Int64, SampleExtraction
+from h5traces.format.archive import Count, Digest, Int64, SampleExtraction
 from h5traces.format.document import Document, problems_of
 from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
 from h5traces.format.text import encode_all
@@ -67,15 +67,11 @@ class TraceMetadata(Document):
         SampleExtraction | None, Field(description="How the sample was extracted from the model.")
     ] = None
     exact_digest: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[0-9a-f]{32}$",
-            description="Digest of the sample that this one was made of by giving up precision.",
-        ),
+        Digest | None,
+        Field(description="Digest of the sample that this one was made of by giving up precision."),
     ] = None
     digest: Annotated[
-        str | None,
-        Field(pattern=r"^[0-9a-f]{32}$", description="xxh3-128 of the content; written last."),
+        Digest | None, Field(description="xxh3-128 of the content; written last.")
     ] = None
 
     @model_validator(mode="after")
@@ -137,13 +133,8 @@ class ArraySource(Protocol):
 class StepArrays:
     """One layer's arrays of generation steps, as old extractors kept them.
 
-    Attributes
-    ----------
-    steps
-        One array per generation step: hidden states ``(beams, tokens, hidden)`` or attentions
-        ``(beams, heads, query, key)``; all of one type.
-    sequence
-        Whether the legacy dict held a list or a tuple of steps.
+    All are of one type: hidden states ``(beams, tokens, hidden)`` or attentions ``(beams, heads,
+    query, key)``. `sequence` says what held them in the legacy dict.
     """
 
     steps: tuple[TypedArray, ...]
@@ -152,44 +143,25 @@ class StepArrays:
 
 @dataclass(frozen=True, slots=True)
 class EarlierCast:
-    """A cast that was made before an array got into a record, on the device that computed it.
-
-    Attributes
-    ----------
-    cast_from
-        The type of the array before.
-    counts
-        What that cast changed; values that are not finite are counted when the array is written.
-    num_changed
-        Values that it changed, rounding included; None where that is not known.
-    """
+    """A cast that was made before an array got into a record, on the device that computed it."""
 
     cast_from: FloatType
+    # Without values that are not finite: they are counted when the array is written.
     counts: CastCounts
+    # Rounding included; None where that is not known.
     num_changed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerArray:
-    """One array of a layered kind.
+    """One array of a layered kind, or its generation steps."""
 
-    Attributes
-    ----------
-    name
-        Dataset name: ``layer_000`` (the model's own 0-based block number) or ``embedding``.
-    array
-        The numbers, or their generation steps.
-    site
-        Where in the model the numbers were taken; see ``schema/SPEC.md``.
-    container
-        ``torch`` where the source was a torch tensor; None for numpy.
-    earlier
-        The cast that the array has been through already.
-    """
-
+    # Of the dataset: ``layer_000`` (the model's own 0-based block number) or ``embedding``.
     name: str
     array: ArraySource | StepArrays
+    # Where in the model the numbers were taken; see ``schema/SPEC.md``.
     site: str | None = None
+    # None for numpy.
     container: Container | None = None
     earlier: EarlierCast | None = None
 
@@ -198,18 +170,12 @@ class LayerArray:
 class LayeredArrays:
     """All arrays of one kind of one sample, in the order of the legacy list.
 
-    Attributes
-    ----------
-    arrays
-        One entry per stored position.
-    sequence
-        Whether the legacy dict held a list or a tuple of arrays.
-    reduction
-        How heads were reduced in arrays that have none, where that is known.
+    `sequence` says what held them in the legacy dict.
     """
 
     arrays: tuple[LayerArray, ...]
     sequence: Literal["list", "tuple"] = "list"
+    # How heads were reduced in arrays that have none, where that is known.
     reduction: str | None = None
 
     @property
@@ -257,15 +223,14 @@ class TraceDescription(Document):
                 "expected one text per id"
             )
             found.append(Problem(layout.TOKENS_DECODED, message, "length_mismatch"))
-        if self.metadata.coverage in ("steps", "empty"):
-            # Kinds that are not in steps still have their axes.
-            for kind, definition in layout.KINDS.items():
-                found += self._axes_problems(kind, definition.axes)
-            return found
+        # Kinds that are not in steps still have their axes.
+        covers_tokens = self.metadata.coverage not in ("steps", "empty")
         for kind, definition in layout.KINDS.items():
-            found += self._shape_problems(kind, definition.axes)
-        found += self._cross_kind_problems()
-        return found
+            of_kind = self._axes_problems(kind, definition.axes)
+            if covers_tokens and not of_kind:
+                of_kind = self._length_problems(kind, definition.axes)
+            found += of_kind
+        return found + (self._cross_kind_problems() if covers_tokens else [])
 
     def _of(self, kind: str) -> list[ArrayDescription]:
         return [entry for entry in self.arrays if entry.kind == kind]
@@ -281,25 +246,17 @@ class TraceDescription(Document):
                 found.append(Problem(f"{kind}/{entry.name}", message, "wrong_axes"))
         return found
 
-    def _shape_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
-        found = self._axes_problems(kind, axes)
-        if found:
-            return found
-        entries = self._of(kind)
+    def _length_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
+        entries, found = self._of(kind), []
         for axis, axis_name in enumerate(axes):
-            if axis_name not in ("token", "query", "key"):
-                continue
-            lengths = {entry.shape[axis] for entry in entries}
-            if len(lengths) > 1:
-                odd = next(
-                    entry for entry in entries if entry.shape[axis] != entries[0].shape[axis]
-                )
+            odd = [each for each in entries if each.shape[axis] != entries[0].shape[axis]]
+            if odd and axis_name in ("token", "query", "key"):
                 message = (
-                    f"shape {odd.shape} has {odd.shape[axis]} on the {axis_name} axis, but "
+                    f"shape {odd[0].shape} has {odd[0].shape[axis]} on the {axis_name} axis, but "
                     f"{entries[0].name} has {entries[0].shape[axis]}; expected the same sequence "
                     "in every layer"
                 )
-                found.append(Problem(f"{kind}/{odd.name}", message, "unequal_lengths"))
+                found.append(Problem(f"{kind}/{odd[0].name}", message, "unequal_lengths"))
         return found
 
     def _cross_kind_problems(self) -> list[Problem]:
@@ -332,7 +289,7 @@ class TraceRecord(BaseModel):
     scores: dict[str, float] | None = None
     source: SourcePosition | None = None
     extraction: SampleExtraction | None = None
-    exact_digest: Annotated[str | None, Field(pattern=r"^[0-9a-f]{32}$")] = None
+    exact_digest: Digest | None = None
     fields: tuple[str, ...] = ()
     tokens: NDArray[np.int64] | None = None
     tokens_container: Container | None = None

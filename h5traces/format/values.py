@@ -17,6 +17,7 @@ import numpy as np
 from h5traces.errors import ConversionError, CorruptArchiveError, UnsupportedEncodingError
 from h5traces.format import layout, text
 from h5traces.format.document import compact_json
+from h5traces.format.entries import stored_type_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,22 +36,11 @@ MAX_AXES: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class EncodedObject:
-    """A group, or a dataset with its values, to be stored at `path`.
-
-    Attributes
-    ----------
-    path
-        Path below the sample's group.
-    attrs
-        Attributes.
-    dtype
-        Stored type; empty for a group.
-    values
-        The dataset's values, None for a group.
-    """
+    """A dataset with its values, or a group, to be stored at `path` below the sample's group."""
 
     path: str
     attrs: Attrs = field(default_factory=dict)
+    # Stored type; empty for a group.
     dtype: str = ""
     values: NDArray[Any] | None = None
 
@@ -70,14 +60,9 @@ class ElementReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TorchValue:
-    """A torch tensor outside torch: the array, and torch's name for its dtype.
+    """A torch tensor outside torch: the array, and torch's name for its dtype, such as ``int64``.
 
-    Attributes
-    ----------
-    data
-        The numbers; for ``bfloat16`` the raw bits as uint16.
-    dtype
-        torch's name, such as ``int64``.
+    bfloat16 comes as the raw bits in uint16.
     """
 
     data: NDArray[Any]
@@ -122,27 +107,20 @@ class _Encoder:
         self._count(depth)
         if isinstance(value, (np.ndarray, np.generic, TorchValue)):
             return True
-        if isinstance(value, dict):
-            return any(self._holds_array(each, depth + 1) for each in value.values())
-        if isinstance(value, (list, tuple)):
-            return any(self._holds_array(each, depth + 1) for each in value)
-        return False
+        if not isinstance(value, (dict, list, tuple)):
+            return False
+        children = value.values() if isinstance(value, dict) else value
+        return any(self._holds_array(each, depth + 1) for each in children)
 
     def _encode_container(
         self, path: str, value: dict[Any, Any] | list[Any] | tuple[Any, ...], depth: int
     ) -> Iterator[EncodedObject]:
         if isinstance(value, dict):
-            yield EncodedObject(
-                path,
-                {
-                    **_encoding("dict"),
-                    "keys": compact_json([self._to_json(key, depth) for key in value]),
-                },
-            )
+            keys = compact_json([self._to_json(key, depth) for key in value])
+            yield EncodedObject(path, {**_encoding("dict"), "keys": keys})
             children = list(value.values())
         else:
-            name = "list" if isinstance(value, list) else "tuple"
-            yield EncodedObject(path, _encoding(name))
+            yield EncodedObject(path, _encoding("list" if isinstance(value, list) else "tuple"))
             children = list(value)
         for index, child in enumerate(children):
             yield from self.encode(f"{path}/{layout.sample_name(index)}", child, depth=depth + 1)
@@ -182,8 +160,10 @@ class _Encoder:
             return {"$tuple": [self._to_json(each, depth + 1) for each in value]}
         if isinstance(value, dict):
             return self._dict_to_json(value, depth)
-        message = f"a value of type {type(value).__name__} has no encoding; expected plain Python "
-        message += "values, numpy arrays or torch tensors"
+        message = (
+            f"a value of type {type(value).__name__} has no encoding; expected plain Python "
+            "values, numpy arrays or torch tensors"
+        )
         raise ConversionError(message)
 
     def _dict_to_json(self, value: dict[Any, Any], depth: int) -> Any:
@@ -202,8 +182,7 @@ def _encoding(name: str) -> Attrs:
 
 
 def _dataset(path: str, encoding: str, values: NDArray[Any]) -> EncodedObject:
-    dtype = f"text:{values.dtype.itemsize}" if values.dtype.kind == "S" else values.dtype.name
-    return EncodedObject(path, _encoding(encoding), dtype, values)
+    return EncodedObject(path, _encoding(encoding), stored_type_of(values), values)
 
 
 def _encode_array(
@@ -215,11 +194,8 @@ def _encode_array(
     """
     attrs = _encoding(encoding)
     if isinstance(value, TorchValue):
-        attrs["container"] = "torch"
-        attrs["torch_dtype"] = value.dtype
-        array = value.data
-    else:
-        array = value
+        attrs |= {"container": "torch", "torch_dtype": value.dtype}
+    array = value.data if isinstance(value, TorchValue) else value
     attrs["dtype"] = array.dtype.str
     if array.ndim == 0:
         attrs["ndim"] = 0
@@ -231,7 +207,7 @@ def _encode_array(
         dtype = array.dtype.name
     elif kind == "U":
         values = text.encode_all(array.ravel().tolist()).reshape(array.shape)
-        dtype = f"text:{values.dtype.itemsize}"
+        dtype = stored_type_of(values)
     elif kind in "bScf" and itemsize:
         contiguous = np.ascontiguousarray(array)
         values = contiguous.reshape(-1).view(np.uint8).reshape(*array.shape, itemsize)

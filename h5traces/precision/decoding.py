@@ -66,20 +66,12 @@ def decode(
     exceptions: Callable[[], Exceptions],
     unrounded: bool = False,
 ) -> TypedArray:
-    """The array that stored integers stand for.
+    """The array that stored integers, for which `is_encoded` holds, stand for.
 
-    Parameters
-    ----------
-    scale
-        Gives the scale of a path such as ``/scales/hidden_states/layer_005``.
-    exceptions
-        Gives the layer's exceptions: float64 ``(n, 2)``, flat index and value.
-    unrounded
-        Whether to give float32 where the source was float16; the formulas are exact in it.
+    `scale` takes a path such as ``/scales/hidden_states/layer_005``. `exceptions` gives those of
+    the layer: float64 ``(n, 2)``, flat index and value. With `unrounded`, what was float16 comes as
+    float32, in which the formulas are exact.
     """
-    if not is_encoded(attrs):
-        message = "the array is not encoded, so there is nothing to decode"
-        raise CorruptArchiveError(message)
     for message in attribute_problems(stored.dtype.name, attrs):
         raise CorruptArchiveError(message)
     as_half = not unrounded and attrs["restored_dtype"] == "float16"

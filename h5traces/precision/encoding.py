@@ -37,29 +37,15 @@ _STATE_AXES: Final = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedLayer:
-    """One layer's array as it is stored.
-
-    Attributes
-    ----------
-    values
-        Of the source's shape.
-    dtype
-        Stored type.
-    attrs
-        What a reader needs to restore it.
-    exceptions
-        Values that are stored as they are: float64 ``(n, 2)``, flat index in C order and value.
-    kept_exact
-        Why the array is stored in float16 although the precision says otherwise.
-    source_nbytes
-        Bytes of the array before.
-    """
+    """One layer's array as it is stored, and the attributes that a reader needs to restore it."""
 
     values: NDArray[Any]
     dtype: str
     source_nbytes: int
     attrs: Attrs = field(default_factory=dict)
+    # Values that are stored as they are: float64 ``(n, 2)``, flat index in C order and value.
     exceptions: NDArray[np.float64] | None = None
+    # Why the array is stored in float16 although the precision says otherwise.
     kept_exact: str | None = None
 
 
@@ -96,10 +82,9 @@ class Encoder:
         if precision.mantissa_bits is not None:
             reason = None if array.dtype == "float16" else f"needs {array.dtype}"
             return _exact(array, reason) if reason else _rounded(array, precision.mantissa_bits)
-        if kind == layout.ATTENTIONS and precision.head_mean == "only":
-            # Heads that could be averaged do not come here.
-            return _exact(array, reason)
-        return _exact(array)
+        # Heads that could be averaged do not come here.
+        lacks_mean = kind == layout.ATTENTIONS and precision.head_mean == "only"
+        return _exact(array, reason if lacks_mean else None)
 
     @property
     def is_plain(self) -> bool:

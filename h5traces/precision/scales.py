@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from h5traces.format.precision import CalibrationRecord
 
 
-# Names of the datasets of one layer.
+# Names of the datasets of one layer: the fields of `ChannelStatistics` and `ChannelScale`.
 CENTER: Final = "center"
 STEP: Final = "step"
 OFFSET: Final = "offset"
@@ -59,13 +59,9 @@ _SLACK: Final = 1 - 2.0**-12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelStatistics:
-    """What is usual in every channel of one layer.
+    """Mean and standard deviation of every channel of one layer, without what is unusual.
 
-    Attributes
-    ----------
-    center, sigma
-        Mean and standard deviation without what is unusual: float32 ``(hidden,)``, in the units of
-        the hidden states; sigma is greater than zero.
+    Both are float32 ``(hidden,)``, in the units of the hidden states; sigma is greater than zero.
     """
 
     center: NDArray[np.float32]
@@ -74,26 +70,16 @@ class ChannelStatistics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelScale:
-    """How the channels of one layer are stored in steps.
+    """How the channels of one layer are stored in steps; all arrays are float32 ``(hidden,)``.
 
-    Attributes
-    ----------
-    step, offset
-        Distance of neighbouring values, and the value of the middle one: float32 ``(hidden,)``.
-        Offsets are whole sixteenths of a step.
-    sigma
-        What the bound is stated in: float32 ``(hidden,)``. It is larger than that of the
-        statistics where steps would be finer than float16 itself.
+    `step` is the distance of neighbouring values, `offset` the value of the middle one, in whole
+    sixteenths of a step. The bound is stated in `sigma`, which is larger than that of the
+    statistics where steps would be finer than float16 itself.
     """
 
     step: NDArray[np.float32]
     offset: NDArray[np.float32]
     sigma: NDArray[np.float32]
-
-    @property
-    def statistics(self) -> ChannelStatistics:
-        """What another scale can be made from."""
-        return ChannelStatistics(self.offset, self.sigma)
 
     def equals(self, other: ChannelScale) -> bool:
         """Whether both give the same values."""
@@ -135,15 +121,7 @@ def _rounded_down(values: NDArray[np.float64], bits: int) -> NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """What is usual in the channels of a model's layers.
-
-    Attributes
-    ----------
-    layers
-        By path of the layer, such as ``hidden_states/layer_005``.
-    record
-        What it was measured on.
-    """
+    """What is usual in the channels of layers, by path such as ``hidden_states/layer_005``."""
 
     layers: dict[str, ChannelStatistics] = field(default_factory=dict)
     record: CalibrationRecord | None = None
@@ -166,25 +144,10 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaleSet:
-    """The scales of an archive.
-
-    Attributes
-    ----------
-    layers
-        By path of the layer, such as ``hidden_states/layer_005``.
-    record
-        What they were made from.
-    """
+    """The scales of an archive, by path such as ``hidden_states/layer_005``, and their source."""
 
     layers: dict[str, ChannelScale] = field(default_factory=dict)
     record: CalibrationRecord | None = None
-
-    @property
-    def calibration(self) -> Calibration:
-        """What other scales can be made from."""
-        return Calibration(
-            {path: each.statistics for path, each in self.layers.items()}, self.record
-        )
 
     def equals(self, other: ScaleSet) -> bool:
         """Whether both decode every layer alike."""
@@ -193,20 +156,12 @@ class ScaleSet:
         )
 
 
-def scale_arrays(scales: ScaleSet) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Every dataset of a set of scales: path below the root, and values ``(hidden,)``."""
-    for path, scale in scales.layers.items():
-        place = f"{layout.SCALES_GROUP}/{path}"
-        for name, values in ((STEP, scale.step), (OFFSET, scale.offset), (SIGMA, scale.sigma)):
-            yield f"{place}/{name}", np.ascontiguousarray(values, "<f4")
-
-
-def statistics_arrays(calibration: Calibration) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Every dataset of a calibration: path below the root, and values ``(hidden,)``."""
-    for path, each in calibration.layers.items():
-        place = f"{layout.SCALES_GROUP}/{path}"
-        for name, values in ((CENTER, each.center), (SIGMA, each.sigma)):
-            yield f"{place}/{name}", np.ascontiguousarray(values, "<f4")
+def stored_arrays(found: ScaleSet | Calibration) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every dataset of scales or statistics: path below the root, and values ``(hidden,)``."""
+    for path, layer in found.layers.items():
+        for each in fields(layer):
+            values = np.ascontiguousarray(getattr(layer, each.name), "<f4")
+            yield f"{layout.SCALES_GROUP}/{path}/{each.name}", values
 
 
 class _Usual:

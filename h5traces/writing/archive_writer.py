@@ -27,10 +27,10 @@ from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
-from h5traces.precision.scales import ScaleSet, scale_arrays
+from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
-from h5traces.storage.processes import deferred_signals, uninterrupted
+from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
@@ -145,7 +145,7 @@ class ArchiveWriter:
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
 
-    @uninterrupted
+    @deferred_signals()
     def _write_sample(
         self,
         metadata: TraceMetadata,
@@ -288,7 +288,7 @@ class ArchiveWriter:
             # The embedding has no number.
             if numbers is not None and (layer is None or layer in numbers):
                 stored[path] = each
-        arrays = scale_arrays(ScaleSet(stored, scales.record))
+        arrays = stored_arrays(ScaleSet(stored, scales.record))
         self._footer.add_scales(write_scales(self._hdf5, arrays, scales.record))
 
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
@@ -374,6 +374,8 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
 def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:
     """Write a dataset below `parent`; its entry has the path of `prepared`."""
     encoded = prepared.encoded
+    kind, _, name = prepared.path.partition("/")
+    is_image = kind in layout.KINDS and layout.KINDS[kind].image and name not in layout.TABLES
     offsets, sizes = hdf5.write_dataset(
         f"{parent}/{prepared.path}",
         dtype=prepared.dtype,
@@ -381,7 +383,7 @@ def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectE
         chunk=encoded.chunk,
         codec=encoded.codec,
         chunks=encoded.chunks,
-        attrs={**(layout.IMAGE_ATTRS if prepared.image else {}), **prepared.attrs},
+        attrs={**(layout.IMAGE_ATTRS if is_image else {}), **prepared.attrs},
     )
     return ObjectEntry(
         prepared.path,

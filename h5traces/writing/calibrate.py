@@ -21,7 +21,7 @@ from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
 from h5traces.format.text import utc_now
 from h5traces.paths import ARCHIVE_SUFFIXES, Target, check_not_a_source, expand_paths, is_archive
-from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, statistics_arrays
+from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, stored_arrays
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
@@ -332,7 +332,7 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
                 "created": utc_now(),
             },
         )
-        write_scales(hdf5, statistics_arrays(calibration), calibration.record)
+        write_scales(hdf5, stored_arrays(calibration), calibration.record)
         hdf5.close()
         part.file.raise_error()
         part.sync()

@@ -11,7 +11,7 @@ import numpy as np
 from h5traces.errors import ConversionError, PrecisionError, SchemaError
 from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
-from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage, uncast
+from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage
 from h5traces.format.entries import digest_type
 from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
 from h5traces.format.values import EncodedObject, encode_element
@@ -42,7 +42,6 @@ class Prepared:
     path: str
     dtype: str
     attrs: Attrs
-    image: bool
     encoded: EncodedArray
     raw_nbytes: int
     counts: CastCounts
@@ -62,7 +61,6 @@ def prepare_layers(
                 path=f"{kind}/{entry.name}",
                 dtype=layer.dtype,
                 attrs=attrs,
-                image=kind in layout.KINDS and layout.KINDS[kind].image,
                 encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
                 raw_nbytes=layer.source_nbytes,
                 counts=counts,
@@ -87,7 +85,7 @@ def _stored_layer(
     try:
         source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
         if encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
-            cast = uncast(source)
+            cast = cast_for_storage(source, policy=source.dtype)
         else:
             cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
     except ConversionError as error:
@@ -132,7 +130,6 @@ def prepare_element(element: EncodedObject) -> Prepared:
         path=element.path,
         dtype=element.dtype,
         attrs=element_attributes(element),
-        image=False,
         encoded=encode_array(values, codec_for(values, GZIP.name)),
         raw_nbytes=values.nbytes,
         counts=CastCounts(),
@@ -262,14 +259,8 @@ def element_attributes(element: EncodedObject) -> Attrs:
 class Observation:
     """Layers and sizes of one sample, or of all samples so far.
 
-    Attributes
-    ----------
-    layers
-        Layer numbers by kind; empty for a kind that is stored without arrays.
-    hidden_sizes, head_counts
-        Every width of hidden states, and every number of heads.
-    reductions
-        Every way in which heads were reduced, by kind; None if unknown.
+    Layers are numbers by kind; a kind that is stored without arrays has none. ``reductions`` are
+    the ways in which heads were reduced, by kind; None if unknown.
     """
 
     layers: dict[str, set[int]] = field(default_factory=dict)

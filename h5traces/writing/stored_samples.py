@@ -10,13 +10,13 @@ from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import EarlierCast, LayerArray, LayeredArrays, StepArrays, TraceRecord
-from h5traces.format.values import EncodedObject
+from h5traces.format.values import EncodedObject, decode_element
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
 from h5traces.storage.codecs import GZIP
 from h5traces.writing.preparation import Observation, Prepared, codec_for, prepare_element
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from h5traces.archive.stored_trace import StoredTrace
     from h5traces.archive.trace import Trace
@@ -30,9 +30,17 @@ def _is_table(entry: ObjectEntry, name: str) -> bool:
     return kind in layout.KINDS and last == name
 
 
-def is_label(path: str) -> bool:
-    """Whether a path is of a label that is not a plain number, or below it."""
-    return f"{path}/".startswith(f"{layout.EXTRA_GROUP}/{layout.LABEL}/")
+def _entries(trace: StoredTrace) -> Iterator[ObjectEntry]:
+    """All that is stored but layers that are not selected, and a label that was replaced."""
+    # A label that is not a plain number is a field, or a group of them.
+    label = f"{layout.EXTRA_GROUP}/{layout.LABEL}/"
+    for path in trace.objects:
+        if trace.has_new_label and f"{path}/".startswith(label):
+            continue
+        kind, _, name = path.partition("/")
+        layer = layout.parse_layer_name(name) if kind in layout.KINDS else None
+        if trace.selected is None or layer is None or layer in trace.selected:
+            yield trace.entry(path)
 
 
 class StoredSample:
@@ -57,7 +65,7 @@ class StoredSample:
     def observation(self) -> Observation:
         """Layers and sizes of what is copied."""
         found, archive = Observation(), self._trace.file.metadata
-        for entry in self._entries():
+        for entry in _entries(self._trace):
             kind, _, name = entry.path.partition("/")
             if kind not in layout.KINDS:
                 continue
@@ -76,41 +84,30 @@ class StoredSample:
 
     def objects(self) -> Iterator[EncodedObject | Prepared]:
         """Groups and datasets, parents first."""
-        for entry in self._entries():
+        selected = self._trace.selected
+        for entry in _entries(self._trace):
             if entry.is_group:
                 yield EncodedObject(entry.path, entry.attrs)
-            elif self._trace.selected is not None and _is_table(entry, layout.STEPS_TABLE):
-                yield self._selected_steps(entry)
-            elif self._trace.selected is not None and _is_table(entry, layout.EXCEPTIONS_TABLE):
-                yield from self._selected_exceptions(entry)
+            elif selected is not None and _is_table(entry, layout.STEPS_TABLE):
+                yield self._selected_steps(entry, selected)
+            elif selected is not None and _is_table(entry, layout.EXCEPTIONS_TABLE):
+                yield from self._selected_exceptions(entry, selected)
             else:
                 yield self._copied(entry)
 
-    def _entries(self) -> Iterator[ObjectEntry]:
-        selected = self._trace.selected
-        for path in self._trace.objects:
-            if self._trace.has_new_label and is_label(path):
-                continue
-            kind, _, name = path.partition("/")
-            layer = layout.parse_layer_name(name) if kind in layout.KINDS else None
-            if selected is None or layer is None or layer in selected:
-                yield self._trace.entry(path)
-
-    def _selected_steps(self, entry: ObjectEntry) -> Prepared:
+    def _selected_steps(self, entry: ObjectEntry, selected: Collection[int]) -> Prepared:
         """The table of generation steps, selected layers only."""
-        kind = entry.path.partition("/")[0]
-        rows = [
-            row
-            for row, layer in enumerate(self._trace.stored_layers(kind))
-            if self._trace.selected is None or layer in self._trace.selected
-        ]
+        layers = self._trace.stored_layers(entry.path.partition("/")[0])
+        rows = [row for row, layer in enumerate(layers) if layer in selected]
         table = self._trace.values(entry.path)[rows]
         return prepare_element(EncodedObject(entry.path, {}, entry.dtype, table))
 
-    def _selected_exceptions(self, entry: ObjectEntry) -> Iterator[Prepared]:
+    def _selected_exceptions(
+        self, entry: ObjectEntry, selected: Collection[int]
+    ) -> Iterator[Prepared]:
         """The table of exceptions, selected layers only."""
         table = self._trace.values(entry.path)
-        kept = np.isin(table[:, 0], [layout.EMBEDDING_LAYER, *(self._trace.selected or ())])
+        kept = np.isin(table[:, 0], [layout.EMBEDDING_LAYER, *selected])
         if kept.any():
             yield prepare_element(EncodedObject(entry.path, {}, entry.dtype, table[kept]))
 
@@ -121,7 +118,6 @@ class StoredSample:
             path=entry.path,
             dtype=entry.dtype,
             attrs=entry.attrs,
-            image=is_layer and layout.KINDS[kind].image,
             encoded=self._encoded(entry, self._codec if is_layer else None),
             raw_nbytes=entry.raw_nbytes,
             counts=CastCounts(),
@@ -132,7 +128,7 @@ class StoredSample:
         if codec is not None or entry.codec is None or entry.chunks is None:
             values = self._trace.values(entry.path)
             return encode_array(values, codec_for(values, codec or GZIP.name))
-        file = self._trace.byte_file
+        file = self._trace.file.store.file
         chunks = tuple(
             read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
         )
@@ -152,7 +148,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         name = path.removeprefix(prefix)
         is_old = name == layout.LABEL and stored.has_new_label
         if path.startswith(prefix) and "/" not in name and not is_old:
-            extra[layout.unescape_key(text.unescape(name))] = stored.extra(path)
+            extra[layout.unescape_key(text.unescape(name))] = decode_element(stored, path)
     metadata = stored.metadata
     tokens = stored.tokens() if layout.TOKENS in stored.objects else None
     container = stored.attrs(layout.TOKENS).get("container") if tokens is not None else None
@@ -180,7 +176,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
                 "tuple" if stored.attrs(kind).get("sequence") == "tuple" else "list",
                 stored.file.reduction(kind),
             )
-            for kind, entries in _layered_entries(trace).items()
+            for kind, entries in _layered_entries(stored).items()
         },
         extra=extra,
     )
@@ -191,18 +187,16 @@ def _source(metadata: TraceMetadata, first_source: int) -> SourcePosition | None
     return found and found.model_copy(update={"file": first_source + found.file})
 
 
-def _layered_entries(trace: Trace) -> dict[str, list[ObjectEntry]]:
-    """The datasets of every layered kind of a trace, in order of layer; selected layers only."""
-    stored = trace._stored
+def _layered_entries(trace: StoredTrace) -> dict[str, list[ObjectEntry]]:
+    """The datasets of every layered kind, in order of layer; none for a kind without arrays."""
     found: dict[str, list[ObjectEntry]] = {}
-    for path in stored.objects:
-        kind, _, name = path.partition("/")
+    for entry in _entries(trace):
+        kind, _, name = entry.path.partition("/")
         if kind not in layout.KINDS or name in layout.TABLES:
             continue
-        found.setdefault(kind, [])
-        layer = layout.parse_layer_name(name)
-        if name and (stored.selected is None or layer is None or layer in stored.selected):
-            found[kind].append(stored.entry(path))
+        layers = found.setdefault(kind, [])
+        if name:
+            layers.append(entry)
     return found
 
 

@@ -248,7 +248,7 @@ def test_a_signal_lets_the_current_sample_finish(tmp_path, number):
     assert report["status"] == "stopped"
     assert 0 < report["num_written"] < 40
     assert len(list(spool.glob("*.sample"))) == report["num_written"]
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
 
 
 def test_prompts_longer_than_the_context_are_left_out(tmp_path):

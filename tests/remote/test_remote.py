@@ -414,7 +414,7 @@ def test_pickles_closes_and_opens_again(remote: Any) -> None:
     assert archive.ids[0] == "q_0_0"
     archive.close()
     assert_same(archive[0].to_dict(), BATCH[0])
-    file = pickle.loads(pickle.dumps(archive[0]._stored.byte_file))
+    file = pickle.loads(pickle.dumps(archive[0]._stored.file.store.file))
     assert file.read_at(0, 8) == b"\x89HDF\r\n\x1a\n"
 
 
