@@ -95,8 +95,8 @@ def channel_scale(statistics: ChannelStatistics, step: float) -> ChannelScale:
     in 120, for steps that are 4 % finer on average.
     """
     center = statistics.center.astype(np.float64)
-    # Where float16 itself is coarser, its spacing is the step, and nothing is lost; as if it had more
-    # exponents.
+    # Where float16 itself, as if it had more exponents, is coarser, its spacing is the step, and
+    # nothing is lost.
     spacing = np.spacing(np.abs(statistics.center)).astype(np.float64) * _FLOAT16_TO_FLOAT32
     spacing = np.maximum(spacing, _LEAST_SPACING)
     sigma = np.maximum(statistics.sigma, spacing / (step * _SLACK)).astype(np.float32)
