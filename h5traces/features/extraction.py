@@ -59,11 +59,6 @@ class PcaOptions:
     samples: SampleChoice = None
     only: bool = False
 
-    @classmethod
-    def of(cls, value: int | PcaOptions | None) -> PcaOptions | None:
-        """The options that `value` stands for; a bare number is the number of components."""
-        return cls(value) if isinstance(value, int) else value
-
 
 @dataclass(slots=True)
 class FeatureReport:
@@ -162,7 +157,7 @@ def extract_features(
     """
     target = Target.of(output, suffixes=FORMATS).named("features").shard(0)
     check_writer(target)
-    components = PcaOptions.of(pca)
+    components = PcaOptions(pca) if isinstance(pca, int) else pca
     wanted = [each.name for each in definitions_of(names)]
     if components is not None:
         require_scikit_learn()
@@ -188,10 +183,18 @@ def extract_features(
                 report.problems += each.problems
                 if progress is not None:
                     progress(each.index + 1, len(view))
-            _check_problems(report, allow_nan=allow_nan)
-            table = FeatureTable(spool.features(len(view)), _samples(view, report))
-            table.others["layers"] = np.array(report.layers, dtype="<i8")
-            table.metadata = _metadata(view, wanted)
+            if report.problems and not allow_nan:
+                message = (
+                    f"{and_more(report.problems, separator='; ')}. Nothing was written; leave "
+                    "these samples or layers out, or pass allow_nan=True to write such values"
+                )
+                raise FeatureError(message)
+            table = FeatureTable(
+                spool.features(len(view)),
+                _samples(view, report),
+                {"layers": np.array(report.layers, dtype="<i8")},
+                _metadata(view, wanted),
+            )
             if components is not None:
                 _project(table, spool, components, fit_on, report)
             report.shapes = {name: list(each.shape) for name, each in table.features.items()}
@@ -217,16 +220,6 @@ def _look(view: Archive, wanted: list[str], report: FeatureReport) -> None:
     for each in iterate_features(view[:1], wanted, workers=1):
         report.problems = each.problems
         report.shapes = {name: [len(view), *row.shape] for name, row in each.values.items()}
-
-
-def _check_problems(report: FeatureReport, *, allow_nan: bool) -> None:
-    if allow_nan or not report.problems:
-        return
-    message = (
-        f"{and_more(report.problems, separator='; ')}. Nothing was written; leave these samples "
-        "or layers out, or pass allow_nan=True to write such values"
-    )
-    raise FeatureError(message)
 
 
 class _Spool:

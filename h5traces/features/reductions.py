@@ -7,7 +7,6 @@ reduction of no tokens is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 from h5traces.format import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from collections.abc import Callable, Iterator
 
 Floats = NDArray[np.float32]
 AnyFloats = NDArray[Any]
@@ -159,11 +157,8 @@ class FeatureDefinition:
         return self.kind == layout.HIDDEN_STATES
 
 
-_Reduction = Callable[..., Floats]
-
-
 def _definition(
-    name: str, kind: str, meaning: str, reduce: _Reduction, *, of_answer: bool = False
+    name: str, kind: str, meaning: str, reduce: Callable[..., Floats], *, of_answer: bool = False
 ) -> FeatureDefinition:
     """A feature, by a function of the array or, with `of_answer`, of it and the prompt's length."""
     if of_answer:

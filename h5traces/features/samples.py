@@ -178,7 +178,11 @@ def _add_kind(
     for layer in layers:
         array = _layer(trace, layer, wanted[0].kind)
         for each in wanted:
-            rows[each.name].append(_reduced(each, array, prompt_len or 0))
+            row = np.zeros(0, dtype=np.float32)
+            if array is not None:
+                with np.errstate(invalid="ignore", over="ignore"):
+                    row = each.reduce(array, prompt_len or 0)
+            rows[each.name].append(row)
     for name, parts in rows.items():
         widths = sorted({len(part) for part in parts})
         if len(widths) > 1:
@@ -188,23 +192,14 @@ def _add_kind(
             )
             raise FeatureError(message)
         found.values[name] = np.stack(parts)
-        wrong = [layer for layer, part in zip(layers, parts, strict=True) if not _is_finite(part)]
+        wrong = [
+            layer
+            for layer, part in zip(layers, parts, strict=True)
+            if not (len(part) and np.isfinite(part).all())
+        ]
         if wrong:
             where = f"layers {wrong}" if len(wrong) < len(layers) else "all layers"
             found.problems.append(f"{place_of(trace)}: {name} of {where} is NaN or infinite")
-
-
-def _reduced(
-    feature: FeatureDefinition, array: NDArray[Any] | None, prompt_len: int
-) -> NDArray[np.float32]:
-    if array is None:
-        return np.zeros(0, dtype=np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        return feature.reduce(array, prompt_len)
-
-
-def _is_finite(part: NDArray[np.float32]) -> bool:
-    return bool(len(part)) and bool(np.isfinite(part).all())
 
 
 def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,30 +15,18 @@ if TYPE_CHECKING:
 
 
 class SpooledColumn:
-    """A column of float32 in a nameless file, which vanishes with the process.
-
-    Parameters
-    ----------
-    folder
-        Where there is room for it.
-    row_shape
-        Shape of one row.
-    """
+    """A column of float32 in a nameless file of a folder; it vanishes with the process."""
 
     def __init__(self, folder: Path, row_shape: tuple[int, ...]) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)
         self._row_shape = row_shape
+        self.width = row_shape[-1]
         self._num_rows = 0
 
     def append(self, row: NDArray[np.float32]) -> None:
         """Add a row at the end."""
         self._file.write(np.ascontiguousarray(row, np.float32).data)
         self._num_rows += 1
-
-    @property
-    def width(self) -> int:
-        """Length of the last axis."""
-        return self._row_shape[-1]
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -53,21 +41,13 @@ class SpooledColumn:
 
 @dataclass(slots=True)
 class FeatureTable:
-    """What is written.
+    """What is written."""
 
-    Attributes
-    ----------
-    features
-        By name, ``(samples, layers, width)``.
-    samples
-        By name, one entry per sample: ids, labels and so on.
-    others
-        By path, arrays that are not of samples: layer numbers, principal components.
-    metadata
-        Origin of the features; JSON-ready.
-    """
-
+    # By name, ``(samples, layers, width)``.
     features: dict[str, NDArray[np.float32]]
+    # By name, one entry per sample: ids, labels and so on.
     samples: dict[str, NDArray[Any]]
-    others: dict[str, NDArray[Any]] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    # By path, arrays that are not of samples: layer numbers, principal components.
+    others: dict[str, NDArray[Any]]
+    # Origin of the features; JSON-ready.
+    metadata: dict[str, Any]

@@ -123,17 +123,15 @@ def _paired(a: Archive, b: Archive, report: FidelityReport) -> list[tuple[int, i
     """
     keys_a, keys_b = _keys(a), _keys(b)
     if not all(any(key[0] is not None for key in keys) for keys in (keys_a, keys_b)):
-        keys_a, keys_b = _ordinals(a), _ordinals(b)
+        keys_a, keys_b = ([(None, None, index) for index in range(len(each))] for each in (a, b))
     places = {key: index for index, key in enumerate(keys_b)}
     found = [(index, places[key]) for index, key in enumerate(keys_a) if key in places]
     known = set(keys_a)
     report.only_in_a = Unmatched([_named(key) for key in keys_a if key not in places])
     report.only_in_b = Unmatched([_named(key) for key in keys_b if key not in known])
     if not found:
-        first, second = (
-            and_more(each.samples, _MOST_NAMED) or "none"
-            for each in (report.only_in_a, report.only_in_b)
-        )
+        unmatched = (report.only_in_a, report.only_in_b)
+        first, second = (and_more(each.samples, _MOST_NAMED) or "none" for each in unmatched)
         message = (
             f"{and_more(a.paths, 1)} and {and_more(b.paths, 1)} have no sample in common: the "
             f"first has {first}, the second {second}; expected archives of the same samples"
@@ -145,7 +143,7 @@ def _paired(a: Archive, b: Archive, report: FidelityReport) -> list[tuple[int, i
     return found
 
 
-def _keys(archive: Archive) -> list[_SampleKey]:
+def _keys(archive: Archive) -> Sequence[_SampleKey]:
     repeats: Counter[tuple[str, int | None]] = Counter()
     keys: list[_SampleKey] = []
     for index, trace in enumerate(archive):
@@ -156,10 +154,6 @@ def _keys(archive: Archive) -> list[_SampleKey]:
         keys.append((sample_id, generation, repeats[sample_id, generation]))
         repeats[sample_id, generation] += 1
     return keys
-
-
-def _ordinals(archive: Archive) -> list[_SampleKey]:
-    return [(None, None, index) for index in range(len(archive))]
 
 
 def _named(key: _SampleKey) -> str:

@@ -31,23 +31,15 @@ _BLOCK_COSINES: Final = 1 << 22
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValuePair:
-    """Values of both archives; what is not finite in either of them is zero in both.
+    """Values of A and B, and B's minus A's: float32 or float64, of one shape.
 
-    Attributes
-    ----------
-    reference, restored, error
-        Values of A, of B, and B's minus A's; float32 or float64, of one shape.
-    finite
-        Where both are finite; None where all are.
-    num_not_finite
-        Values of A that are NaN or infinite.
-    num_misplaced
-        Places where one is NaN or infinite and the other is not the same.
+    What is not finite in A or B is zero in both; counts are as in `LayerFidelity`.
     """
 
     reference: NDArray[Any]
     restored: NDArray[Any]
     error: NDArray[Any]
+    # Where A and B are finite; None where all are.
     finite: NDArray[np.bool_] | None = None
     num_not_finite: int = 0
     num_misplaced: int = 0
@@ -120,13 +112,7 @@ class ValueErrors:
 
 
 class ChannelErrors:
-    """Squared and largest errors of every channel, and the moments of A's values.
-
-    Parameters
-    ----------
-    width
-        Number of channels.
-    """
+    """Squared and largest errors of every channel, and the moments of A's values."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -190,13 +176,7 @@ class ChannelErrors:
 
 
 class StateErrors:
-    """Gathers one layer over samples.
-
-    Parameters
-    ----------
-    name
-        Of the dataset, such as ``layer_005``.
-    """
+    """Gathers one layer, such as ``layer_005``, over samples."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -216,24 +196,17 @@ class StateErrors:
         return None if self._channels is None else self._channels.width
 
     def add(self, pair: ValuePair, previous: ValuePair | None, *, first: int) -> None:
-        """Add the states of one sample.
+        """Add the states ``(tokens, hidden)`` of one sample, as wide as those of other samples.
 
-        Parameters
-        ----------
-        pair
-            ``(tokens, hidden)``; as wide as those of other samples.
-        previous
-            The same tokens in the compared layer before; None for the first layer, and where it
-            has another width.
-        first
-            The first token that deviations are of.
+        `previous` are the same tokens in the compared layer before; None for the first layer, and
+        where it has another width. Sigma is of the tokens from `first` on.
         """
         tokens, width = pair.error.shape
         self._num_samples += 1
         self._channels = self._channels or ChannelErrors(width)
         self._values.num_not_finite += pair.num_not_finite
         self._values.num_misplaced += pair.num_misplaced
-        for rows in _blocks(tokens, width, _BLOCK):
+        for rows in blocks(tokens, width, _BLOCK):
             part, skipped = pair.rows(rows), max(0, first - rows.start)
             self._channels.add_errors(self._values.add(part), part.num_finite)
             self._channels.add_reference(part.reference, part.finite, skipped)
@@ -292,7 +265,8 @@ class StateErrors:
         )
 
 
-def _blocks(rows: int, width: int, most: int) -> Iterator[slice]:
+def blocks(rows: int, width: int, most: int) -> Iterator[slice]:
+    """Rows at a time that have `most` values together."""
     size = max(1, most // max(1, width))
     return (slice(start, min(rows, start + size)) for start in range(0, rows, size))
 
@@ -327,7 +301,7 @@ def _unit(values: NDArray[Any], norms: NDArray[np.float64]) -> NDArray[Any]:
 def _num_agreeing(units_a: NDArray[Any], units_b: NDArray[Any]) -> int:
     """Tokens whose nearest tokens in A and in B, ties included, have one in common."""
     count = 0
-    for rows in _blocks(len(units_a), len(units_a), _BLOCK_COSINES):
+    for rows in blocks(len(units_a), len(units_a), _BLOCK_COSINES):
         common = _nearest(units_a, rows) & _nearest(units_b, rows)
         count += int(np.count_nonzero(common.any(axis=1)))
     return count

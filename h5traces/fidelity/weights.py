@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.fidelity.reports import WeightFidelity
-from h5traces.fidelity.states import ValueErrors, ValuePair
+from h5traces.fidelity.states import ValueErrors, ValuePair, blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 # The smallest float16. A weight that is zero in B counts as this: a logarithm of 0 is infinite.
@@ -22,15 +20,7 @@ _BLOCK: Final = 1 << 16
 
 
 class WeightErrors:
-    """Gathers one layer over samples.
-
-    Parameters
-    ----------
-    name
-        Of the dataset, such as ``layer_005``.
-    threshold
-        An edge is where the mean over heads is greater.
-    """
+    """Gathers one layer, such as ``layer_005``, over samples."""
 
     def __init__(self, name: str, threshold: float) -> None:
         self.name = name
@@ -50,7 +40,8 @@ class WeightErrors:
         """Add the weights of one sample: both ``(heads, query, key)``, or ``(query, key)``."""
         self._num_samples += 1
         a, b = (each[None] if each.ndim == 2 else each for each in (reference, restored))
-        for queries in _blocks(a.shape):
+        heads, num_queries, keys = a.shape
+        for queries in blocks(num_queries, heads * keys, _BLOCK):
             pair = ValuePair.of(a[:, queries], b[:, queries], np.float64)
             self._values.add(pair)
             self._squares += _square_sum(pair.error)
@@ -105,16 +96,8 @@ def row_divergences(reference: NDArray[Any], restored: NDArray[Any]) -> NDArray[
     """Kullback-Leibler divergence of B's rows from A's, in nats, both scaled to sum to 1.
 
     ``sum(p * ln(p / q))`` over the keys with p > 0. Where a weight of A is zero in B, it counts
-    as 2^-24 there, the smallest float16, or as A's own where that is smaller.
-
-    Parameters
-    ----------
-    reference, restored
-        float64 ``(..., key)``.
-
-    Returns
-    -------
-    float64 ``(...)``; NaN for rows without weights in A.
+    as 2^-24 there, the smallest float16, or as A's own where that is smaller. Rows without weights
+    in A are NaN. Takes float64 ``(..., key)``, and returns ``(...)``.
     """
     positive = reference > 0
     a = np.where(positive, reference, 0)
@@ -130,13 +113,6 @@ def row_divergences(reference: NDArray[Any], restored: NDArray[Any]) -> NDArray[
         found = terms.sum(axis=-1) / sums_a + np.log(sums_b / sums_a)
     divergences: NDArray[np.float64] = np.maximum(found, 0)
     return divergences
-
-
-def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Some queries of all heads."""
-    heads, queries, keys = shape
-    size = max(1, _BLOCK // max(1, heads * keys))
-    return (slice(start, min(queries, start + size)) for start in range(0, queries, size))
 
 
 def _square_sum(values: NDArray[Any]) -> float:

@@ -65,6 +65,13 @@ class TraceGraphDataset(Dataset[Data]):
     transform
         Called with every graph; its result is the item.
 
+    Attributes
+    ----------
+    layers
+        The model's own layer numbers, in the order of the graphs of a sample.
+    num_layers, num_samples
+        Graphs per sample, and samples.
+
     Raises
     ------
     FileNotFoundError
@@ -98,25 +105,11 @@ class TraceGraphDataset(Dataset[Data]):
             archive = pattern if isinstance(pattern, Archive) else open_archive(pattern)
             averages = head_reduction == "mean"
             self._samples = ArchiveSamples(archive, layers, keep_non_finite=keep, averages=averages)
-        self._num_samples = len(self._samples.shard_numbers)
+        self.layers = self._samples.layers
+        self.num_layers, self.num_samples = len(self.layers), len(self._samples.shard_numbers)
         self._labels = None
         if labels is not None:
             self._labels = self._samples.labels(Labels.of(labels))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The model's own layer numbers, in the order of the graphs of a sample."""
-        return self._samples.layers
-
-    @property
-    def num_layers(self) -> int:
-        """Graphs per sample."""
-        return len(self.layers)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples, each of which gives a graph per layer."""
-        return self._num_samples
 
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
@@ -129,7 +122,7 @@ class TraceGraphDataset(Dataset[Data]):
         return f"{self._samples.fingerprint} layers {list(self.layers)}"
 
     def __len__(self) -> int:
-        return self._num_samples * self.num_layers
+        return self.num_samples * self.num_layers
 
     def __getitem__(self, index: int) -> Any:
         position = index + len(self) if index < 0 else index
@@ -153,7 +146,7 @@ class TraceGraphDataset(Dataset[Data]):
                 "(tokens, channels) and (heads, queries, keys)"
             )
             raise DatasetError(message)
-        x, num_nodes = hidden.float(), hidden.shape[0]
+        num_nodes = hidden.shape[0]
         try:
             edge_index, edge_attr = attention_edges(
                 attention,
@@ -165,12 +158,16 @@ class TraceGraphDataset(Dataset[Data]):
         except DatasetError as error:
             message = f"{self._samples.place(sample)}: layer {layer}: {error}"
             raise DatasetError(message) from error
-        facts = self._samples.facts(sample)
-        graph = Data(x=x, edge_index=edge_index, edge_attr=edge_attr)
-        graph.question_id, graph.answer = facts.question_id, facts.answer
+        graph = Data(
+            x=hidden.float(),
+            edge_index=edge_index,
+            edge_attr=edge_attr,
+            **self._samples.facts(sample),
+            num_nodes=num_nodes,
+            layer_idx=layer,
+        )
         # A copy, since other graphs of the sample have the same facts.
-        graph.tokens_decoded = list(facts.tokens_decoded)
-        graph.num_nodes, graph.layer_idx = num_nodes, layer
+        graph.tokens_decoded = list(graph.tokens_decoded)
         if self._labels is not None:
             graph.y = torch.as_tensor(self._labels[sample]).reshape(1)
         return graph

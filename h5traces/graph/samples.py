@@ -6,7 +6,7 @@ import os
 import threading
 from collections import Counter, OrderedDict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.archive import Archive
-    from h5traces.archive.trace import Trace
     from h5traces.format.record import LayerArray, TraceRecord
     from h5traces.torch_data.dataset import Labels
 
@@ -43,27 +42,10 @@ _ANSWER: Final = "generated_answer_clean"
 _MOST_KEPT_NBYTES: Final = 512 << 20
 
 
-class SampleFacts(NamedTuple):
-    """What all graphs of one sample share."""
-
-    question_id: Any
-    answer: Any
-    tokens_decoded: Any
-
-
 class ArchiveSamples:
     """Samples of archives; a graph reads two chunks.
 
-    Parameters
-    ----------
-    archive
-        Where they are stored.
-    layers
-        The model's own layer numbers; None for all that are stored.
-    keep_non_finite
-        Whether NaN and infinite values are no error.
-    averages
-        Whether heads are reduced to their mean.
+    `averages` says whether heads are reduced to their mean.
     """
 
     def __init__(
@@ -83,7 +65,7 @@ class ArchiveSamples:
         check_layers(archive, (layout.HIDDEN_STATES, self._weights), self.layers)
         self._guard = ShardGuard(archive.paths)
         # The sample used last: its other layers often come next.
-        self._last: tuple[int, SampleFacts] | None = None
+        self._last: tuple[int, dict[str, Any]] | None = None
 
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
@@ -103,16 +85,16 @@ class ArchiveSamples:
         """The label of every sample."""
         return labels_of(self._archive, range(len(self._archive)), labels)
 
-    def facts(self, index: int) -> SampleFacts:
+    def facts(self, index: int) -> dict[str, Any]:
         """What the graphs of a sample share."""
         last = self._last
         if last is None or last[0] != index:
             trace = self._archive[index]
-            facts = SampleFacts(
-                trace.get(layout.QUESTION_ID, "unknown"),
-                trace.get(_ANSWER, ""),
-                trace.get(layout.TOKENS_DECODED, []),
-            )
+            facts = {
+                "question_id": trace.get(layout.QUESTION_ID, "unknown"),
+                "answer": trace.get(_ANSWER, ""),
+                "tokens_decoded": trace.get(layout.TOKENS_DECODED, []),
+            }
             last = self._last = index, facts
         return last[1]
 
@@ -121,7 +103,10 @@ class ArchiveSamples:
         trace = self._archive[index]
         self._guard.check(trace.path)
         found = []
-        kinds = (layout.HIDDEN_STATES, self._kind_of(trace))
+        stored, weights = trace._stored.objects, self._weights
+        if weights not in stored and layout.ATTENTIONS in stored:
+            weights = layout.ATTENTIONS  # heads that could not be averaged are stored instead
+        kinds = (layout.HIDDEN_STATES, weights)
         with self._archive.fetched([index], kinds=kinds, layers=[layer]):
             for kind in kinds:
                 array = read_layer(trace, kind, layer)
@@ -130,14 +115,6 @@ class ArchiveSamples:
                     _check_finite(array, f"{named(trace)}: layer {layer} of {kind}")
                 found.append(array)
         return found[0], found[1]
-
-    def _kind_of(self, trace: Trace) -> str:
-        """Where a sample's weights are: heads that could not be averaged are stored instead."""
-        has_none = (
-            self._weights not in trace._stored.objects
-            and layout.ATTENTIONS in trace._stored.objects
-        )
-        return layout.ATTENTIONS if has_none else self._weights
 
 
 def _attention_kind(archive: Archive, *, averages: bool) -> str:
@@ -155,15 +132,7 @@ def _attention_kind(archive: Archive, *, averages: bool) -> str:
 
 
 class RecordSamples:
-    """Samples of files that can only be read from their beginning, such as legacy batches.
-
-    Parameters
-    ----------
-    paths
-        The files.
-    layers, keep_non_finite
-        As for `ArchiveSamples`.
-    """
+    """Samples of files that can only be read from their beginning, such as legacy batches."""
 
     def __init__(
         self, paths: Sequence[Path], layers: Iterable[int] | None, *, keep_non_finite: bool
@@ -231,24 +200,22 @@ class RecordSamples:
         every, where = range(len(keys)), str(self._paths[0])
         return mapped_labels(keys, every, labels, where=where, place=self.place)
 
-    def facts(self, index: int) -> SampleFacts:
+    def facts(self, index: int) -> dict[str, Any]:
         """What the graphs of a sample share."""
         record = self._reader.record(index)
-        return SampleFacts(
-            _field(record, layout.QUESTION_ID, record.sample_id or "unknown"),
-            _field(record, _ANSWER, ""),
-            _field(record, layout.TOKENS_DECODED, record.tokens_decoded or []),
-        )
+        return {
+            "question_id": _field(record, layout.QUESTION_ID, record.sample_id or "unknown"),
+            "answer": _field(record, _ANSWER, ""),
+            "tokens_decoded": _field(record, layout.TOKENS_DECODED, record.tokens_decoded or []),
+        }
 
     def arrays(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states ``(seq_len, hidden_size)`` and attention of one layer of a sample."""
         record = self._reader.record(index)
         has_heads = layout.ATTENTIONS in record.layered
         weights = layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
-        return (
-            self._tensor(index, record, layout.HIDDEN_STATES, layer),
-            self._tensor(index, record, weights, layer),
-        )
+        hidden = self._tensor(index, record, layout.HIDDEN_STATES, layer)
+        return hidden, self._tensor(index, record, weights, layer)
 
     def _tensor(self, index: int, record: TraceRecord, kind: str, layer: int) -> torch.Tensor:
         arrays = _by_layer(record, kind)
@@ -277,16 +244,8 @@ GraphSamples = ArchiveSamples | RecordSamples
 class _Reader:
     """Reads a file up to the sample asked for, and keeps it open there.
 
-    The last samples that were read stay in memory, 512 MB of them; a pickle holds none.
-
-    Parameters
-    ----------
-    paths
-        The files.
-    starts
-        Index of the first sample of every file, and the number of samples.
-    guard
-        Raises where a file was replaced.
+    The last samples that were read stay in memory, 512 MB of them; a pickle holds none. `starts`
+    holds the index of the first sample of every file, and the number of samples.
     """
 
     def __init__(

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from h5traces.errors import DatasetError
+from h5traces.torch_data.tensors import TOKEN_AXES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Item = dict[str, Any]
 Axes = tuple[tuple[str, tuple[str, ...]], ...]
-_SEQUENCE_AXES = ("token", "query")
 MASK, KEY_MASK, LENGTHS = "mask", "key_mask", "lengths"
 
 
@@ -64,7 +64,7 @@ class PadCollate:
         for name, axes in self.axes:
             tensors = [item[name] for item in items]
             batch[name] = _padded(tensors, name, axes, self.pad_value)
-            lengths = _lengths(tensors, axes, _SEQUENCE_AXES)
+            lengths = _lengths(tensors, axes, TOKEN_AXES)
             if lengths is not None and LENGTHS not in batch:
                 batch[LENGTHS], batch[MASK] = lengths, _mask(lengths)
             keys = _lengths(tensors, axes, ("key",))
@@ -99,12 +99,13 @@ class PackCollate:
         batch = _other_entries(items, self.axes)
         for name, axes in self.axes:
             tensors = [item[name] for item in items]
-            lengths = _lengths(tensors, axes, _SEQUENCE_AXES)
-            axis = _axis(axes, _SEQUENCE_AXES)
+            lengths = _lengths(tensors, axes, TOKEN_AXES)
+            axis = _axis(axes, TOKEN_AXES)
             if "key" in axes:
                 batch |= _flattened(tensors, name)
             elif axis is None:
-                batch[name] = _stacked(tensors, name)
+                _check_alike(tensors, name, axes)
+                batch[name] = torch.stack(tensors)
             else:
                 batch[name] = torch.cat(tensors, dim=axis)
             if lengths is not None and LENGTHS not in batch:
@@ -151,10 +152,10 @@ def _padded(
     tensors: list[torch.Tensor], name: str, axes: tuple[str, ...], pad_value: float
 ) -> torch.Tensor:
     """One tensor with a batch axis in front; each sample is copied once, to its place."""
+    _check_alike(tensors, name, axes)
     shapes = [tensor.shape for tensor in tensors]
     if len(set(shapes)) == 1:
-        return _stacked(tensors, name)
-    _check_alike(tensors, name, axes)
+        return torch.stack(tensors)
     longest = [max(lengths) for lengths in zip(*shapes, strict=True)]
     padded = torch.full((len(tensors), *longest), pad_value, dtype=tensors[0].dtype)
     for place, tensor in zip(padded, tensors, strict=True):
@@ -169,7 +170,7 @@ def _check_alike(tensors: list[torch.Tensor], name: str, axes: tuple[str, ...]) 
         differing = [
             axis
             for axis, ours, theirs in zip(axes, first.shape, tensor.shape, strict=True)
-            if ours != theirs and axis not in (*_SEQUENCE_AXES, "key")
+            if ours != theirs and axis not in (*TOKEN_AXES, "key")
         ]
         if differing or tensor.dtype != first.dtype:
             message = (
@@ -178,12 +179,6 @@ def _check_alike(tensors: list[torch.Tensor], name: str, axes: tuple[str, ...]) 
                 "padded: choose layers= that are alike, and a dtype="
             )
             raise DatasetError(message)
-
-
-def _stacked(tensors: list[torch.Tensor], name: str) -> torch.Tensor:
-    if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
-        _check_alike(tensors, name, ("",) * tensors[0].ndim)
-    return torch.stack(tensors)
 
 
 def _other_entries(items: Sequence[Item], axes: Axes) -> Item:

@@ -159,7 +159,7 @@ class TraceDataset(Dataset[Item]):
         threads: int = 1,
         transform: Callable[[Item], Any] | None = None,
     ) -> None:
-        taken = Tokens.of(tokens)
+        taken = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
         _check_options(taken, non_finite, threads)
         self.archive = source if isinstance(source, Archive) else open_archive(source)
         self.kinds, self.fields = tuple(kinds), tuple(fields)
@@ -240,10 +240,7 @@ class TraceDataset(Dataset[Item]):
 
     def _field(self, trace: Trace, field: str) -> Any:
         if field not in trace:
-            message = (
-                f"{trace._stored.place} (sample id {trace.metadata.sample_id!r}): has no field "
-                f"{field!r}; stored: {', '.join(trace)}"
-            )
+            message = f"{named(trace)}: has no field {field!r}; stored: {', '.join(trace)}"
             raise DatasetError(message)
         if field != layout.TOKENS:
             return trace[field]
@@ -309,21 +306,18 @@ def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ..
         if not file.num_samples:
             continue
         for kind in kinds:
-            _check_stored(file, kind, layers)
+            stored = _declared(file, kind).get("layers", ())
+            known = list(stored) if isinstance(stored, tuple) else []
+            missing = [layer for layer in layers if layer not in known]
+            if missing:
+                message = (
+                    f"{file.path}: layers {missing} of {kind} are not stored; stored: {known}; "
+                    "choose other layers="
+                )
+                raise LayerIndexError(message)
     if not layers and len(archive):
         message = f"{archive.paths[0]}: layers is empty, or the archive stores no layers"
         raise DatasetError(message)
-
-
-def _check_stored(file: ArchiveFile, kind: str, layers: tuple[int, ...]) -> None:
-    stored = _declared(file, kind).get("layers", ())
-    missing = [each for each in layers if not isinstance(stored, tuple) or each not in stored]
-    if missing:
-        message = (
-            f"{file.path}: layers {missing} of {kind} are not stored; stored: "
-            f"{list(stored) if isinstance(stored, tuple) else stored}; choose other layers="
-        )
-        raise LayerIndexError(message)
 
 
 def _declared(file: ArchiveFile, kind: str) -> dict[str, object]:
@@ -342,10 +336,7 @@ def labels_of(archive: Archive, indices: Sequence[int], labels: Labels) -> list[
     if isinstance(labels.values, str):
         return [_stored_label(archive[index], labels.values) for index in indices]
     ids = Counter(archive.ids)
-    keys = [
-        (each, archive[index].metadata.generation_index if ids[each] > 1 else None)
-        for index, each in enumerate(archive.ids)
-    ]
+    keys = [(each, number if ids[each] > 1 else None) for each, number in archive._keys]
     where = and_more(archive.paths)
     return mapped_labels(
         keys, indices, labels, where=where, place=lambda index: named(archive[index])
@@ -373,18 +364,9 @@ def mapped_labels(
     where: str,
     place: Callable[[int], str],
 ) -> list[Any]:
-    """The labels of some samples by their ids.
+    """The labels of the samples of some `indices` by their ids; `keys` are those of all samples.
 
-    Parameters
-    ----------
-    keys
-        Id and generation index of all samples.
-    indices
-        Which of them to label.
-    labels
-        With values by id.
-    where, place
-        Shards, and a sample by its index, for messages.
+    `where` names the shards in messages, and `place` a sample by its index.
     """
     values = labels.values
     assert not isinstance(values, str)  # names of labels are for `labels_of`
@@ -423,26 +405,12 @@ def _id_of(key: Any) -> Any:
     return key[0] if isinstance(key, tuple) and key else key
 
 
-@dataclass(slots=True)
-class _Seen:
-    """A file as it was when the dataset was made."""
-
-    status: tuple[int, int, int, int]
-    nbytes: int
-    end: bytes
-
-
 class ShardGuard:
     """Remembers local files, and raises where another one took their place.
 
     A check takes one `os.stat`. An open archive stays readable after another file got its name, so
     without this, one worker might train on the old file and the next one on the new. Files that
-    only moved or were touched (same size, same footer) pass.
-
-    Parameters
-    ----------
-    paths
-        The shards; those on servers are not watched.
+    only moved or were touched (same size, same footer) pass. Shards on servers are not watched.
     """
 
     def __init__(self, paths: Iterable[Path | RemotePath]) -> None:
@@ -451,11 +419,12 @@ class ShardGuard:
     def check(self, path: Path | RemotePath) -> None:
         """Raise DatasetError unless the shard is the one that the dataset was made from."""
         name = str(path)
-        seen = self._seen.get(name)
-        if seen is None:
+        if name not in self._seen:
             return
+        status, end = self._seen[name]
         try:
-            if _status(name) == seen.status:
+            # Once per item: Path.stat costs twice as much.
+            if _identity(os.stat(name)) == status:  # noqa: PTH116
                 return
             found = _look(name)
         except OSError as error:
@@ -464,24 +433,24 @@ class ShardGuard:
                 "deleted during training; put it back, or make the dataset again"
             )
             raise DatasetError(message) from error
-        if (found.nbytes, found.end) != (seen.nbytes, seen.end):
+        (nbytes, *_), (nbytes_now, *_) = status, found[0]
+        if (nbytes_now, found[1]) != (nbytes, end):
             message = (
-                f"{name}: the shard was replaced or edited during training ({seen.nbytes} bytes "
-                f"when the dataset was made, {found.nbytes} now); an epoch over both would mix "
+                f"{name}: the shard was replaced or edited during training ({nbytes} bytes "
+                f"when the dataset was made, {nbytes_now} now); an epoch over both would mix "
                 "two versions; make the dataset again and start from a checkpoint"
             )
             raise DatasetError(message)
         self._seen[name] = found
 
 
-def _status(path: str) -> tuple[int, int, int, int]:
-    status = os.stat(path)  # noqa: PTH116  # once per item: Path.stat costs twice as much
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _look(path: str) -> _Seen:
-    with open(path, "rb") as file:  # noqa: PTH123  # as above
+def _look(path: str) -> tuple[tuple[int, int, int, int], bytes]:
+    """A file's identity, size first, and its end."""
+    with Path(path).open("rb") as file:
         status = os.fstat(file.fileno())
         end = os.pread(file.fileno(), _END_NBYTES, max(0, status.st_size - _END_NBYTES))
-    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-    return _Seen(key, status.st_size, end)
+    return _identity(status), end

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from h5traces.errors import DatasetError
-from h5traces.torch_data.sampler import DEFAULT_WINDOW, EPOCH, POSITION, Schedule
+from h5traces.torch_data.sampler import DEFAULT_WINDOW, Iteration, Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from h5traces.torch_data.dataset import ShardedDataset
 
 _NUM_WORKERS = "num_workers"
@@ -98,8 +99,8 @@ class IterableTraceDataset(IterableDataset[Any]):
         return _Stream(self.dataset, self._schedule, self.epoch, self._threads, self._prefetch)
 
 
-class _Stream(Iterator[Any]):
-    """One iteration in one worker; its state counts the items returned, not those read."""
+class _Stream(Iteration):
+    """One iteration in one worker."""
 
     def __init__(
         self,
@@ -109,45 +110,30 @@ class _Stream(Iterator[Any]):
         threads: int,
         prefetch: int,
     ) -> None:
-        self._dataset, self._schedule = dataset, schedule
-        self._threads, self._prefetch = threads, prefetch
+        super().__init__(schedule, epoch)
+        self._dataset, self._threads, self._prefetch = dataset, threads, prefetch
         worker = get_worker_info()
         self._worker = 0 if worker is None else worker.id
         self._num_workers = 1 if worker is None else worker.num_workers
-        self._epoch, self._position = epoch, 0
-        self._items: Iterator[Any] | None = None
 
     def _begin(self) -> Iterator[Any]:
         share = self._schedule.order(self._epoch)[self._worker :: self._num_workers]
-        indices = iter(share[self._position :].tolist())
+        indices = map(int, share[self._position :])
         if not self._threads:
             return (self._dataset[index] for index in indices)
         return _read_ahead(self._dataset, indices, self._threads, self._prefetch)
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Any:
-        if self._items is None:
-            self._items = self._begin()
-        item = next(self._items)
-        self._position += 1
-        return item
-
     def state_dict(self) -> dict[str, Any]:
-        state = self._schedule.state(self._epoch, self._position)
-        return {**state, _NUM_WORKERS: self._num_workers}
+        return {**super().state_dict(), _NUM_WORKERS: self._num_workers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._schedule.check_state(state)
+        super().load_state_dict(state)
         if state.get(_NUM_WORKERS) != self._num_workers:
             message = (
                 f"the state was saved with {state.get(_NUM_WORKERS)} workers, now there are "
                 f"{self._num_workers}; each worker has its own share: use the same number"
             )
             raise DatasetError(message)
-        self._epoch, self._position = state[EPOCH], state[POSITION]
-        self._items = None
 
 
 def _read_ahead(

@@ -67,7 +67,7 @@ class ShardSampler(Sampler[int]):
         )
         self.epoch = 0
         self._start = 0
-        self._current: _Indices | None = None
+        self._current: Iteration | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; a loaded position holds for its epoch only."""
@@ -79,7 +79,7 @@ class ShardSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         start, self._start = self._start, 0
-        self._current = _Indices(self._schedule, self.epoch, start)
+        self._current = Iteration(self._schedule, self.epoch, start)
         return self._current
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,33 +105,35 @@ class ShardSampler(Sampler[int]):
         self._current = None
 
 
-class _Indices(Iterator[int]):
-    """One iteration of a sampler; has its own state, as StatefulDataLoader needs it."""
+class Iteration(Iterator[Any]):
+    """The indices of one iteration; has its own state, as StatefulDataLoader needs it.
 
-    def __init__(self, schedule: Schedule, epoch: int, position: int) -> None:
-        self._schedule = schedule
-        self._begin(epoch, position)
+    The state counts what was returned.
+    """
 
-    def _begin(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
-        self._order = self._schedule.order(epoch)
+    def __init__(self, schedule: Schedule, epoch: int, position: int = 0) -> None:
+        self._schedule, self._epoch, self._position = schedule, epoch, position
+        self._rest: Iterator[Any] | None = None
+
+    def _begin(self) -> Iterator[Any]:
+        return map(int, self._schedule.order(self._epoch)[self._position :])
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> int:
-        if self._position >= len(self._order):
-            raise StopIteration
-        index = int(self._order[self._position])
+    def __next__(self) -> Any:
+        if self._rest is None:
+            self._rest = self._begin()
+        found = next(self._rest)
         self._position += 1
-        return index
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return self._schedule.state(self._epoch, self._position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._schedule.check_state(state)
-        self._begin(state[EPOCH], state[POSITION])
+        self._epoch, self._position, self._rest = state[EPOCH], state[POSITION], None
 
 
 class Schedule:
@@ -173,11 +175,10 @@ class Schedule:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The items of this process in one epoch, in order."""
-        order = np.arange(len(self.shard_numbers))
+        numbers = self.shard_numbers
+        order = np.arange(len(numbers))
         if self._shuffle:
-            order = epoch_order(
-                self.shard_numbers, seed=self._seed, epoch=epoch, window=self._window
-            )
+            order = epoch_order(numbers, seed=self._seed, epoch=epoch, window=self._window)
         return share_of_rank(
             order, rank=self.rank, num_replicas=self.num_replicas, drop_last=self._drop_last
         )
@@ -219,22 +220,10 @@ def _place_among_processes(num_replicas: int | None, rank: int | None) -> tuple[
 def epoch_order(
     shard_numbers: NDArray[np.int64], *, seed: int, epoch: int, window: int | None
 ) -> NDArray[np.int64]:
-    """All items in random order, a few shards at a time.
+    """All items in random order: the same `seed` and `epoch` give the same one on every machine.
 
-    Parameters
-    ----------
-    shard_numbers
-        The shard of every item.
-    seed, epoch
-        The same two give the same order, on every machine.
-    window
-        Shards come in random order, this many at a time, and the items of those are shuffled
-        together. None mixes all.
-
-    Returns
-    -------
-    NDArray
-        A permutation of the items, int64.
+    Shards come in random order, `window` of them at a time, and the items of those are shuffled
+    together; None mixes all.
     """
     if window is not None and window < 1:
         message = f"window is {window}, expected the number of shards to mix, or None for all"

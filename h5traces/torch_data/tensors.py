@@ -21,7 +21,7 @@ TokenChoice = Literal["all", "answer", "last", "mean", "answer_mean"]
 NonFinite = Literal["error", "keep"]
 
 TOKEN_CHOICES: tuple[TokenChoice, ...] = get_args(TokenChoice)
-_TOKEN_AXES = ("token", "query")
+TOKEN_AXES = ("token", "query")
 # These leave no token axis.
 _REDUCED: frozenset[TokenChoice] = frozenset({"last", "mean", "answer_mean"})
 
@@ -41,31 +41,13 @@ class Tokens:
     take: TokenChoice = "all"
     prompt_lens: Mapping[str, int] | None = None
 
-    @classmethod
-    def of(cls, value: TokenChoice | Tokens) -> Tokens:
-        """The tokens that `value` stands for."""
-        return value if isinstance(value, Tokens) else cls(value)
-
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What of every sample becomes tensors.
-
-    Attributes
-    ----------
-    layers
-        The model's own layer numbers, in the order of the layer axis.
-    has_layer_axis
-        False where one layer was asked for by its bare number.
-    tokens
-        Which tokens.
-    dtype
-        Type of the tensors; None for that of the file, bfloat16 included.
-    non_finite
-        Whether NaN and infinite values are an error.
-    """
+    """What of every sample becomes tensors; options as for `TraceDataset`."""
 
     layers: tuple[int, ...]
+    # False where one layer was asked for by its bare number.
     has_layer_axis: bool
     tokens: Tokens
     dtype: torch.dtype | None
@@ -73,7 +55,7 @@ class Preparation:
 
     def axes(self, stored: tuple[str, ...]) -> tuple[str, ...]:
         """Names of a tensor's axes, from those of one layer's stored array."""
-        reduced = _TOKEN_AXES if self.tokens.take in _REDUCED else ()
+        reduced = TOKEN_AXES if self.tokens.take in _REDUCED else ()
         kept = [axis for axis in stored if axis not in reduced]
         return ("layer", *kept) if self.has_layer_axis else tuple(kept)
 
@@ -108,31 +90,21 @@ def read_tensor(
 ) -> torch.Tensor:
     """The layers and tokens of one kind of a trace as one tensor.
 
-    Parameters
-    ----------
-    trace
-        The sample.
-    kind
-        For instance ``hidden_states``.
-    axes
-        Names of the axes of one layer's stored array.
-    preparation
-        What to take.
-
-    Returns
-    -------
-    torch.Tensor
-        With the axes that `Preparation.axes` names.
+    `axes` are those of one layer's stored array; the result has those of `Preparation.axes`.
     """
-    span = _span(trace, preparation)
+    tokens = preparation.tokens
+    needs_answer = tokens.take in ("answer", "answer_mean")
+    span = answer_span(trace, tokens) if needs_answer else None
     if not preparation.has_layer_axis:
         (layer,) = preparation.layers
         taken = _read_taken(trace, kind, axes, layer, preparation, span)
-        whole = preparation.tokens.take == "all" and preparation.dtype in (None, taken.dtype)
-        # A view of a few tokens would keep the whole array alive, and send it between processes.
-        found = taken if whole else _cast(taken, preparation.dtype)
-        _check_finite(trace, kind, preparation.layers, found, preparation)
-        return found
+        if tokens.take != "all" or preparation.dtype not in (None, taken.dtype):
+            # A view of a few tokens would keep the whole array alive, and send it between
+            # processes: cast and copy in one pass.
+            dtype = preparation.dtype or taken.dtype
+            taken = torch.empty(taken.shape, dtype=dtype).copy_(taken)
+        _check_finite(trace, kind, taken, preparation)
+        return taken
     stacked: torch.Tensor | None = None
     for position, layer in enumerate(preparation.layers):
         taken = _read_taken(trace, kind, axes, layer, preparation, span)
@@ -148,13 +120,8 @@ def read_tensor(
             raise DatasetError(message)
         stacked[position] = taken
     assert stacked is not None  # `check_layers` rejects an empty choice of layers
-    _check_finite(trace, kind, preparation.layers, stacked, preparation)
+    _check_finite(trace, kind, stacked, preparation)
     return stacked
-
-
-def _cast(taken: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor of its own memory, cast and copied in one pass."""
-    return torch.empty(taken.shape, dtype=dtype or taken.dtype).copy_(taken)
 
 
 def _read_taken(
@@ -175,7 +142,7 @@ def _read_taken(
             f"{', '.join(axes)}; run 'h5traces validate' on the shard"
         )
         raise DatasetError(message)
-    axis = next((number for number, name in enumerate(axes) if name in _TOKEN_AXES), None)
+    axis = next((number for number, name in enumerate(axes) if name in TOKEN_AXES), None)
     if axis is None:
         message = (
             f"{named(trace)}: {kind} has the axes {', '.join(axes)} and none of tokens; use "
@@ -197,13 +164,6 @@ def _read_taken(
     # Sums of float16 numbers overflow in float16.
     wide = torch.float64 if array.dtype == torch.float64 else torch.float32
     return array.mean(axis, dtype=wide).to(preparation.dtype or array.dtype)
-
-
-def _span(trace: Trace, preparation: Preparation) -> tuple[int, int] | None:
-    """First and last (exclusive) token of the answer; None where all tokens count."""
-    if preparation.tokens.take not in ("answer", "answer_mean"):
-        return None
-    return answer_span(trace, preparation.tokens)
 
 
 def answer_span(trace: Trace, tokens: Tokens) -> tuple[int, int]:
@@ -234,13 +194,7 @@ def answer_span(trace: Trace, tokens: Tokens) -> tuple[int, int]:
     return prompt_len, metadata.seq_len
 
 
-def _check_finite(
-    trace: Trace,
-    kind: str,
-    layers: tuple[int, ...],
-    values: torch.Tensor,
-    preparation: Preparation,
-) -> None:
+def _check_finite(trace: Trace, kind: str, values: torch.Tensor, preparation: Preparation) -> None:
     """Raise DatasetError for NaN and infinite values.
 
     The writer counted those of every array, so only arrays that have some, or that a cast or a mean
@@ -248,7 +202,9 @@ def _check_finite(
     """
     if preparation.non_finite == "keep":
         return
-    suspects = [layer for layer in layers if may_be_not_finite(trace, kind, layer, values.dtype)]
+    suspects = [
+        layer for layer in preparation.layers if may_be_not_finite(trace, kind, layer, values.dtype)
+    ]
     if suspects and not bool(values.isfinite().all()):
         message = (
             f"{named(trace)}: {kind} of layers {suspects}: values are NaN or infinite; leave the "

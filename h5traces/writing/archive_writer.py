@@ -29,7 +29,7 @@ from h5traces.precision.encoding import Encoder
 from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
-from h5traces.storage.processes import deferred_signals, uninterrupted
+from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
@@ -144,7 +144,7 @@ class ArchiveWriter:
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
 
-    @uninterrupted
+    @deferred_signals()
     def _write_sample(
         self,
         metadata: TraceMetadata,

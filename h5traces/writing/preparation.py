@@ -259,14 +259,8 @@ def element_attributes(element: EncodedObject) -> Attrs:
 class Observation:
     """Layers and sizes of one sample, or of all samples so far.
 
-    Attributes
-    ----------
-    layers
-        Layer numbers by kind; empty for a kind that is stored without arrays.
-    hidden_sizes, head_counts
-        Every width of hidden states, and every number of heads.
-    reductions
-        Every way in which heads were reduced, by kind; None if unknown.
+    Layers are numbers by kind; a kind that is stored without arrays has none. ``reductions`` are
+    the ways in which heads were reduced, by kind; None if unknown.
     """
 
     layers: dict[str, set[int]] = field(default_factory=dict)
