@@ -33,6 +33,9 @@ class Problem:
     message: str
     kind: str
 
+    def __str__(self) -> str:
+        return f"{self.loc}: {self.message}"
+
     def as_dict(self) -> dict[str, str]:
         """The problem as a JSON-ready dict with the keys ``loc``, ``message`` and ``kind``."""
         return asdict(self)

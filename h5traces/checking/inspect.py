@@ -274,7 +274,7 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
     try:
         seq_len = record.describe().metadata.seq_len
     except SchemaError as error:
-        problems = [f"{each.loc}: {each.message}" for each in error.problems]
+        problems = [str(each) for each in error.problems]
         seq_len = 0 if record.tokens is None else len(record.tokens)
     tokens, decoded = record.tokens, record.tokens_decoded
     return SampleStats(
