@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h5traces.errors import ConversionError
-from h5traces.format.scratch import Scratch
+from h5traces.format.limits import Scratch
 
 FloatType = Literal["float16", "bfloat16", "float32", "float64"]
 DtypePolicy = Literal["float16", "bfloat16", "float32", "auto"]

@@ -1,8 +1,15 @@
-"""Limits on what an archive may ask of its reader, checked before anything is allocated."""
+"""Limits on what an archive may ask of its reader, and memory that is kept from call to call."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,3 +50,24 @@ class ReadLimits:
 
 
 DEFAULT_LIMITS = ReadLimits()
+
+
+# Every chunk that h5traces writes fits; larger ones of other writers are not worth keeping
+# memory for.
+_MOST_KEPT_NBYTES: Final = 5 << 20
+
+
+class Scratch(threading.local):
+    """One buffer for each thread; what it held is lost when it is asked for again."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """`nbytes` of uninitialised memory, to be let go of before the next call."""
+        if nbytes > self._buffer.size:
+            buffer = np.empty(nbytes, np.uint8)
+            if nbytes > _MOST_KEPT_NBYTES:
+                return buffer
+            self._buffer = buffer
+        return self._buffer[:nbytes]

@@ -10,8 +10,8 @@ import numpy as np
 
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, cast_values
+from h5traces.format.limits import Scratch
 from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
-from h5traces.format.scratch import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

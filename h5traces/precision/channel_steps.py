@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.format.dtypes import float32_to_float16
-from h5traces.format.scratch import Scratch
+from h5traces.format.limits import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,7 +12,7 @@ import numpy as np
 from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.entries import ObjectEntry, carrier_dtype
-from h5traces.format.scratch import Scratch
+from h5traces.format.limits import Scratch
 from h5traces.storage.codecs import get_codec
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 import zstandard
 
 from h5traces.errors import UnsupportedEncodingError
-from h5traces.format.scratch import Scratch
+from h5traces.format.limits import Scratch
 from h5traces.storage import deflate
 
 _FILTER_DEFLATE: Final = 1

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.format.scratch import Scratch
+from h5traces.format.limits import Scratch
 
 if TYPE_CHECKING:
     from typing import TypeAlias

@@ -28,7 +28,7 @@ from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import DIGEST, chunk_checksum
 from h5traces.format.document import Attrs, compact_json
-from h5traces.format.scratch import Scratch
+from h5traces.format.limits import Scratch
 from h5traces.storage import deflate
 
 if TYPE_CHECKING:
