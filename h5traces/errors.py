@@ -33,6 +33,9 @@ class Problem:
     message: str
     kind: str
 
+    def __str__(self) -> str:
+        return f"{self.loc}: {self.message}"
+
     def as_dict(self) -> dict[str, str]:
         """The problem as a JSON-ready dict with the keys ``loc``, ``message`` and ``kind``."""
         return asdict(self)
@@ -93,9 +96,6 @@ class SchemaError(H5TracesError, ValueError):
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
-
-    def __reduce__(self) -> tuple[type[SchemaError], tuple[str, tuple[Problem, ...]]]:
-        return type(self), (str(self), self.problems)
 
 
 class TraceNotFoundError(H5TracesError, KeyError):

@@ -1,4 +1,4 @@
-"""From what a user names (files, globs, folders) to an archive or a list of dicts."""
+"""One file, an archive or a legacy batch, as a list of plain dicts."""
 
 from __future__ import annotations
 

@@ -124,18 +124,8 @@ class Target:
     write one archive (``repack``, ``merge``, ``split``, ``export``, ...) give it the name of the
     source if there is one, else ``traces``: they count samples and measure scales over all sources,
     so several never become several archives. ``create`` and ``extract`` write ``traces``. With
-    `shard_samples`, a number follows the name: ``traces-00000.h5``.
-
-    Attributes
-    ----------
-    path
-        The file, or the folder.
-    suffix
-        Of the files.
-    is_folder
-        Whether `path` is a folder.
-    shard_samples
-        Largest number of samples in a file; None for a single file.
+    `shard_samples`, the largest number of samples in a file, a number follows the name:
+    ``traces-00000.h5``.
     """
 
     path: Path
@@ -152,16 +142,9 @@ class Target:
         suffixes: tuple[str, ...] = ARCHIVE_SUFFIXES[:1],
         shard_samples: int | None = None,
     ) -> Self:
-        """The target that a user names.
+        """The target that a user names; files in a folder get the first of `suffixes`.
 
-        Parameters
-        ----------
-        dest
-            A `Path` cannot keep a final slash, so it names a folder only if that exists.
-        suffixes
-            Endings of a file's name; files in a folder get the first.
-        shard_samples
-            Largest number of samples in a file.
+        A `Path` cannot keep a final slash, so it names a folder only if that exists.
         """
         if shard_samples is not None and shard_samples < 1:
             message = f"shard_samples is {shard_samples}, expected at least 1"
@@ -248,12 +231,7 @@ def check_not_a_source(
 ) -> None:
     """Reject an output that is one of the files read, whether or not existing files are replaced.
 
-    Parameters
-    ----------
-    targets
-        What will be written; of a `Target`, all its files that exist.
-    sources
-        Files that are read, sidecars and scales included. Addresses on servers are no outputs.
+    `sources` are all files that are read, sidecars and scales included.
     """
     read: dict[object, Source] = {}
     for source in [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else sources:

@@ -134,6 +134,5 @@ def read_sidecar(path: Path) -> FileLabels | None:
         return FileLabels(LabelSidecar.model_validate(with_tuples(document)), str(path))
     except ValidationError as error:
         problems = problems_of(error)
-        named = [f"{each.loc}: {each.message}" for each in problems]
-        message = f"{path}: {and_more(named, separator='; ')}"
+        message = f"{path}: {and_more(problems, separator='; ')}"
         raise SchemaError(message, problems) from error

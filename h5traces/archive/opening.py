@@ -1,4 +1,4 @@
-"""From what a user names (files, globs, folders) to an archive or a list of dicts."""
+"""From what a user names (files, globs, folders) to an archive."""
 
 from __future__ import annotations
 

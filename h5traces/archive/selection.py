@@ -19,16 +19,7 @@ _SAMPLES_FORM: Final = "expected indices such as 0,3,7 or a slice such as 0:100"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Layers and samples to keep; None keeps all.
-
-    Attributes
-    ----------
-    layers
-        The model's own 0-based layer numbers, or text such as ``0,5,10-12,last``.
-    samples
-        0-based indices (negative ones count from the end), a slice, or text such as ``0,3`` or
-        ``0:100``.
-    """
+    """Layers and samples to keep, as ``archive.select`` takes them; None keeps all."""
 
     layers: LayerChoice = None
     samples: SampleChoice = None
@@ -43,16 +34,9 @@ class Selection:
 def choose_layers(
     choice: LayerChoice, available: Sequence[int], owner: str = "the model has"
 ) -> tuple[int, ...]:
-    """The chosen layer numbers, ascending, each once.
+    """The chosen layer numbers, out of those available, ascending, each once.
 
-    Parameters
-    ----------
-    choice
-        As in `Selection`; None for all that are available.
-    available
-        Layer numbers there are, ascending.
-    owner
-        Begins the sentence of the error that lists them.
+    `owner` begins the sentence of the error that lists the available ones.
     """
     if choice is None:
         return tuple(available)
@@ -75,15 +59,7 @@ def choose_layers(
 
 
 def choose_samples(choice: SampleChoice, num_samples: int) -> Sequence[int]:
-    """The chosen indices, in the order of the choice.
-
-    Parameters
-    ----------
-    choice
-        As in `Selection`; None for all.
-    num_samples
-        How many samples there are.
-    """
+    """The chosen indices out of `num_samples`, in the order of the choice."""
     every = range(num_samples)
     if choice is None:
         return every

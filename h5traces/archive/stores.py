@@ -81,6 +81,7 @@ class FooterStore:
         self._limits = limits
         self._directory = read_directory(file)
         self._tables = FooterTables(file, self._directory)
+        self._known_ends: dict[str, NDArray[np.int64]] = {}
 
     @property
     def root_attrs(self) -> Attrs:
@@ -96,7 +97,7 @@ class FooterStore:
         return self._directory.num_samples
 
     def sample_attrs(self, index: int) -> Attrs:
-        start, stop = self._bounds(self._attrs_ends, index)
+        start, stop = self._bounds(self._ends("sample_attrs_nbytes"), index)
         text = self._tables.column("sample_attrs")[start:stop].tobytes()
         try:
             document = json.loads(text)
@@ -120,7 +121,7 @@ class FooterStore:
 
     def _objects(self, index: int) -> FooterObjects:
         """The objects of a sample by its index; those of the scales come after the last."""
-        first, stop = self._bounds(self._object_ends, index)
+        first, stop = self._bounds(self._ends("sample_num_objects"), index)
         numbers = self._tables.column("object_name")[first:stop].tolist()
         names = self.names
         try:
@@ -155,8 +156,8 @@ class FooterStore:
 
         Scales are of no sample, `NO_ORDINAL`; their paths are below the root.
         """
-        row = int(np.searchsorted(self._chunk_ends, number, side="right")) - 1
-        sample = int(np.searchsorted(self._object_ends, row, side="right")) - 1
+        row = int(np.searchsorted(self._ends("object_num_chunks"), number, side="right")) - 1
+        sample = int(np.searchsorted(self._ends("sample_num_objects"), row, side="right")) - 1
         return sample if sample < self.num_samples else NO_ORDINAL, self.entry(row).path
 
     def check_bytes(
@@ -184,14 +185,15 @@ class FooterStore:
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""
         column = self._tables.column
-        ndim, dims, starts = column("object_ndim"), column("object_dims"), self._dims_ends[:-1]
+        ndim, dims = column("object_ndim"), column("object_dims")
+        starts = self._ends("object_ndim")[:-1]
         types = self._directory.types
         itemsizes = np.array([carrier_dtype(each).itemsize if each else 0 for each in types])
         raw = itemsizes[column("object_type")] if types else np.zeros(0, dtype=np.int64)
         for axis in range(int(ndim.max(initial=0))):
             has_axis = ndim > axis
             raw[has_axis] *= dims[starts[has_axis] + axis]
-        stored = np.diff(_ends(column("chunk_nbytes"))[self._chunk_ends])
+        stored = np.diff(self._ends("chunk_nbytes")[self._ends("object_num_chunks")])
         sizes: dict[str, StoredSize] = {}
         for number, name in enumerate(self.names):
             rows = (column("object_name") == number) & (raw > 0)
@@ -224,21 +226,15 @@ class FooterStore:
         start, stop = ends[index : index + 2].tolist()
         return start, stop
 
-    @cached_property
-    def _attrs_ends(self) -> NDArray[np.int64]:
-        return _ends(self._tables.column("sample_attrs_nbytes"))
-
-    @cached_property
-    def _object_ends(self) -> NDArray[np.int64]:
-        return _ends(self._tables.column("sample_num_objects"))
-
-    @cached_property
-    def _dims_ends(self) -> NDArray[np.int64]:
-        return _ends(self._tables.column("object_ndim"))
-
-    @cached_property
-    def _chunk_ends(self) -> NDArray[np.int64]:
-        return _ends(self._tables.column("object_num_chunks"))
+    def _ends(self, column: str) -> NDArray[np.int64]:
+        """Where runs of the lengths in a column begin and end: one entry more than there are."""
+        if column not in self._known_ends:
+            counts = self._tables.column(column)
+            ends = np.zeros(len(counts) + 1, dtype=np.int64)
+            np.cumsum(counts, out=ends[1:])
+            # Only now, as other threads look for it.
+            self._known_ends[column] = ends
+        return self._known_ends[column]
 
     @cached_property
     def _chunk_offsets(self) -> NDArray[np.int64]:
@@ -267,8 +263,8 @@ class FooterStore:
             digest = column("object_digest")[16 * row : 16 * row + 16].tobytes()
             if any(digest):
                 attrs[DIGEST] = digest.hex()
-            dims = slice(*self._dims_ends[row : row + 2].tolist())
-            chunks = slice(*self._chunk_ends[row : row + 2].tolist())
+            dims = slice(*self._ends("object_ndim")[row : row + 2].tolist())
+            chunks = slice(*self._ends("object_num_chunks")[row : row + 2].tolist())
             entry = ObjectEntry(
                 path,
                 attrs,
@@ -329,13 +325,6 @@ def _attrs(document: Any) -> Attrs:
     except (ValueError, TypeError, AttributeError) as error:
         message = f"the index holds something other than attributes: {error}"
         raise FooterError(message) from error
-
-
-def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Where runs of these lengths begin and end: one entry more than there are runs."""
-    ends = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=ends[1:])
-    return ends
 
 
 # About as many as the threads of a reader are in at once.

@@ -198,21 +198,21 @@ def _inspect_archive(
             if progress is not None:
                 progress(index + 1, wanted)
         (stored,) = archive._files
-        sizes = {name: asdict(size) for name, size in stored.sizes().items()}
         metadata = archive.metadata.model_dump(mode="json", exclude_none=True)
         told = shared_metadata(archive._files)
         metadata["losses"] = [str(each) for each in told.losses]
         metadata |= {"is_lossless": told.is_lossless, "changes": told.changes}
+        metadata["has_footer"] = stored.has_footer
         return Inspection(
             path=str(file),
             container="archive",
             nbytes=stored.nbytes,
-            metadata={**metadata, "has_footer": stored.has_footer},
+            metadata=metadata,
             num_samples=len(archive),
             layers=list(archive.layers),
             lengths=_length_stats([each.seq_len for each in metadatas]),
             coverage=dict(Counter(each.coverage for each in metadatas)),
-            sizes=sizes,
+            sizes={name: asdict(size) for name, size in stored.sizes().items()},
             samples=looked_at,
         )
 
@@ -225,14 +225,15 @@ def _inspect_batch(file: Path, samples: SampleCount, progress: ReportProgress | 
     counts: Counter[str] = Counter()
     with open_source(file) as source:
         for index, record in enumerate(source.records()):
-            stats = _sample_stats(index, record, read=samples == "all" or index < samples)
+            read = samples == "all" or index < samples
+            stats = _sample_stats(index, record, read=read)
             lengths.append(stats.seq_len)
             coverage[stats.coverage] += 1
             for kind, layered in record.layered.items():
                 counts[kind] += len(layered.arrays)
                 for layer in layered.arrays:
                     raw[kind] += sum(part.values.nbytes for part in _parts(layer.array))
-            if samples == "all" or index < samples:
+            if read:
                 looked_at.append(stats)
             if progress is not None:
                 progress(*source.progress)
@@ -273,10 +274,9 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
     try:
         seq_len = record.describe().metadata.seq_len
     except SchemaError as error:
-        problems = [f"{each.loc}: {each.message}" for each in error.problems]
+        problems = [str(each) for each in error.problems]
         seq_len = 0 if record.tokens is None else len(record.tokens)
-    num_tokens = None if record.tokens is None else len(record.tokens)
-    decoded = record.tokens_decoded
+    tokens, decoded = record.tokens, record.tokens_decoded
     return SampleStats(
         index=index,
         sample_id=record.sample_id,
@@ -284,7 +284,7 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
         coverage=record.coverage(),
         fields=list(record.fields),
         texts=dict(record.texts),
-        num_tokens=num_tokens,
+        num_tokens=None if tokens is None else len(tokens),
         num_tokens_decoded=None if decoded is None else len(decoded),
         arrays=list(_array_stats(record)) if read else [],
         problems=problems,

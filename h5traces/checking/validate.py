@@ -300,7 +300,8 @@ class _Validation:
         self._add_all(place, _sample_problems(sample, metadata, self._kinds))
         for path, entry in sample.objects.items():
             kind = self._kinds.get(path.partition("/")[0])
-            if kind is not None and kind.derivation is None and "cast_from" in entry.attrs:
+            is_derived = kind is not None and kind.derivation is not None
+            if "cast_from" in entry.attrs and not is_derived:
                 key = entry.attrs["cast_from"], _float_type(entry)
                 self._casts[key].append(entry.attrs.get("num_changed"))
         self._add_all(place, _encoding_problems(sample.objects, self._widths, self._metadata))

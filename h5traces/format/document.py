@@ -105,7 +105,7 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
         return document.model_validate(plain)
     except ValidationError as error:
         problems = problems_of(error)
-        raise SchemaError("; ".join(f"{p.loc}: {p.message}" for p in problems), problems) from error
+        raise SchemaError("; ".join(map(str, problems)), problems) from error
 
 
 def with_tuples(value: Any) -> Any:

@@ -6,8 +6,9 @@ their type, in a `TypedArray`.
 
 from __future__ import annotations
 
+import operator
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -118,38 +119,24 @@ class CastCounts:
     num_to_subnormal: int = 0
 
     def __add__(self, other: CastCounts) -> CastCounts:
-        return CastCounts(
-            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
-        )
+        return CastCounts(*map(operator.add, astuple(self), astuple(other)))
 
     def nonzero(self) -> dict[str, int]:
         """The counts that are not zero, by name."""
-        counts = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: count for name, count in counts if count}
+        return {name: count for name, count in asdict(self).items() if count}
 
 
 @dataclass(frozen=True, slots=True)
 class CastResult:
-    """An array as it will be stored.
-
-    Attributes
-    ----------
-    array
-        C-contiguous, little-endian, of the stored type.
-    source_dtype
-        The source's type where reading should cast back to it (policy ``auto``), else None.
-    cast_from
-        The source's type where the cast may have lost something, else None.
-    counts
-        What was found and changed.
-    num_changed
-        Values that casting back to `cast_from` does not give, bit for bit.
-    """
+    """An array as it will be stored, C-contiguous and little-endian, and what the cast changed."""
 
     array: TypedArray
+    # The source's type where reading should cast back to it (policy ``auto``).
     source_dtype: FloatType | None
+    # The source's type where the cast may have lost something.
     cast_from: FloatType | None
     counts: CastCounts
+    # Values that casting back to `cast_from` does not give, bit for bit.
     num_changed: int = 0
 
 

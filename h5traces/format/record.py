@@ -321,10 +321,10 @@ class TraceRecord(BaseModel):
             description = self._description()
         except ValidationError as error:
             found = problems_of(error)
-            raise SchemaError(_joined(found), found) from error
+            raise SchemaError("; ".join(map(str, found)), found) from error
         problems = description.problems()
         if problems:
-            raise SchemaError(_joined(problems), problems)
+            raise SchemaError("; ".join(map(str, problems)), problems)
         return description
 
     def _description(self) -> TraceDescription:
@@ -370,10 +370,6 @@ class TraceRecord(BaseModel):
                     if axis_name in ("token", "query"):
                         return length
         return 0
-
-
-def _joined(problems: list[Problem]) -> str:
-    return "; ".join(f"{each.loc}: {each.message}" for each in problems)
 
 
 def _shape_of(entry: LayerArray) -> tuple[int, ...]:

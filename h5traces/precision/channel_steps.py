@@ -52,24 +52,15 @@ _SOURCE, _STEPS, _ROUNDING = Scratch(), Scratch(), Scratch()
 
 @dataclass(frozen=True, slots=True)
 class StepFormat:
-    """How numbers of steps lie in unsigned integers.
-
-    Attributes
-    ----------
-    dtype
-        ``uint8`` or ``uint16``.
-    zero_point
-        What stands for no step.
-    spacing
-        Stored units per step, a power of two. In two bytes, the lower one holds the fine part of a
-        number, which is noise, and the upper one all that can be compressed.
-    most_steps
-        The largest number of steps in either direction.
-    """
+    """How numbers of steps lie in unsigned integers, ``uint8`` or ``uint16``."""
 
     dtype: str
+    # What stands for no step.
     zero_point: int
+    # Stored units per step, a power of two. In two bytes, the lower one holds the fine part of a
+    # number, which is noise, and the upper one all that can be compressed.
     spacing: int
+    # In either direction.
     most_steps: int
 
     @classmethod

@@ -89,12 +89,8 @@ class Encoder:
     @property
     def is_plain(self) -> bool:
         """Whether every layer is stored as floats that need no decoding."""
-        precision = self.precision
-        return (
-            precision.step is None
-            and precision.attention_bits is None
-            and precision.head_mean == "none"
-        )
+        found = self.precision
+        return (found.step, found.attention_bits, found.head_mean) == (None, None, "none")
 
     def takes_source(self, kind: str) -> bool:
         """Whether arrays of a kind are encoded as they come, not as float16 would hold them.

@@ -95,8 +95,10 @@ def channel_scale(statistics: ChannelStatistics, step: float) -> ChannelScale:
     in 120, for steps that are 4 % finer on average.
     """
     center = statistics.center.astype(np.float64)
-    # Where float16 itself is coarser, its own spacing is the step, and nothing is lost.
-    spacing = _float16_spacing(statistics.center)
+    # Where float16 itself, as if it had more exponents, is coarser, its spacing is the step, and
+    # nothing is lost.
+    spacing = np.spacing(np.abs(statistics.center)).astype(np.float64) * _FLOAT16_TO_FLOAT32
+    spacing = np.maximum(spacing, _LEAST_SPACING)
     sigma = np.maximum(statistics.sigma, spacing / (step * _SLACK)).astype(np.float32)
     fine = _rounded_down(
         sigma.astype(np.float64) * (step * _SLACK), _SIGNIFICANT_BITS + math.floor(math.log2(step))
@@ -104,12 +106,6 @@ def channel_scale(statistics: ChannelStatistics, step: float) -> ChannelScale:
     steps = np.maximum(fine, spacing)
     offsets = np.rint(center / steps * OFFSETS_PER_STEP) / OFFSETS_PER_STEP * steps
     return ChannelScale(steps.astype(np.float32), offsets.astype(np.float32), sigma)
-
-
-def _float16_spacing(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The spacing of float16 at these values, as if it had more exponents."""
-    spacing = np.spacing(np.abs(values)).astype(np.float64) * _FLOAT16_TO_FLOAT32
-    return np.maximum(spacing, _LEAST_SPACING)
 
 
 def _rounded_down(values: NDArray[np.float64], bits: int) -> NDArray[np.float64]:

@@ -107,8 +107,7 @@ def read_scores(path: Path, columns: ScoreColumns = ScoreColumns()) -> ScoreTabl
             message = f"{path}: line {reader.line_num}: is no CSV in UTF-8: {error}"
             raise SchemaError(message) from error
     if problems:
-        named = [f"{each.loc}: {each.message}" for each in problems]
-        message = f"{path}: {and_more(named, separator='; ')}"
+        message = f"{path}: {and_more(problems, separator='; ')}"
         raise SchemaError(message, problems)
     return table
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from h5traces.format.entries import ChunkTable
     from h5traces.format.limits import ReadLimits
-    from h5traces.storage.codecs import Codec
     from h5traces.storage.files import ByteFile
 
 
@@ -43,14 +42,8 @@ _STORED: Final = Scratch()
 def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = _TARGET_NBYTES) -> Shape:
     """The chunk shape for an array: the whole of a small one, else tiles of nearly equal size.
 
-    Parameters
-    ----------
-    shape
-        Shape of the array; axes of length 0 count as 1, since HDF5's chunks have no such axes.
-    itemsize
-        Bytes per element.
-    target_nbytes
-        Largest raw size of a chunk, unless one element is larger.
+    Axes of length 0 count as 1, since HDF5's chunks have no such axes. A chunk has at most
+    `target_nbytes` raw bytes, unless one element is larger.
     """
     chunk = [max(1, length) for length in shape]
     for axis, length in enumerate(chunk):
@@ -101,19 +94,7 @@ def cut(array: NDArray[Any], offset: Shape, chunk: Shape) -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class EncodedArray:
-    """A dataset ready to be written.
-
-    Attributes
-    ----------
-    shape, chunk
-        Shape of the dataset and of its chunks.
-    codec
-        Codec of the chunks.
-    chunks
-        Stored bytes, in C order of the chunk grid.
-    checksums
-        xxh3-64 of each chunk.
-    """
+    """A dataset ready to be written: stored bytes and xxh3-64 of its chunks, in C order."""
 
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
@@ -155,23 +136,18 @@ def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
     if not values.size:
         return values
     with file.prefetched(entry.chunks.ranges):
-        _fill(values, file, entry, codec)
+        for number, offset in enumerate(chunk_offsets(entry.shape, entry.chunk)):
+            stored = _read_stored(file, entry, number)
+            part = values[chunk_slices(offset, entry.shape, entry.chunk)]
+            in_place = part.shape == entry.chunk and part.flags.c_contiguous
+            full = part if in_place else np.empty(entry.chunk, dtype=dtype)
+            try:
+                codec.decode(stored, as_bytes(full), dtype.itemsize)
+            except ValueError as error:
+                raise _damaged(entry, number, str(error)) from error
+            if not in_place:
+                part[...] = full[tuple(slice(0, length) for length in part.shape)]
     return values
-
-
-def _fill(values: NDArray[Any], file: ByteFile, entry: ObjectEntry, codec: Codec) -> None:
-    """Read and inflate all chunks into an array."""
-    dtype = values.dtype
-    for number, offset in enumerate(chunk_offsets(entry.shape, entry.chunk)):
-        stored = _read_stored(file, entry, number)
-        where = chunk_slices(offset, entry.shape, entry.chunk)
-        part = values[where]
-        if part.shape == entry.chunk and part.flags.c_contiguous:
-            _decode(codec, stored, as_bytes(part), dtype.itemsize, entry.path, number)
-        else:
-            full = np.empty(entry.chunk, dtype=dtype)
-            _decode(codec, stored, as_bytes(full), dtype.itemsize, entry.path, number)
-            values[where] = full[tuple(slice(0, length) for length in part.shape)]
 
 
 def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
@@ -186,33 +162,23 @@ def _read_stored(file: ByteFile, entry: ObjectEntry, number: int) -> memoryview:
     stored = _STORED.take(table.sizes[number]).data
     file.read_into(table.offsets[number], stored)
     if table.checksums is not None and chunk_checksum(stored) != table.checksums[number]:
-        message = (
-            f"chunk {number} of {entry.path} is damaged: its checksum does not fit; "
-            "restore the file from a copy"
-        )
-        raise CorruptArchiveError(message)
+        raise _damaged(entry, number, "its checksum does not fit")
     return stored
 
 
-def _decode(
-    codec: Codec, stored: memoryview, out: memoryview, itemsize: int, path: str, number: int
-) -> None:
-    try:
-        codec.decode(stored, out, itemsize)
-    except ValueError as error:
-        message = f"chunk {number} of {path} is damaged: {error}; restore the file from a copy"
-        raise CorruptArchiveError(message) from error
+def _damaged(entry: ObjectEntry, number: int, what: str) -> CorruptArchiveError:
+    return CorruptArchiveError(
+        f"chunk {number} of {entry.path} is damaged: {what}; restore the file from a copy"
+    )
 
 
 def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> None:
-    """Refuse an entry whose claims do not fit the file, before anything is allocated for it."""
+    """Reject an entry whose claims do not fit the file, before anything is allocated for it."""
     shape, chunk = entry.shape, entry.chunk
     # HDF5 neither chunks nor filters scalars.
     is_chunked = bool(chunk) or entry.chunks is not None
-    if len(shape) > MAX_AXES or (is_chunked and not 0 < len(chunk) == len(shape)):
-        message = f"shape {shape} with chunks {chunk} is impossible"
-        raise CorruptArchiveError(message)
-    if any(length < 0 for length in shape) or any(length < 1 for length in chunk):
+    has_wrong_axes = len(shape) > MAX_AXES or (is_chunked and not 0 < len(chunk) == len(shape))
+    if has_wrong_axes or min(shape, default=0) < 0 or min(chunk, default=1) < 1:
         message = f"shape {shape} with chunks {chunk} is impossible"
         raise CorruptArchiveError(message)
     itemsize = _itemsize(entry.dtype, limits)
@@ -225,9 +191,9 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
         return
     chunk_nbytes = math.prod(chunk) * itemsize
     if chunk_nbytes > limits.max_chunk_nbytes:
-        message = f"chunks {chunk} take {chunk_nbytes} bytes; the limit is "
-        msg = f"{message}{limits.max_chunk_nbytes}"
-        raise HostileFileError(msg)
+        limit = limits.max_chunk_nbytes
+        message = f"chunks {chunk} take {chunk_nbytes} bytes; the limit is {limit}"
+        raise HostileFileError(message)
     expected = num_chunks(shape, chunk)
     table = entry.chunks
     columns = (table.offsets, table.sizes, table.checksums)
@@ -251,16 +217,7 @@ def _itemsize(stored_type: str, limits: ReadLimits) -> int:
 def _check_chunks(table: ChunkTable, raw_nbytes: int, most: int | None, file_nbytes: int) -> None:
     """Check that every chunk lies in the file and has a size that its codec can produce.
 
-    Parameters
-    ----------
-    table
-        Where the chunks lie.
-    raw_nbytes
-        Raw bytes of each.
-    most
-        The most raw bytes per stored byte of the codec; None where there is no bound.
-    file_nbytes
-        Size of the file.
+    `most` is the largest number of raw bytes per stored byte of the codec, None without a bound.
     """
     smallest = max(1, raw_nbytes // most) if most else 1
     # Data that no codec can compress grow little.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import zstandard
@@ -20,44 +20,17 @@ from h5traces.storage import deflate
 _FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2
 FILTER_ZSTD: Final = 32015
+_ZSTD_LEVEL: Final = 3
 # What `convert --codec` offers for the layered arrays.
 ArrayCodec = Literal["gzip", "zstd"]
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """One step of an HDF5 filter pipeline.
-
-    Attributes
-    ----------
-    filter_id
-        Number that the HDF Group registered.
-    parameters
-        Client data values; for deflate its nominal level, for shuffle the element size.
-    """
+    """One step of an HDF5 filter pipeline: its registered number and its client data values."""
 
     filter_id: int
     parameters: tuple[int, ...]
-
-
-class Codec(Protocol):
-    """Compresses chunks. Implementations hold no state and are called from many threads."""
-
-    @property
-    def name(self) -> str:
-        """Name in metadata and on the command line."""
-
-    def pipeline(self, itemsize: int) -> tuple[Filter, ...]:
-        """The HDF5 filters, in order of writing, for elements of `itemsize` bytes."""
-
-    def accepts(self, filters: tuple[Filter, ...]) -> bool:
-        """Whether `decode` reads chunks that went through these filters."""
-
-    def encode(self, raw: memoryview, itemsize: int) -> bytes:
-        """The stored bytes of a chunk; `raw` is C order, little-endian."""
-
-    def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
-        """Fill `out` with exactly the raw bytes of a chunk; ValueError where they do not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +41,17 @@ class DeflateCodec:
     shuffle: bool
 
     def pipeline(self, itemsize: int) -> tuple[Filter, ...]:
-        """Shuffle (where the codec has it) and deflate."""
+        """The HDF5 filters, in order of writing, for elements of `itemsize` bytes."""
         steps = (Filter(FILTER_SHUFFLE, (itemsize,)),) if self.shuffle else ()
+        # The level is nominal.
         return (*steps, Filter(_FILTER_DEFLATE, (6,)))
 
-    def accepts(self, filters: tuple[Filter, ...]) -> bool:
-        """Deflate of any level, with shuffle where the codec has it."""
-        return _same_filters(filters, self.pipeline(1))
-
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
-        """One zlib stream of the (shuffled) bytes."""
+        """The stored bytes of a chunk; `raw` is C order, little-endian."""
         return deflate.encode(raw, itemsize=itemsize if self.shuffle else 1)
 
     def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
-        """Inflate exactly ``len(out)`` bytes and undo the shuffle."""
+        """Fill `out` with exactly the raw bytes of a chunk; ValueError where they do not fit."""
         deflate.decode(stored, out, itemsize=itemsize if self.shuffle else 1)
 
 
@@ -90,24 +60,19 @@ class ZstdCodec:
     """HDF5's byte shuffle and the registered Zstandard filter, whose chunks are plain frames."""
 
     name: str
-    level: int
 
     def pipeline(self, itemsize: int) -> tuple[Filter, ...]:
-        """Shuffle and Zstandard."""
-        return Filter(FILTER_SHUFFLE, (itemsize,)), Filter(FILTER_ZSTD, (self.level,))
-
-    def accepts(self, filters: tuple[Filter, ...]) -> bool:
-        """Shuffle and Zstandard of any level."""
-        return _same_filters(filters, self.pipeline(1))
+        """As for `DeflateCodec`."""
+        return Filter(FILTER_SHUFFLE, (itemsize,)), Filter(FILTER_ZSTD, (_ZSTD_LEVEL,))
 
     def encode(self, raw: memoryview, itemsize: int) -> bytes:
         """One Zstandard frame, with its content size, of the shuffled bytes."""
         data = np.frombuffer(raw, np.uint8)
         shuffled = deflate.shuffle(data, itemsize, out=_SCRATCH.take(data.size))
-        return _ZSTD_CONTEXTS.compressor(self.level).compress(shuffled.data)
+        return _ZSTD_CONTEXTS.compressor.compress(shuffled.data)
 
     def decode(self, stored: memoryview, out: memoryview, itemsize: int) -> None:
-        """Decompress exactly ``len(out)`` bytes and undo the shuffle."""
+        """As for `DeflateCodec`."""
         # Checked first: the library allocates what the frame claims.
         try:
             claimed = zstandard.frame_content_size(stored)
@@ -130,14 +95,7 @@ class _ZstdContexts(threading.local):
 
     def __init__(self) -> None:
         self.decompressor = zstandard.ZstdDecompressor()
-        self._compressors: dict[int, zstandard.ZstdCompressor] = {}
-
-    def compressor(self, level: int) -> zstandard.ZstdCompressor:
-        """This thread's compressor; frames carry a checksum of their content."""
-        if level not in self._compressors:
-            made = zstandard.ZstdCompressor(level=level, write_checksum=True)
-            self._compressors[level] = made
-        return self._compressors[level]
+        self.compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True)
 
 
 _ZSTD_CONTEXTS: Final = _ZstdContexts()
@@ -145,7 +103,8 @@ _SCRATCH: Final = Scratch()
 GZIP: Final = DeflateCodec("gzip", shuffle=True)
 # For bytes and text, which a shuffle by element would only scatter.
 DEFLATE: Final = DeflateCodec("deflate", shuffle=False)
-ZSTD: Final = ZstdCodec("zstd", level=3)
+ZSTD: Final = ZstdCodec("zstd")
+Codec: TypeAlias = DeflateCodec | ZstdCodec
 CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (GZIP, DEFLATE, ZSTD)}
 
 
@@ -160,12 +119,12 @@ def get_codec(name: str) -> Codec:
 
 def codec_of(filters: tuple[Filter, ...]) -> str | None:
     """The codec that reads chunks of these filters; None if there is none."""
-    return next((codec.name for codec in CODECS.values() if codec.accepts(filters)), None)
-
-
-def _same_filters(found: tuple[Filter, ...], expected: tuple[Filter, ...]) -> bool:
-    """Whether two pipelines have the same filters, whatever their parameters."""
-    return [each.filter_id for each in found] == [each.filter_id for each in expected]
+    numbers = [each.filter_id for each in filters]
+    for codec in CODECS.values():
+        # Whatever the parameters.
+        if [each.filter_id for each in codec.pipeline(1)] == numbers:
+            return codec.name
+    return None
 
 
 def tools_note(codec: str | None) -> str | None:

@@ -123,13 +123,7 @@ class Engines:
         return int(library.adler32(data))
 
     def inflater(self, stored_share: float) -> Any:
-        """A fresh raw inflater with ``decompress(data, max_length)``, ``eof`` and ``unused_data``.
-
-        Parameters
-        ----------
-        stored_share
-            Stored bytes per raw byte.
-        """
+        """A fresh raw inflater for a stream of so many stored bytes per raw byte."""
         if self.igzip_lib and (stored_share > _MAX_SHARE_FOR_ZLIB_NG or not self.zlib_ng):
             return self.igzip_lib.IgzipDecompressor(self.igzip_lib.DECOMP_DEFLATE)
         return (self.zlib_ng or zlib).decompressobj(_RAW_DEFLATE)
@@ -150,12 +144,7 @@ _SCRATCH = Scratch()
 def encode(raw: Buffer, *, itemsize: int) -> bytes:
     """One zlib stream of the shuffled bytes of a chunk, at most a header longer than the chunk.
 
-    Parameters
-    ----------
-    raw
-        The chunk's elements, little-endian, in C order.
-    itemsize
-        Bytes per element, as the dataset's shuffle filter has it; 1 leaves the order as it is.
+    `raw` is little-endian and in C order; an `itemsize` of 1 leaves the order as it is.
     """
     data = _as_bytes(raw)
     shuffled = shuffle(data, _checked(itemsize), out=_SCRATCH.take(data.size))
@@ -178,7 +167,7 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
         msg = "the output buffer is read-only; give a writable one"
         raise ValueError(msg)
     shuffled = _SCRATCH.take(target.size)
-    inflate(_as_bytes(stored), shuffled, ENGINES)
+    _inflate(_as_bytes(stored), shuffled)
     unshuffle(shuffled, target, _checked(itemsize))
 
 
@@ -254,20 +243,12 @@ class _Coding(enum.Enum):
 
 @dataclass(frozen=True)
 class _Plan:
-    """The codings to try on some bytes, of which the smallest is kept; none means stored blocks.
-
-    Attributes
-    ----------
-    codings
-        What to try.
-    mem_level
-        zlib's parameter, which sets the length of blocks.
-    joins
-        Whether neighbouring planes become one piece; others need code tables of their own.
-    """
+    """The codings to try on some bytes, of which the smallest is kept; none means stored blocks."""
 
     codings: tuple[_Coding, ...]
+    # zlib's parameter, which sets the length of blocks
     mem_level: int = _MEM_LEVEL_LONG_BLOCKS
+    # Neighbouring planes become one piece; others need code tables of their own.
     joins: bool = False
 
 
@@ -296,17 +277,13 @@ def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> list[Buffer]:
     """The planes as raw deflate, the unshuffled tail with the last one."""
     count = shuffled.size // itemsize
     stop, pieces = 0, []
-    for (_, plan), group in itertools.groupby(enumerate(plans), key=_grouping):
+    keys = ((-1 if plan.joins else index, plan) for index, plan in enumerate(plans))
+    for (_, plan), group in itertools.groupby(keys):
         start, stop = stop, stop + len(list(group))
         final = stop == itemsize
         end = shuffled.size if final else stop * count
         pieces += _piece(shuffled[start * count : end], plan, final=final)
     return pieces
-
-
-def _grouping(numbered: tuple[int, _Plan]) -> tuple[int, _Plan]:
-    index, plan = numbered
-    return (-1 if plan.joins else index), plan
 
 
 def _plans(planes: Bytes) -> list[_Plan]:
@@ -382,23 +359,15 @@ def _deflater(coding: _Coding, mem_level: int) -> Any:
         return isal_zlib.compressobj(1, zlib.DEFLATED, _RAW_DEFLATE_SHORT_WINDOW, 9)
     if isal_zlib and coding is _Coding.LONG_SEARCH:
         return isal_zlib.compressobj(3, zlib.DEFLATED, _RAW_DEFLATE, 9)
-    level, strategy = _setting(coding)
+    level, strategy = 7 if ENGINES.zlib_ng else 6, zlib.Z_DEFAULT_STRATEGY
+    if coding in (_Coding.DENSE, _Coding.HUFFMAN):
+        level, strategy = 1, zlib.Z_HUFFMAN_ONLY
+    elif coding is _Coding.RUNS:
+        level, strategy = 1, zlib.Z_RLE
+    elif coding is _Coding.SHORT_SEARCH and ENGINES.zlib_ng:
+        # zlib-ng's level 7 is as thorough as zlib's level 6, but sees no matches of three bytes.
+        level = 9
     return library.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, mem_level, strategy)
-
-
-def _setting(coding: _Coding) -> tuple[int, int]:
-    """Level and strategy of zlib-ng or zlib."""
-    match coding:
-        case _Coding.DENSE | _Coding.HUFFMAN:
-            return 1, zlib.Z_HUFFMAN_ONLY
-        case _Coding.RUNS:
-            return 1, zlib.Z_RLE
-        # zlib-ng's level 7 is as thorough as zlib's level 6, but sees no matches of three
-        # bytes; its level 9 does.
-        case _Coding.SHORT_SEARCH if ENGINES.zlib_ng:
-            return 9, zlib.Z_DEFAULT_STRATEGY
-        case _:
-            return 7 if ENGINES.zlib_ng else 6, zlib.Z_DEFAULT_STRATEGY
 
 
 def _stored(data: Bytes, *, final: bool) -> list[Buffer]:
@@ -420,26 +389,16 @@ def _stored_nbytes(nbytes: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _PlaneSurvey:
-    """What a sample of one byte plane shows.
+    """What a sample of one byte plane shows."""
 
-    Attributes
-    ----------
-    sample
-        Rows of bytes that were neighbours in the plane.
-    histograms
-        How often every byte value is in each row.
-    counts
-        How often every byte value is in the sample.
-    num_values
-        Number of different byte values seen.
-    entropy
-        Order-0 entropy in bits per byte, with Miller and Madow's correction.
-    """
-
+    # rows of bytes that were neighbours in the plane
     sample: Bytes
+    # how often every byte value is in each row, and in the sample
     histograms: Counts
     counts: Counts
+    # different byte values seen
     num_values: int
+    # of order 0, in bits per byte, with Miller and Madow's correction
     entropy: float
 
     @property
@@ -495,16 +454,15 @@ def survey(planes: Bytes) -> list[_PlaneSurvey]:
     histograms = _histograms(sample)
     counts = histograms.sum(axis=1)
     times_log = _TIMES_LOG[counts].sum(axis=1).tolist()
-    return list(map(_survey_one, sample, histograms, counts, times_log))
-
-
-def _survey_one(
-    sample: Bytes, histograms: Counts, counts: Counts, times_log: float
-) -> _PlaneSurvey:
-    num_values = int(np.count_nonzero(counts))
-    correction = (num_values - 1) / (2 * math.log(2))
-    bits = float(_TIMES_LOG[sample.size]) - times_log + correction
-    return _PlaneSurvey(sample, histograms, counts, num_values, bits / sample.size)
+    size = sample[0].size
+    surveys = []
+    for index, count in enumerate(counts):
+        num_values = int(np.count_nonzero(count))
+        correction = (num_values - 1) / (2 * math.log(2))
+        bits = float(_TIMES_LOG[size]) - times_log[index] + correction
+        facts = (sample[index], histograms[index], count, num_values, bits / size)
+        surveys.append(_PlaneSurvey(*facts))
+    return surveys
 
 
 def repeats(plane: Bytes, anchor: int) -> float:
@@ -547,35 +505,23 @@ def _squares(counts: Counts) -> int:
     return int(np.vdot(counts, counts))
 
 
-def inflate(stored: Bytes, out: Bytes, engines: Engines) -> None:
-    """Fill `out` with what the stream holds, no more and no less.
-
-    No more than ``len(out) + 1`` bytes are ever inflated.
-
-    Parameters
-    ----------
-    stored
-        A zlib stream (RFC 1950) and nothing else.
-    out
-        Writable bytes; undefined after an error.
-    engines
-        The libraries to use.
-    """
+def _inflate(stored: Bytes, out: Bytes) -> None:
+    """Fill `out` with what a zlib stream (RFC 1950) holds; it is undefined after an error."""
     if stored.size < _HEADER_NBYTES or not _is_header(*stored[:_HEADER_NBYTES].tolist()):
         msg = "the stored bytes are no intact zlib stream: they begin with no header of one"
         raise ValueError(msg)
     position, filled = _copy_stored_blocks(stored, out)
     try:
-        end = _inflate_blocks(stored, position, out, filled, engines)
+        end = _inflate_blocks(stored, position, out, filled)
     except _DamagedError as error:
         # Other writers' later blocks may refer back into the stored ones.
         if not filled:
             raise ValueError(str(error)) from error
         try:
-            end = _inflate_blocks(stored, _HEADER_NBYTES, out, 0, engines)
+            end = _inflate_blocks(stored, _HEADER_NBYTES, out, 0)
         except _DamagedError as error_of_whole:
             raise ValueError(str(error_of_whole)) from error
-    _check_end(stored, end, out, engines)
+    _check_end(stored, end, out)
 
 
 class _DamagedError(Exception):
@@ -589,13 +535,7 @@ def _is_header(method: int, flags: int) -> bool:
 
 
 def _copy_stored_blocks(stored: Bytes, out: Bytes) -> tuple[int, int]:
-    """Copy the stored blocks that the stream begins with, except a final one.
-
-    Returns
-    -------
-    tuple
-        Bytes read of the stream and bytes written.
-    """
+    """Copy the stored blocks before any other; the bytes read of the stream and those written."""
     position, filled = _HEADER_NBYTES, 0
     while True:
         header = stored[position : position + _STORED_HEADER_NBYTES].tolist()
@@ -611,9 +551,9 @@ def _copy_stored_blocks(stored: Bytes, out: Bytes) -> tuple[int, int]:
         position, filled = start + length, filled + length
 
 
-def _inflate_blocks(stored: Bytes, position: int, out: Bytes, filled: int, engines: Engines) -> int:
+def _inflate_blocks(stored: Bytes, position: int, out: Bytes, filled: int) -> int:
     """Inflate from `position` into `out` after `filled`; where the last block ends."""
-    inflater = engines.inflater((stored.size - position) / max(out.size - filled, 1))
+    inflater = ENGINES.inflater((stored.size - position) / max(out.size - filled, 1))
     while not inflater.eof:
         if position >= stored.size:
             msg = f"the zlib stream is cut off after {filled} of {out.size} bytes"
@@ -621,7 +561,7 @@ def _inflate_blocks(stored: Bytes, position: int, out: Bytes, filled: int, engin
         step = stored[position : position + _STEP]
         try:
             data = inflater.decompress(step, out.size - filled + 1)
-        except engines.errors as error:
+        except ENGINES.errors as error:
             msg = f"the stored bytes are no intact zlib stream: {error}"
             raise _DamagedError(msg) from error
         if filled + len(data) > out.size:
@@ -635,12 +575,12 @@ def _inflate_blocks(stored: Bytes, position: int, out: Bytes, filled: int, engin
     return position - len(inflater.unused_data)
 
 
-def _check_end(stored: Bytes, end: int, out: Bytes, engines: Engines) -> None:
+def _check_end(stored: Bytes, end: int, out: Bytes) -> None:
     checksum = stored[end : end + _CHECKSUM_NBYTES].tobytes()
     if len(checksum) < _CHECKSUM_NBYTES:
         msg = f"the zlib stream is cut off after {out.size} of {out.size} bytes"
         raise ValueError(msg)
-    if int.from_bytes(checksum, "big") != engines.adler32(out):
+    if int.from_bytes(checksum, "big") != ENGINES.adler32(out):
         msg = "the stored bytes are no intact zlib stream: its checksum does not fit"
         raise ValueError(msg)
     stray = stored.size - end - _CHECKSUM_NBYTES

@@ -48,15 +48,8 @@ class ByteFile(Protocol):
 
 
 def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> int:
-    """A descriptor of a file, open for reading; never waits, as opening a pipe does.
-
-    Parameters
-    ----------
-    path
-        The file.
-    error
-        What is raised where it is a pipe or a device.
-    """
+    """A descriptor of a file, open for reading; `error` is raised for a pipe or a device."""
+    # Opening a pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -69,7 +62,7 @@ def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> 
 
 
 class LocalFile:
-    """A file on disk, read without a shared position: safe for threads and after ``fork``.
+    """A `ByteFile` on disk, read without a shared position: safe for threads and after ``fork``.
 
     A closed file opens again for every read, if it still is the same file, so that few files are
     open.
@@ -92,17 +85,14 @@ class LocalFile:
 
     @property
     def name(self) -> str:
-        """The path."""
         return str(self.path)
 
     @property
     def nbytes(self) -> int:
-        """Size of the file now."""
         with self._used() as descriptor:
             return os.fstat(descriptor).st_size
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`."""
         with self._used() as descriptor:
             data = os.pread(descriptor, nbytes, offset)
             while len(data) < nbytes:
@@ -113,7 +103,6 @@ class LocalFile:
         return data
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`."""
         with self._used() as descriptor:
             done = 0
             while done < len(out):
@@ -129,16 +118,12 @@ class LocalFile:
         )
 
     def at_hand(self, offset: int, nbytes: int) -> bool:
-        """True: a local file needs no requests."""
-        del offset, nbytes
         return True
 
     def hold(self, offset: int, nbytes: int) -> None:
         """Do nothing: the system's page cache does that."""
 
     def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Do nothing: reads of a local file are cheap."""
-        del ranges
         return contextlib.nullcontext()
 
     @contextlib.contextmanager

@@ -15,12 +15,11 @@ from __future__ import annotations
 import json
 import re
 import struct
-import threading
 import zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import xxhash
@@ -29,6 +28,7 @@ from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import DIGEST, chunk_checksum
 from h5traces.format.document import Attrs, compact_json
+from h5traces.format.scratch import Scratch
 from h5traces.storage import deflate
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
     from h5traces.storage.files import ByteFile
+    from h5traces.storage.publish import LatchedFile
 
 
 MAGIC: Final = b"h5tr\r\nF1"
@@ -82,21 +83,12 @@ SPAN_NBYTES: Final = 1 << 20
 # Spans of one task of a thread: starting a task takes as long as hashing 300 kB.
 _SPANS_PER_TASK: Final = 16
 _BETWEEN: Final = -1
+# For the span that a thread reads.
+_SPAN: Final = Scratch()
 
 
 class FooterError(CorruptArchiveError):
     """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
-
-
-class _Readable(Protocol):
-    """Bytes at any offset."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-
-    def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,33 +103,20 @@ class _Column:
 
 @dataclass(frozen=True, slots=True)
 class FooterDirectory:
-    """What opening an archive reads of its footer.
+    """What opening an archive reads of its footer."""
 
-    Attributes
-    ----------
-    hdf5_nbytes
-        Size of the HDF5 part, and so the offset of the footer.
-    metadata_checksum
-        xxh3-64 of all bytes of the HDF5 part that lie in no chunk.
-    archive, kinds
-        Attributes of the root group and of the groups under ``/kinds``.
-    num_samples, num_objects
-        Lengths of the tables.
-    has_scales
-        Whether the tables list the objects of ``/scales`` after those of the last sample.
-    types, codecs
-        Stored types and codecs by number.
-    columns
-        Where the columns lie.
-    """
-
+    # also the offset of the footer
     hdf5_nbytes: int
+    # xxh3-64 of all bytes of the HDF5 part that lie in no chunk
     metadata_checksum: int
+    # attributes of the root group and of the groups under /kinds
     archive: Attrs
     kinds: dict[str, Attrs]
     num_samples: int
     num_objects: int
+    # The tables list the objects of /scales after those of the last sample.
     has_scales: bool
+    # by number
     types: list[str]
     codecs: list[str]
     columns: dict[str, _Column]
@@ -325,8 +304,11 @@ class FooterBuilder:
 
     def __init__(self) -> None:
         self.num_samples = 0
-        self._names, self._attrs = _Dictionary(), _Dictionary()
-        self._types, self._codecs = _Dictionary(), _Dictionary()
+        # Numbers for values that repeat.
+        self._names: dict[str, int] = {}
+        self._attrs: dict[str, int] = {}
+        self._types: dict[str, int] = {}
+        self._codecs: dict[str, int] = {}
         self._columns: dict[str, array[int]] = {
             name: array(np.dtype(dtype).char if dtype != "<i8" else "q")
             for name, dtype in COLUMNS.items()
@@ -362,10 +344,10 @@ class FooterBuilder:
         others = {
             name: value for name, value in entry.attrs.items() if name != DIGEST or not has_digest
         }
-        columns["object_name"].append(self._names.number(entry.path))
-        columns["object_attrs"].append(self._attrs.number(compact_json(others)))
-        columns["object_type"].append(self._types.number(entry.dtype))
-        columns["object_codec"].append(self._codecs.number(entry.codec or ""))
+        columns["object_name"].append(_number(self._names, entry.path))
+        columns["object_attrs"].append(_number(self._attrs, compact_json(others)))
+        columns["object_type"].append(_number(self._types, entry.dtype))
+        columns["object_codec"].append(_number(self._codecs, entry.codec or ""))
         columns["object_ndim"].append(len(entry.shape))
         columns["object_dims"].extend(entry.shape)
         columns["object_chunk_dims"].extend(entry.chunk)
@@ -384,16 +366,13 @@ class FooterBuilder:
             self._next_offset = offset + size
         columns["chunk_checksum"].extend(entry.chunks.checksums)
 
-    def finish(self, hdf5: _Readable, archive: Attrs, kinds: dict[str, Attrs]) -> bytes:
-        """The footer's bytes, to be appended to the finished HDF5 part.
-
-        Parameters
-        ----------
-        hdf5
-            The file, which ends with its HDF5 part.
-        archive, kinds
-            Attributes of the root group and of the groups under ``/kinds``.
-        """
+    def finish(
+        self, hdf5: ByteFile | LatchedFile, archive: Attrs, kinds: dict[str, Attrs]
+    ) -> bytes:
+        """The footer's bytes, to be appended to the finished HDF5 part."""
+        sizes = np.frombuffer(self._columns["chunk_nbytes"], dtype=np.int64)
+        gaps = np.frombuffer(self._columns["chunk_gap"], dtype=np.int64)
+        offsets = np.cumsum(gaps + sizes) - sizes
         blocks: list[bytes] = []
         table: dict[str, tuple[int, int, int, int]] = {}
         position = 0
@@ -410,10 +389,10 @@ class FooterBuilder:
                 "num_samples": self.num_samples,
                 "num_objects": len(self._columns["object_name"]),
                 **({"has_scales": 1} if self._has_scales else {}),
-                "types": self._types.values(),
-                "codecs": self._codecs.values(),
+                "types": list(self._types),
+                "codecs": list(self._codecs),
                 "columns": table,
-                "metadata_checksum": self._metadata_checksum(hdf5),
+                "metadata_checksum": metadata_checksum(hdf5, offsets, sizes, hdf5.nbytes),
             }
         ).encode("utf-8", "surrogatepass")
         stored = zlib.compress(directory, 6)
@@ -426,33 +405,19 @@ class FooterBuilder:
 
     def _column_bytes(self, name: str) -> bytes:
         if name == "names_json":
-            return compact_json(self._names.values()).encode("utf-8", "surrogatepass")
+            return compact_json(list(self._names)).encode("utf-8", "surrogatepass")
         if name == "attrs_json":
-            return f"[{','.join(self._attrs.values())}]".encode("utf-8", "surrogatepass")
+            return f"[{','.join(self._attrs)}]".encode("utf-8", "surrogatepass")
         # array() has the native byte order, which is little-endian wherever there are wheels.
         return self._columns[name].tobytes()
 
-    def _metadata_checksum(self, hdf5: _Readable) -> int:
-        sizes = np.frombuffer(self._columns["chunk_nbytes"], dtype=np.int64)
-        gaps = np.frombuffer(self._columns["chunk_gap"], dtype=np.int64)
-        return metadata_checksum(hdf5, np.cumsum(gaps + sizes) - sizes, sizes, hdf5.nbytes)
 
-
-class _Dictionary:
-    """Numbers for values that repeat."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, value: str) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[str]:
-        return list(self._numbers)
+def _number(numbers: dict[str, int], value: str) -> int:
+    return numbers.setdefault(value, len(numbers))
 
 
 def metadata_checksum(
-    file: _Readable, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
+    file: ByteFile | LatchedFile, offsets: NDArray[np.int64], sizes: NDArray[np.int64], end: int
 ) -> int:
     """xxh3-64 of the bytes up to `end` that lie in no chunk, in the order of the file.
 
@@ -472,17 +437,11 @@ def metadata_checksum(
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Result of comparing all bytes of a file with checksums.
+    """Result of comparing all bytes of a file with checksums."""
 
-    Attributes
-    ----------
-    damaged
-        Rows of the chunk table whose bytes do not fit their checksum, or lie outside, ascending.
-    metadata_checksum
-        xxh3-64 of the bytes that lie in no chunk.
-    """
-
+    # rows of the chunk table whose bytes do not fit their checksum, or lie outside, ascending
     damaged: list[int]
+    # xxh3-64 of the bytes that lie in no chunk
     metadata_checksum: int
 
 
@@ -496,18 +455,8 @@ def scan(
 ) -> Scan:
     """Compare all bytes up to `end` with checksums.
 
-    Parameters
-    ----------
-    file
-        The file.
-    table
-        Offset, size and xxh3-64 of every chunk.
-    end
-        Where the chunks and what lies between them end.
-    workers
-        Threads; one per core by default.
-    progress
-        Called with the bytes read and the bytes there are.
+    `table` has offset, size and xxh3-64 of every chunk. `progress` is called with the bytes read
+    and the bytes there are.
     """
     offsets, sizes, checksums = table
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= end) & (offsets <= end - sizes)
@@ -516,14 +465,12 @@ def scan(
     rows = rows[np.argsort(offsets[rows], kind="stable")]
     places = zip(rows.tolist(), offsets[rows].tolist(), sizes[rows].tolist(), strict=True)
     between = xxhash.xxh3_64()
-    buffers = _Buffers()
-
     spans = list(_spans(places, end))
     starts = range(0, len(spans), _SPANS_PER_TASK)
 
     def check(start: int) -> list[tuple[list[int], bytes]]:
         task = spans[start : start + _SPANS_PER_TASK]
-        return [_check(file, span, checksums, buffers) for span in task]
+        return [_check(file, span, checksums) for span in task]
 
     with ThreadPoolExecutor(workers) as pool:
         for start, results in zip(starts, pool.map(check, starts), strict=True):
@@ -537,18 +484,11 @@ def scan(
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """A part of the file.
-
-    Attributes
-    ----------
-    start, stop
-        Where it lies.
-    pieces
-        What it consists of, in order: a row of the chunk table (or `_BETWEEN`), start and stop.
-    """
+    """A part of the file."""
 
     start: int
     stop: int
+    # in order: a row of the chunk table (or `_BETWEEN`), start and stop
     pieces: list[tuple[int, int, int]]
 
 
@@ -577,11 +517,9 @@ def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
         yield _Span(start, position, pieces)
 
 
-def _check(
-    file: ByteFile, span: _Span, checksums: NDArray[np.uint64], buffers: _Buffers
-) -> tuple[list[int], bytes]:
+def _check(file: ByteFile, span: _Span, checksums: NDArray[np.uint64]) -> tuple[list[int], bytes]:
     """Rows of a span that are damaged, and its bytes that lie in no chunk."""
-    view = buffers.get(span.stop - span.start)
+    view = _SPAN.take(span.stop - span.start).data
     file.read_into(span.start, view)
     damaged, between = [], []
     for row, start, stop in span.pieces:
@@ -591,15 +529,3 @@ def _check(
         elif chunk_checksum(piece) != int(checksums[row]):
             damaged.append(row)
     return damaged, b"".join(between)
-
-
-class _Buffers(threading.local):
-    """A buffer for every thread, which grows to the largest span."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray(2 * SPAN_NBYTES)
-
-    def get(self, nbytes: int) -> memoryview:
-        if nbytes > len(self._buffer):
-            self._buffer = bytearray(nbytes)
-        return memoryview(self._buffer)[:nbytes]

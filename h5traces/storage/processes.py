@@ -8,26 +8,18 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import FrameType
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """The environment for a Python process that must find the same modules as this one.
+    """The environment for a Python process that must find the same modules as this one."""
 
-    Parameters
-    ----------
-    more
-        Further variables.
-    """
     path = os.pathsep.join(each for each in sys.path if each)
     return {**os.environ, "PYTHONPATH": path, **more}
 
@@ -68,17 +60,17 @@ def handled_signals(
             signal.signal(number, each)
 
 
-# Whether an outer block defers already: arming handlers takes 150 µs, as long as a small dataset.
-_is_deferring = False
-
-
 def _call(handler: Any, before: Any, number: int, frame: FrameType | None) -> None:
     handler(number, frame, before)
 
 
+# Whether an outer block defers already: arming handlers takes 150 µs, as long as a small dataset.
+_is_deferring = False
+
+
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Python handlers of SIGINT and SIGTERM run after the block instead of inside it.
+    """Python handlers of SIGINT and SIGTERM run after the block, or the function so decorated.
 
     Signals without a Python handler act as usual. Outside the main thread, where no handler ever
     runs, and inside another such block, this does nothing. Costs 20 µs.
@@ -112,16 +104,3 @@ def deferred_signals() -> Iterator[None]:
             signal.signal(number, handler)
         for number, frame in caught:
             handlers[number](number, frame)
-
-
-def uninterrupted(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function that runs under `deferred_signals`."""
-
-    @functools.wraps(function)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if _is_deferring:
-            return function(*args, **kwargs)
-        with deferred_signals():
-            return function(*args, **kwargs)
-
-    return run

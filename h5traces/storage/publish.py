@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import io
 import os
 import re
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Final, Self
 from h5traces.errors import ArchiveExistsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from typing_extensions import Buffer
@@ -54,27 +54,21 @@ class LatchedFile(io.RawIOBase):
             raise self.error
 
     def fileno(self) -> int:
-        """The file's descriptor."""
         return self._descriptor
 
     def readable(self) -> bool:
-        """True: HDF5 reads what it wrote."""
         return True
 
     def writable(self) -> bool:
-        """True."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
         return True
 
     def tell(self) -> int:
-        """Current position in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a position; nothing is read or written."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = base + offset
         return self._position
@@ -114,7 +108,6 @@ class LatchedFile(io.RawIOBase):
 
     @property
     def nbytes(self) -> int:
-        """Size of the file."""
         return self._size
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
@@ -122,7 +115,6 @@ class LatchedFile(io.RawIOBase):
         return os.pread(self._descriptor, nbytes, offset)
 
     def truncate(self, size: int | None = None) -> int:
-        """Set the file's size."""
         self._size = self._position if size is None else size
         if self.error is None:
             try:
@@ -130,9 +122,6 @@ class LatchedFile(io.RawIOBase):
             except OSError as error:
                 self.error = error
         return self._size
-
-    def flush(self) -> None:
-        """Nothing is buffered here."""
 
 
 class PartFile:
@@ -209,13 +198,10 @@ def _rename_without_replacing(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        _renameat2(source, target)
     else:
         source.unlink()
-
-
-def _renameat2(source: Path, target: Path) -> None:
-    """Linux's rename with RENAME_NOREPLACE, for file systems without hard links."""
+        return
+    # Linux's own, for file systems without hard links
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         message = f"cannot publish {target} safely: the file system has no hard links"
@@ -252,24 +238,12 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_abandoned_parts(target: Path) -> list[Path]:
-    """Delete ``.part`` files of `target` whose writer is gone; those still locked stay.
-
-    Returns
-    -------
-    list of Path
-        What was deleted.
-    """
-    return [path for path in _parts_of(target) if _remove_if_unlocked(path)]
-
-
-def _parts_of(target: Path) -> Iterator[Path]:
-    for path in target.parent.glob(f"{_escape_glob(target.name)}.*.part"):
-        if _PART_NAME.fullmatch(path.name.removeprefix(target.name)):
-            yield path
-
-
-def _escape_glob(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
+    """Delete ``.part`` files of `target` whose writer is gone; returns what was deleted."""
+    return [
+        path
+        for path in target.parent.glob(f"{glob.escape(target.name)}.*.part")
+        if _PART_NAME.fullmatch(path.name.removeprefix(target.name)) and _remove_if_unlocked(path)
+    ]
 
 
 def _remove_if_unlocked(path: Path) -> bool:

@@ -7,6 +7,7 @@ final name before it is complete and durable. Its callers also read it back firs
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import uuid
@@ -29,7 +30,7 @@ from h5traces.precision.encoding import Encoder
 from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
 from h5traces.storage.hdf5.writing import Hdf5Writer
-from h5traces.storage.processes import deferred_signals, uninterrupted
+from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
@@ -118,7 +119,7 @@ class ArchiveWriter:
         self._observed = Observation()
         self._generations = {} if generations is None else generations
         self._index: list[TraceMetadata] = []
-        self._casts: tuple[Cast, ...] = ()
+        self._casts: dict[str, tuple[Cast, ...]] = {}
         self._finished = False
         self.part_path = self._part.path
         # Of every sample written, computed from the records themselves.
@@ -144,7 +145,7 @@ class ArchiveWriter:
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
 
-    @uninterrupted
+    @deferred_signals()
     def _write_sample(
         self,
         metadata: TraceMetadata,
@@ -237,14 +238,13 @@ class ArchiveWriter:
         return entry
 
     def _note_cast(self, kind: str, prepared: Prepared) -> None:
-        """Collect what casts changed; means over heads that were computed here have no source."""
+        """Collect what casts changed."""
         source: Any = prepared.attrs.get("cast_from")
         dtype: Any = prepared.attrs.get("restored_dtype", prepared.dtype)
-        is_derived = kind == layout.ATTENTION_MEAN and self._encoder.precision.head_mean != "none"
-        if source is not None and not is_derived:
+        if source is not None:
             changed: Any = prepared.attrs.get("num_changed")
             one = Cast(cast_from=source, dtype=dtype, num_arrays=1, num_changed=changed)
-            self._casts = add_casts((*self._casts, one))
+            self._casts[kind] = add_casts((*self._casts.get(kind, ()), one))
 
     def finish(
         self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any
@@ -259,7 +259,10 @@ class ArchiveWriter:
             self._hdf5.create_group(f"/{layout.KINDS_GROUP}/{name}", attrs)
         self._write_scales()
         self._hdf5.write_table(f"/{layout.INDEX_TABLE}", index_columns(self._index))
-        archive = self._final_metadata(sources=sources, **metadata)
+        # Means over heads that a writer computed have no source.
+        sourced = (found for kind, found in self._casts.items() if "derivation" not in kinds[kind])
+        casts = add_casts(itertools.chain(*sourced))
+        archive = self._final_metadata(sources=sources, casts=casts, **metadata)
         root = to_attributes(archive)
         complete = {"complete": root.pop("complete")}
         self._hdf5.add_attributes("/", root)
@@ -302,7 +305,6 @@ class ArchiveWriter:
                 "hidden_size": _only(observed.hidden_sizes),
                 "num_heads": _only(observed.head_counts),
                 "layers": tuple(stored) if is_subset else None,
-                "casts": self._casts,
                 "complete": True,
                 **metadata,
             }

@@ -154,8 +154,7 @@ def _state(**fields: Any) -> RunState:
         state = RunState(**fields)
     except ValidationError as error:
         found = problems_of(error)
-        message = "; ".join(f"{each.loc}: {each.message}" for each in found)
-        raise SchemaError(message, found) from error
+        raise SchemaError("; ".join(map(str, found)), found) from error
     get_codec(state.codec)
     return state
 

@@ -40,10 +40,9 @@ EMITTED = Marker("item that was handed out")
 STALE = Marker("value that the scan skips")
 
 _NUMPY_SCALARS = frozenset(np.sctypeDict.values()) - {np.void, np.object_}
-_LEAVES = frozenset({type(None), bool, int, float, str, bytes, bytearray, np.ndarray, TorchValue})
-_KNOWN_LEAVES = _LEAVES | _NUMPY_SCALARS
-_CONTAINERS = frozenset({list, tuple, dict})
 _SIMPLE = frozenset({type(None), bool, int, float})
+_LEAVES = _SIMPLE | _NUMPY_SCALARS | {str, bytes, bytearray, np.ndarray, TorchValue}
+_CONTAINERS = frozenset({list, tuple, dict})
 
 
 class SharedEntryError(Exception):
@@ -77,7 +76,7 @@ def check_item(item: Any, limits: PickleLimits) -> int:
                 kind = type(value)
                 if kind in _CONTAINERS:
                     inner.append(value)
-                elif kind in _KNOWN_LEAVES:
+                elif kind in _LEAVES:
                     nbytes += _leaf_nbytes(value)
                 else:
                     reject(f"an item holds {type_name(value)}, which no trace holds")

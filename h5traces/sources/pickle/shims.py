@@ -83,18 +83,12 @@ class Meter(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Shim:
-    """A name that a pickle may use.
-
-    Attributes
-    ----------
-    call
-        The function that replaces it; None for what pickles only pass on.
-    dtype
-        Of a storage type or a torch dtype.
-    """
+    """A name that a pickle may use, and the function that replaces it."""
 
     name: str
+    # None for what pickles only pass on.
     call: Callable[[Meter, tuple[Any, ...]], Any] | None = None
+    # Of a storage type or a torch dtype.
     dtype: str | None = None
 
 

@@ -120,13 +120,10 @@ def contradict(message: str) -> NoReturn:
 class Source:
     """What the pickle machine reads from: exact reads from a buffered stream.
 
-    Attributes
-    ----------
-    file
-        The stream. Single bytes are read from it directly; everything else goes through methods,
-        which raise `TruncatedError` if the pickle ends too early.
+    Methods raise `TruncatedError` if the pickle ends too early.
     """
 
+    # Single bytes are read from it directly.
     file: io.BufferedReader | io.BytesIO
     # Whether `_bound` is exact, so that no request within it comes up short.
     _exact_bound = False
@@ -308,20 +305,16 @@ class _Inflater(io.RawIOBase):
             )
             raise ConversionError(message) from None
         self._position += num_bytes
-        if self._position > self._limits.expansion_grace_nbytes:
-            self._check_expansion()
-        return num_bytes
-
-    def _check_expansion(self) -> None:
         compressed = max(1, self._raw.tell())
         limit = self._limits.max_expansion
-        if self._position > limit * compressed:
+        if self._position > max(self._limits.expansion_grace_nbytes, limit * compressed):
             message = (
                 f"{self._owner.path}: gzip bomb: {self._position:,} bytes came out of the first "
                 f"{compressed:,}, more than {limit} times as many; if the file is trusted, raise "
                 f"PickleLimits(max_expansion=...)"
             )
             raise UnsafePickleError(message)
+        return num_bytes
 
     def close(self) -> None:
         self._gzip.close()

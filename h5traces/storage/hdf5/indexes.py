@@ -62,7 +62,14 @@ def checksum(block: bytes) -> int:
         return _START
     padded = block + bytes(-len(block) % _BLOCK_NBYTES)
     words = struct.unpack(f"<{len(padded) // 4}I", padded)
-    return _hash(words, (_START + len(block)) & _MASK)
+    a = b = c = (_START + len(block)) & _MASK
+    last = len(words) - 3
+    for index in range(0, last, 3):
+        a, b, c = _mix(
+            a + words[index] & _MASK, b + words[index + 1] & _MASK, c + words[index + 2] & _MASK
+        )
+    final = a + words[last] & _MASK, b + words[last + 1] & _MASK, c + words[last + 2] & _MASK
+    return int(_final(*final))
 
 
 def _checksums_of_one_length(blocks: list[bytes], length: int) -> list[int]:
@@ -95,18 +102,6 @@ def _mix_columns(a: Words, b: Words, c: Words, words: Words) -> None:
             np.bitwise_or(left, right, out=left)
             np.bitwise_xor(x, left, out=x)
             np.add(y, z, out=y)
-
-
-def _hash(words: tuple[int, ...], start: int) -> int:
-    """Hash words of 32 bits, a multiple of three and at least three of them."""
-    a = b = c = start
-    last = len(words) - 3
-    for index in range(0, last, 3):
-        a, b, c = _mix(
-            a + words[index] & _MASK, b + words[index + 1] & _MASK, c + words[index + 2] & _MASK
-        )
-    final = a + words[last] & _MASK, b + words[last + 1] & _MASK, c + words[last + 2] & _MASK
-    return int(_final(*final))
 
 
 def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
@@ -169,35 +164,18 @@ def with_checksum(block: bytes) -> bytes:
 
 
 def write_dense_links(links: dict[bytes, int], append: Append) -> tuple[int, int]:
-    """Links of a group too large to list them in its header.
+    """Links (address by name) of a group too large to list them in its header.
 
-    Parameters
-    ----------
-    links
-        Address by name.
-    append
-        Writes bytes at the end of the file.
-
-    Returns
-    -------
-    tuple
-        Addresses of the fractal heap that holds the links and of the B-tree of their names.
+    Returns the addresses of the fractal heap that holds the links and of the B-tree of their names.
     """
     names = sorted(links)
-    objects = [link(name, links[name]) for name in names]
-    heap, ids = _write_heap(objects, append)
+    heap = _Heap(append(b""), [link(name, links[name]) for name in names])
+    append(heap.encoded())
     hashes = checksums(names)
     # By hash, then by name, as HDF5 compares them.
     order = sorted(range(len(names)), key=lambda number: (hashes[number], names[number]))
-    records = [_RECORD.pack(hashes[number], ids[number]) for number in order]
-    return heap, _write_tree(records, append)
-
-
-def _write_heap(objects: Sequence[bytes], append: Append) -> tuple[int, list[bytes]]:
-    """A fractal heap; its address and the ids of the objects."""
-    heap = _Heap(append(b""), objects)
-    append(heap.encoded())
-    return heap.address, heap.ids
+    records = [_RECORD.pack(hashes[number], heap.ids[number]) for number in order]
+    return heap.address, _write_tree(records, append)
 
 
 @dataclass(slots=True)
@@ -210,15 +188,7 @@ class _Block:
 
 
 class _Heap:
-    """A fractal heap in one piece: its header, direct blocks, indirect blocks.
-
-    Parameters
-    ----------
-    address
-        Where it will lie.
-    objects
-        What it holds, in this order.
-    """
+    """A fractal heap in one piece: its header, direct blocks, indirect blocks."""
 
     def __init__(self, address: int, objects: Sequence[bytes]) -> None:
         self.address = address
@@ -294,16 +264,9 @@ class _Heap:
             yield block[: _BLOCK_HEAD.size] + stored + block[_BLOCK_OVERHEAD:]
 
     def _place_indirect(self, num_rows: int, offset: int, addresses: dict[int, int]) -> int:
-        """Append an indirect block after those that it points to; its address.
+        """Append an indirect block at `offset` after those that it points to; its address.
 
-        Parameters
-        ----------
-        num_rows
-            Its rows.
-        offset
-            Where in the heap it begins.
-        addresses
-            Addresses of the direct blocks by their offsets.
+        `addresses` are those of the direct blocks by their offsets.
         """
         entries, position = [], offset
         for row in range(num_rows):
@@ -410,22 +373,7 @@ def _parted(num_records: int, capacity: int) -> list[slice]:
 def write_fixed_array(
     addresses: Sequence[int], sizes: Sequence[int], raw_nbytes: int, append: Append
 ) -> int:
-    """The index of a dataset of several filtered chunks.
-
-    Parameters
-    ----------
-    addresses, sizes
-        Where the chunks lie, in C order of the grid.
-    raw_nbytes
-        Size of a chunk before the filters.
-    append
-        Writes bytes at the end of the file.
-
-    Returns
-    -------
-    int
-        Address of its header.
-    """
+    """The index of several filtered chunks, in C order of the grid; the address of its header."""
     width = chunk_nbytes_width(raw_nbytes)
     entries = [
         address.to_bytes(8, "little") + size.to_bytes(width, "little") + bytes(4)
@@ -445,14 +393,11 @@ def write_fixed_array(
     )
     head = b"FADB" + struct.pack("<BBQ", 0, _FILTERED_CHUNKS, header_address)
     append(with_checksum(header))
-    append(b"".join(_array_block(head, pages)))
-    return header_address
-
-
-def _array_block(head: bytes, pages: Sequence[bytes]) -> Iterable[bytes]:
-    """A single page needs no table of pages; several pages have a checksum each."""
+    # A single page needs no table of pages; several pages have a checksum each.
     if len(pages) == 1:
-        return [with_checksum(head + pages[0])]
-    written = (1 << len(pages)) - 1 << -len(pages) % 8
-    bitmap = written.to_bytes((len(pages) + 7) // 8, "big")
-    return [with_checksum(head + bitmap), *map(with_checksum, pages)]
+        append(with_checksum(head + pages[0]))
+    else:
+        written = (1 << len(pages)) - 1 << -len(pages) % 8
+        bitmap = written.to_bytes((len(pages) + 7) // 8, "big")
+        append(b"".join([with_checksum(head + bitmap), *map(with_checksum, pages)]))
+    return header_address

@@ -10,14 +10,13 @@ import struct
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Final
 
-from h5py import h5t
-
-from h5traces.format import text
 from h5traces.storage.codecs import get_codec
-from h5traces.storage.hdf5.types import hdf5_type, text_type
+from h5traces.storage.hdf5.types import attribute_value, hdf5_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from h5py import h5t
 
     from h5traces.format.document import AttrValue
 
@@ -30,8 +29,6 @@ _CONSTANT: Final = 0x01
 _OPTIONAL: Final = 0x04
 _LARGEST_MESSAGE: Final = 0xFFFF
 _UTF8: Final = 1
-_SIMPLE: Final = 1
-_SCALAR_SPACE: Final = bytes((2, 0, 0, 0))
 _SINGLE_CHUNK, _FIXED_ARRAY = 1, 3
 # Filters of lower numbers have their name fixed by the format.
 _FIRST_NAMED_FILTER: Final = 256
@@ -57,7 +54,7 @@ def dataset_messages(datatype: bytes, itemsize: int, shape: tuple[int, ...], cod
     """Dataspace, datatype, fill value and filters of a chunked dataset."""
     return b"".join(
         (
-            _message(_DATASPACE, _simple_space(shape)),
+            _message(_DATASPACE, _dataspace(shape)),
             _message(_DATATYPE, datatype, _CONSTANT),
             # Version 3: allocated chunk by chunk, written if the user has set one, undefined.
             _message(_FILL_VALUE, bytes((3, 0x0B)), _CONSTANT),
@@ -79,8 +76,9 @@ def encoded_type(type_id: h5t.TypeID) -> bytes:
     return encoded[2:]
 
 
-def _simple_space(shape: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<4B{len(shape)}Q", 2, len(shape), 0, _SIMPLE, *shape)
+def _dataspace(shape: tuple[int, ...]) -> bytes:
+    """Version 2; a scalar, or simple with its dimensions."""
+    return struct.pack(f"<4B{len(shape)}Q", 2, len(shape), 0, bool(shape), *shape)
 
 
 def _filters(itemsize: int, codec: str) -> bytes:
@@ -155,16 +153,9 @@ ATTRIBUTE_INFO: Final = _message(
 
 @lru_cache(maxsize=4096)
 def attribute_message(name: str, value: AttrValue) -> bytes | None:
-    """An attribute; None where it is too large for a header.
-
-    Parameters
-    ----------
-    name
-        Its name.
-    value
-        Text, int64, float64, or a 1-D list of int64.
-    """
-    datatype, space, data = _attribute_value(value)
+    """An attribute; None where it is too large for a header."""
+    type_id, shape, data = attribute_value(value)
+    datatype, space = encoded_type(type_id), _dataspace(shape)
     stored_name = name.encode() + b"\0"
     sizes = (len(stored_name), len(datatype), len(space))
     if max(*sizes, len(data)) > _LARGEST_MESSAGE:
@@ -172,17 +163,3 @@ def attribute_message(name: str, value: AttrValue) -> bytes | None:
     head = struct.pack("<BBHHHB", 3, 0, *sizes, _UTF8)
     body = b"".join((head, stored_name, datatype, space, data))
     return _message(_ATTRIBUTE, body) if len(body) <= _LARGEST_MESSAGE else None
-
-
-def _attribute_value(value: AttrValue) -> tuple[bytes, bytes, bytes]:
-    """Datatype, dataspace and bytes of an attribute."""
-    if isinstance(value, str):
-        # Fixed-length text cannot be empty.
-        data = text.encode(value) or b"\0"
-        return encoded_type(text_type(len(data))), _SCALAR_SPACE, data
-    if isinstance(value, tuple):
-        data = struct.pack(f"<{len(value)}q", *value)
-        return encoded_type(h5t.STD_I64LE), _simple_space((len(value),)), data
-    if isinstance(value, float):
-        return encoded_type(h5t.IEEE_F64LE), _SCALAR_SPACE, struct.pack("<d", value)
-    return encoded_type(h5t.STD_I64LE), _SCALAR_SPACE, struct.pack("<q", value)

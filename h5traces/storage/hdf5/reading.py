@@ -72,14 +72,7 @@ _LIBRARY_ERRORS = (
 class Hdf5Reader:
     """An archive's HDF5 part, open for reading.
 
-    Parameters
-    ----------
-    path
-        The file.
-    limits
-        What it may ask of its reader.
-    locked_by_us
-        The file is a ``.part`` whose writer holds its lock; HDF5 must not ask for it.
+    `locked_by_us` is for a ``.part`` whose writer holds its lock; HDF5 must not ask for it.
     """
 
     def __init__(self, path: Path, limits: ReadLimits, *, locked_by_us: bool = False) -> None:
@@ -94,7 +87,12 @@ class Hdf5Reader:
             errno = getattr(error, "errno", None)
             if errno is not None and not isinstance(error, BlockingIOError):
                 raise
-            raise _cannot_open(path, error) from error
+            message = (
+                f"{path}: HDF5 cannot open it ({error}): another program has it open for writing, "
+                "or one crashed while it had ('h5clear -s' may help), or it is damaged; restore it "
+                "from a copy"
+            )
+            raise CorruptArchiveError(message) from error
         self._root = self._file.id
         self._bytes = LocalFile(path)
         self._nbytes = self._bytes.nbytes
@@ -173,13 +171,7 @@ class Hdf5Reader:
     def sample(self, name: str, *, problems: list[Problem] | None = None) -> SampleEntry:
         """A sample's attributes and the entries of all objects in it.
 
-        Parameters
-        ----------
-        name
-            The group's name.
-        problems
-            Where given, what is wrong with single objects is added here, and the rest is read;
-            else the first wrong object raises.
+        What is wrong with single objects is added to `problems`; without it, the first one raises.
         """
         place = f"{self.path}: /{layout.SAMPLES_GROUP}/{name}"
         with self._translated(place):
@@ -191,13 +183,7 @@ class Hdf5Reader:
         return SampleEntry(ordinal, attrs, dict(sorted(objects.items())))
 
     def scales(self, *, problems: list[Problem] | None = None) -> SampleEntry | None:
-        """The objects of ``/scales`` by their paths below the root; None where there are none.
-
-        Parameters
-        ----------
-        problems
-            As in `sample`.
-        """
+        """The objects of ``/scales`` by their paths below the root, as `sample`; None if none."""
         place = f"{self.path}: /{layout.SCALES_GROUP}"
         with self._translated(place):
             if not safety.has_link(self._root, layout.SCALES_GROUP):
@@ -264,7 +250,7 @@ class Hdf5Reader:
 
     def _attributes(self, location: Any, place: str) -> Attrs:
         ignored: list[str] = []
-        attrs = read_attributes(location, self._limits, ignored=ignored)
+        attrs = read_attributes(location, self._limits, ignored)
         self.ignored_attributes += ((place, name) for name in ignored)
         return attrs
 
@@ -349,15 +335,6 @@ class _Walk:
     addresses: set[int] = field(default_factory=set)
 
 
-def _cannot_open(path: Path, error: Exception) -> ArchiveError:
-    """The error for a file that HDF5 cannot open."""
-    message = (
-        f"{path}: HDF5 cannot open it ({error}): another program has it open for writing, or one "
-        "crashed while it had ('h5clear -s' may help), or it is damaged; restore it from a copy"
-    )
-    return CorruptArchiveError(message)
-
-
 @contextlib.contextmanager
 def _translated(place: str) -> Iterator[None]:
     """Turn h5py's errors, which name neither file nor object, into our own."""
@@ -414,19 +391,7 @@ def _through_hdf5(dataset: h5d.DatasetID, entry: ObjectEntry) -> NDArray[Any]:
 def _check_foreign(
     dataset: h5d.DatasetID, raw_nbytes: int, limits: ReadLimits, file_nbytes: int
 ) -> None:
-    """Refuse a dataset whose size is more than its bytes in the file can hold.
-
-    Parameters
-    ----------
-    dataset
-        One that archives never write.
-    raw_nbytes
-        Size of its array, checked already against the limits.
-    limits
-        What the file may ask of its reader.
-    file_nbytes
-        Size of the file.
-    """
+    """Reject a dataset that is no archive's own and larger than its bytes in the file can hold."""
     options, stored = dataset.get_create_plist(), dataset.get_storage_size()
     kind = options.get_layout()
     if kind != h5d.CHUNKED:
@@ -451,17 +416,7 @@ def _check_foreign(
 
 
 def _read_foreign(dataset: h5d.DatasetID, dtype: np.dtype[Any], file: ByteFile) -> NDArray[Any]:
-    """The values of a dataset that `_check_foreign` accepted.
-
-    Parameters
-    ----------
-    dataset
-        The dataset.
-    dtype
-        The dtype of exactly the bytes that are stored, byte order included.
-    file
-        The bytes of the archive.
-    """
+    """The values of a dataset that `_check_foreign` accepted; `dtype` is that of its bytes."""
     options, shape = dataset.get_create_plist(), dataset.shape
     values = np.empty(shape, dtype=dtype)
     if not values.size:

@@ -80,7 +80,7 @@ def require_zstd() -> None:
 
 
 def check_superblock(path: Path) -> None:
-    """Refuse a file before HDF5 opens it, by its first bytes."""
+    """Reject a file before HDF5 opens it, by its first bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
         block = file.read(_SUPERBLOCK.size + _END.size)
         nbytes = file.seek(0, os.SEEK_END)
@@ -156,7 +156,7 @@ def open_group(group: h5g.GroupID, name: str) -> h5g.GroupID:
 
 
 def check_storage(options: Any, shape: tuple[int, ...] | None) -> None:
-    """Refuse datasets whose bytes lie elsewhere, and those without a shape."""
+    """Reject datasets whose bytes lie elsewhere, and those without a shape."""
     if options.get_layout() == h5d.VIRTUAL:
         message = "a virtual dataset; archives hold their own bytes"
         raise HostileFileError(message)
@@ -169,15 +169,7 @@ def check_storage(options: Any, shape: tuple[int, ...] | None) -> None:
 
 
 def filters_of(options: Any, itemsize: int) -> tuple[Filter, ...]:
-    """A dataset's filters in order of writing.
-
-    Parameters
-    ----------
-    options
-        The dataset's creation properties.
-    itemsize
-        Bytes per element.
-    """
+    """The filters in a dataset's creation properties, in order of writing."""
     filters = tuple(
         Filter(number, tuple(parameters))
         for number, _, parameters, _ in map(options.get_filter, range(options.get_nfilters()))

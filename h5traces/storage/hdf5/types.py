@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import struct
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from h5py import h5a, h5o, h5s, h5t
+from h5py import h5a, h5o, h5t
 
 from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.format import layout, text
@@ -16,8 +17,6 @@ from h5traces.format.entries import carrier_dtype
 from h5traces.format.record import TraceMetadata
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from h5traces.format.document import Attrs, AttrValue
     from h5traces.format.limits import ReadLimits
 
@@ -54,21 +53,17 @@ def text_type(nbytes: int) -> h5t.TypeID:
     return made
 
 
-def _bfloat16_type() -> h5t.TypeID:
-    made = h5t.IEEE_F32LE.copy()
-    made.set_fields(*_BFLOAT16_FIELDS)
-    made.set_precision(16)
-    made.set_offset(0)
-    made.set_size(2)
-    made.set_ebias(_BFLOAT16_BIAS)
-    return made
-
-
 @cache
 def hdf5_type(stored_type: str) -> h5t.TypeID:
     """The HDF5 type that a stored type has in the file."""
     if stored_type == "bfloat16":
-        return _bfloat16_type()
+        made = h5t.IEEE_F32LE.copy()
+        made.set_fields(*_BFLOAT16_FIELDS)
+        made.set_precision(16)
+        made.set_offset(0)
+        made.set_size(2)
+        made.set_ebias(_BFLOAT16_BIAS)
+        return made
     if stored_type.startswith("text:"):
         return text_type(int(stored_type.removeprefix("text:")))
     return h5t.py_create(carrier_dtype(stored_type))
@@ -162,7 +157,6 @@ def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
     )
 
 
-_SCALAR = h5s.create(h5s.SCALAR)
 _NUMBER_NBYTES: Final = 8
 FORMAT_ATTRIBUTES = frozenset(
     {*ArchiveMetadata.model_fields, *KindMetadata.model_fields, *TraceMetadata.model_fields}
@@ -170,48 +164,24 @@ FORMAT_ATTRIBUTES = frozenset(
 )
 
 
-def write_attributes(location: Any, attrs: Mapping[str, AttrValue]) -> None:
-    """Create attributes on an open group or dataset id.
-
-    Parameters
-    ----------
-    location
-        Low-level id of the object.
-    attrs
-        Text, int64, float64 or 1-D int64 values by name.
-    """
-    for name, value in attrs.items():
-        values, type_id, space = _prepare(value)
-        attribute = h5a.create(location, name.encode(), type_id, space)
-        attribute.write(values, mtype=type_id)
-
-
-def _prepare(value: AttrValue) -> tuple[np.ndarray, h5t.TypeID, h5s.SpaceID]:
+def attribute_value(value: AttrValue) -> tuple[h5t.TypeID, tuple[int, ...], bytes]:
+    """The type, shape and bytes of an attribute; lists are of int64."""
     if isinstance(value, str):
-        encoded = text.encode(value) or b"\0"
-        return np.array(encoded, dtype=f"S{len(encoded)}"), text_type(len(encoded)), _SCALAR
+        # Fixed-length text cannot be empty.
+        data = text.encode(value) or b"\0"
+        return text_type(len(data)), (), data
     if isinstance(value, tuple):
-        values = np.array(value, dtype="<i8")
-        return values, h5t.STD_I64LE, h5s.create_simple((len(value),))
+        return h5t.STD_I64LE, (len(value),), struct.pack(f"<{len(value)}q", *value)
     if isinstance(value, float):
-        return np.array(value, dtype="<f8"), h5t.IEEE_F64LE, _SCALAR
-    return np.array(value, dtype="<i8"), h5t.STD_I64LE, _SCALAR
+        return h5t.IEEE_F64LE, (), struct.pack("<d", value)
+    return h5t.STD_I64LE, (), struct.pack("<q", value)
 
 
-def read_attributes(
-    location: Any, limits: ReadLimits, *, ignored: list[str] | None = None
-) -> Attrs:
-    """The attributes of an open object.
+def read_attributes(location: Any, limits: ReadLimits, ignored: list[str]) -> Attrs:
+    """The attributes of an open object, given by its low-level id.
 
-    Parameters
-    ----------
-    location
-        Low-level id of the object.
-    limits
-        What it may ask of its reader.
-    ignored
-        Receives the names of attributes that are not the format's and of no type it uses, such as
-        the variable-length strings that h5py writes by default; they are passed over.
+    Those that are not the format's and of no type it uses, such as the variable-length strings that
+    h5py writes by default, are passed over; their names are added to `ignored`.
     """
     info = h5o.get_info(location)
     if info.num_attrs > limits.max_attributes:
@@ -234,8 +204,7 @@ def read_attributes(
         attribute = h5a.open(location, stored_name)
         name = stored_name.decode("utf-8", "surrogateescape")
         if name not in FORMAT_ATTRIBUTES and not _is_readable(attribute):
-            if ignored is not None:
-                ignored.append(name)
+            ignored.append(name)
             continue
         attrs[name] = _read_value(attribute, name, limits)
     return attrs

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import h5py
 import numpy as np
 import xxhash
-from h5py import h5g, h5t
+from h5py import h5a, h5g, h5s, h5t
 
 from h5traces.storage.arrays import encode_array, num_chunks
 from h5traces.storage.codecs import DEFLATE
@@ -42,10 +42,12 @@ from h5traces.storage.hdf5.messages import (
     object_header,
     single_chunk_layout,
 )
-from h5traces.storage.hdf5.types import hdf5_type, write_attributes
+from h5traces.storage.hdf5.types import attribute_value, hdf5_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+    from numpy.typing import NDArray
 
     from h5traces.format.document import Attrs, AttrValue
     from h5traces.storage.publish import LatchedFile
@@ -66,31 +68,17 @@ _LONGEST_NAME: Final = 65_000
 
 @dataclass(slots=True)
 class _Node:
-    """An object that is not in the file yet.
+    """An object that is not in the file yet."""
 
-    Attributes
-    ----------
-    messages
-        Of a dataset, what its header holds beside attributes.
-    attributes
-        Messages of attributes.
-    links
-        Of a group: objects by name, by address once they are written.
-    """
-
+    # of a dataset, what its header holds beside attributes
     messages: bytes = b""
     attributes: list[bytes] = field(default_factory=list)
+    # of a group: objects by name, by address once they are written
     links: dict[bytes, _Node | int] = field(default_factory=dict)
 
 
 class Hdf5Writer:
-    """An HDF5 file under construction; nothing else may write to the file.
-
-    Parameters
-    ----------
-    file
-        An empty file.
-    """
+    """An HDF5 file under construction, empty at first; nothing else may write to the file."""
 
     def __init__(self, file: LatchedFile) -> None:
         self._file = file
@@ -143,51 +131,21 @@ class Hdf5Writer:
         self,
         path: str,
         *,
-        dtype: str,
+        dtype: str | h5t.TypeID,
         shape: tuple[int, ...],
         chunk: tuple[int, ...],
         codec: str,
         chunks: Iterable[bytes],
         attrs: Mapping[str, AttrValue],
     ) -> tuple[list[int], list[int]]:
-        """A dataset from its encoded chunks.
+        """A dataset from its encoded chunks, in C order of the grid; their offsets and sizes.
 
-        Parameters
-        ----------
-        path
-            Absolute path.
-        dtype
-            Stored type.
-        shape, chunk
-            Shape of the dataset and of its chunks.
-        codec
-            The codec that `chunks` are encoded with.
-        chunks
-            Stored bytes of every chunk in C order of the grid.
-        attrs
-            Attributes of the dataset.
-
-        Returns
-        -------
-        tuple
-            Absolute offsets and sizes of the chunks.
+        `dtype` is a stored type, or any type of HDF5.
         """
-        itemsize = hdf5_type(dtype).get_size()
-        return self._write_dataset(
-            path, datatype_message(dtype), itemsize, shape, chunk, codec, chunks, attrs
-        )
-
-    def _write_dataset(
-        self,
-        path: str,
-        datatype: bytes,
-        itemsize: int,
-        shape: tuple[int, ...],
-        chunk: tuple[int, ...],
-        codec: str,
-        chunks: Iterable[bytes],
-        attrs: Mapping[str, AttrValue],
-    ) -> tuple[list[int], list[int]]:
+        if isinstance(dtype, str):
+            datatype, itemsize = datatype_message(dtype), hdf5_type(dtype).get_size()
+        else:
+            datatype, itemsize = encoded_type(dtype), dtype.get_size()
         described = dataset_messages(datatype, itemsize, shape, codec)
         addresses, sizes = [], []
         for stored in chunks:
@@ -224,15 +182,14 @@ class Hdf5Writer:
             _, offset = dtype.fields[name][:2]  # type: ignore[index]  # it has fields
             file_type.insert(name.encode(), offset, hdf5_type(stored_type))
         encoded = encode_array(table, DEFLATE.name)
-        self._write_dataset(
+        self.write_dataset(
             path,
-            encoded_type(file_type),
-            dtype.itemsize,
-            encoded.shape,
-            encoded.chunk,
-            encoded.codec,
-            encoded.chunks,
-            {},
+            dtype=file_type,
+            shape=encoded.shape,
+            chunk=encoded.chunk,
+            codec=encoded.codec,
+            chunks=encoded.chunks,
+            attrs={},
         )
 
     def finish_group(self, path: str) -> None:
@@ -269,21 +226,21 @@ class Hdf5Writer:
         return addresses
 
     def _messages(self, node: _Node) -> Iterator[bytes]:
+        links = {name: each for name, each in node.links.items() if isinstance(each, int)}
+        if len(links) != len(node.links):
+            message = "a group can be written after what it links to"
+            raise ValueError(message)
         if node.messages:
             yield node.messages
-        else:
-            yield from self._group_messages(_addresses(node))
-        if node.attributes:
-            yield ATTRIBUTE_INFO
-        yield from node.attributes
-
-    def _group_messages(self, links: dict[bytes, int]) -> Iterator[bytes]:
-        if len(links) > _MAX_LINKS_IN_HEADER:
+        elif len(links) > _MAX_LINKS_IN_HEADER:
             yield group_messages(*write_dense_links(links, self._append))
         else:
             yield group_messages()
             for name, address in links.items():
                 yield link_message(name, address)
+        if node.attributes:
+            yield ATTRIBUTE_INFO
+        yield from node.attributes
 
     def close(self) -> None:
         """Write the rest, and the superblock last."""
@@ -300,11 +257,16 @@ class Hdf5Writer:
     def _finish_by_library(self) -> None:
         """Add names and attributes of 64 KiB and more, which no header has room for."""
         with h5py.File(self._file, "r+", libver=LIBVER) as file:
-            for (parent, short), name in self._long_names.items():
+            for (parent, short), long_name in self._long_names.items():
                 group = h5g.open(file.id, parent)
-                group.links.move(short, group, name)
+                group.links.move(short, group, long_name)
             for path, attrs in self._large_attributes.items():
-                write_attributes(file[path].id, attrs)
+                for name, value in attrs.items():
+                    type_id, shape, data = attribute_value(value)
+                    space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
+                    attribute = h5a.create(file[path].id, name.encode(), type_id, space)
+                    raw: NDArray[np.void] = np.ndarray(shape, f"V{type_id.get_size()}", data)
+                    attribute.write(raw, mtype=type_id)
 
 
 def _short(name: bytes) -> bytes:
@@ -325,12 +287,3 @@ def _levels(root: _Node) -> Iterator[list[_Node]]:
             for child in node.links.values()
             if isinstance(child, _Node) and not child.messages
         ]
-
-
-def _addresses(group: _Node) -> dict[bytes, int]:
-    """Links of a group whose objects are all in the file."""
-    links = {name: each for name, each in group.links.items() if isinstance(each, int)}
-    if len(links) != len(group.links):
-        message = "a group can be written after what it links to"
-        raise ValueError(message)
-    return links

@@ -38,18 +38,11 @@ class RemoteFile:
     Opening takes one request, for the end of the object. Every later answer must have the same
     version and size. Safe for threads, and for processes that get it by fork or pickling: each
     makes its own connections.
-
-    Parameters
-    ----------
-    path
-        Its address.
-    options
-        How to read it.
     """
 
     def __init__(self, path: RemotePath, options: RemoteOptions) -> None:
         self.path, self._options = path, options
-        tail = self._persistently(lambda: self._transport().tail(options.tail_nbytes))
+        tail = self._ask(lambda transport: transport.tail(options.tail_nbytes))
         self._total_nbytes, self._version = tail.total_nbytes, tail.version
         self._cache = RangeCache(options.cache, path, tail) if options.cache else None
         self._tail: tuple[int, bytes] | None = (tail.total_nbytes - len(tail.data), tail.data)
@@ -62,7 +55,6 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The address, without secrets."""
         return str(self.path)
 
     @property
@@ -71,7 +63,6 @@ class RemoteFile:
         return self._total_nbytes
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` from `offset`; one request, unless they are in memory."""
         wanted = ByteRange(offset, nbytes)
         if not nbytes:
             return b""
@@ -79,11 +70,9 @@ class RemoteFile:
         return self._fetch([wanted])[wanted] if found is None else found
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`; as `read_at`."""
         out[:] = self.read_at(offset, len(out))
 
     def at_hand(self, offset: int, nbytes: int) -> bool:
-        """Whether reading these bytes takes no request."""
         return self._find(ByteRange(offset, nbytes)) is not None
 
     def hold(self, offset: int, nbytes: int) -> None:
@@ -173,7 +162,7 @@ class RemoteFile:
 
     def _get(self, wanted: ByteRange) -> bytes:
         try:
-            reply = self._persistently(lambda: self._transport().get(wanted))
+            reply = self._ask(lambda transport: transport.get(wanted))
         except FileNotFoundError as error:
             message = f"{self.name}: the object was deleted since it was opened"
             raise RemoteError(message) from error
@@ -186,14 +175,18 @@ class RemoteFile:
             raise CorruptArchiveError(message)
         return reply.data
 
-    def _transport(self) -> Transport:
-        return _open_transport(self.path, self._options)
+    def _ask(self, request: Callable[[Transport], Reply]) -> Reply:
+        def ask() -> Reply:
+            with _library(self.path):
+                from h5traces.storage.remote.filesystems import transport_for
 
-    def _persistently(self, request: Callable[[], Reply]) -> Reply:
-        return persistently(self.path, self._options.attempts, request)
+                # New for every request: it belongs to the process.
+                transport = transport_for(self.path, self._options)
+            return request(transport)
+
+        return persistently(self.path, self._options.attempts, ask)
 
     def close(self) -> None:
-        """Drop what is in memory; the next read asks the server."""
         with self._lock:
             self._fetched, self._tail = (), None
 
@@ -208,14 +201,7 @@ class RemoteFile:
 class RangeCache:
     """The kept ranges of one version of one object. Safe for threads and processes.
 
-    Parameters
-    ----------
-    folder
-        The folder for all objects; made where it is missing.
-    path
-        Address of the object.
-    tail
-        Its last bytes, size and version.
+    `folder` is that of all objects; `tail` has the object's last bytes, size and version.
     """
 
     def __init__(self, folder: Path, path: RemotePath, tail: Reply) -> None:
@@ -276,31 +262,24 @@ def _key(path: RemotePath, tail: Reply) -> str:
     return digest.hexdigest()
 
 
-def _open_transport(path: RemotePath, options: RemoteOptions) -> Transport:
-    """The transport for an address in this process."""
-    try:
-        from h5traces.storage.remote.filesystems import transport_for
-
-        return transport_for(path, options)
-    except ImportError as error:
-        raise _missing(path, error) from error
-
-
 def list_remote(
     path: RemotePath, suffixes: tuple[str, ...], options: RemoteOptions
 ) -> list[RemotePath]:
     """The objects that a pattern matches, or that lie below a folder, sorted."""
-    try:
+    with _library(path):
         from h5traces.storage.remote.filesystems import list_objects
 
         return list_objects(path, suffixes, options)
+
+
+@contextlib.contextmanager
+def _library(path: RemotePath) -> Iterator[None]:
+    """Say what to install where a library is missing."""
+    try:
+        yield
     except ImportError as error:
-        raise _missing(path, error) from error
-
-
-def _missing(path: RemotePath, error: ImportError) -> MissingDependencyError:
-    """The error for a library that is not installed."""
-    return MissingDependencyError(
-        f"{path}: reading {path.protocol}:// needs a library that is not installed ({error}); "
-        "install h5traces[remote]"
-    )
+        message = (
+            f"{path}: reading {path.protocol}:// needs a library that is not installed ({error}); "
+            "install h5traces[remote]"
+        )
+        raise MissingDependencyError(message) from error

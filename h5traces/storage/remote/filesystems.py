@@ -222,21 +222,13 @@ def list_objects(
 
 @dataclass(slots=True)
 class _Request:
-    """A request for a range, and what the head of its answer says.
-
-    Attributes
-    ----------
-    path
-        The address.
-    offset, nbytes
-        The range; the last bytes where `offset` is None.
-    total_nbytes, version
-        Of the answer; see `Reply`.
-    """
+    """A request for a range, and what the head of its answer says."""
 
     path: RemotePath
+    # None: the last bytes
     offset: int | None
     nbytes: int
+    # of the answer; see `Reply`
     total_nbytes: int = 0
     version: str | None = None
 
@@ -251,15 +243,19 @@ class _Request:
         """Take the size of the object from a header, which must be of the range asked for."""
         found = _CONTENT_RANGE.match(content_range)
         if found is None:
-            message = f"the server answers with the range {content_range!r}, without the size"
-            msg = f"{self.path}: {message}"
-            raise RemoteError(msg)
+            message = (
+                f"{self.path}: the server answers with the range {content_range!r}, without the "
+                "size"
+            )
+            raise RemoteError(message)
         first, last, self.total_nbytes = (int(part) for part in found.groups())
         wanted = max(0, self.total_nbytes - self.nbytes) if self.offset is None else self.offset
         if first != wanted or last - first >= self.nbytes:
-            message = f"the server answers with the range {content_range!r}, not with what was "
-            msg = f"{self.path}: {message}asked for ({self.header})"
-            raise RemoteError(msg)
+            message = (
+                f"{self.path}: the server answers with the range {content_range!r}, not with what "
+                f"was asked for ({self.header})"
+            )
+            raise RemoteError(message)
 
     def reply(self, data: bytes) -> Reply:
         """The reply, if it is whole: up to the end of the object, where that comes first."""
@@ -344,16 +340,8 @@ class _S3Transport(_FsspecTransport):
 class _WebTransport(_FsspecTransport):
     """An object on a web server.
 
-    Parameters
-    ----------
-    path
-        The address for messages.
-    files
-        fsspec's file system for web servers.
-    url
-        Where it is asked for.
-    headers
-        To send beside those of the storage options.
+    `path` is its address for messages, `url` that of requests; `headers` are sent beside those of
+    the storage options.
     """
 
     def __init__(

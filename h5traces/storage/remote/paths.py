@@ -25,6 +25,10 @@ _WEB_MAGIC = re.compile(r"[*\[]")
 _MAGIC = re.compile(r"[*?\[]")
 # Parts of a web address that may hold a password or a signature.
 _SECRETS = re.compile(r"(?<=://)[^/@]*@|(?<=\?)[^#]+")
+# seconds
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 5.0
+Result = TypeVar("Result")
 
 
 def is_url(source: object) -> bool:
@@ -123,21 +127,12 @@ DEFAULT_REMOTE = RemoteOptions()
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A server's answer to a request for a range.
-
-    Attributes
-    ----------
-    data
-        The bytes.
-    total_nbytes
-        Size of the whole object.
-    version
-        What changes when the object does: its ETag, else its time; None if the server sends
-        neither.
-    """
+    """A server's answer to a request for a range."""
 
     data: bytes
+    # of the whole object
     total_nbytes: int
+    # what changes when the object does: its ETag, else its time; None if the server sends neither
     version: str | None
 
 
@@ -160,13 +155,7 @@ class Transport(Protocol):
 
 
 class ByteRange(NamedTuple):
-    """Bytes of a file.
-
-    Attributes
-    ----------
-    offset, nbytes
-        Where they begin, and how many there are.
-    """
+    """Bytes of a file."""
 
     offset: int
     nbytes: int
@@ -180,16 +169,10 @@ class ByteRange(NamedTuple):
 def coalesce(
     ranges: Iterable[ByteRange], *, max_gap_nbytes: int, max_nbytes: int
 ) -> list[ByteRange]:
-    """Ranges joined into few requests, in order.
+    """Ranges, which may overlap, joined into few requests, in order.
 
-    Parameters
-    ----------
-    ranges
-        Ranges to read, in any order; they may overlap.
-    max_gap_nbytes
-        Ranges are joined over gaps up to this.
-    max_nbytes
-        A joined range is not larger than this; a single one may be.
+    They are joined over gaps up to `max_gap_nbytes`, and to no more than `max_nbytes`, which a
+    single range may exceed.
     """
     joined: list[ByteRange] = []
     for each in sorted(set(ranges)):
@@ -207,10 +190,7 @@ def coalesce(
 class Blocks:
     """Pieces of a file in memory, found by the ranges that lie in them.
 
-    Parameters
-    ----------
-    pieces
-        Offset and bytes of each; ascending, and none lies in another.
+    `pieces` are the offset and bytes of each; ascending, and none lies in another.
     """
 
     def __init__(self, pieces: Sequence[tuple[int, bytes]]) -> None:
@@ -229,12 +209,6 @@ class Blocks:
         return data[first : first + wanted.nbytes]
 
 
-Result = TypeVar("Result")
-
-_FIRST_PAUSE: Final = 0.1
-_LONGEST_PAUSE: Final = 5.0
-
-
 def persistently(path: RemotePath, attempts: int, request: Callable[[], Result]) -> Result:
     """What `request` returns, at the latest the last time; pauses grow from 0.1 to 5 seconds."""
     for attempt in range(attempts):
@@ -242,9 +216,11 @@ def persistently(path: RemotePath, attempts: int, request: Callable[[], Result])
             return request()
         except TemporaryError as error:
             if attempt + 1 == attempts:
-                message = f"{path}: the server cannot be reached, or fails: {error} "
-                msg = f"{message}(tried {attempts} times); check the address and the network"
-                raise RemoteError(msg) from error
+                message = (
+                    f"{path}: the server cannot be reached, or fails: {error} (tried {attempts} "
+                    "times); check the address and the network"
+                )
+                raise RemoteError(message) from error
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
         # So that many readers that failed together do not come back together.
         time.sleep(pause * random.uniform(0.5, 1.0))
