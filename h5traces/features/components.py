@@ -65,18 +65,11 @@ def require_scikit_learn() -> Any:
 # Shares of a variance of zero are 0 / 0.
 @np.errstate(invalid="ignore")
 def fit_components(blocks: Iterable[NDArray[Any]], num_components: int) -> PrincipalComponents:
-    """Principal components of rows that come in blocks of any size.
+    """Principal components of finite rows, which come in blocks ``(rows, width)`` of any size.
 
     Up to 1,090 rows they are those of ``sklearn.decomposition.PCA``. More rows go through
     ``IncrementalPCA``, which forgets the variance outside the directions that it keeps; so it keeps
     about four times as many as are asked for, and takes 1,024 rows or more at a time.
-
-    Parameters
-    ----------
-    blocks
-        Finite rows, ``(rows, width)`` each.
-    num_components
-        How many directions to return.
     """
     if num_components < 1:
         message = f"num_components is {num_components}, expected at least 1"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from h5traces.features.samples import SampleFeatures
     from h5traces.paths import PathLike, Source
 
-FEATURES_FORMAT: Final = "h5traces-features"
-FEATURES_VERSION: Final = "1.0"
 # Stands for a missing label; 0, 1 and -1 are labels that people use.
 NO_LABEL: Final = -(2**63)
 _BLOCK_ROWS = 1024
@@ -177,7 +176,7 @@ def extract_features(
             _look(view, wanted, report)
             return report
         make_folder(target.parent)
-        with _Spool(target.parent) as spool:
+        with closing(_Spool(target.parent)) as spool:
             for each in iterate_features(view, wanted, workers=workers):
                 spool.add(each, place_of(view[each.index]))
                 report.problems += each.problems
@@ -257,10 +256,8 @@ class _Spool:
             raise FeatureError(message)
         return {name: column.values for name, column in self._columns.items()}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Delete the files."""
         for column in self._columns.values():
             column.close()
 
@@ -294,8 +291,8 @@ def _samples(view: Archive, report: FeatureReport) -> dict[str, np.ndarray]:
 
 def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
     return {
-        "format": FEATURES_FORMAT,
-        "format_version": FEATURES_VERSION,
+        "format": "h5traces-features",
+        "format_version": "1.0",
         "generator": f"h5traces {__version__}",
         "created": utc_now(),
         "model_id": view.metadata.model_id or "",

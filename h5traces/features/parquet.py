@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 from pyarrow import parquet as pq
 
@@ -25,25 +25,21 @@ def write_parquet(table: FeatureTable, part: PartFile) -> None:
     shapes = {name: list(column.shape[1:]) for name, column in columns.items()}
     layers = table.others["layers"].tolist()
     facts = {"h5traces": json.dumps({**table.metadata, "shapes": shapes, "layers": layers})}
-    types = {name: pa.list_(pa.float32(), _width(shape)) for name, shape in shapes.items()}
+    types = {name: pa.list_(pa.float32(), math.prod(shape)) for name, shape in shapes.items()}
     samples = {name: _samples(name, table) for name in table.samples if name != "has_label"}
     schema = pa.schema(
         [*((name, each.type) for name, each in samples.items()), *types.items()], metadata=facts
     )
-    row_nbytes = 4 * sum(map(_width, shapes.values()))
+    row_nbytes = 4 * sum(map(math.prod, shapes.values()))
     step = max(1, _ROWS_NBYTES // max(1, row_nbytes))
     with pq.ParquetWriter(part.file, schema) as writer:
         for start in range(0, len(table.samples["index"]), step):
             found = {name: each.slice(start, step) for name, each in samples.items()}
             for name, column in columns.items():
                 flat = pa.array(column[start : start + step].reshape(-1))
-                found[name] = pa.FixedSizeListArray.from_arrays(flat, _width(shapes[name]))
+                found[name] = pa.FixedSizeListArray.from_arrays(flat, math.prod(shapes[name]))
             writer.write_table(pa.table(found, schema=schema))
             part.file.raise_error()
-
-
-def _width(shape: list[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
 
 
 def _samples(name: str, table: FeatureTable) -> Any:

@@ -160,10 +160,7 @@ def _sample_features(
 
 
 def _add_kind(
-    found: SampleFeatures,
-    trace: Trace,
-    layers: Sequence[int],
-    wanted: Sequence[FeatureDefinition],
+    found: SampleFeatures, trace: Trace, layers: Sequence[int], wanted: Sequence[FeatureDefinition]
 ) -> None:
     """Add the features of one kind of array; each layer is read once."""
     prompt_len = trace.metadata.prompt_len
@@ -227,11 +224,7 @@ def place_of(trace: Trace) -> str:
 
 
 def fit_pca(
-    archive: Archive,
-    layer: int,
-    num_components: int,
-    *,
-    indices: Iterable[int] | None = None,
+    archive: Archive, layer: int, num_components: int, *, indices: Iterable[int] | None = None
 ) -> PrincipalComponents:
     """Principal components of the hidden states of one layer, over all tokens of all samples.
 

@@ -38,10 +38,7 @@ def check_writer(target: Path) -> None:
 
 def write_features(table: FeatureTable, target: Path, *, overwrite: bool) -> int:
     """Write a table to a file of the kind that its suffix says; its size in bytes."""
-    writers: dict[str, Callable[[FeatureTable, PartFile], None]] = {
-        ".h5": _write_hdf5,
-        ".npz": _write_npz,
-    }
+    writers = {".h5": _write_hdf5, ".npz": _write_npz}
     write = writers.get(target.suffix) or _parquet_writer()
     make_folder(target.parent)
     remove_abandoned_parts(target)

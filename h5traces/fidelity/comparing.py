@@ -175,11 +175,6 @@ class _TracePair:
     def place(self) -> str:
         return f"{self.b._stored.place} ({self.b.metadata.sample_id!r})"
 
-    def is_in_steps(self, kind: str) -> bool:
-        return any(
-            f"{kind}/{layout.STEPS_TABLE}" in each._stored.objects for each in (self.a, self.b)
-        )
-
     def states(self, name: str) -> ValuePair:
         """The hidden states of both."""
         kind = layout.HIDDEN_STATES
@@ -219,8 +214,10 @@ class _Comparison:
     def add(self, pair: _TracePair) -> None:
         """Compare one sample."""
         names_a, names_b = _stored_names(pair.a), _stored_names(pair.b)
+        objects = {*pair.a._stored.objects, *pair.b._stored.objects}
         for kind in layout.KINDS:
-            if (kind in names_a or kind in names_b) and pair.is_in_steps(kind):
+            in_steps = f"{kind}/{layout.STEPS_TABLE}" in objects
+            if in_steps and (kind in names_a or kind in names_b):
                 self._report.skipped.append(f"{pair.place}: {kind} holds generation steps")
                 names_a.pop(kind, None)
                 names_b.pop(kind, None)

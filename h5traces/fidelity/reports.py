@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-TOTAL: Final = "total"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,7 +314,7 @@ def _sums(layers: Sequence[LayerFidelity], *counts: str) -> dict[str, Any]:
     found: dict[str, Any] = {name: sum(getattr(each, name) for each in layers) for name in counts}
     for name in ("num_samples", "max_error", "max_relative"):
         found[name] = max((getattr(each, name) for each in layers), default=0)
-    return {"name": TOTAL, **found}
+    return {"name": "total", **found}
 
 
 def _mean(parts: Iterable[tuple[float | None, int]]) -> float | None:

@@ -56,9 +56,9 @@ def attention_edges(
     DatasetError
         The options are unknown, or need heads that `attention` does not have.
     """
+    check_options(head_reduction, direction)
     weights = attention.float()
-    reduced = _reduced(weights, head_reduction)
-    reduced = _fitted(reduced, num_nodes)
+    reduced = _fitted(_reduced(weights, head_reduction), num_nodes)
     edge_index = (reduced > threshold).tril_().nonzero().t().contiguous()
     query, key = edge_index
     if head_reduction == "per_head":
@@ -79,7 +79,6 @@ def check_options(head_reduction: str, direction: str) -> None:
 
 
 def _reduced(weights: torch.Tensor, head_reduction: HeadReduction) -> torch.Tensor:
-    check_options(head_reduction, "both")
     if weights.ndim == 2:
         if head_reduction != "mean":
             message = (
@@ -103,7 +102,6 @@ def _fitted(weights: torch.Tensor, num_nodes: int) -> torch.Tensor:
 def _directed(
     edge_index: torch.Tensor, edge_attr: torch.Tensor, direction: EdgeDirection
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_options("mean", direction)
     if direction == "query_to_key":
         return edge_index, edge_attr
     backwards = edge_index.flip(0)

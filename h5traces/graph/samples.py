@@ -278,7 +278,9 @@ class _Reader:
             self._open = os.getpid(), number
             self._records, self._next = _records(self._paths[number]), int(self._starts[number])
         record = next(self._records)
-        self._kept[self._next] = record, _nbytes(record)
+        arrays = (each.array for kind in record.layered.values() for each in kind.arrays)
+        loaded = (each.load() for each in arrays if not isinstance(each, StepArrays))
+        self._kept[self._next] = record, sum(each.values.nbytes for each in loaded)
         self._next += 1
         while len(self._kept) > 1 and sum(n for _, n in self._kept.values()) > _MOST_KEPT_NBYTES:
             self._kept.popitem(last=False)
@@ -301,11 +303,6 @@ def _by_layer(record: TraceRecord, kind: str) -> dict[int, LayerArray]:
     arrays = layered.arrays if layered else ()
     numbered = ((layout.parse_layer_name(each.name), each) for each in arrays)
     return {layer: each for layer, each in numbered if layer is not None}
-
-
-def _nbytes(record: TraceRecord) -> int:
-    arrays = (each.array for kind in record.layered.values() for each in kind.arrays)
-    return sum(each.load().values.nbytes for each in arrays if not isinstance(each, StepArrays))
 
 
 def _check_finite(array: torch.Tensor, place: str) -> None:

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from h5traces.storage.remote.paths import RemotePath
 
 Item = dict[str, Any]
-# Entries of every item; collating knows these names.
-INDEX, SAMPLE_ID, LABEL = "index", "sample_id", "label"
 # A sample's id, and its generation index where several share the id.
 Key = tuple[Any, int | None]
 # Bytes at the end of a file that identify it: a footer ends in a checksum over all of it.
@@ -141,7 +139,8 @@ class TraceDataset(Dataset[Item]):
     Notes
     -----
     An item is a dict: ``index`` (position in the source), ``sample_id``, a tensor per kind with the
-    axes that `axes` names, ``label`` where there are labels, and the fields.
+    axes that `axes` names, ``label`` where there are labels, and the fields. The attribute `labels`
+    holds the label of every item, or is None.
     """
 
     def __init__(
@@ -170,9 +169,9 @@ class TraceDataset(Dataset[Item]):
         self.indices = _checked_indices(self.archive, indices)
         self.preparation = Preparation(numbers, not one_layer, taken, dtype, non_finite)
         self._stored_axes = {kind: axes_of(self.archive, kind) for kind in self.kinds}
-        self._labels = None
+        self.labels = None
         if labels is not None:
-            self._labels = labels_of(self.archive, self.indices, Labels.of(labels))
+            self.labels = labels_of(self.archive, self.indices, Labels.of(labels))
         self._threads, self._transform = threads, transform
         self._guard = ShardGuard(self.archive.paths)
 
@@ -183,11 +182,6 @@ class TraceDataset(Dataset[Item]):
         if layout.TOKENS in self.fields:
             axes[layout.TOKENS] = ("token",)
         return axes
-
-    @property
-    def labels(self) -> list[Any] | None:
-        """The label of every item, where there are labels."""
-        return self._labels
 
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
@@ -210,14 +204,14 @@ class TraceDataset(Dataset[Item]):
             raise IndexError(message) from None
         trace = self.archive[position]
         self._guard.check(trace.path)
-        item: Item = {INDEX: position, SAMPLE_ID: trace.metadata.sample_id}
+        item: Item = {"index": position, "sample_id": trace.metadata.sample_id}
         with self._fetched([index]):
             for kind in self.kinds:
                 item[kind] = read_tensor(trace, kind, self._stored_axes[kind], self.preparation)
         for field in self.fields:
             item[field] = self._field(trace, field)
-        if self._labels is not None:
-            item[LABEL] = self._labels[index]
+        if self.labels is not None:
+            item["label"] = self.labels[index]
         return item if self._transform is None else self._transform(item)
 
     def __iter__(self) -> Iterator[Any]:

@@ -64,7 +64,6 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Any]:
         if self.device.type != "cuda":
             for batch in self._loader:
-                self._state = None
                 yield to_device(batch, self.device)
             return
         yield from self._on_cuda()

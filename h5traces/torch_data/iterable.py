@@ -103,12 +103,7 @@ class _Stream(Iteration):
     """One iteration in one worker."""
 
     def __init__(
-        self,
-        dataset: ShardedDataset,
-        schedule: Schedule,
-        epoch: int,
-        threads: int,
-        prefetch: int,
+        self, dataset: ShardedDataset, schedule: Schedule, epoch: int, threads: int, prefetch: int
     ) -> None:
         super().__init__(schedule, epoch)
         self._dataset, self._threads, self._prefetch = dataset, threads, prefetch
