@@ -5,13 +5,15 @@ from __future__ import annotations
 import glob
 import os
 import re
+import struct
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 from urllib.request import url2pathname
 
-from h5traces.errors import RemoteError, TargetError
+from h5traces.errors import H5TracesError, RemoteError, TargetError, warn
 from h5traces.format import layout
+from h5traces.format.text import and_more
 from h5traces.storage.files import open_regular
 from h5traces.storage.remote.file import list_remote
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url
@@ -23,6 +25,13 @@ ARCHIVE_SUFFIXES: Final = (".h5", ".hdf5")
 # Of an archive in a folder that the user named.
 DEFAULT_NAME: Final = "traces"
 _LOCAL_URL: Final = "file://"
+# In an HDF5 superblock of version 2 or 3, where the header of the root is; that holds attributes.
+_ROOT_ADDRESS: Final = struct.Struct("<36xQ")
+_ROOT_NBYTES: Final = 64 << 10
+# Name, type, extent and value of the attribute 'format'.
+_OTHER_FORMAT: Final = re.compile(
+    rb"format\0.{12}(?:%s)" % b"|".join(each.encode() for each in layout.OTHER_FORMATS), re.DOTALL
+)
 
 PathLike = str | os.PathLike[str]
 Source = PathLike | RemotePath
@@ -93,7 +102,14 @@ def _expand_remote(
 def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
     path = Path(source)
     if path.is_dir():
-        matches = sorted(each for each in path.rglob("*") if each.name.endswith(suffixes))
+        named = sorted(each for each in path.rglob("*") if each.name.endswith(suffixes))
+        skipped = [each for each in named if _is_other_file(each)]
+        matches = sorted(set(named) - set(skipped))
+        if matches and skipped:
+            files = and_more([str(each) for each in skipped])
+            message = f"skipped {files}: features or scales that h5traces wrote, not archives"
+            warn(message, UserWarning)
+        matches = matches or named
     elif path.exists():
         matches = [path]
     else:
@@ -103,6 +119,24 @@ def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
         message += f"or a folder with {' or '.join(suffixes)} files"
         raise FileNotFoundError(message)
     return matches
+
+
+def _is_other_file(path: Path) -> bool:
+    """Whether a file is one of features or scales, as h5traces writes them, without HDF5.
+
+    Opening every file of a folder with HDF5 would be slow, and unsafe outside of a child process.
+    """
+    if not path.name.endswith(ARCHIVE_SUFFIXES):
+        return False
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            head = file.read(_ROOT_ADDRESS.size)
+            if len(head) < _ROOT_ADDRESS.size or not head.startswith(layout.HDF5_SIGNATURE):
+                return False
+            file.seek(_ROOT_ADDRESS.unpack(head)[0])
+            return _OTHER_FORMAT.search(file.read(_ROOT_NBYTES)) is not None
+    except (OSError, OverflowError, ValueError, H5TracesError):
+        return False
 
 
 def is_archive(path: Path) -> bool:

@@ -270,11 +270,7 @@ class ArchiveFile:
         warn(f"{self.path}: {message}", StoredStateWarning)
 
     def _not_an_archive(self, store: Store) -> NotAnArchiveError:
-        if store.root_attrs.get("format") == layout.SCALES_FORMAT:
-            return NotAnArchiveError(
-                f"{self.path}: is a file of scales, which 'h5traces calibrate' wrote, not an "
-                "archive; pass it as scales"
-            )
+        check_other_format(store.root_attrs, f"{self.path}: ")
         return NotAnArchiveError(
             f"{self.path}: is HDF5, but not an h5traces archive: the root attribute 'format' is "
             "not 'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
@@ -317,6 +313,15 @@ class ArchiveFile:
     def __getstate__(self) -> dict[str, Any]:
         # Scales are read again where they are needed; a model's take megabytes.
         return {**self.__dict__, "_store": None, "_scales": {}}
+
+
+def check_other_format(attrs: Attrs, place: str = "") -> None:
+    """Raise NotAnArchiveError for a file of scales or features, by the attributes of its root."""
+    found = layout.OTHER_FORMATS.get(str(attrs.get("format")))
+    if found is not None:
+        what, use = found
+        message = f"{place}is a file of {what} that h5traces wrote, not an archive of traces; {use}"
+        raise NotAnArchiveError(message)
 
 
 def check_version(attrs: Attrs, place: str) -> None:

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.file import check_version
+from h5traces.archive.file import check_other_format, check_version
+from h5traces.archive.stores import FooterStore
 from h5traces.errors import CorruptArchiveError, NotAnArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.format.document import Attrs
-    from h5traces.format.entries import ObjectEntry
+    from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.paths import PathLike
 
@@ -38,6 +39,8 @@ class SealReport:
         The archive.
     sealed
         Whether it got a new footer.
+    already_sealed
+        Whether its footer is right, so that nothing had to be written.
     num_samples
         Samples in it.
     edited
@@ -46,6 +49,7 @@ class SealReport:
 
     path: str
     sealed: bool = False
+    already_sealed: bool = False
     num_samples: int = 0
     edited: list[str] = field(default_factory=list)
 
@@ -64,8 +68,8 @@ def seal(
 ) -> list[SealReport]:
     """Rebuild the footers of archives that another program opened for writing.
 
-    Reads every chunk. The HDF5 part is not changed; until the last byte of the new footer is
-    written, readers use HDF5.
+    Reads every chunk. A file whose footer is right stays as it is. The HDF5 part is not changed;
+    until the last byte of the new footer is written, readers use HDF5.
 
     Parameters
     ----------
@@ -74,7 +78,7 @@ def seal(
     accept_edits
         Seal even if values or metadata were changed since the archive was written.
     dry_run
-        Only look for edits.
+        Only say what would be done.
     limits
         What a file may ask of its reader.
     progress
@@ -115,11 +119,13 @@ def _seal_file(
     file = LocalFile(path)
     with Hdf5Reader(path, limits) as reader, ThreadPoolExecutor() as pool:
         root, kinds = reader.root_attributes(), reader.kinds()
+        check_other_format(root, f"{path}: ")
         if root.get("format") != layout.FORMAT_NAME:
             message = f"{path}: is no h5traces archive, so it cannot be sealed"
             raise NotAnArchiveError(message)
         check_version(root, str(path))
         names = reader.sample_names()
+        footer = _footer(file, limits, root, kinds)
         if root.get("num_samples") != len(names):
             report.edited.append(f"/{layout.SAMPLES_GROUP}")
         for index, name in enumerate(names):
@@ -132,6 +138,7 @@ def _seal_file(
             if sample_difference(sample):
                 report.edited.append(place)
             builder.add_sample(sample.attrs, (entry for entry, _ in entries))
+            footer = footer if _is_listed(footer, index, sample, entries) else None
             if progress is not None:
                 progress(index + 1, len(names))
         scales = reader.scales()
@@ -139,12 +146,44 @@ def _seal_file(
             entries = [_sealed(file, entry, limits) for entry in scales.objects.values()]
             report.edited += [f"/{entry.path}" for entry, fits in entries if not fits]
             builder.add_scales(entry for entry, _ in entries)
+            footer = footer if _is_listed(footer, None, scales, entries) else None
     report.num_samples = builder.num_samples
-    if dry_run or (report.edited and not accept_edits):
+    report.already_sealed = footer is not None and footer.num_samples == builder.num_samples
+    if report.already_sealed or dry_run or (report.edited and not accept_edits):
         return report
     _append(path, builder, root, kinds)
     report.sealed = True
     return report
+
+
+def _footer(
+    file: LocalFile, limits: ReadLimits, root: Attrs, kinds: dict[str, Attrs]
+) -> FooterStore | None:
+    """The footer that a file has, if it fits the bytes of the HDF5 part and its attributes."""
+    try:
+        footer = FooterStore(file, limits)
+        damaged, rest_fits = footer.check_bytes()
+        fits = rest_fits and not len(damaged) and (footer.root_attrs, footer.kinds) == (root, kinds)
+    except CorruptArchiveError:
+        return None
+    return footer if fits else None
+
+
+def _is_listed(
+    footer: FooterStore | None,
+    index: int | None,
+    stored: SampleEntry,
+    entries: list[tuple[ObjectEntry, bool]],
+) -> bool:
+    """Whether the footer describes a sample, or for None the scales, as HDF5 stores it."""
+    try:
+        if footer is None or (index is not None and index >= footer.num_samples):
+            return False
+        listed = footer.scales() if index is None else footer.sample(index)
+    except CorruptArchiveError:
+        return False
+    objects = {entry.path: entry for entry, _ in entries}
+    return listed is not None and listed.attrs == stored.attrs and listed.objects == objects
 
 
 def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[ObjectEntry, bool]:

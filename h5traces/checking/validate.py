@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from h5traces.archive.file import check_version
+from h5traces.archive.file import check_other_format, check_version
 from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore, object_place
@@ -154,6 +154,7 @@ class _Validation:
 
     def run(self) -> None:
         root = self._reader.root_attributes()
+        check_other_format(root)
         if root.get("format") != layout.FORMAT_NAME:
             message = "is HDF5, but no h5traces archive: the attribute 'format' is not 'h5traces'"
             raise NotAnArchiveError(message)

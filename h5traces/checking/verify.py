@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h5traces.archive.file import check_other_format
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
 from h5traces.checking.reports import FileReport, Reports
 from h5traces.checking.validate import validate_file
-from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError
+from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, NotAnArchiveError
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import difference, sample_difference, sample_digest
@@ -107,7 +108,12 @@ def verify(
         try:
             # Closed at the end: while HDF5 has a file open, it does not read what is on disk now.
             with closing(_open(path, limits, report)) as store:
+                check_other_format(store.root_attrs)
                 _Verification(store, report, workers, progress).run(source, deep=deep)
+        except NotAnArchiveError as error:
+            report.add("/", error, "not_an_archive")
+            report.notes.clear()
+            continue
         except H5TracesError as error:
             if against is not None and not isinstance(error, CorruptArchiveError):
                 raise

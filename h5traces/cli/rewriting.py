@@ -263,11 +263,13 @@ def seal(
     for each in found:
         for place in each.edited:
             warn(f"{each.path}: {place} was changed since the archive was written")
-        if each.sealed and not json:
-            print_line(f"{each.path}: sealed, {each.num_samples} samples")
-        elif each.edited and not accept_edits:
+        if each.edited and not accept_edits and not each.already_sealed:
             fail(f"{each.path}: not sealed; --accept-edits seals it as it is now")
-    if any(each.edited and not accept_edits for each in found):
+        elif not json:
+            done = "already sealed" if each.already_sealed else "would seal it"
+            done = "sealed" if each.sealed else done
+            print_line(f"{each.path}: {done}, {each.num_samples} samples")
+    if any(each.edited and not accept_edits and not each.already_sealed for each in found):
         raise typer.Exit(EXIT_PROBLEMS)
 
 

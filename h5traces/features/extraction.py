@@ -20,6 +20,7 @@ from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
 from h5traces.features.table import FeatureTable, SpooledColumn
 from h5traces.features.writing import FORMATS, check_writer, write_features
+from h5traces.format import layout
 from h5traces.format.text import and_more, utc_now
 from h5traces.paths import Target, check_not_a_source
 from h5traces.storage.publish import make_folder
@@ -291,7 +292,7 @@ def _samples(view: Archive, report: FeatureReport) -> dict[str, np.ndarray]:
 
 def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
     return {
-        "format": "h5traces-features",
+        "format": layout.FEATURES_FORMAT,
         "format_version": "1.0",
         "generator": f"h5traces {__version__}",
         "created": utc_now(),

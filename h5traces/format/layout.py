@@ -9,6 +9,12 @@ from typing import Final
 HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 FORMAT_NAME: Final = "h5traces"
 SCALES_FORMAT: Final = "h5traces-scales"
+FEATURES_FORMAT: Final = "h5traces-features"
+# Other HDF5 files of h5traces, by their attribute 'format', and what they are for.
+OTHER_FORMATS: Final = {
+    SCALES_FORMAT: ("scales", "pass it where an archive is written, as its scales"),
+    FEATURES_FORMAT: ("features", "read it with h5py"),
+}
 FORMAT_VERSION: Final = "1.0"
 FORMAT_MAJOR: Final = 1
 KNOWN_VERSION: Final = (1, 0)

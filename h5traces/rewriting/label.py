@@ -435,14 +435,14 @@ def _named(key: Key) -> str:
 
 def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
     """Reject a table that leaves samples out, unless `partial`."""
-    if not report.num_labelled:
+    if not report.num_labelled and not report.ambiguous:
         example = next(iter(table.scores), ("none", None))[0]
         message = (
             f"{report.table}: none of its {table.num_questions} ids is in the archives; it has ids "
             f"such as {example!r}, they have {and_more(report.missing) or 'no sample'}"
         )
         raise SchemaError(message)
-    if partial or report.complete:
+    if report.complete or (partial and report.num_labelled):
         return
     said = []
     if report.missing:
@@ -450,7 +450,8 @@ def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
     if report.ambiguous:
         said.append(
             f"{len(report.ambiguous)} samples share an id, and the column 'generation_index', "
-            f"which distinguishes them, is missing: {and_more(report.ambiguous)}"
+            f"which distinguishes them, is missing: {and_more(report.ambiguous)}; label archives "
+            "that repeat ids one by one"
         )
     message = (
         f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or "

@@ -35,6 +35,7 @@ from h5traces.checking.validate import validate
 from h5traces.cli.app import COMMANDS, app, load
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
+from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -348,14 +349,25 @@ def test_seal(tmp_path: Path) -> None:
     archive = make_archive(tmp_path, BATCH)
     archive.write_bytes(archive.read_bytes()[: hdf5_end(LocalFile(archive))])
     size = archive.stat().st_size
-    run("seal", archive, "--dry-run")
+    assert "would seal it, 6 samples" in run("seal", archive, "--dry-run").stdout
     assert archive.stat().st_size == size
     result = run("ls", archive)
     assert "h5traces seal" in result.stderr
     assert "h5traces seal" not in result.stdout
-    assert "sealed, 6 samples" in run("seal", archive).stdout
+    assert f"{archive.name}: sealed, 6 samples" in run("seal", archive).stdout
     assert run("ls", archive).stderr == ""
     assert_same(h5traces.load(archive), BATCH)
+
+
+@pytest.mark.parametrize("tier", ["exact", "fine"])
+def test_seal_leaves_a_sealed_archive_alone(tmp_path: Path, tier: str) -> None:
+    archive = make_archive(tmp_path, BATCH, precision=PrecisionOptions.of(tier))
+    before, stat = archive.read_bytes(), archive.stat()
+    for more in ([], ["--dry-run"], ["--accept-edits"]):
+        found = run("seal", archive, *more).stdout
+        assert f"{archive.name}: already sealed, 6 samples" in found
+    assert archive.read_bytes() == before
+    assert archive.stat().st_mtime_ns == stat.st_mtime_ns
 
 
 def test_seal_refuses_edits(tmp_path: Path) -> None:

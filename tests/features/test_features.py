@@ -492,3 +492,33 @@ def test_the_command_names_nan(tmp_path: Path) -> None:
     assert "/samples/00000004 ('q0_4')" in failed.stderr
     done = run("features", archive, "--last-token", "-o", tmp_path / "f.h5", "--allow-nan")
     assert "/samples/00000004 ('q0_4')" in done.stderr
+
+
+def test_files_of_ours_are_no_archives_and_not_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    archive = make_archive(folder, make_batch("full_pkl"))
+    expected = h5traces.open(archive).ids
+    extract_features(folder, f"{folder}/", ["last_token"], allow_nan=True)
+    h5traces.calibrate(archive, folder / "scales.h5")
+    runner = CliRunner()
+    for name in ("features", "scales"):
+        path = str(folder / f"{name}.h5")
+        said = f"is a file of {name} that h5traces wrote, not an archive of traces"
+        for command in ("verify", "verify --deep", "validate", "inspect", "ls", "seal"):
+            result = runner.invoke(app, [*command.split(), path])
+            assert result.exit_code == 1, command
+            assert said in result.output.replace("\n", " "), command
+            assert "damage" not in result.output, command
+            assert "missing" not in result.output, command
+        result = runner.invoke(app, ["salvage", path, "-o", str(tmp_path / "saved.h5")])
+        assert (result.exit_code, "damage" in result.output) == (1, False)
+        assert said in result.output.replace("\n", " ")
+    with pytest.warns(UserWarning, match=r"skipped .*features\.h5, .*scales\.h5: features or sc"):
+        assert h5traces.open(f"{folder}/").ids == expected
+    with pytest.warns(UserWarning, match="skipped"):
+        extract_features(folder, f"{folder}/", ["last_token"], allow_nan=True, overwrite=True)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert [each.path for each in h5traces.verify(folder)] == [str(archive)]
+    with pytest.raises(H5TracesError, match="is a file of features that h5traces wrote"):
+        h5traces.open(folder / "features.h5")

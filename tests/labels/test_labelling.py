@@ -437,3 +437,13 @@ def test_nothing_half_written_stays(archive: Path, table: Path, tmp_path: Path) 
     label(archive, table)
     assert not list(tmp_path.glob("*.part"))
     assert bits(h5traces.open(archive)[0]["hidden_states"][0]) == bits(BATCH[0]["hidden_states"][0])
+
+
+def test_two_archives_that_hold_the_same_ids(archive: Path, table: Path) -> None:
+    other = Path(shutil.copy(archive, archive.with_name("other.h5")))
+    for partial in (False, True):
+        with pytest.raises(SchemaError, match="12 samples share an id") as caught:
+            label([archive, other], table, partial=partial)
+        assert "one by one" in str(caught.value)
+        assert "none of its" not in str(caught.value)
+    assert not list(archive.parent.glob("*.labels.json"))
