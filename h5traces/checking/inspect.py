@@ -15,6 +15,7 @@ from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import ArraySource, StepArrays, TraceRecord
+from h5traces.format.values import TorchValue
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath
@@ -276,7 +277,9 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
     except SchemaError as error:
         problems = [str(each) for each in error.problems]
         seq_len = 0 if record.tokens is None else len(record.tokens)
-    tokens, decoded = record.tokens, record.tokens_decoded
+    # Fields of another type than the format has a place for are extra values.
+    tokens = record.extra.get("tokens") if record.tokens is None else record.tokens
+    decoded = record.tokens_decoded or record.extra.get("tokens_decoded")
     return SampleStats(
         index=index,
         sample_id=record.sample_id,
@@ -284,11 +287,19 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
         coverage=record.coverage(),
         fields=list(record.fields),
         texts=dict(record.texts),
-        num_tokens=None if tokens is None else len(tokens),
-        num_tokens_decoded=None if decoded is None else len(decoded),
+        num_tokens=_length(tokens),
+        num_tokens_decoded=_length(decoded),
         arrays=list(_array_stats(record)) if read else [],
         problems=problems,
     )
+
+
+def _length(value: Any) -> int | None:
+    """How many tokens a field has; None if it is no sequence."""
+    if isinstance(value, (list, tuple)):
+        return len(value)
+    array = value.data if isinstance(value, TorchValue) else value
+    return len(array) if isinstance(array, np.ndarray) and array.ndim else None
 
 
 def _array_stats(record: TraceRecord) -> Iterator[ArrayStats]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
     from h5traces.checking.reports import ValidationReport
     from h5traces.checking.verify import VerifyReport
+    from h5traces.errors import Problem
     from h5traces.extract.estimate import Estimate
     from h5traces.extract.running import ExtractionReport
     from h5traces.features import FeatureReport
@@ -58,7 +60,9 @@ def print_conversion(report: ConversionReport) -> None:
     print_table(table)
     written = [each for each in report.files if each.status == "converted"]
     changed = [each for each in written if not each.is_lossless]
-    if written and not changed:
+    if written and not any(each.num_samples for each in written):
+        print_line("0 samples: the sources are empty")
+    elif written and not changed:
         print_line("lossless: the archives hold every bit of their sources")
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
@@ -70,10 +74,10 @@ def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
     return [
         status,
         name,
-        str(each.num_samples) if each.num_samples else "",
+        str(each.num_samples) if each.num_samples or written else "",
         human_size(each.source_nbytes),
         human_size(each.archive_nbytes) if written else "",
-        f"{ratio:.3f}" if written else "",
+        f"{ratio:.3f}" if written and each.num_samples else "",
         f"{each.seconds:.1f}" if each.seconds else "",
         str(len(each.warnings)) if each.warnings else "",
     ]
@@ -214,9 +218,25 @@ def print_verification(found: list[VerifyReport]) -> None:
         _print_checked(each, "intact", human_size(each.nbytes))
 
 
+def _problem_lines(problems: list[Problem]) -> list[str]:
+    """A line per problem; one per sample for those of another source, which are one per array."""
+    lines, more = [], Counter[str]()
+    for each in problems:
+        sample = each.loc
+        if each.kind == "differs_from_source":
+            sample = "/".join(each.loc.split("/")[:3])
+            more[sample] += 1
+        if more[sample] < 2:
+            lines.append((sample, f"{each.loc}: {each.message} [{each.kind}]"))
+    return [
+        f"{line} and {more[sample] - 1} more" if more[sample] > 1 else line
+        for sample, line in lines
+    ]
+
+
 def _print_checked(report: ValidationReport | VerifyReport, good: str, size: str) -> None:
-    for problem in report.problems:
-        print_line(f"{report.path}:{problem.loc}: {problem.message} [{problem.kind}]")
+    for line in _problem_lines(report.problems):
+        print_line(f"{report.path}:{line}")
     for note in report.notes:
         print_line(f"{report.path}: note: {note}")
     verdict = good if report.ok else f"{len(report.problems)} problems"

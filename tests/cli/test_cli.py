@@ -562,3 +562,31 @@ def test_a_file_does_not_steer_the_terminal(tmp_path: Path, command: list[str]) 
         )
     elif command == ["ls"]:
         assert "\\u001b[31mred\\u009b2J\\u202eesrever\\nFAKE LINE" in result.stdout
+
+
+def test_tokens_in_a_list_are_counted(tmp_path: Path) -> None:
+    batch = [{**BATCH[0], "tokens": BATCH[0]["tokens"].tolist()}]
+    archive = make_archive(tmp_path, batch)
+    length = len(BATCH[0]["tokens"])
+    for path in (archive, archive.with_suffix(".pkl")):
+        assert f"tokens: {length}, decoded: {length}" in run("inspect", path).stdout
+
+
+def test_an_empty_batch_has_no_ratio(tmp_path: Path) -> None:
+    (tmp_path / "empty.pkl").write_bytes(pickle.dumps([]))
+    found = run("convert", tmp_path / "empty.pkl", "-o", tmp_path / "empty.h5").stdout
+    assert "0 samples" in found
+    assert not re.search(r"[0-9]\.[0-9]{3}", found)
+
+
+def test_another_source_is_told_by_sample(tmp_path: Path) -> None:
+    archive = make_archive(tmp_path, BATCH)
+    other = tmp_path / "other.pkl"
+    changed = [{**each, "hidden_states": [-x for x in each["hidden_states"]]} for each in BATCH]
+    other.write_bytes(pickle.dumps(changed))
+    lines = run("verify", archive, "--against", other, code=1).stdout.splitlines()
+    assert sum("differs_from_source" in each for each in lines) == len(BATCH)
+    num_layers = len(BATCH[0]["hidden_states"])
+    assert lines[0].endswith(f"[differs_from_source] and {num_layers - 1} more")
+    (report,) = json.loads(run("verify", archive, "--against", other, "--json", code=1).stdout)
+    assert len(report["problems"]) == len(BATCH) * num_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import re
 import tracemalloc
 import weakref
 from contextlib import suppress
@@ -450,3 +451,19 @@ def test_damaged_batches_give_errors_of_ours_or_other_values(
     path.write_bytes(raw)
     with suppress(ConversionError):  # all other errors fail the test
         read_all(path)
+
+
+@pytest.mark.parametrize("text", [b"hello, a text\n", b"This is a note.\n", b"# a comment"])
+def test_text_is_no_pickle(tmp_path, text):
+    path = tmp_path / "junk.pkl"
+    path.write_bytes(text)
+    said = f"is not a pickle (it starts with {text[:8]!r})"
+    with pytest.raises(ConversionError, match=re.escape(said)):
+        BatchStream(path)
+
+
+def test_one_array_for_all_layers_says_what_to_do(tmp_path):
+    path = tmp_path / "stacked.pkl"
+    path.write_bytes(pickle.dumps([{"hidden_states": np.zeros((2, 3, 4), np.float32)}]))
+    with BatchStream(path) as stream, pytest.raises(ConversionError, match=r"use list\(array\)"):
+        list(stream.records())

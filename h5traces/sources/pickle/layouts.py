@@ -125,6 +125,8 @@ def _layered(
         message = (
             f"field {kind!r} is a {type(value).__name__}, expected a list with one array per layer"
         )
+        if isinstance(value, (np.ndarray, TorchValue)):
+            message += "; use list(array) for one array per layer"
         raise ConversionError(message)
     wanted = range(len(value)) if layers is None or not value else layers
     missing = [layer for layer in wanted if layer >= len(value)]

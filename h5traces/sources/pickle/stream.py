@@ -6,9 +6,10 @@ A batch is a pickled list of dicts, or a dict of parallel lists under ``traces``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
@@ -42,6 +43,12 @@ _OTHER_FORMATS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x93NUMPY": "a file of numpy.save",
 }
+# PROTO, FRAME, and every opcode that needs nothing on the stack.
+_FIRST_OPCODES: Final = frozenset(
+    b"\x80\x95(])}cPNIJKMLSTUVXFGBC\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x96"
+)
+# A sentence; V, which is left out, begins a str in protocol 0.
+_SENTENCE: Final = re.compile(rb"[A-UW-Z][a-z]+[ a-z]")
 
 
 class BatchStream(Iterator[Any]):
@@ -158,6 +165,10 @@ class BatchStream(Iterator[Any]):
             if head.startswith(magic):
                 message = f"{self.path}: found {kind}, {_EXPECTED} in a pickle"
                 raise ConversionError(message)
+        # Else text would end in an error about an opcode.
+        if head and (head[0] not in _FIRST_OPCODES or _SENTENCE.match(head)):
+            message = f"{self.path}: is not a pickle (it starts with {head!r}); {_EXPECTED}"
+            raise ConversionError(message)
 
     # --- passes ---------------------------------------------------------------------------------
 
