@@ -170,9 +170,12 @@ def export(
 
 @command()
 def label(
-    sources: Archives,
-    table: Annotated[str, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
     *,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE…", help="Archives, globs or folders. [required]"),
+    ] = None,
+    table: Annotated[str, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
     threshold: Annotated[
         float, option(_LABELS, "--threshold NUMBER", "A label is 1 where the score is below this.")
     ] = THRESHOLD,
@@ -211,6 +214,10 @@ def label(
     - `h5traces label shards/*.h5 scores.csv --threshold 0.4 --dry-run`
     - `h5traces label run.h5 scores.csv -o labelled.h5` copies chunks into a new archive
     """
+    if not sources:
+        missing = "FILE…" if table.endswith(".csv") else "SCORES.csv"
+        message = f"{missing} is missing; only {table} is named"
+        raise typer.BadParameter(message)
     if output is not None and folder is not None:
         message = "--output makes a new archive, --folder is for labels beside archives; name one"
         raise typer.BadParameter(message)
