@@ -255,6 +255,8 @@ def test_file_urls_name_files_in_any_case(tmp_path):
 def test_what_is_no_name_is_a_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match="expected the name of a file, a glob or a folder"):
         h5traces.open(value)
+    with pytest.raises(TypeError, match="expected the name of a file, a glob or a folder"):
+        h5traces.load(value)
 
 
 def test_samples_in_memory_are_no_sources(tmp_path: Path) -> None:
@@ -267,6 +269,8 @@ def test_an_empty_name_is_not_the_current_folder(value: Any, tmp_path: Path) -> 
     for run in (h5traces.open, lambda each: h5traces.convert(each, tmp_path / "x.h5")):
         with pytest.raises(FileNotFoundError, match=r"name of a source is empty|a\.h5: no such"):
             run(value)
+    with pytest.raises(FileNotFoundError, match="name of a source is empty"):
+        h5traces.load("")
 
 
 def test_a_folder_without_archives_says_what_it_holds(tmp_path: Path) -> None:
