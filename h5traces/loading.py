@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.archive.tensors import materialised
 from h5traces.paths import Source, is_archive
 from h5traces.sources.opening import open_source
