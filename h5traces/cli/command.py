@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import signal
 import sys
 import warnings
@@ -108,11 +109,15 @@ def _reported(
         warnings.simplefilter("always", StoredStateWarning)
         warnings.simplefilter("always", LossyWarning)
         try:
-            with handled_signals(_raise_terminated, [signal.SIGTERM]):
-                yield
+            try:
+                with handled_signals(_raise_terminated, [signal.SIGTERM]):
+                    yield
+            finally:
+                sys.stdout.flush()
         except BrokenPipeError:
-            # The reader of a pipe (head, less) has seen enough.
-            sys.stderr.close()
+            # The reader of a pipe (head, less) has seen enough; Python flushes again as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            caught.clear()
             raise typer.Exit(0) from None
         except (H5TracesError, OSError) as error:
             fail(f"{error}{_help_for(error, options)}")

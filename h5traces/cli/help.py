@@ -26,14 +26,16 @@ _OTHER_OPTIONS: Final = "Other"
 class Command(TyperCommand):
     """A command with this help."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(_names(each)[0] for each in _arguments(self, ctx))]
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(_command_help(self, ctx))
 
 
 def _command_help(command: TyperCommand, ctx: Any) -> str:
     console = _console()
-    arguments = [each for each in command.get_params(ctx) if each.param_type_name == "argument"]
-    _print_usage(console, ctx, *(_names(each)[0] for each in arguments))
+    _print_usage(console, ctx)
     _print_text(console, command.help)
     panels: dict[str, list[Any]] = {}
     for each in command.get_params(ctx):
@@ -44,6 +46,10 @@ def _command_help(command: TyperCommand, ctx: Any) -> str:
     for title, parameters in (*panels.items(), (_OTHER_OPTIONS, last)):
         _print_panel(console, title, [(*_names(each), _described(each)) for each in parameters])
     return _printed(console)
+
+
+def _arguments(command: TyperCommand, ctx: Any) -> list[Any]:
+    return [each for each in command.get_params(ctx) if each.param_type_name == "argument"]
 
 
 def group_help(group: Any, ctx: Any, commands: Sequence[tuple[str, str, str]]) -> str:
@@ -57,7 +63,7 @@ def group_help(group: Any, ctx: Any, commands: Sequence[tuple[str, str, str]]) -
         Name, panel and summary of each.
     """
     console = _console()
-    _print_usage(console, ctx, "COMMAND…")
+    _print_usage(console, ctx)
     _print_text(console, group.help)
     for title in dict.fromkeys(panel for _, panel, _ in commands):
         rows = [(name, "", summary) for name, panel, summary in commands if panel == title]
@@ -85,8 +91,9 @@ def _printed(console: Console) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _print_usage(console: Console, ctx: Any, *arguments: str) -> None:
-    console.print(_styled(" ".join(["`Usage:`", ctx.command_path, "[OPTIONS]", *arguments])))
+def _print_usage(console: Console, ctx: Any) -> None:
+    pieces = ctx.command.collect_usage_pieces(ctx)
+    console.print(_styled(" ".join(["`Usage:`", ctx.command_path, *pieces])))
     console.print()
 
 

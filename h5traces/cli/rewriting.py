@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from h5traces.archive.opening import open as open_archive
 from h5traces.checking.salvage import salvage as salvage_archive
 from h5traces.checking.seal import seal as seal_archive
 from h5traces.cli import reports
@@ -156,13 +157,25 @@ def export(
             progress=update,
         )
     print_line(f"{'would write' if target.dry_run else 'wrote'} {path}")
+    if not target.dry_run:
+        # What a cast to --dtype changed stands in the new archive only.
+        casts: list[str] = []
+        for place in (source, path) if path.suffix == ".h5" else (source,):
+            with open_archive(place) as archive:
+                changed = [each for each in archive.metadata.casts or () if each.num_changed != 0]
+            casts += [str(each) for each in changed if each.cast_from != each.dtype]
+        if casts:
+            print_line(f"values are those of the archive: {', '.join(dict.fromkeys(casts))}")
 
 
 @command()
 def label(
-    sources: Archives,
-    table: Annotated[str, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
     *,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE…", help="Archives, globs or folders. [required]"),
+    ] = None,
+    table: Annotated[str, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
     threshold: Annotated[
         float, option(_LABELS, "--threshold NUMBER", "A label is 1 where the score is below this.")
     ] = THRESHOLD,
@@ -201,6 +214,10 @@ def label(
     - `h5traces label shards/*.h5 scores.csv --threshold 0.4 --dry-run`
     - `h5traces label run.h5 scores.csv -o labelled.h5` copies chunks into a new archive
     """
+    if not sources:
+        missing = "FILE…" if table.endswith(".csv") else "SCORES.csv"
+        message = f"{missing} is missing; only {table} is named"
+        raise typer.BadParameter(message)
     if output is not None and folder is not None:
         message = "--output makes a new archive, --folder is for labels beside archives; name one"
         raise typer.BadParameter(message)

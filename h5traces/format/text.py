@@ -8,8 +8,9 @@ text is stored as it is. ``schema/SPEC.md``, section Text, is normative.
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,6 +92,19 @@ def decode_all(stored: np.ndarray) -> list[str]:
 def utc_now() -> str:
     """The time as it is recorded in files: UTC, such as ``2026-11-28T18:00:00Z``."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The names that a caller gave; text is one name, not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def short_repr(options: Any) -> str:
+    """A dataclass with those of its fields only that are not the default."""
+    default = type(options)()
+    stated = {each.name: getattr(options, each.name) for each in fields(options)}
+    told = [f"{name}={it!r}" for name, it in stated.items() if it != getattr(default, name)]
+    return f"{type(options).__name__}({', '.join(told)})"
 
 
 def and_more(names: Iterable[object], most: int = 5, *, separator: str = ", ") -> str:

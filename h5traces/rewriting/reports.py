@@ -53,7 +53,9 @@ class FileReport:
     raw_nbytes, stored_nbytes
         Bytes of the arrays as stored before and after compression, by kind.
     is_lossless
-        Whether the archives hold every bit of the sources; None if they were not written.
+        Whether every stored array holds every bit of its source; None if none were written.
+    kept_layers
+        Such as ``3 of 6 layers`` where the archives hold some only; empty if they hold all.
     changes
         What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
@@ -73,6 +75,7 @@ class FileReport:
     raw_nbytes: dict[str, int] = field(default_factory=dict)
     stored_nbytes: dict[str, int] = field(default_factory=dict)
     is_lossless: bool | None = None
+    kept_layers: str = ""
     changes: str = ""
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -145,8 +148,9 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
         if each.num_overflow:
             found.append(f"{kind}: {each.num_overflow} values are beyond {stored}; {treatment}")
         if each.num_to_zero or each.num_to_subnormal:
-            found.append(
-                f"{kind}: {each.num_to_zero} values became 0 and {each.num_to_subnormal} lost "
-                f"precision as subnormal numbers of {stored}; dtype='auto' keeps every bit"
+            parts = {"became 0": each.num_to_zero, "lost precision": each.num_to_subnormal}
+            told = " and ".join(
+                f"{n} value{'s' * (n != 1)} {what}" for what, n in parts.items() if n
             )
+            found.append(f"{kind}: {told} (too small for {stored}); dtype='auto' keeps every bit")
     return found

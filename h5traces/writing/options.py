@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import PrecisionError
 from h5traces.format.precision import EXACT, Precision
+from h5traces.format.text import short_repr
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _HALF_NBYTES: Final = 2
 _MANY_EXCEPTIONS: Final = 0.005
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PrecisionOptions:
     """How precisely hidden states and attentions are stored, and with which codec.
 
@@ -61,6 +62,8 @@ class PrecisionOptions:
     on_overflow: OverflowPolicy = "float32"
     codec: str | None = None
 
+    __repr__ = short_repr
+
     @classmethod
     def of(cls, value: PrecisionOptions | Tier | Precision | None) -> PrecisionOptions:
         """The options that a caller gave as such, as a tier, or as a `Precision`."""
@@ -78,7 +81,7 @@ class PrecisionOptions:
         return EXACT if self.tier is None else Precision.of(self.tier)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TargetOptions:
     """What happens to the archives that are written.
 
@@ -104,6 +107,8 @@ class TargetOptions:
     verify: bool = True
     dry_run: bool = False
     workers: int | None = None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,3 +102,41 @@ def test_wrong_use_is_explained_and_writes_nothing(archive, tmp_path, arguments,
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert not (tmp_path / "out.h5").exists()
     assert archive.read_bytes() == before
+
+
+def test_without_arguments_the_help_is_shown():
+    for command in ([COMMAND], [sys.executable, "-m", "h5traces"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "Make archives" in done.stdout
+        assert not done.stderr
+
+
+def test_an_unknown_command_gets_a_suggestion():
+    done = run("convrt")
+    assert done.returncode == 2
+    assert "Did you mean 'convert'?" in done.stderr
+    assert "Usage: h5traces [OPTIONS] COMMAND…" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["convert", "label", "fidelity"])
+def test_errors_and_help_show_the_same_usage(command):
+    shown = run(command, "--help").stdout.splitlines()[0]
+    done = run(command)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == shown
+
+
+def test_label_says_which_argument_is_missing():
+    assert "SCORES.csv is missing; only run.h5" in run("label", "run.h5").stderr
+    assert "FILE… is missing; only scores.csv" in run("label", "scores.csv").stderr
+
+
+def test_a_reader_that_stops_early_ends_a_command_quietly(archive):
+    for arguments in (["inspect", *[archive] * 300], ["inspect", archive, archive]):
+        with subprocess.Popen(
+            [COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as child:
+            child.stdout.close()
+            assert child.stderr.read() == b""
+            assert child.wait() == 0
