@@ -93,6 +93,11 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: ``1 sample``, ``2 samples``."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def and_more(names: Iterable[object], most: int = 5, *, separator: str = ", ") -> str:
     """The first names of a list for people, and how many more there are."""
     every = list(names)

@@ -62,6 +62,8 @@ class FileReport:
         Messages for the user.
     error
         Why it failed, where it did.
+    is_usage_error
+        Whether that is about the arguments: an existing target, or a layer that no source has.
     """
 
     sources: list[str]
@@ -77,6 +79,7 @@ class FileReport:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
+    is_usage_error: bool = False
 
 
 @dataclass(slots=True)
@@ -145,8 +148,10 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
         if each.num_overflow:
             found.append(f"{kind}: {each.num_overflow} values are beyond {stored}; {treatment}")
         if each.num_to_zero or each.num_to_subnormal:
+            # Tiers have one stored type.
+            remedy = "; dtype='auto' keeps every bit" if options.precision.is_exact else ""
             found.append(
                 f"{kind}: {each.num_to_zero} values became 0 and {each.num_to_subnormal} lost "
-                f"precision as subnormal numbers of {stored}; dtype='auto' keeps every bit"
+                f"precision as subnormal numbers of {stored}{remedy}"
             )
     return found
