@@ -488,9 +488,13 @@ def test_wrong_usage(archive: Path, tmp_path: Path, options: list[str]) -> None:
 
 def test_the_command_names_nan(tmp_path: Path) -> None:
     archive = with_nan(tmp_path)
-    many = run("features", archive, "--last-token", "--pca", 40, "-o", tmp_path / "f.h5", code=2)
-    assert "40 components were asked for" in many.stderr
     failed = run("features", archive, "--last-token", "-o", tmp_path / "f.h5", code=1)
     assert "/samples/00000004 ('q0_4')" in failed.stderr
     done = run("features", archive, "--last-token", "-o", tmp_path / "f.h5", "--allow-nan")
     assert "/samples/00000004 ('q0_4')" in done.stderr
+
+
+def test_more_components_than_samples_are_wrong_usage(archive: Path, tmp_path: Path) -> None:
+    many = run("features", archive, "--last-token", "--pca", 40, "-o", tmp_path / "f.h5", code=2)
+    assert "40 components were asked for" in many.stderr
+    assert not (tmp_path / "f.h5").exists()

@@ -338,7 +338,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: item(call(named("_codecs", "encode"), text("x"), b")" + b"\x85" * 100_000)),
         "and a tuple",
     ),
-    "nested tuple as the root": (lambda: b"\x80\x04)" + b"\x85" * MILLION + b".", "found tuple"),
+    "nested tuple as the root": (lambda: b"\x80\x04)" + b"\x85" * MILLION + b".", "found a tuple"),
     "tuples that double": (lambda: item(b")" + b"2\x86" * 60), "unfolds to more than"),
     "lists that double": (
         lambda: item(b"](NNe" + b"".join(b"\x942" + b"\x86" for _ in range(60))),
