@@ -19,7 +19,7 @@ from h5traces.lazy import lazy_names
 if TYPE_CHECKING:
     from h5traces import extract, features, fidelity, graph, torch_data
     from h5traces.archive.archive import Archive
-    from h5traces.archive.opening import open_archive as open  # as h5py.File, gzip.open do
+    from h5traces.archive.opening import open  # as h5py.File, gzip.open do
     from h5traces.archive.trace import Trace
     from h5traces.checking.inspect import inspect
     from h5traces.checking.salvage import salvage
@@ -88,7 +88,7 @@ _HOMES = {
     "label": "h5traces.rewriting.label",
     "load": "h5traces.loading",
     "merge": "h5traces.rewriting.repack",
-    "open": "h5traces.archive.opening:open_archive",
+    "open": "h5traces.archive.opening",
     "repack": "h5traces.rewriting.repack",
     "salvage": "h5traces.checking.salvage",
     "seal": "h5traces.checking.seal",

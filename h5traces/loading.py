@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.archive.tensors import materialised
-from h5traces.paths import Source, is_archive
+from h5traces.paths import Source, is_archive, listed_sources
 from h5traces.sources.opening import open_source
 from h5traces.storage.remote.paths import RemotePath, is_url
 
@@ -31,6 +31,7 @@ def load(path: Source) -> list[dict[str, Any]]:
     UnsafePickleError, ConversionError
         The pickle asks for something outside the allow-list, or is no batch.
     """
+    (path,) = listed_sources([path])
     if isinstance(path, RemotePath) or is_url(path) or is_archive(Path(path)):
         with open_archive(path) as archive:
             return [trace.to_dict() for trace in archive]

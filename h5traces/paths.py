@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
@@ -17,15 +18,17 @@ from h5traces.storage.remote.file import list_remote
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 ARCHIVE_SUFFIXES: Final = (".h5", ".hdf5")
 # Of an archive in a folder that the user named.
 DEFAULT_NAME: Final = "traces"
+_BATCH_NAME: Final = re.compile(r"\.(pkl|pickle)(\.gz)?\Z")
 _LOCAL_URL: Final = "file://"
 
 PathLike = str | os.PathLike[str]
 Source = PathLike | RemotePath
+_NAMES: Final = (str, os.PathLike, RemotePath)
 
 
 def expand_paths(
@@ -53,15 +56,44 @@ def expand_sources(
 
     An address that ends in a suffix is used as it is; for a glob or a folder, the server is asked.
     """
-    named = [sources] if isinstance(sources, (str, os.PathLike, RemotePath)) else sources
     found: list[Path | RemotePath] = []
-    for source in named:
+    for source in listed_sources(sources):
         place = _place(source)
         if isinstance(place, RemotePath):
             found += _expand_remote(place, suffixes, remote)
         else:
             found += _expand_local(place, suffixes)
     return list(dict.fromkeys(found))
+
+
+def listed_sources(sources: Source | Iterable[Source]) -> list[Source]:
+    """What a user named, one by one.
+
+    Raises
+    ------
+    TypeError
+        It is neither a name nor a list of names.
+    FileNotFoundError
+        A name is empty.
+    """
+    if isinstance(sources, (bytes, Mapping)) or not isinstance(sources, (*_NAMES, Iterable)):
+        raise _not_a_name(sources)
+    named = [sources] if isinstance(sources, _NAMES) else list(sources)
+    for each in named:
+        if not isinstance(each, _NAMES):
+            raise _not_a_name(each)
+        if isinstance(each, str) and not each:
+            message = "the name of a source is empty; expected a file, a glob or a folder, '.' here"
+            raise FileNotFoundError(message)
+    return named
+
+
+def _not_a_name(value: object) -> TypeError:
+    message = "expected the name of a file, a glob or a folder, or a list of these, not "
+    message += f"{type(value).__name__}"
+    if isinstance(value, Mapping):
+        message += "; h5traces.create writes samples that lie in memory"
+    return TypeError(message)
 
 
 def _place(named: Source) -> PathLike | RemotePath:
@@ -98,6 +130,15 @@ def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
         matches = [path]
     else:
         matches = sorted(Path(each) for each in glob.glob(str(source), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+    if not matches and path.is_dir():
+        message = f"{source}: holds no {' or '.join(suffixes)} file"
+        batches = sum(_BATCH_NAME.search(each.name) is not None for each in path.rglob("*"))
+        if batches:
+            message += (
+                f", but {batches} pickled batch{'es' * (batches != 1)}; h5traces.convert makes "
+            )
+            message += "archives of them"
+        raise FileNotFoundError(message)
     if not matches:
         message = f"{source}: no such file, and nothing that matches; expected a file, a glob "
         message += f"or a folder with {' or '.join(suffixes)} files"

@@ -26,7 +26,7 @@ from damage import ARCHIVES, KINDS, NOTED, REPORTED, UNCHANGED, Findings, run  #
 EPILOG = """\
 examples:
   the figures of docs/guarantees.md:
-    python tools/damage_test.py --flips 1000 --others 100
+    python tools/damage_test.py --flips 460 --others 10
 
   a look, in a minute:
     python tools/damage_test.py --flips 20 --others 5

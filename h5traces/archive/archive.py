@@ -18,12 +18,12 @@ import numpy as np
 
 from h5traces.archive.file import ArchiveFile
 from h5traces.archive.scales import stored_scales
-from h5traces.archive.selection import choose_layers, choose_samples
+from h5traces.archive.selection import as_numbers, choose_layers, choose_samples
 from h5traces.archive.stored_trace import StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, SampleIndexError, TraceNotFoundError
 from h5traces.format.archive import add_casts
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, as_names
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
@@ -224,6 +224,9 @@ class Archive(Sequence[Trace]):
     def __getitem__(self, index: int | slice) -> Trace | Self:
         if isinstance(index, slice):
             return self._view(self._indices[index], self._layers)
+        if isinstance(index, str):
+            message = f"an archive is indexed by number; archive.by_id({index!r}) takes a sample id"
+            raise TypeError(message)
         try:
             position = self._indices[index]
         except IndexError:
@@ -243,10 +246,10 @@ class Archive(Sequence[Trace]):
 
     def read(
         self,
-        indices: Iterable[int],
+        indices: int | Iterable[int],
         *,
-        layers: Iterable[int] | None = None,
-        kinds: Iterable[str] | None = None,
+        layers: LayerChoice = None,
+        kinds: str | Iterable[str] | None = None,
         workers: int | None = None,
     ) -> list[dict[str, list[Any]]]:
         """Many arrays in one call, read and inflated in parallel.
@@ -254,7 +257,7 @@ class Archive(Sequence[Trace]):
         Parameters
         ----------
         indices
-            Which traces; may repeat.
+            Which traces, or one; may repeat.
         layers
             The model's own layer numbers; all that are stored by default.
         kinds
@@ -274,13 +277,15 @@ class Archive(Sequence[Trace]):
             A layer is not stored.
         HeadsNotStoredError
             Only the mean over heads is stored; name the kind ``attention_mean``.
+        ValueError
+            There is no such kind.
         """
         view = self if layers is None else self.select(layers=layers)
         sequences = []
-        for trace in (view[index] for index in indices):
-            names = trace._stored.default_kinds if kinds is None else tuple(kinds)
+        for trace in (view[index] for index in as_numbers(indices)):
+            names = trace._stored.default_kinds if kinds is None else as_names(kinds)
             for kind in names:
-                trace._stored.check_heads(kind)
+                trace._stored.check_kind(kind)
             sequences.append(
                 {kind: LayerSequence(trace._stored, kind, view._layers) for kind in names}
             )
@@ -308,7 +313,7 @@ class Archive(Sequence[Trace]):
         self,
         indices: Iterable[int],
         *,
-        kinds: Iterable[str],
+        kinds: str | Iterable[str],
         layers: Iterable[int] | None = None,
     ) -> AbstractContextManager[object]:
         """Inside the block, these arrays are read from memory; for archives on servers only.
@@ -324,7 +329,7 @@ class Archive(Sequence[Trace]):
         if not any(isinstance(file.path, RemotePath) for file in self._files):
             return contextlib.nullcontext()
         chosen = self._layers if layers is None else tuple(layers)
-        names, wanted, nbytes = tuple(kinds), [], 0
+        names, wanted, nbytes = as_names(kinds), [], 0
         for index in indices:
             for kind in names:
                 sequence = LayerSequence(self[index]._stored, kind, chosen)

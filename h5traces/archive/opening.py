@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-def open_archive(
+def open(
     path: Source | Iterable[Source],
     *,
     limits: ReadLimits = DEFAULT_LIMITS,
@@ -49,8 +49,9 @@ def open_archive(
         Folder with the labels that ``h5traces label`` wrote; beside each archive by default, where
         archives on servers are not looked for any. False reads none.
     lossless
-        Reject archives that do not hold every bit of their source, or do not say whether they do:
-        those of a lossy tier, and those whose cast to the stored type changed values.
+        Reject archives with stored values that are not those of their source, or that do not say:
+        those of a lossy tier, and those whose cast to the stored type changed values. Layers and
+        samples that were left out do not count.
     lossy_dtype
         Type in which layers stored in steps come back. ``float32`` spares them the rounding to
         float16; the bound on the error holds in both.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Final
 
 from h5traces.errors import LayerIndexError, SampleIndexError
 
-LayerChoice = str | Iterable[int] | None
-SampleChoice = str | slice | Iterable[int] | None
+LayerChoice = str | int | Iterable[int] | None
+SampleChoice = str | slice | int | Iterable[int] | None
 
 _LAST: Final = "last"
 _MOST_DIGITS: Final = 18
@@ -31,6 +32,11 @@ class Selection:
             _parsed_samples(self.samples)
 
 
+def as_numbers(choice: int | Iterable[int]) -> tuple[int, ...]:
+    """The numbers that a caller gave: one, or several."""
+    return tuple(choice) if isinstance(choice, Iterable) else (index(choice),)
+
+
 def choose_layers(
     choice: LayerChoice, available: Sequence[int], owner: str = "the model has"
 ) -> tuple[int, ...]:
@@ -48,7 +54,7 @@ def choose_layers(
             # A range that a typing error made huge must not fill the memory.
             wanted |= set(range(low, max(low, min(high, last + 1)) + 1))
     else:
-        wanted = set(choice)
+        wanted = set(as_numbers(choice))
     for layer in sorted(wanted.difference(available)):
         message = (
             f"layer {layer} was asked for, but {owner} {len(available)} layers "
@@ -67,12 +73,12 @@ def choose_samples(choice: SampleChoice, num_samples: int) -> Sequence[int]:
         choice = _parsed_samples(choice)
     if isinstance(choice, slice):
         return every[choice]
-    indices = tuple(choice)
-    for index in indices:
-        if not -num_samples <= index < num_samples:
-            message = f"sample {index} was asked for, but there are {num_samples}, counted from 0"
+    indices = as_numbers(choice)
+    for each in indices:
+        if not -num_samples <= each < num_samples:
+            message = f"sample {each} was asked for, but there are {num_samples}, counted from 0"
             raise SampleIndexError(message)
-    return tuple(every[index] for index in indices)
+    return tuple(every[each] for each in indices)
 
 
 def _layer_ranges(text: str) -> list[tuple[int | None, int | None]]:

@@ -140,6 +140,14 @@ class StoredTrace:
         """Layer numbers stored of a kind, selected or not, ascending."""
         return _stored_layers(kind, tuple(self.objects))
 
+    def check_kind(self, kind: str) -> None:
+        """Raise ValueError for a kind that there is not; as `check_heads` for one without heads."""
+        stored = self.file.store.kinds
+        if kind not in stored and kind not in layout.KINDS:
+            message = f"kind {kind!r} is unknown; {self.file.path} stores {', '.join(stored)}"
+            raise ValueError(message)
+        self.check_heads(kind)
+
     def check_heads(self, kind: str) -> None:
         """Raise HeadsNotStoredError for ``attentions`` of which only the mean is stored."""
         objects = self.sample.objects

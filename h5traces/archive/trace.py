@@ -200,17 +200,23 @@ class Trace(Mapping[str, Any]):
         Raises
         ------
         LayerIndexError
-            The trace does not store that layer.
+            The trace does not store that layer, or ``archive.select`` left it out.
         HeadsNotStoredError
             It stores attentions averaged over heads only.
         """
-        name = layout.layer_name(layer)
+        name, selected = layout.layer_name(layer), self._stored.selected
         if f"{kind}/{name}" not in self._stored.objects:
-            self._stored.check_heads(kind)
-            stored = LayerSequence(self._stored, kind, self._stored.selected).layers
+            self._stored.check_kind(kind)
+            stored = LayerSequence(self._stored, kind, selected).layers
             message = (
                 f"{self._stored.place}: layer {layer} of {kind} is not stored; stored: "
                 f"{list(stored)}"
+            )
+            raise LayerIndexError(message)
+        if selected is not None and layer not in selected:
+            message = (
+                f"{self._stored.place}: layer {layer} of {kind} is not selected; this view has the "
+                f"layers {list(selected)}"
             )
             raise LayerIndexError(message)
         value: LayerValue = self._stored.read_layer(kind, name)

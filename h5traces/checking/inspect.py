@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from h5traces.archive.archive import shared_metadata
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.errors import SchemaError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
@@ -201,7 +201,9 @@ def _inspect_archive(
         metadata = archive.metadata.model_dump(mode="json", exclude_none=True)
         told = shared_metadata(archive._files)
         metadata["losses"] = [str(each) for each in told.losses]
-        metadata |= {"is_lossless": told.is_lossless, "changes": told.changes}
+        metadata |= {
+            name: getattr(told, name) for name in ("is_lossless", "changes", "kept_layers")
+        }
         metadata["has_footer"] = stored.has_footer
         return Inspection(
             path=str(file),

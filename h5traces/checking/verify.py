@@ -21,7 +21,7 @@ from h5traces.format.document import Attrs, from_attributes, to_attributes
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
-from h5traces.format.text import counted
+from h5traces.format.text import and_more, counted
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
 from h5traces.sources.opening import open_source
@@ -32,6 +32,7 @@ from h5traces.writing.preparation import record_attributes
 
 if TYPE_CHECKING:
     from h5traces.archive.stores import Store
+    from h5traces.format.archive import Cast
     from h5traces.format.entries import SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.paths import PathLike
@@ -263,7 +264,22 @@ class _Verification:
         note = f"{counted(num_compared, 'sample')} compared with {path}"
         if metadata.losses:
             note += f", encoded as {metadata.precision}: the archive is not lossless"
+        elif metadata.is_lossless and not metadata.kept_layers and not report.problems:
+            note += ": the archive is lossless"
         report.notes.append(note)
+        report.notes += [_cast_note(each) for each in metadata.casts or () if each.num_changed != 0]
+        if metadata.casts is None:
+            report.notes.append("the archive does not say what was cast: keep the source")
+        if metadata.kept_layers:
+            missing = metadata.missing_layers
+            named = "layer {} is" if len(missing) == 1 else "layers {} are"
+            listed = f": {named.format(and_more(missing, 20))} not stored" if missing else ""
+            report.notes.append(f"holds {metadata.kept_layers}{listed}; keep the source")
+
+
+def _cast_note(cast: Cast) -> str:
+    changed = "an unknown number of" if cast.num_changed is None else f"{cast.num_changed:,}"
+    return f"compared after the cast to {cast.dtype} ({changed} values changed); keep the source"
 
 
 def sample_damage(

@@ -59,7 +59,7 @@ def convert(
     Nothing in a pickle is executed; samples stream through in bounded memory. Arrays are stored in
     float16 unless `--dtype` says otherwise; the summary says what the cast changed. Every archive
     is compared with its source before it gets its name. Delete a pickle only where the archive is
-    lossless, or where you can do without what was lost.
+    lossless and holds all layers, or where you can do without the rest.
 
     - `h5traces convert traces/ -o archives/`
     - `h5traces convert traces/ -o archives/ --dtype auto` keeps every bit

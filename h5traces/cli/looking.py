@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.checking.inspect import inspect as inspect_file
 from h5traces.checking.isolated import DEFAULT_MEMORY_NBYTES, DEFAULT_TIMEOUT, IsolationLimits
 from h5traces.checking.reports import ValidationReport

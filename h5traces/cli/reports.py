@@ -58,10 +58,18 @@ def print_conversion(report: ConversionReport) -> None:
     print_table(table)
     written = [each for each in report.files if each.status == "converted"]
     changed = [each for each in written if not each.is_lossless]
-    if written and not changed:
+    kept = list(dict.fromkeys(each.kept_layers for each in written if each.kept_layers))
+    if kept:
+        beginning = "holds" if changed else "lossless for"
+        print_line(f"{beginning} the {_only(', '.join(kept))}")
+    elif written and not changed:
         print_line("lossless: the archives hold every bit of their sources")
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
+
+
+def _only(kept: str) -> str:
+    return f"{kept} kept; the other layers are only in the source"
 
 
 def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
@@ -119,6 +127,9 @@ def print_inspection(result: Inspection) -> None:
         print_line(f"  precision: {', then '.join(losses) or 'exact'}")
         lossless = {True: "yes", False: "no", None: "unknown"}[metadata["is_lossless"]]
         changes = f" ({metadata['changes']})" if metadata["changes"] else ""
+        kept = metadata["kept_layers"]
+        if metadata["is_lossless"]:
+            changes = f", for the {_only(kept)}" if kept else " (every stored value)"
         print_line(f"  lossless: {lossless}{changes}")
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from h5traces.archive.opening import open as open_archive
 from h5traces.checking.salvage import salvage as salvage_archive
 from h5traces.checking.seal import seal as seal_archive
 from h5traces.cli import reports
@@ -156,6 +157,15 @@ def export(
             progress=update,
         )
     print_line(f"{'would write' if target.dry_run else 'wrote'} {path}")
+    if not target.dry_run:
+        # What a cast to --dtype changed stands in the new archive only.
+        casts: list[str] = []
+        for place in (source, path) if path.suffix == ".h5" else (source,):
+            with open_archive(place) as archive:
+                changed = [each for each in archive.metadata.casts or () if each.num_changed != 0]
+            casts += [str(each) for each in changed if each.cast_from != each.dtype]
+        if casts:
+            print_line(f"values are those of the archive: {', '.join(dict.fromkeys(casts))}")
 
 
 @command()

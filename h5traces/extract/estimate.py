@@ -10,12 +10,14 @@ from h5traces.extract.sizes import ModelShape, Rates, stated_rates
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS
 from h5traces.format.precision import EXACT, TIERS
+from h5traces.format.text import as_names
 from h5traces.storage.codecs import GZIP
 from h5traces.writing.options import PrecisionOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from h5traces.archive.selection import LayerChoice
     from h5traces.format.precision import Precision, Tier
 
 # Models with fewer layers are thinned out less.
@@ -90,8 +92,8 @@ def estimate(
     shape: ModelShape,
     lengths: int | Sequence[int],
     *,
-    layers: str | Iterable[int] | None = None,
-    kinds: Sequence[str] = (layout.HIDDEN_STATES, layout.ATTENTIONS),
+    layers: LayerChoice = None,
+    kinds: str | Sequence[str] = (layout.HIDDEN_STATES, layout.ATTENTIONS),
     precision: PrecisionOptions | Tier | Precision | None = None,
     rates: Rates | None = None,
     tier_rates: Mapping[Precision, Rates] | None = None,
@@ -136,6 +138,7 @@ def estimate(
     lengths = [lengths] if isinstance(lengths, int) else lengths
     options = PrecisionOptions.of(precision)
     dtype, codec = options.dtype or "float16", options.codec or GZIP.name
+    kinds = as_names(kinds)
     rates = (rates or stated_rates(dtype, codec)).of_kinds(kinds)
     everything = tuple(range(shape.num_layers))
     subset = spread(shape.num_layers)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.format.archive import AnswerCut
+from h5traces.format.text import as_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +105,7 @@ class ExtractOptions:
         No layer is chosen.
     """
 
-    layers: str | Sequence[int] | None = None
+    layers: str | int | Sequence[int] | None = None
     kinds: tuple[Kind, ...] = KINDS
     embedding: bool = False
     last_state: LastState = "final_norm"
@@ -123,6 +124,7 @@ class ExtractOptions:
                 expected = ", ".join(get_args(literal))
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
+        object.__setattr__(self, "kinds", as_names(self.kinds))
         if not self.kinds or not set(self.kinds) <= set(KINDS):
             message = f"kinds is {list(self.kinds)}, expected some of {', '.join(KINDS)}"
             raise ExtractionError(message)
@@ -130,7 +132,7 @@ class ExtractOptions:
             if getattr(self, name) < least:
                 message = f"{name} is {getattr(self, name)}, expected at least {least}"
                 raise ExtractionError(message)
-        if self.layers is not None and not len(self.layers):
+        if self.layers is not None and not isinstance(self.layers, int) and not len(self.layers):
             message = "no layer was chosen; expected 0-based numbers, or None for all layers"
             raise LayerIndexError(message)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.archive.stores import StoredSize
 from h5traces.errors import ExtractionError
 from h5traces.extract.estimate import Estimate, estimate

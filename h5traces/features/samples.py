@@ -14,6 +14,7 @@ from h5traces.errors import FeatureError, LayerIndexError
 from h5traces.features.components import fit_components
 from h5traces.features.reductions import FEATURES
 from h5traces.format import layout
+from h5traces.format.text import as_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -48,9 +49,9 @@ class SampleFeatures:
     problems: list[str] = field(default_factory=list)
 
 
-def definitions_of(names: Iterable[str]) -> list[FeatureDefinition]:
+def definitions_of(names: str | Iterable[str]) -> list[FeatureDefinition]:
     """The definitions of features by name, each once."""
-    wanted = list(dict.fromkeys(names))
+    wanted = list(dict.fromkeys(as_names(names)))
     unknown = [name for name in wanted if name not in FEATURES]
     if unknown or not wanted:
         message = f"no feature is called {', '.join(unknown)}" if unknown else "no feature is named"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.archive.archive import shared_metadata
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (
     FidelityReport,

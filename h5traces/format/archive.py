@@ -306,6 +306,21 @@ class ArchiveMetadata(Document):
             found.append("the archive does not say what was cast")
         return ", ".join(found)
 
+    @property
+    def kept_layers(self) -> str:
+        """Which part of the model's layers is stored, for people; empty if all are."""
+        if self.layers is None or len(self.layers) == self.num_layers:
+            return ""
+        of = "" if self.num_layers is None else f" of {self.num_layers}"
+        return f"{len(self.layers)}{of} layers"
+
+    @property
+    def missing_layers(self) -> tuple[int, ...]:
+        """The model's layers that are not stored, where their number is known."""
+        if self.layers is None or self.num_layers is None:
+            return ()
+        return tuple(each for each in range(self.num_layers) if each not in self.layers)
+
     @model_validator(mode="after")
     def _layers_fit(self) -> ArchiveMetadata:
         if self.layers is None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from h5traces.format.text import short_repr
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ReadLimits:
     """Upper bounds; the defaults are generous for real archives.
 
@@ -47,6 +49,8 @@ class ReadLimits:
     max_samples: int = 50_000_000
     max_kinds: int = 1000
     search_plugins: bool = False
+
+    __repr__ = short_repr
 
 
 DEFAULT_LIMITS = ReadLimits()

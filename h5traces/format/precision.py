@@ -84,6 +84,10 @@ class Precision(Document):
         if isinstance(tier, str) and tier not in TIERS:
             message = f"tier is {tier!r}, expected one of {', '.join(TIERS)}"
             raise PrecisionError(message)
+        if not isinstance(tier, (str, Precision)):
+            message = f"precision is {tier!r}, expected the name of a tier ({', '.join(TIERS)}), "
+            message += "a Precision or PrecisionOptions"
+            raise TypeError(message)
         start = TIERS[tier] if isinstance(tier, str) else tier
         wanted = {name: value for name, value in changes.items() if value is not None}
         if "attention_bits" in wanted and "head_mean" not in wanted and start.head_mean == "only":

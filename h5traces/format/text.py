@@ -8,8 +8,9 @@ text is stored as it is. ``schema/SPEC.md``, section Text, is normative.
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -96,6 +97,19 @@ def utc_now() -> str:
 def counted(number: int, one: str, many: str | None = None) -> str:
     """A number with its noun: ``1 sample``, ``2 samples``."""
     return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The names that a caller gave; text is one name, not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def short_repr(options: Any) -> str:
+    """A dataclass with those of its fields only that are not the default."""
+    default = type(options)()
+    stated = {each.name: getattr(options, each.name) for each in fields(options)}
+    told = [f"{name}={it!r}" for name, it in stated.items() if it != getattr(default, name)]
+    return f"{type(options).__name__}({', '.join(told)})"
 
 
 def and_more(names: Iterable[object], most: int = 5, *, separator: str = ", ") -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torch_geometric.data import Data
 
 from h5traces.archive.archive import Archive
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.errors import DatasetError
 from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
 from h5traces.graph.samples import ArchiveSamples, RecordSamples

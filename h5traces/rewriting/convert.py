@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from h5traces.archive.selection import Selection
+from h5traces.archive.selection import Selection, as_numbers
 from h5traces.errors import ConversionError
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
@@ -107,8 +107,8 @@ def convert(
     return report
 
 
-def _checked(layers: Iterable[int]) -> tuple[int, ...]:
-    chosen = tuple(sorted(set(layers)))
+def _checked(layers: int | Iterable[int]) -> tuple[int, ...]:
+    chosen = tuple(sorted(set(as_numbers(layers))))
     if not chosen:
         message = "layers is empty; expected at least one 0-based layer number"
         raise ConversionError(message)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from h5traces.archive.opening import open_archive
-from h5traces.archive.selection import choose_layers
+from h5traces.archive.opening import open as open_archive
+from h5traces.archive.selection import as_numbers, choose_layers
 from h5traces.errors import (
     ArchiveExistsError,
     ConversionError,
@@ -274,6 +274,7 @@ class _Conversion:
         with open_archive(report.targets) as archive:
             metadata = archive.metadata
         report.is_lossless, report.changes = metadata.is_lossless, metadata.changes
+        report.kept_layers = metadata.kept_layers
         report.warnings += coverage_warnings(coverage) + cast_warnings(counts, self._options.write)
 
 
@@ -308,7 +309,7 @@ def _records(source: Path, number: int, layers: LayerChoice) -> Iterator[_Ready]
 def _chosen(source: Path, layers: LayerChoice) -> tuple[int, ...] | None:
     """Layer numbers; text may say ``last``, which is the source's."""
     if layers is None or not isinstance(layers, str):
-        return None if layers is None else tuple(layers)
+        return None if layers is None else as_numbers(layers)
     with open_source(source) as opened:
         next(opened, None)
         return choose_layers(layers, range(opened.num_layers), f"{source} has")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import ConversionError
-from h5traces.paths import DEFAULT_NAME, check_not_a_source, expand_paths
+from h5traces.paths import DEFAULT_NAME, check_not_a_source, expand_paths, listed_sources
 from h5traces.sources.opening import SOURCE_SUFFIXES, source_stem
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ def plan_jobs(
     """The jobs of a conversion, and the files that are passed over."""
     named: list[tuple[Path, Path]] = []
     leftovers: list[Leftover] = []
-    for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
-        _collect(Path(source), named, leftovers)
+    for source in listed_sources(sources):
+        _collect(Path(str(source)), named, leftovers)
     if not named and not leftovers:
         message = f"there is nothing to convert; expected files ending in {_SUFFIXES}"
         raise ConversionError(message)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.labels import FileLabels, sidecar_path
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.errors import ArchiveExistsError, OptionError, Problem, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import LabelSidecar

@@ -53,7 +53,9 @@ class FileReport:
     raw_nbytes, stored_nbytes
         Bytes of the arrays as stored before and after compression, by kind.
     is_lossless
-        Whether the archives hold every bit of the sources; None if they were not written.
+        Whether every stored array holds every bit of its source; None if none were written.
+    kept_layers
+        Such as ``3 of 6 layers`` where the archives hold some only; empty if they hold all.
     changes
         What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
@@ -75,6 +77,7 @@ class FileReport:
     raw_nbytes: dict[str, int] = field(default_factory=dict)
     stored_nbytes: dict[str, int] = field(default_factory=dict)
     is_lossless: bool | None = None
+    kept_layers: str = ""
     changes: str = ""
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -148,10 +151,11 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
         if each.num_overflow:
             found.append(f"{kind}: {each.num_overflow} values are beyond {stored}; {treatment}")
         if each.num_to_zero or each.num_to_subnormal:
+            parts = {"became 0": each.num_to_zero, "lost precision": each.num_to_subnormal}
+            told = " and ".join(
+                f"{n} value{'s' * (n != 1)} {what}" for what, n in parts.items() if n
+            )
             # Tiers have one stored type.
             remedy = "; dtype='auto' keeps every bit" if options.precision.is_exact else ""
-            found.append(
-                f"{kind}: {each.num_to_zero} values became 0 and {each.num_to_subnormal} lost "
-                f"precision as subnormal numbers of {stored}{remedy}"
-            )
+            found.append(f"{kind}: {told} (too small for {stored}){remedy}")
     return found

@@ -17,11 +17,11 @@ import xxhash
 from torch.utils.data import Dataset
 
 from h5traces.archive.archive import Archive
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
 from h5traces.errors import DatasetError, LayerIndexError, SampleIndexError
 from h5traces.format import layout
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, as_names
 from h5traces.torch_data.tensors import (
     TOKEN_CHOICES,
     NonFinite,
@@ -147,12 +147,12 @@ class TraceDataset(Dataset[Item]):
         self,
         source: Archive | PathLike | Iterable[PathLike],
         *,
-        kinds: Iterable[str] = (layout.HIDDEN_STATES,),
+        kinds: str | Iterable[str] = (layout.HIDDEN_STATES,),
         layers: int | Iterable[int] | None = None,
         tokens: TokenChoice | Tokens = "all",
         dtype: torch.dtype | None = None,
         labels: Mapping[Any, Any] | str | Labels | None = None,
-        fields: Iterable[str] = (),
+        fields: str | Iterable[str] = (),
         indices: SampleChoice = None,
         non_finite: NonFinite = "error",
         threads: int = 1,
@@ -161,7 +161,7 @@ class TraceDataset(Dataset[Item]):
         taken = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
         _check_options(taken, non_finite, threads)
         self.archive = source if isinstance(source, Archive) else open_archive(source)
-        self.kinds, self.fields = tuple(kinds), tuple(fields)
+        self.kinds, self.fields = as_names(kinds), as_names(fields)
         one_layer = isinstance(layers, int)
         wanted = (layers,) if isinstance(layers, int) else layers
         numbers = self.archive.layers if wanted is None else tuple(wanted)

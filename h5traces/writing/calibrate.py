@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from h5traces.archive.opening import open_archive
+from h5traces.archive.opening import open as open_archive
 from h5traces.archive.scales import stored_statistics
-from h5traces.archive.selection import choose_layers
+from h5traces.archive.selection import as_numbers, choose_layers
 from h5traces.archive.stores import Hdf5Store
 from h5traces.errors import ArchiveExistsError, PrecisionError, __version__
 from h5traces.format import layout
@@ -155,7 +155,7 @@ class Measurement:
     """Measures the hidden states of samples, layers side by side."""
 
     def __init__(self, layers: LayerChoice = None) -> None:
-        self._layers = layers if layers is None or isinstance(layers, str) else frozenset(layers)
+        self._layers = layers if layers is None or isinstance(layers, str) else as_numbers(layers)
         self._accumulators: dict[str, ChannelAccumulator] = {}
         # Each thread holds copies of a layer.
         self._pool = ThreadPoolExecutor(os.cpu_count())
@@ -194,7 +194,7 @@ class Measurement:
             # The first sample says which layer is the last.
             states = list(states)
             found = {layer for path, _ in states if (layer := _layer(path)) is not None}
-            self._layers = frozenset(choose_layers(self._layers, sorted(found)))
+            self._layers = choose_layers(self._layers, sorted(found))
         layers = self._layers
         return [
             (path, values)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import OptionError, PrecisionError
 from h5traces.format.precision import EXACT, Precision
-from h5traces.format.text import counted
+from h5traces.format.text import counted, short_repr
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _HALF_NBYTES: Final = 2
 _MANY_EXCEPTIONS: Final = 0.005
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PrecisionOptions:
     """How precisely hidden states and attentions are stored, and with which codec.
 
@@ -62,6 +62,8 @@ class PrecisionOptions:
     on_overflow: OverflowPolicy = "float32"
     codec: str | None = None
 
+    __repr__ = short_repr
+
     @classmethod
     def of(cls, value: PrecisionOptions | Tier | Precision | None) -> PrecisionOptions:
         """The options that a caller gave as such, as a tier, or as a `Precision`."""
@@ -79,7 +81,7 @@ class PrecisionOptions:
         return EXACT if self.tier is None else Precision.of(self.tier)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TargetOptions:
     """What happens to the archives that are written.
 
@@ -115,6 +117,8 @@ class TargetOptions:
         if self.overwrite and self.skip_existing:
             message = "overwrite=True and skip_existing=True contradict each other; leave one out"
             raise OptionError(message)
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

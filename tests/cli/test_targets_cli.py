@@ -222,6 +222,27 @@ def test_convert_says_what_the_cast_changed(tmp_path: Path) -> None:
     for number, options in enumerate((["--dtype", "auto"], ["--dtype", "float32"])):
         found = run("convert", source, "-o", tmp_path / f"c{number}.h5", *options)
         assert "lossless: the archives hold every bit" in found.stdout
+    assert "lossless: yes (every stored value)" in run("inspect", tmp_path / "c0.h5").stdout
+    rest = "the 1 of 2 layers kept; the other layers are only in the source"
+    options = ["--layers", "0"]
+    found = run("convert", source, "-o", tmp_path / "e.h5", "--dtype", "auto", *options)
+    assert f"lossless for {rest}" in found.stdout
+    assert "every bit" not in found.stdout
+    found = run("inspect", tmp_path / "e.h5")
+    assert f"lossless: yes, for {rest}" in found.stdout
+    found = run("convert", source, "-o", tmp_path / "f.h5", *options)
+    assert f"holds {rest}" in found.stdout
+    assert "lossless" not in found.stdout
+    for name in ("a.pkl", "a32.h5"):
+        found = run("export", tmp_path / "a.h5", "-o", tmp_path / "out" / name)
+        told = f"values are those of the archive: cast float32 -> float16 changed {changed} values"
+        assert told in found.stdout
+    for name in ("b.pkl", "b32.h5"):
+        found = run("export", tmp_path / "c0.h5", "-o", tmp_path / "out" / name)
+        assert "cast" not in found.stdout
+    half = ["--dtype", "float16"]
+    found = run("export", tmp_path / "c0.h5", "-o", tmp_path / "out" / "b16.h5", *half)
+    assert f"cast float32 -> float16 changed {changed} values" in found.stdout
     found = run("convert", source, "-o", tmp_path / "d.h5", "--tier", "native")
     assert "lossless" not in found.stdout
     assert "native (" in found.stdout

@@ -18,9 +18,9 @@ SCORES = [0.1, 0.7, 0.31, 0.5, 0.9, 0.2, 0.4, 0.6]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the archives and the table that the documents speak of."""
+    """A folder with the archives of README's first steps, and the table that the documents name."""
     batch = next((ROOT / "examples" / "legacy").glob("*.pkl.gz"))
-    h5traces.convert(batch, tmp_path / "run.h5")
+    h5traces.convert(batch, tmp_path / "run.h5", layers=[0, 2, 5], merge=True)
     h5traces.convert(batch, f"{tmp_path}/archives/")
     ids = h5traces.open(tmp_path / "run.h5").ids
     rows = [f"{name},{score}" for name, score in zip(ids, SCORES, strict=True)]
@@ -51,6 +51,11 @@ def test_labels(folder: Path) -> None:
     for made in ("archives", "labelled.h5"):
         assert h5traces.open(folder / made).labels == expected
 
+    (folder / "run.h5").rename("moved.h5")
+    assert h5traces.open("moved.h5").labels == (None,) * 8
+    (folder / "run.h5.labels.json").rename("moved.h5.labels.json")
+    assert h5traces.open("moved.h5").labels == expected
+
 
 @pytest.mark.usefixtures("folder")
 def test_features() -> None:
@@ -59,7 +64,7 @@ def test_features() -> None:
     names: dict[str, object] = {}
     for code in blocks("python", "docs/features.md"):
         exec(code, names)
-    archive = h5traces.open("run.h5")
+    archive = h5traces.open("archives/")
     last = [[states[-1] for states in trace["hidden_states"]] for trace in archive]
     np.testing.assert_array_equal(names["x"], np.array(last, np.float32))
     assert names["entropy"].shape == (8, 6, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import pickle
 import shutil
@@ -151,6 +152,38 @@ def test_reading_many_at_once(archive: h5traces.Archive) -> None:
         archive.read([0], layers=[9])
 
 
+def test_one_index_layer_and_kind_will_do(archive: h5traces.Archive) -> None:
+    assert archive.select(layers=2).layers == (2,)
+    assert ids(archive.select(samples=3)) == ["tc_3"]
+    (found,) = archive.read(5, layers=1, kinds="hidden_states")
+    assert_same(found, {"hidden_states": [BATCH[5]["hidden_states"][1]]})
+    for kinds in ("hidden_state", ["hidden_states", "hidden_state"]):
+        with pytest.raises(ValueError, match=r"'hidden_state' is unknown; .* hidden_states"):
+            archive.read([0], kinds=kinds)
+    with pytest.raises(TypeError, match=r"archive\.by_id\('tc_3'\)"):
+        archive["tc_3"]  # type: ignore[call-overload]
+
+
+def test_a_view_has_its_layers_only(archive: h5traces.Archive) -> None:
+    trace = archive.select(layers=[1])[0]
+    assert_same(trace.layer(1), BATCH[0]["hidden_states"][1])
+    for kind in ("hidden_states", "attentions"):
+        with pytest.raises(LayerIndexError, match=r"layer 0 of .* not selected; .* layers \[1\]"):
+            trace.layer(0, kind)
+    with pytest.raises(ValueError, match="'hidden' is unknown"):
+        trace.layer(1, "hidden")
+
+
+def test_signatures_and_errors_name_the_public_function(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^open\(\) got an unexpected keyword argument 'exact'"):
+        h5traces.open(tmp_path, exact=True)  # type: ignore[call-arg]
+    assert h5traces.open.__name__ == "open"
+    assert "ReadLimits = ReadLimits()," in str(inspect.signature(h5traces.open)).replace("'", "")
+    assert repr(TargetOptions(workers=2)) == "TargetOptions(workers=2)"
+    with pytest.raises(TypeError, match="precision is 3, expected the name of a tier"):
+        h5traces.create(tmp_path / "a.h5", precision=3)  # type: ignore[arg-type]
+
+
 # --- ids ----------------------------------------------------------------------------------------
 
 
@@ -232,7 +265,8 @@ def test_shards_of_different_models_are_refused(path: Path, tmp_path: Path) -> N
 
 def test_nothing_to_open(tmp_path: Path) -> None:
     for missing in (tmp_path / "missing.h5", tmp_path / "*.h5", tmp_path):
-        with pytest.raises(FileNotFoundError, match="nothing that matches"):
+        told = r"nothing that matches|holds no \.h5 or \.hdf5 file"
+        with pytest.raises(FileNotFoundError, match=told):
             h5traces.open(missing)
     with pytest.raises(ArchiveError, match="no archive to open"):
         h5traces.open([])

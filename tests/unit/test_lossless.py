@@ -254,3 +254,37 @@ def test_inspect_shows_it(tmp_path: Path) -> None:
     facts = found.metadata
     assert facts["is_lossless"] is False
     assert facts["changes"] == f"cast float32 -> float16 changed {changed(source)} values"
+
+
+def test_left_out_layers_are_named(tmp_path: Path) -> None:
+    source = batch("float32", exactly_half=True)
+    archive_of(tmp_path, source)
+    report = h5traces.convert(tmp_path / "a.pkl", tmp_path / "one.h5", layers=1)
+    assert report.files[0].is_lossless is True
+    assert report.files[0].kept_layers == "1 of 2 layers"
+    found = metadata_of(tmp_path / "one.h5")
+    assert (found.kept_layers, found.missing_layers) == ("1 of 2 layers", (0,))
+    whole = metadata_of(tmp_path / "a.h5")
+    assert (whole.kept_layers, whole.missing_layers) == ("", ())
+    every = h5traces.convert(tmp_path / "a.pkl", tmp_path / "every.h5", layers=[0, 1])
+    assert every.files[0].kept_layers == ""
+    repack(tmp_path / "a.h5", tmp_path / "fewer.h5", layers=[0])
+    assert metadata_of(tmp_path / "fewer.h5").kept_layers == "1 of 2 layers"
+
+
+def test_verify_says_what_is_only_in_the_source(tmp_path: Path) -> None:
+    def notes(name: str) -> list[str]:
+        report = h5traces.verify(tmp_path / f"{name}.h5", against=tmp_path / "a.pkl")
+        assert report.ok
+        return report.notes
+
+    source = batch("float32")
+    archive_of(tmp_path, source)
+    start = f"2 samples compared with {tmp_path / 'a.pkl'}"
+    cast = "compared after the cast to float16 ({} values changed); keep the source"
+    assert notes("a") == [start, cast.format(changed(source))]
+    options = PrecisionOptions(dtype="float32")
+    h5traces.convert(tmp_path / "a.pkl", tmp_path / "same.h5", precision=options)
+    assert notes("same") == [f"{start}: the archive is lossless"]
+    h5traces.convert(tmp_path / "a.pkl", tmp_path / "one.h5", precision=options, layers=0)
+    assert notes("one") == [start, "holds 1 of 2 layers: layer 1 is not stored; keep the source"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h5traces.errors import ArchiveError, TargetError
+import h5traces
+from h5traces.errors import ArchiveError, NotAnArchiveError, TargetError
 from h5traces.paths import Target, check_not_a_source, expand_paths
 from h5traces.storage.remote.paths import RemotePath
 
@@ -246,3 +249,41 @@ def test_file_urls_name_files_in_any_case(tmp_path):
         assert expand_paths(url) == [tmp_path / "run.h5"]
         with pytest.raises(TargetError, match="is one of the sources"):
             check_not_a_source("run.h5", [url])
+
+
+@pytest.mark.parametrize("value", [3, None, b"a.h5", [b"a.h5"], [3], {"a.h5": 1}])
+def test_what_is_no_name_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="expected the name of a file, a glob or a folder"):
+        h5traces.open(value)
+    with pytest.raises(TypeError, match="expected the name of a file, a glob or a folder"):
+        h5traces.load(value)
+
+
+def test_samples_in_memory_are_no_sources(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"not dict; h5traces\.create writes samples"):
+        h5traces.convert([{"tokens": [1]}], tmp_path / "x.h5")  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("value", ["", [""], ["a.h5", ""]])
+def test_an_empty_name_is_not_the_current_folder(value: Any, tmp_path: Path) -> None:
+    for run in (h5traces.open, lambda each: h5traces.convert(each, tmp_path / "x.h5")):
+        with pytest.raises(FileNotFoundError, match=r"name of a source is empty|a\.h5: no such"):
+            run(value)
+    with pytest.raises(FileNotFoundError, match="name of a source is empty"):
+        h5traces.load("")
+
+
+def test_a_folder_without_archives_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no \.h5 or \.hdf5 file$"):
+        h5traces.open(tmp_path)
+    (tmp_path / "notes.txt").write_text("no archive")
+    for name in ("a.pkl", "b.pkl.gz"):
+        (tmp_path / name).write_bytes(b"\x80\x04N.")
+    with pytest.raises(FileNotFoundError, match=r"but 2 pickled batches; h5traces\.convert"):
+        h5traces.open(tmp_path)
+    (tmp_path / "b.pkl.gz").write_bytes(gzip.compress(b"\x80\x04N."))
+    for name in ("a.pkl", "b.pkl.gz"):
+        with pytest.raises(NotAnArchiveError, match=r"looks like a pickled batch.*h5traces\.load"):
+            h5traces.open(tmp_path / name)
+    with pytest.raises(NotAnArchiveError, match="expected an archive that h5traces wrote"):
+        h5traces.open(tmp_path / "notes.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from h5traces.archive.selection import Selection, choose_layers, choose_samples
@@ -78,3 +79,13 @@ def test_text_is_checked_before_anything_is_opened():
     with pytest.raises(SampleIndexError):
         Selection(samples="a:b")
     assert Selection(layers="0,last", samples="0:100").layers == "0,last"
+
+
+def test_one_number_is_a_choice():
+    assert choose_layers(2, range(4)) == (2,)
+    assert choose_layers(np.int64(2), range(4)) == (2,)
+    assert choose_samples(-1, 4) == (3,)
+    with pytest.raises(LayerIndexError, match="layer 4 was asked for"):
+        choose_layers(4, range(4))
+    with pytest.raises(TypeError, match="float"):
+        choose_layers(1.5, range(4))

@@ -79,6 +79,10 @@ def require_zstd() -> None:
         raise MissingFilterError(message)
 
 
+# Of pickles of protocol 2 to 5, and of gzip.
+_BATCH_BEGINNINGS: Final = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x1f\x8b")
+
+
 def check_superblock(path: Path) -> None:
     """Reject a file before HDF5 opens it, by its first bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
@@ -86,6 +90,11 @@ def check_superblock(path: Path) -> None:
         nbytes = file.seek(0, os.SEEK_END)
     if not block.startswith(layout.HDF5_SIGNATURE):
         message = f"{path}: is not an HDF5 file; expected an archive that h5traces wrote"
+        if block.startswith(_BATCH_BEGINNINGS):
+            message = (
+                f"{path}: looks like a pickled batch, not an archive; convert it with "
+                "h5traces.convert, or read it with h5traces.load"
+            )
         raise NotAnArchiveError(message)
     if len(block) < _SUPERBLOCK.size + _END.size:
         message = f"{path}: ends within its first {len(block)} bytes; it was truncated"

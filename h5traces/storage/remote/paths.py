@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from h5traces.errors import RemoteError
+from h5traces.format.text import short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,7 +88,7 @@ class RemotePath:
         return _SECRETS.sub("…", self.url) if self.is_web else self.url
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RemoteOptions:
     """Options for remote archives.
 
@@ -120,6 +121,8 @@ class RemoteOptions:
     max_gap_nbytes: int = 256 << 10
     max_request_nbytes: int = 16 << 20
     max_parallel: int = 8
+
+    __repr__ = short_repr
 
 
 DEFAULT_REMOTE = RemoteOptions()
