@@ -88,6 +88,10 @@ class TargetError(ArchiveError, ValueError):
     """The output is not a valid name, or is one of the files that are read; name another."""
 
 
+class OptionError(H5TracesError, ValueError):
+    """Options or sources contradict each other or the files; the message says which."""
+
+
 class SchemaError(H5TracesError, ValueError):
     """Metadata or a record does not fit the schema; `problems` lists every finding."""
 

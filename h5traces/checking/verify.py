@@ -14,7 +14,13 @@ from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
 from h5traces.checking.reports import FileReport, Reports
 from h5traces.checking.validate import validate_file
-from h5traces.errors import CorruptArchiveError, H5TracesError, LossyArchiveError, NotAnArchiveError
+from h5traces.errors import (
+    CorruptArchiveError,
+    H5TracesError,
+    LossyArchiveError,
+    NotAnArchiveError,
+    OptionError,
+)
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import difference, sample_difference, sample_digest
@@ -22,7 +28,7 @@ from h5traces.format.document import Attrs, from_attributes, to_attributes
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, counted
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
 from h5traces.sources.opening import open_source
@@ -97,12 +103,17 @@ def verify(
     ------
     FileNotFoundError
         A path does not exist, or a folder or glob holds no archive.
+    OptionError
+        `against` is a folder.
     ConversionError
         `against` cannot be read.
     LossyArchiveError
         `against` cannot be compared with an archive made of one that had lost precision.
     """
     source = None if against is None else Path(against)
+    if source is not None and source.is_dir():
+        message = f"{source}: is a folder; 'against' expected one batch file"
+        raise OptionError(message)
     reports = Reports[VerifyReport]()
     for path in expand_paths(sources):
         report = VerifyReport(str(path), nbytes=path.stat().st_size)
@@ -262,7 +273,7 @@ class _Verification:
                     report.add(loc, error)
                 num_compared += 1
                 self._progress(*source.progress)
-        note = f"{num_compared} samples compared with {path}"
+        note = f"{counted(num_compared, 'sample')} compared with {path}"
         if metadata.losses:
             note += f", encoded as {metadata.precision}: the archive is not lossless"
         elif metadata.is_lossless and not metadata.kept_layers and not report.problems:

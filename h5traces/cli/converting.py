@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.command import EXIT_PROBLEMS, command
+from h5traces.cli.command import EXIT_PROBLEMS, EXIT_USAGE, command
 from h5traces.cli.console import bytes_progress, count_progress, fail, print_json, print_line, warn
 from h5traces.cli.options import (
     OUTPUT,
@@ -21,6 +21,7 @@ from h5traces.cli.options import (
     option,
 )
 from h5traces.errors import ConversionError
+from h5traces.format.text import counted
 from h5traces.rewriting.convert import convert as convert_batches
 from h5traces.rewriting.reports import Progress
 from h5traces.storage.codecs import tools_note
@@ -69,7 +70,7 @@ def convert(
     with bytes_progress("convert") as update:
 
         def progress(state: Progress) -> None:
-            text = f"{state.source.name}: {state.num_samples} samples"
+            text = f"{state.source.name}: {counted(state.num_samples, 'sample')}"
             update(state.done_nbytes, state.total_nbytes, text)
 
         report = convert_batches(
@@ -98,7 +99,9 @@ def convert(
     for leftover in report.leftovers:
         fail(leftover.reason)
     if not report.ok:
-        raise typer.Exit(EXIT_PROBLEMS)
+        failed = [each for each in report.files if each.error is not None]
+        is_usage = not report.leftovers and all(each.is_usage_error for each in failed)
+        raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS)
 
 
 @command(ConversionError)
@@ -141,8 +144,8 @@ def calibrate(
     else:
         print_line(
             f"{'would write' if target.dry_run else 'wrote'} {report.path}: "
-            f"{len(report.layers)} layers, {report.hidden_size} channels, measured on "
-            f"{report.num_tokens} tokens of {report.num_samples} samples"
+            f"{counted(len(report.layers), 'layer')}, {report.hidden_size} channels, measured on "
+            f"{counted(report.num_tokens, 'token')} of {counted(report.num_samples, 'sample')}"
         )
     if report.num_tokens < _FEW_TOKENS:
         warn(

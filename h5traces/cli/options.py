@@ -152,7 +152,11 @@ def _precision(
         "head_mean": head_mean,
         "mantissa_bits": mantissa_bits,
     }
-    if any(each is not None for each in changes.values()):
+    named = [f"--{name.replace('_', '-')}" for name, each in changes.items() if each is not None]
+    if named and tier == "exact":
+        message = f"--tier exact is without quantisation, {', '.join(named)} with; leave one out"
+        raise typer.BadParameter(message)
+    if named:
         chosen = Precision.of(tier or "exact", **changes)
     return PrecisionOptions(
         tier=chosen,

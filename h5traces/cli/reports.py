@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from h5traces.cli.console import cell, first_lines, human_size, print_line, print_table, warn
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
@@ -109,12 +109,13 @@ def print_rewrite(report: RepackReport, *, dry_run: bool) -> None:
     targets = report.targets[0]
     if len(report.targets) > 1:
         targets += f" … {report.targets[-1]}"
-    how = "chunks copied" if report.copied else "compressed anew"
+    how = "chunks copied" if report.copied else "recompressed"
+    samples = counted(report.num_samples, "sample")
     if dry_run:
-        print_line(f"would write {targets}: {report.num_samples} samples, {how}")
+        print_line(f"would write {targets}: {samples}, {how}")
         return
     sizes = f"{human_size(report.source_nbytes)} -> {human_size(report.target_nbytes)}"
-    print_line(f"wrote {targets}: {report.num_samples} samples, {sizes}, {how}")
+    print_line(f"wrote {targets}: {samples}, {sizes}, {how}")
 
 
 def print_inspection(result: Inspection) -> None:
@@ -144,7 +145,9 @@ def print_inspection(result: Inspection) -> None:
     coverage = ", ".join(f"{count} {name}" for name, count in result.coverage.items())
     print_line(f"  coverage: {coverage}")
     for kind, size in sorted(result.sizes.items()):
-        line = f"  {kind}: {size['num_datasets']} arrays, {human_size(size['raw_nbytes'])}"
+        line = (
+            f"  {kind}: {counted(size['num_datasets'], 'array')}, {human_size(size['raw_nbytes'])}"
+        )
         if size.get("stored_nbytes"):
             ratio = size["stored_nbytes"] / size["raw_nbytes"]
             line += f" stored in {human_size(size['stored_nbytes'])} ({ratio:.3f})"
@@ -220,7 +223,7 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
 def print_validation(found: list[ValidationReport]) -> None:
     """Every problem on its own line, and a verdict per file."""
     for each in found:
-        _print_checked(each, "valid", f"{each.num_datasets} datasets")
+        _print_checked(each, "valid", counted(each.num_datasets, "dataset"))
 
 
 def print_verification(found: list[VerifyReport]) -> None:
@@ -250,8 +253,8 @@ def _print_checked(report: ValidationReport | VerifyReport, good: str, size: str
         print_line(f"{report.path}:{line}")
     for note in report.notes:
         print_line(f"{report.path}: note: {note}")
-    verdict = good if report.ok else f"{len(report.problems)} problems"
-    print_line(f"{report.path}: {verdict} ({report.num_samples} samples, {size})")
+    verdict = good if report.ok else counted(len(report.problems), "problem")
+    print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size})")
 
 
 def print_labels(report: LabelReport, *, dry_run: bool) -> None:
@@ -272,14 +275,14 @@ def print_labels(report: LabelReport, *, dry_run: bool) -> None:
     if report.num_repeated:
         print_line(f"  {report.num_repeated} rows repeat an earlier one")
     if report.num_replaced:
-        print_line(f"  {report.num_replaced} samples had another label before")
+        print_line(f"  {counted(report.num_replaced, 'sample')} had another label before")
 
 
 def print_features(report: FeatureReport, *, dry_run: bool) -> None:
     """The shape of every feature."""
     size = "" if dry_run else f" ({human_size(report.nbytes)})"
     print_line(f"{'would write' if dry_run else 'wrote'} {report.target}{size}")
-    print_line(f"  {report.num_samples} samples, {report.num_labelled} with a label")
+    print_line(f"  {counted(report.num_samples, 'sample')}, {report.num_labelled} with a label")
     print_line(f"  layers {report.layers}")
     for name, shape in report.shapes.items():
         print_line(f"  {name}: {tuple(shape)} float32")
@@ -291,7 +294,7 @@ def print_features(report: FeatureReport, *, dry_run: bool) -> None:
 def print_fidelity(report: FidelityReport) -> None:
     """A table for every kind, a row for every layer."""
     print_line(
-        f"{report.num_samples} samples, matched by {report.matched_by}; "
+        f"{counted(report.num_samples, 'sample')}, matched by {report.matched_by}; "
         f"edges are above {report.threshold:g}"
     )
     for each in report.kinds:
@@ -343,9 +346,13 @@ def unmatched_lines(found: Unmatched, which: str) -> list[str]:
     lines = []
     if found.samples:
         named = and_more(found.samples, 3)
-        lines.append(f"{len(found.samples)} samples are only in {which}: {named}")
+        only = counted(len(found.samples), "sample is", "samples are")
+        lines.append(f"{only} only in {which}: {named}")
     kinds = found.kinds().items()
-    lines += [f"{count} layers of {kind} are only in {which}" for kind, count in kinds]
+    lines += [
+        f"{counted(count, f'layer of {kind} is', f'layers of {kind} are')} only in {which}"
+        for kind, count in kinds
+    ]
     return lines
 
 
@@ -365,8 +372,8 @@ def print_extraction(report: ExtractionReport) -> None:
             )
             print_estimate(found, sequences="every answer at its largest length")
         print_line(
-            f"{report.num_planned} samples: {human_size(report.needed_nbytes)} needed at most, "
-            f"with the room to pack a shard; {human_size(report.free_nbytes)} free"
+            f"{counted(report.num_planned, 'sample')}: {human_size(report.needed_nbytes)} needed "
+            f"at most, with the room to pack a shard; {human_size(report.free_nbytes)} free"
         )
         return
     line = (
@@ -381,7 +388,8 @@ def print_extraction(report: ExtractionReport) -> None:
         )
     print_line(line)
     if report.halved:
-        print_line(f"{len(report.halved)} batches did not fit into memory and were halved")
+        halved = counted(len(report.halved), "batch", "batches")
+        print_line(f"{halved} did not fit into memory, and ran as halves")
 
 
 def print_estimate(found: Estimate, *, sequences: str = "") -> None:

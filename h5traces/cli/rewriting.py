@@ -29,7 +29,7 @@ from h5traces.cli.options import (
 )
 from h5traces.errors import ConversionError
 from h5traces.format.dtypes import DtypePolicy
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, counted
 from h5traces.paths import expand_paths
 from h5traces.rewriting.export import export as export_archive
 from h5traces.rewriting.label import THRESHOLD, LabelReport, ScoreColumns
@@ -242,15 +242,16 @@ def label(
 
 def _warn(report: LabelReport) -> None:
     """What did not join, on stderr."""
-    found = {
-        "samples without a score stay without a label": report.missing,
-        "samples share an id and stay without a label": report.ambiguous,
-        "ids of the table are in none of the archives": report.unknown,
-        "rows of the table have no score": report.unscored,
-    }
-    for what, names in found.items():
+    rest = "without a label"
+    found = [
+        (report.missing, "sample without a score stays", "samples without a score stay", rest),
+        (report.ambiguous, "sample shares an id and stays", "samples share an id and stay", rest),
+        (report.unknown, "id of the table is", "ids of the table are", "in none of the archives"),
+        (report.unscored, "row of the table has", "rows of the table have", "no score"),
+    ]
+    for names, one, many, rest in found:
         if names:
-            warn(f"{len(names)} {what}: {and_more(names)}")
+            warn(f"{counted(len(names), one, many)} {rest}: {and_more(names)}")
 
 
 @command()
@@ -285,7 +286,7 @@ def seal(
         elif not json:
             done = "already sealed" if each.already_sealed else "would seal it"
             done = "sealed" if each.sealed else done
-            print_line(f"{each.path}: {done}, {each.num_samples} samples")
+            print_line(f"{each.path}: {done}, {counted(each.num_samples, 'sample')}")
     if any(each.edited and not accept_edits and not each.already_sealed for each in found):
         raise typer.Exit(EXIT_PROBLEMS)
 
@@ -311,10 +312,9 @@ def salvage(
     if json:
         print_json(report.as_dict())
     else:
+        lost = f"lost {report.lost_samples}" if report.lost_samples else "none lost"
         done = "would save" if target.dry_run else "saved"
-        print_line(
-            f"{done} {report.num_saved} samples in {report.target}, lost {report.lost_samples}"
-        )
+        print_line(f"{done} {counted(report.num_saved, 'sample')} in {report.target}, {lost}")
     for each in report.lost:
         warn(f"{source}: {each.loc}: {each.message}")
     if report.lost:

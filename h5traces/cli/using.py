@@ -10,7 +10,7 @@ from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, first_lines, print_json, warn
 from h5traces.cli.options import KEEP, OUTPUT, Archives, Json, Layers, NewFile, Workers, option
-from h5traces.errors import H5TracesError
+from h5traces.errors import FidelityError
 from h5traces.features import PcaOptions, extract_features
 from h5traces.fidelity import FidelityReport, compare
 
@@ -120,7 +120,7 @@ def _listed(value: str | None, names: dict[str, str], option: str) -> list[str]:
     return [names[part] for part in chosen]
 
 
-@command(H5TracesError, OSError)
+@command(FidelityError)
 def fidelity(
     a: Annotated[str, typer.Argument(metavar="A", help="The reference: archive, glob or folder.")],
     b: Annotated[

@@ -65,7 +65,7 @@ class Question:
             return cls(text, str(sample_id), tuple(value.get("answers", ())), number)
         except (KeyError, TypeError, AttributeError) as error:
             message = (
-                f"question {number}: found a {type(value).__name__}, expected text, or a dict with "
+                f"question {number}: found {type(value).__name__}, expected text, or a dict with "
                 "'question' and optionally 'question_id' and 'answers'"
             )
             raise ExtractionError(message) from error

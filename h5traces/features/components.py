@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.errors import FeatureError, MissingDependencyError
+from h5traces.errors import MissingDependencyError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,7 +73,7 @@ def fit_components(blocks: Iterable[NDArray[Any]], num_components: int) -> Princ
     """
     if num_components < 1:
         message = f"num_components is {num_components}, expected at least 1"
-        raise FeatureError(message)
+        raise OptionError(message)
     num_kept = min(4 * num_components + 64, num_components + 512)
     batch_rows = max(_BATCH_ROWS, 2 * num_kept)
     make, fitting = require_scikit_learn(), None
@@ -94,7 +94,7 @@ def fit_components(blocks: Iterable[NDArray[Any]], num_components: int) -> Princ
                 f"{num_components} components were asked for, but {len(rows)} rows of width "
                 f"{rows.shape[1]} have {max(0, most)} at most; ask for fewer, or give more samples"
             )
-            raise FeatureError(message)
+            raise OptionError(message)
         fitting = make(min(num_kept, *rows.shape), copy=False)
     fitting.partial_fit(rows)
     return PrincipalComponents(

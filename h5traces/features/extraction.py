@@ -14,7 +14,7 @@ from h5traces.archive.archive import shared_metadata
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.errors import ArchiveExistsError, FeatureError, __version__
+from h5traces.errors import ArchiveExistsError, FeatureError, OptionError, __version__
 from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
@@ -152,6 +152,8 @@ def extract_features(
         `output` exists.
     TargetError
         `output` is one of the sources, under any name, or ends in another suffix.
+    OptionError
+        `pca` is of no hidden states, or asks for more components than the samples have.
     MissingDependencyError
         `pca` needs scikit-learn, or ``.parquet`` needs pyarrow, and it is not installed.
     """
@@ -166,7 +168,7 @@ def extract_features(
                 f"principal components are of hidden states, but only {', '.join(wanted)} is "
                 "asked for"
             )
-            raise FeatureError(message)
+            raise OptionError(message)
     with open_archive(sources, storage_options=storage_options, labels=labels) as archive:
         _check_free(target, archive, labels, overwrite=overwrite)
         view = archive.select(layers=layers)

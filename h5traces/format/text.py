@@ -94,6 +94,11 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: ``1 sample``, ``2 samples``."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
     """The names that a caller gave; text is one name, not its letters."""
     return (names,) if isinstance(names, str) else tuple(names)

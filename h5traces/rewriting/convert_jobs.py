@@ -84,7 +84,7 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         and options.target.skip_existing
         and (reason := _unlike(job.first_target, options)) is not None
     ):
-        report.status, report.error = "failed", reason
+        report.status, report.error, report.is_usage_error = "failed", reason, True
     elif exists and options.target.skip_existing:
         # Its writer may have been killed between naming it and making the name durable.
         sync_folder(job.first_target.parent)
@@ -94,7 +94,7 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         report.archive_nbytes = sum(each.stat().st_size for each in job.target.existing())
     elif options.target.dry_run:
         if exists and not options.target.overwrite:
-            report.status = "failed"
+            report.status, report.is_usage_error = "failed", True
             report.error = (
                 f"{job.first_target} exists; use overwrite=True to replace it, or "
                 "skip_existing=True to keep it"
@@ -131,6 +131,7 @@ def _convert_job(
 ) -> None:
     """Convert a job; a source that cannot be read is left out of a merge, the others go in."""
     sources = list(job.sources)
+    report.is_usage_error = True
     while sources:
         conversion = _Conversion(job, sources, options, report_progress)
         try:
@@ -138,15 +139,22 @@ def _convert_job(
         except _SourceFailedError as failed:
             report.warnings.append(f"left out of the merge: {failed.reason}")
             report.error = _joined(report.error, failed.reason)
+            report.is_usage_error &= _is_usage(failed)
             sources.remove(failed.source)
             continue
         except (H5TracesError, OSError) as error:
             report.error = _joined(report.error, _reason(error, job.first_target))
             report.status = "failed"
+            report.is_usage_error &= _is_usage(error)
             return
         conversion.fill(report)
+        report.is_usage_error &= report.error is not None
         return
     report.status = "failed"
+
+
+def _is_usage(error: Exception) -> bool:
+    return isinstance(error, ArchiveExistsError) or isinstance(error.__cause__, LayerIndexError)
 
 
 def _joined(first: str | None, second: str) -> str:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.labels import FileLabels, sidecar_path
 from h5traces.archive.opening import open as open_archive
-from h5traces.errors import ArchiveExistsError, Problem, SchemaError, __version__
+from h5traces.errors import ArchiveExistsError, OptionError, Problem, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import LabelSidecar
-from h5traces.format.text import and_more, utc_now
+from h5traces.format.text import and_more, counted, utc_now
 from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.repack import repack
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
@@ -104,7 +104,7 @@ def read_scores(path: Path, columns: ScoreColumns = ScoreColumns()) -> ScoreTabl
             table.has_generations = GENERATION_COLUMN in found
             problems = _read_rows(reader, table, columns.id, names)
         except (csv.Error, UnicodeDecodeError) as error:
-            message = f"{path}: line {reader.line_num}: is no CSV in UTF-8: {error}"
+            message = f"{path}: line {reader.line_num}: is not UTF-8 CSV: {error}"
             raise SchemaError(message) from error
     if problems:
         message = f"{path}: {and_more(problems, separator='; ')}"
@@ -116,10 +116,13 @@ def _score_columns(path: Path, found: Sequence[str], columns: ScoreColumns) -> t
     missing = [each for each in (columns.id, columns.score) if each not in found]
     if missing:
         message = (
-            f"{path}: has no column {' and no column '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(found) or 'none'}; name those of the ids and scores"
+            f"{path}: has no column {' and no column '.join(map(repr, missing))}; its columns, "
+            f"separated by commas, are {', '.join(map(repr, found)) or 'none'}; name those of the "
+            "ids (id_column) and scores (score_column)"
         )
-        raise SchemaError(message)
+        if len(found) == 1 and (other := next((each for each in ";\t" if each in found[0]), None)):
+            message += f", and replace the delimiter {other!r} by ','"
+        raise OptionError(message)
     repeated = sorted({each for each in found if found.count(each) > 1})
     if repeated:
         message = f"{path}: the columns {', '.join(repeated)} occur more than once"
@@ -306,6 +309,8 @@ def label(
 
     Raises
     ------
+    OptionError
+        The table has no column of that name.
     SchemaError
         The table is wrong, no id of it is in the archives, or samples have no score and `partial`
         is false.
@@ -446,7 +451,8 @@ def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
         return
     said = []
     if report.missing:
-        said.append(f"{len(report.missing)} samples have no score: {and_more(report.missing)}")
+        samples = counted(len(report.missing), "sample has", "samples have")
+        said.append(f"{samples} no score: {and_more(report.missing)}")
     if report.ambiguous:
         said.append(
             f"{len(report.ambiguous)} samples share an id, and the column 'generation_index', "

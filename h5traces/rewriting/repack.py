@@ -11,9 +11,9 @@ from h5traces.archive.archive import Archive, inherited_facts, inherited_scales,
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.errors import ArchiveError, LossyArchiveError, LossyWarning, PrecisionError, warn
+from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, counted
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
 from h5traces.writing.calibrate import check_model, load_given, measured
@@ -52,7 +52,7 @@ class RepackReport:
     num_samples
         Samples in the targets.
     copied
-        Whether chunks were copied as they are; else arrays were compressed anew.
+        Whether chunks were copied as they are; else arrays were recompressed.
     source_nbytes, target_nbytes
         Sizes before and after.
     precision
@@ -114,7 +114,9 @@ def repack(
     Raises
     ------
     ArchiveError
-        The sources do not go together, or one archive is named twice.
+        The sources do not go together.
+    OptionError
+        One archive is named twice.
     TargetError
         `dest` is neither a folder nor an ``.h5`` name, or is a source.
     LayerIndexError, SampleIndexError
@@ -204,7 +206,7 @@ def merge(
 
     Raises
     ------
-    ArchiveError, ArchiveExistsError
+    ArchiveError, OptionError, ArchiveExistsError
         As in `repack`.
     """
     return repack(sources, dest, target=target, progress=progress)
@@ -229,7 +231,7 @@ def split(
 
     Raises
     ------
-    ArchiveError, ArchiveExistsError
+    ArchiveError, OptionError, ArchiveExistsError
         As in `repack`.
     """
     target = replace(target, shard_samples=num_samples)
@@ -242,7 +244,7 @@ def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
     for position, each in enumerate(named):
         if each in named[:position]:
             message = f"{each} is named twice, which would store its samples twice; name it once"
-            raise ArchiveError(message)
+            raise OptionError(message)
     return named
 
 
@@ -263,7 +265,7 @@ def _check_different(archive: Archive) -> None:
                 f"{first} and {file.path} are the same archive (archive_id {archive_id}), which "
                 "would store its samples twice; name one of them"
             )
-            raise ArchiveError(message)
+            raise OptionError(message)
 
 
 def _repeated_samples(archive: Archive, indices: Sequence[int]) -> list[str]:
@@ -280,7 +282,8 @@ def _repeated_samples(archive: Archive, indices: Sequence[int]) -> list[str]:
             repeated.append(f"{key[0]!r} of {other.path} and {trace.path}")
     if not repeated:
         return []
-    return [f"{len(repeated)} samples are stored twice, byte for byte: {and_more(repeated, 3)}"]
+    samples = counted(len(repeated), "sample is", "samples are")
+    return [f"{samples} stored twice, byte for byte: {and_more(repeated, 3)}"]
 
 
 def _warn_of_recast(archive: Archive, place: Target, before: ArchiveMetadata) -> None:

@@ -64,6 +64,8 @@ class FileReport:
         Messages for the user.
     error
         Why it failed, where it did.
+    is_usage_error
+        Whether that is about the arguments: an existing target, or a layer that no source has.
     """
 
     sources: list[str]
@@ -80,6 +82,7 @@ class FileReport:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
+    is_usage_error: bool = False
 
 
 @dataclass(slots=True)
@@ -152,5 +155,7 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
             told = " and ".join(
                 f"{n} value{'s' * (n != 1)} {what}" for what, n in parts.items() if n
             )
-            found.append(f"{kind}: {told} (too small for {stored}); dtype='auto' keeps every bit")
+            # Tiers have one stored type.
+            remedy = "; dtype='auto' keeps every bit" if options.precision.is_exact else ""
+            found.append(f"{kind}: {told} (too small for {stored}){remedy}")
     return found

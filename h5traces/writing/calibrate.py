@@ -357,8 +357,8 @@ def load_given(path: PathLike | None, precision: Precision) -> Calibration | Non
     """The scales of the file that a caller named, None without one."""
     if path is not None and precision.step is None:
         message = (
-            f"{path}: scales need a precision with quantisation steps, which {precision} has not; "
-            "choose a tier (fine, analysis, compact) or a step"
+            f"{path}: scales need a precision with quantisation steps, and {precision} has "
+            "none; choose a tier (fine, analysis, compact) or a step"
         )
         raise PrecisionError(message)
     return None if path is None else load_calibration(path)

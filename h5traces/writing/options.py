@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from h5traces.errors import PrecisionError
+from h5traces.errors import OptionError, PrecisionError
 from h5traces.format.precision import EXACT, Precision
-from h5traces.format.text import short_repr
+from h5traces.format.text import counted, short_repr
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class TargetOptions:
         Check sources and options; write nothing.
     workers
         Threads; None for one per core.
+
+    Raises
+    ------
+    OptionError
+        Both `overwrite` and `skip_existing` are given.
     """
 
     shard_samples: int | None = None
@@ -107,6 +112,11 @@ class TargetOptions:
     verify: bool = True
     dry_run: bool = False
     workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.skip_existing:
+            message = "overwrite=True and skip_existing=True contradict each other; leave one out"
+            raise OptionError(message)
 
     __repr__ = short_repr
 
@@ -194,7 +204,8 @@ class WriteSummary:
 def precision_warnings(summary: WriteSummary) -> list[str]:
     """Limits that the chosen precision met."""
     found = [
-        f"{count} arrays are stored in float16, not as the tier asks: {reason}"
+        f"{counted(count, 'array is', 'arrays are')} stored in float16, not as the tier asks: "
+        f"{reason}"
         for reason, count in sorted(summary.kept_exact.items())
     ]
     for kind, count in summary.num_exceptions.items():

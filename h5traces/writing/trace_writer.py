@@ -242,7 +242,7 @@ def _as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -
         plain = {key: _without_torch(value) for key, value in sample.items()}
         record = layouts.to_record(plain, source=_NOWHERE).model_copy(update={"source": None})
     else:
-        message = f"found a {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
+        message = f"found {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
         raise ConversionError(message)
     if sample_id is None or record.sample_id == sample_id:
         return record

@@ -131,7 +131,7 @@ def test_convert_layers_and_types(batches: Path, tmp_path: Path) -> None:
     assert archive[5]["hidden_states"][0].dtype == np.float32
     run("convert", source, "-o", tmp_path / "b.h5", "--layers", "1-2,0", "--dtype", "bfloat16")
     assert h5traces.open(tmp_path / "b.h5").layers == (0, 1, 2)
-    result = run("convert", source, "-o", tmp_path / "c.h5", "--layers", "0,9", code=1)
+    result = run("convert", source, "-o", tmp_path / "c.h5", "--layers", "0,9", code=2)
     assert "layer 9 was asked for" in result.stderr
     for layers in ("x", "1,", "-1", "1-x", "1.5"):
         run("convert", source, "-o", tmp_path / "c.h5", "--layers", layers, code=2)
@@ -145,7 +145,7 @@ def test_convert_over_existing_archives(batches: Path, tmp_path: Path) -> None:
     run("convert", first, "-o", f"{out}/")
     before = (out / "run_batch_0000.h5").read_bytes()
 
-    result = run("convert", f"{batches}/*.gz", "-o", f"{out}/", code=1)
+    result = run("convert", f"{batches}/*.gz", "-o", f"{out}/", code=2)
     assert "run_batch_0000.h5 exists; use --overwrite" in result.stderr
     assert (out / "run_batch_0000.h5").read_bytes() == before
     assert len(h5traces.open(out / "run_batch_0001.h5")) == 3
@@ -155,6 +155,11 @@ def test_convert_over_existing_archives(batches: Path, tmp_path: Path) -> None:
     assert result.stdout.count("skipped") == 1
     assert (out / "run_batch_0000.h5").read_bytes() == before
     assert len(h5traces.open(out / "run_batch_0001.h5")) == 3
+
+    both = run("convert", first, "-o", f"{out}/", "--overwrite", "--skip-existing", code=2)
+    assert "--overwrite and --skip-existing contradict each other" in both.stderr
+    (batches / "run_batch_0002.pkl").write_bytes(b"no pickle")  # a problem beside the targets
+    run("convert", f"{batches}/run*", "-o", f"{out}/", code=1)
 
     run("convert", first, "-o", f"{out}/", "--overwrite", "--dtype", "float32")
     assert (out / "run_batch_0000.h5").read_bytes() != before
@@ -168,7 +173,7 @@ def test_convert_dry_run(batches: Path, tmp_path: Path) -> None:
     assert result.stdout.count("planned") == 3
     assert not out.exists()
     target = make_archive(tmp_path, BATCH)
-    result = run("convert", tmp_path / "batch.pkl", "-o", target, "--dry-run", code=1)
+    result = run("convert", tmp_path / "batch.pkl", "-o", target, "--dry-run", code=2)
     assert "exists" in result.stderr
 
 

@@ -55,6 +55,8 @@ def test_salvage_exits_1_and_lists_the_lost(archive, tmp_path):
     assert "lost [1]" in done.stdout
     assert "/samples/00000001/attentions/layer_001" in done.stderr
     assert run("verify", tmp_path / "saved.h5").returncode == 0
+    whole = run("salvage", tmp_path / "saved.h5", "-o", tmp_path / "again.h5")
+    assert whole.stdout == f"saved 5 samples in {tmp_path / 'again.h5'}, none lost\n"
 
 
 def test_repack_copies_chunks_and_says_so(archive, tmp_path):
@@ -78,7 +80,7 @@ def test_another_codec_is_announced(archive, tmp_path):
     done = run("repack", archive, "-o", tmp_path / "z.h5", "--codec", "zstd")
     assert done.returncode == 0
     assert "HDF5 filters 2, 32015" in done.stderr
-    assert "compressed anew" in done.stdout
+    assert "recompressed" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -140,3 +142,34 @@ def test_a_reader_that_stops_early_ends_a_command_quietly(archive):
             child.stdout.close()
             assert child.stderr.read() == b""
             assert child.wait() == 0
+
+
+def test_a_folder_is_no_batch_to_verify_against(archive, tmp_path):
+    done = run("verify", archive, "--against", tmp_path)
+    assert done.returncode == 2
+    assert "expected one batch file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect"],
+        ["ls"],
+        ["validate"],
+        ["verify"],
+        ["repack", "-o", "{out}"],
+        ["merge", "-o", "{out}"],
+        ["export", "-o", "{out}"],
+        ["seal"],
+        ["salvage", "-o", "{out}"],
+        ["features", "--last-token", "-o", "{out}"],
+        ["fidelity", "{no}"],
+        ["calibrate", "-o", "{out}"],
+    ],
+)
+def test_what_is_no_archive_is_a_problem_in_every_command(tmp_path, words):
+    no = tmp_path / "no.h5"
+    no.write_text("no archive")
+    command, *options = (each.format(no=no, out=tmp_path / "out.h5") for each in words)
+    done = run(command, no, *options)
+    assert (done.returncode, command) == (1, command), done.stderr

@@ -137,9 +137,9 @@ def test_an_archive_is_not_merged_twice(made: Path, tmp_path: Path) -> None:
     link.symlink_to(archive)
     for other in (copy, link):
         for command in ("merge", "repack"):
-            found = run(command, archive, other, "-o", tmp_path / "out.h5", code=1)
+            found = run(command, archive, other, "-o", tmp_path / "out.h5", code=2)
             assert f"{archive} and {other} are the same archive" in found.stderr
-    found = run("merge", archive, archive, "-o", tmp_path / "out.h5", code=1)
+    found = run("merge", archive, archive, "-o", tmp_path / "out.h5", code=2)
     assert f"{archive} is named twice" in found.stderr
     assert not (tmp_path / "out.h5").exists()
 
@@ -150,7 +150,7 @@ def test_equal_samples_of_two_archives_are_named(made: Path, tmp_path: Path) -> 
     run("repack", made / "batch.h5", "-o", second, "--samples", "2:5")
     found = run("merge", first, second, "-o", tmp_path / "out.h5")
     sample_id = h5traces.open(made / "batch.h5").ids[2]
-    assert "1 samples are stored twice, byte for byte" in found.stderr
+    assert "1 sample is stored twice, byte for byte" in found.stderr
     assert f"{sample_id!r} of {first} and {second}" in found.stderr
     assert len(h5traces.open(tmp_path / "out.h5")) == 6
     assert "stored twice" not in run("repack", first, "-o", tmp_path / "one.h5").stderr
@@ -171,7 +171,7 @@ def test_a_batch_is_not_merged_twice(made: Path, tmp_path: Path) -> None:
 def test_an_existing_output_names_the_options_that_help(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "there.h5"
     target.write_text("mine")
-    convert = run("convert", made / "batch.pkl", "-o", target, code=1).stderr
+    convert = run("convert", made / "batch.pkl", "-o", target, code=2).stderr
     assert "--overwrite" in convert
     assert "--skip-existing" in convert
     for words in (["repack"], ["merge"], ["export"], ["salvage"], ["calibrate"]):

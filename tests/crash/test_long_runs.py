@@ -299,7 +299,7 @@ def test_an_error_stores_nothing_and_the_run_goes_on(tmp_path):
         fewer["hidden_states"].pop()
         with pytest.raises(SchemaError, match="one set of layers"):
             writer.append(fewer)
-        with pytest.raises(ConversionError, match="found a int"):
+        with pytest.raises(ConversionError, match="found int"):
             writer.append(3)
         writer.append(item(1))
     with h5traces.open(tmp_path / "run.h5") as archive:

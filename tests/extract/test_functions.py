@@ -372,7 +372,7 @@ def test_empty_questions(question):
 
 @pytest.mark.parametrize("question", [3, {"q": "Why?"}, None])
 def test_things_that_are_no_questions(question):
-    with pytest.raises(ExtractionError, match=r"question 0: found a .*, expected text, or a dict"):
+    with pytest.raises(ExtractionError, match=r"question 0: found .*, expected text, or a dict"):
         list(extract(shared_model("llama"), tokenizer(), [question]))
 
 

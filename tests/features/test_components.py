@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from h5traces.errors import FeatureError
+from h5traces.errors import OptionError
 from h5traces.features.components import fit_components
 
 if TYPE_CHECKING:
@@ -110,11 +110,11 @@ def test_rows_without_variance(rows: int) -> None:
 
 
 def test_what_cannot_be_fitted() -> None:
-    with pytest.raises(FeatureError, match="at least 1"):
+    with pytest.raises(OptionError, match="at least 1"):
         fit_components([], 0)
-    with pytest.raises(FeatureError, match="3 components were asked for, but 3 rows"):
+    with pytest.raises(OptionError, match="3 components were asked for, but 3 rows"):
         fit_components([correlated(3, 9)], 3)
-    with pytest.raises(FeatureError, match="have 0 at most"):
+    with pytest.raises(OptionError, match="have 0 at most"):
         fit_components([], 3)
 
 

@@ -522,3 +522,9 @@ def test_files_of_ours_are_no_archives_and_not_damaged(tmp_path: Path) -> None:
         assert [each.path for each in h5traces.verify(folder)] == [str(archive)]
     with pytest.raises(H5TracesError, match="is a file of features that h5traces wrote"):
         h5traces.open(folder / "features.h5")
+
+
+def test_more_components_than_samples_are_wrong_usage(archive: Path, tmp_path: Path) -> None:
+    many = run("features", archive, "--last-token", "--pca", 40, "-o", tmp_path / "f.h5", code=2)
+    assert "40 components were asked for" in many.stderr
+    assert not (tmp_path / "f.h5").exists()

@@ -21,6 +21,7 @@ from h5traces.cli.app import app
 from h5traces.errors import (
     ArchiveExistsError,
     CorruptArchiveError,
+    OptionError,
     SchemaError,
     UnsupportedVersionError,
 )
@@ -217,7 +218,7 @@ def test_labels_of_old_dicts_are_replaced(tmp_path: Path, old: Any) -> None:
 def test_a_missing_id_is_never_zero(archive: Path, tmp_path: Path) -> None:
     rows = list(zip(IDS, SCORES, strict=True))
     table = write_csv(tmp_path / "s.csv", rows[1:])
-    with pytest.raises(SchemaError, match="1 samples have no score") as caught:
+    with pytest.raises(SchemaError, match="1 sample has no score") as caught:
         label(archive, table)
     assert f"{archive}: sample 0 ('{IDS[0]}')" in str(caught.value)
     assert not list(tmp_path.glob("*.labels.json"))
@@ -235,11 +236,31 @@ def test_a_missing_id_is_never_zero(archive: Path, tmp_path: Path) -> None:
 def test_an_empty_score_is_missing(archive: Path, tmp_path: Path, score: str) -> None:
     rows = [(IDS[0], score), *zip(IDS[1:], SCORES[1:], strict=True)]
     table = write_csv(tmp_path / "s.csv", rows)
-    with pytest.raises(SchemaError, match="have no score"):
+    with pytest.raises(SchemaError, match="1 sample has no score"):
         label(archive, table)
     report = label(archive, table, partial=True)
     assert report.unscored == [IDS[0]]
     assert h5traces.open(archive).labels == (None, *LABELS[1:])
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("id,bleurt_score", "no column 'question_id'; its columns, .*, are 'id', 'bleurt_score'"),
+        ("question_id,score", r"no column 'bleurt_score'.*\(id_column\) and .*\(score_column\)$"),
+        (" ", "its columns, separated by commas, are ' '"),
+        ("question_id;bleurt_score", r"'question_id;bleurt_score'.*replace the delimiter ';' by"),
+    ],
+)
+def test_columns_that_the_table_lacks(
+    archive: Path, tmp_path: Path, header: str, expected: str
+) -> None:
+    table = write_csv(tmp_path / "bad.csv", [("a", 0.1)], header)
+    with pytest.raises(OptionError, match=expected):
+        label(archive, table)
+    refused = run("label", archive, table, code=2)
+    assert "--id-column" in refused.stderr
+    assert "--score-column" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -249,8 +270,6 @@ def test_an_empty_score_is_missing(archive: Path, tmp_path: Path, score: str) ->
         ([("tc", "inf")], "", "expected a finite number"),
         ([("", "0.3")], "", "line 2: question_id is empty"),
         ([("a", 0.1), ("a", 0.2)], "", r"line 3: 'a' has other scores than on line 2"),
-        ([("a", 0.1)], "id,bleurt_score", "no column 'question_id'; its columns are id"),
-        ([("a", 0.1)], "question_id,score", "no column 'bleurt_score'"),
         ([("a", 0.1, 0.1)], "question_id,bleurt_score,bleurt_score", "more than once"),
         ([("a", 0.1, "x")], "question_id,bleurt_score,generation_index", "generation_index is 'x'"),
         ([("nobody", 0.1)], "", "none of its 1 ids is in the archives"),
@@ -266,7 +285,7 @@ def test_bad_tables(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"question_id,bleurt_score\n\xff,1\n", b'question_id,bleurt_score\n"a,1\n']
+    "content", [b"question_id,bleurt_score\n\xff,1\n", b'question_id,bleurt_score\n"a,1\n']
 )
 def test_what_is_no_table(archive: Path, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.csv"
@@ -447,3 +466,10 @@ def test_two_archives_that_hold_the_same_ids(archive: Path, table: Path) -> None
         assert "one by one" in str(caught.value)
         assert "none of its" not in str(caught.value)
     assert not list(archive.parent.glob("*.labels.json"))
+
+
+def test_an_empty_table(archive: Path, tmp_path: Path) -> None:
+    path = tmp_path / "empty.csv"
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match=r"empty\.csv: has no column .*are none"):
+        label(archive, path)

@@ -296,3 +296,24 @@ def test_inspect_says_what_stayed_exact(source: Path, tmp_path: Path) -> None:
     assert second.endswith("kept exact: has no scale")
     found = run("inspect", tmp_path / "scales.h5", code=1)
     assert "is a file of scales" in plain(found.stderr)
+
+
+def test_exact_takes_no_parameters(source: Path, tmp_path: Path) -> None:
+    options = (["--step", 0.2], ["--attention-bits", 8], ["--head-mean", "beside"])
+    for each in (*options, ["--mantissa-bits", 6]):
+        found = run("convert", source, "-o", tmp_path / "a.h5", "--tier", "exact", *each, code=2)
+        assert f"--tier exact is without quantisation, {each[0]} with" in plain(found.stderr)
+    assert not (tmp_path / "a.h5").exists()
+    run("convert", source, "-o", tmp_path / "b.h5", "--tier", "fine", "--step", 0.2)
+    changed = Precision(step=0.2, attention_bits=8, head_mean="beside")
+    assert precision_of(tmp_path / "b.h5") == changed
+
+
+def test_warnings_of_a_tier_advise_no_other_type(tmp_path: Path) -> None:
+    batch = make_batch("full_pkl", dtype="float32")
+    batch[0]["hidden_states"][0][1:3] = 1e-9
+    source = write_batch(tmp_path / "tiny.pkl", batch)
+    for options, remedy in (([], True), (["--tier", "native"], False)):
+        found = run("convert", source, "-o", f"{tmp_path}/{len(options)}.h5", *options)
+        assert "values became 0" in found.stderr
+        assert ("--dtype auto keeps every bit" in plain(found.stderr)) == remedy

@@ -57,6 +57,7 @@ def test_survives_what_worker_processes_do(kind: type[Exception]) -> None:
 @pytest.mark.parametrize(
     ("name", "base"),
     [
+        ("OptionError", ValueError),
         ("SchemaError", ValueError),
         ("TraceNotFoundError", KeyError),
         ("LayerIndexError", IndexError),

@@ -56,7 +56,7 @@ BAD_SAMPLES = {
     ),
     "a missing layer": (
         sample(hidden_states=[STATES, None]),
-        "field 'hidden_states', layer 1: found a NoneType, expected a numpy array",
+        "field 'hidden_states', layer 1: found NoneType, expected a numpy array",
     ),
     "too few axes": (
         sample(hidden_states=[STATES[0], STATES[0]]),
@@ -66,7 +66,7 @@ BAD_SAMPLES = {
         sample(hidden_states=[STATES.astype(int)] * 2),
         "field 'hidden_states', layer 0: dtype is int64, expected one of float16",
     ),
-    "a number for a name": (sample() | {5: 1}, "field 5 is named by a int, expected a str"),
+    "a number for a name": (sample() | {5: 1}, "field 5 is named by int, expected str"),
     "mixed layers": (
         sample(hidden_states=[STATES, [STATES]]),
         "field 'hidden_states' mixes arrays and lists of generation steps",

@@ -48,7 +48,7 @@ def to_record(
         raise ConversionError(message)
     for key, value in item.items():
         if not isinstance(key, str):
-            message = f"field {key!r} is named by a {type(key).__name__}, expected a str"
+            message = f"field {key!r} is named by {type(key).__name__}, expected str"
             raise ConversionError(message)
         if key in layout.KINDS:
             found.layered[key] = _layered(key, value, layers, sites_known=sites_known)
@@ -180,7 +180,7 @@ def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
         return TypedArray(value.data, value.dtype), "torch"
     if not isinstance(value, np.ndarray):
         message = (
-            f"{place}: found a {type(value).__name__}, expected a numpy array, a torch tensor, or "
+            f"{place}: found {type(value).__name__}, expected a numpy array, a torch tensor, or "
             "a list of them (generation steps)"
         )
         raise ConversionError(message)
