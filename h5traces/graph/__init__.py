@@ -6,19 +6,22 @@
 Data(x=[43, 4096], edge_index=[2, 610], edge_attr=[610, 1], …)
 """
 
-from h5traces.errors import MissingDependencyError
+from typing import TYPE_CHECKING
 
-try:
-    import torch  # noqa: F401  # only to see whether it is installed
-    import torch_geometric  # noqa: F401
-except ImportError as error:
-    message = (
-        "h5traces.graph needs torch and torch-geometric, and one of them is not installed; install "
-        "h5traces[graph]"
-    )
-    raise MissingDependencyError(message) from error
+from h5traces.lazy import lazy_names
 
-from h5traces.graph.dataset import TraceGraphDataset
-from h5traces.graph.edges import attention_edges
+if TYPE_CHECKING:
+    from h5traces.graph.dataset import TraceGraphDataset
+    from h5traces.graph.edges import attention_edges
 
-__all__ = ["TraceGraphDataset", "attention_edges"]
+__all__ = [
+    "TraceGraphDataset",
+    "attention_edges",
+]
+
+_HOMES = {
+    "TraceGraphDataset": "h5traces.graph.dataset",
+    "attention_edges": "h5traces.graph.edges",
+}
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES, extra="graph")

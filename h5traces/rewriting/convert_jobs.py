@@ -39,7 +39,7 @@ from h5traces.storage.processes import blocked_signals
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import Measurement, batch_states, check_model
 from h5traces.writing.options import TargetOptions, WriteOptions, WriteSummary, precision_warnings
-from h5traces.writing.shards import ShardSet
+from h5traces.writing.shards import ShardSet, stale_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,6 +148,7 @@ def _convert_job(
             report.is_usage_error &= _is_usage(error)
             return
         conversion.fill(report)
+        report.warnings += stale_warnings(job.target, report.targets)
         report.is_usage_error &= report.error is not None
         return
     report.status = "failed"
@@ -271,7 +272,7 @@ class _Conversion:
         report.num_samples = sum(summary.num_samples for summary in self._summaries)
         report.archive_nbytes = sum(summary.nbytes for summary in self._summaries)
         report.raw_nbytes, report.stored_nbytes = dict(raw), dict(stored)
-        with open_archive(report.targets) as archive:
+        with open_archive(report.targets, labels=False) as archive:
             metadata = archive.metadata
         report.is_lossless, report.changes = metadata.is_lossless, metadata.changes
         report.kept_layers = metadata.kept_layers

@@ -325,6 +325,12 @@ def label(
     with open_archive(sources, storage_options=storage_options, labels=False) as archive:
         if output is not None:
             check_not_a_source(Target.of(output).for_sources(archive.paths), table)
+        else:
+            beside = (
+                sidecar_path(path, None if folder is None else Path(folder))
+                for path in archive.paths
+            )
+            check_not_a_source([place for place in beside if place is not None], table)
         report = LabelReport([str(path) for path in archive.paths], str(table), threshold)
         sidecars = _Joining(scores, threshold, report).join(archive, progress)
         _check(report, scores, partial=partial)

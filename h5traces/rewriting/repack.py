@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
@@ -23,12 +24,11 @@ from h5traces.writing.options import (
     WriteOptions,
     precision_warnings,
 )
-from h5traces.writing.shards import ShardSet
+from h5traces.writing.shards import ShardSet, stale_warnings
 from h5traces.writing.stored_samples import StoredSample, to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from h5traces.archive.file import ArchiveFile
     from h5traces.archive.selection import LayerChoice, SampleChoice
@@ -241,10 +241,14 @@ def split(
 def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
     """The sources; one that is named twice is an error, though reading it once would do."""
     named = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    for position, each in enumerate(named):
-        if each in named[:position]:
+    found: set[str] = set()
+    for each in named:
+        is_local = not isinstance(each, str) or "://" not in each
+        place = str(Path(each).absolute()) if is_local else os.fspath(each)
+        if place in found:
             message = f"{each} is named twice, which would store its samples twice; name it once"
             raise OptionError(message)
+        found.add(place)
     return named
 
 
@@ -377,7 +381,7 @@ class _Rewrite:
                     if progress is not None:
                         progress(self._report.num_samples, len(indices))
                 self._shards.finish(sources=self._sources)
-            self._publish()
+            self._publish(place)
         except BaseException:
             self._shards.discard()
             raise
@@ -389,12 +393,13 @@ class _Rewrite:
         else:
             writer.copy(StoredSample(trace, codec=self._codec, first_source=first_source))
 
-    def _publish(self) -> None:
+    def _publish(self, target: Target) -> None:
         """Name the targets, and report them."""
         self._shards.publish()
         summaries = [writer.summary for writer in self._shards.writers]
         self._report.targets = [str(summary.path) for summary in summaries]
         self._report.warnings += [each for one in summaries for each in precision_warnings(one)]
+        self._report.warnings += stale_warnings(target, self._report.targets)
         self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 from h5traces.errors import OptionError, PrecisionError
+from h5traces.format.dtypes import DTYPE_POLICIES, OverflowPolicy
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import counted, short_repr
 from h5traces.storage.codecs import GZIP
@@ -14,7 +15,7 @@ from h5traces.storage.codecs import GZIP
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from h5traces.format.dtypes import CastCounts, DtypePolicy, OverflowPolicy
+    from h5traces.format.dtypes import CastCounts, DtypePolicy
     from h5traces.format.precision import Tier
     from h5traces.paths import PathLike
     from h5traces.precision.scales import ScaleSet
@@ -53,6 +54,11 @@ class PrecisionOptions:
     codec
         Name of the codec. None means ``gzip`` for new archives, and the codec of the source for
         rewritten ones.
+
+    Raises
+    ------
+    OptionError
+        `dtype` or `on_overflow` has another value.
     """
 
     tier: Tier | Precision | None = None
@@ -61,6 +67,14 @@ class PrecisionOptions:
     dtype: DtypePolicy | None = None
     on_overflow: OverflowPolicy = "float32"
     codec: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"dtype": (None, *DTYPE_POLICIES), "on_overflow": get_args(OverflowPolicy)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(each for each in allowed if each)
+                message = f"{name} is {getattr(self, name)!r}, expected one of {expected}"
+                raise OptionError(message)
 
     __repr__ = short_repr
 
@@ -103,7 +117,7 @@ class TargetOptions:
     Raises
     ------
     OptionError
-        Both `overwrite` and `skip_existing` are given.
+        Both `overwrite` and `skip_existing` are given, or a number is below 1.
     """
 
     shard_samples: int | None = None
@@ -117,6 +131,11 @@ class TargetOptions:
         if self.overwrite and self.skip_existing:
             message = "overwrite=True and skip_existing=True contradict each other; leave one out"
             raise OptionError(message)
+        for name in ("shard_samples", "workers"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                message = f"{name} is {value!r}, expected a number of at least 1"
+                raise OptionError(message)
 
     __repr__ = short_repr
 

@@ -20,6 +20,7 @@ from h5traces.errors import (
 from h5traces.format import layout
 from h5traces.format.digests import difference, sample_difference
 from h5traces.format.limits import DEFAULT_LIMITS
+from h5traces.format.text import and_more
 from h5traces.storage.arrays import read_array
 from h5traces.storage.files import LocalFile
 from h5traces.storage.hdf5.reading import Hdf5Reader
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from h5traces.archive.file import ArchiveFile
     from h5traces.format.archive import SourceFile
     from h5traces.format.entries import ObjectEntry, SampleEntry
+    from h5traces.paths import Target
     from h5traces.storage.files import ByteFile
     from h5traces.writing.options import WriteOptions
 
@@ -123,6 +125,14 @@ def _check_through_stock_hdf5(
                 "reads other values than were written"
             )
             raise CorruptArchiveError(message)
+
+
+def stale_warnings(target: Target, written: Iterable[str]) -> list[str]:
+    """Names shards of an earlier run that lie beside the new ones and would be opened with them."""
+    stale = [str(path) for path in target.taken() if str(path) not in set(written)]
+    if not stale:
+        return []
+    return [f"{and_more(stale)}: left by an earlier run, not replaced; delete what is obsolete"]
 
 
 class ShardSet:

@@ -246,3 +246,40 @@ def test_convert_says_what_the_cast_changed(tmp_path: Path) -> None:
     found = run("convert", source, "-o", tmp_path / "d.h5", "--tier", "native")
     assert "lossless" not in found.stdout
     assert "native (" in found.stdout
+
+
+# --- what an earlier run left -------------------------------------------------------------------
+
+
+def test_labels_never_replace_the_table_that_they_are_read_from(made: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.copy(made / "batch.h5", tmp_path / "a.h5"))
+    table = Path(shutil.copy(made / "scores.csv", tmp_path / "a.h5.labels.json"))
+    before = table.read_bytes()
+    found = run("label", archive, table, "--partial", "--overwrite", code=2)
+    assert table.name in found.stderr
+    assert table.read_bytes() == before
+
+
+def test_labels_of_a_replaced_archive_do_not_end_a_conversion(made: Path, tmp_path: Path) -> None:
+    batch = Path(shutil.copy(made / "batch.pkl", tmp_path / "batch.pkl"))
+    run("convert", batch, "-o", tmp_path / "a.h5")
+    run("label", tmp_path / "a.h5", made / "scores.csv", "--partial")
+    found = run("convert", batch, "-o", tmp_path / "a.h5", "--overwrite", "--json")
+    assert json.loads(found.stdout)["files"][0]["status"] == "converted"
+
+
+def test_shards_that_an_earlier_run_left_are_named(made: Path, tmp_path: Path) -> None:
+    folder = f"{tmp_path}/shards/"
+    run("split", made / "batch.h5", "-n", 2, "-o", folder)
+    found = run("split", made / "batch.h5", "-n", 4, "-o", folder, "--overwrite")
+    assert "batch-00002.h5: left by an earlier run" in " ".join(found.stderr.split())
+    again = run("split", made / "batch.h5", "-n", 2, "-o", folder, "--overwrite")
+    assert "left by an earlier run" not in again.stderr
+
+
+def test_one_file_by_two_names_is_named_twice(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
+    for other in (Path("batch.h5"), "./batch.h5", made / "batch.h5"):
+        with pytest.raises(h5traces.errors.OptionError, match="is named twice"):
+            h5traces.merge(["batch.h5", other], made / "twice.h5")
+    assert not (made / "twice.h5").exists()

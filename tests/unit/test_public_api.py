@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -106,11 +106,12 @@ def test_a_missing_library_is_named(module: str, missing: str, extra: str) -> No
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
         f"from h5traces.errors import MissingDependencyError\n"
-        f"try:\n    import {module}\n"
+        f"import {module} as package\n"
+        f"try:\n    getattr(package, package.__all__[0])\n"
         f"except MissingDependencyError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"install h5traces[{extra}]" in done.stdout
+    assert f"install 'h5traces[{extra}]'" in done.stdout
 
 
 def test_exports_exist_and_are_documented() -> None:
@@ -139,6 +140,36 @@ def test_importing_loads_next_to_nothing() -> None:
 
 def test_the_package_shows_its_public_names_only() -> None:
     assert dir(h5traces) == PUBLIC
+
+
+def test_every_name_can_be_had_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['torch_geometric'] = None\n"
+        "from h5traces import *\nimport h5traces, pydoc\npydoc.render_doc(h5traces)\n"
+        "print(graph.__name__, torch_data.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["h5traces.graph", "h5traces.torch_data"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: h5traces.PrecisionOptions(dtype="int8"),
+            "dtype is 'int8', expected one of",
+        ),
+        (lambda: h5traces.PrecisionOptions(on_overflow="wrap"), "on_overflow is 'wrap', expected"),
+        (
+            lambda: h5traces.TargetOptions(workers=0),
+            "workers is 0, expected a number",
+        ),
+        (lambda: h5traces.TargetOptions(shard_samples=0), "shard_samples is 0, expected a number"),
+    ],
+)
+def test_options_check_their_values(make: Any, message: str) -> None:
+    with pytest.raises(h5traces.errors.OptionError, match=message):
+        make()
 
 
 def test_unknown_names_are_named() -> None:
