@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -74,9 +75,18 @@ def _batch(
 
 def _confine() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    # Beyond what the test run has loaded: torch alone takes more, and a thread that gets no memory
+    # for its start leaves its starter waiting.
+    most = _used_nbytes() + ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     # The default action ends the process in the middle of C code, too.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _used_nbytes() -> int:
+    """Address space of this process; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
