@@ -38,9 +38,9 @@ class SealReport:
     path
         The archive.
     sealed
-        Whether it got a new footer.
+        Whether its footer is right now.
     already_sealed
-        Whether its footer is right, so that nothing had to be written.
+        Whether it was before, so that nothing was written.
     num_samples
         Samples in it.
     edited
@@ -149,6 +149,7 @@ def _seal_file(
             footer = footer if _is_listed(footer, None, scales, entries) else None
     report.num_samples = builder.num_samples
     report.already_sealed = footer is not None and footer.num_samples == builder.num_samples
+    report.sealed = report.already_sealed
     if report.already_sealed or dry_run or (report.edited and not accept_edits):
         return report
     _append(path, builder, root, kinds)

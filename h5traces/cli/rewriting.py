@@ -284,8 +284,8 @@ def seal(
         if each.edited and not accept_edits and not each.already_sealed:
             fail(f"{each.path}: not sealed; --accept-edits seals it as it is now")
         elif not json:
-            done = "already sealed" if each.already_sealed else "would seal it"
-            done = "sealed" if each.sealed else done
+            done = "sealed" if each.sealed else "would seal it"
+            done = "already sealed" if each.already_sealed else done
             print_line(f"{each.path}: {done}, {counted(each.num_samples, 'sample')}")
     if any(each.edited and not accept_edits and not each.already_sealed for each in found):
         raise typer.Exit(EXIT_PROBLEMS)

@@ -117,7 +117,7 @@ class TargetOptions:
     Raises
     ------
     OptionError
-        Both `overwrite` and `skip_existing` are given, or a number is below 1.
+        Both `overwrite` and `skip_existing` are given, or `workers` is below 1.
     """
 
     shard_samples: int | None = None
@@ -131,11 +131,9 @@ class TargetOptions:
         if self.overwrite and self.skip_existing:
             message = "overwrite=True and skip_existing=True contradict each other; leave one out"
             raise OptionError(message)
-        for name in ("shard_samples", "workers"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                message = f"{name} is {value!r}, expected a number of at least 1"
-                raise OptionError(message)
+        if self.workers is not None and self.workers < 1:
+            message = f"workers is {self.workers}, expected at least 1"
+            raise OptionError(message)
 
     __repr__ = short_repr
 

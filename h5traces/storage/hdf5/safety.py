@@ -92,7 +92,7 @@ def check_superblock(path: Path) -> None:
         message = f"{path}: is not an HDF5 file; expected an archive that h5traces wrote"
         if block.startswith(_BATCH_BEGINNINGS):
             message = (
-                f"{path}: looks like a pickled batch, not an archive; convert it with "
+                f"{path}: is not an HDF5 file but looks like a pickled batch; convert it with "
                 "h5traces.convert, or read it with h5traces.load"
             )
         raise NotAnArchiveError(message)
