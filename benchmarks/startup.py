@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--runs 21]
 
-Each round runs every command once, in turn, as a process of its own with warm files; ratios are of
+Each round runs every command once, in turn, as a separate process with warm files; ratios are of
 one round, so that a busy machine slows both sides. Targets: importing at most twice as long as
 numpy takes, ``--help`` at most 250 ms on an idle core.
 """

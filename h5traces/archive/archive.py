@@ -132,12 +132,12 @@ class Archive(Sequence[Trace]):
 
     @cached_property
     def ids(self) -> tuple[str | None, ...]:
-        """Every trace's sample id; None where it has none. Ids may repeat."""
+        """Every trace's sample id; None if it has none. Ids may repeat."""
         return tuple(sample_id for sample_id, _ in self._keys)
 
     @property
     def labels(self) -> tuple[int | None, ...]:
-        """Every trace's label, stored or from beside the archive; None where it has none."""
+        """Every trace's label, stored or from beside the archive; None if it has none."""
         return tuple(trace.metadata.label for trace in self)
 
     @cached_property

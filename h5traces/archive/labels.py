@@ -90,7 +90,7 @@ def label_problems(
 ) -> list[Problem]:
     """What is wrong with the labels beside an archive, if there are any.
 
-    `samples` are the metadata of its samples; None where they are damaged.
+    `samples` are the metadata of its samples; None if they are damaged.
     """
     place = archive.with_name(f"{archive.name}{SIDECAR_SUFFIX}")
     try:

@@ -48,7 +48,7 @@ def stored_scale(store: Store, path: str) -> ChannelScale:
 
 
 def stored_scales(store: Store) -> ScaleSet | None:
-    """All scales of a file, None where it holds none; CorruptArchiveError if one is not whole."""
+    """All scales of a file, None if it holds none; CorruptArchiveError if one is not whole."""
     group = _group(store)
     if group is None:
         return None

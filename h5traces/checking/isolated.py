@@ -132,7 +132,7 @@ def run_child(validate_file: Callable[..., ValidationReport]) -> None:
     """Run the child: read a request from stdin, write the report to stdout."""
     request = json.loads(sys.stdin.buffer.read())
     limits, isolation = ReadLimits(**request["limits"]), IsolationLimits(**request["isolation"])
-    # HDF5 prints to stdout when it fails, so the report gets a descriptor of its own.
+    # HDF5 prints to stdout when it fails, so the report gets a separate descriptor.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _confine(isolation)

@@ -71,4 +71,5 @@ _HOMES = {
     "load_tokenizer": "h5traces.extract.models",
     "model_shape": "h5traces.extract.models",
 }
-__getattr__, __dir__ = lazy_names(__name__, _HOMES, extra="extract")
+if not TYPE_CHECKING:  # names that do not exist stay errors of type checkers
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES, extra="extract")

@@ -165,7 +165,7 @@ def _loaded(factory: Any, model_id: str, name: str, **options: Any) -> Any:
     """What `factory` loads by that name, or an error that says what was looked for."""
     try:
         return factory.from_pretrained(name, **options)
-    # transformers, huggingface_hub, tokenizers and safetensors each have errors of their own.
+    # transformers, huggingface_hub, tokenizers and safetensors each have their own errors.
     except (OSError, ValueError, KeyError, ImportError) as error:
         lines = (line for line in str(error).splitlines() if line.strip())
         message = f"{_not_loaded(model_id, name)}: {next(lines, type(error).__name__)}"

@@ -37,7 +37,7 @@ Status = Literal["planned", "stopped", "failed", "finished"]
 
 # Bytes in the queue, enough to go on computing while a shard is packed; one record may exceed it.
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
-# What torch says on devices whose errors have no class of their own.
+# What torch says on devices whose errors have no separate class.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
 

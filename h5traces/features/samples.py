@@ -201,7 +201,7 @@ def _add_kind(
 
 
 def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
-    """A layer's array; None where the sample holds nothing of the kind."""
+    """A layer's array; None if the sample holds nothing of the kind."""
     try:
         array = trace.layer(layer, kind)
     except LayerIndexError:

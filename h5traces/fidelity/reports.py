@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFidelity:
-    """Measures that states and weights have in common; None where a measure is not defined.
+    """Measures that states and weights have in common; None if a measure is not defined.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class StateFidelity(LayerFidelity):
         )
 
     def problem(self, limit: float) -> str | None:
-        """Why an error exceeds `limit` sigma; None where none does."""
+        """Why an error exceeds `limit` sigma; None if none does."""
         if self.max_sigma is None:
             # Without a channel that varies there is no sigma, but equal values pass every limit.
             return f"errors of {self.max_error:g} without a sigma" if self.max_error else None
@@ -141,7 +141,7 @@ class WeightFidelity(LayerFidelity):
 
     @property
     def flip_share(self) -> float | None:
-        """`num_flips` per edge of A; None where A has no edge but B has."""
+        """`num_flips` per edge of A; None if A has no edge but B has."""
         if not self.num_edges:
             return None if self.num_flips else 0.0
         return self.num_flips / self.num_edges
@@ -162,7 +162,7 @@ class WeightFidelity(LayerFidelity):
         )
 
     def problem(self, limit: float) -> str | None:
-        """Why more than `limit` of the edges flip; None where no more do."""
+        """Why more than `limit` of the edges flip; None if no more do."""
         if self.num_flips <= limit * self.num_edges:
             return None
         return f"{self.num_flips} of {self.num_edges} edges flip, more than {limit:g} of them"

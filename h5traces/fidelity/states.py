@@ -39,7 +39,7 @@ class ValuePair:
     reference: NDArray[Any]
     restored: NDArray[Any]
     error: NDArray[Any]
-    # Where A and B are finite; None where all are.
+    # Where A and B are finite; None if all are.
     finite: NDArray[np.bool_] | None = None
     num_not_finite: int = 0
     num_misplaced: int = 0
@@ -149,7 +149,7 @@ class ChannelErrors:
     def _sigma(self) -> NDArray[np.float64] | None:
         """Standard deviation of every channel, at least 2^-12 of the median of those that vary.
 
-        None where no channel varies, squares overflow, or no value is compared.
+        None if no channel varies, squares overflow, or no value is compared.
         """
         if not self._count or not self.num_values:
             return None

@@ -286,7 +286,7 @@ class ArchiveMetadata(Document):
 
     @property
     def is_lossless(self) -> bool | None:
-        """Whether every stored array holds every bit of its source; None where that is not known.
+        """Whether every stored array holds every bit of its source; None if that is not known.
 
         Layers and samples that were left out do not count.
         """

@@ -56,7 +56,7 @@ _LARGEST: Final[dict[FloatType, float]] = {
 
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 16
-# Of as many values or more, torch takes threads of its own, which do not survive a fork.
+# Of as many values or more, torch starts its own threads, which do not survive a fork.
 _TORCH_BLOCK: Final = 1 << 14
 _SCRATCH: Final = Scratch()
 

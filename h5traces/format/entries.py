@@ -59,7 +59,7 @@ class ChunkTable:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    # xxh3-64 of the stored bytes; None where only HDF5 is known, which keeps none.
+    # xxh3-64 of the stored bytes; None if only HDF5 is known, which keeps none.
     checksums: tuple[int, ...] | None
 
     @property

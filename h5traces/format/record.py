@@ -148,7 +148,7 @@ class EarlierCast:
     cast_from: FloatType
     # Without values that are not finite: they are counted when the array is written.
     counts: CastCounts
-    # Rounding included; None where that is not known.
+    # Rounding included; None if that is not known.
     num_changed: int | None = None
 
 

@@ -218,7 +218,7 @@ class LabelReport:
     table
         The file with the scores.
     threshold
-        Labels are 1 below it; None where only scores are given.
+        Labels are 1 below it; None if only scores are given.
     num_samples, num_labelled
         Samples in the archives, and those that got scores.
     labels
@@ -420,7 +420,7 @@ class _Joining:
         attrs: Mapping[str, object],
         repeats: Counter[str],
     ) -> tuple[str, tuple[float, ...]] | None:
-        """The id and scores of one sample; None where there are none, which the report notes."""
+        """The id and scores of one sample; None if there are none, which the report notes."""
         place = f"{file.path}: sample {ordinal} ({sample_id!r})"
         if not isinstance(sample_id, str):
             self._report.missing.append(f"{file.path}: sample {ordinal} (without an id)")

@@ -248,7 +248,7 @@ class _Plan:
     codings: tuple[_Coding, ...]
     # zlib's parameter, which sets the length of blocks
     mem_level: int = _MEM_LEVEL_LONG_BLOCKS
-    # Neighbouring planes become one piece; others need code tables of their own.
+    # Neighbouring planes become one piece; others need separate code tables.
     joins: bool = False
 
 

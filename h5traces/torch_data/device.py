@@ -39,7 +39,7 @@ def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = Tr
 class DeviceLoader:
     """A loader whose batches are on a device; the next one is copied while the last is in use.
 
-    On CUDA, copies run in a stream of their own; with ``pin_memory=True`` in the loader they and
+    On CUDA, copies run in a separate stream; with ``pin_memory=True`` in the loader they and
     the model do not wait for each other. On other devices batches are moved one by one.
 
     Its ``state_dict`` is the loader's, as of the batch returned last, so that nothing is lost on

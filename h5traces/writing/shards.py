@@ -129,7 +129,8 @@ def _check_through_stock_hdf5(
 
 def stale_warnings(target: Target, written: Iterable[str]) -> list[str]:
     """Names shards of an earlier run that lie beside the new ones and would be opened with them."""
-    stale = [str(path) for path in target.taken() if str(path) not in set(written)]
+    kept = set(written)
+    stale = [place for path in target.taken() if (place := str(path)) not in kept]
     if not stale:
         return []
     return [f"{and_more(stale)}: left by an earlier run, not replaced; delete what is obsolete"]

@@ -153,7 +153,7 @@ ATTRIBUTE_INFO: Final = _message(
 
 @lru_cache(maxsize=4096)
 def attribute_message(name: str, value: AttrValue) -> bytes | None:
-    """An attribute; None where it is too large for a header."""
+    """An attribute; None if it is too large for a header."""
     type_id, shape, data = attribute_value(value)
     datatype, space = encoded_type(type_id), _dataspace(shape)
     stored_name = name.encode() + b"\0"

@@ -216,7 +216,7 @@ class Hdf5Reader:
             return _through_hdf5(dataset, entry)
 
     def index_table(self) -> NDArray[Any] | None:
-        """The table ``/index/samples``, None where there is none."""
+        """The table ``/index/samples``, None if there is none."""
         with self._translated(f"{self.path}: /{layout.INDEX_TABLE}"):
             if not safety.has_link(self._root, layout.INDEX_GROUP):
                 return None

@@ -95,7 +95,7 @@ def stored_type(type_id: h5t.TypeID) -> str:
 
 
 def _number_type(type_id: h5t.TypeID) -> str | None:
-    """The stored type of an integer or float, None where its bits lie otherwise."""
+    """The stored type of an integer or float, None if its bits lie otherwise."""
     size = type_id.get_size()
     if type_id.get_order() not in (h5t.ORDER_LE, h5t.ORDER_BE) and size > 1:
         return None

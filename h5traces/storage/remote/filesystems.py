@@ -303,7 +303,7 @@ class _FsspecTransport:
 
 
 class _PlainTransport(_FsspecTransport):
-    """An object whose size and version take a request of their own (``info``)."""
+    """An object whose size and version take a separate request (``info``)."""
 
     def _data(self, request: _Request) -> bytes:
         self._files.invalidate_cache()
