@@ -44,9 +44,9 @@ from make_synthetic import Generator, Shape
 import h5traces
 from h5traces.format.precision import TIERS
 from h5traces.format.record import SourcePosition
+from h5traces.meaning.records import to_record
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.repack import repack
-from h5traces.sources.pickle.layouts import to_record
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.calibrate import Measurement, record_states
 from h5traces.writing.options import TargetOptions, WriteOptions

@@ -297,6 +297,8 @@ class TraceRecord(BaseModel):
     texts: dict[str, str] = {}
     layered: SkipValidation[dict[str, LayeredArrays]] = {}
     extra: SkipValidation[dict[str, Any]] = {}
+    # Findings of `h5traces.meaning.checks`, for reports; not stored.
+    findings: SkipValidation[tuple[Any, ...]] = ()
 
     def coverage(self) -> Coverage:
         """What the token axis of the arrays covers; see `COVERAGE_DEFINITIONS`."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import os
 
-    from h5traces.sources.pickle.stream import BatchStream
+    from h5traces.meaning.options import ReadingOptions
+    from h5traces.sources.source import TraceSource
 
 SOURCE_SUFFIXES: Final = (".pkl.gz", ".pickle.gz", ".pkl", ".pickle")
 _BATCH_NAME: Final = re.compile(
@@ -18,12 +19,13 @@ _BATCH_NAME: Final = re.compile(
 )
 
 
-def open_source(path: str | os.PathLike[str]) -> BatchStream:
+def open_source(path: str | os.PathLike[str], options: ReadingOptions | None = None) -> TraceSource:
     """Open a source, a context manager: it yields dicts, its `records` yields records."""
     # Loaded on first use: archives are read without it.
+    from h5traces.meaning.options import ReadingOptions
     from h5traces.sources.pickle.stream import BatchStream
 
-    return BatchStream(path)
+    return BatchStream(path, options=options or ReadingOptions())
 
 
 def source_stem(name: str) -> str:

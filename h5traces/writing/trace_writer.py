@@ -13,7 +13,7 @@ from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, ConversionError, SchemaError
 from h5traces.format.record import SourcePosition, TraceRecord
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle import layouts
+from h5traces.meaning.records import to_record as dict_to_record
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import ArchiveWriter
@@ -240,7 +240,7 @@ def _as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -
         record = to_record(sample).model_copy(update={"source": None})
     elif isinstance(sample, Mapping):
         plain = {key: _without_torch(value) for key, value in sample.items()}
-        record = layouts.to_record(plain, source=_NOWHERE).model_copy(update={"source": None})
+        record = dict_to_record(plain, source=_NOWHERE).model_copy(update={"source": None})
     else:
         message = f"found {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
         raise ConversionError(message)

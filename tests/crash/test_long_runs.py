@@ -24,7 +24,7 @@ from h5traces.errors import (
     TargetError,
 )
 from h5traces.format.record import SourcePosition
-from h5traces.sources.pickle.layouts import to_record
+from h5traces.meaning.records import to_record
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 ROOT = Path(__file__).parents[2]

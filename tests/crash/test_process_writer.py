@@ -17,7 +17,7 @@ import h5traces
 from h5traces.errors import ArchiveError, ArchiveExistsError, SchemaError
 from h5traces.format.archive import ExtractionMetadata
 from h5traces.format.record import SourcePosition
-from h5traces.sources.pickle.layouts import to_record
+from h5traces.meaning.records import to_record
 from h5traces.writing.options import TargetOptions
 from h5traces.writing.process_writer import ProcessWriter
 

@@ -33,9 +33,9 @@ from h5traces.errors import (
 from h5traces.fidelity import compare
 from h5traces.format.precision import Precision
 from h5traces.format.record import LayerArray, SourcePosition
+from h5traces.meaning.records import to_record
 from h5traces.rewriting.export import export
 from h5traces.rewriting.repack import repack
-from h5traces.sources.pickle.layouts import to_record
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
 from h5traces.writing.archive_writer import ArchiveWriter

@@ -27,6 +27,7 @@ ROOMS = (
     "storage",
     "paths",
     "precision",
+    "meaning",
     "sources",
     "archive",
     "loading",

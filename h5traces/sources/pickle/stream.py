@@ -7,16 +7,15 @@ A batch is a pickled list of dicts, or a dict of parallel lists under ``traces``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.errors import ConversionError, SchemaError
+from h5traces.errors import ConversionError
 from h5traces.format import layout
-from h5traces.format.record import SourcePosition
 from h5traces.format.values import TorchValue
+from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.records import to_record
 from h5traces.sources.pickle.items import (
     ROOT,
     TRACES_KEY,
@@ -25,15 +24,15 @@ from h5traces.sources.pickle.items import (
     SharedEntryError,
     check_item,
 )
-from h5traces.sources.pickle.layouts import to_record
 from h5traces.sources.pickle.machine import INVALID, locate
 from h5traces.sources.pickle.shims import type_name
 from h5traces.sources.pickle.source import FileSource, PickleLimits, TruncatedError, contradict
+from h5traces.sources.source import TraceSource
 
 if TYPE_CHECKING:
     import os
 
-    from h5traces.format.record import TraceRecord
+    from h5traces.format.record import SourcePosition, TraceRecord
 
 _DEFAULT_LIMITS = PickleLimits()
 _EXPECTED = "expected a list of dicts, or a dict with the list 'traces'"
@@ -51,7 +50,7 @@ _FIRST_OPCODES: Final = frozenset(
 _SENTENCE: Final = re.compile(rb"[A-UW-Z][a-z]+[ a-z]")
 
 
-class BatchStream(Iterator[Any]):
+class BatchStream(TraceSource):
     """The items of a batch as dicts, one by one; a context manager.
 
     It keeps no reference to an item that it has returned. Arrays may be read-only views of the
@@ -59,22 +58,22 @@ class BatchStream(Iterator[Any]):
 
     Attributes
     ----------
-    num_read
-        Index of the next item.
     num_passes
         How often the file has been opened: more than once if items share objects, or for a
         container.
-    num_layers
-        Decoder blocks of the items that were returned, the largest number.
     """
 
+    kind = "pickle"
+
     def __init__(
-        self, path: str | os.PathLike[str], *, limits: PickleLimits = _DEFAULT_LIMITS
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limits: PickleLimits = _DEFAULT_LIMITS,
+        options: ReadingOptions = ReadingOptions(),
     ) -> None:
-        self.path = Path(path)
-        self.num_read = 0
+        super().__init__(path, options=options)
         self.num_passes = 0
-        self.num_layers = 0
         self._limits = limits
         self._shared: dict[int, int] | None = None
         self._columns: tuple[Any, Any] | None = None
@@ -97,9 +96,6 @@ class BatchStream(Iterator[Any]):
         if self._source is None:
             return self._closed_at
         return self._source.compressed_position, self._source.compressed_size
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Any:
         if self._source is None and not self._done:
@@ -134,29 +130,15 @@ class BatchStream(Iterator[Any]):
             self._source.close()
             self._source = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def records(
-        self, *, file: int = 0, layers: tuple[int, ...] | None = None
-    ) -> Iterator[TraceRecord]:
-        """Every item as a record: of `layers` only, with `file` as its source's number."""
-        for item in self:
-            place = SourcePosition(file=file, position=self.num_read - 1)
-            # No producer of containers is known, nor where their last hidden state was taken.
-            is_list = self._columns is None
-            try:
-                record = to_record(item, source=place, layers=layers, sites_known=is_list)
-            except (ConversionError, SchemaError) as error:
-                message = f"{self.path}: sample {place.position}: {error}"
-                raise ConversionError(message) from error
-            del item
-            yield record
-            # Free the arrays before the next item is read.
-            del record
+    def to_record(
+        self, item: dict[Any, Any], place: SourcePosition, layers: tuple[int, ...] | None
+    ) -> TraceRecord:
+        """One item as a record."""
+        # No producer of containers is known, nor where their last hidden state was taken.
+        is_list = self._columns is None
+        return to_record(
+            item, source=place, layers=layers, sites_known=is_list, options=self.options
+        )
 
     def _check_magic(self) -> None:
         assert self._source is not None

@@ -1,4 +1,4 @@
-"""Makes trace records of the elements of legacy batches, whatever their layout.
+"""Makes trace records of dicts, whatever their layout: the rules of what an index and an axis mean.
 
 Index i of a legacy list is decoder block i: the embedding was never stored, and the last hidden
 state was taken after the model's final norm. Fields without a place in the format go to ``extra``.
@@ -16,6 +16,7 @@ from h5traces.format import layout
 from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
 from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArrays, TraceRecord
 from h5traces.format.values import TorchValue
+from h5traces.meaning.options import ReadingOptions
 
 if TYPE_CHECKING:
     from h5traces.format.record import SourcePosition
@@ -37,8 +38,9 @@ def to_record(
     source: SourcePosition,
     layers: tuple[int, ...] | None = None,
     sites_known: bool = True,
+    options: ReadingOptions = ReadingOptions(),
 ) -> TraceRecord:
-    """One item of a legacy batch, as a record of `layers` only, which ascend."""
+    """One dict of a source, as a record of `layers` only, which ascend."""
     found = _Fields()
     if layout.HIDDEN_STATES not in item:
         message = (

@@ -1,0 +1,103 @@
+"""What every source of traces offers: samples one by one as dicts, or as records."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from h5traces.errors import ConversionError, SchemaError
+from h5traces.format.record import SourcePosition
+from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.records import to_record
+
+if TYPE_CHECKING:
+    import os
+
+    from h5traces.format.record import TraceRecord
+
+
+class TraceSource(ABC, Iterator[dict[Any, Any]]):
+    """A file, or a folder that is one set, of traces; a context manager.
+
+    It iterates over samples as dicts with the names of the legacy fields: arrays are numpy arrays
+    (also memory-mapped, also read-only), tensors are `TorchValue`. It keeps no reference to a
+    sample that it has returned.
+
+    Attributes
+    ----------
+    kind
+        Of file, for messages and reports: ``pickle``, ``safetensors`` and so on.
+    path
+        The file or folder.
+    options
+        What the user says about it.
+    num_read
+        Index of the next sample.
+    num_samples
+        How many there are, where that is known before they are read.
+    num_layers
+        Decoder blocks of the samples that were returned, the largest number.
+    understood
+        Sentences that say how the file was understood, for reports.
+    unread
+        What of the file was not read, and why; a conversion reports it and does not end well.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, options: ReadingOptions = ReadingOptions()
+    ) -> None:
+        self.path = Path(path)
+        self.options = options
+        self.num_read = 0
+        self.num_samples: int | None = None
+        self.num_layers = 0
+        self.understood: list[str] = []
+        self.unread: list[str] = []
+
+    @abstractmethod
+    def __next__(self) -> dict[Any, Any]:
+        """The next sample."""
+
+    @property
+    @abstractmethod
+    def progress(self) -> tuple[int, int]:
+        """Bytes read so far, and the size of the source, both in bytes."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the source; samples that were returned stay valid."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def records(
+        self, *, file: int = 0, layers: tuple[int, ...] | None = None
+    ) -> Iterator[TraceRecord]:
+        """Every sample as a record: of `layers` only, with `file` as its source's number."""
+        for item in self:
+            place = SourcePosition(file=file, position=self.num_read - 1)
+            try:
+                record = self.to_record(item, place, layers)
+            except (ConversionError, SchemaError) as error:
+                message = f"{self.path}: sample {place.position}: {error}"
+                raise ConversionError(message) from error
+            del item
+            yield record
+            # Free the arrays before the next sample is read.
+            del record
+
+    def to_record(
+        self, item: dict[Any, Any], place: SourcePosition, layers: tuple[int, ...] | None
+    ) -> TraceRecord:
+        """One sample as a record, by the rules of `h5traces.meaning`."""
+        return to_record(item, source=place, layers=layers, options=self.options)
