@@ -105,34 +105,80 @@ def label_problems(
     return []
 
 
-def read_sidecar(path: Path) -> FileLabels | None:
-    """The labels in a file; None if it does not exist.
+def largest_sidecar(num_samples: int) -> int:
+    """Size in bytes that the labels of an archive may have."""
+    return min(_BASE_NBYTES + num_samples * _SAMPLE_NBYTES, _MOST_NBYTES)
+
+
+def read_sidecar(place: Path, archive: Path | RemotePath, metadata: ArchiveMetadata) -> FileLabels | None:
+    """The labels in a file, which must be those of an archive; None if it does not exist.
+
+    Nothing but a regular file is opened, and no symbolic link is followed. What does not fit the
+    archive is rejected before its columns are looked at.
 
     SchemaError, CorruptArchiveError and UnsupportedVersionError as for an archive.
     """
     try:
-        if path.stat().st_size > _MOST_NBYTES:
-            message = f"{path}: has {path.stat().st_size} bytes; the limit is {_MOST_NBYTES}"
-            raise CorruptArchiveError(message)
-        document = json.loads(path.read_bytes())
+        document = _read_json(place, largest_sidecar(metadata.num_samples))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        message = f"{path}: is not JSON ({error}); expected what 'h5traces label' writes"
+        message = f"{place}: is not JSON ({error}); expected what 'h5traces label' writes"
         raise CorruptArchiveError(message) from error
     if not isinstance(document, dict) or document.get("format") != LABELS_FORMAT:
         message = (
-            f"{path}: holds something other than labels; expected what 'h5traces label' writes"
+            f"{place}: holds something other than labels; expected what 'h5traces label' writes"
         )
         raise CorruptArchiveError(message)
     version = layout.parse_version(str(document.get("format_version")))
     if version is not None and version[0] != layout.FORMAT_MAJOR:
-        message = f"{path}: format version is {version[0]}.{version[1]}; upgrade h5traces"
+        message = f"{place}: format version is {version[0]}.{version[1]}; upgrade h5traces"
         raise UnsupportedVersionError(message)
+    _check_archive(place, document, archive, metadata)
     try:
         # Not from JSON: pydantic's parser rejects the lone surrogates that ids may hold.
-        return FileLabels(LabelSidecar.model_validate(with_tuples(document)), str(path))
+        return FileLabels(LabelSidecar.model_validate(_with_columns(document)), str(place))
     except ValidationError as error:
         problems = problems_of(error)
-        message = f"{path}: {and_more(problems, separator='; ')}"
+        message = f"{place}: {and_more(problems, separator='; ')}"
         raise SchemaError(message, problems) from error
+
+
+def _read_json(place: Path, most: int) -> Any:
+    try:
+        with os.fdopen(open_regular(place, CorruptArchiveError, follow=False), "rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise
+        why = "is a symbolic link" if error.errno == errno.ELOOP else f"{error.strerror}"
+        message = (
+            f"{place}: {why}; labels are read from a regular file beside the archive, or from "
+            "the folder labels='...', or not at all (labels=False)"
+        )
+        raise CorruptArchiveError(message) from error
+    if len(content) > most:
+        message = f"{place}: has more than {most} bytes, the limit for labels of this archive"
+        raise CorruptArchiveError(message)
+    return json.loads(content)
+
+
+def _check_archive(
+    place: Path, document: dict[str, Any], archive: Path | RemotePath, metadata: ArchiveMetadata
+) -> None:
+    """Raise SchemaError for labels of another archive."""
+    found = (document.get("archive_id"), document.get("num_samples"))
+    if found != (metadata.archive_id, metadata.num_samples):
+        ...
+
+
+def _with_columns(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with lists as tuples, which strict validation asks for."""
+
+    def of(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    plain = {key: of(value) for key, value in document.items()}
+    if isinstance(plain.get("scores"), dict):
+        plain["scores"] = {name: of(column) for name, column in plain["scores"].items()}
+    return plain
