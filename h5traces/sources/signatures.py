@@ -6,7 +6,6 @@ Names are not looked at: batches are renamed freely, and ``.pkl``, ``.pt`` and `
 from __future__ import annotations
 
 import bz2
-import io
 import lzma
 import os
 import re
@@ -61,8 +60,7 @@ class Kind:
 
 
 _MAPPING: Final = "write a mapping that says which name holds which field"
-_TO_PICKLE: Final = "load it with the program that wrote it, and save its samples as a pickle, "
-_TO_PICKLE_OR: Final = f"{_TO_PICKLE}torch.save or safetensors file"
+_SAVE: Final = "load it with the program that wrote it, and save its samples in another format"
 _UNPACK: Final = "unpack it and convert what it holds"
 
 KINDS: Final[dict[str, Kind]] = {
@@ -88,10 +86,12 @@ KINDS: Final[dict[str, Kind]] = {
             is_ours=True,
         ),
         # That hold samples.
-        Kind(id="pickle", what="a pickle", remedy=_TO_PICKLE_OR),
-        Kind(id="torch", what="a file of torch.save", remedy=_TO_PICKLE_OR),
+        Kind(id="pickle", what="a pickle", remedy=_SAVE),
+        Kind(id="torch", what="a file of torch.save", remedy=_SAVE),
         Kind(
-            id="torch-old", what="a file of torch.save in its format before 1.6", remedy=_TO_PICKLE_OR
+            id="torch-old",
+            what="a file of torch.save in its format before 1.6",
+            remedy=_SAVE,
         ),
         Kind(id="safetensors", what="a safetensors file", remedy=_MAPPING),
         Kind(id="npz", what="a file of numpy.savez", remedy=_MAPPING),
@@ -104,13 +104,13 @@ KINDS: Final[dict[str, Kind]] = {
         Kind(id="csv", what="a table of text", remedy="'h5traces label' reads tables of labels"),
         Kind(id="datasets-folder", what="a folder saved by datasets", remedy=_MAPPING),
         # That hold none, or not as they are.
-        Kind(id="torchscript", what="a TorchScript model", remedy="it holds no traces; pass it over"),
+        Kind(id="torchscript", what="a TorchScript model", remedy="it holds no traces"),
         Kind(id="zip", what="a zip file", remedy=_UNPACK),
         Kind(id="tar", what="a tar file", remedy=_UNPACK),
         Kind(id="7z", what="a 7z file", remedy=_UNPACK),
         Kind(id="rar", what="a RAR file", remedy=_UNPACK),
         Kind(id="office", what="an office document", remedy="save its table as CSV"),
-        Kind(id="sqlite", what="a SQLite database", remedy=f"{_TO_PICKLE}torch.save or Parquet file"),
+        Kind(id="sqlite", what="a SQLite database", remedy=_SAVE),
         Kind(
             id="git-lfs",
             what="a pointer of Git LFS, not the file itself",
@@ -138,9 +138,7 @@ KINDS: Final[dict[str, Kind]] = {
             remedy="its writer has not written yet, or the disk was full; look at the run that "
             "made it",
         ),
-        Kind(
-            id="gzip", what="a gzip file of unknown content", remedy="decompress it with gunzip"
-        ),
+        Kind(id="gzip", what="a gzip file of unknown content", remedy="decompress it with gunzip"),
         Kind(id="bz2", what="a bzip2 file of unknown content", remedy="decompress it with bunzip2"),
         Kind(id="xz", what="an xz file of unknown content", remedy="decompress it with unxz"),
         Kind(id="lzma", what="an lzma file of unknown content", remedy="decompress it with unlzma"),
@@ -151,12 +149,12 @@ KINDS: Final[dict[str, Kind]] = {
             what="a zlib stream of unknown content",
             remedy="decompress it with Python: zlib.decompress",
         ),
-        Kind(id="text", what="text", remedy="pass it over, or save its samples as a pickle"),
+        Kind(id="text", what="text", remedy=_SAVE),
         Kind(id="folder", what="a folder", remedy="name the files in it"),
         Kind(
             id="unknown",
             what="of an unknown kind",
-            remedy=f"if it holds raw numbers, {_MAPPING} and what its axes are; else {_TO_PICKLE_OR}",
+            remedy=f"for raw numbers, {_MAPPING} and its axes; else {_SAVE}",
         ),
     )
 }
@@ -189,7 +187,9 @@ _TORCH_OLD: Final = re.compile(
 )
 # An Arrow stream: a continuation, the length of the schema, and a flatbuffer.
 _ARROW_STREAM: Final = re.compile(rb"\xff\xff\xff\xff[^\0].[\0-\x10]\0", re.DOTALL)
-_HTML: Final = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)", re.I | re.DOTALL)
+_HTML: Final = re.compile(
+    rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)", re.I | re.DOTALL
+)
 _XML: Final = re.compile(rb"\s*<(?:\?xml|Error>)")
 # PROTO, FRAME, and every opcode that needs nothing on the stack.
 _FIRST_OPCODES: Final = frozenset(
@@ -200,6 +200,7 @@ _TEXT_PICKLE: Final = re.compile(
     rb"\((?:[ldt](?:p\d|[.(])|[(VSIFLNXc\]}])|c[\w.]+\n\w+\n|[IFL]-?[\d.]+L?\n[.p]|[SVP][^\n]*\n[.p]|N\."
 )
 _SAFETENSORS_HEADER_NBYTES: Final = 100_000_000
+_JSON: Final = re.compile(rb"\{\s*[\"}]|\[\s*[\[{\"\-0-9tfn\]]")
 _TABLE_LINE: Final = re.compile(rb"[^\n\t,;]+(?:[\t,;][^\n\t,;]*)+")
 
 
@@ -289,7 +290,7 @@ def _kind_of_text(text: bytes, *, is_whole: bool) -> str:
     stripped = text.lstrip()
     if not stripped:
         return "text"
-    if stripped[:1] in b"{[":
+    if _JSON.match(stripped):
         lines = [line for line in stripped.split(b"\n") if line.strip()]
         # An object a line, the second of which begins like the first; a first line that is longer
         # than what was read may be either.
@@ -308,29 +309,38 @@ def _is_zlib(head: bytes) -> bool:
 
 def _unpacked_head(compression: str, head: bytes) -> bytes:
     """The first bytes inside a compressed file; nothing where they cannot be had."""
-    unpackers: dict[str, Callable[[], Any]] = {
-        "gzip": lambda: zlib.decompressobj(31).decompress(head, _HEAD_NBYTES),
-        "zlib": lambda: zlib.decompressobj().decompress(head, _HEAD_NBYTES),
-        "bz2": lambda: bz2.BZ2Decompressor().decompress(head, _HEAD_NBYTES),
-        "xz": lambda: _lzma(lzma.FORMAT_XZ, head),
-        "lzma": lambda: _lzma(lzma.FORMAT_ALONE, head),
-        "zstd": lambda: _zstd(head),
-        "lz4": lambda: b"",
-    }
+    unpack = _UNPACKERS.get(compression)
+    found = b""
+    if unpack is None:
+        return found
     try:
-        return bytes(unpackers[compression]())
+        step = unpack()
+        # In small pieces: a wrong checksum at the end takes nothing from what is before it, and none
+        # expands to much.
+        for at in range(0, len(head), 16):
+            found += step(head[at : at + 16], _HEAD_NBYTES - len(found))
+            if len(found) >= _HEAD_NBYTES:
+                break
     except (zlib.error, OSError, EOFError, ValueError, lzma.LZMAError, zstandard.ZstdError):
-        return b""
+        pass
+    return found
 
 
-def _lzma(form: int, head: bytes) -> bytes:
-    # A header may ask for a dictionary of gigabytes.
-    return lzma.LZMADecompressor(form, memlimit=128 << 20).decompress(head, _HEAD_NBYTES)
+def _zstd() -> Callable[[bytes, int], bytes]:
+    # A header may ask for a window of gigabytes.
+    step = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_NBYTES).decompressobj()
+    return lambda part, _: step.decompress(part)
 
 
-def _zstd(head: bytes) -> bytes:
-    reader = zstandard.ZstdDecompressor(max_window_size=128 << 20).stream_reader(io.BytesIO(head))
-    return reader.read(_HEAD_NBYTES)
+_MAX_WINDOW_NBYTES: Final = 128 << 20
+_UNPACKERS: Final[dict[str, Callable[[], Callable[[bytes, int], bytes]]]] = {
+    "gzip": lambda: zlib.decompressobj(31).decompress,
+    "zlib": lambda: zlib.decompressobj().decompress,
+    "bz2": lambda: bz2.BZ2Decompressor().decompress,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MAX_WINDOW_NBYTES).decompress,
+    "lzma": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, _MAX_WINDOW_NBYTES).decompress,
+    "zstd": _zstd,
+}
 
 
 # --- a look inside -------------------------------------------------------------------------------

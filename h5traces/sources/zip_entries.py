@@ -108,7 +108,8 @@ class ZipDirectory:
         return ZipEntry(name, method, size, stored, crc, start)
 
     def _fail(self, message: str) -> NoReturn:
-        raise ConversionError(f"{self._file}: {message}")
+        message = f"{self._file}: {message}"
+        raise ConversionError(message)
 
     def _at(self, offset: int, nbytes: int) -> bytes:
         data = os.pread(self._descriptor, nbytes, offset) if 0 <= offset < self.nbytes else b""
