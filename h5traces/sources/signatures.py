@@ -315,7 +315,7 @@ def _unpacked_head(compression: str, head: bytes) -> bytes:
         return found
     try:
         step = unpack()
-        # In small pieces: a wrong checksum at the end takes nothing from what is before it, and none
+        # In small pieces: a wrong checksum takes nothing from what is before it, and none
         # expands to much.
         for at in range(0, len(head), 16):
             found += step(head[at : at + 16], _HEAD_NBYTES - len(found))
