@@ -335,6 +335,16 @@ class ArchiveMetadata(Document):
 LABELS_FORMAT: Final = "h5traces-labels"
 
 
+class _FailFast(FailFast):
+    """pydantic's own cannot stand in a union, for want of a hash."""
+
+    __hash__ = object.__hash__
+
+
+# A column of millions ends at its first wrong element; errors of all take seconds and gigabytes.
+_FIRST_FAULT: Final = _FailFast()
+
+
 class LabelSidecar(Document):
     """Labels and scores of samples of one archive: a JSON file beside it."""
 
@@ -362,30 +372,31 @@ class LabelSidecar(Document):
         str | None, Field(description="The score that labels were made of, by name.")
     ] = None
     threshold: Annotated[
-        float | None, Field(description="Scores from this on are high, others low.")
+        float | None,
+        Field(allow_inf_nan=False, description="Scores from this on are high, others low."),
     ] = None
     higher_means: Annotated[
         Literal["correct", "hallucinated"] | None,
         Field(
             description="With 'correct', the label of low scores is 1 and that of high ones 0; "
-            "with 'hallucinated', the other way round."
+            "with 'hallucinated', the other way round. Present where 'threshold' is."
         ),
     ] = None
     ordinals: Annotated[
         tuple[Count, ...],
-        FailFast(),
+        _FIRST_FAULT,
         Field(description="Which samples are labelled, strictly ascending; others are not."),
     ]
     sample_ids: Annotated[
         tuple[str, ...],
-        FailFast(),
+        _FIRST_FAULT,
         Field(description="The ``sample_id`` of each, which must fit."),
     ]
     labels: Annotated[
-        Annotated[tuple[Int64, ...], FailFast()] | None, Field(description="The label of each.")
+        Annotated[tuple[Int64, ...], _FIRST_FAULT] | None, Field(description="The label of each.")
     ] = None
     scores: Annotated[
-        dict[str, Annotated[tuple[float, ...], FailFast()]],
+        dict[str, Annotated[tuple[float, ...], _FIRST_FAULT]],
         Field(description="By name, the score of each."),
     ]
 

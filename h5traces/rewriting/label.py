@@ -268,9 +268,32 @@ class Joined:
     _sidecars: list[LabelSidecar]
     _output: PathLike | None
 
+    @property
+    def joins(self) -> bool:
+        """Whether any id of the table is in the archives."""
+        report = self.report
+        return bool(report.num_labelled or report.num_excluded or report.ambiguous)
+
     def check(self, *, partial: bool) -> None:
         """Reject a table that leaves samples out, unless `partial`."""
-        _check(self.report, self._table, partial=partial)
+        report = self.report
+        if report.similar and report.missing:
+            message = (
+                f"{report.table}: ids differ from those of the archives in spaces, case, quotes or "
+                f"zeros only: {and_more(report.similar, separator='; ')}; nothing was written. "
+                "Correct the table"
+            )
+            raise SchemaError(message)
+        if not self.joins:
+            example = next(iter(self._table.entries), ("none", None))[0]
+            message = (
+                f"{report.table}: none of its {self._table.num_questions} ids is in the archives; "
+                f"it has ids such as {example!r}, they have "
+                f"{and_more(report.missing) or 'no sample'}"
+            )
+            raise SchemaError(message)
+        if not (report.complete or (partial and report.num_labelled + report.num_excluded)):
+            raise SchemaError(_incomplete(report))
 
     def write(self, target: TargetOptions) -> None:
         """Write the sidecars or the archive, unless it is a dry run."""
@@ -434,23 +457,8 @@ def _plain(sample_id: str) -> str:
     return text
 
 
-def _check(report: LabelReport, table: LabelTable, *, partial: bool) -> None:
-    if report.similar and report.missing:
-        message = (
-            f"{report.table}: ids differ from those of the archives in spaces, case, quotes or "
-            f"zeros only: {and_more(report.similar, separator='; ')}; nothing was written. Correct "
-            "the table"
-        )
-        raise SchemaError(message)
-    if not report.num_labelled and not report.num_excluded and not report.ambiguous:
-        example = next(iter(table.entries), ("none", None))[0]
-        message = (
-            f"{report.table}: none of its {table.num_questions} ids is in the archives; it has ids "
-            f"such as {example!r}, they have {and_more(report.missing) or 'no sample'}"
-        )
-        raise SchemaError(message)
-    if report.complete or (partial and report.num_labelled + report.num_excluded):
-        return
+def _incomplete(report: LabelReport) -> str:
+    """What is wrong with a table that leaves samples out."""
     what = "score" if report.label_column is None else "label"
     said = []
     if report.missing:
@@ -462,11 +470,10 @@ def _check(report: LabelReport, table: LabelTable, *, partial: bool) -> None:
             f"which distinguishes them, is missing: {and_more(report.ambiguous)}; label archives "
             "that repeat ids one by one"
         )
-    message = (
+    return (
         f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or "
         "pass partial=True to leave these without a label"
     )
-    raise SchemaError(message)
 
 
 def _sidecar_places(archive: Archive, folder: Path | None) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from h5traces.errors import OptionError, Problem, SchemaError
 from h5traces.format.text import and_more, counted, short_repr
-from h5traces.sources.rows import read_rows, short
+from h5traces.sources.rows import read_rows, short, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -207,7 +207,7 @@ def read_table(path: Path, options: LabelOptions) -> LabelTable:
     SchemaError
         Rows are wrong, or contradict each other; the message names their lines.
     """
-    with path.open("rb") as file:
+    with text_of(path.open("rb")) as file:
         found = read_rows(path, file)
         reading = _Reading(found, options)
         reading.read()
@@ -231,7 +231,9 @@ class _Reading:
         self._rows, self._options = rows, options
         self._table = LabelTable(rows.path)
         self._columns = self._score_columns()
-        self._table.score_names = tuple(each.removesuffix("_score") or each for each in self._columns)
+        self._table.score_names = tuple(
+            each.removesuffix("_score") or each for each in self._columns
+        )
         self._lines: dict[Key, str] = {}
         # Classes by key: the first spelling and the number of rows.
         self._spellings: dict[str, str] = {}
@@ -331,7 +333,10 @@ class _Reading:
     def _labels_of_classes(self, column: str) -> dict[str, int | None]:
         """The label of every class that occurs, by key."""
         options = self._options
-        found = [f"{short(self._spellings[key])} ({counted(n, 'row')})" for key, n in self._counts.items()]
+        found = [
+            f"{short(self._spellings[key])} ({counted(n, 'row')})"
+            for key, n in self._counts.items()
+        ]
         has = f"{self._rows.path}: the column {column!r} has the classes {and_more(found, 10)}"
         if options.classes is not None:
             labels = {class_key(name): number for name, number in options.classes.items()}
@@ -405,10 +410,10 @@ def _text(value: Any, column: str) -> str:
 
 def _sample_id(cells: dict[str, Any], column: str) -> str:
     value = _cell(cells, column)
-    if isinstance(value, (bool, float)):
+    found = _text(value, column)
+    if type(value) in (bool, float):
         message = f"{column} is {value!r}, expected text or an integer"
         raise ValueError(message)
-    found = _text(value, column)
     if not found:
         message = f"{column} is empty"
         raise ValueError(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import itertools
@@ -11,7 +10,7 @@ import re
 import reprlib
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from h5traces.errors import Problem, SchemaError
 from h5traces.format.text import and_more, counted
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 _OBJECT: Final = re.compile(r"\s*\{")
 _ARRAY: Final = re.compile(r"\s*\[\s*([\]{]|\Z)")
+# What 'surrogateescape' makes of UTF-16's byte order marks.
+_UTF16: Final = ("\udcff\udcfe", "\udcfe\udcff")
 # What 'surrogateescape' makes of a byte that is not UTF-8.
 _NOT_UTF8: Final = re.compile("[\udc80-\udcff]")
 _DIGITS: Final = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
@@ -70,7 +71,12 @@ class TextTable:
     rows: Iterator[Row]
 
 
-def read_rows(path: Path, file: io.BufferedReader) -> TextTable:
+def text_of(file: BinaryIO) -> io.TextIOWrapper:
+    """A file as text, for `read_rows`; closing one closes the other."""
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+
+
+def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     """Read the rows of a file of text in UTF-8; its content decides what it is, not its name.
 
     JSON Lines where it begins with an object, a JSON array where it begins with a list of objects,
@@ -83,18 +89,15 @@ def read_rows(path: Path, file: io.BufferedReader) -> TextTable:
     path
         Its name, for messages.
     file
-        Its bytes, also those of a pipe.
+        What `text_of` gives, also of a pipe.
 
     Raises
     ------
     SchemaError
         The file, or its first row, is no such table.
     """
-    if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        message = f"{path}: is UTF-16, expected UTF-8 (in spreadsheets: 'CSV UTF-8')"
-        raise SchemaError(message)
     lines = _lines(path, file)
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip("\r\n"))
     begin, first = next(numbered, (1, ""))
     every = itertools.chain([first], lines)
     if _ARRAY.match(first):
@@ -119,12 +122,14 @@ def bad_row(path: Path, place: str, message: str) -> SchemaError:
     return SchemaError(f"{path}: {place}: {message}", [Problem(place, message, "bad_row")])
 
 
-def _lines(path: Path, file: io.BufferedReader) -> Iterator[str]:
+def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
     """Lines with their ends, each of them UTF-8."""
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    for number, line in enumerate(text, start=1):
+    for number, line in enumerate(file, start=1):
         wrong = None if line.isascii() else _NOT_UTF8.search(line)
         if wrong is not None:
+            if number == 1 and line.startswith(_UTF16):
+                message = f"{path}: is UTF-16, expected UTF-8 (in spreadsheets: 'CSV UTF-8')"
+                raise SchemaError(message)
             message = (
                 f"byte 0x{ord(wrong[0]) - 0xDC00:02x} is not UTF-8; save the file as UTF-8 (in "
                 "spreadsheets: 'CSV UTF-8')"
@@ -158,9 +163,7 @@ def _cells(
             yield place, cells
 
 
-def _fitting(
-    path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]]
-) -> Iterator[Row]:
+def _fitting(path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]]) -> Iterator[Row]:
     for place, cells in rows:
         if len(cells) != len(header):
             found = and_more(map(short, cells), 8)
