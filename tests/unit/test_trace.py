@@ -191,7 +191,7 @@ def test_arrays_live_as_long_as_they_are_used(path: Path) -> None:
 
 def test_what_a_user_sees(path: Path) -> None:
     archive = h5traces.open(path)
-    mapping = ["get", "items", "keys", "values"]
+    mapping = ["copy", "get", "items", "keys", "values"]
     trace = ["embedding", "fields", "layer", "metadata", "ordinal", "path", "position_in_file"]
     assert public(archive[0]) == sorted([*mapping, *trace, "to_dict"])
     sequence = ["count", "index"]
