@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.tensors import check_container, materialised
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Source, is_archive, listed_sources
 from h5traces.sources.opening import open_source
 from h5traces.storage.remote.paths import RemotePath, is_url
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
 
 
-def load(path: Source, *, container: Container = "source") -> list[dict[str, Any]]:
+def load(
+    path: Source, *, container: Container = "source", reading: ReadingOptions = ReadingOptions()
+) -> list[dict[str, Any]]:
     """All traces of one file as plain dicts: what ``pickle.load`` gave, from any format.
 
     Parameters
@@ -25,6 +28,8 @@ def load(path: Source, *, container: Container = "source") -> list[dict[str, Any
         are read by an interpreter that executes nothing.
     container
         ``source``, ``numpy`` or ``torch``, as for `h5traces.open`.
+    reading
+        What a file of another program does not say itself.
 
     Returns
     -------
@@ -45,5 +50,5 @@ def load(path: Source, *, container: Container = "source") -> list[dict[str, Any
     if isinstance(path, RemotePath) or is_url(path) or is_archive(Path(path)):
         with open_archive(path, container=container) as archive:
             return [trace.to_dict() for trace in archive]
-    with open_source(path) as source:
+    with open_source(path, reading) as source:
         return [materialised(each, container) for each in source]
