@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 from numpy.typing import NDArray
 
 from h5traces.archive.tensors import with_tensors, without_tensors
@@ -163,6 +164,8 @@ class Trace(Mapping[str, Any]):
             return self._stored.tokens(torch_tensors=torch_tensors)
         if key == layout.TOKENS_DECODED and key in objects:
             return self._stored.texts(key)
+        if key == layout.ATTENTION_MASK and key in objects:
+            return self._stored.attention_mask()
         if key in layout.TEXT_FIELDS and key in objects:
             return self._stored.text(key)
         if key in objects:
@@ -178,6 +181,16 @@ class Trace(Mapping[str, Any]):
             )
             raise CorruptArchiveError(message)
         return value
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """Which positions are tokens, ``(seq_len,)``, and not padding; None where all are.
+
+        Archives hold padding only where ``keep_padding`` asked for it. The field
+        ``attention_mask`` is as the source had it.
+        """
+        found = self._stored.attention_mask()
+        return None if found is None else found.astype(np.bool_)
 
     @property
     def embedding(self) -> LayerValue:
