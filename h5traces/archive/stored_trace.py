@@ -197,7 +197,10 @@ class StoredTrace:
         """Keys for a trace without a legacy dict."""
         objects, found = self.sample.objects, []
         found += [kind for kind in self.file.store.kinds if kind in objects]
-        datasets = (layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS)
+        datasets = (
+            *(layout.TOKENS, layout.TOKENS_DECODED, layout.ATTENTION_MASK),
+            *layout.TEXT_FIELDS,
+        )
         found += [name for name in datasets if name in objects]
         found += [key for key, value in self.slots().items() if value is not None]
         prefix = f"{layout.EXTRA_GROUP}/"
@@ -233,6 +236,16 @@ class StoredTrace:
             values = values.astype(np.dtype(source_dtype))
         if is_torch(container, attrs.get("container")):
             return to_tensor(TorchValue(values, values.dtype.name))
+        return values
+
+    def attention_mask(self) -> NDArray[np.uint8] | None:
+        """The mask by position; CorruptArchiveError unless a row of 0 and 1. None if not stored."""
+        if layout.ATTENTION_MASK not in self.objects:
+            return None
+        values = self.values(layout.ATTENTION_MASK)
+        if values.ndim != 1 or values.dtype != np.uint8 or values.max(initial=0) > 1:
+            message = f"{self.place}/{layout.ATTENTION_MASK}: holds no row of 0 and 1"
+            raise CorruptArchiveError(message)
         return values
 
     def text(self, key: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
+import numpy as np
+
 from h5traces.archive.equality import equal
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.tensors import check_container, in_container
@@ -15,6 +17,8 @@ from h5traces.format.values import decode_element
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from h5traces.archive.stored_trace import StoredTrace
     from h5traces.archive.tensors import Container
@@ -237,6 +241,8 @@ class Trace(ReadOnly, Mapping[str, Any]):
             return self._stored.tokens(container)
         if key == layout.TOKENS_DECODED and key in objects:
             return self._stored.texts(key)
+        if key == layout.ATTENTION_MASK and key in objects:
+            return in_container(self._stored.attention_mask(), container)
         if key in layout.TEXT_FIELDS and key in objects:
             return self._stored.text(key)
         if key in objects:
@@ -252,6 +258,16 @@ class Trace(ReadOnly, Mapping[str, Any]):
             )
             raise CorruptArchiveError(message)
         return value
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """Which positions are tokens, ``(seq_len,)``, and not padding; None where all are.
+
+        Archives hold padding only where ``keep_padding`` asked for it. The field
+        ``attention_mask`` is as the source had it.
+        """
+        found = self._stored.attention_mask()
+        return None if found is None else found.astype(np.bool_)
 
     @property
     def embedding(self) -> LayerValue:
