@@ -374,7 +374,9 @@ def _kind_of_hdf5(file: Any) -> str:
 
 def _kind_of_zip(file: Any, path: Path) -> str:
     try:
-        names = list(ZipDirectory(file.fileno(), str(path)))
+        number = file.fileno()
+        nbytes = os.fstat(number).st_size
+        names = list(ZipDirectory(lambda at, n: os.pread(number, n, at), nbytes, str(path)))
     except ConversionError:
         # Its reader says what is wrong with it.
         file.seek(0)
