@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from h5traces.extract.estimate import estimate
     from h5traces.format.precision import Precision
     from h5traces.loading import load
+    from h5traces.meaning.options import ReadingOptions
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
@@ -42,6 +43,7 @@ __all__ = [
     "H5TracesError",
     "Precision",
     "PrecisionOptions",
+    "ReadingOptions",
     "TargetOptions",
     "Trace",
     "__version__",
@@ -73,6 +75,7 @@ _HOMES = {
     "Archive": "h5traces.archive.archive",
     "Precision": "h5traces.format.precision",
     "PrecisionOptions": "h5traces.writing.options",
+    "ReadingOptions": "h5traces.meaning.options",
     "TargetOptions": "h5traces.writing.options",
     "Trace": "h5traces.archive.trace",
     "calibrate": "h5traces.writing.calibrate",

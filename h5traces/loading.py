@@ -7,12 +7,13 @@ from typing import Any
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.tensors import materialised
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Source, is_archive, listed_sources
 from h5traces.sources.opening import open_source
 from h5traces.storage.remote.paths import RemotePath, is_url
 
 
-def load(path: Source) -> list[dict[str, Any]]:
+def load(path: Source, *, reading: ReadingOptions = ReadingOptions()) -> list[dict[str, Any]]:
     """All traces of one file as plain dicts: what ``pickle.load`` gave, from any format.
 
     Parameters
@@ -20,6 +21,8 @@ def load(path: Source) -> list[dict[str, Any]]:
     path
         An ``.h5`` archive, also on a server, or a legacy ``.pkl`` or ``.pkl.gz`` batch. Pickles
         are read by an interpreter that executes nothing.
+    reading
+        What a file of another program does not say itself.
 
     Returns
     -------
@@ -35,5 +38,5 @@ def load(path: Source) -> list[dict[str, Any]]:
     if isinstance(path, RemotePath) or is_url(path) or is_archive(Path(path)):
         with open_archive(path) as archive:
             return [trace.to_dict() for trace in archive]
-    with open_source(path) as source:
+    with open_source(path, reading) as source:
         return [materialised(each) for each in source]

@@ -16,6 +16,7 @@ from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import ArraySource, StepArrays, TraceRecord
 from h5traces.format.values import TorchValue
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath
@@ -143,6 +144,7 @@ def inspect(
     sources: Source | Iterable[Source],
     *,
     samples: SampleCount = 1,
+    reading: ReadingOptions = ReadingOptions(),
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: ReportProgress | None = None,
 ) -> list[Inspection]:
@@ -155,6 +157,8 @@ def inspect(
         which is how its samples are counted; nothing in it is executed.
     samples
         Number of samples per file whose arrays are read, or ``all``.
+    reading
+        What a batch does not say itself.
     limits
         What an archive may ask of its reader.
     progress
@@ -177,7 +181,7 @@ def inspect(
         if isinstance(path, RemotePath) or is_archive(path):
             found.append(_inspect_archive(path, samples, limits, progress))
         else:
-            found.append(_inspect_batch(path, samples, progress))
+            found.append(_inspect_batch(path, samples, reading, progress))
     return found
 
 
@@ -220,13 +224,15 @@ def _inspect_archive(
         )
 
 
-def _inspect_batch(file: Path, samples: SampleCount, progress: ReportProgress | None) -> Inspection:
+def _inspect_batch(
+    file: Path, samples: SampleCount, reading: ReadingOptions, progress: ReportProgress | None
+) -> Inspection:
     lengths: list[int] = []
     coverage: Counter[str] = Counter()
     looked_at: list[SampleStats] = []
     raw: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    with open_source(file) as source:
+    with open_source(file, reading) as source:
         for index, record in enumerate(source.records()):
             read = samples == "all" or index < samples
             stats = _sample_stats(index, record, read=read)

@@ -29,6 +29,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
 from h5traces.format.text import and_more, counted
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
 from h5traces.sources.opening import open_source
@@ -68,6 +69,7 @@ def verify(
     *,
     deep: bool = False,
     against: PathLike | None = None,
+    reading: ReadingOptions = ReadingOptions(),
     workers: int | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: ReportProgress | None = None,
@@ -87,6 +89,8 @@ def verify(
     against
         A file that the archives were converted from: prove that they hold every sample of it, bit
         for bit after the cast that the archive records.
+    reading
+        What `against` does not say itself; as in the conversion.
     workers
         Threads; one per core by default.
     limits
@@ -122,7 +126,7 @@ def verify(
             # Closed at the end: while HDF5 has a file open, it does not read what is on disk now.
             with closing(_open(path, limits, report)) as store:
                 check_other_format(store.root_attrs)
-                _Verification(store, report, workers, progress).run(source, deep=deep)
+                _Verification(store, report, workers, progress).run(source, reading, deep=deep)
         except NotAnArchiveError as error:
             report.add("/", error, "not_an_archive")
             report.notes.clear()
@@ -159,7 +163,7 @@ class _Verification:
         self._store, self._report, self._workers = store, report, workers
         self._progress = progress or (lambda _done, _total: None)
 
-    def run(self, against: Path | None, *, deep: bool) -> None:
+    def run(self, against: Path | None, reading: ReadingOptions, *, deep: bool) -> None:
         if isinstance(self._store, FooterStore):
             self._check_bytes(self._store)
         self._check_head()
@@ -167,7 +171,7 @@ class _Verification:
             self._check_contents()
         self._report.num_samples = self._store.num_samples
         if against is not None:
-            self._check_against(against)
+            self._check_against(against, reading)
 
     def _check_bytes(self, store: FooterStore) -> None:
         """Every byte of the file against the checksums in its footer."""
@@ -234,7 +238,7 @@ class _Verification:
                         self._report.add(loc, error)
                 self._progress(index + 1, num_samples)
 
-    def _check_against(self, path: Path) -> None:
+    def _check_against(self, path: Path, reading: ReadingOptions) -> None:
         """Every sample of a source against the digests of its copy."""
         store, report = self._store, self._report
         metadata = from_attributes(ArchiveMetadata, store.root_attrs)
@@ -253,7 +257,7 @@ class _Verification:
         )
         copies = _copies_of(store, metadata, path)
         num_compared = 0
-        with open_source(path) as source, ThreadPoolExecutor(self._workers) as pool:
+        with open_source(path, reading) as source, ThreadPoolExecutor(self._workers) as pool:
             for position, record in enumerate(source.records(layers=metadata.layers)):
                 if position not in copies:
                     message = f"sample {position} of {path} is not in the archive"

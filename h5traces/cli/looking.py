@@ -16,7 +16,7 @@ from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, print_json
-from h5traces.cli.options import Archives, Json, option
+from h5traces.cli.options import Archives, Json, Reading, option
 from h5traces.errors import H5TracesError
 from h5traces.paths import expand_paths, expand_sources
 from h5traces.sources.opening import SOURCE_SUFFIXES
@@ -33,6 +33,7 @@ def inspect(
     num_samples: Annotated[
         str, option(None, "-n --num-samples N|all", "Read the arrays of the first N samples.")
     ] = "1",
+    reading: Reading,
     json: Json = False,
 ) -> None:
     """Show what archives or batches hold, and their sizes.
@@ -51,7 +52,7 @@ def inspect(
         try:
             with count_progress(path.name) as update:
                 wanted: Any = num_samples if num_samples == "all" else int(num_samples)
-                (result,) = inspect_file(path, samples=wanted, progress=update)
+                (result,) = inspect_file(path, samples=wanted, reading=reading, progress=update)
         except H5TracesError as error:
             failed = True
             fail(str(error))
@@ -131,6 +132,7 @@ def verify(
         str | None,
         option(None, "--against BATCH", "Compare with the legacy batch the archive was made from."),
     ] = None,
+    reading: Reading,
     json: Json = False,
 ) -> None:
     """Compare the bytes of archives with their digests.
@@ -144,7 +146,9 @@ def verify(
     found: list[VerifyReport] = []
     for path in expand_paths(sources):
         with count_progress(path.name) as update:
-            found += verify_archive(path, deep=deep, against=against, progress=update)
+            found += verify_archive(
+                path, deep=deep, against=against, reading=reading, progress=update
+            )
     if json:
         print_json([each.as_dict() for each in found])
     else:

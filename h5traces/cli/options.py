@@ -11,11 +11,13 @@ from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.format.precision import HeadMean as HeadMeanName
 from h5traces.format.precision import Precision
 from h5traces.format.precision import Tier as TierName
+from h5traces.meaning.options import FirstState, ReadingOptions
 from h5traces.storage.codecs import ArrayCodec
 from h5traces.writing.options import AUTOMATIC_SAMPLES, PrecisionOptions, TargetOptions
 
 KEEP: Final = "What to keep"
 PRECISION: Final = "Precision"
+READING: Final = "Reading"
 OUTPUT: Final = "Output"
 
 
@@ -168,6 +170,23 @@ def _precision(
     )
 
 
+def _reading(
+    first_state: Annotated[
+        FirstState | None,
+        option(
+            READING,
+            "--first-state embedding|block",
+            "What the first hidden state is, where the file does not show it.",
+        ),
+    ] = None,
+    keep_padding: Annotated[
+        bool,
+        option(READING, "--keep-padding", "Keep padded positions and their mask; they are cut."),
+    ] = False,
+) -> ReadingOptions:
+    return ReadingOptions(first_state=first_state, keep_padding=keep_padding)
+
+
 def _new_file(overwrite: Overwrite = False, dry_run: DryRun = False) -> TargetOptions:
     return TargetOptions(overwrite=overwrite, dry_run=dry_run)
 
@@ -220,6 +239,7 @@ def _extracted(
     )
 
 
+Reading = Annotated[ReadingOptions, Group(_reading)]
 PrecisionGroup = Annotated[PrecisionOptions, Group(_precision)]
 NewFile = Annotated[TargetOptions, Group(_new_file)]
 Rewritten = Annotated[TargetOptions, Group(_rewritten)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from h5traces.archive.selection import Selection, as_numbers
 from h5traces.errors import ConversionError
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.convert_jobs import (
@@ -36,6 +37,7 @@ def convert(
     precision: PrecisionOptions | Precision | Tier | None = None,
     target: TargetOptions = TargetOptions(),
     merge: bool = False,
+    reading: ReadingOptions = ReadingOptions(),
     model_id: str | None = None,
     dataset: str | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -62,6 +64,9 @@ def convert(
         the number of processes that convert them side by side, each in its own memory.
     merge
         Put all batches into one archive (or, with ``shard_samples``, into one set of shards).
+    reading
+        What the sources do not say themselves: what the first hidden state is, and whether padding
+        is kept.
     model_id, dataset
         Recorded in the archives; taken from the batch's file name by default.
     progress
@@ -85,6 +90,7 @@ def convert(
     options = ConvertOptions(
         layers=layers if layers is None or isinstance(layers, str) else _checked(layers),
         target=target,
+        reading=reading,
         model_id=model_id,
         dataset=dataset,
         # Each job gets the scales of its model.

@@ -32,6 +32,7 @@ from h5traces.errors import (
 from h5traces.format.archive import SourceFile
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
+from h5traces.meaning.options import ReadingOptions
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.reports import FileReport, cast_warnings, coverage_warnings
 from h5traces.sources.opening import facts_in_name, open_source
@@ -66,6 +67,7 @@ class ConvertOptions:
 
     layers: LayerChoice = None
     target: TargetOptions = TargetOptions()
+    reading: ReadingOptions = ReadingOptions()
     model_id: str | None = None
     dataset: str | None = None
     write: WriteOptions = field(default_factory=WriteOptions)
@@ -212,7 +214,7 @@ class _Conversion:
 
     def _read_source(self, number: int, source: Path) -> None:
         try:
-            with ReadAhead(lambda: _records(source, number, self._options.layers)) as records:
+            with ReadAhead(lambda: _records(source, number, self._options)) as records:
                 while (ready := next(records, None)) is not None:
                     self._num_layers = max(self._num_layers, ready.num_layers)
                     self._write(ready.record, source)
@@ -292,11 +294,11 @@ class _SampleError(Exception):
     """A source is unreadable; the message names file, sample and field."""
 
 
-def _records(source: Path, number: int, layers: LayerChoice) -> Iterator[_Ready]:
+def _records(source: Path, number: int, options: ConvertOptions) -> Iterator[_Ready]:
     """The records of one batch file."""
     try:
-        chosen = _chosen(source, layers)
-        with open_source(source) as opened:
+        chosen = _chosen(source, options)
+        with open_source(source, options.reading) as opened:
             for record in opened.records(file=number, layers=chosen):
                 ready = _Ready(record, opened.progress[0], opened.num_layers)
                 del record
@@ -307,11 +309,12 @@ def _records(source: Path, number: int, layers: LayerChoice) -> Iterator[_Ready]
         raise _SampleError(str(error)) from error
 
 
-def _chosen(source: Path, layers: LayerChoice) -> tuple[int, ...] | None:
+def _chosen(source: Path, options: ConvertOptions) -> tuple[int, ...] | None:
     """Layer numbers; text may say ``last``, which is the source's."""
+    layers = options.layers
     if layers is None or not isinstance(layers, str):
         return None if layers is None else as_numbers(layers)
-    with open_source(source) as opened:
+    with open_source(source, options.reading) as opened:
         next(opened, None)
         return choose_layers(layers, range(opened.num_layers), f"{source} has")
 
@@ -526,7 +529,7 @@ def _measured(
             report(path, 0, 0)
             # A damaged batch is reported when it is converted.
             with contextlib.suppress(ConversionError, SchemaError, OSError):
-                _add(measurement, path, samples)
+                _add(measurement, path, samples, options.reading)
             if measurement.num_samples >= samples:
                 break
         if not measurement.has_states:
@@ -535,9 +538,9 @@ def _measured(
         return measurement.calibration(model, partial=True).scales(step)
 
 
-def _add(measurement: Measurement, path: Path, samples: int) -> None:
+def _add(measurement: Measurement, path: Path, samples: int, reading: ReadingOptions) -> None:
     try:
-        with contextlib.closing(batch_states(path)) as found:
+        with contextlib.closing(batch_states(path, reading)) as found:
             measurement.add_first(path.name, found, samples)
     except PrecisionError as error:
         message = f"{error}; convert the batches of each model by themselves"

@@ -20,6 +20,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
 from h5traces.format.text import utc_now
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import ARCHIVE_SUFFIXES, Target, check_not_a_source, expand_paths, is_archive
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, stored_arrays
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
@@ -84,6 +85,7 @@ def calibrate(
     *,
     samples: int = DEFAULT_SAMPLES,
     layers: LayerChoice = None,
+    reading: ReadingOptions = ReadingOptions(),
     model_id: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -103,6 +105,8 @@ def calibrate(
         Number of samples to measure, from the beginning of the sources.
     layers
         Decoder blocks to measure: numbers, or text such as ``0,5,last``; all by default.
+    reading
+        What a batch does not say itself.
     model_id
         Recorded; the name in the sources by default.
     overwrite
@@ -131,7 +135,7 @@ def calibrate(
         raise ArchiveExistsError(message)
     with Measurement(layers) as measurement:
         for path in paths:
-            with contextlib.closing(_samples(path)) as found:
+            with contextlib.closing(_samples(path, reading)) as found:
                 measurement.add_first(path.name, found, samples, progress)
             if measurement.num_samples >= samples:
                 break
@@ -272,18 +276,18 @@ def trace_states(trace: Trace) -> Iterator[tuple[str, NDArray[Any]]]:
                 yield path, array.to_numpy()
 
 
-def _samples(path: Path) -> Generator[States]:
+def _samples(path: Path, reading: ReadingOptions) -> Generator[States]:
     """The hidden states of every sample of a file."""
     if is_archive(path):
         with open_archive(path) as archive:
             yield from map(trace_states, archive)
         return
-    yield from batch_states(path)
+    yield from batch_states(path, reading)
 
 
-def batch_states(path: Path) -> Generator[States]:
+def batch_states(path: Path, reading: ReadingOptions = ReadingOptions()) -> Generator[States]:
     """The hidden states of every sample of a legacy batch."""
-    with open_source(path) as source:
+    with open_source(path, reading) as source:
         yield from map(record_states, source.records())
 
 

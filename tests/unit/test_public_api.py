@@ -23,6 +23,7 @@ PUBLIC = [
     "H5TracesError",
     "Precision",
     "PrecisionOptions",
+    "ReadingOptions",
     "TargetOptions",
     "Trace",
     "__version__",
