@@ -16,6 +16,7 @@ from h5traces.rewriting.convert_jobs import (
     scaled_options,
 )
 from h5traces.rewriting.convert_plan import plan_jobs
+from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
@@ -87,6 +88,11 @@ def convert(
     Selection(layers=layers)  # text is checked before anything is read
     given = PrecisionOptions.of(precision)
     wanted = given.precision
+    calibration = load_given(given.scales, wanted)
+    scales = None
+    if wanted.step is not None:
+        measured = f"measured on {given.calibration_samples} samples"
+        scales = measured if calibration is None else calibration.digest
     options = ConvertOptions(
         layers=layers if layers is None or isinstance(layers, str) else _checked(layers),
         target=target,
@@ -95,8 +101,8 @@ def convert(
         dataset=dataset,
         # Each job gets the scales of its model.
         write=WriteOptions.of(given, target, scales=ScaleSet()),
+        recorded=recorded_options(reading, scales),
     )
-    calibration = load_given(given.scales, wanted)
     place = Target.of(dest, shard_samples=target.shard_samples)
     jobs, leftovers = plan_jobs(sources, place, merge=merge)
     if given.scales is not None:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -30,7 +31,6 @@ from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.archive import ArchiveMetadata
@@ -89,10 +89,10 @@ def _source_folder(folder: Path, *, whole: bool) -> SourceFile:
     )
 
 
-def recorded_options(reading: ReadingOptions, calibration: str | None) -> dict[str, Any]:
+def recorded_options(reading: ReadingOptions, scales: str | None) -> dict[str, Any]:
     """The options of a conversion that no other attribute of an archive shows, but defaults.
 
-    `calibration` is the digest of the scales that the user gave.
+    `scales` says where those of a lossy tier come from.
     """
     found: dict[str, Any] = {}
     if reading.first_state is not None:
@@ -100,10 +100,10 @@ def recorded_options(reading: ReadingOptions, calibration: str | None) -> dict[s
     if reading.keep_padding:
         found["keep_padding"] = True
     if reading.mapping is not None:
-        with os.fdopen(os.open(reading.mapping, os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_regular(Path(reading.mapping), ConversionError), "rb") as file:
             found["mapping"] = xxhash.xxh3_128_hexdigest(file.read())
-    if calibration is not None:
-        found["scales"] = calibration
+    if scales is not None:
+        found["scales"] = scales
     return found
 
 
@@ -212,9 +212,7 @@ def _compare_options(found: Comparison, metadata: ArchiveMetadata, wanted: Wante
         found.unknown.append("how its source was read")
     else:
         names = {**metadata.conversion, **wanted.options}
-        pairs |= {
-            name: (metadata.conversion.get(name), wanted.options.get(name)) for name in names
-        }
+        pairs |= {name: (metadata.conversion.get(name), wanted.options.get(name)) for name in names}
     for name, (old, new) in pairs.items():
         if old != new:
             found.differs.append(f"its {name} is {_shown(old)}, not {_shown(new)}")

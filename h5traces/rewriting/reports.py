@@ -60,6 +60,10 @@ class FileReport:
         What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
         Wall-clock time.
+    understood
+        How the sources were understood.
+    unread
+        What of the sources was not read, and why.
     warnings
         Messages for the user.
     error
@@ -80,6 +84,8 @@ class FileReport:
     kept_layers: str = ""
     changes: str = ""
     seconds: float = 0.0
+    understood: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     is_usage_error: bool = False
