@@ -140,8 +140,8 @@ class SourceFile(Document):
     ends_digest: Annotated[
         Digest | None,
         Field(
-            description="xxh3-128 over its first and last 1,048,576 bytes, or all of up to "
-            "2,097,152."
+            description="xxh3-128 over its first and last 65,536 bytes; over all bytes of a file "
+            "of at most 131,072."
         ),
     ] = None
     digest: Annotated[Digest | None, Field(description="xxh3-128 over all its bytes.")] = None

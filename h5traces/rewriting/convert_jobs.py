@@ -204,9 +204,7 @@ class _Conversion:
         self._job, self._sources, self._options = job, sources, options
         self._report_progress = report_progress
         self._shards = ShardSet(options.write)
-        # As they are before they are read; compared again when they have been.
-        whole = options.target.compare == "content"
-        self._recorded = [source_file(source, whole=whole) for source in sources]
+        self._recorded: list[SourceFile] = []
         self._source_counts: list[int] = [0] * len(sources)
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
@@ -217,6 +215,8 @@ class _Conversion:
     def run(self) -> None:
         """Convert; an exception leaves no file."""
         try:
+            # As they are before they are read; compared again when they have been.
+            self._recorded = [self._as_it_is(source) for source in self._sources]
             for number, source in enumerate(self._sources):
                 self._read_source(number, source)
                 self._report_progress(source, self._recorded[number].nbytes, 0)
@@ -235,7 +235,8 @@ class _Conversion:
                 while (ready := next(records, None)) is not None:
                     self._num_layers = max(self._num_layers, ready.num_layers)
                     self._write(ready.record, source)
-                    self._findings.add(ready.record.findings, self._source_counts[number])
+                    place = ready.record.source
+                    self._findings.add(ready.record.findings, place.position if place else 0)
                     self._source_counts[number] += 1
                     self._report_progress(source, ready.position, 1)
                     # The next sample is being read already: keep no more than these two.
@@ -244,10 +245,18 @@ class _Conversion:
             self._understood += opened.understood
             self._unread += [f"{source}: {each}" for each in opened.unread]
         except _SampleError as error:
-            cause = error.__cause__
-            if len(self._sources) > 1:
-                raise _SourceFailedError(source, str(error)) from cause
-            raise ConversionError(str(error)) from cause
+            raise self._failed(source, str(error)) from error.__cause__
+
+    def _failed(self, source: Path, message: str) -> Exception:
+        """The error of a source: of several, the others are read without it."""
+        several = len(self._sources) > 1
+        return _SourceFailedError(source, message) if several else ConversionError(message)
+
+    def _as_it_is(self, source: Path) -> SourceFile:
+        try:
+            return source_file(source, whole=self._options.target.compare == "content")
+        except (H5TracesError, OSError) as error:
+            raise self._failed(source, str(error)) from error
 
     @staticmethod
     def _check_unchanged(source: Path, before: SourceFile) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from h5traces.writing.options import Compare, WriteOptions
 
 # Of each end of a source, what its digest covers.
-_END_NBYTES: Final = 1 << 20
+_END_NBYTES: Final = 1 << 16
 _BLOCK_NBYTES: Final = 8 << 20
 _SECOND: Final = 10**9
 
