@@ -197,7 +197,7 @@ _HTML: Final = re.compile(
     rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)", re.I | re.DOTALL
 )
 _XML: Final = re.compile(rb"\s*<(?:\?xml|Error>)")
-# What a pickle of protocols 1 to 5, and those to come, begins with; a batch is a list, dict or tuple.
+# What a pickle that is no text begins with: a protocol, or a list, dict, tuple or global.
 _BINARY_PICKLE: Final = re.compile(
     rb"\x80[\0-\x0f]|[\]})][qr(.]|\([\]})(KMJXUGNIFLSVTldt]|c[\w.]+\n\w+\n"
 )
