@@ -415,7 +415,7 @@ class LabelSidecar(Document):
     ] = None
     scores: Annotated[
         dict[str, Annotated[tuple[float, ...], _FIRST_FAULT]],
-        Field(description="By name, the score of each."),
+        Field(description="By name, the score of each; finite."),
     ]
 
     @model_validator(mode="after")
