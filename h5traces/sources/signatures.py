@@ -237,6 +237,9 @@ def identify(path: str | os.PathLike[str]) -> Kind:
 
 def _kind_of(head: bytes) -> Kind:
     """The kind of a file that begins so."""
+    # Before compressors: the length of a header may look like one.
+    if _is_safetensors(head):
+        return KINDS["safetensors"]
     compression = next((name for magic, name in _COMPRESSED if head.startswith(magic)), None)
     if compression is None and _is_zlib(head):
         compression = "zlib"
@@ -258,7 +261,7 @@ def _plain_kind(head: bytes) -> str:
             return found
     if _TORCH_OLD.match(head):
         return "torch-old"
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER_NBYTES:
+    if _is_safetensors(head):
         return "safetensors"
     if _ARROW_STREAM.match(head):
         return "arrow"
@@ -271,6 +274,11 @@ def _plain_kind(head: bytes) -> str:
     if text is not None:
         return _kind_of_text(text, is_whole=len(head) <= _HEAD_NBYTES)
     return "pickle" if _BINARY_PICKLE.match(head) else "unknown"
+
+
+def _is_safetensors(head: bytes) -> bool:
+    nbytes = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and 2 <= nbytes <= _SAFETENSORS_HEADER_NBYTES
 
 
 def _as_text(head: bytes) -> bytes | None:
