@@ -206,5 +206,5 @@ def test_a_pickle_in_a_zip_file_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("hidden_states.npy", pickle.dumps(print))
-    with pytest.raises(ConversionError, match="is none of numpy.save"):
+    with pytest.raises(ConversionError, match="is none of "):
         h5traces.load(path)
