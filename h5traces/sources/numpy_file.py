@@ -27,6 +27,7 @@ _SUFFIX: Final = ".npy"
 # As numpy itself; the header is a literal of Python.
 _MAX_HEADER_NBYTES: Final = 10_000
 _MAX_AXES: Final = 32
+_MAX_ELEMENTS: Final = 1 << 60
 _PLAIN: Final = re.compile(r"[<>|=][biufcSU]\d{1,9}\Z")
 
 
@@ -100,6 +101,7 @@ def _array_in(content: NDArray[np.uint8], where: str) -> NDArray[Any]:
         type(shape) is not tuple
         or len(shape) > _MAX_AXES
         or any(type(each) is not int or each < 0 for each in shape)
+        or math.prod(max(each, 1) for each in shape) >= _MAX_ELEMENTS
     ):
         fail(f"has the shape {str(shape)[:80]}, expected sizes")
     needed = math.prod(shape) * dtype.itemsize

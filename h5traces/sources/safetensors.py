@@ -33,6 +33,8 @@ _MAX_HEADER_NBYTES: Final = 32 << 20
 # Signs of JSON in the header, so that parsing it takes no more memory than 200 MB.
 _MAX_SIGNS: Final = 1_500_000
 _MAX_AXES: Final = 32
+# As numpy, counting axes of length 0 as 1.
+_MAX_ELEMENTS: Final = 1 << 60
 _DTYPES: Final = {
     "F64": ("float64", "<f8"),
     "F32": ("float32", "<f4"),
@@ -159,6 +161,8 @@ class SafetensorsSource(NamedArraysSource):
         if type(dtype) is not str:
             self._fail(f"tensor {name[:80]!r}: dtype is no text")
         begin, end = offsets
+        if math.prod(max(each, 1) for each in shape) >= _MAX_ELEMENTS:
+            self._fail(f"tensor {name[:80]!r}: shape {tuple(shape)} has too many elements")
         if dtype in _DTYPES:
             needed = math.prod(shape) * np.dtype(_DTYPES[dtype][1]).itemsize
             if end - begin != needed:

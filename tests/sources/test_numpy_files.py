@@ -17,6 +17,7 @@ from h5traces.errors import ConversionError
 if TYPE_CHECKING:
     from pathlib import Path
 
+AUTO = h5traces.PrecisionOptions(dtype="auto")
 LAYERS, TOKENS, HIDDEN, HEADS = 4, 7, 8, 2
 
 
@@ -47,7 +48,7 @@ def test_a_sample_per_file(tmp_path: Path, save: Any, dtype: Any) -> None:
         assert item["tokens_decoded"] == expected["tokens_decoded"].tolist()
     assert (item["question_id"], item["label"]) == ("q7", 1)
     target = tmp_path / "q7.h5"
-    assert h5traces.convert(path, target, dtype="auto").ok
+    assert h5traces.convert(path, target, precision=AUTO).ok
     assert all(each.ok for each in h5traces.verify(target, against=path))
     (trace,) = h5traces.open(target)
     assert trace.metadata.label == 1
