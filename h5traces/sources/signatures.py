@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _HEAD_NBYTES: Final = 4096
-# Of a compressed file, to know what is inside.
+# Of a compressed file, to know what is inside; and of one block of it, at most: bzip2's.
 _PACKED_NBYTES: Final = 1 << 16
+_BLOCK_NBYTES: Final = 1_200_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +227,9 @@ def identify(path: str | os.PathLike[str]) -> Kind:
     with os.fdopen(open_regular(path, ConversionError), "rb") as file:
         head = file.read(_PACKED_NBYTES)
         kind = _kind_of(head)
+        if kind.id in _UNPACKERS:
+            # Its first block is longer than what was read.
+            kind = _kind_of(head + file.read(_BLOCK_NBYTES))
         if kind.compression is not None:
             return kind
         if kind.id == "hdf5":
@@ -331,10 +335,11 @@ def _unpacked_head(compression: str, head: bytes) -> bytes:
         step = unpack()
         # In small pieces: a wrong checksum takes nothing from what is before it, and none
         # expands to much.
-        for at in range(0, len(head), 16):
-            found += step(head[at : at + 16], _HEAD_NBYTES - len(found))
-            if len(found) >= _HEAD_NBYTES:
-                break
+        at = 0
+        while at < len(head) and len(found) < _HEAD_NBYTES:
+            nbytes = 16 if at < _HEAD_NBYTES else 256
+            found += step(head[at : at + nbytes], _HEAD_NBYTES - len(found))
+            at += nbytes
     except (zlib.error, OSError, EOFError, ValueError, lzma.LZMAError, zstandard.ZstdError):
         pass
     return found
