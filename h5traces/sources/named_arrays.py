@@ -152,7 +152,7 @@ class NamedArraysSource(TraceSource):
         return item
 
     def _reject(self, arrays: Arrays) -> None:
-        names = and_more([f"{name} {_shape(value)}" for name, value in arrays.items()], 12)
+        names = and_more([f"{name[:60]} {_shape(value)}" for name, value in arrays.items()], 12)
         message = (
             f"{self.path}: holds {names or 'no arrays'}, and no name says that it holds hidden "
             "states or attentions; expected 'hidden_states' or one array per layer, such as "

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -52,12 +51,13 @@ _DTYPES: Final = {
         for bits in (8, 16, 32, 64)
     },
 }
+_ITEMSIZES: Final = {name: np.dtype(code).itemsize for name, (_, code) in _DTYPES.items()}
+_KEYS: Final = {"dtype", "shape", "data_offsets"}
 # The scale of each token, beside states in float8.
 _SCALES: Final = f"{layout.HIDDEN_STATES}_scales"
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """An entry of the header."""
 
     dtype: str
@@ -145,31 +145,25 @@ class SafetensorsSource(NamedArraysSource):
         return found
 
     def _entry(self, name: str, entry: Any) -> _Tensor:
-        wanted = {"dtype", "shape", "data_offsets"}
-        if type(entry) is not dict or entry.keys() != wanted:
-            self._fail(f"the header says of {name[:80]!r} no {', '.join(sorted(wanted))}")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        lists = (shape, offsets)
-        if (
-            any(type(each) is not list for each in lists)
-            or any(type(each) is not int or each < 0 for values in lists for each in values)
-            or len(shape) > _MAX_AXES
-            or len(offsets) != 2
-        ):
+        if type(entry) is not dict or entry.keys() != _KEYS:
+            self._fail(f"the header says of {name[:80]!r} no {', '.join(sorted(_KEYS))}")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
             self._fail(f"tensor {name[:80]!r}: shape and data_offsets are no lists of sizes")
-        dtype = entry["dtype"]
         if type(dtype) is not str:
             self._fail(f"tensor {name[:80]!r}: dtype is no text")
-        begin, end = offsets
-        if math.prod(max(each, 1) for each in shape) >= _MAX_ELEMENTS:
+        elements = math.prod(shape)
+        if elements >= _MAX_ELEMENTS or (
+            not elements and math.prod(map(_or_one, shape)) >= _MAX_ELEMENTS
+        ):
             self._fail(f"tensor {name[:80]!r}: shape {tuple(shape)} has too many elements")
-        if dtype in _DTYPES:
-            needed = math.prod(shape) * np.dtype(_DTYPES[dtype][1]).itemsize
-            if end - begin != needed:
-                self._fail(
-                    f"tensor {name[:80]!r}: shape {tuple(shape)} of {dtype} needs {needed:,} "
-                    f"bytes, the header gives it {end - begin:,}"
-                )
+        begin, end = offsets
+        itemsize = _ITEMSIZES.get(dtype)
+        if itemsize is not None and end - begin != elements * itemsize:
+            self._fail(
+                f"tensor {name[:80]!r}: shape {tuple(shape)} of {dtype} needs "
+                f"{elements * itemsize:,} bytes, the header gives it {end - begin:,}"
+            )
         return _Tensor(dtype, tuple(shape), begin, end)
 
     def _check_places(self, header: dict[str, _Tensor], start: int) -> None:
@@ -224,6 +218,19 @@ class SafetensorsSource(NamedArraysSource):
         numbers = _float8_e4m3fn()[states.data]
         numbers *= scales.data.reshape(given)
         return TorchValue(numbers, "float32")
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        type(values) is list
+        and len(values) <= _MAX_AXES
+        and all(type(each) is int for each in values)
+        and (not values or min(values) >= 0)
+    )
+
+
+def _or_one(size: int) -> int:
+    return max(size, 1)
 
 
 def _float8_e4m3fn() -> Any:

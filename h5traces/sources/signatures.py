@@ -250,6 +250,9 @@ def _kind_of(head: bytes) -> Kind:
     if compression is None:
         return KINDS[_plain_kind(head)]
     inner = _unpacked_head(compression, head)
+    if not inner and compression == "lzma":
+        # A weak signature: numbers may begin so.
+        return KINDS[_plain_kind(head)]
     found = _plain_kind(inner) if inner else "unknown"
     if found in ("unknown", "empty"):
         return KINDS[compression]
