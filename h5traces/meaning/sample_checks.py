@@ -70,7 +70,7 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
         if axes[:1] == ("token",):
             found += state_findings(kind, layered, num_axes=len(axes), quick=look.quick)
         elif axes[-2:] == ("query", "key"):
-            tolerance = _row_tolerance(look.precision, record, kind)
+            tolerance = row_tolerance(look.precision, _num_keys(layered))
             found += weight_findings(
                 kind,
                 layered,
@@ -93,7 +93,13 @@ def vocabulary_of(config: Any) -> int | None:
     return next((each for each in sizes if type(each) is int and each > 0), None)
 
 
-def _row_tolerance(precision: Precision | None, record: TraceRecord, kind: str) -> float:
+def _num_keys(layered: LayeredArrays) -> int:
+    arrays = (each.array for each in layered.arrays)
+    shapes = [each.shape for each in arrays if not isinstance(each, StepArrays)]
+    return max((shape[-1] for shape in shapes if shape), default=0)
+
+
+def row_tolerance(precision: Precision | None, num_keys: int) -> float:
     """How far a row's sum may be from 1; lossy tiers move it by a bounded amount."""
     if precision is None or precision.is_exact:
         return ROW_TOLERANCE
@@ -103,9 +109,6 @@ def _row_tolerance(precision: Precision | None, record: TraceRecord, kind: str) 
     if precision.attention_bits is not None:
         # A root is off by at most 1 / (2 levels), so a weight by sqrt(weight) / levels and a little
         # more; by Cauchy and Schwarz, the roots of a row sum to at most the root of its length.
-        arrays = (each.array for each in record.layered[kind].arrays)
-        shapes = [each.shape for each in arrays if not isinstance(each, StepArrays)]
-        num_keys = max((shape[-1] for shape in shapes if shape), default=0)
         found += math.sqrt(num_keys) / LEVELS + num_keys / (4 * LEVELS**2)
     return found
 
