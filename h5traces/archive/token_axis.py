@@ -56,7 +56,7 @@ class TokenAxis:
         if num_rows is None:
             return None
         num_keys = lengths.get("key", num_rows)
-        return cls(num_rows, num_keys, _mask(trace, num_keys))
+        return cls(num_rows, num_keys, mask_of(trace.mask, num_keys))
 
     @property
     def _first(self) -> int:
@@ -77,6 +77,13 @@ class TokenAxis:
     def keys(self) -> Chosen:
         """The keys that are tokens and not padding."""
         return _ALL if self.mask is None else np.flatnonzero(self.mask)
+
+    def tokens_of(self, rows: Chosen) -> Chosen:
+        """The keys that rows belong to."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.num_rows)
+            return slice(start + self._first, stop + self._first)
+        return rows + self._first
 
     def prompt_len(self, trace: Trace, prompt_len: int | None = None) -> int:
         """How many of `keys` are the prompt's, by the stored length of the prompt or another.
@@ -116,8 +123,8 @@ class TokenAxis:
         return answer[answer >= 0]
 
 
-def _mask(trace: Trace, num_keys: int) -> NDArray[np.bool_] | None:
-    mask = trace.mask
+def mask_of(mask: NDArray[np.bool_] | None, num_keys: int) -> NDArray[np.bool_] | None:
+    """A sample's mask for so many keys; None where all are tokens, or it says nothing of them."""
     if mask is None or covered_tokens(len(mask), num_keys) is None or mask[:num_keys].all():
         return None
     return mask[:num_keys]
