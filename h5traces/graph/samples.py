@@ -144,7 +144,11 @@ class RecordSamples:
         keep_non_finite: bool,
         max_samples: int | None = None,
     ) -> None:
-        what = "legacy pickles" if paths[0].name.endswith(SOURCE_SUFFIXES) else "no archives"
+        what = (
+            "legacy pickles"
+            if paths[0].name.endswith(SOURCE_SUFFIXES)
+            else "files that are no archives"
+        )
         warn(
             f"{paths[0]}: reading {what}, which is slow unless samples come in order; "
             "'h5traces convert' makes archives of them, which give the same graphs",
