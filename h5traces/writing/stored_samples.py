@@ -169,6 +169,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
             if layout.TOKENS_DECODED in stored.objects
             else None
         ),
+        attention_mask=stored.attention_mask(),
         texts={name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects},
         layered={
             kind: LayeredArrays(
