@@ -11,7 +11,7 @@ from h5traces.format import layout
 from h5traces.format.record import StepArrays
 from h5traces.meaning.array_checks import (
     ROW_TOLERANCE,
-    run_lengths,
+    Layers,
     state_findings,
     weight_findings,
 )
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from h5traces.format.precision import Precision
     from h5traces.format.record import LayeredArrays, TraceRecord
+    from h5traces.meaning.array_checks import Mapper
 
 _ANSWERS: Final = ("generated_text", "generated_answer", "generated_answer_clean")
 # Texts of tokens that stand for no text: <pad>, </s>, <|endoftext|>, [PAD].
@@ -39,15 +40,16 @@ class Look:
 
     Attributes
     ----------
-    quick
-        At some tokens, heads and rows of every layer; else at every value.
+    full_mapper
+        For a look at every value: how a function is applied to each layer, such as ``map``, or
+        ``pool.map`` of an executor. None: a quick look, at some tokens, heads and rows.
     vocabulary
         Number of token ids of the model, where it is known.
     precision
         How the arrays were stored, where that is not exact.
     """
 
-    quick: bool = True
+    full_mapper: Mapper | None = None
     vocabulary: int | None = None
     precision: Precision | None = None
 
@@ -63,22 +65,17 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
     found = list(record.findings)
     found += _coverage_findings(record)
     found += _token_findings(record, look.vocabulary)
-    found += _padding_findings(record)
+    found += _special_token_findings(record)
     is_causal = record.prompt_len is not None or any(each in record.texts for each in _ANSWERS)
     for kind, layered in record.layered.items():
-        axes = _axes(kind, layered)
-        if axes[:1] == ("token",):
-            found += state_findings(kind, layered, num_axes=len(axes), quick=look.quick)
-        elif axes[-2:] == ("query", "key"):
+        layers = Layers(
+            kind=kind, layered=layered, axes=_axes(kind, layered), mapper=look.full_mapper
+        )
+        if layers.axes[:1] == ("token",):
+            found += state_findings(layers, is_masked=record.attention_mask is not None)
+        elif layers.axes[-2:] == ("query", "key"):
             tolerance = _row_tolerance(look.precision, record, kind)
-            found += weight_findings(
-                kind,
-                layered,
-                quick=look.quick,
-                num_axes=len(axes),
-                is_causal=is_causal,
-                tolerance=tolerance,
-            )
+            found += weight_findings(layers, is_causal=is_causal, tolerance=tolerance)
     return found
 
 
@@ -164,20 +161,14 @@ def _token_findings(record: TraceRecord, vocabulary: int | None) -> Iterator[Fin
         yield Finding("token-out-of-vocabulary", layout.TOKENS, message, number, (high, high))
 
 
-def _padding_findings(record: TraceRecord) -> Iterator[Finding]:
-    """Padding that no mask marks: one state at a whole end, or one special token."""
-    if record.attention_mask is not None or record.coverage() in ("steps", "empty"):
+def _special_token_findings(record: TraceRecord) -> Iterator[Finding]:
+    """Runs of one special token, which no mask marks."""
+    if record.attention_mask is not None:
         return
-    states = record.layered.get(layout.HIDDEN_STATES)
-    start, end = run_lengths(states) if states is not None else (0, 0)
-    for number, where in ((start, "begins"), (end, "ends")):
-        if number:
-            message = f"{where} with {{number}} positions of the same state"
-            yield Finding("padding-suspected", layout.HIDDEN_STATES, message, number)
     decoded = record.tokens_decoded or ()
-    for texts, number, where in ((decoded, start, "begins"), (decoded[::-1], end, "ends")):
+    for texts, where in ((decoded, "begins"), (decoded[::-1], "ends")):
         length = _special_run(texts)
-        if not number and _MIN_SPECIAL <= length < len(texts):
+        if _MIN_SPECIAL <= length < len(texts):
             message = f"{where} with {{number}} tokens {texts[0]!r}"
             yield Finding("padding-suspected", layout.TOKENS_DECODED, message, length)
 
@@ -198,7 +189,7 @@ class SampleSet:
         self._num_samples = self._num_pairs = 0
 
     def findings(self, sample_id: str | None, content: str | None) -> Iterator[Finding]:
-        """What the next sample repeats; `content` is a digest of its arrays, texts and fields."""
+        """What the next sample repeats; `content` is its `content_digest`, None where unknown."""
         sample, self._num_samples = self._num_samples, self._num_samples + 1
         if sample_id is not None:
             if sample_id in self._ids:
