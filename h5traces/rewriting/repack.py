@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
+from h5traces.archive.archive import Archive
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
+from h5traces.archive.shards import inherited_facts, inherited_scales, shared_metadata
 from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import and_more, counted
