@@ -15,12 +15,12 @@ from h5traces.meaning.array_checks import (
     state_findings,
     weight_findings,
 )
-from h5traces.meaning.checks import Finding
+from h5traces.meaning.checks import Finding, Findings
 from h5traces.meaning.lengths import covered_tokens
 from h5traces.precision.attention import LEVELS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from h5traces.format.precision import Precision
     from h5traces.format.record import LayeredArrays, TraceRecord
@@ -180,25 +180,57 @@ def _special_run(texts: Sequence[str]) -> int:
     return next((n for n, each in enumerate(texts) if each != texts[0]), len(texts))
 
 
-class SampleSet:
-    """Samples that were seen, to tell which repeat another."""
+class SampleChecks:
+    """Checks samples as they come, also for what they have in common.
 
-    def __init__(self) -> None:
-        self._first: dict[str, int] = {}
+    Attributes
+    ----------
+    findings
+        What was found so far, by position of the sample.
+    num_samples
+        Position of the next sample.
+    """
+
+    def __init__(self, look: Look = QUICK) -> None:
+        self._look = look
+        self.findings = Findings()
+        self.num_samples = self._num_pairs = 0
         self._ids: set[str] = set()
-        self._num_samples = self._num_pairs = 0
+        self._first: dict[str, int] = {}
 
-    def findings(self, sample_id: str | None, content: str | None) -> Iterator[Finding]:
-        """What the next sample repeats; `content` is its `content_digest`, None where unknown."""
-        sample, self._num_samples = self._num_samples, self._num_samples + 1
+    def resume(self, num_samples: int, sample_ids: Iterable[str]) -> None:
+        """Go on after samples with these ids, which are not looked at."""
+        self.num_samples = num_samples
+        self._ids.update(sample_ids)
+
+    def add(
+        self, record: TraceRecord, content: str | None = None, further: Iterable[Finding] = ()
+    ) -> None:
+        """Check the next sample.
+
+        Parameters
+        ----------
+        record
+            The sample.
+        content
+            Its `h5traces.format.digests.content_digest`, if it was written or read.
+        further
+            What others found in it.
+        """
+        found = [*sample_findings(record, self._look), *further]
+        found += self._repeated(record.sample_id, content)
+        self.findings.add(found, self.num_samples)
+        self.num_samples += 1
+
+    def _repeated(self, sample_id: str | None, content: str | None) -> Iterator[Finding]:
         if sample_id is not None:
             if sample_id in self._ids:
                 yield Finding("repeated-id", layout.QUESTION_ID, "the id of an earlier sample")
             self._ids.add(sample_id)
         if content is None:
             return
-        first = self._first.setdefault(content, sample)
-        if first != sample:
+        first = self._first.setdefault(content, self.num_samples)
+        if first != self.num_samples:
             self._num_pairs += 1
             named = f"sample {first}" if self._num_pairs <= _MAX_PAIRS else "an earlier sample"
             yield Finding("duplicate-sample", "sample", f"the same bytes as {named}")
