@@ -16,7 +16,7 @@ from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, print_json
-from h5traces.cli.options import Archives, Json, Reading, option
+from h5traces.cli.options import Archives, Checks, Json, Reading, option
 from h5traces.errors import H5TracesError
 from h5traces.paths import expand_paths, expand_sources
 from h5traces.sources.opening import SOURCE_SUFFIXES
@@ -88,6 +88,10 @@ def ls(sources: Archives, json: Json = False) -> None:
 def validate(
     sources: Archives,
     *,
+    quick: Annotated[bool, option(None, "--quick", "Read no arrays: structure and index only.")] = (
+        False
+    ),
+    checks: Checks,
     isolated: Annotated[
         bool, option(_ISOLATION, "--isolated", "Use a child process, for files from strangers.")
     ] = False,
@@ -99,20 +103,23 @@ def validate(
     ] = DEFAULT_TIMEOUT,
     json: Json = False,
 ) -> None:
-    """Report every problem of structure and schema.
+    """Report every problem of structure, schema and meaning.
 
-    Looks at every object through HDF5, reads no array, and compares the index with it. Exit code 1
-    if there is a problem. With `--isolated`, a crash of HDF5, too much memory or a hang is a
-    problem, too.
+    Looks at every object through HDF5, compares the index with it, and checks every value: constant
+    layers, NaN, attention to later tokens, padding, equal samples and so on. Exit code 1 if there
+    is a problem. With `--isolated`, a crash of HDF5, too much memory or a hang is a problem, too.
 
     - `h5traces validate archives/*.h5`
+    - `h5traces validate archives/ --fail-on warning --ignore repeated-id`
     - `h5traces validate --isolated downloaded.h5`
     """
     found: list[ValidationReport] = []
     isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout) if isolated else None
     for path in expand_paths(sources):
         with count_progress(path.name) as update:
-            found += validate_archive(path, isolation=isolation, progress=update)
+            found += validate_archive(
+                path, quick=quick, checks=checks, isolation=isolation, progress=update
+            )
     if json:
         print_json([each.as_dict() for each in found])
     else:

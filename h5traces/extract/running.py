@@ -16,7 +16,6 @@ import torch
 
 from h5traces.errors import ExtractionError, NanError
 from h5traces.format.dtypes import TypedArray
-from h5traces.meaning.checks import FindingSummary
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.publish import PartFile, make_folder
 from h5traces.writing.options import WriteOptions
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from h5traces.extract.questions import Question
     from h5traces.extract.sizes import Forecast
     from h5traces.format.record import TraceRecord
+    from h5traces.meaning.checks import FindingSummary
     from h5traces.writing.options import PrecisionOptions
     from h5traces.writing.process_writer import ProcessWriter
 

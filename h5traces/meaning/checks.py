@@ -70,10 +70,18 @@ _ALL: Final = (
     ),
     Check(
         id="no-arrays",
-        severity="note",
+        severity="warning",
         reason="The sample has no array of hidden states or attentions, or only empty ones.",
         remedy="If there should be some, ask the extractor for them "
         "(output_hidden_states=True, and attn_implementation='eager' for attentions).",
+    ),
+    Check(
+        id="last-token-uncovered",
+        severity="note",
+        reason="The arrays have one position fewer than there are tokens: generate() returns the "
+        "last token without feeding it to the model. Position p is what the model computed at "
+        "token p.",
+        remedy="Nothing need be done; features and datasets leave the last token out.",
     ),
     Check(
         id="tokens-do-not-fit",

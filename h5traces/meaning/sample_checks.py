@@ -16,7 +16,7 @@ from h5traces.meaning.array_checks import (
     weight_findings,
 )
 from h5traces.meaning.checks import Finding, Findings
-from h5traces.meaning.lengths import covered_tokens
+from h5traces.meaning.lengths import covered_tokens, is_one_less
 from h5traces.precision.attention import LEVELS
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ class Look:
         ``pool.map`` of an executor. None: a quick look, at some tokens, heads and rows.
     vocabulary
         Number of token ids of the model, where it is known.
-    precision
-        How the arrays were stored, where that is not exact.
+    losses
+        What precision the arrays were stored with, where that is not exact.
     """
 
     full_mapper: Mapper | None = None
     vocabulary: int | None = None
-    precision: Precision | None = None
+    losses: tuple[Precision, ...] = ()
 
 
 QUICK: Final = Look()
@@ -74,7 +74,7 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
         if layers.axes[:1] == ("token",):
             found += state_findings(layers, is_masked=record.attention_mask is not None)
         elif layers.axes[-2:] == ("query", "key"):
-            tolerance = _row_tolerance(look.precision, record, kind)
+            tolerance = _row_tolerance(look.losses, record, kind)
             found += weight_findings(layers, is_causal=is_causal, tolerance=tolerance)
     return found
 
@@ -90,11 +90,13 @@ def vocabulary_of(config: Any) -> int | None:
     return next((each for each in sizes if type(each) is int and each > 0), None)
 
 
-def _row_tolerance(precision: Precision | None, record: TraceRecord, kind: str) -> float:
+def _row_tolerance(losses: Iterable[Precision], record: TraceRecord, kind: str) -> float:
     """How far a row's sum may be from 1; lossy tiers move it by a bounded amount."""
-    if precision is None or precision.is_exact:
-        return ROW_TOLERANCE
-    found = ROW_TOLERANCE
+    return ROW_TOLERANCE + sum(_row_loss(each, record, kind) for each in losses)
+
+
+def _row_loss(precision: Precision, record: TraceRecord, kind: str) -> float:
+    found = 0.0
     if precision.mantissa_bits is not None:
         found += 2.0 ** -(precision.mantissa_bits + 1)
     if precision.attention_bits is not None:
@@ -112,7 +114,11 @@ def _coverage_findings(record: TraceRecord) -> Iterator[Finding]:
     kinds = list(record.layered)
     place = kinds[0] if kinds else layout.HIDDEN_STATES
     if coverage == "last_position":
-        yield Finding("last-position-only", place, "one position instead of the sequence")
+        yield Finding(
+            "last-position-only",
+            place,
+            "one position instead of the sequence: the '350 MB bug' of old extractors",
+        )
     elif coverage == "steps":
         yield Finding("generation-steps", place, "generation steps, not one sequence")
     elif coverage == "empty":
@@ -129,6 +135,9 @@ def _position_findings(record: TraceRecord, num_tokens: int) -> Iterator[Finding
         if axis is None or array is None or isinstance(array, StepArrays):
             continue
         index, shape = axes.index(axis), array.shape
+        if index < len(shape) and is_one_less(num_tokens, shape[index]):
+            yield Finding("last-token-uncovered", kind, "the last token has no position")
+            return
         if index < len(shape) and covered_tokens(num_tokens, shape[index]) is None:
             difference = float(shape[index] - num_tokens)
             message = "arrays have {span} positions more than there are token ids"
@@ -202,6 +211,10 @@ class SampleChecks:
         """Go on after samples with these ids, which are not looked at."""
         self.num_samples = num_samples
         self._ids.update(sample_ids)
+
+    def skip(self) -> None:
+        """Count a sample that cannot be looked at."""
+        self.num_samples += 1
 
     def add(
         self, record: TraceRecord, content: str | None = None, further: Iterable[Finding] = ()
