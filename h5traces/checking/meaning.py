@@ -52,7 +52,8 @@ def check_meaning(
                 checks.skip()
                 continue
             try:
-                _check_sample(archive[index], checks)
+                trace = archive[index]
+                checks.add(to_record(trace, lazy=True), stored_content(trace))
             except H5TracesError as error:
                 report.add(place, error, problem_kind(error))
                 checks.skip()
@@ -69,7 +70,7 @@ def look_of(archive: Archive) -> Look:
     return Look(vocabulary=vocabulary, losses=metadata.losses)
 
 
-def _check_sample(trace: Trace, checks: SampleChecks) -> None:
+def stored_content(trace: Trace) -> str:
+    """The digest of a stored sample's content, by those of its datasets."""
     objects = trace._stored.objects
-    content = content_digest({path: entry.attrs for path, entry in objects.items()})
-    checks.add(to_record(trace, lazy=True), content)
+    return content_digest({path: entry.attrs for path, entry in objects.items()})

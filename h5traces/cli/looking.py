@@ -34,6 +34,7 @@ def inspect(
         str, option(None, "-n --num-samples N|all", "Read the arrays of the first N samples.")
     ] = "1",
     reading: Reading,
+    checks: Checks,
     json: Json = False,
 ) -> None:
     """Show what archives or batches hold, and their sizes.
@@ -52,7 +53,9 @@ def inspect(
         try:
             with count_progress(path.name) as update:
                 wanted: Any = num_samples if num_samples == "all" else int(num_samples)
-                (result,) = inspect_file(path, samples=wanted, reading=reading, progress=update)
+                (result,) = inspect_file(
+                    path, samples=wanted, reading=reading, checks=checks, progress=update
+                )
         except H5TracesError as error:
             failed = True
             fail(str(error))
@@ -62,7 +65,7 @@ def inspect(
             reports.print_inspection(result)
     if json:
         print_json([each.as_dict() for each in found])
-    if failed or any(sample.problems for each in found for sample in each.samples):
+    if failed or not all(each.ok for each in found):
         raise typer.Exit(EXIT_PROBLEMS)
 
 

@@ -159,6 +159,10 @@ def print_inspection(result: Inspection) -> None:
         print_line(line)
     for sample in result.samples:
         _print_sample(sample)
+    for finding in result.findings:
+        print_line(f"  {finding.severity} {finding}")
+    is_good = all(each.severity == "note" for each in result.findings)
+    print_line(f"  {'✓ ' if is_good else ''}{result.covers}")
     print_line()
 
 
@@ -275,16 +279,18 @@ def _print_checked(
     print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size}){what}")
 
 
-def print_labels(report: LabelReport, *, dry_run: bool) -> None:
-    """How many samples got which label, and how the scores are distributed."""
-    for target in report.targets:
-        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
-    print_line(f"{report.num_labelled} of {report.num_samples} samples have scores")
-    if report.threshold is not None:
-        for value, count in report.labels.items():
-            share = count / report.num_labelled
-            sign = "<" if value else ">="
-            print_line(f"  label {value} ({sign} {report.threshold:g}): {count} ({share:.1%})")
+def print_labels(report: LabelReport) -> None:
+    """How many samples get which label, and how the scores are distributed."""
+    what = "a label" if report.labels or report.label_column else "scores"
+    print_line(f"{report.num_labelled} of {report.num_samples} samples get {what}")
+    for value, count in report.labels.items():
+        share = count / report.num_samples
+        print_line(f"  label {value} ({_meaning(report, value)}): {count} ({share:.1%})")
+    if report.num_excluded:
+        names = [name for name, number in report.class_labels.items() if number is None]
+        print_line(f"  no label ({_classes(report, names)}): {report.num_excluded}")
+    if report.num_without_label > report.num_excluded:
+        print_line(f"  without a label: {report.num_without_label - report.num_excluded}")
     for name, stats in report.scores.items():
         print_line(
             f"  {name}: minimum {stats.minimum:.4g}, median {stats.median:.4g}, "
@@ -294,6 +300,26 @@ def print_labels(report: LabelReport, *, dry_run: bool) -> None:
         print_line(f"  {report.num_repeated} rows repeat an earlier one")
     if report.num_replaced:
         print_line(f"  {counted(report.num_replaced, 'sample')} had another label before")
+
+
+def _meaning(report: LabelReport, value: int) -> str:
+    """What a label stands for: its classes, or a range of scores."""
+    if report.threshold is not None:
+        is_high = value == int(report.higher_means == "hallucinated")
+        return f"{'>=' if is_high else '<'} {report.threshold:g}"
+    return _classes(report, [name for name, each in report.class_labels.items() if each == value])
+
+
+def _classes(report: LabelReport, names: list[str]) -> str:
+    if len(names) == 1:
+        return repr(names[0])
+    return ", ".join(f"{name!r}: {report.classes[name]}" for name in names)
+
+
+def print_targets(targets: list[str], *, dry_run: bool) -> None:
+    """The files that were written, or would be."""
+    for target in targets:
+        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
 
 
 def print_features(report: FeatureReport, *, dry_run: bool) -> None:

@@ -217,7 +217,12 @@ class SampleChecks:
         self.num_samples += 1
 
     def add(
-        self, record: TraceRecord, content: str | None = None, further: Iterable[Finding] = ()
+        self,
+        record: TraceRecord,
+        content: str | None = None,
+        further: Iterable[Finding] = (),
+        *,
+        look: Look | None = None,
     ) -> None:
         """Check the next sample.
 
@@ -229,8 +234,10 @@ class SampleChecks:
             Its `h5traces.format.digests.content_digest`, if it was written or read.
         further
             What others found in it.
+        look
+            How it is looked at, if not as the others.
         """
-        found = [*sample_findings(record, self._look), *further]
+        found = [*sample_findings(record, look or self._look), *further]
         found += self._repeated(record.sample_id, content)
         self.findings.add(found, self.num_samples)
         self.num_samples += 1

@@ -37,8 +37,8 @@ _FORBIDDEN_KINDS = {
 _HARMLESS_DTYPE_FLAGS = (0, 8)
 _DTYPE_STATE_LENGTH = 8
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_PROTOCOL = 1001
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
 
 # numpy's dtype for each of torch's; types that numpy lacks are stored as raw words.
 _STORED_AS = {
@@ -377,6 +377,11 @@ class StorageHeader:
     num_elements: int
 
 
+def storage_nbytes(header: StorageHeader) -> int:
+    """Bytes of a storage's numbers."""
+    return header.num_elements * _STORED_AS[header.dtype].itemsize
+
+
 def parse_persistent_id(value: Any) -> StorageHeader:
     """The storage that an embedded stream's persistent id describes."""
     if type(value) is not tuple or len(value) != 6 or brief(value[0]) != "'storage'":
@@ -394,7 +399,7 @@ def parse_persistent_id(value: Any) -> StorageHeader:
 
 def read_storage(load: Callable[[], Any], source: MemorySource) -> Storage:
     """The storage in an embedded stream; ``load`` reads one pickle from ``source``."""
-    if load() != _MAGIC or load() != _PROTOCOL:
+    if load() != MAGIC or load() != PROTOCOL:
         contradict("the bytes of a torch storage are no legacy torch.save stream")
     system = load()
     if type(system) is not dict or system.get("little_endian") is not True:
