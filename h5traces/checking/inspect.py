@@ -157,8 +157,8 @@ class Inspection:
         every, of = counted(len(self.samples), "sample"), self.num_samples - len(self.samples)
         text = f"{self.checks.num_checks} checks of meaning: every value of {every}"
         if of and self.container != "archive":
-            return f"{text}, some values of the {of} others"
-        return f"{text}; {of} others were not read" if of else text
+            return f"{text}, some values of {counted(of, 'other')}"
+        return f"{text}; {counted(of, 'other')} not read" if of else text
 
     def as_dict(self) -> dict[str, Any]:
         """The inspection as JSON-ready values."""

@@ -188,7 +188,8 @@ def _print_sample(sample: SampleStats) -> None:
 
 def _print_kind(title: str, arrays: list[ArrayStats], sample: SampleStats) -> None:
     shapes = {str(tuple(each.shape)) for each in arrays}
-    mark = "✓" if len(shapes) == 1 and not sample.problems else "(shapes differ by layer)"
+    same = len(shapes) == 1 and not sample.problems
+    mark = "in every layer" if same else "(shapes differ by layer)"
     if sample.coverage == "steps":
         steps = {len(each.shape) for each in arrays}
         print_line(f"    {title}: {'/'.join(map(str, sorted(steps)))} generation steps per layer")
