@@ -279,7 +279,7 @@ def _real(
 def _odd_sums(array: NDArray[Any], trace: Trace) -> list[float]:
     """The least and the largest sum of rows that sum to neither 1, up to rounding, nor 0."""
     sums = array.sum(axis=-1, dtype=np.float32)
-    tolerance = row_tolerance(trace._stored.file.metadata.precision, array.shape[-1])
+    tolerance = row_tolerance(trace._stored.file.metadata.losses, array.shape[-1])
     odd = sums[(np.abs(sums - 1) > tolerance) & (sums != 0)]
     return [float(odd.min()), float(odd.max())] if odd.size else []
 
