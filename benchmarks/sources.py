@@ -3,7 +3,7 @@
     python benchmarks/sources.py [--mb 200] [--runs 3] [--tokens 256] [KIND ...]
 
 The same traces (8 layers of hidden size 1024 and attentions of 8 heads, float16) are written in
-every kind. *read* is the time of reading the bytes of the files, *records* that of making records of them,
+every kind. *read* is the time of reading the bytes of the files, *records* that of making records,
 *convert* that of `h5traces.convert` with default options; MB/s are of raw arrays. *peak* is the
 memory that the conversion takes, in a process of its own, beyond what it has after importing.
 """
@@ -24,15 +24,22 @@ import numpy as np
 
 LAYERS, HIDDEN, HEADS = 8, 1024, 8
 CHILD = """
-import resource, sys, time
+import re, sys, time
 import h5traces, h5traces.rewriting.convert
 from h5traces.sources import named_arrays, torch_file
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
-report = h5traces.convert(sys.argv[1], sys.argv[2], merge=True, overwrite=True)
+
+def memory(name):
+    status = open("/proc/self/status").read()
+    return int(re.search(name + r":\\s+(\\d+) kB", status)[1]) / 1024
+
+# A process begins with the peak of the one that started it.
+open("/proc/self/clear_refs", "w").write("5")
+before, start = memory("VmRSS"), time.perf_counter()
+target = h5traces.TargetOptions(overwrite=True)
+report = h5traces.convert(sys.argv[1], sys.argv[2], merge=True, target=target)
 seconds = time.perf_counter() - start
 assert report.ok, report
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(seconds, memory("VmHWM") - before)
 """
 
 

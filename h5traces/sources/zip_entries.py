@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import numpy as np
 
@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from h5traces.sources.mapped import MappedFile
 
 _crc32: Callable[..., int] = zlib.crc32
+_inflater: Callable[[int], Any] = zlib.decompressobj
+_INFLATE_ERRORS: tuple[type[Exception], ...] = (zlib.error,)
 try:
-    # Several times as fast as zlib's; has wheels for x86-64 and arm64 only.
-    from isal.isal_zlib import crc32 as _crc32
+    # Several times as fast as zlib; has wheels for x86-64 and arm64 only.
+    from isal import isal_zlib
 except ImportError:  # pragma: no cover - depends on the machine
     pass
+else:
+    _crc32, _inflater = isal_zlib.crc32, isal_zlib.decompressobj
+    _INFLATE_ERRORS = (zlib.error, cast("type[Exception]", isal_zlib.error))
 
 STORED: Final = 0
 DEFLATED: Final = 8
@@ -263,8 +268,8 @@ def entry_content(
 
 def _inflated(stored: NDArray[np.uint8], entry: ZipEntry, where: str) -> NDArray[np.uint8]:
     try:
-        content = zlib.decompressobj(-15).decompress(stored.data, entry.nbytes + 1)
-    except zlib.error as error:
+        content = _inflater(-zlib.MAX_WBITS).decompress(stored.data, entry.nbytes + 1)
+    except _INFLATE_ERRORS as error:
         message = f"{where} cannot be inflated: {error}"
         raise ConversionError(message) from error
     if len(content) != entry.nbytes:
