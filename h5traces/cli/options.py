@@ -14,6 +14,7 @@ from h5traces.format.precision import Tier as TierName
 from h5traces.meaning.options import FirstState, ReadingOptions
 from h5traces.storage.codecs import ArrayCodec
 from h5traces.writing.options import AUTOMATIC_SAMPLES, Compare, PrecisionOptions, TargetOptions
+from h5traces.writing.options import Foreign as ForeignChoice
 
 KEEP: Final = "What to keep"
 PRECISION: Final = "Precision"
@@ -255,6 +256,14 @@ def _extracted(
 
 
 Reading = Annotated[ReadingOptions, Group(_reading)]
+Foreign = Annotated[
+    ForeignChoice,
+    option(
+        OUTPUT,
+        "--foreign keep|drop",
+        "Whether to keep what other programs put into archives; names with x_ are always kept.",
+    ),
+]
 PrecisionGroup = Annotated[PrecisionOptions, Group(_precision)]
 NewFile = Annotated[TargetOptions, Group(_new_file)]
 Rewritten = Annotated[TargetOptions, Group(_rewritten)]
