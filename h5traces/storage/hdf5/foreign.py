@@ -153,7 +153,7 @@ class _Copying:
 
     def _copy(self, source: Any, target: Any, name: str, place: str) -> None:
         """Copy an object with all below it; what is there already is only compared."""
-        reason = self._why_not(source, name)
+        reason = self._why_not(source, name, place.count("/"))
         if reason is not None:
             self._found.left.append(f"{self._origin.file}: {place}: {reason}")
             return
@@ -175,8 +175,10 @@ class _Copying:
                 f"{self._origin.file}: {place}: another source has a different object of this name"
             )
 
-    def _why_not(self, source: Any, name: str) -> str | None:
+    def _why_not(self, source: Any, name: str, depth: int) -> str | None:
         """Why an object cannot be copied; None if it can."""
+        if depth > self._limits.max_depth:
+            return f"lies deeper than {self._limits.max_depth} levels"
         try:
             found, address = safety.open_child(source, name)
             if address in self._addresses:
