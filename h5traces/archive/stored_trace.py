@@ -16,10 +16,11 @@ from h5traces.errors import (
     UnsupportedEncodingError,
 )
 from h5traces.format import layout, text
+from h5traces.format.archive import KindMetadata
 from h5traces.format.document import from_attributes
 from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.format.entries import INTEGER_TYPES
-from h5traces.format.record import TraceMetadata
+from h5traces.format.record import SourceForm, TraceMetadata
 from h5traces.format.values import TorchValue
 from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
 from h5traces.storage.remote.paths import RemotePath
@@ -136,9 +137,52 @@ class StoredTrace:
         has_heads = layout.ATTENTIONS in objects or layout.ATTENTION_MEAN not in objects
         return layout.HIDDEN_STATES, layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
 
+    @property
+    def kinds(self) -> dict[str, Attrs]:
+        """Attributes of every kind of the archive, by name."""
+        return self.file.store.kinds
+
+    def axes(self, kind: str) -> tuple[str, ...]:
+        """Names of the axes of one layer's array; CorruptArchiveError where the kind lacks them."""
+        if kind in layout.KINDS:
+            return layout.KINDS[kind].axes
+        try:
+            return from_attributes(KindMetadata, self.kinds.get(kind, {})).axes
+        except SchemaError as error:
+            message = f"{self.file.path}: /{layout.KINDS_GROUP}/{kind}: {error}"
+            raise CorruptArchiveError(message) from error
+
+    def form(self, kind: str) -> SourceForm:
+        """What held the arrays in the legacy dict; CorruptArchiveError where that is unknown."""
+        try:
+            return from_attributes(SourceForm, self.attrs(kind))
+        except SchemaError as error:
+            message = f"{self.place}/{kind}: {error}"
+            raise CorruptArchiveError(message) from error
+
     def stored_layers(self, kind: str) -> tuple[int, ...]:
-        """Layer numbers stored of a kind, selected or not, ascending."""
+        """Numbers stored of a kind, selected or not, ascending: of layers, else of positions."""
         return _stored_layers(kind, tuple(self.objects))
+
+    def array_name(self, kind: str, number: int) -> str:
+        """The name of the dataset that holds a layer, or a position where no layer is known."""
+        position = layout.position_name(number)
+        return position if f"{kind}/{position}" in self.objects else layout.layer_name(number)
+
+    def names_with_steps(self, kind: str) -> list[str]:
+        """Names of all stored arrays in the order of the table of generation steps."""
+        names = [self.array_name(kind, each) for each in self.stored_layers(kind)]
+        has_embedding = f"{kind}/{layout.EMBEDDING}" in self.objects
+        return [layout.EMBEDDING, *names] if has_embedding else names
+
+    def listed_names(self, kind: str, chosen: tuple[int, ...] | None) -> list[str]:
+        """Names of the chosen arrays in the order of the legacy list; None chooses all."""
+        names = [
+            self.array_name(kind, each)
+            for each in self.stored_layers(kind)
+            if chosen is None or each in chosen
+        ]
+        return [layout.EMBEDDING, *names] if self.form(kind).lists_embedding else names
 
     def check_kind(self, kind: str) -> None:
         """Raise ValueError for a kind that there is not; as `check_heads` for one without heads."""
@@ -261,19 +305,24 @@ class StoredTrace:
         bfloat16 comes as float32, or, with `torch_tensors` and from a tensor, as a tensor.
         """
         typed = self.typed_layer(kind, name)
-        as_tensor = torch_tensors and self.attrs(f"{kind}/{name}").get("container") == "torch"
-
-        def plain(array: TypedArray) -> Any:
-            if as_tensor:
-                return to_tensor(TorchValue(array.values, array.dtype))
-            values = array.to_numpy()
-            return values.astype(values.dtype.newbyteorder("="), copy=False)
-
+        as_tensor = torch_tensors and self.is_tensor(kind, name)
         if not isinstance(typed, list):
-            return plain(typed)
-        steps = [plain(step) for step in typed]
+            return plain(typed, as_tensor=as_tensor)
+        steps = [plain(step, as_tensor=as_tensor) for step in typed]
         in_tuple = self.attrs(f"{kind}/{name}").get("sequence") == "tuple"
         return tuple(steps) if in_tuple else steps
+
+    def is_tensor(self, kind: str, name: str) -> bool:
+        """Whether the source held a torch tensor."""
+        return self.attrs(f"{kind}/{name}").get("container") == "torch"
+
+
+def plain(array: TypedArray, *, as_tensor: bool) -> Any:
+    """An array in native byte order, bfloat16 as float32; or a torch tensor."""
+    if as_tensor:
+        return to_tensor(TorchValue(array.values, array.dtype))
+    values = array.to_numpy()
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 @lru_cache(maxsize=256)
@@ -347,7 +396,7 @@ def _check_table(trace: StoredTrace, kind: str, path: str) -> None:
 
 def _steps(trace: StoredTrace, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
     """Generation steps out of the flat dataset that holds them."""
-    names = [layout.layer_name(layer) for layer in trace.stored_layers(kind)]
+    names = trace.names_with_steps(kind)
     table = trace.table(f"{kind}/{layout.STEPS_TABLE}")
     fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
     steps, start = [], 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from numpy.typing import NDArray
 
+from h5traces.archive.source_form import in_source_form
 from h5traces.archive.tensors import with_tensors, without_tensors
 from h5traces.errors import CorruptArchiveError, LayerIndexError
 from h5traces.format import layout, text
@@ -33,15 +34,16 @@ class LayerSequence(Sequence[LayerValue]):
 
     @cached_property
     def _names(self) -> list[str]:
-        """Dataset names, in order of position; the embedding is not part of the list."""
-        return [layout.layer_name(layer) for layer in self.layers]
+        """Dataset names in the order of the legacy list."""
+        return self._trace.listed_names(self.kind, self._selected)
 
     @cached_property
-    def layers(self) -> tuple[int, ...]:
-        """The model's own layer number of every position."""
-        layers = self._trace.stored_layers(self.kind)
-        chosen = self._selected
-        return layers if chosen is None else tuple(each for each in layers if each in chosen)
+    def layers(self) -> tuple[int | None, ...]:
+        """The model's own layer number of every position; None for the embedding.
+
+        Where no layer is known, since nothing says what the first state is, the position itself.
+        """
+        return tuple(layout.parse_layer_name(name) for name in self._names)
 
     @property
     def sites(self) -> tuple[str | None, ...]:
@@ -81,12 +83,9 @@ class LayerSequence(Sequence[LayerValue]):
             found += self._trace.ranges(table) if table in self._trace.objects else []
         return found
 
-    def _to_list(self, *, torch_tensors: bool = False) -> list[Any] | tuple[Any, ...]:
-        """All arrays, in a list or tuple as the source had them."""
-        read = partial(self._trace.read_layer, self.kind, torch_tensors=torch_tensors)
-        values = [read(name) for name in self._names]
-        is_tuple = self._trace.attrs(self.kind).get("sequence") == "tuple"
-        return tuple(values) if is_tuple else values
+    def _in_source_form(self, *, torch_tensors: bool = False) -> Any:
+        """All arrays in the container that the source had them in."""
+        return in_source_form(self._trace, self.kind, self._names, torch_tensors=torch_tensors)
 
     def __repr__(self) -> str:
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
@@ -150,7 +149,7 @@ class Trace(Mapping[str, Any]):
     def _value(self, key: str, *, torch_tensors: bool) -> Any:
         objects = self._stored.objects
         # A kind that was made of others, such as the head mean, is no key of the legacy dict.
-        if key not in self.fields and not (key in layout.KINDS and key in objects):
+        if key not in self.fields and not (key in self._stored.kinds and key in objects):
             self._stored.check_heads(key)
             raise KeyError(key)
         if key == layout.LABEL and self._stored.has_new_label:
@@ -181,7 +180,9 @@ class Trace(Mapping[str, Any]):
 
     @property
     def embedding(self) -> LayerValue:
-        """The output of the embedding, ``(seq_len, hidden_size)``; no part of the legacy list.
+        """The output of the embedding, ``(seq_len, hidden_size)``.
+
+        It is part of the legacy list only where the source's list began with it.
 
         Raises
         ------
@@ -195,7 +196,10 @@ class Trace(Mapping[str, Any]):
         return value
 
     def layer(self, layer: int, kind: str = layout.HIDDEN_STATES) -> LayerValue:
-        """One layer's array by the model's own 0-based layer number.
+        """One layer's array by the model's own 0-based layer number, or by position.
+
+        Positions stand for layers where the source did not say whether its first hidden state was
+        the embedding, see `LayerSequence.layers`.
 
         Raises
         ------
@@ -204,13 +208,13 @@ class Trace(Mapping[str, Any]):
         HeadsNotStoredError
             It stores attentions averaged over heads only.
         """
-        name, selected = layout.layer_name(layer), self._stored.selected
+        name, selected = self._stored.array_name(kind, layer), self._stored.selected
         if f"{kind}/{name}" not in self._stored.objects:
             self._stored.check_kind(kind)
             stored = LayerSequence(self._stored, kind, selected).layers
             message = (
                 f"{self._stored.place}: layer {layer} of {kind} is not stored; stored: "
-                f"{list(stored)}"
+                f"{[each for each in stored if each is not None]}"
             )
             raise LayerIndexError(message)
         if selected is not None and layer not in selected:
@@ -242,7 +246,7 @@ class Trace(Mapping[str, Any]):
             for key in self.fields:
                 value = self._value(key, torch_tensors=torch_tensors)
                 if isinstance(value, LayerSequence):
-                    value = value._to_list(torch_tensors=torch_tensors)
+                    value = value._in_source_form(torch_tensors=torch_tensors)
                 plain[key] = value
         return plain
 

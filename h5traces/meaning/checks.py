@@ -41,6 +41,10 @@ class Check:
     remedy: str
 
 
+def _note(name: str, reason: str) -> Check:
+    return Check(id=name, severity="note", reason=reason, remedy="Nothing needs to be done.")
+
+
 CHECKS: Final[dict[str, Check]] = {
     each.id: each
     for each in (
@@ -50,6 +54,20 @@ CHECKS: Final[dict[str, Check]] = {
             reason="Without attentions, nothing says whether the first hidden state is the "
             "embedding or the output of block 0.",
             remedy="Say what it is: first_state='embedding' or 'block'.",
+        ),
+        _note("embedding-first", "One hidden state more than attentions: the first is no block."),
+        _note("stacked-layers", "Lengths of the other fields say which axis is which."),
+        _note("layers-by-key", "The keys number the layers."),
+        _note("batch-of-one", "The axis comes back where the source's dict is rebuilt."),
+        _note("one-vector", "Without a token axis, arrays hold one position of the sequence."),
+        _note("steps-outermost", "generate() returns one item per step; they are stored by layer."),
+        _note("one-state-less", "generate() never runs the model on the last token."),
+        _note("further-kind", "One array per decoder block is a kind, whatever its name."),
+        Check(
+            id="attentions-absent",
+            severity="note",
+            reason="The source holds None, as fast attention kernels return no weights.",
+            remedy='To get attentions, load the model with attn_implementation="eager".',
         ),
     )
 }

@@ -41,7 +41,6 @@ from h5traces.writing.preparation import (
     prepare_element,
     prepare_layers,
     record_elements,
-    sequence_attributes,
     steps_table,
 )
 
@@ -140,7 +139,7 @@ class ArchiveWriter:
 
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
-            yield EncodedObject(kind, sequence_attributes(layers))
+            yield EncodedObject(kind, to_attributes(layers.form))
         yield from self._prepare(record)
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
@@ -226,7 +225,7 @@ class ArchiveWriter:
         # A full disk shows here at the latest; HDF5 sees every write succeed.
         self._part.file.raise_error()
         kind = prepared.path.partition("/")[0]
-        kind = kind if kind in layout.KINDS else "other"
+        kind = kind if kind in self._observed.layers else "other"
         self.summary.raw_nbytes[kind] += prepared.raw_nbytes
         self.summary.stored_nbytes[kind] += sum(entry.chunks.sizes) if entry.chunks else 0
         if prepared.kept_exact is not None:
@@ -312,14 +311,17 @@ class ArchiveWriter:
 
     def _kind_attributes(self, kind: str) -> Attrs:
         definition = layout.KINDS.get(kind)
-        found = self._observed.reductions.get(kind, {None})
+        observed = self._observed
+        found = observed.reductions.get(kind, {None})
+        positions = observed.positions.get(kind)
         reduction = (_only(found) or "unknown") if kind == layout.ATTENTION_MEAN else None
         return to_attributes(
             KindMetadata(
-                axes=definition.axes if definition else ("value",),
+                axes=definition.axes if definition else observed.axes.get(kind, ("value",)),
                 layered=True,
-                layers=tuple(sorted(self._observed.layers.get(kind, ()))),
-                definition=definition.definition if definition else "",
+                layers=tuple(sorted(observed.layers.get(kind, ()))),
+                positions=None if positions is None else tuple(sorted(positions)),
+                definition=definition.definition if definition else layout.FURTHER_KIND,
                 reduction=reduction,
                 derivation=DERIVATION if reduction == MEAN else None,
             )
