@@ -1,17 +1,45 @@
-"""Opens files that others wrote, by their content, and reads what their names say."""
+"""The register of readers: opens files that others wrote, by what they hold.
+
+A reader is a `TraceSource`. Which one opens a file is decided by its content (`signatures`), never
+by its name. Other packages add readers in the entry-point group `ENTRY_POINTS`; these are asked
+first.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 import re
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-if TYPE_CHECKING:
-    import os
+from h5traces.errors import ConversionError, warn
+from h5traces.meaning.options import ReadingOptions
+from h5traces.sources.signatures import identify
+from h5traces.storage.files import open_regular
 
-    from h5traces.meaning.options import ReadingOptions
+if TYPE_CHECKING:
+    from h5traces.sources.signatures import Kind
     from h5traces.sources.source import TraceSource
 
+ENTRY_POINTS: Final = "h5traces.sources"
+# Bytes that readers of other packages see.
+_HEAD_NBYTES: Final = 4096
+
+# Module and class by kind: loaded on first use, as archives are read without them.
+_READERS: Final[dict[str, tuple[str, str]]] = {
+    "pickle": ("h5traces.sources.pickle.stream", "BatchStream"),
+}
+# Kinds that their reader decompresses, and from what.
+_DECOMPRESSED: Final[dict[str, tuple[str, ...]]] = {"pickle": ("gzip",)}
+
+_SUFFIX: Final = re.compile(
+    r"\.(?:pkl|pickle|p|pt|pth|ckpt|safetensors|npz|npy|bin|jsonl?|parquet|arrow|feather|joblib)\Z"
+)
+_PACKED_SUFFIX: Final = re.compile(r"\.(?:gz|bz2|xz|lzma|zst|zstd|z|lz4)\Z", re.IGNORECASE)
 SOURCE_SUFFIXES: Final = (".pkl.gz", ".pickle.gz", ".pkl", ".pickle")
 _BATCH_NAME: Final = re.compile(
     r"(?P<model_id>.+)_(?P<dataset>triviaqa|trivia_qa|truthfulqa|truthful_qa|[A-Za-z0-9-]+)"
@@ -19,19 +47,127 @@ _BATCH_NAME: Final = re.compile(
 )
 
 
-def open_source(path: str | os.PathLike[str], options: ReadingOptions | None = None) -> TraceSource:
-    """Open a source, a context manager: it yields dicts, its `records` yields records."""
-    # Loaded on first use: archives are read without it.
-    from h5traces.meaning.options import ReadingOptions
-    from h5traces.sources.pickle.stream import BatchStream
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """What a file is, and who reads it.
 
-    return BatchStream(path, options=options or ReadingOptions())
+    Attributes
+    ----------
+    path
+        The file or folder.
+    kind
+        What it is.
+    reader
+        Reads it as a source of traces; None where nothing does, as for archives.
+    """
+
+    path: Path
+    kind: Kind
+    reader: type[TraceSource] | None
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `open_source` opens it."""
+        return self.reader is not None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether h5traces wrote it: an archive, scales or features."""
+        return self.kind.is_ours
+
+    @property
+    def reason(self) -> str:
+        """Why it is not read, and what to do: a sentence that begins with its name."""
+        return f"{self.path}: is {self.kind}; {self.kind.remedy}"
+
+
+def recognise(path: str | os.PathLike[str]) -> Recognised:
+    """What a file or folder is, and which reader opens it.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError
+        It does not exist, or cannot be read.
+    ConversionError
+        It is a pipe or a device.
+    """
+    path = Path(path)
+    kind = identify(path)
+    return Recognised(path, kind, None if kind.is_ours else _reader_of(path, kind))
+
+
+def open_source(path: str | os.PathLike[str], options: ReadingOptions | None = None) -> TraceSource:
+    """Open a source, a context manager: it yields dicts, its `records` yields records.
+
+    Parameters
+    ----------
+    path
+        A file, or a folder that is one set, of any kind that a reader takes.
+    options
+        What the user says about it.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError
+        It does not exist, or cannot be read.
+    ConversionError
+        No reader takes it: the message says what it is, and what to do.
+    """
+    found = recognise(path)
+    if found.reader is None:
+        raise ConversionError(found.reason)
+    return found.reader(path, options=options or ReadingOptions())
+
+
+def _reader_of(path: Path, kind: Kind) -> type[TraceSource] | None:
+    added = added_readers()
+    if added:
+        head = _head(path)
+        for reader in added:
+            if reader.recognises(path, head):
+                return reader
+    if kind.id not in _READERS or (
+        kind.compression and kind.compression not in _DECOMPRESSED.get(kind.id, ())
+    ):
+        return None
+    module, name = _READERS[kind.id]
+    found: type[TraceSource] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _head(path: Path) -> bytes:
+    if path.is_dir():
+        return b""
+    with os.fdopen(open_regular(path, ConversionError), "rb") as file:
+        return file.read(_HEAD_NBYTES)
+
+
+@functools.cache
+def added_readers() -> tuple[type[TraceSource], ...]:
+    """The readers of other packages, sorted by name; one that cannot be loaded is named, once."""
+    from h5traces.sources.source import TraceSource
+
+    found: list[type[TraceSource]] = []
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda each: each.name):
+        where = f"the reader {entry.name!r} ({entry.value}, entry points {ENTRY_POINTS!r})"
+        try:
+            reader = entry.load()
+        except Exception as error:  # noqa: BLE001, RUF100  # whatever another package raises
+            problem = f"cannot be imported: {type(error).__name__}: {error}"
+        else:
+            if isinstance(reader, type) and issubclass(reader, TraceSource):
+                found.append(reader)
+                continue
+            problem = "is no class of h5traces.TraceSource"
+        warn(f"{where} {problem}; files are read without it", UserWarning)
+    return tuple(found)
 
 
 def source_stem(name: str) -> str:
-    """A source's file name without its suffix."""
-    suffix = next((each for each in SOURCE_SUFFIXES if name.endswith(each)), "")
-    return name.removesuffix(suffix)
+    """A source's file name without the suffixes of its kind and its compressor."""
+    unpacked = _PACKED_SUFFIX.sub("", name)
+    stem = _SUFFIX.sub("", unpacked)
+    return stem if stem and stem != unpacked else name
 
 
 def facts_in_name(path: str | os.PathLike[str]) -> dict[str, str]:

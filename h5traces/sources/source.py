@@ -62,6 +62,19 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
         self.understood: list[str] = []
         self.unread: list[str] = []
 
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        """Whether this reader takes a file or folder; for readers that other packages add.
+
+        Parameters
+        ----------
+        path
+            The file, or a folder.
+        head
+            The first bytes of the file, at most 4,096; empty for a folder.
+        """
+        return False
+
     @abstractmethod
     def __next__(self) -> dict[Any, Any]:
         """The next sample."""

@@ -133,8 +133,13 @@ def bomb() -> bytes:
 
 BAD_FILES: dict[str, tuple[str, Callable[[], bytes], type[Exception], str]] = {
     "not a pickle": ("a.pkl", lambda: b"PK\x03\x04 zip", ConversionError, "a zip file"),
-    "an archive": ("a.pkl", lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), ConversionError, "HDF5 file"),
-    "empty": ("a.pkl", lambda: b"", ConversionError, "truncated pickle"),
+    "an archive": (
+        "a.pkl",
+        lambda: b"\x89HDF\r\n\x1a\n" + bytes(99),
+        ConversionError,
+        "is HDF5, but no",
+    ),
+    "empty": ("a.pkl", lambda: b"", ConversionError, r"is empty \(0 bytes\)"),
     "text": ("a.pkl", lambda: b"hello there", ConversionError, "a.pkl"),
     "truncated": (
         "a.pkl",

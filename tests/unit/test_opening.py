@@ -49,7 +49,7 @@ def test_a_record_that_cannot_be_made_names_its_sample(tmp_path: Path) -> None:
 
 def test_an_archive_is_no_source(tmp_path: Path) -> None:
     path = make_archive(tmp_path, make_batch("full_pkl"))
-    with pytest.raises(ConversionError, match="found an HDF5 file"):
+    with pytest.raises(ConversionError, match="is an archive of h5traces; "):
         open_source(path)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import threading
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
+import zstandard
 
 from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.sources import compressed as compressed_module
 from h5traces.sources.pickle import source as source_module
 from h5traces.sources.pickle.source import FileSource, MemorySource, PickleLimits, TruncatedError
 
@@ -22,7 +27,7 @@ DATA = bytes(range(256)) * 20_000 + b"a line\nanother\n"
 @pytest.fixture(params=["isal", "zlib"])
 def inflater(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "zlib":
-        monkeypatch.setattr(source_module, "_open_gzip", gzip.GzipFile)
+        monkeypatch.setattr(compressed_module, "_open_gzip", gzip.GzipFile)
     return request.param
 
 
@@ -40,7 +45,7 @@ def test_reads_exactly_what_is_asked_for(tmp_path: Path, compressed: bool) -> No
     data = gzip.compress(DATA, 1) if compressed else DATA
     path = write(tmp_path, data, name=name)
     with FileSource(path, LIMITS) as source:
-        assert source.is_gzip is compressed
+        assert source.compression == ("gzip" if compressed else None)
         assert source.compressed_size == len(data)
         assert source.read(10) == DATA[:10]
         assert source.read_buffer(10) == bytearray(DATA[10:20])
@@ -183,3 +188,65 @@ def test_missing_files_and_folders_are_os_errors(tmp_path: Path) -> None:
         FileSource(tmp_path / "none.pkl", LIMITS)
     with pytest.raises(OSError):  # noqa: PT011 - the class depends on the platform
         FileSource(tmp_path, LIMITS)
+
+
+COMPRESSORS = {
+    "gzip": gzip.compress,
+    "zlib": zlib.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "zstd": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(data),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_every_compressor_is_known_by_content(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, COMPRESSORS[name](DATA), name="batch.txt")
+    with FileSource(path, LIMITS) as source:
+        assert source.compression == name
+        assert source.read(3_000_000) == DATA[:3_000_000]
+        source.skip(1_000_000)
+        assert source.read(len(DATA) - 4_000_000) == DATA[4_000_000:]
+        assert source.at_end()
+        assert source.compressed_position == path.stat().st_size
+
+
+@pytest.mark.parametrize("name", set(COMPRESSORS) - {"lzma"})
+def test_every_compressor_may_write_several_streams(tmp_path: Path, name: str) -> None:
+    compress = COMPRESSORS[name]
+    path = write(tmp_path, b"".join(compress(DATA[at : at + 1_000_000]) for at in (0, 1_000_000)))
+    with FileSource(path, LIMITS) as source:
+        assert source.read(2_000_000) == DATA[:2_000_000]
+        assert source.at_end()
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_cut_stream_of_any_compressor_is_truncated(tmp_path: Path, name: str) -> None:
+    data = COMPRESSORS[name](DATA)
+    path = write(tmp_path, data[: len(data) // 2])
+    with FileSource(path, LIMITS) as source, pytest.raises(ConversionError, match="truncated"):
+        read_cut(source)
+
+
+def read_cut(source: FileSource) -> None:
+    try:
+        source.read(len(DATA))
+    except TruncatedError as error:  # what zstd gives: it knows no end before its last frame
+        raise source.truncated_error(str(error)) from error
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_bytes_that_follow_a_stream_are_named(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, COMPRESSORS[name](DATA) + b"a note after the end")
+    said = "near compressed"
+    with FileSource(path, LIMITS) as source, pytest.raises(ConversionError, match=said):
+        read_to_end(source)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_bombs_of_any_compressor(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, COMPRESSORS[name](bytes(8 << 20)))
+    limits = PickleLimits(expansion_grace_nbytes=1 << 20)
+    with FileSource(path, limits) as source, pytest.raises(UnsafePickleError, match=f"{name} bomb"):
+        source.read(7 << 20)

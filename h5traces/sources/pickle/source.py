@@ -1,45 +1,29 @@
-"""Reads the bytes of a pickle forwards, from a plain or gzip file or from memory, within limits.
+"""Reads the bytes of a pickle forwards, from a file or from memory, within limits.
 
-Gzip is recognised by its magic bytes, as batches have been renamed freely. Each call inflates at
-most one mebibyte, so a gzip bomb is noticed early; inflating releases the GIL.
+Compressors are recognised by content, as batches have been renamed freely.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Self, cast
+from typing import TYPE_CHECKING, NoReturn, Self
 
-from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.errors import ConversionError
+from h5traces.sources.compressed import STEP_NBYTES, Decompressed, compression_of, truncated
 from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-
-_open_gzip: Callable[..., gzip.GzipFile] = gzip.GzipFile
-_INFLATE_ERRORS: tuple[type[Exception], ...] = (gzip.BadGzipFile, zlib.error)
-try:
-    # Inflates about twice as fast as zlib; has wheels for x86-64 and arm64 only.
-    from isal import igzip, isal_zlib
-except ImportError:  # pragma: no cover - depends on the machine
-    pass
-else:
-    _open_gzip = igzip.IGzipFile
-    _INFLATE_ERRORS = (*_INFLATE_ERRORS, cast("type[Exception]", isal_zlib.error))
 
 MIB = 1 << 20
 GIB = 1 << 30
-GZIP_MAGIC = b"\x1f\x8b"
 _BUFFER_NBYTES = 1 << 16
-_INFLATE_NBYTES = MIB
 # Requests above this are read in blocks, so that a declared length alone allocates nothing.
 _BLOCK_NBYTES = 1 << 26
-_DEFLATE_MAX_RATIO = 1032
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +57,8 @@ class PickleLimits:
         Bytes of all items, counting every use of a shared object, per byte of pickle, plus the
         constant. A megabyte shared by a hundred thousand arrays would fill a disk when written.
     max_expansion, expansion_grace_nbytes
-        Inflated bytes per compressed byte of a gzip file, checked once that many bytes are
-        inflated. Deflate can reach 1032; float16 traces stay below 10.
+        Bytes that come out of each byte of a compressed file, checked once that many bytes are
+        out. Deflate can reach 1032; float16 traces stay below 10.
     """
 
     max_item_opcodes: int = 2_000_000
@@ -136,7 +120,7 @@ class Source:
         return TruncatedError(f"{wanted:,} bytes are declared and only {found:,} follow")
 
     def _check(self, num_bytes: int) -> None:
-        if num_bytes > _INFLATE_NBYTES and num_bytes > (bound := self._bound()):
+        if num_bytes > STEP_NBYTES and num_bytes > (bound := self._bound()):
             raise self._truncated(num_bytes, bound)
 
     def read(self, num_bytes: int) -> bytes:
@@ -181,7 +165,7 @@ class Source:
 
     def skip(self, num_bytes: int) -> None:
         """Move forwards."""
-        for _ in self._blocks(num_bytes, _INFLATE_NBYTES):
+        for _ in self._blocks(num_bytes, STEP_NBYTES):
             pass
 
     @property
@@ -204,10 +188,15 @@ class MemorySource(Source):
 
 
 class FileSource(Source):
-    """A plain or gzip file; a context manager.
+    """A plain or compressed file; a context manager.
 
     Reading raises `ConversionError` if the file is truncated or its checksum does not fit, and
-    `UnsafePickleError` if the gzip stream expands more than `limits` allow.
+    `UnsafePickleError` if it expands more than `limits` allow.
+
+    Attributes
+    ----------
+    compression
+        The compressor around the pickle, such as ``gzip``; None where there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str], limits: PickleLimits) -> None:
@@ -216,13 +205,17 @@ class FileSource(Source):
         self._raw = io.FileIO(open_regular(self.path, ConversionError))
         try:
             self.compressed_size = os.fstat(self._raw.fileno()).st_size
-            self.is_gzip = self._raw.read(2) == GZIP_MAGIC
+            self.compression = compression_of(self._raw.read(8))
             self._raw.seek(0)
-            self._exact_bound = not self.is_gzip
-            self._inflater = _Inflater(self, self._raw, limits) if self.is_gzip else None
+            self._exact_bound = self.compression is None
+            self._inflater = (
+                None
+                if self.compression is None
+                else Decompressed(self.path, self._raw, self.compression, limits)
+            )
             self.file = io.BufferedReader(
                 self._inflater or self._raw,
-                _INFLATE_NBYTES if self.is_gzip else _BUFFER_NBYTES,
+                STEP_NBYTES if self._inflater else _BUFFER_NBYTES,
             )
         except BaseException:
             self._raw.close()
@@ -231,14 +224,14 @@ class FileSource(Source):
     @property
     def compressed_position(self) -> int:
         """Bytes of the file read so far, for progress bars."""
-        return self._raw.tell() if self.is_gzip else self.file.tell()
+        return self.file.tell() if self._inflater is None else self._raw.tell()
 
     def at_end(self) -> bool:
         """True if nothing follows; for gzip this also checks the last member's CRC and size."""
-        return not self.file.read(1)
+        return not self.file.peek(1)
 
     def skip(self, num_bytes: int) -> None:
-        if self.is_gzip:
+        if self._inflater is not None:
             super().skip(num_bytes)
             return
         if num_bytes > (bound := self._bound()):
@@ -260,62 +253,8 @@ class FileSource(Source):
     def _bound(self) -> int:
         if self._inflater is None:
             return self.compressed_size - self.file.tell()
-        # The most that deflate can expand the rest to; the extra mebibyte is in buffers already.
-        left = self.compressed_size - self._raw.tell() + MIB
-        return left * _DEFLATE_MAX_RATIO + 2 * _INFLATE_NBYTES
+        return self._inflater.bound()
 
     def truncated_error(self, detail: str) -> ConversionError:
         """The error for a file that ends too early."""
-        kind = "gzip file" if self.is_gzip else "pickle"
-        leftover = " (.part leftovers are)" if self.path.suffix == ".part" else ""
-        message = (
-            f"{self.path}: truncated {kind}: {detail}; this looks like an unfinished write"
-            f"{leftover}. Convert the complete file instead, or delete this one"
-        )
-        return ConversionError(message)
-
-
-class _Inflater(io.RawIOBase):
-    """Inflates a gzip file, translates errors and limits the expansion."""
-
-    def __init__(self, owner: FileSource, raw: io.FileIO, limits: PickleLimits) -> None:
-        self._owner = owner
-        self._raw = raw
-        self._limits = limits
-        self._gzip = _open_gzip(fileobj=raw, mode="rb")
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        view = memoryview(buffer)[:_INFLATE_NBYTES]
-        try:
-            num_bytes: int = self._gzip.readinto(view)
-        except EOFError:
-            detail = "the compressed stream has no end"
-            raise self._owner.truncated_error(detail) from None
-        except _INFLATE_ERRORS as error:
-            message = (
-                f"{self._owner.path}: corrupted gzip file near compressed byte "
-                f"{self._raw.tell():,}: {error}; copy the file again from where it was written"
-            )
-            raise ConversionError(message) from None
-        self._position += num_bytes
-        compressed = max(1, self._raw.tell())
-        limit = self._limits.max_expansion
-        if self._position > max(self._limits.expansion_grace_nbytes, limit * compressed):
-            message = (
-                f"{self._owner.path}: gzip bomb: {self._position:,} bytes came out of the first "
-                f"{compressed:,}, more than {limit} times as many; if the file is trusted, raise "
-                f"PickleLimits(max_expansion=...)"
-            )
-            raise UnsafePickleError(message)
-        return num_bytes
-
-    def close(self) -> None:
-        self._gzip.close()
-        super().close()
+        return truncated(self.path, self.compression, detail)
