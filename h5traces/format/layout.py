@@ -112,6 +112,11 @@ KINDS: Final = {
 FURTHER_KIND: Final = (
     "One array per decoder block, as the source's field of the kind's name had it."
 )
+# Definition of kinds of which no decoder block is known.
+BY_POSITION: Final = (
+    "Arrays in the order of the source's list, which did not say whether the first belongs to the "
+    "embedding or to the first decoder block."
+)
 # Names of a sample's own objects and attributes, and of the fields of legacy dicts in them.
 _OTHER_PLACES: Final = frozenset(
     {TOKENS, TOKENS_DECODED, *TEXT_FIELDS, EXTRA_GROUP, QUESTION_ID, PROMPT_LENGTH, LABEL, *KINDS}

@@ -339,7 +339,7 @@ def steps_outermost(found: list[Apart], num_layers: int | None) -> bool | None:
         if all(_may_be_steps(each, steps_first=steps) for each in found)
         and _counts_fit(found, num_layers, steps_first=steps)
     ]
-    return readings[0] if len(readings) == 1 else None
+    return None if len(readings) > 1 else readings == [True]
 
 
 def _may_be_steps(found: Apart, *, steps_first: bool) -> bool:

@@ -283,7 +283,10 @@ class ArchiveWriter:
         for path, each in scales.layers.items():
             kind, _, name = path.partition("/")
             layer = layout.parse_layer_name(name)
-            numbers = self._observed.layers.get(kind)
+            observed = self._observed
+            numbers = (observed.positions if layout.is_position(name) else observed.layers).get(
+                kind
+            )
             # The embedding has no number.
             if numbers is not None and (layer is None or layer in numbers):
                 stored[path] = each
@@ -311,6 +314,7 @@ class ArchiveWriter:
 
     def _kind_attributes(self, kind: str) -> Attrs:
         definition = layout.KINDS.get(kind)
+        text = definition.definition if definition else layout.FURTHER_KIND
         observed = self._observed
         found = observed.reductions.get(kind, {None})
         positions = observed.positions.get(kind)
@@ -321,7 +325,7 @@ class ArchiveWriter:
                 layered=True,
                 layers=tuple(sorted(observed.layers.get(kind, ()))),
                 positions=None if positions is None else tuple(sorted(positions)),
-                definition=definition.definition if definition else layout.FURTHER_KIND,
+                definition=text if positions is None else layout.BY_POSITION,
                 reduction=reduction,
                 derivation=DERIVATION if reduction == MEAN else None,
             )
