@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
     from h5traces.rewriting.repack import merge, repack, split
+    from h5traces.sources.source import TraceSource
     from h5traces.writing.calibrate import calibrate
     from h5traces.writing.create import create
     from h5traces.writing.options import PrecisionOptions, TargetOptions
@@ -46,6 +47,7 @@ __all__ = [
     "ReadingOptions",
     "TargetOptions",
     "Trace",
+    "TraceSource",
     "__version__",
     "calibrate",
     "convert",
@@ -78,6 +80,7 @@ _HOMES = {
     "ReadingOptions": "h5traces.meaning.options",
     "TargetOptions": "h5traces.writing.options",
     "Trace": "h5traces.archive.trace",
+    "TraceSource": "h5traces.sources.source",
     "calibrate": "h5traces.writing.calibrate",
     "convert": "h5traces.rewriting.convert",
     "create": "h5traces.writing.create",

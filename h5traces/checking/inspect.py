@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open as open_archive
+from h5traces.archive.shards import shared_metadata
 from h5traces.errors import SchemaError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite

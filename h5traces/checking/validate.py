@@ -67,7 +67,8 @@ if TYPE_CHECKING:
 
 _ROOT_GROUPS: Final = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
 _OPTIONAL_GROUPS: Final = frozenset({layout.SCALES_GROUP})
-_SAMPLE_DATASETS: Final = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
+_NUMBERS: Final = {layout.TOKENS: "int64", layout.ATTENTION_MASK: "uint8"}
+_SAMPLE_DATASETS: Final = frozenset({*_NUMBERS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
 _SITES: Final = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
 _FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
 _STRAY: Final = "no such object belongs in an archive"
@@ -433,9 +434,9 @@ def _sample_problems(
                 )
         elif path not in _SAMPLE_DATASETS:
             yield path, "no such object belongs in a sample", "unknown_object"
-        elif path == layout.TOKENS and entry.dtype != "int64":
-            yield path, f"stored type is {entry.dtype}, expected int64", "wrong_type"
-        elif path != layout.TOKENS and not entry.dtype.startswith("text:"):
+        elif path in _NUMBERS and entry.dtype != _NUMBERS[path]:
+            yield path, f"stored type is {entry.dtype}, expected {_NUMBERS[path]}", "wrong_type"
+        elif path not in _NUMBERS and not entry.dtype.startswith("text:"):
             yield path, f"stored type is {entry.dtype}, expected fixed-length UTF-8", "wrong_type"
         if not entry.is_group and entry.codec is None:
             yield (
@@ -508,6 +509,10 @@ def _consistency_problems(
     )
     for each in description.problems():
         yield each.loc, each.message, each.kind
+    mask = sample.objects.get(layout.ATTENTION_MASK)
+    if mask is not None and mask.shape != (metadata.seq_len,):
+        message = f"shape is {mask.shape}, expected one value for each of {metadata.seq_len} tokens"
+        yield layout.ATTENTION_MASK, message, "length_mismatch"
     if metadata.coverage in ("steps", "empty") or not arrays:
         return
     found = coverage_of({each.kind: each.shape for each in reversed(arrays)}, num_tokens)

@@ -93,6 +93,11 @@ def warn(message: str) -> None:
     errors.print(f"[yellow]warning:[/] {_plain(message)}")
 
 
+def note(message: str) -> None:
+    """Something to know, on stderr."""
+    errors.print(f"[cyan]note:[/] {_plain(message)}")
+
+
 def fail(message: str) -> None:
     """An error on stderr."""
     errors.print(f"[red]error:[/] {_plain(message)}")

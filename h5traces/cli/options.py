@@ -13,7 +13,7 @@ from h5traces.format.precision import Precision
 from h5traces.format.precision import Tier as TierName
 from h5traces.meaning.options import FirstState, ReadingOptions
 from h5traces.storage.codecs import ArrayCodec
-from h5traces.writing.options import AUTOMATIC_SAMPLES, PrecisionOptions, TargetOptions
+from h5traces.writing.options import AUTOMATIC_SAMPLES, Compare, PrecisionOptions, TargetOptions
 
 KEEP: Final = "What to keep"
 PRECISION: Final = "Precision"
@@ -204,8 +204,22 @@ def _converted(
     shard_samples: ShardSamples = None,
     overwrite: Overwrite = False,
     skip_existing: Annotated[
-        bool, option(OUTPUT, "--skip-existing", "Keep finished archives; finishes a stopped run.")
+        bool,
+        option(
+            OUTPUT,
+            "--skip-existing",
+            "Keep archives that are what would be written; finishes a stopped run.",
+        ),
     ] = False,
+    compare: Annotated[
+        Compare,
+        option(
+            OUTPUT,
+            "--compare time|ends|content",
+            "How --skip-existing compares sources: by size, time and both ends; without the time, "
+            "for copies; or by all bytes, of which this records a digest.",
+        ),
+    ] = "time",
     verify: Verify = True,
     workers: Annotated[
         int | None,
@@ -222,6 +236,7 @@ def _converted(
         shard_samples=shard_samples,
         overwrite=overwrite,
         skip_existing=skip_existing,
+        compare=compare,
         verify=verify,
         workers=workers,
         dry_run=dry_run,

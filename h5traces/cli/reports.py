@@ -70,6 +70,9 @@ def print_conversion(report: ConversionReport) -> None:
         print_line("lossless: the archives hold every bit of their sources")
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
+    understood = dict.fromkeys(line for each in written for line in each.understood)
+    for line in first_lines([f"understood: {each}" for each in understood]):
+        print_line(line)
 
 
 def _only(kept: str) -> str:

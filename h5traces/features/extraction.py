@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.archive.archive import shared_metadata
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
+from h5traces.archive.shards import shared_metadata
 from h5traces.errors import ArchiveExistsError, FeatureError, OptionError, __version__
 from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES

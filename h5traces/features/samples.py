@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.errors import FeatureError, LayerIndexError
+from h5traces.errors import FeatureError
 from h5traces.features.components import fit_components
 from h5traces.features.reductions import FEATURES
 from h5traces.format import layout
@@ -202,12 +202,13 @@ def _add_kind(
 
 def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
     """A layer's array; None if the sample holds nothing of the kind."""
-    try:
-        array = trace.layer(layer, kind)
-    except LayerIndexError:
-        if not trace._stored.stored_layers(kind):
-            return None
-        raise
+    if not trace._stored.stored_layers(kind):
+        trace._stored.check_heads(kind)
+        return None
+    trace._stored.check_layer(layer, kind)
+    array: NDArray[Any] | list[NDArray[Any]] = trace._stored.read_layer(
+        kind, layout.layer_name(layer)
+    )
     axes = len(layout.KINDS[kind].axes)
     if isinstance(array, list) or array.ndim != axes:
         what = "generation steps" if isinstance(array, list) else f"the shape {array.shape}"

@@ -132,8 +132,19 @@ def check_ascending(layers: tuple[int, ...], field: str) -> None:
 class SourceFile(Document):
     """A file that samples were converted from."""
 
-    name: Annotated[str, Field(min_length=1, description="File name, without its folder.")]
+    name: Annotated[str, Field(description="File name, without its folder.")]
     nbytes: Annotated[int, Field(ge=0, description="Size of the file in bytes.")]
+    modified_ns: Annotated[
+        Int64 | None, Field(description="When it was last changed: nanoseconds since 1970, UTC.")
+    ] = None
+    ends_digest: Annotated[
+        Digest | None,
+        Field(
+            description="xxh3-128 over its first and last 65,536 bytes; over all bytes of a file "
+            "of at most 131,072."
+        ),
+    ] = None
+    digest: Annotated[Digest | None, Field(description="xxh3-128 over all its bytes.")] = None
     num_samples: Annotated[
         int, Field(ge=0, description="Samples of this archive that came from the file.")
     ] = 0
@@ -278,6 +289,13 @@ class ArchiveMetadata(Document):
     sources: Annotated[
         tuple[SourceFile, ...] | None,
         Field(description="The files that samples were converted from."),
+    ] = None
+    conversion: Annotated[
+        _Json | None,
+        Field(
+            description="Options that shaped the archive when `sources` were converted, where they "
+            "were not the default."
+        ),
     ] = None
     extraction: Annotated[
         ExtractionMetadata | None,

@@ -83,9 +83,8 @@ def _are_alike(items: list[Any]) -> bool:
     if not all(isinstance(each, Array) and shape_of(each) for each in items):
         return False
     types = {each.dtype if isinstance(each, TorchValue) else each.dtype.name for each in items}
-    native = all(isinstance(each, TorchValue) or each.dtype.isnative for each in items)
     shapes = {(len(shape_of(each)), shape_of(each)[:-1]) for each in items}
-    return native and len(types) == len(shapes) == 1 and types <= set(FLOAT_TYPES)
+    return len(types) == len(shapes) == 1 and types <= set(FLOAT_TYPES)
 
 
 def _axes(

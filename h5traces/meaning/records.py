@@ -38,6 +38,7 @@ from h5traces.meaning.numbering import (
     numbered_states,
 )
 from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.padding import with_padding_treated
 
 if TYPE_CHECKING:
     from h5traces.format.record import SourcePosition
@@ -107,7 +108,7 @@ def to_record(
         if key not in found.layered:
             _place(key, value, item, found)
     _note_lengths(found, apart)
-    return TraceRecord(
+    record = TraceRecord(
         source=source,
         fields=tuple(item),
         texts=found.texts,
@@ -116,6 +117,7 @@ def to_record(
         findings=tuple(found.findings),
         **found.named,
     )
+    return with_padding_treated(record, options)
 
 
 def _check_keys(item: dict[Any, Any]) -> None:

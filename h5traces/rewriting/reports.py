@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from h5traces.errors import ConversionError
 from h5traces.format.record import COVERAGE_DEFINITIONS
 
 if TYPE_CHECKING:
@@ -12,8 +13,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
-    from h5traces.rewriting.convert_plan import Leftover
+    from h5traces.sources.collecting import Leftover
     from h5traces.writing.options import WriteOptions
+
+
+# So many archives of one sample are better one.
+_MANY_SINGLE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,10 @@ class FileReport:
         What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
         Wall-clock time.
+    understood
+        How the sources were understood.
+    unread
+        What of the sources was not read, and why.
     warnings
         Messages for the user.
     error
@@ -80,6 +89,8 @@ class FileReport:
     kept_layers: str = ""
     changes: str = ""
     seconds: float = 0.0
+    understood: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     is_usage_error: bool = False
@@ -96,17 +107,45 @@ class ConversionReport:
     files
         One report per job.
     leftovers
-        Files that were passed over, and why; unfinished ``.part`` files above all.
+        Files that were not read though they seem to belong to the others, and why: unfinished
+        ``.part`` files, files of a kind that cannot be read.
+    unrelated
+        Files of the folders that were not read and need not be: notes, tables, archives.
+    notes
+        What else the user should know.
     """
 
     precision: str | None = None
     files: list[FileReport] = field(default_factory=list)
     leftovers: list[Leftover] = field(default_factory=list)
+    unrelated: list[Leftover] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why `ok` is false: a message for every file, or part of one, that was not converted."""
+        found = [each.error for each in self.files if each.error is not None]
+        found += [f"not read: {part}" for each in self.files for part in each.unread]
+        return found + [each.reason for each in self.leftovers]
 
     @property
     def ok(self) -> bool:
         """Whether everything that was named is now an archive."""
-        return not self.leftovers and all(each.error is None for each in self.files)
+        return not self.problems
+
+    def raise_for_errors(self) -> None:
+        """Raise ConversionError, with every problem, unless `ok`."""
+        if not self.ok:
+            raise ConversionError("; ".join(self.problems))
+
+    def note_single_samples(self) -> None:
+        """Say that many archives of one sample could be one archive."""
+        single = sum(each.status == "converted" and each.num_samples == 1 for each in self.files)
+        if single >= _MANY_SINGLE:
+            self.notes.append(
+                f"{single} archives hold one sample each; merge=True makes one archive of all, "
+                "which opens faster"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""

@@ -237,8 +237,8 @@ class TraceDataset(Dataset[Item]):
             message = f"{named(trace)}: has no field {field!r}; stored: {', '.join(trace)}"
             raise DatasetError(message)
         if field != layout.TOKENS:
-            return trace[field]
-        tokens = torch.from_numpy(np.asarray(trace[field], dtype=np.int64))
+            return trace._value(field, "numpy")
+        tokens = torch.from_numpy(np.asarray(trace._value(field, "numpy"), dtype=np.int64))
         if self.preparation.tokens.take == "answer":
             start, stop = answer_span(trace, self.preparation.tokens)
             return tokens[start:stop].clone()

@@ -272,7 +272,13 @@ class ArchiveWriter:
         self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
         self._part.sync()
         self.summary.nbytes = self._part.path.stat().st_size
+        self._metadata = archive
         return archive
+
+    @property
+    def metadata(self) -> ArchiveMetadata:
+        """What the archive says of itself; all of it when it is finished."""
+        return self._metadata
 
     def _write_scales(self) -> None:
         """Write the scales of the stored layers, once for all samples."""

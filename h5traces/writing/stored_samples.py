@@ -8,6 +8,7 @@ import numpy as np
 
 from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
+from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import EarlierCast, LayerArray, LayeredArrays, StepArrays, TraceRecord
 from h5traces.format.values import EncodedObject, decode_element
@@ -89,7 +90,10 @@ class StoredSample:
         selected = self._trace.selected
         for entry in _entries(self._trace):
             if entry.is_group:
-                yield EncodedObject(entry.path, entry.attrs)
+                attrs = dict(entry.attrs)
+                if selected is not None and entry.path in self._trace.kinds:
+                    attrs |= to_attributes(self._trace.form(entry.path))
+                yield EncodedObject(entry.path, attrs)
             elif selected is not None and _is_table(self._trace, entry, layout.STEPS_TABLE):
                 yield self._selected_steps(entry, selected)
             elif selected is not None and _is_table(self._trace, entry, layout.EXCEPTIONS_TABLE):
@@ -175,6 +179,7 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
             if layout.TOKENS_DECODED in stored.objects
             else None
         ),
+        attention_mask=stored.attention_mask(),
         texts={name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects},
         layered={
             kind: LayeredArrays(

@@ -38,9 +38,9 @@ def test_the_python_code_of_the_readme_runs():
 
 @pytest.mark.usefixtures("folder")
 def test_the_python_code_of_the_guide_to_reading_runs():
-    (code,) = blocks("python", "docs/reading.md")
     names: dict[str, object] = {}
-    exec(code, names)
+    for code in blocks("python", "docs/reading.md"):
+        exec(code, names)
     assert names["states"][3].shape == (len(names["trace"]["tokens"]), 128)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.machine import Machine
-from h5traces.sources.pickle.shims import Marker, Shim, Storage, type_name
+from h5traces.sources.pickle.shims import Marker, Shim, Storage, Unsupported, type_name
 from h5traces.sources.pickle.source import RejectedError, contradict, reject
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ def check_item(item: Any, limits: PickleLimits) -> int:
                     inner.append(value)
                 elif kind in _LEAVES:
                     nbytes += _leaf_nbytes(value)
+                elif kind is Unsupported:
+                    place = _place_of(item, value)
+                    contradict(f"{place} is {value.what}, which no trace holds; {value.remedy}")
                 else:
                     reject(f"an item holds {type_name(value)}, which no trace holds")
         if not inner:
@@ -87,6 +90,23 @@ def check_item(item: Any, limits: PickleLimits) -> int:
         f"an item contains itself or is nested deeper than {limits.max_depth} levels; if the "
         f"file is trusted, raise PickleLimits(max_depth=...)"
     )
+
+
+def _place_of(item: Any, wanted: Any) -> str:
+    """Where in an item a value is, such as ``field 'hidden_states', index 3``."""
+    level: list[tuple[str, Any]] = [("", item)]
+    while level:
+        inner = []
+        for place, container in level:
+            named = type(container) is dict
+            for key, value in container.items() if named else enumerate(container):
+                here = f"{place}, {'key' if named else 'index'} {key!r}"
+                if value is wanted:
+                    return here.removeprefix(", ").replace("key", "field", 1)
+                if type(value) in _CONTAINERS:
+                    inner.append((here, value))
+        level = inner
+    return "a value"
 
 
 def _leaf_nbytes(value: Any) -> int:
@@ -252,6 +272,8 @@ class BatchMachine(Machine):
     def check(self, item: Any) -> None:
         self._unfolded_nbytes += check_item(item, self.limits)
         limits, read_nbytes = self.limits, self.source.inflated_bytes
+        if self.storages is not None:
+            read_nbytes += self.storages.nbytes
         most = limits.max_unfolded_ratio * read_nbytes + limits.unfolded_grace_nbytes
         if self._unfolded_nbytes > most:
             # They share memory here, but written to a file they would fill a disk.
@@ -425,6 +447,9 @@ class Scanner(BatchMachine):
 
     def find(self, module: Any, name: Any) -> Any:
         return STALE if STALE in (module, name) else super().find(module, name)
+
+    def persistent(self, value: Any) -> Any:
+        return STALE if self.storages is not None else super().persistent(value)
 
     def call(self, function: Any, args: Any) -> None:
         if type(function) is Shim and function.name == "collections.OrderedDict":

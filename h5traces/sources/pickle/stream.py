@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import os
 
     from h5traces.format.record import SourcePosition, TraceRecord
+    from h5traces.sources.pickle.machine import Storages
 
 _DEFAULT_LIMITS = PickleLimits()
 _EXPECTED = "expected a list of dicts, or a dict with the list 'traces'"
@@ -78,6 +79,7 @@ class BatchStream(TraceSource):
         self._shared: dict[int, int] | None = None
         self._columns: tuple[Any, Any] | None = None
         self._source: FileSource | None = None
+        self._storages: Storages | None = None
         self._done = False
         self._closed_at = (0, 0)
         try:
@@ -158,13 +160,18 @@ class BatchStream(TraceSource):
 
     def _open(self, *, scan: bool = False) -> None:
         self.close()
-        self._source = FileSource(self.path, self._limits)
+        self._source = self._make_source()
         self.num_passes += 1
         self._taken = 0
         if scan:
             self._machine: BatchMachine = Scanner(self._source, self._limits)
         else:
             self._machine = BatchMachine(self._source, self._limits, self._shared)
+        self._machine.storages = self._storages
+
+    def _make_source(self) -> FileSource:
+        """The bytes of the pickle, from its start; files of torch.save hold it among others."""
+        return FileSource(self.path, self._limits)
 
     def _advance_to(self, index: int) -> bool:
         """Read up to the item with that index; False if the batch has fewer."""
@@ -203,6 +210,10 @@ class BatchStream(TraceSource):
             contradict(f"found {_describe(found)}, {_EXPECTED}")
         if machine.num_pending:
             raise machine.unfinished()
+        self._check_end()
+
+    def _check_end(self) -> None:
+        """Check that nothing follows the pickle."""
         assert self._source is not None
         if not self._source.at_end():
             contradict(
