@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
+    from h5traces.rewriting.label_table import LabelOptions
     from h5traces.rewriting.repack import merge, repack, split
     from h5traces.sources.source import TraceSource
     from h5traces.writing.calibrate import calibrate
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Archive",
     "H5TracesError",
+    "LabelOptions",
     "Precision",
     "PrecisionOptions",
     "ReadingOptions",
@@ -75,6 +77,7 @@ __all__ = [
 
 _HOMES = {
     "Archive": "h5traces.archive.archive",
+    "LabelOptions": "h5traces.rewriting.label_table",
     "Precision": "h5traces.format.precision",
     "PrecisionOptions": "h5traces.writing.options",
     "ReadingOptions": "h5traces.meaning.options",

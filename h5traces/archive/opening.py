@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.archive import Archive
+from h5traces.archive.labels import labels_folder
 from h5traces.archive.tensors import check_container
 from h5traces.errors import LossyArchiveError, OptionError
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
@@ -88,7 +89,7 @@ def open(
         cache=remote.cache if cache is None else Path(cache),
         storage_options=remote.storage_options if storage_options is None else storage_options,
     )
-    folder = labels if labels is None or labels is False else Path(labels)
+    folder = labels_folder(labels)
     if lossy_dtype not in ("float16", "float32"):
         message = f"lossy_dtype is {lossy_dtype!r}, expected 'float16' or 'float32'"
         raise OptionError(message)

@@ -181,8 +181,8 @@ class _Validation:
         self._check_index(names)
         self._check_keys()
         if self._metadata is not None:
-            archive_id = self._metadata.archive_id
-            self._report.problems += label_problems(self._reader.path, archive_id, self._samples)
+            found = label_problems(self._reader.path, self._metadata, self._samples)
+            self._report.problems += found
         for place, name in self._reader.ignored_attributes:
             if not name.startswith(layout.USER_ATTR_PREFIX):
                 message = f"attribute {name!r} is neither of the format nor of a type that it uses"

@@ -57,7 +57,7 @@ _PANELS: Final = {
             "export": "Write a legacy batch, or an archive for viewers without float16.",
             "seal": "Rebuild the index of archives that another program changed.",
             "salvage": "Copy the intact samples of a damaged archive.",
-            "label": "Join scores to archives by question id.",
+            "label": "Join labels or scores to archives by question id.",
         }
     },
     "Use archives": {

@@ -260,16 +260,18 @@ def _print_checked(report: ValidationReport | VerifyReport, good: str, size: str
     print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size})")
 
 
-def print_labels(report: LabelReport, *, dry_run: bool) -> None:
-    """How many samples got which label, and how the scores are distributed."""
-    for target in report.targets:
-        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
-    print_line(f"{report.num_labelled} of {report.num_samples} samples have scores")
-    if report.threshold is not None:
-        for value, count in report.labels.items():
-            share = count / report.num_labelled
-            sign = "<" if value else ">="
-            print_line(f"  label {value} ({sign} {report.threshold:g}): {count} ({share:.1%})")
+def print_labels(report: LabelReport) -> None:
+    """How many samples get which label, and how the scores are distributed."""
+    what = "a label" if report.labels or report.label_column else "scores"
+    print_line(f"{report.num_labelled} of {report.num_samples} samples get {what}")
+    for value, count in report.labels.items():
+        share = count / report.num_samples
+        print_line(f"  label {value} ({_meaning(report, value)}): {count} ({share:.1%})")
+    if report.num_excluded:
+        names = [name for name, number in report.class_labels.items() if number is None]
+        print_line(f"  no label ({_classes(report, names)}): {report.num_excluded}")
+    if report.num_without_label > report.num_excluded:
+        print_line(f"  without a label: {report.num_without_label - report.num_excluded}")
     for name, stats in report.scores.items():
         print_line(
             f"  {name}: minimum {stats.minimum:.4g}, median {stats.median:.4g}, "
@@ -279,6 +281,26 @@ def print_labels(report: LabelReport, *, dry_run: bool) -> None:
         print_line(f"  {report.num_repeated} rows repeat an earlier one")
     if report.num_replaced:
         print_line(f"  {counted(report.num_replaced, 'sample')} had another label before")
+
+
+def _meaning(report: LabelReport, value: int) -> str:
+    """What a label stands for: its classes, or a range of scores."""
+    if report.threshold is not None:
+        is_high = value == int(report.higher_means == "hallucinated")
+        return f"{'>=' if is_high else '<'} {report.threshold:g}"
+    return _classes(report, [name for name, each in report.class_labels.items() if each == value])
+
+
+def _classes(report: LabelReport, names: list[str]) -> str:
+    if len(names) == 1:
+        return repr(names[0])
+    return ", ".join(f"{name!r}: {report.classes[name]}" for name in names)
+
+
+def print_targets(targets: list[str], *, dry_run: bool) -> None:
+    """The files that were written, or would be."""
+    for target in targets:
+        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
 
 
 def print_features(report: FeatureReport, *, dry_run: bool) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from h5traces.format.document import Document
 from h5traces.format.dtypes import DtypePolicy, FloatType, OverflowPolicy
@@ -364,6 +364,16 @@ class ArchiveMetadata(Document):
 LABELS_FORMAT: Final = "h5traces-labels"
 
 
+class _FailFast(FailFast):
+    """pydantic's own cannot stand in a union, for want of a hash."""
+
+    __hash__ = object.__hash__
+
+
+# A column of millions ends at its first wrong element; errors of all take seconds and gigabytes.
+_FIRST_FAULT: Final = _FailFast()
+
+
 class LabelSidecar(Document):
     """Labels and scores of samples of one archive: a JSON file beside it."""
 
@@ -378,25 +388,54 @@ class LabelSidecar(Document):
     ]
     num_samples: Annotated[Count, Field(description="Samples in the archive, labelled or not.")]
     source: Annotated[
-        str | None, Field(description="Name of the table that the scores came from.")
+        str | None, Field(description="Name of the table that labels and scores came from.")
+    ] = None
+    label_column: Annotated[
+        str | None, Field(description="The column that labels came from, where it held classes.")
+    ] = None
+    classes: Annotated[
+        dict[str, Int64] | None,
+        Field(description="Its classes that make labels, and the label of each."),
     ] = None
     label_score: Annotated[
         str | None, Field(description="The score that labels were made of, by name.")
     ] = None
     threshold: Annotated[
-        float | None, Field(description="A label is 1 where that score is below this, else 0.")
+        float | None,
+        Field(allow_inf_nan=False, description="Scores from this on are high, others low."),
+    ] = None
+    higher_means: Annotated[
+        Literal["correct", "hallucinated"] | None,
+        Field(
+            description="With 'correct', the label of low scores is 1 and that of high ones 0; "
+            "with 'hallucinated', the other way round. Present where 'threshold' is."
+        ),
     ] = None
     ordinals: Annotated[
         tuple[Count, ...],
+        _FIRST_FAULT,
         Field(description="Which samples are labelled, strictly ascending; others are not."),
     ]
     sample_ids: Annotated[
-        tuple[str, ...], Field(description="The ``sample_id`` of each, which must fit.")
+        tuple[str, ...],
+        _FIRST_FAULT,
+        Field(description="The ``sample_id`` of each, which must fit."),
     ]
-    labels: Annotated[tuple[Int64, ...] | None, Field(description="The label of each.")] = None
+    labels: Annotated[
+        Annotated[tuple[Int64, ...], _FIRST_FAULT] | None, Field(description="The label of each.")
+    ] = None
     scores: Annotated[
-        dict[str, tuple[float, ...]], Field(description="By name, the score of each.")
+        dict[str, Annotated[tuple[float, ...], _FIRST_FAULT]],
+        Field(description="By name, the score of each; finite."),
     ]
+
+    @model_validator(mode="after")
+    def _origin_is_whole(self) -> LabelSidecar:
+        made = [self.label_score, self.threshold, self.higher_means]
+        if made.count(None) not in (0, 3):
+            message = "label_score, threshold and higher_means belong together"
+            raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _columns_fit(self) -> LabelSidecar:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PUBLIC = [
     "Archive",
     "H5TracesError",
+    "LabelOptions",
     "Precision",
     "PrecisionOptions",
     "ReadingOptions",
