@@ -207,7 +207,7 @@ def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
         return None
     trace._stored.check_layer(layer, kind)
     array: NDArray[Any] | list[NDArray[Any]] = trace._stored.read_layer(
-        kind, layout.layer_name(layer)
+        kind, trace._stored.array_name(kind, layer)
     )
     axes = len(layout.KINDS[kind].axes)
     if isinstance(array, list) or array.ndim != axes:
