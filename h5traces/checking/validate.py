@@ -1,6 +1,7 @@
 """Checks the structure of archives against ``schema/SPEC.md``, and their footers against HDF5.
 
-Every object is looked at through HDF5; no array is read, and nothing is written.
+Every object is looked at through HDF5, and nothing is written. `h5traces.checking.meaning` reads
+the arrays.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore, object_place
 from h5traces.checking.isolated import validate_isolated
+from h5traces.checking.meaning import check_meaning
 from h5traces.checking.reports import Reports, ValidationReport
 from h5traces.errors import (
     ArchiveError,
@@ -40,6 +42,7 @@ from h5traces.format.record import (
     coverage_of,
     index_columns,
 )
+from h5traces.meaning.checks import CheckOptions
 from h5traces.paths import expand_paths
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
@@ -77,16 +80,22 @@ _STRAY: Final = "no such object belongs in an archive"
 def validate(
     sources: PathLike | Iterable[PathLike],
     *,
+    quick: bool = False,
+    checks: CheckOptions = CheckOptions(),
     isolation: IsolationLimits | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reports[ValidationReport]:
-    """Check structure and schema of archives, and that footer and HDF5 say the same.
+    """Check structure, schema and meaning of archives, and that footer and HDF5 say the same.
 
     Parameters
     ----------
     sources
         Archives, globs or folders.
+    quick
+        Read no arrays, and leave out the checks of meaning.
+    checks
+        Which findings of these are left out, and which make a report not ``ok``.
     isolation
         Check every archive in a child process with these limits, so that a crash, exhausted memory
         or a hang becomes a problem: for files that you do not trust.
@@ -110,23 +119,32 @@ def validate(
     paths = expand_paths(sources)
     if isolation is not None:
         return Reports(
-            validate_isolated(path, limits=limits, isolation=isolation) for path in paths
+            validate_isolated(path, quick=quick, checks=checks, limits=limits, isolation=isolation)
+            for path in paths
         )
-    return Reports(validate_file(path, limits=limits, progress=progress) for path in paths)
+    return Reports(
+        validate_file(path, quick=quick, checks=checks, limits=limits, progress=progress)
+        for path in paths
+    )
 
 
 def validate_file(
     path: PathLike,
     *,
+    quick: bool = False,
+    checks: CheckOptions = CheckOptions(),
     limits: ReadLimits = DEFAULT_LIMITS,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
-    """Check one archive in this process, as `validate` does."""
+    """Check one archive in this process, as `validate` does, with so many `workers`."""
     file = Path(path)
-    report = ValidationReport(str(file))
+    report = ValidationReport(str(file), checks=checks, is_quick=quick)
     try:
         with Hdf5Reader(file, limits) as reader:
             _Validation(reader, limits, report, progress).run()
+        if not quick:
+            check_meaning(file, report, limits, workers=workers, progress=progress)
     except H5TracesError as error:
         report.add("/", error, problem_kind(error))
     return report

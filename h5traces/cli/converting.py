@@ -17,10 +17,12 @@ from h5traces.cli.console import (
     note,
     print_json,
     print_line,
+    tell_findings,
     warn,
 )
 from h5traces.cli.options import (
     OUTPUT,
+    Checks,
     Converted,
     Json,
     Layers,
@@ -52,6 +54,7 @@ def convert(
     *,
     layers: Layers = None,
     reading: Reading,
+    checks: Checks,
     precision: PrecisionGroup,
     output: Output,
     merge: Annotated[bool, option(OUTPUT, "--merge", "All batches into one archive.")] = False,
@@ -93,6 +96,7 @@ def convert(
             target=target,
             merge=merge,
             reading=reading,
+            checks=checks,
             model_id=model_id,
             dataset=dataset,
             progress=progress,
@@ -107,6 +111,7 @@ def convert(
     for each in report.files:
         for message in each.warnings:
             warn(f"{', '.join(each.sources)}: {message}")
+        tell_findings(each.findings, ", ".join(each.sources), checks)
     for line in first_lines(report.problems, 20):
         fail(line)
     _note(report)

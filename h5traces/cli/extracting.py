@@ -8,7 +8,7 @@ import typer
 
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, Group, command, stopping
-from h5traces.cli.console import fail, print_json, samples_progress, warn
+from h5traces.cli.console import fail, print_json, samples_progress, tell_findings, warn
 from h5traces.cli.options import (
     KEEP,
     OUTPUT,
@@ -279,6 +279,7 @@ def extract(
         reports.warn_of_loss(str(precision.precision))
     for message in report.warnings:
         warn(message)
+    tell_findings(report.findings, report.output)
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:

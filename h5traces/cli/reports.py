@@ -82,6 +82,7 @@ def _only(kept: str) -> str:
 def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
     ratio = each.archive_nbytes / each.source_nbytes if each.source_nbytes else 0
     written = each.archive_nbytes > 0
+    num_warnings = len(each.warnings) + sum(one.severity != "note" for one in each.findings)
     return [
         status,
         name,
@@ -90,7 +91,7 @@ def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
         human_size(each.archive_nbytes) if written else "",
         f"{ratio:.3f}" if written and each.num_samples else "",
         f"{each.seconds:.1f}" if each.seconds else "",
-        str(len(each.warnings)) if each.warnings else "",
+        str(num_warnings) if num_warnings else "",
     ]
 
 
@@ -104,6 +105,7 @@ def _total(report: ConversionReport) -> FileReport:
         total.archive_nbytes += each.archive_nbytes
         total.seconds += each.seconds
         total.warnings += each.warnings
+        total.findings += each.findings
     return total
 
 
@@ -157,6 +159,10 @@ def print_inspection(result: Inspection) -> None:
         print_line(line)
     for sample in result.samples:
         _print_sample(sample)
+    for finding in result.findings:
+        print_line(f"  {finding.severity} {finding}")
+    is_good = all(each.severity == "note" for each in result.findings)
+    print_line(f"  {'✓ ' if is_good else ''}{result.covers}")
     print_line()
 
 
@@ -182,7 +188,8 @@ def _print_sample(sample: SampleStats) -> None:
 
 def _print_kind(title: str, arrays: list[ArrayStats], sample: SampleStats) -> None:
     shapes = {str(tuple(each.shape)) for each in arrays}
-    mark = "✓" if len(shapes) == 1 and not sample.problems else "(shapes differ by layer)"
+    same = len(shapes) == 1 and not sample.problems
+    mark = "in every layer" if same else "(shapes differ by layer)"
     if sample.coverage == "steps":
         steps = {len(each.shape) for each in arrays}
         print_line(f"    {title}: {'/'.join(map(str, sorted(steps)))} generation steps per layer")
@@ -226,7 +233,11 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
 def print_validation(found: list[ValidationReport]) -> None:
     """Every problem on its own line, and a verdict per file."""
     for each in found:
-        _print_checked(each, "valid", counted(each.num_datasets, "dataset"))
+        for finding in each.findings:
+            print_line(f"{each.path}: {finding.severity} {finding}")
+        failures = [finding for finding in each.findings if each.checks.fails([finding])]
+        size = counted(each.num_datasets, "dataset")
+        _print_checked(each, "valid", size, covers=each.covers, num_failures=len(failures))
 
 
 def print_verification(found: list[VerifyReport]) -> None:
@@ -251,13 +262,22 @@ def _problem_lines(problems: list[Problem]) -> list[str]:
     ]
 
 
-def _print_checked(report: ValidationReport | VerifyReport, good: str, size: str) -> None:
+def _print_checked(
+    report: ValidationReport | VerifyReport,
+    good: str,
+    size: str,
+    *,
+    covers: str = "",
+    num_failures: int = 0,
+) -> None:
     for line in _problem_lines(report.problems):
         print_line(f"{report.path}:{line}")
     for note in report.notes:
         print_line(f"{report.path}: note: {note}")
-    verdict = good if report.ok else counted(len(report.problems), "problem")
-    print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size})")
+    failures = len(report.problems) + num_failures
+    verdict = good if report.ok else counted(failures, "problem")
+    what = f"; ✓ {covers}" if report.ok and covers else ""
+    print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size}){what}")
 
 
 def print_labels(report: LabelReport) -> None:

@@ -11,19 +11,20 @@ from h5traces.format import layout
 from h5traces.format.record import StepArrays
 from h5traces.meaning.array_checks import (
     ROW_TOLERANCE,
-    run_lengths,
+    Layers,
     state_findings,
     weight_findings,
 )
-from h5traces.meaning.checks import Finding
-from h5traces.meaning.lengths import covered_tokens
+from h5traces.meaning.checks import Finding, Findings
+from h5traces.meaning.lengths import covered_tokens, is_one_less
 from h5traces.precision.attention import LEVELS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from h5traces.format.precision import Precision
     from h5traces.format.record import LayeredArrays, TraceRecord
+    from h5traces.meaning.array_checks import Mapper
 
 _ANSWERS: Final = ("generated_text", "generated_answer", "generated_answer_clean")
 # Texts of tokens that stand for no text: <pad>, </s>, <|endoftext|>, [PAD].
@@ -39,17 +40,18 @@ class Look:
 
     Attributes
     ----------
-    quick
-        At some tokens, heads and rows of every layer; else at every value.
+    full_mapper
+        For a look at every value: how a function is applied to each layer, such as ``map``, or
+        ``pool.map`` of an executor. None: a quick look, at some tokens, heads and rows.
     vocabulary
         Number of token ids of the model, where it is known.
-    precision
-        How the arrays were stored, where that is not exact.
+    losses
+        What precision the arrays were stored with, where that is not exact.
     """
 
-    quick: bool = True
+    full_mapper: Mapper | None = None
     vocabulary: int | None = None
-    precision: Precision | None = None
+    losses: tuple[Precision, ...] = ()
 
 
 QUICK: Final = Look()
@@ -63,22 +65,17 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
     found = list(record.findings)
     found += _coverage_findings(record)
     found += _token_findings(record, look.vocabulary)
-    found += _padding_findings(record)
+    found += _special_token_findings(record)
     is_causal = record.prompt_len is not None or any(each in record.texts for each in _ANSWERS)
     for kind, layered in record.layered.items():
-        axes = _axes(kind, layered)
-        if axes[:1] == ("token",):
-            found += state_findings(kind, layered, num_axes=len(axes), quick=look.quick)
-        elif axes[-2:] == ("query", "key"):
-            tolerance = _row_tolerance(look.precision, record, kind)
-            found += weight_findings(
-                kind,
-                layered,
-                quick=look.quick,
-                num_axes=len(axes),
-                is_causal=is_causal,
-                tolerance=tolerance,
-            )
+        layers = Layers(
+            kind=kind, layered=layered, axes=_axes(kind, layered), mapper=look.full_mapper
+        )
+        if layers.axes[:1] == ("token",):
+            found += state_findings(layers, is_masked=record.attention_mask is not None)
+        elif layers.axes[-2:] == ("query", "key"):
+            tolerance = row_tolerance(look.losses, _num_keys(layered))
+            found += weight_findings(layers, is_causal=is_causal, tolerance=tolerance)
     return found
 
 
@@ -93,19 +90,24 @@ def vocabulary_of(config: Any) -> int | None:
     return next((each for each in sizes if type(each) is int and each > 0), None)
 
 
-def _row_tolerance(precision: Precision | None, record: TraceRecord, kind: str) -> float:
+def _num_keys(layered: LayeredArrays) -> int:
+    arrays = (each.array for each in layered.arrays)
+    shapes = [each.shape for each in arrays if not isinstance(each, StepArrays)]
+    return max((shape[-1] for shape in shapes if shape), default=0)
+
+
+def row_tolerance(losses: Iterable[Precision], num_keys: int) -> float:
     """How far a row's sum may be from 1; lossy tiers move it by a bounded amount."""
-    if precision is None or precision.is_exact:
-        return ROW_TOLERANCE
-    found = ROW_TOLERANCE
+    return ROW_TOLERANCE + sum(_row_loss(each, num_keys) for each in losses)
+
+
+def _row_loss(precision: Precision, num_keys: int) -> float:
+    found = 0.0
     if precision.mantissa_bits is not None:
         found += 2.0 ** -(precision.mantissa_bits + 1)
     if precision.attention_bits is not None:
         # A root is off by at most 1 / (2 levels), so a weight by sqrt(weight) / levels and a little
         # more; by Cauchy and Schwarz, the roots of a row sum to at most the root of its length.
-        arrays = (each.array for each in record.layered[kind].arrays)
-        shapes = [each.shape for each in arrays if not isinstance(each, StepArrays)]
-        num_keys = max((shape[-1] for shape in shapes if shape), default=0)
         found += math.sqrt(num_keys) / LEVELS + num_keys / (4 * LEVELS**2)
     return found
 
@@ -115,7 +117,11 @@ def _coverage_findings(record: TraceRecord) -> Iterator[Finding]:
     kinds = list(record.layered)
     place = kinds[0] if kinds else layout.HIDDEN_STATES
     if coverage == "last_position":
-        yield Finding("last-position-only", place, "one position instead of the sequence")
+        yield Finding(
+            "last-position-only",
+            place,
+            "one position instead of the sequence: the '350 MB bug' of old extractors",
+        )
     elif coverage == "steps":
         yield Finding("generation-steps", place, "generation steps, not one sequence")
     elif coverage == "empty":
@@ -132,6 +138,9 @@ def _position_findings(record: TraceRecord, num_tokens: int) -> Iterator[Finding
         if axis is None or array is None or isinstance(array, StepArrays):
             continue
         index, shape = axes.index(axis), array.shape
+        if index < len(shape) and is_one_less(num_tokens, shape[index]):
+            yield Finding("last-token-uncovered", kind, "the last token has no position")
+            return
         if index < len(shape) and covered_tokens(num_tokens, shape[index]) is None:
             difference = float(shape[index] - num_tokens)
             message = "arrays have {span} positions more than there are token ids"
@@ -164,20 +173,14 @@ def _token_findings(record: TraceRecord, vocabulary: int | None) -> Iterator[Fin
         yield Finding("token-out-of-vocabulary", layout.TOKENS, message, number, (high, high))
 
 
-def _padding_findings(record: TraceRecord) -> Iterator[Finding]:
-    """Padding that no mask marks: one state at a whole end, or one special token."""
-    if record.attention_mask is not None or record.coverage() in ("steps", "empty"):
+def _special_token_findings(record: TraceRecord) -> Iterator[Finding]:
+    """Runs of one special token, which no mask marks."""
+    if record.attention_mask is not None:
         return
-    states = record.layered.get(layout.HIDDEN_STATES)
-    start, end = run_lengths(states) if states is not None else (0, 0)
-    for number, where in ((start, "begins"), (end, "ends")):
-        if number:
-            message = f"{where} with {{number}} positions of the same state"
-            yield Finding("padding-suspected", layout.HIDDEN_STATES, message, number)
     decoded = record.tokens_decoded or ()
-    for texts, number, where in ((decoded, start, "begins"), (decoded[::-1], end, "ends")):
+    for texts, where in ((decoded, "begins"), (decoded[::-1], "ends")):
         length = _special_run(texts)
-        if not number and _MIN_SPECIAL <= length < len(texts):
+        if _MIN_SPECIAL <= length < len(texts):
             message = f"{where} with {{number}} tokens {texts[0]!r}"
             yield Finding("padding-suspected", layout.TOKENS_DECODED, message, length)
 
@@ -189,25 +192,68 @@ def _special_run(texts: Sequence[str]) -> int:
     return next((n for n, each in enumerate(texts) if each != texts[0]), len(texts))
 
 
-class SampleSet:
-    """Samples that were seen, to tell which repeat another."""
+class SampleChecks:
+    """Checks samples as they come, also for what they have in common.
 
-    def __init__(self) -> None:
-        self._first: dict[str, int] = {}
+    Attributes
+    ----------
+    findings
+        What was found so far, by position of the sample.
+    num_samples
+        Position of the next sample.
+    """
+
+    def __init__(self, look: Look = QUICK) -> None:
+        self._look = look
+        self.findings = Findings()
+        self.num_samples = self._num_pairs = 0
         self._ids: set[str] = set()
-        self._num_samples = self._num_pairs = 0
+        self._first: dict[str, int] = {}
 
-    def findings(self, sample_id: str | None, content: str | None) -> Iterator[Finding]:
-        """What the next sample repeats; `content` is a digest of its arrays, texts and fields."""
-        sample, self._num_samples = self._num_samples, self._num_samples + 1
+    def resume(self, num_samples: int, sample_ids: Iterable[str]) -> None:
+        """Go on after samples with these ids, which are not looked at."""
+        self.num_samples = num_samples
+        self._ids.update(sample_ids)
+
+    def skip(self) -> None:
+        """Count a sample that cannot be looked at."""
+        self.num_samples += 1
+
+    def add(
+        self,
+        record: TraceRecord,
+        content: str | None = None,
+        further: Iterable[Finding] = (),
+        *,
+        look: Look | None = None,
+    ) -> None:
+        """Check the next sample.
+
+        Parameters
+        ----------
+        record
+            The sample.
+        content
+            Its `h5traces.format.digests.content_digest`, if it was written or read.
+        further
+            What others found in it.
+        look
+            How it is looked at, if not as the others.
+        """
+        found = [*sample_findings(record, look or self._look), *further]
+        found += self._repeated(record.sample_id, content)
+        self.findings.add(found, self.num_samples)
+        self.num_samples += 1
+
+    def _repeated(self, sample_id: str | None, content: str | None) -> Iterator[Finding]:
         if sample_id is not None:
             if sample_id in self._ids:
                 yield Finding("repeated-id", layout.QUESTION_ID, "the id of an earlier sample")
             self._ids.add(sample_id)
         if content is None:
             return
-        first = self._first.setdefault(content, sample)
-        if first != sample:
+        first = self._first.setdefault(content, self.num_samples)
+        if first != self.num_samples:
             self._num_pairs += 1
             named = f"sample {first}" if self._num_pairs <= _MAX_PAIRS else "an earlier sample"
             yield Finding("duplicate-sample", "sample", f"the same bytes as {named}")

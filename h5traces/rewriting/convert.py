@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from h5traces.archive.selection import Selection, as_numbers
 from h5traces.errors import ConversionError
+from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
@@ -39,6 +40,7 @@ def convert(
     target: TargetOptions = TargetOptions(),
     merge: bool = False,
     reading: ReadingOptions = ReadingOptions(),
+    checks: CheckOptions = CheckOptions(),
     model_id: str | None = None,
     dataset: str | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -69,6 +71,8 @@ def convert(
     reading
         What the sources do not say themselves: what the first hidden state is, and whether padding
         is kept.
+    checks
+        Which findings about the samples are left out of the report, and which make it not ``ok``.
     model_id, dataset
         Recorded in the archives; taken from the batch's file name by default.
     progress
@@ -104,6 +108,7 @@ def convert(
         layers=layers if layers is None or isinstance(layers, str) else _checked(layers),
         target=target,
         reading=reading,
+        checks=checks,
         model_id=model_id,
         dataset=dataset,
         # Each job gets the scales of its model.
@@ -118,6 +123,7 @@ def convert(
         precision=str(wanted) if wanted.is_lossy else None,
         leftovers=found.left,
         unrelated=found.unrelated,
+        checks=checks,
     )
     meter = _Meter([source for job in jobs for source in job.sources], progress)
     each = scaled_options(jobs, options, calibration, given.calibration_samples, meter)

@@ -28,11 +28,12 @@ from h5traces.errors import (
 )
 from h5traces.format.archive import SourceFile, add_casts
 from h5traces.format.dtypes import CastCounts
-from h5traces.meaning.checks import Findings
+from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.sample_checks import SampleChecks
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.existing import Wanted, compare_existing, source_file
-from h5traces.rewriting.reports import FileReport, cast_warnings, coverage_warnings
+from h5traces.rewriting.reports import FileReport, cast_warnings
 from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.processes import blocked_signals
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
@@ -66,6 +67,7 @@ class ConvertOptions:
     layers: LayerChoice = None
     target: TargetOptions = TargetOptions()
     reading: ReadingOptions = ReadingOptions()
+    checks: CheckOptions = CheckOptions()
     model_id: str | None = None
     dataset: str | None = None
     write: WriteOptions = field(default_factory=WriteOptions)
@@ -208,7 +210,7 @@ class _Conversion:
         self._source_counts: list[int] = [0] * len(sources)
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
-        self._findings = Findings()
+        self._checks = SampleChecks()
         self._understood: list[str] = []
         self._unread: list[str] = []
 
@@ -235,8 +237,6 @@ class _Conversion:
                 while (ready := next(records, None)) is not None:
                     self._num_layers = max(self._num_layers, ready.num_layers)
                     self._write(ready.record, source)
-                    place = ready.record.source
-                    self._findings.add(ready.record.findings, place.position if place else 0)
                     self._source_counts[number] += 1
                     self._report_progress(source, ready.position, 1)
                     # The next sample is being read already: keep no more than these two.
@@ -280,6 +280,7 @@ class _Conversion:
             writers[-1].append(record)
         except (ConversionError, SchemaError) as error:
             raise _SampleError(_placed(error, source, record.source)) from error
+        self._checks.add(record, writers[-1].content, writers[-1].not_finite)
 
     def _new_writer(self) -> None:
         target = self._job.target.shard(len(self._shards.writers))
@@ -297,13 +298,12 @@ class _Conversion:
 
     def fill(self, report: FileReport) -> None:
         """Report what was done."""
-        raw, stored, coverage = Counter[str](), Counter[str](), Counter[str]()
+        raw, stored = Counter[str](), Counter[str]()
         counts: dict[str, CastCounts] = {}
         for summary in self._summaries:
             report.warnings += precision_warnings(summary)
             raw += summary.raw_nbytes
             stored += summary.stored_nbytes
-            coverage += summary.coverage
             for kind, each in summary.counts.items():
                 counts[kind] = counts.get(kind, CastCounts()) + each
         report.status = "converted"
@@ -319,8 +319,8 @@ class _Conversion:
         report.kept_layers = metadata.kept_layers
         report.understood = list(dict.fromkeys(self._understood))
         report.unread = self._unread
-        report.warnings += self._findings.messages()
-        report.warnings += coverage_warnings(coverage) + cast_warnings(counts, self._options.write)
+        report.findings = self._checks.findings.summaries(self._options.checks)
+        report.warnings += cast_warnings(counts, self._options.write)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
-from h5traces.format.record import COVERAGE_DEFINITIONS
+from h5traces.meaning.checks import CheckOptions
 
 if TYPE_CHECKING:
-    from collections import Counter
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
+    from h5traces.meaning.checks import FindingSummary
     from h5traces.sources.collecting import Leftover
     from h5traces.writing.options import WriteOptions
 
@@ -71,6 +71,8 @@ class FileReport:
         What of the sources was not read, and why.
     warnings
         Messages for the user.
+    findings
+        What checks found in the samples, see ``docs/checks.md``.
     error
         Why it failed, where it did.
     is_usage_error
@@ -92,6 +94,7 @@ class FileReport:
     understood: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    findings: list[FindingSummary] = field(default_factory=list)
     error: str | None = None
     is_usage_error: bool = False
 
@@ -113,6 +116,8 @@ class ConversionReport:
         Files of the folders that were not read and need not be: notes, tables, archives.
     notes
         What else the user should know.
+    checks
+        Which findings are shown, and which are a failure.
     """
 
     precision: str | None = None
@@ -120,17 +125,24 @@ class ConversionReport:
     leftovers: list[Leftover] = field(default_factory=list)
     unrelated: list[Leftover] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    checks: CheckOptions = CheckOptions()
 
     @property
     def problems(self) -> list[str]:
         """Why `ok` is false: a message for every file, or part of one, that was not converted."""
         found = [each.error for each in self.files if each.error is not None]
         found += [f"not read: {part}" for each in self.files for part in each.unread]
-        return found + [each.reason for each in self.leftovers]
+        found += [each.reason for each in self.leftovers]
+        return found + [
+            f"{', '.join(each.sources)}: {finding}"
+            for each in self.files
+            for finding in each.findings
+            if self.checks.fails([finding])
+        ]
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was named is now an archive."""
+        """Whether everything that was named is now an archive, without grave findings."""
         return not self.problems
 
     def raise_for_errors(self) -> None:
@@ -152,28 +164,6 @@ class ConversionReport:
         return {"ok": self.ok, **asdict(self)}
 
 
-def coverage_warnings(coverage: Counter[str]) -> list[str]:
-    total, found = sum(coverage.values()), []
-    if coverage["last_position"]:
-        found.append(
-            f"{coverage['last_position']} of {total} samples hold one position instead of the "
-            "sequence: the '350 MB bug' of old extractors; they are stored as they are, but "
-            "re-extract the traces to get whole sequences"
-        )
-    if coverage["steps"]:
-        found.append(
-            f"{coverage['steps']} of {total} samples hold generation steps, not one sequence; "
-            "they are stored as they are (coverage 'steps')"
-        )
-    for name in ("partial", "empty"):
-        if coverage[name]:
-            definition = COVERAGE_DEFINITIONS[name]
-            found.append(
-                f"{coverage[name]} of {total} samples: {definition[0].lower()}{definition[1:]}"
-            )
-    return found
-
-
 def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[str]:
     found = []
     stored, treatment = (
@@ -185,8 +175,6 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
         }[options.on_overflow],
     )
     for kind, each in counts.items():
-        if each.num_nan or each.num_inf:
-            found.append(f"{kind}: {each.num_nan} NaN and {each.num_inf} Inf values, kept")
         if each.num_overflow:
             found.append(f"{kind}: {each.num_overflow} values are beyond {stored}; {treatment}")
         if each.num_to_zero or each.num_to_subnormal:

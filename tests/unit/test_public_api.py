@@ -27,6 +27,7 @@ PUBLIC = [
     "ReadingOptions",
     "TargetOptions",
     "Trace",
+    "TraceSource",
     "__version__",
     "calibrate",
     "convert",
