@@ -164,7 +164,8 @@ class StoredTrace:
         CorruptArchiveError where the archive does not say it as it should.
         """
         try:
-            form = from_attributes(SourceForm, self.attrs(kind))
+            attrs = self.attrs(kind) if kind in self.objects else {}
+            form = from_attributes(SourceForm, attrs)
         except SchemaError as error:
             message = f"{self.place}/{kind}: {error}"
             raise CorruptArchiveError(message) from error
