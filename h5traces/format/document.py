@@ -120,9 +120,7 @@ def with_tuples(value: Any) -> Any:
 def unknown_attributes(document: type[Document], attrs: Mapping[str, AttrValue]) -> list[str]:
     """Names in `attrs` that are neither fields of the document nor the user's own (``x_…``)."""
     known = document.model_fields
-    return [
-        name for name in attrs if name not in known and not name.startswith(layout.USER_ATTR_PREFIX)
-    ]
+    return [name for name in attrs if name not in known and not name.startswith(layout.USER_PREFIX)]
 
 
 def problems_of(error: ValidationError) -> list[Problem]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 FORMAT_NAME: Final = "h5traces"
@@ -27,6 +30,8 @@ SAMPLES_GROUP: Final = "samples"
 INDEX_GROUP: Final = "index"
 SCALES_GROUP: Final = "scales"
 INDEX_TABLE: Final = "index/samples"
+# All that the format has in the root group.
+ROOT_GROUPS: Final = frozenset({KINDS_GROUP, SAMPLES_GROUP, INDEX_GROUP, SCALES_GROUP})
 EXTRA_GROUP: Final = "extra"
 
 HIDDEN_STATES: Final = "hidden_states"
@@ -74,7 +79,8 @@ SITE_EMBEDDING: Final = "embedding"
 SITE_BLOCK_OUTPUT: Final = "block_output"
 SITE_FINAL_NORM: Final = "final_norm"
 
-USER_ATTR_PREFIX: Final = "x_"
+# Objects and attributes of users.
+USER_PREFIX: Final = "x_"
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,20 @@ def axes_of_kind(kind: str, axes: tuple[str, ...] | None = None) -> tuple[str, .
 def may_be_kind(name: str) -> bool:
     """Whether a further field may be a kind of its own: no other place in a sample has the name."""
     return name not in _OTHER_PLACES and _KIND_NAME.fullmatch(name) is not None
+
+
+def is_foreign(path: str, kinds: Container[str]) -> bool:
+    """Whether an object at this path below a sample is none of the format's, by its names.
+
+    `kinds` are the archive's. Fields below ``extra`` may have any name.
+    """
+    first, _, rest = path.partition("/")
+    if first in (EXTRA_GROUP, TOKENS, TOKENS_DECODED, ATTENTION_MASK, *TEXT_FIELDS):
+        return False
+    name = rest or first
+    if name.startswith(USER_PREFIX) or first not in kinds:
+        return True
+    return bool(rest) and rest not in (EMBEDDING, *TABLES) and parse_layer_name(rest) is None
 
 
 def escape_key(key: str) -> str:

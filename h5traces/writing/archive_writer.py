@@ -22,6 +22,7 @@ from h5traces.format.digests import content_digest, sample_digest
 from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
+from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import StepArrays, TraceRecord, index_columns
 from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
@@ -30,9 +31,11 @@ from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
+from h5traces.storage.hdf5.foreign import Origin, copy_foreign
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
+from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
     Observation,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from h5traces.archive.file import ArchiveFile
     from h5traces.format.precision import CalibrationRecord
     from h5traces.format.record import LayerArray, TraceMetadata
     from h5traces.meaning.checks import Finding
@@ -117,6 +121,7 @@ class ArchiveWriter:
                 self._hdf5.create_group(layout.KINDS_GROUP, {})
             undo.pop_all()
         self._footer = FooterBuilder()
+        self._origins: list[Origin] = []
         self._observed = Observation()
         self._generations = {} if generations is None else generations
         self._index: list[TraceMetadata] = []
@@ -142,6 +147,27 @@ class ArchiveWriter:
     def copy(self, sample: StoredSample) -> None:
         """Write a sample of another archive by copying its chunks, without recompression."""
         self._write_sample(sample.metadata, sample.observation(), sample.objects())
+
+    def carry_foreign(self, file: ArchiveFile, sample: int | None = None) -> None:
+        """Copy, at the end, what is not the format's, to the root or with an index the last sample.
+
+        Only archives on disk can be asked for it.
+        """
+        if not file.store.has_foreign or isinstance(file.path, RemotePath):
+            return
+        place, target = "/", "/"
+        if sample is not None:
+            place = file.store.sample_place(sample)
+            target = layout.sample_path(self.summary.num_samples - 1)
+        self._origins.append(Origin(file.path, place, target))
+
+    def _copy_foreign(self) -> None:
+        if self._origins:
+            keep = self._options.foreign == "keep"
+            copied = copy_foreign(self._part.file, self._origins, DEFAULT_LIMITS, keep=keep)
+            self._part.file.raise_error()
+            self._footer.has_foreign = copied.number > 0
+            self.summary.left_foreign += copied.left
 
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
@@ -277,6 +303,7 @@ class ArchiveWriter:
         self._hdf5.add_attributes("/", root)
         self._hdf5.add_attributes("/", complete)
         self._hdf5.close()
+        self._copy_foreign()
         self._pool.shutdown()
         self._part.file.raise_error()
         self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
