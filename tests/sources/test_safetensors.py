@@ -68,7 +68,7 @@ def test_slots_of_unknown_layers_are_positions_without_sites(tmp_path: Path) -> 
     path = request(tmp_path)
     target = tmp_path / "a.h5"
     (report,) = h5traces.convert(path, target).files
-    assert any("first-state-unknown" in each for each in report.warnings)
+    assert "first-state-unknown" in {each.check for each in report.findings}
     (trace,) = h5traces.open(target)
     assert "position_000" in str(trace._stored.children("hidden_states"))
 
