@@ -15,9 +15,10 @@ from h5traces.archive.selection import choose_samples
 from h5traces.archive.shards import inherited_facts, inherited_scales, shared_metadata
 from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
-from h5traces.format.text import and_more, counted
+from h5traces.format.text import and_more
 from h5traces.paths import Target, check_not_a_source, check_not_among
 from h5traces.precision.scales import ScaleSet
+from h5traces.rewriting.repeated import repeated_samples
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.calibrate import check_model, load_given, measured
 from h5traces.writing.options import (
@@ -189,7 +190,7 @@ def repack(
             source_nbytes=sum(file.nbytes for file in archive._files),
             precision=str(wanted) if wanted.is_lossy else None,
         )
-        report.warnings += _repeated_samples(archive, indices)
+        report.warnings += repeated_samples(archive, indices)
         found = ScaleSet()
         if not target.dry_run and wanted.step is not None:
             found = _scales(
@@ -309,24 +310,6 @@ def _check_different(archive: Archive) -> None:
                 "would store its samples twice; name one of them"
             )
             raise OptionError(message)
-
-
-def _repeated_samples(archive: Archive, indices: Sequence[int]) -> list[str]:
-    """A warning, where several files hold the same bytes under one id."""
-    if len(archive._files) == 1:
-        return []
-    first: dict[tuple[object, object], Trace] = {}
-    repeated: list[str] = []
-    for trace in (archive[index] for index in indices):
-        stored = trace._stored.file.sample_attrs(trace.position_in_file)
-        key = stored.get("sample_id"), stored.get("digest")
-        other = first.setdefault(key, trace)
-        if None not in key and other.path != trace.path:
-            repeated.append(f"{key[0]!r} of {other.path} and {trace.path}")
-    if not repeated:
-        return []
-    samples = counted(len(repeated), "sample is", "samples are")
-    return [f"{samples} stored twice, byte for byte: {and_more(repeated, 3)}"]
 
 
 def _warn_of_recast(archive: Archive, place: Target, before: ArchiveMetadata) -> None:
