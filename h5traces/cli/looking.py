@@ -37,7 +37,7 @@ def inspect(
     checks: Checks,
     json: Json = False,
 ) -> None:
-    """Show what archives or files of other programs hold, and their sizes.
+    """Show what archives or other files of traces hold, and their sizes.
 
     The latter are read to their end (that is how samples are counted); archives answer at once.
 
