@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from h5traces.errors import MissingDependencyError
 from h5traces.format.dtypes import bfloat16_to_float32
+from h5traces.format.value_types import BY_TYPE, with_content
 from h5traces.format.values import TorchValue
 
 if TYPE_CHECKING:
@@ -17,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def to_tensor(value: TorchValue) -> Any:
-    """The torch tensor that a stored value stands for; MissingDependencyError without torch."""
+    """What a stored value stands for: a torch tensor, or an array of ml_dtypes.
+
+    MissingDependencyError without that package.
+    """
+    if value.container == "ml_dtypes":
+        return _ml_array(value)
     try:
         from h5traces.archive import torch_values
     except ImportError as error:
@@ -28,6 +35,18 @@ def to_tensor(value: TorchValue) -> Any:
         raise MissingDependencyError(message) from error
     # A copy: stored values may be read-only, and shared.
     return torch_values.to_tensor(np.array(value.data, order="C"), value.dtype)
+
+
+def _ml_array(value: TorchValue) -> NDArray[Any]:
+    try:
+        dtype = getattr(importlib.import_module("ml_dtypes"), value.dtype)
+    except ImportError as error:
+        message = (
+            f"the source held {value.dtype} arrays of ml_dtypes, which is not installed; install "
+            "ml_dtypes, or ask for arrays of numpy with to_dict(container='numpy')"
+        )
+        raise MissingDependencyError(message) from error
+    return np.array(value.data, order="C").view(dtype)
 
 
 def with_tensors(value: Any) -> Any:
@@ -61,6 +80,8 @@ def _with_each(
     """`value` with its tensors and arrays changed, in lists, tuples and dicts of any depth."""
     if isinstance(value, TorchValue):
         return change(value)
+    if type(value) in BY_TYPE or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
+        return with_content(value, lambda content: _with_each(content, change, change_array))
     if isinstance(value, np.ndarray) and change_array is not None:
         return change_array(value)
     if isinstance(value, dict):

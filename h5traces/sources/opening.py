@@ -34,7 +34,9 @@ _READERS: Final[dict[str, tuple[str, str]]] = {
     "pickle": ("h5traces.sources.pickle.stream", "BatchStream"),
 }
 # Kinds that their reader decompresses, and from what.
-_DECOMPRESSED: Final[dict[str, tuple[str, ...]]] = {"pickle": ("gzip",)}
+_DECOMPRESSED: Final[dict[str, tuple[str, ...]]] = {
+    "pickle": ("gzip", "zlib", "bz2", "xz", "lzma", "zstd"),
+}
 
 _SUFFIX: Final = re.compile(
     r"\.(?:pkl|pickle|p|pt|pth|ckpt|safetensors|npz|npy|bin|jsonl?|parquet|arrow|feather|joblib)\Z"

@@ -1,9 +1,9 @@
 """An interpreter of pickles: every opcode of protocols 0 to 5, without imports or side effects.
 
-It builds None, bool, int, float, str, bytes, bytearray, list, tuple and dict, and calls the shims
-of `h5traces.sources.pickle.shims`. Nothing is imported, no attribute is looked up, and shims check
-every state. `Machine` reads one pickle into memory; the machines of `h5traces.sources.pickle.items`
-stream a batch.
+It builds None, bool, int, float, str, bytes, bytearray, list, tuple, dict and set, and calls the
+shims of `h5traces.sources.pickle.shims`. Nothing is imported, no attribute is looked up, and shims
+check every state. `Machine` reads one pickle into memory; the machine of
+`h5traces.sources.pickle.items` streams a batch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,28 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+from collections import deque
 from pickletools import opcodes as described_opcodes
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
+import numpy as np
+
 from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.format.values import TorchValue
+from h5traces.sources.pickle.calls import Pending, Shim, is_small_int, type_name
+from h5traces.sources.pickle.plain import (
+    DICTS,
+    MAX_UNSALTED,
+    NAMESPACES,
+    check_hashable,
+    fill_namespace,
+)
 from h5traces.sources.pickle.shims import (
     NAMES,
     STORAGE_NAMES,
-    Pending,
-    Shim,
     StorageHeader,
     parse_persistent_id,
     read_storage,
-    type_name,
 )
 from h5traces.sources.pickle.source import (
     MalformedError,
@@ -36,7 +45,7 @@ from h5traces.sources.pickle.source import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from h5traces.sources.pickle.source import PickleLimits
 
@@ -55,7 +64,8 @@ _PLAIN_STRING = re.compile(rb"""(['"])((?:[^\\]|\\[\\'"nrt]|\\x[0-9a-fA-F]{2})*)
 _ESCAPE = re.compile(rb"""\\(x[0-9a-fA-F]{2}|.)""", re.DOTALL)
 _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 _double = struct.Struct(">d").unpack
-_MAX_KEY = 1 << 63
+# What an element of a batch may be, and what holds elements.
+COMPOUND: Final = frozenset({list, tuple, *DICTS, np.ndarray, TorchValue})
 _MISSING = object()
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in described_opcodes}
 
@@ -87,6 +97,7 @@ class Machine:
         self.next_slot = 0
         self.num_opcodes = 0
         self.num_pending = 0
+        self.num_unsalted = 0
         self.read_nbytes = 0
         self.created_nbytes = 0
         self.opcode = -1
@@ -207,7 +218,7 @@ class Machine:
         if type(value) is Pending:
             raise self.unfinished()
         self.stack.append(value)
-        if type(value) is dict or type(value) is list:
+        if type(value) in COMPOUND:
             self.pushed(existing=True)
 
     def recall(self, slot: int) -> Any:
@@ -224,7 +235,7 @@ class Machine:
         return items
 
     def pushed(self, *, existing: bool = False) -> None:
-        """Called after a list or dict was pushed; it is `existing` if it was pushed before."""
+        """Called after a value of `COMPOUND` was pushed; `existing` is complete already."""
 
     def drop(self, value: Any) -> None:
         """Called for a value that is popped and dropped."""
@@ -232,24 +243,44 @@ class Machine:
     def extend(self, values: list[Any]) -> None:
         """Append values to the list on top of the stack."""
         target = self.stack[-1]
-        if type(target) is not list:
+        if type(target) is not list and type(target) is not deque:
             reject(f"values are appended to {type_name(target)}, expected a list")
         target.extend(values)
 
     def set_items(self, flat: list[Any]) -> None:
         """Set keys and values, which alternate, in the dict on top of the stack."""
         target = self.stack[-1]
-        if type(target) is not dict:
+        if type(target) not in DICTS:
             reject(f"items are set in {type_name(target)}, expected a dict")
         if len(flat) % 2:
             reject("items are set from an odd number of values")
         keys = flat[::2]
         for key in keys:
-            # Ints this small cannot be chosen to collide; str hashes are salted.
-            if type(key) is not str and (type(key) is not int or not -_MAX_KEY < key < _MAX_KEY):
-                found = "a larger int" if type(key) is int else type_name(key)
-                reject(f"a dict has {found} as a key, expected str or int below 2**63")
-        target.update(zip(keys, flat[1::2], strict=True))
+            if type(key) is not str and not is_small_int(key):
+                self.check_keys(keys, "a key of a dict")
+                break
+        if type(target) is dict:
+            target.update(zip(keys, flat[1::2], strict=True))
+        else:  # `update` of a Counter counts
+            for key, value in zip(keys, flat[1::2], strict=True):
+                target[key] = value
+
+    def add_items(self, values: list[Any]) -> None:
+        """Add values to the set on top of the stack."""
+        target = self.stack[-1]
+        if type(target) is not set:
+            reject(f"values are added to {type_name(target)}, expected a set")
+        self.check_keys(values, "an element of a set")
+        target.update(values)
+
+    def check_keys(self, values: Iterable[Any], what: str) -> None:
+        """Reject values that cannot be hashed in bounded time."""
+        self.num_unsalted += check_hashable(values, what)
+        if self.num_unsalted > MAX_UNSALTED:
+            reject(
+                f"an item has more than {MAX_UNSALTED:,} tuples, fractions or dates as keys or in "
+                f"sets, whose hashes may collide"
+            )
 
     # --- what shims build -----------------------------------------------------------------------
 
@@ -274,12 +305,15 @@ class Machine:
         self.stack.append(value)
         if type(value) is Pending:
             self.num_pending += 1
-        elif type(value) is dict:
+        elif type(value) in COMPOUND:
             self.pushed()
 
     def build(self, state: Any) -> None:
         """Complete the array or dtype on top of the stack."""
         target = self.stack[-1]
+        if type(target) in NAMESPACES:
+            fill_namespace(target, state)
+            return
         if type(target) is not Pending:
             reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
         value = target.build(self, state)
@@ -287,6 +321,8 @@ class Machine:
         self.stack[-1] = value
         for slot in target.slots:
             self.memo[slot] = value
+        if type(value) in COMPOUND:
+            self.pushed(existing=True)
 
     def load_storage(self, data: bytes) -> Any:
         return StorageMachine(MemorySource(data), self.limits).read(self)
@@ -455,12 +491,14 @@ def _setitem(m: Machine) -> None:
 def _tuple(m: Machine) -> None:
     values = tuple(m.pop_mark())  # before `m.stack`, which it replaces
     m.stack.append(values)
+    m.pushed(existing=True)
 
 
 def _tuple_of(length: int) -> Handler:
     def handler(m: Machine) -> None:
         values = [m.stack.pop() for _ in range(length)]
         m.stack.append(tuple(reversed(values)))
+        m.pushed(existing=True)
 
     return handler
 
@@ -485,6 +523,12 @@ def _reduce(m: Machine) -> None:
     m.call(function, args)
 
 
+def _frozenset(m: Machine) -> None:
+    values = m.pop_mark()
+    m.check_keys(values, "an element of a set")
+    m.stack.append(frozenset(values))
+
+
 def _rejected(name: str, why: str) -> Handler:
     def handler(_m: Machine) -> None:
         reject(f"{name} {why}; batches of arrays never need it")
@@ -493,7 +537,9 @@ def _rejected(name: str, why: str) -> Handler:
 
 
 def _unknown(m: Machine) -> None:
-    contradict(f"byte 0x{m.opcode:02x} is no pickle opcode, so this is no pickle or a damaged one")
+    contradict(
+        f"byte 0x{m.opcode:02x} is no pickle opcode: this is no pickle, or bytes of it are missing"
+    )
 
 
 _HANDLERS: dict[bytes, Handler] = {
@@ -563,8 +609,8 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.EXT4: _rejected("EXT4", "looks a class up in the extension registry"),
     pickle.NEXT_BUFFER: _rejected("NEXT_BUFFER", "refers to a buffer outside of the pickle"),
     pickle.READONLY_BUFFER: _rejected("READONLY_BUFFER", "refers to an outside buffer"),
-    pickle.EMPTY_SET: _rejected("EMPTY_SET", "makes a set"),
-    pickle.ADDITEMS: _rejected("ADDITEMS", "fills a set"),
-    pickle.FROZENSET: _rejected("FROZENSET", "makes a set"),
+    pickle.EMPTY_SET: lambda m: m.stack.append(set()),
+    pickle.ADDITEMS: lambda m: m.add_items(m.pop_mark()),
+    pickle.FROZENSET: _frozenset,
 }
 _TABLE: Final = [_HANDLERS.get(bytes([code]), _unknown) for code in range(256)]
