@@ -47,6 +47,8 @@ from h5traces.format.record import (
     TraceMetadata,
 )
 
+from h5traces.format.value_types import TABLE
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -250,6 +252,12 @@ def limits_table() -> str:
     )
 
 
+def value_types_table() -> str:
+    """The types of extra fields that are a name and a content."""
+    rows = [[f"`{each.name}`", each.says] for each in TABLE]
+    return _table(("name", "content"), rows)
+
+
 def tables() -> dict[str, str]:
     """Every generated table of SPEC.md by the name in its markers."""
     return {
@@ -267,6 +275,7 @@ def tables() -> dict[str, str]:
         "SampleExtraction": model_table(SampleExtraction, nested=True),
         "Coverage": coverage_table(),
         "ReadLimits": limits_table(),
+        "ValueTypes": value_types_table(),
     }
 
 

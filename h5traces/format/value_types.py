@@ -42,6 +42,8 @@ class ValueType:
     ----------
     name
         In archives.
+    says
+        What the content is, for SPEC.md.
     type
         Values of exactly this type are stored so.
     content
@@ -51,6 +53,7 @@ class ValueType:
     """
 
     name: str
+    says: str
     type: type
     content: Callable[[Any], Any]
     make: Callable[[Any], Any]
@@ -172,79 +175,109 @@ def _path(kind: type, local: type) -> ValueType:
         except NotImplementedError:  # a path of the other system
             return kind(content)
 
-    return ValueType(local.__name__, local, str, make)
+    return ValueType(local.__name__, "text", local, str, make)
 
 
 TABLE: Final = (
-    ValueType("set", set, _in_order, lambda content: set(_checked_list(content))),
-    ValueType("frozenset", frozenset, _in_order, lambda content: frozenset(_checked_list(content))),
+    ValueType(
+        "set", "list, in any order", set, _in_order, lambda content: set(_checked_list(content))
+    ),
+    ValueType(
+        "frozenset",
+        "list, in any order",
+        frozenset,
+        _in_order,
+        lambda content: frozenset(_checked_list(content)),
+    ),
     ValueType(
         "deque",
+        "list of the maximal length, or null, and the list of items",
         deque,
         lambda value: [value.maxlen, list(value)],
         lambda content: deque(_checked_list(content[1]), content[0]),
     ),
-    ValueType("OrderedDict", OrderedDict, dict, lambda c: OrderedDict(_checked_dict(c))),
-    ValueType("Counter", Counter, dict, lambda content: Counter(_checked_dict(content))),
+    ValueType("OrderedDict", "dict", OrderedDict, dict, lambda c: OrderedDict(_checked_dict(c))),
+    ValueType("Counter", "dict", Counter, dict, lambda content: Counter(_checked_dict(content))),
     ValueType(
         "defaultdict",
+        "list of what it makes, or null, and the dict",
         defaultdict,
         lambda value: [_factory_name(value), dict(value)],
         lambda content: default_dict_of(*content),
     ),
     ValueType(
         "SimpleNamespace",
+        "dict of the attributes",
         types.SimpleNamespace,
         lambda value: dict(vars(value)),
         lambda content: namespace_of(types.SimpleNamespace, content),
     ),
     ValueType(
         "Namespace",
+        "dict of the attributes (of argparse)",
         argparse.Namespace,
         lambda value: dict(vars(value)),
         lambda content: namespace_of(argparse.Namespace, content),
     ),
-    ValueType("PurePosixPath", PurePosixPath, str, PurePosixPath),
-    ValueType("PureWindowsPath", PureWindowsPath, str, PureWindowsPath),
+    ValueType("PurePosixPath", "text", PurePosixPath, str, PurePosixPath),
+    ValueType("PureWindowsPath", "text", PureWindowsPath, str, PureWindowsPath),
     _path(PurePosixPath, PosixPath),
     _path(PureWindowsPath, WindowsPath),
-    ValueType("datetime", datetime.datetime, _datetime, _from_iso(datetime.datetime)),
-    ValueType("time", datetime.time, _datetime, _from_iso(datetime.time)),
-    ValueType("date", datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
+    ValueType(
+        "datetime",
+        "text of ISO 8601; where Python's `fold` is 1, the list of the text and 1",
+        datetime.datetime,
+        _datetime,
+        _from_iso(datetime.datetime),
+    ),
+    ValueType("time", "as `datetime`", datetime.time, _datetime, _from_iso(datetime.time)),
+    ValueType(
+        "date",
+        "text of ISO 8601",
+        datetime.date,
+        datetime.date.isoformat,
+        datetime.date.fromisoformat,
+    ),
     ValueType(
         "timedelta",
+        "list of days, seconds, microseconds",
         datetime.timedelta,
         lambda value: [value.days, value.seconds, value.microseconds],
         lambda content: _timedelta(*content),
     ),
-    ValueType("Decimal", Decimal, str, decimal_of),
+    ValueType("Decimal", "text", Decimal, str, decimal_of),
     ValueType(
         "Fraction",
+        "list of numerator and denominator",
         Fraction,
         lambda value: [value.numerator, value.denominator],
         lambda content: fraction_of(*content),
     ),
-    ValueType("UUID", UUID, str, UUID),
+    ValueType("UUID", "text", UUID, str, UUID),
     ValueType(
         "complex",
+        "list of two floats",
         complex,
         lambda value: [value.real, value.imag],
         lambda content: complex(*map(float, content)),
     ),
     ValueType(
         "range",
+        "list of start, stop, step",
         range,
         lambda value: [value.start, value.stop, value.step],
         lambda content: range(*content),
     ),
     ValueType(
         "slice",
+        "list of start, stop, step",
         slice,
         lambda value: [value.start, value.stop, value.step],
         lambda content: slice(*content),
     ),
     ValueType(
         "object-array",
+        "list of the list of lengths and the list of values, in C order: a numpy array of objects",
         # Its type is not enough to tell: see `plain_content`.
         type(None),
         lambda value: [list(value.shape), value.ravel().tolist()],

@@ -22,6 +22,12 @@ class Meter(Protocol):
     def load_storage(self, data: bytes) -> Any:
         """Read an embedded torch storage."""
 
+    def read_raw(self, num_bytes: int) -> bytes:
+        """Bytes that follow the opcode in the file, outside of any."""
+
+    def load_nested(self) -> Any:
+        """The value of a pickle that follows the opcode in the file."""
+
     def check_keys(self, values: Iterable[Any], what: str) -> None:
         """Reject values that cannot be hashed in bounded time."""
 

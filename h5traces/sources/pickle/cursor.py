@@ -215,6 +215,8 @@ class Cursor:
         return bool(self._guard(machine.finish))
 
     def _learn_shared(self) -> None:
+        if self._machine.has_raw:
+            self._guard(_no_scan)
         self._open()
         self._last_reads = self._guard(lambda: last_reads(self.source))
         self._open()
@@ -237,3 +239,10 @@ class Cursor:
 
 def _no_pickle() -> None:
     contradict("other bytes than those of a pickle follow the end of the pickle")
+
+
+def _no_scan() -> None:
+    contradict(
+        "samples share large objects, which is read of pickles only, not of joblib's files; load "
+        "the file with joblib, and dump it with pickle"
+    )

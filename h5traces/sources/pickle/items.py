@@ -38,6 +38,8 @@ _SMALL_INT: Final = 1 << 64
 _SPARE_NBYTES: Final = 256 << 10
 _ALL_SPARE_NBYTES: Final = 16 << 20
 _SPARE_VALUES: Final = 4096
+# Within so many bytes a container begins.
+_HEAD_NBYTES: Final = 64 << 10
 # Picklers name the callables and dtypes of arrays in the first item only.
 _SHARED: Final = (Shim, np.dtype, MlDtype)
 
@@ -82,6 +84,10 @@ class SharedEntryError(Exception):
 
 class TouchedError(RejectedError):
     """The pickle uses an item that was handed out; it may have been a part of the item."""
+
+
+class ShortTupleError(Exception):
+    """The pickle is a tuple of two or three dicts, which begins as a dict does."""
 
 
 class TooLargeError(Exception):
@@ -190,6 +196,10 @@ def _spare_nbytes(value: Any) -> int | None:
     return nbytes + 64 * num_values
 
 
+def _is_key(value: Any) -> bool:
+    return type(value) in (str, int)
+
+
 def _touched(marker: Marker) -> TouchedError:
     message = f"the pickle uses the {marker.what} as a value, which no pickler of a batch does"
     return TouchedError(message)
@@ -292,8 +302,10 @@ class BatchMachine(Machine):
     def count_payload(self, num_bytes: int) -> None:
         super().count_payload(num_bytes)
         is_unknown = self.is_whole or self.kind is None
-        if is_unknown and self._whole_nbytes is not None and self.read_nbytes > self._whole_nbytes:
-            raise TooLargeError
+        if is_unknown and self._whole_nbytes is not None:
+            least = 0 if self.is_whole else _HEAD_NBYTES
+            if self.read_nbytes > max(self._whole_nbytes, least):
+                raise TooLargeError
 
     # --- the outer container --------------------------------------------------------------------
 
@@ -327,20 +339,22 @@ class BatchMachine(Machine):
 
     def _is_entry(self) -> bool:
         """Whether the top of the stack is where values of the outer dict lie."""
-        outer = self.meta[0] if self.meta else self.stack[:1]
-        if len(self.meta) > 1 or len(outer) != 1 or outer[0] is not self._root_dict:
+        stack = self.stack
+        if not self.meta:  # the only entry, or one after the other
+            return len(stack) == 3 and stack[0] is self._root_dict and _is_key(stack[1])
+        position = len(stack) - 1
+        if len(self.meta) > 1 or len(self.meta[0]) != 1 or self.meta[0][0] is not self._root_dict:
             return False
-        first = 0 if self.meta else 1
-        position = len(self.stack) - 1
-        return (position - first) % 2 == 1 and type(self.stack[position - 1]) in (str, int)
+        # A dict of one entry is written without a mark: its key and value lie above it.
+        is_inner = position >= 3 and type(stack[position - 2]) in DICTS and not stack[position - 2]
+        return position % 2 == 1 and _is_key(stack[position - 1]) and not is_inner
 
     def _entry_pushed(self, *, existing: bool) -> None:
         stack = self.stack
         lower = len(stack) - 3
-        if lower >= (0 if self.meta else 1) and type(stack[lower]) in _MUTABLE:
-            self._emit(
-                lower, Found(stack[lower - 1], stack[lower], is_element=False), existing=existing
-            )
+        if self.meta and lower >= 0 and type(stack[lower]) in _MUTABLE:
+            found = Found(stack[lower - 1], stack[lower], is_element=False)
+            self._emit(lower, found, existing=existing)
         if not existing and type(stack[-1]) is list:
             self._set_root(stack[-2])
 
@@ -439,6 +453,8 @@ class BatchMachine(Machine):
                 if value is not EMITTED:
                     self._complete(Found(None, value))
             found = None
+        if self.kind == "dict" and type(found) is tuple and all(type(e) in DICTS for e in found):
+            raise ShortTupleError
         if found is not expected:
             what = "a batch" if type(found) is tuple and found[:1] == (ROOT,) else ""
             described = f"a tuple that starts with {what}" if what else type_name(found)

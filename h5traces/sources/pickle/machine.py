@@ -12,6 +12,7 @@ import pickle
 import re
 import struct
 from collections import deque
+from itertools import pairwise
 from pickletools import opcodes as described_opcodes
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
@@ -20,6 +21,7 @@ import numpy as np
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.calls import Pending, Shim, is_small_int, type_name
+from h5traces.sources.pickle.others import OTHER_NAMES
 from h5traces.sources.pickle.plain import (
     DICTS,
     MAX_UNSALTED,
@@ -82,7 +84,7 @@ class Machine:
         Memo slots; a dict, so that a slot number alone allocates nothing.
     """
 
-    names: ClassVar[Mapping[tuple[str, str], Shim]] = NAMES
+    names: ClassVar[Mapping[tuple[str, str], Shim]] = {**NAMES, **OTHER_NAMES}
 
     def __init__(self, source: Source, limits: PickleLimits) -> None:
         self.source = source
@@ -103,6 +105,8 @@ class Machine:
         self.opcode = -1
         self.halted = False
         self.stopped = False
+        # Whether bytes lie between the opcodes.
+        self.has_raw = False
         self.result: Any = None
 
     def run(self) -> bool:
@@ -290,11 +294,23 @@ class Machine:
         shim = self.names.get((module, name))
         if shim is None:
             reject(
-                f"the pickle asks for {module[:80]!r} {name[:80]!r}, which batches of arrays never "
-                f"need; nothing was imported. Convert only files that you trust, and save objects "
-                f"of other types as arrays first"
+                f"the pickle asks for {module[:80]!r} {name[:80]!r}{self._place()}, which is no "
+                f"plain value; nothing was imported. {remedy(module)}"
             )
         return shim
+
+    def _place(self) -> str:
+        """The field that is being read, in words."""
+        keys: list[str] = []
+        for outer, level in pairwise([*self.meta, self.stack]):
+            if outer and level and type(outer[-1]) in DICTS:
+                last = (len(level) - 1) // 2 * 2
+                first = last
+                # Above an empty dict lie the key and the value of its only entry.
+                while first > 1 and type(level[first - 1]) in DICTS and not level[first - 1]:
+                    first -= 2
+                keys += [repr(key[:40]) for key in level[first : last + 1 : 2] if type(key) is str]
+        return f" in the field {' '.join(keys[-3:])}" if keys else ""
 
     def call(self, function: Any, args: Any) -> None:
         if type(function) is not Shim or function.call is None:
@@ -324,11 +340,35 @@ class Machine:
         if type(value) in COMPOUND:
             self.pushed(existing=True)
 
+    def read_raw(self, num_bytes: int) -> bytes:
+        """Bytes between opcodes, as joblib writes them."""
+        self.has_raw = True
+        self._count_object(num_bytes)
+        return self.source.read(num_bytes)
+
+    def load_nested(self) -> Any:
+        """A pickle between opcodes, which holds no further one."""
+        self.has_raw = True
+        inner = NestedMachine(self.source, self.limits)
+        value = inner.load()
+        self.num_opcodes += inner.num_opcodes
+        self.count_payload(inner.read_nbytes)
+        return value
+
     def load_storage(self, data: bytes) -> Any:
         return StorageMachine(MemorySource(data), self.limits).read(self)
 
     def persistent(self, _value: Any) -> Any:
-        reject("the pickle refers to objects outside of itself (a persistent id)")
+        reject(
+            "the pickle refers to objects outside of itself (a persistent id), as the data.pkl "
+            "inside a file of torch.save does: convert the whole file"
+        )
+
+
+class NestedMachine(Machine):
+    """Reads a pickle inside of another one's file."""
+
+    names = NAMES
 
 
 class StorageMachine(Machine):
@@ -348,6 +388,34 @@ class StorageMachine(Machine):
 
     def persistent(self, value: Any) -> StorageHeader:
         return parse_persistent_id(value)
+
+
+_REMEDIES: Final = (
+    (
+        ("dill", "cloudpickle"),
+        "It was written by dill or cloudpickle with functions or classes inside: load it with "
+        "that, and save what is plain of it with pickle",
+    ),
+    (
+        ("pandas", "pyarrow"),
+        "Save a table as Parquet, or df.to_dict('records') with pickle",
+    ),
+    (
+        ("torch", "transformers", "numpy", "jax", "jaxlib"),
+        "Convert only files that you trust; save objects of libraries as arrays, dicts or text: "
+        "dict(output), str(dtype)",
+    ),
+)
+_REMEDY: Final = (
+    "Convert only files that you trust; load the file where its classes are, and save such "
+    "objects as plain values: dataclasses.asdict(), _asdict(), vars(), or the value of an enum"
+)
+
+
+def remedy(module: str) -> str:
+    """What to do about a name of that module in a pickle."""
+    package = module.partition(".")[0]
+    return next((text for packages, text in _REMEDIES if package in packages), _REMEDY)
 
 
 def locate(
@@ -600,7 +668,7 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.NEWOBJ: _reduce,
     pickle.BUILD: lambda m: m.build(m.stack.pop()),
     pickle.BINPERSID: lambda m: m.stack.append(m.persistent(m.stack.pop())),
-    pickle.PERSID: _rejected("PERSID", "refers to an object outside of the pickle"),
+    pickle.PERSID: lambda m: m.persistent(None),
     pickle.INST: _rejected("INST", "makes an instance of a class"),
     pickle.OBJ: _rejected("OBJ", "makes an instance of a class"),
     pickle.NEWOBJ_EX: _rejected("NEWOBJ_EX", "makes an instance of a class"),

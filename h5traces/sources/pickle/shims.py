@@ -134,7 +134,7 @@ def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any
 
 # --- numpy -------------------------------------------------------------------------------------
 
-_NDARRAY = Shim("numpy.ndarray")
+NDARRAY = Shim("numpy.ndarray")
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,12 +237,13 @@ def _checked_state(name: str, itemsize: int, state: Any, flags: tuple[int, ...])
 
 def _reconstruct(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("_reconstruct", args, 3)
-    if args[0] is not _NDARRAY:
+    if args[0] is not NDARRAY:
         reject(f"_reconstruct is called with {type_name(args[0])}, expected numpy.ndarray")
-    return Pending("array", _finish_array)
+    return Pending("array", finish_array)
 
 
-def _finish_array(meter: Meter, state: Any) -> Any:
+def finish_array(meter: Meter, state: Any) -> Any:
+    """The array that a state of `numpy.ndarray` describes; of ml_dtypes, a `TorchValue`."""
     if type(state) is not tuple or len(state) not in (4, 5):
         reject(f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5")
     if len(state) == 5 and (type(state[0]) is not int or state[0] not in (0, 1)):
@@ -250,10 +251,11 @@ def _finish_array(meter: Meter, state: Any) -> Any:
     shape, dtype, fortran, data = state[-4:]
     if type(fortran) is not bool:
         reject(f"the state of an array has the order {type_name(fortran)}, expected a bool")
-    return _any_array(meter, data, dtype, shape, order="F" if fortran else "C")
+    return any_array(meter, data, dtype, shape, order="F" if fortran else "C")
 
 
-def _any_array(meter: Meter, data: Any, dtype: Any, shape: Any, *, order: str) -> Any:
+def any_array(meter: Meter, data: Any, dtype: Any, shape: Any, *, order: str) -> Any:
+    """As `build_array`, also of types that numpy lacks: as a `TorchValue`."""
     if type(dtype) is not MlDtype:
         return build_array(meter, data, dtype, shape, order=order)
     array = build_array(meter, data, dtype.carrier, shape, order=order)
@@ -265,7 +267,7 @@ def _frombuffer(meter: Meter, args: tuple[Any, ...]) -> Any:
     data, dtype, shape, order = args
     if type(order) is not str or order not in ("C", "F"):
         reject(f"_frombuffer is called with the order {brief(order)}, expected 'C' or 'F'")
-    return _any_array(meter, data, dtype, shape, order=order)
+    return any_array(meter, data, dtype, shape, order=order)
 
 
 def _scalar(meter: Meter, args: tuple[Any, ...]) -> Any:
@@ -470,7 +472,7 @@ def _allow(function: Callable[[Meter, tuple[Any, ...]], Any], name: str, *module
 
 
 # Exact (module, name) pairs, compared as strings and never resolved.
-NAMES: dict[tuple[str, str], Shim] = {("numpy", "ndarray"): _NDARRAY}
+NAMES: dict[tuple[str, str], Shim] = {("numpy", "ndarray"): NDARRAY}
 NAMES |= PLAIN_NAMES
 NAMES |= {("torch", dtype): Shim(f"torch.{dtype}", dtype=dtype) for dtype in _STORED_AS}
 NAMES |= {("ml_dtypes", name): Shim(f"ml_dtypes.{name}", dtype=name) for name in ML_DTYPES}

@@ -28,7 +28,7 @@ from h5traces.sources.pickle.containers import (
     with_id,
 )
 from h5traces.sources.pickle.cursor import Cursor
-from h5traces.sources.pickle.items import TooLargeError
+from h5traces.sources.pickle.items import ShortTupleError, TooLargeError
 from h5traces.sources.pickle.plain import DICTS
 from h5traces.sources.pickle.source import MIB, PickleLimits, contradict
 from h5traces.sources.signatures import identify
@@ -228,7 +228,12 @@ class BatchStream(TraceSource):
                 yield from self._mapping(cursor)
                 return
         survey = _Survey(cursor)
-        level = cursor.survey(survey.see)
+        try:
+            level = cursor.survey(survey.see)
+        except ShortTupleError:
+            cursor.restart(whole_nbytes=_NO_LIMIT)
+            yield from cursor.whole()
+            return
         entries = survey.entries()
         found: Understood = cursor.check(lambda: understand(entries))
         if found.what == "trace":
