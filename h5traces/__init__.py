@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
+    from h5traces.rewriting.label_table import LabelOptions
     from h5traces.rewriting.repack import merge, repack, split
+    from h5traces.sources.source import TraceSource
     from h5traces.writing.calibrate import calibrate
     from h5traces.writing.create import create
     from h5traces.writing.options import PrecisionOptions, TargetOptions
@@ -41,11 +43,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Archive",
     "H5TracesError",
+    "LabelOptions",
     "Precision",
     "PrecisionOptions",
     "ReadingOptions",
     "TargetOptions",
     "Trace",
+    "TraceSource",
     "__version__",
     "calibrate",
     "convert",
@@ -73,11 +77,13 @@ __all__ = [
 
 _HOMES = {
     "Archive": "h5traces.archive.archive",
+    "LabelOptions": "h5traces.rewriting.label_table",
     "Precision": "h5traces.format.precision",
     "PrecisionOptions": "h5traces.writing.options",
     "ReadingOptions": "h5traces.meaning.options",
     "TargetOptions": "h5traces.writing.options",
     "Trace": "h5traces.archive.trace",
+    "TraceSource": "h5traces.sources.source",
     "calibrate": "h5traces.writing.calibrate",
     "convert": "h5traces.rewriting.convert",
     "create": "h5traces.writing.create",

@@ -117,6 +117,10 @@ class SampleIndexError(H5TracesError, IndexError):
     """A sample is not stored; the message says how many are."""
 
 
+class ReadOnlyError(H5TracesError, TypeError, AttributeError):
+    """An archive, a trace or its layers were to be changed; the message says what can be."""
+
+
 class ConversionError(H5TracesError):
     """A source cannot be converted; the message names file, sample and field."""
 

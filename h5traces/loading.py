@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open as open_archive
-from h5traces.archive.tensors import materialised
+from h5traces.archive.tensors import check_container, materialised
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Source, is_archive, listed_sources
 from h5traces.sources.opening import open_source
 from h5traces.storage.remote.paths import RemotePath, is_url
 
+if TYPE_CHECKING:
+    from h5traces.archive.tensors import Container
 
-def load(path: Source, *, reading: ReadingOptions = ReadingOptions()) -> list[dict[str, Any]]:
+
+def load(
+    path: Source, *, container: Container = "source", reading: ReadingOptions = ReadingOptions()
+) -> list[dict[str, Any]]:
     """All traces of one file as plain dicts: what ``pickle.load`` gave, from any format.
 
     Parameters
@@ -21,6 +26,8 @@ def load(path: Source, *, reading: ReadingOptions = ReadingOptions()) -> list[di
     path
         An ``.h5`` archive, also on a server, or a legacy ``.pkl`` or ``.pkl.gz`` batch. Pickles
         are read by an interpreter that executes nothing.
+    container
+        ``source``, ``numpy`` or ``torch``, as for `h5traces.open`.
     reading
         What a file of another program does not say itself.
 
@@ -33,10 +40,15 @@ def load(path: Source, *, reading: ReadingOptions = ReadingOptions()) -> list[di
     ------
     UnsafePickleError, ConversionError
         The pickle asks for something outside the allow-list, or is no batch.
+    OptionError
+        There is no such container.
+    MissingDependencyError
+        There are tensors, or they are asked for, and torch is not installed.
     """
+    check_container(container)
     (path,) = listed_sources([path])
     if isinstance(path, RemotePath) or is_url(path) or is_archive(Path(path)):
-        with open_archive(path) as archive:
+        with open_archive(path, container=container) as archive:
             return [trace.to_dict() for trace in archive]
     with open_source(path, reading) as source:
-        return [materialised(each) for each in source]
+        return [materialised(each, container) for each in source]

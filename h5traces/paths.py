@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 from urllib.request import url2pathname
@@ -20,7 +22,7 @@ from h5traces.storage.remote.file import list_remote
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 ARCHIVE_SUFFIXES: Final = (".h5", ".hdf5")
 # Of an archive in a folder that the user named.
@@ -47,11 +49,7 @@ def expand_paths(
     found: list[Path] = []
     for each in expand_sources(sources, suffixes):
         if isinstance(each, RemotePath):
-            message = (
-                f"{each}: expected a file on disk; download it. 'open', 'inspect', 'ls', "
-                "'label', 'features', 'repack' and 'merge' read archives on servers"
-            )
-            raise RemoteError(message)
+            raise _not_on_disk(each)
         found.append(each)
     return found
 
@@ -105,6 +103,22 @@ def _not_a_name(value: object) -> TypeError:
     return TypeError(message)
 
 
+def local_path(source: Source) -> Path:
+    """The path of a source that has to lie on disk; RemoteError for one on a server."""
+    place = _place(source)
+    if isinstance(place, RemotePath):
+        raise _not_on_disk(place)
+    return Path(place)
+
+
+def _not_on_disk(path: RemotePath) -> RemoteError:
+    message = (
+        f"{path}: expected a file on disk; download it. 'open', 'inspect', 'ls', "
+        "'label', 'features', 'repack' and 'merge' read archives on servers"
+    )
+    return RemoteError(message)
+
+
 def _place(named: Source) -> PathLike | RemotePath:
     """A path on disk, also for ``file://``, or the address of an object."""
     if not isinstance(named, str) or not is_url(named):
@@ -131,24 +145,130 @@ def _expand_remote(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Something in a folder that is no plain file, or was not entered.
+
+    Attributes
+    ----------
+    path
+        Where it is.
+    what
+        What it is, after "is".
+    remedy
+        What to do where it should be read.
+    is_hidden
+        Whether its name begins with a dot.
+    may_hold_files
+        Whether files lie in it that nothing else in the folder leads to.
+    """
+
+    path: Path
+    what: str
+    remedy: str
+    _: KW_ONLY
+    is_hidden: bool = False
+    may_hold_files: bool = False
+
+
+@dataclass(slots=True)
+class Walked:
+    """What lies in a folder and in those below it.
+
+    Attributes
+    ----------
+    files
+        Plain files and links to them, sorted; and folders that are one thing.
+    others
+        All else but folders that were entered.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    others: list[Other] = field(default_factory=list)
+
+
+def walk(folder: Path, *, is_one: Callable[[Path], bool] = lambda _: False) -> Walked:
+    """What lies in a folder and below it; nothing is opened.
+
+    Links to folders are not followed, and hidden folders are not entered, nor are those for which
+    `is_one` is true: these count as files.
+    """
+    found = Walked()
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            entries = list(os.scandir(place))
+        except OSError as error:
+            why = f"a folder that cannot be read ({error.strerror})"
+            found.others.append(Other(place, why, "make it readable", may_hold_files=True))
+            continue
+        for entry in entries:
+            path = place / entry.name
+            other = _other(entry, path, folder)
+            if other is not None:
+                found.others.append(other)
+            elif entry.is_dir() and not is_one(path):
+                waiting.append(path)
+            else:
+                found.files.append(path)
+    found.files.sort()
+    found.others.sort(key=lambda each: each.path)
+    return found
+
+
+# What a file that is no plain one is, by its type.
+_SPECIAL: Final = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _other(entry: os.DirEntry[str], path: Path, root: Path) -> Other | None:
+    """Why an entry of a folder is neither a plain file nor a folder to enter; None if it is."""
+    if entry.name.startswith("."):
+        what = "a hidden folder" if entry.is_dir() else "a hidden file"
+        return Other(path, what, "name it itself to read it", is_hidden=True)
+    if entry.name == "__pycache__":
+        return Other(path, "a cache of Python", "it holds no traces")
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return Other(path, f"a broken link to {_link_target(path)}", "restore the file it leads to")
+    if stat.S_ISDIR(mode) and entry.is_symlink():
+        is_inside = root.resolve() in (path.resolve(), *path.resolve().parents)
+        what = f"a link to the folder {_link_target(path)}, which is not followed"
+        return Other(path, what, "name that folder, too", may_hold_files=not is_inside)
+    special = _SPECIAL.get(stat.S_IFMT(mode))
+    return None if special is None else Other(path, special, "only plain files are read")
+
+
+def _link_target(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:
+        return "nowhere"
+
+
+def has_wildcards(source: PathLike) -> bool:
+    """Whether a name is a glob."""
+    return glob.has_magic(os.fspath(source))
+
+
 def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
     path = Path(source)
     if path.is_dir():
-        named = sorted(each for each in path.rglob("*") if each.name.endswith(suffixes))
-        skipped = [each for each in named if _is_other_file(each)]
-        matches = sorted(set(named) - set(skipped))
-        if matches and skipped:
-            files = and_more([str(each) for each in skipped])
-            message = f"skipped {files}: features or scales that h5traces wrote, not archives"
-            warn(message, UserWarning)
-        matches = matches or named
+        matches = _archives_below(path, suffixes)
     elif path.exists():
         matches = [path]
     else:
-        matches = sorted(Path(each) for each in glob.glob(str(source), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+        found = sorted(Path(each) for each in glob.glob(str(source), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+        matches = found if len(found) == 1 else _without_other_files(found, [])
     if not matches and path.is_dir():
         message = f"{source}: holds no {' or '.join(suffixes)} file"
-        batches = sum(_BATCH_NAME.search(each.name) is not None for each in path.rglob("*"))
+        batches = sum(_BATCH_NAME.search(each.name) is not None for each in walk(path).files)
         if batches:
             message += (
                 f", but {batches} pickled batch{'es' * (batches != 1)}; h5traces.convert makes "
@@ -159,6 +279,31 @@ def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
         message = f"{source}: no such file, and nothing that matches; expected a file, a glob "
         message += f"or a folder with {' or '.join(suffixes)} files"
         raise FileNotFoundError(message)
+    return matches
+
+
+def _archives_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    walked = walk(folder)
+    skipped = [
+        f"{each.path} is {each.what}"
+        for each in walked.others
+        if each.may_hold_files or (each.is_hidden and each.path.name.endswith(suffixes))
+    ]
+    # A broken link and a pipe end the reading with an error that names them.
+    special = [each.path for each in walked.others if not each.is_hidden]
+    found = [each for each in (*walked.files, *special) if each.name.endswith(suffixes)]
+    return _without_other_files(sorted(found), skipped)
+
+
+def _without_other_files(found: list[Path], skipped: list[str]) -> list[Path]:
+    """The files but features and scales; what is skipped is named in a warning."""
+    others = [each for each in found if _is_other_file(each)]
+    matches = [each for each in found if each not in others]
+    if not matches:
+        return found
+    skipped = [*(f"{each} is of features or scales" for each in others), *skipped]
+    if skipped:
+        warn(f"skipped, as no archives: {and_more(skipped, separator='; ')}", UserWarning)
     return matches
 
 
@@ -319,6 +464,38 @@ def check_not_a_source(
                 same = "" if os.fspath(path) == str(source) else f", the same file as {source},"
                 message = f"{path}{same} is one of the sources; name another output"
                 raise TargetError(message)
+
+
+def check_not_among(target: Target, sources: Iterable[Source]) -> None:
+    """Reject an output that a folder or glob of the sources would find beside what it was made of.
+
+    Whoever names that folder or glob again would read every sample twice.
+    """
+    path = target.shard(0)
+    for source in sources:
+        place = _place(source)
+        if isinstance(place, RemotePath):
+            continue
+        folder = Path(place)
+        if folder.is_dir():
+            found = folder.resolve() in path.resolve().parents
+        else:
+            found = not folder.exists() and _would_match(path, os.fspath(place))
+        if found:
+            message = (
+                f"{path} would lie among its sources: {source} names it, too, so its samples would "
+                "be read twice from now on; choose another folder"
+            )
+            raise TargetError(message)
+
+
+def _would_match(path: Path, pattern: str) -> bool:
+    """Whether a glob would find a file that may not exist yet."""
+    folder, name = os.path.split(os.path.abspath(pattern))  # noqa: PTH100  # resolve follows links
+    if not fnmatch.fnmatchcase(path.name, name):
+        return False
+    place = os.path.realpath(path.parent)
+    return any(place == os.path.realpath(each) for each in glob.glob(folder, recursive=True))  # noqa: PTH207  # as above
 
 
 def _identities(path: PathLike) -> Iterator[object]:

@@ -46,7 +46,6 @@ from h5traces.format.record import (
     TraceDescription,
     TraceMetadata,
 )
-
 from h5traces.format.value_types import TABLE
 
 if TYPE_CHECKING:

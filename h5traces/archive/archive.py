@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
-import resource
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
+from operator import index as as_index
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, SupportsIndex, overload
 
 import numpy as np
 
+from h5traces.archive.equality import equal
+from h5traces.archive.fetching import (
+    FILES_AT_A_TIME,
+    MOST_FETCHED_NBYTES,
+    fetch,
+    read_all,
+    windows,
+)
 from h5traces.archive.file import ArchiveFile
-from h5traces.archive.scales import stored_scales
+from h5traces.archive.open_files import OpenFiles
+from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import as_numbers, choose_layers, choose_samples
+from h5traces.archive.shards import check_alike
 from h5traces.archive.stored_trace import StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.errors import ArchiveError, SampleIndexError, TraceNotFoundError
@@ -34,37 +41,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.selection import LayerChoice, SampleChoice
+    from h5traces.archive.tensors import Container
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.format.limits import ReadLimits
-    from h5traces.precision.scales import ScaleSet
     from h5traces.storage.remote.paths import RemoteOptions
 
 
-# Files kept open at a time; the usual limit on descriptors is 1024 for the whole process, and
-# where it is lower, other files need most of them.
-MAX_OPEN_FILES = 64
-_MOST_OF_LIMIT = 1 / 4
-# Those on servers take no descriptor but their footers in memory, and new requests when reopened.
-MAX_OPEN_REMOTE_FILES = 128
-# Enough that no thread waits long for the last one.
-_TASKS_PER_WORKER = 4
-# Stored bytes of arrays on servers that one call holds at a time.
-_WINDOW_NBYTES = 128 << 20
-_MOST_FETCHED_NBYTES = 256 << 20
-# Shards on servers that are opened or read at a time; each may make several requests.
-_FILES_AT_A_TIME = 8
-# What must agree among shards that are read as one sequence.
-_SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
-# What must agree where a file that does not have it is not just silent, but says so.
-_SHARED_OR_ABSENT = ("precision", "earlier_precisions")
-
-
-class Archive(Sequence[Trace]):
+class Archive(ReadOnly, Sequence[Trace]):
     """A lazy sequence of traces over one or more archive files (shards), in the order given.
 
-    Slices and `select` give views that share the open files. An Archive can be pickled, and used
-    after a fork and from many threads.
+    It is indexed as a list is, and by lists of indices or masks: ``archive[[0, 2]]``,
+    ``archive[mask]``. These, slices, `select` and ``archive + archive`` give views that share the
+    open files. An Archive can be pickled, and used after a fork and from many threads.
     """
+
+    _way_out: ClassVar[str] = (
+        "take list(archive) to change a list of its traces, archive[order] for another order "
+        "(order = random.sample(range(n), n) shuffles), or h5traces.create to write an archive"
+    )
 
     def __init__(
         self,
@@ -74,8 +68,10 @@ class Archive(Sequence[Trace]):
         label_folder: Path | Literal[False] | None = None,
         *,
         unrounded: bool = False,
+        container: Container = "source",
     ) -> None:
-        self._open_files = _OpenFiles()
+        self._open_files = OpenFiles()
+        self._container = container
 
         open_file = partial(
             ArchiveFile,
@@ -85,21 +81,21 @@ class Archive(Sequence[Trace]):
             label_folder=label_folder,
             unrounded=unrounded,
         )
-        with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
             # Several on servers at a time, since each waits for one.
             waits = sum(isinstance(path, RemotePath) for path in paths) > 1
             opened = (pool.map if waits else map)(open_file, paths)
             # Read by the other rooms; in the order of `paths`, and the same for all views.
             self._files = tuple(opened)
-        _check_alike(self._files)
-        self._starts = np.cumsum([0, *(file.num_samples for file in self._files)]).tolist()
+        check_alike(self._files)
+        self._starts = _starts_of(self._files)
         self._indices: Sequence[int] = range(self._starts[-1])
         self._layers: tuple[int, ...] | None = None
 
     def _view(self, indices: Sequence[int], layers: tuple[int, ...] | None) -> Self:
         view = type(self).__new__(type(self))
         view._files, view._starts = self._files, self._starts
-        view._open_files = self._open_files
+        view._open_files, view._container = self._open_files, self._container
         view._indices, view._layers = indices, layers
         return view
 
@@ -220,20 +216,24 @@ class Archive(Sequence[Trace]):
     @overload
     def __getitem__(self, index: int) -> Trace: ...
     @overload
-    def __getitem__(self, index: slice) -> Self: ...
-    def __getitem__(self, index: int | slice) -> Trace | Self:
+    def __getitem__(self, index: slice | Iterable[int] | Iterable[bool]) -> Self: ...
+    def __getitem__(self, index: int | slice | Iterable[int] | Iterable[bool]) -> Trace | Self:
         if isinstance(index, slice):
             return self._view(self._indices[index], self._layers)
-        if isinstance(index, str):
+        if index is None or isinstance(index, (str, bytes)):
             message = f"an archive is indexed by number; archive.by_id({index!r}) takes a sample id"
             raise TypeError(message)
+        # Arrays and tensors of one number count as numbers for Python, but are lists here.
+        if getattr(index, "ndim", 0) or not isinstance(index, SupportsIndex):
+            return self.select(samples=index)
         try:
-            position = self._indices[index]
+            position = self._indices[as_index(index)]
         except IndexError:
             message = f"index {index} is out of range; the archive holds {len(self)} traces"
             raise SampleIndexError(message) from None
         file, local = self._locate(position)
-        return Trace(StoredTrace(file, local, self._layers), ordinal=position)
+        stored = StoredTrace(file, local, self._layers)
+        return Trace(stored, ordinal=position, container=self._container)
 
     def _locate(self, index: int) -> tuple[ArchiveFile, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -243,6 +243,46 @@ class Archive(Sequence[Trace]):
 
     def __iter__(self) -> Iterator[Trace]:
         return (self[position] for position in range(len(self)))
+
+    @overload
+    def __add__(self, other: Archive) -> Self: ...
+    @overload
+    def __add__(self, other: list[Any]) -> list[Any]: ...
+    def __add__(self, other: Archive | list[Any]) -> Self | list[Any]:
+        if isinstance(other, list):
+            return [*self, *other]
+        return self._joined(other) if isinstance(other, Archive) else NotImplemented
+
+    def __radd__(self, other: list[Any]) -> list[Any]:
+        return [*other, *self] if isinstance(other, list) else NotImplemented
+
+    def _joined(self, other: Archive) -> Self:
+        """A view of the traces of both."""
+        for what, ours, theirs in (
+            ("layers", self.layers, other.layers),
+            ("container", self._container, other._container),
+        ):
+            if ours != theirs and len(self) and len(other):
+                message = (
+                    f"{self!r} and {other!r} cannot be joined: {what} {ours!r} and {theirs!r}; "
+                    "open and select both alike, or join lists: [*one, *other]"
+                )
+                raise ArchiveError(message)
+        view = self._view((), self._layers)
+        view._files, view._open_files = self._files + other._files, OpenFiles()
+        check_alike(view._files)
+        view._starts = _starts_of(view._files)
+        after = self._starts[-1]
+        view._indices = [*self._indices, *(after + each for each in other._indices)]
+        return view
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (Archive, list)):
+            return NotImplemented
+        return self is other or (len(self) == len(other) and all(map(equal, self, other)))
+
+    # As a list has none.
+    __hash__ = None  # type: ignore[assignment]
 
     def read(
         self,
@@ -261,15 +301,16 @@ class Archive(Sequence[Trace]):
         layers
             The model's own layer numbers; all that are stored by default.
         kinds
-            Which kinds of arrays; hidden states and attentions by default, or the mean over heads
-            where it took the place of attentions.
+            Which kinds of arrays, of those that the archive stores; hidden states and attentions
+            by default, or the mean over heads where it took the place of attentions.
         workers
             Threads; one per core by default.
 
         Returns
         -------
         list of dict
-            For every index, a list of arrays by kind, in ascending order of layer.
+            For every index, a list of arrays by kind, in ascending order of layer; empty where the
+            sample has none of the kind. Arrays are in the archive's container.
 
         Raises
         ------
@@ -277,17 +318,20 @@ class Archive(Sequence[Trace]):
             A layer is not stored.
         HeadsNotStoredError
             Only the mean over heads is stored; name the kind ``attention_mean``.
-        ValueError
-            There is no such kind.
+        OptionError
+            The archive stores no such kind.
         """
         view = self if layers is None else self.select(layers=layers)
         sequences = []
         for trace in (view[index] for index in as_numbers(indices)):
             names = trace._stored.default_kinds if kinds is None else as_names(kinds)
-            for kind in names:
+            for kind in names if kinds is not None else ():
                 trace._stored.check_kind(kind)
             sequences.append(
-                {kind: LayerSequence(trace._stored, kind, view._layers) for kind in names}
+                {
+                    kind: LayerSequence(trace._stored, kind, view._layers, self._container)
+                    for kind in names
+                }
             )
         wanted = [
             (sequence, position)
@@ -296,10 +340,10 @@ class Archive(Sequence[Trace]):
             for position in range(len(sequence))
         ]
         arrays: list[Any] = []
-        for part in _windows(wanted):
+        for part in windows(wanted):
             with contextlib.ExitStack() as fetched:
-                _fetch(part, fetched)
-                arrays += _read_all(part, workers or os.cpu_count() or 1)
+                fetch(part, fetched)
+                arrays += read_all(part, workers or os.cpu_count() or 1)
         following = iter(arrays)
         return [
             {
@@ -337,8 +381,8 @@ class Archive(Sequence[Trace]):
                     wanted.append((sequence, position))
                     nbytes += sum(size for _, size in sequence._ranges(position))
         with contextlib.ExitStack() as until_closed:
-            if nbytes <= _MOST_FETCHED_NBYTES:
-                _fetch(wanted, until_closed)
+            if nbytes <= MOST_FETCHED_NBYTES:
+                fetch(wanted, until_closed)
             return until_closed.pop_all()
 
     def close(self) -> None:
@@ -360,158 +404,7 @@ class Archive(Sequence[Trace]):
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{tier}{lossy}>"
 
 
-def _windows(
-    wanted: list[tuple[LayerSequence, int]],
-) -> Iterator[list[tuple[LayerSequence, int]]]:
-    """Parts whose stored bytes may lie in memory at a time; local files need no more than one."""
-    if not any(sequence._trace.is_remote for sequence, _ in wanted):
-        yield wanted
-        return
-    part: list[tuple[LayerSequence, int]] = []
-    nbytes = 0
-    for sequence, position in wanted:
-        part.append((sequence, position))
-        nbytes += sum(size for _, size in sequence._ranges(position))
-        if nbytes >= _WINDOW_NBYTES:
-            yield part
-            part, nbytes = [], 0
-    yield part
-
-
-def _fetch(wanted: list[tuple[LayerSequence, int]], until_closed: contextlib.ExitStack) -> None:
-    """Fetch the arrays that lie on servers, of all shards at a time."""
-    ranges: dict[ArchiveFile, list[tuple[int, int]]] = {}
-    samples: dict[ArchiveFile, list[int]] = {}
-    for sequence, position in wanted:
-        if sequence._trace.is_remote:
-            file = sequence._trace.file
-            ranges.setdefault(file, []).extend(sequence._ranges(position))
-            samples.setdefault(file, []).append(sequence._trace.index)
-    if not ranges:
-        return
-    with ThreadPoolExecutor(min(_FILES_AT_A_TIME, len(ranges))) as pool:
-        fetching = [
-            pool.submit(until_closed.enter_context, file.prefetched(parts, samples[file]))
-            for file, parts in ranges.items()
-        ]
-    for each in fetching:
-        each.result()
-
-
-def _read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
-    """Arrays by sequence and position, in order; a few large tasks, since small ones cost more."""
-
-    def read(part: list[tuple[LayerSequence, int]]) -> list[Any]:
-        return [sequence[position] for sequence, position in part]
-
-    if workers == 1:
-        return read(wanted)
-    size = max(1, math.ceil(len(wanted) / (_TASKS_PER_WORKER * workers)))
-    parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
-    with ThreadPoolExecutor(workers) as pool:
-        return [array for part in pool.map(read, parts) for array in part]
-
-
-def _most_open_files() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else int(soft * _MOST_OF_LIMIT)
-    return max(1, min(MAX_OPEN_FILES, allowed))
-
-
-class _OpenFiles:
-    """Closes the file that was not used for longest when too many are open."""
-
-    def __init__(self) -> None:
-        self._local: OrderedDict[int, ArchiveFile] = OrderedDict()
-        self._remote: OrderedDict[int, ArchiveFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def use(self, file: ArchiveFile) -> None:
-        """Note that `file` is about to be read."""
-        is_remote = isinstance(file.path, RemotePath)
-        used = self._remote if is_remote else self._local
-        most = MAX_OPEN_REMOTE_FILES if is_remote else _most_open_files()
-        with self._lock:
-            used[id(file)] = file
-            used.move_to_end(id(file))
-            while len(used) > most:
-                _, oldest = used.popitem(last=False)
-                oldest.close()
-
-    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
-        return _OpenFiles, ()
-
-
-def _fact(file: ArchiveFile, name: str) -> Any:
-    """A fact of a file's metadata; its stored layers are spelled out."""
-    return (file.layers or None) if name == "layers" else getattr(file.metadata, name)
-
-
-def _stated(value: object) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
-    return "exact" if value is None else str(value)
-
-
-def _check_alike(files: Sequence[ArchiveFile]) -> None:
-    """Raise ArchiveError for archives of different models, layers or precisions."""
-    if not files:
-        message = "there is no archive to open"
-        raise ArchiveError(message)
-    first = files[0]
-    for other in files[1:]:
-        for name in _SHARED_OR_ABSENT:
-            ours, theirs = getattr(first.metadata, name), getattr(other.metadata, name)
-            if ours != theirs and first.num_samples and other.num_samples:
-                message = (
-                    f"{other.path} has {name} {_stated(theirs)}, but {first.path} has "
-                    f"{_stated(ours)}; shards read as one must be equally precise; open them one "
-                    "by one"
-                )
-                raise ArchiveError(message)
-        for name in _SHARED_FIELDS:
-            ours, theirs = _fact(first, name), _fact(other, name)
-            # What a file does not know contradicts nothing: it may hold empty samples only.
-            if ours != theirs and None not in (ours, theirs):
-                message = (
-                    f"{other.path} has {name}={theirs!r}, but {first.path} has {name}={ours!r}; "
-                    "shards read as one must be of one model and one set of layers; open them "
-                    "one by one"
-                )
-                raise ArchiveError(message)
-
-
-# Facts that a new archive takes over where all its sources agree.
-_FACTS: Final = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
-
-
-def inherited_facts(files: Sequence[ArchiveFile]) -> dict[str, Any]:
-    """Facts that all sources state alike."""
-    facts = {}
-    for name in _FACTS:
-        values = [getattr(file.metadata, name) for file in files]
-        facts[name] = values[0] if all(each == values[0] for each in values) else None
-    return facts
-
-
-def shared_metadata(files: Sequence[ArchiveFile]) -> ArchiveMetadata:
-    """Metadata of the first file with samples, which states the precision of all."""
-    return next((file.metadata for file in files if file.num_samples), files[0].metadata)
-
-
-def inherited_scales(files: Sequence[ArchiveFile]) -> ScaleSet | None:
-    """The scales that stored integers of all files are read with; ArchiveError if they differ."""
-    first: tuple[ArchiveFile, ScaleSet] | None = None
-    for file in files:
-        found = stored_scales(file.store) if file.num_samples else None
-        if found is None:
-            continue
-        if first is None:
-            first = file, found
-        elif not found.equals(first[1]):
-            message = (
-                f"{file.path} and {first[0].path} have different scales, so their chunks cannot go "
-                "into one archive; keep them as shards, which are read as one"
-            )
-            raise ArchiveError(message)
-    return None if first is None else first[1]
+def _starts_of(files: Sequence[ArchiveFile]) -> list[int]:
+    """Index of the first sample of every file, and the number of all samples."""
+    starts: list[int] = np.cumsum([0, *(file.num_samples for file in files)]).tolist()
+    return starts

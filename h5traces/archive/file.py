@@ -296,10 +296,7 @@ class ArchiveFile:
 
     def _read_labels(self, folder: Path | Literal[False] | None) -> FileLabels | None:
         place = None if folder is False else sidecar_path(self.path, folder)
-        labels = None if place is None else read_sidecar(place)
-        if labels is not None:
-            labels.check(self.path, self.metadata.archive_id)
-        return labels
+        return None if place is None else read_sidecar(place, self.path, self.metadata)
 
     def _check_same(self, store: Store) -> None:
         found = store.root_attrs.get("archive_id")

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import ValidationError
 
 from h5traces.errors import (
     CorruptArchiveError,
     H5TracesError,
+    OptionError,
     Problem,
     SchemaError,
     UnsupportedVersionError,
 )
 from h5traces.format import layout
 from h5traces.format.archive import LABELS_FORMAT, LabelSidecar
-from h5traces.format.document import problems_of, with_tuples
-from h5traces.format.text import and_more
-from h5traces.storage.remote.paths import RemotePath
+from h5traces.format.document import problems_of
+from h5traces.format.text import and_more, counted
+from h5traces.storage.files import open_regular
+from h5traces.storage.remote.paths import RemotePath, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    from h5traces.format.archive import ArchiveMetadata
     from h5traces.format.record import TraceMetadata
+    from h5traces.paths import PathLike
 
 SIDECAR_SUFFIX = ".labels.json"
+_KIND: Final = "a file of labels that 'h5traces label' wrote"
+# Of the document itself, and of each sample: id, label and scores.
+_BASE_NBYTES: Final = 64 << 10
+_SAMPLE_NBYTES: Final = 4 << 10
 # Millions of labels; JSON takes several times its size in memory.
-_MOST_NBYTES = 512 << 20
+_MOST_NBYTES: Final = 512 << 20
 
 
 def sidecar_path(archive: Path | RemotePath, folder: Path | None = None) -> Path | None:
@@ -42,22 +51,35 @@ def sidecar_path(archive: Path | RemotePath, folder: Path | None = None) -> Path
     return None if isinstance(archive, RemotePath) else archive.with_name(name)
 
 
+def labels_folder(labels: PathLike | Literal[False] | None) -> Path | Literal[False] | None:
+    """The folder of labels that a user named; False for none, None for the archives' own folders.
+
+    Raises
+    ------
+    OptionError
+        It is no folder on disk.
+    """
+    if labels is None or labels is False:
+        return labels
+    if is_url(labels):
+        message = f"labels={labels!r} is on a server; expected a folder on disk"
+        raise OptionError(message)
+    if not isinstance(labels, (str, os.PathLike)):
+        message = f"labels={labels!r}, expected a folder of labels, False or None"
+        raise OptionError(message)
+    folder = Path(labels)
+    if not folder.is_dir():
+        message = f"labels={str(folder)!r} is no folder; expected one that 'h5traces label' filled"
+        raise OptionError(message)
+    return folder
+
+
 class FileLabels:
     """The labels of the samples of one archive file, and where they came from."""
 
     def __init__(self, sidecar: LabelSidecar, place: str) -> None:
         self.sidecar, self._place = sidecar, place
         self._rows = {ordinal: row for row, ordinal in enumerate(sidecar.ordinals)}
-
-    def check(self, path: Path | RemotePath, archive_id: str) -> None:
-        """Raise SchemaError for labels of another archive."""
-        if self.sidecar.archive_id != archive_id:
-            message = (
-                f"{self._place}: holds labels of the archive {self.sidecar.archive_id}, but "
-                f"{path} is {archive_id}: it was rewritten since, or the labels belong to another "
-                "file; run 'h5traces label' again, or move the labels away"
-            )
-            raise SchemaError(message)
 
     def has_label(self, ordinal: int) -> bool:
         """Whether a sample has a label here."""
@@ -86,17 +108,17 @@ class FileLabels:
 
 
 def label_problems(
-    archive: Path, archive_id: str, samples: Sequence[TraceMetadata | None]
+    archive: Path, root: ArchiveMetadata, samples: Sequence[TraceMetadata | None]
 ) -> list[Problem]:
     """What is wrong with the labels beside an archive, if there are any.
 
-    `samples` are the metadata of its samples; None if they are damaged.
+    `root` are the metadata of the archive, `samples` those of its samples, None where they are
+    damaged.
     """
     place = archive.with_name(f"{archive.name}{SIDECAR_SUFFIX}")
     try:
-        labels = read_sidecar(place)
+        labels = read_sidecar(place, archive, root)
         if labels is not None:
-            labels.check(archive, archive_id)
             for ordinal, metadata in enumerate(samples):
                 if metadata is not None:
                     labels.labelled(metadata, ordinal)
@@ -105,34 +127,92 @@ def label_problems(
     return []
 
 
-def read_sidecar(path: Path) -> FileLabels | None:
-    """The labels in a file; None if it does not exist.
+def largest_sidecar(num_samples: int) -> int:
+    """Size in bytes that the labels of an archive may have."""
+    return min(_BASE_NBYTES + num_samples * _SAMPLE_NBYTES, _MOST_NBYTES)
+
+
+def read_sidecar(
+    place: Path, archive: Path | RemotePath, metadata: ArchiveMetadata
+) -> FileLabels | None:
+    """The labels in a file, which must be those of an archive; None if it does not exist.
+
+    Nothing but a regular file is opened, and no symbolic link is followed. What does not fit the
+    archive is rejected before its columns are looked at.
 
     SchemaError, CorruptArchiveError and UnsupportedVersionError as for an archive.
     """
     try:
-        if path.stat().st_size > _MOST_NBYTES:
-            message = f"{path}: has {path.stat().st_size} bytes; the limit is {_MOST_NBYTES}"
-            raise CorruptArchiveError(message)
-        document = json.loads(path.read_bytes())
+        document = _read_json(place, metadata.num_samples)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        message = f"{path}: is not JSON ({error}); expected what 'h5traces label' writes"
+        message = f"{place}: is not JSON ({error}); expected what 'h5traces label' writes"
         raise CorruptArchiveError(message) from error
     if not isinstance(document, dict) or document.get("format") != LABELS_FORMAT:
         message = (
-            f"{path}: holds something other than labels; expected what 'h5traces label' writes"
+            f"{place}: holds something other than labels; expected what 'h5traces label' writes"
         )
         raise CorruptArchiveError(message)
     version = layout.parse_version(str(document.get("format_version")))
     if version is not None and version[0] != layout.FORMAT_MAJOR:
-        message = f"{path}: format version is {version[0]}.{version[1]}; upgrade h5traces"
+        message = f"{place}: format version is {version[0]}.{version[1]}; upgrade h5traces"
         raise UnsupportedVersionError(message)
+    _check_archive(place, document, archive, metadata)
     try:
         # Not from JSON: pydantic's parser rejects the lone surrogates that ids may hold.
-        return FileLabels(LabelSidecar.model_validate(with_tuples(document)), str(path))
+        return FileLabels(LabelSidecar.model_validate(_with_columns(document)), str(place))
     except ValidationError as error:
         problems = problems_of(error)
-        message = f"{path}: {and_more(problems, separator='; ')}"
+        message = f"{place}: {and_more(problems, separator='; ')}"
         raise SchemaError(message, problems) from error
+
+
+def _read_json(place: Path, num_samples: int) -> Any:
+    most = largest_sidecar(num_samples)
+    try:
+        with os.fdopen(open_regular(place, CorruptArchiveError, _KIND, links=False), "rb") as file:
+            content = file.read(most + 1)
+    except IsADirectoryError as error:
+        message = f"{place}: is a folder, expected {_KIND}"
+        raise CorruptArchiveError(message) from error
+    if len(content) > most:
+        message = (
+            f"{place}: has more than {most} bytes, the most that 'h5traces label' writes for "
+            f"{counted(num_samples, 'sample')}"
+        )
+        raise CorruptArchiveError(message)
+    return json.loads(content)
+
+
+def _check_archive(
+    place: Path, document: dict[str, Any], archive: Path | RemotePath, metadata: ArchiveMetadata
+) -> None:
+    """Raise SchemaError for labels of another archive."""
+    found = document.get("archive_id")
+    if found != metadata.archive_id:
+        message = (
+            f"{place}: holds labels of the archive {str(found)[:40]}, but {archive} is "
+            f"{metadata.archive_id}: it was rewritten since, or the labels belong to another file; "
+            "run 'h5traces label' again, or move the labels away"
+        )
+        raise SchemaError(message)
+    number = document.get("num_samples")
+    if number != metadata.num_samples:
+        message = (
+            f"{place}: num_samples is {str(number)[:40]}, but {archive} has "
+            f"{metadata.num_samples}; run 'h5traces label' again"
+        )
+        raise SchemaError(message)
+
+
+def _with_columns(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with lists as tuples, which strict validation asks for."""
+
+    def of(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    plain = {key: of(value) for key, value in document.items()}
+    if isinstance(plain.get("scores"), dict):
+        plain["scores"] = {name: of(column) for name, column in plain["scores"].items()}
+    return plain

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.archive import Archive
-from h5traces.errors import LossyArchiveError
+from h5traces.archive.labels import labels_folder
+from h5traces.archive.tensors import check_container
+from h5traces.errors import LossyArchiveError, OptionError
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.paths import PathLike, Source, expand_sources
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from h5traces.archive.tensors import Container
 
 
 def open(
@@ -26,6 +30,7 @@ def open(
     labels: PathLike | Literal[False] | None = None,
     lossless: bool = False,
     lossy_dtype: Literal["float16", "float32"] = "float16",
+    container: Container = "source",
 ) -> Archive:
     """Open one archive, or several as one sequence.
 
@@ -55,6 +60,10 @@ def open(
     lossy_dtype
         Type in which layers stored in steps come back. ``float32`` spares them the rounding to
         float16; the bound on the error holds in both.
+    container
+        What traces give: ``source``, torch tensors where the source held tensors and numpy arrays
+        where it held arrays; ``numpy``, arrays everywhere, bfloat16 as float32; ``torch``, tensors
+        everywhere. torch is imported for tensors only.
 
     Raises
     ------
@@ -66,27 +75,33 @@ def open(
         The files are of different models, or not equally precise.
     LossyArchiveError
         `lossless` is set, and an archive is not.
-    ValueError
-        `lossy_dtype` is another type.
+    OptionError
+        `lossy_dtype` or `container` is none of these.
     SchemaError
         The labels beside an archive are of another one.
     RemoteError
         A server cannot be reached, or rejects the request.
     MissingDependencyError
-        ``h5traces[remote]`` is not installed.
+        ``h5traces[remote]`` is not installed, or torch for ``container="torch"``.
     """
     options = replace(
         remote,
         cache=remote.cache if cache is None else Path(cache),
         storage_options=remote.storage_options if storage_options is None else storage_options,
     )
-    folder = labels if labels is None or labels is False else Path(labels)
+    folder = labels_folder(labels)
     if lossy_dtype not in ("float16", "float32"):
         message = f"lossy_dtype is {lossy_dtype!r}, expected 'float16' or 'float32'"
-        raise ValueError(message)
+        raise OptionError(message)
+    check_container(container)
     unrounded = lossy_dtype == "float32"
     archive = Archive(
-        expand_sources(path, remote=options), limits, options, folder, unrounded=unrounded
+        expand_sources(path, remote=options),
+        limits,
+        options,
+        folder,
+        unrounded=unrounded,
+        container=container,
     )
     if lossless:
         _check_lossless(archive)

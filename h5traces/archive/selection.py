@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from operator import index
 from typing import Final
 
+import numpy as np
+
 from h5traces.errors import LayerIndexError, SampleIndexError
 
 LayerChoice = str | int | Iterable[int] | None
@@ -73,12 +75,27 @@ def choose_samples(choice: SampleChoice, num_samples: int) -> Sequence[int]:
         choice = _parsed_samples(choice)
     if isinstance(choice, slice):
         return every[choice]
-    indices = as_numbers(choice)
+    indices = _indices(choice, num_samples)
     for each in indices:
         if not -num_samples <= each < num_samples:
             message = f"sample {each} was asked for, but there are {num_samples}, counted from 0"
             raise SampleIndexError(message)
     return tuple(every[each] for each in indices)
+
+
+def _indices(choice: int | Iterable[int], num_samples: int) -> Sequence[int]:
+    """Indices that a caller gave, or those that a mask of one bool per sample chooses."""
+    # Arrays, tensors and columns of tables give Python's own numbers.
+    plain = choice.tolist() if hasattr(choice, "tolist") else choice
+    if not isinstance(plain, Iterable):
+        return (index(plain),)
+    values = list(plain)
+    if not values or not all(isinstance(each, (bool, np.bool_)) for each in values):
+        return [index(each) for each in values]
+    if len(values) != num_samples:
+        message = f"a mask of {len(values)} was given for {num_samples} samples"
+        raise SampleIndexError(message)
+    return [number for number, taken in enumerate(values) if taken]
 
 
 def _layer_ranges(text: str) -> list[tuple[int | None, int | None]]:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.archive.tensors import to_tensor
+from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.errors import (
     CorruptArchiveError,
     HeadsNotStoredError,
+    LayerIndexError,
+    OptionError,
     SchemaError,
     UnsupportedEncodingError,
 )
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.file import ArchiveFile
+    from h5traces.archive.tensors import Container
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry, SampleEntry
 
@@ -47,6 +50,9 @@ class StoredTrace:
     def __init__(self, file: ArchiveFile, index: int, selected: tuple[int, ...] | None) -> None:
         self.file, self.index, self.selected = file, index, selected
         self._tables: dict[str, NDArray[Any]] = {}
+
+    def __reduce__(self) -> tuple[type[StoredTrace], tuple[Any, ...]]:
+        return StoredTrace, (self.file, self.index, self.selected)
 
     @cached_property
     def sample(self) -> SampleEntry:
@@ -141,12 +147,29 @@ class StoredTrace:
         return _stored_layers(kind, tuple(self.objects))
 
     def check_kind(self, kind: str) -> None:
-        """Raise ValueError for a kind that there is not; as `check_heads` for one without heads."""
-        stored = self.file.store.kinds
-        if kind not in stored and kind not in layout.KINDS:
-            message = f"kind {kind!r} is unknown; {self.file.path} stores {', '.join(stored)}"
-            raise ValueError(message)
+        """Raise OptionError for a kind that is not stored, or as `check_heads`."""
         self.check_heads(kind)
+        stored = self.file.store.kinds
+        if kind not in stored:
+            known = "not stored" if kind in layout.KINDS else "unknown"
+            names = ", ".join(stored) or "no kinds"
+            message = f"kind {kind!r} is {known}; {self.file.path} stores {names}"
+            raise OptionError(message)
+
+    def check_layer(self, layer: int, kind: str) -> None:
+        """Raise LayerIndexError for a layer that is not stored, or not selected."""
+        selected, stored = self.selected, self.stored_layers(kind)
+        if layer not in stored:
+            self.check_kind(kind)
+            chosen = [each for each in stored if selected is None or each in selected]
+            message = f"{self.place}: layer {layer} of {kind} is not stored; stored: {chosen}"
+            raise LayerIndexError(message)
+        if selected is not None and layer not in selected:
+            message = (
+                f"{self.place}: layer {layer} of {kind} is not selected; this view has the layers "
+                f"{list(selected)}"
+            )
+            raise LayerIndexError(message)
 
     def check_heads(self, kind: str) -> None:
         """Raise HeadsNotStoredError for ``attentions`` of which only the mean is stored."""
@@ -174,7 +197,10 @@ class StoredTrace:
         """Keys for a trace without a legacy dict."""
         objects, found = self.sample.objects, []
         found += [kind for kind in self.file.store.kinds if kind in objects]
-        datasets = (layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS)
+        datasets = (
+            *(layout.TOKENS, layout.TOKENS_DECODED, layout.ATTENTION_MASK),
+            *layout.TEXT_FIELDS,
+        )
         found += [name for name in datasets if name in objects]
         found += [key for key, value in self.slots().items() if value is not None]
         prefix = f"{layout.EXTRA_GROUP}/"
@@ -194,7 +220,7 @@ class StoredTrace:
             layout.LABEL: metadata.label,
         }
 
-    def tokens(self, *, torch_tensors: bool = False) -> Any:
+    def tokens(self, container: Container = "numpy") -> Any:
         """The tokens in the type of their source; CorruptArchiveError unless a row of integers."""
         attrs, values = self.attrs(layout.TOKENS), self.values(layout.TOKENS)
         source_dtype = attrs.get("source_dtype")
@@ -208,8 +234,21 @@ class StoredTrace:
                 )
                 raise CorruptArchiveError(message)
             values = values.astype(np.dtype(source_dtype))
-        if torch_tensors and attrs.get("container") == "torch":
+        if is_torch(container, attrs.get("container")):
             return to_tensor(TorchValue(values, values.dtype.name))
+        return values
+
+    def attention_mask(self) -> NDArray[np.uint8] | None:
+        """The mask by position, not to be changed; None if not stored.
+
+        CorruptArchiveError unless it is a row of 0 and 1.
+        """
+        if layout.ATTENTION_MASK not in self.objects:
+            return None
+        values = self.table(layout.ATTENTION_MASK)
+        if values.ndim != 1 or values.dtype != np.uint8 or values.max(initial=0) > 1:
+            message = f"{self.place}/{layout.ATTENTION_MASK}: holds no row of 0 and 1"
+            raise CorruptArchiveError(message)
         return values
 
     def text(self, key: str) -> str:
@@ -255,25 +294,14 @@ class StoredTrace:
             return [_cast_back(self, step, entry) for step in steps]
         return _cast_back(self, stored, entry)
 
-    def read_layer(self, kind: str, name: str, *, torch_tensors: bool = False) -> Any:
-        """The array of a kind by its dataset name; a list of arrays where it holds steps.
-
-        bfloat16 comes as float32, or, with `torch_tensors` and from a tensor, as a tensor.
-        """
-        typed = self.typed_layer(kind, name)
-        as_tensor = torch_tensors and self.attrs(f"{kind}/{name}").get("container") == "torch"
-
-        def plain(array: TypedArray) -> Any:
-            if as_tensor:
-                return to_tensor(TorchValue(array.values, array.dtype))
-            values = array.to_numpy()
-            return values.astype(values.dtype.newbyteorder("="), copy=False)
-
+    def read_layer(self, kind: str, name: str, container: Container = "numpy") -> Any:
+        """The array of a kind by its dataset name; a list of arrays where it holds steps."""
+        typed, attrs = self.typed_layer(kind, name), self.attrs(f"{kind}/{name}")
+        held = attrs.get("container")
         if not isinstance(typed, list):
-            return plain(typed)
-        steps = [plain(step) for step in typed]
-        in_tuple = self.attrs(f"{kind}/{name}").get("sequence") == "tuple"
-        return tuple(steps) if in_tuple else steps
+            return fresh_array(typed, container, held)
+        steps = [fresh_array(step, container, held) for step in typed]
+        return tuple(steps) if attrs.get("sequence") == "tuple" else steps
 
 
 @lru_cache(maxsize=256)

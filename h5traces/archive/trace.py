@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
-from numpy.typing import NDArray
+import numpy as np
 
-from h5traces.archive.tensors import with_tensors, without_tensors
+from h5traces.archive.equality import equal
+from h5traces.archive.read_only import ReadOnly
+from h5traces.archive.tensors import check_container, in_container
 from h5traces.errors import CorruptArchiveError, LayerIndexError
 from h5traces.format import layout, text
 from h5traces.format.values import decode_element
@@ -16,20 +18,33 @@ from h5traces.format.values import decode_element
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from h5traces.archive.stored_trace import StoredTrace
+    from h5traces.archive.tensors import Container
     from h5traces.format.record import TraceMetadata
     from h5traces.storage.remote.paths import RemotePath
 
-LayerValue = NDArray[Any] | list[NDArray[Any]]
+# A numpy array or a torch tensor; a list or tuple of these where a layer holds generation steps.
+LayerValue = Any
 
 
-class LayerSequence(Sequence[LayerValue]):
+class LayerSequence(ReadOnly, Sequence[LayerValue]):
     """The arrays of one kind of one trace, by position in the stored list; each read when asked."""
 
-    def __init__(self, trace: StoredTrace, kind: str, layers: tuple[int, ...] | None) -> None:
+    _way_out: ClassVar[str] = "change a list of its arrays: list(trace[kind])"
+
+    def __init__(
+        self,
+        trace: StoredTrace,
+        kind: str,
+        layers: tuple[int, ...] | None,
+        container: Container = "numpy",
+    ) -> None:
         self._trace = trace
         self.kind = kind
         self._selected = layers
+        self._container = container
 
     @cached_property
     def _names(self) -> list[str]:
@@ -57,7 +72,7 @@ class LayerSequence(Sequence[LayerValue]):
     @overload
     def __getitem__(self, position: slice) -> list[LayerValue]: ...
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
-        read = partial(self._trace.read_layer, self.kind)
+        read = partial(self._trace.read_layer, self.kind, container=self._container)
         if isinstance(position, slice):
             numbers = range(len(self))[position]
             with self._trace.prefetched(part for each in numbers for part in self._ranges(each)):
@@ -71,8 +86,7 @@ class LayerSequence(Sequence[LayerValue]):
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
-        value: LayerValue = read(name)
-        return value
+        return read(name)
 
     def _ranges(self, position: int) -> list[tuple[int, int]]:
         """Offset and size of the stored chunks of one array."""
@@ -81,23 +95,59 @@ class LayerSequence(Sequence[LayerValue]):
             found += self._trace.ranges(table) if table in self._trace.objects else []
         return found
 
-    def _to_list(self, *, torch_tensors: bool = False) -> list[Any] | tuple[Any, ...]:
-        """All arrays, in a list or tuple as the source had them."""
-        read = partial(self._trace.read_layer, self.kind, torch_tensors=torch_tensors)
+    def _to_list(self) -> Any:
+        """All arrays, in what held them in the source: a list or a tuple."""
+        read = partial(self._trace.read_layer, self.kind, container=self._container)
         values = [read(name) for name in self._names]
         is_tuple = self._trace.attrs(self.kind).get("sequence") == "tuple"
         return tuple(values) if is_tuple else values
+
+    def copy(self) -> list[LayerValue]:
+        """A list of all arrays, as ``list.copy`` gives."""
+        return list(self)
+
+    def __add__(self, other: Any) -> Any:
+        return self._to_list() + (other._to_list() if isinstance(other, LayerSequence) else other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self._to_list()
+
+    def __eq__(self, other: object) -> bool:
+        return equal(self._to_list(), _plain(other))
+
+    # As a list has none.
+    __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Makes a list of the layers for ``torch.stack`` and ``torch.cat``, which take no other."""
+        named = {key: _listed(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_listed, args), **named)
 
     def __repr__(self) -> str:
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
 
 
-class Trace(Mapping[str, Any]):
+def _plain(value: Any) -> Any:
+    return value._to_list() if isinstance(value, LayerSequence) else value
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, LayerSequence) else value
+
+
+class Trace(ReadOnly, Mapping[str, Any]):
     """A lazy, read-only view of one sample: each array is read when it is asked for.
 
-    ``trace["hidden_states"][k]`` is a new, writable, native-endian array: hidden states
-    ``(seq_len, hidden_size)``, attentions ``(num_heads, seq_len, seq_len)``; k is the position in
-    the stored list. bfloat16 comes as float32, since numpy has no such type.
+    ``trace["hidden_states"][k]`` is a new, writable, native-endian array, or a torch tensor where
+    the source held one (see `h5traces.open`): hidden states ``(seq_len, hidden_size)``, attentions
+    ``(num_heads, seq_len, seq_len)``; k is the position in the stored list. In numpy, bfloat16
+    comes as float32.
+
+    Traces are equal, to each other and to dicts, if their keys and all their values are: arrays of
+    one shape and number type with the same numbers, NaN included. This reads them.
 
     Attributes
     ----------
@@ -105,8 +155,13 @@ class Trace(Mapping[str, Any]):
         Index over all shards of its archive.
     """
 
-    def __init__(self, stored: StoredTrace, ordinal: int) -> None:
-        self._stored, self.ordinal = stored, ordinal
+    _way_out: ClassVar[str] = (
+        "change a dict of it: trace.to_dict() reads all arrays, trace.copy() and trace | {...} "
+        "read them when they are used"
+    )
+
+    def __init__(self, stored: StoredTrace, ordinal: int, container: Container = "source") -> None:
+        self._stored, self.ordinal, self._container = stored, ordinal, container
 
     @property
     def metadata(self) -> TraceMetadata:
@@ -129,7 +184,7 @@ class Trace(Mapping[str, Any]):
         return self._stored.fields
 
     def __getitem__(self, key: str) -> Any:
-        return self._value(key, torch_tensors=False)
+        return self._value(key, self._container)
 
     def __contains__(self, key: object) -> bool:
         return key in self.fields
@@ -140,6 +195,30 @@ class Trace(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.fields)
 
+    def copy(self) -> dict[str, Any]:
+        """A dict of the same values, as ``dict.copy`` gives; layers are read when asked."""
+        return dict(self)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other} if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self} if isinstance(other, Mapping) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        if self is other:
+            return True
+        # Layers last: the others are small, and differ first.
+        fields = sorted(self.fields, key=lambda each: each in layout.KINDS)
+        return self.keys() == other.keys() and all(
+            equal(_plain(self[key]), _plain(other[key])) for key in fields
+        )
+
+    # As a dict has none.
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         metadata = self.metadata
         return (
@@ -147,7 +226,7 @@ class Trace(Mapping[str, Any]):
             f"seq_len={metadata.seq_len}, fields={', '.join(self.fields)}>"
         )
 
-    def _value(self, key: str, *, torch_tensors: bool) -> Any:
+    def _value(self, key: str, container: Container) -> Any:
         objects = self._stored.objects
         # A kind that was made of others, such as the head mean, is no key of the legacy dict.
         if key not in self.fields and not (key in layout.KINDS and key in objects):
@@ -157,19 +236,20 @@ class Trace(Mapping[str, Any]):
             return self.metadata.label
         extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
         if extra in objects:
-            value = decode_element(self._stored, extra)
-            return with_tensors(value) if torch_tensors else without_tensors(value)
+            return in_container(decode_element(self._stored, extra), container)
         if key == layout.TOKENS and key in objects:
-            return self._stored.tokens(torch_tensors=torch_tensors)
+            return self._stored.tokens(container)
         if key == layout.TOKENS_DECODED and key in objects:
             return self._stored.texts(key)
+        if key == layout.ATTENTION_MASK and key in objects:
+            return in_container(np.array(self._stored.attention_mask()), container)
         if key in layout.TEXT_FIELDS and key in objects:
             return self._stored.text(key)
         if key in objects:
             if not self._stored.entry(key).is_group:
                 message = f"{self._stored.place}/{key}: is a dataset, expected a group of layers"
                 raise CorruptArchiveError(message)
-            return LayerSequence(self._stored, key, self._stored.selected)
+            return LayerSequence(self._stored, key, self._stored.selected, container)
         value = self._stored.slots().get(key)
         if value is None:
             message = (
@@ -178,6 +258,16 @@ class Trace(Mapping[str, Any]):
             )
             raise CorruptArchiveError(message)
         return value
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """Which positions are tokens, ``(seq_len,)``, and not padding; None where all are.
+
+        Archives hold padding only where ``keep_padding`` asked for it. The field
+        ``attention_mask`` is as the source had it.
+        """
+        found = self._stored.attention_mask()
+        return None if found is None else found.astype(np.bool_)
 
     @property
     def embedding(self) -> LayerValue:
@@ -191,8 +281,10 @@ class Trace(Mapping[str, Any]):
         if f"{layout.HIDDEN_STATES}/{layout.EMBEDDING}" not in self._stored.objects:
             message = f"{self._stored.place}: the embedding is not stored"
             raise LayerIndexError(message)
-        value: LayerValue = self._stored.read_layer(layout.HIDDEN_STATES, layout.EMBEDDING)
-        return value
+        return self._read_layer(layout.HIDDEN_STATES, layout.EMBEDDING)
+
+    def _read_layer(self, kind: str, name: str) -> LayerValue:
+        return self._stored.read_layer(kind, name, self._container)
 
     def layer(self, layer: int, kind: str = layout.HIDDEN_STATES) -> LayerValue:
         """One layer's array by the model's own 0-based layer number.
@@ -204,46 +296,31 @@ class Trace(Mapping[str, Any]):
         HeadsNotStoredError
             It stores attentions averaged over heads only.
         """
-        name, selected = layout.layer_name(layer), self._stored.selected
-        if f"{kind}/{name}" not in self._stored.objects:
-            self._stored.check_kind(kind)
-            stored = LayerSequence(self._stored, kind, selected).layers
-            message = (
-                f"{self._stored.place}: layer {layer} of {kind} is not stored; stored: "
-                f"{list(stored)}"
-            )
-            raise LayerIndexError(message)
-        if selected is not None and layer not in selected:
-            message = (
-                f"{self._stored.place}: layer {layer} of {kind} is not selected; this view has the "
-                f"layers {list(selected)}"
-            )
-            raise LayerIndexError(message)
-        value: LayerValue = self._stored.read_layer(kind, name)
-        return value
+        self._stored.check_layer(layer, kind)
+        return self._read_layer(kind, layout.layer_name(layer))
 
-    def to_dict(self, *, container: Literal["source", "numpy"] = "source") -> dict[str, Any]:
+    def to_dict(self, *, container: Container | None = None) -> dict[str, Any]:
         """The plain legacy dict: same keys in the same order, types, shapes and values.
 
         Parameters
         ----------
         container
-            ``source`` gives torch tensors where the source held them (bfloat16 included);
-            ``numpy`` gives arrays everywhere.
+            ``source``, ``numpy`` or ``torch``, as for `h5traces.open`; that of the archive by
+            default.
 
         Raises
         ------
         MissingDependencyError
             The source held torch tensors and torch is not installed.
+        OptionError
+            There is no such container.
         """
-        torch_tensors = container == "source"
+        wanted = self._container if container is None else container
+        check_container(wanted)
         plain: dict[str, Any] = {}
         with self._stored.prefetched(self._selected_ranges()):
             for key in self.fields:
-                value = self._value(key, torch_tensors=torch_tensors)
-                if isinstance(value, LayerSequence):
-                    value = value._to_list(torch_tensors=torch_tensors)
-                plain[key] = value
+                plain[key] = _plain(self._value(key, wanted))
         return plain
 
     def _selected_ranges(self) -> list[tuple[int, int]]:

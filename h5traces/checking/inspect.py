@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open as open_archive
+from h5traces.archive.shards import shared_metadata
+from h5traces.checking.meaning import look_of, stored_content
 from h5traces.errors import SchemaError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import ArraySource, StepArrays, TraceRecord
+from h5traces.format.text import counted
 from h5traces.format.values import TorchValue
+from h5traces.meaning.checks import CheckOptions, FindingSummary
 from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.sample_checks import Look, SampleChecks
 from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
 from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath
@@ -122,6 +126,10 @@ class Inspection:
         By kind: datasets, bytes before and after compression.
     samples
         The samples whose arrays were read.
+    findings
+        What checks of meaning found, see ``docs/checks.md``.
+    checks
+        Which findings are shown, and which are a failure.
     """
 
     path: str
@@ -134,6 +142,23 @@ class Inspection:
     coverage: dict[str, int]
     sizes: dict[str, dict[str, int]]
     samples: list[SampleStats]
+    findings: list[FindingSummary] = field(default_factory=list)
+    checks: CheckOptions = CheckOptions()
+
+    @property
+    def ok(self) -> bool:
+        """Whether no sample contradicts itself, and no finding is a failure."""
+        has_problems = any(sample.problems for sample in self.samples)
+        return not has_problems and not self.checks.fails(self.findings)
+
+    @property
+    def covers(self) -> str:
+        """What the findings are about, for people."""
+        every, of = counted(len(self.samples), "sample"), self.num_samples - len(self.samples)
+        text = f"{self.checks.num_checks} checks of meaning: every value of {every}"
+        if of and self.container != "archive":
+            return f"{text}, some values of {counted(of, 'other')}"
+        return f"{text}; {counted(of, 'other')} not read" if of else text
 
     def as_dict(self) -> dict[str, Any]:
         """The inspection as JSON-ready values."""
@@ -145,6 +170,7 @@ def inspect(
     *,
     samples: SampleCount = 1,
     reading: ReadingOptions = ReadingOptions(),
+    checks: CheckOptions = CheckOptions(),
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: ReportProgress | None = None,
 ) -> list[Inspection]:
@@ -159,6 +185,8 @@ def inspect(
         Number of samples per file whose arrays are read, or ``all``.
     reading
         What a batch does not say itself.
+    checks
+        Which findings of checks are left out, and which make an inspection not ``ok``.
     limits
         What an archive may ask of its reader.
     progress
@@ -179,15 +207,16 @@ def inspect(
     found = []
     for path in expand_sources(sources, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES)):
         if isinstance(path, RemotePath) or is_archive(path):
-            found.append(_inspect_archive(path, samples, limits, progress))
+            found.append(_inspect_archive(path, samples, checks, limits, progress))
         else:
-            found.append(_inspect_batch(path, samples, reading, progress))
+            found.append(_inspect_batch(path, samples, reading, checks, progress))
     return found
 
 
 def _inspect_archive(
     file: Path | RemotePath,
     samples: SampleCount,
+    checks: CheckOptions,
     limits: ReadLimits,
     progress: ReportProgress | None,
 ) -> Inspection:
@@ -195,8 +224,11 @@ def _inspect_archive(
         metadatas = [trace.metadata for trace in archive]
         wanted = len(archive) if samples == "all" else min(samples, len(archive))
         looked_at = []
+        examined = SampleChecks(replace(look_of(archive), full_mapper=map))
         for index in range(wanted):
-            looked_at.append(_sample_stats(index, to_record(archive[index])))
+            record = to_record(archive[index])
+            examined.add(record, stored_content(archive[index]))
+            looked_at.append(_sample_stats(index, record))
             for each in looked_at[-1].arrays:
                 reason = archive[index]._stored.attrs(f"{each.kind}/{each.name}").get("kept_exact")
                 each.kept_exact = None if reason is None else str(reason)
@@ -221,12 +253,19 @@ def _inspect_archive(
             coverage=dict(Counter(each.coverage for each in metadatas)),
             sizes={name: asdict(size) for name, size in stored.sizes().items()},
             samples=looked_at,
+            findings=examined.findings.summaries(checks),
+            checks=checks,
         )
 
 
 def _inspect_batch(
-    file: Path, samples: SampleCount, reading: ReadingOptions, progress: ReportProgress | None
+    file: Path,
+    samples: SampleCount,
+    reading: ReadingOptions,
+    checks: CheckOptions,
+    progress: ReportProgress | None,
 ) -> Inspection:
+    examined = SampleChecks()
     lengths: list[int] = []
     coverage: Counter[str] = Counter()
     looked_at: list[SampleStats] = []
@@ -236,6 +275,7 @@ def _inspect_batch(
         for index, record in enumerate(source.records()):
             read = samples == "all" or index < samples
             stats = _sample_stats(index, record, read=read)
+            examined.add(record, look=Look(full_mapper=map if read else None))
             lengths.append(stats.seq_len)
             coverage[stats.coverage] += 1
             for kind, layered in record.layered.items():
@@ -259,6 +299,8 @@ def _inspect_batch(
             kind: {"num_datasets": counts[kind], "raw_nbytes": raw[kind]} for kind in sorted(raw)
         },
         samples=looked_at,
+        findings=examined.findings.summaries(checks),
+        checks=checks,
     )
 
 

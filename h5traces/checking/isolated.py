@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from h5traces.checking.reports import ValidationReport
 from h5traces.errors import Problem
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
+from h5traces.meaning.checks import CheckOptions, FindingSummary
 from h5traces.storage.processes import child_environment
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ DEFAULT_ISOLATION: Final = IsolationLimits()
 def validate_isolated(
     path: PathLike,
     *,
+    quick: bool = False,
+    checks: CheckOptions = CheckOptions(),
     limits: ReadLimits = DEFAULT_LIMITS,
     isolation: IsolationLimits = DEFAULT_ISOLATION,
 ) -> ValidationReport:
@@ -71,7 +74,13 @@ def validate_isolated(
     if not file.exists():
         message = f"{file}: no such file"
         raise FileNotFoundError(message)
-    request = {"path": str(file), "limits": asdict(limits), "isolation": asdict(isolation)}
+    request = {
+        "path": str(file),
+        "quick": quick,
+        "checks": asdict(checks),
+        "limits": asdict(limits),
+        "isolation": asdict(isolation),
+    }
     # -P: never import from the current folder.
     command = [sys.executable, "-P", "-c", _CHILD]
     # Every thread of linear algebra reserves address space, which is limited.
@@ -105,9 +114,11 @@ def _report(
         return _ended(file, "crashed", f"was ended by {_signal_name(-code)}{said}")
     try:
         document = json.loads(out)
-        problems = [Problem(**each) for each in document.pop("problems")]
         document.pop("ok")
-        return ValidationReport(**document, problems=problems)
+        document["problems"] = [Problem(**each) for each in document["problems"]]
+        document["findings"] = [FindingSummary(**each) for each in document["findings"]]
+        document["checks"] = CheckOptions(**document["checks"])
+        return ValidationReport(**document)
     except (ValueError, TypeError, KeyError, AttributeError):
         return _ended(file, "crashed", f"ended with code {code} and without a report{said}")
 
@@ -137,7 +148,14 @@ def run_child(validate_file: Callable[..., ValidationReport]) -> None:
     os.dup2(2, 1)
     _confine(isolation)
     try:
-        report = validate_file(request["path"], limits=limits)
+        report = validate_file(
+            request["path"],
+            quick=request["quick"],
+            checks=CheckOptions(**request["checks"]),
+            limits=limits,
+            # Threads take address space.
+            workers=1,
+        )
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)
     if any(_is_memory_error(each) for each in report.problems):

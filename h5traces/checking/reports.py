@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from h5traces.errors import Problem
+from h5traces.meaning.checks import CheckOptions, FindingSummary
 
 
 @dataclass(slots=True)
@@ -74,6 +75,28 @@ class ValidationReport(FileReport):
     ----------
     num_datasets
         Datasets that were checked.
+    findings
+        What the checks of meaning found, see ``docs/checks.md``; empty after a quick check.
+    checks
+        Which findings are shown, and which are a failure.
+    is_quick
+        Whether no array was read.
     """
 
     num_datasets: int = 0
+    findings: list[FindingSummary] = field(default_factory=list)
+    checks: CheckOptions = CheckOptions()
+    is_quick: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems, and no findings that are a failure."""
+        return not self.problems and not self.checks.fails(self.findings)
+
+    @property
+    def covers(self) -> str:
+        """What a good verdict is about, for people."""
+        structure = "structure, schema, index"
+        if self.is_quick:
+            return f"{structure}; no array was read (quick)"
+        return f"{structure}; {self.checks.num_checks} checks of meaning on every value"

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.archive import inherited_facts, inherited_scales
 from h5traces.archive.opening import open as open_archive
+from h5traces.archive.shards import inherited_facts, inherited_scales
 from h5traces.checking.verify import sample_damage
 from h5traces.errors import Problem, StoredStateWarning
 from h5traces.format import layout

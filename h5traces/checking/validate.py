@@ -1,6 +1,7 @@
 """Checks the structure of archives against ``schema/SPEC.md``, and their footers against HDF5.
 
-Every object is looked at through HDF5; no array is read, and nothing is written.
+Every object is looked at through HDF5, and nothing is written. `h5traces.checking.meaning` reads
+the arrays.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore, object_place
 from h5traces.checking.isolated import validate_isolated
+from h5traces.checking.meaning import check_meaning
 from h5traces.checking.reports import Reports, ValidationReport
 from h5traces.errors import (
     ArchiveError,
@@ -39,6 +41,7 @@ from h5traces.format.record import (
     coverage_of,
     index_columns,
 )
+from h5traces.meaning.checks import CheckOptions
 from h5traces.paths import expand_paths
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
@@ -66,7 +69,8 @@ if TYPE_CHECKING:
 
 _ROOT_GROUPS: Final = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
 _OPTIONAL_GROUPS: Final = frozenset({layout.SCALES_GROUP})
-_SAMPLE_DATASETS: Final = frozenset({layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
+_NUMBERS: Final = {layout.TOKENS: "int64", layout.ATTENTION_MASK: "uint8"}
+_SAMPLE_DATASETS: Final = frozenset({*_NUMBERS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
 _SITES: Final = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
 _FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
 _STRAY: Final = "no such object belongs in an archive"
@@ -75,16 +79,22 @@ _STRAY: Final = "no such object belongs in an archive"
 def validate(
     sources: PathLike | Iterable[PathLike],
     *,
+    quick: bool = False,
+    checks: CheckOptions = CheckOptions(),
     isolation: IsolationLimits | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reports[ValidationReport]:
-    """Check structure and schema of archives, and that footer and HDF5 say the same.
+    """Check structure, schema and meaning of archives, and that footer and HDF5 say the same.
 
     Parameters
     ----------
     sources
         Archives, globs or folders.
+    quick
+        Read no arrays, and leave out the checks of meaning.
+    checks
+        Which findings of these are left out, and which make a report not ``ok``.
     isolation
         Check every archive in a child process with these limits, so that a crash, exhausted memory
         or a hang becomes a problem: for files that you do not trust.
@@ -108,23 +118,32 @@ def validate(
     paths = expand_paths(sources)
     if isolation is not None:
         return Reports(
-            validate_isolated(path, limits=limits, isolation=isolation) for path in paths
+            validate_isolated(path, quick=quick, checks=checks, limits=limits, isolation=isolation)
+            for path in paths
         )
-    return Reports(validate_file(path, limits=limits, progress=progress) for path in paths)
+    return Reports(
+        validate_file(path, quick=quick, checks=checks, limits=limits, progress=progress)
+        for path in paths
+    )
 
 
 def validate_file(
     path: PathLike,
     *,
+    quick: bool = False,
+    checks: CheckOptions = CheckOptions(),
     limits: ReadLimits = DEFAULT_LIMITS,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
-    """Check one archive in this process, as `validate` does."""
+    """Check one archive in this process, as `validate` does, with so many `workers`."""
     file = Path(path)
-    report = ValidationReport(str(file))
+    report = ValidationReport(str(file), checks=checks, is_quick=quick)
     try:
         with Hdf5Reader(file, limits) as reader:
             _Validation(reader, limits, report, progress).run()
+        if not quick:
+            check_meaning(file, report, limits, workers=workers, progress=progress)
     except H5TracesError as error:
         report.add("/", error, problem_kind(error))
     return report
@@ -179,8 +198,8 @@ class _Validation:
         self._check_index(names)
         self._check_keys()
         if self._metadata is not None:
-            archive_id = self._metadata.archive_id
-            self._report.problems += label_problems(self._reader.path, archive_id, self._samples)
+            found = label_problems(self._reader.path, self._metadata, self._samples)
+            self._report.problems += found
         for place, name in self._reader.ignored_attributes:
             if not name.startswith(layout.USER_ATTR_PREFIX):
                 message = f"attribute {name!r} is neither of the format nor of a type that it uses"
@@ -430,9 +449,9 @@ def _sample_problems(
                 )
         elif path not in _SAMPLE_DATASETS:
             yield path, "no such object belongs in a sample", "unknown_object"
-        elif path == layout.TOKENS and entry.dtype != "int64":
-            yield path, f"stored type is {entry.dtype}, expected int64", "wrong_type"
-        elif path != layout.TOKENS and not entry.dtype.startswith("text:"):
+        elif path in _NUMBERS and entry.dtype != _NUMBERS[path]:
+            yield path, f"stored type is {entry.dtype}, expected {_NUMBERS[path]}", "wrong_type"
+        elif path not in _NUMBERS and not entry.dtype.startswith("text:"):
             yield path, f"stored type is {entry.dtype}, expected fixed-length UTF-8", "wrong_type"
         if not entry.is_group and entry.codec is None:
             yield (
@@ -482,6 +501,10 @@ def _consistency_problems(
     )
     for each in description.problems():
         yield each.loc, each.message, each.kind
+    mask = sample.objects.get(layout.ATTENTION_MASK)
+    if mask is not None and mask.shape != (metadata.seq_len,):
+        message = f"shape is {mask.shape}, expected one value for each of {metadata.seq_len} tokens"
+        yield layout.ATTENTION_MASK, message, "length_mismatch"
     if metadata.coverage in ("steps", "empty") or not arrays:
         return
     found = coverage_of({each.kind: each.shape for each in reversed(arrays)}, num_tokens)

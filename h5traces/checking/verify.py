@@ -136,7 +136,7 @@ def verify(
                 raise
             report.add("/", error)
         if deep:
-            validation = validate_file(path, limits=limits)
+            validation = validate_file(path, quick=True, limits=limits)
             report.problems += validation.problems
             report.notes += validation.notes
     return reports

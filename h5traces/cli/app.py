@@ -45,7 +45,7 @@ _PANELS: Final = {
         "looking": {
             "inspect": "Show what archives or batches hold, and their sizes.",
             "ls": "List the samples of archives.",
-            "validate": "Report every problem of structure and schema.",
+            "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
         }
     },
@@ -57,7 +57,7 @@ _PANELS: Final = {
             "export": "Write a legacy batch, or an archive for viewers without float16.",
             "seal": "Rebuild the index of archives that another program changed.",
             "salvage": "Copy the intact samples of a damaged archive.",
-            "label": "Join scores to archives by question id.",
+            "label": "Join labels or scores to archives by question id.",
         }
     },
     "Use archives": {

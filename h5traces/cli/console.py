@@ -23,11 +23,12 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from rich.table import Table
 
     from h5traces.extract.running import RunProgress
+    from h5traces.meaning.checks import CheckOptions, FindingSummary
 
 
 # Control characters other than tab and newline, and those that turn the direction of writing.
@@ -93,9 +94,24 @@ def warn(message: str) -> None:
     errors.print(f"[yellow]warning:[/] {_plain(message)}")
 
 
+def note(message: str) -> None:
+    """Something to know, on stderr."""
+    errors.print(f"[cyan]note:[/] {_plain(message)}")
+
+
 def fail(message: str) -> None:
     """An error on stderr."""
     errors.print(f"[red]error:[/] {_plain(message)}")
+
+
+def tell_findings(
+    found: Iterable[FindingSummary], place: str, options: CheckOptions | None = None
+) -> None:
+    """Findings of checks on stderr; not those that are a failure by the options."""
+    for each in found:
+        if options is None or not options.fails([each]):
+            tell = note if each.severity == "note" else warn
+            tell(f"{place}: {each}")
 
 
 def _plain(message: str) -> str:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, EXIT_USAGE, command
-from h5traces.cli.console import bytes_progress, count_progress, fail, print_json, print_line, warn
+from h5traces.cli.console import (
+    bytes_progress,
+    count_progress,
+    fail,
+    first_lines,
+    note,
+    print_json,
+    print_line,
+    tell_findings,
+    warn,
+)
 from h5traces.cli.options import (
     OUTPUT,
+    Checks,
     Converted,
     Json,
     Layers,
@@ -22,9 +34,9 @@ from h5traces.cli.options import (
     option,
 )
 from h5traces.errors import ConversionError
-from h5traces.format.text import counted
+from h5traces.format.text import and_more, counted
 from h5traces.rewriting.convert import convert as convert_batches
-from h5traces.rewriting.reports import Progress
+from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.storage.codecs import tools_note
 from h5traces.writing.calibrate import DEFAULT_SAMPLES
 from h5traces.writing.calibrate import calibrate as calibrate_sources
@@ -37,11 +49,12 @@ _FEW_TOKENS = 100
 def convert(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SRC…", help="Batches (`.pkl`, `.pkl.gz`), globs or folders."),
+        typer.Argument(metavar="SRC…", help="Batches of traces, globs or folders."),
     ],
     *,
     layers: Layers = None,
     reading: Reading,
+    checks: Checks,
     precision: PrecisionGroup,
     output: Output,
     merge: Annotated[bool, option(OUTPUT, "--merge", "All batches into one archive.")] = False,
@@ -83,6 +96,7 @@ def convert(
             target=target,
             merge=merge,
             reading=reading,
+            checks=checks,
             model_id=model_id,
             dataset=dataset,
             progress=progress,
@@ -97,14 +111,23 @@ def convert(
     for each in report.files:
         for message in each.warnings:
             warn(f"{', '.join(each.sources)}: {message}")
-        if each.error is not None:
-            fail(each.error)
-    for leftover in report.leftovers:
-        fail(leftover.reason)
+        tell_findings(each.findings, ", ".join(each.sources), checks)
+    for line in first_lines(report.problems, 20):
+        fail(line)
+    _note(report)
     if not report.ok:
         failed = [each for each in report.files if each.error is not None]
-        is_usage = not report.leftovers and all(each.is_usage_error for each in failed)
+        is_usage = len(report.problems) == sum(each.is_usage_error for each in failed)
         raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS)
+
+
+def _note(report: ConversionReport) -> None:
+    """What was not read and need not be, and what else is worth knowing."""
+    for each in report.notes:
+        note(each)
+    if report.unrelated:
+        files = [f"{Path(each.path).name} ({each.kind})" for each in report.unrelated]
+        note(f"{counted(len(files), 'other file')} not read: {and_more(files, 8)}")
 
 
 @command(ConversionError)

@@ -8,7 +8,7 @@ import typer
 
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, Group, command, stopping
-from h5traces.cli.console import fail, print_json, samples_progress, warn
+from h5traces.cli.console import fail, print_json, samples_progress, tell_findings, warn
 from h5traces.cli.options import (
     KEEP,
     OUTPUT,
@@ -62,6 +62,14 @@ Device = Annotated[
 Revision = Annotated[
     str | None, option(_MODEL, "--revision REV", "Commit, branch or tag of the model.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    option(
+        _MODEL,
+        "--trust-remote-code",
+        "Run Python code that comes with the model; `--revision` must then be a commit.",
+    ),
+]
 Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", "`hidden_states`, `attentions`, or both.")]
 MaxNewTokens = Annotated[
     int, option(_ANSWERS, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
@@ -76,6 +84,7 @@ def _model(
     load_in_4bit: Annotated[
         bool, option(_MODEL, "--load-in-4bit", "Quantise the weights with bitsandbytes.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> ModelChoice:
     return ModelChoice(
         model_id=model_id,
@@ -83,6 +92,7 @@ def _model(
         dtype=model_dtype,
         device=device,
         load_in_4bit=load_in_4bit,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -269,6 +279,7 @@ def extract(
         reports.warn_of_loss(str(precision.precision))
     for message in report.warnings:
         warn(message)
+    tell_findings(report.findings, report.output)
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:
@@ -333,6 +344,7 @@ def estimate(
     ] = 64,
     model_dtype: ModelDtype = "auto",
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Estimate the size of traces, per sample and per 1000.
@@ -348,7 +360,13 @@ def estimate(
         if model_id is None or dataset is None:
             message = "--pilot needs --model-id and --dataset"
             raise typer.BadParameter(message)
-        model = ModelChoice(model_id=model_id, revision=revision, dtype=model_dtype, device=device)
+        model = ModelChoice(
+            model_id=model_id,
+            revision=revision,
+            dtype=model_dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         generation = GenerationOptions(max_new_tokens=max_new_tokens)
         options = ExtractOptions(layers=layers, kinds=_kinds(kinds), generation=generation)
         found = _measured(model, dataset, pilot, options, storage)
@@ -358,7 +376,9 @@ def estimate(
         if model_id is not None:
             from h5traces import extract as extraction  # transformers reads the configuration
 
-            shape = extraction.model_shape(model_id, revision=revision)
+            shape = extraction.model_shape(
+                model_id, revision=revision, trust_remote_code=trust_remote_code
+            )
         if shape is None:
             message = "give --model-id, or all of --num-layers, --hidden-size and --num-heads"
             raise typer.BadParameter(message)

@@ -16,7 +16,7 @@ from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, print_json
-from h5traces.cli.options import Archives, Json, Reading, option
+from h5traces.cli.options import Archives, Checks, Json, Reading, option
 from h5traces.errors import H5TracesError
 from h5traces.paths import expand_paths, expand_sources
 from h5traces.sources.opening import SOURCE_SUFFIXES
@@ -34,6 +34,7 @@ def inspect(
         str, option(None, "-n --num-samples N|all", "Read the arrays of the first N samples.")
     ] = "1",
     reading: Reading,
+    checks: Checks,
     json: Json = False,
 ) -> None:
     """Show what archives or batches hold, and their sizes.
@@ -52,7 +53,9 @@ def inspect(
         try:
             with count_progress(path.name) as update:
                 wanted: Any = num_samples if num_samples == "all" else int(num_samples)
-                (result,) = inspect_file(path, samples=wanted, reading=reading, progress=update)
+                (result,) = inspect_file(
+                    path, samples=wanted, reading=reading, checks=checks, progress=update
+                )
         except H5TracesError as error:
             failed = True
             fail(str(error))
@@ -62,7 +65,7 @@ def inspect(
             reports.print_inspection(result)
     if json:
         print_json([each.as_dict() for each in found])
-    if failed or any(sample.problems for each in found for sample in each.samples):
+    if failed or not all(each.ok for each in found):
         raise typer.Exit(EXIT_PROBLEMS)
 
 
@@ -88,6 +91,10 @@ def ls(sources: Archives, json: Json = False) -> None:
 def validate(
     sources: Archives,
     *,
+    quick: Annotated[bool, option(None, "--quick", "Read no arrays: structure and index only.")] = (
+        False
+    ),
+    checks: Checks,
     isolated: Annotated[
         bool, option(_ISOLATION, "--isolated", "Use a child process, for files from strangers.")
     ] = False,
@@ -99,20 +106,23 @@ def validate(
     ] = DEFAULT_TIMEOUT,
     json: Json = False,
 ) -> None:
-    """Report every problem of structure and schema.
+    """Report every problem of structure, schema and meaning.
 
-    Looks at every object through HDF5, reads no array, and compares the index with it. Exit code 1
-    if there is a problem. With `--isolated`, a crash of HDF5, too much memory or a hang is a
-    problem, too.
+    Looks at every object through HDF5, compares the index with it, and checks every value: constant
+    layers, NaN, attention to later tokens, padding, equal samples and so on. Exit code 1 if there
+    is a problem. With `--isolated`, a crash of HDF5, too much memory or a hang is a problem, too.
 
     - `h5traces validate archives/*.h5`
+    - `h5traces validate archives/ --fail-on warning --ignore repeated-id`
     - `h5traces validate --isolated downloaded.h5`
     """
     found: list[ValidationReport] = []
     isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout) if isolated else None
     for path in expand_paths(sources):
         with count_progress(path.name) as update:
-            found += validate_archive(path, isolation=isolation, progress=update)
+            found += validate_archive(
+                path, quick=quick, checks=checks, isolation=isolation, progress=update
+            )
     if json:
         print_json([each.as_dict() for each in found])
     else:

@@ -11,13 +11,15 @@ from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.format.precision import HeadMean as HeadMeanName
 from h5traces.format.precision import Precision
 from h5traces.format.precision import Tier as TierName
+from h5traces.meaning.checks import CheckOptions, FailOn
 from h5traces.meaning.options import FirstState, ReadingOptions
 from h5traces.storage.codecs import ArrayCodec
-from h5traces.writing.options import AUTOMATIC_SAMPLES, PrecisionOptions, TargetOptions
+from h5traces.writing.options import AUTOMATIC_SAMPLES, Compare, PrecisionOptions, TargetOptions
 
 KEEP: Final = "What to keep"
 PRECISION: Final = "Precision"
 READING: Final = "Reading"
+CHECKS: Final = "Checks"
 OUTPUT: Final = "Output"
 
 
@@ -187,6 +189,19 @@ def _reading(
     return ReadingOptions(first_state=first_state, keep_padding=keep_padding)
 
 
+def _checks(
+    ignore: Annotated[
+        list[str] | None,
+        option(CHECKS, "--ignore ID", "Leave out the findings of a check; repeatable."),
+    ] = None,
+    fail_on: Annotated[
+        FailOn,
+        option(CHECKS, "--fail-on error|warning", "From which findings on the exit code is 1."),
+    ] = "error",
+) -> CheckOptions:
+    return CheckOptions(ignore=tuple(ignore or ()), fail_on=fail_on)
+
+
 def _new_file(overwrite: Overwrite = False, dry_run: DryRun = False) -> TargetOptions:
     return TargetOptions(overwrite=overwrite, dry_run=dry_run)
 
@@ -204,8 +219,22 @@ def _converted(
     shard_samples: ShardSamples = None,
     overwrite: Overwrite = False,
     skip_existing: Annotated[
-        bool, option(OUTPUT, "--skip-existing", "Keep finished archives; finishes a stopped run.")
+        bool,
+        option(
+            OUTPUT,
+            "--skip-existing",
+            "Keep archives that are what would be written; finishes a stopped run.",
+        ),
     ] = False,
+    compare: Annotated[
+        Compare,
+        option(
+            OUTPUT,
+            "--compare time|ends|content",
+            "How --skip-existing compares sources: by size, time and both ends; without the time, "
+            "for copies; or by all bytes, of which this records a digest.",
+        ),
+    ] = "time",
     verify: Verify = True,
     workers: Annotated[
         int | None,
@@ -222,6 +251,7 @@ def _converted(
         shard_samples=shard_samples,
         overwrite=overwrite,
         skip_existing=skip_existing,
+        compare=compare,
         verify=verify,
         workers=workers,
         dry_run=dry_run,
@@ -239,6 +269,7 @@ def _extracted(
     )
 
 
+Checks = Annotated[CheckOptions, Group(_checks)]
 Reading = Annotated[ReadingOptions, Group(_reading)]
 PrecisionGroup = Annotated[PrecisionOptions, Group(_precision)]
 NewFile = Annotated[TargetOptions, Group(_new_file)]

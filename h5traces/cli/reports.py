@@ -70,6 +70,9 @@ def print_conversion(report: ConversionReport) -> None:
         print_line("lossless: the archives hold every bit of their sources")
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
+    understood = dict.fromkeys(line for each in written for line in each.understood)
+    for line in first_lines([f"understood: {each}" for each in understood]):
+        print_line(line)
 
 
 def _only(kept: str) -> str:
@@ -79,6 +82,7 @@ def _only(kept: str) -> str:
 def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
     ratio = each.archive_nbytes / each.source_nbytes if each.source_nbytes else 0
     written = each.archive_nbytes > 0
+    num_warnings = len(each.warnings) + sum(one.severity != "note" for one in each.findings)
     return [
         status,
         name,
@@ -87,7 +91,7 @@ def _conversion_row(each: FileReport, status: str, name: str) -> list[str]:
         human_size(each.archive_nbytes) if written else "",
         f"{ratio:.3f}" if written and each.num_samples else "",
         f"{each.seconds:.1f}" if each.seconds else "",
-        str(len(each.warnings)) if each.warnings else "",
+        str(num_warnings) if num_warnings else "",
     ]
 
 
@@ -101,6 +105,7 @@ def _total(report: ConversionReport) -> FileReport:
         total.archive_nbytes += each.archive_nbytes
         total.seconds += each.seconds
         total.warnings += each.warnings
+        total.findings += each.findings
     return total
 
 
@@ -154,6 +159,10 @@ def print_inspection(result: Inspection) -> None:
         print_line(line)
     for sample in result.samples:
         _print_sample(sample)
+    for finding in result.findings:
+        print_line(f"  {finding.severity} {finding}")
+    is_good = all(each.severity == "note" for each in result.findings)
+    print_line(f"  {'✓ ' if is_good else ''}{result.covers}")
     print_line()
 
 
@@ -179,7 +188,8 @@ def _print_sample(sample: SampleStats) -> None:
 
 def _print_kind(title: str, arrays: list[ArrayStats], sample: SampleStats) -> None:
     shapes = {str(tuple(each.shape)) for each in arrays}
-    mark = "✓" if len(shapes) == 1 and not sample.problems else "(shapes differ by layer)"
+    same = len(shapes) == 1 and not sample.problems
+    mark = "in every layer" if same else "(shapes differ by layer)"
     if sample.coverage == "steps":
         steps = {len(each.shape) for each in arrays}
         print_line(f"    {title}: {'/'.join(map(str, sorted(steps)))} generation steps per layer")
@@ -223,7 +233,11 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
 def print_validation(found: list[ValidationReport]) -> None:
     """Every problem on its own line, and a verdict per file."""
     for each in found:
-        _print_checked(each, "valid", counted(each.num_datasets, "dataset"))
+        for finding in each.findings:
+            print_line(f"{each.path}: {finding.severity} {finding}")
+        failures = [finding for finding in each.findings if each.checks.fails([finding])]
+        size = counted(each.num_datasets, "dataset")
+        _print_checked(each, "valid", size, covers=each.covers, num_failures=len(failures))
 
 
 def print_verification(found: list[VerifyReport]) -> None:
@@ -248,25 +262,36 @@ def _problem_lines(problems: list[Problem]) -> list[str]:
     ]
 
 
-def _print_checked(report: ValidationReport | VerifyReport, good: str, size: str) -> None:
+def _print_checked(
+    report: ValidationReport | VerifyReport,
+    good: str,
+    size: str,
+    *,
+    covers: str = "",
+    num_failures: int = 0,
+) -> None:
     for line in _problem_lines(report.problems):
         print_line(f"{report.path}:{line}")
     for note in report.notes:
         print_line(f"{report.path}: note: {note}")
-    verdict = good if report.ok else counted(len(report.problems), "problem")
-    print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size})")
+    failures = len(report.problems) + num_failures
+    verdict = good if report.ok else counted(failures, "problem")
+    what = f"; ✓ {covers}" if report.ok and covers else ""
+    print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size}){what}")
 
 
-def print_labels(report: LabelReport, *, dry_run: bool) -> None:
-    """How many samples got which label, and how the scores are distributed."""
-    for target in report.targets:
-        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
-    print_line(f"{report.num_labelled} of {report.num_samples} samples have scores")
-    if report.threshold is not None:
-        for value, count in report.labels.items():
-            share = count / report.num_labelled
-            sign = "<" if value else ">="
-            print_line(f"  label {value} ({sign} {report.threshold:g}): {count} ({share:.1%})")
+def print_labels(report: LabelReport) -> None:
+    """How many samples get which label, and how the scores are distributed."""
+    what = "a label" if report.labels or report.label_column else "scores"
+    print_line(f"{report.num_labelled} of {report.num_samples} samples get {what}")
+    for value, count in report.labels.items():
+        share = count / report.num_samples
+        print_line(f"  label {value} ({_meaning(report, value)}): {count} ({share:.1%})")
+    if report.num_excluded:
+        names = [name for name, number in report.class_labels.items() if number is None]
+        print_line(f"  no label ({_classes(report, names)}): {report.num_excluded}")
+    if report.num_without_label > report.num_excluded:
+        print_line(f"  without a label: {report.num_without_label - report.num_excluded}")
     for name, stats in report.scores.items():
         print_line(
             f"  {name}: minimum {stats.minimum:.4g}, median {stats.median:.4g}, "
@@ -276,6 +301,26 @@ def print_labels(report: LabelReport, *, dry_run: bool) -> None:
         print_line(f"  {report.num_repeated} rows repeat an earlier one")
     if report.num_replaced:
         print_line(f"  {counted(report.num_replaced, 'sample')} had another label before")
+
+
+def _meaning(report: LabelReport, value: int) -> str:
+    """What a label stands for: its classes, or a range of scores."""
+    if report.threshold is not None:
+        is_high = value == int(report.higher_means == "hallucinated")
+        return f"{'>=' if is_high else '<'} {report.threshold:g}"
+    return _classes(report, [name for name, each in report.class_labels.items() if each == value])
+
+
+def _classes(report: LabelReport, names: list[str]) -> str:
+    if len(names) == 1:
+        return repr(names[0])
+    return ", ".join(f"{name!r}: {report.classes[name]}" for name in names)
+
+
+def print_targets(targets: list[str], *, dry_run: bool) -> None:
+    """The files that were written, or would be."""
+    for target in targets:
+        print_line(f"{'would write' if dry_run else 'wrote'} {target}")
 
 
 def print_features(report: FeatureReport, *, dry_run: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated
@@ -32,8 +34,8 @@ from h5traces.format.dtypes import DtypePolicy
 from h5traces.format.text import and_more, counted
 from h5traces.paths import expand_paths
 from h5traces.rewriting.export import export as export_archive
-from h5traces.rewriting.label import THRESHOLD, LabelReport, ScoreColumns
-from h5traces.rewriting.label import label as label_archives
+from h5traces.rewriting.label import LabelReport, joined
+from h5traces.rewriting.label_table import HigherMeans, LabelOptions
 from h5traces.rewriting.repack import RepackReport
 from h5traces.rewriting.repack import merge as merge_archives
 from h5traces.rewriting.repack import repack as repack_archives
@@ -42,7 +44,7 @@ from h5traces.storage.codecs import tools_note
 from h5traces.writing.options import TargetOptions
 
 _LABELS = "Labels"
-_COLUMNS = ScoreColumns()
+_IDS = LabelOptions().id_column
 
 
 @command()
@@ -175,20 +177,48 @@ def label(
         list[str] | None,
         typer.Argument(metavar="FILE…", help="Archives, globs or folders. [required]"),
     ] = None,
-    table: Annotated[str, typer.Argument(metavar="SCORES.csv", help="The table of scores.")],
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE", help="Labels or scores: CSV, TSV or JSON Lines.")
+    ],
+    id_column: Annotated[str, option(_LABELS, "--id-column NAME", "Column of ids.")] = _IDS,
+    label_column: Annotated[
+        str | None,
+        option(_LABELS, "--label-column NAME", "Column of classes, such as 0 and 1, or words."),
+    ] = None,
+    positive: Annotated[
+        str | None,
+        option(_LABELS, "--positive CLASS", "Its class that gets label 1, hallucination; else 0."),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        option(
+            _LABELS,
+            "--class CLASS=LABEL",
+            "Instead, the label of every class, each by an option; `none` for no label.",
+        ),
+    ] = None,
+    score_column: Annotated[
+        str | None,
+        option(_LABELS, "--score-column NAME", "Column of scores [default: bleurt_score]."),
+    ] = None,
+    higher_means: Annotated[
+        HigherMeans | None,
+        option(
+            _LABELS,
+            "--higher-means correct|hallucinated",
+            "What high scores mean; required, but for `bleurt_score` (correct).",
+        ),
+    ] = None,
     threshold: Annotated[
-        float, option(_LABELS, "--threshold NUMBER", "A label is 1 where the score is below this.")
-    ] = THRESHOLD,
+        float | None,
+        option(_LABELS, "--threshold NUMBER", "Scores from here on are high [default: 0.5]."),
+    ] = None,
     scores_only: Annotated[
         bool, option(_LABELS, "--scores-only", "Keep the scores and make no labels.")
     ] = False,
     partial: Annotated[
-        bool, option(_LABELS, "--partial", "Accept samples without a score; they get no label.")
+        bool, option(_LABELS, "--partial", "Leave samples that are not in the table unlabelled.")
     ] = False,
-    id_column: Annotated[str, option(_LABELS, "--id-column NAME", "Column of ids.")] = _COLUMNS.id,
-    score_column: Annotated[
-        str, option(_LABELS, "--score-column NAME", "Column of scores.")
-    ] = _COLUMNS.score,
     output: Annotated[
         str | None,
         option(
@@ -204,50 +234,92 @@ def label(
     target: NewFile,
     json: Json = False,
 ) -> None:
-    """Join scores to archives by question id.
+    """Join labels or scores to archives by question id.
 
     Writes `<archive>.labels.json` beside each archive, where `h5traces.open` finds it; archives are
-    never changed. A sample without a score is an error, or with `--partial` stays without a label.
-    Ids that only the table has are counted.
+    never changed. Labels come from a column of classes, or are made of scores by a threshold; what
+    1 means is always said. How many samples get which label is printed before anything is written.
+    A sample that the table lacks is an error, or with `--partial` stays without a label. Ids that
+    only the table has are named.
 
-    - `h5traces label run.h5 scores.csv`
-    - `h5traces label shards/*.h5 scores.csv --threshold 0.4 --dry-run`
+    - `h5traces label run.h5 human.csv --label-column label --positive hallucinated`
+    - `h5traces label run.h5 human.csv --label-column is_correct --positive 0`
+    - `h5traces label run.h5 human.csv --label-column label --class wrong=1 --class right=0 --class
+      unsure=none`
+    - `h5traces label run.h5 scores.csv` makes labels of `bleurt_score`
+    - `h5traces label run.h5 rouge.csv --score-column rougeL --higher-means correct --threshold 0.3`
+    - `h5traces label shards/*.h5 scores.csv --dry-run` writes nothing
     - `h5traces label run.h5 scores.csv -o labelled.h5` copies chunks into a new archive
     """
     if not sources:
-        missing = "FILE…" if table.endswith(".csv") else "SCORES.csv"
+        missing = "FILE…" if table.endswith((".csv", ".tsv", ".jsonl")) else "TABLE"
         message = f"{missing} is missing; only {table} is named"
         raise typer.BadParameter(message)
-    if output is not None and folder is not None:
-        message = "--output makes a new archive, --folder is for labels beside archives; name one"
-        raise typer.BadParameter(message)
-    with count_progress("joining") as update:
-        report = label_archives(
-            sources,
-            table,
-            output=output,
-            folder=folder,
-            threshold=None if scores_only else threshold,
-            columns=ScoreColumns(id_column, score_column),
-            partial=partial,
-            target=target,
-            progress=update,
-        )
+    options = LabelOptions(
+        label_column=label_column,
+        positive=positive,
+        classes=_classes(classes),
+        score_column=score_column,
+        higher_means=higher_means,
+        threshold=threshold,
+        scores_only=scores_only,
+        id_column=id_column,
+    )
+    with contextlib.ExitStack() as stack:
+        with count_progress("joining") as update:
+            joining = joined(
+                sources,
+                table,
+                options=options,
+                output=output,
+                folder=folder,
+                overwrite=target.overwrite,
+                progress=update,
+            )
+            found = stack.enter_context(joining)
+        if found.joins:
+            _report(found.report, json=json)
+        found.check(partial=partial)
+        found.write(target)
+        if not json:
+            reports.print_targets(found.report.targets, dry_run=target.dry_run)
+
+
+def _classes(named: list[str] | None) -> dict[str, int | None] | None:
+    """The labels of classes: ``wrong=1``, ``unsure=none``."""
+    if not named:
+        return None
+    found: dict[str, int | None] = {}
+    for each in named:
+        name, equals, number = each.rpartition("=")
+        if not equals or not re.fullmatch(r"-?[0-9]+|none", number, re.ASCII | re.IGNORECASE):
+            message = f"--class {each}: expected CLASS=LABEL with an integer, or none"
+            raise typer.BadParameter(message)
+        if name in found:
+            message = f"--class names {name!r} twice"
+            raise typer.BadParameter(message)
+        found[name] = None if number.lower() == "none" else int(number)
+    return found
+
+
+def _report(report: LabelReport, *, json: bool) -> None:
+    """What joined on stdout, and what did not on stderr."""
     if json:
         print_json(report.as_dict())
     else:
-        reports.print_labels(report, dry_run=target.dry_run)
-    _warn(report)
-
-
-def _warn(report: LabelReport) -> None:
-    """What did not join, on stderr."""
-    rest = "without a label"
+        reports.print_labels(report)
+    what, rest = "score" if report.label_column is None else "label", "without a label"
     found = [
-        (report.missing, "sample without a score stays", "samples without a score stay", rest),
+        (report.missing, f"sample without a {what} stays", f"samples without a {what} stay", rest),
         (report.ambiguous, "sample shares an id and stays", "samples share an id and stay", rest),
-        (report.unknown, "id of the table is", "ids of the table are", "in none of the archives"),
-        (report.unscored, "row of the table has", "rows of the table have", "no score"),
+        (
+            [repr(each) for each in report.unknown],
+            "id of the table is",
+            "ids of the table are",
+            "in none of the archives",
+        ),
+        (report.similar, "of these differs", "of these differ", "in spaces, case or quotes only"),
+        (report.unscored, "row of the table has", "rows of the table have", f"no {what}"),
     ]
     for names, one, many, rest in found:
         if names:

@@ -97,8 +97,12 @@ def extract_dataset(
     check_type(storage.precision, storage.dtype or "float16")
     load_given(storage.scales, storage.precision)
     questions = load_dataset(dataset)
-    config = models.load_config(model.model_id, revision=model.revision)
-    tokenizer = models.load_tokenizer(model.model_id, revision=model.revision)
+    config = models.load_config(
+        model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    tokenizer = models.load_tokenizer(
+        model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
     report = ExtractionReport(str(place.path), num_planned=len(questions.questions))
     jobs = _plan(Planner(tokenizer, config, options), questions, report)
     shape = ModelShape.of(config)
@@ -127,6 +131,7 @@ def extract_dataset(
         dtype=model.dtype,
         device=model.device,
         load_in_4bit=model.load_in_4bit,
+        trust_remote_code=model.trust_remote_code,
         eager="attentions" in options.kinds,
     )
     extractor = Extractor(loaded, tokenizer, options, dtype=storage.dtype or "float16")

@@ -146,7 +146,7 @@ class ModelChoice:
     model_id
         Hub id, local folder, or alias.
     revision
-        Commit, branch or tag on the hub.
+        Commit, branch or tag on the hub; None for a local folder.
     dtype
         Type to compute in; ``auto`` is the checkpoint's own, but float32 on CPUs.
     device
@@ -154,6 +154,9 @@ class ModelChoice:
         if there is a GPU, else the CPU.
     load_in_4bit
         Quantise the weights with bitsandbytes.
+    trust_remote_code
+        Run Python code that comes with the model; on the hub, `revision` must then be a commit.
+        See SECURITY.md.
     """
 
     model_id: str
@@ -161,6 +164,7 @@ class ModelChoice:
     dtype: ModelDtype = "auto"
     device: str | None = None
     load_in_4bit: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,9 @@ def estimate_with_pilot(
         As for `extract_dataset`; also if no sample could be computed.
     """
     options, storage = options or ExtractOptions(), PrecisionOptions.of(precision)
-    shape = model_shape(model.model_id, revision=model.revision)
+    shape = model_shape(
+        model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
     with tempfile.TemporaryDirectory(prefix="h5traces-pilot-") as folder:
         path = Path(folder) / "pilot.h5"
         report = extract_dataset(

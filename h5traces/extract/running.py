@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from h5traces.extract.questions import Question
     from h5traces.extract.sizes import Forecast
     from h5traces.format.record import TraceRecord
+    from h5traces.meaning.checks import FindingSummary
     from h5traces.writing.options import PrecisionOptions
     from h5traces.writing.process_writer import ProcessWriter
 
@@ -102,6 +103,8 @@ class ExtractionReport:
         What `needed_nbytes` was computed from.
     warnings
         Values that casts changed in the written samples.
+    findings
+        What a quick look at these samples found.
     error
         Why the run failed.
     """
@@ -121,6 +124,7 @@ class ExtractionReport:
     needed_nbytes: float = 0.0
     forecast: Forecast | None = None
     warnings: list[str] = field(default_factory=list)
+    findings: list[FindingSummary] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -324,6 +328,7 @@ class Run:
             self._report.nbytes = self._writer.nbytes
             self._report.warnings = cast_warnings(self._writer.counts, self._write_options)
             self._report.warnings += self._writer.warnings
+            self._report.findings = self._writer.findings.summaries()
             self._report.save()
 
     def _compute_all(self, thread: WriterThread) -> bool:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.archive.archive import shared_metadata
 from h5traces.archive.opening import open as open_archive
+from h5traces.archive.shards import shared_metadata
 from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (
     FidelityReport,
@@ -93,8 +93,8 @@ def compare(
         raise FidelityError(message)
     num_threads = os.cpu_count() or 1
     with (
-        open_archive(a, labels=False) as first,
-        open_archive(b, labels=False) as second,
+        open_archive(a, labels=False, container="numpy") as first,
+        open_archive(b, labels=False, container="numpy") as second,
         ThreadPoolExecutor(num_threads, thread_name_prefix="h5traces-fidelity") as pool,
     ):
         losses = shared_metadata(first._files).losses
@@ -195,7 +195,7 @@ class _TracePair:
 
 def _read(trace: Trace, kind: str, name: str) -> NDArray[Any]:
     layer = layout.parse_layer_name(name)
-    array = trace.embedding if layer is None else trace.layer(layer, kind)
+    array: NDArray[Any] = trace.embedding if layer is None else trace.layer(layer, kind)
     axes = layout.KINDS[kind].axes
     if isinstance(array, list) or array.ndim != len(axes):
         message = f"{trace._stored.place}: {kind}/{name} does not have the axes {', '.join(axes)}"

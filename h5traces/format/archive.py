@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from h5traces.format.document import Document
 from h5traces.format.dtypes import DtypePolicy, FloatType, OverflowPolicy
@@ -132,8 +132,19 @@ def check_ascending(layers: tuple[int, ...], field: str) -> None:
 class SourceFile(Document):
     """A file that samples were converted from."""
 
-    name: Annotated[str, Field(min_length=1, description="File name, without its folder.")]
+    name: Annotated[str, Field(description="File name, without its folder.")]
     nbytes: Annotated[int, Field(ge=0, description="Size of the file in bytes.")]
+    modified_ns: Annotated[
+        Int64 | None, Field(description="When it was last changed: nanoseconds since 1970, UTC.")
+    ] = None
+    ends_digest: Annotated[
+        Digest | None,
+        Field(
+            description="xxh3-128 over its first and last 65,536 bytes; over all bytes of a file "
+            "of at most 131,072."
+        ),
+    ] = None
+    digest: Annotated[Digest | None, Field(description="xxh3-128 over all its bytes.")] = None
     num_samples: Annotated[
         int, Field(ge=0, description="Samples of this archive that came from the file.")
     ] = 0
@@ -268,6 +279,13 @@ class ArchiveMetadata(Document):
         tuple[SourceFile, ...] | None,
         Field(description="The files that samples were converted from."),
     ] = None
+    conversion: Annotated[
+        _Json | None,
+        Field(
+            description="Options that shaped the archive when `sources` were converted, where they "
+            "were not the default."
+        ),
+    ] = None
     extraction: Annotated[
         ExtractionMetadata | None,
         Field(description="How a model was run to make the samples."),
@@ -335,6 +353,16 @@ class ArchiveMetadata(Document):
 LABELS_FORMAT: Final = "h5traces-labels"
 
 
+class _FailFast(FailFast):
+    """pydantic's own cannot stand in a union, for want of a hash."""
+
+    __hash__ = object.__hash__
+
+
+# A column of millions ends at its first wrong element; errors of all take seconds and gigabytes.
+_FIRST_FAULT: Final = _FailFast()
+
+
 class LabelSidecar(Document):
     """Labels and scores of samples of one archive: a JSON file beside it."""
 
@@ -349,25 +377,54 @@ class LabelSidecar(Document):
     ]
     num_samples: Annotated[Count, Field(description="Samples in the archive, labelled or not.")]
     source: Annotated[
-        str | None, Field(description="Name of the table that the scores came from.")
+        str | None, Field(description="Name of the table that labels and scores came from.")
+    ] = None
+    label_column: Annotated[
+        str | None, Field(description="The column that labels came from, where it held classes.")
+    ] = None
+    classes: Annotated[
+        dict[str, Int64] | None,
+        Field(description="Its classes that make labels, and the label of each."),
     ] = None
     label_score: Annotated[
         str | None, Field(description="The score that labels were made of, by name.")
     ] = None
     threshold: Annotated[
-        float | None, Field(description="A label is 1 where that score is below this, else 0.")
+        float | None,
+        Field(allow_inf_nan=False, description="Scores from this on are high, others low."),
+    ] = None
+    higher_means: Annotated[
+        Literal["correct", "hallucinated"] | None,
+        Field(
+            description="With 'correct', the label of low scores is 1 and that of high ones 0; "
+            "with 'hallucinated', the other way round. Present where 'threshold' is."
+        ),
     ] = None
     ordinals: Annotated[
         tuple[Count, ...],
+        _FIRST_FAULT,
         Field(description="Which samples are labelled, strictly ascending; others are not."),
     ]
     sample_ids: Annotated[
-        tuple[str, ...], Field(description="The ``sample_id`` of each, which must fit.")
+        tuple[str, ...],
+        _FIRST_FAULT,
+        Field(description="The ``sample_id`` of each, which must fit."),
     ]
-    labels: Annotated[tuple[Int64, ...] | None, Field(description="The label of each.")] = None
+    labels: Annotated[
+        Annotated[tuple[Int64, ...], _FIRST_FAULT] | None, Field(description="The label of each.")
+    ] = None
     scores: Annotated[
-        dict[str, tuple[float, ...]], Field(description="By name, the score of each.")
+        dict[str, Annotated[tuple[float, ...], _FIRST_FAULT]],
+        Field(description="By name, the score of each; finite."),
     ]
+
+    @model_validator(mode="after")
+    def _origin_is_whole(self) -> LabelSidecar:
+        made = [self.label_score, self.threshold, self.higher_means]
+        if made.count(None) not in (0, 3):
+            message = "label_score, threshold and higher_means belong together"
+            raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _columns_fit(self) -> LabelSidecar:

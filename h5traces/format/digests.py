@@ -76,6 +76,24 @@ def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> st
     return xxhash.xxh3_128_hexdigest(document.encode("utf-8", "surrogatepass"))
 
 
+# Fields that tell samples apart whose content is the same.
+_IDENTITY: Final = tuple(
+    f"{layout.EXTRA_GROUP}/{name}" for name in (layout.QUESTION_ID, layout.LABEL)
+)
+
+
+def content_digest(objects: Mapping[str, Any]) -> str:
+    """xxh3-128 over paths and digests of a sample's datasets, but its id and label.
+
+    Two samples with the same content digest hold the same bytes. `objects` are attributes by path.
+    """
+    state = xxhash.xxh3_128()
+    for path in sorted(objects):
+        if not path.startswith(_IDENTITY):
+            state.update(f"{path} {objects[path].get(DIGEST)}\n".encode("utf-8", "replace"))
+    return state.hexdigest()
+
+
 def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
     """How the values of a dataset differ from those that were written; None if they do not."""
     expected = entry.attrs.get(DIGEST)

@@ -42,6 +42,7 @@ TABLES: Final = frozenset({STEPS_TABLE, EXCEPTIONS_TABLE})
 
 TOKENS: Final = "tokens"
 TOKENS_DECODED: Final = "tokens_decoded"
+ATTENTION_MASK: Final = "attention_mask"
 TEXT_FIELDS: Final = ("question", "generated_text", "generated_answer", "generated_answer_clean")
 
 # Legacy dict keys that live in attributes of the sample group.

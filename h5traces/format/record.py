@@ -294,6 +294,8 @@ class TraceRecord(BaseModel):
     tokens: NDArray[np.int64] | None = None
     tokens_container: Container | None = None
     tokens_decoded: tuple[str, ...] | None = None
+    # By position: 1, or 0 where nothing may be read into the numbers.
+    attention_mask: NDArray[np.uint8] | None = None
     texts: dict[str, str] = {}
     layered: SkipValidation[dict[str, LayeredArrays]] = {}
     extra: SkipValidation[dict[str, Any]] = {}

@@ -17,6 +17,7 @@ from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
 from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArrays, TraceRecord
 from h5traces.format.values import TorchValue
 from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.padding import with_padding_treated
 
 if TYPE_CHECKING:
     from h5traces.format.record import SourcePosition
@@ -57,7 +58,7 @@ def to_record(
     for key, value in item.items():
         if key not in found.layered:
             _place(key, value, item, found)
-    return TraceRecord(
+    record = TraceRecord(
         source=source,
         fields=tuple(item),
         texts=found.texts,
@@ -65,6 +66,7 @@ def to_record(
         extra=found.extra,
         **found.named,
     )
+    return with_padding_treated(record, options)
 
 
 def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:

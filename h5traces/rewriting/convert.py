@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from h5traces.archive.selection import Selection, as_numbers
 from h5traces.errors import ConversionError
+from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
@@ -16,6 +17,7 @@ from h5traces.rewriting.convert_jobs import (
     scaled_options,
 )
 from h5traces.rewriting.convert_plan import plan_jobs
+from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
@@ -38,19 +40,21 @@ def convert(
     target: TargetOptions = TargetOptions(),
     merge: bool = False,
     reading: ReadingOptions = ReadingOptions(),
+    checks: CheckOptions = CheckOptions(),
     model_id: str | None = None,
     dataset: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ConversionReport:
-    """Convert legacy trace batches (``.pkl``, ``.pkl.gz``) to archives.
+    """Convert batches of traces (pickles, files of torch.save and others) to archives.
 
     Samples are streamed: memory stays at about twice the largest sample, however many there are.
-    One unreadable batch does not stop the others; the report lists it.
+    One unreadable batch does not stop the others; the report lists it, and every file of a folder
+    that was not read.
 
     Parameters
     ----------
     sources
-        Files, globs and folders.
+        Files, globs and folders; what a file holds is found by its content, whatever its name.
     dest
         A folder (one archive per batch), or a name ending in ``.h5`` for one archive.
     layers
@@ -67,18 +71,26 @@ def convert(
     reading
         What the sources do not say themselves: what the first hidden state is, and whether padding
         is kept.
+    checks
+        Which findings about the samples are left out of the report, and which make it not ``ok``.
     model_id, dataset
         Recorded in the archives; taken from the batch's file name by default.
     progress
         Called now and then.
+
+    Returns
+    -------
+    ConversionReport
+        What became of every file. Problems of single files do not raise, since others were
+        converted: look at ``report.ok``, or call ``report.raise_for_errors()``.
 
     Raises
     ------
     TargetError
         `dest` is neither a folder nor an ``.h5`` name, or a source.
     ConversionError
-        The plan is impossible: nothing to convert, two batches with one target, one batch named
-        twice for a merge, or contradicting options. Problems of single files are in the report.
+        The plan is impossible: nothing to convert, two batches with one target, one batch twice
+        (also as a copy) in a merge, or contradicting options.
     PrecisionError
         The precision does not go with the other options, or the scales are of another model.
     FileNotFoundError
@@ -87,22 +99,31 @@ def convert(
     Selection(layers=layers)  # text is checked before anything is read
     given = PrecisionOptions.of(precision)
     wanted = given.precision
+    calibration = load_given(given.scales, wanted)
+    scales = None
+    if wanted.step is not None:
+        measured = f"measured on {given.calibration_samples} samples"
+        scales = measured if calibration is None else calibration.digest
     options = ConvertOptions(
         layers=layers if layers is None or isinstance(layers, str) else _checked(layers),
         target=target,
         reading=reading,
+        checks=checks,
         model_id=model_id,
         dataset=dataset,
         # Each job gets the scales of its model.
         write=WriteOptions.of(given, target, scales=ScaleSet()),
+        recorded=recorded_options(reading, scales),
     )
-    calibration = load_given(given.scales, wanted)
     place = Target.of(dest, shard_samples=target.shard_samples)
-    jobs, leftovers = plan_jobs(sources, place, merge=merge)
+    jobs, found = plan_jobs(sources, place, merge=merge, reading=reading)
     if given.scales is not None:
         check_not_a_source([job.target for job in jobs], given.scales)
     report = ConversionReport(
-        precision=str(wanted) if wanted.is_lossy else None, leftovers=leftovers
+        precision=str(wanted) if wanted.is_lossy else None,
+        leftovers=found.left,
+        unrelated=found.unrelated,
+        checks=checks,
     )
     meter = _Meter([source for job in jobs for source in job.sources], progress)
     each = scaled_options(jobs, options, calibration, given.calibration_samples, meter)
@@ -110,6 +131,7 @@ def convert(
         report.files += run_in_processes(jobs, each, target.workers, meter)
     else:
         report.files += [run_job(*job, meter) for job in zip(jobs, each, strict=True)]
+    report.note_single_samples()
     return report
 
 

@@ -9,7 +9,6 @@ import queue
 import signal
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import as_numbers, choose_layers
 from h5traces.errors import (
     ArchiveExistsError,
@@ -27,14 +25,15 @@ from h5traces.errors import (
     LayerIndexError,
     PrecisionError,
     SchemaError,
-    StoredStateWarning,
 )
-from h5traces.format.archive import SourceFile
+from h5traces.format.archive import SourceFile, add_casts
 from h5traces.format.dtypes import CastCounts
-from h5traces.format.precision import EXACT
+from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.sample_checks import SampleChecks
 from h5traces.precision.scales import ScaleSet
-from h5traces.rewriting.reports import FileReport, cast_warnings, coverage_warnings
+from h5traces.rewriting.existing import Wanted, compare_existing, source_file
+from h5traces.rewriting.reports import FileReport, cast_warnings
 from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.processes import blocked_signals
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
@@ -43,7 +42,7 @@ from h5traces.writing.options import TargetOptions, WriteOptions, WriteSummary, 
 from h5traces.writing.shards import ShardSet, stale_warnings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.record import SourcePosition, TraceRecord
@@ -68,9 +67,20 @@ class ConvertOptions:
     layers: LayerChoice = None
     target: TargetOptions = TargetOptions()
     reading: ReadingOptions = ReadingOptions()
+    checks: CheckOptions = CheckOptions()
     model_id: str | None = None
     dataset: str | None = None
     write: WriteOptions = field(default_factory=WriteOptions)
+    # Those that the archives record, see `recorded_options`.
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    def facts(self, source: Path) -> dict[str, str | None]:
+        """``model_id`` and ``dataset``: as given, else as the source's name says."""
+        names = facts_in_name(source)
+        return {
+            "model_id": self.model_id or names.get("model_id"),
+            "dataset": self.dataset or names.get("dataset"),
+        }
 
 
 def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileReport:
@@ -81,19 +91,8 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         source_nbytes=sum(source.stat().st_size for source in job.sources),
     )
     exists = job.first_target.exists()
-    if (
-        exists
-        and options.target.skip_existing
-        and (reason := _unlike(job.first_target, options)) is not None
-    ):
-        report.status, report.error, report.is_usage_error = "failed", reason, True
-    elif exists and options.target.skip_existing:
-        # Its writer may have been killed between naming it and making the name durable.
-        sync_folder(job.first_target.parent)
-        report.status, report.targets = "skipped", [str(each) for each in job.target.existing()]
-        for target in job.target.existing():
-            remove_abandoned_parts(target)
-        report.archive_nbytes = sum(each.stat().st_size for each in job.target.existing())
+    if exists and options.target.skip_existing:
+        _keep_existing(job, options, report)
     elif options.target.dry_run:
         if exists and not options.target.overwrite:
             report.status, report.is_usage_error = "failed", True
@@ -111,21 +110,34 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     return report
 
 
-def _unlike(target: Path, options: ConvertOptions) -> str | None:
-    """Why an existing target is not an archive that this job would write; None if it is."""
+def _keep_existing(job: Job, options: ConvertOptions, report: FileReport) -> None:
+    """Keep the archives of an earlier run if they are what this job would write."""
+    wanted = Wanted(
+        sources=job.sources,
+        write=options.write,
+        layers=options.layers,
+        facts=options.facts(job.sources[0]),
+        options=options.recorded,
+        compare=options.target.compare,
+    )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", StoredStateWarning)
-            with open_archive(target) as archive:
-                found = archive.metadata.precision or EXACT
-        if found != options.write.precision:
-            return (
-                f"{target} exists, of precision {found}, not {options.write.precision}; choose "
-                "another output, or pass overwrite=True"
-            )
+        compared = compare_existing(job.target, wanted)
     except (H5TracesError, OSError) as error:
-        return f"{error}; it has the name of the new archive: move it, or pass overwrite=True"
-    return None
+        report.status, report.error, report.is_usage_error = "failed", str(error), True
+        return
+    if compared.differs:
+        report.status, report.is_usage_error = "failed", True
+        report.error = compared.message(job.first_target)
+        return
+    if compared.unknown:
+        report.warnings.append(compared.warning())
+    existing = job.target.existing()
+    # Its writer may have been killed between naming it and making the name durable.
+    sync_folder(job.first_target.parent)
+    for target in existing:
+        remove_abandoned_parts(target)
+    report.status, report.targets = "skipped", [str(each) for each in existing]
+    report.archive_nbytes = sum(each.stat().st_size for each in existing)
 
 
 def _convert_job(
@@ -194,16 +206,22 @@ class _Conversion:
         self._job, self._sources, self._options = job, sources, options
         self._report_progress = report_progress
         self._shards = ShardSet(options.write)
+        self._recorded: list[SourceFile] = []
         self._source_counts: list[int] = [0] * len(sources)
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
+        self._checks = SampleChecks()
+        self._understood: list[str] = []
+        self._unread: list[str] = []
 
     def run(self) -> None:
         """Convert; an exception leaves no file."""
         try:
+            # As they are before they are read; compared again when they have been.
+            self._recorded = [self._as_it_is(source) for source in self._sources]
             for number, source in enumerate(self._sources):
                 self._read_source(number, source)
-                self._report_progress(source, source.stat().st_size, 0)
+                self._report_progress(source, self._recorded[number].nbytes, 0)
             if not self._shards.writers:
                 self._new_writer()
             self._finish_writer()
@@ -214,7 +232,8 @@ class _Conversion:
 
     def _read_source(self, number: int, source: Path) -> None:
         try:
-            with ReadAhead(lambda: _records(source, number, self._options)) as records:
+            opened = _Opened()
+            with ReadAhead(lambda: _records(source, number, self._options, opened)) as records:
                 while (ready := next(records, None)) is not None:
                     self._num_layers = max(self._num_layers, ready.num_layers)
                     self._write(ready.record, source)
@@ -222,11 +241,33 @@ class _Conversion:
                     self._report_progress(source, ready.position, 1)
                     # The next sample is being read already: keep no more than these two.
                     del ready
+            self._check_unchanged(source, self._recorded[number])
+            self._understood += opened.understood
+            self._unread += [f"{source}: {each}" for each in opened.unread]
         except _SampleError as error:
-            cause = error.__cause__
-            if len(self._sources) > 1:
-                raise _SourceFailedError(source, str(error)) from cause
-            raise ConversionError(str(error)) from cause
+            raise self._failed(source, str(error)) from error.__cause__
+
+    def _failed(self, source: Path, message: str) -> Exception:
+        """The error of a source: of several, the others are read without it."""
+        several = len(self._sources) > 1
+        return _SourceFailedError(source, message) if several else ConversionError(message)
+
+    def _as_it_is(self, source: Path) -> SourceFile:
+        try:
+            return source_file(source, whole=self._options.target.compare == "content")
+        except (H5TracesError, OSError) as error:
+            raise self._failed(source, str(error)) from error
+
+    @staticmethod
+    def _check_unchanged(source: Path, before: SourceFile) -> None:
+        """A source that grew while it was read is in the archive in part only."""
+        now = source_file(source)
+        if (now.nbytes, now.modified_ns) != (before.nbytes, before.modified_ns):
+            message = (
+                f"{source}: was changed while it was read ({before.nbytes:,} bytes before, "
+                f"{now.nbytes:,} now); convert it again when its writer is done"
+            )
+            raise _SampleError(message)
 
     def _write(self, record: TraceRecord, source: Path) -> None:
         size, writers = self._options.target.shard_samples, self._shards.writers
@@ -239,34 +280,30 @@ class _Conversion:
             writers[-1].append(record)
         except (ConversionError, SchemaError) as error:
             raise _SampleError(_placed(error, source, record.source)) from error
+        self._checks.add(record, writers[-1].content, writers[-1].not_finite)
 
     def _new_writer(self) -> None:
         target = self._job.target.shard(len(self._shards.writers))
-        names = facts_in_name(self._sources[0])
-        facts = {
-            "model_id": self._options.model_id or names.get("model_id"),
-            "dataset": self._options.dataset or names.get("dataset"),
-        }
-        self._shards.new(target, **facts)
+        facts = self._options.facts(self._sources[0])
+        self._shards.new(target, **facts, conversion=dict(self._options.recorded))
         self._source_counts = [0] * len(self._sources)
 
     def _finish_writer(self) -> None:
         sources = tuple(
-            SourceFile(name=path.name, nbytes=path.stat().st_size, num_samples=count)
-            for path, count in zip(self._sources, self._source_counts, strict=True)
+            each.model_copy(update={"num_samples": count})
+            for each, count in zip(self._recorded, self._source_counts, strict=True)
         )
         self._shards.finish(sources=sources, num_layers=self._num_layers or None)
         self._summaries.append(self._shards.writers[-1].summary)
 
     def fill(self, report: FileReport) -> None:
         """Report what was done."""
-        raw, stored, coverage = Counter[str](), Counter[str](), Counter[str]()
+        raw, stored = Counter[str](), Counter[str]()
         counts: dict[str, CastCounts] = {}
         for summary in self._summaries:
             report.warnings += precision_warnings(summary)
             raw += summary.raw_nbytes
             stored += summary.stored_nbytes
-            coverage += summary.coverage
             for kind, each in summary.counts.items():
                 counts[kind] = counts.get(kind, CastCounts()) + each
         report.status = "converted"
@@ -274,11 +311,16 @@ class _Conversion:
         report.num_samples = sum(summary.num_samples for summary in self._summaries)
         report.archive_nbytes = sum(summary.nbytes for summary in self._summaries)
         report.raw_nbytes, report.stored_nbytes = dict(raw), dict(stored)
-        with open_archive(report.targets, labels=False) as archive:
-            metadata = archive.metadata
+        # As they were written: no archive is opened for it again.
+        written = [writer.metadata for writer in self._shards.writers]
+        casts = add_casts(cast for each in written for cast in each.casts or ())
+        metadata = written[0].model_copy(update={"casts": casts})
         report.is_lossless, report.changes = metadata.is_lossless, metadata.changes
         report.kept_layers = metadata.kept_layers
-        report.warnings += coverage_warnings(coverage) + cast_warnings(counts, self._options.write)
+        report.understood = list(dict.fromkeys(self._understood))
+        report.unread = self._unread
+        report.findings = self._checks.findings.summaries(self._options.checks)
+        report.warnings += cast_warnings(counts, self._options.write)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,12 +332,22 @@ class _Ready:
     num_layers: int
 
 
+@dataclass(slots=True)
+class _Opened:
+    """What a source says of itself when it has been read."""
+
+    understood: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+
 class _SampleError(Exception):
     """A source is unreadable; the message names file, sample and field."""
 
 
-def _records(source: Path, number: int, options: ConvertOptions) -> Iterator[_Ready]:
-    """The records of one batch file."""
+def _records(
+    source: Path, number: int, options: ConvertOptions, found: _Opened
+) -> Iterator[_Ready]:
+    """The records of one batch file; `found` is filled when all are read."""
     try:
         chosen = _chosen(source, options)
         with open_source(source, options.reading) as opened:
@@ -305,6 +357,8 @@ def _records(source: Path, number: int, options: ConvertOptions) -> Iterator[_Re
                 yield ready
                 # Two samples exist at a time: this one, and the one that is being written.
                 del ready
+            found.understood += opened.understood
+            found.unread += opened.unread
     except (ConversionError, LayerIndexError, OSError) as error:
         raise _SampleError(str(error)) from error
 
@@ -511,7 +565,7 @@ def scaled_options(
 
 
 def _model_of(job: Job, options: ConvertOptions) -> str | None:
-    return options.model_id or facts_in_name(job.sources[0]).get("model_id")
+    return options.facts(job.sources[0])["model_id"]
 
 
 def _measured(

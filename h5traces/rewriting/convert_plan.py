@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import ConversionError
-from h5traces.paths import DEFAULT_NAME, check_not_a_source, expand_paths, listed_sources
-from h5traces.sources.opening import SOURCE_SUFFIXES, source_stem
+from h5traces.meaning.options import ReadingOptions
+from h5traces.paths import DEFAULT_NAME, check_not_a_source, listed_sources, local_path
+from h5traces.rewriting.existing import source_file
+from h5traces.sources.collecting import Collected, collect
+from h5traces.sources.opening import source_stem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from h5traces.paths import PathLike, Target
 
-_SUFFIXES: Final = ", ".join(SOURCE_SUFFIXES)
-
-
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """A file that is passed over.
-
-    Attributes
-    ----------
-    path
-        The file.
-    reason
-        Why, and what to do.
-    """
-
-    path: str
-    reason: str
+# Smaller batches hold no sample.
+_MIN_COPY_NBYTES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,34 +44,62 @@ class Job:
 
 
 def plan_jobs(
-    sources: PathLike | Sequence[PathLike], target: Target, *, merge: bool = False
-) -> tuple[list[Job], list[Leftover]]:
-    """The jobs of a conversion, and the files that are passed over."""
-    named: list[tuple[Path, Path]] = []
-    leftovers: list[Leftover] = []
+    sources: PathLike | Sequence[PathLike],
+    target: Target,
+    *,
+    merge: bool = False,
+    reading: ReadingOptions = ReadingOptions(),
+) -> tuple[list[Job], Collected]:
+    """The jobs of a conversion, and the files that were found."""
+    found = Collected()
     for source in listed_sources(sources):
-        _collect(Path(str(source)), named, leftovers)
-    if not named and not leftovers:
-        message = f"there is nothing to convert; expected files ending in {_SUFFIXES}"
+        found.add(collect(local_path(source), reading))
+    if not found.sources and not found.left:
+        message = "there is nothing to convert; expected files of traces, or a folder of them"
         raise ConversionError(message)
+    named = [path for path, _ in found.sources]
     if merge:
-        _check_different([path for path, _ in named])
-        jobs = [Job(tuple(path for path, _ in named), target.named(DEFAULT_NAME))] if named else []
+        _check_different(named)
+        jobs = [Job(tuple(named), target.named(DEFAULT_NAME))] if named else []
     else:
-        jobs = _one_target_each(list(dict.fromkeys(named)), target)
-    check_not_a_source([each.target for each in jobs], [path for path, _ in named])
-    return jobs, leftovers
+        jobs = _one_target_each(list(dict.fromkeys(found.sources)), target)
+    check_not_a_source([each.target for each in jobs], named)
+    return jobs, found
 
 
 def _check_different(paths: list[Path]) -> None:
-    """Reject a batch that is named twice, also by a link."""
+    """Reject a batch that is named twice, also by a link, and one that lies there with its copy."""
     found: dict[tuple[int, int], Path] = {}
+    alike: dict[int, list[Path]] = {}
     for path in paths:
         status = path.stat()
         first = found.setdefault((status.st_dev, status.st_ino), path)
         if first is not path:
             message = f"{first} and {path} are one file; name each batch of a merge once"
             raise ConversionError(message)
+        if status.st_size >= _MIN_COPY_NBYTES:
+            alike.setdefault(status.st_size, []).append(path)
+    for group in alike.values():
+        _check_no_copies(group)
+
+
+def _check_no_copies(paths: list[Path]) -> None:
+    """Reject files of one size with the same bytes; only those that share their ends are read."""
+    if len(paths) == 1:
+        return
+    by_ends: dict[str | None, list[Path]] = {}
+    for path in paths:
+        by_ends.setdefault(source_file(path).ends_digest, []).append(path)
+    for group in by_ends.values():
+        found: dict[str | None, Path] = {}
+        for path in group if len(group) > 1 else ():
+            first = found.setdefault(source_file(path, whole=True).digest, path)
+            if first is not path:
+                message = (
+                    f"{first} and {path} hold the same bytes, which would store their samples "
+                    "twice; name one of them"
+                )
+                raise ConversionError(message)
 
 
 def _one_target_each(named: list[tuple[Path, Path]], target: Target) -> list[Job]:
@@ -103,28 +119,3 @@ def _one_target_each(named: list[tuple[Path, Path]], target: Target) -> list[Job
             )
             raise ConversionError(message)
     return list(found.values())
-
-
-def _collect(source: Path, named: list[tuple[Path, Path]], leftovers: list[Leftover]) -> None:
-    """Add the batches of one argument, each with its path relative to the named folder."""
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file())
-        batches = [path for path in files if path.name.endswith(SOURCE_SUFFIXES)]
-        parts = [path for path in files if _is_part(path)]
-        if not batches and not parts:
-            message = f"{source}: the folder holds no batch; expected files ending in {_SUFFIXES}"
-            raise ConversionError(message)
-        named += [(path, path.relative_to(source)) for path in batches]
-    else:
-        files = expand_paths(source, SOURCE_SUFFIXES)
-        parts = [path for path in files if _is_part(path)]
-        named += [(path, Path(path.name)) for path in files if path not in parts and path.is_file()]
-    leftovers += [
-        Leftover(str(path), f"{path}: is an unfinished write; extract or copy the batch again")
-        for path in parts
-    ]
-
-
-def _is_part(path: Path) -> bool:
-    name = path.name
-    return name.endswith(".part") and any(suffix in name for suffix in SOURCE_SUFFIXES)

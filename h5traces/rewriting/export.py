@@ -8,8 +8,8 @@ import os
 import pickle
 from typing import TYPE_CHECKING, Any, Literal
 
-from h5traces.archive.archive import inherited_facts, shared_metadata
 from h5traces.archive.opening import open as open_archive
+from h5traces.archive.shards import inherited_facts, shared_metadata
 from h5traces.errors import ConversionError, LossyWarning, warn
 from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.repack import read_files

@@ -1,194 +1,39 @@
-"""Joins scores to the samples of archives, and writes labels."""
+"""Joins labels and scores to the samples of archives by id."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
-import math
 import statistics
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from h5traces.archive.labels import FileLabels, sidecar_path
+from h5traces.archive.labels import FileLabels, largest_sidecar, sidecar_path
 from h5traces.archive.opening import open as open_archive
-from h5traces.errors import ArchiveExistsError, OptionError, Problem, SchemaError, __version__
+from h5traces.errors import ArchiveExistsError, OptionError, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import LabelSidecar
 from h5traces.format.text import and_more, counted, utc_now
 from h5traces.paths import Target, check_not_a_source
+from h5traces.rewriting.label_table import Entry, LabelOptions, LabelTable, read_table
 from h5traces.rewriting.repack import repack
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from h5traces.archive.archive import Archive
     from h5traces.archive.file import ArchiveFile
     from h5traces.paths import PathLike, Source
+    from h5traces.rewriting.label_table import HigherMeans, Key
 
 
-GENERATION_COLUMN: Final = "generation_index"
-# Further columns of the ``_full`` tables; the score itself is the best of all references.
-OTHER_SCORES: Final = ("min_score", "avg_score")
-
-# Sample id, and generation index where the table has one.
-Key = tuple[str, int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreColumns:
-    """Names of a table's columns.
-
-    Attributes
-    ----------
-    id
-        The column of sample ids.
-    score
-        The column of the scores that labels are made from.
-    """
-
-    id: str = "question_id"
-    score: str = "bleurt_score"
-
-
-@dataclass(slots=True)
-class ScoreTable:
-    """The scores of a table.
-
-    Attributes
-    ----------
-    path
-        The file.
-    names
-        Scores by name, the one that labels are made of first.
-    scores
-        By id and generation, the number of every score; only rows that have all of them.
-    has_generations
-        Whether rows tell generations of a question apart.
-    num_rows, num_repeated
-        Rows in the file, and those that repeat an earlier one.
-    unscored
-        Ids whose score is empty or not a number.
-    """
-
-    path: Path
-    names: tuple[str, ...]
-    scores: dict[Key, tuple[float, ...]] = field(default_factory=dict)
-    has_generations: bool = False
-    num_rows: int = 0
-    num_repeated: int = 0
-    unscored: list[str] = field(default_factory=list)
-
-    @property
-    def num_questions(self) -> int:
-        """Different ids."""
-        return len({sample_id for sample_id, _ in self.scores})
-
-
-def score_name(column: str) -> str:
-    """The name of a score by its column: ``bleurt`` of ``bleurt_score``."""
-    return column.removesuffix("_score") or column
-
-
-def read_scores(path: Path, columns: ScoreColumns = ScoreColumns()) -> ScoreTable:
-    """A CSV file with a header, in UTF-8; texts may hold newlines."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            found = tuple(reader.fieldnames or ())
-            names = _score_columns(path, found, columns)
-            table = ScoreTable(path, tuple(score_name(each) for each in names))
-            table.has_generations = GENERATION_COLUMN in found
-            problems = _read_rows(reader, table, columns.id, names)
-        except (csv.Error, UnicodeDecodeError) as error:
-            message = f"{path}: line {reader.line_num}: is not UTF-8 CSV: {error}"
-            raise SchemaError(message) from error
-    if problems:
-        message = f"{path}: {and_more(problems, separator='; ')}"
-        raise SchemaError(message, problems)
-    return table
-
-
-def _score_columns(path: Path, found: Sequence[str], columns: ScoreColumns) -> tuple[str, ...]:
-    missing = [each for each in (columns.id, columns.score) if each not in found]
-    if missing:
-        message = (
-            f"{path}: has no column {' and no column '.join(map(repr, missing))}; its columns, "
-            f"separated by commas, are {', '.join(map(repr, found)) or 'none'}; name those of the "
-            "ids (id_column) and scores (score_column)"
-        )
-        if len(found) == 1 and (other := next((each for each in ";\t" if each in found[0]), None)):
-            message += f", and replace the delimiter {other!r} by ','"
-        raise OptionError(message)
-    repeated = sorted({each for each in found if found.count(each) > 1})
-    if repeated:
-        message = f"{path}: the columns {', '.join(repeated)} occur more than once"
-        raise SchemaError(message)
-    others = (each for each in OTHER_SCORES if each in found and each != columns.score)
-    return (columns.score, *others)
-
-
-def _read_rows(
-    reader: csv.DictReader[str], table: ScoreTable, id_column: str, names: tuple[str, ...]
-) -> list[Problem]:
-    """Fill the table; what is wrong with rows."""
-    problems: list[Problem] = []
-    lines: dict[Key, int] = {}
-    for row in reader:
-        table.num_rows += 1
-        place = f"line {reader.line_num}"
-        sample_id = row[id_column]
-        if not sample_id:
-            problems.append(Problem(place, f"{id_column} is empty", "missing_id"))
-            continue
-        try:
-            key = (sample_id, _generation(row))
-            scores = tuple(_number(row[name]) for name in names)
-        except ValueError as error:
-            problems.append(Problem(place, f"{sample_id!r}: {error}", "bad_number"))
-            continue
-        if any(map(math.isnan, scores)):
-            table.unscored.append(sample_id)
-            continue
-        known = table.scores.setdefault(key, scores)
-        if key in lines:
-            table.num_repeated += 1
-        if known != scores:
-            message = f"{sample_id!r} has other scores than on line {lines[key]}"
-            problems.append(Problem(place, message, "contradicting_rows"))
-        lines.setdefault(key, reader.line_num)
-    return problems
-
-
-def _generation(row: dict[str, str]) -> int | None:
-    value = row.get(GENERATION_COLUMN)
-    if not value:
-        return None
-    if not (value.isascii() and value.isdigit()):
-        message = f"{GENERATION_COLUMN} is {value!r}, expected a number from 0"
-        raise ValueError(message)
-    return int(value)
-
-
-def _number(value: str | None) -> float:
-    """A score; NaN where there is none."""
-    if value is None or not value.strip():
-        return math.nan
-    try:
-        number = float(value)
-    except ValueError:
-        message = f"the score is {value!r}, expected a number"
-        raise ValueError(message) from None
-    if math.isinf(number):
-        message = f"the score is {value!r}, expected a finite number"
-        raise ValueError(message)
-    return number
-
-
-THRESHOLD = 0.5
+# What spreadsheets, editors and copying put around an id.
+_AROUND: Final = " \t\r\n\ufeff\u200b\u00a0'\"\u2018\u2019\u201c\u201d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,75 +54,98 @@ class ScoreStats:
 
 @dataclass(slots=True)
 class LabelReport:
-    """What joining found.
+    """What joining found; complete before anything is written.
 
     Attributes
     ----------
     archives, targets
-        Files read, and sidecars or archives written (or, in a dry run, that would be).
+        Files read, and sidecars or archives that are written (or, in a dry run, would be).
     table
-        The file with the scores.
-    threshold
-        Labels are 1 below it; None if only scores are given.
+        The file with the labels or scores.
+    label_column
+        The column that labels come from; None if it is not one of classes.
+    threshold, higher_means
+        How labels are made of scores; None if they are not.
     num_samples, num_labelled
-        Samples in the archives, and those that got scores.
+        Samples in the archives, and those that get a label or scores.
     labels
-        How many samples have which label.
+        How many samples get which label.
+    classes, class_labels
+        How many samples have which class of the column, and the label of each class.
     scores
         Statistics by name of score.
     missing
-        Samples that the table has no score for: file, index and id.
+        Samples that the table has nothing for: file, index and id.
     ambiguous
         Samples that share an id which the table has without a generation.
     unknown
         Ids of the table that no archive has.
+    similar
+        Those among them that differ from an id of the archives in spaces, case, quotes or zeros
+        only, with that id; they are never taken for it.
     unscored
-        Ids whose row has no score.
+        Ids whose label or score is empty.
+    num_excluded
+        Samples of a class that gets no label.
     num_repeated
-        Rows that repeat an earlier one with the same scores.
+        Rows that repeat an earlier one with the same values.
     num_replaced
         Samples that had another label before.
     """
 
     archives: list[str]
     table: str
-    threshold: float | None
+    label_column: str | None = None
+    threshold: float | None = None
+    higher_means: HigherMeans | None = None
     targets: list[str] = field(default_factory=list)
     num_samples: int = 0
     num_labelled: int = 0
     labels: dict[int, int] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    class_labels: dict[str, int | None] = field(default_factory=dict)
     scores: dict[str, ScoreStats] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     ambiguous: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    similar: list[str] = field(default_factory=list)
     unscored: list[str] = field(default_factory=list)
+    num_excluded: int = 0
     num_repeated: int = 0
     num_replaced: int = 0
 
     @property
     def complete(self) -> bool:
-        """Whether every sample got its scores."""
+        """Whether the table has a value for every sample."""
         return not self.missing and not self.ambiguous
+
+    @property
+    def num_without_label(self) -> int:
+        """Samples that get no label."""
+        return self.num_samples - sum(self.labels.values())
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return {"complete": self.complete, **asdict(self)}
+        return {
+            "complete": self.complete,
+            "num_without_label": self.num_without_label,
+            **asdict(self),
+        }
 
 
 def label(
     sources: Source | Iterable[Source],
     table: PathLike,
     *,
+    options: LabelOptions = LabelOptions(),
     output: PathLike | None = None,
     folder: PathLike | None = None,
-    threshold: float | None = THRESHOLD,
-    columns: ScoreColumns = ScoreColumns(),
     partial: bool = False,
     target: TargetOptions = TargetOptions(),
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelReport:
-    """Join a table of scores to archives by sample id; the archives are not changed.
+    """Join a table of labels or scores to archives by sample id; the archives are not changed.
 
     Writes a sidecar for every archive, which `h5traces.open` picks up, or, with `output`, one new
     archive by copying chunks.
@@ -287,21 +155,22 @@ def label(
     sources
         Archives, globs and folders; also on servers, then with `folder` or `output`.
     table
-        CSV with a header: ``question_id``, ``bleurt_score``, and ``generation_index`` where
-        questions were answered more than once; ``min_score`` and ``avg_score`` are taken, too.
+        CSV or TSV with a header, or JSON Lines, in UTF-8; its content decides. The columns are
+        ``question_id``, that of the labels or scores, and ``generation_index`` where questions were
+        answered more than once. ``min_score`` and ``avg_score`` are kept beside a score.
+    options
+        Which columns hold what, and what their values mean. By default, labels are made of
+        ``bleurt_score``: 1 (hallucination) below 0.5, else 0.
     output
         A new archive of all samples, labels and scores among their attributes.
     folder
         Folder of the sidecars; beside the archives by default.
-    threshold
-        A label is 1 where the score is below it, else 0; None gives scores only.
-    columns
-        Names of the columns, where they differ.
     partial
-        Write although samples have no score; these stay without a label.
+        Write although the table has nothing for some samples; these stay without a label.
     target
         Whether to replace existing sidecars or `output`, and to write at all; verification and
-        workers are for `output`.
+        workers are for `output`. ``TargetOptions(dry_run=True)`` gives the report and writes
+        nothing.
     storage_options
         As for `h5traces.open`.
     progress
@@ -310,52 +179,148 @@ def label(
     Raises
     ------
     OptionError
-        The table has no column of that name.
+        The table has no column or class of that name, or it is not known what its values mean.
     SchemaError
-        The table is wrong, no id of it is in the archives, or samples have no score and `partial`
-        is false.
+        The table is wrong, no id of it is in the archives, or it has nothing for some samples and
+        `partial` is false.
     ArchiveExistsError
         A sidecar or `output` exists.
+
+    Examples
+    --------
+    >>> from h5traces import LabelOptions
+    >>> human = LabelOptions(label_column="label", positive="hallucinated")
+    >>> h5traces.label("run.h5", "human.csv", options=human).labels  # doctest: +SKIP
+    {0: 61, 1: 39}
     """
-    scores = read_scores(Path(table), columns)
-    if threshold is not None and not math.isfinite(threshold):
-        message = f"the threshold is {threshold}, expected a finite number"
-        raise SchemaError(message)
+    joining = joined(
+        sources,
+        table,
+        options=options,
+        output=output,
+        folder=folder,
+        overwrite=target.overwrite,
+        storage_options=storage_options,
+        progress=progress,
+    )
+    with joining as found:
+        found.check(partial=partial)
+        found.write(target)
+        return found.report
+
+
+@contextlib.contextmanager
+def joined(
+    sources: Source | Iterable[Source],
+    table: PathLike,
+    *,
+    options: LabelOptions = LabelOptions(),
+    output: PathLike | None = None,
+    folder: PathLike | None = None,
+    overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Joined]:
+    """Join as `label` does, and leave it to the caller to look at the report, check and write."""
+    if output is not None and folder is not None:
+        message = (
+            f"output={str(output)!r} makes a new archive, folder={str(folder)!r} is for labels "
+            "beside archives; name one"
+        )
+        raise OptionError(message)
+    rows = read_table(Path(table), options)
     # Not those of an earlier run, which may be of an archive that was replaced since.
     with open_archive(sources, storage_options=storage_options, labels=False) as archive:
+        report = LabelReport(
+            [str(path) for path in archive.paths],
+            str(table),
+            options.label_column,
+            rows.threshold,
+            rows.higher_means,
+        )
         if output is not None:
-            check_not_a_source(Target.of(output).for_sources(archive.paths), table)
+            new = Target.of(output).for_sources(archive.paths)
+            check_not_a_source(new, table)
+            report.targets = [str(new.path)]
         else:
-            beside = (
-                sidecar_path(path, None if folder is None else Path(folder))
-                for path in archive.paths
+            places = _sidecar_places(archive, None if folder is None else Path(folder))
+            check_not_a_source(places, table)
+            if not overwrite:
+                _check_free(places)
+            report.targets = [str(place) for place in places]
+        sidecars = _Joining(rows, options, report).join(archive, progress)
+        yield Joined(report, archive, rows, sidecars, output)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A table that was joined to archives; nothing is written yet.
+
+    Attributes
+    ----------
+    report
+        What joining found.
+    """
+
+    report: LabelReport
+    _archive: Archive
+    _table: LabelTable
+    _sidecars: list[LabelSidecar]
+    _output: PathLike | None
+
+    @property
+    def joins(self) -> bool:
+        """Whether any id of the table is in the archives."""
+        report = self.report
+        return bool(report.num_labelled or report.num_excluded or report.ambiguous)
+
+    def check(self, *, partial: bool) -> None:
+        """Reject a table that leaves samples out, unless `partial`."""
+        report = self.report
+        if report.similar and report.missing:
+            message = (
+                f"{report.table}: ids differ from those of the archives in spaces, case, quotes or "
+                f"zeros only: {and_more(report.similar, separator='; ')}; nothing was written. "
+                "Correct the table"
             )
-            check_not_a_source([place for place in beside if place is not None], table)
-        report = LabelReport([str(path) for path in archive.paths], str(table), threshold)
-        sidecars = _Joining(scores, threshold, report).join(archive, progress)
-        _check(report, scores, partial=partial)
-        if output is not None:
-            _write_archive(archive, sidecars, output, report, target)
-        else:
-            place = None if folder is None else Path(folder)
-            _write_sidecars(archive, sidecars, place, report, target)
-    return report
+            raise SchemaError(message)
+        if not self.joins:
+            example = next(iter(self._table.entries), ("none", None))[0]
+            message = (
+                f"{report.table}: none of its {self._table.num_questions} ids is in the archives; "
+                f"it has ids such as {example!r}, they have "
+                f"{and_more(report.missing) or 'no sample'}"
+            )
+            raise SchemaError(message)
+        if not (report.complete or (partial and report.num_labelled + report.num_excluded)):
+            raise SchemaError(_incomplete(report))
+
+    def write(self, target: TargetOptions) -> None:
+        """Write the sidecars or the archive, unless it is a dry run."""
+        if self._output is not None:
+            for file, sidecar in zip(self._archive._files, self._sidecars, strict=True):
+                file.labels = FileLabels(sidecar, self.report.table)
+            self.report.targets = repack(self._archive, self._output, target=target).targets
+        elif not target.dry_run:
+            for place, sidecar in zip(self.report.targets, self._sidecars, strict=True):
+                _write_sidecar(Path(place), sidecar, overwrite=target.overwrite)
 
 
 class _Joining:
     """Looks every sample up in the table."""
 
-    def __init__(self, table: ScoreTable, threshold: float | None, report: LabelReport) -> None:
-        self._table, self._threshold, self._report = table, threshold, report
+    def __init__(self, table: LabelTable, options: LabelOptions, report: LabelReport) -> None:
+        self._table, self._options, self._report = table, options, report
         self._joined: set[Key] = set()
         self._found: list[tuple[float, ...]] = []
-        self._counts: Counter[int] = Counter()
+        self._labels: Counter[int] = Counter()
+        self._classes: Counter[str] = Counter()
 
     def join(
         self, archive: Archive, progress: Callable[[int, int], None] | None
     ) -> list[LabelSidecar]:
-        """A sidecar for every file; the report lists samples without scores."""
-        report = self._report
+        """A sidecar for every file; the report lists what does not join."""
+        report, table = self._report, self._table
         repeats = Counter(each for each in archive.ids if each is not None)
         sidecars, total = [], len(archive)
         for file in archive._files:
@@ -363,13 +328,17 @@ class _Joining:
             if progress is not None:
                 progress(report.num_samples, total)
         known = {sample_id for sample_id, _ in self._joined}
-        unknown = (key for key in self._table.scores if key not in self._joined)
+        unknown = [key for key in table.entries if key not in self._joined]
         # Ids whose samples are ambiguous are known, if not joined.
-        report.unknown = [_named(key) for key in unknown if key[0] in known or not repeats[key[0]]]
-        report.unscored = list(self._table.unscored)
-        report.num_repeated = self._table.num_repeated
-        report.labels = dict(sorted(self._counts.items()))
-        for name, column in zip(self._table.names, zip(*self._found, strict=True), strict=False):
+        unknown = [key for key in unknown if key[0] in known or not repeats[key[0]]]
+        report.unknown = [_named(key) for key in unknown]
+        report.similar = _similar([key[0] for key in unknown], repeats)
+        report.unscored = list(table.empty)
+        report.num_repeated = table.num_repeated
+        report.labels = dict(sorted(self._labels.items()))
+        report.classes = {name: self._classes[name] for name in table.classes}
+        report.class_labels = dict(table.classes)
+        for name, column in zip(table.score_names, zip(*self._found, strict=True), strict=False):
             report.scores[name] = ScoreStats(
                 min(column), statistics.median(column), statistics.fmean(column), max(column)
             )
@@ -383,60 +352,81 @@ class _Joining:
         for ordinal in range(file.num_samples):
             attrs = file.sample_attrs(ordinal)
             self._report.num_samples += 1
-            found = self._row(file, ordinal, attrs.get("sample_id"), attrs, repeats)
+            found = self._entry(file, ordinal, attrs.get("sample_id"), attrs, repeats)
             if found is None:
                 continue
-            sample_id, row = found
+            sample_id, entry = found
             ordinals.append(ordinal)
             ids.append(sample_id)
-            rows.append(row)
-            if self._threshold is not None:
-                labels.append(int(row[0] < self._threshold))
-                self._report.num_replaced += attrs.get(layout.LABEL, labels[-1]) != labels[-1]
+            rows.append(entry.scores)
+            if entry.label is not None:
+                labels.append(entry.label)
+                self._report.num_replaced += attrs.get(layout.LABEL, entry.label) != entry.label
         self._report.num_labelled += len(rows)
         self._found += rows
-        self._counts.update(labels)
-        columns = list(zip(*rows, strict=True)) or [()] * len(self._table.names)
+        self._labels.update(labels)
+        columns = list(zip(*rows, strict=True)) or [()] * len(self._table.score_names)
+        return self._sidecar(file, ordinals, ids, labels, columns)
+
+    def _sidecar(
+        self,
+        file: ArchiveFile,
+        ordinals: list[int],
+        ids: list[str],
+        labels: list[int],
+        columns: list[tuple[float, ...]],
+    ) -> LabelSidecar:
+        table, options = self._table, self._options
+        classes = {name: number for name, number in table.classes.items() if number is not None}
         return LabelSidecar(
             format_version=layout.FORMAT_VERSION,
             generator=f"h5traces {__version__}",
             created=utc_now(),
             archive_id=file.metadata.archive_id,
             num_samples=file.num_samples,
-            source=self._table.path.name,
-            label_score=None if self._threshold is None else self._table.names[0],
-            threshold=self._threshold,
+            source=table.path.name,
+            label_column=options.label_column,
+            classes=None if options.label_column is None else classes,
+            label_score=None if table.threshold is None else table.score_names[0],
+            threshold=table.threshold,
+            higher_means=table.higher_means,
             ordinals=tuple(ordinals),
             sample_ids=tuple(ids),
-            labels=None if self._threshold is None else tuple(labels),
-            scores=dict(zip(self._table.names, columns, strict=True)),
+            labels=None if options.scores_only else tuple(labels),
+            scores=dict(zip(table.score_names, columns, strict=True)),
         )
 
-    def _row(
+    def _entry(
         self,
         file: ArchiveFile,
         ordinal: int,
         sample_id: object,
         attrs: Mapping[str, object],
         repeats: Counter[str],
-    ) -> tuple[str, tuple[float, ...]] | None:
-        """The id and scores of one sample; None if there are none, which the report notes."""
+    ) -> tuple[str, Entry] | None:
+        """The id and values of one sample; None if there are none, which the report notes."""
         place = f"{file.path}: sample {ordinal} ({sample_id!r})"
         if not isinstance(sample_id, str):
             self._report.missing.append(f"{file.path}: sample {ordinal} (without an id)")
             return None
         generation = attrs.get("generation_index")
         key: Key = (sample_id, generation if isinstance(generation, int) else None)
-        if key not in self._table.scores:
+        if key not in self._table.entries:
             key = (sample_id, None)
-            if key not in self._table.scores:
+            if key not in self._table.entries:
                 self._report.missing.append(place)
                 return None
             if repeats[sample_id] > 1:
                 self._report.ambiguous.append(place)
                 return None
         self._joined.add(key)
-        return sample_id, self._table.scores[key]
+        entry = self._table.entries[key]
+        if entry.name is not None:
+            self._classes[entry.name] += 1
+            if entry.label is None:
+                self._report.num_excluded += 1
+                return None
+        return sample_id, entry
 
 
 def _named(key: Key) -> str:
@@ -444,82 +434,93 @@ def _named(key: Key) -> str:
     return sample_id if generation is None else f"{sample_id} (generation {generation})"
 
 
-def _check(report: LabelReport, table: ScoreTable, *, partial: bool) -> None:
-    """Reject a table that leaves samples out, unless `partial`."""
-    if not report.num_labelled and not report.ambiguous:
-        example = next(iter(table.scores), ("none", None))[0]
-        message = (
-            f"{report.table}: none of its {table.num_questions} ids is in the archives; it has ids "
-            f"such as {example!r}, they have {and_more(report.missing) or 'no sample'}"
-        )
-        raise SchemaError(message)
-    if report.complete or (partial and report.num_labelled):
-        return
+def _similar(unknown: list[str], ids: Iterable[str]) -> list[str]:
+    """Ids of a table that are no ids of the archives, but nearly."""
+    if not unknown:
+        return []
+    known = set(ids)
+    plain = {_plain(each): each for each in known}
+    found = []
+    for each in dict.fromkeys(unknown):
+        other = plain.get(_plain(each))
+        if other is not None and each not in known:
+            found.append(f"{each!r} is {other!r} in the archives")
+    return found
+
+
+def _plain(sample_id: str) -> str:
+    """An id without what tables do to it: spaces, quotes, case, zeros."""
+    text = " ".join(unicodedata.normalize("NFKC", sample_id).strip(_AROUND).split()).casefold()
+    if text.isascii() and text.replace(".", "", 1).isdigit():
+        whole, _, rest = text.partition(".")
+        return (whole.lstrip("0") or "0") + (f".{rest}" if rest.strip("0") else "")
+    return text
+
+
+def _incomplete(report: LabelReport) -> str:
+    """What is wrong with a table that leaves samples out."""
+    what = "score" if report.label_column is None else "label"
     said = []
     if report.missing:
         samples = counted(len(report.missing), "sample has", "samples have")
-        said.append(f"{samples} no score: {and_more(report.missing)}")
+        said.append(f"{samples} no {what}: {and_more(report.missing)}")
     if report.ambiguous:
         said.append(
             f"{len(report.ambiguous)} samples share an id, and the column 'generation_index', "
             f"which distinguishes them, is missing: {and_more(report.ambiguous)}; label archives "
             "that repeat ids one by one"
         )
-    message = (
+    return (
         f"{report.table}: {'; '.join(said)}; nothing was written. Complete the table, or "
         "pass partial=True to leave these without a label"
     )
-    raise SchemaError(message)
 
 
-def _write_archive(
-    archive: Archive,
-    sidecars: list[LabelSidecar],
-    output: PathLike,
-    report: LabelReport,
-    target: TargetOptions,
-) -> None:
-    for file, sidecar in zip(archive._files, sidecars, strict=True):
-        file.labels = FileLabels(sidecar, report.table)
-    report.targets = repack(archive, output, target=target).targets
-
-
-def _write_sidecars(
-    archive: Archive,
-    sidecars: list[LabelSidecar],
-    folder: Path | None,
-    report: LabelReport,
-    target: TargetOptions,
-) -> None:
-    places: dict[Path, LabelSidecar] = {}
-    for file, sidecar in zip(archive._files, sidecars, strict=True):
-        place = sidecar_path(file.path, folder)
+def _sidecar_places(archive: Archive, folder: Path | None) -> list[Path]:
+    places: list[Path] = []
+    for path in archive.paths:
+        place = sidecar_path(path, folder)
         if place is None:
             message = (
-                f"{file.path}: labels cannot be written on a server; name a folder for them "
+                f"{path}: labels cannot be written on a server; name a folder for them "
                 "(folder='...')"
             )
             raise SchemaError(message)
         if place in places:
             message = f"{place}: two archives have this name; label them into different folders"
             raise SchemaError(message)
-        if place.exists() and not target.overwrite:
+        places.append(place)
+    return places
+
+
+def _check_free(places: list[Path]) -> None:
+    for place in places:
+        if place.exists() or place.is_symlink():
             message = f"{place} exists; pass overwrite=True to replace it"
             raise ArchiveExistsError(message)
-        places[place] = sidecar
-    report.targets = [str(place) for place in places]
-    if target.dry_run:
-        return
-    for place, sidecar in places.items():
-        make_folder(place.parent)
-        remove_abandoned_parts(place)
-        with PartFile(place) as part:
-            part.append(sidecar_json(sidecar))
-            part.publish(overwrite=target.overwrite)
+
+
+def _write_sidecar(place: Path, sidecar: LabelSidecar, *, overwrite: bool) -> None:
+    make_folder(place.parent)
+    remove_abandoned_parts(place)
+    with PartFile(place) as part:
+        part.append(sidecar_json(sidecar))
+        part.publish(overwrite=overwrite)
 
 
 def sidecar_json(sidecar: LabelSidecar) -> bytes:
-    """The document as it is written: a line for every key, since columns are long."""
+    """The document as it is written: a line for every key, since columns are long.
+
+    SchemaError where it would be larger than readers take.
+    """
     plain = sidecar.model_dump(exclude_none=True)
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in plain.items())
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
+    text = ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
+    most = largest_sidecar(sidecar.num_samples)
+    if len(text) > most:
+        message = (
+            f"the labels of {counted(sidecar.num_samples, 'sample')} take {len(text)} bytes beside "
+            f"the archive, and readers take {most}; write them into a new archive (output='...')"
+        )
+        raise SchemaError(message)
+    return text

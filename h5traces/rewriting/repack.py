@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.archive import Archive, inherited_facts, inherited_scales, shared_metadata
+from h5traces.archive.archive import Archive
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
+from h5traces.archive.shards import inherited_facts, inherited_scales, shared_metadata
 from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import and_more, counted
-from h5traces.paths import Target, check_not_a_source
+from h5traces.paths import Target, check_not_a_source, check_not_among
 from h5traces.precision.scales import ScaleSet
 from h5traces.writing.calibrate import check_model, load_given, measured
 from h5traces.writing.options import (
@@ -116,9 +117,10 @@ def repack(
     ArchiveError
         The sources do not go together.
     OptionError
-        One archive is named twice.
+        One archive is named twice, or `target` has an option that only ``convert`` follows.
     TargetError
-        `dest` is neither a folder nor an ``.h5`` name, or is a source.
+        `dest` is neither a folder nor an ``.h5`` name, is a source, or lies where a folder or glob
+        of `sources` would find it.
     LayerIndexError, SampleIndexError
         A layer or sample is not there.
     ArchiveExistsError
@@ -133,9 +135,11 @@ def repack(
     LossyWarning
         The sources lost precision before, and lose more: the errors add up.
     """
+    target.check_unused("skip_existing", "compare")
     given = PrecisionOptions.of(precision)
+    named: list[PathLike] = []
     if not isinstance(sources, Archive):
-        sources = _named_once(sources)
+        sources = named = _named_once(sources)
     with contextlib.ExitStack() as until_done:
         archive = (
             sources
@@ -145,6 +149,7 @@ def repack(
         _check_different(archive)
         place = Target.of(dest, shard_samples=target.shard_samples).for_sources(archive.paths)
         check_not_a_source(place, read_files(archive, given.scales))
+        check_not_among(place, named)
         selected = archive if layers is None else archive.select(layers=layers)
         indices = choose_samples(samples, len(archive))
         before = shared_metadata(archive._files)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from h5traces.format.record import COVERAGE_DEFINITIONS
+from h5traces.errors import ConversionError
+from h5traces.meaning.checks import CheckOptions
 
 if TYPE_CHECKING:
-    from collections import Counter
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
-    from h5traces.rewriting.convert_plan import Leftover
+    from h5traces.meaning.checks import FindingSummary
+    from h5traces.sources.collecting import Leftover
     from h5traces.writing.options import WriteOptions
+
+
+# So many archives of one sample are better one.
+_MANY_SINGLE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,14 @@ class FileReport:
         What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
         Wall-clock time.
+    understood
+        How the sources were understood.
+    unread
+        What of the sources was not read, and why.
     warnings
         Messages for the user.
+    findings
+        What checks found in the samples, see ``docs/checks.md``.
     error
         Why it failed, where it did.
     is_usage_error
@@ -80,7 +91,10 @@ class FileReport:
     kept_layers: str = ""
     changes: str = ""
     seconds: float = 0.0
+    understood: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    findings: list[FindingSummary] = field(default_factory=list)
     error: str | None = None
     is_usage_error: bool = False
 
@@ -96,43 +110,58 @@ class ConversionReport:
     files
         One report per job.
     leftovers
-        Files that were passed over, and why; unfinished ``.part`` files above all.
+        Files that were not read though they seem to belong to the others, and why: unfinished
+        ``.part`` files, files of a kind that cannot be read.
+    unrelated
+        Files of the folders that were not read and need not be: notes, tables, archives.
+    notes
+        What else the user should know.
+    checks
+        Which findings are shown, and which are a failure.
     """
 
     precision: str | None = None
     files: list[FileReport] = field(default_factory=list)
     leftovers: list[Leftover] = field(default_factory=list)
+    unrelated: list[Leftover] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checks: CheckOptions = CheckOptions()
+
+    @property
+    def problems(self) -> list[str]:
+        """Why `ok` is false: a message for every file, or part of one, that was not converted."""
+        found = [each.error for each in self.files if each.error is not None]
+        found += [f"not read: {part}" for each in self.files for part in each.unread]
+        found += [each.reason for each in self.leftovers]
+        return found + [
+            f"{', '.join(each.sources)}: {finding}"
+            for each in self.files
+            for finding in each.findings
+            if self.checks.fails([finding])
+        ]
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was named is now an archive."""
-        return not self.leftovers and all(each.error is None for each in self.files)
+        """Whether everything that was named is now an archive, without grave findings."""
+        return not self.problems
+
+    def raise_for_errors(self) -> None:
+        """Raise ConversionError, with every problem, unless `ok`."""
+        if not self.ok:
+            raise ConversionError("; ".join(self.problems))
+
+    def note_single_samples(self) -> None:
+        """Say that many archives of one sample could be one archive."""
+        single = sum(each.status == "converted" and each.num_samples == 1 for each in self.files)
+        if single >= _MANY_SINGLE:
+            self.notes.append(
+                f"{single} archives hold one sample each; merge=True makes one archive of all, "
+                "which opens faster"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         return {"ok": self.ok, **asdict(self)}
-
-
-def coverage_warnings(coverage: Counter[str]) -> list[str]:
-    total, found = sum(coverage.values()), []
-    if coverage["last_position"]:
-        found.append(
-            f"{coverage['last_position']} of {total} samples hold one position instead of the "
-            "sequence: the '350 MB bug' of old extractors; they are stored as they are, but "
-            "re-extract the traces to get whole sequences"
-        )
-    if coverage["steps"]:
-        found.append(
-            f"{coverage['steps']} of {total} samples hold generation steps, not one sequence; "
-            "they are stored as they are (coverage 'steps')"
-        )
-    for name in ("partial", "empty"):
-        if coverage[name]:
-            definition = COVERAGE_DEFINITIONS[name]
-            found.append(
-                f"{coverage[name]} of {total} samples: {definition[0].lower()}{definition[1:]}"
-            )
-    return found
 
 
 def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[str]:
@@ -146,8 +175,6 @@ def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[
         }[options.on_overflow],
     )
     for kind, each in counts.items():
-        if each.num_nan or each.num_inf:
-            found.append(f"{kind}: {each.num_nan} NaN and {each.num_inf} Inf values, kept")
         if each.num_overflow:
             found.append(f"{kind}: {each.num_overflow} values are beyond {stored}; {treatment}")
         if each.num_to_zero or each.num_to_subnormal:

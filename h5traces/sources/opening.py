@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import ConversionError, warn
 from h5traces.meaning.options import ReadingOptions
-from h5traces.sources.signatures import identify
+from h5traces.sources.signatures import KINDS, identify
 from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _HEAD_NBYTES: Final = 4096
 # Module and class by kind: loaded on first use, as archives are read without them.
 _READERS: Final[dict[str, tuple[str, str]]] = {
     "pickle": ("h5traces.sources.pickle.stream", "BatchStream"),
+    "torch": ("h5traces.sources.torch_file", "TorchZipStream"),
+    "torch-old": ("h5traces.sources.torch_file", "OldTorchStream"),
 }
 # Kinds that their reader decompresses, and from what.
 _DECOMPRESSED: Final[dict[str, tuple[str, ...]]] = {
@@ -80,7 +82,10 @@ class Recognised:
     @property
     def reason(self) -> str:
         """Why it is not read, and what to do: a sentence that begins with its name."""
-        return f"{self.path}: is {self.kind}; {self.kind.remedy}"
+        remedy = self.kind.remedy
+        if self.kind.compression and self.kind.id in _READERS:
+            remedy = KINDS[self.kind.compression].remedy
+        return f"{self.path}: is {self.kind}; {remedy}"
 
 
 def recognise(path: str | os.PathLike[str]) -> Recognised:

@@ -107,6 +107,8 @@ KINDS: Final[dict[str, Kind]] = {
         Kind(id="torchscript", what="a TorchScript model", remedy="it holds no traces"),
         Kind(id="zip", what="a zip file", remedy=_UNPACK),
         Kind(id="tar", what="a tar file", remedy=_UNPACK),
+        Kind(id="image", what="an image", remedy="it holds no traces; pass it over"),
+        Kind(id="pdf", what="a PDF document", remedy="it holds no traces; pass it over"),
         Kind(id="7z", what="a 7z file", remedy=_UNPACK),
         Kind(id="rar", what="a RAR file", remedy=_UNPACK),
         Kind(id="office", what="an office document", remedy="save its table as CSV"),
@@ -171,6 +173,10 @@ _SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
     (b"SQLite format 3\0", "sqlite"),
     (b"version https://git-lfs.github.com/spec/", "git-lfs"),
     (b"/annex/objects/", "git-annex"),
+    (b"\x89PNG\r\n\x1a\n", "image"),
+    (b"\xff\xd8\xff", "image"),
+    (b"GIF8", "image"),
+    (b"%PDF-", "pdf"),
     (b"7z\xbc\xaf\x27\x1c", "7z"),
     (b"Rar!\x1a\x07", "rar"),
 )
@@ -191,9 +197,9 @@ _HTML: Final = re.compile(
     rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)", re.I | re.DOTALL
 )
 _XML: Final = re.compile(rb"\s*<(?:\?xml|Error>)")
-# PROTO, FRAME, and every opcode that needs nothing on the stack.
-_FIRST_OPCODES: Final = frozenset(
-    b"\x80\x95(])}cPNIJKMLSTUVXFGBC\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x96"
+# What a pickle that is no text begins with: a protocol, or a list, dict, tuple or global.
+_BINARY_PICKLE: Final = re.compile(
+    rb"\x80[\0-\x0f]|[\]})][qr(.]|\([\]})(KMJXUGNIFLSVTldt]|c[\w.]+\n\w+\n"
 )
 # What a pickle of protocol 0, which is text, begins with: a mark, a constant or a global.
 _TEXT_PICKLE: Final = re.compile(
@@ -264,7 +270,7 @@ def _plain_kind(head: bytes) -> str:
     text = _as_text(head[:_HEAD_NBYTES])
     if text is not None:
         return _kind_of_text(text, is_whole=len(head) <= _HEAD_NBYTES)
-    return "pickle" if head[0] in _FIRST_OPCODES else "unknown"
+    return "pickle" if _BINARY_PICKLE.match(head) else "unknown"
 
 
 def _as_text(head: bytes) -> bytes | None:
@@ -374,7 +380,9 @@ def _kind_of_hdf5(file: Any) -> str:
 
 def _kind_of_zip(file: Any, path: Path) -> str:
     try:
-        names = list(ZipDirectory(file.fileno(), str(path)))
+        number = file.fileno()
+        nbytes = os.fstat(number).st_size
+        names = list(ZipDirectory(lambda at, n: os.pread(number, n, at), nbytes, str(path)))
     except ConversionError:
         # Its reader says what is wrong with it.
         file.seek(0)

@@ -6,7 +6,6 @@ read where they lie.
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from h5traces.errors import ConversionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 STORED: Final = 0
 DEFLATED: Final = 8
@@ -68,16 +67,25 @@ class ZipDirectory:
     It keeps the directory as bytes and parses entries when they are asked for: a file of
     torch.save has one entry per tensor.
 
+    Parameters
+    ----------
+    read_at
+        Gives bytes of the file: takes offset and number.
+    nbytes
+        Size of the file.
+    name
+        Of the file, for messages.
+
     Raises
     ------
     ConversionError
         The file is no zip file, is cut off, or asks for more than a reader should give.
     """
 
-    def __init__(self, descriptor: int, name: str) -> None:
-        self._descriptor = descriptor
+    def __init__(self, read_at: Callable[[int, int], bytes], nbytes: int, name: str) -> None:
+        self._read_at = read_at
         self._file = name
-        self.nbytes = os.fstat(descriptor).st_size
+        self.nbytes = nbytes
         self._start, data, count = self._read()
         self._data = data
         self._places = self._parse(count)
@@ -112,7 +120,7 @@ class ZipDirectory:
         raise ConversionError(message)
 
     def _at(self, offset: int, nbytes: int) -> bytes:
-        data = os.pread(self._descriptor, nbytes, offset) if 0 <= offset < self.nbytes else b""
+        data = self._read_at(offset, nbytes) if 0 <= offset < self.nbytes else b""
         if len(data) != nbytes:
             self._fail("the directory of the zip file points outside of the file")
         return data
@@ -120,7 +128,7 @@ class ZipDirectory:
     def _read(self) -> tuple[int, bytes, int]:
         """Where the directory begins, its bytes, and its number of entries."""
         tail_nbytes = min(self.nbytes, _END.size + _LOCATOR.size + _MAX_COMMENT_NBYTES)
-        tail = os.pread(self._descriptor, tail_nbytes, self.nbytes - tail_nbytes)
+        tail = self._read_at(self.nbytes - tail_nbytes, tail_nbytes)
         at = tail.rfind(b"PK\x05\x06")
         if at < 0 or len(tail) - at < _END.size:
             self._fail(

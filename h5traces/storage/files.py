@@ -47,16 +47,35 @@ class ByteFile(Protocol):
         """Close what is open; the next read opens it again."""
 
 
-def open_regular(path: Path, error: type[H5TracesError] = NotAnArchiveError) -> int:
-    """A descriptor of a file, open for reading; `error` is raised for a pipe or a device."""
+def open_regular(
+    path: Path,
+    error: type[H5TracesError] = NotAnArchiveError,
+    expected: str = "an archive or a batch on disk",
+    *,
+    links: bool = True,
+) -> int:
+    """A descriptor of a file, open for reading; `error` is raised for a pipe, device or socket.
+
+    With `links` false, also for a symbolic link.
+    """
     # Opening a pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as failure:
+        if failure.errno == errno.ELOOP and not links:
+            message = f"{path}: is a symbolic link; expected {expected}"
+        elif failure.errno == errno.ENXIO:
+            message = f"{path}: is no regular file; expected {expected}"
+        else:
+            raise
+        raise error(message) from failure
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        message = f"{path}: is no regular file; expected an archive or a batch on disk"
+        message = f"{path}: is no regular file; expected {expected}"
         raise error(message)
     return descriptor
 

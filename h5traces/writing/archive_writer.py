@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from h5traces.errors import ArchiveExistsError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile, add_casts
-from h5traces.format.digests import sample_digest
+from h5traces.format.digests import content_digest, sample_digest
 from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
 from h5traces.format.record import StepArrays, TraceRecord, index_columns
 from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
+from h5traces.meaning.array_checks import not_finite_findings
 from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.scales import ScaleSet, stored_arrays
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
     from h5traces.format.precision import CalibrationRecord
     from h5traces.format.record import LayerArray, TraceMetadata
+    from h5traces.meaning.checks import Finding
     from h5traces.writing.stored_samples import StoredSample
 
 
@@ -124,6 +126,10 @@ class ArchiveWriter:
         self.part_path = self._part.path
         # Of every sample written, computed from the records themselves.
         self.digests: list[str] = []
+        # Of the sample written last: what two samples with the same bytes share, and its values
+        # that are not finite.
+        self.content = ""
+        self.not_finite: list[Finding] = []
         self.summary = WriteSummary(path)
 
     def append(self, record: TraceRecord) -> None:
@@ -157,6 +163,7 @@ class ArchiveWriter:
         group = layout.sample_path(self.summary.num_samples)
         attrs = to_attributes(metadata)
         entries: dict[str, ObjectEntry] = {}
+        self.not_finite = []
         self._hdf5.create_group(group, attrs)
         for each in objects:
             if isinstance(each, Prepared):
@@ -164,7 +171,8 @@ class ArchiveWriter:
             else:
                 self._hdf5.create_group(f"{group}/{each.path}", each.attrs)
                 entries[each.path] = ObjectEntry(each.path, each.attrs)
-        digest = sample_digest(attrs, {path: entry.attrs for path, entry in entries.items()})
+        stored = {path: entry.attrs for path, entry in entries.items()}
+        digest, self.content = sample_digest(attrs, stored), content_digest(stored)
         # The digest comes last: a sample without one is incomplete.
         self._hdf5.add_attributes(group, {"digest": digest})
         self._hdf5.finish_group(group)
@@ -235,6 +243,8 @@ class ArchiveWriter:
         if prepared.counts != CastCounts():
             before = self.summary.counts.get(kind, CastCounts())
             self.summary.counts[kind] = before + prepared.counts
+            counts = prepared.counts
+            self.not_finite += not_finite_findings(prepared.path, counts.num_nan, counts.num_inf)
         return entry
 
     def _note_cast(self, kind: str, prepared: Prepared) -> None:
@@ -273,7 +283,13 @@ class ArchiveWriter:
         self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
         self._part.sync()
         self.summary.nbytes = self._part.path.stat().st_size
+        self._metadata = archive
         return archive
+
+    @property
+    def metadata(self) -> ArchiveMetadata:
+        """What the archive says of itself; all of it when it is finished."""
+        return self._metadata
 
     def _write_scales(self) -> None:
         """Write the scales of the stored layers, once for all samples."""

@@ -15,6 +15,7 @@ from h5traces.errors import (
     TargetError,
 )
 from h5traces.format.document import problems_of
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
 from h5traces.storage.codecs import GZIP, get_codec
@@ -42,6 +43,7 @@ def create(
     target: TargetOptions = TargetOptions(),
     spool: bool = True,
     resume: bool = True,
+    reading: ReadingOptions = ReadingOptions(),
     model_id: str | None = None,
     model_revision: str | None = None,
     dataset: str | None = None,
@@ -73,6 +75,9 @@ def create(
         and a crash loses all of a shard that was not full.
     resume
         Resume a run that was stopped, and do nothing if it is finished. Without, both are errors.
+    reading
+        What dicts do not say themselves: what the first hidden state is, and whether padding is
+        kept.
     model_id, model_revision, dataset, num_layers, extraction
         Recorded in the archives.
 
@@ -131,10 +136,17 @@ def create(
         )
         raise PrecisionError(message)
     if not spool:
-        return DirectWriter(place, state, options)
+        return DirectWriter(place, state, options, reading=reading)
     if existing and not spooled:
-        return SpoolWriter(place, state, options, None)
-    return _resumed(place, state, options, calibration, precision.calibration_samples)
+        return SpoolWriter(place, state, options, None, reading=reading)
+    return _resumed(
+        place,
+        state,
+        options,
+        reading=reading,
+        calibration=calibration,
+        calibration_samples=precision.calibration_samples,
+    )
 
 
 def target_of_run(path: PathLike, options: TargetOptions = TargetOptions()) -> Target:
@@ -163,6 +175,8 @@ def _resumed(
     target: Target,
     state: RunState,
     options: WriteOptions,
+    *,
+    reading: ReadingOptions,
     calibration: Calibration | None,
     calibration_samples: int,
 ) -> SpoolWriter:
@@ -172,7 +186,7 @@ def _resumed(
         if before is None and target.existing():
             # Killed when everything was packed and the spool half removed.
             folder.remove_all()
-            return SpoolWriter(target, state, options, None)
+            return SpoolWriter(target, state, options, None, reading=reading)
         if before is None:
             folder.save(state)
         elif differences := state.differences(before):
@@ -188,6 +202,7 @@ def _resumed(
             folder,
             calibration=calibration,
             calibration_samples=calibration_samples,
+            reading=reading,
         )
     except BaseException:
         folder.release()

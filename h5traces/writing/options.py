@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from h5traces.errors import OptionError, PrecisionError
 from h5traces.format.dtypes import DTYPE_POLICIES, OverflowPolicy
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike
     from h5traces.precision.scales import ScaleSet
 
+
+Compare = Literal["time", "ends", "content"]
 
 # Samples to measure scales on if no file of scales is given: the tokens of 64 samples give sigma
 # to about one per cent.
@@ -106,7 +108,13 @@ class TargetOptions:
     overwrite
         Replace existing targets, each in one atomic step.
     skip_existing
-        Skip targets that exist; resumes a stopped run.
+        Keep targets that exist if they are what would be written; resumes a stopped run. For
+        ``convert`` only.
+    compare
+        How `skip_existing` compares a source with the one that was recorded: by size, ``time`` of
+        the last change and digest of its ends; without the time (``ends``), for sources that were
+        copied; or by size and digest of all bytes (``content``), which a conversion with this
+        option records.
     verify
         Read every file back and compare it with its source before it gets its name.
     dry_run
@@ -117,12 +125,14 @@ class TargetOptions:
     Raises
     ------
     OptionError
-        Both `overwrite` and `skip_existing` are given, or `workers` is below 1.
+        Both `overwrite` and `skip_existing` are given, `compare` has another value, or `workers`
+        is below 1.
     """
 
     shard_samples: int | None = None
     overwrite: bool = False
     skip_existing: bool = False
+    compare: Compare = "time"
     verify: bool = True
     dry_run: bool = False
     workers: int | None = None
@@ -131,11 +141,21 @@ class TargetOptions:
         if self.overwrite and self.skip_existing:
             message = "overwrite=True and skip_existing=True contradict each other; leave one out"
             raise OptionError(message)
+        if self.compare not in get_args(Compare):
+            message = f"compare is {self.compare!r}, expected 'time', 'ends' or 'content'"
+            raise OptionError(message)
         if self.workers is not None and self.workers < 1:
             message = f"workers is {self.workers}, expected at least 1"
             raise OptionError(message)
 
     __repr__ = short_repr
+
+    def check_unused(self, *names: str) -> None:
+        """Reject options that a function cannot follow; OptionError names the first."""
+        for name in names:
+            if getattr(self, name) != getattr(TargetOptions(), name):
+                message = f"{name} has no meaning here, only for h5traces.convert; leave it out"
+                raise OptionError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

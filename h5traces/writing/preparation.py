@@ -199,6 +199,8 @@ def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
         yield EncodedObject(layout.TOKENS, attrs, "int64", tokens.astype("<i8"))
     if record.tokens_decoded is not None:
         yield _text_element(layout.TOKENS_DECODED, record.tokens_decoded)
+    if record.attention_mask is not None:
+        yield EncodedObject(layout.ATTENTION_MASK, {}, "uint8", record.attention_mask)
     for name, value in record.texts.items():
         yield _text_element(name, (value,))
     if record.extra:

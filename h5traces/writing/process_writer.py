@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from h5traces.errors import ArchiveError
+from h5traces.meaning.checks import Findings
 from h5traces.storage.processes import blocked_signals, child_environment
 from h5traces.writing.create import create
 
@@ -55,6 +56,7 @@ class ProcessWriter:
         self.nbytes = 0
         self.counts: dict[str, CastCounts] = {}
         self.warnings: list[str] = []
+        self.findings = Findings()
         try:
             self.done, self.num_samples, self.is_finished = self._ask("create", path, options)
         except BaseException:
@@ -75,7 +77,7 @@ class ProcessWriter:
         """Make archives of all samples and end the run."""
         if self._connection.closed:
             return
-        self.warnings = self._ask("close")
+        self.warnings, self.findings = self._ask("close")
         self._end()
 
     def suspend(self) -> None:
@@ -84,7 +86,7 @@ class ProcessWriter:
             return
         # If the process has ended, so has its lock.
         with contextlib.suppress(ArchiveError):
-            self._ask("suspend")
+            self.warnings, self.findings = self._ask("suspend")
         self._end()
 
     def _ask(self, request: str, *arguments: Any) -> Any:
@@ -141,7 +143,7 @@ def serve(descriptor: int, parent: int) -> None:
                     answer = (writer.nbytes, writer.counts)
                 else:
                     getattr(writer, request)()
-                    answer = writer.warnings
+                    answer = (writer.warnings, writer.findings)
             except BaseException as error:  # sent to the caller, whatever it is
                 answer = error
             # Free the arrays before waiting for the next ones.

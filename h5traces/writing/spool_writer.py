@@ -18,6 +18,7 @@ from h5traces.errors import (
 )
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.precision import EXACT
+from h5traces.meaning.options import ReadingOptions
 from h5traces.storage.publish import make_folder, remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import measured
 from h5traces.writing.options import AUTOMATIC_SAMPLES
@@ -52,8 +53,9 @@ class SpoolWriter(TraceWriter):
         *,
         calibration: Calibration | None = None,
         calibration_samples: int = AUTOMATIC_SAMPLES,
+        reading: ReadingOptions = ReadingOptions(),
     ) -> None:
-        super().__init__(target, state, options)
+        super().__init__(target, state, options, reading=reading)
         self._folder = folder
         self._exact = replace(options, precision=EXACT, scales=None)
         self._calibration, self._calibration_samples = calibration, calibration_samples
@@ -71,6 +73,7 @@ class SpoolWriter(TraceWriter):
         contents = joined(found)
         self._observed, self.done = contents.observed, contents.done
         self.num_samples = len(contents.digests)
+        self._checks.resume(self.num_samples, self.done)
         self._next = max([target.first_sample(self._num_shards), *(n + 1 for n in self._spooled)])
         if folder is not None and state.closing and shards and not self._spooled:
             self._finish(folder)
@@ -139,7 +142,7 @@ class SpoolWriter(TraceWriter):
             self.nbytes += writer.summary.nbytes
             for kind, each in writer.summary.counts.items():
                 self.counts[kind] = self.counts.get(kind, CastCounts()) + each
-            self._note(record)
+            self._note(record, writer)
 
         try:
             writer.append(record)

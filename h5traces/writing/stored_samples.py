@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from h5traces.archive.stored_trace import StoredTrace
     from h5traces.archive.trace import Trace
     from h5traces.format.document import Attrs
+    from h5traces.format.dtypes import FloatType, TypedArray
     from h5traces.format.entries import ObjectEntry
     from h5traces.format.record import SourcePosition, TraceMetadata
 
@@ -136,10 +138,11 @@ class StoredSample:
         return EncodedArray(entry.shape, entry.chunk, entry.codec, chunks, checksums)
 
 
-def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
+def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> TraceRecord:
     """A stored trace, or its selected layers, as a record in the types of the source.
 
-    `first_source` is the index in the new archive's ``sources`` of the first source of this one.
+    `first_source` is the index in the new archive's ``sources`` of the first source of this one;
+    `lazy` arrays are read when they are loaded.
     """
     stored = trace._stored
     extra: dict[str, Any] = {}
@@ -169,10 +172,11 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
             if layout.TOKENS_DECODED in stored.objects
             else None
         ),
+        attention_mask=stored.attention_mask(),
         texts={name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects},
         layered={
             kind: LayeredArrays(
-                tuple(_layer_array(stored, kind, entry) for entry in entries),
+                tuple(_layer_array(stored, kind, entry, lazy=lazy) for entry in entries),
                 "tuple" if stored.attrs(kind).get("sequence") == "tuple" else "list",
                 stored.file.reduction(kind),
             )
@@ -180,6 +184,31 @@ def to_record(trace: Trace, *, first_source: int = 0) -> TraceRecord:
         },
         extra=extra,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """One layer's array of a stored trace, read when it is loaded."""
+
+    trace: StoredTrace
+    kind: str
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.trace.entry(f"{self.kind}/{self.name}").shape
+
+    @property
+    def dtype(self) -> FloatType:
+        """Type of the array; it must be loaded for that."""
+        return self.load().dtype
+
+    def load(self) -> TypedArray:
+        """The array in its source's type."""
+        found = self.trace.typed_layer(self.kind, self.name)
+        assert not isinstance(found, list)
+        return found
 
 
 def _source(metadata: TraceMetadata, first_source: int) -> SourcePosition | None:
@@ -200,9 +229,13 @@ def _layered_entries(trace: StoredTrace) -> dict[str, list[ObjectEntry]]:
     return found
 
 
-def _layer_array(trace: StoredTrace, kind: str, entry: ObjectEntry) -> LayerArray:
+def _layer_array(
+    trace: StoredTrace, kind: str, entry: ObjectEntry, *, lazy: bool = False
+) -> LayerArray:
     name = entry.path.removeprefix(f"{kind}/")
-    value = trace.typed_layer(kind, name)
+    in_steps = f"{kind}/{layout.STEPS_TABLE}" in trace.objects
+    is_lazy = lazy and not in_steps
+    value = StoredLayer(trace, kind, name) if is_lazy else trace.typed_layer(kind, name)
     sequence: Literal["list", "tuple"] = "list"
     if entry.attrs.get("sequence") == "tuple":
         sequence = "tuple"

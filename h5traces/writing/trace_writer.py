@@ -13,7 +13,9 @@ from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, ConversionError, SchemaError
 from h5traces.format.record import SourcePosition, TraceRecord
 from h5traces.format.values import TorchValue
+from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record as dict_to_record
+from h5traces.meaning.sample_checks import Look, SampleChecks, vocabulary_of
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import ArchiveWriter
@@ -56,12 +58,26 @@ class TraceWriter(ABC):
         By kind, the values of these samples that are not finite or were changed by casts.
     warnings
         Limits that the chosen precision met.
+    findings
+        What a quick look at each of these samples found, see ``docs/checks.md``.
     """
 
     is_finished = False
 
-    def __init__(self, target: Target, state: RunState, options: WriteOptions) -> None:
+    def __init__(
+        self,
+        target: Target,
+        state: RunState,
+        options: WriteOptions,
+        *,
+        reading: ReadingOptions = ReadingOptions(),
+    ) -> None:
         self._target, self._state, self._options = target, state, options
+        self._reading = reading
+        extraction = state.extraction
+        vocabulary = None if extraction is None else vocabulary_of(extraction.config)
+        self._checks = SampleChecks(Look(vocabulary=vocabulary))
+        self.findings = self._checks.findings
         self.warnings: list[str] = []
         self._pid = os.getpid()
         self._closed = False
@@ -123,13 +139,14 @@ class TraceWriter(ABC):
             raise ArchiveError(message)
 
     def _record(self, sample: Sample, sample_id: str | None) -> TraceRecord:
-        record = _as_record(sample, sample_id)
+        record = _as_record(sample, sample_id, self._reading)
         if record.sample_id is None or record.generation_index is not None:
             return record
         # Only the run knows: neither a spooled sample nor a shard sees the others.
         return record.model_copy(update={"generation_index": self.done[record.sample_id]})
 
-    def _note(self, record: TraceRecord) -> None:
+    def _note(self, record: TraceRecord, writer: ArchiveWriter) -> None:
+        self._checks.add(record, writer.content, writer.not_finite)
         self.num_samples += 1
         if record.sample_id is not None:
             self.done[record.sample_id] += 1
@@ -169,8 +186,15 @@ class TraceWriter(ABC):
 class DirectWriter(TraceWriter):
     """Writes straight into the archives; samples are safe only when their shard is full."""
 
-    def __init__(self, target: Target, state: RunState, options: WriteOptions) -> None:
-        super().__init__(target, state, options)
+    def __init__(
+        self,
+        target: Target,
+        state: RunState,
+        options: WriteOptions,
+        *,
+        reading: ReadingOptions = ReadingOptions(),
+    ) -> None:
+        super().__init__(target, state, options, reading=reading)
         self._writer: ArchiveWriter | None = None
         self._num_shards = 0
 
@@ -193,7 +217,7 @@ class DirectWriter(TraceWriter):
         except BaseException:
             self.suspend()
             raise
-        self._note(record)
+        self._note(record, self._writer)
 
     def pack(self) -> list[Path]:
         """Name the archive being written if it is full."""
@@ -232,7 +256,9 @@ class DirectWriter(TraceWriter):
             writer.discard()
 
 
-def _as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -> TraceRecord:
+def _as_record(
+    sample: TraceRecord | Mapping[str, Any], sample_id: str | None, reading: ReadingOptions
+) -> TraceRecord:
     """Make a record of a record, a legacy dict (arrays or torch tensors), or a stored trace."""
     if isinstance(sample, TraceRecord):
         record = sample
@@ -240,7 +266,8 @@ def _as_record(sample: TraceRecord | Mapping[str, Any], sample_id: str | None) -
         record = to_record(sample).model_copy(update={"source": None})
     elif isinstance(sample, Mapping):
         plain = {key: _without_torch(value) for key, value in sample.items()}
-        record = dict_to_record(plain, source=_NOWHERE).model_copy(update={"source": None})
+        found = dict_to_record(plain, source=_NOWHERE, options=reading)
+        record = found.model_copy(update={"source": None})
     else:
         message = f"found {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
         raise ConversionError(message)

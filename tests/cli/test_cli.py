@@ -286,7 +286,7 @@ def test_inspect_for_people(batches: Path, tmp_path: Path) -> None:
     run("convert", batches, "-o", f"{tmp_path}/out/")
     result = run("inspect", tmp_path / "out", batches / "run_batch_0000.pkl.gz")
     assert result.stdout.count("samples: 6") == 3
-    assert "Hidden states: shape=(6, 8), dtype=float16 ✓" in result.stdout
+    assert "Hidden states: shape=(6, 8), dtype=float16 in every layer" in result.stdout
     assert "Attentions: shape=(2, 6, 6)" in result.stdout
     assert "layer_002" in result.stdout
     assert "final_norm" in result.stdout

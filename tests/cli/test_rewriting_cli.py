@@ -130,7 +130,7 @@ def test_errors_and_help_show_the_same_usage(command):
 
 
 def test_label_says_which_argument_is_missing():
-    assert "SCORES.csv is missing; only run.h5" in run("label", "run.h5").stderr
+    assert "TABLE is missing; only run.h5" in run("label", "run.h5").stderr
     assert "FILE… is missing; only scores.csv" in run("label", "scores.csv").stderr
 
 

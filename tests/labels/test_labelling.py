@@ -26,6 +26,7 @@ from h5traces.errors import (
     UnsupportedVersionError,
 )
 from h5traces.rewriting.label import label
+from h5traces.rewriting.label_table import LabelOptions
 from h5traces.rewriting.repack import repack
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 
@@ -83,7 +84,9 @@ def test_open_picks_labels_up(archive: Path, table: Path) -> None:
 
 
 def test_statistics(archive: Path, table: Path) -> None:
-    report = label(archive, table, threshold=0.6, target=TargetOptions(dry_run=True))
+    report = label(
+        archive, table, options=LabelOptions(threshold=0.6), target=TargetOptions(dry_run=True)
+    )
     assert not Path(report.targets[0]).exists()
     assert report.labels == {0: 2, 1: 4}
     assert report.num_labelled == report.num_samples == 6
@@ -113,7 +116,7 @@ def test_the_full_table(archive: Path, tmp_path: Path) -> None:
 
 
 def test_scores_without_labels(archive: Path, table: Path) -> None:
-    report = label(archive, table, threshold=None)
+    report = label(archive, table, options=LabelOptions(scores_only=True))
     assert report.labels == {}
     trace = h5traces.open(archive)[3]
     assert trace.metadata.label is None
@@ -300,8 +303,8 @@ def test_repeated_rows(archive: Path, tmp_path: Path) -> None:
 
 
 def test_a_threshold_must_be_a_number(archive: Path, table: Path) -> None:
-    with pytest.raises(SchemaError, match="expected a finite number"):
-        label(archive, table, threshold=float("nan"))
+    with pytest.raises(OptionError, match="expected a finite number"):
+        label(archive, table, options=LabelOptions(threshold=float("nan")))
 
 
 def test_samples_that_share_an_id(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_coverage_names_what_arrays_cover(tmp_path: Path, layout: str, coverage:
     report = h5traces.convert(source, tmp_path / "a.h5")
     with h5traces.open(tmp_path / "a.h5") as archive:
         assert [trace.metadata.coverage for trace in archive] == coverage
-    told = " ".join(report.files[0].warnings)
+    told = " ".join(map(str, report.files[0].findings))
     assert ("350 MB bug" in told) is ("last_position" in coverage)
     assert ("generation steps" in told) is ("steps" in coverage)
 

@@ -17,7 +17,7 @@ import pytest
 from legacy_batches import assert_same, make_archive, make_batch
 
 import h5traces
-from h5traces.archive import archive as archive_module
+from h5traces.archive import open_files
 from h5traces.archive.stores import FooterStore
 from h5traces.errors import (
     ArchiveError,
@@ -286,7 +286,7 @@ def open_descriptors(folder: Path) -> int:
 def test_few_files_stay_open(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(6):
         shutil.copy(path, tmp_path / f"{number}.h5")
-    monkeypatch.setattr(archive_module, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(open_files, "MAX_OPEN_FILES", 2)
     archive = h5traces.open(tmp_path)
     archive.close()
     assert open_descriptors(tmp_path) == 0
@@ -389,7 +389,7 @@ def test_threads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fo
     source = path if footer else without_footer(path, tmp_path)
     others = [shutil.copy(source, tmp_path / f"copy{number}.h5") for number in range(3)]
     # Files are closed and opened again all the time.
-    monkeypatch.setattr(archive_module, "MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(open_files, "MAX_OPEN_FILES", 1)
     archive = h5traces.open([source, *others])
 
     def read(index: int) -> bool:

@@ -39,7 +39,7 @@ def kinds(report: isolation.ValidationReport) -> list[str]:
 
 def in_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let the child do this where it would validate."""
-    body = f"def stand_in(path, limits):\n import os, time\n {code}\n"
+    body = f"def stand_in(path, limits, **_):\n import os, time\n {code}\n"
     run = "from h5traces.checking import isolated\nisolated.run_child(stand_in)"
     monkeypatch.setattr(isolation, "_CHILD", body + run)
 

@@ -137,9 +137,23 @@ def test_refuses_bits_that_change_the_numbers(tmp_path: Path) -> None:
         read(tmp_path, torch.ones(3, dtype=torch.complex64).conj())
 
 
-def test_refuses_sparse_and_quantized_tensors(tmp_path: Path) -> None:
-    with pytest.raises(UnsafePickleError, match="_rebuild_sparse_tensor"):
-        read(tmp_path, torch.ones(3).to_sparse())
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_no_trace_holds_are_named_with_their_field(tmp_path: Path) -> None:
+    tensor = torch.ones(3)
+    for value, message in (
+        (tensor.to_sparse(), r"field 'value' is a sparse tensor, .*to_dense\(\)"),
+        ([0, {"x": tensor.to_sparse()}], "field 'value', index 1, key 'x' is a sparse tensor"),
+        (torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), r"quantised .*dequantize\(\)"),
+        (tensor.to("meta"), "a tensor without values"),
+        (torch.nested.nested_tensor([tensor]), "a nested tensor"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            read(tmp_path, value)
+
+
+def test_shapes_and_devices_are_tuples_and_text(tmp_path: Path) -> None:
+    value = [torch.Size([1, 2]), torch.device("cuda", 1), torch.device("cpu")]
+    assert read(tmp_path, value) == [(1, 2), "cuda:1", "cpu"]
 
 
 @pytest.mark.parametrize(

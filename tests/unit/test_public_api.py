@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 PUBLIC = [
     "Archive",
     "H5TracesError",
+    "LabelOptions",
     "Precision",
     "PrecisionOptions",
     "ReadingOptions",
     "TargetOptions",
     "Trace",
+    "TraceSource",
     "__version__",
     "calibrate",
     "convert",

@@ -30,6 +30,7 @@ ONLY_MODEL = {
     "label_sidecar.columns_of_other_length",
     "label_sidecar.ordinal_beyond_archive",
     "label_sidecar.ordinals_not_ascending",
+    "label_sidecar.threshold_without_direction",
     "trace_metadata.prompt_longer_than_sequence",
 }
 # What spans the arrays of a record: `TraceDescription.problems()`.

@@ -25,6 +25,7 @@ from legacy_batches import make_archive, make_batch
 
 import h5traces
 from h5traces.errors import ConversionError
+from h5traces.sources.mapped import MappedFile
 from h5traces.sources.opening import open_source, recognise, source_stem
 from h5traces.sources.signatures import KINDS, identify
 from h5traces.sources.zip_entries import ZipDirectory
@@ -208,9 +209,8 @@ def test_stems() -> None:
 
 
 def directory(path: Path) -> ZipDirectory:
-    with path.open("rb") as file:
-        found = ZipDirectory(os.dup(file.fileno()), str(path))
-    return found
+    file = MappedFile(path)
+    return ZipDirectory(file.read_at, file.nbytes, str(path))
 
 
 @pytest.mark.parametrize("name", ["torch", "npz", "npz-deflated", "zip", "zip-empty", "office"])

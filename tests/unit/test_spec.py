@@ -338,7 +338,8 @@ def test_dataset_attributes_are_those_of_the_tables(example, rich):
 
 def test_datasets_of_a_sample_are_those_of_the_table(example):
     rows = {name: row for row in tables("Tokens and texts")[0] for name in names(row["dataset"])}
-    assert set(rows) == {layout.TOKENS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS}
+    numbers = {layout.TOKENS, layout.ATTENTION_MASK}
+    assert set(rows) == {*numbers, layout.TOKENS_DECODED, *layout.TEXT_FIELDS}
     with h5py.File(example) as file:
         found = {
             name: each

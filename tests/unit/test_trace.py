@@ -191,9 +191,9 @@ def test_arrays_live_as_long_as_they_are_used(path: Path) -> None:
 
 def test_what_a_user_sees(path: Path) -> None:
     archive = h5traces.open(path)
-    mapping = ["get", "items", "keys", "values"]
-    trace = ["embedding", "fields", "layer", "metadata", "ordinal", "path", "position_in_file"]
-    assert public(archive[0]) == sorted([*mapping, *trace, "to_dict"])
+    mapping = ["copy", "get", "items", "keys", "values"]
+    trace = ["embedding", "fields", "layer", "mask", "metadata", "ordinal", "path"]
+    assert public(archive[0]) == sorted([*mapping, *trace, "position_in_file", "to_dict"])
     sequence = ["count", "index"]
     own = ["by_id", "close", "ids", "labels", "layers", "metadata", "paths"]
     assert public(archive) == sorted([*sequence, *own, "fetched", "read", "select"])

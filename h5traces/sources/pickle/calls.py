@@ -55,6 +55,22 @@ class Pending:
     slots: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A value that no trace can hold, until the field is known that holds it.
+
+    Attributes
+    ----------
+    what
+        What it is, after "is": ``a sparse tensor``.
+    remedy
+        What to do.
+    """
+
+    what: str
+    remedy: str
+
+
 @dataclass(frozen=True, eq=False)
 class Marker:
     """A stack entry in place of a value that is not kept."""

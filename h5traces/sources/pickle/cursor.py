@@ -13,7 +13,7 @@ from h5traces.sources.pickle.items import (
 )
 from h5traces.sources.pickle.machine import INVALID, locate
 from h5traces.sources.pickle.scan import last_reads
-from h5traces.sources.pickle.source import FileSource, TruncatedError, contradict
+from h5traces.sources.pickle.source import TruncatedError, contradict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from h5traces.sources.pickle.source import PickleLimits
+    from h5traces.sources.pickle.machine import Storages
+    from h5traces.sources.pickle.source import FileSource, PickleLimits
 
 
 # PROTO, FRAME, and every opcode that needs nothing on the stack.
@@ -37,32 +38,32 @@ class Cursor:
     Parameters
     ----------
     path, limits
-        The file, and how much it may ask for.
+        Its name for messages, and how much it may ask for.
+    open_source
+        Opens the bytes of the pickle, and says where the tensors outside of it lie.
     start
         Where the pickle begins, in uncompressed bytes.
     whole_nbytes
         As `BatchMachine` takes it.
     level
         Of `ITEM_TYPES`.
-    on_open
-        Called for every pass over the file.
     """
 
     def __init__(
         self,
         path: Path,
         limits: PickleLimits,
+        open_source: Callable[[], tuple[FileSource, Storages | None]],
         *,
         start: int = 0,
         whole_nbytes: int | None = None,
         level: int = 0,
-        on_open: Callable[[], None],
     ) -> None:
         self._path = path
         self._limits = limits
         self._start = start
         self._whole_nbytes = whole_nbytes
-        self._on_open = on_open
+        self._open_source = open_source
         self._last_reads: NDArray[np.int64] | None = None
         self._level = level
         self._num_found = 0
@@ -194,9 +195,8 @@ class Cursor:
 
     def _open(self) -> None:
         self.close()
-        self._source = FileSource(self._path, self._limits)
+        self._source, storages = self._open_source()
         self._num_taken = 0
-        self._on_open()
         self._machine = BatchMachine(
             self._source,
             self._limits,
@@ -204,6 +204,7 @@ class Cursor:
             whole_nbytes=self._whole_nbytes,
             item_types=ITEM_TYPES[self._level],
         )
+        self._machine.storages = storages
         self._machine.num_items = self._num_before
         if self._start:
             self._guard(lambda: self.source.skip(self._start))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 import numpy as np
 
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.calls import Marker, Shim, type_name
+from h5traces.sources.pickle.calls import Marker, Shim, Unsupported, type_name
 from h5traces.sources.pickle.machine import COMPOUND, Machine
 from h5traces.sources.pickle.plain import DICTS, LEAVES, NAMESPACES
 from h5traces.sources.pickle.shims import MlDtype, Storage
@@ -125,6 +125,9 @@ def check_item(item: Any, limits: PickleLimits) -> int:
                     nbytes += _leaf_nbytes(value)
                 elif kind is Marker:
                     raise _touched(value)
+                elif kind is Unsupported:
+                    place = _place_of(item, value)
+                    contradict(f"{place} is {value.what}, which no trace holds; {value.remedy}")
                 else:
                     reject(f"an item holds {type_name(value)}, which no trace holds")
         if not inner:
@@ -134,6 +137,23 @@ def check_item(item: Any, limits: PickleLimits) -> int:
         f"an item contains itself or is nested deeper than {limits.max_depth} levels; if the "
         f"file is trusted, raise PickleLimits(max_depth=...)"
     )
+
+
+def _place_of(item: Any, wanted: Any) -> str:
+    """Where in an item a value is, such as ``field 'hidden_states', index 3``."""
+    level: list[tuple[str, Any]] = [("", item)]
+    while level:
+        inner = []
+        for place, container in level:
+            named = type(container) in DICTS
+            for key, value in container.items() if named else enumerate(_children(container)):
+                here = f"{place}, {'key' if named else 'index'} {key!r}"
+                if value is wanted:
+                    return here.removeprefix(", ").replace("key", "field", 1)
+                if _has_children(value):
+                    inner.append((here, value))
+        level = inner
+    return "a value"
 
 
 def _has_children(value: Any) -> bool:
@@ -491,6 +511,8 @@ class BatchMachine(Machine):
         else:
             reject(f"an item is {type_name(value)}, which no trace holds")
         limits, read_nbytes = self.limits, self.source.inflated_bytes
+        if self.storages is not None:
+            read_nbytes += self.storages.nbytes
         most = limits.max_unfolded_ratio * read_nbytes + limits.unfolded_grace_nbytes
         if self._unfolded_nbytes > most:
             # They share memory here, but written to a file they would fill a disk.

@@ -14,7 +14,7 @@ import struct
 from collections import deque
 from itertools import pairwise
 from pickletools import opcodes as described_opcodes
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 
 import numpy as np
 
@@ -45,6 +45,7 @@ from h5traces.sources.pickle.source import (
     contradict,
     reject,
 )
+from h5traces.sources.pickle.torch_names import TORCH_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -72,6 +73,16 @@ _MISSING = object()
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in described_opcodes}
 
 
+class Storages(Protocol):
+    """The storages of a file of torch.save, which its pickle refers to."""
+
+    # Bytes of all of them in the file.
+    nbytes: int
+
+    def find(self, persistent_id: Any) -> Any:
+        """The storage that a persistent id names."""
+
+
 class Machine:
     """Executes the opcodes of pickles from a source.
 
@@ -84,7 +95,9 @@ class Machine:
         Memo slots; a dict, so that a slot number alone allocates nothing.
     """
 
-    names: ClassVar[Mapping[tuple[str, str], Shim]] = {**NAMES, **OTHER_NAMES}
+    names: ClassVar[Mapping[tuple[str, str], Shim]] = NAMES | TORCH_NAMES | OTHER_NAMES
+    # Where tensors lie that are outside of the pickle, as in files of torch.save.
+    storages: Storages | None = None
 
     def __init__(self, source: Source, limits: PickleLimits) -> None:
         self.source = source
@@ -157,10 +170,12 @@ class Machine:
         """Account for bytes that a shim is about to create."""
         self.created_nbytes += num_bytes
         limits = self.limits
-        allowed = limits.max_created_ratio * self.read_nbytes + limits.max_created_nbytes
+        outside_nbytes = 0 if self.storages is None else self.storages.nbytes
+        read_nbytes = self.read_nbytes + outside_nbytes
+        allowed = limits.max_created_ratio * read_nbytes + limits.max_created_nbytes
         if self.created_nbytes > allowed:
             reject(
-                f"copies of {self.created_nbytes:,} bytes would be made of {self.read_nbytes:,} "
+                f"copies of {self.created_nbytes:,} bytes would be made of {read_nbytes:,} "
                 f"that were read; if the file is trusted, raise "
                 f"PickleLimits(max_created_nbytes=...)"
             )
@@ -358,7 +373,9 @@ class Machine:
     def load_storage(self, data: bytes) -> Any:
         return StorageMachine(MemorySource(data), self.limits).read(self)
 
-    def persistent(self, _value: Any) -> Any:
+    def persistent(self, value: Any) -> Any:
+        if self.storages is not None:
+            return self.storages.find(value)
         reject(
             "the pickle refers to objects outside of itself (a persistent id), as the data.pkl "
             "inside a file of torch.save does: convert the whole file"
@@ -368,7 +385,7 @@ class Machine:
 class NestedMachine(Machine):
     """Reads a pickle inside of another one's file."""
 
-    names = NAMES
+    names = NAMES | TORCH_NAMES
 
 
 class StorageMachine(Machine):
@@ -668,7 +685,7 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.NEWOBJ: _reduce,
     pickle.BUILD: lambda m: m.build(m.stack.pop()),
     pickle.BINPERSID: lambda m: m.stack.append(m.persistent(m.stack.pop())),
-    pickle.PERSID: lambda m: m.persistent(None),
+    pickle.PERSID: _rejected("PERSID", "refers to an object outside of the pickle"),
     pickle.INST: _rejected("INST", "makes an instance of a class"),
     pickle.OBJ: _rejected("OBJ", "makes an instance of a class"),
     pickle.NEWOBJ_EX: _rejected("NEWOBJ_EX", "makes an instance of a class"),

@@ -32,7 +32,7 @@ from h5traces.sources.pickle.calls import (
     is_small_int,
     type_name,
 )
-from h5traces.sources.pickle.source import contradict, reject
+from h5traces.sources.pickle.source import reject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -284,13 +284,6 @@ def _reconstructor(meter: Meter, args: tuple[Any, ...]) -> Any:
     return kind.call(meter, ())
 
 
-def _size(_meter: Meter, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    check_args("torch.Size", args, 1)
-    if type(args[0]) is not tuple:
-        contradict(f"torch.Size is called with {type_name(args[0])}, expected a tuple")
-    return args[0]
-
-
 OBJECT: Final = Shim("object")
 _BUILTINS: Final = ("builtins", "__builtin__")
 _PATHLIB: Final = ("pathlib", "pathlib._local")
@@ -323,7 +316,6 @@ def _named() -> dict[tuple[str, str], Shim]:
         (("fractions",), "Fraction", _fraction),
         (("uuid",), "UUID", _uuid),
         (("copyreg", "copy_reg"), "_reconstructor", _reconstructor),
-        (("torch",), "Size", _size),
     )
     named = {
         (module, name): Shim(f"{modules[0]}.{name}", call)

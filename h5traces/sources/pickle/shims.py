@@ -16,7 +16,15 @@ import numpy as np
 
 from h5traces.format.value_types import object_array
 from h5traces.format.values import ML_DTYPES, TorchValue
-from h5traces.sources.pickle.calls import Pending, Shim, brief, check_args, is_small_int, type_name
+from h5traces.sources.pickle.calls import (
+    Pending,
+    Shim,
+    Unsupported,
+    brief,
+    check_args,
+    is_small_int,
+    type_name,
+)
 from h5traces.sources.pickle.plain import PLAIN_NAMES
 from h5traces.sources.pickle.source import MalformedError, contradict, reject
 
@@ -42,8 +50,8 @@ _TIME_CODES = frozenset({"M8", "m8"})
 _TIME_UNITS = frozenset("Y M W D h m s ms us ns ps fs as".split())
 _MAX_TIME_STEP = 1 << 31
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_PROTOCOL = 1001
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
 
 # numpy's dtype for each of torch's; types that numpy lacks are stored as raw words.
 _STORED_AS = {
@@ -73,6 +81,9 @@ _STORAGE_TYPES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
+    # Of quantised tensors, which are `Unsupported`.
+    **{f"Q{kind}Storage": "uint8" for kind in ("Int8", "UInt8", "UInt4x2", "UInt2x4")},
+    "QInt32Storage": "int32",
 }
 
 
@@ -326,12 +337,29 @@ def _bytearray(meter: Meter, args: tuple[Any, ...]) -> bytearray:
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """The numbers of one or more tensors: a part of the embedded stream's bytes."""
+    """The numbers of one or more tensors.
 
-    data: bytes | bytearray
+    Attributes
+    ----------
+    data
+        The bytes that hold them: those of an embedded stream, or of a mapped file. None where only
+        shapes are asked for.
+    start
+        Where in `data` they begin.
+    num_elements, dtype
+        How many there are, and torch's name for their type.
+    is_mapped
+        Whether `data` lies in a file, so that views of it keep nothing in memory.
+    is_big_endian
+        The order of their bytes.
+    """
+
+    data: Any
     start: int
     num_elements: int
     dtype: str
+    is_mapped: bool = False
+    is_big_endian: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -346,6 +374,11 @@ class StorageHeader:
     key: str
     dtype: str
     num_elements: int
+
+
+def storage_nbytes(header: StorageHeader) -> int:
+    """Bytes of a storage's numbers."""
+    return header.num_elements * _STORED_AS[header.dtype].itemsize
 
 
 def parse_persistent_id(value: Any) -> StorageHeader:
@@ -365,7 +398,7 @@ def parse_persistent_id(value: Any) -> StorageHeader:
 
 def read_storage(load: Callable[[], Any], source: MemorySource) -> Storage:
     """The storage in an embedded stream; ``load`` reads one pickle from ``source``."""
-    if load() != _MAGIC or load() != _PROTOCOL:
+    if load() != MAGIC or load() != PROTOCOL:
         contradict("the bytes of a torch storage are no legacy torch.save stream")
     system = load()
     if type(system) is not dict or system.get("little_endian") is not True:
@@ -395,13 +428,13 @@ def _load_from_bytes(meter: Meter, args: tuple[Any, ...]) -> Storage:
     return storage
 
 
-def _rebuild_v2(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
+def _rebuild_v2(meter: Meter, args: tuple[Any, ...]) -> TorchValue | Unsupported:
     check_args("_rebuild_tensor_v2", args, 6, 7)
     _check_extras(args[4], args[5], args[6] if len(args) == 7 else None)
     return _tensor(meter, args, None)
 
 
-def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
+def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> TorchValue | Unsupported:
     check_args("_rebuild_tensor_v3", args, 7, 8)
     _check_extras(args[4], args[5], args[7] if len(args) == 8 else None)
     if type(args[6]) is not Shim or args[6].dtype is None:
@@ -409,12 +442,13 @@ def _rebuild_v3(meter: Meter, args: tuple[Any, ...]) -> TorchValue:
     return _tensor(meter, args, args[6].dtype)
 
 
-def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> TorchValue:
+def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> TorchValue | Unsupported:
     check_args("_rebuild_parameter", args, 3)
     _check_extras(args[1], args[2], None)
-    if type(args[0]) is not TorchValue:
+    if type(args[0]) not in (TorchValue, Unsupported):
         reject(f"a parameter holds {type_name(args[0])}, expected a tensor")
-    return args[0]
+    found: TorchValue | Unsupported = args[0]
+    return found
 
 
 def _check_extras(requires_grad: Any, hooks: Any, metadata: Any) -> None:
@@ -428,11 +462,15 @@ def _check_extras(requires_grad: Any, hooks: Any, metadata: Any) -> None:
         )
 
 
-def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> TorchValue:
+def _tensor(
+    meter: Meter, args: tuple[Any, ...], dtype_name: str | None
+) -> TorchValue | Unsupported:
     storage, offset, size, strides = args[:4]
     if type(storage) is not Storage:
         reject(f"a tensor has {type_name(storage)} for its storage")
     dtype_name = dtype_name or storage.dtype
+    if dtype_name not in _STORED_AS:
+        return Unsupported(f"a tensor of torch.{dtype_name}", "save it again as float32")
     dtype = _STORED_AS[dtype_name]
     shape = check_shape(size)
     if len(check_shape(strides)) != len(shape) or type(offset) is not int or offset < 0:
@@ -447,13 +485,26 @@ def _tensor(meter: Meter, args: tuple[Any, ...], dtype_name: str | None) -> Torc
             f"{last:,} of a storage of {storage.nbytes // dtype.itemsize:,}"
         )
     start = storage.start + offset * dtype.itemsize
+    array: np.ndarray[Any, Any]
     byte_strides = tuple(step * dtype.itemsize for step in strides)
+    if storage.data is None:
+        return TorchValue(np.broadcast_to(np.zeros((), dtype), shape), dtype_name)
+    if storage.is_mapped:
+        array = np.ndarray(
+            shape,
+            dtype.newbyteorder(">") if storage.is_big_endian else dtype,
+            buffer=storage.data,
+            offset=start,
+            strides=byte_strides,
+        )
+        if not array.flags.aligned or (storage.is_big_endian and dtype.itemsize > 1):
+            meter.charge(nbytes)
+            array = array.astype(dtype, order="C")
+        return TorchValue(array, dtype_name)
     whole = nbytes == storage.nbytes
     if not whole:
         meter.charge(nbytes)
-    array: np.ndarray[Any, Any] = np.ndarray(
-        shape, dtype, buffer=storage.data, offset=start, strides=byte_strides
-    )
+    array = np.ndarray(shape, dtype, buffer=storage.data, offset=start, strides=byte_strides)
     # Numbers may be unaligned in the stream, which is slow to read; a view of a part would keep
     # the whole alive.
     if not whole or not array.flags.c_contiguous or not array.flags.aligned:

@@ -27,10 +27,10 @@ from h5traces.sources.pickle.containers import (
     understand,
     with_id,
 )
-from h5traces.sources.pickle.cursor import Cursor
+from h5traces.sources.pickle.cursor import FIRST_OPCODES, Cursor
 from h5traces.sources.pickle.items import ShortTupleError, TooLargeError
 from h5traces.sources.pickle.plain import DICTS
-from h5traces.sources.pickle.source import MIB, PickleLimits, contradict
+from h5traces.sources.pickle.source import MIB, FileSource, PickleLimits, contradict
 from h5traces.sources.signatures import identify
 from h5traces.sources.source import TraceSource
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from h5traces.format.record import SourcePosition, TraceRecord
     from h5traces.sources.pickle.items import Found
+    from h5traces.sources.pickle.machine import Storages
 
 _DEFAULT_LIMITS: Final = PickleLimits()
 # A dict of at most so many bytes is read at once; a larger one in passes that hold one sample.
@@ -84,12 +85,10 @@ class BatchStream(TraceSource):
         self._sites_known = True
         # The dicts of a file are all one sample each, if the first one is.
         self._is_trace = False
+        self._storages: Storages | None = None
         self._others: list[Cursor] = []
         self._cursor: Cursor | None = None
-        kind = identify(self.path)
-        if kind.id not in _KINDS:
-            message = f"{self.path}: is {kind}; {kind.remedy}"
-            raise ConversionError(message)
+        self._check_kind()
         try:
             self._cursor = self._new_cursor(whole_nbytes=whole_nbytes)
             self._samples = self._read(self._cursor)
@@ -98,6 +97,16 @@ class BatchStream(TraceSource):
         except BaseException:
             self.close()
             raise
+
+    def _check_kind(self) -> None:
+        kind = identify(self.path)
+        if kind.id == "unknown":
+            with self._make_source() as source:
+                if source.file.peek(1)[0] in FIRST_OPCODES:
+                    return
+        if kind.id not in _KINDS:
+            message = f"{self.path}: is {kind}; {kind.remedy}"
+            raise ConversionError(message)
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -149,23 +158,33 @@ class BatchStream(TraceSource):
     def _new_cursor(
         self, *, start: int = 0, whole_nbytes: int | None = None, level: int = 0
     ) -> Cursor:
-        def count() -> None:
+        def open_source() -> tuple[FileSource, Storages | None]:
             self.num_passes += 1
+            source = self._make_source()
+            return source, self._storages
 
         return Cursor(
             self.path,
             self._limits,
+            open_source,
             start=start,
             whole_nbytes=whole_nbytes,
             level=level,
-            on_open=count,
         )
+
+    def _make_source(self) -> FileSource:
+        """The bytes of the pickle, from its start; files of torch.save hold it among others."""
+        return FileSource(self.path, self._limits)
+
+    def _ends(self, cursor: Cursor) -> bool:
+        """Whether no further pickle of samples follows; else it is current."""
+        return cursor.ends(_NO_LIMIT if self._is_trace else self._whole_nbytes)
 
     def _read(self, cursor: Cursor) -> Iterator[dict[Any, Any]]:
         num_pickles = 1
         while True:
             yield from self._one_pickle(cursor)
-            if cursor.ends(self._whole_nbytes if not self._is_trace else _NO_LIMIT):
+            if self._ends(cursor):
                 break
             num_pickles += 1
         if num_pickles > 1:
@@ -254,12 +273,12 @@ class BatchStream(TraceSource):
     def _mapping(self, cursor: Cursor) -> Iterator[dict[Any, Any]]:
         index = 0
         while True:
-            yield self._mapped(cursor, index)
+            yield self._sample_by_id(cursor, index)
             index += 1
             if not cursor.advance():
                 return
 
-    def _mapped(self, cursor: Cursor, index: int) -> dict[Any, Any]:
+    def _sample_by_id(self, cursor: Cursor, index: int) -> dict[Any, Any]:
         found = cursor.take()
         if found.is_element or not is_trace(found.value):
             what = "a list" if found.is_element else describe(found.value)

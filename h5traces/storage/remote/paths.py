@@ -103,6 +103,14 @@ class RemoteOptions:
         How often a request is tried when it fails for a temporary reason.
     timeout
         Seconds to wait for a connection, and for each piece of an answer.
+    total_timeout
+        Seconds that one request may take in all, its answer included; the same for a listing.
+    min_bytes_per_second
+        An answer that comes more slowly, once `timeout` is over, is given up and asked for again.
+    max_listed
+        Objects that a listing of a folder or glob may have.
+    max_listing_nbytes
+        Bytes that one answer of a listing may have.
     tail_nbytes
         Bytes of the first request, from the end of the object: the index of most archives.
     max_gap_nbytes
@@ -117,6 +125,10 @@ class RemoteOptions:
     cache: Path | None = None
     attempts: int = 5
     timeout: float = 30.0
+    total_timeout: float = 3600.0
+    min_bytes_per_second: int = 4096
+    max_listed: int = 100_000
+    max_listing_nbytes: int = 16 << 20
     tail_nbytes: int = 128 << 10
     max_gap_nbytes: int = 256 << 10
     max_request_nbytes: int = 16 << 20

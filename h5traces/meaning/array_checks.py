@@ -1,0 +1,456 @@
+"""What the numbers of layers show: statistics of some or all values, and findings from these.
+
+Statistics are of several layers at once, from blocks ``(layers, tokens, hidden)`` or ``(layers,
+heads, queries, keys)`` in float32: small samples cost few calls of numpy, large ones little memory.
+A quick look takes one such block of some rows of all layers; a full one joins blocks of each layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from h5traces.format import layout
+from h5traces.format.dtypes import TypedArray, count_not_finite
+from h5traces.format.record import StepArrays
+from h5traces.meaning.checks import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from h5traces.format.record import ArraySource, LayeredArrays
+
+    # Applies a function to every layer, in threads or not, in order.
+    Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+Floats = NDArray[np.float32]
+
+# Of each layer, what a quick look reads: tokens of states, heads and queries of attentions.
+_QUICK_TOKENS: Final = 8
+_QUICK_HEADS: Final = 4
+_QUICK_QUERIES: Final = 8
+# Values that become float32 at a time.
+_BLOCK_VALUES: Final = 1 << 20
+# A row of weights may miss or exceed its sum by so much: softmax in bfloat16, whose values are off
+# by up to 0.4 %, stays within it (benchmarks/checks.py).
+ROW_TOLERANCE: Final = 0.01
+# Weights above 1 by rounding alone.
+_RANGE_TOLERANCE: Final = 1e-3
+# A causal model gives later tokens exactly 0; lossy tiers may add a little.
+_LATER_TOLERANCE: Final = 1e-3
+# Of norms of neighbouring layers; benchmarks/checks.py has what models show.
+_NORM_FACTOR: Final = 8.0
+_NEIGHBOURS: Final = 2
+_MIN_RUN: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """Layers of one kind and how they are looked at.
+
+    Attributes
+    ----------
+    kind, layered
+        Their kind, and their arrays.
+    axes
+        Of one array.
+    mapper
+        For a full look, at every value: how a function is applied to each layer. None for a quick
+        look, which reads only what is in memory.
+    """
+
+    kind: str
+    layered: LayeredArrays
+    axes: tuple[str, ...]
+    mapper: Mapper | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether only some rows are looked at."""
+        return self.mapper is None
+
+    def arrays(self) -> list[tuple[str, ArraySource]]:
+        """Names and arrays with these axes and at least one value."""
+        return [
+            (each.name, each.array)
+            for each in self.layered.arrays
+            if not isinstance(each.array, StepArrays)
+            and len(each.array.shape) == len(self.axes)
+            and 0 not in each.array.shape
+            and (isinstance(each.array, TypedArray) or not self.is_quick)
+        ]
+
+    def all_values(self, value: float) -> str:
+        """The message of a layer that is constant."""
+        return f"{'every value looked at' if self.is_quick else 'every value'} is {value:.6g}"
+
+
+@dataclass(slots=True)
+class _States:
+    """Statistics of the states of some layers, one value per layer.
+
+    ``alike`` says whether all tokens have the state of the ``first``; ``norms`` are of tokens.
+    """
+
+    low: Floats
+    high: Floats
+    alike: NDArray[np.bool_]
+    first: Floats
+    norms: Floats
+
+    @classmethod
+    def of(cls, block: Floats, first: Floats | None = None) -> _States:
+        """Of a block ``(layers, tokens, hidden)`` that is not empty."""
+        first = block[:, :1] if first is None else first
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.sqrt(np.einsum("lth,lth->lt", block, block))
+        low, high = block.min(axis=(1, 2)), block.max(axis=(1, 2))
+        return cls(low, high, (block == first).all(axis=(1, 2)), first, norms)
+
+    def joined(self, other: _States) -> _States:
+        """With further tokens of the same layers."""
+        return _States(
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            self.alike & other.alike,
+            self.first,
+            np.concatenate((self.norms, other.norms), axis=1),
+        )
+
+    def typical_norms(self) -> Floats:
+        """The median over tokens, without the first, whose state is often a massive activation."""
+        norms = self.norms[:, 1:] if self.norms.shape[1] > 1 else self.norms
+        with np.errstate(invalid="ignore"):
+            found: Floats = np.median(norms, axis=1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _StateLayer:
+    """What is known of one layer of states; runs are of positions with one state, at both ends."""
+
+    name: str
+    low: float
+    high: float
+    is_alike: bool
+    norm: float
+    runs: tuple[int, int]
+    not_finite: tuple[int, int] = (0, 0)
+
+
+def state_findings(layers: Layers, *, is_masked: bool = False) -> list[Finding]:
+    """Findings about states, whose first axis is that of tokens.
+
+    Padding is suspected in hidden states only, and not where a mask marks it (`is_masked`).
+    """
+    found: list[Finding] = []
+    norms: dict[str, float] = {}
+    sites = {each.name: each.site for each in layers.layered.arrays}
+    sizes = {name: array.shape for name, array in layers.arrays()}
+    runs = [0, 0]
+    for each in _quick_states(layers) if layers.is_quick else _full_states(layers):
+        place, name = f"{layers.kind}/{each.name}", each.name
+        found += not_finite_findings(place, *each.not_finite)
+        if each.low == each.high and np.prod(sizes[name]) > 1:
+            found.append(Finding("constant-layer", place, layers.all_values(each.low)))
+            continue
+        if name == layout.EMBEDDING:
+            continue
+        if each.is_alike and sizes[name][0] > 1:
+            found.append(Finding("constant-layer", place, "all tokens have the same state"))
+            continue
+        runs = [max(pair) for pair in zip(runs, each.runs, strict=True)]
+        if sites[name] != layout.SITE_FINAL_NORM:
+            norms[name] = each.norm
+    if layers.kind == layout.HIDDEN_STATES:
+        found += _norm_findings(layers.kind, norms)
+        found += [] if is_masked else _run_findings(layers.kind, *runs)
+    return found
+
+
+def _quick_states(layers: Layers) -> Iterator[_StateLayer]:
+    rows = [(name, _rows(array.load())) for name, array in layers.arrays()]
+    runs = {name: (_run(array.values), _run(array.values[::-1])) for name, array in rows}
+    some = [
+        (name, TypedArray(array.values[_strided(len(array.values), _QUICK_TOKENS)], array.dtype))
+        for name, array in rows
+    ]
+    for names, block in _stacked(some):
+        stats = _States.of(block)
+        typical = stats.typical_norms()
+        for index, name in enumerate(names):
+            yield _state_layer(name, stats, typical, index, runs[name])
+
+
+def _full_states(layers: Layers) -> Iterable[_StateLayer]:
+    def look(named: tuple[str, ArraySource]) -> _StateLayer:
+        name, source = named
+        array = _rows(source.load())
+        size = max(1, _BLOCK_VALUES // array.shape[1])
+        stats = _States.of(_numbers(array, slice(size))[None])
+        for start in range(size, array.shape[0], size):
+            part = _numbers(array, slice(start, start + size))[None]
+            stats = stats.joined(_States.of(part, stats.first))
+        runs = _run(array.values), _run(array.values[::-1])
+        return _state_layer(
+            name, stats, stats.typical_norms(), 0, runs, not_finite=count_not_finite(array)
+        )
+
+    assert layers.mapper is not None
+    return layers.mapper(look, layers.arrays())
+
+
+def _state_layer(
+    name: str, stats: _States, typical: Floats, index: int, runs: tuple[int, int], **more: Any
+) -> _StateLayer:
+    low, high = float(stats.low[index]), float(stats.high[index])
+    norm = float(typical[index])
+    return _StateLayer(name, low, high, bool(stats.alike[index]), norm, runs, **more)
+
+
+def _rows(array: TypedArray) -> TypedArray:
+    return TypedArray(array.values.reshape(len(array.values), -1), array.dtype)
+
+
+def not_finite_findings(place: str, num_nan: int, num_inf: int) -> Iterator[Finding]:
+    """Findings about values of an array that are not finite, by their numbers."""
+    if num_nan:
+        yield Finding("not-finite", place, "{number} NaN values", num_nan)
+    if num_inf:
+        yield Finding("not-finite", place, "{number} infinite values", num_inf)
+
+
+def _norm_findings(kind: str, norms: dict[str, float]) -> Iterator[Finding]:
+    """Layers whose norm is far from those of the layers on both sides."""
+    numbered = sorted(
+        (number, name, norm)
+        for name, norm in norms.items()
+        if (number := layout.parse_layer_name(name)) is not None and 0 < norm < np.inf
+    )
+    for index, (_, name, norm) in enumerate(numbered):
+        before = [each for *_, each in numbered[max(0, index - _NEIGHBOURS) : index]]
+        after = [each for *_, each in numbered[index + 1 : index + 1 + _NEIGHBOURS]]
+        if not before or not after:
+            continue
+        low, high = min(before + after), max(before + after)
+        if norm > _NORM_FACTOR * high or norm * _NORM_FACTOR < low:
+            is_huge = norm > high
+            yield Finding(
+                "norm-outlier",
+                f"{kind}/{name}",
+                f"the norms of tokens are {'huge' if is_huge else 'tiny'}: {{span}} times those of "
+                "the layers around",
+                span=(norm / (high if is_huge else low),) * 2,
+            )
+
+
+def _run_findings(kind: str, start: int, end: int) -> Iterator[Finding]:
+    for number, where in ((start, "begins"), (end, "ends")):
+        if number:
+            message = f"{where} with {{number}} positions of the same state"
+            yield Finding("padding-suspected", kind, message, number)
+
+
+def _run(values: NDArray[Any]) -> int:
+    """Rows at the beginning that equal the first; 0 if that is the first alone, or all rows."""
+    if len(values) <= _MIN_RUN or not np.array_equal(values[0], values[1]):
+        return 0
+    length = _MIN_RUN
+    while length < len(values) and np.array_equal(values[0], values[length]):
+        length += 1
+    return length if length < len(values) else 0
+
+
+@dataclass(slots=True)
+class _Weights:
+    """Statistics of the attention weights of some layers, one value per layer."""
+
+    low: Floats
+    high: Floats
+    # Rows of zeros; rows with another sum than 1, and the sums of these.
+    num_zero: NDArray[np.int64]
+    num_odd: NDArray[np.int64]
+    smallest: Floats
+    largest: Floats
+    # Rows that attend to later tokens, and the most that one of these gives to earlier ones.
+    num_later: NDArray[np.int64]
+    earlier: Floats
+
+    @classmethod
+    def of(cls, block: Floats, positions: NDArray[np.int64], tolerance: float) -> _Weights:
+        """Of a block ``(layers, heads, queries, keys)``; `positions` are those of the queries."""
+        keys = np.arange(block.shape[3])
+        after = (keys > positions[:, None]).astype(np.float32)
+        before = (keys < positions[:, None]).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = block.sum(axis=3)
+            later = np.einsum("lhqk,qk->lhq", block, after) > _LATER_TOLERANCE
+            earlier = np.zeros_like(sums)
+            if later.any():
+                earlier = np.einsum("lhqk,qk->lhq", block, before) * later
+            zero = ~block.any(axis=3)
+            odd = (np.abs(sums - 1) > tolerance) & ~zero
+        axes = (1, 2)
+        return cls(
+            block.min(axis=(1, 2, 3)),
+            block.max(axis=(1, 2, 3)),
+            zero.sum(axis=axes),
+            odd.sum(axis=axes),
+            np.where(odd, sums, np.inf).min(axis=axes),
+            np.where(odd, sums, -np.inf).max(axis=axes),
+            later.sum(axis=axes),
+            earlier.max(axis=axes),
+        )
+
+    def joined(self, other: _Weights) -> _Weights:
+        """With further rows of the same layers."""
+        return _Weights(
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            self.num_zero + other.num_zero,
+            self.num_odd + other.num_odd,
+            np.minimum(self.smallest, other.smallest),
+            np.maximum(self.largest, other.largest),
+            self.num_later + other.num_later,
+            np.maximum(self.earlier, other.earlier),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightLayer:
+    """Statistics of one layer of weights: `stats` at `index`."""
+
+    name: str
+    stats: _Weights
+    index: int = 0
+    not_finite: tuple[int, int] = (0, 0)
+
+
+def weight_findings(
+    layers: Layers, *, is_causal: bool, tolerance: float = ROW_TOLERANCE
+) -> list[Finding]:
+    """Findings about weights, whose last axes are queries and keys.
+
+    `is_causal` says that the sample was generated token by token; `tolerance` is how far sums of
+    rows may be from 1.
+    """
+    found: list[Finding] = []
+    # Layers with rows that attend to later tokens: how many do, and whether to these only.
+    later: dict[str, tuple[int, bool]] = {}
+    num_layers = 0
+    looks = _quick_weights if layers.is_quick else _full_weights
+    for each in looks(layers, tolerance):
+        place, stats, index = f"{layers.kind}/{each.name}", each.stats, each.index
+        found += not_finite_findings(place, *each.not_finite)
+        low, high = float(stats.low[index]), float(stats.high[index])
+        if low == high == 0:
+            found.append(Finding("constant-layer", place, layers.all_values(0)))
+            continue
+        num_layers += 1
+        found += _range_findings(place, low, high)
+        found += _row_findings(place, stats, index)
+        if number := int(stats.num_later[index]):
+            later[each.name] = number, float(stats.earlier[index]) <= _LATER_TOLERANCE
+    if is_causal or len(later) < num_layers or all(only for _, only in later.values()):
+        found += [
+            Finding("attention-not-causal", f"{layers.kind}/{name}", _LATER[only], number)
+            for name, (number, only) in later.items()
+        ]
+    return found
+
+
+_LATER: Final = {
+    False: "{number} rows attend to later tokens",
+    True: "{number} rows attend to later tokens and not to earlier ones, as if query and key "
+    "were exchanged",
+}
+
+
+def _range_findings(place: str, low: float, high: float) -> Iterator[Finding]:
+    if low < 0 or high > 1 + _RANGE_TOLERANCE:
+        message = "weights from {span}, expected 0 to 1"
+        yield Finding("attention-out-of-range", place, message, span=(low, high))
+
+
+def _row_findings(place: str, stats: _Weights, index: int) -> Iterator[Finding]:
+    if num_zero := int(stats.num_zero[index]):
+        yield Finding("attention-rows", place, "{number} rows are all 0", num_zero)
+    if num_odd := int(stats.num_odd[index]):
+        span = float(stats.smallest[index]), float(stats.largest[index])
+        yield Finding("attention-rows", place, "{number} rows sum to {span}, not 1", num_odd, span)
+
+
+def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
+    by_shape: dict[tuple[int, ...], list[tuple[str, TypedArray]]] = {}
+    for name, source in layers.arrays():
+        array = _heads(source.load())
+        by_shape.setdefault(array.shape, []).append((name, array))
+    for (heads, queries, keys), alike in by_shape.items():
+        chosen = slice(None, None, -(-heads // _QUICK_HEADS)), _strided(queries, _QUICK_QUERIES)
+        positions = np.arange(queries)[chosen[1]] + (keys - queries)
+        some = [(name, TypedArray(array.values[chosen], array.dtype)) for name, array in alike]
+        for names, block in _stacked(some):
+            stats = _Weights.of(block, positions, tolerance)
+            yield from (_WeightLayer(name, stats, index) for index, name in enumerate(names))
+
+
+def _full_weights(layers: Layers, tolerance: float) -> Iterable[_WeightLayer]:
+    def look(named: tuple[str, ArraySource]) -> _WeightLayer:
+        name, source = named
+        array = _heads(source.load())
+        whole: _Weights | None = None
+        for block, positions in _weight_blocks(array):
+            stats = _Weights.of(block[None], positions, tolerance)
+            whole = stats if whole is None else whole.joined(stats)
+        assert whole is not None
+        return _WeightLayer(name, whole, not_finite=count_not_finite(array))
+
+    assert layers.mapper is not None
+    return layers.mapper(look, layers.arrays())
+
+
+def _heads(array: TypedArray) -> TypedArray:
+    """Weights ``(heads, queries, keys)``; means over heads are one head."""
+    return TypedArray(array.values.reshape(-1, *array.shape[-2:]), array.dtype)
+
+
+def _weight_blocks(array: TypedArray) -> Iterator[tuple[Floats, NDArray[np.int64]]]:
+    """All heads and rows, some at a time, with the positions of the queries."""
+    num_heads, num_queries, num_keys = array.shape
+    heads = max(1, _BLOCK_VALUES // (num_queries * num_keys))
+    rows = max(1, _BLOCK_VALUES // num_keys)
+    for head in range(0, num_heads, heads):
+        for row in range(0, num_queries, rows):
+            queries = slice(row, min(row + rows, num_queries))
+            block = _numbers(array, (slice(head, head + heads), queries))
+            yield block, np.arange(queries.start, queries.stop) + (num_keys - num_queries)
+
+
+def _strided(length: int, most: int) -> slice:
+    """At most so many of `length` positions, the last one among them."""
+    step = -(-length // most)
+    return slice((length - 1) % step, None, step)
+
+
+def _stacked(arrays: list[tuple[str, TypedArray]]) -> Iterator[tuple[list[str], Floats]]:
+    """Arrays of one shape in one block ``(layers, …)``, of bounded size."""
+    by_shape: dict[tuple[int, ...], list[tuple[str, TypedArray]]] = {}
+    for name, array in arrays:
+        by_shape.setdefault(array.shape, []).append((name, array))
+    for shape, alike in by_shape.items():
+        most = max(1, _BLOCK_VALUES // int(np.prod(shape)))
+        for start in range(0, len(alike), most):
+            part = alike[start : start + most]
+            block = np.empty((len(part), *shape), dtype=np.float32)
+            with np.errstate(over="ignore"):
+                for index, (_, array) in enumerate(part):
+                    block[index] = array.to_numpy()
+            yield [name for name, _ in part], block
+
+
+def _numbers(array: TypedArray, part: Any) -> Floats:
+    with np.errstate(over="ignore"):
+        return TypedArray(array.values[part], array.dtype).to_numpy().astype(np.float32, copy=False)

@@ -1,0 +1,254 @@
+"""Which files of a folder are sources of traces, by their content, and what becomes of the others.
+
+Nothing is passed over in silence. A file that is not read is either *left*: it seems to belong to
+the same run (by its name, or because it should hold traces), so that a conversion without it is not
+whole; or it is *unrelated*: a README, a table of labels, h5traces' own files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from h5traces.errors import ConversionError, H5TracesError
+from h5traces.paths import expand_paths, has_wildcards, walk
+from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, source_stem
+
+if TYPE_CHECKING:
+    import os
+
+    from h5traces.meaning.options import ReadingOptions
+    from h5traces.paths import Other
+    from h5traces.sources.opening import Recognised
+    from h5traces.sources.source import TraceSource
+
+# Whoever finds such a file in a folder of traces expects it to be read. Of pickles, only those that
+# are named so: many files of other kinds begin like one.
+_OF_TRACES: Final = frozenset({"torch", "torch-old", "safetensors"})
+_NAMED_AS_TRACES: Final = re.compile(
+    r"\.(?:pkl|pickle|pt|pth|ckpt|safetensors)(?:\.(?:gz|bz2|xz|lzma|zstd?|lz4))?\Z", re.IGNORECASE
+)
+# What lies beside a batch and tells about it, under its name.
+_COMPANIONS: Final = frozenset({"json", "jsonl", "csv", "text", "html", "office"})
+_NUMBER: Final = re.compile(r"[0-9]+")
+_PART: Final = ".part"
+_EXAMPLES: Final = "pickles, files of torch.save or safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A file that is not read.
+
+    Attributes
+    ----------
+    path
+        The file.
+    kind
+        What it is, by its content, such as ``a zip file``.
+    reason
+        Why it is not read, and what to do.
+    """
+
+    path: str
+    kind: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Collected:
+    """What a name stands for.
+
+    Attributes
+    ----------
+    sources
+        Files to read, each with its path relative to the folder that was named.
+    left
+        What is not read though it seems to belong to them.
+    unrelated
+        What is not read, and need not be.
+    """
+
+    sources: list[tuple[Path, Path]] = field(default_factory=list)
+    left: list[Leftover] = field(default_factory=list)
+    unrelated: list[Leftover] = field(default_factory=list)
+
+    def add(self, other: Collected) -> None:
+        """Add what another name stands for."""
+        self.sources += other.sources
+        self.left += other.left
+        self.unrelated += other.unrelated
+
+
+def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = None) -> Collected:
+    """The sources that a file, glob or folder stands for, and what is not read.
+
+    A file that is named itself is a source whatever it holds: its reader says what is wrong.
+
+    Parameters
+    ----------
+    source
+        As the user gives it.
+    reading
+        What the user says about sources; files that may be anything are tried with it.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    ConversionError
+        A folder holds no source.
+    """
+    path = Path(source)
+    if path.is_dir() and not _is_set(path):
+        return _of_folder(path, reading)
+    if path.exists() or not has_wildcards(source):
+        (path,) = expand_paths(source, SOURCE_SUFFIXES)
+        if _is_part(path):
+            return Collected(left=[_unfinished(path)])
+        return Collected([(path, Path(path.name))])
+    return _of_glob(expand_paths(source, SOURCE_SUFFIXES), reading)
+
+
+def _is_set(folder: Path) -> bool:
+    """Whether a folder as a whole is one source."""
+    return recognise(folder).is_readable
+
+
+def _of_folder(folder: Path, reading: ReadingOptions | None) -> Collected:
+    walked = walk(folder, is_one=_is_set)
+    found = _sorted_out(walked.files, reading)
+    found.sources = [(path, path.relative_to(folder)) for path, _ in found.sources]
+    _place_others(found, walked.others)
+    if not found.sources and not found.left:
+        message = f"{folder}: the folder holds no batch; expected {_EXAMPLES}"
+        if found.unrelated:
+            named = "; ".join(f"{each.path} is {each.kind}" for each in found.unrelated[:5])
+            message += f" (found: {named}{'; and more' if len(found.unrelated) > 5 else ''})"
+        raise ConversionError(message)
+    return found
+
+
+def _of_glob(matches: list[Path], reading: ReadingOptions | None) -> Collected:
+    files = [path for path in matches if not path.is_dir() or _is_set(path)]
+    found = _sorted_out(files, reading)
+    for folder in (path for path in matches if path not in files):
+        # '**' also matches the folders on its way.
+        if any(folder in path.parents for path in files):
+            continue
+        message = f"{folder}: is a folder; name it itself, or end the glob in '/**/*'"
+        found.unrelated.append(Leftover(str(folder), "a folder", message))
+    return found
+
+
+def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
+    """Sources among files, and the others."""
+    found = Collected()
+    unsure: list[Recognised] = []
+    for path in files:
+        if _is_part(path):
+            _place_part(found, path)
+            continue
+        try:
+            recognised = recognise(path)
+        except (H5TracesError, OSError) as error:
+            message = str(error) if str(path) in str(error) else f"{path}: {error}"
+            found.left.append(Leftover(str(path), "a file that cannot be read", message))
+            continue
+        if recognised.is_readable and _is_of_traces(recognised):
+            found.sources.append((path, Path(path.name)))
+        else:
+            unsure.append(recognised)
+    names = _Names([path for path, _ in found.sources])
+    for each in unsure:
+        if each.is_readable and (names.continues(each.path) or _holds_traces(each.path, reading)):
+            found.sources.append((each.path, Path(each.path.name)))
+            continue
+        leftover = Leftover(str(each.path), str(each.kind), each.reason)
+        (found.left if _belongs(each, names) else found.unrelated).append(leftover)
+    found.sources.sort()
+    return found
+
+
+def _is_of_traces(found: Recognised) -> bool:
+    """Whether a file should hold traces, by its kind or its name."""
+    return found.kind.id in _OF_TRACES or _NAMED_AS_TRACES.search(found.path.name) is not None
+
+
+def _holds_traces(path: Path, reading: ReadingOptions | None) -> bool:
+    """Whether the first sample of a file that may be anything is a trace."""
+    try:
+        with open_source(path, reading) as source:
+            return _has_a_record(source)
+    except (H5TracesError, OSError):
+        return False
+
+
+def _has_a_record(source: TraceSource) -> bool:
+    return next(source.records(), None) is not None
+
+
+def _belongs(found: Recognised, names: _Names) -> bool:
+    """Whether a file that is not read seems to be one of the run's."""
+    if found.is_ours:
+        return False
+    if found.kind.id in _COMPANIONS and names.has_stem(found.path):
+        return False
+    return _is_of_traces(found) or names.continues(found.path)
+
+
+class _Names:
+    """How the sources of a run are named: ``run_batch_0003`` continues ``run_batch_0000``."""
+
+    def __init__(self, sources: list[Path]) -> None:
+        self._stems = {(path.parent, source_stem(path.name)) for path in sources}
+        self._patterns = {(folder, _NUMBER.sub("#", stem)) for folder, stem in self._stems}
+
+    def has_stem(self, path: Path) -> bool:
+        """Whether a source has this name, but for the suffix."""
+        return (path.parent, source_stem(path.name)) in self._stems
+
+    def continues(self, path: Path) -> bool:
+        """Whether sources have this name, but for numbers and the suffix."""
+        return (path.parent, _NUMBER.sub("#", source_stem(path.name))) in self._patterns
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.endswith(_PART) and not path.is_dir()
+
+
+def _place_part(found: Collected, path: Path) -> None:
+    """An unfinished batch is missing in the conversion; an unfinished archive is none of it."""
+    if any(suffix in path.name for suffix in SOURCE_SUFFIXES):
+        found.left.append(_unfinished(path))
+        return
+    message = f"{path}: is an unfinished write of another program or run"
+    found.unrelated.append(Leftover(str(path), "an unfinished write", message))
+
+
+def _unfinished(path: Path) -> Leftover:
+    message = f"{path}: is an unfinished write; extract or copy the batch again"
+    return Leftover(str(path), "an unfinished write", message)
+
+
+def _place_others(found: Collected, others: list[Other]) -> None:
+    """What is no plain file, and what walking through a folder did not enter."""
+    names = _Names([path for path, _ in found.sources])
+    for each in others:
+        message = f"{each.path}: is {each.what}; {each.remedy}"
+        leftover = Leftover(str(each.path), each.what, message)
+        (found.left if _may_belong(each, names) else found.unrelated).append(leftover)
+
+
+def _may_belong(other: Other, names: _Names) -> bool:
+    if other.may_hold_files:
+        return True
+    path = other.path
+    if not other.is_hidden:
+        return names.continues(path) or _NAMED_AS_TRACES.search(path.name) is not None
+    # macOS writes '._name' beside every file, 'rsync' '.name.Ab3dE9' until a file is whole.
+    if path.name.startswith("._"):
+        return False
+    bare = path.with_name(path.name.removeprefix("."))
+    return names.continues(bare) or names.continues(bare.with_suffix(""))

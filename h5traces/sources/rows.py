@@ -1,0 +1,214 @@
+"""Tables as text: CSV, TSV and JSON Lines, told apart by their content."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+import reprlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from h5traces.errors import Problem, SchemaError
+from h5traces.format.text import and_more, counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+_OBJECT: Final = re.compile(r"\s*\{")
+_ARRAY: Final = re.compile(r"\s*\[\s*([\]{]|\Z)")
+# What 'surrogateescape' makes of UTF-16's byte order marks.
+_UTF16: Final = ("\udcff\udcfe", "\udcfe\udcff")
+# What 'surrogateescape' makes of a byte that is not UTF-8.
+_NOT_UTF8: Final = re.compile("[\udc80-\udcff]")
+_DIGITS: Final = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
+# The most that csv takes; its default is 128 kB, and cells may hold whole articles.
+_LARGEST_CELL: Final = 2**31 - 1
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxstring = 40
+_SHORT.maxlong = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table.
+
+    Attributes
+    ----------
+    place
+        Where it begins, for messages: ``line 3``; in a JSON array, ``row 2``.
+    cells
+        Values by column: text in CSV and TSV, anything of JSON otherwise.
+    """
+
+    place: str
+    cells: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A file of rows.
+
+    Attributes
+    ----------
+    path
+        Of the file, for messages.
+    format
+        ``CSV``, ``TSV``, ``JSON Lines`` or ``JSON``.
+    columns
+        Of the header, or of the first object.
+    rows
+        One at a time, once. SchemaError where one is wrong; the message names its line.
+    """
+
+    path: Path
+    format: str
+    columns: tuple[str, ...]
+    rows: Iterator[Row]
+
+
+def text_of(file: BinaryIO) -> io.TextIOWrapper:
+    """A file as text, for `read_rows`; closing one closes the other."""
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+
+
+def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
+    """Read the rows of a file of text in UTF-8; its content decides what it is, not its name.
+
+    JSON Lines where it begins with an object, a JSON array where it begins with a list of objects,
+    TSV where its first line has more tabs than commas, else CSV. In CSV and TSV, every row must
+    have as many cells as the header. Cells are of any length; no other line separators than those
+    of CSV end a row.
+
+    Parameters
+    ----------
+    path
+        Its name, for messages.
+    file
+        What `text_of` gives, also of a pipe.
+
+    Raises
+    ------
+    SchemaError
+        The file, or its first row, is no such table.
+    """
+    lines = _lines(path, file)
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip("\r\n"))
+    begin, first = next(numbered, (1, ""))
+    every = itertools.chain([first], lines)
+    if _ARRAY.match(first):
+        rows, kind = _array(path, "".join(every)), "JSON"
+    elif _OBJECT.match(first):
+        rows, kind = _objects(path, every, begin), "JSON Lines"
+    else:
+        delimiter = "\t" if first.count("\t") > first.count(",") else ","
+        return _separated(path, every, begin, delimiter)
+    head = list(itertools.islice(rows, 1))
+    columns = tuple(head[0].cells) if head else ()
+    return TextTable(path, kind, columns, itertools.chain(head, rows))
+
+
+def short(value: object) -> str:
+    """A cell for messages: its repr, cut in the middle where it is long."""
+    return _SHORT.repr(value)
+
+
+def bad_row(path: Path, place: str, message: str) -> SchemaError:
+    """An error about one row."""
+    return SchemaError(f"{path}: {place}: {message}", [Problem(place, message, "bad_row")])
+
+
+def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
+    """Lines with their ends, each of them UTF-8."""
+    for number, line in enumerate(file, start=1):
+        wrong = None if line.isascii() else _NOT_UTF8.search(line)
+        if wrong is not None:
+            if number == 1 and line.startswith(_UTF16):
+                message = f"{path}: is UTF-16, expected UTF-8 (in spreadsheets: 'CSV UTF-8')"
+                raise SchemaError(message)
+            message = (
+                f"byte 0x{ord(wrong[0]) - 0xDC00:02x} is not UTF-8; save the file as UTF-8 (in "
+                "spreadsheets: 'CSV UTF-8')"
+            )
+            raise bad_row(path, f"line {number}", message)
+        yield line
+
+
+def _separated(path: Path, lines: Iterable[str], begin: int, delimiter: str) -> TextTable:
+    csv.field_size_limit(_LARGEST_CELL)
+    kind = "TSV" if delimiter == "\t" else "CSV"
+    cells = _cells(path, lines, begin, delimiter, kind)
+    _, header = next(cells, ("", []))
+    return TextTable(path, kind, tuple(header), _fitting(path, header, cells))
+
+
+def _cells(
+    path: Path, lines: Iterable[str], begin: int, delimiter: str, kind: str
+) -> Iterator[tuple[str, list[str]]]:
+    """The place and cells of every row, the header first; blank lines are none."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        place = f"line {begin + reader.line_num}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise bad_row(path, place, f"is not {kind}: {error}") from error
+        if cells:
+            yield place, cells
+
+
+def _fitting(path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]]) -> Iterator[Row]:
+    for place, cells in rows:
+        if len(cells) != len(header):
+            found = and_more(map(short, cells), 8)
+            message = (
+                f"has {counted(len(cells), 'cell')} ({found}), expected {len(header)} "
+                f"({and_more(map(short, header), 8)})"
+            )
+            pairs = itertools.pairwise(cells)
+            if len(cells) > len(header) and any(all(map(_DIGITS.fullmatch, two)) for two in pairs):
+                message += "; did a decimal comma split a cell? Write numbers with a point"
+            elif len(cells) > len(header):
+                message += "; put text with separators into quotes"
+            raise bad_row(path, place, message)
+        yield Row(place, dict(zip(header, cells, strict=True)))
+
+
+def _objects(path: Path, lines: Iterable[str], begin: int) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=begin):
+        if line.strip():
+            place = f"line {number}"
+            yield Row(place, _object(path, place, _parsed(path, place, line)))
+
+
+def _array(path: Path, text: str) -> Iterator[Row]:
+    for number, value in enumerate(_parsed(path, "", text), start=1):
+        yield Row(f"row {number}", _object(path, f"row {number}", value))
+
+
+def _parsed(path: Path, place: str, text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise bad_row(path, place or "content", f"is not JSON: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
+        message = f"an object has {repeated!r} twice"
+        raise ValueError(message)
+    return found
+
+
+def _object(path: Path, place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise bad_row(path, place, f"holds {type(value).__name__}, expected an object")
+    return value

@@ -1,0 +1,378 @@
+"""Files of torch.save, read without torch: their pickle by the machine, their tensors as views.
+
+Since torch 1.6 such a file is a zip file: an entry ``data.pkl`` that refers to the storages of
+tensors by name, and one entry ``data/NAME`` with the numbers of each, not compressed. Before, and
+with ``_use_new_zipfile_serialization=False``, it is a row of pickles (a magic number, the version,
+the machine, the value, the names of its storages) with the storages behind them.
+"""
+
+from __future__ import annotations
+
+import io
+import weakref
+import zlib
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from h5traces.errors import ConversionError
+from h5traces.meaning.options import ReadingOptions
+from h5traces.sources.mapped import MappedFile
+from h5traces.sources.pickle.machine import INVALID, Machine, locate
+from h5traces.sources.pickle.shims import (
+    MAGIC,
+    PROTOCOL,
+    Storage,
+    StorageHeader,
+    parse_persistent_id,
+    storage_nbytes,
+)
+from h5traces.sources.pickle.source import (
+    FileSource,
+    MalformedError,
+    PickleLimits,
+    TruncatedError,
+    contradict,
+)
+from h5traces.sources.pickle.stream import BatchStream
+from h5traces.sources.zip_entries import DEFLATED, STORED, ZipDirectory
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+    from h5traces.sources.pickle.cursor import Cursor
+    from h5traces.sources.zip_entries import ZipEntry
+
+_DEFAULT_LIMITS: Final = PickleLimits()
+_PICKLE: Final = "data.pkl"
+_BUFFER_NBYTES: Final = 1 << 16
+
+
+class _TorchStream(BatchStream):
+    """What both formats have in common."""
+
+    kind = "torch"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limits: PickleLimits = _DEFAULT_LIMITS,
+        options: ReadingOptions = ReadingOptions(),
+    ) -> None:
+        self._mapped = MappedFile(path)
+        super().__init__(path, limits=limits, options=options)
+
+    def _check_kind(self) -> None:
+        """Do nothing: its reader was chosen by its kind."""
+
+    def __next__(self) -> Any:
+        self._mapped.release()
+        return super().__next__()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes read so far, as far as the pickle was read, and the size of the file."""
+        position, size = super().progress
+        return self._mapped.nbytes * position // max(size, 1), self._mapped.nbytes
+
+
+# --- zip files -----------------------------------------------------------------------------------
+
+
+class TorchZipStream(_TorchStream):
+    """A file of torch.save, as it writes since torch 1.6."""
+
+    def _make_source(self) -> FileSource:
+        try:
+            if self._storages is None:
+                directory = ZipDirectory(self._mapped.read_at, self._mapped.nbytes, str(self.path))
+                prefix = _prefix_of(directory)
+                self._pickle = directory.entry(prefix + _PICKLE)
+                self._storages = _ZipStorages(self._mapped, directory, prefix, self._limits)
+            return _EntrySource(self.path, self._mapped, self._pickle, self._limits)
+        except MalformedError as error:
+            message = f"{self.path}: {error}"
+            raise ConversionError(message) from error
+
+
+def _prefix_of(directory: ZipDirectory) -> str:
+    """What every entry's name begins with: ``archive/``, mostly."""
+    found = [name for name in directory if name.rpartition("/")[2] == _PICKLE]
+    shortest = min(found, key=len)
+    return shortest.removesuffix(_PICKLE)
+
+
+class _ZipStorages:
+    """The storages of a zip file, as views of it."""
+
+    def __init__(
+        self, mapped: MappedFile, directory: ZipDirectory, prefix: str, limits: PickleLimits
+    ) -> None:
+        self.nbytes = mapped.nbytes
+        self._mapped = mapped
+        self._directory = directory
+        self._prefix = prefix
+        self._limits = limits
+        self._inflated: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        order = b"little"
+        if (name := f"{prefix}byteorder") in directory:
+            order = entry_content(mapped, directory.entry(name), limits).tobytes().strip()
+        if order not in (b"little", b"big"):
+            contradict(f"the byte order is {order[:20]!r}, expected 'little' or 'big'")
+        self._is_big_endian = order == b"big"
+
+    def find(self, persistent_id: Any) -> Storage:
+        header = parse_persistent_id(
+            (*persistent_id, None) if type(persistent_id) is tuple else persistent_id
+        )
+        name = f"{self._prefix}data/{header.key}"
+        if name not in self._directory:
+            contradict(f"the file has no entry {name[:80]!r}, which its pickle names")
+        entry = self._directory.entry(name)
+        if entry.nbytes < storage_nbytes(header):
+            contradict(
+                f"entry {name[:80]!r} has {entry.nbytes:,} bytes, its pickle names "
+                f"{header.num_elements:,} elements of {header.dtype}"
+            )
+        data = self._inflated.get(name)
+        if data is None:
+            data = entry_content(self._mapped, entry, self._limits)
+            if entry.method != STORED:
+                self._inflated[name] = data
+        return Storage(
+            data,
+            0,
+            header.num_elements,
+            header.dtype,
+            is_mapped=True,
+            is_big_endian=self._is_big_endian,
+        )
+
+
+def entry_content(mapped: MappedFile, entry: ZipEntry, limits: PickleLimits) -> Any:
+    """The content of an entry, an array of uint8: a view of the file where it is stored as it is.
+
+    MalformedError where it does not fit its entry, or would expand more than `limits` allow.
+    """
+    stored = mapped.view(entry.start, entry.stored_nbytes)
+    if entry.method == STORED:
+        return stored
+    _check_method(entry, limits)
+    inflater = zlib.decompressobj(-15)
+    try:
+        content = inflater.decompress(stored.data, entry.nbytes + 1)
+    except zlib.error as error:
+        contradict(f"entry {entry.name[:80]!r} cannot be inflated: {error}")
+    if len(content) != entry.nbytes or zlib.crc32(content) != entry.crc:
+        contradict(f"entry {entry.name[:80]!r} does not hold what the zip file's directory says")
+    return np.frombuffer(content, np.uint8)
+
+
+def _check_method(entry: ZipEntry, limits: PickleLimits) -> None:
+    if entry.method != DEFLATED:
+        contradict(
+            f"entry {entry.name[:80]!r} is compressed by method {entry.method}, expected none or "
+            "deflate; save the file again"
+        )
+    most = max(limits.expansion_grace_nbytes, limits.max_expansion * entry.stored_nbytes)
+    if entry.nbytes > most:
+        contradict(
+            f"entry {entry.name[:80]!r} expands from {entry.stored_nbytes:,} to {entry.nbytes:,} "
+            f"bytes, more than {limits.max_expansion} times; if the file is trusted, raise "
+            "PickleLimits(max_expansion=...)"
+        )
+
+
+class _EntrySource(FileSource):
+    """The pickle inside a zip file, where it lies."""
+
+    def __init__(
+        self, path: Path, mapped: MappedFile, entry: ZipEntry, limits: PickleLimits
+    ) -> None:
+        self.path = path
+        self.compression = None
+        self.compressed_size = entry.nbytes
+        self._exact_bound = True
+        self._inflater = None
+        if entry.method == STORED:
+            self._raw = _Window(mapped, entry.start, entry.nbytes)  # type: ignore[assignment]
+        else:
+            self._raw = io.BytesIO(entry_content(mapped, entry, limits))  # type: ignore[assignment]
+        self.file = io.BufferedReader(self._raw, _BUFFER_NBYTES)
+
+
+class _Window(io.RawIOBase):
+    """A part of a mapped file as a file."""
+
+    def __init__(self, mapped: MappedFile, start: int, nbytes: int) -> None:
+        self._mapped = mapped
+        self._start = start
+        self._nbytes = nbytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        nbytes = max(0, min(len(buffer), self._nbytes - self._position))
+        found = self._mapped.view(self._start + self._position, nbytes)
+        memoryview(buffer)[:nbytes] = found.data
+        self._position += nbytes
+        return nbytes
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = (0, self._position, self._nbytes)[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+
+# --- the old format ------------------------------------------------------------------------------
+
+
+class OldTorchStream(_TorchStream):
+    """A file of torch.save, as it wrote before torch 1.6."""
+
+    _start = 0
+
+    def _make_source(self) -> FileSource:
+        if self._storages is None:
+            self._start, is_big_endian = _read_preamble(self.path, self._limits)
+            with _Headers(self.path, self._start, self._limits) as first_pass:
+                for _ in first_pass:
+                    pass
+            places = first_pass.places(self._mapped)
+            self._storages = _RowStorages(self._mapped, places, is_big_endian=is_big_endian)
+        return _source_at(self.path, self._start, self._limits)
+
+    def _ends(self, cursor: Cursor) -> bool:
+        """Nothing else: the storages follow, and have been found."""
+        return True
+
+
+def _source_at(path: Path, start: int, limits: PickleLimits) -> FileSource:
+    source = FileSource(path, limits)
+    source.file.seek(start)
+    return source
+
+
+def _read_preamble(path: Path, limits: PickleLimits) -> tuple[int, bool]:
+    """Where the pickle of the value begins, and whether numbers are in big-endian order."""
+    with FileSource(path, limits) as source:
+        machine = Machine(source, limits)
+        try:
+            magic, version, system = (machine.load() for _ in range(3))
+            if magic != MAGIC or version != PROTOCOL or type(system) is not dict:
+                contradict(f"a file of torch.save has the version {version!r}, expected {PROTOCOL}")
+        except TruncatedError as error:
+            raise source.truncated_error(str(error)) from None
+        except INVALID as error:
+            raise locate(error, machine, str(path)) from error
+        return source.inflated_bytes, system.get("little_endian") is False
+
+
+class _Headers(BatchStream):
+    """Reads the pickle to its end, to know which storages follow it and how long each is."""
+
+    def __init__(self, path: Path, start: int, limits: PickleLimits) -> None:
+        self._start = start
+        self._collected = _HeaderStorages(path.stat().st_size)
+        self._keys: list[str] = []
+        self._end = 0
+        super().__init__(path, limits=limits)
+
+    def _check_kind(self) -> None:
+        """Do nothing: the pickle begins later in the file."""
+
+    def _make_source(self) -> FileSource:
+        self._storages = self._collected
+        return _source_at(self.path, self._start, self._limits)
+
+    def _ends(self, cursor: Cursor) -> bool:
+        keys = cursor.check(Machine(cursor.source, self._limits).load)
+        if type(keys) is not list or any(type(each) is not str for each in keys):
+            cursor.check(partial(contradict, "the names of the storages are no list of str"))
+        self._keys, self._end = keys, cursor.source.inflated_bytes
+        return True
+
+    def places(self, mapped: MappedFile) -> dict[str, tuple[int, StorageHeader]]:
+        """Where each storage's numbers begin, by name."""
+        headers = self._collected.headers
+        if len(set(self._keys)) != len(self._keys) or set(self._keys) != set(headers):
+            message = f"{self.path}: its pickle names other storages than follow it"
+            raise ConversionError(message)
+        places, start = {}, self._end
+        for key in self._keys:
+            header = headers[key]
+            declared = int.from_bytes(mapped.read_at(start, 8), "little")
+            start += 8
+            end = start + storage_nbytes(header)
+            if end > mapped.nbytes or declared != header.num_elements:
+                message = (
+                    f"{self.path}: storage {key!r} has {header.num_elements:,} elements of "
+                    f"{header.dtype} at byte {start:,}, found {declared:,} in a file of "
+                    f"{mapped.nbytes:,} bytes; it is not complete, copy it again"
+                )
+                raise ConversionError(message)
+            places[key] = start, header
+            start = end
+        if start != mapped.nbytes:
+            message = (
+                f"{self.path}: {mapped.nbytes - start:,} bytes follow the last storage. If several "
+                "torch.save calls wrote into this file, write one file per call"
+            )
+            raise ConversionError(message)
+        return places
+
+
+class _HeaderStorages:
+    """Storages without numbers: notes which there are."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.headers: dict[str, StorageHeader] = {}
+
+    def find(self, persistent_id: Any) -> Storage:
+        header = parse_persistent_id(persistent_id)
+        if storage_nbytes(header) > self.nbytes:
+            contradict(
+                f"a storage of {header.num_elements:,} {header.dtype} elements does not fit into a "
+                f"file of {self.nbytes:,} bytes; it is not complete, copy it again"
+            )
+        known = self.headers.setdefault(header.key, header)
+        if (known.dtype, known.num_elements) != (header.dtype, header.num_elements):
+            contradict(f"storage {header.key[:40]!r} is named with two types or lengths")
+        return Storage(None, 0, header.num_elements, header.dtype)
+
+
+class _RowStorages:
+    """Storages that follow each other behind the pickle, as views of the file."""
+
+    def __init__(
+        self,
+        mapped: MappedFile,
+        places: dict[str, tuple[int, StorageHeader]],
+        *,
+        is_big_endian: bool,
+    ) -> None:
+        self.nbytes = mapped.nbytes
+        self._mapped = mapped
+        self._places = places
+        self._is_big_endian = is_big_endian
+
+    def find(self, persistent_id: Any) -> Storage:
+        header = parse_persistent_id(persistent_id)
+        start, _ = self._places[header.key]
+        return Storage(
+            self._mapped.view(start, storage_nbytes(header)),
+            0,
+            header.num_elements,
+            header.dtype,
+            is_mapped=True,
+            is_big_endian=self._is_big_endian,
+        )

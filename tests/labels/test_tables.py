@@ -1,0 +1,494 @@
+"""Tables as people have them: labels taken as they are, or rejected by line; never inverted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import pytest
+from legacy_batches import make_archive, make_batch
+from typer.testing import CliRunner
+
+import h5traces
+from h5traces import LabelOptions
+from h5traces.cli.app import app
+from h5traces.errors import OptionError, SchemaError
+from h5traces.rewriting.label import label
+from h5traces.rewriting.repack import merge, repack, split
+from h5traces.torch_data import TraceDataset
+from h5traces.writing.options import TargetOptions
+
+if TYPE_CHECKING:
+    from click.testing import Result
+
+BATCH = make_batch("full_pkl", num_samples=4)
+for _number, _trace in enumerate(BATCH):
+    _trace["question_id"] = f"q{_number}"
+DRY = TargetOptions(dry_run=True)
+
+
+def run(*arguments: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    return make_archive(tmp_path, BATCH, name="run.pkl")
+
+
+def table(archive: Path, content: str | bytes, name: str = "table.csv") -> Path:
+    path = archive.with_name(name)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def labelled(archive: Path, content: str | bytes, **options: Any) -> tuple[int | None, ...]:
+    """The labels that a table gives."""
+    label(
+        archive,
+        table(archive, content),
+        options=LabelOptions(**options),
+        target=TargetOptions(overwrite=True),
+    )
+    return h5traces.open(archive).labels
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+ZERO_ONE = "question_id,label\nq0,1\nq1,0\nq2,1\nq3,0\n"
+WORDS = "question_id,label\nq0,hallucinated\nq1,correct\nq2,hallucinated\nq3,correct\n"
+JSON_LINES = "".join(f'{{"question_id": "q{n}", "label": {1 - n % 2}}}\n' for n in range(4))
+CLASSES = {
+    "zero and one": (ZERO_ONE, "1"),
+    "one means correct": ("question_id,label\nq0,0\nq1,1\nq2,0\nq3,1\n", "0"),
+    "words": (WORDS, "hallucinated"),
+    "JSON Lines": (JSON_LINES, "1"),
+    "JSON": (json.dumps([json.loads(each) for each in JSON_LINES.splitlines()]), "1"),
+    "JSON, indented": (
+        json.dumps([json.loads(each) for each in JSON_LINES.splitlines()], indent=2),
+        "1",
+    ),
+    "truth in JSON": (JSON_LINES.replace(" 1}", " true}").replace(" 0}", " false}"), "true"),
+    "truth of Python": (ZERO_ONE.replace(",1", ",True").replace(",0", ",False"), "true"),
+    "truth of spreadsheets": (ZERO_ONE.replace(",1", ",TRUE").replace(",0", ",FALSE"), "True"),
+    "numbers of pandas": (ZERO_ONE.replace(",1", ",1.0").replace(",0", ",0.0"), "1"),
+    "a table with tabs": (ZERO_ONE.replace(",", "\t"), "1"),
+    "a mark, and ends of Windows": ("\ufeff" + ZERO_ONE.replace("\n", "\r\n"), "1"),
+    "ends of old Macs": (ZERO_ONE.replace("\n", "\r"), "1"),
+    "no end": (ZERO_ONE.rstrip(), "1"),
+    "blank lines": (ZERO_ONE.replace("\n", "\n\n"), "1"),
+    "an index of pandas": (
+        ",question_id,label\n0,q0,1\n1,q1,0\n2,q2,1\n3,q3,0\n",
+        "1",
+    ),
+    "spaces and case": (
+        "question_id,label\nq0,Hallucinated\nq1,correct \nq2, hallucinated\nq3,CORRECT\n",
+        "HALLUCINATED",
+    ),
+    "another order and columns": (
+        "note,label,question_id\n,0,q3\n,1,q2\n,0,q1\n\u2028,1,q0\n",
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_labels_are_taken_as_they_are(archive: Path, name: str) -> None:
+    content, positive = CLASSES[name]
+    assert labelled(archive, content, label_column="label", positive=positive) == (1, 0, 1, 0)
+    assert h5traces.open(archive)[0].metadata.scores is None
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.jsonl", "labels.txt", "labels"])
+def test_the_content_decides_and_not_the_name(archive: Path, name: str) -> None:
+    for content, positive in CLASSES.values():
+        path = table(archive, content, name)
+        options = LabelOptions(label_column="label", positive=positive)
+        assert label(archive, path, options=options, target=DRY).labels == {0: 2, 1: 2}
+
+
+THREE = "question_id,label\nq0,wrong\nq1,right\nq2,unsure\nq3,right\n"
+
+
+def test_more_than_two_classes(archive: Path) -> None:
+    classes = {"wrong": 1, "right": 0, "unsure": 2}
+    assert labelled(archive, THREE, label_column="label", classes=classes) == (1, 0, 2, 0)
+    sidecar = json.loads(Path(f"{archive}.labels.json").read_text(encoding="utf-8"))
+    assert sidecar["label_column"] == "label"
+    assert sidecar["classes"] == {"wrong": 1, "right": 0, "unsure": 2}
+    classes = {"wrong": 1, "right": 0, "unsure": None}
+    assert labelled(archive, THREE, label_column="label", classes=classes) == (1, 0, None, 0)
+    report = label(
+        archive,
+        table(archive, THREE),
+        options=LabelOptions(label_column="label", classes=classes),
+        target=TargetOptions(dry_run=True, overwrite=True),
+    )
+    assert report.complete
+    assert report.classes == {"wrong": 1, "right": 2, "unsure": 1}
+    assert (report.labels, report.num_excluded, report.num_without_label) == ({0: 2, 1: 1}, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {},
+            r"has the classes 'wrong' \(1 row\), 'right' \(2 rows\), 'unsure' .*positive='\.\.\.'",
+        ),
+        ({"positive": "wrong"}, "with more than two, give the label of each by classes"),
+        ({"positive": "wron"}, "'unsure' .* and not positive='wron'"),
+        ({"classes": {"wrong": 1, "right": 0}}, "does not say which label 'unsure' gets"),
+    ],
+)
+def test_classes_that_nobody_named(archive: Path, options: Any, expected: str) -> None:
+    with pytest.raises(OptionError, match=expected):
+        labelled(archive, THREE, label_column="label", **options)
+    assert not list(archive.parent.glob("*.labels.json"))
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_class_is_no_class(archive: Path, empty: str) -> None:
+    content = ZERO_ONE.replace("q3,0", f"q3,{empty}")
+    with pytest.raises(SchemaError, match=r"1 sample has no label: .*sample 3 \('q3'\)"):
+        labelled(archive, content, label_column="label", positive="1")
+    options = LabelOptions(label_column="label", positive="1")
+    report = label(archive, table(archive, content), options=options, partial=True)
+    assert report.unscored == ["q3"]
+    assert report.num_without_label == 1
+    assert h5traces.open(archive).labels == (1, 0, 1, None)
+
+
+def test_null_is_no_class_in_json(archive: Path) -> None:
+    content = JSON_LINES.replace('"q3", "label": 0', '"q3", "label": null')
+    with pytest.raises(SchemaError, match="1 sample has no label"):
+        labelled(archive, content, label_column="label", positive="1")
+
+
+def test_scores_beside_classes_make_no_labels(archive: Path) -> None:
+    content = "question_id,label,bleurt_score\nq0,1,0.9\nq1,0,0.1\nq2,1,0.8\nq3,0,0.2\n"
+    found = labelled(
+        archive, content, label_column="label", positive="1", score_column="bleurt_score"
+    )
+    assert found == (1, 0, 1, 0)
+    assert h5traces.open(archive)[0].metadata.scores == {"bleurt": 0.9}
+    with pytest.raises(SchemaError, match="line 6: 'q0' has other values than on line 2"):
+        labelled(archive, content + "q0,0,0.9\n", label_column="label", positive="1")
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+SCORES = "question_id,{}\nq0,0.1\nq1,0.9\nq2,0.2\nq3,0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("column", "higher_means", "expected"),
+    [
+        ("bleurt_score", None, (1, 0, 1, 0)),
+        ("bleurt_score", "correct", (1, 0, 1, 0)),
+        ("rougeL", "correct", (1, 0, 1, 0)),
+        ("entropy", "hallucinated", (0, 1, 0, 1)),
+    ],
+)
+def test_directions_of_scores(
+    archive: Path, column: str, higher_means: Any, expected: tuple[int, ...]
+) -> None:
+    content = SCORES.format(column)
+    found = labelled(archive, content, score_column=column, higher_means=higher_means)
+    assert found == expected
+    sidecar = json.loads(Path(f"{archive}.labels.json").read_text(encoding="utf-8"))
+    assert sidecar["higher_means"] == (higher_means or "correct")
+    assert sidecar["threshold"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("column", "options", "expected"),
+    [
+        ("rougeL", {}, "what high values of 'rougeL' mean is not known; say higher_means="),
+        ("label", {}, "if the column holds labels, name it as label_column"),
+        (
+            "bleurt_score",
+            {"higher_means": "hallucinated"},
+            r"'bleurt_score' mean correct \(Sellam, .*\), and not higher_means='hallucinated'",
+        ),
+    ],
+)
+def test_directions_that_are_not_known(
+    archive: Path, column: str, options: Any, expected: str
+) -> None:
+    with pytest.raises(OptionError, match=expected):
+        labelled(archive, SCORES.format(column), score_column=column, **options)
+
+
+def test_labels_are_never_taken_for_scores(archive: Path) -> None:
+    content = ZERO_ONE.replace("label", "bleurt_score")
+    with pytest.raises(OptionError, match="nothing but 0 and 1, which looks like labels"):
+        labelled(archive, content)
+    with pytest.raises(OptionError, match="has no column 'bleurt_score'"):
+        labelled(archive, ZERO_ONE)
+    # Whoever says what high means gets what was said.
+    assert labelled(archive, content, higher_means="correct") == (0, 1, 0, 1)
+    found = labelled(archive, ZERO_ONE, score_column="label", higher_means="hallucinated")
+    assert found == (1, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"positive": "1"}, "name the column"),
+        ({"classes": {"a": 1}}, "name the column"),
+        ({"label_column": "x", "positive": "1", "classes": {"a": 1}}, "leave one out"),
+        ({"label_column": "x", "threshold": 0.4}, "label_column gives labels .* out threshold"),
+        ({"label_column": "x", "higher_means": "correct"}, "leave out higher_means"),
+        ({"label_column": "x", "scores_only": True}, "leave out scores_only=True"),
+        ({"scores_only": True, "threshold": 0.4}, "leave out threshold"),
+        ({"higher_means": "better"}, "expected 'correct' or 'hallucinated'"),
+        ({"threshold": "0.5"}, "expected a finite number"),
+        ({"threshold": float("inf")}, "expected a finite number"),
+        ({"label_column": "x", "classes": {}}, "expected the label of every class"),
+        ({"label_column": "x", "classes": ["a"]}, "expected the label of every class"),
+        ({"label_column": "x", "classes": {"a": True}}, "an integer or None"),
+        ({"label_column": "x", "classes": {"a": 2**63}}, "an integer or None"),
+        ({"label_column": "x", "classes": {"a": 1, "A ": 0}}, "names a class twice"),
+    ],
+)
+def test_options_that_contradict(options: Any, expected: str) -> None:
+    with pytest.raises(OptionError, match=expected):
+        LabelOptions(**options)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "question_id,bleurt_score\nq0,0,1\nq1,0,9\n",
+            r"line 2: has 3 cells \('q0', '0', '1'\), expected 2 \('question_id', 'bleurt_score'\)"
+            "; did a decimal comma split a cell",
+        ),
+        (
+            "question_id,answer,bleurt_score\nq0,Well, yes,0.5\n",
+            "line 2: has 4 cells .* expected 3 .*; put text with separators into quotes",
+        ),
+        ("question_id,bleurt_score\nq0,0.1\nq1\n", r"line 3: has 1 cell \('q1'\), expected 2"),
+        ('question_id,note,bleurt_score\nq0,"a\nb",1\nq1,x\n', "line 4: has 2 cells"),
+        (
+            '{"question_id": "q0", "bleurt_score": 1}\n{"question_id": "q1"}',
+            "line 2: 'q1': has no 'bleu",
+        ),
+        ('{"question_id": "q0", "bleurt_score": 1}\n[1]', "line 2: holds list, expected an object"),
+        ('[{"question_id": "q0", "bleurt_score": 1}, 3]', "row 2: holds int, expected an object"),
+        ('{"question_id": "q0", "bleurt_score": 1}\n{"a"}', "line 2: is not JSON"),
+        ('{"question_id": "q0", "bleurt_score": 1, "bleurt_score": 0}', "has 'bleurt_score' twice"),
+        ('{"question_id": 1.0, "bleurt_score": 1}', "1.0, expected text or an integer"),
+        ('{"question_id": true, "bleurt_score": 1}', "True, expected text or an integer"),
+        ('{"question_id": ["q0"], "bleurt_score": 1}', "holds list, expected text or a number"),
+        ('{"question_id": "q0", "bleurt_score": [1]}', r"the score is \[1\], expected a number"),
+        ('{"question_id": "q0", "bleurt_score": true}', "the score is True, expected a number"),
+        (b"question_id,bleurt_score\nq0,0.1\nq\xe9,0.2\n", "line 3: byte 0xe9 is not UTF-8; save"),
+        ("question_id,bleurt_score\nq0,1\n".encode("utf-16"), "is UTF-16, expected UTF-8"),
+    ],
+)
+def test_rows_are_rejected_by_line(archive: Path, content: str | bytes, expected: str) -> None:
+    with pytest.raises(SchemaError, match=expected) as caught:
+        labelled(archive, content)
+    assert str(caught.value).startswith(f"{archive.with_name('table.csv')}: ")
+    assert not list(archive.parent.glob("*.labels.json"))
+
+
+NOT_PLAIN = (
+    "1e400 -1e999 inf -Infinity 1_000 \u0663 True 0x1 1,5 \u00bd --1 1e . 0.5% 1.2.3 nan(1)".split()
+)
+
+
+@pytest.mark.parametrize("number", [*NOT_PLAIN, "1 000", "9" * 400])
+def test_numbers_that_are_none(archive: Path, number: str) -> None:
+    content = f'question_id,bleurt_score\nq0,"{number}"\nq1,0.1\nq2,0.1\nq3,0.1\n'
+    with pytest.raises(SchemaError, match=r"line 2: 'q0': the score is .*, expected a"):
+        labelled(archive, content)
+
+
+@pytest.mark.parametrize("number", ["0.5", " 0.5 ", "+.5", "5e-1", "0.50", "5.E-1", "00.5"])
+def test_numbers_that_are_plain(archive: Path, number: str) -> None:
+    content = f"question_id,bleurt_score\nq0,{number}\nq1,0.1\nq2,0.1\nq3,0.1\n"
+    assert labelled(archive, content) == (0, 1, 1, 1)
+    assert h5traces.open(archive)[0].metadata.scores == {"bleurt": 0.5}
+
+
+def test_cells_of_any_length(archive: Path) -> None:
+    text = "x" * 3_000_000
+    rows = "".join(f'q{n},0.{n + 3},"{text}"\n' for n in range(4))
+    content = f"question_id,bleurt_score,answer\n{rows}"
+    assert labelled(archive, content) == (1, 1, 0, 0)
+    lines = (
+        json.dumps({"question_id": f"q{n}", "bleurt_score": n, "answer": text}) for n in range(4)
+    )
+    assert labelled(archive, "\n".join(lines)) == (1, 0, 0, 0)
+    # What a message shows of one is short.
+    with pytest.raises(SchemaError, match="the score is 'xxx") as caught:
+        labelled(archive, f"question_id,bleurt_score\nq0,{text}\n")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_pipe_is_a_table(archive: Path) -> None:
+    script = f"h5traces label {archive} <(printf '{ZERO_ONE}') --label-column label --positive 1"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert h5traces.open(archive).labels == (1, 0, 1, 0)
+
+
+# --- ids ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "odd", ["q3 ", " q3", "Q3", "\ufeffq3", "\u201cq3\u201d", "'q3'", "\uff513"]
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_ids_that_differ_a_little_are_never_merged(archive: Path, odd: str, partial: bool) -> None:
+    content = ZERO_ONE.replace("q3,0", f"{odd},0")
+    options = LabelOptions(label_column="label", positive="1")
+    with pytest.raises(SchemaError, match="in spaces, case, quotes or zeros only: ") as caught:
+        label(archive, table(archive, content), options=options, partial=partial)
+    assert f"{odd!r} is 'q3' in the archives" in str(caught.value)
+    assert not list(archive.parent.glob("*.labels.json"))
+
+
+@pytest.mark.parametrize("odd", ["007", "7.0", "7 "])
+def test_numbers_that_spreadsheets_change(tmp_path: Path, odd: str) -> None:
+    batch = [{**each, "question_id": f"{number + 7}"} for number, each in enumerate(BATCH)]
+    archive = make_archive(tmp_path, batch, name="run.pkl")
+    content = f"question_id,bleurt_score\n{odd},0.1\n8,0.1\n9,0.1\n10,0.1\n"
+    with pytest.raises(SchemaError, match=f"'{odd}' is '7' in the archives"):
+        labelled(archive, content)
+
+
+def test_similar_ids_that_all_exist(tmp_path: Path) -> None:
+    names = ["q", "Q", " q", "q "]
+    batch = [{**each, "question_id": name} for name, each in zip(names, BATCH, strict=True)]
+    archive = make_archive(tmp_path, batch, name="run.pkl")
+    content = "question_id,label\nq,1\nQ,0\n q,1\nq ,0\n"
+    assert labelled(archive, content, label_column="label", positive="1") == (1, 0, 1, 0)
+
+
+def test_a_similar_id_beside_the_right_one_is_named(archive: Path) -> None:
+    path = table(archive, f"{ZERO_ONE}Q3,1\n")
+    arguments = ("label", archive, path, "--label-column", "label", "--positive", "1")
+    done = run(*arguments)
+    assert "1 id of the table is in none of the archives: 'Q3'" in done.stderr
+    assert "'Q3' is 'q3' in the archives" in done.stderr
+    assert h5traces.open(archive).labels == (1, 0, 1, 0)
+
+
+def test_repeated_ids(archive: Path) -> None:
+    same = LabelOptions(label_column="label", positive="1")
+    report = label(archive, table(archive, f"{ZERO_ONE}q0,1.0\n"), options=same, target=DRY)
+    assert (report.num_repeated, report.labels) == (1, {0: 2, 1: 2})
+    with pytest.raises(SchemaError, match="line 6: 'q0' has other values than on line 2"):
+        label(archive, table(archive, f"{ZERO_ONE}q0,0\n"), options=same)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_report_comes_before_anything_is_written(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = table(archive, WORDS)
+    arguments = ["label", archive, path, "--label-column", "label", "--positive", "hallucinated"]
+    expected = (
+        "4 of 4 samples get a label\n"
+        "  label 0 ('correct'): 2 (50.0%)\n"
+        "  label 1 ('hallucinated'): 2 (50.0%)\n"
+    )
+    tried = run(*arguments, "--dry-run")
+    assert tried.stdout == f"{expected}would write {archive}.labels.json\n"
+    assert not list(archive.parent.glob("*.labels.json"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        message = "the disk is full"
+        raise OSError(message)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("h5traces.rewriting.label._write_sidecar", fail)
+        refused = run(*arguments, code=1)
+    assert refused.stdout == expected
+    assert "the disk is full" in refused.stderr
+    assert run(*arguments).stdout == f"{expected}wrote {archive}.labels.json\n"
+
+
+def test_an_incomplete_table_is_reported_too(archive: Path) -> None:
+    path = table(archive, WORDS.replace("q3,correct\n", ""))
+    arguments = ["label", archive, path, "--label-column", "label", "--positive", "hallucinated"]
+    refused = run(*arguments, code=1)
+    assert "3 of 4 samples get a label" in refused.stdout
+    assert "without a label: 1" in refused.stdout
+    assert "1 sample has no label" in refused.stderr
+    document = json.loads(run(*arguments, "--json", code=1).stdout)
+    assert (document["complete"], document["num_without_label"]) == (False, 1)
+    run(*arguments, "--partial")
+    assert h5traces.open(archive).labels == (1, 0, 1, None)
+
+
+def test_classes_by_options(archive: Path) -> None:
+    path = table(archive, THREE)
+    arguments = ["label", archive, path, "--label-column", "label"]
+    refused = run(*arguments, code=2)
+    assert "--positive" in refused.stderr
+    done = run(*arguments, "--class", "wrong=1", "--class", "right=0", "--class", "unsure=none")
+    assert "no label ('unsure'): 1" in done.stdout
+    assert h5traces.open(archive).labels == (1, 0, None, 0)
+    for wrong in ("wrong", "wrong=x", "wrong=1.5"):
+        assert "CLASS=LABEL" in run(*arguments, "--class", wrong, code=2).stderr
+    twice = run(*arguments, "--class", "wrong=1", "--class", "wrong=0", code=2)
+    assert "twice" in twice.stderr
+
+
+def test_options_are_named_as_options(archive: Path) -> None:
+    path = table(archive, ZERO_ONE)
+    for arguments, expected in (
+        (["--label-column", "label", "--positive", "yes"], "--positive yes"),
+        (["--score-column", "label"], "--higher-means correct"),
+        (["--label-column", "label", "--threshold", "0.5"], "--label-column"),
+        (["--positive", "1"], "--label-column"),
+    ):
+        assert expected in run("label", archive, path, *arguments, code=2).stderr
+
+
+# --- what becomes of labels -----------------------------------------------------------------------
+
+
+def test_labels_stay_through_every_rewrite(archive: Path, tmp_path: Path) -> None:
+    expected = labelled(archive, WORDS, label_column="label", positive="hallucinated")
+    assert expected == (1, 0, 1, 0)
+    repack(archive, tmp_path / "repacked.h5")
+    assert h5traces.open(tmp_path / "repacked.h5").labels == expected
+    split(archive, f"{tmp_path}/shards/", 3)
+    assert h5traces.open(tmp_path / "shards").labels == expected
+    merge(tmp_path / "shards", tmp_path / "merged.h5")
+    assert h5traces.open(tmp_path / "merged.h5").labels == expected
+    h5traces.export(archive, tmp_path / "again.pkl")
+    assert [each["label"] for each in h5traces.load(tmp_path / "again.pkl")] == list(expected)
+    again = make_archive(tmp_path, h5traces.load(tmp_path / "again.pkl"), name="twice.pkl")
+    assert h5traces.open(again).labels == expected
+    h5traces.export(archive, tmp_path / "wide.h5", dtype="float32")
+    assert h5traces.open(tmp_path / "wide.h5").labels == expected
+    assert TraceDataset(archive, labels="label").labels == list(expected)
+    run("features", archive, "--last-token", "--allow-nan", "-o", tmp_path / "features.h5")
+    with h5py.File(tmp_path / "features.h5") as file:
+        assert file["samples/label"][:].tolist() == list(expected)
