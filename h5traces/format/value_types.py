@@ -200,7 +200,8 @@ TABLE: Final = (
     ValueType("Counter", "dict", Counter, dict, lambda content: Counter(_checked_dict(content))),
     ValueType(
         "defaultdict",
-        "list of what it makes, or null, and the dict",
+        "list of what it makes (`list`, `dict`, `set`, `tuple`, `int`, `float`, `str`, `bool`), or "
+        "null, and the dict",
         defaultdict,
         lambda value: [_factory_name(value), dict(value)],
         lambda content: default_dict_of(*content),

@@ -21,7 +21,7 @@ from h5traces.format.entries import stored_type_of
 from h5traces.format.value_types import BY_NAME, plain_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -373,17 +373,42 @@ def from_json(value: Any) -> Any:
     if len(value) == 1:
         ((tag, content),) = value.items()
         if tag.startswith("$"):
-            if tag in _JSON_TAGS:
-                return _JSON_TAGS[tag](content)
+            if tag in JSON_TAGS:
+                return JSON_TAGS[tag].make(content)
             return BY_NAME[tag[1:]].make(from_json(content))
     return {key: from_json(each) for key, each in value.items()}
 
 
-_JSON_TAGS: Final[dict[str, Any]] = {
-    "$int": lambda content: int(content, 16),
-    "$float": float,
-    "$bytes": base64.b64decode,
-    "$bytearray": lambda content: bytearray(base64.b64decode(content)),
-    "$tuple": lambda content: tuple(from_json(each) for each in content),
-    "$dict": lambda content: {from_json(key): from_json(each) for key, each in content},
+@dataclass(frozen=True, slots=True)
+class JsonTag:
+    """A value that JSON lacks: what its content is and stands for (for SPEC.md), and its making."""
+
+    content: str
+    value: str
+    make: Callable[[Any], Any]
+
+
+JSON_TAGS: Final = {
+    "$int": JsonTag(
+        'hexadecimal string, such as `"-0x20000000000000"`',
+        "`int` of magnitude 2^53 or more",
+        lambda content: int(content, 16),
+    ),
+    "$float": JsonTag(
+        '`"nan"`, `"inf"` or `"-inf"`',
+        "`float` that is not finite; sign and payload of NaN are not kept",
+        float,
+    ),
+    "$bytes": JsonTag("base64 string", "`bytes`", base64.b64decode),
+    "$bytearray": JsonTag(
+        "base64 string", "`bytearray`", lambda content: bytearray(base64.b64decode(content))
+    ),
+    "$tuple": JsonTag(
+        "array", "`tuple`", lambda content: tuple(from_json(each) for each in content)
+    ),
+    "$dict": JsonTag(
+        "array of [key, value] pairs, both tagged JSON",
+        "`dict` with other keys",
+        lambda content: {from_json(key): from_json(each) for key, each in content},
+    ),
 }

@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
-from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
 from h5traces.sources.pickle.containers import (
@@ -126,9 +125,6 @@ class BatchStream(TraceSource):
             self.close()
             raise
         self.num_read += 1
-        lists = (item.get(kind) for kind in layout.KINDS)
-        lengths = (len(each) for each in lists if isinstance(each, (list, tuple)))
-        self.num_layers = max([self.num_layers, *lengths])
         return item
 
     def close(self) -> None:
@@ -151,6 +147,7 @@ class BatchStream(TraceSource):
             # No producer of pairs is known, nor where their last hidden state was taken.
             sites_known=self._sites_known,
             options=self.options,
+            established=self.established,
         )
 
     # --- pickles --------------------------------------------------------------------------------
