@@ -47,14 +47,14 @@ def load(
     """
     check_container(container)
     (path,) = listed_sources([path])
-    if isinstance(path, RemotePath) or is_url(path) or _is_archive(path):
+    if isinstance(path, RemotePath) or is_url(path) or _is_archive(path, reading):
         with open_archive(path, container=container) as archive:
             return [trace.to_dict() for trace in archive]
     with open_source(path, reading) as source:
         return [materialised(each, container) for each in source]
 
 
-def _is_archive(path: PathLike) -> bool:
+def _is_archive(path: PathLike, reading: ReadingOptions) -> bool:
     """Whether a file is an archive by its content, or by its name where that says nothing."""
     found = recognise(path)
     if found.kind.id == "folder" and not found.is_readable:
@@ -63,5 +63,6 @@ def _is_archive(path: PathLike) -> bool:
             "archives in a folder, h5traces.convert makes archives of other files in it"
         )
         raise ConversionError(message)
-    is_named_so = found.path.name.endswith(ARCHIVE_SUFFIXES)
-    return found.is_ours or (found.kind.id in ("unknown", "empty") and is_named_so)
+    # A damaged archive may be seen as these; opening it says what is wrong.
+    may_be = found.kind.id in ("unknown", "empty", "hdf5") and reading.mapping is None
+    return found.is_ours or (may_be and found.path.name.endswith(ARCHIVE_SUFFIXES))

@@ -285,5 +285,5 @@ def test_a_folder_without_archives_says_what_it_holds(tmp_path: Path) -> None:
     for name in ("a.pkl", "b.pkl.gz"):
         with pytest.raises(NotAnArchiveError, match=r"is a pickle.*; h5traces\.load"):
             h5traces.open(tmp_path / name)
-    with pytest.raises(NotAnArchiveError, match="notes.txt: is text, not an archive; "):
+    with pytest.raises(NotAnArchiveError, match=r"notes\.txt: is text, not an archive; "):
         h5traces.open(tmp_path / "notes.txt")

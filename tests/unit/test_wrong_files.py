@@ -12,7 +12,7 @@ import pytest
 from legacy_batches import make_archive, make_batch
 
 import h5traces
-from h5traces.errors import ConversionError, H5TracesError, NotAnArchiveError, OptionError
+from h5traces.errors import CorruptArchiveError, H5TracesError, NotAnArchiveError, OptionError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,8 +86,17 @@ def test_load_takes_files_for_what_they_are(folder: Path) -> None:
     assert h5traces.load(folder / "renamed.h5") == [{"hidden_states": []}]
     (folder / "batch.h5").rename(folder / "archive.bin")
     assert len(h5traces.load(folder / "archive.bin")) == 2
-    with pytest.raises(ConversionError):
+    with pytest.raises(NotAnArchiveError, match="is HDF5, but no archive"):
         h5traces.load(folder / "foreign.h5")
+
+
+def test_what_may_be_a_damaged_archive_is_named_so(folder: Path) -> None:
+    data = (folder / "batch.h5").read_bytes()
+    for size in (40, 2000, len(data) // 2):
+        (folder / "cut.h5").write_bytes(data[:size])
+        for call in (h5traces.open, h5traces.load):
+            with pytest.raises(CorruptArchiveError, match=r"cut\.h5"):
+                call(folder / "cut.h5")
 
 
 @pytest.mark.parametrize("value", [None, b"run.h5", 8, 1.5, {"a": 1}, [None]])
