@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import h5traces
 from h5traces.cli.app import app
 from h5traces.errors import ConversionError
+from h5traces.sources.opening import open_source
 
 BATCH = make_batch("full_pkl")
 
@@ -328,3 +329,35 @@ def test_a_folder_with_other_files_of_h5traces_opens(traces: Path, pattern: str)
         found = h5traces.open(f"{folder}{pattern}")
     assert len(found) == 4
     found.close()
+
+
+def test_a_merge_does_not_begin_anew_for_every_file_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for number, each in enumerate(make_batch("full_pkl", num_samples=12)):
+        trace = pickle.dumps([each])
+        (folder / f"s_{number:02d}.pkl").write_bytes(trace if number % 3 else trace[:-50])
+    opened: list[str] = []
+
+    def note(path: Any, *arguments: Any) -> Any:
+        opened.append(Path(path).name)
+        return open_source(path, *arguments)
+
+    monkeypatch.setattr("h5traces.rewriting.convert_jobs.open_source", note)
+    report = h5traces.convert(folder, tmp_path / "all.h5", merge=True)
+    assert opened == [f"s_{number:02d}.pkl" for number in range(12)]
+    (file,) = report.files
+    assert file.num_samples == 8
+    assert str(file.error).count("truncated") == 4
+    with h5traces.open(tmp_path / "all.h5") as archive:
+        found = [each.name for each in archive.metadata.sources or ()]
+        assert found == [f"s_{number:02d}.pkl" for number in range(12) if number % 3]
+        places = [trace.metadata.source for trace in archive]
+        assert [place.file for place in places if place] == list(range(8))
+    # The archive lacks sources that are named, so it is not kept for a finished one.
+    printed = run(
+        "convert", folder, "-o", tmp_path / "all.h5", "--merge", "--skip-existing", code=2
+    )
+    assert "s_00.pkl, s_03.pkl, s_06.pkl, s_09.pkl are not in it" in printed.stderr
