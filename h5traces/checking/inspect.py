@@ -21,8 +21,9 @@ from h5traces.format.values import TorchValue
 from h5traces.meaning.checks import CheckOptions, FindingSummary
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.sample_checks import Look, SampleChecks
-from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
-from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
+from h5traces.paths import is_archive
+from h5traces.sources.collecting import readable_files
+from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.stored_samples import to_record
 
@@ -205,7 +206,7 @@ def inspect(
         A file is neither an archive nor a batch, or is damaged.
     """
     found = []
-    for path in expand_sources(sources, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES)):
+    for path in readable_files(sources, reading):
         if isinstance(path, RemotePath) or is_archive(path):
             found.append(_inspect_archive(path, samples, checks, limits, progress))
         else:

@@ -18,8 +18,8 @@ from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, print_json
 from h5traces.cli.options import Archives, Checks, Json, Reading, option
 from h5traces.errors import H5TracesError
-from h5traces.paths import expand_paths, expand_sources
-from h5traces.sources.opening import SOURCE_SUFFIXES
+from h5traces.paths import expand_paths
+from h5traces.sources.collecting import readable_files
 
 _ISOLATION = "Isolation"
 
@@ -49,7 +49,7 @@ def inspect(
         message = f"{num_samples!r}: expected a number of samples, or 'all'"
         raise typer.BadParameter(message)
     found, failed = [], False
-    for path in expand_sources(sources, (*SOURCE_SUFFIXES, ".h5", ".hdf5")):
+    for path in readable_files(sources, reading):
         try:
             with count_progress(path.name) as update:
                 wanted: Any = num_samples if num_samples == "all" else int(num_samples)

@@ -12,17 +12,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from h5traces.errors import ConversionError, H5TracesError
-from h5traces.paths import expand_paths, has_wildcards, walk
+from h5traces.errors import ConversionError, H5TracesError, warn
+from h5traces.format.text import and_more
+from h5traces.paths import (
+    ARCHIVE_SUFFIXES,
+    expand_paths,
+    expand_sources,
+    has_wildcards,
+    is_on_server,
+    listed_sources,
+    local_path,
+    walk,
+)
 from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, source_stem
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable
 
     from h5traces.meaning.options import ReadingOptions
-    from h5traces.paths import Other
+    from h5traces.paths import Other, Source
     from h5traces.sources.opening import Recognised
     from h5traces.sources.source import TraceSource
+    from h5traces.storage.remote.paths import RemotePath
 
 # Whoever finds such a file in a folder of traces expects it to be read. Of pickles, only those that
 # are named so: many files of other kinds begin like one.
@@ -68,17 +80,21 @@ class Collected:
         What is not read though it seems to belong to them.
     unrelated
         What is not read, and need not be.
+    archives
+        Those of `unrelated` that are archives.
     """
 
     sources: list[tuple[Path, Path]] = field(default_factory=list)
     left: list[Leftover] = field(default_factory=list)
     unrelated: list[Leftover] = field(default_factory=list)
+    archives: list[Path] = field(default_factory=list)
 
     def add(self, other: Collected) -> None:
         """Add what another name stands for."""
         self.sources += other.sources
         self.left += other.left
         self.unrelated += other.unrelated
+        self.archives += other.archives
 
 
 def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = None) -> Collected:
@@ -102,13 +118,53 @@ def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = Non
     """
     path = Path(source)
     if path.is_dir() and not _is_set(path):
-        return _of_folder(path, reading)
+        found = _of_folder(path, reading)
+        if not found.sources and not found.left:
+            message = f"{path}: the folder holds no batch; expected {_EXAMPLES}{_held(found)}"
+            raise ConversionError(message)
+        return found
     if path.exists() or not has_wildcards(source):
         (path,) = expand_paths(source, SOURCE_SUFFIXES)
         if _is_part(path):
             return Collected(left=[_unfinished(path)])
         return Collected([(path, Path(path.name))])
     return _of_glob(expand_paths(source, SOURCE_SUFFIXES), reading)
+
+
+def readable_files(
+    sources: Source | Iterable[Source], reading: ReadingOptions | None = None
+) -> list[Path | RemotePath]:
+    """The archives and sources that names stand for, of a folder by content, in order.
+
+    What seems to belong to the sources of a folder, and is not read, is named in a warning.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there, or nothing that can be read.
+    """
+    files: list[Path | RemotePath] = []
+    for source in listed_sources(sources):
+        path = None if is_on_server(source) else local_path(source)
+        if path is None or not path.is_dir() or _is_set(path):
+            files += expand_sources(source, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES))
+            continue
+        found = _of_folder(path, reading)
+        inside = sorted([*(each for each, _ in found.sources), *found.archives])
+        if not inside:
+            message = f"{path}: holds no archive and no batch; expected {_EXAMPLES}{_held(found)}"
+            raise FileNotFoundError(message)
+        if found.left:
+            message = f"not read: {and_more([each.reason for each in found.left], separator='; ')}"
+            warn(message, UserWarning)
+        files += inside
+    return list(dict.fromkeys(files))
+
+
+def _held(found: Collected) -> str:
+    """What a folder without traces holds, for a message."""
+    every = [f"{each.path} is {each.kind}" for each in (*found.left, *found.unrelated)]
+    return f" (found: {and_more(every, separator='; ')})" if every else ""
 
 
 def _is_set(folder: Path) -> bool:
@@ -121,12 +177,6 @@ def _of_folder(folder: Path, reading: ReadingOptions | None) -> Collected:
     found = _sorted_out(walked.files, reading)
     found.sources = [(path, path.relative_to(folder)) for path, _ in found.sources]
     _place_others(found, walked.others)
-    if not found.sources and not found.left:
-        message = f"{folder}: the folder holds no batch; expected {_EXAMPLES}"
-        if found.unrelated:
-            named = "; ".join(f"{each.path} is {each.kind}" for each in found.unrelated[:5])
-            message += f" (found: {named}{'; and more' if len(found.unrelated) > 5 else ''})"
-        raise ConversionError(message)
     return found
 
 
@@ -165,6 +215,8 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
         if each.is_readable and (names.continues(each.path) or _holds_traces(each.path, reading)):
             found.sources.append((each.path, Path(each.path.name)))
             continue
+        if each.kind.id == "archive":
+            found.archives.append(each.path)
         leftover = Leftover(str(each.path), str(each.kind), each.reason)
         (found.left if _belongs(each, names) else found.unrelated).append(leftover)
     found.sources.sort()

@@ -361,3 +361,27 @@ def test_a_merge_does_not_begin_anew_for_every_file_that_cannot_be_read(
         "convert", folder, "-o", tmp_path / "all.h5", "--merge", "--skip-existing", code=2
     )
     assert "s_00.pkl, s_03.pkl, s_06.pkl, s_09.pkl are not in it" in printed.stderr
+
+
+# --- commands that read archives and sources ----------------------------------------------------
+
+
+def test_inspect_and_calibrate_find_files_by_content(traces: Path, tmp_path: Path) -> None:
+    (traces / "run_batch_0001.pkl").rename(traces / "renamed.data")
+    (traces / "README.md").write_text("# How\n")
+    (traces / "run_batch_0002.npz").write_bytes(b"PK\3\4 no longer a zip file")
+    run("convert", traces / "run_batch_0000.pkl", "-o", traces / "a.h5")
+    with pytest.warns(UserWarning, match=r"^not read: \S*/run_batch_0002.npz: is [^;]*; [^;]*$"):
+        inspected = h5traces.inspect(traces)
+    found = [Path(each.path).name for each in inspected]
+    assert found == ["a.h5", "renamed.data", "run_batch_0000.pkl"]
+    (traces / "run_batch_0002.npz").unlink()
+    printed = run("inspect", traces, "--json")
+    assert [Path(each["path"]).name for each in json.loads(printed.stdout)] == found
+    run("calibrate", traces, "-o", tmp_path / "scales.h5", "--model-id", "m")
+    for path in traces.iterdir():
+        if path.name != "README.md":
+            path.unlink()
+    printed = run("inspect", traces, code=2)
+    assert "holds no archive and no batch" in printed.stderr
+    assert "README.md is text" in printed.stderr
