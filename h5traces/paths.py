@@ -103,11 +103,6 @@ def _not_a_name(value: object) -> TypeError:
     return TypeError(message)
 
 
-def is_on_server(source: Source) -> bool:
-    """Whether a source is an address."""
-    return isinstance(_place(source), RemotePath)
-
-
 def local_path(source: Source) -> Path:
     """The path of a source that has to lie on disk; RemoteError for one on a server."""
     place = _place(source)

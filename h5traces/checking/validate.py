@@ -36,6 +36,7 @@ from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import (
     ArrayDescription,
+    SourceForm,
     TraceDescription,
     TraceMetadata,
     coverage_of,
@@ -445,6 +446,8 @@ def _sample_problems(
         elif first in kinds:
             if rest:
                 yield from _layer_problems(entry, rest, kinds[first])
+            else:
+                yield from _form_problems(sample, entry)
             known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
             in_steps = f"{first}/{layout.STEPS_TABLE}" in sample.objects
             dtype = _float_type(entry)
@@ -465,7 +468,23 @@ def _sample_problems(
                 "filter",
             )
     if metadata is not None:
-        yield from _consistency_problems(sample, metadata, arrays)
+        axes = {name: kind.axes for name, kind in kinds.items() if name not in layout.KINDS}
+        yield from _consistency_problems(sample, metadata, arrays, axes)
+
+
+def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Finding]:
+    """Problems of what says how the legacy dict held a kind."""
+    try:
+        form = from_attributes(SourceForm, group.attrs)
+    except SchemaError as error:
+        yield from ((group.path, str(each), "wrong_form") for each in error.problems)
+        return
+    named = [name for _, name in form.keys or ()]
+    if form.lists_embedding:
+        named.append(layout.EMBEDDING)
+    missing = [name for name in named if f"{group.path}/{name}" not in sample.objects]
+    if missing:
+        yield group.path, f"lists {missing[0]}, which is not stored", "missing_layer"
 
 
 def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterator[Finding]:
@@ -475,8 +494,11 @@ def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterat
     if number is None and name != layout.EMBEDDING:
         yield entry.path, "expected a name such as layer_000, or 'embedding'", "unknown_object"
         return
-    if number is not None and number not in kind.layers:
-        yield entry.path, f"layer {number} is not among the kind's layers", "unlisted_layer"
+    listed, what = kind.layers, "layer"
+    if layout.is_position(name):
+        listed, what = kind.positions or (), "position"
+    if number is not None and number not in listed:
+        yield entry.path, f"{what} {number} is not among the kind's {what}s", "unlisted_layer"
     if _float_type(entry) is None:
         message = f"stored type is {entry.dtype}, expected a float type, or an encoding of one"
         yield entry.path, message, "wrong_type"
@@ -491,7 +513,10 @@ def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterat
 
 
 def _consistency_problems(
-    sample: SampleEntry, metadata: TraceMetadata, arrays: list[ArrayDescription]
+    sample: SampleEntry,
+    metadata: TraceMetadata,
+    arrays: list[ArrayDescription],
+    axes: dict[str, tuple[str, ...]],
 ) -> Iterator[Finding]:
     tokens = sample.objects.get(layout.TOKENS)
     decoded = sample.objects.get(layout.TOKENS_DECODED)
@@ -501,6 +526,7 @@ def _consistency_problems(
         num_tokens=num_tokens,
         num_tokens_decoded=decoded.shape[0] if decoded and decoded.shape else None,
         arrays=tuple(arrays),
+        axes=axes or None,
     )
     for each in description.problems():
         yield each.loc, each.message, each.kind

@@ -36,8 +36,8 @@ def _form(annotation: Any) -> FieldForm:
     """How a field of this type is written."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        (inner,) = (each for each in args if each is not type(None))
-        return _form(inner)
+        inner = [each for each in args if each is not type(None)]
+        return _form(inner[0]) if len(inner) == 1 else "json"
     if hasattr(annotation, "__metadata__"):
         return _form(annotation.__origin__)
     if origin is Literal:

@@ -70,7 +70,10 @@ LAYER_ATTRS: Final = frozenset(
     | {"exceptions", "num_exceptions"}
 )
 # Attributes of all groups and datasets inside samples.
-OBJECT_ATTRS: Final = LAYER_ATTRS | {"dtype", "torch_dtype", "ndim", "keys", *IMAGE_ATTRS}
+OBJECT_ATTRS: Final = LAYER_ATTRS | {
+    *("dtype", "torch_dtype", "ndim", "keys", "source_axes", "lists_embedding"),
+    *IMAGE_ATTRS,
+}
 
 SITE_EMBEDDING: Final = "embedding"
 SITE_BLOCK_OUTPUT: Final = "block_output"
@@ -112,7 +115,22 @@ KINDS: Final = {
     ),
 }
 
-_LAYER_NAME = re.compile(r"layer_(\d{3,})\Z")
+# Definition of kinds that the format does not name.
+FURTHER_KIND: Final = (
+    "One array per decoder block, as the source's field of the kind's name had it."
+)
+# Definition of kinds of which no decoder block is known.
+BY_POSITION: Final = (
+    "Arrays in the order of the source's list, which did not say whether the first belongs to the "
+    "embedding or to the first decoder block."
+)
+# Names of a sample's own objects and attributes, and of the fields of legacy dicts in them.
+_OTHER_PLACES: Final = frozenset(
+    {TOKENS, TOKENS_DECODED, *TEXT_FIELDS, EXTRA_GROUP, QUESTION_ID, PROMPT_LENGTH, LABEL, *KINDS}
+)
+# Users' own objects begin with x_.
+_KIND_NAME = re.compile(r"(?!x_)[A-Za-z][A-Za-z0-9_.-]{0,99}")
+_LAYER_NAME = re.compile(r"(layer|position)_(\d{3,})\Z", re.ASCII)
 
 
 def parse_version(version: str) -> tuple[int, int] | None:
@@ -141,10 +159,31 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer:03d}"
 
 
+def position_name(position: int) -> str:
+    """The dataset name of an array of which only its place in the source's list is known."""
+    return f"position_{position:03d}"
+
+
 def parse_layer_name(name: str) -> int | None:
-    """The decoder block number in a dataset name; None for other names."""
+    """The number in a dataset name, of a decoder block or of a position; None for other names."""
     found = _LAYER_NAME.match(name)
-    return int(found[1]) if found else None
+    return int(found[2]) if found else None
+
+
+def is_position(name: str) -> bool:
+    """Whether a dataset name claims no decoder block: ``position_000``."""
+    found = _LAYER_NAME.match(name)
+    return found is not None and found[1] == "position"
+
+
+def axes_of_kind(kind: str, axes: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
+    """Axes of one layer's array: of a kind that the format names, else those that are given."""
+    return KINDS[kind].axes if kind in KINDS else axes
+
+
+def may_be_kind(name: str) -> bool:
+    """Whether a further field may be a kind of its own: no other place in a sample has the name."""
+    return name not in _OTHER_PLACES and _KIND_NAME.fullmatch(name) is not None
 
 
 def is_foreign(path: str, kinds: Container[str]) -> bool:

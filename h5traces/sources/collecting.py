@@ -7,6 +7,8 @@ whole; or it is *unrelated*: a README, a table of labels, h5traces' own files.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +21,12 @@ from h5traces.paths import (
     expand_paths,
     expand_sources,
     has_wildcards,
-    is_on_server,
     listed_sources,
-    local_path,
     walk,
 )
 from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, source_stem
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable
 
     from h5traces.meaning.options import ReadingOptions
@@ -80,21 +79,17 @@ class Collected:
         What is not read though it seems to belong to them.
     unrelated
         What is not read, and need not be.
-    archives
-        Those of `unrelated` that are archives.
     """
 
     sources: list[tuple[Path, Path]] = field(default_factory=list)
     left: list[Leftover] = field(default_factory=list)
     unrelated: list[Leftover] = field(default_factory=list)
-    archives: list[Path] = field(default_factory=list)
 
     def add(self, other: Collected) -> None:
         """Add what another name stands for."""
         self.sources += other.sources
         self.left += other.left
         self.unrelated += other.unrelated
-        self.archives += other.archives
 
 
 def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = None) -> Collected:
@@ -118,11 +113,7 @@ def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = Non
     """
     path = Path(source)
     if path.is_dir() and not _is_set(path):
-        found = _of_folder(path, reading)
-        if not found.sources and not found.left:
-            message = f"{path}: the folder holds no batch; expected {_EXAMPLES}{_held(found)}"
-            raise ConversionError(message)
-        return found
+        return _of_folder(path, reading)
     if path.exists() or not has_wildcards(source):
         (path,) = expand_paths(source, SOURCE_SUFFIXES)
         if _is_part(path):
@@ -131,40 +122,42 @@ def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = Non
     return _of_glob(expand_paths(source, SOURCE_SUFFIXES), reading)
 
 
-def readable_files(
-    sources: Source | Iterable[Source], reading: ReadingOptions | None = None
+def archives_and_sources(
+    named: Source | Iterable[Source], reading: ReadingOptions | None = None
 ) -> list[Path | RemotePath]:
-    """The archives and sources that names stand for, of a folder by content, in order.
+    """The archives and the files of other programs that names stand for, in the order given.
 
-    What seems to belong to the sources of a folder, and is not read, is named in a warning.
+    In folders, the content decides; a warning names files that seem to belong to them and are not
+    read. Addresses of servers stand for archives.
 
     Raises
     ------
     FileNotFoundError
-        Nothing is there, or nothing that can be read.
+        Nothing is there, or a folder holds neither.
     """
-    files: list[Path | RemotePath] = []
-    for source in listed_sources(sources):
-        path = None if is_on_server(source) else local_path(source)
-        if path is None or not path.is_dir() or _is_set(path):
-            files += expand_sources(source, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES))
-            continue
-        found = _of_folder(path, reading)
-        inside = sorted([*(each for each, _ in found.sources), *found.archives])
-        if not inside:
-            message = f"{path}: holds no archive and no batch; expected {_EXAMPLES}{_held(found)}"
-            raise FileNotFoundError(message)
-        if found.left:
-            message = f"not read: {and_more([each.reason for each in found.left], separator='; ')}"
-            warn(message, UserWarning)
-        files += inside
-    return list(dict.fromkeys(files))
+    found: list[Path | RemotePath] = []
+    for each in listed_sources(named):
+        if isinstance(each, (str, os.PathLike)) and Path(each).is_dir():
+            found += _in_folder(Path(each), reading)
+        else:
+            found += expand_sources(each, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES))
+    return list(dict.fromkeys(found))
 
 
-def _held(found: Collected) -> str:
-    """What a folder without traces holds, for a message."""
-    every = [f"{each.path} is {each.kind}" for each in (*found.left, *found.unrelated)]
-    return f" (found: {and_more(every, separator='; ')})" if every else ""
+def _in_folder(folder: Path, reading: ReadingOptions | None) -> list[Path]:
+    found: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):
+        found += expand_paths(folder)
+    try:
+        collected = collect(folder, reading)
+    except ConversionError as error:
+        if not found:
+            raise FileNotFoundError(str(error)) from error
+        return found
+    if collected.left:
+        reasons = and_more([each.reason for each in collected.left], 5)
+        warn(f"not read: {reasons}", UserWarning)
+    return sorted({*found, *(path for path, _ in collected.sources)})
 
 
 def _is_set(folder: Path) -> bool:
@@ -177,6 +170,12 @@ def _of_folder(folder: Path, reading: ReadingOptions | None) -> Collected:
     found = _sorted_out(walked.files, reading)
     found.sources = [(path, path.relative_to(folder)) for path, _ in found.sources]
     _place_others(found, walked.others)
+    if not found.sources and not found.left:
+        message = f"{folder}: the folder holds no batch; expected {_EXAMPLES}"
+        if found.unrelated:
+            named = "; ".join(f"{each.path} is {each.kind}" for each in found.unrelated[:5])
+            message += f" (found: {named}{'; and more' if len(found.unrelated) > 5 else ''})"
+        raise ConversionError(message)
     return found
 
 
@@ -215,8 +214,6 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
         if each.is_readable and (names.continues(each.path) or _holds_traces(each.path, reading)):
             found.sources.append((each.path, Path(each.path.name)))
             continue
-        if each.kind.id == "archive":
-            found.archives.append(each.path)
         leftover = Leftover(str(each.path), str(each.kind), each.reason)
         (found.left if _belongs(each, names) else found.unrelated).append(leftover)
     found.sources.sort()

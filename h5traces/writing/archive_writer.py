@@ -45,7 +45,6 @@ from h5traces.writing.preparation import (
     prepare_element,
     prepare_layers,
     record_elements,
-    sequence_attributes,
     steps_table,
 )
 
@@ -172,7 +171,7 @@ class ArchiveWriter:
 
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
-            yield EncodedObject(kind, sequence_attributes(layers))
+            yield EncodedObject(kind, to_attributes(layers.form))
         yield from self._prepare(record)
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
@@ -260,7 +259,7 @@ class ArchiveWriter:
         # A full disk shows here at the latest; HDF5 sees every write succeed.
         self._part.file.raise_error()
         kind = prepared.path.partition("/")[0]
-        kind = kind if kind in layout.KINDS else "other"
+        kind = kind if kind in self._observed.layers else "other"
         self.summary.raw_nbytes[kind] += prepared.raw_nbytes
         self.summary.stored_nbytes[kind] += sum(entry.chunks.sizes) if entry.chunks else 0
         if prepared.kept_exact is not None:
@@ -327,7 +326,10 @@ class ArchiveWriter:
         for path, each in scales.layers.items():
             kind, _, name = path.partition("/")
             layer = layout.parse_layer_name(name)
-            numbers = self._observed.layers.get(kind)
+            observed = self._observed
+            numbers = (observed.positions if layout.is_position(name) else observed.layers).get(
+                kind
+            )
             # The embedding has no number.
             if numbers is not None and (layer is None or layer in numbers):
                 stored[path] = each
@@ -355,14 +357,18 @@ class ArchiveWriter:
 
     def _kind_attributes(self, kind: str) -> Attrs:
         definition = layout.KINDS.get(kind)
-        found = self._observed.reductions.get(kind, {None})
+        text = definition.definition if definition else layout.FURTHER_KIND
+        observed = self._observed
+        found = observed.reductions.get(kind, {None})
+        positions = observed.positions.get(kind)
         reduction = (_only(found) or "unknown") if kind == layout.ATTENTION_MEAN else None
         return to_attributes(
             KindMetadata(
-                axes=definition.axes if definition else ("value",),
+                axes=definition.axes if definition else observed.axes.get(kind, ("value",)),
                 layered=True,
-                layers=tuple(sorted(self._observed.layers.get(kind, ()))),
-                definition=definition.definition if definition else "",
+                layers=tuple(sorted(observed.layers.get(kind, ()))),
+                positions=None if positions is None else tuple(sorted(positions)),
+                definition=text if positions is None else layout.BY_POSITION,
                 reduction=reduction,
                 derivation=DERIVATION if reduction == MEAN else None,
             )

@@ -383,5 +383,5 @@ def test_inspect_and_calibrate_find_files_by_content(traces: Path, tmp_path: Pat
         if path.name != "README.md":
             path.unlink()
     printed = run("inspect", traces, code=2)
-    assert "holds no archive and no batch" in printed.stderr
+    assert "holds no batch" in printed.stderr
     assert "README.md is text" in printed.stderr
