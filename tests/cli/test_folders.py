@@ -60,11 +60,14 @@ def names(leftovers: list[dict[str, str]]) -> list[str]:
 
 def test_the_same_run_in_another_format_is_no_success(traces: Path) -> None:
     np.savez(traces / "run_batch_0002.npz", a=np.zeros(3))
+    (traces / "run_batch_0003.tar").write_bytes(bytes(257) + b"ustar" + bytes(250))
     report, printed = converted(traces, code=1)
-    assert [each["status"] for each in report["files"]] == ["converted", "converted"]
-    (left,) = report["leftovers"] or [{"path": "run_batch_0002.npz", "kind": "", "reason": ""}]
-    assert Path(left["path"]).name == "run_batch_0002.npz"
-    assert "run_batch_0002.npz" in printed.stderr
+    assert [each["status"] for each in report["files"]] == ["converted", "converted", "failed"]
+    (left,) = report["leftovers"]
+    assert (Path(left["path"]).name, left["kind"]) == ("run_batch_0003.tar", "a tar file")
+    assert "unpack it" in left["reason"]
+    for name in ("run_batch_0002.npz", "run_batch_0003.tar"):
+        assert f"{name}: " in printed.stderr
     assert report["ok"] is False
 
 
