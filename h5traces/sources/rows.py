@@ -142,7 +142,7 @@ def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
     """Lines with their ends, each of them UTF-8."""
     first = file.readline()
     # Old Macs end lines so. Elsewhere, a carriage return inside a line ends none.
-    every = itertools.chain([first], file)
+    every: Iterable[str] = itertools.chain([first], file)
     if "\r" in first.rstrip("\r\n"):
         every = (line for text in every for line in io.StringIO(text, newline=""))
     for number, line in enumerate(every, start=1):
