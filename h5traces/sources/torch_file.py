@@ -9,6 +9,7 @@ the machine, the value, the names of its storages) with the storages behind them
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
+    from h5traces.sources.pickle.cursor import Cursor
     from h5traces.sources.zip_entries import ZipEntry
 
 _DEFAULT_LIMITS: Final = PickleLimits()
@@ -58,6 +60,9 @@ class _TorchStream(BatchStream):
     ) -> None:
         self._mapped = MappedFile(path)
         super().__init__(path, limits=limits, options=options)
+
+    def _check_kind(self) -> None:
+        """Do nothing: its reader was chosen by its kind."""
 
     def __next__(self) -> Any:
         self._mapped.release()
@@ -228,8 +233,9 @@ class OldTorchStream(_TorchStream):
             self._storages = _RowStorages(self._mapped, places, is_big_endian=is_big_endian)
         return _source_at(self.path, self._start, self._limits)
 
-    def _check_end(self) -> None:
-        """Do nothing: the storages follow, and have been found."""
+    def _ends(self, cursor: Cursor) -> bool:
+        """Nothing else: the storages follow, and have been found."""
+        return True
 
 
 def _source_at(path: Path, start: int, limits: PickleLimits) -> FileSource:
@@ -263,16 +269,19 @@ class _Headers(BatchStream):
         self._end = 0
         super().__init__(path, limits=limits)
 
+    def _check_kind(self) -> None:
+        """Do nothing: the pickle begins later in the file."""
+
     def _make_source(self) -> FileSource:
         self._storages = self._collected
         return _source_at(self.path, self._start, self._limits)
 
-    def _check_end(self) -> None:
-        assert self._source is not None
-        keys = Machine(self._source, self._limits).load()
+    def _ends(self, cursor: Cursor) -> bool:
+        keys = cursor.check(Machine(cursor.source, self._limits).load)
         if type(keys) is not list or any(type(each) is not str for each in keys):
-            contradict("the names of the storages are no list of str")
-        self._keys, self._end = keys, self._source.inflated_bytes
+            cursor.check(partial(contradict, "the names of the storages are no list of str"))
+        self._keys, self._end = keys, cursor.source.inflated_bytes
+        return True
 
     def places(self, mapped: MappedFile) -> dict[str, tuple[int, StorageHeader]]:
         """Where each storage's numbers begin, by name."""
