@@ -218,9 +218,9 @@ def _rows(array: TypedArray) -> TypedArray:
 def not_finite_findings(place: str, num_nan: int, num_inf: int) -> Iterator[Finding]:
     """Findings about values of an array that are not finite, by their numbers."""
     if num_nan:
-        yield Finding("not-finite", place, "{number} NaN values", num_nan)
+        yield Finding("not-finite", place, "{number NaN value}", num_nan)
     if num_inf:
-        yield Finding("not-finite", place, "{number} infinite values", num_inf)
+        yield Finding("not-finite", place, "{number infinite value}", num_inf)
 
 
 def _norm_findings(kind: str, norms: dict[str, float]) -> Iterator[Finding]:
@@ -250,7 +250,7 @@ def _norm_findings(kind: str, norms: dict[str, float]) -> Iterator[Finding]:
 def _run_findings(kind: str, start: int, end: int) -> Iterator[Finding]:
     for number, where in ((start, "begins"), (end, "ends")):
         if number:
-            message = f"{where} with {{number}} positions of the same state"
+            message = f"{where} with {{number position}} of the same state"
             yield Finding("padding-suspected", kind, message, number)
 
 
@@ -363,9 +363,9 @@ def weight_findings(
 
 
 _LATER: Final = {
-    False: "{number} rows attend to later tokens",
-    True: "{number} rows attend to later tokens and not to earlier ones, as if query and key "
-    "were exchanged",
+    False: "{number row} with attention to later tokens",
+    True: "{number row} with attention to later tokens and none to earlier ones, as if query and "
+    "key were exchanged",
 }
 
 
@@ -377,10 +377,11 @@ def _range_findings(place: str, low: float, high: float) -> Iterator[Finding]:
 
 def _row_findings(place: str, stats: _Weights, index: int) -> Iterator[Finding]:
     if num_zero := int(stats.num_zero[index]):
-        yield Finding("attention-rows", place, "{number} rows are all 0", num_zero)
+        yield Finding("attention-rows", place, "{number row} of zeros", num_zero)
     if num_odd := int(stats.num_odd[index]):
         span = float(stats.smallest[index]), float(stats.largest[index])
-        yield Finding("attention-rows", place, "{number} rows sum to {span}, not 1", num_odd, span)
+        message = "{number row} with a sum of {span}, not 1"
+        yield Finding("attention-rows", place, message, num_odd, span)
 
 
 def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
