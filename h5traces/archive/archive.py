@@ -325,7 +325,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         sequences = []
         for trace in (view[index] for index in as_numbers(indices)):
             names = trace._stored.default_kinds if kinds is None else as_names(kinds)
-            for kind in names:
+            for kind in names if kinds is not None else ():
                 trace._stored.check_kind(kind)
             sequences.append(
                 {

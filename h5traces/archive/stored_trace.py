@@ -239,10 +239,13 @@ class StoredTrace:
         return values
 
     def attention_mask(self) -> NDArray[np.uint8] | None:
-        """The mask by position; CorruptArchiveError unless a row of 0 and 1. None if not stored."""
+        """The mask by position, not to be changed; None if not stored.
+
+        CorruptArchiveError unless it is a row of 0 and 1.
+        """
         if layout.ATTENTION_MASK not in self.objects:
             return None
-        values = self.values(layout.ATTENTION_MASK)
+        values = self.table(layout.ATTENTION_MASK)
         if values.ndim != 1 or values.dtype != np.uint8 or values.max(initial=0) > 1:
             message = f"{self.place}/{layout.ATTENTION_MASK}: holds no row of 0 and 1"
             raise CorruptArchiveError(message)

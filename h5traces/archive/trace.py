@@ -242,7 +242,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         if key == layout.TOKENS_DECODED and key in objects:
             return self._stored.texts(key)
         if key == layout.ATTENTION_MASK and key in objects:
-            return in_container(self._stored.attention_mask(), container)
+            return in_container(np.array(self._stored.attention_mask()), container)
         if key in layout.TEXT_FIELDS and key in objects:
             return self._stored.text(key)
         if key in objects:

@@ -106,7 +106,7 @@ def features(
         print_json(report.as_dict())
     else:
         reports.print_features(report, dry_run=target.dry_run)
-    for line in first_lines(report.problems):
+    for line in first_lines(report.problems + report.notes):
         warn(line)
 
 

@@ -17,7 +17,7 @@ from h5traces.archive.shards import shared_metadata
 from h5traces.errors import ArchiveExistsError, FeatureError, OptionError, __version__
 from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES
-from h5traces.features.samples import definitions_of, fitted, iterate_features, place_of
+from h5traces.features.samples import RowSums, definitions_of, fitted, iterate_features, place_of
 from h5traces.features.table import FeatureTable, SpooledColumn
 from h5traces.features.writing import FORMATS, check_writer, write_features
 from h5traces.format import layout
@@ -78,6 +78,8 @@ class FeatureReport:
         By feature and layer, the share of variance that the principal components explain.
     problems
         Rows with NaN or infinite values: file, sample, feature and layers.
+    notes
+        What to know about the numbers: attention rows that do not sum to 1.
     nbytes
         Size of the file.
     """
@@ -90,6 +92,7 @@ class FeatureReport:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     explained: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     nbytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -180,7 +183,9 @@ def extract_features(
             return report
         make_folder(target.parent)
         with closing(_Spool(target.parent)) as spool:
+            sums = RowSums()
             for each in iterate_features(view, wanted, workers=workers):
+                sums.add(each)
                 spool.add(each, place_of(view[each.index]))
                 report.problems += each.problems
                 if progress is not None:
@@ -191,11 +196,12 @@ def extract_features(
                     "these samples or layers out, or pass allow_nan=True to write such values"
                 )
                 raise FeatureError(message)
+            report.notes += [sums.note] if sums.note else []
             table = FeatureTable(
                 spool.features(len(view)),
                 _samples(view, report),
                 {"layers": np.array(report.layers, dtype="<i8")},
-                _metadata(view, wanted),
+                _metadata(view, wanted, report.notes),
             )
             if components is not None:
                 _project(table, spool, components, fit_on, report)
@@ -292,7 +298,7 @@ def _samples(view: Archive, report: FeatureReport) -> dict[str, np.ndarray]:
     return columns
 
 
-def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
+def _metadata(view: Archive, wanted: list[str], notes: list[str]) -> dict[str, Any]:
     return {
         "format": layout.FEATURES_FORMAT,
         "format_version": "1.0",
@@ -301,6 +307,7 @@ def _metadata(view: Archive, wanted: list[str]) -> dict[str, Any]:
         "model_id": view.metadata.model_id or "",
         "archive_ids": [file.metadata.archive_id for file in view._files],
         "losses": [str(each) for each in shared_metadata(view._files).losses],
+        "notes": notes,
         "features": {name: FEATURES[name].meaning for name in wanted},
     }
 

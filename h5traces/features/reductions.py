@@ -143,6 +143,8 @@ class FeatureDefinition:
         Makes one row of the layer's array and the length of the prompt.
     needs_prompt
         Whether the length of the prompt must be known.
+    scales_rows
+        Whether rows of attention are divided by their sum.
     """
 
     name: str
@@ -150,6 +152,7 @@ class FeatureDefinition:
     meaning: str
     reduce: Callable[[AnyFloats, int], Floats]
     needs_prompt: bool = False
+    scales_rows: bool = False
 
     @property
     def is_state(self) -> bool:
@@ -158,12 +161,19 @@ class FeatureDefinition:
 
 
 def _definition(
-    name: str, kind: str, meaning: str, reduce: Callable[..., Floats], *, of_answer: bool = False
+    name: str,
+    kind: str,
+    meaning: str,
+    reduce: Callable[..., Floats],
+    *,
+    of_answer: bool = False,
+    scales_rows: bool = False,
 ) -> FeatureDefinition:
     """A feature, by a function of the array or, with `of_answer`, of it and the prompt's length."""
-    if of_answer:
-        return FeatureDefinition(name, kind, meaning, reduce, needs_prompt=True)
-    return FeatureDefinition(name, kind, meaning, lambda array, _: reduce(array))
+    taken = reduce if of_answer else lambda array, _: reduce(array)
+    return FeatureDefinition(
+        name, kind, meaning, taken, needs_prompt=of_answer, scales_rows=scales_rows
+    )
 
 
 _STATES, _WEIGHTS = layout.HIDDEN_STATES, layout.ATTENTIONS
@@ -190,12 +200,14 @@ _DEFINITIONS: Final = (
         _WEIGHTS,
         "Entropy of attention in nats per head, mean over queries.",
         row_entropy,
+        scales_rows=True,
     ),
     _definition(
         "sink_mass",
         _WEIGHTS,
         "Share of attention on the first token per head, mean over later queries.",
         sink_mass,
+        scales_rows=True,
     ),
     _definition(
         "lookback_ratio",

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.errors import FeatureError
+from h5traces.archive.token_axis import NoAnswerError, TokenAxis
+from h5traces.errors import FeatureError, warn
 from h5traces.features.components import fit_components
 from h5traces.features.reductions import FEATURES
 from h5traces.format import layout
-from h5traces.format.text import as_names
+from h5traces.format.text import as_names, counted
+from h5traces.meaning.sample_checks import row_tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -42,11 +44,15 @@ class SampleFeatures:
         By name of feature, float32 ``(layers, width)``; width is hidden size, or heads.
     problems
         Which values are NaN or infinite, one line each; empty where all are finite.
+    odd_sums
+        The least and the largest sum of attention rows that do not sum to 1, which features took
+        as shares of their sum; None where all do.
     """
 
     index: int
     values: dict[str, NDArray[np.float32]]
     problems: list[str] = field(default_factory=list)
+    odd_sums: tuple[float, float] | None = None
 
 
 def definitions_of(names: str | Iterable[str]) -> list[FeatureDefinition]:
@@ -85,8 +91,8 @@ def iterate_features(
     Raises
     ------
     FeatureError
-        A feature does not exist, or a sample cannot have it: its layers differ in width, it holds
-        generation steps, or the length of its prompt is not stored.
+        A feature does not exist, or is of a kind that is not stored, or a sample cannot have it:
+        its layers differ in width, it holds generation steps, or its answer cannot be cut out.
     LayerIndexError
         A layer is not stored.
     """
@@ -95,6 +101,7 @@ def iterate_features(
     if not view.layers:
         message = f"{archive!r}: no layer is stored, so there are no features"
         raise FeatureError(message)
+    check_stored(view, wanted)
     count = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(count, thread_name_prefix="h5traces-features") as pool:
         running: deque[Future[SampleFeatures]] = deque()
@@ -108,6 +115,20 @@ def iterate_features(
         finally:
             for each in running:
                 each.cancel()
+
+
+def check_stored(archive: Archive, wanted: Sequence[FeatureDefinition]) -> None:
+    """Raise FeatureError for features of a kind that no sample has."""
+    stored = {kind for file in archive._files for kind in file.store.kinds}
+    if layout.ATTENTION_MEAN in stored:
+        stored.add(layout.ATTENTIONS)  # averaged: samples say how to read them
+    for each in wanted:
+        if each.kind not in stored:
+            message = (
+                f"{archive!r}: {each.name} is made of {each.kind}, which is not stored; stored: "
+                f"{', '.join(sorted(stored)) or 'no kinds'}"
+            )
+            raise FeatureError(message)
 
 
 def compute_features(
@@ -128,14 +149,45 @@ def compute_features(
         As `iterate_features`; or samples differ in width, or all are empty.
     """
     columns: dict[str, list[NDArray[np.float32]]] = {}
+    sums = RowSums()
     for each in iterate_features(archive, names, layers=layers, workers=workers):
+        sums.add(each)
         for name, values in each.values.items():
             columns.setdefault(name, []).append(values)
+    if sums.note:
+        warn(f"{archive!r}: {sums.note}", UserWarning)
     widths = {name: max(each.shape[1] for each in rows) for name, rows in columns.items()}
     return {
         name: np.stack([fitted(each, widths[name], f"{archive!r}: {name}") for each in rows])
         for name, rows in columns.items()
     }
+
+
+@dataclass(slots=True)
+class RowSums:
+    """Sums of attention rows that are not 1, over samples."""
+
+    num_samples: int = 0
+    low: float = np.inf
+    high: float = -np.inf
+
+    def add(self, sample: SampleFeatures) -> None:
+        """Take in what a sample has."""
+        if sample.odd_sums is not None:
+            self.num_samples += 1
+            self.low = min(self.low, sample.odd_sums[0])
+            self.high = max(self.high, sample.odd_sums[1])
+
+    @property
+    def note(self) -> str:
+        """One sentence; empty where all rows sum to 1."""
+        if not self.num_samples:
+            return ""
+        return (
+            f"{counted(self.num_samples, 'sample')} with attention rows that do not sum to 1, but "
+            f"to {self.low:.3g} to {self.high:.3g}, as with learned attention sinks; entropy and "
+            "sink mass are of these rows divided by their sum"
+        )
 
 
 def fitted(values: NDArray[np.float32], width: int, place: str) -> NDArray[np.float32]:
@@ -164,23 +216,25 @@ def _add_kind(
     found: SampleFeatures, trace: Trace, layers: Sequence[int], wanted: Sequence[FeatureDefinition]
 ) -> None:
     """Add the features of one kind of array; each layer is read once."""
-    prompt_len = trace.metadata.prompt_len
-    unknown = [each.name for each in wanted if each.needs_prompt and prompt_len is None]
-    if unknown:
-        message = (
-            f"{place_of(trace)}: {', '.join(unknown)} needs the length of the prompt, which is not "
-            "stored; old batches do not have it"
-        )
-        raise FeatureError(message)
+    kind = wanted[0].kind
     rows: dict[str, list[NDArray[np.float32]]] = {each.name: [] for each in wanted}
+    scaled = [each.name for each in wanted if each.scales_rows]
+    sums: list[float] = []
     for layer in layers:
-        array = _layer(trace, layer, wanted[0].kind)
+        array = _layer(trace, layer, kind)
+        prompt_len = 0
+        if array is not None:
+            array, prompt_len = _real(array, trace, kind, wanted)
+            if scaled:
+                sums += _odd_sums(array, trace)
         for each in wanted:
             row = np.zeros(0, dtype=np.float32)
             if array is not None:
                 with np.errstate(invalid="ignore", over="ignore"):
-                    row = each.reduce(array, prompt_len or 0)
+                    row = each.reduce(array, prompt_len)
             rows[each.name].append(row)
+    if sums:
+        found.odd_sums = min(sums), max(sums)
     for name, parts in rows.items():
         widths = sorted({len(part) for part in parts})
         if len(widths) > 1:
@@ -200,18 +254,48 @@ def _add_kind(
             found.problems.append(f"{place_of(trace)}: {name} of {where} is NaN or infinite")
 
 
+def _real(
+    array: NDArray[Any], trace: Trace, kind: str, wanted: Sequence[FeatureDefinition]
+) -> tuple[NDArray[Any], int]:
+    """An array without padding, and the length of the prompt in it where a feature needs it."""
+    axes = layout.KINDS[kind].axes
+    axis = TokenAxis.of(trace, axes, array.shape)
+    assert axis is not None  # all kinds with features have tokens
+    prompt_len = 0
+    needing = [each.name for each in wanted if each.needs_prompt]
+    if needing:
+        try:
+            prompt_len = axis.prompt_len(trace)
+        except NoAnswerError as error:
+            message = f"{place_of(trace)}: {', '.join(needing)}: {error}; leave such samples out"
+            raise FeatureError(message) from error
+    for number, name in enumerate(axes if axis.mask is not None else ()):
+        if name in ("token", "query", "key"):
+            chosen = axis.keys if name == "key" else axis.rows
+            array = array[(slice(None),) * number + (chosen,)]
+    return array, prompt_len
+
+
+def _odd_sums(array: NDArray[Any], trace: Trace) -> list[float]:
+    """The least and the largest sum of rows that sum to neither 1, up to rounding, nor 0."""
+    sums = array.sum(axis=-1, dtype=np.float32)
+    tolerance = row_tolerance(trace._stored.file.metadata.losses, array.shape[-1])
+    odd = sums[(np.abs(sums - 1) > tolerance) & (sums != 0)]
+    return [float(odd.min()), float(odd.max())] if odd.size else []
+
+
 def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
     """A layer's array; None if the sample holds nothing of the kind."""
     if not trace._stored.stored_layers(kind):
         trace._stored.check_heads(kind)
         return None
     trace._stored.check_layer(layer, kind)
-    array: NDArray[Any] | list[NDArray[Any]] = trace._stored.read_layer(
-        kind, layout.layer_name(layer)
-    )
+    name = layout.layer_name(layer)
+    array: NDArray[Any] = trace._stored.read_layer(kind, name)
     axes = len(layout.KINDS[kind].axes)
-    if isinstance(array, list) or array.ndim != axes:
-        what = "generation steps" if isinstance(array, list) else f"the shape {array.shape}"
+    in_steps = isinstance(array, (list, tuple))
+    if in_steps or array.ndim != axes:
+        what = "generation steps" if in_steps else f"the shape {array.shape}"
         message = (
             f"{place_of(trace)}: layer {layer} of {kind} has {what}, expected the axes "
             f"{', '.join(layout.KINDS[kind].axes)}; leave these samples out"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -13,11 +12,10 @@ from torch_geometric.data import Data
 
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open as open_archive
-from h5traces.errors import DatasetError
+from h5traces.errors import DatasetError, OptionError
 from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
+from h5traces.graph.files import record_files
 from h5traces.graph.samples import ArchiveSamples, RecordSamples
-from h5traces.paths import ARCHIVE_SUFFIXES, expand_paths
-from h5traces.sources.opening import SOURCE_SUFFIXES
 from h5traces.torch_data.dataset import Labels
 
 if TYPE_CHECKING:
@@ -26,8 +24,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.graph.samples import GraphSamples
-    from h5traces.paths import PathLike
+    from h5traces.paths import Source
     from h5traces.torch_data.tensors import NonFinite
+
+
+class LegacyArguments(TypedDict, total=False):
+    """Arguments of the legacy class that have another name here, or none."""
+
+    pkl_files_pattern: Source
+    lazy_loading: bool
+    max_files: int | None
+    max_traces_total: int | None
 
 
 class TraceGraphDataset(Dataset[Data]):
@@ -48,7 +55,8 @@ class TraceGraphDataset(Dataset[Data]):
     ----------
     pattern
         Archives as `h5traces.open` takes them, an open `Archive` or a slice of one; or, during a
-        transition, ``.pkl`` and ``.pkl.gz`` batches, which can only be read from their beginning.
+        transition, files that `h5traces.load` takes, such as ``traces/*.pkl*``, which can only be
+        read from their beginning.
     attn_threshold
         An edge is where the attention of a query to a key exceeds this.
     head_reduction
@@ -64,6 +72,10 @@ class TraceGraphDataset(Dataset[Data]):
         ``error`` raises for graphs with NaN or infinite values, ``keep`` returns them.
     transform
         Called with every graph; its result is the item.
+    **legacy
+        Arguments of the legacy class: ``pkl_files_pattern`` for `pattern`; ``max_files`` and
+        ``max_traces_total``, how many files and samples to take, the first ones in order;
+        ``lazy_loading``, without effect, as graphs are always read on access.
 
     Attributes
     ----------
@@ -76,13 +88,15 @@ class TraceGraphDataset(Dataset[Data]):
     ------
     FileNotFoundError
         Nothing matches the pattern.
+    OptionError
+        Arguments contradict each other.
     ArchiveError, DatasetError, LayerIndexError
         As `h5traces.torch_data.TraceDataset`.
     """
 
     def __init__(
         self,
-        pattern: Archive | PathLike | Iterable[PathLike],
+        pattern: Archive | Source | Iterable[Source] | None = None,
         attn_threshold: float = 0.01,
         *,
         head_reduction: HeadReduction = "mean",
@@ -91,20 +105,29 @@ class TraceGraphDataset(Dataset[Data]):
         labels: Mapping[Any, Any] | str | Labels | None = None,
         non_finite: NonFinite = "error",
         transform: Callable[[Data], Any] | None = None,
+        **legacy: Unpack[LegacyArguments],
     ) -> None:
         check_options(head_reduction, edge_direction)
         self.attn_threshold = attn_threshold
         self._head_reduction, self._edge_direction = head_reduction, edge_direction
         self._transform = transform
         keep = non_finite == "keep"
-        files = [] if isinstance(pattern, Archive) else _record_files(pattern)
+        named, limits = _legacy(pattern, legacy)
+        files = [] if isinstance(named, Archive) else record_files(named)
         self._samples: GraphSamples
         if files:
-            self._samples = RecordSamples(files, layers, keep_non_finite=keep)
+            self._samples = RecordSamples(
+                files[: limits.max_files],
+                layers,
+                keep_non_finite=keep,
+                max_samples=limits.max_samples,
+            )
         else:
-            archive = pattern if isinstance(pattern, Archive) else open_archive(pattern)
+            archive = named if isinstance(named, Archive) else open_archive(named)
             averages = head_reduction == "mean"
-            self._samples = ArchiveSamples(archive, layers, keep_non_finite=keep, averages=averages)
+            self._samples = ArchiveSamples(
+                limits.of(archive), layers, keep_non_finite=keep, averages=averages
+            )
         self.layers = self._samples.layers
         self.num_layers, self.num_samples = len(self.layers), len(self._samples.shard_numbers)
         self._labels = None
@@ -173,29 +196,35 @@ class TraceGraphDataset(Dataset[Data]):
         return graph
 
 
-def _record_files(pattern: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The files that are no archives, by their suffixes; empty where archives are named."""
-    named = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
-    found = [_expanded(each) if isinstance(each, (str, os.PathLike)) else [] for each in named]
-    if any(found) and not all(found):
-        first = next(files[0] for files in found if files)
-        message = (
-            f"{first}: a legacy batch among archives; one dataset reads either; convert it with "
-            "'h5traces convert'"
-        )
-        raise DatasetError(message)
-    return list(dict.fromkeys(path for files in found for path in files))
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """How many files and samples to take; None takes all."""
+
+    max_files: int | None
+    max_samples: int | None
+
+    def of(self, archive: Archive) -> Archive:
+        """The view of an archive within the limits."""
+        if self.max_files is not None:
+            archive = archive[archive._shard_numbers < self.max_files]
+        return archive[: self.max_samples]
 
 
-def _expanded(named: PathLike) -> list[Path]:
-    path = Path(named)
-    if path.is_dir():
-        has_archives = any(each.name.endswith(ARCHIVE_SUFFIXES) for each in path.rglob("*"))
-        return [] if has_archives else expand_paths(path, SOURCE_SUFFIXES)
-    if not path.name.endswith(SOURCE_SUFFIXES):
-        return []
-    if "*" in str(path) and path.name.endswith(".pkl"):
-        # As the legacy class has it: a pattern of pickles finds those in gzip as well.
-        found = [each for each in expand_paths(f"{path}*") if each.name.endswith(SOURCE_SUFFIXES)]
-        return found or expand_paths(path)
-    return expand_paths(path, SOURCE_SUFFIXES)
+def _legacy(
+    pattern: Archive | Source | Iterable[Source] | None, legacy: LegacyArguments
+) -> tuple[Archive | Source | Iterable[Source], _Limits]:
+    """What to read, and how much of it, by the arguments of the legacy class."""
+    unknown = [name for name in legacy if name not in LegacyArguments.__annotations__]
+    if unknown:
+        message = f"TraceGraphDataset got an unexpected argument {unknown[0]!r}"
+        raise TypeError(message)
+    named = legacy.get("pkl_files_pattern", pattern)
+    if named is None or (pattern is not None and "pkl_files_pattern" in legacy):
+        message = "name the files once: as the first argument, or as pkl_files_pattern"
+        raise OptionError(message)
+    limits = _Limits(legacy.get("max_files"), legacy.get("max_traces_total"))
+    for name, value in (("max_files", limits.max_files), ("max_traces_total", limits.max_samples)):
+        if value is not None and value < 1:
+            message = f"{name} is {value}, expected at least 1, or None for all"
+            raise OptionError(message)
+    return named, limits

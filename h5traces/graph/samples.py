@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 import xxhash
 
+from h5traces.archive.token_axis import mask_of
 from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError, StoredStateWarning, warn
 from h5traces.format import layout
 from h5traces.format.record import StepArrays
 from h5traces.precision.attention import MEAN
-from h5traces.sources.opening import open_source
+from h5traces.sources.opening import SOURCE_SUFFIXES, open_source
 from h5traces.torch_data.dataset import (
     ShardGuard,
     check_layers,
@@ -93,7 +95,7 @@ class ArchiveSamples:
             facts = {
                 "question_id": trace.get(layout.QUESTION_ID, "unknown"),
                 "answer": trace.get(_ANSWER, ""),
-                "tokens_decoded": trace.get(layout.TOKENS_DECODED, []),
+                "tokens_decoded": _unpadded(trace.get(layout.TOKENS_DECODED, []), trace.mask),
             }
             last = self._last = index, facts
         return last[1]
@@ -114,7 +116,7 @@ class ArchiveSamples:
                 if suspect and not self._keep_non_finite:
                     _check_finite(array, f"{named(trace)}: layer {layer} of {kind}")
                 found.append(array)
-        return found[0], found[1]
+        return _without_padding(found[0], found[1], trace.mask)
 
 
 def _attention_kind(archive: Archive, *, averages: bool) -> str:
@@ -135,10 +137,20 @@ class RecordSamples:
     """Samples of files that can only be read from their beginning, such as legacy batches."""
 
     def __init__(
-        self, paths: Sequence[Path], layers: Iterable[int] | None, *, keep_non_finite: bool
+        self,
+        paths: Sequence[Path],
+        layers: Iterable[int] | None,
+        *,
+        keep_non_finite: bool,
+        max_samples: int | None = None,
     ) -> None:
+        what = (
+            "legacy pickles"
+            if paths[0].name.endswith(SOURCE_SUFFIXES)
+            else "files that are no archives"
+        )
         warn(
-            f"{paths[0]}: reading legacy pickles, which is slow unless samples come in order; "
+            f"{paths[0]}: reading {what}, which is slow unless samples come in order; "
             "'h5traces convert' makes archives of them, which give the same graphs",
             StoredStateWarning,
         )
@@ -148,7 +160,8 @@ class RecordSamples:
         stored: list[int] = []
         for path in self._paths:
             starts.append(len(self._ids))
-            for record in _records(path):
+            left = None if max_samples is None else max_samples - len(self._ids)
+            for record in itertools.islice(_records(path), left):
                 self._ids.append(_field(record, layout.QUESTION_ID, record.sample_id))
                 if len(self._ids) == 1:
                     stored = sorted(
@@ -206,7 +219,9 @@ class RecordSamples:
         return {
             "question_id": _field(record, layout.QUESTION_ID, record.sample_id or "unknown"),
             "answer": _field(record, _ANSWER, ""),
-            "tokens_decoded": _field(record, layout.TOKENS_DECODED, record.tokens_decoded or []),
+            "tokens_decoded": _unpadded(
+                _field(record, layout.TOKENS_DECODED, record.tokens_decoded or []), _mask(record)
+            ),
         }
 
     def arrays(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +230,8 @@ class RecordSamples:
         has_heads = layout.ATTENTIONS in record.layered
         weights = layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
         hidden = self._tensor(index, record, layout.HIDDEN_STATES, layer)
-        return hidden, self._tensor(index, record, weights, layer)
+        attention = self._tensor(index, record, weights, layer)
+        return _without_padding(hidden, attention, _mask(record))
 
     def _tensor(self, index: int, record: TraceRecord, kind: str, layer: int) -> torch.Tensor:
         arrays = _by_layer(record, kind)
@@ -303,6 +319,34 @@ def _by_layer(record: TraceRecord, kind: str) -> dict[int, LayerArray]:
     arrays = layered.arrays if layered else ()
     numbered = ((layout.parse_layer_name(each.name), each) for each in arrays)
     return {layer: each for layer, each in numbered if layer is not None}
+
+
+def _mask(record: TraceRecord) -> NDArray[np.bool_] | None:
+    return None if record.attention_mask is None else record.attention_mask.astype(np.bool_)
+
+
+def _without_padding(
+    hidden: torch.Tensor, attention: torch.Tensor, mask: NDArray[np.bool_] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States and weights of the tokens that are no padding."""
+    if mask is None or hidden.ndim != 2 or attention.ndim not in (2, 3):
+        return hidden, attention
+    queries = _kept(attention, attention.ndim - 2, mask)
+    return _kept(hidden, 0, mask), _kept(queries, attention.ndim - 1, mask)
+
+
+def _kept(array: torch.Tensor, axis: int, mask: NDArray[np.bool_]) -> torch.Tensor:
+    found = mask_of(mask, array.shape[axis])
+    if found is None:
+        return array
+    return array.index_select(axis, torch.from_numpy(np.flatnonzero(found)))
+
+
+def _unpadded(texts: Any, mask: NDArray[np.bool_] | None) -> Any:
+    """Texts of tokens without those of padding, where there is one per token."""
+    if mask is None or len(texts) != len(mask):
+        return texts
+    return [each for each, is_token in zip(texts, mask, strict=True) if is_token]
 
 
 def _check_finite(array: torch.Tensor, place: str) -> None:

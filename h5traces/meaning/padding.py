@@ -182,14 +182,14 @@ def _cut(record: TraceRecord, mask: Mask, ends: slice) -> TraceRecord:
     if record.tokens_decoded is not None and len(record.tokens_decoded) == length:
         update["tokens_decoded"] = record.tokens_decoded[ends]
     if record.prompt_len is not None:
-        update["prompt_len"] = _prompt_left(record.prompt_len, mask)
+        update["prompt_len"] = prompt_without_pads(record.prompt_len, mask)
     prompt = extra.get(layout.PROMPT_LENGTH)
     if isinstance(prompt, (int, np.integer)) and not isinstance(prompt, bool) and prompt >= 0:
-        extra[layout.PROMPT_LENGTH] = type(prompt)(_prompt_left(int(prompt), mask))
+        extra[layout.PROMPT_LENGTH] = type(prompt)(prompt_without_pads(int(prompt), mask))
     return record.model_copy(update=update)
 
 
-def _prompt_left(prompt_len: int, mask: Mask) -> int:
+def prompt_without_pads(prompt_len: int, mask: Mask) -> int:
     """The length of the prompt without its pads; one that ends in padding counts tokens already."""
     left = int(mask[:prompt_len].sum())
     return left if left or not prompt_len else min(prompt_len, int(mask.sum()))

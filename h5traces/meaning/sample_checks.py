@@ -74,7 +74,7 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
         if layers.axes[:1] == ("token",):
             found += state_findings(layers, is_masked=record.attention_mask is not None)
         elif layers.axes[-2:] == ("query", "key"):
-            tolerance = _row_tolerance(look.losses, record, kind)
+            tolerance = row_tolerance(look.losses, _num_keys(layered))
             found += weight_findings(layers, is_causal=is_causal, tolerance=tolerance)
     return found
 
@@ -90,21 +90,24 @@ def vocabulary_of(config: Any) -> int | None:
     return next((each for each in sizes if type(each) is int and each > 0), None)
 
 
-def _row_tolerance(losses: Iterable[Precision], record: TraceRecord, kind: str) -> float:
+def _num_keys(layered: LayeredArrays) -> int:
+    arrays = (each.array for each in layered.arrays)
+    shapes = [each.shape for each in arrays if not isinstance(each, StepArrays)]
+    return max((shape[-1] for shape in shapes if shape), default=0)
+
+
+def row_tolerance(losses: Iterable[Precision], num_keys: int) -> float:
     """How far a row's sum may be from 1; lossy tiers move it by a bounded amount."""
-    return ROW_TOLERANCE + sum(_row_loss(each, record, kind) for each in losses)
+    return ROW_TOLERANCE + sum(_row_loss(each, num_keys) for each in losses)
 
 
-def _row_loss(precision: Precision, record: TraceRecord, kind: str) -> float:
+def _row_loss(precision: Precision, num_keys: int) -> float:
     found = 0.0
     if precision.mantissa_bits is not None:
         found += 2.0 ** -(precision.mantissa_bits + 1)
     if precision.attention_bits is not None:
         # A root is off by at most 1 / (2 levels), so a weight by sqrt(weight) / levels and a little
         # more; by Cauchy and Schwarz, the roots of a row sum to at most the root of its length.
-        arrays = (each.array for each in record.layered[kind].arrays)
-        shapes = [each.shape for each in arrays if not isinstance(each, StepArrays)]
-        num_keys = max((shape[-1] for shape in shapes if shape), default=0)
         found += math.sqrt(num_keys) / LEVELS + num_keys / (4 * LEVELS**2)
     return found
 

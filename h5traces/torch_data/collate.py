@@ -43,7 +43,8 @@ class PadCollate:
     The batch holds every entry of the items (tensors stacked, numbers as a tensor, other values as
     a list), and
 
-    - ``mask``: bool ``(batch, tokens)``, true where there is a token;
+    - ``mask``: bool ``(batch, tokens)``, true where there is a token, and no padding of the batch
+      or of the sample itself;
     - ``lengths``: int64 ``(batch,)``, tokens of each sample;
     - ``key_mask``: bool ``(batch, keys)``, where a tensor has keys.
 
@@ -66,16 +67,17 @@ class PadCollate:
             batch[name] = _padded(tensors, name, axes, self.pad_value)
             lengths = _lengths(tensors, axes, TOKEN_AXES)
             if lengths is not None and LENGTHS not in batch:
-                batch[LENGTHS], batch[MASK] = lengths, _mask(lengths)
+                batch[MASK] = _mask(lengths, items, MASK)
+                batch[LENGTHS] = batch[MASK].sum(dim=1)
             keys = _lengths(tensors, axes, ("key",))
             if keys is not None and KEY_MASK not in batch:
-                batch[KEY_MASK] = _mask(keys)
+                batch[KEY_MASK] = _mask(keys, items, KEY_MASK)
         return batch
 
 
 @dataclass(frozen=True, slots=True)
 class PackCollate:
-    """Concatenates sequences, without padding.
+    """Concatenates sequences, without padding, also without that of the samples.
 
     Tensors with a token axis are joined along it. Tensors with keys (attentions) have two axes of
     unequal length: they become one flat tensor, with ``<name>_offsets`` ``(batch + 1,)`` and
@@ -98,7 +100,7 @@ class PackCollate:
         """The batch of some items."""
         batch = _other_entries(items, self.axes)
         for name, axes in self.axes:
-            tensors = [item[name] for item in items]
+            tensors = [_without_padding(item, name, axes) for item in items]
             lengths = _lengths(tensors, axes, TOKEN_AXES)
             axis = _axis(axes, TOKEN_AXES)
             if "key" in axes:
@@ -144,8 +146,23 @@ def _lengths(
     return None if axis is None else torch.tensor([tensor.shape[axis] for tensor in tensors])
 
 
-def _mask(lengths: torch.Tensor) -> torch.Tensor:
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+def _mask(lengths: torch.Tensor, items: Sequence[Item], name: str) -> torch.Tensor:
+    """Where there are tokens: within each length, and in the mask of an item that has one."""
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    for row, item in zip(mask, items, strict=True):
+        if name in item:
+            row[: len(item[name])] &= item[name]
+    return mask
+
+
+def _without_padding(item: Item, name: str, axes: tuple[str, ...]) -> torch.Tensor:
+    """A tensor without the tokens and keys that the item's masks leave out."""
+    tensor: torch.Tensor = item[name]
+    for mask, wanted in ((MASK, TOKEN_AXES), (KEY_MASK, ("key",))):
+        axis = _axis(axes, wanted)
+        if mask in item and axis is not None:
+            tensor = tensor.index_select(axis, item[mask].nonzero().squeeze(1))
+    return tensor
 
 
 def _padded(
@@ -183,10 +200,10 @@ def _check_alike(tensors: list[torch.Tensor], name: str, axes: tuple[str, ...]) 
 
 def _other_entries(items: Sequence[Item], axes: Axes) -> Item:
     """Entries without named axes: numbers as a tensor, the rest as a list."""
-    tensors = {name for name, _ in axes}
+    collated = {MASK, KEY_MASK, *(name for name, _ in axes)}
     batch: Item = {}
     for name in items[0]:
-        if name in tensors:
+        if name in collated:
             continue
         values = [item[name] for item in items]
         if all(isinstance(value, torch.Tensor) for value in values):

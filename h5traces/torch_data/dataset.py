@@ -22,15 +22,18 @@ from h5traces.archive.selection import choose_samples
 from h5traces.errors import DatasetError, LayerIndexError, SampleIndexError
 from h5traces.format import layout
 from h5traces.format.text import and_more, as_names
+from h5traces.meaning.lengths import covered_tokens
+from h5traces.torch_data.collate import KEY_MASK, MASK
 from h5traces.torch_data.tensors import (
     TOKEN_CHOICES,
     NonFinite,
     Preparation,
     TokenChoice,
     Tokens,
-    answer_span,
+    answer_rows,
     named,
     read_tensor,
+    token_axis,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
     from h5traces.archive.file import ArchiveFile
     from h5traces.archive.selection import SampleChoice
+    from h5traces.archive.token_axis import TokenAxis
     from h5traces.archive.trace import Trace
     from h5traces.paths import PathLike
     from h5traces.storage.remote.paths import RemotePath
@@ -139,8 +143,12 @@ class TraceDataset(Dataset[Item]):
     Notes
     -----
     An item is a dict: ``index`` (position in the source), ``sample_id``, a tensor per kind with the
-    axes that `axes` names, ``label`` where there are labels, and the fields. The attribute `labels`
-    holds the label of every item, or is None.
+    axes that `axes` names, ``label`` where there are labels, and the fields; of a sample with kept
+    padding also ``mask``, bool by token, and ``key_mask``, by key. The attribute `labels` holds the
+    label of every item, or is None.
+
+    The field ``tokens`` holds those that the arrays belong to: without the last one, where
+    ``generate()`` gave it no states.
     """
 
     def __init__(
@@ -208,6 +216,7 @@ class TraceDataset(Dataset[Item]):
         with self._fetched([index]):
             for kind in self.kinds:
                 item[kind] = read_tensor(trace, kind, self._stored_axes[kind], self.preparation)
+        item |= self._masks(trace)
         for field in self.fields:
             item[field] = self._field(trace, field)
         if self.labels is not None:
@@ -236,13 +245,40 @@ class TraceDataset(Dataset[Item]):
         if field not in trace:
             message = f"{named(trace)}: has no field {field!r}; stored: {', '.join(trace)}"
             raise DatasetError(message)
+        value = trace._value(field, "numpy")
         if field != layout.TOKENS:
-            return trace._value(field, "numpy")
-        tokens = torch.from_numpy(np.asarray(trace._value(field, "numpy"), dtype=np.int64))
-        if self.preparation.tokens.take == "answer":
-            start, stop = answer_span(trace, self.preparation.tokens)
-            return tokens[start:stop].clone()
-        return tokens
+            return value
+        tokens = torch.from_numpy(np.asarray(value, dtype=np.int64))
+        return tokens[self._tokens_of_rows(trace, len(tokens))].clone()
+
+    def _tokens_of_rows(self, trace: Trace, num_tokens: int) -> Any:
+        """Which tokens the item's arrays belong to, where it is known."""
+        _, axis = next(self._token_axes(trace), (None, None))
+        covered = None if axis is None else covered_tokens(num_tokens, axis.num_keys)
+        if axis is None or covered is None or self.preparation.tokens.take not in ("all", "answer"):
+            return slice(None)
+        if self.preparation.tokens.take == "all":
+            return covered
+        return axis.tokens_of(answer_rows(trace, axis, self.preparation.tokens))
+
+    def _token_axes(self, trace: Trace) -> Iterator[tuple[str, TokenAxis]]:
+        layer = self.preparation.layers[0]
+        for kind in self.kinds:
+            axis = token_axis(trace, kind, self._stored_axes[kind], layer)
+            if axis is not None:
+                yield kind, axis
+
+    def _masks(self, trace: Trace) -> Item:
+        """Which tokens and keys of the item are no padding; nothing where all are."""
+        if trace.mask is None:
+            return {}
+        masks: Item = {}
+        for kind, axis in self._token_axes(trace):
+            if axis.row_mask is not None and self.preparation.tokens.take == "all":
+                masks.setdefault(MASK, torch.from_numpy(axis.row_mask.copy()))
+            if axis.mask is not None and "key" in self._stored_axes[kind]:
+                masks.setdefault(KEY_MASK, torch.from_numpy(axis.mask.copy()))
+        return masks
 
 
 def fingerprint_of(archive: Archive, indices: Sequence[int]) -> str:

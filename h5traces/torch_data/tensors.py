@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.format import layout
@@ -15,6 +16,7 @@ from h5traces.format.entries import carrier_dtype
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from h5traces.archive.token_axis import Chosen
     from h5traces.archive.trace import Trace
 
 TokenChoice = Literal["all", "answer", "last", "mean", "answer_mean"]
@@ -93,11 +95,9 @@ def read_tensor(
     `axes` are those of one layer's stored array; the result has those of `Preparation.axes`.
     """
     tokens = preparation.tokens
-    needs_answer = tokens.take in ("answer", "answer_mean")
-    span = answer_span(trace, tokens) if needs_answer else None
     if not preparation.has_layer_axis:
         (layer,) = preparation.layers
-        taken = _read_taken(trace, kind, axes, layer, preparation, span)
+        taken = _read_taken(trace, kind, axes, layer, preparation)
         if tokens.take != "all" or preparation.dtype not in (None, taken.dtype):
             # A view of a few tokens would keep the whole array alive, and send it between
             # processes: cast and copy in one pass.
@@ -107,7 +107,7 @@ def read_tensor(
         return taken
     stacked: torch.Tensor | None = None
     for position, layer in enumerate(preparation.layers):
-        taken = _read_taken(trace, kind, axes, layer, preparation, span)
+        taken = _read_taken(trace, kind, axes, layer, preparation)
         if stacked is None:
             dtype = preparation.dtype or taken.dtype
             stacked = torch.empty((len(preparation.layers), *taken.shape), dtype=dtype)
@@ -125,16 +125,12 @@ def read_tensor(
 
 
 def _read_taken(
-    trace: Trace,
-    kind: str,
-    axes: tuple[str, ...],
-    layer: int,
-    preparation: Preparation,
-    span: tuple[int, int] | None,
+    trace: Trace, kind: str, axes: tuple[str, ...], layer: int, preparation: Preparation
 ) -> torch.Tensor:
     """One layer's array, cut to the tokens asked for; a view of what was read where it can be."""
     array = read_layer(trace, kind, layer)
-    if preparation.tokens.take == "all":
+    take = preparation.tokens.take
+    if take == "all":
         return array
     if array.ndim != len(axes):
         message = (
@@ -142,56 +138,60 @@ def _read_taken(
             f"{', '.join(axes)}; run 'h5traces validate' on the shard"
         )
         raise DatasetError(message)
-    axis = next((number for number, name in enumerate(axes) if name in TOKEN_AXES), None)
-    if axis is None:
+    tokens = TokenAxis.of(trace, axes, tuple(array.shape))
+    if tokens is None:
         message = (
             f"{named(trace)}: {kind} has the axes {', '.join(axes)} and none of tokens; use "
             "tokens='all'"
         )
         raise DatasetError(message)
-    if span is not None:
-        array = array.narrow(axis, span[0], span[1] - span[0])
-    if preparation.tokens.take == "answer":
+    axis = next(number for number, name in enumerate(axes) if name in TOKEN_AXES)
+    if take in ("answer", "answer_mean"):
+        array = _chosen(array, axis, answer_rows(trace, tokens, preparation.tokens))
+    else:
+        array = _chosen(array, axis, tokens.rows)
+    if take == "answer":
         return array
     if not array.shape[axis]:
         message = (
-            f"{named(trace)}: {kind} holds no tokens for tokens={preparation.tokens.take!r}; leave "
-            "the sample out with indices="
+            f"{named(trace)}: {kind} holds no tokens for tokens={take!r}; leave the sample out "
+            "with indices="
         )
         raise DatasetError(message)
-    if preparation.tokens.take == "last":
+    if take == "last":
         return array.select(axis, -1)
     # Sums of float16 numbers overflow in float16.
     wide = torch.float64 if array.dtype == torch.float64 else torch.float32
     return array.mean(axis, dtype=wide).to(preparation.dtype or array.dtype)
 
 
-def answer_span(trace: Trace, tokens: Tokens) -> tuple[int, int]:
-    """First and last (exclusive) token of the answer of a trace."""
-    metadata = trace.metadata
-    prompt_len = metadata.prompt_len
-    if tokens.prompt_lens is not None and metadata.sample_id is not None:
-        prompt_len = tokens.prompt_lens.get(metadata.sample_id, prompt_len)
-    if prompt_len is None:
+def _chosen(array: torch.Tensor, axis: int, chosen: Chosen) -> torch.Tensor:
+    """The chosen entries of an axis; a view where they lie side by side."""
+    if isinstance(chosen, slice):
+        start, stop, _ = chosen.indices(array.shape[axis])
+        return array.narrow(axis, start, max(0, stop - start))
+    return array.index_select(axis, torch.from_numpy(chosen))
+
+
+def answer_rows(trace: Trace, tokens: TokenAxis, choice: Tokens) -> Chosen:
+    """The rows of the answer of a trace, by the prompt's stored length or that of the user."""
+    prompt_lens, sample_id = choice.prompt_lens, trace.metadata.sample_id
+    stated = prompt_lens.get(sample_id) if prompt_lens is not None and sample_id else None
+    try:
+        return tokens.answer(trace, stated)
+    except NoAnswerError as error:
         message = (
-            f"{named(trace)}: the length of the prompt is not stored, so the answer cannot be cut "
-            "out; pass tokens=Tokens('answer', prompt_lens={sample_id: tokens}), or choose 'all', "
-            "'last' or 'mean'"
+            f"{named(trace)}: {error}; pass tokens=Tokens('answer', prompt_lens={{sample_id: "
+            "tokens}) with the prompt's length, or take tokens='all', 'last' or 'mean'"
         )
-        raise DatasetError(message)
-    if metadata.coverage != "full":
-        message = (
-            f"{named(trace)}: the arrays do not cover exactly the stored tokens (coverage "
-            f"{metadata.coverage!r}), so the answer cannot be cut out; use tokens='all'"
-        )
-        raise DatasetError(message)
-    if not 0 <= prompt_len <= metadata.seq_len:
-        message = (
-            f"{named(trace)}: a prompt of {prompt_len} tokens does not fit a sequence of "
-            f"{metadata.seq_len}; correct prompt_lens"
-        )
-        raise DatasetError(message)
-    return prompt_len, metadata.seq_len
+        raise DatasetError(message) from error
+
+
+def token_axis(trace: Trace, kind: str, axes: tuple[str, ...], layer: int) -> TokenAxis | None:
+    """The token axis of a kind's stored arrays; None where they have none."""
+    path = f"{kind}/{layout.layer_name(layer)}"
+    shape = trace._stored.entry(path).shape if path in trace._stored.objects else ()
+    return TokenAxis.of(trace, axes, shape) if len(shape) == len(axes) else None
 
 
 def _check_finite(trace: Trace, kind: str, values: torch.Tensor, preparation: Preparation) -> None:

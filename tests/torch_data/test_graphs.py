@@ -18,7 +18,13 @@ from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GATv2Conv
 
 import h5traces
-from h5traces.errors import ArchiveError, DatasetError, LayerIndexError, StoredStateWarning
+from h5traces.errors import (
+    ArchiveError,
+    DatasetError,
+    LayerIndexError,
+    OptionError,
+    StoredStateWarning,
+)
 from h5traces.graph import TraceGraphDataset, attention_edges, samples
 
 if TYPE_CHECKING:
@@ -369,3 +375,90 @@ def test_mixed_models(tmp_path: Path) -> None:
     second = make_archive(tmp_path, plain_batch(2), name="b.pkl", layers=[0])
     with pytest.raises(ArchiveError, match=r"b\.h5 has layers"):
         TraceGraphDataset([first, second])
+
+
+# --- the arguments and patterns of the legacy class ---------------------------------------------
+
+
+@pytest.mark.usefixtures("no_warnings")
+@pytest.mark.parametrize("pattern", ["*.pkl", "m_d_batch_*.pkl", "m_d_batch_0000.pkl", "*.pkl.gz"])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_legacy_arguments(folder: Path, pattern: str, lazy: bool) -> None:
+    named = str(folder / "legacy" / pattern)
+    legacy = load_script("benchmarks/legacy_graphs.py").LegacyTraceGraphDataset(named)
+    found = TraceGraphDataset(pkl_files_pattern=named, attn_threshold=0.01, lazy_loading=lazy)
+    assert len(found) == len(legacy)
+    assert found.num_layers == legacy.num_layers
+    for index in range(0, len(legacy), 4):
+        assert_same_graph(found[index], legacy[index])
+
+
+@pytest.mark.usefixtures("no_warnings")
+def test_the_legacy_pattern_of_all_suffixes(folder: Path, tmp_path: Path) -> None:
+    """``*.pkl*`` finds pickles, also in gzip, each once, and neither parts nor archives."""
+    for file in (folder / "legacy").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "m_d_batch_0009.pkl.gz.part").write_bytes(b"unfinished")
+    with pytest.warns(
+        StoredStateWarning, match=r"not all of .* is read: .*0009\.pkl\.gz\.part.*unf"
+    ):
+        found = TraceGraphDataset(tmp_path / "*.pkl*")
+    wanted = TraceGraphDataset(folder / "legacy")
+    assert len(found) == len(wanted) == NUM_SAMPLES * LAYERS
+    for index in range(0, len(wanted), 7):
+        assert_same_graph(found[index], wanted[index])
+
+
+@pytest.mark.parametrize("kind", ["shards", "legacy"])
+@pytest.mark.filterwarnings("ignore:.*reading legacy pickles")
+def test_the_first_files_and_samples(folder: Path, kind: str) -> None:
+    whole = TraceGraphDataset(folder / kind)
+    for options, number in (
+        ({"max_files": 2}, 8),
+        ({"max_traces_total": 5}, 5),
+        ({"max_files": 2, "max_traces_total": 100}, 8),
+        ({"max_files": None, "max_traces_total": None}, NUM_SAMPLES),
+        ({"max_files": 100}, NUM_SAMPLES),
+    ):
+        found = TraceGraphDataset(folder / kind, **options)  # type: ignore[arg-type]
+        assert found.num_samples == number
+        assert_same_graph(found[len(found) - 1], whole[len(found) - 1])
+    archive = h5traces.open(folder / "shards")[2:]
+    assert TraceGraphDataset(archive, max_files=1).num_samples == 2
+
+
+def test_legacy_arguments_that_contradict(folder: Path) -> None:
+    for options in ({}, {"pattern": folder, "pkl_files_pattern": folder}):
+        with pytest.raises(OptionError, match="name the files once"):
+            TraceGraphDataset(**options)
+    for name in ("max_files", "max_traces_total"):
+        with pytest.raises(OptionError, match=f"{name} is 0, expected at least 1"):
+            TraceGraphDataset(folder / "shards", **{name: 0})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected argument 'cache'"):
+        TraceGraphDataset(folder / "shards", cache=6)  # type: ignore[call-arg]
+
+
+def test_sources_of_other_kinds(folder: Path, tmp_path: Path) -> None:
+    torch.save(with_torch(BATCH[:4]), tmp_path / "batch_0.pt")
+    torch.save(with_torch(BATCH[4:8]), tmp_path / "batch_1.pt")
+    wanted = TraceGraphDataset(folder / "shards")
+    for named in (tmp_path, tmp_path / "*.pt", tmp_path / "*", sorted(tmp_path.glob("*.pt"))):
+        with pytest.warns(
+            StoredStateWarning, match=r"batch_0\.pt: reading files that are no archives"
+        ):
+            found = TraceGraphDataset(named)
+        assert found.num_samples == 8
+        for index in (0, 10, 23):
+            assert_same_graph(found[index], wanted[index])
+
+
+@pytest.mark.parametrize("pattern", ["*.h5", "*", ""])
+def test_files_of_ours_beside_archives_are_skipped(
+    folder: Path, tmp_path: Path, pattern: str
+) -> None:
+    for file in (folder / "shards").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    h5traces.features.extract_features(folder / "shards", tmp_path / "features.h5", ["mean"])
+    with pytest.warns(UserWarning, match=r"skipped, .*features\.h5 is of features or scales"):
+        found = TraceGraphDataset(tmp_path / pattern)
+    assert found.num_samples == NUM_SAMPLES

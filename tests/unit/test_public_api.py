@@ -28,6 +28,7 @@ PUBLIC = [
     "ReadingOptions",
     "TargetOptions",
     "Trace",
+    "TraceSource",
     "__version__",
     "calibrate",
     "convert",
