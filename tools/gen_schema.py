@@ -42,6 +42,7 @@ from h5traces.format.limits import ReadLimits
 from h5traces.format.precision import CalibrationRecord, Precision
 from h5traces.format.record import (
     COVERAGE_DEFINITIONS,
+    SourceForm,
     SourcePosition,
     TraceDescription,
     TraceMetadata,
@@ -262,6 +263,7 @@ def tables() -> dict[str, str]:
         "KindMetadata": model_table(KindMetadata),
         "Kinds": kinds_table(),
         "TraceMetadata": model_table(TraceMetadata),
+        "SourceForm": model_table(SourceForm),
         "LabelSidecar": model_table(LabelSidecar, nested=True),
         "SourcePosition": model_table(SourcePosition, nested=True),
         "SampleExtraction": model_table(SampleExtraction, nested=True),

@@ -292,7 +292,7 @@ def _inspect_batch(
         nbytes=file.stat().st_size,
         metadata=facts_in_name(file),
         num_samples=len(lengths),
-        layers=list(range(source.num_layers)),
+        layers=list(source.established.numbers),
         lengths=_length_stats(lengths),
         coverage=dict(coverage),
         sizes={
@@ -352,8 +352,13 @@ def _length(value: Any) -> int | None:
     return len(array) if isinstance(array, np.ndarray) and array.ndim else None
 
 
+def _order_of_kinds(kind: str) -> tuple[int, str]:
+    known = list(layout.KINDS)
+    return (known.index(kind) if kind in known else len(known), kind)
+
+
 def _array_stats(record: TraceRecord) -> Iterator[ArrayStats]:
-    for kind in sorted(record.layered, key=list(layout.KINDS).index):
+    for kind in sorted(record.layered, key=_order_of_kinds):
         for layer in record.layered[kind].arrays:
             parts = _parts(layer.array)
             shapes = [list(part.shape) for part in parts]

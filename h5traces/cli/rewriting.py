@@ -15,11 +15,12 @@ from h5traces.checking.salvage import salvage as salvage_archive
 from h5traces.checking.seal import seal as seal_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
-from h5traces.cli.console import count_progress, fail, print_json, print_line, warn
+from h5traces.cli.console import count_progress, fail, note, print_json, print_line, warn
 from h5traces.cli.options import (
     OUTPUT,
     Archives,
     DryRun,
+    Foreign,
     Json,
     Layers,
     NewFile,
@@ -55,6 +56,7 @@ def repack(
     samples: Samples = None,
     precision: PrecisionGroup,
     output: Output,
+    foreign: Foreign = "keep",
     target: Rewritten,
     json: Json = False,
 ) -> None:
@@ -68,20 +70,33 @@ def repack(
     - `h5traces repack run.h5 -o small.h5 --tier analysis`
     """
     run = partial(
-        repack_archives, sources, output, layers=layers, samples=samples, precision=precision
+        repack_archives,
+        sources,
+        output,
+        layers=layers,
+        samples=samples,
+        precision=precision,
+        foreign=foreign,
     )
     _rewrite(run, output, target, precision.codec, json=json)
 
 
 @command()
-def merge(sources: Archives, *, output: Output, target: Rewritten, json: Json = False) -> None:
+def merge(
+    sources: Archives,
+    *,
+    output: Output,
+    foreign: Foreign = "keep",
+    target: Rewritten,
+    json: Json = False,
+) -> None:
     """Merge several archives of one model into one.
 
     Chunks are copied byte for byte. Naming an archive twice is an error.
 
     - `h5traces merge shards/*.h5 -o run.h5`
     """
-    _rewrite(partial(merge_archives, sources, output), output, target, json=json)
+    _rewrite(partial(merge_archives, sources, output, foreign=foreign), output, target, json=json)
 
 
 @command()
@@ -92,6 +107,7 @@ def split(
     shard_samples: Annotated[
         int, option(OUTPUT, "-n --shard-samples N", "At most N samples per archive.", min=1)
     ],
+    foreign: Foreign = "keep",
     target: Rewritten,
     json: Json = False,
 ) -> None:
@@ -101,7 +117,7 @@ def split(
 
     - `h5traces split run.h5 -o shards/ -n 250` writes `shards/run-00000.h5` and so on
     """
-    run = partial(split_archives, sources, output, shard_samples)
+    run = partial(split_archives, sources, output, shard_samples, foreign=foreign)
     _rewrite(run, output, target, json=json)
 
 
@@ -359,6 +375,11 @@ def seal(
             done = "sealed" if each.sealed else "would seal it"
             done = "already sealed" if each.already_sealed else done
             print_line(f"{each.path}: {done}, {counted(each.num_samples, 'sample')}")
+        if each.foreign:
+            note(
+                f"{each.path}: {counted(len(each.foreign), 'name')} not of the format, and kept: "
+                f"{and_more(each.foreign, 3)}; 'h5traces repack --foreign drop' leaves them out"
+            )
     if any(each.edited and not accept_edits and not each.already_sealed for each in found):
         raise typer.Exit(EXIT_PROBLEMS)
 
@@ -368,6 +389,7 @@ def salvage(
     source: Annotated[str, typer.Argument(metavar="FILE", help="The damaged archive.")],
     *,
     output: Output,
+    foreign: Foreign = "keep",
     target: NewFile,
     json: Json = False,
 ) -> None:
@@ -379,7 +401,12 @@ def salvage(
     """
     with count_progress(source) as update:
         report = salvage_archive(
-            source, output, overwrite=target.overwrite, dry_run=target.dry_run, progress=update
+            source,
+            output,
+            foreign=foreign,
+            overwrite=target.overwrite,
+            dry_run=target.dry_run,
+            progress=update,
         )
     if json:
         print_json(report.as_dict())
@@ -387,6 +414,8 @@ def salvage(
         lost = f"lost {report.lost_samples}" if report.lost_samples else "none lost"
         done = "would save" if target.dry_run else "saved"
         print_line(f"{done} {counted(report.num_saved, 'sample')} in {report.target}, {lost}")
+    for message in report.warnings:
+        warn(message)
     for each in report.lost:
         warn(f"{source}: {each.loc}: {each.message}")
     if report.lost:

@@ -369,8 +369,8 @@ def _chosen(source: Path, options: ConvertOptions) -> tuple[int, ...] | None:
     if layers is None or not isinstance(layers, str):
         return None if layers is None else as_numbers(layers)
     with open_source(source, options.reading) as opened:
-        next(opened, None)
-        return choose_layers(layers, range(opened.num_layers), f"{source} has")
+        next(opened.records(), None)
+        return choose_layers(layers, opened.established.numbers, f"{source} has")
 
 
 def _placed(error: Exception, source: Path, place: SourcePosition | None) -> str:

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _OBJECT: Final = re.compile(r"\s*\{")
-_ARRAY: Final = re.compile(r"\s*\[\s*([\]{]|\Z)")
+_ARRAY: Final = re.compile(r"\s*\[")
 # What 'surrogateescape' makes of UTF-16's byte order marks.
 _UTF16: Final = ("\udcff\udcfe", "\udcfe\udcff")
 # What 'surrogateescape' makes of a byte that is not UTF-8.
 _NOT_UTF8: Final = re.compile("[\udc80-\udcff]")
+_SAVE: Final = "save the file as UTF-8 (in spreadsheets: 'CSV UTF-8')"
 _DIGITS: Final = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 # The most that csv takes; its default is 128 kB, and cells may hold whole articles.
 _LARGEST_CELL: Final = 2**31 - 1
@@ -79,7 +80,7 @@ def text_of(file: BinaryIO) -> io.TextIOWrapper:
 def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     """Read the rows of a file of text in UTF-8; its content decides what it is, not its name.
 
-    JSON Lines where it begins with an object, a JSON array where it begins with a list of objects,
+    JSON Lines where it begins with a brace, a JSON array of objects where it begins with a bracket,
     TSV where its first line has more tabs than commas, else CSV. In CSV and TSV, every row must
     have as many cells as the header. Cells are of any length; no other line separators than those
     of CSV end a row.
@@ -128,12 +129,9 @@ def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
         wrong = None if line.isascii() else _NOT_UTF8.search(line)
         if wrong is not None:
             if number == 1 and line.startswith(_UTF16):
-                message = f"{path}: is UTF-16, expected UTF-8 (in spreadsheets: 'CSV UTF-8')"
+                message = f"{path}: is not UTF-8 text but UTF-16; {_SAVE}"
                 raise SchemaError(message)
-            message = (
-                f"byte 0x{ord(wrong[0]) - 0xDC00:02x} is not UTF-8; save the file as UTF-8 (in "
-                "spreadsheets: 'CSV UTF-8')"
-            )
+            message = f"byte 0x{ord(wrong[0]) - 0xDC00:02x} is not UTF-8 text; {_SAVE}"
             raise bad_row(path, f"line {number}", message)
         yield line
 

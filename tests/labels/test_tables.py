@@ -294,8 +294,8 @@ def test_options_that_contradict(options: Any, expected: str) -> None:
         ('{"question_id": ["q0"], "bleurt_score": 1}', "holds list, expected text or a number"),
         ('{"question_id": "q0", "bleurt_score": [1]}', r"the score is \[1\], expected a number"),
         ('{"question_id": "q0", "bleurt_score": true}', "the score is True, expected a number"),
-        (b"question_id,bleurt_score\nq0,0.1\nq\xe9,0.2\n", "line 3: byte 0xe9 is not UTF-8; save"),
-        ("question_id,bleurt_score\nq0,1\n".encode("utf-16"), "is UTF-16, expected UTF-8"),
+        (b"question_id,bleurt_score\nq0,0.1\nq\xe9,0.2\n", "line 3: byte 0xe9 is not UTF-8 te"),
+        ("question_id,bleurt_score\nq0,1\n".encode("utf-16"), "is not UTF-8 text but UTF-16"),
     ],
 )
 def test_rows_are_rejected_by_line(archive: Path, content: str | bytes, expected: str) -> None:

@@ -462,8 +462,11 @@ def test_text_is_no_pickle(tmp_path, text):
         BatchStream(path)
 
 
-def test_one_array_for_all_layers_says_what_to_do(tmp_path):
+def test_one_array_of_unknown_axes_says_what_to_do(tmp_path):
     path = tmp_path / "stacked.pkl"
     path.write_bytes(pickle.dumps([{"hidden_states": np.zeros((2, 3, 4), np.float32)}]))
-    with BatchStream(path) as stream, pytest.raises(ConversionError, match=r"use list\(array\)"):
+    with (
+        BatchStream(path) as stream,
+        pytest.raises(ConversionError, match="one array per layer, or name its axes"),
+    ):
         list(stream.records())

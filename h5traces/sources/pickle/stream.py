@@ -113,9 +113,6 @@ class BatchStream(TraceSource):
                 if self._columns is not None:
                     item = self._container_item(item, *self._columns)
                 self.num_read += 1
-                lists = (item.get(kind) for kind in layout.KINDS)
-                lengths = (len(each) for each in lists if isinstance(each, (list, tuple)))
-                self.num_layers = max([self.num_layers, *lengths])
                 return item
         except BaseException:
             # Nothing after an error in the stream can be trusted.
@@ -139,7 +136,12 @@ class BatchStream(TraceSource):
         # No producer of containers is known, nor where their last hidden state was taken.
         is_list = self._columns is None
         return to_record(
-            item, source=place, layers=layers, sites_known=is_list, options=self.options
+            item,
+            source=place,
+            layers=layers,
+            sites_known=is_list,
+            options=self.options,
+            established=self.established,
         )
 
     def _check_magic(self) -> None:
