@@ -443,7 +443,7 @@ _NUMBER: Final = re.compile(r"\{number (?P<noun>[^}]+)\}")
 
 
 def _figure(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) and abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.3g}"
 
 
 _NUMBERED: Final = re.compile(r"(?P<kind>.+)/(?P<what>layer|position)_(?P<number>\d+)\Z")

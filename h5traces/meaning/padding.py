@@ -70,6 +70,11 @@ def with_padding_treated(record: TraceRecord, options: ReadingOptions) -> TraceR
     return _found(cut, "padding-cut", message, number)
 
 
+def num_cut(record: TraceRecord) -> int:
+    """How many padded positions were cut from a record when it was read."""
+    return sum(each.number for each in record.findings if each.check == "padding-cut")
+
+
 def _found(record: TraceRecord, check: str, message: str, number: int = 0) -> TraceRecord:
     finding = Finding(check, _MASK, message, number)
     return record.model_copy(update={"findings": (*record.findings, finding)})

@@ -452,6 +452,14 @@ def test_findings_add_up() -> None:
     )
 
 
+def test_infinite_figures_are_told() -> None:
+    found = Findings()
+    message = "weights from {span}, expected 0 to 1"
+    span = (-float("inf"), float("inf"))
+    found.add([Finding("attention-out-of-range", "attentions/layer_000", message, span=span)], 0)
+    assert found.summaries()[0].message == "weights from -inf to inf, expected 0 to 1"
+
+
 def test_places_for_people() -> None:
     names = ["hidden_states/layer_001", "hidden_states/embedding", "a/position_000", "tokens"]
     told = "hidden_states, layer 1; a, position 0; hidden_states/embedding; tokens"
