@@ -47,6 +47,8 @@ from h5traces.format.record import (
     TraceDescription,
     TraceMetadata,
 )
+from h5traces.format.value_types import TABLE
+from h5traces.format.values import JSON_TAGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -251,6 +253,18 @@ def limits_table() -> str:
     )
 
 
+def json_tags_table() -> str:
+    """What tagged JSON says of values that JSON lacks."""
+    rows = [[f"`{tag}`", each.content, each.value] for tag, each in JSON_TAGS.items()]
+    return _table(("tag", "content", "Python value"), rows)
+
+
+def value_types_table() -> str:
+    """The types of extra fields that are a name and a content."""
+    rows = [[f"`{each.name}`", each.says] for each in TABLE]
+    return _table(("name", "content"), rows)
+
+
 def tables() -> dict[str, str]:
     """Every generated table of SPEC.md by the name in its markers."""
     return {
@@ -269,6 +283,8 @@ def tables() -> dict[str, str]:
         "SampleExtraction": model_table(SampleExtraction, nested=True),
         "Coverage": coverage_table(),
         "ReadLimits": limits_table(),
+        "JsonTags": json_tags_table(),
+        "ValueTypes": value_types_table(),
     }
 
 

@@ -45,7 +45,7 @@ _PANELS: Final = {
     },
     "Look and check": {
         "looking": {
-            "inspect": "Show what archives or batches hold, and their sizes.",
+            "inspect": "Show what archives or other files of traces hold, and their sizes.",
             "ls": "List the samples of archives.",
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",

@@ -175,11 +175,11 @@ BAD_FILES: dict[str, tuple[str, Callable[[], bytes], type[Exception], str]] = {
         "expected a list of dicts",
     ),
     "a list of numbers": ("a.pkl", lambda: pickle.dumps([1, 2]), ConversionError, "a.pkl"),
-    "two pickles": (
+    "a pickle and more": (
         "a.pkl",
-        lambda: pickle.dumps([sample()]) * 2,
+        lambda: pickle.dumps([sample()]) + bytes(9),
         ConversionError,
-        "data follows the end of the pickle",
+        "other bytes than those of a pickle follow the end of the pickle",
     ),
 }
 

@@ -22,6 +22,7 @@ from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import dataset_digest, sample_digest
 from h5traces.format.entries import carrier_dtype
 from h5traces.format.record import TraceMetadata, index_columns
+from h5traces.format.value_types import BY_NAME
 from h5traces.precision import encoding
 from h5traces.storage.arrays import chunk_shape
 from h5traces.storage.codecs import CODECS
@@ -358,7 +359,9 @@ def test_encodings_are_those_of_the_code():
     assert {one(row["encoding"]) for row in rows} == set(encodings._DECODERS)
     assert {one(row["version"]) for row in rows} == {encodings.VERSION}
     tags = {one(row["tag"]) for row in table("Extra fields", "tag")}
-    assert tags == set(encodings._JSON_TAGS)
+    assert tags == set(encodings.JSON_TAGS)
+    types = {one(row["name"]) for row in table("Extra fields", "name", "content")}
+    assert types == set(BY_NAME)
 
 
 def test_table_of_samples_has_the_columns(example):
