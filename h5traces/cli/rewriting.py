@@ -45,6 +45,10 @@ from h5traces.storage.codecs import tools_note
 from h5traces.writing.options import TargetOptions
 
 _LABELS = "Labels"
+_CLASS_LABEL = re.compile(
+    r"(.+?)=(-?[0-9]{1,19}|none)(?:,|\Z)", re.ASCII | re.IGNORECASE | re.DOTALL
+)
+_CLASS_LABELS = re.compile(rf"(?:{_CLASS_LABEL.pattern})+", _CLASS_LABEL.flags)
 _IDS = LabelOptions().id_column
 
 
@@ -205,12 +209,12 @@ def label(
         str | None,
         option(_LABELS, "--positive CLASS", "Its class that gets label 1, hallucination; else 0."),
     ] = None,
-    classes: Annotated[
-        list[str] | None,
+    class_labels: Annotated[
+        str | None,
         option(
             _LABELS,
-            "--class CLASS=LABEL",
-            "Instead, the label of every class, each by an option; `none` for no label.",
+            "--class-labels A=1,B=0,C=none",
+            "Instead, the label of every class, also of more than two.",
         ),
     ] = None,
     score_column: Annotated[
@@ -260,8 +264,7 @@ def label(
 
     - `h5traces label run.h5 human.csv --label-column label --positive hallucinated`
     - `h5traces label run.h5 human.csv --label-column is_correct --positive 0`
-    - `h5traces label run.h5 human.csv --label-column label --class wrong=1 --class right=0 --class
-      unsure=none`
+    - `h5traces label run.h5 human.csv --label-column label --class-labels wrong=1,right=0,odd=none`
     - `h5traces label run.h5 scores.csv` makes labels of `bleurt_score`
     - `h5traces label run.h5 rouge.csv --score-column rougeL --higher-means correct --threshold 0.3`
     - `h5traces label shards/*.h5 scores.csv --dry-run` writes nothing
@@ -274,7 +277,7 @@ def label(
     options = LabelOptions(
         label_column=label_column,
         positive=positive,
-        classes=_classes(classes),
+        class_labels=_class_labels(class_labels),
         score_column=score_column,
         higher_means=higher_means,
         threshold=threshold,
@@ -301,21 +304,21 @@ def label(
             reports.print_targets(found.report.targets, dry_run=target.dry_run)
 
 
-def _classes(named: list[str] | None) -> dict[str, int | None] | None:
-    """The labels of classes: ``wrong=1``, ``unsure=none``."""
-    if not named:
+def _class_labels(named: str | None) -> dict[str, int | None] | None:
+    """The labels of classes by name; a name may hold commas."""
+    if named is None:
         return None
-    found: dict[str, int | None] = {}
-    for each in named:
-        name, equals, number = each.rpartition("=")
-        if not equals or not re.fullmatch(r"-?[0-9]+|none", number, re.ASCII | re.IGNORECASE):
-            message = f"--class {each}: expected CLASS=LABEL with an integer, or none"
-            raise typer.BadParameter(message)
-        if name in found:
-            message = f"--class names {name!r} twice"
-            raise typer.BadParameter(message)
-        found[name] = None if number.lower() == "none" else int(number)
-    return found
+    if not _CLASS_LABELS.fullmatch(named):
+        message = (
+            f"--class-labels {named}: expected classes with an integer or none each, such as "
+            "wrong=1,right=0,unsure=none"
+        )
+        raise typer.BadParameter(message)
+    found = [(each[1], each[2]) for each in _CLASS_LABEL.finditer(named)]
+    if len(dict(found)) < len(found):
+        message = f"--class-labels {named}: names a class twice"
+        raise typer.BadParameter(message)
+    return {name: None if number.lower() == "none" else int(number) for name, number in found}
 
 
 def _report(report: LabelReport, *, json: bool) -> None:

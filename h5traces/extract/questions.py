@@ -13,7 +13,7 @@ import xxhash
 
 from h5traces.errors import ExtractionError, MissingDependencyError, SchemaError
 from h5traces.extract.options import Columns
-from h5traces.sources.rows import read_rows, short, text_of
+from h5traces.sources.rows import foreign, read_rows, short, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -146,6 +146,9 @@ def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
 
 def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Question]]:
     path = table.path
+    other = foreign(path)
+    if other is not None and not any(each in table.columns for each in _QUESTION_COLUMNS):
+        raise ExtractionError(other)
     repeated = sorted({each for each in table.columns if table.columns.count(each) > 1})
     if repeated:
         message = f"{path}: the columns {', '.join(map(repr, repeated))} occur more than once"

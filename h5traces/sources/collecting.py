@@ -42,7 +42,10 @@ _NAMED_AS_TRACES: Final = re.compile(
     r"\.(?:pkl|pickle|pt|pth|ckpt|safetensors)(?:\.(?:gz|bz2|xz|lzma|zstd?|lz4))?\Z", re.IGNORECASE
 )
 # What lies beside a batch and tells about it, under its name.
-_COMPANIONS: Final = frozenset({"json", "jsonl", "csv", "text", "html", "office"})
+_COMPANIONS: Final = frozenset(
+    {"json", "jsonl", "csv", "text", "html", "xml", "office", "image", "pdf", "empty"}
+)
+_SUFFIXES: Final = re.compile(r"(?:\.[A-Za-z]\w{0,7})+\Z", re.ASCII)
 _NUMBER: Final = re.compile(r"[0-9]+")
 _PART: Final = ".part"
 _EXAMPLES: Final = "pickles, files of torch.save or safetensors"
@@ -242,9 +245,14 @@ def _belongs(found: Recognised, names: _Names) -> bool:
     """Whether a file that is not read seems to be one of the run's."""
     if found.is_ours:
         return False
-    if found.kind.id in _COMPANIONS and names.has_stem(found.path):
-        return False
-    return _is_of_traces(found) or names.continues(found.path)
+    if _is_of_traces(found):
+        return True
+    path = found.path
+    if found.kind.id in _COMPANIONS:
+        return names.continues(path) and not names.has_stem(path)
+    return names.continues(path) or names.continues(
+        path.with_name(_SUFFIXES.sub("", path.name) or path.name)
+    )
 
 
 class _Names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
@@ -162,6 +163,21 @@ def test_rows_are_rejected_by_line(tmp_path, content, message):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ExtractionError, match=re.escape(f"{path}: {message}")):
         read_questions(path)
+
+
+def test_what_holds_no_questions_is_named(tmp_path):
+    path = tmp_path / "asked.csv"
+    for content, message in (
+        (
+            gzip.compress(b"question\nWhy?\n"),
+            "is text, compressed by gzip, expected CSV",
+        ),
+        (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0]\x94.", "is a pickle, expected CSV"),
+        (b"<html><body>Sign in</body></html>\n", "is a web page, saved in place of the file"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ExtractionError, match=message):
+            read_questions(path)
 
 
 def test_no_question_at_all():
