@@ -29,7 +29,6 @@ from h5traces.meaning.containers import (
     turned,
 )
 from h5traces.meaning.further_kinds import further_kind
-from h5traces.meaning.lengths import is_one_less
 from h5traces.meaning.numbering import (
     Established,
     Numbered,
@@ -107,7 +106,6 @@ def to_record(
     for key, value in item.items():
         if key not in found.layered:
             _place(key, value, item, found)
-    _note_lengths(found, apart)
     record = TraceRecord(
         source=source,
         fields=tuple(item),
@@ -337,14 +335,6 @@ def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
     except ConversionError as error:
         message = f"{place}: {error}"
         raise ConversionError(message) from error
-
-
-def _note_lengths(found: _Fields, apart: dict[str, Apart]) -> None:
-    tokens = found.named.get("tokens")
-    positions = next((each.num_positions for each in apart.values()), None)
-    if tokens is not None and positions is not None and is_one_less(len(tokens), positions):
-        message = "one more than positions: arrays cover all tokens but the last"
-        found.findings.append(Finding("one-state-less", layout.TOKENS, message))
 
 
 # --- other fields ---------------------------------------------------------------------------------
