@@ -55,7 +55,7 @@ _ALL: Final = (
         severity="warning",
         reason="Without attentions, nothing says whether the first hidden state is the "
         "embedding or the output of block 0.",
-        remedy="Say what it is: first_state='embedding' or 'block'.",
+        remedy="Say what it is: first_state='embedding' or first_state='block'.",
         of_reading=True,
     ),
     Check(
@@ -102,13 +102,6 @@ _ALL: Final = (
         severity="note",
         reason="generate() returns one item per generation step, each with all layers. Steps are "
         "stored by layer, and come back as they were in the dict of the trace.",
-        remedy="Nothing to do.",
-    ),
-    Check(
-        id="one-state-less",
-        severity="note",
-        reason="There is one token more than positions: generate() never runs the model on the "
-        "last token. Positions belong to all tokens but the last.",
         remedy="Nothing to do.",
     ),
     Check(

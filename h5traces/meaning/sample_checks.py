@@ -17,6 +17,7 @@ from h5traces.meaning.array_checks import (
 )
 from h5traces.meaning.checks import Finding, Findings
 from h5traces.meaning.lengths import covered_tokens, is_one_less
+from h5traces.meaning.numbering import FIRST_STATE_UNKNOWN
 from h5traces.precision.attention import LEVELS
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
     Only arrays in memory are looked at. Cost of a quick look: see ``benchmarks/checks.py``.
     """
     found = list(record.findings)
+    states = record.layered.get(layout.HIDDEN_STATES)
+    names = () if states is None else (each.name for each in states.arrays)
+    # Archives hold positions as well.
+    if FIRST_STATE_UNKNOWN not in found and any(map(layout.is_position, names)):
+        found.append(FIRST_STATE_UNKNOWN)
     found += _coverage_findings(record)
     found += _token_findings(record, look.vocabulary)
     found += _special_token_findings(record)
@@ -80,6 +86,7 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
 
 
 def _axes(kind: str, layered: LayeredArrays) -> tuple[str, ...]:
+    # Checks of states and weights do not apply to further kinds.
     return layout.KINDS[kind].axes if kind in layout.KINDS else ()
 
 

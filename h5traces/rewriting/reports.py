@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
+from h5traces.format.text import and_more
 from h5traces.meaning.checks import CheckOptions
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class ConversionReport:
         found += [f"not read: {part}" for each in self.files for part in each.unread]
         found += [each.reason for each in self.leftovers]
         return found + [
-            f"{', '.join(each.sources)}: {finding}"
+            f"{and_more(each.sources, 3)}: {finding}"
             for each in self.files
             for finding in each.findings
             if self.checks.fails([finding])
