@@ -321,9 +321,12 @@ def _layer(kind: str, index: int, name: str, value: Any, site: str | None) -> La
 def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
     if isinstance(value, TorchValue):
         if value.dtype not in FLOAT_TYPES:
-            message = f"{place}: torch dtype is {value.dtype}, expected {', '.join(FLOAT_TYPES)}"
+            message = (
+                f"{place}: {value.container} dtype is {value.dtype}, expected "
+                f"{', '.join(FLOAT_TYPES)}"
+            )
             raise ConversionError(message)
-        return TypedArray(value.data, value.dtype), "torch"
+        return TypedArray(value.data, value.dtype), value.container
     if not isinstance(value, np.ndarray):
         message = (
             f"{place}: found {type(value).__name__}, expected a numpy array, a torch tensor, or "
