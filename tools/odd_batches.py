@@ -1,7 +1,7 @@
 """Converts random odd batches by the thousand; the long run of ``tests/meaning``.
 
-``python tools/odd_batches.py --count 3000 --first 300`` exits with 1 at the first batch whose archive
-is not the truth, or that is rejected without a reason; it names the batch.
+``python tools/odd_batches.py --count 3000 --first 300`` exits with 1 at the first batch whose
+archive is not the truth, or that is rejected without a reason; it names the batch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
-sys.path.insert(0, str(TESTS / "meaning"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "meaning"))
 
 from odd_items import odd_batch
 from test_random_items import check
