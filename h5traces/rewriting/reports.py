@@ -62,6 +62,8 @@ class FileReport:
         Whether every stored array holds every bit of its source; None if none were written.
     kept_layers
         Such as ``3 of 6 layers`` where the archives hold some only; empty if they hold all.
+    num_cut
+        Padded positions that were cut.
     changes
         What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
@@ -90,6 +92,7 @@ class FileReport:
     stored_nbytes: dict[str, int] = field(default_factory=dict)
     is_lossless: bool | None = None
     kept_layers: str = ""
+    num_cut: int = 0
     changes: str = ""
     seconds: float = 0.0
     understood: list[str] = field(default_factory=list)
