@@ -1,4 +1,4 @@
-"""One file, an archive or a legacy batch, as a list of plain dicts."""
+"""One file, an archive or one of another program, as a list of plain dicts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def load(
     Parameters
     ----------
     path
-        An ``.h5`` archive, also on a server, or a legacy ``.pkl`` or ``.pkl.gz`` batch. Pickles
-        are read by an interpreter that executes nothing.
+        An ``.h5`` archive, also on a server, or a file of another program: a pickle,
+        ``torch.save``, safetensors and so on, see ``docs/sources.md``. Nothing in it is executed.
     container
         ``source``, ``numpy`` or ``torch``, as for `h5traces.open`.
     reading
@@ -39,7 +39,7 @@ def load(
     Raises
     ------
     UnsafePickleError, ConversionError
-        The pickle asks for something outside the allow-list, or is no batch.
+        A pickle asks for something outside the allow-list, or the file holds no traces.
     OptionError
         There is no such container.
     MissingDependencyError

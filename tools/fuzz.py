@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fuzz the unpickler, the chunk decoders or ``open``, guided by the coverage of h5traces.
+"""Fuzz a reader of sources, the chunk decoders or ``open``, guided by the coverage of h5traces.
 
 Needs atheris (``pip install atheris``). Starts from honest inputs and known attacks, mutates what
 reaches new code, and stops with exit code 77 at the first exception that is not of h5traces, at
@@ -29,9 +29,8 @@ examples:
     python tools/fuzz.py unpickler --input crash-0123
 """
 # What reads files; all of h5traces takes seconds longer to start.
-INSTRUMENTED = [
-    f"h5traces.{name}" for name in ("archive", "encodings", "legacy", "storage", "text")
-]
+INSTRUMENTED = [f"h5traces.{name}" for name in ("archive", "format", "sources", "storage")]
+TARGETS = ("unpickler", "torch", "safetensors", "numpy", "chunks", "open")
 MAX_RSS_MB = 1024
 SECONDS_PER_INPUT = 5
 LARGEST_INPUT = 16384
@@ -42,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", choices=["unpickler", "chunks", "open"])
+    parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="0 for another one every time")
     parser.add_argument("--corpus", type=Path, help="inputs to start from, and to add to")
@@ -50,9 +49,10 @@ def main() -> None:
     parser.add_argument("--input", type=Path, help="try this one only")
     options = parser.parse_args()
     with atheris.instrument_imports(include=INSTRUMENTED):
-        from fuzz_targets import LARGEST_SEED, SEEDS, TARGETS
-    target = TARGETS[options.target]
-    seeds = [each for each in SEEDS[options.target]() if len(each) <= LARGEST_SEED]
+        import fuzz_targets
+    target = fuzz_targets.TARGETS[options.target]
+    found = fuzz_targets.SEEDS[options.target]()
+    seeds = [each for each in found if len(each) <= fuzz_targets.LARGEST_SEED]
     # What is imported late is imported here, and no input's doing.
     for each in seeds:
         target(each)

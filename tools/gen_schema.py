@@ -42,10 +42,13 @@ from h5traces.format.limits import ReadLimits
 from h5traces.format.precision import CalibrationRecord, Precision
 from h5traces.format.record import (
     COVERAGE_DEFINITIONS,
+    SourceForm,
     SourcePosition,
     TraceDescription,
     TraceMetadata,
 )
+from h5traces.format.value_types import TABLE
+from h5traces.format.values import JSON_TAGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -250,6 +253,18 @@ def limits_table() -> str:
     )
 
 
+def json_tags_table() -> str:
+    """What tagged JSON says of values that JSON lacks."""
+    rows = [[f"`{tag}`", each.content, each.value] for tag, each in JSON_TAGS.items()]
+    return _table(("tag", "content", "Python value"), rows)
+
+
+def value_types_table() -> str:
+    """The types of extra fields that are a name and a content."""
+    rows = [[f"`{each.name}`", each.says] for each in TABLE]
+    return _table(("name", "content"), rows)
+
+
 def tables() -> dict[str, str]:
     """Every generated table of SPEC.md by the name in its markers."""
     return {
@@ -262,11 +277,14 @@ def tables() -> dict[str, str]:
         "KindMetadata": model_table(KindMetadata),
         "Kinds": kinds_table(),
         "TraceMetadata": model_table(TraceMetadata),
+        "SourceForm": model_table(SourceForm),
         "LabelSidecar": model_table(LabelSidecar, nested=True),
         "SourcePosition": model_table(SourcePosition, nested=True),
         "SampleExtraction": model_table(SampleExtraction, nested=True),
         "Coverage": coverage_table(),
         "ReadLimits": limits_table(),
+        "JsonTags": json_tags_table(),
+        "ValueTypes": value_types_table(),
     }
 
 

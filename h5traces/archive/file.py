@@ -101,11 +101,15 @@ class ArchiveFile:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The model's own layer numbers that are stored, of the first kind that has layers."""
-        for kind in (layout.HIDDEN_STATES, layout.ATTENTIONS, *self.store.kinds):
-            layers = self.store.kinds.get(kind, {}).get("layers", ())
-            if isinstance(layers, tuple) and layers:
-                return layers
+        """The model's own layer numbers that are stored, of the first kind that has layers.
+
+        Positions, where no kind knows its layers.
+        """
+        for numbers in ("layers", "positions"):
+            for kind in (layout.HIDDEN_STATES, layout.ATTENTIONS, *self.store.kinds):
+                found = self.store.kinds.get(kind, {}).get(numbers, ())
+                if isinstance(found, tuple) and found:
+                    return found
         return ()
 
     @property

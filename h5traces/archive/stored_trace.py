@@ -18,10 +18,11 @@ from h5traces.errors import (
     UnsupportedEncodingError,
 )
 from h5traces.format import layout, text
+from h5traces.format.archive import KindMetadata
 from h5traces.format.document import from_attributes
 from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.format.entries import INTEGER_TYPES
-from h5traces.format.record import TraceMetadata
+from h5traces.format.record import SourceForm, TraceMetadata
 from h5traces.format.values import TorchValue
 from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
 from h5traces.storage.remote.paths import RemotePath
@@ -142,9 +143,61 @@ class StoredTrace:
         has_heads = layout.ATTENTIONS in objects or layout.ATTENTION_MEAN not in objects
         return layout.HIDDEN_STATES, layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
 
+    @property
+    def kinds(self) -> dict[str, Attrs]:
+        """Attributes of every kind of the archive, by name."""
+        return self.file.store.kinds
+
+    def axes(self, kind: str) -> tuple[str, ...]:
+        """Names of the axes of one layer's array; CorruptArchiveError where the kind lacks them."""
+        if kind in layout.KINDS:
+            return layout.KINDS[kind].axes
+        try:
+            return from_attributes(KindMetadata, self.kinds.get(kind, {})).axes
+        except SchemaError as error:
+            message = f"{self.file.path}: /{layout.KINDS_GROUP}/{kind}: {error}"
+            raise CorruptArchiveError(message) from error
+
+    def form(self, kind: str) -> SourceForm:
+        """What held the selected arrays in the legacy dict.
+
+        CorruptArchiveError where the archive does not say it as it should.
+        """
+        try:
+            attrs = self.attrs(kind) if kind in self.objects else {}
+            form = from_attributes(SourceForm, attrs)
+        except SchemaError as error:
+            message = f"{self.place}/{kind}: {error}"
+            raise CorruptArchiveError(message) from error
+        if self.selected is None or form.keys is None:
+            return form
+        kept = (None, *self.selected)
+        keys = tuple(each for each in form.keys if layout.parse_layer_name(each[1]) in kept)
+        return form.model_copy(update={"keys": keys})
+
     def stored_layers(self, kind: str) -> tuple[int, ...]:
-        """Layer numbers stored of a kind, selected or not, ascending."""
+        """Numbers stored of a kind, selected or not, ascending: of layers, else of positions."""
         return _stored_layers(kind, tuple(self.objects))
+
+    def array_name(self, kind: str, number: int) -> str:
+        """The name of the dataset that holds a layer, or a position where no layer is known."""
+        position = layout.position_name(number)
+        return position if f"{kind}/{position}" in self.objects else layout.layer_name(number)
+
+    def names_with_steps(self, kind: str) -> list[str]:
+        """Names of all stored arrays in the order of the table of generation steps."""
+        names = [self.array_name(kind, each) for each in self.stored_layers(kind)]
+        has_embedding = f"{kind}/{layout.EMBEDDING}" in self.objects
+        return [layout.EMBEDDING, *names] if has_embedding else names
+
+    def listed_names(self, kind: str, chosen: tuple[int, ...] | None) -> list[str]:
+        """Names of the chosen arrays in the order of the legacy list; None chooses all."""
+        names = [
+            self.array_name(kind, each)
+            for each in self.stored_layers(kind)
+            if chosen is None or each in chosen
+        ]
+        return [layout.EMBEDDING, *names] if self.form(kind).lists_embedding else names
 
     def check_kind(self, kind: str) -> None:
         """Raise OptionError for a kind that is not stored, or as `check_heads`."""
@@ -375,7 +428,7 @@ def _check_table(trace: StoredTrace, kind: str, path: str) -> None:
 
 def _steps(trace: StoredTrace, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
     """Generation steps out of the flat dataset that holds them."""
-    names = [layout.layer_name(layer) for layer in trace.stored_layers(kind)]
+    names = trace.names_with_steps(kind)
     table = trace.table(f"{kind}/{layout.STEPS_TABLE}")
     fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
     steps, start = [], 0

@@ -96,6 +96,15 @@ class FooterStore:
     def num_samples(self) -> int:
         return self._directory.num_samples
 
+    @property
+    def has_foreign(self) -> bool:
+        """Whether the HDF5 part holds objects or attributes that are not the format's."""
+        return self._directory.has_foreign
+
+    def sample_place(self, index: int) -> str:
+        """Absolute path of a sample's group."""
+        return layout.sample_path(index)
+
     def sample_attrs(self, index: int) -> Attrs:
         start, stop = self._bounds(self._ends("sample_attrs_nbytes"), index)
         text = self._tables.column("sample_attrs")[start:stop].tobytes()
@@ -365,6 +374,15 @@ class Hdf5Store:
     @property
     def num_samples(self) -> int:
         return len(self._names)
+
+    @property
+    def has_foreign(self) -> bool:
+        """Whether there may be objects or attributes that are not the format's."""
+        return True
+
+    def sample_place(self, index: int) -> str:
+        """Absolute path of a sample's group."""
+        return f"/{layout.SAMPLES_GROUP}/{self._name_of(index)}"
 
     def sample_attrs(self, index: int) -> Attrs:
         return self._hdf5.sample_attributes(self._name_of(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from h5traces.errors import MissingDependencyError, OptionError
 from h5traces.format.dtypes import TypedArray, bfloat16_to_float32
+from h5traces.format.value_types import BY_TYPE, with_content
 from h5traces.format.values import TorchValue
 
 if TYPE_CHECKING:
@@ -38,9 +40,23 @@ def is_torch(container: Container, held: object) -> bool:
 
 
 def to_tensor(value: TorchValue) -> Any:
-    """The torch tensor that a stored value stands for, in memory of its own."""
+    """What a stored value stands for, in memory of its own: a torch tensor, or of ml_dtypes."""
+    if value.container == "ml_dtypes":
+        return _ml_array(value)
     # A copy: stored values may be read-only, and shared.
     return _torch_values().to_tensor(np.array(value.data, order="C"), value.dtype)
+
+
+def _ml_array(value: TorchValue) -> NDArray[Any]:
+    try:
+        dtype = getattr(importlib.import_module("ml_dtypes"), value.dtype)
+    except ImportError as error:
+        message = (
+            f"the source held {value.dtype} arrays of ml_dtypes, which is not installed; install "
+            "ml_dtypes, or ask for arrays with container='numpy'"
+        )
+        raise MissingDependencyError(message) from error
+    return np.array(value.data, order="C").view(dtype)
 
 
 def fresh_array(array: TypedArray, container: Container, held: object) -> Any:
@@ -106,6 +122,8 @@ def _with_each(
     """`value` with its tensors and arrays changed, in lists, tuples and dicts of any depth."""
     if isinstance(value, TorchValue):
         return change(value)
+    if type(value) in BY_TYPE or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
+        return with_content(value, lambda content: _with_each(content, change, change_array))
     if isinstance(value, np.ndarray) and change_array is not None:
         return change_array(value)
     if isinstance(value, dict):

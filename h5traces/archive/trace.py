@@ -10,6 +10,7 @@ import numpy as np
 
 from h5traces.archive.equality import equal
 from h5traces.archive.read_only import ReadOnly
+from h5traces.archive.source_form import in_source_form
 from h5traces.archive.tensors import check_container, in_container
 from h5traces.errors import CorruptArchiveError, LayerIndexError
 from h5traces.format import layout, text
@@ -48,15 +49,16 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
 
     @cached_property
     def _names(self) -> list[str]:
-        """Dataset names, in order of position; the embedding is not part of the list."""
-        return [layout.layer_name(layer) for layer in self.layers]
+        """Dataset names in the order of the legacy list."""
+        return self._trace.listed_names(self.kind, self._selected)
 
     @cached_property
-    def layers(self) -> tuple[int, ...]:
-        """The model's own layer number of every position."""
-        layers = self._trace.stored_layers(self.kind)
-        chosen = self._selected
-        return layers if chosen is None else tuple(each for each in layers if each in chosen)
+    def layers(self) -> tuple[int | None, ...]:
+        """The model's own layer number of every position; None for the embedding.
+
+        Where no layer is known, since nothing says what the first state is, the position itself.
+        """
+        return tuple(layout.parse_layer_name(name) for name in self._names)
 
     @property
     def sites(self) -> tuple[str | None, ...]:
@@ -96,11 +98,8 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
         return found
 
     def _to_list(self) -> Any:
-        """All arrays, in what held them in the source: a list or a tuple."""
-        read = partial(self._trace.read_layer, self.kind, container=self._container)
-        values = [read(name) for name in self._names]
-        is_tuple = self._trace.attrs(self.kind).get("sequence") == "tuple"
-        return tuple(values) if is_tuple else values
+        """All arrays, in what held them in the source: a list, a tuple, a dict or one array."""
+        return in_source_form(self._trace, self.kind, self._names, self._container)
 
     def copy(self) -> list[LayerValue]:
         """A list of all arrays, as ``list.copy`` gives."""
@@ -229,7 +228,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
     def _value(self, key: str, container: Container) -> Any:
         objects = self._stored.objects
         # A kind that was made of others, such as the head mean, is no key of the legacy dict.
-        if key not in self.fields and not (key in layout.KINDS and key in objects):
+        if key not in self.fields and not (key in self._stored.kinds and key in objects):
             self._stored.check_heads(key)
             raise KeyError(key)
         if key == layout.LABEL and self._stored.has_new_label:
@@ -271,7 +270,9 @@ class Trace(ReadOnly, Mapping[str, Any]):
 
     @property
     def embedding(self) -> LayerValue:
-        """The output of the embedding, ``(seq_len, hidden_size)``; no part of the legacy list.
+        """The output of the embedding, ``(seq_len, hidden_size)``.
+
+        It is part of the legacy list only where the source's list began with it.
 
         Raises
         ------
@@ -287,7 +288,10 @@ class Trace(ReadOnly, Mapping[str, Any]):
         return self._stored.read_layer(kind, name, self._container)
 
     def layer(self, layer: int, kind: str = layout.HIDDEN_STATES) -> LayerValue:
-        """One layer's array by the model's own 0-based layer number.
+        """One layer's array by the model's own 0-based layer number, or by position.
+
+        Positions stand for layers where the source did not say whether its first hidden state was
+        the embedding, see `LayerSequence.layers`.
 
         Raises
         ------
@@ -297,7 +301,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
             It stores attentions averaged over heads only.
         """
         self._stored.check_layer(layer, kind)
-        return self._read_layer(kind, layout.layer_name(layer))
+        return self._read_layer(kind, self._stored.array_name(kind, layer))
 
     def to_dict(self, *, container: Container | None = None) -> dict[str, Any]:
         """The plain legacy dict: same keys in the same order, types, shapes and values.

@@ -21,8 +21,9 @@ from h5traces.format.values import TorchValue
 from h5traces.meaning.checks import CheckOptions, FindingSummary
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.sample_checks import Look, SampleChecks
-from h5traces.paths import ARCHIVE_SUFFIXES, expand_sources, is_archive
-from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
+from h5traces.paths import is_archive
+from h5traces.sources.collecting import archives_and_sources
+from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.stored_samples import to_record
 
@@ -111,7 +112,7 @@ class Inspection:
     Attributes
     ----------
     path, container, nbytes
-        The file, ``archive`` or ``pickle``, and its size.
+        The file, ``archive`` or the kind of source, such as ``pickle`` or ``torch``, and its size.
     metadata
         Facts about the whole: model, dataset, layers and so on.
     num_samples
@@ -174,13 +175,13 @@ def inspect(
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: ReportProgress | None = None,
 ) -> list[Inspection]:
-    """Describe archives and legacy batches.
+    """Describe archives and files of other programs.
 
     Parameters
     ----------
     sources
-        Archives (also on servers), legacy batches, globs or folders. A batch is read to its end,
-        which is how its samples are counted; nothing in it is executed.
+        Archives (also on servers), files of other programs, globs or folders. The latter are read
+        to their end, which is how their samples are counted; nothing in them is executed.
     samples
         Number of samples per file whose arrays are read, or ``all``.
     reading
@@ -205,7 +206,7 @@ def inspect(
         A file is neither an archive nor a batch, or is damaged.
     """
     found = []
-    for path in expand_sources(sources, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES)):
+    for path in archives_and_sources(sources, reading):
         if isinstance(path, RemotePath) or is_archive(path):
             found.append(_inspect_archive(path, samples, checks, limits, progress))
         else:
@@ -288,11 +289,11 @@ def _inspect_batch(
                 progress(*source.progress)
     return Inspection(
         path=str(file),
-        container="pickle",
+        container=source.kind,
         nbytes=file.stat().st_size,
         metadata=facts_in_name(file),
         num_samples=len(lengths),
-        layers=list(range(source.num_layers)),
+        layers=list(source.established.numbers),
         lengths=_length_stats(lengths),
         coverage=dict(coverage),
         sizes={
@@ -352,8 +353,13 @@ def _length(value: Any) -> int | None:
     return len(array) if isinstance(array, np.ndarray) and array.ndim else None
 
 
+def _order_of_kinds(kind: str) -> tuple[int, str]:
+    known = list(layout.KINDS)
+    return (known.index(kind) if kind in known else len(known), kind)
+
+
 def _array_stats(record: TraceRecord) -> Iterator[ArrayStats]:
-    for kind in sorted(record.layered, key=list(layout.KINDS).index):
+    for kind in sorted(record.layered, key=_order_of_kinds):
         for layer in record.layered[kind].arrays:
             parts = _parts(layer.array)
             shapes = [list(part.shape) for part in parts]

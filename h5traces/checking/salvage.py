@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from h5traces.archive.archive import Archive
     from h5traces.format.limits import ReadLimits
     from h5traces.paths import PathLike
+    from h5traces.writing.options import Foreign
 
 
 @dataclass(slots=True)
@@ -45,12 +46,15 @@ class SalvageReport:
         Samples in the new archive.
     lost
         The damage of the samples that were not copied.
+    warnings
+        What else was not copied: objects of other programs.
     """
 
     source: str
     target: str
     num_saved: int = 0
     lost: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def lost_samples(self) -> list[int]:
@@ -67,6 +71,7 @@ class SalvageReport:
             "num_saved": self.num_saved,
             "lost_samples": self.lost_samples,
             "lost": [each.as_dict() for each in self.lost],
+            "warnings": self.warnings,
         }
 
 
@@ -74,6 +79,7 @@ def salvage(
     source: PathLike,
     dest: PathLike,
     *,
+    foreign: Foreign = "keep",
     overwrite: bool = False,
     dry_run: bool = False,
     workers: int | None = None,
@@ -91,6 +97,8 @@ def salvage(
         The damaged archive; its footer or its HDF5 part must still open.
     dest
         The new archive: a name ending in ``.h5``, or a folder.
+    foreign
+        ``keep`` or ``drop`` objects and attributes of other programs, as in `h5traces.repack`.
     overwrite
         Replace an existing archive; never the source.
     dry_run
@@ -121,7 +129,8 @@ def salvage(
             pool = until_done.enter_context(ThreadPoolExecutor(workers))
             intact = _intact(archive, _agreement(archive, until_done), pool, report, progress)
             if not dry_run:
-                _copy(archive, intact, target, overwrite=overwrite, workers=workers)
+                options = _options(archive, overwrite=overwrite, workers=workers, foreign=foreign)
+                report.warnings += _copy(archive, intact, target, options)
     report.num_saved = len(intact)
     return report
 
@@ -173,28 +182,34 @@ def _contradictions(agreement: Agreement | None, index: int) -> list[tuple[str, 
         return []
 
 
-def _copy(
-    archive: Archive, intact: list[int], target: Path, *, overwrite: bool, workers: int | None
-) -> None:
+def _options(
+    archive: Archive, *, overwrite: bool, workers: int | None, foreign: Foreign
+) -> WriteOptions:
     metadata = archive.metadata
+    return WriteOptions(
+        dtype=metadata.dtype_policy or "float16",
+        on_overflow=metadata.on_overflow or "float32",
+        codec=metadata.codec,
+        workers=workers,
+        overwrite=overwrite,
+        precision=metadata.precision or EXACT,
+        scales=inherited_scales(archive._files),
+        earlier_precisions=metadata.earlier_precisions or (),
+        foreign=foreign,
+    )
+
+
+def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptions) -> list[str]:
+    """Write the new archive; what of other programs was not copied."""
     make_folder(target.parent)
     remove_abandoned_parts(target)
-    writer = ArchiveWriter(
-        target,
-        WriteOptions(
-            dtype=metadata.dtype_policy or "float16",
-            on_overflow=metadata.on_overflow or "float32",
-            codec=metadata.codec,
-            workers=workers,
-            overwrite=overwrite,
-            precision=metadata.precision or EXACT,
-            scales=inherited_scales(archive._files),
-            earlier_precisions=metadata.earlier_precisions or (),
-        ),
-        **inherited_facts(archive._files),
-    )
+    (file,) = archive._files
+    writer = ArchiveWriter(target, options, **inherited_facts(archive._files))
     with writer:
+        writer.carry_foreign(file)
         for index in intact:
             writer.copy(StoredSample(archive[index]))
-        writer.finish(sources=metadata.sources)
-        verify_written(writer.part_path, writer.digests, workers=workers)
+            writer.carry_foreign(file, index)
+        writer.finish(sources=archive.metadata.sources)
+        verify_written(writer.part_path, writer.digests, workers=options.workers)
+    return [f"{each}: not copied" for each in writer.summary.left_foreign]

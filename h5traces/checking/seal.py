@@ -45,6 +45,9 @@ class SealReport:
         Samples in it.
     edited
         HDF5 paths whose values or metadata do not match their digests.
+    foreign
+        Objects and attributes that are not the format's. They stay in the file as they are;
+        `h5traces.repack` with ``foreign="drop"`` leaves them out.
     """
 
     path: str
@@ -52,6 +55,7 @@ class SealReport:
     already_sealed: bool = False
     num_samples: int = 0
     edited: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -68,8 +72,9 @@ def seal(
 ) -> list[SealReport]:
     """Rebuild the footers of archives that another program opened for writing.
 
-    Reads every chunk. A file whose footer is right stays as it is. The HDF5 part is not changed;
-    until the last byte of the new footer is written, readers use HDF5.
+    Reads every chunk. A file whose footer is right stays as it is. The HDF5 part is not changed, so
+    objects of other programs stay in it; until the last byte of the new footer is written, readers
+    use HDF5.
 
     Parameters
     ----------
@@ -147,6 +152,11 @@ def _seal_file(
             report.edited += [f"/{entry.path}" for entry, fits in entries if not fits]
             builder.add_scales(entry for entry, _ in entries)
             footer = footer if _is_listed(footer, None, scales, entries) else None
+        reader.note_outer()
+    builder.has_foreign = bool(reader.foreign)
+    report.foreign = [str(each) for each in reader.foreign if not each.is_users]
+    if footer is not None and footer.has_foreign != builder.has_foreign:
+        footer = None
     report.num_samples = builder.num_samples
     report.already_sealed = footer is not None and footer.num_samples == builder.num_samples
     report.sealed = report.already_sealed

@@ -37,6 +37,7 @@ from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import (
     ArrayDescription,
+    SourceForm,
     TraceDescription,
     TraceMetadata,
     coverage_of,
@@ -69,12 +70,10 @@ if TYPE_CHECKING:
     Finding = tuple[str, str, str]
 
 _ROOT_GROUPS: Final = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
-_OPTIONAL_GROUPS: Final = frozenset({layout.SCALES_GROUP})
 _NUMBERS: Final = {layout.TOKENS: "int64", layout.ATTENTION_MASK: "uint8"}
 _SAMPLE_DATASETS: Final = frozenset({*_NUMBERS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
 _SITES: Final = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
 _FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
-_STRAY: Final = "no such object belongs in an archive"
 
 
 def validate(
@@ -201,10 +200,7 @@ class _Validation:
         if self._metadata is not None:
             found = label_problems(self._reader.path, self._metadata, self._samples)
             self._report.problems += found
-        for place, name in self._reader.ignored_attributes:
-            if not name.startswith(layout.USER_ATTR_PREFIX):
-                message = f"attribute {name!r} is neither of the format nor of a type that it uses"
-                self._add(place, message, "unknown_attribute")
+        self._note_foreign()
 
     def _add_all(self, place: str, findings: Iterable[Finding]) -> None:
         for loc, message, kind in findings:
@@ -218,7 +214,7 @@ class _Validation:
             self._add(
                 loc,
                 f"attribute {name!r} is not of the format; names of users' attributes begin with "
-                f"{layout.USER_ATTR_PREFIX!r}",
+                f"{layout.USER_PREFIX!r}",
                 "unknown_attribute",
             )
         try:
@@ -229,13 +225,23 @@ class _Validation:
             return None
 
     def _check_root_names(self) -> None:
-        found = set(self._reader.root_names())
-        for name in sorted(found - _ROOT_GROUPS - _OPTIONAL_GROUPS):
-            self._add(f"/{name}", _STRAY, "unknown_object")
-        for name in sorted(_ROOT_GROUPS - found):
+        for name in sorted(_ROOT_GROUPS - set(self._reader.root_names())):
             self._add(f"/{name}", "the group is missing", "missing_group")
-        for name in self._reader.stray_names():
-            self._add(name, _STRAY, "unknown_object")
+        self._reader.note_outer()
+
+    def _note_foreign(self) -> None:
+        """Name what is none of the format's, but for what is named as users' own."""
+        self._report.problems += self._reader.foreign_hazards()
+        alike: defaultdict[tuple[str, bool], list[str]] = defaultdict(list)
+        for each in self._reader.foreign:
+            if not each.is_users:
+                alike[each.name, each.is_attribute].append(each.path)
+        for (name, is_attribute), places in alike.items():
+            what = f"attribute {name!r}" if is_attribute else f"object {name!r}"
+            self._report.notes.append(
+                f"{text.and_more(sorted(places), 3)}: {what} is not of the format, and not read; "
+                f"names of users' own begin with {layout.USER_PREFIX!r}"
+            )
 
     def _check_kinds(self) -> None:
         for name, attrs in self._reader.kinds().items():
@@ -422,6 +428,8 @@ def _sample_problems(
         elif first in kinds:
             if rest:
                 yield from _layer_problems(entry, rest, kinds[first])
+            else:
+                yield from _form_problems(sample, entry)
             known = rest == layout.EMBEDDING or layout.parse_layer_name(rest) is not None
             in_steps = f"{first}/{layout.STEPS_TABLE}" in sample.objects
             dtype = _float_type(entry)
@@ -442,7 +450,23 @@ def _sample_problems(
                 "filter",
             )
     if metadata is not None:
-        yield from _consistency_problems(sample, metadata, arrays)
+        axes = {name: kind.axes for name, kind in kinds.items() if name not in layout.KINDS}
+        yield from _consistency_problems(sample, metadata, arrays, axes)
+
+
+def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Finding]:
+    """Problems of what says how the legacy dict held a kind."""
+    try:
+        form = from_attributes(SourceForm, group.attrs)
+    except SchemaError as error:
+        yield from ((group.path, str(each), "wrong_form") for each in error.problems)
+        return
+    named = [name for _, name in form.keys or ()]
+    if form.lists_embedding:
+        named.append(layout.EMBEDDING)
+    missing = [name for name in named if f"{group.path}/{name}" not in sample.objects]
+    if missing:
+        yield group.path, f"lists {missing[0]}, which is not stored", "missing_layer"
 
 
 def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterator[Finding]:
@@ -452,8 +476,11 @@ def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterat
     if number is None and name != layout.EMBEDDING:
         yield entry.path, "expected a name such as layer_000, or 'embedding'", "unknown_object"
         return
-    if number is not None and number not in kind.layers:
-        yield entry.path, f"layer {number} is not among the kind's layers", "unlisted_layer"
+    listed, what = kind.layers, "layer"
+    if layout.is_position(name):
+        listed, what = kind.positions or (), "position"
+    if number is not None and number not in listed:
+        yield entry.path, f"{what} {number} is not among the kind's {what}s", "unlisted_layer"
     if _float_type(entry) is None:
         message = f"stored type is {entry.dtype}, expected a float type, or an encoding of one"
         yield entry.path, message, "wrong_type"
@@ -463,14 +490,15 @@ def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterat
     if "digest" not in entry.attrs:
         yield entry.path, "the attribute 'digest' is missing", "missing_attribute"
     for attribute in entry.attrs:
-        if attribute not in layout.LAYER_ATTRS and not attribute.startswith(
-            layout.USER_ATTR_PREFIX
-        ):
+        if attribute not in layout.LAYER_ATTRS and not attribute.startswith(layout.USER_PREFIX):
             yield entry.path, f"attribute {attribute!r} is not of the format", "unknown_attribute"
 
 
 def _consistency_problems(
-    sample: SampleEntry, metadata: TraceMetadata, arrays: list[ArrayDescription]
+    sample: SampleEntry,
+    metadata: TraceMetadata,
+    arrays: list[ArrayDescription],
+    axes: dict[str, tuple[str, ...]],
 ) -> Iterator[Finding]:
     tokens = sample.objects.get(layout.TOKENS)
     decoded = sample.objects.get(layout.TOKENS_DECODED)
@@ -480,6 +508,7 @@ def _consistency_problems(
         num_tokens=num_tokens,
         num_tokens_decoded=decoded.shape[0] if decoded and decoded.shape else None,
         arrays=tuple(arrays),
+        axes=axes or None,
     )
     for each in description.problems():
         yield each.loc, each.message, each.kind

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Annotated, Any, Final, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from h5traces.cli import streams
 from h5traces.cli.help import Command, group_help
 
 
@@ -43,7 +45,7 @@ _PANELS: Final = {
     },
     "Look and check": {
         "looking": {
-            "inspect": "Show what archives or batches hold, and their sizes.",
+            "inspect": "Show what archives or other files of traces hold, and their sizes.",
             "ls": "List the samples of archives.",
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
@@ -143,4 +145,31 @@ def _root(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    streams.prepare()
+    code: Any = 0
+    try:
+        code = _run()
+        streams.flush()
+    except streams.PipeClosedError:
+        pass
+    except streams.OutputError as error:
+        from h5traces.cli.console import fail
+
+        fail(str(error))
+        code = code or 1
+    sys.exit(streams.exit_code(code))
+
+
+def _run() -> Any:
+    """The exit code of the command."""
+    stdout = sys.stdout
+    try:
+        with streams.output_errors():
+            app()
+    except SystemExit as stop:
+        # What typer does about a pipe that is read no longer while it shows help.
+        if sys.stdout is not stdout:
+            streams.discard(stdout)
+            return 0
+        return stop.code
+    return 0

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import signal
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from h5traces.cli.console import fail, options_named, warn
+from h5traces.cli.streams import PipeClosedError, flush
 from h5traces.errors import (
     ArchiveExistsError,
     H5TracesError,
@@ -111,14 +110,11 @@ def _reported(
         warnings.simplefilter("always", StoredStateWarning)
         warnings.simplefilter("always", LossyWarning)
         try:
-            try:
-                with handled_signals(_raise_terminated, [signal.SIGTERM]):
-                    yield
-            finally:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader of a pipe (head, less) has seen enough; Python flushes again as it ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with handled_signals(_raise_terminated, [signal.SIGTERM]):
+                yield
+            flush()
+        except PipeClosedError:
+            # The reader of the pipe (head, less) has seen enough.
             caught.clear()
             raise typer.Exit(0) from None
         except (H5TracesError, OSError) as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
+import shutil
 import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from h5traces.cli.streams import discard, is_unicode, lose_errors, output_errors
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
@@ -38,8 +42,27 @@ _PARAMETER = re.compile(
     r"(?<![\w/.'-])(?P<name>[a-z]+(?:_[a-z]+)*)(?P<value>=True|=False|='[^' ]*')?(?![\w/.'=-])"
 )
 _options: ContextVar[frozenset[str]] = ContextVar("options", default=frozenset())
+
+
+class _Errors(Console):
+    """Standard error; that it cannot be written ends no command, but its exit code says so."""
+
+    def say(self, text: str) -> None:
+        """Print markup on a line of its own."""
+        try:
+            self.print(text)
+        except OSError:
+            self.quiet = True
+            lose_errors()
+
+    def on_broken_pipe(self) -> None:
+        """Be quiet from now on: nobody reads it."""
+        self.quiet = True
+        discard(sys.stderr)
+
+
 # Data goes to stdout, everything else to stderr.
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+errors = _Errors(stderr=True, highlight=False, soft_wrap=True)
 
 
 def human_size(nbytes: float) -> str:
@@ -67,7 +90,8 @@ def _on_one_line(text: str) -> str:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    _write(visible(json.dumps(document, ensure_ascii=False, indent=2, default=str)))
+    ascii_only = not is_unicode(sys.stdout)
+    _write(visible(json.dumps(document, ensure_ascii=ascii_only, indent=2, default=str)))
 
 
 def print_line(line: str = "") -> None:
@@ -77,31 +101,32 @@ def print_line(line: str = "") -> None:
 
 def _write(line: str) -> None:
     # Texts may hold lone surrogates, which no terminal takes; JSON, too, writes them like this.
-    sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
+    with output_errors():
+        sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def print_table(table: Table) -> None:
     """A table of `cell` on stdout; wide if stdout is not a terminal."""
-    width = None if sys.stdout.isatty() else 160
-    console = Console(file=sys.stdout, width=width, highlight=False)
-    with console.capture() as printed:
-        console.print(table)
-    _write(printed.get().rstrip("\n"))
+    is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal else 160
+    printed = io.StringIO()
+    Console(file=printed, width=width, force_terminal=is_terminal, highlight=False).print(table)
+    _write(printed.getvalue().rstrip("\n"))
 
 
 def warn(message: str) -> None:
     """A warning on stderr."""
-    errors.print(f"[yellow]warning:[/] {_plain(message)}")
+    errors.say(f"[yellow]warning:[/] {_plain(message)}")
 
 
 def note(message: str) -> None:
     """Something to know, on stderr."""
-    errors.print(f"[cyan]note:[/] {_plain(message)}")
+    errors.say(f"[cyan]note:[/] {_plain(message)}")
 
 
 def fail(message: str) -> None:
     """An error on stderr."""
-    errors.print(f"[red]error:[/] {_plain(message)}")
+    errors.say(f"[red]error:[/] {_plain(message)}")
 
 
 def tell_findings(

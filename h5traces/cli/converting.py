@@ -110,7 +110,7 @@ def convert(
         reports.warn_of(tools_note(precision.codec))
     for each in report.files:
         for message in each.warnings:
-            warn(f"{', '.join(each.sources)}: {message}")
+            warn(f"{and_more(each.sources, 3)}: {message}")
         tell_findings(each.findings, ", ".join(each.sources), checks)
     for line in first_lines(report.problems, 20):
         fail(line)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typer.core import TyperCommand
 
+from h5traces.cli.streams import as_printed
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -88,7 +90,7 @@ def _console() -> Console:
 def _printed(console: Console) -> str:
     written: Any = console.file
     lines = written.getvalue().splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+    return as_printed("\n".join(line.rstrip() for line in lines))
 
 
 def _print_usage(console: Console, ctx: Any) -> None:

@@ -18,8 +18,8 @@ from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, print_json
 from h5traces.cli.options import Archives, Checks, Json, Reading, option
 from h5traces.errors import H5TracesError
-from h5traces.paths import expand_paths, expand_sources
-from h5traces.sources.opening import SOURCE_SUFFIXES
+from h5traces.paths import expand_paths
+from h5traces.sources.collecting import archives_and_sources
 
 _ISOLATION = "Isolation"
 
@@ -37,19 +37,20 @@ def inspect(
     checks: Checks,
     json: Json = False,
 ) -> None:
-    """Show what archives or batches hold, and their sizes.
+    """Show what archives or other files of traces hold, and their sizes.
 
-    Pickles are read to their end (that is how their samples are counted); archives answer at once.
+    The latter are read to their end (that is how samples are counted); archives answer at once.
 
     - `h5traces inspect archives/`
     - `h5traces inspect old.pkl.gz --num-samples all`
+    - `h5traces inspect run/hidden_states.pt`
     - `h5traces inspect s3://bucket/run/*.h5` reads the indexes and one sample
     """
     if num_samples != "all" and not (num_samples.isascii() and num_samples.isdigit()):
         message = f"{num_samples!r}: expected a number of samples, or 'all'"
         raise typer.BadParameter(message)
     found, failed = [], False
-    for path in expand_sources(sources, (*SOURCE_SUFFIXES, ".h5", ".hdf5")):
+    for path in archives_and_sources(sources, reading):
         try:
             with count_progress(path.name) as update:
                 wanted: Any = num_samples if num_samples == "all" else int(num_samples)

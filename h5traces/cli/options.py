@@ -15,6 +15,7 @@ from h5traces.meaning.checks import CheckOptions, FailOn
 from h5traces.meaning.options import FirstState, ReadingOptions
 from h5traces.storage.codecs import ArrayCodec
 from h5traces.writing.options import AUTOMATIC_SAMPLES, Compare, PrecisionOptions, TargetOptions
+from h5traces.writing.options import Foreign as ForeignChoice
 
 KEEP: Final = "What to keep"
 PRECISION: Final = "Precision"
@@ -271,6 +272,14 @@ def _extracted(
 
 Checks = Annotated[CheckOptions, Group(_checks)]
 Reading = Annotated[ReadingOptions, Group(_reading)]
+Foreign = Annotated[
+    ForeignChoice,
+    option(
+        OUTPUT,
+        "--foreign keep|drop",
+        "Whether to keep what other programs put into archives; names with x_ are always kept.",
+    ),
+]
 PrecisionGroup = Annotated[PrecisionOptions, Group(_precision)]
 NewFile = Annotated[TargetOptions, Group(_new_file)]
 Rewritten = Annotated[TargetOptions, Group(_rewritten)]

@@ -15,11 +15,12 @@ from h5traces.checking.salvage import salvage as salvage_archive
 from h5traces.checking.seal import seal as seal_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
-from h5traces.cli.console import count_progress, fail, print_json, print_line, warn
+from h5traces.cli.console import count_progress, fail, note, print_json, print_line, warn
 from h5traces.cli.options import (
     OUTPUT,
     Archives,
     DryRun,
+    Foreign,
     Json,
     Layers,
     NewFile,
@@ -44,6 +45,10 @@ from h5traces.storage.codecs import tools_note
 from h5traces.writing.options import TargetOptions
 
 _LABELS = "Labels"
+_CLASS_LABEL = re.compile(
+    r"(.+?)=(-?[0-9]{1,19}|none)(?:,|\Z)", re.ASCII | re.IGNORECASE | re.DOTALL
+)
+_CLASS_LABELS = re.compile(rf"(?:{_CLASS_LABEL.pattern})+", _CLASS_LABEL.flags)
 _IDS = LabelOptions().id_column
 
 
@@ -55,6 +60,7 @@ def repack(
     samples: Samples = None,
     precision: PrecisionGroup,
     output: Output,
+    foreign: Foreign = "keep",
     target: Rewritten,
     json: Json = False,
 ) -> None:
@@ -68,20 +74,33 @@ def repack(
     - `h5traces repack run.h5 -o small.h5 --tier analysis`
     """
     run = partial(
-        repack_archives, sources, output, layers=layers, samples=samples, precision=precision
+        repack_archives,
+        sources,
+        output,
+        layers=layers,
+        samples=samples,
+        precision=precision,
+        foreign=foreign,
     )
     _rewrite(run, output, target, precision.codec, json=json)
 
 
 @command()
-def merge(sources: Archives, *, output: Output, target: Rewritten, json: Json = False) -> None:
+def merge(
+    sources: Archives,
+    *,
+    output: Output,
+    foreign: Foreign = "keep",
+    target: Rewritten,
+    json: Json = False,
+) -> None:
     """Merge several archives of one model into one.
 
     Chunks are copied byte for byte. Naming an archive twice is an error.
 
     - `h5traces merge shards/*.h5 -o run.h5`
     """
-    _rewrite(partial(merge_archives, sources, output), output, target, json=json)
+    _rewrite(partial(merge_archives, sources, output, foreign=foreign), output, target, json=json)
 
 
 @command()
@@ -92,6 +111,7 @@ def split(
     shard_samples: Annotated[
         int, option(OUTPUT, "-n --shard-samples N", "At most N samples per archive.", min=1)
     ],
+    foreign: Foreign = "keep",
     target: Rewritten,
     json: Json = False,
 ) -> None:
@@ -101,7 +121,7 @@ def split(
 
     - `h5traces split run.h5 -o shards/ -n 250` writes `shards/run-00000.h5` and so on
     """
-    run = partial(split_archives, sources, output, shard_samples)
+    run = partial(split_archives, sources, output, shard_samples, foreign=foreign)
     _rewrite(run, output, target, json=json)
 
 
@@ -189,12 +209,12 @@ def label(
         str | None,
         option(_LABELS, "--positive CLASS", "Its class that gets label 1, hallucination; else 0."),
     ] = None,
-    classes: Annotated[
-        list[str] | None,
+    class_labels: Annotated[
+        str | None,
         option(
             _LABELS,
-            "--class CLASS=LABEL",
-            "Instead, the label of every class, each by an option; `none` for no label.",
+            "--class-labels A=1,B=0,C=none",
+            "Instead, the label of every class, also of more than two.",
         ),
     ] = None,
     score_column: Annotated[
@@ -244,8 +264,7 @@ def label(
 
     - `h5traces label run.h5 human.csv --label-column label --positive hallucinated`
     - `h5traces label run.h5 human.csv --label-column is_correct --positive 0`
-    - `h5traces label run.h5 human.csv --label-column label --class wrong=1 --class right=0 --class
-      unsure=none`
+    - `h5traces label run.h5 human.csv --label-column label --class-labels wrong=1,right=0,odd=none`
     - `h5traces label run.h5 scores.csv` makes labels of `bleurt_score`
     - `h5traces label run.h5 rouge.csv --score-column rougeL --higher-means correct --threshold 0.3`
     - `h5traces label shards/*.h5 scores.csv --dry-run` writes nothing
@@ -258,7 +277,7 @@ def label(
     options = LabelOptions(
         label_column=label_column,
         positive=positive,
-        classes=_classes(classes),
+        class_labels=_class_labels(class_labels),
         score_column=score_column,
         higher_means=higher_means,
         threshold=threshold,
@@ -285,21 +304,21 @@ def label(
             reports.print_targets(found.report.targets, dry_run=target.dry_run)
 
 
-def _classes(named: list[str] | None) -> dict[str, int | None] | None:
-    """The labels of classes: ``wrong=1``, ``unsure=none``."""
-    if not named:
+def _class_labels(named: str | None) -> dict[str, int | None] | None:
+    """The labels of classes by name; a name may hold commas."""
+    if named is None:
         return None
-    found: dict[str, int | None] = {}
-    for each in named:
-        name, equals, number = each.rpartition("=")
-        if not equals or not re.fullmatch(r"-?[0-9]+|none", number, re.ASCII | re.IGNORECASE):
-            message = f"--class {each}: expected CLASS=LABEL with an integer, or none"
-            raise typer.BadParameter(message)
-        if name in found:
-            message = f"--class names {name!r} twice"
-            raise typer.BadParameter(message)
-        found[name] = None if number.lower() == "none" else int(number)
-    return found
+    if not _CLASS_LABELS.fullmatch(named):
+        message = (
+            f"--class-labels {named}: expected classes with an integer or none each, such as "
+            "wrong=1,right=0,unsure=none"
+        )
+        raise typer.BadParameter(message)
+    found = [(each[1], each[2]) for each in _CLASS_LABEL.finditer(named)]
+    if len(dict(found)) < len(found):
+        message = f"--class-labels {named}: names a class twice"
+        raise typer.BadParameter(message)
+    return {name: None if number.lower() == "none" else int(number) for name, number in found}
 
 
 def _report(report: LabelReport, *, json: bool) -> None:
@@ -359,6 +378,11 @@ def seal(
             done = "sealed" if each.sealed else "would seal it"
             done = "already sealed" if each.already_sealed else done
             print_line(f"{each.path}: {done}, {counted(each.num_samples, 'sample')}")
+        if each.foreign:
+            note(
+                f"{each.path}: {counted(len(each.foreign), 'name')} not of the format, and kept: "
+                f"{and_more(each.foreign, 3)}; 'h5traces repack --foreign drop' leaves them out"
+            )
     if any(each.edited and not accept_edits and not each.already_sealed for each in found):
         raise typer.Exit(EXIT_PROBLEMS)
 
@@ -368,6 +392,7 @@ def salvage(
     source: Annotated[str, typer.Argument(metavar="FILE", help="The damaged archive.")],
     *,
     output: Output,
+    foreign: Foreign = "keep",
     target: NewFile,
     json: Json = False,
 ) -> None:
@@ -379,7 +404,12 @@ def salvage(
     """
     with count_progress(source) as update:
         report = salvage_archive(
-            source, output, overwrite=target.overwrite, dry_run=target.dry_run, progress=update
+            source,
+            output,
+            foreign=foreign,
+            overwrite=target.overwrite,
+            dry_run=target.dry_run,
+            progress=update,
         )
     if json:
         print_json(report.as_dict())
@@ -387,6 +417,8 @@ def salvage(
         lost = f"lost {report.lost_samples}" if report.lost_samples else "none lost"
         done = "would save" if target.dry_run else "saved"
         print_line(f"{done} {counted(report.num_saved, 'sample')} in {report.target}, {lost}")
+    for message in report.warnings:
+        warn(message)
     for each in report.lost:
         warn(f"{source}: {each.loc}: {each.message}")
     if report.lost:

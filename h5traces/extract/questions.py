@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import io
 import json
 import tempfile
 from dataclasses import dataclass, replace
@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
-from h5traces.errors import ExtractionError, MissingDependencyError
+from h5traces.errors import ExtractionError, MissingDependencyError, SchemaError
 from h5traces.extract.options import Columns
+from h5traces.sources.rows import foreign, read_rows, short, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from h5traces.extract.options import DatasetChoice
+    from h5traces.sources.rows import TextTable
 
 _QUESTION_COLUMNS: Final = ("question", "prompt")
 _ID_COLUMNS: Final = ("question_id", "id")
 _ANSWER_COLUMNS: Final = ("answers", "answer", "ground_truth_answers", "reference_answers")
-# Cells of CSV files may hold whole articles; csv's own limit is 128 kB.
-_LARGEST_CELL: Final = 2**31 - 1
+_SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -98,89 +99,80 @@ def load_dataset(choice: DatasetChoice) -> QuestionSet:
     return replace(found, questions=found.questions[: choice.num_samples])
 
 
-def _checked(questions: Iterable[Question], place: str) -> tuple[Question, ...]:
-    """All questions, or an error that names the first that is empty or repeats an id."""
+def _checked(questions: Iterable[tuple[str, Question]], source: str) -> tuple[Question, ...]:
+    """All questions, each with its place, or an error that names the first that is wrong."""
     found: list[Question] = []
-    rows: dict[str, int] = {}
-    for each in questions:
+    places: dict[str, str] = {}
+    for place, each in questions:
         if not each.text.strip():
-            message = f"{place}: row {each.row}: the question is empty; fill it in, or remove it"
+            message = f"{source}: {place}: the question is empty; fill it in, or remove it"
             raise ExtractionError(message)
-        if each.sample_id in rows:
+        if each.sample_id in places:
             message = (
-                f"{place}: row {each.row}: the id {each.sample_id!r} is that of row "
-                f"{rows[each.sample_id]} already; ids must be unique"
+                f"{source}: {place}: the id {short(each.sample_id)} is that of "
+                f"{places[each.sample_id]} already; ids must be unique"
             )
             raise ExtractionError(message)
-        rows[each.sample_id] = each.row
+        places[each.sample_id] = place
         found.append(each)
     if not found:
-        message = f"{place}: holds no questions"
+        message = f"{source}: holds no questions"
         raise ExtractionError(message)
     return tuple(found)
 
 
 def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
-    """Questions of a JSONL or CSV file; those without an id are named by the file and their row."""
-    readers = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        message = f"{path}: expected a file of questions, .jsonl or .csv"
+    """Questions of a file: CSV or TSV with a header, or JSON Lines; in UTF-8.
+
+    The content decides which. Questions without an id are named by the file and their row.
+
+    Raises
+    ------
+    ExtractionError
+        The file is no such table, a row has no question, or repeats an id; the message names it.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        message = f"{path}: expected a file of questions, .jsonl or .csv (or .json, .tsv)"
         raise ExtractionError(message)
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        message = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
-        raise ExtractionError(message) from error
-    questions = _from_rows(path, reader(path, text), columns or Columns())
+        table = read_rows(path, text_of(io.BytesIO(data)))
+        questions = _checked(_from_rows(table, columns or Columns()), str(path))
+    except SchemaError as error:
+        raise ExtractionError(str(error)) from error
     digest = xxhash.xxh3_128_hexdigest(data)
-    return QuestionSet(path.name, _checked(questions, str(path)), revision=f"xxh3-128:{digest}")
+    return QuestionSet(path.name, questions, revision=f"xxh3-128:{digest}")
 
 
-def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    # Not splitlines: JSON strings may hold other line separators as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            message = f"{path}: line {number}: is not JSON: {error}"
-            raise ExtractionError(message) from error
-        if not isinstance(row, dict):
-            message = f"{path}: line {number}: holds {type(row).__name__}, expected an object"
-            raise ExtractionError(message)
-        yield row
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(_LARGEST_CELL)
-    try:
-        yield from csv.DictReader(text.splitlines(keepends=True), strict=True)
-    except csv.Error as error:
-        message = f"{path}: is not CSV: {error}"
-        raise ExtractionError(message) from error
-
-
-def _from_rows(path: Path, rows: Iterable[dict[str, Any]], columns: Columns) -> Iterator[Question]:
-    for number, row in enumerate(rows):
-        place = f"{path}: row {number}"
-        question = _cell(row, columns.question, _QUESTION_COLUMNS)
+def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Question]]:
+    path = table.path
+    other = foreign(path)
+    if other is not None and not any(each in table.columns for each in _QUESTION_COLUMNS):
+        raise ExtractionError(other)
+    repeated = sorted({each for each in table.columns if table.columns.count(each) > 1})
+    if repeated:
+        message = f"{path}: the columns {', '.join(map(repr, repeated))} occur more than once"
+        raise ExtractionError(message)
+    for number, row in enumerate(table.rows):
+        place = f"{path}: {row.place}"
+        question = _cell(row.cells, columns.question, _QUESTION_COLUMNS)
         if not isinstance(question, str):
             wanted = columns.question or " or ".join(_QUESTION_COLUMNS)
             message = (
                 f"{place}: found no text in a column {wanted}; choose the column of questions "
-                f"among {', '.join(map(str, row)) or 'none'}"
+                f"among {', '.join(row.cells) or 'none'}"
             )
             raise ExtractionError(message)
-        found_id = _cell(row, columns.sample_id, _ID_COLUMNS)
+        found_id = _cell(row.cells, columns.sample_id, _ID_COLUMNS)
         if columns.sample_id is not None and found_id is None:
             message = f"{place}: has no column {columns.sample_id!r}"
             raise ExtractionError(message)
+        if isinstance(found_id, (bool, float, list, dict)):
+            message = f"{place}: the id is {short(found_id)}, expected text or an integer"
+            raise ExtractionError(message)
         sample_id = f"{path.stem}_{number}" if found_id in (None, "") else str(found_id)
-        answers = _answers(_cell(row, columns.answers, _ANSWER_COLUMNS))
-        yield Question(question, sample_id, answers, number)
+        answers = _answers(_cell(row.cells, columns.answers, _ANSWER_COLUMNS))
+        yield row.place, Question(question, sample_id, answers, number)
 
 
 def _cell(row: dict[str, Any], name: str | None, usual: tuple[str, ...]) -> Any:
@@ -283,7 +275,7 @@ def _questions(known: HubDataset, rows: Any, place: str) -> tuple[Question, ...]
             f"{', '.join(rows.column_names)}"
         )
         raise ExtractionError(message) from error
-    return _checked(found, place)
+    return _checked(((f"row {each.row}", each) for each in found), place)
 
 
 def _commit(rows: Any) -> str | None:

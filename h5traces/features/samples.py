@@ -290,7 +290,7 @@ def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
         trace._stored.check_heads(kind)
         return None
     trace._stored.check_layer(layer, kind)
-    name = layout.layer_name(layer)
+    name = trace._stored.array_name(kind, layer)
     array: NDArray[Any] = trace._stored.read_layer(kind, name)
     axes = len(layout.KINDS[kind].axes)
     in_steps = isinstance(array, (list, tuple))

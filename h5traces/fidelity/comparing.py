@@ -339,9 +339,7 @@ def _stored_names(trace: Trace) -> _Names:
         kind, _, name = path.partition("/")
         is_layer = layout.parse_layer_name(name) is not None
         if kind not in found and (is_layer or name == layout.EMBEDDING):
-            names = [layout.layer_name(layer) for layer in trace._stored.stored_layers(kind)]
-            embedding = f"{kind}/{layout.EMBEDDING}" in trace._stored.objects
-            found[kind] = [layout.EMBEDDING, *names] if embedding else names
+            found[kind] = trace._stored.names_with_steps(kind)
     return found
 
 

@@ -159,6 +159,13 @@ class KindMetadata(Document):
     ]
     layered: Annotated[bool, Field(description="Whether there is one array per decoder block.")]
     layers: LayerNumbers = ()
+    positions: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...] | None,
+        Field(
+            description="Instead of `layers`, where no decoder block is known: strictly "
+            "ascending places in the source's list."
+        ),
+    ] = None
     definition: Annotated[str, Field(description="What the numbers are, in one sentence.")]
     reduction: Annotated[
         str | None,
@@ -172,6 +179,10 @@ class KindMetadata(Document):
     @model_validator(mode="after")
     def _layers_ascend(self) -> KindMetadata:
         check_ascending(self.layers, "layers")
+        check_ascending(self.positions or (), "positions")
+        if self.layers and self.positions:
+            message = "layers and positions are both listed; expected one of them"
+            raise ValueError(message)
         return self
 
 

@@ -57,7 +57,7 @@ def _without_users(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in sorted(attrs.items())
-        if not name.startswith(layout.USER_ATTR_PREFIX)
+        if not name.startswith(layout.USER_PREFIX)
     }
 
 

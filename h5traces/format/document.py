@@ -36,8 +36,8 @@ def _form(annotation: Any) -> FieldForm:
     """How a field of this type is written."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        (inner,) = (each for each in args if each is not type(None))
-        return _form(inner)
+        inner = [each for each in args if each is not type(None)]
+        return _form(inner[0]) if len(inner) == 1 else "json"
     if hasattr(annotation, "__metadata__"):
         return _form(annotation.__origin__)
     if origin is Literal:
@@ -120,9 +120,7 @@ def with_tuples(value: Any) -> Any:
 def unknown_attributes(document: type[Document], attrs: Mapping[str, AttrValue]) -> list[str]:
     """Names in `attrs` that are neither fields of the document nor the user's own (``x_…``)."""
     known = document.model_fields
-    return [
-        name for name in attrs if name not in known and not name.startswith(layout.USER_ATTR_PREFIX)
-    ]
+    return [name for name in attrs if name not in known and not name.startswith(layout.USER_PREFIX)]
 
 
 def problems_of(error: ValidationError) -> list[Problem]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 FORMAT_NAME: Final = "h5traces"
@@ -27,6 +30,8 @@ SAMPLES_GROUP: Final = "samples"
 INDEX_GROUP: Final = "index"
 SCALES_GROUP: Final = "scales"
 INDEX_TABLE: Final = "index/samples"
+# All that the format has in the root group.
+ROOT_GROUPS: Final = frozenset({KINDS_GROUP, SAMPLES_GROUP, INDEX_GROUP, SCALES_GROUP})
 EXTRA_GROUP: Final = "extra"
 
 HIDDEN_STATES: Final = "hidden_states"
@@ -65,13 +70,17 @@ LAYER_ATTRS: Final = frozenset(
     | {"exceptions", "num_exceptions"}
 )
 # Attributes of all groups and datasets inside samples.
-OBJECT_ATTRS: Final = LAYER_ATTRS | {"dtype", "torch_dtype", "ndim", "keys", *IMAGE_ATTRS}
+OBJECT_ATTRS: Final = LAYER_ATTRS | {
+    *("dtype", "torch_dtype", "ndim", "keys", "source_axes", "lists_embedding"),
+    *IMAGE_ATTRS,
+}
 
 SITE_EMBEDDING: Final = "embedding"
 SITE_BLOCK_OUTPUT: Final = "block_output"
 SITE_FINAL_NORM: Final = "final_norm"
 
-USER_ATTR_PREFIX: Final = "x_"
+# Objects and attributes of users.
+USER_PREFIX: Final = "x_"
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,22 @@ KINDS: Final = {
     ),
 }
 
-_LAYER_NAME = re.compile(r"layer_(\d{3,})\Z")
+# Definition of kinds that the format does not name.
+FURTHER_KIND: Final = (
+    "One array per decoder block, as the source's field of the kind's name had it."
+)
+# Definition of kinds of which no decoder block is known.
+BY_POSITION: Final = (
+    "Arrays in the order of the source's list, which did not say whether the first belongs to the "
+    "embedding or to the first decoder block."
+)
+# Names of a sample's own objects and attributes, and of the fields of legacy dicts in them.
+_OTHER_PLACES: Final = frozenset(
+    {TOKENS, TOKENS_DECODED, *TEXT_FIELDS, EXTRA_GROUP, QUESTION_ID, PROMPT_LENGTH, LABEL, *KINDS}
+)
+# Users' own objects begin with x_.
+_KIND_NAME = re.compile(r"(?!x_)[A-Za-z][A-Za-z0-9_.-]{0,99}")
+_LAYER_NAME = re.compile(r"(layer|position)_(\d{3,})\Z", re.ASCII)
 
 
 def parse_version(version: str) -> tuple[int, int] | None:
@@ -135,10 +159,45 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer:03d}"
 
 
+def position_name(position: int) -> str:
+    """The dataset name of an array of which only its place in the source's list is known."""
+    return f"position_{position:03d}"
+
+
 def parse_layer_name(name: str) -> int | None:
-    """The decoder block number in a dataset name; None for other names."""
+    """The number in a dataset name, of a decoder block or of a position; None for other names."""
     found = _LAYER_NAME.match(name)
-    return int(found[1]) if found else None
+    return int(found[2]) if found else None
+
+
+def is_position(name: str) -> bool:
+    """Whether a dataset name claims no decoder block: ``position_000``."""
+    found = _LAYER_NAME.match(name)
+    return found is not None and found[1] == "position"
+
+
+def axes_of_kind(kind: str, axes: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
+    """Axes of one layer's array: of a kind that the format names, else those that are given."""
+    return KINDS[kind].axes if kind in KINDS else axes
+
+
+def may_be_kind(name: str) -> bool:
+    """Whether a further field may be a kind of its own: no other place in a sample has the name."""
+    return name not in _OTHER_PLACES and _KIND_NAME.fullmatch(name) is not None
+
+
+def is_foreign(path: str, kinds: Container[str]) -> bool:
+    """Whether an object at this path below a sample is none of the format's, by its names.
+
+    `kinds` are the archive's. Fields below ``extra`` may have any name.
+    """
+    first, _, rest = path.partition("/")
+    if first in (EXTRA_GROUP, TOKENS, TOKENS_DECODED, ATTENTION_MASK, *TEXT_FIELDS):
+        return False
+    name = rest or first
+    if name.startswith(USER_PREFIX) or first not in kinds:
+        return True
+    return bool(rest) and rest not in (EMBEDDING, *TABLES) and parse_layer_name(rest) is None
 
 
 def escape_key(key: str) -> str:

@@ -166,17 +166,51 @@ class LayerArray:
     earlier: EarlierCast | None = None
 
 
+class SourceForm(Document):
+    """What held the arrays of a kind in the legacy dict: attributes of the kind's group."""
+
+    sequence: Annotated[
+        Literal["tuple", "dict", "array"] | None,
+        Field(description="Container of the layers; `array`: one array or tensor; absent: a list."),
+    ] = None
+    source_axes: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...] | None,
+        Field(
+            description="Axes of that array, or of each item, where they are not those of the kind."
+        ),
+    ] = None
+    keys: Annotated[
+        tuple[tuple[str | int, str], ...] | None,
+        Field(description="Of a dict, in its order: each key, and the name of its dataset."),
+    ] = None
+    lists_embedding: Annotated[
+        bool | None, Field(description="Whether the embedding was the first item.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _keys_of_a_dict(self) -> SourceForm:
+        if (self.sequence == "dict") != (self.keys is not None):
+            message = "keys are listed of a dict, and of nothing else"
+            raise ValueError(message)
+        return self
+
+
+_PLAIN_LIST = SourceForm()
+
+
 @dataclass(frozen=True, slots=True)
 class LayeredArrays:
-    """All arrays of one kind of one sample, in the order of the legacy list.
+    """All arrays of one kind of one sample: the embedding, if any, then in order of layer.
 
-    `sequence` says what held them in the legacy dict.
+    `form` says what held them in the legacy dict.
     """
 
     arrays: tuple[LayerArray, ...]
-    sequence: Literal["list", "tuple"] = "list"
+    form: SourceForm = _PLAIN_LIST
     # How heads were reduced in arrays that have none, where that is known.
     reduction: str | None = None
+    # Of one layer's array, for kinds that `layout.KINDS` does not name.
+    axes: tuple[str, ...] | None = None
 
     @property
     def in_steps(self) -> bool:
@@ -191,8 +225,9 @@ class ArrayDescription(Document):
     name: Annotated[
         str,
         Field(
-            pattern=r"^(layer_[0-9]{3,}|embedding)$",
-            description="Dataset name: ``layer_000`` and so on, or ``embedding``.",
+            pattern=r"^((layer|position)_[0-9]{3,}|embedding)$",
+            description="Dataset name: ``layer_000`` and so on, ``embedding``, or ``position_000`` "
+            "and so on where no decoder block is known.",
         ),
     ]
     dtype: Annotated[FloatType, Field(description="Stored type.")]
@@ -209,6 +244,10 @@ class TraceDescription(Document):
     num_tokens: Annotated[Count | None, Field(description="Stored token ids.")] = None
     num_tokens_decoded: Annotated[Count | None, Field(description="Stored token texts.")] = None
     arrays: Annotated[tuple[ArrayDescription, ...], Field(description="Every layered array.")] = ()
+    axes: Annotated[
+        dict[str, tuple[str, ...]] | None,
+        Field(description="Axes of one layer's array, of kinds that the format does not name."),
+    ] = None
 
     def problems(self) -> list[Problem]:
         """Every contradiction between the fields; JSON Schema cannot relate their lengths."""
@@ -225,10 +264,11 @@ class TraceDescription(Document):
             found.append(Problem(layout.TOKENS_DECODED, message, "length_mismatch"))
         # Kinds that are not in steps still have their axes.
         covers_tokens = self.metadata.coverage not in ("steps", "empty")
-        for kind, definition in layout.KINDS.items():
-            of_kind = self._axes_problems(kind, definition.axes)
+        known = {kind: definition.axes for kind, definition in layout.KINDS.items()}
+        for kind, axes in {**(self.axes or {}), **known}.items():
+            of_kind = self._axes_problems(kind, axes)
             if covers_tokens and not of_kind:
-                of_kind = self._length_problems(kind, definition.axes)
+                of_kind = self._length_problems(kind, axes)
             found += of_kind
         return found + (self._cross_kind_problems() if covers_tokens else [])
 
@@ -362,13 +402,14 @@ class TraceRecord(BaseModel):
             num_tokens=None if self.tokens is None else len(self.tokens),
             num_tokens_decoded=None if self.tokens_decoded is None else len(self.tokens_decoded),
             arrays=arrays,
+            axes={kind: each.axes for kind, each in self.layered.items() if each.axes} or None,
         )
 
     def _seq_len(self, arrays: tuple[ArrayDescription, ...]) -> int:
         if self.tokens is not None:
             return len(self.tokens)
         for entry in arrays:
-            axes = layout.KINDS[entry.kind].axes if entry.kind in layout.KINDS else ()
+            axes = layout.axes_of_kind(entry.kind, self.layered[entry.kind].axes) or ()
             if len(axes) == len(entry.shape):
                 for axis_name, length in zip(axes, entry.shape, strict=True):
                     if axis_name in ("token", "query"):

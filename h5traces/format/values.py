@@ -10,7 +10,7 @@ import base64
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -18,13 +18,15 @@ from h5traces.errors import ConversionError, CorruptArchiveError, UnsupportedEnc
 from h5traces.format import layout, text
 from h5traces.format.document import compact_json
 from h5traces.format.entries import stored_type_of
+from h5traces.format.value_types import BY_NAME, plain_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from h5traces.format.document import Attrs
+    from h5traces.format.value_types import ValueType
 
 ENCODING: Final = "encoding"
 ENCODING_VERSION: Final = "encoding_version"
@@ -32,6 +34,19 @@ VERSION: Final = "1"
 MAX_DEPTH: Final = 64
 MAX_ITEMS: Final = 5_000_000
 MAX_AXES: Final = 32
+# Types of the package ml_dtypes by their width in bytes: as many as their bits travel in.
+ML_DTYPES: Final = {
+    "bfloat16": 2,
+    **dict.fromkeys(
+        (
+            *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"),
+            *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+            *("float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"),
+            *("int2", "int4", "uint2", "uint4"),
+        ),
+        1,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +77,13 @@ class ElementReader(Protocol):
 class TorchValue:
     """A torch tensor outside torch: the array, and torch's name for its dtype, such as ``int64``.
 
-    bfloat16 comes as the raw bits in uint16.
+    bfloat16 comes as the raw bits in uint16, float8 as those in uint8. So do arrays of the package
+    ml_dtypes, which JAX uses, with that package as the `container`.
     """
 
     data: NDArray[Any]
     dtype: str
+    container: Literal["torch", "ml_dtypes"] = "torch"
 
 
 def encode_element(path: str, value: Any) -> Iterator[EncodedObject]:
@@ -85,7 +102,14 @@ class _Encoder:
 
     def encode(self, path: str, value: Any, *, depth: int) -> Iterator[EncodedObject]:
         self._count(depth)
-        if isinstance(value, (np.ndarray, TorchValue)):
+        typed = _content_of(value)
+        if typed is not None and self._holds_array(typed[1], depth + 1):
+            yield EncodedObject(path, {**_encoding("typed"), "type": typed[0].name})
+            child = f"{path}/{layout.sample_name(0)}"
+            yield from self.encode(child, typed[1], depth=depth + 1)
+        elif typed is not None:
+            yield self._encode_plain(path, value, depth)
+        elif isinstance(value, (np.ndarray, TorchValue)):
             yield _encode_array(path, value)
         elif isinstance(value, np.generic):
             yield _encode_array(path, np.asarray(value), encoding="numpy-scalar")
@@ -105,6 +129,8 @@ class _Encoder:
 
     def _holds_array(self, value: Any, depth: int) -> bool:
         self._count(depth)
+        if (typed := _content_of(value)) is not None:
+            return self._holds_array(typed[1], depth + 1)
         if isinstance(value, (np.ndarray, np.generic, TorchValue)):
             return True
         if not isinstance(value, (dict, list, tuple)):
@@ -144,6 +170,8 @@ class _Encoder:
     def _to_json(self, value: Any, depth: int) -> Any:
         """Plain JSON where JSON has the type, else an object with one ``$…`` key."""
         self._count(depth)
+        if (typed := _content_of(value)) is not None:
+            return {f"${typed[0].name}": self._to_json(typed[1], depth + 1)}
         if value is None or isinstance(value, (bool, str)):
             return value
         if isinstance(value, int):
@@ -161,8 +189,9 @@ class _Encoder:
         if isinstance(value, dict):
             return self._dict_to_json(value, depth)
         message = (
-            f"a value of type {type(value).__name__} has no encoding; expected plain Python "
-            "values, numpy arrays or torch tensors"
+            f"a value of type {type(value).__module__}.{type(value).__qualname__} has no encoding; "
+            "expected plain Python values, numpy arrays or torch tensors. Store a dict of its "
+            "fields, or its text"
         )
         raise ConversionError(message)
 
@@ -175,6 +204,13 @@ class _Encoder:
                 for key, each in value.items()
             ]
         }
+
+
+def _content_of(value: Any) -> tuple[ValueType, Any] | None:
+    try:
+        return plain_content(value)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _encoding(name: str) -> Attrs:
@@ -194,7 +230,7 @@ def _encode_array(
     """
     attrs = _encoding(encoding)
     if isinstance(value, TorchValue):
-        attrs |= {"container": "torch", "torch_dtype": value.dtype}
+        attrs |= {"container": value.container, "torch_dtype": value.dtype}
     array = value.data if isinstance(value, TorchValue) else value
     attrs["dtype"] = array.dtype.str
     if array.ndim == 0:
@@ -205,6 +241,9 @@ def _encode_array(
     if kind in "iu" or (kind == "f" and itemsize <= 8):
         values = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         dtype = array.dtype.name
+    elif kind in "mM":
+        values = array.astype(array.dtype.newbyteorder("<")).view("<i8")
+        dtype = "int64"
     elif kind == "U":
         values = text.encode_all(array.ravel().tolist()).reshape(array.shape)
         dtype = stored_type_of(values)
@@ -257,6 +296,8 @@ def _decode_array(reader: ElementReader, path: str, attrs: Attrs) -> Any:
         array = np.array(text.decode_all(stored), dtype=dtype).reshape(stored.shape)
     elif dtype.kind in "bSc" or (dtype.kind == "f" and dtype.itemsize > 8):
         array = np.ascontiguousarray(stored).reshape(-1).view(dtype).reshape(stored.shape[:-1])
+    elif dtype.kind in "mM":
+        array = stored.astype("<i8").view(dtype.newbyteorder("<")).astype(dtype)
     elif dtype.kind in "iuf":
         array = stored.astype(dtype)
     else:
@@ -266,9 +307,16 @@ def _decode_array(reader: ElementReader, path: str, attrs: Attrs) -> Any:
         array = array.reshape(())
     if attrs.get(ENCODING) == "numpy-scalar":
         return array[()]
-    if attrs.get("container") != "torch":
-        return array
-    return TorchValue(array, str(attrs["torch_dtype"]))
+    container = attrs.get("container")
+    if container == "torch":
+        return TorchValue(array, str(attrs["torch_dtype"]))
+    if container == "ml_dtypes":
+        name = str(attrs["torch_dtype"])
+        if array.dtype != f"u{ML_DTYPES[name]}":
+            message = f"{path}: values of {name} are stored as {array.dtype}"
+            raise CorruptArchiveError(message)
+        return TorchValue(array, name, "ml_dtypes")
+    return array
 
 
 def _decode_sequence(reader: ElementReader, path: str, attrs: Attrs) -> Any:
@@ -282,6 +330,11 @@ def _decode_dict(reader: ElementReader, path: str, attrs: Attrs) -> Any:
     return {
         key: decode_element(reader, f"{path}/{name}") for key, name in zip(keys, names, strict=True)
     }
+
+
+def _decode_typed(reader: ElementReader, path: str, attrs: Attrs) -> Any:
+    content = decode_element(reader, f"{path}/{layout.sample_name(0)}")
+    return BY_NAME[str(attrs["type"])].make(content)
 
 
 def _one(reader: ElementReader, path: str) -> Any:
@@ -307,6 +360,7 @@ _DECODERS: Final[dict[Any, Any]] = {
     "list": _decode_sequence,
     "tuple": _decode_sequence,
     "dict": _decode_dict,
+    "typed": _decode_typed,
 }
 
 
@@ -319,15 +373,42 @@ def from_json(value: Any) -> Any:
     if len(value) == 1:
         ((tag, content),) = value.items()
         if tag.startswith("$"):
-            return _JSON_TAGS[tag](content)
+            if tag in JSON_TAGS:
+                return JSON_TAGS[tag].make(content)
+            return BY_NAME[tag[1:]].make(from_json(content))
     return {key: from_json(each) for key, each in value.items()}
 
 
-_JSON_TAGS: Final[dict[str, Any]] = {
-    "$int": lambda content: int(content, 16),
-    "$float": float,
-    "$bytes": base64.b64decode,
-    "$bytearray": lambda content: bytearray(base64.b64decode(content)),
-    "$tuple": lambda content: tuple(from_json(each) for each in content),
-    "$dict": lambda content: {from_json(key): from_json(each) for key, each in content},
+@dataclass(frozen=True, slots=True)
+class JsonTag:
+    """A value that JSON lacks: what its content is and stands for (for SPEC.md), and its making."""
+
+    content: str
+    value: str
+    make: Callable[[Any], Any]
+
+
+JSON_TAGS: Final = {
+    "$int": JsonTag(
+        'hexadecimal string, such as `"-0x20000000000000"`',
+        "`int` of magnitude 2^53 or more",
+        lambda content: int(content, 16),
+    ),
+    "$float": JsonTag(
+        '`"nan"`, `"inf"` or `"-inf"`',
+        "`float` that is not finite; sign and payload of NaN are not kept",
+        float,
+    ),
+    "$bytes": JsonTag("base64 string", "`bytes`", base64.b64decode),
+    "$bytearray": JsonTag(
+        "base64 string", "`bytearray`", lambda content: bytearray(base64.b64decode(content))
+    ),
+    "$tuple": JsonTag(
+        "array", "`tuple`", lambda content: tuple(from_json(each) for each in content)
+    ),
+    "$dict": JsonTag(
+        "array of [key, value] pairs, both tagged JSON",
+        "`dict` with other keys",
+        lambda content: {from_json(key): from_json(each) for key, each in content},
+    ),
 }

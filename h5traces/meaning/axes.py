@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BATCH: Final = "batch"
 LAYER: Final = "layer"
+# Of nested sequences: the outer one has an item per generation step, the inner one per layer.
+STEPS_FIRST: Final = ("step", LAYER)
 # Axes with a meaning of their own; every other name is that of a width, such as head_dim.
 KNOWN_AXES: Final = (BATCH, LAYER, "token", "head", "query", "key", "hidden")
 _SYNONYMS: Final = {

@@ -59,6 +59,66 @@ _ALL: Final = (
         of_reading=True,
     ),
     Check(
+        id="embedding-first",
+        severity="note",
+        reason="There is one hidden state more than attentions, as transformers returns them: the "
+        "first is the embedding, and block k is item k + 1.",
+        remedy="Count blocks with trace.layer(k); trace['hidden_states'][k + 1] is the same.",
+    ),
+    Check(
+        id="attentions-absent",
+        severity="note",
+        reason="The field holds None only, as sdpa and flash attention return no weights.",
+        remedy='To get attentions, load the model with attn_implementation="eager".',
+    ),
+    Check(
+        id="stacked-layers",
+        severity="note",
+        reason="One array holds all layers. The lengths of the other fields say which axis is "
+        "which; the axes come back in the dict of the trace.",
+        remedy="Nothing to do, if the axes are right.",
+    ),
+    Check(
+        id="layers-by-key",
+        severity="note",
+        reason="A dict holds the layers, and its keys are taken for their numbers.",
+        remedy="Nothing to do, if the keys count decoder blocks from 0.",
+    ),
+    Check(
+        id="batch-of-one",
+        severity="note",
+        reason="Arrays have a batch axis of length 1. It is not stored, and comes back in the dict "
+        "of the trace.",
+        remedy="Nothing to do.",
+    ),
+    Check(
+        id="one-vector",
+        severity="note",
+        reason="Each layer is one vector without a token axis; it is taken for one position.",
+        remedy="Nothing to do, if the vector is the state of one token.",
+    ),
+    Check(
+        id="steps-outermost",
+        severity="note",
+        reason="generate() returns one item per generation step, each with all layers. Steps are "
+        "stored by layer, and come back as they were in the dict of the trace.",
+        remedy="Nothing to do.",
+    ),
+    Check(
+        id="one-state-less",
+        severity="note",
+        reason="There is one token more than positions: generate() never runs the model on the "
+        "last token. Positions belong to all tokens but the last.",
+        remedy="Nothing to do.",
+    ),
+    Check(
+        id="further-kind",
+        severity="note",
+        reason="A field holds one array per decoder block with an axis of the tokens. It is stored "
+        "as a layered kind, with the source's values.",
+        remedy="Nothing to do; trace.layer(n, kind) reads one layer of it.",
+    ),
+    Check(
         id="last-position-only",
         severity="warning",
         reason="The arrays hold one position instead of the sequence: the '350 MB bug' of old "

@@ -154,7 +154,7 @@ def _lengths(record: TraceRecord) -> list[tuple[str, int]]:
 
 def layered_axes(kind: str, layered: LayeredArrays) -> tuple[str, ...]:
     """Axes of one layer's array; none where they are not known."""
-    return layout.KINDS[kind].axes if kind in layout.KINDS else ()
+    return layout.axes_of_kind(kind, layered.axes) or ()
 
 
 def _cut(record: TraceRecord, mask: Mask, ends: slice) -> TraceRecord:

@@ -1,7 +1,8 @@
 """Makes trace records of dicts, whatever their layout: the rules of what an index and an axis mean.
 
-Index i of a legacy list is decoder block i: the embedding was never stored, and the last hidden
-state was taken after the model's final norm. Fields without a place in the format go to ``extra``.
+`containers` takes fields of layered kinds apart, `numbering` says which decoder block each array
+is, `further_kinds` finds kinds that the format does not name, `lengths` which tokens positions
+cover. Fields without a place in the format go to ``extra``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,33 @@ from h5traces.format import layout
 from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
 from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArrays, TraceRecord
 from h5traces.format.values import TorchValue
+from h5traces.meaning.axes import BATCH
+from h5traces.meaning.checks import Finding
+from h5traces.meaning.containers import (
+    Apart,
+    Array,
+    Lengths,
+    is_absent,
+    steps_outermost,
+    taken_apart,
+    turned,
+)
+from h5traces.meaning.further_kinds import further_kind
+from h5traces.meaning.lengths import is_one_less
+from h5traces.meaning.numbering import (
+    Established,
+    Numbered,
+    num_blocks_of,
+    numbered_blocks,
+    numbered_states,
+)
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import with_padding_treated
 
 if TYPE_CHECKING:
     from h5traces.format.record import SourcePosition
+
+_NUM_LAYERS = "num_layers"
 
 
 @dataclass(slots=True)
@@ -31,6 +54,7 @@ class _Fields:
     texts: dict[str, str] = field(default_factory=dict)
     layered: dict[str, LayeredArrays] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
 
 
 def to_record(
@@ -40,33 +64,290 @@ def to_record(
     layers: tuple[int, ...] | None = None,
     sites_known: bool = True,
     options: ReadingOptions = ReadingOptions(),
+    established: Established | None = None,
 ) -> TraceRecord:
-    """One dict of a source, as a record of `layers` only, which ascend."""
-    found = _Fields()
-    if layout.HIDDEN_STATES not in item:
-        message = (
-            f"field 'hidden_states' is missing; found {', '.join(map(str, item)) or 'no fields'}; "
-            "expected the dict of a trace"
+    """One dict of a source, as a record.
+
+    Parameters
+    ----------
+    item
+        The dict, with the names of the legacy fields.
+    source
+        Where it comes from.
+    layers
+        Decoder blocks to keep, ascending, or positions where no block is known. The embedding
+        stays.
+    sites_known
+        Whether the last hidden state was taken after the final norm, as transformers gives it.
+    options
+        What the user says of the source.
+    established
+        What earlier samples of the source said; added to.
+
+    Raises
+    ------
+    ConversionError
+        The dict is no trace, a field has no encoding, or fields contradict each other.
+    """
+    found, known = _Fields(), established or Established()
+    _check_keys(item)
+    apart = _taken_apart(item, known, found)
+    numbers = _numbered(apart, item, options, known)
+    further = _further_kinds(item, apart, known)
+    axes: dict[str, tuple[str, ...]] = {}
+    for kind, (each, each_axes) in further.items():
+        apart[kind], axes[kind] = each, each_axes
+        numbers[kind] = numbered_blocks(each)
+    for kind in (key for key in item if key in apart):
+        chosen = _chosen(apart[kind], numbers[kind], layers)
+        found.layered[kind] = _layered(
+            apart[kind], numbers[kind], chosen, axes.get(kind), has_sites=sites_known
         )
-        raise ConversionError(message)
-    for key, value in item.items():
-        if not isinstance(key, str):
-            message = f"field {key!r} is named by {type(key).__name__}, expected str"
-            raise ConversionError(message)
-        if key in layout.KINDS:
-            found.layered[key] = _layered(key, value, layers, sites_known=sites_known)
+        found.findings += apart[kind].findings
     for key, value in item.items():
         if key not in found.layered:
             _place(key, value, item, found)
+    _note_lengths(found, apart)
     record = TraceRecord(
         source=source,
         fields=tuple(item),
         texts=found.texts,
         layered=found.layered,
         extra=found.extra,
+        findings=tuple(found.findings),
         **found.named,
     )
     return with_padding_treated(record, options)
+
+
+def _check_keys(item: dict[Any, Any]) -> None:
+    for key in item:
+        if not isinstance(key, str):
+            message = f"field {key!r} is named by {type(key).__name__}, expected str"
+            raise ConversionError(message)
+    if all(kind not in item or item[kind] is None for kind in layout.KINDS):
+        message = (
+            f"fields 'hidden_states' and 'attentions' are missing; found "
+            f"{', '.join(item) or 'no fields'}; expected the dict of a trace"
+        )
+        raise ConversionError(message)
+
+
+# --- layered kinds --------------------------------------------------------------------------------
+
+
+def _taken_apart(item: dict[str, Any], known: Established, found: _Fields) -> dict[str, Apart]:
+    """The fields of the kinds that the format names; one array of all layers comes last."""
+    apart: dict[str, Apart] = {}
+    present = [kind for kind in layout.KINDS if kind in item]
+    for kind in present:
+        if is_absent(item[kind]) and kind != layout.HIDDEN_STATES:
+            found.findings.append(Finding("attentions-absent", kind, "the field holds None only"))
+    wanted = [kind for kind in present if not is_absent(item[kind])]
+    # Attentions have fewer readings, and tell the number of layers and of positions.
+    wanted.sort(key=lambda kind: (isinstance(item[kind], Array), kind == layout.HIDDEN_STATES))
+    for kind in wanted:
+        lengths = _lengths(item, apart, known)
+        apart[kind] = taken_apart(kind, item[kind], lengths, known.axes)
+    nested = [each for each in apart.values() if _are_steps(each)]
+    if nested and _steps_are_outside(nested, _stated_layers(item, known)):
+        for each in nested:
+            turned(each)
+    return apart
+
+
+def _lengths(item: dict[str, Any], apart: dict[str, Apart], known: Established) -> Lengths:
+    states = apart.get(layout.HIDDEN_STATES)
+    positions = (each.num_positions for each in apart.values())
+    tokens = item.get(layout.TOKENS)
+    blocks = num_blocks_of(apart)
+    return Lengths(
+        blocks=_stated_layers(item, known) if blocks is None else blocks,
+        states=None if states is None else len(states.items),
+        positions=next((each for each in positions if each is not None), None),
+        tokens=_length(tokens) if _is_token_array(tokens) else None,
+    )
+
+
+def _stated_layers(item: dict[str, Any], known: Established) -> int | None:
+    """Decoder blocks of the model, as the user or the sample says."""
+    stated = item.get(_NUM_LAYERS)
+    return known.num_layers or (stated if type(stated) is int and stated > 0 else None)
+
+
+def _are_steps(apart: Apart) -> bool:
+    """Whether a field is a grid of arrays, layers by steps or steps by layers."""
+    return bool(apart.items) and all(
+        isinstance(inner, (list, tuple))
+        and inner
+        and all(isinstance(each, Array) for each in inner)
+        for inner in apart.items
+    )
+
+
+def _steps_are_outside(nested: list[Apart], num_layers: int | None) -> bool:
+    found = steps_outermost(nested, num_layers)
+    if found is not None:
+        return found
+    outer, inner = len(nested[0].items), len(nested[0].items[0])
+    if min(outer, inner) > 1:
+        message = (
+            f"field {nested[0].kind!r}: {outer} lists of {inner} arrays of one shape may be layers "
+            "of steps or steps of layers; add the field num_layers, or store one array per layer"
+        )
+        raise ConversionError(message)
+    # One list of several layers, or one step of each.
+    return inner > 1
+
+
+def _numbered(
+    apart: dict[str, Apart], item: dict[str, Any], options: ReadingOptions, known: Established
+) -> dict[str, Numbered]:
+    """Names and sites of the items of every kind."""
+    num_blocks_of(apart)
+    found = {
+        kind: numbered_blocks(each) for kind, each in apart.items() if kind != layout.HIDDEN_STATES
+    }
+    blocks = next((apart[kind] for kind in found if apart[kind].items), None)
+    states = apart.get(layout.HIDDEN_STATES)
+    num_layers = _stated_layers(item, known)
+    if states is not None and states.items:
+        found[layout.HIDDEN_STATES] = numbered_states(
+            states, blocks, options.first_state, num_layers, known
+        )
+    elif states is not None:
+        found[layout.HIDDEN_STATES] = Numbered((), ())
+    for each in found.values():
+        known.add(each)
+    return found
+
+
+def _further_kinds(
+    item: dict[str, Any], apart: dict[str, Apart], known: Established
+) -> dict[str, tuple[Apart, tuple[str, ...]]]:
+    """Fields that are layered kinds without being named by the format."""
+    blocks = num_blocks_of(apart)
+    positions = next((each.num_positions for each in apart.values()), None)
+    if blocks is None and layout.HIDDEN_STATES in apart:
+        states = len(apart[layout.HIDDEN_STATES].items)
+        first = known.first_states.get(states)
+        blocks = None if first is None else states - (first == "embedding")
+    if blocks is None or positions is None:
+        return {}
+    has_batch = any(BATCH in (each.axes or ()) for each in apart.values())
+    found = {
+        key: further_kind(
+            key,
+            value,
+            num_blocks=blocks,
+            num_positions=positions,
+            has_batch=has_batch,
+            established=known,
+        )
+        for key, value in item.items()
+        if key not in apart and isinstance(value, (Array, list, tuple, dict))
+    }
+    return {key: each for key, each in found.items() if each is not None}
+
+
+def _chosen(apart: Apart, numbered: Numbered, layers: tuple[int, ...] | None) -> list[int]:
+    """Indices of the items to keep: the embedding first, then in order of layer."""
+    numbers = [layout.parse_layer_name(name) for name in numbered.names]
+    available = sorted(each for each in numbers if each is not None)
+    if layers is not None and numbers:
+        missing = [layer for layer in layers if layer not in available]
+        if missing:
+            message = (
+                f"field {apart.kind!r}: layer {missing[0]} was asked for, but there are "
+                f"{len(available)} layers ({_listed(available)}); choose among these"
+            )
+            raise ConversionError(message)
+    kept = [
+        index
+        for index, number in enumerate(numbers)
+        if number is None or layers is None or number in layers
+    ]
+    return sorted(kept, key=lambda index: -1 if numbers[index] is None else numbers[index])  # type: ignore[arg-type,return-value]
+
+
+def _listed(numbers: list[int]) -> str:
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def _layered(
+    apart: Apart,
+    numbered: Numbered,
+    chosen: list[int],
+    axes: tuple[str, ...] | None,
+    *,
+    has_sites: bool,
+) -> LayeredArrays:
+    """The chosen items of a field as arrays of a record."""
+    arrays = tuple(
+        _layer(
+            apart.kind,
+            index,
+            numbered.names[index],
+            apart.items[index],
+            numbered.sites[index] if has_sites else None,
+        )
+        for index in chosen
+    )
+    if len({isinstance(each.array, StepArrays) for each in arrays}) > 1:
+        message = (
+            f"field {apart.kind!r} mixes arrays and lists of generation steps; expected one or the "
+            "other for all layers"
+        )
+        raise ConversionError(message)
+    form = apart.form(numbered.names, chosen, lists_embedding=numbered.has_embedding)
+    return LayeredArrays(arrays, form, axes=axes)
+
+
+def _layer(kind: str, index: int, name: str, value: Any, site: str | None) -> LayerArray:
+    place = f"field {kind!r}, layer {index}"
+    if isinstance(value, (list, tuple)):
+        steps = [_typed(step, f"{place}, step {number}") for number, step in enumerate(value)]
+        containers = {container for _, container in steps}
+        if len(containers) > 1:
+            message = f"{place}: steps mix torch tensors and numpy arrays"
+            raise ConversionError(message)
+        sequence: Literal["list", "tuple"] = "list" if isinstance(value, list) else "tuple"
+        array = StepArrays(tuple(step for step, _ in steps), sequence)
+        return LayerArray(name, array, site, next(iter(containers), None))
+    typed, container = _typed(value, place)
+    return LayerArray(name, typed, site, container)
+
+
+def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
+    if isinstance(value, TorchValue):
+        if value.dtype not in FLOAT_TYPES:
+            message = f"{place}: torch dtype is {value.dtype}, expected {', '.join(FLOAT_TYPES)}"
+            raise ConversionError(message)
+        return TypedArray(value.data, value.dtype), "torch"
+    if not isinstance(value, np.ndarray):
+        message = (
+            f"{place}: found {type(value).__name__}, expected a numpy array, a torch tensor, or "
+            "a list of them (generation steps)"
+        )
+        raise ConversionError(message)
+    try:
+        return TypedArray.of(value), None
+    except ConversionError as error:
+        message = f"{place}: {error}"
+        raise ConversionError(message) from error
+
+
+def _note_lengths(found: _Fields, apart: dict[str, Apart]) -> None:
+    tokens = found.named.get("tokens")
+    positions = next((each.num_positions for each in apart.values()), None)
+    if tokens is not None and positions is not None and is_one_less(len(tokens), positions):
+        message = "one more than positions: arrays cover all tokens but the last"
+        found.findings.append(Finding("one-state-less", layout.TOKENS, message))
+
+
+# --- other fields ---------------------------------------------------------------------------------
 
 
 def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
@@ -120,76 +401,3 @@ def _is_prompt_length(value: Any, item: dict[str, Any], found: _Fields) -> bool:
 
 def _length(tokens: Any) -> int:
     return len(tokens.data if isinstance(tokens, TorchValue) else tokens)
-
-
-def _layered(
-    kind: str, value: Any, layers: tuple[int, ...] | None, *, sites_known: bool
-) -> LayeredArrays:
-    if not isinstance(value, (list, tuple)):
-        message = (
-            f"field {kind!r} is a {type(value).__name__}, expected a list with one array per layer"
-        )
-        if isinstance(value, (np.ndarray, TorchValue)):
-            message += "; use list(array) for one array per layer"
-        raise ConversionError(message)
-    wanted = range(len(value)) if layers is None or not value else layers
-    missing = [layer for layer in wanted if layer >= len(value)]
-    if missing:
-        message = (
-            f"field {kind!r}: layer {missing[0]} was asked for, but there are {len(value)} layers "
-            f"(0 to {len(value) - 1}); choose among these"
-        )
-        raise ConversionError(message)
-    has_sites = sites_known and kind == layout.HIDDEN_STATES
-    arrays = tuple(
-        _layer(kind, layer, value[layer], _site(layer, len(value)) if has_sites else None)
-        for layer in wanted
-    )
-    if len({isinstance(each.array, StepArrays) for each in arrays}) > 1:
-        message = (
-            f"field {kind!r} mixes arrays and lists of generation steps; expected one or the other "
-            "for all layers"
-        )
-        raise ConversionError(message)
-    sequence: Literal["list", "tuple"] = "list" if isinstance(value, list) else "tuple"
-    return LayeredArrays(arrays, sequence)
-
-
-def _site(layer: int, num_layers: int) -> str:
-    """Where old extractors took a hidden state: transformers returns the last one normed."""
-    return layout.SITE_FINAL_NORM if layer == num_layers - 1 else layout.SITE_BLOCK_OUTPUT
-
-
-def _layer(kind: str, layer: int, value: Any, site: str | None) -> LayerArray:
-    place = f"field {kind!r}, layer {layer}"
-    name = layout.layer_name(layer)
-    if isinstance(value, (list, tuple)):
-        steps = [_typed(step, f"{place}, step {number}") for number, step in enumerate(value)]
-        containers = {container for _, container in steps}
-        if len(containers) > 1:
-            message = f"{place}: steps mix torch tensors and numpy arrays"
-            raise ConversionError(message)
-        sequence: Literal["list", "tuple"] = "list" if isinstance(value, list) else "tuple"
-        array = StepArrays(tuple(step for step, _ in steps), sequence)
-        return LayerArray(name, array, site, next(iter(containers), None))
-    typed, container = _typed(value, place)
-    return LayerArray(name, typed, site, container)
-
-
-def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
-    if isinstance(value, TorchValue):
-        if value.dtype not in FLOAT_TYPES:
-            message = f"{place}: torch dtype is {value.dtype}, expected {', '.join(FLOAT_TYPES)}"
-            raise ConversionError(message)
-        return TypedArray(value.data, value.dtype), "torch"
-    if not isinstance(value, np.ndarray):
-        message = (
-            f"{place}: found {type(value).__name__}, expected a numpy array, a torch tensor, or "
-            "a list of them (generation steps)"
-        )
-        raise ConversionError(message)
-    try:
-        return TypedArray.of(value), None
-    except ConversionError as error:
-        message = f"{place}: {error}"
-        raise ConversionError(message) from error

@@ -11,7 +11,7 @@ import numpy as np
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, cast_values
 from h5traces.format.limits import Scratch
-from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
+from h5traces.format.record import LayerArray, LayeredArrays, SourceForm, StepArrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,8 +77,16 @@ def with_head_mean(record: TraceRecord, precision: Precision) -> TraceRecord:
         del layered[layout.ATTENTIONS]
         renamed = {layout.ATTENTIONS: layout.ATTENTION_MEAN}
         fields = tuple(renamed.get(each, each) for each in fields)
-    layered[layout.ATTENTION_MEAN] = mean or LayeredArrays(means, attentions.sequence, MEAN)
+    form = _without_heads(attentions.form)
+    layered[layout.ATTENTION_MEAN] = mean or LayeredArrays(means, form, MEAN)
     return record.model_copy(update={"layered": layered, "fields": fields})
+
+
+def _without_heads(form: SourceForm) -> SourceForm:
+    if form.source_axes is None:
+        return form
+    axes = tuple(name for name in form.source_axes if name != "head")
+    return form.model_copy(update={"source_axes": axes})
 
 
 def _has_heads(attentions: LayeredArrays) -> bool:

@@ -71,6 +71,8 @@ class Encoder:
         its scale is of another width.
         """
         precision = self.precision
+        if kind not in layout.KINDS:
+            return _exact(array)
         reason = "holds generation steps" if in_steps else None
         if kind == layout.HIDDEN_STATES and precision.step is not None:
             reason = reason or self._unfit(kind, name, array)

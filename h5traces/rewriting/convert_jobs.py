@@ -149,12 +149,13 @@ def _convert_job(
     while sources:
         conversion = _Conversion(job, sources, options, report_progress)
         try:
-            conversion.run()
+            try:
+                conversion.run()
+            finally:
+                for left_out in conversion.left_out:
+                    _leave_out(left_out, sources, report)
         except _SourceFailedError as failed:
-            report.warnings.append(f"left out of the merge: {failed.reason}")
-            report.error = _joined(report.error, failed.reason)
-            report.is_usage_error &= _is_usage(failed)
-            sources.remove(failed.source)
+            _leave_out(failed, sources, report)
             continue
         except (H5TracesError, OSError) as error:
             report.error = _joined(report.error, _reason(error, job.first_target))
@@ -166,6 +167,13 @@ def _convert_job(
         report.is_usage_error &= report.error is not None
         return
     report.status = "failed"
+
+
+def _leave_out(failed: _SourceFailedError, sources: list[Path], report: FileReport) -> None:
+    report.warnings.append(f"left out of the merge: {failed.reason}")
+    report.error = _joined(report.error, failed.reason)
+    report.is_usage_error &= _is_usage(failed)
+    sources.remove(failed.source)
 
 
 def _is_usage(error: Exception) -> bool:
@@ -195,6 +203,8 @@ class _SourceFailedError(Exception):
     def __init__(self, source: Path, reason: str) -> None:
         super().__init__(source, reason)
         self.source, self.reason = source, reason
+        # Whether what was written may hold something of it.
+        self.has_traces = True
 
 
 class _Conversion:
@@ -203,7 +213,9 @@ class _Conversion:
     def __init__(
         self, job: Job, sources: list[Path], options: ConvertOptions, report_progress: Report
     ) -> None:
-        self._job, self._sources, self._options = job, sources, options
+        self._job, self._sources, self._options = job, list(sources), options
+        # Sources that failed before anything of them was written.
+        self.left_out: list[_SourceFailedError] = []
         self._report_progress = report_progress
         self._shards = ShardSet(options.write)
         self._recorded: list[SourceFile] = []
@@ -219,9 +231,17 @@ class _Conversion:
         try:
             # As they are before they are read; compared again when they have been.
             self._recorded = [self._as_it_is(source) for source in self._sources]
-            for number, source in enumerate(self._sources):
-                self._read_source(number, source)
+            number = 0
+            for source in tuple(self._sources):
+                try:
+                    self._read_source(number, source)
+                except _SourceFailedError as failed:
+                    if failed.has_traces or self._summaries:
+                        raise
+                    self._go_on_without(number, failed)
+                    continue
                 self._report_progress(source, self._recorded[number].nbytes, 0)
+                number += 1
             if not self._shards.writers:
                 self._new_writer()
             self._finish_writer()
@@ -245,7 +265,16 @@ class _Conversion:
             self._understood += opened.understood
             self._unread += [f"{source}: {each}" for each in opened.unread]
         except _SampleError as error:
-            raise self._failed(source, str(error)) from error.__cause__
+            failed = self._failed(source, str(error))
+            if isinstance(failed, _SourceFailedError):
+                failed.has_traces = error.was_written or self._source_counts[number] > 0
+            raise failed from error.__cause__
+
+    def _go_on_without(self, number: int, failed: _SourceFailedError) -> None:
+        """Leave a source out as if it had never been named."""
+        for each in (self._sources, self._recorded, self._source_counts):
+            del each[number]
+        self.left_out.append(failed)
 
     def _failed(self, source: Path, message: str) -> Exception:
         """The error of a source: of several, the others are read without it."""
@@ -279,7 +308,7 @@ class _Conversion:
         try:
             writers[-1].append(record)
         except (ConversionError, SchemaError) as error:
-            raise _SampleError(_placed(error, source, record.source)) from error
+            raise _SampleError(_placed(error, source, record.source), was_written=True) from error
         self._checks.add(record, writers[-1].content, writers[-1].not_finite)
 
     def _new_writer(self) -> None:
@@ -341,7 +370,14 @@ class _Opened:
 
 
 class _SampleError(Exception):
-    """A source is unreadable; the message names file, sample and field."""
+    """A source is unreadable; the message names file, sample and field.
+
+    `was_written`: the sample was read, and a part of it may be written.
+    """
+
+    def __init__(self, message: str, *, was_written: bool = False) -> None:
+        super().__init__(message)
+        self.was_written = was_written
 
 
 def _records(
@@ -369,8 +405,8 @@ def _chosen(source: Path, options: ConvertOptions) -> tuple[int, ...] | None:
     if layers is None or not isinstance(layers, str):
         return None if layers is None else as_numbers(layers)
     with open_source(source, options.reading) as opened:
-        next(opened, None)
-        return choose_layers(layers, range(opened.num_layers), f"{source} has")
+        next(opened.records(), None)
+        return choose_layers(layers, opened.established.numbers, f"{source} has")
 
 
 def _placed(error: Exception, source: Path, place: SourcePosition | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import unicodedata
 from collections import Counter
@@ -227,6 +228,12 @@ def joined(
             f"output={str(output)!r} makes a new archive, folder={str(folder)!r} is for labels "
             "beside archives; name one"
         )
+        raise OptionError(message)
+    if not isinstance(options, LabelOptions):
+        message = f"options is a {type(options).__name__}, expected LabelOptions"
+        raise OptionError(message)
+    if not isinstance(table, (str, os.PathLike)):
+        message = f"table is a {type(table).__name__}, expected the name of a file"
         raise OptionError(message)
     rows = read_table(Path(table), options)
     # Not those of an earlier run, which may be of an archive that was replaced since.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from h5traces.errors import OptionError, Problem, SchemaError
 from h5traces.format.text import and_more, counted, short_repr
-from h5traces.sources.rows import read_rows, short, text_of
+from h5traces.sources.rows import foreign, read_rows, short, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,7 @@ _NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)
 _WHOLE: Final = re.compile(r"([+-]?[0-9]+)\.0*", re.ASCII)
 _MOST_PROBLEMS: Final = 1000
 _INFINITE: Final = ("inf", "infinity")
+_CLASS_TYPES: Final = (str, int)
 _INT64: Final = range(-(2**63), 2**63)
 
 # Sample id, and generation index where the table has one.
@@ -52,7 +53,7 @@ class LabelOptions:
         Column of classes: ``0`` and ``1``, words, any names. Case and spaces around do not count.
     positive
         The class of the two that gets label 1, hallucination; the other one gets 0.
-    classes
+    class_labels
         Instead of `positive`, the label of every class, also of more than two; None for a class
         that gets no label.
     score_column
@@ -77,8 +78,8 @@ class LabelOptions:
     """
 
     label_column: str | None = None
-    positive: str | None = None
-    classes: Mapping[str, int | None] | None = None
+    positive: str | int | None = None
+    class_labels: Mapping[str, int | None] | Mapping[int, int | None] | None = None
     score_column: str | None = None
     higher_means: HigherMeans | None = None
     threshold: float | None = None
@@ -91,34 +92,45 @@ class LabelOptions:
             raise OptionError(message)
 
     def _mistake(self) -> str | None:
-        if self.label_column is None and (self.positive is not None or self.classes is not None):
-            return "positive and classes are about the classes of a label_column; name the column"
-        if self.positive is not None and self.classes is not None:
-            return "positive and classes both say which class gets label 1; leave one out"
-        about_scores = {"threshold": self.threshold, "higher_means": self.higher_means}
-        said = [name for name, value in about_scores.items() if value is not None]
+        for name in ("label_column", "score_column", "id_column"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name != "id_column"):
+                return f"{name} is {value!r}, expected the name of a column"
+        named = [each for each in (self.positive, self.class_labels) if each is not None]
+        if self.label_column is None and named:
+            return "positive and class_labels are about classes of a label_column; name the column"
+        if len(named) > 1:
+            return "positive and class_labels both say which class gets label 1; leave one out"
+        if self.positive is not None and not isinstance(self.positive, _CLASS_TYPES):
+            return f"positive is {self.positive!r}, expected the name of a class"
+        return self._wrong_scores() or self._wrong_classes()
+
+    def _wrong_scores(self) -> str | None:
+        about = {"threshold": self.threshold, "higher_means": self.higher_means}
+        said = [name for name, value in about.items() if value is not None]
         if self.label_column is not None and (self.scores_only or said):
             said = said or ["scores_only=True"]
             return f"label_column gives labels as they are; leave out {' and '.join(said)}"
         if self.scores_only and said:
             return f"scores_only=True makes no labels; leave out {' and '.join(said)}"
-        if self.higher_means is not None and self.higher_means not in get_args(HigherMeans):
+        if self.higher_means not in (None, *get_args(HigherMeans)):
             return f"higher_means={self.higher_means!r}, expected 'correct' or 'hallucinated'"
         if self.threshold is not None and not _is_finite(self.threshold):
             return f"the threshold is {self.threshold!r}, expected a finite number"
-        return self._wrong_classes()
+        return None
 
     def _wrong_classes(self) -> str | None:
-        if self.classes is None:
+        labels = self.class_labels
+        if labels is None:
             return None
-        if not isinstance(self.classes, Mapping) or not self.classes:
-            return f"classes is {self.classes!r}, expected the label of every class, by name"
-        for name, number in self.classes.items():
-            is_label = type(number) is int and number in _INT64
-            if not (isinstance(name, str) and (number is None or is_label)):
-                return f"classes has {name!r}: {number!r}, expected a name and an integer or None"
-        if len({class_key(each) for each in self.classes}) < len(self.classes):
-            return f"classes names a class twice: {', '.join(map(repr, self.classes))}"
+        if not isinstance(labels, Mapping) or not labels:
+            return f"class_labels is {labels!r}, expected the label of every class, by name"
+        for name, number in labels.items():
+            is_label = number is None or (type(number) is int and number in _INT64)
+            if not (isinstance(name, _CLASS_TYPES) and is_label):
+                return f"class_labels has {name!r}: {number!r}, expected an integer or None by name"
+        if len({class_key(each) for each in labels}) < len(labels):
+            return f"class_labels names a class twice: {', '.join(map(repr, labels))}"
         return None
 
     __repr__ = short_repr
@@ -137,7 +149,7 @@ class LabelOptions:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +219,9 @@ def read_table(path: Path, options: LabelOptions) -> LabelTable:
     SchemaError
         Rows are wrong, or contradict each other; the message names their lines.
     """
+    if path.is_dir():
+        message = f"{path}: is a folder, expected a table of labels or scores"
+        raise OptionError(message)
     with text_of(path.open("rb")) as file:
         found = read_rows(path, file)
         reading = _Reading(found, options)
@@ -217,9 +232,9 @@ def read_table(path: Path, options: LabelOptions) -> LabelTable:
     return reading.finished()
 
 
-def class_key(name: str) -> str:
+def class_key(name: str | int) -> str:
     """What tells classes apart: neither case, nor spaces around them, nor ``1`` from ``1.0``."""
-    plain = name.strip()
+    plain = str(name).strip()
     whole = _WHOLE.fullmatch(plain)
     return whole[1] if whole else plain.casefold()
 
@@ -246,7 +261,7 @@ class _Reading:
         wanted = [each for each in named if each is not None]
         missing = [each for each in wanted if each not in found]
         if missing:
-            raise OptionError(self._missing(missing))
+            raise OptionError(foreign(self._rows.path) or self._missing(missing))
         repeated = sorted(each for each in (*wanted, *_OTHER_SCORES) if found.count(each) > 1)
         if repeated:
             message = f"{self._rows.path}: the columns {', '.join(repeated)} occur more than once"
@@ -338,17 +353,17 @@ class _Reading:
             for key, n in self._counts.items()
         ]
         has = f"{self._rows.path}: the column {column!r} has the classes {and_more(found, 10)}"
-        if options.classes is not None:
-            labels = {class_key(name): number for name, number in options.classes.items()}
+        if options.class_labels is not None:
+            labels = {class_key(name): number for name, number in options.class_labels.items()}
             unnamed = [self._spellings[key] for key in self._counts if key not in labels]
             if unnamed:
-                message = f"{has}; classes does not say which label {unnamed[0]!r} gets"
+                message = f"{has}; class_labels does not say which label {unnamed[0]!r} gets"
                 raise OptionError(message)
             return labels
         if options.positive is None:
             message = (
                 f"{has}; name the one that gets label 1, hallucination (positive='...'), or the "
-                "label of each (classes)"
+                "label of each (class_labels)"
             )
             raise OptionError(message)
         positive = class_key(options.positive)
@@ -357,7 +372,7 @@ class _Reading:
             raise OptionError(message)
         if len(self._counts) > 2:
             message = (
-                f"{has}; with more than two, give the label of each by classes instead of "
+                f"{has}; with more than two, give the label of each by class_labels instead of "
                 "positive, None for a class that gets no label"
             )
             raise OptionError(message)

@@ -16,9 +16,11 @@ from h5traces.archive.selection import choose_samples
 from h5traces.archive.shards import inherited_facts, inherited_scales, shared_metadata
 from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
-from h5traces.format.text import and_more, counted
+from h5traces.format.text import and_more
 from h5traces.paths import Target, check_not_a_source, check_not_among
 from h5traces.precision.scales import ScaleSet
+from h5traces.rewriting.repeated import repeated_samples
+from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.calibrate import check_model, load_given, measured
 from h5traces.writing.options import (
     PrecisionOptions,
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
     from h5traces.format.precision import Tier
     from h5traces.paths import PathLike, Source
     from h5traces.precision.scales import Calibration
-    from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.archive_writer import ArchiveWriter
+    from h5traces.writing.options import Foreign, WriteSummary
 
 
 @dataclass(slots=True)
@@ -72,9 +74,17 @@ class RepackReport:
     precision: str | None = None
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def ok(self) -> bool:
+        """Whether the targets were written; a rewrite that fails raises, so this is true."""
+        return True
+
+    def raise_for_errors(self) -> None:
+        """Do nothing: as in the report of a conversion, for code that takes either."""
+
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return asdict(self)
+        return {"ok": self.ok, **asdict(self)}
 
 
 def repack(
@@ -84,6 +94,7 @@ def repack(
     layers: LayerChoice = None,
     samples: SampleChoice = None,
     precision: PrecisionOptions | Precision | Tier | None = None,
+    foreign: Foreign = "keep",
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> RepackReport:
@@ -108,10 +119,20 @@ def repack(
     precision
         A tier, a `Precision` or `PrecisionOptions`, as in `h5traces.convert`; what is None stays
         as it is in the sources.
+    foreign
+        ``keep`` or ``drop`` objects and attributes that other programs put into the sources; those
+        with names that begin with ``x_`` are always kept. They are copied as they are, also where
+        layers or samples are left out.
     target
         Shards, existing targets, verification and workers.
     progress
         Called with the number of samples written and their total.
+
+    Returns
+    -------
+    RepackReport
+        What was written. There is one result, so whatever prevents it raises; ``report.ok`` is true
+        if it came.
 
     Raises
     ------
@@ -172,7 +193,7 @@ def repack(
             source_nbytes=sum(file.nbytes for file in archive._files),
             precision=str(wanted) if wanted.is_lossy else None,
         )
-        report.warnings += _repeated_samples(archive, indices)
+        report.warnings += repeated_samples(archive, indices)
         found = ScaleSet()
         if not target.dry_run and wanted.step is not None:
             found = _scales(
@@ -188,6 +209,7 @@ def repack(
             target,
             scales=found,
             earlier_precisions=before.losses if encodes else before.earlier_precisions or (),
+            foreign=foreign,
         )
         if target.dry_run:
             report.targets = [str(place.shard(0))]
@@ -204,6 +226,7 @@ def merge(
     sources: PathLike | Iterable[PathLike],
     dest: PathLike,
     *,
+    foreign: Foreign = "keep",
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> RepackReport:
@@ -211,15 +234,21 @@ def merge(
 
     Parameters
     ----------
-    sources, dest, target, progress
-        As in `repack`.
+    sources, dest, foreign, target, progress
+        As in `repack`. Of objects with one name in the roots of several archives, the first is
+        kept, and those that differ from it are named in a warning.
+
+    Returns
+    -------
+    RepackReport
+        As `repack`.
 
     Raises
     ------
     ArchiveError, OptionError, ArchiveExistsError
         As in `repack`.
     """
-    return repack(sources, dest, target=target, progress=progress)
+    return repack(sources, dest, foreign=foreign, target=target, progress=progress)
 
 
 def split(
@@ -227,6 +256,7 @@ def split(
     dest: PathLike,
     num_samples: int,
     *,
+    foreign: Foreign = "keep",
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> RepackReport:
@@ -234,10 +264,15 @@ def split(
 
     Parameters
     ----------
-    sources, dest, target, progress
+    sources, dest, foreign, target, progress
         As in `repack`.
     num_samples
         Largest number of samples in a shard.
+
+    Returns
+    -------
+    RepackReport
+        As `repack`.
 
     Raises
     ------
@@ -245,7 +280,7 @@ def split(
         As in `repack`.
     """
     target = replace(target, shard_samples=num_samples)
-    return repack(sources, dest, target=target, progress=progress)
+    return repack(sources, dest, foreign=foreign, target=target, progress=progress)
 
 
 def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
@@ -280,24 +315,6 @@ def _check_different(archive: Archive) -> None:
                 "would store its samples twice; name one of them"
             )
             raise OptionError(message)
-
-
-def _repeated_samples(archive: Archive, indices: Sequence[int]) -> list[str]:
-    """A warning, where several files hold the same bytes under one id."""
-    if len(archive._files) == 1:
-        return []
-    first: dict[tuple[object, object], Trace] = {}
-    repeated: list[str] = []
-    for trace in (archive[index] for index in indices):
-        stored = trace._stored.file.sample_attrs(trace.position_in_file)
-        key = stored.get("sample_id"), stored.get("digest")
-        other = first.setdefault(key, trace)
-        if None not in key and other.path != trace.path:
-            repeated.append(f"{key[0]!r} of {other.path} and {trace.path}")
-    if not repeated:
-        return []
-    samples = counted(len(repeated), "sample is", "samples are")
-    return [f"{samples} stored twice, byte for byte: {and_more(repeated, 3)}"]
 
 
 def _warn_of_recast(archive: Archive, place: Target, before: ArchiveMetadata) -> None:
@@ -387,6 +404,8 @@ class _Rewrite:
                 writer = self._shards.new(
                     place.shard(number), **inherited_facts(self._archive._files)
                 )
+                for file in self._archive._files:
+                    writer.carry_foreign(file)
                 for index in indices[start : start + size]:
                     self._add(writer, self._archive[index])
                     self._report.num_samples += 1
@@ -405,6 +424,7 @@ class _Rewrite:
             writer.append(to_record(trace, first_source=first_source))
         else:
             writer.copy(StoredSample(trace, codec=self._codec, first_source=first_source))
+        writer.carry_foreign(trace._stored.file, trace.position_in_file)
 
     def _publish(self, target: Target) -> None:
         """Name the targets, and report them."""
@@ -412,8 +432,26 @@ class _Rewrite:
         summaries = [writer.summary for writer in self._shards.writers]
         self._report.targets = [str(summary.path) for summary in summaries]
         self._report.warnings += [each for one in summaries for each in precision_warnings(one)]
+        self._report.warnings += _foreign_warnings(self._archive, summaries)
         self._report.warnings += stale_warnings(target, self._report.targets)
         self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
+
+
+def _foreign_warnings(archive: Archive, summaries: Sequence[WriteSummary]) -> list[str]:
+    """What other programs put into the sources and is not in the targets."""
+    left = dict.fromkeys(each for one in summaries for each in one.left_foreign)
+    found = [f"{and_more(left, separator='; ')}: not copied"] if left else []
+    far = [str(file.path) for file in archive._files if _is_out_of_reach(file)]
+    if far:
+        found.append(
+            f"{and_more(far)}: what users put there beside the traces was not copied; download "
+            "the archive to keep it"
+        )
+    return found
+
+
+def _is_out_of_reach(file: ArchiveFile) -> bool:
+    return isinstance(file.path, RemotePath) and file.store.has_foreign
 
 
 def _joined_sources(

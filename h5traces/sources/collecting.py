@@ -7,22 +7,33 @@ whole; or it is *unrelated*: a README, a table of labels, h5traces' own files.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from h5traces.errors import ConversionError, H5TracesError
-from h5traces.paths import expand_paths, has_wildcards, walk
+from h5traces.errors import ConversionError, H5TracesError, warn
+from h5traces.format.text import and_more
+from h5traces.paths import (
+    ARCHIVE_SUFFIXES,
+    expand_paths,
+    expand_sources,
+    has_wildcards,
+    listed_sources,
+    walk,
+)
 from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, source_stem
 
 if TYPE_CHECKING:
-    import os
+    from collections.abc import Iterable
 
     from h5traces.meaning.options import ReadingOptions
-    from h5traces.paths import Other
+    from h5traces.paths import Other, Source
     from h5traces.sources.opening import Recognised
     from h5traces.sources.source import TraceSource
+    from h5traces.storage.remote.paths import RemotePath
 
 # Whoever finds such a file in a folder of traces expects it to be read. Of pickles, only those that
 # are named so: many files of other kinds begin like one.
@@ -31,7 +42,10 @@ _NAMED_AS_TRACES: Final = re.compile(
     r"\.(?:pkl|pickle|pt|pth|ckpt|safetensors)(?:\.(?:gz|bz2|xz|lzma|zstd?|lz4))?\Z", re.IGNORECASE
 )
 # What lies beside a batch and tells about it, under its name.
-_COMPANIONS: Final = frozenset({"json", "jsonl", "csv", "text", "html", "office"})
+_COMPANIONS: Final = frozenset(
+    {"json", "jsonl", "csv", "text", "html", "xml", "office", "image", "pdf", "empty"}
+)
+_SUFFIXES: Final = re.compile(r"(?:\.[A-Za-z]\w{0,7})+\Z", re.ASCII)
 _NUMBER: Final = re.compile(r"[0-9]+")
 _PART: Final = ".part"
 _EXAMPLES: Final = "pickles, files of torch.save or safetensors"
@@ -109,6 +123,44 @@ def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = Non
             return Collected(left=[_unfinished(path)])
         return Collected([(path, Path(path.name))])
     return _of_glob(expand_paths(source, SOURCE_SUFFIXES), reading)
+
+
+def archives_and_sources(
+    named: Source | Iterable[Source], reading: ReadingOptions | None = None
+) -> list[Path | RemotePath]:
+    """The archives and the files of other programs that names stand for, in the order given.
+
+    In folders, the content decides; a warning names files that seem to belong to them and are not
+    read. Addresses of servers stand for archives.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there, or a folder holds neither.
+    """
+    found: list[Path | RemotePath] = []
+    for each in listed_sources(named):
+        if isinstance(each, (str, os.PathLike)) and Path(each).is_dir():
+            found += _in_folder(Path(each), reading)
+        else:
+            found += expand_sources(each, (*SOURCE_SUFFIXES, *ARCHIVE_SUFFIXES))
+    return list(dict.fromkeys(found))
+
+
+def _in_folder(folder: Path, reading: ReadingOptions | None) -> list[Path]:
+    found: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):
+        found += expand_paths(folder)
+    try:
+        collected = collect(folder, reading)
+    except ConversionError as error:
+        if not found:
+            raise FileNotFoundError(str(error)) from error
+        return found
+    if collected.left:
+        reasons = and_more([each.reason for each in collected.left], 5)
+        warn(f"not read: {reasons}", UserWarning)
+    return sorted({*found, *(path for path, _ in collected.sources)})
 
 
 def _is_set(folder: Path) -> bool:
@@ -193,9 +245,14 @@ def _belongs(found: Recognised, names: _Names) -> bool:
     """Whether a file that is not read seems to be one of the run's."""
     if found.is_ours:
         return False
-    if found.kind.id in _COMPANIONS and names.has_stem(found.path):
-        return False
-    return _is_of_traces(found) or names.continues(found.path)
+    if _is_of_traces(found):
+        return True
+    path = found.path
+    if found.kind.id in _COMPANIONS:
+        return names.continues(path) and not names.has_stem(path)
+    return names.continues(path) or names.continues(
+        path.with_name(_SUFFIXES.sub("", path.name) or path.name)
+    )
 
 
 class _Names:

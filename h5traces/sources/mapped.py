@@ -20,7 +20,7 @@ _RELEASE_NBYTES: Final = 32 << 20
 
 
 class MappedFile:
-    """A file in memory as a map.
+    """A file in memory as a map, or its `content` in memory where it was compressed.
 
     Arrays of it are read-only views, which stay valid after `close`, also if the file is deleted.
     The file must not shrink while they are in use.
@@ -31,19 +31,25 @@ class MappedFile:
         Size of the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], content: bytes | bytearray | None = None
+    ) -> None:
         self.path = Path(path)
+        self._touched = 0
+        if content is not None:
+            self._map: Any = content
+            self.nbytes = len(content)
+            return
         descriptor = open_regular(self.path, ConversionError)
         try:
             self.nbytes = os.fstat(descriptor).st_size
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if self.nbytes else None
         finally:
             os.close(descriptor)
-        self._touched = 0
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """At most `nbytes` from `offset`, a copy."""
-        return b"" if self._map is None else self._map[offset : offset + nbytes]
+        return b"" if self._map is None else bytes(self._map[offset : offset + nbytes])
 
     def view(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Bytes of the file, which must hold them: a view ``(nbytes,)`` of uint8."""
@@ -62,7 +68,7 @@ class MappedFile:
 
         Otherwise all that was ever read would count as this process's memory.
         """
-        if self._touched >= _RELEASE_NBYTES and self._map is not None:
+        if self._touched >= _RELEASE_NBYTES and isinstance(self._map, mmap.mmap):
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
@@ -70,3 +76,8 @@ class MappedFile:
     def close(self) -> None:
         """Let go of the map: it ends with the last of its views."""
         self._map = None
+
+
+def aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, copied if its numbers are not aligned: those are slow, or impossible, to use."""
+    return array if array.flags.aligned else array.copy(order="K")

@@ -34,9 +34,13 @@ _READERS: Final[dict[str, tuple[str, str]]] = {
     "pickle": ("h5traces.sources.pickle.stream", "BatchStream"),
     "torch": ("h5traces.sources.torch_file", "TorchZipStream"),
     "torch-old": ("h5traces.sources.torch_file", "OldTorchStream"),
+    "safetensors": ("h5traces.sources.safetensors", "SafetensorsSource"),
+    "npz": ("h5traces.sources.numpy_file", "NpzSource"),
+    "npy": ("h5traces.sources.numpy_file", "NpySource"),
 }
-# Kinds that their reader decompresses, and from what.
-_DECOMPRESSED: Final[dict[str, tuple[str, ...]]] = {"pickle": ("gzip",)}
+# Kinds that their readers decompress, and from what.
+_DECOMPRESSED: Final = frozenset(("pickle", "safetensors"))
+_DECOMPRESSORS: Final = frozenset(("gzip", "bz2", "xz", "lzma", "zstd", "zlib"))
 
 _SUFFIX: Final = re.compile(
     r"\.(?:pkl|pickle|p|pt|pth|ckpt|safetensors|npz|npy|bin|jsonl?|parquet|arrow|feather|joblib)\Z"
@@ -131,8 +135,9 @@ def _reader_of(path: Path, kind: Kind) -> type[TraceSource] | None:
         for reader in added:
             if reader.recognises(path, head):
                 return reader
+    is_packed = kind.compression is not None
     if kind.id not in _READERS or (
-        kind.compression and kind.compression not in _DECOMPRESSED.get(kind.id, ())
+        is_packed and not (kind.id in _DECOMPRESSED and kind.compression in _DECOMPRESSORS)
     ):
         return None
     module, name = _READERS[kind.id]

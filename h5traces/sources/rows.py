@@ -14,17 +14,22 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from h5traces.errors import Problem, SchemaError
 from h5traces.format.text import and_more, counted
+from h5traces.sources.signatures import identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _OBJECT: Final = re.compile(r"\s*\{")
-_ARRAY: Final = re.compile(r"\s*\[\s*([\]{]|\Z)")
+_ARRAY: Final = re.compile(r"\s*\[")
 # What 'surrogateescape' makes of UTF-16's byte order marks.
 _UTF16: Final = ("\udcff\udcfe", "\udcfe\udcff")
 # What 'surrogateescape' makes of a byte that is not UTF-8.
 _NOT_UTF8: Final = re.compile("[\udc80-\udcff]")
+_SAVE: Final = "save the file as UTF-8 (in spreadsheets: 'CSV UTF-8')"
+# Kinds of files, as `identify` names them, that may be tables; and those it knows how to make one.
+_TABLES: Final = ("csv", "json", "jsonl", "text", "empty", "unknown")
+_REMEDIES: Final = ("office", "zip", "git-lfs", "git-annex", "html", "xml")
 _DIGITS: Final = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 # The most that csv takes; its default is 128 kB, and cells may hold whole articles.
 _LARGEST_CELL: Final = 2**31 - 1
@@ -73,13 +78,13 @@ class TextTable:
 
 def text_of(file: BinaryIO) -> io.TextIOWrapper:
     """A file as text, for `read_rows`; closing one closes the other."""
-    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
 
 
 def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     """Read the rows of a file of text in UTF-8; its content decides what it is, not its name.
 
-    JSON Lines where it begins with an object, a JSON array where it begins with a list of objects,
+    JSON Lines where it begins with a brace, a JSON array of objects where it begins with a bracket,
     TSV where its first line has more tabs than commas, else CSV. In CSV and TSV, every row must
     have as many cells as the header. Cells are of any length; no other line separators than those
     of CSV end a row.
@@ -112,6 +117,17 @@ def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     return TextTable(path, kind, columns, itertools.chain(head, rows))
 
 
+def foreign(path: Path) -> str | None:
+    """What a file is that holds something other than a table of text; None where it may be one."""
+    if not path.is_file():
+        return None
+    kind = identify(path)
+    if kind.compression is None and kind.id in _TABLES:
+        return None
+    message = f"{path}: is {kind}, expected CSV, TSV or JSON Lines"
+    return f"{message}; {kind.remedy}" if kind.id in _REMEDIES else message
+
+
 def short(value: object) -> str:
     """A cell for messages: its repr, cut in the middle where it is long."""
     return _SHORT.repr(value)
@@ -124,16 +140,21 @@ def bad_row(path: Path, place: str, message: str) -> SchemaError:
 
 def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
     """Lines with their ends, each of them UTF-8."""
-    for number, line in enumerate(file, start=1):
+    first = file.readline()
+    # Old Macs end lines so. Elsewhere, a carriage return inside a line ends none.
+    every: Iterable[str] = itertools.chain([first], file)
+    if "\r" in first.rstrip("\r\n"):
+        every = (line for text in every for line in io.StringIO(text, newline=""))
+    for number, line in enumerate(every, start=1):
         wrong = None if line.isascii() else _NOT_UTF8.search(line)
         if wrong is not None:
+            other = foreign(path)
+            if other is not None:
+                raise SchemaError(other)
             if number == 1 and line.startswith(_UTF16):
-                message = f"{path}: is UTF-16, expected UTF-8 (in spreadsheets: 'CSV UTF-8')"
+                message = f"{path}: is not UTF-8 text but UTF-16; {_SAVE}"
                 raise SchemaError(message)
-            message = (
-                f"byte 0x{ord(wrong[0]) - 0xDC00:02x} is not UTF-8; save the file as UTF-8 (in "
-                "spreadsheets: 'CSV UTF-8')"
-            )
+            message = f"byte 0x{ord(wrong[0]) - 0xDC00:02x} is not UTF-8 text; {_SAVE}"
             raise bad_row(path, f"line {number}", message)
         yield line
 
@@ -158,7 +179,10 @@ def _cells(
         except StopIteration:
             return
         except csv.Error as error:
-            raise bad_row(path, place, f"is not {kind}: {error}") from error
+            what = str(error)
+            if what.startswith("new-line character"):
+                what = "a cell without quotes holds a carriage return; put it into quotes"
+            raise bad_row(path, place, f"is not {kind}: {what}") from error
         if cells:
             yield place, cells
 

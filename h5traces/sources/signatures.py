@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _HEAD_NBYTES: Final = 4096
-# Of a compressed file, to know what is inside.
+# Of a compressed file, to know what is inside; and of one block of it, at most: bzip2's.
 _PACKED_NBYTES: Final = 1 << 16
+_BLOCK_NBYTES: Final = 1_200_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +227,9 @@ def identify(path: str | os.PathLike[str]) -> Kind:
     with os.fdopen(open_regular(path, ConversionError), "rb") as file:
         head = file.read(_PACKED_NBYTES)
         kind = _kind_of(head)
+        if kind.id in _UNPACKERS:
+            # Its first block is longer than what was read.
+            kind = _kind_of(head + file.read(_BLOCK_NBYTES))
         if kind.compression is not None:
             return kind
         if kind.id == "hdf5":
@@ -237,12 +241,18 @@ def identify(path: str | os.PathLike[str]) -> Kind:
 
 def _kind_of(head: bytes) -> Kind:
     """The kind of a file that begins so."""
+    # Before compressors: the length of a header may look like one.
+    if _is_safetensors(head):
+        return KINDS["safetensors"]
     compression = next((name for magic, name in _COMPRESSED if head.startswith(magic)), None)
     if compression is None and _is_zlib(head):
         compression = "zlib"
     if compression is None:
         return KINDS[_plain_kind(head)]
     inner = _unpacked_head(compression, head)
+    if not inner and compression == "lzma":
+        # A weak signature: numbers may begin so.
+        return KINDS[_plain_kind(head)]
     found = _plain_kind(inner) if inner else "unknown"
     if found in ("unknown", "empty"):
         return KINDS[compression]
@@ -258,7 +268,7 @@ def _plain_kind(head: bytes) -> str:
             return found
     if _TORCH_OLD.match(head):
         return "torch-old"
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER_NBYTES:
+    if _is_safetensors(head):
         return "safetensors"
     if _ARROW_STREAM.match(head):
         return "arrow"
@@ -271,6 +281,11 @@ def _plain_kind(head: bytes) -> str:
     if text is not None:
         return _kind_of_text(text, is_whole=len(head) <= _HEAD_NBYTES)
     return "pickle" if _BINARY_PICKLE.match(head) else "unknown"
+
+
+def _is_safetensors(head: bytes) -> bool:
+    nbytes = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and 2 <= nbytes <= _SAFETENSORS_HEADER_NBYTES
 
 
 def _as_text(head: bytes) -> bytes | None:
@@ -323,10 +338,11 @@ def _unpacked_head(compression: str, head: bytes) -> bytes:
         step = unpack()
         # In small pieces: a wrong checksum takes nothing from what is before it, and none
         # expands to much.
-        for at in range(0, len(head), 16):
-            found += step(head[at : at + 16], _HEAD_NBYTES - len(found))
-            if len(found) >= _HEAD_NBYTES:
-                break
+        at = 0
+        while at < len(head) and len(found) < _HEAD_NBYTES:
+            nbytes = 16 if at < _HEAD_NBYTES else 256
+            found += step(head[at : at + nbytes], _HEAD_NBYTES - len(found))
+            at += nbytes
     except (zlib.error, OSError, EOFError, ValueError, lzma.LZMAError, zstandard.ZstdError):
         pass
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from h5traces.errors import ConversionError, SchemaError
 from h5traces.format.record import SourcePosition
+from h5traces.meaning.numbering import Established
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
 
@@ -39,6 +40,8 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
         How many there are, where that is known before they are read.
     num_layers
         Decoder blocks of the samples that were returned, the largest number.
+    established
+        What the samples that were made records have told of layers and axes.
     understood
         Sentences that say how the file was understood, for reports.
     unread
@@ -55,6 +58,7 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
         self.num_read = 0
         self.num_samples: int | None = None
         self.num_layers = 0
+        self.established = Established()
         self.understood: list[str] = []
         self.unread: list[str] = []
 
@@ -105,6 +109,7 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
                 message = f"{self.path}: sample {place.position}: {error}"
                 raise ConversionError(message) from error
             del item
+            self.num_layers = self.established.num_blocks
             yield record
             # Free the arrays before the next sample is read.
             del record
@@ -113,4 +118,6 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
         self, item: dict[Any, Any], place: SourcePosition, layers: tuple[int, ...] | None
     ) -> TraceRecord:
         """One sample as a record, by the rules of `h5traces.meaning`."""
-        return to_record(item, source=place, layers=layers, options=self.options)
+        return to_record(
+            item, source=place, layers=layers, options=self.options, established=self.established
+        )

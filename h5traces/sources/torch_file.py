@@ -9,11 +9,8 @@ the machine, the value, the names of its storages) with the storages behind them
 from __future__ import annotations
 
 import io
-import weakref
-import zlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
 
 from h5traces.errors import ConversionError
 from h5traces.meaning.options import ReadingOptions
@@ -35,12 +32,13 @@ from h5traces.sources.pickle.source import (
     contradict,
 )
 from h5traces.sources.pickle.stream import BatchStream
-from h5traces.sources.zip_entries import DEFLATED, STORED, ZipDirectory
+from h5traces.sources.zip_entries import STORED, ZipDirectory, entry_content
 
 if TYPE_CHECKING:
     import os
     from pathlib import Path
 
+    from h5traces.sources.pickle.cursor import Cursor
     from h5traces.sources.zip_entries import ZipEntry
 
 _DEFAULT_LIMITS: Final = PickleLimits()
@@ -62,6 +60,9 @@ class _TorchStream(BatchStream):
     ) -> None:
         self._mapped = MappedFile(path)
         super().__init__(path, limits=limits, options=options)
+
+    def _check_kind(self) -> None:
+        """Do nothing: its reader was chosen by its kind."""
 
     def __next__(self) -> Any:
         self._mapped.release()
@@ -111,10 +112,11 @@ class _ZipStorages:
         self._directory = directory
         self._prefix = prefix
         self._limits = limits
-        self._inflated: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self._checked: set[str] = set()
+        self._inflated: tuple[str, Any] = ("", None)
         order = b"little"
         if (name := f"{prefix}byteorder") in directory:
-            order = entry_content(mapped, directory.entry(name), limits).tobytes().strip()
+            order = self._content(directory.entry(name)).tobytes().strip()
         if order not in (b"little", b"big"):
             contradict(f"the byte order is {order[:20]!r}, expected 'little' or 'big'")
         self._is_big_endian = order == b"big"
@@ -132,13 +134,8 @@ class _ZipStorages:
                 f"entry {name[:80]!r} has {entry.nbytes:,} bytes, its pickle names "
                 f"{header.num_elements:,} elements of {header.dtype}"
             )
-        data = self._inflated.get(name)
-        if data is None:
-            data = entry_content(self._mapped, entry, self._limits)
-            if entry.method != STORED:
-                self._inflated[name] = data
         return Storage(
-            data,
+            self._content(entry),
             0,
             header.num_elements,
             header.dtype,
@@ -146,39 +143,29 @@ class _ZipStorages:
             is_big_endian=self._is_big_endian,
         )
 
-
-def entry_content(mapped: MappedFile, entry: ZipEntry, limits: PickleLimits) -> Any:
-    """The content of an entry, an array of uint8: a view of the file where it is stored as it is.
-
-    MalformedError where it does not fit its entry, or would expand more than `limits` allow.
-    """
-    stored = mapped.view(entry.start, entry.stored_nbytes)
-    if entry.method == STORED:
-        return stored
-    _check_method(entry, limits)
-    inflater = zlib.decompressobj(-15)
-    try:
-        content = inflater.decompress(stored.data, entry.nbytes + 1)
-    except zlib.error as error:
-        contradict(f"entry {entry.name[:80]!r} cannot be inflated: {error}")
-    if len(content) != entry.nbytes or zlib.crc32(content) != entry.crc:
-        contradict(f"entry {entry.name[:80]!r} does not hold what the zip file's directory says")
-    return np.frombuffer(content, np.uint8)
+    def _content(self, entry: ZipEntry) -> Any:
+        """The content of an entry, whose checksum is looked at once."""
+        name, content = self._inflated
+        if name != entry.name or content is None:
+            content = _content(
+                self._mapped, entry, self._limits, check=entry.name not in self._checked
+            )
+            self._checked.add(entry.name)
+            if entry.method != STORED:
+                # Several tensors may be views of it.
+                self._inflated = entry.name, content
+        return content
 
 
-def _check_method(entry: ZipEntry, limits: PickleLimits) -> None:
-    if entry.method != DEFLATED:
-        contradict(
-            f"entry {entry.name[:80]!r} is compressed by method {entry.method}, expected none or "
-            "deflate; save the file again"
-        )
-    most = max(limits.expansion_grace_nbytes, limits.max_expansion * entry.stored_nbytes)
-    if entry.nbytes > most:
-        contradict(
-            f"entry {entry.name[:80]!r} expands from {entry.stored_nbytes:,} to {entry.nbytes:,} "
-            f"bytes, more than {limits.max_expansion} times; if the file is trusted, raise "
-            "PickleLimits(max_expansion=...)"
-        )
+def _content(mapped: MappedFile, entry: ZipEntry, limits: PickleLimits, *, check: bool) -> Any:
+    return entry_content(
+        mapped,
+        entry,
+        str(mapped.path),
+        max_expansion=limits.max_expansion,
+        grace_nbytes=limits.expansion_grace_nbytes,
+        check=check,
+    )
 
 
 class _EntrySource(FileSource):
@@ -192,10 +179,11 @@ class _EntrySource(FileSource):
         self.compressed_size = entry.nbytes
         self._exact_bound = True
         self._inflater = None
+        content = _content(mapped, entry, limits, check=True)
         if entry.method == STORED:
             self._raw = _Window(mapped, entry.start, entry.nbytes)  # type: ignore[assignment]
         else:
-            self._raw = io.BytesIO(entry_content(mapped, entry, limits))  # type: ignore[assignment]
+            self._raw = io.BytesIO(content.data)  # type: ignore[assignment]
         self.file = io.BufferedReader(self._raw, _BUFFER_NBYTES)
 
 
@@ -245,8 +233,9 @@ class OldTorchStream(_TorchStream):
             self._storages = _RowStorages(self._mapped, places, is_big_endian=is_big_endian)
         return _source_at(self.path, self._start, self._limits)
 
-    def _check_end(self) -> None:
-        """Do nothing: the storages follow, and have been found."""
+    def _ends(self, cursor: Cursor) -> bool:
+        """Nothing else: the storages follow, and have been found."""
+        return True
 
 
 def _source_at(path: Path, start: int, limits: PickleLimits) -> FileSource:
@@ -280,16 +269,19 @@ class _Headers(BatchStream):
         self._end = 0
         super().__init__(path, limits=limits)
 
+    def _check_kind(self) -> None:
+        """Do nothing: the pickle begins later in the file."""
+
     def _make_source(self) -> FileSource:
         self._storages = self._collected
         return _source_at(self.path, self._start, self._limits)
 
-    def _check_end(self) -> None:
-        assert self._source is not None
-        keys = Machine(self._source, self._limits).load()
+    def _ends(self, cursor: Cursor) -> bool:
+        keys = cursor.check(Machine(cursor.source, self._limits).load)
         if type(keys) is not list or any(type(each) is not str for each in keys):
-            contradict("the names of the storages are no list of str")
-        self._keys, self._end = keys, self._source.inflated_bytes
+            cursor.check(partial(contradict, "the names of the storages are no list of str"))
+        self._keys, self._end = keys, cursor.source.inflated_bytes
+        return True
 
     def places(self, mapped: MappedFile) -> dict[str, tuple[int, StorageHeader]]:
         """Where each storage's numbers begin, by name."""

@@ -7,13 +7,32 @@ read where they lie.
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+
+import numpy as np
 
 from h5traces.errors import ConversionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from h5traces.sources.mapped import MappedFile
+
+_crc32: Callable[..., int] = zlib.crc32
+_inflater: Callable[[int], Any] = zlib.decompressobj
+_INFLATE_ERRORS: tuple[type[Exception], ...] = (zlib.error,)
+try:
+    # Several times as fast as zlib; has wheels for x86-64 and arm64 only.
+    from isal import isal_zlib
+except ImportError:  # pragma: no cover - depends on the machine
+    pass
+else:
+    _crc32, _inflater = isal_zlib.crc32, isal_zlib.decompressobj
+    _INFLATE_ERRORS = (zlib.error, cast("type[Exception]", isal_zlib.error))
 
 STORED: Final = 0
 DEFLATED: Final = 8
@@ -21,6 +40,8 @@ MAGIC: Final = b"PK\x03\x04"
 
 _MAX_DIRECTORY_NBYTES: Final = 64 << 20
 _MAX_ENTRIES: Final = 1_000_000
+# Of content at a time.
+_CRC_NBYTES: Final = 4 << 20
 _MAX_COMMENT_NBYTES: Final = 1 << 16
 # End of the directory, its 64-bit form and that one's locator, an entry, a local header; APPNOTE
 # 6.3.10, sections 4.3.6 to 4.3.16.
@@ -188,3 +209,79 @@ class ZipDirectory:
         if header[0] != MAGIC:
             self._fail(f"entry {name[:80]!r} is not where the directory says")
         return int(offset + _LOCAL.size + header[9] + header[10])
+
+
+def entry_content(
+    file: MappedFile,
+    entry: ZipEntry,
+    name: str,
+    *,
+    max_expansion: int = 300,
+    grace_nbytes: int = 64 << 20,
+    check: bool = True,
+) -> NDArray[np.uint8]:
+    """The content of an entry: a view of the file where it is stored as it is.
+
+    Parameters
+    ----------
+    file
+        The zip file.
+    entry
+        One of its entries.
+    name
+        Of the file, for messages.
+    max_expansion, grace_nbytes
+        A deflated entry may expand so many times, or to so many bytes.
+    check
+        Compare the content with its checksum.
+
+    Raises
+    ------
+    ConversionError
+        The content does not fit its entry, or expands more.
+    """
+    where = f"{name}: entry {entry.name[:80]!r}"
+    if entry.method not in (STORED, DEFLATED):
+        message = f"{where} is compressed by method {entry.method}, expected none or deflate; "
+        message += "save the file again"
+        raise ConversionError(message)
+    if entry.method == DEFLATED:
+        if entry.nbytes > max(grace_nbytes, max_expansion * entry.stored_nbytes):
+            message = (
+                f"{where} expands from {entry.stored_nbytes:,} to {entry.nbytes:,} bytes, more "
+                f"than {max_expansion} times; save the file again without compression"
+            )
+            raise ConversionError(message)
+        content = _inflated(file.view(entry.start, entry.stored_nbytes), entry, where)
+        crc = _crc32(content.data)
+    else:
+        # Writers may leave the checksum out: torch.serialization.set_crc32_options(False).
+        crc = _crc_in_file(file, entry) if check and entry.crc else entry.crc
+        content = file.view(entry.start, entry.nbytes)
+    if crc != entry.crc:
+        message = (
+            f"{where} does not fit its checksum; copy the file again from where it was written"
+        )
+        raise ConversionError(message)
+    return content
+
+
+def _inflated(stored: NDArray[np.uint8], entry: ZipEntry, where: str) -> NDArray[np.uint8]:
+    try:
+        content = _inflater(-zlib.MAX_WBITS).decompress(stored.data, entry.nbytes + 1)
+    except _INFLATE_ERRORS as error:
+        message = f"{where} cannot be inflated: {error}"
+        raise ConversionError(message) from error
+    if len(content) != entry.nbytes:
+        message = f"{where} does not hold the {entry.nbytes:,} bytes that the directory says"
+        raise ConversionError(message)
+    return np.frombuffer(content, np.uint8)
+
+
+def _crc_in_file(file: MappedFile, entry: ZipEntry) -> int:
+    crc = 0
+    for start in range(0, entry.nbytes, _CRC_NBYTES):
+        nbytes = min(_CRC_NBYTES, entry.nbytes - start)
+        crc = _crc32(file.view(entry.start + start, nbytes).data, crc)
+        file.release()
+    return crc

@@ -116,6 +116,8 @@ class FooterDirectory:
     num_objects: int
     # The tables list the objects of /scales after those of the last sample.
     has_scales: bool
+    # The HDF5 part holds objects or attributes that are not the format's, which no table lists.
+    has_foreign: bool
     # by number
     types: list[str]
     codecs: list[str]
@@ -210,6 +212,7 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int) -> FooterDirectory:
             num_samples=_count(document["num_samples"], hdf5_nbytes),
             num_objects=_count(document["num_objects"], hdf5_nbytes),
             has_scales=bool(_count(document.get("has_scales", 0), 1)),
+            has_foreign=bool(_count(document.get("has_foreign", 0), 1)),
             types=[str(each) for each in document["types"]],
             codecs=[str(each) for each in document["codecs"]],
             columns={
@@ -316,6 +319,8 @@ class FooterBuilder:
         }
         self._next_offset = 0
         self._has_scales = False
+        # Whether the HDF5 part holds what is not the format's.
+        self.has_foreign = False
 
     def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
         """Append a sample; every dataset must have a chunk table with checksums."""
@@ -389,6 +394,7 @@ class FooterBuilder:
                 "num_samples": self.num_samples,
                 "num_objects": len(self._columns["object_name"]),
                 **({"has_scales": 1} if self._has_scales else {}),
+                **({"has_foreign": 1} if self.has_foreign else {}),
                 "types": list(self._types),
                 "codecs": list(self._codecs),
                 "columns": table,

@@ -10,7 +10,6 @@ import torch
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.archive.torch_values import to_tensor
 from h5traces.errors import DatasetError, LayerIndexError
-from h5traces.format import layout
 from h5traces.format.entries import carrier_dtype
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def named(trace: Trace) -> str:
 
 def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
     """One layer's array of a trace: reads its chunks and nothing else."""
-    name = layout.layer_name(layer)
+    name = trace._stored.array_name(kind, layer)
     if f"{kind}/{name}" not in trace._stored.objects:
         stored = list(trace._stored.stored_layers(kind))
         message = (
@@ -189,7 +188,7 @@ def answer_rows(trace: Trace, tokens: TokenAxis, choice: Tokens) -> Chosen:
 
 def token_axis(trace: Trace, kind: str, axes: tuple[str, ...], layer: int) -> TokenAxis | None:
     """The token axis of a kind's stored arrays; None where they have none."""
-    path = f"{kind}/{layout.layer_name(layer)}"
+    path = f"{kind}/{trace._stored.array_name(kind, layer)}"
     shape = trace._stored.entry(path).shape if path in trace._stored.objects else ()
     return TokenAxis.of(trace, axes, shape) if len(shape) == len(axes) else None
 
@@ -218,6 +217,6 @@ def may_be_not_finite(trace: Trace, kind: str, layer: int, dtype: torch.dtype) -
 
     A sample without those counts had none: the writer notes what is not zero.
     """
-    entry = trace._stored.entry(f"{kind}/{layout.layer_name(layer)}")
+    entry = trace._stored.entry(f"{kind}/{trace._stored.array_name(kind, layer)}")
     counted = bool(entry.attrs.get("num_nan") or entry.attrs.get("num_inf"))
     return counted or carrier_dtype(entry.dtype).itemsize > dtype.itemsize

@@ -22,6 +22,7 @@ from h5traces.format.digests import content_digest, sample_digest
 from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
+from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import StepArrays, TraceRecord, index_columns
 from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
@@ -30,9 +31,11 @@ from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
+from h5traces.storage.hdf5.foreign import Origin, copy_foreign
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
+from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
     Observation,
@@ -42,7 +45,6 @@ from h5traces.writing.preparation import (
     prepare_element,
     prepare_layers,
     record_elements,
-    sequence_attributes,
     steps_table,
 )
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from h5traces.archive.file import ArchiveFile
     from h5traces.format.precision import CalibrationRecord
     from h5traces.format.record import LayerArray, TraceMetadata
     from h5traces.meaning.checks import Finding
@@ -118,6 +121,7 @@ class ArchiveWriter:
                 self._hdf5.create_group(layout.KINDS_GROUP, {})
             undo.pop_all()
         self._footer = FooterBuilder()
+        self._origins: list[Origin] = []
         self._observed = Observation()
         self._generations = {} if generations is None else generations
         self._index: list[TraceMetadata] = []
@@ -144,9 +148,30 @@ class ArchiveWriter:
         """Write a sample of another archive by copying its chunks, without recompression."""
         self._write_sample(sample.metadata, sample.observation(), sample.objects())
 
+    def carry_foreign(self, file: ArchiveFile, sample: int | None = None) -> None:
+        """Copy, at the end, what is not the format's, to the root or with an index the last sample.
+
+        Only archives on disk can be asked for it.
+        """
+        if not file.store.has_foreign or isinstance(file.path, RemotePath):
+            return
+        place, target = "/", "/"
+        if sample is not None:
+            place = file.store.sample_place(sample)
+            target = layout.sample_path(self.summary.num_samples - 1)
+        self._origins.append(Origin(file.path, place, target))
+
+    def _copy_foreign(self) -> None:
+        if self._origins:
+            keep = self._options.foreign == "keep"
+            copied = copy_foreign(self._part.file, self._origins, DEFAULT_LIMITS, keep=keep)
+            self._part.file.raise_error()
+            self._footer.has_foreign = copied.number > 0
+            self.summary.left_foreign += copied.left
+
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
-            yield EncodedObject(kind, sequence_attributes(layers))
+            yield EncodedObject(kind, to_attributes(layers.form))
         yield from self._prepare(record)
         for element in record_elements(record):
             yield element if element.values is None else prepare_element(element)
@@ -234,7 +259,7 @@ class ArchiveWriter:
         # A full disk shows here at the latest; HDF5 sees every write succeed.
         self._part.file.raise_error()
         kind = prepared.path.partition("/")[0]
-        kind = kind if kind in layout.KINDS else "other"
+        kind = kind if kind in self._observed.layers else "other"
         self.summary.raw_nbytes[kind] += prepared.raw_nbytes
         self.summary.stored_nbytes[kind] += sum(entry.chunks.sizes) if entry.chunks else 0
         if prepared.kept_exact is not None:
@@ -278,6 +303,7 @@ class ArchiveWriter:
         self._hdf5.add_attributes("/", root)
         self._hdf5.add_attributes("/", complete)
         self._hdf5.close()
+        self._copy_foreign()
         self._pool.shutdown()
         self._part.file.raise_error()
         self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
@@ -300,7 +326,10 @@ class ArchiveWriter:
         for path, each in scales.layers.items():
             kind, _, name = path.partition("/")
             layer = layout.parse_layer_name(name)
-            numbers = self._observed.layers.get(kind)
+            observed = self._observed
+            numbers = (observed.positions if layout.is_position(name) else observed.layers).get(
+                kind
+            )
             # The embedding has no number.
             if numbers is not None and (layer is None or layer in numbers):
                 stored[path] = each
@@ -328,14 +357,18 @@ class ArchiveWriter:
 
     def _kind_attributes(self, kind: str) -> Attrs:
         definition = layout.KINDS.get(kind)
-        found = self._observed.reductions.get(kind, {None})
+        text = definition.definition if definition else layout.FURTHER_KIND
+        observed = self._observed
+        found = observed.reductions.get(kind, {None})
+        positions = observed.positions.get(kind)
         reduction = (_only(found) or "unknown") if kind == layout.ATTENTION_MEAN else None
         return to_attributes(
             KindMetadata(
-                axes=definition.axes if definition else ("value",),
+                axes=definition.axes if definition else observed.axes.get(kind, ("value",)),
                 layered=True,
-                layers=tuple(sorted(self._observed.layers.get(kind, ()))),
-                definition=definition.definition if definition else "",
+                layers=tuple(sorted(observed.layers.get(kind, ()))),
+                positions=None if positions is None else tuple(sorted(positions)),
+                definition=text if positions is None else layout.BY_POSITION,
                 reduction=reduction,
                 derivation=DERIVATION if reduction == MEAN else None,
             )

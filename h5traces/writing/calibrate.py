@@ -21,9 +21,10 @@ from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
 from h5traces.format.text import utc_now
 from h5traces.meaning.options import ReadingOptions
-from h5traces.paths import ARCHIVE_SUFFIXES, Target, check_not_a_source, expand_paths, is_archive
+from h5traces.paths import Target, check_not_a_source, is_archive, local_path
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, stored_arrays
-from h5traces.sources.opening import SOURCE_SUFFIXES, facts_in_name, open_source
+from h5traces.sources.collecting import archives_and_sources
+from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import write_scales
@@ -98,7 +99,7 @@ def calibrate(
     Parameters
     ----------
     sources
-        Archives or legacy batches, globs, folders; of one model.
+        Archives or files of other programs, globs, folders; of one model.
     dest
         The new file, a name that ends in ``.h5``; in a folder, ``scales.h5``.
     samples
@@ -128,7 +129,7 @@ def calibrate(
         A source cannot be read.
     """
     target = Target.of(dest).named("scales").path
-    paths = expand_paths(sources, (*ARCHIVE_SUFFIXES, *SOURCE_SUFFIXES))
+    paths = [local_path(each) for each in archives_and_sources(sources, reading)]
     check_not_a_source(target, paths)
     if target.exists() and not overwrite:
         message = f"{target} exists; use overwrite=True to replace it, or another name"

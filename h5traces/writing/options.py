@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 Compare = Literal["time", "ends", "content"]
+Foreign = Literal["keep", "drop"]
 
 # Samples to measure scales on if no file of scales is given: the tokens of 64 samples give sigma
 # to about one per cent.
@@ -163,7 +164,7 @@ class WriteOptions:
     """What a writer of archives needs of both groups, with defaults filled in.
 
     ``scales`` are those of quantised hidden states; ``earlier_precisions`` say what the arrays lost
-    before.
+    before. ``foreign`` says whether objects of other programs are copied with samples of archives.
     """
 
     dtype: DtypePolicy = "float16"
@@ -175,6 +176,7 @@ class WriteOptions:
     precision: Precision = EXACT
     scales: ScaleSet | None = None
     earlier_precisions: tuple[Precision, ...] = ()
+    foreign: Foreign = "keep"
 
     @classmethod
     def of(
@@ -184,6 +186,7 @@ class WriteOptions:
         *,
         scales: ScaleSet | None = None,
         earlier_precisions: tuple[Precision, ...] = (),
+        foreign: Foreign = "keep",
     ) -> WriteOptions:
         """Join what a caller chose; None means the default of a new archive."""
         return cls(
@@ -196,10 +199,14 @@ class WriteOptions:
             precision=precision.precision,
             scales=scales,
             earlier_precisions=earlier_precisions,
+            foreign=foreign,
         )
 
     def __post_init__(self) -> None:
         check_type(self.precision, self.dtype)
+        if self.foreign not in get_args(Foreign):
+            message = f"foreign is {self.foreign!r}, expected 'keep' or 'drop'"
+            raise OptionError(message)
 
 
 def check_type(precision: Precision, dtype: DtypePolicy) -> None:
@@ -225,6 +232,8 @@ class WriteSummary:
         Arrays stored in float16 although the precision asks for less, by reason.
     num_exceptions
         Values listed beside the arrays, by kind.
+    left_foreign
+        Objects of other programs that could not be copied, and why.
     """
 
     path: Path
@@ -236,6 +245,7 @@ class WriteSummary:
     coverage: Counter[str] = field(default_factory=Counter)
     kept_exact: Counter[str] = field(default_factory=Counter)
     num_exceptions: Counter[str] = field(default_factory=Counter)
+    left_foreign: list[str] = field(default_factory=list)
 
 
 def precision_warnings(summary: WriteSummary) -> list[str]:

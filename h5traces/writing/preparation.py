@@ -11,9 +11,10 @@ import numpy as np
 from h5traces.errors import ConversionError, PrecisionError, SchemaError
 from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
+from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage
 from h5traces.format.entries import digest_type
-from h5traces.format.record import LayerArray, LayeredArrays, StepArrays
+from h5traces.format.record import LayerArray, StepArrays
 from h5traces.format.values import EncodedObject, encode_element
 from h5traces.precision.encoding import Encoder
 from h5traces.storage.arrays import EncodedArray, encode_array
@@ -84,7 +85,10 @@ def _stored_layer(
     array = entry.array
     try:
         source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
-        if encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
+        if kind not in layout.KINDS:
+            # Kept as it is: the options are about the kinds that the format names.
+            cast = cast_for_storage(source, policy="auto")
+        elif encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
             cast = cast_for_storage(source, policy=source.dtype)
         else:
             cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
@@ -158,9 +162,6 @@ def steps_table(kind: str, arrays: tuple[LayerArray, ...]) -> EncodedObject:
         for entry in arrays
         if isinstance(entry.array, StepArrays)
     ]
-    if any(layout.parse_layer_name(entry.name) is None for entry in arrays):
-        message = f"{kind}: generation steps are stored for layers only, found another array"
-        raise ConversionError(message)
     if len(shapes) != len(arrays) or len({len(each) for each in shapes}) > 1:
         message = f"{kind}: layers have different numbers of generation steps"
         raise ConversionError(message)
@@ -226,7 +227,7 @@ def record_attributes(
     attrs: dict[str, Attrs] = {}
     encoder = Encoder(options.precision, options.scales)
     for kind, layered in record.layered.items():
-        attrs[kind] = sequence_attributes(layered)
+        attrs[kind] = to_attributes(layered.form)
         elements = [steps_table(kind, layered.arrays)] if layered.in_steps else []
         attrs |= {each.path: element_attributes(each) for each in elements}
         stored = pool.map(
@@ -244,11 +245,6 @@ def record_attributes(
     return attrs
 
 
-def sequence_attributes(layered: LayeredArrays) -> Attrs:
-    """Attributes of the group of a kind."""
-    return {"sequence": "tuple"} if layered.sequence == "tuple" else {}
-
-
 def element_attributes(element: EncodedObject) -> Attrs:
     """Attributes of a small object as they are stored."""
     if element.values is None:
@@ -261,11 +257,14 @@ def element_attributes(element: EncodedObject) -> Attrs:
 class Observation:
     """Layers and sizes of one sample, or of all samples so far.
 
-    Layers are numbers by kind; a kind that is stored without arrays has none. ``reductions`` are
-    the ways in which heads were reduced, by kind; None if unknown.
+    Layers are numbers by kind; a kind that is stored without arrays has none. ``positions`` are the
+    same where no decoder block is known, ``axes`` those of kinds that the format does not name, and
+    ``reductions`` the ways in which heads were reduced, by kind; None if unknown.
     """
 
     layers: dict[str, set[int]] = field(default_factory=dict)
+    positions: dict[str, set[int]] = field(default_factory=dict)
+    axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     hidden_sizes: set[int] = field(default_factory=set)
     head_counts: set[int] = field(default_factory=set)
     reductions: dict[str, set[str | None]] = field(default_factory=dict)
@@ -274,7 +273,8 @@ class Observation:
         """Add one layer's array, without a beam axis."""
         number = layout.parse_layer_name(name)
         if number is not None:
-            self.layers.setdefault(kind, set()).add(number)
+            numbers = self.positions if layout.is_position(name) else self.layers
+            numbers.setdefault(kind, set()).add(number)
         # Empty arrays do not show the model's sizes.
         if 0 in shape:
             return
@@ -285,19 +285,38 @@ class Observation:
 
     def add_sample(self, sample: Observation, ordinal: int) -> None:
         """Add one sample."""
-        for kind, numbers in sample.layers.items():
-            known = self.layers.setdefault(kind, set())
-            if known and numbers and known != numbers:
+        for kind, axes in sample.axes.items():
+            if self.axes.setdefault(kind, axes) != axes:
                 message = (
-                    f"{kind} has layers {sorted(numbers)}, the {ordinal} samples before it have "
-                    f"{sorted(known)}; expected one model and one set of layers in an archive"
+                    f"{kind} has the axes ({', '.join(axes)}), in samples before it "
+                    f"({', '.join(self.axes[kind])}); expected the same in an archive"
                 )
                 raise SchemaError(message)
-            known |= numbers
+        for kind in dict.fromkeys([*sample.layers, *sample.positions]):
+            self._add_numbers(sample, kind, ordinal)
         self.hidden_sizes |= sample.hidden_sizes
         self.head_counts |= sample.head_counts
         for kind, reductions in sample.reductions.items():
             self.reductions.setdefault(kind, set()).update(reductions)
+
+    def _add_numbers(self, sample: Observation, kind: str, ordinal: int) -> None:
+        def named(found: Observation) -> tuple[str, list[int]]:
+            positions = found.positions.get(kind)
+            what = "layers" if positions is None else "positions"
+            return what, sorted(found.layers.get(kind, set()) if positions is None else positions)
+
+        (what, numbers), (known_as, known) = named(sample), named(self)
+        if numbers and known and (what, numbers) != (known_as, known):
+            message = (
+                f"{kind} has {what} {numbers}, the {ordinal} samples before it have {known_as} "
+                f"{known}; expected one model and one set of layers in an archive"
+            )
+            if what != known_as:
+                message += "; pass first_state, which says what the first entry is"
+            raise SchemaError(message)
+        for found, part in ((self.layers, sample.layers), (self.positions, sample.positions)):
+            if kind in part:
+                found.setdefault(kind, set()).update(part[kind])
 
 
 def observe(record: TraceRecord) -> Observation:
@@ -306,6 +325,8 @@ def observe(record: TraceRecord) -> Observation:
     for kind, layered in record.layered.items():
         found.layers.setdefault(kind, set())
         found.reductions[kind] = {layered.reduction}
+        if layered.axes is not None:
+            found.axes[kind] = layered.axes
         for entry in layered.arrays:
             if isinstance(entry.array, StepArrays):
                 found.add_array(kind, entry.name, ())

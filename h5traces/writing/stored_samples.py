@@ -9,6 +9,7 @@ import numpy as np
 
 from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
+from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.record import EarlierCast, LayerArray, LayeredArrays, StepArrays, TraceRecord
 from h5traces.format.values import EncodedObject, decode_element
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from h5traces.format.record import SourcePosition, TraceMetadata
 
 
-def _is_table(entry: ObjectEntry, name: str) -> bool:
+def _is_table(trace: StoredTrace, entry: ObjectEntry, name: str) -> bool:
     kind, _, last = entry.path.partition("/")
-    return kind in layout.KINDS and last == name
+    return kind in trace.kinds and last == name
 
 
 def _entries(trace: StoredTrace) -> Iterator[ObjectEntry]:
@@ -40,7 +41,7 @@ def _entries(trace: StoredTrace) -> Iterator[ObjectEntry]:
         if trace.has_new_label and f"{path}/".startswith(label):
             continue
         kind, _, name = path.partition("/")
-        layer = layout.parse_layer_name(name) if kind in layout.KINDS else None
+        layer = layout.parse_layer_name(name) if kind in trace.kinds else None
         if trace.selected is None or layer is None or layer in trace.selected:
             yield trace.entry(path)
 
@@ -69,10 +70,12 @@ class StoredSample:
         found, archive = Observation(), self._trace.file.metadata
         for entry in _entries(self._trace):
             kind, _, name = entry.path.partition("/")
-            if kind not in layout.KINDS:
+            if kind not in self._trace.kinds:
                 continue
             found.layers.setdefault(kind, set())
             found.reductions[kind] = {self._trace.file.reduction(kind)}
+            if kind not in layout.KINDS:
+                found.axes[kind] = self._trace.axes(kind)
             if not name or name in layout.TABLES:
                 continue
             in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
@@ -89,18 +92,25 @@ class StoredSample:
         selected = self._trace.selected
         for entry in _entries(self._trace):
             if entry.is_group:
-                yield EncodedObject(entry.path, entry.attrs)
-            elif selected is not None and _is_table(entry, layout.STEPS_TABLE):
+                attrs = dict(entry.attrs)
+                if selected is not None and entry.path in self._trace.kinds:
+                    attrs |= to_attributes(self._trace.form(entry.path))
+                yield EncodedObject(entry.path, attrs)
+            elif selected is not None and _is_table(self._trace, entry, layout.STEPS_TABLE):
                 yield self._selected_steps(entry, selected)
-            elif selected is not None and _is_table(entry, layout.EXCEPTIONS_TABLE):
+            elif selected is not None and _is_table(self._trace, entry, layout.EXCEPTIONS_TABLE):
                 yield from self._selected_exceptions(entry, selected)
             else:
                 yield self._copied(entry)
 
     def _selected_steps(self, entry: ObjectEntry, selected: Collection[int]) -> Prepared:
-        """The table of generation steps, selected layers only."""
-        layers = self._trace.stored_layers(entry.path.partition("/")[0])
-        rows = [row for row, layer in enumerate(layers) if layer in selected]
+        """The table of generation steps, of the embedding and the selected layers only."""
+        kind = entry.path.partition("/")[0]
+        rows = [
+            row
+            for row, name in enumerate(self._trace.names_with_steps(kind))
+            if name == layout.EMBEDDING or layout.parse_layer_name(name) in selected
+        ]
         table = self._trace.values(entry.path)[rows]
         return prepare_element(EncodedObject(entry.path, {}, entry.dtype, table))
 
@@ -115,7 +125,7 @@ class StoredSample:
 
     def _copied(self, entry: ObjectEntry) -> Prepared:
         kind, _, name = entry.path.partition("/")
-        is_layer = kind in layout.KINDS and name not in layout.TABLES
+        is_layer = kind in self._trace.kinds and name not in layout.TABLES
         return Prepared(
             path=entry.path,
             dtype=entry.dtype,
@@ -177,8 +187,9 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
         layered={
             kind: LayeredArrays(
                 tuple(_layer_array(stored, kind, entry, lazy=lazy) for entry in entries),
-                "tuple" if stored.attrs(kind).get("sequence") == "tuple" else "list",
+                stored.form(kind),
                 stored.file.reduction(kind),
+                None if kind in layout.KINDS else stored.axes(kind),
             )
             for kind, entries in _layered_entries(stored).items()
         },
@@ -221,7 +232,7 @@ def _layered_entries(trace: StoredTrace) -> dict[str, list[ObjectEntry]]:
     found: dict[str, list[ObjectEntry]] = {}
     for entry in _entries(trace):
         kind, _, name = entry.path.partition("/")
-        if kind not in layout.KINDS or name in layout.TABLES:
+        if kind not in trace.kinds or name in layout.TABLES:
             continue
         layers = found.setdefault(kind, [])
         if name:

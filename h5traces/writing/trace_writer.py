@@ -13,6 +13,7 @@ from h5traces.archive.trace import Trace
 from h5traces.errors import ArchiveError, ConversionError, SchemaError
 from h5traces.format.record import SourcePosition, TraceRecord
 from h5traces.format.values import TorchValue
+from h5traces.meaning.numbering import Established
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record as dict_to_record
 from h5traces.meaning.sample_checks import Look, SampleChecks, vocabulary_of
@@ -81,6 +82,7 @@ class TraceWriter(ABC):
         self.warnings: list[str] = []
         self._pid = os.getpid()
         self._closed = False
+        self._established = Established(num_layers=state.num_layers)
         self.done: Counter[str] = Counter()
         self.num_samples = 0
         self.nbytes = 0
@@ -139,7 +141,7 @@ class TraceWriter(ABC):
             raise ArchiveError(message)
 
     def _record(self, sample: Sample, sample_id: str | None) -> TraceRecord:
-        record = _as_record(sample, sample_id, self._reading)
+        record = _as_record(sample, sample_id, self._reading, self._established)
         if record.sample_id is None or record.generation_index is not None:
             return record
         # Only the run knows: neither a spooled sample nor a shard sees the others.
@@ -257,7 +259,10 @@ class DirectWriter(TraceWriter):
 
 
 def _as_record(
-    sample: TraceRecord | Mapping[str, Any], sample_id: str | None, reading: ReadingOptions
+    sample: TraceRecord | Mapping[str, Any],
+    sample_id: str | None,
+    reading: ReadingOptions,
+    established: Established,
 ) -> TraceRecord:
     """Make a record of a record, a legacy dict (arrays or torch tensors), or a stored trace."""
     if isinstance(sample, TraceRecord):
@@ -266,7 +271,7 @@ def _as_record(
         record = to_record(sample).model_copy(update={"source": None})
     elif isinstance(sample, Mapping):
         plain = {key: _without_torch(value) for key, value in sample.items()}
-        found = dict_to_record(plain, source=_NOWHERE, options=reading)
+        found = dict_to_record(plain, source=_NOWHERE, options=reading, established=established)
         record = found.model_copy(update={"source": None})
     else:
         message = f"found {type(sample).__name__}, expected a TraceRecord or the dict of a trace"

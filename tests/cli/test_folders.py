@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import h5traces
 from h5traces.cli.app import app
 from h5traces.errors import ConversionError
+from h5traces.sources.opening import open_source
 
 BATCH = make_batch("full_pkl")
 
@@ -59,11 +60,14 @@ def names(leftovers: list[dict[str, str]]) -> list[str]:
 
 def test_the_same_run_in_another_format_is_no_success(traces: Path) -> None:
     np.savez(traces / "run_batch_0002.npz", a=np.zeros(3))
+    (traces / "run_batch_0003.tar").write_bytes(bytes(257) + b"ustar" + bytes(250))
     report, printed = converted(traces, code=1)
-    assert [each["status"] for each in report["files"]] == ["converted", "converted"]
-    (left,) = report["leftovers"] or [{"path": "run_batch_0002.npz", "kind": "", "reason": ""}]
-    assert Path(left["path"]).name == "run_batch_0002.npz"
-    assert "run_batch_0002.npz" in printed.stderr
+    assert [each["status"] for each in report["files"]] == ["converted", "converted", "failed"]
+    (left,) = report["leftovers"]
+    assert (Path(left["path"]).name, left["kind"]) == ("run_batch_0003.tar", "a tar file")
+    assert "unpack it" in left["reason"]
+    for name in ("run_batch_0002.npz", "run_batch_0003.tar"):
+        assert f"{name}: " in printed.stderr
     assert report["ok"] is False
 
 
@@ -328,3 +332,59 @@ def test_a_folder_with_other_files_of_h5traces_opens(traces: Path, pattern: str)
         found = h5traces.open(f"{folder}{pattern}")
     assert len(found) == 4
     found.close()
+
+
+def test_a_merge_does_not_begin_anew_for_every_file_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for number, each in enumerate(make_batch("full_pkl", num_samples=12)):
+        trace = pickle.dumps([each])
+        (folder / f"s_{number:02d}.pkl").write_bytes(trace if number % 3 else trace[:-50])
+    opened: list[str] = []
+
+    def note(path: Any, *arguments: Any) -> Any:
+        opened.append(Path(path).name)
+        return open_source(path, *arguments)
+
+    monkeypatch.setattr("h5traces.rewriting.convert_jobs.open_source", note)
+    report = h5traces.convert(folder, tmp_path / "all.h5", merge=True)
+    assert opened == [f"s_{number:02d}.pkl" for number in range(12)]
+    (file,) = report.files
+    assert file.num_samples == 8
+    assert str(file.error).count("truncated") == 4
+    with h5traces.open(tmp_path / "all.h5") as archive:
+        found = [each.name for each in archive.metadata.sources or ()]
+        assert found == [f"s_{number:02d}.pkl" for number in range(12) if number % 3]
+        places = [trace.metadata.source for trace in archive]
+        assert [place.file for place in places if place] == list(range(8))
+    # The archive lacks sources that are named, so it is not kept for a finished one.
+    printed = run(
+        "convert", folder, "-o", tmp_path / "all.h5", "--merge", "--skip-existing", code=2
+    )
+    assert "s_00.pkl, s_03.pkl, s_06.pkl, s_09.pkl are not in it" in printed.stderr
+
+
+# --- commands that read archives and sources ----------------------------------------------------
+
+
+def test_inspect_and_calibrate_find_files_by_content(traces: Path, tmp_path: Path) -> None:
+    (traces / "run_batch_0001.pkl").rename(traces / "renamed.data")
+    (traces / "README.md").write_text("# How\n")
+    (traces / "run_batch_0002.npz").write_bytes(b"PK\3\4 no longer a zip file")
+    run("convert", traces / "run_batch_0000.pkl", "-o", traces / "a.h5")
+    with pytest.warns(UserWarning, match=r"^not read: \S*/run_batch_0002.npz: is [^;]*; [^;]*$"):
+        inspected = h5traces.inspect(traces)
+    found = [Path(each.path).name for each in inspected]
+    assert found == ["a.h5", "renamed.data", "run_batch_0000.pkl"]
+    (traces / "run_batch_0002.npz").unlink()
+    printed = run("inspect", traces, "--json")
+    assert [Path(each["path"]).name for each in json.loads(printed.stdout)] == found
+    run("calibrate", traces, "-o", tmp_path / "scales.h5", "--model-id", "m")
+    for path in traces.iterdir():
+        if path.name != "README.md":
+            path.unlink()
+    printed = run("inspect", traces, code=2)
+    assert "holds no batch" in printed.stderr
+    assert "README.md is text" in printed.stderr

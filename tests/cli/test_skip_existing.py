@@ -166,8 +166,8 @@ SHAPING = {
     "model": (["--model-id", "other"], "its --model-id is llama, not other"),
     "dataset": (["--dataset", "other"], "its dataset is triviaqa, not other"),
     "first state": (
-        ["--first-state", "embedding"],
-        "its --first-state is the default, not embedding",
+        ["--first-state", "block"],
+        "its --first-state is the default, not block",
     ),
     "padding": (["--keep-padding"], "its --keep-padding is the default, not True"),
 }

@@ -156,6 +156,31 @@ def test_equal_samples_of_two_archives_are_named(made: Path, tmp_path: Path) -> 
     assert "stored twice" not in run("repack", first, "-o", tmp_path / "one.h5").stderr
 
 
+def test_samples_that_differ_in_labels_or_types_only_are_named(tmp_path: Path) -> None:
+    batch = make_batch("full_pkl", dtype="float32-from-float16", num_samples=3)
+    makers = {
+        "plain": ([dict(each) for each in batch], {}),
+        "labelled": ([{**each, "label": 1} for each in batch[:2]], {}),
+        "wide": ([dict(each) for each in batch[1:]], {"dtype": "float32"}),
+        "other": (make_batch("full_pkl", num_samples=3, seed=5), {}),
+    }
+    paths = {}
+    for name, (samples, options) in makers.items():
+        source = write_batch(tmp_path / f"{name}.pkl", samples)
+        paths[name] = tmp_path / f"{name}.h5"
+        words = [word for key, value in options.items() for word in (f"--{key}", value)]
+        run("convert", source, "-o", paths[name], *words)
+    out = tmp_path / "out.h5"
+    found = run("merge", paths["plain"], paths["labelled"], "-o", out)
+    assert "2 samples are stored twice, with other labels, scores or texts: 'tc_0'" in found.stderr
+    found = run("merge", paths["plain"], paths["wide"], "-o", out, "--overwrite")
+    assert "2 samples are stored twice, with arrays of another type: 'tc_1'" in found.stderr
+    assert f"of {paths['plain']} and {paths['wide']}" in found.stderr
+    # Other generations of the same questions are no repetition.
+    found = run("merge", paths["plain"], paths["other"], "-o", out, "--overwrite")
+    assert "stored twice" not in found.stderr
+
+
 def test_a_batch_is_not_merged_twice(made: Path, tmp_path: Path) -> None:
     batch, link = made / "batch.pkl", tmp_path / "link.pkl"
     link.symlink_to(batch)

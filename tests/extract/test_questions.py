@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
@@ -60,17 +61,17 @@ def test_columns_by_name(tmp_path):
         ("a.txt", b"Why?", "expected a file of questions, .jsonl or .csv"),
         ("a.jsonl", b"", "a.jsonl: holds no questions"),
         ("a.csv", b"question\n", "a.csv: holds no questions"),
-        ("a.jsonl", b'{"question": "a"}\n{"question": " "}', "row 1: the question is empty"),
+        ("a.jsonl", b'{"question": "a"}\n{"question": " "}', "line 2: the question is empty"),
         ("a.jsonl", b'{"question": "a"}\nnonsense', "line 2: is not JSON"),
-        ("a.jsonl", b"[1]", "line 1: holds list, expected an object"),
-        ("a.jsonl", b'{"query": "a"}', "row 0: found no text in a column question or prompt; "),
-        ("a.jsonl", b'{"question": 3}', "row 0: found no text in a column"),
+        ("a.jsonl", b"[1]", "row 1: holds int, expected an object"),
+        ("a.jsonl", b'{"query": "a"}', "line 1: found no text in a column question or prompt; "),
+        ("a.jsonl", b'{"question": 3}', "line 1: found no text in a column"),
         ("a.jsonl", b"\xff\xfe\x00", "is not UTF-8 text"),
         ("a.csv", b'question\n"open', "is not CSV"),
         (
             "a.csv",
             b"id,question\nx,a\ny,b\nx,c\n",
-            "row 2: the id 'x' is that of row 0 already",
+            "line 4: the id 'x' is that of line 2 already",
         ),
     ],
 )
@@ -79,6 +80,104 @@ def test_files_that_cannot_be_asked(tmp_path, name, content, message):
     path.write_bytes(content)
     with pytest.raises(ExtractionError, match=re.escape(message)):
         read_questions(path)
+
+
+@pytest.mark.parametrize(
+    "separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
+)
+@pytest.mark.parametrize("quoted", [False, True])
+def test_no_other_separator_ends_a_row(tmp_path, separator, quoted):
+    text = f"What is{separator}this?"
+    cell = f'"{text}"' if quoted else text
+    path = tmp_path / "asked.csv"
+    path.write_text(
+        f"id,question,answers\nq1,{cell},x\nq2,And that?,y\n", encoding="utf-8", newline=""
+    )
+    assert read_questions(path).questions == (
+        Question(text, "q1", ("x",), 0),
+        Question("And that?", "q2", ("y",), 1),
+    )
+    lines = tmp_path / "asked.jsonl"
+    lines.write_text(
+        json.dumps({"id": "q1", "question": f"{text}\r\n"}, ensure_ascii=False), encoding="utf-8"
+    )
+    assert read_questions(lines).questions == (Question(f"{text}\r\n", "q1", (), 0),)
+
+
+TABLES = {
+    "ends of lines of Windows": b'id,question\r\nq1,"a\r\nb"\r\nq2,c\r\n',
+    "ends of lines of old Macs": b'id,question\rq1,"a\r\nb"\rq2,c\r',
+    "mixed ends, and none": b'id,question\r\nq1,"a\r\nb"\nq2,c',
+    "blank lines": b'\n\nid,question\n\nq1,"a\r\nb"\n\n\nq2,c\n\n',
+    "tabs": b'id\tquestion\nq1\t"a\r\nb"\nq2\tc\n',
+    "a mark": b'\xef\xbb\xbfid,question\nq1,"a\r\nb"\nq2,c\n',
+    "JSON Lines": b'{"id": "q1", "question": "a\\r\\nb"}\n\n{"id": "q2", "question": "c"}',
+    "JSON Lines with a mark": b'\xef\xbb\xbf{"id": "q1", "question": "a\\r\\nb"}\r\n'
+    b'{"id": "q2", "question": "c"}\r\n',
+    "a JSON array": b'[\n{"id": "q1", "question": "a\\r\\nb"},\n{"id": "q2", "question": "c"}]\n',
+}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "tsv", "json"])
+@pytest.mark.parametrize("name", TABLES)
+def test_the_content_decides(tmp_path, name, suffix):
+    path = tmp_path / f"asked.{suffix}"
+    path.write_bytes(TABLES[name])
+    assert read_questions(path).questions == (
+        Question("a\r\nb", "q1", (), 0),
+        Question("c", "q2", (), 1),
+    )
+
+
+def test_cells_of_any_length(tmp_path):
+    path = tmp_path / "asked.csv"
+    path.write_text(f"id,question\nq1,{'x' * 3_000_000}\n")
+    (found,) = read_questions(path).questions
+    assert found.text == "x" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,question\nq1,What, now?\n", "line 2: has 3 cells ('q1', 'What', ' now?'), expected 2"),
+        ("id,question,answers\nq1,a,b\nq2,c\n", "line 3: has 2 cells ('q2', 'c'), expected 3"),
+        ('id,question\n"q\n1",a\nq2\n', "line 4: has 1 cell ('q2'), expected 2"),
+        ("id,question,question\nq1,a,b\n", "the columns 'question' occur more than once"),
+        (
+            '{"id": "a", "question": "b", "question": "c"}',
+            "line 1: is not JSON: an object has",
+        ),
+        ('{"id": 1.5, "question": "b"}', "line 1: the id is 1.5, expected text or an integer"),
+        ('{"id": ["a"], "question": "b"}', "line 1: the id is ['a'], expected text or an integer"),
+        (
+            '{"id": "a", "question": "b"}\n{"id": "a", "question": "c"}',
+            "line 2: the id 'a' is",
+        ),
+        ("\ufeff", "holds no questions"),
+        ("\n\n", "holds no questions"),
+        ("[]", "holds no questions"),
+    ],
+)
+def test_rows_are_rejected_by_line(tmp_path, content, message):
+    path = tmp_path / "asked.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ExtractionError, match=re.escape(f"{path}: {message}")):
+        read_questions(path)
+
+
+def test_what_holds_no_questions_is_named(tmp_path):
+    path = tmp_path / "asked.csv"
+    for content, message in (
+        (
+            gzip.compress(b"question\nWhy?\n"),
+            "is text, compressed by gzip, expected CSV",
+        ),
+        (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0]\x94.", "is a pickle, expected CSV"),
+        (b"<html><body>Sign in</body></html>\n", "is a web page, saved in place of the file"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ExtractionError, match=message):
+            read_questions(path)
 
 
 def test_no_question_at_all():

@@ -1,4 +1,4 @@
-"""What a coverage-guided fuzzer calls: the unpickler, the chunk decoders, and `open`.
+"""What a coverage-guided fuzzer calls: readers of sources, the chunk decoders, and `open`.
 
 Each target takes any bytes, and raises only where something is wrong with h5traces: an exception
 that is not of ours, other values than a stock library gives, an import that the data asked for.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import json
 import os
 import struct
@@ -24,6 +25,8 @@ import numpy as np
 import probe
 import specimen
 import test_pickles
+import test_sources
+import torch
 import zstandard
 from legacy_batches import LAYOUTS, dumps, make_batch
 
@@ -43,6 +46,9 @@ _ITEMSIZES = (1, 2, 4, 8)
 _NAMES = tuple(CODECS)
 # A fuzzer's inputs are short; what is made of them should be, too.
 _LIMITS = PickleLimits(max_created_nbytes=1 << 20, max_item_opcodes=20_000)
+
+
+_ON_FIRST_USE = ("h5traces.", "encodings.")
 
 
 class FindingError(Exception):
@@ -89,6 +95,73 @@ def pickles() -> Iterator[bytes]:
         yield dumps(batch, numpy1=True)
     for build, _ in test_pickles.ATTACKS.values():
         yield build()
+
+
+# --- other sources ---------------------------------------------------------------------------
+
+
+def read_source(data: bytes) -> None:
+    """Read a file of any kind that its content says; nothing may be imported for it."""
+    path = _folder() / "source"
+    path.write_bytes(data)
+    before = set(sys.modules)
+    with contextlib.suppress(H5TracesError):
+        test_sources.read(path)
+    # Readers and encodings are loaded on first use.
+    more = {each for each in set(sys.modules) - before if not each.startswith(_ON_FIRST_USE)}
+    if more:
+        message = f"the file had {sorted(more)} imported"
+        raise FindingError(message)
+
+
+def torch_files() -> Iterator[bytes]:
+    """Honest files of torch.save in both formats, and the attacks that are short."""
+    batch = make_batch("full_pkl", num_samples=1)
+    batch[0]["more"] = {
+        name: torch.arange(3).to(getattr(torch, name))
+        for name in ("bfloat16", "int64", "bool", "float8_e5m2", "complex64")
+    }
+    for is_zip in (True, False):
+        for protocol in range(2, 6):
+            for value in (batch, [{"hidden_states": [torch.zeros(4, 4)[1:, ::2]]}], []):
+                buffer = io.BytesIO()
+                torch.save(
+                    value,
+                    buffer,
+                    pickle_protocol=protocol,
+                    _use_new_zipfile_serialization=is_zip,
+                )
+                yield buffer.getvalue()
+    yield from test_sources.short_attacks("torch")
+
+
+def safetensors() -> Iterator[bytes]:
+    """Files as serving engines write them, of every dtype, and the attacks that are short."""
+    for dtype, width in (("F32", 4), ("BF16", 2), ("F8_E4M3", 1)):
+        tensors = {"hidden_states": (dtype, [3, 2, 4], 24 * width), "token_ids": ("I64", [3], 24)}
+        if width == 1:
+            tensors["hidden_states_scales"] = ("F32", [3, 1, 1], 12)
+        yield test_sources.safetensors(tensors)
+        yield test_sources.safetensors(tensors, {"__metadata__": {"model": "m"}})
+    for name in ("layer_0", "model.layers.0", "hidden_states_0", "q0/hidden_states", "x"):
+        yield test_sources.safetensors({name: ("F16", [3, 4], 24)})
+        yield test_sources.safetensors({name: ("F16", [2, 3, 4], 48), "tokens": ("I32", [3], 12)})
+    yield from test_sources.short_attacks("safetensors")
+
+
+def numpy_files() -> Iterator[bytes]:
+    """Files of numpy.save and savez, and the attacks that are short."""
+    states = np.zeros((2, 3, 4), np.float16)
+    for save in (np.savez, np.savez_compressed):
+        for more in ({}, {"tokens": np.arange(3)}, {"gold": np.array(["a", "bb"]), "label": 1}):
+            buffer = io.BytesIO()
+            save(buffer, hidden_states=states, **more)
+            yield buffer.getvalue()
+    for array in (states, np.asfortranarray(states), states.astype(">f8"), np.array("text")):
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        yield buffer.getvalue()
+    yield from test_sources.short_attacks("numpy")
 
 
 # --- chunks ----------------------------------------------------------------------------------
@@ -190,11 +263,17 @@ def footers() -> Iterator[bytes]:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "unpickler": unpickle,
+    "torch": read_source,
+    "safetensors": read_source,
+    "numpy": read_source,
     "chunks": decode_chunk,
     "open": read_archive,
 }
 SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "unpickler": pickles,
+    "torch": torch_files,
+    "safetensors": safetensors,
+    "numpy": numpy_files,
     "chunks": chunks,
     "open": footers,
 }

@@ -95,6 +95,17 @@ def size_8(length: int) -> bytes:
     return length.to_bytes(8, "little")
 
 
+OBJECTS = dtype(text("O8"), b"(K\x03" + text("|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK?t")
+
+
+def joblib_array(
+    shape: bytes, of: bytes | None = None, subclass: bytes = b"cnumpy\nndarray\n"
+) -> bytes:
+    state = b"}(" + text("subclass") + subclass + text("shape") + shape
+    state += text("order") + text("C") + text("dtype") + (of or dtype()) + b"u"
+    return named("joblib.numpy_pickle", "NumpyArrayWrapper") + b")\x81" + state + b"b"
+
+
 SYSTEM = text("echo executed > executed.txt")
 STORAGE = named("torch", "FloatStorage")
 
@@ -149,7 +160,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "persistent id, text": (lambda: item(b"Pid\n"), "PERSID"),
     "out-of-band buffer": (lambda: item(b"\x97"), "NEXT_BUFFER"),
     "read-only buffer": (lambda: item(raw(b"x") + b"\x98"), "READONLY_BUFFER"),
-    "set": (lambda: item(b"\x8f"), "EMPTY_SET"),
+    "set of lists": (lambda: item(b"\x8f(]\x90"), "an element of a set is a list"),
     # pickles inside of pickles
     "pickle inside a storage": (
         lambda: item(load_from_bytes(b"\x80\x02" + call(named("os", "system"), SYSTEM) + b".")),
@@ -219,7 +230,204 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "names, fields",
     ),
-    "dtype of objects": (lambda: item(dtype(text("O8"))), "objects"),
+    "dtype of objects": (lambda: item(dtype(text("O8"))), "unexpected flags"),
+    "pointers in an array of objects": (
+        lambda: item(array(b"(K\x01K\x01\x85" + OBJECTS + b"\x89" + raw(b"\x01" * 8) + b"t")),
+        "has a bytes for its data, expected a list",
+    ),
+    "pointer as an object": (
+        lambda: item(call(named("numpy.core.multiarray", "scalar"), OBJECTS, raw(b"\x01" * 8))),
+        "the dtype of objects",
+    ),
+    "pointers in a buffer of objects": (
+        lambda: item(
+            call(
+                named("numpy.core.numeric", "_frombuffer"),
+                raw(b"\x01" * 8),
+                OBJECTS,
+                b"K\x01\x85",
+                text("C"),
+            )
+        ),
+        "has a bytes for its data, expected a list",
+    ),
+    "array of objects of a declared size": (
+        lambda: item(
+            array(b"(K\x01\x8a\x06" + size_8(1 << 40)[:6] + b"\x85" + OBJECTS + b"\x89]t")
+        ),
+        "of shape .* has 0 values",
+    ),
+    "array of objects that holds itself": (
+        lambda: item(
+            array(b"(K\x01K\x01\x85" + OBJECTS + b"\x89](h\x00et").replace(b"tR(K", b"tR\x94(K", 1)
+        ),
+        "without the state",
+    ),
+    "array of objects that hold a name": (
+        lambda: item(
+            array(b"(K\x01K\x01\x85" + OBJECTS + b"\x89](" + named("numpy", "dtype") + b"et")
+        ),
+        "an item holds the name numpy.dtype",
+    ),
+    "dtype of ml_dtypes as a value": (lambda: item(named("ml_dtypes", "bfloat16")), "the name ml_"),
+    "dtype of ml_dtypes, forged": (
+        lambda: item(
+            dtype(named("ml_dtypes", "bfloat16"), b"(K\x03" + text("<") + b"NNNK\x08K\x02K\x40t")
+        ),
+        "unexpected element size",
+    ),
+    "class of ml_dtypes that is called": (
+        lambda: item(named("ml_dtypes", "bfloat16") + b")R"),
+        "ml_dtypes.bfloat16 is called",
+    ),
+    "array of joblib of a declared size": (
+        lambda: item(joblib_array(b"\x8a\x06" + size_8(1 << 40)[:6] + b"\x85")),
+        "max_payload_nbytes|only .* follow",
+    ),
+    "array of joblib of another class": (
+        lambda: item(joblib_array(b"K\x01\x85", subclass=named("numpy", "dtype"))),
+        "expected numpy.ndarray",
+    ),
+    "pickle behind an array of joblib": (
+        lambda: item(
+            joblib_array(b"K\x01\x85", OBJECTS) + call(named("os", "system"), SYSTEM) + b"."
+        ),
+        "'os' 'system'",
+    ),
+    "array of joblib behind an array of joblib": (
+        lambda: item(joblib_array(b"K\x01\x85", OBJECTS) + joblib_array(b"K\x01\x85", OBJECTS)),
+        "'joblib.numpy_pickle' 'NumpyArrayWrapper'",
+    ),
+    "array of dill of another function": (
+        lambda: item(
+            call(named("dill._dill", "_create_array"), named("builtins", "bytes"), b")", b")")
+        ),
+        "expected _reconstruct",
+    ),
+    "type of dill": (
+        lambda: item(call(named("dill._dill", "_load_type"), text("FunctionType"))),
+        "FunctionType",
+    ),
+    "function of dill": (lambda: item(named("dill._dill", "_create_function")), "written by dill"),
+    # Python's own types
+    "list that is called": (
+        lambda: item(call(named("builtins", "list"), text("x"))),
+        "list is called",
+    ),
+    "int that is called": (
+        lambda: item(call(named("builtins", "int"), text("1" * 9))),
+        "int is called",
+    ),
+    "object that is called": (
+        lambda: item(named("builtins", "object") + b")\x81"),
+        "object is called",
+    ),
+    "defaultdict of a function": (
+        lambda: item(call(named("collections", "defaultdict"), named("_codecs", "encode"))),
+        "a defaultdict makes the name _codecs.encode",
+    ),
+    "defaultdict of another function": (
+        lambda: item(call(named("collections", "defaultdict"), named("os", "getcwd"))),
+        "'os' 'getcwd'",
+    ),
+    "Counter of an endless range": (
+        lambda: item(
+            call(
+                named("collections", "Counter"),
+                call(named("builtins", "range"), b"K\x00", b"J\xff\xff\xff\x7f", b"K\x01"),
+            )
+        ),
+        "is called with a range",
+    ),
+    "set of an endless range": (
+        lambda: item(
+            call(
+                named("builtins", "set"),
+                call(named("builtins", "range"), b"K\x00", b"J\xff\xff\xff\x7f", b"K\x01"),
+            )
+        ),
+        "is called with a range",
+    ),
+    "decimal of a megabyte": (
+        lambda: item(call(named("decimal", "Decimal"), text("9" * MILLION))),
+        "the text of a number",
+    ),
+    "fraction of a huge number": (
+        lambda: item(call(named("fractions", "Fraction"), text("1e999999999"))),
+        "text of a fraction",
+    ),
+    "fraction of two floats": (
+        lambda: item(call(named("fractions", "Fraction"), b"G" + bytes(8), b"K\x01")),
+        "two ints",
+    ),
+    "UUID of a list": (lambda: item(named("uuid", "UUID") + b")\x81]b"), "state of a UUID"),
+    "namespace of numbers": (
+        lambda: item(named("types", "SimpleNamespace") + b")R}K\x01Nsb"),
+        "expected a dict of names",
+    ),
+    "namespace that holds itself": (
+        lambda: item(named("types", "SimpleNamespace") + b")R\x94}" + text("a") + b"h\x00sb"),
+        "contains itself",
+    ),
+    "object of an unknown class, protocol 0": (
+        lambda: item(
+            call(
+                named("copy_reg", "_reconstructor"),
+                named("numpy", "dtype"),
+                named("builtins", "int"),
+                b"N",
+            )
+        ),
+        "_reconstructor is called",
+    ),
+    "time zone of another kind": (
+        lambda: item(call(named("datetime", "datetime"), raw(bytes(10)), text("UTC"))),
+        "for its time zone",
+    ),
+    "date of wrong bytes": (
+        lambda: item(call(named("datetime", "datetime"), raw(b"\xff" * 10))),
+        "no valid pickle",
+    ),
+    "path with a NUL": (lambda: item(call(named("pathlib", "PosixPath"), text("a\0"))), "NUL"),
+    "path of parts that are no text": (
+        lambda: item(call(named("pathlib", "PosixPath"), b"K\x01")),
+        "parts of a path",
+    ),
+    "tuple key that never ends": (
+        lambda: item(b"})" + b"\x85" * MILLION + b"Ns"),
+        "deeper than 4 levels",
+    ),
+    "tuple key that doubles": (
+        lambda: item(b"})" + b"2\x86" * 3 + b"2\x862\x86Ns"),
+        "deeper than 4",
+    ),
+    "wide tuple key": (lambda: item(b"}(" + b"K\x01" * 100 + b"tNs"), "more than 64 values"),
+    "tuples that may collide": (
+        lambda: item(
+            b"}("
+            + b"".join(b"M" + n.to_bytes(2, "little") + b"\x85N" for n in range(20_000))
+            + b"u"
+        ),
+        "whose hashes may collide",
+    ),
+    "tuples that may collide, one by one": (
+        lambda: item(
+            b"}" + b"".join(b"M" + n.to_bytes(2, "little") + b"\x85Ns" for n in range(20_000))
+        ),
+        "whose hashes may collide",
+    ),
+    "fractions that may collide in a set": (
+        lambda: item(
+            b"\x8f("
+            + named("fractions", "Fraction")
+            + b"\x940"
+            + b"".join(
+                b"h\x00K\x01M" + n.to_bytes(2, "little") + b"\x86R" for n in range(1, 20_000)
+            )
+            + b"\x90"
+        ),
+        "whose hashes may collide",
+    ),
     "dtype of records": (lambda: item(dtype(text("V8"))), "structures"),
     "dtype as a value without a state": (
         lambda: item(call(named("numpy", "dtype"), text("f8"), b"\x89", b"\x88")),
@@ -368,11 +576,9 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
             )
             + b"u"
         ),
-        "a larger int as a key",
+        "a key of a dict is a larger int",
     ),
-    "float key": (lambda: item(b"}G" + bytes(8) + b"Ns"), "a float as a key"),
-    "tuple key": (lambda: item(b"})Ns"), "a tuple as a key"),
-    "list key": (lambda: item(b"(}]Nst"), "a list as a key"),
+    "list key": (lambda: item(b"(}]Nst"), "a key of a dict is a list"),
     "odd number of items": (lambda: item(b"}(Nu"), "odd number"),
     "memo slot that was never written": (lambda: item(b"h\x07"), "never written"),
     "memo slot that was never written, wide": (

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -19,6 +25,7 @@ from h5traces import LabelOptions
 from h5traces.cli.app import app
 from h5traces.errors import OptionError, SchemaError
 from h5traces.rewriting.label import label
+from h5traces.rewriting.label_table import read_table
 from h5traces.rewriting.repack import merge, repack, split
 from h5traces.torch_data import TraceDataset
 from h5traces.writing.options import TargetOptions
@@ -114,21 +121,83 @@ def test_the_content_decides_and_not_the_name(archive: Path, name: str) -> None:
         assert label(archive, path, options=options, target=DRY).labels == {0: 2, 1: 2}
 
 
+@pytest.mark.parametrize("positive", [1, True, "1"])
+def test_classes_may_be_named_by_numbers(archive: Path, positive: Any) -> None:
+    content = ZERO_ONE if positive is not True else CLASSES["truth of Python"][0]
+    assert labelled(archive, content, label_column="label", positive=positive) == (1, 0, 1, 0)
+    numbers = {positive: 5, type(positive)(0): 6} if positive != "1" else {1: 5, 0: 6}
+    assert labelled(archive, content, label_column="label", class_labels=numbers) == (5, 6, 5, 6)
+
+
+def test_wrong_arguments(archive: Path) -> None:
+    path = table(archive, ZERO_ONE)
+    with pytest.raises(OptionError, match="options is a dict, expected LabelOptions"):
+        label(archive, path, options={"label_column": "label"})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="table is a dict, expected the name of a file"):
+        label(archive, {"q0": 1})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="is a folder, expected a table"):
+        label(archive, archive.parent)
+    with pytest.raises(FileNotFoundError):
+        label(archive, archive.with_name("nothing.csv"))
+
+
+FOREIGN: dict[str, tuple[Any, str]] = {
+    "a workbook": (
+        lambda path: zipped(path, "[Content_Types].xml"),
+        "is an office document, .*; save its table as CSV",
+    ),
+    "an archive": (lambda path: shutil.copy(path.with_name("run.h5"), path), "an archive of h5tr"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps({"q0": 1})), "is a pickle, expected"),
+    "a packed table": (
+        lambda path: path.write_bytes(gzip.compress(ZERO_ONE.encode())),
+        "is a table of text, compressed by gzip, expected CSV",
+    ),
+    "an array": (
+        lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00"),
+        "is a file of numpy.save",
+    ),
+    "a pointer": (
+        lambda path: path.write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+        ),
+        "is a pointer of Git LFS, .* git lfs pull",
+    ),
+    "a web page": (
+        lambda path: path.write_text("<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"),
+        "is a web page, saved in place of the file",
+    ),
+}
+
+
+def zipped(path: Path, name: str) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(name, bytes(range(256)))
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_table_is_named(archive: Path, name: str) -> None:
+    build, expected = FOREIGN[name]
+    path = archive.with_name("table.csv")
+    build(path)
+    with pytest.raises((SchemaError, OptionError), match=expected):
+        label(archive, path)
+
+
 THREE = "question_id,label\nq0,wrong\nq1,right\nq2,unsure\nq3,right\n"
 
 
 def test_more_than_two_classes(archive: Path) -> None:
     classes = {"wrong": 1, "right": 0, "unsure": 2}
-    assert labelled(archive, THREE, label_column="label", classes=classes) == (1, 0, 2, 0)
+    assert labelled(archive, THREE, label_column="label", class_labels=classes) == (1, 0, 2, 0)
     sidecar = json.loads(Path(f"{archive}.labels.json").read_text(encoding="utf-8"))
     assert sidecar["label_column"] == "label"
     assert sidecar["classes"] == {"wrong": 1, "right": 0, "unsure": 2}
     classes = {"wrong": 1, "right": 0, "unsure": None}
-    assert labelled(archive, THREE, label_column="label", classes=classes) == (1, 0, None, 0)
+    assert labelled(archive, THREE, label_column="label", class_labels=classes) == (1, 0, None, 0)
     report = label(
         archive,
         table(archive, THREE),
-        options=LabelOptions(label_column="label", classes=classes),
+        options=LabelOptions(label_column="label", class_labels=classes),
         target=TargetOptions(dry_run=True, overwrite=True),
     )
     assert report.complete
@@ -143,9 +212,9 @@ def test_more_than_two_classes(archive: Path) -> None:
             {},
             r"has the classes 'wrong' \(1 row\), 'right' \(2 rows\), 'unsure' .*positive='\.\.\.'",
         ),
-        ({"positive": "wrong"}, "with more than two, give the label of each by classes"),
+        ({"positive": "wrong"}, "with more than two, give the label of each by class_labels"),
         ({"positive": "wron"}, "'unsure' .* and not positive='wron'"),
-        ({"classes": {"wrong": 1, "right": 0}}, "does not say which label 'unsure' gets"),
+        ({"class_labels": {"wrong": 1, "right": 0}}, "does not say which label 'unsure' gets"),
     ],
 )
 def test_classes_that_nobody_named(archive: Path, options: Any, expected: str) -> None:
@@ -243,8 +312,8 @@ def test_labels_are_never_taken_for_scores(archive: Path) -> None:
     ("options", "expected"),
     [
         ({"positive": "1"}, "name the column"),
-        ({"classes": {"a": 1}}, "name the column"),
-        ({"label_column": "x", "positive": "1", "classes": {"a": 1}}, "leave one out"),
+        ({"class_labels": {"a": 1}}, "name the column"),
+        ({"label_column": "x", "positive": "1", "class_labels": {"a": 1}}, "leave one out"),
         ({"label_column": "x", "threshold": 0.4}, "label_column gives labels .* out threshold"),
         ({"label_column": "x", "higher_means": "correct"}, "leave out higher_means"),
         ({"label_column": "x", "scores_only": True}, "leave out scores_only=True"),
@@ -252,11 +321,17 @@ def test_labels_are_never_taken_for_scores(archive: Path) -> None:
         ({"higher_means": "better"}, "expected 'correct' or 'hallucinated'"),
         ({"threshold": "0.5"}, "expected a finite number"),
         ({"threshold": float("inf")}, "expected a finite number"),
-        ({"label_column": "x", "classes": {}}, "expected the label of every class"),
-        ({"label_column": "x", "classes": ["a"]}, "expected the label of every class"),
-        ({"label_column": "x", "classes": {"a": True}}, "an integer or None"),
-        ({"label_column": "x", "classes": {"a": 2**63}}, "an integer or None"),
-        ({"label_column": "x", "classes": {"a": 1, "A ": 0}}, "names a class twice"),
+        ({"threshold": True}, "expected a finite number"),
+        ({"id_column": None}, "id_column is None, expected the name of a column"),
+        ({"label_column": 3}, "label_column is 3, expected the name of a column"),
+        ({"score_column": b"x"}, "expected the name of a column"),
+        ({"label_column": "x", "positive": ["a"]}, "expected the name of a class"),
+        ({"label_column": "x", "class_labels": {None: 1}}, "an integer or None by name"),
+        ({"label_column": "x", "class_labels": {}}, "expected the label of every class"),
+        ({"label_column": "x", "class_labels": ["a"]}, "expected the label of every class"),
+        ({"label_column": "x", "class_labels": {"a": True}}, "an integer or None by name"),
+        ({"label_column": "x", "class_labels": {"a": 2**63}}, "an integer or None by name"),
+        ({"label_column": "x", "class_labels": {"a": 1, "A ": 0}}, "names a class twice"),
     ],
 )
 def test_options_that_contradict(options: Any, expected: str) -> None:
@@ -294,8 +369,9 @@ def test_options_that_contradict(options: Any, expected: str) -> None:
         ('{"question_id": ["q0"], "bleurt_score": 1}', "holds list, expected text or a number"),
         ('{"question_id": "q0", "bleurt_score": [1]}', r"the score is \[1\], expected a number"),
         ('{"question_id": "q0", "bleurt_score": true}', "the score is True, expected a number"),
-        (b"question_id,bleurt_score\nq0,0.1\nq\xe9,0.2\n", "line 3: byte 0xe9 is not UTF-8; save"),
-        ("question_id,bleurt_score\nq0,1\n".encode("utf-16"), "is UTF-16, expected UTF-8"),
+        ("question_id,bleurt_score,note\nq0,1,a\rq9,1,b\n", "line 2: .* holds a carriage return"),
+        (b"question_id,bleurt_score\nq0,0.1\nq\xe9,0.2\n", "line 3: byte 0xe9 is not UTF-8 te"),
+        ("question_id,bleurt_score\nq0,1\n".encode("utf-16"), "is not UTF-8 text but UTF-16"),
     ],
 )
 def test_rows_are_rejected_by_line(archive: Path, content: str | bytes, expected: str) -> None:
@@ -351,6 +427,50 @@ def test_a_pipe_is_a_table(archive: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert h5traces.open(archive).labels == (1, 0, 1, 0)
+
+
+ODD = list("ab,;\t\"'|\n\r {}[]0.\ufeff\u2028\x85\xa0\xe9\u65e5\U0001f600")
+WRITERS: dict[str, Any] = {
+    "CSV": {},
+    "CSV, all quoted": {"quoting": csv.QUOTE_ALL},
+    "CSV, ends of Unix": {"lineterminator": "\n"},
+    "TSV": {"delimiter": "\t"},
+    "TSV, all quoted": {"delimiter": "\t", "quoting": csv.QUOTE_ALL, "lineterminator": "\n"},
+}
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("form", [*WRITERS, "JSON Lines", "JSON Lines, ASCII", "JSON"])
+def test_what_others_write_is_read(tmp_path: Path, form: str, seed: int) -> None:
+    """Tables of odd text, written by Python's own modules, come back cell by cell."""
+    random = Random(seed)
+
+    # Python before 3.13 leaves a carriage return without quotes where lines end otherwise.
+    letters = [each for each in ODD if each != "\r" or "Unix" not in form]
+
+    def text() -> str:
+        return "".join(random.choices(letters, k=random.randrange(1, 9)))
+
+    ids = list(dict.fromkeys(text() for _ in range(random.randrange(1, 20))))
+    rows = [
+        {"note": text(), "question_id": each, "label": random.choice(["yes", "no"])} for each in ids
+    ]
+    path = tmp_path / "table"
+    if form in WRITERS:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), **WRITERS[form])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif form == "JSON":
+        path.write_text(json.dumps(rows, indent=random.choice([None, 1])), encoding="utf-8")
+    else:
+        lines = (json.dumps(each, ensure_ascii=form.endswith("ASCII")) for each in rows)
+        path.write_text("\n".join(lines), encoding="utf-8", newline="")
+    options = LabelOptions(label_column="label", class_labels={"yes": 1, "no": 0})
+    found = read_table(path, options)
+    assert {key: entry.label for key, entry in found.entries.items()} == {
+        (each["question_id"], None): int(each["label"] == "yes") for each in rows
+    }
 
 
 # --- ids ------------------------------------------------------------------------------------------
@@ -450,13 +570,23 @@ def test_classes_by_options(archive: Path) -> None:
     arguments = ["label", archive, path, "--label-column", "label"]
     refused = run(*arguments, code=2)
     assert "--positive" in refused.stderr
-    done = run(*arguments, "--class", "wrong=1", "--class", "right=0", "--class", "unsure=none")
+    assert "--class-labels" in refused.stderr
+    done = run(*arguments, "--class-labels", "wrong=1,right=0,unsure=none")
     assert "no label ('unsure'): 1" in done.stdout
     assert h5traces.open(archive).labels == (1, 0, None, 0)
-    for wrong in ("wrong", "wrong=x", "wrong=1.5"):
-        assert "CLASS=LABEL" in run(*arguments, "--class", wrong, code=2).stderr
-    twice = run(*arguments, "--class", "wrong=1", "--class", "wrong=0", code=2)
-    assert "twice" in twice.stderr
+    for wrong in ("wrong", "wrong=x", "wrong=1.5", "=1", "wrong=1;right=0", "wrong=1,", ""):
+        refused = run(*arguments, "--class-labels", wrong, code=2)
+        assert "--class-labels" in refused.stderr
+    assert "twice" in run(*arguments, "--class-labels", "wrong=1,wrong=0", code=2).stderr
+
+
+def test_names_of_classes_may_hold_anything(archive: Path) -> None:
+    names = ["yes, well=1", "no", "a=b", "-1"]
+    rows = "".join(f'q{number},"{name}"\n' for number, name in enumerate(names))
+    path = table(archive, f"question_id,label\n{rows}")
+    given = "yes, well=1=1,no=0,a=b=-2,-1=3"
+    run("label", archive, path, "--label-column", "label", "--class-labels", given)
+    assert h5traces.open(archive).labels == (1, 0, -2, 3)
 
 
 def test_options_are_named_as_options(archive: Path) -> None:

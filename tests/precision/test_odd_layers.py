@@ -20,7 +20,8 @@ def converted(folder: Path, layers: list[np.ndarray], tier: str = "fine") -> Pat
     source, target = folder / "batch.pkl", folder / "batch.h5"
     items = [{"hidden_states": layers, "question_id": f"q{number}"} for number in range(2)]
     source.write_bytes(pickle.dumps(items))
-    report = h5traces.convert(source, target, precision=tier)
+    reading = h5traces.ReadingOptions(first_state="block")
+    report = h5traces.convert(source, target, precision=tier, reading=reading)
     assert report.ok
     assert h5traces.verify(target, deep=True).ok
     return target

@@ -43,9 +43,16 @@ class Foreign:
 
 STATES = np.ones((3, 4), np.float16)
 BAD_SAMPLES = {
-    "no hidden states": (without("hidden_states"), "field 'hidden_states' is missing; found"),
-    "no list": (sample(hidden_states=STATES), "'hidden_states' is a ndarray, expected a list"),
-    "no fields": ({}, "field 'hidden_states' is missing; found no fields"),
+    "neither states nor attentions": (
+        {"tokens": np.arange(3)},
+        "fields 'hidden_states' and 'attentions' are missing; found tokens",
+    ),
+    "no list": (sample(hidden_states="x"), "'hidden_states' is a str, expected a list"),
+    "an array of other lengths": (
+        sample(hidden_states=STATES),
+        "field 'hidden_states': shape (3, 4) fits neither the number of layers nor that of tokens",
+    ),
+    "no fields": ({}, "'hidden_states' and 'attentions' are missing; found no fields"),
     "layers of other lengths": (
         sample(hidden_states=[STATES, STATES[:2]]),
         "hidden_states/layer_001: shape (2, 4) has 2 on the token axis, but layer_000 has 3",
@@ -59,8 +66,8 @@ BAD_SAMPLES = {
         "field 'hidden_states', layer 1: found NoneType, expected a numpy array",
     ),
     "too few axes": (
-        sample(hidden_states=[STATES[0], STATES[0]]),
-        "layer_000: shape (4,) has 1 axes, expected 2: (token, hidden)",
+        sample(attentions=[STATES, STATES]),
+        "layer_000: shape (3, 4) has 2 axes, expected 3: (head, query, key)",
     ),
     "integers": (
         sample(hidden_states=[STATES.astype(int)] * 2),
@@ -107,7 +114,7 @@ def test_bad_samples_are_named(tmp_path: Path, name: str) -> None:
 
 
 def test_layers_of_another_model_are_refused(tmp_path: Path) -> None:
-    other = sample(hidden_states=[STATES] * 3)
+    other = sample(hidden_states=[STATES] * 3, attentions=[np.ones((2, 3, 3), np.float16)] * 3)
     source = write_batch(tmp_path / "batch.pkl", [sample(), other])
     error = error_of(source, tmp_path / "a.h5")
     assert "sample 1" in error
@@ -168,11 +175,11 @@ BAD_FILES: dict[str, tuple[str, Callable[[], bytes], type[Exception], str]] = {
         "expected a list of dicts",
     ),
     "a list of numbers": ("a.pkl", lambda: pickle.dumps([1, 2]), ConversionError, "a.pkl"),
-    "two pickles": (
+    "a pickle and more": (
         "a.pkl",
-        lambda: pickle.dumps([sample()]) * 2,
+        lambda: pickle.dumps([sample()]) + bytes(9),
         ConversionError,
-        "data follows the end of the pickle",
+        "other bytes than those of a pickle follow the end of the pickle",
     ),
 }
 

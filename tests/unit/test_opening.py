@@ -25,10 +25,9 @@ def test_records_and_dicts_hold_every_sample(tmp_path: Path, layout: str) -> Non
     with open_source(path) as source:
         assert_same([materialised(each) for each in source], expected)
         assert source.progress == (path.stat().st_size,) * 2
-        num_layers = source.num_layers
-    assert num_layers == len(expected[0]["hidden_states"])
     with open_source(path) as source:
         records = list(source.records(file=3, layers=(1,)))
+        assert source.num_layers == len(expected[0]["hidden_states"])
     places = [each.source for each in records if each.source is not None]
     assert [(each.file, each.position) for each in places] == [
         (3, position) for position in range(len(expected))
@@ -40,11 +39,11 @@ def test_records_and_dicts_hold_every_sample(tmp_path: Path, layout: str) -> Non
 
 def test_a_record_that_cannot_be_made_names_its_sample(tmp_path: Path) -> None:
     batch = make_batch("full_pkl")
-    del batch[2]["hidden_states"]
+    del batch[2]["hidden_states"], batch[2]["attentions"]
     path = write_layout(tmp_path, "full_pkl", batch)
     with open_source(path) as source, pytest.raises(ConversionError) as caught:
         list(source.records())
-    assert str(caught.value).startswith(f"{path}: sample 2: field 'hidden_states' is missing")
+    assert str(caught.value).startswith(f"{path}: sample 2: fields 'hidden_states' and ")
 
 
 def test_an_archive_is_no_source(tmp_path: Path) -> None:

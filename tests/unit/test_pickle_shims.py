@@ -63,6 +63,9 @@ def dtype(code: Any = "f8", state: Any = STATE) -> Call:
     return Call("numpy", "dtype", code, False, True, state=state)
 
 
+OBJECT = dtype("O8", (3, "|", None, None, None, -1, -1, 63))
+
+
 def array(*state: Any, cls: Any = NDARRAY) -> Call:
     return Call("numpy.core.multiarray", "_reconstruct", cls, (0,), b"b", state=state)
 
@@ -81,17 +84,32 @@ def test_the_allow_list_is_exact() -> None:
         "numpy.core.numeric",
         "numpy._core.numeric",
         "_codecs",
+        "_collections",
+        "argparse",
         "builtins",
         "__builtin__",
         "collections",
+        "copyreg",
+        "copy_reg",
+        "datetime",
+        "decimal",
+        "fractions",
+        "ml_dtypes",
+        "pathlib",
+        "pathlib._local",
+        "types",
+        "uuid",
         "torch",
         "torch._utils",
         "torch.storage",
     }
     assert {name for module, name in NAMES if module in ("builtins", "__builtin__")} == {
-        "bytes",
-        "bytearray",
+        *("bytes", "bytearray", "set", "frozenset", "complex", "range", "xrange", "slice"),
+        *("object", "list", "dict", "tuple", "int", "float", "str", "bool"),
     }
+    # These are passed on only: a call of `list` or `int` would take whatever it is given.
+    for name in ("object", "list", "dict", "tuple", "int", "float", "str", "bool"):
+        assert NAMES["builtins", name].call is None
     assert all(isinstance(shim, Shim) for shim in (*NAMES.values(), *STORAGE_NAMES.values()))
     assert not NAMES.keys() & STORAGE_NAMES.keys()
 
@@ -99,9 +117,15 @@ def test_the_allow_list_is_exact() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (dtype("O", (3, "|", None, None, None, -1, -1, 63)), "objects"),
+        (dtype("O", (3, "|", None, None, None, -1, -1, 63)), "unknown type"),
+        (dtype("O8", (3, "|", None, None, None, -1, -1, 0)), "unexpected flags"),
+        (array(1, (1,), OBJECT, False, bytes(8)), "has a bytes for its data, expected a list"),
+        (Call("numpy.core.multiarray", "scalar", OBJECT, bytes(8)), "the dtype of objects"),
+        (Call("numpy.core.numeric", "_frombuffer", bytes(8), OBJECT, (1,), "C"), "a bytes for its"),
         (dtype("V8"), "structures"),
-        (dtype("M8"), "dates"),
+        (dtype("M8"), "expected a tuple of 9"),
+        (dtype("M8", (4, "<", None, None, None, -1, -1, 0, (None, (b"D", 0, 1, 1)))), "multiple 0"),
+        (dtype("M8", (4, "<", None, None, None, -1, -1, 0, (None, (b"x", 1, 1, 1)))), "unit 'x'"),
         (dtype("f4,O"), "unknown type"),
         (dtype("U268435456"), "elements of 1073741824 bytes"),
         (dtype("U٣"), "unknown type"),

@@ -139,6 +139,9 @@ def test_a_look_into_compressed_files(tmp_path: Path, packer: str) -> None:
         found = identify(path)
         assert (found.id, found.compression) == (FILES[kind][0], packer)
         assert str(found) == f"{KINDS[FILES[kind][0]].what}, compressed by {packer}"
+    # Blocks of what hardly compresses are long.
+    path.write_bytes(PACKERS[packer](FILES["npy"][1] + np.random.default_rng(0).bytes(2_000_000)))
+    assert (identify(path).id, identify(path).compression) == ("npy", packer)
     path.write_bytes(PACKERS[packer](bytes(100)))
     assert (identify(path).id, identify(path).compression) == (packer, None)
 

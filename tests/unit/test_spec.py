@@ -22,6 +22,7 @@ from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import dataset_digest, sample_digest
 from h5traces.format.entries import carrier_dtype
 from h5traces.format.record import TraceMetadata, index_columns
+from h5traces.format.value_types import BY_NAME
 from h5traces.precision import encoding
 from h5traces.storage.arrays import chunk_shape
 from h5traces.storage.codecs import CODECS
@@ -57,6 +58,10 @@ def table(title, *columns):
         each for each in tables(title) if tuple(each[0])[: len(columns)] == columns and each
     ]
     return found
+
+
+# The attributes of datasets, and not those of their group.
+OF_DATASETS = ("attribute", "stored as", "present", "meaning")
 
 
 def names(cell):
@@ -308,20 +313,20 @@ def test_layers_are_present_in_a_subset(tmp_path):
 
 
 def test_kind_and_sample_attributes_are_those_of_the_tables(example):
-    # The example is exact, and has no arrays whose heads were reduced.
-    kinds = {one(row["attribute"]) for row in table("Kinds", "attribute")} - {"derivation"}
+    # The example is exact, knows its layers, and has no arrays whose heads were reduced.
+    kinds = {one(row["attribute"]) for row in table("Kinds", "attribute")}
     samples = {one(row["attribute"]) for row in table("Samples", "attribute")}
     assert samples == set(TraceMetadata.model_fields)
     with h5py.File(example) as file:
         for kind in file["kinds"].values():
-            assert set(kind.attrs) == kinds - {"reduction"}
+            assert set(kind.attrs) == kinds - {"reduction", "derivation", "positions"}
         for sample in file["samples"].values():
             assert {"seq_len", "coverage", "digest"} <= set(sample.attrs) <= samples
 
 
 def test_dataset_attributes_are_those_of_the_tables(example, rich):
     layered = {
-        name for row in table("Layered arrays", "attribute") for name in names(row["attribute"])
+        name for row in table("Layered arrays", *OF_DATASETS) for name in names(row["attribute"])
     }
     images = {name for name in layered if name.isupper()}
     assert images == set(layout.IMAGE_ATTRS)
@@ -354,7 +359,9 @@ def test_encodings_are_those_of_the_code():
     assert {one(row["encoding"]) for row in rows} == set(encodings._DECODERS)
     assert {one(row["version"]) for row in rows} == {encodings.VERSION}
     tags = {one(row["tag"]) for row in table("Extra fields", "tag")}
-    assert tags == set(encodings._JSON_TAGS)
+    assert tags == set(encodings.JSON_TAGS)
+    types = {one(row["name"]) for row in table("Extra fields", "name", "content")}
+    assert types == set(BY_NAME)
 
 
 def test_table_of_samples_has_the_columns(example):
@@ -658,7 +665,7 @@ def test_h5dump_shows_the_documented_attributes(example):
     documented = {
         name
         for title in ("Root group", "Kinds", "Samples", "Layered arrays")
-        for row in table(title, "attribute")
+        for row in table(title, *(OF_DATASETS if title == "Layered arrays" else ["attribute"]))
         for name in names(row["attribute"])
     }
     assert shown <= documented

@@ -1,52 +1,97 @@
-"""Machines that return the items of a batch while its pickle is still being read.
+"""The machine that returns the items of a batch while its pickle is still being read.
 
 A pickler pushes the items of a list on the stack, one after the other, and then writes APPENDS. So
-an item of the root list is complete as soon as the next list or dict lies directly above it, or at
-the APPEND. The item is then returned, a marker takes its place, and its memo entries are dropped,
-except the small strings and numbers that picklers share between items. If a later item needs a
-dropped entry, `SharedEntryError` makes the caller scan the pickle once with `Scanner` and start
-again with the exact set of entries to keep.
+an item is complete as soon as the next one lies directly above it, or at the APPENDS. The item is
+then returned, a marker takes its place, and its memo entries are dropped, except small values that
+items may share. If a later item needs a dropped entry, `SharedEntryError` makes the caller look for
+the last use of every entry (`h5traces.sources.pickle.scan`) and start again.
+
+The outer container may be a list, a tuple or a dict. Of a dict, the items are its values; of a
+value that is a list, the elements of that list.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+import heapq
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.machine import Machine
-from h5traces.sources.pickle.shims import Marker, Shim, Storage, Unsupported, type_name
+from h5traces.sources.pickle.calls import Marker, Shim, Unsupported, type_name
+from h5traces.sources.pickle.machine import COMPOUND, Machine
+from h5traces.sources.pickle.plain import DICTS, LEAVES, NAMESPACES
+from h5traces.sources.pickle.shims import MlDtype, Storage
 from h5traces.sources.pickle.source import RejectedError, contradict, reject
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from numpy.typing import NDArray
 
     from h5traces.sources.pickle.source import PickleLimits, Source
 
 
-TRACES_KEY = "traces"
-SMALL_TEXT = 256
-SMALL_BYTES = 64
-_SMALL_INT = 1 << 64
-# The scan keeps a byte per slot; a batch of 15 GB has about a million slots.
-_MAX_SLOTS = 1 << 28
+SMALL_TEXT: Final = 256
+SMALL_BYTES: Final = 64
+_SMALL_INT: Final = 1 << 64
+# Of arrays, lists and dicts that later items may refer to: the most that one takes, and all.
+_SPARE_NBYTES: Final = 256 << 10
+_ALL_SPARE_NBYTES: Final = 16 << 20
+_SPARE_VALUES: Final = 4096
+# Within so many bytes a container begins.
+_HEAD_NBYTES: Final = 64 << 10
 # Picklers name the callables and dtypes of arrays in the first item only.
-_SHARED = (Shim, np.dtype)
+_SHARED: Final = (Shim, np.dtype, MlDtype)
 
-ROOT = Marker("root list")
-EMITTED = Marker("item that was handed out")
-STALE = Marker("value that the scan skips")
+ROOT: Final = Marker("root list")
+EMITTED: Final = Marker("item that was handed out")
 
-_NUMPY_SCALARS = frozenset(np.sctypeDict.values()) - {np.void, np.object_}
-_SIMPLE = frozenset({type(None), bool, int, float})
-_LEAVES = _SIMPLE | _NUMPY_SCALARS | {str, bytes, bytearray, np.ndarray, TorchValue}
-_CONTAINERS = frozenset({list, tuple, dict})
+_SIMPLE: Final = frozenset({type(None), bool, int, float})
+_TEXTS: Final = frozenset({str, bytes, bytearray})
+_SEQUENCES: Final = frozenset({list, tuple, deque, set, frozenset})
+_LEAVES: Final = _SIMPLE | _TEXTS | LEAVES | {np.ndarray, TorchValue}
+_MUTABLE: Final = frozenset({list, deque, set, *DICTS, *NAMESPACES})
+# What the items of a dict may be, and thus when one ends. A pickler writes the parts of a tuple as
+# if they were items, so where that was taken for granted in error, less is.
+ITEM_TYPES: Final[tuple[frozenset[Any], ...]] = (
+    COMPOUND,
+    frozenset({list, tuple, *DICTS}),
+    frozenset(),
+)
+
+
+class Found(NamedTuple):
+    """An item: what it is an element of, or the entry that it is, and the item itself.
+
+    Attributes
+    ----------
+    key
+        Of the outer dict; None where the outer container is a list or a tuple.
+    value
+        The item.
+    is_element
+        Of the list under that key; else it is the entry's value.
+    """
+
+    key: Any
+    value: Any
+    is_element: bool = True
 
 
 class SharedEntryError(Exception):
     """An item refers to a memo entry that was dropped with an earlier item."""
+
+
+class TouchedError(RejectedError):
+    """The pickle uses an item that was handed out; it may have been a part of the item."""
+
+
+class ShortTupleError(Exception):
+    """The pickle is a tuple of two or three dicts, which begins as a dict does."""
+
+
+class TooLargeError(Exception):
+    """A pickle is larger than what may be read into memory before it is known what it holds."""
 
 
 def check_item(item: Any, limits: PickleLimits) -> int:
@@ -61,7 +106,7 @@ def check_item(item: Any, limits: PickleLimits) -> int:
     for _ in range(limits.max_depth + 1):
         inner = []
         for container in level:
-            values = container.values() if type(container) is dict else container
+            values = _children(container)
             num_values += len(values)
             if num_values > limits.max_item_opcodes:
                 reject(
@@ -74,10 +119,12 @@ def check_item(item: Any, limits: PickleLimits) -> int:
                 continue
             for value in values:
                 kind = type(value)
-                if kind in _CONTAINERS:
+                if _has_children(value):
                     inner.append(value)
                 elif kind in _LEAVES:
                     nbytes += _leaf_nbytes(value)
+                elif kind is Marker:
+                    raise _touched(value)
                 elif kind is Unsupported:
                     place = _place_of(item, value)
                     contradict(f"{place} is {value.what}, which no trace holds; {value.remedy}")
@@ -98,15 +145,32 @@ def _place_of(item: Any, wanted: Any) -> str:
     while level:
         inner = []
         for place, container in level:
-            named = type(container) is dict
-            for key, value in container.items() if named else enumerate(container):
+            named = type(container) in DICTS
+            for key, value in container.items() if named else enumerate(_children(container)):
                 here = f"{place}, {'key' if named else 'index'} {key!r}"
                 if value is wanted:
                     return here.removeprefix(", ").replace("key", "field", 1)
-                if type(value) in _CONTAINERS:
+                if _has_children(value):
                     inner.append((here, value))
         level = inner
     return "a value"
+
+
+def _has_children(value: Any) -> bool:
+    kind = type(value)
+    if kind is np.ndarray:
+        return bool(value.dtype.kind == "O")
+    return kind in _SEQUENCES or kind in DICTS or kind in NAMESPACES
+
+
+def _children(value: Any) -> Any:
+    """The values in a container, which has a length."""
+    kind = type(value)
+    if kind in DICTS:
+        return value.values()
+    if kind in NAMESPACES:
+        return vars(value).values()
+    return value.ravel() if kind is np.ndarray else value
 
 
 def _leaf_nbytes(value: Any) -> int:
@@ -128,41 +192,111 @@ def _is_small(value: Any) -> bool:
     return kind in (type(None), float) or value is ROOT or isinstance(value, _SHARED)
 
 
+def _spare_nbytes(value: Any) -> int | None:
+    """Bytes of a value that may be kept for later items; None for one that is too large."""
+    if not _has_children(value):
+        nbytes = _leaf_nbytes(value) if type(value) in _LEAVES else _SPARE_NBYTES + 1
+        return nbytes if nbytes <= _SPARE_NBYTES else None
+    nbytes, num_values = 0, 0
+    inner = [value]
+    while inner:
+        values = _children(inner.pop())
+        num_values += 1 + len(values)
+        if num_values > _SPARE_VALUES:
+            return None
+        for each in values:
+            if _has_children(each):
+                inner.append(each)
+            elif type(each) in _LEAVES:
+                nbytes += _leaf_nbytes(each)
+            else:
+                return None
+        if nbytes > _SPARE_NBYTES:
+            return None
+    return nbytes + 64 * num_values
+
+
+def _is_key(value: Any) -> bool:
+    return type(value) in (str, int)
+
+
+def _touched(marker: Marker) -> TouchedError:
+    message = f"the pickle uses the {marker.what} as a value, which no pickler of a batch does"
+    return TouchedError(message)
+
+
 class BatchMachine(Machine):
     """Reads a batch: call `advance` until it returns False, and `take` the item each time.
 
     Parameters
     ----------
-    needed
-        Memo slots to keep and the last item that reads each, as `Scanner` finds them. By
+    last_reads
+        Position after the last read of each memo slot, as `scan.last_reads` finds them. By
         default small values are kept, and reading another one raises `SharedEntryError`.
+    whole_nbytes
+        Read a pickle that is no list into memory as a whole, and raise `TooLargeError` where it
+        takes more than this; None streams it.
+    item_types
+        One of `ITEM_TYPES`.
 
     Attributes
     ----------
     kind
-        ``list`` for a list of dicts, ``container`` for a dict with the list under ``traces``;
-        None if the pickle is neither, or not known yet.
+        ``list``, ``tuple`` or ``dict``: the outer container; None if the pickle is none of them, or
+        not known yet.
+    num_items
+        Items of all pickles.
+    columns
+        Per key of the outer dict whose value is a list, the number of its elements so far.
     """
 
     def __init__(
-        self, source: Source, limits: PickleLimits, needed: Mapping[int, int] | None = None
+        self,
+        source: Source,
+        limits: PickleLimits,
+        *,
+        last_reads: NDArray[np.int64] | None = None,
+        whole_nbytes: int | None = None,
+        item_types: frozenset[type] = ITEM_TYPES[0],
     ) -> None:
         super().__init__(source, limits)
-        self.kind: str | None = None
         self.num_items = 0
-        self.ready: list[Any] = []
-        self.needed = needed
+        self._last_reads = last_reads
+        self._whole_nbytes = whole_nbytes
+        self._item_types = item_types
+        self._unfolded_nbytes = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.kind: str | None = None
+        self.is_whole = False
+        self.ready: deque[Found] = deque()
+        self.columns: dict[Any, int] = {}
         self.kept: dict[int, Any] = {}
         self._kept_nbytes = 0
-        self._unfolded_nbytes = 0
-        self._expiring: defaultdict[int, list[int]] = defaultdict(list)
-        # Containers of earlier items that this one refers to, by id; kept, so ids stay unique.
+        # Slots that are kept until a position, the first to be dropped first.
+        self._expiring: list[tuple[int, int]] = []
+        # Further small values, the one used longest ago first, with their bytes.
+        self._spare: OrderedDict[int, tuple[Any, int]] = OrderedDict()
+        self._spare_nbytes = 0
+        # Values of earlier items that this one refers to, by id; kept, so ids stay unique.
         self._frozen: dict[int, Any] = {}
-        self._item_type: type = dict
-        self._root_dict: dict[Any, Any] | None = None
+        self._root_dict: Any = None
         self._root_depth = -1
         self._root_index = 0
         self._root_seen = False
+        self._key: Any = None
+
+    def outermost(self) -> str:
+        """What the pickle begins with, in words."""
+        stack = self.meta[0] if self.meta else self.stack
+        return type_name(stack[0]) if stack else "a value"
+
+    def next_pickle(self, whole_nbytes: int) -> None:
+        """Go on with the pickle that follows in the source."""
+        self.reset()
+        self._whole_nbytes = whole_nbytes
+        self._begin()
 
     def advance(self) -> bool:
         """Read until an item is ready; False if there are no more."""
@@ -171,80 +305,132 @@ class BatchMachine(Machine):
                 return False
         return True
 
-    def take(self) -> Any:
-        """The item that is ready; the machine keeps no reference to it."""
-        return self.ready.pop(0)
+    def take(self) -> Found:
+        """The item that is ready; the machine keeps no reference to it, unless it is small."""
+        return self.ready.popleft()
 
     def find_root(self) -> None:
-        """Read until `kind` is decided."""
+        """Read until `kind` is decided; to the end where the pickle is no container."""
         while not self._root_seen and not self.run():
             pass
 
-    # --- the root -------------------------------------------------------------------------------
+    def exceed(self, what: str, name: str) -> NoReturn:
+        if self.is_whole and self._whole_nbytes is not None:
+            raise TooLargeError
+        super().exceed(what, name)
+
+    def count_payload(self, num_bytes: int) -> None:
+        super().count_payload(num_bytes)
+        is_unknown = self.is_whole or self.kind is None
+        if is_unknown and self._whole_nbytes is not None:
+            least = 0 if self.is_whole else _HEAD_NBYTES
+            if self.read_nbytes > max(self._whole_nbytes, least):
+                raise TooLargeError
+
+    # --- the outer container --------------------------------------------------------------------
 
     def _look_for_root(self) -> None:
-        stack = self.stack
-        top = stack[-1]
-        if not self._root_seen:
-            if self.meta or len(stack) != 1:
-                return
+        stack, top = self.stack, self.stack[-1]
+        if len(self.meta) == 1 and not self.meta[0] and len(stack) == 1 and type(top) in DICTS:
+            self.kind = "tuple"
+            self._root_depth = 0
             self._root_seen = self.halted = True
-            if top:  # filled by LIST or DICT, which Python's picklers never write here
-                return
-            if type(top) is list:
-                self.kind = "list"
-                self._set_root()
-            else:
-                self.kind = "container"
-                self._root_dict = top
-                self._item_type = list
-        elif self._root_dict is not None and type(top) is list and not top:
-            outer = self.meta[0] if self.meta else stack[:1]
-            if (
-                len(self.meta) <= 1
-                and len(stack) > 1
-                and type(stack[-2]) is str
-                and stack[-2] == TRACES_KEY
-                and len(outer) == 1
-                and outer[0] is self._root_dict
-                and len(stack) % 2 == (0 if self.meta else 1)
-            ):
-                self._set_root()
+            return
+        if self.meta or len(stack) != 1 or (type(top) is not list and type(top) not in DICTS):
+            return
+        self._root_seen = self.halted = True
+        if top:  # filled by LIST or DICT, which Python's picklers never write here
+            self.is_whole = True
+        elif type(top) is list:
+            self.kind = "list"
+            self._set_root()
+        else:
+            self.kind = "dict"
+            self._root_dict = top
+            self.is_whole = self._whole_nbytes is not None
 
-    def _set_root(self) -> None:
+    def _set_root(self, key: Any = None) -> None:
         self._root_depth = len(self.meta)
         self._root_index = len(self.stack) - 1
         self.stack[-1] = ROOT
+        self._key = key
+        if self.kind == "dict":
+            self.columns[key] = 0
+
+    def _is_entry(self) -> bool:
+        """Whether the top of the stack is where values of the outer dict lie."""
+        stack = self.stack
+        if not self.meta:  # the only entry, or one after the other
+            return len(stack) == 3 and stack[0] is self._root_dict and _is_key(stack[1])
+        position = len(stack) - 1
+        if len(self.meta) > 1 or len(self.meta[0]) != 1 or self.meta[0][0] is not self._root_dict:
+            return False
+        # A dict of one entry is written without a mark: its key and value lie above it.
+        is_inner = position >= 3 and type(stack[position - 2]) in DICTS and not stack[position - 2]
+        return position % 2 == 1 and _is_key(stack[position - 1]) and not is_inner
+
+    def _entry_pushed(self, *, existing: bool) -> None:
+        stack = self.stack
+        lower = len(stack) - 3
+        if self.meta and lower >= 0 and type(stack[lower]) in _MUTABLE:
+            found = Found(stack[lower - 1], stack[lower], is_element=False)
+            self._emit(lower, found, existing=existing)
+        if not existing and type(stack[-1]) is list:
+            self._set_root(stack[-2])
 
     # --- items ----------------------------------------------------------------------------------
 
     def pushed(self, *, existing: bool = False) -> None:
-        above_root = len(self.meta) - self._root_depth
-        if self._root_depth < 0:
-            if not existing:
-                self._look_for_root()
+        if self.is_whole:
             return
-        stack = self.stack
-        if above_root == 1:
-            first = 0 if self.meta[-1][-1] is ROOT else len(stack)
-        elif above_root == 0:
-            first = self._root_index + 1
-        else:
+        if not self._root_seen:
+            self._look_for_root()
             return
+        if self._root_dict is not None and len(self.meta) <= 1 and self._is_entry():
+            self._entry_pushed(existing=existing)
+            return
+        first = self._first_element()
         # Only items lie below an item; a dict above a key is a value inside an item.
-        lower = len(stack) - 2
-        if lower < first or (lower > first and stack[lower - 1] is not EMITTED):
+        lower = len(self.stack) - 2
+        if first is None or lower < first:
             return
-        item = stack[lower]
-        if type(item) is self._item_type:
+        if lower > first and self.stack[lower - 1] is not EMITTED:
+            return
+        item, top = self.stack[lower], self.stack[-1]
+        if self._is_complete(item, top):
             if lower - first > self.limits.max_portion_items:
                 self.exceed("items in one portion of the list", "max_portion_items")
-            top = stack[-1]
-            stack[lower] = EMITTED
-            self._complete(item)
-            if existing:
-                # The same object twice in the list: returned again, but never changed again.
-                self._frozen[id(top)] = top
+            self._emit(lower, Found(self._key, item), existing=existing)
+
+    def _first_element(self) -> int | None:
+        """Where the elements of the current list begin on the stack, if they lie there."""
+        above_root = len(self.meta) - self._root_depth
+        if self._root_depth < 0 or above_root not in (0, 1):
+            return None
+        if self.kind == "tuple":
+            return 0 if above_root == 1 else None
+        if above_root == 0:
+            return self._root_index + 1
+        # Of a list that closed, nothing is an element any more.
+        return 0 if self.meta[-1] and self.meta[-1][-1] is ROOT else len(self.stack)
+
+    def _is_complete(self, item: Any, top: Any) -> bool:
+        """Whether an item ends where `top` lies above it."""
+        kind = type(item)
+        if self.kind != "dict":
+            return kind in DICTS and type(top) in _MUTABLE
+        if kind not in self._item_types:
+            return False
+        # A new list or dict ends whatever lies below; an array is a part of a tuple, or the next.
+        return type(top) in _MUTABLE or type(top) is kind
+
+    def _emit(self, index: int, found: Found, *, existing: bool) -> None:
+        self.stack[index] = EMITTED
+        self._complete(found)
+        top = self.stack[-1]
+        if existing and type(top) in _MUTABLE:
+            # The same object twice in the list: returned again, but never changed again.
+            self._frozen[id(top)] = top
 
     def extend(self, values: list[Any]) -> None:
         if self.stack[-1] is not ROOT:
@@ -252,25 +438,78 @@ class BatchMachine(Machine):
             super().extend(values)
             return
         for value in values:
-            if type(value) is self._item_type:
-                self._complete(value)
-            elif value is not EMITTED:
-                expected = "dicts" if self.kind == "list" else "lists of pairs of arrays"
-                contradict(
-                    f"item {self.num_items} of the batch is {type_name(value)}; "
-                    f"a batch is a list of {expected}"
-                )
+            if value is not EMITTED:
+                self._complete(Found(self._key, value))
 
-    def _complete(self, item: Any) -> None:
+    def set_items(self, flat: list[Any]) -> None:
+        self._check_frozen()
+        if self._root_dict is None or self.stack[-1] is not self._root_dict or self.is_whole:
+            super().set_items(flat)
+            return
+        if len(flat) % 2:
+            reject("items are set from an odd number of values")
+        for key, value in zip(flat[::2], flat[1::2], strict=True):
+            if value is not EMITTED and value is not ROOT:
+                self.check_keys([key], "a key of a dict")
+                self._complete(Found(key, value, is_element=False))
+        # Elements of its last list are complete.
+        self._root_depth = -1
+
+    def add_items(self, values: list[Any]) -> None:
+        self._check_frozen()
+        super().add_items(values)
+
+    def build(self, state: Any) -> None:
+        self._check_frozen()
+        super().build(state)
+
+    def finish(self) -> bool:
+        """Check what the pickle was, at its end; True where items of a tuple are left."""
+        found = self.result
+        expected: Any = {"list": ROOT, "dict": self._root_dict}.get(self.kind or "")
+        if self.kind == "tuple" and type(found) is tuple:
+            self.result = expected = None
+            for value in found:
+                if value is not EMITTED:
+                    self._complete(Found(None, value))
+            found = None
+        if self.kind == "dict" and type(found) is tuple and all(type(e) in DICTS for e in found):
+            raise ShortTupleError
+        if found is not expected:
+            what = "a batch" if type(found) is tuple and found[:1] == (ROOT,) else ""
+            described = f"a tuple that starts with {what}" if what else type_name(found)
+            contradict(f"found {described}, expected a list of dicts")
         if self.num_pending:
             raise self.unfinished()
-        self.check(item)
+        return bool(self.ready)
+
+    def _complete(self, found: Found) -> None:
+        if self.num_pending:
+            raise self.unfinished()
+        if self.kind != "dict" and type(found.value) not in DICTS:
+            if type(found.value) is Marker:
+                raise _touched(found.value)
+            contradict(
+                f"item {self.num_items} of the batch is {type_name(found.value)}; a batch is a "
+                f"list of dicts"
+            )
+        self.check(found.value)
         self.end_item()
-        self.ready.append(item)
+        self.ready.append(found)
+        if found.is_element and self.kind == "dict":
+            self.columns[found.key] += 1
         self.halted = True
 
-    def check(self, item: Any) -> None:
-        self._unfolded_nbytes += check_item(item, self.limits)
+    def check(self, value: Any) -> None:
+        """Check an item, and that all items together do not unfold too far."""
+        if _has_children(value):
+            self._unfolded_nbytes += check_item(value, self.limits)
+        elif type(value) in _LEAVES:
+            self._unfolded_nbytes += _leaf_nbytes(value)
+        elif type(value) is Marker:
+            raise _touched(value)
+        else:
+            reject(f"an item is {type_name(value)}, which no trace holds")
         limits, read_nbytes = self.limits, self.source.inflated_bytes
         if self.storages is not None:
             read_nbytes += self.storages.nbytes
@@ -285,20 +524,25 @@ class BatchMachine(Machine):
 
     def end_item(self) -> None:
         """Drop what belongs to the item and keep what later items may refer to."""
-        if self.needed is None:
+        if self._last_reads is None:
             self._keep_small()
         else:
-            self._keep_needed(self.needed)
+            self._keep_needed(self._last_reads)
         self.memo = {}
         self._frozen.clear()
         self.num_items += 1
-        self.num_opcodes = self.read_nbytes = self.created_nbytes = 0
+        self.num_opcodes = self.read_nbytes = self.created_nbytes = self.num_unsalted = 0
 
     def _keep_small(self) -> None:
         kept = self.kept
         for slot, value in self.memo.items():
             if _is_small(value):
                 kept[slot] = value
+            elif (nbytes := _spare_nbytes(value)) is not None:
+                self._spare[slot] = (value, nbytes)
+                self._spare_nbytes += nbytes
+        while self._spare_nbytes > _ALL_SPARE_NBYTES or len(self._spare) > _SPARE_VALUES:
+            self._spare_nbytes -= self._spare.popitem(last=False)[1][1]
         excess = len(kept) - self.limits.max_kept_entries
         if excess > 0:
             # Drop the oldest, which a scan can restore; names last, since all arrays need them.
@@ -307,20 +551,25 @@ class BatchMachine(Machine):
             for slot in oldest[:excess]:
                 del kept[slot]
 
-    def _keep_needed(self, needed: Mapping[int, int]) -> None:
+    def _keep_needed(self, last_reads: NDArray[np.int64]) -> None:
+        here = self.source.inflated_bytes
         for slot, value in self.memo.items():
-            last = needed.get(slot, -1)
-            if last > self.num_items:
+            last = int(last_reads[slot]) if slot < len(last_reads) else 0
+            if last > here:
                 self.kept[slot] = value
-                self._expiring[last].append(slot)
-                self._kept_nbytes += self._nbytes(value)
+                heapq.heappush(self._expiring, (last, slot))
+                self._kept_nbytes += self.nbytes(value)
+        if len(self.kept) > self.limits.max_kept_entries:
+            self.exceed("values shared between items", "max_kept_entries")
         if self._kept_nbytes > self.limits.max_kept_nbytes:
             self.exceed("bytes shared between items", "max_kept_nbytes")
-        for slot in self._expiring.pop(self.num_items, ()):
-            self._kept_nbytes -= self._nbytes(self.kept.pop(slot))
+        while self._expiring and self._expiring[0][0] <= here:
+            _, slot = heapq.heappop(self._expiring)
+            self._kept_nbytes -= self.nbytes(self.kept.pop(slot))
 
-    def _nbytes(self, value: Any) -> int:
-        if type(value) in _CONTAINERS:
+    def nbytes(self, value: Any) -> int:
+        """Bytes of a value, counting every use of a shared one."""
+        if _has_children(value):
             return check_item(value, self.limits)
         return value.nbytes if type(value) is Storage else _leaf_nbytes(value)
 
@@ -328,134 +577,31 @@ class BatchMachine(Machine):
 
     def put(self, slot: int) -> None:
         if self.stack[-1] is EMITTED:
-            raise self._touched(EMITTED)
+            raise _touched(EMITTED)
         super().put(slot)
 
     def recall(self, slot: int) -> Any:
-        if slot in self.kept:
-            value = self.kept[slot]
-            if type(value) in (list, dict):
+        value = self.kept.get(slot, EMITTED)
+        if value is EMITTED and slot in self._spare:
+            value = self._spare[slot][0]
+            self._spare.move_to_end(slot)
+        if value is not EMITTED:
+            if type(value) in _MUTABLE:
                 self._frozen[id(value)] = value
             return value
-        if 0 <= slot < self.next_slot and self.needed is None:
+        if 0 <= slot < self.next_slot and self._last_reads is None:
             raise SharedEntryError
         return super().recall(slot)
 
     def push_again(self, value: Any) -> None:
         if type(value) is Marker:
-            raise self._touched(value)
+            raise _touched(value)
         super().push_again(value)
 
     def drop(self, value: Any) -> None:
         if type(value) is Marker:
-            raise self._touched(value)
-
-    def set_items(self, flat: list[Any]) -> None:
-        self._check_frozen()
-        super().set_items(flat)
+            raise _touched(value)
 
     def _check_frozen(self) -> None:
         if id(self.stack[-1]) in self._frozen:
             reject("an item that was complete is changed afterwards, which no pickler does")
-
-    def _touched(self, marker: Marker) -> RejectedError:
-        message = f"the pickle uses the {marker.what} as a value, which no pickler of a batch does"
-        return RejectedError(message)
-
-
-class Scanner(BatchMachine):
-    """Finds the memo entries that items share; skips payloads and builds almost nothing.
-
-    Attributes
-    ----------
-    shared
-        Slot -> the last item that reads it, for slots that were written by an earlier item.
-    """
-
-    def __init__(self, source: Source, limits: PickleLimits) -> None:
-        super().__init__(source, limits)
-        self.shared: dict[int, int] = {}
-        # Slots are numbered in order: those below an item's first belong to earlier items.
-        self._first_slot = 0
-        # Per slot: a dict (1), a list (2) or anything else (0), as ends of items depend on it.
-        self._kinds = bytearray()
-
-    def end_item(self) -> None:
-        super().end_item()
-        self._first_slot = self.next_slot
-
-    def put(self, slot: int) -> None:
-        super().put(slot)
-        kind = type(self.stack[-1])
-        code = 1 if kind is dict else 2 if kind is list else 0
-        if slot >= _MAX_SLOTS:
-            reject(f"the batch has more than {_MAX_SLOTS:,} memo entries and shares some of them")
-        if slot >= len(self._kinds):
-            self._kinds.extend(bytes(slot + 1 - len(self._kinds)))
-        self._kinds[slot] = code
-
-    def get(self, slot: int) -> None:
-        if 0 <= slot < self._first_slot:
-            self.shared[slot] = self.num_items
-            if len(self.shared) > self.limits.max_kept_entries:
-                self.exceed("values shared between items", "max_kept_entries")
-        super().get(slot)
-
-    def recall(self, slot: int) -> Any:
-        if slot in self.kept:
-            return self.kept[slot]
-        if 0 <= slot < len(self._kinds):
-            return ({}, [])[self._kinds[slot] - 1] if self._kinds[slot] else STALE
-        return super().recall(slot)
-
-    def push_again(self, value: Any) -> None:
-        if value is STALE:
-            self.stack.append(value)
-        else:
-            super().push_again(value)
-
-    def drop(self, value: Any) -> None:
-        if value is not STALE:
-            super().drop(value)
-
-    def take_bytes(self, num_bytes: int) -> Any:
-        return self._skip(num_bytes) if num_bytes > SMALL_BYTES else super().take_bytes(num_bytes)
-
-    def take_buffer(self, num_bytes: int) -> Any:
-        return self._skip(num_bytes)
-
-    def take_text(self, num_bytes: int) -> Any:
-        return self._skip(num_bytes) if num_bytes > SMALL_TEXT else super().take_text(num_bytes)
-
-    def _skip(self, num_bytes: int) -> Marker:
-        self.count_payload(num_bytes)
-        self.source.skip(num_bytes)
-        return STALE
-
-    def ascii(self, data: Any) -> Any:
-        return STALE if data is STALE else super().ascii(data)
-
-    def check(self, item: Any) -> None:
-        """Do nothing: the items are empty."""
-
-    def extend(self, values: list[Any]) -> None:
-        if self.stack[-1] is ROOT:
-            super().extend(values)
-
-    def set_items(self, flat: list[Any]) -> None:
-        """Do nothing: only the number of items matters."""
-
-    def find(self, module: Any, name: Any) -> Any:
-        return STALE if STALE in (module, name) else super().find(module, name)
-
-    def persistent(self, value: Any) -> Any:
-        return STALE if self.storages is not None else super().persistent(value)
-
-    def call(self, function: Any, args: Any) -> None:
-        if type(function) is Shim and function.name == "collections.OrderedDict":
-            super().call(function, args)
-        else:
-            self.stack.append(STALE)
-
-    def build(self, state: Any) -> None:
-        """Do nothing: the value stays what it is."""

@@ -1,9 +1,9 @@
 """An interpreter of pickles: every opcode of protocols 0 to 5, without imports or side effects.
 
-It builds None, bool, int, float, str, bytes, bytearray, list, tuple and dict, and calls the shims
-of `h5traces.sources.pickle.shims`. Nothing is imported, no attribute is looked up, and shims check
-every state. `Machine` reads one pickle into memory; the machines of `h5traces.sources.pickle.items`
-stream a batch.
+It builds None, bool, int, float, str, bytes, bytearray, list, tuple, dict and set, and calls the
+shims of `h5traces.sources.pickle.shims`. Nothing is imported, no attribute is looked up, and shims
+check every state. `Machine` reads one pickle into memory; the machine of
+`h5traces.sources.pickle.items` streams a batch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,30 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+from collections import deque
+from itertools import pairwise
 from pickletools import opcodes as described_opcodes
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 
+import numpy as np
+
 from h5traces.errors import ConversionError, UnsafePickleError
+from h5traces.format.values import TorchValue
+from h5traces.sources.pickle.calls import Pending, Shim, is_small_int, type_name
+from h5traces.sources.pickle.others import OTHER_NAMES
+from h5traces.sources.pickle.plain import (
+    DICTS,
+    MAX_UNSALTED,
+    NAMESPACES,
+    check_hashable,
+    fill_namespace,
+)
 from h5traces.sources.pickle.shims import (
     NAMES,
     STORAGE_NAMES,
-    Pending,
-    Shim,
     StorageHeader,
     parse_persistent_id,
     read_storage,
-    type_name,
 )
 from h5traces.sources.pickle.source import (
     MalformedError,
@@ -37,7 +48,7 @@ from h5traces.sources.pickle.source import (
 from h5traces.sources.pickle.torch_names import TORCH_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from h5traces.sources.pickle.source import PickleLimits
 
@@ -56,7 +67,8 @@ _PLAIN_STRING = re.compile(rb"""(['"])((?:[^\\]|\\[\\'"nrt]|\\x[0-9a-fA-F]{2})*)
 _ESCAPE = re.compile(rb"""\\(x[0-9a-fA-F]{2}|.)""", re.DOTALL)
 _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 _double = struct.Struct(">d").unpack
-_MAX_KEY = 1 << 63
+# What an element of a batch may be, and what holds elements.
+COMPOUND: Final = frozenset({list, tuple, *DICTS, np.ndarray, TorchValue})
 _MISSING = object()
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in described_opcodes}
 
@@ -83,7 +95,7 @@ class Machine:
         Memo slots; a dict, so that a slot number alone allocates nothing.
     """
 
-    names: ClassVar[Mapping[tuple[str, str], Shim]] = NAMES | TORCH_NAMES
+    names: ClassVar[Mapping[tuple[str, str], Shim]] = NAMES | TORCH_NAMES | OTHER_NAMES
     # Where tensors lie that are outside of the pickle, as in files of torch.save.
     storages: Storages | None = None
 
@@ -100,11 +112,14 @@ class Machine:
         self.next_slot = 0
         self.num_opcodes = 0
         self.num_pending = 0
+        self.num_unsalted = 0
         self.read_nbytes = 0
         self.created_nbytes = 0
         self.opcode = -1
         self.halted = False
         self.stopped = False
+        # Whether bytes lie between the opcodes.
+        self.has_raw = False
         self.result: Any = None
 
     def run(self) -> bool:
@@ -222,7 +237,7 @@ class Machine:
         if type(value) is Pending:
             raise self.unfinished()
         self.stack.append(value)
-        if type(value) is dict or type(value) is list:
+        if type(value) in COMPOUND:
             self.pushed(existing=True)
 
     def recall(self, slot: int) -> Any:
@@ -239,7 +254,7 @@ class Machine:
         return items
 
     def pushed(self, *, existing: bool = False) -> None:
-        """Called after a list or dict was pushed; it is `existing` if it was pushed before."""
+        """Called after a value of `COMPOUND` was pushed; `existing` is complete already."""
 
     def drop(self, value: Any) -> None:
         """Called for a value that is popped and dropped."""
@@ -247,24 +262,44 @@ class Machine:
     def extend(self, values: list[Any]) -> None:
         """Append values to the list on top of the stack."""
         target = self.stack[-1]
-        if type(target) is not list:
+        if type(target) is not list and type(target) is not deque:
             reject(f"values are appended to {type_name(target)}, expected a list")
         target.extend(values)
 
     def set_items(self, flat: list[Any]) -> None:
         """Set keys and values, which alternate, in the dict on top of the stack."""
         target = self.stack[-1]
-        if type(target) is not dict:
+        if type(target) not in DICTS:
             reject(f"items are set in {type_name(target)}, expected a dict")
         if len(flat) % 2:
             reject("items are set from an odd number of values")
         keys = flat[::2]
         for key in keys:
-            # Ints this small cannot be chosen to collide; str hashes are salted.
-            if type(key) is not str and (type(key) is not int or not -_MAX_KEY < key < _MAX_KEY):
-                found = "a larger int" if type(key) is int else type_name(key)
-                reject(f"a dict has {found} as a key, expected str or int below 2**63")
-        target.update(zip(keys, flat[1::2], strict=True))
+            if type(key) is not str and not is_small_int(key):
+                self.check_keys(keys, "a key of a dict")
+                break
+        if type(target) is dict:
+            target.update(zip(keys, flat[1::2], strict=True))
+        else:  # `update` of a Counter counts
+            for key, value in zip(keys, flat[1::2], strict=True):
+                target[key] = value
+
+    def add_items(self, values: list[Any]) -> None:
+        """Add values to the set on top of the stack."""
+        target = self.stack[-1]
+        if type(target) is not set:
+            reject(f"values are added to {type_name(target)}, expected a set")
+        self.check_keys(values, "an element of a set")
+        target.update(values)
+
+    def check_keys(self, values: Iterable[Any], what: str) -> None:
+        """Reject values that cannot be hashed in bounded time."""
+        self.num_unsalted += check_hashable(values, what)
+        if self.num_unsalted > MAX_UNSALTED:
+            reject(
+                f"an item has more than {MAX_UNSALTED:,} tuples, fractions or dates as keys or in "
+                f"sets, whose hashes may collide"
+            )
 
     # --- what shims build -----------------------------------------------------------------------
 
@@ -274,11 +309,23 @@ class Machine:
         shim = self.names.get((module, name))
         if shim is None:
             reject(
-                f"the pickle asks for {module[:80]!r} {name[:80]!r}, which batches of arrays never "
-                f"need; nothing was imported. Convert only files that you trust, and save objects "
-                f"of other types as arrays first"
+                f"the pickle asks for {module[:80]!r} {name[:80]!r}{self._place()}, which is no "
+                f"plain value; nothing was imported. {remedy(module)}"
             )
         return shim
+
+    def _place(self) -> str:
+        """The field that is being read, in words."""
+        keys: list[str] = []
+        for outer, level in pairwise([*self.meta, self.stack]):
+            if outer and level and type(outer[-1]) in DICTS:
+                last = (len(level) - 1) // 2 * 2
+                first = last
+                # Above an empty dict lie the key and the value of its only entry.
+                while first > 1 and type(level[first - 1]) in DICTS and not level[first - 1]:
+                    first -= 2
+                keys += [repr(key[:40]) for key in level[first : last + 1 : 2] if type(key) is str]
+        return f" in the field {' '.join(keys[-3:])}" if keys else ""
 
     def call(self, function: Any, args: Any) -> None:
         if type(function) is not Shim or function.call is None:
@@ -289,12 +336,15 @@ class Machine:
         self.stack.append(value)
         if type(value) is Pending:
             self.num_pending += 1
-        elif type(value) is dict:
+        elif type(value) in COMPOUND:
             self.pushed()
 
     def build(self, state: Any) -> None:
         """Complete the array or dtype on top of the stack."""
         target = self.stack[-1]
+        if type(target) in NAMESPACES:
+            fill_namespace(target, state)
+            return
         if type(target) is not Pending:
             reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
         value = target.build(self, state)
@@ -302,6 +352,23 @@ class Machine:
         self.stack[-1] = value
         for slot in target.slots:
             self.memo[slot] = value
+        if type(value) in COMPOUND:
+            self.pushed(existing=True)
+
+    def read_raw(self, num_bytes: int) -> bytes:
+        """Bytes between opcodes, as joblib writes them."""
+        self.has_raw = True
+        self._count_object(num_bytes)
+        return self.source.read(num_bytes)
+
+    def load_nested(self) -> Any:
+        """A pickle between opcodes, which holds no further one."""
+        self.has_raw = True
+        inner = NestedMachine(self.source, self.limits)
+        value = inner.load()
+        self.num_opcodes += inner.num_opcodes
+        self.count_payload(inner.read_nbytes)
+        return value
 
     def load_storage(self, data: bytes) -> Any:
         return StorageMachine(MemorySource(data), self.limits).read(self)
@@ -309,7 +376,16 @@ class Machine:
     def persistent(self, value: Any) -> Any:
         if self.storages is not None:
             return self.storages.find(value)
-        reject("the pickle refers to objects outside of itself (a persistent id)")
+        reject(
+            "the pickle refers to objects outside of itself (a persistent id), as the data.pkl "
+            "inside a file of torch.save does: convert the whole file"
+        )
+
+
+class NestedMachine(Machine):
+    """Reads a pickle inside of another one's file."""
+
+    names = NAMES | TORCH_NAMES
 
 
 class StorageMachine(Machine):
@@ -329,6 +405,34 @@ class StorageMachine(Machine):
 
     def persistent(self, value: Any) -> StorageHeader:
         return parse_persistent_id(value)
+
+
+_REMEDIES: Final = (
+    (
+        ("dill", "cloudpickle"),
+        "It was written by dill or cloudpickle with functions or classes inside: load it with "
+        "that, and save what is plain of it with pickle",
+    ),
+    (
+        ("pandas", "pyarrow"),
+        "Save a table as Parquet, or df.to_dict('records') with pickle",
+    ),
+    (
+        ("torch", "transformers", "numpy", "jax", "jaxlib"),
+        "Convert only files that you trust; save objects of libraries as arrays, dicts or text: "
+        "dict(output), str(dtype)",
+    ),
+)
+_REMEDY: Final = (
+    "Convert only files that you trust; load the file where its classes are, and save such "
+    "objects as plain values: dataclasses.asdict(), _asdict(), vars(), or the value of an enum"
+)
+
+
+def remedy(module: str) -> str:
+    """What to do about a name of that module in a pickle."""
+    package = module.partition(".")[0]
+    return next((text for packages, text in _REMEDIES if package in packages), _REMEDY)
 
 
 def locate(
@@ -472,12 +576,14 @@ def _setitem(m: Machine) -> None:
 def _tuple(m: Machine) -> None:
     values = tuple(m.pop_mark())  # before `m.stack`, which it replaces
     m.stack.append(values)
+    m.pushed(existing=True)
 
 
 def _tuple_of(length: int) -> Handler:
     def handler(m: Machine) -> None:
         values = [m.stack.pop() for _ in range(length)]
         m.stack.append(tuple(reversed(values)))
+        m.pushed(existing=True)
 
     return handler
 
@@ -502,6 +608,12 @@ def _reduce(m: Machine) -> None:
     m.call(function, args)
 
 
+def _frozenset(m: Machine) -> None:
+    values = m.pop_mark()
+    m.check_keys(values, "an element of a set")
+    m.stack.append(frozenset(values))
+
+
 def _rejected(name: str, why: str) -> Handler:
     def handler(_m: Machine) -> None:
         reject(f"{name} {why}; batches of arrays never need it")
@@ -510,7 +622,9 @@ def _rejected(name: str, why: str) -> Handler:
 
 
 def _unknown(m: Machine) -> None:
-    contradict(f"byte 0x{m.opcode:02x} is no pickle opcode, so this is no pickle or a damaged one")
+    contradict(
+        f"byte 0x{m.opcode:02x} is no pickle opcode: this is no pickle, or bytes of it are missing"
+    )
 
 
 _HANDLERS: dict[bytes, Handler] = {
@@ -580,8 +694,8 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.EXT4: _rejected("EXT4", "looks a class up in the extension registry"),
     pickle.NEXT_BUFFER: _rejected("NEXT_BUFFER", "refers to a buffer outside of the pickle"),
     pickle.READONLY_BUFFER: _rejected("READONLY_BUFFER", "refers to an outside buffer"),
-    pickle.EMPTY_SET: _rejected("EMPTY_SET", "makes a set"),
-    pickle.ADDITEMS: _rejected("ADDITEMS", "fills a set"),
-    pickle.FROZENSET: _rejected("FROZENSET", "makes a set"),
+    pickle.EMPTY_SET: lambda m: m.stack.append(set()),
+    pickle.ADDITEMS: lambda m: m.add_items(m.pop_mark()),
+    pickle.FROZENSET: _frozenset,
 }
 _TABLE: Final = [_HANDLERS.get(bytes([code]), _unknown) for code in range(256)]

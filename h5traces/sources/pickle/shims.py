@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.format.values import TorchValue
+from h5traces.format.value_types import object_array
+from h5traces.format.values import ML_DTYPES, TorchValue
+from h5traces.sources.pickle.calls import (
+    Pending,
+    Shim,
+    Unsupported,
+    brief,
+    check_args,
+    is_small_int,
+    type_name,
+)
+from h5traces.sources.pickle.plain import PLAIN_NAMES
 from h5traces.sources.pickle.source import MalformedError, contradict, reject
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from h5traces.sources.pickle.calls import Meter
     from h5traces.sources.pickle.source import MemorySource
 
 
@@ -28,14 +40,15 @@ _MAX_DIM = 1 << 62
 
 _NUMERIC_CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 f12 f16 c8 c16 c24 c32".split())
 _FORBIDDEN_KINDS = {
-    "O": "objects",
     "V": "structures or raw records",
-    "M": "dates",
-    "m": "time differences",
 }
 # NPY_NEEDS_INIT, which U dtypes have; all other flags are of objects or user types.
 _HARMLESS_DTYPE_FLAGS = (0, 8)
+_OBJECT_DTYPE_FLAGS = (63,)
 _DTYPE_STATE_LENGTH = 8
+_TIME_CODES = frozenset({"M8", "m8"})
+_TIME_UNITS = frozenset("Y M W D h m s ms us ns ps fs as".split())
+_MAX_TIME_STEP = 1 << 31
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -74,93 +87,6 @@ _STORAGE_TYPES = {
 }
 
 
-class Meter(Protocol):
-    """The running machine, as shims use it."""
-
-    def charge(self, num_bytes: int) -> None:
-        """Account for memory or work that a shim is about to create."""
-
-    def load_storage(self, data: bytes) -> Any:
-        """Read an embedded torch storage."""
-
-
-@dataclass(frozen=True, eq=False)
-class Shim:
-    """A name that a pickle may use, and the function that replaces it."""
-
-    name: str
-    # None for what pickles only pass on.
-    call: Callable[[Meter, tuple[Any, ...]], Any] | None = None
-    # Of a storage type or a torch dtype.
-    dtype: str | None = None
-
-
-@dataclass(eq=False)
-class Pending:
-    """An array or dtype between its REDUCE and its BUILD.
-
-    `slots` are the memo entries that must get the finished value.
-    """
-
-    what: str
-    build: Callable[[Meter, Any], Any]
-    slots: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A value that no trace can hold, until the field is known that holds it.
-
-    Attributes
-    ----------
-    what
-        What it is, after "is": ``a sparse tensor``.
-    remedy
-        What to do.
-    """
-
-    what: str
-    remedy: str
-
-
-@dataclass(frozen=True, eq=False)
-class Marker:
-    """A stack entry in place of a value that is not kept."""
-
-    what: str
-
-
-def type_name(value: Any) -> str:
-    """The type of a value in words, for messages."""
-    if isinstance(value, Shim):
-        return f"the name {value.name}"
-    if isinstance(value, Marker):
-        return f"the {value.what}"
-    if isinstance(value, Pending):
-        return f"an unfinished {value.what}"
-    name = type(value).__name__
-    return name if value is None else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
-
-
-def brief(value: Any) -> str:
-    """A value in a few characters, for messages.
-
-    Only flat values are shown: repr() of tuples that share their halves never ends.
-    """
-    if type(value) in (str, bytes):
-        return repr(value[:40])
-    if value is None or type(value) in (bool, int, float):
-        return repr(value)[:40]
-    return type_name(value)
-
-
-def check_args(name: str, args: tuple[Any, ...], *counts: int) -> None:
-    """Raise RejectedError unless a call has one of these numbers of arguments."""
-    if len(args) not in counts:
-        expected = " or ".join(str(count) for count in counts)
-        reject(f"{name} is called with {len(args)} arguments, expected {expected}")
-
-
 def check_shape(shape: Any) -> tuple[int, ...]:
     """The shape; RejectedError unless it is a tuple of plausible ints."""
     if type(shape) is not tuple or len(shape) > MAX_NDIM:
@@ -177,6 +103,8 @@ def build_array(
     """An array over the payload's own memory, once dtype, shape and byte count are checked."""
     if not isinstance(dtype, np.dtype):
         reject(f"an array has {type_name(dtype)} for its dtype, expected a numpy.dtype")
+    if dtype.kind == "O":
+        return _object_array(meter, data, shape, order)
     if type(data) not in (bytes, bytearray):
         reject(f"an array has {type_name(data)} for its data, expected bytes")
     check_shape(shape)
@@ -196,6 +124,17 @@ def build_array(
     return array
 
 
+def _object_array(meter: Meter, data: Any, shape: Any, order: str) -> np.ndarray[Any, Any]:
+    """An array of values that the pickle holds as a list; their bytes are never pointers."""
+    check_shape(shape)
+    if type(data) is not list:
+        reject(f"an array of objects has {type_name(data)} for its data, expected a list")
+    if math.prod(shape) != len(data):
+        contradict(f"an array of objects of shape {shape} has {len(data):,} values")
+    meter.charge(8 * len(data))
+    return object_array(shape, data, order)
+
+
 def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any]) -> None:
     # numpy makes str objects of these words unchecked, even where Python has no such character.
     meter.charge(len(data))
@@ -206,20 +145,39 @@ def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any
 
 # --- numpy -------------------------------------------------------------------------------------
 
-_NDARRAY = Shim("numpy.ndarray")
+NDARRAY = Shim("numpy.ndarray")
+
+
+@dataclass(frozen=True, eq=False)
+class MlDtype:
+    """A dtype of the package ml_dtypes: its name, and the dtype that its bits travel in."""
+
+    name: str
+
+    @property
+    def carrier(self) -> np.dtype[Any]:
+        """Unsigned integers of the same width."""
+        return np.dtype(f"<u{ML_DTYPES[self.name]}")
 
 
 def _dtype(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("numpy.dtype", args, 3)
     code, _align, _copy = args
+    if type(code) is Shim and code.dtype in ML_DTYPES and code.name.startswith("ml_dtypes."):
+        made = MlDtype(code.dtype)
+        return Pending("dtype", lambda _meter, state: _finish_ml_dtype(made, state))
     if type(code) is not str:
         reject(f"numpy.dtype is called with {type_name(code)}, expected a type code")
+    if code in ("O8", "O4"):
+        return Pending("dtype", lambda _meter, state: _finish_dtype(np.dtype("O"), state))
+    if code in _TIME_CODES:
+        return Pending("dtype", lambda _meter, state: _finish_time_dtype(code, state))
     known = code in _NUMERIC_CODES or (code[:1] in ("S", "U") and code[1:].isdecimal())
     if not known or not code.isascii() or len(code) > 12:
         holds = _FORBIDDEN_KINDS.get(code[:1], "values of an unknown type")
         reject(
             f"numpy.dtype({brief(code)}) would make an array of {holds}; expected booleans, "
-            f"integers, floats, complex numbers or fixed-length strings"
+            f"integers, floats, complex numbers, dates, objects or fixed-length strings"
         )
     try:
         dtype = np.dtype(code)
@@ -232,37 +190,71 @@ def _dtype(_meter: Meter, args: tuple[Any, ...]) -> Pending:
 
 
 def _finish_dtype(dtype: np.dtype[Any], state: Any) -> np.dtype[Any]:
+    flags = _OBJECT_DTYPE_FLAGS if dtype.kind == "O" else _HARMLESS_DTYPE_FLAGS
+    order = _checked_state(dtype.str, dtype.itemsize, state, flags)
+    # Not newbyteorder: its result says "<" where numpy says "=".
+    return dtype if order in "|=" or dtype.kind == "O" else np.dtype(order + dtype.str[1:])
+
+
+def _finish_ml_dtype(dtype: MlDtype, state: Any) -> MlDtype:
+    order = _checked_state(dtype.name, ML_DTYPES[dtype.name], state, (0, 64))
+    if order == ">":
+        contradict(f"an array of {dtype.name} is big-endian, which ml_dtypes never writes")
+    return dtype
+
+
+def _finish_time_dtype(code: str, state: Any) -> np.dtype[Any]:
+    """A dtype of dates, whose state ends with a unit and its multiple."""
+    if type(state) is not tuple or len(state) != _DTYPE_STATE_LENGTH + 1 or state[0] != 4:
+        reject(f"the state of dtype {code} is {type_name(state)}, expected a tuple of 9")
+    order = _checked_state(code, 8, (3, *state[1:-1]), (0,))
+    found = state[-1]
+    parts = found[1] if type(found) is tuple and len(found) == 2 else None
+    if type(parts) is not tuple or len(parts) != 4 or not all(map(is_small_int, parts[1:])):
+        reject(f"the state of dtype {code} has {type_name(found)} for its unit")
+    unit = str(parts[0], "ascii", "replace") if type(parts[0]) is bytes else parts[0]
+    if type(unit) is not str or unit not in _TIME_UNITS or parts[2] != 1:
+        if unit == "generic":
+            return np.dtype(order.replace("|", "=") + code)
+        reject(f"the state of dtype {code} has the unit {brief(unit)}")
+    if not 0 < parts[1] < _MAX_TIME_STEP:
+        reject(f"the state of dtype {code} has the multiple {parts[1]}")
+    return np.dtype(f"{order.replace('|', '=')}{code}[{parts[1]}{unit}]")
+
+
+def _checked_state(name: str, itemsize: int, state: Any, flags: tuple[int, ...]) -> str:
+    """The byte order in the state of a dtype that is a plain type, which is checked."""
     if type(state) is not tuple or len(state) != _DTYPE_STATE_LENGTH:
         reject(f"the state of a dtype is {type_name(state)}, expected a tuple of 8")
-    version, order, subarray, names, fields, itemsize, alignment, flags = state
+    version, order, subarray, names, fields, size, alignment, found_flags = state
     checks = {
         "version": type(version) is int and version == 3,
         "byte order": type(order) is str and order in ("<", ">", "|", "="),
         "subarray": subarray is None,
         "names": names is None,
         "fields": fields is None,
-        "element size": type(itemsize) is int and itemsize in (-1, dtype.itemsize),
+        "element size": type(size) is int and size in (-1, itemsize),
         "alignment": type(alignment) is int and alignment in (-1, 1, 2, 4, 8, 16),
-        "flags": type(flags) is int and flags in _HARMLESS_DTYPE_FLAGS,
+        "flags": type(found_flags) is int and found_flags in flags,
     }
     wrong = [what for what, fits in checks.items() if not fits]
     if wrong:
         reject(
-            f"the state of dtype {dtype.str} has unexpected {', '.join(wrong)}; numpy writes "
-            f"that for structures and objects only, if at all"
+            f"the state of dtype {name} has unexpected {', '.join(wrong)}; numpy writes "
+            f"that for structures only, if at all"
         )
-    # Not newbyteorder: its result says "<" where numpy says "=".
-    return dtype if order in "|=" else np.dtype(order + dtype.str[1:])
+    return str(order)
 
 
 def _reconstruct(_meter: Meter, args: tuple[Any, ...]) -> Pending:
     check_args("_reconstruct", args, 3)
-    if args[0] is not _NDARRAY:
+    if args[0] is not NDARRAY:
         reject(f"_reconstruct is called with {type_name(args[0])}, expected numpy.ndarray")
-    return Pending("array", _finish_array)
+    return Pending("array", finish_array)
 
 
-def _finish_array(meter: Meter, state: Any) -> np.ndarray[Any, Any]:
+def finish_array(meter: Meter, state: Any) -> Any:
+    """The array that a state of `numpy.ndarray` describes; of ml_dtypes, a `TorchValue`."""
     if type(state) is not tuple or len(state) not in (4, 5):
         reject(f"the state of an array is {type_name(state)}, expected a tuple of 4 or 5")
     if len(state) == 5 and (type(state[0]) is not int or state[0] not in (0, 1)):
@@ -270,26 +262,38 @@ def _finish_array(meter: Meter, state: Any) -> np.ndarray[Any, Any]:
     shape, dtype, fortran, data = state[-4:]
     if type(fortran) is not bool:
         reject(f"the state of an array has the order {type_name(fortran)}, expected a bool")
-    return build_array(meter, data, dtype, shape, order="F" if fortran else "C")
+    return any_array(meter, data, dtype, shape, order="F" if fortran else "C")
 
 
-def _frombuffer(meter: Meter, args: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+def any_array(meter: Meter, data: Any, dtype: Any, shape: Any, *, order: str) -> Any:
+    """As `build_array`, also of types that numpy lacks: as a `TorchValue`."""
+    if type(dtype) is not MlDtype:
+        return build_array(meter, data, dtype, shape, order=order)
+    array = build_array(meter, data, dtype.carrier, shape, order=order)
+    return TorchValue(array, dtype.name, "ml_dtypes")
+
+
+def _frombuffer(meter: Meter, args: tuple[Any, ...]) -> Any:
     check_args("_frombuffer", args, 4)
     data, dtype, shape, order = args
     if type(order) is not str or order not in ("C", "F"):
         reject(f"_frombuffer is called with the order {brief(order)}, expected 'C' or 'F'")
-    return build_array(meter, data, dtype, shape, order=order)
+    return any_array(meter, data, dtype, shape, order=order)
 
 
 def _scalar(meter: Meter, args: tuple[Any, ...]) -> Any:
     check_args("scalar", args, 2)
     dtype, data = args
+    if type(dtype) is MlDtype:
+        reject(f"a single number is a {dtype.name} of ml_dtypes; save float(...) of it instead")
+    if isinstance(dtype, np.dtype) and dtype.kind == "O":
+        reject("a single number has the dtype of objects, which numpy never writes")
     if isinstance(dtype, np.dtype) and not dtype.itemsize and type(data) is bytes and not data:
         return dtype.type()  # the empty string, which no array can hold
     return build_array(meter, data, dtype, ())[()]
 
 
-# --- builtins, _codecs, collections ------------------------------------------------------------
+# --- builtins, _codecs ------------------------------------------------------------
 
 
 def _encode(meter: Meter, args: tuple[Any, ...]) -> bytes:
@@ -326,11 +330,6 @@ def _bytearray(meter: Meter, args: tuple[Any, ...]) -> bytearray:
         reject(f"bytearray is called with {type_name(args[0])}, expected bytes")
     meter.charge(len(args[0]))
     return bytearray(args[0])
-
-
-def _ordered_dict(_meter: Meter, args: tuple[Any, ...]) -> dict[Any, Any]:
-    check_args("collections.OrderedDict", args, 0)
-    return {}  # dicts keep their order
 
 
 # --- torch ---------------------------------------------------------------------------------------
@@ -453,7 +452,9 @@ def _rebuild_parameter(_meter: Meter, args: tuple[Any, ...]) -> TorchValue | Uns
 
 
 def _check_extras(requires_grad: Any, hooks: Any, metadata: Any) -> None:
-    empty = all(value is None or (type(value) is dict and not value) for value in (hooks, metadata))
+    empty = all(
+        value is None or (isinstance(value, dict) and not value) for value in (hooks, metadata)
+    )
     if type(requires_grad) is not bool or not empty:
         reject(
             "a tensor carries hooks, or a conjugate or negative bit; save it again after "
@@ -522,8 +523,10 @@ def _allow(function: Callable[[Meter, tuple[Any, ...]], Any], name: str, *module
 
 
 # Exact (module, name) pairs, compared as strings and never resolved.
-NAMES: dict[tuple[str, str], Shim] = {("numpy", "ndarray"): _NDARRAY}
+NAMES: dict[tuple[str, str], Shim] = {("numpy", "ndarray"): NDARRAY}
+NAMES |= PLAIN_NAMES
 NAMES |= {("torch", dtype): Shim(f"torch.{dtype}", dtype=dtype) for dtype in _STORED_AS}
+NAMES |= {("ml_dtypes", name): Shim(f"ml_dtypes.{name}", dtype=name) for name in ML_DTYPES}
 _allow(_dtype, "dtype", "numpy")
 _allow(_reconstruct, "_reconstruct", "numpy._core.multiarray", "numpy.core.multiarray")
 _allow(_scalar, "scalar", "numpy._core.multiarray", "numpy.core.multiarray")
@@ -531,7 +534,6 @@ _allow(_frombuffer, "_frombuffer", "numpy._core.numeric", "numpy.core.numeric")
 _allow(_encode, "encode", "_codecs")
 _allow(_bytes, "bytes", "builtins", "__builtin__")  # protocols 0 to 2 write the latter
 _allow(_bytearray, "bytearray", "builtins", "__builtin__")
-_allow(_ordered_dict, "OrderedDict", "collections")
 _allow(_load_from_bytes, "_load_from_bytes", "torch.storage")
 _allow(_rebuild_v2, "_rebuild_tensor_v2", "torch._utils")
 _allow(_rebuild_v3, "_rebuild_tensor_v3", "torch._utils")

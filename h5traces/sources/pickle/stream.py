@@ -1,67 +1,68 @@
-"""Reads legacy batches item by item, in bounded memory and without trusting the file.
+"""Reads batches item by item, in bounded memory and without trusting the file.
 
-A batch is a pickled list of dicts, or a dict of parallel lists under ``traces``, ``labels`` and
-``question_ids``; plain or inside gzip; pickle protocols 0 to 5.
+A batch is a pickled list or tuple of dicts; a dict that is one sample, or holds samples by id or
+columns; a list of dicts inside another dict; or several of these, one after the other in a file.
+The file may be compressed; pickle protocols 0 to 5.
 """
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from h5traces.errors import ConversionError
-from h5traces.format import layout
-from h5traces.format.values import TorchValue
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
-from h5traces.sources.pickle.items import (
-    ROOT,
-    TRACES_KEY,
-    BatchMachine,
-    Scanner,
-    SharedEntryError,
-    check_item,
+from h5traces.sources.pickle.containers import (
+    EXPECTED,
+    Entry,
+    Understood,
+    describe,
+    elements_of,
+    is_trace,
+    pair_item,
+    rows,
+    sentences,
+    understand,
+    with_id,
 )
-from h5traces.sources.pickle.machine import INVALID, locate
-from h5traces.sources.pickle.shims import type_name
-from h5traces.sources.pickle.source import FileSource, PickleLimits, TruncatedError, contradict
+from h5traces.sources.pickle.cursor import FIRST_OPCODES, Cursor
+from h5traces.sources.pickle.items import ShortTupleError, TooLargeError
+from h5traces.sources.pickle.plain import DICTS
+from h5traces.sources.pickle.source import MIB, FileSource, PickleLimits, contradict
+from h5traces.sources.signatures import identify
 from h5traces.sources.source import TraceSource
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable, Iterator
 
     from h5traces.format.record import SourcePosition, TraceRecord
+    from h5traces.sources.pickle.items import Found
     from h5traces.sources.pickle.machine import Storages
 
-_DEFAULT_LIMITS = PickleLimits()
-_EXPECTED = "expected a list of dicts, or a dict with the list 'traces'"
-# Files of the same folders whose first byte happens to be an opcode.
-_OTHER_FORMATS = {
-    b"PK\x03\x04": "a zip file, as torch.save and numpy.savez write",
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
-    b"\x93NUMPY": "a file of numpy.save",
-}
-# PROTO, FRAME, and every opcode that needs nothing on the stack.
-_FIRST_OPCODES: Final = frozenset(
-    b"\x80\x95(])}cPNIJKMLSTUVXFGBC\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x96"
-)
-# A sentence; V, which is left out, begins a str in protocol 0.
-_SENTENCE: Final = re.compile(rb"[A-UW-Z][a-z]+[ a-z]")
+_DEFAULT_LIMITS: Final = PickleLimits()
+# A dict of at most so many bytes is read at once; a larger one in passes that hold one sample.
+_WHOLE_NBYTES: Final = 64 * MIB
+# Of a column, such as labels, which is kept in memory while larger ones are read.
+_COLUMN_NBYTES: Final = 4 * MIB
+_NO_LIMIT: Final = 1 << 62
+# Of a cut file, too, of which less is known.
+_KINDS: Final = frozenset({"pickle", "empty", "gzip", "zlib", "bz2", "xz", "lzma", "zstd"})
 
 
 class BatchStream(TraceSource):
     """The items of a batch as dicts, one by one; a context manager.
 
-    It keeps no reference to an item that it has returned. Arrays may be read-only views of the
-    pickle's payload, in the byte order of the file; tensors are `TorchValue`.
+    It keeps no reference to an item that it has returned, but for small values that later items may
+    share. Arrays may be read-only views of the pickle's payload, in the byte order of the file;
+    tensors are `TorchValue`.
 
     Attributes
     ----------
     num_passes
-        How often the file has been opened: more than once if items share objects, or for a
-        container.
+        How often the file has been opened: more than once if items share large objects, or for a
+        large dict.
     """
 
     kind = "pickle"
@@ -72,235 +73,297 @@ class BatchStream(TraceSource):
         *,
         limits: PickleLimits = _DEFAULT_LIMITS,
         options: ReadingOptions = ReadingOptions(),
+        whole_nbytes: int = _WHOLE_NBYTES,
     ) -> None:
         super().__init__(path, options=options)
         self.num_passes = 0
         self._limits = limits
-        self._shared: dict[int, int] | None = None
-        self._columns: tuple[Any, Any] | None = None
-        self._source: FileSource | None = None
-        self._storages: Storages | None = None
-        self._done = False
+        self._whole_nbytes = whole_nbytes
         self._closed_at = (0, 0)
+        self._is_done = False
+        self._sites_known = True
+        # The dicts of a file are all one sample each, if the first one is.
+        self._is_trace = False
+        self._storages: Storages | None = None
+        self._others: list[Cursor] = []
+        self._cursor: Cursor | None = None
+        self._check_kind()
         try:
-            self._open()
-            self._check_magic()
-            self._guard(self._machine.find_root)
-            if self._machine.kind is None:
-                self._advance()
+            self._cursor = self._new_cursor(whole_nbytes=whole_nbytes)
+            self._samples = self._read(self._cursor)
+            # Of what is no batch, it is said at once.
+            self._find_root(self._cursor)
         except BaseException:
             self.close()
             raise
+
+    def _check_kind(self) -> None:
+        kind = identify(self.path)
+        if kind.id == "unknown":
+            with self._make_source() as source:
+                if source.file.peek(1)[0] in FIRST_OPCODES:
+                    return
+        if kind.id not in _KINDS:
+            message = f"{self.path}: is {kind}; {kind.remedy}"
+            raise ConversionError(message)
 
     @property
     def progress(self) -> tuple[int, int]:
         """Bytes of the file read in this pass, and the size of the file."""
-        if self._source is None:
+        if self._cursor is None:
             return self._closed_at
-        return self._source.compressed_position, self._source.compressed_size
+        return max([self._cursor.progress, *(each.progress for each in self._others)])
 
-    def __next__(self) -> Any:
-        if self._source is None and not self._done:
+    def __next__(self) -> dict[Any, Any]:
+        if self._cursor is None and not self._is_done:
             message = f"{self.path}: the batch is closed; open it again"
             raise ValueError(message)
-        if self._done:
-            raise StopIteration
         try:
-            if self._machine.kind != "list" and self._columns is None:
-                self._read_columns()
-            if self._advance_to(self.num_read):
-                item = self._machine.take()
-                if self._columns is not None:
-                    item = self._container_item(item, *self._columns)
-                self.num_read += 1
-                lists = (item.get(kind) for kind in layout.KINDS)
-                lengths = (len(each) for each in lists if isinstance(each, (list, tuple)))
-                self.num_layers = max([self.num_layers, *lengths])
-                return item
+            item = next(self._samples)
         except BaseException:
             # Nothing after an error in the stream can be trusted.
             self.close()
             raise
-        self._done = True
-        self.close()
-        raise StopIteration
+        self.num_read += 1
+        return item
 
     def close(self) -> None:
         """Close the file; items that were returned stay valid."""
-        if self._source is not None:
+        if self._cursor is not None:
             self._closed_at = self.progress
-            self._source.close()
-            self._source = None
+            for cursor in (self._cursor, *self._others):
+                cursor.close()
+            self._cursor = None
+            self._others.clear()
 
     def to_record(
         self, item: dict[Any, Any], place: SourcePosition, layers: tuple[int, ...] | None
     ) -> TraceRecord:
         """One item as a record."""
-        # No producer of containers is known, nor where their last hidden state was taken.
-        is_list = self._columns is None
         return to_record(
-            item, source=place, layers=layers, sites_known=is_list, options=self.options
+            item,
+            source=place,
+            layers=layers,
+            # No producer of pairs is known, nor where their last hidden state was taken.
+            sites_known=self._sites_known,
+            options=self.options,
+            established=self.established,
         )
 
-    def _check_magic(self) -> None:
-        assert self._source is not None
-        head = self._source.file.peek(8)[:8]
-        for magic, kind in _OTHER_FORMATS.items():
-            if head.startswith(magic):
-                message = f"{self.path}: found {kind}, {_EXPECTED} in a pickle"
-                raise ConversionError(message)
-        # Else text would end in an error about an opcode.
-        if head and (head[0] not in _FIRST_OPCODES or _SENTENCE.match(head)):
-            message = f"{self.path}: is not a pickle (it starts with {head!r}); {_EXPECTED}"
-            raise ConversionError(message)
+    # --- pickles --------------------------------------------------------------------------------
 
-    # --- passes ---------------------------------------------------------------------------------
+    def _new_cursor(
+        self, *, start: int = 0, whole_nbytes: int | None = None, level: int = 0
+    ) -> Cursor:
+        def open_source() -> tuple[FileSource, Storages | None]:
+            self.num_passes += 1
+            source = self._make_source()
+            return source, self._storages
 
-    def _open(self, *, scan: bool = False) -> None:
-        self.close()
-        self._source = self._make_source()
-        self.num_passes += 1
-        self._taken = 0
-        if scan:
-            self._machine: BatchMachine = Scanner(self._source, self._limits)
-        else:
-            self._machine = BatchMachine(self._source, self._limits, self._shared)
-        self._machine.storages = self._storages
+        return Cursor(
+            self.path,
+            self._limits,
+            open_source,
+            start=start,
+            whole_nbytes=whole_nbytes,
+            level=level,
+        )
 
     def _make_source(self) -> FileSource:
         """The bytes of the pickle, from its start; files of torch.save hold it among others."""
         return FileSource(self.path, self._limits)
 
-    def _advance_to(self, index: int) -> bool:
-        """Read up to the item with that index; False if the batch has fewer."""
+    def _ends(self, cursor: Cursor) -> bool:
+        """Whether no further pickle of samples follows; else it is current."""
+        return cursor.ends(_NO_LIMIT if self._is_trace else self._whole_nbytes)
+
+    def _read(self, cursor: Cursor) -> Iterator[dict[Any, Any]]:
+        num_pickles = 1
         while True:
-            try:
-                while self._advance():
-                    self._taken += 1
-                    if self._taken > index:
-                        return True
-                    self._machine.take()
-                return False
-            except SharedEntryError:
-                self._learn_shared()
+            yield from self._one_pickle(cursor)
+            if self._ends(cursor):
+                break
+            num_pickles += 1
+        if num_pickles > 1:
+            self.understood.append(f"{num_pickles} pickles follow one another in the file")
+        self._is_done = True
+        self.close()
 
-    def _learn_shared(self) -> None:
-        self._open(scan=True)
-        scanner = self._machine
-        while self._guard(scanner.advance):
-            scanner.take()
-        assert isinstance(scanner, Scanner)
-        self._shared = scanner.shared
-        self._open()
-
-    def _advance(self) -> bool:
-        if self._guard(self._machine.advance):
-            return True
-        self._guard(self._finish)
-        return False
-
-    def _finish(self) -> None:
-        """Check that the pickle was a batch and that nothing follows it."""
-        machine = self._machine
-        found = machine.result
-        root = found.get(TRACES_KEY) if type(found) is dict else found
-        if machine.kind is None or root is not ROOT:
-            contradict(f"found {_describe(found)}, {_EXPECTED}")
-        if machine.num_pending:
-            raise machine.unfinished()
-        self._check_end()
-
-    def _check_end(self) -> None:
-        """Check that nothing follows the pickle."""
-        assert self._source is not None
-        if not self._source.at_end():
-            contradict(
-                "data follows the end of the pickle. If several pickle.dump calls wrote into "
-                "this file, write one file per call; otherwise the file is damaged"
-            )
-
-    def _guard(self, step: Any) -> Any:
-        source = self._source
-        assert source is not None
+    def _find_root(self, cursor: Cursor) -> str | None:
         try:
-            return step()
-        except TruncatedError as error:
-            detail = f"byte {source.inflated_bytes:,}, item {self._machine.num_items}: {error}"
-            raise source.truncated_error(detail) from None
-        except INVALID as error:
-            raise locate(error, self._machine, str(self.path), self._machine.num_items) from error
+            return cursor.find_root()
+        except TooLargeError:
+            found = cursor.machine.outermost()
+            cursor.check(lambda: contradict(f"found {found}, {EXPECTED}"))
+            raise
 
-    # --- containers -----------------------------------------------------------------------------
+    def _one_pickle(self, cursor: Cursor) -> Iterator[dict[Any, Any]]:
+        if self._find_root(cursor) in ("list", "tuple"):
+            while cursor.advance():
+                yield cursor.take().value
+            return
+        try:
+            value = cursor.whole()
+        except TooLargeError:
+            yield from self._large_dict(cursor)
+            return
+        if type(value) in (list, tuple) and value and all(type(each) in DICTS for each in value):
+            yield from value
+        elif type(value) in DICTS:
+            yield from self._small_dict(cursor, value)
+        else:
+            cursor.check(lambda: contradict(f"found {describe(value)}, {EXPECTED}"))
 
-    def _read_columns(self) -> None:
-        """Read the lists that follow ``traces`` in the file, and rewind."""
-        while self._advance_to(self._taken):
-            self._machine.take()
-        found = {key: value for key, value in self._machine.result.items() if key != TRACES_KEY}
-        num_items = self._machine.num_items
+    # --- dicts ----------------------------------------------------------------------------------
 
-        def check() -> tuple[Any, Any]:
-            check_item(found, self._limits)
-            unknown = sorted(map(str, found.keys() - {"labels", "question_ids"}))
-            if unknown:
-                contradict(
-                    f"the dict has the unknown keys {', '.join(unknown)[:200]}, expected only "
-                    f"'traces', 'labels' and 'question_ids'"
-                )
-            return (
-                _column(found.get("labels"), "labels", num_items),
-                _column(found.get("question_ids"), "question_ids", num_items),
+    def _small_dict(self, cursor: Cursor, value: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+        entries = {key: Entry.of(each) for key, each in value.items()}
+        found: Understood = cursor.check(lambda: understand(entries))
+        if found.what == "trace":
+            self._say(found, 1)
+            self._is_trace = True
+            yield value
+        elif found.what == "mapping":
+            self._say(found, len(value))
+            for index, (key, sample) in enumerate(value.items()):
+                yield with_id(sample, key, index)
+        else:
+            yield from self._lists(
+                cursor, found, entries, lambda key: iter(elements_of(entries[key].value))
             )
 
-        self._columns = self._guard(check)
-        self._open()
+    def _large_dict(self, cursor: Cursor) -> Iterator[dict[Any, Any]]:
+        """The samples of a dict that is not read into memory."""
+        cursor.restart(whole_nbytes=None)
+        if cursor.advance():
+            first = cursor.machine.ready[0]
+            is_mapping = not first.is_element and is_trace(first.value)
+            del first
+            if is_mapping:
+                self._say(Understood("mapping"), None)
+                yield from self._mapping(cursor)
+                return
+        survey = _Survey(cursor)
+        try:
+            level = cursor.survey(survey.see)
+        except ShortTupleError:
+            cursor.restart(whole_nbytes=_NO_LIMIT)
+            yield from cursor.whole()
+            return
+        entries = survey.entries()
+        found: Understood = cursor.check(lambda: understand(entries))
+        if found.what == "trace":
+            self._say(found, 1)
+            self._is_trace = True
+            cursor.restart(whole_nbytes=_NO_LIMIT)
+            yield cursor.whole()
+            return
 
-    def _container_item(self, layers: list[Any], labels: Any, question_ids: Any) -> dict[str, Any]:
-        """An element of ``traces`` as a dict; its attentions have no head axis."""
-        index = self.num_read
-        for number, pair in enumerate(layers):
-            if (
-                type(pair) not in (tuple, list)
-                or len(pair) != 2
-                or not all(isinstance(value, (np.ndarray, TorchValue)) for value in pair)
-            ):
-                message = (
-                    f"{self.path}: layer {number} of item {index} in 'traces' is "
-                    f"{type_name(pair)}, expected a pair (hidden states, attention)"
+        def elements(key: Any) -> Iterator[Any]:
+            entry = entries[key]
+            if entry.values is not None:
+                return iter(entry.values)
+            return self._column(cursor.start, level, key, entry.length or 0)
+
+        yield from self._lists(cursor, found, entries, elements)
+
+    def _mapping(self, cursor: Cursor) -> Iterator[dict[Any, Any]]:
+        index = 0
+        while True:
+            yield self._sample_by_id(cursor, index)
+            index += 1
+            if not cursor.advance():
+                return
+
+    def _sample_by_id(self, cursor: Cursor, index: int) -> dict[Any, Any]:
+        found = cursor.take()
+        if found.is_element or not is_trace(found.value):
+            what = "a list" if found.is_element else describe(found.value)
+            cursor.check(
+                lambda: contradict(
+                    f"the entry {str(found.key)[:40]!r} of a dict of samples is {what}, expected "
+                    f"the dict of a sample"
                 )
-                raise ConversionError(message)
-        item: dict[str, Any] = {
-            layout.HIDDEN_STATES: [hidden for hidden, _ in layers],
-            layout.ATTENTION_MEAN: [attention for _, attention in layers],
-        }
-        for key, values in ((layout.LABEL, labels), (layout.QUESTION_ID, question_ids)):
-            if values is not None and values[index] is not None:
-                item[key] = values[index]
-        return item
+            )
+        return with_id(found.value, found.key, index)
+
+    def _column(self, start: int, level: int, key: Any, length: int) -> Iterator[Any]:
+        """The elements of a list in the outer dict, in a pass of its own."""
+        cursor = self._new_cursor(start=start, level=level)
+        self._others.append(cursor)
+        cursor.find_root()
+        while length and cursor.advance():
+            if cursor.machine.ready[0].key == key:
+                length -= 1
+                yield cursor.take().value
+            else:
+                cursor.take()
+        cursor.close()
+
+    def _lists(
+        self,
+        cursor: Cursor,
+        found: Understood,
+        entries: dict[Any, Entry],
+        elements: Callable[[Any], Iterator[Any]],
+    ) -> Iterator[dict[Any, Any]]:
+        """The samples of columns, a wrapper or pairs."""
+        lists = {field: elements(name) for name, field in found.columns.items()}
+        start: Iterator[dict[Any, Any]] | None = None
+        num_samples = max((entry.length or 0 for entry in entries.values()), default=0)
+        if found.what == "pairs":
+            self._sites_known = False
+            start = (
+                cursor.check(partial(pair_item, pair, index))
+                for index, pair in enumerate(elements(found.key))
+            )
+        elif found.what == "wrapper":
+            inner = entries[found.key].value
+            start = (
+                (with_id(each, key, at) for at, (key, each) in enumerate(inner.items()))
+                if type(inner) in DICTS
+                else (dict(each) for each in elements(found.key))
+            )
+        self._say(found, num_samples)
+        yield from rows(lists, start)
+
+    def _say(self, found: Understood, num_samples: int | None) -> None:
+        said, unread = sentences(found, num_samples)
+        self.understood += [each for each in said if each not in self.understood]
+        self.unread += [each for each in unread if each not in self.unread]
 
 
-def _column(values: Any, name: str, num_items: int) -> list[Any] | None:
-    if values is None:
-        return None
-    if isinstance(values, TorchValue):
-        values = values.data
-    if type(values) not in (list, tuple) and not (
-        isinstance(values, np.ndarray) and values.ndim == 1
-    ):
-        contradict(f"{name!r} is {type_name(values)}, expected a list with one value per trace")
-    if len(values) != num_items:
-        contradict(
-            f"{name!r} has {len(values)} values for {num_items} traces; they cannot be matched, "
-            f"so remove or repair that list"
-        )
-    return [value.item() if isinstance(value, np.generic) else value for value in values]
+class _Survey:
+    """Learns what a large dict holds, and keeps one element of each list, and short lists."""
 
+    def __init__(self, cursor: Cursor) -> None:
+        self._cursor = cursor
+        self._entries: dict[Any, Entry] = {}
+        self._nbytes: dict[Any, int] = {}
 
-def _describe(value: Any) -> str:
-    if type(value) is dict:
-        keys = ", ".join(repr(key)[:40] for key in list(value)[:8])
-        return f"a dict with the keys {keys}" if value else "an empty dict"
-    if type(value) in (list, tuple) and value:
-        first = "a batch" if value[0] is ROOT else type_name(value[0])
-        return f"{type_name(value)} that starts with {first}"
-    return type_name(value)
+    def see(self, found: Found | None) -> None:
+        """Take an item in; None begins anew."""
+        if found is None:
+            self._entries.clear()
+            self._nbytes.clear()
+        elif not found.is_element:
+            self._entries[found.key] = Entry.of(found.value)
+        else:
+            self._see_element(found.key, found.value)
+
+    def _see_element(self, key: Any, value: Any) -> None:
+        entry = self._entries.setdefault(key, Entry(length=0, first=value, values=[]))
+        entry.length = (entry.length or 0) + 1
+        nbytes = self._nbytes.get(key, 0) + self._cursor.machine.nbytes(value)
+        self._nbytes[key] = nbytes
+        if nbytes > _COLUMN_NBYTES:
+            entry.values = None
+        elif isinstance(entry.values, list):
+            entry.values.append(value)
+
+    def entries(self) -> dict[Any, Entry]:
+        """What was seen; lists without elements, too."""
+        for key, length in self._cursor.machine.columns.items():
+            if not length:
+                self._entries.setdefault(key, Entry(length=0, values=[]))
+        return self._entries

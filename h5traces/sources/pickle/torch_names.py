@@ -9,21 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.shims import (
-    STORAGE_NAMES,
-    Shim,
-    Unsupported,
-    brief,
-    check_args,
-    check_shape,
-    type_name,
-)
+from h5traces.sources.pickle.calls import Shim, Unsupported, brief, check_args, type_name
+from h5traces.sources.pickle.shims import STORAGE_NAMES, check_shape
 from h5traces.sources.pickle.source import reject
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.sources.pickle.shims import Meter
+    from h5traces.sources.pickle.calls import Meter
 
 _DENSE = "save it again after to_dense()"
 _ARRAY = "save it again as an array of numbers"

@@ -10,6 +10,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import h5py
@@ -58,7 +59,7 @@ _CHECKSUM_NBYTES: Final = 4
 # Stored in the object's header, where a message has at most 64 KiB.
 _MAX_COMPACT_NBYTES: Final = 64 << 10
 # What h5py and numpy raise about what a file says; MemoryError where that is a size.
-_LIBRARY_ERRORS = (
+LIBRARY_ERRORS = (
     OSError,
     RuntimeError,
     LookupError,
@@ -67,6 +68,39 @@ _LIBRARY_ERRORS = (
     ArithmeticError,
     MemoryError,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """An object or attribute of an archive that is none of the format's.
+
+    Attributes
+    ----------
+    place
+        Absolute path of the group or dataset that has it; empty for the root.
+    name
+        Its name there.
+    is_attribute
+        Whether it is an attribute.
+    """
+
+    place: str
+    name: str
+    is_attribute: bool = False
+
+    @property
+    def is_users(self) -> bool:
+        """Whether it has a name that the format leaves to users."""
+        return self.name.startswith(layout.USER_PREFIX)
+
+    @property
+    def path(self) -> str:
+        """The path of the object; for an attribute, of the object that has it."""
+        return (self.place or "/") if self.is_attribute else f"{self.place}/{self.name}"
+
+    def __str__(self) -> str:
+        what = f"attribute {self.name!r}" if self.is_attribute else "object"
+        return f"{self.path}: {what}"
 
 
 class Hdf5Reader:
@@ -97,15 +131,15 @@ class Hdf5Reader:
         self._bytes = LocalFile(path)
         self._nbytes = self._bytes.nbytes
         self._samples: h5g.GroupID | None = None
-        # Path and name of attributes that are not the format's and were passed over.
-        self.ignored_attributes: list[tuple[str, str]] = []
+        # What was met and passed over, since it is not the format's.
+        self.foreign: dict[Foreign, None] = {}
 
     def close(self) -> None:
         """Close the file."""
         self._samples = None
         self._bytes.close()
         # Damaged metadata may surface only here, when all is read.
-        with contextlib.suppress(*_LIBRARY_ERRORS):
+        with contextlib.suppress(*LIBRARY_ERRORS):
             self._file.close()
 
     def __enter__(self) -> Self:
@@ -117,7 +151,21 @@ class Hdf5Reader:
     def root_attributes(self) -> Attrs:
         """Attributes of the root group."""
         with self._translated(f"{self.path}: /"):
-            return self._attributes(h5g.open(self._root, b"/"), "/")
+            return self._attributes(h5g.open(self._root, b"/"), "")
+
+    @cached_property
+    def _is_newer(self) -> bool:
+        """Whether a newer version of the format may give a meaning to names not known here."""
+        attrs = read_attributes(h5g.open(self._root, b"/"), self._limits, [])
+        version = layout.parse_version(str(attrs.get("format_version")))
+        return version is not None and version > layout.KNOWN_VERSION
+
+    @cached_property
+    def _kind_names(self) -> frozenset[str]:
+        if not safety.has_link(self._root, layout.KINDS_GROUP):
+            return frozenset(layout.KINDS)
+        group = safety.open_group(self._root, layout.KINDS_GROUP)
+        return frozenset((*layout.KINDS, *self._few_names(group, "kinds")))
 
     def kinds(self) -> dict[str, Attrs]:
         """Attributes of every group under ``/kinds``."""
@@ -126,33 +174,77 @@ class Hdf5Reader:
             if not safety.has_link(self._root, layout.KINDS_GROUP):
                 return {}
             group = safety.open_group(self._root, layout.KINDS_GROUP)
-            names = self._few_names(group, "kinds")
-            return {
-                name: self._attributes(safety.open_group(group, name), f"{place}/{name}")
-                for name in names
-            }
+            found: dict[str, Attrs] = {}
+            for name in self._few_names(group, "kinds"):
+                if name.startswith(layout.USER_PREFIX) or not safety.is_group(group, name):
+                    if name not in layout.KINDS:
+                        self.foreign[Foreign(place, name)] = None
+                        continue
+                found[name] = self._attributes(safety.open_group(group, name), f"{place}/{name}")
+            return found
 
     def root_names(self) -> list[str]:
         """Names of the objects in the root group."""
         with self._translated(f"{self.path}: /"):
             return self._few_names(self._root, "objects in the root group")
 
-    def stray_names(self) -> list[str]:
-        """Paths below ``/kinds`` and ``/index`` that have no place there."""
+    def note_outer(self) -> None:
+        """Add to `foreign` what lies outside of samples and scales."""
+        names = self.root_names()
+        found = [Foreign("", name) for name in names if name not in layout.ROOT_GROUPS]
         with self._translated(f"{self.path}: /"):
-            found = []
-            if safety.has_link(self._root, layout.KINDS_GROUP):
+            if layout.KINDS_GROUP in names:
                 kinds = safety.open_group(self._root, layout.KINDS_GROUP)
                 for kind in self._few_names(kinds, "kinds"):
                     place = f"/{layout.KINDS_GROUP}/{kind}"
+                    if not safety.is_group(kinds, kind):
+                        found.append(Foreign(f"/{layout.KINDS_GROUP}", kind))
+                        continue
                     inside = self._few_names(safety.open_group(kinds, kind), f"objects in {place}")
-                    found += [f"{place}/{name}" for name in inside]
-            if safety.has_link(self._root, layout.INDEX_GROUP):
+                    found += [Foreign(place, name) for name in inside]
+            if layout.INDEX_GROUP in names:
                 index = safety.open_group(self._root, layout.INDEX_GROUP)
-                names = self._few_names(index, f"objects in /{layout.INDEX_GROUP}")
-                paths = [f"/{layout.INDEX_GROUP}/{name}" for name in names]
-                found += [path for path in paths if path != f"/{layout.INDEX_TABLE}"]
-            return found
+                place = f"/{layout.INDEX_GROUP}"
+                inside = self._few_names(index, f"objects in {place}")
+                table = layout.INDEX_TABLE.partition("/")[2]
+                found += [Foreign(place, name) for name in inside if name != table]
+        self.foreign |= dict.fromkeys(found)
+
+    def foreign_hazards(self) -> Iterator[Problem]:
+        """What other programs would follow or open in the foreign objects that were met."""
+        addresses: set[int] = set()
+        for each in self.foreign:
+            if each.is_attribute:
+                continue
+            with self._translated(f"{self.path}: {each.place}"):
+                group: h5g.GroupID = h5g.open(self._root, b"/")
+                for part in each.place.split("/"):
+                    group = safety.open_group(group, part) if part else group
+                yield from self._hazards(addresses, group, each.name, each.path, depth=0)
+
+    def _hazards(
+        self, addresses: set[int], group: h5g.GroupID, name: str, path: str, *, depth: int
+    ) -> Iterator[Problem]:
+        try:
+            if depth > self._limits.max_depth:
+                message = f"groups are nested deeper than {self._limits.max_depth} levels"
+                raise HostileFileError(message)
+            found, address = safety.open_child(group, name)
+            if address in addresses:
+                message = "it was met before under another name; archives link objects once"
+                raise HostileFileError(message)
+            addresses.add(address)
+            names = []
+            if isinstance(found, h5g.GroupID):
+                names = safety.link_names(found, self._limits.max_objects, "objects")
+            else:
+                safety.check_storage(found.get_create_plist(), found.shape or ())
+        except ArchiveError as error:
+            message = f"no such object belongs in an archive: {error}"
+            yield Problem(path, message, problem_kind(error))
+            return
+        for each in names:
+            yield from self._hazards(addresses, found, each, f"{path}/{each}", depth=depth + 1)
 
     def sample_names(self) -> list[str]:
         """Names of the sample groups, in order."""
@@ -177,7 +269,8 @@ class Hdf5Reader:
     def sample_attributes(self, name: str) -> Attrs:
         """Attributes of one sample group."""
         with self._translated(f"{self.path}: /{layout.SAMPLES_GROUP}/{name}"):
-            return self._attributes(self._open_sample(name), layout.SAMPLES_GROUP)
+            place = f"/{layout.SAMPLES_GROUP}/{name}"
+            return self._attributes(self._open_sample(name), place)
 
     def sample(self, name: str, *, problems: list[Problem] | None = None) -> SampleEntry:
         """A sample's attributes and the entries of all objects in it.
@@ -187,11 +280,23 @@ class Hdf5Reader:
         place = f"{self.path}: /{layout.SAMPLES_GROUP}/{name}"
         with self._translated(place):
             group = self._open_sample(name)
-            attrs = self._attributes(group, f"/{layout.SAMPLES_GROUP}/{name}")
+            inside = f"/{layout.SAMPLES_GROUP}/{name}"
+            attrs = self._attributes(group, inside)
             objects: dict[str, ObjectEntry] = {}
-            self._walk(_Walk(objects, problems), group, "", depth=0)
+            self._walk(_Walk(inside, objects, problems), group, "", depth=0)
+            self._leave_out_empty_extra(inside, objects)
         ordinal = int(name) if layout.is_sample_name(name) else -1
         return SampleEntry(ordinal, attrs, dict(sorted(objects.items())))
+
+    def _leave_out_empty_extra(self, place: str, objects: dict[str, ObjectEntry]) -> None:
+        """A group of further fields in which all is foreign is foreign itself."""
+        name = layout.EXTRA_GROUP
+        inside = f"{place}/{name}"
+        if name in objects and not any(path.startswith(f"{name}/") for path in objects):
+            if any(each.place == inside for each in self.foreign):
+                del objects[name]
+                self.foreign = {each: None for each in self.foreign if each.place != inside}
+                self.foreign[Foreign(place, name)] = None
 
     def scales(self, *, problems: list[Problem] | None = None) -> SampleEntry | None:
         """The objects of ``/scales`` by their paths below the root, as `sample`; None if none."""
@@ -202,7 +307,7 @@ class Hdf5Reader:
             group = safety.open_group(self._root, layout.SCALES_GROUP)
             attrs = self._attributes(group, f"/{layout.SCALES_GROUP}")
             objects = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
-            self._walk(_Walk(objects, problems), group, f"{layout.SCALES_GROUP}/", depth=0)
+            self._walk(_Walk("", objects, problems), group, f"{layout.SCALES_GROUP}/", depth=0)
         return SampleEntry(-1, {}, dict(sorted(objects.items())))
 
     def read_values(self, sample: str, entry: ObjectEntry) -> NDArray[Any]:
@@ -260,9 +365,9 @@ class Hdf5Reader:
             yield
 
     def _attributes(self, location: Any, place: str) -> Attrs:
-        ignored: list[str] = []
-        attrs = read_attributes(location, self._limits, ignored)
-        self.ignored_attributes += ((place, name) for name in ignored)
+        foreign: list[str] = []
+        attrs = read_attributes(location, self._limits, foreign, is_newer=self._is_newer)
+        self.foreign |= dict.fromkeys(Foreign(place, name, is_attribute=True) for name in foreign)
         return attrs
 
     def _few_names(self, group: h5g.GroupID, what: str) -> list[str]:
@@ -284,6 +389,9 @@ class Hdf5Reader:
         left = self._limits.max_objects - len(walk.objects)
         for name in safety.link_names(group, left, "objects in the sample"):
             path = f"{prefix}{name}"
+            if self._is_foreign(walk, group, name, path):
+                self.foreign[Foreign(f"{walk.place}/{prefix}".rstrip("/"), name)] = None
+                continue
             try:
                 with _translated(path):
                     self._visit(walk, group, name, path, depth=depth)
@@ -293,6 +401,13 @@ class Hdf5Reader:
                 message = str(error).removeprefix(f"{path}: ")
                 walk.problems.append(Problem(path, message, problem_kind(error)))
 
+    def _is_foreign(self, walk: _Walk, group: h5g.GroupID, name: str, path: str) -> bool:
+        if not walk.place:
+            return name.startswith(layout.USER_PREFIX)
+        if self._is_newer and not (path == name and name.startswith(layout.USER_PREFIX)):
+            return False
+        return is_foreign(group, name, path, self._kind_names)
+
     def _visit(self, walk: _Walk, group: h5g.GroupID, name: str, path: str, *, depth: int) -> None:
         found, address = safety.open_child(group, name)
         # HDF5 believes what an object says of the number of links to it.
@@ -301,20 +416,20 @@ class Hdf5Reader:
             raise HostileFileError(message)
         walk.addresses.add(address)
         if isinstance(found, h5g.GroupID):
-            walk.objects[path] = ObjectEntry(path, self._attributes(found, path))
+            walk.objects[path] = ObjectEntry(path, self._attributes(found, f"{walk.place}/{path}"))
             self._walk(walk, found, f"{path}/", depth=depth + 1)
             return
-        walk.objects[path] = self._dataset_entry(found, path)
+        walk.objects[path] = self._dataset_entry(found, path, f"{walk.place}/{path}")
         if walk.problems is not None:
             walk.problems += _presentation_problems(found, path)
 
-    def _dataset_entry(self, dataset: h5d.DatasetID, path: str) -> ObjectEntry:
+    def _dataset_entry(self, dataset: h5d.DatasetID, path: str, place: str) -> ObjectEntry:
         options, type_id, shape = dataset.get_create_plist(), dataset.get_type(), dataset.shape
         dtype = stored_type(type_id)
         safety.check_storage(options, shape)
         attrs = {
             name: value
-            for name, value in self._attributes(dataset, path).items()
+            for name, value in self._attributes(dataset, place).items()
             if name not in layout.IMAGE_ATTRS
         }
         is_chunked = options.get_layout() == h5d.CHUNKED
@@ -337,10 +452,19 @@ class Hdf5Reader:
         return entry
 
 
+def is_foreign(group: h5g.GroupID, name: str, path: str, kinds: frozenset[str]) -> bool:
+    """Whether an object of a group is none of the format's; `path` is below the sample."""
+    if path == f"{layout.EXTRA_GROUP}/{name}":
+        # Fields may have any name.
+        return not safety.has_attribute(group, name, b"encoding")
+    return layout.is_foreign(path, kinds)
+
+
 @dataclass(slots=True)
 class _Walk:
-    """What walking through one sample has found."""
+    """What walking through one sample, or with an empty place through the scales, has found."""
 
+    place: str
     objects: dict[str, ObjectEntry]
     problems: list[Problem] | None
     addresses: set[int] = field(default_factory=set)
@@ -357,7 +481,7 @@ def _translated(place: str) -> Iterator[None]:
             raise
         msg = f"{place}: {message}"
         raise type(error)(msg) from error
-    except _LIBRARY_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         message = f"{place}: HDF5 cannot read it: {error}"
         raise CorruptArchiveError(message) from error
 

@@ -13,7 +13,7 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from h5py import h5d, h5g, h5l, h5o, h5pl, h5z
+from h5py import h5a, h5d, h5g, h5l, h5o, h5pl, h5z
 from h5py._objects import phil  # the lock that every call of h5py takes; it has no public name
 
 from h5traces.errors import (
@@ -136,6 +136,22 @@ def link_names(group: h5g.GroupID, most: int, what: str) -> list[str]:
 def has_link(group: h5g.GroupID, name: str) -> bool:
     """Whether a link of that name exists; it is not followed."""
     return bool(group.links.exists(name.encode("utf-8", "surrogateescape")))
+
+
+def is_group(group: h5g.GroupID, name: str) -> bool:
+    """Whether a hard link leads to a group."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    if group.links.get_info(encoded).type != h5l.TYPE_HARD:
+        return False
+    return bool(h5o.get_info(group, encoded).type == h5o.TYPE_GROUP)
+
+
+def has_attribute(group: h5g.GroupID, name: str, attribute: bytes) -> bool:
+    """Whether what a link leads to has an attribute; true for what may not be followed."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    if group.links.get_info(encoded).type != h5l.TYPE_HARD:
+        return True
+    return bool(h5a.exists(group, attribute, obj_name=encoded))
 
 
 def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:

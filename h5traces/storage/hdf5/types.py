@@ -14,6 +14,7 @@ from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.format import layout, text
 from h5traces.format.archive import ArchiveMetadata, KindMetadata
 from h5traces.format.entries import carrier_dtype
+from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import TraceMetadata
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
 _NUMBER_NBYTES: Final = 8
 FORMAT_ATTRIBUTES = frozenset(
     {*ArchiveMetadata.model_fields, *KindMetadata.model_fields, *TraceMetadata.model_fields}
+    | set(CalibrationRecord.model_fields)
     | layout.OBJECT_ATTRS
 )
 
@@ -177,11 +179,13 @@ def attribute_value(value: AttrValue) -> tuple[h5t.TypeID, tuple[int, ...], byte
     return h5t.STD_I64LE, (), struct.pack("<q", value)
 
 
-def read_attributes(location: Any, limits: ReadLimits, ignored: list[str]) -> Attrs:
+def read_attributes(
+    location: Any, limits: ReadLimits, foreign: list[str], *, is_newer: bool = False
+) -> Attrs:
     """The attributes of an open object, given by its low-level id.
 
-    Those that are not the format's and of no type it uses, such as the variable-length strings that
-    h5py writes by default, are passed over; their names are added to `ignored`.
+    Those that are not the format's are passed over, whatever their type; their names are added to
+    `foreign`. Where the file `is_newer`, a name that is not known may be the format's.
     """
     info = h5o.get_info(location)
     if info.num_attrs > limits.max_attributes:
@@ -203,8 +207,10 @@ def read_attributes(location: Any, limits: ReadLimits, ignored: list[str]) -> At
     for stored_name in stored_names:
         attribute = h5a.open(location, stored_name)
         name = stored_name.decode("utf-8", "surrogateescape")
-        if name not in FORMAT_ATTRIBUTES and not _is_readable(attribute):
-            ignored.append(name)
+        is_known = name in FORMAT_ATTRIBUTES
+        is_users = name.startswith(layout.USER_PREFIX)
+        if not is_known and (is_users or not is_newer or not _is_readable(attribute)):
+            foreign.append(name)
             continue
         attrs[name] = _read_value(attribute, name, limits)
     return attrs

@@ -1,0 +1,223 @@
+"""Which decoder block an item of a layered field is, and whether the first one is the embedding.
+
+transformers gives N + 1 hidden states for N blocks: the embedding first, and the last one after the
+model's final norm. The old pipeline dropped the embedding, so that item i was block i. Attentions
+are N. So one hidden state more than attentions means that the first is the embedding, and as many
+that none is. Without attentions nobody knows, unless the user, or an earlier sample, says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from h5traces.errors import ConversionError
+from h5traces.format import layout
+from h5traces.meaning.checks import Finding
+
+if TYPE_CHECKING:
+    from h5traces.meaning.containers import Apart
+    from h5traces.meaning.options import FirstState
+
+
+@dataclass(slots=True)
+class Established:
+    """What the samples of one source have told so far.
+
+    Attributes
+    ----------
+    num_blocks
+        Decoder blocks, the largest number so far; 0 where no sample says which is which.
+    numbers
+        Numbers of blocks, else positions, that samples have; ascending.
+    num_layers
+        Decoder blocks of the model, where the user says so.
+    first_states
+        By number of hidden states, what the first of them is.
+    axes
+        Order of axes of stacked arrays by kind, and axes of kinds that the format does not name.
+    """
+
+    num_blocks: int = 0
+    numbers: tuple[int, ...] = ()
+    num_layers: int | None = None
+    first_states: dict[int, FirstState] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, numbered: Numbered) -> None:
+        """Note the numbers of a kind."""
+        found = (layout.parse_layer_name(each) for each in numbered.names)
+        numbers = {each for each in found if each is not None}
+        self.numbers = tuple(sorted(numbers.union(self.numbers)))
+        if numbers and not any(map(layout.is_position, numbered.names)):
+            self.num_blocks = max(self.num_blocks, self.numbers[-1] + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """Names of the items of a kind, such as ``layer_000``, and where each was taken."""
+
+    names: tuple[str, ...]
+    sites: tuple[str | None, ...]
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether one of them is the embedding."""
+        return layout.EMBEDDING in self.names
+
+
+def num_blocks_of(apart: dict[str, Apart]) -> int | None:
+    """How many blocks the attentions have; None without attentions."""
+    counts = {kind: len(each.items) for kind, each in apart.items() if each.items}
+    counts.pop(layout.HIDDEN_STATES, None)
+    if len(set(counts.values())) > 1:
+        found = " and ".join(f"{number} {kind}" for kind, number in counts.items())
+        message = f"there are {found}; expected the same number of both"
+        raise ConversionError(message)
+    return next(iter(counts.values()), None)
+
+
+def numbered_blocks(found: Apart) -> Numbered:
+    """Items of a kind that has one per block: attentions, and further kinds."""
+    numbers = range(len(found.items)) if found.numbers is None else found.numbers
+    if None in numbers:
+        message = (
+            f"field {found.kind!r} is a dict with a key for the embedding, which has no "
+            f"{found.kind}; leave it out"
+        )
+        raise ConversionError(message)
+    names = tuple(layout.layer_name(each) for each in numbers if each is not None)
+    return Numbered(names, (None,) * len(names))
+
+
+def numbered_states(
+    found: Apart,
+    blocks: Apart | None,
+    first_state: FirstState | None,
+    num_layers: int | None,
+    established: Established,
+) -> Numbered:
+    """Hidden states, whose first item may be the embedding.
+
+    Parameters
+    ----------
+    found
+        The hidden states.
+    blocks
+        A kind with one item per block, if there is one.
+    first_state
+        What the user says the first state is.
+    num_layers
+        Decoder blocks of the model, if the sample or the user says so.
+    established
+        What earlier samples said; added to.
+
+    Raises
+    ------
+    ConversionError
+        Numbers of states and blocks, keys, and `first_state` contradict each other.
+    """
+    num_states = len(found.items)
+    if found.numbers is not None and None in found.numbers:
+        first: FirstState | None = "embedding"
+    elif blocks is not None:
+        first = _by_counts(num_states, len(blocks.items), blocks.kind)
+    else:
+        first = None
+    if first is not None and first_state not in (None, first):
+        _contradict(num_states, blocks, first, first_state)
+    if blocks is None:
+        first = first or first_state or _by_number(num_states, num_layers)
+        first = first or established.first_states.get(num_states)
+    if first is None:
+        found.findings.append(
+            Finding(
+                "first-state-unknown",
+                found.kind,
+                "without attentions, nothing says whether the first is the embedding or block 0; "
+                "stored by position",
+            )
+        )
+        positions = range(num_states) if found.numbers is None else found.numbers
+        names = tuple(layout.position_name(each or 0) for each in positions)
+        return Numbered(names, (None,) * num_states)
+    established.first_states[num_states] = first
+    if first == "embedding":
+        found.note("embedding-first", "the first is the embedding, the last is after the norm")
+    return _named(found, blocks, first)
+
+
+def _by_counts(num_states: int, num_blocks: int, kind: str) -> FirstState:
+    if num_states not in (num_blocks, num_blocks + 1):
+        message = (
+            f"field 'hidden_states' has {num_states} layers for {num_blocks} of {kind!r}; expected "
+            f"{num_blocks}, or {num_blocks + 1} with the embedding first"
+        )
+        raise ConversionError(message)
+    return "block" if num_states == num_blocks else "embedding"
+
+
+def _by_number(num_states: int, num_layers: int | None) -> FirstState | None:
+    if num_layers is None or num_states not in (num_layers, num_layers + 1):
+        return None
+    return "block" if num_states == num_layers else "embedding"
+
+
+def _contradict(
+    num_states: int, blocks: Apart | None, first: FirstState, first_state: FirstState | None
+) -> None:
+    why = "its keys say" if blocks is None else f"{num_states} for {len(blocks.items)} blocks say"
+    message = (
+        f"field 'hidden_states': {why} that the first is the {first}, but first_state is "
+        f"{first_state!r}; leave first_state out"
+    )
+    raise ConversionError(message)
+
+
+def _named(found: Apart, blocks: Apart | None, first: FirstState) -> Numbered:
+    """Names and sites, where the first state is known."""
+    num_states = len(found.items)
+    numbers: list[int | None] = list(range(num_states))
+    if found.numbers is not None:
+        numbers = _numbers_of_keys(found, blocks, first)
+    elif first == "embedding":
+        numbers = [None, *range(num_states - 1)]
+    known = [each for each in numbers if each is not None]
+    last = max(known, default=None)
+    # Dicts come from hooks as well, which take the last block before the norm or behind it. Only
+    # transformers' own states, and the lists of the old pipeline, are known.
+    of_transformers = blocks is not None and len(numbers) > len(known) == len(blocks.items)
+    sites_known = found.sequence != "dict" or of_transformers
+    return Numbered(
+        tuple(layout.EMBEDDING if each is None else layout.layer_name(each) for each in numbers),
+        tuple(_site(each, last) if sites_known or each is None else None for each in numbers),
+    )
+
+
+def _numbers_of_keys(found: Apart, blocks: Apart | None, first: FirstState) -> list[int | None]:
+    """Block numbers that the keys of a dict of hidden states stand for."""
+    numbers = list(found.numbers or ())
+    if None in numbers:
+        return numbers
+    if first == "embedding":
+        # Numbered as transformers numbers its hidden states: 0 is the embedding.
+        numbers = [each - 1 if each else None for each in numbers]
+    expected = None
+    if blocks is not None:
+        expected = set(range(len(blocks.items)) if blocks.numbers is None else blocks.numbers)
+    lacks_embedding = first == "embedding" and None not in numbers
+    if lacks_embedding or (expected is not None and set(numbers) - {None} != expected):
+        keys = ", ".join(map(repr, found.keys or ()))[:100]
+        message = (
+            f"field 'hidden_states' is a dict with the keys {keys}; expected the layer numbers of "
+            "the attentions, or one more from 0 on, which is the embedding"
+        )
+        raise ConversionError(message)
+    return numbers
+
+
+def _site(layer: int | None, last: int | None) -> str:
+    """transformers returns the last hidden state after the final norm."""
+    if layer is None:
+        return layout.SITE_EMBEDDING
+    return layout.SITE_FINAL_NORM if layer == last else layout.SITE_BLOCK_OUTPUT

@@ -1,0 +1,92 @@
+"""Every verb takes every kind of source, whatever its file is called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from legacy_batches import make_batch
+from safetensors.numpy import save_file
+
+import h5traces
+from h5traces.graph import TraceGraphDataset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.filterwarnings("ignore::h5traces.errors.StoredStateWarning")
+
+
+def in_torch(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {key: in_torch(each) for key, each in value.items()}
+    return [in_torch(each) for each in value] if isinstance(value, list) else value
+
+
+def stacked(sample: dict[str, Any]) -> dict[str, Any]:
+    """Named arrays of a sample."""
+    kinds = {key: np.stack(sample[key]) for key in ("hidden_states", "attentions")}
+    return {**kinds, "tokens": np.asarray(sample["tokens"])}
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "torch": lambda path: torch.save(in_torch(make_batch("full_pkl")), path),
+    "torch-old": lambda path: torch.save(
+        in_torch(make_batch("full_pkl")), path, _use_new_zipfile_serialization=False
+    ),
+    "safetensors": lambda path: save_file(stacked(make_batch("full_pkl")[0]), path),
+    "npz": lambda path: path.write_bytes(npz(stacked(make_batch("full_pkl")[0]))),
+}
+
+
+def npz(arrays: dict[str, Any]) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("name", ["run.data", "run.pkl"])
+def test_every_verb_takes_it(tmp_path: Path, kind: str, name: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    path = folder / name
+    WRITERS[kind](path)
+    count = len(h5traces.load(path))
+    (inspection,) = h5traces.inspect(path)
+    assert inspection.num_samples == count
+    assert inspection.container == kind.removesuffix("-old")
+    archive = tmp_path / "run.h5"
+    assert h5traces.convert(path, archive).ok
+    assert all(each.ok for each in h5traces.verify(archive, against=path))
+    assert len(h5traces.open(archive)) == count
+    scales = h5traces.calibrate(path, tmp_path / "scales.h5")
+    assert scales.num_samples == count
+    graphs, expected = TraceGraphDataset(path), TraceGraphDataset(archive)
+    assert len(graphs) == len(expected)
+    assert torch.equal(graphs[0].x.float(), expected[0].x.float())
+
+
+def test_folders_hold_archives_and_sources(tmp_path: Path) -> None:
+    WRITERS["torch"](tmp_path / "batch_0.pt")
+    h5traces.convert(tmp_path / "batch_0.pt", tmp_path / "batch_0.h5")
+    WRITERS["npz"](tmp_path / "batch_1.npz")
+    (tmp_path / "README.md").write_text("# Traces\n")
+    found = h5traces.inspect(tmp_path)
+    assert [each.container for each in found] == ["archive", "torch", "npz"]
+    (tmp_path / "batch_2.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"not read: .*batch_2.pt: is empty \(0 bytes\)"):
+        assert len(h5traces.inspect(tmp_path)) == 3
+
+
+def test_a_folder_without_traces_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Traces\n")
+    with pytest.raises(FileNotFoundError, match="holds no batch"):
+        h5traces.inspect(tmp_path)
