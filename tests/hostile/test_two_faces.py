@@ -249,7 +249,7 @@ def archives(folder):
     """Archives with everything that is stored in its own way."""
     rng = np.random.default_rng(0)
     states = [rng.standard_normal((5, 8)).astype(np.float32) for _ in range(3)]
-    steps = [[each[:1] for _ in range(3)] for each in states]
+    steps = [[each[:3], each[3:4], each[4:5]] for each in states]
     plain = {"hidden_states": states, "tokens": np.arange(5), "question_id": "q"}
     batches = {
         "plain": [plain, {**plain, "label": 1}],
