@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from h5traces.extract.estimate import estimate
     from h5traces.format.precision import Precision
     from h5traces.loading import load
+    from h5traces.meaning.checks import CheckOptions
     from h5traces.meaning.options import ReadingOptions
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Archive",
+    "CheckOptions",
     "H5TracesError",
     "LabelOptions",
     "Precision",
@@ -78,6 +80,7 @@ __all__ = [
 _HOMES = {
     "Archive": "h5traces.archive.archive",
     "LabelOptions": "h5traces.rewriting.label_table",
+    "CheckOptions": "h5traces.meaning.checks",
     "Precision": "h5traces.format.precision",
     "PrecisionOptions": "h5traces.writing.options",
     "ReadingOptions": "h5traces.meaning.options",

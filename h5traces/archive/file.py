@@ -6,10 +6,12 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from h5traces.archive.foreign import error_for
 from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.archive.scales import stored_scale, stored_scales
 from h5traces.archive.stores import FooterObjects, FooterStore, Hdf5Store
 from h5traces.errors import (
+    ArchiveError,
     CorruptArchiveError,
     NotAnArchiveError,
     RemoteError,
@@ -233,9 +235,12 @@ class ArchiveFile:
             try:
                 return FooterStore(LocalFile(self.path), self.limits)
             except FooterError as error:
-                store = Hdf5Store(self.path, self.limits)
-                if store.root_attrs.get("format") != layout.FORMAT_NAME:
-                    raise self._not_an_archive(store) from None
+                try:
+                    store = Hdf5Store(self.path, self.limits)
+                    if store.root_attrs.get("format") != layout.FORMAT_NAME:
+                        raise self._not_an_archive(store)
+                except ArchiveError as other:
+                    raise error_for(self.path, other) from None
                 self._without_footer = True
                 self._warn_without_footer(error)
                 return store

@@ -11,7 +11,7 @@ import numpy as np
 from h5traces.errors import MissingDependencyError, OptionError
 from h5traces.format.dtypes import TypedArray, bfloat16_to_float32
 from h5traces.format.value_types import BY_TYPE, with_content
-from h5traces.format.values import TorchValue
+from h5traces.format.values import ML_DTYPES, TorchValue
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Container = Literal["source", "numpy", "torch"]
 
 _TORCH: Final = "torch"
+_ML_DTYPES: Final = "ml_dtypes"
 
 
 def check_container(container: str) -> None:
@@ -41,7 +42,7 @@ def is_torch(container: Container, held: object) -> bool:
 
 def to_tensor(value: TorchValue) -> Any:
     """What a stored value stands for, in memory of its own: a torch tensor, or of ml_dtypes."""
-    if value.container == "ml_dtypes":
+    if value.container == _ML_DTYPES:
         return _ml_array(value)
     # A copy: stored values may be read-only, and shared.
     return _torch_values().to_tensor(np.array(value.data, order="C"), value.dtype)
@@ -66,6 +67,8 @@ def fresh_array(array: TypedArray, container: Container, held: object) -> Any:
     """
     if is_torch(container, held):
         return _torch_values().to_tensor(array.values, array.dtype)
+    if container == "source" and held == _ML_DTYPES and array.dtype in ML_DTYPES:
+        return _ml_array(TorchValue(array.values, array.dtype, _ML_DTYPES))
     values = array.to_numpy()
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 

@@ -39,13 +39,13 @@ def check_meaning(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Add the findings about all samples to the report; what cannot be read is a problem."""
-    most = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-    with contextlib.ExitStack() as until_done:
-        # What the structure's check said of the file's state need not be said again.
-        until_done.enter_context(warnings.catch_warnings())
+    # What the structure's check said of the file's state need not be said again.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", StoredStateWarning)
-        archive = until_done.enter_context(open_archive(path, limits=limits, labels=False))
-        pool = until_done.enter_context(ThreadPoolExecutor(most))
+        archive = stack.enter_context(open_archive(path, limits=limits, labels=False))
+        most = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+        pool = stack.enter_context(ThreadPoolExecutor(most))
         checks = SampleChecks(replace(look_of(archive), full_mapper=pool.map))
         known = {each.loc for each in report.problems}
         for index in range(len(archive)):

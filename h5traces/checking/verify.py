@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,8 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
 from h5traces.format.text import and_more, counted
-from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.options import FIRST_STATES, ReadingOptions
+from h5traces.meaning.padding import num_cut
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
 from h5traces.sources.opening import open_source
@@ -99,7 +100,7 @@ def verify(
         A file that the archives were converted from: prove that they hold every sample of it, bit
         for bit after the cast that the archive records.
     reading
-        What `against` does not say itself; as in the conversion.
+        What `against` does not say itself; as the archive records it by default.
     workers
         Threads; one per core by default.
     limits
@@ -298,14 +299,18 @@ class _Verification:
             scales=stored_scales(store),
         )
         copies = _copies_of(store, metadata, path)
-        num_compared = 0
-        with open_source(path, reading) as source, ThreadPoolExecutor(self._workers) as pool:
+        num_compared = padding = 0
+        with (
+            open_source(path, _as_converted(reading, metadata)) as source,
+            ThreadPoolExecutor(self._workers) as pool,
+        ):
             for position, record in enumerate(source.records(layers=metadata.layers)):
                 if position not in copies:
                     message = f"sample {position} of {path} is not in the archive"
                     report.add(f"/{layout.SAMPLES_GROUP}", message, "missing_sample")
                     continue
                 index = copies[position]
+                padding += num_cut(record)
                 encoded = with_head_mean(record, options.precision)
                 expected = record_attributes(encoded, options, pool)
                 facts = to_attributes(encoded.describe().metadata)
@@ -325,6 +330,9 @@ class _Verification:
         elif metadata.is_lossless and not metadata.kept_layers and not report.problems:
             note += ": the archive is lossless"
         report.notes.append(note)
+        if padding:
+            note = f"without {counted(padding, 'padded position')} of the source, which were cut"
+            report.notes.append(note)
         report.notes += [_cast_note(each) for each in metadata.casts or () if each.num_changed != 0]
         if metadata.casts is None:
             report.notes.append("the archive does not say what was cast: keep the source")
@@ -333,6 +341,17 @@ class _Verification:
             named = "layer {} is" if len(missing) == 1 else "layers {} are"
             listed = f": {named.format(and_more(missing, 20))} not stored" if missing else ""
             report.notes.append(f"holds {metadata.kept_layers}{listed}; keep the source")
+
+
+def _as_converted(given: ReadingOptions, metadata: ArchiveMetadata) -> ReadingOptions:
+    """What was given of a source, else what the archive records of its conversion."""
+    recorded = metadata.conversion if isinstance(metadata.conversion, dict) else {}
+    first = next((each for each in FIRST_STATES if each == recorded.get("first_state")), None)
+    return replace(
+        given,
+        first_state=given.first_state or first,
+        keep_padding=given.keep_padding or recorded.get("keep_padding") is True,
+    )
 
 
 def _cast_note(cast: Cast) -> str:

@@ -17,7 +17,6 @@ from h5traces.cli.console import (
     note,
     print_json,
     print_line,
-    tell_findings,
     warn,
 )
 from h5traces.cli.options import (
@@ -108,10 +107,7 @@ def convert(
     if any(each.status == "converted" for each in report.files):
         reports.warn_of_loss(report.precision)
         reports.warn_of(tools_note(precision.codec))
-    for each in report.files:
-        for message in each.warnings:
-            warn(f"{and_more(each.sources, 3)}: {message}")
-        tell_findings(each.findings, ", ".join(each.sources), checks)
+    _tell(report)
     for line in first_lines(report.problems, 20):
         fail(line)
     _note(report)
@@ -119,6 +115,23 @@ def convert(
         failed = [each for each in report.files if each.error is not None]
         is_usage = len(report.problems) == sum(each.is_usage_error for each in failed)
         raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS)
+
+
+def _tell(report: ConversionReport) -> None:
+    """Warnings and findings; what several files share is said once."""
+    shared: dict[tuple[bool, str], list[str]] = {}
+    for each in report.files:
+        told = [(True, message) for message in each.warnings]
+        told += [
+            (found.severity != "note", str(found))
+            for found in each.findings
+            if not report.checks.fails([found])
+        ]
+        for key in told:
+            shared.setdefault(key, []).extend(each.sources)
+    for (is_warning, message), sources in shared.items():
+        tell = warn if is_warning else note
+        tell(f"{and_more(sources, 3)}: {message}")
 
 
 def _note(report: ConversionReport) -> None:

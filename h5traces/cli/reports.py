@@ -75,7 +75,9 @@ def print_conversion(report: ConversionReport) -> None:
         beginning = "holds" if changed else "lossless for"
         print_line(f"{beginning} the {_only(', '.join(kept))}")
     elif written and not changed:
-        print_line("lossless: the archives hold every bit of their sources")
+        num_cut = sum(each.num_cut for each in written)
+        but = f" but for {counted(num_cut, 'padded position')}" if num_cut else ""
+        print_line(f"lossless: the archives hold every bit of their sources{but}")
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
     understood = dict.fromkeys(line for each in written for line in each.understood)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Samples that may be computed ahead of the one in use, per worker.
 _AHEAD_PER_WORKER = 2
+# Values of a layer that become float32 at a time.
+_SMALL = 1 << 22
 
 
 @dataclass(slots=True)
@@ -225,6 +227,9 @@ def _add_kind(
         prompt_len = 0
         if array is not None:
             array, prompt_len = _real(array, trace, kind, wanted)
+            if scaled and array.size <= _SMALL:
+                # Once, and not for the sums and again for each feature.
+                array = array.astype(np.float32, copy=False)
             if scaled:
                 sums += _odd_sums(array, trace)
         for each in wanted:

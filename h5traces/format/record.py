@@ -111,7 +111,7 @@ def index_columns(index: list[TraceMetadata]) -> dict[str, np.ndarray]:
     return columns
 
 
-Container = Literal["torch"]
+Container = Literal["torch", "ml_dtypes"]
 
 
 class ArraySource(Protocol):
@@ -427,7 +427,9 @@ def coverage_of(shapes: dict[str, tuple[int, ...]], num_tokens: int | None) -> C
     weights = shapes.get(layout.ATTENTIONS) or shapes.get(layout.ATTENTION_MEAN)
     length = hidden[0] if hidden else weights[-2] if weights and len(weights) >= 2 else 0
     keys = weights[-1] if weights else length
-    if length == 1 and (keys > 1 or num_tokens not in (None, 1)):
+    # Of one position alone, nobody stores the only token of a text.
+    is_alone = num_tokens is None and not weights
+    if length == 1 and (keys > 1 or is_alone or num_tokens not in (None, 1)):
         return "last_position"
     if keys == length and num_tokens in (None, length):
         return "full"

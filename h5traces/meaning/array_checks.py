@@ -7,6 +7,7 @@ A quick look takes one such block of some rows of all layers; a full one joins b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 
-# Of each layer, what a quick look reads: tokens of states, heads and queries of attentions.
+# Of each layer, what a quick look reads at most: tokens and channels of states, heads and queries
+# of attentions.
 _QUICK_TOKENS: Final = 8
+_QUICK_CHANNELS: Final = 256
 _QUICK_HEADS: Final = 4
 _QUICK_QUERIES: Final = 8
 # Values that become float32 at a time.
@@ -108,7 +111,11 @@ class _States:
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.einsum("lth,lth->lt", block, block))
         low, high = block.min(axis=(1, 2)), block.max(axis=(1, 2))
-        return cls(low, high, (block == first).all(axis=(1, 2)), first, norms)
+        # Most layers differ in one token already.
+        alike = (block[:, -1:] == first).all(axis=(1, 2))
+        if alike.any():
+            alike = (block == first).all(axis=(1, 2))
+        return cls(low, high, alike, first, norms)
 
     def joined(self, other: _States) -> _States:
         """With further tokens of the same layers."""
@@ -123,8 +130,8 @@ class _States:
     def typical_norms(self) -> Floats:
         """The median over tokens, without the first, whose state is often a massive activation."""
         norms = self.norms[:, 1:] if self.norms.shape[1] > 1 else self.norms
-        with np.errstate(invalid="ignore"):
-            found: Floats = np.median(norms, axis=1)
+        # np.median takes longer to load than all checks of a small batch.
+        found: Floats = np.sort(norms, axis=1)[:, norms.shape[1] // 2]
         return found
 
 
@@ -151,10 +158,10 @@ def state_findings(layers: Layers, *, is_masked: bool = False) -> list[Finding]:
     sites = {each.name: each.site for each in layers.layered.arrays}
     sizes = {name: array.shape for name, array in layers.arrays()}
     runs = [0, 0]
-    for each in _quick_states(layers) if layers.is_quick else _full_states(layers):
+    for each in (_quick_states if layers.mapper is None else _full_states)(layers):
         place, name = f"{layers.kind}/{each.name}", each.name
         found += not_finite_findings(place, *each.not_finite)
-        if each.low == each.high and np.prod(sizes[name]) > 1:
+        if each.low == each.high and math.prod(sizes[name]) > 1:
             found.append(Finding("constant-layer", place, layers.all_values(each.low)))
             continue
         if name == layout.EMBEDDING:
@@ -172,12 +179,13 @@ def state_findings(layers: Layers, *, is_masked: bool = False) -> list[Finding]:
 
 
 def _quick_states(layers: Layers) -> Iterator[_StateLayer]:
-    rows = [(name, _rows(array.load())) for name, array in layers.arrays()]
-    runs = {name: (_run(array.values), _run(array.values[::-1])) for name, array in rows}
-    some = [
-        (name, TypedArray(array.values[_strided(len(array.values), _QUICK_TOKENS)], array.dtype))
-        for name, array in rows
-    ]
+    runs: dict[str, tuple[int, int]] = {}
+    some = []
+    for name, source in layers.arrays():
+        array = _rows(source.load())
+        values = array.values
+        runs[name] = _run(values), _run(values[::-1])
+        some.append((name, TypedArray(values[_some(values.shape)], array.dtype)))
     for names, block in _stacked(some):
         stats = _States.of(block)
         typical = stats.typical_norms()
@@ -212,15 +220,17 @@ def _state_layer(
 
 
 def _rows(array: TypedArray) -> TypedArray:
+    if array.values.ndim == 2:
+        return array
     return TypedArray(array.values.reshape(len(array.values), -1), array.dtype)
 
 
 def not_finite_findings(place: str, num_nan: int, num_inf: int) -> Iterator[Finding]:
     """Findings about values of an array that are not finite, by their numbers."""
     if num_nan:
-        yield Finding("not-finite", place, "{number} NaN values", num_nan)
+        yield Finding("not-finite", place, "{number NaN value}", num_nan)
     if num_inf:
-        yield Finding("not-finite", place, "{number} infinite values", num_inf)
+        yield Finding("not-finite", place, "{number infinite value}", num_inf)
 
 
 def _norm_findings(kind: str, norms: dict[str, float]) -> Iterator[Finding]:
@@ -250,18 +260,23 @@ def _norm_findings(kind: str, norms: dict[str, float]) -> Iterator[Finding]:
 def _run_findings(kind: str, start: int, end: int) -> Iterator[Finding]:
     for number, where in ((start, "begins"), (end, "ends")):
         if number:
-            message = f"{where} with {{number}} positions of the same state"
+            message = f"{where} with {{number position}} of the same state"
             yield Finding("padding-suspected", kind, message, number)
 
 
 def _run(values: NDArray[Any]) -> int:
     """Rows at the beginning that equal the first; 0 if that is the first alone, or all rows."""
-    if len(values) <= _MIN_RUN or not np.array_equal(values[0], values[1]):
+    if len(values) <= _MIN_RUN or not _same(values[0], values[1]):
         return 0
     length = _MIN_RUN
-    while length < len(values) and np.array_equal(values[0], values[length]):
+    while length < len(values) and _same(values[0], values[length]):
         length += 1
     return length if length < len(values) else 0
+
+
+def _same(left: NDArray[Any], right: NDArray[Any]) -> bool:
+    """Whether two rows have the same bits; most differ in their first value."""
+    return left[:1].tobytes() == right[:1].tobytes() and left.tobytes() == right.tobytes()
 
 
 @dataclass(slots=True)
@@ -282,28 +297,28 @@ class _Weights:
     @classmethod
     def of(cls, block: Floats, positions: NDArray[np.int64], tolerance: float) -> _Weights:
         """Of a block ``(layers, heads, queries, keys)``; `positions` are those of the queries."""
-        keys = np.arange(block.shape[3])
-        after = (keys > positions[:, None]).astype(np.float32)
-        before = (keys < positions[:, None]).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             sums = block.sum(axis=3)
-            later = np.einsum("lhqk,qk->lhq", block, after) > _LATER_TOLERANCE
-            earlier = np.zeros_like(sums)
-            if later.any():
-                earlier = np.einsum("lhqk,qk->lhq", block, before) * later
-            zero = ~block.any(axis=3)
-            odd = (np.abs(sums - 1) > tolerance) & ~zero
-        axes = (1, 2)
-        return cls(
+            later, earlier = _later(block, positions)
+            odd = np.abs(sums - 1) > tolerance
+        none = np.zeros(len(block), dtype=np.int64)
+        found = cls(
             block.min(axis=(1, 2, 3)),
             block.max(axis=(1, 2, 3)),
-            zero.sum(axis=axes),
-            odd.sum(axis=axes),
-            np.where(odd, sums, np.inf).min(axis=axes),
-            np.where(odd, sums, -np.inf).max(axis=axes),
-            later.sum(axis=axes),
-            earlier.max(axis=axes),
+            num_zero=none,
+            num_odd=none,
+            smallest=np.full(len(block), np.inf, dtype=np.float32),
+            largest=np.full(len(block), -np.inf, dtype=np.float32),
+            num_later=none if later is None else later.sum(axis=(1, 2)),
+            earlier=none.astype(np.float32) if earlier is None else earlier.max(axis=(1, 2)),
         )
+        if odd.any():
+            zero = ~block.any(axis=3)
+            odd &= ~zero
+            found.num_zero, found.num_odd = zero.sum(axis=(1, 2)), odd.sum(axis=(1, 2))
+            found.smallest = np.where(odd, sums, np.inf).min(axis=(1, 2))
+            found.largest = np.where(odd, sums, -np.inf).max(axis=(1, 2))
+        return found
 
     def joined(self, other: _Weights) -> _Weights:
         """With further rows of the same layers."""
@@ -317,6 +332,19 @@ class _Weights:
             self.num_later + other.num_later,
             np.maximum(self.earlier, other.earlier),
         )
+
+
+def _later(
+    block: Floats, positions: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_] | None, Floats | None]:
+    """Which rows attend to later tokens, and what these give to earlier ones; None if none do."""
+    keys = np.arange(block.shape[3])
+    after = (keys > positions[:, None]).astype(np.float32)
+    later = np.einsum("lhqk,qk->lhq", block, after) > _LATER_TOLERANCE
+    if not later.any():
+        return None, None
+    before = (keys < positions[:, None]).astype(np.float32)
+    return later, np.einsum("lhqk,qk->lhq", block, before) * later
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +391,9 @@ def weight_findings(
 
 
 _LATER: Final = {
-    False: "{number} rows attend to later tokens",
-    True: "{number} rows attend to later tokens and not to earlier ones, as if query and key "
-    "were exchanged",
+    False: "{number row} with attention to later tokens",
+    True: "{number row} with attention to later tokens and none to earlier ones, as if query and "
+    "key were exchanged",
 }
 
 
@@ -377,10 +405,11 @@ def _range_findings(place: str, low: float, high: float) -> Iterator[Finding]:
 
 def _row_findings(place: str, stats: _Weights, index: int) -> Iterator[Finding]:
     if num_zero := int(stats.num_zero[index]):
-        yield Finding("attention-rows", place, "{number} rows are all 0", num_zero)
+        yield Finding("attention-rows", place, "{number row} of zeros", num_zero)
     if num_odd := int(stats.num_odd[index]):
         span = float(stats.smallest[index]), float(stats.largest[index])
-        yield Finding("attention-rows", place, "{number} rows sum to {span}, not 1", num_odd, span)
+        message = "{number row} with a sum of {span}, not 1"
+        yield Finding("attention-rows", place, message, num_odd, span)
 
 
 def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
@@ -414,6 +443,8 @@ def _full_weights(layers: Layers, tolerance: float) -> Iterable[_WeightLayer]:
 
 def _heads(array: TypedArray) -> TypedArray:
     """Weights ``(heads, queries, keys)``; means over heads are one head."""
+    if array.values.ndim == 3:
+        return array
     return TypedArray(array.values.reshape(-1, *array.shape[-2:]), array.dtype)
 
 
@@ -429,6 +460,10 @@ def _weight_blocks(array: TypedArray) -> Iterator[tuple[Floats, NDArray[np.int64
             yield block, np.arange(queries.start, queries.stop) + (num_keys - num_queries)
 
 
+def _some(shape: tuple[int, ...]) -> tuple[slice, slice]:
+    return _strided(shape[0], _QUICK_TOKENS), _strided(shape[1], _QUICK_CHANNELS)
+
+
 def _strided(length: int, most: int) -> slice:
     """At most so many of `length` positions, the last one among them."""
     step = -(-length // most)
@@ -441,7 +476,7 @@ def _stacked(arrays: list[tuple[str, TypedArray]]) -> Iterator[tuple[list[str], 
     for name, array in arrays:
         by_shape.setdefault(array.shape, []).append((name, array))
     for shape, alike in by_shape.items():
-        most = max(1, _BLOCK_VALUES // int(np.prod(shape)))
+        most = max(1, _BLOCK_VALUES // math.prod(shape))
         for start in range(0, len(alike), most):
             part = alike[start : start + most]
             block = np.empty((len(part), *shape), dtype=np.float32)

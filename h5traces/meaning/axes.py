@@ -141,7 +141,7 @@ def data_of(value: NDArray[Any] | TorchValue) -> NDArray[Any]:
 def with_data(value: _Value, data: NDArray[Any]) -> _Value:
     """Other numbers in the container of `value`."""
     if isinstance(value, TorchValue):
-        return cast("_Value", TorchValue(data, value.dtype))
+        return cast("_Value", TorchValue(data, value.dtype, value.container))
     return cast("_Value", data)
 
 

@@ -55,7 +55,7 @@ _ALL: Final = (
         severity="warning",
         reason="Without attentions, nothing says whether the first hidden state is the "
         "embedding or the output of block 0.",
-        remedy="Say what it is: first_state='embedding' or 'block'.",
+        remedy="Say what it is: first_state='embedding' or first_state='block'.",
         of_reading=True,
     ),
     Check(
@@ -102,13 +102,6 @@ _ALL: Final = (
         severity="note",
         reason="generate() returns one item per generation step, each with all layers. Steps are "
         "stored by layer, and come back as they were in the dict of the trace.",
-        remedy="Nothing to do.",
-    ),
-    Check(
-        id="one-state-less",
-        severity="note",
-        reason="There is one token more than positions: generate() never runs the model on the "
-        "last token. Positions belong to all tokens but the last.",
         remedy="Nothing to do.",
     ),
     Check(
@@ -316,8 +309,8 @@ class Finding:
     place
         Field or layer inside the sample, such as ``hidden_states/layer_002``.
     message
-        What was found; samples with the same text are counted together. ``{number}`` and
-        ``{span}`` in it stand for the next two.
+        What was found; samples with the same text are counted together. In it, ``{number row}``
+        stands for `number` with its noun, and ``{span}`` for `span`.
     number
         How many rows, values or positions it is about; added up over samples.
     span
@@ -434,9 +427,16 @@ class Findings:
 
 
 def _filled(message: str, total: _Gathered) -> str:
-    low, high = total.span or (0.0, 0.0)
-    span = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-    return message.replace("{number}", f"{total.number:,}").replace("{span}", span)
+    ends = [_figure(each) for each in total.span or (0.0,)]
+    told = message.replace("{span}", " to ".join(dict.fromkeys(ends)))
+    return _NUMBER.sub(lambda found: counted(total.number, found["noun"]), told)
+
+
+_NUMBER: Final = re.compile(r"\{number (?P<noun>[^}]+)\}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.3g}"
 
 
 _NUMBERED: Final = re.compile(r"(?P<kind>.+)/(?P<what>layer|position)_(?P<number>\d+)\Z")

@@ -9,7 +9,7 @@ that none is. Without attentions nobody knows, unless the user, or an earlier sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
 from h5traces.format import layout
@@ -18,6 +18,13 @@ from h5traces.meaning.checks import Finding
 if TYPE_CHECKING:
     from h5traces.meaning.containers import Apart
     from h5traces.meaning.options import FirstState
+
+
+FIRST_STATE_UNKNOWN: Final = Finding(
+    "first-state-unknown",
+    layout.HIDDEN_STATES,
+    "nothing says whether the first is the embedding or block 0; stored by position",
+)
 
 
 @dataclass(slots=True)
@@ -130,14 +137,7 @@ def numbered_states(
         first = first or first_state or _by_number(num_states, num_layers)
         first = first or established.first_states.get(num_states)
     if first is None:
-        found.findings.append(
-            Finding(
-                "first-state-unknown",
-                found.kind,
-                "without attentions, nothing says whether the first is the embedding or block 0; "
-                "stored by position",
-            )
-        )
+        found.findings.append(FIRST_STATE_UNKNOWN)
         positions = range(num_states) if found.numbers is None else found.numbers
         names = tuple(layout.position_name(each or 0) for each in positions)
         return Numbered(names, (None,) * num_states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from h5traces.errors import OptionError
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import os
 
 FirstState = Literal["embedding", "block"]
+FIRST_STATES: Final[tuple[FirstState, ...]] = get_args(FirstState)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,6 @@ class ReadingOptions:
     mapping: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.first_state not in (None, *get_args(FirstState)):
+        if self.first_state not in (None, *FIRST_STATES):
             message = f"first_state is {self.first_state!r}, expected 'embedding' or 'block'"
             raise OptionError(message)

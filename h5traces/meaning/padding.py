@@ -55,19 +55,24 @@ def with_padding_treated(record: TraceRecord, options: ReadingOptions) -> TraceR
     if not mask[ends].all():
         number = int((~mask[ends]).sum())
         stored = record.model_copy(update={"attention_mask": mask.astype(np.uint8)})
-        message = "{number} positions between others are masked"
+        message = "{number position} masked between others"
         return _found(stored, "mask-with-holes", message, number)
     number = len(mask) - len(kept)
     if options.keep_padding:
         stored = record.model_copy(update={"attention_mask": mask.astype(np.uint8)})
-        return _found(stored, "padding-kept", "{number} padded positions are kept", number)
+        return _found(stored, "padding-kept", "{number padded position} kept", number)
     cut = _cut(record, mask, ends)
-    message = f"{{number}} padded positions {_where(ends, len(mask))} were cut"
+    message = f"{{number padded position}} cut {_where(ends, len(mask))}"
     if cut.prompt_len != record.prompt_len:
-        message += ", and prompt_length counts without them"
+        message += "; prompt_length counts without them"
     if whole := _left_whole(cut, len(mask)):
         message += f"; further fields of that length are left whole: {', '.join(whole)}"
     return _found(cut, "padding-cut", message, number)
+
+
+def num_cut(record: TraceRecord) -> int:
+    """How many padded positions were cut from a record when it was read."""
+    return sum(each.number for each in record.findings if each.check == "padding-cut")
 
 
 def _found(record: TraceRecord, check: str, message: str, number: int = 0) -> TraceRecord:

@@ -29,7 +29,6 @@ from h5traces.meaning.containers import (
     turned,
 )
 from h5traces.meaning.further_kinds import further_kind
-from h5traces.meaning.lengths import is_one_less
 from h5traces.meaning.numbering import (
     Established,
     Numbered,
@@ -107,7 +106,6 @@ def to_record(
     for key, value in item.items():
         if key not in found.layered:
             _place(key, value, item, found)
-    _note_lengths(found, apart)
     record = TraceRecord(
         source=source,
         fields=tuple(item),
@@ -323,9 +321,12 @@ def _layer(kind: str, index: int, name: str, value: Any, site: str | None) -> La
 def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
     if isinstance(value, TorchValue):
         if value.dtype not in FLOAT_TYPES:
-            message = f"{place}: torch dtype is {value.dtype}, expected {', '.join(FLOAT_TYPES)}"
+            message = (
+                f"{place}: {value.container} dtype is {value.dtype}, expected "
+                f"{', '.join(FLOAT_TYPES)}"
+            )
             raise ConversionError(message)
-        return TypedArray(value.data, value.dtype), "torch"
+        return TypedArray(value.data, value.dtype), value.container
     if not isinstance(value, np.ndarray):
         message = (
             f"{place}: found {type(value).__name__}, expected a numpy array, a torch tensor, or "
@@ -337,14 +338,6 @@ def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
     except ConversionError as error:
         message = f"{place}: {error}"
         raise ConversionError(message) from error
-
-
-def _note_lengths(found: _Fields, apart: dict[str, Apart]) -> None:
-    tokens = found.named.get("tokens")
-    positions = next((each.num_positions for each in apart.values()), None)
-    if tokens is not None and positions is not None and is_one_less(len(tokens), positions):
-        message = "one more than positions: arrays cover all tokens but the last"
-        found.findings.append(Finding("one-state-less", layout.TOKENS, message))
 
 
 # --- other fields ---------------------------------------------------------------------------------

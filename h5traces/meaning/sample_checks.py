@@ -17,6 +17,7 @@ from h5traces.meaning.array_checks import (
 )
 from h5traces.meaning.checks import Finding, Findings
 from h5traces.meaning.lengths import covered_tokens, is_one_less
+from h5traces.meaning.numbering import FIRST_STATE_UNKNOWN
 from h5traces.precision.attention import LEVELS
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
     Only arrays in memory are looked at. Cost of a quick look: see ``benchmarks/checks.py``.
     """
     found = list(record.findings)
+    states = record.layered.get(layout.HIDDEN_STATES)
+    names = () if states is None else (each.name for each in states.arrays)
+    # Archives hold positions as well.
+    if FIRST_STATE_UNKNOWN not in found and any(map(layout.is_position, names)):
+        found.append(FIRST_STATE_UNKNOWN)
     found += _coverage_findings(record)
     found += _token_findings(record, look.vocabulary)
     found += _special_token_findings(record)
@@ -80,6 +86,7 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
 
 
 def _axes(kind: str, layered: LayeredArrays) -> tuple[str, ...]:
+    # Checks of states and weights do not apply to further kinds.
     return layout.KINDS[kind].axes if kind in layout.KINDS else ()
 
 
@@ -143,9 +150,9 @@ def _position_findings(record: TraceRecord, num_tokens: int) -> Iterator[Finding
             return
         if index < len(shape) and covered_tokens(num_tokens, shape[index]) is None:
             difference = float(shape[index] - num_tokens)
-            message = "arrays have {span} positions more than there are token ids"
+            message = "positions beyond the token ids: {span}"
             if difference < 0:
-                message = "arrays have {span} positions fewer than there are token ids"
+                message = "token ids without a position: {span}"
             yield Finding("tokens-do-not-fit", kind, message, span=(abs(difference),) * 2)
             return
 
@@ -157,7 +164,7 @@ def _token_findings(record: TraceRecord, vocabulary: int | None) -> Iterator[Fin
         return
     if isinstance(decoded, (list, tuple)) and len(decoded) != len(tokens):
         difference = float(len(decoded) - len(tokens))
-        message = f"{{span}} texts {'more' if difference > 0 else 'fewer'} than token ids"
+        message = f"texts {'beyond' if difference > 0 else 'missing for'} the token ids: {{span}}"
         place = layout.TOKENS_DECODED
         yield Finding("tokens-do-not-fit", place, message, span=(abs(difference),) * 2)
     if not tokens.size:
@@ -165,11 +172,11 @@ def _token_findings(record: TraceRecord, vocabulary: int | None) -> Iterator[Fin
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0:
         number = int((tokens < 0).sum())
-        message = "{number} negative ids, the lowest {span}"
+        message = "{number negative id}, the lowest {span}"
         yield Finding("token-out-of-vocabulary", layout.TOKENS, message, number, (low, low))
     if vocabulary is not None and high >= vocabulary:
         number = int((tokens >= vocabulary).sum())
-        message = f"{{number}} ids beyond the vocabulary of {vocabulary}, the highest {{span}}"
+        message = f"{{number id}} beyond the vocabulary of {vocabulary}, the highest {{span}}"
         yield Finding("token-out-of-vocabulary", layout.TOKENS, message, number, (high, high))
 
 
@@ -181,7 +188,7 @@ def _special_token_findings(record: TraceRecord) -> Iterator[Finding]:
     for texts, where in ((decoded, "begins"), (decoded[::-1], "ends")):
         length = _special_run(texts)
         if _MIN_SPECIAL <= length < len(texts):
-            message = f"{where} with {{number}} tokens {texts[0]!r}"
+            message = f"{where} with {{number token}} {texts[0]!r}"
             yield Finding("padding-suspected", layout.TOKENS_DECODED, message, length)
 
 

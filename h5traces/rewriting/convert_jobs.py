@@ -30,6 +30,7 @@ from h5traces.format.archive import SourceFile, add_casts
 from h5traces.format.dtypes import CastCounts
 from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
+from h5traces.meaning.padding import num_cut
 from h5traces.meaning.sample_checks import SampleChecks
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.existing import Wanted, compare_existing, source_file
@@ -223,6 +224,7 @@ class _Conversion:
         self._num_layers = 0
         self._summaries: list[WriteSummary] = []
         self._checks = SampleChecks()
+        self._num_cut = 0
         self._understood: list[str] = []
         self._unread: list[str] = []
 
@@ -310,6 +312,7 @@ class _Conversion:
         except (ConversionError, SchemaError) as error:
             raise _SampleError(_placed(error, source, record.source), was_written=True) from error
         self._checks.add(record, writers[-1].content, writers[-1].not_finite)
+        self._num_cut += num_cut(record)
 
     def _new_writer(self) -> None:
         target = self._job.target.shard(len(self._shards.writers))
@@ -348,6 +351,7 @@ class _Conversion:
         report.kept_layers = metadata.kept_layers
         report.understood = list(dict.fromkeys(self._understood))
         report.unread = self._unread
+        report.num_cut = self._num_cut
         report.findings = self._checks.findings.summaries(self._options.checks)
         report.warnings += cast_warnings(counts, self._options.write)
 

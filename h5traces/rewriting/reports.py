@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
+from h5traces.format.text import and_more
 from h5traces.meaning.checks import CheckOptions
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class FileReport:
         Whether every stored array holds every bit of its source; None if none were written.
     kept_layers
         Such as ``3 of 6 layers`` where the archives hold some only; empty if they hold all.
+    num_cut
+        Padded positions that were cut.
     changes
         What distinguishes them from the sources: casts, with counts, and a tier.
     seconds
@@ -89,6 +92,7 @@ class FileReport:
     stored_nbytes: dict[str, int] = field(default_factory=dict)
     is_lossless: bool | None = None
     kept_layers: str = ""
+    num_cut: int = 0
     changes: str = ""
     seconds: float = 0.0
     understood: list[str] = field(default_factory=list)
@@ -134,7 +138,7 @@ class ConversionReport:
         found += [f"not read: {part}" for each in self.files for part in each.unread]
         found += [each.reason for each in self.leftovers]
         return found + [
-            f"{', '.join(each.sources)}: {finding}"
+            f"{and_more(each.sources, 3)}: {finding}"
             for each in self.files
             for finding in each.findings
             if self.checks.fails([finding])

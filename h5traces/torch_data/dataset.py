@@ -336,7 +336,9 @@ def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ..
         if not file.num_samples:
             continue
         for kind in kinds:
-            stored = _declared(file, kind).get("layers", ())
+            declared = _declared(file, kind)
+            # Positions, where no layer is known.
+            stored = declared.get("layers") or declared.get("positions")
             known = list(stored) if isinstance(stored, tuple) else []
             missing = [layer for layer in layers if layer not in known]
             if missing:

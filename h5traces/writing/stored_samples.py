@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -11,7 +11,14 @@ from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import CastCounts
-from h5traces.format.record import EarlierCast, LayerArray, LayeredArrays, StepArrays, TraceRecord
+from h5traces.format.record import (
+    Container,
+    EarlierCast,
+    LayerArray,
+    LayeredArrays,
+    StepArrays,
+    TraceRecord,
+)
 from h5traces.format.values import EncodedObject, decode_element
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
 from h5traces.storage.codecs import GZIP
@@ -256,9 +263,13 @@ def _layer_array(
         name=name,
         array=array,
         site=None if site is None else str(site),
-        container="torch" if entry.attrs.get("container") == "torch" else None,
+        container=_container(entry.attrs.get("container")),
         earlier=_earlier_cast(entry.attrs),
     )
+
+
+def _container(held: Any) -> Container | None:
+    return held if held in get_args(Container) else None
 
 
 def _earlier_cast(attrs: Attrs) -> EarlierCast | None:

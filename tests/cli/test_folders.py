@@ -388,3 +388,14 @@ def test_inspect_and_calibrate_find_files_by_content(traces: Path, tmp_path: Pat
     printed = run("inspect", traces, code=2)
     assert "holds no batch" in printed.stderr
     assert "README.md is text" in printed.stderr
+
+
+def test_what_many_files_share_is_said_once(tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    for number in range(6):
+        batch = make_batch("final_cut", seed=number)
+        (folder / f"run_batch_000{number}.pkl").write_bytes(pickle.dumps(batch))
+    printed = run("convert", folder, "-o", f"{tmp_path}/out/")
+    (line,) = [each for each in printed.stderr.splitlines() if "350 MB bug" in each]
+    assert "run_batch_0002.pkl and 3 more: " in line

@@ -284,6 +284,100 @@ def test_a_sample_without_arrays_among_others(tmp_path: Path) -> None:
     assert h5traces.open(path).read(1) == [{"hidden_states": [], "attentions": []}]
 
 
+def without(key: str, **changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in sample(8, **changes).items() if name != key}
+
+
+def test_attentions_alone(tmp_path: Path) -> None:
+    path = convert(tmp_path, [without("hidden_states")])
+    weights = np.stack(stored(path, "attentions"))
+    found = compute_features(h5traces.open(path), ["sink_mass", "lookback_ratio"])
+    same(found["sink_mass"][0], [sink_mass(each) for each in weights])
+    same(found["lookback_ratio"][0], [lookback_ratio(each, PROMPT) for each in weights])
+    with pytest.raises(FeatureError, match="mean is made of hidden_states, which is not stored"):
+        compute_features(h5traces.open(path), ["mean"])
+    item = TraceDataset(path, kinds="attentions", tokens="answer", fields="tokens")[0]
+    same(item["attentions"], weights[:, :, PROMPT:])
+    assert item["tokens"].tolist() == list(range(10 + PROMPT, 18))
+    for use in (TraceDataset, TraceGraphDataset):
+        with pytest.raises(DatasetError, match="stores no hidden_states; stored: attentions"):
+            use(path)
+
+
+def test_positions_where_no_layer_is_known(tmp_path: Path) -> None:
+    path = convert(tmp_path, [without("attentions")])
+    archive = h5traces.open(path)
+    states = np.stack(stored(path, "hidden_states"))
+    assert "hidden_states/position_000" in archive[0]._stored.objects
+    assert archive.layers == (0, 1, 2)
+    same(compute_features(archive, ["mean"])["mean"][0], states.mean(axis=1))
+    same(compute_features(archive, ["mean"], layers=[2])["mean"][0, 0], states[2].mean(axis=0))
+    item = TraceDataset(path, layers=[2, 0], tokens="answer", fields="tokens")[0]
+    same(item["hidden_states"], states[[2, 0], PROMPT:])
+    assert len(item["tokens"]) == 8 - PROMPT
+    same(archive.read(0, layers=[1])[0]["hidden_states"][0], states[1])
+
+
+def test_the_embedding_is_no_layer(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    states = [rng.normal(size=(8, HIDDEN)).astype(np.float16) for _ in range(LAYERS + 1)]
+    path = convert(tmp_path, [sample(8, hidden_states=tuple(states))])
+    archive = h5traces.open(path)
+    assert archive.layers == (0, 1, 2)
+    same(archive[0].embedding, states[0])
+    assert len(archive[0]["hidden_states"]) == LAYERS + 1  # the source's list
+    same(compute_features(archive, ["last_token"])["last_token"][0], [s[-1] for s in states[1:]])
+    same(TraceDataset(path, tokens="last")[0]["hidden_states"], [s[-1] for s in states[1:]])
+    graphs = TraceGraphDataset(path)
+    with pytest.warns(UserWarning, match="reading legacy pickles"):
+        pickles = TraceGraphDataset(path.with_suffix(".pkl"))
+    for found in (graphs, pickles):
+        assert len(found) == LAYERS
+        for layer in range(LAYERS):
+            same(found[layer].x, states[layer + 1])
+
+
+def test_further_kinds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    outputs = [rng.normal(size=(8, 5)).astype(np.float16) for _ in range(LAYERS)]
+    heads = [rng.normal(size=(HEADS, 8, 3)).astype(np.float16) for _ in range(LAYERS)]
+    path = convert(tmp_path, [sample(8, mlp_outputs=outputs, head_outputs=heads)])
+    dataset = TraceDataset(path, kinds=("mlp_outputs", "head_outputs"), tokens="answer")
+    item = dataset[0]
+    same(item["mlp_outputs"], np.stack(outputs)[:, PROMPT:])
+    same(item["head_outputs"], np.stack(heads)[:, :, PROMPT:])
+    last = TraceDataset(path, kinds="mlp_outputs", tokens="last")[0]
+    same(last["mlp_outputs"], np.stack(outputs)[:, -1])
+    assert pad_collate(dataset)([item, item])["mask"].all()
+    assert compute_features(h5traces.open(path), ["mean"])["mean"].shape == (1, LAYERS, HIDDEN)
+    same(h5traces.open(path).read(0, kinds="mlp_outputs")[0]["mlp_outputs"], outputs)
+
+
+@pytest.mark.parametrize("form", ["stacked", "by layer", "batch of one"])
+def test_what_held_the_arrays_makes_no_difference(tmp_path: Path, form: str) -> None:
+    plain = sample(8)
+    make: Any = {
+        "stacked": np.stack,
+        "by layer": lambda arrays: dict(enumerate(arrays)),
+        "batch of one": lambda arrays: [each[None] for each in arrays],
+    }[form]
+    held = {**plain, **{kind: make(plain[kind]) for kind in KINDS}}
+    (tmp_path / "plain").mkdir()
+    paths = [convert(tmp_path / "plain", [plain]), convert(tmp_path, [held])]
+    names = ["mean", "answer_mean", "sink_mass"]
+    wanted, found = (compute_features(h5traces.open(path), names) for path in paths)
+    for name in names:
+        same(found[name], wanted[name])
+    items = [TraceDataset(path, kinds=KINDS, tokens="answer")[0] for path in paths]
+    graphs = [TraceGraphDataset(path)[1] for path in paths]
+    for kind in KINDS:
+        same(items[1][kind], items[0][kind])
+    assert torch.equal(graphs[0].edge_index, graphs[1].edge_index)
+    trace = h5traces.open(paths[1])[0]
+    assert trace == h5traces.load(paths[1])[0]
+    assert trace != h5traces.load(paths[0])[0]
+
+
 # --- attention rows that do not sum to 1 --------------------------------------------------------
 
 

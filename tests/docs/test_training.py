@@ -22,15 +22,20 @@ def test_the_python_code_of_the_document_runs(
 ) -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     h5traces.convert(ROOT / "examples" / "legacy", f"{tmp_path}/archives/")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    names: dict[str, Any] = {"h5traces": h5traces}
     for code in blocks:
         exec(code, names)  # the code is ours, and running it is the test
     assert names["dataset"][0]["hidden_states"].shape == (2, 128)
     assert names["padded"]["mask"].sum() == names["packed"]["cu_seqlens"][-1]
     assert len(names["graphs"]) == 48
+    assert len(names["table"]) == len(names["features"]) == len(names["dataset"])
+    states = names["table"].with_format("numpy")[3]["states"]
+    assert states.tolist() == names["dataset"].archive[3].layer(3)[-1].tolist()
+    assert names["features"]["sample_id"] == list(names["dataset"].archive.ids)
 
 
 def test_the_example_gives_equal_numbers(tmp_path: Path) -> None:

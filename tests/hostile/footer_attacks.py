@@ -97,7 +97,7 @@ forged("huge-chunk-sizes", filled("chunk_nbytes", 1 << 50), error="outside the f
 forged("chunk-of-no-bytes", filled("chunk_nbytes", 0), error="outside|cannot hold|checksum")
 forged("no-chunks", filled("object_num_chunks", 0), error="0 chunks are stored, expected|index")
 forged("too-many-chunks", filled("object_num_chunks", 4_000_000_000), error="chunks|the index")
-# validate reads no arrays; verify does.
+# A quick validate reads no arrays; verify does.
 forged("wrong-checksums", filled("chunk_checksum", 0), error="checksum does not fit", problem=None)
 
 

@@ -305,7 +305,7 @@ def zeros(nbytes: int) -> bytes:
 
 
 GIB_OF_ZEROS = zeros(GiB)
-EDITED = "do not fit the sample"  # validate reads no arrays
+EDITED = "do not fit the sample"  # a quick validate reads no arrays
 SHORT = zlib.compress(bytes(100))
 LIMIT = "take 1073741824 bytes; the limit is"
 bomb("deflate-bomb", LIMIT, GIB_OF_ZEROS, GiB, 1)

@@ -35,7 +35,7 @@ LAYERED = ("hidden_states", "attentions", "attention_mean")
 COMMANDS = {
     "inspect": ["inspect", "--num-samples", "all", "{path}"],
     "ls": ["ls", "{path}"],
-    "validate-command": ["validate", "{path}"],
+    "validate-command": ["validate", "--quick", "{path}"],
     "verify": ["verify", "{path}"],
     "repack": ["repack", "{path}", "-o", "{path}.repacked.h5"],
     "export-pkl": ["export", "{path}", "-o", "{path}.pkl", "--numpy"],
@@ -95,8 +95,11 @@ def worker(path: str) -> str:
 
 
 def check(path: str) -> list[dict[str, str]]:
-    """What validating finds."""
-    return [each.as_dict() for each in h5traces.validate(path).problems]
+    """What validating the structure finds; reading every value finds that much, and maybe more."""
+    found = [each.as_dict() for each in h5traces.validate(path, quick=True).problems]
+    more = [each.as_dict() for each in h5traces.validate(path).problems]
+    assert all(each in more for each in found)
+    return found
 
 
 def batch(path: str) -> int:

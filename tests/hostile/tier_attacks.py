@@ -93,7 +93,7 @@ def first(value: float) -> Any:
     return change
 
 
-# --- values of scales; validate reads no arrays ----------------------------------------------
+# --- values of scales; a quick validate reads no arrays ------------------------------------------
 
 for title, number in {"nan": np.nan, "inf": np.inf, "negative": -1.0, "zero": 0.0}.items():
     values(f"step-{title}", f"{SCALE}/step", "greater than zero", first(number), None)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ATTACKS: list[Attack] = []
 NESTED = b"[" * 100_000 + b"]" * 100_000
 HUGE_NUMBER = b"[" + b"9" * 100_000 + b"]"
-# validate reads no arrays, but knows that these are not what was written.
+# A quick validate reads no arrays, but knows that these are not what was written.
 EDITED = "do not fit the sample|text is not UTF-8 padded"
 CONFIG = f"{EXTRA}/config"
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from small_traces import HIDDEN, TOKENS, dump, padded, record, trace
+from typer.testing import CliRunner
 
 import h5traces
 from h5traces import ReadingOptions
+from h5traces.cli.app import app
 from h5traces.format.values import TorchValue
 from h5traces.meaning.checks import Finding
 
@@ -50,7 +52,7 @@ def test_pads_are_cut_from_every_axis_of_positions(mask: list[int], where: str) 
     np.testing.assert_array_equal(made.extra["attention_mask"], np.ones(sum(mask), dtype=np.int64))
     cut = found(made, "padding-cut")
     assert cut == Finding(
-        "padding-cut", "attention_mask", f"{{number}} padded positions {where} were cut"
+        "padding-cut", "attention_mask", f"{{number padded position}} cut {where}"
     )
     assert cut.number == len(mask) - sum(mask)
 
@@ -210,8 +212,11 @@ def converted(path: Path, items: list[dict[str, Any]], **options: Any) -> list[d
     assert report.ok, report
     (checked,) = h5traces.validate(target)
     assert checked.problems == []
-    (compared,) = h5traces.verify(target, deep=True, against=source, reading=reading)
+    # The archive records how its source was read.
+    (compared,) = h5traces.verify(target, deep=True, against=source)
     assert compared.ok, compared.problems
+    told = [each for each in compared.notes if "padded" in each]
+    assert len(told) == (1 if report.files[0].num_cut else 0)
     return [each.to_dict() for each in h5traces.open(target)]
 
 
@@ -230,6 +235,15 @@ def test_the_archive_holds_rows_without_pads(tmp_path: Path) -> None:
             np.testing.assert_array_equal(layer, whole[:, real][:, :, real])
     with h5traces.open(tmp_path / "made.h5") as archive:
         assert all(each.mask is None for each in archive)
+
+
+def test_an_archive_without_pads_is_not_said_to_be_all_of_its_source(tmp_path: Path) -> None:
+    source = dump(tmp_path / "batch.pkl", [padded(0, LEFT), padded(1, RIGHT)])
+    command = ["convert", str(source), "-o", str(tmp_path / "a.h5")]
+    shown = CliRunner().invoke(app, command).stdout
+    assert "hold every bit of their sources but for 5 padded positions\n" in shown
+    shown = CliRunner().invoke(app, [*command, "--overwrite", "--keep-padding"]).stdout
+    assert "hold every bit of their sources\n" in shown
 
 
 def test_kept_padding_comes_back_bit_for_bit_with_its_mask(tmp_path: Path) -> None:

@@ -182,3 +182,26 @@ def test_classes_in_pickles_are_named_with_their_field(tmp_path: Path) -> None:
     )
     with BatchStream(path) as batch, pytest.raises(UnsafePickleError, match=said):
         list(batch)
+
+
+@pytest.mark.parametrize("way", ["list", "stacked", "steps"])
+def test_layers_of_ml_dtypes_come_back(tmp_path: Path, way: str) -> None:
+    rng = np.random.default_rng(0)
+    states = [rng.normal(size=(4, 8)).astype(ml_dtypes.bfloat16) for _ in range(3)]
+    value: Any = {"list": states, "stacked": np.stack(states), "steps": states}[way]
+    if way == "steps":
+        value = [[each[None], each[None, :1]] for each in states]
+    row = {"hidden_states": value, "question_id": "q0"}
+    if way != "steps":
+        row["attentions"] = [np.eye(4, dtype=np.float16)[None]] * 3
+    (tmp_path / "batch.pkl").write_bytes(pickle.dumps([row]))
+    exact = h5traces.PrecisionOptions(dtype="auto")
+    assert h5traces.convert(tmp_path / "batch.pkl", tmp_path / "batch.h5", precision=exact).ok
+    for path in (tmp_path / "batch.pkl", tmp_path / "batch.h5"):
+        (found,) = h5traces.load(path)
+        assert_same(value, found["hidden_states"])
+    with h5traces.open(tmp_path / "batch.h5") as archive:
+        layer = archive[0]["hidden_states"]
+        first = layer[0][0] if way == "steps" else layer[0]
+    expected = states[0].astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(first, np.float32).reshape(4, 8), expected)

@@ -159,6 +159,48 @@ def test_what_no_trace_holds_is_named_with_its_field(tmp_path: Path, form: str) 
     assert "field 'hidden_states', layer 1: torch dtype is complex64" in report.files[0].error
 
 
+def test_one_sample_per_file_becomes_one_archive(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    samples = in_torch(make_batch("full_pkl"))
+    for number, sample in enumerate(samples):
+        sample["hidden_states"] = [each.bfloat16() for each in sample["hidden_states"]]
+        save(folder / f"sample_{number}.pt", sample)
+    target = tmp_path / "run.h5"
+    options = h5traces.PrecisionOptions(dtype="auto")
+    report = h5traces.convert(folder, target, merge=True, precision=options)
+    assert report.ok
+    assert_same(h5traces.load(target), samples)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_containers_are_those_of_pickles(tmp_path: Path, form: str) -> None:
+    samples = in_torch(make_batch("full_pkl"))
+    by_id = {each["question_id"]: each for each in samples}
+    path = tmp_path / "a.pt"
+    for value in (tuple(samples), by_id, samples[0]):
+        save(path, value, form)
+        found = h5traces.load(path)
+        assert_same(found, samples[: len(found)])
+        assert len(found) == (1 if value is samples[0] else len(samples))
+
+
+def test_a_folder_of_several_formats(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    batch = make_batch("full_pkl")
+    (folder / "batch_0.pkl").write_bytes(pickle.dumps(batch))
+    save(folder / "batch_1.pt", batch)
+    save(folder / "batch_2.pkl", in_torch(batch), "old")
+    (folder / "batch_3.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    report = h5traces.convert(folder, f"{tmp_path}/out/")
+    assert not report.ok
+    assert [each.num_samples for each in report.files] == [len(batch)] * 3
+    text = " ".join(each.reason for each in report.leftovers)
+    assert "batch_3.pt: is a pointer of Git LFS" in text
+    assert "git lfs pull" in text
+
+
 class Attack:
     def __reduce__(self) -> Any:
         import os

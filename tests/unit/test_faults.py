@@ -198,7 +198,7 @@ def test_bytes_behind_the_footer(intact: Path, tmp_path: Path) -> None:
 def test_files_that_are_no_archive(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.h5"
     path.write_bytes(content)
-    with pytest.raises(NotAnArchiveError, match="not an HDF5 file"):
+    with pytest.raises(NotAnArchiveError, match=r"is .*, not an archive|not an HDF5 file"):
         h5traces.open(path)
     assert [each.kind for each in validate(path).problems] == ["not_an_archive"]
 
@@ -209,7 +209,7 @@ def test_an_hdf5_file_of_another_program(tmp_path: Path) -> None:
     path = tmp_path / "other.h5"
     with h5py.File(path, "w") as file:
         file["data"] = np.arange(3)
-    with pytest.raises(NotAnArchiveError, match=r"not an h5traces archive.*'h5traces convert'"):
+    with pytest.raises(NotAnArchiveError, match="is HDF5, but no archive of h5traces"):
         h5traces.open(path)
     with pytest.raises(NotAnArchiveError, match="cannot be sealed"):
         seal(path)

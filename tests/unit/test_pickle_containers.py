@@ -364,3 +364,76 @@ def test_functions_in_dill_files_are_named(tmp_path: Path) -> None:
     said = r"'dill\._dill' '_create_function' in the field 'key', .* It was written by dill"
     with BatchStream(path) as batch, pytest.raises(ConversionError, match=said):
         list(batch)
+
+
+# --- generations of uncertainty studies ----------------------------------------------------------
+
+
+def generations(layers: int = 4) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+
+    def states() -> torch.Tensor:
+        return torch.from_numpy(rng.normal(size=(layers + 1, 1, 8)).astype(np.float16))
+
+    return {
+        f"qid-{index}": {
+            "question": f"Q {index}?",
+            "context": None,
+            "most_likely_answer": {
+                "response": f"answer {index}",
+                "token_log_likelihoods": [-0.1, -0.2],
+                "accuracy": 1.0,
+                "emb_last_tok_before_gen": states(),
+                "emb_tok_before_eos": states(),
+            },
+            "responses": [("b", [-0.3], torch.zeros(1, 8), 0.0)] * 2,
+        }
+        for index in range(3)
+    }
+
+
+@WAYS
+def test_generations_of_uncertainty_studies(tmp_path: Path, whole_nbytes: int) -> None:
+    path = tmp_path / "validation_generations.pkl"
+    source = generations()
+    path.write_bytes(pickle.dumps(source))
+    with BatchStream(path, whole_nbytes=whole_nbytes) as batch:
+        found = [materialised(each) for each in batch]
+        assert "generations of an uncertainty study" in " ".join(batch.understood)
+    for (key, entry), sample in zip(source.items(), found, strict=True):
+        answer = entry["most_likely_answer"]
+        assert sample["question_id"] == key
+        assert sample["generated_answer"] == answer["response"]
+        states = torch.stack(sample["hidden_states"])
+        assert torch.equal(states, answer["emb_tok_before_eos"])
+        # Nothing is lost: the sample is the entry, but for what has a place of its own.
+        rest = {
+            **answer,
+            "response": sample["generated_answer"],
+            "emb_tok_before_eos": states,
+        }
+        assert set(rest) - set(sample["most_likely_answer"]) == {
+            "response", "emb_tok_before_eos", "emb_last_tok_before_gen"
+        }  # fmt: skip
+        assert_equal(entry["responses"], sample["responses"])
+        before = answer["emb_last_tok_before_gen"]
+        assert torch.equal(sample["emb_last_tok_before_gen"], before)
+
+
+def test_archives_of_generations(tmp_path: Path) -> None:
+    path = tmp_path / "validation_generations.pkl"
+    source = generations()
+    path.write_bytes(pickle.dumps(source))
+    assert h5traces.convert(path, tmp_path / "a.h5").ok
+    assert h5traces.verify(tmp_path / "a.h5", against=path).ok
+    with h5traces.open(tmp_path / "a.h5") as archive:
+        assert archive[1].metadata.coverage == "last_position"
+        assert archive[1].metadata.sample_id == "qid-1"
+    found = h5traces.load(tmp_path / "a.h5")
+    assert [list(row) for row in found] == [list(row) for row in h5traces.load(path)]
+    assert_equal(h5traces.load(path), found)
+    with h5py.File(tmp_path / "a.h5") as file:
+        stored = file["samples/00000001/hidden_states"]
+        expected = source["qid-1"]["most_likely_answer"]["emb_tok_before_eos"]
+        np.testing.assert_array_equal(stored["embedding"][()], expected[0])
+        np.testing.assert_array_equal(stored["layer_003"][()], expected[4])

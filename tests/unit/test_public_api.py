@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PUBLIC = [
     "Archive",
+    "CheckOptions",
     "H5TracesError",
     "LabelOptions",
     "Precision",

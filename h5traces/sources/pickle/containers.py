@@ -27,6 +27,10 @@ _SINGLE: Final = (layout.QUESTION_ID, layout.LABEL, *layout.TEXT_FIELDS)
 # Names of columns, by the field that they hold.
 PLURALS: Final = {f"{name}s": name for name in (*_SINGLE, layout.PROMPT_LENGTH)}
 _MOST_NAMES: Final = 8
+# Of entries of validation_generations.pkl.
+_ANSWER: Final = "most_likely_answer"
+_BEFORE_END: Final = "emb_tok_before_eos"
+_BEFORE_ANSWER: Final = "emb_last_tok_before_gen"
 
 
 @dataclass(slots=True)
@@ -118,13 +122,40 @@ def is_trace(value: Any) -> bool:
     return type(value) in DICTS and any(name in value for name in layout.KINDS)
 
 
+def is_generation(value: Any) -> bool:
+    """Whether a value is an entry of ``validation_generations.pkl`` of an uncertainty study."""
+    answer: Any = value.get(_ANSWER) if type(value) in DICTS else None
+    return type(answer) in DICTS and isinstance(answer.get(_BEFORE_END), (np.ndarray, TorchValue))
+
+
+def is_sample(value: Any) -> bool:
+    """Whether a value of a dict by id is a sample."""
+    return is_trace(value) or is_generation(value)
+
+
+def _of_generation(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The fields of such an entry, with the states of its last tokens out of the answer's dict.
+
+    They are arrays ``(layers + 1, 1, hidden)``, of which the first layer is the embedding: at the
+    last token before the end of the answer, and at the last one before the answer.
+    """
+    answer = dict(entry[_ANSWER])
+    states = elements_of(answer.pop(_BEFORE_END))
+    sample = {layout.HIDDEN_STATES: [states[index] for index in range(len(states))]}
+    if _BEFORE_ANSWER in answer:
+        sample[_BEFORE_ANSWER] = answer.pop(_BEFORE_ANSWER)
+    if type(answer.get("response")) is str and "generated_answer" not in entry:
+        sample["generated_answer"] = answer.pop("response")
+    return {**entry, _ANSWER: answer, **sample}
+
+
 def understand(entries: dict[Any, Entry]) -> Understood:
     """What an outer dict with these entries is; MalformedError where that is unclear."""
     if not entries:
         contradict(f"found an empty dict, {EXPECTED}")
     if any(name in entries for name in layout.KINDS):
         return _columns(entries) if _are_columns(entries) else Understood("trace")
-    if all(is_trace(entry.value) for entry in entries.values()):
+    if all(is_sample(entry.value) for entry in entries.values()):
         return Understood("mapping")
     return _wrapper(entries)
 
@@ -294,6 +325,8 @@ def with_id(sample: Mapping[Any, Any], key: Any, index: int) -> dict[Any, Any]:
     Where the sample has an id already, another key is kept as the field ``key``, but for that of
     its place.
     """
+    if is_generation(sample):
+        sample = _of_generation(sample)
     own = sample.get(layout.QUESTION_ID)
     if own is None and layout.QUESTION_ID not in sample:
         return {**sample, layout.QUESTION_ID: key}

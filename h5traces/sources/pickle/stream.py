@@ -7,6 +7,7 @@ The file may be compressed; pickle protocols 0 to 5.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,8 @@ from h5traces.sources.pickle.containers import (
     Understood,
     describe,
     elements_of,
-    is_trace,
+    is_generation,
+    is_sample,
     pair_item,
     rows,
     sentences,
@@ -80,6 +82,7 @@ class BatchStream(TraceSource):
         self._limits = limits
         self._whole_nbytes = whole_nbytes
         self._closed_at = (0, 0)
+        self._options = options
         self._is_done = False
         self._sites_known = True
         # The dicts of a file are all one sample each, if the first one is.
@@ -146,7 +149,7 @@ class BatchStream(TraceSource):
             layers=layers,
             # No producer of pairs is known, nor where their last hidden state was taken.
             sites_known=self._sites_known,
-            options=self.options,
+            options=self._options,
             established=self.established,
         )
 
@@ -225,6 +228,7 @@ class BatchStream(TraceSource):
             yield value
         elif found.what == "mapping":
             self._say(found, len(value))
+            self._note_generations(next(iter(value.values())))
             for index, (key, sample) in enumerate(value.items()):
                 yield with_id(sample, key, index)
         else:
@@ -237,7 +241,8 @@ class BatchStream(TraceSource):
         cursor.restart(whole_nbytes=None)
         if cursor.advance():
             first = cursor.machine.ready[0]
-            is_mapping = not first.is_element and is_trace(first.value)
+            is_mapping = not first.is_element and is_sample(first.value)
+            self._note_generations(first.value)
             del first
             if is_mapping:
                 self._say(Understood("mapping"), None)
@@ -275,9 +280,19 @@ class BatchStream(TraceSource):
             if not cursor.advance():
                 return
 
+    def _note_generations(self, first: Any) -> None:
+        if is_generation(first):
+            self._options = replace(
+                self.options, first_state=self.options.first_state or "embedding"
+            )
+            self.understood.append(
+                "entries are generations of an uncertainty study: hidden_states are those of the "
+                "last token before the end of the answer (emb_tok_before_eos), the embedding first"
+            )
+
     def _sample_by_id(self, cursor: Cursor, index: int) -> dict[Any, Any]:
         found = cursor.take()
-        if found.is_element or not is_trace(found.value):
+        if found.is_element or not is_sample(found.value):
             what = "a list" if found.is_element else describe(found.value)
             cursor.check(
                 lambda: contradict(
