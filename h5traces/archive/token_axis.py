@@ -51,11 +51,10 @@ class TokenAxis:
     @classmethod
     def of(cls, trace: Trace, axes: tuple[str, ...], shape: tuple[int, ...]) -> TokenAxis | None:
         """That of arrays with these axes and this shape; None where they have no tokens."""
-        lengths = dict(zip(axes, shape, strict=True))
-        num_rows = lengths.get("token", lengths.get("query"))
-        if num_rows is None:
+        if "token" not in axes and "query" not in axes:
             return None
-        num_keys = lengths.get("key", num_rows)
+        num_rows = shape[axes.index("token" if "token" in axes else "query")]
+        num_keys = shape[axes.index("key")] if "key" in axes else num_rows
         return cls(num_rows, num_keys, mask_of(trace.mask, num_keys))
 
     @property

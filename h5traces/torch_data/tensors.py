@@ -167,6 +167,8 @@ def _read_taken(
 def _chosen(array: torch.Tensor, axis: int, chosen: Chosen) -> torch.Tensor:
     """The chosen entries of an axis; a view where they lie side by side."""
     if isinstance(chosen, slice):
+        if chosen.start is None:
+            return array
         start, stop, _ = chosen.indices(array.shape[axis])
         return array.narrow(axis, start, max(0, stop - start))
     return array.index_select(axis, torch.from_numpy(chosen))

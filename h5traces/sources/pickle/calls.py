@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.source import reject
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def type_name(value: Any) -> str:
         return f"the {value.what}"
     if isinstance(value, Pending):
         return f"an unfinished {value.what}"
+    if isinstance(value, TorchValue):
+        return "a torch tensor"
     name = type(value).__name__
     return name if value is None else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
