@@ -21,9 +21,8 @@ from h5traces.format.values import TorchValue
 from h5traces.meaning.checks import CheckOptions, FindingSummary
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.sample_checks import Look, SampleChecks
-from h5traces.paths import is_archive
 from h5traces.sources.collecting import archives_and_sources
-from h5traces.sources.opening import facts_in_name, open_source
+from h5traces.sources.opening import facts_in_name, is_read_as_archive, open_source
 from h5traces.sources.runs import readings_of
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.stored_samples import to_record
@@ -208,7 +207,8 @@ def inspect(
     """
     found = []
     paths = archives_and_sources(sources, reading)
-    files = [path for path in paths if not isinstance(path, RemotePath) and not is_archive(path)]
+    local = [path for path in paths if not isinstance(path, RemotePath)]
+    files = [path for path in local if not is_read_as_archive(path, reading)]
     readings = readings_of(files, reading)
     for path in paths:
         if isinstance(path, RemotePath) or path not in readings:
