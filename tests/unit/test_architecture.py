@@ -22,6 +22,7 @@ PACKAGE = Path(h5traces.__file__).parent
 # above its name in this list; no two rooms share a floor.
 ROOMS = (
     "errors",
+    "arguments",
     "lazy",
     "format",
     "storage",
