@@ -76,6 +76,8 @@ VALUES: dict[str, Any] = {
     "bfloat16": np.array([1.5, -0.0, math.inf], ml_dtypes.bfloat16),
     "float8": np.array([[0.5, 448]], ml_dtypes.float8_e4m3fn),
     "int4": np.array([1, -7], ml_dtypes.int4),
+    "float8 tensors": [torch.tensor([[0.5, 448]]).to(torch.float8_e4m3fn)],
+    "further float8": {1: torch.tensor(-3.0).to(torch.float8_e5m2)},
     "size": torch.Size([2, 3]),
 }
 BASE = {"hidden_states": [np.zeros((2, 4), np.float16)], "question_id": "q0"}
@@ -90,7 +92,8 @@ def assert_same(expected: Any, found: Any) -> None:
         assert expected.shape == found.shape
         assert_same(expected.ravel().tolist(), found.ravel().tolist())
     elif isinstance(expected, torch.Tensor):
-        assert torch.equal(expected, found)
+        assert expected.dtype == found.dtype
+        assert torch.equal(expected.view(torch.uint8), found.view(torch.uint8))
     elif isinstance(expected, (np.ndarray, np.generic)):
         assert expected.dtype.newbyteorder("=") == found.dtype.newbyteorder("=")
         np.testing.assert_array_equal(expected, found)
