@@ -1,8 +1,8 @@
 """Checks the arguments of public functions against their annotations.
 
 An argument of a wrong type then ends in one error that names it and says what was expected, not in
-whatever a library says about it later. Annotations are read as they stand, as text: a name that this
-module does not know is not checked.
+whatever a library says about it later. Annotations are read as they stand, as text: a name that
+this module does not know is not checked.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from h5traces.errors import (
 from h5traces.format.archive import SourceFile
 from h5traces.format.precision import EXACT
 from h5traces.format.text import and_more
+from h5traces.meaning.options import RunFacts
 from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
@@ -219,9 +220,15 @@ def _compare_options(found: Comparison, metadata: ArchiveMetadata, wanted: Wante
 
 def _compare_reading(found: Comparison, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """What was said about the source, as `recorded_options` gives it; defaults are left out."""
+    runs = [RunFacts.from_dict(each.get("run")) for each in (before, now)]
+    # A file alone says less than one among others of its run.
+    if runs[0].contradicts(runs[1]):
+        found.differs.append(
+            "the other files of its run now say otherwise what its layers or axes are"
+        )
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
-        if old == new:
+        if old == new or name == "run":
             continue
         if name == "scales":
             found.differs.append("it was written with other scales")

@@ -11,10 +11,9 @@ import itertools
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,6 +26,9 @@ from h5traces.errors import H5TracesError
 from h5traces.extract import estimate as sizes  # noqa: F401  # a module of its own
 from h5traces.format.limits import ReadLimits
 from h5traces.storage.remote.paths import RemoteOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 PACKAGE = Path(h5traces.__file__).parent
 BATCH = make_batch("full_pkl")
