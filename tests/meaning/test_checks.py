@@ -456,14 +456,16 @@ def test_layers_that_differ_in_every_sample_are_one_finding() -> None:
 
 
 def test_many_files_with_one_kind_of_finding_are_a_few_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
     for number in range(9):
         row = trace(number)
         row["hidden_states"][0][: number + 1, 0] = np.nan
-        dump(tmp_path / "run" / f"sample_{number}.pkl", [row])
-    printed = run("convert", tmp_path / "run", "-o", f"{tmp_path}/out/")
+        dump(folder / f"sample_{number}.pkl", [row])
+    printed = run("convert", folder, "-o", f"{tmp_path}/out/")
     lines = [line for line in printed.stderr.splitlines() if "not-finite" in line]
     assert len(lines) == 6
-    assert lines[-1] == "warning: and 1 more of [not-finite], which --json lists"
+    assert lines[-1] == "warning: and 2 more of [not-finite], which --json lists"
 
 
 def test_remedies_name_flags_on_the_command_line(tmp_path: Path) -> None:
@@ -487,7 +489,7 @@ def test_one_position_is_a_fault_only_beside_more_tokens(tmp_path: Path) -> None
         assert [each.check for each in report.files[0].findings] == [expected]
         (validated,) = h5traces.validate(archive, checks=ignored)
         assert [each.check for each in validated.findings] == [expected]
-        del row["tokens"]
+        row.pop("tokens", None)
 
 
 def test_findings_add_up() -> None:
