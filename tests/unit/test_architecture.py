@@ -142,14 +142,14 @@ def test_servers_are_talked_to_in_one_place() -> None:
     assert found == {f"storage.remote.{each}" for each in ("filesystems", "listing", "s3", "web")}
 
 
-def test_parquet_is_written_in_one_place() -> None:
-    assert importers("pyarrow") == {"features.parquet"}
+def test_tables_are_written_in_two_places() -> None:
+    assert importers("pyarrow") == {"features.parquet", "rewriting.export_tables"}
 
 
 def test_torch_is_imported_in_one_place_of_the_reader() -> None:
     heavy = ("extract", "torch_data", "graph")
     found = {name for name in importers("torch") if name.partition(".")[0] not in heavy}
-    assert found == {"archive.torch_values"}
+    assert found == {"archive.torch_values", "rewriting.export_torch"}
 
 
 def test_pickle_is_never_loaded() -> None:

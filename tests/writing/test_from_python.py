@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -368,3 +369,23 @@ def test_appending_arrays_loads_neither_torch_nor_transformers(tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@torch.no_grad()
+def test_the_code_of_the_document_runs(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "writing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(.*?)```", text, flags=re.DOTALL)
+    names = {
+        "h5traces": h5traces,
+        "model": model,
+        "tokenizer": lambda prompts, **_: inputs_of(*map(len, prompts)),
+        "prompts": ["abc", "abcde"],
+        "ids": ["q0", "q1"],
+    }
+    exec(code, names)
+    archive = h5traces.open("traces.h5")
+    assert archive.ids == ("q0", "q1", "q0", "q1")
+    assert archive[2]["prompt_length"] == 3
