@@ -104,8 +104,6 @@ def _array(entry: ObjectEntry, file: ArchiveFile) -> dict[str, Any]:
         raise ConversionError(message)
     dtype = carrier_dtype(entry.dtype)
     steps = get_codec(entry.codec).pipeline(dtype.itemsize)
-    numbers = [each.filter_id for each in steps]
-    has_zstd = FILTER_ZSTD in numbers
     return {
         "zarr_format": _ZARR_FORMAT,
         "shape": list(entry.shape),
@@ -113,13 +111,19 @@ def _array(entry: ObjectEntry, file: ArchiveFile) -> dict[str, Any]:
         "dtype": dtype.str,
         "order": "C",
         "fill_value": None,
-        "filters": [{"id": "shuffle", "elementsize": dtype.itemsize}]
-        if FILTER_SHUFFLE in numbers
-        else None,
-        "compressor": {"id": "zstd", "level": _ZSTD_LEVEL}
-        if has_zstd
-        else {"id": "zlib", "level": _LEVEL},
+        # All as filters: VirtualiZarr takes them so, and zarr either way.
+        "filters": [_codec(each.filter_id, dtype.itemsize) for each in steps],
+        "compressor": None,
     }
+
+
+def _codec(filter_id: int, itemsize: int) -> dict[str, Any]:
+    """The codec of numcodecs that undoes a filter of HDF5."""
+    if filter_id == FILTER_SHUFFLE:
+        return {"id": "shuffle", "elementsize": itemsize}
+    if filter_id == FILTER_ZSTD:
+        return {"id": "zstd", "level": _ZSTD_LEVEL}
+    return {"id": "zlib", "level": _LEVEL}
 
 
 def _chunks(place: str, entry: ObjectEntry, address: str) -> Iterator[tuple[str, Any]]:

@@ -267,7 +267,8 @@ def test_virtualizarr_opens_the_references(tmp_path: Path, archive: Path) -> Non
     registry = ObjectStoreRegistry({"file://": LocalStore()})
     parser = KerchunkJSONParser(group="samples/00000000/hidden_states")
     found = open_virtual_dataset(f"file://{out}", registry=registry, parser=parser)
-    assert "layer_000" in found.variables
+    assert found["layer_001"].dims == ("token", "hidden")
+    assert found["layer_001"].shape == BATCH[0]["hidden_states"][1].shape
 
 
 # --- every format ---------------------------------------------------------------------------------
