@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -39,11 +40,12 @@ def check_meaning(
 ) -> None:
     """Add the findings about all samples to the report; what cannot be read is a problem."""
     # What the structure's check said of the file's state need not be said again.
-    with warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", StoredStateWarning)
-        archive = open_archive(path, limits=limits, labels=False)
-    most = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-    with archive, ThreadPoolExecutor(most) as pool:
+        archive = stack.enter_context(open_archive(path, limits=limits, labels=False))
+        most = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+        pool = stack.enter_context(ThreadPoolExecutor(most))
         checks = SampleChecks(replace(look_of(archive), full_mapper=pool.map))
         known = {each.loc for each in report.problems}
         for index in range(len(archive)):

@@ -140,7 +140,7 @@ def tell_findings(
 
 
 def _plain(message: str) -> str:
-    return visible(_with_flags(message)).replace("[", r"\[")
+    return visible(with_flags(message)).replace("[", r"\[")
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def options_named(names: Collection[str]) -> Iterator[None]:
         _options.reset(token)
 
 
-def _with_flags(message: str) -> str:
+def with_flags(message: str) -> str:
     """A message of the library with flags in place of parameters of Python."""
 
     def flag(found: re.Match[str]) -> str:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from h5traces.cli.console import cell, first_lines, human_size, print_line, print_table, warn
+from h5traces.cli.console import (
+    cell,
+    first_lines,
+    human_size,
+    print_line,
+    print_table,
+    warn,
+    with_flags,
+)
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
@@ -275,7 +283,7 @@ def _print_checked(
     for line in _problem_lines(report.problems):
         print_line(f"{report.path}:{line}")
     for note in report.notes:
-        print_line(f"{report.path}: note: {note}")
+        print_line(f"{report.path}: note: {with_flags(note)}")
     failures = len(report.problems) + num_failures
     verdict = good if report.ok else counted(failures, "problem")
     what = f"; ✓ {covers}" if report.ok and covers else ""

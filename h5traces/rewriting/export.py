@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import inherited_facts, shared_metadata
 from h5traces.errors import (
@@ -81,6 +82,7 @@ class _Job:
     """An export: of what, to where and how."""
 
     archive: Archive
+    compared: ComparedTraces
     target: Target
     format: ExportFormat
     overwrite: bool
@@ -93,7 +95,7 @@ class _Job:
 
     def traces(self) -> Iterator[Trace]:
         """Every trace; progress is told when the next is asked for."""
-        for index, trace in enumerate(self.archive):
+        for index, trace in enumerate(self.compared.traces(self.archive)):
             yield trace
             if self.progress is not None:
                 self.progress(index + 1, len(self.archive))
@@ -153,6 +155,8 @@ def export(
         format, such as generation steps in ``npz``.
     MissingDependencyError
         The format needs a library that is not installed.
+    CorruptArchiveError
+        The footer of the archive and its HDF5 part say different things of a sample.
     ArchiveExistsError
         `dest` exists.
     """
@@ -162,15 +166,17 @@ def export(
         message = f"{place.path}: dtype is for .h5; {what} has the archive's types"
         raise ConversionError(message)
     _check_library(form)
-    with open_archive(source) as archive:
+    with open_archive(source) as archive, ComparedTraces() as compared:
         if form != "datasets" and not (form in _OF_SAMPLES and place.is_folder):
             place = place.for_sources(archive.paths)
-        job = _Job(archive, place, form, overwrite, progress)
+        job = _Job(archive, compared, place, form, overwrite, progress)
         _check_target(job)
         if dry_run:
             return place.path
         _warn_of_losses(job)
         _RUNS[form](job, dtype=dtype, container=container)
+        for message in compared.warnings:
+            warn(message, UserWarning)
     return place.path
 
 
@@ -332,6 +338,9 @@ def _export_dataset(job: _Job, **_: Any) -> None:
 
 
 def _export_references(job: _Job, **_: Any) -> None:
+    # References go by the index, which is compared with HDF5 first.
+    for _each in job.traces():
+        pass
     with _part(job) as part:
         write_references(job.archive, part)
 

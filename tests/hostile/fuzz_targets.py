@@ -7,18 +7,26 @@ that is not of ours, other values than a stock library gives, an import that the
 
 from __future__ import annotations
 
+import argparse
 import codecs
+import collections
 import contextlib
+import datetime
+import decimal
+import fractions
 import io
 import json
 import os
+import pickle
 import struct
 import sys
 import tempfile
+import types
+import uuid
 import warnings
 import zlib
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,9 +89,14 @@ def unpickle(data: bytes) -> None:
 
 def read_batch(path: Path) -> None:
     """Every item of a batch."""
-    with BatchStream(path, limits=_LIMITS) as batch:
-        for _ in batch:
-            pass
+    # Once at once, once in passes, which are two ways through a dict.
+    for whole_nbytes in (1 << 20, 0):
+        with (
+            contextlib.suppress(ConversionError),
+            BatchStream(path, limits=_LIMITS, whole_nbytes=whole_nbytes) as batch,
+        ):
+            for _ in batch:
+                pass
 
 
 def pickles() -> Iterator[bytes]:
@@ -93,6 +106,7 @@ def pickles() -> Iterator[bytes]:
         for protocol in range(6):
             yield dumps(batch, protocol)
         yield dumps(batch, numpy1=True)
+    yield from _other_containers()
     for build, _ in test_pickles.ATTACKS.values():
         yield build()
 
@@ -162,6 +176,44 @@ def numpy_files() -> Iterator[bytes]:
         np.save(buffer, array)
         yield buffer.getvalue()
     yield from test_sources.short_attacks("numpy")
+
+
+def _other_containers() -> Iterator[bytes]:
+    """Small batches in other containers, and values of every type that Python has."""
+    state = np.zeros((1, 2), np.float16)
+    row = {"hidden_states": [state, state], "question_id": "q"}
+    typed = {
+        **row,
+        "values": [
+            {1, "a", (1, 2)},
+            frozenset({b"a"}),
+            collections.deque([1], 3),
+            collections.OrderedDict(a=1),
+            collections.defaultdict(list, a=[]),
+            collections.Counter("aab"),
+            types.SimpleNamespace(a=1),
+            argparse.Namespace(b=2),
+            PurePosixPath("a/b"),
+            datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC),
+            datetime.timedelta(1),
+            decimal.Decimal("1.5"),
+            fractions.Fraction(1, 3),
+            uuid.UUID(int=1),
+            1j,
+            range(3),
+            slice(1),
+            np.array(["a", None], dtype=object),
+            np.array(["2024"], "M8[Y]"),
+        ],
+    }
+    columns = {"hidden_states": [[state]] * 2, "question_ids": ["q", "r"], "labels": [0, 1]}
+    for value in (
+        [typed], row, {"q": row, "r": row}, (row,), (row, row), (row,) * 4, columns,
+        {"data": [row], "labels": [1]}, {1: {"hidden_states": [state]}},
+    ):  # fmt: skip
+        for protocol in (0, 2, 4, 5):
+            yield pickle.dumps(value, protocol)
+    yield pickle.dumps(row) + pickle.dumps([row])
 
 
 # --- chunks ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import h5traces
 from h5traces import ReadingOptions
 from h5traces.cli.app import app
+from h5traces.features import FEATURES, iterate_features
 from h5traces.format.values import TorchValue
 from h5traces.meaning.checks import Finding
 
@@ -285,3 +286,19 @@ def test_append_cuts_padding_too(tmp_path: Path) -> None:
         writer.append(padded(0, LEFT))
     with h5traces.open(tmp_path / "run.h5") as archive:
         assert archive[0].metadata.seq_len == 5
+
+
+@pytest.mark.parametrize("mask", [LEFT, RIGHT, BOTH])
+def test_kept_and_cut_padding_give_the_same_features(tmp_path: Path, mask: list[int]) -> None:
+    items = [padded(each, mask, prompt_length=4) for each in range(2)]
+    source = dump(tmp_path / "batch.pkl", items)
+    tables = []
+    for name, keep in (("cut", False), ("kept", True)):
+        reading = ReadingOptions(keep_padding=keep)
+        h5traces.convert(source, tmp_path / f"{name}.h5", reading=reading)
+        with h5traces.open(tmp_path / f"{name}.h5") as archive:
+            tables.append([each.values for each in iterate_features(archive, FEATURES)])
+    for cut, kept in zip(*tables, strict=True):
+        assert sorted(cut) == sorted(FEATURES)
+        for name in FEATURES:
+            np.testing.assert_allclose(kept[name], cut[name], rtol=1e-5)

@@ -254,7 +254,7 @@ def test_samples_without_hidden_states_are_nothing_to_measure(tmp_path: Path) ->
 
 
 def test_tokens_that_are_not_finite_are_nothing_to_measure(tmp_path: Path) -> None:
-    broken = [np.full((4, 3), np.nan, np.float16)]
+    broken = [np.full((4, 3), np.nan, np.float16)] * 3
     write_batch(tmp_path / "nan.pkl", batch(0, 2, hidden_states=broken))
     with pytest.raises(PrecisionError, match=r"nan\.pkl: .*layer_000: .*not *finite"):
         calibrate(tmp_path / "nan.pkl", tmp_path / "scales.h5")

@@ -42,7 +42,7 @@ def converted(path: Path, **options: Any) -> Any:
     target = path.with_suffix(".h5")
     report = h5traces.convert(path, target, **options)
     assert report.ok, report
-    reading = options.get("reading")
+    reading = options.get("reading", h5traces.ReadingOptions())
     assert all(each.ok for each in h5traces.verify(target, against=path, reading=reading))
     (trace,) = h5traces.open(target)
     return trace

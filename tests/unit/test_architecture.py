@@ -22,6 +22,7 @@ PACKAGE = Path(h5traces.__file__).parent
 # above its name in this list; no two rooms share a floor.
 ROOMS = (
     "errors",
+    "arguments",
     "lazy",
     "format",
     "storage",
@@ -142,8 +143,9 @@ def test_servers_are_talked_to_in_one_place() -> None:
     assert found == {f"storage.remote.{each}" for each in ("filesystems", "listing", "s3", "web")}
 
 
-def test_tables_are_written_in_two_places() -> None:
-    assert importers("pyarrow") == {"features.parquet", "rewriting.export_tables"}
+def test_tables_are_written_and_read_in_one_place_each() -> None:
+    expected = {"features.parquet", "rewriting.export_tables", "sources.arrow"}
+    assert importers("pyarrow") == expected
 
 
 def test_torch_is_imported_in_one_place_of_the_reader() -> None:
