@@ -53,8 +53,8 @@ _DTYPES: Final = {
 }
 _ITEMSIZES: Final = {name: np.dtype(code).itemsize for name, (_, code) in _DTYPES.items()}
 _KEYS: Final = {"dtype", "shape", "data_offsets"}
-# The scale of each token, beside states in float8.
 _DECODED: Final = f"{layout.TOKENS_DECODED}.json"
+# The scale of each token, beside states in float8.
 _SCALES: Final = f"{layout.HIDDEN_STATES}_scales"
 
 

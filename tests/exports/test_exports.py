@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +258,7 @@ def test_references_of_shards_and_bfloat16(tmp_path: Path, bfloat16: Path) -> No
     assert size > 0
 
 
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
 def test_virtualizarr_opens_the_references(tmp_path: Path, archive: Path) -> None:
     pytest.importorskip("virtualizarr")
     from obspec_utils.registry import ObjectStoreRegistry
@@ -347,3 +350,27 @@ def test_memory_is_that_of_one_sample(tmp_path: Path) -> None:
             [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
         )
         assert int(done.stdout) < 250_000, name
+
+
+@REPLACED
+def test_the_commands_and_code_of_the_document_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_archive(tmp_path, BATCH, name="run")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)
+    for line in commands.splitlines():
+        words = shlex.split(line, comments=True)
+        assert words.pop(0) == "h5traces"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "h5traces", *words],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    expected = h5traces.open("run.h5")[0]["hidden_states"][1]
+    assert bits(names["states"]) == bits(expected)
