@@ -249,7 +249,7 @@ class NamedArraysSource(TraceSource):
                 layers = {"embedding": item.pop(embedding), **layers}
             if word.lower() in _MODULES:
                 # Module 0 is the first block.
-                self.established.first_states.setdefault(len(layers), "block")
+                self.established.first_states[len(layers)] = "block"
         return layers
 
     def _note(self, sentence: str) -> None:
