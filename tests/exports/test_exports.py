@@ -178,8 +178,12 @@ def test_layers_that_stacking_would_confuse_have_names(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path, archive: Path) -> None:
     from pyarrow import parquet
 
-    rows = parquet.read_table(h5traces.export(archive, tmp_path / "o.parquet")).to_pylist()
+    out = h5traces.export(archive, tmp_path / "o.parquet")
+    rows = parquet.read_table(out).to_pylist()
     assert len(rows) == len(BATCH)
+    again = converted(out, tmp_path / "again.h5", precision=h5traces.PrecisionOptions(dtype="auto"))
+    for found, item in zip(again, BATCH, strict=True):
+        assert_alike(found, item)
     for row, item in zip(rows, BATCH, strict=True):
         assert_alike({**row, **{kind: typed(row[kind], item[kind]) for kind in LAYERED}}, item)
 
@@ -193,6 +197,9 @@ def test_datasets_loads_it(tmp_path: Path, archive: Path) -> None:
     import datasets
 
     out = h5traces.export(archive, f"{tmp_path}/set/", to="datasets")
+    again = converted(out, tmp_path / "again.h5", precision=h5traces.PrecisionOptions(dtype="auto"))
+    for one, item in zip(again, BATCH, strict=True):
+        assert_alike(one, item)
     found = datasets.load_from_disk(str(out))
     assert len(found) == len(BATCH)
     for row, item in zip(found, BATCH, strict=True):
