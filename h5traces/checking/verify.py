@@ -31,7 +31,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
 from h5traces.format.text import and_more, counted
-from h5traces.meaning.options import FIRST_STATES, ReadingOptions
+from h5traces.meaning.options import FIRST_STATES, ReadingOptions, RunFacts
 from h5traces.meaning.padding import num_cut
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
@@ -351,6 +351,7 @@ def _as_converted(given: ReadingOptions, metadata: ArchiveMetadata) -> ReadingOp
         given,
         first_state=given.first_state or first,
         keep_padding=given.keep_padding or recorded.get("keep_padding") is True,
+        run=given.run or RunFacts.from_dict(recorded.get("run")),
     )
 
 

@@ -179,7 +179,7 @@ class Naming:
                 layers = {"embedding": item.pop(embedding), **layers}
             if word.lower() in _MODULES:
                 # Module 0 is the first block.
-                self.established.first_states.setdefault(len(layers), "block")
+                self.established.first_states[len(layers)] = "block"
         return layers
 
     def note(self, sentence: str) -> None:

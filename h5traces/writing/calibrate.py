@@ -25,6 +25,7 @@ from h5traces.paths import Target, check_not_a_source, local_path
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, stored_arrays
 from h5traces.sources.collecting import archives_and_sources
 from h5traces.sources.opening import facts_in_name, is_read_as_archive, open_source
+from h5traces.sources.runs import readings_of
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import write_scales
@@ -134,9 +135,11 @@ def calibrate(
     if target.exists() and not overwrite:
         message = f"{target} exists; use overwrite=True to replace it, or another name"
         raise ArchiveExistsError(message)
+    files = [path for path in paths if not is_read_as_archive(path, reading)]
+    readings = readings_of(files, reading)
     with Measurement(layers) as measurement:
         for path in paths:
-            with contextlib.closing(_samples(path, reading)) as found:
+            with contextlib.closing(_samples(path, readings.get(path, reading))) as found:
                 measurement.add_first(path.name, found, samples, progress)
             if measurement.num_samples >= samples:
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -421,15 +422,18 @@ def test_a_mapping_that_does_not_fit(tmp_path: Path, text: str, message: str) ->
 # --- drafts ---------------------------------------------------------------------------------------
 
 
-def test_inspect_drafts_a_mapping_that_reads_the_file(tmp_path: Path, capsys: Any) -> None:
+def test_inspect_drafts_a_mapping_that_reads_the_file(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from h5traces.cli import main
 
     path = tmp_path / "run.h5"
     with h5py.File(path, "w") as file:
         for number in range(2):
             file[f"q{number}/hidden_states"] = states(number)
+    monkeypatch.setattr(sys, "argv", ["h5traces", "inspect", str(path)])
     with pytest.raises(SystemExit) as caught:
-        main(["inspect", str(path)])
+        main()
     assert caught.value.code == 1
     printed = capsys.readouterr()
     assert "HDF5, but no archive of h5traces" in printed.err
