@@ -102,7 +102,11 @@ def _template(name: str) -> str:
     template = _NUMBER.sub("{layer}", name)
     parts = template.split("/")
     number = next((at for at, part in enumerate(parts) if "{layer}" in part), None)
-    if number is None or number == len(parts) - 1 or _LAYER.search(parts[number]):
+    if (
+        number is None
+        or number == len(parts) - 1
+        or _LAYER.search(parts[number].replace("{layer}", ""))
+    ):
         return template
     parts[number] = "{id}"
     return "/".join(parts)
