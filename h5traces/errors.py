@@ -92,6 +92,10 @@ class OptionError(H5TracesError, ValueError):
     """Options or sources contradict each other or the files; the message says which."""
 
 
+class ArgumentError(H5TracesError, TypeError):
+    """An argument has the wrong type, or there is no such parameter; the message says what is."""
+
+
 class SchemaError(H5TracesError, ValueError):
     """Metadata or a record does not fit the schema; `problems` lists every finding."""
 

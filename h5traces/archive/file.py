@@ -68,7 +68,7 @@ class ArchiveFile:
         self.path = path
         self.unrounded = unrounded
         self._scales: dict[str, ChannelScale] = {}
-        self._limits = limits
+        self.limits = limits
         self._remote = remote
         self._opened = opened
         self._store: Store | None = None
@@ -233,10 +233,10 @@ class ArchiveFile:
             return self._open_remote(self.path)
         if not self._without_footer:
             try:
-                return FooterStore(LocalFile(self.path), self._limits)
+                return FooterStore(LocalFile(self.path), self.limits)
             except FooterError as error:
                 try:
-                    store = Hdf5Store(self.path, self._limits)
+                    store = Hdf5Store(self.path, self.limits)
                     if store.root_attrs.get("format") != layout.FORMAT_NAME:
                         raise self._not_an_archive(store)
                 except ArchiveError as other:
@@ -244,12 +244,12 @@ class ArchiveFile:
                 self._without_footer = True
                 self._warn_without_footer(error)
                 return store
-        return Hdf5Store(self.path, self._limits)
+        return Hdf5Store(self.path, self.limits)
 
     def _open_remote(self, path: RemotePath) -> Store:
         file = RemoteFile(path, self._remote)
         try:
-            return FooterStore(file, self._limits)
+            return FooterStore(file, self.limits)
         except FooterError as error:
             if file.read_at(0, min(8, file.nbytes)) != layout.HDF5_SIGNATURE:
                 message = f"{path}: is not an HDF5 file, so not an h5traces archive"

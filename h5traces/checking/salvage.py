@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from h5traces.archive.agreement import Agreement
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import inherited_facts, inherited_scales
+from h5traces.archive.stores import FooterStore
 from h5traces.checking.verify import sample_damage
-from h5traces.errors import Problem, StoredStateWarning
+from h5traces.errors import CorruptArchiveError, HostileFileError, Problem, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
@@ -23,7 +27,6 @@ from h5traces.writing.stored_samples import StoredSample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from h5traces.archive.archive import Archive
     from h5traces.format.limits import ReadLimits
@@ -85,7 +88,8 @@ def salvage(
 ) -> SalvageReport:
     """Copy every intact sample of a damaged archive, and list the others.
 
-    A sample is intact if all its arrays inflate and match their digests. The source is not changed.
+    A sample is intact if all its arrays inflate and match their digests, and the footer and HDF5
+    say the same of it, where both can be read. The source is not changed.
 
     Parameters
     ----------
@@ -120,8 +124,10 @@ def salvage(
     report = SalvageReport(str(source), str(target))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoredStateWarning)
-        with open_archive(source, limits=limits) as archive, ThreadPoolExecutor(workers) as pool:
-            intact = _intact(archive, pool, report, progress)
+        with ExitStack() as until_done:
+            archive = until_done.enter_context(open_archive(source, limits=limits))
+            pool = until_done.enter_context(ThreadPoolExecutor(workers))
+            intact = _intact(archive, _agreement(archive, until_done), pool, report, progress)
             if not dry_run:
                 options = _options(archive, overwrite=overwrite, workers=workers, foreign=foreign)
                 report.warnings += _copy(archive, intact, target, options)
@@ -131,6 +137,7 @@ def salvage(
 
 def _intact(
     archive: Archive,
+    agreement: Agreement | None,
     pool: ThreadPoolExecutor,
     report: SalvageReport,
     progress: Callable[[int, int], None] | None,
@@ -138,7 +145,7 @@ def _intact(
     (file,) = archive._files
     intact = []
     for index in range(len(archive)):
-        damage = list(sample_damage(file.store, index, pool))
+        damage = [*sample_damage(file.store, index, pool), *_contradictions(agreement, index)]
         for loc, error in damage:
             message = str(error).removeprefix(f"{report.source}: ").removeprefix(f"{loc}: ")
             report.lost.append(Problem(loc, message, "damaged"))
@@ -147,6 +154,32 @@ def _intact(
         if progress is not None:
             progress(index + 1, len(archive))
     return intact
+
+
+def _agreement(archive: Archive, until_done: ExitStack) -> Agreement | None:
+    """What compares the footer with HDF5; None where only one of the two can be read."""
+    (file,) = archive._files
+    if not isinstance(file.store, FooterStore) or not isinstance(file.path, Path):
+        return None
+    try:
+        found = Agreement(file.store, file.path, file.limits)
+    except CorruptArchiveError:
+        return None
+    until_done.callback(found.close)
+    return found
+
+
+def _contradictions(agreement: Agreement | None, index: int) -> list[tuple[str, str]]:
+    """Where footer and HDF5 say different things, so that one of them is wrong."""
+    if agreement is None:
+        return []
+    try:
+        return list(agreement.of_sample(index))
+    except HostileFileError as error:
+        return [(layout.sample_path(index), str(error))]
+    except CorruptArchiveError:
+        # HDF5's own structures are damaged, and its digests vouch for what the footer lists.
+        return []
 
 
 def _options(

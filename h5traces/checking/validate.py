@@ -11,10 +11,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
+from h5traces.archive.agreement import differences
 from h5traces.archive.file import check_other_format, check_version
 from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
-from h5traces.archive.stores import FooterStore, object_place
+from h5traces.archive.stores import FooterStore
 from h5traces.checking.isolated import validate_isolated
 from h5traces.checking.meaning import check_meaning
 from h5traces.checking.reports import Reports, ValidationReport
@@ -280,17 +281,8 @@ class _Validation:
         self, place: str, listed: SampleEntry | None, stored: SampleEntry | None
     ) -> None:
         """HDFView, which reads HDF5, and h5traces, which reads the footer, must show the same."""
-        if listed is None or stored is None:
-            if listed is not stored:
-                self._add(place, "only one of the index and HDF5 has it", "footer_mismatch")
-            return
-        if listed.attrs != stored.attrs or set(listed.objects) != set(stored.objects):
-            self._add(place, "the index has other metadata than HDF5", "footer_mismatch")
-            return
-        for path, entry in stored.objects.items():
-            if not _same_entry(listed.objects[path], entry):
-                message = "the index describes another dataset than HDF5"
-                self._add(object_place(stored.ordinal, path), message, "footer_mismatch")
+        for loc, message in differences(place, listed, stored):
+            self._add(loc, message, "footer_mismatch")
 
     def _check_sample_names(self, names: list[str]) -> None:
         expected = [layout.sample_name(ordinal) for ordinal in range(len(names))]
@@ -421,16 +413,6 @@ class _Validation:
 def _values(num_changed: int | None) -> str:
     number = "an unknown number of" if num_changed is None else f"{num_changed:,}"
     return f"{number} changed values"
-
-
-def _same_entry(listed: ObjectEntry, stored: ObjectEntry) -> bool:
-    """Whether two entries agree but for checksums, which only the footer has."""
-
-    def facts(entry: ObjectEntry) -> tuple[object, ...]:
-        extents = entry.chunks and (entry.chunks.offsets, entry.chunks.sizes)
-        return entry.attrs, entry.dtype, entry.shape, entry.chunk, entry.codec, extents
-
-    return facts(listed) == facts(stored)
 
 
 def _sample_problems(

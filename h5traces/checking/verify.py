@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h5traces.archive.agreement import Agreement
 from h5traces.archive.file import check_other_format
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
@@ -29,11 +31,11 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
 from h5traces.format.text import and_more, counted
-from h5traces.meaning.options import FIRST_STATES, ReadingOptions
+from h5traces.meaning.options import FIRST_STATES, ReadingOptions, RunFacts
 from h5traces.meaning.padding import num_cut
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
-from h5traces.sources.opening import open_source
+from h5traces.sources.opening import open_source, recognise
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.writing.options import WriteOptions
@@ -57,11 +59,17 @@ class VerifyReport(FileReport):
     ----------
     num_chunks
         Chunks that were compared with their checksums.
+    num_objects
+        Groups and datasets that the index was compared with HDF5 on.
+    not_compared
+        What was not compared, with counts, and what compares it.
     nbytes
         Size of the file.
     """
 
     num_chunks: int = 0
+    num_objects: int = 0
+    not_compared: list[str] = field(default_factory=list)
     nbytes: int = 0
 
 
@@ -78,7 +86,8 @@ def verify(
     """Check that archives are what was written.
 
     The quick check compares checksums of every chunk and of all bytes between them, as fast as
-    the file can be read. It needs a footer; without one, everything is inflated instead.
+    the file can be read, and what the footer lists with what HDF5 does. It needs a footer; without
+    one, everything is inflated instead.
 
     Parameters
     ----------
@@ -86,7 +95,7 @@ def verify(
         Archives, globs or folders.
     deep
         Also inflate every array and compare the digests of its content, and validate: check
-        structure, schema and the agreement of footer and HDF5.
+        structure and schema.
     against
         A file that the archives were converted from: prove that they hold every sample of it, bit
         for bit after the cast that the archive records.
@@ -109,14 +118,14 @@ def verify(
     FileNotFoundError
         A path does not exist, or a folder or glob holds no archive.
     OptionError
-        `against` is a folder.
+        `against` is a folder that is no set by itself.
     ConversionError
         `against` cannot be read.
     LossyArchiveError
         `against` cannot be compared with an archive made of one that had lost precision.
     """
     source = None if against is None else Path(against)
-    if source is not None and source.is_dir():
+    if source is not None and source.is_dir() and not recognise(source, reading).is_readable:
         message = f"{source}: is a folder; 'against' expected one batch file"
         raise OptionError(message)
     reports = Reports[VerifyReport]()
@@ -127,7 +136,8 @@ def verify(
             # Closed at the end: while HDF5 has a file open, it does not read what is on disk now.
             with closing(_open(path, limits, report)) as store:
                 check_other_format(store.root_attrs)
-                _Verification(store, report, workers, progress).run(source, reading, deep=deep)
+                verification = _Verification(store, report, workers, progress)
+                verification.run(source, reading, deep=deep, limits=limits)
         except NotAnArchiveError as error:
             report.add("/", error, "not_an_archive")
             report.notes.clear()
@@ -164,15 +174,19 @@ class _Verification:
         self._store, self._report, self._workers = store, report, workers
         self._progress = progress or (lambda _done, _total: None)
 
-    def run(self, against: Path | None, reading: ReadingOptions, *, deep: bool) -> None:
+    def run(
+        self, against: Path | None, reading: ReadingOptions, *, deep: bool, limits: ReadLimits
+    ) -> None:
         if isinstance(self._store, FooterStore):
             self._check_bytes(self._store)
+            self._check_agreement(self._store, limits)
         self._check_head()
         if deep or not isinstance(self._store, FooterStore):
             self._check_contents()
         self._report.num_samples = self._store.num_samples
         if against is not None:
             self._check_against(against, reading)
+        self._say_what_is_left(is_deep=deep, is_compared=against is not None)
 
     def _check_bytes(self, store: FooterStore) -> None:
         """Every byte of the file against the checksums in its footer."""
@@ -184,6 +198,34 @@ class _Verification:
             message = "a stored chunk is damaged: its checksum does not fit"
             self._report.add(object_place(sample, path), message)
         self._report.num_chunks = len(store.chunk_table()[0])
+
+    def _check_agreement(self, store: FooterStore, limits: ReadLimits) -> None:
+        """What the footer lists against what HDF5 does; stock tools read the latter."""
+        try:
+            with closing(Agreement(store, Path(self._report.path), limits)) as agreement:
+                samples = (agreement.of_sample(index) for index in range(store.num_samples))
+                for loc, message in chain(agreement.of_head(), *samples):
+                    self._report.add(loc, message, "footer_mismatch")
+        except H5TracesError as error:
+            self._report.add("/", error)
+            self._report.not_compared.append(f"the index with HDF5: {error}")
+        else:
+            self._report.num_objects = agreement.num_objects
+
+    def _say_what_is_left(self, *, is_deep: bool, is_compared: bool) -> None:
+        store, left = self._store, self._report.not_compared
+        if isinstance(store, Hdf5Store):
+            left.append("stored bytes with checksums, which only an index has: 'h5traces seal'")
+        elif not is_deep:
+            sizes = store.sizes().values()
+            datasets = counted(sum(each.num_datasets for each in sizes), "dataset")
+            samples = counted(store.num_samples, "sample")
+            left.append(
+                f"values of {datasets} and metadata of {samples} with their digests: deep=True"
+            )
+        if not is_compared:
+            left.append("values with their source: against='batch.pkl'")
+        self._report.notes += [f"not compared: {each}" for each in left]
 
     def _check_head(self) -> None:
         """Attributes of the root and the kinds, scales, and the table of samples.
@@ -309,6 +351,7 @@ def _as_converted(given: ReadingOptions, metadata: ArchiveMetadata) -> ReadingOp
         given,
         first_state=given.first_state or first,
         keep_padding=given.keep_padding or recorded.get("keep_padding") is True,
+        run=given.run or RunFacts.from_dict(recorded.get("run")),
     )
 
 

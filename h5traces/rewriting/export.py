@@ -8,6 +8,7 @@ import os
 import pickle
 from typing import TYPE_CHECKING, Any, Literal
 
+from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import inherited_facts, shared_metadata
 from h5traces.errors import ConversionError, LossyWarning, warn
@@ -75,6 +76,8 @@ def export(
         `dest` has none of these suffixes, or is a source.
     ConversionError
         `dtype` was given for a pickle.
+    CorruptArchiveError
+        The footer of the archive and its HDF5 part say different things of a sample.
     ArchiveExistsError
         `dest` exists.
     """
@@ -83,7 +86,7 @@ def export(
     if is_pickle and dtype is not None:
         message = f"{place.path}: dtype is for {_SUFFIXES[-1]}; a pickle has the archive's types"
         raise ConversionError(message)
-    with open_archive(source) as archive:
+    with open_archive(source) as archive, ComparedTraces() as compared:
         place = place.for_sources(archive.paths)
         check_not_a_source(place, read_files(archive))
         target = place.path
@@ -99,7 +102,9 @@ def export(
             )
             warn(message, LossyWarning)
         if is_pickle:
-            _export_pickle(archive, target, container, overwrite=overwrite, progress=progress)
+            _export_pickle(
+                archive, compared, target, container, overwrite=overwrite, progress=progress
+            )
         else:
             options = WriteOptions(
                 dtype=dtype or "float32",
@@ -107,15 +112,18 @@ def export(
                 earlier_precisions=losses,
             )
             with ArchiveWriter(target, options, **inherited_facts(archive._files)) as writer:
-                for index, trace in enumerate(archive):
+                for index, trace in enumerate(compared.traces(archive)):
                     writer.append(to_record(trace))
                     if progress is not None:
                         progress(index + 1, len(archive))
+        for message in compared.warnings:
+            warn(message, UserWarning)
     return target
 
 
 def _export_pickle(
     archive: Archive,
+    compared: ComparedTraces,
     target: Path,
     container: Literal["source", "numpy"],
     *,
@@ -131,7 +139,7 @@ def _export_pickle(
                 )
                 out = files.enter_context(zipped)
             out.write(pickle.PROTO + bytes([_PROTOCOL]) + pickle.EMPTY_LIST)
-            for index, trace in enumerate(archive):
+            for index, trace in enumerate(compared.traces(archive)):
                 fragment = pickle.dumps(trace.to_dict(container=container), protocol=_PROTOCOL)
                 # Without its own header and STOP: the dict, then "append it to the list".
                 out.write(memoryview(fragment)[_PROTOCOL_HEADER_NBYTES : -len(pickle.STOP)])

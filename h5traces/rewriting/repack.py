@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.archive import Archive
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
@@ -144,6 +145,8 @@ def repack(
         of `sources` would find it.
     LayerIndexError, SampleIndexError
         A layer or sample is not there.
+    CorruptArchiveError
+        A source is damaged, or its footer and its HDF5 part say different things of a sample.
     ArchiveExistsError
         A target exists.
     LossyArchiveError
@@ -212,8 +215,10 @@ def repack(
             report.targets = [str(place.shard(0))]
             report.num_samples = len(indices)
             return report
-        run = _Rewrite(selected, report, options, encodes=encodes)
+        compared = until_done.enter_context(ComparedTraces())
+        run = _Rewrite(selected, report, options, compared, encodes=encodes)
         run.run(place, indices, progress)
+        report.warnings += compared.warnings
         return report
 
 
@@ -376,10 +381,12 @@ class _Rewrite:
         archive: Archive,
         report: RepackReport,
         options: WriteOptions,
+        compared: ComparedTraces,
         *,
         encodes: bool,
     ) -> None:
         self._archive, self._report, self._encodes = archive, report, encodes
+        self._compared = compared
         self._codec = None if report.copied else options.codec
         self._shards = ShardSet(options)
         self._sources, self._first_source = _joined_sources(archive._files)
@@ -412,6 +419,7 @@ class _Rewrite:
 
     def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
         first_source = self._first_source[trace.path]
+        self._compared.check(trace)
         if self._encodes:
             writer.append(to_record(trace, first_source=first_source))
         else:

@@ -25,7 +25,8 @@ class Attack:
     may_fall_back
         Whether reading may also give what the valid archive gives, from its HDF5 part.
     problem
-        Pattern of what ``validate`` must report; None where the file is valid.
+        Pattern of what ``validate`` must report of the structure; None where only values are wrong,
+        so that it reports what reading them does.
     """
 
     name: str

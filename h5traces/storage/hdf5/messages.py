@@ -33,6 +33,10 @@ _SINGLE_CHUNK, _FIXED_ARRAY = 1, 3
 # Filters of lower numbers have their name fixed by the format.
 _FIRST_NAMED_FILTER: Final = 256
 PAGE_BITS: Final = 10
+# Type, size and flags of a message.
+_HEAD: Final = struct.Struct("<BHB")
+# Flags of a link, bit 4: the character set is given; bits 0 and 1: width of the name's length.
+_SHORT_LINK, _LONG_LINK = 0x10, 0x11
 
 
 def object_header(messages: Iterable[bytes]) -> bytes:
@@ -46,7 +50,38 @@ def object_header(messages: Iterable[bytes]) -> bytes:
 
 
 def _message(kind: int, body: bytes, flags: int = 0) -> bytes:
-    return struct.pack("<BHB", kind, len(body), flags) + body
+    return _HEAD.pack(kind, len(body), flags) + body
+
+
+def messages_of(body: bytes) -> list[bytes]:
+    """The messages that the body of an object header holds; ValueError if they do not fill it."""
+    found: list[bytes] = []
+    position = 0
+    while position < len(body):
+        stop = position + _HEAD.size
+        if stop <= len(body):
+            stop += _HEAD.unpack_from(body, position)[1]
+        if stop > len(body) or stop < position + _HEAD.size:
+            message = "the last message goes beyond the header"
+            raise ValueError(message)
+        found.append(body[position:stop])
+        position = stop
+    return found
+
+
+def link_target(message: bytes) -> tuple[bytes, int] | None:
+    """Name and address of a hard link as `link_message` makes it; None for anything else."""
+    if message[0] != _LINK:
+        return None
+    flags = message[_HEAD.size + 1]
+    start = _HEAD.size + (4 if flags == _SHORT_LINK else 5)
+    name, address = message[start:-8], int.from_bytes(message[-8:], "little")
+    return (name, address) if link_message(name, address) == message else None
+
+
+def layout_address(message: bytes) -> int | None:
+    """The address in a layout message; None for other messages."""
+    return int.from_bytes(message[-8:], "little") if message[0] == _LAYOUT else None
 
 
 @lru_cache(maxsize=4096)
@@ -134,8 +169,7 @@ def group_messages(heap: int = UNDEFINED, names: int = UNDEFINED) -> bytes:
 
 def link(name: bytes, address: int) -> bytes:
     """A hard link, as dense storage holds it."""
-    # Flags, bit 4: the character set is given; bits 0 and 1: width of the name's length.
-    flags, width = (0x10, 1) if len(name) < 1 << 8 else (0x11, 2)
+    flags, width = (_SHORT_LINK, 1) if len(name) < 1 << 8 else (_LONG_LINK, 2)
     head = bytes((1, flags, _UTF8)) + len(name).to_bytes(width, "little")
     return head + name + address.to_bytes(8, "little")
 

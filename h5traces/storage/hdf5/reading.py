@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5s, h5t
+from h5py import h5a, h5d, h5g, h5l, h5s, h5t
 
 from h5traces.errors import (
     ArchiveError,
@@ -254,6 +254,17 @@ class Hdf5Reader:
                 raise NotAnArchiveError(message)
             group = self._sample_group()
             return safety.link_names(group, self._limits.max_samples, "samples")
+
+    def sample_addresses(self) -> dict[str, int]:
+        """Where the group of every sample lies in the file, by its name."""
+        found: dict[str, int] = {}
+        with self._translated(f"{self.path}: /{layout.SAMPLES_GROUP}"):
+            links = self._sample_group().links
+            for name in self.sample_names():
+                info = links.get_info(name.encode("utf-8", "surrogateescape"))
+                if info.type == h5l.TYPE_HARD:
+                    found[name] = int(info.u)
+        return found
 
     def sample_attributes(self, name: str) -> Attrs:
         """Attributes of one sample group."""

@@ -1,0 +1,163 @@
+"""Compares what object headers hold with what the index of an archive lists, without the library.
+
+`Hdf5Writer` puts every header into one piece, of messages that follow from what it describes. So a
+header that holds exactly these messages says what the index does; the library would take ten times
+as long to tell. Any other header, such as one that a stock tool wrote, is left to the library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from h5traces.errors import ArchiveError
+from h5traces.format import layout
+from h5traces.storage.hdf5.indexes import write_fixed_array
+from h5traces.storage.hdf5.messages import (
+    ATTRIBUTE_INFO,
+    UNDEFINED,
+    attribute_message,
+    dataset_messages,
+    datatype_message,
+    fixed_array_layout,
+    group_messages,
+    layout_address,
+    link_target,
+    messages_of,
+    single_chunk_layout,
+)
+from h5traces.storage.hdf5.types import hdf5_type
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from h5traces.format.document import Attrs, AttrValue
+    from h5traces.format.entries import ObjectEntry, SampleEntry
+    from h5traces.storage.files import ByteFile
+
+# Headers of a sample lie side by side, before that of its group.
+_BEFORE_NBYTES: Final = 256 << 10
+_AFTER_NBYTES: Final = 64 << 10
+_PREFIX_NBYTES: Final = 10
+
+
+class _UnknownError(Exception):
+    """A header is not as `Hdf5Writer` would have written it; it may still be right."""
+
+
+class HeaderCheck:
+    """Compares headers of one file with entries of its index."""
+
+    def __init__(self, file: ByteFile) -> None:
+        self._file, self._nbytes = file, file.nbytes
+        self._start, self._block = 0, b""
+
+    def shows(self, address: int, sample: SampleEntry) -> bool:
+        """Whether the group at `address` holds this sample and nothing else.
+
+        False, too, where that needs the library to tell.
+        """
+        try:
+            children: dict[str, list[ObjectEntry]] = {}
+            for entry in sample.objects.values():
+                children.setdefault(entry.path.rpartition("/")[0], []).append(entry)
+            self._check_group(address, "", sample.attrs, children)
+        except (_UnknownError, ArchiveError, UnicodeEncodeError):
+            return False
+        return not children
+
+    def _check_group(
+        self, address: int, path: str, attrs: Attrs, children: dict[str, list[ObjectEntry]]
+    ) -> None:
+        targets = [(message, link_target(message)) for message in self._messages(address)]
+        links = dict(target for _, target in targets if target is not None)
+        inside = children.pop(path, ())
+        expected = {entry.path.rpartition("/")[2].encode(): entry for entry in inside}
+        others = [message for message, target in targets if target is None]
+        _compare(others, [group_messages(), *_attributes(attrs)])
+        # Two links of one name would be counted once in `links`.
+        if links.keys() != expected.keys() or len(targets) - len(others) != len(inside):
+            raise _UnknownError
+        for name, entry in expected.items():
+            if entry.is_group:
+                self._check_group(links[name], entry.path, entry.attrs, children)
+            else:
+                self._check_dataset(links[name], entry)
+
+    def _check_dataset(self, address: int, entry: ObjectEntry) -> None:
+        found = self._messages(address)
+        if entry.codec is None or entry.chunks is None:
+            raise _UnknownError
+        itemsize = hdf5_type(entry.dtype).get_size()
+        described = dataset_messages(
+            datatype_message(entry.dtype), itemsize, entry.shape, entry.codec
+        )
+        offsets, sizes = entry.chunks.offsets, entry.chunks.sizes
+        if entry.shape == entry.chunk:
+            if len(sizes) != 1:
+                raise _UnknownError
+            stored = single_chunk_layout(itemsize, entry.chunk, sizes[0], offsets[0])
+        else:
+            index = next((each for each in map(layout_address, found) if each is not None), 0)
+            if sizes:
+                self._check_chunk_index(index, entry, itemsize)
+            elif index != UNDEFINED:
+                raise _UnknownError
+            stored = fixed_array_layout(itemsize, entry.chunk, index)
+        _compare(found, [described, stored, *_attributes(_shown_attributes(entry))])
+
+    def _check_chunk_index(self, address: int, entry: ObjectEntry, itemsize: int) -> None:
+        assert entry.chunks is not None
+        raw_nbytes = itemsize
+        for length in entry.chunk:
+            raw_nbytes *= length
+        position = address
+
+        def compare(data: bytes) -> int:
+            nonlocal position
+            if data != self._bytes(position, len(data)):
+                raise _UnknownError
+            position += len(data)
+            return position - len(data)
+
+        write_fixed_array(entry.chunks.offsets, entry.chunks.sizes, raw_nbytes, compare)
+
+    def _messages(self, address: int) -> list[bytes]:
+        """The messages of the object header at an address."""
+        prefix = self._bytes(address, _PREFIX_NBYTES)
+        width = 1 << (prefix[5] & 3)
+        if prefix[:5] != b"OHDR\2" or prefix[5] > 2:
+            raise _UnknownError
+        nbytes = int.from_bytes(prefix[6 : 6 + width], "little")
+        try:
+            return messages_of(self._bytes(address + 6 + width, nbytes))
+        except ValueError as error:
+            raise _UnknownError from error
+
+    def _bytes(self, address: int, nbytes: int) -> bytes:
+        stop = address + nbytes
+        if stop > self._nbytes:
+            raise _UnknownError
+        if not self._start <= address <= stop <= self._start + len(self._block):
+            self._start = max(0, address - _BEFORE_NBYTES)
+            end = min(self._nbytes, max(stop, address + _AFTER_NBYTES))
+            self._block = self._file.read_at(self._start, end - self._start)
+        return self._block[address - self._start : stop - self._start]
+
+
+def _compare(found: Iterable[bytes], expected: Iterable[bytes]) -> None:
+    """Compare messages, in any order; an expected piece may be several."""
+    if sorted(found) != sorted(messages_of(b"".join(expected))):
+        raise _UnknownError
+
+
+def _attributes(attrs: Mapping[str, AttrValue]) -> list[bytes]:
+    messages = [attribute_message(name, value) for name, value in attrs.items()]
+    if None in messages:
+        raise _UnknownError
+    return [ATTRIBUTE_INFO, *(each for each in messages if each)] if messages else []
+
+
+def _shown_attributes(entry: ObjectEntry) -> Mapping[str, AttrValue]:
+    kind, _, name = entry.path.partition("/")
+    is_image = kind in layout.KINDS and layout.KINDS[kind].image and name not in layout.TABLES
+    return {**layout.IMAGE_ATTRS, **entry.attrs} if is_image else entry.attrs
