@@ -8,7 +8,7 @@ import typer
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.checking.inspect import inspect as inspect_file
-from h5traces.checking.isolated import DEFAULT_MEMORY_NBYTES, DEFAULT_TIMEOUT, IsolationLimits
+from h5traces.checking.isolated import DEFAULT_MEMORY_NBYTES, IsolationLimits
 from h5traces.checking.reports import ValidationReport
 from h5traces.checking.validate import validate as validate_archive
 from h5traces.checking.verify import VerifyReport
@@ -124,8 +124,14 @@ def validate(
         int, option(_ISOLATION, "--memory MIB", "Memory for each file.", min=1)
     ] = DEFAULT_MEMORY_NBYTES >> 20,
     timeout: Annotated[
-        float, option(_ISOLATION, "--timeout SECONDS", "Time for each file.", min=0.1)
-    ] = DEFAULT_TIMEOUT,
+        float | None,
+        option(
+            _ISOLATION,
+            "--timeout SECONDS",
+            "Time for each file [default: 60, and 1 more for every 20 MB unless --quick].",
+            min=0.1,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Report every problem of structure, schema and meaning.
