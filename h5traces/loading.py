@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.tensors import check_container, materialised
+from h5traces.arguments import checked
 from h5traces.errors import ConversionError
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import ARCHIVE_SUFFIXES, PathLike, Source, listed_sources
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
 
 
+@checked
 def load(
     path: Source, *, container: Container = "source", reading: ReadingOptions = ReadingOptions()
 ) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from h5traces.archive.archive import Archive
 from h5traces.archive.labels import labels_folder
 from h5traces.archive.tensors import check_container
+from h5traces.arguments import checked
 from h5traces.errors import LossyArchiveError, OptionError
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.paths import PathLike, Source, expand_sources
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
 
 
+@checked
 def open(
     path: Source | Iterable[Source],
     *,

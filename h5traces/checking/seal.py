@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.file import check_other_format, check_version
 from h5traces.archive.stores import FooterStore
+from h5traces.arguments import checked
 from h5traces.errors import CorruptArchiveError, NotAnArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
@@ -62,6 +63,7 @@ class SealReport:
         return asdict(self)
 
 
+@checked
 def seal(
     sources: PathLike | Iterable[PathLike],
     *,

@@ -14,6 +14,7 @@ from h5traces.archive.agreement import Agreement
 from h5traces.archive.file import check_other_format
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
+from h5traces.arguments import checked
 from h5traces.checking.reports import FileReport, Reports
 from h5traces.checking.validate import validate_file
 from h5traces.errors import (
@@ -73,6 +74,7 @@ class VerifyReport(FileReport):
     nbytes: int = 0
 
 
+@checked
 def verify(
     sources: PathLike | Iterable[PathLike],
     *,

@@ -12,6 +12,7 @@ from torch_geometric.data import Data
 
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open as open_archive
+from h5traces.arguments import checked
 from h5traces.errors import DatasetError, OptionError
 from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
 from h5traces.graph.files import record_files
@@ -94,6 +95,7 @@ class TraceGraphDataset(Dataset[Data]):
         As `h5traces.torch_data.TraceDataset`.
     """
 
+    @checked
     def __init__(
         self,
         pattern: Archive | Source | Iterable[Source] | None = None,

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F  # as torch's own documents name it
 
+from h5traces.arguments import checked
 from h5traces.errors import DatasetError
 
 HeadReduction = Literal["mean", "max", "per_head"]
@@ -16,6 +17,7 @@ HEAD_REDUCTIONS: tuple[HeadReduction, ...] = get_args(HeadReduction)
 EDGE_DIRECTIONS: tuple[EdgeDirection, ...] = get_args(EdgeDirection)
 
 
+@checked
 def attention_edges(
     attention: torch.Tensor,
     num_nodes: int,
@@ -79,6 +81,9 @@ def check_options(head_reduction: str, direction: str) -> None:
 
 
 def _reduced(weights: torch.Tensor, head_reduction: HeadReduction) -> torch.Tensor:
+    if weights.ndim not in (2, 3):
+        message = f"attention has the shape {tuple(weights.shape)}, expected (head, query, key)"
+        raise DatasetError(message)
     if weights.ndim == 2:
         if head_reduction != "mean":
             message = (
@@ -96,7 +101,11 @@ def _fitted(weights: torch.Tensor, num_nodes: int) -> torch.Tensor:
     queries, keys = weights.shape[-2:]
     if (queries, keys) == (num_nodes, num_nodes):
         return weights
-    return F.pad(weights, (0, num_nodes - keys, 0, num_nodes - queries))
+    try:
+        return F.pad(weights, (0, num_nodes - keys, 0, num_nodes - queries))
+    except RuntimeError as error:
+        message = f"attention of {keys} tokens cannot be filled to {num_nodes} nodes: {error}"
+        raise DatasetError(message) from error
 
 
 def _directed(

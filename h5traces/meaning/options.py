@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
+from h5traces.arguments import checked_options
 from h5traces.errors import OptionError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ FirstState = Literal["embedding", "block"]
 FIRST_STATES: Final[tuple[FirstState, ...]] = get_args(FirstState)
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingOptions:
     """What the user says about a source.

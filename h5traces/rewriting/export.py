@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import inherited_facts, shared_metadata
+from h5traces.arguments import checked
 from h5traces.errors import ConversionError, LossyWarning, warn
 from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.repack import read_files
@@ -35,6 +36,7 @@ _GZIP_LEVEL = 6
 _SUFFIXES = (".pkl.gz", ".pkl", ".h5")
 
 
+@checked
 def export(
     source: PathLike,
     dest: PathLike,

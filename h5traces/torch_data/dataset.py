@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
+from h5traces.arguments import as_position, checked, checked_options, shown
 from h5traces.errors import DatasetError, LayerIndexError, SampleIndexError
 from h5traces.format import layout
 from h5traces.format.text import and_more, as_names
@@ -56,6 +57,7 @@ Key = tuple[Any, int | None]
 _END_NBYTES = 64
 
 
+@checked_options
 @dataclass(frozen=True, slots=True)
 class Labels:
     """Labels of samples.
@@ -151,6 +153,7 @@ class TraceDataset(Dataset[Item]):
     ``generate()`` gave it no states.
     """
 
+    @checked
     def __init__(
         self,
         source: Archive | PathLike | Iterable[PathLike],
@@ -206,10 +209,10 @@ class TraceDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            position = self.indices[index]
+            position = self.indices[as_position(index, "a dataset")]
         except IndexError:
-            message = f"item {index} is out of range; the dataset has {len(self)}"
-            raise IndexError(message) from None
+            message = f"item {shown(index)} is out of range; the dataset has {len(self)}"
+            raise SampleIndexError(message) from None
         trace = self.archive[position]
         self._guard.check(trace.path)
         item: Item = {"index": position, "sample_id": trace.metadata.sample_id}
@@ -243,7 +246,7 @@ class TraceDataset(Dataset[Item]):
 
     def _field(self, trace: Trace, field: str) -> Any:
         if field not in trace:
-            message = f"{named(trace)}: has no field {field!r}; stored: {', '.join(trace)}"
+            message = f"{named(trace)}: has no field {shown(field)}; stored: {', '.join(trace)}"
             raise DatasetError(message)
         value = trace._value(field, "numpy")
         if field != layout.TOKENS:
@@ -381,8 +384,8 @@ def _stored_label(trace: Trace, name: str) -> Any:
     if value is None:
         known = sorted(metadata.scores or {}) + (["label"] if metadata.label is not None else [])
         message = (
-            f"{named(trace)}: has no label {name!r}; stored: {', '.join(known) or 'none'}; pass "
-            "labels={sample_id: value}, or leave the sample out with indices="
+            f"{named(trace)}: has no label {shown(name)}; stored: {', '.join(known) or 'none'}; "
+            "pass labels={sample_id: value}, or leave the sample out with indices="
         )
         raise DatasetError(message)
     return value

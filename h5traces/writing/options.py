@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
+from h5traces.arguments import checked_options
 from h5traces.errors import OptionError, PrecisionError
 from h5traces.format.dtypes import DTYPE_POLICIES, OverflowPolicy
 from h5traces.format.precision import EXACT, Precision
@@ -33,6 +34,7 @@ _HALF_NBYTES: Final = 2
 _MANY_EXCEPTIONS: Final = 0.005
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PrecisionOptions:
     """How precisely hidden states and attentions are stored, and with which codec.
@@ -98,6 +100,7 @@ class PrecisionOptions:
         return EXACT if self.tier is None else Precision.of(self.tier)
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TargetOptions:
     """What happens to the archives that are written.
