@@ -1,26 +1,39 @@
 """How fast files of each kind are converted, beside merely reading them.
 
     python benchmarks/sources.py [--mb 200] [--runs 3] [--tokens 256] [KIND ...]
+    python benchmarks/sources.py --memory [--mb 2000] [--tokens 256] [KIND ...]
 
 The same traces (8 layers of hidden size 1024 and attentions of 8 heads, float16) are written in
 every kind. *read* is the time of reading the bytes of the files, *records* that of making records,
 *convert* that of `h5traces.convert` with default options; MB/s are of raw arrays. *peak* is the
 memory that the conversion takes, in a process of its own, beyond what it has after importing.
+
+With `--memory`, one file of 2 GB of each kind that can be streamed is converted once, and the peak
+is compared with 200 MB and twice the largest sample. The file lies in the folder for temporary
+files, and is deleted afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
+import multiprocessing
 import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 LAYERS, HIDDEN, HEADS = 8, 1024, 8
 CHILD = """
@@ -129,6 +142,111 @@ KINDS = {
 }
 
 
+# --- one file of each kind, for memory ------------------------------------------------------------
+
+
+def stream_pickle(path: Path, samples: Iterator[dict], *, compressed: bool = False) -> None:
+    with gzip.open(path, "wb", compresslevel=1) if compressed else path.open("wb") as file:
+        for sample in samples:
+            pickle.dump([listed(sample)], file)
+
+
+def stream_mapping(path: Path, samples: Iterator[dict]) -> None:
+    """A dict by id."""
+    found = {each["question_id"]: listed(each) for each in samples}
+    with path.open("wb") as file:
+        pickle.dump(found, file)
+
+
+def stream_columns(path: Path, samples: Iterator[dict]) -> None:
+    found: dict[str, list] = {}
+    for sample in samples:
+        for key, value in listed(sample).items():
+            found.setdefault(key, []).append(value)
+    # Lists of lists of one array are taken for steps: one column per kind holds stacked arrays.
+    for key in ("hidden_states", "attentions"):
+        found[key] = [[[step] for step in layers] for layers in found[key]]
+    with path.open("wb") as file:
+        pickle.dump({f"{key}s" if key == "question_id" else key: found[key] for key in found}, file)
+
+
+def stream_torch(path: Path, samples: Iterator[dict], *, zipped: bool = True) -> None:
+    import torch
+
+    found = [in_torch(each) for each in samples]
+    torch.save(found, path, _use_new_zipfile_serialization=zipped)
+
+
+def stream_safetensors(path: Path, samples: Iterator[dict]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(dict(by_prefix(samples)), path)
+
+
+def stream_npz(path: Path, samples: Iterator[dict], method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", method, compresslevel=1) as archive:
+        for name, value in by_prefix(samples):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, value)
+
+
+def by_prefix(samples: Iterator[dict]) -> Iterator[tuple[str, np.ndarray]]:
+    for sample in samples:
+        for key, value in sample.items():
+            if key != "question_id":
+                yield f"{sample['question_id']}/{key}", value
+
+
+STREAMED = {
+    "pickle": stream_pickle,
+    "pickle, gzip": partial(stream_pickle, compressed=True),
+    "pickle, by id": stream_mapping,
+    "pickle, columns": stream_columns,
+    "torch.save": stream_torch,
+    "torch.save, old": partial(stream_torch, zipped=False),
+    "safetensors": stream_safetensors,
+    "npz": stream_npz,
+    "npz, deflated": partial(stream_npz, method=zipfile.ZIP_DEFLATED),
+}
+LIMIT_MB = 200
+
+
+def repeated(samples: list[dict], count: int) -> Iterator[dict]:
+    """So many samples, each different in one number, in arrays of their own."""
+    for index in range(count):
+        sample = {key: copy.copy(value) for key, value in samples[index % len(samples)].items()}
+        sample["question_id"] = f"q{index}"
+        sample["hidden_states"][0, 0, 0] = index
+        yield sample
+
+
+def memory(names: Sequence[str], megabytes: int, tokens: int) -> bool:
+    """Convert one large file of each kind; whether all stay within the limit."""
+    samples = traces(100, tokens)
+    one = sum(value.nbytes for value in samples[0].values() if isinstance(value, np.ndarray)) / 1e6
+    limit, is_within = LIMIT_MB + 2 * one, True
+    print(f"{megabytes // one:.0f} samples of {one:.1f} MB; limit {limit:.0f} MB")
+    print(f"{'':18}{'file MB':>8}{'convert s':>11}{'peak MB':>9}")
+    for name in names:
+        with tempfile.TemporaryDirectory() as inside:
+            path = Path(inside) / "batch.bin"
+            write_apart(name, path, samples, int(megabytes // one))
+            seconds, peak = convert(path, Path(inside) / "out.h5")
+            is_within &= peak <= limit
+            size = path.stat().st_size / 1e6
+        print(f"{name:18}{size:8.0f}{seconds:11.2f}{peak:9.0f}", flush=True)
+    return is_within
+
+
+def write_apart(name: str, path: Path, samples: list[dict], count: int) -> None:
+    """Write a file in a process of its own, which gives back its memory."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=lambda: STREAMED[name](path, repeated(samples, count)))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, name
+
+
 def read_bytes(files: list[Path]) -> float:
     start = time.perf_counter()
     buffer = bytearray(1 << 20)
@@ -168,11 +286,15 @@ def convert(folder: Path, target: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}")
-    parser.add_argument("--mb", type=int, default=200, help="raw megabytes (default: 200)")
+    parser.add_argument("--memory", action="store_true", help="one file of 2 GB of each kind")
+    parser.add_argument("--mb", type=int, help="raw megabytes (default: 200, with --memory 2000)")
     parser.add_argument("--tokens", type=int, default=256, help="of a sample (default: 256)")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is taken")
     options = parser.parse_args()
-    samples = traces(options.mb, options.tokens)
+    if options.memory:
+        names = options.kinds or list(STREAMED)
+        sys.exit(0 if memory(names, options.mb or 2000, options.tokens) else 1)
+    samples = traces(options.mb or 200, options.tokens)
     raw = sum(each[key].nbytes for each in samples for key in ("hidden_states", "attentions"))
     print(f"{len(samples)} samples of {raw / len(samples) / 1e6:.1f} MB")
     columns = f"{'records s':>11}{'convert s':>11}{'MB/s':>7}{'peak MB':>9}"

@@ -7,6 +7,7 @@ The models in h5traces/format/ are the single source of the format's metadata. W
   schema/unstable/trace_metadata.schema.json     attributes of /samples/<ordinal>
   schema/unstable/label_sidecar.schema.json      the file with labels beside an archive
   schema/unstable/trace_record.schema.json       a record without its numbers
+  schema/unstable/mapping.schema.json            a file that says how files of others are read
   schema/SPEC.md                                 every table between two marker comments:
                                                  <!-- generated: NAME --> … <!-- end: NAME -->
 
@@ -49,6 +50,7 @@ from h5traces.format.record import (
 )
 from h5traces.format.value_types import TABLE
 from h5traces.format.values import JSON_TAGS
+from h5traces.sources.mapping import MappingDocument
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -80,6 +82,8 @@ class SchemaFile:
     title: str
     model: type[Document]
     description: str
+    # People write some documents, and may leave out what has a default.
+    is_stored: bool = True
 
 
 SCHEMAS: Final = (
@@ -116,6 +120,14 @@ SCHEMAS: Final = (
         "A record without its numbers: metadata, and names, types and shapes of its arrays. JSON "
         "Schema cannot relate lengths of different fields; the writer and 'h5traces validate' do.",
     ),
+    SchemaFile(
+        "mapping",
+        "Mapping",
+        MappingDocument,
+        "Which name of a file of another program holds which field: the content of a mapping, a "
+        "file of TOML, see docs/mappings.md.",
+        is_stored=False,
+    ),
 )
 
 _STORED_AS: Final = {
@@ -145,9 +157,17 @@ class _StoredDocuments(GenerateJsonSchema):
         return inner["type"] != "default" or inner.get("default", "made") is not None
 
 
+class _WrittenDocuments(_StoredDocuments):
+    """The same of what people write: whatever has a default may be absent."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:  # noqa: FBT001  # pydantic's
+        return field["schema"]["type"] != "default"
+
+
 def json_schema(file: SchemaFile) -> dict[str, Any]:
     """The JSON Schema of a model, as it is written to disk."""
-    generated = file.model.model_json_schema(schema_generator=_StoredDocuments)
+    generator = _StoredDocuments if file.is_stored else _WrittenDocuments
+    generated = file.model.model_json_schema(schema_generator=generator)
     generated.pop("title", None)
     generated.pop("description", None)
     definitions = generated.pop("$defs", None)

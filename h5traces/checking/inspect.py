@@ -22,9 +22,9 @@ from h5traces.format.values import TorchValue
 from h5traces.meaning.checks import CheckOptions, FindingSummary
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.sample_checks import Look, SampleChecks
-from h5traces.paths import is_archive
 from h5traces.sources.collecting import archives_and_sources
-from h5traces.sources.opening import facts_in_name, open_source
+from h5traces.sources.opening import facts_in_name, is_read_as_archive, open_source
+from h5traces.sources.runs import readings_of
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.stored_samples import to_record
 
@@ -208,11 +208,15 @@ def inspect(
         A file is neither an archive nor a batch, or is damaged.
     """
     found = []
-    for path in archives_and_sources(sources, reading):
-        if isinstance(path, RemotePath) or is_archive(path):
+    paths = archives_and_sources(sources, reading)
+    local = [path for path in paths if not isinstance(path, RemotePath)]
+    files = [path for path in local if not is_read_as_archive(path, reading)]
+    readings = readings_of(files, reading)
+    for path in paths:
+        if isinstance(path, RemotePath) or path not in readings:
             found.append(_inspect_archive(path, samples, checks, limits, progress))
         else:
-            found.append(_inspect_batch(path, samples, reading, checks, progress))
+            found.append(_inspect_batch(path, samples, readings[path], checks, progress))
     return found
 
 

@@ -32,11 +32,11 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
 from h5traces.format.text import and_more, counted
-from h5traces.meaning.options import FIRST_STATES, ReadingOptions
+from h5traces.meaning.options import FIRST_STATES, ReadingOptions, RunFacts
 from h5traces.meaning.padding import num_cut
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
-from h5traces.sources.opening import open_source
+from h5traces.sources.opening import open_source, recognise
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterError
 from h5traces.writing.options import WriteOptions
@@ -120,14 +120,14 @@ def verify(
     FileNotFoundError
         A path does not exist, or a folder or glob holds no archive.
     OptionError
-        `against` is a folder.
+        `against` is a folder that is no set by itself.
     ConversionError
         `against` cannot be read.
     LossyArchiveError
         `against` cannot be compared with an archive made of one that had lost precision.
     """
     source = None if against is None else Path(against)
-    if source is not None and source.is_dir():
+    if source is not None and source.is_dir() and not recognise(source, reading).is_readable:
         message = f"{source}: is a folder; 'against' expected one batch file"
         raise OptionError(message)
     reports = Reports[VerifyReport]()
@@ -353,6 +353,7 @@ def _as_converted(given: ReadingOptions, metadata: ArchiveMetadata) -> ReadingOp
         given,
         first_state=given.first_state or first,
         keep_padding=given.keep_padding or recorded.get("keep_padding") is True,
+        run=given.run or RunFacts.from_dict(recorded.get("run")),
     )
 
 

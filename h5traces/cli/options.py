@@ -186,8 +186,12 @@ def _reading(
         bool,
         option(READING, "--keep-padding", "Keep padded positions and their mask; they are cut."),
     ] = False,
+    mapping: Annotated[
+        str | None,
+        option(READING, "--mapping TOML", "Which name of a file holds which field, and its axes."),
+    ] = None,
 ) -> ReadingOptions:
-    return ReadingOptions(first_state=first_state, keep_padding=keep_padding)
+    return ReadingOptions(first_state=first_state, keep_padding=keep_padding, mapping=mapping)
 
 
 def _checks(

@@ -20,6 +20,7 @@ from h5traces.format import layout
 from h5traces.format.record import StepArrays
 from h5traces.precision.attention import MEAN
 from h5traces.sources.opening import SOURCE_SUFFIXES, open_source
+from h5traces.sources.runs import readings_of
 from h5traces.torch_data.dataset import (
     ShardGuard,
     check_layers,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from h5traces.archive.archive import Archive
     from h5traces.format.record import LayerArray, TraceRecord
+    from h5traces.meaning.options import ReadingOptions
     from h5traces.torch_data.dataset import Labels
 
 _ANSWER: Final = "generated_answer_clean"
@@ -158,10 +160,11 @@ class RecordSamples:
         self._ids: list[Any] = []
         starts: list[int] = []
         stored: list[int] = []
+        readings = readings_of(self._paths)
         for path in self._paths:
             starts.append(len(self._ids))
             left = None if max_samples is None else max_samples - len(self._ids)
-            for record in itertools.islice(_records(path), left):
+            for record in itertools.islice(_records(path, readings[path]), left):
                 self._ids.append(_field(record, layout.QUESTION_ID, record.sample_id))
                 if len(self._ids) == 1:
                     stored = sorted(
@@ -176,7 +179,7 @@ class RecordSamples:
         if missing or not self.layers:
             message = f"{paths[0]}: layers {missing} are not stored; stored: {stored}"
             raise LayerIndexError(message)
-        self._reader = _Reader(self._paths, self._starts, ShardGuard(self._paths))
+        self._reader = _Reader(self._paths, readings, self._starts, ShardGuard(self._paths))
 
     @property
     def shard_numbers(self) -> NDArray[np.int64]:
@@ -261,13 +264,19 @@ class _Reader:
     """Reads a file up to the sample asked for, and keeps it open there.
 
     The last samples that were read stay in memory, 512 MB of them; a pickle holds none. `starts`
-    holds the index of the first sample of every file, and the number of samples.
+    holds the index of the first sample of every file, and the number of samples; `readings` how
+    they are read.
     """
 
     def __init__(
-        self, paths: tuple[Path, ...], starts: NDArray[np.int64], guard: ShardGuard
+        self,
+        paths: tuple[Path, ...],
+        readings: dict[Path, ReadingOptions],
+        starts: NDArray[np.int64],
+        guard: ShardGuard,
     ) -> None:
-        self._paths, self._starts, self._guard = paths, starts, guard
+        self._paths, self._readings = paths, readings
+        self._starts, self._guard = starts, guard
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, tuple[TraceRecord, int]] = OrderedDict()
         # Process and number of the open file: after a fork, both processes would move its position.
@@ -276,7 +285,7 @@ class _Reader:
         self._next = 0
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), (self._paths, self._starts, self._guard)
+        return type(self), (self._paths, self._readings, self._starts, self._guard)
 
     def record(self, index: int) -> TraceRecord:
         """One sample; other threads wait while it is read."""
@@ -292,7 +301,11 @@ class _Reader:
         if self._open != (os.getpid(), number) or self._next > index:
             self._guard.check(self._paths[number])
             self._open = os.getpid(), number
-            self._records, self._next = _records(self._paths[number]), int(self._starts[number])
+            path = self._paths[number]
+            self._records, self._next = (
+                _records(path, self._readings[path]),
+                int(self._starts[number]),
+            )
         record = next(self._records)
         arrays = (each.array for kind in record.layered.values() for each in kind.arrays)
         loaded = (each.load() for each in arrays if not isinstance(each, StepArrays))
@@ -302,9 +315,9 @@ class _Reader:
             self._kept.popitem(last=False)
 
 
-def _records(path: Path) -> Iterator[TraceRecord]:
+def _records(path: Path, reading: ReadingOptions) -> Iterator[TraceRecord]:
     """The records of a file, one by one."""
-    with open_source(path) as source:
+    with open_source(path, reading) as source:
         yield from source.records()
 
 

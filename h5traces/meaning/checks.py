@@ -112,6 +112,15 @@ _ALL: Final = (
         remedy="Nothing to do; trace.layer(n, kind) reads one layer of it.",
     ),
     Check(
+        id="unlike-earlier",
+        severity="warning",
+        reason="This sample says another order of axes, or another first hidden state, than "
+        "earlier samples, or other files of its run, say for as many states. Each is stored as it "
+        "says itself; samples that say nothing follow the earlier ones.",
+        remedy="Convert the files of each producer by themselves.",
+        of_reading=True,
+    ),
+    Check(
         id="last-position-only",
         severity="warning",
         reason="The arrays hold one position instead of the sequence: the '350 MB bug' of old "

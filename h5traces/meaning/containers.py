@@ -250,10 +250,18 @@ def _stacked(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) -> 
     if not layers:
         message = f"field {kind!r}: shape {shape} has no layers; leave the field out"
         raise ConversionError(message)
+    earlier = known.get(kind, order)
     known[kind] = order
     found = Apart(kind, layers, "array", order)
+    if _without_batch(earlier) != _without_batch(order) and {*earlier, BATCH} == {*order, BATCH}:
+        axes_of = f"({', '.join(order)}), and ({', '.join(earlier)})"
+        found.note("unlike-earlier", f"the axes are {axes_of} in earlier samples")
     found.note("stacked-layers", f"one array with the axes ({', '.join(order)})")
     return found
+
+
+def _without_batch(order: tuple[str, ...]) -> list[str]:
+    return [each for each in order if each != BATCH]
 
 
 def _orders(kind: str, axes: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

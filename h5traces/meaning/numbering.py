@@ -17,7 +17,7 @@ from h5traces.meaning.checks import Finding
 
 if TYPE_CHECKING:
     from h5traces.meaning.containers import Apart
-    from h5traces.meaning.options import FirstState
+    from h5traces.meaning.options import FirstState, RunFacts
 
 
 FIRST_STATE_UNKNOWN: Final = Finding(
@@ -29,7 +29,7 @@ FIRST_STATE_UNKNOWN: Final = Finding(
 
 @dataclass(slots=True)
 class Established:
-    """What the samples of one source have told so far.
+    """What the samples of one source, and other files of its run, have told so far.
 
     Attributes
     ----------
@@ -50,6 +50,11 @@ class Established:
     num_layers: int | None = None
     first_states: dict[int, FirstState] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RunFacts) -> Established:
+        """What is known before the first sample."""
+        return cls(first_states=dict(run.first_states), axes=dict(run.axes))
 
     def add(self, numbered: Numbered) -> None:
         """Note the numbers of a kind."""
@@ -133,9 +138,16 @@ def numbered_states(
         first = None
     if first is not None and first_state not in (None, first):
         _contradict(num_states, blocks, first, first_state)
+    earlier = established.first_states.get(num_states)
     if blocks is None:
         first = first or first_state or _by_number(num_states, num_layers)
-        first = first or established.first_states.get(num_states)
+    if first is not None and earlier not in (None, first):
+        found.note(
+            "unlike-earlier", f"the first is the {first}, and the {earlier} in earlier samples"
+        )
+    is_told = first is None
+    if blocks is None:
+        first = first or earlier
     if first is None:
         found.findings.append(FIRST_STATE_UNKNOWN)
         positions = range(num_states) if found.numbers is None else found.numbers
@@ -143,7 +155,10 @@ def numbered_states(
         return Numbered(names, (None,) * num_states)
     established.first_states[num_states] = first
     if first == "embedding":
-        found.note("embedding-first", "the first is the embedding, the last is after the norm")
+        as_told = ", as in other samples of the run" if is_told else ""
+        found.note(
+            "embedding-first", f"the first is the embedding, the last is after the norm{as_told}"
+        )
     return _named(found, blocks, first)
 
 

@@ -2,17 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
 from h5traces.arguments import checked_options
 from h5traces.errors import OptionError
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
 FirstState = Literal["embedding", "block"]
 FIRST_STATES: Final[tuple[FirstState, ...]] = get_args(FirstState)
+
+
+# Numbers of hidden states and names of kinds that an archive may record of a run.
+_MOST_FACTS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What files of one run establish, for those that do not say it themselves.
+
+    Attributes
+    ----------
+    first_states
+        By number of hidden states, what the first of them is.
+    axes
+        Order of axes of stacked arrays by kind, and axes of kinds that the format does not name.
+    """
+
+    first_states: Mapping[int, FirstState] = field(default_factory=dict)
+    axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.first_states or self.axes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The facts as JSON-ready values, which archives record."""
+        return {
+            "first_states": {str(number): first for number, first in self.first_states.items()},
+            "axes": {kind: list(axes) for kind, axes in self.axes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, found: Any) -> Self:
+        """Facts that an archive records; what is none of them is left out."""
+        parts = [found.get(name) if isinstance(found, dict) else None for name in _FACTS]
+        first, axes = (each if isinstance(each, dict) else {} for each in parts)
+        if max(len(first), len(axes)) > _MOST_FACTS:
+            return cls()
+        return cls(
+            {
+                int(number): each
+                for number, each in first.items()
+                if _is_count(number) and each in FIRST_STATES
+            },
+            {kind: tuple(each) for kind, each in axes.items() if _are_axes(each)},
+        )
+
+    def contradicts(self, other: RunFacts) -> bool:
+        """Whether both say something else of the same thing."""
+        mine, others = self.as_dict(), other.as_dict()
+        return any(
+            others[name].get(key, value) != value
+            for name, facts in mine.items()
+            for key, value in facts.items()
+        )
+
+
+_FACTS: Final = ("first_states", "axes")
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= len("100000")
+
+
+def _are_axes(value: Any) -> bool:
+    return isinstance(value, list) and "token" in value and all(type(each) is str for each in value)
 
 
 @checked_options
@@ -29,11 +96,14 @@ class ReadingOptions:
         Keep padded positions and store the mask; by default they are cut.
     mapping
         A file that says which name holds which field, and what its axes are.
+    run
+        What other files of the same run establish; whoever reads several files of a run fills it.
     """
 
     first_state: FirstState | None = None
     keep_padding: bool = False
     mapping: str | os.PathLike[str] | None = None
+    run: RunFacts = RunFacts()
 
     def __post_init__(self) -> None:
         if self.first_state not in (None, *FIRST_STATES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from h5traces.archive.selection import Selection, as_numbers
@@ -20,6 +21,7 @@ from h5traces.rewriting.convert_jobs import (
 from h5traces.rewriting.convert_plan import plan_jobs
 from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
+from h5traces.sources.runs import facts_of_runs
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
 
@@ -119,6 +121,9 @@ def convert(
     )
     place = Target.of(dest, shard_samples=target.shard_samples)
     jobs, found = plan_jobs(sources, place, merge=merge, reading=reading)
+    if not target.dry_run:
+        named = [source for job in jobs for source in job.sources]
+        options = replace(options, runs=facts_of_runs(named, reading))
     if given.scales is not None:
         check_not_a_source([job.target for job in jobs], given.scales)
     report = ConversionReport(

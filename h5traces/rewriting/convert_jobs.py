@@ -36,6 +36,7 @@ from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.existing import Wanted, compare_existing, source_file
 from h5traces.rewriting.reports import FileReport, cast_warnings
 from h5traces.sources.opening import facts_in_name, open_source
+from h5traces.sources.runs import Runs, merged, reading_in_run
 from h5traces.storage.processes import blocked_signals
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import Measurement, batch_states, check_model
@@ -72,8 +73,19 @@ class ConvertOptions:
     model_id: str | None = None
     dataset: str | None = None
     write: WriteOptions = field(default_factory=WriteOptions)
+    # What the runs establish that sources belong to.
+    runs: Runs = field(default_factory=dict)
     # Those that the archives record, see `recorded_options`.
     recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    def reading_of(self, source: Path) -> ReadingOptions:
+        """How to read a source."""
+        return reading_in_run(source, self.reading, self.runs)
+
+    def recorded_of(self, sources: Sequence[Path]) -> dict[str, Any]:
+        """The options that an archive of these sources records."""
+        found = merged([self.reading_of(each).run for each in sources])
+        return {**self.recorded, "run": found.as_dict()} if found else dict(self.recorded)
 
     def facts(self, source: Path) -> dict[str, str | None]:
         """``model_id`` and ``dataset``: as given, else as the source's name says."""
@@ -118,7 +130,7 @@ def _keep_existing(job: Job, options: ConvertOptions, report: FileReport) -> Non
         write=options.write,
         layers=options.layers,
         facts=options.facts(job.sources[0]),
-        options=options.recorded,
+        options=options.recorded_of(job.sources),
         compare=options.target.compare,
     )
     try:
@@ -317,7 +329,7 @@ class _Conversion:
     def _new_writer(self) -> None:
         target = self._job.target.shard(len(self._shards.writers))
         facts = self._options.facts(self._sources[0])
-        self._shards.new(target, **facts, conversion=dict(self._options.recorded))
+        self._shards.new(target, **facts, conversion=self._options.recorded_of(self._sources))
         self._source_counts = [0] * len(self._sources)
 
     def _finish_writer(self) -> None:
@@ -390,7 +402,7 @@ def _records(
     """The records of one batch file; `found` is filled when all are read."""
     try:
         chosen = _chosen(source, options)
-        with open_source(source, options.reading) as opened:
+        with open_source(source, options.reading_of(source)) as opened:
             for record in opened.records(file=number, layers=chosen):
                 ready = _Ready(record, opened.progress[0], opened.num_layers)
                 del record
@@ -408,7 +420,7 @@ def _chosen(source: Path, options: ConvertOptions) -> tuple[int, ...] | None:
     layers = options.layers
     if layers is None or not isinstance(layers, str):
         return None if layers is None else as_numbers(layers)
-    with open_source(source, options.reading) as opened:
+    with open_source(source, options.reading_of(source)) as opened:
         next(opened.records(), None)
         return choose_layers(layers, opened.established.numbers, f"{source} has")
 
@@ -623,7 +635,7 @@ def _measured(
             report(path, 0, 0)
             # A damaged batch is reported when it is converted.
             with contextlib.suppress(ConversionError, SchemaError, OSError):
-                _add(measurement, path, samples, options.reading)
+                _add(measurement, path, samples, options.reading_of(path))
             if measurement.num_samples >= samples:
                 break
         if not measurement.has_states:

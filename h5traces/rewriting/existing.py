@@ -27,6 +27,7 @@ from h5traces.errors import (
 from h5traces.format.archive import SourceFile
 from h5traces.format.precision import EXACT
 from h5traces.format.text import and_more
+from h5traces.meaning.options import RunFacts
 from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
@@ -211,8 +212,12 @@ def _compare_options(found: Comparison, metadata: ArchiveMetadata, wanted: Wante
     if metadata.conversion is None:
         found.unknown.append("how its source was read")
     else:
-        names = {**metadata.conversion, **wanted.options}
-        pairs |= {name: (metadata.conversion.get(name), wanted.options.get(name)) for name in names}
+        recorded, options = dict(metadata.conversion), dict(wanted.options)
+        runs = [RunFacts.from_dict(each.pop("run", None)) for each in (recorded, options)]
+        # A file alone says less than one among others of its run.
+        if runs[0].contradicts(runs[1]):
+            pairs["run"] = runs[0].as_dict(), runs[1].as_dict()
+        pairs |= {name: (recorded.get(name), options.get(name)) for name in {**recorded, **options}}
     for name, (old, new) in pairs.items():
         if old != new:
             found.differs.append(f"its {name} is {_shown(old)}, not {_shown(new)}")

@@ -115,8 +115,10 @@ def collect(source: str | os.PathLike[str], reading: ReadingOptions | None = Non
         A folder holds no source.
     """
     path = Path(source)
-    if path.is_dir() and not _is_set(path):
+    if path.is_dir() and not _is_set(path, reading):
         return _of_folder(path, reading)
+    if path.is_dir():
+        return Collected([(path, Path(path.name))])
     if path.exists() or not has_wildcards(source):
         (path,) = expand_paths(source, SOURCE_SUFFIXES)
         if _is_part(path):
@@ -163,13 +165,13 @@ def _in_folder(folder: Path, reading: ReadingOptions | None) -> list[Path]:
     return sorted({*found, *(path for path, _ in collected.sources)})
 
 
-def _is_set(folder: Path) -> bool:
+def _is_set(folder: Path, reading: ReadingOptions | None) -> bool:
     """Whether a folder as a whole is one source."""
-    return recognise(folder).is_readable
+    return recognise(folder, reading).is_readable
 
 
 def _of_folder(folder: Path, reading: ReadingOptions | None) -> Collected:
-    walked = walk(folder, is_one=_is_set)
+    walked = walk(folder, is_one=lambda each: _is_set(each, reading))
     found = _sorted_out(walked.files, reading)
     found.sources = [(path, path.relative_to(folder)) for path, _ in found.sources]
     _place_others(found, walked.others)
@@ -183,7 +185,7 @@ def _of_folder(folder: Path, reading: ReadingOptions | None) -> Collected:
 
 
 def _of_glob(matches: list[Path], reading: ReadingOptions | None) -> Collected:
-    files = [path for path in matches if not path.is_dir() or _is_set(path)]
+    files = [path for path in matches if not path.is_dir() or _is_set(path, reading)]
     found = _sorted_out(files, reading)
     for folder in (path for path in matches if path not in files):
         # '**' also matches the folders on its way.
@@ -203,7 +205,7 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
             _place_part(found, path)
             continue
         try:
-            recognised = recognise(path)
+            recognised = recognise(path, reading)
         except (H5TracesError, OSError) as error:
             message = str(error) if str(path) in str(error) else f"{path}: {error}"
             found.left.append(Leftover(str(path), "a file that cannot be read", message))
@@ -214,7 +216,8 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
             unsure.append(recognised)
     names = _Names([path for path, _ in found.sources])
     for each in unsure:
-        if each.is_readable and (names.continues(each.path) or _holds_traces(each.path, reading)):
+        continues = names.continues(each.path) and each.kind.id not in _COMPANIONS
+        if each.is_readable and (continues or _holds_traces(each.path, reading)):
             found.sources.append((each.path, Path(each.path.name)))
             continue
         leftover = Leftover(str(each.path), str(each.kind), each.reason)

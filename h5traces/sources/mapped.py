@@ -63,11 +63,13 @@ class MappedFile:
         nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
         return np.ndarray(shape, dtype, buffer=self.view(offset, nbytes))
 
-    def release(self) -> None:
+    def release(self, nbytes: int = 0) -> None:
         """Give back the pages of what was read; views read them again if they are still used.
 
-        Otherwise all that was ever read would count as this process's memory.
+        Otherwise all that was ever read would count as this process's memory. `nbytes` were read
+        beside what was asked of this file: of views that were there before.
         """
+        self._touched += nbytes
         if self._touched >= _RELEASE_NBYTES and isinstance(self._map, mmap.mmap):
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)

@@ -66,7 +66,13 @@ _EMBEDDINGS: Final = frozenset(
 
 
 class NamedArraysSource(TraceSource):
-    """A file of named arrays: one sample, or one per prefix of names."""
+    """A file of named arrays: one sample, or one per prefix of names.
+
+    Attributes
+    ----------
+    arrays
+        By name, what loads each array.
+    """
 
     def __init__(
         self, path: str | os.PathLike[str], *, options: ReadingOptions = ReadingOptions()
@@ -74,10 +80,12 @@ class NamedArraysSource(TraceSource):
         super().__init__(path, options=options)
         self._samples: list[tuple[str, Loaders]] = []
         self._file: MappedFile
+        self.arrays: Loaders = {}
 
     def take(self, arrays: Loaders, facts: Mapping[str, str], file: MappedFile) -> None:
         """Say what the file holds: arrays by name, text about them, and the file they lie in."""
         self._file = file
+        self.arrays = arrays
         self._facts = {key: value for key, value in facts.items() if key != "format"}
         self._samples = self._split(arrays)
         self.num_samples = len(self._samples)
@@ -90,13 +98,17 @@ class NamedArraysSource(TraceSource):
 
     def close(self) -> None:
         """Close the file; samples that were returned stay valid."""
-        self._samples = []
+        self._samples, self.arrays = [], {}
         self._file.close()
+
+    def release(self, nbytes: int = 0) -> None:
+        """Give back pages of the file, of which so many bytes were read as views."""
+        self._file.release(nbytes)
 
     def __next__(self) -> dict[Any, Any]:
         if not self._samples:
             raise StopIteration
-        self._file.release()
+        self.release()
         name, loaders = self._samples.pop(0)
         self.num_read += 1
         return self._sample(name, self.prepared({key: load() for key, load in loaders.items()}))
@@ -237,7 +249,7 @@ class NamedArraysSource(TraceSource):
                 layers = {"embedding": item.pop(embedding), **layers}
             if word.lower() in _MODULES:
                 # Module 0 is the first block.
-                self.established.first_states.setdefault(len(layers), "block")
+                self.established.first_states[len(layers)] = "block"
         return layers
 
     def _note(self, sentence: str) -> None:

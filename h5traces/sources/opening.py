@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import ConversionError, warn
 from h5traces.meaning.options import ReadingOptions
+from h5traces.paths import is_archive
 from h5traces.sources.signatures import KINDS, identify
 from h5traces.storage.files import open_regular
 
@@ -37,13 +38,18 @@ _READERS: Final[dict[str, tuple[str, str]]] = {
     "safetensors": ("h5traces.sources.safetensors", "SafetensorsSource"),
     "npz": ("h5traces.sources.numpy_file", "NpzSource"),
     "npy": ("h5traces.sources.numpy_file", "NpySource"),
+    **dict.fromkeys(
+        ("parquet", "arrow", "jsonl", "datasets-folder"), ("h5traces.sources.tables", "TableSource")
+    ),
 }
+# Reads what a mapping describes.
+_MAPPED: Final = ("h5traces.sources.mapped_source", "MappedSource")
 # Kinds that their readers decompress, and from what.
 _DECOMPRESSED: Final = frozenset(("pickle", "safetensors"))
 _DECOMPRESSORS: Final = frozenset(("gzip", "bz2", "xz", "lzma", "zstd", "zlib"))
 
 _SUFFIX: Final = re.compile(
-    r"\.(?:pkl|pickle|p|pt|pth|ckpt|safetensors|npz|npy|bin|jsonl?|parquet|arrow|feather|joblib)\Z"
+    r"\.(?:pkl|pickle|p|pt|pth|ckpt|safetensors|npz|npy|bin|dat|raw|jsonl?|parquet|arrow|feather|joblib|h5|hdf5|hdf)\Z"
 )
 _PACKED_SUFFIX: Final = re.compile(r"\.(?:gz|bz2|xz|lzma|zst|zstd|z|lz4)\Z", re.IGNORECASE)
 SOURCE_SUFFIXES: Final = (".pkl.gz", ".pickle.gz", ".pkl", ".pickle")
@@ -90,8 +96,15 @@ class Recognised:
         return f"{self.path}: is {self.kind}; {remedy}"
 
 
-def recognise(path: str | os.PathLike[str]) -> Recognised:
+def recognise(path: str | os.PathLike[str], options: ReadingOptions | None = None) -> Recognised:
     """What a file or folder is, and which reader opens it.
+
+    Parameters
+    ----------
+    path
+        The file or folder.
+    options
+        What the user says about it: a mapping opens what nothing else reads.
 
     Raises
     ------
@@ -102,7 +115,12 @@ def recognise(path: str | os.PathLike[str]) -> Recognised:
     """
     path = Path(path)
     kind = identify(path)
-    return Recognised(path, kind, None if kind.is_ours else _reader_of(path, kind))
+    if kind.is_ours:
+        return Recognised(path, kind, None)
+    if options is not None and options.mapping is not None:
+        # A mapping may say that any file is raw numbers.
+        return Recognised(path, kind, None if kind.id == "folder" else _loaded(_MAPPED))
+    return Recognised(path, kind, _reader_of(path, kind))
 
 
 def open_source(path: str | os.PathLike[str], options: ReadingOptions | None = None) -> TraceSource:
@@ -122,10 +140,17 @@ def open_source(path: str | os.PathLike[str], options: ReadingOptions | None = N
     ConversionError
         No reader takes it: the message says what it is, and what to do.
     """
-    found = recognise(path)
+    found = recognise(path, options)
     if found.reader is None:
         raise ConversionError(found.reason)
     return found.reader(path, options=options or ReadingOptions())
+
+
+def is_read_as_archive(path: Path, options: ReadingOptions) -> bool:
+    """Whether a file is opened as an archive; one that a mapping describes is if we wrote it."""
+    if options.mapping is not None or path.is_dir():
+        return recognise(path).is_ours
+    return is_archive(path)
 
 
 def _reader_of(path: Path, kind: Kind) -> type[TraceSource] | None:
@@ -140,7 +165,11 @@ def _reader_of(path: Path, kind: Kind) -> type[TraceSource] | None:
         is_packed and not (kind.id in _DECOMPRESSED and kind.compression in _DECOMPRESSORS)
     ):
         return None
-    module, name = _READERS[kind.id]
+    return _loaded(_READERS[kind.id])
+
+
+def _loaded(reader: tuple[str, str]) -> type[TraceSource]:
+    module, name = reader
     found: type[TraceSource] = getattr(importlib.import_module(module), name)
     return found
 

@@ -60,7 +60,10 @@ class Kind:
         return f"{self.what}, compressed by {self.compression}" if self.compression else self.what
 
 
-_MAPPING: Final = "write a mapping that says which name holds which field"
+_MAPPING: Final = (
+    "write a mapping that says which name holds which field; 'h5traces inspect' of the file prints "
+    "one to begin with"
+)
 _SAVE: Final = "load it with the program that wrote it, and save its samples in another format"
 _UNPACK: Final = "unpack it and convert what it holds"
 
@@ -157,7 +160,8 @@ KINDS: Final[dict[str, Kind]] = {
         Kind(
             id="unknown",
             what="of an unknown kind",
-            remedy=f"for raw numbers, {_MAPPING} and its axes; else {_SAVE}",
+            remedy="for raw numbers, write a mapping that says their type, shape and axes; else "
+            f"{_SAVE}",
         ),
     )
 }

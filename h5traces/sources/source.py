@@ -58,7 +58,7 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
         self.num_read = 0
         self.num_samples: int | None = None
         self.num_layers = 0
-        self.established = Established()
+        self.established = Established.of(options.run)
         self.understood: list[str] = []
         self.unread: list[str] = []
 

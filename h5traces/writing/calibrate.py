@@ -22,10 +22,11 @@ from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
 from h5traces.format.text import utc_now
 from h5traces.meaning.options import ReadingOptions
-from h5traces.paths import Target, check_not_a_source, is_archive, local_path
+from h5traces.paths import Target, check_not_a_source, local_path
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, stored_arrays
 from h5traces.sources.collecting import archives_and_sources
-from h5traces.sources.opening import facts_in_name, open_source
+from h5traces.sources.opening import facts_in_name, is_read_as_archive, open_source
+from h5traces.sources.runs import readings_of
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import write_scales
@@ -141,13 +142,15 @@ def calibrate(
     if target.exists() and not overwrite:
         message = f"{target} exists; use overwrite=True to replace it, or another name"
         raise ArchiveExistsError(message)
+    files = [path for path in paths if not is_read_as_archive(path, reading)]
+    readings = readings_of(files, reading)
     with Measurement(layers) as measurement:
         for path in paths:
-            with contextlib.closing(_samples(path, reading)) as found:
+            with contextlib.closing(_samples(path, readings.get(path, reading))) as found:
                 measurement.add_first(path.name, found, samples, progress)
             if measurement.num_samples >= samples:
                 break
-        name = model_id or _one_model(paths[: len(measurement.sources)])
+        name = model_id or _one_model(paths[: len(measurement.sources)], reading)
         calibration = measurement.calibration(name)
     if not dry_run:
         save_calibration(calibration, target, overwrite=overwrite)
@@ -286,7 +289,7 @@ def trace_states(trace: Trace) -> Iterator[tuple[str, NDArray[Any]]]:
 
 def _samples(path: Path, reading: ReadingOptions) -> Generator[States]:
     """The hidden states of every sample of a file."""
-    if is_archive(path):
+    if is_read_as_archive(path, reading):
         with open_archive(path) as archive:
             yield from map(trace_states, archive)
         return
@@ -309,11 +312,11 @@ def measured(archive: Archive, samples: int) -> Calibration:
         return measurement.calibration(archive.metadata.model_id, partial=True)
 
 
-def _one_model(paths: Sequence[Path]) -> str | None:
+def _one_model(paths: Sequence[Path], reading: ReadingOptions) -> str | None:
     """The model that the sources name."""
     found: dict[str, Path] = {}
     for path in paths:
-        name = _model_of(path)
+        name = _model_of(path, reading)
         if name is not None:
             found.setdefault(name, path)
     if len(found) > 1:
@@ -323,8 +326,8 @@ def _one_model(paths: Sequence[Path]) -> str | None:
     return next(iter(found), None)
 
 
-def _model_of(path: Path) -> str | None:
-    if not is_archive(path):
+def _model_of(path: Path, reading: ReadingOptions) -> str | None:
+    if not is_read_as_archive(path, reading):
         return facts_in_name(path).get("model_id")
     with open_archive(path) as archive:
         return archive.metadata.model_id

@@ -90,3 +90,41 @@ def test_a_folder_without_traces_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Traces\n")
     with pytest.raises(FileNotFoundError, match="holds no batch"):
         h5traces.inspect(tmp_path)
+
+
+def test_load_of_a_folder_gives_all_samples_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for index in range(3):
+        sample = {**stacked(make_batch("full_pkl")[0]), "index": np.array([index])}
+        save_file(sample, folder / f"cmpl-{index}.safetensors")
+        (folder / f"cmpl-{index}.safetensors.lock").touch()
+    found = h5traces.load(folder, container="numpy")
+    assert [each["question_id"] for each in found] == ["cmpl-0", "cmpl-1", "cmpl-2"]
+    assert [int(each["index"][0]) for each in found] == [0, 1, 2]
+    torch_folder = tmp_path / "torch"
+    torch_folder.mkdir()
+    for index, sample in enumerate(make_batch("full_pkl")):
+        torch.save(in_torch(sample), torch_folder / f"{index}.pt")
+    found = h5traces.load(torch_folder)
+    assert [each["question_id"] for each in found] == [
+        each["question_id"] for each in make_batch("full_pkl")
+    ]
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    h5traces.convert(torch_folder, archives)
+    assert len(h5traces.load(archives)) == len(found)
+    (archives / "9.npz").write_bytes(npz(stacked(make_batch("full_pkl")[0])))
+    with pytest.raises(h5traces.errors.ConversionError, match=r"archives \(0\.h5\) and .*9\.npz"):
+        h5traces.load(archives)
+
+
+def test_load_names_what_it_does_not_read(tmp_path: Path) -> None:
+    WRITERS["torch"](tmp_path / "batch_0.pt")
+    (tmp_path / "batch_1.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"not read: .*batch_1\.pt: is empty"):
+        h5traces.load(tmp_path)
+    (tmp_path / "batch_0.pt").unlink()
+    (tmp_path / "batch_1.pt").rename(tmp_path / "README.md")
+    with pytest.raises(FileNotFoundError, match="holds no batch"):
+        h5traces.load(tmp_path)

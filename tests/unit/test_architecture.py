@@ -22,6 +22,7 @@ PACKAGE = Path(h5traces.__file__).parent
 # above its name in this list; no two rooms share a floor.
 ROOMS = (
     "errors",
+    "arguments",
     "lazy",
     "format",
     "storage",
@@ -142,8 +143,8 @@ def test_servers_are_talked_to_in_one_place() -> None:
     assert found == {f"storage.remote.{each}" for each in ("filesystems", "listing", "s3", "web")}
 
 
-def test_parquet_is_written_in_one_place() -> None:
-    assert importers("pyarrow") == {"features.parquet"}
+def test_tables_are_written_and_read_in_one_place_each() -> None:
+    assert importers("pyarrow") == {"features.parquet", "sources.arrow"}
 
 
 def test_torch_is_imported_in_one_place_of_the_reader() -> None:

@@ -212,7 +212,7 @@ def test_every_compressor_is_known_by_content(tmp_path: Path, name: str) -> None
         assert source.compressed_position == path.stat().st_size
 
 
-@pytest.mark.parametrize("name", set(COMPRESSORS) - {"lzma"})
+@pytest.mark.parametrize("name", sorted(set(COMPRESSORS) - {"lzma"}))
 def test_every_compressor_may_write_several_streams(tmp_path: Path, name: str) -> None:
     compress = COMPRESSORS[name]
     path = write(tmp_path, b"".join(compress(DATA[at : at + 1_000_000]) for at in (0, 1_000_000)))

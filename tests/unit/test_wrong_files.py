@@ -70,7 +70,6 @@ def test_open_of_a_folder_without_archives(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pickles", r"is a folder, and h5traces\.load reads one file; h5traces\.open"),
         ("page.h5", "is a web page"),
         ("labels.csv", "is a table of text; 'h5traces label'"),
         ("features.h5", "is a file of features"),
@@ -84,6 +83,7 @@ def test_load_of_another_file(folder: Path, name: str, message: str) -> None:
 
 def test_load_takes_files_for_what_they_are(folder: Path) -> None:
     assert h5traces.load(folder / "renamed.h5") == [{"hidden_states": []}]
+    assert h5traces.load(folder / "pickles") == [{"hidden_states": []}]
     (folder / "batch.h5").rename(folder / "archive.bin")
     assert len(h5traces.load(folder / "archive.bin")) == 2
     with pytest.raises(NotAnArchiveError, match="is HDF5, but no archive"):

@@ -51,6 +51,8 @@ _TEXTS: Final = frozenset({str, bytes, bytearray})
 _SEQUENCES: Final = frozenset({list, tuple, deque, set, frozenset})
 _LEAVES: Final = _SIMPLE | _TEXTS | LEAVES | {np.ndarray, TorchValue}
 _MUTABLE: Final = frozenset({list, deque, set, *DICTS, *NAMESPACES})
+# What several items may refer to as one object.
+_SPARE: Final = frozenset({str, tuple, *_MUTABLE, np.ndarray, TorchValue})
 # What the items of a dict may be, and thus when one ends. A pickler writes the parts of a tuple as
 # if they were items, so where that was taken for granted in error, less is.
 ITEM_TYPES: Final[tuple[frozenset[Any], ...]] = (
@@ -381,7 +383,9 @@ class BatchMachine(Machine):
     # --- items ----------------------------------------------------------------------------------
 
     def pushed(self, *, existing: bool = False) -> None:
-        if self.is_whole:
+        depth = len(self.meta)
+        # Most values lie deeper than items do.
+        if self.is_whole or (depth > 1 and depth - self._root_depth > 1 and self._root_seen):
             return
         if not self._root_seen:
             self._look_for_root()
@@ -536,9 +540,11 @@ class BatchMachine(Machine):
     def _keep_small(self) -> None:
         kept = self.kept
         for slot, value in self.memo.items():
+            if type(value) is tuple and (not value or type(value[0]) is int):
+                continue  # a shape, or what an array is made of: every array has its own
             if _is_small(value):
                 kept[slot] = value
-            elif (nbytes := _spare_nbytes(value)) is not None:
+            elif type(value) in _SPARE and (nbytes := _spare_nbytes(value)) is not None:
                 self._spare[slot] = (value, nbytes)
                 self._spare_nbytes += nbytes
         while self._spare_nbytes > _ALL_SPARE_NBYTES or len(self._spare) > _SPARE_VALUES:

@@ -62,6 +62,8 @@ class BatchStream(TraceSource):
 
     Attributes
     ----------
+    is_list
+        Whether the first object of the file is a list or tuple.
     num_passes
         How often the file has been opened: more than once if items share large objects, or for a
         large dict.
@@ -95,7 +97,7 @@ class BatchStream(TraceSource):
             self._cursor = self._new_cursor(whole_nbytes=whole_nbytes)
             self._samples = self._read(self._cursor)
             # Of what is no batch, it is said at once.
-            self._find_root(self._cursor)
+            self.is_list = self._find_root(self._cursor) in ("list", "tuple")
         except BaseException:
             self.close()
             raise
@@ -138,6 +140,16 @@ class BatchStream(TraceSource):
                 cursor.close()
             self._cursor = None
             self._others.clear()
+
+    def objects(self) -> Iterator[Any]:
+        """What the file holds, whatever it means: items of a list, or one object, whole."""
+        cursor = self._cursor
+        assert cursor is not None
+        if self.is_list:
+            while cursor.advance():
+                yield cursor.take().value
+        else:
+            yield cursor.whole()
 
     def to_record(
         self, item: dict[Any, Any], place: SourcePosition, layers: tuple[int, ...] | None

@@ -1,0 +1,194 @@
+"""Tables of samples: Parquet, Arrow, JSON Lines and folders saved by datasets, row by row.
+
+Lists of numbers in a cell become arrays. Columns that are known by name need no mapping.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from h5traces.errors import ConversionError, MissingDependencyError, SchemaError
+from h5traces.format import layout
+from h5traces.meaning.options import ReadingOptions
+from h5traces.sources.arrays import ArrayFile, Held
+from h5traces.sources.named_arrays import NamedArraysSource
+from h5traces.sources.opening import source_stem
+from h5traces.sources.rows import read_rows, text_of
+from h5traces.storage.files import open_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from h5traces.sources.arrays import Group
+
+_IDS: Final = ("id", "qid", "uid", "example_id", "sample_id")
+_MAX_STATE_NBYTES: Final = 1 << 20
+_MAX_DEPTH: Final = 8
+
+
+def open_table(path: Path, kind: str) -> ArrayFile:
+    """Open a table of a kind of `signatures.KINDS`.
+
+    Raises
+    ------
+    ConversionError
+        It is damaged, or asks for more memory than its size explains.
+    MissingDependencyError
+        pyarrow is not installed, which reads all but JSON.
+    """
+    if kind in ("jsonl", "json"):
+        return _JsonTable(path, kind)
+    try:
+        from h5traces.sources import arrow
+    except ImportError as error:
+        message = f"{path}: tables of Parquet and Arrow need pyarrow: pip install h5traces[parquet]"
+        raise MissingDependencyError(message) from error
+    if kind == "datasets-folder":
+        return arrow.ArrowTable(kind, dataset_files(path))
+    if kind == "parquet":
+        return arrow.ParquetTable(path)
+    return arrow.ArrowTable(kind, [(path, None)])
+
+
+class TableSource(NamedArraysSource):
+    """A table whose columns are named as the fields of samples are: one sample per row."""
+
+    kind = "table"
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, options: ReadingOptions = ReadingOptions()
+    ) -> None:
+        super().__init__(path, options=options)
+        from h5traces.sources.signatures import identify
+
+        self._table = open_table(self.path, identify(path).id)
+        self.kind = self._table.kind  # type: ignore[misc]
+        self._rows = self._table.groups()
+        self._facts = {}
+
+    def __next__(self) -> dict[Any, Any]:
+        group = next(self._rows)
+        arrays = {name: each.read() for name, each in group.items()}
+        if layout.QUESTION_ID not in arrays:
+            name = next((each for each in _IDS if each in arrays), None)
+            if name is not None:
+                arrays[layout.QUESTION_ID] = arrays.pop(name)
+                self._note(f"{name!r} holds the ids")
+        stem = source_stem(self.path.name)
+        self.num_read += 1
+        return self._sample(f"{stem}_{self.num_read - 1}", arrays)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes read so far, and the size of the table."""
+        return self._table.progress
+
+    def close(self) -> None:
+        """Close the table; samples that were returned stay valid."""
+        self._rows = iter(())
+        self._table.close()
+
+
+class _JsonTable(ArrayFile):
+    """JSON Lines, or an array of objects: one sample each."""
+
+    has_rows = True
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.kind = kind
+        self._path = path
+        # A file as text closes the bytes below it.
+        self._bytes = os.fdopen(open_regular(path, ConversionError), "rb")
+        self._text = text_of(self._bytes)
+        self._size = os.fstat(self._text.fileno()).st_size
+
+    def groups(self) -> Iterator[Group]:
+        """One group per object."""
+        try:
+            for row in read_rows(self._path, self._text).rows:
+                yield {name: Held(as_array(value)) for name, value in row.cells.items()}
+        except SchemaError as error:
+            raise ConversionError(str(error)) from error
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes read so far, and the size of the file."""
+        return (self._size if self._text.closed else self._bytes.tell()), self._size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._text.close()
+
+
+def as_array(value: Any) -> Any:
+    """Lists of numbers, nested or not, as arrays: int64, or float32 where it keeps every number.
+
+    Lists of anything else, and those of unequal lengths, stay as they are.
+    """
+    if not isinstance(value, list) or not value or not _is_numeric(value, 0):
+        return value
+    try:
+        found = np.asarray(value)
+    except (ValueError, OverflowError):
+        return value
+    if found.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            small = found.astype(np.float32)
+        return small if np.array_equal(small, found, equal_nan=True) else found
+    return found if found.dtype.kind in "iufb" else value
+
+
+def _is_numeric(value: list[Any], depth: int) -> bool:
+    first = value[0]
+    if isinstance(first, list):
+        return depth < _MAX_DEPTH and bool(first) and _is_numeric(first, depth + 1)
+    return isinstance(first, (int, float))
+
+
+def dataset_files(folder: Path) -> list[tuple[Path, str | None]]:
+    """The Arrow files of a folder that `save_to_disk` of datasets wrote, each with its split.
+
+    Raises
+    ------
+    ConversionError
+        Its lists of files are none, or name files elsewhere.
+    """
+    if not (folder / "dataset_dict.json").exists():
+        return [(path, None) for path in _files_of(folder)]
+    splits = _listed(folder / "dataset_dict.json", ("splits",))
+    found: list[tuple[Path, str | None]] = []
+    for split in splits:
+        found += [(path, split) for path in _files_of(folder / split)]
+    return found
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [folder / name for name in _listed(folder / "state.json", ("_data_files", "filename"))]
+
+
+def _listed(path: Path, keys: tuple[str, ...]) -> list[str]:
+    """Names of files in a document that datasets wrote, each in its folder."""
+    with os.fdopen(open_regular(path, ConversionError, links=False), "rb") as file:
+        content = file.read(_MAX_STATE_NBYTES + 1)
+    try:
+        document = json.loads(content)
+        names = document[keys[0]]
+        if len(keys) > 1:
+            names = [each[keys[1]] for each in names]
+        wrong = [each for each in names if type(each) is not str or not _is_bare(each)]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        message = f"{path}: does not list files as datasets does; save the data set again"
+        raise ConversionError(message) from error
+    if wrong:
+        message = f"{path}: names {str(wrong[0])[:80]!r}, expected files in its folder"
+        raise ConversionError(message)
+    return list(names)
+
+
+def _is_bare(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
