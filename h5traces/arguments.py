@@ -22,7 +22,6 @@ from numbers import Real
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, get_args
 
 from h5traces.errors import ArgumentError, OptionError
-from h5traces.format.text import counted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,14 +104,12 @@ def _wrong_call(
     kwargs: Mapping[str, Any],
     error: TypeError,
 ) -> str:
-    name = function.__qualname__.removesuffix(".__init__")
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     named = [each for each in signature.parameters if each != "self"]
     unknown = next((each for each in kwargs if each not in named), None)
-    if unknown is None:
-        return f"{name}(): {error}; its parameters: {', '.join(named)}"
-    close = difflib.get_close_matches(unknown, named, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{name}() has no parameter {unknown!r}{hint} It has: {', '.join(named)}"
+    close = difflib.get_close_matches(unknown or "", named, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{name}() {error}; {hint}it takes {', '.join(named)}"
 
 
 def check_argument(name: str, value: Any, kinds: tuple[_Kind, ...]) -> Any:
@@ -136,15 +133,30 @@ def check_argument(name: str, value: Any, kinds: tuple[_Kind, ...]) -> Any:
         return plain
     value = given
     choices = [each for kind in kinds for each in kind.choices]
-    words = [kind.words for kind in kinds if not kind.choices]
-    if choices:
-        words.append(f"one of {', '.join(map(repr, choices))}")
-    *others, last = dict.fromkeys(words)
-    expected = f"{', '.join(others)} or {last}" if others else last
     is_choice = isinstance(value, str) and any(isinstance(each, str) for each in choices)
     error = OptionError if is_choice else ArgumentError
-    message = f"{name} is {shown(value)}, expected {expected}{_hint(value)}"
+    message = f"{name} is {shown(value)}, expected {_expected(kinds)}{_hint(value, kinds)}"
     raise error(message)
+
+
+def _expected(kinds: tuple[_Kind, ...]) -> str:
+    """What to say was expected."""
+    if _takes_sources(kinds):
+        words = ["the name of a file, a glob or a folder"]
+        words += ["or a list of these"] if any(kind.is_several for kind in kinds) else []
+        return ", ".join(words)
+    words = [kind.words for kind in kinds if not kind.choices]
+    choices = [repr(each) for kind in kinds for each in kind.choices]
+    words += [f"one of {', '.join(choices)}"] if choices else []
+    # Who passes something does not need to hear that nothing would do.
+    *others, last = [each for each in dict.fromkeys(words) if each != _NONE.words] or words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _takes_sources(kinds: tuple[_Kind, ...]) -> bool:
+    """Whether the kinds are files to read: several, or also on servers."""
+    words = {kind.words for kind in kinds}
+    return _PATH.words in words and len(words & {_LISTED_PATHS, _ADDRESS}) > 0
 
 
 def shown(value: object) -> str:
@@ -158,9 +170,14 @@ def shown(value: object) -> str:
     return text if is_plain else f"{text} ({type(value).__name__})"
 
 
-def _hint(value: object) -> str:
-    if isinstance(value, bytes):
+def _hint(value: object, kinds: tuple[_Kind, ...]) -> str:
+    first = value[0] if isinstance(value, list) and value else value
+    if not _takes_sources(kinds):
+        return ""
+    if isinstance(first, bytes):
         return "; os.fsdecode makes text of a name in bytes"
+    if isinstance(first, Mapping):
+        return "; h5traces.create writes samples that lie in memory"
     return ""
 
 
@@ -207,18 +224,14 @@ _LONGEST_SHOWN: Final = 80
 _LEAST: Final = {
     "workers": 1,
     "num_samples": 1,
-    "shard_samples": 1,
     "calibration_samples": 1,
     "batch_size": 1,
     "num_components": 1,
     "max_new_tokens": 1,
     "threads": 0,
     "prefetch": 1,
-    "window": 1,
     "attempts": 1,
     "max_parallel": 1,
-    "num_replicas": 1,
-    "rank": 0,
     "seed": 0,
     "epoch": 0,
     "num_nodes": 0,
@@ -280,6 +293,8 @@ def _is_several(value: object, kinds: tuple[_Kind, ...] | None) -> bool:
     return kinds is None or all(any(kind.fits(each) for kind in kinds) for each in value)
 
 
+_LISTED_PATHS: Final = "a list of names"
+_ADDRESS: Final = "a RemotePath"
 _NONE: Final = _Kind("None", lambda value: value is None)
 _PATH: Final = _Kind("the name of a file or folder", is_name)
 _INTEGER: Final = _Kind("a whole number", _is_integer, convert=operator.index)
@@ -300,7 +315,7 @@ _KNOWN: Final = {
     "HasAxes": _Kind("a dataset of h5traces", functools.partial(_has, "axes")),
 }
 _PLURALS: Final = {
-    _PATH.words: "names of files or folders",
+    _PATH.words: "names",
     _INTEGER.words: "whole numbers",
     _TEXT.words: "texts",
 }
@@ -449,7 +464,7 @@ def _callback(node: ast.expr) -> _Kind:
             return True
         return True
 
-    words = "a function" if count is None else f"a function of {counted(count, 'argument')}"
+    words = "a function" if count is None else f"a function of {count} argument{'s' * (count != 1)}"
     return _Kind(words, fits)
 
 

@@ -58,7 +58,6 @@ def attention_edges(
     DatasetError
         The options are unknown, or need heads that `attention` does not have.
     """
-    check_options(head_reduction, direction)
     weights = attention.float()
     reduced = _fitted(_reduced(weights, head_reduction), num_nodes)
     edge_index = (reduced > threshold).tril_().nonzero().t().contiguous()
@@ -68,16 +67,6 @@ def attention_edges(
     else:
         edge_attr = reduced[query, key].unsqueeze(1)
     return _directed(edge_index, edge_attr, direction)
-
-
-def check_options(head_reduction: str, direction: str) -> None:
-    """Raise DatasetError for unknown options."""
-    if head_reduction not in HEAD_REDUCTIONS:
-        message = f"head_reduction is {head_reduction!r}, expected {', '.join(HEAD_REDUCTIONS)}"
-        raise DatasetError(message)
-    if direction not in EDGE_DIRECTIONS:
-        message = f"edge_direction is {direction!r}, expected {', '.join(EDGE_DIRECTIONS)}"
-        raise DatasetError(message)
 
 
 def _reduced(weights: torch.Tensor, head_reduction: HeadReduction) -> torch.Tensor:

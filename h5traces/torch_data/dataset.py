@@ -20,13 +20,12 @@ from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
 from h5traces.arguments import as_position, checked, checked_options, shown
-from h5traces.errors import DatasetError, LayerIndexError, SampleIndexError
+from h5traces.errors import DatasetError, LayerIndexError, OptionError, SampleIndexError
 from h5traces.format import layout
 from h5traces.format.text import and_more, as_names
 from h5traces.meaning.lengths import covered_tokens
 from h5traces.torch_data.collate import KEY_MASK, MASK
 from h5traces.torch_data.tensors import (
-    TOKEN_CHOICES,
     NonFinite,
     Preparation,
     TokenChoice,
@@ -170,7 +169,9 @@ class TraceDataset(Dataset[Item]):
         transform: Callable[[Item], Any] | None = None,
     ) -> None:
         taken = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
-        _check_options(taken, non_finite, threads)
+        if threads < 1:
+            message = f"threads is {threads}, expected at least 1"
+            raise OptionError(message)
         self.archive = source if isinstance(source, Archive) else open_archive(source)
         self.kinds, self.fields = as_names(kinds), as_names(fields)
         one_layer = isinstance(layers, int)
@@ -291,18 +292,6 @@ def fingerprint_of(archive: Archive, indices: Sequence[int]) -> str:
         digest.update(f"{file.metadata.archive_id} {file.num_samples} ".encode())
     digest.update(np.asarray(indices, dtype="<i8").tobytes())
     return digest.hexdigest()
-
-
-def _check_options(tokens: Tokens, non_finite: str, threads: int) -> None:
-    if tokens.take not in TOKEN_CHOICES:
-        message = f"tokens is {tokens.take!r}, expected one of {', '.join(TOKEN_CHOICES)}"
-        raise DatasetError(message)
-    if non_finite not in ("error", "keep"):
-        message = f"non_finite is {non_finite!r}, expected 'error' or 'keep'"
-        raise DatasetError(message)
-    if threads < 1:
-        message = f"threads is {threads}, expected at least 1"
-        raise DatasetError(message)
 
 
 def _checked_indices(archive: Archive, indices: SampleChoice) -> Sequence[int]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from h5traces.arguments import checked_options
 from h5traces.errors import OptionError, PrecisionError
-from h5traces.format.dtypes import DTYPE_POLICIES, OverflowPolicy
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import counted, short_repr
 from h5traces.storage.codecs import GZIP
@@ -16,7 +15,7 @@ from h5traces.storage.codecs import GZIP
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from h5traces.format.dtypes import CastCounts, DtypePolicy
+    from h5traces.format.dtypes import CastCounts, DtypePolicy, OverflowPolicy
     from h5traces.format.precision import Tier
     from h5traces.paths import PathLike
     from h5traces.precision.scales import ScaleSet
@@ -72,14 +71,6 @@ class PrecisionOptions:
     dtype: DtypePolicy | None = None
     on_overflow: OverflowPolicy = "float32"
     codec: str | None = None
-
-    def __post_init__(self) -> None:
-        choices = {"dtype": (None, *DTYPE_POLICIES), "on_overflow": get_args(OverflowPolicy)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                expected = ", ".join(each for each in allowed if each)
-                message = f"{name} is {getattr(self, name)!r}, expected one of {expected}"
-                raise OptionError(message)
 
     __repr__ = short_repr
 
@@ -144,12 +135,6 @@ class TargetOptions:
     def __post_init__(self) -> None:
         if self.overwrite and self.skip_existing:
             message = "overwrite=True and skip_existing=True contradict each other; leave one out"
-            raise OptionError(message)
-        if self.compare not in get_args(Compare):
-            message = f"compare is {self.compare!r}, expected 'time', 'ends' or 'content'"
-            raise OptionError(message)
-        if self.workers is not None and self.workers < 1:
-            message = f"workers is {self.workers}, expected at least 1"
             raise OptionError(message)
 
     __repr__ = short_repr
