@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from pathlib import Path
@@ -60,7 +61,7 @@ class MappedFile:
 
     def array(self, offset: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
         """An array that lies in the file, which must hold it: a view, also if not aligned."""
-        nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         return np.ndarray(shape, dtype, buffer=self.view(offset, nbytes))
 
     def release(self, nbytes: int = 0) -> None:

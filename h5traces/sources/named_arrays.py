@@ -20,6 +20,7 @@ from h5traces.format.text import and_more
 from h5traces.format.values import TorchValue
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
+from h5traces.sources.engine_names import by_field, is_of_engine
 from h5traces.sources.opening import source_stem
 from h5traces.sources.source import TraceSource
 
@@ -34,6 +35,8 @@ Loaders = Mapping[str, Callable[[], Any]]
 
 _TOKENS: Final = (layout.TOKENS, "token_ids", "input_ids")
 _METADATA: Final = "__metadata__"
+# Of one sample.
+_MOST_ARRAYS: Final = 10_000
 _FIELDS: Final = (*layout.KINDS, *_TOKENS, layout.TOKENS_DECODED)
 _OF_SAMPLE: Final = re.compile(rf"(.+)[/.]({'|'.join(_FIELDS)})\Z")
 # Fields that are one text or number.
@@ -110,6 +113,13 @@ class NamedArraysSource(TraceSource):
             raise StopIteration
         self.release()
         name, loaders = self._samples.pop(0)
+        if len(loaders) > _MOST_ARRAYS:
+            message = (
+                f"{self.path}: holds {len(loaders):,} arrays of sample {name[:80]!r}, at most "
+                f"{_MOST_ARRAYS:,} are read; name samples as in 'q0/hidden_states', or save each "
+                "to a file of its own"
+            )
+            raise ConversionError(message)
         self.num_read += 1
         return self._sample(name, self.prepared({key: load() for key, load in loaders.items()}))
 
@@ -146,6 +156,10 @@ class NamedArraysSource(TraceSource):
         return list(found.items())
 
     def _sample(self, name: str, arrays: Arrays) -> dict[str, Any]:
+        if is_of_engine(arrays):
+            arrays, told = by_field(arrays)
+            for sentence in told:
+                self._note(sentence)
         item = self._with_layers(arrays)
         if not any(kind in item for kind in layout.KINDS):
             self._reject(arrays)
