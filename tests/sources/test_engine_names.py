@@ -60,10 +60,8 @@ def test_specforge(tmp_path: Path, zipped: bool, batched: bool) -> None:
     assert report.ok
     assert any("3 states side by side" in each for each in report.files[0].understood)
     with h5traces.open(target) as archive:
-        assert all(
-            is_same(trace.to_dict(), each) for trace, each in zip(archive, expected, strict=True)
-        )
-        names = [each for each in archive[0]._stored.children("hidden_states")]
+        assert all(map(is_same, (trace.to_dict() for trace in archive), expected))
+        names = archive[0]._stored.children("hidden_states")
         assert [each for each in names if each.startswith("position")] == [
             f"position_{i:03}" for i in range(4)
         ]
