@@ -139,8 +139,8 @@ def _taken_apart(item: dict[str, Any], known: Established, found: _Fields) -> di
     apart: dict[str, Apart] = {}
     present = [kind for kind in layout.KINDS if kind in item]
     for kind in present:
-        if is_absent(item[kind]) and kind != layout.HIDDEN_STATES:
-            found.findings.append(Finding("attentions-absent", kind, "the field holds None only"))
+        if kind != layout.HIDDEN_STATES and (why := _no_weights(item[kind])) is not None:
+            found.findings.append(Finding("attentions-absent", kind, why))
     wanted = [kind for kind in present if not is_absent(item[kind])]
     # Attentions have fewer readings, and tell the number of layers and of positions.
     wanted.sort(key=lambda kind: (isinstance(item[kind], Array), kind == layout.HIDDEN_STATES))
@@ -152,6 +152,13 @@ def _taken_apart(item: dict[str, Any], known: Established, found: _Fields) -> di
         for each in nested:
             turned(each)
     return apart
+
+
+def _no_weights(value: Any) -> str | None:
+    """How a field of attentions says that there are none, if it does."""
+    if is_absent(value):
+        return "the field holds None only"
+    return "the field is empty" if isinstance(value, (list, tuple, dict)) and not value else None
 
 
 def _lengths(item: dict[str, Any], apart: dict[str, Apart], known: Established) -> Lengths:
