@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike
 
     # Path below the group that is checked, message and kind.
-    Finding = tuple[str, str, str]
+    Contradiction = tuple[str, str, str]
 
 _ROOT_GROUPS: Final = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
 _NUMBERS: Final = {layout.TOKENS: "int64", layout.ATTENTION_MASK: "uint8"}
@@ -202,8 +202,8 @@ class _Validation:
             self._report.problems += found
         self._note_foreign()
 
-    def _add_all(self, place: str, findings: Iterable[Finding]) -> None:
-        for loc, message, kind in findings:
+    def _add_all(self, place: str, found: Iterable[Contradiction]) -> None:
+        for loc, message, kind in found:
             self._add(f"{place}/{loc}" if loc else place, message, kind)
 
     def _document(self, document: type[Document], attrs: Attrs, loc: str) -> Any:
@@ -417,7 +417,7 @@ def _values(num_changed: int | None) -> str:
 
 def _sample_problems(
     sample: SampleEntry, metadata: TraceMetadata | None, kinds: dict[str, KindMetadata]
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     """Problems inside a sample."""
     arrays: list[ArrayDescription] = []
     for path, entry in sample.objects.items():
@@ -454,7 +454,7 @@ def _sample_problems(
         yield from _consistency_problems(sample, metadata, arrays, axes)
 
 
-def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Finding]:
+def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Contradiction]:
     """Problems of what says how the legacy dict held a kind."""
     try:
         form = from_attributes(SourceForm, group.attrs)
@@ -469,7 +469,7 @@ def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Finding]
         yield group.path, f"lists {missing[0]}, which is not stored", "missing_layer"
 
 
-def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterator[Finding]:
+def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterator[Contradiction]:
     if name in layout.TABLES:
         return
     number = layout.parse_layer_name(name)
@@ -499,7 +499,7 @@ def _consistency_problems(
     metadata: TraceMetadata,
     arrays: list[ArrayDescription],
     axes: dict[str, tuple[str, ...]],
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     tokens = sample.objects.get(layout.TOKENS)
     decoded = sample.objects.get(layout.TOKENS_DECODED)
     num_tokens = tokens.shape[0] if tokens and tokens.shape else None
@@ -535,7 +535,7 @@ def _float_type(entry: ObjectEntry) -> FloatType | None:
     return next((each for each in _FLOAT_TYPES if each == found), None)
 
 
-def _scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Finding]:
+def _scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Contradiction]:
     """Problems below ``/scales``."""
     for path, entry in objects.items():
         parts = path.split("/")[1:]
@@ -572,7 +572,7 @@ def _widths(objects: Mapping[str, ObjectEntry], layer: str) -> list[int]:
 
 def _encoding_problems(
     objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], metadata: ArchiveMetadata | None
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     """Problems of a sample's encoded layers.
 
     `widths` has the channels of the scales by path of their layer; `metadata`, the archive's, is
@@ -608,7 +608,7 @@ def _encoding_problems(
             yield path, f"its exceptions are missing; expected {table}", "missing_exceptions"
 
 
-def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
+def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Contradiction]:
     if entry.dtype != "float64" or entry.shape[1:] != (EXCEPTION_COLUMNS,):
         message = f"is {entry.dtype} {entry.shape}, expected float64 (n, {EXCEPTION_COLUMNS})"
         yield entry.path, message, "wrong_type"
@@ -619,7 +619,7 @@ def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
 
 def _unmarked(
     path: str, kind: str, attrs: Attrs, metadata: ArchiveMetadata, *, encoded: bool
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     """Encodings that the archive uses and its metadata does not state."""
     if metadata.precision is None:
         message = "is encoded, but the root attribute 'precision' is missing"
