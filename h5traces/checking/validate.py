@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from h5traces.archive.agreement import differences
-from h5traces.archive.file import check_other_format, check_version
+from h5traces.archive.file import check_format, check_version
+from h5traces.archive.foreign import error_for
 from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore
@@ -23,7 +24,6 @@ from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
     H5TracesError,
-    NotAnArchiveError,
     Problem,
     SchemaError,
     UnsupportedEncodingError,
@@ -144,6 +144,9 @@ def validate_file(
             _Validation(reader, limits, report, progress).run()
         if not quick:
             check_meaning(file, report, limits, workers=workers, progress=progress)
+    except ArchiveError as error:
+        found = error_for(file, error)
+        report.add("/", found, problem_kind(found))
     except H5TracesError as error:
         report.add("/", error, problem_kind(error))
     return report
@@ -173,10 +176,7 @@ class _Validation:
 
     def run(self) -> None:
         root = self._reader.root_attributes()
-        check_other_format(root)
-        if root.get("format") != layout.FORMAT_NAME:
-            message = "is HDF5, but no h5traces archive: the attribute 'format' is not 'h5traces'"
-            raise NotAnArchiveError(message)
+        check_format(root, Path(self._report.path))
         check_version(root, "/")
         version = layout.parse_version(str(root["format_version"]))
         self._is_newer = version is not None and version > layout.KNOWN_VERSION
