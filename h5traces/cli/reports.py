@@ -154,7 +154,8 @@ def print_inspection(result: Inspection) -> None:
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"
-    print_line(f"  samples: {result.num_samples}; layers: {stored}")
+    what = "positions" if result.by_position else "layers"
+    print_line(f"  samples: {result.num_samples}; {what}: {stored}")
     if result.lengths:
         lengths = ", ".join(f"{name} {value:g}" for name, value in result.lengths.items())
         print_line(f"  sequence length: {lengths}")

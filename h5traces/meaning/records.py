@@ -375,13 +375,11 @@ def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
 
 def _is_token_array(value: Any) -> bool:
     array = value.data if isinstance(value, TorchValue) else value
-    return (
-        isinstance(array, np.ndarray)
-        and array.ndim == 1
-        and array.dtype.kind in "iu"
-        and array.dtype.name != "uint64"
-        and array.dtype.isnative
-    )
+    if not isinstance(array, np.ndarray) or array.ndim != 1:
+        return False
+    dtype = array.dtype
+    # Numbers of uint64 need not fit into int64.
+    return dtype.isnative and (dtype.kind == "i" or (dtype.kind == "u" and dtype.itemsize < 8))
 
 
 def _is_decoded(value: Any, tokens: Any) -> bool:
