@@ -356,6 +356,7 @@ _ALIASES: Final = {
     "Container": "h5traces.archive.tensors",
     "DtypePolicy": "h5traces.format.dtypes",
     "EdgeDirection": "h5traces.graph.edges",
+    "ExportFormat": "h5traces.rewriting.export",
     "FirstState": "h5traces.meaning.options",
     "Foreign": "h5traces.writing.options",
     "HeadMean": "h5traces.format.precision",

@@ -58,7 +58,7 @@ def load(
     (path,) = listed_sources([path])
     if isinstance(path, RemotePath) or is_url(path):
         return _from_archive(path, container)
-    if Path(path).is_dir() and not recognise(path).is_readable:
+    if Path(path).is_dir() and not recognise(path, reading).is_readable:
         return _from_folder(Path(path), container, reading)
     if _is_archive(path, reading):
         return _from_archive(path, container)

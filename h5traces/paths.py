@@ -277,7 +277,7 @@ def _expand_local(source: PathLike, suffixes: tuple[str, ...]) -> list[Path]:
         raise FileNotFoundError(message)
     if not matches:
         message = f"{source}: no such file, and nothing that matches; expected a file, a glob "
-        message += f"or a folder with {' or '.join(suffixes)} files"
+        message += "or a folder"
         raise FileNotFoundError(message)
     return matches
 

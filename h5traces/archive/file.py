@@ -237,8 +237,7 @@ class ArchiveFile:
             except FooterError as error:
                 try:
                     store = Hdf5Store(self.path, self.limits)
-                    if store.root_attrs.get("format") != layout.FORMAT_NAME:
-                        raise self._not_an_archive(store)
+                    check_format(store.root_attrs, self.path)
                 except ArchiveError as other:
                     raise error_for(self.path, other) from None
                 self._without_footer = True
@@ -278,17 +277,9 @@ class ArchiveFile:
     def _warn(self, message: str) -> None:
         warn(f"{self.path}: {message}", StoredStateWarning)
 
-    def _not_an_archive(self, store: Store) -> NotAnArchiveError:
-        check_other_format(store.root_attrs, f"{self.path}: ")
-        return NotAnArchiveError(
-            f"{self.path}: is HDF5, but not an h5traces archive: the root attribute 'format' is "
-            "not 'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
-        )
-
     def _read_metadata(self, store: Store) -> ArchiveMetadata:
         attrs = store.root_attrs
-        if attrs.get("format") != layout.FORMAT_NAME:
-            raise self._not_an_archive(store)
+        check_format(attrs, self.path)
         check_version(attrs, str(self.path))
         try:
             metadata = from_attributes(ArchiveMetadata, attrs)
@@ -319,6 +310,17 @@ class ArchiveFile:
     def __getstate__(self) -> dict[str, Any]:
         # Scales are read again where they are needed; a model's take megabytes.
         return {**self.__dict__, "_store": None, "_scales": {}}
+
+
+def check_format(attrs: Attrs, path: Path | RemotePath) -> None:
+    """Raise NotAnArchiveError for HDF5 whose root does not say that it is an archive."""
+    check_other_format(attrs, f"{path}: ")
+    if attrs.get("format") != layout.FORMAT_NAME:
+        message = (
+            f"{path}: is HDF5, but not an h5traces archive: the root attribute 'format' is not "
+            "'h5traces'; expected a file that 'h5traces convert' or 'h5traces.create' wrote"
+        )
+        raise NotAnArchiveError(message)
 
 
 def check_other_format(attrs: Attrs, place: str = "") -> None:

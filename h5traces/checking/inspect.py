@@ -119,7 +119,9 @@ class Inspection:
     num_samples
         Number of samples.
     layers
-        Numbers of the stored layers.
+        Numbers of the stored layers, or positions.
+    by_position
+        Whether these are positions, as nothing says which block each is.
     lengths
         Minimum, median, mean and maximum of ``seq_len``.
     coverage
@@ -146,6 +148,7 @@ class Inspection:
     samples: list[SampleStats]
     findings: list[FindingSummary] = field(default_factory=list)
     checks: CheckOptions = CheckOptions()
+    by_position: bool = False
 
     @property
     def ok(self) -> bool:
@@ -256,6 +259,7 @@ def _inspect_archive(
             metadata=metadata,
             num_samples=len(archive),
             layers=list(archive.layers),
+            by_position=any("positions" in attrs for attrs in stored.store.kinds.values()),
             lengths=_length_stats([each.seq_len for each in metadatas]),
             coverage=dict(Counter(each.coverage for each in metadatas)),
             sizes={name: asdict(size) for name, size in stored.sizes().items()},
@@ -300,6 +304,7 @@ def _inspect_batch(
         metadata=facts_in_name(file),
         num_samples=len(lengths),
         layers=list(source.established.numbers),
+        by_position=source.established.by_position,
         lengths=_length_stats(lengths),
         coverage=dict(coverage),
         sizes={

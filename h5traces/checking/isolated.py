@@ -12,7 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MEMORY_NBYTES: Final = 1 << 30
 DEFAULT_TIMEOUT: Final = 60.0
+# Bytes per second of an archive whose values are all inflated and looked at, on a slow machine.
+_READ_RATE: Final = 20e6
 _OUT_OF_MEMORY: Final = 86
 _CHILD: Final = (
     "from h5traces.checking import isolated, validate; isolated.run_child(validate.validate_file)"
@@ -48,11 +50,16 @@ class IsolationLimits:
     memory_nbytes
         Address space beyond what Python and the libraries need.
     timeout
-        Seconds of wall-clock time, and of processor time.
+        Seconds of wall-clock time, and of processor time. None: 60, and one more for every 20 MB of
+        which all values are read.
     """
 
     memory_nbytes: int = DEFAULT_MEMORY_NBYTES
-    timeout: float = DEFAULT_TIMEOUT
+    timeout: float | None = None
+
+    def seconds(self, nbytes: int) -> float:
+        """The time for reading so many bytes."""
+        return DEFAULT_TIMEOUT + nbytes / _READ_RATE if self.timeout is None else self.timeout
 
 
 DEFAULT_ISOLATION: Final = IsolationLimits()
@@ -74,6 +81,7 @@ def validate_isolated(
     if not file.exists():
         message = f"{file}: no such file"
         raise FileNotFoundError(message)
+    isolation = replace(isolation, timeout=isolation.seconds(0 if quick else file.stat().st_size))
     request = {
         "path": str(file),
         "quick": quick,
@@ -91,7 +99,7 @@ def validate_isolated(
     ) as child:
         try:
             out, err = child.communicate(
-                json.dumps(request).encode(), isolation.timeout + _GRACE_SECONDS
+                json.dumps(request).encode(), isolation.seconds(0) + _GRACE_SECONDS
             )
         except subprocess.TimeoutExpired:
             child.kill()
@@ -131,7 +139,7 @@ def _signal_name(number: int) -> str:
 
 
 def _timed_out(file: Path, isolation: IsolationLimits) -> ValidationReport:
-    return _ended(file, "timed_out", f"did not end within {isolation.timeout:g} s")
+    return _ended(file, "timed_out", f"did not end within {isolation.seconds(0):.4g} s")
 
 
 def _ended(file: Path, kind: str, how: str) -> ValidationReport:
@@ -179,8 +187,8 @@ def _confine(isolation: IsolationLimits) -> None:
         used = int(statistics.read_text().split()[0]) * resource.getpagesize()
         most = used + isolation.memory_nbytes
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    seconds = max(1, round(isolation.timeout))
+    seconds = max(1, round(isolation.seconds(0)))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     # The default action of SIGALRM ends the process even inside C code.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, isolation.timeout)
+    signal.setitimer(signal.ITIMER_REAL, isolation.seconds(0))

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.file import check_other_format, check_version
+from h5traces.archive.file import check_format, check_version
+from h5traces.archive.foreign import error_for
 from h5traces.archive.stores import FooterStore
 from h5traces.arguments import checked
-from h5traces.errors import CorruptArchiveError, NotAnArchiveError
+from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
 from h5traces.format.limits import DEFAULT_LIMITS
@@ -105,12 +106,16 @@ def seal(
     NotAnArchiveError
         A file is no archive.
     """
-    return [
-        _seal_file(
-            path, accept_edits=accept_edits, dry_run=dry_run, limits=limits, progress=progress
-        )
-        for path in expand_paths(sources)
-    ]
+    reports = []
+    for path in expand_paths(sources):
+        try:
+            sealed = _seal_file(
+                path, accept_edits=accept_edits, dry_run=dry_run, limits=limits, progress=progress
+            )
+        except ArchiveError as error:
+            raise error_for(path, error) from error
+        reports.append(sealed)
+    return reports
 
 
 def _seal_file(
@@ -126,10 +131,7 @@ def _seal_file(
     file = LocalFile(path)
     with Hdf5Reader(path, limits) as reader, ThreadPoolExecutor() as pool:
         root, kinds = reader.root_attributes(), reader.kinds()
-        check_other_format(root, f"{path}: ")
-        if root.get("format") != layout.FORMAT_NAME:
-            message = f"{path}: is no h5traces archive, so it cannot be sealed"
-            raise NotAnArchiveError(message)
+        check_format(root, path)
         check_version(root, str(path))
         names = reader.sample_names()
         footer = _footer(file, limits, root, kinds)

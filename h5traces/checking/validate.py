@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from h5traces.archive.agreement import differences
-from h5traces.archive.file import check_other_format, check_version
+from h5traces.archive.file import check_format, check_version
+from h5traces.archive.foreign import error_for
 from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore
@@ -24,7 +25,6 @@ from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
     H5TracesError,
-    NotAnArchiveError,
     Problem,
     SchemaError,
     UnsupportedEncodingError,
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike
 
     # Path below the group that is checked, message and kind.
-    Finding = tuple[str, str, str]
+    Contradiction = tuple[str, str, str]
 
 _ROOT_GROUPS: Final = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layout.INDEX_GROUP})
 _NUMBERS: Final = {layout.TOKENS: "int64", layout.ATTENTION_MASK: "uint8"}
@@ -146,6 +146,9 @@ def validate_file(
             _Validation(reader, limits, report, progress).run()
         if not quick:
             check_meaning(file, report, limits, workers=workers, progress=progress)
+    except ArchiveError as error:
+        found = error_for(file, error)
+        report.add("/", found, problem_kind(found))
     except H5TracesError as error:
         report.add("/", error, problem_kind(error))
     return report
@@ -175,10 +178,7 @@ class _Validation:
 
     def run(self) -> None:
         root = self._reader.root_attributes()
-        check_other_format(root)
-        if root.get("format") != layout.FORMAT_NAME:
-            message = "is HDF5, but no h5traces archive: the attribute 'format' is not 'h5traces'"
-            raise NotAnArchiveError(message)
+        check_format(root, Path(self._report.path))
         check_version(root, "/")
         version = layout.parse_version(str(root["format_version"]))
         self._is_newer = version is not None and version > layout.KNOWN_VERSION
@@ -204,8 +204,8 @@ class _Validation:
             self._report.problems += found
         self._note_foreign()
 
-    def _add_all(self, place: str, findings: Iterable[Finding]) -> None:
-        for loc, message, kind in findings:
+    def _add_all(self, place: str, found: Iterable[Contradiction]) -> None:
+        for loc, message, kind in found:
             self._add(f"{place}/{loc}" if loc else place, message, kind)
 
     def _document(self, document: type[Document], attrs: Attrs, loc: str) -> Any:
@@ -419,7 +419,7 @@ def _values(num_changed: int | None) -> str:
 
 def _sample_problems(
     sample: SampleEntry, metadata: TraceMetadata | None, kinds: dict[str, KindMetadata]
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     """Problems inside a sample."""
     arrays: list[ArrayDescription] = []
     for path, entry in sample.objects.items():
@@ -456,7 +456,7 @@ def _sample_problems(
         yield from _consistency_problems(sample, metadata, arrays, axes)
 
 
-def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Finding]:
+def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Contradiction]:
     """Problems of what says how the legacy dict held a kind."""
     try:
         form = from_attributes(SourceForm, group.attrs)
@@ -471,7 +471,7 @@ def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Finding]
         yield group.path, f"lists {missing[0]}, which is not stored", "missing_layer"
 
 
-def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterator[Finding]:
+def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterator[Contradiction]:
     if name in layout.TABLES:
         return
     number = layout.parse_layer_name(name)
@@ -501,7 +501,7 @@ def _consistency_problems(
     metadata: TraceMetadata,
     arrays: list[ArrayDescription],
     axes: dict[str, tuple[str, ...]],
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     tokens = sample.objects.get(layout.TOKENS)
     decoded = sample.objects.get(layout.TOKENS_DECODED)
     num_tokens = tokens.shape[0] if tokens and tokens.shape else None
@@ -537,7 +537,7 @@ def _float_type(entry: ObjectEntry) -> FloatType | None:
     return next((each for each in _FLOAT_TYPES if each == found), None)
 
 
-def _scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Finding]:
+def _scale_problems(objects: Mapping[str, ObjectEntry]) -> Iterator[Contradiction]:
     """Problems below ``/scales``."""
     for path, entry in objects.items():
         parts = path.split("/")[1:]
@@ -574,7 +574,7 @@ def _widths(objects: Mapping[str, ObjectEntry], layer: str) -> list[int]:
 
 def _encoding_problems(
     objects: Mapping[str, ObjectEntry], widths: Mapping[str, int], metadata: ArchiveMetadata | None
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     """Problems of a sample's encoded layers.
 
     `widths` has the channels of the scales by path of their layer; `metadata`, the archive's, is
@@ -610,7 +610,7 @@ def _encoding_problems(
             yield path, f"its exceptions are missing; expected {table}", "missing_exceptions"
 
 
-def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
+def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Contradiction]:
     if entry.dtype != "float64" or entry.shape[1:] != (EXCEPTION_COLUMNS,):
         message = f"is {entry.dtype} {entry.shape}, expected float64 (n, {EXCEPTION_COLUMNS})"
         yield entry.path, message, "wrong_type"
@@ -621,7 +621,7 @@ def _table_problems(entry: ObjectEntry, count: int) -> Iterator[Finding]:
 
 def _unmarked(
     path: str, kind: str, attrs: Attrs, metadata: ArchiveMetadata, *, encoded: bool
-) -> Iterator[Finding]:
+) -> Iterator[Contradiction]:
     """Encodings that the archive uses and its metadata does not state."""
     if metadata.precision is None:
         message = "is encoded, but the root attribute 'precision' is missing"

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.archive.agreement import Agreement
-from h5traces.archive.file import check_other_format
+from h5traces.archive.file import check_format
+from h5traces.archive.foreign import error_for
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
 from h5traces.arguments import checked
 from h5traces.checking.reports import FileReport, Reports
 from h5traces.checking.validate import validate_file
 from h5traces.errors import (
+    ArchiveError,
     CorruptArchiveError,
     H5TracesError,
     LossyArchiveError,
@@ -137,14 +139,15 @@ def verify(
         try:
             # Closed at the end: while HDF5 has a file open, it does not read what is on disk now.
             with closing(_open(path, limits, report)) as store:
-                check_other_format(store.root_attrs)
+                check_format(store.root_attrs, path)
                 verification = _Verification(store, report, workers, progress)
                 verification.run(source, reading, deep=deep, limits=limits)
-        except NotAnArchiveError as error:
-            report.add("/", error, "not_an_archive")
-            report.notes.clear()
-            continue
         except H5TracesError as error:
+            found = error_for(path, error) if isinstance(error, ArchiveError) else error
+            if isinstance(found, NotAnArchiveError):
+                report.add("/", found, "not_an_archive")
+                report.notes.clear()
+                continue
             if against is not None and not isinstance(error, CorruptArchiveError):
                 raise
             report.add("/", error)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # How messages of the library name a parameter: overwrite=True, head_mean='only', shard_samples.
 _PARAMETER = re.compile(
-    r"(?<![\w/.'-])(?P<name>[a-z]+(?:_[a-z]+)*)(?P<value>=True|=False|='[^' ]*')?(?![\w/.'=-])"
+    r"(?<![\w/.'-])(?P<name>[a-z]+(?:_[a-z]+)*)(?P<value>=True|=False|='[^' ]*')?(?![\w/'=-]|\.\w)"
 )
 _options: ContextVar[frozenset[str]] = ContextVar("options", default=frozenset())
 
@@ -136,7 +136,13 @@ def tell_findings(
     for each in found:
         if options is None or not options.fails([each]):
             tell = note if each.severity == "note" else warn
-            tell(f"{place}: {each}")
+            tell(f"{place}: {finding_line(each)}")
+
+
+def finding_line(found: FindingSummary) -> str:
+    """A finding for people, with the flags of `convert` in place of parameters."""
+    with options_named(("first_state", "keep_padding")):
+        return with_flags(str(found))
 
 
 def _plain(message: str) -> str:
@@ -211,7 +217,7 @@ def _progress(*columns: ProgressColumn) -> Progress:
     )
 
 
-def first_lines(lines: list[str], most: int = 5) -> list[str]:
+def first_lines(lines: list[str], most: int = 5, what: str = "") -> list[str]:
     """The first of many lines, and one that says how many more there are."""
     more = len(lines) - most
-    return [*lines[:most], *([f"and {more} more, which --json lists"] if more > 0 else [])]
+    return [*lines[:most], *([f"and {more} more{what}, which --json lists"] if more > 0 else [])]

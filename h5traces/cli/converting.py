@@ -13,6 +13,7 @@ from h5traces.cli.console import (
     bytes_progress,
     count_progress,
     fail,
+    finding_line,
     first_lines,
     note,
     print_json,
@@ -34,6 +35,7 @@ from h5traces.cli.options import (
 )
 from h5traces.errors import ConversionError
 from h5traces.format.text import and_more, counted
+from h5traces.meaning.checks import CHECKS
 from h5traces.rewriting.convert import convert as convert_batches
 from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.storage.codecs import tools_note
@@ -118,20 +120,22 @@ def convert(
 
 
 def _tell(report: ConversionReport) -> None:
-    """Warnings and findings; what several files share is said once."""
-    shared: dict[tuple[bool, str], list[str]] = {}
+    """Warnings and findings, the first of each check; what several files share is said once."""
+    shared: dict[str, dict[str, list[str]]] = {}
     for each in report.files:
-        told = [(True, message) for message in each.warnings]
+        told = [("", message) for message in each.warnings]
         told += [
-            (found.severity != "note", str(found))
+            (found.check, finding_line(found))
             for found in each.findings
             if not report.checks.fails([found])
         ]
-        for key in told:
-            shared.setdefault(key, []).extend(each.sources)
-    for (is_warning, message), sources in shared.items():
-        tell = warn if is_warning else note
-        tell(f"{and_more(sources, 3)}: {message}")
+        for check, message in told:
+            shared.setdefault(check, {}).setdefault(message, []).extend(each.sources)
+    for check, messages in shared.items():
+        tell = note if check and CHECKS[check].severity == "note" else warn
+        lines = [f"{and_more(sources, 3)}: {message}" for message, sources in messages.items()]
+        for line in first_lines(lines, what=f" of [{check}]" if check else ""):
+            tell(line)
 
 
 def _note(report: ConversionReport) -> None:

@@ -8,18 +8,19 @@ import typer
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.checking.inspect import inspect as inspect_file
-from h5traces.checking.isolated import DEFAULT_MEMORY_NBYTES, DEFAULT_TIMEOUT, IsolationLimits
+from h5traces.checking.isolated import DEFAULT_MEMORY_NBYTES, IsolationLimits
 from h5traces.checking.reports import ValidationReport
 from h5traces.checking.validate import validate as validate_archive
 from h5traces.checking.verify import VerifyReport
 from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
-from h5traces.cli.console import count_progress, fail, print_json
+from h5traces.cli.console import count_progress, fail, print_json, print_line
 from h5traces.cli.options import Archives, Checks, Json, Reading, option
 from h5traces.errors import H5TracesError
 from h5traces.paths import expand_paths
 from h5traces.sources.collecting import archives_and_sources
+from h5traces.sources.drafting import drafted
 
 _ISOLATION = "Isolation"
 
@@ -51,6 +52,7 @@ def inspect(
         raise typer.BadParameter(message)
     found, failed = [], False
     for path in archives_and_sources(sources, reading):
+        result = None
         try:
             with count_progress(path.name) as update:
                 wanted: Any = num_samples if num_samples == "all" else int(num_samples)
@@ -60,6 +62,10 @@ def inspect(
         except H5TracesError as error:
             failed = True
             fail(str(error))
+        if result is None:
+            # Not above: the error holds the file, and HDF5 opens none twice in different ways.
+            if not json and reading.mapping is None:
+                _print_draft(path)
             continue
         found.append(result)
         if not json:
@@ -68,6 +74,21 @@ def inspect(
         print_json([each.as_dict() for each in found])
     if failed or not all(each.ok for each in found):
         raise typer.Exit(EXIT_PROBLEMS)
+
+
+def _print_draft(path: Any) -> None:
+    """What a file holds that no reader understands, and a mapping to begin with."""
+    try:
+        draft = drafted(path)
+    except (H5TracesError, OSError):
+        return
+    if draft is not None:
+        print_line(f"{path} holds")
+        for line in draft.holdings:
+            print_line(f"  {line}")
+        print_line("a mapping to begin with, for --mapping; say what is true of the file:")
+        for line in ("", *draft.text.splitlines()):
+            print_line(line)
 
 
 @command()
@@ -103,8 +124,14 @@ def validate(
         int, option(_ISOLATION, "--memory MIB", "Memory for each file.", min=1)
     ] = DEFAULT_MEMORY_NBYTES >> 20,
     timeout: Annotated[
-        float, option(_ISOLATION, "--timeout SECONDS", "Time for each file.", min=0.1)
-    ] = DEFAULT_TIMEOUT,
+        float | None,
+        option(
+            _ISOLATION,
+            "--timeout SECONDS",
+            "Time for each file [default: 60, and 1 more for every 20 MB unless --quick].",
+            min=0.1,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Report every problem of structure, schema and meaning.

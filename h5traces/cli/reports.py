@@ -10,6 +10,7 @@ from rich.table import Table
 
 from h5traces.cli.console import (
     cell,
+    finding_line,
     first_lines,
     human_size,
     print_line,
@@ -153,7 +154,8 @@ def print_inspection(result: Inspection) -> None:
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"
-    print_line(f"  samples: {result.num_samples}; layers: {stored}")
+    what = "positions" if result.by_position else "layers"
+    print_line(f"  samples: {result.num_samples}; {what}: {stored}")
     if result.lengths:
         lengths = ", ".join(f"{name} {value:g}" for name, value in result.lengths.items())
         print_line(f"  sequence length: {lengths}")
@@ -170,7 +172,7 @@ def print_inspection(result: Inspection) -> None:
     for sample in result.samples:
         _print_sample(sample)
     for finding in result.findings:
-        print_line(f"  {finding.severity} {finding}")
+        print_line(f"  {finding.severity} {finding_line(finding)}")
     is_good = all(each.severity == "note" for each in result.findings)
     print_line(f"  {'✓ ' if is_good else ''}{result.covers}")
     print_line()
@@ -244,10 +246,13 @@ def print_validation(found: list[ValidationReport]) -> None:
     """Every problem on its own line, and a verdict per file."""
     for each in found:
         for finding in each.findings:
-            print_line(f"{each.path}: {finding.severity} {finding}")
-        failures = [finding for finding in each.findings if each.checks.fails([finding])]
+            print_line(f"{each.path}: {finding.severity} {finding_line(finding)}")
+        graver = [finding for finding in each.findings if finding.severity != "note"]
+        failures = [finding for finding in graver if each.checks.fails([finding])]
         size = counted(each.num_datasets, "dataset")
-        _print_checked(each, "valid", size, covers=each.covers, num_failures=len(failures))
+        good = f"valid, with {counted(len(graver), 'warning')}" if graver else "valid"
+        covers = each.covers if graver else f"✓ {each.covers}"
+        _print_checked(each, good, size, covers=covers, num_failures=len(failures))
 
 
 def print_verification(found: list[VerifyReport]) -> None:
@@ -286,7 +291,7 @@ def _print_checked(
         print_line(f"{report.path}: note: {with_flags(note)}")
     failures = len(report.problems) + num_failures
     verdict = good if report.ok else counted(failures, "problem")
-    what = f"; ✓ {covers}" if report.ok and covers else ""
+    what = f"; {covers}" if report.ok and covers else ""
     print_line(f"{report.path}: {verdict} ({counted(report.num_samples, 'sample')}, {size}){what}")
 
 

@@ -34,6 +34,7 @@ from h5traces.errors import ConversionError
 from h5traces.format.dtypes import DtypePolicy
 from h5traces.format.text import and_more, counted
 from h5traces.paths import expand_paths
+from h5traces.rewriting.export import ExportFormat
 from h5traces.rewriting.export import export as export_archive
 from h5traces.rewriting.label import LabelReport, joined
 from h5traces.rewriting.label_table import HigherMeans, LabelOptions
@@ -152,8 +153,22 @@ def export(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Archive, glob or folder.")],
     *,
     output: Annotated[
-        str, option(OUTPUT, "-o --output DEST", "A name ending in `.pkl`, `.pkl.gz` or `.h5`.")
+        str,
+        option(
+            OUTPUT,
+            "-o --output DEST",
+            "A file (`.pkl`, `.pkl.gz`, `.pt`, `.safetensors`, `.npz`, `.parquet`, `.json`, "
+            "`.h5`), or a folder/.",
+        ),
     ],
+    to: Annotated[
+        ExportFormat | None,
+        option(OUTPUT, "--to FORMAT", "Format [default: by the suffix; in a folder, pickle]."),
+    ] = None,
+    kerchunk: Annotated[
+        bool,
+        option(OUTPUT, "--kerchunk", "References to the chunks for zarr: `--to kerchunk`."),
+    ] = False,
     dtype: Annotated[
         DtypePolicy | None,
         option(OUTPUT, "--dtype TYPE", "Stored type of an `.h5` export [default: float32]."),
@@ -163,15 +178,24 @@ def export(
     ] = False,
     target: NewFile,
 ) -> None:
-    """Write a legacy batch, or an archive for viewers without float16.
+    """Write the samples in another format.
 
-    - `h5traces export run.h5 -o run.pkl.gz`
-    - `h5traces export run.h5 -o run_float32.h5`
+    - `h5traces export run.h5 -o run.pkl.gz` is a legacy batch: a list of dicts
+    - `h5traces export run.h5 -o run.pt` is the same, for torch.load
+    - `h5traces export run.h5 -o samples/ --to safetensors` one file per sample; also `npz`
+    - `h5traces export run.h5 -o run.parquet` one row per sample
+    - `h5traces export run.h5 -o run_dataset/ --to datasets` for `datasets.load_from_disk`
+    - `h5traces export run.h5 -o run.json --kerchunk` no copy: zarr reads the archive
+    - `h5traces export run.h5 -o run_float32.h5` for viewers without float16
     """
+    if kerchunk and to not in (None, "kerchunk"):
+        message = f"--kerchunk and --to {to} name two formats; choose one"
+        raise typer.BadParameter(message)
     with count_progress(output) as update:
         path = export_archive(
             source,
             output,
+            to="kerchunk" if kerchunk else to,
             dtype=dtype,
             container="numpy" if numpy else "source",
             overwrite=target.overwrite,

@@ -94,6 +94,11 @@ def encode_element(path: str, value: Any) -> Iterator[EncodedObject]:
     yield from _Encoder().encode(path, value, depth=0)
 
 
+def tagged_json(value: Any) -> Any:
+    """`value` as the JSON that ``json`` elements hold; ConversionError where arrays are inside."""
+    return _Encoder()._to_json(value, 0)
+
+
 class _Encoder:
     """Counts as it goes: a small pickle can stand for exponentially many shared items."""
 

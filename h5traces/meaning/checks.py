@@ -21,6 +21,8 @@ Severity = Literal["error", "warning", "note"]
 FailOn = Literal["error", "warning"]
 SEVERITIES: Final[tuple[Severity, ...]] = get_args(Severity)
 _MAX_SAMPLES: Final = 5
+# Groups of samples that are told apart, where one finding is in several layers.
+_MAX_GROUPS: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ _ALL: Final = (
     Check(
         id="attentions-absent",
         severity="note",
-        reason="The field holds None only, as sdpa and flash attention return no weights.",
+        reason="The field is empty or holds None only: sdpa and flash attention return no weights.",
         remedy='To get attentions, load the model with attn_implementation="eager".',
     ),
     Check(
@@ -123,9 +125,16 @@ _ALL: Final = (
     Check(
         id="last-position-only",
         severity="warning",
-        reason="The arrays hold one position instead of the sequence: the '350 MB bug' of old "
-        "extractors. They are stored as they are.",
+        reason="The arrays hold one position, though there are tokens of the whole sequence: the "
+        "'350 MB bug' of old extractors. They are stored as they are.",
         remedy="Extract the traces again to get whole sequences.",
+    ),
+    Check(
+        id="one-position",
+        severity="note",
+        reason="The arrays hold one position, and there are no tokens: probes and studies of "
+        "uncertainty save the states of one token.",
+        remedy="Nothing to do, if one token's states were saved on purpose.",
     ),
     Check(
         id="generation-steps",
@@ -147,7 +156,7 @@ _ALL: Final = (
         reason="The arrays have one position fewer than there are tokens: generate() returns the "
         "last token without feeding it to the model. Position p is what the model computed at "
         "token p.",
-        remedy="Nothing need be done; features and datasets leave the last token out.",
+        remedy="Nothing to do; features and datasets leave the last token out.",
     ),
     Check(
         id="tokens-do-not-fit",
@@ -398,37 +407,54 @@ class Findings:
 
     def __init__(self) -> None:
         self._found: dict[Finding, _Gathered] = {}
+        self._of_message: dict[tuple[str, str], _Gathered] = {}
 
     def add(self, found: Iterable[Finding], sample: int) -> None:
         """Note what was found in the sample at this position; samples come in order."""
         for each in found:
             self._found.setdefault(each, _Gathered()).add(each, sample)
+            key = each.check, each.message
+            self._of_message.setdefault(key, _Gathered()).add(each, sample)
 
     def summaries(self, options: CheckOptions = CheckOptions()) -> list[FindingSummary]:
-        """One entry for all places with the same finding in the same samples, gravest first."""
-        joined: dict[Any, tuple[list[str], _Gathered]] = {}
-        for found, of_place in self._found.items():
-            if found.check in options.ignore:
-                continue
-            key = found.check, found.message, of_place.num_samples, tuple(of_place.samples)
-            places, total = joined.setdefault(
-                key, ([], _Gathered(samples=of_place.samples, num_samples=of_place.num_samples))
-            )
-            places.append(found.place)
-            total.join(of_place.number, of_place.span)
+        """One entry for all places with the same finding in the same samples, gravest first.
+
+        A finding that is in other samples at every place has one entry, with all places.
+        """
         summaries = [
             FindingSummary(
                 check=check,
                 severity=CHECKS[check].severity,
                 places=places,
                 message=_filled(message, total),
-                num_samples=num_samples,
-                samples=list(samples),
+                num_samples=total.num_samples,
+                samples=list(total.samples),
                 remedy=CHECKS[check].remedy,
             )
-            for (check, message, num_samples, samples), (places, total) in joined.items()
+            for (check, message), groups in self._groups().items()
+            if check not in options.ignore
+            for places, total in groups
         ]
         return sorted(summaries, key=lambda each: SEVERITIES.index(each.severity))
+
+    def _groups(self) -> dict[tuple[str, str], list[tuple[list[str], _Gathered]]]:
+        """By check and message: the places that have it in the same samples."""
+        groups: dict[tuple[str, str], dict[Any, tuple[list[str], _Gathered]]] = {}
+        for found, of_place in self._found.items():
+            samples = of_place.num_samples, tuple(of_place.samples)
+            of_message = groups.setdefault((found.check, found.message), {})
+            places, total = of_message.setdefault(
+                samples, ([], _Gathered(samples=of_place.samples, num_samples=of_place.num_samples))
+            )
+            places.append(found.place)
+            total.join(of_place.number, of_place.span)
+        joined = {}
+        for key, of_message in groups.items():
+            joined[key] = list(of_message.values())
+            if len(of_message) > _MAX_GROUPS:
+                every = [place for places, _ in of_message.values() for place in places]
+                joined[key] = [(every, self._of_message[key])]
+        return joined
 
     def messages(self) -> list[str]:
         """One line per finding."""

@@ -17,6 +17,7 @@ import numpy as np
 from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.record import SourceForm
+from h5traces.format.text import and_more
 from h5traces.format.values import TorchValue
 from h5traces.meaning.axes import BATCH, LAYER, STEPS_FIRST, data_of, split, view
 from h5traces.meaning.checks import Finding
@@ -160,6 +161,8 @@ def taken_apart(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) 
             f"field {kind!r} is a {type(value).__name__}, expected a list with one array per layer"
         )
         raise ConversionError(message)
+    if any(each is None for each in found.items):
+        _reject_gaps(kind, found.items)
     if any(not isinstance(each, (Array, list, tuple)) for each in found.items):
         return found
     if found.items and all(isinstance(each, (list, tuple)) for each in found.items):
@@ -167,6 +170,16 @@ def taken_apart(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) 
     if not found.in_steps:
         _drop_batch(found)
     return found
+
+
+def _reject_gaps(kind: str, items: list[Any]) -> NoReturn:
+    absent = [number for number, each in enumerate(items) if each is None]
+    message = (
+        f"field {kind!r}: items {and_more(absent)} of {len(items)} are None; "
+        "expected an array for every layer; leave the field out, or store all kinds as dicts by "
+        "layer number, with the layers that have both"
+    )
+    raise ConversionError(message)
 
 
 def taken_by_key(kind: str, value: dict[Any, Any]) -> Apart | None:

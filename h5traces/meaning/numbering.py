@@ -34,9 +34,12 @@ class Established:
     Attributes
     ----------
     num_blocks
-        Decoder blocks, the largest number so far; 0 where no sample says which is which.
+        Decoder blocks, the largest number so far; 0 where no sample says which is which, or some
+        are missing.
     numbers
         Numbers of blocks, else positions, that samples have; ascending.
+    by_position
+        Whether a sample has positions.
     num_layers
         Decoder blocks of the model, where the user says so.
     first_states
@@ -47,6 +50,7 @@ class Established:
 
     num_blocks: int = 0
     numbers: tuple[int, ...] = ()
+    by_position: bool = False
     num_layers: int | None = None
     first_states: dict[int, FirstState] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
@@ -61,8 +65,11 @@ class Established:
         found = (layout.parse_layer_name(each) for each in numbered.names)
         numbers = {each for each in found if each is not None}
         self.numbers = tuple(sorted(numbers.union(self.numbers)))
-        if numbers and not any(map(layout.is_position, numbered.names)):
-            self.num_blocks = max(self.num_blocks, self.numbers[-1] + 1)
+        if any(map(layout.is_position, numbered.names)):
+            self.by_position = True
+        elif len(numbers) == max(numbers, default=-1) + 1:
+            # After a gap there may be more: blocks 0, 5 and 10 are of any model with 11 or more.
+            self.num_blocks = max(self.num_blocks, len(numbers))
 
 
 @dataclass(frozen=True, slots=True)

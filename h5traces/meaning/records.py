@@ -139,8 +139,8 @@ def _taken_apart(item: dict[str, Any], known: Established, found: _Fields) -> di
     apart: dict[str, Apart] = {}
     present = [kind for kind in layout.KINDS if kind in item]
     for kind in present:
-        if is_absent(item[kind]) and kind != layout.HIDDEN_STATES:
-            found.findings.append(Finding("attentions-absent", kind, "the field holds None only"))
+        if kind != layout.HIDDEN_STATES and (why := _no_weights(item[kind])) is not None:
+            found.findings.append(Finding("attentions-absent", kind, why))
     wanted = [kind for kind in present if not is_absent(item[kind])]
     # Attentions have fewer readings, and tell the number of layers and of positions.
     wanted.sort(key=lambda kind: (isinstance(item[kind], Array), kind == layout.HIDDEN_STATES))
@@ -152,6 +152,13 @@ def _taken_apart(item: dict[str, Any], known: Established, found: _Fields) -> di
         for each in nested:
             turned(each)
     return apart
+
+
+def _no_weights(value: Any) -> str | None:
+    """How a field of attentions says that there are none, if it does."""
+    if is_absent(value):
+        return "the field holds None only"
+    return "the field is empty" if isinstance(value, (list, tuple, dict)) and not value else None
 
 
 def _lengths(item: dict[str, Any], apart: dict[str, Apart], known: Established) -> Lengths:
@@ -368,13 +375,11 @@ def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
 
 def _is_token_array(value: Any) -> bool:
     array = value.data if isinstance(value, TorchValue) else value
-    return (
-        isinstance(array, np.ndarray)
-        and array.ndim == 1
-        and array.dtype.kind in "iu"
-        and array.dtype.name != "uint64"
-        and array.dtype.isnative
-    )
+    if not isinstance(array, np.ndarray) or array.ndim != 1:
+        return False
+    dtype = array.dtype
+    # Numbers of uint64 need not fit into int64.
+    return dtype.isnative and (dtype.kind == "i" or (dtype.kind == "u" and dtype.itemsize < 8))
 
 
 def _is_decoded(value: Any, tokens: Any) -> bool:

@@ -123,7 +123,10 @@ def _coverage_findings(record: TraceRecord) -> Iterator[Finding]:
     coverage = record.coverage()
     kinds = list(record.layered)
     place = kinds[0] if kinds else layout.HIDDEN_STATES
-    if coverage == "last_position":
+    if coverage == "last_position" and record.tokens is None and not record.tokens_decoded:
+        if all(each.check != "one-vector" for each in record.findings):
+            yield Finding("one-position", place, "one position")
+    elif coverage == "last_position":
         yield Finding(
             "last-position-only",
             place,

@@ -212,19 +212,34 @@ def _compare_options(found: Comparison, metadata: ArchiveMetadata, wanted: Wante
     if metadata.conversion is None:
         found.unknown.append("how its source was read")
     else:
-        recorded, options = dict(metadata.conversion), dict(wanted.options)
-        runs = [RunFacts.from_dict(each.pop("run", None)) for each in (recorded, options)]
-        # A file alone says less than one among others of its run.
-        if runs[0].contradicts(runs[1]):
-            pairs["run"] = runs[0].as_dict(), runs[1].as_dict()
-        pairs |= {name: (recorded.get(name), options.get(name)) for name in {**recorded, **options}}
+        _compare_reading(found, metadata.conversion, wanted.options)
     for name, (old, new) in pairs.items():
         if old != new:
-            found.differs.append(f"its {name} is {_shown(old)}, not {_shown(new)}")
+            found.differs.append(f"its {name} is {old or 'none'}, not {new or 'none'}")
 
 
-def _shown(value: object) -> str:
-    return "the default" if value is None else str(value)
+def _compare_reading(found: Comparison, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What was said about the source, as `recorded_options` gives it; defaults are left out."""
+    runs = [RunFacts.from_dict(each.get("run")) for each in (before, now)]
+    # A file alone says less than one among others of its run.
+    if runs[0].contradicts(runs[1]):
+        found.differs.append(
+            "the other files of its run now say otherwise what its layers or axes are"
+        )
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if old == new or name == "run":
+            continue
+        if name == "scales":
+            found.differs.append("it was written with other scales")
+        elif name == "mapping":
+            which = "another" if old and new else "a"
+            how = "without" if old is None else "with"
+            found.differs.append(f"it was written {how} {which} mapping")
+        elif old is None:
+            found.differs.append(f"it was written without {name}={new!r}")
+        else:
+            found.differs.append(f"it was written with {name}={old!r}")
 
 
 def _compare_layers(found: Comparison, metadata: ArchiveMetadata, layers: LayerChoice) -> None:

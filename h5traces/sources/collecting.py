@@ -24,7 +24,7 @@ from h5traces.paths import (
     listed_sources,
     walk,
 )
-from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, source_stem
+from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, run_stem, source_stem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,7 +46,6 @@ _COMPANIONS: Final = frozenset(
     {"json", "jsonl", "csv", "text", "html", "xml", "office", "image", "pdf", "empty"}
 )
 _SUFFIXES: Final = re.compile(r"(?:\.[A-Za-z]\w{0,7})+\Z", re.ASCII)
-_NUMBER: Final = re.compile(r"[0-9]+")
 _PART: Final = ".part"
 _EXAMPLES: Final = "pickles, files of torch.save or safetensors"
 
@@ -263,7 +262,7 @@ class _Names:
 
     def __init__(self, sources: list[Path]) -> None:
         self._stems = {(path.parent, source_stem(path.name)) for path in sources}
-        self._patterns = {(folder, _NUMBER.sub("#", stem)) for folder, stem in self._stems}
+        self._patterns = {(path.parent, run_stem(path.name)) for path in sources}
 
     def has_stem(self, path: Path) -> bool:
         """Whether a source has this name, but for the suffix."""
@@ -271,7 +270,7 @@ class _Names:
 
     def continues(self, path: Path) -> bool:
         """Whether sources have this name, but for numbers and the suffix."""
-        return (path.parent, _NUMBER.sub("#", source_stem(path.name))) in self._patterns
+        return (path.parent, run_stem(path.name)) in self._patterns
 
 
 def _is_part(path: Path) -> bool:

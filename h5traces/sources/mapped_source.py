@@ -224,7 +224,7 @@ class MappedSource(TraceSource):
         else:
             for name, array in group.items():
                 match = spec.template.match(name)
-                if match is not None:
+                if match is not None and not self._mapping.ignores(name):
                     self._add(field, found.setdefault(match[0], {}), match[1], name, array)
         if not found and not spec.optional:
             self._fail(f"field {field!r}: nothing is named {spec.name!r}; found {_listed(group)}")

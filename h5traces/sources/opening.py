@@ -53,6 +53,8 @@ _SUFFIX: Final = re.compile(
 )
 _PACKED_SUFFIX: Final = re.compile(r"\.(?:gz|bz2|xz|lzma|zst|zstd|z|lz4)\Z", re.IGNORECASE)
 SOURCE_SUFFIXES: Final = (".pkl.gz", ".pickle.gz", ".pkl", ".pickle")
+# Digits, or an id such as that of a request: 8 or more hexadecimal digits and dashes.
+_NUMBERS: Final = re.compile(r"(?<![0-9A-Za-z])(?=[a-f-]*[0-9])[0-9a-f-]{8,}(?![0-9A-Za-z])|[0-9]+")
 _BATCH_NAME: Final = re.compile(
     r"(?P<model_id>.+)_(?P<dataset>triviaqa|trivia_qa|truthfulqa|truthful_qa|[A-Za-z0-9-]+)"
     r"_batch_\d+(_sub\d+)?\Z"
@@ -207,6 +209,11 @@ def source_stem(name: str) -> str:
     unpacked = _PACKED_SUFFIX.sub("", name)
     stem = _SUFFIX.sub("", unpacked)
     return stem if stem and stem != unpacked else name
+
+
+def run_stem(name: str) -> str:
+    """A source's stem with ``#`` for the numbers and ids that tell files of a run apart."""
+    return _NUMBERS.sub("#", source_stem(name))
 
 
 def facts_in_name(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import H5TracesError
 from h5traces.meaning.options import ReadingOptions, RunFacts
-from h5traces.sources.opening import facts_in_name, open_source
+from h5traces.sources.opening import open_source, run_stem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 # Files of a run whose first samples are looked at.
 _MOST_FILES: Final = 16
-# Files of one folder that name one model, or none, are a run.
-Run = tuple[Path, str | None]
+# Files of one folder are a run if their names differ in numbers only.
+Run = tuple[Path, str]
 Runs = dict[Run, RunFacts]
 
 
 def run_of(path: Path) -> Run:
     """The run that a file belongs to."""
-    return path.parent, facts_in_name(path).get("model_id")
+    return path.parent, run_stem(path.name)
 
 
 def facts_of_runs(paths: Iterable[Path], reading: ReadingOptions) -> Runs:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _METADATA: Final = "__metadata__"
 _MAX_HEADER_NBYTES: Final = 32 << 20
-# Signs of JSON in the header, so that parsing it takes no more memory than 200 MB.
-_MAX_SIGNS: Final = 1_500_000
+# Signs of JSON in the header, some 11 per tensor, so that parsing it takes less than a second.
+_MAX_SIGNS: Final = 700_000
 _MAX_AXES: Final = 32
 # As numpy, counting axes of length 0 as 1.
 _MAX_ELEMENTS: Final = 1 << 60
@@ -53,6 +53,7 @@ _DTYPES: Final = {
 }
 _ITEMSIZES: Final = {name: np.dtype(code).itemsize for name, (_, code) in _DTYPES.items()}
 _KEYS: Final = {"dtype", "shape", "data_offsets"}
+_DECODED: Final = f"{layout.TOKENS_DECODED}.json"
 # The scale of each token, beside states in float8.
 _SCALES: Final = f"{layout.HIDDEN_STATES}_scales"
 
@@ -79,9 +80,10 @@ class SafetensorsSource(NamedArraysSource):
         self._file = MappedFile(path) if compression is None else self._unpacked()
         header, facts = self._read_header()
         self._check_places(header, self._start)
-        self.take(
-            {name: partial(self._load, name, header[name]) for name in header}, facts, self._file
-        )
+        loaders: dict[str, Any] = {name: partial(self._load, name, header[name]) for name in header}
+        texts, facts = _texts_of(facts)
+        loaders |= {name: partial(_same, value) for name, value in texts.items()}
+        self.take(loaders, facts, self._file)
 
     def prepared(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """The arrays; states in float8 times the scale of their token."""
@@ -126,7 +128,10 @@ class SafetensorsSource(NamedArraysSource):
         if len(data) < nbytes:
             self._fail("the header is cut off, so the file is not complete; copy it again")
         if sum(map(data.count, (b",", b":", b"[", b"{"))) > _MAX_SIGNS:
-            self._fail("the header names too many tensors; save them in several files")
+            self._fail(
+                "the header names too many tensors, at most some 60,000 are read; save them in "
+                "several files"
+            )
         try:
             found = json.loads(data, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError) as error:
@@ -218,6 +223,25 @@ class SafetensorsSource(NamedArraysSource):
         numbers = _float8_e4m3fn()[states.data]
         numbers *= scales.data.reshape(given)
         return TorchValue(numbers, "float32")
+
+
+def _texts_of(facts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Texts in the header that are fields of a sample, as ``export`` writes them; the others."""
+    others = dict(facts)
+    names = (layout.QUESTION_ID, *layout.TEXT_FIELDS)
+    texts: dict[str, Any] = {name: others.pop(name) for name in names if name in others}
+    try:
+        decoded = json.loads(others[_DECODED])
+    except (KeyError, ValueError, RecursionError):
+        return texts, others
+    if type(decoded) is list and all(type(each) is str for each in decoded):
+        texts[layout.TOKENS_DECODED] = decoded
+        del others[_DECODED]
+    return texts, others
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _are_sizes(values: Any) -> bool:

@@ -69,7 +69,6 @@ class TableSource(NamedArraysSource):
         self._table = open_table(self.path, identify(path).id)
         self.kind = self._table.kind  # type: ignore[misc]
         self._rows = self._table.groups()
-        self._facts = {}
 
     def __next__(self) -> dict[Any, Any]:
         group = next(self._rows)
@@ -78,10 +77,10 @@ class TableSource(NamedArraysSource):
             name = next((each for each in _IDS if each in arrays), None)
             if name is not None:
                 arrays[layout.QUESTION_ID] = arrays.pop(name)
-                self._note(f"{name!r} holds the ids")
+                self._naming.note(f"{name!r} holds the ids")
         stem = source_stem(self.path.name)
         self.num_read += 1
-        return self._sample(f"{stem}_{self.num_read - 1}", arrays)
+        return self._naming.sample(f"{stem}_{self.num_read - 1}", arrays)
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -340,7 +340,9 @@ class ArchiveWriter:
         observed = self._observed
         stored = sorted(set().union(*observed.layers.values()))
         known = metadata.pop("num_layers", None) or self._metadata.num_layers or 0
-        num_layers = max(known, stored[-1] + 1 if stored else 0) or None
+        # Of layers with gaps, nobody knows how many follow.
+        is_whole = stored == list(range(len(stored)))
+        num_layers = max(known, stored[-1] + 1) if stored and (known or is_whole) else known or None
         is_subset = bool(stored) and stored != list(range(min(num_layers or 0, len(stored) + 1)))
         return ArchiveMetadata(
             **{

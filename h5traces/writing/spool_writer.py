@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from h5traces.format.record import TraceRecord
     from h5traces.paths import Target
     from h5traces.precision.scales import Calibration
     from h5traces.writing.options import WriteOptions
     from h5traces.writing.spool_folder import RunState, SpoolFolder
-    from h5traces.writing.trace_writer import Sample
 
 
 class SpoolWriter(TraceWriter):
@@ -120,13 +120,9 @@ class SpoolWriter(TraceWriter):
             )
             warn(message, StoredStateWarning)
 
-    def append(self, sample: Sample, sample_id: str | None = None) -> None:
-        """Write one sample; when this returns, it survives even a loss of power.
-
-        See `TraceWriter.append` for parameters and errors.
-        """
+    def _append(self, record: TraceRecord) -> None:
+        """Write one record; when this returns, it survives even a loss of power."""
         folder = self._spool()
-        record = self._record(sample, sample_id)
         # First, because an error must mean that the sample is not stored.
         self.pack()
         self._set_closing(closing=False)

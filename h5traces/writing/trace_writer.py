@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from h5traces.archive.trace import Trace
-from h5traces.errors import ArchiveError, ConversionError, SchemaError
-from h5traces.format.record import SourcePosition, TraceRecord
-from h5traces.format.values import TorchValue
+from h5traces.errors import ArchiveError
 from h5traces.meaning.numbering import Established
 from h5traces.meaning.options import ReadingOptions
-from h5traces.meaning.records import to_record as dict_to_record
 from h5traces.meaning.sample_checks import Look, SampleChecks, vocabulary_of
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts
+from h5traces.writing.appended import records_of
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import precision_warnings
 from h5traces.writing.shards import verify_written
-from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
+    from h5traces.format.record import TraceRecord
     from h5traces.paths import Target
+    from h5traces.writing.appended import SampleIds
     from h5traces.writing.options import WriteOptions
     from h5traces.writing.spool_folder import RunState
-
-
-Sample = TraceRecord | Mapping[str, Any]
-
-_NOWHERE = SourcePosition(file=0, position=0)
 
 
 class TraceWriter(ABC):
@@ -88,28 +79,43 @@ class TraceWriter(ABC):
         self.nbytes = 0
         self.counts: dict[str, CastCounts] = {}
 
-    @abstractmethod
-    def append(self, sample: Sample, sample_id: str | None = None) -> None:
-        """Write one sample.
+    def append(self, sample: Any, sample_id: SampleIds = None, *, inputs: Any = None) -> None:
+        """Write one sample, or a batch of them.
 
         Parameters
         ----------
         sample
             A `TraceRecord`, the dict of a trace as `pickle` batches held it (arrays or torch
-            tensors), or a stored trace.
+            tensors), a stored trace, or what a model returned: the output of a forward pass or of
+            ``generate()`` of transformers, or an ``ActivationCache`` of TransformerLens, on any
+            device. Of outputs, hidden states, attentions and ``sequences`` are stored.
         sample_id
-            The sample's id, if the sample does not hold it.
+            The sample's id, if the sample does not hold it; for a batch that a model returned, a
+            list with one per sequence.
+        inputs
+            What that model was given: a ``BatchEncoding`` or dict with ``input_ids`` and
+            ``attention_mask``, ``(batch, tokens)``, or the ids alone. Padding is cut as in
+            conversions.
 
         Raises
         ------
         SchemaError
-            Its fields contradict each other or earlier samples.
+            Its fields contradict each other or earlier samples, or ids are not one per sequence.
         ConversionError
             A value cannot be stored, or overflows and ``on_overflow`` is ``error``.
+        OptionError
+            `inputs` come with something that no model returned.
         OSError
             The disk is full, or fails. As after every error, this sample is not stored, and all
-            earlier samples are.
+            earlier samples are, of a batch those before it.
         """
+        self._check_open()
+        for record in records_of(sample, sample_id, inputs, self._reading, self._established):
+            self._append(self._placed(record))
+
+    @abstractmethod
+    def _append(self, record: TraceRecord) -> None:
+        """Write one record."""
 
     @abstractmethod
     def pack(self) -> list[Path]:
@@ -140,8 +146,7 @@ class TraceWriter(ABC):
             )
             raise ArchiveError(message)
 
-    def _record(self, sample: Sample, sample_id: str | None) -> TraceRecord:
-        record = _as_record(sample, sample_id, self._reading, self._established)
+    def _placed(self, record: TraceRecord) -> TraceRecord:
         if record.sample_id is None or record.generation_index is not None:
             return record
         # Only the run knows: neither a spooled sample nor a shard sees the others.
@@ -200,14 +205,11 @@ class DirectWriter(TraceWriter):
         self._writer: ArchiveWriter | None = None
         self._num_shards = 0
 
-    def append(self, sample: Sample, sample_id: str | None = None) -> None:
-        """Write one sample; it is durable when its archive has its name.
+    def _append(self, record: TraceRecord) -> None:
+        """Write one record; it is durable when its archive has its name.
 
-        See `TraceWriter.append` for parameters and errors. An error deletes the archive that was
-        being written.
+        An error deletes the archive that was being written.
         """
-        self._check_open()
-        record = self._record(sample, sample_id)
         self.pack()
         if self._writer is None:
             path = self._target.shard(self._num_shards)
@@ -256,45 +258,3 @@ class DirectWriter(TraceWriter):
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.discard()
-
-
-def _as_record(
-    sample: TraceRecord | Mapping[str, Any],
-    sample_id: str | None,
-    reading: ReadingOptions,
-    established: Established,
-) -> TraceRecord:
-    """Make a record of a record, a legacy dict (arrays or torch tensors), or a stored trace."""
-    if isinstance(sample, TraceRecord):
-        record = sample
-    elif isinstance(sample, Trace):
-        record = to_record(sample).model_copy(update={"source": None})
-    elif isinstance(sample, Mapping):
-        plain = {key: _without_torch(value) for key, value in sample.items()}
-        found = dict_to_record(plain, source=_NOWHERE, options=reading, established=established)
-        record = found.model_copy(update={"source": None})
-    else:
-        message = f"found {type(sample).__name__}, expected a TraceRecord or the dict of a trace"
-        raise ConversionError(message)
-    if sample_id is None or record.sample_id == sample_id:
-        return record
-    if record.sample_id is not None:
-        message = f"sample_id is {sample_id!r}, but the sample itself says {record.sample_id!r}"
-        raise SchemaError(message)
-    return record.model_copy(update={"sample_id": sample_id})
-
-
-def _without_torch(value: Any) -> Any:
-    """`value` with every torch tensor inside as a `TorchValue`; never the first to import torch."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return value
-    if isinstance(value, torch.Tensor):
-        from h5traces.archive.torch_values import from_tensor
-
-        return TorchValue(*from_tensor(value))
-    if type(value) is dict:
-        return {key: _without_torch(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_without_torch(each) for each in value)
-    return value

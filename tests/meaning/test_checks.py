@@ -430,13 +430,66 @@ def test_verdicts_say_what_they_cover(zeros: Path, tmp_path: Path) -> None:
     run("convert", zeros, "-o", archive)
     number = CheckOptions().num_checks
     full, quick = run("validate", archive).output, run("validate", "--quick", archive).output
-    assert f"; ✓ structure, schema, index; {number} checks of meaning on every value\n" in full
+    verdict = "valid, with 1 warning (2 samples, 22 datasets); structure, schema, index; "
+    assert f"{verdict}{number} checks of meaning on every value\n" in full
     assert "; ✓ structure, schema, index; no array was read (quick)\n" in quick
     assert "constant-layer" not in quick
     fewer = run("validate", archive, "--ignore", "constant-layer").output
-    assert f"{number - 1} checks of meaning" in fewer
+    assert f"valid (2 samples, 22 datasets); ✓ structure, schema, index; {number - 1} ch" in fewer
     shown = run("inspect", archive).output
     assert f"  {number} checks of meaning: every value of 1 sample; 1 other not read" in shown
+
+
+def test_layers_that_differ_in_every_sample_are_one_finding() -> None:
+    found = Findings()
+    for sample in range(40):
+        place = f"hidden_states/layer_{sample % 32:03d}"
+        found.add([Finding("not-finite", place, "{number NaN value}", 2)], sample)
+    (summary,) = found.summaries()
+    assert str(summary).startswith(
+        "[not-finite] hidden_states, layers 0-31: 80 NaN values (40 samples: 0, 1, 2, 3, 4 and 35 "
+    )
+    few = Findings()
+    for sample in range(3):
+        few.add([Finding("not-finite", f"hidden_states/layer_{sample:03d}", "NaN", 1)], sample)
+    assert [each.samples for each in few.summaries()] == [[0], [1], [2]]
+
+
+def test_many_files_with_one_kind_of_finding_are_a_few_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for number in range(9):
+        row = trace(number)
+        row["hidden_states"][0][: number + 1, 0] = np.nan
+        dump(folder / f"sample_{number}.pkl", [row])
+    printed = run("convert", folder, "-o", f"{tmp_path}/out/")
+    lines = [line for line in printed.stderr.splitlines() if "not-finite" in line]
+    assert len(lines) == 6
+    assert lines[-1] == "warning: and 2 more of [not-finite], which --json lists"
+
+
+def test_remedies_name_flags_on_the_command_line(tmp_path: Path) -> None:
+    row = trace(0)
+    del row["attentions"]
+    source, archive = dump(tmp_path / "batch.pkl", [row]), tmp_path / "a.h5"
+    expected = "Say what it is: --first-state embedding or --first-state block."
+    assert expected in run("convert", source, "-o", archive).stderr
+    assert expected in run("inspect", source).output
+    assert expected in run("validate", archive).output
+
+
+def test_one_position_is_a_fault_only_beside_more_tokens(tmp_path: Path) -> None:
+    row = trace(0)
+    row = {"hidden_states": [each[-1:] for each in row["hidden_states"]], "tokens": row["tokens"]}
+    ignored = CheckOptions(ignore="first-state-unknown")
+    for number, expected in enumerate(["last-position-only", "one-position"]):
+        source = dump(tmp_path / f"{number}.pkl", [row])
+        archive = tmp_path / f"{number}.h5"
+        report = h5traces.convert(source, archive, checks=ignored)
+        assert [each.check for each in report.files[0].findings] == [expected]
+        (validated,) = h5traces.validate(archive, checks=ignored)
+        assert [each.check for each in validated.findings] == [expected]
+        row.pop("tokens", None)
 
 
 def test_findings_add_up() -> None:

@@ -85,8 +85,8 @@ def test_without_attentions_positions_are_kept(absent: Any) -> None:
         del item["attentions"]
     found = record(item)
     assert (names(found), sites(found)) == (POSITIONS, [None] * LAYERS)
-    is_none = absent is None or (absent not in ("missing", ()))
-    assert checks(found) == ["attentions-absent"] * is_none + ["first-state-unknown"]
+    is_there = absent != "missing"
+    assert checks(found) == ["attentions-absent"] * is_there + ["first-state-unknown"]
 
 
 @pytest.mark.parametrize(
@@ -472,3 +472,36 @@ def test_a_writer_takes_what_a_converter_takes(tmp_path: Path) -> None:
         for found, item in zip(archive, items, strict=True):
             assert_same(found.to_dict(), item)
         np.testing.assert_array_equal(archive[0].embedding, states(0, layers=LAYERS + 1)[0])
+
+
+def test_attentions_of_some_layers_are_rejected_in_one_sentence() -> None:
+    # Hybrid models have attention in some of their blocks only.
+    item = trace()
+    item["attentions"] = [None, *weights(0)[1:]]
+    message = rejected(item)
+    assert "field 'attentions': items 0 of" in message
+    assert "leave the field out" in message
+
+
+def test_gaps_in_a_dict_claim_no_number_of_layers(tmp_path: Path) -> None:
+    source, target = tmp_path / "some.pkl", tmp_path / "some.h5"
+    item = trace()
+    for kind, arrays in (("hidden_states", states(0)), ("attentions", weights(0))):
+        item[kind] = dict(zip((0, 5, 10), arrays[:3], strict=True))
+    source.write_bytes(pickle.dumps([item]))
+    h5traces.convert(source, target)
+    with h5traces.open(target) as archive:
+        assert archive.layers == (0, 5, 10)
+        assert archive.metadata.num_layers is None
+    assert not validate(target)[0].problems
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_positions_are_called_positions_in_reports(tmp_path: Path) -> None:
+    source, target = tmp_path / "states.pkl", tmp_path / "states.h5"
+    item = trace()
+    del item["attentions"]
+    source.write_bytes(pickle.dumps([item]))
+    h5traces.convert(source, target)
+    assert h5traces.inspect(source)[0].by_position
+    assert h5traces.inspect(target)[0].by_position

@@ -90,7 +90,10 @@ def assert_same(expected: Any, found: Any) -> None:
         assert expected.shape == found.shape
         assert_same(expected.ravel().tolist(), found.ravel().tolist())
     elif isinstance(expected, torch.Tensor):
-        assert torch.equal(expected, found)
+        assert expected.dtype == found.dtype
+        one, other = (each.reshape(-1).view(torch.uint8) for each in (expected, found))
+        assert expected.shape == found.shape
+        assert torch.equal(one, other)
     elif isinstance(expected, (np.ndarray, np.generic)):
         assert expected.dtype.newbyteorder("=") == found.dtype.newbyteorder("=")
         np.testing.assert_array_equal(expected, found)
@@ -143,6 +146,24 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_archives_keep_the_types(archive: Path, name: str) -> None:
     (found,) = h5traces.load(archive)
     assert_same(VALUES[name], found[name])
+
+
+@pytest.mark.parametrize("way", ["append", "torch.save"])
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "bfloat16"]
+)
+def test_tensors_of_types_that_numpy_has_not(tmp_path: Path, way: str, dtype: str) -> None:
+    tensor = torch.tensor([[0.5, -3.0], [448.0, 0.0]]).to(getattr(torch, dtype))
+    row, target = {**BASE, "scale": tensor, "inside": [{"a": tensor[0, 1]}]}, tmp_path / "a.h5"
+    if way == "append":
+        with h5traces.create(target) as writer:
+            writer.append(row)
+    else:
+        torch.save([row], tmp_path / "batch.pt")
+        h5traces.convert(tmp_path / "batch.pt", target).raise_for_errors()
+    found = h5traces.open(target)[0]
+    assert_same(tensor, found["scale"])
+    assert_same([{"a": tensor[0, 1]}], found.to_dict()["inside"])
 
 
 def test_stock_h5py_reads_their_content(archive: Path) -> None:

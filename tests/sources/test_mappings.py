@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -416,3 +417,42 @@ def test_a_mapping_that_does_not_fit(tmp_path: Path, text: str, message: str) ->
         h5traces.load(path, reading=mapping(tmp_path / "m.toml", text))
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+def test_inspect_drafts_a_mapping_that_reads_the_file(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from h5traces.cli import main
+
+    path = tmp_path / "run.h5"
+    with h5py.File(path, "w") as file:
+        for number in range(2):
+            file[f"q{number}/hidden_states"] = states(number)
+    monkeypatch.setattr(sys, "argv", ["h5traces", "inspect", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    printed = capsys.readouterr()
+    assert "HDF5, but no archive of h5traces" in printed.err
+    assert "q0/hidden_states  (4, 7, 8) float16; 2 names as {id}/hidden_states" in printed.out
+    draft = printed.out[printed.out.index("# first_state") :]
+    items = h5traces.load(path, reading=mapping(tmp_path / "m.toml", draft))
+    np.testing.assert_array_equal(items[1]["hidden_states"], states(1))
+
+
+def test_drafts_of_other_kinds(tmp_path: Path) -> None:
+    from h5traces.sources.drafting import drafted
+
+    (tmp_path / "a.bin").write_bytes(bytes(range(64)) + states().tobytes())
+    found = drafted(tmp_path / "a.bin")
+    assert found is not None
+    assert "[array]" in found.text
+    torch.save({"acts": torch.zeros(4, 1, 7, 8), "input_ids": torch.zeros(1, 7)}, tmp_path / "a.pt")
+    found = drafted(tmp_path / "a.pt")
+    assert found is not None
+    assert 'name = "acts"\naxes = "batch layer token hidden"' in found.text
+    (tmp_path / "a.html").write_text("<!doctype html>")
+    assert drafted(tmp_path / "a.html") is None

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import h5traces
 from h5traces.errors import ConversionError
+from h5traces.sources.opening import run_stem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +72,9 @@ def checks_of(report: Any) -> set[str]:
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_as_many_layers_as_tokens(tmp_path: Path, axes: str, merge: bool, workers: int) -> None:
-    lengths = {"a": 7, "b": BLOCKS, "c": 6} if axes == "tlh" else {"a": BLOCKS, "b": 7, "c": 6}
+    lengths = (
+        {"r1": 7, "r2": BLOCKS, "r3": 6} if axes == "tlh" else {"r1": BLOCKS, "r2": 7, "r3": 6}
+    )
     folder = tmp_path / "run"
     folder.mkdir()
     expected = {name: request(folder, name, length, axes) for name, length in lengths.items()}
@@ -158,13 +161,38 @@ def test_models_and_folders_are_runs_of_their_own(tmp_path: Path) -> None:
     assert sorted(unknown) == ["one_triviaqa_batch_0001.pkl", "two_triviaqa_batch_0000.pkl"]
 
 
+def test_files_of_different_names_are_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dump(folder / "with_attentions.pkl", sample(5))
+    dump(folder / "without_attentions.pkl", sample(6, attentions=False))
+    report = h5traces.convert(folder, out_of(tmp_path))
+    assert checks_of(report) >= {"embedding-first", "first-state-unknown"}
+    with h5traces.open(out_of(tmp_path) / "without_attentions.h5") as archive:
+        assert "position_000" in archive[0]._stored.children("hidden_states")
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("run_batch_0003.pkl.gz", "run_batch_#"),
+        ("cmpl-0a1b2c3d-4e5f.safetensors", "cmpl-#"),
+        ("deadbeef.pt", "deadbeef"),
+        ("layer3_v2.pt", "layer#_v#"),
+        ("states.pt", "states"),
+    ],
+)
+def test_names_of_a_run(name: str, stem: str) -> None:
+    assert run_stem(name) == stem
+
+
 def test_files_that_contradict_each_other_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    dump(folder / "a.pkl", sample(5))
+    dump(folder / "r1.pkl", sample(5))
     with_five = sample(6, states=BLOCKS + 1)
     with_five["attentions"] = [*with_five["attentions"], with_five["attentions"][0]]
-    dump(folder / "b.pkl", with_five)
+    dump(folder / "r2.pkl", with_five)
     report = h5traces.convert(folder, out_of(tmp_path))
     (told,) = [
         each.message
@@ -174,15 +202,15 @@ def test_files_that_contradict_each_other_are_named(tmp_path: Path) -> None:
     ]
     assert "the first is the block, and the embedding in earlier samples" in told
     # Each is stored as it says itself.
-    assert first_layer(out_of(tmp_path) / "a.h5") is None
-    assert first_layer(out_of(tmp_path) / "b.h5") == 0
+    assert first_layer(out_of(tmp_path) / "r1.h5") is None
+    assert first_layer(out_of(tmp_path) / "r2.h5") == 0
 
 
 def test_other_axes_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    request(folder, "a", 7)
-    expected = request(folder, "b", 6, "lth")
+    request(folder, "cmpl-1f3a9c77", 7)
+    expected = request(folder, "cmpl-20bb41de", 6, "lth")
     report = h5traces.convert(folder, tmp_path / "run.h5", merge=True, precision=AUTO)
     assert "unlike-earlier" in checks_of(report)
     with h5traces.open(tmp_path / "run.h5") as archive:

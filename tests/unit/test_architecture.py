@@ -144,13 +144,14 @@ def test_servers_are_talked_to_in_one_place() -> None:
 
 
 def test_tables_are_written_and_read_in_one_place_each() -> None:
-    assert importers("pyarrow") == {"features.parquet", "sources.arrow"}
+    expected = {"features.parquet", "rewriting.export_tables", "sources.arrow"}
+    assert importers("pyarrow") == expected
 
 
 def test_torch_is_imported_in_one_place_of_the_reader() -> None:
     heavy = ("extract", "torch_data", "graph")
     found = {name for name in importers("torch") if name.partition(".")[0] not in heavy}
-    assert found == {"archive.torch_values"}
+    assert found == {"archive.torch_values", "rewriting.export_torch"}
 
 
 def test_pickle_is_never_loaded() -> None:

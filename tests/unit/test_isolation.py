@@ -122,3 +122,9 @@ def test_command_with_limits(archive: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1
     assert "67108864 bytes of memory" in " ".join(result.output.split())
+
+
+def test_reading_every_value_has_the_time_that_it_takes() -> None:
+    assert IsolationLimits().seconds(0) == 60
+    assert IsolationLimits().seconds(10_000_000_000) == 560
+    assert IsolationLimits(timeout=5).seconds(10_000_000_000) == 5

@@ -60,7 +60,7 @@ def test_names_say_model_and_dataset() -> None:
     assert [source_stem(f"a.b{each}") for each in (".pkl.gz", ".pkl", ".h5")] == [
         "a.b",
         "a.b",
-        "a.b.h5",
+        "a.b",
     ]
 
 

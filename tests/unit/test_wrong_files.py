@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import re
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -41,25 +42,37 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("batch.pkl", rf"is a pickle, not an archive; {CALLS}"),
-        ("renamed.h5", rf"is a pickle, not an archive; {CALLS}"),
-        ("packed.pkl.gz", rf"is a pickle, compressed by gzip, not an archive; {CALLS}"),
-        ("page.h5", "is a web page, saved in place of the file, not an archive; .*download"),
-        ("pointer.h5", "is a pointer of Git LFS.*git lfs pull"),
-        ("empty.h5", r"is empty \(0 bytes\), not an archive"),
-        ("labels.csv", "is a table of text, not an archive; 'h5traces label'"),
-        ("foreign.h5", "is HDF5, but no archive of h5traces; "),
-        ("features.h5", "is a file of features that h5traces wrote, not an archive.*h5py"),
-    ],
-)
+OTHER_FILES = [
+    ("batch.pkl", rf"is a pickle, not an archive; {CALLS}"),
+    ("renamed.h5", rf"is a pickle, not an archive; {CALLS}"),
+    ("packed.pkl.gz", rf"is a pickle, compressed by gzip, not an archive; {CALLS}"),
+    ("page.h5", "is a web page, saved in place of the file, not an archive; .*download"),
+    ("pointer.h5", "is a pointer of Git LFS.*git lfs pull"),
+    ("empty.h5", r"is empty \(0 bytes\), not an archive"),
+    ("labels.csv", "is a table of text, not an archive; 'h5traces label'"),
+    ("foreign.h5", "is HDF5, but no archive of h5traces; "),
+    ("features.h5", "is a file of features that h5traces wrote, not an archive.*h5py"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), OTHER_FILES)
 def test_open_of_another_file(folder: Path, name: str, message: str) -> None:
     with pytest.raises(NotAnArchiveError, match=message) as caught:
         h5traces.open(folder / name)
     assert str(caught.value).startswith(str(folder / name))
     assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "message"), OTHER_FILES)
+def test_checks_of_another_file(folder: Path, name: str, message: str) -> None:
+    before = (folder / name).read_bytes()
+    for found in (h5traces.validate(folder / name), h5traces.verify(folder / name)):
+        (problem,) = found.problems
+        assert problem.kind == "not_an_archive"
+        assert re.match(message, problem.message)
+    with pytest.raises(NotAnArchiveError, match=message):
+        h5traces.seal(folder / name)
+    assert (folder / name).read_bytes() == before
 
 
 def test_open_of_a_folder_without_archives(folder: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from h5traces.format import layout
 from h5traces.format.text import counted
 from h5traces.format.values import TorchValue
+from h5traces.sources.naming import names_layers
 from h5traces.sources.pickle.calls import type_name
 from h5traces.sources.pickle.plain import DICTS
 from h5traces.sources.pickle.source import contradict
@@ -99,10 +100,10 @@ class Understood:
     Attributes
     ----------
     what
-        ``trace``: it is one sample. ``mapping``: its values are. ``columns``: each value holds one
-        field of all samples. ``wrapper``: the value under `key` is a list of samples, or samples
-        by id. ``pairs``: the list under `key` holds lists of pairs of a hidden state and an
-        attention matrix.
+        ``trace``: it is one sample. ``cache``: it is one, with an array per layer. ``mapping``: its
+        values are. ``columns``: each value holds one field of all samples. ``wrapper``: the value
+        under `key` is a list of samples, or samples by id. ``pairs``: the list under `key` holds
+        lists of pairs of a hidden state and an attention matrix.
     key
         Of a wrapper or of pairs.
     columns
@@ -111,7 +112,7 @@ class Understood:
         Names of entries that belong to no sample.
     """
 
-    what: Literal["trace", "mapping", "columns", "wrapper", "pairs"]
+    what: Literal["trace", "cache", "mapping", "columns", "wrapper", "pairs"]
     key: Any = None
     columns: Mapping[Any, str] = field(default_factory=dict)
     unread: tuple[Any, ...] = ()
@@ -128,9 +129,14 @@ def is_generation(value: Any) -> bool:
     return type(answer) in DICTS and isinstance(answer.get(_BEFORE_END), (np.ndarray, TorchValue))
 
 
+def is_cache(value: Any) -> bool:
+    """Whether a value is a dict of activations, whose names hold the numbers of layers."""
+    return type(value) in DICTS and not is_trace(value) and names_layers(value)
+
+
 def is_sample(value: Any) -> bool:
     """Whether a value of a dict by id is a sample."""
-    return is_trace(value) or is_generation(value)
+    return is_trace(value) or is_generation(value) or is_cache(value)
 
 
 def _of_generation(entry: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -157,6 +163,8 @@ def understand(entries: dict[Any, Entry]) -> Understood:
         return _columns(entries) if _are_columns(entries) else Understood("trace")
     if all(is_sample(entry.value) for entry in entries.values()):
         return Understood("mapping")
+    if names_layers({name: entry.value for name, entry in entries.items()}):
+        return Understood("cache")
     return _wrapper(entries)
 
 
@@ -255,7 +263,7 @@ def _wrapper(entries: dict[Any, Entry]) -> Understood:
 def _holds_samples(entry: Entry) -> bool:
     if type(entry.value) in DICTS:
         return bool(entry.value) and all(map(is_trace, entry.value.values()))
-    return is_trace(entry.first)
+    return is_trace(entry.first) or is_cache(entry.first)
 
 
 def _is_list(entry: Entry) -> bool:
@@ -363,6 +371,7 @@ def sentences(found: Understood, num_samples: int | None) -> tuple[list[str], li
     """What was understood, and what was not read, for reports."""
     said = {
         "trace": "a dict is one sample",
+        "cache": "a dict is one sample, whose names hold the numbers of layers",
         "mapping": "a dict holds samples by id",
         "columns": f"a dict holds {counted(num_samples or 0, 'sample')} as columns: "
         f"{_names(found.columns)}",

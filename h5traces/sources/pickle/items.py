@@ -49,6 +49,7 @@ EMITTED: Final = Marker("item that was handed out")
 _SIMPLE: Final = frozenset({type(None), bool, int, float})
 _TEXTS: Final = frozenset({str, bytes, bytearray})
 _SEQUENCES: Final = frozenset({list, tuple, deque, set, frozenset})
+_CONTAINERS: Final = _SEQUENCES.union(DICTS, NAMESPACES)
 _LEAVES: Final = _SIMPLE | _TEXTS | LEAVES | {np.ndarray, TorchValue}
 _MUTABLE: Final = frozenset({list, deque, set, *DICTS, *NAMESPACES})
 # What several items may refer to as one object.
@@ -121,7 +122,9 @@ def check_item(item: Any, limits: PickleLimits) -> int:
                 continue
             for value in values:
                 kind = type(value)
-                if _has_children(value):
+                if kind is str:
+                    nbytes += 64 + len(value)
+                elif _has_children(value):
                     inner.append(value)
                 elif kind in _LEAVES:
                     nbytes += _leaf_nbytes(value)
@@ -160,9 +163,7 @@ def _place_of(item: Any, wanted: Any) -> str:
 
 def _has_children(value: Any) -> bool:
     kind = type(value)
-    if kind is np.ndarray:
-        return bool(value.dtype.kind == "O")
-    return kind in _SEQUENCES or kind in DICTS or kind in NAMESPACES
+    return kind in _CONTAINERS or bool(kind is np.ndarray and value.dtype.kind == "O")
 
 
 def _children(value: Any) -> Any:
@@ -206,6 +207,14 @@ def _spare_nbytes(value: Any) -> int | None:
         num_values += 1 + len(values)
         if num_values > _SPARE_VALUES:
             return None
+        # Most containers are lists of words, and tuples of numbers.
+        kinds = set(map(type, values))
+        if kinds <= _SIMPLE:
+            nbytes += 64 * len(values)
+            continue
+        if kinds == {str}:
+            nbytes += 64 * len(values) + sum(map(len, values))
+            values = ()
         for each in values:
             if _has_children(each):
                 inner.append(each)

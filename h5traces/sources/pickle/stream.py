@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Final
 from h5traces.errors import ConversionError
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
+from h5traces.sources.naming import Naming
+from h5traces.sources.opening import source_stem
 from h5traces.sources.pickle.containers import (
     EXPECTED,
     Entry,
     Understood,
     describe,
     elements_of,
+    is_cache,
     is_generation,
     is_sample,
     pair_item,
@@ -89,6 +92,7 @@ class BatchStream(TraceSource):
         self._sites_known = True
         # The dicts of a file are all one sample each, if the first one is.
         self._is_trace = False
+        self._naming = Naming(self.path, self.established, self.understood)
         self._storages: Storages | None = None
         self._others: list[Cursor] = []
         self._cursor: Cursor | None = None
@@ -129,6 +133,13 @@ class BatchStream(TraceSource):
             # Nothing after an error in the stream can be trusted.
             self.close()
             raise
+        if is_cache(item):
+            # Hooks take the last state before the norm.
+            self._sites_known = False
+            name = source_stem(self.path.name)
+            if not self._is_trace:
+                name = f"{name}_{self.num_read}"
+            item = self._naming.sample(name, dict(item))
         self.num_read += 1
         return item
 
@@ -142,7 +153,7 @@ class BatchStream(TraceSource):
             self._others.clear()
 
     def objects(self) -> Iterator[Any]:
-        """What the file holds, whatever it means: items of a list, or one object, whole."""
+        """What the file holds, whatever it means: the dicts of a list, or one object, whole."""
         cursor = self._cursor
         assert cursor is not None
         if self.is_list:
@@ -234,7 +245,7 @@ class BatchStream(TraceSource):
     def _small_dict(self, cursor: Cursor, value: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
         entries = {key: Entry.of(each) for key, each in value.items()}
         found: Understood = cursor.check(lambda: understand(entries))
-        if found.what == "trace":
+        if found.what in ("trace", "cache"):
             self._say(found, 1)
             self._is_trace = True
             yield value
@@ -269,7 +280,7 @@ class BatchStream(TraceSource):
             return
         entries = survey.entries()
         found: Understood = cursor.check(lambda: understand(entries))
-        if found.what == "trace":
+        if found.what in ("trace", "cache"):
             self._say(found, 1)
             self._is_trace = True
             cursor.restart(whole_nbytes=_NO_LIMIT)
