@@ -335,7 +335,11 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_else_leaves_the_library(folder: Path, name: str) -> None:
+def test_nothing_else_leaves_the_library(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Some values are names, and right.
+    monkeypatch.chdir(tmp_path)
     (call,) = (each for each in calls(folder) if each.name == name)
     values = wrong_values(folder)
     assert escaped(call, call.arguments) is None
