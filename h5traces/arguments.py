@@ -1,8 +1,9 @@
 """Checks the arguments of public functions against their annotations.
 
 An argument of a wrong type then ends in one error that names it and says what was expected, not in
-whatever a library says about it later. Annotations are read as they stand, as text: a name that
-this module does not know is not checked.
+whatever a library says of it later. Annotations are read as text: a name that this module does not
+know is not checked. What may be several values arrives as a list, whether it was given as an array,
+as a generator or as another iterable.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import math
+import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Integral, Real
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, get_args
 
 from h5traces.errors import ArgumentError, OptionError
@@ -36,11 +39,17 @@ class _Kind(NamedTuple):
         Whether a value is of the kind.
     choices
         The values allowed, where these are few.
+    is_several
+        Whether it is several values.
+    convert
+        What makes Python's own value of one.
     """
 
     words: str
     fits: Callable[[Any], bool]
     choices: tuple[object, ...] = ()
+    is_several: bool = False
+    convert: Callable[[Any], Any] = lambda value: value
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -48,8 +57,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        _check_call(function, args, kwargs)
-        return function(*args, **kwargs)
+        bound = _checked_call(function, args, kwargs)
+        return function(*bound.args, **bound.kwargs)
 
     return call
 
@@ -60,9 +69,9 @@ def checked_options(options: Options) -> Options:
     return options
 
 
-def _check_call(
+def _checked_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
+) -> inspect.BoundArguments:
     signature, kinds = _specification(function)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -71,7 +80,8 @@ def _check_call(
     for name, value in bound.arguments.items():
         kind = kinds.get(name)
         if kind is not None:
-            check_argument(name, value, kind)
+            bound.arguments[name] = check_argument(name, value, kind)
+    return bound
 
 
 @functools.cache
@@ -94,33 +104,59 @@ def _wrong_call(
     kwargs: Mapping[str, Any],
     error: TypeError,
 ) -> str:
-    name = function.__qualname__.removesuffix(".__init__")
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     named = [each for each in signature.parameters if each != "self"]
     unknown = next((each for each in kwargs if each not in named), None)
-    if unknown is None:
-        return f"{name}(): {error}; its parameters: {', '.join(named)}"
-    close = difflib.get_close_matches(unknown, named, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{name}() has no parameter {unknown!r}{hint} It has: {', '.join(named)}"
+    close = difflib.get_close_matches(unknown or "", named, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{name}() {error}; {hint}it takes {', '.join(named)}"
 
 
-def check_argument(name: str, value: Any, kinds: tuple[_Kind, ...]) -> None:
-    """Raise ArgumentError or OptionError if a value is of none of the kinds.
+def check_argument(name: str, value: Any, kinds: tuple[_Kind, ...]) -> Any:
+    """The value, if it is of one of the kinds; several values in a list.
 
-    OptionError where the type is right, and the value is none of the few that are allowed.
+    Raises
+    ------
+    ArgumentError
+        It has another type.
+    OptionError
+        It has the type, and is none of the few values, or not in the range, that are allowed.
     """
-    if any(kind.fits(value) for kind in kinds):
-        _check_range(name, value)
-        return
+    given = value
+    fitting = next((kind for kind in kinds if kind.fits(value)), None)
+    if fitting is None and any(kind.is_several for kind in kinds):
+        value = _listed(name, value)
+        fitting = next((kind for kind in kinds if kind.fits(value)), None)
+    if fitting is not None:
+        plain = fitting.convert(value)
+        _check_range(name, plain)
+        return plain
+    value = given
     choices = [each for kind in kinds for each in kind.choices]
-    words = [kind.words for kind in kinds if not kind.choices]
-    if choices:
-        words.append(f"one of {', '.join(map(repr, choices))}")
-    expected = " or ".join(dict.fromkeys(words))
     is_choice = isinstance(value, str) and any(isinstance(each, str) for each in choices)
     error = OptionError if is_choice else ArgumentError
-    message = f"{name} is {shown(value)}, expected {expected}{_hint(value)}"
+    message = f"{name} is {shown(value)}, expected {_expected(kinds)}{_hint(value, kinds)}"
     raise error(message)
+
+
+def _expected(kinds: tuple[_Kind, ...]) -> str:
+    """What to say was expected."""
+    if _takes_sources(kinds):
+        words = ["the name of a file, a glob or a folder"]
+        words += ["or a list of these"] if any(kind.is_several for kind in kinds) else []
+        return ", ".join(words)
+    words = [kind.words for kind in kinds if not kind.choices]
+    choices = [repr(each) for kind in kinds for each in kind.choices]
+    words += [f"one of {', '.join(choices)}"] if choices else []
+    # Who passes something does not need to hear that nothing would do.
+    *others, last = [each for each in dict.fromkeys(words) if each != _NONE.words] or words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _takes_sources(kinds: tuple[_Kind, ...]) -> bool:
+    """Whether the kinds are files to read: several, or also on servers."""
+    words = {kind.words for kind in kinds}
+    return _PATH.words in words and len(words & {_LISTED_PATHS, _ADDRESS}) > 0
 
 
 def shown(value: object) -> str:
@@ -134,23 +170,53 @@ def shown(value: object) -> str:
     return text if is_plain else f"{text} ({type(value).__name__})"
 
 
-def _hint(value: object) -> str:
-    if isinstance(value, bytes):
+def _hint(value: object, kinds: tuple[_Kind, ...]) -> str:
+    first = value[0] if isinstance(value, list) and value else value
+    if not _takes_sources(kinds):
+        return ""
+    if isinstance(first, bytes):
         return "; os.fsdecode makes text of a name in bytes"
-    if isinstance(value, Iterator):
-        return "; list(...) makes a list of it"
+    if isinstance(first, Mapping):
+        return "; h5traces.create writes samples that lie in memory"
     return ""
 
 
-def _check_range(name: str, value: object) -> None:
-    least = _LEAST.get(name)
-    if least is None or not _is_integer(value):
-        return
-    number = int(value)  # type: ignore[call-overload]
-    if not least <= number <= _MOST:
-        message = f"{name} is {number}, expected "
-        message += f"at least {least}" if number < least else f"at most {_MOST:,}"
+def _listed(name: str, value: Any) -> Any:
+    """A list of what an array, a generator or the like holds; other values as they are."""
+    if isinstance(value, (str, bytes, bytearray, Mapping, list, tuple)):
+        return value
+    try:
+        if hasattr(value, "tolist"):
+            # Of numpy, torch, pandas: numbers of Python, or one for an array without axes.
+            return value.tolist()
+        if not isinstance(value, Iterable):
+            return value
+        found = list(itertools.islice(value, _MOST_LISTED + 1))
+    except Exception as error:  # of the user's own class, or out of memory
+        message = f"{name} is {shown(value)}, which cannot be read: {error!r:.200}"
+        raise ArgumentError(message) from error
+    if len(found) > _MOST_LISTED:
+        message = f"{name} has more than {_MOST_LISTED:,} values; take fewer, or a slice"
         raise OptionError(message)
+    return found
+
+
+def _check_range(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return
+    least = _LEAST.get(name, -_MOST)
+    if not least <= value <= _MOST:
+        message = f"{name} is {shown(value)}, expected "
+        message += f"at least {least}" if value < least else f"at most {_MOST:,}"
+        raise OptionError(message)
+
+
+def as_position(position: object, what: str) -> int:
+    """A number that indexes a sequence; ArgumentError for anything else."""
+    if not _is_integer(position):
+        message = f"{what} is indexed by whole numbers, not {shown(position)}"
+        raise ArgumentError(message)
+    return operator.index(position)  # type: ignore[arg-type]
 
 
 _LONGEST_SHOWN: Final = 80
@@ -158,30 +224,34 @@ _LONGEST_SHOWN: Final = 80
 _LEAST: Final = {
     "workers": 1,
     "num_samples": 1,
-    "shard_samples": 1,
     "calibration_samples": 1,
     "batch_size": 1,
     "num_components": 1,
     "max_new_tokens": 1,
     "threads": 0,
     "prefetch": 1,
-    "window": 1,
     "attempts": 1,
     "max_parallel": 1,
-    "num_replicas": 1,
-    "rank": 0,
     "seed": 0,
     "epoch": 0,
+    "num_nodes": 0,
 }
 _MOST: Final = (1 << 63) - 1
+_MOST_LISTED: Final = 10_000_000
 
 
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except Exception:  # a TypeError, or one of the user's own class
+        return False
+    return True
 
 
 def _is_number(value: object) -> bool:
@@ -194,42 +264,60 @@ def _is_number(value: object) -> bool:
         return False
 
 
+def _has(name: str, value: object) -> bool:
+    try:
+        return not isinstance(value, type) and hasattr(value, name)
+    except Exception:  # of the user's own class
+        return False
+
+
 def is_name(value: object) -> bool:
     """Whether a value names a file; bytes do not."""
-    if isinstance(value, str):
-        return "\0" not in value
-    if not isinstance(value, os.PathLike):
+    if not isinstance(value, (str, os.PathLike)):
         return False
     try:
         found = os.fspath(value)
-    except Exception:  # of the user's own class
+        # Names that are no UTF-8 have surrogates of their own, which can be encoded.
+        return isinstance(found, str) and b"\0" not in os.fsencode(found)
+    except Exception:  # of the user's own class, or a surrogate that stands for no byte
         return False
-    return isinstance(found, str) and "\0" not in found
 
 
 def _is_several(value: object, kinds: tuple[_Kind, ...] | None) -> bool:
-    """Whether a value is several of a kind; what can be read only once is not looked into."""
-    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+    """Whether a value is a list of a kind; other iterables become one first."""
+    # A text is several of itself: kinds="hidden_states".
+    if isinstance(value, str):
+        return kinds is not None and any(kind.fits(value) for kind in kinds)
+    if not isinstance(value, (list, tuple)):
         return False
-    if kinds is None or not isinstance(value, (list, tuple, set, frozenset, range)):
-        return True
-    return all(any(kind.fits(each) for kind in kinds) for each in value)
+    return kinds is None or all(any(kind.fits(each) for kind in kinds) for each in value)
 
 
+_LISTED_PATHS: Final = "a list of names"
+_ADDRESS: Final = "a RemotePath"
 _NONE: Final = _Kind("None", lambda value: value is None)
 _PATH: Final = _Kind("the name of a file or folder", is_name)
-_INTEGER: Final = _Kind("a whole number", _is_integer)
+_INTEGER: Final = _Kind("a whole number", _is_integer, convert=operator.index)
+_FLAG: Final = _Kind("True or False", _is_flag, convert=bool)
 _TEXT: Final = _Kind("text", lambda value: isinstance(value, str))
 _KNOWN: Final = {
     "None": _NONE,
-    "bool": _Kind("True or False", _is_flag),
+    "bool": _FLAG,
     "int": _INTEGER,
-    "float": _Kind("a number", _is_number),
+    "float": _Kind("a number", _is_number, convert=float),
     "str": _TEXT,
     "slice": _Kind("a slice", lambda value: isinstance(value, slice)),
     "PathLike": _PATH,
     "Path": _PATH,
-    "ReportProgress": _Kind("a function", callable),
+    # Of torch, and two protocols of its datasets.
+    "dtype": _Kind("a type of torch", lambda value: str(type(value)) == "<class 'torch.dtype'>"),
+    "ShardedDataset": _Kind("a dataset of h5traces", functools.partial(_has, "shard_numbers")),
+    "HasAxes": _Kind("a dataset of h5traces", functools.partial(_has, "axes")),
+}
+_PLURALS: Final = {
+    _PATH.words: "names",
+    _INTEGER.words: "whole numbers",
+    _TEXT.words: "texts",
 }
 _SEVERAL: Final = frozenset({"Iterable", "Sequence", "list", "tuple", "set", "Collection"})
 # Classes of options and the like, by the names that their instances' classes have.
@@ -251,6 +339,7 @@ _CLASSES: Final = frozenset(
         "Precision",
         "PrecisionOptions",
         "Rates",
+        "Tensor",
         "ReadLimits",
         "ReadingOptions",
         "RemoteOptions",
@@ -267,10 +356,12 @@ _ALIASES: Final = {
     "Container": "h5traces.archive.tensors",
     "DtypePolicy": "h5traces.format.dtypes",
     "EdgeDirection": "h5traces.graph.edges",
+    "ExportFormat": "h5traces.rewriting.export",
     "FirstState": "h5traces.meaning.options",
     "Foreign": "h5traces.writing.options",
     "HeadMean": "h5traces.format.precision",
     "HeadReduction": "h5traces.graph.edges",
+    "Kind": "h5traces.extract.options",
     "HigherMeans": "h5traces.rewriting.label_table",
     "LastState": "h5traces.extract.options",
     "ModelDtype": "h5traces.extract.options",
@@ -283,7 +374,9 @@ _ALIASES: Final = {
 # Aliases of unions.
 _UNIONS: Final = {
     "LayerChoice": "str | int | Iterable[int] | None",
-    "SampleChoice": "str | slice | int | Iterable[int] | None",
+    # A mask, too.
+    "SampleChoice": "str | slice | int | Iterable[int | bool] | None",
+    "ReportProgress": "Callable[[int, int], None]",
     "SampleCount": "int | Literal['all']",
     "Source": "PathLike | RemotePath",
 }
@@ -343,15 +436,37 @@ def _subscripted(node: ast.Subscript) -> tuple[_Kind, ...] | None:
     if name == "PathLike":
         return (_PATH,)
     if name == "Callable":
-        return (_Kind("a function", callable),)
+        return (_callback(node.slice),)
     if name == "Mapping":
         return (_Kind("a mapping", lambda value: isinstance(value, Mapping)),)
     if name in _SEVERAL:
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         inside = _kinds(parts[0])
-        of_what = "" if inside is None else f" of {inside[0].words or 'names'}"
-        return (_Kind(f"several{of_what}", functools.partial(_is_several, kinds=inside)),)
+        of_what = "" if inside is None else f" of {_PLURALS.get(inside[0].words, 'names')}"
+        fits = functools.partial(_is_several, kinds=inside)
+        return (_Kind(f"a list{of_what}", fits, is_several=True),)
     return None
+
+
+def _callback(node: ast.expr) -> _Kind:
+    """A function, of as many arguments as its annotation says."""
+    taken = node.elts[0] if isinstance(node, ast.Tuple) and node.elts else None
+    count = len(taken.elts) if isinstance(taken, ast.List) else None
+
+    def fits(value: Any) -> bool:
+        if not callable(value) or count is None:
+            return callable(value)
+        try:
+            inspect.signature(value).bind(*range(count))
+        except TypeError:
+            return False
+        except ValueError:
+            # Some functions written in C do not tell.
+            return True
+        return True
+
+    words = "a function" if count is None else f"a function of {count} argument{'s' * (count != 1)}"
+    return _Kind(words, fits)
 
 
 def _literals(node: ast.expr) -> tuple[object, ...]:

@@ -113,6 +113,13 @@ class TraceNotFoundError(H5TracesError, KeyError):
     __str__ = Exception.__str__
 
 
+class FieldNotFoundError(H5TracesError, KeyError):
+    """A trace has no field of this name; the message lists those that it has."""
+
+    # KeyError would print the repr of the message.
+    __str__ = Exception.__str__
+
+
 class LayerIndexError(H5TracesError, IndexError):
     """A layer or position is not stored; the message lists those that are."""
 

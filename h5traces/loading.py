@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.tensors import check_container, materialised
+from h5traces.arguments import checked
 from h5traces.errors import ConversionError
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import ARCHIVE_SUFFIXES, PathLike, Source, listed_sources, local_path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
 
 
+@checked
 def load(
     path: Source, *, container: Container = "source", reading: ReadingOptions = ReadingOptions()
 ) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def load(
     (path,) = listed_sources([path])
     if isinstance(path, RemotePath) or is_url(path):
         return _from_archive(path, container)
-    if Path(path).is_dir() and not recognise(path).is_readable:
+    if Path(path).is_dir() and not recognise(path, reading).is_readable:
         return _from_folder(Path(path), container, reading)
     if _is_archive(path, reading):
         return _from_archive(path, container)

@@ -25,11 +25,12 @@ from h5traces.archive.fetching import (
 from h5traces.archive.file import ArchiveFile
 from h5traces.archive.open_files import OpenFiles
 from h5traces.archive.read_only import ReadOnly
-from h5traces.archive.selection import as_numbers, choose_layers, choose_samples
+from h5traces.archive.selection import as_numbers, choose_layers, choose_samples, sliced
 from h5traces.archive.shards import check_alike
 from h5traces.archive.stored_trace import StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
-from h5traces.errors import ArchiveError, SampleIndexError, TraceNotFoundError
+from h5traces.arguments import checked, shown
+from h5traces.errors import ArchiveError, ArgumentError, SampleIndexError, TraceNotFoundError
 from h5traces.format.archive import add_casts
 from h5traces.format.text import and_more, as_names
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
@@ -160,6 +161,7 @@ class Archive(ReadOnly, Sequence[Trace]):
                 positions.setdefault(sample_id, []).append(position)
         return positions
 
+    @checked
     def by_id(self, sample_id: str, generation_index: int | None = None) -> Trace:
         """The trace of that sample id, and of that generation where several share the id.
 
@@ -173,7 +175,7 @@ class Archive(ReadOnly, Sequence[Trace]):
             found = [each for each in found if self._keys[each][1] == generation_index]
         if len(found) == 1:
             return self[found[0]]
-        wanted = f"sample id {sample_id!r}"
+        wanted = f"sample id {shown(sample_id)}"
         if generation_index is not None:
             wanted += f" with generation_index {generation_index}"
         if not found:
@@ -185,6 +187,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         )
         raise TraceNotFoundError(message)
 
+    @checked
     def select(self, *, layers: LayerChoice = None, samples: SampleChoice = None) -> Self:
         """A view of some of the layers and traces.
 
@@ -220,10 +223,11 @@ class Archive(ReadOnly, Sequence[Trace]):
     def __getitem__(self, index: slice | Iterable[int] | Iterable[bool]) -> Self: ...
     def __getitem__(self, index: int | slice | Iterable[int] | Iterable[bool]) -> Trace | Self:
         if isinstance(index, slice):
-            return self._view(self._indices[index], self._layers)
+            return self._view(sliced(self._indices, index), self._layers)
         if index is None or isinstance(index, (str, bytes)):
-            message = f"an archive is indexed by number; archive.by_id({index!r}) takes a sample id"
-            raise TypeError(message)
+            message = "an archive is indexed by number; "
+            message += f"archive.by_id({shown(index)}) takes a sample id"
+            raise ArgumentError(message)
         # Arrays and tensors of one number count as numbers for Python, but are lists here. Looking
         # for the method takes a twentieth of the time of a check against a protocol.
         if getattr(index, "ndim", 0) or not hasattr(index, "__index__"):
@@ -231,7 +235,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         try:
             position = self._indices[as_index(index)]  # type: ignore[arg-type]
         except IndexError:
-            message = f"index {index} is out of range; the archive holds {len(self)} traces"
+            message = f"index {shown(index)} is out of range; the archive holds {len(self)} traces"
             raise SampleIndexError(message) from None
         file, local = self._locate(position)
         stored = StoredTrace(file, local, self._layers)
@@ -286,6 +290,7 @@ class Archive(ReadOnly, Sequence[Trace]):
     # As a list has none.
     __hash__ = None  # type: ignore[assignment]
 
+    @checked
     def read(
         self,
         indices: int | Iterable[int],
@@ -355,6 +360,7 @@ class Archive(ReadOnly, Sequence[Trace]):
             for each in sequences
         ]
 
+    @checked
     def fetched(
         self,
         indices: Iterable[int],

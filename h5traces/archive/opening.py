@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from h5traces.archive.archive import Archive
 from h5traces.archive.labels import labels_folder
 from h5traces.archive.tensors import check_container
-from h5traces.errors import LossyArchiveError, OptionError
+from h5traces.arguments import checked
+from h5traces.errors import LossyArchiveError
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.paths import PathLike, Source, expand_sources
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
 
 
+@checked
 def open(
     path: Source | Iterable[Source],
     *,
@@ -90,9 +92,6 @@ def open(
         storage_options=remote.storage_options if storage_options is None else storage_options,
     )
     folder = labels_folder(labels)
-    if lossy_dtype not in ("float16", "float32"):
-        message = f"lossy_dtype is {lossy_dtype!r}, expected 'float16' or 'float32'"
-        raise OptionError(message)
     check_container(container)
     unrounded = lossy_dtype == "float32"
     archive = Archive(

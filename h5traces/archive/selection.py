@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
+from h5traces.arguments import shown
 from h5traces.errors import LayerIndexError, SampleIndexError
 
 LayerChoice = str | int | Iterable[int] | None
 SampleChoice = str | slice | int | Iterable[int] | None
+
+Item = TypeVar("Item")
 
 _LAST: Final = "last"
 _MOST_DIGITS: Final = 18
@@ -37,6 +40,15 @@ class Selection:
 def as_numbers(choice: int | Iterable[int]) -> tuple[int, ...]:
     """The numbers that a caller gave: one, or several."""
     return tuple(choice) if isinstance(choice, Iterable) else (index(choice),)
+
+
+def sliced(items: Sequence[Item], chosen: slice) -> Sequence[Item]:
+    """A part of a sequence; SampleIndexError for a slice that is none of numbers."""
+    try:
+        return items[chosen]
+    except (TypeError, ValueError) as error:
+        message = f"{shown(chosen)} is no slice of numbers ({error}); {_SAMPLES_FORM}"
+        raise SampleIndexError(message) from error
 
 
 def choose_layers(
@@ -74,7 +86,7 @@ def choose_samples(choice: SampleChoice, num_samples: int) -> Sequence[int]:
     if isinstance(choice, str):
         choice = _parsed_samples(choice)
     if isinstance(choice, slice):
-        return every[choice]
+        return sliced(every, choice)
     indices = _indices(choice, num_samples)
     for each in indices:
         if not -num_samples <= each < num_samples:
@@ -105,11 +117,11 @@ def _layer_ranges(text: str) -> list[tuple[int | None, int | None]]:
         first, dash, end = (each.strip() for each in part.partition("-"))
         bounds = (first, end) if dash else (first, first)
         if not all(each == _LAST or _is_number(each) for each in bounds):
-            message = f"{part.strip()!r} is not a layer; {_LAYERS_FORM}"
+            message = f"{shown(part.strip())} is not a layer; {_LAYERS_FORM}"
             raise LayerIndexError(message)
         low, high = (None if each == _LAST else int(each) for each in bounds)
         if high is not None and (low is None or low > high):
-            message = f"{part.strip()!r} runs backwards; write the lower layer first"
+            message = f"{shown(part.strip())} runs backwards; write the lower layer first"
             raise LayerIndexError(message)
         found.append((low, high))
     return found
@@ -128,7 +140,7 @@ def _parsed_samples(text: str) -> slice | list[int]:
             return chosen
         return [int(part) for part in text.split(",")]
     except (ValueError, TypeError):
-        message = f"{text!r} names no samples; {_SAMPLES_FORM}"
+        message = f"{shown(text)} names no samples; {_SAMPLES_FORM}"
         raise SampleIndexError(message) from None
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
+from h5traces.arguments import shown
 from h5traces.errors import (
     CorruptArchiveError,
     HeadsNotStoredError,
@@ -206,7 +207,7 @@ class StoredTrace:
         if kind not in stored:
             known = "not stored" if kind in layout.KINDS else "unknown"
             names = ", ".join(stored) or "no kinds"
-            message = f"kind {kind!r} is {known}; {self.file.path} stores {names}"
+            message = f"kind {shown(kind)} is {known}; {self.file.path} stores {names}"
             raise OptionError(message)
 
     def check_layer(self, layer: int, kind: str) -> None:

@@ -10,9 +10,11 @@ import numpy as np
 
 from h5traces.archive.equality import equal
 from h5traces.archive.read_only import ReadOnly
+from h5traces.archive.selection import sliced
 from h5traces.archive.source_form import in_source_form
 from h5traces.archive.tensors import check_container, in_container
-from h5traces.errors import CorruptArchiveError, LayerIndexError
+from h5traces.arguments import as_position, checked, shown
+from h5traces.errors import CorruptArchiveError, FieldNotFoundError, LayerIndexError
 from h5traces.format import layout, text
 from h5traces.format.values import decode_element
 
@@ -76,19 +78,22 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
         read = partial(self._trace.read_layer, self.kind, container=self._container)
         if isinstance(position, slice):
-            numbers = range(len(self))[position]
+            numbers = sliced(range(len(self)), position)
             with self._trace.prefetched(part for each in numbers for part in self._ranges(each)):
-                return [read(name) for name in self._names[position]]
+                return [read(self._names[each]) for each in numbers]
         try:
-            name = self._names[position]
+            name = self._names[as_position(position, f"{self._trace.place}: {self.kind}")]
         except IndexError:
             message = (
-                f"{self._trace.place}: position {position} of {self.kind} is out of range; "
+                f"{self._trace.place}: position {shown(position)} of {self.kind} is out of range; "
                 f"{len(self._names)} are stored, layers {list(self.layers)}; "
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
         return read(name)
+
+    def __contains__(self, value: object) -> bool:
+        return any(equal(each, value) for each in self)
 
     def _ranges(self, position: int) -> list[tuple[int, int]]:
         """Offset and size of the stored chunks of one array."""
@@ -183,10 +188,16 @@ class Trace(ReadOnly, Mapping[str, Any]):
         return self._stored.fields
 
     def __getitem__(self, key: str) -> Any:
+        if not isinstance(key, str):
+            message = (
+                f"{self._stored.place}: {shown(key)} is no field; its fields are named by text: "
+            )
+            message += ", ".join(self.fields)
+            raise FieldNotFoundError(message)
         return self._value(key, self._container)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.fields
+        return isinstance(key, str) and key in self.fields
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.fields)
@@ -215,6 +226,8 @@ class Trace(ReadOnly, Mapping[str, Any]):
             equal(_plain(self[key]), _plain(other[key])) for key in fields
         )
 
+    # So that an array asks `__eq__` above, and does not compare itself with every field.
+    __array_ufunc__ = None
     # As a dict has none.
     __hash__ = None  # type: ignore[assignment]
 
@@ -230,7 +243,9 @@ class Trace(ReadOnly, Mapping[str, Any]):
         # A kind that was made of others, such as the head mean, is no key of the legacy dict.
         if key not in self.fields and not (key in self._stored.kinds and key in objects):
             self._stored.check_heads(key)
-            raise KeyError(key)
+            message = f"{self._stored.place}: there is no field {shown(key)}; its fields: "
+            message += ", ".join(self.fields)
+            raise FieldNotFoundError(message)
         if key == layout.LABEL and self._stored.has_new_label:
             return self.metadata.label
         extra = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
@@ -287,6 +302,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
     def _read_layer(self, kind: str, name: str) -> LayerValue:
         return self._stored.read_layer(kind, name, self._container)
 
+    @checked
     def layer(self, layer: int, kind: str = layout.HIDDEN_STATES) -> LayerValue:
         """One layer's array by the model's own 0-based layer number, or by position.
 
@@ -303,6 +319,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         self._stored.check_layer(layer, kind)
         return self._read_layer(kind, self._stored.array_name(kind, layer))
 
+    @checked
     def to_dict(self, *, container: Container | None = None) -> dict[str, Any]:
         """The plain legacy dict: same keys in the same order, types, shapes and values.
 

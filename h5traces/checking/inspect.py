@@ -10,6 +10,7 @@ import numpy as np
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import shared_metadata
+from h5traces.arguments import checked
 from h5traces.checking.meaning import look_of, stored_content
 from h5traces.errors import SchemaError
 from h5traces.format import layout
@@ -169,6 +170,7 @@ class Inspection:
         return asdict(self)
 
 
+@checked
 def inspect(
     sources: Source | Iterable[Source],
     *,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.archive.file import check_format, check_version
 from h5traces.archive.foreign import error_for
 from h5traces.archive.stores import FooterStore
+from h5traces.arguments import checked
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
@@ -63,6 +64,7 @@ class SealReport:
         return asdict(self)
 
 
+@checked
 def seal(
     sources: PathLike | Iterable[PathLike],
     *,

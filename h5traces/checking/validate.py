@@ -17,6 +17,7 @@ from h5traces.archive.foreign import error_for
 from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
 from h5traces.archive.stores import FooterStore
+from h5traces.arguments import checked
 from h5traces.checking.isolated import validate_isolated
 from h5traces.checking.meaning import check_meaning
 from h5traces.checking.reports import Reports, ValidationReport
@@ -76,6 +77,7 @@ _SITES: Final = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layo
 _FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
 
 
+@checked
 def validate(
     sources: PathLike | Iterable[PathLike],
     *,

@@ -15,6 +15,7 @@ from h5traces.archive.file import check_format
 from h5traces.archive.foreign import error_for
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
+from h5traces.arguments import checked
 from h5traces.checking.reports import FileReport, Reports
 from h5traces.checking.validate import validate_file
 from h5traces.errors import (
@@ -75,6 +76,7 @@ class VerifyReport(FileReport):
     nbytes: int = 0
 
 
+@checked
 def verify(
     sources: PathLike | Iterable[PathLike],
     *,

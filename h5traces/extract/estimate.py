@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.selection import choose_layers
+from h5traces.arguments import checked
 from h5traces.extract.sizes import ModelShape, Rates, stated_rates
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS
@@ -88,6 +89,7 @@ class Estimate:
         return {**asdict(self), "rows": rows}
 
 
+@checked
 def estimate(
     shape: ModelShape,
     lengths: int | Sequence[int],

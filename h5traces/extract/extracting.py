@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_layers
+from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike, Target
 
 
+@checked
 def extract_dataset(
     model: ModelChoice,
     dataset: DatasetChoice,

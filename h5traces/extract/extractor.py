@@ -14,6 +14,7 @@ import transformers
 import xxhash
 
 from h5traces.archive.selection import choose_layers
+from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.capture import CaptureOptions, Capturer, check_capture
 from h5traces.extract.generation import (
@@ -99,6 +100,7 @@ def _records(
                 raise each
 
 
+@checked
 def extract_activations_and_attentions(
     model: Any,
     tokenizer: Any,

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
+from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, MissingDependencyError
 from h5traces.extract.sizes import ModelShape
 from h5traces.format.text import and_more
@@ -93,6 +94,7 @@ def load_config(
     return config
 
 
+@checked
 def model_shape(
     model_id: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> ModelShape:
@@ -108,6 +110,7 @@ def model_shape(
     )
 
 
+@checked
 def load_tokenizer(
     model_id: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
@@ -121,6 +124,7 @@ def load_tokenizer(
     return _loaded(AutoTokenizer, model_id, revision, trust_remote_code=trust_remote_code)
 
 
+@checked
 def load_model(
     model_id: str,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
+from h5traces.arguments import checked_options
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.format.archive import AnswerCut
 from h5traces.format.text import as_names
@@ -22,6 +23,7 @@ OnNan = Literal["error", "skip", "keep"]
 DEFAULT_TEMPLATE: Final = "Answer the question concisely. Q: {question} A:"
 
 
+@checked_options
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How answers are generated.
@@ -67,6 +69,7 @@ class GenerationOptions:
             raise ExtractionError(message)
 
 
+@checked_options
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
     """What is computed. `PrecisionOptions` say how it is stored.
@@ -137,6 +140,7 @@ class ExtractOptions:
             raise LayerIndexError(message)
 
 
+@checked_options
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
     """Which model is asked, and where it runs.
@@ -167,6 +171,7 @@ class ModelChoice:
     trust_remote_code: bool = False
 
 
+@checked_options
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Names of the columns of a file; None for the first of the usual names that is there."""
@@ -176,6 +181,7 @@ class Columns:
     answers: str | None = None
 
 
+@checked_options
 @dataclass(frozen=True, kw_only=True)
 class DatasetChoice:
     """Which questions are asked.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.stores import StoredSize
+from h5traces.arguments import checked
 from h5traces.errors import ExtractionError
 from h5traces.extract.estimate import Estimate, estimate
 from h5traces.extract.extracting import extract_dataset
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _BITS_PER_BYTE = 8
 
 
+@checked
 def estimate_with_pilot(
     model: ModelChoice,
     dataset: DatasetChoice,

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from h5traces.errors import ExtractionError
+from h5traces.arguments import checked_options, shown
+from h5traces.errors import ExtractionError, OptionError
 from h5traces.format import layout
 from h5traces.format.precision import EXACT
 from h5traces.precision.channel_steps import StepFormat
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _BITS_PER_BYTE: Final = 8
 
 
+@checked_options
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The dimensions of a model that decide the size of its traces.
@@ -56,13 +58,24 @@ class ModelShape:
         The mean is taken over samples, since attentions grow with the square of the length.
         """
         count = len(lengths)
+        if not count or min(lengths) < 0:
+            message = f"lengths are {shown(list(lengths))}, expected numbers of tokens"
+            raise OptionError(message)
         weights = sum(n * n for n in lengths) / count
         values = {
             layout.HIDDEN_STATES: self.hidden_size * sum(lengths) / count,
             layout.ATTENTIONS: self.num_heads * weights,
             layout.ATTENTION_MEAN: weights,
         }
-        return {kind: values[kind] for kind in kinds}
+        return {kind: values[kind] for kind in _known(kinds, values)}
+
+
+def _known(kinds: Iterable[str], known: Mapping[str, float]) -> tuple[str, ...]:
+    names = tuple(kinds)
+    if not set(names) <= known.keys():
+        message = f"kinds are {shown(names)}, expected some of {', '.join(known)}"
+        raise OptionError(message)
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +107,7 @@ class Rates:
 
     def of_kinds(self, kinds: Iterable[str]) -> Rates:
         """The same rates for some kinds only."""
-        return replace(self, bits={kind: self.bits[kind] for kind in kinds})
+        return replace(self, bits={kind: self.bits[kind] for kind in _known(kinds, self.bits)})
 
     def of_precision(self, precision: Precision) -> Rates:
         """The rates of a precision, where `self` are those of float16 without quantisation."""

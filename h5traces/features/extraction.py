@@ -14,6 +14,7 @@ from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
 from h5traces.archive.shards import shared_metadata
+from h5traces.arguments import checked, checked_options
 from h5traces.errors import ArchiveExistsError, FeatureError, OptionError, __version__
 from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES
@@ -40,6 +41,7 @@ NO_LABEL: Final = -(2**63)
 _BLOCK_ROWS = 1024
 
 
+@checked_options
 @dataclass(frozen=True, slots=True)
 class PcaOptions:
     """Principal components of features of hidden states, fitted layer by layer.
@@ -100,6 +102,7 @@ class FeatureReport:
         return asdict(self)
 
 
+@checked
 def extract_features(
     sources: Source | Iterable[Source],
     output: PathLike,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
+from h5traces.arguments import checked
 from h5traces.errors import FeatureError, warn
 from h5traces.features.components import fit_components
 from h5traces.features.reductions import FEATURES
@@ -68,6 +69,7 @@ def definitions_of(names: str | Iterable[str]) -> list[FeatureDefinition]:
     return [FEATURES[name] for name in wanted]
 
 
+@checked
 def iterate_features(
     archive: Archive,
     names: Iterable[str],
@@ -133,6 +135,7 @@ def check_stored(archive: Archive, wanted: Sequence[FeatureDefinition]) -> None:
             raise FeatureError(message)
 
 
+@checked
 def compute_features(
     archive: Archive,
     names: Iterable[str],
@@ -314,6 +317,7 @@ def place_of(trace: Trace) -> str:
     return f"{trace._stored.place} ({trace.metadata.sample_id!r})"
 
 
+@checked
 def fit_pca(
     archive: Archive, layer: int, num_components: int, *, indices: Iterable[int] | None = None
 ) -> PrincipalComponents:

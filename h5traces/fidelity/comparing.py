@@ -14,6 +14,7 @@ import numpy as np
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import shared_metadata
+from h5traces.arguments import checked
 from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (
     FidelityReport,
@@ -48,6 +49,7 @@ _SampleKey = tuple[str | None, int | None, int]
 _Names = dict[str, list[str]]
 
 
+@checked
 def compare(
     a: PathLike | Iterable[PathLike],
     b: PathLike | Iterable[PathLike],

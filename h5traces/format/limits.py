@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from h5traces.arguments import checked_options
 from h5traces.format.text import short_repr
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ReadLimits:
     """Upper bounds; the defaults are generous for real archives.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from h5traces.errors import PrecisionError, Problem
+from h5traces.errors import ArgumentError, PrecisionError, Problem
 from h5traces.format.document import Document, problems_of
 
 AttentionBits = Literal[8]
@@ -48,6 +48,16 @@ class Precision(Document):
         Field(ge=1, le=9, description="What is in float16 is rounded to so many mantissa bits."),
     ] = None
 
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            message = "; ".join(map(str, problems_of(error)))
+            raise PrecisionError(message) from error
+
+    # Documents of archives are validated without it, so that their errors name the archive.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @model_validator(mode="after")
     def _heads_are_stored(self) -> Precision:
         if self.head_mean == "only" and self.attention_bits is not None:
@@ -87,7 +97,7 @@ class Precision(Document):
         if not isinstance(tier, (str, Precision)):
             message = f"precision is {tier!r}, expected the name of a tier ({', '.join(TIERS)}), "
             message += "a Precision or PrecisionOptions"
-            raise TypeError(message)
+            raise ArgumentError(message)
         start = TIERS[tier] if isinstance(tier, str) else tier
         wanted = {name: value for name, value in changes.items() if value is not None}
         if "attention_bits" in wanted and "head_mean" not in wanted and start.head_mean == "only":
@@ -95,7 +105,7 @@ class Precision(Document):
         if wanted.get("head_mean") == "only" and "attention_bits" not in wanted:
             wanted["attention_bits"] = None
         try:
-            return cls(**{**start.model_dump(), **wanted})
+            return cls.model_validate({**start.model_dump(), **wanted})
         except ValidationError as error:
             message = "; ".join(_told(each, wanted) for each in problems_of(error))
             raise PrecisionError(message) from error

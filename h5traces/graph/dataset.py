@@ -12,8 +12,9 @@ from torch_geometric.data import Data
 
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open as open_archive
+from h5traces.arguments import checked
 from h5traces.errors import DatasetError, OptionError
-from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, check_options
+from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges
 from h5traces.graph.files import record_files
 from h5traces.graph.samples import ArchiveSamples, RecordSamples
 from h5traces.torch_data.dataset import Labels
@@ -94,6 +95,7 @@ class TraceGraphDataset(Dataset[Data]):
         As `h5traces.torch_data.TraceDataset`.
     """
 
+    @checked
     def __init__(
         self,
         pattern: Archive | Source | Iterable[Source] | None = None,
@@ -107,7 +109,6 @@ class TraceGraphDataset(Dataset[Data]):
         transform: Callable[[Data], Any] | None = None,
         **legacy: Unpack[LegacyArguments],
     ) -> None:
-        check_options(head_reduction, edge_direction)
         self.attn_threshold = attn_threshold
         self._head_reduction, self._edge_direction = head_reduction, edge_direction
         self._transform = transform

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F  # as torch's own documents name it
 
+from h5traces.arguments import checked
 from h5traces.errors import DatasetError
 
 HeadReduction = Literal["mean", "max", "per_head"]
@@ -16,6 +17,7 @@ HEAD_REDUCTIONS: tuple[HeadReduction, ...] = get_args(HeadReduction)
 EDGE_DIRECTIONS: tuple[EdgeDirection, ...] = get_args(EdgeDirection)
 
 
+@checked
 def attention_edges(
     attention: torch.Tensor,
     num_nodes: int,
@@ -56,7 +58,6 @@ def attention_edges(
     DatasetError
         The options are unknown, or need heads that `attention` does not have.
     """
-    check_options(head_reduction, direction)
     weights = attention.float()
     reduced = _fitted(_reduced(weights, head_reduction), num_nodes)
     edge_index = (reduced > threshold).tril_().nonzero().t().contiguous()
@@ -68,17 +69,10 @@ def attention_edges(
     return _directed(edge_index, edge_attr, direction)
 
 
-def check_options(head_reduction: str, direction: str) -> None:
-    """Raise DatasetError for unknown options."""
-    if head_reduction not in HEAD_REDUCTIONS:
-        message = f"head_reduction is {head_reduction!r}, expected {', '.join(HEAD_REDUCTIONS)}"
-        raise DatasetError(message)
-    if direction not in EDGE_DIRECTIONS:
-        message = f"edge_direction is {direction!r}, expected {', '.join(EDGE_DIRECTIONS)}"
-        raise DatasetError(message)
-
-
 def _reduced(weights: torch.Tensor, head_reduction: HeadReduction) -> torch.Tensor:
+    if weights.ndim not in (2, 3):
+        message = f"attention has the shape {tuple(weights.shape)}, expected (head, query, key)"
+        raise DatasetError(message)
     if weights.ndim == 2:
         if head_reduction != "mean":
             message = (
@@ -96,7 +90,11 @@ def _fitted(weights: torch.Tensor, num_nodes: int) -> torch.Tensor:
     queries, keys = weights.shape[-2:]
     if (queries, keys) == (num_nodes, num_nodes):
         return weights
-    return F.pad(weights, (0, num_nodes - keys, 0, num_nodes - queries))
+    try:
+        return F.pad(weights, (0, num_nodes - keys, 0, num_nodes - queries))
+    except RuntimeError as error:
+        message = f"attention of {keys} tokens cannot be filled to {num_nodes} nodes: {error}"
+        raise DatasetError(message) from error
 
 
 def _directed(

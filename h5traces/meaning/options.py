@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
+from h5traces.arguments import checked_options
 from h5traces.errors import OptionError
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def _are_axes(value: Any) -> bool:
     return isinstance(value, list) and "token" in value and all(type(each) is str for each in value)
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingOptions:
     """What the user says about a source.

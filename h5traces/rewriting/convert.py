@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from h5traces.archive.selection import Selection, as_numbers
+from h5traces.arguments import checked
 from h5traces.errors import ConversionError
 from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike
 
 
+@checked
 def convert(
     sources: PathLike | Sequence[PathLike],
     dest: PathLike,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import inherited_facts, shared_metadata
+from h5traces.arguments import checked
 from h5traces.errors import (
     ArchiveExistsError,
     ConversionError,
@@ -101,6 +102,7 @@ class _Job:
                 self.progress(index + 1, len(self.archive))
 
 
+@checked
 def export(
     source: PathLike,
     dest: PathLike,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.labels import FileLabels, largest_sidecar, sidecar_path
 from h5traces.archive.opening import open as open_archive
+from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, OptionError, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import LabelSidecar
@@ -134,6 +135,7 @@ class LabelReport:
         }
 
 
+@checked
 def label(
     sources: Source | Iterable[Source],
     table: PathLike,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+from h5traces.arguments import checked_options
 from h5traces.errors import OptionError, Problem, SchemaError
 from h5traces.format.text import and_more, counted, short_repr
 from h5traces.sources.rows import foreign, read_rows, short, text_of
@@ -41,6 +42,7 @@ _INT64: Final = range(-(2**63), 2**63)
 Key = tuple[str, int | None]
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LabelOptions:
     """Which columns of a table hold what, and what their values mean.

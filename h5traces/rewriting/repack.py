@@ -14,6 +14,7 @@ from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
 from h5traces.archive.shards import inherited_facts, inherited_scales, shared_metadata
+from h5traces.arguments import checked
 from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import and_more
@@ -87,6 +88,7 @@ class RepackReport:
         return {"ok": self.ok, **asdict(self)}
 
 
+@checked
 def repack(
     sources: PathLike | Iterable[PathLike] | Archive,
     dest: PathLike,
@@ -222,6 +224,7 @@ def repack(
         return report
 
 
+@checked
 def merge(
     sources: PathLike | Iterable[PathLike],
     dest: PathLike,
@@ -251,6 +254,7 @@ def merge(
     return repack(sources, dest, foreign=foreign, target=target, progress=progress)
 
 
+@checked
 def split(
     sources: PathLike | Iterable[PathLike],
     dest: PathLike,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Pages that may stay in this process's memory until the next sample is read.
 _RELEASE_NBYTES: Final = 32 << 20
+# Linux maps so much around every page that is read.
+_AROUND_NBYTES: Final = 64 << 10
 
 
 class MappedFile:
@@ -49,7 +52,11 @@ class MappedFile:
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """At most `nbytes` from `offset`, a copy."""
-        return b"" if self._map is None else bytes(self._map[offset : offset + nbytes])
+        if self._map is None:
+            return b""
+        data = bytes(self._map[offset : offset + nbytes])
+        self.release(nbytes + _AROUND_NBYTES)
+        return data
 
     def view(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Bytes of the file, which must hold them: a view ``(nbytes,)`` of uint8."""
@@ -60,7 +67,7 @@ class MappedFile:
 
     def array(self, offset: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
         """An array that lies in the file, which must hold it: a view, also if not aligned."""
-        nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         return np.ndarray(shape, dtype, buffer=self.view(offset, nbytes))
 
     def release(self, nbytes: int = 0) -> None:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Loaders = Mapping[str, Callable[[], Any]]
 
+# Of one sample.
+_MOST_ARRAYS: Final = 10_000
 _FIELDS: Final = (*layout.KINDS, *TOKENS, layout.TOKENS_DECODED)
 _OF_SAMPLE: Final = re.compile(rf"(.+)[/.]({'|'.join(_FIELDS)})\Z")
 
@@ -76,6 +79,13 @@ class NamedArraysSource(TraceSource):
             raise StopIteration
         self.release()
         name, loaders = self._samples.pop(0)
+        if len(loaders) > _MOST_ARRAYS:
+            message = (
+                f"{self.path}: holds {len(loaders):,} arrays of sample {name[:80]!r}, at most "
+                f"{_MOST_ARRAYS:,} are read; name samples as in 'q0/hidden_states', or save each "
+                "to a file of its own"
+            )
+            raise ConversionError(message)
         self.num_read += 1
         arrays = self.prepared({key: load() for key, load in loaders.items()})
         return self._naming.sample(name, arrays, self._facts)

@@ -17,6 +17,7 @@ from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.text import and_more
 from h5traces.format.values import TorchValue
+from h5traces.sources.engine_names import by_field, is_of_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -80,6 +81,10 @@ class Naming:
         self, name: str, arrays: Arrays, facts: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
         """A sample's fields; its id is `name` where no field is."""
+        if is_of_engine(arrays):
+            arrays, told = by_field(arrays)
+            for sentence in told:
+                self.note(sentence)
         item = self._with_layers(arrays)
         if not any(kind in item for kind in layout.KINDS):
             self._reject(arrays)

@@ -13,8 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
+from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
+from h5traces.sources.engine_names import by_field, is_of_engine
 from h5traces.sources.mapped import MappedFile
+from h5traces.sources.opening import source_stem
 from h5traces.sources.pickle.machine import INVALID, Machine, locate
 from h5traces.sources.pickle.shims import (
     MAGIC,
@@ -36,6 +39,7 @@ from h5traces.sources.zip_entries import STORED, ZipDirectory, entry_content
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
     from pathlib import Path
 
     from h5traces.sources.pickle.cursor import Cursor
@@ -46,7 +50,18 @@ _PICKLE: Final = "data.pkl"
 _BUFFER_NBYTES: Final = 1 << 16
 
 
-class _TorchStream(BatchStream):
+class _EngineStream(BatchStream):
+    """Takes the dicts of `engine_names` for samples."""
+
+    def _small_dict(self, cursor: Cursor, value: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+        if is_of_engine(value):
+            self._is_trace = True
+            yield value
+            return
+        yield from super()._small_dict(cursor, value)
+
+
+class _TorchStream(_EngineStream):
     """What both formats have in common."""
 
     kind = "torch"
@@ -66,7 +81,17 @@ class _TorchStream(BatchStream):
 
     def __next__(self) -> Any:
         self._mapped.release()
-        return super().__next__()
+        item = super().__next__()
+        if not is_of_engine(item):
+            return item
+        item, told = by_field(item)
+        self.understood += [each for each in told if each not in self.understood]
+        item.setdefault(layout.QUESTION_ID, self._id_by_name(self.num_read - 1))
+        return item
+
+    def _id_by_name(self, index: int) -> str:
+        """The id of a sample that has none: the file's name, of several samples with a number."""
+        return source_stem(self.path.name) + (f"-{index}" if index else "")
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -259,7 +284,7 @@ def _read_preamble(path: Path, limits: PickleLimits) -> tuple[int, bool]:
         return source.inflated_bytes, system.get("little_endian") is False
 
 
-class _Headers(BatchStream):
+class _Headers(_EngineStream):
     """Reads the pickle to its end, to know which storages follow it and how long each is."""
 
     def __init__(self, path: Path, start: int, limits: PickleLimits) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from h5traces.arguments import checked
 from h5traces.errors import DatasetError
 from h5traces.torch_data.tensors import TOKEN_AXES
 
@@ -26,11 +27,13 @@ class HasAxes(Protocol):
         """Names of axes by the names of tensors."""
 
 
+@checked
 def pad_collate(dataset: HasAxes, *, pad_value: float = 0.0) -> PadCollate:
     """The ``collate_fn`` that pads the sequences of a dataset's items to the longest one."""
     return PadCollate(tuple(dataset.axes.items()), pad_value)
 
 
+@checked
 def pack_collate(dataset: HasAxes) -> PackCollate:
     """The ``collate_fn`` that concatenates the sequences of a dataset's items."""
     return PackCollate(tuple(dataset.axes.items()))

@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.errors import DatasetError, LayerIndexError, SampleIndexError
+from h5traces.arguments import as_position, checked, checked_options, shown
+from h5traces.errors import DatasetError, LayerIndexError, OptionError, SampleIndexError
 from h5traces.format import layout
 from h5traces.format.text import and_more, as_names
 from h5traces.meaning.lengths import covered_tokens
 from h5traces.torch_data.collate import KEY_MASK, MASK
 from h5traces.torch_data.tensors import (
-    TOKEN_CHOICES,
     NonFinite,
     Preparation,
     TokenChoice,
@@ -56,6 +56,7 @@ Key = tuple[Any, int | None]
 _END_NBYTES = 64
 
 
+@checked_options
 @dataclass(frozen=True, slots=True)
 class Labels:
     """Labels of samples.
@@ -151,6 +152,7 @@ class TraceDataset(Dataset[Item]):
     ``generate()`` gave it no states.
     """
 
+    @checked
     def __init__(
         self,
         source: Archive | PathLike | Iterable[PathLike],
@@ -167,7 +169,9 @@ class TraceDataset(Dataset[Item]):
         transform: Callable[[Item], Any] | None = None,
     ) -> None:
         taken = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
-        _check_options(taken, non_finite, threads)
+        if threads < 1:
+            message = f"threads is {threads}, expected at least 1"
+            raise OptionError(message)
         self.archive = source if isinstance(source, Archive) else open_archive(source)
         self.kinds, self.fields = as_names(kinds), as_names(fields)
         one_layer = isinstance(layers, int)
@@ -206,10 +210,10 @@ class TraceDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            position = self.indices[index]
+            position = self.indices[as_position(index, "a dataset")]
         except IndexError:
-            message = f"item {index} is out of range; the dataset has {len(self)}"
-            raise IndexError(message) from None
+            message = f"item {shown(index)} is out of range; the dataset has {len(self)}"
+            raise SampleIndexError(message) from None
         trace = self.archive[position]
         self._guard.check(trace.path)
         item: Item = {"index": position, "sample_id": trace.metadata.sample_id}
@@ -243,7 +247,7 @@ class TraceDataset(Dataset[Item]):
 
     def _field(self, trace: Trace, field: str) -> Any:
         if field not in trace:
-            message = f"{named(trace)}: has no field {field!r}; stored: {', '.join(trace)}"
+            message = f"{named(trace)}: has no field {shown(field)}; stored: {', '.join(trace)}"
             raise DatasetError(message)
         value = trace._value(field, "numpy")
         if field != layout.TOKENS:
@@ -288,18 +292,6 @@ def fingerprint_of(archive: Archive, indices: Sequence[int]) -> str:
         digest.update(f"{file.metadata.archive_id} {file.num_samples} ".encode())
     digest.update(np.asarray(indices, dtype="<i8").tobytes())
     return digest.hexdigest()
-
-
-def _check_options(tokens: Tokens, non_finite: str, threads: int) -> None:
-    if tokens.take not in TOKEN_CHOICES:
-        message = f"tokens is {tokens.take!r}, expected one of {', '.join(TOKEN_CHOICES)}"
-        raise DatasetError(message)
-    if non_finite not in ("error", "keep"):
-        message = f"non_finite is {non_finite!r}, expected 'error' or 'keep'"
-        raise DatasetError(message)
-    if threads < 1:
-        message = f"threads is {threads}, expected at least 1"
-        raise DatasetError(message)
 
 
 def _checked_indices(archive: Archive, indices: SampleChoice) -> Sequence[int]:
@@ -381,8 +373,8 @@ def _stored_label(trace: Trace, name: str) -> Any:
     if value is None:
         known = sorted(metadata.scores or {}) + (["label"] if metadata.label is not None else [])
         message = (
-            f"{named(trace)}: has no label {name!r}; stored: {', '.join(known) or 'none'}; pass "
-            "labels={sample_id: value}, or leave the sample out with indices="
+            f"{named(trace)}: has no label {shown(name)}; stored: {', '.join(known) or 'none'}; "
+            "pass labels={sample_id: value}, or leave the sample out with indices="
         )
         raise DatasetError(message)
     return value

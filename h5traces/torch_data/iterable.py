@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from h5traces.arguments import checked
 from h5traces.errors import DatasetError
 from h5traces.torch_data.sampler import DEFAULT_WINDOW, Iteration, Schedule
 
@@ -39,6 +40,7 @@ class IterableTraceDataset(IterableDataset[Any]):
         Items that each reads ahead; twice the number of threads by default.
     """
 
+    @checked
     def __init__(
         self,
         dataset: ShardedDataset,

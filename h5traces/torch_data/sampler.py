@@ -9,6 +9,7 @@ import numpy as np
 import torch.distributed
 from torch.utils.data import Sampler
 
+from h5traces.arguments import checked
 from h5traces.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class ShardSampler(Sampler[int]):
         Leave out the remainder instead of repeating items for equal shares.
     """
 
+    @checked
     def __init__(
         self,
         dataset: ShardedDataset,

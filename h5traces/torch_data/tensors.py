@@ -9,6 +9,7 @@ import torch
 
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.archive.torch_values import to_tensor
+from h5traces.arguments import checked_options
 from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.format.entries import carrier_dtype
 
@@ -27,6 +28,7 @@ TOKEN_AXES = ("token", "query")
 _REDUCED: frozenset[TokenChoice] = frozenset({"last", "mean", "answer_mean"})
 
 
+@checked_options
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Which tokens of a sample are taken, or how they are pooled.

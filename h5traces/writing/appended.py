@@ -13,7 +13,7 @@ from h5traces.archive.trace import Trace
 from h5traces.errors import ConversionError, OptionError, SchemaError
 from h5traces.format import layout
 from h5traces.format.record import SourcePosition, TraceRecord
-from h5traces.format.values import TorchValue
+from h5traces.format.values import MAX_DEPTH, TorchValue
 from h5traces.meaning.containers import is_absent, shape_of
 from h5traces.meaning.model_outputs import (
     TAKEN_OF_OUTPUTS,
@@ -68,7 +68,7 @@ def _of_one(sample: Any, reading: ReadingOptions, established: Established) -> T
     if isinstance(sample, Trace):
         return to_record(sample).model_copy(update={"source": None})
     if isinstance(sample, Mapping):
-        plain = {key: _without_torch(value) for key, value in sample.items()}
+        plain = _plain_fields(sample)
         found = dict_to_record(plain, source=_NOWHERE, options=reading, established=established)
         return found.model_copy(update={"source": None})
     message = (
@@ -110,14 +110,14 @@ def _of_model(
 ) -> list[TraceRecord]:
     given = _inputs(inputs)
     if _is_output(sample):
-        found = {key: _without_torch(sample[key]) for key in TAKEN_OF_OUTPUTS if key in sample}
+        found = _plain_fields({key: sample[key] for key in TAKEN_OF_OUTPUTS if key in sample})
         items, has_sites = items_of_output(found, given), True
         if all(is_absent(each.get(layout.ATTENTIONS)) for each in items):
             # transformers' hidden states begin with the embedding.
             reading = replace(reading, first_state=reading.first_state or "embedding")
     else:
         values = getattr(sample, "cache_dict", sample)
-        found = {key: _without_torch(value) for key, value in values.items()}
+        found = _plain_fields(values)
         items, first = items_of_hooks(found, given, has_batch=_has_batch(sample, found))
         # Hooks take the last block before the final norm.
         has_sites = False
@@ -163,7 +163,19 @@ def _has_batch(sample: Any, values: dict[str, Any]) -> bool:
     return any(len(shape_of(each)) == _BATCHED_AXES for each in streams)
 
 
-def _without_torch(value: Any) -> Any:
+def _plain_fields(fields: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Fields with every torch tensor inside as a `TorchValue`."""
+    found = {}
+    for name, value in fields.items():
+        try:
+            found[name] = _without_torch(value)
+        except ConversionError as error:
+            message = f"field {name!r}: {error}"
+            raise ConversionError(message) from error
+    return found
+
+
+def _without_torch(value: Any, depth: int = 0) -> Any:
     """`value` with every torch tensor inside as a `TorchValue`; never the first to import torch."""
     torch = sys.modules.get("torch")
     if torch is None:
@@ -172,8 +184,11 @@ def _without_torch(value: Any) -> Any:
         from h5traces.archive.torch_values import from_tensor
 
         return TorchValue(*from_tensor(value))
+    if depth > MAX_DEPTH:
+        message = f"the value is nested more than {MAX_DEPTH} levels deep, or holds itself"
+        raise ConversionError(message)
     if type(value) is dict:
-        return {key: _without_torch(each) for key, each in value.items()}
+        return {key: _without_torch(each, depth + 1) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_without_torch(each) for each in value)
+        return type(value)(_without_torch(each, depth + 1) for each in value)
     return value

@@ -14,7 +14,8 @@ from h5traces.archive.opening import open as open_archive
 from h5traces.archive.scales import stored_statistics
 from h5traces.archive.selection import as_numbers, choose_layers
 from h5traces.archive.stores import Hdf5Store
-from h5traces.errors import ArchiveExistsError, PrecisionError, __version__
+from h5traces.arguments import checked
+from h5traces.errors import ArchiveExistsError, OptionError, PrecisionError, __version__
 from h5traces.format import layout
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import CalibrationRecord
@@ -81,6 +82,7 @@ class CalibrationReport:
         return asdict(self)
 
 
+@checked
 def calibrate(
     sources: PathLike | Iterable[PathLike],
     dest: PathLike,
@@ -120,6 +122,8 @@ def calibrate(
 
     Raises
     ------
+    OptionError
+        `samples` is not positive.
     TargetError
         `dest` is no such name, or one of the sources.
     PrecisionError
@@ -129,6 +133,9 @@ def calibrate(
     ConversionError, ArchiveError
         A source cannot be read.
     """
+    if samples < 1:
+        message = f"samples is {samples}, expected at least 1"
+        raise OptionError(message)
     target = Target.of(dest).named("scales").path
     paths = [local_path(each) for each in archives_and_sources(sources, reading)]
     check_not_a_source(target, paths)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from h5traces.arguments import checked
 from h5traces.errors import (
     ArchiveError,
     ArchiveExistsError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_SAMPLES = 1000
 
 
+@checked
 def create(
     path: PathLike,
     *,

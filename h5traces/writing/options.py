@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
+from h5traces.arguments import checked_options
 from h5traces.errors import OptionError, PrecisionError
-from h5traces.format.dtypes import DTYPE_POLICIES, OverflowPolicy
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import counted, short_repr
 from h5traces.storage.codecs import GZIP
@@ -15,7 +15,7 @@ from h5traces.storage.codecs import GZIP
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from h5traces.format.dtypes import CastCounts, DtypePolicy
+    from h5traces.format.dtypes import CastCounts, DtypePolicy, OverflowPolicy
     from h5traces.format.precision import Tier
     from h5traces.paths import PathLike
     from h5traces.precision.scales import ScaleSet
@@ -33,6 +33,7 @@ _HALF_NBYTES: Final = 2
 _MANY_EXCEPTIONS: Final = 0.005
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PrecisionOptions:
     """How precisely hidden states and attentions are stored, and with which codec.
@@ -71,14 +72,6 @@ class PrecisionOptions:
     on_overflow: OverflowPolicy = "float32"
     codec: str | None = None
 
-    def __post_init__(self) -> None:
-        choices = {"dtype": (None, *DTYPE_POLICIES), "on_overflow": get_args(OverflowPolicy)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                expected = ", ".join(each for each in allowed if each)
-                message = f"{name} is {getattr(self, name)!r}, expected one of {expected}"
-                raise OptionError(message)
-
     __repr__ = short_repr
 
     @classmethod
@@ -98,6 +91,7 @@ class PrecisionOptions:
         return EXACT if self.tier is None else Precision.of(self.tier)
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TargetOptions:
     """What happens to the archives that are written.
@@ -141,12 +135,6 @@ class TargetOptions:
     def __post_init__(self) -> None:
         if self.overwrite and self.skip_existing:
             message = "overwrite=True and skip_existing=True contradict each other; leave one out"
-            raise OptionError(message)
-        if self.compare not in get_args(Compare):
-            message = f"compare is {self.compare!r}, expected 'time', 'ends' or 'content'"
-            raise OptionError(message)
-        if self.workers is not None and self.workers < 1:
-            message = f"workers is {self.workers}, expected at least 1"
             raise OptionError(message)
 
     __repr__ = short_repr

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import ValidationError
 
+from h5traces.arguments import shown
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format.archive import ExtractionMetadata, PositiveCount
 from h5traces.format.document import Document
@@ -65,7 +66,7 @@ class RunState(Document):
         """The options that differ between two runs."""
         ours, theirs = self.model_dump(exclude={"closing", "extraction"}), other.model_dump()
         found = [
-            f"{name}={value!r} (was {theirs[name]!r})"
+            f"{name}={shown(value)} (was {shown(theirs[name])})"
             for name, value in ours.items()
             if value != theirs[name]
         ]

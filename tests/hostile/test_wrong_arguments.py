@@ -251,7 +251,7 @@ def calls(folder: Path) -> Iterator[Call]:
         "Tokens": (torch_data.Tokens, {}),
     }
     for name, (made, arguments) in options.items():
-        yield Call(name, made, arguments, use=repr)
+        yield Call(name, made, arguments)
 
     computed = {"archive": archive, "names": ["last_token"]}
     yield Call("compute_features", features.compute_features, computed)
@@ -303,15 +303,20 @@ def escaped(call: Call, arguments: dict[str, Any]) -> str | None:
             call.use(call.function(**arguments))
     except H5TracesError as error:
         text = str(error)
-        if not text or len(text) > 4000:
+        given = sum(len(each) for each in arguments.values() if isinstance(each, str))
+        if not text or len(text) > 4000 + given:
             return f"{type(error).__name__} with {len(text)} characters"
         return None
+    except ValueError as error:
+        # As `list.index` says that there is none.
+        return None if call.name == "archive.index" else f"{error!r:.300}"
     except OSError:
         # FileNotFoundError, PermissionError and so on: the operating system's word about a file.
         return None
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {str(error)[:200]} ({place.filename}:{place.lineno})"
+        line = traceback.format_exception_only(error)[-1][:200]
+        return f"{line} ({place.filename}:{place.lineno})"
     return None
 
 
@@ -330,12 +335,19 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_else_leaves_the_library(folder: Path, name: str) -> None:
+def test_nothing_else_leaves_the_library(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Some values are names, and right.
+    monkeypatch.chdir(tmp_path)
     (call,) = (each for each in calls(folder) if each.name == name)
     values = wrong_values(folder)
     assert escaped(call, call.arguments) is None
     bad = []
     for parameter, (value, make) in itertools.product(call.parameters(), values.items()):
+        # What a user's own function raises is the user's.
+        if parameter in ("progress", "transform") and value in ("class", "function"):
+            continue
         found = escaped(call, {**call.arguments, parameter: make()})
         if found is not None:
             bad.append(f"{name}({parameter}={value}): {found}")

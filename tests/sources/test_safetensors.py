@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -242,6 +243,17 @@ BAD = {
     "metadata": (raw({"__metadata__": {"a": 1}}), "no object of text"),
     "many axes": (raw({"a": tensor(0, 4, [1] * 40)}, bytes(4)), "no lists of sizes"),
 }
+
+
+@pytest.mark.parametrize(("count", "message"), [(20_000, "at most 10,000"), (100_000, "60,000")])
+def test_very_many_tensors_end_soon(tmp_path: Path, count: int, message: str) -> None:
+    path = tmp_path / "a.safetensors"
+    header = {f"t{i}": tensor(4 * i, 4 * i + 4, [1]) for i in range(count)}
+    path.write_bytes(raw(header, bytes(4 * count)))
+    start = time.process_time()
+    with pytest.raises(ConversionError, match=message):
+        h5traces.load(path)
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -364,7 +364,7 @@ def test_datasets_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         {"head_reduction": "sum"},
         {"edge_direction": "up"},
     ):
-        with pytest.raises(DatasetError, match=f"{next(iter(options))} is .*expected"):
+        with pytest.raises(OptionError, match=f"{next(iter(options))} is .*expected"):
             TraceGraphDataset(folder / "shards", **options)  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="graph 54 is out of range; the dataset has 54"):
         TraceGraphDataset(folder / "shards")[54]

@@ -15,7 +15,7 @@ from legacy_batches import assert_same, make_archive, make_batch, with_torch
 from shards import HEADS, HIDDEN, LAYERS, NUM_SAMPLES, PROMPT, make_shards, plain_batch
 
 import h5traces
-from h5traces.errors import DatasetError, LayerIndexError
+from h5traces.errors import DatasetError, LayerIndexError, OptionError
 from h5traces.storage.files import LocalFile
 from h5traces.torch_data import Labels, Tokens, TraceDataset
 
@@ -350,7 +350,7 @@ def test_empty_datasets(tmp_path: Path, shards: Path) -> None:
     "options", [{"tokens": "some"}, {"non_finite": "drop"}, {"threads": 0}], ids=str
 )
 def test_unknown_options(shards: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(DatasetError, match=f"{next(iter(options))} is .*expected"):
+    with pytest.raises(OptionError, match=f"{next(iter(options))} is .*expected"):
         TraceDataset(shards, **options)
 
 

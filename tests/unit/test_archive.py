@@ -180,7 +180,7 @@ def test_signatures_and_errors_name_the_public_function(tmp_path: Path) -> None:
     assert h5traces.open.__name__ == "open"
     assert "ReadLimits = ReadLimits()," in str(inspect.signature(h5traces.open)).replace("'", "")
     assert repr(TargetOptions(workers=2)) == "TargetOptions(workers=2)"
-    with pytest.raises(TypeError, match="precision is 3, expected the name of a tier"):
+    with pytest.raises(TypeError, match="precision is 3, expected a PrecisionOptions, a Precision"):
         h5traces.create(tmp_path / "a.h5", precision=3)  # type: ignore[arg-type]
 
 

@@ -260,7 +260,7 @@ def test_what_is_no_name_is_a_type_error(value: Any) -> None:
 
 
 def test_samples_in_memory_are_no_sources(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"not dict; h5traces\.create writes samples"):
+    with pytest.raises(TypeError, match=r"sources is .*; h5traces\.create writes samples"):
         h5traces.convert([{"tokens": [1]}], tmp_path / "x.h5")  # type: ignore[list-item]
 
 

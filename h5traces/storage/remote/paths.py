@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from h5traces.arguments import checked_options
 from h5traces.errors import RemoteError
 from h5traces.format.text import short_repr
 
@@ -88,6 +89,7 @@ class RemotePath:
         return _SECRETS.sub("…", self.url) if self.is_web else self.url
 
 
+@checked_options
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RemoteOptions:
     """Options for remote archives.
