@@ -271,6 +271,18 @@ def _has(name: str, value: object) -> bool:
         return False
 
 
+def _is_array(ndim: int, value: Any) -> bool:
+    """Whether a value is an array of numpy, of numbers, with so many axes."""
+    return (
+        any(
+            each.__module__ == "numpy" and each.__name__ == "ndarray"
+            for each in type(value).__mro__
+        )
+        and value.ndim == ndim
+        and value.dtype.kind in "fiu"
+    )
+
+
 def is_name(value: object) -> bool:
     """Whether a value names a file; bytes do not."""
     if not isinstance(value, (str, os.PathLike)):
@@ -283,14 +295,17 @@ def is_name(value: object) -> bool:
         return False
 
 
-def _is_several(value: object, kinds: tuple[_Kind, ...] | None) -> bool:
+def _is_iterable(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, type))
+
+
+def _is_several(value: object, kinds: tuple[_Kind, ...]) -> bool:
     """Whether a value is a list of a kind; other iterables become one first."""
     # A text is several of itself: kinds="hidden_states".
-    if isinstance(value, str):
-        return kinds is not None and any(kind.fits(value) for kind in kinds)
-    if not isinstance(value, (list, tuple)):
+    several = [value] if isinstance(value, str) else value
+    if not isinstance(several, (list, tuple)):
         return False
-    return kinds is None or all(any(kind.fits(each) for kind in kinds) for each in value)
+    return all(any(kind.fits(each) for kind in kinds) for each in several)
 
 
 _LISTED_PATHS: Final = "a list of names"
@@ -311,6 +326,10 @@ _KNOWN: Final = {
     "Path": _PATH,
     # Of torch, and two protocols of its datasets.
     "dtype": _Kind("a type of torch", lambda value: str(type(value)) == "<class 'torch.dtype'>"),
+    "device": _Kind("a device", lambda value: str(type(value)) == "<class 'torch.device'>"),
+    # Of features.
+    "States": _Kind("an array (tokens, hidden)", functools.partial(_is_array, 2)),
+    "Weights": _Kind("an array (heads, queries, keys)", functools.partial(_is_array, 3)),
     "ShardedDataset": _Kind("a dataset of h5traces", functools.partial(_has, "shard_numbers")),
     "HasAxes": _Kind("a dataset of h5traces", functools.partial(_has, "axes")),
 }
@@ -377,6 +396,7 @@ _UNIONS: Final = {
     # A mask, too.
     "SampleChoice": "str | slice | int | Iterable[int | bool] | None",
     "ReportProgress": "Callable[[int, int], None]",
+    "SampleIds": "str | Sequence[str] | None",
     "SampleCount": "int | Literal['all']",
     "Source": "PathLike | RemotePath",
 }
@@ -442,7 +462,10 @@ def _subscripted(node: ast.Subscript) -> tuple[_Kind, ...] | None:
     if name in _SEVERAL:
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         inside = _kinds(parts[0])
-        of_what = "" if inside is None else f" of {_PLURALS.get(inside[0].words, 'names')}"
+        if inside is None:
+            # Of anything, such as batches of a loader, which are read one by one.
+            return (_Kind("an iterable", _is_iterable),)
+        of_what = f" of {_PLURALS.get(inside[0].words, 'names')}"
         fits = functools.partial(_is_several, kinds=inside)
         return (_Kind(f"a list{of_what}", fits, is_several=True),)
     return None

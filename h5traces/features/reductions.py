@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from h5traces.arguments import checked
 from h5traces.format import layout
 
 if TYPE_CHECKING:
@@ -20,25 +21,31 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 AnyFloats = NDArray[Any]
+# With two axes, and with three.
+States = AnyFloats
+Weights = AnyFloats
 # Values of attention that become float32 at a time, so that long sequences need little memory.
 _BLOCK_VALUES = 1 << 22
 
 
-def last_token(states: AnyFloats) -> Floats:
+@checked
+def last_token(states: States) -> Floats:
     """The state of the last token, ``(hidden,)``."""
     if not states.shape[0]:
         return _nothing(states.shape[1:])
     return _narrow(states[-1])
 
 
-def mean_pooled(states: AnyFloats, start: int = 0) -> Floats:
+@checked
+def mean_pooled(states: States, start: int = 0) -> Floats:
     """The mean over tokens from `start` on, ``(hidden,)``."""
     if states.shape[0] <= start:
         return _nothing(states.shape[1:])
     return _narrow(states[start:].mean(axis=0, dtype=np.float64))
 
 
-def max_pooled(states: AnyFloats, start: int = 0) -> Floats:
+@checked
+def max_pooled(states: States, start: int = 0) -> Floats:
     """The largest value of every dimension over tokens from `start` on, ``(hidden,)``."""
     if states.shape[0] <= start:
         return _nothing(states.shape[1:])
@@ -47,7 +54,8 @@ def max_pooled(states: AnyFloats, start: int = 0) -> Floats:
     return top
 
 
-def row_entropy(attention: AnyFloats) -> Floats:
+@checked
+def row_entropy(attention: Weights) -> Floats:
     """The entropy of attention in nats, mean over queries, ``(heads,)``.
 
     ``-sum(p * ln p)`` over keys, with rows scaled to sum to 1 (stored ones do so up to rounding)
@@ -67,7 +75,8 @@ def row_entropy(attention: AnyFloats) -> Floats:
     return _narrow(totals / attention.shape[1])
 
 
-def sink_mass(attention: AnyFloats) -> Floats:
+@checked
+def sink_mass(attention: Weights) -> Floats:
     """The share of attention on the first token, mean over queries, ``(heads,)``.
 
     The query of the first token, which sees nothing else, is left out.
@@ -81,7 +90,8 @@ def sink_mass(attention: AnyFloats) -> Floats:
         return _narrow((rows[:, :, 0] / sums).mean(axis=1))
 
 
-def lookback_ratio(attention: AnyFloats, prompt_len: int) -> Floats:
+@checked
+def lookback_ratio(attention: Weights, prompt_len: int) -> Floats:
     """How much the answer looks back at the prompt, mean over its tokens, ``(heads,)``.
 
     For every token of the answer, the mean attention to a token of the prompt, divided by that plus

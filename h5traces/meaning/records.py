@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from h5traces.arguments import shown
 from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
@@ -121,7 +122,7 @@ def to_record(
 def _check_keys(item: dict[Any, Any]) -> None:
     for key in item:
         if not isinstance(key, str):
-            message = f"field {key!r} is named by {type(key).__name__}, expected str"
+            message = f"field {shown(key)} is named by {type(key).__name__}, expected str"
             raise ConversionError(message)
     if all(kind not in item or item[kind] is None for kind in layout.KINDS):
         message = (

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from h5traces.errors import DatasetError
+from h5traces.arguments import checked, shown
+from h5traces.errors import DatasetError, OptionError
 
 
+@checked
 def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = True) -> Any:
     """A batch with all its tensors on a device.
 
@@ -23,15 +25,39 @@ def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = Tr
         The device.
     non_blocking
         Do not wait for copies from pinned memory (``DataLoader(pin_memory=True)``).
+
+    Raises
+    ------
+    OptionError
+        torch knows no such device.
+    DatasetError
+        A tensor cannot be moved there.
     """
-    if hasattr(batch, "to"):
-        return batch.to(device, non_blocking=non_blocking)
+    return _moved(batch, _device(device), non_blocking=non_blocking)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        message = f"device is {shown(device)}: {str(error).splitlines()[0]}"
+        raise OptionError(message) from error
+
+
+def _moved(batch: Any, device: torch.device, *, non_blocking: bool) -> Any:
+    if hasattr(batch, "to") and not isinstance(batch, type):
+        try:
+            return batch.to(device, non_blocking=non_blocking)
+        # An AssertionError where torch was built without that device.
+        except (RuntimeError, AssertionError, TypeError) as error:
+            message = f"a {type(batch).__name__} cannot be moved to {device}: {error}"
+            raise DatasetError(message) from error
     if isinstance(batch, Mapping):
         return {
-            key: to_device(value, device, non_blocking=non_blocking) for key, value in batch.items()
+            key: _moved(value, device, non_blocking=non_blocking) for key, value in batch.items()
         }
     if isinstance(batch, (list, tuple)):
-        moved = [to_device(each, device, non_blocking=non_blocking) for each in batch]
+        moved = [_moved(each, device, non_blocking=non_blocking) for each in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
@@ -53,9 +79,10 @@ class DeviceLoader:
         The device.
     """
 
+    @checked
     def __init__(self, loader: Iterable[Any], device: torch.device | str) -> None:
         self._loader = loader
-        self.device = torch.device(device)
+        self.device = _device(device)
         self._state: Any = None
 
     def __len__(self) -> int:
@@ -64,7 +91,7 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Any]:
         if self.device.type != "cuda":
             for batch in self._loader:
-                yield to_device(batch, self.device)
+                yield _moved(batch, self.device, non_blocking=True)
             return
         yield from self._on_cuda()
 
@@ -91,7 +118,7 @@ class DeviceLoader:
             return None
         state = self._loader_state()
         with torch.cuda.stream(stream):
-            return to_device(batch, self.device), state
+            return _moved(batch, self.device, non_blocking=True), state
 
     def _loader_state(self) -> Any:
         if not hasattr(self._loader, "state_dict"):

@@ -210,7 +210,7 @@ def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
         path = f"{layout.EXTRA_GROUP}/{text.escape(layout.escape_key(key))}"
         try:
             yield from encode_element(path, value)
-        except ConversionError as error:
+        except (ConversionError, MemoryError) as error:
             message = f"field {key!r}: {error}"
             raise ConversionError(message) from error
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Self
 
+from h5traces.arguments import checked
 from h5traces.errors import ArchiveError
 from h5traces.meaning.numbering import Established
 from h5traces.meaning.options import ReadingOptions
@@ -79,6 +80,7 @@ class TraceWriter(ABC):
         self.nbytes = 0
         self.counts: dict[str, CastCounts] = {}
 
+    @checked
     def append(self, sample: Any, sample_id: SampleIds = None, *, inputs: Any = None) -> None:
         """Write one sample, or a batch of them.
 

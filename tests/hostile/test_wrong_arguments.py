@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PACKAGE = Path(h5traces.__file__).parent
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llama-pydocs"
 BATCH = make_batch("full_pkl")
 
 
@@ -273,6 +275,21 @@ def calls(folder: Path) -> Iterator[Call]:
     yield Call("pack_collate", torch_data.pack_collate, iterable)
     graphs = {"pattern": str(path)}
     yield Call("TraceGraphDataset", graph.TraceGraphDataset, graphs, use=lambda found: found[0])
+    plain = {"states": np.ones((3, 4))}
+    for reduce in (features.last_token, features.mean_pooled, features.max_pooled):
+        yield Call(reduce.__name__, reduce, plain)
+    weights = {"attention": np.ones((2, 3, 3))}
+    yield Call("row_entropy", features.row_entropy, weights)
+    yield Call("sink_mass", features.sink_mass, weights)
+    yield Call("lookback_ratio", features.lookback_ratio, {**weights, "prompt_len": 1})
+    yield Call("to_device", torch_data.to_device, {"batch": [torch.ones(1)], "device": "cpu"})
+    loader = {"loader": [torch.ones(1)], "device": "cpu"}
+    yield Call("DeviceLoader", torch_data.DeviceLoader, loader)
+    tiny = {"model_id": str(TINY)}
+    yield Call("model_shape", extract.model_shape, tiny)
+    yield Call("load_tokenizer", extract.load_tokenizer, tiny)
+    writer = h5traces.create(folder / "out" / "w.h5", spool=False)
+    yield Call("writer.append", writer.append, {"sample": {**BATCH[0]}})
     attention = {"attention": torch.ones(2, 3, 3), "num_nodes": 3}
     yield Call("attention_edges", graph.attention_edges, attention)
 
@@ -330,7 +347,9 @@ NAMES = [
     "ReadLimits", "ExtractOptions", "GenerationOptions", "ModelChoice", "DatasetChoice", "Columns",
     "ModelShape", "PcaOptions", "Labels", "Tokens", "compute_features", "iterate_features",
     "extract_features", "fit_pca", "compare", "TraceDataset", "dataset[…]", "IterableTraceDataset",
-    "ShardSampler", "pad_collate", "pack_collate", "TraceGraphDataset", "attention_edges",
+    "ShardSampler", "pad_collate", "pack_collate", "TraceGraphDataset", "last_token",
+    "mean_pooled", "max_pooled", "row_entropy", "sink_mass", "lookback_ratio", "to_device",
+    "DeviceLoader", "model_shape", "load_tokenizer", "writer.append", "attention_edges",
 ]  # fmt: skip
 
 
@@ -340,6 +359,7 @@ def test_nothing_else_leaves_the_library(
 ) -> None:
     # Some values are names, and right.
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (call,) = (each for each in calls(folder) if each.name == name)
     values = wrong_values(folder)
     assert escaped(call, call.arguments) is None
