@@ -307,7 +307,7 @@ def test_what_has_no_place_is_named(tmp_path: Path) -> None:
 def test_usage(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(TargetError, match=r"one sample per file, and there are 5; name a folder"):
         h5traces.export(archive, tmp_path / "a.npz")
-    with pytest.raises(OptionError, match="to is 'zarr', expected one of pickle"):
+    with pytest.raises(OptionError, match="to is 'zarr', expected one of 'pickle'"):
         h5traces.export(archive, tmp_path / "a.zarr", to="zarr")
     with pytest.raises(TargetError, match=r"ending in \.pt or \.pth"):
         h5traces.export(archive, tmp_path / "a.npz", to="torch")
