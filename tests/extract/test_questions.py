@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from tiny_models import QUESTIONS
 
-from h5traces.errors import ExtractionError, MissingDependencyError
+from h5traces.errors import ExtractionError, MissingDependencyError, OptionError
 from h5traces.extract import Columns, DatasetChoice, Question
 from h5traces.extract.questions import HUB_DATASETS, load_dataset, load_questions, read_questions
 
@@ -181,7 +181,7 @@ def test_what_holds_no_questions_is_named(tmp_path):
 
 
 def test_no_question_at_all():
-    with pytest.raises(ExtractionError, match="num_samples is 0, expected at least 1"):
+    with pytest.raises(OptionError, match="num_samples is 0, expected at least 1"):
         DatasetChoice(dataset="triviaqa", num_samples=0)
 
 
