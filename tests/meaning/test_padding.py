@@ -297,7 +297,7 @@ def test_kept_and_cut_padding_give_the_same_features(tmp_path: Path, mask: list[
         reading = ReadingOptions(keep_padding=keep)
         h5traces.convert(source, tmp_path / f"{name}.h5", reading=reading)
         with h5traces.open(tmp_path / f"{name}.h5") as archive:
-            tables.append([each.values for each in iterate_features(archive, FEATURES)])
+            tables.append([each.values for each in iterate_features(archive, list(FEATURES))])
     for cut, kept in zip(*tables, strict=True):
         assert sorted(cut) == sorted(FEATURES)
         for name in FEATURES:
