@@ -125,15 +125,16 @@ def check_argument(name: str, value: Any, kinds: tuple[_Kind, ...]) -> Any:
     given = value
     fitting = next((kind for kind in kinds if kind.fits(value)), None)
     if fitting is None and any(kind.is_several for kind in kinds):
-        value = _listed(name, value)
+        value = _listed(name, value, keys=not _takes_sources(kinds))
         fitting = next((kind for kind in kinds if kind.fits(value)), None)
     if fitting is not None:
         plain = fitting.convert(value)
         _check_range(name, plain)
         return plain
     value = given
-    choices = [each for kind in kinds for each in kind.choices]
-    is_choice = isinstance(value, str) and any(isinstance(each, str) for each in choices)
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    # Of the right type, and none of the few that there are.
+    is_choice = any(kind.choices for kind in kinds) and all(isinstance(each, str) for each in texts)
     error = OptionError if is_choice else ArgumentError
     message = f"{name} is {shown(value)}, expected {_expected(kinds)}{_hint(value, kinds)}"
     raise error(message)
@@ -145,9 +146,10 @@ def _expected(kinds: tuple[_Kind, ...]) -> str:
         words = ["the name of a file, a glob or a folder"]
         words += ["or a list of these"] if any(kind.is_several for kind in kinds) else []
         return ", ".join(words)
-    words = [kind.words for kind in kinds if not kind.choices]
-    choices = [repr(each) for kind in kinds for each in kind.choices]
-    words += [f"one of {', '.join(choices)}"] if choices else []
+    words = [kind.words for kind in kinds if kind.words]
+    choices = [repr(each) for kind in kinds if not kind.is_several for each in kind.choices]
+    if choices:
+        words.append(f"one of {', '.join(choices)}" if len(choices) > 2 else " or ".join(choices))
     # Who passes something does not need to hear that nothing would do.
     *others, last = [each for each in dict.fromkeys(words) if each != _NONE.words] or words
     return f"{', '.join(others)} or {last}" if others else last
@@ -181,9 +183,14 @@ def _hint(value: object, kinds: tuple[_Kind, ...]) -> str:
     return ""
 
 
-def _listed(name: str, value: Any) -> Any:
-    """A list of what an array, a generator or the like holds; other values as they are."""
-    if isinstance(value, (str, bytes, bytearray, Mapping, list, tuple)):
+def _listed(name: str, value: Any, *, keys: bool) -> Any:
+    """A list of what an array, a generator or the like holds; other values as they are.
+
+    With `keys`, those of a mapping; where sources are named, a mapping is a sample by mistake.
+    """
+    if isinstance(value, (str, bytes, bytearray, list, tuple)):
+        return value
+    if isinstance(value, Mapping) and not keys:
         return value
     try:
         if hasattr(value, "tolist"):
@@ -295,6 +302,11 @@ def is_name(value: object) -> bool:
         return False
 
 
+def _float(value: Any) -> float:
+    """A number of Python; integers stay what they are, but for those that no float is."""
+    return value if isinstance(value, int) and abs(value) < _MOST else float(value)
+
+
 def _is_iterable(value: object) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, type))
 
@@ -319,7 +331,7 @@ _KNOWN: Final = {
     "None": _NONE,
     "bool": _FLAG,
     "int": _INTEGER,
-    "float": _Kind("a number", _is_number, convert=float),
+    "float": _Kind("a number", _is_number, convert=_float),
     "str": _TEXT,
     "slice": _Kind("a slice", lambda value: isinstance(value, slice)),
     "PathLike": _PATH,
@@ -465,9 +477,13 @@ def _subscripted(node: ast.Subscript) -> tuple[_Kind, ...] | None:
         if inside is None:
             # Of anything, such as batches of a loader, which are read one by one.
             return (_Kind("an iterable", _is_iterable),)
-        of_what = f" of {_PLURALS.get(inside[0].words, 'names')}"
         fits = functools.partial(_is_several, kinds=inside)
-        return (_Kind(f"a list{of_what}", fits, is_several=True),)
+        choices = inside[0].choices
+        if choices:
+            words = f"some of {', '.join(map(repr, choices))}"
+        else:
+            words = f"a list of {_PLURALS.get(inside[0].words, 'names')}"
+        return (_Kind(words, fits, choices, is_several=True),)
     return None
 
 

@@ -16,6 +16,7 @@ from h5traces.cli.console import fail, options_named, warn
 from h5traces.cli.streams import PipeClosedError, flush
 from h5traces.errors import (
     ArchiveExistsError,
+    ArgumentError,
     H5TracesError,
     LayerIndexError,
     LossyArchiveError,
@@ -38,6 +39,7 @@ EXIT_USAGE: Final = 2
 # In every command, these are about its arguments.
 _USAGE_ERRORS: Final = (
     FileNotFoundError,
+    ArgumentError,
     ArchiveExistsError,
     LayerIndexError,
     LossyArchiveError,

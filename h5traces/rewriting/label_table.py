@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from h5traces.arguments import checked_options
 from h5traces.errors import OptionError, Problem, SchemaError
@@ -15,7 +15,7 @@ from h5traces.format.text import and_more, counted, short_repr
 from h5traces.sources.rows import foreign, read_rows, short, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from h5traces.sources.rows import TextTable
@@ -80,7 +80,7 @@ class LabelOptions:
     """
 
     label_column: str | None = None
-    positive: str | int | None = None
+    positive: str | int | bool | None = None
     class_labels: Mapping[str, int | None] | Mapping[int, int | None] | None = None
     score_column: str | None = None
     higher_means: HigherMeans | None = None
@@ -94,17 +94,11 @@ class LabelOptions:
             raise OptionError(message)
 
     def _mistake(self) -> str | None:
-        for name in ("label_column", "score_column", "id_column"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name != "id_column"):
-                return f"{name} is {value!r}, expected the name of a column"
         named = [each for each in (self.positive, self.class_labels) if each is not None]
         if self.label_column is None and named:
             return "positive and class_labels are about classes of a label_column; name the column"
         if len(named) > 1:
             return "positive and class_labels both say which class gets label 1; leave one out"
-        if self.positive is not None and not isinstance(self.positive, _CLASS_TYPES):
-            return f"positive is {self.positive!r}, expected the name of a class"
         return self._wrong_scores() or self._wrong_classes()
 
     def _wrong_scores(self) -> str | None:
@@ -115,8 +109,6 @@ class LabelOptions:
             return f"label_column gives labels as they are; leave out {' and '.join(said)}"
         if self.scores_only and said:
             return f"scores_only=True makes no labels; leave out {' and '.join(said)}"
-        if self.higher_means not in (None, *get_args(HigherMeans)):
-            return f"higher_means={self.higher_means!r}, expected 'correct' or 'hallucinated'"
         if self.threshold is not None and not _is_finite(self.threshold):
             return f"the threshold is {self.threshold!r}, expected a finite number"
         return None
@@ -125,7 +117,7 @@ class LabelOptions:
         labels = self.class_labels
         if labels is None:
             return None
-        if not isinstance(labels, Mapping) or not labels:
+        if not labels:
             return f"class_labels is {labels!r}, expected the label of every class, by name"
         for name, number in labels.items():
             is_label = number is None or (type(number) is int and number in _INT64)
@@ -223,6 +215,10 @@ def read_table(path: Path, options: LabelOptions) -> LabelTable:
     """
     if path.is_dir():
         message = f"{path}: is a folder, expected a table of labels or scores"
+        raise OptionError(message)
+    # A pipe is what a shell's <(...) gives; a device may have no end.
+    if stat.S_ISCHR(path.stat().st_mode):
+        message = f"{path}: is a device, expected a table of labels or scores"
         raise OptionError(message)
     with text_of(path.open("rb")) as file:
         found = read_rows(path, file)

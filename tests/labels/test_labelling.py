@@ -20,6 +20,7 @@ from h5traces.checking.verify import verify
 from h5traces.cli.app import app
 from h5traces.errors import (
     ArchiveExistsError,
+    ArgumentError,
     CorruptArchiveError,
     OptionError,
     SchemaError,
@@ -303,7 +304,7 @@ def test_repeated_rows(archive: Path, tmp_path: Path) -> None:
 
 
 def test_a_threshold_must_be_a_number(archive: Path, table: Path) -> None:
-    with pytest.raises(OptionError, match="expected a finite number"):
+    with pytest.raises(ArgumentError, match="threshold is nan, expected a number"):
         label(archive, table, options=LabelOptions(threshold=float("nan")))
 
 
