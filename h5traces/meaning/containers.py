@@ -175,7 +175,7 @@ def taken_apart(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) 
 def _reject_gaps(kind: str, items: list[Any]) -> NoReturn:
     absent = [number for number, each in enumerate(items) if each is None]
     message = (
-        f"field {kind!r}: items {and_more(absent)} of {len(items)} are None; "
+        f"field {kind!r}: layers {and_more(absent)} of {len(items)} are None; "
         "expected an array for every layer; leave the field out, or store all kinds as dicts by "
         "layer number, with the layers that have both"
     )

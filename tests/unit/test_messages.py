@@ -63,7 +63,7 @@ BAD_SAMPLES = {
     ),
     "a missing layer": (
         sample(hidden_states=[STATES, None]),
-        "field 'hidden_states', layer 1: found NoneType, expected a numpy array",
+        "field 'hidden_states': layers 1 of 2 are None; expected an array for every layer",
     ),
     "too few axes": (
         sample(attentions=[STATES, STATES]),
