@@ -479,7 +479,7 @@ def test_attentions_of_some_layers_are_rejected_in_one_sentence() -> None:
     item = trace()
     item["attentions"] = [None, *weights(0)[1:]]
     message = rejected(item)
-    assert "field 'attentions': items 0 of" in message
+    assert "field 'attentions': layers 0 of" in message
     assert "leave the field out" in message
 
 
