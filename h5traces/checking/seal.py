@@ -127,7 +127,7 @@ def _seal_file(
     progress: Callable[[int, int], None] | None,
 ) -> SealReport:
     report = SealReport(str(path))
-    builder = FooterBuilder()
+    builder = FooterBuilder(path.parent)
     file = LocalFile(path)
     with Hdf5Reader(path, limits) as reader, ThreadPoolExecutor() as pool:
         root, kinds = reader.root_attributes(), reader.kinds()
@@ -177,8 +177,9 @@ def _footer(
     """The footer that a file has, if it fits the bytes of the HDF5 part and its attributes."""
     try:
         footer = FooterStore(file, limits)
-        damaged, rest_fits = footer.check_bytes()
-        fits = rest_fits and not len(damaged) and (footer.root_attrs, footer.kinds) == (root, kinds)
+        found = footer.check_bytes()
+        fits = (footer.root_attrs, footer.kinds) == (root, kinds)
+        fits = fits and found.rest_fits and not found.damaged
     except CorruptArchiveError:
         return None
     return footer if fits else None
@@ -225,10 +226,10 @@ def _append(path: Path, builder: FooterBuilder, root: Attrs, kinds: dict[str, At
     try:
         # Removes an outdated footer.
         os.ftruncate(descriptor, end)
-        footer = builder.finish(LocalFile(path), root, kinds)
-        written = 0
-        while written < len(footer):
-            written += os.pwrite(descriptor, footer[written:], end + written)
+        os.lseek(descriptor, end, os.SEEK_SET)
+        with os.fdopen(descriptor, "wb", closefd=False) as out:
+            for block in builder.finish(LocalFile(path), root, kinds):
+                out.write(block)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -56,7 +56,7 @@ from h5traces.precision.decoding import (
 )
 from h5traces.precision.scales import OFFSET, SIGMA, STEP
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterError
+from h5traces.storage.footer_rows import FooterError
 from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind
 
 if TYPE_CHECKING:

@@ -120,7 +120,7 @@ class ArchiveWriter:
                 self._hdf5.create_group(layout.SAMPLES_GROUP, {})
                 self._hdf5.create_group(layout.KINDS_GROUP, {})
             undo.pop_all()
-        self._footer = FooterBuilder()
+        self._footer = FooterBuilder(path.parent)
         self._origins: list[Origin] = []
         self._observed = Observation()
         self._generations = {} if generations is None else generations
@@ -306,7 +306,8 @@ class ArchiveWriter:
         self._copy_foreign()
         self._pool.shutdown()
         self._part.file.raise_error()
-        self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
+        for block in self._footer.finish(self._part.file, {**root, **complete}, kinds):
+            self._part.append(block)
         self._part.sync()
         self.summary.nbytes = self._part.path.stat().st_size
         self._metadata = archive
