@@ -54,6 +54,7 @@ TRAILER_END: Final = struct.Struct("<Q8s")
 TRAILER_NBYTES: Final = TRAILER.size + TRAILER_END.size
 # One read of this size gets trailer and directory of nearly every archive.
 _TAIL_NBYTES: Final = 64 << 10
+_SMALL_NBYTES: Final = 1 << 20
 # The footer repeats what the HDF5 part says, so it cannot be much larger. JSON may take six bytes
 # for one byte there, and every object has a digest and numbers.
 _MOST_PER_HDF5_BYTE: Final = 8
@@ -64,7 +65,7 @@ _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
 GROUP_ROWS: Final = 1000
 # Of a row: stored and raw size, xxh3-64 of the stored bytes.
 ROW_PLACE: Final = np.dtype([("nbytes", "<u4"), ("raw_nbytes", "<u4"), ("checksum", "<u8")])
-COLUMNS: Final = ("names", "attrs", "ids")
+COLUMNS: Final = ("ids", "names", "attrs")
 # Tables of groups that stay in memory, 16 kB each.
 _TABLES_KEPT: Final = 64
 # Rows that are read at a time where all are, and what a writer keeps of them in memory.
@@ -144,6 +145,10 @@ def read_directory(file: ByteFile) -> FooterDirectory:
     if end_of_hdf5 != hdf5_nbytes:
         message = f"the index belongs to {hdf5_nbytes} bytes of HDF5, the file has {end_of_hdf5}"
         raise FooterError(message)
+    # On a server, requests take longer than the bytes of a small footer.
+    is_small = file_nbytes - hdf5_nbytes <= _SMALL_NBYTES
+    first = hdf5_nbytes if is_small else hdf5_nbytes + offset
+    file.hold(first, file_nbytes - first)
     start = hdf5_nbytes + offset - tail_start
     stored = (
         tail[start : start + nbytes] if start >= 0 else file.read_at(hdf5_nbytes + offset, nbytes)
@@ -412,9 +417,9 @@ class FooterBuilder:
         for name, raw in zip(
             COLUMNS,
             (
+                b"[[%b],[%b]]" % (self._ids, self._generations),
                 encoded_json(list(packer.names)),
                 f"[{','.join(packer.attrs)}]".encode("utf-8", "surrogatepass"),
-                b"[[%b],[%b]]" % (self._ids, self._generations),
             ),
             strict=True,
         ):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +19,7 @@ from h5traces.errors import (
     StoredStateWarning,
     warn,
 )
+from h5traces.storage.files import read_document
 from h5traces.storage.remote.paths import Blocks, ByteRange, coalesce, persistently
 
 if TYPE_CHECKING:
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 
 _DATA = "data"
 _LOG = "ranges"
-# A larger footer is read column by column.
-_MOST_HELD_NBYTES: Final = 256 << 20
+# Of a larger group, rows are read one by one.
+_MOST_HELD_NBYTES: Final = 32 << 20
 
 
 class RemoteFile:
@@ -52,6 +55,8 @@ class RemoteFile:
         self._lock = threading.Lock()
         # Bytes that `prefetched` blocks hold, by range.
         self._fetched: tuple[dict[ByteRange, bytes], ...] = ()
+        # Offset and bytes of what `hold` keeps, beside the tail.
+        self._held: tuple[tuple[int, bytes], ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,15 +81,18 @@ class RemoteFile:
         return self._find(ByteRange(offset, nbytes)) is not None
 
     def hold(self, offset: int, nbytes: int) -> None:
-        """Keep bytes at the end of the object in memory; what is missing is one request."""
+        """Keep bytes in memory, some groups of rows at a time; what is missing is one request."""
         wanted = ByteRange(offset, nbytes)
         if nbytes > _MOST_HELD_NBYTES or self._find(wanted) is not None:
             return
-        start, data = self._tail or (wanted.stop, b"")
-        if not offset < start <= wanted.stop <= start + len(data):
-            start, data = wanted.stop, b""
-        missing = ByteRange(offset, start - offset)
-        self._tail = (offset, self._fetch([missing], whole=True)[missing] + data)
+        start, tail = self._tail or (wanted.stop, b"")
+        if offset < start <= wanted.stop <= start + len(tail):
+            missing = ByteRange(offset, start - offset)
+            self._tail = (offset, self._fetch([missing], whole=True)[missing] + tail)
+            return
+        held = (offset, self._fetch([wanted], whole=True)[wanted])
+        is_full = nbytes + sum(len(data) for _, data in self._held) > _MOST_HELD_NBYTES
+        self._held = (held,) if is_full else (*self._held, held)
 
     @contextlib.contextmanager
     def prefetched(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
@@ -107,11 +115,10 @@ class RemoteFile:
                 self._fetched = tuple(each for each in self._fetched if each is not fetched)
 
     def _find(self, wanted: ByteRange) -> bytes | None:
-        tail = self._tail
-        if tail is not None and wanted.offset >= tail[0]:
-            first = wanted.offset - tail[0]
-            if first + wanted.nbytes <= len(tail[1]):
-                return tail[1][first : first + wanted.nbytes]
+        for start, data in (*((self._tail,) if self._tail else ()), *self._held):
+            first = wanted.offset - start
+            if 0 <= first <= first + wanted.nbytes <= len(data):
+                return data[first : first + wanted.nbytes]
         return next((each[wanted] for each in self._fetched if wanted in each), None)
 
     def _fetch(self, ranges: list[ByteRange], *, whole: bool = False) -> dict[ByteRange, bytes]:
@@ -188,10 +195,10 @@ class RemoteFile:
 
     def close(self) -> None:
         with self._lock:
-            self._fetched, self._tail = (), None
+            self._fetched, self._held, self._tail = (), (), None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_fetched": (), "_tail": None}
+        return {**self.__dict__, "_lock": None, "_fetched": (), "_held": (), "_tail": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -206,16 +213,20 @@ class RangeCache:
 
     def __init__(self, folder: Path, path: RemotePath, tail: Reply) -> None:
         self._folder = folder / _key(path, tail)
+        if self._folder.is_symlink():
+            message = f"{self._folder}: is a link, expected a folder of a cache; remove it"
+            raise RemoteError(message)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._ranges: dict[ByteRange, str] = {}
         with contextlib.suppress(FileNotFoundError):
             self._read_log()
 
     def _read_log(self) -> None:
-        for line in (self._folder / _LOG).read_text(encoding="ascii", errors="replace").split("\n"):
+        log = read_document(self._folder / _LOG, RemoteError, "ranges that a cache holds")
+        for line in log.decode("ascii", "replace").split("\n"):
             parts = line.split(" ")
             # The last line may be torn.
-            if len(parts) == 3 and parts[0].isdecimal() and parts[1].isdecimal():
+            if len(parts) == 3 and len(line) < 80 and all(map(str.isdecimal, parts[:2])):
                 self._ranges[ByteRange(int(parts[0]), int(parts[1]))] = parts[2]
 
     def find(self, wanted: ByteRange) -> bytes | None:
@@ -224,7 +235,7 @@ class RangeCache:
         if checksum is None:
             return None
         with contextlib.suppress(OSError):
-            descriptor = os.open(self._folder / _DATA, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = _opened(self._folder / _DATA, os.O_RDONLY)
             try:
                 data = os.pread(descriptor, wanted.nbytes, wanted.offset)
             finally:
@@ -235,8 +246,7 @@ class RangeCache:
 
     def keep(self, pieces: dict[ByteRange, bytes]) -> None:
         """Keep ranges; a full disk raises OSError."""
-        flags = os.O_CREAT | os.O_CLOEXEC
-        data_file = os.open(self._folder / _DATA, os.O_WRONLY | flags, 0o666)
+        data_file = _opened(self._folder / _DATA, os.O_WRONLY | os.O_CREAT)
         try:
             for wanted, data in pieces.items():
                 written = 0
@@ -246,13 +256,23 @@ class RangeCache:
             os.close(data_file)
         added = {wanted: xxhash.xxh3_64_hexdigest(data) for wanted, data in pieces.items()}
         lines = "".join(f"{each.offset} {each.nbytes} {added[each]}\n" for each in added)
-        log = os.open(self._folder / _LOG, os.O_WRONLY | os.O_APPEND | flags, 0o666)
+        log = _opened(self._folder / _LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             # The newline comes first, in case the last line is torn.
             os.write(log, f"\n{lines}".encode("ascii"))
         finally:
             os.close(log)
         self._ranges.update(added)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A file of the cache; OSError for a link or pipe, which others may have put there."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no file of a cache", str(path))
 
 
 def _key(path: RemotePath, tail: Reply) -> str:
