@@ -29,7 +29,7 @@ from h5traces.storage.footer import (
 )
 from h5traces.storage.footer_rows import FooterError, FooterRow
 from h5traces.storage.hdf5.reading import Hdf5Reader
-from h5traces.storage.scanning import scan
+from h5traces.storage.scanning import metadata_checksum, scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from h5traces.format.document import Attrs
     from h5traces.format.limits import ReadLimits
     from h5traces.storage.files import ByteFile
+
+    Table = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,6 @@ NO_ORDINAL: Final = -1
 _SAMPLES_KEPT: Final = 8
 # Sets of paths; samples of one run have one or a few.
 _PATHS_KEPT: Final = 64
-_CHUNKS: Final = ("chunk_offset", "chunk_nbytes", "chunk_checksum")
 
 
 def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
@@ -211,6 +212,30 @@ class FooterStore:
         """Close the file."""
         self.file.close()
 
+    def _chunk_table(self) -> tuple[NDArray[np.int64], Table]:
+        """How many chunks the samples up to each have, and offset, size and checksum of all."""
+        found = [row.columns for row in self._tables.rows()]
+        ends = np.cumsum([len(each.chunk_nbytes) for each in found])
+        empty = np.empty(0, np.int64)
+        offsets, sizes, checksums = (
+            np.concatenate([*(getattr(each, name) for each in found), empty.astype(dtype)])
+            for name, dtype in (
+                ("chunk_offset", "i8"),
+                ("chunk_nbytes", "i8"),
+                ("chunk_checksum", "u8"),
+            )
+        )
+        return ends, (offsets, sizes, checksums)
+
+    def structures_fit(self) -> bool:
+        """Whether all bytes of the HDF5 part outside of chunks are as written."""
+        _, (offsets, sizes, _) = self._chunk_table()
+        end = self._directory.hdf5_nbytes
+        if ((offsets < 0) | (sizes < 0) | (offsets > end - sizes)).any():
+            return False
+        found = metadata_checksum(self.file, offsets, sizes, end)
+        return found == self._directory.metadata_checksum
+
     def check_bytes(
         self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> BytesChecked:
@@ -220,28 +245,19 @@ class FooterStore:
         """
         for name in COLUMNS:
             self._tables.column(name)
-        columns: tuple[list[NDArray[Any]], ...] = ([], [], [])
-        counts = []
-        for row in self._tables.rows():
-            found = row.columns
-            counts.append(len(found.chunk_offset))
-            for known, name in zip(columns, _CHUNKS, strict=True):
-                known.append(getattr(found, name))
-        offsets, sizes, checksums = (np.concatenate(each or [np.empty(0, int)]) for each in columns)
-        del columns
+        ends, table = self._chunk_table()
+        offsets, sizes, _ = table
         end = self._directory.hdf5_nbytes
         # Chunks that overlap would be read again and again; floats, as the sum may be any.
         if sizes.astype(np.float64).sum() > end:
             message = f"the index's chunks overlap in {end} bytes"
             raise FooterError(message)
-        table = (offsets, sizes, checksums)
         scanned = scan(self.file, table, end, workers=workers, progress=progress)
-        ends = np.cumsum(counts)
         damaged = []
         for number in scanned.damaged:
             index = int(np.searchsorted(ends, number, side="right"))
             row = self._row(index)
-            within = number - int(ends[index]) + counts[index]
+            within = number - (int(ends[index - 1]) if index else 0)
             place = int(np.searchsorted(row.columns.chunk_ends, within, side="right")) - 1
             ordinal = index if index < self.num_samples else NO_ORDINAL
             damaged.append((ordinal, self.entry(row, place).path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.paths import expand_paths
 from h5traces.storage.arrays import read_array, read_chunk
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterBuilder, hdf5_end
+from h5traces.storage.footer import FooterBuilder, hdf5_end, key_of
 from h5traces.storage.hdf5.reading import Hdf5Reader
 
 if TYPE_CHECKING:
@@ -109,9 +110,15 @@ def seal(
     reports = []
     for path in expand_paths(sources):
         try:
-            sealed = _seal_file(
-                path, accept_edits=accept_edits, dry_run=dry_run, limits=limits, progress=progress
-            )
+            with closing(FooterBuilder(None if dry_run else path.parent)) as builder:
+                sealed = _seal_file(
+                    path,
+                    builder,
+                    accept_edits=accept_edits,
+                    dry_run=dry_run,
+                    limits=limits,
+                    progress=progress,
+                )
         except ArchiveError as error:
             raise error_for(path, error) from error
         reports.append(sealed)
@@ -120,6 +127,7 @@ def seal(
 
 def _seal_file(
     path: Path,
+    builder: FooterBuilder,
     *,
     accept_edits: bool,
     dry_run: bool,
@@ -127,7 +135,6 @@ def _seal_file(
     progress: Callable[[int, int], None] | None,
 ) -> SealReport:
     report = SealReport(str(path))
-    builder = FooterBuilder(path.parent)
     file = LocalFile(path)
     with Hdf5Reader(path, limits) as reader, ThreadPoolExecutor() as pool:
         root, kinds = reader.root_attributes(), reader.kinds()
@@ -180,6 +187,7 @@ def _footer(
         found = footer.check_bytes()
         fits = (footer.root_attrs, footer.kinds) == (root, kinds)
         fits = fits and found.rest_fits and not found.damaged
+        fits = fits and footer.keys() == [key_of(attrs) for attrs in footer.samples_attrs()]
     except CorruptArchiveError:
         return None
     return footer if fits else None

@@ -250,7 +250,7 @@ def print_samples(found: Iterator[tuple[int, TraceMetadata]]) -> None:
     screen = list(islice(rows, shutil.get_terminal_size().lines))
     following = next(rows, None)
     if following is None:
-        numbers = [each for each in names if each not in ("sample id", "coverage")]
+        numbers = tuple(each for each in names if each not in ("sample id", "coverage"))
         table = _table(*names, numbers=numbers)
         for row in screen:
             table.add_row(*map(cell, row))

@@ -348,7 +348,9 @@ class FooterBuilder:
     def __init__(self, folder: Path | None = None) -> None:
         self.num_samples = 0
         self._packer = RowPacker()
-        self._rows = tempfile.SpooledTemporaryFile(_KEPT_NBYTES, dir=folder)
+        self._rows = tempfile.SpooledTemporaryFile(
+            _KEPT_NBYTES, dir=None if folder is None else str(folder)
+        )
         # Of the group that is not full.
         self._group: list[bytes] = []
         self._places: list[tuple[int, int, int]] = []
@@ -401,6 +403,10 @@ class FooterBuilder:
         self._groups.append((len(block), xxhash.xxh3_64_intdigest(table)))
         self._group, self._places = [], []
 
+    def close(self) -> None:
+        """Let go of the rows, where there will be no footer."""
+        self._rows.close()
+
     def finish(
         self, hdf5: ByteFile | LatchedFile, archive: Attrs, kinds: dict[str, Attrs]
     ) -> Iterator[bytes]:
@@ -412,12 +418,12 @@ class FooterBuilder:
         self._rows.seek(0)
         while block := self._rows.read(_READ_NBYTES):
             yield block
-        self._rows.close()
+        self.close()
         packer, table = self._packer, {}
         for name, raw in zip(
             COLUMNS,
             (
-                b"[[%b],[%b]]" % (self._ids, self._generations),
+                b"[[%b],[%b]]" % (bytes(self._ids), bytes(self._generations)),
                 encoded_json(list(packer.names)),
                 f"[{','.join(packer.attrs)}]".encode("utf-8", "surrogatepass"),
             ),

@@ -52,7 +52,7 @@ COLUMNS: Final = {
     "object_codec": ("u1", 0, 1),
     "object_ndim": ("u1", 0, 1),
 }
-_COLUMNS: Final = tuple((np.dtype(dtype), *rest) for dtype, *rest in COLUMNS.values())
+_COLUMNS: Final = tuple((np.dtype(dtype), which, times) for dtype, which, times in COLUMNS.values())
 # Bytes of an object, an axis and a chunk in all columns.
 _WIDTHS: Final = tuple(
     sum(dtype.itemsize * times for dtype, which, times in _COLUMNS if which == each)
@@ -121,7 +121,8 @@ class FooterRow:
     @cached_property
     def columns(self) -> RowColumns:
         """The columns; FooterError where they are not as long as they say."""
-        columns, position = [], COUNTS.size
+        columns: list[Any] = []
+        position = COUNTS.size
         for dtype, which, times in _COLUMNS:
             length = self._counts[which] * times
             columns.append(np.frombuffer(self._raw, dtype, length, position))
@@ -131,7 +132,8 @@ class FooterRow:
         if (axis_ends[-1], chunk_ends[-1]) != self._counts[1:3]:
             message = "the objects of a row of the index have more or fewer axes or chunks than it"
             raise FooterError(message)
-        return RowColumns(*columns, axis_ends, chunk_ends, np.cumsum(gaps + sizes) - sizes)
+        offsets = np.cumsum(gaps + sizes) - sizes
+        return RowColumns(*(*columns, axis_ends, chunk_ends, offsets))
 
 
 def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:

@@ -385,6 +385,7 @@ class ArchiveWriter:
     def discard(self) -> None:
         """Delete what was written, and nothing else."""
         self._pool.shutdown(cancel_futures=True)
+        self._footer.close()
         self._part.discard()
 
     def __enter__(self) -> Self:

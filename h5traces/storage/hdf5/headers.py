@@ -50,12 +50,15 @@ class HeaderCheck:
     def __init__(self, file: ByteFile) -> None:
         self._file, self._nbytes = file, file.nbytes
         self._start, self._block = 0, b""
+        # Of the objects of one sample, which are linked once.
+        self._met: set[int] = set()
 
     def shows(self, address: int, sample: SampleEntry) -> bool:
         """Whether the group at `address` holds this sample and nothing else.
 
         False, too, where that needs the library to tell.
         """
+        self._met.clear()
         try:
             children: dict[str, list[ObjectEntry]] = {}
             for entry in sample.objects.values():
@@ -122,7 +125,10 @@ class HeaderCheck:
         write_fixed_array(entry.chunks.offsets, entry.chunks.sizes, raw_nbytes, compare)
 
     def _messages(self, address: int) -> list[bytes]:
-        """The messages of the object header at an address."""
+        """The messages of the object header at an address that was not met before."""
+        if address in self._met:
+            raise _UnknownError
+        self._met.add(address)
         prefix = self._bytes(address, _PREFIX_NBYTES)
         width = 1 << (prefix[5] & 3)
         if prefix[:5] != b"OHDR\2" or prefix[5] > 2:

@@ -115,7 +115,8 @@ class RemoteFile:
                 self._fetched = tuple(each for each in self._fetched if each is not fetched)
 
     def _find(self, wanted: ByteRange) -> bytes | None:
-        for start, data in (*((self._tail,) if self._tail else ()), *self._held):
+        tail: tuple[tuple[int, bytes], ...] = () if self._tail is None else (self._tail,)
+        for start, data in (*tail, *self._held):
             first = wanted.offset - start
             if 0 <= first <= first + wanted.nbytes <= len(data):
                 return data[first : first + wanted.nbytes]
