@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive.archive import Archive
-    from h5traces.archive.trace import LayerSequence, Trace
+    from h5traces.archive.rows import Row
     from h5traces.format.document import Attrs
 
 _LAYER: Final = "layer"
@@ -28,7 +27,7 @@ _SAMPLE: Final = "sample"
 _SEQUENCE_AXES: Final = ("token", "query", "key")
 
 
-def trace_dataset(trace: Trace, kinds: str | Iterable[str] | None) -> xr.Dataset:
+def trace_dataset(trace: Row, kinds: str | Iterable[str] | None) -> xr.Dataset:
     """See `Trace.to_xarray`."""
     names = _kinds_of(trace, kinds)
     layers = _layers_of([trace], names)
@@ -42,7 +41,7 @@ def trace_dataset(trace: Trace, kinds: str | Iterable[str] | None) -> xr.Dataset
     return xr.Dataset(variables, {_LAYER: layers, **_token_coordinates(trace, sizes)}, plain)
 
 
-def archive_dataset(archive: Archive, kinds: str | Iterable[str] | None) -> xr.Dataset:
+def archive_dataset(archive: Iterable[Row], kinds: str | Iterable[str] | None) -> xr.Dataset:
     """See `Archive.to_xarray`."""
     traces = list(archive)
     if not traces:
@@ -65,7 +64,7 @@ class _Layers(BackendArray):
     Layers that the trace does not have of the kind are NaN.
     """
 
-    def __init__(self, trace: Trace, kind: str, layers: Sequence[int]) -> None:
+    def __init__(self, trace: Row, kind: str, layers: Sequence[int]) -> None:
         stored, place = trace._stored, f"{trace._stored.place}/{kind}"
         if f"{kind}/{layout.STEPS_TABLE}" in stored.objects:
             message = f"{place}: holds generation steps, which do not fit one array; select others"
@@ -168,7 +167,7 @@ def _type_of(attrs: Attrs, stored: str) -> np.dtype[Any]:
     return np.dtype("float32" if name == "bfloat16" else name)
 
 
-def _kinds_of(trace: Trace, kinds: str | Iterable[str] | None) -> tuple[str, ...]:
+def _kinds_of(trace: Row, kinds: str | Iterable[str] | None) -> tuple[str, ...]:
     stored = trace._stored
     if kinds is None:
         return tuple(each for each in stored.default_kinds if each in stored.kinds)
@@ -178,13 +177,13 @@ def _kinds_of(trace: Trace, kinds: str | Iterable[str] | None) -> tuple[str, ...
     return names
 
 
-def _numbers(sequence: LayerSequence | None) -> list[int]:
+def _numbers(sequence: Any) -> list[int]:
     """Numbers of the layers, or positions; -1 for the embedding."""
     layers = () if sequence is None else sequence.layers
     return [layout.EMBEDDING_LAYER if each is None else each for each in layers]
 
 
-def _layers_of(traces: Iterable[Trace], kinds: Iterable[str]) -> list[int]:
+def _layers_of(traces: Iterable[Row], kinds: Iterable[str]) -> list[int]:
     """All layers that any of the kinds has, ascending."""
     return sorted(
         {
@@ -197,7 +196,7 @@ def _layers_of(traces: Iterable[Trace], kinds: Iterable[str]) -> list[int]:
     )
 
 
-def _token_coordinates(trace: Trace, sizes: Mapping[Any, int]) -> dict[str, Any]:
+def _token_coordinates(trace: Row, sizes: Mapping[Any, int]) -> dict[str, Any]:
     coordinates: dict[str, Any] = {}
     for axis in _SEQUENCE_AXES:
         if axis not in sizes:
@@ -215,7 +214,7 @@ def _token_coordinates(trace: Trace, sizes: Mapping[Any, int]) -> dict[str, Any]
     return coordinates
 
 
-def _sample_coordinates(traces: Sequence[Trace]) -> dict[str, Any]:
+def _sample_coordinates(traces: Sequence[Row]) -> dict[str, Any]:
     metadata = [trace.metadata for trace in traces]
     labels = [each.label for each in metadata]
     coordinates = {

@@ -14,8 +14,7 @@ from h5traces.lazy import needing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from h5traces.archive.archive import Archive
-    from h5traces.archive.trace import Trace
+    from h5traces.archive.rows import Row
 
 _COUNTS: Final = ("generation_index", "seq_len", "prompt_len")
 _INTEGERS: Final = frozenset({"ordinal", "position_in_file", "label", *_COUNTS})
@@ -23,7 +22,7 @@ _NORMS: Final = "hidden_norms"
 _SCORES: Final = "score_"
 
 
-def columns_of(archive: Archive, columns: str | Iterable[str] | None) -> dict[str, list[Any]]:
+def columns_of(archive: Iterable[Row], columns: str | Iterable[str] | None) -> dict[str, list[Any]]:
     """Values by column, None where a sample has none; only what is asked for is read.
 
     Raises
@@ -44,7 +43,7 @@ def columns_of(archive: Archive, columns: str | Iterable[str] | None) -> dict[st
     return found
 
 
-def to_arrow(archive: Archive, columns: str | Iterable[str] | None) -> Any:
+def to_arrow(archive: Iterable[Row], columns: str | Iterable[str] | None) -> Any:
     """See `Archive.to_arrow`."""
     with needing("to_arrow", "pyarrow", extra="parquet"):
         import pyarrow as pa
@@ -60,7 +59,7 @@ def to_arrow(archive: Archive, columns: str | Iterable[str] | None) -> Any:
     return pa.table(arrays)
 
 
-def to_pandas(archive: Archive, columns: str | Iterable[str] | None) -> Any:
+def to_pandas(archive: Iterable[Row], columns: str | Iterable[str] | None) -> Any:
     """See `Archive.to_pandas`."""
     with needing("to_pandas", "pandas", extra="tables"):
         import pandas as pd
@@ -75,9 +74,9 @@ def to_pandas(archive: Archive, columns: str | Iterable[str] | None) -> Any:
     return pd.DataFrame(series)
 
 
-def _getters(archive: Archive) -> dict[str, Callable[[Trace], Any]]:
+def _getters(archive: Iterable[Row]) -> dict[str, Callable[[Row], Any]]:
     """How to get each column of a trace; scores by the names that any trace has."""
-    getters: dict[str, Callable[[Trace], Any]] = {
+    getters: dict[str, Callable[[Row], Any]] = {
         "ordinal": lambda trace: trace.ordinal,
         "path": lambda trace: str(trace.path),
         "position_in_file": lambda trace: trace.position_in_file,
@@ -91,19 +90,19 @@ def _getters(archive: Archive) -> dict[str, Callable[[Trace], Any]]:
     return getters
 
 
-def _attribute(name: str) -> Callable[[Trace], Any]:
+def _attribute(name: str) -> Callable[[Row], Any]:
     return lambda trace: getattr(trace.metadata, name)
 
 
-def _score(name: str) -> Callable[[Trace], Any]:
+def _score(name: str) -> Callable[[Row], Any]:
     return lambda trace: (trace.metadata.scores or {}).get(name)
 
 
-def _text(name: str) -> Callable[[Trace], Any]:
+def _text(name: str) -> Callable[[Row], Any]:
     return lambda trace: trace.get(name)
 
 
-def _norms(trace: Trace) -> list[float] | None:
+def _norms(trace: Row) -> list[float] | None:
     """Mean over positions of the 2-norm of each layer's hidden states; None in steps or absent."""
     if layout.HIDDEN_STATES not in trace._stored.objects:
         return None

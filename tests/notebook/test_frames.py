@@ -87,8 +87,8 @@ def test_an_unknown_column_is_an_error(archive: h5traces.Archive) -> None:
 
 def test_scores_beside_the_archive_are_columns(archive: h5traces.Archive, tmp_path: Path) -> None:
     (tmp_path / "scores.csv").write_text("question_id,bleurt\nq0,0.25\nq2,0.5\n")
-    options = h5traces.LabelOptions(score_columns=["bleurt"])
-    h5traces.label(archive.paths[0], tmp_path / "scores.csv", options=options)
+    options = h5traces.LabelOptions(score_column="bleurt", scores_only=True)
+    h5traces.label(archive.paths[0], tmp_path / "scores.csv", options=options, partial=True)
     table = h5traces.open(archive.paths[0]).to_pandas()
     np.testing.assert_array_equal(table["score_bleurt"], [0.25, np.nan, 0.5])
 
