@@ -29,8 +29,8 @@ from h5traces.errors import (
 )
 from h5traces.storage import plans
 from h5traces.storage.files import LocalFile
-from h5traces.storage.kernels import run_plan
 from h5traces.storage.footer import hdf5_end
+from h5traces.storage.kernels import run_plan
 from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
