@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 
 from h5traces.archive.equality import equal
+from h5traces.archive.notebook import described_layer, layers_page, trace_page
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import sliced
 from h5traces.archive.source_form import in_source_form
@@ -17,10 +18,12 @@ from h5traces.arguments import as_position, checked, shown
 from h5traces.errors import CorruptArchiveError, FieldNotFoundError, LayerIndexError
 from h5traces.format import layout, text
 from h5traces.format.values import decode_element
+from h5traces.lazy import needing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import xarray as xr
     from numpy.typing import NDArray
 
     from h5traces.archive.stored_trace import StoredTrace
@@ -134,6 +137,11 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     def __repr__(self) -> str:
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
 
+    def _repr_html_(self) -> str:
+        entries = [self._trace.entry(f"{self.kind}/{name}") for name in self._names]
+        described = [described_layer(each.attrs, each.shape, each.dtype) for each in entries]
+        return layers_page(self.kind, self.layers, described)
+
 
 def _plain(value: Any) -> Any:
     return value._to_list() if isinstance(value, LayerSequence) else value
@@ -239,6 +247,9 @@ class Trace(ReadOnly, Mapping[str, Any]):
             f"seq_len={metadata.seq_len}, fields={', '.join(self.fields)}>"
         )
 
+    def _repr_html_(self) -> str:
+        return trace_page(self)
+
     def _value(self, key: str, container: Container) -> Any:
         objects = self._stored.objects
         # A kind that was made of others, such as the head mean, is no key of the legacy dict.
@@ -341,6 +352,35 @@ class Trace(ReadOnly, Mapping[str, Any]):
         check_container(wanted)
         with self._stored.read_ahead(self._needed()):
             return {key: _plain(self._value(key, wanted)) for key in self.fields}
+
+    @checked
+    def to_xarray(self, kinds: str | Iterable[str] | None = None) -> xr.Dataset:
+        """The layers as a data set of xarray, with named axes; values are read when they are used.
+
+        Parameters
+        ----------
+        kinds
+            Kinds of arrays; hidden states and attentions by default.
+
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each kind: ``layer`` and the axes of its arrays (``token``, ``hidden``;
+            ``head``, ``query``, ``key``). Coordinates: ``layer``, -1 for the embedding;
+            ``token_text``, ``token_id``, ``is_prompt``, ``query_text``, ``key_text``, where they
+            are stored. Layers that a kind does not have are NaN. Metadata are attributes.
+
+        Raises
+        ------
+        MissingDependencyError
+            xarray is not installed.
+        OptionError
+            The archive stores no such kind, or generation steps of it.
+        """
+        with needing("to_xarray", "xarray", extra="tables"):
+            from h5traces.archive.labelled import trace_dataset
+
+        return trace_dataset(self, kinds)
 
     def _needed(self) -> list[str]:
         """The datasets that `to_dict` reads."""
