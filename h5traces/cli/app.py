@@ -129,8 +129,9 @@ def _version(value: bool) -> None:
     if value:
         from h5traces.errors import __version__
         from h5traces.format.layout import FORMAT_VERSION
+        from h5traces.format.native import describe
 
-        typer.echo(f"h5traces {__version__} (format {FORMAT_VERSION})")
+        typer.echo(f"h5traces {__version__} (format {FORMAT_VERSION}), {describe()}")
         raise typer.Exit
 
 

@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 import h5traces
 from h5traces.checking.validate import validate
 from h5traces.cli.app import COMMANDS, app, load
+from h5traces.format import native
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
 from h5traces.writing.options import PrecisionOptions
@@ -521,7 +522,8 @@ def test_the_list_of_commands_is_light() -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout == f"h5traces {h5traces.__version__} (format 1.0)\n"
+    expected = f"h5traces {h5traces.__version__} (format 1.0), {native.describe()}\n"
+    assert run("--version").stdout == expected
 
 
 def test_the_installed_program(tmp_path: Path) -> None:
