@@ -40,7 +40,7 @@ WORK = {
     "verify": "h5traces.verify(path)",
     "validate --quick": "h5traces.validate(path, quick=True)",
     "validate": "h5traces.validate(path)",
-    "repack": "h5traces.repack(path, target=path + '.repacked.h5')",
+    "repack": "h5traces.repack(path, path + '.repacked.h5')",
     "features": "cli('features', path, '--last-token', '-o', path + '.features.h5')",
     "write": "make(path + '.written.h5', len(archive), len(archive.layers))",
 }

@@ -110,6 +110,7 @@ class FooterStore:
         self.file = file
         self._limits = limits
         self._directory = read_directory(file)
+        self._nbytes = file.nbytes
         self._tables = FooterTables(file, self._directory)
         # Reading array by array takes the same sample again and again.
         self._samples: dict[int, FooterRow] = {}
@@ -238,7 +239,7 @@ class FooterStore:
             types, found = self._datasets(objects.row.columns, places)
         except (FooterError, IndexError):
             return None
-        fits = fitting(found, self._limits, self.file.nbytes)
+        fits = fitting(found, self._limits, self._nbytes)
         named = {path: dtype for path, dtype, each in zip(paths, types, fits, strict=True) if each}
         if not named:
             return None
@@ -436,7 +437,7 @@ class FooterStore:
             )
             # Here, so that what the footer cannot mean is neither read, copied nor reported.
             get_codec(codec)
-            check_sizes(entry, self._limits, self.file.nbytes)
+            check_sizes(entry, self._limits, self._nbytes)
         except FooterError:
             raise
         except (IndexError, ValueError, TypeError, ArchiveError) as error:
@@ -462,14 +463,14 @@ class FooterObjects(Mapping[str, ObjectEntry]):
         self._store = store
         # For who plans to read many objects at once.
         self.row, self.places = row, places
-        self._last: ObjectEntry | None = None
+        self._made: dict[str, ObjectEntry] = {}
 
     def __getitem__(self, path: str) -> ObjectEntry:
-        # Reading an array takes its entry three times in a row.
-        last = self._last
-        if last is None or last.path != path:
-            last = self._last = self._store.entry(self.row, self.places[path])
-        return last
+        # Reading an array takes its entry three times in a row, checks take all several times.
+        made = self._made.get(path)
+        if made is None:
+            made = self._made[path] = self._store.entry(self.row, self.places[path])
+        return made
 
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""
