@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,9 @@ from h5traces.format.archive import Count, Digest, Int64, SampleExtraction
 from h5traces.format.document import Document, problems_of
 from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
 from h5traces.format.text import encode_all
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
 
