@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
@@ -51,8 +51,18 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
 
     @cached_property
     def _names(self) -> list[str]:
-        """Dataset names in the order of the legacy list."""
+        """Dataset names in the order of the legacy list, those of items that were None included."""
         return self._trace.listed_names(self.kind, self._selected)
+
+    @property
+    def _stored_names(self) -> list[str]:
+        """Names of the datasets, without items that were None."""
+        return [name for name in self._names if name not in self._absent]
+
+    @cached_property
+    def _absent(self) -> frozenset[str]:
+        """Names of items that were None."""
+        return frozenset(self._trace.form(self.kind).absent or ())
 
     @cached_property
     def layers(self) -> tuple[int | None, ...]:
@@ -65,7 +75,11 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     @property
     def sites(self) -> tuple[str | None, ...]:
         """Where in the model each position was taken: ``block_output`` or ``final_norm``."""
-        sites = (self._trace.attrs(f"{self.kind}/{name}").get("site") for name in self._names)
+        attrs = (
+            {} if name in self._absent else self._trace.attrs(f"{self.kind}/{name}")
+            for name in self._names
+        )
+        sites = (each.get("site") for each in attrs)
         return tuple(None if site is None else str(site) for site in sites)
 
     def __len__(self) -> int:
@@ -76,11 +90,10 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     @overload
     def __getitem__(self, position: slice) -> list[LayerValue]: ...
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
-        read = partial(self._trace.read_layer, self.kind, container=self._container)
         if isinstance(position, slice):
             numbers = sliced(range(len(self)), position)
             with self._trace.prefetched(part for each in numbers for part in self._ranges(each)):
-                return [read(self._names[each]) for each in numbers]
+                return [self._read(self._names[each]) for each in numbers]
         try:
             name = self._names[as_position(position, f"{self._trace.place}: {self.kind}")]
         except IndexError:
@@ -90,13 +103,20 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
-        return read(name)
+        return self._read(name)
+
+    def _read(self, name: str) -> LayerValue | None:
+        if name in self._absent:
+            return None
+        return self._trace.read_layer(self.kind, name, container=self._container)
 
     def __contains__(self, value: object) -> bool:
         return any(equal(each, value) for each in self)
 
     def _ranges(self, position: int) -> list[tuple[int, int]]:
-        """Offset and size of the stored chunks of one array."""
+        """Offset and size of the stored chunks of one array; nothing for an item that was None."""
+        if self._names[position] in self._absent:
+            return []
         found = self._trace.ranges(f"{self.kind}/{self._names[position]}")
         for table in (f"{self.kind}/{name}" for name in layout.TABLES):
             found += self._trace.ranges(table) if table in self._trace.objects else []

@@ -74,6 +74,14 @@ _ALL: Final = (
         remedy='To get attentions, load the model with attn_implementation="eager".',
     ),
     Check(
+        id="layers-absent",
+        severity="note",
+        reason="Items of the list are None: hybrid models compute attentions in some blocks only. "
+        "Nothing is stored for these layers, and the dict of the trace has the None again.",
+        remedy="Nothing to do, if the other blocks of the model have no such output.",
+        of_reading=True,
+    ),
+    Check(
         id="stacked-layers",
         severity="note",
         reason="One array holds all layers. The lengths of the other fields say which axis is "

@@ -86,14 +86,22 @@ class Numbered:
 
 
 def num_blocks_of(apart: dict[str, Apart]) -> int | None:
-    """How many blocks the attentions have; None without attentions."""
+    """How many blocks the model has; None without attentions, or where keys leave out blocks."""
     counts = {kind: len(each.items) for kind, each in apart.items() if each.items}
     counts.pop(layout.HIDDEN_STATES, None)
     if len(set(counts.values())) > 1:
         found = " and ".join(f"{number} {kind}" for kind, number in counts.items())
         message = f"there are {found}; expected the same number of both"
         raise ConversionError(message)
+    if any(has_gaps(apart[kind]) for kind in counts):
+        return None
     return next(iter(counts.values()), None)
+
+
+def has_gaps(blocks: Apart) -> bool:
+    """Whether the keys of a kind with one item per block leave out blocks."""
+    numbers = blocks.numbers
+    return numbers is not None and set(numbers) != set(range(len(numbers)))
 
 
 def numbered_blocks(found: Apart) -> Numbered:
@@ -137,6 +145,9 @@ def numbered_states(
         Numbers of states and blocks, keys, and `first_state` contradict each other.
     """
     num_states = len(found.items)
+    if blocks is not None and has_gaps(blocks):
+        # Of some blocks only; the same keys say the same.
+        blocks = blocks if set(blocks.numbers or ()) == set(found.numbers or ()) - {None} else None
     if found.numbers is not None and None in found.numbers:
         first: FirstState | None = "embedding"
     elif blocks is not None:

@@ -41,6 +41,8 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import with_padding_treated
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from h5traces.format.record import SourcePosition
 
 _NUM_LAYERS = "num_layers"
@@ -103,6 +105,7 @@ def to_record(
         found.layered[kind] = _layered(
             apart[kind], numbers[kind], chosen, axes.get(kind), has_sites=sites_known
         )
+        found.findings += _gaps(apart[kind], numbers[kind])
         found.findings += apart[kind].findings
     for key, value in item.items():
         if key not in found.layered:
@@ -185,8 +188,8 @@ def _are_steps(apart: Apart) -> bool:
     """Whether a field is a grid of arrays, layers by steps or steps by layers."""
     return bool(apart.items) and all(
         isinstance(inner, (list, tuple))
-        and inner
-        and all(isinstance(each, Array) for each in inner)
+        and not is_absent(inner)
+        and all(each is None or isinstance(each, Array) for each in inner)
         for inner in apart.items
     )
 
@@ -276,6 +279,13 @@ def _chosen(apart: Apart, numbered: Numbered, layers: tuple[int, ...] | None) ->
     return sorted(kept, key=lambda index: -1 if numbers[index] is None else numbers[index])  # type: ignore[arg-type,return-value]
 
 
+def _gaps(apart: Apart, numbered: Numbered) -> Iterator[Finding]:
+    """That items are None, as hybrid models give attentions."""
+    names = zip(numbered.names, apart.items, strict=True)
+    for name in (name for name, each in names if each is None):
+        yield Finding("layers-absent", f"{apart.kind}/{name}", "the item is None")
+
+
 def _listed(numbers: list[int]) -> str:
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
@@ -300,6 +310,7 @@ def _layered(
             numbered.sites[index] if has_sites else None,
         )
         for index in chosen
+        if apart.items[index] is not None
     )
     if len({isinstance(each.array, StepArrays) for each in arrays}) > 1:
         message = (

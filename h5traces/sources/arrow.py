@@ -195,6 +195,9 @@ def cell(column: Any, index: int) -> Any:
                 return column[index].as_py()
         shape.append(size)
         values = values.flatten()
+        if values.null_count and len(shape) == 1:
+            # Of layers, some may be absent.
+            return [cell(values, item) for item in range(len(values))]
         if values.null_count:
             return column[index].as_py()
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):

@@ -13,6 +13,7 @@ from h5traces.archive.trace import Trace
 from h5traces.errors import ConversionError, OptionError, SchemaError
 from h5traces.format import layout
 from h5traces.format.record import SourcePosition, TraceRecord
+from h5traces.format.text import counted
 from h5traces.format.values import MAX_DEPTH, TorchValue
 from h5traces.meaning.containers import is_absent, shape_of
 from h5traces.meaning.model_outputs import (
@@ -54,10 +55,8 @@ def records_of(
         records = [_of_one(sample, reading, established)]
     ids = [sample_id] if sample_id is None or isinstance(sample_id, str) else list(sample_id)
     if len(ids) != len(records):
-        message = (
-            f"{len(ids)} sample_id for a batch of {len(records)}; pass one id per sequence, as a "
-            "list"
-        )
+        given = counted(0 if sample_id is None else len(ids), "sample id")
+        message = f"{given} for a batch of {len(records)}; pass sample_id=[…], one per sequence"
         raise SchemaError(message)
     return [_with_id(each, found) for each, found in zip(records, ids, strict=True)]
 
