@@ -57,7 +57,8 @@ _ALL: Final = (
         severity="warning",
         reason="Without attentions, nothing says whether the first hidden state is the "
         "embedding or the output of block 0.",
-        remedy="Say what it is: first_state='embedding' or first_state='block'.",
+        remedy="Say what it is, to convert or repack: first_state='embedding' or "
+        "first_state='block'.",
         of_reading=True,
     ),
     Check(

@@ -16,6 +16,8 @@ from h5traces.format import layout
 from h5traces.meaning.checks import Finding
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from h5traces.meaning.containers import Apart
     from h5traces.meaning.options import FirstState, RunFacts
 
@@ -247,6 +249,43 @@ def _numbers_of_keys(found: Apart, blocks: Apart | None, first: FirstState) -> l
         )
         raise ConversionError(message)
     return numbers
+
+
+def named_positions(
+    names: Sequence[str], first: FirstState, *, is_whole: bool, sites_known: bool
+) -> dict[str, tuple[str, str | None]]:
+    """What stored positions are, now that somebody says what the first one is.
+
+    Parameters
+    ----------
+    names
+        Such as ``position_000``, ascending.
+    first
+        What position 0 is.
+    is_whole
+        Whether these are all states that the source had; only then the last one is known to be
+        behind the final norm.
+    sites_known
+        Whether they are transformers' own, and no dict of hooks.
+
+    Returns
+    -------
+    dict
+        The new name and the site by old name.
+    """
+    shift = 1 if first == "embedding" else 0
+    numbers = {name: layout.parse_layer_name(name) or 0 for name in names}
+    last = max(numbers.values(), default=0)
+    is_whole = is_whole and len(numbers) == last + 1
+    found: dict[str, tuple[str, str | None]] = {}
+    for name, number in numbers.items():
+        if number < shift:
+            found[name] = layout.EMBEDDING, layout.SITE_EMBEDDING
+            continue
+        is_known = sites_known and (is_whole or number != last)
+        site = _site(number - shift, last - shift) if is_known else None
+        found[name] = layout.layer_name(number - shift), site
+    return found
 
 
 def _site(layer: int | None, last: int | None) -> str:

@@ -17,6 +17,7 @@ from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
 from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArrays, TraceRecord
+from h5traces.format.text import counted
 from h5traces.format.values import TorchValue
 from h5traces.meaning.axes import BATCH
 from h5traces.meaning.checks import Finding
@@ -199,10 +200,11 @@ def _steps_are_outside(nested: list[Apart], num_layers: int | None) -> bool:
     if found is not None:
         return found
     outer, inner = len(nested[0].items), len(nested[0].items[0])
-    if min(outer, inner) > 1:
+    if min(outer, inner) > 1 or (num_layers is not None and outer != inner):
+        way_out = "" if num_layers is not None else "add the field num_layers, or "
         message = (
-            f"field {nested[0].kind!r}: {outer} lists of {inner} arrays of one shape may be layers "
-            "of steps or steps of layers; add the field num_layers, or store one array per layer"
+            f"field {nested[0].kind!r}: {counted(outer, 'list')} of {counted(inner, 'array')} may "
+            f"be layers of steps or steps of layers; {way_out}store one array per layer"
         )
         raise ConversionError(message)
     # One list of several layers, or one step of each.

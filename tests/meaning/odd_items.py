@@ -145,7 +145,8 @@ def _add_sequence(rng: np.random.Generator, found: OddBatch, drawn: _Drawn, numb
         for layer in range(layers)
     ]
     order = rng.permutation(layers + found.has_embedding).tolist()
-    shape = (heads, full, 23) if drawn.further == "heads" else (full, 23)
+    # Widths that no sequence has: exactly one axis may be that of tokens.
+    shape = (29, full, 23) if drawn.further == "heads" else (full, 23)
     # Further fields keep the byte order of the file.
     more = [_numbers(rng, shape, dtype.replace(">", "<")) for _ in range(layers)]
     everything = slice(0, len(mask))

@@ -12,7 +12,7 @@ from small_traces import HEADS, HIDDEN, LAYERS, TOKENS, states, trace, weights
 
 import h5traces
 from h5traces.checking.validate import validate
-from h5traces.errors import ConversionError, LayerIndexError
+from h5traces.errors import ConversionError, LayerIndexError, OptionError
 from h5traces.format.record import SourcePosition
 from h5traces.meaning.numbering import Established
 from h5traces.meaning.options import ReadingOptions
@@ -408,6 +408,7 @@ def test_layers_that_are_none_come_back(tmp_path: Path, name: str) -> None:
     item = HYBRIDS[name]()
     target = converted(tmp_path, [item, item])
     assert not validate(target)[0].problems
+    assert not h5traces.verify(target, against=tmp_path / "batch.pkl")[0].problems
     kind = "hidden_states" if name == "positions" else "attentions"
     with h5traces.open(target) as archive:
         assert_same(archive[1].to_dict(), item)
@@ -596,3 +597,80 @@ def test_positions_are_called_positions_in_reports(tmp_path: Path) -> None:
     h5traces.convert(source, target)
     assert h5traces.inspect(source)[0].by_position
     assert h5traces.inspect(target)[0].by_position
+
+
+# --- names that come later ------------------------------------------------------------------------
+
+ALONE = {
+    "list": lambda: trace(attentions=None),
+    "tuple": lambda: trace(attentions=None, hidden_states=tuple(states(0))),
+    "stacked": lambda: trace(attentions=None, hidden_states=np.stack(states(0))),
+    "dict": lambda: trace(attentions=None, hidden_states=dict(enumerate(states(0)))),
+    "gaps": lambda: trace(attentions=None, hidden_states=with_gaps(states(0))),
+    "steps": lambda: trace(
+        attentions=None, num_layers=9, hidden_states=[[each, each[:1]] for each in states(0)]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(ALONE))
+@pytest.mark.parametrize("first", ["embedding", "block"])
+def test_positions_become_what_a_conversion_makes(tmp_path: Path, name: str, first: Any) -> None:
+    items = [ALONE[name]()] * 2
+    source = tmp_path / "batch.pkl"
+    before, named, expected = (tmp_path / f"{each}.h5" for each in ("before", "named", "expected"))
+    source.write_bytes(pickle.dumps(items))
+    assert h5traces.convert(source, before, **grouped(dtype="auto")).ok
+    reading = ReadingOptions(first_state=first)
+    h5traces.repack(before, named, first_state=first)
+    assert h5traces.convert(source, expected, **grouped(dtype="auto"), reading=reading).ok
+    assert not validate(named)[0].problems
+    assert not h5traces.verify(named, against=source)[0].problems
+    with h5traces.open(named) as found, h5traces.open(expected) as wanted:
+        for one, other, item in zip(found, wanted, items, strict=True):
+            assert_same(one.to_dict(), item)
+            assert one._stored.objects.keys() == other._stored.objects.keys()
+            assert one["hidden_states"].sites == other["hidden_states"].sites
+        assert found.layers == wanted.layers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_last_of_some_positions_has_no_site(tmp_path: Path) -> None:
+    source = tmp_path / "batch.pkl"
+    source.write_bytes(pickle.dumps([ALONE["list"]()]))
+    h5traces.convert(source, tmp_path / "whole.h5")
+    h5traces.repack(tmp_path / "whole.h5", tmp_path / "repacked.h5", layers=[0, 1])
+    h5traces.convert(source, tmp_path / "converted.h5", layers=[0, 1])
+    for name in ("repacked", "converted"):
+        assert not h5traces.verify(tmp_path / f"{name}.h5", against=source)[0].problems
+        named = tmp_path / f"{name}-named.h5"
+        h5traces.repack(tmp_path / f"{name}.h5", named, first_state="block")
+        with h5traces.open(named) as archive:
+            assert archive[0]["hidden_states"].sites == ("block_output", None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_only_positions_take_names(tmp_path: Path) -> None:
+    target = converted(tmp_path, [trace()])
+    other = tmp_path / "other.h5"
+    with pytest.raises(
+        OptionError, match=r"stored by position, and there are blocks; leave it out"
+    ):
+        h5traces.repack(target, other, first_state="block")
+    for options in ({"layers": [0]}, {"precision": "compact"}):
+        with pytest.raises(OptionError, match=r"first_state comes without layers and precision"):
+            h5traces.repack(target, other, first_state="block", **options)
+    assert not other.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_positions_are_another_archive(tmp_path: Path) -> None:
+    source, target = tmp_path / "batch.pkl", tmp_path / "batch.h5"
+    source.write_bytes(pickle.dumps([ALONE["list"]()]))
+    assert h5traces.convert(source, target, layers=[0, 1]).ok
+    kept = h5traces.convert(source, target, layers=[0, 1], **grouped(skip_existing=True))
+    assert kept.files[0].status == "skipped"
+    for layers in ([0, 2], None):
+        report = h5traces.convert(source, target, layers=layers, **grouped(skip_existing=True))
+        assert "it was written with layers=[0, 1]" in str(report.files[0].error)
