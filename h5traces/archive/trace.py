@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
 from h5traces.archive.equality import equal
+from h5traces.archive.notebook import described_layer, layers_page, trace_page
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import sliced
 from h5traces.archive.source_form import in_source_form
@@ -17,10 +18,12 @@ from h5traces.arguments import as_position, checked, shown
 from h5traces.errors import CorruptArchiveError, FieldNotFoundError, LayerIndexError
 from h5traces.format import layout, text
 from h5traces.format.values import decode_element
+from h5traces.lazy import needing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import xarray as xr
     from numpy.typing import NDArray
 
     from h5traces.archive.stored_trace import StoredTrace
@@ -153,6 +156,15 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     def __repr__(self) -> str:
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
 
+    def _repr_html_(self) -> str:
+        return layers_page(self.kind, self.layers, list(map(self._described, self._names)))
+
+    def _described(self, name: str) -> tuple[object, ...]:
+        if name in self._absent:
+            return "", "None", ""
+        entry = self._trace.entry(f"{self.kind}/{name}")
+        return described_layer(entry.attrs, entry.shape, entry.dtype)
+
 
 def _plain(value: Any) -> Any:
     return value._to_list() if isinstance(value, LayerSequence) else value
@@ -257,6 +269,9 @@ class Trace(ReadOnly, Mapping[str, Any]):
             f"<Trace {self.ordinal}: sample_id={metadata.sample_id!r}, "
             f"seq_len={metadata.seq_len}, fields={', '.join(self.fields)}>"
         )
+
+    def _repr_html_(self) -> str:
+        return trace_page(self)
 
     def _value(self, key: str, container: Container) -> Any:
         objects = self._stored.objects
@@ -363,6 +378,35 @@ class Trace(ReadOnly, Mapping[str, Any]):
             for key in self.fields:
                 plain[key] = _plain(self._value(key, wanted))
         return plain
+
+    @checked
+    def to_xarray(self, kinds: str | Iterable[str] | None = None) -> xr.Dataset:
+        """The layers as a data set of xarray, with named axes; values are read when they are used.
+
+        Parameters
+        ----------
+        kinds
+            Kinds of arrays; hidden states and attentions by default.
+
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each kind: ``layer`` and the axes of its arrays (``token``, ``hidden``;
+            ``head``, ``query``, ``key``). Coordinates: ``layer``, -1 for the embedding;
+            ``token_text``, ``token_id``, ``is_prompt``, ``query_text``, ``key_text``, where they
+            are stored. Layers that a kind does not have are NaN. Metadata are attributes.
+
+        Raises
+        ------
+        MissingDependencyError
+            xarray is not installed.
+        OptionError
+            The archive stores no such kind, or generation steps of it.
+        """
+        with needing("to_xarray", "xarray", extra="tables"):
+            from h5traces.archive.labelled import trace_dataset
+
+        return trace_dataset(self, kinds)
 
     def _selected_ranges(self) -> list[tuple[int, int]]:
         """Where everything lies that `to_dict` reads; nothing for a file on disk."""

@@ -347,6 +347,9 @@ def steps_outermost(found: list[Apart], num_layers: int | None) -> bool | None:
         if all(_may_be_steps(each, steps_first=steps) for each in found)
         and _counts_fit(found, num_layers, steps_first=steps)
     ]
+    if not readings and num_layers is not None:
+        # Some layers of the model only.
+        return steps_outermost(found, None)
     return None if len(readings) > 1 else readings == [True]
 
 
@@ -377,8 +380,9 @@ def _counts_fit(found: list[Apart], num_layers: int | None, *, steps_first: bool
     if len({steps for _, steps in sizes.values()}) > 1:
         return False
     states = sizes.pop(layout.HIDDEN_STATES, (None,))[0]
-    blocks = next((layers for layers, _ in sizes.values()), num_layers)
-    return states is None or blocks is None or states - blocks in (0, 1)
+    counts = {layers for layers, _ in sizes.values()}
+    counts |= set() if num_layers is None else {num_layers}
+    return len(counts) < 2 and all(states is None or states - each in (0, 1) for each in counts)
 
 
 def turned(found: Apart) -> None:

@@ -414,6 +414,8 @@ def test_layers_that_are_none_come_back(tmp_path: Path, name: str) -> None:
         assert_same(archive[1].to_dict(), item)
         assert archive[0][kind].layers == (0, 1, 2, 3)
         assert archive[0][kind][2] is None
+        assert "None" in archive[0][kind]._repr_html_()
+        assert kind in archive[0]._repr_html_()
         assert archive[0].layer(3, kind) is not None
         with pytest.raises(
             LayerIndexError, match=r"layer 0 of \w+ is not stored; stored: \[1, 3\]"
