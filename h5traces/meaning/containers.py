@@ -44,12 +44,15 @@ class Lengths:
         Positions of the sequence, where another kind shows them.
     tokens
         Stored tokens: as many as positions, or one more.
+    usual
+        Numbers of hidden states in other samples of the run.
     """
 
     blocks: int | None = None
     states: int | None = None
     positions: int | None = None
     tokens: int | None = None
+    usual: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -245,6 +248,9 @@ def _stacked(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) -> 
         _reject_batch(kind, shape, shape[0])
     fitting = [each for each in single if _fits(kind, each, shape, lengths)]
     fitting = fitting or [each for each in single if _fits(kind, each, shape, lengths, last=True)]
+    # As many layers as other samples of the run have.
+    counted = [each for each in fitting if shape[each.index(LAYER)] in lengths.usual]
+    fitting = counted if kind == layout.HIDDEN_STATES and counted else fitting
     order = _one_order(kind, fitting, shape, known)
     layers = split(view(value, order, (LAYER, *axes), f"field {kind!r}"))
     if not layers:

@@ -16,7 +16,7 @@ from h5traces.format import layout
 from h5traces.meaning.checks import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from h5traces.meaning.containers import Apart
     from h5traces.meaning.options import FirstState, RunFacts
@@ -125,6 +125,8 @@ def numbered_states(
     first_state: FirstState | None,
     num_layers: int | None,
     established: Established,
+    *,
+    has_sites: bool = True,
 ) -> Numbered:
     """Hidden states, whose first item may be the embedding.
 
@@ -140,6 +142,8 @@ def numbered_states(
         Decoder blocks of the model, if the sample or the user says so.
     established
         What earlier samples said; added to.
+    has_sites
+        Whether they are transformers' own.
 
     Raises
     ------
@@ -174,12 +178,13 @@ def numbered_states(
         names = tuple(layout.position_name(each or 0) for each in positions)
         return Numbered(names, (None,) * num_states)
     established.first_states[num_states] = first
+    numbered = _named(found, blocks, first)
     if first == "embedding":
-        as_told = ", as in other samples of the run" if is_told else ""
-        found.note(
-            "embedding-first", f"the first is the embedding, the last is after the norm{as_told}"
-        )
-    return _named(found, blocks, first)
+        is_normed = has_sites and layout.SITE_FINAL_NORM in numbered.sites
+        last = ", the last is after the norm" * is_normed
+        as_told = ", as in other samples of the run" * is_told
+        found.note("embedding-first", f"the first is the embedding{last}{as_told}")
+    return numbered if has_sites else Numbered(numbered.names, (None,) * num_states)
 
 
 def _by_counts(num_states: int, num_blocks: int, kind: str) -> FirstState:
@@ -251,41 +256,17 @@ def _numbers_of_keys(found: Apart, blocks: Apart | None, first: FirstState) -> l
     return numbers
 
 
-def named_positions(
-    names: Sequence[str], first: FirstState, *, is_whole: bool, sites_known: bool
-) -> dict[str, tuple[str, str | None]]:
-    """What stored positions are, now that somebody says what the first one is.
+def named_positions(names: Iterable[str], first: FirstState) -> dict[str, str]:
+    """What stored positions such as ``position_000`` are, now that somebody says what the first is.
 
-    Parameters
-    ----------
-    names
-        Such as ``position_000``, ascending.
-    first
-        What position 0 is.
-    is_whole
-        Whether these are all states that the source had; only then the last one is known to be
-        behind the final norm.
-    sites_known
-        Whether they are transformers' own, and no dict of hooks.
-
-    Returns
-    -------
-    dict
-        The new name and the site by old name.
+    New names by old ones. Where in a block the numbers were taken, nobody said: there is no site.
     """
     shift = 1 if first == "embedding" else 0
-    numbers = {name: layout.parse_layer_name(name) or 0 for name in names}
-    last = max(numbers.values(), default=0)
-    is_whole = is_whole and len(numbers) == last + 1
-    found: dict[str, tuple[str, str | None]] = {}
-    for name, number in numbers.items():
-        if number < shift:
-            found[name] = layout.EMBEDDING, layout.SITE_EMBEDDING
-            continue
-        is_known = sites_known and (is_whole or number != last)
-        site = _site(number - shift, last - shift) if is_known else None
-        found[name] = layout.layer_name(number - shift), site
-    return found
+    numbers = {name: (layout.parse_layer_name(name) or 0) - shift for name in names}
+    return {
+        name: layout.EMBEDDING if number < 0 else layout.layer_name(number)
+        for name, number in numbers.items()
+    }
 
 
 def _site(layer: int | None, last: int | None) -> str:

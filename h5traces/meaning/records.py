@@ -104,7 +104,7 @@ def to_record(
     found, known = _Fields(), established or Established()
     _check_keys(item)
     apart = _taken_apart(item, known, found)
-    numbers = _numbered(apart, item, options, known)
+    numbers = _numbered(apart, item, options, known, has_sites=sites_known)
     further = _further_kinds(item, apart, known)
     axes: dict[str, tuple[str, ...]] = {}
     for kind, (each, each_axes) in further.items():
@@ -112,9 +112,7 @@ def to_record(
         numbers[kind] = numbered_blocks(each)
     for kind in (key for key in item if key in apart):
         chosen = _chosen(apart[kind], numbers[kind], layers)
-        found.layered[kind] = _layered(
-            apart[kind], numbers[kind], chosen, axes.get(kind), has_sites=sites_known
-        )
+        found.layered[kind] = _layered(apart[kind], numbers[kind], chosen, axes.get(kind))
         found.findings += _gaps(apart[kind], numbers[kind])
         found.findings += apart[kind].findings
     for key, value in item.items():
@@ -184,6 +182,7 @@ def _lengths(item: dict[str, Any], apart: dict[str, Apart], known: Established) 
         states=None if states is None else len(states.items),
         positions=next((each for each in positions if each is not None), None),
         tokens=_num_tokens(item),
+        usual=frozenset(known.first_states),
     )
 
 
@@ -220,7 +219,12 @@ def _steps_are_outside(nested: list[Apart], num_layers: int | None) -> bool:
 
 
 def _numbered(
-    apart: dict[str, Apart], item: dict[str, Any], options: ReadingOptions, known: Established
+    apart: dict[str, Apart],
+    item: dict[str, Any],
+    options: ReadingOptions,
+    known: Established,
+    *,
+    has_sites: bool,
 ) -> dict[str, Numbered]:
     """Names and sites of the items of every kind."""
     num_blocks_of(apart)
@@ -232,7 +236,7 @@ def _numbered(
     num_layers = _stated_layers(item, known)
     if states is not None and states.items:
         found[layout.HIDDEN_STATES] = numbered_states(
-            states, blocks, options.first_state, num_layers, known
+            states, blocks, options.first_state, num_layers, known, has_sites=has_sites
         )
     elif states is not None:
         found[layout.HIDDEN_STATES] = Numbered((), ())
@@ -307,8 +311,6 @@ def _layered(
     numbered: Numbered,
     chosen: list[int],
     axes: tuple[str, ...] | None,
-    *,
-    has_sites: bool,
 ) -> LayeredArrays:
     """The chosen items of a field as arrays of a record."""
     arrays = tuple(
@@ -317,7 +319,7 @@ def _layered(
             index,
             numbered.names[index],
             apart.items[index],
-            numbered.sites[index] if has_sites else None,
+            numbered.sites[index],
         )
         for index in chosen
         if apart.items[index] is not None

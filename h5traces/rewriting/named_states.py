@@ -44,63 +44,50 @@ def check_nameable(archive: Archive) -> None:
 
 
 class NamedSample(StoredSample):
-    """A stored trace that is copied with names of blocks; `is_whole`: no state was left out."""
+    """A stored trace that is copied with the names of blocks for its hidden states."""
 
-    def __init__(
-        self, trace: Trace, first_state: FirstState, *, is_whole: bool, first_source: int = 0
-    ) -> None:
+    def __init__(self, trace: Trace, first_state: FirstState, *, first_source: int = 0) -> None:
         super().__init__(trace, first_source=first_source)
-        self._first_state, self._is_whole = first_state, is_whole
-
-    @cached_property
-    def _names(self) -> dict[str, tuple[str, str | None]]:
-        """New name and site by old name."""
-        form = self._form
-        stored = self._trace.stored_layers(_STATES)
-        names = [self._trace.array_name(_STATES, number) for number in stored]
-        names = sorted({*names, *(form.absent or ())})
-        from_dict = form.sequence == "dict"
-        return named_positions(
-            names, self._first_state, is_whole=self._is_whole, sites_known=not from_dict
-        )
+        self._first_state = first_state
 
     @cached_property
     def _form(self) -> SourceForm:
         return self._trace.form(_STATES) if _STATES in self._trace.objects else SourceForm()
 
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """New names by old ones, those of items that were None included."""
+        stored = self._trace.stored_layers(_STATES)
+        names = {self._trace.array_name(_STATES, number) for number in stored}
+        return named_positions(names.union(self._form.absent or ()), self._first_state)
+
     def _new_form(self) -> SourceForm:
         form, names = self._form, self._names
-        has_embedding = any(name == layout.EMBEDDING for name, _ in names.values())
         update = {
-            "lists_embedding": has_embedding or None,
-            "keys": form.keys and tuple((key, names[name][0]) for key, name in form.keys),
-            "absent": form.absent and tuple(names[name][0] for name in form.absent),
+            "lists_embedding": layout.EMBEDDING in names.values() or None,
+            "keys": form.keys and tuple((key, names[name]) for key, name in form.keys),
+            "absent": form.absent and tuple(names[name] for name in form.absent),
         }
         return form.model_copy(update=update)
 
     def observation(self) -> Observation:
         """Layers and sizes of what is copied."""
         found = super().observation()
-        if found.positions.pop(_STATES, None) is not None:
-            for old, (name, _) in self._names.items():
-                if f"{_STATES}/{old}" in self._trace.objects:
-                    found.add_array(_STATES, name, ())
+        for number in found.positions.pop(_STATES, ()):
+            old = layout.position_name(number)
+            found.add_array(_STATES, self._names[old], ())
         return found
 
     def objects(self) -> Iterator[EncodedObject | Prepared]:
         """Groups and datasets, parents first."""
         for each in super().objects():
             kind, _, old = each.path.partition("/")
-            if isinstance(each, EncodedObject):
-                if each.path == _STATES:
-                    kept = {k: v for k, v in each.attrs.items() if k not in SourceForm.model_fields}
-                    attrs = {**kept, **to_attributes(self._new_form())}
-                    yield EncodedObject(_STATES, attrs)
-                else:
-                    yield each
+            if each.path == _STATES and isinstance(each, EncodedObject):
+                own = {k: v for k, v in each.attrs.items() if k not in SourceForm.model_fields}
+                yield replace(each, attrs={**own, **to_attributes(self._new_form())})
             elif kind == _STATES and old in self._names:
-                name, site = self._names[old]
-                attrs = each.attrs if site is None else {**each.attrs, "site": site}
-                yield replace(each, path=f"{_STATES}/{name}", attrs=attrs)
+                name = self._names[old]
+                site = {"site": layout.SITE_EMBEDDING} if name == layout.EMBEDDING else {}
+                yield replace(each, path=f"{_STATES}/{name}", attrs={**each.attrs, **site})
             else:
                 yield each

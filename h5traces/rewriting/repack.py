@@ -439,10 +439,7 @@ class _Rewrite:
         first_source = self._first_source[trace.path]
         self._compared.check(trace)
         if self._first_state is not None:
-            is_whole = "layers" not in (trace._stored.file.metadata.conversion or {})
-            writer.copy(
-                NamedSample(trace, self._first_state, is_whole=is_whole, first_source=first_source)
-            )
+            writer.copy(NamedSample(trace, self._first_state, first_source=first_source))
         elif self._encodes:
             writer.append(to_record(trace, first_source=first_source))
         else:

@@ -175,11 +175,15 @@ def _plain_fields(fields: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _without_torch(value: Any, depth: int = 0) -> Any:
-    """`value` with every torch tensor inside as a `TorchValue`; never the first to import torch."""
+    """`value` with every torch tensor inside as a `TorchValue`; never the first to import torch.
+
+    ConversionError for what has no plain values, such as masked arrays.
+    """
     torch = sys.modules.get("torch")
-    if torch is None:
-        return value
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, np.ma.MaskedArray):
+        message = "a masked array cannot be kept; pass array.filled(value), and the mask as a field"
+        raise ConversionError(message)
+    if torch is not None and isinstance(value, torch.Tensor):
         from h5traces.archive.torch_values import from_tensor
 
         return TorchValue(*from_tensor(value))

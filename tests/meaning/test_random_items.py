@@ -92,9 +92,9 @@ def _compare(batch: OddBatch, number: int, trace: h5traces.Trace) -> None:
 
 
 def _same(found: Any, expected: Any, form: str) -> None:
-    steps = isinstance(expected, (list, tuple))
-    pairs = zip(found, expected, strict=True) if steps else [(found, expected)]
-    for one, other in pairs:
+    in_steps = isinstance(expected, (list, tuple))
+    assert not in_steps or len(found) == len(expected), form
+    for one, other in zip(found, expected, strict=True) if in_steps else [(found, expected)]:
         np.testing.assert_array_equal(np.asarray(one), other, err_msg=form)
 
 
