@@ -41,6 +41,7 @@ _SPLIT: Final = "split"
 # What pyarrow raises about what a file says.
 _ERRORS: Final = (
     *(pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, KeyError, TypeError),
+    RuntimeError,
 )
 
 
