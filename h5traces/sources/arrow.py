@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ from h5traces.sources.arrays import ArrayFile, Held
 from h5traces.sources.arrow_sizes import inflated_nbytes, read_page
 from h5traces.sources.mapped import MappedFile
 from h5traces.storage.files import open_regular
+from h5traces.storage.trial import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,8 +64,10 @@ class ParquetTable(ArrayFile):
             options: dict[str, Any] = {"buffer_size": 1 << 20, "pre_buffer": False}
             found = pq.ParquetFile(self._descriptor, **options)
             # Text stays as numbers of a dictionary, which may hold long text that is named often.
-            names = _text_columns(found.metadata)
-            options |= {"metadata": found.metadata, "read_dictionary": names}
+            # A C++ exception that pyarrow 26 does not catch, as of counts that do not fit, aborts.
+            names = functools.partial(_text_columns, found.metadata)
+            attempt(lambda: dict.fromkeys(names(), ""), path, "pyarrow")
+            options |= {"metadata": found.metadata, "read_dictionary": names()}
             self._file = pq.ParquetFile(self._descriptor, **options)
         except _ERRORS as error:
             self.close()
@@ -167,12 +171,11 @@ class ParquetTable(ArrayFile):
 
 
 def _text_columns(metadata: Any) -> list[str]:
-    """Columns of bytes by path, which may be read as dictionaries."""
-    if not metadata.num_row_groups:
-        return []
-    group = metadata.row_group(0)
-    columns = map(group.column, range(group.num_columns))
-    return [each.path_in_schema for each in columns if each.physical_type == "BYTE_ARRAY"]
+    """Columns of bytes by path, which may be read as dictionaries; looks at all there are."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = (each.column(index) for each in groups for index in range(each.num_columns))
+    found = [each.path_in_schema for each in columns if each.physical_type == "BYTE_ARRAY"]
+    return list(dict.fromkeys(found))
 
 
 class ArrowTable(ArrayFile):

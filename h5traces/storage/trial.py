@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from h5traces.errors import HostileFileError
+from h5traces.errors import ConversionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,9 @@ _BYTES_PER_SECOND: Final = 200_000
 _STATM: Final = Path("/proc/self/statm")
 
 
-def attempt(work: Callable[[], dict[str, str]], path: Path) -> dict[str, str]:
+def attempt(
+    work: Callable[[], dict[str, str]], path: Path, library: str = "HDF5"
+) -> dict[str, str]:
     """What `work` returns, done in a forked child with limits on its memory and processor time.
 
     The child must use nothing that another thread may hold when it is forked. Errors of `work` are
@@ -35,10 +37,12 @@ def attempt(work: Callable[[], dict[str, str]], path: Path) -> dict[str, str]:
         Looks at the file; returns texts by name.
     path
         The file, for messages; larger ones may take more memory and time.
+    library
+        What reads it, for messages.
 
     Raises
     ------
-    HostileFileError
+    ConversionError
         The child was ended by a signal.
     """
     nbytes = path.stat().st_size
@@ -62,10 +66,10 @@ def attempt(work: Callable[[], dict[str, str]], path: Path) -> dict[str, str]:
     if os.WIFSIGNALED(status):
         how = signal.Signals(os.WTERMSIG(status)).name
         message = (
-            f"{path}: the HDF5 library does not survive reading it ({how}): it is damaged or "
-            "forged; copy the file again from where it was written"
+            f"{path}: {library} does not survive reading it ({how}): it is damaged or forged; "
+            "copy the file again from where it was written"
         )
-        raise HostileFileError(message)
+        raise ConversionError(message)
     found: dict[str, str] = json.loads(said or b"{}")
     return found
 

@@ -222,9 +222,19 @@ def footer_of(num_chunks: int) -> bytes:
     return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
+def wrong_counts() -> bytes:
+    """A list that is said to need no level for what may be missing, which its counts are for."""
+    data = parquet(pa.table({"hidden_states": one_row(pa.array([1.5] * 3))}))
+    at = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    # The repetition of the first field: optional becomes required.
+    assert b"\x25\x02" in data[at:]
+    return data[:at] + data[at:].replace(b"\x25\x02", b"\x25\0", 1)
+
+
 PARQUET: dict[str, Callable[[], bytes]] = {
     "zeros": lambda: zeros(20 * MILLION, dictionary=False)[0],
     "runs": lambda: zeros(20 * MILLION, dictionary=True)[0],
+    "counts that do not fit": wrong_counts,
     "page of another size": lying_size,
     "page of more values": lying_count,
     "one text, many times": lambda: parquet(pa.table({"x": one_row(pa.array([LONG] * 1000))})),
