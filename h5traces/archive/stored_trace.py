@@ -159,6 +159,11 @@ class StoredTrace:
             message = f"{self.file.path}: /{layout.KINDS_GROUP}/{kind}: {error}"
             raise CorruptArchiveError(message) from error
 
+    def definition(self, kind: str) -> str | None:
+        """What the numbers of a kind are, where it is more than that they are of a kind."""
+        found = self.kinds.get(kind, {}).get("definition")
+        return None if found in (None, layout.FURTHER_KIND, layout.BY_POSITION) else str(found)
+
     def form(self, kind: str) -> SourceForm:
         """What held the selected arrays in the legacy dict.
 

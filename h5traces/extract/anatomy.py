@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import nn
@@ -12,12 +12,16 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from h5traces.errors import ExtractionError
+from h5traces.format import layout
+from h5traces.format.kinds import STATE_NORMS
 from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
+
+    from h5traces.extract.sites import Site
 
 _EAGER: Final = "eager"
 _NUM_AXES_OF_STATES: Final = 3
@@ -28,15 +32,28 @@ _NUM_AXES_OF_WEIGHTS: Final = 4
 class Anatomy:
     """The parts of a decoder-only model.
 
-    ``family`` is its ``model_type``; ``decoder`` runs embedding, blocks and final norm.
-    ``attentions`` has None for blocks without an attention module, such as those of state spaces.
+    ``family`` is its ``model_type``; ``model`` makes scores of tokens, its ``decoder`` runs
+    embedding, blocks and final norm. ``attentions`` has None for blocks without an attention
+    module, such as those of state spaces. ``sites`` says where other kinds are taken, by kind and
+    layer.
     """
+
+    model: Any
 
     model_class: str
     family: str
     decoder: Any
     blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module | None, ...]
+    sites: Mapping[str, Mapping[int, Site]] = field(default_factory=dict)
+
+    def layers_with(self, kind: str) -> tuple[int, ...]:
+        """The layers that have a kind."""
+        if kind == layout.ATTENTIONS:
+            return tuple(n for n, each in enumerate(self.attentions) if each is not None)
+        if kind in (layout.HIDDEN_STATES, STATE_NORMS):
+            return tuple(range(self.num_layers))
+        return tuple(sorted(self.sites.get(kind, ())))
 
     @property
     def num_layers(self) -> int:
@@ -71,6 +88,7 @@ def anatomy_of(model: Any) -> Anatomy:
     config = model.config.get_text_config()
     decoder, blocks = _decoder(model, config.num_hidden_layers, name)
     return Anatomy(
+        model=model,
         model_class=name,
         family=config.model_type,
         decoder=decoder,

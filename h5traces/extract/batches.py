@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.extract.anatomy import Anatomy
-    from h5traces.extract.options import Kind
 
 # The largest difference that docs/extraction.md states, relative to the largest value of an array.
 TOLERANCES: Final = {torch.float32: 3e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -29,7 +28,7 @@ _NUM_STEPS: Final = 3
 _TOKEN: Final = 3
 
 
-def check_batches(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...], pad_id: int) -> None:
+def check_batches(model: Any, anatomy: Anatomy, kinds: tuple[str, ...], pad_id: int) -> None:
     """Compare a left-padded batch of three sequences with the same ones alone.
 
     Raises

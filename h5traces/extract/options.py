@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 from h5traces.arguments import checked_options
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.format.archive import AnswerCut
+from h5traces.format.kinds import LOGITS, MODEL_KINDS, TOKEN_KINDS
+from h5traces.format.layout import ATTENTIONS, HIDDEN_STATES
 from h5traces.format.text import as_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Kind = Literal["hidden_states", "attentions"]
-KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+DEFAULT_KINDS: Final = (HIDDEN_STATES, ATTENTIONS)
 LastState = Literal["final_norm", "block_output"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
 OnNan = Literal["error", "skip", "keep"]
@@ -79,7 +80,10 @@ class ExtractOptions:
     layers
         0-based decoder blocks, or text such as ``0,5,10-12,last``; None for all.
     kinds
-        ``hidden_states``, ``attentions``, or both.
+        Names of `h5traces.format.kinds.MODEL_KINDS` and ``TOKEN_KINDS``, such as
+        ``("hidden_states", "mlp_output", "logprobs")``.
+    top_logits
+        How many ``logits`` of every token are kept, the largest ones with their ids; None for all.
     embedding
         Also keep the output of the embedding.
     last_state
@@ -109,7 +113,8 @@ class ExtractOptions:
     """
 
     layers: str | int | Sequence[int] | None = None
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    top_logits: int | None = None
     embedding: bool = False
     last_state: LastState = "final_norm"
     generation: GenerationOptions = field(default_factory=GenerationOptions)
@@ -128,8 +133,15 @@ class ExtractOptions:
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
         object.__setattr__(self, "kinds", as_names(self.kinds))
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
-            message = f"kinds is {list(self.kinds)}, expected some of {', '.join(KINDS)}"
+        known = (*MODEL_KINDS, *TOKEN_KINDS)
+        unknown = [each for each in self.kinds if each not in known]
+        if not self.kinds or unknown or len(set(self.kinds)) < len(self.kinds):
+            message = f"kinds is {list(self.kinds)}, expected some of {', '.join(known)}"
+            raise ExtractionError(message)
+        if self.top_logits is not None and (self.top_logits < 1 or LOGITS not in self.kinds):
+            message = (
+                f"top_logits is {self.top_logits}, expected at least 1, with 'logits' among kinds"
+            )
             raise ExtractionError(message)
         for name, least in (("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:

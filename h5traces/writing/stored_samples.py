@@ -84,6 +84,7 @@ class StoredSample:
             found.reductions[kind] = {self._trace.file.reduction(kind)}
             if kind not in layout.KINDS:
                 found.axes[kind] = self._trace.axes(kind)
+                found.definitions[kind] = self._trace.definition(kind)
             if not name or name in layout.TABLES:
                 continue
             in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
@@ -198,6 +199,7 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
                 stored.form(kind),
                 stored.file.reduction(kind),
                 None if kind in layout.KINDS else stored.axes(kind),
+                None if kind in layout.KINDS else stored.definition(kind),
             )
             for kind, entries in _layered_entries(stored).items()
         },
