@@ -70,7 +70,16 @@ TrustRemoteCode = Annotated[
         "Run Python code that comes with the model; `--revision` must then be a commit.",
     ),
 ]
-Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", "`hidden_states`, `attentions`, or both.")]
+Kinds = Annotated[
+    str,
+    option(
+        KEEP,
+        "--kinds KIND,KIND",
+        "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, "
+        "`mlp_output`, `head_outputs`, `queries`, `keys`, `values`, `router_logits`, "
+        "`state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+    ),
+]
 MaxNewTokens = Annotated[
     int, option(_ANSWERS, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
 ]
@@ -200,6 +209,12 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    top_logits: Annotated[
+        int | None,
+        option(
+            KEEP, "--top-logits K", "Of `logits`, the largest K of every token, with ids.", min=1
+        ),
+    ] = None,
     embedding: Annotated[
         bool, option(KEEP, "--embedding", "Also store the output of the embedding.")
     ] = False,
@@ -249,6 +264,7 @@ def extract(
     options = ExtractOptions(
         layers=layers,
         kinds=_kinds(kinds),
+        top_logits=top_logits,
         embedding=embedding,
         last_state=last_state,
         generation=generation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -469,8 +470,13 @@ def _no_weights(name: str, module: Any) -> str:
     )
 
 
-def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[str, ...]) -> None:
+def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[str, ...]) -> float:
     """Compare the arrays of eleven tokens with those that transformers returns.
+
+    Returns
+    -------
+    float
+        The largest difference, relative to the largest value of an array; 0 if all are bit-equal.
 
     Raises
     ------
@@ -485,21 +491,24 @@ def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[str, ...]) -> None:
             use_cache=False,
             **({"output_router_logits": True} if ROUTER_LOGITS in kinds else {}),
         )
+    largest = 0.0
     for kind in (each for each in kinds if each in _RETURNED):
         # Some list None for blocks without attention, or matrices of another size.
         expected = [each for each in getattr(output, kind, None) or () if _is_whole(each)]
-        message = None
+        problem = None
         for found in _ways(anatomy, kind):
-            problem = _difference(kind, found, expected)
-            if problem is None:
+            difference = _difference(kind, found, expected)
+            if isinstance(difference, float):
+                largest = max(largest, difference)
                 break
-            message = message or problem
+            problem = problem or difference
         else:
             message = (
-                f"{anatomy.model_class}: {message}; h5traces does not know the structure of this "
+                f"{anatomy.model_class}: {problem}; h5traces does not know the structure of this "
                 "model"
             )
             raise ExtractionError(message)
+    return largest
 
 
 def _is_whole(values: torch.Tensor | None) -> bool:
@@ -525,16 +534,21 @@ def _ways(anatomy: Anatomy, kind: str) -> Iterator[list[LayerArray]]:
         yield [*captured.arrays[kind], arrays[-1]]
 
 
-def _difference(kind: str, found: list[LayerArray], expected: Sequence[torch.Tensor]) -> str | None:
-    """How arrays differ from those of transformers, in words."""
+def _difference(
+    kind: str, found: list[LayerArray], expected: Sequence[torch.Tensor]
+) -> float | str:
+    """The largest difference from the arrays of transformers; in words where it is too large."""
     if len(found) != len(expected):
         return f"transformers returns {len(expected)} {kind}, the hooks took {len(found)}"
+    largest = 0.0
     for entry, tensor in zip(found, expected, strict=True):
         # Routers see all tokens of a batch in one row.
         one = tensor if kind == ROUTER_LOGITS and tensor.ndim == 2 else tensor[0]
-        if not is_close(values_of(entry), one.float().cpu().numpy(), _TOLERANCE):
+        difference = relative_difference(values_of(entry), one.float().cpu().numpy())
+        if difference > _TOLERANCE:
             return f"{kind}/{entry.name} is not what transformers returns"
-    return None
+        largest = max(largest, difference)
+    return largest
 
 
 def values_of(entry: LayerArray) -> NDArray[Any]:
@@ -543,13 +557,17 @@ def values_of(entry: LayerArray) -> NDArray[Any]:
     return entry.array.to_numpy()
 
 
-def is_close(found: NDArray[Any], expected: NDArray[Any], tolerance: float) -> bool:
-    """Whether two arrays differ by rounding at most, with NaN values in the same places.
+def relative_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The largest difference, relative to the largest value; 0 where all bits are equal.
 
-    The tolerance is relative to the largest value.
+    Infinite where shapes differ, or NaN or infinite values are in other places.
     """
     if found.shape != expected.shape:
-        return False
+        return math.inf
     a, b = found.astype(np.float64), expected.astype(np.float64)
-    largest = np.abs(b[np.isfinite(b)]).max(initial=0.0)
-    return np.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+    finite = np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return math.inf
+    largest = np.abs(b[finite]).max(initial=0.0)
+    difference = np.abs(a[finite] - b[finite]).max(initial=0.0)
+    return float(difference / largest) if difference else 0.0

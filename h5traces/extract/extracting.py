@@ -18,6 +18,7 @@ from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.sizes import Forecast, ModelShape
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.precision import EXACT
 from h5traces.paths import check_not_a_source
 from h5traces.writing.calibrate import load_given
@@ -111,7 +112,7 @@ def extract_dataset(
     forecast = Forecast(
         shape=shape,
         layers=choose_layers(options.layers, range(shape.num_layers)),
-        kinds=options.kinds,
+        kinds=tuple(each for each in options.kinds if each in MODEL_KINDS),
         lengths=tuple(len(each.prompt) + options.generation.max_new_tokens for each in jobs),
         precision=storage,
     )

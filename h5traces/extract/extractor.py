@@ -191,9 +191,13 @@ class Extractor:
             raise ExtractionError(message)
         anatomy = with_kinds(anatomy, options.kinds, layers)
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
-        check_capture(model, anatomy, options.kinds)
-        if options.batch_size > 1:
+        self._difference = check_capture(model, anatomy, options.kinds)
+        self._batch_difference = (
             check_batches(model, anatomy, options.kinds, self._pad_id)
+            if options.batch_size > 1
+            else None
+        )
+        self._anatomy = anatomy
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._capturer = Capturer(
             anatomy,
@@ -218,6 +222,11 @@ class Extractor:
             tokenizer_digest=tokenizer_digest(tokenizer),
             transformers_version=transformers.__version__,
             torch_version=torch.__version__,
+            engine="transformers",
+            attention=model.config.get_text_config()._attn_implementation,
+            sites=self._sites(),
+            difference=self._difference,
+            batch_difference=self._batch_difference,
             model_dtype=str(model.dtype).removeprefix("torch."),
             quantization=_quantization(model),
             device=_device_name(model.get_input_embeddings().weight.device),
@@ -231,6 +240,14 @@ class Extractor:
             dataset_split=questions.split if questions else None,
             dataset_revision=questions.revision if questions else None,
         )
+
+    def _sites(self) -> dict[str, dict[str, list[int]]] | None:
+        """Where kinds were taken that no output of the model gives: layers by place, by kind."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for kind in self._options.kinds:
+            for layer, site in self._anatomy.sites.get(kind, {}).items():
+                found.setdefault(kind, {}).setdefault(str(site), []).append(layer)
+        return found or None
 
     def _generation(self) -> Any:
         """All generation parameters in force."""

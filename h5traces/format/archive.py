@@ -70,6 +70,26 @@ class ExtractionMetadata(Document):
     ] = None
     transformers_version: Annotated[str, Field(description="Release of transformers.")]
     torch_version: Annotated[str, Field(description="Release of torch.")]
+    engine: Annotated[str | None, Field(description="Program that ran the model.")] = None
+    attention: Annotated[
+        str | None, Field(description="Implementation of attention, such as 'eager'.")
+    ] = None
+    sites: Annotated[
+        _Json | None,
+        Field(description="Where kinds were taken in the blocks: by kind, layers by place."),
+    ] = None
+    difference: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="Largest difference from the model's own outputs over a few tokens, "
+            "relative to the largest value; 0: all bits are equal.",
+        ),
+    ] = None
+    batch_difference: Annotated[
+        float | None,
+        Field(ge=0, description="The same, of sequences in a padded batch from them alone."),
+    ] = None
     model_dtype: Annotated[str, Field(description="Type that the model computed in.")]
     quantization: Annotated[str | None, Field(description="Of the weights, if any.")] = None
     device: Annotated[str, Field(description="Name of the device that computed.")]
@@ -94,10 +114,15 @@ class ExtractionMetadata(Document):
     ] = None
 
     def differences(self, other: ExtractionMetadata | None) -> list[str]:
-        """What two runs did differently, one text per field."""
+        """What two runs did differently, one text per field; what they measured does not count."""
         if other is None:
             return ["extraction (was not recorded)"]
-        return _changed("", self.model_dump(mode="json"), other.model_dump(mode="json"))
+        measured = {"difference", "batch_difference"}
+        return _changed(
+            "",
+            self.model_dump(mode="json", exclude=measured),
+            other.model_dump(mode="json", exclude=measured),
+        )
 
 
 def _changed(prefix: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
