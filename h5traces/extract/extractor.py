@@ -21,8 +21,8 @@ from h5traces.extract.batches import check_batches
 from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
 from h5traces.extract.generation import (
     Planner,
+    answers_to,
     clean_answer,
-    generate,
     generation_config,
     padding_token,
 )
@@ -229,7 +229,8 @@ class Extractor:
             batch_difference=self._batch_difference,
             model_dtype=str(model.dtype).removeprefix("torch."),
             quantization=_quantization(model),
-            device=_device_name(model.get_input_embeddings().weight.device),
+            device=_device_name(self._anatomy.device),
+            threads=torch.get_num_threads() if self._anatomy.device.type == "cpu" else None,
             generation=self._generation(),
             seed=options.seed,
             batch_size=options.batch_size,
@@ -261,13 +262,7 @@ class Extractor:
 
     def run(self, jobs: Sequence[Job]) -> list[TraceRecord | NanError]:
         """Records of a batch, with an error in place of each sample rejected for NaN values."""
-        answers = generate(
-            self._model,
-            [each.prompt for each in jobs],
-            [each.seed for each in jobs],
-            self._options.generation,
-            pad_id=self._pad_id,
-        )
+        answers = answers_to(self._model, jobs, self._options.generation, pad_id=self._pad_id)
         sequences = [
             (*job.prompt, *answer.tokens) for job, answer in zip(jobs, answers, strict=True)
         ]

@@ -32,7 +32,7 @@ class GenerationOptions:
     Attributes
     ----------
     max_new_tokens
-        Largest number of tokens of an answer.
+        Largest number of tokens of an answer; 0 to run prompts only.
     num_beams
         Beams of beam search; 1 for none.
     do_sample
@@ -55,7 +55,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "max_new_tokens": (self.max_new_tokens >= 0, "at least 0"),
             "num_beams": (self.num_beams >= 1, "at least 1"),
             "temperature": (self.temperature > 0, "above 0"),
             "top_k": (self.top_k >= 0, "0 for all tokens, or more"),
@@ -173,6 +173,9 @@ class ModelChoice:
     trust_remote_code
         Run Python code that comes with the model; on the hub, `revision` must then be a commit.
         See SECURITY.md.
+    threads
+        Threads that compute on a CPU; None for as many as there are cores that the load of the last
+        minute left free, and no more than torch would take.
     """
 
     model_id: str
@@ -181,16 +184,31 @@ class ModelChoice:
     device: str | None = None
     load_in_4bit: bool = False
     trust_remote_code: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            message = f"threads is {self.threads}, expected at least 1, or None"
+            raise ExtractionError(message)
 
 
 @checked_options
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of the columns of a file; None for the first of the usual names that is there."""
+    """Names of the columns of a file; None for the first of the usual names that is there.
+
+    Attributes
+    ----------
+    question, sample_id, answers
+        Of questions, their ids, and reference answers.
+    given
+        Of answers that the model is given instead of generating them; None to generate.
+    """
 
     question: str | None = None
     sample_id: str | None = None
     answers: str | None = None
+    given: str | None = None
 
 
 @checked_options

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 AnswerCut = Literal["none", "sentence", "newline"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "given", "none"]
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -93,6 +93,9 @@ class ExtractionMetadata(Document):
     model_dtype: Annotated[str, Field(description="Type that the model computed in.")]
     quantization: Annotated[str | None, Field(description="Of the weights, if any.")] = None
     device: Annotated[str, Field(description="Name of the device that computed.")]
+    threads: Annotated[
+        int | None, Field(ge=1, description="Threads that computed, where the device is a CPU.")
+    ] = None
     generation: Annotated[
         _Json, Field(description="Every option that decided how answers were generated.")
     ]
@@ -117,7 +120,7 @@ class ExtractionMetadata(Document):
         """What two runs did differently, one text per field; what they measured does not count."""
         if other is None:
             return ["extraction (was not recorded)"]
-        measured = {"difference", "batch_difference"}
+        measured = {"difference", "batch_difference", "threads"}
         return _changed(
             "",
             self.model_dump(mode="json", exclude=measured),
@@ -141,7 +144,10 @@ class SampleExtraction(Document):
 
     finish_reason: Annotated[
         FinishReason,
-        Field(description="'stop': the model ended its answer; 'length': it was not allowed more."),
+        Field(
+            description="'stop': the model ended its answer; 'length': it was not allowed more; "
+            "'given': the answer was not its own; 'none': only the prompt was run."
+        ),
     ]
     seed: Annotated[Count, Field(description="Of the random numbers that chose its tokens.")]
     row: Annotated[Count, Field(description="Row of the data set, from 0.")]
