@@ -166,7 +166,7 @@ def _seal_file(
     report.sealed = report.already_sealed
     if report.already_sealed or dry_run or (report.edited and not accept_edits):
         return report
-    _append(path, builder, root, kinds)
+    _append(file, builder, root, kinds)
     report.sealed = True
     return report
 
@@ -218,14 +218,18 @@ def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[Ob
     return sealed, difference(entry, values) is None
 
 
-def _append(path: Path, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:
+def _append(file: LocalFile, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:
     """Write the footer after the HDF5 part, durably."""
-    end = hdf5_end(LocalFile(path))
-    descriptor = os.open(path, os.O_RDWR)
+    end = hdf5_end(file)
+    descriptor = os.open(file.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != file.identity:
+            message = f"{file.name}: the file was replaced while it was read; seal it again"
+            raise CorruptArchiveError(message)
         # Removes an outdated footer.
         os.ftruncate(descriptor, end)
-        footer = builder.finish(LocalFile(path), root, kinds)
+        footer = builder.finish(file, root, kinds)
         written = 0
         while written < len(footer):
             written += os.pwrite(descriptor, footer[written:], end + written)

@@ -22,6 +22,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, MissingDependencyError
 from h5traces.extract.sizes import ModelShape
 from h5traces.format.text import and_more
+from h5traces.storage.files import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +60,8 @@ def known_aliases() -> dict[str, str]:
     if not path.exists():
         return dict(MODEL_ALIASES)
     try:
-        own = tomllib.loads(path.read_text(encoding="utf-8")).get(_ALIASES_TABLE, {})
+        text = read_document(path, ExtractionError, "a table of aliases").decode()
+        own = tomllib.loads(text).get(_ALIASES_TABLE, {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{path}: is not TOML: {error}"
         raise ExtractionError(message) from error
@@ -220,7 +222,8 @@ def _check_weights(name: str) -> None:
 
 def _listed_weights(index: Path) -> set[str]:
     try:
-        return {str(each) for each in json.loads(index.read_bytes())["weight_map"].values()}
+        data = read_document(index, ExtractionError, "an index of safetensors files")
+        return {str(each) for each in json.loads(data)["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"{index}: is no index of safetensors files: {error!r}"
         raise ExtractionError(message) from error

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from h5traces.errors import CorruptArchiveError, H5TracesError, NotAnArchiveError
 
@@ -80,6 +80,30 @@ def open_regular(
     return descriptor
 
 
+# Far more than any such document has.
+_MOST_DOCUMENT_NBYTES: Final = 64 << 20
+
+
+def read_document(
+    path: Path,
+    error: type[H5TracesError],
+    expected: str = "a document",
+    *,
+    max_nbytes: int = _MOST_DOCUMENT_NBYTES,
+) -> bytes:
+    """All of a small regular file; `error` for a pipe, a device, or what is larger.
+
+    The one would be waited for, and the other may have no end.
+    """
+    with os.fdopen(open_regular(path, error, expected), "rb") as file:
+        is_small = os.fstat(file.fileno()).st_size <= max_nbytes
+        data = file.read(max_nbytes + 1) if is_small else b""
+    if not is_small or len(data) > max_nbytes:
+        message = f"{path}: has more than {max_nbytes:,} bytes; expected {expected}"
+        raise error(message)
+    return data
+
+
 class LocalFile:
     """A `ByteFile` on disk, read without a shared position: safe for threads and after ``fork``.
 
@@ -105,6 +129,11 @@ class LocalFile:
     @property
     def name(self) -> str:
         return str(self.path)
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode, which tell whether a name still stands for this file."""
+        return self._identity
 
     @property
     def nbytes(self) -> int:
