@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass, fields
+from itertools import compress
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -119,11 +120,24 @@ class CastCounts:
     num_to_subnormal: int = 0
 
     def __add__(self, other: CastCounts) -> CastCounts:
-        return CastCounts(*map(operator.add, astuple(self), astuple(other)))
+        return CastCounts(*map(operator.add, self._values(), other._values()))
 
     def nonzero(self) -> dict[str, int]:
         """The counts that are not zero, by name."""
-        return {name: count for name, count in asdict(self).items() if count}
+        counts = self._values()
+        return dict(compress(zip(_COUNTS, counts, strict=True), counts)) if any(counts) else {}
+
+    def _values(self) -> tuple[int, ...]:
+        return (
+            self.num_nan,
+            self.num_inf,
+            self.num_overflow,
+            self.num_to_zero,
+            self.num_to_subnormal,
+        )
+
+
+_COUNTS: Final = tuple(each.name for each in fields(CastCounts))
 
 
 @dataclass(frozen=True, slots=True)

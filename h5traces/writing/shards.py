@@ -21,7 +21,7 @@ from h5traces.format import layout
 from h5traces.format.digests import difference, sample_difference
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.text import and_more
-from h5traces.storage.arrays import read_array
+from h5traces.storage.arrays import read_checked_array
 from h5traces.storage.files import LocalFile
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.processes import deferred_signals
@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 _STOCK_EVERY = 64
 _STOCK_EVERY_AT_ENDS = 8
 _SMALL_NBYTES = 64 << 10
-# Datasets per task of a thread: handing one over takes longer than hashing it.
+# Datasets per task of a thread: handing one over takes longer than hashing it. Those of a small
+# sample are not handed over at all.
 _GROUP = 8
+_SMALL_SAMPLE_NBYTES = 1 << 20
 
 
 def verify_written(
@@ -73,10 +75,16 @@ def verify_written(
     with stock, ThreadPoolExecutor(workers) as pool:
         for index, expected in enumerate(digests):
             sample = store.sample(index)
+            # Each entry is made once.
+            sample = replace(sample, objects=dict(sample.objects))
             entries = [entry for entry in sample.objects.values() if not entry.is_group]
-            groups = [entries[start : start + _GROUP] for start in range(0, len(entries), _GROUP)]
-            found = pool.map(lambda group: _wrong_paths(file, group), groups)
-            wrong = [path for paths in found for path in paths]
+            if sum(entry.raw_nbytes for entry in entries) < _SMALL_SAMPLE_NBYTES:
+                wrong = _wrong_paths(file, entries)
+            else:
+                starts = range(0, len(entries), _GROUP)
+                parts = [entries[start : start + _GROUP] for start in starts]
+                found = pool.map(lambda part: _wrong_paths(file, part), parts)
+                wrong = [path for paths in found for path in paths]
             if wrong or sample_difference(sample, expected):
                 place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
                 message = f"{path}: {place} reads back with other values than were written"
@@ -107,11 +115,7 @@ def _stock_choice(entries: Sequence[ObjectEntry], index: int, *, at_end: bool) -
 
 def _wrong_paths(file: ByteFile, entries: Sequence[ObjectEntry]) -> list[str]:
     """Paths of the entries whose values do not give their digest."""
-    return [
-        entry.path
-        for entry in entries
-        if difference(entry, read_array(file, entry, DEFAULT_LIMITS))
-    ]
+    return [entry.path for entry in entries if difference(entry, read_checked_array(file, entry))]
 
 
 def _check_through_stock_hdf5(

@@ -199,21 +199,29 @@ class Hdf5Writer:
         links[_short(name.encode())] = self._write_tree(self._node(path))
 
     def _write_tree(self, root: _Node) -> int:
-        """Write an object and what it links to, deepest first; its address."""
-        for level in reversed(list(_levels(root))):
-            for node in level:
-                self._write_linked(node)
+        """Write an object and what it links to; its address. All datasets go first, together."""
+        levels = list(_levels(root))
+        self._write_linked([node for level in levels for node in level], datasets=True)
+        for level in reversed(levels):
+            self._write_linked(level, datasets=False)
         return self._write_headers([root])[0]
 
-    def _write_linked(self, group: _Node) -> None:
-        """Write the objects that a group links to, whose own links are written."""
-        waiting = [(name, node) for name, node in group.links.items() if isinstance(node, _Node)]
-        addresses = self._write_headers([node for _, node in waiting])
-        for (name, _), address in zip(waiting, addresses, strict=True):
+    def _write_linked(self, parents: list[_Node], *, datasets: bool) -> None:
+        """Write the datasets or groups that groups link to, whose own links are written."""
+        waiting = [
+            (group, name, node)
+            for group in parents
+            for name, node in group.links.items()
+            if isinstance(node, _Node) and bool(node.messages) == datasets
+        ]
+        addresses = self._write_headers([node for _, _, node in waiting])
+        for (group, name, _), address in zip(waiting, addresses, strict=True):
             group.links[name] = address
 
     def _write_headers(self, nodes: list[_Node]) -> list[int]:
         """Object headers side by side, in one piece."""
+        if not nodes:
+            return []
         headers = [object_header(self._messages(node)) for node in nodes]
         address = self._file.nbytes
         addresses: list[int] = []
