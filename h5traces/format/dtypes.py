@@ -35,6 +35,8 @@ CARRIERS: Final[dict[FloatType, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float64": np.dtype("<f8"),
 }
+# By numpy's characters, whatever the byte order; names of dtypes take numpy 5 µs.
+_BY_CHARACTER: Final[dict[str, FloatType]] = {"e": "float16", "f": "float32", "d": "float64"}
 # Narrowest first: the order in which `auto` tries them.
 _EXACT_CANDIDATES: Final[dict[FloatType, tuple[FloatType, ...]]] = {
     "float16": ("float16",),
@@ -77,8 +79,8 @@ class TypedArray:
     @classmethod
     def of(cls, values: AnyArray) -> TypedArray:
         """`values` with the type of their dtype, any byte order; ConversionError for no float."""
-        name = values.dtype.name
-        if name not in FLOAT_TYPES or values.dtype.kind != "f":
+        name = _BY_CHARACTER.get(values.dtype.char)
+        if name is None:
             message = (
                 f"dtype is {values.dtype}, expected one of {', '.join(FLOAT_TYPES)}; "
                 "cast the array before it is stored"

@@ -7,6 +7,7 @@ A quick look takes one such block of some rows of all layers; a full one joins b
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -214,8 +215,8 @@ def _state_layers(
     not_finite: tuple[int, int] = (0, 0),
 ) -> Iterator[_StateLayer]:
     columns = (stats.low, stats.high, stats.alike, stats.typical_norms())
-    rows = zip(names, *(each.tolist() for each in columns), runs, strict=True)
-    return (_StateLayer(*row, not_finite=not_finite) for row in rows)
+    number, rows = [not_finite] * len(names), (each.tolist() for each in columns)
+    return itertools.starmap(_StateLayer, zip(names, *rows, runs, number, strict=True))
 
 
 def _rows(array: TypedArray) -> TypedArray:
@@ -444,7 +445,8 @@ def _weight_layers(
     names: list[str], stats: _Weights, not_finite: tuple[int, int] = (0, 0)
 ) -> Iterator[_WeightLayer]:
     columns = (getattr(stats, each).tolist() for each in _Weights.__slots__)
-    return (_WeightLayer(*row, not_finite=not_finite) for row in zip(names, *columns, strict=True))
+    number = [not_finite] * len(names)
+    return itertools.starmap(_WeightLayer, zip(names, *columns, number, strict=True))
 
 
 def _heads(array: TypedArray) -> TypedArray:
