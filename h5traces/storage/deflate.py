@@ -66,9 +66,10 @@ _SPAN = 65536
 # n log2 n for every count that a sample can hold: looking up is five times faster than computing.
 _COUNTS = np.arange(_NUM_WINDOWS * _WINDOW + 1, dtype=np.float64)
 _TIMES_LOG = _COUNTS * np.log2(np.maximum(_COUNTS, 1))
-# Below this size a survey takes longer than trying two codings that are quick, and tables of codes
-# are so large a part that no rule of thumb holds.
+# Below this size a survey takes longer than coding, and one fact chooses: many equal neighbours are
+# runs of zeros, as in causal attentions; elsewhere isal searches as fast as it only codes.
 _SMALL = 24 << 10
+_MIN_SMALL_PAIRS = 0.1
 # Up to this size the ends of pieces may cost more than code tables of their own win.
 _TINY = 1024
 # isal's level 1 takes accidental matches of three or four bytes, dear ones when bytes are likely
@@ -264,21 +265,28 @@ _MASKED = _Plan((_Coding.RUNS,))
 _MASKED_LARGE = _Plan((_Coding.RUNS,), _MEM_LEVEL_MEDIUM_BLOCKS)
 _DENSE = _Plan((_Coding.DENSE,))
 _DENSE_REPEATS = _Plan((_Coding.DENSE, *_LONG_SEARCHES))
-_SMALL_PLANE = _Plan((_Coding.LONG_SEARCH, _Coding.RUNS))
+_SMALL_VARIED = _Plan((_Coding.LONG_SEARCH,))
+_SMALL_RUNS = _Plan((_Coding.RUNS,))
 _SMALL_WHOLE = _Plan((_Coding.LONG_SEARCH, _Coding.SEARCH))
 
 
 def _small_pieces(shuffled: Bytes, itemsize: int) -> Pieces:
-    """Every plane in the quicker ways, or the whole chunk searched where that is smaller."""
+    """Every plane in one quick way, or the whole chunk searched where that is smaller."""
     if itemsize == 1 or shuffled.size < 2 * itemsize:
         return _piece(shuffled, _SMALL_WHOLE, final=True)
     planes = plane_view(shuffled, itemsize)
-    constant = (planes == planes[:, :1]).all(axis=1).tolist()
-    plans = [_CONSTANT if each else _SMALL_PLANE for each in constant]
+    pairs = (planes[:, 1:] == planes[:, :-1]).sum(axis=1).tolist()
+    plans = [_small_plan(each, planes.shape[1] - 1) for each in pairs]
     pieces = _pieces(shuffled, itemsize, plans)
     if shuffled.size > _TINY:
         return pieces
     return min(_piece(shuffled, _SMALL_WHOLE, final=True), pieces, key=_nbytes)
+
+
+def _small_plan(num_pairs: int, most: int) -> _Plan:
+    if num_pairs == most:
+        return _CONSTANT
+    return _SMALL_RUNS if num_pairs > _MIN_SMALL_PAIRS * most else _SMALL_VARIED
 
 
 def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> Pieces:

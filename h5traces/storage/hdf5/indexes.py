@@ -42,11 +42,11 @@ _MIN_ALIKE: Final = 6
 
 def checksums(blocks: Sequence[bytes]) -> list[int]:
     """The checksums of several blocks of bytes."""
-    # Together go those that padding makes at most twice as long.
+    # Together go those that padding makes at most four times as long.
     alike: dict[int, list[int]] = defaultdict(list)
     for number, block in enumerate(blocks):
         if block:
-            alike[(len(block) // _BLOCK_NBYTES).bit_length()].append(number)
+            alike[(len(block) // _BLOCK_NBYTES).bit_length() // 2].append(number)
     found = [_START] * len(blocks)
     for numbers in alike.values():
         if len(numbers) < _MIN_ALIKE:
