@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,11 +21,45 @@ if TYPE_CHECKING:
 
     import torch
 
-    from h5traces.extract.sites import Site
-
+Side = Literal["input", "output", "query", "key", "value"]
 _EAGER: Final = "eager"
 _NUM_AXES_OF_STATES: Final = 3
 _NUM_AXES_OF_WEIGHTS: Final = 4
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one kind is taken in one block.
+
+    ``module`` is called `name` inside of the block; ``part`` is the place in a tuple that it
+    returns; ``heads`` is the number of heads that lie side by side in the last axis.
+    """
+
+    name: str
+    module: nn.Module
+    side: Side
+    part: int = 0
+    factor: float = 1.0
+    heads: int = 0
+
+    def taken(self, tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The array ``(B, *axes)`` in what the module took or gave."""
+        values = tensor
+        if self.side in ("input", "output") and values.ndim == 2:
+            # Experts and some MLPs see all tokens of a batch in one row.
+            values = values.reshape(num_rows, -1, values.shape[-1])
+        if self.factor != 1:
+            values = values * self.factor
+        if self.heads:
+            values = values.view(*values.shape[:-1], self.heads, -1).transpose(1, 2)
+        return values
+
+    def __str__(self) -> str:
+        """The place in words, as archives record it."""
+        if self.side in ("input", "output"):
+            factor = f", times {self.factor:g}" if self.factor != 1 else ""
+            return f"{self.side} of {self.name}{factor}"
+        return f"{self.side} of the attention function of {self.name}"
 
 
 @dataclass(frozen=True)

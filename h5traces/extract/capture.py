@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.extract.anatomy import Anatomy
-    from h5traces.extract.sites import Site
+    from h5traces.extract.anatomy import Anatomy, Site
     from h5traces.format.dtypes import DtypePolicy, FloatType
 
 

@@ -10,21 +10,20 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from h5traces.extract.anatomy import states_in, states_of
+from h5traces.extract.anatomy import Site, states_in, states_of
 from h5traces.format import kinds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from h5traces.extract.anatomy import Anatomy
+    from h5traces.extract.anatomy import Anatomy, Side
 
-Side = Literal["input", "output", "query", "key", "value"]
 # Kinds that are arguments of the attention function.
 CALL_SIDES: Final[dict[str, Side]] = {
     kinds.QUERIES: "query",
@@ -33,41 +32,6 @@ CALL_SIDES: Final[dict[str, Side]] = {
 }
 # Names that configurations have for a factor on what a sublayer adds.
 _FACTORS: Final = ("residual_multiplier", "scale_depth")
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where one kind is taken in one block.
-
-    ``module`` is called `name` inside of the block; ``part`` is the place in a tuple that it
-    returns; ``heads`` is the number of heads that lie side by side in the last axis.
-    """
-
-    name: str
-    module: nn.Module
-    side: Side
-    part: int = 0
-    factor: float = 1.0
-    heads: int = 0
-
-    def taken(self, tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """The array ``(B, *axes)`` in what the module took or gave."""
-        values = tensor
-        if self.side not in CALL_SIDES.values() and values.ndim == 2:
-            # Experts and some MLPs see all tokens of a batch in one row.
-            values = values.reshape(num_rows, -1, values.shape[-1])
-        if self.factor != 1:
-            values = values * self.factor
-        if self.heads:
-            values = values.view(*values.shape[:-1], self.heads, -1).transpose(1, 2)
-        return values
-
-    def __str__(self) -> str:
-        """The place in words, as archives record it."""
-        if self.side in ("input", "output"):
-            factor = f", times {self.factor:g}" if self.factor != 1 else ""
-            return f"{self.side} of {self.name}{factor}"
-        return f"{self.side} of the attention function of {self.name}"
 
 
 Sites = dict[str, dict[int, Site]]
