@@ -31,7 +31,7 @@ from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, n
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry, SampleEntry
-    from h5traces.storage.plans import Reading
 
 NUM_CORES = os.cpu_count() or 1
+# Of larger samples, those who need one array at a time read it alone.
+MOST_AHEAD_NBYTES = 64 << 20
 _STEPS_TABLE_AXES = 3
 _FLAT_AXES = 2
 
@@ -112,16 +113,9 @@ class StoredTrace:
         found = self._at_hand.pop(path, None)
         return self.file.read(self.sample, path) if found is None else found
 
-    def begin(
-        self, paths: Sequence[str], workers: int, *, together: bool = False
-    ) -> Reading | None:
-        """Begin to read many datasets, for `at_hand`."""
-        return self.file.begin(self.sample, paths, workers, together=together)
-
     @contextlib.contextmanager
-    def at_hand(self, reading: Reading | None) -> Iterator[None]:
-        """Inside the block, `values` gives what was read, each dataset once."""
-        found = {} if reading is None else reading.arrays()
+    def at_hand(self, found: dict[str, NDArray[Any]]) -> Iterator[None]:
+        """Inside the block, `values` gives what was found by path, each once."""
         self._at_hand |= found
         try:
             yield
@@ -131,20 +125,21 @@ class StoredTrace:
 
     @contextlib.contextmanager
     def read_ahead(
-        self, paths: Iterable[str], workers: int | None = None, *, together: bool = False
+        self, paths: Iterable[str], workers: int | None = None, **options: Any
     ) -> Iterator[None]:
         """Inside the block, `values` of these datasets come from memory: they are read here.
 
-        `workers` are threads, one per core by default.
+        `workers` are threads, one per core by default; options are those of `FooterStore.begin`.
         """
-        wanted = [path for path in paths if path not in self._at_hand]
+        wanted = [path for path in dict.fromkeys(paths) if path not in self._at_hand]
         ranges = (each for path in wanted for each in self.ranges(path))
         with self.prefetched(ranges if self.is_remote else ()):
-            is_one = len(wanted) < 2
-            reading = (
-                None if is_one else self.begin(wanted, workers or NUM_CORES, together=together)
-            )
-            with self.at_hand(reading):
+            found = {}
+            if len(wanted) > 1:
+                found = self.file.begin(
+                    [(self.sample, wanted)], workers or NUM_CORES, **options
+                ).arrays()
+            with self.at_hand(found):
                 yield
 
     @cached_property
@@ -207,8 +202,8 @@ class StoredTrace:
         CorruptArchiveError where the archive does not say it as it should.
         """
         try:
-            attrs = self.attrs(kind) if kind in self.objects else {}
-            form = from_attributes(SourceForm, attrs)
+            attrs = self.file.attrs(self.sample, kind) if kind in self.objects else {}
+            form = _form_of(tuple(attrs.items()))
         except SchemaError as error:
             message = f"{self.place}/{kind}: {error}"
             raise CorruptArchiveError(message) from error
@@ -229,18 +224,14 @@ class StoredTrace:
 
     def names_with_steps(self, kind: str) -> list[str]:
         """Names of all stored arrays in the order of the table of generation steps."""
-        names = [self.array_name(kind, each) for each in self.stored_layers(kind)]
+        names = _names_of(kind, tuple(self.objects), None)
         has_embedding = f"{kind}/{layout.EMBEDDING}" in self.objects
         return [layout.EMBEDDING, *names] if has_embedding else names
 
     def listed_names(self, kind: str, chosen: tuple[int, ...] | None) -> list[str]:
         """Names of the chosen arrays in the order of the legacy list; None chooses all."""
-        names = [
-            self.array_name(kind, each)
-            for each in self.stored_layers(kind)
-            if chosen is None or each in chosen
-        ]
-        return [layout.EMBEDDING, *names] if self.form(kind).lists_embedding else names
+        names = _names_of(kind, tuple(self.objects), chosen)
+        return [layout.EMBEDDING, *names] if self.form(kind).lists_embedding else [*names]
 
     def check_kind(self, kind: str) -> None:
         """Raise OptionError for a kind that is not stored, or as `check_heads`."""
@@ -369,6 +360,20 @@ class StoredTrace:
             message = f"{self.place}/{key}: {error}"
             raise CorruptArchiveError(message) from error
 
+    def needed(self, kinds: Iterable[str] | None = None) -> list[str]:
+        """The datasets that reading the selected arrays of these kinds needs.
+
+        Of the whole legacy dict by default.
+        """
+        paths: list[str] = []
+        if kinds is None:
+            paths = [path for path in self.objects if path.partition("/")[0] not in self.kinds]
+            kinds = (each for each in self.fields if each in self.kinds)
+        for kind in kinds:
+            if kind in self.objects:
+                paths += self.layer_paths(kind, self.listed_names(kind, self.selected))
+        return paths
+
     def layer_paths(self, kind: str, names: Iterable[str]) -> list[str]:
         """The datasets that reading the named arrays of a kind needs."""
         tables = (f"{kind}/{name}" for name in layout.TABLES)
@@ -421,6 +426,23 @@ def _stored_layers(kind: str, paths: tuple[str, ...]) -> tuple[int, ...]:
     names = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
     layers = (layout.parse_layer_name(name) for name in names)
     return tuple(sorted(each for each in layers if each is not None))
+
+
+@lru_cache(maxsize=256)
+def _names_of(kind: str, paths: tuple[str, ...], chosen: tuple[int, ...] | None) -> list[str]:
+    """Names of the chosen arrays in order of layer, or of position where no layer is known."""
+    known, names = set(paths), []
+    for number in _stored_layers(kind, paths):
+        if chosen is None or number in chosen:
+            position = layout.position_name(number)
+            is_position = f"{kind}/{position}" in known
+            names.append(position if is_position else layout.layer_name(number))
+    return names
+
+
+@lru_cache(maxsize=256)
+def _form_of(attrs: tuple[tuple[str, Any], ...]) -> SourceForm:
+    return from_attributes(SourceForm, dict(attrs))
 
 
 def _cast_back(

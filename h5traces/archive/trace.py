@@ -350,7 +350,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """
         wanted = self._container if container is None else container
         check_container(wanted)
-        with self._stored.read_ahead(self._needed()):
+        with self._stored.read_ahead(self._stored.needed()):
             return {key: _plain(self._value(key, wanted)) for key in self.fields}
 
     @checked
@@ -381,12 +381,3 @@ class Trace(ReadOnly, Mapping[str, Any]):
             from h5traces.archive.labelled import trace_dataset
 
         return trace_dataset(self, kinds)
-
-    def _needed(self) -> list[str]:
-        """The datasets that `to_dict` reads."""
-        stored = self._stored
-        paths = [path for path in stored.objects if path.partition("/")[0] not in stored.kinds]
-        for kind in self.fields:
-            if kind in stored.kinds and kind in stored.objects:
-                paths += LayerSequence(stored, kind, stored.selected)._paths
-        return paths

@@ -7,10 +7,10 @@ which words the errors.
 
 from __future__ import annotations
 
-import itertools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from h5traces.storage.files import LocalFile
 from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, run_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from typing_extensions import Buffer
@@ -108,9 +108,7 @@ def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np
     inside &= sizes <= raw + raw // 100 + 1024
     fits[owners[~inside]] = False
     # Chunks that overlap would inflate to any size; floats, as the sum may be any.
-    if sizes.astype(np.float64).sum() > file_nbytes:
-        fits[:] = False
-    return fits
+    return fits & (np.bincount(owners, sizes, minlength=len(fits)) <= file_nbytes)
 
 
 def _cut_axis(grid: Longs) -> Longs:
@@ -159,57 +157,83 @@ def run(file: ByteFile, plan: NDArray[Any], arena: Buffer) -> None:
 
 
 class Reading:
-    """Datasets on their way into memory, in up to `workers` threads.
+    """Datasets of some samples on their way into memory, in up to `workers` threads.
 
     Arrays share memory with their neighbours: to keep one is to keep up to 4 MiB. With `together`,
     all lie one after the other in one piece of memory.
+
+    Parameters
+    ----------
+    file
+        Where they are stored.
+    names
+        Number of the sample and path of every dataset, in order of samples.
+    types
+        Their types.
+    found
+        What the index says of them; `fitting` holds for all.
     """
 
     def __init__(
         self,
         file: ByteFile,
-        types: Mapping[str, np.dtype[Any]],
+        names: Sequence[tuple[int, str]],
+        types: Sequence[np.dtype[Any]],
         found: Datasets,
         workers: int,
         *,
         together: bool = False,
     ) -> None:
-        self._types, self._found = types, found
+        self._firsts: dict[int, int] = {}
+        for place, (sample, _) in enumerate(names):
+            self._firsts.setdefault(sample, place)
         nbytes = found.nbytes
         # Elements of several sizes begin at multiples of eight bytes.
-        room = nbytes if len({*found.itemsize.tolist()}) <= 1 else -(-nbytes // 8) * 8
+        room = nbytes if len(set(types)) <= 1 else -(-nbytes // 8) * 8
         ends = np.cumsum(room)
-        self._starts = ends - room
-        bounds = [0, len(ends)] if together else _bounds(self._starts)
-        plan, owners = plan_of(found, self._starts), found.owners
-        self._parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
-        for first, stop in itertools.pairwise(bounds):
-            start = int(self._starts[first])
+        starts = ends - room
+        plan = plan_of(found, starts)
+        bounds = [0, len(names)] if together else _bounds(starts, workers)
+        rows = np.searchsorted(found.owners, bounds).tolist()
+        parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
+        for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
+            start = int(starts[first])
             arena = np.empty(int(ends[stop - 1]) - start, np.uint8)
-            self._starts[first:stop] -= start
-            part = plan[slice(*np.searchsorted(owners, (first, stop)).tolist())]
+            starts[first:stop] -= start
+            part = plan[slice(*each)]
             part["target"] -= start
-            running = _submit(file, part, arena, workers)
-            self._parts += [(arena, running)] * (stop - first)
+            parts += [(arena, _submit(file, part, arena, workers))] * (stop - first)
+        shapes, places = found.shape.tolist(), starts.tolist()
+        axes = found.num_axes.tolist()
+        self._datasets = list(zip(names, types, shapes, axes, places, parts, strict=True))
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays by path, without those that are damaged or share memory with such."""
-        found = self._found
-        shapes, axes = found.shape.tolist(), found.num_axes.tolist()
-        return {
-            path: np.ndarray(shape[:num_axes], dtype, arena, start)
-            for (path, dtype), shape, num_axes, start, (arena, running) in zip(
-                self._types.items(), shapes, axes, self._starts.tolist(), self._parts, strict=True
-            )
-            if running.result()
-        }
+    def arrays(self, sample: int = 0) -> dict[str, NDArray[Any]]:
+        """The arrays of a sample by path, without those that share memory with damaged ones."""
+        first = self._firsts.get(sample, len(self._datasets))
+        found = {}
+        for (number, path), dtype, shape, axes, start, (arena, read) in self._datasets[first:]:
+            if number != sample:
+                break
+            if read.result():
+                found[path] = np.ndarray(shape[:axes], dtype, arena, start)
+        return found
 
 
-def _bounds(starts: Longs) -> list[int]:
-    """Where new memory begins: after every 4 MiB, and for every dataset that is as large."""
-    pieces = starts // _SHARED_NBYTES
-    changes = np.flatnonzero(np.diff(pieces, prepend=-1)).tolist()
-    return [*changes, len(starts)]
+class NothingRead(Reading):
+    """None of them: whoever wants one reads it alone, and says why where it cannot be read."""
+
+    def __init__(self) -> None:
+        self._firsts, self._datasets = {}, []
+
+
+def _bounds(starts: Longs, workers: int) -> list[int]:
+    """Where new memory begins: after every 4 MiB, or less where threads would have nothing to do.
+
+    A dataset that is as large has memory of its own.
+    """
+    share = int(starts[-1]) // (2 * workers) if workers > 1 else _SHARED_NBYTES
+    pieces = starts // min(max(share, _SMALL_NBYTES), _SHARED_NBYTES)
+    return [0, *(np.flatnonzero(pieces[1:] != pieces[:-1]) + 1).tolist(), len(starts)]
 
 
 def _submit(
