@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from h5traces.archive.stored_trace import begin
 from h5traces.storage.plans import NothingRead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from h5traces.archive.file import ArchiveFile
-    from h5traces.archive.stores import Wanted
     from h5traces.archive.trace import LayerSequence
     from h5traces.storage.plans import Reading
 
@@ -88,15 +88,12 @@ def _file_of(sample: Sample) -> ArchiveFile | None:
 
 
 def _begin(samples: list[Sample], workers: int) -> Reading:
-    file = _file_of(samples[0])
-    if file is None:
-        return NothingRead()
-    return file.begin([_needed(each) for each in samples], workers)
-
-
-def _needed(sample: Sample) -> Wanted:
-    sequences = list(sample.values())
-    return sequences[0]._trace.sample, [path for each in sequences for path in each._paths]
+    wanted = [
+        (sequences[0]._trace, [path for each in sequences for path in each._paths])
+        for sequences in (list(sample.values()) for sample in samples)
+        if sequences
+    ]
+    return begin(wanted, workers) if wanted else NothingRead()
 
 
 def _arrays(sample: Sample, reading: Reading, place: int) -> dict[str, list[Any]]:

@@ -13,6 +13,7 @@ import numpy as np
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
+    ArchiveError,
     CorruptArchiveError,
     HeadsNotStoredError,
     LayerIndexError,
@@ -27,11 +28,17 @@ from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray,
 from h5traces.format.entries import INTEGER_TYPES
 from h5traces.format.record import SourceForm, TraceMetadata
 from h5traces.format.values import TorchValue
-from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
+from h5traces.precision.decoding import (
+    EXCEPTION_COLUMNS,
+    decode,
+    is_encoded,
+    num_exceptions,
+    restoration_of,
+)
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -40,6 +47,8 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry, SampleEntry
+    from h5traces.precision.scales import ChannelScale
+    from h5traces.storage.plans import Reading, Restoration
 
 NUM_CORES = os.cpu_count() or 1
 # Of larger samples, those who need one array at a time read it alone.
@@ -113,6 +122,25 @@ class StoredTrace:
         found = self._at_hand.pop(path, None)
         return self.file.read(self.sample, path) if found is None else found
 
+    def restorations(self, paths: Iterable[str]) -> dict[str, Restoration]:
+        """How the kernels decode those of some datasets that are encoded; the others are left out.
+
+        What is wrong with one is said when it is read.
+        """
+        if self.file.metadata.precision is None:
+            return {}
+        found = {}
+        for path in paths:
+            with contextlib.suppress(ArchiveError):
+                dtype, attrs = self.file.facts(self.sample, path)
+                unrounded = self.file.unrounded
+                found[path] = restoration_of(dtype, attrs, self.scale, unrounded=unrounded)
+        return {path: each for path, each in found.items() if each is not None}
+
+    def scale(self, path: str) -> ChannelScale:
+        """The scale at a path such as ``/scales/hidden_states/layer_005``."""
+        return self.file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/"))
+
     @contextlib.contextmanager
     def at_hand(self, found: dict[str, NDArray[Any]]) -> Iterator[None]:
         """Inside the block, `values` gives what was found by path, each once."""
@@ -136,9 +164,7 @@ class StoredTrace:
         with self.prefetched(ranges if self.is_remote else ()):
             found = {}
             if len(wanted) > 1:
-                found = self.file.begin(
-                    [(self.sample, wanted)], workers or NUM_CORES, **options
-                ).arrays()
+                found = begin([(self, wanted)], workers or NUM_CORES, **options).arrays()
             with self.at_hand(found):
                 yield
 
@@ -403,7 +429,7 @@ class StoredTrace:
             )
             raise CorruptArchiveError(message)
         if encoded:
-            return _decoded(self, kind, name, attrs, stored)
+            return _decoded(self, kind, name, dtype, attrs, stored)
         if f"{kind}/{layout.STEPS_TABLE}" in self.objects:
             steps = _steps(self, kind, name, stored)
             return [_cast_back(self, step, dtype, attrs, path) for step in steps]
@@ -417,6 +443,26 @@ class StoredTrace:
             return fresh_array(typed, container, held)
         steps = [fresh_array(step, container, held) for step in typed]
         return tuple(steps) if attrs.get("sequence") == "tuple" else steps
+
+
+def begin(
+    wanted: Sequence[tuple[StoredTrace, Iterable[str]]], workers: int, **options: Any
+) -> Reading:
+    """Begin to read datasets of some samples of one file, for `StoredTrace.at_hand`.
+
+    Options are those of `FooterStore.begin`. Tables of exceptions are left out: they may claim any
+    number of rows.
+    """
+    ending = f"/{layout.EXCEPTIONS_TABLE}"
+    chosen = [
+        (trace, [each for each in paths if not each.endswith(ending)]) for trace, paths in wanted
+    ]
+    return wanted[0][0].file.begin(
+        [(trace.sample, paths) for trace, paths in chosen],
+        workers,
+        restorations=[trace.restorations(paths) for trace, paths in chosen],
+        **options,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -462,16 +508,17 @@ def _float_type(trace: StoredTrace, path: str, name: object) -> FloatType:
 
 
 def _decoded(
-    trace: StoredTrace, kind: str, name: str, attrs: Attrs, stored: NDArray[Any]
+    trace: StoredTrace, kind: str, name: str, dtype: str, attrs: Attrs, stored: NDArray[Any]
 ) -> TypedArray:
     file = trace.file
     try:
         return decode(
             stored,
             attrs,
-            scale=lambda path: file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/")),
+            scale=trace.scale,
             exceptions=lambda: _exceptions(trace, kind, name),
             unrounded=file.unrounded,
+            stored_type=dtype,
         )
     except CorruptArchiveError as error:
         what = str(error).removeprefix(f"{file.path}: ")

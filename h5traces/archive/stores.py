@@ -34,7 +34,7 @@ from h5traces.storage.footer import (
 )
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.kernels import PLAN_CODECS
-from h5traces.storage.plans import UNKNOWN, Datasets, NothingRead, Reading, fitting
+from h5traces.storage.plans import UNKNOWN, Datasets, NothingRead, Reading, Restoration, fitting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -177,10 +177,12 @@ class FooterStore:
         *,
         together: bool = False,
         most_nbytes: int | None = None,
+        restorations: Sequence[Mapping[str, Restoration]] = (),
     ) -> Reading:
         """Begin to read datasets of some samples; those that do not fit are left out.
 
         So are all where they take more than `most_nbytes`, or where the index is damaged.
+        `restorations` of every sample, by path, are applied to datasets that they suit.
         """
         names, rows = [], []
         for number, (sample, paths) in enumerate(wanted):
@@ -200,7 +202,11 @@ class FooterStore:
         overlap = found.sizes.sum() > len(wanted) * self.file.nbytes
         if not names or overlap or (most_nbytes is not None and nbytes > most_nbytes):
             return NothingRead()
-        return Reading(self.file, names, types, found, workers, together=together)
+        return Reading(
+            *(self.file, names, types, found, workers),
+            together=together,
+            restorations=_suiting(names, found, restorations),
+        )
 
     def _datasets(self, rows: Longs) -> tuple[list[np.dtype[Any]], Datasets]:
         """The types of datasets by their rows in the object table, and what the index claims."""
@@ -396,6 +402,20 @@ class FooterStore:
             message = f"row {row} of the index's object table does not fit its columns: {error}"
             raise FooterError(message) from error
         return entry
+
+
+def _suiting(
+    names: Sequence[tuple[int, str]], found: Datasets, given: Sequence[Mapping[str, Restoration]]
+) -> list[Restoration | None]:
+    """The restoration of every dataset that one suits."""
+    if not any(given):
+        return []
+    facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
+    wanted = (given[number].get(path) for number, path in names)
+    return [
+        each if each is not None and each.suits(*fact) else None
+        for each, fact in zip(wanted, facts, strict=True)
+    ]
 
 
 def _type_of(stored_type: str) -> np.dtype[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.storage.files import LocalFile
-from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, run_plan
+from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, Restoring, run_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +81,22 @@ class Datasets(NamedTuple):
         return Datasets(*datasets, self.offsets[chunks], self.sizes[chunks], checksums)
 
 
+class Restoration(NamedTuple):
+    """How stored integers of a tier become floats behind their chunks."""
+
+    how: Restoring
+    dtype: np.dtype[Any]
+    # As `PLAN` has them; rows of steps have `width` channels.
+    table: bytes
+    width: int = 0
+    zero_point: int = 0
+
+    def suits(self, shape: Sequence[int], chunk: Sequence[int], num_axes: int) -> bool:
+        """Whether a dataset has as many channels, and chunks of whole rows."""
+        has_rows = num_axes == 2 and shape[1] == chunk[1] == self.width
+        return not self.width or has_rows
+
+
 def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np.bool_]:
     """Which datasets claim only what the file can hold, as `arrays.check_sizes` has it.
 
@@ -118,8 +134,11 @@ def _cut_axis(grid: Longs) -> Longs:
     return np.where(several.any(axis=1), last, 0)[:, np.newaxis]
 
 
-def plan_of(found: Datasets, targets: Longs) -> NDArray[Any]:
-    """The plan that reads datasets, for which `fitting` holds, to these places of an arena."""
+def plan_of(found: Datasets, targets: Longs, restored: Longs) -> NDArray[Any]:
+    """The plan that reads datasets, for which `fitting` holds, to these places of an arena.
+
+    `restored` are the sizes of their elements there.
+    """
     owners = found.owners
     starts = np.cumsum(found.num_chunks) - found.num_chunks
     number = np.arange(len(owners)) - starts[owners]
@@ -130,30 +149,48 @@ def plan_of(found: Datasets, targets: Longs) -> NDArray[Any]:
     per_row = -(-length // step)
     outer, along = np.divmod(number, per_row[owners])
     first = along * step[owners]
-    itemsize = found.itemsize[owners]
     plan = np.zeros(len(owners), PLAN)
     plan["offset"], plan["nbytes"] = found.offsets, found.sizes
     if found.checksums is not None:
         plan["checksum"], plan["is_checked"] = found.checksums, 1
     plan["raw_nbytes"] = (step * inner * found.itemsize)[owners]
     plan["count"] = np.minimum(step[owners], length[owners] - first) * inner[owners]
-    plan["target"] = targets[owners] + (outer * length[owners] + first) * inner[owners] * itemsize
-    plan["itemsize"], plan["codec"] = itemsize, found.codec[owners]
+    elements = (outer * length[owners] + first) * inner[owners]
+    plan["target"] = targets[owners] + elements * restored[owners]
+    plan["itemsize"], plan["codec"] = found.itemsize[owners], found.codec[owners]
     return plan
 
 
-def run(file: ByteFile, plan: NDArray[Any], arena: Buffer) -> None:
+def _add_restorations(
+    plan: NDArray[Any], owners: Longs, restorations: Sequence[Restoration | None]
+) -> bytes:
+    """Write how chunks are restored into a plan; the tables that it refers to."""
+    tables: dict[int, tuple[int, bytes]] = {}
+    end = 0
+    for number, each in enumerate(restorations):
+        if each is None:
+            continue
+        if id(each.table) not in tables:
+            tables[id(each.table)] = end, each.table
+            end += len(each.table)
+        rows = slice(*np.searchsorted(owners, (number, number + 1)).tolist())
+        plan["restoring"][rows], plan["table"][rows] = each.how, tables[id(each.table)][0]
+        plan["width"][rows], plan["zero_point"][rows] = each.width, each.zero_point
+    return b"".join(table for _, table in tables.values())
+
+
+def run(file: ByteFile, plan: NDArray[Any], arena: Buffer, tables: bytes = b"") -> None:
     """Read the chunks of a plan; ChunkError as `run_plan`."""
     if isinstance(file, LocalFile):
         with file.descriptor() as descriptor:
-            run_plan(plan, descriptor, arena)
+            run_plan(plan, descriptor, arena, tables)
         return
     # From memory, where `prefetched` has put it.
     places = zip(plan["offset"].tolist(), plan["nbytes"].tolist(), strict=True)
     stored = b"".join(file.read_at(offset, nbytes) for offset, nbytes in places)
     plan = plan.copy()
     plan["offset"] = np.cumsum(plan["nbytes"]) - plan["nbytes"]
-    run_plan(plan, stored, arena)
+    run_plan(plan, stored, arena, tables)
 
 
 class Reading:
@@ -172,6 +209,8 @@ class Reading:
         Their types.
     found
         What the index says of them; `fitting` holds for all.
+    restorations
+        Of those that are restored behind their chunks; their types are those restored.
     """
 
     def __init__(
@@ -183,18 +222,26 @@ class Reading:
         workers: int,
         *,
         together: bool = False,
+        restorations: Sequence[Restoration | None] = (),
     ) -> None:
         self._firsts: dict[int, int] = {}
         for place, (sample, _) in enumerate(names):
             self._firsts.setdefault(sample, place)
-        nbytes = found.nbytes
+        restored = found.itemsize
+        if any(restorations):
+            changed = enumerate(restorations)
+            types = [each.dtype if each else types[number] for number, each in changed]
+            sizes = [each.dtype.itemsize if each else 0 for each in restorations]
+            restored = np.where(np.equal(sizes, 0), restored, sizes)
+        nbytes = found.shape.prod(axis=1) * restored
         # Elements of several sizes begin at multiples of eight bytes.
         room = nbytes if len(set(types)) <= 1 else -(-nbytes // 8) * 8
         ends = np.cumsum(room)
         starts = ends - room
-        plan = plan_of(found, starts)
+        plan, owners = plan_of(found, starts, restored), found.owners
+        tables = _add_restorations(plan, owners, restorations)
         bounds = [0, len(names)] if together else _bounds(starts, workers)
-        rows = np.searchsorted(found.owners, bounds).tolist()
+        rows = np.searchsorted(owners, bounds).tolist()
         parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
         for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
             start = int(starts[first])
@@ -202,7 +249,7 @@ class Reading:
             starts[first:stop] -= start
             part = plan[slice(*each)]
             part["target"] -= start
-            parts += [(arena, _submit(file, part, arena, workers))] * (stop - first)
+            parts += [(arena, _submit(file, part, arena, tables, workers))] * (stop - first)
         shapes, places = found.shape.tolist(), starts.tolist()
         axes = found.num_axes.tolist()
         self._datasets = list(zip(names, types, shapes, axes, places, parts, strict=True))
@@ -237,13 +284,13 @@ def _bounds(starts: Longs, workers: int) -> list[int]:
 
 
 def _submit(
-    file: ByteFile, plan: NDArray[Any], arena: NDArray[np.uint8], workers: int
+    file: ByteFile, plan: NDArray[Any], arena: NDArray[np.uint8], tables: bytes, workers: int
 ) -> Future[bool]:
     """Whether a plan was read; now, or in a thread if that is worth it."""
 
     def read() -> bool:
         try:
-            run(file, plan, arena.data)
+            run(file, plan, arena.data, tables)
         except (ChunkError, CorruptArchiveError, RemoteError):
             return False
         return True
