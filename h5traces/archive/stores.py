@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,15 @@ from h5traces.storage.footer import (
 )
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.kernels import PLAN_CODECS
-from h5traces.storage.plans import UNKNOWN, Datasets, NothingRead, Reading, Restoration, fitting
+from h5traces.storage.plans import (
+    UNKNOWN,
+    Datasets,
+    NothingRead,
+    Reading,
+    Restoration,
+    fitting,
+    joined,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -181,18 +190,21 @@ class FooterStore:
     ) -> Reading:
         """Begin to read datasets of some samples; those that do not fit are left out.
 
-        So are all where they take more than `most_nbytes`, or where the index is damaged.
+        So are those of samples whose index is damaged, and all that take more than `most_nbytes`.
         `restorations` of every sample, by path, are applied to datasets that they suit.
         """
-        names, rows = [], []
+        names, types, parts = [], [], []
         for number, (sample, paths) in enumerate(wanted):
             if isinstance(sample.objects, FooterObjects):
-                names += [(number, path) for path in paths]
-                rows += [sample.objects.rows[path] for path in paths]
-        try:
-            types, found = self._datasets(np.array(rows, np.int64))
-        except (FooterError, IndexError):
+                rows = np.array([sample.objects.rows[path] for path in paths], np.int64)
+                with contextlib.suppress(FooterError, IndexError):
+                    theirs, part = self._datasets(rows)
+                    names += [(number, path) for path in paths]
+                    types += theirs
+                    parts.append(part)
+        if not names:
             return NothingRead()
+        found = joined(parts)
         fits = fitting(found, self._limits, self.file.nbytes)
         if not fits.all():
             names, types = list(compress(names, fits)), list(compress(types, fits))

@@ -81,6 +81,20 @@ class Datasets(NamedTuple):
         return Datasets(*datasets, self.offsets[chunks], self.sizes[chunks], checksums)
 
 
+def joined(parts: Sequence[Datasets]) -> Datasets:
+    """The datasets of several samples, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    most = max(part.shape.shape[1] for part in parts)
+
+    def wide(lengths: Longs) -> Longs:
+        missing = np.ones((len(lengths), most - lengths.shape[1]), np.int64)
+        return np.concatenate((lengths, missing), axis=1)
+
+    padded = (part._replace(shape=wide(part.shape), chunk=wide(part.chunk)) for part in parts)
+    return Datasets(*map(np.concatenate, zip(*padded, strict=True)))
+
+
 class Restoration(NamedTuple):
     """How stored integers of a tier become floats behind their chunks."""
 
