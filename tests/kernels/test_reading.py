@@ -133,7 +133,7 @@ def test_a_damaged_array_is_named_and_the_others_are_read(path: Path, tmp_path: 
     copy.write_bytes(data)
     with h5traces.open(copy) as archive:
         for read in (archive[1].to_dict, lambda: archive.read([0, 1]), lambda: archive.read(1)):
-            with pytest.raises(CorruptArchiveError, match="/samples/00000001/hidden_states/layer_001"):
+            with pytest.raises(CorruptArchiveError, match="00000001/hidden_states/layer_001"):
                 read()
         kinds = archive.read([1], kinds="attentions")[0]
         for found, wanted in zip(kinds["attentions"], expected["attentions"], strict=True):
