@@ -167,6 +167,11 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
     `lazy` arrays are read when they are loaded.
     """
     stored = trace._stored
+    with stored.read_ahead(() if lazy else stored.needed()):
+        return _record(stored, first_source, lazy=lazy)
+
+
+def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecord:
     extra: dict[str, Any] = {}
     prefix = f"{layout.EXTRA_GROUP}/"
     for path in stored.objects:
