@@ -60,14 +60,12 @@ def check_meaning(
                 continue
             try:
                 trace = archive[index]
-                stored = trace._stored
-                is_large = sum(each.raw_nbytes for each in stored.objects.values()) > _SMALL
-                with stored.read_ahead(() if is_large else stored.needed(), 1):
-                    checks.add(
-                        to_record(trace, lazy=True),
-                        stored_content(trace),
-                        look=in_threads if is_large else look,
-                    )
+                is_large = sum(each.raw_nbytes for each in trace._stored.objects.values()) > _SMALL
+                checks.add(
+                    to_record(trace, lazy=True),
+                    stored_content(trace),
+                    look=in_threads if is_large else look,
+                )
             except H5TracesError as error:
                 report.add(place, error, problem_kind(error))
                 checks.skip()
