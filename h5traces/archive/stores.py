@@ -84,6 +84,8 @@ class BytesChecked:
     """What comparing all bytes of a file with the checksums of its index found."""
 
     num_chunks: int
+    # Datasets that are not empty.
+    num_datasets: int
     # By chunk, the sample (or `NO_ORDINAL`) and the path below it, or below the root.
     damaged: list[tuple[int, str]]
     # Whether all bytes outside of chunks are as written.
@@ -312,8 +314,8 @@ class FooterStore:
         """Close the file."""
         self.file.close()
 
-    def _chunk_table(self) -> tuple[NDArray[np.int64], Table]:
-        """How many chunks the samples up to each have, and offset, size and checksum of all."""
+    def _chunk_table(self) -> tuple[NDArray[np.int64], Table, int]:
+        """How many chunks samples up to each have; offset, size, checksum of all; num_datasets."""
         found = [row.columns for row in self._tables.rows()]
         ends = np.cumsum([len(each.chunk_nbytes) for each in found])
         empty = np.empty(0, np.int64)
@@ -325,11 +327,12 @@ class FooterStore:
                 ("chunk_checksum", "u8"),
             )
         )
-        return ends, (offsets, sizes, checksums)
+        num_datasets = sum(int(np.count_nonzero(each.object_num_chunks)) for each in found)
+        return ends, (offsets, sizes, checksums), num_datasets
 
     def structures_fit(self) -> bool:
         """Whether all bytes of the HDF5 part outside of chunks are as written."""
-        _, (offsets, sizes, _) = self._chunk_table()
+        _, (offsets, sizes, _), _ = self._chunk_table()
         end = self._directory.hdf5_nbytes
         if ((offsets < 0) | (sizes < 0) | (offsets > end - sizes)).any():
             return False
@@ -345,7 +348,7 @@ class FooterStore:
         """
         for name in COLUMNS:
             self._tables.column(name)
-        ends, table = self._chunk_table()
+        ends, table, num_datasets = self._chunk_table()
         offsets, sizes, _ = table
         end = self._directory.hdf5_nbytes
         # Chunks that overlap would be read again and again; floats, as the sum may be any.
@@ -362,7 +365,7 @@ class FooterStore:
             ordinal = index if index < self.num_samples else NO_ORDINAL
             damaged.append((ordinal, self.entry(row, place).path))
         rest_fits = scanned.metadata_checksum == self._directory.metadata_checksum
-        return BytesChecked(len(offsets), damaged, rest_fits)
+        return BytesChecked(len(offsets), num_datasets, damaged, rest_fits)
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""

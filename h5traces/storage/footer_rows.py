@@ -132,13 +132,13 @@ class FooterRow:
         if (axis_ends[-1], chunk_ends[-1]) != self._counts[1:3]:
             message = "the objects of a row of the index have more or fewer axes or chunks than it"
             raise FooterError(message)
-        offsets = np.cumsum(gaps + sizes) - sizes
+        offsets = (gaps + sizes).cumsum() - sizes
         return RowColumns(*(*columns, axis_ends, chunk_ends, offsets))
 
 
 def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:
     ends = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=ends[1:])
+    counts.cumsum(out=ends[1:])
     return ends
 
 
