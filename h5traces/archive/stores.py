@@ -316,19 +316,18 @@ class FooterStore:
 
     def _chunk_table(self) -> tuple[NDArray[np.int64], Table, int]:
         """How many chunks samples up to each have; offset, size, checksum of all; num_datasets."""
-        found = [row.columns for row in self._tables.rows()]
-        ends = np.cumsum([len(each.chunk_nbytes) for each in found])
-        empty = np.empty(0, np.int64)
-        offsets, sizes, checksums = (
-            np.concatenate([*(getattr(each, name) for each in found), empty.astype(dtype)])
-            for name, dtype in (
-                ("chunk_offset", "i8"),
-                ("chunk_nbytes", "i8"),
-                ("chunk_checksum", "u8"),
-            )
-        )
-        num_datasets = sum(int(np.count_nonzero(each.object_num_chunks)) for each in found)
-        return ends, (offsets, sizes, checksums), num_datasets
+        names = ("chunk_offset", "chunk_nbytes", "chunk_checksum")
+        parts: list[list[NDArray[Any]]] = [[np.empty(0, dtype)] for dtype in ("i8", "i8", "u8")]
+        counts: list[int] = []
+        num_datasets, rows = 0, self._tables.rows()
+        # Joined group by group: views would keep all of their rows.
+        while batch := [row.columns for row in islice(rows, GROUP_ROWS)]:
+            for part, name in zip(parts, names, strict=True):
+                part.append(np.concatenate([getattr(each, name) for each in batch]))
+            counts += [len(each.chunk_nbytes) for each in batch]
+            num_datasets += sum(int(np.count_nonzero(each.object_num_chunks)) for each in batch)
+        offsets, sizes, checksums = map(np.concatenate, parts)
+        return np.cumsum(counts), (offsets, sizes, checksums), num_datasets
 
     def structures_fit(self) -> bool:
         """Whether all bytes of the HDF5 part outside of chunks are as written."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 SPAN_NBYTES: Final = 1 << 20
 # Spans of one task of a thread: starting a task takes as long as hashing 300 kB.
 _SPANS_PER_TASK: Final = 16
+_TASKS_WAITING: Final = 32
+_PLACES_AT_A_TIME: Final = 4096
 _BETWEEN: Final = -1
 # For the span that a thread reads.
 _SPAN: Final = Scratch()
@@ -77,23 +81,38 @@ def scan(
     damaged = np.flatnonzero(~inside).tolist()
     rows = np.flatnonzero(inside)
     rows = rows[np.argsort(offsets[rows], kind="stable")]
-    places = zip(rows.tolist(), offsets[rows].tolist(), sizes[rows].tolist(), strict=True)
     between = xxhash.xxh3_64()
-    spans = list(_spans(places, end))
-    starts = range(0, len(spans), _SPANS_PER_TASK)
+    spans = _spans(_places(rows, offsets, sizes), end)
+    waiting: deque[tuple[int, Future[list[tuple[list[int], bytes]]]]] = deque()
 
-    def check(start: int) -> list[tuple[list[int], bytes]]:
-        task = spans[start : start + _SPANS_PER_TASK]
+    def check(task: list[_Span]) -> list[tuple[list[int], bytes]]:
         return [_check(file, span, checksums) for span in task]
 
+    def take() -> None:
+        stop, checked = waiting.popleft()
+        for found, more in checked.result():
+            damaged.extend(found)
+            between.update(more)
+        if progress is not None:
+            progress(stop, end)
+
     with ThreadPoolExecutor(workers) as pool:
-        for start, results in zip(starts, pool.map(check, starts), strict=True):
-            for found, more in results:
-                damaged += found
-                between.update(more)
-            if progress is not None:
-                progress(spans[: start + _SPANS_PER_TASK][-1].stop, end)
+        while task := list(islice(spans, _SPANS_PER_TASK)):
+            waiting.append((task[-1].stop, pool.submit(check, task)))
+            if len(waiting) > _TASKS_WAITING:
+                take()
+        while waiting:
+            take()
     return Scan(sorted(damaged), between.intdigest())
+
+
+def _places(
+    rows: NDArray[np.int64], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> Iterator[tuple[int, int, int]]:
+    """Row, offset and size of chunks; some thousand at a time, as Python's numbers are large."""
+    for start in range(0, len(rows), _PLACES_AT_A_TIME):
+        part = rows[start : start + _PLACES_AT_A_TIME]
+        yield from zip(part.tolist(), offsets[part].tolist(), sizes[part].tolist(), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
