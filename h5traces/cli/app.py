@@ -50,7 +50,8 @@ _PANELS: Final = {
             "head": "Show the first samples with their texts.",
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
-        }
+        },
+        "viewing": {"view": "Look at archives in the browser."},
     },
     "Rewrite archives": {
         "rewriting": {

@@ -40,6 +40,7 @@ ROOMS = (
     "features",
     "fidelity",
     "extract",
+    "view",
     "cli",
 )
 # Doors for users, which open onto every room.
