@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -111,14 +112,17 @@ def serve(
             started(page)
         if browser:
             webbrowser.open(page.url)
-        server.run(sockets=[listener])
+        # Ctrl-C is how it ends.
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
 
 
 def _listener(port: int) -> socket.socket:
     try:
         return socket.create_server((_HOST, port))
     except OSError as error:
-        message = f"port={port}: {error.strerror}; name another, or none to take a free one"
+        why = os.strerror(error.errno or 0)
+        message = f"port={port}: {why}; name another, or none to take a free one"
         raise OptionError(message) from error
 
 

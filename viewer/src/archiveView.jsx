@@ -1,7 +1,7 @@
 // The samples of an archive as a table: sort, filter, search; lengths and labels as bars.
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import { Facts, Loaded, Problem, Text, short, useLoaded } from "./parts.jsx";
+import { Facts, Problem, Text, short, useLoaded } from "./parts.jsx";
 
 const ROW_HEIGHT = 26;
 const AT_ONCE = 1000;

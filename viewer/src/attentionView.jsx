@@ -3,7 +3,7 @@
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { amounts } from "./colours.js";
 import { Heat, Thumbnail, savePng, saveSvg } from "./heat.jsx";
-import { headMean, range } from "./numbers.js";
+import { range } from "./numbers.js";
 import { Choice, Legend, Loaded, Problem, Text, short, useLoaded } from "./parts.jsx";
 import { Words, kindOf, layerName, tokensOf } from "./sampleView.jsx";
 
@@ -133,7 +133,7 @@ function Head({ sample, words, weights, layer, head, place, step }) {
           <button onClick={() => saveSvg(canvas(), title, { title, rows: "query", columns: "key" })}>SVG</button>
         </p>
         <Heat testId="head" matrix={matrix} limits={limits} isSquareRoot height={560} label={title} onPoint={setPointed}
-          chosen={{ row: token, column: pointed?.column ?? -1 }} onChoose={({ row }) => step({ token: row })} />
+          chosen={pointed && { row: pointed.row, column: pointed.column }} onChoose={({ row }) => step({ token: row })} />
         <p role="status" data-testid="value">
           {pointed ? <>query {pointed.row} <code><Text>{words[pointed.row]}</Text></code> looks at key {pointed.column} <code><Text>{words[pointed.column]}</Text></code>: {short(weights.values[pointed.row * numKeys + pointed.column])}</> : "point at the picture"}
         </p>

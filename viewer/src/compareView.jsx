@@ -4,8 +4,8 @@ import { useMemo, useState } from "preact/hooks";
 import { headOf, asMatrix } from "./attentionView.jsx";
 import { amounts, differences } from "./colours.js";
 import { Heat } from "./heat.jsx";
-import { range } from "./numbers.js";
-import { Choice, Facts, Legend, Loaded, Problem, short, useLoaded } from "./parts.jsx";
+import { range, usualRange } from "./numbers.js";
+import { Choice, Facts, Legend, Loaded, short, useLoaded } from "./parts.jsx";
 import { QUANTITIES, kindOf, layerName, quantityMatrix } from "./sampleView.jsx";
 
 const WHATS = { ...Object.fromEntries(Object.entries(QUANTITIES).map(([key, each]) => [key, `${each.title}, all layers`])), states: "states of a layer", head: "one head" };
@@ -64,7 +64,7 @@ function Both({ one, other, what, layer, otherLayer, head }) {
 function Pictures({ first, second, one, other, isSquareRoot }) {
   const [pointed, setPointed] = useState(null);
   const difference = useMemo(() => subtracted(first, second), [first, second]);
-  const limits = useMemo(() => union(range(first.values), range(second.values)), [first, second]);
+  const limits = useMemo(() => union(usualRange(first.values), usualRange(second.values)), [first, second]);
   const reach = useMemo(() => Math.max(1e-12, ...range(difference.values).map(Math.abs)), [difference]);
   const height = Math.max(160, Math.min(420, first.rows * 14));
   const value = (matrix) => (pointed && pointed.row < matrix.rows && pointed.column < matrix.columns ? short(matrix.values[pointed.row * matrix.columns + pointed.column]) : "–");

@@ -3,7 +3,7 @@
 import { useMemo, useState } from "preact/hooks";
 import { amounts, css, inkOn, scaled } from "./colours.js";
 import { Heat, savePng, saveSvg } from "./heat.jsx";
-import { changes, cosines, entropies, lookbacks, norms, range, sinkMasses } from "./numbers.js";
+import { changes, cosines, entropies, lookbacks, norms, sinkMasses, usualRange } from "./numbers.js";
 import { Choice, Facts, Legend, Loaded, Text, short, useLoaded, visible } from "./parts.jsx";
 
 const TEXTS = ["question", "generated_text", "generated_answer", "generated_answer_clean"];
@@ -78,17 +78,17 @@ export function SampleView({ sample, place, go }) {
       ) : <p class="note">This sample stores no arrays.</p>}
       <Loaded state={tokens}>
         {(words) => <Loaded state={matrix}>
-          {(found) => <Map_ {...{ sample, words, matrix: found, quantity, place, go }} />}
+          {(found) => <TokenMap {...{ sample, words, matrix: found, quantity, place, go }} />}
         </Loaded>}
       </Loaded>
     </>
   );
 }
 
-function Map_({ sample, words, matrix, quantity, place, go }) {
+function TokenMap({ sample, words, matrix, quantity, place, go }) {
   const [pointed, setPointed] = useState(null);
   const row = matrix ? Math.max(0, matrix.layers.findIndex((each) => each.layer === (place.layer === -1 ? null : place.layer))) : 0;
-  const limits = useMemo(() => (matrix ? range(matrix.values) : [0, 1]), [matrix]);
+  const limits = useMemo(() => (matrix ? usualRange(matrix.values) : [0, 1]), [matrix]);
   const name = (number) => layerName(matrix.layers[number]);
   if (!matrix?.rows) return <Words words={words} promptLen={sample.attrs.prompt_len} />;
   const values = matrix.values.subarray(row * matrix.columns, (row + 1) * matrix.columns);
@@ -109,7 +109,7 @@ function Map_({ sample, words, matrix, quantity, place, go }) {
       <div class="with-axis">
         <ol class="layers">{matrix.layers.map((each, number) => <li class={number === row ? "chosen" : ""}>{matrix.rows <= 40 || number % 8 === 0 ? layerName(each) : ""}</li>)}</ol>
         <Heat testId="map" matrix={matrix} limits={limits} height={Math.max(120, Math.min(640, matrix.rows * 16))} label={title}
-          chosen={{ row, column: place.token ?? -1 }} onPoint={setPointed} onChoose={choose} />
+          chosen={place.token === undefined ? null : { row, column: place.token }} onPoint={setPointed} onChoose={choose} />
       </div>
     </>
   );
