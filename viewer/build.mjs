@@ -1,6 +1,7 @@
-// Builds the page into h5traces/view/page/: `npm ci && npm run build`.
+// Builds the page into h5traces/view/page/; tools/build_viewer calls it.
 
-import { copyFile, mkdir, writeFile, readdir, readFile } from "node:fs/promises";
+import { copyFile, mkdir, readFile, readdir, writeFile } from "node:fs/promises";
+import { createHash } from "node:crypto";
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
 
@@ -26,6 +27,12 @@ for (const name of ["preact", "hash-wasm", "fzstd"]) {
   licences.push(`${name}\n\n${await readFile(`node_modules/${name}/${file}`, "utf8")}`);
 }
 await writeFile(new URL("LICENSES.txt", target), licences.join("\n\n"));
+// Of the files that the page is made of, so that a test notices one that was not built anew.
+const hash = createHash("sha256");
+for (const name of [...(await readdir("src")).sort().map((each) => `src/${each}`), "build.mjs", "package-lock.json"]) {
+  hash.update(await readFile(name));
+}
+await writeFile(new URL("SOURCE.sha256", target), `${hash.digest("hex")}\n`);
 let total = 0;
 for (const name of ["viewer.js", "viewer.css", "index.html"]) {
   total += gzipSync(await readFile(new URL(name, target))).length;

@@ -52,6 +52,7 @@ PUBLIC = [
     "torch_data",
     "validate",
     "verify",
+    "view",
 ]
 
 VERBS = [name for name in PUBLIC if name in {
