@@ -52,6 +52,7 @@ _PANELS: Final = {
             "verify": "Compare the bytes of archives with their digests.",
         },
         "viewing": {"view": "Look at archives in the browser."},
+        "plotting": {"plot": "Draw a sample as a picture."},
     },
     "Rewrite archives": {
         "rewriting": {

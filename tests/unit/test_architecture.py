@@ -40,6 +40,7 @@ ROOMS = (
     "features",
     "fidelity",
     "extract",
+    "plotting",
     "view",
     "cli",
 )

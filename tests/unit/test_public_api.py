@@ -45,6 +45,7 @@ PUBLIC = [
     "load",
     "merge",
     "open",
+    "plotting",
     "repack",
     "salvage",
     "seal",

@@ -13,7 +13,11 @@ PAGE = ROOT / "h5traces" / "view" / "page"
 def test_the_page_was_built_of_its_source() -> None:
     """After a change in viewer/, run ./tools/build_viewer."""
     viewer = ROOT / "viewer"
-    files = [*sorted((viewer / "src").iterdir()), viewer / "build.mjs", viewer / "package-lock.json"]
+    files = [
+        *sorted((viewer / "src").iterdir()),
+        viewer / "build.mjs",
+        viewer / "package-lock.json",
+    ]
     digest = hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
     assert (PAGE / "SOURCE.sha256").read_text().strip() == digest
 
