@@ -363,8 +363,9 @@ class ArchiveWriter:
 
     def _kind_attributes(self, kind: str) -> Attrs:
         definition = layout.KINDS.get(kind)
-        text = definition.definition if definition else layout.FURTHER_KIND
         observed = self._observed
+        said = observed.definitions.get(kind) or layout.FURTHER_KIND
+        text = definition.definition if definition else said
         found = observed.reductions.get(kind, {None})
         positions = observed.positions.get(kind)
         reduction = (_only(found) or "unknown") if kind == layout.ATTENTION_MEAN else None

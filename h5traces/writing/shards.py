@@ -82,15 +82,15 @@ def verify_written(
             # Each entry is made once.
             sample = replace(stored, objects=dict(stored.objects))
             entries = [entry for entry in sample.objects.values() if not entry.is_group]
-            reading = store.begin(stored, [entry.path for entry in entries], workers)
-            arrays = {} if reading is None else reading.arrays()
+            paths = [entry.path for entry in entries]
+            arrays = store.begin([(stored, paths)], workers).arrays()
             if sum(entry.raw_nbytes for entry in entries) < _SMALL_SAMPLE_NBYTES:
                 wrong = _wrong_paths(file, entries, arrays)
             else:
                 starts = range(0, len(entries), _GROUP)
                 parts = [entries[start : start + _GROUP] for start in starts]
                 found = pool.map(_wrong_paths, repeat(file), parts, repeat(arrays))
-                wrong = [path for paths in found for path in paths]
+                wrong = [path for part in found for path in part]
             if wrong or sample_difference(sample, expected):
                 place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
                 message = f"{path}: {place} reads back with other values than were written"
