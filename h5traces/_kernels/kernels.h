@@ -137,6 +137,14 @@ void look_up(const uint8_t *rows, size_t count, const uint8_t *table, size_t siz
 void widen(const uint8_t *planes, size_t num_elements, size_t first, size_t count, int is_bfloat,
            uint8_t *out);
 
+/* encode.c */
+typedef struct Encoder Encoder;
+Encoder *encoder_new(void); /* NULL without memory */
+void encoder_free(Encoder *self);
+size_t encode_bound(size_t nbytes, size_t itemsize);
+/* A zlib stream of at least one byte shuffled, in `encode_bound` bytes of `out`; its size, or 0. */
+size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t itemsize, uint8_t *out);
+
 /* plan.c */
 enum restoring {
     AS_STORED = 0,
@@ -157,6 +165,10 @@ typedef struct {
     int32_t itemsize, width, zero_point;
     uint8_t codec, restoring, is_checked, padding;
 } Row;
+
+/* Larger chunks, which h5traces does not write, are left to Python. */
+#define LARGEST_CHUNK ((int64_t)1 << 28)
+#define LARGEST_ITEM 4096
 
 typedef struct {
     int descriptor; /* or -1: `source` is given */

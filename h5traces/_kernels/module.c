@@ -4,6 +4,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdlib.h>
+
 #include "kernels.h"
 
 /* Buffers of a call, which are let go together. */
@@ -90,6 +92,50 @@ static PyObject *unshuffle_bytes(PyObject *self, PyObject *args)
     return reorder(args, 1);
 }
 
+static PyObject *encode(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer raw;
+    Py_ssize_t itemsize;
+    if (!PyArg_ParseTuple(args, "y*n", &raw, &itemsize))
+        return NULL;
+    if (itemsize < 1 || itemsize > LARGEST_ITEM || raw.len < 1 || raw.len > LARGEST_CHUNK)
+        return done_with(&raw, 1, Py_NewRef(Py_None));
+    uint8_t *out = NULL;
+    size_t size = 0;
+    Py_BEGIN_ALLOW_THREADS
+    Encoder *encoder = encoder_new();
+    out = malloc(encode_bound((size_t)raw.len, (size_t)itemsize));
+    if (encoder && out)
+        size = encode_chunk(encoder, raw.buf, (size_t)raw.len, (size_t)itemsize, out);
+    encoder_free(encoder);
+    Py_END_ALLOW_THREADS
+    PyObject *result = size ? PyBytes_FromStringAndSize((char *)out, (Py_ssize_t)size) : Py_NewRef(Py_None);
+    free(out);
+    return done_with(&raw, 1, result);
+}
+
+static PyObject *decode(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data[2];
+    Py_ssize_t itemsize;
+    if (!PyArg_ParseTuple(args, "y*w*n", data, data + 1, &itemsize))
+        return NULL;
+    uint8_t done = 0;
+    if (itemsize >= 1 && itemsize <= LARGEST_ITEM) {
+        Row row = {.nbytes = data[0].len, .raw_nbytes = data[1].len, .itemsize = (int32_t)itemsize};
+        row.count = row.raw_nbytes / itemsize;
+        Plan plan = {.descriptor = -1, .source = data[0].buf, .source_nbytes = (size_t)data[0].len,
+                     .rows = &row, .num_rows = 1, .done = &done,
+                     .arena = data[1].buf, .arena_nbytes = (size_t)data[1].len};
+        Py_BEGIN_ALLOW_THREADS
+        plan_run(&plan, 1);
+        Py_END_ALLOW_THREADS
+    }
+    return done_with(data, 2, PyBool_FromLong(done));
+}
+
 static PyObject *run_plan(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -116,6 +162,10 @@ static PyMethodDef METHODS[] = {
     {"adler32", adler_of, METH_VARARGS, "adler32(data) -> int"},
     {"shuffle", shuffle_bytes, METH_VARARGS, "shuffle(raw, out, itemsize)"},
     {"unshuffle", unshuffle_bytes, METH_VARARGS, "unshuffle(shuffled, out, itemsize)"},
+    {"encode", encode, METH_VARARGS,
+     "encode(raw, itemsize) -> bytes | None\n\nA zlib stream of the shuffled bytes."},
+    {"decode", decode, METH_VARARGS,
+     "decode(stored, out, itemsize) -> bool\n\nWhether a zlib stream of shuffled bytes fills `out`."},
     {"run_plan", run_plan, METH_VARARGS,
      "run_plan(descriptor, source, plan, arena, tables, done, threads)\n\n"
      "Restore rows of a plan; `done` has a byte for each, 1 where it was restored."},

@@ -17,9 +17,6 @@
 #define MOST_THREADS 64
 #endif
 
-/* Larger chunks, which h5traces does not write, are left to Python. */
-#define LARGEST_CHUNK ((int64_t)1 << 28)
-#define LARGEST_ITEM 4096
 /* A thread of its own is worth its start from so many bytes on. */
 #define LEAST_PER_THREAD (256 << 10)
 
