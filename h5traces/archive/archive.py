@@ -33,6 +33,7 @@ from h5traces.arguments import checked, shown
 from h5traces.errors import ArchiveError, ArgumentError, SampleIndexError, TraceNotFoundError
 from h5traces.format.archive import add_casts
 from h5traces.format.text import and_more, as_names
+from h5traces.lazy import needing
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    import pandas as pd
+    import pyarrow as pa
+    import xarray as xr
     from numpy.typing import NDArray
 
     from h5traces.archive.selection import LayerChoice, SampleChoice
@@ -392,6 +396,85 @@ class Archive(ReadOnly, Sequence[Trace]):
             if nbytes <= MOST_FETCHED_NBYTES:
                 fetch(wanted, until_closed)
             return until_closed.pop_all()
+
+    @checked
+    def to_arrow(self, columns: str | Iterable[str] | None = None) -> pa.Table:
+        """A table of Arrow with one row per trace, which DuckDB and polars query as it is.
+
+        Parameters
+        ----------
+        columns
+            Names of columns; all but ``hidden_norms`` by default. Texts are read one by one, so
+            name the columns you need of large archives.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``ordinal``, ``path``, ``position_in_file``, ``sample_id``, ``generation_index``,
+            ``seq_len``, ``prompt_len``, ``coverage``, ``label``, ``score_NAME`` for every score,
+            the texts (``question``, ``generated_text``, ``generated_answer``,
+            ``generated_answer_clean``), and ``hidden_norms``, the mean over tokens of the 2-norm
+            of hidden states, a number for each layer. Null where a trace has none.
+
+        Raises
+        ------
+        MissingDependencyError
+            pyarrow is not installed.
+        OptionError
+            There is no such column.
+        """
+        from h5traces.archive.tables import to_arrow
+
+        return to_arrow(self, columns)
+
+    @checked
+    def to_pandas(self, columns: str | Iterable[str] | None = None) -> pd.DataFrame:
+        """A DataFrame of the table that `to_arrow` gives; whole numbers are of type ``Int64``.
+
+        Raises
+        ------
+        MissingDependencyError
+            pandas is not installed.
+        OptionError
+            There is no such column.
+        """
+        from h5traces.archive.tables import to_pandas
+
+        return to_pandas(self, columns)
+
+    @checked
+    def to_xarray(
+        self, kinds: str | Iterable[str] | None = None, *, layers: LayerChoice = None
+    ) -> xr.Dataset:
+        """The arrays of all traces as a data set of xarray, read when they are used.
+
+        Parameters
+        ----------
+        kinds
+            Kinds of arrays; hidden states and attentions by default.
+        layers
+            The model's own layer numbers; all that are stored by default.
+
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each kind: ``sample``, ``layer`` and the axes of its arrays, as
+            `Trace.to_xarray`. Shorter traces are padded with NaN at the end; ``seq_len`` has their
+            lengths. Coordinates: ``layer``, ``sample_id``, ``seq_len``, ``label`` (NaN without).
+
+        Raises
+        ------
+        MissingDependencyError
+            xarray is not installed.
+        LayerIndexError
+            A layer is not stored.
+        OptionError
+            The archive stores no such kind, or generation steps of it.
+        """
+        with needing("to_xarray", "xarray", extra="tables"):
+            from h5traces.archive.labelled import archive_dataset
+
+        return archive_dataset(self if layers is None else self.select(layers=layers), kinds)
 
     def close(self) -> None:
         """Let go of the open files; the next use opens them again."""

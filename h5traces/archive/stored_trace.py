@@ -288,6 +288,8 @@ class StoredTrace:
                 )
                 raise CorruptArchiveError(message)
             values = values.astype(np.dtype(source_dtype))
+        if container == "source" and attrs.get("container") == "list":
+            return values.tolist()
         if is_torch(container, attrs.get("container")):
             return to_tensor(TorchValue(values, values.dtype.name))
         return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
@@ -17,10 +17,12 @@ from h5traces.arguments import as_position, checked, shown
 from h5traces.errors import CorruptArchiveError, FieldNotFoundError, LayerIndexError
 from h5traces.format import layout, text
 from h5traces.format.values import decode_element
+from h5traces.lazy import needing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import xarray as xr
     from numpy.typing import NDArray
 
     from h5traces.archive.stored_trace import StoredTrace
@@ -343,6 +345,35 @@ class Trace(ReadOnly, Mapping[str, Any]):
             for key in self.fields:
                 plain[key] = _plain(self._value(key, wanted))
         return plain
+
+    @checked
+    def to_xarray(self, kinds: str | Iterable[str] | None = None) -> xr.Dataset:
+        """The layers as a data set of xarray, with named axes; values are read when they are used.
+
+        Parameters
+        ----------
+        kinds
+            Kinds of arrays; hidden states and attentions by default.
+
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each kind: ``layer`` and the axes of its arrays (``token``, ``hidden``;
+            ``head``, ``query``, ``key``). Coordinates: ``layer``, -1 for the embedding;
+            ``token_text``, ``token_id``, ``is_prompt``, ``query_text``, ``key_text``, where they
+            are stored. Layers that a kind does not have are NaN. Metadata are attributes.
+
+        Raises
+        ------
+        MissingDependencyError
+            xarray is not installed.
+        OptionError
+            The archive stores no such kind, or generation steps of it.
+        """
+        with needing("to_xarray", "xarray", extra="tables"):
+            from h5traces.archive.labelled import trace_dataset
+
+        return trace_dataset(self, kinds)
 
     def _selected_ranges(self) -> list[tuple[int, int]]:
         """Where everything lies that `to_dict` reads; nothing for a file on disk."""
