@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include <math.h>
+
 #include <stdlib.h>
 
 #define NUM_MAIN 286
@@ -18,9 +19,14 @@
 #define PART_TOKENS 4096
 #define MOST_PARTS (BLOCK_TOKENS / PART_TOKENS)
 /* Bits that a block may cost: decoding takes 3 us more for every table. */
-#define WORTH_A_BLOCK 400.0
+#define WORTH_A_BLOCK 100.0
 #define WINDOW 32768
 #define HASH_BITS 15
+#define LONGEST_KEY 8
+#define FEWEST_BITS 1.5f
+/* Where a coding is tried, and wins by at least one per cent, the whole plane is coded so. */
+#define TRIAL 8192
+#define LEAST_GAIN 0.99
 #define LONGEST_COPY 258
 #define NICE_COPY 96
 #define SMALL 8192
@@ -53,6 +59,14 @@ struct Encoder {
     uint32_t tokens[BLOCK_TOKENS];
     Counts parts[MOST_PARTS];
     uint32_t heads[1 << HASH_BITS], links[WINDOW];
+    /* In use of HASH_BITS. */
+    unsigned hash_bits;
+    /* Of a byte that is coded by itself. */
+    float literal_bits;
+    /* Bytes of the shortest copy. */
+    unsigned least;
+    /* Copies among very few values need a better search than this one. */
+    int gives_up;
     uint8_t *shuffled, *other, *parted;
     size_t capacity;
     uint8_t length_symbols[LONGEST_COPY + 1];
@@ -61,6 +75,23 @@ struct Encoder {
 
 static const uint8_t LENGTH_EXTRA[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
                                          2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
+
+/* Logarithms of what parts of a block have at most. */
+static float LOGS[2 * PART_TOKENS];
+
+void encode_init(void)
+{
+    for (int i = 1; i < 2 * PART_TOKENS; i++)
+        LOGS[i] = log2f((float)i);
+}
+
+INLINE double log2_of(uint32_t number)
+{
+    double more = 0;
+    for (; number >= 2 * PART_TOKENS; number >>= 3)
+        more += 3;
+    return LOGS[number] + more;
+}
 
 /* --- bits --- */
 
@@ -383,31 +414,45 @@ static size_t tokens_of_runs(Encoder *self, const uint8_t *start, const uint8_t 
     return count;
 }
 
-INLINE uint32_t hash_of(const uint8_t *at, unsigned least)
+/* Of as many bytes as the shortest copy has. */
+INLINE uint32_t hash_of(const Encoder *self, const uint8_t *at)
 {
-    uint32_t key = least == 3 ? at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 : load32(at);
-    return key * 0x9E3779B1u >> (32 - HASH_BITS);
+    uint64_t key = load64(at) << (64 - 8 * self->least);
+    return (uint32_t)(key * 0x9E3779B185EBCA87u >> (64 - self->hash_bits));
 }
 
 /* Positions are counted from `start`, plus one, so that zero means none. */
-INLINE void remember(Encoder *self, const uint8_t *start, const uint8_t *at, unsigned least)
+INLINE void remember(Encoder *self, const uint8_t *start, const uint8_t *at)
 {
-    uint32_t hash = hash_of(at, least), position = (uint32_t)(at - start) + 1;
+    uint32_t hash = hash_of(self, at), position = (uint32_t)(at - start) + 1;
     self->links[position % WINDOW] = self->heads[hash];
     self->heads[hash] = position;
 }
 
-/* The longest earlier string; its length, 0 for none of `least` bytes. */
-static size_t longest(const Encoder *self, const uint8_t *start, const uint8_t *at, const uint8_t *end,
-                      unsigned least, unsigned depth, uint32_t *distance)
+/* Whether a copy takes fewer bits than its bytes would, as far as one can say before. */
+INLINE int is_worth(const Encoder *self, size_t length, uint32_t distance)
 {
-    size_t most = (size_t)(end - at) < LONGEST_COPY ? (size_t)(end - at) : LONGEST_COPY, best = least - 1;
-    uint32_t here = (uint32_t)(at - start) + 1, position = self->heads[hash_of(at, least)];
-    while (position && position < here && here - position < WINDOW && depth--) {
+    if (length >= 32)
+        return 1;
+    unsigned distance_bits = 0;
+    while (distance >> distance_bits)
+        distance_bits++;
+    float fixed_bits = self->literal_bits < 3 ? 2 * self->literal_bits : 6;
+    return (float)length * self->literal_bits >= fixed_bits + (float)distance_bits;
+}
+
+/* The longest earlier string; its length, 0 for none. */
+static size_t longest(const Encoder *self, const uint8_t *start, const uint8_t *at, const uint8_t *end,
+                      unsigned depth, uint32_t *distance)
+{
+    size_t most = (size_t)(end - at) < LONGEST_COPY ? (size_t)(end - at) : LONGEST_COPY;
+    size_t best = self->least - 1;
+    uint32_t here = (uint32_t)(at - start) + 1, position = self->heads[hash_of(self, at)];
+    while (position && position < here && here - position <= WINDOW && depth--) {
         const uint8_t *before = start + position - 1;
         if (before[best] == at[best]) {
             size_t length = equal_bytes(at, before, most);
-            if (length > best && !(length == 3 && here - position > 4096)) {
+            if (length > best && is_worth(self, length, here - position)) {
                 best = length;
                 *distance = here - position;
                 if (best >= NICE_COPY || best == most)
@@ -419,29 +464,29 @@ static size_t longest(const Encoder *self, const uint8_t *start, const uint8_t *
             break;
         position = next;
     }
-    return best >= least ? best : 0;
+    return best >= self->least ? best : 0;
 }
 
 /* As `tokens_of_runs`, with copies of all that was seen before; a copy waits for a longer one that
  * begins at the next byte. */
 static size_t tokens_of_search(Encoder *self, const uint8_t *start, const uint8_t **where,
-                               const uint8_t *end, unsigned least, unsigned depth)
+                               const uint8_t *end, unsigned depth)
 {
     size_t count = 0;
     const uint8_t *at = *where;
     while (at < end && count + 2 < BLOCK_TOKENS) {
         uint32_t distance = 0, next_distance = 0;
         size_t length = 0;
-        if (end - at > 4) {
-            length = longest(self, start, at, end, least, depth, &distance);
-            remember(self, start, at, least);
+        if (end - at > LONGEST_KEY) {
+            length = longest(self, start, at, end, depth, &distance);
+            remember(self, start, at);
         }
-        while (length && length < NICE_COPY && end - at > 5) {
-            size_t next = longest(self, start, at + 1, end, least, depth, &next_distance);
+        while (length && length < NICE_COPY && end - at > LONGEST_KEY + 1) {
+            size_t next = longest(self, start, at + 1, end, depth, &next_distance);
             if (next <= length)
                 break;
             self->tokens[count++] = *at++;
-            remember(self, start, at, least);
+            remember(self, start, at);
             length = next;
             distance = next_distance;
             if (count + 2 >= BLOCK_TOKENS)
@@ -453,8 +498,8 @@ static size_t tokens_of_search(Encoder *self, const uint8_t *start, const uint8_
         }
         self->tokens[count++] = COPY(length, distance);
         for (const uint8_t *stop = ++at + length - 1; at < stop; at++)
-            if (end - at > 4)
-                remember(self, start, at, least);
+            if (end - at > LONGEST_KEY)
+                remember(self, start, at);
     }
     *where = at;
     return count;
@@ -549,12 +594,12 @@ static double estimated_bits(const Counts *counts)
         if (!counts->main[i])
             continue;
         total += counts->main[i];
-        num_bits -= counts->main[i] * log2(counts->main[i]);
+        num_bits -= counts->main[i] * log2_of(counts->main[i]);
         used++;
     }
     for (unsigned i = 0; i < NUM_DISTANCES; i++)
         used += counts->distances[i] != 0;
-    return num_bits + total * log2(total ? total : 1) + 4 * used + 60;
+    return num_bits + total * log2_of((uint32_t)total) + 4 * used + 60;
 }
 
 static void add_counts(Counts *to, const Counts *other)
@@ -575,9 +620,9 @@ static size_t token_nbytes(const uint32_t *tokens, size_t num_tokens)
 
 /* Tokens or bytes as blocks, several where parts differ in what is frequent. */
 static void put_parts(Encoder *self, Writer *to, const uint32_t *tokens, size_t num_tokens,
-                      const uint8_t *data, size_t nbytes, int is_varied, int is_last)
+                      const uint8_t *data, int is_varied, int is_last)
 {
-    size_t part = is_varied ? PART_TOKENS : BLOCK_TOKENS, num_parts = (num_tokens + part - 1) / part;
+    size_t part = is_varied || tokens ? PART_TOKENS : BLOCK_TOKENS, num_parts = (num_tokens + part - 1) / part;
     memset(self->parts, 0, num_parts * sizeof *self->parts);
     for (size_t i = 0; i < num_parts; i++) {
         size_t start = i * part, size = num_tokens - start < part ? num_tokens - start : part;
@@ -611,9 +656,18 @@ static void put_coded(Encoder *self, Writer *to, const uint8_t *data, size_t nby
                       int is_varied, int is_last)
 {
     const uint8_t *at = data, *end = data + nbytes;
-    unsigned least = nbytes <= SMALL ? 3 : 4, depth = nbytes <= SMALL ? 256 : 48;
-    if (coding == SEARCH)
-        memset(self->heads, 0, sizeof self->heads);
+    unsigned depth = nbytes <= SMALL ? 256 : 48;
+    if (coding == SEARCH) {
+        Counts counts = {{0}, {0}};
+        count_bytes(data, nbytes, counts.main);
+        self->literal_bits = (float)(estimated_bits(&counts) / (double)nbytes);
+        self->gives_up |= nbytes > TRIAL && self->literal_bits < FEWEST_BITS;
+        for (self->least = 3; self->least < LONGEST_KEY && !is_worth(self, self->least, 64);)
+            self->least++;
+        for (self->hash_bits = 6; self->hash_bits < HASH_BITS && nbytes >> self->hash_bits;)
+            self->hash_bits++;
+        memset(self->heads, 0, sizeof *self->heads << self->hash_bits);
+    }
     while (at < end) {
         const uint8_t *start = at;
         size_t count;
@@ -623,10 +677,10 @@ static void put_coded(Encoder *self, Writer *to, const uint8_t *data, size_t nby
         } else if (coding == RUNS) {
             count = tokens_of_runs(self, data, &at, end);
         } else {
-            count = tokens_of_search(self, data, &at, end, least, depth);
+            count = tokens_of_search(self, data, &at, end, depth);
         }
-        put_parts(self, to, coding == LITERALS ? NULL : self->tokens, count, start,
-                  (size_t)(at - start), is_varied, is_last && at == end);
+        put_parts(self, to, coding == LITERALS ? NULL : self->tokens, count, start, is_varied,
+                  is_last && at == end);
     }
 }
 
@@ -672,8 +726,6 @@ static void put_piece(Encoder *self, Writer *to, const uint8_t *data, size_t nby
 #define MOST_ENTROPY_FOR_TRIAL 1.1
 #define LEAST_REPEATS 0.0075
 #define SPAN 65536
-#define TRIAL 8192
-#define LEAST_GAIN 0.99
 #define TABLE_COST 0.0008
 
 typedef struct {
@@ -715,7 +767,7 @@ static void survey(const uint8_t *plane, size_t nbytes, Survey *facts)
         if (!counts[value])
             continue;
         facts->num_values++;
-        logs += counts[value] * log2(counts[value]);
+        logs += counts[value] * log2_of(counts[value]);
         if (counts[value] > counts[commonest])
             commonest = value;
         /* The rarest of those at least half as frequent as all values are in noise. */
@@ -723,7 +775,7 @@ static void survey(const uint8_t *plane, size_t nbytes, Survey *facts)
             anchor = value;
     }
     facts->anchor = anchor < 0 ? 0 : anchor;
-    facts->entropy = (size * log2(size) - logs + (facts->num_values - 1) / (2 * 0.6931471805599453)) / size;
+    facts->entropy = (size * log2_of((uint32_t)size) - logs + (facts->num_values - 1) / (2 * 0.6931471805599453)) / size;
     facts->collision = squares(counts) / (size * size);
     facts->pairs = num_pairs ? (double)num_equal / (double)num_pairs : 0;
     facts->zeros = counts[0] / size;
@@ -858,6 +910,7 @@ size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t ite
         self->other = self->shuffled + needed;
         self->parted = self->other + needed;
     }
+    self->gives_up = 0;
     shuffle(raw, self->shuffled, nbytes, itemsize);
     /* RFC 1950: deflate, a window of 32 KiB, no dictionary. */
     out[0] = 0x78;
@@ -882,5 +935,5 @@ size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t ite
     uint32_t sum = adler32(self->shuffled, nbytes);
     for (int i = 0; i < 4; i++)
         *to.out++ = (uint8_t)(sum >> (24 - 8 * i));
-    return (size_t)(to.out - out);
+    return self->gives_up ? 0 : (size_t)(to.out - out);
 }

@@ -140,9 +140,11 @@ void widen(const uint8_t *planes, size_t num_elements, size_t first, size_t coun
 /* encode.c */
 typedef struct Encoder Encoder;
 Encoder *encoder_new(void); /* NULL without memory */
+void encode_init(void);
 void encoder_free(Encoder *self);
 size_t encode_bound(size_t nbytes, size_t itemsize);
-/* A zlib stream of at least one byte shuffled, in `encode_bound` bytes of `out`; its size, or 0. */
+/* A zlib stream of at least one byte shuffled, in `encode_bound` bytes of `out`; its size, or 0
+ * where Python should encode. */
 size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t itemsize, uint8_t *out);
 
 /* plan.c */
@@ -181,6 +183,7 @@ typedef struct {
     const uint8_t *tables;
     size_t tables_nbytes;
     uint8_t *done; /* one byte for each row: 1 where it was restored */
+    int keeps_arena; /* a chunk that fails must not have written anything */
 } Plan;
 
 void plan_run(const Plan *plan, int num_threads);

@@ -127,7 +127,7 @@ static PyObject *decode(PyObject *self, PyObject *args)
         Row row = {.nbytes = data[0].len, .raw_nbytes = data[1].len, .itemsize = (int32_t)itemsize};
         row.count = row.raw_nbytes / itemsize;
         Plan plan = {.descriptor = -1, .source = data[0].buf, .source_nbytes = (size_t)data[0].len,
-                     .rows = &row, .num_rows = 1, .done = &done,
+                     .rows = &row, .num_rows = 1, .done = &done, .keeps_arena = 1,
                      .arena = data[1].buf, .arena_nbytes = (size_t)data[1].len};
         Py_BEGIN_ALLOW_THREADS
         plan_run(&plan, 1);
@@ -149,7 +149,7 @@ static PyObject *run_plan(PyObject *self, PyObject *args)
         return wrong(data, 5, "the plan is not of as many rows as `done`, or not aligned");
     Plan plan = {descriptor,       data[0].buf,         (size_t)data[0].len,
                  data[1].buf,      num_rows,            data[2].buf,
-                 (size_t)data[2].len, data[3].buf,      (size_t)data[3].len, data[4].buf};
+                 (size_t)data[2].len, data[3].buf,      (size_t)data[3].len, data[4].buf, 0};
     Py_BEGIN_ALLOW_THREADS
     plan_run(&plan, num_threads);
     Py_END_ALLOW_THREADS
@@ -178,5 +178,6 @@ static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "h5traces._native", N
 PyMODINIT_FUNC PyInit__native(void)
 {
     kernels_init();
+    encode_init();
     return PyModule_Create(&MODULE);
 }

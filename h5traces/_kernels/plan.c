@@ -149,7 +149,8 @@ static int begin(const Plan *plan, Slot *slot)
     if (!stored || (row->is_checked && xxh3_64(stored, (size_t)row->nbytes) != row->checksum))
         return 0;
     uint8_t *out;
-    if (row->restoring == AS_STORED && row->itemsize == 1 && row->count == row->raw_nbytes) {
+    if (row->restoring == AS_STORED && row->itemsize == 1 && row->count == row->raw_nbytes &&
+        !plan->keeps_arena) {
         out = plan->arena + row->target;
     } else {
         if (!has_room(&slot->planes, &slot->planes_nbytes, (size_t)row->raw_nbytes))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.format.limits import Scratch
+from h5traces.format.native import NATIVE
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -104,12 +105,14 @@ class Engines:
     isal_zlib: Any
     igzip_lib: Any
     zlib_ng: Any
+    # Compiled kernels, which do all of it for what they know.
+    native: Any = None
 
     @classmethod
     def installed(cls) -> Engines:
         """The libraries that can be imported."""
         names = ("isal.isal_zlib", "isal.igzip_lib", "zlib_ng.zlib_ng")
-        return cls(*map(_import_or_none, names))
+        return cls(*map(_import_or_none, names), NATIVE)
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
@@ -146,8 +149,11 @@ def encode(raw: Buffer, *, itemsize: int) -> bytes:
 
     `raw` is little-endian and in C order; an `itemsize` of 1 leaves the order as it is.
     """
-    data = _as_bytes(raw)
-    shuffled = shuffle(data, _checked(itemsize), out=_SCRATCH.take(data.size))
+    data, itemsize = _as_bytes(raw), _checked(itemsize)
+    compiled = ENGINES.native and ENGINES.native.encode(data, itemsize)
+    if compiled is not None:
+        return bytes(compiled)
+    shuffled = shuffle(data, itemsize, out=_SCRATCH.take(data.size))
     planes = plane_view(shuffled, itemsize)
     if planes.size < _SMALL:
         pieces = _small_pieces(shuffled, itemsize)
@@ -166,9 +172,12 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
     if not target.flags.writeable:
         msg = "the output buffer is read-only; give a writable one"
         raise ValueError(msg)
+    source, itemsize = _as_bytes(stored), _checked(itemsize)
+    if ENGINES.native and ENGINES.native.decode(source, target, itemsize):
+        return
     shuffled = _SCRATCH.take(target.size)
-    _inflate(_as_bytes(stored), shuffled)
-    unshuffle(shuffled, target, _checked(itemsize))
+    _inflate(source, shuffled)
+    unshuffle(shuffled, target, itemsize)
 
 
 def _checked(itemsize: int) -> int:
