@@ -23,6 +23,7 @@ from h5traces.archive.fetching import (
     windows,
 )
 from h5traces.archive.file import ArchiveFile
+from h5traces.archive.notebook import archive_page
 from h5traces.archive.open_files import OpenFiles
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import as_numbers, choose_layers, choose_samples, sliced
@@ -493,6 +494,9 @@ class Archive(ReadOnly, Sequence[Trace]):
         tier = f", {precision.tier}" if precision is not None else ""
         lossy = " (lossy)" if self.metadata.is_lossless is False else ""
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{tier}{lossy}>"
+
+    def _repr_html_(self) -> str:
+        return archive_page(self, self.metadata, self.layers, self.paths)
 
 
 def _starts_of(files: Sequence[ArchiveFile]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 
 from h5traces.archive.equality import equal
+from h5traces.archive.notebook import described_layer, layers_page, trace_page
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import sliced
 from h5traces.archive.source_form import in_source_form
@@ -135,6 +136,11 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     def __repr__(self) -> str:
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
 
+    def _repr_html_(self) -> str:
+        entries = [self._trace.entry(f"{self.kind}/{name}") for name in self._names]
+        described = [described_layer(each.attrs, each.shape, each.dtype) for each in entries]
+        return layers_page(self.kind, self.layers, described)
+
 
 def _plain(value: Any) -> Any:
     return value._to_list() if isinstance(value, LayerSequence) else value
@@ -239,6 +245,9 @@ class Trace(ReadOnly, Mapping[str, Any]):
             f"<Trace {self.ordinal}: sample_id={metadata.sample_id!r}, "
             f"seq_len={metadata.seq_len}, fields={', '.join(self.fields)}>"
         )
+
+    def _repr_html_(self) -> str:
+        return trace_page(self)
 
     def _value(self, key: str, container: Container) -> Any:
         objects = self._stored.objects

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from h5traces.archive.file import check_format, check_version
 from h5traces.archive.foreign import error_for
@@ -14,6 +14,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
+from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.paths import expand_paths
 from h5traces.storage.arrays import read_array, read_chunk
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class SealReport:
+class SealReport(Report):
     """What sealing did to one archive.
 
     Attributes
@@ -58,10 +59,6 @@ class SealReport:
     num_samples: int = 0
     edited: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
 
 
 @checked

@@ -47,6 +47,7 @@ _PANELS: Final = {
         "looking": {
             "inspect": "Show what archives or other files of traces hold, and their sizes.",
             "ls": "List the samples of archives.",
+            "head": "Show the first samples with their texts.",
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
         }

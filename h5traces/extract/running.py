@@ -16,6 +16,7 @@ import torch
 
 from h5traces.errors import ExtractionError, NanError
 from h5traces.format.dtypes import TypedArray
+from h5traces.format.html import Report
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
@@ -69,7 +70,7 @@ class Skipped:
 
 
 @dataclass
-class ExtractionReport:
+class ExtractionReport(Report):
     """What a run did.
 
     Attributes
