@@ -101,7 +101,7 @@ static int is_possible(const Plan *plan, const Row *row)
         return 0;
     if (row->restoring != AS_STORED && (uintptr_t)(plan->arena + row->target) % (uintptr_t)size)
         return 0;
-    if (needed < 0 || (needed && !fits(row->table, needed, plan->tables_nbytes)))
+    if (needed < 0 || !fits(row->table, needed, plan->tables_nbytes))
         return 0;
     return !needed || (uintptr_t)(plan->tables + row->table) % 4 == 0;
 }

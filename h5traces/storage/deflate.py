@@ -112,7 +112,7 @@ class Engines:
     def installed(cls) -> Engines:
         """The libraries that can be imported."""
         names = ("isal.isal_zlib", "isal.igzip_lib", "zlib_ng.zlib_ng")
-        return cls(*map(_import_or_none, names), NATIVE)
+        return cls(*map(_import_or_none, names), native=NATIVE)
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
