@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,8 @@ from h5traces.archive.fetching import (
     FILES_AT_A_TIME,
     MOST_FETCHED_NBYTES,
     fetch,
-    read_all,
-    windows,
+    read_samples,
+    stored_nbytes,
 )
 from h5traces.archive.file import ArchiveFile
 from h5traces.archive.notebook import archive_page
@@ -28,7 +27,7 @@ from h5traces.archive.open_files import OpenFiles
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import as_numbers, choose_layers, choose_samples, sliced
 from h5traces.archive.shards import check_alike
-from h5traces.archive.stored_trace import StoredTrace
+from h5traces.archive.stored_trace import NUM_CORES, StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.arguments import checked, shown
 from h5traces.errors import ArchiveError, ArgumentError, SampleIndexError, TraceNotFoundError
@@ -334,36 +333,18 @@ class Archive(ReadOnly, Sequence[Trace]):
             The archive stores no such kind.
         """
         view = self if layers is None else self.select(layers=layers)
-        sequences = []
+        samples = []
         for trace in (view[index] for index in as_numbers(indices)):
             names = trace._stored.default_kinds if kinds is None else as_names(kinds)
             for kind in names if kinds is not None else ():
                 trace._stored.check_kind(kind)
-            sequences.append(
+            samples.append(
                 {
                     kind: LayerSequence(trace._stored, kind, view._layers, self._container)
                     for kind in names
                 }
             )
-        wanted = [
-            (sequence, position)
-            for each in sequences
-            for sequence in each.values()
-            for position in range(len(sequence))
-        ]
-        arrays: list[Any] = []
-        for part in windows(wanted):
-            with contextlib.ExitStack() as fetched:
-                fetch(part, fetched)
-                arrays += read_all(part, workers or os.cpu_count() or 1)
-        following = iter(arrays)
-        return [
-            {
-                kind: [next(following) for _ in range(len(sequence))]
-                for kind, sequence in each.items()
-            }
-            for each in sequences
-        ]
+        return read_samples(samples, workers or NUM_CORES)
 
     @checked
     def fetched(
@@ -386,15 +367,13 @@ class Archive(ReadOnly, Sequence[Trace]):
         if not any(isinstance(file.path, RemotePath) for file in self._files):
             return contextlib.nullcontext()
         chosen = self._layers if layers is None else tuple(layers)
-        names, wanted, nbytes = as_names(kinds), [], 0
-        for index in indices:
-            for kind in names:
-                sequence = LayerSequence(self[index]._stored, kind, chosen)
-                for position in range(len(sequence)):
-                    wanted.append((sequence, position))
-                    nbytes += sum(size for _, size in sequence._ranges(position))
+        wanted = [
+            LayerSequence(self[index]._stored, kind, chosen)
+            for index in indices
+            for kind in as_names(kinds)
+        ]
         with contextlib.ExitStack() as until_closed:
-            if nbytes <= MOST_FETCHED_NBYTES:
+            if sum(map(stored_nbytes, wanted)) <= MOST_FETCHED_NBYTES:
                 fetch(wanted, until_closed)
             return until_closed.pop_all()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
@@ -79,11 +79,10 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     @overload
     def __getitem__(self, position: slice) -> list[LayerValue]: ...
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
-        read = partial(self._trace.read_layer, self.kind, container=self._container)
         if isinstance(position, slice):
-            numbers = sliced(range(len(self)), position)
-            with self._trace.prefetched(part for each in numbers for part in self._ranges(each)):
-                return [read(self._names[each]) for each in numbers]
+            names = [self._names[each] for each in sliced(range(len(self)), position)]
+            with self._trace.read_ahead(self._trace.layer_paths(self.kind, names)):
+                return self._read(names)
         try:
             name = self._names[as_position(position, f"{self._trace.place}: {self.kind}")]
         except IndexError:
@@ -93,25 +92,27 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
-        return read(name)
+        return self._trace.read_layer(self.kind, name, self._container)
 
     def __contains__(self, value: object) -> bool:
         return any(equal(each, value) for each in self)
 
-    def _ranges(self, position: int) -> list[tuple[int, int]]:
-        """Offset and size of the stored chunks of one array."""
-        found = self._trace.ranges(f"{self.kind}/{self._names[position]}")
-        for table in (f"{self.kind}/{name}" for name in layout.TABLES):
-            found += self._trace.ranges(table) if table in self._trace.objects else []
-        return found
+    @property
+    def _paths(self) -> list[str]:
+        """The datasets that reading all arrays needs."""
+        return self._trace.layer_paths(self.kind, self._names)
+
+    def _read(self, names: Iterable[str]) -> list[LayerValue]:
+        return [self._trace.read_layer(self.kind, name, self._container) for name in names]
 
     def _to_list(self) -> Any:
         """All arrays, in what held them in the source: a list, a tuple, a dict or one array."""
-        return in_source_form(self._trace, self.kind, self._names, self._container)
+        with self._trace.read_ahead(self._paths):
+            return in_source_form(self._trace, self.kind, self._names, self._container)
 
     def copy(self) -> list[LayerValue]:
         """A list of all arrays, as ``list.copy`` gives."""
-        return list(self)
+        return self[:]
 
     def __add__(self, other: Any) -> Any:
         return self._to_list() + (other._to_list() if isinstance(other, LayerSequence) else other)
@@ -349,11 +350,8 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """
         wanted = self._container if container is None else container
         check_container(wanted)
-        plain: dict[str, Any] = {}
-        with self._stored.prefetched(self._selected_ranges()):
-            for key in self.fields:
-                plain[key] = _plain(self._value(key, wanted))
-        return plain
+        with self._stored.read_ahead(self._needed()):
+            return {key: _plain(self._value(key, wanted)) for key in self.fields}
 
     @checked
     def to_xarray(self, kinds: str | Iterable[str] | None = None) -> xr.Dataset:
@@ -384,14 +382,11 @@ class Trace(ReadOnly, Mapping[str, Any]):
 
         return trace_dataset(self, kinds)
 
-    def _selected_ranges(self) -> list[tuple[int, int]]:
-        """Where everything lies that `to_dict` reads; nothing for a file on disk."""
-        if not self._stored.is_remote:
-            return []
-        layers = None if self._stored.selected is None else set(self._stored.selected)
-        ranges: list[tuple[int, int]] = []
-        for path in self._stored.objects:
-            layer = layout.parse_layer_name(path.rpartition("/")[2])
-            if layers is None or layer is None or layer in layers:
-                ranges += self._stored.ranges(path)
-        return ranges
+    def _needed(self) -> list[str]:
+        """The datasets that `to_dict` reads."""
+        stored = self._stored
+        paths = [path for path in stored.objects if path.partition("/")[0] not in stored.kinds]
+        for kind in self.fields:
+            if kind in stored.kinds and kind in stored.objects:
+                paths += LayerSequence(stored, kind, stored.selected)._paths
+        return paths

@@ -118,7 +118,7 @@ class LocalFile:
         self.path = path
         self._identity: tuple[int, int] | None = None
         self._begin()
-        with self._used():
+        with self.descriptor():
             pass
 
     def _begin(self) -> None:
@@ -137,11 +137,11 @@ class LocalFile:
 
     @property
     def nbytes(self) -> int:
-        with self._used() as descriptor:
+        with self.descriptor() as descriptor:
             return os.fstat(descriptor).st_size
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        with self._used() as descriptor:
+        with self.descriptor() as descriptor:
             data = os.pread(descriptor, nbytes, offset)
             while len(data) < nbytes:
                 more = os.pread(descriptor, nbytes - len(data), offset + len(data))
@@ -151,7 +151,7 @@ class LocalFile:
         return data
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        with self._used() as descriptor:
+        with self.descriptor() as descriptor:
             done = 0
             while done < len(out):
                 count = os.preadv(descriptor, [out[done:]], offset + done)
@@ -175,7 +175,7 @@ class LocalFile:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _used(self) -> Iterator[int]:
+    def descriptor(self) -> Iterator[int]:
         """The descriptor, which stays open inside the block even if the file is closed."""
         with self._lock:
             if self._descriptor < 0:

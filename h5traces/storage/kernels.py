@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -41,6 +42,9 @@ class Restoring(enum.IntEnum):
 
 # Codecs by their number in plans.
 PLAN_CODECS: Final = (GZIP.name, DEFLATE.name, ZSTD.name)
+
+# Stored bytes that one call reads; more would fall out of the processor's cache on the way.
+_READ_AT_ONCE: Final = 1 << 20
 
 # One row for each chunk, in any order. Rows must not write to the same place.
 PLAN: Final = np.dtype(
@@ -132,50 +136,95 @@ def _run_rows(
     plan: NDArray[Any], rows: list[int], source: int | Buffer, arena: Buffer, tables: Buffer
 ) -> None:
     """`run_plan` in Python, one row after the other."""
+    if not rows:
+        return
     out, more = (np.frombuffer(memoryview(each), np.uint8) for each in (arena, tables))
-    for number in rows:
+    chosen = plan[rows]
+    stored = _Stored(source, chosen)
+    for number, values in zip(rows, chosen.tolist(), strict=True):
         try:
-            _run_row(plan[number], source, out, more)
+            _run_row(_Row(*values), stored, out, more)
         except ValueError as error:
             raise ChunkError(number, str(error)) from error
 
 
-def _run_row(row: Any, source: int | Buffer, arena: Bytes, tables: Bytes) -> None:
-    stored = _stored(row, source)
-    if row["is_checked"] and chunk_checksum(stored) != int(row["checksum"]):
+@dataclass(slots=True)
+class _Row:
+    """A row of `PLAN`."""
+
+    offset: int
+    nbytes: int
+    checksum: int
+    raw_nbytes: int
+    first: int
+    count: int
+    target: int
+    table: int
+    itemsize: int
+    width: int
+    zero_point: int
+    codec: int
+    restoring: int
+    is_checked: int
+    padding: int
+
+
+class _Stored:
+    """The stored bytes of chunks; small ones that lie near each other are read at once."""
+
+    def __init__(self, source: int | Buffer, plan: NDArray[Any]) -> None:
+        self._source, self._start = source, 0
+        if isinstance(source, int):
+            start = max(0, int(plan["offset"].min()))
+            nbytes = int((plan["offset"] + plan["nbytes"]).max()) - start
+            if 0 < nbytes <= _READ_AT_ONCE:
+                self._source, self._start = os.pread(source, nbytes, start), start
+
+    def of(self, row: _Row) -> memoryview:
+        """The stored bytes of one chunk."""
+        if isinstance(self._source, int):
+            found = memoryview(os.pread(self._source, row.nbytes, row.offset))
+        else:
+            start = row.offset - self._start
+            stop = start + row.nbytes if start >= 0 else 0
+            found = memoryview(self._source).cast("B")[max(start, 0) : stop]
+        if len(found) != row.nbytes:
+            msg = f"{row.nbytes} bytes at {row.offset} are not in the file; it was truncated"
+            raise ValueError(msg)
+        return found
+
+
+def _run_row(row: _Row, source: _Stored, arena: Bytes, tables: Bytes) -> None:
+    stored = source.of(row)
+    if row.is_checked and chunk_checksum(stored) != row.checksum:
         msg = "its checksum does not fit"
         raise ValueError(msg)
-    itemsize = int(row["itemsize"])
-    raw = np.empty(int(row["raw_nbytes"]), np.uint8)
-    CODECS[PLAN_CODECS[row["codec"]]].decode(stored, raw.data, itemsize)
-    first, count = int(row["first"]), int(row["count"])
+    codec, itemsize, target = CODECS[PLAN_CODECS[row.codec]], row.itemsize, row.target
+    is_whole = row.first == 0 and row.count * itemsize == row.raw_nbytes
+    if row.restoring == Restoring.AS_STORED and is_whole:
+        codec.decode(stored, _place(arena, target, row.raw_nbytes).data, itemsize)
+        return
+    raw = np.empty(row.raw_nbytes, np.uint8)
+    codec.decode(stored, raw.data, itemsize)
+    first, count = row.first, row.count
     if not 0 <= first <= first + count <= raw.size // itemsize:
         msg = f"elements {first} to {first + count} are not in the chunk"
         raise ValueError(msg)
     values = raw[first * itemsize : (first + count) * itemsize]
     restored = _restored(row, values, tables)
-    target = int(row["target"])
-    if not 0 <= target <= target + restored.size <= arena.size:
-        msg = f"{restored.size} bytes at {target} do not fit into {arena.size}"
+    _place(arena, target, restored.size)[:] = restored
+
+
+def _place(arena: Bytes, target: int, nbytes: int) -> Bytes:
+    if not 0 <= target <= target + nbytes <= arena.size:
+        msg = f"{nbytes} bytes at {target} do not fit into {arena.size}"
         raise ValueError(msg)
-    arena[target : target + restored.size] = restored
+    return arena[target : target + nbytes]
 
 
-def _stored(row: Any, source: int | Buffer) -> memoryview:
-    offset, nbytes = int(row["offset"]), int(row["nbytes"])
-    if isinstance(source, int):
-        found = memoryview(os.pread(source, nbytes, offset))
-    else:
-        found = memoryview(source).cast("B")[max(offset, 0) : offset + nbytes]
-    if len(found) != nbytes:
-        msg = f"{nbytes} bytes at {offset} are not in the file; it was truncated"
-        raise ValueError(msg)
-    return found
-
-
-def _restored(row: Any, values: Bytes, tables: Bytes) -> Bytes:
-    how, at = Restoring(row["restoring"]), int(row["table"])
-    itemsize = int(row["itemsize"])
+def _restored(row: _Row, values: Bytes, tables: Bytes) -> Bytes:
+    how, at = Restoring(row.restoring), row.table
+    itemsize = row.itemsize
     if how is Restoring.AS_STORED:
         return values
     if how in (Restoring.TABLE_OF_2_BYTES, Restoring.TABLE_OF_4_BYTES):
@@ -187,10 +236,10 @@ def _restored(row: Any, values: Bytes, tables: Bytes) -> Bytes:
         return elements.view("<f2").astype("<f4").view(np.uint8)
     if how is Restoring.BFLOAT16_TO_FLOAT32:
         return bfloat16_to_float32(elements).view(np.uint8)
-    width = int(row["width"])
+    width = row.width
     factor, offset = tables[at : at + 8 * width].view("<f4").reshape(2, width)
-    channels = np.arange(int(row["first"]), int(row["first"]) + elements.size) % width
-    numbers = elements.astype(np.float32) - np.float32(row["zero_point"])
+    channels = np.arange(row.first, row.first + elements.size) % width
+    numbers = elements.astype(np.float32) - np.float32(row.zero_point)
     numbers *= factor[channels]
     numbers += offset[channels]
     if how is Restoring.STEPS_TO_FLOAT16:
