@@ -105,7 +105,8 @@ class Engines:
     def installed(cls) -> Engines:
         """The libraries that can be imported."""
         names = ("isal.isal_zlib", "isal.igzip_lib", "zlib_ng.zlib_ng")
-        return cls(*map(_import_or_none, names), native=NATIVE)
+        isal_zlib, igzip_lib, zlib_ng = map(_import_or_none, names)
+        return cls(isal_zlib, igzip_lib, zlib_ng, NATIVE)
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
