@@ -228,6 +228,28 @@ void restore_steps(const uint8_t *planes, size_t num_elements, size_t itemsize, 
     }
 }
 
+/* As `restore_steps`, of numbers in their own order, which begin with the first channel. */
+void restore_interleaved(const uint8_t *numbers, size_t itemsize, size_t count, size_t width,
+                         float zero_point, const float *table, int as_half, uint8_t *out)
+{
+    uint8_t planes[2 * PART];
+    if (itemsize == 1) {
+        restore_steps(numbers, count, 1, 0, count, width, zero_point, table, as_half, out);
+        return;
+    }
+    for (size_t done = 0; done < count;) {
+        size_t channel = done % width, size = width - channel < PART ? width - channel : PART;
+        size = count - done < size ? count - done : size;
+        shuffle(numbers + 2 * done, planes, 2 * size, 2);
+        float part[PART], *values = as_half ? part : (float *)(void *)out + done;
+        numbers_of_steps(planes, planes + size, size, zero_point, table + channel,
+                         table + width + channel, values);
+        if (as_half)
+            halves_of_floats(part, (uint16_t *)(void *)out + done, size);
+        done += size;
+    }
+}
+
 /* Elements of a table of 256, of 2 or 4 bytes. */
 void look_up(const uint8_t *rows, size_t count, const uint8_t *table, size_t size, uint8_t *out)
 {

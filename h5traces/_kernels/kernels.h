@@ -133,9 +133,31 @@ void floats_of_halves(const uint16_t *in, float *out, size_t count);
 void restore_steps(const uint8_t *planes, size_t num_elements, size_t itemsize, size_t first,
                    size_t count, size_t width, float zero_point, const float *table, int as_half,
                    uint8_t *out);
+void restore_interleaved(const uint8_t *numbers, size_t itemsize, size_t count, size_t width,
+                         float zero_point, const float *table, int as_half, uint8_t *out);
 void look_up(const uint8_t *rows, size_t count, const uint8_t *table, size_t size, uint8_t *out);
 void widen(const uint8_t *planes, size_t num_elements, size_t first, size_t count, int is_bfloat,
            uint8_t *out);
+
+/* numbers.c */
+enum float_kind { FLOAT16, BFLOAT16, FLOAT32, NUM_FLOAT_KINDS };
+
+/* How values become numbers of steps: float32 of `width` channels, and numbers for all. */
+typedef struct {
+    const float *step, *inverse, *offset, *limit;
+    size_t width;
+    float most_steps, overflow;
+    uint32_t spacing, zero_point;
+} StepScale;
+
+void count_special(const uint8_t *data, size_t count, int kind, size_t *special);
+void cast_counted(const uint8_t *in, enum float_kind from, uint8_t *out, enum float_kind to,
+                  size_t count, size_t *counts);
+int64_t numbers_of_values(const uint8_t *in, enum float_kind from, size_t count,
+                          const StepScale *scale, uint8_t *out, size_t itemsize, int64_t *suspects,
+                          size_t most);
+void levels_of(const uint8_t *in, size_t count, const uint8_t *table, uint8_t *restrict out,
+               uint32_t *largest);
 
 /* encode.c */
 typedef struct Encoder Encoder;
