@@ -35,7 +35,11 @@ class MappedFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], content: bytes | bytearray | None = None
+        self,
+        path: str | os.PathLike[str],
+        content: bytes | bytearray | None = None,
+        *,
+        links: bool = True,
     ) -> None:
         self.path = Path(path)
         self._touched = 0
@@ -43,7 +47,7 @@ class MappedFile:
             self._map: Any = content
             self.nbytes = len(content)
             return
-        descriptor = open_regular(self.path, ConversionError)
+        descriptor = open_regular(self.path, ConversionError, links=links)
         try:
             self.nbytes = os.fstat(descriptor).st_size
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if self.nbytes else None
