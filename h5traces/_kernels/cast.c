@@ -9,12 +9,14 @@
 
 int kernels_wide = 0;
 
-void kernels_init(void)
+void kernels_init(int may_be_wide)
 {
+    (void)may_be_wide;
 #if HAS_WIDE
     __builtin_cpu_init();
-    kernels_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    /* F16C is older than AVX2, and compilers know no name for it. */
+    kernels_wide = may_be_wide && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                   __builtin_cpu_supports("bmi2");
 #endif
 }
 

@@ -58,7 +58,8 @@ extern int kernels_wide;
     }
 #endif
 
-void kernels_init(void);
+/* Without `may_be_wide`, what every processor can do is used. */
+void kernels_init(int may_be_wide);
 
 INLINE uint16_t load16(const uint8_t *from)
 {

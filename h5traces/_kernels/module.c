@@ -307,7 +307,8 @@ static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "h5traces._native", N
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    kernels_init();
+    const char *chosen = getenv("H5TRACES_KERNELS");
+    kernels_init(!chosen || strcmp(chosen, "plain"));
     encode_init();
     return PyModule_Create(&MODULE);
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import zlib
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -262,6 +265,51 @@ def test_levels(array: TypedArray, levels: int) -> None:
             return attention.from_levels(found[0], levels, as_half=as_half)
 
         assert decoded().tobytes() == without(attention, decoded).tobytes()
+
+
+# Prints a hash of what each kernel gives for the same data.
+SCRIPT = """
+import numpy as np, xxhash
+from h5traces.format.native import NATIVE
+rng = np.random.default_rng(5)
+print(NATIVE.features())
+for count in (1, 7, 8, 300, 5000):
+    bits = rng.integers(0, 2**32, count, np.uint32)
+    floats = (rng.normal(0, 1, count) * 10.0 ** rng.integers(-9, 6, count)).astype(np.float32)
+    found = [NATIVE.xxh3_64(bits), NATIVE.adler32(bits), *NATIVE.count_not_finite(bits, 2)]
+    for itemsize in (1, 2, 4, 8):
+        out, back = bytearray(4 * count), bytearray(4 * count)
+        NATIVE.shuffle(bits, out, itemsize)
+        NATIVE.unshuffle(out, back, itemsize)
+        stored = NATIVE.encode(floats, itemsize)
+        found += [out, back, stored]
+        if not len(back) % itemsize:
+            found += [NATIVE.decode(stored, back, itemsize), back]
+    for kind in (0, 1):
+        narrow, wide = np.empty(count, np.uint16), np.empty(count, np.float32)
+        found += [NATIVE.cast(floats, 2, narrow, kind), narrow]
+        found += [NATIVE.cast(narrow, kind, wide, 2), wide]
+    scale = np.abs(rng.normal(0, 1, (4, count))).astype("<f4") + np.float32(0.1)
+    numbers, suspects = np.empty(count, np.uint16), np.zeros(count, np.int64)
+    found += [NATIVE.to_steps(floats, 2, scale, 2000.0, np.inf, 16, 32768, numbers, 2, suspects)]
+    NATIVE.from_steps(numbers, 2, scale[:2].copy(), 32768, 1, narrow)
+    found += [numbers, suspects, narrow]
+    for each in found:
+        is_number = isinstance(each, (int, tuple))
+        print(xxhash.xxh3_64_hexdigest(str(each).encode() if is_number else bytes(each)))
+"""
+
+
+def test_processors_without_wide_registers_give_the_same() -> None:
+    outputs = {}
+    for mode in ("1", "plain"):
+        command = [sys.executable, "-c", SCRIPT]
+        environment = os.environ | {"H5TRACES_KERNELS": mode}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        features, _, outputs[mode] = done.stdout.partition("\n")
+        assert mode != "plain" or features != "AVX2"
+    assert outputs["plain"] == outputs["1"]
+    assert len(outputs["1"].split()) > 100
 
 
 @pytest.mark.parametrize(
