@@ -17,6 +17,7 @@ from h5traces.extract.models import model_shape
 from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
 from h5traces.extract.sizes import STATED_RATES, ModelShape, Rates
 from h5traces.format import layout
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.rewriting.repack import repack
 from h5traces.storage.codecs import GZIP
@@ -93,7 +94,7 @@ def estimate_with_pilot(
         shape,
         lengths,
         layers=options.layers,
-        kinds=options.kinds,
+        kinds=[each for each in options.kinds if each in MODEL_KINDS],
         precision=storage,
         rates=rates,
         tier_rates=tier_rates,
@@ -112,7 +113,8 @@ def _measured(path: Path, shape: ModelShape, lengths: list[int]) -> Rates:
     num_layers, num_samples = shape.num_layers, len(lengths)
     scales = sizes.pop(layout.SCALES_GROUP, StoredSize())
     nbytes = path.stat().st_size - scales.stored_nbytes
-    values = shape.num_values(lengths, [kind for kind in layout.KINDS if kind in sizes])
+    kinds = (*MODEL_KINDS, layout.ATTENTION_MEAN)
+    values = shape.num_values(lengths, [kind for kind in kinds if kind in sizes])
     stored = {kind: sizes[kind].stored_nbytes for kind in values}
     beside = (nbytes - sum(stored.values())) / num_samples
     array_nbytes = STATED_RATES["float16"].array_nbytes
