@@ -115,6 +115,8 @@ def numbered_states(
     first_state: FirstState | None,
     num_layers: int | None,
     established: Established,
+    *,
+    sites_known: bool = True,
 ) -> Numbered:
     """Hidden states, whose first item may be the embedding.
 
@@ -130,6 +132,8 @@ def numbered_states(
         Decoder blocks of the model, if the sample or the user says so.
     established
         What earlier samples said; added to.
+    sites_known
+        Whether the last state of a list is the output of the model, after its norm.
 
     Raises
     ------
@@ -163,9 +167,9 @@ def numbered_states(
     established.first_states[num_states] = first
     if first == "embedding":
         as_told = ", as in other samples of the run" if is_told else ""
-        found.note(
-            "embedding-first", f"the first is the embedding, the last is after the norm{as_told}"
-        )
+        is_list = sites_known and found.sequence != "dict"
+        last = ", the last is after the norm" if is_list else ""
+        found.note("embedding-first", f"the first is the embedding{last}{as_told}")
     return _named(found, blocks, first)
 
 

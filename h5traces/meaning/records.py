@@ -92,7 +92,7 @@ def to_record(
     found, known = _Fields(), established or Established()
     _check_keys(item)
     apart = _taken_apart(item, known, found)
-    numbers = _numbered(apart, item, options, known)
+    numbers = _numbered(apart, item, options, known, sites_known=sites_known)
     further = _further_kinds(item, apart, known)
     axes: dict[str, tuple[str, ...]] = {}
     for kind, (each, each_axes) in further.items():
@@ -207,7 +207,12 @@ def _steps_are_outside(nested: list[Apart], num_layers: int | None) -> bool:
 
 
 def _numbered(
-    apart: dict[str, Apart], item: dict[str, Any], options: ReadingOptions, known: Established
+    apart: dict[str, Apart],
+    item: dict[str, Any],
+    options: ReadingOptions,
+    known: Established,
+    *,
+    sites_known: bool,
 ) -> dict[str, Numbered]:
     """Names and sites of the items of every kind."""
     num_blocks_of(apart)
@@ -219,7 +224,7 @@ def _numbered(
     num_layers = _stated_layers(item, known)
     if states is not None and states.items:
         found[layout.HIDDEN_STATES] = numbered_states(
-            states, blocks, options.first_state, num_layers, known
+            states, blocks, options.first_state, num_layers, known, sites_known=sites_known
         )
     elif states is not None:
         found[layout.HIDDEN_STATES] = Numbered((), ())

@@ -295,7 +295,8 @@ class MappedSource(TraceSource):
 
     def _value(self, field: str, parts: _Parts, index: int | None) -> Any:
         spec = self._mapping.fields.get(field)
-        if spec is None or not spec.is_layered:
+        is_one_layer = spec is not None and field in layout.KINDS and spec.parsed is not None
+        if spec is None or not (spec.is_layered or is_one_layer):
             return self._plain(field, self._array(field, None, parts[None], index))
         try:
             return self._layers(field, spec, parts, index)
@@ -334,7 +335,10 @@ class MappedSource(TraceSource):
         names = tuple(each for each in self._axes(field) if each != BATCH)
         arrays = {key: self._array(field, key, part, index) for key, part in parts.items()}
         embedding = arrays.pop(_EMBEDDING, None)
-        if None in arrays:
+        if None in arrays and not spec.is_layered:
+            layers = [self._layer(field, names, parts[None][0], arrays[None])]
+            numbers = spec.layers
+        elif None in arrays:
             layers = layers_of(arrays[None], Axes(names), field)
             numbers = spec.layers
             if numbers is None and embedding is not None:
