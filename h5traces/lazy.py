@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from h5traces.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 def lazy_names(
@@ -51,3 +52,19 @@ def lazy_names(
         return value
 
     return load, lambda: sorted(homes)
+
+
+@contextlib.contextmanager
+def needing(what: str, library: str, *, extra: str) -> Iterator[None]:
+    """Imports in the block are of an optional library; without it, say what it is needed for.
+
+    Raises
+    ------
+    MissingDependencyError
+        It is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f"{what} needs {library}, which is not installed; pip install 'h5traces[{extra}]'"
+        raise MissingDependencyError(message) from error

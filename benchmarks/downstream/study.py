@@ -20,7 +20,7 @@ from downstream.resampling import Bootstrap
 from downstream.texts import TINY, Limits, shipped_texts, split, texts_of_file
 from downstream.weights import flip_share, measure_weights
 from h5traces.extract import load_model, load_tokenizer
-from h5traces.extract.models import anatomy_of
+from h5traces.extract.anatomy import anatomy_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,20 +18,22 @@ from h5traces.archive.fetching import (
     FILES_AT_A_TIME,
     MOST_FETCHED_NBYTES,
     fetch,
-    read_all,
-    windows,
+    read_samples,
+    stored_nbytes,
 )
 from h5traces.archive.file import ArchiveFile
+from h5traces.archive.notebook import archive_page
 from h5traces.archive.open_files import OpenFiles
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import as_numbers, choose_layers, choose_samples, sliced
 from h5traces.archive.shards import check_alike
-from h5traces.archive.stored_trace import StoredTrace
+from h5traces.archive.stored_trace import NUM_CORES, StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.arguments import checked, shown
 from h5traces.errors import ArchiveError, ArgumentError, SampleIndexError, TraceNotFoundError
 from h5traces.format.archive import add_casts
 from h5traces.format.text import and_more, as_names
+from h5traces.lazy import needing
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    import pandas as pd
+    import pyarrow as pa
+    import xarray as xr
     from numpy.typing import NDArray
 
     from h5traces.archive.selection import LayerChoice, SampleChoice
@@ -329,36 +333,18 @@ class Archive(ReadOnly, Sequence[Trace]):
             The archive stores no such kind.
         """
         view = self if layers is None else self.select(layers=layers)
-        sequences = []
+        samples = []
         for trace in (view[index] for index in as_numbers(indices)):
             names = trace._stored.default_kinds if kinds is None else as_names(kinds)
             for kind in names if kinds is not None else ():
                 trace._stored.check_kind(kind)
-            sequences.append(
+            samples.append(
                 {
                     kind: LayerSequence(trace._stored, kind, view._layers, self._container)
                     for kind in names
                 }
             )
-        wanted = [
-            (sequence, position)
-            for each in sequences
-            for sequence in each.values()
-            for position in range(len(sequence))
-        ]
-        arrays: list[Any] = []
-        for part in windows(wanted):
-            with contextlib.ExitStack() as fetched:
-                fetch(part, fetched)
-                arrays += read_all(part, workers or os.cpu_count() or 1)
-        following = iter(arrays)
-        return [
-            {
-                kind: [next(following) for _ in range(len(sequence))]
-                for kind, sequence in each.items()
-            }
-            for each in sequences
-        ]
+        return read_samples(samples, workers or NUM_CORES)
 
     @checked
     def fetched(
@@ -381,17 +367,94 @@ class Archive(ReadOnly, Sequence[Trace]):
         if not any(isinstance(file.path, RemotePath) for file in self._files):
             return contextlib.nullcontext()
         chosen = self._layers if layers is None else tuple(layers)
-        names, wanted, nbytes = as_names(kinds), [], 0
-        for index in indices:
-            for kind in names:
-                sequence = LayerSequence(self[index]._stored, kind, chosen)
-                for position in range(len(sequence)):
-                    wanted.append((sequence, position))
-                    nbytes += sum(size for _, size in sequence._ranges(position))
+        wanted = [
+            LayerSequence(self[index]._stored, kind, chosen)
+            for index in indices
+            for kind in as_names(kinds)
+        ]
         with contextlib.ExitStack() as until_closed:
-            if nbytes <= MOST_FETCHED_NBYTES:
+            if sum(map(stored_nbytes, wanted)) <= MOST_FETCHED_NBYTES:
                 fetch(wanted, until_closed)
             return until_closed.pop_all()
+
+    @checked
+    def to_arrow(self, columns: str | Iterable[str] | None = None) -> pa.Table:
+        """A table of Arrow with one row per trace, which DuckDB and polars query as it is.
+
+        Parameters
+        ----------
+        columns
+            Names of columns; all but ``hidden_norms`` by default. Texts are read one by one, so
+            name the columns you need of large archives.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``ordinal``, ``path``, ``position_in_file``, ``sample_id``, ``generation_index``,
+            ``seq_len``, ``prompt_len``, ``coverage``, ``label``, ``score_NAME`` for every score,
+            the texts (``question``, ``generated_text``, ``generated_answer``,
+            ``generated_answer_clean``), and ``hidden_norms``, the mean over tokens of the 2-norm
+            of hidden states, a number for each layer. Null where a trace has none.
+
+        Raises
+        ------
+        MissingDependencyError
+            pyarrow is not installed.
+        OptionError
+            There is no such column.
+        """
+        from h5traces.archive.tables import to_arrow
+
+        return to_arrow(self, columns)
+
+    @checked
+    def to_pandas(self, columns: str | Iterable[str] | None = None) -> pd.DataFrame:
+        """A DataFrame of the table that `to_arrow` gives; whole numbers are of type ``Int64``.
+
+        Raises
+        ------
+        MissingDependencyError
+            pandas is not installed.
+        OptionError
+            There is no such column.
+        """
+        from h5traces.archive.tables import to_pandas
+
+        return to_pandas(self, columns)
+
+    @checked
+    def to_xarray(
+        self, kinds: str | Iterable[str] | None = None, *, layers: LayerChoice = None
+    ) -> xr.Dataset:
+        """The arrays of all traces as a data set of xarray, read when they are used.
+
+        Parameters
+        ----------
+        kinds
+            Kinds of arrays; hidden states and attentions by default.
+        layers
+            The model's own layer numbers; all that are stored by default.
+
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each kind: ``sample``, ``layer`` and the axes of its arrays, as
+            `Trace.to_xarray`. Shorter traces are padded with NaN at the end; ``seq_len`` has their
+            lengths. Coordinates: ``layer``, ``sample_id``, ``seq_len``, ``label`` (NaN without).
+
+        Raises
+        ------
+        MissingDependencyError
+            xarray is not installed.
+        LayerIndexError
+            A layer is not stored.
+        OptionError
+            The archive stores no such kind, or generation steps of it.
+        """
+        with needing("to_xarray", "xarray", extra="tables"):
+            from h5traces.archive.labelled import archive_dataset
+
+        return archive_dataset(self if layers is None else self.select(layers=layers), kinds)
 
     def close(self) -> None:
         """Let go of the open files; the next use opens them again."""
@@ -410,6 +473,9 @@ class Archive(ReadOnly, Sequence[Trace]):
         tier = f", {precision.tier}" if precision is not None else ""
         lossy = " (lossy)" if self.metadata.is_lossless is False else ""
         return f"<Archive {where}: {len(self)} traces, layers {list(self.layers)}{tier}{lossy}>"
+
+    def _repr_html_(self) -> str:
+        return archive_page(self, self.metadata, self.layers, self.paths)
 
 
 def _starts_of(files: Sequence[ArchiveFile]) -> list[int]:

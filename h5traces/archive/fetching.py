@@ -1,53 +1,58 @@
-"""Many arrays in one call: read in threads, and fetched from servers in few requests."""
+"""Samples in one call: read in threads, and fetched from servers in few requests."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from h5traces.archive.file import ArchiveFile
     from h5traces.archive.trace import LayerSequence
+    from h5traces.storage.plans import Reading
 
-# Enough that no thread waits long for the last one.
-_TASKS_PER_WORKER = 4
-# Stored bytes of arrays on servers that one call holds at a time.
+    # The arrays of one sample, by kind.
+    Sample = dict[str, LayerSequence]
+
+# Stored bytes of samples on servers that one call holds at a time.
 _WINDOW_NBYTES = 128 << 20
 MOST_FETCHED_NBYTES = 256 << 20
 # Shards on servers that are opened or read at a time; each may make several requests.
 FILES_AT_A_TIME = 8
 
 
-def windows(
-    wanted: list[tuple[LayerSequence, int]],
-) -> Iterator[list[tuple[LayerSequence, int]]]:
+def stored_nbytes(sequence: LayerSequence) -> int:
+    """Bytes that reading all arrays of a sequence fetches."""
+    return sum(size for _, size in _ranges(sequence))
+
+
+def _ranges(sequence: LayerSequence) -> list[tuple[int, int]]:
+    return [each for path in sequence._paths for each in sequence._trace.ranges(path)]
+
+
+def _windows(samples: list[Sample]) -> Iterator[list[Sample]]:
     """Parts whose stored bytes may lie in memory at a time; local files need no more than one."""
-    if not any(sequence._trace.is_remote for sequence, _ in wanted):
-        yield wanted
-        return
-    part: list[tuple[LayerSequence, int]] = []
+    part: list[Sample] = []
     nbytes = 0
-    for sequence, position in wanted:
-        part.append((sequence, position))
-        nbytes += sum(size for _, size in sequence._ranges(position))
+    for sample in samples:
+        part.append(sample)
+        nbytes += sum(stored_nbytes(each) for each in sample.values() if each._trace.is_remote)
         if nbytes >= _WINDOW_NBYTES:
             yield part
             part, nbytes = [], 0
     yield part
 
 
-def fetch(wanted: list[tuple[LayerSequence, int]], until_closed: contextlib.ExitStack) -> None:
+def fetch(wanted: Iterable[LayerSequence], until_closed: contextlib.ExitStack) -> None:
     """Fetch the arrays that lie on servers, of all shards at a time."""
     ranges: dict[ArchiveFile, list[tuple[int, int]]] = {}
     samples: dict[ArchiveFile, list[int]] = {}
-    for sequence, position in wanted:
+    for sequence in wanted:
         if sequence._trace.is_remote:
             file = sequence._trace.file
-            ranges.setdefault(file, []).extend(sequence._ranges(position))
+            ranges.setdefault(file, []).extend(_ranges(sequence))
             samples.setdefault(file, []).append(sequence._trace.index)
     if not ranges:
         return
@@ -60,15 +65,24 @@ def fetch(wanted: list[tuple[LayerSequence, int]], until_closed: contextlib.Exit
         each.result()
 
 
-def read_all(wanted: list[tuple[LayerSequence, int]], workers: int) -> list[Any]:
-    """Arrays by sequence and position, in order; a few large tasks, since small ones cost more."""
+def read_samples(samples: list[Sample], workers: int) -> list[dict[str, list[Any]]]:
+    """All arrays of some samples; threads go on with the next while one becomes arrays."""
+    found = []
+    for window in _windows(samples):
+        with contextlib.ExitStack() as fetched:
+            fetch((each for sample in window for each in sample.values()), fetched)
+            readings = [_begin(sample, workers) for sample in window]
+            found += list(map(_arrays, window, readings))
+    return found
 
-    def read(part: list[tuple[LayerSequence, int]]) -> list[Any]:
-        return [sequence[position] for sequence, position in part]
 
-    if workers == 1:
-        return read(wanted)
-    size = max(1, math.ceil(len(wanted) / (_TASKS_PER_WORKER * workers)))
-    parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
-    with ThreadPoolExecutor(workers) as pool:
-        return [array for part in pool.map(read, parts) for array in part]
+def _begin(sample: Sample, workers: int) -> Reading | None:
+    paths = [path for each in sample.values() for path in each._paths]
+    return next(iter(sample.values()))._trace.begin(paths, workers) if paths else None
+
+
+def _arrays(sample: Sample, reading: Reading | None) -> dict[str, list[Any]]:
+    with contextlib.ExitStack() as at_hand:
+        for sequence in list(sample.values())[:1]:
+            at_hand.enter_context(sequence._trace.at_hand(reading))
+        return {kind: list(sequence) for kind, sequence in sample.items()}

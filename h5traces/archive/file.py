@@ -30,7 +30,7 @@ from h5traces.storage.remote.file import RemoteFile
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
+    from h5traces.storage.plans import Reading
     from h5traces.storage.remote.paths import RemoteOptions
 
 _T = TypeVar("_T")
@@ -147,14 +148,30 @@ class ArchiveFile:
 
     def attrs(self, sample: SampleEntry, path: str) -> Attrs:
         """Attributes of one object of a sample; perhaps without its digest."""
+        return self.facts(sample, path)[1]
 
-        def read(each: SampleEntry) -> Attrs:
+    def facts(self, sample: SampleEntry, path: str) -> tuple[str, Attrs]:
+        """Stored type and attributes of one object of a sample; perhaps without its digest."""
+
+        def read(each: SampleEntry) -> tuple[str, Attrs]:
             objects = each.objects
             if isinstance(objects, FooterObjects):
-                return objects.attrs(path)
-            return objects[path].attrs
+                return objects.facts(path)
+            return objects[path].dtype, objects[path].attrs
 
         return self._from_sample(sample, read)
+
+    def begin(
+        self, sample: SampleEntry, paths: Sequence[str], workers: int, *, together: bool = False
+    ) -> Reading | None:
+        """Begin to read many datasets of a sample, see `Reading`; None where that is not possible.
+
+        What it leaves out is for `read`, which says why.
+        """
+        store = self.store
+        if not isinstance(store, FooterStore) or not isinstance(sample.objects, FooterObjects):
+            return None
+        return store.begin(sample, paths, workers, together=together)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""

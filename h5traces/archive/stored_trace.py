@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, n
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry, SampleEntry
+    from h5traces.storage.plans import Reading
 
+NUM_CORES = os.cpu_count() or 1
 _STEPS_TABLE_AXES = 3
 _FLAT_AXES = 2
 
@@ -52,6 +56,8 @@ class StoredTrace:
     def __init__(self, file: ArchiveFile, index: int, selected: tuple[int, ...] | None) -> None:
         self.file, self.index, self.selected = file, index, selected
         self._tables: dict[str, NDArray[Any]] = {}
+        # What `at_hand` read, until it is asked for.
+        self._at_hand: dict[str, NDArray[Any]] = {}
 
     def __reduce__(self) -> tuple[type[StoredTrace], tuple[Any, ...]]:
         return StoredTrace, (self.file, self.index, self.selected)
@@ -61,7 +67,7 @@ class StoredTrace:
         """Its attributes and objects."""
         return self.file.sample(self.index)
 
-    @property
+    @cached_property
     def place(self) -> str:
         """File and HDF5 path, for messages."""
         return f"{self.file.path}: {layout.sample_path(self.sample.ordinal)}"
@@ -103,7 +109,43 @@ class StoredTrace:
 
     def values(self, path: str) -> NDArray[Any]:
         """Stored values of the dataset at `path`, as they lie in the file."""
-        return self.file.read(self.sample, path)
+        found = self._at_hand.pop(path, None)
+        return self.file.read(self.sample, path) if found is None else found
+
+    def begin(
+        self, paths: Sequence[str], workers: int, *, together: bool = False
+    ) -> Reading | None:
+        """Begin to read many datasets, for `at_hand`."""
+        return self.file.begin(self.sample, paths, workers, together=together)
+
+    @contextlib.contextmanager
+    def at_hand(self, reading: Reading | None) -> Iterator[None]:
+        """Inside the block, `values` gives what was read, each dataset once."""
+        found = {} if reading is None else reading.arrays()
+        self._at_hand |= found
+        try:
+            yield
+        finally:
+            for path in found:
+                self._at_hand.pop(path, None)
+
+    @contextlib.contextmanager
+    def read_ahead(
+        self, paths: Iterable[str], workers: int | None = None, *, together: bool = False
+    ) -> Iterator[None]:
+        """Inside the block, `values` of these datasets come from memory: they are read here.
+
+        `workers` are threads, one per core by default.
+        """
+        wanted = [path for path in paths if path not in self._at_hand]
+        ranges = (each for path in wanted for each in self.ranges(path))
+        with self.prefetched(ranges if self.is_remote else ()):
+            is_one = len(wanted) < 2
+            reading = (
+                None if is_one else self.begin(wanted, workers or NUM_CORES, together=together)
+            )
+            with self.at_hand(reading):
+                yield
 
     @cached_property
     def _children(self) -> dict[str, list[str]]:
@@ -288,6 +330,8 @@ class StoredTrace:
                 )
                 raise CorruptArchiveError(message)
             values = values.astype(np.dtype(source_dtype))
+        if container == "source" and attrs.get("container") == "list":
+            return values.tolist()
         if is_torch(container, attrs.get("container")):
             return to_tensor(TorchValue(values, values.dtype.name))
         return values
@@ -325,33 +369,45 @@ class StoredTrace:
             message = f"{self.place}/{key}: {error}"
             raise CorruptArchiveError(message) from error
 
+    def layer_paths(self, kind: str, names: Iterable[str]) -> list[str]:
+        """The datasets that reading the named arrays of a kind needs."""
+        tables = (f"{kind}/{name}" for name in layout.TABLES)
+        return [f"{kind}/{name}" for name in names] + [
+            path for path in tables if path in self.objects
+        ]
+
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
         """The array of a kind by its dataset name, in its source's type; a list where in steps."""
+        return self._typed_layer(kind, name, *self.file.facts(self.sample, f"{kind}/{name}"))
+
+    def _typed_layer(
+        self, kind: str, name: str, dtype: str, attrs: Attrs
+    ) -> TypedArray | list[TypedArray]:
         path = f"{kind}/{name}"
-        entry, stored = self.entry(path), self.values(path)
+        stored = self.values(path)
         try:
-            encoded = is_encoded(entry.attrs)
+            encoded = is_encoded(attrs)
         except UnsupportedEncodingError as error:
             message = f"{self.place}/{path}: {error}"
             raise UnsupportedEncodingError(message) from error
-        if "encoding" in entry.attrs and self.file.metadata.precision is None:
+        if "encoding" in attrs and self.file.metadata.precision is None:
             message = (
-                f"{self.place}/{path}: is encoded as {entry.attrs['encoding']}, but the archive "
+                f"{self.place}/{path}: is encoded as {attrs['encoding']}, but the archive "
                 "does not say so (the root attribute 'precision' is missing); restore the file "
                 "from a copy"
             )
             raise CorruptArchiveError(message)
         if encoded:
-            return _decoded(self, kind, name, entry, stored)
+            return _decoded(self, kind, name, attrs, stored)
         if f"{kind}/{layout.STEPS_TABLE}" in self.objects:
             steps = _steps(self, kind, name, stored)
-            return [_cast_back(self, step, entry) for step in steps]
-        return _cast_back(self, stored, entry)
+            return [_cast_back(self, step, dtype, attrs, path) for step in steps]
+        return _cast_back(self, stored, dtype, attrs, path)
 
     def read_layer(self, kind: str, name: str, container: Container = "numpy") -> Any:
         """The array of a kind by its dataset name; a list of arrays where it holds steps."""
-        typed, attrs = self.typed_layer(kind, name), self.attrs(f"{kind}/{name}")
-        held = attrs.get("container")
+        dtype, attrs = self.file.facts(self.sample, f"{kind}/{name}")
+        typed, held = self._typed_layer(kind, name, dtype, attrs), attrs.get("container")
         if not isinstance(typed, list):
             return fresh_array(typed, container, held)
         steps = [fresh_array(step, container, held) for step in typed]
@@ -367,36 +423,37 @@ def _stored_layers(kind: str, paths: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(sorted(each for each in layers if each is not None))
 
 
-def _cast_back(trace: StoredTrace, stored: NDArray[Any], entry: ObjectEntry) -> TypedArray:
+def _cast_back(
+    trace: StoredTrace, stored: NDArray[Any], dtype: str, attrs: Attrs, path: str
+) -> TypedArray:
     """Stored values in the type they are to be read in."""
-    place = f"{trace.place}/{entry.path}"
-    array = TypedArray(stored, _float_type(entry.dtype, place))
-    source = entry.attrs.get("source_dtype")
-    return cast_values(array, _float_type(source, place)) if source is not None else array
+    array = TypedArray(stored, _float_type(trace, path, dtype))
+    source = attrs.get("source_dtype")
+    return array if source is None else cast_values(array, _float_type(trace, path, source))
 
 
-def _float_type(name: object, place: str) -> FloatType:
+def _float_type(trace: StoredTrace, path: str, name: object) -> FloatType:
     if name not in FLOAT_TYPES:
-        message = f"{place}: stored type {name!r} is not one of {', '.join(CARRIERS)}"
+        message = f"{trace.place}/{path}: stored type {name!r} is not one of {', '.join(CARRIERS)}"
         raise CorruptArchiveError(message)
     return name
 
 
 def _decoded(
-    trace: StoredTrace, kind: str, name: str, entry: ObjectEntry, stored: NDArray[Any]
+    trace: StoredTrace, kind: str, name: str, attrs: Attrs, stored: NDArray[Any]
 ) -> TypedArray:
     file = trace.file
     try:
         return decode(
             stored,
-            entry.attrs,
+            attrs,
             scale=lambda path: file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/")),
             exceptions=lambda: _exceptions(trace, kind, name),
             unrounded=file.unrounded,
         )
     except CorruptArchiveError as error:
         what = str(error).removeprefix(f"{file.path}: ")
-        message = f"{trace.place}/{entry.path}: {what}"
+        message = f"{trace.place}/{kind}/{name}: {what}"
         raise type(error)(message) from error
 
 

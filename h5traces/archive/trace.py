@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
 from h5traces.archive.equality import equal
+from h5traces.archive.notebook import described_layer, layers_page, trace_page
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import sliced
 from h5traces.archive.source_form import in_source_form
@@ -17,10 +18,12 @@ from h5traces.arguments import as_position, checked, shown
 from h5traces.errors import CorruptArchiveError, FieldNotFoundError, LayerIndexError
 from h5traces.format import layout, text
 from h5traces.format.values import decode_element
+from h5traces.lazy import needing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import xarray as xr
     from numpy.typing import NDArray
 
     from h5traces.archive.stored_trace import StoredTrace
@@ -76,11 +79,10 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     @overload
     def __getitem__(self, position: slice) -> list[LayerValue]: ...
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
-        read = partial(self._trace.read_layer, self.kind, container=self._container)
         if isinstance(position, slice):
-            numbers = sliced(range(len(self)), position)
-            with self._trace.prefetched(part for each in numbers for part in self._ranges(each)):
-                return [read(self._names[each]) for each in numbers]
+            names = [self._names[each] for each in sliced(range(len(self)), position)]
+            with self._trace.read_ahead(self._trace.layer_paths(self.kind, names)):
+                return self._read(names)
         try:
             name = self._names[as_position(position, f"{self._trace.place}: {self.kind}")]
         except IndexError:
@@ -90,25 +92,27 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
-        return read(name)
+        return self._trace.read_layer(self.kind, name, self._container)
 
     def __contains__(self, value: object) -> bool:
         return any(equal(each, value) for each in self)
 
-    def _ranges(self, position: int) -> list[tuple[int, int]]:
-        """Offset and size of the stored chunks of one array."""
-        found = self._trace.ranges(f"{self.kind}/{self._names[position]}")
-        for table in (f"{self.kind}/{name}" for name in layout.TABLES):
-            found += self._trace.ranges(table) if table in self._trace.objects else []
-        return found
+    @property
+    def _paths(self) -> list[str]:
+        """The datasets that reading all arrays needs."""
+        return self._trace.layer_paths(self.kind, self._names)
+
+    def _read(self, names: Iterable[str]) -> list[LayerValue]:
+        return [self._trace.read_layer(self.kind, name, self._container) for name in names]
 
     def _to_list(self) -> Any:
         """All arrays, in what held them in the source: a list, a tuple, a dict or one array."""
-        return in_source_form(self._trace, self.kind, self._names, self._container)
+        with self._trace.read_ahead(self._paths):
+            return in_source_form(self._trace, self.kind, self._names, self._container)
 
     def copy(self) -> list[LayerValue]:
         """A list of all arrays, as ``list.copy`` gives."""
-        return list(self)
+        return self[:]
 
     def __add__(self, other: Any) -> Any:
         return self._to_list() + (other._to_list() if isinstance(other, LayerSequence) else other)
@@ -132,6 +136,11 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
 
     def __repr__(self) -> str:
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
+
+    def _repr_html_(self) -> str:
+        entries = [self._trace.entry(f"{self.kind}/{name}") for name in self._names]
+        described = [described_layer(each.attrs, each.shape, each.dtype) for each in entries]
+        return layers_page(self.kind, self.layers, described)
 
 
 def _plain(value: Any) -> Any:
@@ -238,6 +247,9 @@ class Trace(ReadOnly, Mapping[str, Any]):
             f"seq_len={metadata.seq_len}, fields={', '.join(self.fields)}>"
         )
 
+    def _repr_html_(self) -> str:
+        return trace_page(self)
+
     def _value(self, key: str, container: Container) -> Any:
         objects = self._stored.objects
         # A kind that was made of others, such as the head mean, is no key of the legacy dict.
@@ -338,20 +350,43 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """
         wanted = self._container if container is None else container
         check_container(wanted)
-        plain: dict[str, Any] = {}
-        with self._stored.prefetched(self._selected_ranges()):
-            for key in self.fields:
-                plain[key] = _plain(self._value(key, wanted))
-        return plain
+        with self._stored.read_ahead(self._needed()):
+            return {key: _plain(self._value(key, wanted)) for key in self.fields}
 
-    def _selected_ranges(self) -> list[tuple[int, int]]:
-        """Where everything lies that `to_dict` reads; nothing for a file on disk."""
-        if not self._stored.is_remote:
-            return []
-        layers = None if self._stored.selected is None else set(self._stored.selected)
-        ranges: list[tuple[int, int]] = []
-        for path in self._stored.objects:
-            layer = layout.parse_layer_name(path.rpartition("/")[2])
-            if layers is None or layer is None or layer in layers:
-                ranges += self._stored.ranges(path)
-        return ranges
+    @checked
+    def to_xarray(self, kinds: str | Iterable[str] | None = None) -> xr.Dataset:
+        """The layers as a data set of xarray, with named axes; values are read when they are used.
+
+        Parameters
+        ----------
+        kinds
+            Kinds of arrays; hidden states and attentions by default.
+
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each kind: ``layer`` and the axes of its arrays (``token``, ``hidden``;
+            ``head``, ``query``, ``key``). Coordinates: ``layer``, -1 for the embedding;
+            ``token_text``, ``token_id``, ``is_prompt``, ``query_text``, ``key_text``, where they
+            are stored. Layers that a kind does not have are NaN. Metadata are attributes.
+
+        Raises
+        ------
+        MissingDependencyError
+            xarray is not installed.
+        OptionError
+            The archive stores no such kind, or generation steps of it.
+        """
+        with needing("to_xarray", "xarray", extra="tables"):
+            from h5traces.archive.labelled import trace_dataset
+
+        return trace_dataset(self, kinds)
+
+    def _needed(self) -> list[str]:
+        """The datasets that `to_dict` reads."""
+        stored = self._stored
+        paths = [path for path in stored.objects if path.partition("/")[0] not in stored.kinds]
+        for kind in self.fields:
+            if kind in stored.kinds and kind in stored.objects:
+                paths += LayerSequence(stored, kind, stored.selected)._paths
+        return paths

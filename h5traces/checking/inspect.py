@@ -15,6 +15,7 @@ from h5traces.checking.meaning import look_of, stored_content
 from h5traces.errors import SchemaError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, count_not_finite
+from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import ArraySource, StepArrays, TraceRecord
 from h5traces.format.text import counted
@@ -107,7 +108,7 @@ class SampleStats:
 
 
 @dataclass(slots=True)
-class Inspection:
+class Inspection(Report):
     """What a file holds.
 
     Attributes
@@ -164,10 +165,6 @@ class Inspection:
         if of and self.container != "archive":
             return f"{text}, some values of {counted(of, 'other')}"
         return f"{text}; {counted(of, 'other')} not read" if of else text
-
-    def as_dict(self) -> dict[str, Any]:
-        """The inspection as JSON-ready values."""
-        return asdict(self)
 
 
 @checked

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from h5traces.errors import Problem
+from h5traces.format.html import Report, reports_page
 from h5traces.meaning.checks import CheckOptions, FindingSummary
 
 
 @dataclass(slots=True)
-class FileReport:
+class FileReport(Report):
     """What a check found in one archive.
 
     Attributes
@@ -40,10 +41,6 @@ class FileReport:
         message = str(error).removeprefix(f"{self.path}: ").removeprefix(f"{loc}: ")
         self.problems.append(Problem(loc, message, kind))
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return {"path": self.path, "ok": self.ok, **asdict(self)}
-
 
 Checked = TypeVar("Checked", bound=FileReport)
 
@@ -65,6 +62,9 @@ class Reports(list[Checked]):
     def notes(self) -> list[str]:
         """The notes of all archives."""
         return [note for each in self for note in each.notes]
+
+    def _repr_html_(self) -> str:
+        return reports_page(type(self).__name__, self)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from h5traces.arguments import checked
 from h5traces.checking.verify import sample_damage
 from h5traces.errors import CorruptArchiveError, HostileFileError, Problem, StoredStateWarning
 from h5traces.format import layout
+from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.paths import Target, check_not_a_source
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class SalvageReport:
+class SalvageReport(Report):
     """What was saved and what was lost.
 
     Attributes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from h5traces.archive.file import check_format, check_version
 from h5traces.archive.foreign import error_for
@@ -14,6 +14,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
+from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.paths import expand_paths
 from h5traces.storage.arrays import read_array, read_chunk
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class SealReport:
+class SealReport(Report):
     """What sealing did to one archive.
 
     Attributes
@@ -58,10 +59,6 @@ class SealReport:
     num_samples: int = 0
     edited: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
 
 
 @checked
@@ -166,7 +163,7 @@ def _seal_file(
     report.sealed = report.already_sealed
     if report.already_sealed or dry_run or (report.edited and not accept_edits):
         return report
-    _append(path, builder, root, kinds)
+    _append(file, builder, root, kinds)
     report.sealed = True
     return report
 
@@ -218,14 +215,18 @@ def _sealed(file: LocalFile, entry: ObjectEntry, limits: ReadLimits) -> tuple[Ob
     return sealed, difference(entry, values) is None
 
 
-def _append(path: Path, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:
+def _append(file: LocalFile, builder: FooterBuilder, root: Attrs, kinds: dict[str, Attrs]) -> None:
     """Write the footer after the HDF5 part, durably."""
-    end = hdf5_end(LocalFile(path))
-    descriptor = os.open(path, os.O_RDWR)
+    end = hdf5_end(file)
+    descriptor = os.open(file.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != file.identity:
+            message = f"{file.name}: the file was replaced while it was read; seal it again"
+            raise CorruptArchiveError(message)
         # Removes an outdated footer.
         os.ftruncate(descriptor, end)
-        footer = builder.finish(LocalFile(path), root, kinds)
+        footer = builder.finish(file, root, kinds)
         written = 0
         while written < len(footer):
             written += os.pwrite(descriptor, footer[written:], end + written)

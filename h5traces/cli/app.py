@@ -47,6 +47,7 @@ _PANELS: Final = {
         "looking": {
             "inspect": "Show what archives or other files of traces hold, and their sizes.",
             "ls": "List the samples of archives.",
+            "head": "Show the first samples with their texts.",
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
         }
@@ -129,8 +130,9 @@ def _version(value: bool) -> None:
     if value:
         from h5traces.errors import __version__
         from h5traces.format.layout import FORMAT_VERSION
+        from h5traces.format.native import describe
 
-        typer.echo(f"h5traces {__version__} (format {FORMAT_VERSION})")
+        typer.echo(f"h5traces {__version__} (format {FORMAT_VERSION}), {describe()}")
         raise typer.Exit
 
 

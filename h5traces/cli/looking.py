@@ -1,4 +1,4 @@
-"""``h5traces inspect``, ``ls``, ``validate`` and ``verify``."""
+"""``h5traces inspect``, ``ls``, ``head``, ``validate`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, print_json, print_line
 from h5traces.cli.options import Archives, Checks, Json, Reading, option
 from h5traces.errors import H5TracesError
+from h5traces.format.layout import TEXT_FIELDS
 from h5traces.paths import expand_paths
 from h5traces.sources.collecting import archives_and_sources
 from h5traces.sources.drafting import drafted
@@ -107,6 +108,33 @@ def ls(sources: Archives, json: Json = False) -> None:
         print_json(rows)
     else:
         reports.print_samples(rows)
+
+
+@command()
+def head(
+    sources: Archives,
+    *,
+    num_samples: Annotated[int, option(None, "-n --num-samples N", "How many samples.", min=1)] = 3,
+    json: Json = False,
+) -> None:
+    """Show the first samples with their texts.
+
+    - `h5traces head archives/`
+    - `h5traces head s3://bucket/run/*.h5 -n 10`
+    """
+    shown = open_archive(sources)[:num_samples]
+    rows: list[dict[str, Any]] = [
+        {
+            "index": index,
+            **trace.metadata.model_dump(mode="json", exclude={"fields"}),
+            **{name: trace[name] for name in TEXT_FIELDS if name in trace},
+        }
+        for index, trace in enumerate(shown)
+    ]
+    if json:
+        print_json(rows)
+    else:
+        reports.print_texts(rows)
 
 
 @command()

@@ -18,6 +18,7 @@ from h5traces.cli.console import (
     warn,
     with_flags,
 )
+from h5traces.format.layout import TEXT_FIELDS
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
@@ -240,6 +241,19 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
             )
         )
     print_table(table)
+
+
+def print_texts(rows: list[dict[str, Any]]) -> None:
+    """A paragraph for each sample: what it is, and its texts in full."""
+    for row in rows:
+        label = "" if row["label"] is None else f", label {row['label']}"
+        name = "without id" if row["sample_id"] is None else row["sample_id"]
+        print_line(f"{row['index']}: {name}, {counted(row['seq_len'], 'token')}{label}")
+        for field in (each for each in TEXT_FIELDS if each in row):
+            beginning, *more = str(row[field]).splitlines() or [""]
+            print_line(f"  {field}: {beginning}")
+            for line in more:
+                print_line(f"    {line}")
 
 
 def print_validation(found: list[ValidationReport]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError
+from h5traces.extract.anatomy import states_in, states_of, weights_of
 from h5traces.extract.options import KINDS, Kind, LastState
 from h5traces.format import layout
 from h5traces.format.dtypes import CastCounts, TypedArray
@@ -18,10 +20,9 @@ from h5traces.format.record import EarlierCast, LayerArray
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
-    from h5traces.extract.models import Anatomy
+    from h5traces.extract.anatomy import Anatomy
     from h5traces.format.dtypes import DtypePolicy, FloatType
 
 
@@ -38,7 +39,8 @@ _TYPE_NAMES: Final[dict[torch.dtype, FloatType]] = {
 }
 # Integers of the same size, to compare values bit by bit.
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHECK_TOKENS: Final = tuple(range(8))
+# A prime: nothing else in a small model is as long.
+_CHECK_TOKENS: Final = tuple(range(11))
 # Kernels of accelerators may round differently from run to run; wrong arrays differ far more.
 _TOLERANCE: Final = 1e-2
 
@@ -119,8 +121,7 @@ class _Pass:
 
     def run(self, pad_id: int) -> None:
         """Compute and copy; all copies are complete when this returns."""
-        device = self._anatomy.decoder.get_input_embeddings().weight.device
-        inputs = padded(self._sequences, pad_id, device)
+        inputs = self._anatomy.inputs(padded(self._sequences, pad_id, self._anatomy.device))
         with contextlib.ExitStack() as hooks:
             for handle in self._hooks():
                 hooks.callback(handle.remove)
@@ -153,29 +154,25 @@ class _Pass:
                 is_last and options.last_state == "final_norm"
             ):
                 yield anatomy.blocks[layer].register_forward_hook(self._taker(name))
-            if self._keeps("attentions", layer):
-                yield anatomy.attentions[layer].register_forward_hook(self._weights_taker(name))
+            attention = anatomy.attentions[layer]
+            if self._keeps("attentions", layer) and attention is not None:
+                yield attention.register_forward_hook(self._weights_taker(name))
 
     def _take_embedding(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[0] if args else kwargs["hidden_states"]
+        value = states_in(args, kwargs)
         self._take(layout.HIDDEN_STATES, layout.EMBEDDING, layout.SITE_EMBEDDING, value)
 
     def _taker(self, name: str) -> Any:
         def take(_module: Any, _args: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            self._take(layout.HIDDEN_STATES, name, layout.SITE_BLOCK_OUTPUT, value)
+            self._take(layout.HIDDEN_STATES, name, layout.SITE_BLOCK_OUTPUT, states_of(output))
 
         return take
 
     def _weights_taker(self, name: str) -> Any:
         def take(module: Any, _args: Any, output: Any) -> None:
-            value = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            value = weights_of(output, max(self._lengths))
             if value is None:
-                message = (
-                    f"{name}: {type(module).__name__} returned no attention weights; load the "
-                    "model with attn_implementation='eager', or extract hidden_states only"
-                )
-                raise ExtractionError(message)
+                raise ExtractionError(_no_weights(name, module))
             self._take(layout.ATTENTIONS, name, None, value)
 
         return take
@@ -287,45 +284,129 @@ def padded(
     return inputs
 
 
-def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...]) -> None:
-    """Compare the arrays of eight tokens with those that transformers returns."""
-    options = CaptureOptions(
-        layers=tuple(range(anatomy.num_layers)), kinds=kinds, embedding=True, dtype="auto"
+def with_weights(anatomy: Anatomy) -> Anatomy:
+    """The anatomy without those attention modules that return no weights, such as linear ones.
+
+    Raises
+    ------
+    ExtractionError
+        No module returned weights, or one of a class of which others did.
+    """
+    returned: dict[int, bool] = {}
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for layer, module in enumerate(anatomy.attentions):
+            if module is not None:
+
+                def note(_module: Any, _args: Any, output: Any, layer: int = layer) -> None:
+                    weights = weights_of(output, len(_CHECK_TOKENS))
+                    returned[layer] = weights is not None
+
+                hooks.callback(module.register_forward_hook(note).remove)
+        inputs = padded([_CHECK_TOKENS], 0, anatomy.device)
+        anatomy.decoder(**anatomy.inputs(inputs), use_cache=False)
+    giving = {type(anatomy.attentions[layer]) for layer, found in returned.items() if found}
+    if not giving:
+        message = (
+            f"{anatomy.model_class}: no block has attention weights; load the model with "
+            "attn_implementation='eager', or extract hidden_states only"
+        )
+        raise ExtractionError(message)
+    for layer, found in returned.items():
+        if not found and type(anatomy.attentions[layer]) in giving:
+            raise ExtractionError(_no_weights(layout.layer_name(layer), anatomy.attentions[layer]))
+    kept = tuple(
+        module if returned.get(layer) else None for layer, module in enumerate(anatomy.attentions)
     )
-    (captured,) = Capturer(anatomy, options).run([_CHECK_TOKENS])
-    device = model.get_input_embeddings().weight.device
+    return replace(anatomy, attentions=kept)
+
+
+def _no_weights(name: str, module: Any) -> str:
+    return (
+        f"{name}: {type(module).__name__} returned no attention weights; load the model with "
+        "attn_implementation='eager', or extract hidden_states only"
+    )
+
+
+def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...]) -> None:
+    """Compare the arrays of eleven tokens with those that transformers returns.
+
+    Raises
+    ------
+    ExtractionError
+        An array is another, or transformers returns another number of them.
+    """
     with torch.inference_mode():
         output = model(
-            **padded([_CHECK_TOKENS], 0, device),
+            **anatomy.inputs(padded([_CHECK_TOKENS], 0, anatomy.device)),
             output_hidden_states=layout.HIDDEN_STATES in kinds,
             output_attentions=layout.ATTENTIONS in kinds,
             use_cache=False,
         )
-    expected = {layout.HIDDEN_STATES: output.hidden_states, layout.ATTENTIONS: output.attentions}
     for kind in kinds:
-        found = captured.arrays[kind]
-        if len(found) != len(expected[kind]):
+        # Some list None for blocks without attention, or matrices of another size.
+        expected = [each for each in getattr(output, kind, None) or () if _is_whole(each)]
+        message = None
+        for found in _ways(anatomy, kind):
+            problem = _difference(kind, found, expected)
+            if problem is None:
+                break
+            message = message or problem
+        else:
             message = (
-                f"{anatomy.model_class}: transformers returns {len(expected[kind])} {kind}, the "
-                f"hooks took {len(found)}; h5traces does not know the structure of this model"
+                f"{anatomy.model_class}: {message}; h5traces does not know the structure of this "
+                "model"
             )
             raise ExtractionError(message)
-        for entry, tensor in zip(found, expected[kind], strict=True):
-            if not isinstance(entry.array, TypedArray) or not _is_close(
-                entry.array.to_numpy(), tensor[0].float().cpu().numpy()
-            ):
-                message = (
-                    f"{anatomy.model_class}: {kind}/{entry.name} is not what transformers returns; "
-                    "h5traces does not know the structure of this model"
-                )
-                raise ExtractionError(message)
 
 
-def _is_close(found: NDArray[Any], expected: NDArray[np.float32]) -> bool:
-    """Whether two arrays differ by rounding at most, with NaN values in the same places."""
+def _is_whole(values: torch.Tensor | None) -> bool:
+    """Whether hidden states, or attention weights, cover the tokens of the check."""
+    return values is not None and values.shape[-2] == len(_CHECK_TOKENS)
+
+
+def _ways(anatomy: Anatomy, kind: Kind) -> Iterator[list[LayerArray]]:
+    """Arrays of a kind in the ways in which models of transformers list them.
+
+    Most list the embedding and all states but the last block's, which the final norm replaces;
+    Mamba and its kin list the states of all blocks, and then the final norm.
+    """
+    options = CaptureOptions(
+        layers=tuple(range(anatomy.num_layers)), kinds=(kind,), embedding=True, dtype="auto"
+    )
+    (captured,) = Capturer(anatomy, options).run([_CHECK_TOKENS])
+    arrays = captured.arrays.get(kind, [])
+    yield arrays
+    if kind == layout.HIDDEN_STATES:
+        options = replace(options, embedding=False, last_state="block_output")
+        (captured,) = Capturer(anatomy, options).run([_CHECK_TOKENS])
+        yield [*captured.arrays[kind], arrays[-1]]
+
+
+def _difference(
+    kind: Kind, found: list[LayerArray], expected: Sequence[torch.Tensor]
+) -> str | None:
+    """How arrays differ from those of transformers, in words."""
+    if len(found) != len(expected):
+        return f"transformers returns {len(expected)} {kind}, the hooks took {len(found)}"
+    for entry, tensor in zip(found, expected, strict=True):
+        if not is_close(values_of(entry), tensor[0].float().cpu().numpy(), _TOLERANCE):
+            return f"{kind}/{entry.name} is not what transformers returns"
+    return None
+
+
+def values_of(entry: LayerArray) -> NDArray[Any]:
+    """The numbers of a captured array."""
+    assert isinstance(entry.array, TypedArray)
+    return entry.array.to_numpy()
+
+
+def is_close(found: NDArray[Any], expected: NDArray[Any], tolerance: float) -> bool:
+    """Whether two arrays differ by rounding at most, with NaN values in the same places.
+
+    The tolerance is relative to the largest value.
+    """
     if found.shape != expected.shape:
         return False
-    a, b = torch.from_numpy(found).float(), torch.from_numpy(expected)
-    finite = b[b.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    return torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * largest, equal_nan=True)
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    largest = np.abs(b[np.isfinite(b)]).max(initial=0.0)
+    return np.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

@@ -10,6 +10,7 @@ from h5traces.arguments import checked
 from h5traces.extract.sizes import ModelShape, Rates, stated_rates
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS
+from h5traces.format.html import Report
 from h5traces.format.precision import EXACT, TIERS
 from h5traces.format.text import as_names
 from h5traces.storage.codecs import GZIP
@@ -56,7 +57,7 @@ class EstimateRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(Report):
     """How many bytes samples take.
 
     Attributes

@@ -16,7 +16,9 @@ import xxhash
 from h5traces.archive.selection import choose_layers
 from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, NanError
-from h5traces.extract.capture import CaptureOptions, Capturer, check_capture
+from h5traces.extract.anatomy import anatomy_of, check_eager
+from h5traces.extract.batches import check_batches
+from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_weights
 from h5traces.extract.generation import (
     Planner,
     clean_answer,
@@ -24,17 +26,18 @@ from h5traces.extract.generation import (
     generation_config,
     padding_token,
 )
-from h5traces.extract.models import BATCHING_FAMILIES, anatomy_of, check_eager
 from h5traces.extract.options import ExtractOptions
 from h5traces.extract.questions import Question
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata, SampleExtraction
 from h5traces.format.dtypes import DTYPE_POLICIES, TypedArray, cast_values
 from h5traces.format.record import LayeredArrays, TraceRecord
+from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from h5traces.extract.anatomy import Anatomy
     from h5traces.extract.capture import Captured
     from h5traces.extract.generation import Answer, Job
     from h5traces.extract.questions import QuestionSet
@@ -189,15 +192,13 @@ class Extractor:
             raise ExtractionError(message)
         if layout.ATTENTIONS in options.kinds:
             check_eager(model)
-        if options.batch_size > 1 and anatomy.family not in BATCHING_FAMILIES:
-            message = (
-                f"{anatomy.model_class} ({anatomy.family}) was not tried in batches; use "
-                f"a batch size of 1. Batches work with {', '.join(sorted(BATCHING_FAMILIES))}"
-            )
-            raise ExtractionError(message)
-        check_capture(model, anatomy, options.kinds)
-        self._model, self._tokenizer, self._options = model, tokenizer, options
+            anatomy = with_weights(anatomy)
+            _check_attentions(anatomy, layers)
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
+        check_capture(model, anatomy, options.kinds)
+        if options.batch_size > 1:
+            check_batches(model, anatomy, options.kinds, self._pad_id)
+        self._model, self._tokenizer, self._options = model, tokenizer, options
         self._capturer = Capturer(
             anatomy,
             CaptureOptions(
@@ -305,6 +306,17 @@ class Extractor:
             },
             extra=extra,
         )
+
+
+def _check_attentions(anatomy: Anatomy, layers: Sequence[int]) -> None:
+    """Reject layers of which none has attentions."""
+    having = [layer for layer, module in enumerate(anatomy.attentions) if module is not None]
+    if not set(having) & set(layers):
+        message = (
+            f"{anatomy.model_class}: none of the layers {and_more(layers, 8)} has attentions; "
+            f"those of this model are in {and_more(having, 8)}"
+        )
+        raise ExtractionError(message)
 
 
 def weights_digest(model: Any) -> str | None:

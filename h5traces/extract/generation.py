@@ -164,7 +164,7 @@ def generate(
     inputs = padded(prompts, pad_id, device)
     inputs.pop("position_ids", None)  # generate derives them from the mask
     config = generation_config(model, options, pad_id)
-    with torch.inference_mode(), _in_force(model, config):
+    with torch.inference_mode(), in_force(model, config):
         generated = model.generate(**inputs, generation_config=config, logits_processor=processors)
     length = inputs["input_ids"].shape[1]
     ends = _end_tokens(config)
@@ -172,7 +172,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _in_force(model: Any, config: Any) -> Iterator[None]:
+def in_force(model: Any, config: Any) -> Iterator[None]:
     """Use this generation config alone.
 
     transformers fills missing values from the model's own config, so that its temperature would

@@ -1,4 +1,4 @@
-"""Models of transformers: found by name, loaded, and taken apart into their blocks."""
+"""Models of transformers, found by name and loaded."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import json
 import os
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, MissingDependencyError
+from h5traces.extract.anatomy import check_decoder_only
 from h5traces.extract.sizes import ModelShape
 from h5traces.format.text import and_more
+from h5traces.storage.files import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +38,6 @@ MODEL_ALIASES: dict[str, str] = {
     "qwen2.5_7B_instruct": "Qwen/Qwen2.5-7B-Instruct",
     "gemma2_9B_it": "google/gemma-2-9b-it",
 }
-# Families whose left-padded batches were compared with one-by-one runs; see docs/extraction.md.
-BATCHING_FAMILIES: Final = frozenset({"llama", "qwen2", "mistral", "gpt2"})
 _ALIASES_TABLE: Final = "models"
 _EAGER: Final = "eager"
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
@@ -59,7 +57,8 @@ def known_aliases() -> dict[str, str]:
     if not path.exists():
         return dict(MODEL_ALIASES)
     try:
-        own = tomllib.loads(path.read_text(encoding="utf-8")).get(_ALIASES_TABLE, {})
+        text = read_document(path, ExtractionError, "a table of aliases").decode()
+        own = tomllib.loads(text).get(_ALIASES_TABLE, {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         message = f"{path}: is not TOML: {error}"
         raise ExtractionError(message) from error
@@ -82,7 +81,7 @@ def load_config(
     """Load the configuration of a model."""
     config = _loaded(AutoConfig, model_id, revision, trust_remote_code=trust_remote_code)
     name = resolve_model(model_id)
-    _check_decoder_only(config, name)
+    check_decoder_only(config, name)
     # A kernel is code of another repository, which transformers would download and run.
     implementation = str(config.get_text_config()._attn_implementation or "")
     if "/" in implementation and not trust_remote_code:
@@ -220,7 +219,8 @@ def _check_weights(name: str) -> None:
 
 def _listed_weights(index: Path) -> set[str]:
     try:
-        return {str(each) for each in json.loads(index.read_bytes())["weight_map"].values()}
+        data = read_document(index, ExtractionError, "an index of safetensors files")
+        return {str(each) for each in json.loads(data)["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"{index}: is no index of safetensors files: {error!r}"
         raise ExtractionError(message) from error
@@ -376,87 +376,3 @@ def hide_progress_bars() -> None:
     """Keep transformers' progress bars out of the output of a command."""
     untyped: Any = logging.disable_progress_bar
     untyped()
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The parts of a decoder-only model.
-
-    ``family`` is its ``model_type``; ``decoder`` runs embedding, blocks and final norm.
-    """
-
-    model_class: str
-    family: str
-    decoder: Any
-    blocks: tuple[nn.Module, ...]
-    attentions: tuple[nn.Module, ...]
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder blocks."""
-        return len(self.blocks)
-
-
-def anatomy_of(model: Any) -> Anatomy:
-    """Find the parts of a model."""
-    name = type(model).__name__
-    _check_decoder_only(model.config, name)
-    config = model.config.get_text_config()
-    decoder = model.get_decoder()
-    blocks = _blocks(decoder, config.num_hidden_layers, name)
-    return Anatomy(
-        model_class=name,
-        family=config.model_type,
-        decoder=decoder,
-        blocks=blocks,
-        attentions=tuple(
-            _attention(block, f"{name}, layer {layer}") for layer, block in enumerate(blocks)
-        ),
-    )
-
-
-def _check_decoder_only(config: Any, name: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        message = (
-            f"{name} is an encoder-decoder ({config.model_type}); expected a decoder-only model: "
-            "an archive holds one token sequence per sample, and this model has two"
-        )
-        raise ExtractionError(message)
-
-
-def _blocks(decoder: nn.Module, num_layers: int, name: str) -> tuple[nn.Module, ...]:
-    found = [
-        child
-        for child in decoder.children()
-        if isinstance(child, nn.ModuleList) and len(child) == num_layers
-    ]
-    if len(found) != 1:
-        message = (
-            f"{name}: found {len(found)} lists of {num_layers} blocks in {type(decoder).__name__}, "
-            "expected one; h5traces does not know the structure of this model"
-        )
-        raise ExtractionError(message)
-    return tuple(found[0])
-
-
-def _attention(block: nn.Module, place: str) -> nn.Module:
-    found = [child for child in block.children() if type(child).__name__.endswith("Attention")]
-    if len(found) != 1:
-        message = (
-            f"{place}: found {len(found)} attention modules in {type(block).__name__}, expected "
-            "one; h5traces does not know the structure of this model"
-        )
-        raise ExtractionError(message)
-    return found[0]
-
-
-def check_eager(model: Any) -> None:
-    """Reject attention implementations that return no weights."""
-    found = model.config.get_text_config()._attn_implementation
-    if found != _EAGER:
-        message = (
-            f"{type(model).__name__} computes attention with {found!r}, which gives no attention "
-            "weights; load it with attn_implementation='eager', call "
-            "model.set_attn_implementation('eager'), or extract hidden_states only"
-        )
-        raise ExtractionError(message)

@@ -14,6 +14,7 @@ import xxhash
 from h5traces.errors import ExtractionError, MissingDependencyError, SchemaError
 from h5traces.extract.options import Columns
 from h5traces.sources.rows import foreign, read_rows, short, text_of
+from h5traces.storage.files import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ _QUESTION_COLUMNS: Final = ("question", "prompt")
 _ID_COLUMNS: Final = ("question_id", "id")
 _ANSWER_COLUMNS: Final = ("answers", "answer", "ground_truth_answers", "reference_answers")
 _SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv")
+_MAX_QUESTIONS_NBYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def read_questions(path: Path, columns: Columns | None = None) -> QuestionSet:
     if path.suffix.lower() not in _SUFFIXES:
         message = f"{path}: expected a file of questions, .jsonl or .csv (or .json, .tsv)"
         raise ExtractionError(message)
-    data = path.read_bytes()
+    data = read_document(
+        path, ExtractionError, "a file of questions", max_nbytes=_MAX_QUESTIONS_NBYTES
+    )
     try:
         table = read_rows(path, text_of(io.BytesIO(data)))
         questions = _checked(_from_rows(table, columns or Columns()), str(path))

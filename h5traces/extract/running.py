@@ -16,7 +16,9 @@ import torch
 
 from h5traces.errors import ExtractionError, NanError
 from h5traces.format.dtypes import TypedArray
+from h5traces.format.html import Report
 from h5traces.rewriting.reports import cast_warnings
+from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
 from h5traces.writing.options import WriteOptions
 
@@ -68,7 +70,7 @@ class Skipped:
 
 
 @dataclass
-class ExtractionReport:
+class ExtractionReport(Report):
     """What a run did.
 
     Attributes
@@ -166,11 +168,12 @@ def skipped_before(output: Path) -> dict[str, Skipped]:
     """Samples that earlier starts left out, by id."""
     path = report_path(output)
     try:
-        document = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+        data = read_document(path, ExtractionError, "the report of an extraction")
+        document = json.loads(data.decode("utf-8", "surrogatepass"))
         found = [Skipped(**each) for each in document["skipped"]]
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         message = f"{path}: is not the report of an extraction ({error!r}); move it away"
         raise ExtractionError(message) from error
     return {each.sample_id: each for each in found}

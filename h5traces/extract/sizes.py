@@ -49,7 +49,8 @@ class ModelShape:
         return cls(
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
-            num_heads=text.num_attention_heads,
+            # Mamba and its kin have none.
+            num_heads=getattr(text, "num_attention_heads", 0),
         )
 
     def num_values(self, lengths: Sequence[int], kinds: Iterable[str]) -> dict[str, float]:

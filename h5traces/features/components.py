@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.errors import MissingDependencyError, OptionError
+from h5traces.errors import OptionError
+from h5traces.lazy import needing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,14 +52,8 @@ class PrincipalComponents:
 
 def require_scikit_learn() -> Any:
     """The class ``sklearn.decomposition.IncrementalPCA``."""
-    try:
+    with needing("pca", "scikit-learn", extra="pca"):
         from sklearn.decomposition import IncrementalPCA
-    except ImportError as error:
-        message = (
-            "principal components need scikit-learn, which is not installed; "
-            "pip install 'h5traces[pca]'"
-        )
-        raise MissingDependencyError(message) from error
     return IncrementalPCA
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,7 @@ from h5traces.features.samples import RowSums, definitions_of, fitted, iterate_f
 from h5traces.features.table import FeatureTable, SpooledColumn
 from h5traces.features.writing import FORMATS, check_writer, write_features
 from h5traces.format import layout
+from h5traces.format.html import Report
 from h5traces.format.text import and_more, utc_now
 from h5traces.paths import Target, check_not_a_source
 from h5traces.storage.publish import make_folder
@@ -63,7 +64,7 @@ class PcaOptions:
 
 
 @dataclass(slots=True)
-class FeatureReport:
+class FeatureReport(Report):
     """What was computed.
 
     Attributes
@@ -96,10 +97,6 @@ class FeatureReport:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     nbytes: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
 
 
 @checked

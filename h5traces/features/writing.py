@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from h5traces.errors import MissingDependencyError
 from h5traces.format import text
 from h5traces.format.entries import stored_type_of
+from h5traces.lazy import needing
 from h5traces.storage.arrays import as_bytes, chunk_shape, cut
 from h5traces.storage.codecs import GZIP, get_codec
 from h5traces.storage.hdf5.writing import Hdf5Writer
@@ -51,11 +51,8 @@ def write_features(table: FeatureTable, target: Path, *, overwrite: bool) -> int
 
 
 def _parquet_writer() -> Callable[[FeatureTable, PartFile], None]:
-    try:
+    with needing(".parquet", "pyarrow", extra="parquet"):
         from h5traces.features.parquet import write_parquet
-    except ImportError as error:
-        message = ".parquet needs pyarrow, which is not installed; install h5traces[parquet]"
-        raise MissingDependencyError(message) from error
     return write_parquet
 
 

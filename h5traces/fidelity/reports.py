@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from h5traces.format.html import Report
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -208,7 +210,7 @@ class Unmatched:
 
 
 @dataclass(slots=True)
-class FidelityReport:
+class FidelityReport(Report):
     """What a comparison found.
 
     Attributes

@@ -112,6 +112,7 @@ def index_columns(index: list[TraceMetadata]) -> dict[str, np.ndarray]:
 
 
 Container = Literal["torch", "ml_dtypes"]
+TokensContainer = Literal["torch", "list"]
 
 
 class ArraySource(Protocol):
@@ -332,7 +333,7 @@ class TraceRecord(BaseModel):
     exact_digest: Digest | None = None
     fields: tuple[str, ...] = ()
     tokens: NDArray[np.int64] | None = None
-    tokens_container: Container | None = None
+    tokens_container: TokensContainer | None = None
     tokens_decoded: tuple[str, ...] | None = None
     # By position: 1, or 0 where nothing may be read into the numbers.
     attention_mask: NDArray[np.uint8] | None = None

@@ -16,7 +16,14 @@ from h5traces.arguments import shown
 from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.dtypes import FLOAT_TYPES, TypedArray
-from h5traces.format.record import Container, LayerArray, LayeredArrays, StepArrays, TraceRecord
+from h5traces.format.record import (
+    Container,
+    LayerArray,
+    LayeredArrays,
+    StepArrays,
+    TokensContainer,
+    TraceRecord,
+)
 from h5traces.format.values import TorchValue
 from h5traces.meaning.axes import BATCH
 from h5traces.meaning.checks import Finding
@@ -41,6 +48,8 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import with_padding_treated
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from h5traces.format.record import SourcePosition
 
 _NUM_LAYERS = "num_layers"
@@ -165,13 +174,12 @@ def _no_weights(value: Any) -> str | None:
 def _lengths(item: dict[str, Any], apart: dict[str, Apart], known: Established) -> Lengths:
     states = apart.get(layout.HIDDEN_STATES)
     positions = (each.num_positions for each in apart.values())
-    tokens = item.get(layout.TOKENS)
     blocks = num_blocks_of(apart)
     return Lengths(
         blocks=_stated_layers(item, known) if blocks is None else blocks,
         states=None if states is None else len(states.items),
         positions=next((each for each in positions if each is not None), None),
-        tokens=_length(tokens) if _is_token_array(tokens) else None,
+        tokens=_num_tokens(item),
     )
 
 
@@ -360,48 +368,78 @@ def _place(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
     """Put a field in its place if the format has one for exactly its type, else in ``extra``."""
     if key in layout.TEXT_FIELDS and type(value) is str:
         found.texts[key] = value
-    elif key == layout.TOKENS and _is_token_array(value):
-        is_tensor = isinstance(value, TorchValue)
-        found.named["tokens"] = value.data if is_tensor else value
-        found.named["tokens_container"] = "torch" if is_tensor else None
-    elif key == layout.TOKENS_DECODED and _is_decoded(value, item.get(layout.TOKENS)):
+    elif key == layout.TOKENS and (ids := _token_ids(value)) is not None:
+        found.named["tokens"], found.named["tokens_container"] = ids
+    elif key == layout.TOKENS_DECODED and _is_decoded(value, _num_tokens(item)):
         found.named["tokens_decoded"] = tuple(value)
     elif key == layout.QUESTION_ID and type(value) is str:
         found.named["sample_id"] = value
     elif key == layout.LABEL and type(value) is int and abs(value) < 2**63:
         found.named["label"] = value
-    elif key == layout.PROMPT_LENGTH and _is_prompt_length(value, item, found):
+    elif (
+        key == layout.PROMPT_LENGTH
+        and type(value) is int
+        and _is_prompt_length(_whole_number(value), item, found)
+    ):
         found.named["prompt_len"] = value
     else:
         found.extra[key] = value
-        if key == layout.QUESTION_ID and isinstance(value, (int, np.integer, str)):
-            # Kept with its type, and found by its text.
-            found.named["sample_id"] = str(value)
+        _note_number(key, value, item, found)
 
 
-def _is_token_array(value: Any) -> bool:
-    array = value.data if isinstance(value, TorchValue) else value
+def _note_number(key: str, value: Any, item: dict[str, Any], found: _Fields) -> None:
+    """What an id, label or length says that is kept with its own type."""
+    number = _whole_number(value)
+    if key == layout.QUESTION_ID and isinstance(value, (int, np.integer, str)):
+        found.named["sample_id"] = str(value)
+    elif key == layout.LABEL and number is not None:
+        found.named["label"] = number
+    elif key == layout.PROMPT_LENGTH and _is_prompt_length(number, item, found):
+        found.named["prompt_len"] = number
+
+
+def _token_ids(value: Any) -> tuple[NDArray[Any], TokensContainer | None] | None:
+    """Token ids as a row of integers, and what held them if no array; None if they are no such."""
+    if type(value) is list and set(map(type, value)) == {int}:
+        try:
+            return np.array(value, np.int64), "list"
+        except OverflowError:
+            return None
+    is_tensor = isinstance(value, TorchValue)
+    array = value.data if is_tensor else value
     if not isinstance(array, np.ndarray) or array.ndim != 1:
-        return False
+        return None
     dtype = array.dtype
     # Numbers of uint64 need not fit into int64.
-    return dtype.isnative and (dtype.kind == "i" or (dtype.kind == "u" and dtype.itemsize < 8))
+    if dtype.isnative and (dtype.kind == "i" or (dtype.kind == "u" and dtype.itemsize < 8)):
+        return array, "torch" if is_tensor else None
+    return None
 
 
-def _is_decoded(value: Any, tokens: Any) -> bool:
+def _num_tokens(item: dict[str, Any]) -> int | None:
+    found = _token_ids(item.get(layout.TOKENS))
+    return None if found is None else len(found[0])
+
+
+def _is_decoded(value: Any, num_tokens: int | None) -> bool:
     if type(value) is not list or not all(type(each) is str for each in value):
         return False
-    return not _is_token_array(tokens) or len(value) == _length(tokens)
+    return num_tokens is None or len(value) == num_tokens
 
 
-def _is_prompt_length(value: Any, item: dict[str, Any], found: _Fields) -> bool:
-    if type(value) is not int or not 0 <= value < 2**63:
+def _is_prompt_length(number: int | None, item: dict[str, Any], found: _Fields) -> bool:
+    if number is None or number < 0:
         return False
-    tokens = item.get(layout.TOKENS)
+    num_tokens = _num_tokens(item)
     in_steps = any(kind.in_steps for kind in found.layered.values())
     # A prompt longer than the sequence is no prompt length; it is kept as an extra value.
-    return in_steps or (_is_token_array(tokens) and value <= _length(tokens))
+    return in_steps or (num_tokens is not None and number <= num_tokens)
 
 
-def _length(tokens: Any) -> int:
-    return len(tokens.data if isinstance(tokens, TorchValue) else tokens)
+def _whole_number(value: Any) -> int | None:
+    """The number of 64 bits that a field holds as it is, or in an array or tensor of one."""
+    array = value.data if isinstance(value, TorchValue) else value
+    if isinstance(array, (np.ndarray, np.generic)):
+        is_number = array.dtype.kind in "iub" and array.size == 1
+        array = array.reshape(-1)[0].item() if is_number else None
+    return int(array) if isinstance(array, int) and abs(array) < 2**63 else None

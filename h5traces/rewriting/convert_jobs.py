@@ -37,7 +37,7 @@ from h5traces.rewriting.existing import Wanted, compare_existing, source_file
 from h5traces.rewriting.reports import FileReport, cast_warnings
 from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.sources.runs import Runs, merged, reading_in_run
-from h5traces.storage.processes import blocked_signals
+from h5traces.storage.processes import blocked_signals, safe_children
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import Measurement, batch_states, check_model
 from h5traces.writing.options import TargetOptions, WriteOptions, WriteSummary, precision_warnings
@@ -501,6 +501,14 @@ def run_in_processes(
     Where a process is killed, the jobs that were not finished fail. An interrupt stops all of them
     at their next sample.
     """
+    # From here on, as queues and events start a process, too.
+    with safe_children():
+        return _run_in_processes(jobs, options, workers, report)
+
+
+def _run_in_processes(
+    jobs: Sequence[Job], options: Sequence[ConvertOptions], workers: int, report: Report
+) -> list[FileReport]:
     num_processes = min(workers, len(jobs))
     threads = max(1, workers // num_processes)
     shared = [replace(each, write=replace(each.write, workers=threads)) for each in options]

@@ -21,12 +21,12 @@ from h5traces.errors import (
     ArchiveExistsError,
     ConversionError,
     LossyWarning,
-    MissingDependencyError,
     OptionError,
     TargetError,
     warn,
 )
 from h5traces.format.text import and_more
+from h5traces.lazy import needing
 from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.export_arrays import write_npz, write_safetensors
 from h5traces.rewriting.export_references import write_references
@@ -204,11 +204,8 @@ def _check_library(form: ExportFormat) -> None:
 def _module(form: ExportFormat) -> ModuleType:
     """The module that writes the format, which imports its library."""
     name, library, extra = _LIBRARIES[form]
-    try:
+    with needing(form, library, extra=extra):
         return importlib.import_module(f"h5traces.rewriting.{name}")
-    except ImportError as error:
-        message = f"{form} needs {library}, which is not installed; install 'h5traces[{extra}]'"
-        raise MissingDependencyError(message) from error
 
 
 def _check_target(job: _Job) -> None:

@@ -18,6 +18,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, OptionError, SchemaError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import LabelSidecar
+from h5traces.format.html import Report
 from h5traces.format.text import and_more, counted, utc_now
 from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.label_table import Entry, LabelOptions, LabelTable, read_table
@@ -55,7 +56,7 @@ class ScoreStats:
 
 
 @dataclass(slots=True)
-class LabelReport:
+class LabelReport(Report):
     """What joining found; complete before anything is written.
 
     Attributes

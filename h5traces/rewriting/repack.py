@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.archive import Archive
@@ -16,6 +16,7 @@ from h5traces.archive.selection import choose_samples
 from h5traces.archive.shards import inherited_facts, inherited_scales, shared_metadata
 from h5traces.arguments import checked
 from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
+from h5traces.format.html import Report
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import and_more
 from h5traces.paths import Target, check_not_a_source, check_not_among
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class RepackReport:
+class RepackReport(Report):
     """What a rewrite did.
 
     Attributes
@@ -82,10 +83,6 @@ class RepackReport:
 
     def raise_for_errors(self) -> None:
         """Do nothing: as in the report of a conversion, for code that takes either."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return {"ok": self.ok, **asdict(self)}
 
 
 @checked

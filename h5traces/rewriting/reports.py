@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import ConversionError
+from h5traces.format.html import Report
 from h5traces.format.text import and_more
 from h5traces.meaning.checks import CheckOptions
 
@@ -43,7 +44,7 @@ class Progress:
 
 
 @dataclass(slots=True)
-class FileReport:
+class FileReport(Report):
     """The result of one job: one batch file, or all of them with ``merge``.
 
     Attributes
@@ -104,7 +105,7 @@ class FileReport:
 
 
 @dataclass(slots=True)
-class ConversionReport:
+class ConversionReport(Report):
     """The result for every file that was named.
 
     Attributes
@@ -162,10 +163,6 @@ class ConversionReport:
                 f"{single} archives hold one sample each; merge=True makes one archive of all, "
                 "which opens faster"
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return {"ok": self.ok, **asdict(self)}
 
 
 def cast_warnings(counts: dict[str, CastCounts], options: WriteOptions) -> list[str]:

@@ -12,8 +12,9 @@ import numpy as np
 from h5traces.errors import CorruptArchiveError, HostileFileError
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.entries import ObjectEntry, carrier_dtype
-from h5traces.format.limits import Scratch
 from h5traces.storage.codecs import get_codec
+from h5traces.storage.kernels import PLAN, PLAN_CODECS
+from h5traces.storage.plans import MAX_AXES, MOST_RAW_NBYTES, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,16 +28,6 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 _TARGET_NBYTES: Final = 4 << 20
-# HDF5's own limit
-MAX_AXES: Final = 32
-# The most raw bytes that a stored byte can stand for in each format, with a margin.
-_MOST_RAW_NBYTES: Final = {
-    "gzip": 1040,
-    "deflate": 1040,
-    "zstd": 33_000,
-}
-# For the stored bytes of the chunk that a thread reads.
-_STORED: Final = Scratch()
 
 
 def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = _TARGET_NBYTES) -> Shape:
@@ -131,18 +122,27 @@ def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
     if entry.chunks is None or entry.codec is None:
         message = f"{entry.path} cannot be read without the HDF5 library"
         raise CorruptArchiveError(message)
-    codec, dtype = get_codec(entry.codec), carrier_dtype(entry.dtype)
+    dtype = carrier_dtype(entry.dtype)
     values = np.empty(entry.shape, dtype=dtype)
     if not values.size:
         return values
+    row = np.zeros(1, PLAN)
+    row["raw_nbytes"], row["count"] = (
+        math.prod(entry.chunk) * dtype.itemsize,
+        math.prod(entry.chunk),
+    )
+    row["itemsize"], row["codec"] = dtype.itemsize, PLAN_CODECS.index(get_codec(entry.codec).name)
     with file.prefetched(entry.chunks.ranges):
         for number, offset in enumerate(chunk_offsets(entry.shape, entry.chunk)):
-            stored = _read_stored(file, entry, number)
             part = values[chunk_slices(offset, entry.shape, entry.chunk)]
             in_place = part.shape == entry.chunk and part.flags.c_contiguous
             full = part if in_place else np.empty(entry.chunk, dtype=dtype)
+            row["offset"] = entry.chunks.offsets[number]
+            row["nbytes"] = entry.chunks.sizes[number]
+            if entry.chunks.checksums is not None:
+                row["checksum"], row["is_checked"] = entry.chunks.checksums[number], 1
             try:
-                codec.decode(stored, as_bytes(full), dtype.itemsize)
+                run(file, row, as_bytes(full))
             except ValueError as error:
                 raise _damaged(entry, number, str(error)) from error
             if not in_place:
@@ -152,15 +152,9 @@ def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
 
 def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
     """The stored bytes of one chunk, compared with their checksum where there is one."""
-    return bytes(_read_stored(file, entry, number))
-
-
-def _read_stored(file: ByteFile, entry: ObjectEntry, number: int) -> memoryview:
-    """As `read_chunk`, in memory that the thread's next call reuses."""
     table = entry.chunks
     assert table is not None
-    stored = _STORED.take(table.sizes[number]).data
-    file.read_into(table.offsets[number], stored)
+    stored = file.read_at(table.offsets[number], table.sizes[number])
     if table.checksums is not None and chunk_checksum(stored) != table.checksums[number]:
         raise _damaged(entry, number, "its checksum does not fit")
     return stored
@@ -201,7 +195,7 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
     if counts != {expected}:
         message = f"{min(counts)} chunks are stored, expected {expected}"
         raise CorruptArchiveError(message)
-    _check_chunks(table, chunk_nbytes, _MOST_RAW_NBYTES.get(entry.codec or ""), file_nbytes)
+    _check_chunks(table, chunk_nbytes, MOST_RAW_NBYTES.get(entry.codec or ""), file_nbytes)
 
 
 def _itemsize(stored_type: str, limits: ReadLimits) -> int:

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from h5traces.errors import CorruptArchiveError, H5TracesError, NotAnArchiveError
 
@@ -80,6 +80,30 @@ def open_regular(
     return descriptor
 
 
+# Far more than any such document has.
+_MOST_DOCUMENT_NBYTES: Final = 64 << 20
+
+
+def read_document(
+    path: Path,
+    error: type[H5TracesError],
+    expected: str = "a document",
+    *,
+    max_nbytes: int = _MOST_DOCUMENT_NBYTES,
+) -> bytes:
+    """All of a small regular file; `error` for a pipe, a device, or what is larger.
+
+    The one would be waited for, and the other may have no end.
+    """
+    with os.fdopen(open_regular(path, error, expected), "rb") as file:
+        is_small = os.fstat(file.fileno()).st_size <= max_nbytes
+        data = file.read(max_nbytes + 1) if is_small else b""
+    if not is_small or len(data) > max_nbytes:
+        message = f"{path}: has more than {max_nbytes:,} bytes; expected {expected}"
+        raise error(message)
+    return data
+
+
 class LocalFile:
     """A `ByteFile` on disk, read without a shared position: safe for threads and after ``fork``.
 
@@ -94,7 +118,7 @@ class LocalFile:
         self.path = path
         self._identity: tuple[int, int] | None = None
         self._begin()
-        with self._used():
+        with self.descriptor():
             pass
 
     def _begin(self) -> None:
@@ -107,12 +131,17 @@ class LocalFile:
         return str(self.path)
 
     @property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode, which tell whether a name still stands for this file."""
+        return self._identity
+
+    @property
     def nbytes(self) -> int:
-        with self._used() as descriptor:
+        with self.descriptor() as descriptor:
             return os.fstat(descriptor).st_size
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        with self._used() as descriptor:
+        with self.descriptor() as descriptor:
             data = os.pread(descriptor, nbytes, offset)
             while len(data) < nbytes:
                 more = os.pread(descriptor, nbytes - len(data), offset + len(data))
@@ -122,7 +151,7 @@ class LocalFile:
         return data
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        with self._used() as descriptor:
+        with self.descriptor() as descriptor:
             done = 0
             while done < len(out):
                 count = os.preadv(descriptor, [out[done:]], offset + done)
@@ -146,7 +175,7 @@ class LocalFile:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _used(self) -> Iterator[int]:
+    def descriptor(self) -> Iterator[int]:
         """The descriptor, which stays open inside the block even if the file is closed."""
         with self._lock:
             if self._descriptor < 0:

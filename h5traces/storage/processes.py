@@ -14,14 +14,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import FrameType
 
+# Keeps Python from looking for modules in the current folder first, where it runs a command.
+_SAFE_PATH: Final = "PYTHONSAFEPATH"
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """The environment for a Python process that must find the same modules as this one."""
+    """The environment for a Python process that must find the same modules as this one.
 
+    Of the current folder it imports nothing, which may be that of a stranger's data.
+    """
     path = os.pathsep.join(each for each in sys.path if each)
-    return {**os.environ, "PYTHONPATH": path, **more}
+    return {**os.environ, "PYTHONPATH": path, _SAFE_PATH: "1", **more}
+
+
+@contextlib.contextmanager
+def safe_children() -> Iterator[None]:
+    """Processes that multiprocessing starts inside the block import nothing of this folder."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 @contextlib.contextmanager

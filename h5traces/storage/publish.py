@@ -248,7 +248,8 @@ def remove_abandoned_parts(target: Path) -> list[Path]:
 
 def _remove_if_unlocked(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        # No link may lead to a file of somebody's, and nothing is waited for.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

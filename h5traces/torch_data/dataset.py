@@ -24,6 +24,7 @@ from h5traces.errors import DatasetError, LayerIndexError, OptionError, SampleIn
 from h5traces.format import layout
 from h5traces.format.text import and_more, as_names
 from h5traces.meaning.lengths import covered_tokens
+from h5traces.storage.files import open_regular
 from h5traces.torch_data.collate import KEY_MASK, MASK
 from h5traces.torch_data.tensors import (
     NonFinite,
@@ -474,7 +475,7 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 
 def _look(path: str) -> tuple[tuple[int, int, int, int], bytes]:
     """A file's identity, size first, and its end."""
-    with Path(path).open("rb") as file:
+    with os.fdopen(open_regular(Path(path), DatasetError), "rb") as file:
         status = os.fstat(file.fileno())
         end = os.pread(file.fileno(), _END_NBYTES, max(0, status.st_size - _END_NBYTES))
     return _identity(status), end

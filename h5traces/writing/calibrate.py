@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +17,7 @@ from h5traces.archive.stores import Hdf5Store
 from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, OptionError, PrecisionError, __version__
 from h5traces.format import layout
+from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import StepArrays
@@ -50,7 +51,7 @@ DEFAULT_SAMPLES: Final = 200
 
 
 @dataclass(slots=True)
-class CalibrationReport:
+class CalibrationReport(Report):
     """What a calibration measured.
 
     Attributes
@@ -76,10 +77,6 @@ class CalibrationReport:
     layers: list[str] = field(default_factory=list)
     hidden_size: int = 0
     model_id: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
 
 
 @checked

@@ -8,10 +8,12 @@ of that number. Samples are complete archives but not named ``.h5``: a program t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import socket
+import stat
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -24,6 +26,7 @@ from h5traces.format.document import Document
 from h5traces.format.dtypes import DtypePolicy, OverflowPolicy
 from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import utc_now
+from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder, sync_folder
 
 if TYPE_CHECKING:
@@ -105,7 +108,7 @@ class SpoolFolder:
         """The options of the run; None if there is no run."""
         path = self.path / _RUN
         try:
-            return RunState.model_validate_json(path.read_bytes())
+            return RunState.model_validate_json(read_document(path, CorruptArchiveError))
         except FileNotFoundError:
             if not self.samples():
                 return None
@@ -167,13 +170,24 @@ os.register_at_fork(after_in_child=_release_in_child)
 
 def _locked(path: Path) -> int:
     while True:
+        if path.is_symlink():
+            raise _no_lock(path)
         make_folder(path)
         try:
-            descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # It is truncated, so no link may lead to a file of somebody's.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(path / _LOCK, flags, 0o666)
         except FileNotFoundError:
             # A writer that finishes removes the folder.
             continue
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise _no_lock(path) from error
         try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise _no_lock(path)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_nlink:
                 _write_owner(descriptor)
@@ -190,6 +204,11 @@ def _locked(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _no_lock(path: Path) -> CorruptArchiveError:
+    message = f"{path / _LOCK} is no lock that h5traces made; move {path} away"
+    return CorruptArchiveError(message)
 
 
 def _write_owner(descriptor: int) -> None:

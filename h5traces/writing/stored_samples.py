@@ -17,6 +17,7 @@ from h5traces.format.record import (
     LayerArray,
     LayeredArrays,
     StepArrays,
+    TokensContainer,
     TraceRecord,
 )
 from h5traces.format.values import EncodedObject, decode_element
@@ -183,7 +184,7 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
         exact_digest=metadata.exact_digest or metadata.digest,
         fields=stored.fields,
         tokens=tokens,
-        tokens_container="torch" if container == "torch" else None,
+        tokens_container=container if container in get_args(TokensContainer) else None,
         tokens_decoded=(
             tuple(stored.texts(layout.TOKENS_DECODED))
             if layout.TOKENS_DECODED in stored.objects

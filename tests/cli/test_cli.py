@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 import h5traces
 from h5traces.checking.validate import validate
 from h5traces.cli.app import COMMANDS, app, load
+from h5traces.format import native
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
 from h5traces.writing.options import PrecisionOptions
@@ -331,6 +332,24 @@ def test_ls(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+def test_head(tmp_path: Path) -> None:
+    batch = [{**BATCH[0], "question": "Why?\nReally?", "label": 1}, *BATCH[1:]]
+    archive = make_archive(tmp_path, batch)
+    lines = run("head", archive, "-n", "2").stdout.splitlines()
+    assert lines[0] == f"0: tc_0, {len(BATCH[0]['tokens'])} tokens, label 1"
+    assert lines[1:3] == ["  question: Why?", "    Really?"]
+    assert [each.split(",")[0] for each in lines if not each.startswith(" ")] == [
+        "0: tc_0",
+        "1: tc_1",
+    ]
+    rows = json.loads(run("head", archive, "--json").stdout)
+    assert [row.get("question") for row in rows] == [batch[0]["question"], None, None]
+    for row, trace in zip(rows, batch, strict=False):
+        assert row["generated_answer_clean"] == trace["generated_answer_clean"]
+    assert rows[0]["label"] == 1
+    run("head", archive, "-n", "0", code=2)
+
+
 def test_validate(tmp_path: Path) -> None:
     good = make_archive(tmp_path / "good", BATCH)
     bad = make_archive(tmp_path / "bad", BATCH)
@@ -521,7 +540,8 @@ def test_the_list_of_commands_is_light() -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout == f"h5traces {h5traces.__version__} (format 1.0)\n"
+    expected = f"h5traces {h5traces.__version__} (format 1.0), {native.describe()}\n"
+    assert run("--version").stdout == expected
 
 
 def test_the_installed_program(tmp_path: Path) -> None:
@@ -557,7 +577,7 @@ def test_the_installed_program(tmp_path: Path) -> None:
     assert "Traceback" not in piped.stderr
 
 
-@pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["inspect"], ["validate"]])
+@pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["head"], ["inspect"], ["validate"]])
 def test_a_file_does_not_steer_the_terminal(tmp_path: Path, command: list[str]) -> None:
     """`ls` wrote escape sequences of a sample's id as they are."""
     odd = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202eesrever\nFAKE LINE"

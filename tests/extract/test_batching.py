@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_models import BATCHING, FAMILIES, make_model, shared_model, tokenizer
+from family_models import make_family
+from tiny_models import FAMILIES, make_model, shared_model, tokenizer
 
 from h5traces.errors import ExtractionError
 from h5traces.extract import ExtractOptions, GenerationOptions, extract
-
-# The largest difference that docs/extraction.md states, relative to the largest value of an array.
-TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+from h5traces.extract.anatomy import anatomy_of
+from h5traces.extract.batches import TOLERANCES, check_batches
 
 QUESTIONS = (
     "What does math.sqrt do?",
@@ -40,7 +40,7 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-@pytest.mark.parametrize("family", BATCHING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_batches_in_float32(family, batch_size):
     model = shared_model(family)
     alone = records(model, 1, dtype="float32")
@@ -50,11 +50,10 @@ def test_batches_in_float32(family, batch_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", BATCHING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_batches_in_half_precision(family, dtype):
     """Over the same tokens: rounding alone may turn a near tie of two tokens around."""
     from h5traces.extract.capture import CaptureOptions, Capturer
-    from h5traces.extract.models import anatomy_of
 
     model = make_model(family, dtype=dtype)
     sequences = [tokenizer()(each)["input_ids"] for each in QUESTIONS]
@@ -83,7 +82,7 @@ def test_the_tolerance_notices_wrong_positions():
     assert difference > 100 * TOLERANCES[torch.float32]
 
 
-@pytest.mark.parametrize("family", BATCHING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_drawn_answers_do_not_depend_on_the_batch(family):
     model = shared_model(family)
     drawing = GenerationOptions(max_new_tokens=9, do_sample=True, temperature=0.8, top_p=0.95)
@@ -104,7 +103,28 @@ def test_draws_follow_the_softmax():
     assert torch.allclose(shares, logits[0].softmax(-1), atol=0.03)
 
 
-@pytest.mark.parametrize("family", [each for each in FAMILIES if each not in BATCHING])
-def test_other_families_are_rejected_by_name(family):
-    with pytest.raises(ExtractionError, match=rf"\({family}\) was not tried in batches"):
-        records(shared_model(family), 2)
+@pytest.mark.parametrize("family", ["recurrent_gemma", "rwkv"])
+def test_families_that_mix_padding_in_are_rejected_by_name(family):
+    """The convolution of one and the state of the other run over the padding."""
+    with pytest.raises(ExtractionError, match=rf"\({family}\) cannot be run in batches: .* differ"):
+        records(make_family(family), 2, kinds="hidden_states")
+
+
+def test_half_precision_has_a_tolerance_of_its_own():
+    model = make_family("qwen3", dtype=torch.bfloat16)
+    check_batches(model, anatomy_of(model), ("hidden_states",), 2)
+
+
+def test_scores_of_generated_tokens_are_compared():
+    """States of prompts are right, but the cache takes padding for tokens."""
+    model = make_family("llama")
+    forward = model.forward
+
+    def forgetful(*args, **kwargs):
+        if kwargs["past_key_values"].get_seq_length():
+            kwargs["attention_mask"] = None
+        return forward(*args, **kwargs)
+
+    model.forward = forgetful
+    with pytest.raises(ExtractionError, match="scores of generated token 1 differ"):
+        check_batches(model, anatomy_of(model), ("hidden_states",), 2)

@@ -8,8 +8,8 @@ import torch
 from tiny_models import FAMILIES, make_model, shared_model, tokenizer
 
 from h5traces.extract import ExtractOptions, GenerationOptions, extract
+from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.capture import CaptureOptions, Capturer
-from h5traces.extract.models import anatomy_of
 
 QUESTION = "What does str.partition do, and what does it return when nothing is found in it?"
 

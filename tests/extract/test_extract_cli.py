@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import QUESTIONS, ROOT, TINY_LLAMA, make_model, tokenizer
+from family_models import make_family
+from tiny_models import QUESTIONS, ROOT, TINY_LLAMA, tokenizer
 from typer.testing import CliRunner
 
 import h5traces
@@ -193,12 +194,12 @@ def test_an_encoder_decoder(tmp_path):
     assert "is an encoder-decoder (t5); expected a decoder-only model" in result.stderr
 
 
-def test_a_family_that_was_not_tried_in_batches(tmp_path):
-    make_model("gemma2").save_pretrained(tmp_path / "gemma")
-    tokenizer().save_pretrained(tmp_path / "gemma")
-    arguments = ["extract", "--model-id", tmp_path / "gemma", "--dataset", QUESTIONS, *FEW]
+def test_a_family_that_cannot_be_run_in_batches(tmp_path):
+    make_family("recurrent_gemma").save_pretrained(tmp_path / "griffin")
+    tokenizer().save_pretrained(tmp_path / "griffin")
+    arguments = ["extract", "--model-id", tmp_path / "griffin", "--dataset", QUESTIONS, *FEW]
     result = run(*arguments, "--batch-size", 2, "-o", f"{tmp_path}/out/", code=2)
-    assert "Gemma2ForCausalLM (gemma2) was not tried in batches" in result.stderr
+    assert "RecurrentGemmaForCausalLM (recurrent_gemma) cannot be run in batches" in result.stderr
     run(*arguments, "-o", f"{tmp_path}/out/")
 
 

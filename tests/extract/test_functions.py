@@ -26,9 +26,9 @@ from h5traces.extract import (
     extract,
     extract_activations_and_attentions,
 )
+from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.capture import cast
 from h5traces.extract.generation import clean_answer, sample_seed
-from h5traces.extract.models import anatomy_of
 from h5traces.format.dtypes import TypedArray, cast_for_storage
 from h5traces.writing.options import PrecisionOptions
 
@@ -303,7 +303,7 @@ def without(*names):
     ("model", "options", "message"),
     [
         (tiny_t5, {}, "T5ForConditionalGeneration is an encoder-decoder (t5); expected a decoder"),
-        (tiny_mamba, {}, "found 0 attention modules"),
+        (tiny_mamba, {}, "MambaForCausalLM: no block has attention weights; "),
         (
             lambda: make_model("llama", attn_implementation="sdpa"),
             {},

@@ -57,7 +57,6 @@ def _configs() -> dict[str, transformers.PretrainedConfig]:
 
 
 FAMILIES = tuple(_configs())
-BATCHING = ("llama", "qwen2", "mistral", "gpt2")
 
 
 def make_model(family, *, dtype=torch.float32, attn_implementation="eager", **changes):

@@ -27,8 +27,10 @@ from h5traces.errors import (
     StoredStateWarning,
     TraceNotFoundError,
 )
+from h5traces.storage import plans
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
+from h5traces.storage.kernels import run_plan
 from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
@@ -440,8 +442,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((offset, len(out)))
         read_into(self, offset, out)
 
+    def counted_plan(plan: Any, source: Any, *others: Any) -> None:
+        seen.extend(zip(plan["offset"].tolist(), plan["nbytes"].tolist(), strict=True))
+        run_plan(plan, source, *others)
+
     monkeypatch.setattr(LocalFile, "read_at", counted)
     monkeypatch.setattr(LocalFile, "read_into", counted_into)
+    monkeypatch.setattr(plans, "run_plan", counted_plan)
     return seen
 
 

@@ -193,10 +193,13 @@ def test_what_a_user_sees(path: Path) -> None:
     archive = h5traces.open(path)
     mapping = ["copy", "get", "items", "keys", "values"]
     trace = ["embedding", "fields", "layer", "mask", "metadata", "ordinal", "path"]
-    assert public(archive[0]) == sorted([*mapping, *trace, "position_in_file", "to_dict"])
+    assert public(archive[0]) == sorted(
+        [*mapping, *trace, "position_in_file", "to_dict", "to_xarray"]
+    )
     sequence = ["count", "index"]
     own = ["by_id", "close", "ids", "labels", "layers", "metadata", "paths"]
-    assert public(archive) == sorted([*sequence, *own, "fetched", "read", "select"])
+    tables = ["to_arrow", "to_pandas", "to_xarray"]
+    assert public(archive) == sorted([*sequence, *own, *tables, "fetched", "read", "select"])
 
 
 def public(value: object) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +19,7 @@ from h5traces.errors import (
     StoredStateWarning,
     warn,
 )
+from h5traces.storage.files import read_document
 from h5traces.storage.remote.paths import Blocks, ByteRange, coalesce, persistently
 
 if TYPE_CHECKING:
@@ -206,16 +209,20 @@ class RangeCache:
 
     def __init__(self, folder: Path, path: RemotePath, tail: Reply) -> None:
         self._folder = folder / _key(path, tail)
+        if self._folder.is_symlink():
+            message = f"{self._folder}: is a link, expected a folder of a cache; remove it"
+            raise RemoteError(message)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._ranges: dict[ByteRange, str] = {}
         with contextlib.suppress(FileNotFoundError):
             self._read_log()
 
     def _read_log(self) -> None:
-        for line in (self._folder / _LOG).read_text(encoding="ascii", errors="replace").split("\n"):
+        log = read_document(self._folder / _LOG, RemoteError, "ranges that a cache holds")
+        for line in log.decode("ascii", "replace").split("\n"):
             parts = line.split(" ")
             # The last line may be torn.
-            if len(parts) == 3 and parts[0].isdecimal() and parts[1].isdecimal():
+            if len(parts) == 3 and len(line) < 80 and all(map(str.isdecimal, parts[:2])):
                 self._ranges[ByteRange(int(parts[0]), int(parts[1]))] = parts[2]
 
     def find(self, wanted: ByteRange) -> bytes | None:
@@ -224,7 +231,7 @@ class RangeCache:
         if checksum is None:
             return None
         with contextlib.suppress(OSError):
-            descriptor = os.open(self._folder / _DATA, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = _opened(self._folder / _DATA, os.O_RDONLY)
             try:
                 data = os.pread(descriptor, wanted.nbytes, wanted.offset)
             finally:
@@ -235,8 +242,7 @@ class RangeCache:
 
     def keep(self, pieces: dict[ByteRange, bytes]) -> None:
         """Keep ranges; a full disk raises OSError."""
-        flags = os.O_CREAT | os.O_CLOEXEC
-        data_file = os.open(self._folder / _DATA, os.O_WRONLY | flags, 0o666)
+        data_file = _opened(self._folder / _DATA, os.O_WRONLY | os.O_CREAT)
         try:
             for wanted, data in pieces.items():
                 written = 0
@@ -246,13 +252,23 @@ class RangeCache:
             os.close(data_file)
         added = {wanted: xxhash.xxh3_64_hexdigest(data) for wanted, data in pieces.items()}
         lines = "".join(f"{each.offset} {each.nbytes} {added[each]}\n" for each in added)
-        log = os.open(self._folder / _LOG, os.O_WRONLY | os.O_APPEND | flags, 0o666)
+        log = _opened(self._folder / _LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             # The newline comes first, in case the last line is torn.
             os.write(log, f"\n{lines}".encode("ascii"))
         finally:
             os.close(log)
         self._ranges.update(added)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A file of the cache; OSError for a link or pipe, which others may have put there."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no file of a cache", str(path))
 
 
 def _key(path: RemotePath, tail: Reply) -> str:

@@ -1,0 +1,176 @@
+/* What the kernels share. Every function here is pure C: no Python, no locks, no globals that change
+ * after `kernels_init`. All sizes are in bytes unless a name says otherwise. */
+#ifndef H5TRACES_KERNELS_H
+#define H5TRACES_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define LITTLE_ENDIAN_HOST 1
+#else
+#error "the kernels are for little-endian machines; elsewhere Python does their work"
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#define LIKELY(x) __builtin_expect(!!(x), 1)
+#define UNLIKELY(x) __builtin_expect(!!(x), 0)
+#else
+#define INLINE static __forceinline
+#define LIKELY(x) (x)
+#define UNLIKELY(x) (x)
+#endif
+
+/* A body that is compiled twice: for every processor, and for x86 with AVX2, BMI2 and F16C. NEON
+ * belongs to every 64-bit ARM, so compilers use it there without being asked. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_WIDE 1
+#define WIDE __attribute__((target("avx2,bmi,bmi2,f16c")))
+#else
+#define HAS_WIDE 0
+#endif
+extern int kernels_wide;
+
+#if HAS_WIDE
+#define DISPATCH(name, parameters, arguments)          \
+    static void name##_plain parameters                \
+    {                                                  \
+        name##_body arguments;                         \
+    }                                                  \
+    WIDE static void name##_wide parameters            \
+    {                                                  \
+        name##_body arguments;                         \
+    }                                                  \
+    void name parameters                               \
+    {                                                  \
+        if (kernels_wide)                              \
+            name##_wide arguments;                     \
+        else                                           \
+            name##_plain arguments;                    \
+    }
+#else
+#define DISPATCH(name, parameters, arguments)          \
+    void name parameters                               \
+    {                                                  \
+        name##_body arguments;                         \
+    }
+#endif
+
+void kernels_init(void);
+
+INLINE uint16_t load16(const uint8_t *from)
+{
+    uint16_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+INLINE uint32_t load32(const uint8_t *from)
+{
+    uint32_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+INLINE uint64_t load64(const uint8_t *from)
+{
+    uint64_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+INLINE void store64(uint8_t *to, uint64_t value)
+{
+    memcpy(to, &value, sizeof value);
+}
+
+/* hash.c */
+uint64_t xxh3_64(const uint8_t *data, size_t nbytes);
+uint32_t adler32(const uint8_t *data, size_t nbytes);
+
+/* inflate.c */
+#define MAIN_BITS 12
+#define DISTANCE_BITS 9
+
+/* Canonical Huffman codes, which decode what is too long for the tables (RFC 1951, 3.2.2). */
+typedef struct {
+    uint16_t counts[16];
+    uint16_t symbols[288];
+} Codes;
+
+enum inflate_state { AT_HEADER, IN_CODES, FINISHED, FAILED };
+
+/* A raw deflate stream (RFC 1951) on its way from `in` to `out`. */
+typedef struct {
+    const uint8_t *in, *in_end;
+    uint8_t *start, *out, *out_end;
+    uint64_t bits;
+    unsigned num_bits;
+    enum inflate_state state;
+    int is_last;
+    Codes main_codes, distance_codes;
+    uint32_t main_table[1 << MAIN_BITS];
+    uint32_t distance_table[1 << DISTANCE_BITS];
+} Inflater;
+
+/* Begin with a zlib stream (RFC 1950) of a chunk that holds `out_nbytes`. */
+void inflate_begin(Inflater *self, const uint8_t *in, size_t nbytes, uint8_t *out, size_t out_nbytes);
+/* Go on until the stream ends or fails. */
+void inflate_one(Inflater *self);
+/* Go on with two streams in turn until one of them ends or fails. */
+void inflate_two(Inflater *first, Inflater *second);
+/* Whether the stream ended well: exactly full, its checksum fits, and nothing follows. */
+int inflate_is_whole(const Inflater *self);
+
+/* cast.c */
+void shuffle(const uint8_t *raw, uint8_t *out, size_t nbytes, size_t itemsize);
+void unshuffle(const uint8_t *planes, size_t num_elements, size_t itemsize, size_t first,
+               size_t count, uint8_t *out);
+void halves_of_floats(const float *in, uint16_t *out, size_t count);
+void floats_of_halves(const uint16_t *in, float *out, size_t count);
+void restore_steps(const uint8_t *planes, size_t num_elements, size_t itemsize, size_t first,
+                   size_t count, size_t width, float zero_point, const float *table, int as_half,
+                   uint8_t *out);
+void look_up(const uint8_t *rows, size_t count, const uint8_t *table, size_t size, uint8_t *out);
+void widen(const uint8_t *planes, size_t num_elements, size_t first, size_t count, int is_bfloat,
+           uint8_t *out);
+
+/* plan.c */
+enum restoring {
+    AS_STORED = 0,
+    STEPS_TO_FLOAT16 = 1,
+    STEPS_TO_FLOAT32 = 2,
+    TABLE_OF_2_BYTES = 3,
+    TABLE_OF_4_BYTES = 4,
+    FLOAT16_TO_FLOAT32 = 5,
+    BFLOAT16_TO_FLOAT32 = 6,
+    NUM_RESTORINGS
+};
+
+/* One chunk of a plan: the fields of `PLAN` in h5traces/storage/kernels.py, in their order. */
+typedef struct {
+    int64_t offset, nbytes;
+    uint64_t checksum;
+    int64_t raw_nbytes, first, count, target, table;
+    int32_t itemsize, width, zero_point;
+    uint8_t codec, restoring, is_checked, padding;
+} Row;
+
+typedef struct {
+    int descriptor; /* or -1: `source` is given */
+    const uint8_t *source;
+    size_t source_nbytes;
+    const Row *rows;
+    size_t num_rows;
+    uint8_t *arena;
+    size_t arena_nbytes;
+    const uint8_t *tables;
+    size_t tables_nbytes;
+    uint8_t *done; /* one byte for each row: 1 where it was restored */
+} Plan;
+
+void plan_run(const Plan *plan, int num_threads);
+
+#endif

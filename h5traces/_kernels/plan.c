@@ -1,0 +1,262 @@
+/* Many chunks in one call: each is read, compared with its checksum, inflated and restored.
+ *
+ * Every row is checked against the buffers before anything is touched, whatever it says. A row that
+ * is wrong, or not known here, is left as not done, and Python decides. */
+/* pread and signals are of POSIX, not of C. */
+#define _POSIX_C_SOURCE 200809L
+#define _FILE_OFFSET_BITS 64
+#include "kernels.h"
+
+#include <stdlib.h>
+
+#ifndef _WIN32
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+#define MOST_THREADS 64
+#endif
+
+/* Larger chunks, which h5traces does not write, are left to Python. */
+#define LARGEST_CHUNK ((int64_t)1 << 28)
+#define LARGEST_ITEM 4096
+/* A thread of its own is worth its start from so many bytes on. */
+#define LEAST_PER_THREAD (256 << 10)
+
+typedef struct {
+    const Plan *plan;
+    size_t next; /* row that nobody has taken yet */
+} Work;
+
+/* A chunk on its way, and memory that is kept for the next one. */
+typedef struct {
+    Inflater inflater;
+    const Row *row; /* NULL: free */
+    size_t number;
+    uint8_t *stored, *planes;
+    size_t stored_nbytes, planes_nbytes;
+} Slot;
+
+static size_t take_next(Work *work)
+{
+#ifdef _WIN32
+    return work->next++;
+#else
+    return __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+#endif
+}
+
+static size_t restored_itemsize(const Row *row)
+{
+    switch (row->restoring) {
+    case AS_STORED:
+        return (size_t)row->itemsize;
+    case STEPS_TO_FLOAT16:
+    case TABLE_OF_2_BYTES:
+        return 2;
+    default:
+        return 4;
+    }
+}
+
+static int fits(int64_t start, int64_t nbytes, size_t total)
+{
+    return start >= 0 && nbytes >= 0 && (uint64_t)nbytes <= total &&
+           (uint64_t)start <= total - (uint64_t)nbytes;
+}
+
+/* What the table must have for this way of restoring, in bytes; -1 where the row is impossible. */
+static int64_t table_nbytes(const Row *row)
+{
+    switch (row->restoring) {
+    case AS_STORED:
+        return 0;
+    case STEPS_TO_FLOAT16:
+    case STEPS_TO_FLOAT32:
+        return row->width > 0 && row->itemsize <= 2 ? 8 * (int64_t)row->width : -1;
+    case TABLE_OF_2_BYTES:
+    case TABLE_OF_4_BYTES:
+        return row->itemsize == 1 ? 256 * (int64_t)restored_itemsize(row) : -1;
+    case FLOAT16_TO_FLOAT32:
+    case BFLOAT16_TO_FLOAT32:
+        return row->itemsize == 2 ? 0 : -1;
+    default:
+        return -1;
+    }
+}
+
+static int is_possible(const Plan *plan, const Row *row)
+{
+    /* Without a shuffle (codec 1), only bytes. */
+    int is_deflate = row->codec == 0 || (row->codec == 1 && row->itemsize == 1);
+    if (!is_deflate || row->itemsize < 1 || row->itemsize > LARGEST_ITEM)
+        return 0;
+    if (row->raw_nbytes < 1 || row->raw_nbytes > LARGEST_CHUNK || row->raw_nbytes % row->itemsize)
+        return 0;
+    if (row->nbytes < 1 || row->nbytes > LARGEST_CHUNK + LARGEST_CHUNK / 64 || row->offset < 0)
+        return 0;
+    if (plan->descriptor < 0 && !fits(row->offset, row->nbytes, plan->source_nbytes))
+        return 0;
+    if (!fits(row->first, row->count, (size_t)(row->raw_nbytes / row->itemsize)))
+        return 0;
+    int64_t size = (int64_t)restored_itemsize(row), needed = table_nbytes(row);
+    if (!fits(row->target, row->count * size, plan->arena_nbytes))
+        return 0;
+    if (row->restoring != AS_STORED && (uintptr_t)(plan->arena + row->target) % (uintptr_t)size)
+        return 0;
+    if (needed < 0 || (needed && !fits(row->table, needed, plan->tables_nbytes)))
+        return 0;
+    return !needed || (uintptr_t)(plan->tables + row->table) % 4 == 0;
+}
+
+static int has_room(uint8_t **buffer, size_t *size, size_t needed)
+{
+    if (needed > *size) {
+        free(*buffer);
+        *buffer = malloc(needed);
+        *size = *buffer ? needed : 0;
+    }
+    return *buffer != NULL;
+}
+
+static const uint8_t *read_stored(const Plan *plan, Slot *slot)
+{
+    const Row *row = slot->row;
+    if (plan->descriptor < 0)
+        return plan->source + row->offset;
+#ifndef _WIN32
+    if (!has_room(&slot->stored, &slot->stored_nbytes, (size_t)row->nbytes))
+        return NULL;
+    for (int64_t done = 0; done < row->nbytes;) {
+        ssize_t count = pread(plan->descriptor, slot->stored + done, (size_t)(row->nbytes - done),
+                              (off_t)(row->offset + done));
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0)
+            return NULL;
+        done += count;
+    }
+    return slot->stored;
+#else
+    return NULL;
+#endif
+}
+
+/* Whether inflating has begun. */
+static int begin(const Plan *plan, Slot *slot)
+{
+    const Row *row = slot->row;
+    if (!is_possible(plan, row))
+        return 0;
+    const uint8_t *stored = read_stored(plan, slot);
+    if (!stored || (row->is_checked && xxh3_64(stored, (size_t)row->nbytes) != row->checksum))
+        return 0;
+    uint8_t *out;
+    if (row->restoring == AS_STORED && row->itemsize == 1 && row->count == row->raw_nbytes) {
+        out = plan->arena + row->target;
+    } else {
+        if (!has_room(&slot->planes, &slot->planes_nbytes, (size_t)row->raw_nbytes))
+            return 0;
+        out = slot->planes;
+    }
+    inflate_begin(&slot->inflater, stored, (size_t)row->nbytes, out, (size_t)row->raw_nbytes);
+    return 1;
+}
+
+static void finish(const Plan *plan, Slot *slot)
+{
+    const Row *row = slot->row;
+    slot->row = NULL;
+    if (!inflate_is_whole(&slot->inflater))
+        return;
+    const uint8_t *planes = slot->inflater.start;
+    uint8_t *out = plan->arena + row->target;
+    size_t itemsize = (size_t)row->itemsize, num_elements = (size_t)row->raw_nbytes / itemsize;
+    size_t first = (size_t)row->first, count = (size_t)row->count;
+    const float *table = (const float *)(const void *)(plan->tables + row->table);
+    switch (row->restoring) {
+    case AS_STORED:
+        if (planes != out)
+            unshuffle(planes, num_elements, itemsize, first, count, out);
+        break;
+    case STEPS_TO_FLOAT16:
+    case STEPS_TO_FLOAT32:
+        restore_steps(planes, num_elements, itemsize, first, count, (size_t)row->width,
+                      (float)row->zero_point, table, row->restoring == STEPS_TO_FLOAT16, out);
+        break;
+    case TABLE_OF_2_BYTES:
+    case TABLE_OF_4_BYTES:
+        look_up(planes + first, count, plan->tables + row->table, restored_itemsize(row), out);
+        break;
+    default:
+        widen(planes, num_elements, first, count, row->restoring == BFLOAT16_TO_FLOAT32, out);
+    }
+    plan->done[slot->number] = 1;
+}
+
+/* The next row that can be inflated, if any is left. */
+static void occupy(Work *work, Slot *slot)
+{
+    const Plan *plan = work->plan;
+    while (!slot->row && (slot->number = take_next(work)) < plan->num_rows) {
+        slot->row = plan->rows + slot->number;
+        if (!begin(plan, slot))
+            slot->row = NULL;
+    }
+}
+
+static void *run_rows(void *argument)
+{
+    Work *work = argument;
+    Slot *slots = calloc(2, sizeof *slots);
+    if (!slots)
+        return NULL;
+    for (;;) {
+        for (int i = 0; i < 2; i++)
+            occupy(work, slots + i);
+        if (slots[0].row && slots[1].row)
+            inflate_two(&slots[0].inflater, &slots[1].inflater);
+        else if (slots[0].row || slots[1].row)
+            inflate_one(slots[0].row ? &slots[0].inflater : &slots[1].inflater);
+        else
+            break;
+        for (int i = 0; i < 2; i++)
+            if (slots[i].row && slots[i].inflater.state >= FINISHED)
+                finish(work->plan, slots + i);
+    }
+    for (int i = 0; i < 2; i++) {
+        free(slots[i].stored);
+        free(slots[i].planes);
+    }
+    free(slots);
+    return NULL;
+}
+
+void plan_run(const Plan *plan, int num_threads)
+{
+    Work work = {plan, 0};
+#ifndef _WIN32
+    int64_t total = 0;
+    for (size_t i = 0; i < plan->num_rows && total < MOST_THREADS * LEAST_PER_THREAD; i++)
+        if (plan->rows[i].raw_nbytes > 0 && plan->rows[i].raw_nbytes <= LARGEST_CHUNK)
+            total += plan->rows[i].raw_nbytes;
+    int64_t useful = total / LEAST_PER_THREAD;
+    int64_t most = num_threads < MOST_THREADS ? num_threads : MOST_THREADS;
+    most = useful < most ? useful : most;
+    pthread_t threads[MOST_THREADS];
+    int num_started = 0;
+    /* Signals are for the thread that called. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (num_started + 1 < most && !pthread_create(threads + num_started, NULL, run_rows, &work))
+        num_started++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    run_rows(&work);
+    for (int i = 0; i < num_started; i++)
+        pthread_join(threads[i], NULL);
+#else
+    (void)num_threads;
+    run_rows(&work);
+#endif
+}
