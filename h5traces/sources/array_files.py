@@ -51,10 +51,6 @@ def open_arrays(path: str | os.PathLike[str], mapping: MappingDocument | None = 
         It is of another kind, or cannot be read.
     """
     path = Path(path)
-    if mapping is not None and mapping.folder and path.is_dir():
-        from h5traces.sources.array_folder import FolderFile
-
-        return FolderFile(path, mapping)
     if mapping is not None and mapping.array is not None:
         return _RawFile(path, mapping.array)
     kind = identify(path)

@@ -16,6 +16,7 @@ from h5traces.meaning.axes import BATCH, LAYER, Axes, data_of, layers_of, view, 
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
 from h5traces.sources.array_files import open_arrays
+from h5traces.sources.array_folder import FolderFile
 from h5traces.sources.mapping import CARRIERS, Template, read_mapping
 from h5traces.sources.opening import source_stem
 from h5traces.sources.source import TraceSource
@@ -55,7 +56,8 @@ class MappedSource(TraceSource):
         first_state = options.first_state or self._mapping.first_state
         self.options = replace(options, first_state=first_state)
         self._stem = self._id_of_file()
-        self._arrays = open_arrays(self.path, self._mapping)
+        is_folder = self._mapping.folder and self.path.is_dir()
+        self._arrays = (FolderFile if is_folder else open_arrays)(self.path, self._mapping)
         self.kind = self._arrays.kind  # type: ignore[misc]
         self.understood += self._arrays.understood
         self._samples = self._read()

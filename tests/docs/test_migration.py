@@ -37,8 +37,8 @@ OF_LIBRARIES = {
     "nnsight.h5": (1, (0, 1)),
     "stacked.h5": (1, (0, 1)),
     "sae.h5": (4, (1,)),
-    "sae-mlp.h5": (4, (None,)),
-    "drafts.h5": (2, (None,) * 4),
+    "sae-mlp.h5": (4, (1,)),
+    "drafts.h5": (2, (0, 1, 2, 3)),
 }
 
 
