@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fuzz a reader of sources, the chunk decoders or ``open``, guided by the coverage of h5traces.
+"""Fuzz readers of sources and mappings, the chunk decoders or ``open``, guided by coverage.
 
 Needs atheris (``pip install atheris``). Starts from honest inputs and known attacks, mutates what
 reaches new code, and stops with exit code 77 at the first exception that is not of h5traces, at
@@ -29,8 +29,13 @@ examples:
     python tools/fuzz.py unpickler --input crash-0123
 """
 # What reads files; all of h5traces takes seconds longer to start.
-INSTRUMENTED = [f"h5traces.{name}" for name in ("archive", "format", "sources", "storage")]
-TARGETS = ("unpickler", "torch", "safetensors", "numpy", "chunks", "open")
+INSTRUMENTED = [
+    f"h5traces.{name}" for name in ("archive", "format", "meaning", "sources", "storage")
+]
+TARGETS = (
+    *("unpickler", "torch", "safetensors", "numpy", "tables", "mappings", "hdf5"),
+    *("chunks", "open"),
+)
 MAX_RSS_MB = 1024
 SECONDS_PER_INPUT = 5
 LARGEST_INPUT = 16384

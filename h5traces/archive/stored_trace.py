@@ -212,11 +212,16 @@ class StoredTrace:
         except SchemaError as error:
             message = f"{self.place}/{kind}: {error}"
             raise CorruptArchiveError(message) from error
-        if self.selected is None or form.keys is None:
+        if self.selected is None or (form.keys, form.absent) == (None, None):
             return form
         kept = (None, *self.selected)
-        keys = tuple(each for each in form.keys if layout.parse_layer_name(each[1]) in kept)
-        return form.model_copy(update={"keys": keys})
+        keys = [each for each in form.keys or () if layout.parse_layer_name(each[1]) in kept]
+        absent = [each for each in form.absent or () if layout.parse_layer_name(each) in kept]
+        update = {
+            "keys": None if form.keys is None else tuple(keys),
+            "absent": tuple(absent) or None,
+        }
+        return form.model_copy(update=update)
 
     def stored_layers(self, kind: str) -> tuple[int, ...]:
         """Numbers stored of a kind, selected or not, ascending: of layers, else of positions."""
@@ -235,12 +240,15 @@ class StoredTrace:
 
     def listed_names(self, kind: str, chosen: tuple[int, ...] | None) -> list[str]:
         """Names of the chosen arrays in the order of the legacy list; None chooses all."""
-        names = [
-            self.array_name(kind, each)
-            for each in self.stored_layers(kind)
+        form = self.form(kind)
+        absent = {layout.parse_layer_name(each): each for each in form.absent or ()}
+        embedding = [layout.EMBEDDING] if form.lists_embedding or None in absent else []
+        numbers = {*self.stored_layers(kind), *(each for each in absent if each is not None)}
+        return embedding + [
+            absent.get(each) or self.array_name(kind, each)
+            for each in sorted(numbers)
             if chosen is None or each in chosen
         ]
-        return [layout.EMBEDDING, *names] if self.form(kind).lists_embedding else names
 
     def check_kind(self, kind: str) -> None:
         """Raise OptionError for a kind that is not stored, or as `check_heads`."""

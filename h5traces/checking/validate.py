@@ -466,7 +466,15 @@ def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Contradi
     named = [name for _, name in form.keys or ()]
     if form.lists_embedding:
         named.append(layout.EMBEDDING)
-    missing = [name for name in named if f"{group.path}/{name}" not in sample.objects]
+    absent = set(form.absent or ())
+    stored = [name for name in absent if f"{group.path}/{name}" in sample.objects]
+    if stored:
+        yield group.path, f"says that {min(stored)} is absent, which is stored", "stored_absent"
+    missing = [
+        name
+        for name in named
+        if name not in absent and f"{group.path}/{name}" not in sample.objects
+    ]
     if missing:
         yield group.path, f"lists {missing[0]}, which is not stored", "missing_layer"
 

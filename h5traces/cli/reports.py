@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
 
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from h5traces.rewriting.reports import ConversionReport, FileReport
 
 
+# Rows of a conversion; more would push the messages off the screen.
+_MOST_ROWS: Final = 20
+
+
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
@@ -60,13 +64,19 @@ def print_conversion(report: ConversionReport) -> None:
         return
     numbers = ("samples", "before", "after", "ratio", "seconds", "warnings")
     table = _table("status", "archive", *numbers, numbers=numbers)
-    for each in report.files:
+    shown = report.files
+    if len(shown) > _MOST_ROWS:
+        # Those that need a look, and no wall of lines.
+        shown = [each for each in shown if each.status == "failed"][:_MOST_ROWS]
+    for each in shown:
         name = each.targets[0]
         if len(each.targets) > 1:
             name += f" … {Path(each.targets[-1]).name}"
         table.add_row(*_conversion_row(each, each.status, cell(name)))
     if len(report.files) > 1:
-        table.add_row(*_conversion_row(_total(report), "total", ""))
+        others = len(report.files) - len(shown)
+        name = f"{counted(others, 'archive')} not listed; --json lists all" if others else ""
+        table.add_row(*_conversion_row(_total(report), "total", name))
     print_table(table)
     written = [each for each in report.files if each.status == "converted"]
     changed = [each for each in written if not each.is_lossless]
@@ -162,6 +172,8 @@ def print_inspection(result: Inspection) -> None:
         print_line(f"  sequence length: {lengths}")
     coverage = ", ".join(f"{count} {name}" for name, count in result.coverage.items())
     print_line(f"  coverage: {coverage}")
+    for line in first_lines([f"  understood: {each}" for each in result.understood]):
+        print_line(line)
     for kind, size in sorted(result.sizes.items()):
         line = (
             f"  {kind}: {counted(size['num_datasets'], 'array')}, {human_size(size['raw_nbytes'])}"

@@ -187,11 +187,18 @@ class SourceForm(Document):
     lists_embedding: Annotated[
         bool | None, Field(description="Whether the embedding was the first item.")
     ] = None
+    absent: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...] | None,
+        Field(description="Names of items that were None, such as `layer_001`; none is stored."),
+    ] = None
 
     @model_validator(mode="after")
-    def _keys_of_a_dict(self) -> SourceForm:
+    def _fits_its_sequence(self) -> SourceForm:
         if (self.sequence == "dict") != (self.keys is not None):
             message = "keys are listed of a dict, and of nothing else"
+            raise ValueError(message)
+        if self.absent is not None and self.sequence == "array":
+            message = "absent items are listed of an array, which has none"
             raise ValueError(message)
         return self
 

@@ -41,6 +41,8 @@ class MappedFile:
         path: str | os.PathLike[str],
         content: bytes | bytearray | None = None,
         descriptor: int | None = None,
+        *,
+        links: bool = True,
     ) -> None:
         self.path = Path(path)
         self._touched = 0
@@ -48,9 +50,10 @@ class MappedFile:
             self._map: Any = content
             self.nbytes = len(content)
             return
-        descriptor = (
-            open_regular(self.path, ConversionError) if descriptor is None else os.dup(descriptor)
-        )
+        if descriptor is None:
+            descriptor = open_regular(self.path, ConversionError, links=links)
+        else:
+            descriptor = os.dup(descriptor)
         try:
             self.nbytes = os.fstat(descriptor).st_size
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if self.nbytes else None

@@ -51,10 +51,10 @@ def open_table(path: Path, kind: str) -> ArrayFile:
         message = f"{path}: tables of Parquet and Arrow need pyarrow: pip install h5traces[parquet]"
         raise MissingDependencyError(message) from error
     if kind == "datasets-folder":
-        return arrow.ArrowTable(kind, dataset_files(path))
+        return arrow.ArrowTable(kind, dataset_files(path), links=False)
     if kind == "parquet":
         return arrow.ParquetTable(path)
-    return arrow.ArrowTable(kind, [(path, None)])
+    return arrow.ArrowTable(kind, [(path, None)], links=True)
 
 
 class TableSource(NamedArraysSource):

@@ -16,6 +16,7 @@ from h5traces.format.record import (
     EarlierCast,
     LayerArray,
     LayeredArrays,
+    SourceForm,
     StepArrays,
     TokensContainer,
     TraceRecord,
@@ -102,6 +103,8 @@ class StoredSample:
             if entry.is_group:
                 attrs = dict(entry.attrs)
                 if selected is not None and entry.path in self._trace.kinds:
+                    form = SourceForm.model_fields
+                    attrs = {key: each for key, each in attrs.items() if key not in form}
                     attrs |= to_attributes(self._trace.form(entry.path))
                 yield EncodedObject(entry.path, attrs)
             elif selected is not None and _is_table(self._trace, entry, layout.STEPS_TABLE):

@@ -30,20 +30,29 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import probe
+import pyarrow as pa
 import specimen
 import test_pickles
 import test_sources
+import test_tables
 import torch
 import zstandard
 from legacy_batches import LAYOUTS, dumps, make_batch
+from pyarrow import parquet as pq
 
 from h5traces.errors import ConversionError, H5TracesError
+from h5traces.meaning.options import ReadingOptions
+from h5traces.sources.array_files import TABLES
+from h5traces.sources.opening import open_source
 from h5traces.sources.pickle.source import PickleLimits
 from h5traces.sources.pickle.stream import BatchStream
+from h5traces.sources.signatures import identify
 from h5traces.storage.codecs import CODECS
 from h5traces.storage.footer import COLUMNS
+from h5traces.storage.hdf5.others import OtherHdf5, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,6 +66,12 @@ _NAMES = tuple(CODECS)
 _LIMITS = PickleLimits(max_created_nbytes=1 << 20, max_item_opcodes=20_000)
 
 
+_EXAMPLES = Path(__file__).parents[2] / "examples" / "mappings"
+_FILTERED: tuple[dict[str, Any], ...] = (
+    {"compression": "gzip", "shuffle": True},
+    {"compression": "lzf", "fletcher32": True},
+    {"scaleoffset": 3, "maxshape": (None, None, 4)},
+)
 _ON_FIRST_USE = ("h5traces.", "encodings.")
 
 
@@ -180,6 +195,111 @@ def numpy_files() -> Iterator[bytes]:
         np.save(buffer, array)
         yield buffer.getvalue()
     yield from test_sources.short_attacks("numpy")
+
+
+# --- tables, mappings, HDF5 ------------------------------------------------------------------
+
+
+def read_table(data: bytes) -> None:
+    """Read every cell of a table, then its samples."""
+    path = _folder() / "table"
+    path.write_bytes(data)
+    kind = identify(path).id
+    if kind in TABLES:
+        with contextlib.suppress(H5TracesError):
+            test_tables.read(path, kind)
+    read_source(data)
+
+
+def tables() -> Iterator[bytes]:
+    """Honest tables of Parquet, Arrow and JSON by codecs, and the attacks that are short."""
+    row = {"question_id": "q", "hidden_states": [[[1.5, 2.0]] * 2] * 3, "tokens": [1, 2]}
+    more = {"tokens_decoded": ["a", "b"], "label": 1, "other": {"a": [None, "x"]}, "none": None}
+    for rows in ([row], [row | more] * 3):
+        table = pa.Table.from_pylist(rows)
+        for codec in ("none", "zstd", "snappy"):
+            for version in ("1.0", "2.0"):
+                sink = io.BytesIO()
+                pq.write_table(table, sink, compression=codec, data_page_version=version)
+                yield sink.getvalue()
+        for batch in table.to_batches():
+            yield test_tables.arrow(batch)
+            yield test_tables.arrow(batch, stream=True, codec="zstd")
+            yield test_tables.arrow(batch, codec="lz4")
+        yield "".join(json.dumps(each) + "\n" for each in rows).encode()
+        yield json.dumps(rows).encode()
+    small = ("fewer bytes", "offsets beyond", "indices beyond", "unlisted", "no schema")
+    yield from (test_tables.ARROW[name]() for name in small)
+
+
+@cache
+def _mapped() -> Path:
+    path = _folder() / "arrays.npz"
+    states = np.zeros((2, 3, 4), np.float32)
+    names = {f"layers.{number}": states[number] for number in range(2)}
+    np.savez(path, x=states, tokens=np.arange(3), **names, **{"q0/x": states, "q1/x": states})
+    return path
+
+
+def read_mapped(data: bytes) -> None:
+    """Read a file of arrays as a mapping says."""
+    path = _mapped().with_name("mapping.toml")
+    path.write_bytes(data)
+    options = ReadingOptions(mapping=path)
+    with contextlib.suppress(H5TracesError), open_source(_mapped(), options) as source:
+        for number, record in enumerate(source.records()):
+            if number > 100 or len(record.sample_id) > 10_000:
+                message = "a mapping makes many samples of a few"
+                raise FindingError(message)
+
+
+def mappings() -> Iterator[bytes]:
+    """Mappings that fit the file, those that ship as examples, and some that do not fit."""
+    states = '[fields.hidden_states]\nname = "x"\naxes = "layer token hidden"\n'
+    yield from (
+        states.encode(),
+        f'first_state = "block"\nignore = ["q*"]\n{states}layers = [3, 5]\n'.encode(),
+        states.replace('"x"', '"{id}/x"').encode(),
+        b'[fields]\nhidden_states = "layers.{layer}"\ntokens = "tokens"\n',
+        states.replace("layer token", "batch token").encode(),
+        b'[fields.hidden_states]\nname = "layers.{layer}"\nembedding = "x"\nlayers = [1, 0]\n',
+        states.replace("axes", 'dtype = "bfloat16"\naxes').encode(),
+        f'version = 1\nkind = "npz"\nfile = "{{id}}.npz"\n{states}'.encode(),
+        f'{states}[array]\ndtype = "float32"\nshape = [-1, 3, 4]\noffset = 2\n'.encode(),
+    )
+    yield from (path.read_bytes() for path in sorted(_EXAMPLES.glob("*.toml")))
+
+
+def read_hdf5(data: bytes) -> None:
+    """Read every dataset and attribute of a foreign file."""
+    path = _folder() / "other.h5"
+    path.write_bytes(data)
+    try:
+        file = OtherHdf5(path)
+    except H5TracesError:
+        return
+    try:
+        for _, each in named(file):
+            with contextlib.suppress(H5TracesError):
+                _ = each.shape, each.dtype, each.read()
+    finally:
+        file.close()
+
+
+def hdf5_files() -> Iterator[bytes]:
+    """Small files in old and new forms, with filters, texts and attributes."""
+    states = np.zeros((2, 3, 4), np.float32)
+    for libver in ("earliest", "latest"):
+        for options in ({}, {"chunks": (1, 3, 4)}, *_FILTERED):
+            sink = io.BytesIO()
+            with h5py.File(sink, "w", libver=libver) as file:
+                file.create_group("layer_0").create_dataset("x", data=states, **options)
+                file["layer_0"].attrs["n"] = np.arange(3)
+            yield sink.getvalue()
+            with h5py.File(sink, "a", libver=libver) as file:
+                file.attrs["text"] = "abc"
+                file["texts"] = np.array(["a", "bb"], dtype=h5py.string_dtype())
+            yield sink.getvalue()
 
 
 def _other_containers() -> Iterator[bytes]:
@@ -322,6 +442,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "torch": read_source,
     "safetensors": read_source,
     "numpy": read_source,
+    "tables": read_table,
+    "mappings": read_mapped,
+    "hdf5": read_hdf5,
     "chunks": decode_chunk,
     "open": read_archive,
 }
@@ -330,6 +453,9 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "torch": torch_files,
     "safetensors": safetensors,
     "numpy": numpy_files,
+    "tables": tables,
+    "mappings": mappings,
+    "hdf5": hdf5_files,
     "chunks": chunks,
     "open": footers,
 }

@@ -28,7 +28,7 @@ from h5traces.sources.opening import open_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MAX_SECONDS = 10  # a slow machine's share of a second
+MAX_SECONDS = 1.0  # of a processor
 MAX_EXTRA_NBYTES = 300 << 20
 LARGEST_SHORT = 8192
 MILLION = 1_000_000
@@ -288,10 +288,10 @@ def test_attacks_end_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "source"
     path.write_bytes(ATTACKS[name]())
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(H5TracesError) as caught:
         read(path)
-    assert time.perf_counter() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
     assert str(path) in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -319,14 +319,14 @@ def test_nothing_is_imported_and_memory_stays_low(tmp_path: Path) -> None:
         files = Path(sys.argv[2])
         before, slowest = peak(), 0
         for each in sorted(files.iterdir()):
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 test_sources.read(each)
             except test_sources.H5TracesError:
                 pass
             else:
                 raise SystemExit(each.name)
-            slowest = max(slowest, time.perf_counter() - start)
+            slowest = max(slowest, time.process_time() - start)
         print(json.dumps({
             "total": peak() - before,
             "slowest": slowest,

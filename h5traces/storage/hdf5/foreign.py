@@ -16,6 +16,7 @@ from h5py import h5a, h5d, h5g, h5o, h5s, h5t
 from h5traces.errors import ArchiveError, HostileFileError
 from h5traces.format import layout
 from h5traces.storage.hdf5 import safety
+from h5traces.storage.hdf5.heaps import Heaps
 from h5traces.storage.hdf5.reading import LIBRARY_ERRORS, is_foreign
 from h5traces.storage.hdf5.types import FORMAT_ATTRIBUTES
 
@@ -88,9 +89,11 @@ def copy_foreign(
                 safety.check_superblock(each.file)
                 source = h5py.File(each.file, "r", locking="best-effort")
                 opened = {each.file: files.enter_context(source)}
+                heaps = Heaps(source, each.file)
             if target is None:
                 target = files.enter_context(h5py.File(file, "r+", libver=("v110", "v110")))
-            copying = _Copying(found, each, limits, keep=keep, nbytes=each.file.stat().st_size)
+            nbytes = each.file.stat().st_size
+            copying = _Copying(found, each, limits, heaps, keep=keep, nbytes=nbytes)
             copying.run(source, target)
     return found
 
@@ -99,9 +102,16 @@ class _Copying:
     """The copying of one group."""
 
     def __init__(
-        self, found: Copied, origin: Origin, limits: ReadLimits, *, keep: bool, nbytes: int
+        self,
+        found: Copied,
+        origin: Origin,
+        limits: ReadLimits,
+        heaps: Heaps,
+        *,
+        keep: bool,
+        nbytes: int,
     ) -> None:
-        self._found, self._origin, self._limits = found, origin, limits
+        self._found, self._origin, self._limits, self._heaps = found, origin, limits, heaps
         self._keep, self._nbytes = keep, nbytes
         self._addresses: set[int] = set()
         self._kinds: frozenset[str] = frozenset(layout.KINDS)
@@ -192,7 +202,8 @@ class _Copying:
             return str(error)
         if found.get_storage_size() > self._nbytes:
             return f"takes {found.get_storage_size()} bytes in a file of {self._nbytes}"
-        return _type_problem(found.get_type(), found.get_space().get_simple_extent_npoints())
+        points = found.get_space().get_simple_extent_npoints()
+        return _type_problem(found.get_type(), points, self._heaps)
 
     def _copy_dataset(
         self, dataset: Any, source: Any, target: Any, name: bytes, place: str
@@ -245,7 +256,7 @@ class _Copying:
             attribute = h5a.open(source, name)
             type_id, space = attribute.get_type(), attribute.get_space()
             points = space.get_simple_extent_npoints()
-            problem = _type_problem(type_id, points)
+            problem = _type_problem(type_id, points, self._heaps)
             nbytes = points * type_id.get_size()
             if nbytes > self._limits.max_attribute_nbytes:
                 problem = f"takes {nbytes} bytes"
@@ -284,10 +295,11 @@ def _has_texts(type_id: Any) -> bool:
     return bool(type_id.get_class() == h5t.STRING and type_id.is_variable_str())
 
 
-def _type_problem(type_id: Any, points: int) -> str | None:
+def _type_problem(type_id: Any, points: int, heaps: Heaps) -> str | None:
     """Why values of a type cannot be copied; None if they can."""
     if _has_texts(type_id):
-        return f"holds {points} texts of variable length" if points > _MAX_TEXTS else None
+        is_many = points > _MAX_TEXTS
+        return f"holds {points} texts of variable length" if is_many else heaps.problem
     if _is_plain(type_id, depth=0):
         return None
     return "is of a type with references or variable lengths, which cannot be copied safely"

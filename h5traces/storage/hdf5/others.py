@@ -7,6 +7,7 @@ plugin is searched, and sizes are compared with those of the file before anythin
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -14,11 +15,19 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5l, h5o, h5t
+from h5py._objects import phil  # the lock that every call of h5py takes; it has no public name
 
-from h5traces.errors import ConversionError, HostileFileError, MissingFilterError
+from h5traces.errors import (
+    ConversionError,
+    H5TracesError,
+    HostileFileError,
+    MissingFilterError,
+)
 from h5traces.storage.files import open_regular
+from h5traces.storage.hdf5.heaps import Heaps
 from h5traces.storage.hdf5.reading import LIBRARY_ERRORS
 from h5traces.storage.hdf5.safety import no_plugin_search, require_zstd
+from h5traces.storage.trial import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,16 +65,19 @@ class OtherHdf5:
         Paths of soft links, which are not followed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_tried: bool = False) -> None:
         self.path = path
         with open(open_regular(path, ConversionError), "rb") as file:  # noqa: PTH123
             self.nbytes = file.seek(0, 2)
         self.datasets: dict[str, Hdf5Array] = {}
         self.attributes: dict[str, Hdf5Attribute] = {}
         self.links: list[str] = []
+        # What HDF5 could not read in a child; it must not try here.
+        self._failed = {} if is_tried else self._tried()
         self._file = self._open()
         try:
             with self.reading():
+                self._heaps = Heaps(self._file, path)
                 self._walk(self._file.id, "", 0, set())
         except BaseException:
             self.close()
@@ -95,6 +107,20 @@ class OtherHdf5:
         """Reject an object."""
         message = f"{self.path}: {name[:200]!r} {message}"
         raise HostileFileError(message)
+
+    def _tried(self) -> dict[str, str]:
+        """Look at everything but numbers in a child, as HDF5 believes what damaged metadata say."""
+        # No other thread is inside HDF5 while a child is forked.
+        with phil:
+            return attempt(functools.partial(_failures, self.path), self.path)
+
+    def check_texts(self, name: str) -> None:
+        """Reject text of variable length that cannot be read in bounded time and memory."""
+        if name in self._failed:
+            raise ConversionError(self._failed[name])
+        if self._heaps.problem is not None:
+            message = f"{self.path}: {self._heaps.problem}; copy the file again"
+            raise ConversionError(message)
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -184,12 +210,23 @@ class Hdf5Array:
         """Whether it holds text."""
         return isinstance(self._type, h5t.TypeStringID)
 
+    def probe(self) -> None:
+        """Look at where the elements lie, and read texts."""
+        with self._file.reading():
+            self._check()
+        if self.is_text:
+            self.read()
+
     def read(self, axis: int | None = None, index: int = 0) -> Any:
         """Numbers ``(...)`` in this machine's byte order, text, or lists of text.
 
         ConversionError and HostileFileError where it holds anything else, or its bytes lie
         elsewhere.
         """
+        with self._file.reading():
+            return self._read_checked(axis, index)
+
+    def _read_checked(self, axis: int | None, index: int) -> Any:
         self._check()
         if axis is None:
             return self._read(tuple(slice(None) for _ in self.shape))
@@ -263,21 +300,22 @@ class Hdf5Array:
                 fail(name, f"has chunks of {chunk:,} bytes; rewrite it with smaller ones")
 
     def _read(self, selection: tuple[Any, ...]) -> Any:
-        with self._file.reading():
-            dataset = h5py.Dataset(self._id)
-            if self.is_text:
-                return self._texts(dataset, selection)
-            if not _is_plain(self._type):
-                message = (
-                    f"{self._file.path}: {self._name!r} has elements of type {self.dtype}, "
-                    "expected numbers or text"
-                )
-                raise ConversionError(message)
-            values = np.asarray(dataset[selection])
-            return values.astype(values.dtype.newbyteorder("="), copy=False)
+        dataset = h5py.Dataset(self._id)
+        if self.is_text:
+            return self._texts(dataset, selection)
+        if not _is_plain(self._type):
+            message = (
+                f"{self._file.path}: {self._name!r} has elements of type {self.dtype}, expected "
+                "numbers or text"
+            )
+            raise ConversionError(message)
+        values = np.asarray(dataset[selection])
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
 
     def _texts(self, dataset: Any, selection: tuple[Any, ...]) -> Any:
         """Text, one by one where each may be as large as the file; lists of one dimension."""
+        if self._type.is_variable_str():
+            self._file.check_texts(self._name)
         if not self.shape:
             return _as_text(dataset[()])
         if len(self.shape) > 1:
@@ -316,6 +354,10 @@ class Hdf5Attribute:
             is_text = isinstance(kind, h5t.TypeStringID)
             return "text" if is_text else str(kind.dtype.name) if _is_plain(kind) else "unknown"
 
+    def probe(self) -> None:
+        """Read it."""
+        self.read()
+
     def _open(self) -> Any:
         return h5a.open(self._owner, self._attribute)
 
@@ -328,10 +370,28 @@ class Hdf5Attribute:
             if not (is_text or _is_plain(kind)) or math.prod(found.shape or (1,)) > 4096:
                 message = f"{self._file.path}: attribute {self._name!r} is no number or text"
                 raise ConversionError(message)
+            if is_text and kind.is_variable_str():
+                self._file.check_texts(self._name)
             value = h5py.AttributeManager(_Owner(self._owner))[self._attribute]
         if is_text:
             value = _as_text(value) if not found.shape else list(map(_as_text, value.tolist()))
         return value if axis is None else value[index]
+
+
+def _failures(path: Path) -> dict[str, str]:
+    """Texts and attributes that cannot be read, by name, with the reasons."""
+    failed = {}
+    try:
+        with contextlib.closing(OtherHdf5(path, is_tried=True)) as file:
+            for name, each in named(file):
+                try:
+                    each.probe()
+                except (H5TracesError, *LIBRARY_ERRORS) as error:
+                    failed[name] = str(error)
+    except H5TracesError:
+        # It will be met again.
+        pass
+    return failed
 
 
 class _Owner:
