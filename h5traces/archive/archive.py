@@ -321,7 +321,8 @@ class Archive(ReadOnly, Sequence[Trace]):
         -------
         list of dict
             For every index, a list of arrays by kind, in ascending order of layer; empty where the
-            sample has none of the kind. Arrays are in the archive's container.
+            sample has none of the kind. Arrays are in the archive's container. Those of less than
+            4 MiB share memory with their neighbours: copy one that outlives the others.
 
         Raises
         ------

@@ -60,7 +60,7 @@ def check_alike(files: Sequence[ArchiveFile]) -> None:
 
 
 # Facts that a new archive takes over where all its sources agree.
-_FACTS: Final = ("model_id", "model_revision", "dataset", "num_layers", "extraction", "conversion")
+_FACTS: Final = ("model_id", "model_revision", "dataset", "num_layers", "extraction")
 
 
 def inherited_facts(files: Sequence[ArchiveFile]) -> dict[str, Any]:

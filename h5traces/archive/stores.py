@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -33,7 +35,15 @@ from h5traces.storage.footer import (
 )
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.kernels import PLAN_CODECS
-from h5traces.storage.plans import UNKNOWN, Datasets, Reading, fitting
+from h5traces.storage.plans import (
+    UNKNOWN,
+    Datasets,
+    NothingRead,
+    Reading,
+    Restoration,
+    fitting,
+    joined,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,6 +56,8 @@ if TYPE_CHECKING:
     from h5traces.storage.files import ByteFile
 
     Longs = NDArray[np.int64]
+    # A sample, and the paths of some of its datasets.
+    Wanted = tuple[SampleEntry, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +172,7 @@ class FooterStore:
         try:
             if entry.chunks is not None and len(entry.chunks.offsets) > 1:
                 with self.file.prefetched(entry.chunks.ranges):
-                    reading = self.begin(sample, [path], 1)
-                found = {} if reading is None else reading.arrays()
+                    found = self.begin([(sample, [path])], 1).arrays()
                 if path in found:
                     return found[path]
             return read_checked_array(self.file, entry)
@@ -169,25 +180,45 @@ class FooterStore:
             raise located(error, self.file.name, sample.ordinal, path) from error
 
     def begin(
-        self, sample: SampleEntry, paths: Sequence[str], workers: int, *, together: bool = False
-    ) -> Reading | None:
-        """Begin to read datasets of a sample, as `Reading`; without those that do not fit.
+        self,
+        wanted: Sequence[Wanted],
+        workers: int,
+        *,
+        together: bool = False,
+        most_nbytes: int | None = None,
+        restorations: Sequence[Mapping[str, Restoration]] = (),
+    ) -> Reading:
+        """Begin to read datasets of some samples; those that do not fit are left out.
 
-        None where the index is damaged: reading any of them says how.
+        So are those of samples whose index is damaged, and all that take more than `most_nbytes`.
+        `restorations` of every sample, by path, are applied to datasets that they suit.
         """
-        objects = sample.objects
-        assert isinstance(objects, FooterObjects)
-        try:
-            types, found = self._datasets(np.array([objects.rows[path] for path in paths], int))
-        except (FooterError, IndexError):
-            return None
+        names, types, parts = [], [], []
+        for number, (sample, paths) in enumerate(wanted):
+            if isinstance(sample.objects, FooterObjects):
+                rows = np.array([sample.objects.rows[path] for path in paths], np.int64)
+                with contextlib.suppress(FooterError, IndexError):
+                    theirs, part = self._datasets(rows)
+                    names += [(number, path) for path in paths]
+                    types += theirs
+                    parts.append(part)
+        if not names:
+            return NothingRead()
+        found = joined(parts)
         fits = fitting(found, self._limits, self.file.nbytes)
-        named = {path: dtype for path, dtype, each in zip(paths, types, fits, strict=True) if each}
-        if not named:
-            return None
-        if len(named) < len(paths):
+        if not fits.all():
+            names, types = list(compress(names, fits)), list(compress(types, fits))
             found = found.chosen(fits)
-        return Reading(self.file, named, found, workers, together=together)
+        nbytes = found.nbytes.sum()
+        # Chunks that overlap would inflate to any size.
+        overlap = found.sizes.sum() > len(wanted) * self.file.nbytes
+        if not names or overlap or (most_nbytes is not None and nbytes > most_nbytes):
+            return NothingRead()
+        return Reading(
+            *(self.file, names, types, found, workers),
+            together=together,
+            restorations=_suiting(names, found, restorations),
+        )
 
     def _datasets(self, rows: Longs) -> tuple[list[np.dtype[Any]], Datasets]:
         """The types of datasets by their rows in the object table, and what the index claims."""
@@ -385,6 +416,20 @@ class FooterStore:
         return entry
 
 
+def _suiting(
+    names: Sequence[tuple[int, str]], found: Datasets, given: Sequence[Mapping[str, Restoration]]
+) -> list[Restoration | None]:
+    """The restoration of every dataset that one suits."""
+    if not any(given):
+        return []
+    facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
+    wanted = (given[number].get(path) for number, path in names)
+    return [
+        each if each is not None and each.suits(*fact) else None
+        for each, fact in zip(wanted, facts, strict=True)
+    ]
+
+
 def _type_of(stored_type: str) -> np.dtype[Any]:
     try:
         return carrier_dtype(stored_type)
@@ -529,6 +574,10 @@ class Hdf5Store:
             return read_array(self.file, entry, self._limits)
         except CorruptArchiveError as error:
             raise located(error, str(self._path), sample.ordinal, path) from error
+
+    def begin(self, *_: object, **__: object) -> Reading:
+        """Nothing: array after array is read."""
+        return NothingRead()
 
     def sizes(self) -> dict[str, StoredSize]:
         sizes: dict[str, StoredSize] = {}

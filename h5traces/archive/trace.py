@@ -95,8 +95,7 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     def __getitem__(self, position: int | slice) -> LayerValue | list[LayerValue]:
         if isinstance(position, slice):
             names = [self._names[each] for each in sliced(range(len(self)), position)]
-            stored = [each for each in names if each not in self._absent]
-            with self._trace.read_ahead(self._trace.layer_paths(self.kind, stored)):
+            with self._trace.read_ahead(self._trace.layer_paths(self.kind, names)):
                 return self._read(names)
         try:
             name = self._names[as_position(position, f"{self._trace.place}: {self.kind}")]
@@ -374,7 +373,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """
         wanted = self._container if container is None else container
         check_container(wanted)
-        with self._stored.read_ahead(self._needed()):
+        with self._stored.read_ahead(self._stored.needed()):
             return {key: _plain(self._value(key, wanted)) for key in self.fields}
 
     @checked
@@ -405,12 +404,3 @@ class Trace(ReadOnly, Mapping[str, Any]):
             from h5traces.archive.labelled import trace_dataset
 
         return trace_dataset(self, kinds)
-
-    def _needed(self) -> list[str]:
-        """The datasets that `to_dict` reads."""
-        stored = self._stored
-        paths = [path for path in stored.objects if path.partition("/")[0] not in stored.kinds]
-        for kind in self.fields:
-            if kind in stored.kinds and kind in stored.objects:
-                paths += LayerSequence(stored, kind, stored.selected)._paths
-        return paths

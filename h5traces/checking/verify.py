@@ -8,12 +8,13 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.agreement import Agreement
 from h5traces.archive.file import check_format
 from h5traces.archive.foreign import error_for
 from h5traces.archive.scales import stored_scales
+from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
 from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
 from h5traces.arguments import checked
 from h5traces.checking.reports import FileReport, Reports
@@ -45,6 +46,8 @@ from h5traces.writing.options import WriteOptions
 from h5traces.writing.preparation import record_attributes
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from h5traces.archive.stores import Store
     from h5traces.format.archive import Cast
     from h5traces.format.entries import SampleEntry
@@ -374,6 +377,10 @@ def _cast_note(cast: Cast) -> str:
     return f"compared after the cast to {cast.dtype} ({changed} values changed); keep the source"
 
 
+# Datasets that a thread reads in one call.
+_READ_TOGETHER: Final = 8
+
+
 def sample_damage(
     store: Store, index: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[str, Exception]]:
@@ -385,19 +392,30 @@ def sample_damage(
         yield place, error
         return
     paths = [path for path in sample.objects if not sample.objects[path].is_group]
-    for path, found in zip(
-        paths, pool.map(lambda path: _damage(store, sample, path), paths), strict=True
+    starts = range(0, len(paths), _READ_TOGETHER)
+    parts = [paths[start : start + _READ_TOGETHER] for start in starts]
+    for part, damages in zip(
+        parts, pool.map(lambda part: _damages(store, sample, part), parts), strict=True
     ):
-        if found is not None:
-            yield f"{place}/{path}", found
+        for path, found in zip(part, damages, strict=True):
+            if found is not None:
+                yield f"{place}/{path}", found
     differs = sample_difference(sample)
     if differs is not None:
         yield place, CorruptArchiveError(differs)
 
 
-def _damage(store: Store, sample: SampleEntry, path: str) -> Exception | None:
+def _damages(store: Store, sample: SampleEntry, paths: list[str]) -> list[Exception | None]:
+    """What is wrong with some datasets of a sample; those that take little are read together."""
+    ahead = store.begin([(sample, paths)], 1, most_nbytes=MOST_AHEAD_NBYTES).arrays()
+    return [_damage(store, sample, path, ahead.pop(path, None)) for path in paths]
+
+
+def _damage(
+    store: Store, sample: SampleEntry, path: str, ahead: NDArray[Any] | None = None
+) -> Exception | None:
     try:
-        values = store.read(sample, path)
+        values = store.read(sample, path) if ahead is None else ahead
         entry = sample.objects[path]
     except H5TracesError as error:
         return error

@@ -71,9 +71,24 @@ TrustRemoteCode = Annotated[
         "Run Python code that comes with the model; `--revision` must then be a commit.",
     ),
 ]
-Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", "`hidden_states`, `attentions`, or both.")]
+Kinds = Annotated[
+    str,
+    option(
+        KEEP,
+        "--kinds KIND,KIND",
+        "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, "
+        "`mlp_output`, `head_outputs`, `queries`, `keys`, `values`, `router_logits`, "
+        "`state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+    ),
+]
 MaxNewTokens = Annotated[
-    int, option(_ANSWERS, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
+    int,
+    option(
+        _ANSWERS,
+        "--max-new-tokens N",
+        "Largest number of tokens of an answer; 0 to run prompts only.",
+        min=0,
+    ),
 ]
 
 
@@ -86,6 +101,12 @@ def _model(
         bool, option(_MODEL, "--load-in-4bit", "Quantise the weights with bitsandbytes.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    threads: Annotated[
+        int | None,
+        option(
+            _MODEL, "--threads N", "Threads of a CPU [default: as many as cores are free].", min=1
+        ),
+    ] = None,
 ) -> ModelChoice:
     return ModelChoice(
         model_id=model_id,
@@ -94,6 +115,7 @@ def _model(
         device=device,
         load_in_4bit=load_in_4bit,
         trust_remote_code=trust_remote_code,
+        threads=threads,
     )
 
 
@@ -132,13 +154,26 @@ def _dataset(
     answers_column: Annotated[
         str | None, option(_QUESTIONS, "--answers-column NAME", "Column of a file.")
     ] = None,
+    given_column: Annotated[
+        str | None,
+        option(
+            _QUESTIONS,
+            "--given-column NAME",
+            "Column of answers that the model is given instead of generating its own.",
+        ),
+    ] = None,
 ) -> DatasetChoice:
     return DatasetChoice(
         dataset=dataset,
         num_samples=num_samples,
         path=dataset_path,
         revision=dataset_revision,
-        columns=Columns(question=question_column, sample_id=id_column, answers=answers_column),
+        columns=Columns(
+            question=question_column,
+            sample_id=id_column,
+            answers=answers_column,
+            given=given_column,
+        ),
     )
 
 
@@ -201,6 +236,12 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    top_logits: Annotated[
+        int | None,
+        option(
+            KEEP, "--top-logits K", "Of `logits`, the largest K of every token, with ids.", min=1
+        ),
+    ] = None,
     embedding: Annotated[
         bool, option(KEEP, "--embedding", "Also store the output of the embedding.")
     ] = False,
@@ -250,6 +291,7 @@ def extract(
     options = ExtractOptions(
         layers=layers,
         kinds=_kinds(kinds),
+        top_logits=top_logits,
         embedding=embedding,
         last_state=last_state,
         generation=generation,

@@ -14,6 +14,7 @@ from h5traces.errors import ConversionError
 from h5traces.extract.estimate import estimate
 from h5traces.extract.sizes import STATED_RATES, ModelShape, Rates
 from h5traces.format import layout
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.precision import EXACT, TIERS, Precision
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import local_path
@@ -150,7 +151,7 @@ def measured_estimate(
         shape,
         lengths,
         layers=layers,
-        kinds=kinds,
+        kinds=[each for each in kinds if each in MODEL_KINDS],
         precision=storage,
         rates=rates,
         tier_rates=tier_rates,
@@ -169,7 +170,8 @@ def _measured(path: Path, shape: ModelShape, lengths: Sequence[int]) -> Rates:
     num_layers, num_samples = shape.num_layers, len(lengths)
     scales = sizes.pop(layout.SCALES_GROUP, StoredSize())
     nbytes = path.stat().st_size - scales.stored_nbytes
-    values = shape.num_values(lengths, [kind for kind in layout.KINDS if kind in sizes])
+    kinds = (*MODEL_KINDS, layout.ATTENTION_MEAN)
+    values = shape.num_values(lengths, [kind for kind in kinds if kind in sizes])
     stored = {kind: sizes[kind].stored_nbytes for kind in values}
     beside = (nbytes - sum(stored.values())) / num_samples
     array_nbytes = STATED_RATES["float16"].array_nbytes

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass, fields
+from itertools import compress
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -34,6 +35,8 @@ CARRIERS: Final[dict[FloatType, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float64": np.dtype("<f8"),
 }
+# By numpy's characters, whatever the byte order; names of dtypes take numpy 5 µs.
+_BY_CHARACTER: Final[dict[str, FloatType]] = {"e": "float16", "f": "float32", "d": "float64"}
 # Narrowest first: the order in which `auto` tries them.
 _EXACT_CANDIDATES: Final[dict[FloatType, tuple[FloatType, ...]]] = {
     "float16": ("float16",),
@@ -76,8 +79,8 @@ class TypedArray:
     @classmethod
     def of(cls, values: AnyArray) -> TypedArray:
         """`values` with the type of their dtype, any byte order; ConversionError for no float."""
-        name = values.dtype.name
-        if name not in FLOAT_TYPES or values.dtype.kind != "f":
+        name = _BY_CHARACTER.get(values.dtype.char)
+        if name is None:
             message = (
                 f"dtype is {values.dtype}, expected one of {', '.join(FLOAT_TYPES)}; "
                 "cast the array before it is stored"
@@ -119,11 +122,24 @@ class CastCounts:
     num_to_subnormal: int = 0
 
     def __add__(self, other: CastCounts) -> CastCounts:
-        return CastCounts(*map(operator.add, astuple(self), astuple(other)))
+        return CastCounts(*map(operator.add, self._values(), other._values()))
 
     def nonzero(self) -> dict[str, int]:
         """The counts that are not zero, by name."""
-        return {name: count for name, count in asdict(self).items() if count}
+        counts = self._values()
+        return dict(compress(zip(_COUNTS, counts, strict=True), counts)) if any(counts) else {}
+
+    def _values(self) -> tuple[int, ...]:
+        return (
+            self.num_nan,
+            self.num_inf,
+            self.num_overflow,
+            self.num_to_zero,
+            self.num_to_subnormal,
+        )
+
+
+_COUNTS: Final = tuple(each.name for each in fields(CastCounts))
 
 
 @dataclass(frozen=True, slots=True)

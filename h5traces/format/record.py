@@ -219,6 +219,8 @@ class LayeredArrays:
     reduction: str | None = None
     # Of one layer's array, for kinds that `layout.KINDS` does not name.
     axes: tuple[str, ...] | None = None
+    # What the numbers are, where whoever made them knows: of a kind of `kinds.MODEL_KINDS`.
+    definition: str | None = None
 
     @property
     def in_steps(self) -> bool:

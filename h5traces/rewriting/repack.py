@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -421,7 +420,7 @@ class _Rewrite:
         size = place.shard_samples or max(1, len(indices))
         try:
             for number, start in enumerate(range(0, max(1, len(indices)), size)):
-                writer = self._shards.new(place.shard(number), **self._facts)
+                writer = self._shards.new(place.shard(number), **self._facts(len(indices)))
                 for file in self._archive._files:
                     writer.carry_foreign(file)
                 for index in indices[start : start + size]:
@@ -446,17 +445,14 @@ class _Rewrite:
             writer.copy(StoredSample(trace, codec=self._codec, first_source=first_source))
         writer.carry_foreign(trace._stored.file, trace.position_in_file)
 
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        """What all sources state alike, with what this rewrite adds to their conversion."""
-        facts = inherited_facts(self._archive._files)
-        more: dict[str, Any] = {}
-        if self._first_state is not None:
-            more["first_state"] = self._first_state
-        if self._archive._layers is not None:
-            more["layers"] = list(self._archive._layers)
-        if more:
-            facts["conversion"] = {**(facts["conversion"] or {}), **more}
+    def _facts(self, num_samples: int) -> dict[str, Any]:
+        """What all sources state alike; of all their samples, also what names their states."""
+        files = self._archive._files
+        facts = inherited_facts(files)
+        before = [file.metadata.conversion for file in files]
+        is_alike = before[0] is not None and all(each == before[0] for each in before)
+        if self._first_state is not None and is_alike and num_samples == len(self._archive):
+            facts["conversion"] = {**(before[0] or {}), "first_state": self._first_state}
         return facts
 
     def _publish(self, target: Target) -> None:

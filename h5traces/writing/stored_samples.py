@@ -85,6 +85,7 @@ class StoredSample:
             found.reductions[kind] = {self._trace.file.reduction(kind)}
             if kind not in layout.KINDS:
                 found.axes[kind] = self._trace.axes(kind)
+                found.definitions[kind] = self._trace.definition(kind)
             if not name or name in layout.TABLES:
                 continue
             in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
@@ -166,6 +167,11 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
     `lazy` arrays are read when they are loaded.
     """
     stored = trace._stored
+    with stored.read_ahead(() if lazy else stored.needed()):
+        return _record(stored, first_source, lazy=lazy)
+
+
+def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecord:
     extra: dict[str, Any] = {}
     prefix = f"{layout.EXTRA_GROUP}/"
     for path in stored.objects:
@@ -201,6 +207,7 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
                 stored.form(kind),
                 stored.file.reduction(kind),
                 None if kind in layout.KINDS else stored.axes(kind),
+                None if kind in layout.KINDS else stored.definition(kind),
             )
             for kind, entries in _layered_entries(stored).items()
         },

@@ -153,7 +153,7 @@ def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_mo
         ({"--dataset": "squad"}, "no data set is known as 'squad', and no file has that name"),
         ({"--dataset": "triviaqa"}, "cannot be loaded"),
         ({"--layers": "0,6"}, "layer 6 was asked for, but the model has 6 layers (0 to 5)"),
-        ({"--kinds": "hidden_states,logits"}, "expected some of 'hidden_states'"),
+        ({"--kinds": "hidden_states,neurons"}, "expected some of hidden_states"),
         ({"--prompt-template": "Q:"}, "does not hold {question}"),
         ({"--device": "nonsense"}, "cannot be moved to device 'nonsense'"),
         ({"--device": "auto"}, "device 'auto' needs accelerate, which is not installed"),
@@ -264,7 +264,14 @@ def test_estimate_from_shapes():
 
 def test_estimate_from_a_configuration(huge_model):
     found = json.loads(run("estimate", "--model-id", huge_model, "--json").stdout)
-    assert found["shape"] == {"num_layers": 1000, "hidden_size": 2**17, "num_heads": 1024}
+    assert found["shape"] == {
+        "num_layers": 1000,
+        "hidden_size": 2**17,
+        "num_heads": 1024,
+        "num_key_value_heads": 1024,
+        "head_size": 128,
+        "num_experts": 0,
+    }
 
 
 def test_estimate_from_a_pilot(tmp_path):
@@ -345,7 +352,8 @@ def test_wrong_usage_of_estimate(arguments, message):
 def test_stated_rates_are_those_of_the_trained_model(dtype):
     """A third of its questions, so not quite the same figures."""
     found = json.loads(run("estimate", *TINY, "--pilot", 13, "--dtype", dtype, "--json").stdout)
-    stated = STATED_RATES[dtype]
+    stated = STATED_RATES[dtype].of_kinds(found["rates"]["bits"])
+    assert set(stated.bits) == {"hidden_states", "attentions"}
     assert found["rates"]["bits"] == pytest.approx(stated.bits, rel=0.05)
     beside = found["rates"]["sample_nbytes"]
     assert beside == pytest.approx(stated.sample_nbytes, rel=0.5)

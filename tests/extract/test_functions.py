@@ -311,7 +311,7 @@ def without(*names):
             "attn_implementation='eager'",
         ),
         (lambda: make_model("llama").train(), {}, "is in training mode; call model.eval()"),
-        (None, {"kinds": ("logits",)}, "expected some of 'hidden_states', 'attentions'"),
+        (None, {"kinds": ("neurons",)}, "kinds is ['neurons'], expected some of hidden_states, "),
         (None, {"kinds": ()}, "kinds is []"),
         (None, {"batch_size": 0}, "batch_size is 0, expected at least 1"),
         (None, {"last_state": "x"}, "last_state is 'x'"),
