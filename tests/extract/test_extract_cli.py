@@ -307,7 +307,7 @@ def test_a_pilot_of_any_source(tmp_path):
     ]
     torch.save(samples, tmp_path / "run.pt")
     found = json.loads(run("estimate", "--pilot", tmp_path / "run.pt", "--json").stdout)
-    assert found["shape"] == {"num_layers": 4, "hidden_size": 64, "num_heads": 2}
+    assert found["shape"].items() >= {"num_layers": 4, "hidden_size": 64, "num_heads": 2}.items()
     assert found["mean_seq_len"] == 20
     run("convert", tmp_path / "run.pt", "-o", tmp_path / "run.h5")
     row = found["rows"][2]
