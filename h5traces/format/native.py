@@ -2,7 +2,8 @@
 
 They do what Python does, with the same results, faster and without the interpreter's lock. Each
 function returns None or False for what it does not know: then Python decides.
-``H5TRACES_KERNELS=0`` in the environment turns them off.
+``H5TRACES_KERNELS=0`` in the environment turns them off, and ``plain`` keeps them to what every
+processor can do.
 """
 
 from __future__ import annotations
