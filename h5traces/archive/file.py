@@ -25,7 +25,7 @@ from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import DIGEST, difference
 from h5traces.format.document import Attrs, from_attributes
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterError
+from h5traces.storage.footer_rows import FooterError
 from h5traces.storage.remote.file import RemoteFile
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
@@ -137,6 +137,10 @@ class ArchiveFile:
     def sample(self, index: int) -> SampleEntry:
         """One sample and its objects."""
         return self._from_store(lambda store: store.sample(index))
+
+    def keys(self) -> list[tuple[str | None, int | None]]:
+        """Id and generation index of every sample, None for what it lacks."""
+        return self._from_store(lambda store: store.keys())
 
     def sample_attrs(self, index: int) -> Attrs:
         """Attributes of one sample."""

@@ -87,7 +87,8 @@ class StoredTrace:
         """The sample's attributes, validated; with the labels that lie beside the archive."""
         labels = self.file.labels
         try:
-            found = from_attributes(TraceMetadata, self.sample.attrs)
+            # Of all that is stored of the sample, most readers need no more.
+            found = from_attributes(TraceMetadata, self.file.sample_attrs(self.index))
             return found if labels is None else labels.labelled(found, self.sample.ordinal)
         except SchemaError as error:
             message = f"{self.place}: {error}"

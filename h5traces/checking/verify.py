@@ -41,7 +41,7 @@ from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
 from h5traces.sources.opening import open_source, recognise
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterError
+from h5traces.storage.footer_rows import FooterError
 from h5traces.writing.options import WriteOptions
 from h5traces.writing.preparation import record_attributes
 
@@ -198,14 +198,13 @@ class _Verification:
 
     def _check_bytes(self, store: FooterStore) -> None:
         """Every byte of the file against the checksums in its footer."""
-        damaged, rest_fits = store.check_bytes(workers=self._workers, progress=self._progress)
-        if not rest_fits:
+        found = store.check_bytes(workers=self._workers, progress=self._progress)
+        if not found.rest_fits:
             self._report.add("/", "bytes of HDF5's own structures changed since they were written")
-        for number in damaged:
-            sample, path = store.owner_of_chunk(number)
+        for sample, path in found.damaged:
             message = "a stored chunk is damaged: its checksum does not fit"
             self._report.add(object_place(sample, path), message)
-        self._report.num_chunks = len(store.chunk_table()[0])
+        self._report.num_chunks = found.num_chunks
 
     def _check_agreement(self, store: FooterStore, limits: ReadLimits) -> None:
         """What the footer lists against what HDF5 does; stock tools read the latter."""

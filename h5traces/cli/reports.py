@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +24,8 @@ from h5traces.format.layout import TEXT_FIELDS
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
     from h5traces.checking.reports import ValidationReport
     from h5traces.checking.verify import VerifyReport
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from h5traces.extract.running import ExtractionReport
     from h5traces.features import FeatureReport
     from h5traces.fidelity import FidelityReport, Unmatched
+    from h5traces.format.record import TraceMetadata
     from h5traces.rewriting.label import LabelReport
     from h5traces.rewriting.repack import RepackReport
     from h5traces.rewriting.reports import ConversionReport, FileReport
@@ -231,28 +236,41 @@ def _print_kind(title: str, arrays: list[ArrayStats], sample: SampleStats) -> No
         print_line(f"      {each.name}: {span}{odd}{site}{kept}")
 
 
-def print_samples(rows: list[dict[str, Any]]) -> None:
-    """The list of samples."""
-    numbers = ("index", "generation", "length", "prompt", "label")
-    table = _table(
-        "index", "sample id", "generation", "length", "prompt", "label", "coverage", numbers=numbers
-    )
-    for row in rows:
-        table.add_row(
+# What `ls` shows of a sample beside its index, by the name in its metadata.
+_SAMPLE_COLUMNS: Final = {
+    "sample_id": "sample id",
+    "generation_index": "generation",
+    "seq_len": "length",
+    "prompt_len": "prompt",
+    "label": "label",
+    "coverage": "coverage",
+}
+
+
+def print_samples(found: Iterator[tuple[int, TraceMetadata]]) -> None:
+    """The list of samples: a table if it fits on a screen, else lines as they come."""
+    rows = (
+        (
+            str(index),
             *(
-                "" if value is None else cell(str(value))
-                for value in (
-                    row["index"],
-                    row["sample_id"],
-                    row["generation_index"],
-                    row["seq_len"],
-                    row["prompt_len"],
-                    row["label"],
-                    row["coverage"],
-                )
-            )
+                "" if value is None else str(value)
+                for value in map(metadata.__getattribute__, _SAMPLE_COLUMNS)
+            ),
         )
-    print_table(table)
+        for index, metadata in found
+    )
+    names = ("index", *_SAMPLE_COLUMNS.values())
+    screen = list(islice(rows, shutil.get_terminal_size().lines))
+    following = next(rows, None)
+    if following is None:
+        numbers = tuple(each for each in names if each not in ("sample id", "coverage"))
+        table = _table(*names, numbers=numbers)
+        for row in screen:
+            table.add_row(*map(cell, row))
+        print_table(table)
+        return
+    for row in chain((names,), screen, (following,), rows):
+        print_line("\t".join(row))
 
 
 def print_texts(rows: list[dict[str, Any]]) -> None:

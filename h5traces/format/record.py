@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from h5traces.format.archive import Count, Digest, Int64, SampleExtraction
 from h5traces.format.document import Document, problems_of
 from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
 from h5traces.format.text import encode_all
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
 
@@ -91,7 +94,23 @@ class TraceMetadata(Document):
 NO_LABEL = -(2**63)
 
 
-def index_columns(index: list[TraceMetadata]) -> dict[str, np.ndarray]:
+class IndexRow(NamedTuple):
+    """What the table ``/index/samples`` has of a sample; a tenth of the memory of its metadata."""
+
+    sample_id: str | None
+    generation_index: int | None
+    seq_len: int
+    prompt_len: int | None
+    coverage: str
+    label: int | None
+
+    @classmethod
+    def of(cls, metadata: TraceMetadata) -> IndexRow:
+        """The row of a sample."""
+        return cls(*(getattr(metadata, name) for name in cls._fields))
+
+
+def index_columns(index: Sequence[TraceMetadata | IndexRow]) -> dict[str, np.ndarray]:
     """The table ``/index/samples``; -1 stands for an absent count, `NO_LABEL` for no label."""
 
     def numbers(name: str, absent: int = -1) -> np.ndarray:

@@ -24,7 +24,7 @@ from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
 from h5traces.format.limits import DEFAULT_LIMITS
-from h5traces.format.record import StepArrays, TraceRecord, index_columns
+from h5traces.format.record import IndexRow, StepArrays, TraceRecord, index_columns
 from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.meaning.array_checks import not_finite_findings
@@ -123,11 +123,11 @@ class ArchiveWriter:
                 self._hdf5.create_group(layout.SAMPLES_GROUP, {})
                 self._hdf5.create_group(layout.KINDS_GROUP, {})
             undo.pop_all()
-        self._footer = FooterBuilder()
+        self._footer = FooterBuilder(path.parent)
         self._origins: list[Origin] = []
         self._observed = Observation()
         self._generations = {} if generations is None else generations
-        self._index: list[TraceMetadata] = []
+        self._index: list[IndexRow] = []
         self._casts: dict[str, tuple[Cast, ...]] = {}
         self._finished = False
         self.part_path = self._part.path
@@ -210,7 +210,7 @@ class ArchiveWriter:
             {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
         )
         self.digests.append(digest)
-        self._index.append(metadata)
+        self._index.append(IndexRow.of(metadata))
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
 
@@ -309,7 +309,8 @@ class ArchiveWriter:
         self._copy_foreign()
         self._pool.shutdown()
         self._part.file.raise_error()
-        self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
+        for block in self._footer.finish(self._part.file, {**root, **complete}, kinds):
+            self._part.append(block)
         self._part.sync()
         self.summary.nbytes = self._part.path.stat().st_size
         self._metadata = archive
@@ -388,6 +389,7 @@ class ArchiveWriter:
     def discard(self) -> None:
         """Delete what was written, and nothing else."""
         self._pool.shutdown(cancel_futures=True)
+        self._footer.close()
         self._part.discard()
 
     def __enter__(self) -> Self:

@@ -333,7 +333,7 @@ def test_a_missing_library_is_named(
         f"except {MissingDependencyError.__name__} as error:\n    print(error)"
     ).replace("except ", "except h5traces.errors.")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert f"{to} needs {library}, which is not installed; install 'h5traces[{extra}" in (
+    assert f"{to} needs {library}, which is not installed; pip install 'h5traces[{extra}" in (
         done.stdout + done.stderr
     )
 
