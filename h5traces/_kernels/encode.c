@@ -22,6 +22,7 @@
 #define WORTH_A_BLOCK 100.0
 #define WINDOW 32768
 #define HASH_BITS 15
+#define FEW_HASH_BITS 11
 #define LONGEST_KEY 8
 #define FEWEST_BITS 1.5f
 /* Where a coding is tried, and wins by at least one per cent, the whole plane is coded so. */
@@ -29,7 +30,8 @@
 #define LEAST_GAIN 0.99
 #define LONGEST_COPY 258
 #define NICE_COPY 96
-#define SMALL 8192
+#define SMALL (24 << 10)
+#define TINY 1024
 
 /* A byte, or a copy with its length above and its distance less one below. */
 #define IS_COPY(token) ((token) >> 31)
@@ -67,7 +69,7 @@ struct Encoder {
     unsigned least;
     /* Copies among very few values need a better search than this one. */
     int gives_up;
-    uint8_t *shuffled, *other, *parted;
+    uint8_t *shuffled, *other, *parted; /* one piece of memory */
     size_t capacity;
     uint8_t length_symbols[LONGEST_COPY + 1];
     uint8_t distance_symbols[512];
@@ -664,7 +666,7 @@ static void put_coded(Encoder *self, Writer *to, const uint8_t *data, size_t nby
                       int is_varied, int is_last)
 {
     const uint8_t *at = data, *end = data + nbytes;
-    unsigned depth = nbytes <= SMALL ? 256 : 48;
+    unsigned depth = nbytes <= TRIAL ? 256 : 48;
     if (coding == SEARCH) {
         Counts counts = {{0}, {0}};
         count_bytes(data, nbytes, counts.main);
@@ -869,16 +871,29 @@ static int plan_plane(Encoder *self, const uint8_t *plane, size_t nbytes, int *e
 
 /* --- chunks --- */
 
+/* Encoders that wait for the next chunk: getting their memory takes as long as a small chunk. */
+#define NUM_SPARE 4
+#define LARGEST_SPARE (2 << 20)
+static Encoder *spare[NUM_SPARE];
+
 Encoder *encoder_new(void)
 {
-    Encoder *self = calloc(1, sizeof *self);
-    if (self)
+    Encoder *self = NULL;
+#if defined(__GNUC__)
+    for (int i = 0; i < NUM_SPARE && !self; i++)
+        self = __atomic_exchange_n(spare + i, NULL, __ATOMIC_ACQ_REL);
+#endif
+    if (!self && (self = calloc(1, sizeof *self)))
         make_symbols(self);
     return self;
 }
 
 void encoder_free(Encoder *self)
 {
+#if defined(__GNUC__)
+    for (int i = 0; i < NUM_SPARE && self && self->capacity <= LARGEST_SPARE; i++)
+        self = __atomic_exchange_n(spare + i, self, __ATOMIC_ACQ_REL);
+#endif
     if (!self)
         return;
     free(self->shuffled);
@@ -891,6 +906,24 @@ size_t encode_bound(size_t nbytes, size_t itemsize)
     return 64 + nbytes + 5 * (nbytes / PART_TOKENS + 2 * itemsize + 2) + nbytes / 64;
 }
 
+/* As `plan_plane`, where a survey would take longer than coding. */
+static int plan_small(Encoder *self, const uint8_t *plane, size_t nbytes)
+{
+    size_t num_pairs = 0, num_repeats = 0;
+    for (size_t i = 1; i < nbytes; i++)
+        num_pairs += plane[i] == plane[i - 1];
+    /* Strings of eight bytes that were there before, of which runs have many. */
+    memset(self->heads, 0, sizeof *self->heads << FEW_HASH_BITS);
+    for (size_t i = 0; i + 8 <= nbytes; i++) {
+        uint64_t string = load64(plane + i);
+        uint32_t *head = self->heads + (string * 0x9E3779B185EBCA87u >> (64 - FEW_HASH_BITS));
+        num_repeats += load64(plane + *head) == string && *head < i;
+        *head = (uint32_t)i;
+    }
+    int has_runs = 10 * num_pairs > nbytes;
+    return (has_runs ? RUNS : LITERALS) | (20 * num_repeats > nbytes + 20 * num_pairs ? SEARCH : 0);
+}
+
 /* The planes of the shuffled bytes, the incomplete element with the last one. */
 static void put_planes(Encoder *self, Writer *to, size_t nbytes, size_t itemsize)
 {
@@ -898,9 +931,10 @@ static void put_planes(Encoder *self, Writer *to, size_t nbytes, size_t itemsize
     int elements_differ = 0;
     for (size_t plane = 0; plane < itemsize; plane++) {
         const uint8_t *data = self->shuffled + plane * count;
-        int is_last = plane + 1 == itemsize, is_varied = 0, codings = ALL_CODINGS;
-        if (nbytes >= SMALL)
-            codings = plan_plane(self, data, count, &elements_differ, &is_varied);
+        int is_last = plane + 1 == itemsize, is_varied = 0;
+        int codings = nbytes < SMALL
+                          ? plan_small(self, data, count)
+                          : plan_plane(self, data, count, &elements_differ, &is_varied);
         size_t size = is_last ? nbytes - plane * count : count;
         put_piece(self, to, data, size, codings, is_varied, is_last);
     }
@@ -908,7 +942,7 @@ static void put_planes(Encoder *self, Writer *to, size_t nbytes, size_t itemsize
 
 size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t itemsize, uint8_t *out)
 {
-    size_t needed = encode_bound(nbytes, itemsize), count = nbytes / itemsize;
+    size_t needed = encode_bound(nbytes, itemsize);
     if (needed > self->capacity) {
         free(self->shuffled);
         self->shuffled = malloc(3 * needed);
@@ -924,22 +958,23 @@ size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t ite
     out[0] = 0x78;
     out[1] = 0x01;
     Writer to = {out + 2, 0, 0};
-    if (nbytes < SMALL) {
+    if (itemsize == 1 && nbytes < SMALL) {
         put_piece(self, &to, self->shuffled, nbytes, ALL_CODINGS, 0, 1);
-        Writer parted = {self->parted, 0, 0};
-        if (itemsize > 1 && count > 1)
-            put_planes(self, &parted, nbytes, itemsize);
-        align(&parted);
-        align(&to);
-        size_t size = (size_t)(parted.out - self->parted);
-        if (size && size < (size_t)(to.out - out) - 2) {
-            memcpy(out + 2, self->parted, size);
-            to.out = out + 2 + size;
-        }
     } else {
         put_planes(self, &to, nbytes, itemsize);
     }
     align(&to);
+    if (itemsize > 1 && nbytes <= TINY) {
+        /* Code tables of their own may cost more than planes win. */
+        Writer whole = {self->parted, 0, 0};
+        put_piece(self, &whole, self->shuffled, nbytes, LITERALS | SEARCH, 0, 1);
+        align(&whole);
+        size_t size = (size_t)(whole.out - self->parted);
+        if (size < (size_t)(to.out - out) - 2) {
+            memcpy(out + 2, self->parted, size);
+            to.out = out + 2 + size;
+        }
+    }
     uint32_t sum = adler32(self->shuffled, nbytes);
     for (int i = 0; i < 4; i++)
         *to.out++ = (uint8_t)(sum >> (24 - 8 * i));
