@@ -3,6 +3,9 @@
 #ifndef H5TRACES_KERNELS_H
 #define H5TRACES_KERNELS_H
 
+/* Counts changes of what Python calls; `REVISION` in format/native.py must be the same. */
+#define KERNELS_REVISION 1
+
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

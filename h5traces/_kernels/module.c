@@ -310,5 +310,10 @@ PyMODINIT_FUNC PyInit__native(void)
     const char *chosen = getenv("H5TRACES_KERNELS");
     kernels_init(!chosen || strcmp(chosen, "plain"));
     encode_init();
-    return PyModule_Create(&MODULE);
+    PyObject *module = PyModule_Create(&MODULE);
+    if (module && PyModule_AddIntConstant(module, "REVISION", KERNELS_REVISION) < 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
 }

@@ -13,15 +13,18 @@ from importlib import import_module
 from typing import Any, Final
 
 _SWITCH: Final = "H5TRACES_KERNELS"
+# Of the functions that Python calls; a module that was built of older sources has another one.
+REVISION: Final = 1
 
 
 def _compiled() -> Any:
     if os.environ.get(_SWITCH) == "0":
         return None
     try:
-        return import_module("h5traces._native")
+        module = import_module("h5traces._native")
     except ImportError:
         return None
+    return module if getattr(module, "REVISION", None) == REVISION else None
 
 
 # The compiled module, or None.
