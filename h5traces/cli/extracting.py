@@ -18,9 +18,10 @@ from h5traces.cli.options import (
     Layers,
     Output,
     PrecisionGroup,
+    Reading,
     option,
 )
-from h5traces.errors import ExtractionError
+from h5traces.errors import ConversionError, ExtractionError
 from h5traces.extract.options import (
     DEFAULT_TEMPLATE,
     Columns,
@@ -361,7 +362,7 @@ def _storage(
     return PrecisionOptions(dtype=dtype, codec=codec)
 
 
-@command(ExtractionError)
+@command(ConversionError, ExtractionError)
 def estimate(
     *,
     model_id: Annotated[
@@ -376,8 +377,15 @@ def estimate(
     kinds: Kinds = "hidden_states,attentions",
     storage: Annotated[PrecisionOptions, Group(_storage)],
     pilot: Annotated[
-        int | None, option(_PILOT, "--pilot N", "Extract N samples, and measure their size.", min=1)
+        str | None,
+        option(
+            _PILOT,
+            "--pilot N|FILE",
+            "Extract N samples and measure their size, or measure the first samples of a file or "
+            "folder of any kind that `convert` reads.",
+        ),
     ] = None,
+    reading: Reading,
     dataset: Annotated[
         str | None, option(_PILOT, "--dataset NAME|FILE", "Questions of the pilot.")
     ] = None,
@@ -392,15 +400,24 @@ def estimate(
     """Estimate the size of traces, per sample and per 1000.
 
     Without a pilot, raw sizes follow from the model's configuration, and those of archives are
-    estimated with rates measured on the small model of the repository. `--pilot` measures yours.
+    estimated with rates measured on the small model of the repository. `--pilot` measures yours,
+    or what a file of traces that you have takes as an archive.
 
     - `h5traces estimate --num-layers 32 --hidden-size 4096 --num-heads 32 --seq-len 43`
     - `h5traces estimate --model-id examples/tiny-llama-pydocs --pilot 8
       --dataset examples/questions.jsonl --layers 0,3,last`
+    - `h5traces estimate --pilot examples/legacy`
     """
-    if pilot is not None:
+    if pilot is not None and not pilot.isdecimal():
+        from h5traces.extract.measuring import estimate_from_files
+
+        found = estimate_from_files(pilot, layers=layers, precision=storage, reading=reading)
+    elif pilot is not None:
         if model_id is None or dataset is None:
-            message = "--pilot needs --model-id and --dataset"
+            message = "--pilot needs --model-id and --dataset, or a file of traces"
+            raise typer.BadParameter(message)
+        if not int(pilot):
+            message = "--pilot is 0, expected 1 or more samples"
             raise typer.BadParameter(message)
         model = ModelChoice(
             model_id=model_id,
@@ -411,7 +428,7 @@ def estimate(
         )
         generation = GenerationOptions(max_new_tokens=max_new_tokens)
         options = ExtractOptions(layers=layers, kinds=_kinds(kinds), generation=generation)
-        found = _measured(model, dataset, pilot, options, storage)
+        found = _measured(model, dataset, int(pilot), options, storage)
     else:
         from h5traces.extract.estimate import estimate as estimate_sizes
 

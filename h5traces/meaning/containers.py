@@ -225,7 +225,7 @@ def _drop_batch(found: Apart) -> None:
 def _reject_batch(kind: str, shape: tuple[int, ...], size: int) -> NoReturn:
     message = (
         f"field {kind!r}: shape {shape} is a batch of {size}, expected one sequence; make one dict "
-        "of each"
+        "of each, or name its axes in a mapping, batch among them"
     )
     raise ConversionError(message)
 

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
 from family_models import make_family
 from tiny_models import QUESTIONS, ROOT, TINY_LLAMA, tokenizer
@@ -290,6 +292,29 @@ def test_estimate_from_a_pilot(tmp_path):
     part = tmp_path / "part.h5"
     run("extract", *TINY, "--num-samples", 5, *arguments, "-o", part, "--layers", "0,last")
     assert found["rows"][3]["sample_nbytes"] * 5 == pytest.approx(part.stat().st_size, rel=0.15)
+
+
+def test_a_pilot_of_any_source(tmp_path):
+    """What it says is what converting the file takes."""
+    rng = np.random.default_rng(0)
+    samples = [
+        {
+            "question_id": f"q{n}",
+            "hidden_states": [torch.tensor(rng.normal(size=(20, 64))).half() for _ in range(4)],
+            "attentions": [torch.full((2, 20, 20), 0.05).half() for _ in range(3)],
+        }
+        for n in range(8)
+    ]
+    torch.save(samples, tmp_path / "run.pt")
+    found = json.loads(run("estimate", "--pilot", tmp_path / "run.pt", "--json").stdout)
+    assert found["shape"].items() >= {"num_layers": 4, "hidden_size": 64, "num_heads": 2}.items()
+    assert found["mean_seq_len"] == 20
+    run("convert", tmp_path / "run.pt", "-o", tmp_path / "run.h5")
+    row = found["rows"][2]
+    assert row["basis"] == "measured"
+    assert row["sample_nbytes"] * 8 == pytest.approx((tmp_path / "run.h5").stat().st_size, rel=0.1)
+    again = json.loads(run("estimate", "--pilot", tmp_path / "run.h5", "--json").stdout)
+    assert again["rows"][2]["sample_nbytes"] == pytest.approx(row["sample_nbytes"], rel=0.01)
 
 
 def test_a_pilot_measures_the_tiers(tmp_path):

@@ -54,6 +54,7 @@ def test_exports_are_listed_and_documented():
         "ModelChoice",
         "ModelShape",
         "Question",
+        "estimate_from_files",
         "estimate_with_pilot",
         "extract",
         "extract_activations_and_attentions",
