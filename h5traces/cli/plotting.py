@@ -34,7 +34,9 @@ def plot(
     output: Annotated[str, option(None, "-o --output FILE", "Ends in `.png`, `.svg` or `.pdf`.")],
     target: NewFile,
 ) -> None:
-    """Draw a sample as a picture: a map of layers and tokens, or attention.
+    """Draw a sample as a picture.
+
+    A map of layers and tokens, or with `--layer` the attention of each head.
 
     - `h5traces plot run.h5 --sample 2 -o map.png`
     - `h5traces plot run.h5 --quantity entropy -o entropy.svg`

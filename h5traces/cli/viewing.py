@@ -31,17 +31,17 @@ def view(
         ),
     ] = None,
 ) -> None:
-    """Look at archives in the browser: samples, tokens, heat maps and attention.
+    """Look at archives in the browser.
 
-    The page is served to this machine only, at an address that nobody can guess, until Ctrl-C.
-    Nothing is uploaded, and no model runs. On another machine, forward the port:
+    It shows samples, their tokens, heat maps of layers, attention and comparisons. The page is
+    served to this machine only, at an address that nobody can guess, until Ctrl-C. Nothing is
+    uploaded, and no model runs. On another machine, forward the port:
     `ssh -L 8000:127.0.0.1:8000 host h5traces view archives/ --no-browser --port 8000`.
 
     - `h5traces view archives/`
     - `h5traces view exact.h5 compact.h5` to compare two archives
     - `h5traces view s3://bucket/run/*.h5`
-    - `h5traces view run.h5 --export page/`, then `python -m http.server` knows no ranges; nginx,
-      Apache, S3 and GitHub Pages do
+    - `h5traces view run.h5 --export page/` for nginx, Apache, S3 or GitHub Pages
     """
     if export is not None:
         written = export_page(sources, export)

@@ -472,7 +472,8 @@ def test_remedies_name_flags_on_the_command_line(tmp_path: Path) -> None:
     row = trace(0)
     del row["attentions"]
     source, archive = dump(tmp_path / "batch.pkl", [row]), tmp_path / "a.h5"
-    expected = "Say what it is: --first-state embedding or --first-state block."
+    expected = "Say what it is, to convert or repack: "
+    expected += "--first-state embedding or --first-state block."
     assert expected in run("convert", source, "-o", archive).stderr
     assert expected in run("inspect", source).output
     assert expected in run("validate", archive).output
