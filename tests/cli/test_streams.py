@@ -56,6 +56,9 @@ RUNS = {
     "estimate": ["--model-id", str(MODEL)],
     "inspect": [ARCHIVE],
     "ls": [ARCHIVE],
+    "head": [ARCHIVE],
+    "view": [ARCHIVE, "--export", "{out}/page"],
+    "plot": [ARCHIVE, "-o", "{out}/p.png"],
     "validate": [ARCHIVE],
     "verify": [ARCHIVE],
     "repack": [ARCHIVE, "-o", "{out}/a.h5"],
@@ -79,7 +82,10 @@ def words(made: Path, out: Path, name: str, form: str) -> list[str]:
 
 FORMS = ("text", "json", "help")
 CASES = [
-    (name, form) for name in RUNS for form in FORMS if (name, form) != ("export", "json")
+    (name, form)
+    for name in RUNS
+    for form in FORMS
+    if form != "json" or name not in ("export", "view", "plot")
 ]  # fmt: skip
 
 

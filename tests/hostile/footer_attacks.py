@@ -200,7 +200,7 @@ for number, what in enumerate(("objects", "axes", "chunks", "bytes")):
         def change(found: np.ndarray, number: int = number, count: int | None = count) -> None:
             found[number] = found[number] + 1 if count is None else count
 
-        forged(f"{name}-{what}", values("counts", change), error=LIES)
+        forged(f"counts-{name}-{what}", values("counts", change), error=LIES)
 
 
 def axes_for_chunks(document: dict[str, Any], columns: dict[str, bytes]) -> None:

@@ -132,13 +132,13 @@ def test_only_what_is_used_is_read(
     from h5traces.archive.stored_trace import StoredTrace
 
     read: list[tuple[int, str]] = []
-    original = StoredTrace.typed_layer
+    original = StoredTrace.read_layer
 
-    def noted(self: StoredTrace, kind: str, name: str) -> Any:
+    def noted(self: StoredTrace, kind: str, name: str, *options: Any) -> Any:
         read.append((self.index, f"{kind}/{name}"))
-        return original(self, kind, name)
+        return original(self, kind, name, *options)
 
-    monkeypatch.setattr(StoredTrace, "typed_layer", noted)
+    monkeypatch.setattr(StoredTrace, "read_layer", noted)
     found = archive.to_xarray()
     assert not read
     found["hidden_states"].sel(layer=1).isel(sample=2).load()

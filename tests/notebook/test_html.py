@@ -120,7 +120,7 @@ def test_nothing_is_read_to_show_an_archive(
     def fail(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(StoredTrace, "typed_layer", fail)
+    monkeypatch.setattr(StoredTrace, "read_layer", fail)
     assert page(archive).text
     assert page(archive[0]).text
     assert page(archive[0]["hidden_states"]).text

@@ -404,10 +404,10 @@ def test_refuses_containers_that_do_not_fit(
         (([{}],), "a tuple that starts with a (batch|list)"),
         ([1, 2], "item 0 of the batch is an int"),
         ([{}, 1], "item 1 of the batch is an int"),
-        ([[{}]], "item 0 of the batch is a list"),
-        ([({},)], "item 0 of the batch is a tuple"),
+        ([[{}]], "a list that starts with a list"),
+        ([({},)], "a list that starts with a tuple"),
         ([None], "item 0 of the batch is None"),
-        ([np.zeros(3)], "item 0 of the batch is a ndarray"),
+        ([np.zeros(3)], "a list that starts with a ndarray"),
     ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
