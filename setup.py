@@ -21,7 +21,7 @@ setup(
             [path.as_posix() for path in SOURCES],
             depends=["h5traces/_kernels/kernels.h"],
             extra_compile_args=["/O2", "/std:c11"] if sys.platform == "win32" else GNU_FLAGS,
-            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+            extra_link_args=[] if sys.platform == "win32" else ["-pthread", "-lm"],
             py_limited_api=IS_STABLE,
             optional=True,
         )

@@ -236,17 +236,13 @@ def plot(results: dict[str, Any], majority: float, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, title in (("probe", "probe of the last token"), ("gnn", "GNN on attention graphs")):
-        axes.plot(results["archives"][name], marker="o", label=title)
+    titles = {"probe": "probe of the last token", "gnn": "GNN on attention graphs"}
+    scores = {title: results["archives"][name] for name, title in titles.items()}
+    axes = h5traces.plotting.scores_by_layer(scores, ylabel="test accuracy")
     axes.axhline(majority, color="grey", linestyle=":", label="always the same answer")
-    axes.set(xlabel="layer", ylabel="test accuracy", ylim=(0.4, 1.02))
-    axes.set_title("method of a type, or function of a module?")
+    axes.set(ylim=(0.4, 1.02), title="method of a type, or function of a module?")
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    axes.figure.savefig(path, dpi=120)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

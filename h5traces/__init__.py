@@ -17,7 +17,7 @@ from h5traces.errors import H5TracesError, __version__
 from h5traces.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from h5traces import extract, features, fidelity, graph, torch_data
+    from h5traces import extract, features, fidelity, graph, plotting, torch_data, view
     from h5traces.archive.archive import Archive
     from h5traces.archive.opening import open  # as h5py.File, gzip.open do
     from h5traces.archive.trace import Trace
@@ -68,6 +68,7 @@ __all__ = [
     "load",
     "merge",
     "open",
+    "plotting",
     "repack",
     "salvage",
     "seal",
@@ -75,6 +76,7 @@ __all__ = [
     "torch_data",
     "validate",
     "verify",
+    "view",
 ]
 
 _HOMES = {
@@ -101,6 +103,7 @@ _HOMES = {
     "load": "h5traces.loading",
     "merge": "h5traces.rewriting.repack",
     "open": "h5traces.archive.opening",
+    "plotting": "h5traces.plotting",
     "repack": "h5traces.rewriting.repack",
     "salvage": "h5traces.checking.salvage",
     "seal": "h5traces.checking.seal",
@@ -108,6 +111,7 @@ _HOMES = {
     "torch_data": "h5traces.torch_data",
     "validate": "h5traces.checking.validate",
     "verify": "h5traces.checking.verify",
+    "view": "h5traces.view",
 }
 if not TYPE_CHECKING:  # names that do not exist stay errors of type checkers
     __getattr__, _ = lazy_names(__name__, _HOMES)

@@ -234,7 +234,7 @@ _LEAST: Final = {
     "calibration_samples": 1,
     "batch_size": 1,
     "num_components": 1,
-    "max_new_tokens": 1,
+    "max_new_tokens": 0,
     "threads": 0,
     "prefetch": 1,
     "attempts": 1,

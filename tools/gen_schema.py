@@ -39,6 +39,7 @@ from h5traces.format.archive import (
     SourceFile,
 )
 from h5traces.format.document import field_forms
+from h5traces.format.kinds import MODEL_KINDS, TOKEN_FIELDS
 from h5traces.format.limits import ReadLimits
 from h5traces.format.precision import CalibrationRecord, Precision
 from h5traces.format.record import (
@@ -251,6 +252,37 @@ def kinds_table() -> str:
     )
 
 
+def model_kinds_table() -> str:
+    """The kinds that are taken from models."""
+    return _table(
+        ("kind", "axes", "TransformerLens, below `blocks.N`", "definition"),
+        (
+            (
+                f"`{name}`",
+                f"({', '.join(kind.axes)})",
+                _lens(kind.lens),
+                "section 4" if name in layout.KINDS else _markdown(kind.definition),
+            )
+            for name, kind in MODEL_KINDS.items()
+        ),
+    )
+
+
+def _lens(name: str | None) -> str:
+    if name is None:
+        return ""
+    plain = name.replace("rot_", "")
+    return f"`{name}`" + ("" if plain == name else f"; `{plain}` where nothing is rotated")
+
+
+def token_fields_table() -> str:
+    """The extra fields with an entry per token."""
+    return _table(
+        ("extra field, an entry per token", "meaning"),
+        ((f"`{name}`", _markdown(text)) for name, text in TOKEN_FIELDS.items()),
+    )
+
+
 def coverage_table() -> str:
     """The values of ``coverage``."""
     return _table(
@@ -296,6 +328,8 @@ def tables() -> dict[str, str]:
         "ExtractionMetadata": model_table(ExtractionMetadata, nested=True),
         "KindMetadata": model_table(KindMetadata),
         "Kinds": kinds_table(),
+        "ModelKinds": model_kinds_table(),
+        "TokenFields": token_fields_table(),
         "TraceMetadata": model_table(TraceMetadata),
         "SourceForm": model_table(SourceForm),
         "LabelSidecar": model_table(LabelSidecar, nested=True),

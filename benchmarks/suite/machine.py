@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+from h5traces.format.native import describe
+
 PACKAGES: Final = (
     "h5traces",
     "numpy",
@@ -34,6 +36,7 @@ def describe_machine(work: Path) -> dict[str, str]:
         "memory": f"{_memory_nbytes() / 1e9:.0f} GB",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "file system": _file_system(work),
+        "kernels": describe(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 

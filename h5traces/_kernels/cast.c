@@ -9,12 +9,14 @@
 
 int kernels_wide = 0;
 
-void kernels_init(void)
+void kernels_init(int may_be_wide)
 {
+    (void)may_be_wide;
 #if HAS_WIDE
     __builtin_cpu_init();
-    kernels_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    /* F16C is older than AVX2, and compilers know no name for it. */
+    kernels_wide = may_be_wide && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                   __builtin_cpu_supports("bmi2");
 #endif
 }
 
@@ -225,6 +227,28 @@ void restore_steps(const uint8_t *planes, size_t num_elements, size_t itemsize, 
             halves_of_floats(part, (uint16_t *)(void *)out + done, size);
         done += size;
         channel = channel + size == width ? 0 : channel + size;
+    }
+}
+
+/* As `restore_steps`, of numbers in their own order, which begin with the first channel. */
+void restore_interleaved(const uint8_t *numbers, size_t itemsize, size_t count, size_t width,
+                         float zero_point, const float *table, int as_half, uint8_t *out)
+{
+    uint8_t planes[2 * PART];
+    if (itemsize == 1) {
+        restore_steps(numbers, count, 1, 0, count, width, zero_point, table, as_half, out);
+        return;
+    }
+    for (size_t done = 0; done < count;) {
+        size_t channel = done % width, size = width - channel < PART ? width - channel : PART;
+        size = count - done < size ? count - done : size;
+        shuffle(numbers + 2 * done, planes, 2 * size, 2);
+        float part[PART], *values = as_half ? part : (float *)(void *)out + done;
+        numbers_of_steps(planes, planes + size, size, zero_point, table + channel,
+                         table + width + channel, values);
+        if (as_half)
+            halves_of_floats(part, (uint16_t *)(void *)out + done, size);
+        done += size;
     }
 }
 

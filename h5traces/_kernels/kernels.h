@@ -3,6 +3,9 @@
 #ifndef H5TRACES_KERNELS_H
 #define H5TRACES_KERNELS_H
 
+/* Counts changes of what Python calls; `REVISION` in format/native.py must be the same. */
+#define KERNELS_REVISION 1
+
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -58,7 +61,8 @@ extern int kernels_wide;
     }
 #endif
 
-void kernels_init(void);
+/* Without `may_be_wide`, what every processor can do is used. */
+void kernels_init(int may_be_wide);
 
 INLINE uint16_t load16(const uint8_t *from)
 {
@@ -133,9 +137,41 @@ void floats_of_halves(const uint16_t *in, float *out, size_t count);
 void restore_steps(const uint8_t *planes, size_t num_elements, size_t itemsize, size_t first,
                    size_t count, size_t width, float zero_point, const float *table, int as_half,
                    uint8_t *out);
+void restore_interleaved(const uint8_t *numbers, size_t itemsize, size_t count, size_t width,
+                         float zero_point, const float *table, int as_half, uint8_t *out);
 void look_up(const uint8_t *rows, size_t count, const uint8_t *table, size_t size, uint8_t *out);
 void widen(const uint8_t *planes, size_t num_elements, size_t first, size_t count, int is_bfloat,
            uint8_t *out);
+
+/* numbers.c */
+enum float_kind { FLOAT16, BFLOAT16, FLOAT32, NUM_FLOAT_KINDS };
+
+/* How values become numbers of steps: float32 of `width` channels, and numbers for all. */
+typedef struct {
+    const float *step, *inverse, *offset, *limit;
+    size_t width;
+    float most_steps, overflow;
+    uint32_t spacing, zero_point;
+} StepScale;
+
+void count_special(const uint8_t *data, size_t count, int kind, size_t *special);
+void cast_counted(const uint8_t *in, enum float_kind from, uint8_t *out, enum float_kind to,
+                  size_t count, size_t *counts);
+int64_t numbers_of_values(const uint8_t *in, enum float_kind from, size_t count,
+                          const StepScale *scale, uint8_t *out, size_t itemsize, int64_t *suspects,
+                          size_t most);
+void levels_of(const uint8_t *in, size_t count, const uint8_t *table, uint8_t *restrict out,
+               uint32_t *largest);
+
+/* encode.c */
+typedef struct Encoder Encoder;
+Encoder *encoder_new(void); /* NULL without memory */
+void encode_init(void);
+void encoder_free(Encoder *self);
+size_t encode_bound(size_t nbytes, size_t itemsize);
+/* A zlib stream of at least one byte shuffled, in `encode_bound` bytes of `out`; its size, or 0
+ * where Python should encode. */
+size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t itemsize, uint8_t *out);
 
 /* plan.c */
 enum restoring {
@@ -158,6 +194,10 @@ typedef struct {
     uint8_t codec, restoring, is_checked, padding;
 } Row;
 
+/* Larger chunks, which h5traces does not write, are left to Python. */
+#define LARGEST_CHUNK ((int64_t)1 << 28)
+#define LARGEST_ITEM 4096
+
 typedef struct {
     int descriptor; /* or -1: `source` is given */
     const uint8_t *source;
@@ -169,6 +209,7 @@ typedef struct {
     const uint8_t *tables;
     size_t tables_nbytes;
     uint8_t *done; /* one byte for each row: 1 where it was restored */
+    int keeps_arena; /* a chunk that fails must not have written anything */
 } Plan;
 
 void plan_run(const Plan *plan, int num_threads);

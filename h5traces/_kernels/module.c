@@ -4,6 +4,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdlib.h>
+
 #include "kernels.h"
 
 /* Buffers of a call, which are let go together. */
@@ -90,6 +92,168 @@ static PyObject *unshuffle_bytes(PyObject *self, PyObject *args)
     return reorder(args, 1);
 }
 
+static PyObject *encode(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer raw;
+    Py_ssize_t itemsize;
+    if (!PyArg_ParseTuple(args, "y*n", &raw, &itemsize))
+        return NULL;
+    if (itemsize < 1 || itemsize > LARGEST_ITEM || raw.len < 1 || raw.len > LARGEST_CHUNK)
+        return done_with(&raw, 1, Py_NewRef(Py_None));
+    uint8_t *out = NULL;
+    size_t size = 0;
+    Py_BEGIN_ALLOW_THREADS
+    Encoder *encoder = encoder_new();
+    out = malloc(encode_bound((size_t)raw.len, (size_t)itemsize));
+    if (encoder && out)
+        size = encode_chunk(encoder, raw.buf, (size_t)raw.len, (size_t)itemsize, out);
+    encoder_free(encoder);
+    Py_END_ALLOW_THREADS
+    PyObject *result = size ? PyBytes_FromStringAndSize((char *)out, (Py_ssize_t)size) : Py_NewRef(Py_None);
+    free(out);
+    return done_with(&raw, 1, result);
+}
+
+static PyObject *decode(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data[2];
+    Py_ssize_t itemsize;
+    if (!PyArg_ParseTuple(args, "y*w*n", data, data + 1, &itemsize))
+        return NULL;
+    uint8_t done = 0;
+    if (itemsize >= 1 && itemsize <= LARGEST_ITEM) {
+        Row row = {.nbytes = data[0].len, .raw_nbytes = data[1].len, .itemsize = (int32_t)itemsize};
+        row.count = row.raw_nbytes / itemsize;
+        Plan plan = {.descriptor = -1, .source = data[0].buf, .source_nbytes = (size_t)data[0].len,
+                     .rows = &row, .num_rows = 1, .done = &done, .keeps_arena = 1,
+                     .arena = data[1].buf, .arena_nbytes = (size_t)data[1].len};
+        Py_BEGIN_ALLOW_THREADS
+        plan_run(&plan, 1);
+        Py_END_ALLOW_THREADS
+    }
+    return done_with(data, 2, PyBool_FromLong(done));
+}
+
+static PyObject *count_not_finite(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data;
+    int kind;
+    if (!PyArg_ParseTuple(args, "y*i", &data, &kind))
+        return NULL;
+    if (kind < 0 || kind >= NUM_FLOAT_KINDS)
+        return wrong(&data, 1, "the kind of float is unknown");
+    size_t special[2] = {0, 0};
+    Py_BEGIN_ALLOW_THREADS
+    count_special(data.buf, (size_t)data.len / (kind == FLOAT32 ? 4 : 2), kind, special);
+    Py_END_ALLOW_THREADS
+    return done_with(&data, 1, Py_BuildValue("nn", (Py_ssize_t)special[0], (Py_ssize_t)special[1]));
+}
+
+static PyObject *cast(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data[2];
+    int from, to;
+    if (!PyArg_ParseTuple(args, "y*iw*i", data, &from, data + 1, &to))
+        return NULL;
+    if (from < 0 || from >= NUM_FLOAT_KINDS || to < 0 || to >= NUM_FLOAT_KINDS)
+        return wrong(data, 2, "the kind of float is unknown");
+    size_t count = (size_t)data[0].len / (from == FLOAT32 ? 4 : 2), counts[6] = {0};
+    if ((size_t)data[1].len != count * (to == FLOAT32 ? 4 : 2))
+        return wrong(data, 2, "the buffers hold different numbers of values");
+    Py_BEGIN_ALLOW_THREADS
+    count_special(data[0].buf, count, from, counts);
+    if (!counts[0])
+        cast_counted(data[0].buf, (enum float_kind)from, data[1].buf, (enum float_kind)to, count,
+                     counts + 2);
+    Py_END_ALLOW_THREADS
+    return done_with(data, 2, Py_BuildValue("nnnnnn", (Py_ssize_t)counts[0], (Py_ssize_t)counts[1],
+                                            (Py_ssize_t)counts[2], (Py_ssize_t)counts[3],
+                                            (Py_ssize_t)counts[4], (Py_ssize_t)counts[5]));
+}
+
+static PyObject *to_steps(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data[4]; /* values, scale of four rows, out, suspects */
+    int from, itemsize;
+    unsigned spacing, zero_point;
+    float most_steps, overflow;
+    if (!PyArg_ParseTuple(args, "y*iy*ffIIw*iw*", data, &from, data + 1, &most_steps, &overflow, &spacing,
+                          &zero_point, data + 2, &itemsize, data + 3))
+        return NULL;
+    size_t width = (size_t)data[1].len / 16;
+    if ((from != FLOAT16 && from != FLOAT32) || (itemsize != 1 && itemsize != 2) || !width)
+        return wrong(data, 4, "the kind of float, the itemsize or the width is impossible");
+    size_t count = (size_t)data[0].len / (from == FLOAT32 ? 4 : 2);
+    if ((size_t)data[2].len != count * (size_t)itemsize || (uintptr_t)data[1].buf % 4 ||
+        (uintptr_t)data[3].buf % 8)
+        return wrong(data, 4, "the buffers hold different numbers of values, or are not aligned");
+    const float *rows = data[1].buf;
+    StepScale scale = {rows,  rows + width, rows + 2 * width, rows + 3 * width, width, most_steps,
+                       overflow, spacing, zero_point};
+    int64_t found;
+    Py_BEGIN_ALLOW_THREADS
+    found = numbers_of_values(data[0].buf, (enum float_kind)from, count, &scale, data[2].buf,
+                              (size_t)itemsize, data[3].buf, (size_t)data[3].len / 8);
+    Py_END_ALLOW_THREADS
+    return done_with(data, 4, PyLong_FromLongLong(found));
+}
+
+static PyObject *from_steps(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data[3]; /* numbers, factor and offset of channels, out */
+    int itemsize, zero_point, as_half;
+    if (!PyArg_ParseTuple(args, "y*iy*iiw*", data, &itemsize, data + 1, &zero_point, &as_half, data + 2))
+        return NULL;
+    size_t width = (size_t)data[1].len / 8, size = as_half ? 2 : 4;
+    if ((itemsize != 1 && itemsize != 2) || !width)
+        return wrong(data, 3, "the itemsize or the width is impossible");
+    size_t count = (size_t)(data[0].len / itemsize);
+    if ((size_t)data[2].len != count * size || (uintptr_t)data[1].buf % 4 || (uintptr_t)data[2].buf % size)
+        return wrong(data, 3, "the buffers hold different numbers of values, or are not aligned");
+    Py_BEGIN_ALLOW_THREADS
+    restore_interleaved(data[0].buf, (size_t)itemsize, count, width, (float)zero_point, data[1].buf,
+                        as_half, data[2].buf);
+    Py_END_ALLOW_THREADS
+    return done_with(data, 3, Py_NewRef(Py_None));
+}
+
+static PyObject *to_levels(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data[3]; /* bits, table, out */
+    if (!PyArg_ParseTuple(args, "y*y*w*", data, data + 1, data + 2))
+        return NULL;
+    size_t count = (size_t)data[0].len / 2;
+    if (data[1].len != 65536 || (size_t)data[2].len != count)
+        return wrong(data, 3, "the buffers hold different numbers of values, or the table is short");
+    uint32_t largest = 0;
+    Py_BEGIN_ALLOW_THREADS
+    levels_of(data[0].buf, count, data[1].buf, data[2].buf, &largest);
+    Py_END_ALLOW_THREADS
+    return done_with(data, 3, PyLong_FromUnsignedLong(largest));
+}
+
+static PyObject *take_rows(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer data[3]; /* rows, table of 256, out */
+    if (!PyArg_ParseTuple(args, "y*y*w*", data, data + 1, data + 2))
+        return NULL;
+    size_t size = (size_t)data[1].len / 256, count = (size_t)data[0].len;
+    if ((size != 2 && size != 4) || data[1].len % 256 || (size_t)data[2].len != count * size)
+        return wrong(data, 3, "the buffers hold different numbers of values, or the table is wrong");
+    Py_BEGIN_ALLOW_THREADS
+    look_up(data[0].buf, count, data[1].buf, size, data[2].buf);
+    Py_END_ALLOW_THREADS
+    return done_with(data, 3, Py_NewRef(Py_None));
+}
+
 static PyObject *run_plan(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -103,7 +267,7 @@ static PyObject *run_plan(PyObject *self, PyObject *args)
         return wrong(data, 5, "the plan is not of as many rows as `done`, or not aligned");
     Plan plan = {descriptor,       data[0].buf,         (size_t)data[0].len,
                  data[1].buf,      num_rows,            data[2].buf,
-                 (size_t)data[2].len, data[3].buf,      (size_t)data[3].len, data[4].buf};
+                 (size_t)data[2].len, data[3].buf,      (size_t)data[3].len, data[4].buf, 0};
     Py_BEGIN_ALLOW_THREADS
     plan_run(&plan, num_threads);
     Py_END_ALLOW_THREADS
@@ -116,6 +280,22 @@ static PyMethodDef METHODS[] = {
     {"adler32", adler_of, METH_VARARGS, "adler32(data) -> int"},
     {"shuffle", shuffle_bytes, METH_VARARGS, "shuffle(raw, out, itemsize)"},
     {"unshuffle", unshuffle_bytes, METH_VARARGS, "unshuffle(shuffled, out, itemsize)"},
+    {"encode", encode, METH_VARARGS,
+     "encode(raw, itemsize) -> bytes | None\n\nA zlib stream of the shuffled bytes."},
+    {"decode", decode, METH_VARARGS,
+     "decode(stored, out, itemsize) -> bool\n\nWhether a zlib stream of shuffled bytes fills `out`."},
+    {"count_not_finite", count_not_finite, METH_VARARGS,
+     "count_not_finite(values, kind) -> (nan, inf)\n\nKinds: 0 float16, 1 bfloat16, 2 float32."},
+    {"cast", cast, METH_VARARGS,
+     "cast(values, kind, out, kind) -> (nan, inf, overflow, to_zero, to_subnormal, changed)\n\n"
+     "With NaN among the values, nothing is cast, and the other counts say nothing."},
+    {"to_steps", to_steps, METH_VARARGS,
+     "to_steps(values, kind, scale, most_steps, overflow, spacing, zero_point, out, itemsize, suspects)\n\n"
+     "The number of suspects, -1 if there are too many. `scale`: step, 1 / step, offset, limit."},
+    {"from_steps", from_steps, METH_VARARGS,
+     "from_steps(stored, itemsize, table, zero_point, as_half, out)"},
+    {"to_levels", to_levels, METH_VARARGS, "to_levels(bits, table, out) -> int\n\nThe largest bits."},
+    {"take", take_rows, METH_VARARGS, "take(rows, table, out)\n\nRows of a table of 256."},
     {"run_plan", run_plan, METH_VARARGS,
      "run_plan(descriptor, source, plan, arena, tables, done, threads)\n\n"
      "Restore rows of a plan; `done` has a byte for each, 1 where it was restored."},
@@ -127,6 +307,13 @@ static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "h5traces._native", N
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    kernels_init();
-    return PyModule_Create(&MODULE);
+    const char *chosen = getenv("H5TRACES_KERNELS");
+    kernels_init(!chosen || strcmp(chosen, "plain"));
+    encode_init();
+    PyObject *module = PyModule_Create(&MODULE);
+    if (module && PyModule_AddIntConstant(module, "REVISION", KERNELS_REVISION) < 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
 }

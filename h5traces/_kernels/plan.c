@@ -17,9 +17,6 @@
 #define MOST_THREADS 64
 #endif
 
-/* Larger chunks, which h5traces does not write, are left to Python. */
-#define LARGEST_CHUNK ((int64_t)1 << 28)
-#define LARGEST_ITEM 4096
 /* A thread of its own is worth its start from so many bytes on. */
 #define LEAST_PER_THREAD (256 << 10)
 
@@ -104,7 +101,7 @@ static int is_possible(const Plan *plan, const Row *row)
         return 0;
     if (row->restoring != AS_STORED && (uintptr_t)(plan->arena + row->target) % (uintptr_t)size)
         return 0;
-    if (needed < 0 || (needed && !fits(row->table, needed, plan->tables_nbytes)))
+    if (needed < 0 || !fits(row->table, needed, plan->tables_nbytes))
         return 0;
     return !needed || (uintptr_t)(plan->tables + row->table) % 4 == 0;
 }
@@ -152,7 +149,8 @@ static int begin(const Plan *plan, Slot *slot)
     if (!stored || (row->is_checked && xxh3_64(stored, (size_t)row->nbytes) != row->checksum))
         return 0;
     uint8_t *out;
-    if (row->restoring == AS_STORED && row->itemsize == 1 && row->count == row->raw_nbytes) {
+    if (row->restoring == AS_STORED && row->itemsize == 1 && row->count == row->raw_nbytes &&
+        !plan->keeps_arena) {
         out = plan->arena + row->target;
     } else {
         if (!has_room(&slot->planes, &slot->planes_nbytes, (size_t)row->raw_nbytes))

@@ -14,6 +14,7 @@ from h5traces.archive.stores import FooterStore, object_place
 from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.text import counted
+from h5traces.storage.footer import key_of
 from h5traces.storage.hdf5.headers import HeaderCheck
 from h5traces.storage.hdf5.reading import Hdf5Reader
 
@@ -43,6 +44,7 @@ class Agreement:
         self._headers = HeaderCheck(store.file)
         self._addresses = self._reader.sample_addresses()
         self._names = self._reader.sample_names()
+        self._keys = store.keys()
 
     def close(self) -> None:
         """Close the HDF5 part."""
@@ -69,6 +71,8 @@ class Agreement:
         """Differences of a sample, by its position."""
         listed = self._store.sample(index)
         self.num_objects += 1 + len(listed.objects)
+        if self._keys[index] != key_of(listed.attrs):
+            yield layout.sample_path(index), "the index finds it by another id than it has"
         name = self._names[index] if index < len(self._names) else ""
         if not self._headers.shows(self._addresses.get(name, 0), listed):
             stored = self._reader.sample(name) if name else None

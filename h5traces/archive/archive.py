@@ -144,17 +144,12 @@ class Archive(ReadOnly, Sequence[Trace]):
 
     @cached_property
     def _keys(self) -> list[tuple[str | None, int | None]]:
+        known: dict[int, list[tuple[str | None, int | None]]] = {}
         keys = []
-        for index in self._indices:
-            file, local = self._locate(index)
-            attrs = file.sample_attrs(local)
-            sample_id, generation = attrs.get("sample_id"), attrs.get("generation_index")
-            keys.append(
-                (
-                    sample_id if isinstance(sample_id, str) else None,
-                    generation if isinstance(generation, int) else None,
-                )
-            )
+        for index, number in zip(self._indices, self._shard_numbers.tolist(), strict=True):
+            if number not in known:
+                known[number] = self._files[number].keys()
+            keys.append(known[number][index - self._starts[number]])
         return keys
 
     @cached_property
@@ -321,7 +316,8 @@ class Archive(ReadOnly, Sequence[Trace]):
         -------
         list of dict
             For every index, a list of arrays by kind, in ascending order of layer; empty where the
-            sample has none of the kind. Arrays are in the archive's container.
+            sample has none of the kind. Arrays are in the archive's container. Those of less than
+            4 MiB share memory with their neighbours: copy one that outlives the others.
 
         Raises
         ------

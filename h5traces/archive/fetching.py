@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+from h5traces.archive.stored_trace import begin
+from h5traces.storage.plans import NothingRead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -71,18 +75,29 @@ def read_samples(samples: list[Sample], workers: int) -> list[dict[str, list[Any
     for window in _windows(samples):
         with contextlib.ExitStack() as fetched:
             fetch((each for sample in window for each in sample.values()), fetched)
-            readings = [_begin(sample, workers) for sample in window]
-            found += list(map(_arrays, window, readings))
+            # Those that follow each other in one file are one call.
+            groups = [list(group) for _, group in groupby(window, _file_of)]
+            readings = [_begin(group, workers) for group in groups]
+            for group, reading in zip(groups, readings, strict=True):
+                found += [_arrays(each, reading, place) for place, each in enumerate(group)]
     return found
 
 
-def _begin(sample: Sample, workers: int) -> Reading | None:
-    paths = [path for each in sample.values() for path in each._paths]
-    return next(iter(sample.values()))._trace.begin(paths, workers) if paths else None
+def _file_of(sample: Sample) -> ArchiveFile | None:
+    return next((each._trace.file for each in sample.values()), None)
 
 
-def _arrays(sample: Sample, reading: Reading | None) -> dict[str, list[Any]]:
+def _begin(samples: list[Sample], workers: int) -> Reading:
+    wanted = [
+        (sequences[0]._trace, [path for each in sequences for path in each._paths])
+        for sequences in (list(sample.values()) for sample in samples)
+        if sequences
+    ]
+    return begin(wanted, workers) if wanted else NothingRead()
+
+
+def _arrays(sample: Sample, reading: Reading, place: int) -> dict[str, list[Any]]:
     with contextlib.ExitStack() as at_hand:
         for sequence in list(sample.values())[:1]:
-            at_hand.enter_context(sequence._trace.at_hand(reading))
-        return {kind: list(sequence) for kind, sequence in sample.items()}
+            at_hand.enter_context(sequence._trace.at_hand(reading.arrays(place)))
+        return {kind: sequence._read(sequence._names) for kind, sequence in sample.items()}

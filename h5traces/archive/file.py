@@ -25,7 +25,7 @@ from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import DIGEST, difference
 from h5traces.format.document import Attrs, from_attributes
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterError
+from h5traces.storage.footer_rows import FooterError
 from h5traces.storage.remote.file import RemoteFile
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.labels import FileLabels
-    from h5traces.archive.stores import Store, StoredSize
+    from h5traces.archive.stores import Store, StoredSize, Wanted
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
@@ -138,6 +138,10 @@ class ArchiveFile:
         """One sample and its objects."""
         return self._from_store(lambda store: store.sample(index))
 
+    def keys(self) -> list[tuple[str | None, int | None]]:
+        """Id and generation index of every sample, None for what it lacks."""
+        return self._from_store(lambda store: store.keys())
+
     def sample_attrs(self, index: int) -> Attrs:
         """Attributes of one sample."""
         return self._from_store(lambda store: store.sample_attrs(index))
@@ -161,17 +165,9 @@ class ArchiveFile:
 
         return self._from_sample(sample, read)
 
-    def begin(
-        self, sample: SampleEntry, paths: Sequence[str], workers: int, *, together: bool = False
-    ) -> Reading | None:
-        """Begin to read many datasets of a sample, see `Reading`; None where that is not possible.
-
-        What it leaves out is for `read`, which says why.
-        """
-        store = self.store
-        if not isinstance(store, FooterStore) or not isinstance(sample.objects, FooterObjects):
-            return None
-        return store.begin(sample, paths, workers, together=together)
+    def begin(self, wanted: Sequence[Wanted], workers: int, **options: Any) -> Reading:
+        """Begin to read many datasets, as `FooterStore.begin`; the others are for `read`."""
+        return self.store.begin(wanted, workers, **options)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""

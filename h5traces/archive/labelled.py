@@ -72,7 +72,7 @@ class _Layers(BackendArray):
         self._sequence = trace._value(kind, "numpy") if kind in stored.objects else None
         numbers = _numbers(self._sequence)
         self._positions = [numbers.index(each) if each in numbers else None for each in layers]
-        names = () if self._sequence is None else self._sequence._names
+        names = () if self._sequence is None else self._sequence._stored_names
         entries = [stored.entry(f"{kind}/{name}") for name in names]
         shapes = sorted({tuple(each.shape) for each in entries})
         if len(shapes) > 1:
@@ -95,8 +95,8 @@ class _Layers(BackendArray):
         position = self._positions[number]
         if self._sequence is None or position is None:
             return np.full(self.shape[1:], np.nan, self.dtype)
-        value: NDArray[Any] = self._sequence[position]
-        return value
+        value: NDArray[Any] | None = self._sequence[position]
+        return np.full(self.shape[1:], np.nan, self.dtype) if value is None else value
 
 
 class _Padded(BackendArray):

@@ -87,7 +87,9 @@ def _kinds(trace: Row) -> str:
     for kind in stored.kinds:
         if kind not in stored.objects:
             continue
-        names = stored.listed_names(kind, stored.selected)
+        absent = stored.form(kind).absent or ()
+        listed = stored.listed_names(kind, stored.selected)
+        names = [each for each in listed if each not in absent]
         if not names:
             continue
         entry = stored.entry(f"{kind}/{names[0]}")

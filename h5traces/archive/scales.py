@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 # All scales of a file together; those of the largest models take a tenth of it.
 MAX_SCALES_NBYTES: Final = 256 << 20
+
+
+# Of stores in use: every layer asks for its own scale.
+_GROUPS: Final[WeakKeyDictionary[Store, SampleEntry | None]] = WeakKeyDictionary()
 
 
 def stored_scale(store: Store, path: str) -> ChannelScale:
@@ -81,6 +86,8 @@ def layers_with_scales(objects: Mapping[str, ObjectEntry]) -> list[str]:
 
 def _group(store: Store) -> SampleEntry | None:
     """The objects of the scales, if they are few enough to be held in memory."""
+    if store in _GROUPS:
+        return _GROUPS[store]
     group = store.scales()
     nbytes = 0 if group is None else sum(each.raw_nbytes for each in group.objects.values())
     if nbytes > MAX_SCALES_NBYTES:
@@ -89,6 +96,7 @@ def _group(store: Store) -> SampleEntry | None:
             f"{MAX_SCALES_NBYTES}"
         )
         raise HostileFileError(message)
+    _GROUPS[store] = group
     return group
 
 

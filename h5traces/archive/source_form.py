@@ -27,9 +27,12 @@ def in_source_form(trace: StoredTrace, kind: str, names: list[str], container: C
     except (ConversionError, ValueError) as error:
         message = f"{trace.place}/{kind}: does not fit its attribute 'source_axes': {error}"
         raise CorruptArchiveError(message) from error
-    if form.source_axes == STEPS_FIRST and values:
+    present = [each for each in values if each is not None]
+    if form.source_axes == STEPS_FIRST and present:
         # The inner sequence is that of the steps, also with the layers inside.
-        values = [type(values[0])(each) for each in zip(*values, strict=True)]
+        absent = [None] * len(present[0])
+        layers = [absent if each is None else each for each in values]
+        values = [type(present[0])(each) for each in zip(*layers, strict=True)]
     if form.keys is not None:
         by_name = dict(zip(names, values, strict=True))
         return {key: by_name[name] for key, name in form.keys if name in by_name}
@@ -37,6 +40,8 @@ def in_source_form(trace: StoredTrace, kind: str, names: list[str], container: C
 
 
 def _item(trace: StoredTrace, kind: str, form: SourceForm, name: str, container: Container) -> Any:
+    if name in (form.absent or ()):
+        return None
     if form.source_axes in (None, STEPS_FIRST):
         return trace.read_layer(kind, name, container)
     array = _one_array(trace, kind, name)

@@ -13,6 +13,7 @@ import numpy as np
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
+    ArchiveError,
     CorruptArchiveError,
     HeadsNotStoredError,
     LayerIndexError,
@@ -27,7 +28,13 @@ from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray,
 from h5traces.format.entries import INTEGER_TYPES
 from h5traces.format.record import SourceForm, TraceMetadata
 from h5traces.format.values import TorchValue
-from h5traces.precision.decoding import EXCEPTION_COLUMNS, decode, is_encoded, num_exceptions
+from h5traces.precision.decoding import (
+    EXCEPTION_COLUMNS,
+    decode,
+    is_encoded,
+    num_exceptions,
+    restoration_of,
+)
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
@@ -40,9 +47,12 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry, SampleEntry
-    from h5traces.storage.plans import Reading
+    from h5traces.precision.scales import ChannelScale
+    from h5traces.storage.plans import Reading, Restoration
 
 NUM_CORES = os.cpu_count() or 1
+# Of larger samples, those who need one array at a time read it alone.
+MOST_AHEAD_NBYTES = 64 << 20
 _STEPS_TABLE_AXES = 3
 _FLAT_AXES = 2
 
@@ -77,7 +87,8 @@ class StoredTrace:
         """The sample's attributes, validated; with the labels that lie beside the archive."""
         labels = self.file.labels
         try:
-            found = from_attributes(TraceMetadata, self.sample.attrs)
+            # Of all that is stored of the sample, most readers need no more.
+            found = from_attributes(TraceMetadata, self.file.sample_attrs(self.index))
             return found if labels is None else labels.labelled(found, self.sample.ordinal)
         except SchemaError as error:
             message = f"{self.place}: {error}"
@@ -112,16 +123,28 @@ class StoredTrace:
         found = self._at_hand.pop(path, None)
         return self.file.read(self.sample, path) if found is None else found
 
-    def begin(
-        self, paths: Sequence[str], workers: int, *, together: bool = False
-    ) -> Reading | None:
-        """Begin to read many datasets, for `at_hand`."""
-        return self.file.begin(self.sample, paths, workers, together=together)
+    def restorations(self, paths: Iterable[str]) -> dict[str, Restoration]:
+        """How the kernels decode those of some datasets that are encoded; the others are left out.
+
+        What is wrong with one is said when it is read.
+        """
+        if self.file.metadata.precision is None:
+            return {}
+        found = {}
+        for path in paths:
+            with contextlib.suppress(ArchiveError):
+                dtype, attrs = self.file.facts(self.sample, path)
+                unrounded = self.file.unrounded
+                found[path] = restoration_of(dtype, attrs, self.scale, unrounded=unrounded)
+        return {path: each for path, each in found.items() if each is not None}
+
+    def scale(self, path: str) -> ChannelScale:
+        """The scale at a path such as ``/scales/hidden_states/layer_005``."""
+        return self.file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/"))
 
     @contextlib.contextmanager
-    def at_hand(self, reading: Reading | None) -> Iterator[None]:
-        """Inside the block, `values` gives what was read, each dataset once."""
-        found = {} if reading is None else reading.arrays()
+    def at_hand(self, found: dict[str, NDArray[Any]]) -> Iterator[None]:
+        """Inside the block, `values` gives what was found by path, each once."""
         self._at_hand |= found
         try:
             yield
@@ -131,20 +154,19 @@ class StoredTrace:
 
     @contextlib.contextmanager
     def read_ahead(
-        self, paths: Iterable[str], workers: int | None = None, *, together: bool = False
+        self, paths: Iterable[str], workers: int | None = None, **options: Any
     ) -> Iterator[None]:
         """Inside the block, `values` of these datasets come from memory: they are read here.
 
-        `workers` are threads, one per core by default.
+        `workers` are threads, one per core by default; options are those of `FooterStore.begin`.
         """
-        wanted = [path for path in paths if path not in self._at_hand]
+        wanted = [path for path in dict.fromkeys(paths) if path not in self._at_hand]
         ranges = (each for path in wanted for each in self.ranges(path))
         with self.prefetched(ranges if self.is_remote else ()):
-            is_one = len(wanted) < 2
-            reading = (
-                None if is_one else self.begin(wanted, workers or NUM_CORES, together=together)
-            )
-            with self.at_hand(reading):
+            found = {}
+            if len(wanted) > 1:
+                found = begin([(self, wanted)], workers or NUM_CORES, **options).arrays()
+            with self.at_hand(found):
                 yield
 
     @cached_property
@@ -201,22 +223,32 @@ class StoredTrace:
             message = f"{self.file.path}: /{layout.KINDS_GROUP}/{kind}: {error}"
             raise CorruptArchiveError(message) from error
 
+    def definition(self, kind: str) -> str | None:
+        """What the numbers of a kind are, where it is more than that they are of a kind."""
+        found = self.kinds.get(kind, {}).get("definition")
+        return None if found in (None, layout.FURTHER_KIND, layout.BY_POSITION) else str(found)
+
     def form(self, kind: str) -> SourceForm:
         """What held the selected arrays in the legacy dict.
 
         CorruptArchiveError where the archive does not say it as it should.
         """
         try:
-            attrs = self.attrs(kind) if kind in self.objects else {}
-            form = from_attributes(SourceForm, attrs)
+            attrs = self.file.attrs(self.sample, kind) if kind in self.objects else {}
+            form = _form_of(tuple(attrs.items()))
         except SchemaError as error:
             message = f"{self.place}/{kind}: {error}"
             raise CorruptArchiveError(message) from error
-        if self.selected is None or form.keys is None:
+        if self.selected is None or (form.keys, form.absent) == (None, None):
             return form
         kept = (None, *self.selected)
-        keys = tuple(each for each in form.keys if layout.parse_layer_name(each[1]) in kept)
-        return form.model_copy(update={"keys": keys})
+        keys = [each for each in form.keys or () if layout.parse_layer_name(each[1]) in kept]
+        absent = [each for each in form.absent or () if layout.parse_layer_name(each) in kept]
+        update = {
+            "keys": None if form.keys is None else tuple(keys),
+            "absent": tuple(absent) or None,
+        }
+        return form.model_copy(update=update)
 
     def stored_layers(self, kind: str) -> tuple[int, ...]:
         """Numbers stored of a kind, selected or not, ascending: of layers, else of positions."""
@@ -229,18 +261,24 @@ class StoredTrace:
 
     def names_with_steps(self, kind: str) -> list[str]:
         """Names of all stored arrays in the order of the table of generation steps."""
-        names = [self.array_name(kind, each) for each in self.stored_layers(kind)]
+        names = _names_of(kind, tuple(self.objects), None)
         has_embedding = f"{kind}/{layout.EMBEDDING}" in self.objects
         return [layout.EMBEDDING, *names] if has_embedding else names
 
     def listed_names(self, kind: str, chosen: tuple[int, ...] | None) -> list[str]:
         """Names of the chosen arrays in the order of the legacy list; None chooses all."""
-        names = [
-            self.array_name(kind, each)
-            for each in self.stored_layers(kind)
+        form = self.form(kind)
+        if not form.absent:
+            names = _names_of(kind, tuple(self.objects), chosen)
+            return [layout.EMBEDDING, *names] if form.lists_embedding else [*names]
+        absent = {layout.parse_layer_name(each): each for each in form.absent}
+        embedding = [layout.EMBEDDING] if form.lists_embedding or None in absent else []
+        numbers = {*self.stored_layers(kind), *(each for each in absent if each is not None)}
+        return embedding + [
+            absent.get(each) or self.array_name(kind, each)
+            for each in sorted(numbers)
             if chosen is None or each in chosen
         ]
-        return [layout.EMBEDDING, *names] if self.form(kind).lists_embedding else names
 
     def check_kind(self, kind: str) -> None:
         """Raise OptionError for a kind that is not stored, or as `check_heads`."""
@@ -369,12 +407,24 @@ class StoredTrace:
             message = f"{self.place}/{key}: {error}"
             raise CorruptArchiveError(message) from error
 
+    def needed(self, kinds: Iterable[str] | None = None) -> list[str]:
+        """The datasets that reading the selected arrays of these kinds needs.
+
+        Of the whole legacy dict by default.
+        """
+        paths: list[str] = []
+        if kinds is None:
+            paths = [path for path in self.objects if path.partition("/")[0] not in self.kinds]
+            kinds = (each for each in self.fields if each in self.kinds)
+        for kind in kinds:
+            if kind in self.objects:
+                paths += self.layer_paths(kind, self.listed_names(kind, self.selected))
+        return paths
+
     def layer_paths(self, kind: str, names: Iterable[str]) -> list[str]:
         """The datasets that reading the named arrays of a kind needs."""
-        tables = (f"{kind}/{name}" for name in layout.TABLES)
-        return [f"{kind}/{name}" for name in names] + [
-            path for path in tables if path in self.objects
-        ]
+        paths = (f"{kind}/{name}" for name in (*names, *layout.TABLES))
+        return [path for path in paths if path in self.objects]
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
         """The array of a kind by its dataset name, in its source's type; a list where in steps."""
@@ -398,7 +448,7 @@ class StoredTrace:
             )
             raise CorruptArchiveError(message)
         if encoded:
-            return _decoded(self, kind, name, attrs, stored)
+            return _decoded(self, kind, name, dtype, attrs, stored)
         if f"{kind}/{layout.STEPS_TABLE}" in self.objects:
             steps = _steps(self, kind, name, stored)
             return [_cast_back(self, step, dtype, attrs, path) for step in steps]
@@ -414,6 +464,26 @@ class StoredTrace:
         return tuple(steps) if attrs.get("sequence") == "tuple" else steps
 
 
+def begin(
+    wanted: Sequence[tuple[StoredTrace, Iterable[str]]], workers: int, **options: Any
+) -> Reading:
+    """Begin to read datasets of some samples of one file, for `StoredTrace.at_hand`.
+
+    Options are those of `FooterStore.begin`. Tables of exceptions are left out: they may claim any
+    number of rows.
+    """
+    ending = f"/{layout.EXCEPTIONS_TABLE}"
+    chosen = [
+        (trace, [each for each in paths if not each.endswith(ending)]) for trace, paths in wanted
+    ]
+    return wanted[0][0].file.begin(
+        [(trace.sample, paths) for trace, paths in chosen],
+        workers,
+        restorations=[trace.restorations(paths) for trace, paths in chosen],
+        **options,
+    )
+
+
 @lru_cache(maxsize=256)
 def _stored_layers(kind: str, paths: tuple[str, ...]) -> tuple[int, ...]:
     """Cached, since all samples of an archive are alike."""
@@ -421,6 +491,23 @@ def _stored_layers(kind: str, paths: tuple[str, ...]) -> tuple[int, ...]:
     names = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
     layers = (layout.parse_layer_name(name) for name in names)
     return tuple(sorted(each for each in layers if each is not None))
+
+
+@lru_cache(maxsize=256)
+def _names_of(kind: str, paths: tuple[str, ...], chosen: tuple[int, ...] | None) -> list[str]:
+    """Names of the chosen arrays in order of layer, or of position where no layer is known."""
+    known, names = set(paths), []
+    for number in _stored_layers(kind, paths):
+        if chosen is None or number in chosen:
+            position = layout.position_name(number)
+            is_position = f"{kind}/{position}" in known
+            names.append(position if is_position else layout.layer_name(number))
+    return names
+
+
+@lru_cache(maxsize=256)
+def _form_of(attrs: tuple[tuple[str, Any], ...]) -> SourceForm:
+    return from_attributes(SourceForm, dict(attrs))
 
 
 def _cast_back(
@@ -440,16 +527,17 @@ def _float_type(trace: StoredTrace, path: str, name: object) -> FloatType:
 
 
 def _decoded(
-    trace: StoredTrace, kind: str, name: str, attrs: Attrs, stored: NDArray[Any]
+    trace: StoredTrace, kind: str, name: str, dtype: str, attrs: Attrs, stored: NDArray[Any]
 ) -> TypedArray:
     file = trace.file
     try:
         return decode(
             stored,
             attrs,
-            scale=lambda path: file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/")),
+            scale=trace.scale,
             exceptions=lambda: _exceptions(trace, kind, name),
             unrounded=file.unrounded,
+            stored_type=dtype,
         )
     except CorruptArchiveError as error:
         what = str(error).removeprefix(f"{file.path}: ")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress, islice, repeat
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,15 +27,25 @@ from h5traces.storage.codecs import get_codec
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
     COLUMNS,
-    FooterError,
+    GROUP_ROWS,
     FooterTables,
     attrs_from_json,
+    key_of,
     read_directory,
-    scan,
 )
+from h5traces.storage.footer_rows import FooterError, FooterRow, RowColumns
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.kernels import PLAN_CODECS
-from h5traces.storage.plans import UNKNOWN, Datasets, Reading, fitting
+from h5traces.storage.plans import (
+    UNKNOWN,
+    Datasets,
+    NothingRead,
+    Reading,
+    Restoration,
+    fitting,
+    joined,
+)
+from h5traces.storage.scanning import metadata_checksum, scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,6 +58,9 @@ if TYPE_CHECKING:
     from h5traces.storage.files import ByteFile
 
     Longs = NDArray[np.int64]
+    Table = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]
+    # A sample, and the paths of some of its datasets.
+    Wanted = tuple[SampleEntry, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +79,25 @@ class StoredSize:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class BytesChecked:
+    """What comparing all bytes of a file with the checksums of its index found."""
+
+    num_chunks: int
+    # By chunk, the sample (or `NO_ORDINAL`) and the path below it, or below the root.
+    damaged: list[tuple[int, str]]
+    # Whether all bytes outside of chunks are as written.
+    rest_fits: bool
+
+
 # Of what lies in no sample.
 NO_ORDINAL: Final = -1
 _NO_TYPE: Final = np.dtype("V0")
 _DEFLATE: Final = PLAN_CODECS.index("deflate")
+# About as many as the threads of a reader are in at once.
+_SAMPLES_KEPT: Final = 8
+# Sets of paths; samples of one run have one or a few.
+_PATHS_KEPT: Final = 64
 
 
 def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
@@ -91,8 +121,12 @@ class FooterStore:
         self.file = file
         self._limits = limits
         self._directory = read_directory(file)
+        self._nbytes = file.nbytes
         self._tables = FooterTables(file, self._directory)
-        self._known_ends: dict[str, NDArray[np.int64]] = {}
+        # Reading array by array takes the same sample again and again.
+        self._samples: dict[int, FooterRow] = {}
+        # By the bytes of a row's names, which most samples share, the row's objects by path.
+        self._paths: dict[bytes, dict[str, int]] = {}
 
     @property
     def root_attrs(self) -> Attrs:
@@ -116,43 +150,77 @@ class FooterStore:
         """Absolute path of a sample's group."""
         return layout.sample_path(index)
 
-    def sample_attrs(self, index: int) -> Attrs:
-        start, stop = self._bounds(self._ends("sample_attrs_nbytes"), index)
-        text = self._tables.column("sample_attrs")[start:stop].tobytes()
+    def keys(self) -> list[tuple[str | None, int | None]]:
+        """Id and generation index of every sample, None for what it lacks; decodes no sample."""
+        found = self._tables.column("ids")
         try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            message = f"the index's sample table is not JSON: {error}"
+            ids, generations = found
+            keys = list(zip(ids, generations, strict=True))
+            fits = all(map(isinstance, ids, repeat((str, NoneType)))) and all(
+                map(isinstance, generations, repeat((int, NoneType)))
+            )
+        except (ValueError, TypeError) as error:
+            message = f"the index's column ids holds no ids: {error}"
             raise FooterError(message) from error
-        return _attrs(document)
+        if not fits or len(keys) != self.num_samples:
+            message = f"the index's column ids holds no ids of {self.num_samples} samples"
+            raise FooterError(message)
+        return keys
+
+    def sample_attrs(self, index: int) -> Attrs:
+        return _attrs(self._row(index).attrs)
+
+    def samples_attrs(self) -> Iterator[Attrs]:
+        """Attributes of every sample, in order."""
+        return (_attrs(row.attrs) for row in islice(self._tables.rows(), self.num_samples))
 
     def sample(self, index: int) -> SampleEntry:
-        return SampleEntry(index, self.sample_attrs(index), self._objects(index))
+        row = self._row(index)
+        return SampleEntry(index, _attrs(row.attrs), self._objects(row))
+
+    def samples(self) -> Iterator[SampleEntry]:
+        """All samples, in order."""
+        for index, row in enumerate(islice(self._tables.rows(), self.num_samples)):
+            yield SampleEntry(index, _attrs(row.attrs), self._objects(row))
 
     def scales(self) -> SampleEntry | None:
         """The objects of ``/scales`` by their paths below the root; None without scales."""
         if not self._directory.has_scales:
             return None
-        objects = self._objects(self.num_samples)
+        objects = self._objects(self._row(self.num_samples))
         if layout.SCALES_GROUP not in objects:
             message = "the index says that there are scales, and lists none"
             raise FooterError(message)
         return SampleEntry(NO_ORDINAL, {}, objects)
 
-    def _objects(self, index: int) -> FooterObjects:
-        """The objects of a sample by its index; those of the scales come after the last."""
-        first, stop = self._bounds(self._ends("sample_num_objects"), index)
-        numbers = self._tables.column("object_name")[first:stop].tolist()
-        names = self.names
-        try:
-            rows = {names[number]: first + row for row, number in enumerate(numbers)}
-        except IndexError as error:
-            message = "the index's table of names is too short"
-            raise FooterError(message) from error
-        if len(rows) != stop - first:
-            message = "the index's table of objects does not fit its names"
-            raise FooterError(message)
-        return FooterObjects(self, rows)
+    def _row(self, number: int) -> FooterRow:
+        known = self._samples
+        if number not in known:
+            found = self._tables.row(number)
+            # Another dict, as other threads may be looking into the full one.
+            self._samples = known = {} if len(known) >= _SAMPLES_KEPT else known
+            known[number] = found
+            return found
+        return known[number]
+
+    def _objects(self, row: FooterRow) -> FooterObjects:
+        numbers = row.columns.object_name
+        key = numbers.tobytes()
+        if key not in self._paths:
+            names = self.names
+            try:
+                paths = {names[number]: place for place, number in enumerate(numbers)}
+            except IndexError as error:
+                message = "the index's table of names is too short"
+                raise FooterError(message) from error
+            if len(paths) != len(numbers):
+                message = "the index's table of objects does not fit its names"
+                raise FooterError(message)
+            if len(self._paths) >= _PATHS_KEPT:
+                self._paths = {}
+            self._paths[key] = paths
+            return FooterObjects(self, row, paths)
+        return FooterObjects(self, row, self._paths[key])
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
@@ -160,8 +228,7 @@ class FooterStore:
         try:
             if entry.chunks is not None and len(entry.chunks.offsets) > 1:
                 with self.file.prefetched(entry.chunks.ranges):
-                    reading = self.begin(sample, [path], 1)
-                found = {} if reading is None else reading.arrays()
+                    found = self.begin([(sample, [path])], 1).arrays()
                 if path in found:
                     return found[path]
             return read_checked_array(self.file, entry)
@@ -169,45 +236,61 @@ class FooterStore:
             raise located(error, self.file.name, sample.ordinal, path) from error
 
     def begin(
-        self, sample: SampleEntry, paths: Sequence[str], workers: int, *, together: bool = False
-    ) -> Reading | None:
-        """Begin to read datasets of a sample, as `Reading`; without those that do not fit.
+        self,
+        wanted: Sequence[Wanted],
+        workers: int,
+        *,
+        together: bool = False,
+        most_nbytes: int | None = None,
+        restorations: Sequence[Mapping[str, Restoration]] = (),
+    ) -> Reading:
+        """Begin to read datasets of some samples; those that do not fit are left out.
 
-        None where the index is damaged: reading any of them says how.
+        So are those of samples whose index is damaged, and all that take more than `most_nbytes`.
+        `restorations` of every sample, by path, are applied to datasets that they suit.
         """
-        objects = sample.objects
-        assert isinstance(objects, FooterObjects)
-        try:
-            types, found = self._datasets(np.array([objects.rows[path] for path in paths], int))
-        except (FooterError, IndexError):
-            return None
-        fits = fitting(found, self._limits, self.file.nbytes)
-        named = {path: dtype for path, dtype, each in zip(paths, types, fits, strict=True) if each}
-        if not named:
-            return None
-        if len(named) < len(paths):
+        names, types, parts = [], [], []
+        for number, (sample, paths) in enumerate(wanted):
+            if isinstance(sample.objects, FooterObjects):
+                known = sample.objects.places
+                places = np.array([known[path] for path in paths], np.int64)
+                with contextlib.suppress(FooterError, IndexError):
+                    theirs, part = self._datasets(sample.objects.row.columns, places)
+                    names += [(number, path) for path in paths]
+                    types += theirs
+                    parts.append(part)
+        if not names:
+            return NothingRead()
+        found = joined(parts)
+        fits = fitting(found, self._limits, self._nbytes)
+        if not fits.all():
+            names, types = list(compress(names, fits)), list(compress(types, fits))
             found = found.chosen(fits)
-        return Reading(self.file, named, found, workers, together=together)
+        nbytes = found.nbytes.sum()
+        # Chunks that overlap would inflate to any size.
+        overlap = found.sizes.sum() > len(wanted) * self._nbytes
+        if not names or overlap or (most_nbytes is not None and nbytes > most_nbytes):
+            return NothingRead()
+        return Reading(
+            *(self.file, names, types, found, workers),
+            together=together,
+            restorations=_suiting(names, found, restorations),
+        )
 
-    def _datasets(self, rows: Longs) -> tuple[list[np.dtype[Any]], Datasets]:
-        """The types of datasets by their rows in the object table, and what the index claims."""
-        column = self._tables.column
-        num_axes = column("object_ndim")[rows].astype(np.int64)
-        num_chunks = column("object_num_chunks")[rows].astype(np.int64)
-        first_axes = self._ends("object_ndim")[rows]
-        first_chunks = self._ends("object_num_chunks")[rows]
-        most = self._tables.column("chunk_nbytes").size
-        if (first_chunks + num_chunks > most).any():
-            raise IndexError
+    def _datasets(self, columns: RowColumns, places: Longs) -> tuple[list[np.dtype[Any]], Datasets]:
+        """The types of datasets by their places in a row, and what the index claims."""
+        num_axes = columns.object_ndim[places].astype(np.int64)
+        num_chunks = columns.object_num_chunks[places].astype(np.int64)
+        first_axes, first_chunks = columns.axis_ends[places], columns.chunk_ends[places]
         # Bytes of text are an axis more, which no shuffle has taken for elements.
         axes = np.arange(int(num_axes.max(initial=0)) + 1)
-        shape, chunk = np.ones((2, len(rows), len(axes)), np.int64)
-        codec = self._codec_numbers[column("object_codec")[rows]]
+        shape, chunk = np.ones((2, len(places), len(axes)), np.int64)
+        codec = self._codec_numbers[columns.object_codec[places]]
         has_axis = axes < num_axes[:, np.newaxis]
-        places = (first_axes[:, np.newaxis] + axes)[has_axis]
-        shape[has_axis] = column("object_dims")[places]
-        chunk[has_axis] = column("object_chunk_dims")[places]
-        types = [self._types[kind] for kind in column("object_type")[rows].tolist()]
+        of_axes = (first_axes[:, np.newaxis] + axes)[has_axis]
+        shape[has_axis] = columns.object_dims[of_axes]
+        chunk[has_axis] = columns.object_chunk_dims[of_axes]
+        types = [self._types[kind] for kind in columns.object_type[places].tolist()]
         widths = np.array([each.itemsize if each.kind == "S" else 1 for each in types], np.int64)
         itemsizes = np.array([each.itemsize for each in types], np.int64) // widths
         shape[:, -1] = chunk[:, -1] = widths
@@ -220,70 +303,103 @@ class FooterStore:
             itemsizes,
             np.where((widths > 1) & (codec != _DEFLATE), UNKNOWN, codec),
             num_chunks,
-            self._chunk_offsets[chunks],
-            column("chunk_nbytes")[chunks],
-            column("chunk_checksum")[chunks],
+            columns.chunk_offset[chunks],
+            columns.chunk_nbytes[chunks],
+            columns.chunk_checksum[chunks],
         )
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
 
-    def chunk_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
-        """Offsets, sizes and checksums of all chunks, in the order of samples and objects."""
-        column = self._tables.column
-        return self._chunk_offsets, column("chunk_nbytes"), column("chunk_checksum")
+    def _chunk_table(self) -> tuple[NDArray[np.int64], Table]:
+        """How many chunks the samples up to each have, and offset, size and checksum of all."""
+        found = [row.columns for row in self._tables.rows()]
+        ends = np.cumsum([len(each.chunk_nbytes) for each in found])
+        empty = np.empty(0, np.int64)
+        offsets, sizes, checksums = (
+            np.concatenate([*(getattr(each, name) for each in found), empty.astype(dtype)])
+            for name, dtype in (
+                ("chunk_offset", "i8"),
+                ("chunk_nbytes", "i8"),
+                ("chunk_checksum", "u8"),
+            )
+        )
+        return ends, (offsets, sizes, checksums)
 
-    def owner_of_chunk(self, number: int) -> tuple[int, str]:
-        """Index of the sample, and path below it, that a row of the chunk table belongs to.
-
-        Scales are of no sample, `NO_ORDINAL`; their paths are below the root.
-        """
-        row = int(np.searchsorted(self._ends("object_num_chunks"), number, side="right")) - 1
-        sample = int(np.searchsorted(self._ends("sample_num_objects"), row, side="right")) - 1
-        return sample if sample < self.num_samples else NO_ORDINAL, self.entry(row).path
+    def structures_fit(self) -> bool:
+        """Whether all bytes of the HDF5 part outside of chunks are as written."""
+        _, (offsets, sizes, _) = self._chunk_table()
+        end = self._directory.hdf5_nbytes
+        if ((offsets < 0) | (sizes < 0) | (offsets > end - sizes)).any():
+            return False
+        found = metadata_checksum(self.file, offsets, sizes, end)
+        return found == self._directory.metadata_checksum
 
     def check_bytes(
         self, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
-    ) -> tuple[list[int], bool]:
+    ) -> BytesChecked:
         """Compare every byte of the file with the index's checksums.
 
-        Returns the damaged rows of the chunk table, and whether all other bytes are as written.
-        FooterError where a column of the index is damaged; all of them are read.
+        FooterError where a row or a column of the index is damaged; all of them are read.
         """
         for name in COLUMNS:
             self._tables.column(name)
-        table = self.chunk_table()
-        if len({len(column) for column in table}) > 1:
-            message = "the index's columns of chunks have several lengths"
-            raise FooterError(message)
+        ends, table = self._chunk_table()
+        offsets, sizes, _ = table
         end = self._directory.hdf5_nbytes
         # Chunks that overlap would be read again and again; floats, as the sum may be any.
-        if table[1].astype(np.float64).sum() > end:
+        if sizes.astype(np.float64).sum() > end:
             message = f"the index's chunks overlap in {end} bytes"
             raise FooterError(message)
-        found = scan(self.file, table, end, workers=workers, progress=progress)
-        return found.damaged, found.metadata_checksum == self._directory.metadata_checksum
+        scanned = scan(self.file, table, end, workers=workers, progress=progress)
+        damaged = []
+        for number in scanned.damaged:
+            index = int(np.searchsorted(ends, number, side="right"))
+            row = self._row(index)
+            within = number - (int(ends[index - 1]) if index else 0)
+            place = int(np.searchsorted(row.columns.chunk_ends, within, side="right")) - 1
+            ordinal = index if index < self.num_samples else NO_ORDINAL
+            damaged.append((ordinal, self.entry(row, place).path))
+        rest_fits = scanned.metadata_checksum == self._directory.metadata_checksum
+        return BytesChecked(len(offsets), damaged, rest_fits)
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""
-        column = self._tables.column
-        ndim, dims = column("object_ndim"), column("object_dims")
-        starts = self._ends("object_ndim")[:-1]
         types = self._directory.types
         itemsizes = np.array([carrier_dtype(each).itemsize if each else 0 for each in types])
-        raw = itemsizes[column("object_type")] if types else np.zeros(0, dtype=np.int64)
-        for axis in range(int(ndim.max(initial=0))):
-            has_axis = ndim > axis
-            raw[has_axis] *= dims[starts[has_axis] + axis]
-        stored = np.diff(self._ends("chunk_nbytes")[self._ends("object_num_chunks")])
-        sizes: dict[str, StoredSize] = {}
-        for number, name in enumerate(self.names):
-            rows = (column("object_name") == number) & (raw > 0)
-            part = StoredSize(int(rows.sum()), int(raw[rows].sum()), int(stored[rows].sum()))
-            first = name.partition("/")[0]
-            sizes[first] = sizes.get(first, StoredSize()) + part
-        return sizes
+        firsts = list(dict.fromkeys(name.partition("/")[0] for name in self.names))
+        kinds = np.array([firsts.index(name.partition("/")[0]) for name in self.names])
+        totals = np.zeros((3, len(firsts)), dtype=np.int64)
+        rows = self._tables.rows()
+        while batch := list(islice(rows, GROUP_ROWS)):
+            number, kind, ndim, dims, chunks, stored = (
+                np.concatenate([getattr(row.columns, name) for row in batch])
+                for name in (
+                    *("object_type", "object_name", "object_ndim"),
+                    *("object_dims", "object_num_chunks", "chunk_nbytes"),
+                )
+            )
+            try:
+                raw, kind = itemsizes[number], kinds[kind]
+            except IndexError as error:
+                message = f"a row of the index does not fit its columns: {error}"
+                raise FooterError(message) from error
+            starts = np.cumsum(ndim, dtype=np.int64) - ndim
+            for axis in range(int(ndim.max(initial=0))):
+                has_axis = ndim > axis
+                raw[has_axis] *= dims[starts[has_axis] + axis]
+            of_chunk = np.repeat(np.where(raw > 0, kind, len(firsts)), chunks)
+            width = len(firsts) + 1
+            for total, values in enumerate(
+                (
+                    np.bincount(kind[raw > 0], minlength=width),
+                    np.bincount(kind, raw, minlength=width),
+                    np.bincount(of_chunk, stored, minlength=width),
+                )
+            ):
+                totals[total] += values[:-1].astype(np.int64)
+        return {name: StoredSize(*totals[:, place].tolist()) for place, name in enumerate(firsts)}
 
     @cached_property
     def _types(self) -> list[np.dtype[Any]]:
@@ -299,90 +415,82 @@ class FooterStore:
     @cached_property
     def names(self) -> list[str]:
         """Paths of objects by number."""
-        return [str(name) for name in self._list("names_json")]
+        return [str(name) for name in self._list("names")]
 
     @cached_property
     def _attr_sets(self) -> list[Attrs]:
-        return [_attrs(attrs) for attrs in self._list("attrs_json")]
+        return [_attrs(attrs) for attrs in self._list("attrs")]
 
     def _list(self, name: str) -> list[Any]:
-        document = self._tables.document(name)
+        document = self._tables.column(name)
         if not isinstance(document, list):
             message = f"the index's column {name} is not a list"
             raise FooterError(message)
         return document
 
-    def _bounds(self, ends: NDArray[np.int64], index: int) -> tuple[int, int]:
-        """Where the rows of a sample begin and end."""
-        if len(ends) != self.num_samples + 1 + self._directory.has_scales:
-            message = f"the index's tables are not of {self.num_samples} samples"
-            raise FooterError(message)
-        start, stop = ends[index : index + 2].tolist()
-        return start, stop
-
-    def _ends(self, column: str) -> NDArray[np.int64]:
-        """Where runs of the lengths in a column begin and end: one entry more than there are."""
-        if column not in self._known_ends:
-            counts = self._tables.column(column)
-            ends = np.zeros(len(counts) + 1, dtype=np.int64)
-            np.cumsum(counts, out=ends[1:])
-            # Only now, as other threads look for it.
-            self._known_ends[column] = ends
-        return self._known_ends[column]
-
-    @cached_property
-    def _chunk_offsets(self) -> NDArray[np.int64]:
-        sizes = self._tables.column("chunk_nbytes")
-        offsets: NDArray[np.int64] = np.cumsum(self._tables.column("chunk_gap") + sizes) - sizes
-        return offsets
-
-    def facts(self, row: int) -> tuple[str, Attrs]:
-        """Type, and attributes but the digest, of the object in a row of the object table."""
-        column = self._tables.column
+    def facts(self, row: FooterRow, place: int) -> tuple[str, Attrs]:
+        """Type, and attributes but the digest, of an object by its place in its row."""
+        columns = row.columns
         try:
-            dtype = self._directory.types[column("object_type")[row]]
-            return dtype, self._attr_sets[column("object_attrs")[row]]
+            dtype = self._directory.types[columns.object_type[place]]
+            return dtype, self._attr_sets[columns.object_attrs[place]]
         except IndexError as error:
-            message = f"row {row} of the index's object table does not fit its columns: {error}"
-            raise FooterError(message) from error
+            raise _misfit(place, error) from error
 
-    def entry(self, row: int) -> ObjectEntry:
-        """The object in a row of the object table."""
-        column = self._tables.column
+    def entry(self, row: FooterRow, place: int) -> ObjectEntry:
+        """An object by its place in its row."""
+        columns = row.columns
         try:
-            path = self.names[int(column("object_name")[row])]
-            attrs = dict(self._attr_sets[int(column("object_attrs")[row])])
-            dtype = self._directory.types[int(column("object_type")[row])]
-            codec = self._directory.codecs[int(column("object_codec")[row])]
+            path = self.names[int(columns.object_name[place])]
+            attrs = dict(self._attr_sets[int(columns.object_attrs[place])])
+            dtype = self._directory.types[int(columns.object_type[place])]
+            codec = self._directory.codecs[int(columns.object_codec[place])]
             if not dtype:
                 return ObjectEntry(path, attrs)
-            digest = column("object_digest")[16 * row : 16 * row + 16].tobytes()
+            digest = columns.object_digest[16 * place : 16 * place + 16].tobytes()
             if any(digest):
                 attrs[DIGEST] = digest.hex()
-            dims = slice(*self._ends("object_ndim")[row : row + 2].tolist())
-            chunks = slice(*self._ends("object_num_chunks")[row : row + 2].tolist())
+            dims = slice(*columns.axis_ends[place : place + 2].tolist())
+            chunks = slice(*columns.chunk_ends[place : place + 2].tolist())
             entry = ObjectEntry(
                 path,
                 attrs,
                 dtype,
-                tuple(column("object_dims")[dims].tolist()),
-                tuple(column("object_chunk_dims")[dims].tolist()),
+                tuple(columns.object_dims[dims].tolist()),
+                tuple(columns.object_chunk_dims[dims].tolist()),
                 codec,
                 ChunkTable(
-                    tuple(self._chunk_offsets[chunks].tolist()),
-                    tuple(column("chunk_nbytes")[chunks].tolist()),
-                    tuple(column("chunk_checksum")[chunks].tolist()),
+                    tuple(columns.chunk_offset[chunks].tolist()),
+                    tuple(columns.chunk_nbytes[chunks].tolist()),
+                    tuple(columns.chunk_checksum[chunks].tolist()),
                 ),
             )
             # Here, so that what the footer cannot mean is neither read, copied nor reported.
             get_codec(codec)
-            check_sizes(entry, self._limits, self.file.nbytes)
+            check_sizes(entry, self._limits, self._nbytes)
         except FooterError:
             raise
         except (IndexError, ValueError, TypeError, ArchiveError) as error:
-            message = f"row {row} of the index's object table does not fit its columns: {error}"
-            raise FooterError(message) from error
+            raise _misfit(place, error) from error
         return entry
+
+
+def _misfit(place: int, error: Exception) -> FooterError:
+    return FooterError(f"object {place} of a row of the index does not fit its columns: {error}")
+
+
+def _suiting(
+    names: Sequence[tuple[int, str]], found: Datasets, given: Sequence[Mapping[str, Restoration]]
+) -> list[Restoration | None]:
+    """The restoration of every dataset that one suits."""
+    if not any(given):
+        return []
+    facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
+    wanted = (given[number].get(path) for number, path in names)
+    return [
+        each if each is not None and each.suits(*fact) else None
+        for each, fact in zip(wanted, facts, strict=True)
+    ]
 
 
 def _type_of(stored_type: str) -> np.dtype[Any]:
@@ -395,30 +503,31 @@ def _type_of(stored_type: str) -> np.dtype[Any]:
 class FooterObjects(Mapping[str, ObjectEntry]):
     """Objects of one sample; entries are made when asked for, since most readers want one."""
 
-    def __init__(self, store: FooterStore, rows: dict[str, int]) -> None:
+    def __init__(self, store: FooterStore, row: FooterRow, places: dict[str, int]) -> None:
         self._store = store
-        self.rows = rows
-        self._last: ObjectEntry | None = None
+        # For who plans to read many objects at once.
+        self.row, self.places = row, places
+        self._made: dict[str, ObjectEntry] = {}
 
     def __getitem__(self, path: str) -> ObjectEntry:
-        # Reading an array takes its entry three times in a row.
-        last = self._last
-        if last is None or last.path != path:
-            last = self._last = self._store.entry(self.rows[path])
-        return last
+        # Reading an array takes its entry three times in a row, checks take all several times.
+        made = self._made.get(path)
+        if made is None:
+            made = self._made[path] = self._store.entry(self.row, self.places[path])
+        return made
 
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""
-        return self._store.facts(self.rows[path])
+        return self._store.facts(self.row, self.places[path])
 
     def __contains__(self, path: object) -> bool:
-        return path in self.rows
+        return path in self.places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.places)
 
 
 def _attrs(document: Any) -> Attrs:
@@ -428,10 +537,6 @@ def _attrs(document: Any) -> Attrs:
     except (ValueError, TypeError, AttributeError) as error:
         message = f"the index holds something other than attributes: {error}"
         raise FooterError(message) from error
-
-
-# About as many as the threads of a reader are in at once.
-_SAMPLES_KEPT = 8
 
 
 class Hdf5Store:
@@ -478,8 +583,16 @@ class Hdf5Store:
         """Absolute path of a sample's group."""
         return f"/{layout.SAMPLES_GROUP}/{self._name_of(index)}"
 
+    def keys(self) -> list[tuple[str | None, int | None]]:
+        """Id and generation index of every sample, None for what it lacks."""
+        return [key_of(attrs) for attrs in self.samples_attrs()]
+
     def sample_attrs(self, index: int) -> Attrs:
         return self._hdf5.sample_attributes(self._name_of(index))
+
+    def samples_attrs(self) -> Iterator[Attrs]:
+        """Attributes of every sample, in order."""
+        return (self.sample_attrs(index) for index in range(self.num_samples))
 
     def sample(self, index: int) -> SampleEntry:
         walked = self._walked
@@ -529,6 +642,10 @@ class Hdf5Store:
             return read_array(self.file, entry, self._limits)
         except CorruptArchiveError as error:
             raise located(error, str(self._path), sample.ordinal, path) from error
+
+    def begin(self, *_: object, **__: object) -> Reading:
+        """Nothing: array after array is read."""
+        return NothingRead()
 
     def sizes(self) -> dict[str, StoredSize]:
         sizes: dict[str, StoredSize] = {}

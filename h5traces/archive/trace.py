@@ -54,8 +54,18 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
 
     @cached_property
     def _names(self) -> list[str]:
-        """Dataset names in the order of the legacy list."""
+        """Dataset names in the order of the legacy list, those of items that were None included."""
         return self._trace.listed_names(self.kind, self._selected)
+
+    @property
+    def _stored_names(self) -> list[str]:
+        """Names of the datasets, without items that were None."""
+        return [name for name in self._names if name not in self._absent]
+
+    @cached_property
+    def _absent(self) -> frozenset[str]:
+        """Names of items that were None."""
+        return frozenset(self._trace.form(self.kind).absent or ())
 
     @cached_property
     def layers(self) -> tuple[int | None, ...]:
@@ -68,7 +78,11 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     @property
     def sites(self) -> tuple[str | None, ...]:
         """Where in the model each position was taken: ``block_output`` or ``final_norm``."""
-        sites = (self._trace.attrs(f"{self.kind}/{name}").get("site") for name in self._names)
+        attrs = (
+            {} if name in self._absent else self._trace.attrs(f"{self.kind}/{name}")
+            for name in self._names
+        )
+        sites = (each.get("site") for each in attrs)
         return tuple(None if site is None else str(site) for site in sites)
 
     def __len__(self) -> int:
@@ -92,7 +106,7 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
                 "trace.layer(n) takes the model's own layer number"
             )
             raise LayerIndexError(message) from None
-        return self._trace.read_layer(self.kind, name, self._container)
+        return self._read([name])[0]
 
     def __contains__(self, value: object) -> bool:
         return any(equal(each, value) for each in self)
@@ -100,10 +114,15 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     @property
     def _paths(self) -> list[str]:
         """The datasets that reading all arrays needs."""
-        return self._trace.layer_paths(self.kind, self._names)
+        return self._trace.layer_paths(self.kind, self._stored_names)
 
     def _read(self, names: Iterable[str]) -> list[LayerValue]:
-        return [self._trace.read_layer(self.kind, name, self._container) for name in names]
+        return [
+            None
+            if name in self._absent
+            else self._trace.read_layer(self.kind, name, self._container)
+            for name in names
+        ]
 
     def _to_list(self) -> Any:
         """All arrays, in what held them in the source: a list, a tuple, a dict or one array."""
@@ -138,9 +157,13 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
         return f"<{self.kind}: {len(self)} arrays, layers {list(self.layers)}>"
 
     def _repr_html_(self) -> str:
-        entries = [self._trace.entry(f"{self.kind}/{name}") for name in self._names]
-        described = [described_layer(each.attrs, each.shape, each.dtype) for each in entries]
-        return layers_page(self.kind, self.layers, described)
+        return layers_page(self.kind, self.layers, list(map(self._described, self._names)))
+
+    def _described(self, name: str) -> tuple[object, ...]:
+        if name in self._absent:
+            return "", "None", ""
+        entry = self._trace.entry(f"{self.kind}/{name}")
+        return described_layer(entry.attrs, entry.shape, entry.dtype)
 
 
 def _plain(value: Any) -> Any:
@@ -350,7 +373,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """
         wanted = self._container if container is None else container
         check_container(wanted)
-        with self._stored.read_ahead(self._needed()):
+        with self._stored.read_ahead(self._stored.needed()):
             return {key: _plain(self._value(key, wanted)) for key in self.fields}
 
     @checked
@@ -381,12 +404,3 @@ class Trace(ReadOnly, Mapping[str, Any]):
             from h5traces.archive.labelled import trace_dataset
 
         return trace_dataset(self, kinds)
-
-    def _needed(self) -> list[str]:
-        """The datasets that `to_dict` reads."""
-        stored = self._stored
-        paths = [path for path in stored.objects if path.partition("/")[0] not in stored.kinds]
-        for kind in self.fields:
-            if kind in stored.kinds and kind in stored.objects:
-                paths += LayerSequence(stored, kind, stored.selected)._paths
-        return paths

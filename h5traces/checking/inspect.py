@@ -123,6 +123,8 @@ class Inspection(Report):
         Numbers of the stored layers, or positions.
     by_position
         Whether these are positions, as nothing says which block each is.
+    understood
+        How a file of another program was understood.
     lengths
         Minimum, median, mean and maximum of ``seq_len``.
     coverage
@@ -150,6 +152,7 @@ class Inspection(Report):
     findings: list[FindingSummary] = field(default_factory=list)
     checks: CheckOptions = CheckOptions()
     by_position: bool = False
+    understood: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -302,6 +305,7 @@ def _inspect_batch(
         num_samples=len(lengths),
         layers=list(source.established.numbers),
         by_position=source.established.by_position,
+        understood=list(dict.fromkeys(source.understood)),
         lengths=_length_stats(lengths),
         coverage=dict(coverage),
         sizes={

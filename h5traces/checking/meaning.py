@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Each holds a layer, and some of it in float32.
 _MOST_WORKERS = 4
+# Bytes of a sample that take less time than handing its layers to threads.
+_SMALL = 1 << 20
 
 
 def check_meaning(
@@ -46,16 +48,24 @@ def check_meaning(
         archive = stack.enter_context(open_archive(path, limits=limits, labels=False))
         most = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
         pool = stack.enter_context(ThreadPoolExecutor(most))
-        checks = SampleChecks(replace(look_of(archive), full_mapper=pool.map))
-        known = {each.loc for each in report.problems}
+        look = replace(look_of(archive), full_mapper=map)
+        in_threads = replace(look, full_mapper=pool.map)
+        checks = SampleChecks(look)
+        # The first three parts of an absolute path are its sample's.
+        known = {"/".join(each.loc.split("/")[:3]) for each in report.problems}
         for index in range(len(archive)):
             place = layout.sample_path(index)
-            if place in known or any(each.startswith(f"{place}/") for each in known):
+            if place in known:
                 checks.skip()
                 continue
             try:
                 trace = archive[index]
-                checks.add(to_record(trace, lazy=True), stored_content(trace))
+                is_large = sum(each.raw_nbytes for each in trace._stored.objects.values()) > _SMALL
+                checks.add(
+                    to_record(trace, lazy=True),
+                    stored_content(trace),
+                    look=in_threads if is_large else look,
+                )
             except H5TracesError as error:
                 report.add(place, error, problem_kind(error))
                 checks.skip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.paths import expand_paths
 from h5traces.storage.arrays import read_array, read_chunk
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterBuilder, hdf5_end
+from h5traces.storage.footer import FooterBuilder, hdf5_end, key_of
 from h5traces.storage.hdf5.reading import Hdf5Reader
 
 if TYPE_CHECKING:
@@ -106,9 +107,15 @@ def seal(
     reports = []
     for path in expand_paths(sources):
         try:
-            sealed = _seal_file(
-                path, accept_edits=accept_edits, dry_run=dry_run, limits=limits, progress=progress
-            )
+            with closing(FooterBuilder(None if dry_run else path.parent)) as builder:
+                sealed = _seal_file(
+                    path,
+                    builder,
+                    accept_edits=accept_edits,
+                    dry_run=dry_run,
+                    limits=limits,
+                    progress=progress,
+                )
         except ArchiveError as error:
             raise error_for(path, error) from error
         reports.append(sealed)
@@ -117,6 +124,7 @@ def seal(
 
 def _seal_file(
     path: Path,
+    builder: FooterBuilder,
     *,
     accept_edits: bool,
     dry_run: bool,
@@ -124,7 +132,6 @@ def _seal_file(
     progress: Callable[[int, int], None] | None,
 ) -> SealReport:
     report = SealReport(str(path))
-    builder = FooterBuilder()
     file = LocalFile(path)
     with Hdf5Reader(path, limits) as reader, ThreadPoolExecutor() as pool:
         root, kinds = reader.root_attributes(), reader.kinds()
@@ -174,8 +181,10 @@ def _footer(
     """The footer that a file has, if it fits the bytes of the HDF5 part and its attributes."""
     try:
         footer = FooterStore(file, limits)
-        damaged, rest_fits = footer.check_bytes()
-        fits = rest_fits and not len(damaged) and (footer.root_attrs, footer.kinds) == (root, kinds)
+        found = footer.check_bytes()
+        fits = (footer.root_attrs, footer.kinds) == (root, kinds)
+        fits = fits and found.rest_fits and not found.damaged
+        fits = fits and footer.keys() == [key_of(attrs) for attrs in footer.samples_attrs()]
     except CorruptArchiveError:
         return None
     return footer if fits else None
@@ -226,10 +235,9 @@ def _append(file: LocalFile, builder: FooterBuilder, root: Attrs, kinds: dict[st
             raise CorruptArchiveError(message)
         # Removes an outdated footer.
         os.ftruncate(descriptor, end)
-        footer = builder.finish(file, root, kinds)
-        written = 0
-        while written < len(footer):
-            written += os.pwrite(descriptor, footer[written:], end + written)
+        os.lseek(descriptor, end, os.SEEK_SET)
+        with os.fdopen(descriptor, "wb", closefd=False) as out:
+            out.writelines(builder.finish(file, root, kinds))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -56,7 +56,9 @@ from h5traces.precision.decoding import (
 )
 from h5traces.precision.scales import OFFSET, SIGMA, STEP
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterError
+from h5traces.storage.footer import key_of
+from h5traces.storage.footer_rows import FooterError
+from h5traces.storage.hdf5.headers import HeaderCheck
 from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind
 
 if TYPE_CHECKING:
@@ -167,6 +169,11 @@ class _Validation:
         self._reader, self._limits, self._report = reader, limits, report
         self._add, self._progress = report.add, progress
         self._footer: FooterStore | None = None
+        # Of samples, what the index finds them by; what compares headers with it, where all bytes
+        # of HDF5's structures are as written, and where the groups of samples lie.
+        self._keys: list[tuple[str | None, int | None]] = []
+        self._headers: HeaderCheck | None = None
+        self._addresses: dict[str, int] = {}
         self._metadata: ArchiveMetadata | None = None
         self._kinds: dict[str, KindMetadata] = {}
         self._samples: list[TraceMetadata | None] = []
@@ -261,6 +268,13 @@ class _Validation:
             return
         if self._footer.root_attrs != root or self._footer.kinds != self._reader.kinds():
             self._add("/", "the index and HDF5 have different metadata", "footer_mismatch")
+        try:
+            self._keys = self._footer.keys()
+            if self._footer.structures_fit():
+                self._headers = HeaderCheck(self._footer.file)
+                self._addresses = self._reader.sample_addresses()
+        except CorruptArchiveError as error:
+            self._add("/", str(error), "footer_damaged")
 
     def _check_scales(self) -> None:
         place = f"/{layout.SCALES_GROUP}"
@@ -302,17 +316,20 @@ class _Validation:
         if self._footer is not None and self._footer.num_samples != len(names):
             message = f"the index lists {self._footer.num_samples} samples, {len(names)} are stored"
             self._add("/", message, "footer_mismatch")
-            self._footer = None
+            self._footer, self._keys = None, []
 
     def _check_sample(self, index: int, name: str) -> None:
         place = f"/{layout.SAMPLES_GROUP}/{name}"
         problems: list[Problem] = []
-        try:
-            sample = self._reader.sample(name, problems=problems)
-        except ArchiveError as error:
-            self._add(place, error, problem_kind(error))
-            self._samples.append(None)
-            return
+        sample = self._listed(index, name)
+        is_listed = sample is not None
+        if sample is None:
+            try:
+                sample = self._reader.sample(name, problems=problems)
+            except ArchiveError as error:
+                self._add(place, error, problem_kind(error))
+                self._samples.append(None)
+                return
         self._add_all(place, ((each.loc, each.message, each.kind) for each in problems))
         metadata = self._document(TraceMetadata, sample.attrs, place)
         self._samples.append(metadata)
@@ -330,7 +347,25 @@ class _Validation:
             if differs is not None:
                 self._add(place, differs, "digest_mismatch")
             self._check_fields(sample, metadata, place)
-            self._check_footer_sample(index, sample, place)
+            if not is_listed:
+                self._check_footer_sample(index, sample, place)
+            if self._keys and self._keys[index] != key_of(sample.attrs):
+                message = "the index finds it by another id than it has"
+                self._add(place, message, "footer_mismatch")
+
+    def _listed(self, index: int, name: str) -> SampleEntry | None:
+        """The sample as the index lists it, if its HDF5 headers hold just that; None if not.
+
+        None, too, where that needs the library to tell, which takes ten times as long.
+        """
+        if self._footer is None or self._headers is None:
+            return None
+        try:
+            listed = self._footer.sample(index)
+            return listed if self._headers.shows(self._addresses.get(name, 0), listed) else None
+        except CorruptArchiveError:
+            # `_check_footer_sample` says what it is.
+            return None
 
     def _check_fields(
         self, sample: SampleEntry, metadata: TraceMetadata | None, place: str
@@ -354,7 +389,7 @@ class _Validation:
             self._check_same(place, self._footer.sample(index), sample)
         except CorruptArchiveError as error:
             self._add("/", str(error), "footer_damaged")
-            self._footer = None
+            self._footer, self._keys = None, []
 
     def _check_casts(self) -> None:
         """The root's ``casts`` against the attributes of the arrays, where all could be read."""
@@ -466,7 +501,15 @@ def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Contradi
     named = [name for _, name in form.keys or ()]
     if form.lists_embedding:
         named.append(layout.EMBEDDING)
-    missing = [name for name in named if f"{group.path}/{name}" not in sample.objects]
+    absent = set(form.absent or ())
+    stored = [name for name in absent if f"{group.path}/{name}" in sample.objects]
+    if stored:
+        yield group.path, f"says that {min(stored)} is absent, which is stored", "stored_absent"
+    missing = [
+        name
+        for name in named
+        if name not in absent and f"{group.path}/{name}" not in sample.objects
+    ]
     if missing:
         yield group.path, f"lists {missing[0]}, which is not stored", "missing_layer"
 

@@ -50,7 +50,9 @@ _PANELS: Final = {
             "head": "Show the first samples with their texts.",
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
-        }
+        },
+        "viewing": {"view": "Look at archives in the browser."},
+        "plotting": {"plot": "Draw a sample as a picture."},
     },
     "Rewrite archives": {
         "rewriting": {

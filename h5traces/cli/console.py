@@ -94,15 +94,24 @@ def print_json(document: Any) -> None:
     _write(visible(json.dumps(document, ensure_ascii=ascii_only, indent=2, default=str)))
 
 
+def print_json_rows(rows: Iterable[Any]) -> None:
+    """A JSON list on stdout, a line for each of its items, as they come."""
+    ascii_only, before = not is_unicode(sys.stdout), "["
+    for row in rows:
+        _write(before + visible(json.dumps(row, ensure_ascii=ascii_only)), end="")
+        before = ",\n "
+    _write("[]" if before == "[" else "]")
+
+
 def print_line(line: str = "") -> None:
     """A line of data on stdout, without markup, whatever is in it."""
     _write(_on_one_line(line))
 
 
-def _write(line: str) -> None:
+def _write(line: str, end: str = "\n") -> None:
     # Texts may hold lone surrogates, which no terminal takes; JSON, too, writes them like this.
     with output_errors():
-        sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
+        sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + end)
 
 
 def print_table(table: Table) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,11 +36,11 @@ from h5traces.cli.options import (
 from h5traces.errors import ConversionError
 from h5traces.format.text import and_more, counted
 from h5traces.meaning.checks import CHECKS
-from h5traces.rewriting.convert import convert as convert_batches
-from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.storage.codecs import tools_note
-from h5traces.writing.calibrate import DEFAULT_SAMPLES
-from h5traces.writing.calibrate import calibrate as calibrate_sources
+from h5traces.writing.options import DEFAULT_SAMPLES
+
+if TYPE_CHECKING:
+    from h5traces.rewriting.reports import ConversionReport, Progress
 
 # Sigma of so many is uncertain by a tenth.
 _FEW_TOKENS = 100
@@ -83,6 +83,9 @@ def convert(
     - `h5traces convert traces/ -o archives/ --skip-existing` finishes a stopped run
     - `h5traces convert traces/ -o small/ --tier compact` trades precision for size
     """
+    # Not above: help needs it as little as what `calibrate` needs.
+    from h5traces.rewriting.convert import convert as convert_batches
+
     with bytes_progress("convert") as update:
 
         def progress(state: Progress) -> None:
@@ -172,6 +175,8 @@ def calibrate(
     - `h5traces calibrate traces/ -o scales.h5`
     - `h5traces convert traces/ -o archives/ --tier analysis --scales scales.h5`
     """
+    from h5traces.writing.calibrate import calibrate as calibrate_sources
+
     with count_progress("calibrate") as update:
         report = calibrate_sources(
             sources,

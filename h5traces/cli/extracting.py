@@ -18,9 +18,10 @@ from h5traces.cli.options import (
     Layers,
     Output,
     PrecisionGroup,
+    Reading,
     option,
 )
-from h5traces.errors import ExtractionError
+from h5traces.errors import ConversionError, ExtractionError
 from h5traces.extract.options import (
     DEFAULT_TEMPLATE,
     Columns,
@@ -70,9 +71,24 @@ TrustRemoteCode = Annotated[
         "Run Python code that comes with the model; `--revision` must then be a commit.",
     ),
 ]
-Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", "`hidden_states`, `attentions`, or both.")]
+Kinds = Annotated[
+    str,
+    option(
+        KEEP,
+        "--kinds KIND,KIND",
+        "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, "
+        "`mlp_output`, `head_outputs`, `queries`, `keys`, `values`, `router_logits`, "
+        "`state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+    ),
+]
 MaxNewTokens = Annotated[
-    int, option(_ANSWERS, "--max-new-tokens N", "Largest number of tokens of an answer.", min=1)
+    int,
+    option(
+        _ANSWERS,
+        "--max-new-tokens N",
+        "Largest number of tokens of an answer; 0 to run prompts only.",
+        min=0,
+    ),
 ]
 
 
@@ -85,6 +101,12 @@ def _model(
         bool, option(_MODEL, "--load-in-4bit", "Quantise the weights with bitsandbytes.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    threads: Annotated[
+        int | None,
+        option(
+            _MODEL, "--threads N", "Threads of a CPU [default: as many as cores are free].", min=1
+        ),
+    ] = None,
 ) -> ModelChoice:
     return ModelChoice(
         model_id=model_id,
@@ -93,6 +115,7 @@ def _model(
         device=device,
         load_in_4bit=load_in_4bit,
         trust_remote_code=trust_remote_code,
+        threads=threads,
     )
 
 
@@ -131,13 +154,26 @@ def _dataset(
     answers_column: Annotated[
         str | None, option(_QUESTIONS, "--answers-column NAME", "Column of a file.")
     ] = None,
+    given_column: Annotated[
+        str | None,
+        option(
+            _QUESTIONS,
+            "--given-column NAME",
+            "Column of answers that the model is given instead of generating its own.",
+        ),
+    ] = None,
 ) -> DatasetChoice:
     return DatasetChoice(
         dataset=dataset,
         num_samples=num_samples,
         path=dataset_path,
         revision=dataset_revision,
-        columns=Columns(question=question_column, sample_id=id_column, answers=answers_column),
+        columns=Columns(
+            question=question_column,
+            sample_id=id_column,
+            answers=answers_column,
+            given=given_column,
+        ),
     )
 
 
@@ -200,6 +236,12 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    top_logits: Annotated[
+        int | None,
+        option(
+            KEEP, "--top-logits K", "Of `logits`, the largest K of every token, with ids.", min=1
+        ),
+    ] = None,
     embedding: Annotated[
         bool, option(KEEP, "--embedding", "Also store the output of the embedding.")
     ] = False,
@@ -249,6 +291,7 @@ def extract(
     options = ExtractOptions(
         layers=layers,
         kinds=_kinds(kinds),
+        top_logits=top_logits,
         embedding=embedding,
         last_state=last_state,
         generation=generation,
@@ -319,7 +362,7 @@ def _storage(
     return PrecisionOptions(dtype=dtype, codec=codec)
 
 
-@command(ExtractionError)
+@command(ConversionError, ExtractionError)
 def estimate(
     *,
     model_id: Annotated[
@@ -334,8 +377,15 @@ def estimate(
     kinds: Kinds = "hidden_states,attentions",
     storage: Annotated[PrecisionOptions, Group(_storage)],
     pilot: Annotated[
-        int | None, option(_PILOT, "--pilot N", "Extract N samples, and measure their size.", min=1)
+        str | None,
+        option(
+            _PILOT,
+            "--pilot N|FILE",
+            "Extract N samples and measure their size, or measure the first samples of a file or "
+            "folder of any kind that `convert` reads.",
+        ),
     ] = None,
+    reading: Reading,
     dataset: Annotated[
         str | None, option(_PILOT, "--dataset NAME|FILE", "Questions of the pilot.")
     ] = None,
@@ -350,15 +400,24 @@ def estimate(
     """Estimate the size of traces, per sample and per 1000.
 
     Without a pilot, raw sizes follow from the model's configuration, and those of archives are
-    estimated with rates measured on the small model of the repository. `--pilot` measures yours.
+    estimated with rates measured on the small model of the repository. `--pilot` measures yours,
+    or what a file of traces that you have takes as an archive.
 
     - `h5traces estimate --num-layers 32 --hidden-size 4096 --num-heads 32 --seq-len 43`
     - `h5traces estimate --model-id examples/tiny-llama-pydocs --pilot 8
       --dataset examples/questions.jsonl --layers 0,3,last`
+    - `h5traces estimate --pilot examples/legacy`
     """
-    if pilot is not None:
+    if pilot is not None and not pilot.isdecimal():
+        from h5traces.extract.measuring import estimate_from_files
+
+        found = estimate_from_files(pilot, layers=layers, precision=storage, reading=reading)
+    elif pilot is not None:
         if model_id is None or dataset is None:
-            message = "--pilot needs --model-id and --dataset"
+            message = "--pilot needs --model-id and --dataset, or a file of traces"
+            raise typer.BadParameter(message)
+        if not int(pilot):
+            message = "--pilot is 0, expected 1 or more samples"
             raise typer.BadParameter(message)
         model = ModelChoice(
             model_id=model_id,
@@ -369,7 +428,7 @@ def estimate(
         )
         generation = GenerationOptions(max_new_tokens=max_new_tokens)
         options = ExtractOptions(layers=layers, kinds=_kinds(kinds), generation=generation)
-        found = _measured(model, dataset, pilot, options, storage)
+        found = _measured(model, dataset, int(pilot), options, storage)
     else:
         from h5traces.extract.estimate import estimate as estimate_sizes
 

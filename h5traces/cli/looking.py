@@ -15,7 +15,7 @@ from h5traces.checking.verify import VerifyReport
 from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
-from h5traces.cli.console import count_progress, fail, print_json, print_line
+from h5traces.cli.console import count_progress, fail, print_json, print_json_rows, print_line
 from h5traces.cli.options import Archives, Checks, Json, Reading, option
 from h5traces.errors import H5TracesError
 from h5traces.format.layout import TEXT_FIELDS
@@ -96,18 +96,20 @@ def _print_draft(path: Any) -> None:
 def ls(sources: Archives, json: Json = False) -> None:
     """List the samples of archives.
 
-    Index, id, generation, length, coverage and label of each.
+    Index, id, generation, length, coverage and label of each: a table, or where it is longer than
+    the screen, lines with tabs between the columns.
 
+    - `h5traces ls archives/ | grep -P "\\tlast_position$"`
     - `h5traces ls archives/ --json | jq -r '.[].sample_id'`
     """
-    rows = [
-        {"index": index, **trace.metadata.model_dump(mode="json", exclude={"fields"})}
-        for index, trace in enumerate(open_archive(sources))
-    ]
+    found = enumerate(trace.metadata for trace in open_archive(sources))
     if json:
-        print_json(rows)
+        dumped = (
+            (index, each.model_dump(mode="json", exclude={"fields"})) for index, each in found
+        )
+        print_json_rows({"index": index, **row} for index, row in dumped)
     else:
-        reports.print_samples(rows)
+        reports.print_samples(found)
 
 
 @command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
 
@@ -22,6 +24,8 @@ from h5traces.format.layout import TEXT_FIELDS
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from h5traces.checking.inspect import ArrayStats, Inspection, SampleStats
     from h5traces.checking.reports import ValidationReport
     from h5traces.checking.verify import VerifyReport
@@ -30,9 +34,14 @@ if TYPE_CHECKING:
     from h5traces.extract.running import ExtractionReport
     from h5traces.features import FeatureReport
     from h5traces.fidelity import FidelityReport, Unmatched
+    from h5traces.format.record import TraceMetadata
     from h5traces.rewriting.label import LabelReport
     from h5traces.rewriting.repack import RepackReport
     from h5traces.rewriting.reports import ConversionReport, FileReport
+
+
+# Rows of a conversion; more would push the messages off the screen.
+_MOST_ROWS: Final = 20
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -60,13 +69,19 @@ def print_conversion(report: ConversionReport) -> None:
         return
     numbers = ("samples", "before", "after", "ratio", "seconds", "warnings")
     table = _table("status", "archive", *numbers, numbers=numbers)
-    for each in report.files:
+    shown = report.files
+    if len(shown) > _MOST_ROWS:
+        # Those that need a look, and no wall of lines.
+        shown = [each for each in shown if each.status == "failed"][:_MOST_ROWS]
+    for each in shown:
         name = each.targets[0]
         if len(each.targets) > 1:
             name += f" … {Path(each.targets[-1]).name}"
         table.add_row(*_conversion_row(each, each.status, cell(name)))
     if len(report.files) > 1:
-        table.add_row(*_conversion_row(_total(report), "total", ""))
+        others = len(report.files) - len(shown)
+        name = f"{counted(others, 'archive')} not listed; --json lists all" if others else ""
+        table.add_row(*_conversion_row(_total(report), "total", name))
     print_table(table)
     written = [each for each in report.files if each.status == "converted"]
     changed = [each for each in written if not each.is_lossless]
@@ -162,6 +177,8 @@ def print_inspection(result: Inspection) -> None:
         print_line(f"  sequence length: {lengths}")
     coverage = ", ".join(f"{count} {name}" for name, count in result.coverage.items())
     print_line(f"  coverage: {coverage}")
+    for line in first_lines([f"  understood: {each}" for each in result.understood]):
+        print_line(line)
     for kind, size in sorted(result.sizes.items()):
         line = (
             f"  {kind}: {counted(size['num_datasets'], 'array')}, {human_size(size['raw_nbytes'])}"
@@ -219,28 +236,41 @@ def _print_kind(title: str, arrays: list[ArrayStats], sample: SampleStats) -> No
         print_line(f"      {each.name}: {span}{odd}{site}{kept}")
 
 
-def print_samples(rows: list[dict[str, Any]]) -> None:
-    """The list of samples."""
-    numbers = ("index", "generation", "length", "prompt", "label")
-    table = _table(
-        "index", "sample id", "generation", "length", "prompt", "label", "coverage", numbers=numbers
-    )
-    for row in rows:
-        table.add_row(
+# What `ls` shows of a sample beside its index, by the name in its metadata.
+_SAMPLE_COLUMNS: Final = {
+    "sample_id": "sample id",
+    "generation_index": "generation",
+    "seq_len": "length",
+    "prompt_len": "prompt",
+    "label": "label",
+    "coverage": "coverage",
+}
+
+
+def print_samples(found: Iterator[tuple[int, TraceMetadata]]) -> None:
+    """The list of samples: a table if it fits on a screen, else lines as they come."""
+    rows = (
+        (
+            str(index),
             *(
-                "" if value is None else cell(str(value))
-                for value in (
-                    row["index"],
-                    row["sample_id"],
-                    row["generation_index"],
-                    row["seq_len"],
-                    row["prompt_len"],
-                    row["label"],
-                    row["coverage"],
-                )
-            )
+                "" if value is None else str(value)
+                for value in map(metadata.__getattribute__, _SAMPLE_COLUMNS)
+            ),
         )
-    print_table(table)
+        for index, metadata in found
+    )
+    names = ("index", *_SAMPLE_COLUMNS.values())
+    screen = list(islice(rows, shutil.get_terminal_size().lines))
+    following = next(rows, None)
+    if following is None:
+        numbers = tuple(each for each in names if each not in ("sample id", "coverage"))
+        table = _table(*names, numbers=numbers)
+        for row in screen:
+            table.add_row(*map(cell, row))
+        print_table(table)
+        return
+    for row in chain((names,), screen, (following,), rows):
+        print_line("\t".join(row))
 
 
 def print_texts(rows: list[dict[str, Any]]) -> None:

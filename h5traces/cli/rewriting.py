@@ -18,6 +18,7 @@ from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, note, print_json, print_line, warn
 from h5traces.cli.options import (
     OUTPUT,
+    READING,
     Archives,
     DryRun,
     Foreign,
@@ -33,6 +34,7 @@ from h5traces.cli.options import (
 from h5traces.errors import ConversionError
 from h5traces.format.dtypes import DtypePolicy
 from h5traces.format.text import and_more, counted
+from h5traces.meaning.options import FirstState
 from h5traces.paths import expand_paths
 from h5traces.rewriting.export import ExportFormat
 from h5traces.rewriting.export import export as export_archive
@@ -60,6 +62,14 @@ def repack(
     layers: Layers = None,
     samples: Samples = None,
     precision: PrecisionGroup,
+    first_state: Annotated[
+        FirstState | None,
+        option(
+            READING,
+            "--first-state embedding|block",
+            "Name hidden states that are stored by position: what the first is.",
+        ),
+    ] = None,
     output: Output,
     foreign: Foreign = "keep",
     target: Rewritten,
@@ -81,6 +91,7 @@ def repack(
         layers=layers,
         samples=samples,
         precision=precision,
+        first_state=first_state,
         foreign=foreign,
     )
     _rewrite(run, output, target, precision.codec, json=json)

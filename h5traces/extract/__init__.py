@@ -13,6 +13,7 @@ from h5traces.lazy import lazy_names
 if TYPE_CHECKING:
     from h5traces.extract.extracting import extract_dataset
     from h5traces.extract.extractor import extract, extract_activations_and_attentions
+    from h5traces.extract.measuring import estimate_from_files
     from h5traces.extract.models import (
         MODEL_ALIASES,
         hide_progress_bars,
@@ -42,6 +43,7 @@ __all__ = [
     "ModelChoice",
     "ModelShape",
     "Question",
+    "estimate_from_files",
     "estimate_with_pilot",
     "extract",
     "extract_activations_and_attentions",
@@ -62,6 +64,7 @@ _HOMES = {
     "ModelChoice": "h5traces.extract.options",
     "ModelShape": "h5traces.extract.sizes",
     "Question": "h5traces.extract.questions",
+    "estimate_from_files": "h5traces.extract.measuring",
     "estimate_with_pilot": "h5traces.extract.pilot",
     "extract": "h5traces.extract.extractor",
     "extract_activations_and_attentions": "h5traces.extract.extractor",

@@ -4,39 +4,90 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from h5traces.errors import ExtractionError
+from h5traces.format import layout
+from h5traces.format.kinds import STATE_NORMS
 from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
 
+Side = Literal["input", "output", "query", "key", "value"]
 _EAGER: Final = "eager"
 _NUM_AXES_OF_STATES: Final = 3
 _NUM_AXES_OF_WEIGHTS: Final = 4
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where one kind is taken in one block.
+
+    ``module`` is called `name` inside of the block; ``part`` is the place in a tuple that it
+    returns; ``heads`` is the number of heads that lie side by side in the last axis.
+    """
+
+    name: str
+    module: nn.Module
+    side: Side
+    part: int = 0
+    factor: float = 1.0
+    heads: int = 0
+
+    def taken(self, tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The array ``(B, *axes)`` in what the module took or gave."""
+        values = tensor
+        if self.side in ("input", "output") and values.ndim == 2:
+            # Experts and some MLPs see all tokens of a batch in one row.
+            values = values.reshape(num_rows, -1, values.shape[-1])
+        if self.factor != 1:
+            values = values * self.factor
+        if self.heads:
+            values = values.view(*values.shape[:-1], self.heads, -1).transpose(1, 2)
+        return values
+
+    def __str__(self) -> str:
+        """The place in words, as archives record it."""
+        if self.side in ("input", "output"):
+            factor = f", times {self.factor:g}" if self.factor != 1 else ""
+            return f"{self.side} of {self.name}{factor}"
+        return f"{self.side} of the attention function of {self.name}"
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of a decoder-only model.
 
-    ``family`` is its ``model_type``; ``decoder`` runs embedding, blocks and final norm.
-    ``attentions`` has None for blocks without an attention module, such as those of state spaces.
+    ``family`` is its ``model_type``; ``model`` makes scores of tokens, its ``decoder`` runs
+    embedding, blocks and final norm. ``attentions`` has None for blocks without an attention
+    module, such as those of state spaces. ``sites`` says where other kinds are taken, by kind and
+    layer.
     """
+
+    model: Any
 
     model_class: str
     family: str
     decoder: Any
     blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module | None, ...]
+    sites: Mapping[str, Mapping[int, Site]] = field(default_factory=dict)
+
+    def layers_with(self, kind: str) -> tuple[int, ...]:
+        """The layers that have a kind."""
+        if kind == layout.ATTENTIONS:
+            return tuple(n for n, each in enumerate(self.attentions) if each is not None)
+        if kind in (layout.HIDDEN_STATES, STATE_NORMS):
+            return tuple(range(self.num_layers))
+        return tuple(sorted(self.sites.get(kind, ())))
 
     @property
     def num_layers(self) -> int:
@@ -71,6 +122,7 @@ def anatomy_of(model: Any) -> Anatomy:
     config = model.config.get_text_config()
     decoder, blocks = _decoder(model, config.num_hidden_layers, name)
     return Anatomy(
+        model=model,
         model_class=name,
         family=config.model_type,
         decoder=decoder,

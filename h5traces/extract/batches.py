@@ -8,7 +8,13 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from h5traces.errors import ExtractionError
-from h5traces.extract.capture import CaptureOptions, Capturer, is_close, padded, values_of
+from h5traces.extract.capture import (
+    CaptureOptions,
+    Capturer,
+    padded,
+    relative_difference,
+    values_of,
+)
 from h5traces.extract.generation import generation_config, in_force
 from h5traces.extract.options import GenerationOptions
 
@@ -19,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.extract.anatomy import Anatomy
-    from h5traces.extract.options import Kind
 
 # The largest difference that docs/extraction.md states, relative to the largest value of an array.
 TOLERANCES: Final = {torch.float32: 3e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -29,8 +34,13 @@ _NUM_STEPS: Final = 3
 _TOKEN: Final = 3
 
 
-def check_batches(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...], pad_id: int) -> None:
+def check_batches(model: Any, anatomy: Anatomy, kinds: tuple[str, ...], pad_id: int) -> float:
     """Compare a left-padded batch of three sequences with the same ones alone.
+
+    Returns
+    -------
+    float
+        The largest difference, relative to the largest value of an array; 0 if all are bit-equal.
 
     Raises
     ------
@@ -48,17 +58,23 @@ def check_batches(model: Any, anatomy: Anatomy, kinds: tuple[Kind, ...], pad_id:
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = f"it fails with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ExtractionError(_refusal(anatomy, reason)) from error
+    largest = 0.0
     for row, sequence in enumerate(_SEQUENCES):
         (alone,) = capturer.run([sequence])
         for kind, entries in alone.arrays.items():
             for one, other in zip(entries, together[row].arrays[kind], strict=True):
-                if not is_close(values_of(other), values_of(one), tolerance):
+                difference = relative_difference(values_of(other), values_of(one))
+                largest = max(largest, difference)
+                if difference > tolerance:
                     reason = f"{kind}/{one.name} of a padded sequence differs from that of it alone"
                     raise ExtractionError(_refusal(anatomy, reason))
         for step, expected in enumerate(_scores(model, [sequence], pad_id)):
-            if not is_close(scores[step][row : row + 1], expected, tolerance):
+            difference = relative_difference(scores[step][row : row + 1], expected)
+            largest = max(largest, difference)
+            if difference > tolerance:
                 reason = f"the scores of generated token {step} differ in a padded batch"
                 raise ExtractionError(_refusal(anatomy, reason))
+    return largest
 
 
 def _refusal(anatomy: Anatomy, reason: str) -> str:

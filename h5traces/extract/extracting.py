@@ -13,11 +13,12 @@ from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
-from h5traces.extract.generation import Planner
+from h5traces.extract.generation import Planner, UnfitAnswerError
 from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.sizes import Forecast, ModelShape
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.precision import EXACT
 from h5traces.paths import check_not_a_source
 from h5traces.writing.calibrate import load_given
@@ -111,8 +112,8 @@ def extract_dataset(
     forecast = Forecast(
         shape=shape,
         layers=choose_layers(options.layers, range(shape.num_layers)),
-        kinds=options.kinds,
-        lengths=tuple(len(each.prompt) + options.generation.max_new_tokens for each in jobs),
+        kinds=tuple(each for each in options.kinds if each in MODEL_KINDS),
+        lengths=tuple(each.num_tokens(options.generation.max_new_tokens) for each in jobs),
         precision=storage,
     )
     report.forecast = forecast
@@ -127,6 +128,7 @@ def extract_dataset(
             "choose another, fewer samples or layers, smaller shards, or check_space=False"
         )
         raise ExtractionError(message)
+    models.set_threads(model.threads)
     loaded = models.load_model(
         model.model_id,
         revision=model.revision,
@@ -174,6 +176,8 @@ def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) ->
             jobs.append(planner.job(question))
         except TooLongError as error:
             report.skipped.append(Skipped.of(question, "too_long", str(error)))
+        except UnfitAnswerError as error:
+            report.skipped.append(Skipped.of(question, "unfit_answer", str(error)))
     if not jobs:
         message = f"{questions.name}: no question fits: {report.skipped[0].message}"
         raise ExtractionError(message)

@@ -16,13 +16,13 @@ import xxhash
 from h5traces.archive.selection import choose_layers
 from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, NanError
-from h5traces.extract.anatomy import anatomy_of, check_eager
+from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
-from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_weights
+from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
 from h5traces.extract.generation import (
     Planner,
+    answers_to,
     clean_answer,
-    generate,
     generation_config,
     padding_token,
 )
@@ -31,13 +31,12 @@ from h5traces.extract.questions import Question
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata, SampleExtraction
 from h5traces.format.dtypes import DTYPE_POLICIES, TypedArray, cast_values
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.record import LayeredArrays, TraceRecord
-from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from h5traces.extract.anatomy import Anatomy
     from h5traces.extract.capture import Captured
     from h5traces.extract.generation import Answer, Job
     from h5traces.extract.questions import QuestionSet
@@ -190,14 +189,15 @@ class Extractor:
         if model.training:
             message = f"{anatomy.model_class} is in training mode; call model.eval() first"
             raise ExtractionError(message)
-        if layout.ATTENTIONS in options.kinds:
-            check_eager(model)
-            anatomy = with_weights(anatomy)
-            _check_attentions(anatomy, layers)
+        anatomy = with_kinds(anatomy, options.kinds, layers)
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
-        check_capture(model, anatomy, options.kinds)
-        if options.batch_size > 1:
+        self._difference = check_capture(model, anatomy, options.kinds)
+        self._batch_difference = (
             check_batches(model, anatomy, options.kinds, self._pad_id)
+            if options.batch_size > 1
+            else None
+        )
+        self._anatomy = anatomy
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._capturer = Capturer(
             anatomy,
@@ -207,6 +207,7 @@ class Extractor:
                 embedding=options.embedding,
                 last_state=options.last_state,
                 dtype=dtype,
+                top_logits=options.top_logits,
             ),
         )
 
@@ -221,9 +222,15 @@ class Extractor:
             tokenizer_digest=tokenizer_digest(tokenizer),
             transformers_version=transformers.__version__,
             torch_version=torch.__version__,
+            engine="transformers",
+            attention=model.config.get_text_config()._attn_implementation,
+            sites=self._sites(),
+            difference=self._difference,
+            batch_difference=self._batch_difference,
             model_dtype=str(model.dtype).removeprefix("torch."),
             quantization=_quantization(model),
-            device=_device_name(model.get_input_embeddings().weight.device),
+            device=_device_name(self._anatomy.device),
+            threads=torch.get_num_threads() if self._anatomy.device.type == "cpu" else None,
             generation=self._generation(),
             seed=options.seed,
             batch_size=options.batch_size,
@@ -234,6 +241,14 @@ class Extractor:
             dataset_split=questions.split if questions else None,
             dataset_revision=questions.revision if questions else None,
         )
+
+    def _sites(self) -> dict[str, dict[str, list[int]]] | None:
+        """Where kinds were taken that no output of the model gives: layers by place, by kind."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for kind in self._options.kinds:
+            for layer, site in self._anatomy.sites.get(kind, {}).items():
+                found.setdefault(kind, {}).setdefault(str(site), []).append(layer)
+        return found or None
 
     def _generation(self) -> Any:
         """All generation parameters in force."""
@@ -247,13 +262,7 @@ class Extractor:
 
     def run(self, jobs: Sequence[Job]) -> list[TraceRecord | NanError]:
         """Records of a batch, with an error in place of each sample rejected for NaN values."""
-        answers = generate(
-            self._model,
-            [each.prompt for each in jobs],
-            [each.seed for each in jobs],
-            self._options.generation,
-            pad_id=self._pad_id,
-        )
+        answers = answers_to(self._model, jobs, self._options.generation, pad_id=self._pad_id)
         sequences = [
             (*job.prompt, *answer.tokens) for job, answer in zip(jobs, answers, strict=True)
         ]
@@ -278,7 +287,18 @@ class Extractor:
             "generated_answer": text,
             "generated_answer_clean": clean_answer(text, self._options.answer_cut),
         }
-        extra = {_REFERENCE_ANSWERS: list(job.question.answers)} if job.question.answers else {}
+        extra: dict[str, Any] = dict(captured.of_tokens)
+        if job.question.answers:
+            extra[_REFERENCE_ANSWERS] = list(job.question.answers)
+        layered = {
+            kind: LayeredArrays(
+                tuple(captured.arrays.get(kind, ())),
+                axes=None if kind in layout.KINDS else MODEL_KINDS[kind].axes,
+                definition=None if kind in layout.KINDS else MODEL_KINDS[kind].definition,
+            )
+            for kind in self._options.kinds
+            if kind in MODEL_KINDS
+        }
         return TraceRecord(
             sample_id=job.question.sample_id,
             prompt_len=len(job.prompt),
@@ -287,7 +307,7 @@ class Extractor:
             ),
             # The keys of the newest pickles first, in their order.
             fields=(
-                *self._options.kinds,
+                *layered,
                 layout.TOKENS,
                 layout.TOKENS_DECODED,
                 "generated_answer_clean",
@@ -300,23 +320,9 @@ class Extractor:
             tokens=np.array(tokens, dtype=np.int64),
             tokens_decoded=tuple(self._tokenizer.decode([each]) for each in tokens),
             texts=texts,
-            layered={
-                kind: LayeredArrays(tuple(captured.arrays.get(kind, ())))
-                for kind in self._options.kinds
-            },
+            layered=layered,
             extra=extra,
         )
-
-
-def _check_attentions(anatomy: Anatomy, layers: Sequence[int]) -> None:
-    """Reject layers of which none has attentions."""
-    having = [layer for layer, module in enumerate(anatomy.attentions) if module is not None]
-    if not set(having) & set(layers):
-        message = (
-            f"{anatomy.model_class}: none of the layers {and_more(layers, 8)} has attentions; "
-            f"those of this model are in {and_more(having, 8)}"
-        )
-        raise ExtractionError(message)
 
 
 def weights_digest(model: Any) -> str | None:

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from h5traces.arguments import shown
 from h5traces.errors import ExtractionError, TooLongError
 from h5traces.extract.capture import padded
 
@@ -35,11 +36,24 @@ _SENTENCE_END: Final = re.compile(r"[.!?](?=\s|\Z)")
 
 @dataclass(frozen=True)
 class Job:
-    """A question, its prompt as token ids, and the seed of the sample's random numbers."""
+    """A question, its prompt as token ids, and the seed of the sample's random numbers.
+
+    `given` are the tokens of an answer that is not generated.
+    """
 
     question: Question
     prompt: tuple[int, ...]
     seed: int
+    given: tuple[int, ...] | None = None
+
+    def num_tokens(self, max_new_tokens: int) -> int:
+        """Tokens of prompt and answer, at most."""
+        answer = max_new_tokens if self.given is None else len(self.given)
+        return len(self.prompt) + answer
+
+
+class UnfitAnswerError(ExtractionError):
+    """A given answer cannot follow its prompt."""
 
 
 class Planner:
@@ -61,18 +75,56 @@ class Planner:
 
     def job(self, question: Question) -> Job:
         """The job of a question."""
-        prompt = self._prompt(question)
-        longest = self._options.generation.max_new_tokens
-        if self._context is not None and len(prompt) + longest > self._context:
+        text, prompt = self._prompt(question)
+        given = self._given(question, text, prompt)
+        job = Job(question, prompt, sample_seed(self._options.seed, question.sample_id), given)
+        longest = job.num_tokens(self._options.generation.max_new_tokens)
+        if self._context is not None and longest > self._context:
             message = (
                 f"{question.sample_id}: the prompt has {len(prompt)} tokens, and with up to "
-                f"{longest} of the answer it exceeds the {self._context} that {self._family} "
-                "takes; shorten it, or lower max_new_tokens"
+                f"{longest - len(prompt)} of the answer it exceeds the {self._context} that "
+                f"{self._family} takes; shorten it, or lower max_new_tokens"
             )
             raise TooLongError(message)
-        return Job(question, prompt, sample_seed(self._options.seed, question.sample_id))
+        return job
 
-    def _prompt(self, question: Question) -> tuple[int, ...]:
+    def _given(
+        self, question: Question, text: str, prompt: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """The tokens of a given answer: those that its text has behind the prompt."""
+        given = question.given
+        if given is None:
+            return None
+        if not given:
+            message = f"{question.sample_id}: the given answer is empty; expected text or tokens"
+            raise UnfitAnswerError(message)
+        if not isinstance(given, str):
+            known = range(len(self._tokenizer))
+            odd = [each for each in given if each not in known]
+            if odd:
+                message = (
+                    f"{question.sample_id}: the given answer has the token {odd[0]}, expected 0 to "
+                    f"{len(known) - 1}"
+                )
+                raise UnfitAnswerError(message)
+            return given
+        whole = tuple(self._tokens(text + given))
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            message = (
+                f"{question.sample_id}: with the given answer {shown(given)} behind it, the prompt "
+                "has other tokens; begin the answer with a space or a line, or give token ids"
+            )
+            raise UnfitAnswerError(message)
+        return whole[len(prompt) :]
+
+    def _tokens(self, text: str) -> list[int]:
+        # A chat template writes the special tokens itself.
+        found: list[int] = self._tokenizer(text, add_special_tokens=not self._options.chat)[
+            "input_ids"
+        ]
+        return found
+
+    def _prompt(self, question: Question) -> tuple[str, tuple[int, ...]]:
         if not question.text.strip():
             message = f"{question.sample_id}: the question is empty; expected text"
             raise ExtractionError(message)
@@ -82,17 +134,16 @@ class Planner:
             text = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
-        # A chat template writes the special tokens itself.
-        ids = self._tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        ids = self._tokens(text)
         if not ids:
             message = f"{question.sample_id}: the prompt {text!r} has no tokens"
             raise ExtractionError(message)
-        return tuple(ids)
+        return text, tuple(ids)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated tokens, with the end-of-text token if the model gave one."""
+    """Tokens of an answer, with the end-of-text token if the model gave one."""
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason
@@ -131,7 +182,8 @@ def generation_config(model: Any, options: GenerationOptions, pad_id: int) -> An
     config.update(
         do_sample=False,
         num_beams=options.num_beams,
-        max_new_tokens=options.max_new_tokens,
+        # transformers rejects 0, which is not asked of it.
+        max_new_tokens=max(1, options.max_new_tokens),
         max_length=None,
         pad_token_id=pad_id,
         use_cache=True,
@@ -141,6 +193,19 @@ def generation_config(model: Any, options: GenerationOptions, pad_id: int) -> An
         top_p=None,
     )
     return config
+
+
+def answers_to(
+    model: Any, jobs: Sequence[Job], options: GenerationOptions, *, pad_id: int
+) -> list[Answer]:
+    """The answers of a batch: given ones, none, or those that the model generates."""
+    asked = [each for each in jobs if each.given is None]
+    if options.max_new_tokens and asked:
+        prompts, seeds = [each.prompt for each in asked], [each.seed for each in asked]
+        made = iter(generate(model, prompts, seeds, options, pad_id=pad_id))
+    else:
+        made = iter([Answer((), "none")] * len(asked))
+    return [next(made) if each.given is None else Answer(each.given, "given") for each in jobs]
 
 
 def generate(

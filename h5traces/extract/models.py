@@ -372,6 +372,18 @@ def _not_loaded(model_id: str, name: str) -> str:
     )
 
 
+def set_threads(threads: int | None) -> None:
+    """Let torch compute with so many threads; None for the cores that are free.
+
+    Threads that wait for each other on a busy machine cost time.
+    """
+    if threads is None:
+        cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+        free = (cores or 1) - round(os.getloadavg()[0])
+        threads = max(1, min(torch.get_num_threads(), free))
+    torch.set_num_threads(threads)
+
+
 def hide_progress_bars() -> None:
     """Keep transformers' progress bars out of the output of a command."""
     untyped: Any = logging.disable_progress_bar

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 from h5traces.arguments import checked_options
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.format.archive import AnswerCut
+from h5traces.format.kinds import LOGITS, MODEL_KINDS, TOKEN_KINDS
+from h5traces.format.layout import ATTENTIONS, HIDDEN_STATES
 from h5traces.format.text import as_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Kind = Literal["hidden_states", "attentions"]
-KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+DEFAULT_KINDS: Final = (HIDDEN_STATES, ATTENTIONS)
 LastState = Literal["final_norm", "block_output"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
 OnNan = Literal["error", "skip", "keep"]
@@ -31,7 +32,7 @@ class GenerationOptions:
     Attributes
     ----------
     max_new_tokens
-        Largest number of tokens of an answer.
+        Largest number of tokens of an answer; 0 to run prompts only.
     num_beams
         Beams of beam search; 1 for none.
     do_sample
@@ -54,7 +55,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "max_new_tokens": (self.max_new_tokens >= 0, "at least 0"),
             "num_beams": (self.num_beams >= 1, "at least 1"),
             "temperature": (self.temperature > 0, "above 0"),
             "top_k": (self.top_k >= 0, "0 for all tokens, or more"),
@@ -79,7 +80,10 @@ class ExtractOptions:
     layers
         0-based decoder blocks, or text such as ``0,5,10-12,last``; None for all.
     kinds
-        ``hidden_states``, ``attentions``, or both.
+        Names of `h5traces.format.kinds.MODEL_KINDS` and ``TOKEN_KINDS``, such as
+        ``("hidden_states", "mlp_output", "logprobs")``.
+    top_logits
+        How many ``logits`` of every token are kept, the largest ones with their ids; None for all.
     embedding
         Also keep the output of the embedding.
     last_state
@@ -109,7 +113,8 @@ class ExtractOptions:
     """
 
     layers: str | int | Sequence[int] | None = None
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    top_logits: int | None = None
     embedding: bool = False
     last_state: LastState = "final_norm"
     generation: GenerationOptions = field(default_factory=GenerationOptions)
@@ -128,8 +133,15 @@ class ExtractOptions:
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
         object.__setattr__(self, "kinds", as_names(self.kinds))
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
-            message = f"kinds is {list(self.kinds)}, expected some of {', '.join(KINDS)}"
+        known = (*MODEL_KINDS, *TOKEN_KINDS)
+        unknown = [each for each in self.kinds if each not in known]
+        if not self.kinds or unknown or len(set(self.kinds)) < len(self.kinds):
+            message = f"kinds is {list(self.kinds)}, expected some of {', '.join(known)}"
+            raise ExtractionError(message)
+        if self.top_logits is not None and (self.top_logits < 1 or LOGITS not in self.kinds):
+            message = (
+                f"top_logits is {self.top_logits}, expected at least 1, with 'logits' among kinds"
+            )
             raise ExtractionError(message)
         for name, least in (("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
@@ -161,6 +173,9 @@ class ModelChoice:
     trust_remote_code
         Run Python code that comes with the model; on the hub, `revision` must then be a commit.
         See SECURITY.md.
+    threads
+        Threads that compute on a CPU; None for as many as there are cores that the load of the last
+        minute left free, and no more than torch would take.
     """
 
     model_id: str
@@ -169,16 +184,31 @@ class ModelChoice:
     device: str | None = None
     load_in_4bit: bool = False
     trust_remote_code: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            message = f"threads is {self.threads}, expected at least 1, or None"
+            raise ExtractionError(message)
 
 
 @checked_options
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of the columns of a file; None for the first of the usual names that is there."""
+    """Names of the columns of a file; None for the first of the usual names that is there.
+
+    Attributes
+    ----------
+    question, sample_id, answers
+        Of questions, their ids, and reference answers.
+    given
+        Of answers that the model is given instead of generating them; None to generate.
+    """
 
     question: str | None = None
     sample_id: str | None = None
     answers: str | None = None
+    given: str | None = None
 
 
 @checked_options

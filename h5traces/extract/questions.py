@@ -44,12 +44,16 @@ class Question:
         Reference answers, if there are any.
     row
         0-based row in the data set.
+    given
+        An answer that the model is given, as text that follows the prompt or as token ids; None to
+        generate one.
     """
 
     text: str
     sample_id: str
     answers: tuple[str, ...] = ()
     row: int = 0
+    given: str | tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Question, number: int) -> Question:
@@ -66,11 +70,13 @@ class Question:
             return cls(value, str(number), row=number)
         try:
             text, sample_id = value["question"], value.get("question_id", number)
-            return cls(text, str(sample_id), tuple(value.get("answers", ())), number)
+            given = value.get("given")
+            given = given if given is None or isinstance(given, str) else tuple(given)
+            return cls(text, str(sample_id), tuple(value.get("answers", ())), number, given)
         except (KeyError, TypeError, AttributeError) as error:
             message = (
                 f"question {number}: found {type(value).__name__}, expected text, or a dict with "
-                "'question' and optionally 'question_id' and 'answers'"
+                "'question' and optionally 'question_id', 'answers' and 'given'"
             )
             raise ExtractionError(message) from error
 
@@ -177,7 +183,11 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
             raise ExtractionError(message)
         sample_id = f"{path.stem}_{number}" if found_id in (None, "") else str(found_id)
         answers = _answers(_cell(row.cells, columns.answers, _ANSWER_COLUMNS))
-        yield row.place, Question(question, sample_id, answers, number)
+        given = None if columns.given is None else row.cells.get(columns.given)
+        if columns.given is not None and not isinstance(given, str):
+            message = f"{place}: found no text in the column {columns.given!r}, expected an answer"
+            raise ExtractionError(message)
+        yield row.place, Question(question, sample_id, answers, number, given)
 
 
 def _cell(row: dict[str, Any], name: str | None, usual: tuple[str, ...]) -> Any:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from h5traces.writing.options import PrecisionOptions
     from h5traces.writing.process_writer import ProcessWriter
 
-SkipReason = Literal["too_long", "out_of_memory", "nan"]
+SkipReason = Literal["too_long", "unfit_answer", "out_of_memory", "nan"]
 Status = Literal["planned", "stopped", "failed", "finished"]
 
 # Bytes in the queue, enough to go on computing while a shard is packed; one record may exceed it.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from h5traces.arguments import checked_options, shown
 from h5traces.errors import ExtractionError, OptionError
 from h5traces.format import layout
+from h5traces.format.kinds import KEYS, MODEL_KINDS, VALUES
 from h5traces.format.precision import EXACT
 from h5traces.precision.channel_steps import StepFormat
 from h5traces.storage.codecs import GZIP
@@ -36,11 +37,20 @@ class ModelShape:
         Width of the hidden states.
     num_heads
         Attention heads per layer.
+    num_key_value_heads
+        Heads of keys and values; `num_heads` by default.
+    head_size
+        Channels of a head; `hidden_size` by `num_heads` by default.
+    num_experts
+        Experts per layer.
     """
 
     num_layers: int
     hidden_size: int
     num_heads: int
+    num_key_value_heads: int | None = None
+    head_size: int | None = None
+    num_experts: int = 0
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -51,6 +61,9 @@ class ModelShape:
             hidden_size=text.hidden_size,
             # Mamba and its kin have none.
             num_heads=getattr(text, "num_attention_heads", 0),
+            num_key_value_heads=_number(text, "num_key_value_heads"),
+            head_size=_number(text, "head_dim"),
+            num_experts=_number(text, "num_experts", "num_local_experts", "n_routed_experts") or 0,
         )
 
     def num_values(self, lengths: Sequence[int], kinds: Iterable[str]) -> dict[str, float]:
@@ -63,12 +76,29 @@ class ModelShape:
             message = f"lengths are {shown(list(lengths))}, expected numbers of tokens"
             raise OptionError(message)
         weights = sum(n * n for n in lengths) / count
-        values = {
-            layout.HIDDEN_STATES: self.hidden_size * sum(lengths) / count,
-            layout.ATTENTIONS: self.num_heads * weights,
-            layout.ATTENTION_MEAN: weights,
+        per_token = sum(lengths) / count
+        num_grouped = self.num_key_value_heads or self.num_heads
+        head_size = self.head_size or (self.hidden_size // self.num_heads if self.num_heads else 0)
+        widths = {
+            "hidden": self.hidden_size,
+            "channel": head_size,
+            "expert": self.num_experts,
+            "head": self.num_heads,
         }
+        values = {layout.ATTENTION_MEAN: weights, layout.ATTENTIONS: self.num_heads * weights}
+        for kind, each in MODEL_KINDS.items():
+            if kind != layout.ATTENTIONS:
+                sizes = [widths[axis] for axis in each.axes if axis != "token"]
+                values[kind] = per_token * math.prod(sizes)
+        for kind in (KEYS, VALUES):
+            values[kind] = per_token * num_grouped * head_size
         return {kind: values[kind] for kind in _known(kinds, values)}
+
+
+def _number(config: Any, *names: str) -> int | None:
+    """The first of these numbers that a configuration has."""
+    found = (getattr(config, name, None) for name in names)
+    return next((each for each in found if isinstance(each, int)), None)
 
 
 def _known(kinds: Iterable[str], known: Mapping[str, float]) -> tuple[str, ...]:
@@ -136,7 +166,10 @@ class Rates:
 
 def _stated(hidden_states: float, attentions: float) -> Rates:
     return Rates(
-        bits={layout.HIDDEN_STATES: hidden_states, layout.ATTENTIONS: attentions},
+        # Of the others, nothing is known but that they are floats like the states.
+        bits={
+            kind: attentions if kind == layout.ATTENTIONS else hidden_states for kind in MODEL_KINDS
+        },
         array_nbytes=350,
         sample_nbytes=3500,
         source="examples/tiny-llama-pydocs in float32, its 40 questions, by a pilot",

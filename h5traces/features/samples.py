@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.arguments import checked
 from h5traces.errors import FeatureError, warn
@@ -79,7 +80,8 @@ def iterate_features(
 ) -> Iterator[SampleFeatures]:
     """The features of every sample, in order.
 
-    Memory stays at one layer's array and the features of a few samples per worker.
+    Memory stays at the arrays of one sample, or at one of them where they take more than 64 MB, and
+    the features of a few samples per worker.
 
     Parameters
     ----------
@@ -211,7 +213,11 @@ def _sample_features(
     trace = archive[index]
     found = SampleFeatures(index, {})
     kinds = list(dict.fromkeys(each.kind for each in wanted))
-    with archive.fetched([index], kinds=kinds):
+    stored = trace._stored
+    with (
+        archive.fetched([index], kinds=kinds),
+        stored.read_ahead(stored.needed(kinds), 1, most_nbytes=MOST_AHEAD_NBYTES),
+    ):
         for kind in kinds:
             _add_kind(found, trace, archive.layers, [each for each in wanted if each.kind == kind])
     return found

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,7 @@ import numpy as np
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import shared_metadata
+from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
 from h5traces.arguments import checked
 from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (
@@ -245,7 +247,14 @@ class _Comparison:
             partial(self._add_weights, pair, part, heads, means, source)
             for _, part in self._parts(sorted({*heads, *means}))
         ]
-        list(self._pool.map(_run, tasks))
+        with ExitStack() as compared:
+            for trace in (pair.a, pair.b):
+                stored = trace._stored
+                ahead = stored.read_ahead(
+                    stored.needed(layout.KINDS), most_nbytes=MOST_AHEAD_NBYTES
+                )
+                compared.enter_context(ahead)
+            list(self._pool.map(_run, tasks))
 
     def _note_unmatched(self, names_a: _Names, names_b: _Names, means: list[str]) -> None:
         """Count arrays that only one archive has, except those of A that a mean replaces."""

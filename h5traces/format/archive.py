@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 AnswerCut = Literal["none", "sentence", "newline"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "given", "none"]
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -70,9 +70,32 @@ class ExtractionMetadata(Document):
     ] = None
     transformers_version: Annotated[str, Field(description="Release of transformers.")]
     torch_version: Annotated[str, Field(description="Release of torch.")]
+    engine: Annotated[str | None, Field(description="Program that ran the model.")] = None
+    attention: Annotated[
+        str | None, Field(description="Implementation of attention, such as 'eager'.")
+    ] = None
+    sites: Annotated[
+        _Json | None,
+        Field(description="Where kinds were taken in the blocks: by kind, layers by place."),
+    ] = None
+    difference: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="Largest difference from the model's own outputs over a few tokens, "
+            "relative to the largest value; 0: all bits are equal.",
+        ),
+    ] = None
+    batch_difference: Annotated[
+        float | None,
+        Field(ge=0, description="The same, of sequences in a padded batch from them alone."),
+    ] = None
     model_dtype: Annotated[str, Field(description="Type that the model computed in.")]
     quantization: Annotated[str | None, Field(description="Of the weights, if any.")] = None
     device: Annotated[str, Field(description="Name of the device that computed.")]
+    threads: Annotated[
+        int | None, Field(ge=1, description="Threads that computed, where the device is a CPU.")
+    ] = None
     generation: Annotated[
         _Json, Field(description="Every option that decided how answers were generated.")
     ]
@@ -94,10 +117,15 @@ class ExtractionMetadata(Document):
     ] = None
 
     def differences(self, other: ExtractionMetadata | None) -> list[str]:
-        """What two runs did differently, one text per field."""
+        """What two runs did differently, one text per field; what they measured does not count."""
         if other is None:
             return ["extraction (was not recorded)"]
-        return _changed("", self.model_dump(mode="json"), other.model_dump(mode="json"))
+        measured = {"difference", "batch_difference", "threads"}
+        return _changed(
+            "",
+            self.model_dump(mode="json", exclude=measured),
+            other.model_dump(mode="json", exclude=measured),
+        )
 
 
 def _changed(prefix: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -116,7 +144,10 @@ class SampleExtraction(Document):
 
     finish_reason: Annotated[
         FinishReason,
-        Field(description="'stop': the model ended its answer; 'length': it was not allowed more."),
+        Field(
+            description="'stop': the model ended its answer; 'length': it was not allowed more; "
+            "'given': the answer was not its own; 'none': only the prompt was run."
+        ),
     ]
     seed: Annotated[Count, Field(description="Of the random numbers that chose its tokens.")]
     row: Annotated[Count, Field(description="Row of the data set, from 0.")]

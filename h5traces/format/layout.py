@@ -71,7 +71,7 @@ LAYER_ATTRS: Final = frozenset(
 )
 # Attributes of all groups and datasets inside samples.
 OBJECT_ATTRS: Final = LAYER_ATTRS | {
-    *("dtype", "torch_dtype", "ndim", "keys", "source_axes", "lists_embedding"),
+    *("dtype", "torch_dtype", "ndim", "keys", "source_axes", "lists_embedding", "absent"),
     *IMAGE_ATTRS,
 }
 

@@ -2,7 +2,8 @@
 
 They do what Python does, with the same results, faster and without the interpreter's lock. Each
 function returns None or False for what it does not know: then Python decides.
-``H5TRACES_KERNELS=0`` in the environment turns them off.
+``H5TRACES_KERNELS=0`` in the environment turns them off, and ``plain`` keeps them to what every
+processor can do.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from importlib import import_module
 from typing import Any, Final
 
 _SWITCH: Final = "H5TRACES_KERNELS"
+# Of the functions that Python calls; a module that was built of older sources has another one.
+REVISION: Final = 1
 
 
 def _compiled() -> Any:
     if os.environ.get(_SWITCH) == "0":
         return None
     try:
-        return import_module("h5traces._native")
+        module = import_module("h5traces._native")
     except ImportError:
         return None
+    return module if getattr(module, "REVISION", None) == REVISION else None
 
 
 # The compiled module, or None.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from h5traces.format.archive import Count, Digest, Int64, SampleExtraction
 from h5traces.format.document import Document, problems_of
 from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
 from h5traces.format.text import encode_all
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
 
@@ -91,7 +94,23 @@ class TraceMetadata(Document):
 NO_LABEL = -(2**63)
 
 
-def index_columns(index: list[TraceMetadata]) -> dict[str, np.ndarray]:
+class IndexRow(NamedTuple):
+    """What the table ``/index/samples`` has of a sample; a tenth of the memory of its metadata."""
+
+    sample_id: str | None
+    generation_index: int | None
+    seq_len: int
+    prompt_len: int | None
+    coverage: str
+    label: int | None
+
+    @classmethod
+    def of(cls, metadata: TraceMetadata) -> IndexRow:
+        """The row of a sample."""
+        return cls(*(getattr(metadata, name) for name in cls._fields))
+
+
+def index_columns(index: Sequence[TraceMetadata | IndexRow]) -> dict[str, np.ndarray]:
     """The table ``/index/samples``; -1 stands for an absent count, `NO_LABEL` for no label."""
 
     def numbers(name: str, absent: int = -1) -> np.ndarray:
@@ -187,11 +206,18 @@ class SourceForm(Document):
     lists_embedding: Annotated[
         bool | None, Field(description="Whether the embedding was the first item.")
     ] = None
+    absent: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...] | None,
+        Field(description="Names of items that were None, such as `layer_001`; none is stored."),
+    ] = None
 
     @model_validator(mode="after")
-    def _keys_of_a_dict(self) -> SourceForm:
+    def _fits_its_sequence(self) -> SourceForm:
         if (self.sequence == "dict") != (self.keys is not None):
             message = "keys are listed of a dict, and of nothing else"
+            raise ValueError(message)
+        if self.absent is not None and self.sequence == "array":
+            message = "absent items are listed of an array, which has none"
             raise ValueError(message)
         return self
 
@@ -212,6 +238,8 @@ class LayeredArrays:
     reduction: str | None = None
     # Of one layer's array, for kinds that `layout.KINDS` does not name.
     axes: tuple[str, ...] | None = None
+    # What the numbers are, where whoever made them knows: of a kind of `kinds.MODEL_KINDS`.
+    definition: str | None = None
 
     @property
     def in_steps(self) -> bool:

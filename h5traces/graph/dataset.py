@@ -17,6 +17,7 @@ from h5traces.errors import DatasetError, OptionError
 from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges
 from h5traces.graph.files import record_files
 from h5traces.graph.samples import ArchiveSamples, RecordSamples
+from h5traces.meaning.lengths import covered_tokens
 from h5traces.torch_data.dataset import Labels
 
 if TYPE_CHECKING:
@@ -190,8 +191,9 @@ class TraceGraphDataset(Dataset[Data]):
             num_nodes=num_nodes,
             layer_idx=layer,
         )
-        # A copy, since other graphs of the sample have the same facts.
-        graph.tokens_decoded = list(graph.tokens_decoded)
+        # A copy, since other graphs of the sample have the same facts; one text per node.
+        texts = graph.tokens_decoded
+        graph.tokens_decoded = list(texts[covered_tokens(len(texts), num_nodes) or slice(None)])
         if self._labels is not None:
             graph.y = torch.as_tensor(self._labels[sample]).reshape(1)
         return graph

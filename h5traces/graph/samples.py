@@ -111,7 +111,11 @@ class ArchiveSamples:
         if weights not in stored and layout.ATTENTIONS in stored:
             weights = layout.ATTENTIONS  # heads that could not be averaged are stored instead
         kinds = (layout.HIDDEN_STATES, weights)
-        with self._archive.fetched([index], kinds=kinds, layers=[layer]):
+        paths = [f"{kind}/{trace._stored.array_name(kind, layer)}" for kind in kinds]
+        with (
+            self._archive.fetched([index], kinds=kinds, layers=[layer]),
+            trace._stored.read_ahead([path for path in paths if path in stored], 1),
+        ):
             for kind in kinds:
                 array = read_layer(trace, kind, layer)
                 suspect = may_be_not_finite(trace, kind, layer, torch.float32)

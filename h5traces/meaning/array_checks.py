@@ -7,6 +7,7 @@ A quick look takes one such block of some rows of all layers; a full one joins b
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -187,10 +188,7 @@ def _quick_states(layers: Layers) -> Iterator[_StateLayer]:
         runs[name] = _run(values), _run(values[::-1])
         some.append((name, TypedArray(values[_some(values.shape)], array.dtype)))
     for names, block in _stacked(some):
-        stats = _States.of(block)
-        typical = stats.typical_norms()
-        for index, name in enumerate(names):
-            yield _state_layer(name, stats, typical, index, runs[name])
+        yield from _state_layers(names, _States.of(block), [runs[name] for name in names])
 
 
 def _full_states(layers: Layers) -> Iterable[_StateLayer]:
@@ -203,20 +201,22 @@ def _full_states(layers: Layers) -> Iterable[_StateLayer]:
             part = _numbers(array, slice(start, start + size))[None]
             stats = stats.joined(_States.of(part, stats.first))
         runs = _run(array.values), _run(array.values[::-1])
-        return _state_layer(
-            name, stats, stats.typical_norms(), 0, runs, not_finite=count_not_finite(array)
-        )
+        (found,) = _state_layers([name], stats, [runs], count_not_finite(array))
+        return found
 
     assert layers.mapper is not None
     return layers.mapper(look, layers.arrays())
 
 
-def _state_layer(
-    name: str, stats: _States, typical: Floats, index: int, runs: tuple[int, int], **more: Any
-) -> _StateLayer:
-    low, high = float(stats.low[index]), float(stats.high[index])
-    norm = float(typical[index])
-    return _StateLayer(name, low, high, bool(stats.alike[index]), norm, runs, **more)
+def _state_layers(
+    names: list[str],
+    stats: _States,
+    runs: list[tuple[int, int]],
+    not_finite: tuple[int, int] = (0, 0),
+) -> Iterator[_StateLayer]:
+    columns = (stats.low, stats.high, stats.alike, stats.typical_norms())
+    number, rows = [not_finite] * len(names), (each.tolist() for each in columns)
+    return itertools.starmap(_StateLayer, zip(names, *rows, runs, number, strict=True))
 
 
 def _rows(array: TypedArray) -> TypedArray:
@@ -349,11 +349,17 @@ def _later(
 
 @dataclass(frozen=True, slots=True)
 class _WeightLayer:
-    """Statistics of one layer of weights: `stats` at `index`."""
+    """Statistics of one layer of weights, see `_Weights`."""
 
     name: str
-    stats: _Weights
-    index: int = 0
+    low: float
+    high: float
+    num_zero: int
+    num_odd: int
+    smallest: float
+    largest: float
+    num_later: int
+    earlier: float
     not_finite: tuple[int, int] = (0, 0)
 
 
@@ -371,17 +377,15 @@ def weight_findings(
     num_layers = 0
     looks = _quick_weights if layers.is_quick else _full_weights
     for each in looks(layers, tolerance):
-        place, stats, index = f"{layers.kind}/{each.name}", each.stats, each.index
+        place = f"{layers.kind}/{each.name}"
         found += not_finite_findings(place, *each.not_finite)
-        low, high = float(stats.low[index]), float(stats.high[index])
-        if low == high == 0:
+        if each.low == each.high == 0:
             found.append(Finding("constant-layer", place, layers.all_values(0)))
             continue
         num_layers += 1
-        found += _range_findings(place, low, high)
-        found += _row_findings(place, stats, index)
-        if number := int(stats.num_later[index]):
-            later[each.name] = number, float(stats.earlier[index]) <= _LATER_TOLERANCE
+        found += _weight_layer_findings(place, each)
+        if each.num_later:
+            later[each.name] = each.num_later, each.earlier <= _LATER_TOLERANCE
     if is_causal or len(later) < num_layers or all(only for _, only in later.values()):
         found += [
             Finding("attention-not-causal", f"{layers.kind}/{name}", _LATER[only], number)
@@ -397,19 +401,15 @@ _LATER: Final = {
 }
 
 
-def _range_findings(place: str, low: float, high: float) -> Iterator[Finding]:
-    if low < 0 or high > 1 + _RANGE_TOLERANCE:
-        message = "weights from {span}, expected 0 to 1"
-        yield Finding("attention-out-of-range", place, message, span=(low, high))
-
-
-def _row_findings(place: str, stats: _Weights, index: int) -> Iterator[Finding]:
-    if num_zero := int(stats.num_zero[index]):
-        yield Finding("attention-rows", place, "{number row} of zeros", num_zero)
-    if num_odd := int(stats.num_odd[index]):
-        span = float(stats.smallest[index]), float(stats.largest[index])
-        message = "{number row} with a sum of {span}, not 1"
-        yield Finding("attention-rows", place, message, num_odd, span)
+def _weight_layer_findings(place: str, layer: _WeightLayer) -> Iterator[Finding]:
+    if layer.low < 0 or layer.high > 1 + _RANGE_TOLERANCE:
+        message, span = "weights from {span}, expected 0 to 1", (layer.low, layer.high)
+        yield Finding("attention-out-of-range", place, message, span=span)
+    if layer.num_zero:
+        yield Finding("attention-rows", place, "{number row} of zeros", layer.num_zero)
+    if layer.num_odd:
+        message, span = "{number row} with a sum of {span}, not 1", (layer.smallest, layer.largest)
+        yield Finding("attention-rows", place, message, layer.num_odd, span)
 
 
 def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
@@ -422,8 +422,7 @@ def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
         positions = np.arange(queries)[chosen[1]] + (keys - queries)
         some = [(name, TypedArray(array.values[chosen], array.dtype)) for name, array in alike]
         for names, block in _stacked(some):
-            stats = _Weights.of(block, positions, tolerance)
-            yield from (_WeightLayer(name, stats, index) for index, name in enumerate(names))
+            yield from _weight_layers(names, _Weights.of(block, positions, tolerance))
 
 
 def _full_weights(layers: Layers, tolerance: float) -> Iterable[_WeightLayer]:
@@ -435,10 +434,19 @@ def _full_weights(layers: Layers, tolerance: float) -> Iterable[_WeightLayer]:
             stats = _Weights.of(block[None], positions, tolerance)
             whole = stats if whole is None else whole.joined(stats)
         assert whole is not None
-        return _WeightLayer(name, whole, not_finite=count_not_finite(array))
+        (found,) = _weight_layers([name], whole, count_not_finite(array))
+        return found
 
     assert layers.mapper is not None
     return layers.mapper(look, layers.arrays())
+
+
+def _weight_layers(
+    names: list[str], stats: _Weights, not_finite: tuple[int, int] = (0, 0)
+) -> Iterator[_WeightLayer]:
+    columns = (getattr(stats, each).tolist() for each in _Weights.__slots__)
+    number = [not_finite] * len(names)
+    return itertools.starmap(_WeightLayer, zip(names, *columns, number, strict=True))
 
 
 def _heads(array: TypedArray) -> TypedArray:

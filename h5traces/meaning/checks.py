@@ -57,7 +57,8 @@ _ALL: Final = (
         severity="warning",
         reason="Without attentions, nothing says whether the first hidden state is the "
         "embedding or the output of block 0.",
-        remedy="Say what it is: first_state='embedding' or first_state='block'.",
+        remedy="Say what it is, to convert or repack: first_state='embedding' or "
+        "first_state='block'.",
         of_reading=True,
     ),
     Check(
@@ -72,6 +73,14 @@ _ALL: Final = (
         severity="note",
         reason="The field is empty or holds None only: sdpa and flash attention return no weights.",
         remedy='To get attentions, load the model with attn_implementation="eager".',
+    ),
+    Check(
+        id="layers-absent",
+        severity="note",
+        reason="Items of the list are None: hybrid models compute attentions in some blocks only. "
+        "Nothing is stored for these layers, and the dict of the trace has the None again.",
+        remedy="Nothing to do, if the other blocks of the model have no such output.",
+        of_reading=True,
     ),
     Check(
         id="stacked-layers",

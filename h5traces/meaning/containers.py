@@ -17,7 +17,6 @@ import numpy as np
 from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.record import SourceForm
-from h5traces.format.text import and_more
 from h5traces.format.values import TorchValue
 from h5traces.meaning.axes import BATCH, LAYER, STEPS_FIRST, data_of, split, view
 from h5traces.meaning.checks import Finding
@@ -45,12 +44,15 @@ class Lengths:
         Positions of the sequence, where another kind shows them.
     tokens
         Stored tokens: as many as positions, or one more.
+    usual
+        Numbers of hidden states in other samples of the run.
     """
 
     blocks: int | None = None
     states: int | None = None
     positions: int | None = None
     tokens: int | None = None
+    usual: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -85,7 +87,7 @@ class Apart:
     @property
     def num_positions(self) -> int | None:
         """Length of the token axis of hidden states, of the query axis of attentions."""
-        first = self.items[0] if self.items else None
+        first = next((each for each in self.items if each is not None), None)
         axes = layout.KINDS[self.kind].axes
         if not isinstance(first, Array) or len(shape_of(first)) != len(axes):
             return None
@@ -99,7 +101,8 @@ class Apart:
         self, names: Sequence[str], chosen: Sequence[int], *, lists_embedding: bool
     ) -> SourceForm:
         """What held the arrays, which got `names`; `chosen` are the indices of those kept."""
-        if (self.sequence, self.axes, lists_embedding) == (None, None, False):
+        absent = tuple(names[index] for index in chosen if self.items[index] is None) or None
+        if (self.sequence, self.axes, lists_embedding, absent) == (None, None, False, None):
             return _PLAIN_LIST
         keys = None
         if self.keys is not None:
@@ -110,6 +113,7 @@ class Apart:
             source_axes=self.axes,
             keys=keys,
             lists_embedding=lists_embedding or None,
+            absent=absent,
         )
 
 
@@ -161,25 +165,10 @@ def taken_apart(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) 
             f"field {kind!r} is a {type(value).__name__}, expected a list with one array per layer"
         )
         raise ConversionError(message)
-    if any(each is None for each in found.items):
-        _reject_gaps(kind, found.items)
-    if any(not isinstance(each, (Array, list, tuple)) for each in found.items):
-        return found
-    if found.items and all(isinstance(each, (list, tuple)) for each in found.items):
-        return found
-    if not found.in_steps:
+    present = [each for each in found.items if each is not None]
+    if present and all(isinstance(each, Array) for each in present):
         _drop_batch(found)
     return found
-
-
-def _reject_gaps(kind: str, items: list[Any]) -> NoReturn:
-    absent = [number for number, each in enumerate(items) if each is None]
-    message = (
-        f"field {kind!r}: layers {and_more(absent)} of {len(items)} are None; "
-        "expected an array for every layer; leave the field out, or store all kinds as dicts by "
-        "layer number, with the layers that have both"
-    )
-    raise ConversionError(message)
 
 
 def taken_by_key(kind: str, value: dict[Any, Any]) -> Apart | None:
@@ -213,11 +202,12 @@ def _number_of(key: Any) -> Any:
 def _drop_batch(found: Apart) -> None:
     """Take one axis off a batch of one; one vector per layer gets a token axis of length 1."""
     axes = layout.KINDS[found.kind].axes
-    ranks = {len(shape_of(each)) for each in found.items}
+    shapes = [shape_of(each) for each in found.items if each is not None]
+    ranks = {len(shape) for shape in shapes}
     if ranks == {len(axes) + 1}:
-        sizes = {shape_of(each)[0] for each in found.items}
+        sizes = {shape[0] for shape in shapes}
         if sizes != {1}:
-            _reject_batch(found.kind, shape_of(found.items[0]), max(sizes))
+            _reject_batch(found.kind, shapes[0], max(sizes))
         source = (BATCH, *axes)
         found.note("batch-of-one", "arrays have a batch axis of length 1, which is not stored")
     elif found.kind == layout.HIDDEN_STATES and ranks == {1}:
@@ -227,7 +217,7 @@ def _drop_batch(found: Apart) -> None:
         return
     found.axes = source
     found.items = [
-        view(each, source, axes, f"field {found.kind!r}, layer {layer}")
+        each if each is None else view(each, source, axes, f"field {found.kind!r}, layer {layer}")
         for layer, each in enumerate(found.items)
     ]
 
@@ -235,7 +225,7 @@ def _drop_batch(found: Apart) -> None:
 def _reject_batch(kind: str, shape: tuple[int, ...], size: int) -> NoReturn:
     message = (
         f"field {kind!r}: shape {shape} is a batch of {size}, expected one sequence; make one dict "
-        "of each"
+        "of each, or name its axes in a mapping, batch among them"
     )
     raise ConversionError(message)
 
@@ -258,6 +248,9 @@ def _stacked(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) -> 
         _reject_batch(kind, shape, shape[0])
     fitting = [each for each in single if _fits(kind, each, shape, lengths)]
     fitting = fitting or [each for each in single if _fits(kind, each, shape, lengths, last=True)]
+    # As many layers as other samples of the run have.
+    counted = [each for each in fitting if shape[each.index(LAYER)] in lengths.usual]
+    fitting = counted if kind == layout.HIDDEN_STATES and counted else fitting
     order = _one_order(kind, fitting, shape, known)
     layers = split(view(value, order, (LAYER, *axes), f"field {kind!r}"))
     if not layers:
@@ -360,19 +353,28 @@ def steps_outermost(found: list[Apart], num_layers: int | None) -> bool | None:
         if all(_may_be_steps(each, steps_first=steps) for each in found)
         and _counts_fit(found, num_layers, steps_first=steps)
     ]
+    if not readings and num_layers is not None:
+        # Some layers of the model only.
+        return steps_outermost(found, None)
     return None if len(readings) > 1 else readings == [True]
 
 
 def _may_be_steps(found: Apart, *, steps_first: bool) -> bool:
-    grid = [[shape_of(each) for each in inner] for inner in found.items]
+    grid = [[None if each is None else shape_of(each) for each in inner] for inner in found.items]
     if len({len(inner) for inner in grid}) > 1:
         # Layers of different numbers of steps contradict; which is said elsewhere.
         return not steps_first
     steps = grid if steps_first else list(zip(*grid, strict=True))
-    if any(len(set(layers)) > 1 for layers in steps):
+    shapes = [set(layers) - {None} for layers in steps]
+    # A layer is absent at all steps, or at none.
+    if any(len(each) != 1 for each in shapes) or len({_gaps(each) for each in steps}) > 1:
         return False
-    tokens = [layers[0][-2] for layers in steps if layers and len(layers[0]) > 1]
+    tokens = [shape[-2] for (shape,) in shapes if shape is not None and len(shape) > 1]
     return all(now in (1, before + 1) for before, now in itertools.pairwise(tokens))
+
+
+def _gaps(items: Sequence[Any]) -> tuple[bool, ...]:
+    return tuple(each is None for each in items)
 
 
 def _counts_fit(found: list[Apart], num_layers: int | None, *, steps_first: bool) -> bool:
@@ -384,13 +386,15 @@ def _counts_fit(found: list[Apart], num_layers: int | None, *, steps_first: bool
     if len({steps for _, steps in sizes.values()}) > 1:
         return False
     states = sizes.pop(layout.HIDDEN_STATES, (None,))[0]
-    blocks = next((layers for layers, _ in sizes.values()), num_layers)
-    return states is None or blocks is None or states - blocks in (0, 1)
+    counts = {layers for layers, _ in sizes.values()}
+    counts |= set() if num_layers is None else {num_layers}
+    return len(counts) < 2 and all(states is None or states - each in (0, 1) for each in counts)
 
 
 def turned(found: Apart) -> None:
     """Put the layers outside, the steps inside."""
     inner = found.items[0]
-    found.items = [type(inner)(each) for each in zip(*found.items, strict=True)]
+    layers = zip(*found.items, strict=True)
+    found.items = [None if is_absent(each) else type(inner)(each) for each in layers]
     found.axes = STEPS_FIRST
     found.note("steps-outermost", "a sequence of generation steps, each with all layers")

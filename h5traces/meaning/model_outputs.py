@@ -172,7 +172,8 @@ def items_of_hooks(
 def _first(value: Any) -> Any:
     """The first array inside."""
     while not isinstance(value, Array):
-        value = next(iter(value.values() if isinstance(value, dict) else value))
+        items = value.values() if isinstance(value, dict) else value
+        value = next(each for each in items if not is_absent(each))
     return value
 
 
@@ -222,7 +223,7 @@ def _joined(found: Item, size: int) -> Item | None:
     """
     joined: Item = {}
     for kind, steps in found.items():
-        grid = [[shape_of(each) for each in step] for step in steps]
+        grid = [[shape_of(each) for each in step if each is not None] for step in steps]
         first, later = grid[0][0], [step[0] for step in grid[1:]]
         # Layers of windows keep fewer keys; beams are no sequences.
         if first[0] != size or any(len(set(step)) > 1 for step in grid):
@@ -235,7 +236,9 @@ def _joined(found: Item, size: int) -> Item | None:
             if keys != list(range(first[-2], length + 1))[: len(keys)]:
                 return None
         join = _joined_weights if kind == layout.ATTENTIONS else _joined_states
-        joined[kind] = [join(list(layers)) for layers in zip(*steps, strict=True)]
+        joined[kind] = [
+            None if is_absent(layers) else join(list(layers)) for layers in zip(*steps, strict=True)
+        ]
     return joined
 
 

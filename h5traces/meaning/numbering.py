@@ -16,6 +16,8 @@ from h5traces.format import layout
 from h5traces.meaning.checks import Finding
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from h5traces.meaning.containers import Apart
     from h5traces.meaning.options import FirstState, RunFacts
 
@@ -86,14 +88,22 @@ class Numbered:
 
 
 def num_blocks_of(apart: dict[str, Apart]) -> int | None:
-    """How many blocks the attentions have; None without attentions."""
+    """How many blocks the model has; None without attentions, or where keys leave out blocks."""
     counts = {kind: len(each.items) for kind, each in apart.items() if each.items}
     counts.pop(layout.HIDDEN_STATES, None)
     if len(set(counts.values())) > 1:
         found = " and ".join(f"{number} {kind}" for kind, number in counts.items())
         message = f"there are {found}; expected the same number of both"
         raise ConversionError(message)
+    if any(has_gaps(apart[kind]) for kind in counts):
+        return None
     return next(iter(counts.values()), None)
+
+
+def has_gaps(blocks: Apart) -> bool:
+    """Whether the keys of a kind with one item per block leave out blocks."""
+    numbers = blocks.numbers
+    return numbers is not None and set(numbers) != set(range(len(numbers)))
 
 
 def numbered_blocks(found: Apart) -> Numbered:
@@ -115,6 +125,8 @@ def numbered_states(
     first_state: FirstState | None,
     num_layers: int | None,
     established: Established,
+    *,
+    has_sites: bool = True,
 ) -> Numbered:
     """Hidden states, whose first item may be the embedding.
 
@@ -130,6 +142,8 @@ def numbered_states(
         Decoder blocks of the model, if the sample or the user says so.
     established
         What earlier samples said; added to.
+    has_sites
+        Whether they are transformers' own.
 
     Raises
     ------
@@ -137,6 +151,9 @@ def numbered_states(
         Numbers of states and blocks, keys, and `first_state` contradict each other.
     """
     num_states = len(found.items)
+    if blocks is not None and has_gaps(blocks):
+        # Of some blocks only; the same keys say the same.
+        blocks = blocks if set(blocks.numbers or ()) == set(found.numbers or ()) - {None} else None
     if found.numbers is not None and None in found.numbers:
         first: FirstState | None = "embedding"
     elif blocks is not None:
@@ -161,12 +178,13 @@ def numbered_states(
         names = tuple(layout.position_name(each or 0) for each in positions)
         return Numbered(names, (None,) * num_states)
     established.first_states[num_states] = first
+    numbered = _named(found, blocks, first)
     if first == "embedding":
-        as_told = ", as in other samples of the run" if is_told else ""
-        found.note(
-            "embedding-first", f"the first is the embedding, the last is after the norm{as_told}"
-        )
-    return _named(found, blocks, first)
+        is_normed = has_sites and layout.SITE_FINAL_NORM in numbered.sites
+        last = ", the last is after the norm" * is_normed
+        as_told = ", as in other samples of the run" * is_told
+        found.note("embedding-first", f"the first is the embedding{last}{as_told}")
+    return numbered if has_sites else Numbered(numbered.names, (None,) * num_states)
 
 
 def _by_counts(num_states: int, num_blocks: int, kind: str) -> FirstState:
@@ -236,6 +254,19 @@ def _numbers_of_keys(found: Apart, blocks: Apart | None, first: FirstState) -> l
         )
         raise ConversionError(message)
     return numbers
+
+
+def named_positions(names: Iterable[str], first: FirstState) -> dict[str, str]:
+    """What stored positions such as ``position_000`` are, now that somebody says what the first is.
+
+    New names by old ones. Where in a block the numbers were taken, nobody said: there is no site.
+    """
+    shift = 1 if first == "embedding" else 0
+    numbers = {name: (layout.parse_layer_name(name) or 0) - shift for name in names}
+    return {
+        name: layout.EMBEDDING if number < 0 else layout.layer_name(number)
+        for name, number in numbers.items()
+    }
 
 
 def _site(layer: int | None, last: int | None) -> str:

@@ -16,6 +16,7 @@ from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, bfloat16_to_float32
 from h5traces.format.record import StepArrays
 from h5traces.format.values import TorchValue
+from h5traces.meaning.axes import data_of
 from h5traces.meaning.checks import Finding
 
 if TYPE_CHECKING:
@@ -239,15 +240,16 @@ def _size(value: Any) -> int:
 
 
 def _left_whole(record: TraceRecord, length: int) -> list[str]:
-    """Further fields with as many entries as there were positions."""
+    """Further fields that are as long as the sequence was, or hold arrays that are."""
 
-    def entries(value: Any) -> int:
-        plain = value.data if isinstance(value, TorchValue) else value
-        return len(plain) if isinstance(plain, (list, tuple)) or np.ndim(plain) else -1
+    def is_long(value: Any) -> bool:
+        is_array = isinstance(value, (np.ndarray, TorchValue))
+        return is_array and length in data_of(value).shape
 
-    sized = (np.ndarray, TorchValue, list, tuple)
-    return [
-        key
-        for key, value in record.extra.items()
-        if isinstance(value, sized) and entries(value) == length
-    ]
+    def is_whole(value: Any) -> bool:
+        items = list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(items, (list, tuple)):
+            return is_long(value)
+        return len(items) == length or any(map(is_long, items))
+
+    return [key for key, value in record.extra.items() if is_whole(value)]

@@ -24,6 +24,7 @@ from h5traces.format.record import (
     TokensContainer,
     TraceRecord,
 )
+from h5traces.format.text import counted
 from h5traces.format.values import TorchValue
 from h5traces.meaning.axes import BATCH
 from h5traces.meaning.checks import Finding
@@ -48,6 +49,8 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import with_padding_treated
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from h5traces.format.record import SourcePosition
@@ -101,7 +104,7 @@ def to_record(
     found, known = _Fields(), established or Established()
     _check_keys(item)
     apart = _taken_apart(item, known, found)
-    numbers = _numbered(apart, item, options, known)
+    numbers = _numbered(apart, item, options, known, has_sites=sites_known)
     further = _further_kinds(item, apart, known)
     axes: dict[str, tuple[str, ...]] = {}
     for kind, (each, each_axes) in further.items():
@@ -109,9 +112,8 @@ def to_record(
         numbers[kind] = numbered_blocks(each)
     for kind in (key for key in item if key in apart):
         chosen = _chosen(apart[kind], numbers[kind], layers)
-        found.layered[kind] = _layered(
-            apart[kind], numbers[kind], chosen, axes.get(kind), has_sites=sites_known
-        )
+        found.layered[kind] = _layered(apart[kind], numbers[kind], chosen, axes.get(kind))
+        found.findings += _gaps(apart[kind], numbers[kind])
         found.findings += apart[kind].findings
     for key, value in item.items():
         if key not in found.layered:
@@ -180,6 +182,7 @@ def _lengths(item: dict[str, Any], apart: dict[str, Apart], known: Established) 
         states=None if states is None else len(states.items),
         positions=next((each for each in positions if each is not None), None),
         tokens=_num_tokens(item),
+        usual=frozenset(known.first_states),
     )
 
 
@@ -193,8 +196,8 @@ def _are_steps(apart: Apart) -> bool:
     """Whether a field is a grid of arrays, layers by steps or steps by layers."""
     return bool(apart.items) and all(
         isinstance(inner, (list, tuple))
-        and inner
-        and all(isinstance(each, Array) for each in inner)
+        and not is_absent(inner)
+        and all(each is None or isinstance(each, Array) for each in inner)
         for inner in apart.items
     )
 
@@ -204,10 +207,11 @@ def _steps_are_outside(nested: list[Apart], num_layers: int | None) -> bool:
     if found is not None:
         return found
     outer, inner = len(nested[0].items), len(nested[0].items[0])
-    if min(outer, inner) > 1:
+    if min(outer, inner) > 1 or (num_layers is not None and outer != inner):
+        way_out = "" if num_layers is not None else "add the field num_layers, or "
         message = (
-            f"field {nested[0].kind!r}: {outer} lists of {inner} arrays of one shape may be layers "
-            "of steps or steps of layers; add the field num_layers, or store one array per layer"
+            f"field {nested[0].kind!r}: {counted(outer, 'list')} of {counted(inner, 'array')} may "
+            f"be layers of steps or steps of layers; {way_out}store one array per layer"
         )
         raise ConversionError(message)
     # One list of several layers, or one step of each.
@@ -215,7 +219,12 @@ def _steps_are_outside(nested: list[Apart], num_layers: int | None) -> bool:
 
 
 def _numbered(
-    apart: dict[str, Apart], item: dict[str, Any], options: ReadingOptions, known: Established
+    apart: dict[str, Apart],
+    item: dict[str, Any],
+    options: ReadingOptions,
+    known: Established,
+    *,
+    has_sites: bool,
 ) -> dict[str, Numbered]:
     """Names and sites of the items of every kind."""
     num_blocks_of(apart)
@@ -227,7 +236,7 @@ def _numbered(
     num_layers = _stated_layers(item, known)
     if states is not None and states.items:
         found[layout.HIDDEN_STATES] = numbered_states(
-            states, blocks, options.first_state, num_layers, known
+            states, blocks, options.first_state, num_layers, known, has_sites=has_sites
         )
     elif states is not None:
         found[layout.HIDDEN_STATES] = Numbered((), ())
@@ -284,6 +293,13 @@ def _chosen(apart: Apart, numbered: Numbered, layers: tuple[int, ...] | None) ->
     return sorted(kept, key=lambda index: -1 if numbers[index] is None else numbers[index])  # type: ignore[arg-type,return-value]
 
 
+def _gaps(apart: Apart, numbered: Numbered) -> Iterator[Finding]:
+    """That items are None, as hybrid models give attentions."""
+    names = zip(numbered.names, apart.items, strict=True)
+    for name in (name for name, each in names if each is None):
+        yield Finding("layers-absent", f"{apart.kind}/{name}", "the item is None")
+
+
 def _listed(numbers: list[int]) -> str:
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
@@ -295,8 +311,6 @@ def _layered(
     numbered: Numbered,
     chosen: list[int],
     axes: tuple[str, ...] | None,
-    *,
-    has_sites: bool,
 ) -> LayeredArrays:
     """The chosen items of a field as arrays of a record."""
     arrays = tuple(
@@ -305,9 +319,10 @@ def _layered(
             index,
             numbered.names[index],
             apart.items[index],
-            numbered.sites[index] if has_sites else None,
+            numbered.sites[index],
         )
         for index in chosen
+        if apart.items[index] is not None
     )
     if len({isinstance(each.array, StepArrays) for each in arrays}) > 1:
         message = (

@@ -11,6 +11,7 @@ import numpy as np
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, cast_values
 from h5traces.format.limits import Scratch
+from h5traces.format.native import NATIVE
 from h5traces.format.record import LayerArray, LayeredArrays, SourceForm, StepArrays
 
 if TYPE_CHECKING:
@@ -112,8 +113,12 @@ def to_levels(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.int64
     """
     if values.dtype.itemsize == 2:
         bits = values.view(np.uint16)
-        stored = _table().take(bits, mode="wrap")
-        if bits.max(initial=0) <= _ONE:
+        if NATIVE is None:
+            stored, largest = _table().take(bits, mode="wrap"), bits.max(initial=0)
+        else:
+            stored = np.empty(bits.shape, np.uint8)
+            largest = NATIVE.to_levels(bits, _table(), stored)
+        if largest <= _ONE:
             return stored, np.empty(0, np.int64)
         return stored, np.flatnonzero((bits > _ONE) & (bits != _MINUS_ZERO))
     with np.errstate(invalid="ignore"):
@@ -139,7 +144,12 @@ def _table() -> NDArray[np.uint8]:
 
 def from_levels(stored: NDArray[np.uint8], levels: int, *, as_half: bool) -> NDArray[Any]:
     """The weights that numbers of levels stand for, in float16 or float32."""
-    return _weights(levels, as_half=as_half).take(stored)
+    table = _weights(levels, as_half=as_half)
+    if NATIVE is None:
+        return table.take(stored)
+    out = np.empty(stored.shape, table.dtype)
+    NATIVE.take(np.ascontiguousarray(stored), table, out)
+    return out
 
 
 @cache

@@ -15,6 +15,7 @@ import numpy as np
 
 from h5traces.format.dtypes import float32_to_float16
 from h5traces.format.limits import Scratch
+from h5traces.format.native import NATIVE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +45,8 @@ _MASSIVE: Final = np.float32(4)
 _WHOLE: Final = np.float32(3 << 22)
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 16
+# Values that need a closer look, at least, in memory for their indices.
+_FEW: Final = 1024
 # Fewer calls when decoding: threads wait for each other at every one.
 _DECODED_BLOCK: Final = 1 << 18
 
@@ -94,6 +97,10 @@ def to_steps(
     bound = (scale.sigma.astype(np.float64) * (step / 2 * _SLACK)).astype(np.float32)
     reach = np.abs(scale.offset) + form.most_steps * scale.step
     overflows = values.dtype.itemsize == 2 and bool((reach >= _OVERFLOW).any())
+    compiled = _compiled_steps(values, scale, form, bound, stored, overflows=overflows)
+    if compiled is not None:
+        stored.reshape(-1)[compiled] = form.zero_point
+        return stored, compiled
     exceptions = []
     rows = max(1, _BLOCK // max(1, values.shape[1]))
     for first in range(0, len(values), rows):
@@ -161,18 +168,50 @@ def _block_to_steps(
     if within.all():
         return np.empty(0, np.int64)
     suspects = np.flatnonzero(~within)
+    return suspects[~_comes_back(suspects, values, restored.reshape(-1)[suspects], bound)]
+
+
+def _compiled_steps(
+    values: NDArray[Any],
+    scale: ChannelScale,
+    form: StepFormat,
+    bound: NDArray[np.float32],
+    stored: NDArray[Any],
+    *,
+    overflows: bool,
+) -> NDArray[np.int64] | None:
+    """`to_steps` by compiled kernels, but for the few values that it is not sure of."""
+    if NATIVE is None or not values.size:
+        return None
+    inverse = 1 / scale.step
+    with np.errstate(invalid="ignore", over="ignore"):
+        rows = np.stack((scale.step, inverse, scale.offset, bound - _LEAST_ROUNDING), dtype="<f4")
+    suspects = np.empty(values.size // 16 + _FEW, np.int64)
+    most = _OVERFLOW * _RELATIVE_ROUNDING if overflows else np.inf
+    kind = 0 if values.dtype.itemsize == 2 else 2
+    numbers = form.most_steps, most, form.spacing, form.zero_point
+    count = NATIVE.to_steps(values, kind, rows, *numbers, stored, stored.itemsize, suspects)
+    if count < 0:
+        return None
+    suspects = suspects[:count].copy()
+    channels = suspects % values.shape[1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = values.reshape(-1)[suspects].astype(np.float32) - scale.offset[channels]
+        steps = np.clip(steps * inverse[channels], -form.most_steps, form.most_steps)
+        steps = steps + _WHOLE - _WHOLE
+        restored = steps * scale.step[channels] + scale.offset[channels]
     return suspects[~_comes_back(suspects, values, restored, bound)]
 
 
 def _comes_back(
     suspects: NDArray[np.int64],
     values: NDArray[Any],
-    restored: NDArray[np.float32],
+    after: NDArray[np.float32],
     bound: NDArray[np.float32],
 ) -> NDArray[np.bool_]:
     """Whether values, at flat indices, are within the bound in their own type and in float32."""
     before = values.reshape(-1)[suspects].astype(np.float64)
-    after, limit = restored.reshape(-1)[suspects], bound[suspects % values.shape[1]]
+    limit = bound[suspects % values.shape[1]]
     with np.errstate(over="ignore", invalid="ignore"):
         found: NDArray[np.bool_] = np.abs(after.astype(np.float64) - before) <= limit
         rounded = after.astype(values.dtype).astype(np.float64)
@@ -193,6 +232,11 @@ def from_steps(
     """
     out = np.empty(stored.shape, np.float16 if as_half else np.float32)
     factor, offset = scale.step / np.float32(spacing), scale.offset
+    if NATIVE is not None and stored.size:
+        table = np.concatenate((factor, offset), dtype="<f4")
+        plain = np.ascontiguousarray(stored)
+        NATIVE.from_steps(plain, plain.itemsize, table, zero_point, as_half, out)
+        return out
     rows = max(1, _DECODED_BLOCK // max(1, stored.shape[1]))
     for start in range(0, len(stored), rows):
         part = slice(start, start + rows)

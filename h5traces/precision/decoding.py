@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from h5traces.errors import CorruptArchiveError, UnsupportedEncodingError
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS, TypedArray
+from h5traces.format.native import NATIVE
 from h5traces.precision.attention import LEVELS, from_levels
 from h5traces.precision.channel_steps import from_steps, reaches_too_far
 from h5traces.precision.encoding import (
@@ -18,6 +20,8 @@ from h5traces.precision.encoding import (
     VERSION,
     has_levels,
 )
+from h5traces.storage.kernels import Restoring
+from h5traces.storage.plans import Restoration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -65,23 +69,62 @@ def decode(
     scale: Callable[[str], ChannelScale],
     exceptions: Callable[[], Exceptions],
     unrounded: bool = False,
+    stored_type: str | None = None,
 ) -> TypedArray:
     """The array that stored integers, for which `is_encoded` holds, stand for.
 
+    Floats of a `stored_type` of integers were restored before, as `restoration_of` says, and lack
+    exceptions only.
     `scale` takes a path such as ``/scales/hidden_states/layer_005``. `exceptions` gives those of
     the layer: float64 ``(n, 2)``, flat index and value. With `unrounded`, what was float16 comes as
     float32, in which the formulas are exact.
     """
-    for message in attribute_problems(stored.dtype.name, attrs):
+    for message in attribute_problems(stored_type or stored.dtype.name, attrs):
         raise CorruptArchiveError(message)
     as_half = not unrounded and attrs["restored_dtype"] == "float16"
-    if attrs["encoding"] == CHANNEL_STEPS:
+    if stored.dtype.kind == "f":
+        values = stored
+    elif attrs["encoding"] == CHANNEL_STEPS:
         values = _from_steps(stored, attrs, scale, as_half=as_half)
     else:
         values = from_levels(stored, int(str(attrs["levels"])), as_half=as_half)
     _put_back(values, attrs, exceptions)
     restored: FloatType = "float16" if as_half else "float32"
     return TypedArray(values, restored)
+
+
+def restoration_of(
+    stored_type: str,
+    attrs: Attrs,
+    scale: Callable[[str], ChannelScale],
+    *,
+    unrounded: bool = False,
+) -> Restoration | None:
+    """How the compiled kernels do what `decode` does, but for exceptions.
+
+    None where there are none, for what is not encoded, and for what `decode` rejects.
+    """
+    if NATIVE is None or "encoding" not in attrs or not is_encoded(attrs):
+        return None
+    if any(attribute_problems(stored_type, attrs)):
+        return None
+    as_half = not unrounded and attrs["restored_dtype"] == "float16"
+    dtype = CARRIERS["float16" if as_half else "float32"]
+    if attrs["encoding"] == SQUARE_ROOT:
+        how = Restoring.TABLE_OF_2_BYTES if as_half else Restoring.TABLE_OF_4_BYTES
+        return Restoration(how, dtype, _levels_table(int(str(attrs["levels"])), as_half=as_half))
+    found, spacing = scale(str(attrs["scales"])), int(str(attrs["spacing"]))
+    if reaches_too_far(found, stored_type, spacing):
+        return None
+    how = Restoring.STEPS_TO_FLOAT16 if as_half else Restoring.STEPS_TO_FLOAT32
+    table = found.step / np.float32(spacing), found.offset
+    together = np.concatenate(table).astype("<f4").tobytes()
+    return Restoration(how, dtype, together, len(found.step), int(str(attrs["zero_point"])))
+
+
+@cache
+def _levels_table(levels: int, *, as_half: bool) -> bytes:
+    return from_levels(np.arange(256, dtype=np.uint8), levels, as_half=as_half).tobytes()
 
 
 def is_stated(kind: str, attrs: Attrs, precision: Precision) -> bool:

@@ -108,8 +108,10 @@ def convert(
     if wanted.step is not None:
         measured = f"measured on {given.calibration_samples} samples"
         scales = measured if calibration is None else calibration.digest
+    if layers is not None and not isinstance(layers, str):
+        layers = _checked(layers)
     options = ConvertOptions(
-        layers=layers if layers is None or isinstance(layers, str) else _checked(layers),
+        layers=layers,
         target=target,
         reading=reading,
         checks=checks,
@@ -117,7 +119,7 @@ def convert(
         dataset=dataset,
         # Each job gets the scales of its model.
         write=WriteOptions.of(given, target, scales=ScaleSet()),
-        recorded=recorded_options(reading, scales),
+        recorded=recorded_options(reading, scales, layers),
     )
     place = Target.of(dest, shard_samples=target.shard_samples)
     jobs, found = plan_jobs(sources, place, merge=merge, reading=reading)

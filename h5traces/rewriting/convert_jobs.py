@@ -444,7 +444,7 @@ class ReadAhead(Iterator[Item], Generic[Item]):
 
     def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
         self._make = make
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wanted = threading.Semaphore(1)
         self._stopped = False
         self._ended = False
@@ -477,11 +477,6 @@ class ReadAhead(Iterator[Item], Generic[Item]):
         """Stop the thread; an item in the making is dropped."""
         self._stopped = True
         self._wanted.release()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
         self._thread.join()
 
     def __enter__(self) -> Self:

@@ -90,7 +90,9 @@ def _source_folder(folder: Path, *, whole: bool) -> SourceFile:
     )
 
 
-def recorded_options(reading: ReadingOptions, scales: str | None) -> dict[str, Any]:
+def recorded_options(
+    reading: ReadingOptions, scales: str | None, layers: LayerChoice = None
+) -> dict[str, Any]:
     """The options of a conversion that no other attribute of an archive shows, but defaults.
 
     `scales` says where those of a lossy tier come from.
@@ -105,6 +107,8 @@ def recorded_options(reading: ReadingOptions, scales: str | None) -> dict[str, A
             found["mapping"] = xxhash.xxh3_128_hexdigest(file.read())
     if scales is not None:
         found["scales"] = scales
+    if layers is not None:
+        found["layers"] = layers if isinstance(layers, (int, str)) else list(layers)
     return found
 
 
@@ -175,7 +179,7 @@ def compare_existing(target: Target, wanted: Wanted) -> Comparison:
     found = Comparison()
     documents = [_metadata(path) for path in shards]
     _compare_options(found, documents[0], wanted)
-    _compare_layers(found, documents[0], wanted.layers)
+    _compare_layers(found, documents[0], wanted)
     for number, metadata in enumerate(documents):
         if number == 0 or metadata.sources != documents[0].sources:
             _compare_sources(found, metadata.sources, wanted)
@@ -228,7 +232,7 @@ def _compare_reading(found: Comparison, before: Mapping[str, Any], now: Mapping[
         )
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
-        if old == new or name == "run":
+        if old == new or name in ("run", "layers"):
             continue
         if name == "scales":
             found.differs.append("it was written with other scales")
@@ -242,8 +246,13 @@ def _compare_reading(found: Comparison, before: Mapping[str, Any], now: Mapping[
             found.differs.append(f"it was written with {name}={old!r}")
 
 
-def _compare_layers(found: Comparison, metadata: ArchiveMetadata, layers: LayerChoice) -> None:
+def _compare_layers(found: Comparison, metadata: ArchiveMetadata, wanted: Wanted) -> None:
+    layers = wanted.layers
     if metadata.num_layers is None:
+        # Positions: how many there are is not known before the source is read.
+        before = (metadata.conversion or {}).get("layers")
+        if before != wanted.options.get("layers") and metadata.conversion is not None:
+            found.differs.append(f"it was written with layers={before!r}")
         return
     every = range(metadata.num_layers)
     stored = tuple(every) if metadata.layers is None else metadata.layers

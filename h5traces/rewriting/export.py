@@ -295,18 +295,58 @@ def _export_torch(job: _Job, **_: Any) -> None:
 
 def _export_samples(job: _Job, **_: Any) -> None:
     write, left_out = _OF_SAMPLES[job.format], []
-    for trace in job.traces():
-        with _part(job, _file_of(job, trace)) as part:
-            left_out += write(trace, part)
+    if not job.target.is_folder:
+        for trace in job.traces():
+            with _part(job) as part:
+                left_out += write(trace, part)
+    else:
+        stem = job.target.for_sources(job.archive.paths).path.name.removesuffix(job.target.suffix)
+        with _new_folder(job.path, overwrite=job.overwrite) as folder:
+            for trace in job.traces():
+                name = f"{stem}-{trace.ordinal:05d}{job.target.suffix}"
+                with PartFile(folder / name) as part:
+                    left_out += write(trace, part)
+                    part.file.raise_error()
+                    part.publish(overwrite=False)
     _warn_left_out(job, left_out)
 
 
-def _file_of(job: _Job, trace: Trace) -> Path:
-    """The file of a sample: in a folder, numbered in their order."""
-    if not job.target.is_folder:
-        return job.path
-    stem = job.target.for_sources(job.archive.paths).path.name.removesuffix(job.target.suffix)
-    return job.path / f"{stem}-{trace.ordinal:05d}{job.target.suffix}"
+@contextlib.contextmanager
+def _new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that gets its name when the block ends well, with all files in it.
+
+    Files go into a folder that exists one after the other, as nothing replaces folders at once; of
+    these, none has a name before all are written.
+    """
+    make_folder(path.parent)
+    folder = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    folder.mkdir()
+    try:
+        yield folder
+        sync_folder(folder)
+        if path.is_dir() and any(path.iterdir()):
+            _move_files(folder, path, overwrite=overwrite)
+        else:
+            # Fails where a folder with files has got the name meanwhile.
+            folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _move_files(folder: Path, path: Path, *, overwrite: bool) -> None:
+    files = sorted(folder.iterdir())
+    existing = [each.name for each in files if os.path.lexists(path / each.name)]
+    if existing and not overwrite:
+        message = (
+            f"{path} holds {and_more(existing, 3)} already; use overwrite=True to replace them"
+        )
+        raise ArchiveExistsError(message)
+    for each in files:
+        each.replace(path / each.name)
+    sync_folder(path)
+    folder.rmdir()
 
 
 def _export_parquet(job: _Job, **_: Any) -> None:
@@ -321,18 +361,8 @@ def _export_dataset(job: _Job, **_: Any) -> None:
     """A folder that gets its name when all its files are durable."""
     module = _module(job.format)
     schema, left_out = module.table_schema(job.archive)
-    make_folder(job.path.parent)
-    folder = job.path.with_name(f"{job.path.name}.{uuid.uuid4().hex[:8]}.part")
-    folder.mkdir()
-    try:
+    with _new_folder(job.path) as folder:
         module.write_dataset(job.traces(), schema, folder)
-        sync_folder(folder)
-        # Fails where a folder with files has got the name meanwhile.
-        folder.rename(job.path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    sync_folder(job.path.parent)
     _warn_left_out(job, left_out)
 
 

@@ -93,9 +93,9 @@ def _fields(trace: Trace) -> PlainFields:
 
 def _type_of(trace: Trace, value: Any) -> Any:
     if isinstance(value, LayerSequence):
-        if not len(value):
+        if not value._stored_names:
             return pa.null()
-        entry = trace._stored.entry(f"{value.kind}/{value._names[0]}")
+        entry = trace._stored.entry(f"{value.kind}/{value._stored_names[0]}")
         attrs = entry.attrs
         name = str(attrs.get("source_dtype", attrs.get("restored_dtype", entry.dtype)))
         found = pa.from_numpy_dtype(np.dtype("float32" if name == "bfloat16" else name))
@@ -128,10 +128,12 @@ def _cell(trace: Trace, value: Any) -> Any:
     """An Arrow array of one row."""
     if isinstance(value, LayerSequence):
         layers = [_nested(each.to_numpy()) for each in layers_of(trace, value)]
-        one_each = [pa.LargeListArray.from_arrays([0, len(each)], each) for each in layers]
-        if not one_each:
+        stored = iter([pa.LargeListArray.from_arrays([0, len(each)], each) for each in layers])
+        if not layers:
             return pa.nulls(1)
-        return pa.LargeListArray.from_arrays([0, len(one_each)], pa.concat_arrays(one_each))
+        absent = pa.nulls(1, pa.large_list(layers[0].type))
+        items = [absent if name in value._absent else next(stored) for name in value._names]
+        return pa.LargeListArray.from_arrays([0, len(items)], pa.concat_arrays(items))
     if isinstance(value, np.ndarray) and value.ndim:
         inner = _nested(value)
         return pa.LargeListArray.from_arrays([0, len(inner)], inner)

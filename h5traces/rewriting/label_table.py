@@ -31,6 +31,8 @@ KNOWN_SCORES: Final[dict[str, tuple[HigherMeans, str]]] = {
 }
 # Further columns of the ``_full`` tables; the score itself is the best of all references.
 _OTHER_SCORES: Final = ("min_score", "avg_score")
+# What separates the columns of a table, for messages.
+_SEPARATORS: Final = {"TSV": "tabs", "CSV": "commas"}
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _WHOLE: Final = re.compile(r"([+-]?[0-9]+)\.0*", re.ASCII)
 _MOST_PROBLEMS: Final = 1000
@@ -274,7 +276,7 @@ class _Reading:
         listed = and_more(map(short, found), 30) or "none"
         message = (
             f"{self._rows.path}: has no column {' and no column '.join(map(repr, missing))}; its "
-            f"columns, separated by {'tabs' if self._rows.format == 'TSV' else 'commas'}, are "
+            f"columns, separated by {_SEPARATORS.get(self._rows.format, 'semicolons')}, are "
             f"{listed}; name those of the ids (id_column) and of "
             "the labels (label_column) or scores (score_column)"
         )

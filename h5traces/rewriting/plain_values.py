@@ -99,8 +99,8 @@ def utf8(text: str) -> str:
 
 
 def layers_of(trace: Trace, sequence: LayerSequence) -> list[TypedArray]:
-    """All arrays of a kind, in the order of its list; ConversionError for generation steps."""
-    found = [trace._stored.typed_layer(sequence.kind, name) for name in sequence._names]
+    """All stored arrays of a kind, in order; ConversionError for generation steps."""
+    found = [trace._stored.typed_layer(sequence.kind, name) for name in sequence._stored_names]
     arrays = [each for each in found if isinstance(each, TypedArray)]
     if len(arrays) < len(found):
         message = (
@@ -112,13 +112,14 @@ def layers_of(trace: Trace, sequence: LayerSequence) -> list[TypedArray]:
 
 
 def _named_layers(arrays: list[TypedArray], sequence: LayerSequence) -> dict[str, TypedArray]:
-    kind, numbers = sequence.kind, sequence.layers
+    kind, names = sequence.kind, sequence._stored_names
     if not arrays:
         return {}
     if _can_be_stacked(arrays, sequence):
         return {kind: TypedArray(np.stack([each.values for each in arrays]), arrays[0].dtype)}
-    if any(map(layout.is_position, sequence._names)) or kind not in layout.KINDS:
+    if any(map(layout.is_position, names)) or kind not in layout.KINDS:
         return {f"{kind}_{number}": each for number, each in enumerate(arrays)}
+    numbers = map(layout.parse_layer_name, names)
     return {
         "embedding" if number is None else f"layers.{number}.{kind}": each
         for number, each in zip(numbers, arrays, strict=True)
@@ -127,7 +128,7 @@ def _named_layers(arrays: list[TypedArray], sequence: LayerSequence) -> dict[str
 
 def _can_be_stacked(arrays: list[TypedArray], sequence: LayerSequence) -> bool:
     """Whether one array says the same: all layers from the first on, and axes nobody mistakes."""
-    if len({(each.shape, each.dtype) for each in arrays}) > 1:
+    if len({(each.shape, each.dtype) for each in arrays}) > 1 or len(arrays) < len(sequence):
         return False
     numbers = [each for each in sequence.layers if each is not None]
     tokens = arrays[0].shape[0]

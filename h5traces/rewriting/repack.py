@@ -6,7 +6,7 @@ import contextlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.archive import Archive
@@ -21,6 +21,7 @@ from h5traces.format.precision import EXACT, Precision
 from h5traces.format.text import and_more
 from h5traces.paths import Target, check_not_a_source, check_not_among
 from h5traces.precision.scales import ScaleSet
+from h5traces.rewriting.named_states import NamedSample, check_nameable
 from h5traces.rewriting.repeated import repeated_samples
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.calibrate import check_model, load_given, measured
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from h5traces.archive.trace import Trace
     from h5traces.format.archive import ArchiveMetadata, SourceFile
     from h5traces.format.precision import Tier
+    from h5traces.meaning.options import FirstState
     from h5traces.paths import PathLike, Source
     from h5traces.precision.scales import Calibration
     from h5traces.writing.archive_writer import ArchiveWriter
@@ -93,6 +95,7 @@ def repack(
     layers: LayerChoice = None,
     samples: SampleChoice = None,
     precision: PrecisionOptions | Precision | Tier | None = None,
+    first_state: FirstState | None = None,
     foreign: Foreign = "keep",
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
@@ -118,6 +121,9 @@ def repack(
     precision
         A tier, a `Precision` or `PrecisionOptions`, as in `h5traces.convert`; what is None stays
         as it is in the sources.
+    first_state
+        What the first hidden state is, of archives that store them by position: ``embedding``, or
+        the output of ``block`` 0. They become blocks; `layers` and `precision` need a second call.
     foreign
         ``keep`` or ``drop`` objects and attributes that other programs put into the sources; those
         with names that begin with ``x_`` are always kept. They are copied as they are, also where
@@ -138,7 +144,8 @@ def repack(
     ArchiveError
         The sources do not go together.
     OptionError
-        One archive is named twice, or `target` has an option that only ``convert`` follows.
+        One archive is named twice, `target` has an option that only ``convert`` follows, or
+        `first_state` comes with hidden states that are blocks, or with other changes.
     TargetError
         `dest` is neither a folder nor an ``.h5`` name, is a source, or lies where a folder or glob
         of `sources` would find it.
@@ -160,6 +167,11 @@ def repack(
     """
     target.check_unused("skip_existing", "compare")
     given = PrecisionOptions.of(precision)
+    if first_state is not None and (
+        layers is not None or precision not in (None, PrecisionOptions())
+    ):
+        message = "first_state comes without layers and precision; repack the result with these"
+        raise OptionError(message)
     named: list[PathLike] = []
     if not isinstance(sources, Archive):
         sources = named = _named_once(sources)
@@ -170,6 +182,8 @@ def repack(
             else until_done.enter_context(open_archive(sources))
         )
         _check_different(archive)
+        if first_state is not None:
+            check_nameable(archive)
         place = Target.of(dest, shard_samples=target.shard_samples).for_sources(archive.paths)
         check_not_a_source(place, read_files(archive, given.scales))
         check_not_among(place, named)
@@ -215,7 +229,9 @@ def repack(
             report.num_samples = len(indices)
             return report
         compared = until_done.enter_context(ComparedTraces())
-        run = _Rewrite(selected, report, options, compared, encodes=encodes)
+        run = _Rewrite(
+            selected, report, options, compared, encodes=encodes, first_state=first_state
+        )
         run.run(place, indices, progress)
         report.warnings += compared.warnings
         return report
@@ -385,7 +401,9 @@ class _Rewrite:
         compared: ComparedTraces,
         *,
         encodes: bool,
+        first_state: FirstState | None,
     ) -> None:
+        self._first_state = first_state
         self._archive, self._report, self._encodes = archive, report, encodes
         self._compared = compared
         self._codec = None if report.copied else options.codec
@@ -402,9 +420,7 @@ class _Rewrite:
         size = place.shard_samples or max(1, len(indices))
         try:
             for number, start in enumerate(range(0, max(1, len(indices)), size)):
-                writer = self._shards.new(
-                    place.shard(number), **inherited_facts(self._archive._files)
-                )
+                writer = self._shards.new(place.shard(number), **self._facts(len(indices)))
                 for file in self._archive._files:
                     writer.carry_foreign(file)
                 for index in indices[start : start + size]:
@@ -421,11 +437,23 @@ class _Rewrite:
     def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
         first_source = self._first_source[trace.path]
         self._compared.check(trace)
-        if self._encodes:
+        if self._first_state is not None:
+            writer.copy(NamedSample(trace, self._first_state, first_source=first_source))
+        elif self._encodes:
             writer.append(to_record(trace, first_source=first_source))
         else:
             writer.copy(StoredSample(trace, codec=self._codec, first_source=first_source))
         writer.carry_foreign(trace._stored.file, trace.position_in_file)
+
+    def _facts(self, num_samples: int) -> dict[str, Any]:
+        """What all sources state alike; of all their samples, also what names their states."""
+        files = self._archive._files
+        facts = inherited_facts(files)
+        before = [file.metadata.conversion for file in files]
+        is_alike = before[0] is not None and all(each == before[0] for each in before)
+        if self._first_state is not None and is_alike and num_samples == len(self._archive):
+            facts["conversion"] = {**(before[0] or {}), "first_state": self._first_state}
+        return facts
 
     def _publish(self, target: Target) -> None:
         """Name the targets, and report them."""

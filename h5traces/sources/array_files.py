@@ -11,9 +11,11 @@ import numpy as np
 from h5traces.errors import ConversionError
 from h5traces.format.text import and_more
 from h5traces.format.values import TorchValue
-from h5traces.sources.arrays import ArrayFile, Held, Loaded, flattened
+from h5traces.sources.arrays import ArrayFile, Held, Loaded, flattened, is_array
 from h5traces.sources.mapped import MappedFile, aligned
 from h5traces.sources.mapping import ARRAY, CARRIERS
+from h5traces.sources.opening import DECOMPRESSED
+from h5traces.sources.signatures import KINDS as COMPRESSORS
 from h5traces.sources.signatures import identify
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ def open_arrays(path: str | os.PathLike[str], mapping: MappingDocument | None = 
     kind = identify(path)
     if mapping is not None and mapping.kind not in (None, kind.id, _SYNONYMS.get(kind.id)):
         message = f"{path}: is {kind}, and the mapping is for {mapping.kind}"
+        raise ConversionError(message)
+    if kind.compression is not None and kind.id not in DECOMPRESSED:
+        message = f"{path}: is {kind}; {COMPRESSORS[kind.compression].remedy}"
         raise ConversionError(message)
     if kind.id == "hdf5":
         return _hdf5_file(path)
@@ -132,12 +137,12 @@ class _PickledFile(ArrayFile):
     def __init__(self, reader: BatchStream) -> None:
         self._reader = reader
         self.kind = reader.kind
-        self.has_rows = reader.is_list
 
     def groups(self) -> Iterator[Group]:
-        """One group per item of a list, or one for another object."""
+        """One group per dict of a list, or one for another object."""
         for each in self._reader.objects():
-            yield flattened(each)
+            self.has_rows = self._reader.is_list
+            yield {ARRAY: Held(each)} if is_array(each) else flattened(each)
 
     @property
     def progress(self) -> tuple[int, int]:

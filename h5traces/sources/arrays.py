@@ -80,8 +80,10 @@ class Held:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an array; empty for other values."""
-        return data_of(self._value).shape if _is_array(self._value) else ()
+        """Of an array; the length of a list; empty for other values."""
+        if isinstance(self._value, (list, tuple)):
+            return (len(self._value),)
+        return data_of(self._value).shape if is_array(self._value) else ()
 
     @property
     def dtype(self) -> str:
@@ -125,7 +127,9 @@ class Loaded:
 
 
 def element(value: Any, axis: int, index: int) -> Any:
-    """One element of an array along an axis: a view; of no axes, a number or text."""
+    """One element along an axis: a view of an array; of no axes, or of a list, a value."""
+    if isinstance(value, (list, tuple)):
+        return value[index]
     selected: Any = (*(slice(None),) * axis, index)
     found = data_of(value)[selected]
     if isinstance(found, np.ndarray):
@@ -170,8 +174,9 @@ def _holds_array(value: Any, depth: int) -> bool:
     first = value[0] if value else None
     if depth < _MAX_DEPTH and isinstance(first, (list, tuple)):
         return _holds_array(first, depth + 1)
-    return _is_array(first) or isinstance(first, dict)
+    return is_array(first) or isinstance(first, dict)
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether it is an array or a tensor."""
     return isinstance(value, (np.ndarray, TorchValue))

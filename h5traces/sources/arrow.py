@@ -289,6 +289,9 @@ def cell(column: Any, index: int) -> Any:
                 return _as_python(column, index)
         shape.append(size)
         values = values.flatten()
+        if values.null_count and len(shape) == 1:
+            # Of layers, some may be absent.
+            return [cell(values, item) for item in range(len(values))]
         if values.null_count:
             return _as_python(column, index)
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):

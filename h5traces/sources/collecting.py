@@ -41,6 +41,12 @@ _OF_TRACES: Final = frozenset({"torch", "torch-old", "safetensors"})
 _NAMED_AS_TRACES: Final = re.compile(
     r"\.(?:pkl|pickle|pt|pth|ckpt|safetensors)(?:\.(?:gz|bz2|xz|lzma|zstd?|lz4))?\Z", re.IGNORECASE
 )
+# What lies beside the configuration of a model is of it, not of a run.
+_WEIGHTS: Final = re.compile(
+    r"(?:model|pytorch_model|adapter_model|consolidated|optimizer|scheduler|training_args|rng_state)"
+    r"\b.*\.(?:safetensors|bin|pt|pth)\Z"
+)
+_CONFIGURATIONS: Final = ("config.json", "adapter_config.json", "params.json")
 # What lies beside a batch and tells about it, under its name.
 _COMPANIONS: Final = frozenset(
     {"json", "jsonl", "csv", "text", "html", "xml", "office", "image", "pdf", "empty"}
@@ -203,6 +209,10 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
         if _is_part(path):
             _place_part(found, path)
             continue
+        if _is_of_a_model(path) and not _holds_traces(path, reading):
+            message = f"{path}: is of a model, whose configuration lies beside it, and no traces"
+            found.unrelated.append(Leftover(str(path), "weights of a model", message))
+            continue
         try:
             recognised = recognise(path, reading)
         except (H5TracesError, OSError) as error:
@@ -223,6 +233,13 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
         (found.left if _belongs(each, names) else found.unrelated).append(leftover)
     found.sources.sort()
     return found
+
+
+def _is_of_a_model(path: Path) -> bool:
+    """Whether a file has a name that transformers gives to weights, and its folder is a model's."""
+    return _WEIGHTS.match(path.name) is not None and any(
+        (path.parent / each).is_file() for each in _CONFIGURATIONS
+    )
 
 
 def _is_of_traces(found: Recognised) -> bool:

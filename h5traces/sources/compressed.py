@@ -10,6 +10,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
@@ -46,6 +47,8 @@ _MAX_MEMORY: Final = 128 << 20
 _DEFLATE_MAX_RATIO: Final = 1032
 _NO_BOUND: Final = 1 << 62
 _HEAD_NBYTES: Final = 8
+# Of frames whose content is for others.
+_SKIPPABLE: Final = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 _SIGNATURES: Final = (
     (b"\x1f\x8b", "gzip"),
     (b"BZh", "bz2"),
@@ -230,9 +233,53 @@ def _xz(name: str, form: int) -> Callable[[io.FileIO], Any]:
     return lambda raw: _Members(raw, name, lambda: lzma.LZMADecompressor(form, _MAX_MEMORY))
 
 
-def _zstd(raw: io.FileIO) -> Any:
-    machine = zstandard.ZstdDecompressor(max_window_size=_MAX_MEMORY)
-    return machine.stream_reader(raw, read_across_frames=True, closefd=False)
+class _Zstd(io.RawIOBase):
+    """Frames of zstd; zstandard's own reader takes one that is cut off for the end."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        machine = zstandard.ZstdDecompressor(max_window_size=_MAX_MEMORY)
+        self._raw = raw
+        self._stream: Any = machine.stream_reader(raw, read_across_frames=True, closefd=False)
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        found: int = self._stream.readinto(buffer)
+        if not found:
+            _check_frames(self._raw)
+        return found
+
+
+def _check_frames(raw: io.FileIO) -> None:
+    """EOFError unless the last frame is whole: RFC 8878, sections 3.1.1 and 3.1.2."""
+    position = raw.tell()
+    raw.seek(0)
+    while magic := raw.read(4):
+        if _SKIPPABLE.match(magic):
+            _pass(raw, int.from_bytes(_exactly(raw, 4), "little"))
+            continue
+        (descriptor,) = _exactly(raw, 1)
+        is_single, has_checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
+        size = (1 if is_single else 0, 2, 4, 8)[descriptor >> 6]
+        _exactly(raw, size + (0, 1, 2, 4)[descriptor & 3] + (not is_single))
+        is_last = 0
+        while not is_last:
+            header = int.from_bytes(_exactly(raw, 3), "little")
+            is_last, is_rle = header & 1, header >> 1 & 3 == 1
+            _pass(raw, 1 if is_rle else header >> 3)
+        _exactly(raw, 4 * has_checksum)
+    raw.seek(position)
+
+
+def _pass(raw: io.FileIO, nbytes: int) -> None:
+    if nbytes:
+        raw.seek(nbytes - 1, io.SEEK_CUR)
+        _exactly(raw, 1)
+
+
+def _exactly(raw: io.FileIO, nbytes: int) -> bytes:
+    data = raw.read(nbytes)
+    if len(data) < nbytes:
+        raise EOFError
+    return data
 
 
 _OPENERS: Final[dict[str, Callable[[io.FileIO], Any]]] = {
@@ -241,5 +288,5 @@ _OPENERS: Final[dict[str, Callable[[io.FileIO], Any]]] = {
     "bz2": lambda raw: _Members(raw, "bz2", bz2.BZ2Decompressor),
     "xz": _xz("xz", lzma.FORMAT_XZ),
     "lzma": _xz("lzma", lzma.FORMAT_ALONE),
-    "zstd": _zstd,
+    "zstd": _Zstd,
 }

@@ -142,13 +142,24 @@ def _text(found: dict[str, list[tuple[str, NamedArray]]]) -> str:
             ]
         elif kind == layout.HIDDEN_STATES:
             tables = [f"[fields.{kind}]", 'name = "?"', 'axes = "layer token hidden"', ""]
+    batch = next((each for each in tables if each.startswith('axes = "batch')), None)
     others = [
-        f'{field} = "{_quoted(name)}"'
+        f"{field} = {_other(name, found, field, is_batch=batch is not None)}"
         for field, words in _OTHERS.items()
         for name in [next((each for each in found if words.match(each)), None)]
         if name is not None
     ]
     return "\n".join([*lines, *(["[fields]", *others, ""] if others else []), *tables])
+
+
+def _other(name: str, found: dict[str, Any], field: str, *, is_batch: bool) -> str:
+    """The value of a field that holds no layers: its name, with the axes where samples are rows."""
+    text = f'"{_quoted(name)}"'
+    rank = len(found[name][0][1].shape)
+    if not is_batch or not rank:
+        return text
+    axes = " ".join(("batch", "token")[:rank]) if field == layout.TOKENS else "batch"
+    return f'{{ name = {text}, axes = "{axes}" }}' if rank == len(axes.split()) else text
 
 
 def _axes(kind: str, found: dict[str, list[tuple[str, Any]]], name: str) -> str | None:

@@ -23,7 +23,9 @@ _AROUND_NBYTES: Final = 64 << 10
 
 
 class MappedFile:
-    """A file in memory as a map, or its `content` in memory where it was compressed.
+    """A file in memory as a map.
+
+    Where it was compressed, `content` is what it holds, or `descriptor` that of a file that does.
 
     Arrays of it are read-only views, which stay valid after `close`, also if the file is deleted.
     The file must not shrink while they are in use.
@@ -38,6 +40,7 @@ class MappedFile:
         self,
         path: str | os.PathLike[str],
         content: bytes | bytearray | None = None,
+        descriptor: int | None = None,
         *,
         links: bool = True,
     ) -> None:
@@ -47,7 +50,10 @@ class MappedFile:
             self._map: Any = content
             self.nbytes = len(content)
             return
-        descriptor = open_regular(self.path, ConversionError, links=links)
+        if descriptor is None:
+            descriptor = open_regular(self.path, ConversionError, links=links)
+        else:
+            descriptor = os.dup(descriptor)
         try:
             self.nbytes = os.fstat(descriptor).st_size
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if self.nbytes else None

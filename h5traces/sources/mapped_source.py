@@ -16,6 +16,7 @@ from h5traces.meaning.axes import BATCH, LAYER, Axes, data_of, layers_of, view, 
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
 from h5traces.sources.array_files import open_arrays
+from h5traces.sources.array_folder import FolderFile
 from h5traces.sources.mapping import CARRIERS, Template, read_mapping
 from h5traces.sources.opening import source_stem
 from h5traces.sources.source import TraceSource
@@ -55,7 +56,8 @@ class MappedSource(TraceSource):
         first_state = options.first_state or self._mapping.first_state
         self.options = replace(options, first_state=first_state)
         self._stem = self._id_of_file()
-        self._arrays = open_arrays(self.path, self._mapping)
+        is_folder = self._mapping.folder and self.path.is_dir()
+        self._arrays = (FolderFile if is_folder else open_arrays)(self.path, self._mapping)
         self.kind = self._arrays.kind  # type: ignore[misc]
         self.understood += self._arrays.understood
         self._samples = self._read()
@@ -295,7 +297,8 @@ class MappedSource(TraceSource):
 
     def _value(self, field: str, parts: _Parts, index: int | None) -> Any:
         spec = self._mapping.fields.get(field)
-        if spec is None or not spec.is_layered:
+        is_one_layer = spec is not None and field in layout.KINDS and spec.parsed is not None
+        if spec is None or not (spec.is_layered or is_one_layer):
             return self._plain(field, self._array(field, None, parts[None], index))
         try:
             return self._layers(field, spec, parts, index)
@@ -334,7 +337,10 @@ class MappedSource(TraceSource):
         names = tuple(each for each in self._axes(field) if each != BATCH)
         arrays = {key: self._array(field, key, part, index) for key, part in parts.items()}
         embedding = arrays.pop(_EMBEDDING, None)
-        if None in arrays:
+        if None in arrays and not spec.is_layered:
+            layers = [self._layer(field, names, parts[None][0], arrays[None])]
+            numbers = spec.layers
+        elif None in arrays:
             layers = layers_of(arrays[None], Axes(names), field)
             numbers = spec.layers
             if numbers is None and embedding is not None:

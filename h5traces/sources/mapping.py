@@ -172,7 +172,7 @@ class FieldMapping(Document):
         if has_axis and LAYER in self.template.places:
             message = "the name has {layer}, and the axes name layer; expected one of them"
             raise ValueError(message)
-        if not self.is_layered and (self.layers or self.embedding):
+        if not self.is_layered and (len(self.layers or ()) > 1 or self.embedding):
             message = "layers and embedding need {layer} in the name, or a layer axis"
             raise ValueError(message)
         if self.embedding and LAYER in Template(self.embedding).places:
@@ -227,6 +227,11 @@ class MappingDocument(Document):
         description="What file names are: `{id}.npz`, `{id}/states.npy`; `{id}` becomes the "
         "sample's id.",
     )
+    folder: bool = Field(
+        default=False,
+        description="A folder is one source, whose samples lie in several files: one per layer or "
+        "field. Names are paths in it without suffixes.",
+    )
     first_state: FirstState | None = Field(
         None, description="What the first hidden state is: the embedding, or the output of block 0."
     )
@@ -256,7 +261,13 @@ class MappingDocument(Document):
             message = "fields names neither hidden_states nor attentions"
             raise ValueError(message)
         if self.file_template is not None and LAYER in self.file_template.places:
-            message = "file has {layer}; expected {id} at most: one file holds all layers"
+            message = (
+                "file has {layer}; expected {id} at most: one file holds all layers. Where each "
+                "layer has a file, say folder = true, and name the files in fields"
+            )
+            raise ValueError(message)
+        if self.folder and (self.file or self.array):
+            message = "folder = true names files in fields; leave out file and array"
             raise ValueError(message)
         if any(pattern.count("*") > _MAX_STARS for pattern in self.ignore):
             message = f"ignore has a pattern with more than {_MAX_STARS} stars"

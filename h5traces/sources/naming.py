@@ -53,6 +53,7 @@ _ATTENTIONS_AFTER: Final = frozenset(
         *("hook_pattern", "attn.hook_pattern", "self_attn"),
     )
 )
+_LABELS: Final = re.compile(r"(?:y|(?:.*_)?(?:labels?|targets?|correct))\Z", re.IGNORECASE)
 _EMBEDDINGS: Final = frozenset(("embedding", "embeddings", "embed", "wte", "embed_tokens"))
 # TransformerLens: the residual stream before block 0 is the embedding with that of positions.
 _POST: Final = "hook_resid_post"
@@ -94,6 +95,7 @@ class Naming:
                 item[key] = _single(item[key])
         for kind in layout.KINDS:
             self._check_axes(kind, item)
+        self._check_rows(item)
         decoded = item.get(layout.TOKENS_DECODED)
         if isinstance(decoded, np.ndarray) and decoded.dtype.kind == "U":
             item[layout.TOKENS_DECODED] = decoded.tolist()
@@ -119,6 +121,27 @@ class Naming:
             message = (
                 f"{self.path}: {kind!r} of shape {_shape(value)} has no axis for layers, or none "
                 f"for {axes[0]}s; name its axes in a mapping"
+            )
+            raise ConversionError(message)
+
+    def _check_rows(self, item: Arrays) -> None:
+        """Reject one array per layer whose rows may be samples, as each has a label."""
+        states = item.get(layout.HIDDEN_STATES)
+        if isinstance(states, dict):
+            states = list(states.values())
+        found = states if isinstance(states, list) else []
+        shapes = {_shape(each) for each in found if isinstance(each, (np.ndarray, TorchValue))}
+        rows = next(iter(shapes))[0] if len(shapes) == 1 and len(min(shapes)) == 2 else 0
+        if rows < 2 or layout.TOKENS in item:
+            return
+        labels = next(
+            (key for key in item if _LABELS.match(key) and _shape(item[key]) == (rows,)), ""
+        )
+        if labels:
+            message = (
+                f"{self.path}: {labels!r} has a value for each of the {rows} rows of the layers, "
+                "so rows may be samples and not tokens; say which in a mapping, with axes = "
+                "'sample hidden' or 'token hidden'"
             )
             raise ConversionError(message)
 
@@ -182,7 +205,7 @@ class Naming:
             embedding = embedding or next((name for name in item if _is_embedding(name)), None)
             if embedding is not None:
                 layers = {"embedding": item.pop(embedding), **layers}
-            if word.lower() in _MODULES:
+            elif word.lower() in _MODULES:
                 # Module 0 is the first block.
                 self.established.first_states[len(layers)] = "block"
         return layers
@@ -237,7 +260,8 @@ def _is_embedding(name: str) -> bool:
     if name.lower().endswith("hook_embed"):
         # That of positions, a name of its own, may be missing in it.
         return False
-    return re.split(r"[._/]", name.lower())[-1] in _EMBEDDINGS
+    last = re.split(r"[./]", name.lower())[-1]
+    return last in _EMBEDDINGS or last.rpartition("_")[2] in _EMBEDDINGS
 
 
 def _single(value: Any) -> Any:

@@ -13,8 +13,9 @@ import numpy as np
 from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
-from h5traces.sources.mapped import MappedFile, aligned
+from h5traces.sources.mapped import aligned
 from h5traces.sources.named_arrays import NamedArraysSource
+from h5traces.sources.unpacked import mapped_file
 from h5traces.sources.zip_entries import ZipDirectory, entry_content
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class NpzSource(NamedArraysSource):
         self, path: str | os.PathLike[str], *, options: ReadingOptions = ReadingOptions()
     ) -> None:
         super().__init__(path, options=options)
-        self._mapped = MappedFile(path)
+        self._mapped = mapped_file(self.path)
         self._directory = ZipDirectory(self._mapped.read_at, self._mapped.nbytes, str(path))
         names = {name.removesuffix(_SUFFIX): partial(self._load, name) for name in self._directory}
         self.take(names, {}, self._mapped)
@@ -60,7 +61,7 @@ class NpySource(NamedArraysSource):
         self, path: str | os.PathLike[str], *, options: ReadingOptions = ReadingOptions()
     ) -> None:
         super().__init__(path, options=options)
-        file = MappedFile(path)
+        file = mapped_file(self.path)
         self.understood.append("the array holds hidden states")
         self.take(
             {layout.HIDDEN_STATES: lambda: _array_in(file.view(0, file.nbytes), f"{path}:")},

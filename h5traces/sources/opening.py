@@ -39,13 +39,16 @@ _READERS: Final[dict[str, tuple[str, str]]] = {
     "npz": ("h5traces.sources.numpy_file", "NpzSource"),
     "npy": ("h5traces.sources.numpy_file", "NpySource"),
     **dict.fromkeys(
-        ("parquet", "arrow", "jsonl", "datasets-folder"), ("h5traces.sources.tables", "TableSource")
+        ("parquet", "arrow", "jsonl", "json", "datasets-folder"),
+        ("h5traces.sources.tables", "TableSource"),
     ),
 }
 # Reads what a mapping describes.
 _MAPPED: Final = ("h5traces.sources.mapped_source", "MappedSource")
 # Kinds that their readers decompress, and from what.
-_DECOMPRESSED: Final = frozenset(("pickle", "safetensors"))
+DECOMPRESSED: Final = frozenset(
+    ("pickle", "torch", "torch-old", "safetensors", "npz", "npy", "jsonl", "json")
+)
 _DECOMPRESSORS: Final = frozenset(("gzip", "bz2", "xz", "lzma", "zstd", "zlib"))
 
 _SUFFIX: Final = re.compile(
@@ -120,8 +123,9 @@ def recognise(path: str | os.PathLike[str], options: ReadingOptions | None = Non
     if kind.is_ours:
         return Recognised(path, kind, None)
     if options is not None and options.mapping is not None:
-        # A mapping may say that any file is raw numbers.
-        return Recognised(path, kind, None if kind.id == "folder" else _loaded(_MAPPED))
+        # A mapping may say that any file is raw numbers, or that a folder is one source.
+        is_read = kind.id != "folder" or _takes_folders(options)
+        return Recognised(path, kind, _loaded(_MAPPED) if is_read else None)
     return Recognised(path, kind, _reader_of(path, kind))
 
 
@@ -170,10 +174,17 @@ def _reader_of(path: Path, kind: Kind) -> type[TraceSource] | None:
                     return reader
     is_packed = kind.compression is not None
     if kind.id not in _READERS or (
-        is_packed and not (kind.id in _DECOMPRESSED and kind.compression in _DECOMPRESSORS)
+        is_packed and not (kind.id in DECOMPRESSED and kind.compression in _DECOMPRESSORS)
     ):
         return None
     return _loaded(_READERS[kind.id])
+
+
+def _takes_folders(options: ReadingOptions) -> bool:
+    from h5traces.sources.mapping import mapping_of
+
+    mapping = mapping_of(options)
+    return mapping is not None and mapping.folder
 
 
 def _loaded(reader: tuple[str, str]) -> type[TraceSource]:

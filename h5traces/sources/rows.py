@@ -65,7 +65,7 @@ class TextTable:
     path
         Of the file, for messages.
     format
-        ``CSV``, ``TSV``, ``JSON Lines`` or ``JSON``.
+        ``CSV``, ``CSV with semicolons``, ``TSV``, ``JSON Lines`` or ``JSON``.
     columns
         Of the header, or of the first object.
     rows
@@ -87,9 +87,9 @@ def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     """Read the rows of a file of text in UTF-8; its content decides what it is, not its name.
 
     JSON Lines where it begins with a brace, a JSON array of objects where it begins with a bracket,
-    TSV where its first line has more tabs than commas, else CSV. In CSV and TSV, every row must
-    have as many cells as the header. Cells are of any length; no other line separators than those
-    of CSV end a row.
+    TSV where its first line has more tabs than commas, else CSV, with semicolons where its first
+    line has these and no commas. In CSV and TSV, every row must have as many cells as the header.
+    Cells are of any length; no other line separators than those of CSV end a row.
 
     Parameters
     ----------
@@ -112,11 +112,17 @@ def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     elif _OBJECT.match(first):
         rows, kind = _objects(path, every, begin), "JSON Lines"
     else:
-        delimiter = "\t" if first.count("\t") > first.count(",") else ","
-        return _separated(path, every, begin, delimiter)
+        return _separated(path, every, begin, _delimiter(first))
     head = list(itertools.islice(rows, 1))
     columns = tuple(head[0].cells) if head else ()
     return TextTable(path, kind, columns, itertools.chain(head, rows))
+
+
+def _delimiter(header: str) -> str:
+    if header.count("\t") > header.count(","):
+        return "\t"
+    # Spreadsheets write it where the comma is the decimal sign.
+    return ";" if ";" in header and "," not in header else ","
 
 
 def foreign(path: Path) -> str | None:
@@ -181,7 +187,7 @@ def _too_long(path: Path, place: str) -> SchemaError:
 
 def _separated(path: Path, lines: Iterable[str], begin: int, delimiter: str) -> TextTable:
     csv.field_size_limit(_LARGEST_ROW)
-    kind = "TSV" if delimiter == "\t" else "CSV"
+    kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(delimiter, "CSV")
     cells = _cells(path, lines, begin, delimiter, kind)
     _, header = next(cells, ("", []))
     return TextTable(path, kind, tuple(header), _fitting(path, header, cells))

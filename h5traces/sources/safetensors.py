@@ -18,10 +18,9 @@ from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.values import TorchValue
 from h5traces.meaning.options import ReadingOptions
-from h5traces.sources.mapped import MappedFile, aligned
+from h5traces.sources.mapped import aligned
 from h5traces.sources.named_arrays import NamedArraysSource
-from h5traces.sources.pickle.source import FileSource, PickleLimits, TruncatedError
-from h5traces.sources.signatures import identify
+from h5traces.sources.unpacked import mapped_file
 
 if TYPE_CHECKING:
     import os
@@ -77,8 +76,7 @@ class SafetensorsSource(NamedArraysSource):
         self, path: str | os.PathLike[str], *, options: ReadingOptions = ReadingOptions()
     ) -> None:
         super().__init__(path, options=options)
-        compression = identify(path).compression
-        self._file = MappedFile(path) if compression is None else self._unpacked()
+        self._file = mapped_file(self.path)
         header, facts = self._read_header()
         self._check_places(header, self._start)
         loaders: dict[str, Any] = {name: partial(self._load, name, header[name]) for name in header}
@@ -91,22 +89,6 @@ class SafetensorsSource(NamedArraysSource):
         if _SCALES in arrays and layout.HIDDEN_STATES in arrays:
             arrays[layout.HIDDEN_STATES] = self._scaled(arrays)
         return arrays
-
-    def _unpacked(self) -> MappedFile:
-        """A compressed file in memory: it holds one request."""
-        with FileSource(self.path, PickleLimits()) as source:
-            try:
-                content = source.read_buffer(8)
-                content += source.read_buffer(self._header_nbytes(content))
-                self._file = MappedFile(self.path, content)
-                header, _ = self._read_header()
-                end = max((tensor.end for tensor in header.values()), default=0)
-                content += source.read_buffer(end)
-            except TruncatedError as error:
-                raise source.truncated_error(str(error)) from None
-            if not source.at_end():
-                self._fail("bytes follow the last tensor")
-        return MappedFile(self.path, content)
 
     def _fail(self, message: str) -> NoReturn:
         message = f"{self.path}: {message}"

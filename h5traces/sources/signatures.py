@@ -258,6 +258,8 @@ def _kind_of(head: bytes) -> Kind:
         # A weak signature: numbers may begin so.
         return KINDS[_plain_kind(head)]
     found = _plain_kind(inner) if inner else "unknown"
+    if found == "zip":
+        found = _kind_by_names([_first_name(inner)])
     if found in ("unknown", "empty"):
         return KINDS[compression]
     return replace(KINDS[found], compression=compression)
@@ -283,7 +285,7 @@ def _plain_kind(head: bytes) -> str:
         return "hdf5"
     text = _as_text(head[:_HEAD_NBYTES])
     if text is not None:
-        return _kind_of_text(text, is_whole=len(head) <= _HEAD_NBYTES)
+        return _kind_of_text(text, is_whole=len(head) < _HEAD_NBYTES)
     return "pickle" if _BINARY_PICKLE.match(head) else "unknown"
 
 

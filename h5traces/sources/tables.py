@@ -17,6 +17,7 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.sources.arrays import ArrayFile, Held
 from h5traces.sources.named_arrays import NamedArraysSource
 from h5traces.sources.opening import source_stem
+from h5traces.sources.pickle.source import FileSource, PickleLimits
 from h5traces.sources.rows import read_rows, text_of
 from h5traces.storage.files import open_regular
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _IDS: Final = ("id", "qid", "uid", "example_id", "sample_id")
 _MAX_STATE_NBYTES: Final = 1 << 20
+_MAX_JSON_NBYTES: Final = 32 << 20
 _MAX_DEPTH: Final = 8
 
 
@@ -100,11 +102,17 @@ class _JsonTable(ArrayFile):
 
     def __init__(self, path: Path, kind: str) -> None:
         self.kind = kind
+        self._source = FileSource(path, PickleLimits())
+        if kind == "json" and self._source.compressed_size > _MAX_JSON_NBYTES:
+            self._source.close()
+            message = (
+                f"{path}: a JSON array is read whole, at most {_MAX_JSON_NBYTES:,} bytes; write "
+                "one object a line (JSON Lines), or Parquet"
+            )
+            raise ConversionError(message)
         self._path = path
         # A file as text closes the bytes below it.
-        self._bytes = os.fdopen(open_regular(path, ConversionError), "rb")
-        self._text = text_of(self._bytes)
-        self._size = os.fstat(self._text.fileno()).st_size
+        self._text = text_of(self._source.file)
 
     def groups(self) -> Iterator[Group]:
         """One group per object."""
@@ -117,11 +125,13 @@ class _JsonTable(ArrayFile):
     @property
     def progress(self) -> tuple[int, int]:
         """Bytes read so far, and the size of the file."""
-        return (self._size if self._text.closed else self._bytes.tell()), self._size
+        size = self._source.compressed_size
+        return (size if self._text.closed else self._source.compressed_position), size
 
     def close(self) -> None:
         """Close the file."""
         self._text.close()
+        self._source.close()
 
 
 def as_array(value: Any) -> Any:

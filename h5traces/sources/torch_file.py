@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
@@ -35,12 +36,12 @@ from h5traces.sources.pickle.source import (
     contradict,
 )
 from h5traces.sources.pickle.stream import BatchStream
+from h5traces.sources.unpacked import mapped_file
 from h5traces.sources.zip_entries import STORED, ZipDirectory, entry_content
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
-    from pathlib import Path
 
     from h5traces.sources.pickle.cursor import Cursor
     from h5traces.sources.zip_entries import ZipEntry
@@ -73,7 +74,7 @@ class _TorchStream(_EngineStream):
         limits: PickleLimits = _DEFAULT_LIMITS,
         options: ReadingOptions = ReadingOptions(),
     ) -> None:
-        self._mapped = MappedFile(path)
+        self._mapped = mapped_file(Path(path), limits)
         super().__init__(path, limits=limits, options=options)
 
     def _check_kind(self) -> None:
@@ -113,10 +114,17 @@ class TorchZipStream(_TorchStream):
                 prefix = _prefix_of(directory)
                 self._pickle = directory.entry(prefix + _PICKLE)
                 self._storages = _ZipStorages(self._mapped, directory, prefix, self._limits)
-            return _EntrySource(self.path, self._mapped, self._pickle, self._limits)
+            return self._entry_source(self._pickle)
         except MalformedError as error:
             message = f"{self.path}: {error}"
             raise ConversionError(message) from error
+
+    def _entry_source(self, entry: ZipEntry) -> FileSource:
+        """The pickle inside a zip file, where it lies."""
+        content = _content(self._mapped, entry, self._limits, check=True)
+        if entry.method == STORED:
+            return _MappedSource(self._mapped, entry.start, entry.nbytes)
+        return _MappedSource(MappedFile(self.path, content.tobytes()), 0, entry.nbytes)
 
 
 def _prefix_of(directory: ZipDirectory) -> str:
@@ -193,22 +201,16 @@ def _content(mapped: MappedFile, entry: ZipEntry, limits: PickleLimits, *, check
     )
 
 
-class _EntrySource(FileSource):
-    """The pickle inside a zip file, where it lies."""
+class _MappedSource(FileSource):
+    """A part of a mapped file, which is a pickle."""
 
-    def __init__(
-        self, path: Path, mapped: MappedFile, entry: ZipEntry, limits: PickleLimits
-    ) -> None:
-        self.path = path
+    def __init__(self, mapped: MappedFile, start: int, nbytes: int) -> None:
+        self.path = mapped.path
         self.compression = None
-        self.compressed_size = entry.nbytes
+        self.compressed_size = nbytes
         self._exact_bound = True
         self._inflater = None
-        content = _content(mapped, entry, limits, check=True)
-        if entry.method == STORED:
-            self._raw = _Window(mapped, entry.start, entry.nbytes)  # type: ignore[assignment]
-        else:
-            self._raw = io.BytesIO(content.data)  # type: ignore[assignment]
+        self._raw = _Window(mapped, start, nbytes)  # type: ignore[assignment]
         self.file = io.BufferedReader(self._raw, _BUFFER_NBYTES)
 
 
@@ -250,28 +252,28 @@ class OldTorchStream(_TorchStream):
 
     def _make_source(self) -> FileSource:
         if self._storages is None:
-            self._start, is_big_endian = _read_preamble(self.path, self._limits)
-            with _Headers(self.path, self._start, self._limits) as first_pass:
+            self._start, is_big_endian = _read_preamble(self._mapped, self._limits)
+            with _Headers(self._mapped, self._start, self._limits) as first_pass:
                 for _ in first_pass:
                     pass
-            places = first_pass.places(self._mapped)
+            places = first_pass.places()
             self._storages = _RowStorages(self._mapped, places, is_big_endian=is_big_endian)
-        return _source_at(self.path, self._start, self._limits)
+        return _source_at(self._mapped, self._start)
 
     def _ends(self, cursor: Cursor) -> bool:
         """Nothing else: the storages follow, and have been found."""
         return True
 
 
-def _source_at(path: Path, start: int, limits: PickleLimits) -> FileSource:
-    source = FileSource(path, limits)
+def _source_at(mapped: MappedFile, start: int) -> FileSource:
+    source = _MappedSource(mapped, 0, mapped.nbytes)
     source.file.seek(start)
     return source
 
 
-def _read_preamble(path: Path, limits: PickleLimits) -> tuple[int, bool]:
+def _read_preamble(mapped: MappedFile, limits: PickleLimits) -> tuple[int, bool]:
     """Where the pickle of the value begins, and whether numbers are in big-endian order."""
-    with FileSource(path, limits) as source:
+    with _source_at(mapped, 0) as source:
         machine = Machine(source, limits)
         try:
             magic, version, system = (machine.load() for _ in range(3))
@@ -280,26 +282,27 @@ def _read_preamble(path: Path, limits: PickleLimits) -> tuple[int, bool]:
         except TruncatedError as error:
             raise source.truncated_error(str(error)) from None
         except INVALID as error:
-            raise locate(error, machine, str(path)) from error
+            raise locate(error, machine, str(mapped.path)) from error
         return source.inflated_bytes, system.get("little_endian") is False
 
 
 class _Headers(_EngineStream):
     """Reads the pickle to its end, to know which storages follow it and how long each is."""
 
-    def __init__(self, path: Path, start: int, limits: PickleLimits) -> None:
+    def __init__(self, mapped: MappedFile, start: int, limits: PickleLimits) -> None:
+        self._mapped = mapped
         self._start = start
-        self._collected = _HeaderStorages(path.stat().st_size)
+        self._collected = _HeaderStorages(mapped.nbytes)
         self._keys: list[str] = []
         self._end = 0
-        super().__init__(path, limits=limits)
+        super().__init__(mapped.path, limits=limits)
 
     def _check_kind(self) -> None:
         """Do nothing: the pickle begins later in the file."""
 
     def _make_source(self) -> FileSource:
         self._storages = self._collected
-        return _source_at(self.path, self._start, self._limits)
+        return _source_at(self._mapped, self._start)
 
     def _ends(self, cursor: Cursor) -> bool:
         keys = cursor.check(Machine(cursor.source, self._limits).load)
@@ -308,8 +311,9 @@ class _Headers(_EngineStream):
         self._keys, self._end = keys, cursor.source.inflated_bytes
         return True
 
-    def places(self, mapped: MappedFile) -> dict[str, tuple[int, StorageHeader]]:
+    def places(self) -> dict[str, tuple[int, StorageHeader]]:
         """Where each storage's numbers begin, by name."""
+        mapped = self._mapped
         headers = self._collected.headers
         if len(set(self._keys)) != len(self._keys) or set(self._keys) != set(headers):
             message = f"{self.path}: its pickle names other storages than follow it"

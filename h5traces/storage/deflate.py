@@ -3,7 +3,8 @@
 A deflate stream is a chain of blocks, so every byte plane can be coded as suits it, and the pieces
 joined on byte boundaries: noise goes into stored blocks, planes without matches are only Huffman
 coded, the zero runs of causal attentions are coded with the run-length strategy, and repeats with a
-full search. The choice is made from a sample.
+full search. The choice is made from a sample. Compiled kernels (``h5traces/_kernels/encode.c``) do
+the same by the same rules, where they are installed.
 
 Choosing takes a fifth of the time for hidden states that were float16, a quarter for those that
 were bfloat16, where more places are searched for repeats, and a tenth for attentions.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.format.limits import Scratch
+from h5traces.format.native import NATIVE
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
     Bytes: TypeAlias = NDArray[np.uint8]
     Counts: TypeAlias = NDArray[np.int64]
+    # Parts of a stream, to be joined.
+    Pieces: TypeAlias = list[bytes | memoryview]
 
 
 _HEADER = b"\x78\x01"  # RFC 1950: deflate, 32 KiB window, no dictionary
@@ -57,9 +61,12 @@ _SPAN = 65536
 # n log2 n for every count that a sample can hold: looking up is five times faster than computing.
 _COUNTS = np.arange(_NUM_WINDOWS * _WINDOW + 1, dtype=np.float64)
 _TIMES_LOG = _COUNTS * np.log2(np.maximum(_COUNTS, 1))
-# Below this size trying everything costs less than a third of a millisecond, and tables of codes
-# are so large a part that no rule of thumb holds.
-_SMALL = 8192
+# Below this size a survey takes longer than coding, and one fact chooses: many equal neighbours are
+# runs of zeros, as in causal attentions; elsewhere isal searches as fast as it only codes.
+_SMALL = 24 << 10
+_MIN_SMALL_PAIRS = 0.1
+# Up to this size the ends of pieces may cost more than code tables of their own win.
+_TINY = 1024
 # isal's level 1 takes accidental matches of three or four bytes, dear ones when bytes are likely
 # to be equal: at 1/17 it loses 0.1 % to plain Huffman coding, at 1/10 it loses 2 %.
 _MAX_COLLISION_FOR_ISAL = 1 / 17
@@ -97,12 +104,15 @@ class Engines:
     isal_zlib: Any
     igzip_lib: Any
     zlib_ng: Any
+    # Compiled kernels, which do all of it for what they know.
+    native: Any = None
 
     @classmethod
     def installed(cls) -> Engines:
         """The libraries that can be imported."""
         names = ("isal.isal_zlib", "isal.igzip_lib", "zlib_ng.zlib_ng")
-        return cls(*map(_import_or_none, names))
+        isal_zlib, igzip_lib, zlib_ng = map(_import_or_none, names)
+        return cls(isal_zlib, igzip_lib, zlib_ng, NATIVE)
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
@@ -142,8 +152,11 @@ def encode(raw: Buffer, *, itemsize: int) -> bytes:
 
     `raw` is little-endian and in C order; an `itemsize` of 1 leaves the order as it is.
     """
-    data = _as_bytes(raw)
-    shuffled = shuffle(data, _checked(itemsize), out=_SCRATCH.take(data.size))
+    data, itemsize = _as_bytes(raw), _checked(itemsize)
+    compiled = ENGINES.native and ENGINES.native.encode(data, itemsize)
+    if compiled is not None:
+        return bytes(compiled)
+    shuffled = shuffle(data, itemsize, out=_SCRATCH.take(data.size))
     planes = plane_view(shuffled, itemsize)
     if planes.size < _SMALL:
         pieces = _small_pieces(shuffled, itemsize)
@@ -162,8 +175,10 @@ def decode(stored: Buffer, out: Buffer, *, itemsize: int) -> None:
     if not target.flags.writeable:
         msg = "the output buffer is read-only; give a writable one"
         raise ValueError(msg)
-    shuffled = _inflate(_as_bytes(stored), target.size)
-    unshuffle(shuffled, target, _checked(itemsize))
+    source, itemsize = _as_bytes(stored), _checked(itemsize)
+    if ENGINES.native and ENGINES.native.decode(source, target, itemsize):
+        return
+    unshuffle(_inflate(source, target.size), target, itemsize)
 
 
 def _checked(itemsize: int) -> int:
@@ -255,20 +270,31 @@ _MASKED = _Plan((_Coding.RUNS,))
 _MASKED_LARGE = _Plan((_Coding.RUNS,), _MEM_LEVEL_MEDIUM_BLOCKS)
 _DENSE = _Plan((_Coding.DENSE,))
 _DENSE_REPEATS = _Plan((_Coding.DENSE, *_LONG_SEARCHES))
-_THOROUGH = _Plan((_Coding.HUFFMAN, _Coding.SHORT_SEARCH))
+_SMALL_VARIED = _Plan((_Coding.LONG_SEARCH,))
+_SMALL_RUNS = _Plan((_Coding.RUNS,))
+_SMALL_WHOLE = _Plan((_Coding.LONG_SEARCH, _Coding.SEARCH))
 
 
-def _small_pieces(shuffled: Bytes, itemsize: int) -> list[Buffer]:
-    """The smaller of the whole chunk searched and every plane coded in all ways."""
-    whole = _piece(shuffled, _THOROUGH, final=True)
+def _small_pieces(shuffled: Bytes, itemsize: int) -> Pieces:
+    """Every plane in one quick way, or the whole chunk searched where that is smaller."""
     if itemsize == 1 or shuffled.size < 2 * itemsize:
-        return whole
+        return _piece(shuffled, _SMALL_WHOLE, final=True)
     planes = plane_view(shuffled, itemsize)
-    plans = [_CONSTANT if (plane == plane[0]).all() else _THOROUGH for plane in planes]
-    return min(whole, _pieces(shuffled, itemsize, plans), key=_nbytes)
+    pairs = (planes[:, 1:] == planes[:, :-1]).sum(axis=1).tolist()
+    plans = [_small_plan(each, planes.shape[1] - 1) for each in pairs]
+    pieces = _pieces(shuffled, itemsize, plans)
+    if shuffled.size > _TINY:
+        return pieces
+    return min(_piece(shuffled, _SMALL_WHOLE, final=True), pieces, key=_nbytes)
 
 
-def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> list[Buffer]:
+def _small_plan(num_pairs: int, most: int) -> _Plan:
+    if num_pairs == most:
+        return _CONSTANT
+    return _SMALL_RUNS if num_pairs > _MIN_SMALL_PAIRS * most else _SMALL_VARIED
+
+
+def _pieces(shuffled: Bytes, itemsize: int, plans: list[_Plan]) -> Pieces:
     """The planes as raw deflate, the unshuffled tail with the last one."""
     count = shuffled.size // itemsize
     stop, pieces = 0, []
@@ -327,7 +353,7 @@ def _searches(plane: Bytes, facts: _PlaneSurvey, simple: _Plan) -> tuple[_Coding
     return _Coding.SEARCH, _Coding.SHORT_SEARCH
 
 
-def _piece(data: Bytes, plan: _Plan, *, final: bool) -> list[Buffer]:
+def _piece(data: Bytes, plan: _Plan, *, final: bool) -> Pieces:
     """The smallest coding of the plan, or stored blocks where nothing is smaller."""
     codings = (_deflated(data, coding, plan.mem_level, final=final) for coding in plan.codings)
     shortest = min(codings, key=_nbytes, default=None)
@@ -336,11 +362,11 @@ def _piece(data: Bytes, plan: _Plan, *, final: bool) -> list[Buffer]:
     return shortest
 
 
-def _nbytes(parts: list[Buffer]) -> int:
-    return sum(memoryview(part).nbytes for part in parts)
+def _nbytes(parts: Pieces) -> int:
+    return sum(map(len, parts))
 
 
-def _deflated(data: Bytes, coding: _Coding, mem_level: int, *, final: bool) -> list[Buffer]:
+def _deflated(data: Bytes, coding: _Coding, mem_level: int, *, final: bool) -> Pieces:
     deflater = _deflater(coding, mem_level)
     # A sync flush ends the piece on a byte boundary without ending the stream.
     flush = zlib.Z_FINISH if final else zlib.Z_SYNC_FLUSH
@@ -365,9 +391,9 @@ def _deflater(coding: _Coding, mem_level: int) -> Any:
     return library.compressobj(level, zlib.DEFLATED, _RAW_DEFLATE, mem_level, strategy)
 
 
-def _stored(data: Bytes, *, final: bool) -> list[Buffer]:
+def _stored(data: Bytes, *, final: bool) -> Pieces:
     """RFC 1951, 3.2.4: blocks of a flag, the length, its complement, and the bytes themselves."""
-    parts: list[Buffer] = []
+    parts: Pieces = []
     view = data.data
     for start in range(0, max(data.size, 1), _STORED_BLOCK):
         block = view[start : start + _STORED_BLOCK]

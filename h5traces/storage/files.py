@@ -38,7 +38,7 @@ class ByteFile(Protocol):
         """Whether reading these bytes takes no request to a server."""
 
     def hold(self, offset: int, nbytes: int) -> None:
-        """Fetch bytes at the end of the file at once, since they will be read in pieces."""
+        """Fetch bytes at once, since they will be read in pieces."""
 
     def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
         """Fetch these (offset, nbytes) together for reads inside the block."""

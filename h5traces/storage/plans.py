@@ -7,20 +7,20 @@ which words the errors.
 
 from __future__ import annotations
 
-import itertools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.storage.files import LocalFile
-from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, run_plan
+from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, Restoring, run_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from typing_extensions import Buffer
@@ -81,6 +81,36 @@ class Datasets(NamedTuple):
         return Datasets(*datasets, self.offsets[chunks], self.sizes[chunks], checksums)
 
 
+def joined(parts: Sequence[Datasets]) -> Datasets:
+    """The datasets of several samples, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    most = max(part.shape.shape[1] for part in parts)
+
+    def wide(lengths: Longs) -> Longs:
+        missing = np.ones((len(lengths), most - lengths.shape[1]), np.int64)
+        return np.concatenate((lengths, missing), axis=1)
+
+    padded = (part._replace(shape=wide(part.shape), chunk=wide(part.chunk)) for part in parts)
+    return Datasets(*map(np.concatenate, zip(*padded, strict=True)))
+
+
+class Restoration(NamedTuple):
+    """How stored integers of a tier become floats behind their chunks."""
+
+    how: Restoring
+    dtype: np.dtype[Any]
+    # As `PLAN` has them; rows of steps have `width` channels.
+    table: bytes
+    width: int = 0
+    zero_point: int = 0
+
+    def suits(self, shape: Sequence[int], chunk: Sequence[int], num_axes: int) -> bool:
+        """Whether a dataset has as many channels, and chunks of whole rows."""
+        has_rows = num_axes == 2 and shape[1] == chunk[1] == self.width
+        return not self.width or has_rows
+
+
 def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np.bool_]:
     """Which datasets claim only what the file can hold, as `arrays.check_sizes` has it.
 
@@ -108,9 +138,7 @@ def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np
     inside &= sizes <= raw + raw // 100 + 1024
     fits[owners[~inside]] = False
     # Chunks that overlap would inflate to any size; floats, as the sum may be any.
-    if sizes.astype(np.float64).sum() > file_nbytes:
-        fits[:] = False
-    return fits
+    return fits & (np.bincount(owners, sizes, minlength=len(fits)) <= file_nbytes)
 
 
 def _cut_axis(grid: Longs) -> Longs:
@@ -120,8 +148,11 @@ def _cut_axis(grid: Longs) -> Longs:
     return np.where(several.any(axis=1), last, 0)[:, np.newaxis]
 
 
-def plan_of(found: Datasets, targets: Longs) -> NDArray[Any]:
-    """The plan that reads datasets, for which `fitting` holds, to these places of an arena."""
+def plan_of(found: Datasets, targets: Longs, restored: Longs) -> NDArray[Any]:
+    """The plan that reads datasets, for which `fitting` holds, to these places of an arena.
+
+    `restored` are the sizes of their elements there.
+    """
     owners = found.owners
     starts = np.cumsum(found.num_chunks) - found.num_chunks
     number = np.arange(len(owners)) - starts[owners]
@@ -132,94 +163,148 @@ def plan_of(found: Datasets, targets: Longs) -> NDArray[Any]:
     per_row = -(-length // step)
     outer, along = np.divmod(number, per_row[owners])
     first = along * step[owners]
-    itemsize = found.itemsize[owners]
     plan = np.zeros(len(owners), PLAN)
     plan["offset"], plan["nbytes"] = found.offsets, found.sizes
     if found.checksums is not None:
         plan["checksum"], plan["is_checked"] = found.checksums, 1
     plan["raw_nbytes"] = (step * inner * found.itemsize)[owners]
     plan["count"] = np.minimum(step[owners], length[owners] - first) * inner[owners]
-    plan["target"] = targets[owners] + (outer * length[owners] + first) * inner[owners] * itemsize
-    plan["itemsize"], plan["codec"] = itemsize, found.codec[owners]
+    elements = (outer * length[owners] + first) * inner[owners]
+    plan["target"] = targets[owners] + elements * restored[owners]
+    plan["itemsize"], plan["codec"] = found.itemsize[owners], found.codec[owners]
     return plan
 
 
-def run(file: ByteFile, plan: NDArray[Any], arena: Buffer) -> None:
+def _add_restorations(
+    plan: NDArray[Any], owners: Longs, restorations: Sequence[Restoration | None]
+) -> bytes:
+    """Write how chunks are restored into a plan; the tables that it refers to."""
+    tables: dict[int, tuple[int, bytes]] = {}
+    end = 0
+    for number, each in enumerate(restorations):
+        if each is None:
+            continue
+        if id(each.table) not in tables:
+            tables[id(each.table)] = end, each.table
+            end += len(each.table)
+        rows = slice(*np.searchsorted(owners, (number, number + 1)).tolist())
+        plan["restoring"][rows], plan["table"][rows] = each.how, tables[id(each.table)][0]
+        plan["width"][rows], plan["zero_point"][rows] = each.width, each.zero_point
+    return b"".join(table for _, table in tables.values())
+
+
+def run(file: ByteFile, plan: NDArray[Any], arena: Buffer, tables: bytes = b"") -> None:
     """Read the chunks of a plan; ChunkError as `run_plan`."""
     if isinstance(file, LocalFile):
         with file.descriptor() as descriptor:
-            run_plan(plan, descriptor, arena)
+            run_plan(plan, descriptor, arena, tables)
         return
     # From memory, where `prefetched` has put it.
     places = zip(plan["offset"].tolist(), plan["nbytes"].tolist(), strict=True)
     stored = b"".join(file.read_at(offset, nbytes) for offset, nbytes in places)
     plan = plan.copy()
     plan["offset"] = np.cumsum(plan["nbytes"]) - plan["nbytes"]
-    run_plan(plan, stored, arena)
+    run_plan(plan, stored, arena, tables)
 
 
 class Reading:
-    """Datasets on their way into memory, in up to `workers` threads.
+    """Datasets of some samples on their way into memory, in up to `workers` threads.
 
     Arrays share memory with their neighbours: to keep one is to keep up to 4 MiB. With `together`,
     all lie one after the other in one piece of memory.
+
+    Parameters
+    ----------
+    file
+        Where they are stored.
+    names
+        Number of the sample and path of every dataset, in order of samples.
+    types
+        Their types.
+    found
+        What the index says of them; `fitting` holds for all.
+    restorations
+        Of those that are restored behind their chunks; their types are those restored.
     """
 
     def __init__(
         self,
         file: ByteFile,
-        types: Mapping[str, np.dtype[Any]],
+        names: Sequence[tuple[int, str]],
+        types: Sequence[np.dtype[Any]],
         found: Datasets,
         workers: int,
         *,
         together: bool = False,
+        restorations: Sequence[Restoration | None] = (),
     ) -> None:
-        self._types, self._found = types, found
-        nbytes = found.nbytes
+        self._firsts: dict[int, int] = {}
+        for place, (sample, _) in enumerate(names):
+            self._firsts.setdefault(sample, place)
+        restored = found.itemsize
+        if any(restorations):
+            changed = enumerate(restorations)
+            types = [each.dtype if each else types[number] for number, each in changed]
+            sizes = [each.dtype.itemsize if each else 0 for each in restorations]
+            restored = np.where(np.equal(sizes, 0), restored, sizes)
+        nbytes = found.shape.prod(axis=1) * restored
         # Elements of several sizes begin at multiples of eight bytes.
-        room = nbytes if len({*found.itemsize.tolist()}) <= 1 else -(-nbytes // 8) * 8
+        room = nbytes if len(set(types)) <= 1 else -(-nbytes // 8) * 8
         ends = np.cumsum(room)
-        self._starts = ends - room
-        bounds = [0, len(ends)] if together else _bounds(self._starts)
-        plan, owners = plan_of(found, self._starts), found.owners
-        self._parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
-        for first, stop in itertools.pairwise(bounds):
-            start = int(self._starts[first])
+        starts = ends - room
+        plan, owners = plan_of(found, starts, restored), found.owners
+        tables = _add_restorations(plan, owners, restorations)
+        bounds = [0, len(names)] if together else _bounds(starts, workers)
+        rows = np.searchsorted(owners, bounds).tolist()
+        parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
+        for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
+            start = int(starts[first])
             arena = np.empty(int(ends[stop - 1]) - start, np.uint8)
-            self._starts[first:stop] -= start
-            part = plan[slice(*np.searchsorted(owners, (first, stop)).tolist())]
+            starts[first:stop] -= start
+            part = plan[slice(*each)]
             part["target"] -= start
-            running = _submit(file, part, arena, workers)
-            self._parts += [(arena, running)] * (stop - first)
+            parts += [(arena, _submit(file, part, arena, tables, workers))] * (stop - first)
+        shapes, places = found.shape.tolist(), starts.tolist()
+        axes = found.num_axes.tolist()
+        self._datasets = list(zip(names, types, shapes, axes, places, parts, strict=True))
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays by path, without those that are damaged or share memory with such."""
-        found = self._found
-        shapes, axes = found.shape.tolist(), found.num_axes.tolist()
-        return {
-            path: np.ndarray(shape[:num_axes], dtype, arena, start)
-            for (path, dtype), shape, num_axes, start, (arena, running) in zip(
-                self._types.items(), shapes, axes, self._starts.tolist(), self._parts, strict=True
-            )
-            if running.result()
-        }
+    def arrays(self, sample: int = 0) -> dict[str, NDArray[Any]]:
+        """The arrays of a sample by path, without those that share memory with damaged ones."""
+        first = self._firsts.get(sample, len(self._datasets))
+        found = {}
+        for (number, path), dtype, shape, axes, start, (arena, read) in self._datasets[first:]:
+            if number != sample:
+                break
+            if read.result():
+                found[path] = np.ndarray(shape[:axes], dtype, arena, start)
+        return found
 
 
-def _bounds(starts: Longs) -> list[int]:
-    """Where new memory begins: after every 4 MiB, and for every dataset that is as large."""
-    pieces = starts // _SHARED_NBYTES
-    changes = np.flatnonzero(np.diff(pieces, prepend=-1)).tolist()
-    return [*changes, len(starts)]
+class NothingRead(Reading):
+    """None of them: whoever wants one reads it alone, and says why where it cannot be read."""
+
+    def __init__(self) -> None:
+        self._firsts, self._datasets = {}, []
+
+
+def _bounds(starts: Longs, workers: int) -> list[int]:
+    """Where new memory begins: after every 4 MiB, or less where threads would have nothing to do.
+
+    A dataset that is as large has memory of its own.
+    """
+    share = int(starts[-1]) // (2 * workers) if workers > 1 else _SHARED_NBYTES
+    pieces = starts // min(max(share, _SMALL_NBYTES), _SHARED_NBYTES)
+    return [0, *(np.flatnonzero(pieces[1:] != pieces[:-1]) + 1).tolist(), len(starts)]
 
 
 def _submit(
-    file: ByteFile, plan: NDArray[Any], arena: NDArray[np.uint8], workers: int
+    file: ByteFile, plan: NDArray[Any], arena: NDArray[np.uint8], tables: bytes, workers: int
 ) -> Future[bool]:
     """Whether a plan was read; now, or in a thread if that is worth it."""
 
     def read() -> bool:
         try:
-            run(file, plan, arena.data)
+            run(file, plan, arena.data, tables)
         except (ChunkError, CorruptArchiveError, RemoteError):
             return False
         return True

@@ -30,6 +30,9 @@ _PART_NAME = re.compile(r"\.[0-9a-f]{8}\.part\Z")
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _RENAME_NOREPLACE: Final = 1
 _AT_FDCWD: Final = -100
+_SYNC_FILE_RANGE_WRITE: Final = 2
+# So many bytes are handed to the disk at a time, while others are still being made.
+_WRITE_BACK_NBYTES: Final = 4 << 20
 
 
 class LatchedFile(io.RawIOBase):
@@ -44,7 +47,7 @@ class LatchedFile(io.RawIOBase):
         super().__init__()
         self._descriptor = descriptor
         self._position = 0
-        self._size = os.fstat(descriptor).st_size
+        self._size = self._written_back = os.fstat(descriptor).st_size
         self._unwritten: list[tuple[int, bytes]] = []
         self.error: OSError | None = None
 
@@ -89,6 +92,19 @@ class LatchedFile(io.RawIOBase):
                 return len(view)
         self._unwritten.append((start, bytes(view)))
         return len(view)
+
+    def start_write_back(self) -> None:
+        """Have the system begin to store what was written, where it can be asked to (Linux).
+
+        It waits for nothing and promises nothing, but leaves `PartFile.sync` less to wait for.
+        """
+        start, nbytes = self._written_back, self._size - self._written_back
+        if nbytes >= _WRITE_BACK_NBYTES:
+            self._written_back = self._size
+            sync = getattr(ctypes.CDLL(None), "sync_file_range", None)
+            if sync is not None:
+                offset, length = ctypes.c_int64(start), ctypes.c_int64(nbytes)
+                sync(self._descriptor, offset, length, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
     def readinto(self, buffer: Buffer) -> int:
         """Read at the current position, unwritten bytes included."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+from numpy.lib.stride_tricks import as_strided
 
+from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.archive.torch_values import to_tensor
 from h5traces.arguments import checked_options
@@ -14,10 +17,11 @@ from h5traces.errors import DatasetError, LayerIndexError
 from h5traces.format.entries import carrier_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from h5traces.archive.token_axis import Chosen
     from h5traces.archive.trace import Trace
+    from h5traces.format.dtypes import TypedArray
 
 TokenChoice = Literal["all", "answer", "last", "mean", "answer_mean"]
 NonFinite = Literal["error", "keep"]
@@ -70,6 +74,11 @@ def named(trace: Trace) -> str:
 
 def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
     """One layer's array of a trace: reads its chunks and nothing else."""
+    typed = _typed_layer(trace, kind, layer)
+    return to_tensor(typed.values, typed.dtype)
+
+
+def _typed_layer(trace: Trace, kind: str, layer: int) -> TypedArray:
     name = trace._stored.array_name(kind, layer)
     if f"{kind}/{name}" not in trace._stored.objects:
         stored = list(trace._stored.stored_layers(kind))
@@ -85,7 +94,7 @@ def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
             "array per layer; extract again, or leave the sample out with indices="
         )
         raise DatasetError(message)
-    return to_tensor(typed.values, typed.dtype)
+    return typed
 
 
 def read_tensor(
@@ -95,38 +104,68 @@ def read_tensor(
 
     `axes` are those of one layer's stored array; the result has those of `Preparation.axes`.
     """
-    tokens = preparation.tokens
+    stored = trace._stored
+    names = [stored.array_name(kind, layer) for layer in preparation.layers]
+    paths = [path for path in stored.layer_paths(kind, names) if path in stored.objects]
+    most = None if preparation.tokens.take == "all" else MOST_AHEAD_NBYTES
+    with stored.read_ahead(paths, 1, together=True, most_nbytes=most):
+        found = _tensor(trace, kind, axes, preparation)
+    _check_finite(trace, kind, found, preparation)
+    return found
+
+
+def _tensor(
+    trace: Trace, kind: str, axes: tuple[str, ...], preparation: Preparation
+) -> torch.Tensor:
+    layers, take = preparation.layers, preparation.tokens.take
+    read = partial(_read_taken, trace, kind, axes, preparation=preparation)
     if not preparation.has_layer_axis:
-        (layer,) = preparation.layers
-        taken = _read_taken(trace, kind, axes, layer, preparation)
-        if tokens.take != "all" or preparation.dtype not in (None, taken.dtype):
-            # A view of a few tokens would keep the whole array alive, and send it between
-            # processes: cast and copy in one pass.
-            dtype = preparation.dtype or taken.dtype
-            taken = torch.empty(taken.shape, dtype=dtype).copy_(taken)
-        _check_finite(trace, kind, taken, preparation)
-        return taken
+        taken = read(layers[0])
+        if take == "all" and preparation.dtype in (None, taken.dtype):
+            return taken
+        # A view of a few tokens would keep the whole array alive, and send it between processes:
+        # cast and copy in one pass.
+        return torch.empty(taken.shape, dtype=preparation.dtype or taken.dtype).copy_(taken)
+    arrays: Iterable[torch.Tensor] = map(read, layers)
+    if take == "all":
+        typed = [_typed_layer(trace, kind, layer) for layer in layers]
+        whole = _in_one_piece(typed)
+        if whole is not None:
+            return whole if preparation.dtype is None else whole.to(preparation.dtype)
+        arrays = (to_tensor(each.values, each.dtype) for each in typed)
     stacked: torch.Tensor | None = None
-    for position, layer in enumerate(preparation.layers):
-        taken = _read_taken(trace, kind, axes, layer, preparation)
+    for position, (layer, taken) in enumerate(zip(layers, arrays, strict=True)):
+        dtype = preparation.dtype or taken.dtype
         if stacked is None:
-            dtype = preparation.dtype or taken.dtype
-            stacked = torch.empty((len(preparation.layers), *taken.shape), dtype=dtype)
-        if taken.shape != stacked.shape[1:] or (preparation.dtype or taken.dtype) != stacked.dtype:
+            stacked = torch.empty((len(layers), *taken.shape), dtype=dtype)
+        if taken.shape != stacked.shape[1:] or dtype != stacked.dtype:
             message = (
                 f"{named(trace)}: layer {layer} of {kind} is {tuple(taken.shape)} {taken.dtype}, "
-                f"layer {preparation.layers[0]} is {tuple(stacked.shape[1:])} {stacked.dtype}; "
+                f"layer {layers[0]} is {tuple(stacked.shape[1:])} {stacked.dtype}; "
                 "they cannot be stacked: choose layers= that are alike, and a dtype="
             )
             raise DatasetError(message)
         stacked[position] = taken
     assert stacked is not None  # `check_layers` rejects an empty choice of layers
-    _check_finite(trace, kind, stacked, preparation)
     return stacked
 
 
+def _in_one_piece(layers: list[TypedArray]) -> torch.Tensor | None:
+    """All layers as one tensor that shares their memory; None unless they lie there in order."""
+    first = layers[0].values
+    start, nbytes = first.ctypes.data, first.nbytes
+    for number, each in enumerate(layers):
+        values = each.values
+        is_alike = (values.shape, each.dtype) == (first.shape, layers[0].dtype)
+        follows = values.ctypes.data == start + number * nbytes and values.flags.c_contiguous
+        if not (is_alike and follows and values.base is first.base is not None):
+            return None
+    shape, strides = (len(layers), *first.shape), (nbytes, *first.strides)
+    return to_tensor(as_strided(first, shape, strides), layers[0].dtype)
+
+
 def _read_taken(
-    trace: Trace, kind: str, axes: tuple[str, ...], layer: int, preparation: Preparation
+    trace: Trace, kind: str, axes: tuple[str, ...], layer: int, *, preparation: Preparation
 ) -> torch.Tensor:
     """One layer's array, cut to the tokens asked for; a view of what was read where it can be."""
     array = read_layer(trace, kind, layer)

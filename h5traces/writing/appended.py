@@ -13,6 +13,7 @@ from h5traces.archive.trace import Trace
 from h5traces.errors import ConversionError, OptionError, SchemaError
 from h5traces.format import layout
 from h5traces.format.record import SourcePosition, TraceRecord
+from h5traces.format.text import counted
 from h5traces.format.values import MAX_DEPTH, TorchValue
 from h5traces.meaning.containers import is_absent, shape_of
 from h5traces.meaning.model_outputs import (
@@ -54,10 +55,8 @@ def records_of(
         records = [_of_one(sample, reading, established)]
     ids = [sample_id] if sample_id is None or isinstance(sample_id, str) else list(sample_id)
     if len(ids) != len(records):
-        message = (
-            f"{len(ids)} sample_id for a batch of {len(records)}; pass one id per sequence, as a "
-            "list"
-        )
+        given = counted(0 if sample_id is None else len(ids), "sample id")
+        message = f"{given} for a batch of {len(records)}; pass sample_id=[…], one per sequence"
         raise SchemaError(message)
     return [_with_id(each, found) for each, found in zip(records, ids, strict=True)]
 
@@ -176,11 +175,15 @@ def _plain_fields(fields: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _without_torch(value: Any, depth: int = 0) -> Any:
-    """`value` with every torch tensor inside as a `TorchValue`; never the first to import torch."""
+    """`value` with every torch tensor inside as a `TorchValue`; never the first to import torch.
+
+    ConversionError for what has no plain values, such as masked arrays.
+    """
     torch = sys.modules.get("torch")
-    if torch is None:
-        return value
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, np.ma.MaskedArray):
+        message = "a masked array cannot be kept; pass array.filled(value), and the mask as a field"
+        raise ConversionError(message)
+    if torch is not None and isinstance(value, torch.Tensor):
         from h5traces.archive.torch_values import from_tensor
 
         return TorchValue(*from_tensor(value))

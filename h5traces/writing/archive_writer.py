@@ -13,6 +13,7 @@ import os
 import uuid
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from h5traces.errors import ArchiveExistsError, __version__
@@ -23,7 +24,7 @@ from h5traces.format.document import Attrs, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
 from h5traces.format.limits import DEFAULT_LIMITS
-from h5traces.format.record import StepArrays, TraceRecord, index_columns
+from h5traces.format.record import IndexRow, StepArrays, TraceRecord, index_columns
 from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.meaning.array_checks import not_finite_findings
@@ -49,7 +50,7 @@ from h5traces.writing.preparation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     import numpy as np
@@ -69,6 +70,8 @@ _QUEUED_PER_WORKER = 2
 # Values in a group of arrays. Handing one array at a time to a thread and back took a tenth of the
 # interpreter's time.
 _GROUP_SIZE = 1 << 20
+# Smaller groups are not handed over at all.
+_SMALL_GROUP = 1 << 17
 
 
 class ArchiveWriter:
@@ -120,11 +123,11 @@ class ArchiveWriter:
                 self._hdf5.create_group(layout.SAMPLES_GROUP, {})
                 self._hdf5.create_group(layout.KINDS_GROUP, {})
             undo.pop_all()
-        self._footer = FooterBuilder()
+        self._footer = FooterBuilder(path.parent)
         self._origins: list[Origin] = []
         self._observed = Observation()
         self._generations = {} if generations is None else generations
-        self._index: list[TraceMetadata] = []
+        self._index: list[IndexRow] = []
         self._casts: dict[str, tuple[Cast, ...]] = {}
         self._finished = False
         self.part_path = self._part.path
@@ -202,11 +205,12 @@ class ArchiveWriter:
         self._hdf5.add_attributes(group, {"digest": digest})
         self._hdf5.finish_group(group)
         self._part.file.raise_error()
+        self._part.file.start_write_back()
         self._footer.add_sample(
             {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
         )
         self.digests.append(digest)
-        self._index.append(metadata)
+        self._index.append(IndexRow.of(metadata))
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
 
@@ -242,10 +246,9 @@ class ArchiveWriter:
         for kind, layered in record.layered.items():
             if layered.in_steps:
                 yield prepare_element(steps_table(kind, layered.arrays))
-            for group in _groups(layered.arrays):
-                waiting.append(
-                    self._pool.submit(prepare_layers, kind, group, self._options, self._encoder)
-                )
+            for group, size in _groups(layered.arrays):
+                task = partial(prepare_layers, kind, group, self._options, self._encoder)
+                waiting.append(self._pool.submit(task) if size >= _SMALL_GROUP else _done(task))
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
                     yield from next_ready()
         while waiting:
@@ -306,7 +309,8 @@ class ArchiveWriter:
         self._copy_foreign()
         self._pool.shutdown()
         self._part.file.raise_error()
-        self._part.append(self._footer.finish(self._part.file, {**root, **complete}, kinds))
+        for block in self._footer.finish(self._part.file, {**root, **complete}, kinds):
+            self._part.append(block)
         self._part.sync()
         self.summary.nbytes = self._part.path.stat().st_size
         self._metadata = archive
@@ -359,8 +363,9 @@ class ArchiveWriter:
 
     def _kind_attributes(self, kind: str) -> Attrs:
         definition = layout.KINDS.get(kind)
-        text = definition.definition if definition else layout.FURTHER_KIND
         observed = self._observed
+        said = observed.definitions.get(kind) or layout.FURTHER_KIND
+        text = definition.definition if definition else said
         found = observed.reductions.get(kind, {None})
         positions = observed.positions.get(kind)
         reduction = (_only(found) or "unknown") if kind == layout.ATTENTION_MEAN else None
@@ -384,6 +389,7 @@ class ArchiveWriter:
     def discard(self) -> None:
         """Delete what was written, and nothing else."""
         self._pool.shutdown(cancel_futures=True)
+        self._footer.close()
         self._part.discard()
 
     def __enter__(self) -> Self:
@@ -407,8 +413,15 @@ def _only(values: set[_Value]) -> _Value | None:
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
-    """Group the arrays so that handing a group to a thread is worth it."""
+def _done(task: Callable[[], _Value]) -> Future[_Value]:
+    """A task that the calling thread has done."""
+    found: Future[_Value] = Future()
+    found.set_result(task())
+    return found
+
+
+def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[tuple[list[LayerArray], int]]:
+    """Group the arrays so that handing a group to a thread is worth it; groups with their sizes."""
     group: list[LayerArray] = []
     size = 0
     for each in arrays:
@@ -416,10 +429,10 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[list[LayerArray]]:
         group.append(each)
         size += sum(math.prod(step.shape) for step in steps)
         if size >= _GROUP_SIZE:
-            yield group
+            yield group, size
             group, size = [], 0
     if group:
-        yield group
+        yield group, size
 
 
 def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:

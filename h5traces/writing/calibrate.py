@@ -8,7 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.scales import stored_statistics
@@ -31,6 +31,7 @@ from h5traces.sources.runs import readings_of
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import write_scales
+from h5traces.writing.options import DEFAULT_SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 
     # Path of a layer, and its hidden states (tokens, hidden).
     States = Iterable[tuple[str, NDArray[Any]]]
-
-DEFAULT_SAMPLES: Final = 200
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ Foreign = Literal["keep", "drop"]
 # Samples to measure scales on if no file of scales is given: the tokens of 64 samples give sigma
 # to about one per cent.
 AUTOMATIC_SAMPLES: Final = 64
+# And to make such a file.
+DEFAULT_SAMPLES: Final = 200
 
 _HALF_NBYTES: Final = 2
 # Above this share, exceptions take a tenth of what the coarsest tier stores.

@@ -258,8 +258,9 @@ class Observation:
     """Layers and sizes of one sample, or of all samples so far.
 
     Layers are numbers by kind; a kind that is stored without arrays has none. ``positions`` are the
-    same where no decoder block is known, ``axes`` those of kinds that the format does not name, and
-    ``reductions`` the ways in which heads were reduced, by kind; None if unknown.
+    same where no decoder block is known, ``axes`` and ``definitions`` those of kinds that the
+    format does not name, and ``reductions`` the ways in which heads were reduced, by kind; None if
+    unknown.
     """
 
     layers: dict[str, set[int]] = field(default_factory=dict)
@@ -268,6 +269,7 @@ class Observation:
     hidden_sizes: set[int] = field(default_factory=set)
     head_counts: set[int] = field(default_factory=set)
     reductions: dict[str, set[str | None]] = field(default_factory=dict)
+    definitions: dict[str, str | None] = field(default_factory=dict)
 
     def add_array(self, kind: str, name: str, shape: tuple[int, ...]) -> None:
         """Add one layer's array, without a beam axis."""
@@ -292,6 +294,10 @@ class Observation:
                     f"({', '.join(self.axes[kind])}); expected the same in an archive"
                 )
                 raise SchemaError(message)
+        for kind, definition in sample.definitions.items():
+            # What is not said of every sample is not said of the kind.
+            if self.definitions.setdefault(kind, definition) != definition:
+                self.definitions[kind] = None
         for kind in dict.fromkeys([*sample.layers, *sample.positions]):
             self._add_numbers(sample, kind, ordinal)
         self.hidden_sizes |= sample.hidden_sizes
@@ -327,6 +333,7 @@ def observe(record: TraceRecord) -> Observation:
         found.reductions[kind] = {layered.reduction}
         if layered.axes is not None:
             found.axes[kind] = layered.axes
+            found.definitions[kind] = layered.definition
         for entry in layered.arrays:
             if isinstance(entry.array, StepArrays):
                 found.add_array(kind, entry.name, ())

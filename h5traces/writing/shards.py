@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.opening import open as open_archive
@@ -21,7 +22,7 @@ from h5traces.format import layout
 from h5traces.format.digests import difference, sample_difference
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.text import and_more
-from h5traces.storage.arrays import read_array
+from h5traces.storage.arrays import read_checked_array
 from h5traces.storage.files import LocalFile
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.processes import deferred_signals
@@ -30,8 +31,10 @@ from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.preparation import Observation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from h5traces.archive.file import ArchiveFile
     from h5traces.format.archive import SourceFile
@@ -46,8 +49,10 @@ if TYPE_CHECKING:
 _STOCK_EVERY = 64
 _STOCK_EVERY_AT_ENDS = 8
 _SMALL_NBYTES = 64 << 10
-# Datasets per task of a thread: handing one over takes longer than hashing it.
+# Datasets per task of a thread: handing one over takes longer than hashing it. Those of a small
+# sample are not handed over at all.
 _GROUP = 8
+_SMALL_SAMPLE_NBYTES = 1 << 20
 
 
 def verify_written(
@@ -69,14 +74,23 @@ def verify_written(
         message = f"{path}: {store.num_samples} samples were stored, expected {len(digests)}"
         raise CorruptArchiveError(message)
     num_datasets = 0
+    workers = workers or os.cpu_count() or 1
     stock = Hdf5Reader(path, DEFAULT_LIMITS, locked_by_us=True)
     with stock, ThreadPoolExecutor(workers) as pool:
         for index, expected in enumerate(digests):
-            sample = store.sample(index)
+            stored = store.sample(index)
+            # Each entry is made once.
+            sample = replace(stored, objects=dict(stored.objects))
             entries = [entry for entry in sample.objects.values() if not entry.is_group]
-            groups = [entries[start : start + _GROUP] for start in range(0, len(entries), _GROUP)]
-            found = pool.map(lambda group: _wrong_paths(file, group), groups)
-            wrong = [path for paths in found for path in paths]
+            paths = [entry.path for entry in entries]
+            arrays = store.begin([(stored, paths)], workers).arrays()
+            if sum(entry.raw_nbytes for entry in entries) < _SMALL_SAMPLE_NBYTES:
+                wrong = _wrong_paths(file, entries, arrays)
+            else:
+                starts = range(0, len(entries), _GROUP)
+                parts = [entries[start : start + _GROUP] for start in starts]
+                found = pool.map(_wrong_paths, repeat(file), parts, repeat(arrays))
+                wrong = [path for part in found for path in part]
             if wrong or sample_difference(sample, expected):
                 place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
                 message = f"{path}: {place} reads back with other values than were written"
@@ -88,7 +102,7 @@ def verify_written(
         datasets = (
             [] if scales is None else [each for each in scales.objects.values() if each.dtype]
         )
-        wrong = _wrong_paths(file, datasets)
+        wrong = _wrong_paths(file, datasets, {})
         if wrong:
             message = f"{path}: /{wrong[0]} reads back with other values than were written"
             raise CorruptArchiveError(message)
@@ -105,13 +119,16 @@ def _stock_choice(entries: Sequence[ObjectEntry], index: int, *, at_end: bool) -
     ]
 
 
-def _wrong_paths(file: ByteFile, entries: Sequence[ObjectEntry]) -> list[str]:
-    """Paths of the entries whose values do not give their digest."""
-    return [
-        entry.path
-        for entry in entries
-        if difference(entry, read_array(file, entry, DEFAULT_LIMITS))
-    ]
+def _wrong_paths(
+    file: ByteFile, entries: Sequence[ObjectEntry], arrays: Mapping[str, NDArray[Any]]
+) -> list[str]:
+    """Paths of the entries whose values, of `arrays` or else the file, do not give their digest."""
+    wrong = []
+    for entry in entries:
+        values = arrays.get(entry.path)
+        if difference(entry, read_checked_array(file, entry) if values is None else values):
+            wrong.append(entry.path)
+    return wrong
 
 
 def _check_through_stock_hdf5(

@@ -16,6 +16,7 @@ from h5traces.format.record import (
     EarlierCast,
     LayerArray,
     LayeredArrays,
+    SourceForm,
     StepArrays,
     TokensContainer,
     TraceRecord,
@@ -84,6 +85,7 @@ class StoredSample:
             found.reductions[kind] = {self._trace.file.reduction(kind)}
             if kind not in layout.KINDS:
                 found.axes[kind] = self._trace.axes(kind)
+                found.definitions[kind] = self._trace.definition(kind)
             if not name or name in layout.TABLES:
                 continue
             in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
@@ -102,6 +104,8 @@ class StoredSample:
             if entry.is_group:
                 attrs = dict(entry.attrs)
                 if selected is not None and entry.path in self._trace.kinds:
+                    form = SourceForm.model_fields
+                    attrs = {key: each for key, each in attrs.items() if key not in form}
                     attrs |= to_attributes(self._trace.form(entry.path))
                 yield EncodedObject(entry.path, attrs)
             elif selected is not None and _is_table(self._trace, entry, layout.STEPS_TABLE):
@@ -163,6 +167,11 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
     `lazy` arrays are read when they are loaded.
     """
     stored = trace._stored
+    with stored.read_ahead(() if lazy else stored.needed()):
+        return _record(stored, first_source, lazy=lazy)
+
+
+def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecord:
     extra: dict[str, Any] = {}
     prefix = f"{layout.EXTRA_GROUP}/"
     for path in stored.objects:
@@ -198,6 +207,7 @@ def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> Tra
                 stored.form(kind),
                 stored.file.reduction(kind),
                 None if kind in layout.KINDS else stored.axes(kind),
+                None if kind in layout.KINDS else stored.definition(kind),
             )
             for kind, entries in _layered_entries(stored).items()
         },

@@ -71,6 +71,45 @@ def test_the_same_run_in_another_format_is_no_success(traces: Path) -> None:
     assert report["ok"] is False
 
 
+def test_many_files_are_no_wall_of_rows(traces: Path) -> None:
+    one = pickle.dumps(make_batch("full_pkl", num_samples=1))
+    for number in range(2, 24):
+        (traces / f"run_batch_{number:04d}.pkl").write_bytes(one)
+    (traces / "run_batch_0007.pkl").write_bytes(one[:-40])
+    out = f"{traces.parent}/many/"
+    printed = run("convert", traces, "-o", out, code=1)
+    rows = [line for line in printed.stdout.splitlines() if line.startswith(("conv", "fail"))]
+    assert len(rows) == 1
+    assert rows[0].startswith("failed")
+    assert "run_batch_0007" in rows[0]
+    assert "23 archives not listed; --json lists all" in " ".join(printed.stdout.split())
+
+
+def test_inspect_says_how_a_file_was_understood(tmp_path: Path) -> None:
+    (sample,) = make_batch("full_pkl", num_samples=1)
+    (tmp_path / "one.pkl").write_bytes(pickle.dumps(sample))
+    (found,) = h5traces.inspect(tmp_path / "one.pkl")
+    assert found.understood == ["a dict is one sample"]
+    assert "understood: a dict is one sample" in run("inspect", tmp_path / "one.pkl").stdout
+
+
+def test_the_weights_of_a_model_are_no_batch(traces: Path) -> None:
+    model = traces / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}\n')
+    header = json.dumps({"q.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    safetensors = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        (model / name).write_bytes(safetensors)
+    report, _ = converted(traces)
+    assert len(report["files"]) == 2
+    weights = [each for each in report["unrelated"] if each["kind"] == "weights of a model"]
+    assert len(weights) == 2
+    # Without a configuration, it may be of a run.
+    (model / "config.json").unlink()
+    converted(traces, code=1)
+
+
 def test_what_belongs_to_no_run_is_a_note(traces: Path) -> None:
     (traces / "README.md").write_text("# How these were made\n\nBy a run.\n")
     (traces / "labels.csv").write_text("question_id,label\ntc_0,1\n")

@@ -39,7 +39,7 @@ def test_the_python_code_runs():
 
 def test_the_commands_run():
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.output)
@@ -55,7 +55,7 @@ def test_every_option_that_is_named_exists():
 
 
 def test_the_figures_are_those_that_the_command_prints():
-    command = blocks("bash")[1].splitlines()[0]
+    command = blocks("bash")[2].splitlines()[0]
     output = CliRunner().invoke(app, shlex.split(command)[1:]).output
     text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
     sizes = dict(re.findall(r"^(archive.*?)  +\d+ .*?([\d.]+ GB)", output, re.MULTILINE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,23 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 LAYERS, TOKENS, WIDTH, HEADS = 4, 7, 8, 2
+ROOT = Path(__file__).parents[2]
+RECORDED = ROOT / "tests" / "sources" / "recorded"
+# Targets made of files that libraries recorded: samples, and layers of the first one.
+OF_LIBRARIES = {
+    "lens.h5": (1, (None, 0, 1)),
+    "lens-batch.h5": (2, (0, 1)),
+    "nnsight.h5": (1, (0, 1)),
+    "stacked.h5": (1, (0, 1)),
+    "sae.h5": (4, (1,)),
+    "sae-mlp.h5": (4, (1,)),
+    "drafts.h5": (2, (0, 1, 2, 3)),
+}
+
+
+def target_of(command: str) -> str:
+    words = shlex.split(command)
+    return words[words.index("-o") + 1]
 
 
 def states(number: int) -> np.ndarray:
@@ -137,7 +155,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def write_recorded(folder: Path) -> None:
+    for library in ("transformer-lens", "nnsight", "saelens"):
+        shutil.copytree(RECORDED / library, folder, dirs_exist_ok=True)
+    shutil.copytree(RECORDED / "specforge", folder / "specforge")
+    for path in (ROOT / "examples" / "mappings").glob("*.toml"):
+        shutil.copy(path, folder)
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if target_of(each) in OF_LIBRARIES])
+def test_the_command_reads_what_the_library_wrote(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values are compared in `test_layouts_of_libraries`."""
+    write_recorded(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = [sys.executable, "-W", "ignore", "-m", "h5traces", *shlex.split(command)[1:]]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    count, layers = OF_LIBRARIES[target_of(command)]
+    archive = h5traces.open(target_of(command), container="numpy")
+    assert len(archive) == count
+    assert archive[0]["hidden_states"].layers == layers
+
+
+def test_every_library_has_its_commands() -> None:
+    assert OF_LIBRARIES.keys() == {target_of(each) for each in COMMANDS} & OF_LIBRARIES.keys()
+
+
+@pytest.mark.parametrize(
+    "command", [each for each in COMMANDS if target_of(each) not in OF_LIBRARIES]
+)
 def test_the_command_runs_and_the_values_are_those_of_the_source(
     folder: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,6 +268,7 @@ def test_references_of_shards_and_bfloat16(tmp_path: Path, bfloat16: Path) -> No
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
 def test_virtualizarr_opens_the_references(tmp_path: Path, archive: Path) -> None:
     pytest.importorskip("virtualizarr")
+    import xarray
     from obspec_utils.registry import ObjectStoreRegistry
     from obstore.store import LocalStore
     from virtualizarr import open_virtual_dataset
@@ -279,6 +280,9 @@ def test_virtualizarr_opens_the_references(tmp_path: Path, archive: Path) -> Non
     found = open_virtual_dataset(f"file://{out}", registry=registry, parser=parser)
     assert found["layer_001"].dims == ("token", "hidden")
     assert found["layer_001"].shape == BATCH[0]["hidden_states"][1].shape
+    store = parser(f"file://{out}", registry)
+    values = xarray.open_zarr(store, consolidated=False, zarr_format=3)["layer_001"].values
+    assert bits(values) == bits(h5traces.open(archive)[0]["hidden_states"][1])
 
 
 # --- every format ---------------------------------------------------------------------------------
@@ -302,6 +306,29 @@ def test_what_has_no_place_is_named(tmp_path: Path) -> None:
     for name in ("o.npz", "o.safetensors", "o.parquet"):
         with pytest.warns(LossyWarning, match="left out what .* has no place for: odd; pickle and"):
             h5traces.export(source, tmp_path / name)
+
+
+@pytest.mark.parametrize("to", ["npz", "safetensors"])
+def test_a_folder_gets_its_name_when_all_is_written(tmp_path: Path, archive: Path, to: Any) -> None:
+    seen = []
+
+    def stop(done: int, count: int) -> None:
+        seen.append(sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".part"))
+        if done == 3:
+            raise KeyboardInterrupt
+
+    before = sorted(each.name for each in tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        h5traces.export(archive, f"{tmp_path}/out/", to=to, progress=stop)
+    assert seen == [before] * 3
+    assert sorted(each.name for each in tmp_path.iterdir()) == before
+    out = h5traces.export(archive, f"{tmp_path}/out/", to=to)
+    files = {each: each.read_bytes() for each in sorted(out.iterdir())}
+    assert len(files) == 5
+    with pytest.raises(ArchiveExistsError, match="and 2 more already"):
+        h5traces.export(archive, f"{tmp_path}/out/", to=to)
+    h5traces.export(archive, f"{tmp_path}/out/", to=to, overwrite=True)
+    assert {each: each.read_bytes() for each in sorted(out.iterdir())} == files
 
 
 def test_usage(tmp_path: Path, archive: Path) -> None:

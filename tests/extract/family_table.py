@@ -7,9 +7,22 @@ from family_models import FAMILIES, make_family
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
-from h5traces.extract.capture import check_capture, with_weights
+from h5traces.extract.capture import check_capture, padded, with_weights
+from h5traces.extract.sites import find_sites
 
-HEADER = ["| family | class | states | attentions | batches |", "|---|---|---|---|---|"]
+HEADER = [
+    "| family | class | states | attentions | other kinds | batches |",
+    "|---|---|---|---|---|---|",
+]
+# Letters of the page, and a kind that stands for each.
+LETTERS = {
+    "M": "residual_mid",
+    "A": "attention_output",
+    "F": "mlp_output",
+    "H": "head_outputs",
+    "Q": "queries",
+    "R": "router_logits",
+}
 NONE = "\N{EN DASH}"
 _PAD = 2
 
@@ -35,7 +48,11 @@ def row_of(family):
     except ExtractionError as error:
         _expect("cannot be run in batches", error)
         batches = NONE
-    return f"| {family} | {type(model).__name__} | yes | {attentions} | {batches} |"
+    inputs = anatomy.inputs(padded([range(11)], _PAD, anatomy.device))
+    sites = find_sites(anatomy, inputs)
+    others = " ".join(letter for letter, kind in LETTERS.items() if kind in sites) or NONE
+    name = type(model).__name__
+    return f"| {family} | {name} | yes | {attentions} | {others} | {batches} |"
 
 
 def _expect(message, error):

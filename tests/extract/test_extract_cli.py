@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
 from family_models import make_family
 from tiny_models import QUESTIONS, ROOT, TINY_LLAMA, tokenizer
@@ -151,7 +153,7 @@ def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_mo
         ({"--dataset": "squad"}, "no data set is known as 'squad', and no file has that name"),
         ({"--dataset": "triviaqa"}, "cannot be loaded"),
         ({"--layers": "0,6"}, "layer 6 was asked for, but the model has 6 layers (0 to 5)"),
-        ({"--kinds": "hidden_states,logits"}, "expected some of 'hidden_states'"),
+        ({"--kinds": "hidden_states,neurons"}, "expected some of hidden_states"),
         ({"--prompt-template": "Q:"}, "does not hold {question}"),
         ({"--device": "nonsense"}, "cannot be moved to device 'nonsense'"),
         ({"--device": "auto"}, "device 'auto' needs accelerate, which is not installed"),
@@ -262,7 +264,14 @@ def test_estimate_from_shapes():
 
 def test_estimate_from_a_configuration(huge_model):
     found = json.loads(run("estimate", "--model-id", huge_model, "--json").stdout)
-    assert found["shape"] == {"num_layers": 1000, "hidden_size": 2**17, "num_heads": 1024}
+    assert found["shape"] == {
+        "num_layers": 1000,
+        "hidden_size": 2**17,
+        "num_heads": 1024,
+        "num_key_value_heads": 1024,
+        "head_size": 128,
+        "num_experts": 0,
+    }
 
 
 def test_estimate_from_a_pilot(tmp_path):
@@ -283,6 +292,29 @@ def test_estimate_from_a_pilot(tmp_path):
     part = tmp_path / "part.h5"
     run("extract", *TINY, "--num-samples", 5, *arguments, "-o", part, "--layers", "0,last")
     assert found["rows"][3]["sample_nbytes"] * 5 == pytest.approx(part.stat().st_size, rel=0.15)
+
+
+def test_a_pilot_of_any_source(tmp_path):
+    """What it says is what converting the file takes."""
+    rng = np.random.default_rng(0)
+    samples = [
+        {
+            "question_id": f"q{n}",
+            "hidden_states": [torch.tensor(rng.normal(size=(20, 64))).half() for _ in range(4)],
+            "attentions": [torch.full((2, 20, 20), 0.05).half() for _ in range(3)],
+        }
+        for n in range(8)
+    ]
+    torch.save(samples, tmp_path / "run.pt")
+    found = json.loads(run("estimate", "--pilot", tmp_path / "run.pt", "--json").stdout)
+    assert found["shape"].items() >= {"num_layers": 4, "hidden_size": 64, "num_heads": 2}.items()
+    assert found["mean_seq_len"] == 20
+    run("convert", tmp_path / "run.pt", "-o", tmp_path / "run.h5")
+    row = found["rows"][2]
+    assert row["basis"] == "measured"
+    assert row["sample_nbytes"] * 8 == pytest.approx((tmp_path / "run.h5").stat().st_size, rel=0.1)
+    again = json.loads(run("estimate", "--pilot", tmp_path / "run.h5", "--json").stdout)
+    assert again["rows"][2]["sample_nbytes"] == pytest.approx(row["sample_nbytes"], rel=0.01)
 
 
 def test_a_pilot_measures_the_tiers(tmp_path):
@@ -320,7 +352,8 @@ def test_wrong_usage_of_estimate(arguments, message):
 def test_stated_rates_are_those_of_the_trained_model(dtype):
     """A third of its questions, so not quite the same figures."""
     found = json.loads(run("estimate", *TINY, "--pilot", 13, "--dtype", dtype, "--json").stdout)
-    stated = STATED_RATES[dtype]
+    stated = STATED_RATES[dtype].of_kinds(found["rates"]["bits"])
+    assert set(stated.bits) == {"hidden_states", "attentions"}
     assert found["rates"]["bits"] == pytest.approx(stated.bits, rel=0.05)
     beside = found["rates"]["sample_nbytes"]
     assert beside == pytest.approx(stated.sample_nbytes, rel=0.5)

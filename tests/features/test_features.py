@@ -444,7 +444,7 @@ def test_a_missing_library_is_named(archive: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingDependencyError" in done.stderr
-    assert "install h5traces[parquet]" in done.stderr
+    assert ".parquet needs pyarrow, which is not installed; pip install" in done.stderr
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.rewriting.repack import repack
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterError, hdf5_end
+from h5traces.storage.footer import hdf5_end
+from h5traces.storage.footer_rows import FooterError
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ def read(path: Path) -> tuple[dict[str, str], list[H5TracesError]]:
             note(f"{index}: metadata", lambda trace=trace: trace.metadata.model_dump(mode="json"))
             for key in note(f"{index}: keys", lambda trace=trace: list(trace)) or ():
                 value = note(f"{index}: {key}", lambda trace=trace, key=key: _length(trace[key]))
-                for place in range(value if key in probe.LAYERED else 0):
+                # None where the field cannot be read, which `errors` has.
+                for place in range(value or 0 if key in probe.LAYERED else 0):
                     note(
                         f"{index}: {key} {place}",
                         lambda trace=trace, key=key, place=place: trace[key][place],
@@ -223,8 +225,9 @@ class Subject:
             self.by_hdf5 = contents(Hdf5Store(path, DEFAULT_LIMITS))
         self.data = path.read_bytes()
         self.end = hdf5_end(LocalFile(path))
-        offsets, sizes, _ = store.chunk_table()
-        spans = sorted(zip(offsets.tolist(), (offsets + sizes).tolist(), strict=True))
+        tables = [each.chunks for sample in store.samples() for each in sample.objects.values()]
+        ranges = [each for table in tables if table is not None for each in table.ranges]
+        spans = sorted((start, start + nbytes) for start, nbytes in ranges)
         self.chunks = list(dict.fromkeys(spans))
 
     def flip(self, rng: random.Random) -> Damage:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attack import Attack, register
-from specimen import column, footer_of, seal
+from specimen import ROW, column, footer_of, seal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ATTACKS: list[Attack] = []
@@ -32,7 +33,7 @@ def forged(
     problem: str | None = LIES,
     **options: Any,
 ) -> None:
-    """An attack that changes the directory or the columns of the footer, and seals it again."""
+    """An attack that changes directory, columns or first row of the footer, and seals it again."""
 
     def build(path: Path) -> None:
         document, columns = footer_of(path)
@@ -170,32 +171,57 @@ forged("codec-zstd", key("codecs", ["", *["zstd"] * 20]), error="damaged|cannot 
 forged("all-names-alike", filled("object_name", 0), error="not stored|index|shape|field")
 forged(
     "duplicate-names",
-    raw_column("names_json", b'["a"' + b',"a"' * 99 + b"]"),
+    raw_column("names", b'["a"' + b',"a"' * 99 + b"]"),
     error="index|stored",
 )
-forged("no-names", raw_column("names_json", b"[]"), error=LIES)
+forged("no-names", raw_column("names", b"[]"), error=LIES)
 
 
 def one_sample_more(document: dict[str, Any], columns: dict[str, bytes]) -> None:
-    """The tables fit; only who asks for the last sample learns that there is none."""
+    """The group fits; only who asks for the last sample learns that there is none."""
     document["num_samples"] += 1
-    for name in ("sample_num_objects", "sample_attrs_nbytes"):
-        columns[name] += bytes(4)
+    columns["other_rows"] += (16).to_bytes(4, "little") + bytes(16)
+    columns["ids"] = b'[["q0","q1",null],[0,0,null]]'
 
 
 forged("one-sample-more", one_sample_more, error="sample 2 is missing, as there are 2")
 forged("no-checksums", raw_column("chunk_checksum", b""), error="index|chunks are stored")
-forged("names-are-numbers", raw_column("names_json", b"[1,2,3]"), error=LIES)
-forged("names-are-an-object", raw_column("names_json", b'{"a":1}'), error="index|stored")
-forged("names-are-a-number", raw_column("names_json", b"7"), error=LIES)
-forged("attrs-are-numbers", raw_column("attrs_json", b"[1,2,3]"), error=LIES)
-forged("attrs-are-null", raw_column("attrs_json", b"null"), error=LIES)
-forged("attrs-nest", raw_column("attrs_json", b'[{"a":{"b":[]}}]'), error="index|encoding|sequence")
+forged("names-are-numbers", raw_column("names", b"[1,2,3]"), error=LIES)
+forged("names-are-an-object", raw_column("names", b'{"a":1}'), error="index|stored")
+forged("names-are-a-number", raw_column("names", b"7"), error=LIES)
+forged("attrs-are-numbers", raw_column("attrs", b"[1,2,3]"), error=LIES)
+forged("attrs-are-null", raw_column("attrs", b"null"), error=LIES)
+forged("attrs-nest", raw_column("attrs", b'[{"a":{"b":[]}}]'), error="index|encoding|sequence")
 forged("sample-attrs-are-a-list", raw_column("sample_attrs", b"[" * 2000), error=LIES)
-forged("sample-attrs-of-no-bytes", filled("sample_attrs_nbytes", 0), error=LIES)
-forged("sample-attrs-too-long", filled("sample_attrs_nbytes", 4_000_000_000), error=LIES)
-forged("samples-without-objects", filled("sample_num_objects", 0), error="not stored|index")
-forged("too-many-objects", filled("sample_num_objects", 4_000_000_000), error=LIES)
+forged("sample-attrs-of-no-bytes", raw_column("sample_attrs", b""), error=LIES)
+for number, what in enumerate(("objects", "axes", "chunks", "bytes")):
+    for name, count in (("no", 0), ("one-more", None), ("too-many", 4_000_000_000)):
+
+        def change(found: np.ndarray, number: int = number, count: int | None = count) -> None:
+            found[number] = found[number] + 1 if count is None else count
+
+        forged(f"{name}-{what}", values("counts", change), error=LIES)
+
+
+def axes_for_chunks(document: dict[str, Any], columns: dict[str, bytes]) -> None:
+    """The size of the row fits, its columns do not: 48 bytes are three axes and two chunks."""
+    del document
+    counts = column(columns, "counts")
+    counts[1:3] += np.array([3, -2], np.int64).astype("u4")
+    columns["counts"] = counts.tobytes()
+
+
+forged("axes-for-chunks", axes_for_chunks, error=LIES)
+
+
+def no_objects(document: dict[str, Any], columns: dict[str, bytes]) -> None:
+    del document
+    for name in ROW:
+        columns[name] = b"" if name not in ("counts", "sample_attrs") else columns[name]
+    columns["counts"] = bytes(12) + columns["counts"][12:]
+
+
+forged("a-sample-without-objects", no_objects, error="not stored|index")
 
 # --- counts and columns ----------------------------------------------------------------------
 
@@ -208,20 +234,81 @@ for name, count in {
 }.items():
     # A footer without a directory is not used: no problem, but a note.
     forged(f"{name}-num-samples", key("num_samples", count), error="the index", problem=None)
-forged("column-missing", dropped("chunk_nbytes"), error=LIES)
+for name in ("names", "attrs", "ids", "chunk_nbytes"):
+    forged(f"{name}-missing", dropped(name), error=LIES)
 forged("columns-empty", filled("chunk_nbytes", 0), error="outside|hold|index|checksum")
-for name in ("object_dims", "names_json", "sample_attrs", "sample_num_objects"):
+for name in ("names", "attrs", "ids", "row"):
     forged(f"{name}-claims-1-gib", lambda *_: None, claims={name: 1 << 30}, error=LIES)
-    forged(f"{name}-claims-2-to-62", lambda *_: None, claims={name: 1 << 62}, error=LIES)
-    forged(f"{name}-claims-less-than-nothing", lambda *_: None, claims={name: -8}, error=LIES)
+    forged(f"{name}-claims-nothing", lambda *_: None, claims={name: 0}, error=LIES)
+    if name != "row":
+        forged(f"{name}-claims-2-to-62", lambda *_: None, claims={name: 1 << 62}, error=LIES)
+        forged(f"{name}-claims-less-than-nothing", lambda *_: None, claims={name: -8}, error=LIES)
+        forged(f"{name}-is-a-bomb", raw_column(name, bytes(16 * MiB)), error=LIES)
+for name in ("object_dims", "sample_attrs", "object_name"):
     forged(f"{name}-is-a-bomb", raw_column(name, bytes(16 * MiB)), error=LIES)
 forged("bomb-of-128-mib", raw_column("object_dims", bytes(128 * MiB)), error=LIES)
 forged("unknown-column", raw_column("x", b"abc"), problem=None)
 
+# --- groups and ids --------------------------------------------------------------------------
+
+
+def place(name: str, column: str, change: Callable[[np.ndarray], object], **options: Any) -> None:
+    """The table of the group says otherwise where its rows lie."""
+
+    def apply(table: np.ndarray) -> None:
+        table[column] = change(table[column].astype(np.uint64))
+
+    forged(f"rows-{name}", lambda *_: None, places=apply, error=LIES, **options)
+
+
+place("of-no-bytes", "nbytes", lambda found: found * 0)
+place("longer", "nbytes", lambda found: found + 1)
+place("of-4-gb", "nbytes", lambda found: found * 0 + (1 << 32) - 1)
+place("exchanged", "nbytes", lambda found: found[::-1])
+place("one-for-both", "nbytes", lambda found: [found.sum(), *(found[1:] * 0)])
+place("of-another-size", "raw_nbytes", lambda found: found + 1)
+place("of-wrong-checksums", "checksum", lambda found: found ^ np.uint64(1))
+forged("table-too-short", lambda *_: None, places=lambda table: table[:1], error=LIES)
+forged("table-too-long", lambda *_: None, places=lambda table: table[[0, 1, 1]], error=LIES)
+
+for name, groups in {
+    "none": [],
+    "numbers": [1, 2],
+    "of-three": [[1, 2, 3]],
+    "negative": [[-5, 0]],
+    "huge": [[1 << 62, 0]],
+    "two": [[100, 0], [100, 0]],
+    "text": "groups",
+}.items():
+    forged(f"groups-{name}", key("groups", groups), problem=None)
+forged(
+    "group-shorter", lambda *_: None, groups=lambda found: found[0].__setitem__(0, 10), error=LIES
+)
+forged(
+    "group-of-wrong-checksum",
+    lambda *_: None,
+    groups=lambda found: found[0].__setitem__(1, 0),
+    error=LIES,
+)
+for name, ids in {
+    "exchanged": b'[["q1","q0"],[0,0]]',
+    "alike": b'[["q0","q0"],[0,0]]',
+    "other": b'[["q7","q8"],[0,0]]',
+    "too-few": b'[["q0"],[0]]',
+    "too-many": b'[["q0","q1","q2"],[0,0,0]]',
+    "of-two-lengths": b'[["q0","q1"],[0]]',
+    "numbers": b"[[0,1],[0,0]]",
+    "generations-are-text": b'[["q0","q1"],["0","0"]]',
+    "a-number": b"3",
+    "an-object": b"{}",
+}.items():
+    # Reading whole samples does not look at ids.
+    forged(f"ids-{name}", raw_column("ids", ids))
+
 # --- documents -------------------------------------------------------------------------------
 
 DEEP_JSON = b"[" * 100_000
-for name in ("names_json", "attrs_json"):
+for name in ("names", "attrs", "ids"):
     forged(f"{name}-nests", raw_column(name, DEEP_JSON), error=LIES)
     forged(f"{name}-nests-whole", raw_column(name, DEEP_JSON + b"]" * 100_000), error=LIES)
     forged(f"{name}-huge-number", raw_column(name, b"[" + b"9" * 100_000 + b"]"), error=LIES)

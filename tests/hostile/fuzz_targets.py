@@ -51,7 +51,6 @@ from h5traces.sources.pickle.source import PickleLimits
 from h5traces.sources.pickle.stream import BatchStream
 from h5traces.sources.signatures import identify
 from h5traces.storage.codecs import CODECS
-from h5traces.storage.footer import COLUMNS
 from h5traces.storage.hdf5.others import OtherHdf5, named
 
 if TYPE_CHECKING:
@@ -402,12 +401,12 @@ def _archive() -> tuple[Path, dict[str, Any], dict[str, bytes]]:
 def read_archive(data: bytes) -> None:
     """Read an archive whose footer is what the data say, with right checksums."""
     path, _, _ = _archive()
-    directory, *columns = _split(data, 1 + len(COLUMNS))
+    directory, *columns = _split(data, 1 + len(specimen.PARTS))
     try:
         document = json.loads(directory)
     except (ValueError, RecursionError):
         document = None
-    tables = dict(zip(COLUMNS, columns, strict=True))
+    tables = dict(zip(specimen.PARTS, columns, strict=True))
     if isinstance(document, dict):
         specimen.seal(path, document, tables)
     else:
@@ -431,7 +430,7 @@ def footers() -> Iterator[bytes]:
     """The footer of a real archive, and it again with single columns emptied."""
     _, document, columns = _archive()
     directory = json.dumps(document).encode()
-    parts = [directory, *(columns[name] for name in COLUMNS)]
+    parts = [directory, *(columns[name] for name in specimen.PARTS)]
     for missing in (None, *range(len(parts))):
         kept = [b"" if number == missing else part for number, part in enumerate(parts)]
         yield b"".join(_LENGTH.pack(len(part)) + part for part in kept)

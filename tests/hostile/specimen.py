@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 import h5traces
-from h5traces.storage import footer
+from h5traces.storage import footer, footer_rows
 from h5traces.storage.files import LocalFile
 
 if TYPE_CHECKING:
@@ -61,30 +61,59 @@ def edit(path: Path, change: Callable[[h5py.File], None]) -> None:
         change(file)
 
 
+# Of the first row: its four counts, its columns and the attributes of the sample.
+ROW = ("counts", *footer_rows.COLUMNS, "sample_attrs")
+DTYPES = {"counts": "<u4"} | {name: dtype for name, (dtype, *_) in footer_rows.COLUMNS.items()}
+# All parts of a footer but its directory.
+PARTS = (*ROW, *footer.COLUMNS, "other_rows")
+
+
 def footer_of(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The directory of an archive's footer as JSON, and the raw bytes of its columns."""
+    """The directory of an archive's footer as JSON, and the raw bytes of its `PARTS`."""
     file = LocalFile(path)
     directory = footer.read_directory(file)
     tables = footer.FooterTables(file, directory)
-    columns = {name: tables.column(name).tobytes() for name in footer.COLUMNS}
+    row, *others = (each._raw for each in tables.rows())
+    counts = footer_rows.COUNTS.unpack_from(row)
+    parts, position = {"counts": row[:16]}, 16
+    for name, (dtype, which, times) in footer_rows.COLUMNS.items():
+        nbytes = counts[which] * times * np.dtype(dtype).itemsize
+        parts[name] = row[position : position + nbytes]
+        position += nbytes
+    parts["sample_attrs"] = row[position:]
+    parts |= {name: footer_rows.encoded_json(tables.column(name)) for name in footer.COLUMNS}
+    parts["other_rows"] = b"".join(len(each).to_bytes(4, "little") + each for each in others)
     document = {
         "archive": directory.archive,
         "kinds": directory.kinds,
         "num_samples": directory.num_samples,
-        "num_objects": directory.num_objects,
+        **({"has_scales": 1} if directory.has_scales else {}),
         "types": directory.types,
         "codecs": directory.codecs,
         "metadata_checksum": directory.metadata_checksum,
     }
-    return document, columns
+    return document, parts
+
+
+def rows_of(parts: dict[str, bytes]) -> list[bytes]:
+    """The raw bytes of all rows."""
+    rows = [b"".join(parts.get(name, b"") for name in ROW)]
+    others = parts.get("other_rows", b"")
+    while others:
+        length = int.from_bytes(others[:4], "little")
+        rows.append(others[4 : 4 + length])
+        others = others[4 + length :]
+    return rows
 
 
 def seal(
     path: Path,
     document: dict[str, Any],
-    columns: dict[str, bytes],
+    parts: dict[str, bytes],
     *,
     claims: dict[str, int] | None = None,
+    places: Callable[[np.ndarray], np.ndarray | None] | None = None,
+    groups: Callable[[list[list[int]]], object] | None = None,
     directory: bytes | None = None,
     directory_raw_nbytes: int | None = None,
 ) -> None:
@@ -94,28 +123,45 @@ def seal(
     ----------
     path
         The archive, with or without a footer.
-    document, columns
+    document, parts
         As `footer_of` gives them.
     claims
-        Raw sizes to declare for columns instead of their own.
+        Raw sizes to declare for columns, or with the name ``row`` for the first row.
+    places, groups
+        Change the table of the group, and the directory's list of groups.
     directory
         Raw bytes of the directory, instead of `document`.
     directory_raw_nbytes
         Size to declare for them.
     """
     end = footer.hdf5_end(LocalFile(path))
-    blocks, table, position = [], {}, 0
-    for name, raw in columns.items():
-        itemsize = np.dtype(footer.COLUMNS.get(name, "u1")).itemsize
-        planes = np.frombuffer(raw, np.uint8)
-        if len(raw) % itemsize == 0:
-            planes = planes.reshape(-1, itemsize).T.reshape(-1)
-        stored = zlib.compress(planes.tobytes(), 9)
-        claimed = (claims or {}).get(name, len(raw))
-        table[name] = [position, len(stored), claimed, xxhash.xxh3_64_intdigest(stored)]
+    claims = claims or {}
+    raws = rows_of(parts)
+    rows = [zlib.compress(raw, 9) for raw in raws]
+    table = np.array(
+        [
+            (len(row), len(raw), xxhash.xxh3_64_intdigest(row))
+            for row, raw in zip(rows, raws, strict=True)
+        ],
+        footer.ROW_PLACE,
+    )
+    table["raw_nbytes"][0] = claims.get("row", len(raws[0]))
+    changed = places(table) if places is not None else None
+    stored_table = (table if changed is None else changed).tobytes()
+    blocks = [stored_table, *rows]
+    listed = [[sum(map(len, blocks)), xxhash.xxh3_64_intdigest(stored_table)]]
+    position, columns = listed[0][0], {}
+    if groups is not None:
+        groups(listed)
+    for name in (*footer.COLUMNS, *(each for each in parts if each not in PARTS)):
+        if name not in parts:
+            continue
+        stored = zlib.compress(parts[name], 9)
+        claimed = claims.get(name, len(parts[name]))
+        columns[name] = [position, len(stored), claimed, xxhash.xxh3_64_intdigest(stored)]
         blocks.append(stored)
         position += len(stored)
-    raw = directory or json.dumps({**document, "columns": table}).encode()
+    raw = directory or json.dumps({"groups": listed, **document, "columns": columns}).encode()
     stored = zlib.compress(raw, 9)
     raw_nbytes = len(raw) if directory_raw_nbytes is None else directory_raw_nbytes
     checksum = xxhash.xxh3_64_intdigest(stored)
@@ -127,6 +173,6 @@ def seal(
         file.write(b"".join([*blocks, stored, head, tail]))
 
 
-def column(columns: dict[str, bytes], name: str) -> np.ndarray:
-    """A writable copy of a column."""
-    return np.frombuffer(columns[name], dtype=footer.COLUMNS[name]).copy()
+def column(parts: dict[str, bytes], name: str) -> np.ndarray:
+    """A writable copy of a column of the first row, or of its counts."""
+    return np.frombuffer(parts[name], dtype=DTYPES[name]).copy()

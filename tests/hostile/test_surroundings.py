@@ -20,7 +20,8 @@ from h5traces.extract.questions import read_questions
 from h5traces.extract.running import skipped_before
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import FooterError, hdf5_end
+from h5traces.storage.footer import hdf5_end
+from h5traces.storage.footer_rows import FooterError
 from h5traces.storage.publish import remove_abandoned_parts
 from h5traces.storage.remote.file import RangeCache
 from h5traces.storage.remote.paths import ByteRange, RemotePath, Reply

@@ -62,7 +62,7 @@ class Face:
             builder.add_sample(attrs, (objects[name] for name in sorted(objects)))
         file = LocalFile(path)
         end = hdf5_end(file)
-        footer = builder.finish(Part(file, end), self.root, self.kinds)
+        footer = b"".join(builder.finish(Part(file, end), self.root, self.kinds))
         with path.open("r+b") as out:
             out.truncate(end)
             out.seek(end)

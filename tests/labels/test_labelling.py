@@ -247,13 +247,29 @@ def test_an_empty_score_is_missing(archive: Path, tmp_path: Path, score: str) ->
     assert h5traces.open(archive).labels == (None, *LABELS[1:])
 
 
+def test_spreadsheets_with_decimal_commas_separate_by_semicolons(
+    archive: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "scores.csv"
+    rows = [f"{name};{score}" for name, score in zip(IDS, SCORES, strict=True)]
+    table.write_text("\n".join(["question_id;bleurt_score", *rows]) + "\n")
+    label(archive, table)
+    assert h5traces.open(archive).labels == tuple(LABELS)
+    table.write_text("\n".join(["question_id;bleurt_score", f"{IDS[0]};0,5"]) + "\n")
+    with pytest.raises(SchemaError, match=r"line 2: .*the score is '0,5', expected a number"):
+        label(archive, table, partial=True, target=TargetOptions(overwrite=True))
+    table.write_text("\n".join(["question_id;bleurt_score", f"{IDS[0]};0.5;more"]) + "\n")
+    with pytest.raises(SchemaError, match=r"line 2"):
+        label(archive, table, partial=True, target=TargetOptions(overwrite=True))
+
+
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
         ("id,bleurt_score", "no column 'question_id'; its columns, .*, are 'id', 'bleurt_score'"),
         ("question_id,score", r"no column 'bleurt_score'.*\(id_column\) and .*\(score_column\)$"),
         (" ", "its columns, separated by commas, are ' '"),
-        ("question_id;bleurt_score", r"'question_id;bleurt_score'.*replace the delimiter ';' by"),
+        ("question_id|bleurt_score", r"'question_id\|bleurt_score'.*replace the delimiter '\|' by"),
     ],
 )
 def test_columns_that_the_table_lacks(

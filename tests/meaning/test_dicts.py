@@ -12,7 +12,7 @@ from small_traces import HEADS, HIDDEN, LAYERS, TOKENS, states, trace, weights
 
 import h5traces
 from h5traces.checking.validate import validate
-from h5traces.errors import ConversionError, LayerIndexError
+from h5traces.errors import ConversionError, LayerIndexError, OptionError
 from h5traces.format.record import SourcePosition
 from h5traces.meaning.numbering import Established
 from h5traces.meaning.options import ReadingOptions
@@ -369,6 +369,109 @@ def test_absent_attentions_come_back(tmp_path: Path, absent: Any) -> None:
         assert_same(archive[0]["attentions"], absent)
 
 
+# --- layers that are None, as hybrid models give attentions ---------------------------------------
+
+
+def with_gaps(arrays: list[Any], kept: tuple[int, ...] = (1, 3)) -> list[Any]:
+    return [each if number in kept else None for number, each in enumerate(arrays)]
+
+
+HYBRIDS = {
+    "list": lambda: trace(attentions=with_gaps(weights(0))),
+    "tuple": lambda: trace(attentions=tuple(with_gaps(weights(0)))),
+    "dict": lambda: trace(attentions=dict(enumerate(with_gaps(weights(0))))),
+    "batch of one": lambda: trace(
+        attentions=with_gaps([each[None] for each in weights(0)]),
+        hidden_states=[each[None] for each in states(0)],
+    ),
+    "embedding": lambda: trace(
+        attentions=with_gaps(weights(0)), hidden_states=states(0, layers=LAYERS + 1)
+    ),
+    "states, too": lambda: trace(
+        attentions=with_gaps(weights(0)),
+        hidden_states=with_gaps(states(0, layers=LAYERS + 1), (2, 4)),
+    ),
+    "positions": lambda: trace(attentions=None, hidden_states=with_gaps(states(0))),
+    "steps": lambda: trace(
+        attentions=[with_gaps([[each, each[:, :1]] for each in weights(0)])[n] for n in range(4)],
+        hidden_states=[[each, each[:1]] for each in states(0)],
+    ),
+    "steps outermost": lambda: trace(
+        attentions=tuple(tuple(with_gaps([w[:, :n] for w in weights(0)])) for n in (TOKENS, 1)),
+        hidden_states=tuple(tuple(s[:n] for s in states(0)) for n in (TOKENS, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HYBRIDS))
+def test_layers_that_are_none_come_back(tmp_path: Path, name: str) -> None:
+    item = HYBRIDS[name]()
+    target = converted(tmp_path, [item, item])
+    assert not validate(target)[0].problems
+    assert not h5traces.verify(target, against=tmp_path / "batch.pkl")[0].problems
+    kind = "hidden_states" if name == "positions" else "attentions"
+    with h5traces.open(target) as archive:
+        assert_same(archive[1].to_dict(), item)
+        assert archive[0][kind].layers == (0, 1, 2, 3)
+        assert archive[0][kind][2] is None
+        assert "None" in archive[0][kind]._repr_html_()
+        assert kind in archive[0]._repr_html_()
+        assert archive[0].layer(3, kind) is not None
+        with pytest.raises(
+            LayerIndexError, match=r"layer 0 of \w+ is not stored; stored: \[1, 3\]"
+        ):
+            archive[0].layer(0, kind)
+        chosen = list(archive.layers[:2])
+        (read,) = archive.read(1, layers=chosen)
+        assert [each is None for each in read[kind]] == [each in (0, 2) for each in chosen]
+        # Selected, and copied, as a part of the list.
+        expected = archive.select(layers=chosen)[0].to_dict()
+    part = tmp_path / "part.h5"
+    h5traces.repack(target, part, layers=chosen)
+    assert not validate(part)[0].problems
+    with h5traces.open(part) as archive:
+        assert_same(archive[0].to_dict(), expected)
+        assert archive[0][kind].layers == tuple(chosen)
+
+
+def test_layers_that_are_none_are_said() -> None:
+    found = record(HYBRIDS["tuple"]())
+    assert (names(found, "attentions"), names(found)) == (BLOCKS[1::2], BLOCKS)
+    places = [each.place for each in found.findings if each.check == "layers-absent"]
+    assert places == ["attentions/layer_000", "attentions/layer_002"]
+
+
+EXPORTS = {"pkl": "pickle", "pt": "torch"}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet", "pkl", "pt", "safetensors"])
+def test_layers_that_are_none_are_exported(tmp_path: Path, suffix: str) -> None:
+    item = HYBRIDS["tuple"]()
+    target = converted(tmp_path, [item])
+    one_each = suffix in ("npz", "safetensors")
+    place = tmp_path / "out" if one_each else tmp_path / f"out.{suffix}"
+    if one_each:
+        place.mkdir()
+    made = h5traces.export(target, place, to=EXPORTS.get(suffix, suffix))  # type: ignore[arg-type]
+    again = tmp_path / "again.h5"
+    (made,) = made.iterdir() if one_each else [made]
+    assert h5traces.convert(made, again, **grouped(dtype="auto")).ok
+    with h5traces.open(again) as archive:
+        for layer in (1, 3):
+            found = np.asarray(archive[0].layer(layer, "attentions"))
+            np.testing.assert_array_equal(found, item["attentions"][layer])
+
+
+@pytest.mark.parametrize("tier", ["analysis", "compact"])
+def test_layers_that_are_none_survive_tiers(tmp_path: Path, tier: str) -> None:
+    target, small = converted(tmp_path, [HYBRIDS["tuple"]()] * 2), tmp_path / "small.h5"
+    h5traces.repack(target, small, precision=tier)  # type: ignore[arg-type]
+    assert not validate(small)[0].problems
+    kind = "attentions" if tier == "analysis" else "attention_mean"
+    with h5traces.open(small) as archive:
+        assert [each is None for each in archive[1][kind]] == [True, False, True, False]
+
+
 def further() -> dict[str, Any]:
     rng = np.random.default_rng(5)
     return {
@@ -474,15 +577,6 @@ def test_a_writer_takes_what_a_converter_takes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(archive[0].embedding, states(0, layers=LAYERS + 1)[0])
 
 
-def test_attentions_of_some_layers_are_rejected_in_one_sentence() -> None:
-    # Hybrid models have attention in some of their blocks only.
-    item = trace()
-    item["attentions"] = [None, *weights(0)[1:]]
-    message = rejected(item)
-    assert "field 'attentions': layers 0 of" in message
-    assert "leave the field out" in message
-
-
 def test_gaps_in_a_dict_claim_no_number_of_layers(tmp_path: Path) -> None:
     source, target = tmp_path / "some.pkl", tmp_path / "some.h5"
     item = trace()
@@ -505,3 +599,81 @@ def test_positions_are_called_positions_in_reports(tmp_path: Path) -> None:
     h5traces.convert(source, target)
     assert h5traces.inspect(source)[0].by_position
     assert h5traces.inspect(target)[0].by_position
+
+
+# --- names that come later ------------------------------------------------------------------------
+
+ALONE = {
+    "list": lambda: trace(attentions=None),
+    "tuple": lambda: trace(attentions=None, hidden_states=tuple(states(0))),
+    "stacked": lambda: trace(attentions=None, hidden_states=np.stack(states(0))),
+    "dict": lambda: trace(attentions=None, hidden_states=dict(enumerate(states(0)))),
+    "gaps": lambda: trace(attentions=None, hidden_states=with_gaps(states(0))),
+    "steps": lambda: trace(
+        attentions=None, num_layers=9, hidden_states=[[each, each[:1]] for each in states(0)]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(ALONE))
+@pytest.mark.parametrize("first", ["embedding", "block"])
+def test_positions_become_what_a_conversion_makes(tmp_path: Path, name: str, first: Any) -> None:
+    items = [ALONE[name]()] * 2
+    source = tmp_path / "batch.pkl"
+    before, named, expected = (tmp_path / f"{each}.h5" for each in ("before", "named", "expected"))
+    source.write_bytes(pickle.dumps(items))
+    assert h5traces.convert(source, before, **grouped(dtype="auto")).ok
+    reading = ReadingOptions(first_state=first)
+    h5traces.repack(before, named, first_state=first)
+    assert h5traces.convert(source, expected, **grouped(dtype="auto"), reading=reading).ok
+    assert not validate(named)[0].problems
+    assert not h5traces.verify(named, against=source)[0].problems
+    with h5traces.open(named) as found, h5traces.open(expected) as wanted:
+        for one, other, item in zip(found, wanted, items, strict=True):
+            assert_same(one.to_dict(), item)
+            assert one._stored.objects.keys() == other._stored.objects.keys()
+            first_site = "embedding" if first == "embedding" else None
+            assert set(one["hidden_states"].sites) <= {first_site, None}
+        assert found.layers == wanted.layers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_some_positions_take_names(tmp_path: Path) -> None:
+    source = tmp_path / "batch.pkl"
+    source.write_bytes(pickle.dumps([ALONE["list"]()]))
+    h5traces.convert(source, tmp_path / "whole.h5")
+    h5traces.repack(tmp_path / "whole.h5", tmp_path / "repacked.h5", layers=[0, 2])
+    h5traces.convert(source, tmp_path / "converted.h5", layers=[0, 2])
+    for name in ("repacked", "converted"):
+        assert not h5traces.verify(tmp_path / f"{name}.h5", against=source)[0].problems
+        named = tmp_path / f"{name}-named.h5"
+        h5traces.repack(tmp_path / f"{name}.h5", named, first_state="embedding")
+        with h5traces.open(named) as archive:
+            assert archive[0]["hidden_states"].layers == (None, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_only_positions_take_names(tmp_path: Path) -> None:
+    target = converted(tmp_path, [trace()])
+    other = tmp_path / "other.h5"
+    with pytest.raises(
+        OptionError, match=r"stored by position, and there are blocks; leave it out"
+    ):
+        h5traces.repack(target, other, first_state="block")
+    for options in ({"layers": [0]}, {"precision": "compact"}):
+        with pytest.raises(OptionError, match=r"first_state comes without layers and precision"):
+            h5traces.repack(target, other, first_state="block", **options)
+    assert not other.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_positions_are_another_archive(tmp_path: Path) -> None:
+    source, target = tmp_path / "batch.pkl", tmp_path / "batch.h5"
+    source.write_bytes(pickle.dumps([ALONE["list"]()]))
+    assert h5traces.convert(source, target, layers=[0, 1]).ok
+    kept = h5traces.convert(source, target, layers=[0, 1], **grouped(skip_existing=True))
+    assert kept.files[0].status == "skipped"
+    for layers in ([0, 2], None):
+        report = h5traces.convert(source, target, layers=layers, **grouped(skip_existing=True))
+        assert "it was written with layers=[0, 1]" in str(report.files[0].error)

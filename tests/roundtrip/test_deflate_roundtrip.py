@@ -19,8 +19,9 @@ from h5traces.storage.deflate import Engines
 INSTALLED = Engines.installed()
 ENGINES = {
     "installed": INSTALLED,
-    "without isal": dataclasses.replace(INSTALLED, isal_zlib=None, igzip_lib=None),
-    "without zlib-ng": dataclasses.replace(INSTALLED, zlib_ng=None),
+    "without kernels": dataclasses.replace(INSTALLED, native=None),
+    "without isal": dataclasses.replace(INSTALLED, isal_zlib=None, igzip_lib=None, native=None),
+    "without zlib-ng": dataclasses.replace(INSTALLED, zlib_ng=None, native=None),
     "zlib only": Engines(None, None, None),
 }
 ITEMSIZES = (1, 2, 3, 4, 8)

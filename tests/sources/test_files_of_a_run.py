@@ -107,6 +107,17 @@ def test_as_many_layers_as_tokens(tmp_path: Path, axes: str, merge: bool, worker
     assert {each.status for each in kept.files} == {"skipped"}
 
 
+def test_states_alone_have_as_many_layers_as_their_siblings(tmp_path: Path) -> None:
+    dump(tmp_path / "batch_0.pkl", sample(5, states=BLOCKS))
+    stacked = np.stack(sample(7)["hidden_states"][:BLOCKS])
+    np.savez(tmp_path / "batch_1.npz", hidden_states=stacked)
+    report = h5traces.convert(tmp_path, out_of(tmp_path), precision=AUTO)
+    assert report.ok
+    with h5traces.open(tmp_path / "out" / "batch_1.h5") as archive:
+        assert archive[0]["hidden_states"].layers == tuple(range(BLOCKS))
+        np.testing.assert_array_equal(archive[0].layer(2), stacked[2])
+
+
 def test_a_request_alone_is_ambiguous(tmp_path: Path) -> None:
     request(tmp_path, "a", BLOCKS)
     with pytest.raises(ConversionError, match=r"fits .* and .*mapping"):

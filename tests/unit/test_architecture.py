@@ -40,6 +40,8 @@ ROOMS = (
     "features",
     "fidelity",
     "extract",
+    "plotting",
+    "view",
     "cli",
 )
 # Doors for users, which open onto every room.

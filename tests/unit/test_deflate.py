@@ -17,17 +17,18 @@ from h5traces.storage.deflate import Engines
 INSTALLED = Engines.installed()
 ENGINES = {
     "installed": INSTALLED,
-    "without isal": dataclasses.replace(INSTALLED, isal_zlib=None, igzip_lib=None),
-    "without zlib-ng": dataclasses.replace(INSTALLED, zlib_ng=None),
+    "without kernels": dataclasses.replace(INSTALLED, native=None),
+    "without isal": dataclasses.replace(INSTALLED, isal_zlib=None, igzip_lib=None, native=None),
+    "without zlib-ng": dataclasses.replace(INSTALLED, zlib_ng=None, native=None),
     "zlib only": Engines(None, None, None),
 }
 ALL_INSTALLED = bool(INSTALLED.isal_zlib and INSTALLED.zlib_ng)
 
 
-@pytest.fixture(params=ENGINES.values(), ids=ENGINES)
+@pytest.fixture(params=ENGINES)
 def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engines:
-    monkeypatch.setattr(deflate, "ENGINES", request.param)
-    return request.param
+    monkeypatch.setattr(deflate, "ENGINES", ENGINES[request.param])
+    return ENGINES[request.param]
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -62,6 +63,9 @@ def families() -> dict[str, np.ndarray]:
         "rows of many scales": (hidden * np.exp(rng.normal(0, 2, (43, 1)))).astype(np.float16),
         "repeated rows": rows[rng.integers(0, 12, 40)],
         "attentions, 20 tokens": causal_attentions(32, 20).astype(np.float16),
+        "small hidden": hidden[:29, :128].astype(np.float16),
+        "small repeated rows": hidden[[0, 1, 2, 3] * 6, :128].astype(np.float16),
+        "small attentions": causal_attentions(8, 29).astype(np.float16),
         "attentions, 43 tokens": causal_attentions(32, 43).astype(np.float16),
         "attentions, 100 tokens": causal_attentions(32, 100).astype(np.float16),
         "attentions, 200 tokens": causal_attentions(8, 200).astype(np.float16),
@@ -104,8 +108,14 @@ def candidate_sizes(shuffled: bytes, itemsize: int) -> dict[str, int]:
     return sizes
 
 
+BOTH = {"installed": INSTALLED, "without kernels": ENGINES["without kernels"]}
+
+
+@pytest.mark.parametrize("engines", BOTH, indirect=True)
 @pytest.mark.parametrize("name", families())
-def test_no_plain_alternative_is_smaller_by_more_than_one_per_cent(name: str) -> None:
+def test_no_plain_alternative_is_smaller_by_more_than_one_per_cent(
+    name: str, engines: Engines
+) -> None:
     values = families()[name]
     stored = deflate.encode(values, itemsize=values.itemsize)
     sizes = candidate_sizes(zlib.decompress(stored), values.itemsize)
@@ -299,6 +309,7 @@ def test_missing_libraries_are_noticed_in_one_place(monkeypatch: pytest.MonkeyPa
         raise ImportError(name)
 
     monkeypatch.setattr(engines_module, "import_module", no_module)
+    monkeypatch.setattr(engines_module, "NATIVE", None)
     assert Engines.installed() == Engines(None, None, None)
 
 

@@ -211,11 +211,11 @@ def test_a_footer_that_fails_while_reading_is_left_after_one_walk(archive, tmp_p
     """Each array of the trace asked HDF5 for the whole sample again."""
     path = tmp_path / "damaged.h5"
     data = bytearray(archive.read_bytes())
-    column = read_directory(LocalFile(archive)).columns["object_digest"]
-    data[read_directory(LocalFile(archive)).hdf5_nbytes + column.offset + 3] ^= 1
+    names = read_directory(LocalFile(archive)).columns["names"]
+    data[read_directory(LocalFile(archive)).hdf5_nbytes + names.offset + 3] ^= 1
     path.write_bytes(data)
     trace = h5traces.open(path)[1]
-    with pytest.warns(StoredStateWarning, match="object_digest is damaged"):
+    with pytest.warns(StoredStateWarning, match="names is damaged"):
         found = trace.to_dict()
     assert_same(found, h5traces.open(archive)[1].to_dict())
     assert walks == ["00000001"]

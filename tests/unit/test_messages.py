@@ -61,9 +61,9 @@ BAD_SAMPLES = {
         sample(attentions=[np.ones((2, 5, 5), np.float16)] * 2),
         "5 query positions, but hidden states have 3 tokens",
     ),
-    "a missing layer": (
-        sample(hidden_states=[STATES, None]),
-        "field 'hidden_states': layers 1 of 2 are None; expected an array for every layer",
+    "a step without a layer": (
+        sample(hidden_states=[[STATES, None], [STATES, STATES]]),
+        "field 'hidden_states', layer 0, step 1: found NoneType, expected a numpy array",
     ),
     "too few axes": (
         sample(attentions=[STATES, STATES]),

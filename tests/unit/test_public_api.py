@@ -45,6 +45,7 @@ PUBLIC = [
     "load",
     "merge",
     "open",
+    "plotting",
     "repack",
     "salvage",
     "seal",
@@ -52,6 +53,7 @@ PUBLIC = [
     "torch_data",
     "validate",
     "verify",
+    "view",
 ]
 
 VERBS = [name for name in PUBLIC if name in {

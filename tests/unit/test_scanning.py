@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from h5traces.errors import CorruptArchiveError
 from h5traces.format.digests import chunk_checksum
-from h5traces.storage import footer as scanning
+from h5traces.storage import scanning
 from h5traces.storage.files import LocalFile
-from h5traces.storage.footer import metadata_checksum, scan
+from h5traces.storage.scanning import metadata_checksum, scan
 
 if TYPE_CHECKING:
     from pathlib import Path

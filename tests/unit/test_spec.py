@@ -519,7 +519,7 @@ class FooterBySpec:
         assert trailer["trailer_checksum"] == xxhash.xxh3_64_intdigest(data[-64:-16])
         assert trailer["version"] == 1
         self.start = trailer["hdf5_nbytes"]
-        first = self.start + trailer["columns_nbytes"]
+        first = self.start + trailer["body_nbytes"]
         assert first + trailer["directory_nbytes"] + 64 == len(data)
         base, end = struct.unpack_from("<Q", data, 12)[0], struct.unpack_from("<Q", data, 28)[0]
         assert base + end == self.start
@@ -528,56 +528,88 @@ class FooterBySpec:
         raw = zlib.decompress(stored)
         assert len(raw) == trailer["directory_raw_nbytes"]
         self.directory = json.loads(raw)
+        self.rows, position = [], 0
+        for nbytes, checksum in self.directory["groups"]:
+            self.rows += self._rows_of(data[self.start + position :][:nbytes], checksum)
+            position += nbytes
         self.columns = {}
-        position = 0
-        for row in table("Footer", "column", "type"):
-            name, dtype = one(row["column"]), np.dtype(NUMPY_DTYPES[row["type"]])
+        for row in table("Footer", "column", "value"):
+            name = one(row["column"])
             offset, nbytes, raw_nbytes, checksum = self.directory["columns"][name]
             assert offset == position, "columns lie in the order of the table"
             position += nbytes
             stored = data[self.start + offset : self.start + offset + nbytes]
             assert xxhash.xxh3_64_intdigest(stored) == checksum
-            raw = np.frombuffer(zlib.decompress(stored), "u1")
+            raw = zlib.decompress(stored)
             assert len(raw) == raw_nbytes
-            planes = raw.reshape(dtype.itemsize, -1)
-            self.columns[name] = np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
-        assert position == trailer["columns_nbytes"]
+            self.columns[name] = json.loads(raw)
+        assert position == trailer["body_nbytes"]
         assert set(self.columns) == set(self.directory["columns"])
+
+    def _rows_of(self, group, checksum):
+        """The raw bytes of all rows of a group."""
+        fields = [
+            (name, NUMPY_DTYPES[row["type"]])
+            for name, row in zip(
+                ("nbytes", "raw_nbytes", "checksum"),
+                table("Footer", "table of a group", "type"),
+                strict=True,
+            )
+        ]
+        left = self.directory["num_samples"] + self.directory.get("has_scales", 0) - len(self.rows)
+        places = np.frombuffer(group, fields, min(1000, left))
+        assert xxhash.xxh3_64_intdigest(group[: places.nbytes]) == checksum
+        position = places.nbytes
+        for place in places:
+            stored = group[position : position + place["nbytes"]]
+            assert xxhash.xxh3_64_intdigest(stored) == place["checksum"]
+            raw = zlib.decompress(stored)
+            assert len(raw) == place["raw_nbytes"]
+            yield raw
+            position += len(stored)
+        assert position == len(group)
 
     def samples(self):
         """For every sample its attributes and, by path, what the footer says of each object."""
-        column = {name: values.tolist() for name, values in self.columns.items()}
-        names = json.loads(bytes(self.columns["names_json"]))
-        attrs = json.loads(bytes(self.columns["attrs_json"]))
-        documents = bytes(self.columns["sample_attrs"])
-        row = axis = chunk = byte = previous = 0
-        for num_objects, nbytes in zip(
-            column["sample_num_objects"], column["sample_attrs_nbytes"], strict=True
-        ):
-            objects = {}
-            for _ in range(num_objects):
-                axes = slice(axis, axis + column["object_ndim"][row])
-                chunks = []
-                for index in range(chunk, chunk + column["object_num_chunks"][row]):
-                    offset = previous + column["chunk_gap"][index]
-                    previous = offset + column["chunk_nbytes"][index]
-                    checksum = column["chunk_checksum"][index]
-                    chunks.append((offset, column["chunk_nbytes"][index], checksum))
-                objects[names[column["object_name"][row]]] = {
-                    "attrs": attrs[column["object_attrs"][row]],
+        for raw in self.rows:
+            counts = dict(
+                zip(("object", "axis", "chunk"), struct.unpack_from("<3I", raw), strict=True)
+            )
+            column, position = {}, 16
+            for row in table("Footer", "column of a row", "type"):
+                times, _, unit = row["one entry per"].rpartition(" bytes per ")
+                count = counts[unit] * int(times or 1)
+                name, dtype = one(row["column of a row"]), NUMPY_DTYPES[row["type"]]
+                column[name] = np.frombuffer(raw, dtype, count, position).tolist()
+                position += count * np.dtype(dtype).itemsize
+            assert struct.unpack_from("<I", raw, 12)[0] == len(raw) - position
+            yield json.loads(raw[position:]), dict(self._objects(column))
+
+    def _objects(self, column):
+        axis = chunk = previous = 0
+        for row, name in enumerate(column["object_name"]):
+            axes = slice(axis, axis + column["object_ndim"][row])
+            chunks = []
+            for index in range(chunk, chunk + column["object_num_chunks"][row]):
+                offset = previous + column["chunk_gap"][index]
+                previous = offset + column["chunk_nbytes"][index]
+                checksum = column["chunk_checksum"][index]
+                chunks.append((offset, column["chunk_nbytes"][index], checksum))
+            yield (
+                self.columns["names"][name],
+                {
+                    "attrs": self.columns["attrs"][column["object_attrs"][row]],
                     "type": self.directory["types"][column["object_type"][row]],
                     "codec": self.directory["codecs"][column["object_codec"][row]],
                     "shape": tuple(column["object_dims"][axes]),
                     "chunk": tuple(column["object_chunk_dims"][axes]),
-                    "digest": bytes(self.columns["object_digest"][16 * row : 16 * row + 16]).hex(),
+                    "digest": bytes(column["object_digest"][16 * row : 16 * row + 16]).hex(),
                     "chunks": chunks,
-                }
-                row, axis = row + 1, axes.stop
-                chunk += len(chunks)
-            yield json.loads(documents[byte : byte + nbytes]), objects
-            byte += nbytes
-        assert (row, chunk) == (self.directory["num_objects"], len(column["chunk_gap"]))
-        assert axis == len(column["object_dims"])
+                },
+            )
+            axis = axes.stop
+            chunk += len(chunks)
+        assert (axis, chunk) == (len(column["object_dims"]), len(column["chunk_gap"]))
 
 
 @pytest.fixture(scope="module")
@@ -604,6 +636,9 @@ def test_footer_by_the_tables_agrees_with_hdf5(which, request):
         kinds = {name: plain_attributes(kind) for name, kind in file["kinds"].items()}
         assert footer.directory["kinds"] == kinds
         listed = list(footer.samples())
+        of_samples = [attrs for attrs, _ in listed][: len(file["samples"])]
+        ids = [[each.get(key) for each in of_samples] for key in ("sample_id", "generation_index")]
+        assert footer.columns["ids"] == ids
         groups = list(file["samples"].values())
         assert footer.directory.get("has_scales", 0) == ("scales" in file)
         groups += [file] if "scales" in file else []

@@ -227,9 +227,9 @@ def test_what_cannot_be_taken_is_said(tmp_path: Path, model: Any) -> None:
     plain = forward(model, inputs_of(4), output_hidden_states=False, output_attentions=False)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
         ((plain,), {}, ConversionError, "call the model with output_hidden_states=True"),
-        ((batch, "q"), {"inputs": inputs_of(4, 3)}, SchemaError, "1 sample_id for a batch of 2"),
-        ((batch,), {}, SchemaError, "1 sample_id for a batch of 2"),
-        ((outputs, ["a", "b"]), {}, SchemaError, "2 sample_id for a batch of 1"),
+        ((batch, "q"), {"inputs": inputs_of(4, 3)}, SchemaError, "1 sample id for a batch of 2"),
+        ((batch,), {}, SchemaError, "0 sample ids for a batch of 2"),
+        ((outputs, ["a", "b"]), {}, SchemaError, "2 sample ids for a batch of 1"),
         (
             ({"hidden_states": [np.zeros((2, 3), np.float32)]},),
             {"inputs": inputs_of(2)},

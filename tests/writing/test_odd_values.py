@@ -35,6 +35,7 @@ ODD = {
     "quantised": (quantised, r"quantised tensor.*pass tensor\.dequantize\(\)"),
     "sparse": (STATES.to_sparse, r"layout torch\.sparse_coo.*pass tensor\.to_dense\(\)"),
     "meta": (lambda: STATES.to("meta"), r"device 'meta' has no values"),
+    "masked": (lambda: np.ma.masked_less(np.eye(3), 1), r"masked array.*pass array\.filled"),
     "itself": (inside_itself, "nested more than 64 levels deep, or holds itself"),
     "function": (lambda: print, "has no encoding; expected plain Python values"),
 }
@@ -53,7 +54,7 @@ def test_a_field_that_cannot_be_kept_is_named(tmp_path: Path, name: str) -> None
     assert not (tmp_path / "a.h5").exists()
 
 
-@pytest.mark.parametrize("name", ["quantised", "sparse", "meta"])
+@pytest.mark.parametrize("name", ["quantised", "sparse", "meta", "masked"])
 def test_a_layer_that_cannot_be_kept_is_named(tmp_path: Path, name: str) -> None:
     make, message = ODD[name]
     with pytest.raises(ConversionError, match=rf"field 'hidden_states'.*{message}"):

@@ -29,6 +29,9 @@ class Meter(Protocol):
     def load_nested(self) -> Any:
         """The value of a pickle that follows the opcode in the file."""
 
+    def begin_object(self, items: dict[Any, Any]) -> None:
+        """Take this dict for an object: it gets plain values only, and no state."""
+
     def check_keys(self, values: Iterable[Any], what: str) -> None:
         """Reject values that cannot be hashed in bounded time."""
 
@@ -91,6 +94,13 @@ def type_name(value: Any) -> str:
         return "a torch tensor"
     name = type(value).__name__
     return name if value is None else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+def plain_value(value: Any) -> Any:
+    """The text of a torch dtype, as of a device; other values as they are."""
+    if type(value) is Shim and value.dtype is not None and value.name.startswith("torch."):
+        return value.name
+    return value
 
 
 def brief(value: Any) -> str:

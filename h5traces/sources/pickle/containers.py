@@ -324,6 +324,46 @@ def pair_item(layers: Any, index: int) -> dict[str, Any]:
     }
 
 
+# --- arrays without names ------------------------------------------------------------------------
+
+
+def bare_arrays(value: Any) -> tuple[list[Any], str]:
+    """Hidden states of every sample in arrays without names, and what they were taken for.
+
+    An array of all layers is one sample, and so are layers in a list. Lists of lists, and of arrays
+    of all layers whose lengths differ, are several samples.
+    """
+    if _rank(value) > 2:
+        return [value], "an array without a name holds hidden states"
+    if type(value) not in (list, tuple) or not value:
+        contradict(f"found {describe(value)}, {EXPECTED}; or name its axes in a mapping")
+    shapes = [_shape(each) for each in value]
+    if all(len(shape) > 1 for shape in shapes):
+        if len(shapes[0]) == 2 or all(shape[0] == 1 for shape in shapes):
+            if len(set(shapes)) == 1:
+                return [value], f"a list of {len(value)} arrays without names is one per layer"
+        elif len({(shape[0], *shape[2:]) for shape in shapes}) == 1 < len(set(shapes)):
+            return list(value), f"each of {len(value)} arrays without names is a sample"
+        contradict(
+            f"a list of {len(value)} arrays of shapes {shapes[0]}, {shapes[-1]} may hold layers or "
+            "samples; name its axes in a mapping"
+        )
+    if all(type(each) in (list, tuple) and each and _rank(each[0]) in (2, 3) for each in value):
+        if len(value) > 1 and all(_shape(each[0])[-2] == 1 for each in value[1:]):
+            return [value], "lists of arrays without names are generation steps"
+        return list(value), f"each of {len(value)} lists of arrays without names is a sample"
+    contradict(f"found {describe(value)}, {EXPECTED}; or name its axes in a mapping")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    array = value.data if isinstance(value, TorchValue) else value
+    return array.shape if isinstance(array, np.ndarray) else ()
+
+
+def _rank(value: Any) -> int:
+    return len(_shape(value))
+
+
 # --- samples -------------------------------------------------------------------------------------
 
 

@@ -125,11 +125,18 @@ class Cursor:
 
         return self._guard(load)
 
-    def restart(self, *, whole_nbytes: int | None) -> None:
+    def whole_checked(self) -> Any:
+        """As `whole`, with every value checked, also of what is no container."""
+        value = self.whole()
+        self._guard(lambda: self._machine.check(value))
+        return value
+
+    def restart(self, *, whole_nbytes: int | None, is_list_whole: bool = False) -> None:
         """Read the pickle from its beginning, in another way."""
         self._whole_nbytes = whole_nbytes
         self._num_found = 0
         self._open()
+        self._machine.is_list_whole = is_list_whole
         self.find_root()
 
     def survey(self, see: Callable[[Found | None], None]) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 import numpy as np
 
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.calls import Marker, Shim, Unsupported, type_name
+from h5traces.sources.pickle.calls import Marker, Shim, Unsupported, plain_value, type_name
 from h5traces.sources.pickle.machine import COMPOUND, Machine
 from h5traces.sources.pickle.plain import DICTS, LEAVES, NAMESPACES
 from h5traces.sources.pickle.shims import MlDtype, Storage
@@ -91,6 +91,10 @@ class TouchedError(RejectedError):
 
 class ShortTupleError(Exception):
     """The pickle is a tuple of two or three dicts, which begins as a dict does."""
+
+
+class NoDictsError(Exception):
+    """The pickle is a list whose first item is no dict, but an array or a list."""
 
 
 class TooLargeError(Exception):
@@ -259,7 +263,11 @@ class BatchMachine(Machine):
         Items of all pickles.
     columns
         Per key of the outer dict whose value is a list, the number of its elements so far.
+    is_list_whole
+        Whether a list is read as a whole, too, as its items are no dicts.
     """
+
+    is_list_whole = False
 
     def __init__(
         self,
@@ -354,7 +362,10 @@ class BatchMachine(Machine):
             self.is_whole = True
         elif type(top) is list:
             self.kind = "list"
-            self._set_root()
+            if self.is_list_whole:
+                self.is_whole = True
+            else:
+                self._set_root()
         else:
             self.kind = "dict"
             self._root_dict = top
@@ -431,7 +442,8 @@ class BatchMachine(Machine):
         """Whether an item ends where `top` lies above it."""
         kind = type(item)
         if self.kind != "dict":
-            return kind in DICTS and type(top) in _MUTABLE
+            # The state of an object lies above it, too.
+            return kind in DICTS and type(top) in _MUTABLE and id(item) not in self._unbuilt
         if kind not in self._item_types:
             return False
         # A new list or dict ends whatever lies below; an array is a part of a tuple, or the next.
@@ -464,7 +476,7 @@ class BatchMachine(Machine):
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             if value is not EMITTED and value is not ROOT:
                 self.check_keys([key], "a key of a dict")
-                self._complete(Found(key, value, is_element=False))
+                self._complete(Found(key, plain_value(value), is_element=False))
         # Elements of its last list are complete.
         self._root_depth = -1
 
@@ -502,11 +514,14 @@ class BatchMachine(Machine):
         if self.kind != "dict" and type(found.value) not in DICTS:
             if type(found.value) is Marker:
                 raise _touched(found.value)
+            if not self.num_items and type(found.value) in COMPOUND:
+                raise NoDictsError
             contradict(
                 f"item {self.num_items} of the batch is {type_name(found.value)}; a batch is a "
                 f"list of dicts"
             )
         self.check(found.value)
+        self._objects.pop(id(found.value), None)
         self.end_item()
         self.ready.append(found)
         if found.is_element and self.kind == "dict":

@@ -20,7 +20,16 @@ import numpy as np
 
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.calls import Pending, Shim, is_small_int, type_name
+from h5traces.sources.pickle.calls import (
+    Pending,
+    Shim,
+    Unsupported,
+    is_small_int,
+    plain_value,
+    type_name,
+)
+from h5traces.sources.pickle.frames import FRAME_NAMES
+from h5traces.sources.pickle.objects import object_shim, skipped_shim
 from h5traces.sources.pickle.others import OTHER_NAMES
 from h5traces.sources.pickle.plain import (
     DICTS,
@@ -95,7 +104,9 @@ class Machine:
         Memo slots; a dict, so that a slot number alone allocates nothing.
     """
 
-    names: ClassVar[Mapping[tuple[str, str], Shim]] = NAMES | TORCH_NAMES | OTHER_NAMES
+    names: ClassVar[Mapping[tuple[str, str], Shim]] = (
+        NAMES | TORCH_NAMES | OTHER_NAMES | FRAME_NAMES
+    )
     # Where tensors lie that are outside of the pickle, as in files of torch.save.
     storages: Storages | None = None
 
@@ -120,6 +131,10 @@ class Machine:
         self.stopped = False
         # Whether bytes lie between the opcodes.
         self.has_raw = False
+        self.skips_unknown = False
+        # Dicts that stand for objects, by id; kept, so ids stay unique.
+        self._objects: dict[int, dict[Any, Any]] = {}
+        self._unbuilt: set[int] = set()
         self.result: Any = None
 
     def run(self) -> bool:
@@ -262,6 +277,8 @@ class Machine:
     def extend(self, values: list[Any]) -> None:
         """Append values to the list on top of the stack."""
         target = self.stack[-1]
+        if type(target) is Unsupported:
+            return
         if type(target) is not list and type(target) is not deque:
             reject(f"values are appended to {type_name(target)}, expected a list")
         target.extend(values)
@@ -269,10 +286,17 @@ class Machine:
     def set_items(self, flat: list[Any]) -> None:
         """Set keys and values, which alternate, in the dict on top of the stack."""
         target = self.stack[-1]
+        if type(target) is Unsupported:
+            return
         if type(target) not in DICTS:
             reject(f"items are set in {type_name(target)}, expected a dict")
         if len(flat) % 2:
             reject("items are set from an odd number of values")
+        flat[1::2] = map(plain_value, flat[1::2])
+        if id(target) in self._objects:
+            pairs = zip(flat[::2], flat[1::2], strict=True)
+            kept = [pair for pair in pairs if type(pair[1]) is not Unsupported]
+            flat = [value for pair in kept for value in pair]
         keys = flat[::2]
         for key in keys:
             if type(key) is not str and not is_small_int(key):
@@ -287,6 +311,8 @@ class Machine:
     def add_items(self, values: list[Any]) -> None:
         """Add values to the set on top of the stack."""
         target = self.stack[-1]
+        if type(target) is Unsupported:
+            return
         if type(target) is not set:
             reject(f"values are added to {type_name(target)}, expected a set")
         self.check_keys(values, "an element of a set")
@@ -307,6 +333,12 @@ class Machine:
         if type(module) is not str or type(name) is not str:
             reject(f"a global is named by {type_name(module)} and {type_name(name)}")
         shim = self.names.get((module, name))
+        if shim is None:
+            shim = object_shim(module, name)
+            # What an object is made of comes before it.
+            self.skips_unknown = self.skips_unknown or shim is not None
+        if shim is None and self.skips_unknown:
+            shim = skipped_shim(module, name)
         if shim is None:
             reject(
                 f"the pickle asks for {module[:80]!r} {name[:80]!r}{self._place()}, which is no "
@@ -345,6 +377,9 @@ class Machine:
         if type(target) in NAMESPACES:
             fill_namespace(target, state)
             return
+        if type(target) is Unsupported or id(target) in self._objects:
+            self._unbuilt.discard(id(target))
+            return
         if type(target) is not Pending:
             reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
         value = target.build(self, state)
@@ -354,6 +389,15 @@ class Machine:
             self.memo[slot] = value
         if type(value) in COMPOUND:
             self.pushed(existing=True)
+
+    def begin_object(self, items: dict[Any, Any]) -> None:
+        """Take this dict for an object: it gets plain values only, and no state."""
+        self._objects[id(items)] = items
+        self._unbuilt.add(id(items))
+
+    def is_object(self, value: Any) -> bool:
+        """Whether a dict stands for an object, such as an output of a model."""
+        return id(value) in self._objects
 
     def read_raw(self, num_bytes: int) -> bytes:
         """Bytes between opcodes, as joblib writes them."""

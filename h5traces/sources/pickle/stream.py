@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
+from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
 from h5traces.sources.naming import Naming
@@ -20,11 +21,13 @@ from h5traces.sources.pickle.containers import (
     EXPECTED,
     Entry,
     Understood,
+    bare_arrays,
     describe,
     elements_of,
     is_cache,
     is_generation,
     is_sample,
+    is_trace,
     pair_item,
     rows,
     sentences,
@@ -32,7 +35,7 @@ from h5traces.sources.pickle.containers import (
     with_id,
 )
 from h5traces.sources.pickle.cursor import FIRST_OPCODES, Cursor
-from h5traces.sources.pickle.items import ShortTupleError, TooLargeError
+from h5traces.sources.pickle.items import NoDictsError, ShortTupleError, TooLargeError
 from h5traces.sources.pickle.plain import DICTS
 from h5traces.sources.pickle.source import MIB, FileSource, PickleLimits, contradict
 from h5traces.sources.signatures import identify
@@ -156,11 +159,17 @@ class BatchStream(TraceSource):
         """What the file holds, whatever it means: the dicts of a list, or one object, whole."""
         cursor = self._cursor
         assert cursor is not None
-        if self.is_list:
-            while cursor.advance():
+        try:
+            while self.is_list and cursor.advance():
                 yield cursor.take().value
-        else:
-            yield cursor.whole()
+        except NoDictsError:
+            self.is_list = False
+            cursor.restart(whole_nbytes=_NO_LIMIT, is_list_whole=True)
+        if self.is_list:
+            return
+        value = cursor.whole_checked()
+        self.is_list = type(value) is list and bool(value) and all(type(e) in DICTS for e in value)
+        yield from value if self.is_list else [value]
 
     def to_record(
         self, item: dict[Any, Any], place: SourcePosition, layers: tuple[int, ...] | None
@@ -225,9 +234,13 @@ class BatchStream(TraceSource):
 
     def _one_pickle(self, cursor: Cursor) -> Iterator[dict[Any, Any]]:
         if self._find_root(cursor) in ("list", "tuple"):
-            while cursor.advance():
-                yield cursor.take().value
-            return
+            try:
+                while cursor.advance():
+                    yield cursor.take().value
+            except NoDictsError:
+                cursor.restart(whole_nbytes=_NO_LIMIT, is_list_whole=True)
+            else:
+                return
         try:
             value = cursor.whole()
         except TooLargeError:
@@ -235,10 +248,26 @@ class BatchStream(TraceSource):
             return
         if type(value) in (list, tuple) and value and all(type(each) in DICTS for each in value):
             yield from value
+        elif cursor.machine.is_object(value) and is_trace(value):
+            self.understood.append("an output of a model is one sample")
+            self._is_trace = True
+            yield value
         elif type(value) in DICTS:
             yield from self._small_dict(cursor, value)
         else:
-            cursor.check(lambda: contradict(f"found {describe(value)}, {EXPECTED}"))
+            yield from self._arrays(cursor, value)
+
+    def _arrays(self, cursor: Cursor, value: Any) -> Iterator[dict[Any, Any]]:
+        """The samples of arrays without names."""
+        samples, sentence = cursor.check(lambda: bare_arrays(value))
+        cursor.check(lambda: cursor.machine.check(value))
+        self.understood.append(sentence)
+        # Nothing says where the last state was taken.
+        self._sites_known = False
+        stem = source_stem(self.path.name)
+        for index, states in enumerate(samples):
+            name = f"{stem}_{index}" if len(samples) > 1 else stem
+            yield {layout.HIDDEN_STATES: states, layout.QUESTION_ID: name}
 
     # --- dicts ----------------------------------------------------------------------------------
 

@@ -50,12 +50,15 @@ class HeaderCheck:
     def __init__(self, file: ByteFile) -> None:
         self._file, self._nbytes = file, file.nbytes
         self._start, self._block = 0, b""
+        # Of the objects of one sample, which are linked once.
+        self._met: set[int] = set()
 
     def shows(self, address: int, sample: SampleEntry) -> bool:
         """Whether the group at `address` holds this sample and nothing else.
 
         False, too, where that needs the library to tell.
         """
+        self._met.clear()
         try:
             children: dict[str, list[ObjectEntry]] = {}
             for entry in sample.objects.values():
@@ -68,12 +71,13 @@ class HeaderCheck:
     def _check_group(
         self, address: int, path: str, attrs: Attrs, children: dict[str, list[ObjectEntry]]
     ) -> None:
-        targets = [(message, link_target(message)) for message in self._messages(address)]
+        messages = _messages(self._body(address))
+        targets = [(message, link_target(message)) for message in messages]
         links = dict(target for _, target in targets if target is not None)
         inside = children.pop(path, ())
         expected = {entry.path.rpartition("/")[2].encode(): entry for entry in inside}
         others = [message for message, target in targets if target is None]
-        _compare(others, [group_messages(), *_attributes(attrs)])
+        _compare(b"".join(others), [group_messages(), *_attributes(attrs)])
         # Two links of one name would be counted once in `links`.
         if links.keys() != expected.keys() or len(targets) - len(others) != len(inside):
             raise _UnknownError
@@ -84,7 +88,7 @@ class HeaderCheck:
                 self._check_dataset(links[name], entry)
 
     def _check_dataset(self, address: int, entry: ObjectEntry) -> None:
-        found = self._messages(address)
+        found = self._body(address)
         if entry.codec is None or entry.chunks is None:
             raise _UnknownError
         itemsize = hdf5_type(entry.dtype).get_size()
@@ -97,7 +101,8 @@ class HeaderCheck:
                 raise _UnknownError
             stored = single_chunk_layout(itemsize, entry.chunk, sizes[0], offsets[0])
         else:
-            index = next((each for each in map(layout_address, found) if each is not None), 0)
+            addresses = map(layout_address, _messages(found))
+            index = next((each for each in addresses if each is not None), 0)
             if sizes:
                 self._check_chunk_index(index, entry, itemsize)
             elif index != UNDEFINED:
@@ -121,17 +126,17 @@ class HeaderCheck:
 
         write_fixed_array(entry.chunks.offsets, entry.chunks.sizes, raw_nbytes, compare)
 
-    def _messages(self, address: int) -> list[bytes]:
-        """The messages of the object header at an address."""
+    def _body(self, address: int) -> bytes:
+        """What the object header at an address holds, which was not met before."""
+        if address in self._met:
+            raise _UnknownError
+        self._met.add(address)
         prefix = self._bytes(address, _PREFIX_NBYTES)
         width = 1 << (prefix[5] & 3)
         if prefix[:5] != b"OHDR\2" or prefix[5] > 2:
             raise _UnknownError
         nbytes = int.from_bytes(prefix[6 : 6 + width], "little")
-        try:
-            return messages_of(self._bytes(address + 6 + width, nbytes))
-        except ValueError as error:
-            raise _UnknownError from error
+        return self._bytes(address + 6 + width, nbytes)
 
     def _bytes(self, address: int, nbytes: int) -> bytes:
         stop = address + nbytes
@@ -144,9 +149,18 @@ class HeaderCheck:
         return self._block[address - self._start : stop - self._start]
 
 
-def _compare(found: Iterable[bytes], expected: Iterable[bytes]) -> None:
-    """Compare messages, in any order; an expected piece may be several."""
-    if sorted(found) != sorted(messages_of(b"".join(expected))):
+def _messages(body: bytes) -> list[bytes]:
+    try:
+        return messages_of(body)
+    except ValueError as error:
+        raise _UnknownError from error
+
+
+def _compare(found: bytes, expected: Iterable[bytes]) -> None:
+    """Compare messages, in any order."""
+    joined = b"".join(expected)
+    # Mostly in the order in which `Hdf5Writer` makes them.
+    if found != joined and sorted(_messages(found)) != sorted(_messages(joined)):
         raise _UnknownError
 
 

@@ -36,21 +36,24 @@ _START: Final = 0xDEADBEEF
 _MASK: Final = 0xFFFFFFFF
 _BLOCK_NBYTES: Final = 12
 _ROTATIONS: Final = (4, 6, 8, 16, 19, 4)
-# From so many equal lengths on, arrays are faster than integers.
+# From so many blocks of like lengths on, arrays are faster than integers.
 _MIN_ALIKE: Final = 6
 
 
 def checksums(blocks: Sequence[bytes]) -> list[int]:
     """The checksums of several blocks of bytes."""
-    by_length: dict[int, list[int]] = defaultdict(list)
+    # Together go those that padding makes at most four times as long.
+    alike: dict[int, list[int]] = defaultdict(list)
     for number, block in enumerate(blocks):
-        by_length[len(block)].append(number)
-    found = [0] * len(blocks)
-    for length, numbers in by_length.items():
-        if len(numbers) < _MIN_ALIKE or not length:
+        if block:
+            alike[(len(block) // _BLOCK_NBYTES).bit_length() // 2].append(number)
+    found = [_START] * len(blocks)
+    for numbers in alike.values():
+        if len(numbers) < _MIN_ALIKE:
             values = [checksum(blocks[number]) for number in numbers]
         else:
-            values = _checksums_of_one_length([blocks[number] for number in numbers], length)
+            numbers.sort(key=lambda number: -len(blocks[number]))
+            values = _checksums_of_like_lengths([blocks[number] for number in numbers])
         for number, value in zip(numbers, values, strict=True):
             found[number] = value
     return found
@@ -72,15 +75,24 @@ def checksum(block: bytes) -> int:
     return int(_final(*final))
 
 
-def _checksums_of_one_length(blocks: list[bytes], length: int) -> list[int]:
-    padding = bytes(-length % _BLOCK_NBYTES)
-    rows = np.frombuffer(padding.join([*blocks, b""]), dtype="<u4").reshape(len(blocks), -1)
-    words = np.ascontiguousarray(rows.T)
-    a = np.full(len(blocks), (_START + length) & _MASK, dtype=np.uint32)
+def _checksums_of_like_lengths(blocks: list[bytes]) -> list[int]:
+    """The checksums of blocks, the longest first."""
+    lengths = np.array([len(block) for block in blocks], dtype=np.uint32)
+    width = -(-len(blocks[0]) // _BLOCK_NBYTES) * _BLOCK_NBYTES
+    joined = b"".join(block.ljust(width, b"\0") for block in blocks)
+    words = np.ascontiguousarray(np.frombuffer(joined, dtype="<u4").reshape(len(blocks), -1).T)
+    a = np.uint32(_START) + lengths
     b, c = a.copy(), a.copy()
-    last = len(words) - 3
-    _mix_columns(a, b, c, words[:last])
-    found: list[int] = _final(a + words[last], b + words[last + 1], c + words[last + 2]).tolist()
+    # Of every block, the last three words are scrambled otherwise.
+    last = ((lengths - 1) // _BLOCK_NBYTES).astype(np.int64)
+    ends, done = np.unique(last).tolist(), 0
+    for end in ends:
+        longer = slice(int(np.count_nonzero(last >= end)))
+        _mix_columns(a[longer], b[longer], c[longer], words[3 * done : 3 * end, longer])
+        done = end
+    columns = np.arange(len(blocks))
+    final = (part + words[3 * last + index, columns] for index, part in enumerate((a, b, c)))
+    found: list[int] = _final(*final).tolist()
     return found
 
 

@@ -62,6 +62,8 @@ _SUPERBLOCK_NBYTES: Final = 48
 # the beginning, and most models have fewer layers.
 _MAX_LINKS_IN_HEADER: Final = 128
 _CHECKSUM_NBYTES: Final = 4
+_SMALL_NBYTES: Final = 32 << 10
+_MOST_WAITING: Final = 64
 # A link and its name must fit into 64 KiB.
 _LONGEST_NAME: Final = 65_000
 
@@ -86,13 +88,27 @@ class Hdf5Writer:
         # Added by the library at the end: attributes by path; names by group and stand-in.
         self._large_attributes: dict[str, Attrs] = {}
         self._long_names: dict[tuple[bytes, bytes], bytes] = {}
+        # Small parts at the end, to be written in one go.
+        self._waiting: list[bytes] = []
+        self._nbytes = self._file.nbytes
         self._append(bytes(_SUPERBLOCK_NBYTES))
 
     def _append(self, data: bytes) -> int:
-        address = self._file.nbytes
-        self._file.seek(address)
-        self._file.write(data)
+        address = self._nbytes
+        self._waiting.append(data)
+        self._nbytes += len(data)
+        if len(data) > _SMALL_NBYTES or len(self._waiting) >= _MOST_WAITING:
+            self._flush()
         return address
+
+    def _flush(self) -> None:
+        self._file.seek(self._file.nbytes)
+        # A large part is the last one, and is not copied.
+        is_large = bool(self._waiting) and len(self._waiting[-1]) > _SMALL_NBYTES
+        large = [self._waiting.pop()] if is_large else []
+        for data in (b"".join(self._waiting), *large):
+            self._file.write(data)
+        self._waiting = []
 
     def create_group(self, path: str, attrs: Mapping[str, AttrValue]) -> None:
         """A group with its attributes; parents are made as needed."""
@@ -139,6 +155,8 @@ class Hdf5Writer:
         attrs: Mapping[str, AttrValue],
     ) -> tuple[list[int], list[int]]:
         """A dataset from its encoded chunks, in C order of the grid; their offsets and sizes.
+
+        Small chunks are written at the latest when their group is finished.
 
         `dtype` is a stored type, or any type of HDF5.
         """
@@ -197,25 +215,34 @@ class Hdf5Writer:
         parent, _, name = path.rpartition("/")
         links = self._node(parent).links
         links[_short(name.encode())] = self._write_tree(self._node(path))
+        self._flush()
 
     def _write_tree(self, root: _Node) -> int:
-        """Write an object and what it links to, deepest first; its address."""
-        for level in reversed(list(_levels(root))):
-            for node in level:
-                self._write_linked(node)
+        """Write an object and what it links to; its address. All datasets go first, together."""
+        levels = list(_levels(root))
+        self._write_linked([node for level in levels for node in level], datasets=True)
+        for level in reversed(levels):
+            self._write_linked(level, datasets=False)
         return self._write_headers([root])[0]
 
-    def _write_linked(self, group: _Node) -> None:
-        """Write the objects that a group links to, whose own links are written."""
-        waiting = [(name, node) for name, node in group.links.items() if isinstance(node, _Node)]
-        addresses = self._write_headers([node for _, node in waiting])
-        for (name, _), address in zip(waiting, addresses, strict=True):
+    def _write_linked(self, parents: list[_Node], *, datasets: bool) -> None:
+        """Write the datasets or groups that groups link to, whose own links are written."""
+        waiting = [
+            (group, name, node)
+            for group in parents
+            for name, node in group.links.items()
+            if isinstance(node, _Node) and bool(node.messages) == datasets
+        ]
+        addresses = self._write_headers([node for _, _, node in waiting])
+        for (group, name, _), address in zip(waiting, addresses, strict=True):
             group.links[name] = address
 
     def _write_headers(self, nodes: list[_Node]) -> list[int]:
         """Object headers side by side, in one piece."""
+        if not nodes:
+            return []
         headers = [object_header(self._messages(node)) for node in nodes]
-        address = self._file.nbytes
+        address = self._nbytes
         addresses: list[int] = []
         parts: list[bytes] = []
         for header, found in zip(headers, checksums(headers), strict=True):
@@ -245,6 +272,7 @@ class Hdf5Writer:
     def close(self) -> None:
         """Write the rest, and the superblock last."""
         root = self._write_tree(self._root)
+        self._flush()
         addresses = struct.pack("<4Q", 0, UNDEFINED, self._file.nbytes, root)
         # Version, size of offsets and of lengths, consistency flags.
         head = _SIGNATURE + bytes((_SUPERBLOCK_VERSION, 8, 8, 0))

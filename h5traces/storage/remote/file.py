@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 _DATA = "data"
 _LOG = "ranges"
-# A larger footer is read column by column.
-_MOST_HELD_NBYTES: Final = 256 << 20
+# Of a larger group, rows are read one by one.
+_MOST_HELD_NBYTES: Final = 32 << 20
 
 
 class RemoteFile:
@@ -55,6 +55,8 @@ class RemoteFile:
         self._lock = threading.Lock()
         # Bytes that `prefetched` blocks hold, by range.
         self._fetched: tuple[dict[ByteRange, bytes], ...] = ()
+        # Offset and bytes of what `hold` keeps, beside the tail.
+        self._held: tuple[tuple[int, bytes], ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,15 +81,18 @@ class RemoteFile:
         return self._find(ByteRange(offset, nbytes)) is not None
 
     def hold(self, offset: int, nbytes: int) -> None:
-        """Keep bytes at the end of the object in memory; what is missing is one request."""
+        """Keep bytes in memory, some groups of rows at a time; what is missing is one request."""
         wanted = ByteRange(offset, nbytes)
         if nbytes > _MOST_HELD_NBYTES or self._find(wanted) is not None:
             return
-        start, data = self._tail or (wanted.stop, b"")
-        if not offset < start <= wanted.stop <= start + len(data):
-            start, data = wanted.stop, b""
-        missing = ByteRange(offset, start - offset)
-        self._tail = (offset, self._fetch([missing], whole=True)[missing] + data)
+        start, tail = self._tail or (wanted.stop, b"")
+        if offset < start <= wanted.stop <= start + len(tail):
+            missing = ByteRange(offset, start - offset)
+            self._tail = (offset, self._fetch([missing], whole=True)[missing] + tail)
+            return
+        held = (offset, self._fetch([wanted], whole=True)[wanted])
+        is_full = nbytes + sum(len(data) for _, data in self._held) > _MOST_HELD_NBYTES
+        self._held = (held,) if is_full else (*self._held, held)
 
     @contextlib.contextmanager
     def prefetched(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
@@ -110,11 +115,11 @@ class RemoteFile:
                 self._fetched = tuple(each for each in self._fetched if each is not fetched)
 
     def _find(self, wanted: ByteRange) -> bytes | None:
-        tail = self._tail
-        if tail is not None and wanted.offset >= tail[0]:
-            first = wanted.offset - tail[0]
-            if first + wanted.nbytes <= len(tail[1]):
-                return tail[1][first : first + wanted.nbytes]
+        tail: tuple[tuple[int, bytes], ...] = () if self._tail is None else (self._tail,)
+        for start, data in (*tail, *self._held):
+            first = wanted.offset - start
+            if 0 <= first <= first + wanted.nbytes <= len(data):
+                return data[first : first + wanted.nbytes]
         return next((each[wanted] for each in self._fetched if wanted in each), None)
 
     def _fetch(self, ranges: list[ByteRange], *, whole: bool = False) -> dict[ByteRange, bytes]:
@@ -191,10 +196,10 @@ class RemoteFile:
 
     def close(self) -> None:
         with self._lock:
-            self._fetched, self._tail = (), None
+            self._fetched, self._held, self._tail = (), (), None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_fetched": (), "_tail": None}
+        return {**self.__dict__, "_lock": None, "_fetched": (), "_held": (), "_tail": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,0 +1,982 @@
+/* A chunk as one zlib stream, plane by plane: noise in stored blocks, other bytes with Huffman codes
+ * of their own, runs and repeats as copies. The plans are those of h5traces/storage/deflate.py, where
+ * the reasons for its numbers stand; only the coding itself is another. */
+#include "kernels.h"
+
+#include <math.h>
+
+#include <stdlib.h>
+
+#define NUM_MAIN 286
+#define NUM_DISTANCES 30
+#define END_OF_BLOCK 256
+/* Codes of at most 12 bits decode with one look-up. */
+#define MOST_BITS 12
+#define MOST_STORED 65535
+/* Tokens of a block at most, and of its parts, which are joined where that costs nothing. */
+/* Less than a stored block, so that no fallback is larger than storing at once. */
+#define BLOCK_TOKENS 61440
+#define PART_TOKENS 4096
+#define MOST_PARTS (BLOCK_TOKENS / PART_TOKENS)
+/* Bits that a block may cost: decoding takes 3 us more for every table. */
+#define WORTH_A_BLOCK 100.0
+#define WINDOW 32768
+#define HASH_BITS 15
+#define FEW_HASH_BITS 11
+#define LONGEST_KEY 8
+#define FEWEST_BITS 1.5f
+/* Where a coding is tried, and wins by at least one per cent, the whole plane is coded so. */
+#define TRIAL 8192
+#define LEAST_GAIN 0.99
+#define LONGEST_COPY 258
+#define NICE_COPY 96
+#define SMALL (24 << 10)
+#define TINY 1024
+
+/* A byte, or a copy with its length above and its distance less one below. */
+#define IS_COPY(token) ((token) >> 31)
+#define COPY(length, distance) (1u << 31 | (uint32_t)(length) << 16 | (uint32_t)((distance) - 1))
+#define LENGTH_OF(token) ((token) >> 16 & 0x1FF)
+#define DISTANCE_OF(token) (((token) & 0x7FFF) + 1)
+
+typedef struct {
+    uint8_t *out;
+    uint64_t bits;
+    unsigned num_bits;
+} Writer;
+
+typedef struct {
+    uint32_t main[NUM_MAIN], distances[NUM_DISTANCES];
+} Counts;
+
+/* Codes ready to be written: the bits above, their number in the lowest 8. */
+typedef struct {
+    uint8_t main_lengths[288], distance_lengths[32];
+    uint32_t main[288], distances[32];
+} CodeBook;
+
+enum coding { LITERALS = 1, RUNS = 2, SEARCH = 4, ALL_CODINGS = 7 };
+
+struct Encoder {
+    uint32_t tokens[BLOCK_TOKENS];
+    Counts parts[MOST_PARTS];
+    uint32_t heads[1 << HASH_BITS], links[WINDOW];
+    /* In use of HASH_BITS. */
+    unsigned hash_bits;
+    /* Of a byte that is coded by itself. */
+    float literal_bits;
+    /* Bytes of the shortest copy. */
+    unsigned least;
+    /* Copies among very few values need a better search than this one. */
+    int gives_up;
+    uint8_t *shuffled, *other, *parted; /* one piece of memory */
+    size_t capacity;
+    uint8_t length_symbols[LONGEST_COPY + 1];
+    uint8_t distance_symbols[512];
+};
+
+static const uint8_t LENGTH_EXTRA[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
+                                         2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
+
+/* Logarithms of what parts of a block have at most. */
+static float LOGS[2 * PART_TOKENS];
+
+void encode_init(void)
+{
+    for (int i = 1; i < 2 * PART_TOKENS; i++)
+        LOGS[i] = log2f((float)i);
+}
+
+INLINE double log2_of(uint32_t number)
+{
+    double more = 0;
+    for (; number >= 2 * PART_TOKENS; number >>= 3)
+        more += 3;
+    return LOGS[number] + more;
+}
+
+/* --- bits --- */
+
+INLINE void put(Writer *to, uint64_t bits, unsigned num_bits)
+{
+    to->bits |= bits << to->num_bits;
+    to->num_bits += num_bits;
+}
+
+/* Leaves fewer than 8 bits. Writes 8 bytes. */
+INLINE void flush(Writer *to)
+{
+    store64(to->out, to->bits);
+    to->out += to->num_bits >> 3;
+    to->bits >>= to->num_bits & 56;
+    to->num_bits &= 7;
+}
+
+/* Up to the next whole byte. */
+static void align(Writer *to)
+{
+    to->num_bits = (to->num_bits + 7) & ~7u;
+    flush(to);
+}
+
+/* RFC 1951, 3.2.4 */
+static void put_stored(Writer *to, const uint8_t *data, size_t nbytes, int is_last)
+{
+    do {
+        size_t size = nbytes < MOST_STORED ? nbytes : MOST_STORED;
+        put(to, is_last && size == nbytes, 3);
+        align(to);
+        put(to, size | (size ^ 0xFFFF) << 16, 32);
+        flush(to);
+        memcpy(to->out, data, size);
+        to->out += size;
+        data += size;
+        nbytes -= size;
+    } while (nbytes);
+}
+
+static size_t stored_nbytes(size_t nbytes)
+{
+    return nbytes + 5 * (nbytes ? (nbytes + MOST_STORED - 1) / MOST_STORED : 1);
+}
+
+/* --- codes --- */
+
+/* Lengths of a Huffman code, at most `most` bits, of `num_symbols`; at least two get one.
+ * After Moffat and Katajainen, "In-place calculation of minimum-redundancy codes" (1995). */
+static void code_lengths(const uint32_t *counts, unsigned num_symbols, unsigned most, uint8_t *lengths)
+{
+    uint64_t sorted[288];
+    uint32_t work[288];
+    int used = 0;
+    memset(lengths, 0, num_symbols);
+    for (unsigned symbol = 0; symbol < num_symbols; symbol++)
+        if (counts[symbol])
+            sorted[used++] = (uint64_t)counts[symbol] << 16 | symbol;
+    if (used < 2) {
+        unsigned only = used ? (unsigned)sorted[0] & 0xFFFF : 0;
+        lengths[only] = lengths[only ? 0 : 1] = 1;
+        return;
+    }
+    for (int gap = used > 40 ? 57 : 10; gap; gap = gap == 1 ? 0 : gap > 10 ? 10 : gap > 4 ? 4 : 1)
+        for (int i = gap; i < used; i++) {
+            uint64_t key = sorted[i];
+            int j = i;
+            for (; j >= gap && sorted[j - gap] > key; j -= gap)
+                sorted[j] = sorted[j - gap];
+            sorted[j] = key;
+        }
+    for (int i = 0; i < used; i++)
+        work[i] = (uint32_t)(sorted[i] >> 16);
+    int root = 0, leaf = 2, next;
+    work[0] += work[1];
+    for (next = 1; next < used - 1; next++) {
+        uint32_t sum = 0;
+        for (int i = 0; i < 2; i++) {
+            if (leaf >= used || (root < next && work[root] < work[leaf])) {
+                sum += work[root];
+                work[root++] = (uint32_t)next;
+            } else {
+                sum += work[leaf++];
+            }
+        }
+        work[next] = sum;
+    }
+    work[used - 2] = 0;
+    for (next = used - 3; next >= 0; next--)
+        work[next] = work[work[next]] + 1;
+    /* How many leaves every depth has. */
+    uint32_t num_of[64] = {0};
+    int available = 1, depth = 0, inner = used - 2;
+    while (available > 0) {
+        int num_inner = 0;
+        for (; inner >= 0 && (int)work[inner] == depth; inner--)
+            num_inner++;
+        num_of[depth < 63 ? depth : 63] += (uint32_t)(available - num_inner);
+        available = 2 * num_inner;
+        depth++;
+    }
+    for (unsigned bits = most + 1; bits < 64; bits++) {
+        num_of[most] += num_of[bits];
+        num_of[bits] = 0;
+    }
+    uint32_t total = 0;
+    for (unsigned bits = 1; bits <= most; bits++)
+        total += num_of[bits] << (most - bits);
+    for (; total > 1u << most; total--) {
+        unsigned bits = most - 1;
+        while (!num_of[bits])
+            bits--;
+        num_of[most]--;
+        num_of[bits]--;
+        num_of[bits + 1] += 2;
+    }
+    unsigned bits = most;
+    for (int i = 0; i < used; i++) {
+        while (!num_of[bits])
+            bits--;
+        num_of[bits]--;
+        lengths[sorted[i] & 0xFFFF] = (uint8_t)bits;
+    }
+}
+
+/* RFC 1951, 3.2.2, with the bits in the order they are written in. */
+static void codes_of(const uint8_t *lengths, unsigned num_symbols, uint32_t *codes)
+{
+    uint32_t num_of[16] = {0}, next[16] = {0}, code = 0;
+    for (unsigned symbol = 0; symbol < num_symbols; symbol++)
+        num_of[lengths[symbol]]++;
+    num_of[0] = 0;
+    for (unsigned bits = 1; bits < 16; bits++)
+        next[bits] = code = (code + num_of[bits - 1]) << 1;
+    for (unsigned symbol = 0; symbol < num_symbols; symbol++) {
+        unsigned length = lengths[symbol];
+        uint32_t straight = length ? next[length]++ : 0, reversed = 0;
+        for (unsigned i = 0; i < length; i++)
+            reversed |= (straight >> i & 1) << (length - 1 - i);
+        codes[symbol] = reversed << 8 | length;
+    }
+}
+
+/* Lengths of codes as RFC 1951, 3.2.7 writes them: a symbol each, and what it repeats above it. */
+typedef struct {
+    uint16_t items[320];
+    unsigned num_items, num_main, num_distances, num_short;
+    uint8_t short_lengths[19];
+    uint32_t short_codes[19];
+    size_t num_bits;
+} Header;
+
+static const uint8_t SHORT_ORDER[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
+static const uint8_t SHORT_EXTRA[19] = {[16] = 2, [17] = 3, [18] = 7};
+
+static void make_header(const CodeBook *book, Header *header)
+{
+    uint8_t lengths[320];
+    uint32_t counts[19] = {0};
+    memset(header, 0, sizeof *header);
+    header->num_main = NUM_MAIN;
+    while (header->num_main > 257 && !book->main_lengths[header->num_main - 1])
+        header->num_main--;
+    header->num_distances = NUM_DISTANCES;
+    while (header->num_distances > 1 && !book->distance_lengths[header->num_distances - 1])
+        header->num_distances--;
+    unsigned num_all = header->num_main + header->num_distances;
+    memcpy(lengths, book->main_lengths, header->num_main);
+    memcpy(lengths + header->num_main, book->distance_lengths, header->num_distances);
+    for (unsigned i = 0; i < num_all;) {
+        unsigned run = 1, symbol = lengths[i], extra = 0;
+        while (i + run < num_all && lengths[i + run] == symbol)
+            run++;
+        if (!symbol && run >= 3) {
+            run = run < 138 ? run : 138;
+            symbol = run < 11 ? 17 : 18;
+            extra = run - (run < 11 ? 3 : 11);
+        } else if (i && symbol == lengths[i - 1] && run >= 3) {
+            run = run < 6 ? run : 6;
+            symbol = 16;
+            extra = run - 3;
+        } else {
+            run = 1;
+        }
+        header->items[header->num_items++] = (uint16_t)(symbol | extra << 8);
+        counts[symbol]++;
+        i += run;
+    }
+    code_lengths(counts, 19, 7, header->short_lengths);
+    codes_of(header->short_lengths, 19, header->short_codes);
+    header->num_short = 19;
+    while (header->num_short > 4 && !header->short_lengths[SHORT_ORDER[header->num_short - 1]])
+        header->num_short--;
+    header->num_bits = 14 + 3 * header->num_short;
+    for (unsigned symbol = 0; symbol < 19; symbol++)
+        header->num_bits += counts[symbol] * (header->short_lengths[symbol] + SHORT_EXTRA[symbol]);
+}
+
+static void put_header(Writer *to, const Header *header)
+{
+    put(to, (header->num_main - 257) | (header->num_distances - 1) << 5 | (header->num_short - 4) << 10,
+        14);
+    for (unsigned i = 0; i < header->num_short; i++) {
+        flush(to);
+        put(to, header->short_lengths[SHORT_ORDER[i]], 3);
+    }
+    for (unsigned i = 0; i < header->num_items; i++) {
+        unsigned symbol = header->items[i] & 0xFF;
+        flush(to);
+        put(to, header->short_codes[symbol] >> 8, header->short_codes[symbol] & 0xFF);
+        put(to, header->items[i] >> 8, SHORT_EXTRA[symbol]);
+    }
+    flush(to);
+}
+
+static size_t coded_bits(const Counts *counts, const CodeBook *book)
+{
+    size_t num_bits = 0;
+    for (unsigned i = 0; i < NUM_MAIN; i++)
+        num_bits += (size_t)counts->main[i] *
+                    (book->main_lengths[i] + (i > END_OF_BLOCK ? LENGTH_EXTRA[i - 257] : 0u));
+    for (unsigned i = 0; i < NUM_DISTANCES; i++)
+        num_bits += (size_t)counts->distances[i] * (book->distance_lengths[i] + (i < 2 ? 0 : i / 2 - 1));
+    return num_bits;
+}
+
+static void fixed_book(CodeBook *book)
+{
+    memset(book->main_lengths, 8, 144);
+    memset(book->main_lengths + 144, 9, 112);
+    memset(book->main_lengths + 256, 7, 24);
+    memset(book->main_lengths + 280, 8, 8);
+    memset(book->distance_lengths, 5, 32);
+}
+
+/* --- tokens --- */
+
+static unsigned distance_symbol(const Encoder *self, unsigned distance)
+{
+    return distance <= 256 ? self->distance_symbols[distance - 1]
+                           : self->distance_symbols[256 + ((distance - 1) >> 7)];
+}
+
+static void make_symbols(Encoder *self)
+{
+    unsigned length = 3, distance = 0;
+    for (unsigned symbol = 0; symbol < 28; symbol++)
+        for (unsigned i = 0; i < 1u << LENGTH_EXTRA[symbol] && length < LONGEST_COPY; i++)
+            self->length_symbols[length++] = (uint8_t)symbol;
+    self->length_symbols[LONGEST_COPY] = 28;
+    for (unsigned symbol = 0; symbol < NUM_DISTANCES; symbol++)
+        for (unsigned i = 0; i < 1u << (symbol < 2 ? 0 : symbol / 2 - 1); i++, distance++) {
+            if (distance < 256)
+                self->distance_symbols[distance] = (uint8_t)symbol;
+            else
+                self->distance_symbols[256 + (distance >> 7)] = (uint8_t)symbol;
+        }
+}
+
+static void count_bytes(const uint8_t *data, size_t nbytes, uint32_t *counts)
+{
+    /* Neighbours are often equal, and adding to the same place waits for the addition before. */
+    uint32_t more[3][256];
+    memset(more, 0, sizeof more);
+    size_t i = 0;
+    for (; i + 4 <= nbytes; i += 4) {
+        counts[data[i]]++;
+        more[0][data[i + 1]]++;
+        more[1][data[i + 2]]++;
+        more[2][data[i + 3]]++;
+    }
+    for (; i < nbytes; i++)
+        counts[data[i]]++;
+    for (unsigned value = 0; value < 256; value++)
+        counts[value] += more[0][value] + more[1][value] + more[2][value];
+}
+
+static void count_tokens(const Encoder *self, const uint32_t *tokens, size_t num_tokens, Counts *counts)
+{
+    for (size_t i = 0; i < num_tokens; i++) {
+        if (IS_COPY(tokens[i])) {
+            counts->main[257 + self->length_symbols[LENGTH_OF(tokens[i])]]++;
+            counts->distances[distance_symbol(self, DISTANCE_OF(tokens[i]))]++;
+        } else {
+            counts->main[tokens[i]]++;
+        }
+    }
+}
+
+/* How many bytes from `at` on equal those at `before`, at most `most`. */
+INLINE size_t equal_bytes(const uint8_t *at, const uint8_t *before, size_t most)
+{
+    size_t length = 0;
+    while (length + 8 <= most && load64(at + length) == load64(before + length))
+        length += 8;
+    while (length < most && at[length] == before[length])
+        length++;
+    return length;
+}
+
+/* Tokens of bytes from `*at` on; runs of one byte are copies. `start` is where the plane begins. */
+static size_t tokens_of_runs(Encoder *self, const uint8_t *start, const uint8_t **at, const uint8_t *end)
+{
+    size_t count = 0;
+    const uint8_t *in = *at;
+    while (in < end && count < BLOCK_TOKENS) {
+        /* Four equal bytes at once: one branch, which is seldom taken where there are no runs. */
+        uint32_t four = in > start && end - in >= 3 ? load32(in - 1) : 1;
+        if (four != (four << 8 | four >> 24)) {
+            self->tokens[count++] = *in++;
+            continue;
+        }
+        size_t most = (size_t)(end - in) < LONGEST_COPY ? (size_t)(end - in) : LONGEST_COPY;
+        size_t length = equal_bytes(in, in - 1, most);
+        self->tokens[count++] = COPY(length, 1);
+        in += length;
+    }
+    *at = in;
+    return count;
+}
+
+/* Of as many bytes as the shortest copy has. */
+INLINE uint32_t hash_of(const Encoder *self, const uint8_t *at)
+{
+    uint64_t key = load64(at) << (64 - 8 * self->least);
+    return (uint32_t)(key * 0x9E3779B185EBCA87u >> (64 - self->hash_bits));
+}
+
+/* Positions are counted from `start`, plus one, so that zero means none. */
+INLINE void remember(Encoder *self, const uint8_t *start, const uint8_t *at)
+{
+    uint32_t hash = hash_of(self, at), position = (uint32_t)(at - start) + 1;
+    self->links[position % WINDOW] = self->heads[hash];
+    self->heads[hash] = position;
+}
+
+/* Whether a copy takes fewer bits than its bytes would, as far as one can say before. */
+INLINE int is_worth(const Encoder *self, size_t length, uint32_t distance)
+{
+    if (length >= 32)
+        return 1;
+    unsigned distance_bits = 0;
+    while (distance >> distance_bits)
+        distance_bits++;
+    float fixed_bits = self->literal_bits < 3 ? 2 * self->literal_bits : 6;
+    return (float)length * self->literal_bits >= fixed_bits + (float)distance_bits;
+}
+
+/* The longest earlier string; its length, 0 for none. */
+static size_t longest(const Encoder *self, const uint8_t *start, const uint8_t *at, const uint8_t *end,
+                      unsigned depth, uint32_t *distance)
+{
+    size_t most = (size_t)(end - at) < LONGEST_COPY ? (size_t)(end - at) : LONGEST_COPY;
+    size_t best = self->least - 1;
+    uint32_t here = (uint32_t)(at - start) + 1, position = self->heads[hash_of(self, at)];
+    while (position && position < here && here - position <= WINDOW && depth--) {
+        const uint8_t *before = start + position - 1;
+        if (before[best] == at[best]) {
+            size_t length = equal_bytes(at, before, most);
+            if (length > best && is_worth(self, length, here - position)) {
+                best = length;
+                *distance = here - position;
+                if (best >= NICE_COPY || best == most)
+                    break;
+            }
+        }
+        uint32_t next = self->links[position % WINDOW];
+        if (next >= position)
+            break;
+        position = next;
+    }
+    return best >= self->least ? best : 0;
+}
+
+/* As `tokens_of_runs`, with copies of all that was seen before; a copy waits for a longer one that
+ * begins at the next byte. */
+static size_t tokens_of_search(Encoder *self, const uint8_t *start, const uint8_t **where,
+                               const uint8_t *end, unsigned depth)
+{
+    size_t count = 0;
+    const uint8_t *at = *where;
+    while (at < end && count + 2 < BLOCK_TOKENS) {
+        uint32_t distance = 0, next_distance = 0;
+        size_t length = 0;
+        if (end - at > LONGEST_KEY) {
+            length = longest(self, start, at, end, depth, &distance);
+            remember(self, start, at);
+        }
+        while (length && length < NICE_COPY && end - at > LONGEST_KEY + 1) {
+            size_t next = longest(self, start, at + 1, end, depth, &next_distance);
+            if (next <= length)
+                break;
+            self->tokens[count++] = *at++;
+            remember(self, start, at);
+            length = next;
+            distance = next_distance;
+            if (count + 2 >= BLOCK_TOKENS)
+                break;
+        }
+        if (!length) {
+            self->tokens[count++] = *at++;
+            continue;
+        }
+        self->tokens[count++] = COPY(length, distance);
+        for (const uint8_t *stop = ++at + length - 1; at < stop; at++)
+            if (end - at > LONGEST_KEY)
+                remember(self, start, at);
+    }
+    *where = at;
+    return count;
+}
+
+INLINE void put_bytes_body(Writer *to, const uint8_t *data, size_t nbytes, const uint32_t *codes)
+{
+    Writer w = *to;
+    size_t i = 0;
+    for (; i + 4 <= nbytes; i += 4) {
+        for (size_t j = 0; j < 4; j++) {
+            uint32_t code = codes[data[i + j]];
+            put(&w, code >> 8, code & 0xFF);
+        }
+        flush(&w);
+    }
+    for (; i < nbytes; i++) {
+        put(&w, codes[data[i]] >> 8, codes[data[i]] & 0xFF);
+        flush(&w);
+    }
+    *to = w;
+}
+
+DISPATCH(put_bytes, (Writer *to, const uint8_t *data, size_t nbytes, const uint32_t *codes),
+         (to, data, nbytes, codes))
+
+INLINE void put_tokens_body(const Encoder *self, Writer *to, const uint32_t *tokens,
+                            size_t num_tokens, const CodeBook *book)
+{
+    Writer w = *to;
+    for (size_t i = 0; i < num_tokens; i++) {
+        uint32_t token = tokens[i];
+        if (!IS_COPY(token)) {
+            put(&w, book->main[token] >> 8, book->main[token] & 0xFF);
+            if (w.num_bits > 40)
+                flush(&w);
+            continue;
+        }
+        flush(&w);
+        unsigned length = LENGTH_OF(token), symbol = self->length_symbols[length];
+        uint32_t code = book->main[257 + symbol];
+        put(&w, code >> 8, code & 0xFF);
+        if (LENGTH_EXTRA[symbol])
+            put(&w, (length - 3) & ((1u << LENGTH_EXTRA[symbol]) - 1), LENGTH_EXTRA[symbol]);
+        unsigned distance = DISTANCE_OF(token), place = distance_symbol(self, distance);
+        code = book->distances[place];
+        put(&w, code >> 8, code & 0xFF);
+        if (place > 3)
+            put(&w, (distance - 1) & ((1u << (place / 2 - 1)) - 1), place / 2 - 1);
+        flush(&w);
+    }
+    flush(&w);
+    *to = w;
+}
+
+DISPATCH(put_tokens,
+         (const Encoder *self, Writer *to, const uint32_t *tokens, size_t num_tokens,
+          const CodeBook *book),
+         (self, to, tokens, num_tokens, book))
+
+/* One block of `num_tokens`, or of bytes where `tokens` is NULL; stored where that is smaller. */
+static void put_block(const Encoder *self, Writer *to, const uint32_t *tokens, size_t num_tokens,
+                      const uint8_t *data, size_t nbytes, Counts *counts, int is_last)
+{
+    CodeBook book, fixed;
+    Header header;
+    counts->main[END_OF_BLOCK] = 1;
+    memset(&book, 0, sizeof book);
+    code_lengths(counts->main, NUM_MAIN, MOST_BITS, book.main_lengths);
+    code_lengths(counts->distances, NUM_DISTANCES, MOST_BITS, book.distance_lengths);
+    make_header(&book, &header);
+    fixed_book(&fixed);
+    size_t dynamic_bits = header.num_bits + coded_bits(counts, &book);
+    size_t fixed_bits = coded_bits(counts, &fixed);
+    int is_fixed = fixed_bits <= dynamic_bits;
+    if ((is_fixed ? fixed_bits : dynamic_bits) + 3 >= 8 * stored_nbytes(nbytes)) {
+        put_stored(to, data, nbytes, is_last);
+        return;
+    }
+    const CodeBook *chosen = is_fixed ? &fixed : &book;
+    codes_of(chosen->main_lengths, is_fixed ? 288 : NUM_MAIN, ((CodeBook *)chosen)->main);
+    codes_of(chosen->distance_lengths, NUM_DISTANCES, ((CodeBook *)chosen)->distances);
+    put(to, (unsigned)is_last | (is_fixed ? 1u : 2u) << 1, 3);
+    flush(to);
+    if (!is_fixed)
+        put_header(to, &header);
+    if (tokens)
+        put_tokens(self, to, tokens, num_tokens, chosen);
+    else
+        put_bytes(to, data, nbytes, chosen->main);
+    put(to, chosen->main[END_OF_BLOCK] >> 8, chosen->main[END_OF_BLOCK] & 0xFF);
+    flush(to);
+}
+
+/* Bits of the best codes without their tables, and a guess of those. */
+static double estimated_bits(const Counts *counts)
+{
+    double total = 0, num_bits = 0, used = 0;
+    for (unsigned i = 0; i < NUM_MAIN; i++) {
+        if (!counts->main[i])
+            continue;
+        total += counts->main[i];
+        num_bits -= counts->main[i] * log2_of(counts->main[i]);
+        used++;
+    }
+    for (unsigned i = 0; i < NUM_DISTANCES; i++)
+        used += counts->distances[i] != 0;
+    return num_bits + total * log2_of((uint32_t)total) + 4 * used + 60;
+}
+
+static void add_counts(Counts *to, const Counts *other)
+{
+    for (unsigned i = 0; i < NUM_MAIN; i++)
+        to->main[i] += other->main[i];
+    for (unsigned i = 0; i < NUM_DISTANCES; i++)
+        to->distances[i] += other->distances[i];
+}
+
+static size_t token_nbytes(const uint32_t *tokens, size_t num_tokens)
+{
+    size_t nbytes = 0;
+    for (size_t i = 0; i < num_tokens; i++)
+        nbytes += IS_COPY(tokens[i]) ? LENGTH_OF(tokens[i]) : 1;
+    return nbytes;
+}
+
+/* Tokens or bytes as blocks, several where parts differ in what is frequent. */
+static void put_parts(Encoder *self, Writer *to, const uint32_t *tokens, size_t num_tokens,
+                      const uint8_t *data, int is_varied, int is_last)
+{
+    size_t part = is_varied || tokens ? PART_TOKENS : BLOCK_TOKENS, num_parts = (num_tokens + part - 1) / part;
+    memset(self->parts, 0, num_parts * sizeof *self->parts);
+    for (size_t i = 0; i < num_parts; i++) {
+        size_t start = i * part, size = num_tokens - start < part ? num_tokens - start : part;
+        if (tokens)
+            count_tokens(self, tokens + start, size, self->parts + i);
+        else
+            count_bytes(data + start, size, self->parts[i].main);
+    }
+    for (size_t i = 0, next; i < num_parts; i = next) {
+        Counts *counts = self->parts + i;
+        double bits = num_parts > 1 ? estimated_bits(counts) : 0;
+        for (next = i + 1; next < num_parts; next++) {
+            Counts both = *counts;
+            add_counts(&both, self->parts + next);
+            double alone = estimated_bits(self->parts + next), joined = estimated_bits(&both);
+            if (joined > bits + alone + WORTH_A_BLOCK)
+                break;
+            *counts = both;
+            bits = joined;
+        }
+        size_t start = i * part, stop = next < num_parts ? next * part : num_tokens;
+        size_t size = tokens ? token_nbytes(tokens + start, stop - start) : stop - start;
+        put_block(self, to, tokens ? tokens + start : NULL, stop - start, data, size, counts,
+                  is_last && next == num_parts);
+        data += size;
+    }
+}
+
+/* Bytes in one way of coding. */
+static void put_coded(Encoder *self, Writer *to, const uint8_t *data, size_t nbytes, enum coding coding,
+                      int is_varied, int is_last)
+{
+    const uint8_t *at = data, *end = data + nbytes;
+    unsigned depth = nbytes <= TRIAL ? 256 : 48;
+    if (coding == SEARCH) {
+        Counts counts = {{0}, {0}};
+        count_bytes(data, nbytes, counts.main);
+        self->literal_bits = (float)(estimated_bits(&counts) / (double)nbytes);
+        self->gives_up |= nbytes > TRIAL && self->literal_bits < FEWEST_BITS;
+        for (self->least = 3; self->least < LONGEST_KEY && !is_worth(self, self->least, 64);)
+            self->least++;
+        for (self->hash_bits = 6; self->hash_bits < HASH_BITS && nbytes >> self->hash_bits;)
+            self->hash_bits++;
+        memset(self->heads, 0, sizeof *self->heads << self->hash_bits);
+    }
+    while (at < end) {
+        const uint8_t *start = at;
+        size_t count;
+        if (coding == LITERALS) {
+            count = (size_t)(end - at) < BLOCK_TOKENS ? (size_t)(end - at) : BLOCK_TOKENS;
+            at += count;
+        } else if (coding == RUNS) {
+            count = tokens_of_runs(self, data, &at, end);
+        } else {
+            count = tokens_of_search(self, data, &at, end, depth);
+        }
+        put_parts(self, to, coding == LITERALS ? NULL : self->tokens, count, start, is_varied,
+                  is_last && at == end);
+    }
+}
+
+/* The smallest of some codings, or stored blocks. */
+static void put_piece(Encoder *self, Writer *to, const uint8_t *data, size_t nbytes, int codings,
+                      int is_varied, int is_last)
+{
+    Writer before = *to, best = *to;
+    if (!codings)
+        put_stored(&best, data, nbytes, is_last);
+    size_t least = 0;
+    int found = 0;
+    for (int coding = LITERALS; coding <= SEARCH; coding <<= 1) {
+        if (!(codings & coding))
+            continue;
+        Writer trial = before;
+        if (found)
+            trial.out = self->other;
+        put_coded(self, &trial, data, nbytes, (enum coding)coding, is_varied, is_last);
+        size_t size = (size_t)(trial.out - (found ? self->other : before.out));
+        if (found && size >= least)
+            continue;
+        if (found) {
+            memcpy(before.out, self->other, size);
+            trial.out = before.out + size;
+        }
+        least = size;
+        best = trial;
+        found = 1;
+    }
+    *to = best;
+}
+
+/* --- plans --- */
+
+#define SAMPLE_WINDOW 512
+#define SAMPLE_WINDOWS 8
+#define NOISE_ENTROPY 7.92
+#define MOST_COLLISION (1.0 / 17)
+#define LEAST_EXCESS_PAIRS 0.03
+#define MANY_PAIRS 0.7
+#define MANY_ZEROS 0.2
+#define MOST_ENTROPY_FOR_TRIAL 1.1
+#define LEAST_REPEATS 0.0075
+#define SPAN 65536
+#define TABLE_COST 0.0008
+
+typedef struct {
+    int num_values, anchor;
+    double entropy, collision, pairs, zeros, variation;
+} Survey;
+
+static double squares(const uint32_t *counts)
+{
+    double sum = 0;
+    for (int value = 0; value < 256; value++)
+        sum += (double)counts[value] * counts[value];
+    return sum;
+}
+
+static void survey(const uint8_t *plane, size_t nbytes, Survey *facts)
+{
+    size_t available = nbytes / SAMPLE_WINDOW, window = available ? SAMPLE_WINDOW : nbytes;
+    size_t step = available ? (available + SAMPLE_WINDOWS - 1) / SAMPLE_WINDOWS | 1 : 1;
+    uint32_t counts[256] = {0}, windows[SAMPLE_WINDOWS][256];
+    size_t num_windows = 0, num_pairs = 0, num_equal = 0;
+    memset(windows, 0, sizeof windows);
+    for (size_t at = 0; at < (available ? available : 1) && num_windows < SAMPLE_WINDOWS; at += step) {
+        const uint8_t *part = plane + at * window;
+        for (size_t i = 0; i < window; i++)
+            windows[num_windows][part[i]]++;
+        for (size_t i = 1; i < window; i++)
+            num_equal += part[i] == part[i - 1];
+        num_pairs += window - 1;
+        num_windows++;
+    }
+    for (size_t i = 0; i < num_windows; i++)
+        for (int value = 0; value < 256; value++)
+            counts[value] += windows[i][value];
+    double size = (double)(num_windows * window), logs = 0;
+    int commonest = 0, anchor = -1;
+    facts->num_values = 0;
+    for (int value = 0; value < 256; value++) {
+        if (!counts[value])
+            continue;
+        facts->num_values++;
+        logs += counts[value] * log2_of(counts[value]);
+        if (counts[value] > counts[commonest])
+            commonest = value;
+        /* The rarest of those at least half as frequent as all values are in noise. */
+        if (512.0 * counts[value] >= size && (anchor < 0 || counts[value] < counts[anchor]))
+            anchor = value;
+    }
+    facts->anchor = anchor < 0 ? 0 : anchor;
+    facts->entropy = (size * log2_of((uint32_t)size) - logs + (facts->num_values - 1) / (2 * 0.6931471805599453)) / size;
+    facts->collision = squares(counts) / (size * size);
+    facts->pairs = num_pairs ? (double)num_equal / (double)num_pairs : 0;
+    facts->zeros = counts[0] / size;
+    /* What separate statistics for every window would save, in bits a byte. */
+    double number = counts[commonest], others = size - number, equal_in_windows = -others;
+    double equal_pairs = squares(counts) - number * number - others;
+    for (size_t i = 0; i < num_windows; i++)
+        equal_in_windows += squares(windows[i]) - (double)windows[i][commonest] * windows[i][commonest];
+    facts->variation = 0;
+    if (equal_in_windows > 0 && window > 1)
+        facts->variation = others / size *
+                           log2(equal_in_windows / (double)(window - 1) / equal_pairs * (size - 1));
+}
+
+/* Whether strings of eight bytes after an anchor often occur twice in the middle of the plane. */
+static int has_repeats(Encoder *self, const uint8_t *plane, size_t nbytes, int anchor)
+{
+    size_t size = nbytes < SPAN ? nbytes : SPAN, num_strings = 0, num_equal = 0;
+    const uint8_t *span = plane + (nbytes - size) / 2;
+    if (size < 9)
+        return 0;
+    memset(self->heads, 0, sizeof self->heads);
+    for (size_t i = 0; i < size - 8; i++) {
+        const uint8_t *found = memchr(span + i, anchor, size - 8 - i);
+        if (!found)
+            break;
+        i = (size_t)(found - span);
+        uint64_t string = load64(span + i + 1);
+        uint32_t *head = self->heads + (string * 0x9E3779B185EBCA87u >> (64 - HASH_BITS));
+        num_equal += *head && load64(span + *head) == string;
+        num_strings++;
+        *head = (uint32_t)i + 1;
+    }
+    return num_strings && (double)num_equal / (double)num_strings > LEAST_REPEATS;
+}
+
+static size_t trial_nbytes(Encoder *self, const uint8_t *data, size_t nbytes, int coding, int is_varied)
+{
+    Writer to = {self->other, 0, 0};
+    put_coded(self, &to, data, nbytes, (enum coding)coding, is_varied, 1);
+    return (size_t)(to.out - self->other);
+}
+
+/* Whether copies win on a part of the plane. */
+static int search_wins(Encoder *self, const uint8_t *plane, size_t nbytes, int simple, int is_varied)
+{
+    size_t size = nbytes < TRIAL ? nbytes : TRIAL;
+    const uint8_t *part = plane + (nbytes - size) / 2;
+    double searched = (double)trial_nbytes(self, part, size, SEARCH, is_varied);
+    return searched <= LEAST_GAIN * (double)trial_nbytes(self, part, size, simple, is_varied);
+}
+
+/* The codings that may be smallest for a plane; none for stored blocks. */
+static int plan_plane(Encoder *self, const uint8_t *plane, size_t nbytes, int *elements_differ,
+                      int *is_varied)
+{
+    Survey facts;
+    survey(plane, nbytes, &facts);
+    *is_varied = 0;
+    if (facts.num_values == 1)
+        return RUNS;
+    int has_excess = facts.pairs - facts.collision > LEAST_EXCESS_PAIRS;
+    int has_runs = has_excess || facts.pairs > MANY_PAIRS;
+    *is_varied = facts.variation > TABLE_COST * facts.num_values;
+    int is_noise = facts.entropy > NOISE_ENTROPY;
+    int is_masked = has_excess && facts.zeros > MANY_ZEROS && facts.entropy > MOST_ENTROPY_FOR_TRIAL;
+    if (!is_noise && is_masked && nbytes > TRIAL) {
+        *is_varied = 1;
+        return RUNS;
+    }
+    int is_dense = !has_runs && !*is_varied && facts.collision < MOST_COLLISION;
+    if (is_noise || is_dense) {
+        int simple = is_noise ? 0 : LITERALS;
+        if (!*elements_differ && has_repeats(self, plane, nbytes, facts.anchor))
+            return simple | SEARCH;
+        *elements_differ = 1;
+        *is_varied = 0;
+        return simple;
+    }
+    int simple = has_runs ? RUNS : LITERALS;
+    return simple | (search_wins(self, plane, nbytes, simple, *is_varied) ? SEARCH : 0);
+}
+
+/* --- chunks --- */
+
+/* Encoders that wait for the next chunk: getting their memory takes as long as a small chunk. */
+#define NUM_SPARE 4
+#define LARGEST_SPARE (2 << 20)
+static Encoder *spare[NUM_SPARE];
+
+Encoder *encoder_new(void)
+{
+    Encoder *self = NULL;
+#if defined(__GNUC__)
+    for (int i = 0; i < NUM_SPARE && !self; i++)
+        self = __atomic_exchange_n(spare + i, NULL, __ATOMIC_ACQ_REL);
+#endif
+    if (!self && (self = calloc(1, sizeof *self)))
+        make_symbols(self);
+    return self;
+}
+
+void encoder_free(Encoder *self)
+{
+#if defined(__GNUC__)
+    for (int i = 0; i < NUM_SPARE && self && self->capacity <= LARGEST_SPARE; i++)
+        self = __atomic_exchange_n(spare + i, self, __ATOMIC_ACQ_REL);
+#endif
+    if (!self)
+        return;
+    free(self->shuffled);
+    free(self);
+}
+
+size_t encode_bound(size_t nbytes, size_t itemsize)
+{
+    /* Stored blocks of every plane and block, and eight bytes that are written ahead. */
+    return 64 + nbytes + 5 * (nbytes / PART_TOKENS + 2 * itemsize + 2) + nbytes / 64;
+}
+
+/* As `plan_plane`, where a survey would take longer than coding. */
+static int plan_small(Encoder *self, const uint8_t *plane, size_t nbytes)
+{
+    size_t num_pairs = 0, num_repeats = 0;
+    for (size_t i = 1; i < nbytes; i++)
+        num_pairs += plane[i] == plane[i - 1];
+    /* Strings of eight bytes that were there before, of which runs have many. */
+    memset(self->heads, 0, sizeof *self->heads << FEW_HASH_BITS);
+    for (size_t i = 0; i + 8 <= nbytes; i++) {
+        uint64_t string = load64(plane + i);
+        uint32_t *head = self->heads + (string * 0x9E3779B185EBCA87u >> (64 - FEW_HASH_BITS));
+        num_repeats += load64(plane + *head) == string && *head < i;
+        *head = (uint32_t)i;
+    }
+    int has_runs = 10 * num_pairs > nbytes;
+    return (has_runs ? RUNS : LITERALS) | (20 * num_repeats > nbytes + 20 * num_pairs ? SEARCH : 0);
+}
+
+/* The planes of the shuffled bytes, the incomplete element with the last one. */
+static void put_planes(Encoder *self, Writer *to, size_t nbytes, size_t itemsize)
+{
+    size_t count = nbytes / itemsize;
+    int elements_differ = 0;
+    for (size_t plane = 0; plane < itemsize; plane++) {
+        const uint8_t *data = self->shuffled + plane * count;
+        int is_last = plane + 1 == itemsize, is_varied = 0;
+        int codings = nbytes < SMALL
+                          ? plan_small(self, data, count)
+                          : plan_plane(self, data, count, &elements_differ, &is_varied);
+        size_t size = is_last ? nbytes - plane * count : count;
+        put_piece(self, to, data, size, codings, is_varied, is_last);
+    }
+}
+
+size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t itemsize, uint8_t *out)
+{
+    size_t needed = encode_bound(nbytes, itemsize);
+    if (needed > self->capacity) {
+        free(self->shuffled);
+        self->shuffled = malloc(3 * needed);
+        self->capacity = self->shuffled ? needed : 0;
+        if (!self->capacity)
+            return 0;
+        self->other = self->shuffled + needed;
+        self->parted = self->other + needed;
+    }
+    self->gives_up = 0;
+    shuffle(raw, self->shuffled, nbytes, itemsize);
+    /* RFC 1950: deflate, a window of 32 KiB, no dictionary. */
+    out[0] = 0x78;
+    out[1] = 0x01;
+    Writer to = {out + 2, 0, 0};
+    if (itemsize == 1 && nbytes < SMALL) {
+        put_piece(self, &to, self->shuffled, nbytes, ALL_CODINGS, 0, 1);
+    } else {
+        put_planes(self, &to, nbytes, itemsize);
+    }
+    align(&to);
+    if (itemsize > 1 && nbytes <= TINY) {
+        /* Code tables of their own may cost more than planes win. */
+        Writer whole = {self->parted, 0, 0};
+        put_piece(self, &whole, self->shuffled, nbytes, LITERALS | SEARCH, 0, 1);
+        align(&whole);
+        size_t size = (size_t)(whole.out - self->parted);
+        if (size < (size_t)(to.out - out) - 2) {
+            memcpy(out + 2, self->parted, size);
+            to.out = out + 2 + size;
+        }
+    }
+    uint32_t sum = adler32(self->shuffled, nbytes);
+    for (int i = 0; i < 4; i++)
+        *to.out++ = (uint8_t)(sum >> (24 - 8 * i));
+    return self->gives_up ? 0 : (size_t)(to.out - out);
+}

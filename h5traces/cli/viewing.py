@@ -1,0 +1,55 @@
+"""``h5traces view``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from h5traces.cli.command import command
+from h5traces.cli.console import note, print_line
+from h5traces.cli.options import Archives, option
+from h5traces.format.text import counted
+from h5traces.view import export_page, serve
+
+if TYPE_CHECKING:
+    from h5traces.view.server import Page
+
+
+@command()
+def view(
+    sources: Archives,
+    *,
+    port: Annotated[
+        int, option(None, "--port N", "Of 127.0.0.1 [default: a free one].", min=0, max=65535)
+    ] = 0,
+    browser: Annotated[bool, option(None, "--browser/--no-browser", "Open the browser.")] = True,
+    export: Annotated[
+        str | None,
+        option(
+            None,
+            "--export DIR",
+            "Instead, write the page and the archives into a new folder, for a web server.",
+        ),
+    ] = None,
+) -> None:
+    """Look at archives in the browser: samples, tokens, heat maps and attention.
+
+    The page is served to this machine only, at an address that nobody can guess, until Ctrl-C.
+    Nothing is uploaded, and no model runs. On another machine, forward the port:
+    `ssh -L 8000:127.0.0.1:8000 host h5traces view archives/ --no-browser --port 8000`.
+
+    - `h5traces view archives/`
+    - `h5traces view exact.h5 compact.h5` to compare two archives
+    - `h5traces view s3://bucket/run/*.h5`
+    - `h5traces view run.h5 --export page/`, then `python -m http.server` knows no ranges; nginx,
+      Apache, S3 and GitHub Pages do
+    """
+    if export is not None:
+        written = export_page(sources, export)
+        print_line(f"{export}: {counted(len(written), 'file')} for any web server with byte ranges")
+        return
+
+    def started(page: Page) -> None:
+        print_line(page.url)
+        note(f"showing {counted(page.num_archives, 'archive')}; Ctrl-C ends it")
+
+    serve(sources, port=port, browser=browser, started=started)
