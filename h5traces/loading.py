@@ -74,7 +74,7 @@ def _from_source(
     path: PathLike, container: Container, reading: ReadingOptions
 ) -> list[dict[str, Any]]:
     with open_source(path, reading) as source:
-        return [materialised(each, container) for each in source]
+        return [materialised(each, container) for each in iter(source.next_sample, None)]
 
 
 def _from_folder(

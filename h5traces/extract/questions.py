@@ -13,6 +13,7 @@ import xxhash
 
 from h5traces.errors import ExtractionError, MissingDependencyError, SchemaError
 from h5traces.extract.options import Columns
+from h5traces.format.text import and_more
 from h5traces.sources.rows import foreign, read_rows, short, text_of
 from h5traces.storage.files import read_document
 
@@ -170,7 +171,7 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
             wanted = columns.question or " or ".join(_QUESTION_COLUMNS)
             message = (
                 f"{place}: found no text in a column {wanted}; choose the column of questions "
-                f"among {', '.join(row.cells) or 'none'}"
+                f"among {and_more(map(short, row.cells), 30) or 'none'}"
             )
             raise ExtractionError(message)
         found_id = _cell(row.cells, columns.sample_id, _ID_COLUMNS)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.lib import format as npy
 
-from h5traces.format.document import compact_json
 from h5traces.format.dtypes import TypedArray
-from h5traces.rewriting.plain_values import JSON_ENDING, plain_fields
+from h5traces.rewriting.plain_values import JSON_ENDING, ascii_json, plain_fields, utf8
 
 if TYPE_CHECKING:
     from h5traces.archive.trace import Trace
@@ -23,6 +22,7 @@ _SAFETENSORS_TYPES: Final = {
     **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
 _ALIGNMENT: Final = 8
+_METADATA: Final = "__metadata__"
 
 
 def write_npz(trace: Trace, part: PartFile) -> list[str]:
@@ -31,9 +31,12 @@ def write_npz(trace: Trace, part: PartFile) -> list[str]:
     with zipfile.ZipFile(part.file, "w", zipfile.ZIP_STORED) as archive:
         for name, value in fields.named.items():
             array = value.to_numpy() if isinstance(value, TypedArray) else np.asarray(value)
-            if array.dtype.kind == "U" and array.tolist() != value:
+            if isinstance(value, (str, list)) and array.tolist() != value:
                 # numpy cuts NUL characters off the end of texts.
-                name, array = name + JSON_ENDING, np.asarray(compact_json(value))
+                name, array = name + JSON_ENDING, np.asarray(ascii_json(value))
+                if name in fields.named:
+                    fields.left_out.append(name)
+                    continue
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 npy.write_array(member, array, allow_pickle=False)
             part.file.raise_error()
@@ -45,17 +48,21 @@ def write_safetensors(trace: Trace, part: PartFile) -> list[str]:
     fields = plain_fields(trace)
     facts, arrays = {}, {}
     for name, value in fields.named.items():
-        if isinstance(value, str):
+        if name == _METADATA:
+            fields.left_out.append(name)
+        elif isinstance(value, str) and utf8(value) == value:
             facts[name] = value
-        elif isinstance(value, list):
-            facts[name + JSON_ENDING] = compact_json(value)
+        elif isinstance(value, (str, list)):
+            if name + JSON_ENDING in fields.named:
+                fields.left_out.append(name)
+            facts.setdefault(name + JSON_ENDING, ascii_json(value))
         else:
             typed = value if isinstance(value, TypedArray) else _typed(np.asarray(value))
             if typed.dtype not in _SAFETENSORS_TYPES:
                 fields.left_out.append(name)
                 continue
             arrays[name] = typed
-    header: dict[str, Any] = {"__metadata__": facts} if facts else {}
+    header: dict[str, Any] = {_METADATA: facts} if facts else {}
     # Wide types first, so that each begins at a multiple of its size, as their library writes them.
     ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].values.itemsize))
     start = 0

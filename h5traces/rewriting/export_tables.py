@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from h5traces.archive.trace import LayerSequence
-from h5traces.rewriting.plain_values import PlainFields, add_as_json, is_plain, layers_of
+from h5traces.rewriting.plain_values import PlainFields, add_as_json, is_plain, layers_of, utf8
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -85,7 +85,7 @@ def _fields(trace: Trace) -> PlainFields:
     for key in trace.fields:
         value = trace._value(key, "numpy")
         if isinstance(value, LayerSequence) or is_plain(value):
-            found.named[key] = value
+            found.add(key, value)
         else:
             add_as_json(found, key, value)
     return found
@@ -138,15 +138,15 @@ def _cell(trace: Trace, value: Any) -> Any:
         inner = _nested(value)
         return pa.LargeListArray.from_arrays([0, len(inner)], inner)
     if isinstance(value, list):
-        return pa.array([[_utf8(each) for each in value]])
+        return pa.array([[utf8(each) for each in value]])
     plain = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
-    return pa.array([_utf8(plain) if isinstance(plain, str) else plain])
+    return pa.array([utf8(plain) if isinstance(plain, str) else plain])
 
 
 def _nested(values: Any) -> Any:
     """An array of any number of axes as an Arrow array with the length of the first."""
     if values.dtype.kind in "SUc":
-        flat = pa.array([_utf8(str(each)) for each in values.reshape(-1).tolist()])
+        flat = pa.array([utf8(str(each)) for each in values.reshape(-1).tolist()])
     else:
         flat = pa.array(np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(-1))
     for axis in range(values.ndim - 1, 0, -1):
@@ -158,9 +158,4 @@ def _nested(values: Any) -> Any:
 
 def _has_surrogates(value: Any) -> bool:
     texts = value if isinstance(value, list) else [value]
-    return any(isinstance(each, str) and _utf8(each) != each for each in texts)
-
-
-def _utf8(text: str) -> str:
-    # Arrow's text is UTF-8, which holds no lone surrogates.
-    return text.encode("utf-8", "replace").decode()
+    return any(isinstance(each, str) and utf8(each) != each for each in texts)

@@ -273,10 +273,11 @@ class _Reading:
 
     def _missing(self, missing: Sequence[str]) -> str:
         found = self._rows.columns
+        listed = and_more(map(short, found), 30) or "none"
         message = (
             f"{self._rows.path}: has no column {' and no column '.join(map(repr, missing))}; its "
             f"columns, separated by {_SEPARATORS.get(self._rows.format, 'semicolons')}, are "
-            f"{', '.join(map(repr, found)) or 'none'}; name those of the ids (id_column) and of "
+            f"{listed}; name those of the ids (id_column) and of "
             "the labels (label_column) or scores (score_column)"
         )
         if len(found) == 1 and (other := next((each for each in ";\t|" if each in found[0]), None)):

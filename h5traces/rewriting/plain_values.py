@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +11,6 @@ import numpy as np
 from h5traces.archive.trace import LayerSequence
 from h5traces.errors import ConversionError
 from h5traces.format import layout
-from h5traces.format.document import compact_json
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.values import tagged_json
 
@@ -31,11 +31,18 @@ class PlainFields:
     named
         `TypedArray` for layers, else numpy arrays, numbers, text, or lists of text.
     left_out
-        Fields of other values.
+        Fields of other values, or of names that no format holds, or that are taken.
     """
 
     named: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: Any) -> None:
+        """Add a value, or note that it is left out."""
+        if name in self.named or "\0" in name or utf8(name) != name:
+            self.left_out.append(name)
+        else:
+            self.named[name] = value
 
 
 def plain_fields(trace: Trace) -> PlainFields:
@@ -53,9 +60,10 @@ def plain_fields(trace: Trace) -> PlainFields:
     for key in trace.fields:
         value = trace._value(key, "numpy")
         if isinstance(value, LayerSequence):
-            found.named |= _named_layers(layers_of(trace, value), value)
+            for name, layers in _named_layers(layers_of(trace, value), value).items():
+                found.add(name, layers)
         elif is_plain(value):
-            found.named[key] = value
+            found.add(key, value)
         else:
             add_as_json(found, key, value)
     return found
@@ -75,9 +83,19 @@ def is_plain(value: Any) -> bool:
 def add_as_json(found: PlainFields, key: str, value: Any) -> None:
     """Add another value as a document of JSON, or note that it is left out."""
     try:
-        found.named[key + JSON_ENDING] = compact_json(tagged_json(value))
+        found.add(key + JSON_ENDING, ascii_json(tagged_json(value)))
     except ConversionError:
         found.left_out.append(key)
+
+
+def ascii_json(value: Any) -> str:
+    """One line of JSON, which keeps lone surrogates where UTF-8 does not hold them."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def utf8(text: str) -> str:
+    """A text as formats of UTF-8 hold it, which is without lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def layers_of(trace: Trace, sequence: LayerSequence) -> list[TypedArray]:

@@ -37,6 +37,7 @@ _MAX_PAGES: Final = 100_000
 # A Python object in a list takes so many bytes.
 _OBJECT_NBYTES: Final = 32
 _MAX_OBJECTS_NBYTES: Final = 256 << 20
+_MAX_LAYERS: Final = 10_000
 _MAGIC: Final = b"ARROW1"
 _STREAM_BEGIN: Final = 8
 _SPLIT: Final = "split"
@@ -289,7 +290,8 @@ def cell(column: Any, index: int) -> Any:
                 return _as_python(column, index)
         shape.append(size)
         values = values.flatten()
-        if values.null_count and len(shape) == 1:
+        is_layers = _is_list(values.type) and len(values) <= _MAX_LAYERS
+        if values.null_count and is_layers and len(shape) == 1:
             # Of layers, some may be absent.
             return [cell(values, item) for item in range(len(values))]
         if values.null_count:

@@ -314,12 +314,12 @@ def read_mapping(path: str | os.PathLike[str]) -> MappingDocument:
         message = f"{path}: has more than {_MAX_NBYTES:,} bytes, which no mapping needs"
         raise ConversionError(message)
     try:
-        found = tomllib.loads(content.decode("utf-8"))
+        found = with_tuples(tomllib.loads(content.decode("utf-8")))
     except (ValueError, RecursionError) as error:
         message = f"{path}: is no TOML, which mappings are written in: {error}"
         raise ConversionError(message) from error
     try:
-        return MappingDocument.model_validate(with_tuples(found))
+        return MappingDocument.model_validate(found)
     except ValidationError as error:
         problems = (
             f"{each.loc}: {each.message.removeprefix('Value error, ')}"

@@ -149,7 +149,10 @@ def open_source(path: str | os.PathLike[str], options: ReadingOptions | None = N
     found = recognise(path, options)
     if found.reader is None:
         raise ConversionError(found.reason)
-    return found.reader(path, options=options or ReadingOptions())
+    from h5traces.sources.source import errors_of
+
+    with errors_of(found.reader, path):
+        return found.reader(path, options=options or ReadingOptions())
 
 
 def is_read_as_archive(path: Path, options: ReadingOptions) -> bool:
@@ -162,10 +165,13 @@ def is_read_as_archive(path: Path, options: ReadingOptions) -> bool:
 def _reader_of(path: Path, kind: Kind) -> type[TraceSource] | None:
     added = added_readers()
     if added:
+        from h5traces.sources.source import errors_of
+
         head = _head(path)
         for reader in added:
-            if reader.recognises(path, head):
-                return reader
+            with errors_of(reader, path):
+                if reader.recognises(path, head):
+                    return reader
     is_packed = kind.compression is not None
     if kind.id not in _READERS or (
         is_packed and not (kind.id in DECOMPRESSED and kind.compression in _DECOMPRESSORS)

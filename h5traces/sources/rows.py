@@ -31,8 +31,10 @@ _SAVE: Final = "save the file as UTF-8 (in spreadsheets: 'CSV UTF-8')"
 _TABLES: Final = ("csv", "json", "jsonl", "text", "empty", "unknown")
 _REMEDIES: Final = ("office", "zip", "git-lfs", "git-annex", "html", "xml")
 _DIGITS: Final = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
-# The most that csv takes; its default is 128 kB, and cells may hold whole articles.
-_LARGEST_CELL: Final = 2**31 - 1
+# Characters of a row: a sample of Llama-2-7B's shape has 100 million in JSON.
+_LARGEST_ROW: Final = 256 << 20
+# Values of a row of JSON, at about 32 bytes of memory each; lists and objects count as three.
+_MOST_VALUES: Final = 1 << 25
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = 40
 _SHORT.maxlong = 40
@@ -106,7 +108,7 @@ def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     begin, first = next(numbered, (1, ""))
     every = itertools.chain([first], lines)
     if _ARRAY.match(first):
-        rows, kind = _array(path, "".join(every)), "JSON"
+        rows, kind = _array(path, every), "JSON"
     elif _OBJECT.match(first):
         rows, kind = _objects(path, every, begin), "JSON Lines"
     else:
@@ -146,9 +148,10 @@ def bad_row(path: Path, place: str, message: str) -> SchemaError:
 
 def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
     """Lines with their ends, each of them UTF-8."""
-    first = file.readline()
+    every = _bounded(path, file)
+    first = next(every, "")
     # Old Macs end lines so. Elsewhere, a carriage return inside a line ends none.
-    every: Iterable[str] = itertools.chain([first], file)
+    every = itertools.chain([first], every)
     if "\r" in first.rstrip("\r\n"):
         every = (line for text in every for line in io.StringIO(text, newline=""))
     for number, line in enumerate(every, start=1):
@@ -165,8 +168,25 @@ def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
         yield line
 
 
+def _bounded(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = file.readline(_LARGEST_ROW + 1)
+        if not line:
+            return
+        if len(line) > _LARGEST_ROW:
+            raise _too_long(path, f"line {number}")
+        yield line
+
+
+def _too_long(path: Path, place: str) -> SchemaError:
+    message = (
+        f"has more than {_LARGEST_ROW:,} characters; write shorter rows, or the table as Parquet"
+    )
+    return bad_row(path, place, message)
+
+
 def _separated(path: Path, lines: Iterable[str], begin: int, delimiter: str) -> TextTable:
-    csv.field_size_limit(_LARGEST_CELL)
+    csv.field_size_limit(_LARGEST_ROW)
     kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(delimiter, "CSV")
     cells = _cells(path, lines, begin, delimiter, kind)
     _, header = next(cells, ("", []))
@@ -177,9 +197,19 @@ def _cells(
     path: Path, lines: Iterable[str], begin: int, delimiter: str, kind: str
 ) -> Iterator[tuple[str, list[str]]]:
     """The place and cells of every row, the header first; blank lines are none."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    length = 0
+
+    def counted_lines() -> Iterator[str]:
+        nonlocal length
+        for line in lines:
+            length += len(line)
+            if length > _LARGEST_ROW:
+                raise _too_long(path, place)
+            yield line
+
+    reader = csv.reader(counted_lines(), delimiter=delimiter, strict=True)
     while True:
-        place = f"line {begin + reader.line_num}"
+        place, length = f"line {begin + reader.line_num}", 0
         try:
             cells = next(reader)
         except StopIteration:
@@ -217,16 +247,25 @@ def _objects(path: Path, lines: Iterable[str], begin: int) -> Iterator[Row]:
             yield Row(place, _object(path, place, _parsed(path, place, line)))
 
 
-def _array(path: Path, text: str) -> Iterator[Row]:
-    for number, value in enumerate(_parsed(path, "", text), start=1):
+def _array(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+    parts, length = [], 0
+    for line in lines:
+        parts.append(line)
+        length += len(line)
+        if length > _LARGEST_ROW:
+            raise _too_long(path, "content")
+    for number, value in enumerate(_parsed(path, "content", "".join(parts)), start=1):
         yield Row(f"row {number}", _object(path, f"row {number}", value))
 
 
 def _parsed(path: Path, place: str, text: str) -> Any:
+    if text.count(",") + 3 * (text.count("[") + text.count("{")) > _MOST_VALUES:
+        message = "holds too many values at once; write shorter rows, or the table as Parquet"
+        raise bad_row(path, place, message)
     try:
         return json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-        raise bad_row(path, place or "content", f"is not JSON: {error}") from error
+        raise bad_row(path, place, f"is not JSON: {error}") from error
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ _DTYPES: Final = {
 }
 _ITEMSIZES: Final = {name: np.dtype(code).itemsize for name, (_, code) in _DTYPES.items()}
 _KEYS: Final = {"dtype", "shape", "data_offsets"}
-_DECODED: Final = f"{layout.TOKENS_DECODED}.json"
+# Of texts that are lists, or that UTF-8 does not hold.
+_JSON_ENDING: Final = ".json"
 # The scale of each token, beside states in float8.
 _SCALES: Final = f"{layout.HIDDEN_STATES}_scales"
 
@@ -212,14 +213,21 @@ def _texts_of(facts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]
     others = dict(facts)
     names = (layout.QUESTION_ID, *layout.TEXT_FIELDS)
     texts: dict[str, Any] = {name: others.pop(name) for name in names if name in others}
-    try:
-        decoded = json.loads(others[_DECODED])
-    except (KeyError, ValueError, RecursionError):
-        return texts, others
-    if type(decoded) is list and all(type(each) is str for each in decoded):
-        texts[layout.TOKENS_DECODED] = decoded
-        del others[_DECODED]
+    for name in (*names, layout.TOKENS_DECODED):
+        value = _decoded(others.get(name + _JSON_ENDING, ""))
+        is_text = type(value) is str and name != layout.TOKENS_DECODED
+        is_list = type(value) is list and all(type(each) is str for each in value)
+        if name not in texts and (is_text or (is_list and name == layout.TOKENS_DECODED)):
+            texts[name] = value
+            del others[name + _JSON_ENDING]
     return texts, others
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _same(value: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from h5traces.errors import ConversionError, SchemaError
+from h5traces.errors import ConversionError, H5TracesError, SchemaError
 from h5traces.format.record import SourcePosition
 from h5traces.meaning.numbering import Established
 from h5traces.meaning.options import ReadingOptions
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     import os
 
     from h5traces.format.record import TraceRecord
+
+
+@contextlib.contextmanager
+def errors_of(reader: type[TraceSource], path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a reader of another package raises inside the block, as a ConversionError."""
+    try:
+        yield
+    except (H5TracesError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        name = f"{reader.__module__}.{reader.__qualname__}"
+        if name.startswith(f"{__package__}."):
+            raise
+        message = f"{path}: the reader {name} failed: {type(error).__name__}: {error}"
+        raise ConversionError(message) from error
 
 
 class TraceSource(ABC, Iterator[dict[Any, Any]]):
@@ -95,13 +111,26 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with errors_of(type(self), self.path):
+            self.close()
+
+    def next_sample(self) -> dict[Any, Any] | None:
+        """The next sample, None at the end; what a reader of another package raises is ours."""
+        with errors_of(type(self), self.path):
+            try:
+                item = next(self)
+            except StopIteration:
+                return None
+            if not isinstance(item, dict):
+                message = f"a sample is {type(item).__name__}, expected dict"
+                raise TypeError(message)
+            return item
 
     def records(
         self, *, file: int = 0, layers: tuple[int, ...] | None = None
     ) -> Iterator[TraceRecord]:
         """Every sample as a record: of `layers` only, with `file` as its source's number."""
-        for item in self:
+        while (item := self.next_sample()) is not None:
             place = SourcePosition(file=file, position=self.num_read - 1)
             try:
                 record = self.to_record(item, place, layers)

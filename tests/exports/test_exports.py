@@ -408,3 +408,56 @@ def test_the_commands_and_code_of_the_document_run(
     exec(code, names)
     expected = h5traces.open("run.h5")[0]["hidden_states"][1]
     assert bits(names["states"]) == bits(expected)
+
+
+ODD = {
+    "\udc80": np.zeros(2),
+    "a\0b": 3,
+    "taken": {"a": [1]},
+    "taken.json": "mine",
+    "ended": "text\0",
+    "ended.json": "mine",
+    "../up": np.arange(2),
+    "unicode": np.array(["x", "yy"]),
+}
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "parquet", "datasets", "pt", "pkl"])
+def test_names_that_a_format_has_no_place_for(tmp_path: Path, form: str) -> None:
+    item = {
+        "question_id": "q0",
+        "hidden_states": [np.ones((2, 3), np.float16)] * 2,
+        "prompt": "\ud800",
+        "__metadata__": np.ones(1),
+        **ODD,
+    }
+    archive = make_archive(tmp_path, [item])
+    out = tmp_path / f"out.{form}"
+    if form in ("pt", "pkl"):
+        h5traces.export(archive, out)
+        assert h5traces.load(out)[0].keys() == item.keys()
+        return
+    with pytest.warns(LossyWarning, match="left out what .* has no place for") as caught:
+        h5traces.export(archive, out, to=form)
+    message = str(caught[0].message)
+    # Named by what messages show of such characters.
+    assert "taken.json" in message
+    if form == "npz":
+        with np.load(out) as found:
+            assert found["prompt"] == "\ud800"
+            assert found["../up.npy"[:-4]].tolist() == [0, 1]
+            assert found["unicode"].tolist() == ["x", "yy"]
+            assert found["ended.json"] == "mine"
+            assert len(set(found.files)) == len(found.files)
+    elif form == "safetensors":
+        from safetensors import safe_open
+
+        with safe_open(out, "np") as found:
+            assert json.loads(found.metadata()["prompt.json"]) == "\ud800"
+            assert "../up" in found.keys()
+    else:
+        from datasets import load_from_disk
+        from pyarrow import parquet
+
+        table = parquet.read_table(out) if form == "parquet" else load_from_disk(str(out))
+        assert {"taken.json", "ended", "../up", "unicode"} <= set(table.column_names)

@@ -37,7 +37,7 @@ import pyarrow as pa
 import specimen
 import test_pickles
 import test_sources
-import test_tables
+import test_table_attacks
 import torch
 import zstandard
 from legacy_batches import LAYOUTS, dumps, make_batch
@@ -206,7 +206,7 @@ def read_table(data: bytes) -> None:
     kind = identify(path).id
     if kind in TABLES:
         with contextlib.suppress(H5TracesError):
-            test_tables.read(path, kind)
+            test_table_attacks.read(path, kind)
     read_source(data)
 
 
@@ -222,13 +222,13 @@ def tables() -> Iterator[bytes]:
                 pq.write_table(table, sink, compression=codec, data_page_version=version)
                 yield sink.getvalue()
         for batch in table.to_batches():
-            yield test_tables.arrow(batch)
-            yield test_tables.arrow(batch, stream=True, codec="zstd")
-            yield test_tables.arrow(batch, codec="lz4")
+            yield test_table_attacks.arrow(batch)
+            yield test_table_attacks.arrow(batch, stream=True, codec="zstd")
+            yield test_table_attacks.arrow(batch, codec="lz4")
         yield "".join(json.dumps(each) + "\n" for each in rows).encode()
         yield json.dumps(rows).encode()
     small = ("fewer bytes", "offsets beyond", "indices beyond", "unlisted", "no schema")
-    yield from (test_tables.ARROW[name]() for name in small)
+    yield from (test_table_attacks.ARROW[name]() for name in small)
 
 
 @cache

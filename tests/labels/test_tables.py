@@ -622,3 +622,42 @@ def test_labels_stay_through_every_rewrite(archive: Path, tmp_path: Path) -> Non
     run("features", archive, "--last-token", "--allow-nan", "-o", tmp_path / "features.h5")
     with h5py.File(tmp_path / "features.h5") as file:
         assert file["samples/label"][:].tolist() == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"question_id,bleurt_score\nq0," + bytes(3000), "line 2"),
+        (b'question_id,bleurt_score\n"' + b"q\n" * 1500, "line 2"),
+        (b'{"question_id": "' + b"q" * 3000, "line 1"),
+        (b'{"question_id": "q0", "bleurt_score": 1}\n' + bytes(3000), "line 2"),
+        (b"[" + b"\n" * 3000, "content"),
+    ],
+)
+def test_rows_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, place: str
+) -> None:
+    monkeypatch.setattr("h5traces.sources.rows._LARGEST_ROW", 2000)
+    table = tmp_path / "scores.csv"
+    table.write_bytes(content)
+    with pytest.raises(SchemaError, match=f"scores.csv: {place}: has more than 2,000 characters"):
+        read_table(table, LabelOptions())
+
+
+@pytest.mark.parametrize("value", ["[" + "1," * 99, "[]" * 40, "{" * 40])
+def test_rows_of_too_many_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setattr("h5traces.sources.rows._MOST_VALUES", 100)
+    table = tmp_path / "scores.jsonl"
+    table.write_text(f'{{"question_id": {value}', encoding="utf-8")
+    with pytest.raises(SchemaError, match=r"scores.jsonl: line 1: holds too many values at once"):
+        read_table(table, LabelOptions())
+
+
+def test_a_header_of_many_columns_is_not_told_whole(tmp_path: Path) -> None:
+    table = tmp_path / "scores.csv"
+    table.write_text(",".join(f"column_{number}" for number in range(10_000)), encoding="utf-8")
+    with pytest.raises(OptionError, match="and 9970 more") as caught:
+        read_table(table, LabelOptions())
+    assert len(str(caught.value)) < 2000

@@ -8,9 +8,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+import h5traces
+from h5traces.errors import ConversionError
+from h5traces.sources import opening
 
 ROOT = Path(__file__).parents[2]
 ENTRY_POINTS = "[h5traces.sources]\nprobe = probe_reader:ProbeSource\n"
@@ -97,3 +102,28 @@ def test_a_reader_that_cannot_be_used_is_named(tmp_path: Path, code: str, proble
     message = " ".join(done.stderr.split())
     assert "the reader 'probe' (probe_reader:ProbeSource" in message
     assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [
+        ("recognises(*_)", "raise KeyError('wrong')"),
+        ("__init__(self, path, *, options)", "raise ValueError('wrong')"),
+        ("__next__(self)", "return [].pop()"),
+        ("__next__(self)", "return ['wrong']"),
+        ("__next__(self)", "return None"),
+        ("close(self)", "raise RuntimeError('wrong')"),
+    ],
+)
+@pytest.mark.parametrize("load", [h5traces.load, h5traces.inspect])
+def test_what_a_reader_raises_is_an_error_of_ours(
+    probe: Path, monkeypatch: pytest.MonkeyPatch, method: str, body: str, load: Any
+) -> None:
+    names: dict[str, Any] = {"__name__": "probe_reader"}
+    exec(module(), names)
+    code = f"def {method}:\n    {body}"
+    exec(code, names)
+    monkeypatch.setattr(names["ProbeSource"], method.partition("(")[0], names.popitem()[1])
+    monkeypatch.setattr(opening, "added_readers", lambda: (names["ProbeSource"],))
+    with pytest.raises(ConversionError, match=r"q7.probe: the reader probe_reader.ProbeSource "):
+        load(probe)

@@ -386,6 +386,8 @@ HS = "[fields.hidden_states]\n"
     [
         ("fields = 3", "fields"),
         ("x = [", "is no TOML"),
+        ("x = " + "[" * 100_000, "is no TOML"),
+        ("[" + ".".join("x" * 50_000) + "]", "is no TOML"),
         ("fields.tokens = 'a'", "neither hidden_states nor attentions"),
         (HS + "name = 'x'\naxes = 'layer layer'", "different names"),
         (HS + "name = '{layer}'\naxes = 'layer token hidden'", "expected one of them"),

@@ -100,8 +100,8 @@ def indices(value: int) -> bytes:
 def views() -> Any:
     """One text, named by every element of a row."""
     one = struct.pack("<i4s2i", len(LONG), LONG[:4].encode(), 0, 0)
-    buffers = [None, pa.py_buffer(one * 20_000), pa.py_buffer(LONG.encode())]
-    return one_row(pa.Array.from_buffers(pa.string_view(), 20_000, buffers))
+    buffers = [None, pa.py_buffer(one * 1000), pa.py_buffer(LONG.encode())]
+    return one_row(pa.Array.from_buffers(pa.string_view(), 1000, buffers))
 
 
 def unlisted() -> bytes:
@@ -237,7 +237,7 @@ PARQUET: dict[str, Callable[[], bytes]] = {
     "counts that do not fit": wrong_counts,
     "page of another size": lying_size,
     "page of more values": lying_count,
-    "one text, many times": lambda: parquet(pa.table({"x": one_row(pa.array([LONG] * 1000))})),
+    "one text, many times": lambda: parquet(pa.table({"x": one_row(pa.array([LONG] * 400))})),
     "many chunks": lambda: footer_of(MILLION),
     "long footer": lambda: (
         b"PAR1" + bytes(20 * MILLION) + struct.pack("<I", 20 * MILLION) + b"PAR1"
@@ -268,11 +268,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = """
         import sys
         sys.path.insert(0, sys.argv[1])
-        import test_tables
+        import test_table_attacks
         from pathlib import Path
 
-        for kind, name in test_tables.ATTACKS:
-            Path(sys.argv[2], f"{kind}-{name}").write_bytes(test_tables.KINDS[kind][name]())
+        for kind, name in test_table_attacks.ATTACKS:
+            Path(sys.argv[2], f"{kind}-{name}").write_bytes(test_table_attacks.KINDS[kind][name]())
     """
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", textwrap.dedent(script), here, str(folder)]
@@ -286,7 +286,7 @@ def outcomes(made: Path) -> dict[str, Any]:
     script = """
         import json, os, resource, sys, time
         sys.path.insert(0, sys.argv[1])
-        import test_tables
+        import test_table_attacks
         from pathlib import Path
 
         def used(who=resource.RUSAGE_SELF):
@@ -296,15 +296,15 @@ def outcomes(made: Path) -> dict[str, Any]:
             )
 
         folder, before = Path(sys.argv[2]), set(sys.modules)
-        for kind, name in test_tables.ATTACKS:
+        for kind, name in test_table_attacks.ATTACKS:
             inlet, outlet = os.pipe()
             child = os.fork()
             if child == 0:
                 seconds, nbytes = used()
                 found = {"outcome": "read"}
                 try:
-                    test_tables.read(folder / f"{kind}-{name}", kind)
-                except test_tables.ConversionError as error:
+                    test_table_attacks.read(folder / f"{kind}-{name}", kind)
+                except test_table_attacks.ConversionError as error:
                     found = {"outcome": "rejected", "message": str(error)}
                 except BaseException as error:
                     found = {"outcome": repr(error)[:500]}
