@@ -40,8 +40,8 @@ def view(
     - `h5traces view archives/`
     - `h5traces view exact.h5 compact.h5` to compare two archives
     - `h5traces view s3://bucket/run/*.h5`
-    - `h5traces view run.h5 --export page/`, then `python -m http.server` knows no ranges; nginx,
-      Apache, S3 and GitHub Pages do
+    - `h5traces view run.h5 --export page/` for a web server that sends byte ranges: nginx, Apache,
+      S3 or GitHub Pages, but not `python -m http.server`
     """
     if export is not None:
         written = export_page(sources, export)
