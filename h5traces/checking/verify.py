@@ -133,7 +133,7 @@ def verify(
     """
     source = None if against is None else Path(against)
     if source is not None and source.is_dir() and not recognise(source, reading).is_readable:
-        message = f"{source}: is a folder; 'against' expected one batch file"
+        message = f"{source}: is a folder; 'against' takes one file that the archive was made from"
         raise OptionError(message)
     reports = Reports[VerifyReport]()
     for path in expand_paths(sources):

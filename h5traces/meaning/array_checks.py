@@ -64,12 +64,16 @@ class Layers:
     mapper
         For a full look, at every value: how a function is applied to each layer. None for a quick
         look, which reads only what is in memory.
+    mask
+        Which positions are tokens, ``(positions,)``; None where all are. Rows and columns of
+        weights at padded ends are not looked at: models fill them as they like.
     """
 
     kind: str
     layered: LayeredArrays
     axes: tuple[str, ...]
     mapper: Mapper | None = None
+    mask: NDArray[Any] | None = None
 
     @property
     def is_quick(self) -> bool:
@@ -86,6 +90,16 @@ class Layers:
             and 0 not in each.array.shape
             and (isinstance(each.array, TypedArray) or not self.is_quick)
         ]
+
+    def weights(self, source: ArraySource) -> TypedArray:
+        """Weights ``(heads, queries, keys)`` of tokens; means over heads are one head."""
+        array = source.load()
+        values = array.values.reshape(-1, *array.shape[-2:])
+        kept = [] if self.mask is None else np.flatnonzero(self.mask)
+        if self.mask is not None and len(kept) and values.shape[1:] == 2 * self.mask.shape:
+            ends = slice(int(kept[0]), int(kept[-1]) + 1)
+            values = values[:, ends, ends]
+        return TypedArray(values, array.dtype)
 
     def all_values(self, value: float) -> str:
         """The message of a layer that is constant."""
@@ -415,7 +429,7 @@ def _weight_layer_findings(place: str, layer: _WeightLayer) -> Iterator[Finding]
 def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
     by_shape: dict[tuple[int, ...], list[tuple[str, TypedArray]]] = {}
     for name, source in layers.arrays():
-        array = _heads(source.load())
+        array = layers.weights(source)
         by_shape.setdefault(array.shape, []).append((name, array))
     for (heads, queries, keys), alike in by_shape.items():
         chosen = slice(None, None, -(-heads // _QUICK_HEADS)), _strided(queries, _QUICK_QUERIES)
@@ -428,7 +442,7 @@ def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
 def _full_weights(layers: Layers, tolerance: float) -> Iterable[_WeightLayer]:
     def look(named: tuple[str, ArraySource]) -> _WeightLayer:
         name, source = named
-        array = _heads(source.load())
+        array = layers.weights(source)
         whole: _Weights | None = None
         for block, positions in _weight_blocks(array):
             stats = _Weights.of(block[None], positions, tolerance)
@@ -447,13 +461,6 @@ def _weight_layers(
     columns = (getattr(stats, each).tolist() for each in _Weights.__slots__)
     number = [not_finite] * len(names)
     return itertools.starmap(_WeightLayer, zip(names, *columns, number, strict=True))
-
-
-def _heads(array: TypedArray) -> TypedArray:
-    """Weights ``(heads, queries, keys)``; means over heads are one head."""
-    if array.values.ndim == 3:
-        return array
-    return TypedArray(array.values.reshape(-1, *array.shape[-2:]), array.dtype)
 
 
 def _weight_blocks(array: TypedArray) -> Iterator[tuple[Floats, NDArray[np.int64]]]:

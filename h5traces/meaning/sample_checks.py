@@ -75,7 +75,11 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
     is_causal = record.prompt_len is not None or any(each in record.texts for each in _ANSWERS)
     for kind, layered in record.layered.items():
         layers = Layers(
-            kind=kind, layered=layered, axes=_axes(kind, layered), mapper=look.full_mapper
+            kind=kind,
+            layered=layered,
+            axes=_axes(kind, layered),
+            mapper=look.full_mapper,
+            mask=record.attention_mask,
         )
         if layers.axes[:1] == ("token",):
             found += state_findings(layers, is_masked=record.attention_mask is not None)

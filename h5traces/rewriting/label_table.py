@@ -32,7 +32,11 @@ KNOWN_SCORES: Final[dict[str, tuple[HigherMeans, str]]] = {
 # Further columns of the ``_full`` tables; the score itself is the best of all references.
 _OTHER_SCORES: Final = ("min_score", "avg_score")
 # What separates the columns of a table, for messages.
-_SEPARATORS: Final = {"TSV": "tabs", "CSV": "commas"}
+_SEPARATORS: Final = {
+    "CSV": ", separated by commas,",
+    "CSV with semicolons": ", separated by semicolons,",
+    "TSV": ", separated by tabs,",
+}
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _WHOLE: Final = re.compile(r"([+-]?[0-9]+)\.0*", re.ASCII)
 _MOST_PROBLEMS: Final = 1000
@@ -274,11 +278,11 @@ class _Reading:
     def _missing(self, missing: Sequence[str]) -> str:
         found = self._rows.columns
         listed = and_more(map(short, found), 30) or "none"
+        separated = _SEPARATORS.get(self._rows.format, "")
         message = (
             f"{self._rows.path}: has no column {' and no column '.join(map(repr, missing))}; its "
-            f"columns, separated by {_SEPARATORS.get(self._rows.format, 'semicolons')}, are "
-            f"{listed}; name those of the ids (id_column) and of "
-            "the labels (label_column) or scores (score_column)"
+            f"columns{separated} are {listed}; name those of the ids (id_column) and of the labels "
+            "(label_column) or scores (score_column)"
         )
         if len(found) == 1 and (other := next((each for each in ";\t|" if each in found[0]), None)):
             message += f", and replace the delimiter {other!r} by ','"

@@ -27,10 +27,12 @@ _ATTENTIONS: Final = re.compile(r"attn|attention|pattern", re.IGNORECASE)
 # Fields of one value or text per sample, by what their names often are.
 _OTHERS: Final = {
     layout.TOKENS: re.compile(r"(?:.*[/_.])?(?:tokens|token_ids|input_ids|ids)\Z", re.IGNORECASE),
+    layout.ATTENTION_MASK: re.compile(r"(?:.*[/_.])?attention_mask\Z", re.IGNORECASE),
     layout.LABEL: re.compile(r"(?:.*[/_.])?(?:labels?|targets?|correct)\Z", re.IGNORECASE),
     layout.QUESTION_ID: re.compile(r"(?:q?id|uid|question_id)\Z", re.IGNORECASE),
     "generated_answer": re.compile(r"(?:.*[/_.])?(?:answer|response|completion)\Z", re.IGNORECASE),
 }
+_BY_TOKEN: Final = (layout.TOKENS, layout.ATTENTION_MASK)
 _AXES: Final = {
     (layout.HIDDEN_STATES, True): {1: "hidden", 2: "token hidden", 3: "batch token hidden"},
     (layout.HIDDEN_STATES, False): {
@@ -158,7 +160,7 @@ def _other(name: str, found: dict[str, Any], field: str, *, is_batch: bool) -> s
     rank = len(found[name][0][1].shape)
     if not is_batch or not rank:
         return text
-    axes = " ".join(("batch", "token")[:rank]) if field == layout.TOKENS else "batch"
+    axes = " ".join(("batch", "token")[:rank]) if field in _BY_TOKEN else "batch"
     return f'{{ name = {text}, axes = "{axes}" }}' if rank == len(axes.split()) else text
 
 

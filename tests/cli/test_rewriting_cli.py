@@ -147,7 +147,7 @@ def test_a_reader_that_stops_early_ends_a_command_quietly(archive):
 def test_a_folder_is_no_batch_to_verify_against(archive, tmp_path):
     done = run("verify", archive, "--against", tmp_path)
     assert done.returncode == 2
-    assert "expected one batch file" in done.stderr
+    assert "takes one file that the archive was made from" in done.stderr
 
 
 @pytest.mark.parametrize(

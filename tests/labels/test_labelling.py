@@ -263,6 +263,13 @@ def test_spreadsheets_with_decimal_commas_separate_by_semicolons(
         label(archive, table, partial=True, target=TargetOptions(overwrite=True))
 
 
+def test_columns_of_json_lines_have_no_separators(archive: Path, tmp_path: Path) -> None:
+    table = tmp_path / "labels.jsonl"
+    table.write_text('{"question_id": "tc", "verdict": 1}\n')
+    with pytest.raises(OptionError, match=r"its columns are 'question_id', 'verdict'; name"):
+        label(archive, table)
+
+
 @pytest.mark.parametrize(
     ("header", "expected"),
     [

@@ -208,6 +208,22 @@ def test_mass_on_later_tokens(look: Look) -> None:
     ]
 
 
+@both
+@pytest.mark.parametrize("left", [True, False])
+def test_rows_of_padding_are_not_looked_at(look: Look, left: bool) -> None:
+    """Models fill the rows of padded queries as they like: transformers with equal weights."""
+    item = trace(1, attentions=weights(1))
+    pads, tokens = (slice(0, 2), slice(2, None)) if left else (slice(-2, None), slice(0, -2))
+    item["attention_mask"] = np.ones(TOKENS, dtype=np.int64)
+    item["attention_mask"][pads] = 0
+    for each in item["attentions"]:
+        each[:, tokens, pads] = 0
+        each[:, tokens, tokens] /= each[:, tokens, tokens].sum(-1, keepdims=True)
+        each[:, pads] = 0.5
+    kept = sample_findings(record(item, keep_padding=True), look)
+    assert [each.check for each in kept] == ["padding-kept"]
+
+
 def without_answer(item: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in item.items() if key != "generated_answer_clean"}
 

@@ -458,3 +458,22 @@ def test_drafts_of_other_kinds(tmp_path: Path) -> None:
     assert 'name = "acts"\naxes = "batch layer token hidden"' in found.text
     (tmp_path / "a.html").write_text("<!doctype html>")
     assert drafted(tmp_path / "a.html") is None
+
+
+def test_a_draft_names_the_mask_of_a_batch(tmp_path: Path) -> None:
+    from h5traces.sources.drafting import drafted
+
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    path = tmp_path / "a.pt"
+    arrays = [torch.randn(2, 7, 8) for _ in range(4)]
+    torch.save(
+        {"acts": arrays, "input_ids": torch.arange(14).view(2, 7), "attention_mask": mask}, path
+    )
+    found = drafted(path)
+    assert found is not None
+    h5traces.convert(
+        path, tmp_path / "a.h5", reading=mapping(tmp_path / "m.toml", found.text)
+    ).raise_for_errors()
+    archive = h5traces.open(tmp_path / "a.h5")
+    assert [list(each["tokens"]) for each in archive] == [[2, 3, 4, 5, 6], list(range(7, 14))]
+    assert [each["hidden_states"][3].shape for each in archive] == [(5, 8), (7, 8)]

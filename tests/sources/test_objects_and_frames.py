@@ -160,6 +160,24 @@ def test_nothing_inside_an_output_is_called(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_what_is_left_out_of_an_output_is_named(tmp_path: Path) -> None:
+    output = pytest.importorskip("transformers.modeling_outputs").BaseModelOutputWithPast
+    layers = tuple(states())
+    written = output(hidden_states=layers, past_key_values=None)
+    written["past_key_values"] = pytest.importorskip("transformers").DynamicCache()
+    torch.save(written, tmp_path / "a.pt")
+    report = h5traces.convert(tmp_path / "a.pt", tmp_path / "a.h5")
+    (file,) = report.files
+    assert "left out of outputs of a model: past_key_values" in file.understood
+    assert list(h5traces.open(tmp_path / "a.h5")[0]) == ["hidden_states"]
+
+
+def test_weights_of_a_model_are_no_traces(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match=r"state_dict\(\) of a model"):
+        h5traces.load(tmp_path / "a.pt")
+
+
 # --- compressed ----------------------------------------------------------------------------------
 
 

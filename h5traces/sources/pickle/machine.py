@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-from collections import deque
+from collections import OrderedDict, deque
 from itertools import pairwise
 from pickletools import opcodes as described_opcodes
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
@@ -135,6 +135,8 @@ class Machine:
         # Dicts that stand for objects, by id; kept, so ids stay unique.
         self._objects: dict[int, dict[Any, Any]] = {}
         self._unbuilt: set[int] = set()
+        # Names of such dicts whose values were left out, in their order.
+        self.left_out: dict[str, None] = {}
         self.result: Any = None
 
     def run(self) -> bool:
@@ -295,8 +297,13 @@ class Machine:
         flat[1::2] = map(plain_value, flat[1::2])
         if id(target) in self._objects:
             pairs = zip(flat[::2], flat[1::2], strict=True)
-            kept = [pair for pair in pairs if type(pair[1]) is not Unsupported]
-            flat = [value for pair in kept for value in pair]
+            kept = []
+            for key, value in pairs:
+                if type(value) is Unsupported:
+                    self.left_out[str(key)[:80]] = None
+                else:
+                    kept += [key, value]
+            flat = kept
         keys = flat[::2]
         for key in keys:
             if type(key) is not str and not is_small_int(key):
@@ -380,6 +387,11 @@ class Machine:
         if type(target) is Unsupported or id(target) in self._objects:
             self._unbuilt.discard(id(target))
             return
+        if type(target) is OrderedDict:
+            reject(
+                "an OrderedDict has attributes, as the state_dict() of a model has: weights are no "
+                "traces; for values that are, save dict(x)"
+            )
         if type(target) is not Pending:
             reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
         value = target.build(self, state)

@@ -216,6 +216,8 @@ class BatchStream(TraceSource):
         num_pickles = 1
         while True:
             yield from self._one_pickle(cursor)
+            if names := cursor.machine.left_out:
+                self.understood.append(f"left out of outputs of a model: {', '.join(names)}")
             if self._ends(cursor):
                 break
             num_pickles += 1
