@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ import matplotlib as mpl
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.cli.command import command
-from h5traces.cli.console import print_line
+from h5traces.cli.console import note, print_line
 from h5traces.cli.options import Archives, NewFile, option
 from h5traces.errors import OptionError
 from h5traces.storage.publish import PartFile, make_folder
@@ -55,8 +56,11 @@ def plot(
         layer_map(trace, quantity).figure if layer is None else attention_grid(trace, layer)
     )
     make_folder(path.parent)
-    with PartFile(path) as part:
+    with PartFile(path) as part, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure.savefig(part.file, format=path.suffix[1:], dpi=150)
         part.file.raise_error()
         part.publish(overwrite=target.overwrite)
+    if any("missing from font" in str(each.message) for each in caught):
+        note("some characters of tokens are boxes: matplotlib's font does not have them")
     print_line(f"{path}: {trace.metadata.sample_id or f'sample {sample}'}")

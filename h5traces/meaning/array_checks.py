@@ -95,7 +95,7 @@ class Layers:
         """Weights ``(heads, queries, keys)`` of tokens; means over heads are one head."""
         array = source.load()
         values = array.values.reshape(-1, *array.shape[-2:])
-        kept = [] if self.mask is None else np.flatnonzero(self.mask)
+        kept = np.flatnonzero(() if self.mask is None else self.mask)
         if self.mask is not None and len(kept) and values.shape[1:] == 2 * self.mask.shape:
             ends = slice(int(kept[0]), int(kept[-1]) + 1)
             values = values[:, ends, ends]

@@ -363,6 +363,10 @@ class FooterBuilder:
         # Whether the HDF5 part holds what is not the format's.
         self.has_foreign = False
 
+    def __del__(self) -> None:
+        # Of a writer that was given up.
+        self._rows.close()
+
     def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
         """Append a sample; every dataset must have a chunk table with checksums."""
         self._add_row(attrs, objects)

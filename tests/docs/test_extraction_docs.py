@@ -39,7 +39,7 @@ def test_the_python_code_runs():
 
 def test_the_commands_run():
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.output)

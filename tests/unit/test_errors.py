@@ -30,13 +30,18 @@ def subclasses(base: type) -> set[type]:
 def test_all_errors_live_in_one_module() -> None:
     import h5traces.archive.token_axis
     import h5traces.cli.app
+    import h5traces.extract.generation
     import h5traces.rewriting
     import h5traces.storage.footer_rows
 
     elsewhere = {each for each in subclasses(H5TracesError) if each.__module__ != errors.__name__}
     # Private to the reader of footers: users meet CorruptArchiveError; and to what reads answers,
     # each of which says what it does without one.
-    private = {h5traces.storage.footer_rows.FooterError, h5traces.archive.token_axis.NoAnswerError}
+    private = {
+        h5traces.storage.footer_rows.FooterError,
+        h5traces.archive.token_axis.NoAnswerError,
+        h5traces.extract.generation.UnfitAnswerError,
+    }
     assert elsewhere <= private
     others = {each for each in CLASSES if not issubclass(each, H5TracesError)}
     assert others == {StoredStateWarning, LossyWarning}
