@@ -21,6 +21,7 @@ from h5traces.format import layout
 from h5traces.lazy import needing
 
 with needing("plotting", "matplotlib", extra="plot"):
+    import matplotlib as mpl
     from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ _TITLES: Final[dict[Quantity, str]] = {
 # Readable for colour-blind people (Nuñez, Anderton and Renslow 2018).
 _COLOURS: Final = "cividis"
 _MOST_TOKEN_NAMES: Final = 60
+
+
+def without_windows() -> None:
+    """Draw into files only, which needs no display."""
+    mpl.use("Agg")
 
 
 @checked

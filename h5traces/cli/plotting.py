@@ -6,8 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import matplotlib as mpl
-
 from h5traces.archive.opening import open as open_archive
 from h5traces.cli.command import command
 from h5traces.cli.console import note, print_line
@@ -47,9 +45,10 @@ def plot(
     if path.suffix not in _FORMATS:
         message = f"output={output!r}: pictures end in {', '.join(_FORMATS)}"
         raise OptionError(message)
-    # No window is opened, and none is needed.
-    mpl.use("Agg")
-    from h5traces.plotting import attention_grid, layer_map
+    # Here, so that help needs no extra, and a missing one is an error as any other.
+    from h5traces.plotting import attention_grid, layer_map, without_windows
+
+    without_windows()
 
     trace = open_archive(sources)[sample]
     figure: Any = (

@@ -8,7 +8,6 @@ from h5traces.cli.command import command
 from h5traces.cli.console import note, print_line
 from h5traces.cli.options import Archives, option
 from h5traces.format.text import counted
-from h5traces.view import export_page, serve
 
 if TYPE_CHECKING:
     from h5traces.view.server import Page
@@ -43,6 +42,9 @@ def view(
     - `h5traces view s3://bucket/run/*.h5`
     - `h5traces view run.h5 --export page/` for nginx, Apache, S3 or GitHub Pages
     """
+    # Here, so that help needs no extra, and a missing one is an error as any other.
+    from h5traces.view import export_page, serve
+
     if export is not None:
         written = export_page(sources, export)
         print_line(f"{export}: {counted(len(written), 'file')} for any web server with byte ranges")

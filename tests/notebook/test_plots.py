@@ -129,3 +129,24 @@ def test_the_command(path: Path, tmp_path: Path) -> None:
     odd = run(path, "-o", tmp_path / "map.gif")
     assert (odd.returncode, "pictures end in .png" in odd.stderr) == (2, True)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["heads.svg", "map.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "extra"),
+    [(["plot", "-o", "a.png"], "matplotlib", "plot"), (["view"], "uvicorn", "view")],
+)
+def test_a_missing_extra_is_named(
+    path: Path, tmp_path: Path, command: list[str], library: str, extra: str
+) -> None:
+    code = f"import sys; sys.modules[{library!r}] = None; from h5traces.cli import main; main()"
+    errors = []
+    for arguments, status in ([command[0], "--help"], 0), ([*command, str(path)], 2):
+        words = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        errors.append(done.stderr)
+    assert errors[0] == ""
+    assert errors[1].startswith("error: ")
+    assert library in errors[1]
+    assert f"pip install 'h5traces[{extra}]'" in errors[1]
+    assert list(tmp_path.iterdir()) == []
