@@ -73,7 +73,7 @@ def token_quantity(trace: Trace, quantity: Quantity = "norm") -> NDArray[np.floa
     Returns
     -------
     numpy.ndarray
-        float32 ``(layers, tokens)``; NaN where there is no layer before.
+        float32 ``(layers, tokens)``; NaN where there is no layer before, or the layer is absent.
 
     Raises
     ------
@@ -232,7 +232,10 @@ def _stored(trace: Trace, kind: str) -> Any:
 
 
 def _layers(trace: Trace, kind: str) -> list[NDArray[np.float32]]:
-    return [np.asarray(each, np.float32) for each in _stored(trace, kind)]
+    """All arrays; those of layers that the source had as None are NaN."""
+    found = list(_stored(trace, kind))
+    absent = np.full_like(next(each for each in found if each is not None), np.nan)
+    return [np.asarray(absent if each is None else each, np.float32) for each in found]
 
 
 def _of_states(

@@ -93,6 +93,18 @@ def test_what_is_not_stored_is_named(path: Path, tmp_path: Path) -> None:
         h5traces.plotting.layer_map(h5traces.open(tmp_path / "states.h5")[0], "entropy")
 
 
+def test_absent_layers_are_gaps(tmp_path: Path) -> None:
+    """As hybrids have them: attention in some blocks only."""
+    weights = np.tril(np.ones((2, 3, 3), "f4")) / np.arange(1, 4)[:, None]
+    with h5traces.create(tmp_path / "hybrid.h5") as writer:
+        states = [np.full((3, 4), each, "f2") for each in (1, 2)]
+        writer.append({"hidden_states": states, "attentions": [None, weights]})
+    trace = h5traces.open(tmp_path / "hybrid.h5")[0]
+    found = h5traces.plotting.token_quantity(trace, "entropy")
+    assert np.isnan(found[0]).all()
+    np.testing.assert_allclose(found[1], np.log([1, 2, 3]), rtol=1e-3)
+
+
 def test_sizes_are_those_of_the_chunks(path: Path, tmp_path: Path) -> None:
     compact = tmp_path / "compact.h5"
     h5traces.repack(path, compact, precision=h5traces.PrecisionOptions(tier="compact"))
