@@ -39,6 +39,7 @@ PUBLIC = [
     "extract",
     "features",
     "fidelity",
+    "finish",
     "graph",
     "inspect",
     "label",
@@ -57,8 +58,8 @@ PUBLIC = [
 ]
 
 VERBS = [name for name in PUBLIC if name in {
-    "calibrate", "convert", "create", "estimate", "export", "inspect", "label", "load", "merge",
-    "open", "repack", "salvage", "seal", "split", "validate", "verify",
+    "calibrate", "convert", "create", "estimate", "export", "finish", "inspect", "label",
+    "load", "merge", "open", "repack", "salvage", "seal", "split", "validate", "verify",
 }]  # fmt: skip
 PACKAGE = Path(h5traces.__file__).parent
 
