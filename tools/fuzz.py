@@ -10,7 +10,9 @@ too much memory. The input is left in the folder of findings.
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -76,6 +78,8 @@ def main() -> None:
         "-print_final_stats=1",
         str(options.input or folder),
     ]
+    # libFuzzer's timer goes on while the interpreter ends, which takes its handler away.
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     atheris.Setup(arguments, target)
     atheris.Fuzz()
 
