@@ -159,8 +159,25 @@ def _dataset(
         option(
             _QUESTIONS,
             "--given-column NAME",
-            "Column of answers that the model is given instead of generating its own.",
+            "Column of answers that the model is given instead of generating its own: text, token "
+            "ids, or a list of several answers.",
         ),
+    ] = None,
+    messages_column: Annotated[
+        str | None,
+        option(
+            _QUESTIONS,
+            "--messages-column NAME",
+            "Column of chats (lists of messages) for the model's chat template; a last message of "
+            "the assistant is the answer.",
+        ),
+    ] = None,
+    tools_column: Annotated[
+        str | None, option(_QUESTIONS, "--tools-column NAME", "Column of the tools of chats.")
+    ] = None,
+    prompt_ids_column: Annotated[
+        str | None,
+        option(_QUESTIONS, "--prompt-ids-column NAME", "Column of prompts as token ids."),
     ] = None,
 ) -> DatasetChoice:
     return DatasetChoice(
@@ -173,6 +190,9 @@ def _dataset(
             sample_id=id_column,
             answers=answers_column,
             given=given_column,
+            messages=messages_column,
+            tools=tools_column,
+            prompt_ids=prompt_ids_column,
         ),
     )
 
@@ -188,6 +208,10 @@ def _generation(
         int, option(_ANSWERS, "--top-k K", "Of `--sample`; 0 for all tokens.", min=0)
     ] = 0,
     top_p: Annotated[float, option(_ANSWERS, "--top-p P", "Of `--sample`.")] = 1.0,
+    num_generations: Annotated[
+        int,
+        option(_ANSWERS, "--num-generations N", "Of `--sample`: answers to each question.", min=1),
+    ] = 1,
 ) -> GenerationOptions:
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -196,6 +220,7 @@ def _generation(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        num_generations=num_generations,
     )
 
 

@@ -64,8 +64,8 @@ def extract(
         A causal language model of transformers in evaluation mode, loaded with
         ``attn_implementation="eager"``, and its tokenizer.
     questions
-        Texts, dicts with ``question`` and optionally ``question_id`` and ``answers``, or `Question`
-        objects. Questions without an id are numbered.
+        Texts, dicts with the attributes of `Question` (``question`` for its text, and
+        ``question_id``), or `Question` objects. Questions without an id are numbered.
     options
         What is computed.
     dtype
@@ -87,8 +87,17 @@ def extract(
     options = options or ExtractOptions()
     extractor = Extractor(model, tokenizer, options, dtype=dtype)
     planner = Planner(tokenizer, model.config, options)
-    jobs = (planner.job(Question.of(each, number)) for number, each in enumerate(questions))
-    return _records(extractor, options, jobs)
+    return _records(extractor, options, _jobs(planner, questions))
+
+
+def _jobs(
+    planner: Planner, questions: Iterable[str | Mapping[str, Any] | Question]
+) -> Iterator[Job]:
+    for number, each in enumerate(questions):
+        for _, job in planner.jobs(Question.of(each, number)):
+            if isinstance(job, ExtractionError):
+                raise job
+            yield job
 
 
 def _records(
@@ -254,7 +263,7 @@ class Extractor:
         """All generation parameters in force."""
         options = self._options.generation
         names = ["max_new_tokens", "num_beams", "do_sample"]
-        names += ["temperature", "top_k", "top_p"] if options.do_sample else []
+        names += ["temperature", "top_k", "top_p", "num_generations"] if options.do_sample else []
         config = generation_config(self._model, options, self._pad_id)
         return _plain_json(
             {**config.to_diff_dict(), **{name: getattr(options, name) for name in names}}
@@ -276,12 +285,14 @@ class Extractor:
         if captured.num_nan and self._options.on_nan != "keep":
             (kind, name), count = next(iter(captured.num_nan.items()))
             message = (
-                f"{job.question.sample_id}: {kind}/{name} has {count} NaN values; compute in "
+                f"{job.name}: {kind}/{name} has {count} NaN values; compute in "
                 "bfloat16 or float32, or set on_nan to skip or keep"
             )
             return NanError(message)
         tokens = (*job.prompt, *answer.tokens)
-        text = self._tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
+        text = job.given_text
+        if text is None:
+            text = self._tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
         texts = {
             "question": job.question.text,
             "generated_answer": text,
@@ -301,6 +312,7 @@ class Extractor:
         }
         return TraceRecord(
             sample_id=job.question.sample_id,
+            generation_index=job.index,
             prompt_len=len(job.prompt),
             extraction=SampleExtraction(
                 finish_reason=answer.finish_reason, seed=job.seed, row=job.question.row

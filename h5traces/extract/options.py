@@ -39,6 +39,8 @@ class GenerationOptions:
         Draw tokens at random.
     temperature, top_k, top_p
         Parameters of random draws; a `top_k` of 0 keeps all tokens.
+    num_generations
+        Answers to each question; above 1, they are drawn at random, each with its own seed.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class GenerationOptions:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    num_generations: int = 1
 
     def __post_init__(self) -> None:
         ranges = {
@@ -60,6 +63,7 @@ class GenerationOptions:
             "temperature": (self.temperature > 0, "above 0"),
             "top_k": (self.top_k >= 0, "0 for all tokens, or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "num_generations": (self.num_generations >= 1, "at least 1"),
         }
         for name, (is_good, expected) in ranges.items():
             if not is_good:
@@ -67,6 +71,12 @@ class GenerationOptions:
                 raise ExtractionError(message)
         if self.do_sample and self.num_beams > 1:
             message = "sampling with beams has no seed per sample; choose one of the two"
+            raise ExtractionError(message)
+        if self.num_generations > 1 and not (self.do_sample and self.max_new_tokens):
+            message = (
+                f"num_generations is {self.num_generations}, but answers that are not drawn at "
+                "random are all the same; set do_sample, and max_new_tokens above 0"
+            )
             raise ExtractionError(message)
 
 
@@ -202,13 +212,22 @@ class Columns:
     question, sample_id, answers
         Of questions, their ids, and reference answers.
     given
-        Of answers that the model is given instead of generating them; None to generate.
+        Of answers that the model is given instead of generating them; None to generate. A cell
+        holds text, token ids, or a list of several answers.
+    messages, tools
+        Of chats: lists of messages, and the tools that they may call, as chat templates take them.
+        A last message of the assistant is a given answer.
+    prompt_ids
+        Of prompts as token ids, which are run as they are.
     """
 
     question: str | None = None
     sample_id: str | None = None
     answers: str | None = None
     given: str | None = None
+    messages: str | None = None
+    tools: str | None = None
+    prompt_ids: str | None = None
 
 
 @checked_options
