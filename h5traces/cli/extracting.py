@@ -179,6 +179,10 @@ def _dataset(
         str | None,
         option(_QUESTIONS, "--prompt-ids-column NAME", "Column of prompts as token ids."),
     ] = None,
+    spans_column: Annotated[
+        str | None,
+        option(_QUESTIONS, "--spans-column NAME", "Column of character spans of the given answer."),
+    ] = None,
 ) -> DatasetChoice:
     return DatasetChoice(
         dataset=dataset,
@@ -193,6 +197,7 @@ def _dataset(
             messages=messages_column,
             tools=tools_column,
             prompt_ids=prompt_ids_column,
+            spans=spans_column,
         ),
     )
 
@@ -278,6 +283,14 @@ def extract(
             "Where the last block's state is taken: after the final norm, or before it.",
         ),
     ] = "final_norm",
+    tokens: Annotated[
+        str,
+        option(
+            KEEP,
+            "--tokens all|prompt|answer|prompt_last|last|every:N|spans",
+            "Which tokens are stored; of attentions, the weights among them.",
+        ),
+    ] = "all",
     on_nan: Annotated[
         Literal["error", "skip", "keep"],
         option(KEEP, "--on-nan error|skip|keep", "Samples with NaN: stop, leave out, or store."),
@@ -319,6 +332,7 @@ def extract(
         top_logits=top_logits,
         embedding=embedding,
         last_state=last_state,
+        tokens=tokens,
         generation=generation,
         seed=seed,
         prompt_template=prompt_template or ("{question}" if chat else DEFAULT_TEMPLATE),

@@ -114,7 +114,7 @@ def extract_dataset(
         shape=shape,
         layers=choose_layers(options.layers, range(shape.num_layers)),
         kinds=tuple(each for each in options.kinds if each in MODEL_KINDS),
-        lengths=tuple(each.num_tokens(options.generation.max_new_tokens) for each in jobs),
+        lengths=tuple(each.num_kept(options) for each in jobs),
         precision=storage,
     )
     report.forecast = forecast

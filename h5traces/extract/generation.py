@@ -21,6 +21,7 @@ from transformers import (
 from h5traces.arguments import shown
 from h5traces.errors import ExtractionError, TooLongError
 from h5traces.extract.capture import padded
+from h5traces.extract.kept import SPANS, kept_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,8 @@ class Job:
     """A question, its prompt as token ids, and the seed of the sample's random numbers.
 
     `given` are the tokens of an answer that is not generated, and `given_text` its text, if it came
-    as text. `index` counts the answers to the question.
+    as text. `index` counts the answers to the question. `text` is the prompt, if it was tokenised;
+    of chats, with the special tokens.
     """
 
     question: Question
@@ -48,6 +50,8 @@ class Job:
     given: tuple[int, ...] | None = None
     given_text: str | None = None
     index: int = 0
+    text: str | None = None
+    is_chat: bool = False
 
     @property
     def key(self) -> tuple[str, int]:
@@ -63,6 +67,11 @@ class Job:
         """Tokens of prompt and answer, at most."""
         answer = max_new_tokens if self.given is None else len(self.given)
         return len(self.prompt) + answer
+
+    def num_kept(self, options: ExtractOptions) -> int:
+        """Those that are stored, at most."""
+        length = self.num_tokens(options.generation.max_new_tokens)
+        return len(kept_tokens(options.tokens, len(self.prompt), length))
 
 
 class UnfitAnswerError(ExtractionError):
@@ -126,10 +135,16 @@ class Planner:
             prompt.ids,
             sample_seed(self._options.seed, question.sample_id, index),
             index=index,
+            text=prompt.text,
+            is_chat=prompt.is_chat,
         )
         if given is not None:
             text = given if isinstance(given, str) else None
             job = replace(job, given=self._given(job.name, prompt, given), given_text=text)
+        self._check_spans(job)
+        if not job.num_kept(self._options):
+            message = f"{job.name}: has no answer whose tokens could be stored"
+            raise UnfitAnswerError(message)
         longest = job.num_tokens(self._options.generation.max_new_tokens)
         if self._context is not None and longest > self._context:
             message = (
@@ -159,6 +174,32 @@ class Planner:
             )
             raise UnfitAnswerError(message)
         return whole[len(prompt.ids) :]
+
+    def _check_spans(self, job: Job) -> None:
+        """Reject spans that are not of the given answer, or none where they are to be kept."""
+        spans, text = job.question.spans, job.given_text
+        if not spans:
+            if self._options.tokens == SPANS:
+                message = f"{job.name}: has no spans whose tokens could be stored"
+                raise UnfitAnswerError(message)
+            return
+        if text is None or job.index:
+            message = f"{job.name}: has spans, which need one given answer as text"
+            raise UnfitAnswerError(message)
+        for span, (start, end) in zip(spans, job.question.char_spans, strict=True):
+            if not 0 <= start < end <= len(text):
+                message = (
+                    f"{job.name}: the span {start} to {end} lies outside of the given answer, "
+                    f"which has {len(text)} characters"
+                )
+                raise UnfitAnswerError(message)
+            expected = span.get("text") if isinstance(span, dict) else None
+            if expected is not None and text[start:end] != expected:
+                message = (
+                    f"{job.name}: the span {start} to {end} of the given answer is "
+                    f"{shown(text[start:end])}, expected {shown(expected)}"
+                )
+                raise UnfitAnswerError(message)
 
     def _check_ids(self, name: str, what: str, ids: Sequence[int]) -> None:
         known = range(len(self._tokenizer))

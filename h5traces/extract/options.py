@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from h5traces.arguments import checked_options
 from h5traces.errors import ExtractionError, LayerIndexError
+from h5traces.extract.kept import check_tokens
 from h5traces.format.archive import AnswerCut
 from h5traces.format.kinds import LOGITS, MODEL_KINDS, TOKEN_KINDS
 from h5traces.format.layout import ATTENTIONS, HIDDEN_STATES
@@ -99,6 +100,10 @@ class ExtractOptions:
     last_state
         Where the last block's hidden state is taken: ``final_norm`` (after the final norm, as in
         transformers' ``hidden_states``) or ``block_output`` (before it).
+    tokens
+        Which tokens are stored: ``all``, ``prompt``, ``answer``, ``prompt_last``, ``last``,
+        ``every:N`` (the first and each N-th after it), or ``spans`` (those in spans of the
+        question). Of attentions, only the weights among them.
     generation
         How answers are generated.
     seed
@@ -127,6 +132,7 @@ class ExtractOptions:
     top_logits: int | None = None
     embedding: bool = False
     last_state: LastState = "final_norm"
+    tokens: str = "all"
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     seed: int = 0
     prompt_template: str = DEFAULT_TEMPLATE
@@ -142,6 +148,7 @@ class ExtractOptions:
                 expected = ", ".join(get_args(literal))
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
+        check_tokens(self.tokens)
         object.__setattr__(self, "kinds", as_names(self.kinds))
         known = (*MODEL_KINDS, *TOKEN_KINDS)
         unknown = [each for each in self.kinds if each not in known]
@@ -219,6 +226,8 @@ class Columns:
         A last message of the assistant is a given answer.
     prompt_ids
         Of prompts as token ids, which are run as they are.
+    spans
+        Of lists of character spans of the given answer.
     """
 
     question: str | None = None
@@ -228,6 +237,7 @@ class Columns:
     messages: str | None = None
     tools: str | None = None
     prompt_ids: str | None = None
+    spans: str | None = None
 
 
 @checked_options

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import xxhash
 
-from h5traces.errors import ExtractionError, MissingDependencyError, SchemaError
+from h5traces.archive.characters import span_of
+from h5traces.errors import ExtractionError, MissingDependencyError, OptionError, SchemaError
 from h5traces.extract.options import Columns
 from h5traces.format.text import and_more
 from h5traces.sources.rows import foreign, read_rows, short, text_of
@@ -55,6 +56,9 @@ class Question:
         A chat, and the tools that it may call, for the tokenizer's chat template.
     prompt_ids
         The prompt as token ids.
+    spans
+        Characters of the given answer, such as hallucinated ones: pairs of the first and the one
+        behind the last, or dicts with ``start`` and ``end``, and ``text`` if it is to be compared.
     """
 
     text: str
@@ -65,6 +69,12 @@ class Question:
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     prompt_ids: tuple[int, ...] = ()
+    spans: tuple[Any, ...] | None = None
+
+    @property
+    def char_spans(self) -> list[tuple[int, int]]:
+        """First characters of spans, and those behind their last."""
+        return [span_of(each) for each in self.spans or ()]
 
     @property
     def given_answers(self) -> tuple[Given, ...]:
@@ -103,12 +113,13 @@ class Question:
                 messages,
                 tuple(value.get("tools", ())),
                 prompt_ids,
+                None if value.get("spans") is None else tuple(value["spans"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             message = (
                 f"question {number}: found {type(value).__name__}, expected text, or a dict with "
                 "'question', 'messages' or 'prompt_ids', and optionally 'question_id', 'answers', "
-                "'given' and 'tools'"
+                "'given', 'tools' and 'spans'"
             )
             raise ExtractionError(message) from error
 
@@ -234,10 +245,29 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
         sample_id = f"{path.stem}_{number}" if found_id in (None, "") else str(found_id)
         answers = _answers(_cell(row.cells, columns.answers, _ANSWER_COLUMNS))
         given = _given_cell(row.cells, columns.given, place)
+        spans = _spans(row.cells, columns.spans, place)
         yield (
             row.place,
-            Question(question, sample_id, answers, number, given, messages, tools, prompt_ids),
+            Question(
+                question, sample_id, answers, number, given, messages, tools, prompt_ids, spans
+            ),
         )
+
+
+def _spans(cells: dict[str, Any], name: str | None, place: str) -> tuple[Any, ...] | None:
+    if name is None:
+        return None
+    value = _parsed(cells.get(name))
+    if not isinstance(value, list):
+        message = f"{place}: the column {name!r} holds {short(value)}, expected a list of spans"
+        raise ExtractionError(message)
+    for each in value:
+        try:
+            span_of(each)
+        except OptionError as error:
+            message = f"{place}: the column {name!r}: {error}"
+            raise ExtractionError(message) from error
+    return tuple(value)
 
 
 def _given_cell(cells: dict[str, Any], name: str | None, place: str) -> Any:
