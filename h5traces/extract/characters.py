@@ -49,6 +49,14 @@ def char_offsets(tokenizer: Any, job: Job, answer: Sequence[int]) -> NDArray[np.
     return np.concatenate([of_prompt, of_answer + np.int32(len(prompt))])
 
 
+def tokens_in_spans(job: Job, offsets: NDArray[np.int32], answer_start: int) -> NDArray[np.bool_]:
+    """Which tokens have a character of a span of the answer, which begins at `answer_start`."""
+    found = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in job.question.char_spans:
+        found |= (offsets[:, 0] < answer_start + end) & (offsets[:, 1] > answer_start + start)
+    return found
+
+
 def _encoded(
     tokenizer: Any, job: Job, text: str, tokens: Sequence[int]
 ) -> NDArray[np.int32] | None:

@@ -19,7 +19,7 @@ from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
 from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
-from h5traces.extract.characters import char_offsets, sample_text
+from h5traces.extract.characters import char_offsets, sample_text, tokens_in_spans
 from h5traces.extract.generation import (
     Planner,
     answers_to,
@@ -27,7 +27,7 @@ from h5traces.extract.generation import (
     generation_config,
     padding_token,
 )
-from h5traces.extract.kept import ALL, kept_tokens, tokens_in_spans
+from h5traces.extract.kept import ALL, kept_tokens
 from h5traces.extract.options import ExtractOptions
 from h5traces.extract.questions import Question
 from h5traces.format import layout

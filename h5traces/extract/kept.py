@@ -13,8 +13,6 @@ from h5traces.errors import ExtractionError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.extract.generation import Job
-
 ALL: Final = "all"
 SPANS: Final = "spans"
 _PLACES: Final = (ALL, "prompt", "answer", "prompt_last", "last", SPANS)
@@ -46,11 +44,3 @@ def kept_tokens(
         "last": slice(-1, None),
     }
     return places[chosen[tokens]]
-
-
-def tokens_in_spans(job: Job, offsets: NDArray[np.int32], answer_start: int) -> NDArray[np.bool_]:
-    """Which tokens have a character of a span of the answer, which begins at `answer_start`."""
-    found = np.zeros(len(offsets), dtype=np.bool_)
-    for start, end in job.question.char_spans:
-        found |= (offsets[:, 0] < answer_start + end) & (offsets[:, 1] > answer_start + start)
-    return found
