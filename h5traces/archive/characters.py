@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -11,40 +12,72 @@ from h5traces.errors import FieldNotFoundError, OptionError
 from h5traces.format.kinds import CHAR_OFFSETS, PROMPT_TEXT, SPANS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
-    from h5traces.archive.trace import Trace
-
-ANSWER: Final = "generated_answer"
+_ANSWER: Final = "generated_answer"
 _QUESTION: Final = "question"
 # What PyTorch's cross entropy ignores.
 IGNORED: Final = -100
 
 
-def tokens_of(trace: Trace, start: int, end: int, field: str) -> NDArray[np.intp]:
-    """As `Trace.tokens_of`."""
-    first, length = _place(trace, field)
-    if not 0 <= start <= end <= length:
-        message = (
-            f"{trace._stored.place}: characters {start} to {end} lie outside of {field}, which has "
-            f"{length}"
-        )
-        raise OptionError(message)
-    return np.flatnonzero(_overlapping(trace, first + start, first + end))
+@dataclass(frozen=True)
+class Characters:
+    """The texts of a sample, by field; `place` is its name in messages."""
 
+    fields: Mapping[str, Any]
+    place: str
 
-def token_labels(
-    trace: Trace, spans: Iterable[Any] | None, field: str, label: int
-) -> NDArray[np.int64]:
-    """As `Trace.token_labels`."""
-    first, length = _place(trace, field)
-    labels = np.full(trace.metadata.seq_len, IGNORED, dtype=np.int64)
-    labels[_overlapping(trace, first, first + length)] = 0
-    for span in _field(trace, SPANS) if spans is None else spans:
-        labels[tokens_of(trace, *span_of(span), field)] = label
-    return labels
+    def tokens_of(self, start: int, end: int, field: str) -> NDArray[np.intp]:
+        """As `Trace.tokens_of`."""
+        first, length = self._text(field)
+        if not 0 <= start <= end <= length:
+            message = (
+                f"{self.place}: characters {start} to {end} lie outside of {field}, which has "
+                f"{length}"
+            )
+            raise OptionError(message)
+        return np.flatnonzero(self._overlapping(first + start, first + end))
+
+    def labels(self, spans: Iterable[Any] | None, field: str, label: int) -> NDArray[np.int64]:
+        """As `Trace.token_labels`."""
+        first, length = self._text(field)
+        in_text = self._overlapping(first, first + length)
+        labels = np.where(in_text, 0, IGNORED).astype(np.int64)
+        for span in self._field(SPANS) if spans is None else spans:
+            labels[self.tokens_of(*span_of(span), field)] = label
+        return labels
+
+    def _overlapping(self, start: int, end: int) -> NDArray[np.bool_]:
+        """Which tokens have one of these characters of prompt and answer."""
+        offsets = np.asarray(self._field(CHAR_OFFSETS))
+        found: NDArray[np.bool_] = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        return found
+
+    def _text(self, field: str) -> tuple[int, int]:
+        """Where a text begins in prompt and answer, and its length in characters."""
+        prompt = self._field(PROMPT_TEXT)
+        if field == PROMPT_TEXT:
+            return 0, len(prompt)
+        if field not in (_ANSWER, _QUESTION):
+            message = f"field is {shown(field)}, expected {_ANSWER}, {PROMPT_TEXT} or {_QUESTION}"
+            raise OptionError(message)
+        text = self._field(field)
+        first = len(prompt) if field == _ANSWER else prompt.rfind(text)
+        if first < 0:
+            message = f"{self.place}: the prompt does not hold the question as it stands"
+            raise OptionError(message)
+        return first, len(text)
+
+    def _field(self, name: str) -> Any:
+        if name not in self.fields:
+            message = (
+                f"{self.place}: there is no field {name!r}; characters of tokens are known in "
+                "archives that 'h5traces extract' wrote, spans where it was given them"
+            )
+            raise FieldNotFoundError(message)
+        return self.fields[name]
 
 
 def span_of(span: Any) -> tuple[int, int]:
@@ -64,35 +97,3 @@ def span_of(span: Any) -> tuple[int, int]:
         )
         raise OptionError(message)
     return found[0], found[1]
-
-
-def _overlapping(trace: Trace, start: int, end: int) -> NDArray[np.bool_]:
-    """Which tokens have one of these characters of prompt and answer."""
-    offsets = np.asarray(_field(trace, CHAR_OFFSETS))
-    return (offsets[:, 0] < end) & (offsets[:, 1] > start)
-
-
-def _place(trace: Trace, field: str) -> tuple[int, int]:
-    """Where a text begins in prompt and answer, and its length in characters."""
-    prompt = _field(trace, PROMPT_TEXT)
-    if field == PROMPT_TEXT:
-        return 0, len(prompt)
-    if field not in (ANSWER, _QUESTION):
-        message = f"field is {shown(field)}, expected {ANSWER}, {PROMPT_TEXT} or {_QUESTION}"
-        raise OptionError(message)
-    text = _field(trace, field)
-    first = len(prompt) if field == ANSWER else prompt.rfind(text)
-    if first < 0:
-        message = f"{trace._stored.place}: the prompt does not hold the question as it stands"
-        raise OptionError(message)
-    return first, len(text)
-
-
-def _field(trace: Trace, name: str) -> Any:
-    if name not in trace:
-        message = (
-            f"{trace._stored.place}: there is no field {name!r}; characters of tokens are known "
-            "in archives that 'h5traces extract' wrote, spans where it was given them"
-        )
-        raise FieldNotFoundError(message)
-    return trace[name]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
-from h5traces.archive.characters import token_labels, tokens_of
+from h5traces.archive.characters import Characters
 from h5traces.archive.equality import equal
 from h5traces.archive.notebook import described_layer, layers_page, trace_page
 from h5traces.archive.read_only import ReadOnly
@@ -378,7 +378,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         FieldNotFoundError
             The characters of tokens are not stored (the field ``char_offsets``).
         """
-        return tokens_of(self, start, end, field)
+        return Characters(self, self._stored.place).tokens_of(start, end, field)
 
     @checked
     def token_labels(
@@ -407,7 +407,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         OptionError, FieldNotFoundError
             As for `tokens_of`; also where a span is none, or the trace has no spans.
         """
-        return token_labels(self, spans, field, label)
+        return Characters(self, self._stored.place).labels(spans, field, label)
 
     @checked
     def to_dict(self, *, container: Container | None = None) -> dict[str, Any]:
