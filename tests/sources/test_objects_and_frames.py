@@ -107,6 +107,45 @@ def test_dtypes_become_text(tmp_path: Path) -> None:
 # --- frames --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4)])
+def test_lists_in_cells_of_a_frame_are_arrays(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Also as `read_parquet` of pandas gives them: arrays of arrays of objects."""
+    values = [np.random.default_rng(each).normal(size=shape).astype(np.float32) for each in (0, 1)]
+    frame = pd.DataFrame(
+        {
+            "hidden_states": [each.tolist() for each in values],
+            "tokens_decoded": [["a", "b"], ["c"]],
+            "ragged": [[[1], [2, 3]], [[4], []]],
+        }
+    )
+    frame.to_pickle(tmp_path / "lists.pkl")
+    frame.to_parquet(tmp_path / "lists.parquet")
+    pd.read_parquet(tmp_path / "lists.parquet").to_pickle(tmp_path / "arrays.pkl")
+    for name in ("lists.pkl", "arrays.pkl"):
+        for row, wanted in zip(
+            h5traces.load(tmp_path / name, container="numpy"), values, strict=True
+        ):
+            np.testing.assert_array_equal(row["hidden_states"], wanted)
+    rows = h5traces.load(tmp_path / "lists.pkl", container="numpy")
+    assert [row["tokens_decoded"] for row in rows] == [["a", "b"], ["c"]]
+    assert [row["ragged"] for row in rows] == [[[1], [2, 3]], [[4], []]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather", "jsonl"])
+def test_nan_that_pandas_writes_as_null_is_nan(tmp_path: Path, kind: str) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(3, 2, 4) / 4
+    values[1, 0, 2] = values[0, 0, 0] = np.nan
+    frame = pd.DataFrame({"hidden_states": [values.tolist()], "holes": [[1, None]]})
+    path = tmp_path / "a"
+    if kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        getattr(frame, f"to_{kind}")(path)
+    (found,) = h5traces.load(path, container="numpy")
+    np.testing.assert_array_equal(found["hidden_states"], values)
+    assert found["holes"] == [1, None]
+
+
 def test_a_frame_is_its_rows(tmp_path: Path) -> None:
     frame = pd.DataFrame(
         {

@@ -27,6 +27,7 @@ ROOMS = (
     "format",
     "storage",
     "paths",
+    "ranks",
     "precision",
     "meaning",
     "sources",
