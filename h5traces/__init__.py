@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from h5traces.meaning.checks import CheckOptions
     from h5traces.meaning.options import ReadingOptions
     from h5traces.ranks.status import status
+    from h5traces.rewriting.cataloguing import index
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
@@ -64,6 +65,7 @@ __all__ = [
     "features",
     "fidelity",
     "graph",
+    "index",
     "inspect",
     "label",
     "load",
@@ -100,6 +102,7 @@ _HOMES = {
     "features": "h5traces.features",
     "fidelity": "h5traces.fidelity",
     "graph": "h5traces.graph",
+    "index": "h5traces.rewriting.cataloguing",
     "inspect": "h5traces.checking.inspect",
     "label": "h5traces.rewriting.label",
     "load": "h5traces.loading",

@@ -67,10 +67,11 @@ _PANELS: Final = {
         }
     },
     "Use archives": {
+        "cataloguing": {"index": "Write the catalogue of many shards, or bring it up to date."},
         "using": {
             "features": "Compute features: a row for every sample.",
             "fidelity": "Compare a lossy archive with its original, layer by layer.",
-        }
+        },
     },
 }
 COMMANDS: Final = {

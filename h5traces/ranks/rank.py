@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from h5traces.errors import OptionError
-from h5traces.ranks.plan import read_plan
+from h5traces.ranks.plan import deal, read_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from h5traces.ranks.plan import RunPlan
@@ -158,3 +158,12 @@ def _array(
             last,
         )
     return found
+
+
+def share_of(paths: Sequence[Path], rank: RankChoice, world_size: int | None) -> list[Path]:
+    """The files that a rank has to read, of all; divided by their sizes."""
+    chosen = find_rank(rank, world_size)
+    if chosen is None:
+        return list(paths)
+    shares = deal([path.stat().st_size for path in paths], chosen.size)
+    return [paths[each] for each in shares[chosen.number]]

@@ -273,3 +273,14 @@ def test_a_thousand_ranks_start_and_are_counted_at_once(tmp_path: Path) -> None:
     # Far from what a busy machine takes; the targets are 0.5 s and 2 s.
     assert slowest < 5
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("check", [h5traces.verify, h5traces.validate])
+def test_checks_are_shared(batches: Path, tmp_path: Path, check: Any) -> None:
+    h5traces.convert(batches, f"{tmp_path}/out/")
+    every = {report.path for report in check(tmp_path / "out")}
+    shares = [check(tmp_path / "out", rank=rank, world_size=3) for rank in range(3)]
+    assert all(share.ok for share in shares)
+    found = [report.path for share in shares for report in share]
+    assert len(found) == len(every) == 5
+    assert set(found) == every

@@ -40,6 +40,7 @@ PUBLIC = [
     "features",
     "fidelity",
     "graph",
+    "index",
     "inspect",
     "label",
     "load",
