@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from h5traces.loading import load
     from h5traces.meaning.checks import CheckOptions
     from h5traces.meaning.options import ReadingOptions
+    from h5traces.ranks.status import status
+    from h5traces.rewriting.cataloguing import index
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
@@ -65,6 +67,7 @@ __all__ = [
     "fidelity",
     "finish",
     "graph",
+    "index",
     "inspect",
     "label",
     "load",
@@ -75,6 +78,7 @@ __all__ = [
     "salvage",
     "seal",
     "split",
+    "status",
     "torch_data",
     "validate",
     "verify",
@@ -101,6 +105,7 @@ _HOMES = {
     "fidelity": "h5traces.fidelity",
     "finish": "h5traces.writing.finish",
     "graph": "h5traces.graph",
+    "index": "h5traces.rewriting.cataloguing",
     "inspect": "h5traces.checking.inspect",
     "label": "h5traces.rewriting.label",
     "load": "h5traces.loading",
@@ -111,6 +116,7 @@ _HOMES = {
     "salvage": "h5traces.checking.salvage",
     "seal": "h5traces.checking.seal",
     "split": "h5traces.rewriting.repack",
+    "status": "h5traces.ranks.status",
     "torch_data": "h5traces.torch_data",
     "validate": "h5traces.checking.validate",
     "verify": "h5traces.checking.verify",

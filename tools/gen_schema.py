@@ -278,7 +278,7 @@ def _lens(name: str | None) -> str:
 def token_fields_table() -> str:
     """The extra fields with an entry per token."""
     return _table(
-        ("extra field, an entry per token", "meaning"),
+        ("extra field, mostly an entry per token", "meaning"),
         ((f"`{name}`", _markdown(text)) for name, text in TOKEN_FIELDS.items()),
     )
 

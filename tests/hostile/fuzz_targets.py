@@ -19,6 +19,7 @@ import io
 import json
 import os
 import pickle
+import pkgutil
 import struct
 import sys
 import tempfile
@@ -43,6 +44,7 @@ import zstandard
 from legacy_batches import LAYOUTS, dumps, make_batch
 from pyarrow import parquet as pq
 
+import h5traces.sources
 from h5traces.errors import ConversionError, H5TracesError
 from h5traces.meaning.options import ReadingOptions
 from h5traces.sources.array_files import TABLES
@@ -72,6 +74,9 @@ _FILTERED: tuple[dict[str, Any], ...] = (
     {"scaleoffset": 3, "maxshape": (None, None, 4)},
 )
 _ON_FIRST_USE = ("h5traces.", "encodings.")
+# Readers are loaded on first use, with the libraries they need: here, so that no input does it.
+for _reader in pkgutil.walk_packages(h5traces.sources.__path__, "h5traces.sources."):
+    importlib.import_module(_reader.name)
 
 
 class FindingError(Exception):
@@ -133,9 +138,6 @@ def read_source(data: bytes) -> None:
     """Read a file of any kind that its content says; nothing may be imported for it."""
     path = _folder() / "source"
     path.write_bytes(data)
-    # The reader of tables loads it on first use.
-    importlib.import_module("pyarrow.parquet")
-    importlib.import_module("pyarrow.ipc")
     before = set(sys.modules)
     with contextlib.suppress(H5TracesError):
         test_sources.read(path)
