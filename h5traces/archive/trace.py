@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
+from h5traces.archive.characters import Characters
 from h5traces.archive.equality import equal
 from h5traces.archive.notebook import described_layer, layers_page, trace_page
 from h5traces.archive.read_only import ReadOnly
@@ -417,6 +418,60 @@ class Trace(ReadOnly, Mapping[str, Any]):
         if keys is not None:
             part = part[:, :, columns]
         return part.reshape(tuple(n for each in places for n in each.shape))
+
+    @checked
+    def tokens_of(self, start: int, end: int, field: str = "generated_answer") -> NDArray[np.intp]:
+        """Indices of the stored tokens that have one of the characters `start` to `end` - 1.
+
+        Parameters
+        ----------
+        start, end
+            Characters of the text, from 0.
+        field
+            The text: ``generated_answer``, ``prompt``, or the ``question`` in the prompt.
+
+        Returns
+        -------
+        numpy.ndarray
+            Indices along the token axis, ascending; empty where no stored token has any.
+
+        Raises
+        ------
+        OptionError
+            The text has no such characters, or there is no such text.
+        FieldNotFoundError
+            The characters of tokens are not stored (the field ``char_offsets``).
+        """
+        return Characters(self, self._stored.place).tokens_of(start, end, field)
+
+    @checked
+    def token_labels(
+        self, spans: Iterable[Any] | None = None, field: str = "generated_answer", label: int = 1
+    ) -> NDArray[np.int64]:
+        """A label for every stored token: `label` in spans of a text, 0 in the rest of it.
+
+        Parameters
+        ----------
+        spans
+            Pairs of the first character and the one behind the last, or dicts with ``start`` and
+            ``end``; the trace's own field ``spans`` by default.
+        field
+            The text, as for `tokens_of`.
+        label
+            That of tokens with a character of a span.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``(seq_len,)``; -100, which PyTorch's cross entropy ignores, for tokens of other
+            texts and those without characters.
+
+        Raises
+        ------
+        OptionError, FieldNotFoundError
+            As for `tokens_of`; also where a span is none, or the trace has no spans.
+        """
+        return Characters(self, self._stored.place).labels(spans, field, label)
 
     @checked
     def to_dict(self, *, container: Container | None = None) -> dict[str, Any]:

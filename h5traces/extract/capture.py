@@ -120,13 +120,21 @@ class Capturer:
         self._too_wide: set[tuple[str, str]] = set()
 
     @torch.inference_mode()
-    def run(self, sequences: Sequence[Sequence[int]], *, pad_id: int = 0) -> list[Captured]:
+    def run(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        pad_id: int = 0,
+        kept: Sequence[NDArray[np.int64]] | None = None,
+    ) -> list[Captured]:
         """Hidden states ``(S, H)`` and attentions ``(A, S, S)`` of every sequence of token ids.
 
-        Shorter ones are padded on the left; the padding is masked, and removed again.
+        Shorter ones are padded on the left; the padding is masked, and removed again. Of tokens,
+        those at the places `kept` of each sequence are kept; all by default.
         """
+        kept = kept or [np.arange(len(each)) for each in sequences]
         while True:
-            passed = _Pass(self._anatomy, self._options, self._too_wide, sequences)
+            passed = _Pass(self._anatomy, self._options, self._too_wide, sequences, kept)
             passed.run(pad_id)
             overflowed = passed.overflowed()
             if not overflowed:
@@ -143,7 +151,9 @@ class _Pass:
         options: CaptureOptions,
         too_wide: set[tuple[str, str]],
         sequences: Sequence[Sequence[int]],
+        kept: Sequence[NDArray[np.int64]],
     ) -> None:
+        self._kept = kept
         self._anatomy, self._options = anatomy, options
         self._too_wide = too_wide
         self._lengths = [len(each) for each in sequences]
@@ -269,6 +279,8 @@ class _Pass:
         """Keep with the queries of every sequence how they make its weights."""
         name = layout.layer_name(self._layer)
         for row, length in enumerate(self._lengths):
+            if len(self._kept[row]) < length:
+                continue  # weights need every key
             rule = rule_of(module, query, facts, row, length)
             if rule is None and self._options.needs_rules:
                 raise ExtractionError(_no_rule(self._anatomy, [self._layer]))
@@ -307,6 +319,9 @@ class _Pass:
             part = values[row]
             for axis in token_axes:
                 part = part.narrow(axis, self._longest - length, length)
+                if len(self._kept[row]) < length:
+                    places = torch.as_tensor(self._kept[row], device=part.device)
+                    part = part.index_select(axis, places)
             copied, counts = cast(part, target)
             self._taken[row].append(
                 _Taken(kind, name, site, values.dtype, _to_host(copied), _to_host(counts))
@@ -334,6 +349,8 @@ class _Pass:
                 found[LOGPROBS] = torch.cat([first, chosen]).cpu().numpy()
             if ENTROPY in kinds:
                 found[ENTROPY] = torch.special.entr(logprobs.exp()).sum(dim=-1).cpu().numpy()
+            if len(self._kept[row]) < length:
+                found.update({name: each[self._kept[row]] for name, each in found.items()})
 
     def overflowed(self) -> set[tuple[str, str]]:
         """Arrays with finite values beyond the type that they were cast to."""

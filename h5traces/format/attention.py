@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 Mask = Literal["causal", "window", "chunk", "all"]
 
+# Keys j that query i sees.
 MASKS: Final[dict[Mask, str]] = {
-    "causal": "up to the query itself",
-    "window": "`window` keys, the query's own the last",
-    "chunk": "up to the query itself, from the last multiple of `window` on",
-    "all": "every one",
+    "causal": "j ≤ i",
+    "window": "i - ``window`` < j ≤ i",
+    "chunk": "j ≤ i, from the last multiple of ``window`` up to i on",
+    "all": "all",
 }
 
 

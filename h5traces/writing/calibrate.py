@@ -350,11 +350,13 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
         part.publish(overwrite=overwrite)
 
 
-def load_calibration(path: PathLike) -> Calibration:
+def load_calibration(path: PathLike, *, may_be_empty: bool = False) -> Calibration:
     """Read the scales of a file that `calibrate` wrote, or of an archive."""
     file = Path(path)
     with contextlib.closing(Hdf5Store(file, DEFAULT_LIMITS)) as store:
         found = stored_statistics(store)
+    if may_be_empty and (found is None or not found.layers):
+        return Calibration()
     if found is None or not found.layers:
         message = (
             f"{file}: holds no scales; expected a file that 'h5traces calibrate' wrote, or an "

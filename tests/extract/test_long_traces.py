@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import h5py
 import numpy as np
 import pytest
 import torch
 from family_models import make_family
-from tiny_models import make_model, tokenizer
+from tiny_models import ROOT, make_model, tokenizer
 
 import h5traces
 from h5traces.archive.recomputing import weights_in_numpy
@@ -163,6 +165,32 @@ def test_numpy_and_torch_agree_with_the_plain_formula(mask):
         attention_weights(queries, keys, rule, **every).numpy(),
     ):
         assert np.abs(found - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama4_text"])
+def test_the_rule_of_the_format_is_enough(family, tmp_path, monkeypatch):
+    """The code in section 20 of the format gives the weights that reading gives."""
+    spec = (ROOT / "schema" / "SPEC.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", spec.split("## 20 ")[1], re.DOTALL)
+    records = stored(make_family(family), tmp_path / "both.h5")
+    without_weights(records, tmp_path / "long.h5")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    found["sample"].file.close()
+    with h5traces.open("both.h5") as archive:
+        assert np.abs(found["weights"] - archive[0].layer(0, "attentions")).max() < BOUND
+
+
+@pytest.mark.parametrize("tokens", ["answer", "last"])
+def test_weights_need_every_key(tokens, tmp_path):
+    with pytest.raises(ExtractionError, match="needs the keys of all tokens, but tokens is"):
+        ExtractOptions(attentions="qk", tokens=tokens)
+    kinds = ("hidden_states", "queries", "keys")
+    stored(make_model("llama"), tmp_path / "part.h5", kinds=kinds, tokens=tokens)
+    with h5traces.open(tmp_path / "part.h5") as archive:
+        with pytest.raises(h5traces.errors.FieldNotFoundError):
+            archive[0]["attentions"]
 
 
 def test_a_rule_that_makes_no_sense_is_named(archives, tmp_path):
