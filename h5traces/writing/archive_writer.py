@@ -12,7 +12,7 @@ import math
 import os
 import uuid
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -39,6 +39,7 @@ from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
 from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.threads import ThreadPool
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
     Observation,
@@ -116,7 +117,7 @@ class ArchiveWriter:
             **metadata,
         )
         self._workers = self._options.workers or os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="h5traces-encode")
+        self._pool = ThreadPool(self._workers, thread_name_prefix="h5traces-encode")
         with contextlib.ExitStack() as undo:
             # A signal here would leave a file that no caller could discard.
             with deferred_signals():
