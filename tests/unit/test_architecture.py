@@ -41,6 +41,7 @@ ROOMS = (
     "features",
     "fidelity",
     "extract",
+    "vllm",
     "plotting",
     "view",
     "cli",
