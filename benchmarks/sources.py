@@ -10,7 +10,8 @@ memory that the conversion takes, in a process of its own, beyond what it has af
 
 With `--memory`, one file of 2 GB of each kind that can be streamed is converted once, and the peak
 is compared with 200 MB and twice the largest sample. The file lies in the folder for temporary
-files, and is deleted afterwards.
+files, and is deleted afterwards. JSON Lines need a small `--tokens`: text takes five times the
+bytes, and numbers of one line become Python's before they become an array.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import itertools
+import json
 import multiprocessing
 import pickle
 import statistics
@@ -35,11 +38,13 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import pyarrow as pa
+
 LAYERS, HIDDEN, HEADS = 8, 1024, 8
 CHILD = """
 import re, sys, time
 import h5traces, h5traces.rewriting.convert
-from h5traces.sources import named_arrays, torch_file
+from h5traces.sources import mapped_source, named_arrays, torch_file
 
 def memory(name):
     status = open("/proc/self/status").read()
@@ -49,7 +54,8 @@ def memory(name):
 open("/proc/self/clear_refs", "w").write("5")
 before, start = memory("VmRSS"), time.perf_counter()
 target = h5traces.TargetOptions(overwrite=True)
-report = h5traces.convert(sys.argv[1], sys.argv[2], merge=True, target=target)
+reading = h5traces.ReadingOptions(mapping=sys.argv[3] if sys.argv[3:] else None)
+report = h5traces.convert(sys.argv[1], sys.argv[2], merge=True, target=target, reading=reading)
 seconds = time.perf_counter() - start
 assert report.ok, report
 print(seconds, memory("VmHWM") - before)
@@ -197,6 +203,128 @@ def by_prefix(samples: Iterator[dict]) -> Iterator[tuple[str, np.ndarray]]:
                 yield f"{sample['question_id']}/{key}", value
 
 
+def stream_raw(path: Path, samples: Iterator[dict]) -> None:
+    with path.open("wb") as file:
+        for sample in samples:
+            file.write(sample["hidden_states"])
+
+
+def stream_folder(path: Path, samples: Iterator[dict]) -> None:
+    """A file of every layer, for all samples."""
+    path.mkdir()
+    first = next(samples)["hidden_states"]
+    files = [(path / f"hidden_{layer:03d}.npy").open("wb") for layer in range(LAYERS)]
+    places = [each.seek(128) for each in files]
+    count = 0
+    for sample in itertools.chain([{"hidden_states": first}], samples):
+        count += 1
+        for file, layer in zip(files, sample["hidden_states"], strict=True):
+            file.write(layer)
+    head = {"descr": "<f2", "fortran_order": False, "shape": (count, *first.shape[1:])}
+    for file, place in zip(files, places, strict=True):
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, head)
+        assert file.tell() == place
+        file.close()
+
+
+def stream_hdf5(path: Path, samples: Iterator[dict], **options: object) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for sample in samples:
+            for key in ("hidden_states", "attentions"):
+                file.create_dataset(f"{sample['question_id']}/{key}", data=sample[key], **options)
+
+
+def stream_hdf5_layers(path: Path, samples: Iterator[dict]) -> None:
+    """A dataset of every layer, for all samples."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for index, sample in enumerate(samples):
+            for layer, states in enumerate(sample["hidden_states"]):
+                name, shape = f"layer_{layer}/inputs", states.shape
+                if not index:
+                    file.create_dataset(name, (0, *shape), "<f2", maxshape=(None, *shape))
+                file[name].resize(index + 1, axis=0)
+                file[name][index] = states
+
+
+def nested(array: np.ndarray) -> pa.Array:
+    """One cell: lists of lists of numbers."""
+    import pyarrow as pa
+
+    found = pa.array(array.reshape(-1))
+    for size in reversed(array.shape):
+        ends = pa.array(range(0, len(found) + 1, size), pa.int32())
+        found = pa.ListArray.from_arrays(ends, found)
+    return found
+
+
+def batches(samples: Iterator[dict], rows: int = 1) -> Iterator[pa.RecordBatch]:
+    """Record batches of so many rows."""
+    import pyarrow as pa
+
+    cells = (
+        pa.record_batch(
+            {
+                key: nested(value) if isinstance(value, np.ndarray) else pa.array([value])
+                for key, value in sample.items()
+            }
+        )
+        for sample in samples
+    )
+    while part := list(itertools.islice(cells, rows)):
+        yield pa.concat_batches(part)
+
+
+def stream_parquet(path: Path, samples: Iterator[dict], rows: int = 1) -> None:
+    from pyarrow import parquet
+
+    every = batches(samples, rows)
+    first = next(every)
+    with parquet.ParquetWriter(path, first.schema, use_dictionary=False) as writer:
+        for batch in itertools.chain([first], every):
+            writer.write_batch(batch)
+
+
+def stream_arrow(path: Path, samples: Iterator[dict], rows: int = 1) -> None:
+    from pyarrow import ipc
+
+    every = batches(samples, rows)
+    first = next(every)
+    with ipc.new_file(path, first.schema) as writer:
+        for batch in itertools.chain([first], every):
+            writer.write_batch(batch)
+
+
+def stream_datasets(path: Path, samples: Iterator[dict]) -> None:
+    """As `save_to_disk` of datasets writes it, which would copy all by itself: a stream."""
+    from pyarrow import ipc
+
+    path.mkdir()
+    every = batches(samples, 20)
+    first = next(every)
+    with ipc.new_stream(path / "data-00000-of-00001.arrow", first.schema) as writer:
+        for batch in itertools.chain([first], every):
+            writer.write_batch(batch)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "dataset_info.json").write_text("{}")
+
+
+def stream_jsonl(path: Path, samples: Iterator[dict]) -> None:
+    texts: dict[int, str] = {}
+    with path.open("w") as file:
+        for index, sample in enumerate(samples):
+            kept = index % 8
+            if kept not in texts:
+                rest = {key: sample[key].tolist() for key in ("hidden_states", "tokens")}
+                texts[kept] = json.dumps(rest).removeprefix("{")
+            file.write(f'{{"question_id": "{sample["question_id"]}", {texts[kept]}\n')
+
+
 STREAMED = {
     "pickle": stream_pickle,
     "pickle, gzip": partial(stream_pickle, compressed=True),
@@ -207,6 +335,48 @@ STREAMED = {
     "safetensors": stream_safetensors,
     "npz": stream_npz,
     "npz, deflated": partial(stream_npz, method=zipfile.ZIP_DEFLATED),
+    "npz, mapping": stream_npz,
+    "raw, mapping": stream_raw,
+    "npy, mapping": stream_folder,
+    "hdf5, mapping": stream_hdf5,
+    "hdf5, gzip": partial(stream_hdf5, chunks=True, compression="gzip", compression_opts=1),
+    "hdf5, layers": stream_hdf5_layers,
+    "parquet": stream_parquet,
+    "parquet, 20 rows": partial(stream_parquet, rows=20),
+    "arrow": stream_arrow,
+    "arrow, 20 rows": partial(stream_arrow, rows=20),
+    "datasets": stream_datasets,
+    "jsonl": stream_jsonl,
+}
+BY_ID = """
+[fields.hidden_states]
+name = "{id}/hidden_states"
+axes = "layer token hidden"
+[fields.attentions]
+name = "{id}/attentions"
+axes = "layer head query key"
+"""
+BY_LAYER = """
+folder = FOLDER
+first_state = "block"
+[fields.hidden_states]
+name = "NAME"
+axes = "sample token hidden"
+"""
+MAPPINGS = {
+    "npz, mapping": f"{BY_ID}[fields.tokens]\nname = '{{id}}/tokens'\n",
+    "raw, mapping": f"""
+[array]
+dtype = "float16"
+shape = [-1, {LAYERS}, TOKENS, {HIDDEN}]
+[fields.hidden_states]
+name = "array"
+axes = "sample layer token hidden"
+""",
+    "npy, mapping": BY_LAYER.replace("FOLDER", "true").replace("NAME", "hidden_{layer}"),
+    "hdf5, mapping": BY_ID,
+    "hdf5, gzip": BY_ID,
+    "hdf5, layers": BY_LAYER.replace("FOLDER", "false").replace("NAME", "layer_{layer}/inputs"),
 }
 LIMIT_MB = 200
 
@@ -231,9 +401,14 @@ def memory(names: Sequence[str], megabytes: int, tokens: int) -> bool:
         with tempfile.TemporaryDirectory() as inside:
             path = Path(inside) / "batch.bin"
             write_apart(name, path, samples, int(megabytes // one))
-            seconds, peak = convert(path, Path(inside) / "out.h5")
+            mapping = Path(inside) / "mapping.toml"
+            mapping.write_text(MAPPINGS.get(name, "").replace("TOKENS", str(tokens)))
+            seconds, peak = convert(
+                path, Path(inside) / "out.h5", mapping if name in MAPPINGS else None
+            )
             is_within &= peak <= limit
-            size = path.stat().st_size / 1e6
+            files = [path, *path.rglob("*")]
+            size = sum(each.stat().st_size for each in files if each.is_file()) / 1e6
         print(f"{name:18}{size:8.0f}{seconds:11.2f}{peak:9.0f}", flush=True)
     return is_within
 
@@ -272,9 +447,10 @@ def read_records(files: list[Path]) -> float:
     return time.perf_counter() - start
 
 
-def convert(folder: Path, target: Path) -> tuple[float, float]:
+def convert(folder: Path, target: Path, mapping: Path | None = None) -> tuple[float, float]:
+    options = [] if mapping is None else [str(mapping)]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), str(target)],
+        [sys.executable, "-c", CHILD, str(folder), str(target), *options],
         check=True,
         capture_output=True,
         text=True,

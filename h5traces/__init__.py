@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from h5traces.loading import load
     from h5traces.meaning.checks import CheckOptions
     from h5traces.meaning.options import ReadingOptions
+    from h5traces.ranks.status import status
+    from h5traces.rewriting.cataloguing import index
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from h5traces.sources.source import TraceSource
     from h5traces.writing.calibrate import calibrate
     from h5traces.writing.create import create
+    from h5traces.writing.finish import finish
     from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 __all__ = [
@@ -62,7 +65,9 @@ __all__ = [
     "extract",
     "features",
     "fidelity",
+    "finish",
     "graph",
+    "index",
     "inspect",
     "label",
     "load",
@@ -73,6 +78,7 @@ __all__ = [
     "salvage",
     "seal",
     "split",
+    "status",
     "torch_data",
     "validate",
     "verify",
@@ -97,7 +103,9 @@ _HOMES = {
     "extract": "h5traces.extract",
     "features": "h5traces.features",
     "fidelity": "h5traces.fidelity",
+    "finish": "h5traces.writing.finish",
     "graph": "h5traces.graph",
+    "index": "h5traces.rewriting.cataloguing",
     "inspect": "h5traces.checking.inspect",
     "label": "h5traces.rewriting.label",
     "load": "h5traces.loading",
@@ -108,6 +116,7 @@ _HOMES = {
     "salvage": "h5traces.checking.salvage",
     "seal": "h5traces.checking.seal",
     "split": "h5traces.rewriting.repack",
+    "status": "h5traces.ranks.status",
     "torch_data": "h5traces.torch_data",
     "validate": "h5traces.checking.validate",
     "verify": "h5traces.checking.verify",

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: documents outside of docs/ become pages, and links between all of them fit."""
+"""A hook of mkdocs: documents outside of docs/ become pages, links fit, and llms.txt lists them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mkdocs.structure.nav import Navigation
     from mkdocs.structure.pages import Page
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -31,6 +34,9 @@ OUTSIDE: Final = {
         )
     },
 }
+# What each page begins with, by its name; filled while the site is built.
+_ABOUT: Final[dict[str, str]] = {}
+_SECTIONS: Final[list[tuple[str, list[Page]]]] = []
 LINK: Final = re.compile(r"\[([^]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 
@@ -60,7 +66,39 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
             return text
         return f"[{text}]({os.path.relpath(uri, PurePosixPath(here).parent)}{anchor})"
 
+    _ABOUT[here] = _first_sentence(markdown)
     return "".join(
         part if part.startswith("```") else LINK.sub(replaced, part)
         for part in re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     )
+
+
+def on_nav(nav: Navigation, **_: Any) -> None:
+    """Keep the order of pages for llms.txt."""
+    _SECTIONS[:] = [(item.title or "", list(_pages(item))) for item in nav.items]
+
+
+def on_post_build(config: Any) -> None:
+    """Write llms.txt: every page, by section, with its first sentence (https://llmstxt.org)."""
+    lines = [f"# {config.site_name}", "", f"> {_ABOUT['index.md']}"]
+    for title, pages in _SECTIONS:
+        lines += ["", f"## {title}", ""]
+        lines += [
+            f"- [{page.title}]({page.url or '.'}): {_ABOUT[page.file.src_uri]}" for page in pages
+        ]
+    Path(config.site_dir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _pages(item: Any) -> Iterator[Page]:
+    if item.is_page:
+        yield item
+    for child in item.children or ():
+        yield from _pages(child)
+
+
+def _first_sentence(markdown: str) -> str:
+    """The first sentence of a page's prose, without its links."""
+    without_code = re.sub(r"^```.*?^```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    prose = re.search(r"^[A-Z`*].*?(?=\n\n|\Z)", without_code, flags=re.DOTALL | re.MULTILINE)
+    text = " ".join(LINK.sub(r"\1", prose[0]).split()) if prose else ""
+    return re.split(r"(?<=\.)\s", text)[0]

@@ -37,6 +37,7 @@ _PANELS: Final = {
         "converting": {
             "convert": "Convert legacy trace batches to archives.",
             "calibrate": "Measure the channels of hidden states, for lossy tiers.",
+            "finish": "Pack what stopped or killed runs left in their spools.",
         },
         "extracting": {
             "extract": "Run a model on questions and archive its traces.",
@@ -51,6 +52,7 @@ _PANELS: Final = {
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
         },
+        "sharing": {"status": "Say how far a run of several ranks is."},
         "viewing": {"view": "Look at archives in the browser."},
         "plotting": {"plot": "Draw a sample as a picture."},
     },
@@ -66,10 +68,11 @@ _PANELS: Final = {
         }
     },
     "Use archives": {
+        "cataloguing": {"index": "Write the catalogue of many shards, or bring it up to date."},
         "using": {
             "features": "Compute features: a row for every sample.",
             "fidelity": "Compare a lossy archive with its original, layer by layer.",
-        }
+        },
     },
 }
 COMMANDS: Final = {

@@ -159,8 +159,29 @@ def _dataset(
         option(
             _QUESTIONS,
             "--given-column NAME",
-            "Column of answers that the model is given instead of generating its own.",
+            "Column of answers that the model is given instead of generating its own: text, token "
+            "ids, or a list of several answers.",
         ),
+    ] = None,
+    messages_column: Annotated[
+        str | None,
+        option(
+            _QUESTIONS,
+            "--messages-column NAME",
+            "Column of chats (lists of messages) for the model's chat template; a last message of "
+            "the assistant is the answer.",
+        ),
+    ] = None,
+    tools_column: Annotated[
+        str | None, option(_QUESTIONS, "--tools-column NAME", "Column of the tools of chats.")
+    ] = None,
+    prompt_ids_column: Annotated[
+        str | None,
+        option(_QUESTIONS, "--prompt-ids-column NAME", "Column of prompts as token ids."),
+    ] = None,
+    spans_column: Annotated[
+        str | None,
+        option(_QUESTIONS, "--spans-column NAME", "Column of character spans of the given answer."),
     ] = None,
 ) -> DatasetChoice:
     return DatasetChoice(
@@ -173,6 +194,10 @@ def _dataset(
             sample_id=id_column,
             answers=answers_column,
             given=given_column,
+            messages=messages_column,
+            tools=tools_column,
+            prompt_ids=prompt_ids_column,
+            spans=spans_column,
         ),
     )
 
@@ -188,6 +213,10 @@ def _generation(
         int, option(_ANSWERS, "--top-k K", "Of `--sample`; 0 for all tokens.", min=0)
     ] = 0,
     top_p: Annotated[float, option(_ANSWERS, "--top-p P", "Of `--sample`.")] = 1.0,
+    num_generations: Annotated[
+        int,
+        option(_ANSWERS, "--num-generations N", "Of `--sample`: answers to each question.", min=1),
+    ] = 1,
 ) -> GenerationOptions:
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -196,6 +225,7 @@ def _generation(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        num_generations=num_generations,
     )
 
 
@@ -236,6 +266,15 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    attentions: Annotated[
+        Literal["full", "qk", "none"] | None,
+        option(
+            KEEP,
+            "--attentions full|qk|none",
+            "Weights; or queries and keys, of which archives compute the weights when they are "
+            "read: smaller from some hundred tokens on; or nothing [default: as `--kinds` says].",
+        ),
+    ] = None,
     top_logits: Annotated[
         int | None,
         option(
@@ -253,6 +292,14 @@ def extract(
             "Where the last block's state is taken: after the final norm, or before it.",
         ),
     ] = "final_norm",
+    tokens: Annotated[
+        str,
+        option(
+            KEEP,
+            "--tokens all|prompt|answer|prompt_last|last|every:N|spans",
+            "Which tokens are stored; of attentions, the weights among them.",
+        ),
+    ] = "all",
     on_nan: Annotated[
         Literal["error", "skip", "keep"],
         option(KEEP, "--on-nan error|skip|keep", "Samples with NaN: stop, leave out, or store."),
@@ -291,9 +338,11 @@ def extract(
     options = ExtractOptions(
         layers=layers,
         kinds=_kinds(kinds),
+        attentions=attentions,
         top_logits=top_logits,
         embedding=embedding,
         last_state=last_state,
+        tokens=tokens,
         generation=generation,
         seed=seed,
         prompt_template=prompt_template or ("{question}" if chat else DEFAULT_TEMPLATE),

@@ -13,7 +13,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
-from h5traces.extract.generation import Planner, UnfitAnswerError
+from h5traces.extract.generation import Job, Planner
 from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
@@ -25,14 +25,14 @@ from h5traces.writing.calibrate import load_given
 from h5traces.writing.create import target_of_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions, check_type
 from h5traces.writing.process_writer import ProcessWriter
+from h5traces.writing.shards import stored_keys
 from h5traces.writing.spool_folder import spool_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.extract.generation import Job
     from h5traces.extract.questions import QuestionSet
-    from h5traces.extract.running import RunProgress
+    from h5traces.extract.running import RunProgress, SkipReason
     from h5traces.format.archive import ExtractionMetadata
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike, Target
@@ -106,14 +106,15 @@ def extract_dataset(
     tokenizer = models.load_tokenizer(
         model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
-    report = ExtractionReport(str(place.path), num_planned=len(questions.questions))
+    report = ExtractionReport(str(place.path))
     jobs = _plan(Planner(tokenizer, config, options), questions, report)
+    report.num_planned = len(jobs) + len(report.skipped)
     shape = ModelShape.of(config)
     forecast = Forecast(
         shape=shape,
         layers=choose_layers(options.layers, range(shape.num_layers)),
         kinds=tuple(each for each in options.kinds if each in MODEL_KINDS),
-        lengths=tuple(each.num_tokens(options.generation.max_new_tokens) for each in jobs),
+        lengths=tuple(each.num_kept(options) for each in jobs),
         precision=storage,
     )
     report.forecast = forecast
@@ -172,12 +173,14 @@ def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) ->
     """The jobs of all questions that fit into the model's context."""
     jobs = []
     for question in questions.questions:
-        try:
-            jobs.append(planner.job(question))
-        except TooLongError as error:
-            report.skipped.append(Skipped.of(question, "too_long", str(error)))
-        except UnfitAnswerError as error:
-            report.skipped.append(Skipped.of(question, "unfit_answer", str(error)))
+        for index, job in planner.jobs(question):
+            if isinstance(job, Job):
+                jobs.append(job)
+                continue
+            reason: SkipReason = "too_long" if isinstance(job, TooLongError) else "unfit_answer"
+            report.skipped.append(
+                Skipped(question.sample_id, question.row, reason, str(job), index)
+            )
     if not jobs:
         message = f"{questions.name}: no question fits: {report.skipped[0].message}"
         raise ExtractionError(message)
@@ -222,15 +225,15 @@ def _check_finished(
         )
         raise ArchiveExistsError(message)
     before = skipped_before(path)
-    ids = (each.question.sample_id for each in jobs)
-    missing = [each for each in ids if each not in writer.done and each not in before]
+    done = stored_keys(writer.done, writer.later)
+    missing = [each for each in jobs if each.key not in done and each.key not in before]
     if missing:
         message = (
             f"{path}: the run is finished with {writer.num_samples} samples, and {len(missing)} "
-            f"that were asked for are not among them ({missing[0]} first); write them to another "
-            "output, then merge both"
+            f"that were asked for are not among them ({missing[0].name} first); write them to "
+            "another output, then merge both"
         )
         raise ArchiveExistsError(message)
-    known = {each.sample_id for each in report.skipped}
-    report.skipped += [each for each in before.values() if each.sample_id not in known]
+    known = {each.key for each in report.skipped}
+    report.skipped += [each for key, each in before.items() if key not in known]
     report.status = "finished"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,6 +19,7 @@ from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
 from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
+from h5traces.extract.characters import char_offsets, sample_text, tokens_in_spans
 from h5traces.extract.generation import (
     Planner,
     answers_to,
@@ -26,16 +27,26 @@ from h5traces.extract.generation import (
     generation_config,
     padding_token,
 )
+from h5traces.extract.kept import ALL, kept_tokens
 from h5traces.extract.options import ExtractOptions
 from h5traces.extract.questions import Question
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata, SampleExtraction
 from h5traces.format.dtypes import DTYPE_POLICIES, TypedArray, cast_values
-from h5traces.format.kinds import MODEL_KINDS
+from h5traces.format.kinds import (
+    CHAR_OFFSETS,
+    MODEL_KINDS,
+    POSITIONS,
+    PROMPT_TEXT,
+    SEQUENCE,
+    SPANS,
+)
 from h5traces.format.record import LayeredArrays, TraceRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from h5traces.extract.capture import Captured
     from h5traces.extract.generation import Answer, Job
@@ -64,8 +75,8 @@ def extract(
         A causal language model of transformers in evaluation mode, loaded with
         ``attn_implementation="eager"``, and its tokenizer.
     questions
-        Texts, dicts with ``question`` and optionally ``question_id`` and ``answers``, or `Question`
-        objects. Questions without an id are numbered.
+        Texts, dicts with the attributes of `Question` (``question`` for its text, and
+        ``question_id``), or `Question` objects. Questions without an id are numbered.
     options
         What is computed.
     dtype
@@ -87,8 +98,17 @@ def extract(
     options = options or ExtractOptions()
     extractor = Extractor(model, tokenizer, options, dtype=dtype)
     planner = Planner(tokenizer, model.config, options)
-    jobs = (planner.job(Question.of(each, number)) for number, each in enumerate(questions))
-    return _records(extractor, options, jobs)
+    return _records(extractor, options, _jobs(planner, questions))
+
+
+def _jobs(
+    planner: Planner, questions: Iterable[str | Mapping[str, Any] | Question]
+) -> Iterator[Job]:
+    for number, each in enumerate(questions):
+        for _, job in planner.jobs(Question.of(each, number)):
+            if isinstance(job, ExtractionError):
+                raise job
+            yield job
 
 
 def _records(
@@ -189,7 +209,7 @@ class Extractor:
         if model.training:
             message = f"{anatomy.model_class} is in training mode; call model.eval() first"
             raise ExtractionError(message)
-        anatomy = with_kinds(anatomy, options.kinds, layers)
+        anatomy = with_kinds(anatomy, options.kinds, layers, needs_rules=options.attentions == "qk")
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
         self._difference = check_capture(model, anatomy, options.kinds)
         self._batch_difference = (
@@ -208,6 +228,7 @@ class Extractor:
                 last_state=options.last_state,
                 dtype=dtype,
                 top_logits=options.top_logits,
+                needs_rules=options.attentions == "qk",
             ),
         )
 
@@ -237,6 +258,7 @@ class Extractor:
             prompt_template=options.prompt_template,
             chat_template=tokenizer.chat_template if options.chat else None,
             answer_cut=options.answer_cut,
+            tokens=None if options.tokens == ALL else options.tokens,
             dataset_config=questions.config if questions else None,
             dataset_split=questions.split if questions else None,
             dataset_revision=questions.revision if questions else None,
@@ -254,7 +276,7 @@ class Extractor:
         """All generation parameters in force."""
         options = self._options.generation
         names = ["max_new_tokens", "num_beams", "do_sample"]
-        names += ["temperature", "top_k", "top_p"] if options.do_sample else []
+        names += ["temperature", "top_k", "top_p", "num_generations"] if options.do_sample else []
         config = generation_config(self._model, options, self._pad_id)
         return _plain_json(
             {**config.to_diff_dict(), **{name: getattr(options, name) for name in names}}
@@ -266,28 +288,40 @@ class Extractor:
         sequences = [
             (*job.prompt, *answer.tokens) for job, answer in zip(jobs, answers, strict=True)
         ]
-        captured = self._capturer.run(sequences, pad_id=self._pad_id)
-        return [
-            self._record(job, answer, arrays)
-            for job, answer, arrays in zip(jobs, answers, captured, strict=True)
+        texts = [
+            _Texts.of(self._tokenizer, job, answer, self._options.tokens)
+            for job, answer in zip(jobs, answers, strict=True)
         ]
+        kept = [each.kept for each in texts]
+        captured = self._capturer.run(sequences, pad_id=self._pad_id, kept=kept)
+        return [self._record(*each) for each in zip(jobs, answers, texts, captured, strict=True)]
 
-    def _record(self, job: Job, answer: Answer, captured: Captured) -> TraceRecord | NanError:
+    def _record(
+        self, job: Job, answer: Answer, found: _Texts, captured: Captured
+    ) -> TraceRecord | NanError:
         if captured.num_nan and self._options.on_nan != "keep":
             (kind, name), count = next(iter(captured.num_nan.items()))
             message = (
-                f"{job.question.sample_id}: {kind}/{name} has {count} NaN values; compute in "
+                f"{job.name}: {kind}/{name} has {count} NaN values; compute in "
                 "bfloat16 or float32, or set on_nan to skip or keep"
             )
             return NanError(message)
-        tokens = (*job.prompt, *answer.tokens)
-        text = self._tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
+        sequence = np.array((*job.prompt, *answer.tokens), dtype=np.int64)
+        tokens = sequence[found.kept]
         texts = {
             "question": job.question.text,
-            "generated_answer": text,
-            "generated_answer_clean": clean_answer(text, self._options.answer_cut),
+            "generated_answer": found.answer,
+            "generated_answer_clean": clean_answer(found.answer, self._options.answer_cut),
         }
-        extra: dict[str, Any] = dict(captured.of_tokens)
+        extra: dict[str, Any] = {
+            PROMPT_TEXT: found.prompt,
+            CHAR_OFFSETS: found.offsets[found.kept],
+            **captured.of_tokens,
+        }
+        if self._options.tokens != ALL:
+            extra |= {POSITIONS: found.kept, SEQUENCE: sequence}
+        if job.question.spans is not None:
+            extra[SPANS] = list(job.question.spans)
         if job.question.answers:
             extra[_REFERENCE_ANSWERS] = list(job.question.answers)
         layered = {
@@ -301,7 +335,8 @@ class Extractor:
         }
         return TraceRecord(
             sample_id=job.question.sample_id,
-            prompt_len=len(job.prompt),
+            generation_index=job.index,
+            prompt_len=int(np.sum(found.kept < len(job.prompt))),
             extraction=SampleExtraction(
                 finish_reason=answer.finish_reason, seed=job.seed, row=job.question.row
             ),
@@ -317,12 +352,30 @@ class Extractor:
                 layout.PROMPT_LENGTH,
                 *extra,
             ),
-            tokens=np.array(tokens, dtype=np.int64),
-            tokens_decoded=tuple(self._tokenizer.decode([each]) for each in tokens),
+            tokens=tokens,
+            tokens_decoded=tuple(self._tokenizer.decode([each]) for each in tokens.tolist()),
             texts=texts,
             layered=layered,
             extra=extra,
         )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Prompt and answer as text, the characters of tokens, and the places of those to keep."""
+
+    prompt: str
+    answer: str
+    offsets: NDArray[np.int32]
+    kept: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tokenizer: Any, job: Job, answer: Answer, tokens: str) -> _Texts:
+        prompt, text = sample_text(tokenizer, job, answer.tokens)
+        offsets = char_offsets(tokenizer, job, answer.tokens)
+        in_spans = tokens_in_spans(job, offsets, len(prompt))
+        kept = kept_tokens(tokens, len(job.prompt), len(offsets), in_spans)
+        return cls(prompt, text, offsets, kept)
 
 
 def weights_digest(model: Any) -> str | None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -21,12 +21,13 @@ from transformers import (
 from h5traces.arguments import shown
 from h5traces.errors import ExtractionError, TooLongError
 from h5traces.extract.capture import padded
+from h5traces.extract.kept import SPANS, kept_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from h5traces.extract.options import ExtractOptions, GenerationOptions
-    from h5traces.extract.questions import Question
+    from h5traces.extract.questions import Given, Question
     from h5traces.format.archive import AnswerCut, FinishReason
 
 
@@ -38,22 +39,74 @@ _SENTENCE_END: Final = re.compile(r"[.!?](?=\s|\Z)")
 class Job:
     """A question, its prompt as token ids, and the seed of the sample's random numbers.
 
-    `given` are the tokens of an answer that is not generated.
+    `given` are the tokens of an answer that is not generated, and `given_text` its text, if it came
+    as text. `index` counts the answers to the question. `text` is the prompt, if it was tokenised;
+    of chats, with the special tokens.
     """
 
     question: Question
     prompt: tuple[int, ...]
     seed: int
     given: tuple[int, ...] | None = None
+    given_text: str | None = None
+    index: int = 0
+    text: str | None = None
+    is_chat: bool = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the sample apart from others of the run."""
+        return self.question.sample_id, self.index
+
+    @property
+    def name(self) -> str:
+        """The sample, for messages."""
+        return self.question.sample_id + (f", answer {self.index}" if self.index else "")
 
     def num_tokens(self, max_new_tokens: int) -> int:
         """Tokens of prompt and answer, at most."""
         answer = max_new_tokens if self.given is None else len(self.given)
         return len(self.prompt) + answer
 
+    def num_kept(self, options: ExtractOptions) -> int:
+        """Those that are stored, at most."""
+        length = self.num_tokens(options.generation.max_new_tokens)
+        return len(kept_tokens(options.tokens, len(self.prompt), length))
+
+
+# Batches that are sorted together, so that an archive follows its data set but for a few samples.
+_SORTED_BATCHES: Final = 64
+
+
+def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Jobs that are computed together; neighbours have prompts of similar length, longest first.
+
+    The same jobs make the same batches.
+    """
+    window = size * _SORTED_BATCHES
+    for start in range(0, len(jobs), window):
+        part = list(jobs[start : start + window])
+        if size > 1:
+            part.sort(key=lambda each: each.num_tokens(0), reverse=True)
+        for first in range(0, len(part), size):
+            yield part[first : first + size]
+
 
 class UnfitAnswerError(ExtractionError):
     """A given answer cannot follow its prompt."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt as text and token ids; `answer` is what an assistant says behind it in a chat.
+
+    A chat template wrote the special tokens of a chat.
+    """
+
+    text: str | None
+    ids: tuple[int, ...]
+    is_chat: bool = False
+    answer: str | None = None
 
 
 class Planner:
@@ -63,82 +116,190 @@ class Planner:
         if _PLACE not in options.prompt_template:
             message = f"the prompt template {options.prompt_template!r} does not hold {_PLACE}"
             raise ExtractionError(message)
-        if options.chat and not tokenizer.chat_template:
-            message = (
-                f"{type(tokenizer).__name__} has no chat template; use a prompt template without "
-                "chat, or set tokenizer.chat_template"
-            )
-            raise ExtractionError(message)
+        if options.chat:
+            _check_chat(tokenizer)
         self._tokenizer, self._options = tokenizer, options
         self._family = config.model_type
         self._context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
-    def job(self, question: Question) -> Job:
-        """The job of a question."""
-        text, prompt = self._prompt(question)
-        given = self._given(question, text, prompt)
-        job = Job(question, prompt, sample_seed(self._options.seed, question.sample_id), given)
+    def jobs(
+        self, question: Question
+    ) -> Iterator[tuple[int, Job | TooLongError | UnfitAnswerError]]:
+        """The jobs of a question by index, one for each answer, or why there can be none."""
+        try:
+            prompt = self._prompt(question)
+        except UnfitAnswerError as error:
+            yield 0, error
+            return
+        answers: Sequence[Given | None] = question.given_answers
+        if prompt.answer is not None:
+            answers = (prompt.answer, *answers)
+        num_generations = self._options.generation.num_generations
+        if answers and num_generations > 1:
+            message = (
+                f"{question.sample_id}: has a given answer, and num_generations is "
+                f"{num_generations}; give answers, or have them drawn"
+            )
+            raise ExtractionError(message)
+        for index, given in enumerate(answers or [None] * num_generations):
+            try:
+                yield index, self._job(question, prompt, index, given)
+            except (TooLongError, UnfitAnswerError) as error:
+                yield index, error
+
+    def _job(self, question: Question, prompt: _Prompt, index: int, given: Given | None) -> Job:
+        job = Job(
+            question,
+            prompt.ids,
+            sample_seed(self._options.seed, question.sample_id, index),
+            index=index,
+            text=prompt.text,
+            is_chat=prompt.is_chat,
+        )
+        if given is not None:
+            text = given if isinstance(given, str) else None
+            job = replace(job, given=self._given(job.name, prompt, given), given_text=text)
+        self._check_spans(job)
+        if not job.num_kept(self._options):
+            message = f"{job.name}: has no answer whose tokens could be stored"
+            raise UnfitAnswerError(message)
         longest = job.num_tokens(self._options.generation.max_new_tokens)
         if self._context is not None and longest > self._context:
             message = (
-                f"{question.sample_id}: the prompt has {len(prompt)} tokens, and with up to "
-                f"{longest - len(prompt)} of the answer it exceeds the {self._context} that "
+                f"{job.name}: the prompt has {len(prompt.ids)} tokens, and with up to "
+                f"{longest - len(prompt.ids)} of the answer it exceeds the {self._context} that "
                 f"{self._family} takes; shorten it, or lower max_new_tokens"
             )
             raise TooLongError(message)
         return job
 
-    def _given(
-        self, question: Question, text: str, prompt: tuple[int, ...]
-    ) -> tuple[int, ...] | None:
+    def _given(self, name: str, prompt: _Prompt, given: Given) -> tuple[int, ...]:
         """The tokens of a given answer: those that its text has behind the prompt."""
-        given = question.given
-        if given is None:
-            return None
         if not given:
-            message = f"{question.sample_id}: the given answer is empty; expected text or tokens"
+            message = f"{name}: the given answer is empty; expected text or tokens"
             raise UnfitAnswerError(message)
         if not isinstance(given, str):
-            known = range(len(self._tokenizer))
-            odd = [each for each in given if each not in known]
-            if odd:
-                message = (
-                    f"{question.sample_id}: the given answer has the token {odd[0]}, expected 0 to "
-                    f"{len(known) - 1}"
-                )
-                raise UnfitAnswerError(message)
+            self._check_ids(name, "given answer", given)
             return given
-        whole = tuple(self._tokens(text + given))
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        if prompt.text is None:
+            # No text was tokenised, so none can be joined.
+            return tuple(self._tokenizer(given, add_special_tokens=False)["input_ids"])
+        whole = tuple(self._tokens(prompt.text + given, is_chat=prompt.is_chat))
+        if whole[: len(prompt.ids)] != prompt.ids or len(whole) == len(prompt.ids):
             message = (
-                f"{question.sample_id}: with the given answer {shown(given)} behind it, the prompt "
+                f"{name}: with the given answer {shown(given)} behind it, the prompt "
                 "has other tokens; begin the answer with a space or a line, or give token ids"
             )
             raise UnfitAnswerError(message)
-        return whole[len(prompt) :]
+        return whole[len(prompt.ids) :]
 
-    def _tokens(self, text: str) -> list[int]:
-        # A chat template writes the special tokens itself.
-        found: list[int] = self._tokenizer(text, add_special_tokens=not self._options.chat)[
-            "input_ids"
-        ]
+    def _check_spans(self, job: Job) -> None:
+        """Reject spans that are not of the given answer, or none where they are to be kept."""
+        spans, text = job.question.spans, job.given_text
+        if not spans:
+            if self._options.tokens == SPANS:
+                message = f"{job.name}: has no spans whose tokens could be stored"
+                raise UnfitAnswerError(message)
+            return
+        if text is None or job.index:
+            message = f"{job.name}: has spans, which need one given answer as text"
+            raise UnfitAnswerError(message)
+        for span, (start, end) in zip(spans, job.question.char_spans, strict=True):
+            if not 0 <= start < end <= len(text):
+                message = (
+                    f"{job.name}: the span {start} to {end} lies outside of the given answer, "
+                    f"which has {len(text)} characters"
+                )
+                raise UnfitAnswerError(message)
+            expected = span.get("text") if isinstance(span, dict) else None
+            if expected is not None and text[start:end] != expected:
+                message = (
+                    f"{job.name}: the span {start} to {end} of the given answer is "
+                    f"{shown(text[start:end])}, expected {shown(expected)}"
+                )
+                raise UnfitAnswerError(message)
+
+    def _check_ids(self, name: str, what: str, ids: Sequence[int]) -> None:
+        known = range(len(self._tokenizer))
+        odd = [each for each in ids if each not in known]
+        if odd:
+            message = f"{name}: the {what} has the token {odd[0]}, expected 0 to {len(known) - 1}"
+            raise UnfitAnswerError(message)
+
+    def _tokens(self, text: str, *, is_chat: bool) -> list[int]:
+        found: list[int] = self._tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
         return found
 
-    def _prompt(self, question: Question) -> tuple[str, tuple[int, ...]]:
+    def _prompt(self, question: Question) -> _Prompt:
+        if question.prompt_ids:
+            self._check_ids(question.sample_id, "prompt", question.prompt_ids)
+            return _Prompt(None, question.prompt_ids)
+        if question.messages:
+            return self._chat(question)
         if not question.text.strip():
             message = f"{question.sample_id}: the question is empty; expected text"
             raise ExtractionError(message)
-        chat = self._options.chat
         text = self._options.prompt_template.replace(_PLACE, question.text)
-        if chat:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        if self._options.chat:
+            text = self._rendered(question, [{"role": "user", "content": text}])
+        return self._prompt_of(question, text, is_chat=self._options.chat)
+
+    def _chat(self, question: Question) -> _Prompt:
+        """The prompt of a chat, whose last message may be the answer."""
+        _check_chat(self._tokenizer)
+        messages = list(question.messages)
+        is_answered = messages[-1].get("role") == "assistant"
+        text = self._rendered(question, messages[:-1] if is_answered else messages)
+        prompt = self._prompt_of(question, text, is_chat=True)
+        if not is_answered:
+            return prompt
+        whole = self._rendered(question, messages, add_generation_prompt=False)
+        if not whole.startswith(text):
+            message = (
+                f"{question.sample_id}: the chat template writes the prompt otherwise where an "
+                "answer follows; give the answer in a column of its own"
             )
-        ids = self._tokens(text)
+            raise UnfitAnswerError(message)
+        return replace(prompt, answer=whole[len(text) :])
+
+    def _prompt_of(self, question: Question, text: str, *, is_chat: bool) -> _Prompt:
+        ids = self._tokens(text, is_chat=is_chat)
         if not ids:
             message = f"{question.sample_id}: the prompt {text!r} has no tokens"
             raise ExtractionError(message)
-        return text, tuple(ids)
+        return _Prompt(text, tuple(ids), is_chat)
+
+    def _rendered(
+        self,
+        question: Question,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(question.tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        # Templates raise what they like.
+        except Exception as error:
+            message = (
+                f"{question.sample_id}: the chat template rejects the messages: "
+                f"{type(error).__name__}: {error}"
+            )
+            raise UnfitAnswerError(message) from error
+        return text
+
+
+def _check_chat(tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        message = (
+            f"{type(tokenizer).__name__} has no chat template; use a prompt template without "
+            "chat or messages, or set tokenizer.chat_template"
+        )
+        raise ExtractionError(message)
 
 
 @dataclass(frozen=True)
@@ -149,9 +310,10 @@ class Answer:
     finish_reason: FinishReason
 
 
-def sample_seed(seed: int, sample_id: str) -> int:
-    """A sample's own seed: 63 bits of BLAKE2b over the seed of the run and the id."""
-    text = f"{seed}:{sample_id}".encode("utf-8", "surrogatepass")
+def sample_seed(seed: int, sample_id: str, index: int = 0) -> int:
+    """A sample's own seed: 63 bits of BLAKE2b over the seed of the run, the id and its answer."""
+    answer = f"\0{index}" if index else ""
+    text = f"{seed}:{sample_id}{answer}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 

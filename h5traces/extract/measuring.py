@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from h5traces.archive.archive import Archive
     from h5traces.archive.selection import LayerChoice
     from h5traces.extract.estimate import Estimate
+    from h5traces.format.dtypes import DtypePolicy
     from h5traces.format.precision import Tier
     from h5traces.format.record import TraceRecord
     from h5traces.paths import Source
@@ -139,7 +140,7 @@ def measured_estimate(
     kinds: Sequence[str],
 ) -> Estimate:
     """An estimate by what an archive of samples of these lengths takes, also in every tier."""
-    rates = _measured(path, shape, lengths)
+    rates = _measured(path, shape, lengths, storage.dtype or "float16")
     tier_rates = {}
     if storage.dtype in (None, "float16") and storage.codec in (None, GZIP.name):
         for tier in (each for each in TIERS.values() if each != EXACT):
@@ -158,7 +159,9 @@ def measured_estimate(
     )
 
 
-def _measured(path: Path, shape: ModelShape, lengths: Sequence[int]) -> Rates:
+def _measured(
+    path: Path, shape: ModelShape, lengths: Sequence[int], dtype: DtypePolicy = "float16"
+) -> Rates:
     """The rates of an archive.
 
     An archive does not separate what an array takes beside its values from what a sample takes, so
@@ -174,7 +177,7 @@ def _measured(path: Path, shape: ModelShape, lengths: Sequence[int]) -> Rates:
     values = shape.num_values(lengths, [kind for kind in kinds if kind in sizes])
     stored = {kind: sizes[kind].stored_nbytes for kind in values}
     beside = (nbytes - sum(stored.values())) / num_samples
-    array_nbytes = STATED_RATES["float16"].array_nbytes
+    array_nbytes = STATED_RATES[dtype if dtype in STATED_RATES else "float32"].array_nbytes
     return Rates(
         bits={
             kind: stored[kind] * _BITS_PER_BYTE / (each * num_layers * num_samples)

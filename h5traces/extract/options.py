@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from h5traces.arguments import checked_options
 from h5traces.errors import ExtractionError, LayerIndexError
+from h5traces.extract.kept import check_tokens
 from h5traces.format.archive import AnswerCut
-from h5traces.format.kinds import LOGITS, MODEL_KINDS, TOKEN_KINDS
+from h5traces.format.kinds import KEYS, LOGITS, MODEL_KINDS, QUERIES, TOKEN_KINDS
 from h5traces.format.layout import ATTENTIONS, HIDDEN_STATES
 from h5traces.format.text import as_names
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_KINDS: Final = (HIDDEN_STATES, ATTENTIONS)
 LastState = Literal["final_norm", "block_output"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
+AttentionForm = Literal["full", "qk", "none"]
 OnNan = Literal["error", "skip", "keep"]
 
 # The prompt of the pipeline that wrote the pickled batches.
@@ -39,6 +41,8 @@ class GenerationOptions:
         Draw tokens at random.
     temperature, top_k, top_p
         Parameters of random draws; a `top_k` of 0 keeps all tokens.
+    num_generations
+        Answers to each question; above 1, they are drawn at random, each with its own seed.
 
     Raises
     ------
@@ -52,6 +56,7 @@ class GenerationOptions:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    num_generations: int = 1
 
     def __post_init__(self) -> None:
         ranges = {
@@ -60,6 +65,7 @@ class GenerationOptions:
             "temperature": (self.temperature > 0, "above 0"),
             "top_k": (self.top_k >= 0, "0 for all tokens, or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "num_generations": (self.num_generations >= 1, "at least 1"),
         }
         for name, (is_good, expected) in ranges.items():
             if not is_good:
@@ -67,6 +73,12 @@ class GenerationOptions:
                 raise ExtractionError(message)
         if self.do_sample and self.num_beams > 1:
             message = "sampling with beams has no seed per sample; choose one of the two"
+            raise ExtractionError(message)
+        if self.num_generations > 1 and not (self.do_sample and self.max_new_tokens):
+            message = (
+                f"num_generations is {self.num_generations}, but answers that are not drawn at "
+                "random are all the same; set do_sample, and max_new_tokens above 0"
+            )
             raise ExtractionError(message)
 
 
@@ -82,6 +94,9 @@ class ExtractOptions:
     kinds
         Names of `h5traces.format.kinds.MODEL_KINDS` and ``TOKEN_KINDS``, such as
         ``("hidden_states", "mlp_output", "logprobs")``.
+    attentions
+        What is kept of attention: ``full`` weights; ``qk``, queries and keys, of which archives
+        compute the weights when they are read; or ``none``. It changes `kinds`; None leaves them.
     top_logits
         How many ``logits`` of every token are kept, the largest ones with their ids; None for all.
     embedding
@@ -89,6 +104,10 @@ class ExtractOptions:
     last_state
         Where the last block's hidden state is taken: ``final_norm`` (after the final norm, as in
         transformers' ``hidden_states``) or ``block_output`` (before it).
+    tokens
+        Which tokens are stored: ``all``, ``prompt``, ``answer``, ``prompt_last``, ``last``,
+        ``every:N`` (the first and each N-th after it), or ``spans`` (those in spans of the
+        question). Of attentions, only the weights among them.
     generation
         How answers are generated.
     seed
@@ -114,9 +133,11 @@ class ExtractOptions:
 
     layers: str | int | Sequence[int] | None = None
     kinds: tuple[str, ...] = DEFAULT_KINDS
+    attentions: AttentionForm | None = None
     top_logits: int | None = None
     embedding: bool = False
     last_state: LastState = "final_norm"
+    tokens: str = "all"
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     seed: int = 0
     prompt_template: str = DEFAULT_TEMPLATE
@@ -132,7 +153,11 @@ class ExtractOptions:
                 expected = ", ".join(get_args(literal))
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
-        object.__setattr__(self, "kinds", as_names(self.kinds))
+        check_tokens(self.tokens)
+        object.__setattr__(self, "kinds", _with_form(as_names(self.kinds), self.attentions))
+        if self.attentions == "qk" and self.tokens != "all":
+            message = f"attentions='qk' needs the keys of all tokens, but tokens is {self.tokens!r}"
+            raise ExtractionError(message)
         known = (*MODEL_KINDS, *TOKEN_KINDS)
         unknown = [each for each in self.kinds if each not in known]
         if not self.kinds or unknown or len(set(self.kinds)) < len(self.kinds):
@@ -150,6 +175,19 @@ class ExtractOptions:
         if self.layers is not None and not isinstance(self.layers, int) and not len(self.layers):
             message = "no layer was chosen; expected 0-based numbers, or None for all layers"
             raise LayerIndexError(message)
+
+
+def _with_form(kinds: tuple[str, ...], form: AttentionForm | None) -> tuple[str, ...]:
+    """Kinds with attention in this form."""
+    if form is None:
+        return kinds
+    if form not in get_args(AttentionForm):
+        expected = ", ".join(get_args(AttentionForm))
+        message = f"attentions is {form!r}, expected {expected}"
+        raise ExtractionError(message)
+    others = [each for each in kinds if each != ATTENTIONS]
+    further = {"full": (ATTENTIONS,), "qk": (QUERIES, KEYS), "none": ()}[form]
+    return (*others, *(each for each in further if each not in others))
 
 
 @checked_options
@@ -202,13 +240,25 @@ class Columns:
     question, sample_id, answers
         Of questions, their ids, and reference answers.
     given
-        Of answers that the model is given instead of generating them; None to generate.
+        Of answers that the model is given instead of generating them; None to generate. A cell
+        holds text, token ids, or a list of several answers.
+    messages, tools
+        Of chats: lists of messages, and the tools that they may call, as chat templates take them.
+        A last message of the assistant is a given answer.
+    prompt_ids
+        Of prompts as token ids, which are run as they are.
+    spans
+        Of lists of character spans of the given answer.
     """
 
     question: str | None = None
     sample_id: str | None = None
     answers: str | None = None
     given: str | None = None
+    messages: str | None = None
+    tools: str | None = None
+    prompt_ids: str | None = None
+    spans: str | None = None
 
 
 @checked_options

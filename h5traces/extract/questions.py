@@ -7,18 +7,19 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import xxhash
 
-from h5traces.errors import ExtractionError, MissingDependencyError, SchemaError
+from h5traces.archive.characters import span_of
+from h5traces.errors import ExtractionError, MissingDependencyError, OptionError, SchemaError
 from h5traces.extract.options import Columns
 from h5traces.format.text import and_more
 from h5traces.sources.rows import foreign, read_rows, short, text_of
 from h5traces.storage.files import read_document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from h5traces.extract.options import DatasetChoice
     from h5traces.sources.rows import TextTable
@@ -30,6 +31,10 @@ _SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv")
 _MAX_QUESTIONS_NBYTES: Final = 1 << 30
 
 
+# An answer that the model is given, as text or as token ids.
+Given = str | tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Question:
     """One question.
@@ -37,7 +42,7 @@ class Question:
     Attributes
     ----------
     text
-        The question itself.
+        The question itself; of a chat, what the user said last.
     sample_id
         Its id, unique in the data set.
     answers
@@ -45,15 +50,41 @@ class Question:
     row
         0-based row in the data set.
     given
-        An answer that the model is given, as text that follows the prompt or as token ids; None to
-        generate one.
+        An answer that the model is given, as text that follows the prompt or as token ids, or
+        several of them; None to generate.
+    messages, tools
+        A chat, and the tools that it may call, for the tokenizer's chat template.
+    prompt_ids
+        The prompt as token ids.
+    spans
+        Characters of the given answer, such as hallucinated ones: pairs of the first and the one
+        behind the last, or dicts with ``start`` and ``end``, and ``text`` if it is to be compared.
     """
 
     text: str
     sample_id: str
     answers: tuple[str, ...] = ()
     row: int = 0
-    given: str | tuple[int, ...] | None = None
+    given: Given | tuple[Given, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    prompt_ids: tuple[int, ...] = ()
+    spans: tuple[Any, ...] | None = None
+
+    @property
+    def char_spans(self) -> list[tuple[int, int]]:
+        """First characters of spans, and those behind their last."""
+        return [span_of(each) for each in self.spans or ()]
+
+    @property
+    def given_answers(self) -> tuple[Given, ...]:
+        """All answers that the model is given."""
+        if self.given is None:
+            return ()
+        is_one = isinstance(self.given, str) or not any(
+            isinstance(each, (str, tuple)) for each in self.given
+        )
+        return (cast("Given", self.given),) if is_one else cast("tuple[Given, ...]", self.given)
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Question, number: int) -> Question:
@@ -69,16 +100,41 @@ class Question:
         if isinstance(value, str):
             return cls(value, str(number), row=number)
         try:
-            text, sample_id = value["question"], value.get("question_id", number)
-            given = value.get("given")
-            given = given if given is None or isinstance(given, str) else tuple(given)
-            return cls(text, str(sample_id), tuple(value.get("answers", ())), number, given)
+            messages = tuple(value.get("messages", ()))
+            prompt_ids = tuple(value.get("prompt_ids", ()))
+            has_text = not messages and not prompt_ids
+            text = value["question"] if has_text else value.get("question", said_last(messages))
+            return cls(
+                text,
+                str(value.get("question_id", number)),
+                tuple(value.get("answers", ())),
+                number,
+                _given(value.get("given")),
+                messages,
+                tuple(value.get("tools", ())),
+                prompt_ids,
+                None if value.get("spans") is None else tuple(value["spans"]),
+            )
         except (KeyError, TypeError, AttributeError) as error:
             message = (
                 f"question {number}: found {type(value).__name__}, expected text, or a dict with "
-                "'question' and optionally 'question_id', 'answers' and 'given'"
+                "'question', 'messages' or 'prompt_ids', and optionally 'question_id', 'answers', "
+                "'given', 'tools' and 'spans'"
             )
             raise ExtractionError(message) from error
+
+
+def said_last(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the user said last in a chat, as far as it is text."""
+    said = [each.get("content") for each in messages if each.get("role") == "user"]
+    return said[-1] if said and isinstance(said[-1], str) else ""
+
+
+def _given(value: Any) -> Any:
+    """Text, token ids, or several answers, with tuples for lists."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(_given(each) for each in value)
 
 
 @dataclass(frozen=True)
@@ -113,7 +169,7 @@ def _checked(questions: Iterable[tuple[str, Question]], source: str) -> tuple[Qu
     found: list[Question] = []
     places: dict[str, str] = {}
     for place, each in questions:
-        if not each.text.strip():
+        if not (each.text.strip() or each.messages or each.prompt_ids):
             message = f"{source}: {place}: the question is empty; fill it in, or remove it"
             raise ExtractionError(message)
         if each.sample_id in places:
@@ -166,7 +222,12 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
         raise ExtractionError(message)
     for number, row in enumerate(table.rows):
         place = f"{path}: {row.place}"
+        messages = _listed(row.cells, columns.messages, place, dict, "messages, as dicts")
+        prompt_ids = _listed(row.cells, columns.prompt_ids, place, int, "token ids")
+        tools = _listed(row.cells, columns.tools, place, dict, "tools, as dicts", may_lack=True)
         question = _cell(row.cells, columns.question, _QUESTION_COLUMNS)
+        if not isinstance(question, str) and (messages or prompt_ids):
+            question = said_last(messages)
         if not isinstance(question, str):
             wanted = columns.question or " or ".join(_QUESTION_COLUMNS)
             message = (
@@ -183,11 +244,86 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
             raise ExtractionError(message)
         sample_id = f"{path.stem}_{number}" if found_id in (None, "") else str(found_id)
         answers = _answers(_cell(row.cells, columns.answers, _ANSWER_COLUMNS))
-        given = None if columns.given is None else row.cells.get(columns.given)
-        if columns.given is not None and not isinstance(given, str):
-            message = f"{place}: found no text in the column {columns.given!r}, expected an answer"
-            raise ExtractionError(message)
-        yield row.place, Question(question, sample_id, answers, number, given)
+        given = _given_cell(row.cells, columns.given, place)
+        spans = _spans(row.cells, columns.spans, place)
+        yield (
+            row.place,
+            Question(
+                question, sample_id, answers, number, given, messages, tools, prompt_ids, spans
+            ),
+        )
+
+
+def _spans(cells: dict[str, Any], name: str | None, place: str) -> tuple[Any, ...] | None:
+    if name is None:
+        return None
+    value = _parsed(cells.get(name))
+    if not isinstance(value, list):
+        message = f"{place}: the column {name!r} holds {short(value)}, expected a list of spans"
+        raise ExtractionError(message)
+    for each in value:
+        try:
+            span_of(each)
+        except OptionError as error:
+            message = f"{place}: the column {name!r}: {error}"
+            raise ExtractionError(message) from error
+    return tuple(value)
+
+
+def _given_cell(cells: dict[str, Any], name: str | None, place: str) -> Any:
+    """The given answers of a row: text, token ids, or a list of both; in CSV, lists as JSON."""
+    if name is None:
+        return None
+    value = _given(_parsed(cells.get(name)))
+    parts = value if isinstance(value, tuple) else ()
+    if not isinstance(value, str) and not (parts and all(map(_is_answer, parts))):
+        message = (
+            f"{place}: found no text in the column {name!r}, expected an answer, its token ids, or "
+            "a list of answers"
+        )
+        raise ExtractionError(message)
+    if len({type(each) is int for each in parts}) > 1:
+        message = f"{place}: the column {name!r} mixes token ids and answers in one list"
+        raise ExtractionError(message)
+    return value
+
+
+def _is_answer(value: Any) -> bool:
+    is_ids = isinstance(value, tuple) and all(type(each) is int for each in value)
+    return isinstance(value, str) or type(value) is int or is_ids
+
+
+def _parsed(value: Any) -> Any:
+    """A cell of CSV that holds a list as JSON; others as they are."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if isinstance(found, list) else value
+    return value
+
+
+def _listed(
+    cells: dict[str, Any],
+    name: str | None,
+    place: str,
+    kind: type,
+    what: str,
+    *,
+    may_lack: bool = False,
+) -> tuple[Any, ...]:
+    """A cell that holds a list."""
+    if name is None:
+        return ()
+    value = _parsed(cells.get(name))
+    if may_lack and value in (None, "", []):
+        return ()
+    is_list = isinstance(value, list) and value and all(type(each) is kind for each in value)
+    if not is_list:
+        message = f"{place}: the column {name!r} holds {short(value)}, expected a list of {what}"
+        raise ExtractionError(message)
+    return tuple(value)
 
 
 def _cell(row: dict[str, Any], name: str | None, usual: tuple[str, ...]) -> Any:
@@ -199,11 +335,7 @@ def _cell(row: dict[str, Any], name: str | None, usual: tuple[str, ...]) -> Any:
 
 def _answers(value: Any) -> tuple[str, ...]:
     """Reference answers of a cell: a list, one text, or (in CSV) a list as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return (value,)
+    value = _parsed(value)
     if isinstance(value, list):
         return tuple(str(each) for each in value)
     return () if value in (None, "") else (str(value),)

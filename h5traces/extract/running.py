@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import torch
 
 from h5traces.errors import ExtractionError, NanError
+from h5traces.extract.generation import batches
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
 from h5traces.writing.options import WriteOptions
+from h5traces.writing.shards import stored_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from h5traces.extract.extractor import Extractor
     from h5traces.extract.generation import Job
     from h5traces.extract.options import ExtractOptions
-    from h5traces.extract.questions import Question
     from h5traces.extract.sizes import Forecast
     from h5traces.format.record import TraceRecord
     from h5traces.meaning.checks import FindingSummary
@@ -56,17 +57,25 @@ class Skipped:
         Reason, for programs.
     message
         Reason, for people.
+    generation_index
+        Which of the answers to its question.
     """
 
     sample_id: str
     row: int
     reason: SkipReason
     message: str
+    generation_index: int = 0
 
     @classmethod
-    def of(cls, question: Question, reason: SkipReason, message: str) -> Self:
-        """The entry of a question."""
-        return cls(question.sample_id, question.row, reason, message)
+    def of(cls, job: Job, reason: SkipReason, message: str) -> Self:
+        """The entry of a job."""
+        return cls(job.question.sample_id, job.question.row, reason, message, job.index)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the sample apart from others of the run."""
+        return self.sample_id, self.generation_index
 
 
 @dataclass
@@ -164,8 +173,8 @@ def report_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.report.json")
 
 
-def skipped_before(output: Path) -> dict[str, Skipped]:
-    """Samples that earlier starts left out, by id."""
+def skipped_before(output: Path) -> dict[tuple[str, int], Skipped]:
+    """Samples that earlier starts left out, by id and index."""
     path = report_path(output)
     try:
         data = read_document(path, ExtractionError, "the report of an extraction")
@@ -176,7 +185,7 @@ def skipped_before(output: Path) -> dict[str, Skipped]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         message = f"{path}: is not the report of an extraction ({error!r}); move it away"
         raise ExtractionError(message) from error
-    return {each.sample_id: each for each in found}
+    return {each.key: each for each in found}
 
 
 @dataclass(frozen=True)
@@ -302,7 +311,7 @@ class Run:
             dtype=precision.dtype or "float16", on_overflow=precision.on_overflow
         )
         self._progress, self._should_stop = progress, should_stop
-        self._done = frozenset(writer.done)
+        self._done = stored_keys(writer.done, writer.later)
         self._started = 0.0
 
     def run(self) -> None:
@@ -340,7 +349,7 @@ class Run:
             if self._should_stop is not None and self._should_stop():
                 return True
             for job, outcome in self._computed(batch):
-                if job.question.sample_id in self._done:
+                if job.key in self._done:
                     continue
                 if isinstance(outcome, Skipped):
                     self._report.skipped.append(outcome)
@@ -351,10 +360,8 @@ class Run:
 
     def _batches(self) -> Iterator[Sequence[Job]]:
         """Batches with a sample that is not done."""
-        size = self._options.batch_size
-        for start in range(0, len(self._jobs), size):
-            batch = self._jobs[start : start + size]
-            if any(each.question.sample_id not in self._done for each in batch):
+        for batch in batches(self._jobs, self._options.batch_size):
+            if any(each.key not in self._done for each in batch):
                 yield batch
 
     def _computed(self, batch: Sequence[Job]) -> Iterator[tuple[Job, TraceRecord | Skipped]]:
@@ -368,13 +375,13 @@ class Run:
             if len(batch) == 1:
                 (job,) = batch
                 message = (
-                    f"{job.question.sample_id}: does not fit into memory with its "
+                    f"{job.name}: does not fit into memory with its "
                     f"{len(job.prompt)} prompt tokens, not even alone; start again with more "
                     "memory to try it again"
                 )
-                yield job, Skipped.of(job.question, "out_of_memory", message)
+                yield job, Skipped.of(job, "out_of_memory", message)
                 return
-            self._report.halved.append([each.question.sample_id for each in batch])
+            self._report.halved.append([each.name for each in batch])
             middle = len(batch) // 2
             yield from self._computed(batch[:middle])
             yield from self._computed(batch[middle:])
@@ -385,7 +392,7 @@ class Run:
             elif self._options.on_nan == "error":
                 raise outcome
             else:
-                yield job, Skipped.of(job.question, "nan", str(outcome))
+                yield job, Skipped.of(job, "nan", str(outcome))
 
     def _attempt(self, batch: Sequence[Job]) -> Sequence[TraceRecord | NanError] | None:
         """Records of the batch; None if memory is too small."""
@@ -393,7 +400,7 @@ class Run:
             return self._extractor.run(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
-                place = ", ".join(each.question.sample_id for each in batch)
+                place = ", ".join(each.name for each in batch)
                 message = f"{place}: the model failed: {error}"
                 raise ExtractionError(message) from error
             return None

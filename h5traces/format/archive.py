@@ -105,6 +105,10 @@ class ExtractionMetadata(Document):
     chat_template: Annotated[
         str | None, Field(description="The tokenizer's chat template, where it was used.")
     ] = None
+    tokens: Annotated[
+        str | None,
+        Field(description="Which tokens are stored, where not all are, such as 'answer'."),
+    ] = None
     answer_cut: Annotated[
         AnswerCut, Field(description="Where the clean answer ends; arrays are never cut.")
     ] = "none"

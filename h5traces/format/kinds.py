@@ -100,6 +100,13 @@ MODEL_KINDS: Final[dict[str, ModelKind]] = {
     ),
 }
 
+# Extra fields about the text of a sample, and where its tokens stand in it.
+PROMPT_TEXT: Final = "prompt"
+SPANS: Final = "spans"
+CHAR_OFFSETS: Final = "char_offsets"
+POSITIONS: Final = "positions"
+SEQUENCE: Final = "sequence"
+
 LOGITS: Final = "logits"
 LOGPROBS: Final = "logprobs"
 ENTROPY: Final = "entropy"
@@ -107,7 +114,7 @@ TOP_LOGITS: Final = "top_logits"
 TOP_LOGIT_IDS: Final = "top_logit_ids"
 # What can be asked for of every token; what is stored are the fields below.
 TOKEN_KINDS: Final = (LOGITS, LOGPROBS, ENTROPY)
-# Extra fields with one entry per token, and what they are.
+# Extra fields and what they are; most have one entry per token.
 TOKEN_FIELDS: Final[dict[str, str]] = {
     LOGITS: "Scores of all tokens of the vocabulary for the next token, as the model returns them.",
     TOP_LOGITS: "The largest of these scores, in descending order.",
@@ -115,4 +122,12 @@ TOKEN_FIELDS: Final[dict[str, str]] = {
     LOGPROBS: "Natural logarithm of the probability that the model gave to this token, from the "
     "tokens before it; NaN for the first.",
     ENTROPY: "Entropy of the distribution of the next token, in nats.",
+    CHAR_OFFSETS: "First character of the token in `prompt` and `generated_answer` put together, "
+    "and the one behind its last.",
+    POSITIONS: "Place of the token in `sequence`, ascending, where not all tokens are stored. Then "
+    "`tokens` and `prompt_len` count no others, and rows of attentions miss their weights.",
+    SEQUENCE: "Ids of all tokens that the model saw (int64); with `positions` only.",
+    PROMPT_TEXT: "The text of the prompt.",
+    SPANS: "Characters of `generated_answer`: a list of pairs, the first and the one behind the "
+    "last, or of dicts with `start` and `end`.",
 }

@@ -18,6 +18,7 @@ from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges
 from h5traces.graph.files import record_files
 from h5traces.graph.samples import ArchiveSamples, RecordSamples
 from h5traces.meaning.lengths import covered_tokens
+from h5traces.meaning.options import ReadingOptions
 from h5traces.torch_data.dataset import Labels
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class TraceGraphDataset(Dataset[Data]):
         As for `h5traces.torch_data.TraceDataset`, by question id; graphs get them as ``y``.
     non_finite
         ``error`` raises for graphs with NaN or infinite values, ``keep`` returns them.
+    reading
+        What files of other programs do not say, such as a mapping.
     transform
         Called with every graph; its result is the item.
     **legacy
@@ -107,6 +110,7 @@ class TraceGraphDataset(Dataset[Data]):
         layers: Iterable[int] | None = None,
         labels: Mapping[Any, Any] | str | Labels | None = None,
         non_finite: NonFinite = "error",
+        reading: ReadingOptions = ReadingOptions(),
         transform: Callable[[Data], Any] | None = None,
         **legacy: Unpack[LegacyArguments],
     ) -> None:
@@ -115,13 +119,14 @@ class TraceGraphDataset(Dataset[Data]):
         self._transform = transform
         keep = non_finite == "keep"
         named, limits = _legacy(pattern, legacy)
-        files = [] if isinstance(named, Archive) else record_files(named)
+        files = [] if isinstance(named, Archive) else record_files(named, reading)
         self._samples: GraphSamples
         if files:
             self._samples = RecordSamples(
                 files[: limits.max_files],
                 layers,
                 keep_non_finite=keep,
+                reading=reading,
                 max_samples=limits.max_samples,
             )
         else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from h5traces.errors import DatasetError, StoredStateWarning, warn
 from h5traces.format.text import and_more
+from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import ARCHIVE_SUFFIXES, listed_sources, walk
 from h5traces.sources.collecting import Collected, collect
 from h5traces.sources.opening import recognise
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 _ARCHIVE = "an archive of h5traces"
 
 
-def record_files(pattern: Source | Iterable[Source]) -> list[Path]:
+def record_files(
+    pattern: Source | Iterable[Source], reading: ReadingOptions = ReadingOptions()
+) -> list[Path]:
     """The files that are no archives, sorted for each pattern; empty where archives are named.
 
     Raises
@@ -34,10 +37,10 @@ def record_files(pattern: Source | Iterable[Source]) -> list[Path]:
     files: list[Path] = []
     archives: list[str] = []
     for named in listed_sources(pattern):
-        if isinstance(named, RemotePath) or is_url(named) or _is_ours(named):
+        if isinstance(named, RemotePath) or is_url(named) or _is_ours(named, reading):
             archives.append(str(named))
             continue
-        found = _collected(os.fspath(named))
+        found = _collected(os.fspath(named), reading)
         files += sorted({path for path, _ in found.sources})
         archives += [each.path for each in found.unrelated if each.kind == _ARCHIVE]
         if not found.sources and not archives:
@@ -54,21 +57,24 @@ def record_files(pattern: Source | Iterable[Source]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _is_ours(named: str | os.PathLike[str]) -> bool:
+def _is_ours(named: str | os.PathLike[str], reading: ReadingOptions) -> bool:
     """Whether a file is one that h5traces wrote, or a folder has archives."""
     path = Path(named)
+    if reading.mapping is not None:
+        # Which may be of HDF5 by others.
+        return path.is_file() and recognise(path).is_ours
     if path.is_dir():
         return any(each.name.endswith(ARCHIVE_SUFFIXES) for each in walk(path).files)
     return path.name.endswith(ARCHIVE_SUFFIXES) or (path.exists() and recognise(path).is_ours)
 
 
-def _collected(pattern: str) -> Collected:
+def _collected(pattern: str, reading: ReadingOptions) -> Collected:
     """The sources that a pattern finds; as in the legacy class, of ``.pkl`` also in gzip."""
     found, missing = Collected(), None
     in_gzip = pattern if pattern.endswith(".gz") else pattern.replace(".pkl", ".pkl.gz")
     for each in dict.fromkeys((pattern, in_gzip)):
         try:
-            found.add(collect(each))
+            found.add(collect(each, reading))
         except FileNotFoundError as error:
             missing = missing or error
     if missing is not None and not (found.sources or found.left or found.unrelated):

@@ -148,6 +148,7 @@ class RecordSamples:
         layers: Iterable[int] | None,
         *,
         keep_non_finite: bool,
+        reading: ReadingOptions,
         max_samples: int | None = None,
     ) -> None:
         what = (
@@ -164,7 +165,7 @@ class RecordSamples:
         self._ids: list[Any] = []
         starts: list[int] = []
         stored: list[int] = []
-        readings = readings_of(self._paths)
+        readings = readings_of(self._paths, reading)
         for path in self._paths:
             starts.append(len(self._ids))
             left = None if max_samples is None else max_samples - len(self._ids)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_DEPTH: Final = 16
+_MAX_LIST_DEPTH: Final = 8
 
 
 class NamedArray(Protocol):
@@ -180,3 +181,31 @@ def _holds_array(value: Any, depth: int) -> bool:
 def is_array(value: Any) -> bool:
     """Whether it is an array or a tensor."""
     return isinstance(value, (np.ndarray, TorchValue))
+
+
+def as_array(value: Any) -> Any:
+    """Lists of numbers, nested or not, as arrays: int64, or float32 where it keeps every number.
+
+    None among floats is NaN, as pandas writes it. Lists of anything else, and those of unequal
+    lengths, stay as they are.
+    """
+    if not isinstance(value, list) or not value or not _is_numeric(value, 0):
+        return value
+    try:
+        found = np.asarray(value)
+        if found.dtype == object and set(map(type, found.flat)) == {float, type(None)}:
+            found = found.astype(np.float64)
+    except (ValueError, OverflowError):
+        return value
+    if found.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            small = found.astype(np.float32)
+        return small if np.array_equal(small, found, equal_nan=True) else found
+    return found if found.dtype.kind in "iufb" else value
+
+
+def _is_numeric(value: list[Any], depth: int) -> bool:
+    first = value[0]
+    if isinstance(first, list):
+        return depth < _MAX_LIST_DEPTH and bool(first) and _is_numeric(first, depth + 1)
+    return first is None or isinstance(first, (int, float))

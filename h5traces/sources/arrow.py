@@ -148,7 +148,11 @@ class ParquetTable(ArrayFile):
                 num_rows = 0
                 for batch in self._file.iter_batches(size, row_groups=[number], use_threads=False):
                     num_rows += batch.num_rows
-                    yield from _rows(batch, None)
+                    rows = _rows(batch, None)
+                    del batch
+                    yield from rows
+                    # The next batch needs it: two levels per value and the pages.
+                    pa.default_memory_pool().release_unused()
             except _ERRORS as error:
                 raise _error(self._path, error) from error
             if num_rows != group.num_rows:
@@ -195,8 +199,12 @@ class ArrowTable(ArrayFile):
         for file, split in self._files:
             try:
                 for batch in _batches(file):
+                    row_nbytes = batch.get_total_buffer_size() // max(1, batch.num_rows)
                     for start in range(0, batch.num_rows, _MAX_BATCH_ROWS):
-                        yield from _rows(batch.slice(start, _MAX_BATCH_ROWS), split)
+                        for row in _rows(batch.slice(start, _MAX_BATCH_ROWS), split):
+                            yield row
+                            # A batch of datasets has a thousand rows.
+                            file.release(row_nbytes)
             except _ERRORS as error:
                 raise _error(file.path, error) from error
             self._done += file.nbytes
@@ -294,10 +302,11 @@ def cell(column: Any, index: int) -> Any:
         if values.null_count and is_layers and len(shape) == 1:
             # Of layers, some may be absent.
             return [cell(values, item) for item in range(len(values))]
-        if values.null_count:
+        if values.null_count and not pa.types.is_floating(values.type):
             return _as_python(column, index)
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         return _as_python(column, index)
+    # Null among floats is NaN, as pandas writes it.
     found = values.to_numpy(zero_copy_only=False)
     # Shape of the cells inside: one row was taken.
     return found.reshape(shape)

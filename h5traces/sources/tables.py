@@ -9,12 +9,10 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from h5traces.errors import ConversionError, MissingDependencyError, SchemaError
 from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
-from h5traces.sources.arrays import ArrayFile, Held
+from h5traces.sources.arrays import ArrayFile, Held, as_array
 from h5traces.sources.named_arrays import NamedArraysSource
 from h5traces.sources.opening import source_stem
 from h5traces.sources.pickle.source import FileSource, PickleLimits
@@ -28,9 +26,9 @@ if TYPE_CHECKING:
     from h5traces.sources.arrays import Group
 
 _IDS: Final = ("id", "qid", "uid", "example_id", "sample_id")
+_NEUROX: Final = {"linex_index", "features"}
 _MAX_STATE_NBYTES: Final = 1 << 20
 _MAX_JSON_NBYTES: Final = 32 << 20
-_MAX_DEPTH: Final = 8
 
 
 def open_table(path: Path, kind: str) -> ArrayFile:
@@ -74,6 +72,12 @@ class TableSource(NamedArraysSource):
 
     def __next__(self) -> dict[Any, Any]:
         group = next(self._rows)
+        if group.keys() == _NEUROX:
+            message = (
+                f"{self.path}: is the JSON of NeuroX, one object per sentence and word; extract "
+                "with output_type='hdf5', and use the mapping neurox-hdf5 of the examples"
+            )
+            raise ConversionError(message)
         arrays = {name: each.read() for name, each in group.items()}
         if layout.QUESTION_ID not in arrays:
             name = next((each for each in _IDS if each in arrays), None)
@@ -132,31 +136,6 @@ class _JsonTable(ArrayFile):
         """Close the file."""
         self._text.close()
         self._source.close()
-
-
-def as_array(value: Any) -> Any:
-    """Lists of numbers, nested or not, as arrays: int64, or float32 where it keeps every number.
-
-    Lists of anything else, and those of unequal lengths, stay as they are.
-    """
-    if not isinstance(value, list) or not value or not _is_numeric(value, 0):
-        return value
-    try:
-        found = np.asarray(value)
-    except (ValueError, OverflowError):
-        return value
-    if found.dtype == np.float64:
-        with np.errstate(over="ignore"):
-            small = found.astype(np.float32)
-        return small if np.array_equal(small, found, equal_nan=True) else found
-    return found if found.dtype.kind in "iufb" else value
-
-
-def _is_numeric(value: list[Any], depth: int) -> bool:
-    first = value[0]
-    if isinstance(first, list):
-        return depth < _MAX_DEPTH and bool(first) and _is_numeric(first, depth + 1)
-    return isinstance(first, (int, float))
 
 
 def dataset_files(folder: Path) -> list[tuple[Path, str | None]]:

@@ -51,6 +51,7 @@ class ProcessWriter:
                 stdout=subprocess.DEVNULL,
             )
         self.done: Counter[str] = Counter()
+        self.later: set[tuple[str, int]] = set()
         self.num_samples = 0
         self.is_finished = False
         self.nbytes = 0
@@ -58,7 +59,8 @@ class ProcessWriter:
         self.warnings: list[str] = []
         self.findings = Findings()
         try:
-            self.done, self.num_samples, self.is_finished = self._ask("create", path, options)
+            found = self._ask("create", path, options)
+            self.done, self.later, self.num_samples, self.is_finished = found
         except BaseException:
             self._end()
             raise
@@ -137,7 +139,7 @@ def serve(descriptor: int, parent: int) -> None:
             try:
                 if request == "create":
                     writer = create(arguments[0], **arguments[1])
-                    answer = (writer.done, writer.num_samples, writer.is_finished)
+                    answer = (writer.done, writer.later, writer.num_samples, writer.is_finished)
                 elif request == "append":
                     writer.append(*arguments)
                     answer = (writer.nbytes, writer.counts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from h5traces.storage.files import LocalFile
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts, sync_folder
+from h5traces.storage.threads import ThreadPool
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.preparation import Observation
 
@@ -76,7 +76,7 @@ def verify_written(
     num_datasets = 0
     workers = workers or os.cpu_count() or 1
     stock = Hdf5Reader(path, DEFAULT_LIMITS, locked_by_us=True)
-    with stock, ThreadPoolExecutor(workers) as pool:
+    with stock, ThreadPool(workers) as pool:
         for index, expected in enumerate(digests):
             stored = store.sample(index)
             # Each entry is made once.
@@ -238,11 +238,13 @@ def sample_digests(file: ArchiveFile, *, before_loss: bool = False) -> list[str]
 class Contents:
     """What archives or spooled samples hold.
 
-    ``digests`` are from before a tier was applied; ``done`` counts samples by sample id.
+    ``digests`` are from before a tier was applied; ``done`` counts samples by sample id, and
+    ``later`` names those with a generation index above 0.
     """
 
     digests: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
+    later: set[tuple[str, int]] = field(default_factory=set)
     observed: Observation = field(default_factory=Observation)
 
     @classmethod
@@ -253,6 +255,7 @@ class Contents:
             (file,) = archive._files
             found.digests = sample_digests(file, before_loss=True)
             found.done.update(each for each in archive.ids if each is not None)
+            found.later.update((name, n) for name, n in archive._keys if name is not None and n)
             for kind, attrs in file.store.kinds.items():
                 layers = attrs.get("layers", ())
                 found.observed.layers[kind] = set(layers if isinstance(layers, tuple) else ())
@@ -266,4 +269,11 @@ def joined(contents: Iterable[Contents]) -> Contents:
         found.observed.add_sample(each.observed, len(found.digests))
         found.digests += each.digests
         found.done += each.done
+        found.later |= each.later
     return found
+
+
+def stored_keys(done: Counter[str], later: set[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+    """Sample ids with generation indices, from what `Contents` and writers have of them."""
+    num_later = Counter(name for name, _ in later)
+    return frozenset(later | {(name, 0) for name in done if done[name] > num_later[name]})

@@ -71,7 +71,7 @@ class SpoolWriter(TraceWriter):
         if folder is not None:
             found = shards + self._read_spool(folder, shards)
         contents = joined(found)
-        self._observed, self.done = contents.observed, contents.done
+        self._observed, self.done, self.later = contents.observed, contents.done, contents.later
         self.num_samples = len(contents.digests)
         self._checks.resume(self.num_samples, self.done)
         self._next = max([target.first_sample(self._num_shards), *(n + 1 for n in self._spooled)])

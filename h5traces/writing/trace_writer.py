@@ -76,6 +76,7 @@ class TraceWriter(ABC):
         self._closed = False
         self._established = Established(num_layers=state.num_layers)
         self.done: Counter[str] = Counter()
+        self.later: set[tuple[str, int]] = set()
         self.num_samples = 0
         self.nbytes = 0
         self.counts: dict[str, CastCounts] = {}
@@ -159,6 +160,8 @@ class TraceWriter(ABC):
         self.num_samples += 1
         if record.sample_id is not None:
             self.done[record.sample_id] += 1
+            if record.generation_index:
+                self.later.add((record.sample_id, record.generation_index))
 
     def _new_archive(self, path: Path, options: WriteOptions | None = None) -> ArchiveWriter:
         return ArchiveWriter(path, options or self._options, **self._state.facts())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from legacy_batches import make_batch
 from safetensors.numpy import save_file
 
 import h5traces
+from h5traces.extract import estimate_from_files
 from h5traces.graph import TraceGraphDataset
 
 if TYPE_CHECKING:
@@ -41,7 +44,40 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     ),
     "safetensors": lambda path: save_file(stacked(make_batch("full_pkl")[0]), path),
     "npz": lambda path: path.write_bytes(npz(stacked(make_batch("full_pkl")[0]))),
+    "npz-mapping": lambda path: path.write_bytes(npz(by_id(make_batch("full_pkl")))),
+    "hdf5-mapping": lambda path: write_hdf5(path, by_id(make_batch("full_pkl"))),
+    "parquet": lambda path: pd.DataFrame(
+        [
+            {key: value.tolist() for key, value in stacked(each).items()}
+            for each in make_batch("full_pkl")
+        ]
+    ).to_parquet(path),
 }
+MAPPING = """
+[fields.hidden_states]
+name = "{id}/hidden_states"
+axes = "layer token hidden"
+[fields.attentions]
+name = "{id}/attentions"
+axes = "layer head query key"
+[fields.tokens]
+name = "{id}/tokens"
+"""
+
+
+def by_id(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Named arrays of several samples."""
+    return {
+        f"q{index}/{name}": value
+        for index, sample in enumerate(samples)
+        for name, value in stacked(sample).items()
+    }
+
+
+def write_hdf5(path: Path, arrays: dict[str, Any]) -> None:
+    with h5py.File(path, "w") as file:
+        for name, value in arrays.items():
+            file[name] = value
 
 
 def npz(arrays: dict[str, Any]) -> bytes:
@@ -59,18 +95,24 @@ def test_every_verb_takes_it(tmp_path: Path, kind: str, name: str) -> None:
     folder.mkdir()
     path = folder / name
     WRITERS[kind](path)
-    count = len(h5traces.load(path))
-    (inspection,) = h5traces.inspect(path)
+    reading = h5traces.ReadingOptions()
+    if kind.endswith("-mapping"):
+        (tmp_path / "mapping.toml").write_text(MAPPING)
+        reading = h5traces.ReadingOptions(mapping=tmp_path / "mapping.toml")
+    count = len(h5traces.load(path, reading=reading))
+    (inspection,) = h5traces.inspect(path, reading=reading)
     assert inspection.num_samples == count
-    assert inspection.container == kind.removesuffix("-old")
+    assert inspection.container == kind.partition("-")[0]
     archive = tmp_path / "run.h5"
-    assert h5traces.convert(path, archive).ok
-    assert all(each.ok for each in h5traces.verify(archive, against=path))
+    assert h5traces.convert(path, archive, reading=reading).ok
+    assert all(each.ok for each in h5traces.verify(archive, against=path, reading=reading))
     assert len(h5traces.open(archive)) == count
-    scales = h5traces.calibrate(path, tmp_path / "scales.h5")
+    scales = h5traces.calibrate(path, tmp_path / "scales.h5", reading=reading)
     assert scales.num_samples == count
-    graphs, expected = TraceGraphDataset(path), TraceGraphDataset(archive)
-    assert len(graphs) == len(expected)
+    estimated = estimate_from_files(path, count, reading=reading)
+    assert "measured" in {row.basis for row in estimated.rows}
+    graphs, expected = TraceGraphDataset(path, reading=reading), TraceGraphDataset(archive)
+    assert len(graphs) == len(expected) > 0
     assert torch.equal(graphs[0].x.float(), expected[0].x.float())
 
 

@@ -107,6 +107,91 @@ def test_dtypes_become_text(tmp_path: Path) -> None:
 # --- frames --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4)])
+def test_lists_in_cells_of_a_frame_are_arrays(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Also as `read_parquet` of pandas gives them: arrays of arrays of objects."""
+    values = [np.random.default_rng(each).normal(size=shape).astype(np.float32) for each in (0, 1)]
+    frame = pd.DataFrame(
+        {
+            "hidden_states": [each.tolist() for each in values],
+            "tokens_decoded": [["a", "b"], ["c"]],
+            "ragged": [[[1], [2, 3]], [[4], []]],
+        }
+    )
+    frame.to_pickle(tmp_path / "lists.pkl")
+    frame.to_parquet(tmp_path / "lists.parquet")
+    pd.read_parquet(tmp_path / "lists.parquet").to_pickle(tmp_path / "arrays.pkl")
+    for name in ("lists.pkl", "arrays.pkl"):
+        for row, wanted in zip(
+            h5traces.load(tmp_path / name, container="numpy"), values, strict=True
+        ):
+            np.testing.assert_array_equal(row["hidden_states"], wanted)
+    rows = h5traces.load(tmp_path / "lists.pkl", container="numpy")
+    assert [row["tokens_decoded"] for row in rows] == [["a", "b"], ["c"]]
+    assert [row["ragged"] for row in rows] == [[[1], [2, 3]], [[4], []]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "pickle"])
+def test_one_vector_per_row_may_be_a_token_or_a_layer(tmp_path: Path, kind: str) -> None:
+    """The same rule for every table; tokens of another length decide, and a mapping."""
+    values = [np.arange(32, dtype=np.float32).reshape(4, 8) + each for each in (0, 1)]
+    frame = pd.DataFrame({"hidden_states": [each.tolist() for each in values]})
+    path = tmp_path / "a"
+    for num_tokens in (None, 4, 5):
+        if num_tokens is not None:
+            frame["tokens"] = [list(range(num_tokens))] * 2
+        getattr(frame, f"to_{kind}")(path)
+        with pytest.raises(ConversionError, match=r"fits \(layer, hidden\) and \(token, hidden\)"):
+            h5traces.inspect(path)
+    (tmp_path / "m.toml").write_text(
+        'fields.hidden_states = { name = "hidden_states", axes = "token hidden" }'
+    )
+    reading = h5traces.ReadingOptions(mapping=tmp_path / "m.toml", first_state="block")
+    assert h5traces.convert(path, tmp_path / "m.h5", reading=reading).ok
+    for trace, wanted in zip(h5traces.open(tmp_path / "m.h5"), values, strict=True):
+        np.testing.assert_array_equal(trace["hidden_states"][0], wanted)
+    frame["tokens"] = [list(range(9))] * 2
+    getattr(frame, f"to_{kind}")(path)
+    assert h5traces.convert(path, tmp_path / "o.h5").ok
+    for trace, wanted in zip(h5traces.open(tmp_path / "o.h5"), values, strict=True):
+        np.testing.assert_array_equal(np.concatenate(list(trace["hidden_states"])), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("series", pickle.dumps(pd.Series([np.ones(2)])), r"series\.to_frame\('hidden_states'\)"),
+        ("neurox", b'{"linex_index": 0, "features": []}\n', "JSON of NeuroX.*neurox-hdf5"),
+        (
+            "lists",
+            pickle.dumps([{"hidden_states": [[[1.0, 2.0]], [[3.0, 4.0]]]}]),
+            r"found list, expected a numpy array.*save lists of numbers as numpy\.asarray",
+        ),
+        ("names", pickle.dumps([{"acts": np.ones((2, 3, 4))}]), "found acts.*h5traces inspect"),
+        ("dict", pickle.dumps({"acts": np.ones((2, 3, 4)), "x": 1}), "mapping.*h5traces inspect"),
+    ],
+)
+def test_a_message_says_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConversionError, match=message):
+        h5traces.inspect(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather", "jsonl"])
+def test_nan_that_pandas_writes_as_null_is_nan(tmp_path: Path, kind: str) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(3, 2, 4) / 4
+    values[1, 0, 2] = values[0, 0, 0] = np.nan
+    frame = pd.DataFrame({"hidden_states": [values.tolist()], "holes": [[1, None]]})
+    path = tmp_path / "a"
+    if kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        getattr(frame, f"to_{kind}")(path)
+    (found,) = h5traces.load(path, container="numpy")
+    np.testing.assert_array_equal(found["hidden_states"], values)
+    assert found["holes"] == [1, None]
+
+
 def test_a_frame_is_its_rows(tmp_path: Path) -> None:
     frame = pd.DataFrame(
         {

@@ -1,5 +1,7 @@
 """Shims of pandas: a pickled DataFrame becomes a list of dicts, one per row.
 
+Lists of numbers in its cells become arrays, as in other tables.
+
 A frame is pickled as blocks of columns: arrays ``(columns, rows)`` with the place of each column.
 Text of pandas 3 is an array of Arrow: offsets and bytes.
 """
@@ -8,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 
+from h5traces.sources.arrays import as_array
 from h5traces.sources.pickle.calls import Pending, Shim, brief, check_args, type_name
 from h5traces.sources.pickle.source import contradict, reject
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 _SAVE: Final = "save the table as Parquet, or df.to_dict('records') with pickle"
 _MAX_CELLS: Final = 5_000_000
+_MAX_CELL_DEPTH: Final = 8
 _TEXT_TYPES: Final[dict[Any, np.dtype[Any]]] = {
     "string": np.dtype("<i4"),
     "large_string": np.dtype("<i8"),
@@ -109,7 +113,17 @@ def _column(value: Any) -> list[Any]:
         return list(_part("a column", value).value)
     if type(value) is not np.ndarray or value.ndim != 1:
         return list(_wrong("a column", value))
-    return value.tolist() if value.dtype.kind in "biufcUSO" else list(value)
+    cells = value.tolist() if value.dtype.kind in "biufcUSO" else list(value)
+    return [_cell(each) for each in cells] if value.dtype.kind == "O" else cells
+
+
+def _cell(value: Any, depth: int = 0) -> Any:
+    """A cell; of nested lists of numbers, also as `read_parquet` of pandas gives them, an array."""
+    if type(value) is not np.ndarray or value.dtype.kind != "O" or depth > _MAX_CELL_DEPTH:
+        return as_array(value)
+    items = [_cell(each, depth + 1) for each in value.tolist()]
+    kinds = {(each.dtype, each.shape) if type(each) is np.ndarray else None for each in items}
+    return np.stack(items) if len(kinds) == 1 and None not in kinds else value
 
 
 # --- frames --------------------------------------------------------------------------------------
@@ -181,8 +195,16 @@ def _finish_frame(meter: Meter, state: Any) -> list[dict[Any, Any]]:
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
+def _series(_meter: Meter, _args: tuple[Any, ...]) -> NoReturn:
+    reject(
+        "a Series of pandas is one column without rows of samples; save "
+        "series.to_frame('hidden_states'), or series.tolist()"
+    )
+
+
 _SHIMS: Final[dict[tuple[str, ...], Any]] = {
     ("DataFrame", "pandas", "pandas.core.frame"): _frame,
+    ("Series", "pandas", "pandas.core.series"): _series,
     ("BlockManager", "pandas.core.internals.managers"): _manager,
     ("_unpickle_block", "pandas._libs.internals"): _block,
     ("_new_Index", "pandas.core.indexes.base"): _index,
