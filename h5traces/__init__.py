@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from h5traces.loading import load
     from h5traces.meaning.checks import CheckOptions
     from h5traces.meaning.options import ReadingOptions
+    from h5traces.ranks.status import status
+    from h5traces.rewriting.cataloguing import index
     from h5traces.rewriting.convert import convert
     from h5traces.rewriting.export import export
     from h5traces.rewriting.label import label
@@ -63,6 +65,7 @@ __all__ = [
     "features",
     "fidelity",
     "graph",
+    "index",
     "inspect",
     "label",
     "load",
@@ -73,6 +76,7 @@ __all__ = [
     "salvage",
     "seal",
     "split",
+    "status",
     "torch_data",
     "validate",
     "verify",
@@ -98,6 +102,7 @@ _HOMES = {
     "features": "h5traces.features",
     "fidelity": "h5traces.fidelity",
     "graph": "h5traces.graph",
+    "index": "h5traces.rewriting.cataloguing",
     "inspect": "h5traces.checking.inspect",
     "label": "h5traces.rewriting.label",
     "load": "h5traces.loading",
@@ -108,6 +113,7 @@ _HOMES = {
     "salvage": "h5traces.checking.salvage",
     "seal": "h5traces.checking.seal",
     "split": "h5traces.rewriting.repack",
+    "status": "h5traces.ranks.status",
     "torch_data": "h5traces.torch_data",
     "validate": "h5traces.checking.validate",
     "verify": "h5traces.checking.verify",

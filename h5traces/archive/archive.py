@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from operator import index as as_index
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
@@ -35,6 +34,7 @@ from h5traces.format.archive import add_casts
 from h5traces.format.text import and_more, as_names
 from h5traces.lazy import needing
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
+from h5traces.storage.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -87,7 +87,7 @@ class Archive(ReadOnly, Sequence[Trace]):
             label_folder=label_folder,
             unrounded=unrounded,
         )
-        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        with ThreadPool(FILES_AT_A_TIME) as pool:
             # Several on servers at a time, since each waits for one.
             waits = sum(isinstance(path, RemotePath) for path in paths) > 1
             opened = (pool.map if waits else map)(open_file, paths)
@@ -109,6 +109,16 @@ class Archive(ReadOnly, Sequence[Trace]):
     def paths(self) -> tuple[Path | RemotePath, ...]:
         """The files, or their addresses, in order."""
         return tuple(file.path for file in self._files)
+
+    @property
+    def _is_remote(self) -> bool:
+        """Whether any of the files is on a server."""
+        return any(isinstance(file.path, RemotePath) for file in self._files)
+
+    @property
+    def _suspects(self) -> Sequence[ArchiveFile]:
+        """Files that may not be lossless."""
+        return self._files
 
     @property
     def _shard_numbers(self) -> NDArray[np.int64]:
@@ -160,6 +170,10 @@ class Archive(ReadOnly, Sequence[Trace]):
                 positions.setdefault(sample_id, []).append(position)
         return positions
 
+    def _found(self, sample_id: str) -> list[tuple[int, int | None]]:
+        """Position and generation index of every trace of a sample id."""
+        return [(each, self._keys[each][1]) for each in self._by_id.get(sample_id, ())]
+
     @checked
     def by_id(self, sample_id: str, generation_index: int | None = None) -> Trace:
         """The trace of that sample id, and of that generation where several share the id.
@@ -169,9 +183,11 @@ class Archive(ReadOnly, Sequence[Trace]):
         TraceNotFoundError
             No trace has the id, or several have; the message lists their indices.
         """
-        found = self._by_id.get(sample_id, [])
-        if generation_index is not None:
-            found = [each for each in found if self._keys[each][1] == generation_index]
+        found = [
+            position
+            for position, generation in self._found(sample_id)
+            if generation_index in (None, generation)
+        ]
         if len(found) == 1:
             return self[found[0]]
         wanted = f"sample id {shown(sample_id)}"
@@ -273,8 +289,8 @@ class Archive(ReadOnly, Sequence[Trace]):
                     "open and select both alike, or join lists: [*one, *other]"
                 )
                 raise ArchiveError(message)
-        view = self._view((), self._layers)
-        view._files, view._open_files = self._files + other._files, OpenFiles()
+        view = Archive._view(self, (), self._layers)
+        view._files, view._open_files = (*self._files, *other._files), OpenFiles()
         check_alike(view._files)
         view._starts = _starts_of(view._files)
         after = self._starts[-1]
@@ -360,7 +376,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         RemoteError, CorruptArchiveError
             They cannot be fetched; the message names shard and samples.
         """
-        if not any(isinstance(file.path, RemotePath) for file in self._files):
+        if not self._is_remote:
             return contextlib.nullcontext()
         chosen = self._layers if layers is None else tuple(layers)
         wanted = [

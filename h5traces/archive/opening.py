@@ -10,9 +10,10 @@ from h5traces.archive.archive import Archive
 from h5traces.archive.labels import labels_folder
 from h5traces.archive.tensors import check_container
 from h5traces.arguments import checked
-from h5traces.errors import LossyArchiveError
+from h5traces.errors import ArchiveError, LossyArchiveError
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
-from h5traces.paths import PathLike, Source, expand_sources
+from h5traces.lazy import needing
+from h5traces.paths import PathLike, Source, expand_sources, listed_sources
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ def open(
 ) -> Archive:
     """Open one archive, or several as one sequence.
 
-    Reads a few kilobytes of each file; nothing is decompressed until a trace is asked for.
+    Reads a few kilobytes of each file; nothing is decompressed until a trace is asked for. Of a
+    catalogue, only the catalogue is read.
 
     Parameters
     ----------
     path
         A file, a glob, a folder (all ``.h5`` files below it), or a list of these; on disk, or on a
-        server (``s3://…``, ``hf://…``, ``https://…``), where reading goes by ranges.
+        server (``s3://…``, ``hf://…``, ``https://…``), where reading goes by ranges. Or a catalogue
+        of shards, which ``h5traces.index`` wrote and whose name ends in ``.parquet``.
     limits
         What a file may ask of its reader; others are rejected.
     cache
@@ -94,21 +97,27 @@ def open(
     folder = labels_folder(labels)
     check_container(container)
     unrounded = lossy_dtype == "float32"
-    archive = Archive(
-        expand_sources(path, remote=options),
-        limits,
-        options,
-        folder,
-        unrounded=unrounded,
-        container=container,
-    )
+    settings: dict[str, Any] = {"unrounded": unrounded, "container": container}
+    sources = listed_sources(path)
+    if len(sources) == 1 and str(sources[0]).endswith(".parquet"):
+        with needing("a catalogue", "pyarrow", extra="parquet"):
+            from h5traces.archive.catalogue import CataloguedArchive
+        place, *others = expand_sources(sources, (".parquet",), remote=options)
+        if others:
+            message = f"{path}: names several catalogues; open them one by one"
+            raise ArchiveError(message)
+        archive: Archive = CataloguedArchive(place, limits, options, folder, **settings)
+    else:
+        archive = Archive(
+            expand_sources(sources, remote=options), limits, options, folder, **settings
+        )
     if lossless:
         _check_lossless(archive)
     return archive
 
 
 def _check_lossless(archive: Archive) -> None:
-    for file in archive._files:
+    for file in archive._suspects:
         found = file.metadata.is_lossless
         if not found:
             archive.close()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SHARED_FIELDS = ("model_id", "model_revision", "num_layers", "hidden_size", "num_heads", "layers")
 # What must agree where a file that does not have it is not just silent, but says so.
 _SHARED_OR_ABSENT = ("precision", "earlier_precisions")
+SHARED_FACTS = (*_SHARED_FIELDS, *_SHARED_OR_ABSENT)
 
 
 def _fact(file: ArchiveFile, name: str) -> Any:

@@ -148,6 +148,11 @@ class FooterStore:
         """Whether the HDF5 part holds objects or attributes that are not the format's."""
         return self._directory.has_foreign
 
+    @property
+    def hdf5_nbytes(self) -> int:
+        """Where the HDF5 part ends and the index begins."""
+        return self._directory.hdf5_nbytes
+
     def sample_place(self, index: int) -> str:
         """Absolute path of a sample's group."""
         return layout.sample_path(index)

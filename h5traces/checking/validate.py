@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from h5traces.archive.agreement import differences
 from h5traces.archive.file import check_format, check_version
@@ -55,6 +55,7 @@ from h5traces.precision.decoding import (
     restored_type,
 )
 from h5traces.precision.scales import OFFSET, SIGMA, STEP
+from h5traces.ranks.rank import share_of
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import key_of
 from h5traces.storage.footer_rows import FooterError
@@ -88,6 +89,8 @@ def validate(
     isolation: IsolationLimits | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
+    rank: int | Literal["auto"] | None = None,
+    world_size: int | None = None,
 ) -> Reports[ValidationReport]:
     """Check structure, schema and meaning of archives, and that footer and HDF5 say the same.
 
@@ -108,6 +111,9 @@ def validate(
         Called for every archive with the samples checked and the samples there are; never called
         with `isolation`.
 
+    rank, world_size
+        Look at the share of one of `world_size` processes, divided by size; see `docs/cluster.md`.
+
     Returns
     -------
     list of ValidationReport
@@ -119,7 +125,7 @@ def validate(
     FileNotFoundError
         A path does not exist, or a folder or glob holds no archive.
     """
-    paths = expand_paths(sources)
+    paths = share_of(expand_paths(sources), rank, world_size)
     if isolation is not None:
         return Reports(
             validate_isolated(path, quick=quick, checks=checks, limits=limits, isolation=isolation)

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from h5traces.archive.agreement import Agreement
 from h5traces.archive.file import check_format
@@ -39,6 +39,7 @@ from h5traces.meaning.options import FIRST_STATES, ReadingOptions, RunFacts
 from h5traces.meaning.padding import num_cut
 from h5traces.paths import expand_paths
 from h5traces.precision.attention import with_head_mean
+from h5traces.ranks.rank import share_of
 from h5traces.sources.opening import open_source, recognise
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer_rows import FooterError
@@ -89,6 +90,8 @@ def verify(
     workers: int | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
     progress: ReportProgress | None = None,
+    rank: int | Literal["auto"] | None = None,
+    world_size: int | None = None,
 ) -> Reports[VerifyReport]:
     """Check that archives are what was written.
 
@@ -115,6 +118,9 @@ def verify(
     progress
         Called for every archive with the work done and the work there is.
 
+    rank, world_size
+        Look at the share of one of `world_size` processes, divided by size; see `docs/cluster.md`.
+
     Returns
     -------
     list of VerifyReport
@@ -136,7 +142,7 @@ def verify(
         message = f"{source}: is a folder; 'against' takes one file that the archive was made from"
         raise OptionError(message)
     reports = Reports[VerifyReport]()
-    for path in expand_paths(sources):
+    for path in share_of(expand_paths(sources), rank, world_size):
         report = VerifyReport(str(path), nbytes=path.stat().st_size)
         reports.append(report)
         try:

@@ -51,6 +51,7 @@ _PANELS: Final = {
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
         },
+        "sharing": {"status": "Say how far a run of several ranks is."},
         "viewing": {"view": "Look at archives in the browser."},
         "plotting": {"plot": "Draw a sample as a picture."},
     },
@@ -66,10 +67,11 @@ _PANELS: Final = {
         }
     },
     "Use archives": {
+        "cataloguing": {"index": "Write the catalogue of many shards, or bring it up to date."},
         "using": {
             "features": "Compute features: a row for every sample.",
             "fidelity": "Compare a lossy archive with its original, layer by layer.",
-        }
+        },
     },
 }
 COMMANDS: Final = {

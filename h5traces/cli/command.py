@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import signal
 import warnings
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from h5traces.cli.console import fail, options_named, warn
+from h5traces.cli.console import fail, note, options_named, warn
 from h5traces.cli.streams import PipeClosedError, flush
 from h5traces.errors import (
     ArchiveExistsError,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 EXIT_PROBLEMS: Final = 1
 EXIT_USAGE: Final = 2
+# Of a rank that was told to stop: its work is safe, and a scheduler can start it again (sysexits.h
+# calls it a temporary failure).
+EXIT_STOPPED: Final = 75
 # In every command, these are about its arguments.
 _USAGE_ERRORS: Final = (
     FileNotFoundError,
@@ -91,7 +95,8 @@ def command(*usage_errors: type[Exception]) -> Callable[[Callable[..., None]], C
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            with _reported((*_USAGE_ERRORS, *usage_errors), frozenset(given)):
+            is_rank = given.get("rank") is not None
+            with _reported((*_USAGE_ERRORS, *usage_errors), frozenset(given), is_rank=is_rank):
                 for name, (build, names) in groups.items():
                     given[name] = build(**{each: given.pop(each) for each in names})
                 function(**given)
@@ -106,13 +111,14 @@ def command(*usage_errors: type[Exception]) -> Callable[[Callable[..., None]], C
 
 @contextlib.contextmanager
 def _reported(
-    usage_errors: tuple[type[Exception], ...], options: Collection[str]
+    usage_errors: tuple[type[Exception], ...], options: Collection[str], *, is_rank: bool
 ) -> Iterator[None]:
-    with options_named(options), warnings.catch_warnings(record=True) as caught:
+    signals = [signal.SIGTERM, signal.SIGUSR1] if is_rank else [signal.SIGTERM]
+    with options_named(options), _told(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", StoredStateWarning)
         warnings.simplefilter("always", LossyWarning)
         try:
-            with handled_signals(_raise_terminated, [signal.SIGTERM]):
+            with handled_signals(_raise_terminated, signals):
                 yield
             flush()
         except PipeClosedError:
@@ -126,10 +132,32 @@ def _reported(
         except KeyboardInterrupt as stop:
             fail("stopped; no unfinished file was kept")
             number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
-            raise typer.Exit(128 + number) from None
+            is_told = is_rank and isinstance(stop, _TerminatedError)
+            raise typer.Exit(EXIT_STOPPED if is_told else 128 + number) from None
         finally:
             for each in caught:
                 warn(str(each.message))
+
+
+class _Told(logging.Handler):
+    """What the library tells a user while it works."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell = warn if record.levelno >= logging.WARNING else note
+        tell(record.getMessage())
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    logger, handler = logging.getLogger("h5traces"), _Told()
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _help_for(error: Exception, options: Collection[str]) -> str:

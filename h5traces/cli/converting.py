@@ -30,6 +30,7 @@ from h5traces.cli.options import (
     NumSamples,
     Output,
     PrecisionGroup,
+    Ranks,
     Reading,
     option,
 )
@@ -68,6 +69,7 @@ def convert(
         str | None,
         option(OUTPUT, "--dataset NAME", "Data set to record [default: from the file name]."),
     ] = None,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Convert legacy trace batches to archives.
@@ -104,6 +106,7 @@ def convert(
             model_id=model_id,
             dataset=dataset,
             progress=progress,
+            **ranks,
         )
     if json:
         print_json(report.as_dict())

@@ -16,10 +16,11 @@ from h5traces.checking.verify import verify as verify_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, print_json, print_json_rows, print_line
-from h5traces.cli.options import Archives, Checks, Json, Reading, option
+from h5traces.cli.options import Archives, Checks, Json, Ranks, Reading, option
 from h5traces.errors import H5TracesError
 from h5traces.format.layout import TEXT_FIELDS
 from h5traces.paths import expand_paths
+from h5traces.ranks.rank import share_of
 from h5traces.sources.collecting import archives_and_sources
 from h5traces.sources.drafting import drafted
 
@@ -162,6 +163,7 @@ def validate(
             min=0.1,
         ),
     ] = None,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Report every problem of structure, schema and meaning.
@@ -176,7 +178,7 @@ def validate(
     """
     found: list[ValidationReport] = []
     isolation = IsolationLimits(memory_nbytes=memory << 20, timeout=timeout) if isolated else None
-    for path in expand_paths(sources):
+    for path in share_of(expand_paths(sources), **ranks):
         with count_progress(path.name) as update:
             found += validate_archive(
                 path, quick=quick, checks=checks, isolation=isolation, progress=update
@@ -201,6 +203,7 @@ def verify(
         option(None, "--against BATCH", "Compare with the legacy batch the archive was made from."),
     ] = None,
     reading: Reading,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Compare the bytes of archives with their digests.
@@ -212,7 +215,7 @@ def verify(
     - `h5traces verify run.h5 --against run.pkl.gz` before deleting the pickle
     """
     found: list[VerifyReport] = []
-    for path in expand_paths(sources):
+    for path in share_of(expand_paths(sources), **ranks):
         with count_progress(path.name) as update:
             found += verify_archive(
                 path, deep=deep, against=against, reading=reading, progress=update

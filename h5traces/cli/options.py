@@ -22,6 +22,7 @@ PRECISION: Final = "Precision"
 READING: Final = "Reading"
 CHECKS: Final = "Checks"
 OUTPUT: Final = "Output"
+RANKS: Final = "Ranks"
 
 
 def option(panel: str | None, spelling: str, text: str, **settings: Any) -> Any:
@@ -263,6 +264,28 @@ def _converted(
     )
 
 
+def _ranks(
+    rank: Annotated[
+        str | None,
+        option(
+            RANKS,
+            "--rank R|auto",
+            "Do the share of one of several processes; `auto` asks the environment: "
+            "H5TRACES_RANK, SLURM arrays, RANK, steps of srun.",
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None, option(RANKS, "--world-size N", "How many processes there are.", min=1)
+    ] = None,
+) -> dict[str, Any]:
+    if rank is None or rank == "auto":
+        return {"rank": rank, "world_size": world_size}
+    if not rank.isdecimal():
+        message = f"--rank {rank}: expected a number from 0 on, or auto"
+        raise typer.BadParameter(message)
+    return {"rank": int(rank), "world_size": world_size}
+
+
 def _extracted(
     shard_samples: ShardSamples = None,
     verify: Verify = True,
@@ -288,4 +311,5 @@ PrecisionGroup = Annotated[PrecisionOptions, Group(_precision)]
 NewFile = Annotated[TargetOptions, Group(_new_file)]
 Rewritten = Annotated[TargetOptions, Group(_rewritten)]
 Converted = Annotated[TargetOptions, Group(_converted)]
+Ranks = Annotated[dict[str, Any], Group(_ranks)]
 Extracted = Annotated[TargetOptions, Group(_extracted)]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import torch
 
 from h5traces.errors import ExtractionError, NanError
+from h5traces.extract.generation import batches
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
 from h5traces.rewriting.reports import cast_warnings
@@ -359,9 +360,7 @@ class Run:
 
     def _batches(self) -> Iterator[Sequence[Job]]:
         """Batches with a sample that is not done."""
-        size = self._options.batch_size
-        for start in range(0, len(self._jobs), size):
-            batch = self._jobs[start : start + size]
+        for batch in batches(self._jobs, self._options.batch_size):
             if any(each.key not in self._done for each in batch):
                 yield batch
 

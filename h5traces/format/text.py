@@ -7,6 +7,7 @@ text is stored as it is. ``schema/SPEC.md``, section Text, is normative.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -90,8 +91,13 @@ def decode_all(stored: np.ndarray) -> list[str]:
 
 
 def utc_now() -> str:
-    """The time as it is recorded in files: UTC, such as ``2026-11-28T18:00:00Z``."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """The time as it is recorded in files: UTC, such as ``2026-11-28T18:00:00Z``.
+
+    ``SOURCE_DATE_EPOCH`` (seconds since 1970) takes its place: https://reproducible-builds.org.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    now = datetime.fromtimestamp(int(given), UTC) if given.isdecimal() else datetime.now(UTC)
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

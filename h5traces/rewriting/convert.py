@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.selection import Selection, as_numbers
 from h5traces.arguments import checked
@@ -12,15 +13,19 @@ from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
+from h5traces.ranks.plan import RunPlan, deal, plain_options, planned_source
+from h5traces.ranks.rank import find_rank
+from h5traces.ranks.run import RankRun, check_shared
 from h5traces.rewriting.convert_jobs import (
     ConvertOptions,
+    ScalesOfModels,
     run_in_processes,
     run_job,
-    scaled_options,
 )
 from h5traces.rewriting.convert_plan import plan_jobs
 from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
+from h5traces.rewriting.shared_scales import SharedScales
 from h5traces.sources.runs import facts_of_runs
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
@@ -32,6 +37,9 @@ if TYPE_CHECKING:
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike
+    from h5traces.ranks.rank import Rank
+    from h5traces.rewriting.convert_plan import Job
+    from h5traces.rewriting.reports import FileReport
 
 
 @checked
@@ -48,6 +56,8 @@ def convert(
     model_id: str | None = None,
     dataset: str | None = None,
     progress: Callable[[Progress], None] | None = None,
+    rank: int | Literal["auto"] | None = None,
+    world_size: int | None = None,
 ) -> ConversionReport:
     """Convert batches of traces (pickles, files of torch.save and others) to archives.
 
@@ -81,6 +91,9 @@ def convert(
         Recorded in the archives; taken from the batch's file name by default.
     progress
         Called now and then.
+    rank, world_size
+        Do the share of one of `world_size` processes on one folder; ``rank="auto"`` asks the
+        environment. What is finished is kept, as by ``skip_existing``; see `docs/cluster.md`.
 
     Returns
     -------
@@ -91,7 +104,8 @@ def convert(
     Raises
     ------
     TargetError
-        `dest` is neither a folder nor an ``.h5`` name, or a source.
+        `dest` is neither a folder nor an ``.h5`` name, or a source; or its run was planned with
+        other options or sources.
     ConversionError
         The plan is impossible: nothing to convert, two batches with one target, one batch twice
         (also as a copy) in a merge, or contradicting options.
@@ -101,6 +115,11 @@ def convert(
         A source does not exist.
     """
     Selection(layers=layers)  # text is checked before anything is read
+    place = Target.of(dest, shard_samples=target.shard_samples)
+    chosen = find_rank(rank, world_size, place.folder)
+    if chosen is not None:
+        check_shared(place, target, merge=merge)
+        target = replace(target, skip_existing=True)
     given = PrecisionOptions.of(precision)
     wanted = given.precision
     calibration = load_given(given.scales, wanted)
@@ -121,7 +140,6 @@ def convert(
         write=WriteOptions.of(given, target, scales=ScaleSet()),
         recorded=recorded_options(reading, scales, layers),
     )
-    place = Target.of(dest, shard_samples=target.shard_samples)
     jobs, found = plan_jobs(sources, place, merge=merge, reading=reading)
     if not target.dry_run:
         named = [source for job in jobs for source in job.sources]
@@ -134,14 +152,70 @@ def convert(
         unrelated=found.unrelated,
         checks=checks,
     )
-    meter = _Meter([source for job in jobs for source in job.sources], progress)
-    each = scaled_options(jobs, options, calibration, given.calibration_samples, meter)
-    if target.workers is not None and target.workers > 1 and len(jobs) > 1:
-        report.files += run_in_processes(jobs, each, target.workers, meter)
-    else:
-        report.files += [run_job(*job, meter) for job in zip(jobs, each, strict=True)]
+    costs = [job.nbytes for job in jobs]
+    run = None
+    share: Sequence[int] = range(len(jobs))
+    if chosen is not None:
+        share = deal(costs, chosen.size)[chosen.number]
+        if not target.dry_run:
+            run = RankRun(place.folder, chosen, _plan(jobs, options, costs, scales, chosen))
+    mine = [jobs[each] for each in share]
+    meter = _Meter([source for job in mine for source in job.sources], progress)
+    with run or contextlib.nullcontext():
+        shared = None if run is None else SharedScales(run)
+        models = ScalesOfModels(jobs, options, calibration, given.calibration_samples, shared)
+        each = [models.options(job, meter) for job in mine]
+
+        def note(number: int, one: FileReport) -> None:
+            if run is not None:
+                run.note(share[number], nbytes=one.archive_nbytes, **_line(one))
+
+        if target.workers is not None and target.workers > 1 and len(mine) > 1:
+            report.files += run_in_processes(mine, each, target.workers, meter, note)
+        else:
+            for number, (job, its) in enumerate(zip(mine, each, strict=True)):
+                report.files.append(run_job(job, its, meter))
+                note(number, report.files[-1])
     report.note_single_samples()
     return report
+
+
+def _plan(
+    jobs: Sequence[Job],
+    options: ConvertOptions,
+    costs: Sequence[int],
+    scales: str | None,
+    rank: Rank,
+) -> RunPlan:
+    """What all ranks must agree on."""
+    write, target = options.write, options.target
+    chosen = {
+        "layers": options.layers,
+        "precision": str(write.precision),
+        "dtype": write.dtype,
+        "on_overflow": write.on_overflow,
+        "codec": write.codec,
+        "scales": scales,
+        "shard_samples": target.shard_samples,
+        "compare": target.compare,
+        "model_id": options.model_id,
+        "dataset": options.dataset,
+        **options.recorded,
+    }
+    return RunPlan(
+        command="convert",
+        world_size=rank.size,
+        first_task=rank.first,
+        options=plain_options(chosen),
+        sources=tuple(planned_source(source) for job in jobs for source in job.sources),
+        costs=tuple(costs),
+    )
+
+
+def _line(report: FileReport) -> dict[str, Any]:
+    """What a rank writes down of a job; `collect` makes one report of all."""
+    found = report.as_dict()
+    return {"status": found.pop("status"), "num_samples": found.pop("num_samples"), **found}
 
 
 def _checked(layers: int | Iterable[int]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import num_cut
 from h5traces.meaning.sample_checks import SampleChecks
-from h5traces.precision.scales import ScaleSet
+from h5traces.precision.scales import Calibration, ScaleSet
 from h5traces.rewriting.existing import Wanted, compare_existing, source_file
 from h5traces.rewriting.reports import FileReport, cast_warnings
 from h5traces.sources.opening import facts_in_name, open_source
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.record import SourcePosition, TraceRecord
-    from h5traces.precision.scales import Calibration
     from h5traces.rewriting.convert_plan import Job
+    from h5traces.rewriting.shared_scales import SharedScales
 
 
 Item = TypeVar("Item")
@@ -101,7 +101,7 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     report = FileReport(
         sources=[str(source) for source in job.sources],
         targets=[str(job.first_target)],
-        source_nbytes=sum(source.stat().st_size for source in job.sources),
+        source_nbytes=job.nbytes,
     )
     exists = job.first_target.exists()
     if exists and options.target.skip_existing:
@@ -171,6 +171,11 @@ def _convert_job(
             _leave_out(failed, sources, report)
             continue
         except (H5TracesError, OSError) as error:
+            lost = isinstance(error, ArchiveExistsError) and options.target.skip_existing
+            if lost and job.first_target.exists():
+                # Another process was faster: its archive counts, if it is the same.
+                _keep_existing(job, options, report)
+                return
             report.error = _joined(report.error, _reason(error, job.first_target))
             report.status = "failed"
             report.is_usage_error &= _is_usage(error)
@@ -487,22 +492,30 @@ class ReadAhead(Iterator[Item], Generic[Item]):
 
 
 def run_in_processes(
-    jobs: Sequence[Job], options: Sequence[ConvertOptions], workers: int, report: Report
+    jobs: Sequence[Job],
+    options: Sequence[ConvertOptions],
+    workers: int,
+    report: Report,
+    note: Callable[[int, FileReport], None],
 ) -> list[FileReport]:
     """Run every job, with its options, in one of `workers` processes.
 
-    Reports come in the order of the jobs.
+    Reports come in the order of the jobs; `note` gets each with its number when it is done.
 
     Where a process is killed, the jobs that were not finished fail. An interrupt stops all of them
     at their next sample.
     """
     # From here on, as queues and events start a process, too.
     with safe_children():
-        return _run_in_processes(jobs, options, workers, report)
+        return _run_in_processes(jobs, options, workers, report, note)
 
 
 def _run_in_processes(
-    jobs: Sequence[Job], options: Sequence[ConvertOptions], workers: int, report: Report
+    jobs: Sequence[Job],
+    options: Sequence[ConvertOptions],
+    workers: int,
+    report: Report,
+    note: Callable[[int, FileReport], None],
 ) -> list[FileReport]:
     num_processes = min(workers, len(jobs))
     threads = max(1, workers // num_processes)
@@ -521,7 +534,13 @@ def _run_in_processes(
             futures += [
                 pool.submit(_run, job, each) for job, each in zip(jobs, shared, strict=True)
             ]
-        return [_result(job, future) for job, future in zip(jobs, futures, strict=True)]
+        numbers = {future: number for number, future in enumerate(futures)}
+        found = {}
+        for future in as_completed(futures):
+            number = numbers[future]
+            found[number] = _result(jobs[number], future)
+            note(number, found[number])
+        return [found[number] for number in range(len(jobs))]
     except BaseException:
         stop.set()
         raise
@@ -582,41 +601,58 @@ def _forward(progress: Any, report: Report, done: threading.Event) -> None:
                 return
 
 
-def scaled_options(
-    jobs: Sequence[Job],
-    options: ConvertOptions,
-    calibration: Calibration | None,
-    samples: int,
-    report: Report,
-) -> list[ConvertOptions]:
-    """The options of every job, with scales where hidden states are quantised.
+class ScalesOfModels:
+    """The options of jobs, with scales of their model where hidden states are quantised.
 
     Parameters
     ----------
     jobs
-        What will be converted.
+        All that will be converted, by any rank.
     options
         Of all jobs.
     calibration
         What scales are to be made from; else the first samples of each model's batches.
     samples
         How many of these.
-    report
-        Called for every batch that is measured.
+    shared
+        How the ranks of a run share what one of them measured.
     """
-    step = options.write.precision.step
-    if step is None or options.target.dry_run:
-        return [options for _ in jobs]
-    models = [_model_of(job, options) for job in jobs]
-    found: dict[str | None, ScaleSet] = {}
-    for model in dict.fromkeys(models):
-        if calibration is not None:
-            check_model(calibration, model)
-            found[model] = calibration.scales(step)
-            continue
-        alike = [job for job, other in zip(jobs, models, strict=True) if other == model]
-        found[model] = _measured(alike, options, model, samples, step, report)
-    return [replace(options, write=replace(options.write, scales=found[model])) for model in models]
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        options: ConvertOptions,
+        calibration: Calibration | None,
+        samples: int,
+        shared: SharedScales | None,
+    ) -> None:
+        self._jobs, self._options = jobs, options
+        self._calibration, self._samples, self._shared = calibration, samples, shared
+        self._found: dict[str | None, ScaleSet] = {}
+
+    def options(self, job: Job, report: Report) -> ConvertOptions:
+        """The options of a job; `report` is called for every batch that is measured for it."""
+        step, options = self._options.write.precision.step, self._options
+        if step is None or options.target.dry_run:
+            return options
+        model = _model_of(job, options)
+        if model not in self._found:
+            self._found[model] = self._scales(model, report).scales(step)
+        return replace(options, write=replace(options.write, scales=self._found[model]))
+
+    def _scales(self, model: str | None, report: Report) -> Calibration:
+        if self._calibration is not None:
+            check_model(self._calibration, model)
+            return self._calibration
+        alike = [job for job in self._jobs if _model_of(job, self._options) == model]
+        if self._shared is None:
+            return _measured(alike, self._options, model, self._samples, report)
+        return self._shared.of(
+            str(model),
+            lambda: _measured(
+                alike, self._options, model, self._samples, lambda *_: None, keep=False
+            ),
+        )
 
 
 def _model_of(job: Job, options: ConvertOptions) -> str | None:
@@ -628,11 +664,13 @@ def _measured(
     options: ConvertOptions,
     model: str | None,
     samples: int,
-    step: float,
     report: Report,
-) -> ScaleSet:
-    if options.target.skip_existing and all(job.first_target.exists() for job in jobs):
-        return ScaleSet()
+    *,
+    keep: bool = True,
+) -> Calibration:
+    """The statistics of a model's first samples; none if, with `keep`, every target exists."""
+    if keep and options.target.skip_existing and all(job.first_target.exists() for job in jobs):
+        return Calibration()
     with Measurement(options.layers) as measurement:
         for path in (source for job in jobs for source in job.sources):
             report(path, 0, 0)
@@ -643,8 +681,8 @@ def _measured(
                 break
         if not measurement.has_states:
             # No states were found; any that follow are stored in float16, and reported.
-            return ScaleSet()
-        return measurement.calibration(model, partial=True).scales(step)
+            return Calibration()
+        return measurement.calibration(model, partial=True)
 
 
 def _add(measurement: Measurement, path: Path, samples: int, reading: ReadingOptions) -> None:

@@ -42,6 +42,11 @@ class Job:
         """The file whose existence shows that the job was finished: it is published last."""
         return self.target.shard(0)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the sources."""
+        return sum(source.stat().st_size for source in self.sources)
+
 
 def plan_jobs(
     sources: PathLike | Sequence[PathLike],

@@ -148,7 +148,11 @@ class ParquetTable(ArrayFile):
                 num_rows = 0
                 for batch in self._file.iter_batches(size, row_groups=[number], use_threads=False):
                     num_rows += batch.num_rows
-                    yield from _rows(batch, None)
+                    rows = _rows(batch, None)
+                    del batch
+                    yield from rows
+                    # The next batch needs it: two levels per value and the pages.
+                    pa.default_memory_pool().release_unused()
             except _ERRORS as error:
                 raise _error(self._path, error) from error
             if num_rows != group.num_rows:

@@ -12,15 +12,17 @@ import math
 import os
 import uuid
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import xxhash
 
 from h5traces.errors import ArchiveExistsError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile, add_casts
 from h5traces.format.digests import content_digest, sample_digest
-from h5traces.format.document import Attrs, to_attributes
+from h5traces.format.document import Attrs, compact_json, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
 from h5traces.format.limits import DEFAULT_LIMITS
@@ -37,6 +39,7 @@ from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
 from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.threads import ThreadPool
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
     Observation,
@@ -104,7 +107,8 @@ class ArchiveWriter:
             num_samples=0,
             generator=f"h5traces {__version__}",
             created=utc_now(),
-            archive_id=str(uuid.uuid4()),
+            # Until what is in it is known.
+            archive_id=str(uuid.UUID(int=0)),
             codec=self._options.codec,
             dtype_policy=self._options.dtype,
             on_overflow=self._options.on_overflow,
@@ -114,7 +118,7 @@ class ArchiveWriter:
             **metadata,
         )
         self._workers = self._options.workers or os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="h5traces-encode")
+        self._pool = ThreadPool(self._workers, thread_name_prefix="h5traces-encode")
         with contextlib.ExitStack() as undo:
             # A signal here would leave a file that no caller could discard.
             with deferred_signals():
@@ -302,6 +306,7 @@ class ArchiveWriter:
         sourced = (found for kind, found in self._casts.items() if "derivation" not in kinds[kind])
         casts = add_casts(itertools.chain(*sourced))
         archive = self._final_metadata(sources=sources, casts=casts, **metadata)
+        archive = archive.model_copy(update={"archive_id": self._archive_id(archive)})
         root = to_attributes(archive)
         complete = {"complete": root.pop("complete")}
         self._hdf5.add_attributes("/", root)
@@ -316,6 +321,19 @@ class ArchiveWriter:
         self.summary.nbytes = self._part.path.stat().st_size
         self._metadata = archive
         return archive
+
+    def _archive_id(self, archive: ArchiveMetadata) -> str:
+        """A UUID made of samples and attributes: whoever writes the same archive gives the same.
+
+        Times are left out, and objects of other programs are told by the files that they are of.
+        """
+        left_out: Any = {"archive_id": True, "created": True}
+        left_out["sources"] = {"__all__": {"modified_ns"}}
+        facts = compact_json(archive.model_dump(mode="json", exclude=left_out))
+        origins = [f"{each.file.name} {each.place} {each.target}" for each in self._origins]
+        text = "\n".join([facts, *self.digests, *origins])
+        digest = xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
+        return str(uuid.UUID(bytes=digest))
 
     @property
     def metadata(self) -> ArchiveMetadata:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 import h5traces
 from h5traces.errors import ConversionError
+from h5traces.storage.hdf5.others import OtherHdf5
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +135,28 @@ def test_hdf5_one_group_per_id(tmp_path: Path) -> None:
     assert [each["question_id"] for each in items] == ["0", "2", "10"]
     assert items[2]["question"] == "question 10"
     np.testing.assert_array_equal(items[2]["hidden_states"], states(10))
+
+
+@pytest.mark.parametrize("limit", [1, 5_000, 1 << 20])
+def test_blocks_of_compressed_hdf5_are_held_within_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr("h5traces.storage.hdf5.others._MAX_BLOCKS_NBYTES", limit)
+    path = tmp_path / "run.h5"
+    values = np.random.default_rng(0).normal(size=(6, 10, 4, 8)).astype(np.float32)
+    with h5py.File(path, "w") as file:
+        for index, each in enumerate(values):
+            file.create_dataset(f"{index}", data=each, chunks=(3, 2, 8), compression="gzip")
+    held = []
+    other = OtherHdf5(path)
+    for row in range(10):
+        for index in range(6):
+            np.testing.assert_array_equal(
+                other.datasets[f"{index}"].read(0, row), values[index, row]
+            )
+            held.append(sum(each._block[2] is not None for each in other.datasets.values()))
+    other.close()
+    assert max(held) == min(max(limit // values[0].nbytes, 1), 6)
 
 
 def test_what_no_field_names_is_not_passed_over(tmp_path: Path) -> None:

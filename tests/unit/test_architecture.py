@@ -27,6 +27,7 @@ ROOMS = (
     "format",
     "storage",
     "paths",
+    "ranks",
     "precision",
     "meaning",
     "sources",
@@ -147,6 +148,7 @@ def test_servers_are_talked_to_in_one_place() -> None:
 
 def test_tables_are_written_and_read_in_one_place_each() -> None:
     expected = {"archive.tables", "features.parquet", "rewriting.export_tables", "sources.arrow"}
+    expected |= {"archive.catalogue", "rewriting.cataloguing"}
     # The archive names the type of what it returns.
     assert importers("pyarrow") == expected | {"archive.archive"}
 

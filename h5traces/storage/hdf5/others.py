@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5l, h5o, h5t
+from h5py import h5a, h5d, h5g, h5l, h5o, h5p, h5t
 from h5py._objects import phil  # the lock that every call of h5py takes; it has no public name
 
 from h5traces.errors import (
@@ -46,6 +46,9 @@ _GRACE_NBYTES: Final = 1 << 20
 _MAX_CHUNK_NBYTES: Final = 256 << 20
 # Rows that are read at once, as a row may be a part of a compressed chunk.
 _BLOCK_NBYTES: Final = 1 << 20
+_MAX_BLOCK_NBYTES: Final = 16 << 20
+# Of all datasets of a file together.
+_MAX_BLOCKS_NBYTES: Final = 64 << 20
 _MAX_TEXT_NBYTES: Final = 64 << 20
 _ATTRIBUTE: Final = "@"
 
@@ -72,6 +75,8 @@ class OtherHdf5:
         self.datasets: dict[str, Hdf5Array] = {}
         self.attributes: dict[str, Hdf5Attribute] = {}
         self.links: list[str] = []
+        # Blocks that datasets hold, the oldest first.
+        self._blocks: dict[Hdf5Array, int] = {}
         # What HDF5 could not read in a child; it must not try here.
         self._failed = {} if is_tried else self._tried()
         self._file = self._open()
@@ -100,6 +105,7 @@ class OtherHdf5:
         """Close the file."""
         self.datasets.clear()
         self.attributes.clear()
+        self._blocks.clear()
         with contextlib.suppress(*LIBRARY_ERRORS):
             self._file.close()
 
@@ -121,6 +127,15 @@ class OtherHdf5:
         if self._heaps.problem is not None:
             message = f"{self.path}: {self._heaps.problem}; copy the file again"
             raise ConversionError(message)
+
+    def hold(self, array: Hdf5Array, nbytes: int) -> None:
+        """Note a dataset's block, and let the oldest of others go."""
+        self._blocks.pop(array, None)
+        self._blocks[array] = nbytes
+        while len(self._blocks) > 1 and sum(self._blocks.values()) > _MAX_BLOCKS_NBYTES:
+            oldest = next(iter(self._blocks))
+            del self._blocks[oldest]
+            oldest.forget()
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -164,7 +179,7 @@ class OtherHdf5:
                 self._walk(h5g.open(group, encoded), path, depth + 1, seen)
             elif info.type == h5o.TYPE_DATASET:
                 seen.add((*key, path))
-                dataset = h5d.open(group, encoded)
+                dataset = h5d.open(group, encoded, _without_cache())
                 self._note_attributes(dataset, path)
                 self.datasets[path] = Hdf5Array(self, path, dataset)
 
@@ -179,6 +194,13 @@ class OtherHdf5:
             name = encoded.decode("utf-8", "replace")
             path = f"{place}/{_ATTRIBUTE}{name}" if place else f"{_ATTRIBUTE}{name}"
             self.attributes[path] = Hdf5Attribute(self, path, owner, encoded)
+
+
+def _without_cache() -> h5p.PropDAID:
+    """No cache of chunks, which every open dataset would fill: 1 MB; blocks hold whole chunks."""
+    options = h5p.create(h5p.DATASET_ACCESS)
+    options.set_chunk_cache(1, 0, 1.0)
+    return options
 
 
 class Hdf5Array:
@@ -235,11 +257,16 @@ class Hdf5Array:
             start, stop = self._next_block(axis, index)
             values = self._read((*(slice(None) for _ in range(axis)), slice(start, stop)))
             self._block, self._axis = (start, stop, values), axis
+            self._file.hold(self, getattr(values, "nbytes", _BLOCK_NBYTES))
         if isinstance(values, list):
             return values[index - start]
         found = values[(*(slice(None) for _ in range(axis)), index - start)]
         # A copy: what is left of a block must not keep all of it.
         return np.array(found) if isinstance(found, np.ndarray) else found
+
+    def forget(self) -> None:
+        """Let the block go that was read last."""
+        self._block = (0, 0, None)
 
     def _next_block(self, axis: int, index: int) -> tuple[int, int]:
         """The elements that are read together: whole chunks, if these are small."""
@@ -249,7 +276,7 @@ class Hdf5Array:
         options = self._id.get_create_plist()
         if options.get_layout() == h5d.CHUNKED:
             chunk = int(options.get_chunk()[axis])
-            step = max(step, chunk) if chunk * row <= 16 * _BLOCK_NBYTES else step
+            step = max(step, chunk) if chunk * row <= _MAX_BLOCK_NBYTES else step
             step = max(step // chunk * chunk, 1)
         start = index // step * step
         return start, min(start + step, length)

@@ -33,7 +33,9 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
     fsspec itself keeps one for each thread; connections of all threads are shared here.
     """
     environment = sorted(each for each in os.environ.items() if each[0].startswith(_ENVIRONMENT))
-    named = [(each.name, getattr(options, each.name)) for each in fields(options)]
+    # The size of first requests is of a file, not of a connection.
+    names = [each.name for each in fields(options) if each.name != "tail_nbytes"]
+    named = [(name, getattr(options, name)) for name in names]
     named.append(("storage_options", sorted(options.storage_options.items())))
     key = (os.getpid(), protocol, repr(named), repr(environment))
     found = _filesystems.get(key)

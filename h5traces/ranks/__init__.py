@@ -1,0 +1,1 @@
+"""Many processes that work on one folder: their plan, their shares, and what each has done."""

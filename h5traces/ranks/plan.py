@@ -1,0 +1,167 @@
+"""What all ranks of a run agree on: ``run.json``, fixed by whoever comes first."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from pydantic import ValidationError
+
+from h5traces.arguments import shown
+from h5traces.errors import ArchiveExistsError, CorruptArchiveError, TargetError, __version__
+from h5traces.format.document import Document, with_tuples
+from h5traces.format.text import and_more
+from h5traces.storage.files import read_document
+from h5traces.storage.publish import PartFile, make_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+RUN: Final = "run.json"
+RANKS: Final = "ranks"
+
+
+class RunPlan(Document):
+    """The plan of a run.
+
+    Attributes
+    ----------
+    command, generator
+        What is done, and by which version.
+    world_size, first_task
+        How many ranks there are, and what the scheduler calls rank 0.
+    options
+        Everything that the result depends on, but the sources.
+    sources
+        Name, bytes and time of the last change (ns) of every file that is read.
+    costs
+        Of every piece of work, what it costs: bytes, or tokens.
+    """
+
+    version: Literal[1] = 1
+    command: str
+    generator: str = f"h5traces {__version__}"
+    world_size: int
+    first_task: int = 0
+    options: dict[str, Any]
+    sources: tuple[tuple[str, int, int], ...] = ()
+    costs: tuple[int, ...] = ()
+
+    def differences(self, before: RunPlan) -> list[str]:
+        """What a rank would do otherwise than the ranks before it."""
+        found = [
+            f"{name} is {getattr(self, name)!r}, and was {getattr(before, name)!r}"
+            for name in ("command", "generator")
+            if getattr(self, name) != getattr(before, name)
+        ]
+        for name in sorted({*self.options, *before.options}):
+            now, then = self.options.get(name), before.options.get(name)
+            if now != then:
+                found.append(f"{name} is {shown(now)}, and was {shown(then)}")
+        return found + self._source_differences(before)
+
+    def _source_differences(self, before: RunPlan) -> list[str]:
+        now, then = ({each[0]: each for each in plan.sources} for plan in (self, before))
+        new, gone = [each for each in now if each not in then], [e for e in then if e not in now]
+        found = [f"{and_more(new)} came after the plan was made"] if new else []
+        found += [f"{and_more(gone)} was planned, and is not there"] if gone else []
+        changed = [each for each in now if each in then and now[each] != then[each]]
+        if changed:
+            _, nbytes, _ = now[changed[0]]
+            what = f"{and_more(changed)} changed since the plan was made"
+            found.append(f"{what} ({nbytes:,} bytes, was {then[changed[0]][1]:,})")
+        if not found and self.sources != before.sources:
+            found.append("the sources come in another order")
+        if not found and self.costs != before.costs:
+            found.append("the work is divided otherwise")
+        return found
+
+
+def read_plan(folder: Path) -> RunPlan | None:
+    """The plan of the run in a folder; None if there is none."""
+    path = folder / RUN
+    try:
+        data = read_document(path, CorruptArchiveError, "the plan of a run")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        document = json.loads(data)
+        document["options"] = dict(document["options"])
+        plain = {
+            key: each if key == "options" else with_tuples(each) for key, each in document.items()
+        }
+        return RunPlan.model_validate(plain)
+    except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
+        message = f"{path}: is not the plan of a run by h5traces; move it away"
+        raise CorruptArchiveError(message) from error
+
+
+def fix_plan(folder: Path, plan: RunPlan) -> RunPlan:
+    """Write the plan, if this rank is the first; return the one that is in force.
+
+    It may have another world size. TargetError where the plan in force is another otherwise.
+    """
+    make_folder(folder)
+    before = read_plan(folder)
+    if before is None:
+        with PartFile(folder / RUN) as part:
+            part.append(_serialised(plan))
+            try:
+                part.publish()
+            except ArchiveExistsError:
+                before = read_plan(folder)
+            else:
+                return plan
+    assert before is not None
+    differences = plan.differences(before)
+    if differences:
+        message = (
+            f"{folder}: its run was planned otherwise: {'; '.join(differences)}. Run the ranks "
+            f"alike, or name another folder; where no rank runs, deleting {folder / RUN} allows "
+            "another plan"
+        )
+        raise TargetError(message)
+    return before
+
+
+def replace_plan(folder: Path, plan: RunPlan) -> None:
+    """Put a plan in place of the one in force, in one step."""
+    with PartFile(folder / RUN) as part:
+        part.append(_serialised(plan))
+        part.publish(overwrite=True)
+
+
+def _serialised(plan: RunPlan) -> bytes:
+    text = json.dumps(plan.model_dump(mode="json"), ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON gives them back."""
+    found: dict[str, Any] = json.loads(json.dumps(options, default=str))
+    return found
+
+
+def planned_source(path: Path) -> tuple[str, int, int]:
+    """Name, bytes and time of the last change of a file, or of all files of a folder."""
+    name = os.path.abspath(path)  # noqa: PTH100  # resolve follows links, which differ by node
+    paths = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    found = [each.stat() for each in paths]
+    return name, sum(each.st_size for each in found), max((e.st_mtime_ns for e in found), default=0)
+
+
+def deal(costs: Sequence[int], size: int) -> list[list[int]]:
+    """Divide pieces of work among ranks: the dearest first, each to who has the least.
+
+    Ties go to the piece and the rank that come first, so that every rank finds the same shares.
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [(0, 0, rank) for rank in range(size)]
+    for item in sorted(range(len(costs)), key=lambda each: (-costs[each], each)):
+        cost, count, rank = heapq.heappop(loads)
+        shares[rank].append(item)
+        heapq.heappush(loads, (cost + costs[item], count + 1, rank))
+    return [sorted(share) for share in shares]
