@@ -57,7 +57,7 @@ def test_a_head_of_300_tokens_is_no_black_square(tmp_path: Path, precision: dict
         del dataset.attrs[layout.IMAGE_RANGE]
         before = grey(dataset, 0)[causal]
         are_weights = dataset.dtype.kind == "f"
-    # Without the range most weights have the darkest of 256 levels; of codes, their square roots, few.
+    # Without the range most weights have the darkest of 256 levels; few codes, square roots, do.
     assert ((before == 0).mean() > 0.5) == are_weights
     assert (shown == 0).mean() < (0.5 * (before == 0).mean() if are_weights else 0.1)
     # White is for few.
