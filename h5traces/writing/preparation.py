@@ -126,6 +126,7 @@ def _stored_layer(
         "sequence": "tuple" if in_tuple else None,
     }
     attrs: Attrs = {name: value for name, value in facts.items() if value is not None}
+    attrs.update(to_attributes(entry.rule) if entry.rule is not None else {})
     attrs.update(cast.counts.nonzero())
     attrs.update(layer.attrs)
     attrs["digest"] = dataset_digest(layer.dtype, layer.values)

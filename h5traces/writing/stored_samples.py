@@ -11,6 +11,7 @@ from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import CastCounts
+from h5traces.format.kinds import QUERIES
 from h5traces.format.record import (
     Container,
     EarlierCast,
@@ -279,6 +280,7 @@ def _layer_array(
         site=None if site is None else str(site),
         container=_container(entry.attrs.get("container")),
         earlier=_earlier_cast(entry.attrs),
+        rule=trace.rule(name) if kind == QUERIES else None,
     )
 
 

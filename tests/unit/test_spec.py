@@ -213,7 +213,7 @@ def test_code_blocks_need_nothing_but_h5py_and_numpy():
         if isinstance(node, ast.Import)
         for alias in node.names
     }
-    assert imported == {"h5py", "re", "base64", "json"}
+    assert imported == {"h5py", "re", "base64", "json", "numpy"}
 
 
 def test_bfloat16_layout(rich):
