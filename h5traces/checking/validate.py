@@ -46,7 +46,6 @@ from h5traces.format.record import (
 )
 from h5traces.meaning.checks import CheckOptions
 from h5traces.paths import expand_paths
-from h5traces.ranks.rank import share_of
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
     attribute_problems,
@@ -56,6 +55,7 @@ from h5traces.precision.decoding import (
     restored_type,
 )
 from h5traces.precision.scales import OFFSET, SIGMA, STEP
+from h5traces.ranks.rank import share_of
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import key_of
 from h5traces.storage.footer_rows import FooterError

@@ -38,8 +38,8 @@ from h5traces.format.text import and_more, counted
 from h5traces.meaning.options import FIRST_STATES, ReadingOptions, RunFacts
 from h5traces.meaning.padding import num_cut
 from h5traces.paths import expand_paths
-from h5traces.ranks.rank import share_of
 from h5traces.precision.attention import with_head_mean
+from h5traces.ranks.rank import share_of
 from h5traces.sources.opening import open_source, recognise
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer_rows import FooterError
