@@ -5,11 +5,13 @@ the same samples are extracted in each way, one way after the other, so ratios w
 on a noisy machine and seconds do not; medians, with the range of the rounds in brackets.
 
 *compute* generates answers, runs the clean forward pass, copies and casts, and throws the records
-away. *stored* is ``h5traces extract`` as it is: another process writes every sample durably, and
-packs shards, while the next ones are computed. *in turn* writes in the same thread, between
-samples. *added* is the time beyond *compute*, as a share of *compute*, until every sample is
-durable. *start* and *close* are what is there once per run: starting the process, and packing the
-last shard; they are not in the other columns.
+away. *bare* is a script with transformers alone: it generates, runs the forward pass with
+``output_hidden_states`` and ``output_attentions``, and casts and copies all arrays; batches are cut
+in the order of the questions. *stored* is ``h5traces extract`` as it is: another process writes
+every sample durably, and packs shards, while the next ones are computed. *in turn* writes in the
+same thread, between samples. *added* is the time beyond *compute*, as a share of *compute*, until
+every sample is durable. *start* and *close* are what is there once per run: starting the process,
+and packing the last shard; they are not in the other columns.
 
 The model is the trained one of this repository, with its 40 questions several times over and
 answers of up to 64 tokens. ``--random-7b`` takes one of Llama-2-7B's shape with random weights
@@ -39,8 +41,9 @@ import transformers
 
 import h5traces
 from h5traces.extract import ExtractOptions, GenerationOptions, load_model, load_tokenizer
+from h5traces.extract.capture import padded
 from h5traces.extract.extractor import Extractor
-from h5traces.extract.generation import Planner
+from h5traces.extract.generation import Planner, batches
 from h5traces.extract.questions import read_questions
 from h5traces.extract.running import WriterThread
 from h5traces.writing.process_writer import ProcessWriter
@@ -69,14 +72,43 @@ class Bench:
     def __init__(self, model: Any, tokenizer: Any, options: ExtractOptions, repeats: int) -> None:
         self._extractor = Extractor(model, tokenizer, options)
         planner = Planner(tokenizer, model.config, options)
-        jobs = [
-            planner.job(replace(each, sample_id=f"{each.sample_id}_{repeat}"))
+        questions = [
+            replace(each, sample_id=f"{each.sample_id}_{repeat}")
             for repeat in range(repeats)
             for each in read_questions(EXAMPLES / "questions.jsonl").questions
         ]
-        size = options.batch_size
-        self._batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        self.num_samples, self.num_tokens = len(jobs), 0
+        self._jobs = [job for each in questions for _, job in planner.jobs(each)]
+        self._batches = list(batches(self._jobs, options.batch_size))
+        self._model, self._tokenizer, self._options = model, tokenizer, options
+        self.num_samples, self.num_tokens = len(self._jobs), 0
+
+    def bare(self, _folder: Path) -> dict[str, float]:
+        """What a script with transformers alone does: generate, one forward pass, copy all."""
+        started, size = time.perf_counter(), self._options.batch_size
+        pad, generation = self._tokenizer.eos_token_id, self._options.generation
+        self.bare_tokens = 0
+        for start in range(0, len(self._jobs), size):
+            inputs = padded(
+                [each.prompt for each in self._jobs[start : start + size]], pad, self._model.device
+            )
+            inputs.pop("position_ids", None)
+            with torch.inference_mode():
+                ids = self._model.generate(
+                    **inputs,
+                    max_new_tokens=generation.max_new_tokens,
+                    num_beams=generation.num_beams,
+                    do_sample=False,
+                    pad_token_id=pad,
+                )
+                mask = (ids != pad).long()
+                mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+                output = self._model(
+                    ids, attention_mask=mask, output_hidden_states=True, output_attentions=True
+                )
+            arrays = [*output.hidden_states, *output.attentions]
+            _ = [each.half().cpu().numpy() for each in arrays]
+            self.bare_tokens += int(mask.sum())
+        return {"seconds": time.perf_counter() - started}
 
     def compute(self, _folder: Path) -> dict[str, float]:
         """Throw the records away."""
@@ -145,7 +177,12 @@ def main() -> None:
     )
     bench = Bench(model, load_tokenizer(str(TINY)), options, arguments.repeats)
     bench.compute(Path())  # warms caches and thread pools
-    ways = {"compute": bench.compute, "stored": bench.stored, "in turn": bench.in_turn}
+    ways = {
+        "bare": bench.bare,
+        "compute": bench.compute,
+        "stored": bench.stored,
+        "in turn": bench.in_turn,
+    }
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(arguments.rounds):
         found = {}
@@ -153,21 +190,22 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
                 found[name] = way(Path(folder))
         rounds.append(found)
+    num_tokens = dict.fromkeys(ways, bench.num_tokens) | {"bare": bench.bare_tokens}
     threads = torch.get_num_threads()
     print(f"{bench.num_samples} samples, {bench.num_tokens} tokens, torch on {threads} threads\n")
     print("| way | seconds | tokens/s | added, % | start, s | close, s |")
     print("|---|---|---|---|---|---|")
     for name in ways:
-        print(row(name, rounds, bench.num_tokens))
+        print(row(name, rounds, num_tokens))
 
 
-def row(name: str, rounds: list[dict[str, dict[str, float]]], num_tokens: int) -> str:
+def row(name: str, rounds: list[dict[str, dict[str, float]]], num_tokens: dict[str, int]) -> str:
     found = [each[name] for each in rounds]
     added = [100 * (each[name]["seconds"] / each["compute"]["seconds"] - 1) for each in rounds]
     cells = [
         name,
         cell([each["seconds"] for each in found], ".2f"),
-        cell([num_tokens / each["seconds"] for each in found], ".0f"),
+        cell([num_tokens[name] / each["seconds"] for each in found], ".0f"),
         cell(added, ".1f") if name != "compute" else "",
         *(
             cell([each[key] for each in found], ".2f") if key in found[0] else ""

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from operator import index as as_index
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
@@ -35,6 +34,7 @@ from h5traces.format.archive import add_casts
 from h5traces.format.text import and_more, as_names
 from h5traces.lazy import needing
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
+from h5traces.storage.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -87,7 +87,7 @@ class Archive(ReadOnly, Sequence[Trace]):
             label_folder=label_folder,
             unrounded=unrounded,
         )
-        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        with ThreadPool(FILES_AT_A_TIME) as pool:
             # Several on servers at a time, since each waits for one.
             waits = sum(isinstance(path, RemotePath) for path in paths) > 1
             opened = (pool.map if waits else map)(open_file, paths)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.stored_trace import begin
 from h5traces.storage.plans import NothingRead
+from h5traces.storage.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -60,7 +60,7 @@ def fetch(wanted: Iterable[LayerSequence], until_closed: contextlib.ExitStack) -
             samples.setdefault(file, []).append(sequence._trace.index)
     if not ranges:
         return
-    with ThreadPoolExecutor(min(FILES_AT_A_TIME, len(ranges))) as pool:
+    with ThreadPool(min(FILES_AT_A_TIME, len(ranges))) as pool:
         fetching = [
             pool.submit(until_closed.enter_context, file.prefetched(parts, samples[file]))
             for file, parts in ranges.items()

@@ -268,6 +268,15 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    attentions: Annotated[
+        Literal["full", "qk", "none"] | None,
+        option(
+            KEEP,
+            "--attentions full|qk|none",
+            "Weights; or queries and keys, of which archives compute the weights when they are "
+            "read: smaller from some hundred tokens on; or nothing [default: as `--kinds` says].",
+        ),
+    ] = None,
     top_logits: Annotated[
         int | None,
         option(
@@ -332,6 +341,7 @@ def extract(
     options = ExtractOptions(
         layers=layers,
         kinds=_kinds(kinds),
+        attentions=attentions,
         top_logits=top_logits,
         embedding=embedding,
         last_state=last_state,

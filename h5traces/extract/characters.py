@@ -39,9 +39,10 @@ def char_offsets(tokenizer: Any, job: Job, answer: Sequence[int]) -> NDArray[np.
         tokens that share a character both have it.
     """
     prompt, text = sample_text(tokenizer, job, answer)
-    whole = _encoded(tokenizer, job, prompt + text, (*job.prompt, *answer))
-    if job.given_text is not None and whole is not None:
-        return whole
+    if job.given_text is not None:
+        whole = _encoded(tokenizer, job, prompt + text, (*job.prompt, *answer))
+        if whole is not None:
+            return whole
     of_prompt = _encoded(tokenizer, job, prompt, job.prompt)
     if of_prompt is None:
         of_prompt = decoded_offsets(tokenizer, job.prompt, prompt)

@@ -13,7 +13,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, ExtractionError, TargetError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
-from h5traces.extract.generation import Job, Planner
+from h5traces.extract.generation import Job, Planner, batches
 from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
@@ -213,14 +213,16 @@ def _shared_plan(
         "shard_samples": place.shard_samples,
         "batch_size": options.batch_size,
     }
-    tokens = [job.num_tokens(options.generation.max_new_tokens) for job in jobs]
-    size = options.batch_size
+    longest = options.generation.max_new_tokens
+    costs = (
+        sum(job.num_tokens(longest) for job in batch) for batch in batches(jobs, options.batch_size)
+    )
     return RunPlan(
         command="extract",
         world_size=rank.size,
         first_task=rank.first,
         options=plain_options(chosen),
-        costs=tuple(sum(tokens[start : start + size]) for start in range(0, len(jobs), size)),
+        costs=tuple(costs),
     )
 
 

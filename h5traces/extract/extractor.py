@@ -209,7 +209,7 @@ class Extractor:
         if model.training:
             message = f"{anatomy.model_class} is in training mode; call model.eval() first"
             raise ExtractionError(message)
-        anatomy = with_kinds(anatomy, options.kinds, layers)
+        anatomy = with_kinds(anatomy, options.kinds, layers, needs_rules=options.attentions == "qk")
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
         self._difference = check_capture(model, anatomy, options.kinds)
         self._batch_difference = (
@@ -228,6 +228,7 @@ class Extractor:
                 last_state=options.last_state,
                 dtype=dtype,
                 top_logits=options.top_logits,
+                needs_rules=options.attentions == "qk",
             ),
         )
 

@@ -74,6 +74,24 @@ class Job:
         return len(kept_tokens(options.tokens, len(self.prompt), length))
 
 
+# Batches that are sorted together, so that an archive follows its data set but for a few samples.
+_SORTED_BATCHES: Final = 64
+
+
+def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Jobs that are computed together; neighbours have prompts of similar length, longest first.
+
+    The same jobs make the same batches.
+    """
+    window = size * _SORTED_BATCHES
+    for start in range(0, len(jobs), window):
+        part = list(jobs[start : start + window])
+        if size > 1:
+            part.sort(key=lambda each: each.num_tokens(0), reverse=True)
+        for first in range(0, len(part), size):
+            yield part[first : first + size]
+
+
 class UnfitAnswerError(ExtractionError):
     """A given answer cannot follow its prompt."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import torch
 
 from h5traces.errors import ExtractionError, NanError
+from h5traces.extract.generation import batches
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
 from h5traces.ranks.plan import RANKS
@@ -293,7 +294,8 @@ class WriterThread:
 class Run:
     """One start of a run; `progress` and `should_stop` are as for `extract_dataset`.
 
-    `settled` is called for every sample that is durable or left out.
+    `settled` is called for every sample that is durable or left out; `cut` are its batches, where
+    they were cut from more jobs than these.
 
     `jobs` are all samples of the run. Batches are cut from this list, whatever is done already, so
     that a sample has the same neighbours in every start. The writer is closed at the end, or
@@ -312,7 +314,9 @@ class Run:
         progress: Callable[[RunProgress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
         settled: Callable[[Job, Skipped | None], None] | None = None,
+        cut: Sequence[Sequence[Job]] = (),
     ) -> None:
+        self._cut = cut
         self._settled = settled
         self._by_key = {job.key: job for job in jobs}
         self._extractor, self._writer, self._jobs = extractor, writer, jobs
@@ -372,9 +376,7 @@ class Run:
 
     def _batches(self) -> Iterator[Sequence[Job]]:
         """Batches with a sample that is not done."""
-        size = self._options.batch_size
-        for start in range(0, len(self._jobs), size):
-            batch = self._jobs[start : start + size]
+        for batch in self._cut or batches(self._jobs, self._options.batch_size):
             if any(each.key not in self.done for each in batch):
                 yield batch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from h5traces.extract.generation import batches
 from h5traces.extract.running import Run
 from h5traces.storage.publish import make_folder
 from h5traces.writing.process_writer import ProcessWriter
@@ -31,15 +32,18 @@ class SharedExtraction:
 
     def __init__(self, rank_run: RankRun, jobs: Sequence[Job], batch_size: int) -> None:
         self._run, self._size, self._total = rank_run, batch_size, len(jobs)
-        batches = {n: jobs[n * batch_size : (n + 1) * batch_size] for n in rank_run.share}
-        self._jobs = [job for batch in batches.values() for job in batch]
+        # In the order in which a run without ranks writes them.
+        jobs = [job for batch in batches(jobs, batch_size) for job in batch]
+        shares = {n: jobs[n * batch_size : (n + 1) * batch_size] for n in rank_run.share}
+        self._jobs = [job for batch in shares.values() for job in batch]
         self._numbers = {
             job.key: n * batch_size + place
-            for n, batch in batches.items()
+            for n, batch in shares.items()
             for place, job in enumerate(batch)
         }
-        self._left = {n: {job.key for job in batch} for n, batch in batches.items()}
-        self._num_stored = dict.fromkeys(batches, 0)
+        self._left = {n: {job.key for job in batch} for n, batch in shares.items()}
+        self._num_stored = dict.fromkeys(shares, 0)
+        self._batches = list(shares.values())
         self._lock = threading.Lock()
 
     def run(
@@ -68,6 +72,7 @@ class SharedExtraction:
             progress=callbacks[0],
             should_stop=callbacks[1],
             settled=self._settled,
+            cut=self._batches,
         )
         for key in run.done:
             self._settle(key, is_stored=True, status="skipped")

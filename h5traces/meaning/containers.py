@@ -252,6 +252,7 @@ def _stacked(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) -> 
     counted = [each for each in fitting if shape[each.index(LAYER)] in lengths.usual]
     fitting = counted if kind == layout.HIDDEN_STATES and counted else fitting
     order = _one_order(kind, fitting, shape, known)
+    _check_layers(kind, order, shape, lengths, known)
     layers = split(view(value, order, (LAYER, *axes), f"field {kind!r}"))
     if not layers:
         message = f"field {kind!r}: shape {shape} has no layers; leave the field out"
@@ -336,6 +337,27 @@ def _one_order(
         )
         raise ConversionError(message)
     return next(iter(reversed(meanings.values())))
+
+
+def _check_layers(
+    kind: str,
+    order: tuple[str, ...],
+    shape: tuple[int, ...],
+    lengths: Lengths,
+    known: dict[str, Any],
+) -> None:
+    """Reject one vector per layer that may be one per token, as nothing says how many layers."""
+    if _without_batch(order) != [LAYER, "hidden"] or lengths.blocks is not None:
+        return
+    num_layers = shape[order.index(LAYER)]
+    positions = lengths.positions or lengths.tokens
+    are_tokens = positions is None or num_layers in (positions, positions - 1)
+    if are_tokens and kind not in known and num_layers not in lengths.usual:
+        message = (
+            f"field {kind!r}: shape {shape} fits (layer, hidden) and (token, hidden); make it a "
+            "list with one array per layer, or name its axes in a mapping"
+        )
+        raise ConversionError(message)
 
 
 # --- generation steps -----------------------------------------------------------------------------

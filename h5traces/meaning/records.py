@@ -138,7 +138,9 @@ def _check_keys(item: dict[Any, Any]) -> None:
     if all(kind not in item or item[kind] is None for kind in layout.KINDS):
         message = (
             f"fields 'hidden_states' and 'attentions' are missing; found "
-            f"{', '.join(item) or 'no fields'}; expected the dict of a trace"
+            f"{', '.join(item) or 'no fields'}; expected the dict of a trace, or a mapping that "
+            "says which name holds which field: 'h5traces inspect' of the file prints one to begin "
+            "with"
         )
         raise ConversionError(message)
 
@@ -361,7 +363,7 @@ def _typed(value: Any, place: str) -> tuple[TypedArray, Container | None]:
     if not isinstance(value, np.ndarray):
         message = (
             f"{place}: found {type(value).__name__}, expected a numpy array, a torch tensor, or "
-            "a list of them (generation steps)"
+            "a list of them (generation steps); save lists of numbers as numpy.asarray(...)"
         )
         raise ConversionError(message)
     try:

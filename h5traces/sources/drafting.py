@@ -144,7 +144,8 @@ def _text(found: dict[str, list[tuple[str, NamedArray]]]) -> str:
             ]
         elif kind == layout.HIDDEN_STATES:
             tables = [f"[fields.{kind}]", 'name = "?"', 'axes = "layer token hidden"', ""]
-    batch = next((each for each in tables if each.startswith('axes = "batch')), None)
+    rows = _rows_of_layers(found, tables)
+    batch = next((each for each in tables if each.startswith('axes = "batch')), rows)
     others = [
         f"{field} = {_other(name, found, field, is_batch=batch is not None)}"
         for field, words in _OTHERS.items()
@@ -152,6 +153,22 @@ def _text(found: dict[str, list[tuple[str, NamedArray]]]) -> str:
         if name is not None
     ]
     return "\n".join([*lines, *(["[fields]", *others, ""] if others else []), *tables])
+
+
+def _rows_of_layers(
+    found: dict[str, list[tuple[str, NamedArray]]], tables: list[str]
+) -> str | None:
+    """Says that rows of layers are samples, in `tables`, where a label has a value for each."""
+    axes = 'axes = "token hidden"'
+    if axes not in tables:
+        return None
+    place = tables.index(axes)
+    states = found[tables[place - 1].removeprefix('name = "').removesuffix('"')][0][1]
+    labels = (each[0][1].shape for name, each in found.items() if _OTHERS[layout.LABEL].match(name))
+    if (states.shape[0],) not in labels:
+        return None
+    tables[place] = 'axes = "batch hidden"  # as labels has a value per row; or "token hidden"'
+    return tables[place]
 
 
 def _other(name: str, found: dict[str, Any], field: str, *, is_batch: bool) -> str:

@@ -93,8 +93,6 @@ class Naming:
         for key in _SINGLE:
             if key in item and not isinstance(item[key], str):
                 item[key] = _single(item[key])
-        for kind in layout.KINDS:
-            self._check_axes(kind, item)
         self._check_rows(item)
         decoded = item.get(layout.TOKENS_DECODED)
         if isinstance(decoded, np.ndarray) and decoded.dtype.kind == "U":
@@ -112,17 +110,6 @@ class Naming:
             "'model.layers.3', or a mapping that says which name holds which field"
         )
         raise ConversionError(message)
-
-    def _check_axes(self, kind: str, item: Arrays) -> None:
-        """Reject what looks like one array of all layers, and need not be one."""
-        value = item.get(kind)
-        axes = layout.KINDS[kind].axes
-        if isinstance(value, (np.ndarray, TorchValue)) and len(_shape(value)) <= len(axes):
-            message = (
-                f"{self.path}: {kind!r} of shape {_shape(value)} has no axis for layers, or none "
-                f"for {axes[0]}s; name its axes in a mapping"
-            )
-            raise ConversionError(message)
 
     def _check_rows(self, item: Arrays) -> None:
         """Reject one array per layer whose rows may be samples, as each has a label."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from h5traces.sources.arrays import Group
 
 _IDS: Final = ("id", "qid", "uid", "example_id", "sample_id")
+_NEUROX: Final = {"linex_index", "features"}
 _MAX_STATE_NBYTES: Final = 1 << 20
 _MAX_JSON_NBYTES: Final = 32 << 20
 
@@ -71,6 +72,12 @@ class TableSource(NamedArraysSource):
 
     def __next__(self) -> dict[Any, Any]:
         group = next(self._rows)
+        if group.keys() == _NEUROX:
+            message = (
+                f"{self.path}: is the JSON of NeuroX, one object per sentence and word; extract "
+                "with output_type='hdf5', and use the mapping neurox-hdf5 of the examples"
+            )
+            raise ConversionError(message)
         arrays = {name: each.read() for name, each in group.items()}
         if layout.QUESTION_ID not in arrays:
             name = next((each for each in _IDS if each in arrays), None)

@@ -8,7 +8,7 @@ which words the errors.
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.storage.files import LocalFile
 from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, Restoring, run_plan
+from h5traces.storage.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -317,6 +318,6 @@ def _submit(
 
 
 @cache
-def _pool(workers: int, _process: int) -> ThreadPoolExecutor:
+def _pool(workers: int, _process: int) -> ThreadPool:
     """Threads that stay, since starting them takes as long as reading a small sample."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="h5traces-read")
+    return ThreadPool(workers, thread_name_prefix="h5traces-read")

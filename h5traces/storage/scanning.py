@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Final
@@ -13,9 +12,11 @@ import xxhash
 
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.limits import Scratch
+from h5traces.storage.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
@@ -96,7 +97,7 @@ def scan(
         if progress is not None:
             progress(stop, end)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPool(workers) as pool:
         while task := list(islice(spans, _SPANS_PER_TASK)):
             waiting.append((task[-1].stop, pool.submit(check, task)))
             if len(waiting) > _TASKS_WAITING:

@@ -12,7 +12,7 @@ import math
 import os
 import uuid
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -39,6 +39,7 @@ from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import PartFile
 from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.threads import ThreadPool
 from h5traces.writing.options import WriteOptions, WriteSummary
 from h5traces.writing.preparation import (
     Observation,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from h5traces.format.precision import CalibrationRecord
     from h5traces.format.record import LayerArray, TraceMetadata
     from h5traces.meaning.checks import Finding
+    from h5traces.storage.hdf5.types import StoredValue
     from h5traces.writing.stored_samples import StoredSample
 
 
@@ -116,7 +118,7 @@ class ArchiveWriter:
             **metadata,
         )
         self._workers = self._options.workers or os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="h5traces-encode")
+        self._pool = ThreadPool(self._workers, thread_name_prefix="h5traces-encode")
         with contextlib.ExitStack() as undo:
             # A signal here would leave a file that no caller could discard.
             with deferred_signals():
@@ -455,8 +457,11 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[tuple[list[LayerArray], 
 def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:
     """Write a dataset below `parent`; its entry has the path of `prepared`."""
     encoded = prepared.encoded
-    kind, _, name = prepared.path.partition("/")
-    is_image = kind in layout.KINDS and layout.KINDS[kind].image and name not in layout.TABLES
+    shown: dict[str, StoredValue] = {}
+    if layout.is_picture(prepared.path):
+        shown |= layout.IMAGE_ATTRS
+        if prepared.white is not None:
+            shown[layout.IMAGE_RANGE] = (0.0, prepared.white)
     offsets, sizes = hdf5.write_dataset(
         f"{parent}/{prepared.path}",
         dtype=prepared.dtype,
@@ -464,7 +469,7 @@ def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectE
         chunk=encoded.chunk,
         codec=encoded.codec,
         chunks=encoded.chunks,
-        attrs={**(layout.IMAGE_ATTRS if is_image else {}), **prepared.attrs},
+        attrs={**shown, **prepared.attrs},
     )
     return ObjectEntry(
         prepared.path,

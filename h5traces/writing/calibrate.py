@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from h5traces.sources.opening import facts_in_name, is_read_as_archive, open_sou
 from h5traces.sources.runs import readings_of
 from h5traces.storage.hdf5.writing import Hdf5Writer
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
+from h5traces.storage.threads import ThreadPool
 from h5traces.writing.archive_writer import write_scales
 from h5traces.writing.options import DEFAULT_SAMPLES
 
@@ -169,7 +169,7 @@ class Measurement:
         self._layers = layers if layers is None or isinstance(layers, str) else as_numbers(layers)
         self._accumulators: dict[str, ChannelAccumulator] = {}
         # Each thread holds copies of a layer.
-        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self._pool = ThreadPool(os.cpu_count())
         self.num_samples = 0
         self.sources: list[str] = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from h5traces.storage.files import LocalFile
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts, sync_folder
+from h5traces.storage.threads import ThreadPool
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.preparation import Observation
 
@@ -76,7 +76,7 @@ def verify_written(
     num_datasets = 0
     workers = workers or os.cpu_count() or 1
     stock = Hdf5Reader(path, DEFAULT_LIMITS, locked_by_us=True)
-    with stock, ThreadPoolExecutor(workers) as pool:
+    with stock, ThreadPool(workers) as pool:
         for index, expected in enumerate(digests):
             stored = store.sample(index)
             # Each entry is made once.

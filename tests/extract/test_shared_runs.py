@@ -105,7 +105,14 @@ def test_a_finished_run_is_not_done_again(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_a_rank_with_a_code_of_its_own(tmp_path, number):
     command = [str(Path(sys.executable).with_name("h5traces")), "extract"]
-    command += ["--model-id", str(TINY_LLAMA), "--dataset", str(QUESTIONS), "--max-new-tokens", "4"]
+    command += [
+        "--model-id",
+        str(TINY_LLAMA),
+        "--dataset",
+        str(QUESTIONS),
+        "--max-new-tokens",
+        "90",
+    ]
     command += ["-o", f"{tmp_path}/out/", "--rank", "0", "--world-size", "1", "--json"]
     process = start_process(command)
     spool = tmp_path / "out.spool"

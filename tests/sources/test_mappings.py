@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 import h5traces
 from h5traces.errors import ConversionError
+from h5traces.sources.drafting import drafted
 from h5traces.storage.hdf5.others import OtherHdf5
 
 if TYPE_CHECKING:
@@ -157,6 +158,20 @@ def test_blocks_of_compressed_hdf5_are_held_within_a_limit(
             held.append(sum(each._block[2] is not None for each in other.datasets.values()))
     other.close()
     assert max(held) == min(max(limit // values[0].nbytes, 1), 6)
+
+
+def test_a_draft_takes_rows_with_a_label_each_for_samples(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    with h5py.File(path, "w") as file:
+        for layer in range(3):
+            file[f"activations/layer_{layer}"] = np.ones((5, 8), np.float32)
+        file["labels"] = np.arange(5)
+    draft = drafted(path)
+    assert draft is not None
+    assert 'label = { name = "labels", axes = "batch" }' in draft.text
+    assert 'axes = "batch hidden"  # as labels has a value per row' in draft.text
+    items = converted(path, mapping(tmp_path / "m.toml", draft.text))
+    assert [each["label"] for each in items] == list(range(5))
 
 
 def test_what_no_field_names_is_not_passed_over(tmp_path: Path) -> None:

@@ -131,6 +131,52 @@ def test_lists_in_cells_of_a_frame_are_arrays(tmp_path: Path, shape: tuple[int, 
     assert [row["ragged"] for row in rows] == [[[1], [2, 3]], [[4], []]]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "pickle"])
+def test_one_vector_per_row_may_be_a_token_or_a_layer(tmp_path: Path, kind: str) -> None:
+    """The same rule for every table; tokens of another length decide, and a mapping."""
+    values = [np.arange(32, dtype=np.float32).reshape(4, 8) + each for each in (0, 1)]
+    frame = pd.DataFrame({"hidden_states": [each.tolist() for each in values]})
+    path = tmp_path / "a"
+    for num_tokens in (None, 4, 5):
+        if num_tokens is not None:
+            frame["tokens"] = [list(range(num_tokens))] * 2
+        getattr(frame, f"to_{kind}")(path)
+        with pytest.raises(ConversionError, match=r"fits \(layer, hidden\) and \(token, hidden\)"):
+            h5traces.inspect(path)
+    (tmp_path / "m.toml").write_text(
+        'fields.hidden_states = { name = "hidden_states", axes = "token hidden" }'
+    )
+    reading = h5traces.ReadingOptions(mapping=tmp_path / "m.toml", first_state="block")
+    assert h5traces.convert(path, tmp_path / "m.h5", reading=reading).ok
+    for trace, wanted in zip(h5traces.open(tmp_path / "m.h5"), values, strict=True):
+        np.testing.assert_array_equal(trace["hidden_states"][0], wanted)
+    frame["tokens"] = [list(range(9))] * 2
+    getattr(frame, f"to_{kind}")(path)
+    assert h5traces.convert(path, tmp_path / "o.h5").ok
+    for trace, wanted in zip(h5traces.open(tmp_path / "o.h5"), values, strict=True):
+        np.testing.assert_array_equal(np.concatenate(list(trace["hidden_states"])), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("series", pickle.dumps(pd.Series([np.ones(2)])), r"series\.to_frame\('hidden_states'\)"),
+        ("neurox", b'{"linex_index": 0, "features": []}\n', "JSON of NeuroX.*neurox-hdf5"),
+        (
+            "lists",
+            pickle.dumps([{"hidden_states": [[[1.0, 2.0]], [[3.0, 4.0]]]}]),
+            r"found list, expected a numpy array.*save lists of numbers as numpy\.asarray",
+        ),
+        ("names", pickle.dumps([{"acts": np.ones((2, 3, 4))}]), "found acts.*h5traces inspect"),
+        ("dict", pickle.dumps({"acts": np.ones((2, 3, 4)), "x": 1}), "mapping.*h5traces inspect"),
+    ],
+)
+def test_a_message_says_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConversionError, match=message):
+        h5traces.inspect(tmp_path / name)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "feather", "jsonl"])
 def test_nan_that_pandas_writes_as_null_is_nan(tmp_path: Path, kind: str) -> None:
     values = np.arange(24, dtype=np.float32).reshape(3, 2, 4) / 4

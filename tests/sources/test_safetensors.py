@@ -195,7 +195,7 @@ def test_samples_by_prefix(tmp_path: Path) -> None:
     ("tensors", "message"),
     [
         ({"x": torch.zeros(3, 4), "y": torch.zeros(2)}, r"holds x \(3, 4\), y \(2,\).* mapping"),
-        ({"hidden_states": torch.zeros(3, 4)}, "has no axis for layers"),
+        ({"hidden_states": torch.zeros(3, 4)}, r"fits \(layer, hidden\) and \(token, hidden\)"),
         ({f"hidden_states_{i}": torch.zeros(3, 4) for i in (1, 2)}, "some are missing"),
         (
             {"layer_0": torch.zeros(3, 4), "blocks.0.output": torch.zeros(3, 4)},
@@ -209,7 +209,7 @@ def test_what_is_ambiguous_names_the_mapping(
     path = tmp_path / "a.safetensors"
     save_file(tensors, path)
     with pytest.raises(ConversionError, match=message):
-        h5traces.load(path)
+        h5traces.inspect(path)
 
 
 # --- files that contradict themselves -------------------------------------------------------------

@@ -244,7 +244,10 @@ def _wrapper(entries: dict[Any, Entry]) -> Understood:
     if TRACES_KEY in entries and not holders and _is_list(entries[TRACES_KEY]):
         return _pairs(entries)
     if not holders:
-        contradict(f"found a dict with the keys {_names(entries)}; {EXPECTED}")
+        contradict(
+            f"found a dict with the keys {_names(entries)}; {EXPECTED}; or say in a mapping which "
+            "name holds which field: 'h5traces inspect' of the file prints one to begin with"
+        )
     if len(holders) > 1:
         contradict(
             f"the dict holds samples in each of {_names(holders)}; save each to a file of its own"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 
@@ -195,8 +195,16 @@ def _finish_frame(meter: Meter, state: Any) -> list[dict[Any, Any]]:
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
+def _series(_meter: Meter, _args: tuple[Any, ...]) -> NoReturn:
+    reject(
+        "a Series of pandas is one column without rows of samples; save "
+        "series.to_frame('hidden_states'), or series.tolist()"
+    )
+
+
 _SHIMS: Final[dict[tuple[str, ...], Any]] = {
     ("DataFrame", "pandas", "pandas.core.frame"): _frame,
+    ("Series", "pandas", "pandas.core.series"): _series,
     ("BlockManager", "pandas.core.internals.managers"): _manager,
     ("_unpickle_block", "pandas._libs.internals"): _block,
     ("_new_Index", "pandas.core.indexes.base"): _index,

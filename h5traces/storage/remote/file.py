@@ -7,7 +7,6 @@ import errno
 import os
 import stat
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -21,6 +20,7 @@ from h5traces.errors import (
 )
 from h5traces.storage.files import read_document
 from h5traces.storage.remote.paths import Blocks, ByteRange, coalesce, persistently
+from h5traces.storage.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -162,7 +162,7 @@ class RemoteFile:
         if len(joined) == 1:
             data = [self._get(joined[0])]
         else:
-            with ThreadPoolExecutor(min(options.max_parallel, len(joined))) as pool:
+            with ThreadPool(min(options.max_parallel, len(joined))) as pool:
                 data = list(pool.map(self._get, joined))
         blocks = Blocks([(each.offset, part) for each, part in zip(joined, data, strict=True)])
         pieces = {each: blocks.find(each) for each in ranges}

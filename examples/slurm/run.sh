@@ -1,0 +1,22 @@
+#!/bin/bash
+# examples/slurm/run.sh traces/ archives/: from a pilot to the finished catalogue.
+set -euo pipefail
+here="$(dirname "$0")"
+h5traces="${H5TRACES:-h5traces}"
+
+# 1. A pilot: one batch, to see that the layout is understood, and what all will take.
+first="$(find "$1" -name '*.pkl*' | sort | head -n 1)"
+"$h5traces" convert "$first" -o "${2%/}.pilot.h5" --skip-existing
+"$h5traces" inspect "${2%/}.pilot.h5"
+
+# 2. All of it; returns when the array has ended.
+sbatch --wait "$here/convert.sh" "$1" "$2" || true
+
+# 3. Ranks that are missing or failed, once more.
+missing="$("$h5traces" status "$2" --missing)" || true
+if [ -n "$missing" ]; then sbatch --wait --array="$missing" "$here/convert.sh" "$1" "$2"; fi
+"$h5traces" status "$2"
+
+# 4. One catalogue, which opens as one archive.
+"$h5traces" verify "$2"
+"$h5traces" index "$2"
