@@ -158,6 +158,12 @@ class SampleExtraction(Document):
     ]
     seed: Annotated[Count, Field(description="Of the random numbers that chose its tokens.")]
     row: Annotated[Count, Field(description="Row of the data set, from 0.")]
+    num_together: Annotated[
+        int | None, Field(ge=1, description="Samples that were computed in one batch with it.")
+    ] = None
+    num_padding: Annotated[
+        Count | None, Field(description="Masked tokens before it in the forward pass.")
+    ] = None
 
 
 def check_ascending(layers: tuple[int, ...], field: str) -> None:
