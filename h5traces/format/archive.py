@@ -52,6 +52,10 @@ def _with_lists(value: Any) -> Any:
 _Json = Annotated[dict[str, Any], BeforeValidator(_with_lists)]
 
 
+# Fields of `ExtractionMetadata` that a run measures, and that say nothing of its options.
+MEASURED: Final = {"difference", "batch_difference", "threads"}
+
+
 class ExtractionMetadata(Document):
     """How the samples of an archive were extracted, for everyone who must do it again."""
 
@@ -124,11 +128,10 @@ class ExtractionMetadata(Document):
         """What two runs did differently, one text per field; what they measured does not count."""
         if other is None:
             return ["extraction (was not recorded)"]
-        measured = {"difference", "batch_difference", "threads"}
         return _changed(
             "",
-            self.model_dump(mode="json", exclude=measured),
-            other.model_dump(mode="json", exclude=measured),
+            self.model_dump(mode="json", exclude=MEASURED),
+            other.model_dump(mode="json", exclude=MEASURED),
         )
 
 
