@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.meaning.options import ReadingOptions
     from h5traces.paths import Target
+    from h5traces.rewriting.uploads import ExistingUploads
+    from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.options import Compare, WriteOptions
 
 # Of each end of a source, what its digest covers.
@@ -155,7 +157,7 @@ class Comparison:
     differs: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
-    def message(self, target: Path) -> str:
+    def message(self, target: Path | RemotePath) -> str:
         """Why the archives cannot be kept, and what to do."""
         return (
             f"{target} exists, but is not what this command would write: "
@@ -167,7 +169,7 @@ class Comparison:
         return f"kept, although its writer did not record {and_more(self.unknown, 9)}"
 
 
-def compare_existing(target: Target, wanted: Wanted) -> Comparison:
+def compare_existing(target: Target | ExistingUploads, wanted: Wanted) -> Comparison:
     """Compare the archives of a target with what a conversion would write.
 
     Raises
@@ -193,7 +195,7 @@ def compare_existing(target: Target, wanted: Wanted) -> Comparison:
     return found
 
 
-def _metadata(path: Path) -> ArchiveMetadata:
+def _metadata(path: Path | RemotePath) -> ArchiveMetadata:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StoredStateWarning)
