@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from h5traces.sources.source import TraceSource
     from h5traces.writing.calibrate import calibrate
     from h5traces.writing.create import create
+    from h5traces.writing.finish import finish
     from h5traces.writing.options import PrecisionOptions, TargetOptions
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "extract",
     "features",
     "fidelity",
+    "finish",
     "graph",
     "index",
     "inspect",
@@ -101,6 +103,7 @@ _HOMES = {
     "extract": "h5traces.extract",
     "features": "h5traces.features",
     "fidelity": "h5traces.fidelity",
+    "finish": "h5traces.writing.finish",
     "graph": "h5traces.graph",
     "index": "h5traces.rewriting.cataloguing",
     "inspect": "h5traces.checking.inspect",

@@ -38,6 +38,7 @@ from h5traces.format.archive import (
     SampleExtraction,
     SourceFile,
 )
+from h5traces.format.attention import MASKS, AttentionRule
 from h5traces.format.document import field_forms
 from h5traces.format.kinds import MODEL_KINDS, TOKEN_FIELDS
 from h5traces.format.limits import ReadLimits
@@ -283,6 +284,14 @@ def token_fields_table() -> str:
     )
 
 
+def masks_table() -> str:
+    """What queries see."""
+    return _table(
+        ("mask", "keys that query i sees"),
+        [(f"`{name}`", _markdown(meaning)) for name, meaning in MASKS.items()],
+    )
+
+
 def coverage_table() -> str:
     """The values of ``coverage``."""
     return _table(
@@ -329,6 +338,8 @@ def tables() -> dict[str, str]:
         "KindMetadata": model_table(KindMetadata),
         "Kinds": kinds_table(),
         "ModelKinds": model_kinds_table(),
+        "AttentionRule": model_table(AttentionRule),
+        "Masks": masks_table(),
         "TokenFields": token_fields_table(),
         "TraceMetadata": model_table(TraceMetadata),
         "SourceForm": model_table(SourceForm),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.archive.recomputing import attention_weights, check_shapes
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
@@ -23,11 +24,14 @@ from h5traces.errors import (
 )
 from h5traces.format import layout, text
 from h5traces.format.archive import KindMetadata
+from h5traces.format.attention import RULE_ATTRS, AttentionRule
 from h5traces.format.document import from_attributes
 from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.format.entries import INTEGER_TYPES
+from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.record import SourceForm, TraceMetadata
 from h5traces.format.values import TorchValue
+from h5traces.lazy import needing
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
     decode,
@@ -49,6 +53,9 @@ if TYPE_CHECKING:
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.precision.scales import ChannelScale
     from h5traces.storage.plans import Reading, Restoration
+
+# Numbers of heads or positions; None for all.
+Indices = Any
 
 NUM_CORES = os.cpu_count() or 1
 # Of larger samples, those who need one array at a time read it alone.
@@ -202,8 +209,10 @@ class StoredTrace:
         return self.file.prefetched(ranges, [self.sample.ordinal])
 
     @property
-    def default_kinds(self) -> tuple[str, str]:
-        """Hidden states, and attentions or what took their place."""
+    def default_kinds(self) -> tuple[str, ...]:
+        """Hidden states, and attentions or what took their place: no squares are computed."""
+        if self.recomputes(layout.ATTENTIONS):
+            return layout.HIDDEN_STATES, QUERIES, KEYS
         objects = self.sample.objects
         has_heads = layout.ATTENTIONS in objects or layout.ATTENTION_MEAN not in objects
         return layout.HIDDEN_STATES, layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
@@ -251,7 +260,12 @@ class StoredTrace:
         return form.model_copy(update=update)
 
     def stored_layers(self, kind: str) -> tuple[int, ...]:
-        """Numbers stored of a kind, selected or not, ascending: of layers, else of positions."""
+        """Numbers stored of a kind, selected or not, ascending: of layers, else of positions.
+
+        Of attention that is recomputed, the layers that have it.
+        """
+        if self.recomputes(kind):
+            return self.recomputed_layers
         return _stored_layers(kind, tuple(self.objects))
 
     def array_name(self, kind: str, number: int) -> str:
@@ -268,6 +282,12 @@ class StoredTrace:
     def listed_names(self, kind: str, chosen: tuple[int, ...] | None) -> list[str]:
         """Names of the chosen arrays in the order of the legacy list; None chooses all."""
         form = self.form(kind)
+        if self.recomputes(kind):
+            return [
+                layout.layer_name(each)
+                for each in self.recomputed_layers
+                if chosen is None or each in chosen
+            ]
         if not form.absent:
             names = _names_of(kind, tuple(self.objects), chosen)
             return [layout.EMBEDDING, *names] if form.lists_embedding else [*names]
@@ -280,9 +300,85 @@ class StoredTrace:
             if chosen is None or each in chosen
         ]
 
+    def rule(self, name: str) -> AttentionRule | None:
+        """How queries and keys of a layer make its attention; None where it is not stored.
+
+        CorruptArchiveError where it makes no sense.
+        """
+        path = f"{QUERIES}/{name}"
+        attrs = self.file.attrs(self.sample, path) if path in self.objects else {}
+        if "mask" not in attrs:
+            return None
+        try:
+            return _rule_of(tuple(each for each in attrs.items() if each[0] in RULE_ATTRS))
+        except SchemaError as error:
+            message = f"{self.place}/{path}: {error}"
+            raise CorruptArchiveError(message) from error
+
+    @cached_property
+    def recomputed_layers(self) -> tuple[int, ...]:
+        """Layers whose attention follows from queries and keys, and is not stored itself."""
+        if layout.ATTENTIONS in self.objects or QUERIES not in self.objects:
+            return ()
+        both = set(self.stored_layers(QUERIES)) & set(self.stored_layers(KEYS))
+        return tuple(n for n in sorted(both) if self.rule(self.array_name(QUERIES, n)) is not None)
+
+    def recomputes(self, kind: str) -> bool:
+        """Whether the arrays of a kind are computed when they are read."""
+        return kind == layout.ATTENTIONS and bool(self.recomputed_layers)
+
+    def attention(
+        self, name: str, *, heads: Indices = None, rows: Indices = None, device: Any = None
+    ) -> Any:
+        """Recomputed weights ``(heads, rows, S)`` of a layer in float32; a tensor on a device.
+
+        Of the chosen heads and query positions, all by default.
+        """
+        queries, keys, rule = self._attention_parts(name)
+        chosen = {
+            "heads": np.arange(len(queries)) if heads is None else np.asarray(heads, np.int64),
+            "rows": np.arange(queries.shape[1]) if rows is None else np.asarray(rows, np.int64),
+        }
+        if device is None:
+            return attention_weights(queries, keys, rule, **chosen)
+        with needing("device", "torch", extra="torch"):
+            from h5traces.archive import torch_values
+        return torch_values.attention_weights(queries, keys, rule, **chosen, device=device)
+
+    def attention_by_head(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """Recomputed weights ``(1, S, S)`` of a layer, head by head."""
+        queries, keys, rule = self._attention_parts(name)
+        rows = np.arange(queries.shape[1])
+        for head in range(len(queries)):
+            yield attention_weights(queries, keys, rule, heads=np.array([head]), rows=rows)
+
+    def _attention_parts(self, name: str) -> tuple[NDArray[Any], NDArray[Any], AttentionRule]:
+        """Queries, keys and rule of a layer that has one, as `recomputed_layers` says."""
+        rule = self.rule(name)
+        assert rule is not None
+        with self.read_ahead([f"{QUERIES}/{name}", f"{KEYS}/{name}"], 1):
+            queries, keys = (self._plain(f"{kind}/{name}") for kind in (QUERIES, KEYS))
+        check_shapes(queries.shape, keys.shape, rule, f"{self.place}/{QUERIES}/{name}")
+        return queries, keys, rule
+
+    def attention_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a layer's weights that are recomputed."""
+        heads, num_tokens, *_ = (*self.entry(f"{QUERIES}/{name}").shape, 0, 0)
+        return heads, num_tokens, num_tokens
+
+    def _plain(self, path: str) -> NDArray[Any]:
+        """An array as numpy has it."""
+        found = self.typed_layer(*path.split("/"))
+        if isinstance(found, list):
+            message = f"{self.place}/{path}: holds generation steps, expected one array"
+            raise CorruptArchiveError(message)
+        return found.to_numpy()
+
     def check_kind(self, kind: str) -> None:
         """Raise OptionError for a kind that is not stored, or as `check_heads`."""
         self.check_heads(kind)
+        if self.recomputes(kind):
+            return
         stored = self.file.store.kinds
         if kind not in stored:
             known = "not stored" if kind in layout.KINDS else "unknown"
@@ -309,7 +405,7 @@ class StoredTrace:
         """Raise HeadsNotStoredError for ``attentions`` of which only the mean is stored."""
         objects = self.sample.objects
         has_mean = kind == layout.ATTENTIONS and layout.ATTENTION_MEAN in objects
-        if has_mean and kind not in objects:
+        if has_mean and kind not in objects and not self.recomputes(kind):
             precision = self.file.metadata.precision
             kept = f" (tier {precision.tier})" if precision is not None else ""
             message = (
@@ -417,17 +513,21 @@ class StoredTrace:
             paths = [path for path in self.objects if path.partition("/")[0] not in self.kinds]
             kinds = (each for each in self.fields if each in self.kinds)
         for kind in kinds:
-            if kind in self.objects:
+            if kind in self.objects or self.recomputes(kind):
                 paths += self.layer_paths(kind, self.listed_names(kind, self.selected))
         return paths
 
     def layer_paths(self, kind: str, names: Iterable[str]) -> list[str]:
         """The datasets that reading the named arrays of a kind needs."""
+        if self.recomputes(kind):
+            return [f"{each}/{name}" for name in names for each in (QUERIES, KEYS)]
         paths = (f"{kind}/{name}" for name in (*names, *layout.TABLES))
         return [path for path in paths if path in self.objects]
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
         """The array of a kind by its dataset name, in its source's type; a list where in steps."""
+        if self.recomputes(kind):
+            return TypedArray(self.attention(name), "float32")
         return self._typed_layer(kind, name, *self.file.facts(self.sample, f"{kind}/{name}"))
 
     def _typed_layer(
@@ -456,6 +556,10 @@ class StoredTrace:
 
     def read_layer(self, kind: str, name: str, container: Container = "numpy") -> Any:
         """The array of a kind by its dataset name; a list of arrays where it holds steps."""
+        if self.recomputes(kind):
+            found = TypedArray(self.attention(name), "float32")
+            held = self.file.attrs(self.sample, f"{QUERIES}/{name}").get("container")
+            return fresh_array(found, container, held)
         dtype, attrs = self.file.facts(self.sample, f"{kind}/{name}")
         typed, held = self._typed_layer(kind, name, dtype, attrs), attrs.get("container")
         if not isinstance(typed, list):
@@ -503,6 +607,11 @@ def _names_of(kind: str, paths: tuple[str, ...], chosen: tuple[int, ...] | None)
             is_position = f"{kind}/{position}" in known
             names.append(position if is_position else layout.layer_name(number))
     return names
+
+
+@lru_cache(maxsize=256)
+def _rule_of(attrs: tuple[tuple[str, Any], ...]) -> AttentionRule:
+    return from_attributes(AttentionRule, dict(attrs))
 
 
 @lru_cache(maxsize=256)

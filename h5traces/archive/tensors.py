@@ -73,6 +73,13 @@ def fresh_array(array: TypedArray, container: Container, held: object) -> Any:
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
+def to_device(array: Any, device: str) -> Any:
+    """An array or a tensor as a tensor on a device; MissingDependencyError without torch."""
+    check_container(_TORCH)
+    tensor = array if hasattr(array, "to") else _torch_values().to_tensor(array, array.dtype.name)
+    return tensor.to(device)
+
+
 def in_container(value: Any, container: Container) -> Any:
     """`value` with the arrays and tensors inside it in their container, at any depth.
 

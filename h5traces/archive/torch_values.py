@@ -12,6 +12,12 @@ from h5traces.errors import ConversionError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from h5traces.format.attention import AttentionRule
+
+# Of attention that is computed at a time.
+_BLOCK_ROWS: Final = 256
+_GPU_HEADS: Final = 8
+
 # Types that numpy has not: an integer of the same width, in torch and in numpy.
 _AS_BITS: Final = {
     torch.bfloat16: (torch.int16, np.uint16),
@@ -70,3 +76,56 @@ def _other_kind(tensor: torch.Tensor) -> str | None:
     if tensor.is_meta:
         return "a tensor on the device 'meta' has no values; load the model's weights first"
     return None
+
+
+def attention_weights(
+    queries: NDArray[Any],
+    keys: NDArray[Any],
+    rule: AttentionRule,
+    *,
+    heads: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """As `h5traces.archive.recomputing.attention_weights`, on a device."""
+    asked = torch.from_numpy(queries.astype(np.float32, copy=False)).to(device)
+    known = torch.from_numpy(keys.astype(np.float32, copy=False)).to(device)
+    found = torch.zeros((len(heads), len(rows), keys.shape[1]), device=device)
+    # Caches hold one head's rows on a CPU; a GPU wants many heads at a time.
+    at_a_time = 1 if found.device.type == "cpu" else _GPU_HEADS
+    for start in range(0, len(heads), at_a_time):
+        some = torch.from_numpy(heads[start : start + at_a_time]).to(device)
+        groups = some * len(keys) // len(queries)
+        sinks = None
+        if rule.sinks is not None:
+            sinks = torch.tensor(rule.sinks, device=device)[some][:, None, None]
+        for row in range(0, len(rows), _BLOCK_ROWS):
+            part = rows[row : row + _BLOCK_ROWS]
+            first, end = (
+                torch.from_numpy(each).to(device) for each in rule.seen(part, len(keys[0]))
+            )
+            low, high = int(first.min()), int(end.max())
+            of_rows = asked[some][:, torch.from_numpy(part).to(device)] * rule.scale
+            scores = of_rows @ known[groups, low:high].mT
+            if rule.soft_cap is not None:
+                scores = (scores / rule.soft_cap).tanh_().mul_(rule.soft_cap)
+            _hide(scores, first - low, end - low)
+            out = found[start : start + at_a_time, row : row + _BLOCK_ROWS, low:high]
+            if sinks is None:
+                out.copy_(scores.softmax(-1))
+            else:
+                columns = sinks.expand(*scores.shape[:2], 1)
+                out.copy_(torch.cat([scores, columns], -1).softmax(-1)[..., :-1])
+    return found
+
+
+def _hide(scores: torch.Tensor, first: torch.Tensor, end: torch.Tensor) -> None:
+    """Take the scores of keys that a query does not see from ``(heads, rows, keys)``.
+
+    Only at the edges some queries see a key and others do not.
+    """
+    for start, stop in ((0, int(first.max())), (max(0, int(end.min())), scores.shape[-1])):
+        if start < stop:
+            columns = torch.arange(start, stop, device=scores.device)
+            hidden = (columns < first[:, None]) | (columns >= end[:, None])
+            scores[..., start:stop].masked_fill_(hidden, -torch.inf)

@@ -14,7 +14,7 @@ from h5traces.archive.notebook import described_layer, layers_page, trace_page
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import sliced
 from h5traces.archive.source_form import in_source_form
-from h5traces.archive.tensors import check_container, in_container
+from h5traces.archive.tensors import check_container, in_container, to_device
 from h5traces.arguments import as_position, checked, shown
 from h5traces.errors import CorruptArchiveError, FieldNotFoundError, LayerIndexError
 from h5traces.format import layout, text
@@ -79,6 +79,8 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     @property
     def sites(self) -> tuple[str | None, ...]:
         """Where in the model each position was taken: ``block_output`` or ``final_norm``."""
+        if self._trace.recomputes(self.kind):
+            return (None,) * len(self)
         attrs = (
             {} if name in self._absent else self._trace.attrs(f"{self.kind}/{name}")
             for name in self._names
@@ -163,6 +165,8 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
     def _described(self, name: str) -> tuple[object, ...]:
         if name in self._absent:
             return "", "None", ""
+        if self._trace.recomputes(self.kind):
+            return "recomputed", str(self._trace.attention_shape(name)), "float32"
         entry = self._trace.entry(f"{self.kind}/{name}")
         return described_layer(entry.attrs, entry.shape, entry.dtype)
 
@@ -276,6 +280,8 @@ class Trace(ReadOnly, Mapping[str, Any]):
 
     def _value(self, key: str, container: Container) -> Any:
         objects = self._stored.objects
+        if self._stored.recomputes(key):
+            return LayerSequence(self._stored, key, self._stored.selected, container)
         # A kind that was made of others, such as the head mean, is no key of the legacy dict.
         if key not in self.fields and not (key in self._stored.kinds and key in objects):
             self._stored.check_heads(key)
@@ -354,6 +360,63 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """
         self._stored.check_layer(layer, kind)
         return self._read_layer(kind, self._stored.array_name(kind, layer))
+
+    @checked
+    def attention(
+        self,
+        layer: int,
+        *,
+        heads: int | slice | Sequence[int] | None = None,
+        queries: int | slice | Sequence[int] | None = None,
+        keys: int | slice | Sequence[int] | None = None,
+        device: str | None = None,
+    ) -> LayerValue:
+        """A part of one layer's attention: some heads, rows and columns.
+
+        Where queries and keys are stored instead of weights, no more than these rows is computed,
+        in float32. Each of the three takes what indexes an axis of numpy; a number drops the axis.
+
+        Parameters
+        ----------
+        layer
+            The model's own 0-based layer number.
+        heads, queries, keys
+            What is wanted of each axis; all by default.
+        device
+            Where torch computes, such as ``cuda``; the result is a tensor there.
+
+        Returns
+        -------
+        numpy.ndarray or torch.Tensor
+            ``(heads, queries, keys)``.
+
+        Raises
+        ------
+        LayerIndexError
+            The trace does not store that layer, or there is no such head or position.
+        HeadsNotStoredError
+            It stores attentions averaged over heads only.
+        """
+        stored, kind = self._stored, layout.ATTENTIONS
+        stored.check_layer(layer, kind)
+        name = stored.array_name(kind, layer)
+        chosen = [slice(None) if each is None else each for each in (heads, queries, keys)]
+        whole = None if stored.recomputes(kind) else stored.read_layer(kind, name, self._container)
+        shape = stored.attention_shape(name) if whole is None else whole.shape
+        try:
+            places = [np.arange(size)[each] for size, each in zip(shape, chosen, strict=True)]
+        except (IndexError, TypeError) as error:
+            message = f"{stored.place}: attention {shape} of layer {layer}: {error}"
+            raise LayerIndexError(message) from error
+        of_heads, rows, columns = (np.atleast_1d(each) for each in places)
+        if whole is None:
+            part = stored.attention(name, heads=of_heads, rows=rows, device=device)
+        else:
+            part = whole[of_heads][:, rows]
+            part = part if device is None else to_device(part, device)
+        if keys is not None:
+            part = part[:, :, columns]
+        return part.reshape(tuple(n for each in places for n in each.shape))
 
     @checked
     def tokens_of(self, start: int, end: int, field: str = "generated_answer") -> NDArray[np.intp]:

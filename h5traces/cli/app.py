@@ -37,6 +37,7 @@ _PANELS: Final = {
         "converting": {
             "convert": "Convert legacy trace batches to archives.",
             "calibrate": "Measure the channels of hidden states, for lossy tiers.",
+            "finish": "Pack what stopped or killed runs left in their spools.",
         },
         "extracting": {
             "extract": "Run a model on questions and archive its traces.",

@@ -1,4 +1,4 @@
-"""``h5traces convert`` and ``calibrate``."""
+"""``h5traces convert``, ``calibrate`` and ``finish``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from h5traces.archive.opening import open as open_archive
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, EXIT_USAGE, command
 from h5traces.cli.console import (
@@ -32,13 +33,15 @@ from h5traces.cli.options import (
     PrecisionGroup,
     Ranks,
     Reading,
+    Verify,
+    Workers,
     option,
 )
 from h5traces.errors import ConversionError
 from h5traces.format.text import and_more, counted
 from h5traces.meaning.checks import CHECKS
 from h5traces.storage.codecs import tools_note
-from h5traces.writing.options import DEFAULT_SAMPLES
+from h5traces.writing.options import DEFAULT_SAMPLES, TargetOptions
 
 if TYPE_CHECKING:
     from h5traces.rewriting.reports import ConversionReport, Progress
@@ -208,3 +211,40 @@ def calibrate(
         )
     if report.num_not_finite:
         warn(f"{report.num_not_finite} tokens hold NaN or Inf and were left out")
+
+
+@command()
+def finish(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH…", help="Outputs of runs, or their spools.")
+    ],
+    *,
+    scales: Annotated[
+        str | None,
+        option(OUTPUT, "--scales FILE", "The scales that the run was given, if it was given some."),
+    ] = None,
+    verify: Verify = True,
+    workers: Workers = None,
+) -> None:
+    """Pack what stopped or killed runs left in their spools.
+
+    For runs that nobody will resume: of `extract`, of `h5traces.create`, or of a server. Every
+    acknowledged sample is in an archive afterwards, and the run is finished. A finished run stays
+    as it is.
+
+    - `h5traces finish traces/`
+    - `h5traces finish run.h5.spool`
+    """
+    from h5traces.writing.finish import finish as finish_run
+
+    for path in paths:
+        found = finish_run(
+            path, scales=scales, target=TargetOptions(verify=verify, workers=workers)
+        )
+        if found:
+            with open_archive([str(each) for each in found]) as archive:
+                print_line(
+                    f"{path}: {counted(len(archive), 'sample')} in {and_more(map(str, found), 1)}"
+                )
+        else:
+            print_line(f"{path}: the run stored no sample; its spool is removed")

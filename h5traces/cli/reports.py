@@ -516,5 +516,7 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
         f"{shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads, "
         f"{found.mean_seq_len:.1f} tokens per sample" + (f" ({sequences})" if sequences else "")
     )
+    if found.advice:
+        print_line(found.advice.replace("attentions='qk'", "--attentions qk"))
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")

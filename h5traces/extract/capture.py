@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from h5traces.archive.recomputing import attention_weights
 from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import check_eager, states_in, states_of, weights_of
 from h5traces.extract.options import DEFAULT_KINDS, LastState
+from h5traces.extract.rules import rule_of
 from h5traces.extract.sites import CALL_SIDES, attention_calls, find_sites, first_tensor
 from h5traces.format import layout
 from h5traces.format.dtypes import CastCounts, TypedArray
 from h5traces.format.kinds import (
     ENTROPY,
+    KEYS,
     LOGITS,
     LOGPROBS,
     MODEL_KINDS,
+    QUERIES,
     ROUTER_LOGITS,
     STATE_NORMS,
     TOKEN_KINDS,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.extract.anatomy import Anatomy, Site
+    from h5traces.format.attention import AttentionRule
     from h5traces.format.dtypes import DtypePolicy, FloatType
 
 
@@ -57,6 +62,8 @@ _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHECK_TOKENS: Final = tuple(range(11))
 # Kernels of accelerators may round differently from run to run; wrong arrays differ far more.
 _TOLERANCE: Final = 1e-2
+# By which weights that eager attention rounds may differ from those of queries and keys.
+_WEIGHT_TOLERANCES: Final = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 # Kinds that transformers returns, too.
 _RETURNED: Final = (layout.HIDDEN_STATES, layout.ATTENTIONS, ROUTER_LOGITS)
 
@@ -75,6 +82,8 @@ class CaptureOptions:
     last_state: LastState = "final_norm"
     dtype: DtypePolicy = "float16"
     top_logits: int | None = None
+    # Whether attention must follow from queries and keys.
+    needs_rules: bool = False
 
 
 @dataclass
@@ -99,6 +108,7 @@ class _Taken:
     source: torch.dtype
     host: torch.Tensor
     counts: torch.Tensor
+    rule: AttentionRule | None = None
 
 
 class Capturer:
@@ -255,11 +265,29 @@ class _Pass:
 
         return take
 
-    def _take_call(self, module: Any, parts: dict[str, torch.Tensor]) -> None:
+    def _take_call(
+        self, module: Any, parts: dict[str, torch.Tensor], facts: dict[str, Any]
+    ) -> None:
         for kind, side in CALL_SIDES.items():
             site = self._anatomy.sites.get(kind, {}).get(self._layer)
             if site is not None and site.module is module and self._keeps(kind, self._layer):
                 self._take_site(kind, site, parts[side])
+                if kind == QUERIES and self._layer in self._anatomy.recomputed:
+                    self._note_rules(module, parts["query"], facts)
+
+    def _note_rules(self, module: Any, query: torch.Tensor, facts: dict[str, Any]) -> None:
+        """Keep with the queries of every sequence how they make its weights."""
+        name = layout.layer_name(self._layer)
+        for row, length in enumerate(self._lengths):
+            if len(self._kept[row]) < length:
+                continue  # weights need every key
+            rule = rule_of(module, query, facts, row, length)
+            if rule is None and self._options.needs_rules:
+                raise ExtractionError(_no_rule(self._anatomy, [self._layer]))
+            taken = next(
+                each for each in self._taken[row] if (each.kind, each.name) == (QUERIES, name)
+            )
+            taken.rule = rule
 
     def _take_site(self, kind: str, site: Site, value: torch.Tensor | None) -> None:
         name = layout.layer_name(self._layer)
@@ -348,7 +376,7 @@ class _Pass:
                 found.num_nan[each.kind, each.name] = num_nan
             values, _ = from_tensor(each.host)
             typed = TypedArray(values, _TYPE_NAMES[each.host.dtype])
-            array = LayerArray(each.name, typed, each.site, earlier=earlier)
+            array = LayerArray(each.name, typed, each.site, earlier=earlier, rule=each.rule)
             found.arrays.setdefault(each.kind, []).append(array)
         return found
 
@@ -406,8 +434,16 @@ def padded(
     return inputs
 
 
-def with_kinds(anatomy: Anatomy, kinds: Sequence[str], layers: Sequence[int]) -> Anatomy:
+def with_kinds(
+    anatomy: Anatomy,
+    kinds: Sequence[str],
+    layers: Sequence[int],
+    *,
+    needs_rules: bool = False,
+) -> Anatomy:
     """The anatomy with what is known of the kinds asked for.
+
+    `needs_rules` says whether queries and keys must give the weights of every layer that has any.
 
     Raises
     ------
@@ -425,7 +461,57 @@ def with_kinds(anatomy: Anatomy, kinds: Sequence[str], layers: Sequence[int]) ->
         having = anatomy.layers_with(kind)
         if kind in MODEL_KINDS and not set(having) & set(layers):
             raise ExtractionError(_no_kind(anatomy, kind, layers, having))
+    if QUERIES in kinds and KEYS in kinds:
+        anatomy = replace(anatomy, recomputed=_recomputed(anatomy))
+        lacking = sorted(set(layers) & set(anatomy.layers_with(QUERIES)) - anatomy.recomputed)
+        if needs_rules and lacking:
+            raise ExtractionError(_no_rule(anatomy, lacking))
     return anatomy
+
+
+def _recomputed(anatomy: Anatomy) -> frozenset[int]:
+    """Layers whose eager weights over eleven tokens follow from queries and keys."""
+    model = anatomy.model
+    before = model.config.get_text_config()._attn_implementation
+    both = set(anatomy.layers_with(QUERIES)) & set(anatomy.layers_with(KEYS))
+    options = CaptureOptions(
+        layers=tuple(sorted(both)), kinds=(QUERIES, KEYS, layout.ATTENTIONS), dtype="auto"
+    )
+    try:
+        if before != "eager":
+            model.set_attn_implementation("eager")
+        anatomy = replace(with_weights(anatomy), recomputed=frozenset(both))
+        (found,) = Capturer(anatomy, options).run([_CHECK_TOKENS])
+    except ExtractionError:
+        return frozenset()
+    finally:
+        if before != "eager":
+            model.set_attn_implementation(before)
+    arrays = {kind: {each.name: each for each in found.arrays[kind]} for kind in options.kinds}
+    tolerance = _WEIGHT_TOLERANCES.get(model.dtype, 1e-5)
+    return frozenset(
+        layer
+        for layer in both & set(anatomy.layers_with(layout.ATTENTIONS))
+        if _is_recomputed([each[layout.layer_name(layer)] for each in arrays.values()], tolerance)
+    )
+
+
+def _is_recomputed(arrays: Sequence[LayerArray], tolerance: float) -> bool:
+    """Whether queries and keys give the weights; all three of one layer."""
+    rule = arrays[0].rule
+    asked, known, expected = map(values_of, arrays)
+    if rule is None or len(asked) % len(known) or asked.shape[1:] != known.shape[1:]:
+        return False
+    heads, rows = np.arange(len(asked)), np.arange(asked.shape[1])
+    found = attention_weights(asked, known, rule, heads=heads, rows=rows)
+    return found.shape == expected.shape and bool(np.abs(found - expected).max() <= tolerance)
+
+
+def _no_rule(anatomy: Anatomy, layers: Sequence[int]) -> str:
+    return (
+        f"{anatomy.model_class}: attention of layer {and_more(layers, 8)} does not follow from "
+        "queries and keys by scale, soft cap, sinks and mask; store the weights (attentions='full')"
+    )
 
 
 def _no_kind(anatomy: Anatomy, kind: str, layers: Sequence[int], having: Sequence[int]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
+from h5traces.archive.selection import check_named_once
 from h5traces.arguments import checked_options
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract.kept import check_tokens
 from h5traces.format.archive import AnswerCut
-from h5traces.format.kinds import LOGITS, MODEL_KINDS, TOKEN_KINDS
+from h5traces.format.kinds import KEYS, LOGITS, MODEL_KINDS, QUERIES, TOKEN_KINDS
 from h5traces.format.layout import ATTENTIONS, HIDDEN_STATES
 from h5traces.format.text import as_names
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_KINDS: Final = (HIDDEN_STATES, ATTENTIONS)
 LastState = Literal["final_norm", "block_output"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
+AttentionForm = Literal["full", "qk", "none"]
 OnNan = Literal["error", "skip", "keep"]
 
 # The prompt of the pipeline that wrote the pickled batches.
@@ -93,6 +95,9 @@ class ExtractOptions:
     kinds
         Names of `h5traces.format.kinds.MODEL_KINDS` and ``TOKEN_KINDS``, such as
         ``("hidden_states", "mlp_output", "logprobs")``.
+    attentions
+        What is kept of attention: ``full`` weights; ``qk``, queries and keys, of which archives
+        compute the weights when they are read; or ``none``. It changes `kinds`; None leaves them.
     top_logits
         How many ``logits`` of every token are kept, the largest ones with their ids; None for all.
     embedding
@@ -129,6 +134,7 @@ class ExtractOptions:
 
     layers: str | int | Sequence[int] | None = None
     kinds: tuple[str, ...] = DEFAULT_KINDS
+    attentions: AttentionForm | None = None
     top_logits: int | None = None
     embedding: bool = False
     last_state: LastState = "final_norm"
@@ -149,7 +155,10 @@ class ExtractOptions:
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
         check_tokens(self.tokens)
-        object.__setattr__(self, "kinds", as_names(self.kinds))
+        object.__setattr__(self, "kinds", _with_form(as_names(self.kinds), self.attentions))
+        if self.attentions == "qk" and self.tokens != "all":
+            message = f"attentions='qk' needs the keys of all tokens, but tokens is {self.tokens!r}"
+            raise ExtractionError(message)
         known = (*MODEL_KINDS, *TOKEN_KINDS)
         unknown = [each for each in self.kinds if each not in known]
         if not self.kinds or unknown or len(set(self.kinds)) < len(self.kinds):
@@ -167,6 +176,20 @@ class ExtractOptions:
         if self.layers is not None and not isinstance(self.layers, int) and not len(self.layers):
             message = "no layer was chosen; expected 0-based numbers, or None for all layers"
             raise LayerIndexError(message)
+        check_named_once(self.layers)
+
+
+def _with_form(kinds: tuple[str, ...], form: AttentionForm | None) -> tuple[str, ...]:
+    """Kinds with attention in this form."""
+    if form is None:
+        return kinds
+    if form not in get_args(AttentionForm):
+        expected = ", ".join(get_args(AttentionForm))
+        message = f"attentions is {form!r}, expected {expected}"
+        raise ExtractionError(message)
+    others = [each for each in kinds if each != ATTENTIONS]
+    further = {"full": (ATTENTIONS,), "qk": (QUERIES, KEYS), "none": ()}[form]
+    return (*others, *(each for each in further if each not in others))
 
 
 @checked_options

@@ -30,6 +30,8 @@ CALL_SIDES: Final[dict[str, Side]] = {
     kinds.KEYS: "key",
     kinds.VALUES: "value",
 }
+# Arguments of attention functions that may come by position, after query, key and value.
+_FURTHER: Final = ("attention_mask", "scaling")
 # Names that configurations have for a factor on what a sublayer adds.
 _FACTORS: Final = ("residual_multiplier", "scale_depth")
 
@@ -126,7 +128,7 @@ def _traced(anatomy: Anatomy, tokens: dict[str, Any]) -> list[_Trace]:
         event.end = current[-1].tick()
         event.returned = tuple(_copies(output))
 
-    def call(module: nn.Module, parts: dict[str, torch.Tensor]) -> None:
+    def call(module: nn.Module, parts: dict[str, torch.Tensor], _facts: dict[str, Any]) -> None:
         if current:
             current[-1].calls.append((module, {side: each.clone() for side, each in parts.items()}))
 
@@ -165,12 +167,13 @@ def _copies(output: Any) -> Iterator[torch.Tensor | None]:
 
 @contextlib.contextmanager
 def attention_calls(
-    note: Callable[[nn.Module, dict[str, torch.Tensor]], None],
+    note: Callable[[nn.Module, dict[str, torch.Tensor], dict[str, Any]], None],
 ) -> Iterator[None]:
     """Tell `note` of every call of transformers' attention functions, whichever is in force.
 
     It gets the attention module, and ``query`` ``(B, A, S, D)``, ``key`` and ``value`` ``(B, K, S,
-    D)`` as they enter the product. Modules of some older families call none.
+    D)`` as they enter the product, and what else the function was called with, by name. Modules of
+    some older families call none.
     """
     functions: Any = ALL_ATTENTION_FUNCTIONS
     plain = functions.get_interface
@@ -179,7 +182,8 @@ def attention_calls(
         function = plain(*args, **kwargs)
 
         def told(module: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> Any:
-            note(module, {"query": query, "key": key, "value": value})
+            facts = {**dict(zip(_FURTHER, rest, strict=False)), **named}
+            note(module, {"query": query, "key": key, "value": value}, facts)
             return function(module, query, key, value, *rest, **named)
 
         return told

@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationErr
 from h5traces.errors import Problem, SchemaError
 from h5traces.format import layout
 from h5traces.format.archive import Count, Digest, Int64, SampleExtraction
+from h5traces.format.attention import AttentionRule  # noqa: TC001 - pydantic resolves it
 from h5traces.format.document import Document, problems_of
 from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
 from h5traces.format.text import encode_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
 
@@ -184,6 +186,8 @@ class LayerArray:
     # None for numpy.
     container: Container | None = None
     earlier: EarlierCast | None = None
+    # Of queries: how they and the keys make attention weights.
+    rule: AttentionRule | None = None
 
 
 class SourceForm(Document):

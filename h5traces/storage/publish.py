@@ -258,11 +258,12 @@ def remove_abandoned_parts(target: Path) -> list[Path]:
     return [
         path
         for path in target.parent.glob(f"{glob.escape(target.name)}.*.part")
-        if _PART_NAME.fullmatch(path.name.removeprefix(target.name)) and _remove_if_unlocked(path)
+        if _PART_NAME.fullmatch(path.name.removeprefix(target.name)) and remove_unlocked(path)
     ]
 
 
-def _remove_if_unlocked(path: Path) -> bool:
+def remove_unlocked(path: Path) -> bool:
+    """Delete a ``.part`` file whose writer is gone; false if it is at work."""
     try:
         # No link may lead to a file of somebody's, and nothing is waited for.
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

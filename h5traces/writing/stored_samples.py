@@ -11,6 +11,7 @@ from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import CastCounts
+from h5traces.format.kinds import QUERIES
 from h5traces.format.record import (
     Container,
     EarlierCast,
@@ -24,6 +25,7 @@ from h5traces.format.record import (
 from h5traces.format.values import EncodedObject, decode_element
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
 from h5traces.storage.codecs import GZIP
+from h5traces.writing.pictures import white_of_stored
 from h5traces.writing.preparation import Observation, Prepared, codec_for, prepare_element
 
 if TYPE_CHECKING:
@@ -138,13 +140,15 @@ class StoredSample:
     def _copied(self, entry: ObjectEntry) -> Prepared:
         kind, _, name = entry.path.partition("/")
         is_layer = kind in self._trace.kinds and name not in layout.TABLES
+        encoded = self._encoded(entry, self._codec if is_layer else None)
         return Prepared(
             path=entry.path,
             dtype=entry.dtype,
             attrs=entry.attrs,
-            encoded=self._encoded(entry, self._codec if is_layer else None),
+            encoded=encoded,
             raw_nbytes=entry.raw_nbytes,
             counts=CastCounts(),
+            white=white_of_stored(entry.path, entry.dtype, encoded),
         )
 
     def _encoded(self, entry: ObjectEntry, codec: str | None) -> EncodedArray:
@@ -276,6 +280,7 @@ def _layer_array(
         site=None if site is None else str(site),
         container=_container(entry.attrs.get("container")),
         earlier=_earlier_cast(entry.attrs),
+        rule=trace.rule(name) if kind == QUERIES else None,
     )
 
 

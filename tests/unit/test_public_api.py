@@ -39,6 +39,7 @@ PUBLIC = [
     "extract",
     "features",
     "fidelity",
+    "finish",
     "graph",
     "index",
     "inspect",
@@ -59,8 +60,8 @@ PUBLIC = [
 ]
 
 VERBS = [name for name in PUBLIC if name in {
-    "calibrate", "convert", "create", "estimate", "export", "inspect", "label", "load", "merge",
-    "open", "repack", "salvage", "seal", "split", "status", "validate", "verify",
+    "calibrate", "convert", "create", "estimate", "export", "finish", "inspect", "label", "load",
+    "merge", "open", "repack", "salvage", "seal", "split", "status", "validate", "verify",
 }]  # fmt: skip
 PACKAGE = Path(h5traces.__file__).parent
 

@@ -70,7 +70,7 @@ def test_missing_marker_is_named(folder, capsys):
     spec.write_text(text, encoding="utf-8")
     assert gen_schema.main(["--check", "--schema-folder", str(folder)]) == 1
     assert (
-        "expected each of ArchiveMetadata, CalibrationRecord, Cast, Coverage"
+        "expected each of ArchiveMetadata, AttentionRule, CalibrationRecord, Cast, Coverage"
         in capsys.readouterr().err
     )
 

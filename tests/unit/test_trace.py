@@ -192,7 +192,8 @@ def test_arrays_live_as_long_as_they_are_used(path: Path) -> None:
 def test_what_a_user_sees(path: Path) -> None:
     archive = h5traces.open(path)
     mapping = ["copy", "get", "items", "keys", "values"]
-    trace = ["embedding", "fields", "layer", "mask", "metadata", "ordinal", "path"]
+    trace = ["attention", "embedding", "fields", "layer", "mask", "metadata", "ordinal", "path"]
+    trace += ["token_labels", "tokens_of"]
     assert public(archive[0]) == sorted(
         [*mapping, *trace, "position_in_file", "to_dict", "to_xarray"]
     )
