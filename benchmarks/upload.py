@@ -1,8 +1,8 @@
-"""Uploading an archive to S3: h5traces beside boto3 alone, on a server of this machine.
+"""Uploading to S3, on this machine: h5traces beside its client (s3fs) alone, and boto3.
 
     python benchmarks/upload.py [--mbytes N]
 
-Both send parts of 16 MiB, 8 at a time. The server takes most of the time of the machine.
+All send parts of 16 MiB, 8 at a time. The server takes most of the time of the machine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import boto3
 import numpy as np
+import s3fs
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
@@ -44,25 +45,32 @@ def main(mbytes: int) -> None:
             path.write_bytes(np.random.default_rng(0).bytes(mbytes * 10**6))
             client = boto3.client("s3", config=Config(max_pool_connections=16))
             client.create_bucket(Bucket="bucket")
+            files = s3fs.S3FileSystem(use_listings_cache=False)
             parts = TransferConfig(
                 multipart_threshold=16 << 20, multipart_chunksize=16 << 20, max_concurrency=8
             )
-            seconds: dict[str, list[float]] = {"boto3": [], "h5traces": []}
+            seconds: dict[str, list[float]] = {"boto3": [], "s3fs": [], "h5traces": []}
             for number in range(_ROUNDS):
                 started = time.perf_counter()
                 client.upload_file(str(path), "bucket", f"b{number}", Config=parts)
+                first = time.perf_counter()
+                files.put_file(
+                    str(path), f"bucket/s{number}", chunksize=16 << 20, max_concurrency=8
+                )
                 middle = time.perf_counter()
                 upload(path, RemotePath(f"s3://bucket/h{number}"), RemoteOptions())
-                seconds["boto3"].append(middle - started)
+                seconds["boto3"].append(first - started)
+                seconds["s3fs"].append(middle - first)
                 seconds["h5traces"].append(time.perf_counter() - middle)
-                for name in "bh":
+                for name in "bsh":
                     client.delete_object(Bucket="bucket", Key=f"{name}{number}")
         finally:
             server.kill()
     speeds = {name: mbytes / statistics.median(each) for name, each in seconds.items()}
     for name, speed in speeds.items():
         print(f"{name}: {speed:.0f} MB/s")
-    print(f"h5traces / boto3: {speeds['h5traces'] / speeds['boto3']:.2f}")
+    for name in ("s3fs", "boto3"):
+        print(f"h5traces / {name}: {speeds['h5traces'] / speeds[name]:.2f}")
 
 
 if __name__ == "__main__":

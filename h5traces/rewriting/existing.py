@@ -11,7 +11,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import xxhash
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.meaning.options import ReadingOptions
-    from h5traces.paths import Target
-    from h5traces.rewriting.uploads import ExistingUploads
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.options import Compare, WriteOptions
 
@@ -114,6 +112,17 @@ def recorded_options(
     return found
 
 
+class Archives(Protocol):
+    """The archives of a `Target`, on disk or on a server."""
+
+    @property
+    def shard_samples(self) -> int | None:
+        """The largest number of samples in one."""
+
+    def existing(self) -> Sequence[Path | RemotePath]:
+        """Where they are, in order."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """What a conversion would write.
@@ -169,7 +178,7 @@ class Comparison:
         return f"kept, although its writer did not record {and_more(self.unknown, 9)}"
 
 
-def compare_existing(target: Target | ExistingUploads, wanted: Wanted) -> Comparison:
+def compare_existing(target: Archives, wanted: Wanted) -> Comparison:
     """Compare the archives of a target with what a conversion would write.
 
     Raises
