@@ -93,7 +93,10 @@ def print_conversion(report: ConversionReport) -> None:
         print_line(f"{beginning} the {_only(', '.join(kept))}")
     elif written and not changed:
         num_cut = sum(each.num_cut for each in written)
-        but = f" but for {counted(num_cut, 'padded position')}" if num_cut else ""
+        left = [counted(num_cut, "padded position")] if num_cut else []
+        every = (line for each in written for line in each.understood)
+        left += dict.fromkeys(f"what was {each}" for each in every if each.startswith("left out"))
+        but = f" but for {', and '.join(left)}" if left else ""
         print_line(f"lossless: the archives hold every bit of their sources{but}")
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
