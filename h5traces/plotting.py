@@ -84,6 +84,8 @@ def token_quantity(trace: Trace, quantity: Quantity = "norm") -> NDArray[np.floa
         message = f"quantity={quantity!r}, expected one of {', '.join(get_args(Quantity))}"
         raise OptionError(message)
     is_of_states = quantity not in ("entropy", "sink")
+    if not is_of_states and trace._stored.recomputes(layout.ATTENTIONS):
+        return np.stack([_of_heads(trace, name, quantity) for name in _stored_names(trace)])
     layers = _layers(trace, layout.HIDDEN_STATES if is_of_states else layout.ATTENTIONS)
     if not is_of_states:
         return np.stack([_of_attention(each, quantity) for each in layers])
@@ -219,12 +221,25 @@ def _stored_nbytes(archive: Archive) -> dict[str, int]:
     return found
 
 
+def _stored_names(trace: Trace) -> list[str]:
+    """Names of the layers whose attention is computed."""
+    return trace._stored.listed_names(layout.ATTENTIONS, trace._stored.selected)
+
+
+def _of_heads(trace: Trace, name: str, quantity: Quantity) -> NDArray[np.float32]:
+    """A number of attention for every token, of one head at a time."""
+    heads = [_of_attention(each, quantity) for each in trace._stored.attention_by_head(name)]
+    found: NDArray[np.float32] = np.mean(heads, axis=0, dtype=np.float32)
+    return found
+
+
 def _stored(trace: Trace, kind: str) -> Any:
     """The layers of a kind, or the mean over heads in the place of attentions."""
     stored = trace._stored
-    is_mean = kind == layout.ATTENTIONS and kind not in stored.objects
+    is_computed = stored.recomputes(kind)
+    is_mean = kind == layout.ATTENTIONS and kind not in stored.objects and not is_computed
     name = layout.ATTENTION_MEAN if is_mean else kind
-    found = trace._value(name, "numpy") if name in stored.objects else ()
+    found = trace._value(name, "numpy") if is_computed or name in stored.objects else ()
     if not len(found) or f"{name}/{layout.STEPS_TABLE}" in stored.objects:
         message = f"{stored.place}: stores no {kind} that can be drawn, or generation steps"
         raise OptionError(message)

@@ -871,18 +871,12 @@ static int plan_plane(Encoder *self, const uint8_t *plane, size_t nbytes, int *e
 
 /* --- chunks --- */
 
-/* Encoders that wait for the next chunk: getting their memory takes as long as a small chunk. */
-#define NUM_SPARE 4
 #define LARGEST_SPARE (2 << 20)
-static Encoder *spare[NUM_SPARE];
+static Spare spare;
 
 Encoder *encoder_new(void)
 {
-    Encoder *self = NULL;
-#if defined(__GNUC__)
-    for (int i = 0; i < NUM_SPARE && !self; i++)
-        self = __atomic_exchange_n(spare + i, NULL, __ATOMIC_ACQ_REL);
-#endif
+    Encoder *self = spare_take(spare);
     if (!self && (self = calloc(1, sizeof *self)))
         make_symbols(self);
     return self;
@@ -890,10 +884,8 @@ Encoder *encoder_new(void)
 
 void encoder_free(Encoder *self)
 {
-#if defined(__GNUC__)
-    for (int i = 0; i < NUM_SPARE && self && self->capacity <= LARGEST_SPARE; i++)
-        self = __atomic_exchange_n(spare + i, self, __ATOMIC_ACQ_REL);
-#endif
+    if (self && self->capacity <= LARGEST_SPARE)
+        self = spare_give(spare, self);
     if (!self)
         return;
     free(self->shuffled);

@@ -90,6 +90,30 @@ INLINE void store64(uint8_t *to, uint64_t value)
     memcpy(to, &value, sizeof value);
 }
 
+/* Memory that waits for the next call: getting it, and the system's clearing of it, take as long as a
+ * small chunk. What `spare_give` returns has found no place. */
+#define NUM_SPARE 4
+typedef void *Spare[NUM_SPARE];
+
+INLINE void *spare_take(Spare spare)
+{
+    void *found = NULL;
+#if defined(__GNUC__)
+    for (int i = 0; i < NUM_SPARE && !found; i++)
+        found = __atomic_exchange_n(spare + i, NULL, __ATOMIC_ACQ_REL);
+#endif
+    return found;
+}
+
+INLINE void *spare_give(Spare spare, void *memory)
+{
+#if defined(__GNUC__)
+    for (int i = 0; i < NUM_SPARE && memory; i++)
+        memory = __atomic_exchange_n(spare + i, memory, __ATOMIC_ACQ_REL);
+#endif
+    return memory;
+}
+
 /* hash.c */
 uint64_t xxh3_64(const uint8_t *data, size_t nbytes);
 uint32_t adler32(const uint8_t *data, size_t nbytes);

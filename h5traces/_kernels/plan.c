@@ -203,11 +203,28 @@ static void occupy(Work *work, Slot *slot)
     }
 }
 
+#define LARGEST_SPARE (4 << 20)
+static Spare spare;
+
+static void free_slots(Slot *slots)
+{
+    size_t nbytes = 0;
+    for (int i = 0; i < 2; i++)
+        nbytes += slots[i].stored_nbytes + slots[i].planes_nbytes;
+    if (nbytes <= LARGEST_SPARE)
+        slots = spare_give(spare, slots);
+    for (int i = 0; slots && i < 2; i++) {
+        free(slots[i].stored);
+        free(slots[i].planes);
+    }
+    free(slots);
+}
+
 static void *run_rows(void *argument)
 {
     Work *work = argument;
-    Slot *slots = calloc(2, sizeof *slots);
-    if (!slots)
+    Slot *slots = spare_take(spare);
+    if (!slots && !(slots = calloc(2, sizeof *slots)))
         return NULL;
     for (;;) {
         for (int i = 0; i < 2; i++)
@@ -222,11 +239,7 @@ static void *run_rows(void *argument)
             if (slots[i].row && slots[i].inflater.state >= FINISHED)
                 finish(work->plan, slots + i);
     }
-    for (int i = 0; i < 2; i++) {
-        free(slots[i].stored);
-        free(slots[i].planes);
-    }
-    free(slots);
+    free_slots(slots);
     return NULL;
 }
 

@@ -38,10 +38,12 @@ class OpenFiles:
         """Note that `file` is about to be read."""
         is_remote = isinstance(file.path, RemotePath)
         used = self._remote if is_remote else self._local
-        most = MAX_OPEN_REMOTE_FILES if is_remote else _most_open_files()
         with self._lock:
+            if id(file) in used:
+                used.move_to_end(id(file))
+                return
             used[id(file)] = file
-            used.move_to_end(id(file))
+            most = MAX_OPEN_REMOTE_FILES if is_remote else _most_open_files()
             while len(used) > most:
                 _, oldest = used.popitem(last=False)
                 oldest.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,7 +48,7 @@ def attention_weights(
 ) -> NDArray[np.float32]:
     """Weights ``(heads, rows, S)`` of some heads and query positions, in float32.
 
-    With torch where it is loaded, else with numpy in threads.
+    In threads; measured, torch on a CPU is no faster (``benchmarks/long_traces.py``).
 
     Parameters
     ----------
@@ -60,23 +59,6 @@ def attention_weights(
     heads, rows
         Numbers of heads and of query positions.
     """
-    if "torch" in sys.modules:
-        from h5traces.archive.torch_values import attention_weights as with_torch
-
-        found: NDArray[np.float32] = with_torch(queries, keys, rule, heads=heads, rows=rows).numpy()
-        return found
-    return weights_in_numpy(queries, keys, rule, heads=heads, rows=rows)
-
-
-def weights_in_numpy(
-    queries: NDArray[Any],
-    keys: NDArray[Any],
-    rule: AttentionRule,
-    *,
-    heads: NDArray[np.int64],
-    rows: NDArray[np.int64],
-) -> NDArray[np.float32]:
-    """`attention_weights` with numpy alone."""
     found = np.zeros((len(heads), len(rows), keys.shape[1]), np.float32)
 
     def fill(place: int) -> None:

@@ -51,6 +51,21 @@ def sliced(items: Sequence[Item], chosen: slice) -> Sequence[Item]:
         raise SampleIndexError(message) from error
 
 
+def check_named_once(choice: str | int | Sequence[int] | None) -> None:
+    """Reject a layer that is named twice; ranges and ``last`` may overlap others."""
+    if choice is None:
+        return
+    if isinstance(choice, str):
+        bounds = _layer_ranges(choice)
+        named = [low for low, high in bounds if low is not None and low == high]
+    else:
+        named = list(as_numbers(choice))
+    repeated = [each for each in named if named.count(each) > 1]
+    if repeated:
+        message = f"layer {repeated[0]} is named more than once; name each layer once"
+        raise LayerIndexError(message)
+
+
 def choose_layers(
     choice: LayerChoice, available: Sequence[int], owner: str = "the model has"
 ) -> tuple[int, ...]:

@@ -334,11 +334,7 @@ class StoredTrace:
 
         Of the chosen heads and query positions, all by default.
         """
-        rule = self.rule(name)
-        assert rule is not None  # `recomputed_layers` has no others
-        with self.read_ahead([f"{QUERIES}/{name}", f"{KEYS}/{name}"], 1):
-            queries, keys = (self._plain(f"{kind}/{name}") for kind in (QUERIES, KEYS))
-        check_shapes(queries.shape, keys.shape, rule, f"{self.place}/{QUERIES}/{name}")
+        queries, keys, rule = self._attention_parts(name)
         chosen = {
             "heads": np.arange(len(queries)) if heads is None else np.asarray(heads, np.int64),
             "rows": np.arange(queries.shape[1]) if rows is None else np.asarray(rows, np.int64),
@@ -348,6 +344,22 @@ class StoredTrace:
         with needing("device", "torch", extra="torch"):
             from h5traces.archive import torch_values
         return torch_values.attention_weights(queries, keys, rule, **chosen, device=device)
+
+    def attention_by_head(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """Recomputed weights ``(1, S, S)`` of a layer, head by head."""
+        queries, keys, rule = self._attention_parts(name)
+        rows = np.arange(queries.shape[1])
+        for head in range(len(queries)):
+            yield attention_weights(queries, keys, rule, heads=np.array([head]), rows=rows)
+
+    def _attention_parts(self, name: str) -> tuple[NDArray[Any], NDArray[Any], AttentionRule]:
+        """Queries, keys and rule of a layer that has one, as `recomputed_layers` says."""
+        rule = self.rule(name)
+        assert rule is not None
+        with self.read_ahead([f"{QUERIES}/{name}", f"{KEYS}/{name}"], 1):
+            queries, keys = (self._plain(f"{kind}/{name}") for kind in (QUERIES, KEYS))
+        check_shapes(queries.shape, keys.shape, rule, f"{self.place}/{QUERIES}/{name}")
+        return queries, keys, rule
 
     def attention_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a layer's weights that are recomputed."""

@@ -374,8 +374,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """A part of one layer's attention: some heads, rows and columns.
 
         Where queries and keys are stored instead of weights, no more than these rows is computed,
-        in float32: with torch where it is loaded, else with numpy. Each of the three takes what
-        indexes an axis of numpy; a number drops the axis.
+        in float32. Each of the three takes what indexes an axis of numpy; a number drops the axis.
 
         Parameters
         ----------

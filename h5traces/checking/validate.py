@@ -31,6 +31,7 @@ from h5traces.errors import (
 )
 from h5traces.format import layout, text
 from h5traces.format.archive import ArchiveMetadata, KindMetadata
+from h5traces.format.attention import RULE_ATTRS, AttentionRule
 from h5traces.format.digests import sample_difference
 from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
@@ -538,6 +539,11 @@ def _layer_problems(entry: ObjectEntry, name: str, kind: KindMetadata) -> Iterat
     site = entry.attrs.get("site")
     if site is not None and site not in _SITES:
         yield entry.path, f"site {site!r} is none of {', '.join(sorted(_SITES))}", "wrong_site"
+    if RULE_ATTRS & entry.attrs.keys():
+        try:
+            from_attributes(AttentionRule, entry.attrs)
+        except SchemaError as error:
+            yield from ((entry.path, str(each), "wrong_rule") for each in error.problems)
     if "digest" not in entry.attrs:
         yield entry.path, "the attribute 'digest' is missing", "missing_attribute"
     for attribute in entry.attrs:

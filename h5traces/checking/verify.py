@@ -57,6 +57,11 @@ if TYPE_CHECKING:
 
 ReportProgress = Callable[[int, int], None]
 
+# Attributes that say what values lay in, or where, and not what they are.
+_FORMS: Final = frozenset({"container", "sequence", "source_axes", "keys", "site"})
+# The same of samples, whose digest is over these, too.
+_FORMS_OF_SAMPLES: Final = frozenset({"fields", "source", "digest", "generation_index"})
+
 
 @dataclass(slots=True)
 class VerifyReport(FileReport):
@@ -312,7 +317,8 @@ class _Verification:
             scales=stored_scales(store),
         )
         copies = _copies_of(store, metadata, path)
-        num_compared = padding = 0
+        is_recorded = any(each.name == path.name for each in metadata.sources or ())
+        num_compared = num_in_others = padding = 0
         with (
             open_source(path, _as_converted(reading, metadata)) as source,
             ThreadPoolExecutor(self._workers) as pool,
@@ -330,7 +336,11 @@ class _Verification:
                 # This digest is of another archive's sample; the source does not have it.
                 stored = store.sample_attrs(index)
                 facts |= {name: stored[name] for name in ("exact_digest",) if name in stored}
-                for loc in _differences(store.sample(index), facts, expected):
+                found = _differences(store.sample(index), facts, expected)
+                if found and not is_recorded:
+                    found = _differences_of_values(store.sample(index), facts, expected)
+                    num_in_others += not found
+                for loc in found:
                     message = f"is not what sample {position} of {path} holds"
                     report.add(loc, message, "differs_from_source")
                 for loc, error in sample_damage(store, index, pool):
@@ -340,6 +350,11 @@ class _Verification:
         note = f"{counted(num_compared, 'sample')} compared with {path}"
         if metadata.losses:
             note += f", encoded as {metadata.precision}: the archive is not lossless"
+        elif num_in_others and not report.problems:
+            note += (
+                f", which is no recorded source: values are the same, containers of "
+                f"{counted(num_in_others, 'sample')} are not"
+            )
         elif metadata.is_lossless and not metadata.kept_layers and not report.problems:
             note += ": the archive is lossless"
         report.notes.append(note)
@@ -434,7 +449,7 @@ def _differences(sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]) 
     stored = {path: entry.attrs for path, entry in sample.objects.items()}
     # An archive whose positions were named later does not say where in a block these are.
     expected = {
-        path: attrs if "site" in stored.get(path, attrs) else _without_site(attrs)
+        path: attrs if "site" in stored.get(path, attrs) else _without(frozenset({"site"}), attrs)
         for path, attrs in expected.items()
     }
     found = [
@@ -447,8 +462,24 @@ def _differences(sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]) 
     return found
 
 
-def _without_site(attrs: Attrs) -> Attrs:
-    return {key: value for key, value in attrs.items() if key != "site"}
+def _differences_of_values(
+    sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]
+) -> list[str]:
+    """The same, but for what values lay in, which exports to other formats change."""
+    place = layout.sample_path(sample.ordinal)
+    stored = {path: _without(_FORMS, entry.attrs) for path, entry in sample.objects.items()}
+    found = [
+        f"{place}/{path}"
+        for path in sorted(set(expected) | set(stored))
+        if path not in expected or _without(_FORMS, expected[path]) != stored.get(path)
+    ]
+    if _without(_FORMS_OF_SAMPLES, facts) != _without(_FORMS_OF_SAMPLES, sample.attrs):
+        found.append(place)
+    return found
+
+
+def _without(names: frozenset[str], attrs: Attrs) -> Attrs:
+    return {key: value for key, value in attrs.items() if key not in names}
 
 
 def _copies_of(store: Store, metadata: ArchiveMetadata, path: Path) -> dict[int, int]:

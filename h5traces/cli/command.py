@@ -207,8 +207,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM let the batch that is being computed finish."""
+def stopping(*, is_rank: bool = False) -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM, for ranks SIGUSR1 too, let the batch that is being computed finish."""
     stop = Stop()
-    with handled_signals(stop.note):
+    signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if is_rank else [])]
+    with handled_signals(stop.note, signals):
         yield stop

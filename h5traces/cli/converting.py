@@ -87,6 +87,7 @@ def convert(
     - `h5traces convert 'run/*.pkl.gz' -o run.h5 --merge --layers 0,5,10,15,20,25,31`
     - `h5traces convert traces/ -o archives/ --skip-existing` finishes a stopped run
     - `h5traces convert traces/ -o small/ --tier compact` trades precision for size
+    - `h5traces convert traces/ -o s3://bucket/run/` uploads each archive when it is verified
     """
     # Not above: help needs it as little as what `calibrate` needs.
     from h5traces.rewriting.convert import convert as convert_batches

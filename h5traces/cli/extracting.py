@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from h5traces.cli import reports
-from h5traces.cli.command import EXIT_PROBLEMS, Group, command, stopping
+from h5traces.cli.command import EXIT_PROBLEMS, EXIT_STOPPED, Group, command, stopping
 from h5traces.cli.console import fail, print_json, samples_progress, tell_findings, warn
 from h5traces.cli.options import (
     KEEP,
@@ -18,6 +19,7 @@ from h5traces.cli.options import (
     Layers,
     Output,
     PrecisionGroup,
+    Ranks,
     Reading,
     option,
 )
@@ -316,6 +318,7 @@ def extract(
     batch_size: Annotated[
         int, option(_MODEL, "--batch-size N", "Number of samples computed together.", min=1)
     ] = 1,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Run a model on questions and archive its traces.
@@ -351,7 +354,8 @@ def extract(
         batch_size=batch_size,
         on_nan=on_nan,
     )
-    with samples_progress("extract") as update, stopping() as should_stop:
+    is_rank = ranks["rank"] is not None
+    with samples_progress("extract") as update, stopping(is_rank=is_rank) as should_stop:
         report = extraction.extract_dataset(
             model,
             dataset,
@@ -362,6 +366,7 @@ def extract(
             check_space=check_space,
             progress=update,
             should_stop=should_stop,
+            **ranks,
         )
     if json:
         print_json(report.as_dict())
@@ -378,7 +383,8 @@ def extract(
         warn("the disk is too small for the forecast")
     if report.status == "stopped":
         fail("stopped; finished samples are kept, and the same command continues")
-        raise typer.Exit(128 + should_stop.number)
+        is_told = is_rank and should_stop.number != signal.SIGINT
+        raise typer.Exit(EXIT_STOPPED if is_told else 128 + should_stop.number)
     if not report.ok:
         raise typer.Exit(EXIT_PROBLEMS)
 

@@ -93,7 +93,10 @@ def print_conversion(report: ConversionReport) -> None:
         print_line(f"{beginning} the {_only(', '.join(kept))}")
     elif written and not changed:
         num_cut = sum(each.num_cut for each in written)
-        but = f" but for {counted(num_cut, 'padded position')}" if num_cut else ""
+        left = [counted(num_cut, "padded position")] if num_cut else []
+        every = (line for each in written for line in each.understood)
+        left += dict.fromkeys(f"what was {each}" for each in every if each.startswith("left out"))
+        but = f" but for {', and '.join(left)}" if left else ""
         print_line(f"lossless: the archives hold every bit of their sources{but}")
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
@@ -516,5 +519,7 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
         f"{shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads, "
         f"{found.mean_seq_len:.1f} tokens per sample" + (f" ({sequences})" if sequences else "")
     )
+    if found.advice:
+        print_line(found.advice.replace("attentions='qk'", "--attentions qk"))
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")

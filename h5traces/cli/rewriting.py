@@ -176,10 +176,6 @@ def export(
         ExportFormat | None,
         option(OUTPUT, "--to FORMAT", "Format [default: by the suffix; in a folder, pickle]."),
     ] = None,
-    kerchunk: Annotated[
-        bool,
-        option(OUTPUT, "--kerchunk", "References to the chunks for zarr: `--to kerchunk`."),
-    ] = False,
     dtype: Annotated[
         DtypePolicy | None,
         option(OUTPUT, "--dtype TYPE", "Stored type of an `.h5` export [default: float32]."),
@@ -196,17 +192,14 @@ def export(
     - `h5traces export run.h5 -o samples/ --to safetensors` one file per sample; also `npz`
     - `h5traces export run.h5 -o run.parquet` one row per sample
     - `h5traces export run.h5 -o run_dataset/ --to datasets` for `datasets.load_from_disk`
-    - `h5traces export run.h5 -o run.json --kerchunk` no copy: zarr reads the archive
+    - `h5traces export run.h5 -o run.json --to kerchunk` no copy: zarr reads the archive
     - `h5traces export run.h5 -o run_float32.h5` for viewers without float16
     """
-    if kerchunk and to not in (None, "kerchunk"):
-        message = f"--kerchunk and --to {to} name two formats; choose one"
-        raise typer.BadParameter(message)
     with count_progress(output) as update:
         path = export_archive(
             source,
             output,
-            to="kerchunk" if kerchunk else to,
+            to=to,
             dtype=dtype,
             container="numpy" if numpy else "source",
             overwrite=target.overwrite,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from h5traces.archive.recomputing import weights_in_numpy
+from h5traces.archive.recomputing import attention_weights
 from h5traces.archive.torch_values import from_tensor
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import check_eager, states_in, states_of, weights_of
@@ -503,7 +503,7 @@ def _is_recomputed(arrays: Sequence[LayerArray], tolerance: float) -> bool:
     if rule is None or len(asked) % len(known) or asked.shape[1:] != known.shape[1:]:
         return False
     heads, rows = np.arange(len(asked)), np.arange(asked.shape[1])
-    found = weights_in_numpy(asked, known, rule, heads=heads, rows=rows)
+    found = attention_weights(asked, known, rule, heads=heads, rows=rows)
     return found.shape == expected.shape and bool(np.abs(found - expected).max() <= tolerance)
 
 

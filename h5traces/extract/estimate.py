@@ -11,6 +11,7 @@ from h5traces.extract.sizes import ModelShape, Rates, stated_rates
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS
 from h5traces.format.html import Report
+from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.precision import EXACT, TIERS
 from h5traces.format.text import as_names
 from h5traces.storage.codecs import GZIP
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 # Models with fewer layers are thinned out less.
 _FEW_LAYERS: Final = 12
+# Of queries and keys in float16; and how weights shrink with the number of tokens, from those of
+# the stated rates on (docs/long-traces.md: 7.5 bits at 43 tokens, 4.9 at 2,048).
+_QUERY_BITS: Final = 13.7
+_STATED_LENGTH: Final = 43
+_SHRINKING: Final = -0.11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,25 @@ class Estimate(Report):
     mean_seq_len: float
     rows: tuple[EstimateRow, ...]
     rates: Rates
+
+    @property
+    def advice(self) -> str:
+        """That queries and keys take less than attention weights, where they do; else empty."""
+        bits = self.rates.bits.get(layout.ATTENTIONS)
+        if bits is None or not self.shape.num_heads:
+            return ""
+        length = max(1, round(self.mean_seq_len))
+        if not self.rates.is_measured:
+            bits *= min(1.0, (length / _STATED_LENGTH) ** _SHRINKING)
+        values = self.shape.num_values([length], (layout.ATTENTIONS, QUERIES, KEYS))
+        others = (values[QUERIES] + values[KEYS]) * _QUERY_BITS
+        ratio = values[layout.ATTENTIONS] * bits / others
+        if ratio <= 1:
+            return ""
+        return (
+            f"queries and keys would take 1/{ratio:.1f} of what attention weights of {length:,} "
+            "tokens take: extract with attentions='qk'"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""

@@ -5,22 +5,27 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_layers
 from h5traces.arguments import checked
-from h5traces.errors import ArchiveExistsError, ExtractionError, TooLongError
+from h5traces.errors import ArchiveExistsError, ExtractionError, TargetError, TooLongError
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
-from h5traces.extract.generation import Job, Planner
+from h5traces.extract.generation import Job, Planner, batches
 from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
+from h5traces.extract.shared import SharedExtraction
 from h5traces.extract.sizes import Forecast, ModelShape
+from h5traces.format.archive import MEASURED
 from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.precision import EXACT
 from h5traces.paths import check_not_a_source
+from h5traces.ranks.plan import RunPlan, plain_options, read_plan
+from h5traces.ranks.rank import find_rank
+from h5traces.ranks.run import RankRun, check_shared
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.create import target_of_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions, check_type
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from h5traces.format.archive import ExtractionMetadata
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike, Target
+    from h5traces.ranks.rank import Rank
 
 
 @checked
@@ -50,6 +56,8 @@ def extract_dataset(
     check_space: bool = True,
     progress: Callable[[RunProgress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    rank: int | Literal["auto"] | None = None,
+    world_size: int | None = None,
 ) -> ExtractionReport:
     """Ask a model all questions of a data set and archive its hidden states and attentions.
 
@@ -76,6 +84,9 @@ def extract_dataset(
         Called after every written sample, in another thread.
     should_stop
         Called before every batch; if true, the run stops and can go on later.
+    rank, world_size
+        Do the share of one of `world_size` processes on one folder; ``rank="auto"`` asks the
+        environment. Any number of them goes on with a stopped run; see `docs/cluster.md`.
 
     Returns
     -------
@@ -97,6 +108,15 @@ def extract_dataset(
     place = target_of_run(dest, replace(target, dry_run=False))
     if Path(dataset.dataset).is_file():
         check_not_a_source(place, dataset.dataset)
+    chosen = find_rank(rank, world_size, place.folder)
+    if chosen is not None:
+        check_shared(place, target)
+    elif place.is_folder and read_plan(place.path) is not None:
+        message = (
+            f"{place.path}: holds a run of several ranks; go on with rank=0 and world_size=1, "
+            "or more of them"
+        )
+        raise TargetError(message)
     check_type(storage.precision, storage.dtype or "float16")
     load_given(storage.scales, storage.precision)
     questions = load_dataset(dataset)
@@ -141,16 +161,22 @@ def extract_dataset(
     )
     extractor = Extractor(loaded, tokenizer, options, dtype=storage.dtype or "float16")
     metadata = extractor.metadata(questions)
-    writer = ProcessWriter(
-        dest,
-        precision=storage,
-        target=target,
-        model_id=models.resolve_model(model.model_id),
-        model_revision=getattr(loaded.config, "_commit_hash", None) or model.revision,
-        dataset=questions.name,
-        num_layers=extractor.num_layers,
-        extraction=metadata,
-    )
+    facts: dict[str, Any] = {
+        "precision": storage,
+        "target": target,
+        "model_id": models.resolve_model(model.model_id),
+        "model_revision": getattr(loaded.config, "_commit_hash", None) or model.revision,
+        "dataset": questions.name,
+        "num_layers": extractor.num_layers,
+        "extraction": metadata,
+    }
+    if chosen is not None:
+        rank_run = RankRun(place.path, chosen, _shared_plan(jobs, options, place, facts, chosen))
+        with rank_run:
+            shared = SharedExtraction(rank_run, jobs, options.batch_size)
+            shared.run(extractor, place, facts, options, report, (progress, should_stop))
+        return report
+    writer = ProcessWriter(dest, **facts)
     report.num_before = writer.num_samples
     if writer.is_finished:
         with writer:
@@ -167,6 +193,37 @@ def extract_dataset(
         should_stop=should_stop,
     ).run()
     return report
+
+
+def _shared_plan(
+    jobs: list[Job], options: ExtractOptions, place: Target, facts: dict[str, Any], rank: Rank
+) -> RunPlan:
+    """What all ranks must agree on; a piece of work is a batch of samples."""
+    storage: PrecisionOptions = facts["precision"]
+    calibration = load_given(storage.scales, storage.precision)
+    extraction: ExtractionMetadata = facts["extraction"]
+    chosen = {
+        **extraction.model_dump(mode="json", exclude=MEASURED),
+        **{name: facts[name] for name in ("model_id", "model_revision", "dataset", "num_layers")},
+        "precision": str(storage.precision),
+        "stored_dtype": storage.dtype,
+        "on_overflow": storage.on_overflow,
+        "codec": storage.codec,
+        "scales": None if calibration is None else calibration.digest,
+        "shard_samples": place.shard_samples,
+        "batch_size": options.batch_size,
+    }
+    longest = options.generation.max_new_tokens
+    costs = (
+        sum(job.num_tokens(longest) for job in batch) for batch in batches(jobs, options.batch_size)
+    )
+    return RunPlan(
+        command="extract",
+        world_size=rank.size,
+        first_task=rank.first,
+        options=plain_options(chosen),
+        costs=tuple(costs),
+    )
 
 
 def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) -> list[Job]:

@@ -294,10 +294,33 @@ class Extractor:
         ]
         kept = [each.kept for each in texts]
         captured = self._capturer.run(sequences, pad_id=self._pad_id, kept=kept)
-        return [self._record(*each) for each in zip(jobs, answers, texts, captured, strict=True)]
+        longest = max(map(len, sequences))
+        return [
+            self._record(
+                job,
+                found,
+                arrays,
+                SampleExtraction(
+                    finish_reason=answer.finish_reason,
+                    seed=job.seed,
+                    row=job.question.row,
+                    num_together=len(jobs),
+                    num_padding=longest - len(sequence),
+                ),
+                sequence,
+            )
+            for job, answer, sequence, found, arrays in zip(
+                jobs, answers, sequences, texts, captured, strict=True
+            )
+        ]
 
     def _record(
-        self, job: Job, answer: Answer, found: _Texts, captured: Captured
+        self,
+        job: Job,
+        found: _Texts,
+        captured: Captured,
+        extraction: SampleExtraction,
+        token_ids: Sequence[int],
     ) -> TraceRecord | NanError:
         if captured.num_nan and self._options.on_nan != "keep":
             (kind, name), count = next(iter(captured.num_nan.items()))
@@ -306,7 +329,7 @@ class Extractor:
                 "bfloat16 or float32, or set on_nan to skip or keep"
             )
             return NanError(message)
-        sequence = np.array((*job.prompt, *answer.tokens), dtype=np.int64)
+        sequence = np.array(token_ids, dtype=np.int64)
         tokens = sequence[found.kept]
         texts = {
             "question": job.question.text,
@@ -337,9 +360,7 @@ class Extractor:
             sample_id=job.question.sample_id,
             generation_index=job.index,
             prompt_len=int(np.sum(found.kept < len(job.prompt))),
-            extraction=SampleExtraction(
-                finish_reason=answer.finish_reason, seed=job.seed, row=job.question.row
-            ),
+            extraction=extraction,
             # The keys of the newest pickles first, in their order.
             fields=(
                 *layered,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
+from h5traces.archive.selection import check_named_once
 from h5traces.arguments import checked_options
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract.kept import check_tokens
@@ -175,6 +176,7 @@ class ExtractOptions:
         if self.layers is not None and not isinstance(self.layers, int) and not len(self.layers):
             message = "no layer was chosen; expected 0-based numbers, or None for all layers"
             raise LayerIndexError(message)
+        check_named_once(self.layers)
 
 
 def _with_form(kinds: tuple[str, ...], form: AttentionForm | None) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.generation import batches
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
+from h5traces.ranks.plan import RANKS
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
@@ -118,6 +119,8 @@ class ExtractionReport(Report):
         What a quick look at these samples found.
     error
         Why the run failed.
+    rank
+        Which rank this is about, such as ``00003-of-00008``; None for all of a run.
     """
 
     output: str
@@ -137,6 +140,7 @@ class ExtractionReport(Report):
     warnings: list[str] = field(default_factory=list)
     findings: list[FindingSummary] = field(default_factory=list)
     error: str | None = None
+    rank: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -160,6 +164,8 @@ class ExtractionReport(Report):
     def save(self) -> None:
         """Write the report beside the output, in one atomic step."""
         path = report_path(Path(self.output))
+        if self.rank is not None:
+            path = Path(self.output) / RANKS / f"{self.rank}.report.json"
         make_folder(path.parent)
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
         with PartFile(path) as part:
@@ -288,6 +294,9 @@ class WriterThread:
 class Run:
     """One start of a run; `progress` and `should_stop` are as for `extract_dataset`.
 
+    `settled` is called for every sample that is durable or left out; `cut` are its batches, where
+    they were cut from more jobs than these.
+
     `jobs` are all samples of the run. Batches are cut from this list, whatever is done already, so
     that a sample has the same neighbours in every start. The writer is closed at the end, or
     suspended if the run stops or fails.
@@ -304,14 +313,19 @@ class Run:
         precision: PrecisionOptions,
         progress: Callable[[RunProgress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        settled: Callable[[Job, Skipped | None], None] | None = None,
+        cut: Sequence[Sequence[Job]] = (),
     ) -> None:
+        self._cut = cut
+        self._settled = settled
+        self._by_key = {job.key: job for job in jobs}
         self._extractor, self._writer, self._jobs = extractor, writer, jobs
         self._options, self._report = options, report
         self._write_options = WriteOptions(
             dtype=precision.dtype or "float16", on_overflow=precision.on_overflow
         )
         self._progress, self._should_stop = progress, should_stop
-        self._done = stored_keys(writer.done, writer.later)
+        self.done = stored_keys(writer.done, writer.later)
         self._started = 0.0
 
     def run(self) -> None:
@@ -349,19 +363,21 @@ class Run:
             if self._should_stop is not None and self._should_stop():
                 return True
             for job, outcome in self._computed(batch):
-                if job.key in self._done:
+                if job.key in self.done:
                     continue
                 if isinstance(outcome, Skipped):
                     self._report.skipped.append(outcome)
                     self._report.save()
+                    if self._settled is not None:
+                        self._settled(job, outcome)
                 else:
                     thread.put(outcome)
         return False
 
     def _batches(self) -> Iterator[Sequence[Job]]:
         """Batches with a sample that is not done."""
-        for batch in batches(self._jobs, self._options.batch_size):
-            if any(each.key not in self._done for each in batch):
+        for batch in self._cut or batches(self._jobs, self._options.batch_size):
+            if any(each.key not in self.done for each in batch):
                 yield batch
 
     def _computed(self, batch: Sequence[Job]) -> Iterator[tuple[Job, TraceRecord | Skipped]]:
@@ -412,6 +428,9 @@ class Run:
         report.num_written += 1
         report.num_tokens += num_tokens
         report.num_generated += num_tokens - (record.prompt_len or 0)
+        if self._settled is not None:
+            key = str(record.sample_id), record.generation_index or 0
+            self._settled(self._by_key[key], None)
         if self._progress is None:
             return
         seconds = time.perf_counter() - self._started

@@ -17,6 +17,7 @@ from h5traces.errors import FeatureError, warn
 from h5traces.features.components import fit_components
 from h5traces.features.reductions import FEATURES
 from h5traces.format import layout
+from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.text import as_names, counted
 from h5traces.meaning.sample_checks import row_tolerance
 
@@ -126,8 +127,8 @@ def iterate_features(
 def check_stored(archive: Archive, wanted: Sequence[FeatureDefinition]) -> None:
     """Raise FeatureError for features of a kind that no sample has."""
     stored = {kind for file in archive._files for kind in file.store.kinds}
-    if layout.ATTENTION_MEAN in stored:
-        stored.add(layout.ATTENTIONS)  # averaged: samples say how to read them
+    if layout.ATTENTION_MEAN in stored or {QUERIES, KEYS} <= stored:
+        stored.add(layout.ATTENTIONS)  # averaged, or recomputed: samples say how to read them
     for each in wanted:
         if each.kind not in stored:
             message = (
@@ -232,35 +233,33 @@ def _add_kind(
     scaled = [each.name for each in wanted if each.scales_rows]
     sums: list[float] = []
     for layer in layers:
-        array = _layer(trace, layer, kind)
-        prompt_len = 0
-        if array is not None:
-            array, prompt_len = _real(array, trace, kind, wanted)
+        parts: dict[str, list[NDArray[np.float32]]] = {each.name: [] for each in wanted}
+        for whole in _arrays(trace, layer, kind):
+            array, prompt_len = _real(whole, trace, kind, wanted)
             if scaled and array.size <= _SMALL:
                 # Once, and not for the sums and again for each feature.
                 array = array.astype(np.float32, copy=False)
             if scaled:
                 sums += _odd_sums(array, trace)
-        for each in wanted:
-            row = np.zeros(0, dtype=np.float32)
-            if array is not None:
+            for each in wanted:
                 with np.errstate(invalid="ignore", over="ignore"):
-                    row = each.reduce(array, prompt_len)
-            rows[each.name].append(row)
+                    parts[each.name].append(each.reduce(array, prompt_len))
+        for name, found_parts in parts.items():
+            rows[name].append(np.concatenate([np.zeros(0, np.float32), *found_parts]))
     if sums:
         found.odd_sums = min(sums), max(sums)
-    for name, parts in rows.items():
-        widths = sorted({len(part) for part in parts})
+    for name, of_layers in rows.items():
+        widths = sorted({len(part) for part in of_layers})
         if len(widths) > 1:
             message = (
                 f"{place_of(trace)}: layers differ in width ({widths}) in {name}; choose layers of "
                 "one width"
             )
             raise FeatureError(message)
-        found.values[name] = np.stack(parts)
+        found.values[name] = np.stack(of_layers)
         wrong = [
             layer
-            for layer, part in zip(layers, parts, strict=True)
+            for layer, part in zip(layers, of_layers, strict=True)
             if not (len(part) and np.isfinite(part).all())
         ]
         if wrong:
@@ -296,6 +295,17 @@ def _odd_sums(array: NDArray[Any], trace: Trace) -> list[float]:
     tolerance = row_tolerance(trace._stored.file.metadata.losses, array.shape[-1])
     odd = sums[(np.abs(sums - 1) > tolerance) & (sums != 0)]
     return [float(odd.min()), float(odd.max())] if odd.size else []
+
+
+def _arrays(trace: Trace, layer: int, kind: str) -> Iterator[NDArray[Any]]:
+    """A layer's array; of attention that is recomputed, one head at a time; or nothing."""
+    stored = trace._stored
+    if stored.recomputes(kind):
+        stored.check_layer(layer, kind)
+        yield from stored.attention_by_head(stored.array_name(QUERIES, layer))
+    else:
+        found = _layer(trace, layer, kind)
+        yield from () if found is None else (found,)
 
 
 def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:

@@ -52,6 +52,10 @@ def _with_lists(value: Any) -> Any:
 _Json = Annotated[dict[str, Any], BeforeValidator(_with_lists)]
 
 
+# Fields of `ExtractionMetadata` that a run measures, and that say nothing of its options.
+MEASURED: Final = {"difference", "batch_difference", "threads"}
+
+
 class ExtractionMetadata(Document):
     """How the samples of an archive were extracted, for everyone who must do it again."""
 
@@ -124,11 +128,10 @@ class ExtractionMetadata(Document):
         """What two runs did differently, one text per field; what they measured does not count."""
         if other is None:
             return ["extraction (was not recorded)"]
-        measured = {"difference", "batch_difference", "threads"}
         return _changed(
             "",
-            self.model_dump(mode="json", exclude=measured),
-            other.model_dump(mode="json", exclude=measured),
+            self.model_dump(mode="json", exclude=MEASURED),
+            other.model_dump(mode="json", exclude=MEASURED),
         )
 
 
@@ -155,6 +158,12 @@ class SampleExtraction(Document):
     ]
     seed: Annotated[Count, Field(description="Of the random numbers that chose its tokens.")]
     row: Annotated[Count, Field(description="Row of the data set, from 0.")]
+    num_together: Annotated[
+        int | None, Field(ge=1, description="Samples that were computed in one batch with it.")
+    ] = None
+    num_padding: Annotated[
+        Count | None, Field(description="Masked tokens before it in the forward pass.")
+    ] = None
 
 
 def check_ascending(layers: tuple[int, ...], field: str) -> None:

@@ -60,6 +60,8 @@ IMAGE_ATTRS: Final = {
     "IMAGE_VERSION": "1.2",
     "IMAGE_SUBCLASS": "IMAGE_GRAYSCALE",
 }
+# Which values viewers show black and white. Derived, so that anyone may change it.
+IMAGE_RANGE: Final = "IMAGE_MINMAXRANGE"
 
 # Attributes of layered arrays.
 LAYER_ATTRS: Final = frozenset(
@@ -115,6 +117,13 @@ KINDS: Final = {
         image=True,
     ),
 }
+
+
+def is_picture(path: str) -> bool:
+    """Whether viewers should show a dataset, given by its path in a sample, as a picture."""
+    kind, _, name = path.partition("/")
+    return kind in KINDS and KINDS[kind].image and name not in TABLES
+
 
 # Definition of kinds that the format does not name.
 FURTHER_KIND: Final = (

@@ -87,6 +87,11 @@ def read_plan(folder: Path) -> RunPlan | None:
         data = read_document(path, CorruptArchiveError, "the plan of a run")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return parse_plan(data, str(path))
+
+
+def parse_plan(data: bytes, place: str) -> RunPlan:
+    """The plan that a document holds."""
     try:
         document = json.loads(data)
         document["options"] = dict(document["options"])
@@ -95,7 +100,7 @@ def read_plan(folder: Path) -> RunPlan | None:
         }
         return RunPlan.model_validate(plain)
     except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
-        message = f"{path}: is not the plan of a run by h5traces; move it away"
+        message = f"{place}: is not the plan of a run by h5traces; move it away"
         raise CorruptArchiveError(message) from error
 
 
@@ -108,7 +113,7 @@ def fix_plan(folder: Path, plan: RunPlan) -> RunPlan:
     before = read_plan(folder)
     if before is None:
         with PartFile(folder / RUN) as part:
-            part.append(_serialised(plan))
+            part.append(serialised(plan))
             try:
                 part.publish()
             except ArchiveExistsError:
@@ -130,11 +135,12 @@ def fix_plan(folder: Path, plan: RunPlan) -> RunPlan:
 def replace_plan(folder: Path, plan: RunPlan) -> None:
     """Put a plan in place of the one in force, in one step."""
     with PartFile(folder / RUN) as part:
-        part.append(_serialised(plan))
+        part.append(serialised(plan))
         part.publish(overwrite=True)
 
 
-def _serialised(plan: RunPlan) -> bytes:
+def serialised(plan: RunPlan) -> bytes:
+    """The document of a plan."""
     text = json.dumps(plan.model_dump(mode="json"), ensure_ascii=False)
     return text.encode("utf-8", "surrogatepass")
 

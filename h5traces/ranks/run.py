@@ -72,12 +72,16 @@ class RankRun:
         self.share = deal(plan.costs, rank.size)[rank.number]
         self._lines = _Lines(folder / RANKS / f"{rank.name}.jsonl", rank)
         self._started = time.monotonic()
-        self._failed = False
+        self._failed = self._is_stopped = False
 
     def note(self, item: int, **facts: Any) -> None:
         """Add a durable line about a piece of work; ``status`` says what became of it."""
         self._failed |= facts.get("status") == "failed"
         self._note("item", item=item, **facts)
+
+    def stopped(self) -> None:
+        """Say at the end that the rank was told to stop."""
+        self._is_stopped = True
 
     def _note(self, event: str, **facts: Any) -> None:
         seconds = round(time.monotonic() - self._started, 3)
@@ -99,10 +103,10 @@ class RankRun:
 
     def __exit__(self, exception_type: type[BaseException] | None, error: Any, _: object) -> None:
         try:
-            if exception_type is None:
-                self._note("end", status="failed" if self._failed else "done")
-            elif issubclass(exception_type, KeyboardInterrupt):
+            if self._is_stopped or issubclass(exception_type or object, KeyboardInterrupt):
                 self._note("end", status="stopped")
+            elif exception_type is None:
+                self._note("end", status="failed" if self._failed else "done")
             else:
                 self._note("end", status="failed", error=str(error) or exception_type.__name__)
         except OSError:

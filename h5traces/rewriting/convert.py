@@ -26,6 +26,7 @@ from h5traces.rewriting.convert_plan import plan_jobs
 from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.rewriting.shared_scales import SharedScales
+from h5traces.rewriting.uploads import UploadedRun, Uploads
 from h5traces.sources.runs import facts_of_runs
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
@@ -70,7 +71,8 @@ def convert(
     sources
         Files, globs and folders; what a file holds is found by its content, whatever its name.
     dest
-        A folder (one archive per batch), or a name ending in ``.h5`` for one archive.
+        A folder (one archive per batch), or a name ending in ``.h5`` for one archive; or a folder
+        of a bucket, ``s3://bucket/run/``, to which every archive is uploaded when it is verified.
     layers
         Decoder blocks to keep: 0-based numbers, or text such as ``0,5,10-12,last``; all by default.
     precision
@@ -115,6 +117,8 @@ def convert(
         A source does not exist.
     """
     Selection(layers=layers)  # text is checked before anything is read
+    uploads = Uploads.to(dest)
+    dest = dest if uploads is None else f"{uploads.folder}/"
     place = Target.of(dest, shard_samples=target.shard_samples)
     chosen = find_rank(rank, world_size, place.folder)
     if chosen is not None:
@@ -136,6 +140,7 @@ def convert(
         checks=checks,
         model_id=model_id,
         dataset=dataset,
+        uploads=uploads,
         # Each job gets the scales of its model.
         write=WriteOptions.of(given, target, scales=ScaleSet()),
         recorded=recorded_options(reading, scales, layers),
@@ -153,16 +158,20 @@ def convert(
         checks=checks,
     )
     costs = [job.nbytes for job in jobs]
-    run = None
+    run: RankRun | UploadedRun | None = None
     share: Sequence[int] = range(len(jobs))
     if chosen is not None:
         share = deal(costs, chosen.size)[chosen.number]
         if not target.dry_run:
-            run = RankRun(place.folder, chosen, _plan(jobs, options, costs, scales, chosen))
+            plan = _plan(jobs, options, costs, scales, chosen)
+            if uploads is None:
+                run = RankRun(place.folder, chosen, plan)
+            else:
+                run = UploadedRun(uploads, chosen, plan)
     mine = [jobs[each] for each in share]
     meter = _Meter([source for job in mine for source in job.sources], progress)
-    with run or contextlib.nullcontext():
-        shared = None if run is None else SharedScales(run)
+    with uploads or contextlib.nullcontext(), run or contextlib.nullcontext():
+        shared = SharedScales(run) if isinstance(run, RankRun) else None
         models = ScalesOfModels(jobs, options, calibration, given.calibration_samples, shared)
         each = [models.options(job, meter) for job in mine]
 

@@ -32,6 +32,7 @@ from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import num_cut
 from h5traces.meaning.sample_checks import SampleChecks
+from h5traces.paths import Target
 from h5traces.precision.scales import Calibration, ScaleSet
 from h5traces.rewriting.existing import Wanted, compare_existing, source_file
 from h5traces.rewriting.reports import FileReport, cast_warnings
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from h5traces.format.record import SourcePosition, TraceRecord
     from h5traces.rewriting.convert_plan import Job
     from h5traces.rewriting.shared_scales import SharedScales
+    from h5traces.rewriting.uploads import ExistingUploads, Uploads
 
 
 Item = TypeVar("Item")
@@ -75,6 +77,8 @@ class ConvertOptions:
     write: WriteOptions = field(default_factory=WriteOptions)
     # What the runs establish that sources belong to.
     runs: Runs = field(default_factory=dict)
+    # To where archives are uploaded, if they do not stay where they are written.
+    uploads: Uploads | None = None
     # Those that the archives record, see `recorded_options`.
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
@@ -103,9 +107,23 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
         targets=[str(job.first_target)],
         source_nbytes=job.nbytes,
     )
-    exists = job.first_target.exists()
+    uploads = options.uploads
+    try:
+        existing = job.target if uploads is None else uploads.existing(job)
+    except (H5TracesError, OSError) as error:
+        report.status, report.error = "failed", str(error)
+        return report
+    exists = job.first_target.exists() if uploads is None else existing is not None
+    if uploads is not None:
+        report.targets = [str(uploads.place(job.first_target))]
     if exists and options.target.skip_existing:
-        _keep_existing(job, options, report)
+        _keep_existing(job, existing or job.target, options, report)
+    elif exists and uploads is not None and not options.target.overwrite:
+        report.status, report.is_usage_error = "failed", True
+        report.error = (
+            f"{report.targets[0]} exists; use overwrite=True to replace it, or skip_existing=True "
+            "to keep it"
+        )
     elif options.target.dry_run:
         if exists and not options.target.overwrite:
             report.status, report.is_usage_error = "failed", True
@@ -116,6 +134,8 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     else:
         started = time.perf_counter()
         _convert_job(job, options, report_progress, report)
+        if uploads is not None and report.status == "converted":
+            uploads.send(report, overwrite=options.target.overwrite)
         report.seconds = time.perf_counter() - started
     if report.status != "converted":
         for source in job.sources:
@@ -123,7 +143,9 @@ def run_job(job: Job, options: ConvertOptions, report_progress: Report) -> FileR
     return report
 
 
-def _keep_existing(job: Job, options: ConvertOptions, report: FileReport) -> None:
+def _keep_existing(
+    job: Job, existing: Target | ExistingUploads, options: ConvertOptions, report: FileReport
+) -> None:
     """Keep the archives of an earlier run if they are what this job would write."""
     wanted = Wanted(
         sources=job.sources,
@@ -134,23 +156,26 @@ def _keep_existing(job: Job, options: ConvertOptions, report: FileReport) -> Non
         compare=options.target.compare,
     )
     try:
-        compared = compare_existing(job.target, wanted)
+        compared = compare_existing(existing, wanted)
     except (H5TracesError, OSError) as error:
         report.status, report.error, report.is_usage_error = "failed", str(error), True
         return
     if compared.differs:
         report.status, report.is_usage_error = "failed", True
-        report.error = compared.message(job.first_target)
+        report.error = compared.message(existing.existing()[0])
         return
     if compared.unknown:
         report.warnings.append(compared.warning())
-    existing = job.target.existing()
+    if not isinstance(existing, Target):
+        report.status, report.targets = "skipped", [str(each) for each in existing.existing()]
+        return
+    shards = existing.existing()
     # Its writer may have been killed between naming it and making the name durable.
     sync_folder(job.first_target.parent)
-    for target in existing:
+    for target in shards:
         remove_abandoned_parts(target)
-    report.status, report.targets = "skipped", [str(each) for each in existing]
-    report.archive_nbytes = sum(each.stat().st_size for each in existing)
+    report.status, report.targets = "skipped", [str(each) for each in shards]
+    report.archive_nbytes = sum(each.stat().st_size for each in shards)
 
 
 def _convert_job(
@@ -174,7 +199,7 @@ def _convert_job(
             lost = isinstance(error, ArchiveExistsError) and options.target.skip_existing
             if lost and job.first_target.exists():
                 # Another process was faster: its archive counts, if it is the same.
-                _keep_existing(job, options, report)
+                _keep_existing(job, job.target, options, report)
                 return
             report.error = _joined(report.error, _reason(error, job.first_target))
             report.status = "failed"

@@ -11,7 +11,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import xxhash
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.meaning.options import ReadingOptions
-    from h5traces.paths import Target
+    from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.options import Compare, WriteOptions
 
 # Of each end of a source, what its digest covers.
@@ -112,6 +112,17 @@ def recorded_options(
     return found
 
 
+class Archives(Protocol):
+    """The archives of a `Target`, on disk or on a server."""
+
+    @property
+    def shard_samples(self) -> int | None:
+        """The largest number of samples in one."""
+
+    def existing(self) -> Sequence[Path | RemotePath]:
+        """Where they are, in order."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """What a conversion would write.
@@ -155,7 +166,7 @@ class Comparison:
     differs: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
-    def message(self, target: Path) -> str:
+    def message(self, target: Path | RemotePath) -> str:
         """Why the archives cannot be kept, and what to do."""
         return (
             f"{target} exists, but is not what this command would write: "
@@ -167,7 +178,7 @@ class Comparison:
         return f"kept, although its writer did not record {and_more(self.unknown, 9)}"
 
 
-def compare_existing(target: Target, wanted: Wanted) -> Comparison:
+def compare_existing(target: Archives, wanted: Wanted) -> Comparison:
     """Compare the archives of a target with what a conversion would write.
 
     Raises
@@ -193,7 +204,7 @@ def compare_existing(target: Target, wanted: Wanted) -> Comparison:
     return found
 
 
-def _metadata(path: Path) -> ArchiveMetadata:
+def _metadata(path: Path | RemotePath) -> ArchiveMetadata:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StoredStateWarning)

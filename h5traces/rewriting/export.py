@@ -7,8 +7,6 @@ import gzip
 import importlib
 import os
 import pickle
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -34,8 +32,8 @@ from h5traces.rewriting.repack import read_files
 from h5traces.storage.publish import (
     PartFile,
     make_folder,
+    new_folder,
     remove_abandoned_parts,
-    sync_folder,
 )
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions
@@ -301,7 +299,7 @@ def _export_samples(job: _Job, **_: Any) -> None:
                 left_out += write(trace, part)
     else:
         stem = job.target.for_sources(job.archive.paths).path.name.removesuffix(job.target.suffix)
-        with _new_folder(job.path, overwrite=job.overwrite) as folder:
+        with new_folder(job.path, overwrite=job.overwrite) as folder:
             for trace in job.traces():
                 name = f"{stem}-{trace.ordinal:05d}{job.target.suffix}"
                 with PartFile(folder / name) as part:
@@ -309,44 +307,6 @@ def _export_samples(job: _Job, **_: Any) -> None:
                     part.file.raise_error()
                     part.publish(overwrite=False)
     _warn_left_out(job, left_out)
-
-
-@contextlib.contextmanager
-def _new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that gets its name when the block ends well, with all files in it.
-
-    Files go into a folder that exists one after the other, as nothing replaces folders at once; of
-    these, none has a name before all are written.
-    """
-    make_folder(path.parent)
-    folder = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-    folder.mkdir()
-    try:
-        yield folder
-        sync_folder(folder)
-        if path.is_dir() and any(path.iterdir()):
-            _move_files(folder, path, overwrite=overwrite)
-        else:
-            # Fails where a folder with files has got the name meanwhile.
-            folder.rename(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    sync_folder(path.parent)
-
-
-def _move_files(folder: Path, path: Path, *, overwrite: bool) -> None:
-    files = sorted(folder.iterdir())
-    existing = [each.name for each in files if os.path.lexists(path / each.name)]
-    if existing and not overwrite:
-        message = (
-            f"{path} holds {and_more(existing, 3)} already; use overwrite=True to replace them"
-        )
-        raise ArchiveExistsError(message)
-    for each in files:
-        each.replace(path / each.name)
-    sync_folder(path)
-    folder.rmdir()
 
 
 def _export_parquet(job: _Job, **_: Any) -> None:
@@ -361,7 +321,7 @@ def _export_dataset(job: _Job, **_: Any) -> None:
     """A folder that gets its name when all its files are durable."""
     module = _module(job.format)
     schema, left_out = module.table_schema(job.archive)
-    with _new_folder(job.path) as folder:
+    with new_folder(job.path) as folder:
         module.write_dataset(job.traces(), schema, folder)
     _warn_left_out(job, left_out)
 

@@ -152,7 +152,11 @@ def open_source(path: str | os.PathLike[str], options: ReadingOptions | None = N
     from h5traces.sources.source import errors_of
 
     with errors_of(found.reader, path):
-        return found.reader(path, options=options or ReadingOptions())
+        source = found.reader(path, options=options or ReadingOptions())
+        if not hasattr(source, "established"):
+            message = "its __init__ does not call super().__init__(path, options=options)"
+            raise TypeError(message)
+        return source
 
 
 def is_read_as_archive(path: Path, options: ReadingOptions) -> bool:

@@ -14,6 +14,7 @@ from h5traces.format.digests import chunk_checksum
 from h5traces.format.entries import ObjectEntry, carrier_dtype
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.kernels import PLAN, PLAN_CODECS
+from h5traces.storage.memory import POOL
 from h5traces.storage.plans import MAX_AXES, MOST_RAW_NBYTES, run
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
         message = f"{entry.path} cannot be read without the HDF5 library"
         raise CorruptArchiveError(message)
     dtype = carrier_dtype(entry.dtype)
-    values = np.empty(entry.shape, dtype=dtype)
+    nbytes = math.prod(entry.shape) * dtype.itemsize
+    values: NDArray[Any] = np.ndarray(entry.shape, dtype, POOL.array(nbytes).data)
     if not values.size:
         return values
     row = np.zeros(1, PLAN)

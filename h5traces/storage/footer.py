@@ -230,6 +230,9 @@ def attrs_from_json(document: dict[str, Any]) -> Attrs:
     """The attributes that a JSON object of the footer holds; ValueError where it holds others."""
     attrs: Attrs = {}
     for name, value in document.items():
+        if isinstance(value, (str, int, float)):
+            attrs[name] = value
+            continue
         found = tuple(value) if isinstance(value, list) else value
         parts, kinds = (
             (found, (int,)) if isinstance(found, tuple) else ((found,), (str, int, float))

@@ -18,6 +18,7 @@ import numpy as np
 from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.storage.files import LocalFile
 from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, Restoring, run_plan
+from h5traces.storage.memory import POOL
 from h5traces.storage.threads import ThreadPool
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ class Reading:
         parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
         for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
             start = int(starts[first])
-            arena = np.empty(int(ends[stop - 1]) - start, np.uint8)
+            arena = POOL.array(int(ends[stop - 1]) - start)
             starts[first:stop] -= start
             part = plan[slice(*each)]
             part["target"] -= start

@@ -15,12 +15,15 @@ import glob
 import io
 import os
 import re
+import shutil
 import uuid
 from typing import TYPE_CHECKING, Final, Self
 
 from h5traces.errors import ArchiveExistsError
+from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from typing_extensions import Buffer
@@ -253,16 +256,55 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that gets its name when the block ends well, with all files in it.
+
+    Files go into a folder that exists one after the other, as nothing replaces folders at once; of
+    these, none has a name before all are written.
+    """
+    make_folder(path.parent)
+    folder = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    folder.mkdir()
+    try:
+        yield folder
+        sync_folder(folder)
+        if path.is_dir() and any(path.iterdir()):
+            _move_files(folder, path, overwrite=overwrite)
+        else:
+            # Fails where a folder with files has got the name meanwhile.
+            folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _move_files(folder: Path, path: Path, *, overwrite: bool) -> None:
+    files = sorted(folder.iterdir())
+    existing = [each.name for each in files if os.path.lexists(path / each.name)]
+    if existing and not overwrite:
+        message = (
+            f"{path} holds {and_more(existing, 3)} already; use overwrite=True to replace them"
+        )
+        raise ArchiveExistsError(message)
+    for each in files:
+        each.replace(path / each.name)
+    sync_folder(path)
+    folder.rmdir()
+
+
 def remove_abandoned_parts(target: Path) -> list[Path]:
     """Delete ``.part`` files of `target` whose writer is gone; returns what was deleted."""
     return [
         path
         for path in target.parent.glob(f"{glob.escape(target.name)}.*.part")
-        if _PART_NAME.fullmatch(path.name.removeprefix(target.name)) and _remove_if_unlocked(path)
+        if _PART_NAME.fullmatch(path.name.removeprefix(target.name)) and remove_unlocked(path)
     ]
 
 
-def _remove_if_unlocked(path: Path) -> bool:
+def remove_unlocked(path: Path) -> bool:
+    """Delete a ``.part`` file whose writer is gone; false if it is at work."""
     try:
         # No link may lead to a file of somebody's, and nothing is waited for.
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -22,6 +22,7 @@ from h5traces.archive.selection import choose_samples
 from h5traces.arguments import as_position, checked, checked_options, shown
 from h5traces.errors import DatasetError, LayerIndexError, OptionError, SampleIndexError
 from h5traces.format import layout
+from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.text import and_more, as_names
 from h5traces.meaning.lengths import covered_tokens
 from h5traces.storage.files import open_regular
@@ -347,6 +348,9 @@ def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ..
 
 def _declared(file: ArchiveFile, kind: str) -> dict[str, object]:
     kinds = file.store.kinds
+    if kind == layout.ATTENTIONS and kind not in kinds and {QUERIES, KEYS} <= kinds.keys():
+        # Samples say whether the weights follow.
+        return dict(kinds[QUERIES])
     if kind not in kinds:
         message = (
             f"{file.path}: stores no {kind}; stored: {', '.join(kinds) or 'no kinds'}; choose "

@@ -80,7 +80,7 @@ def read_layer(trace: Trace, kind: str, layer: int) -> torch.Tensor:
 
 def _typed_layer(trace: Trace, kind: str, layer: int) -> TypedArray:
     name = trace._stored.array_name(kind, layer)
-    if f"{kind}/{name}" not in trace._stored.objects:
+    if layer not in trace._stored.stored_layers(kind):
         stored = list(trace._stored.stored_layers(kind))
         message = (
             f"{named(trace)}: layer {layer} of {kind} is not stored; stored: {stored or 'none'}; "
@@ -232,7 +232,10 @@ def answer_rows(trace: Trace, tokens: TokenAxis, choice: Tokens) -> Chosen:
 def token_axis(trace: Trace, kind: str, axes: tuple[str, ...], layer: int) -> TokenAxis | None:
     """The token axis of a kind's stored arrays; None where they have none."""
     path = f"{kind}/{trace._stored.array_name(kind, layer)}"
-    shape = trace._stored.entry(path).shape if path in trace._stored.objects else ()
+    stored = trace._stored
+    shape = stored.entry(path).shape if path in stored.objects else ()
+    if stored.recomputes(kind):
+        shape = stored.attention_shape(stored.array_name(kind, layer))
     return TokenAxis.of(trace, axes, shape) if len(shape) == len(axes) else None
 
 
@@ -260,6 +263,8 @@ def may_be_not_finite(trace: Trace, kind: str, layer: int, dtype: torch.dtype) -
 
     A sample without those counts had none: the writer notes what is not zero.
     """
+    if trace._stored.recomputes(kind):
+        return True
     entry = trace._stored.entry(f"{kind}/{trace._stored.array_name(kind, layer)}")
     counted = bool(entry.attrs.get("num_nan") or entry.attrs.get("num_inf"))
     return counted or carrier_dtype(entry.dtype).itemsize > dtype.itemsize

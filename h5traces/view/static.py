@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from h5traces.arguments import checked
 from h5traces.errors import TargetError
 from h5traces.paths import expand_sources
+from h5traces.storage.publish import new_folder
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ def export_page(
 ) -> list[Path]:
     """Write the page and the archives into a new folder, which any web server can publish.
 
+    The folder gets its name when all files are in it, and durable.
+
     Parameters
     ----------
     sources
@@ -70,21 +74,23 @@ def export_page(
     folder = Path(dest)
     paths = expand_sources(sources)
     _check(folder, paths)
-    folder.mkdir(parents=True, exist_ok=True)
-    listed, written = [], []
-    for number, path in enumerate(paths):
-        if isinstance(path, RemotePath):
-            listed.append((str(path), path.name))
-            continue
-        name = f"{number:05d}.h5"
-        _take(path, folder / name, copy=copy)
-        listed.append((name, path.name))
-        written.append(folder / name)
-    for name in PAGE_FILES:
-        (folder / name).write_bytes(page_file(name))
-        written.append(folder / name)
-    (folder / LIST_FILE).write_bytes(list_document(listed))
-    return [*written, folder / LIST_FILE]
+    listed = []
+    with new_folder(folder) as part:
+        for number, path in enumerate(paths):
+            if isinstance(path, RemotePath):
+                listed.append((str(path), path.name))
+                continue
+            name = f"{number:05d}.h5"
+            _take(path, part / name, copy=copy)
+            listed.append((name, path.name))
+        for name in PAGE_FILES:
+            (part / name).write_bytes(page_file(name))
+        (part / LIST_FILE).write_bytes(list_document(listed))
+        names = [each.name for each in part.iterdir()]
+        for name in names:
+            with (part / name).open("rb") as file:
+                os.fsync(file.fileno())
+    return [folder / name for name in sorted(names)]
 
 
 def _check(folder: Path, paths: Sequence[Any]) -> None:

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from h5traces.format.precision import CalibrationRecord
     from h5traces.format.record import LayerArray, TraceMetadata
     from h5traces.meaning.checks import Finding
+    from h5traces.storage.hdf5.types import StoredValue
     from h5traces.writing.stored_samples import StoredSample
 
 
@@ -456,8 +457,11 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[tuple[list[LayerArray], 
 def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:
     """Write a dataset below `parent`; its entry has the path of `prepared`."""
     encoded = prepared.encoded
-    kind, _, name = prepared.path.partition("/")
-    is_image = kind in layout.KINDS and layout.KINDS[kind].image and name not in layout.TABLES
+    shown: dict[str, StoredValue] = {}
+    if layout.is_picture(prepared.path):
+        shown |= layout.IMAGE_ATTRS
+        if prepared.white is not None:
+            shown[layout.IMAGE_RANGE] = (0.0, prepared.white)
     offsets, sizes = hdf5.write_dataset(
         f"{parent}/{prepared.path}",
         dtype=prepared.dtype,
@@ -465,7 +469,7 @@ def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectE
         chunk=encoded.chunk,
         codec=encoded.codec,
         chunks=encoded.chunks,
-        attrs={**(layout.IMAGE_ATTRS if is_image else {}), **prepared.attrs},
+        attrs={**shown, **prepared.attrs},
     )
     return ObjectEntry(
         prepared.path,

@@ -103,19 +103,10 @@ def create(
         An argument has a value that it cannot have, or no codec has that name.
     """
     precision = PrecisionOptions.of(precision)
-    place = target_of_run(path, target)
-    calibration = load_given(precision.scales, precision.precision)
-    if calibration is not None:
-        check_model(calibration, model_id)
-    if precision.scales is not None:
-        check_not_a_source(place, precision.scales)
-    state = _state(
-        shard_samples=place.shard_samples,
-        dtype=precision.dtype or "float16",
-        on_overflow=precision.on_overflow,
-        codec=precision.codec or GZIP.name,
-        precision=precision.precision,
-        calibration=None if calibration is None else calibration.digest,
+    place, state, options, calibration = described_run(
+        path,
+        precision,
+        target,
         model_id=model_id,
         model_revision=model_revision,
         dataset=dataset,
@@ -123,8 +114,6 @@ def create(
         extraction=extraction,
     )
     step = precision.precision.step
-    scales = ScaleSet() if step is None or calibration is None else calibration.scales(step)
-    options = WriteOptions.of(precision, target, scales=scales)
     spooled = spool_path(place).exists()
     existing = place.existing()
     if (existing or spooled) and not (resume and spool):
@@ -149,6 +138,30 @@ def create(
         calibration=calibration,
         calibration_samples=precision.calibration_samples,
     )
+
+
+def described_run(
+    path: PathLike, precision: PrecisionOptions, target: TargetOptions, **facts: Any
+) -> tuple[Target, RunState, WriteOptions, Calibration | None]:
+    """Where a run goes, what it records, how it writes, and the scales that it was given."""
+    place = target_of_run(path, target)
+    calibration = load_given(precision.scales, precision.precision)
+    if calibration is not None:
+        check_model(calibration, facts.get("model_id"))
+    if precision.scales is not None:
+        check_not_a_source(place, precision.scales)
+    state = _state(
+        shard_samples=place.shard_samples,
+        dtype=precision.dtype or "float16",
+        on_overflow=precision.on_overflow,
+        codec=precision.codec or GZIP.name,
+        precision=precision.precision,
+        calibration=None if calibration is None else calibration.digest,
+        **facts,
+    )
+    step = precision.precision.step
+    scales = ScaleSet() if step is None or calibration is None else calibration.scales(step)
+    return place, state, WriteOptions.of(precision, target, scales=scales), calibration
 
 
 def target_of_run(path: PathLike, options: TargetOptions = TargetOptions()) -> Target:

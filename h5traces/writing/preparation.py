@@ -19,6 +19,7 @@ from h5traces.format.values import EncodedObject, encode_element
 from h5traces.precision.encoding import Encoder
 from h5traces.storage.arrays import EncodedArray, encode_array
 from h5traces.storage.codecs import DEFLATE, GZIP
+from h5traces.writing.pictures import white_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,7 +38,8 @@ class Prepared:
     """A dataset that was cast, digested and encoded.
 
     ``raw_nbytes`` counts the array after the cast. ``exceptions`` go into that table, float64
-    ``(n, 2)``; ``kept_exact`` says why a layer is stored more precisely than the tier asks.
+    ``(n, 2)``; ``kept_exact`` says why a layer is stored more precisely than the tier asks;
+    ``white`` is the value that viewers show white.
     """
 
     path: str
@@ -48,6 +50,7 @@ class Prepared:
     counts: CastCounts
     exceptions: NDArray[np.float64] | None = None
     kept_exact: str | None = None
+    white: float | None = None
 
 
 def prepare_layers(
@@ -57,16 +60,19 @@ def prepare_layers(
     found = []
     for entry in entries:
         layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
+        path = f"{kind}/{entry.name}"
+        encoded = encode_array(layer.values, codec_for(layer.values, options.codec))
         found.append(
             Prepared(
-                path=f"{kind}/{entry.name}",
+                path=path,
                 dtype=layer.dtype,
                 attrs=attrs,
-                encoded=encode_array(layer.values, codec_for(layer.values, options.codec)),
+                encoded=encoded,
                 raw_nbytes=layer.source_nbytes,
                 counts=counts,
                 exceptions=layer.exceptions,
                 kept_exact=layer.kept_exact,
+                white=white_of(path, layer.dtype, layer.values, encoded.chunk),
             )
         )
     return found

@@ -21,11 +21,13 @@ from h5traces.errors import ArchiveError
 from h5traces.meaning.checks import Findings
 from h5traces.storage.processes import blocked_signals, child_environment
 from h5traces.writing.create import create
+from h5traces.writing.shared_writer import SharedWriter
 
 if TYPE_CHECKING:
     from h5traces.format.dtypes import CastCounts
     from h5traces.format.record import TraceRecord
     from h5traces.paths import PathLike
+    from h5traces.writing.shared_writer import Share
 
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(*map(int, sys.argv[1:]))"
 _POLL_SECONDS: Final = 0.1
@@ -34,11 +36,12 @@ _POLL_SECONDS: Final = 0.1
 class ProcessWriter:
     """A `TraceWriter` in another process, for a caller that must not wait for Python's global lock.
 
-    It takes the arguments of `h5traces.create` and offers the part of `TraceWriter` that extraction
-    uses; records go through a pipe. ``warnings`` are complete after `close`.
+    It takes the arguments of `h5traces.create`, of a rank also its share, and offers the part of
+    `TraceWriter` that extraction uses; records go through a pipe. ``warnings`` are complete after
+    `close`.
     """
 
-    def __init__(self, path: PathLike, **options: Any) -> None:
+    def __init__(self, path: PathLike, *, share: Share | None = None, **options: Any) -> None:
         self._path = path
         self._connection, theirs = Pipe()
         with theirs, blocked_signals():
@@ -59,7 +62,7 @@ class ProcessWriter:
         self.warnings: list[str] = []
         self.findings = Findings()
         try:
-            found = self._ask("create", path, options)
+            found = self._ask("create", path, share, options)
             self.done, self.later, self.num_samples, self.is_finished = found
         except BaseException:
             self._end()
@@ -138,7 +141,8 @@ def serve(descriptor: int, parent: int) -> None:
             answer: Any = None
             try:
                 if request == "create":
-                    writer = create(arguments[0], **arguments[1])
+                    path, share, options = arguments
+                    writer = create(path, **options) if share is None else _shared(*arguments)
                     answer = (writer.done, writer.later, writer.num_samples, writer.is_finished)
                 elif request == "append":
                     writer.append(*arguments)
@@ -151,6 +155,10 @@ def serve(descriptor: int, parent: int) -> None:
             # Free the arrays before waiting for the next ones.
             del arguments
             connection.send(answer)
+
+
+def _shared(path: PathLike, share: Share, options: dict[str, Any]) -> SharedWriter:
+    return SharedWriter(path, share, **options)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -87,15 +87,23 @@ def spool_path(target: Target) -> Path:
     return path.with_name(f"{path.name}.spool")
 
 
-class SpoolFolder:
-    """The spool of one target, locked for this process; the folder is made if it is missing."""
+def left_out_path(folder: Path, number: int) -> Path:
+    """The file of a spool that says that a sample was left out."""
+    return folder / f"{number:08d}.skipped"
 
-    def __init__(self, path: Path) -> None:
+
+class SpoolFolder:
+    """The spool of one target, locked for this process; the folder is made if it is missing.
+
+    With `is_shared`, for this process and others that share it: the ranks of a run.
+    """
+
+    def __init__(self, path: Path, *, is_shared: bool = False) -> None:
         self.path = path
-        self._descriptor = _locked(path)
+        self._descriptor = _locked(path, is_shared=is_shared)
         _open_locks.add(self)
         try:
-            for part in path.glob("*.part"):
+            for part in path.glob("*.part") if not is_shared else ():
                 part.unlink()
             # A sample counts as done from now on, so its name must be durable even if its writer
             # was killed before the sync.
@@ -133,6 +141,18 @@ class SpoolFolder:
         names = (_SAMPLE.match(each.name) for each in self.path.iterdir())
         return sorted(int(found[1]) for found in names if found)
 
+    def left_out(self) -> list[int]:
+        """Numbers of the samples that were left out."""
+        return [int(each.stem) for each in self.path.glob("*.skipped")]
+
+    def claim(self) -> bool:
+        """Take a shared folder for this process alone; false if others use it."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def remove(self, numbers: Iterable[int]) -> None:
         """Delete samples."""
         for number in numbers:
@@ -142,6 +162,8 @@ class SpoolFolder:
         """Delete the spool, which must hold no samples, and release it."""
         # Samples without run.json would look like damage.
         sync_folder(self.path)
+        for each in (*self.path.glob("*.skipped"), *self.path.glob("pack-*.lock")):
+            each.unlink(missing_ok=True)
         (self.path / _RUN).unlink(missing_ok=True)
         (self.path / _LOCK).unlink(missing_ok=True)
         # Not empty if a user put a file there.
@@ -168,7 +190,7 @@ def _release_in_child() -> None:
 os.register_at_fork(after_in_child=_release_in_child)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, *, is_shared: bool = False) -> int:
     while True:
         if path.is_symlink():
             raise _no_lock(path)
@@ -188,7 +210,7 @@ def _locked(path: Path) -> int:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise _no_lock(path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_nlink:
                 _write_owner(descriptor)
                 return descriptor

@@ -22,7 +22,7 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.storage.publish import make_folder, remove_abandoned_parts, sync_folder
 from h5traces.writing.calibrate import measured
 from h5traces.writing.options import AUTOMATIC_SAMPLES
-from h5traces.writing.preparation import observe
+from h5traces.writing.preparation import Observation, observe
 from h5traces.writing.shards import Contents, holds, joined, sample_digests
 from h5traces.writing.stored_samples import StoredSample, to_record
 from h5traces.writing.trace_writer import TraceWriter
@@ -56,17 +56,13 @@ class SpoolWriter(TraceWriter):
         reading: ReadingOptions = ReadingOptions(),
     ) -> None:
         super().__init__(target, state, options, reading=reading)
-        self._folder = folder
-        self._exact = replace(options, precision=EXACT, scales=None)
-        self._calibration, self._calibration_samples = calibration, calibration_samples
+        self._set_up(folder, options, calibration, calibration_samples)
         self.is_finished = folder is None
         for path in target.existing():
             # From a writer that was killed right after naming its shard.
             remove_abandoned_parts(path)
         shards = [Contents.of(path) for path in target.existing()]
         self._num_shards = len(shards)
-        # Digests of the samples that are in no shard yet, by number.
-        self._spooled: dict[int, str] = {}
         found = shards
         if folder is not None:
             found = shards + self._read_spool(folder, shards)
@@ -77,6 +73,21 @@ class SpoolWriter(TraceWriter):
         self._next = max([target.first_sample(self._num_shards), *(n + 1 for n in self._spooled)])
         if folder is not None and state.closing and shards and not self._spooled:
             self._finish(folder)
+
+    def _set_up(
+        self,
+        folder: SpoolFolder | None,
+        options: WriteOptions,
+        calibration: Calibration | None,
+        samples: int,
+    ) -> None:
+        self._folder = folder
+        self._exact = replace(options, precision=EXACT, scales=None)
+        self._calibration, self._calibration_samples = calibration, samples
+        # Digests of the samples that are in no shard yet, by number.
+        self._spooled: dict[int, str] = {}
+        self._num_shards = self._next = 0
+        self._observed = Observation()
 
     def _read_spool(self, folder: SpoolFolder, shards: list[Contents]) -> list[Contents]:
         """Read the spool, and remove samples that a shard holds: their packer was killed."""

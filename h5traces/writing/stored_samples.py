@@ -25,6 +25,7 @@ from h5traces.format.record import (
 from h5traces.format.values import EncodedObject, decode_element
 from h5traces.storage.arrays import EncodedArray, encode_array, read_chunk
 from h5traces.storage.codecs import GZIP
+from h5traces.writing.pictures import white_of_stored
 from h5traces.writing.preparation import Observation, Prepared, codec_for, prepare_element
 
 if TYPE_CHECKING:
@@ -139,13 +140,15 @@ class StoredSample:
     def _copied(self, entry: ObjectEntry) -> Prepared:
         kind, _, name = entry.path.partition("/")
         is_layer = kind in self._trace.kinds and name not in layout.TABLES
+        encoded = self._encoded(entry, self._codec if is_layer else None)
         return Prepared(
             path=entry.path,
             dtype=entry.dtype,
             attrs=entry.attrs,
-            encoded=self._encoded(entry, self._codec if is_layer else None),
+            encoded=encoded,
             raw_nbytes=entry.raw_nbytes,
             counts=CastCounts(),
+            white=white_of_stored(entry.path, entry.dtype, encoded),
         )
 
     def _encoded(self, entry: ObjectEntry, codec: str | None) -> EncodedArray:

@@ -476,8 +476,6 @@ def test_export_usage(tmp_path: Path) -> None:
     archive = make_archive(tmp_path, BATCH)
     assert ".pkl or .h5" in run("export", archive, "-o", tmp_path / "a.xyz", code=2).stderr
     assert "name a folder" in run("export", archive, "-o", tmp_path / "a.npz", code=2).stderr
-    both = run("export", archive, "-o", tmp_path / "a.pt", "--to", "torch", "--kerchunk", code=2)
-    assert "name two formats" in both.stderr
     run("export", archive, "-o", tmp_path / "a.pkl", "--dtype", "float32", code=2)
     run("export", tmp_path / "nope.h5", "-o", tmp_path / "a.pkl", code=2)
     assert "would write" in run("export", archive, "-o", tmp_path / "a.pkl", "--dry-run").stdout

@@ -120,6 +120,17 @@ def test_an_answer_that_was_left_out_does_not_hide_a_later_one(tmp_path):
         assert archive.by_id("why", 1)["generated_answer"] == " Because."
 
 
+def test_samples_say_what_they_were_computed_with():
+    found = records(["Why?", "What is it, then?", "How?"], batch_size=2, generation=DRAWN)
+    together = [each.extraction.num_together for each in found]
+    assert together == [2] * 8 + [1]
+    for first, second in zip(found[:8:2], found[1:8:2], strict=True):
+        lengths = [len(each.tokens) for each in (first, second)]
+        padding = [each.extraction.num_padding for each in (first, second)]
+        assert padding == [max(lengths) - each for each in lengths]
+    assert found[-1].extraction.num_padding == 0
+
+
 def test_chats_with_tools():
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
     chat = {"messages": messages, "tools": [{"name": "search"}], "question_id": "c"}

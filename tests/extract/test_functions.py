@@ -431,3 +431,13 @@ def test_a_model_that_gives_one_position_is_found_out():
     block.register_forward_hook(lambda _module, _args, output: output[:, -1:])
     with pytest.raises(ExtractionError, match=r"gave shape \(1, 1, 32\) for 1 sequences of 3"):
         capturer.run([[0, 5, 9]])
+
+
+@pytest.mark.parametrize("layers", ["0,0", "3,0-2,3", [1, 2, 1]])
+def test_a_layer_that_is_named_twice_is_an_error(layers):
+    with pytest.raises(LayerIndexError, match=r"layer \d is named more than once; name each"):
+        ExtractOptions(layers=layers)
+
+
+def test_ranges_and_the_last_layer_may_overlap_others():
+    assert ExtractOptions(layers="0,2-5,3,last").layers == "0,2-5,3,last"

@@ -12,9 +12,10 @@ from family_models import make_family
 from tiny_models import ROOT, make_model, tokenizer
 
 import h5traces
-from h5traces.archive.recomputing import weights_in_numpy
+from h5traces.archive.recomputing import attention_weights
 from h5traces.errors import ExtractionError, LayerIndexError
-from h5traces.extract import ExtractOptions, GenerationOptions, extract
+from h5traces.extract import ExtractOptions, GenerationOptions, ModelShape, extract
+from h5traces.extract.estimate import estimate
 from h5traces.format.attention import AttentionRule
 from h5traces.writing.options import PrecisionOptions
 
@@ -138,7 +139,7 @@ def test_views_copies_and_exports(archives, tmp_path):
 
 @pytest.mark.parametrize("mask", ["all", "causal", "chunk", "window"])
 def test_numpy_and_torch_agree_with_the_plain_formula(mask):
-    from h5traces.archive.torch_values import attention_weights
+    from h5traces.archive.torch_values import attention_weights as in_torch
 
     generator = np.random.default_rng(3)
     queries = generator.normal(size=(4, 600, 8)).astype("f4")
@@ -161,8 +162,8 @@ def test_numpy_and_torch_agree_with_the_plain_formula(mask):
     expected = exponentials / (exponentials.sum(-1, keepdims=True) + sinks)
     every = {"heads": np.arange(4), "rows": np.arange(600)}
     for found in (
-        weights_in_numpy(queries, keys, rule, **every),
-        attention_weights(queries, keys, rule, **every).numpy(),
+        attention_weights(queries, keys, rule, **every),
+        in_torch(queries, keys, rule, **every).numpy(),
     ):
         assert np.abs(found - expected).max() < 1e-6
 
@@ -193,6 +194,45 @@ def test_weights_need_every_key(tokens, tmp_path):
             archive[0]["attentions"]
 
 
+def test_what_reads_attention_reads_what_is_computed(archives):
+    pytest.importorskip("matplotlib")
+    from h5traces.features import compute_features
+    from h5traces.plotting import attention_grid, token_quantity
+    from h5traces.torch_data import TraceDataset
+
+    names = ["attention_entropy", "sink_mass", "lookback_ratio"]
+    with h5traces.open(archives / "qk.h5") as qk, h5traces.open(archives / "both.h5") as full:
+        expected = compute_features(full, names)
+        for name, found in compute_features(qk, names).items():
+            assert np.allclose(found, expected[name], atol=1e-5), name
+        for quantity in ("entropy", "sink"):
+            pair = [token_quantity(each[0], quantity) for each in (qk, full)]
+            assert np.allclose(*pair, atol=1e-5)
+        assert len(attention_grid(qk[0], 1).axes) == 4
+    item = TraceDataset(archives / "qk.h5", kinds=["attentions"], layers=[1])[0]
+    expected = TraceDataset(archives / "both.h5", kinds=["attentions"], layers=[1])[0]
+    assert torch.allclose(item["attentions"], expected["attentions"], atol=1e-5)
+
+
+def test_graphs_of_what_is_computed(archives):
+    pytest.importorskip("torch_geometric")
+    from h5traces.graph import TraceGraphDataset
+
+    found, expected = (
+        TraceGraphDataset([archives / name], layers=[1])[0] for name in ("qk.h5", "both.h5")
+    )
+    assert torch.equal(found.edge_index, expected.edge_index)
+
+
+@pytest.mark.parametrize(("length", "ratio"), [(43, None), (256, None), (2048, "1/4.6")])
+def test_the_estimate_says_what_is_smaller(length, ratio):
+    shape = ModelShape(
+        num_layers=2, hidden_size=4096, num_heads=32, num_key_value_heads=8, head_size=128
+    )
+    advice = estimate(shape, length).advice
+    assert (ratio in advice) if ratio else (advice == "")
+
+
 def test_a_rule_that_makes_no_sense_is_named(archives, tmp_path):
     path = tmp_path / "wrong.h5"
     path.write_bytes((archives / "qk.h5").read_bytes())
@@ -201,3 +241,5 @@ def test_a_rule_that_makes_no_sense_is_named(archives, tmp_path):
     with pytest.warns(match="index"), h5traces.open(path) as archive:
         with pytest.raises(h5traces.errors.CorruptArchiveError, match=r"queries/layer_001: scale"):
             archive[0]["attentions"]
+    found = [str(each) for each in h5traces.validate(path).problems]
+    assert any("queries/layer_001" in each and "scale" in each for each in found), found

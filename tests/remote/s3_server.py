@@ -20,6 +20,9 @@ class Watched:
         self.requests: list[dict[str, str]] = []
         # Status and S3's code for the next requests.
         self.failures: list[tuple[int, str]] = []
+        # A failure of every request of a method whose query holds a text; `lost` does as it is
+        # asked, and loses the answer. Both as often as they say.
+        self.fail: dict[str, Any] = {}
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/__control__":
@@ -36,6 +39,18 @@ class Watched:
             body = f"<Error><Code>{code}</Code><Message>said the test</Message></Error>".encode()
             start(f"{status} {code}", [("Content-Type", "application/xml")])
             return [body]
+        fail = self.fail
+        if fail and asked["method"] == fail["method"] and fail["query"] in asked["query"]:
+            fail["after"] = fail.get("after", 0) - 1
+            if fail["after"] < 0 and fail["times"]:
+                fail["times"] -= 1
+                if fail.get("lost"):
+                    # All of it, so that it is done.
+                    b"".join(self.app(environ, lambda *_: None))
+                code = fail["code"]
+                body = f"<Error><Code>{code}</Code><Message>said the test</Message></Error>"
+                start(f"{fail['status']} {code}", [("Content-Type", "application/xml")])
+                return [body.encode()]
         return self.app(environ, start)
 
     def control(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:

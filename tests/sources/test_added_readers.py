@@ -109,6 +109,7 @@ def test_a_reader_that_cannot_be_used_is_named(tmp_path: Path, code: str, proble
     [
         ("recognises(*_)", "raise KeyError('wrong')"),
         ("__init__(self, path, *, options)", "raise ValueError('wrong')"),
+        ("__init__(self, path, *, options)", "self.path = path"),
         ("__next__(self)", "return [].pop()"),
         ("__next__(self)", "return ['wrong']"),
         ("__next__(self)", "return None"),
@@ -127,3 +128,14 @@ def test_what_a_reader_raises_is_an_error_of_ours(
     monkeypatch.setattr(opening, "added_readers", lambda: (names["ProbeSource"],))
     with pytest.raises(ConversionError, match=r"q7.probe: the reader probe_reader.ProbeSource "):
         load(probe)
+
+
+def test_a_reader_that_does_not_call_its_base_is_told_so(
+    probe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: dict[str, Any] = {"__name__": "probe_reader"}
+    exec(module(), names)
+    monkeypatch.setattr(names["ProbeSource"], "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(opening, "added_readers", lambda: (names["ProbeSource"],))
+    with pytest.raises(ConversionError, match=r"does not call super\(\).__init__\(path, options="):
+        h5traces.load(probe)

@@ -17,6 +17,7 @@ import torch
 import zstandard
 
 import h5traces
+from h5traces.cli.reports import print_conversion
 from h5traces.errors import ConversionError, UnsafePickleError
 from h5traces.sources.compressed import _check_frames
 
@@ -245,15 +246,21 @@ def test_nothing_inside_an_output_is_called(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_what_is_left_out_of_an_output_is_named(tmp_path: Path) -> None:
+def test_what_is_left_out_of_an_output_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = pytest.importorskip("transformers.modeling_outputs").BaseModelOutputWithPast
     layers = tuple(states())
     written = output(hidden_states=layers, past_key_values=None)
     written["past_key_values"] = pytest.importorskip("transformers").DynamicCache()
     torch.save(written, tmp_path / "a.pt")
-    report = h5traces.convert(tmp_path / "a.pt", tmp_path / "a.h5")
+    precision = h5traces.PrecisionOptions(dtype="auto")
+    report = h5traces.convert(tmp_path / "a.pt", tmp_path / "a.h5", precision=precision)
     (file,) = report.files
     assert "left out of outputs of a model: past_key_values" in file.understood
+    print_conversion(report)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "every bit of their sources but for what was left out of outputs of a model" in said
     assert list(h5traces.open(tmp_path / "a.h5")[0]) == ["hidden_states"]
 
 

@@ -28,6 +28,7 @@ from h5traces.storage.arrays import chunk_shape
 from h5traces.storage.codecs import CODECS
 from h5traces.writing.options import PrecisionOptions
 
+IMAGES = {*layout.IMAGE_ATTRS, layout.IMAGE_RANGE}
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = (ROOT / "schema" / "SPEC.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / "examples" / "legacy"
@@ -329,7 +330,7 @@ def test_dataset_attributes_are_those_of_the_tables(example, rich):
         name for row in table("Layered arrays", *OF_DATASETS) for name in names(row["attribute"])
     }
     images = {name for name in layered if name.isupper()}
-    assert images == set(layout.IMAGE_ATTRS)
+    assert images == IMAGES
     seen = set()
     for path in (example, rich[0] / "archive.h5"):
         with h5py.File(path) as file:
@@ -449,7 +450,7 @@ def test_digests_of_an_archive_by_the_recipe(which, request):
                 objects[name] = {
                     key: value
                     for key, value in plain_attributes(thing).items()
-                    if key not in layout.IMAGE_ATTRS
+                    if key not in IMAGES
                 }
                 if isinstance(thing, h5py.Dataset):
                     digest = xxhash.xxh3_128_hexdigest(hashed(thing))
@@ -652,7 +653,7 @@ def test_footer_by_the_tables_agrees_with_hdf5(which, request):
             for path, entry in objects.items():
                 stored = plain_attributes(sample[path])
                 digest = stored.pop("digest", "0" * 32)
-                others = {k: v for k, v in stored.items() if k not in layout.IMAGE_ATTRS}
+                others = {k: v for k, v in stored.items() if k not in IMAGES}
                 assert (entry["digest"], entry["attrs"]) == (digest, others)
                 if isinstance(sample[path], h5py.Group):
                     assert (entry["type"], entry["codec"], entry["chunks"]) == ("", "", [])

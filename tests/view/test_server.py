@@ -172,6 +172,18 @@ def test_the_page_is_written_into_a_new_folder(archive: Path, tmp_path: Path) ->
     assert not (tmp_path / "other").exists()
 
 
+def test_no_half_written_page_is_left(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_documents: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("h5traces.view.static.list_document", full)
+    with pytest.raises(OSError, match="No space left"):
+        h5traces.view.export_page(archive, tmp_path / "out" / "page")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "h5traces", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ from h5traces.storage.hdf5.messages import (
     ATTRIBUTE_INFO,
     UNDEFINED,
     attribute_message,
+    attribute_name,
     dataset_messages,
     datatype_message,
     fixed_array_layout,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _BEFORE_NBYTES: Final = 256 << 10
 _AFTER_NBYTES: Final = 64 << 10
 _PREFIX_NBYTES: Final = 10
+_RANGE_NAME: Final = layout.IMAGE_RANGE.encode() + b"\0"
 
 
 class _UnknownError(Exception):
@@ -108,7 +110,8 @@ class HeaderCheck:
             elif index != UNDEFINED:
                 raise _UnknownError
             stored = fixed_array_layout(itemsize, entry.chunk, index)
-        _compare(found, [described, stored, *_attributes(_shown_attributes(entry))])
+        attributes = _attributes(_shown_attributes(entry))
+        _compare(_without_range(found), [described, stored, *attributes])
 
     def _check_chunk_index(self, address: int, entry: ObjectEntry, itemsize: int) -> None:
         assert entry.chunks is not None
@@ -164,6 +167,13 @@ def _compare(found: bytes, expected: Iterable[bytes]) -> None:
         raise _UnknownError
 
 
+def _without_range(body: bytes) -> bytes:
+    """Messages but for that of the range in which viewers show an array, of any type."""
+    if _RANGE_NAME not in body:
+        return body
+    return b"".join(each for each in _messages(body) if attribute_name(each) != _RANGE_NAME)
+
+
 def _attributes(attrs: Mapping[str, AttrValue]) -> list[bytes]:
     messages = [attribute_message(name, value) for name, value in attrs.items()]
     if None in messages:
@@ -172,6 +182,4 @@ def _attributes(attrs: Mapping[str, AttrValue]) -> list[bytes]:
 
 
 def _shown_attributes(entry: ObjectEntry) -> Mapping[str, AttrValue]:
-    kind, _, name = entry.path.partition("/")
-    is_image = kind in layout.KINDS and layout.KINDS[kind].image and name not in layout.TABLES
-    return {**layout.IMAGE_ATTRS, **entry.attrs} if is_image else entry.attrs
+    return {**layout.IMAGE_ATTRS, **entry.attrs} if layout.is_picture(entry.path) else entry.attrs

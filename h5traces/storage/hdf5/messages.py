@@ -11,14 +11,13 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Final
 
 from h5traces.storage.codecs import get_codec
-from h5traces.storage.hdf5.types import attribute_value, hdf5_type
+from h5traces.storage.hdf5.types import StoredValue, attribute_value, hdf5_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from h5py import h5t
 
-    from h5traces.format.document import AttrValue
 
 UNDEFINED: Final = 0xFFFF_FFFF_FFFF_FFFF
 _DATASPACE, _LINK_INFO, _DATATYPE, _FILL_VALUE = 0x01, 0x02, 0x03, 0x05
@@ -35,6 +34,9 @@ _FIRST_NAMED_FILTER: Final = 256
 PAGE_BITS: Final = 10
 # Type, size and flags of a message.
 _HEAD: Final = struct.Struct("<BHB")
+# Version and flags of an attribute, sizes of name, type and shape, character set of the name.
+_ATTRIBUTE_HEAD: Final = struct.Struct("<BBHHHB")
+_ATTRIBUTE_VERSION: Final = 3
 # Flags of a link, bit 4: the character set is given; bits 0 and 1: width of the name's length.
 _SHORT_LINK, _LONG_LINK = 0x10, 0x11
 
@@ -77,6 +79,15 @@ def link_target(message: bytes) -> tuple[bytes, int] | None:
     start = _HEAD.size + (4 if flags == _SHORT_LINK else 5)
     name, address = message[start:-8], int.from_bytes(message[-8:], "little")
     return (name, address) if link_message(name, address) == message else None
+
+
+def attribute_name(message: bytes) -> bytes | None:
+    """The name of an attribute, NUL and all; None for other messages, and other versions of it."""
+    start = _HEAD.size + _ATTRIBUTE_HEAD.size
+    if message[0] != _ATTRIBUTE or len(message) < start:
+        return None
+    version, _, length, *_ = _ATTRIBUTE_HEAD.unpack_from(message, _HEAD.size)
+    return message[start : start + length] if version == _ATTRIBUTE_VERSION else None
 
 
 def layout_address(message: bytes) -> int | None:
@@ -186,7 +197,7 @@ ATTRIBUTE_INFO: Final = _message(
 
 
 @lru_cache(maxsize=4096)
-def attribute_message(name: str, value: AttrValue) -> bytes | None:
+def attribute_message(name: str, value: StoredValue) -> bytes | None:
     """An attribute; None if it is too large for a header."""
     type_id, shape, data = attribute_value(value)
     datatype, space = encoded_type(type_id), _dataspace(shape)
@@ -194,6 +205,6 @@ def attribute_message(name: str, value: AttrValue) -> bytes | None:
     sizes = (len(stored_name), len(datatype), len(space))
     if max(*sizes, len(data)) > _LARGEST_MESSAGE:
         return None
-    head = struct.pack("<BBHHHB", 3, 0, *sizes, _UTF8)
+    head = _ATTRIBUTE_HEAD.pack(_ATTRIBUTE_VERSION, 0, *sizes, _UTF8)
     body = b"".join((head, stored_name, datatype, space, data))
     return _message(_ATTRIBUTE, body) if len(body) <= _LARGEST_MESSAGE else None

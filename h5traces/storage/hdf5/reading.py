@@ -494,8 +494,7 @@ def problem_kind(error: Exception) -> str:
 
 def _presentation_problems(dataset: h5d.DatasetID, path: str) -> Iterator[Problem]:
     """What viewers would show wrongly: images without attributes, text of another padding."""
-    kind = layout.KINDS.get(path.partition("/")[0])
-    if kind is not None and kind.image and path.rpartition("/")[2] not in layout.TABLES:
+    if layout.is_picture(path):
         for name, value in layout.IMAGE_ATTRS.items():
             if not h5a.exists(dataset, name.encode()):
                 message = f"the attribute {name!r} is missing, expected {value!r}"

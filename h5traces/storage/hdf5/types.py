@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from h5py import h5a, h5o, h5t
@@ -159,6 +159,8 @@ def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
 
 
 _NUMBER_NBYTES: Final = 8
+# Only a range that viewers show is a list of floats.
+StoredValue: TypeAlias = "AttrValue | tuple[float, ...]"
 FORMAT_ATTRIBUTES = frozenset(
     {*ArchiveMetadata.model_fields, *KindMetadata.model_fields, *TraceMetadata.model_fields}
     | set(CalibrationRecord.model_fields)
@@ -166,13 +168,15 @@ FORMAT_ATTRIBUTES = frozenset(
 )
 
 
-def attribute_value(value: AttrValue) -> tuple[h5t.TypeID, tuple[int, ...], bytes]:
-    """The type, shape and bytes of an attribute; lists are of int64."""
+def attribute_value(value: StoredValue) -> tuple[h5t.TypeID, tuple[int, ...], bytes]:
+    """The type, shape and bytes of an attribute; lists are of int64, or of float64."""
     if isinstance(value, str):
         # Fixed-length text cannot be empty.
         data = text.encode(value) or b"\0"
         return text_type(len(data)), (), data
     if isinstance(value, tuple):
+        if any(isinstance(each, float) for each in value):
+            return h5t.IEEE_F64LE, (len(value),), struct.pack(f"<{len(value)}d", *value)
         return h5t.STD_I64LE, (len(value),), struct.pack(f"<{len(value)}q", *value)
     if isinstance(value, float):
         return h5t.IEEE_F64LE, (), struct.pack("<d", value)
@@ -185,7 +189,8 @@ def read_attributes(
     """The attributes of an open object, given by its low-level id.
 
     Those that are not the format's are passed over, whatever their type; their names are added to
-    `foreign`. Where the file `is_newer`, a name that is not known may be the format's.
+    `foreign`, but for the range that viewers show. Where the file `is_newer`, a name that is not
+    known may be the format's.
     """
     info = h5o.get_info(location)
     if info.num_attrs > limits.max_attributes:
@@ -207,6 +212,8 @@ def read_attributes(
     for stored_name in stored_names:
         attribute = h5a.open(location, stored_name)
         name = stored_name.decode("utf-8", "surrogateescape")
+        if name == layout.IMAGE_RANGE:
+            continue
         is_known = name in FORMAT_ATTRIBUTES
         is_users = name.startswith(layout.USER_PREFIX)
         if not is_known and (is_users or not is_newer or not _is_readable(attribute)):

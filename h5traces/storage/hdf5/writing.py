@@ -42,14 +42,13 @@ from h5traces.storage.hdf5.messages import (
     object_header,
     single_chunk_layout,
 )
-from h5traces.storage.hdf5.types import attribute_value, hdf5_type
+from h5traces.storage.hdf5.types import StoredValue, attribute_value, hdf5_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
-    from h5traces.format.document import Attrs, AttrValue
     from h5traces.storage.publish import LatchedFile
 
 
@@ -86,7 +85,7 @@ class Hdf5Writer:
         self._file = file
         self._root = _Node()
         # Added by the library at the end: attributes by path; names by group and stand-in.
-        self._large_attributes: dict[str, Attrs] = {}
+        self._large_attributes: dict[str, dict[str, StoredValue]] = {}
         self._long_names: dict[tuple[bytes, bytes], bytes] = {}
         # Small parts at the end, to be written in one go.
         self._waiting: list[bytes] = []
@@ -110,16 +109,16 @@ class Hdf5Writer:
             self._file.write(data)
         self._waiting = []
 
-    def create_group(self, path: str, attrs: Mapping[str, AttrValue]) -> None:
+    def create_group(self, path: str, attrs: Mapping[str, StoredValue]) -> None:
         """A group with its attributes; parents are made as needed."""
         self._node(path)
         self.add_attributes(path, attrs)
 
-    def add_attributes(self, path: str, attrs: Mapping[str, AttrValue]) -> None:
+    def add_attributes(self, path: str, attrs: Mapping[str, StoredValue]) -> None:
         """Further attributes of a group that is not finished."""
         self._attach(self._node(path), path, attrs)
 
-    def _attach(self, node: _Node, path: str, attrs: Mapping[str, AttrValue]) -> None:
+    def _attach(self, node: _Node, path: str, attrs: Mapping[str, StoredValue]) -> None:
         for name, value in attrs.items():
             message = attribute_message(name, value)
             if message is None:
@@ -152,7 +151,7 @@ class Hdf5Writer:
         chunk: tuple[int, ...],
         codec: str,
         chunks: Iterable[bytes],
-        attrs: Mapping[str, AttrValue],
+        attrs: Mapping[str, StoredValue],
     ) -> tuple[list[int], list[int]]:
         """A dataset from its encoded chunks, in C order of the grid; their offsets and sizes.
 

@@ -59,7 +59,7 @@ def translate(path: RemotePath, error: Exception) -> NoReturn:
         if isinstance(each, BadAnswerError):
             message = f"{path}: {each}"
             raise RemoteError(message) from error
-        status, reason = _status(each)
+        status, reason = http_status(each)
         if status:
             reject(path, status, reason)
     if isinstance(error, FileNotFoundError):
@@ -89,7 +89,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-def _status(error: BaseException) -> tuple[int, str]:
+def http_status(error: BaseException) -> tuple[int, str]:
     """The status of HTTP that an error of botocore, aiohttp or httpx carries; 0 for none."""
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):

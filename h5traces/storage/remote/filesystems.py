@@ -53,7 +53,7 @@ def filesystem(protocol: str, options: RemoteOptions) -> Any:
     return found
 
 
-def _forget(files: Any) -> None:
+def forget(files: Any) -> None:
     """Make a new file system for the next request: this one may hold old credentials."""
     for key in [key for key, known in _filesystems.items() if known is files]:
         _filesystems.pop(key, None)
@@ -121,7 +121,7 @@ def list_objects(
     try:
         names = persistently(path, options.attempts, found)
     except RemoteError:
-        _forget(files)
+        forget(files)
         raise
     return sorted({RemotePath(files.unstrip_protocol(each)) for each in names})
 
@@ -176,7 +176,7 @@ class _FsspecTransport:
             except Exception as error:
                 translate(self._path, error)
         except RemoteError:
-            _forget(self._files)
+            forget(self._files)
             raise
 
     def _data(self, request: RangeRequest) -> bytes:

@@ -1,0 +1,210 @@
+"""Writing objects to S3: whole files in one step, and small documents under a condition.
+
+A file gets its name when all of it has arrived: until an upload of several parts is completed,
+nothing can be read under the name. Every request carries the MD5 of its bytes, which the server
+compares, and what it says of the object is compared once more.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import http
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
+
+import xxhash
+
+from h5traces.errors import ArchiveExistsError, RemoteError
+from h5traces.storage.remote.answers import http_status, translate
+from h5traces.storage.remote.filesystems import filesystem, forget
+from h5traces.storage.remote.paths import persistently
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from h5traces.storage.remote.paths import RemoteOptions, RemotePath
+
+# An upload has at most 10,000 parts.
+_PART_NBYTES: Final = 16 << 20
+_MOST_PARTS: Final = 9_000
+_BLOCK_NBYTES: Final = 8 << 20
+# What an object says of the file that it is: xxh3-128 of all its bytes.
+_DIGEST: Final = "h5traces-xxh3"
+# Conditions that did not hold; 409 where two such requests met.
+_CONDITION_FAILED: Final = (http.HTTPStatus.PRECONDITION_FAILED, http.HTTPStatus.CONFLICT)
+
+
+class _ConditionFailedError(Exception):
+    """The object was there, or another version of it."""
+
+
+class _Bucket:
+    """Requests to S3 about one object."""
+
+    def __init__(self, path: RemotePath, options: RemoteOptions) -> None:
+        if path.protocol not in ("s3", "s3a"):
+            message = f"{path}: only s3:// can be written to; write to disk, and copy it"
+            raise RemoteError(message)
+        self.path, self._options = path, options
+        self._bucket, _, self._key = path.url.partition("://")[2].partition("/")
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """An answer of S3; asked again where it fails for a reason that may pass."""
+        named = {"Bucket": self._bucket, "Key": self._key, **arguments}
+
+        def request() -> dict[str, Any]:
+            # Made anew where credentials were renewed.
+            files = filesystem("s3", self._options)
+            try:
+                found: dict[str, Any] = files.call_s3(method, **named)
+            except Exception as error:  # every library has its own
+                if _is_failed_condition(error):
+                    raise _ConditionFailedError from error
+                try:
+                    translate(self.path, error)
+                except RemoteError:
+                    forget(files)
+                    raise
+            return found
+
+        return persistently(self.path, self._options.attempts, request)
+
+    def head(self) -> dict[str, Any] | None:
+        """What the server says of the object; None if there is none."""
+        try:
+            return self.ask("head_object")
+        except FileNotFoundError:
+            return None
+
+
+def _is_failed_condition(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, FileExistsError) or http_status(error)[0] in _CONDITION_FAILED:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def exists(path: RemotePath, options: RemoteOptions) -> bool:
+    """Whether there is an object of the name."""
+    return _Bucket(path, options).head() is not None
+
+
+def upload(
+    source: Path, target: RemotePath, options: RemoteOptions, *, overwrite: bool = False
+) -> None:
+    """Give a finished file a name on a server, in one step.
+
+    Where the answer to the last request was lost, the object is compared with the file, so the
+    same upload may be repeated.
+
+    Raises
+    ------
+    ArchiveExistsError
+        There is another object of that name, and `overwrite` is not set.
+    RemoteError
+        The server cannot be reached, rejects a request (as when credentials expire in the middle of
+        it), or has stored something else. Nothing has the name then, and the file is as it was.
+    """
+    _Upload(source, target, options, overwrite=overwrite).run()
+
+
+class _Upload:
+    def __init__(
+        self, source: Path, target: RemotePath, options: RemoteOptions, *, overwrite: bool
+    ) -> None:
+        self._source, self._target, self._options = source, target, options
+        self._bucket = _Bucket(target, options)
+        self._condition = {} if overwrite else {"IfNoneMatch": "*"}
+        self._nbytes = source.stat().st_size
+        self._part_nbytes = max(_PART_NBYTES, -(-self._nbytes // _MOST_PARTS))
+        self._digest = _file_digest(source)
+
+    def run(self) -> None:
+        facts = {"Metadata": {_DIGEST: self._digest}}
+        try:
+            if self._nbytes <= self._part_nbytes:
+                data = self._source.read_bytes()
+                self._bucket.ask("put_object", Body=data, **_md5(data), **facts, **self._condition)
+            else:
+                self._in_parts(facts)
+        except _ConditionFailedError:
+            # Perhaps by this very upload, whose answer was lost.
+            self._compare(ArchiveExistsError, "exists, and holds something else")
+            return
+        self._compare(RemoteError, "was uploaded, but the server has something else")
+
+    def _in_parts(self, facts: dict[str, Any]) -> None:
+        upload = {"UploadId": self._bucket.ask("create_multipart_upload", **facts)["UploadId"]}
+
+        def send(number: int) -> dict[str, Any]:
+            with self._source.open("rb") as file:
+                file.seek((number - 1) * self._part_nbytes)
+                data = file.read(self._part_nbytes)
+            part = {"PartNumber": number}
+            found = self._bucket.ask("upload_part", Body=data, **part, **_md5(data), **upload)
+            return {**part, "ETag": found["ETag"]}
+
+        count = -(-self._nbytes // self._part_nbytes)
+        try:
+            with ThreadPoolExecutor(self._options.max_parallel) as pool:
+                parts = list(pool.map(send, range(1, count + 1)))
+            try:
+                self._bucket.ask(
+                    "complete_multipart_upload",
+                    MultipartUpload={"Parts": parts},
+                    **upload,
+                    **self._condition,
+                )
+            except FileNotFoundError:
+                # There is no such upload any more: an attempt whose answer was lost completed it.
+                self._compare(RemoteError, "was uploaded, but the server has something else")
+        except BaseException:
+            # Else its parts would be kept, and paid for. A rule of the bucket can do the same.
+            with contextlib.suppress(RemoteError, FileNotFoundError, _ConditionFailedError):
+                self._bucket.ask("abort_multipart_upload", **upload)
+            raise
+
+    def _compare(self, kind: type[Exception], what: str) -> None:
+        """Raise unless the object is the file."""
+        head = self._bucket.head() or {}
+        found = (head.get("ContentLength"), head.get("Metadata", {}).get(_DIGEST))
+        if found != (self._nbytes, self._digest):
+            message = (
+                f"{self._target} {what}: {found[0]} bytes with the digest {found[1]}, expected "
+                f"{self._nbytes} with {self._digest}; use overwrite=True to replace it, or another "
+                "name"
+            )
+            raise kind(message)
+
+
+def put_new(target: RemotePath, data: bytes, options: RemoteOptions) -> bool:
+    """Write a small object if there is none of its name; whether it holds just this data now."""
+    try:
+        _Bucket(target, options).ask("put_object", Body=data, IfNoneMatch="*", **_md5(data))
+    except _ConditionFailedError:
+        return read_document_at(target, options) == data
+    return True
+
+
+def read_document_at(target: RemotePath, options: RemoteOptions) -> bytes:
+    """All of a small object; FileNotFoundError if there is none."""
+    from h5traces.storage.remote.file import RemoteFile
+
+    file = RemoteFile(target, options)
+    return file.read_at(0, file.nbytes)
+
+
+def _md5(data: bytes) -> dict[str, str]:
+    digest = hashlib.md5(data, usedforsecurity=False).digest()
+    return {"ContentMD5": base64.b64encode(digest).decode("ascii")}
+
+
+def _file_digest(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_NBYTES):
+            state.update(block)
+    return state.hexdigest()

@@ -1,0 +1,147 @@
+"""Extractions that several ranks share: one result, whatever stops them."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from child_processes import start_process
+from tiny_models import QUESTIONS, TINY_LLAMA
+
+import h5traces
+from h5traces.errors import TargetError
+from h5traces.extract import (
+    DatasetChoice,
+    ExtractOptions,
+    GenerationOptions,
+    ModelChoice,
+    extract_dataset,
+)
+from h5traces.writing.options import TargetOptions
+
+SHARDS = TargetOptions(shard_samples=3)
+
+
+def run(output, *, num_samples=7, precision=None, batch_size=1, target=SHARDS, **ranks):
+    options = ExtractOptions(generation=GenerationOptions(max_new_tokens=4), batch_size=batch_size)
+    return extract_dataset(
+        ModelChoice(model_id=str(TINY_LLAMA)),
+        DatasetChoice(dataset=str(QUESTIONS), num_samples=num_samples),
+        f"{output}/",
+        options,
+        precision=precision,
+        target=target,
+        **ranks,
+    )
+
+
+def digests(folder):
+    """By shard, id and digest of every sample, in order."""
+    found = {}
+    for path in sorted(folder.glob("*.h5")):
+        with h5traces.open(path) as archive:
+            found[path.name] = [(e.metadata.sample_id, e.metadata.digest) for e in archive]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "precision", "batch_size"), [(1, None, 1), (3, None, 2), (2, "analysis", 1)]
+)
+def test_the_result_does_not_depend_on_ranks(tmp_path, size, precision, batch_size):
+    run(tmp_path / "alone", precision=precision, batch_size=batch_size)
+    for rank in reversed(range(size)):
+        report = run(
+            tmp_path / "many",
+            precision=precision,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=size,
+        )
+        assert report.ok
+    assert digests(tmp_path / "many") == digests(tmp_path / "alone")
+    assert not (tmp_path / "many.spool").exists()
+    found = h5traces.status(tmp_path / "many")
+    assert found.ok
+    assert (found.num_samples, found.done) == (7, list(range(size)))
+
+
+def test_other_ranks_go_on_with_a_stopped_run(tmp_path):
+    """What a rank that never came back had stored is neither lost nor computed again."""
+    asked = iter([False, False, True])
+    report = run(tmp_path / "out", rank=0, world_size=2, should_stop=lambda: next(asked))
+    assert report.status == "stopped"
+    assert report.num_written == 2
+    assert h5traces.status(tmp_path / "out").missing == [0, 1]
+    with pytest.raises(TargetError, match="holds a run of several ranks"):
+        run(tmp_path / "out")
+    reports = [run(tmp_path / "out", rank=rank, world_size=3) for rank in range(3)]
+    assert sum(each.num_written for each in reports) == 5
+    run(tmp_path / "alone")
+    assert digests(tmp_path / "out") == digests(tmp_path / "alone")
+
+
+def test_a_rank_with_other_options_is_rejected(tmp_path):
+    run(tmp_path / "out", rank=0, world_size=2)
+    with pytest.raises(TargetError, match="batch_size is 2, and was 1"):
+        run(tmp_path / "out", batch_size=2, rank=1, world_size=2)
+    with pytest.raises(TargetError, match="shard_samples is 4, and was 3"):
+        run(tmp_path / "out", target=TargetOptions(shard_samples=4), rank=1, world_size=2)
+
+
+def test_a_finished_run_is_not_done_again(tmp_path):
+    for _ in range(2):
+        reports = [run(tmp_path / "out", rank=rank, world_size=2) for rank in range(2)]
+    assert [each.num_written for each in reports] == [0, 0]
+    assert all(each.ok for each in reports)
+    assert not (tmp_path / "out.spool").exists()
+    assert h5traces.status(tmp_path / "out").num_samples == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_rank_with_a_code_of_its_own(tmp_path, number):
+    command = [str(Path(sys.executable).with_name("h5traces")), "extract"]
+    command += [
+        "--model-id",
+        str(TINY_LLAMA),
+        "--dataset",
+        str(QUESTIONS),
+        "--max-new-tokens",
+        "90",
+    ]
+    command += ["-o", f"{tmp_path}/out/", "--rank", "0", "--world-size", "1", "--json"]
+    process = start_process(command)
+    spool = tmp_path / "out.spool"
+    deadline = time.monotonic() + 60
+    while not list(spool.glob("*.sample")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert json.loads(out)["status"] == "stopped"
+    assert h5traces.status(tmp_path / "out").missing == [0]
+
+
+def test_ranks_that_are_killed_at_random_lose_nothing(tmp_path):
+    chance = random.Random(0)
+    command = [str(Path(sys.executable).with_name("h5traces")), "extract"]
+    command += ["--model-id", str(TINY_LLAMA), "--dataset", str(QUESTIONS), "--max-new-tokens", "4"]
+    command += ["-o", f"{tmp_path}/out/", "--num-samples", "7", "--shard-samples", "3"]
+    for size in (2, 3):
+        ranks = [
+            start_process([*command, "--rank", str(rank), "--world-size", str(size)])
+            for rank in range(size)
+        ]
+        time.sleep(chance.uniform(2, 5))
+        for each in ranks:
+            each.kill()
+            each.communicate()
+    for rank in range(2):
+        run(tmp_path / "out", rank=rank, world_size=2)
+    run(tmp_path / "alone")
+    assert digests(tmp_path / "out") == digests(tmp_path / "alone")
+    assert h5traces.status(tmp_path / "out").ok

@@ -1,0 +1,242 @@
+"""Archives that are uploaded to S3: whole or absent, compared, and never twice."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import s3fs
+from legacy_batches import make_batch, write_batch
+from servers import Server, running
+
+import h5traces
+from h5traces.errors import ArchiveExistsError, OptionError, RemoteError, TargetError
+from h5traces.storage.remote import uploading
+from h5traces.storage.remote.paths import RemoteOptions, RemotePath
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUCKET = "uploads"
+PART = 5 << 20  # the smallest that S3 takes
+NUM_PARTS = 4
+UPLOAD = {"method": "PUT", "query": "partNumber=3", "status": 503, "code": "SlowDown", "times": 1}
+COMPLETE = {**UPLOAD, "method": "POST", "query": "uploadId"}
+EXPIRED = {"status": 400, "code": "ExpiredToken", "times": 99}
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Server]:
+    with running("s3_server.py") as server:
+        yield server
+
+
+@pytest.fixture
+def files(process: Server, monkeypatch: pytest.MonkeyPatch) -> Any:
+    process.control(fail={}, failures=[])
+    given = {"key": "key", "secret": "secret", "endpoint_url": process.url}
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", process.url)
+    found = s3fs.S3FileSystem(**given, use_listings_cache=False)
+    if found.exists(BUCKET):
+        found.rm(BUCKET, recursive=True)
+    found.mkdir(BUCKET)
+    return found
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of several parts."""
+    monkeypatch.setattr(uploading, "_PART_NBYTES", PART)
+    path = tmp_path / "large.h5"
+    path.write_bytes(np.random.default_rng(0).bytes(NUM_PARTS * PART - 1000))
+    return path
+
+
+OPTIONS = RemoteOptions()
+TARGET = RemotePath(f"s3://{BUCKET}/run/large.h5")
+
+
+def names(files: Any) -> list[str]:
+    return sorted(files.find(BUCKET))
+
+
+def pending(files: Any) -> list[Any]:
+    return list(files.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", ()))
+
+
+def test_an_upload_in_parts_is_whole(files: Any, large: Path, process: Server) -> None:
+    process.requests()
+    uploading.upload(large, TARGET, OPTIONS)
+    assert files.cat(TARGET.url) == large.read_bytes()
+    sent = [each for each in process.requests() if each["method"] in ("PUT", "POST")]
+    assert len(sent) == NUM_PARTS + 2
+    # The same once more is done already; another file is an error.
+    uploading.upload(large, TARGET, OPTIONS)
+    large.write_bytes(b"another")
+    with pytest.raises(ArchiveExistsError, match=r"large\.h5 exists, and holds something else"):
+        uploading.upload(large, TARGET, OPTIONS)
+    uploading.upload(large, TARGET, OPTIONS, overwrite=True)
+    assert files.cat(TARGET.url) == b"another"
+
+
+@pytest.mark.parametrize("failing", [UPLOAD, COMPLETE], ids=["part", "completion"])
+@pytest.mark.parametrize("lost", [False, True], ids=["rejected", "answer lost"])
+def test_a_request_that_fails_is_repeated(
+    files: Any, large: Path, process: Server, failing: dict[str, Any], lost: bool
+) -> None:
+    process.control(fail={**failing, "lost": lost})
+    uploading.upload(large, TARGET, OPTIONS)
+    assert files.cat(TARGET.url) == large.read_bytes()
+    assert not pending(files)
+
+
+def test_a_small_file_whose_answer_is_lost_is_there(
+    files: Any, tmp_path: Path, process: Server
+) -> None:
+    path = tmp_path / "small.h5"
+    path.write_bytes(b"small")
+    process.control(fail={**UPLOAD, "query": "", "lost": True})
+    uploading.upload(path, TARGET, OPTIONS)
+    assert files.cat(TARGET.url) == b"small"
+
+
+@pytest.mark.parametrize("failing", [UPLOAD, COMPLETE], ids=["part", "completion"])
+def test_credentials_that_expire_leave_nothing_under_the_name(
+    files: Any, large: Path, process: Server, failing: dict[str, Any]
+) -> None:
+    process.control(fail={**failing, **EXPIRED})
+    with pytest.raises(RemoteError, match=r"large\.h5: the server refuses access .*ExpiredToken"):
+        uploading.upload(large, TARGET, OPTIONS)
+    process.control(fail={})
+    assert names(files) == []
+    assert not pending(files)
+    uploading.upload(large, TARGET, OPTIONS)
+    assert files.cat(TARGET.url) == large.read_bytes()
+
+
+def test_what_the_server_stored_is_compared(
+    files: Any, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploading, "_md5", lambda _: {})
+    before, sent = Path.open, []
+
+    class Torn:
+        """Gives a part without its last bytes."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Torn:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def seek(self, offset: int) -> None:
+            self.file.seek(offset)
+
+        def read(self, nbytes: int) -> bytes:
+            data = self.file.read(nbytes)
+            sent.append(len(data))
+            return data[:-1] if len(data) < PART else data
+
+    uploader = uploading._Upload(large, TARGET, OPTIONS, overwrite=False)
+    monkeypatch.setattr(Path, "open", lambda path, mode="r": Torn(before(path, mode)))
+    with pytest.raises(RemoteError, match="was uploaded, but the server has something else"):
+        uploader.run()
+    assert len(sent) == NUM_PARTS
+
+
+def test_a_document_is_written_once(files: Any, process: Server) -> None:
+    place = RemotePath(f"s3://{BUCKET}/run/run.json")
+    process.control(fail={**UPLOAD, "query": "", "lost": True})
+    assert uploading.put_new(place, b"first", OPTIONS)
+    assert uploading.put_new(place, b"first", OPTIONS)
+    assert not uploading.put_new(place, b"second", OPTIONS)
+    assert files.cat(place.url) == b"first"
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> Path:
+    folder = tmp_path / "batches"
+    folder.mkdir()
+    for number in range(3):
+        samples = make_batch("full_pkl")
+        for each in samples:
+            each["question_id"] = f"{each['question_id']}_{number}"
+        write_batch(folder / f"b{number}.pkl", samples)
+    return folder
+
+
+DEST = f"s3://{BUCKET}/run/"
+
+
+def test_convert_writes_to_a_bucket(files: Any, batches: Path, tmp_path: Path) -> None:
+    left = set(Path(tempfile.gettempdir()).glob("h5traces-*"))
+    report = h5traces.convert(batches, DEST)
+    assert report.ok
+    assert names(files) == [f"{BUCKET}/run/b{number}.h5" for number in range(3)]
+    assert [each.targets for each in report.files] == [[f"{DEST}b{n}.h5"] for n in range(3)]
+    assert set(Path(tempfile.gettempdir()).glob("h5traces-*")) == left
+    h5traces.convert(batches, f"{tmp_path}/local/")
+    assert h5traces.open(DEST) == h5traces.open(tmp_path / "local")
+    h5traces.index(DEST, tmp_path / "c.parquet")
+    assert h5traces.open(tmp_path / "c.parquet") == h5traces.open(DEST)
+
+
+def test_what_is_there_is_compared_or_an_error(files: Any, batches: Path) -> None:
+    h5traces.convert(batches / "b1.pkl", DEST)
+    report = h5traces.convert(batches, DEST)
+    assert [each.status for each in report.files] == ["converted", "failed", "converted"]
+    assert "b1.h5 exists; use overwrite=True" in str(report.files[1].error)
+    keep = h5traces.TargetOptions(skip_existing=True)
+    report = h5traces.convert(batches, DEST, target=keep)
+    assert [each.status for each in report.files] == ["skipped"] * 3
+    write_batch(batches / "b1.pkl", make_batch("full_pkl")[:2])
+    report = h5traces.convert(batches, DEST, target=keep)
+    assert [each.status for each in report.files] == ["skipped", "failed", "skipped"]
+    assert "is not what this command would write" in str(report.files[1].error)
+    replacing = h5traces.TargetOptions(overwrite=True)
+    assert h5traces.convert(batches / "b1.pkl", DEST, target=replacing).ok
+    assert len(h5traces.open(f"{DEST}b1.h5")) == 2
+
+
+def test_a_run_whose_credentials_expire_is_finished_later(
+    files: Any, batches: Path, process: Server
+) -> None:
+    process.control(fail={**UPLOAD, **EXPIRED, "query": "", "after": 1})
+    report = h5traces.convert(batches, DEST)
+    assert [each.status for each in report.files] == ["converted", "failed", "failed"]
+    assert "ExpiredToken" in str(report.files[1].error)
+    process.control(fail={})
+    assert names(files) == [f"{BUCKET}/run/b0.h5"]
+    report = h5traces.convert(batches, DEST, target=h5traces.TargetOptions(skip_existing=True))
+    assert [each.status for each in report.files] == ["skipped", "converted", "converted"]
+
+
+def test_ranks_share_a_bucket(files: Any, batches: Path) -> None:
+    reports = [h5traces.convert(batches, DEST, rank=rank, world_size=2) for rank in (1, 0, 1)]
+    assert all(each.ok for each in reports)
+    assert {each.status for each in reports[2].files} == {"skipped"}
+    assert len(h5traces.open(DEST)) == 3 * len(make_batch("full_pkl"))
+    found = [each for each in names(files) if "/ranks/" in each and "converted" in each]
+    lines = [json.loads(files.cat(each)) for each in found]
+    assert sorted(line["item"] for line in lines) == [0, 1, 2]
+    assert len(json.loads(files.cat(f"{DEST}run.json"))["sources"]) == 3
+    with pytest.raises(TargetError, match="its run was planned otherwise: "):
+        h5traces.convert(batches, DEST, layers=[0], rank=0, world_size=2)
+    with pytest.raises(OptionError, match="cannot share scales"):
+        h5traces.convert(batches, f"{DEST}x/", precision="fine", rank=0, world_size=2)
+
+
+def test_only_folders_of_buckets_are_targets(batches: Path) -> None:
+    with pytest.raises(TargetError, match="only folders of a bucket can be written"):
+        h5traces.convert(batches, f"s3://{BUCKET}/run.h5")
+    with pytest.raises(TargetError, match="is an address on a server"):
+        h5traces.convert(batches, "https://host/run/")

@@ -1,0 +1,124 @@
+"""What viewers show of attention, in the way in which HDFView turns numbers into grey levels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pytest
+
+import h5traces
+from h5traces.format import layout
+from h5traces.writing.options import PrecisionOptions
+from h5traces.writing.pictures import white_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENS, HEADS = 300, 2
+
+
+def attentions(seed: int = 0) -> np.ndarray:
+    """Causal weights ``(heads, query, key)`` of which the first key has most, and few have much."""
+    scores = np.random.default_rng(seed).normal(0, 3, (HEADS, TOKENS, TOKENS))
+    scores[:, :, 0] = 9
+    scores[:, ~np.tril(np.ones((TOKENS, TOKENS), bool))] = -np.inf
+    weights = np.exp(scores)
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float16)
+
+
+def convert(folder: Path, **precision: Any) -> Path:
+    sample = {
+        "hidden_states": [np.ones((TOKENS, 8), np.float16)] * 2,
+        "attentions": [attentions(0), attentions(1)],
+        "tokens": list(range(TOKENS)),
+    }
+    with h5traces.create(folder / "a.h5", precision=PrecisionOptions(**precision)) as writer:
+        writer.append(sample)
+    return folder / "a.h5"
+
+
+def grey(dataset: h5py.Dataset, head: int) -> np.ndarray:
+    """HDFView's levels: a linear scale over IMAGE_MINMAXRANGE, or over the values without it."""
+    values = (dataset[head] if dataset.ndim == 3 else dataset[:]).astype(np.float64)
+    low, high = dataset.attrs.get(layout.IMAGE_RANGE, (values.min(), values.max()))
+    return np.clip((values - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("precision", [{}, {"tier": "compact"}, {"dtype": "float32"}])
+def test_a_head_of_300_tokens_is_no_black_square(tmp_path: Path, precision: dict) -> None:
+    causal = np.tril(np.ones((TOKENS, TOKENS), bool), k=-1)
+    with h5py.File(convert(tmp_path, **precision), "r+") as file:
+        sample = file["samples/00000000"]
+        kind = "attentions" if "attentions" in sample else "attention_mean"
+        dataset = sample[f"{kind}/layer_000"]
+        shown = grey(dataset, 0)[causal]
+        del dataset.attrs[layout.IMAGE_RANGE]
+        before = grey(dataset, 0)[causal]
+        are_weights = dataset.dtype.kind == "f"
+    # Without the range most weights have the darkest of 256 levels; few codes, square roots, do.
+    assert ((before == 0).mean() > 0.5) == are_weights
+    assert (shown == 0).mean() < (0.5 * (before == 0).mean() if are_weights else 0.1)
+    # White is for few.
+    assert 0.005 < (shown == 255).mean() < 0.1
+
+
+def test_the_range_is_the_percentile_that_the_specification_names() -> None:
+    weights = attentions()
+    rows = [weights[:, query, 1 : query + 1].ravel() for query in (74, 149, 224, 299)]
+    expected = np.percentile(np.concatenate(rows).astype(float), 95)
+    found = white_of("attentions/layer_000", "float16", weights, weights.shape)
+    # Rounded up to two digits.
+    assert found == pytest.approx(expected, rel=0.11)
+    assert found >= expected * 0.999
+    assert float(f"{found:.1e}") == found
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("hidden_states/layer_000", np.ones((4, 4), np.float16)),
+        ("attentions/steps", np.ones((4, 4), np.int64)),
+        ("attentions/layer_000", np.ones((2, 3, 4), np.float16)),
+        ("attentions/layer_000", np.zeros((2, 4, 4), np.float16)),
+        ("attentions/layer_000", np.full((2, 4, 4), np.nan, np.float16)),
+        ("attentions/layer_000", np.ones((2, 1, 1), np.float16)),
+        ("attentions/layer_000", np.ones((0, 4, 4), np.float16)),
+    ],
+)
+def test_no_range_where_there_is_nothing_to_show(path: str, values: np.ndarray) -> None:
+    assert white_of(path, values.dtype.name, values, tuple(max(1, n) for n in values.shape)) is None
+
+
+def test_anyone_may_change_the_range(tmp_path: Path) -> None:
+    path = convert(tmp_path)
+    with h5traces.open(path) as archive:
+        before = archive[0].to_dict()
+    for value in ((0, 1), np.float32([0.1, 0.2]), "from black to white", None):
+        with h5py.File(path, "r+") as file:
+            attrs = file["samples/00000000/attentions/layer_001"].attrs
+            del attrs[layout.IMAGE_RANGE]
+            if value is not None:
+                attrs[layout.IMAGE_RANGE] = value
+        h5traces.seal(path)
+        assert h5traces.validate(path).problems == []
+        assert h5traces.verify(path).ok
+        with h5traces.open(path) as archive:
+            after = archive[0].to_dict()
+        assert after["attentions"][1].tobytes() == before["attentions"][1].tobytes()
+        with h5py.File(path, "r+") as file:
+            file["samples/00000000/attentions/layer_001"].attrs[layout.IMAGE_RANGE] = 1
+
+
+def test_repack_adds_the_range_to_archives_without_it(tmp_path: Path) -> None:
+    path = convert(tmp_path)
+    with h5py.File(path, "r+") as file:
+        attrs = file["samples/00000000/attentions/layer_001"].attrs
+        stored = attrs[layout.IMAGE_RANGE]
+        del attrs[layout.IMAGE_RANGE]
+    h5traces.seal(path)
+    h5traces.repack(path, tmp_path / "b.h5")
+    with h5py.File(tmp_path / "b.h5") as file:
+        found = file["samples/00000000/attentions/layer_001"].attrs[layout.IMAGE_RANGE]
+    assert found.tolist() == stored.tolist()
