@@ -177,13 +177,17 @@ def batches(tmp_path: Path) -> Path:
 DEST = f"s3://{BUCKET}/run/"
 
 
-def test_convert_writes_to_a_bucket(files: Any, batches: Path, tmp_path: Path) -> None:
-    left = set(Path(tempfile.gettempdir()).glob("h5traces-*"))
+def test_convert_writes_to_a_bucket(
+    files: Any, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Other tests use the folder of all at the same time.
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     report = h5traces.convert(batches, DEST)
     assert report.ok
     assert names(files) == [f"{BUCKET}/run/b{number}.h5" for number in range(3)]
     assert [each.targets for each in report.files] == [[f"{DEST}b{n}.h5"] for n in range(3)]
-    assert set(Path(tempfile.gettempdir()).glob("h5traces-*")) == left
+    assert not list((tmp_path / "scratch").iterdir())
     h5traces.convert(batches, f"{tmp_path}/local/")
     assert h5traces.open(DEST) == h5traces.open(tmp_path / "local")
     h5traces.index(DEST, tmp_path / "c.parquet")
