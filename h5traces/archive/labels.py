@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike
 
 SIDECAR_SUFFIX = ".labels.json"
+_EXPECTED: Final = (
+    "expected what 'h5traces label' writes; move the file away, or write it anew with that command"
+)
 _KIND: Final = "a file of labels that 'h5traces label' wrote"
 # Of the document itself, and of each sample: id, label and scores.
 _BASE_NBYTES: Final = 64 << 10
@@ -147,12 +150,10 @@ def read_sidecar(
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        message = f"{place}: is not JSON ({error}); expected what 'h5traces label' writes"
+        message = f"{place}: is not JSON ({error}); {_EXPECTED}"
         raise CorruptArchiveError(message) from error
     if not isinstance(document, dict) or document.get("format") != LABELS_FORMAT:
-        message = (
-            f"{place}: holds something other than labels; expected what 'h5traces label' writes"
-        )
+        message = f"{place}: holds something other than labels; {_EXPECTED}"
         raise CorruptArchiveError(message)
     version = layout.parse_version(str(document.get("format_version")))
     if version is not None and version[0] != layout.FORMAT_MAJOR:

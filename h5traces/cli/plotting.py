@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.cli.command import command
@@ -28,7 +28,11 @@ def plot(
     ] = None,
     quantity: Annotated[
         Quantity,
-        option(None, "--quantity NAME", "Of the map of layers and tokens."),
+        option(
+            None,
+            "--quantity NAME",
+            f"Of the map of layers and tokens: {', '.join(get_args(Quantity))}.",
+        ),
     ] = "norm",
     output: Annotated[str, option(None, "-o --output FILE", "Ends in `.png`, `.svg` or `.pdf`.")],
     target: NewFile,
