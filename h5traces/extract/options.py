@@ -183,7 +183,7 @@ def _with_form(kinds: tuple[str, ...], form: AttentionForm | None) -> tuple[str,
     """Kinds with attention in this form."""
     if form is None:
         return kinds
-    if form not in get_args(AttentionForm):
+    if not isinstance(form, str) or form not in get_args(AttentionForm):
         expected = ", ".join(get_args(AttentionForm))
         message = f"attentions is {form!r}, expected {expected}"
         raise ExtractionError(message)
