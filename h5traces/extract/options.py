@@ -185,7 +185,8 @@ def _with_form(kinds: tuple[str, ...], form: AttentionForm | None) -> tuple[str,
         return kinds
     if not isinstance(form, str) or form not in get_args(AttentionForm):
         expected = ", ".join(get_args(AttentionForm))
-        message = f"attentions is {form!r}, expected {expected}"
+        found = repr(form) if isinstance(form, str) else f"a {type(form).__name__}"
+        message = f"attentions is {found}, expected {expected}"
         raise ExtractionError(message)
     others = [each for each in kinds if each != ATTENTIONS]
     further = {"full": (ATTENTIONS,), "qk": (QUERIES, KEYS), "none": ()}[form]
