@@ -125,12 +125,13 @@ def status(folder: PathLike) -> RunStatus:
         raise TargetError(message)
     found = RunStatus(str(place), plan.command, plan.world_size, first_task=plan.first_task)
     found.num_items, found.total_cost = len(plan.costs), sum(plan.costs)
-    items = finished_items(place)
+    written = _all_lines(place)
+    items = _last_lines(written)
     now = _now(place / RANKS)
     left: list[float] = []
     for rank in range(plan.world_size):
         path = place / RANKS / f"{rank:05d}-of-{plan.world_size:05d}.jsonl"
-        lines = _read_lines(path)
+        lines = written.get(path, [])
         ends = [each for each in lines if each["event"] in ("start", "end")]
         last = ends[-1] if ends else {}
         if last.get("event") == "end" and last["status"] in ("done", "failed"):
@@ -175,9 +176,18 @@ def finished_items(folder: Path) -> dict[int, dict[str, Any]]:
 
     A line that only found the work done does not replace the one of who did it.
     """
+    return _last_lines(_all_lines(folder))
+
+
+def _all_lines(folder: Path) -> dict[Path, list[dict[str, Any]]]:
+    """What every rank has written, of any world size."""
+    return {path: _read_lines(path) for path in sorted((folder / RANKS).glob("*-of-*.jsonl"))}
+
+
+def _last_lines(written: dict[Path, list[dict[str, Any]]]) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
-    for path in sorted((folder / RANKS).glob("*-of-*.jsonl")):
-        for line in _read_lines(path):
+    for lines in written.values():
+        for line in lines:
             if line["event"] == "item":
                 before = found.get(line["item"], {}).get("status")
                 if before is None or (line["status"], before) not in _SAYS_LESS:
