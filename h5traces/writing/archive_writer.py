@@ -78,6 +78,14 @@ _GROUP_SIZE = 1 << 20
 _SMALL_GROUP = 1 << 17
 
 
+def next_generation(taken: set[int], index: int | None) -> int:
+    """The generation index that a sample gets, added to those that others of its id have."""
+    if index is None or index in taken:
+        index = max(taken, default=-1) + 1
+    taken.add(index)
+    return index
+
+
 class ArchiveWriter:
     """Writes records to one archive file; use it as a context manager.
 
@@ -225,11 +233,7 @@ class ArchiveWriter:
         if metadata.sample_id is not None:
             # A copied sample keeps its index unless a sample of another archive has it.
             taken = self._generations.setdefault(metadata.sample_id, set())
-            index = metadata.generation_index
-            if index is None or index in taken:
-                index = max(taken, default=-1) + 1
-            taken.add(index)
-            update["generation_index"] = index
+            update["generation_index"] = next_generation(taken, metadata.generation_index)
         if self.summary.num_samples == 0 and metadata.fields:
             self._metadata = self._metadata.model_copy(update={"fields": metadata.fields})
         if metadata.fields == self._metadata.fields:
