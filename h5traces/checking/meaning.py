@@ -62,7 +62,7 @@ def check_meaning(
                 trace = archive[index]
                 is_large = sum(each.raw_nbytes for each in trace._stored.objects.values()) > _SMALL
                 checks.add(
-                    to_record(trace, lazy=True),
+                    to_record(trace, lazy=is_large),
                     stored_content(trace),
                     look=in_threads if is_large else look,
                 )

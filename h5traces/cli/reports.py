@@ -16,6 +16,7 @@ from h5traces.cli.console import (
     first_lines,
     human_size,
     print_line,
+    print_lines,
     print_table,
     warn,
     with_flags,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 # Rows of a conversion; more would push the messages off the screen.
 _MOST_ROWS: Final = 20
+# Of lists without end.
+_LINES_AT_ONCE: Final = 100
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -272,8 +275,9 @@ def print_samples(found: Iterator[tuple[int, TraceMetadata]]) -> None:
             table.add_row(*map(cell, row))
         print_table(table)
         return
-    for row in chain((names,), screen, (following,), rows):
-        print_line("\t".join(row))
+    lines = map("\t".join, chain((names,), screen, (following,), rows))
+    while part := list(islice(lines, _LINES_AT_ONCE)):
+        print_lines(part)
 
 
 def print_texts(rows: list[dict[str, Any]]) -> None:

@@ -47,6 +47,7 @@ from h5traces.writing.preparation import (
     exceptions_table,
     observe,
     prepare_element,
+    prepare_elements,
     prepare_layers,
     record_elements,
     steps_table,
@@ -181,8 +182,10 @@ class ArchiveWriter:
         for kind, layers in record.layered.items():
             yield EncodedObject(kind, to_attributes(layers.form))
         yield from self._prepare(record)
-        for element in record_elements(record):
-            yield element if element.values is None else prepare_element(element)
+        elements = list(record_elements(record))
+        prepared = iter(prepare_elements([each for each in elements if each.values is not None]))
+        for element in elements:
+            yield element if element.values is None else next(prepared)
 
     @deferred_signals()
     def _write_sample(
