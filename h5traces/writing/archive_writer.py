@@ -79,6 +79,14 @@ _GROUP_SIZE = 1 << 20
 _SMALL_GROUP = 1 << 17
 
 
+def next_generation(taken: set[int], index: int | None) -> int:
+    """The generation index that a sample gets, added to those that others of its id have."""
+    if index is None or index in taken:
+        index = max(taken, default=-1) + 1
+    taken.add(index)
+    return index
+
+
 class ArchiveWriter:
     """Writes records to one archive file; use it as a context manager.
 
@@ -151,11 +159,14 @@ class ArchiveWriter:
         if self._options.precision.is_exact and not self._options.earlier_precisions:
             record = record.model_copy(update={"exact_digest": None})
         description = record.describe()
-        self._write_sample(description.metadata, observe(record), self._record_objects(record))
+        row = IndexRow.of(description.metadata, record.texts)
+        self._write_sample(description.metadata, row, observe(record), self._record_objects(record))
 
     def copy(self, sample: StoredSample) -> None:
         """Write a sample of another archive by copying its chunks, without recompression."""
-        self._write_sample(sample.metadata, sample.observation(), sample.objects())
+        metadata = sample.metadata
+        row = IndexRow.of(metadata, sample.texts)
+        self._write_sample(metadata, row, sample.observation(), sample.objects())
 
     def carry_foreign(self, file: ArchiveFile, sample: int | None = None) -> None:
         """Copy, at the end, what is not the format's, to the root or with an index the last sample.
@@ -191,6 +202,7 @@ class ArchiveWriter:
     def _write_sample(
         self,
         metadata: TraceMetadata,
+        row: IndexRow,
         observation: Observation,
         objects: Iterable[EncodedObject | Prepared],
     ) -> None:
@@ -218,7 +230,7 @@ class ArchiveWriter:
             {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
         )
         self.digests.append(digest)
-        self._index.append(IndexRow.of(metadata))
+        self._index.append(row._replace(generation_index=metadata.generation_index))
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
 
@@ -228,11 +240,7 @@ class ArchiveWriter:
         if metadata.sample_id is not None:
             # A copied sample keeps its index unless a sample of another archive has it.
             taken = self._generations.setdefault(metadata.sample_id, set())
-            index = metadata.generation_index
-            if index is None or index in taken:
-                index = max(taken, default=-1) + 1
-            taken.add(index)
-            update["generation_index"] = index
+            update["generation_index"] = next_generation(taken, metadata.generation_index)
         if self.summary.num_samples == 0 and metadata.fields:
             self._metadata = self._metadata.model_copy(update={"fields": metadata.fields})
         if metadata.fields == self._metadata.fields:
