@@ -16,11 +16,12 @@ from h5traces.cli.console import (
     first_lines,
     human_size,
     print_line,
+    print_lines,
     print_table,
     warn,
     with_flags,
 )
-from h5traces.format.layout import TEXT_FIELDS
+from h5traces.format.layout import PRECISION_FEATURE, TEXT_FIELDS
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 # Rows of a conversion; more would push the messages off the screen.
 _MOST_ROWS: Final = 20
+# Of lists without end.
+_LINES_AT_ONCE: Final = 100
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -173,6 +176,11 @@ def print_inspection(result: Inspection) -> None:
         if metadata["is_lossless"]:
             changes = f", for the {_only(kept)}" if kept else " (every stored value)"
         print_line(f"  lossless: {lossless}{changes}")
+        if PRECISION_FEATURE in metadata.get("required_features", ()):
+            print_line(
+                "  HDF5 viewers show codes; for values: h5traces export "
+                f"{result.path} -o values.h5 --decoded"
+            )
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"
@@ -275,8 +283,9 @@ def print_samples(found: Iterator[tuple[int, TraceMetadata]]) -> None:
             table.add_row(*map(cell, row))
         print_table(table)
         return
-    for row in chain((names,), screen, (following,), rows):
-        print_line("\t".join(row))
+    lines = map("\t".join, chain((names,), screen, (following,), rows))
+    while part := list(islice(lines, _LINES_AT_ONCE)):
+        print_lines(part)
 
 
 def print_texts(rows: list[dict[str, Any]]) -> None:
