@@ -129,8 +129,8 @@ def index(
         Archives, globs or folders, on disk or on servers; sorted within each.
     output
         The catalogue, a name that ends in ``.parquet``; also ``s3://bucket/run.parquet``, for
-        shards on servers. It lists shards below its own folder on disk by relative paths, so both can move
-        together.
+        shards on servers. It lists shards below its own folder on disk by relative paths, so both
+        can move together.
     texts
         Add the columns ``question``, ``generated_text``, ``generated_answer`` and
         ``generated_answer_clean``; reads every sample.
