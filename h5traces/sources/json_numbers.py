@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from h5traces.sources.arrays import narrowed
-from h5traces.sources.rows import DECODER
+from h5traces.sources.rows import DECODER, without_repeats
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Numbers are parsed in parts of so many characters: as Python's, each takes 32 bytes.
 _PART: Final = 1 << 16
@@ -44,7 +47,7 @@ def parse_with_arrays(text: str) -> Any:
         if after is None:
             break
         if after[1]:
-            return DECODER.object_pairs_hook(pairs)
+            return without_repeats(pairs)
         place = after.end()
     # Another value than an object, or no JSON: the error names the place.
     return DECODER.decode(text)
@@ -56,7 +59,7 @@ def _numbers(text: str, start: int) -> tuple[Any, int] | None:
     if opening is None:
         return None
     depth, place = opening[0].count("["), opening.end()
-    parts: list[np.ndarray] = []
+    parts: list[NDArray[Any]] = []
     widths, closed = set(), []
     while True:
         end = text.find("]", place)
@@ -78,7 +81,7 @@ def _numbers(text: str, start: int) -> tuple[Any, int] | None:
     return narrowed(_joined(parts)).reshape(*shape, *widths), closing.end(1)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     """One array of them, which are let go one by one."""
     found = np.empty(sum(map(len, parts)), np.result_type(*{each.dtype for each in parts}))
     end = len(found)
@@ -89,7 +92,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return found
 
 
-def _row(text: str, place: int, end: int) -> list[np.ndarray] | None:
+def _row(text: str, place: int, end: int) -> list[NDArray[Any]] | None:
     """Numbers between brackets, in parts; None where they are anything else."""
     found = []
     while place <= end:
@@ -106,7 +109,7 @@ def _row(text: str, place: int, end: int) -> list[np.ndarray] | None:
     return found
 
 
-def _shape(closed: np.ndarray, depth: int) -> list[int] | None:
+def _shape(closed: NDArray[Any], depth: int) -> list[int] | None:
     """Lengths of all axes but the last, as `closed` brackets after each row tell them.
 
     None where they are not the same everywhere.

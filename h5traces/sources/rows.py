@@ -288,7 +288,8 @@ def _parsed(path: Path, place: str, text: str, parse: Callable[[str], Any]) -> A
         raise bad_row(path, place, f"is not JSON: {error}") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a name that comes twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -298,7 +299,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # Makes what JSON says, with an error for a name that an object has twice.
-DECODER: Final = json.JSONDecoder(object_pairs_hook=_without_repeats)
+DECODER: Final = json.JSONDecoder(object_pairs_hook=without_repeats)
 
 
 def _object(path: Path, place: str, value: Any) -> dict[str, Any]:
