@@ -520,6 +520,6 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
         f"{found.mean_seq_len:.1f} tokens per sample" + (f" ({sequences})" if sequences else "")
     )
     if found.advice:
-        print_line(found.advice.replace("attentions='qk'", "--attentions qk"))
+        print_line(with_flags(found.advice))
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from h5traces.errors import ExtractionError
 from h5traces.format import layout
-from h5traces.format.kinds import STATE_NORMS
+from h5traces.format.kinds import STATE_NORMS, WEIGHT_KINDS
 from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Anatomy:
 
     def layers_with(self, kind: str) -> tuple[int, ...]:
         """The layers that have a kind."""
-        if kind == layout.ATTENTIONS:
+        if kind in WEIGHT_KINDS:
             return tuple(n for n, each in enumerate(self.attentions) if each is not None)
         if kind in (layout.HIDDEN_STATES, STATE_NORMS):
             return tuple(range(self.num_layers))

@@ -28,7 +28,7 @@ from h5traces.extract.generation import (
     padding_token,
 )
 from h5traces.extract.kept import ALL, kept_tokens
-from h5traces.extract.options import ExtractOptions
+from h5traces.extract.options import ExtractOptions, window_of
 from h5traces.extract.questions import Question
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata, SampleExtraction
@@ -42,6 +42,7 @@ from h5traces.format.kinds import (
     SPANS,
 )
 from h5traces.format.record import LayeredArrays, TraceRecord
+from h5traces.precision.attention import MEAN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -228,6 +229,7 @@ class Extractor:
                 last_state=options.last_state,
                 dtype=dtype,
                 top_logits=options.top_logits,
+                window=window_of(options.attentions),
                 needs_rules=options.attentions == "qk",
             ),
         )
@@ -350,6 +352,7 @@ class Extractor:
         layered = {
             kind: LayeredArrays(
                 tuple(captured.arrays.get(kind, ())),
+                reduction=MEAN if kind == layout.ATTENTION_MEAN else None,
                 axes=None if kind in layout.KINDS else MODEL_KINDS[kind].axes,
                 definition=None if kind in layout.KINDS else MODEL_KINDS[kind].definition,
             )

@@ -54,12 +54,16 @@ class Prepared:
 
 
 def prepare_layers(
-    kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
+    kind: str,
+    entries: list[LayerArray],
+    options: WriteOptions,
+    encoder: Encoder,
+    definition: str | None = None,
 ) -> list[Prepared]:
-    """Cast, digest and encode the arrays of some layers; called in threads."""
+    """Cast, digest and encode the arrays of some layers of a kind; called in threads."""
     found = []
     for entry in entries:
-        layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
+        layer, counts, attrs = _stored_layer(kind, entry, options, encoder, definition)
         path = f"{kind}/{entry.name}"
         encoded = encode_array(layer.values, codec_for(layer.values, options.codec))
         found.append(
@@ -85,7 +89,11 @@ def codec_for(values: NDArray[Any], codec: str) -> str:
 
 
 def _stored_layer(
-    kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
+    kind: str,
+    entry: LayerArray,
+    options: WriteOptions,
+    encoder: Encoder,
+    definition: str | None = None,
 ) -> tuple[EncodedLayer, CastCounts, Attrs]:
     """One layer's array as it will be stored, and its attributes with the digest."""
     array = entry.array
@@ -112,7 +120,9 @@ def _stored_layer(
         num_changed = None if before is None else before + cast.num_changed
     in_steps = isinstance(array, StepArrays)
     try:
-        layer = encoder.encode(kind, entry.name, cast.array, in_steps=in_steps)
+        layer = encoder.encode(
+            kind, entry.name, cast.array, in_steps=in_steps, definition=definition
+        )
     except PrecisionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise PrecisionError(message) from error
@@ -237,9 +247,10 @@ def record_attributes(
         attrs[kind] = to_attributes(layered.form)
         elements = [steps_table(kind, layered.arrays)] if layered.in_steps else []
         attrs |= {each.path: element_attributes(each) for each in elements}
-        stored = pool.map(
-            partial(_stored_layer, kind, options=options, encoder=encoder), layered.arrays
+        prepare = partial(
+            _stored_layer, kind, options=options, encoder=encoder, definition=layered.definition
         )
+        stored = pool.map(prepare, layered.arrays)
         found: dict[str, NDArray[np.float64]] = {}
         for entry, (layer, _, layer_attrs) in zip(layered.arrays, stored, strict=True):
             attrs[f"{kind}/{entry.name}"] = layer_attrs
