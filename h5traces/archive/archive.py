@@ -150,7 +150,14 @@ class Archive(ReadOnly, Sequence[Trace]):
     @property
     def labels(self) -> tuple[int | None, ...]:
         """Every trace's label, stored or from beside the archive; None if it has none."""
-        return tuple(trace.metadata.label for trace in self)
+        return tuple(self._label(position) for position in range(len(self)))
+
+    def _label(self, position: int) -> int | None:
+        file, local = self._locate(self._indices[position])
+        if file.labels is not None and file.labels.has_label(local):
+            # Ids come from one column: nothing of the sample itself is read.
+            return file.labels.label(self._keys[position][0], local)
+        return self[position].metadata.label
 
     @cached_property
     def _keys(self) -> list[tuple[str | None, int | None]]:

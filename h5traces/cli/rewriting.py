@@ -24,6 +24,7 @@ from h5traces.cli.options import (
     Foreign,
     Json,
     Layers,
+    MergeOrder,
     NewFile,
     Output,
     PrecisionGroup,
@@ -102,6 +103,7 @@ def merge(
     sources: Archives,
     *,
     output: Output,
+    order: MergeOrder = None,
     foreign: Foreign = "keep",
     target: Rewritten,
     json: Json = False,
@@ -111,8 +113,10 @@ def merge(
     Chunks are copied byte for byte. Naming an archive twice is an error.
 
     - `h5traces merge shards/*.h5 -o run.h5`
+    - `h5traces merge shards/*.h5 -o run.h5 --order id`
     """
-    _rewrite(partial(merge_archives, sources, output, foreign=foreign), output, target, json=json)
+    run = partial(merge_archives, sources, output, order=order, foreign=foreign)
+    _rewrite(run, output, target, json=json)
 
 
 @command()

@@ -25,6 +25,9 @@ INTRODUCER = "\u241b"
 MAX_TEXT_NBYTES = 128 << 20
 MAX_COLUMN_NBYTES = 1 << 30
 _NEEDS_ESCAPE = re.compile(f"[{INTRODUCER}\ud800-\udfff]")
+_BLANK = re.compile(r"[\s\x00-\x1f\x7f]+")
+# Characters that an excerpt looks at, and that it has.
+_LOOKED_AT, _EXCERPT = 1000, 64
 _ESCAPED = re.compile(f"{INTRODUCER}([0-9A-F]{{4}})?")
 
 
@@ -88,6 +91,13 @@ def encode_all(texts: Sequence[str]) -> np.ndarray:
 def decode_all(stored: np.ndarray) -> list[str]:
     """The strings of an array of dtype ``S<n>``, in C order."""
     return [decode(item) for item in stored.ravel().tolist()]
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text as one line of at most 64 characters, for tables."""
+    line = _BLANK.sub(" ", text[:_LOOKED_AT]).strip()
+    is_whole = len(text) <= _LOOKED_AT and len(line) <= _EXCERPT
+    return line if is_whole else f"{line[: _EXCERPT - 1]}…"
 
 
 def utc_now() -> str:

@@ -39,6 +39,8 @@ class RunPlan(Document):
         Name, bytes and time of the last change (ns) of every file that is read.
     costs
         Of every piece of work, what it costs: bytes, or tokens.
+    ids
+        Of an extraction, id and generation index of every sample, by its number in the run.
     """
 
     version: Literal[1] = 1
@@ -49,6 +51,7 @@ class RunPlan(Document):
     options: dict[str, Any]
     sources: tuple[tuple[str, int, int], ...] = ()
     costs: tuple[int, ...] = ()
+    ids: tuple[tuple[str, int], ...] = ()
 
     def differences(self, before: RunPlan) -> list[str]:
         """What a rank would do otherwise than the ranks before it."""
@@ -75,6 +78,8 @@ class RunPlan(Document):
             found.append(f"{what} ({nbytes:,} bytes, was {then[changed[0]][1]:,})")
         if not found and self.sources != before.sources:
             found.append("the sources come in another order")
+        if self.ids != before.ids:
+            found.append("the questions are others")
         if not found and self.costs != before.costs:
             found.append("the work is divided otherwise")
         return found

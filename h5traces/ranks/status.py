@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.paths import PathLike
+    from h5traces.ranks.plan import RunPlan
 
 # Six heartbeats: a node may be busy, or its mount slow.
 _ALIVE_SECONDS: Final = 60.0
@@ -119,10 +120,7 @@ def status(folder: PathLike) -> RunStatus:
         There is no run in the folder.
     """
     place = local_path(folder)
-    plan = read_plan(place)
-    if plan is None:
-        message = f"{place}: holds no {RUN}; expected the output of a command that was given ranks"
-        raise TargetError(message)
+    plan = planned(place)
     found = RunStatus(str(place), plan.command, plan.world_size, first_task=plan.first_task)
     found.num_items, found.total_cost = len(plan.costs), sum(plan.costs)
     written = _all_lines(place)
@@ -155,6 +153,15 @@ def status(folder: PathLike) -> RunStatus:
     # Until every rank left is at work, nobody knows when it will be done.
     found.seconds_left = max(left) if left and not found.to_run else None
     return found
+
+
+def planned(folder: Path) -> RunPlan:
+    """The plan of the run in a folder; TargetError if there is none."""
+    plan = read_plan(folder)
+    if plan is None:
+        message = f"{folder}: holds no {RUN}; expected the output of a command that was given ranks"
+        raise TargetError(message)
+    return plan
 
 
 def _add_rate(

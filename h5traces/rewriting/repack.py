@@ -22,6 +22,7 @@ from h5traces.format.text import and_more
 from h5traces.paths import Target, check_not_a_source, check_not_among
 from h5traces.precision.scales import ScaleSet
 from h5traces.rewriting.named_states import NamedSample, check_nameable
+from h5traces.rewriting.ordering import ordered
 from h5traces.rewriting.repeated import repeated_samples
 from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.calibrate import check_model, load_given, measured
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from h5traces.meaning.options import FirstState
     from h5traces.paths import PathLike, Source
     from h5traces.precision.scales import Calibration
+    from h5traces.rewriting.ordering import Order
     from h5traces.writing.archive_writer import ArchiveWriter
     from h5traces.writing.options import Foreign, WriteSummary
 
@@ -242,6 +244,7 @@ def merge(
     sources: PathLike | Iterable[PathLike],
     dest: PathLike,
     *,
+    order: Order | None = None,
     foreign: Foreign = "keep",
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
@@ -250,6 +253,11 @@ def merge(
 
     Parameters
     ----------
+    order
+        Of the samples: by ``id`` (numbers in ids count as numbers) and generation index; by
+        ``source``, the name of the file that they were converted from and the position in it; or by
+        ``index``, the row of the data set that they were extracted from. By default as they lie, in
+        the archives in the order given. None of the three depends on how samples were divided.
     sources, dest, foreign, target, progress
         As in `repack`. Of objects with one name in the roots of several archives, the first is
         kept, and those that differ from it are named in a warning.
@@ -262,9 +270,14 @@ def merge(
     Raises
     ------
     ArchiveError, OptionError, ArchiveExistsError
-        As in `repack`.
+        As in `repack`; or a sample does not record what `order` needs.
     """
-    return repack(sources, dest, foreign=foreign, target=target, progress=progress)
+    samples = None
+    if order is not None:
+        sources = _named_once(sources)
+        with open_archive(sources) as archive:
+            samples = ordered(archive, order)
+    return repack(sources, dest, samples=samples, foreign=foreign, target=target, progress=progress)
 
 
 @checked

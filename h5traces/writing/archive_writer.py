@@ -150,11 +150,14 @@ class ArchiveWriter:
         if self._options.precision.is_exact and not self._options.earlier_precisions:
             record = record.model_copy(update={"exact_digest": None})
         description = record.describe()
-        self._write_sample(description.metadata, observe(record), self._record_objects(record))
+        row = IndexRow.of(description.metadata, record.texts)
+        self._write_sample(description.metadata, row, observe(record), self._record_objects(record))
 
     def copy(self, sample: StoredSample) -> None:
         """Write a sample of another archive by copying its chunks, without recompression."""
-        self._write_sample(sample.metadata, sample.observation(), sample.objects())
+        metadata = sample.metadata
+        row = IndexRow.of(metadata, sample.texts)
+        self._write_sample(metadata, row, sample.observation(), sample.objects())
 
     def carry_foreign(self, file: ArchiveFile, sample: int | None = None) -> None:
         """Copy, at the end, what is not the format's, to the root or with an index the last sample.
@@ -188,6 +191,7 @@ class ArchiveWriter:
     def _write_sample(
         self,
         metadata: TraceMetadata,
+        row: IndexRow,
         observation: Observation,
         objects: Iterable[EncodedObject | Prepared],
     ) -> None:
@@ -215,7 +219,7 @@ class ArchiveWriter:
             {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
         )
         self.digests.append(digest)
-        self._index.append(IndexRow.of(metadata))
+        self._index.append(row._replace(generation_index=metadata.generation_index))
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
 

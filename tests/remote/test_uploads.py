@@ -15,7 +15,7 @@ from servers import Server, running
 
 import h5traces
 from h5traces.errors import ArchiveExistsError, OptionError, RemoteError, TargetError
-from h5traces.storage.remote import uploading
+from h5traces.storage.remote import paths, uploading
 from h5traces.storage.remote.paths import RemoteOptions, RemotePath
 
 if TYPE_CHECKING:
@@ -73,9 +73,14 @@ def pending(files: Any) -> list[Any]:
 def test_an_upload_in_parts_is_whole(files: Any, large: Path, process: Server) -> None:
     process.requests()
     uploading.upload(large, TARGET, OPTIONS)
+    sent = process.requests()
     assert files.cat(TARGET.url) == large.read_bytes()
-    sent = [each for each in process.requests() if each["method"] in ("PUT", "POST")]
-    assert len(sent) == NUM_PARTS + 2
+    # Announced, sent, named, compared.
+    assert [each["method"] for each in sent].count("PUT") == NUM_PARTS
+    methods = [each["method"] for each in (sent[0], *sent[-2:])]
+    assert methods == ["POST", "POST", "HEAD"], sent
+    assert len(sent) == NUM_PARTS + 3
+    assert sent[-2]["condition"] == "*"
     # The same once more is done already; another file is an error.
     uploading.upload(large, TARGET, OPTIONS)
     large.write_bytes(b"another")
@@ -85,12 +90,61 @@ def test_an_upload_in_parts_is_whole(files: Any, large: Path, process: Server) -
     assert files.cat(TARGET.url) == b"another"
 
 
-@pytest.mark.parametrize("failing", [UPLOAD, COMPLETE], ids=["part", "completion"])
-@pytest.mark.parametrize("lost", [False, True], ids=["rejected", "answer lost"])
-def test_a_request_that_fails_is_repeated(
-    files: Any, large: Path, process: Server, failing: dict[str, Any], lost: bool
+def test_a_small_file_takes_two_requests(files: Any, tmp_path: Path, process: Server) -> None:
+    path = tmp_path / "small.h5"
+    path.write_bytes(b"small")
+    process.requests()
+    uploading.upload(path, TARGET, OPTIONS)
+    assert [each["method"] for each in process.requests()] == ["PUT", "HEAD"]
+
+
+@pytest.mark.parametrize(
+    ("calculation", "header", "expected"),
+    [("when_supported", "crc32", "r/zBbw=="), ("when_required", "md5", "ebKBBg0ze5srhMzzkK3PdA==")],
+)
+def test_every_part_carries_a_checksum(
+    files: Any,
+    large: Path,
+    process: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    calculation: str,
+    header: str,
+    expected: str,
 ) -> None:
-    process.control(fail={**failing, "lost": lost})
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", calculation)
+    large.write_bytes(b"a" * (PART + 1))
+    process.requests()
+    uploading.upload(large, TARGET, OPTIONS)
+    (first,) = (each for each in process.requests() if "partNumber=1" in each["query"])
+    assert first[header] == expected
+
+
+def test_a_server_that_received_other_bytes_is_an_error(
+    files: Any, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = uploading._Bucket.ask
+
+    def other(bucket: Any, method: str, **arguments: Any) -> dict[str, Any]:
+        answer = ask(bucket, method, **arguments)
+        return {**answer, "ChecksumCRC32": "AAAAAA=="} if method == "upload_part" else answer
+
+    monkeypatch.setattr(uploading._Bucket, "ask", other)
+    with pytest.raises(RemoteError, match="the server received other bytes"):
+        uploading.upload(large, TARGET, OPTIONS)
+    assert names(files) == []
+    assert not pending(files)
+
+
+@pytest.mark.parametrize("failing", [UPLOAD, COMPLETE], ids=["part", "completion"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"status": 500, "code": "InternalError"}, {"lost": True}, {"reset": True}],
+    ids=["busy", "fault", "answer lost", "connection reset"],
+)
+def test_a_request_that_fails_is_repeated(
+    files: Any, large: Path, process: Server, failing: dict[str, Any], how: dict[str, Any]
+) -> None:
+    process.control(fail={**failing, **how})
     uploading.upload(large, TARGET, OPTIONS)
     assert files.cat(TARGET.url) == large.read_bytes()
     assert not pending(files)
@@ -123,7 +177,7 @@ def test_credentials_that_expire_leave_nothing_under_the_name(
 def test_what_the_server_stored_is_compared(
     files: Any, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploading, "_md5", lambda _: {})
+    monkeypatch.setattr(uploading._Bucket, "_checksum", lambda *_: {})
     before, sent = Path.open, []
 
     class Torn:
@@ -222,6 +276,20 @@ def test_a_run_whose_credentials_expire_is_finished_later(
     assert names(files) == [f"{BUCKET}/run/b0.h5"]
     report = h5traces.convert(batches, DEST, target=h5traces.TargetOptions(skip_existing=True))
     assert [each.status for each in report.files] == ["skipped", "converted", "converted"]
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["busy", "connection reset"])
+def test_a_server_that_keeps_failing_ends_a_run_that_can_go_on(
+    files: Any, batches: Path, process: Server, monkeypatch: pytest.MonkeyPatch, reset: bool
+) -> None:
+    monkeypatch.setattr(paths, "_LONGEST_PAUSE", 0.01)
+    process.control(fail={**UPLOAD, "query": "", "after": 3, "times": 99, "reset": reset})
+    with pytest.raises(RemoteError, match="the server cannot be reached, or fails"):
+        h5traces.convert(batches, DEST, rank=0, world_size=1)
+    process.control(fail={})
+    report = h5traces.convert(batches, DEST, rank=0, world_size=1)
+    assert {each.status for each in report.files} == {"skipped", "converted"}
+    assert len(h5traces.open(DEST)) == 3 * len(make_batch("full_pkl"))
 
 
 def test_ranks_share_a_bucket(files: Any, batches: Path) -> None:
