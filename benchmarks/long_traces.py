@@ -2,7 +2,7 @@
 """What attention takes as weights, and as queries and keys; and how long it takes to compute.
 
     python benchmarks/long_traces.py                    # 43 to 2,048 tokens, and the time
-    python benchmarks/long_traces.py --lengths 8192     # more memory: 8 GB
+    python benchmarks/long_traces.py --lengths 8192 --num-layers 2    # more memory: 8 GB
 
 Measured on the small model of the repository over the text of its own documents: bits per stored
 value, in float16 with gzip, mean over layers. The next columns are what a layer of 32 heads of 128
@@ -41,7 +41,7 @@ def stored_bits(values: NDArray[Any]) -> float:
     return sum(map(len, encoded.chunks)) * 8 / values.size
 
 
-def measure_sizes(lengths: list[int]) -> None:
+def measure_sizes(lengths: list[int], num_layers: int | None) -> None:
     """Print a line for every length."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -63,7 +63,8 @@ def measure_sizes(lengths: list[int]) -> None:
     for length in lengths:
         weights, others = [], []
         lossy: dict[int, list[tuple[float, float, float]]] = {bits: [] for bits in MANTISSAS}
-        for layer in range(anatomy.num_layers):
+        stride = -(-anatomy.num_layers // (num_layers or anatomy.num_layers))
+        for layer in range(0, anatomy.num_layers, stride):
             options = CaptureOptions(layers=(layer,), kinds=kinds, dtype="float16")
             with torch.inference_mode():
                 (found,) = Capturer(anatomy, options).run([tokens[:length]])
@@ -143,10 +144,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="*", default=[43, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--num-layers", type=int, help="measure so many, evenly spread")
     parser.add_argument("--time-only", action="store_true", help="do not measure sizes")
     arguments = parser.parse_args()
     if not arguments.time_only:
-        measure_sizes(arguments.lengths)
+        measure_sizes(arguments.lengths, arguments.num_layers)
     measure_time(2048)
 
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F  # as torch's own documents name it
 
 from h5traces.archive.recomputing import attention_weights
-from h5traces.archive.torch_values import from_tensor
+from h5traces.archive.torch_values import from_tensor, to_tensor
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import check_eager, states_in, states_of, weights_of
 from h5traces.extract.options import DEFAULT_KINDS, LastState
 from h5traces.extract.rules import rule_of
 from h5traces.extract.sites import CALL_SIDES, attention_calls, find_sites, first_tensor
 from h5traces.format import layout
-from h5traces.format.dtypes import CastCounts, TypedArray
+from h5traces.format.dtypes import CastCounts, TypedArray, compiled_cast
 from h5traces.format.kinds import (
     ATTENTION_WINDOW,
     ENTROPY,
@@ -179,7 +179,13 @@ class _Pass:
             for handle in self._hooks():
                 hooks.callback(handle.remove)
             if any(each in CALL_SIDES for each in self._options.kinds):
-                hooks.enter_context(attention_calls(self._take_call))
+                products = (
+                    site.module
+                    for kind in CALL_SIDES
+                    for site in anatomy.sites.get(kind, {}).values()
+                    if site.by_product
+                )
+                hooks.enter_context(attention_calls(self._take_call, products))
             output = (anatomy.model if needs_scores else anatomy.decoder)(**inputs, use_cache=False)
         if needs_scores:
             self._take_scores(output.logits)
@@ -410,6 +416,21 @@ def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor
     The latter is int64 ``(5,)`` on the same device: values that overflow, become zero, become
     subnormal, or change at all, and NaN values of the source.
     """
+    if values.device.type == "cpu" and target is not None:
+        array, _ = from_tensor(values)
+        typed = TypedArray(array, _TYPE_NAMES[values.dtype])
+        found = compiled_cast(typed, _TYPE_NAMES[target])
+        if found is not None:
+            lost = found.counts
+            counts = (lost.num_overflow, lost.num_to_zero, lost.num_to_subnormal, found.num_changed)
+            return to_tensor(found.array.values, found.array.dtype), torch.tensor([*counts, 0])
+    return cast_on_device(values, target)
+
+
+def cast_on_device(
+    values: torch.Tensor, target: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by torch, wherever `values` are."""
     num_nan = values.isnan().sum()
     if target is None:
         copied = values.clone(memory_format=torch.contiguous_format)

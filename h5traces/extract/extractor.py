@@ -19,7 +19,12 @@ from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
 from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
-from h5traces.extract.characters import char_offsets, sample_text, tokens_in_spans
+from h5traces.extract.characters import (
+    char_offsets,
+    sample_text,
+    token_text,
+    tokens_in_spans,
+)
 from h5traces.extract.generation import (
     Planner,
     answers_to,
@@ -377,7 +382,7 @@ class Extractor:
                 *extra,
             ),
             tokens=tokens,
-            tokens_decoded=tuple(self._tokenizer.decode([each]) for each in tokens.tolist()),
+            tokens_decoded=tuple(token_text(self._tokenizer, each) for each in tokens.tolist()),
             texts=texts,
             layered=layered,
             extra=extra,

@@ -25,8 +25,9 @@ KINDS = ("hidden_states", "attentions", "queries", "keys")
 # Float32 states and weights; docs/long-traces.md states it.
 BOUND = 2e-6
 FAMILIES = (
-    *("cohere2", "deepseek_v3", "exaone4", "falcon_h1", "gemma2", "gemma3_text", "gpt2"),
-    *("gpt_neox", "gpt_oss", "granite", "jamba", "llama", "llama4_text", "mistral", "opt"),
+    *("codegen", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "gemma2"),
+    *("gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "gptj", "granite", "jamba", "llama"),
+    *("llama4_text", "mistral", "opt"),
     *("phi3", "qwen3", "qwen3_5_text", "stablelm", "starcoder2"),
 )
 
@@ -84,10 +85,17 @@ def test_option_qk_needs_no_eager_attention(family, implementation, tmp_path):
             assert np.abs(found - expected[0].numpy()).max() < 2e-5
 
 
-@pytest.mark.parametrize("family", ["bloom", "mpt"])
-def test_models_whose_weights_do_not_follow_are_rejected_by_name(family):
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("bloom", "BloomForCausalLM has no queries"),
+        ("gpt_neo", "GPTNeoForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
+        ("mpt", "MptForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
+    ],
+)
+def test_models_whose_weights_do_not_follow_are_rejected_by_name(family, message):
     chosen = ExtractOptions(generation=SHORT, attentions="qk")
-    with pytest.raises(ExtractionError, match="ForCausalLM has no queries"):
+    with pytest.raises(ExtractionError, match=message):
         list(extract(make_family(family), tokenizer(), [QUESTION], chosen))
 
 
