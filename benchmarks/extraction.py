@@ -67,21 +67,6 @@ def random_7b(device: str) -> Any:
     return model.eval()
 
 
-class InThread:
-    """What `WriterThread` asks of a writer, in the thread that asks."""
-
-    def __init__(self, dest: str, target: h5traces.TargetOptions) -> None:
-        self._writer = h5traces.create(dest, target=target)
-        self.close = self._writer.close
-
-    def append(self, record: Any) -> list[Any]:
-        self._writer.append(record)
-        return [record]
-
-    def drain(self) -> list[Any]:
-        return []
-
-
 class Bench:
     """One model, one list of jobs, three ways."""
 
@@ -151,7 +136,7 @@ class Bench:
 
     def threaded(self, folder: Path) -> dict[str, float]:
         """In a thread of the process that computes."""
-        return self.stored(folder, InThread)
+        return self.stored(folder, h5traces.create)
 
     def in_turn(self, folder: Path) -> dict[str, float]:
         """Write between samples."""

@@ -16,13 +16,13 @@ import torch
 
 from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.generation import batches
+from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
 from h5traces.ranks.plan import RANKS
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
 from h5traces.writing.options import WriteOptions
-from h5traces.writing.process_writer import record_nbytes
 from h5traces.writing.shards import stored_keys
 
 if TYPE_CHECKING:
@@ -217,6 +217,16 @@ class RunProgress:
     seconds_left: float
 
 
+def _record_nbytes(record: TraceRecord) -> int:
+    """Bytes of a record's arrays in memory."""
+    return sum(
+        entry.array.values.nbytes
+        for layered in record.layered.values()
+        for entry in layered.arrays
+        if isinstance(entry.array, TypedArray)
+    )
+
+
 class WriterThread:
     """A thread that feeds the writer from a bounded queue while the next records are computed.
 
@@ -235,13 +245,9 @@ class WriterThread:
 
     def _run(self) -> None:
         try:
-            while True:
-                if not self._waiting:
-                    self._note_all(self._writer.drain())
-                record = self._next()
-                if record is None:
-                    break
-                self._note_all(self._writer.append(record))
+            while (record := self._next()) is not None:
+                self._writer.append(record)
+                self._written(record)
                 # Free the arrays before waiting for the next ones.
                 del record
         except BaseException as error:
@@ -249,23 +255,19 @@ class WriterThread:
                 self._error = error
                 self._changed.notify_all()
 
-    def _note_all(self, durable: list[TraceRecord]) -> None:
-        for each in durable:
-            self._written(each)
-
     def _next(self) -> TraceRecord | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             if not self._waiting:
                 return None
             record = self._waiting.popleft()
-            self._waiting_nbytes -= record_nbytes(record)
+            self._waiting_nbytes -= _record_nbytes(record)
             self._changed.notify_all()
             return record
 
     def put(self, record: TraceRecord) -> None:
         """Add a record to the queue; waits while the queue is full."""
-        nbytes = record_nbytes(record)
+        nbytes = _record_nbytes(record)
 
         def has_room() -> bool:
             fits = self._waiting_nbytes + nbytes <= _MAX_WAITING_NBYTES

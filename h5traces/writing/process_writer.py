@@ -3,7 +3,6 @@
 Compression releases Python's global lock, but the work around it does not: with a small model, a
 thread that writes samples delays the loop that generates the next ones by as long as it works. A
 process leaves the loop's interpreter free. It costs one copy of each sample through a pipe.
-The thread that sends waits for that lock, too, so some samples are sent before the answers come.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from h5traces.errors import ArchiveError
-from h5traces.format.dtypes import TypedArray
 from h5traces.meaning.checks import Findings
 from h5traces.storage.processes import blocked_signals, child_environment
 from h5traces.writing.create import create
@@ -33,19 +31,6 @@ if TYPE_CHECKING:
 
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(*map(int, sys.argv[1:]))"
 _POLL_SECONDS: Final = 0.1
-# Samples that may be sent before the first of them is durable, and their bytes.
-_MOST_AHEAD: Final = 4
-_MOST_AHEAD_NBYTES: Final = 32 << 20
-
-
-def record_nbytes(record: TraceRecord) -> int:
-    """Bytes of a record's arrays in memory."""
-    return sum(
-        entry.array.values.nbytes
-        for layered in record.layered.values()
-        for entry in layered.arrays
-        if isinstance(entry.array, TypedArray)
-    )
 
 
 class ProcessWriter:
@@ -76,7 +61,6 @@ class ProcessWriter:
         self.counts: dict[str, CastCounts] = {}
         self.warnings: list[str] = []
         self.findings = Findings()
-        self._ahead: deque[TraceRecord] = deque()
         try:
             found = self._ask("create", path, share, options)
             self.done, self.later, self.num_samples, self.is_finished = found
@@ -89,32 +73,15 @@ class ProcessWriter:
         """The id of the process that writes."""
         return self._process.pid
 
-    def append(self, record: TraceRecord) -> list[TraceRecord]:
-        """Write one sample. Returns those that became durable, this one or earlier ones."""
-        self._send("append", record)
-        self._ahead.append(record)
-        is_small = sum(map(record_nbytes, self._ahead)) <= _MOST_AHEAD_NBYTES
-        return self._durable(_MOST_AHEAD - 1 if is_small else 0)
-
-    def drain(self) -> list[TraceRecord]:
-        """Wait until all samples are durable. Returns those that were not before."""
-        return self._durable(0)
-
-    def _durable(self, most_ahead: int) -> list[TraceRecord]:
-        """Take in answers until so few samples wait for theirs, and those that are there."""
-        found = []
-        while len(self._ahead) > most_ahead or (self._ahead and self._connection.poll()):
-            record = self._ahead.popleft()
-            self.nbytes, self.counts = self._answer()
-            self.num_samples += 1
-            found.append(record)
-        return found
+    def append(self, record: TraceRecord) -> None:
+        """Write one sample; it is durable when this returns."""
+        self.nbytes, self.counts = self._ask("append", record)
+        self.num_samples += 1
 
     def close(self) -> None:
         """Make archives of all samples and end the run."""
         if self._connection.closed:
             return
-        self.drain()
         self.warnings, self.findings = self._ask("close")
         self._end()
 
@@ -122,10 +89,6 @@ class ProcessWriter:
         """Stop without packing the rest."""
         if self._connection.closed:
             return
-        while self._ahead and not self._connection.closed:
-            # The first error was raised before; what is written is found again.
-            with contextlib.suppress(Exception):
-                self.drain()
         # If the process has ended, so has its lock.
         with contextlib.suppress(ArchiveError):
             self.warnings, self.findings = self._ask("suspend")
@@ -133,32 +96,20 @@ class ProcessWriter:
 
     def _ask(self, request: str, *arguments: Any) -> Any:
         """Send a request and wait for its answer."""
-        self._send(request, *arguments)
-        return self._answer()
-
-    def _send(self, request: str, *arguments: Any) -> None:
         try:
             self._connection.send((request, arguments))
-        except OSError as error:
-            raise self._ended() from error
-
-    def _ended(self) -> ArchiveError:
-        """The error of a process that is no longer there."""
-        self._end()
-        code = self._process.returncode
-        how = f"ended with exit code {code}"
-        if code < 0:
-            how = f"was killed (signal {-code}), as the system does when memory runs out"
-        return ArchiveError(
-            f"{self._path}: the process that writes it {how}; what was written is safe, start "
-            "again to resume"
-        )
-
-    def _answer(self) -> Any:
-        try:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise self._ended() from error
+            self._end()
+            code = self._process.returncode
+            how = f"ended with exit code {code}"
+            if code < 0:
+                how = f"was killed (signal {-code}), as the system does when memory runs out"
+            message = (
+                f"{self._path}: the process that writes it {how}; what was written is safe, start "
+                "again to resume"
+            )
+            raise ArchiveError(message) from error
         if isinstance(answer, BaseException):
             raise answer
         return answer

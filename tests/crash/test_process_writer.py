@@ -48,18 +48,12 @@ def ended(process):
     return status.rpartition(")")[2].split()[0] == "Z"
 
 
-def write(writer, sample):
-    writer.append(sample)
-    writer.drain()
-
-
 def test_it_writes_and_resumes(tmp_path):
     with ProcessWriter(
         f"{tmp_path}/run/", target=TargetOptions(shard_samples=2), extraction=EXTRACTION
     ) as writer:
         for number in range(3):
             writer.append(record(number))
-        writer.drain()
         assert (writer.num_samples, writer.is_finished) == (3, False)
         assert writer.nbytes > 1000
         writer.suspend()
@@ -75,25 +69,12 @@ def test_it_writes_and_resumes(tmp_path):
         assert writer.is_finished
 
 
-def test_samples_are_sent_before_the_first_answer_comes(tmp_path):
-    sent = [record(number) for number in range(9)]
-    with ProcessWriter(tmp_path / "run.h5") as writer:
-        durable = []
-        for number, each in enumerate(sent):
-            durable += writer.append(each)
-            assert number - 3 <= len(durable) <= number + 1
-        durable += writer.drain()
-        assert [each.sample_id for each in durable] == [each.sample_id for each in sent]
-    with h5traces.open(tmp_path / "run.h5") as archive:
-        assert len(archive) == 9
-
-
 def test_errors_are_those_of_the_writer(tmp_path):
     with ProcessWriter(tmp_path / "run.h5", extraction=EXTRACTION) as writer:
         writer.append(record(0))
         odd = record(1).model_copy(update={"tokens": np.arange(3), "tokens_decoded": ("a",)})
         with pytest.raises(SchemaError, match="1 decoded tokens for 3 token ids") as caught:
-            write(writer, odd)
+            writer.append(odd)
         assert caught.value.problems
         with pytest.raises(ArchiveError, match=r"process .* is writing it"):
             ProcessWriter(tmp_path / "run.h5", extraction=EXTRACTION)
@@ -112,10 +93,10 @@ def test_errors_are_those_of_the_writer(tmp_path):
 
 def test_a_process_that_was_killed_is_told_apart(tmp_path):
     with ProcessWriter(tmp_path / "run.h5") as writer:
-        write(writer, record(0))
+        writer.append(record(0))
         os.kill(writer.process_id, signal.SIGKILL)
         with pytest.raises(ArchiveError, match=r"was killed \(signal 9\).* start again"):
-            write(writer, record(1))
+            writer.append(record(1))
         writer.suspend()
     with ProcessWriter(tmp_path / "run.h5") as writer:
         assert writer.num_samples == 1
