@@ -95,14 +95,15 @@ def attention_weights(
     at_a_time = 1 if found.device.type == "cpu" else _GPU_HEADS
     for start in range(0, len(heads), at_a_time):
         some = torch.from_numpy(heads[start : start + at_a_time]).to(device)
-        groups = some * len(keys) // len(queries)
+        of_heads = asked[some] * rule.scale
+        of_groups = known[some * len(keys) // len(queries)]
         sinks = None
         if rule.sinks is not None:
             sinks = torch.tensor(rule.sinks, device=device)[some][:, None, None]
         for block in row_blocks(rule, rows, keys.shape[1]):
             low, high = block.low, block.high
-            of_rows = asked[some][:, torch.from_numpy(block.rows).to(device)] * rule.scale
-            scores = of_rows @ known[groups, low:high].mT
+            of_rows = of_heads[:, torch.from_numpy(block.rows).to(device)]
+            scores = of_rows @ of_groups[:, low:high].mT
             if rule.soft_cap is not None:
                 scores = (scores / rule.soft_cap).tanh_().mul_(rule.soft_cap)
             first, end = (torch.from_numpy(each).to(device) for each in (block.first, block.end))

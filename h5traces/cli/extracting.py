@@ -80,7 +80,7 @@ Kinds = Annotated[
         "--kinds KIND,KIND",
         "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, "
         "`mlp_output`, `head_outputs`, `queries`, `keys`, `values`, `router_logits`, "
-        "`state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+        "`attention_mean`, `state_norms`; by token: `logits`, `logprobs`, `entropy`.",
     ),
 ]
 Attentions = Annotated[
