@@ -21,7 +21,7 @@ from h5traces.format.html import Report
 from h5traces.format.text import and_more, counted
 from h5traces.meaning.checks import FindingSummary
 from h5traces.paths import expand_paths, local_path
-from h5traces.ranks.plan import RANKS
+from h5traces.ranks.plan import RANKS, run_folder
 from h5traces.ranks.status import RunStatus, finished_items, planned, status
 from h5traces.rewriting.repack import merge
 from h5traces.rewriting.reports import ConversionReport, FileReport
@@ -153,7 +153,7 @@ def collect(
     ArchiveExistsError
         The archive `output` exists.
     """
-    place = local_path(folder)
+    place = run_folder(local_path(folder))
     target = None if output is None else Path(output)
     if target is not None and target.suffix not in (".h5", CATALOGUE_SUFFIX):
         message = (
@@ -161,6 +161,12 @@ def collect(
         )
         raise TargetError(message)
     plan = planned(place)
+    if plan.command in ("features", "index"):
+        message = (
+            f"{place}: is a run of {plan.command}, whose ranks write one file and collect it "
+            "themselves; 'h5traces status' says how far it is"
+        )
+        raise TargetError(message)
     packed = _packed(place, plan)
     report = CollectReport(status(place), packed=packed.archives, problems=packed.problems)
     lines = finished_items(place)
@@ -244,13 +250,14 @@ def _converted(
     held_by = seen.num_by_path
     by_name = {path.relative_to(place).as_posix(): path for path in held_by}
     known: set[Path] = set()
-    for item, source in enumerate(plan.sources):
+    for item in range(len(plan.costs)):
         line = lines.get(item)
         if line is None or line["status"] == "failed":
-            report.missing.append(source[0])
+            is_batch = plan.command == "convert"
+            report.missing.append(plan.sources[item][0] if is_batch else f"shard {item}")
         if line is None:
             continue
-        one = FileReport(**{name: line[name] for name in names & line.keys()})
+        one = FileReport(**{"sources": [], **{name: line[name] for name in names & line.keys()}})
         one.findings = [FindingSummary(**each) for each in line.get("findings", ())]
         report.files.append(one)
         if one.status == "failed":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -28,8 +29,10 @@ from h5traces.cli.options import (
     NewFile,
     Output,
     PrecisionGroup,
+    Ranks,
     Rewritten,
     Samples,
+    ShardSamples,
     option,
 )
 from h5traces.errors import ConversionError
@@ -41,10 +44,10 @@ from h5traces.rewriting.export import ExportFormat
 from h5traces.rewriting.export import export as export_archive
 from h5traces.rewriting.label import LabelReport, joined
 from h5traces.rewriting.label_table import HigherMeans, LabelOptions
-from h5traces.rewriting.repack import RepackReport
 from h5traces.rewriting.repack import merge as merge_archives
 from h5traces.rewriting.repack import repack as repack_archives
 from h5traces.rewriting.repack import split as split_archives
+from h5traces.rewriting.rewrite import RepackReport
 from h5traces.storage.codecs import tools_note
 from h5traces.writing.options import TargetOptions
 
@@ -72,8 +75,10 @@ def repack(
         ),
     ] = None,
     output: Output,
+    shard_samples: ShardSamples = None,
     foreign: Foreign = "keep",
     target: Rewritten,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Rewrite archives with fewer layers or samples, or more compactly.
@@ -84,6 +89,7 @@ def repack(
     - `h5traces repack run.h5 -o first.h5 --samples 0:100`
     - `h5traces repack run.h5 -o fast.h5 --codec zstd`
     - `h5traces repack run.h5 -o small.h5 --tier analysis`
+    - `h5traces repack shards/ -o small/ --tier analysis --shard-samples 1000 --rank auto`
     """
     run = partial(
         repack_archives,
@@ -94,7 +100,9 @@ def repack(
         precision=precision,
         first_state=first_state,
         foreign=foreign,
+        **ranks,
     )
+    target = replace(target, shard_samples=shard_samples)
     _rewrite(run, output, target, precision.codec, json=json)
 
 

@@ -59,7 +59,7 @@ _LARGEST: Final[dict[FloatType, float]] = {
 }
 
 # Numbers of types in compiled kernels.
-_KERNEL_KINDS: Final[dict[FloatType, int]] = {"float16": 0, "bfloat16": 1, "float32": 2}
+KERNEL_KINDS: Final[dict[FloatType, int]] = {"float16": 0, "bfloat16": 1, "float32": 2}
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 16
 # Of as many values or more, torch starts its own threads, which do not survive a fork.
@@ -155,8 +155,8 @@ class CastResult:
     # The source's type where the cast may have lost something.
     cast_from: FloatType | None
     counts: CastCounts
-    # Values that casting back to `cast_from` does not give, bit for bit.
-    num_changed: int = 0
+    # Values that casting back to `cast_from` does not give, bit for bit; None if unknown.
+    num_changed: int | None = 0
 
 
 def bfloat16_to_float32(bits: AnyArray) -> NDArray[np.float32]:
@@ -213,7 +213,7 @@ class Cast(NamedTuple):
 
 def compiled_cast(array: TypedArray, dtype: FloatType) -> Cast | None:
     """A cast by compiled kernels; None without them, for float64, and with NaN."""
-    source, target = _KERNEL_KINDS.get(array.dtype), _KERNEL_KINDS.get(dtype)
+    source, target = KERNEL_KINDS.get(array.dtype), KERNEL_KINDS.get(dtype)
     if NATIVE is None or source is None or target is None:
         return None
     values = np.ascontiguousarray(array.values, dtype=CARRIERS[array.dtype])
@@ -271,8 +271,8 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
     """The number of NaN and of infinite values."""
     unsigned, mask = _EXPONENT_MASKS[array.dtype]
     native = np.ascontiguousarray(array.values, dtype=array.values.dtype.newbyteorder("="))
-    if NATIVE is not None and array.dtype in _KERNEL_KINDS:
-        num_nan, num_inf = NATIVE.count_not_finite(native, _KERNEL_KINDS[array.dtype])
+    if NATIVE is not None and array.dtype in KERNEL_KINDS:
+        num_nan, num_inf = NATIVE.count_not_finite(native, KERNEL_KINDS[array.dtype])
         return num_nan, num_inf
     bits: AnyArray = native.view(unsigned).ravel()
     exponents: AnyArray = _SCRATCH.take(bits.nbytes).view(unsigned)

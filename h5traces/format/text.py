@@ -55,7 +55,7 @@ def unescape(text: str) -> str:
 
 def encode(text: str) -> bytes:
     """`text` escaped, as UTF-8."""
-    return escape(text).encode("utf-8")
+    return (text if text.isascii() and text[-1:] != "\0" else escape(text)).encode("utf-8")
 
 
 def decode(stored: bytes) -> str:

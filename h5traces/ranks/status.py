@@ -13,7 +13,7 @@ from h5traces.arguments import checked
 from h5traces.errors import TargetError
 from h5traces.format.html import Report
 from h5traces.paths import local_path
-from h5traces.ranks.plan import RANKS, RUN, read_plan
+from h5traces.ranks.plan import RANKS, RUN, read_plan, run_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,14 +112,15 @@ def status(folder: PathLike) -> RunStatus:
     Parameters
     ----------
     folder
-        The output of a command that was started with ``rank``.
+        The output of a command that was started with ``rank``; of one that makes a file, the run is
+        beside it, in ``<output>.run``.
 
     Raises
     ------
     TargetError
         There is no run in the folder.
     """
-    place = local_path(folder)
+    place = run_folder(local_path(folder))
     plan = planned(place)
     found = RunStatus(str(place), plan.command, plan.world_size, first_task=plan.first_task)
     found.num_items, found.total_cost = len(plan.costs), sum(plan.costs)

@@ -47,6 +47,7 @@ from h5traces.writing.preparation import (
     exceptions_table,
     observe,
     prepare_element,
+    prepare_elements,
     prepare_layers,
     record_elements,
     steps_table,
@@ -76,6 +77,14 @@ _QUEUED_PER_WORKER = 2
 _GROUP_SIZE = 1 << 20
 # Smaller groups are not handed over at all.
 _SMALL_GROUP = 1 << 17
+
+
+def next_generation(taken: set[int], index: int | None) -> int:
+    """The generation index that a sample gets, added to those that others of its id have."""
+    if index is None or index in taken:
+        index = max(taken, default=-1) + 1
+    taken.add(index)
+    return index
 
 
 class ArchiveWriter:
@@ -184,8 +193,10 @@ class ArchiveWriter:
         for kind, layers in record.layered.items():
             yield EncodedObject(kind, to_attributes(layers.form))
         yield from self._prepare(record)
-        for element in record_elements(record):
-            yield element if element.values is None else prepare_element(element)
+        elements = list(record_elements(record))
+        prepared = iter(prepare_elements([each for each in elements if each.values is not None]))
+        for element in elements:
+            yield element if element.values is None else next(prepared)
 
     @deferred_signals()
     def _write_sample(
@@ -229,11 +240,7 @@ class ArchiveWriter:
         if metadata.sample_id is not None:
             # A copied sample keeps its index unless a sample of another archive has it.
             taken = self._generations.setdefault(metadata.sample_id, set())
-            index = metadata.generation_index
-            if index is None or index in taken:
-                index = max(taken, default=-1) + 1
-            taken.add(index)
-            update["generation_index"] = index
+            update["generation_index"] = next_generation(taken, metadata.generation_index)
         if self.summary.num_samples == 0 and metadata.fields:
             self._metadata = self._metadata.model_copy(update={"fields": metadata.fields})
         if metadata.fields == self._metadata.fields:
