@@ -5,14 +5,13 @@
 
 The index lists the sample again and again, each time at a place of its own, until the file has the
 size. Only the first place holds data; the others are holes, so the file takes no more of the disk
-than its index. It shows what the page of `h5traces view` does with very large files; it is no
-valid archive, and HDF5 sees one sample.
+than its index. It shows what readers of the index do with very large files;
+HDF5 does not open it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,11 @@ def make_sparse(
     sample, end = store.sample(0), hdf5_end(LocalFile(source))
     first = min(min(each.chunks.offsets) for each in sample.objects.values() if each.chunks)
     count = (nbytes - first) // (end - first) if num_samples is None else num_samples
-    os.truncate(target, first + count * (end - first))
+    with target.open("r+b") as out:
+        # The superblock says where the HDF5 part ends.
+        out.seek(28)
+        out.write((first + count * (end - first)).to_bytes(8, "little"))
+        out.truncate(first + count * (end - first))
     builder = FooterBuilder()
     for number in range(count):
         attrs = {**sample.attrs, "sample_id": f"{sample.attrs['sample_id']}_{number}"}

@@ -27,12 +27,12 @@ function pyramid(matrix) {
 // Draws the window {row, column, rows, columns} of a pyramid onto a whole canvas.
 export function draw(canvas, levels, window, { limits, isSquareRoot, palette = amounts, threshold = -Infinity }) {
   const { width, height } = canvas;
-  if (!width || !height) return null;
+  if (!width || !height) return;
   const perPixel = Math.min(window.rows / height, window.columns / width);
   const level = Math.max(0, Math.min(levels.length - 1, Math.floor(Math.log2(Math.max(1, perPixel)))));
   const { rows, columns, values } = levels[level];
   const shrink = 2 ** level;
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   const image = canvas.image?.width === width && canvas.image.height === height ? canvas.image : context.createImageData(width, height);
   canvas.image = image;
   const pixels = new Uint32Array(image.data.buffer);
@@ -54,7 +54,6 @@ export function draw(canvas, levels, window, { limits, isSquareRoot, palette = a
     }
   }
   context.putImageData(image, 0, 0);
-  return image;
 }
 
 const NOTHINGS = [NOTHING];
@@ -73,7 +72,6 @@ export const WHOLE = ({ rows, columns }) => ({ row: 0, column: 0, rows, columns 
 export function Heat({ matrix, limits, isSquareRoot, palette, threshold, height, label, chosen, onPoint, onChoose, testId }) {
   const canvas = useRef(null);
   const levels = useMemo(() => pyramid(matrix), [matrix]);
-  const picture = useRef(null);
   const [window, setWindow] = useState(WHOLE(matrix));
   const [size, setSize] = useState(0);
   const drag = useRef(null);
@@ -90,14 +88,8 @@ export function Heat({ matrix, limits, isSquareRoot, palette, threshold, height,
     const ratio = Math.min(2, globalThis.devicePixelRatio || 1);
     canvas.current.width = Math.round(clientWidth * ratio);
     canvas.current.height = Math.round(clientHeight * ratio);
-    picture.current = draw(canvas.current, levels, window, { limits: shown, isSquareRoot, palette, threshold });
+    draw(canvas.current, levels, window, { limits: shown, isSquareRoot, palette, threshold });
   }, [matrix, window, size, isSquareRoot, palette, threshold, shown[0], shown[1]]);
-  useLayoutEffect(() => {
-    if (!picture.current) return;
-    canvas.current.getContext("2d").putImageData(picture.current, 0, 0);
-    outline(canvas.current, window, chosen);
-  });
-
   const cell = (event) => {
     const box = canvas.current.getBoundingClientRect();
     pointer.current = null;
@@ -141,13 +133,16 @@ export function Heat({ matrix, limits, isSquareRoot, palette, threshold, height,
     }
   };
   return (
-    <canvas ref={canvas} class="heat" style={{ height: `${height}px` }} role="img" aria-label={label} tabIndex={0}
-      data-testid={testId}
-      onWheel={zoom} onKeyDown={press}
-      onMouseDown={(event) => { drag.current = { x: event.clientX, y: event.clientY, from: window, moved: false }; }}
-      onMouseMove={move} onMouseLeave={() => onPoint?.(null)}
-      onClick={(event) => { if (!drag.current?.moved) { const found = cell(event); if (found) onChoose?.(found); } }}
-      onDblClick={() => setWindow(WHOLE(matrix))} />
+    <div class="heat-box">
+      <canvas ref={canvas} class="heat" style={{ height: `${height}px` }} role="img" aria-label={label} tabIndex={0}
+        data-testid={testId}
+        onWheel={zoom} onKeyDown={press}
+        onMouseDown={(event) => { drag.current = { x: event.clientX, y: event.clientY, from: window, moved: false }; }}
+        onMouseMove={move} onMouseLeave={() => onPoint?.(null)}
+        onClick={(event) => { if (!drag.current?.moved) { const found = cell(event); if (found) onChoose?.(found); } }}
+        onDblClick={() => setWindow(WHOLE(matrix))} />
+      {chosen ? <Mark window={window} cell={chosen} /> : null}
+    </div>
   );
 }
 
@@ -159,14 +154,13 @@ function bounded(window, { rows, columns }) {
   };
 }
 
-function outline(canvas, window, chosen) {
-  if (!chosen) return;
-  const ratio = Math.min(2, globalThis.devicePixelRatio || 1);
-  const context = canvas.getContext("2d");
-  const [width, height] = [canvas.width / window.columns, canvas.height / window.rows];
-  context.lineWidth = 2 * ratio;
-  context.strokeStyle = "#e7298a";
-  context.strokeRect((chosen.column - window.column) * width, (chosen.row - window.row) * height, Math.max(width, 3), Math.max(height, 3));
+// A frame around a cell, which moves without drawing the picture anew.
+function Mark({ window, cell }) {
+  const share = (value) => `${100 * value}%`;
+  return <div class="mark" style={{
+    left: share((cell.column - window.column) / window.columns), top: share((cell.row - window.row) / window.rows),
+    width: share(1 / window.columns), height: share(1 / window.rows),
+  }} />;
 }
 
 // A small picture without controls, of one head.

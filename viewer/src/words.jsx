@@ -5,6 +5,8 @@ import { amounts, css, inkOn, scaled } from "./colours.js";
 import { short, visible } from "./parts.jsx";
 
 const MOST = 5000;
+// Between two paintings, so that the pointer is not waited for.
+const PAUSE_MS = 100;
 
 // Thousands of tokens change their colours while the pointer moves, so the elements are made once, and
 // only those in sight are coloured.
@@ -34,7 +36,14 @@ export function Words({ words, values, limits = [0, 1], palette = amounts, promp
       span.classList.toggle("chosen", first + at === chosen);
     });
   };
-  useLayoutEffect(paint);
+  const last = useRef(0);
+  useLayoutEffect(() => {
+    const rest = last.current + PAUSE_MS - performance.now();
+    const now = () => { last.current = performance.now(); paint(); };
+    if (rest <= 0) { now(); return undefined; }
+    const timer = setTimeout(now, rest);
+    return () => clearTimeout(timer);
+  });
   const number = (event) => Number(event.target.closest("[data-n]")?.dataset.n ?? NaN);
   return (
     <p class="words" data-testid="words" ref={box} onScroll={paint}
