@@ -176,7 +176,9 @@ def main() -> None:
         server.start()
         url = f"http://127.0.0.1:{receiving.recv()}/index.html"
         chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
         first = [first_sample(browser, url) for _ in range(options.rounds)]
         layers = [each for _ in range(options.rounds) for each in layer_of_heads(browser, url)]
         rates = [frames(browser, url) for _ in range(options.rounds)]

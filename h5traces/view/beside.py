@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import h5py
 import numpy as np
 
 from h5traces.archive.labels import labels_folder, largest_sidecar, sidecar_path
@@ -18,6 +17,7 @@ from h5traces.checking.inspect import inspect
 from h5traces.errors import CorruptArchiveError, H5TracesError, OptionError
 from h5traces.features.reductions import FEATURES
 from h5traces.storage.files import open_regular
+from h5traces.storage.hdf5.datasets import open_datasets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -121,8 +121,8 @@ class _Table:
                 self._file: Any = np.load(self._path, allow_pickle=False)
                 self._arrays = self._file
             else:
-                self._file = h5py.File(self._path)
-                self._arrays = {name: each for name, each in _datasets(self._file)}
+                self._file, found = open_datasets(self._path)
+                self._arrays = {_npz_name(path): each for path, each in found.items()}
             self.layers = [int(each) for each in self._arrays["layers"][...]]
         except FileNotFoundError:
             raise
@@ -218,27 +218,21 @@ class _Table:
             and lengths is not None
             and width == int(np.max(lengths[...], initial=0))
         )
-        whole = array if isinstance(array, h5py.Dataset) else array[...]
         with path.open("wb") as out:
             for start in range(0, num_samples, _ROWS):
                 wanted = rows[start : start + _ROWS]
                 block = np.full((len(wanted), len(self.layers), width), np.nan, "<f4")
                 for at, row in enumerate(wanted):
                     if row >= 0:
-                        block[at] = whole[row].reshape(len(self.layers), width)
+                        block[at] = array[row].reshape(len(self.layers), width)
                 block.tofile(out)
         kind = "tokens" if is_by_token else "columns"
         return Scores({"name": name, "kind": kind, "layers": self.layers, "width": width}, path)
 
 
-def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Datasets by the names that they have in ``.npz``."""
-    paths: list[str] = []
-    file.visititems(
-        lambda path, each: paths.append(path) if isinstance(each, h5py.Dataset) else None
-    )
-    for path in paths:
-        yield path.removeprefix("features/").removeprefix("samples/").replace("/", "_"), file[path]
+def _npz_name(path: str) -> str:
+    """The name in ``.npz`` of what has a path in HDF5."""
+    return path.removeprefix("features/").removeprefix("samples/").replace("/", "_")
 
 
 def checks_document(each: Shown) -> bytes:
