@@ -92,10 +92,14 @@ class StoredTrace:
     @cached_property
     def metadata(self) -> TraceMetadata:
         """The sample's attributes, validated; with the labels that lie beside the archive."""
+        # Of all that is stored of the sample, most readers need no more.
+        return self.validated(self.file.sample_attrs(self.index))
+
+    def validated(self, attrs: Attrs) -> TraceMetadata:
+        """The metadata that its attributes hold."""
         labels = self.file.labels
         try:
-            # Of all that is stored of the sample, most readers need no more.
-            found = from_attributes(TraceMetadata, self.file.sample_attrs(self.index))
+            found = from_attributes(TraceMetadata, attrs)
             return found if labels is None else labels.labelled(found, self.sample.ordinal)
         except SchemaError as error:
             message = f"{self.place}: {error}"

@@ -214,15 +214,14 @@ def _shared_plan(
         "batch_size": options.batch_size,
     }
     longest = options.generation.max_new_tokens
-    costs = (
-        sum(job.num_tokens(longest) for job in batch) for batch in batches(jobs, options.batch_size)
-    )
+    cut = list(batches(jobs, options.batch_size))
     return RunPlan(
         command="extract",
         world_size=rank.size,
         first_task=rank.first,
         options=plain_options(chosen),
-        costs=tuple(costs),
+        costs=tuple(sum(job.num_tokens(longest) for job in batch) for batch in cut),
+        ids=tuple(job.key for batch in cut for job in batch),
     )
 
 
