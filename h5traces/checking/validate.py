@@ -444,9 +444,10 @@ class _Validation:
 
     def check_excerpts(self, rows: dict[int, IndexRow]) -> None:
         """Compare excerpts in the table of samples with the texts; archives may have none."""
-        table = self._reader.index_table() if rows else None
-        columns = () if table is None else table.dtype.names or ()
-        for name in (each for each in EXCERPTS if each in columns):
+        table = self._reader.index_table()
+        if table is None:
+            return
+        for name in (each for each in EXCERPTS if each in (table.dtype.names or ())):
             for index, row in rows.items():
                 expected = text.encode(getattr(row, name))
                 found = table[name][index].tolist() if index < len(table) else expected

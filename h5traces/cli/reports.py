@@ -21,7 +21,7 @@ from h5traces.cli.console import (
     warn,
     with_flags,
 )
-from h5traces.format.layout import TEXT_FIELDS
+from h5traces.format.layout import PRECISION_FEATURE, TEXT_FIELDS
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
@@ -176,6 +176,11 @@ def print_inspection(result: Inspection) -> None:
         if metadata["is_lossless"]:
             changes = f", for the {_only(kept)}" if kept else " (every stored value)"
         print_line(f"  lossless: {lossless}{changes}")
+        if PRECISION_FEATURE in metadata.get("required_features", ()):
+            print_line(
+                "  HDF5 viewers show codes; for values: h5traces export "
+                f"{result.path} -o values.h5 --decoded"
+            )
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"

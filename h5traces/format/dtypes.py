@@ -10,7 +10,7 @@ import operator
 import sys
 from dataclasses import dataclass, fields
 from itertools import compress
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from h5traces.errors import ConversionError
 from h5traces.format.limits import Scratch
 from h5traces.format.native import NATIVE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FloatType = Literal["float16", "bfloat16", "float32", "float64"]
 DtypePolicy = Literal["float16", "bfloat16", "float32", "auto"]
@@ -255,6 +258,11 @@ def _float64_to_bfloat16(numbers: AnyArray) -> NDArray[np.uint16]:
     inexact = (toward_zero.astype(np.float64) != numbers) & np.isfinite(narrow)
     bits = toward_zero.astype(np.float32).view(np.uint32) | inexact.astype(np.uint32)
     return float32_to_bfloat16(bits.view(np.float32))
+
+
+def read_type(attrs: Mapping[str, object], stored: str | None) -> str:
+    """The type in which an array with these attributes is read, by the type it is stored in."""
+    return str(attrs.get("source_dtype", attrs.get("restored_dtype", stored)))
 
 
 def same_bits(a: AnyArray, b: AnyArray) -> bool:

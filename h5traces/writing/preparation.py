@@ -271,11 +271,11 @@ def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
             attrs["container"] = record.tokens_container
         yield EncodedObject(layout.TOKENS, attrs, "int64", tokens.astype("<i8"))
     if record.tokens_decoded is not None:
-        yield _text_element(layout.TOKENS_DECODED, record.tokens_decoded)
+        yield text_element(layout.TOKENS_DECODED, record.tokens_decoded)
     if record.attention_mask is not None:
         yield EncodedObject(layout.ATTENTION_MASK, {}, "uint8", record.attention_mask)
     for name, value in record.texts.items():
-        yield _text_element(name, (value,))
+        yield text_element(name, (value,))
     if record.extra:
         yield EncodedObject(layout.EXTRA_GROUP)
     for key, value in record.extra.items():
@@ -287,7 +287,8 @@ def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
             raise ConversionError(message) from error
 
 
-def _text_element(path: str, texts: tuple[str, ...]) -> EncodedObject:
+def text_element(path: str, texts: Sequence[str]) -> EncodedObject:
+    """A dataset of texts."""
     values = text.encode_all(texts)
     return EncodedObject(path, {}, f"text:{values.dtype.itemsize}", values)
 
