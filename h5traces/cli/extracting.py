@@ -88,7 +88,17 @@ Kinds = Annotated[
         "--kinds KIND,KIND",
         "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, "
         "`mlp_output`, `head_outputs`, `queries`, `keys`, `values`, `router_logits`, "
-        "`state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+        "`attention_mean`, `state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+    ),
+]
+Attentions = Annotated[
+    str | None,
+    option(
+        KEEP,
+        "--attentions full|qk|window:N|mean|none",
+        "Weights; queries and keys, of which archives compute the weights when they are read: "
+        "smaller from some hundred tokens on; weights of the last N keys of every query; their "
+        "mean over heads; or nothing [default: as `--kinds` says].",
     ),
 ]
 MaxNewTokens = Annotated[
@@ -276,15 +286,7 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
-    attentions: Annotated[
-        Literal["full", "qk", "none"] | None,
-        option(
-            KEEP,
-            "--attentions full|qk|none",
-            "Weights; or queries and keys, of which archives compute the weights when they are "
-            "read: smaller from some hundred tokens on; or nothing [default: as `--kinds` says].",
-        ),
-    ] = None,
+    attentions: Attentions = None,
     top_logits: Annotated[
         int | None,
         option(
@@ -443,6 +445,7 @@ def estimate(
     ] = 43,
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    attentions: Attentions = None,
     storage: Annotated[PrecisionOptions, Group(_storage)],
     pilot: Annotated[
         str | None,
@@ -495,7 +498,9 @@ def estimate(
             trust_remote_code=trust_remote_code,
         )
         generation = GenerationOptions(max_new_tokens=max_new_tokens)
-        options = ExtractOptions(layers=layers, kinds=_kinds(kinds), generation=generation)
+        options = ExtractOptions(
+            layers=layers, kinds=_kinds(kinds), attentions=attentions, generation=generation
+        )
         found = _measured(model, dataset, int(pilot), options, storage)
     else:
         from h5traces.extract.estimate import estimate as estimate_sizes
@@ -510,7 +515,12 @@ def estimate(
             message = "give --model-id, or all of --num-layers, --hidden-size and --num-heads"
             raise typer.BadParameter(message)
         found = estimate_sizes(
-            shape, seq_len, layers=layers, kinds=_kinds(kinds), precision=storage
+            shape,
+            seq_len,
+            layers=layers,
+            kinds=_kinds(kinds),
+            attentions=attentions,
+            precision=storage,
         )
     if json:
         print_json(found.as_dict())

@@ -14,13 +14,13 @@ from h5traces.errors import ArchiveExistsError, ExtractionError, TargetError, To
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
 from h5traces.extract.generation import Job, Planner, batches
-from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
+from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice, window_of
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.shared import SharedExtraction
 from h5traces.extract.sizes import Forecast, ModelShape
 from h5traces.format.archive import MEASURED
-from h5traces.format.kinds import MODEL_KINDS
+from h5traces.format.kinds import MODEL_KINDS, WEIGHT_KINDS
 from h5traces.format.precision import EXACT
 from h5traces.meaning.checks import CheckOptions
 from h5traces.paths import check_not_a_source
@@ -141,6 +141,7 @@ def extract_dataset(
         kinds=tuple(each for each in options.kinds if each in MODEL_KINDS),
         lengths=tuple(each.num_kept(options) for each in jobs),
         precision=storage,
+        window=window_of(options.attentions),
     )
     report.forecast = forecast
     report.needed_nbytes = forecast.needed_nbytes(_num_written(place), place.shard_samples)
@@ -162,7 +163,7 @@ def extract_dataset(
         device=model.device,
         load_in_4bit=model.load_in_4bit,
         trust_remote_code=model.trust_remote_code,
-        eager="attentions" in options.kinds,
+        eager=bool({*options.kinds} & {*WEIGHT_KINDS}),
     )
     extractor = Extractor(loaded, tokenizer, options, dtype=storage.dtype or "float16")
     metadata = extractor.metadata(questions)
@@ -219,15 +220,14 @@ def _shared_plan(
         "batch_size": options.batch_size,
     }
     longest = options.generation.max_new_tokens
-    costs = (
-        sum(job.num_tokens(longest) for job in batch) for batch in batches(jobs, options.batch_size)
-    )
+    cut = list(batches(jobs, options.batch_size))
     return RunPlan(
         command="extract",
         world_size=rank.size,
         first_task=rank.first,
         options=plain_options(chosen),
-        costs=tuple(costs),
+        costs=tuple(sum(job.num_tokens(longest) for job in batch) for batch in cut),
+        ids=tuple(job.key for batch in cut for job in batch),
     )
 
 

@@ -85,10 +85,11 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
     SchemaError where a field is missing or has a value that the schema does not allow.
     """
     plain: dict[str, Any] = {}
-    for name, form in field_forms(document).items():
-        if name not in attrs:
+    forms = field_forms(document)
+    for name, value in attrs.items():
+        form = forms.get(name)
+        if form is None:
             continue
-        value = attrs[name]
         if form == "json" and isinstance(value, str):
             try:
                 plain[name] = with_tuples(json.loads(value))

@@ -66,13 +66,6 @@ class Precision(Document):
                 "head_mean='beside', or leave attention_bits out"
             )
             raise ValueError(message)
-        has_no_heads = self.head_mean == "only" or self.attention_bits is not None
-        if self.mantissa_bits is not None and self.step is not None and has_no_heads:
-            message = (
-                "mantissa_bits are given, but nothing stays in float16; leave them out, or take "
-                "the tier 'native'"
-            )
-            raise ValueError(message)
         return self
 
     @classmethod

@@ -78,6 +78,11 @@ class StoredSample:
             update={"fields": self._trace.fields, "digest": None, "source": source}
         )
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Its question and answers by field."""
+        return _texts(self._trace)
+
     def observation(self) -> Observation:
         """Layers and sizes of what is copied."""
         found, archive = Observation(), self._trace.file.metadata
@@ -169,6 +174,10 @@ class StoredSample:
         return EncodedArray(entry.shape, entry.chunk, entry.codec, chunks, checksums)
 
 
+def _texts(stored: StoredTrace) -> dict[str, str]:
+    return {name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects}
+
+
 def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> TraceRecord:
     """A stored trace, or its selected layers, as a record in the types of the source.
 
@@ -209,7 +218,7 @@ def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecor
             else None
         ),
         attention_mask=stored.attention_mask(),
-        texts={name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects},
+        texts=_texts(stored),
         layered={
             kind: LayeredArrays(
                 tuple(_layer_array(stored, kind, entry, lazy=lazy) for entry in entries),
