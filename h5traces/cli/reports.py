@@ -15,13 +15,14 @@ from h5traces.cli.console import (
     finding_line,
     first_lines,
     human_size,
+    note,
     print_line,
     print_lines,
     print_table,
     warn,
     with_flags,
 )
-from h5traces.format.layout import TEXT_FIELDS
+from h5traces.format.layout import PRECISION_FEATURE, TEXT_FIELDS
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
@@ -176,6 +177,11 @@ def print_inspection(result: Inspection) -> None:
         if metadata["is_lossless"]:
             changes = f", for the {_only(kept)}" if kept else " (every stored value)"
         print_line(f"  lossless: {lossless}{changes}")
+        if PRECISION_FEATURE in metadata.get("required_features", ()):
+            print_line(
+                "  HDF5 viewers show codes; for values: h5traces export "
+                f"{result.path} -o values.h5 --decoded"
+            )
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"
@@ -313,6 +319,9 @@ def print_verification(found: list[VerifyReport]) -> None:
     """Every problem on its own line, and a verdict per file."""
     for each in found:
         _print_checked(each, "intact", human_size(each.nbytes))
+        if any(problem.kind == "damaged" for problem in each.problems):
+            saving = "restore it from a copy, or run 'h5traces salvage', which saves the samples"
+            note(f"{each.path}: {saving} that are intact")
 
 
 def _problem_lines(problems: list[Problem]) -> list[str]:
@@ -341,8 +350,8 @@ def _print_checked(
 ) -> None:
     for line in _problem_lines(report.problems):
         print_line(f"{report.path}:{line}")
-    for note in report.notes:
-        print_line(f"{report.path}: note: {with_flags(note)}")
+    for each in report.notes:
+        print_line(f"{report.path}: note: {with_flags(each)}")
     failures = len(report.problems) + num_failures
     verdict = good if report.ok else counted(failures, "problem")
     what = f"; {covers}" if report.ok and covers else ""
@@ -534,6 +543,6 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
         f"{found.mean_seq_len:.1f} tokens per sample" + (f" ({sequences})" if sequences else "")
     )
     if found.advice:
-        print_line(found.advice.replace("attentions='qk'", "--attentions qk"))
+        print_line(with_flags(found.advice))
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")

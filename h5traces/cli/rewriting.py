@@ -192,6 +192,14 @@ def export(
         DtypePolicy | None,
         option(OUTPUT, "--dtype TYPE", "Stored type of an `.h5` export [default: float32]."),
     ] = None,
+    decoded: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "--decoded",
+            "An `.h5` for people: values where a tier has codes, and long texts as lines.",
+        ),
+    ] = False,
     numpy: Annotated[
         bool, option(OUTPUT, "--numpy", "Arrays where the source held torch tensors.")
     ] = False,
@@ -206,6 +214,7 @@ def export(
     - `h5traces export run.h5 -o run_dataset/ --to datasets` for `datasets.load_from_disk`
     - `h5traces export run.h5 -o run.json --to kerchunk` no copy: zarr reads the archive
     - `h5traces export run.h5 -o run_float32.h5` for viewers without float16
+    - `h5traces export tier.h5 -o values.h5 --decoded` for HDFView and others, which show codes
     """
     with count_progress(output) as update:
         path = export_archive(
@@ -213,6 +222,7 @@ def export(
             output,
             to=to,
             dtype=dtype,
+            decoded=decoded,
             container="numpy" if numpy else "source",
             overwrite=target.overwrite,
             dry_run=target.dry_run,

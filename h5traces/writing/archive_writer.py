@@ -153,14 +153,15 @@ class ArchiveWriter:
         self.not_finite: list[Finding] = []
         self.summary = WriteSummary(path)
 
-    def append(self, record: TraceRecord) -> None:
-        """Write one record."""
+    def append(self, record: TraceRecord, own: Iterable[EncodedObject] = ()) -> None:
+        """Write one record, and users' own objects beside it, whose names begin with ``x_``."""
         record = with_head_mean(record, self._options.precision)
         if self._options.precision.is_exact and not self._options.earlier_precisions:
             record = record.model_copy(update={"exact_digest": None})
         description = record.describe()
         row = IndexRow.of(description.metadata, record.texts)
-        self._write_sample(description.metadata, row, observe(record), self._record_objects(record))
+        objects = self._record_objects(record)
+        self._write_sample(description.metadata, row, observe(record), objects, own)
 
     def copy(self, sample: StoredSample) -> None:
         """Write a sample of another archive by copying its chunks, without recompression."""
@@ -186,7 +187,7 @@ class ArchiveWriter:
             keep = self._options.foreign == "keep"
             copied = copy_foreign(self._part.file, self._origins, DEFAULT_LIMITS, keep=keep)
             self._part.file.raise_error()
-            self._footer.has_foreign = copied.number > 0
+            self._footer.has_foreign |= copied.number > 0
             self.summary.left_foreign += copied.left
 
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
@@ -205,6 +206,7 @@ class ArchiveWriter:
         row: IndexRow,
         observation: Observation,
         objects: Iterable[EncodedObject | Prepared],
+        own: Iterable[EncodedObject] = (),
     ) -> None:
         self._observed.add_sample(observation, self.summary.num_samples)
         metadata = self._complete(metadata)
@@ -219,6 +221,12 @@ class ArchiveWriter:
             else:
                 self._hdf5.create_group(f"{group}/{each.path}", each.attrs)
                 entries[each.path] = ObjectEntry(each.path, each.attrs)
+        for own_object in own:
+            self._footer.has_foreign = True
+            if own_object.values is None:
+                self._hdf5.create_group(f"{group}/{own_object.path}", own_object.attrs)
+            else:
+                _write_dataset(self._hdf5, group, prepare_element(own_object))
         stored = {path: entry.attrs for path, entry in entries.items()}
         digest, self.content = sample_digest(attrs, stored), content_digest(stored)
         # The digest comes last: a sample without one is incomplete.
@@ -263,7 +271,9 @@ class ArchiveWriter:
             if layered.in_steps:
                 yield prepare_element(steps_table(kind, layered.arrays))
             for group, size in _groups(layered.arrays):
-                task = partial(prepare_layers, kind, group, self._options, self._encoder)
+                task = partial(
+                    prepare_layers, kind, group, self._options, self._encoder, layered.definition
+                )
                 waiting.append(self._pool.submit(task) if size >= _SMALL_GROUP else _done(task))
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
                     yield from next_ready()
@@ -407,9 +417,16 @@ class ArchiveWriter:
                 positions=None if positions is None else tuple(sorted(positions)),
                 definition=text if positions is None else layout.BY_POSITION,
                 reduction=reduction,
-                derivation=DERIVATION if reduction == MEAN else None,
+                derivation=DERIVATION if self._makes_means and reduction == MEAN else None,
             )
         )
+
+    @property
+    def _makes_means(self) -> bool:
+        """Whether means over heads are made of attentions here, or were in an archive before."""
+        options = self._options
+        losses = (options.precision, *options.earlier_precisions)
+        return any(each.head_mean != "none" for each in losses)
 
     def publish(self) -> Path:
         """Give the finished file its final name."""
