@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.format.limits import ReadLimits
+    from h5traces.format.record import TraceMetadata
     from h5traces.storage.remote.paths import RemoteOptions
 
 
@@ -271,6 +272,16 @@ class Archive(ReadOnly, Sequence[Trace]):
 
     def __iter__(self) -> Iterator[Trace]:
         return (self[position] for position in range(len(self)))
+
+    def _metadata(self) -> Iterator[TraceMetadata]:
+        """The metadata of all traces, in order, of which many are read at a time.
+
+        For archives that are no views.
+        """
+        for file in self._files:
+            self._open_files.use(file)
+            for number, attrs in enumerate(file.samples_attrs()):
+                yield StoredTrace(file, number, None).validated(attrs)
 
     @overload
     def __add__(self, other: Archive) -> Self: ...

@@ -66,7 +66,7 @@ def check_meaning(
             try:
                 trace = archive[index]
                 is_large = sum(each.raw_nbytes for each in trace._stored.objects.values()) > _SMALL
-                record = to_record(trace, lazy=True)
+                record = to_record(trace, lazy=is_large)
                 rows[index] = IndexRow.of(trace.metadata, record.texts)
                 checks.add(record, stored_content(trace), look=in_threads if is_large else look)
             except H5TracesError as error:

@@ -35,6 +35,7 @@ from h5traces.format.attention import RULE_ATTRS, AttentionRule
 from h5traces.format.digests import sample_difference
 from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import (
@@ -443,9 +444,10 @@ class _Validation:
 
     def check_excerpts(self, rows: dict[int, IndexRow]) -> None:
         """Compare excerpts in the table of samples with the texts; archives may have none."""
-        table = self._reader.index_table() if rows else None
-        columns = () if table is None else table.dtype.names or ()
-        for name in (each for each in EXCERPTS if each in columns):
+        table = self._reader.index_table()
+        if table is None:
+            return
+        for name in (each for each in EXCERPTS if each in (table.dtype.names or ())):
             for index, row in rows.items():
                 expected = text.encode(getattr(row, name))
                 found = table[name][index].tolist() if index < len(table) else expected
@@ -654,7 +656,7 @@ def _encoding_problems(
     """
     for path, entry in objects.items():
         kind, _, name = path.partition("/")
-        if kind not in layout.KINDS or not name:
+        if kind not in (*layout.KINDS, *MODEL_KINDS) or not name:
             continue
         if name == layout.EXCEPTIONS_TABLE:
             layers = (objects[each].attrs for each in objects if each.startswith(f"{kind}/"))

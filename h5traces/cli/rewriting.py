@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -28,8 +29,10 @@ from h5traces.cli.options import (
     NewFile,
     Output,
     PrecisionGroup,
+    Ranks,
     Rewritten,
     Samples,
+    ShardSamples,
     option,
 )
 from h5traces.errors import ConversionError
@@ -41,10 +44,10 @@ from h5traces.rewriting.export import ExportFormat
 from h5traces.rewriting.export import export as export_archive
 from h5traces.rewriting.label import LabelReport, joined
 from h5traces.rewriting.label_table import HigherMeans, LabelOptions
-from h5traces.rewriting.repack import RepackReport
 from h5traces.rewriting.repack import merge as merge_archives
 from h5traces.rewriting.repack import repack as repack_archives
 from h5traces.rewriting.repack import split as split_archives
+from h5traces.rewriting.rewrite import RepackReport
 from h5traces.storage.codecs import tools_note
 from h5traces.writing.options import TargetOptions
 
@@ -72,8 +75,10 @@ def repack(
         ),
     ] = None,
     output: Output,
+    shard_samples: ShardSamples = None,
     foreign: Foreign = "keep",
     target: Rewritten,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Rewrite archives with fewer layers or samples, or more compactly.
@@ -84,6 +89,7 @@ def repack(
     - `h5traces repack run.h5 -o first.h5 --samples 0:100`
     - `h5traces repack run.h5 -o fast.h5 --codec zstd`
     - `h5traces repack run.h5 -o small.h5 --tier analysis`
+    - `h5traces repack shards/ -o small/ --tier analysis --shard-samples 1000 --rank auto`
     """
     run = partial(
         repack_archives,
@@ -94,7 +100,9 @@ def repack(
         precision=precision,
         first_state=first_state,
         foreign=foreign,
+        **ranks,
     )
+    target = replace(target, shard_samples=shard_samples)
     _rewrite(run, output, target, precision.codec, json=json)
 
 
@@ -184,6 +192,14 @@ def export(
         DtypePolicy | None,
         option(OUTPUT, "--dtype TYPE", "Stored type of an `.h5` export [default: float32]."),
     ] = None,
+    decoded: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "--decoded",
+            "An `.h5` for people: values where a tier has codes, and long texts as lines.",
+        ),
+    ] = False,
     numpy: Annotated[
         bool, option(OUTPUT, "--numpy", "Arrays where the source held torch tensors.")
     ] = False,
@@ -198,6 +214,7 @@ def export(
     - `h5traces export run.h5 -o run_dataset/ --to datasets` for `datasets.load_from_disk`
     - `h5traces export run.h5 -o run.json --to kerchunk` no copy: zarr reads the archive
     - `h5traces export run.h5 -o run_float32.h5` for viewers without float16
+    - `h5traces export tier.h5 -o values.h5 --decoded` for HDFView and others, which show codes
     """
     with count_progress(output) as update:
         path = export_archive(
@@ -205,6 +222,7 @@ def export(
             output,
             to=to,
             dtype=dtype,
+            decoded=decoded,
             container="numpy" if numpy else "source",
             overwrite=target.overwrite,
             dry_run=target.dry_run,

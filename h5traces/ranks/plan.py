@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from pydantic import ValidationError
 
@@ -15,13 +15,15 @@ from h5traces.format.document import Document, with_tuples
 from h5traces.format.text import and_more
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
+from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 RUN: Final = "run.json"
 RANKS: Final = "ranks"
+_BESIDE: Final = ".run"
 
 
 class RunPlan(Document):
@@ -83,6 +85,13 @@ class RunPlan(Document):
         if not found and self.costs != before.costs:
             found.append("the work is divided otherwise")
         return found
+
+
+def run_folder(output: Path) -> Path:
+    """Where the run of an output is: in the folder, or beside the file."""
+    if output.is_dir() or output.name.endswith(_BESIDE):
+        return output
+    return output.with_name(f"{output.name}{_BESIDE}")
 
 
 def read_plan(folder: Path) -> RunPlan | None:
@@ -154,6 +163,25 @@ def plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options as JSON gives them back."""
     found: dict[str, Any] = json.loads(json.dumps(options, default=str))
     return found
+
+
+class ReadFile(Protocol):
+    """An archive that is read, on disk or on a server."""
+
+    @property
+    def path(self) -> Path | RemotePath: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def planned_archives(files: Iterable[ReadFile]) -> tuple[tuple[str, int, int], ...]:
+    """Name, bytes and time of the last change of every archive; no time of those on servers."""
+    return tuple(
+        (each.path.url, each.nbytes, 0)
+        if isinstance(each.path, RemotePath)
+        else planned_source(each.path)
+        for each in files
+    )
 
 
 def planned_source(path: Path) -> tuple[str, int, int]:
