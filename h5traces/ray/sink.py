@@ -95,7 +95,8 @@ class ArchiveSink(Datasink[str]):
 
 def _rows(blocks: Iterable[Any]) -> Iterator[dict[str, Any]]:
     for block in blocks:
-        for row in BlockAccessor.for_block(block).iter_rows(public_row_format=True):
+        accessor: Any = BlockAccessor.for_block(block)
+        for row in accessor.iter_rows(public_row_format=True):
             yield {name: _layers(each) if name in _STACKED else each for name, each in row.items()}
 
 

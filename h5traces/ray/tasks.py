@@ -116,7 +116,8 @@ def _room(needed: dict[str, float]) -> int:
     """How many tasks the cluster can run at a time."""
     if not ray.is_initialized():
         ray.init()
-    there = ray.cluster_resources()
+    cluster: Any = ray  # has no type here
+    there = cluster.cluster_resources()
     room = min(int(there.get(name, 0) / each) for name, each in needed.items() if each)
     if not room:
         message = f"a task needs {needed}, and the cluster has {there}; ask for less"
