@@ -9,11 +9,19 @@ import typer
 
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, EXIT_STOPPED, Group, command, stopping
-from h5traces.cli.console import fail, print_json, samples_progress, tell_findings, warn
+from h5traces.cli.console import (
+    fail,
+    finding_line,
+    print_json,
+    samples_progress,
+    tell_findings,
+    warn,
+)
 from h5traces.cli.options import (
     KEEP,
     OUTPUT,
     PRECISION,
+    Checks,
     Extracted,
     Json,
     Layers,
@@ -320,6 +328,7 @@ def extract(
     batch_size: Annotated[
         int, option(_MODEL, "--batch-size N", "Number of samples computed together.", min=1)
     ] = 1,
+    checks: Checks,
     ranks: Ranks,
     json: Json = False,
 ) -> None:
@@ -368,6 +377,7 @@ def extract(
             check_space=check_space,
             progress=update,
             should_stop=should_stop,
+            checks=checks,
             **ranks,
         )
     if json:
@@ -378,7 +388,10 @@ def extract(
         reports.warn_of_loss(str(precision.precision))
     for message in report.warnings:
         warn(message)
-    tell_findings(report.findings, report.output)
+    tell_findings(report.findings, report.output, checks)
+    for each in report.findings:
+        if checks.fails([each]):
+            fail(f"{report.output}: {finding_line(each)}")
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:

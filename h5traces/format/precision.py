@@ -142,10 +142,10 @@ TIERS: Final[dict[Tier, Precision]] = {
 
 def _told(problem: Problem, given: dict[str, Any]) -> str:
     """pydantic's finding with the value that it is about."""
-    message = problem.message.removeprefix("Value error, ")
     if problem.loc not in given:
-        return message
-    return f"{problem.loc} is {given[problem.loc]!r}: {message[:1].lower()}{message[1:]}"
+        return problem.message
+    message = f"{problem.message[:1].lower()}{problem.message[1:]}"
+    return f"{problem.loc} is {given[problem.loc]!r}: {message}"
 
 
 class CalibrationRecord(Document):
