@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -20,15 +22,17 @@ from h5traces.format.digests import content_digest
 from h5traces.format.html import Report
 from h5traces.format.text import and_more, counted
 from h5traces.meaning.checks import FindingSummary
-from h5traces.paths import expand_paths, local_path
-from h5traces.ranks.plan import RANKS, run_folder
-from h5traces.ranks.status import RunStatus, finished_items, planned, status
+from h5traces.paths import expand_sources
+from h5traces.ranks.plan import RANKS
+from h5traces.ranks.status import RunStatus, last_lines, planned, room_of, status
 from h5traces.rewriting.repack import merge
 from h5traces.rewriting.reports import ConversionReport, FileReport
+from h5traces.storage.remote.file import RemoteFile
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 from h5traces.writing.finish import take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 NUM_SAMPLED: Final = 60
 CATALOGUE_SUFFIX: Final = ".parquet"
 _MOST_NAMED: Final = 3
+_FETCHED_NBYTES: Final = 16 << 20
 
 
 @dataclass(slots=True)
@@ -126,7 +131,8 @@ def collect(
     Parameters
     ----------
     folder
-        The output of a command that was started with ``rank``.
+        The output of a command that was started with ``rank``, also ``s3://bucket/run/``; archives
+        to verify are fetched from there, one at a time.
     output
         A name ending in ``.h5`` for one archive of all, as by `h5traces.merge`, or in ``.parquet``
         for a catalogue, as by `h5traces.index`. It is written if the run is complete and nothing is
@@ -153,14 +159,14 @@ def collect(
     ArchiveExistsError
         The archive `output` exists.
     """
-    place = run_folder(local_path(folder))
+    room = room_of(folder)
     target = None if output is None else Path(output)
     if target is not None and target.suffix not in (".h5", CATALOGUE_SUFFIX):
         message = (
             f"{output}: expected a name that ends in .h5 (an archive) or .parquet (a catalogue)"
         )
         raise TargetError(message)
-    plan = planned(place)
+    plan, place = planned(room), str(room)
     if plan.command in ("features", "index"):
         message = (
             f"{place}: is a run of {plan.command}, whose ranks write one file and collect it "
@@ -169,7 +175,6 @@ def collect(
         raise TargetError(message)
     packed = _packed(place, plan)
     report = CollectReport(status(place), packed=packed.archives, problems=packed.problems)
-    lines = finished_items(place)
     paths = [each for each in _archives(place) if each != target]
     report.num_archives = len(paths)
     seen = _Seen(place)
@@ -182,12 +187,13 @@ def collect(
     report.num_samples = len(seen.keys)
     report.duplicates = seen.duplicates()
     if plan.command == "extract":
-        _extracted(report, place, plan, seen)
+        _extracted(report, Path(place), plan, seen)
     else:
-        _converted(report, place, plan, lines, seen)
+        _converted(report, plan, room.whole(last_lines(room)), seen)
     chosen = paths if verify == "all" else _drawn(paths) if verify == "sample" else []
     for number, path in enumerate(chosen):
-        (found,) = verify_archive(path, workers=workers)
+        with _on_disk(path) as local:
+            (found,) = verify_archive(local, workers=workers)
         report.problems += [f"{path}: {each.loc}: {each.message}" for each in found.problems]
         report.num_verified += 1
         if progress is not None:
@@ -204,24 +210,39 @@ class _Packed:
     problems: list[str] = field(default_factory=list)
 
 
-def _packed(place: Path, plan: RunPlan) -> _Packed:
+def _packed(place: str, plan: RunPlan) -> _Packed:
     """Pack what dead ranks of an extraction have left; a run that cannot be packed is reported."""
     if plan.command != "extract":
         return _Packed()
     try:
-        return _Packed([str(each) for each in take_over(place, plan)])
+        return _Packed([str(each) for each in take_over(Path(place), plan)])
     except H5TracesError as error:
         return _Packed(problems=[str(error)])
 
 
-def _archives(place: Path) -> list[Path]:
+def _archives(place: str) -> list[Path | RemotePath]:
     try:
-        return expand_paths(place)
+        return expand_sources(place)
     except FileNotFoundError:
         return []
 
 
-def _drawn(paths: Sequence[Path]) -> list[Path]:
+@contextlib.contextmanager
+def _on_disk(path: Path | RemotePath) -> Iterator[Path]:
+    """The file of an archive; one that is on a server is fetched."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / path.name
+        file = RemoteFile(path, DEFAULT_REMOTE)
+        with local.open("wb") as copy:
+            for start in range(0, file.nbytes, _FETCHED_NBYTES):
+                copy.write(file.read_at(start, min(_FETCHED_NBYTES, file.nbytes - start)))
+        yield local
+
+
+def _drawn(paths: Sequence[Path | RemotePath]) -> list[Path | RemotePath]:
     """Archives to verify; the same ones in every call."""
     if len(paths) <= NUM_SAMPLED:
         return list(paths)
@@ -229,18 +250,19 @@ def _drawn(paths: Sequence[Path]) -> list[Path]:
     return [paths[each] for each in sorted(numbers)]
 
 
-def _write(paths: list[Path], target: Path, order: Order | None, workers: int | None) -> None:
+def _write(
+    paths: list[Path | RemotePath], target: Path, order: Order | None, workers: int | None
+) -> None:
     if target.suffix == CATALOGUE_SUFFIX:
         from h5traces.rewriting.cataloguing import index
 
         index(paths, target, workers=workers)
     else:
-        merge(paths, target, order=order)
+        merge([each if isinstance(each, Path) else each.url for each in paths], target, order=order)
 
 
 def _converted(
     report: CollectReport,
-    place: Path,
     plan: RunPlan,
     lines: dict[int, dict[str, Any]],
     seen: _Seen,
@@ -248,8 +270,8 @@ def _converted(
     """What became of every source; an archive is looked for under any name of the folder."""
     names = {field.name for field in fields(FileReport)}
     held_by = seen.num_by_path
-    by_name = {path.relative_to(place).as_posix(): path for path in held_by}
-    known: set[Path] = set()
+    by_name = {seen.name(path): path for path in held_by}
+    known: set[Path | RemotePath] = set()
     for item in range(len(plan.costs)):
         line = lines.get(item)
         if line is None or line["status"] == "failed":
@@ -283,7 +305,7 @@ def _converted(
         report.problems.append(message)
 
 
-def _named(written: str, by_name: dict[str, Path]) -> Path | None:
+def _named(written: str, by_name: dict[str, Path | RemotePath]) -> Path | RemotePath | None:
     """The archive that a rank wrote; its node may have another name for the folder."""
     parts = PurePosixPath(written).parts
     names = ("/".join(parts[start:]) for start in range(len(parts)))
@@ -327,14 +349,14 @@ class _Seen:
     A sample takes 16 bytes.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: str) -> None:
         self._place = place
-        self._paths: list[Path] = []
+        self._paths: list[Path | RemotePath] = []
         self._keys: list[NDArray[np.uint64]] = []
         self._contents: list[NDArray[np.uint64]] = []
 
     @property
-    def num_by_path(self) -> dict[Path, int]:
+    def num_by_path(self) -> dict[Path | RemotePath, int]:
         """Samples of every archive."""
         return dict(zip(self._paths, map(len, self._keys), strict=True))
 
@@ -349,7 +371,7 @@ class _Seen:
         for index in range(file.num_samples):
             objects = {path: each.attrs for path, each in file.sample(index).objects.items()}
             contents[index] = int(content_digest(objects)[:16], 16)
-        self._paths.append(Path(str(file.path)))
+        self._paths.append(file.path)
         self._keys.append(_hashes(file.keys()))
         self._contents.append(contents)
 
@@ -384,8 +406,14 @@ class _Seen:
                 found.append(f"{what} {rest}: {'; '.join(named)}{more}")
         return found
 
+    def name(self, path: Path | RemotePath) -> str:
+        """The name of an archive in the folder."""
+        if isinstance(path, RemotePath):
+            return path.url.removeprefix(self._place)
+        return path.relative_to(self._place).as_posix()
+
     def _place_of(self, number: int) -> str:
-        return self._paths[number].relative_to(self._place).as_posix()
+        return self.name(self._paths[number])
 
     def _name(self, sample: int, files: NDArray[np.int64], starts: NDArray[np.int64]) -> str:
         number = int(files[sample])

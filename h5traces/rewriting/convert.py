@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import Selection, as_numbers
 from h5traces.arguments import checked
 from h5traces.errors import ConversionError
@@ -26,7 +27,7 @@ from h5traces.rewriting.convert_plan import plan_jobs
 from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.rewriting.shared_scales import SharedScales
-from h5traces.rewriting.uploads import UploadedRun, Uploads
+from h5traces.rewriting.uploads import Uploads
 from h5traces.sources.runs import facts_of_runs
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike
+    from h5traces.ranks.bucket import BucketRun
     from h5traces.ranks.rank import Rank
     from h5traces.rewriting.convert_plan import Job
     from h5traces.rewriting.reports import FileReport
@@ -158,7 +160,7 @@ def convert(
         checks=checks,
     )
     costs = [job.nbytes for job in jobs]
-    run: RankRun | UploadedRun | None = None
+    run: RankRun | BucketRun | None = None
     share: Sequence[int] = range(len(jobs))
     if chosen is not None:
         share = deal(costs, chosen.size)[chosen.number]
@@ -167,7 +169,7 @@ def convert(
             if uploads is None:
                 run = RankRun(place.folder, chosen, plan)
             else:
-                run = UploadedRun(uploads, chosen, plan)
+                run = uploads.run(chosen, plan)
     mine = [jobs[each] for each in share]
     meter = _Meter([source for job in mine for source in job.sources], progress)
     with uploads or contextlib.nullcontext(), run or contextlib.nullcontext():
@@ -177,7 +179,7 @@ def convert(
 
         def note(number: int, one: FileReport) -> None:
             if run is not None:
-                run.note(share[number], nbytes=one.archive_nbytes, **_line(one))
+                run.note(share[number], nbytes=one.archive_nbytes, **_line(one, uploads))
 
         if target.workers is not None and target.workers > 1 and len(mine) > 1:
             report.files += run_in_processes(mine, each, target.workers, meter, note)
@@ -221,9 +223,13 @@ def _plan(
     )
 
 
-def _line(report: FileReport) -> dict[str, Any]:
+def _line(report: FileReport, uploads: Uploads | None) -> dict[str, Any]:
     """What a rank writes down of a job; `collect` makes one report of all."""
     found = report.as_dict()
+    if report.status == "skipped" and uploads is None:
+        # Who wrote it may have been killed before it said so.
+        with open_archive(report.targets) as archive:
+            found["num_samples"] = len(archive)
     return {"status": found.pop("status"), "num_samples": found.pop("num_samples"), **found}
 
 

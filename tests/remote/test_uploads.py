@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import s3fs
-from legacy_batches import make_batch, write_batch
+from legacy_batches import make_archive, make_batch, write_batch
 from servers import Server, running
 
 import h5traces
 from h5traces.errors import ArchiveExistsError, OptionError, RemoteError, TargetError
+from h5traces.ranks.bucket import BucketRun
+from h5traces.ranks.plan import RunPlan
+from h5traces.ranks.rank import Rank
 from h5traces.storage.remote import paths, uploading
 from h5traces.storage.remote.paths import RemoteOptions, RemotePath
 
@@ -312,3 +315,54 @@ def test_only_folders_of_buckets_are_targets(batches: Path) -> None:
         h5traces.convert(batches, f"s3://{BUCKET}/run.h5")
     with pytest.raises(TargetError, match="is an address on a server"):
         h5traces.convert(batches, "https://host/run/")
+
+
+def test_a_run_in_a_bucket_is_followed_and_collected(
+    files: Any, batches: Path, tmp_path: Path, process: Server
+) -> None:
+    write_batch(batches / "again.pkl", h5traces.load(batches / "b1.pkl"))
+    h5traces.convert(batches, DEST, rank=1, world_size=2)
+    found = h5traces.status(DEST)
+    assert (found.done, found.missing, found.num_items) == ([1], [0], 4)
+    report = h5traces.collect(DEST)
+    assert not report.ok
+    assert len(report.missing) == found.num_items - found.num_done
+    process.control(fail={**UPLOAD, **EXPIRED, "query": "", "after": 2})
+    assert not h5traces.convert(batches, DEST, rank=0, world_size=2).ok
+    process.control(fail={})
+    assert h5traces.convert(batches, DEST, rank=0, world_size=2).ok
+    process.requests()
+    found = h5traces.status(DEST)
+    # The plan, and one listing.
+    assert len(process.requests()) <= 3
+    assert found.ok
+    assert found.num_samples == 4 * len(make_batch("full_pkl"))
+    report = h5traces.collect(DEST, tmp_path / "run.parquet")
+    assert report.ok, report.problems
+    assert report.num_verified == 4
+    # All batches have the same contents, under other ids.
+    assert report.duplicates == [f"b{n}.h5 holds the same samples as again.h5" for n in range(3)]
+    assert {each.status for each in report.files} <= {"converted", "skipped"}
+    assert h5traces.open(tmp_path / "run.parquet") == h5traces.open(DEST)
+    listed = f"{DEST}catalogue.parquet"
+    assert h5traces.index(DEST, listed).num_read == 4
+    assert h5traces.open(listed) == h5traces.open(DEST)
+    assert h5traces.index(DEST, listed).num_kept == 4
+    with pytest.raises(TargetError, match="lists shards on servers"):
+        h5traces.index(make_archive(tmp_path, make_batch("full_pkl")), listed)
+    files.rm(f"{BUCKET}/run/b0.h5")
+    report = h5traces.collect(DEST, verify="none")
+    assert any("b0.h5: was written, and is not there any more" in e for e in report.problems)
+    with pytest.raises(TargetError, match=r"holds no run\.json"):
+        h5traces.status(f"s3://{BUCKET}/nothing/")
+
+
+def test_a_rank_at_work_in_a_bucket_is_seen(files: Any) -> None:
+    plan = RunPlan(command="convert", world_size=2, options={}, costs=(1, 1))
+    with BucketRun(DEST, Rank(0, 2), plan) as run:
+        run.note(0, status="converted", num_samples=3, nbytes=5)
+        found = h5traces.status(DEST)
+        assert (found.running, found.missing, found.num_samples) == ([0], [1], 3)
+    assert h5traces.status(DEST).done == [0]
+    with pytest.raises(TargetError, match="world_size is 3, and was 2"):
+        BucketRun(DEST, Rank(0, 3), plan.model_copy(update={"world_size": 3}))

@@ -14,6 +14,7 @@ import hashlib
 import http
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -87,7 +88,8 @@ class _Bucket:
 
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
         """An answer of S3; asked again where it fails for a reason that may pass."""
-        named = {"Bucket": self._bucket, "Key": self._key, **arguments}
+        key = {} if "Prefix" in arguments else {"Key": self._key}
+        named = {"Bucket": self._bucket, **key, **arguments}
 
         def request() -> dict[str, Any]:
             # Made anew where credentials were renewed.
@@ -223,6 +225,35 @@ def put_new(target: RemotePath, data: bytes, options: RemoteOptions) -> bool:
     except _ConditionFailedError:
         return read_document_at(target, options) == data
     return True
+
+
+def put(target: RemotePath, data: bytes, options: RemoteOptions) -> None:
+    """Write a small object, in place of one that has the name."""
+    _Bucket(target, options).send("put_object", data)
+
+
+def listed(folder: RemotePath, options: RemoteOptions) -> tuple[dict[str, float], float]:
+    """Names of all objects below a folder with the time of their last change, and the time now.
+
+    All are times of the server, in seconds since 1970.
+    """
+    from h5traces.storage.remote.listing import Listing
+
+    bucket, counter = _Bucket(folder, options), Listing(folder, options)
+    prefix = folder.url.partition("://")[2].partition("/")[2]
+    found: dict[str, float] = {}
+    more: dict[str, str] = {}
+    while True:
+        counter.count_request()
+        answer = bucket.ask("list_objects_v2", Prefix=prefix, **more)
+        entries = answer.get("Contents", ())
+        counter.count(len(entries))
+        for each in entries:
+            found[each["Key"].removeprefix(prefix)] = each["LastModified"].timestamp()
+        if not answer.get("IsTruncated"):
+            date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+            return found, parsedate_to_datetime(date).timestamp()
+        more = {"ContinuationToken": answer["NextContinuationToken"]}
 
 
 def read_document_at(target: RemotePath, options: RemoteOptions) -> bytes:
