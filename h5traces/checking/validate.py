@@ -35,6 +35,7 @@ from h5traces.format.attention import RULE_ATTRS, AttentionRule
 from h5traces.format.digests import sample_difference
 from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import (
@@ -655,7 +656,7 @@ def _encoding_problems(
     """
     for path, entry in objects.items():
         kind, _, name = path.partition("/")
-        if kind not in layout.KINDS or not name:
+        if kind not in (*layout.KINDS, *MODEL_KINDS) or not name:
             continue
         if name == layout.EXCEPTIONS_TABLE:
             layers = (objects[each].attrs for each in objects if each.startswith(f"{kind}/"))

@@ -9,11 +9,19 @@ import typer
 
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, EXIT_STOPPED, Group, command, stopping
-from h5traces.cli.console import fail, print_json, samples_progress, tell_findings, warn
+from h5traces.cli.console import (
+    fail,
+    finding_line,
+    print_json,
+    samples_progress,
+    tell_findings,
+    warn,
+)
 from h5traces.cli.options import (
     KEEP,
     OUTPUT,
     PRECISION,
+    Checks,
     Extracted,
     Json,
     Layers,
@@ -80,7 +88,17 @@ Kinds = Annotated[
         "--kinds KIND,KIND",
         "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, "
         "`mlp_output`, `head_outputs`, `queries`, `keys`, `values`, `router_logits`, "
-        "`state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+        "`attention_mean`, `state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+    ),
+]
+Attentions = Annotated[
+    str | None,
+    option(
+        KEEP,
+        "--attentions full|qk|window:N|mean|none",
+        "Weights; queries and keys, of which archives compute the weights when they are read: "
+        "smaller from some hundred tokens on; weights of the last N keys of every query; their "
+        "mean over heads; or nothing [default: as `--kinds` says].",
     ),
 ]
 MaxNewTokens = Annotated[
@@ -268,15 +286,7 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
-    attentions: Annotated[
-        Literal["full", "qk", "none"] | None,
-        option(
-            KEEP,
-            "--attentions full|qk|none",
-            "Weights; or queries and keys, of which archives compute the weights when they are "
-            "read: smaller from some hundred tokens on; or nothing [default: as `--kinds` says].",
-        ),
-    ] = None,
+    attentions: Attentions = None,
     top_logits: Annotated[
         int | None,
         option(
@@ -318,6 +328,7 @@ def extract(
     batch_size: Annotated[
         int, option(_MODEL, "--batch-size N", "Number of samples computed together.", min=1)
     ] = 1,
+    checks: Checks,
     ranks: Ranks,
     json: Json = False,
 ) -> None:
@@ -366,6 +377,7 @@ def extract(
             check_space=check_space,
             progress=update,
             should_stop=should_stop,
+            checks=checks,
             **ranks,
         )
     if json:
@@ -376,7 +388,10 @@ def extract(
         reports.warn_of_loss(str(precision.precision))
     for message in report.warnings:
         warn(message)
-    tell_findings(report.findings, report.output)
+    tell_findings(report.findings, report.output, checks)
+    for each in report.findings:
+        if checks.fails([each]):
+            fail(f"{report.output}: {finding_line(each)}")
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:
@@ -430,6 +445,7 @@ def estimate(
     ] = 43,
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    attentions: Attentions = None,
     storage: Annotated[PrecisionOptions, Group(_storage)],
     pilot: Annotated[
         str | None,
@@ -482,7 +498,9 @@ def estimate(
             trust_remote_code=trust_remote_code,
         )
         generation = GenerationOptions(max_new_tokens=max_new_tokens)
-        options = ExtractOptions(layers=layers, kinds=_kinds(kinds), generation=generation)
+        options = ExtractOptions(
+            layers=layers, kinds=_kinds(kinds), attentions=attentions, generation=generation
+        )
         found = _measured(model, dataset, int(pilot), options, storage)
     else:
         from h5traces.extract.estimate import estimate as estimate_sizes
@@ -497,7 +515,12 @@ def estimate(
             message = "give --model-id, or all of --num-layers, --hidden-size and --num-heads"
             raise typer.BadParameter(message)
         found = estimate_sizes(
-            shape, seq_len, layers=layers, kinds=_kinds(kinds), precision=storage
+            shape,
+            seq_len,
+            layers=layers,
+            kinds=_kinds(kinds),
+            attentions=attentions,
+            precision=storage,
         )
     if json:
         print_json(found.as_dict())

@@ -15,6 +15,7 @@ from h5traces.cli.console import (
     finding_line,
     first_lines,
     human_size,
+    note,
     print_line,
     print_lines,
     print_table,
@@ -318,6 +319,9 @@ def print_verification(found: list[VerifyReport]) -> None:
     """Every problem on its own line, and a verdict per file."""
     for each in found:
         _print_checked(each, "intact", human_size(each.nbytes))
+        if any(problem.kind == "damaged" for problem in each.problems):
+            saving = "restore it from a copy, or run 'h5traces salvage', which saves the samples"
+            note(f"{each.path}: {saving} that are intact")
 
 
 def _problem_lines(problems: list[Problem]) -> list[str]:
@@ -346,8 +350,8 @@ def _print_checked(
 ) -> None:
     for line in _problem_lines(report.problems):
         print_line(f"{report.path}:{line}")
-    for note in report.notes:
-        print_line(f"{report.path}: note: {with_flags(note)}")
+    for each in report.notes:
+        print_line(f"{report.path}: note: {with_flags(each)}")
     failures = len(report.problems) + num_failures
     verdict = good if report.ok else counted(failures, "problem")
     what = f"; {covers}" if report.ok and covers else ""
@@ -539,6 +543,6 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
         f"{found.mean_seq_len:.1f} tokens per sample" + (f" ({sequences})" if sequences else "")
     )
     if found.advice:
-        print_line(found.advice.replace("attentions='qk'", "--attentions qk"))
+        print_line(with_flags(found.advice))
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")

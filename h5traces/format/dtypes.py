@@ -206,15 +206,15 @@ def float32_to_float16(
     return out
 
 
-class _Cast(NamedTuple):
-    """What `cast_for_storage` tells of a cast to a type."""
+class Cast(NamedTuple):
+    """An array in another type, and what that changed."""
 
     array: TypedArray
     counts: CastCounts
     num_changed: int
 
 
-def _compiled_cast(array: TypedArray, dtype: FloatType) -> _Cast | None:
+def compiled_cast(array: TypedArray, dtype: FloatType) -> Cast | None:
     """A cast by compiled kernels; None without them, for float64, and with NaN."""
     source, target = KERNEL_KINDS.get(array.dtype), KERNEL_KINDS.get(dtype)
     if NATIVE is None or source is None or target is None:
@@ -225,14 +225,14 @@ def _compiled_cast(array: TypedArray, dtype: FloatType) -> _Cast | None:
     if num_nan:
         # Python knows which bits NaN gets.
         return None
-    return _Cast(TypedArray(out, dtype), CastCounts(0, *counts), num_changed)
+    return Cast(TypedArray(out, dtype), CastCounts(0, *counts), num_changed)
 
 
 def cast_values(array: TypedArray, dtype: FloatType) -> TypedArray:
     """`array` in another type by round-to-nearest-even: C-contiguous and little-endian."""
     if array.dtype == dtype:
         return TypedArray(np.ascontiguousarray(array.values, dtype=CARRIERS[dtype]), dtype)
-    compiled = _compiled_cast(array, dtype)
+    compiled = compiled_cast(array, dtype)
     if compiled is not None:
         return compiled.array
     numbers = array.to_numpy()
@@ -329,7 +329,7 @@ def _cast_exact(array: TypedArray) -> TypedArray:
     """The narrowest type that gives every bit of `array` back."""
     native = cast_values(array, array.dtype)
     for dtype in _EXACT_CANDIDATES[array.dtype]:
-        compiled = _compiled_cast(native, dtype) if dtype != array.dtype else None
+        compiled = compiled_cast(native, dtype) if dtype != array.dtype else None
         if compiled is not None:
             if not compiled.num_changed:
                 return compiled.array
@@ -357,7 +357,7 @@ def cast_for_storage(
         largest finite value.
     """
     if policy != "auto" and policy != array.dtype:
-        compiled = _compiled_cast(array, policy)
+        compiled = compiled_cast(array, policy)
         if compiled is not None and not compiled.counts.num_overflow:
             return CastResult(
                 compiled.array, None, array.dtype, compiled.counts, compiled.num_changed

@@ -249,7 +249,8 @@ def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
 
 def _damaged(entry: ObjectEntry, number: int, what: str) -> CorruptArchiveError:
     return CorruptArchiveError(
-        f"chunk {number} of {entry.path} is damaged: {what}; restore the file from a copy"
+        f"chunk {number} of {entry.path} is damaged: {what}; restore the file from a copy, or run "
+        "'h5traces salvage', which saves the samples that are intact"
     )
 
 

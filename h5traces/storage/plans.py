@@ -7,9 +7,7 @@ which words the errors.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future
-from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -19,7 +17,7 @@ from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.storage.files import LocalFile
 from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, Restoring, run_plan
 from h5traces.storage.memory import POOL
-from h5traces.storage.threads import ThreadPool
+from h5traces.storage.threads import shared_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -324,13 +322,7 @@ def _submit(
         return True
 
     if workers > 1 and threads == 1 and arena.size >= _SMALL_NBYTES:
-        return _pool(workers, os.getpid()).submit(read)
+        return shared_pool(workers).submit(read)
     done: Future[bool] = Future()
     done.set_result(read())
     return done
-
-
-@cache
-def _pool(workers: int, _process: int) -> ThreadPool:
-    """Threads that stay, since starting them takes as long as reading a small sample."""
-    return ThreadPool(workers, thread_name_prefix="h5traces-read")

@@ -271,7 +271,9 @@ class ArchiveWriter:
             if layered.in_steps:
                 yield prepare_element(steps_table(kind, layered.arrays))
             for group, size in _groups(layered.arrays):
-                task = partial(prepare_layers, kind, group, self._options, self._encoder)
+                task = partial(
+                    prepare_layers, kind, group, self._options, self._encoder, layered.definition
+                )
                 waiting.append(self._pool.submit(task) if size >= _SMALL_GROUP else _done(task))
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
                     yield from next_ready()
@@ -415,9 +417,16 @@ class ArchiveWriter:
                 positions=None if positions is None else tuple(sorted(positions)),
                 definition=text if positions is None else layout.BY_POSITION,
                 reduction=reduction,
-                derivation=DERIVATION if reduction == MEAN else None,
+                derivation=DERIVATION if self._makes_means and reduction == MEAN else None,
             )
         )
+
+    @property
+    def _makes_means(self) -> bool:
+        """Whether means over heads are made of attentions here, or were in an archive before."""
+        options = self._options
+        losses = (options.precision, *options.earlier_precisions)
+        return any(each.head_mean != "none" for each in losses)
 
     def publish(self) -> Path:
         """Give the finished file its final name."""

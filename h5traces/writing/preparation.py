@@ -60,10 +60,14 @@ class Prepared:
 
 
 def prepare_layers(
-    kind: str, entries: Sequence[LayerArray], options: WriteOptions, encoder: Encoder
+    kind: str,
+    entries: Sequence[LayerArray],
+    options: WriteOptions,
+    encoder: Encoder,
+    definition: str | None = None,
 ) -> list[Prepared]:
-    """Cast, digest and encode the arrays of some layers; called in threads."""
-    layers = _stored_layers(kind, entries, options, encoder, options.codec)
+    """Cast, digest and encode the arrays of some layers of a kind; called in threads."""
+    layers = _stored_layers(kind, entries, options, encoder, definition, options.codec)
     return [
         Prepared(
             path=f"{kind}/{entry.name}",
@@ -92,6 +96,7 @@ def _stored_layers(
     entries: Sequence[LayerArray],
     options: WriteOptions,
     encoder: Encoder,
+    definition: str | None = None,
     codec: str | None = None,
 ) -> list[tuple[EncodedLayer, CastCounts, Attrs, EncodedArray | None]]:
     """Some arrays as they will be stored, and their attributes with the digest.
@@ -100,7 +105,7 @@ def _stored_layers(
     """
     casts = [_cast(kind, entry, options, encoder) for entry in entries]
     layers = [
-        _encoded(kind, entry, cast, encoder)
+        _encoded(kind, entry, cast, encoder, definition)
         for entry, (cast, _) in zip(entries, casts, strict=True)
     ]
     stored = store_arrays(
@@ -148,10 +153,14 @@ def _cast(
     ), counted
 
 
-def _encoded(kind: str, entry: LayerArray, cast: CastResult, encoder: Encoder) -> EncodedLayer:
+def _encoded(
+    kind: str, entry: LayerArray, cast: CastResult, encoder: Encoder, definition: str | None
+) -> EncodedLayer:
     in_steps = isinstance(entry.array, StepArrays)
     try:
-        return encoder.encode(kind, entry.name, cast.array, in_steps=in_steps)
+        return encoder.encode(
+            kind, entry.name, cast.array, in_steps=in_steps, definition=definition
+        )
     except PrecisionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise PrecisionError(message) from error
@@ -294,7 +303,9 @@ def record_attributes(
         attrs[kind] = to_attributes(layered.form)
         elements = [steps_table(kind, layered.arrays)] if layered.in_steps else []
         attrs |= {each.path: element_attributes(each) for each in elements}
-        one = partial(_stored_layers, kind, options=options, encoder=encoder)
+        one = partial(
+            _stored_layers, kind, options=options, encoder=encoder, definition=layered.definition
+        )
         stored = pool.map(one, ([each] for each in layered.arrays))
         found: dict[str, NDArray[np.float64]] = {}
         for entry, ((layer, _, layer_attrs, _),) in zip(layered.arrays, stored, strict=True):

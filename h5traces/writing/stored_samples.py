@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from h5traces.archive.stores import located
+from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.document import to_attributes
@@ -162,9 +164,12 @@ class StoredSample:
             values = self._trace.values(entry.path)
             return encode_array(values, codec_for(values, codec or GZIP.name))
         file = self._trace.file.store.file
-        chunks = tuple(
-            read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
-        )
+        try:
+            chunks = tuple(
+                read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
+            )
+        except (CorruptArchiveError, RemoteError) as error:
+            raise located(error, file.name, self._trace.sample.ordinal, entry.path) from error
         checksums = entry.chunks.checksums or tuple(chunk_checksum(each) for each in chunks)
         return EncodedArray(entry.shape, entry.chunk, entry.codec, chunks, checksums)
 
