@@ -70,7 +70,11 @@ def overhead(num_batches: int, num_samples: int, rounds: int) -> None:
         for number in range(num_batches):
             batch = folder / "in" / f"b{number:03d}.pkl"
             wanted = ["--num-samples", str(num_samples), "--seed", str(number)]
-            subprocess.run([sys.executable, _MAKER, "-o", batch, *wanted], check=True)
+            subprocess.run(
+                [sys.executable, _MAKER, "-o", batch, *wanted],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         found: dict[str, list[tuple[float, float]]] = {"workers": [], "ranks": []}
         for turn in range(rounds):
             for kind in sorted(found, reverse=bool(turn % 2)):
