@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from h5traces.sources.pickle.faults import INVALID, locate
 from h5traces.sources.pickle.items import (
     ITEM_TYPES,
     BatchMachine,
@@ -12,6 +11,7 @@ from h5traces.sources.pickle.items import (
     SharedEntryError,
     TouchedError,
 )
+from h5traces.sources.pickle.machine import INVALID, locate
 from h5traces.sources.pickle.scan import last_reads
 from h5traces.sources.pickle.source import TruncatedError, contradict
 
