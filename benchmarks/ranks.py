@@ -41,7 +41,7 @@ def many(num_ranks: int, num_items: int) -> None:
         sources=sources,
         costs=(10**9,) * num_items,
     )
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder, seconds = Path(name), []
         for number in range(num_ranks):
             started = time.perf_counter()
@@ -64,7 +64,7 @@ def many(num_ranks: int, num_items: int) -> None:
 
 def overhead(num_batches: int, num_samples: int, rounds: int) -> None:
     """Print the time of two ranks relative to that of two workers."""
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in").mkdir()
         for number in range(num_batches):
