@@ -53,7 +53,11 @@ ELSEWHERE = {
     ("docs/writing.md", "python"): "tests/crash/test_long_runs.py",
     # Needs vLLM, which does not go into the environment of the tests.
     ("docs/vllm.md", "python"): "tools/check_vllm.py",
+    # Needs a model, GPUs and a data set of Ray; the test runs the programs in examples/ray/.
+    ("docs/cluster.md", "python"): "tests/engines/test_ray.py",
 }
+# Tests that run the same calls, and not the block of the page.
+INDIRECT = ("docs/vllm.md", "docs/cluster.md")
 # What lines of a shell begin with that are not run, and what runs or stands for it.
 NOT_RUN = {
     "./tools/check": "it runs these tests",
@@ -206,7 +210,7 @@ def test_what_runs_elsewhere_is_there_and_nothing_is_named_in_vain() -> None:
     assert set(ELSEWHERE) <= shown
     for (page, _), test in ELSEWHERE.items():
         text = (ROOT / test).read_text(encoding="utf-8")
-        assert Path(page).name in text or page == "docs/vllm.md", test
+        assert Path(page).name in text or page in INDIRECT, test
     lines = [" ".join(words) for block in BLOCKS if in_shell(block) for words in block.commands]
     for start in NOT_RUN:
         assert any(line.startswith(start) for line in lines), start
