@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,8 @@ INDIRECT = ("docs/vllm.md", "docs/cluster.md")
 NOT_RUN = {
     "./tools/check": "it runs these tests",
     "./tools/demo": "tests/docs/test_readme.py looks for it; CI starts with it",
+    "for run in run.h5": "a spool that was killed: tests/crash/test_finish.py",
+    "h5traces index run.h5 run-rank1.h5": "the same",
     "mkdocs serve": "tests/docs/test_site.py builds the site",
     "pip install": "tools/check does",
     "python benchmarks/precision.py": "tests/docs/test_precision_study.py, in small",
@@ -91,11 +94,13 @@ def why_not(words: list[str]) -> str | None:
 
 def is_run_here(block: Block) -> bool:
     shown = block.language in {*SHOWN, TOML}
+    shown |= block.code.startswith("#!")
     return not shown and (block.page, block.language) not in ELSEWHERE
 
 
 def in_shell(block: Block) -> bool:
-    return block.language in ("bash", "console")
+    """Whether it is lines for a terminal, and no script for a scheduler."""
+    return block.language in ("bash", "console") and not block.code.startswith("#!")
 
 
 # What a page's code begins from, beside `run.h5`, `archives/`, `traces/` and `examples/`.
@@ -159,7 +164,8 @@ GIVEN: dict[str, dict[str, Any]] = {
         "coef": np.zeros((6, 128)),
         "intercept": np.zeros(6),
         "probabilities": np.zeros((8, 6)),
-    }
+    },
+    "docs/large-models.md": {"questions": ["q0", "q1", "q2"], "replica": 0, "replicas": 2},
 }
 # Of a machine that the tests do not have.
 REPLACED = {'device="cuda"': 'device="cpu"'}
@@ -203,6 +209,8 @@ def test_every_block_is_of_a_language_that_a_test_knows() -> None:
     for block in BLOCKS:
         if block.language == TOML:
             assert tomllib.loads(block.code), block
+        if block.code.startswith("#!"):
+            subprocess.run(["bash", "-n", "-c", block.code], check=True)
 
 
 def test_what_runs_elsewhere_is_there_and_nothing_is_named_in_vain() -> None:
