@@ -8,10 +8,11 @@ on a noisy machine and seconds do not; medians, with the range of the rounds in 
 away. *bare* is a script with transformers alone: it generates, runs the forward pass with
 ``output_hidden_states`` and ``output_attentions``, and casts and copies all arrays; batches are cut
 in the order of the questions. *stored* is ``h5traces extract`` as it is: another process writes
-every sample durably, and packs shards, while the next ones are computed. *in turn* writes in the
-same thread, between samples. *added* is the time beyond *compute*, as a share of *compute*, until
-every sample is durable. *start* and *close* are what is there once per run: starting the process,
-and packing the last shard; they are not in the other columns.
+every sample durably, and packs shards, while the next ones are computed. *threaded* does so in a
+thread of the same process, *in turn* in the same thread, between samples. *added* is the time
+beyond *compute*, as a share of *compute*, until every sample is durable. *start* and *close* are
+what is there once per run: starting the process, and packing the last shard; they are not in the
+other columns.
 
 The model is the trained one of this repository, with its 40 questions several times over and
 answers of up to 64 tokens. ``--random-7b`` takes one of Llama-2-7B's shape with random weights
@@ -118,11 +119,10 @@ class Bench:
             self.num_tokens += sum(len(each.tokens) for each in self._extractor.run(batch))
         return {"seconds": time.perf_counter() - started}
 
-    def stored(self, folder: Path) -> dict[str, float]:
+    def stored(self, folder: Path, make: Any = ProcessWriter) -> dict[str, float]:
         """As the command does it."""
         before = time.perf_counter()
-        target = h5traces.TargetOptions(shard_samples=SHARD_SAMPLES)
-        writer = ProcessWriter(f"{folder}/run/", target=target)
+        writer = make(f"{folder}/run/", target=h5traces.TargetOptions(shard_samples=SHARD_SAMPLES))
         started = time.perf_counter()
         thread = WriterThread(writer, lambda _record: None)
         for batch in self._batches:
@@ -133,6 +133,10 @@ class Bench:
         writer.close()
         closed = time.perf_counter()
         return {"seconds": ended - started, "start": started - before, "close": closed - ended}
+
+    def threaded(self, folder: Path) -> dict[str, float]:
+        """In a thread of the process that computes."""
+        return self.stored(folder, h5traces.create)
 
     def in_turn(self, folder: Path) -> dict[str, float]:
         """Write between samples."""
@@ -181,6 +185,7 @@ def main() -> None:
         "bare": bench.bare,
         "compute": bench.compute,
         "stored": bench.stored,
+        "threaded": bench.threaded,
         "in turn": bench.in_turn,
     }
     rounds: list[dict[str, dict[str, float]]] = []

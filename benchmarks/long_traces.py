@@ -2,11 +2,13 @@
 """What attention takes as weights, and as queries and keys; and how long it takes to compute.
 
     python benchmarks/long_traces.py                    # 43 to 2,048 tokens, and the time
-    python benchmarks/long_traces.py --lengths 8192     # more memory: 8 GB
+    python benchmarks/long_traces.py --lengths 8192 --num-layers 2    # more memory: 8 GB
 
 Measured on the small model of the repository over the text of its own documents: bits per stored
-value, in float16 with gzip, mean over layers. The last columns are what a layer of 32 heads of 128
-takes, with 8 key-value heads and with 32, as weights and as queries and keys at these bits.
+value, in float16 with gzip, mean over layers. The next columns are what a layer of 32 heads of 128
+takes, with 8 key-value heads and with 32, as weights and as queries and keys at these bits; then
+the same with 8 of queries and keys rounded to some mantissa bits, with what it moves: the share of
+a row's attention, mean over rows, and the largest change of a weight, both of the worst layer.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 
 from h5traces.archive.recomputing import attention_weights
 from h5traces.format.attention import AttentionRule
+from h5traces.precision.attention import rounded
 from h5traces.storage.arrays import encode_array
 from h5traces.storage.codecs import GZIP
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama-pydocs"
 HEADS, GROUPS, CHANNELS = 32, 8, 128
+MANTISSAS = 6, 5
 
 
 def stored_bits(values: NDArray[Any]) -> float:
@@ -37,7 +41,7 @@ def stored_bits(values: NDArray[Any]) -> float:
     return sum(map(len, encoded.chunks)) * 8 / values.size
 
 
-def measure_sizes(lengths: list[int]) -> None:
+def measure_sizes(lengths: list[int], num_layers: int | None) -> None:
     """Print a line for every length."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,27 +55,62 @@ def measure_sizes(lengths: list[int]) -> None:
     tokens = tokenizer(text)["input_ids"]
     kinds = ("queries", "keys", "attentions")
     anatomy = with_kinds(anatomy_of(model), kinds, range(model.config.num_hidden_layers))
-    print("| tokens | bits of a weight | of a query or key | 8 key-value heads | 32 |")
-    print("|---:|---:|---:|---:|---:|")
+    rounded_to = " | ".join(f"{bits} mantissa bits: bits, ratio, error" for bits in MANTISSAS)
+    print(
+        f"| tokens | bits of a weight | of a query or key | 8 key-value heads | 32 | {rounded_to} |"
+    )
+    print("|---:|---:|---:|---:|---:|" + "---:|" * len(MANTISSAS))
     for length in lengths:
         weights, others = [], []
-        for layer in range(anatomy.num_layers):
+        lossy: dict[int, list[tuple[float, float, float]]] = {bits: [] for bits in MANTISSAS}
+        stride = -(-anatomy.num_layers // (num_layers or anatomy.num_layers))
+        for layer in range(0, anatomy.num_layers, stride):
             options = CaptureOptions(layers=(layer,), kinds=kinds, dtype="float16")
             with torch.inference_mode():
                 (found,) = Capturer(anatomy, options).run([tokens[:length]])
-            bits = {kind: stored_bits(each[0].array.values) for kind, each in found.arrays.items()}
-            weights.append(bits["attentions"])
-            others.append((bits["queries"] + bits["keys"]) / 2)
-        whole = HEADS * length**2 * np.mean(weights)
-        ratios = [
-            whole / ((HEADS + groups) * CHANNELS * length * np.mean(others))
-            for groups in (GROUPS, HEADS)
-        ]
+            arrays = {kind: each[0].array.to_numpy() for kind, each in found.arrays.items()}
+            weights.append(stored_bits(arrays["attentions"]))
+            pair = arrays["queries"], arrays["keys"]
+            others.append(mean_bits(pair))
+            rule = found.arrays["queries"][0].rule
+            del found, arrays
+            for bits, seen in lossy.items():
+                coarse = rounded(pair[0], bits), rounded(pair[1], bits)
+                seen.append((mean_bits(coarse), *errors(pair, coarse, rule)))
+        # Of a layer, for one bit of a query or key.
+        whole = HEADS * length * np.mean(weights) / CHANNELS
+        ratios = [whole / (HEADS + groups) for groups in (GROUPS, HEADS)]
+        of_rounded = []
+        for seen in lossy.values():
+            bits, moved, largest = (float(each) for each in np.array(seen).T.max(axis=1))
+            of_rounded.append(f"{bits:.2f}, {ratios[0] / bits:.1f}, {moved:.2%} ({largest:.2f})")
+        plain = float(np.mean(others))
         print(
-            f"| {length:,} | {np.mean(weights):.2f} | {np.mean(others):.2f} | "
-            f"{ratios[0]:.2f} | {ratios[1]:.2f} |",
+            f"| {length:,} | {np.mean(weights):.2f} | {plain:.2f} | {ratios[0] / plain:.2f} | "
+            f"{ratios[1] / plain:.2f} | {' | '.join(of_rounded)} |",
             flush=True,
         )
+
+
+def mean_bits(pair: tuple[NDArray[Any], NDArray[Any]]) -> float:
+    """Of queries and keys."""
+    return (stored_bits(pair[0]) + stored_bits(pair[1])) / 2
+
+
+def errors(
+    exact: tuple[NDArray[Any], NDArray[Any]],
+    coarse: tuple[NDArray[Any], NDArray[Any]],
+    rule: AttentionRule,
+) -> tuple[float, float]:
+    """The share of a row's attention that goes elsewhere, on average, and the largest change."""
+    length = exact[0].shape[1]
+    some = {
+        "heads": np.arange(len(exact[0])),
+        "rows": np.arange(0, length, max(1, length // 64)),
+    }
+    one, other = (attention_weights(*each, rule, **some) for each in (exact, coarse))
+    change = np.abs(one - other)
+    return float(change.sum(-1).mean() / 2), float(change.max())
 
 
 def measure_time(length: int) -> None:
@@ -105,10 +144,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="*", default=[43, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--num-layers", type=int, help="measure so many, evenly spread")
     parser.add_argument("--time-only", action="store_true", help="do not measure sizes")
     arguments = parser.parse_args()
     if not arguments.time_only:
-        measure_sizes(arguments.lengths)
+        measure_sizes(arguments.lengths, arguments.num_layers)
     measure_time(2048)
 
 

@@ -10,8 +10,7 @@ memory that the conversion takes, in a process of its own, beyond what it has af
 
 With `--memory`, one file of 2 GB of each kind that can be streamed is converted once, and the peak
 is compared with 200 MB and twice the largest sample. The file lies in the folder for temporary
-files, and is deleted afterwards. JSON Lines need a small `--tokens`: text takes five times the
-bytes, and numbers of one line become Python's before they become an array.
+files, and is deleted afterwards. JSON Lines take five times the bytes of their numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ LAYERS, HIDDEN, HEADS = 8, 1024, 8
 CHILD = """
 import re, sys, time
 import h5traces, h5traces.rewriting.convert
-from h5traces.sources import mapped_source, named_arrays, torch_file
+from h5traces.sources import arrow, mapped_source, named_arrays, torch_file
 
 def memory(name):
     status = open("/proc/self/status").read()

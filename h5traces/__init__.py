@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from h5traces.archive.archive import Archive
     from h5traces.archive.opening import open  # as h5py.File, gzip.open do
     from h5traces.archive.trace import Trace
+    from h5traces.checking.collect import collect
     from h5traces.checking.inspect import inspect
     from h5traces.checking.salvage import salvage
     from h5traces.checking.seal import seal
@@ -57,6 +58,7 @@ __all__ = [
     "TraceSource",
     "__version__",
     "calibrate",
+    "collect",
     "convert",
     "create",
     "errors",
@@ -96,6 +98,7 @@ _HOMES = {
     "Trace": "h5traces.archive.trace",
     "TraceSource": "h5traces.sources.source",
     "calibrate": "h5traces.writing.calibrate",
+    "collect": "h5traces.checking.collect",
     "convert": "h5traces.rewriting.convert",
     "create": "h5traces.writing.create",
     "estimate": "h5traces.extract.estimate",

@@ -85,7 +85,7 @@ def token_quantity(trace: Trace, quantity: Quantity = "norm") -> NDArray[np.floa
         raise OptionError(message)
     is_of_states = quantity not in ("entropy", "sink")
     if not is_of_states and trace._stored.recomputes(layout.ATTENTIONS):
-        return np.stack([_of_heads(trace, name, quantity) for name in _stored_names(trace)])
+        return np.stack([_of_rows(trace, name, quantity) for name in _stored_names(trace)])
     layers = _layers(trace, layout.HIDDEN_STATES if is_of_states else layout.ATTENTIONS)
     if not is_of_states:
         return np.stack([_of_attention(each, quantity) for each in layers])
@@ -226,11 +226,10 @@ def _stored_names(trace: Trace) -> list[str]:
     return trace._stored.listed_names(layout.ATTENTIONS, trace._stored.selected)
 
 
-def _of_heads(trace: Trace, name: str, quantity: Quantity) -> NDArray[np.float32]:
-    """A number of attention for every token, of one head at a time."""
-    heads = [_of_attention(each, quantity) for each in trace._stored.attention_by_head(name)]
-    found: NDArray[np.float32] = np.mean(heads, axis=0, dtype=np.float32)
-    return found
+def _of_rows(trace: Trace, name: str, quantity: Quantity) -> NDArray[np.float32]:
+    """A number of attention for every token, of some rows at a time."""
+    blocks = trace._stored.attention_blocks(name)
+    return np.concatenate([_of_attention(rows, quantity) for _, rows in blocks])
 
 
 def _stored(trace: Trace, kind: str) -> Any:

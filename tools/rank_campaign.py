@@ -63,30 +63,61 @@ def run(command: list[str], *options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def disturbed(command: list[str], out: Path, size: int, kills: int, chance: random.Random) -> None:
-    """Ranks that are stopped so often, then those that are missing."""
-    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1]
-    while kills > 0:
-        order = chance.sample(range(size), size)
-        started = [
-            run(command, "-o", f"{out}/", "--rank", str(rank), "--world-size", str(size))
-            for rank in order
-        ]
-        for each in started:
-            time.sleep(chance.uniform(0, 3) / size)
-            if each.poll() is None:
-                each.send_signal(chance.choice(signals))
-                kills -= 1
-        for each in started:
-            each.communicate()
-        if h5traces.status(out).ok if (out / "run.json").exists() else False:
-            break
-    for rank in chance.sample(range(size), size):
-        each = run(command, "-o", f"{out}/", "--rank", str(rank), "--world-size", str(size))
-        _, errors = each.communicate()
-        if each.returncode:
-            message = f"rank {rank} of {size}: {errors.decode()}"
-            raise SystemExit(message)
+def at_work(out: Path, rank: int, size: int) -> int:
+    """How often a rank has begun to work on its share."""
+    try:
+        lines = (out / "ranks" / f"{rank:05d}-of-{size:05d}.jsonl").read_bytes()
+    except OSError:
+        return 0
+    return lines.count(b'"event": "start"')
+
+
+class Disturbed:
+    """Ranks that are stopped so often, then all of them to their end.
+
+    Three of four stops hit a rank that works on its share, the others any moment, start included.
+    """
+
+    def __init__(self, command: list[str], out: Path, size: int, chance: random.Random) -> None:
+        self.command, self.out, self.size, self.chance = command, out, size, chance
+        self.kills = self.kills_at_work = 0
+
+    def rank(self, number: int) -> subprocess.Popen[bytes]:
+        ranks = ("--rank", str(number), "--world-size", str(self.size))
+        return run(self.command, "-o", f"{self.out}/", *ranks)
+
+    def kill(self, process: subprocess.Popen[bytes], number: int, begun: int, most: float) -> None:
+        """Stop a rank at a random moment, if it has not ended by then."""
+        is_early = self.chance.random() < 0.25
+        while process.poll() is None and not is_early:
+            if at_work(self.out, number, self.size) > begun:
+                break
+            time.sleep(0.005)
+        time.sleep(self.chance.uniform(0, most))
+        if process.poll() is None:
+            process.send_signal(
+                self.chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+            )
+            self.kills += 1
+            self.kills_at_work += at_work(self.out, number, self.size) > begun
+
+    def run(self, kills: int, seconds: float) -> None:
+        """Lives are short enough that so many fit into the work, which takes some seconds alone."""
+        while self.kills < kills:
+            order = self.chance.sample(range(self.size), self.size)
+            begun = [at_work(self.out, number, self.size) for number in order]
+            started = [self.rank(number) for number in order]
+            for each, number, before in zip(started, order, begun, strict=True):
+                if self.kills < kills:
+                    self.kill(each, number, before, 2 * seconds / kills)
+            for each in started:
+                each.communicate()
+        for number in self.chance.sample(range(self.size), self.size):
+            each = self.rank(number)
+            _, errors = each.communicate()
+            if each.returncode:
+                message = f"rank {number} of {self.size}: {errors.decode()}"
+                raise SystemExit(message)
 
 
 def main() -> None:
@@ -103,22 +134,27 @@ def main() -> None:
         folder = Path(name)
         make = conversion if chosen.what == "convert" else extraction
         command = make(folder, chosen.items)
+        started = time.monotonic()
         alone = run(command, "-o", f"{folder}/alone/")
         _, errors = alone.communicate()
+        seconds = time.monotonic() - started
         if alone.returncode:
             raise SystemExit(errors.decode())
         expected = digests(folder / "alone")
         for size in chosen.sizes:
             started = time.monotonic()
             out = folder / f"ranks-{size}"
-            disturbed(command, out, size, chosen.kills, chance)
+            ranks = Disturbed(command, out, size, chance)
+            ranks.run(chosen.kills, seconds)
             found, state = digests(out), h5traces.status(out)
-            is_same = found == expected and state.ok
-            left = [each.name for each in out.rglob("*.part")]
+            left = [each.name for each in folder.rglob("*.part")]
+            left += [each.name for each in folder.glob("*.spool")]
+            is_same = found == expected and state.ok and not left
             print(
-                f"{chosen.what}: {chosen.items} items, {size} ranks, {chosen.kills} kills: "
-                f"{'equal' if is_same else 'DIFFERENT'}, {sum(map(len, found.values()))} samples, "
-                f"{len(left)} parts left, {time.monotonic() - started:.0f} s",
+                f"{chosen.what}: {chosen.items} items, {size} ranks, {ranks.kills} stops "
+                f"({ranks.kills_at_work} at work): {'equal' if is_same else 'DIFFERENT'}, "
+                f"{sum(map(len, found.values()))} samples, parts left: {left}, "
+                f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )
             if not is_same:

@@ -7,17 +7,20 @@ import { build } from "esbuild";
 
 const target = new URL("../h5traces/view/page/", import.meta.url);
 await mkdir(target, { recursive: true });
-await build({
-  entryPoints: ["src/app.jsx"],
-  bundle: true,
-  minify: true,
-  format: "esm",
-  target: ["chrome90", "firefox113", "safari16.4"],
-  jsx: "automatic",
-  jsxImportSource: "preact",
-  legalComments: "none",
-  outfile: new URL("viewer.js", target).pathname,
-});
+// Threads take a plain script: Firefox 113 knows no modules in them.
+for (const [source, name, format] of [["src/app.jsx", "viewer.js", "esm"], ["src/worker.js", "worker.js", "iife"]]) {
+  await build({
+    entryPoints: [source],
+    bundle: true,
+    minify: true,
+    format,
+    target: ["chrome90", "firefox113", "safari16.4"],
+    jsx: "automatic",
+    jsxImportSource: "preact",
+    legalComments: "none",
+    outfile: new URL(name, target).pathname,
+  });
+}
 await copyFile("src/style.css", new URL("viewer.css", target));
 await copyFile("src/index.html", new URL("index.html", target));
 const licences = [];
@@ -34,7 +37,7 @@ for (const name of [...(await readdir("src")).sort().map((each) => `src/${each}`
 }
 await writeFile(new URL("SOURCE.sha256", target), `${hash.digest("hex")}\n`);
 let total = 0;
-for (const name of ["viewer.js", "viewer.css", "index.html"]) {
+for (const name of ["viewer.js", "worker.js", "viewer.css", "index.html"]) {
   total += gzipSync(await readFile(new URL(name, target))).length;
 }
 console.log(`${(total / 1000).toFixed(1)} kB gzipped`);

@@ -15,8 +15,6 @@ sbatch --wait "$here/convert.sh" "$1" "$2" || true
 # 3. Ranks that are missing or failed, once more.
 missing="$("$h5traces" status "$2" --missing)" || true
 if [ -n "$missing" ]; then sbatch --wait --array="$missing" "$here/convert.sh" "$1" "$2"; fi
-"$h5traces" status "$2"
 
-# 4. One catalogue, which opens as one archive.
-"$h5traces" verify "$2"
-"$h5traces" index "$2"
+# 4. One report, and one catalogue, which opens as one archive; not of a run that lacks something.
+"$h5traces" collect "$2" -o "${2%/}/catalogue.parquet" --verify all

@@ -1,4 +1,5 @@
-/* Checksums: xxh3-64 of stored chunks, and the Adler-32 of zlib streams (RFC 1950). */
+/* Checksums: xxh3-64 of stored chunks, xxh3-128 of content, Adler-32 of zlib streams (RFC 1950), and
+ * lookup3 of HDF5's headers. */
 #include "kernels.h"
 
 #if HAS_WIDE
@@ -172,29 +173,89 @@ static void accumulate(uint64_t *sums, const uint8_t *data, size_t num_stripes, 
     accumulate_plain(sums, data, num_stripes, at);
 }
 
+/* Sums of data of more than 240 bytes, of which `head` has the first ones, before the last scramble. */
+static void sums_of(const uint8_t *head, size_t head_nbytes, const uint8_t *data, size_t nbytes,
+                    uint64_t *sums)
+{
+    static const uint64_t START[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
+                                      PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+    uint8_t joined[BLOCK];
+    size_t all = head_nbytes + nbytes, num_blocks = (all - 1) / BLOCK;
+    memcpy(sums, START, sizeof START);
+    for (size_t block = 0; block <= num_blocks; block++) {
+        size_t start = block * BLOCK, size = block < num_blocks ? BLOCK : all - start;
+        const uint8_t *from = joined;
+        if (start < head_nbytes) {
+            memcpy(joined, head, head_nbytes);
+            memcpy(joined + head_nbytes, data, size - head_nbytes);
+        } else {
+            from = data + (start - head_nbytes);
+        }
+        accumulate(sums, from, block < num_blocks ? STRIPES_PER_BLOCK : (size - 1) / STRIPE, 0);
+        for (size_t i = 0; i < 8 && block < num_blocks; i++)
+            sums[i] = (sums[i] ^ sums[i] >> 47 ^ secret(sizeof SECRET - STRIPE + 8 * i)) * PRIME32_1;
+    }
+    size_t before = nbytes < STRIPE ? STRIPE - nbytes : 0;
+    memcpy(joined, head + head_nbytes - before, before);
+    memcpy(joined + before, data + nbytes - (STRIPE - before), STRIPE - before);
+    accumulate(sums, joined, 1, sizeof SECRET - STRIPE - 7);
+}
+
+static uint64_t merged(const uint64_t *sums, size_t at, uint64_t start)
+{
+    for (size_t i = 0; i < 4; i++)
+        start += folded(sums[2 * i] ^ secret(at + 16 * i), sums[2 * i + 1] ^ secret(at + 8 + 16 * i));
+    return avalanche(start);
+}
+
 uint64_t xxh3_64(const uint8_t *data, size_t nbytes)
 {
     if (nbytes <= 16)
         return xxh3_of_few(data, nbytes);
     if (nbytes <= 240)
         return xxh3_of_some(data, nbytes);
-    uint64_t sums[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
-                        PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
-    size_t num_blocks = (nbytes - 1) / BLOCK;
-    for (size_t block = 0; block < num_blocks; block++) {
-        accumulate(sums, data + block * BLOCK, STRIPES_PER_BLOCK, 0);
-        for (size_t i = 0; i < 8; i++) {
-            uint64_t key = secret(sizeof SECRET - STRIPE + 8 * i);
-            sums[i] = (sums[i] ^ sums[i] >> 47 ^ key) * PRIME32_1;
+    uint64_t sums[8];
+    sums_of(data, 0, data, nbytes, sums);
+    return merged(sums, 11, nbytes * PRIME64_1);
+}
+
+void xxh3_128(const uint8_t *head, size_t head_nbytes, const uint8_t *data, size_t nbytes,
+              uint8_t *digest)
+{
+    uint64_t sums[8], all = head_nbytes + nbytes;
+    sums_of(head, head_nbytes, data, nbytes, sums);
+    store64(digest, swapped(merged(sums, sizeof SECRET - STRIPE - 11, ~(all * PRIME64_2))));
+    store64(digest + 8, swapped(merged(sums, 11, all * PRIME64_1)));
+}
+
+/* Bob Jenkins, "lookup3.c" (2006), hashlittle: the checksum of HDF5's metadata. */
+uint32_t lookup3(const uint8_t *data, size_t nbytes)
+{
+    static const int MIXES[6] = {4, 6, 8, 16, 19, 4}, ENDS[7] = {14, 11, 25, 16, 4, 14, 24};
+    uint32_t x[3], words[3];
+    x[0] = x[1] = x[2] = 0xDEADBEEF + (uint32_t)nbytes;
+    if (!nbytes)
+        return x[2];
+    for (; nbytes; data += 12) {
+        int is_last = nbytes <= 12;
+        size_t size = is_last ? nbytes : 12;
+        memset(words, 0, sizeof words);
+        memcpy(words, data, size);
+        nbytes -= size;
+        for (int i = 0; i < 3; i++)
+            x[i] += words[i];
+        for (int i = 0; i < 6 && !is_last; i++) {
+            uint32_t *a = x + i % 3, *b = x + (i + 1) % 3, *c = x + (i + 2) % 3;
+            *a -= *c;
+            *a ^= *c << MIXES[i] | *c >> (32 - MIXES[i]);
+            *c += *b;
         }
     }
-    size_t rest = nbytes - 1 - num_blocks * BLOCK;
-    accumulate(sums, data + num_blocks * BLOCK, rest / STRIPE, 0);
-    accumulate(sums, data + nbytes - STRIPE, 1, sizeof SECRET - STRIPE - 7);
-    uint64_t result = nbytes * PRIME64_1;
-    for (size_t i = 0; i < 4; i++)
-        result += folded(sums[2 * i] ^ secret(11 + 16 * i), sums[2 * i + 1] ^ secret(19 + 16 * i));
-    return avalanche(result);
+    for (int i = 0; i < 7; i++) {
+        uint32_t *to = x + (i + 2) % 3, from = x[(i + 1) % 3];
+        *to = (*to ^ from) - (from << ENDS[i] | from >> (32 - ENDS[i]));
+    }
+    return x[2];
 }
 
 #define ADLER_MODULUS 65521u

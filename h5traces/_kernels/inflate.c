@@ -20,6 +20,8 @@ enum { COPY, END_OF_BLOCK, LONG_CODE, INVALID };
 #define MAIN_MASK ((1u << MAIN_BITS) - 1)
 #define DISTANCE_MASK ((1u << DISTANCE_BITS) - 1)
 #define MOST_CODE_BITS 15
+/* Pairs in fewer bytes save less than making them takes. */
+#define FEWEST_PAIRED 20000
 
 static const uint16_t LENGTHS[29] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,  15,  17,  19,  23, 27,
                                      31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
@@ -130,6 +132,15 @@ static void pair_literals(uint32_t *table)
         int fits = (entry & next & 1 << 6) && num_bits <= MAIN_BITS;
         table[i] = fits ? both : entry;
     }
+}
+
+/* Whether pairs save more than they take: some must fit, and there must be bytes to be decoded. */
+static int are_paired(const Inflater *self)
+{
+    unsigned shortest = 1;
+    while (shortest < MAIN_BITS && !self->main_codes.counts[shortest])
+        shortest++;
+    return 2 * shortest <= MAIN_BITS && self->out_end - self->out > FEWEST_PAIRED;
 }
 
 /* Input a byte at a time: never more than there is. */
@@ -280,7 +291,8 @@ static void read_headers(Inflater *self)
             fail(self);
             return;
         }
-        pair_literals(self->main_table);
+        if (are_paired(self))
+            pair_literals(self->main_table);
         self->state = IN_CODES;
     }
 }

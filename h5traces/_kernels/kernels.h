@@ -4,7 +4,7 @@
 #define H5TRACES_KERNELS_H
 
 /* Counts changes of what Python calls; `REVISION` in format/native.py must be the same. */
-#define KERNELS_REVISION 1
+#define KERNELS_REVISION 2
 
 #include <stddef.h>
 #include <stdint.h>
@@ -116,6 +116,13 @@ INLINE void *spare_give(Spare spare, void *memory)
 
 /* hash.c */
 uint64_t xxh3_64(const uint8_t *data, size_t nbytes);
+/* 16 bytes, the first ones first, of `head` and `data`, which have more than 240 together and a
+ * `head` of at most a few hundred. */
+void xxh3_128(const uint8_t *head, size_t head_nbytes, const uint8_t *data, size_t nbytes,
+              uint8_t *digest);
+#define LEAST_DIGESTED 241
+#define LARGEST_HEAD 512
+uint32_t lookup3(const uint8_t *data, size_t nbytes);
 uint32_t adler32(const uint8_t *data, size_t nbytes);
 
 /* inflate.c */

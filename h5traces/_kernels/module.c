@@ -92,27 +92,113 @@ static PyObject *unshuffle_bytes(PyObject *self, PyObject *args)
     return reorder(args, 1);
 }
 
-static PyObject *encode(PyObject *self, PyObject *args)
+/* What `store` does with one array or chunk. */
+typedef struct {
+    Py_buffer data;
+    const char *head;
+    Py_ssize_t itemsize, head_nbytes;
+    int kind, has_digest;
+    uint8_t *out, digest[16];
+    size_t size, special[2];
+    uint64_t checksum;
+} Stored;
+
+/* Bytes that have room for a chunk; 0 for what Python should encode. */
+static Py_ssize_t room_for(const Stored *one)
+{
+    if (one->itemsize < 1 || one->itemsize > LARGEST_ITEM || one->data.len < 1 || one->data.len > LARGEST_CHUNK)
+        return 0;
+    return (Py_ssize_t)encode_bound((size_t)one->data.len, (size_t)one->itemsize);
+}
+
+static void store_one(Stored *one, Encoder *encoder)
+{
+    size_t nbytes = (size_t)one->data.len, head_nbytes = (size_t)one->head_nbytes;
+    if (one->kind >= 0)
+        count_special(one->data.buf, nbytes / (one->kind == FLOAT32 ? 4 : 2), one->kind, one->special);
+    one->has_digest = head_nbytes && head_nbytes <= LARGEST_HEAD && head_nbytes + nbytes >= LEAST_DIGESTED;
+    if (one->has_digest)
+        xxh3_128((const uint8_t *)one->head, head_nbytes, one->data.buf, nbytes, one->digest);
+    if (one->out && encoder)
+        one->size = encode_chunk(encoder, one->data.buf, nbytes, (size_t)one->itemsize, one->out);
+    if (one->size)
+        one->checksum = xxh3_64(one->out, one->size);
+}
+
+static PyObject *store(PyObject *self, PyObject *args)
 {
     (void)self;
-    Py_buffer raw;
-    Py_ssize_t itemsize;
-    if (!PyArg_ParseTuple(args, "y*n", &raw, &itemsize))
+    PyObject *given, *results = NULL, *bytes = NULL;
+    if (!PyArg_ParseTuple(args, "O!", &PyTuple_Type, &given))
         return NULL;
-    if (itemsize < 1 || itemsize > LARGEST_ITEM || raw.len < 1 || raw.len > LARGEST_CHUNK)
-        return done_with(&raw, 1, Py_NewRef(Py_None));
-    uint8_t *out = NULL;
-    size_t size = 0;
+    Py_ssize_t count = PyTuple_Size(given), held = 0, room;
+    Stored *all = calloc((size_t)count + 1, sizeof *all), *one;
+    if (!all || !(results = PyList_New(count)))
+        goto end;
+    for (; held < count; held++) {
+        one = all + held;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(given, held), "y*ny#i", &one->data, &one->itemsize,
+                              &one->head, &one->head_nbytes, &one->kind))
+            goto end;
+        bytes = (room = room_for(one)) ? PyByteArray_FromStringAndSize(NULL, room)
+                                       : Py_NewRef(Py_None);
+        if (!bytes || one->kind >= NUM_FLOAT_KINDS) {
+            Py_XDECREF(bytes);
+            PyBuffer_Release(&one->data);
+            PyErr_SetString(PyExc_ValueError, "the kind of float is unknown, or there is no memory");
+            goto end;
+        }
+        one->out = room ? (uint8_t *)PyByteArray_AsString(bytes) : NULL;
+        PyList_SetItem(results, held, bytes);
+    }
     Py_BEGIN_ALLOW_THREADS
     Encoder *encoder = encoder_new();
-    out = malloc(encode_bound((size_t)raw.len, (size_t)itemsize));
-    if (encoder && out)
-        size = encode_chunk(encoder, raw.buf, (size_t)raw.len, (size_t)itemsize, out);
+    for (Py_ssize_t i = 0; i < count; i++)
+        store_one(all + i, encoder);
     encoder_free(encoder);
     Py_END_ALLOW_THREADS
-    PyObject *result = size ? PyBytes_FromStringAndSize((char *)out, (Py_ssize_t)size) : Py_NewRef(Py_None);
-    free(out);
-    return done_with(&raw, 1, result);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        one = all + i;
+        bytes = Py_NewRef(one->size ? PyList_GetItem(results, i) : Py_None);
+        PyList_SetItem(results, i, Py_NewRef(Py_None));
+        if (one->size && PyByteArray_Resize(bytes, (Py_ssize_t)one->size) < 0) {
+            Py_DECREF(bytes);
+            goto end;
+        }
+        PyObject *digest = one->has_digest ? PyBytes_FromStringAndSize((char *)one->digest, 16)
+                                           : Py_NewRef(Py_None);
+        PyList_SetItem(results, i, Py_BuildValue("NKNnn", bytes, (unsigned long long)one->checksum,
+                                                 digest, (Py_ssize_t)one->special[0],
+                                                 (Py_ssize_t)one->special[1]));
+    }
+end:
+    for (Py_ssize_t i = 0; i < held; i++)
+        PyBuffer_Release(&all[i].data);
+    free(all);
+    if (PyErr_Occurred() || !results) {
+        Py_XDECREF(results);
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    }
+    return results;
+}
+
+static PyObject *checksums(PyObject *self, PyObject *args)
+{
+    (void)self;
+    PyObject *given;
+    if (!PyArg_ParseTuple(args, "O!", &PyList_Type, &given))
+        return NULL;
+    Py_ssize_t count = PyList_Size(given), nbytes;
+    PyObject *results = PyList_New(count);
+    for (Py_ssize_t i = 0; results && i < count; i++) {
+        char *data;
+        if (PyBytes_AsStringAndSize(PyList_GetItem(given, i), &data, &nbytes) < 0) {
+            Py_DECREF(results);
+            return NULL;
+        }
+        PyList_SetItem(results, i, PyLong_FromUnsignedLong(lookup3((uint8_t *)data, (size_t)nbytes)));
+    }
+    return results;
 }
 
 static PyObject *decode(PyObject *self, PyObject *args)
@@ -280,8 +366,12 @@ static PyMethodDef METHODS[] = {
     {"adler32", adler_of, METH_VARARGS, "adler32(data) -> int"},
     {"shuffle", shuffle_bytes, METH_VARARGS, "shuffle(raw, out, itemsize)"},
     {"unshuffle", unshuffle_bytes, METH_VARARGS, "unshuffle(shuffled, out, itemsize)"},
-    {"encode", encode, METH_VARARGS,
-     "encode(raw, itemsize) -> bytes | None\n\nA zlib stream of the shuffled bytes."},
+    {"store", store, METH_VARARGS,
+     "store(((values, itemsize, head, kind), ...)) -> [(stored, checksum, digest, nan, inf), ...]\n\n"
+     "`stored` is a zlib stream of the shuffled bytes, None where Python should encode or `itemsize` is\n"
+     "0; `digest` is xxh3-128 of `head` and `values`, None where they are short or there is no head.\n"
+     "Values that are not finite are counted for kinds from 0 on, as `count_not_finite` does."},
+    {"lookup3", checksums, METH_VARARGS, "lookup3([bytes, ...]) -> [int, ...]\n\nHDF5's checksums."},
     {"decode", decode, METH_VARARGS,
      "decode(stored, out, itemsize) -> bool\n\nWhether a zlib stream of shuffled bytes fills `out`."},
     {"count_not_finite", count_not_finite, METH_VARARGS,

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from h5traces.archive.tensors import Container
     from h5traces.format.archive import ArchiveMetadata
     from h5traces.format.limits import ReadLimits
+    from h5traces.format.record import TraceMetadata
     from h5traces.storage.remote.paths import RemoteOptions
 
 
@@ -150,7 +151,14 @@ class Archive(ReadOnly, Sequence[Trace]):
     @property
     def labels(self) -> tuple[int | None, ...]:
         """Every trace's label, stored or from beside the archive; None if it has none."""
-        return tuple(trace.metadata.label for trace in self)
+        return tuple(self._label(position) for position in range(len(self)))
+
+    def _label(self, position: int) -> int | None:
+        file, local = self._locate(self._indices[position])
+        if file.labels is not None and file.labels.has_label(local):
+            # Ids come from one column: nothing of the sample itself is read.
+            return file.labels.label(self._keys[position][0], local)
+        return self[position].metadata.label
 
     @cached_property
     def _keys(self) -> list[tuple[str | None, int | None]]:
@@ -264,6 +272,16 @@ class Archive(ReadOnly, Sequence[Trace]):
 
     def __iter__(self) -> Iterator[Trace]:
         return (self[position] for position in range(len(self)))
+
+    def _metadata(self) -> Iterator[TraceMetadata]:
+        """The metadata of all traces, in order, of which many are read at a time.
+
+        For archives that are no views.
+        """
+        for file in self._files:
+            self._open_files.use(file)
+            for number, attrs in enumerate(file.samples_attrs()):
+                yield StoredTrace(file, number, None).validated(attrs)
 
     @overload
     def __add__(self, other: Archive) -> Self: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from h5traces.archive.foreign import error_for
@@ -145,6 +146,16 @@ class ArchiveFile:
     def sample_attrs(self, index: int) -> Attrs:
         """Attributes of one sample."""
         return self._from_store(lambda store: store.sample_attrs(index))
+
+    def samples_attrs(self) -> Iterator[Attrs]:
+        """Attributes of every sample, in order; many are read at a time."""
+        done = 0
+        try:
+            for attrs in self.store.samples_attrs():
+                done += 1
+                yield attrs
+        except FooterError as error:
+            yield from islice(self._fall_back(error).samples_attrs(), done, None)
 
     def entry(self, sample: SampleEntry, path: str) -> ObjectEntry:
         """One object of a sample; KeyError where there is none."""

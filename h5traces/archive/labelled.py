@@ -11,6 +11,7 @@ from xarray.core import indexing
 
 from h5traces.errors import OptionError
 from h5traces.format import layout
+from h5traces.format.dtypes import read_type
 from h5traces.format.text import as_names
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _variable(names: tuple[str, ...], array: BackendArray) -> xr.Variable:
 
 def _type_of(attrs: Attrs, stored: str) -> np.dtype[Any]:
     """Type of the values as they are read in numpy, where bfloat16 comes as float32."""
-    name = str(attrs.get("source_dtype", attrs.get("restored_dtype", stored)))
+    name = read_type(attrs, stored)
     return np.dtype("float32" if name == "bfloat16" else name)
 
 

@@ -88,6 +88,13 @@ class FileLabels:
         """Whether a sample has a label here."""
         return self.sidecar.labels is not None and ordinal in self._rows
 
+    def label(self, sample_id: str | None, ordinal: int) -> int | None:
+        """The label of a sample that has one here; errors as of `labelled`."""
+        assert self.sidecar.labels is not None
+        row = self._rows[ordinal]
+        self._check_id(row, sample_id)
+        return self.sidecar.labels[row]
+
     def labelled(self, metadata: TraceMetadata, ordinal: int) -> TraceMetadata:
         """A sample's metadata with its label and scores; unchanged without one.
 
@@ -96,18 +103,22 @@ class FileLabels:
         row = self._rows.get(ordinal)
         if row is None:
             return metadata
+        self._check_id(row, metadata.sample_id)
         sidecar = self.sidecar
-        if sidecar.sample_ids[row] != metadata.sample_id:
-            message = (
-                f"{self._place}: sample {ordinal} is {sidecar.sample_ids[row]!r} there, but "
-                f"{metadata.sample_id!r} in the archive; run 'h5traces label' again"
-            )
-            raise SchemaError(message)
         scores = {name: column[row] for name, column in sidecar.scores.items()}
         label = metadata.label if sidecar.labels is None else sidecar.labels[row]
         return metadata.model_copy(
             update={"label": label, "scores": {**(metadata.scores or {}), **scores} or None}
         )
+
+    def _check_id(self, row: int, sample_id: str | None) -> None:
+        if self.sidecar.sample_ids[row] != sample_id:
+            message = (
+                f"{self._place}: sample {self.sidecar.ordinals[row]} is "
+                f"{self.sidecar.sample_ids[row]!r} there, but {sample_id!r} in the archive; run "
+                "'h5traces label' again"
+            )
+            raise SchemaError(message)
 
 
 def label_problems(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.format import layout
+from h5traces.format.dtypes import read_type
 from h5traces.format.html import named, page, section, table
 from h5traces.format.text import and_more, counted
 
@@ -77,8 +78,7 @@ def layers_page(kind: str, layers: Sequence[Any], described: Sequence[Sequence[o
 
 def described_layer(attrs: Any, shape: tuple[int, ...], dtype: str) -> tuple[object, ...]:
     """Site, shape and type of a stored array, as it is read."""
-    read_as = attrs.get("source_dtype", attrs.get("restored_dtype", dtype))
-    return attrs.get("site", ""), shape, read_as
+    return attrs.get("site", ""), shape, read_type(attrs, dtype)
 
 
 def _kinds(trace: Row) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError
+from h5traces.storage.threads import shared_pool
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from h5traces.format.attention import AttentionRule
@@ -66,15 +69,53 @@ def attention_weights(
         asked = queries[head].astype(np.float32, copy=False)
         known = keys[head * len(keys) // len(queries)].astype(np.float32, copy=False)
         sink = None if rule.sinks is None else rule.sinks[head]
-        for start in range(0, len(rows), _BLOCK_ROWS):
-            part = rows[start : start + _BLOCK_ROWS]
-            out = found[place, start : start + _BLOCK_ROWS]
-            _fill_rows(out, asked[part] * np.float32(rule.scale), known, rule, part, sink)
+        for block in row_blocks(rule, rows, len(known)):
+            scaled = asked[block.rows] * np.float32(rule.scale)
+            _fill_rows(found[place, block.place], scaled, known, rule, block, sink)
 
     workers = max(1, min(len(heads), os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(fill, range(len(heads))))
+    list((map if workers == 1 else shared_pool(workers).map)(fill, range(len(heads))))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Some query positions, and what of the keys they see: `low` to `high` - 1, all of them.
+
+    ``first`` and ``end`` are the first key that each query sees and the one after its last.
+    """
+
+    place: slice
+    rows: NDArray[np.int64]
+    first: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+    @property
+    def low(self) -> int:
+        """The first key that any query sees."""
+        return int(self.first.min())
+
+    @property
+    def high(self) -> int:
+        """The key after the last that any query sees."""
+        return int(self.end.max())
+
+    @property
+    def edges(self) -> Iterator[tuple[int, int]]:
+        """Ranges of keys from `low` on that some queries see and others do not."""
+        for start, stop in (
+            (self.low, int(self.first.max())),
+            (max(self.low, int(self.end.min())), self.high),
+        ):
+            if start < stop:
+                yield start, stop
+
+
+def row_blocks(rule: AttentionRule, rows: NDArray[np.int64], num_keys: int) -> Iterator[RowBlock]:
+    """The query positions `rows` in blocks that caches hold."""
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        place = slice(start, start + _BLOCK_ROWS)
+        yield RowBlock(place, rows[place], *rule.seen(rows[place], num_keys))
 
 
 def _fill_rows(
@@ -82,24 +123,20 @@ def _fill_rows(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],
     rule: AttentionRule,
-    rows: NDArray[np.int64],
+    block: RowBlock,
     sink: float | None,
 ) -> None:
     """Rows of one head, of scaled queries ``(rows, D)``."""
-    first, end = rule.seen(rows, len(keys))
-    low, high = int(first.min()), int(end.max())
-    scores = out[:, low:high]
-    np.matmul(queries, keys[low:high].T, out=scores)
+    scores = out[:, block.low : block.high]
+    np.matmul(queries, keys[block.low : block.high].T, out=scores)
     if rule.soft_cap is not None:
         scores /= np.float32(rule.soft_cap)
         np.tanh(scores, out=scores)
         scores *= np.float32(rule.soft_cap)
-    # Only at the edges some queries see a key and others do not.
-    for start, stop in ((low, int(first.max())), (max(low, int(end.min())), high)):
-        if start < stop:
-            columns = np.arange(start, stop)
-            hidden = (columns < first[:, None]) | (columns >= end[:, None])
-            np.copyto(out[:, start:stop], -np.inf, where=hidden)
+    for start, stop in block.edges:
+        columns = np.arange(start, stop)
+        hidden = (columns < block.first[:, None]) | (columns >= block.end[:, None])
+        np.copyto(out[:, start:stop], -np.inf, where=hidden)
     top = scores.max(axis=1, keepdims=True)
     if sink is not None:
         top = np.maximum(top, np.float32(sink))
@@ -109,3 +146,28 @@ def _fill_rows(
     if sink is not None:
         total += np.exp(np.float32(sink) - top)
     scores /= total
+
+
+def weights_of_window(
+    window: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> NDArray[Any]:
+    """Weights ``(heads, rows, columns)`` out of those of the last W keys of every query.
+
+    Parameters
+    ----------
+    window
+        ``(heads, rows, W)``, the kind ``attention_window``.
+    rows, columns
+        Positions of queries and keys.
+
+    Returns
+    -------
+    numpy.ndarray
+        NaN where a weight is not stored, 0 for keys after the query.
+    """
+    width = window.shape[2]
+    entries = columns - rows[:, None] + width - 1
+    found = np.take_along_axis(window, np.clip(entries, 0, width - 1)[None], axis=2)
+    found[:, entries >= width] = 0
+    found[:, entries < 0] = np.nan
+    return found

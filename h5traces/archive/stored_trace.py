@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.archive.recomputing import attention_weights, check_shapes
+from h5traces.archive.recomputing import attention_weights, check_shapes, weights_of_window
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
@@ -28,7 +28,7 @@ from h5traces.format.attention import RULE_ATTRS, AttentionRule
 from h5traces.format.document import from_attributes
 from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
 from h5traces.format.entries import INTEGER_TYPES
-from h5traces.format.kinds import KEYS, QUERIES
+from h5traces.format.kinds import ATTENTION_WINDOW, KEYS, POSITIONS, QUERIES, WEIGHT_KINDS
 from h5traces.format.record import SourceForm, TraceMetadata
 from h5traces.format.values import TorchValue
 from h5traces.lazy import needing
@@ -61,6 +61,8 @@ NUM_CORES = os.cpu_count() or 1
 # Of larger samples, those who need one array at a time read it alone.
 MOST_AHEAD_NBYTES = 64 << 20
 _STEPS_TABLE_AXES = 3
+# Weights that are recomputed at a time: 16 MiB.
+_BLOCK_WEIGHTS = 1 << 22
 _FLAT_AXES = 2
 
 
@@ -92,10 +94,14 @@ class StoredTrace:
     @cached_property
     def metadata(self) -> TraceMetadata:
         """The sample's attributes, validated; with the labels that lie beside the archive."""
+        # Of all that is stored of the sample, most readers need no more.
+        return self.validated(self.file.sample_attrs(self.index))
+
+    def validated(self, attrs: Attrs) -> TraceMetadata:
+        """The metadata that its attributes hold."""
         labels = self.file.labels
         try:
-            # Of all that is stored of the sample, most readers need no more.
-            found = from_attributes(TraceMetadata, self.file.sample_attrs(self.index))
+            found = from_attributes(TraceMetadata, attrs)
             return found if labels is None else labels.labelled(found, self.sample.ordinal)
         except SchemaError as error:
             message = f"{self.place}: {error}"
@@ -214,8 +220,8 @@ class StoredTrace:
         if self.recomputes(layout.ATTENTIONS):
             return layout.HIDDEN_STATES, QUERIES, KEYS
         objects = self.sample.objects
-        has_heads = layout.ATTENTIONS in objects or layout.ATTENTION_MEAN not in objects
-        return layout.HIDDEN_STATES, layout.ATTENTIONS if has_heads else layout.ATTENTION_MEAN
+        stored = (kind for kind in WEIGHT_KINDS if kind in objects)
+        return layout.HIDDEN_STATES, next(stored, layout.ATTENTIONS)
 
     @property
     def kinds(self) -> dict[str, Attrs]:
@@ -345,12 +351,36 @@ class StoredTrace:
             from h5traces.archive import torch_values
         return torch_values.attention_weights(queries, keys, rule, **chosen, device=device)
 
-    def attention_by_head(self, name: str) -> Iterator[NDArray[np.float32]]:
-        """Recomputed weights ``(1, S, S)`` of a layer, head by head."""
+    def attention_blocks(
+        self, name: str, rows: Indices = None
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Query positions, and their recomputed weights ``(heads, rows, S)``, some at a time.
+
+        Of the chosen positions, all by default.
+        """
         queries, keys, rule = self._attention_parts(name)
-        rows = np.arange(queries.shape[1])
-        for head in range(len(queries)):
-            yield attention_weights(queries, keys, rule, heads=np.array([head]), rows=rows)
+        chosen = np.arange(queries.shape[1]) if rows is None else np.asarray(rows, np.int64)
+        heads = np.arange(len(queries))
+        size = max(1, _BLOCK_WEIGHTS // max(1, len(heads) * keys.shape[1]))
+        for start in range(0, max(1, len(chosen)), size):
+            some = chosen[start : start + size]
+            yield some, attention_weights(queries, keys, rule, heads=heads, rows=some)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether weights of some keys of every query are all that is known of heads."""
+        is_whole = layout.ATTENTIONS in self.objects or self.recomputes(layout.ATTENTIONS)
+        return ATTENTION_WINDOW in self.objects and not is_whole
+
+    def attention_in_window(self, name: str, *, heads: Indices, rows: Indices) -> NDArray[Any]:
+        """Weights ``(heads, rows, S)`` of a layer, NaN where only others are stored."""
+        window = self._plain(f"{ATTENTION_WINDOW}/{name}")
+        place = f"{layout.EXTRA_GROUP}/{POSITIONS}"
+        positions = self.values(place) if place in self.objects else np.arange(window.shape[1])
+        if window.ndim != 3 or len(positions) != window.shape[1]:
+            message = f"{self.place}/{ATTENTION_WINDOW}/{name}: {window.shape} is no window"
+            raise CorruptArchiveError(message)
+        return weights_of_window(window[heads][:, rows], positions[rows], positions)
 
     def _attention_parts(self, name: str) -> tuple[NDArray[Any], NDArray[Any], AttentionRule]:
         """Queries, keys and rule of a layer that has one, as `recomputed_layers` says."""
@@ -362,8 +392,9 @@ class StoredTrace:
         return queries, keys, rule
 
     def attention_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a layer's weights that are recomputed."""
-        heads, num_tokens, *_ = (*self.entry(f"{QUERIES}/{name}").shape, 0, 0)
+        """The shape of a layer's weights that are recomputed, or stored in a window."""
+        kind = QUERIES if self.recomputes(layout.ATTENTIONS) else ATTENTION_WINDOW
+        heads, num_tokens, *_ = (*self.entry(f"{kind}/{name}").shape, 0, 0)
         return heads, num_tokens, num_tokens
 
     def _plain(self, path: str) -> NDArray[Any]:
@@ -402,10 +433,18 @@ class StoredTrace:
             raise LayerIndexError(message)
 
     def check_heads(self, kind: str) -> None:
-        """Raise HeadsNotStoredError for ``attentions`` of which only the mean is stored."""
+        """Raise HeadsNotStoredError for ``attentions`` of which a mean or a window is stored."""
         objects = self.sample.objects
-        has_mean = kind == layout.ATTENTIONS and layout.ATTENTION_MEAN in objects
-        if has_mean and kind not in objects and not self.recomputes(kind):
+        if kind != layout.ATTENTIONS or kind in objects or self.recomputes(kind):
+            return
+        if ATTENTION_WINDOW in objects:
+            message = (
+                f"{self.place}: attentions are stored of the last keys of every query only; "
+                f"trace[{ATTENTION_WINDOW!r}] holds these, and trace.attention(layer) puts them "
+                "into rows of keys, with NaN for the others"
+            )
+            raise HeadsNotStoredError(message)
+        if layout.ATTENTION_MEAN in objects:
             precision = self.file.metadata.precision
             kept = f" (tier {precision.tier})" if precision is not None else ""
             message = (

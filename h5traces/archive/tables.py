@@ -8,7 +8,7 @@ import numpy as np
 
 from h5traces.errors import OptionError
 from h5traces.format import layout
-from h5traces.format.text import as_names
+from h5traces.format.text import as_names, utf8
 from h5traces.lazy import needing
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def to_arrow(archive: Iterable[Row], columns: str | Iterable[str] | None) -> Any
     for name, values in columns_of(archive, columns).items():
         is_text = name not in types and not name.startswith(_SCORES)
         kind = pa.large_string() if is_text else types.get(name, pa.float64())
-        # Arrow's text is UTF-8, which holds no lone surrogates.
-        cells = [_utf8(each) for each in values] if is_text else values
+        cells = [None if each is None else utf8(each) for each in values] if is_text else values
         arrays[name] = pa.array(cells, kind)
     return pa.table(arrays)
 
@@ -114,7 +113,3 @@ def _norms(trace: Row) -> list[float] | None:
         kept = norms if trace.mask is None else norms[trace.mask]
         found.append(float(kept.mean()) if kept.size else float("nan"))
     return found
-
-
-def _utf8(text: str | None) -> str | None:
-    return None if text is None else text.encode("utf-8", "replace").decode()

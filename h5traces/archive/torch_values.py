@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from h5traces.archive.recomputing import row_blocks
 from h5traces.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from h5traces.format.attention import AttentionRule
 
 # Of attention that is computed at a time.
-_BLOCK_ROWS: Final = 256
 _GPU_HEADS: Final = 8
 
 # Types that numpy has not: an integer of the same width, in torch and in numpy.
@@ -95,37 +95,26 @@ def attention_weights(
     at_a_time = 1 if found.device.type == "cpu" else _GPU_HEADS
     for start in range(0, len(heads), at_a_time):
         some = torch.from_numpy(heads[start : start + at_a_time]).to(device)
-        groups = some * len(keys) // len(queries)
+        of_heads = asked[some] * rule.scale
+        of_groups = known[some * len(keys) // len(queries)]
         sinks = None
         if rule.sinks is not None:
             sinks = torch.tensor(rule.sinks, device=device)[some][:, None, None]
-        for row in range(0, len(rows), _BLOCK_ROWS):
-            part = rows[row : row + _BLOCK_ROWS]
-            first, end = (
-                torch.from_numpy(each).to(device) for each in rule.seen(part, len(keys[0]))
-            )
-            low, high = int(first.min()), int(end.max())
-            of_rows = asked[some][:, torch.from_numpy(part).to(device)] * rule.scale
-            scores = of_rows @ known[groups, low:high].mT
+        for block in row_blocks(rule, rows, keys.shape[1]):
+            low, high = block.low, block.high
+            of_rows = of_heads[:, torch.from_numpy(block.rows).to(device)]
+            scores = of_rows @ of_groups[:, low:high].mT
             if rule.soft_cap is not None:
                 scores = (scores / rule.soft_cap).tanh_().mul_(rule.soft_cap)
-            _hide(scores, first - low, end - low)
-            out = found[start : start + at_a_time, row : row + _BLOCK_ROWS, low:high]
+            first, end = (torch.from_numpy(each).to(device) for each in (block.first, block.end))
+            for begin, stop in block.edges:
+                columns = torch.arange(begin, stop, device=device)
+                hidden = (columns < first[:, None]) | (columns >= end[:, None])
+                scores[..., begin - low : stop - low].masked_fill_(hidden, -torch.inf)
+            out = found[start : start + at_a_time, block.place, low:high]
             if sinks is None:
                 out.copy_(scores.softmax(-1))
             else:
-                columns = sinks.expand(*scores.shape[:2], 1)
-                out.copy_(torch.cat([scores, columns], -1).softmax(-1)[..., :-1])
+                taken = sinks.expand(*scores.shape[:2], 1)
+                out.copy_(torch.cat([scores, taken], -1).softmax(-1)[..., :-1])
     return found
-
-
-def _hide(scores: torch.Tensor, first: torch.Tensor, end: torch.Tensor) -> None:
-    """Take the scores of keys that a query does not see from ``(heads, rows, keys)``.
-
-    Only at the edges some queries see a key and others do not.
-    """
-    for start, stop in ((0, int(first.max())), (max(0, int(end.min())), scores.shape[-1])):
-        if start < stop:
-            columns = torch.arange(start, stop, device=scores.device)
-            hidden = (columns < first[:, None]) | (columns >= end[:, None])
-            scores[..., start:stop].masked_fill_(hidden, -torch.inf)

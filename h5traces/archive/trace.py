@@ -18,6 +18,7 @@ from h5traces.archive.tensors import check_container, in_container, to_device
 from h5traces.arguments import as_position, checked, shown
 from h5traces.errors import CorruptArchiveError, FieldNotFoundError, LayerIndexError
 from h5traces.format import layout, text
+from h5traces.format.kinds import ATTENTION_WINDOW
 from h5traces.format.values import decode_element
 from h5traces.lazy import needing
 
@@ -374,7 +375,9 @@ class Trace(ReadOnly, Mapping[str, Any]):
         """A part of one layer's attention: some heads, rows and columns.
 
         Where queries and keys are stored instead of weights, no more than these rows is computed,
-        in float32. Each of the three takes what indexes an axis of numpy; a number drops the axis.
+        in float32. Of an archive with the weights of the last keys of every query
+        (``attention_window``), the others are NaN. Each of the three takes what indexes an axis of
+        numpy; a number drops the axis.
 
         Parameters
         ----------
@@ -397,11 +400,13 @@ class Trace(ReadOnly, Mapping[str, Any]):
         HeadsNotStoredError
             It stores attentions averaged over heads only.
         """
-        stored, kind = self._stored, layout.ATTENTIONS
+        stored = self._stored
+        kind = ATTENTION_WINDOW if stored.has_window else layout.ATTENTIONS
         stored.check_layer(layer, kind)
-        name = stored.array_name(kind, layer)
+        name, whole = stored.array_name(kind, layer), None
         chosen = [slice(None) if each is None else each for each in (heads, queries, keys)]
-        whole = None if stored.recomputes(kind) else stored.read_layer(kind, name, self._container)
+        if not stored.recomputes(kind) and kind == layout.ATTENTIONS:
+            whole = stored.read_layer(kind, name, self._container)
         shape = stored.attention_shape(name) if whole is None else whole.shape
         try:
             places = [np.arange(size)[each] for size, each in zip(shape, chosen, strict=True)]
@@ -409,10 +414,13 @@ class Trace(ReadOnly, Mapping[str, Any]):
             message = f"{stored.place}: attention {shape} of layer {layer}: {error}"
             raise LayerIndexError(message) from error
         of_heads, rows, columns = (np.atleast_1d(each) for each in places)
-        if whole is None:
+        if stored.recomputes(kind):
             part = stored.attention(name, heads=of_heads, rows=rows, device=device)
         else:
-            part = whole[of_heads][:, rows]
+            if whole is None:
+                part = stored.attention_in_window(name, heads=of_heads, rows=rows)
+            else:
+                part = whole[of_heads][:, rows]
             part = part if device is None else to_device(part, device)
         if keys is not None:
             part = part[:, :, columns]

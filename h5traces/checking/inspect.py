@@ -231,7 +231,7 @@ def _inspect_archive(
     progress: ReportProgress | None,
 ) -> Inspection:
     with open_archive(file, limits=limits) as archive:
-        metadatas = [trace.metadata for trace in archive]
+        metadatas = list(archive._metadata())
         wanted = len(archive) if samples == "all" else min(samples, len(archive))
         looked_at = []
         examined = SampleChecks(replace(look_of(archive), full_mapper=map))

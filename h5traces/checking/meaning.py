@@ -13,6 +13,7 @@ from h5traces.archive.opening import open as open_archive
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.digests import content_digest
+from h5traces.format.record import IndexRow
 from h5traces.meaning.sample_checks import Look, SampleChecks, vocabulary_of
 from h5traces.storage.hdf5.reading import problem_kind
 from h5traces.writing.stored_samples import to_record
@@ -39,8 +40,12 @@ def check_meaning(
     *,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Add the findings about all samples to the report; what cannot be read is a problem."""
+) -> dict[int, IndexRow]:
+    """Add the findings about all samples to the report; what cannot be read is a problem.
+
+    Returns what the table of samples should say of those that could be read.
+    """
+    rows: dict[int, IndexRow] = {}
     # What the structure's check said of the file's state need not be said again.
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -61,17 +66,16 @@ def check_meaning(
             try:
                 trace = archive[index]
                 is_large = sum(each.raw_nbytes for each in trace._stored.objects.values()) > _SMALL
-                checks.add(
-                    to_record(trace, lazy=True),
-                    stored_content(trace),
-                    look=in_threads if is_large else look,
-                )
+                record = to_record(trace, lazy=is_large)
+                rows[index] = IndexRow.of(trace.metadata, record.texts)
+                checks.add(record, stored_content(trace), look=in_threads if is_large else look)
             except H5TracesError as error:
                 report.add(place, error, problem_kind(error))
                 checks.skip()
             if progress is not None:
                 progress(index + 1, len(archive))
     report.findings = checks.findings.summaries(report.checks)
+    return rows
 
 
 def look_of(archive: Archive) -> Look:

@@ -35,10 +35,13 @@ from h5traces.format.attention import RULE_ATTRS, AttentionRule
 from h5traces.format.digests import sample_difference
 from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
+from h5traces.format.kinds import MODEL_KINDS
 from h5traces.format.limits import DEFAULT_LIMITS, ReadLimits
 from h5traces.format.precision import CalibrationRecord
 from h5traces.format.record import (
+    EXCERPTS,
     ArrayDescription,
+    IndexRow,
     SourceForm,
     TraceDescription,
     TraceMetadata,
@@ -152,9 +155,11 @@ def validate_file(
     report = ValidationReport(str(file), checks=checks, is_quick=quick)
     try:
         with Hdf5Reader(file, limits) as reader:
-            _Validation(reader, limits, report, progress).run()
-        if not quick:
-            check_meaning(file, report, limits, workers=workers, progress=progress)
+            validation = _Validation(reader, limits, report, progress)
+            validation.run()
+            if not quick:
+                rows = check_meaning(file, report, limits, workers=workers, progress=progress)
+                validation.check_excerpts(rows)
     except ArchiveError as error:
         found = error_for(file, error)
         report.add("/", found, problem_kind(found))
@@ -430,11 +435,25 @@ class _Validation:
         if len(table) != len(names):
             self._add(loc, f"{len(table)} rows for {len(names)} samples", "count_mismatch")
             return
-        for name, expected in index_columns([each for each in self._samples if each]).items():
+        rows = [IndexRow.of(each, {}) for each in self._samples if each]
+        for name, expected in index_columns(rows).items():
             if name not in table.dtype.names:
                 self._add(loc, f"the column {name!r} is missing", "missing_column")
             elif len(expected) == len(table):
                 self._check_column(loc, name, table[name], expected)
+
+    def check_excerpts(self, rows: dict[int, IndexRow]) -> None:
+        """Compare excerpts in the table of samples with the texts; archives may have none."""
+        table = self._reader.index_table()
+        if table is None:
+            return
+        for name in (each for each in EXCERPTS if each in (table.dtype.names or ())):
+            for index, row in rows.items():
+                expected = text.encode(getattr(row, name))
+                found = table[name][index].tolist() if index < len(table) else expected
+                if found != expected:
+                    message = f"row {index} has {name} {found!r}, the sample has {expected!r}"
+                    self._add(f"/{layout.INDEX_TABLE}", message, "index_mismatch")
 
     def _check_column(self, loc: str, name: str, found: Any, expected: Any) -> None:
         for row, (listed, stored) in enumerate(zip(found.tolist(), expected.tolist(), strict=True)):
@@ -637,7 +656,7 @@ def _encoding_problems(
     """
     for path, entry in objects.items():
         kind, _, name = path.partition("/")
-        if kind not in layout.KINDS or not name:
+        if kind not in (*layout.KINDS, *MODEL_KINDS) or not name:
             continue
         if name == layout.EXCEPTIONS_TABLE:
             layers = (objects[each].attrs for each in objects if each.startswith(f"{kind}/"))

@@ -52,7 +52,10 @@ _PANELS: Final = {
             "validate": "Report every problem of structure, schema and meaning.",
             "verify": "Compare the bytes of archives with their digests.",
         },
-        "sharing": {"status": "Say how far a run of several ranks is."},
+        "sharing": {
+            "status": "Say how far a run of several ranks is.",
+            "collect": "Report on, check and join what a run of several ranks made.",
+        },
         "viewing": {"view": "Look at archives in the browser."},
         "plotting": {"plot": "Draw a sample as a picture."},
     },

@@ -9,7 +9,7 @@ import typer
 
 from h5traces.cli.command import command
 from h5traces.cli.console import count_progress, print_json, print_line, warn
-from h5traces.cli.options import OUTPUT, Archives, Json, Workers, option
+from h5traces.cli.options import OUTPUT, Archives, Json, Ranks, Workers, option
 from h5traces.format.text import and_more, counted
 
 
@@ -37,6 +37,7 @@ def index(
         ),
     ] = False,
     workers: Workers = None,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Write the catalogue of many shards, or bring it up to date.
@@ -47,6 +48,7 @@ def index(
 
     - `h5traces index archives/`
     - `h5traces index s3://bucket/run/ -o run.parquet --texts`
+    - `h5traces index archives/ --rank auto`
     - `h5traces head archives/catalogue.parquet`
     """
     from h5traces.rewriting.cataloguing import index as write_catalogue
@@ -58,10 +60,15 @@ def index(
         output = str(Path(sources[0], "catalogue.parquet"))
     with count_progress("index") as update:
         report = write_catalogue(
-            sources, output, texts=texts, check=check, workers=workers, progress=update
+            sources, output, texts=texts, check=check, workers=workers, progress=update, **ranks
         )
     if json:
         print_json(report.as_dict())
+    elif not report.is_written:
+        shards = counted(report.num_read, "shard")
+        print_line(f"read {shards}; the rank that ends last writes {report.path}")
+    elif not report.num_samples:
+        print_line(f"{report.path} is there already")
     else:
         print_line(
             f"wrote {report.path}: {counted(report.num_samples, 'sample')} in "

@@ -108,6 +108,11 @@ def print_line(line: str = "") -> None:
     _write(_on_one_line(line))
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines of data on stdout at once, which takes less than one after the other."""
+    _write("\n".join(map(_on_one_line, lines)))
+
+
 def _write(line: str, end: str = "\n") -> None:
     # Texts may hold lone surrogates, which no terminal takes; JSON, too, writes them like this.
     with output_errors():

@@ -119,7 +119,7 @@ def convert(
     if any(each.status == "converted" for each in report.files):
         reports.warn_of_loss(report.precision)
         reports.warn_of(tools_note(precision.codec))
-    _tell(report)
+    tell(report)
     for line in first_lines(report.problems, 20):
         fail(line)
     _note(report)
@@ -129,7 +129,7 @@ def convert(
         raise typer.Exit(EXIT_USAGE if is_usage else EXIT_PROBLEMS)
 
 
-def _tell(report: ConversionReport) -> None:
+def tell(report: ConversionReport) -> None:
     """Warnings and findings, the first of each check; what several files share is said once."""
     shared: dict[str, dict[str, list[str]]] = {}
     for each in report.files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from json import loads as parse_json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,11 +11,19 @@ import typer
 
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, EXIT_STOPPED, Group, command, stopping
-from h5traces.cli.console import fail, print_json, samples_progress, tell_findings, warn
+from h5traces.cli.console import (
+    fail,
+    finding_line,
+    print_json,
+    samples_progress,
+    tell_findings,
+    warn,
+)
 from h5traces.cli.options import (
     KEEP,
     OUTPUT,
     PRECISION,
+    Checks,
     Extracted,
     Json,
     Layers,
@@ -80,8 +89,8 @@ TrustRemoteCode = Annotated[
 ]
 _KINDS = (
     "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, `mlp_output`, "
-    "`head_outputs`, `queries`, `keys`, `values`, `router_logits`, `state_norms`; by token: "
-    "`logits`, `logprobs`, `entropy`"
+    "`head_outputs`, `queries`, `keys`, `values`, `router_logits`, `attention_mean`, "
+    "`state_norms`; by token: `logits`, `logprobs`, `entropy`"
 )
 Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", f"{_KINDS}.")]
 ExtractedKinds = Annotated[
@@ -90,6 +99,16 @@ ExtractedKinds = Annotated[
         KEEP,
         "--kinds KIND,KIND",
         _KINDS + " [default: hidden_states,attentions; of vLLM hidden_states].",
+    ),
+]
+Attentions = Annotated[
+    str | None,
+    option(
+        KEEP,
+        "--attentions full|qk|window:N|mean|none",
+        "Weights; queries and keys, of which archives compute the weights when they are read: "
+        "smaller from some hundred tokens on; weights of the last N keys of every query; their "
+        "mean over heads; or nothing [default: as `--kinds` says].",
     ),
 ]
 MaxNewTokens = Annotated[
@@ -322,15 +341,7 @@ def extract(
     ] = "none",
     layers: Layers = None,
     kinds: ExtractedKinds = None,
-    attentions: Annotated[
-        Literal["full", "qk", "none"] | None,
-        option(
-            KEEP,
-            "--attentions full|qk|none",
-            "Weights; or queries and keys, of which archives compute the weights when they are "
-            "read: smaller from some hundred tokens on; or nothing [default: as `--kinds` says].",
-        ),
-    ] = None,
+    attentions: Attentions = None,
     top_logits: Annotated[
         int | None,
         option(
@@ -380,6 +391,7 @@ def extract(
             min=1,
         ),
     ] = None,
+    checks: Checks,
     ranks: Ranks,
     json: Json = False,
 ) -> None:
@@ -421,7 +433,7 @@ def extract(
     is_rank = ranks["rank"] is not None
     with samples_progress("extract") as update, stopping(is_rank=is_rank) as should_stop:
         report = extraction.extract_dataset(
-            model,
+            replace(model, engine=engine),
             dataset,
             output,
             options,
@@ -430,7 +442,7 @@ def extract(
             check_space=check_space,
             progress=update,
             should_stop=should_stop,
-            engine=engine,
+            checks=checks,
             **ranks,
         )
     if json:
@@ -441,7 +453,10 @@ def extract(
         reports.warn_of_loss(str(precision.precision))
     for message in report.warnings:
         warn(message)
-    tell_findings(report.findings, report.output)
+    tell_findings(report.findings, report.output, checks)
+    for each in report.findings:
+        if checks.fails([each]):
+            fail(f"{report.output}: {finding_line(each)}")
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:
@@ -495,6 +510,7 @@ def estimate(
     ] = 43,
     layers: Layers = None,
     kinds: Kinds = "hidden_states,attentions",
+    attentions: Attentions = None,
     storage: Annotated[PrecisionOptions, Group(_storage)],
     pilot: Annotated[
         str | None,
@@ -547,7 +563,9 @@ def estimate(
             trust_remote_code=trust_remote_code,
         )
         generation = GenerationOptions(max_new_tokens=max_new_tokens)
-        options = ExtractOptions(layers=layers, kinds=_kinds(kinds), generation=generation)
+        options = ExtractOptions(
+            layers=layers, kinds=_kinds(kinds), attentions=attentions, generation=generation
+        )
         found = _measured(model, dataset, int(pilot), options, storage)
     else:
         from h5traces.extract.estimate import estimate as estimate_sizes
@@ -562,7 +580,12 @@ def estimate(
             message = "give --model-id, or all of --num-layers, --hidden-size and --num-heads"
             raise typer.BadParameter(message)
         found = estimate_sizes(
-            shape, seq_len, layers=layers, kinds=_kinds(kinds), precision=storage
+            shape,
+            seq_len,
+            layers=layers,
+            kinds=_kinds(kinds),
+            attentions=attentions,
+            precision=storage,
         )
     if json:
         print_json(found.as_dict())

@@ -103,7 +103,7 @@ def ls(sources: Archives, json: Json = False) -> None:
     - `h5traces ls archives/ | grep -P "\\tlast_position$"`
     - `h5traces ls archives/ --json | jq -r '.[].sample_id'`
     """
-    found = enumerate(trace.metadata for trace in open_archive(sources))
+    found = enumerate(open_archive(sources)._metadata())
     if json:
         dumped = (
             (index, each.model_dump(mode="json", exclude={"fields"})) for index, each in found

@@ -13,6 +13,7 @@ from h5traces.format.precision import Precision
 from h5traces.format.precision import Tier as TierName
 from h5traces.meaning.checks import CheckOptions, FailOn
 from h5traces.meaning.options import FirstState, ReadingOptions
+from h5traces.rewriting.ordering import Order
 from h5traces.storage.codecs import ArrayCodec
 from h5traces.writing.options import AUTOMATIC_SAMPLES, Compare, PrecisionOptions, TargetOptions
 from h5traces.writing.options import Foreign as ForeignChoice
@@ -332,6 +333,15 @@ Foreign = Annotated[
         OUTPUT,
         "--foreign keep|drop",
         "Whether to keep what other programs put into archives; names with x_ are always kept.",
+    ),
+]
+MergeOrder = Annotated[
+    Order | None,
+    option(
+        OUTPUT,
+        "--order id|source|index",
+        "Sort samples by id, by the file converted from, or by row of the data set [default: as "
+        "they lie].",
     ),
 ]
 PrecisionGroup = Annotated[PrecisionOptions, Group(_precision)]

@@ -15,12 +15,14 @@ from h5traces.cli.console import (
     finding_line,
     first_lines,
     human_size,
+    note,
     print_line,
+    print_lines,
     print_table,
     warn,
     with_flags,
 )
-from h5traces.format.layout import TEXT_FIELDS
+from h5traces.format.layout import PRECISION_FEATURE, TEXT_FIELDS
 from h5traces.format.text import and_more, counted
 
 if TYPE_CHECKING:
@@ -36,12 +38,14 @@ if TYPE_CHECKING:
     from h5traces.fidelity import FidelityReport, Unmatched
     from h5traces.format.record import TraceMetadata
     from h5traces.rewriting.label import LabelReport
-    from h5traces.rewriting.repack import RepackReport
     from h5traces.rewriting.reports import ConversionReport, FileReport
+    from h5traces.rewriting.rewrite import RepackReport
 
 
 # Rows of a conversion; more would push the messages off the screen.
 _MOST_ROWS: Final = 20
+# Of lists without end.
+_LINES_AT_ONCE: Final = 100
 
 
 def _table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -141,6 +145,9 @@ def _total(report: ConversionReport) -> FileReport:
 
 def print_rewrite(report: RepackReport, *, dry_run: bool) -> None:
     """The targets of a rewrite, and how they were made."""
+    if not report.targets:
+        print_line("wrote nothing: no shard falls to this rank")
+        return
     targets = report.targets[0]
     if len(report.targets) > 1:
         targets += f" … {report.targets[-1]}"
@@ -170,6 +177,11 @@ def print_inspection(result: Inspection) -> None:
         if metadata["is_lossless"]:
             changes = f", for the {_only(kept)}" if kept else " (every stored value)"
         print_line(f"  lossless: {lossless}{changes}")
+        if PRECISION_FEATURE in metadata.get("required_features", ()):
+            print_line(
+                "  HDF5 viewers show codes; for values: h5traces export "
+                f"{result.path} -o values.h5 --decoded"
+            )
     stored = f"{len(result.layers)} stored"
     if metadata.get("num_layers") and metadata.get("layers"):
         stored += f" of {metadata['num_layers']}: {', '.join(map(str, result.layers))}"
@@ -272,8 +284,9 @@ def print_samples(found: Iterator[tuple[int, TraceMetadata]]) -> None:
             table.add_row(*map(cell, row))
         print_table(table)
         return
-    for row in chain((names,), screen, (following,), rows):
-        print_line("\t".join(row))
+    lines = map("\t".join, chain((names,), screen, (following,), rows))
+    while part := list(islice(lines, _LINES_AT_ONCE)):
+        print_lines(part)
 
 
 def print_texts(rows: list[dict[str, Any]]) -> None:
@@ -306,6 +319,9 @@ def print_verification(found: list[VerifyReport]) -> None:
     """Every problem on its own line, and a verdict per file."""
     for each in found:
         _print_checked(each, "intact", human_size(each.nbytes))
+        if any(problem.kind == "damaged" for problem in each.problems):
+            saving = "restore it from a copy, or run 'h5traces salvage', which saves the samples"
+            note(f"{each.path}: {saving} that are intact")
 
 
 def _problem_lines(problems: list[Problem]) -> list[str]:
@@ -334,8 +350,8 @@ def _print_checked(
 ) -> None:
     for line in _problem_lines(report.problems):
         print_line(f"{report.path}:{line}")
-    for note in report.notes:
-        print_line(f"{report.path}: note: {with_flags(note)}")
+    for each in report.notes:
+        print_line(f"{report.path}: note: {with_flags(each)}")
     failures = len(report.problems) + num_failures
     verdict = good if report.ok else counted(failures, "problem")
     what = f"; {covers}" if report.ok and covers else ""
@@ -387,6 +403,13 @@ def print_targets(targets: list[str], *, dry_run: bool) -> None:
 
 def print_features(report: FeatureReport, *, dry_run: bool) -> None:
     """The shape of every feature."""
+    if not dry_run and not report.is_written:
+        samples = counted(report.num_samples, "sample")
+        print_line(f"computed {samples}; the rank that ends last writes {report.target}")
+        return
+    if not dry_run and not report.shapes:
+        print_line(f"{report.target} is there already")
+        return
     size = "" if dry_run else f" ({human_size(report.nbytes)})"
     print_line(f"{'would write' if dry_run else 'wrote'} {report.target}{size}")
     print_line(f"  {counted(report.num_samples, 'sample')}, {report.num_labelled} with a label")
@@ -520,6 +543,6 @@ def print_estimate(found: Estimate, *, sequences: str = "") -> None:
         f"{found.mean_seq_len:.1f} tokens per sample" + (f" ({sequences})" if sequences else "")
     )
     if found.advice:
-        print_line(found.advice.replace("attentions='qk'", "--attentions qk"))
+        print_line(with_flags(found.advice))
     bits = ", ".join(f"{kind} {each:.2f}" for kind, each in found.rates.bits.items())
     print_line(f"bits per value: {bits} ({found.rates.source})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -24,11 +25,14 @@ from h5traces.cli.options import (
     Foreign,
     Json,
     Layers,
+    MergeOrder,
     NewFile,
     Output,
     PrecisionGroup,
+    Ranks,
     Rewritten,
     Samples,
+    ShardSamples,
     option,
 )
 from h5traces.errors import ConversionError
@@ -40,10 +44,10 @@ from h5traces.rewriting.export import ExportFormat
 from h5traces.rewriting.export import export as export_archive
 from h5traces.rewriting.label import LabelReport, joined
 from h5traces.rewriting.label_table import HigherMeans, LabelOptions
-from h5traces.rewriting.repack import RepackReport
 from h5traces.rewriting.repack import merge as merge_archives
 from h5traces.rewriting.repack import repack as repack_archives
 from h5traces.rewriting.repack import split as split_archives
+from h5traces.rewriting.rewrite import RepackReport
 from h5traces.storage.codecs import tools_note
 from h5traces.writing.options import TargetOptions
 
@@ -71,8 +75,10 @@ def repack(
         ),
     ] = None,
     output: Output,
+    shard_samples: ShardSamples = None,
     foreign: Foreign = "keep",
     target: Rewritten,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Rewrite archives with fewer layers or samples, or more compactly.
@@ -83,6 +89,7 @@ def repack(
     - `h5traces repack run.h5 -o first.h5 --samples 0:100`
     - `h5traces repack run.h5 -o fast.h5 --codec zstd`
     - `h5traces repack run.h5 -o small.h5 --tier analysis`
+    - `h5traces repack shards/ -o small/ --tier analysis --shard-samples 1000 --rank auto`
     """
     run = partial(
         repack_archives,
@@ -93,7 +100,9 @@ def repack(
         precision=precision,
         first_state=first_state,
         foreign=foreign,
+        **ranks,
     )
+    target = replace(target, shard_samples=shard_samples)
     _rewrite(run, output, target, precision.codec, json=json)
 
 
@@ -102,6 +111,7 @@ def merge(
     sources: Archives,
     *,
     output: Output,
+    order: MergeOrder = None,
     foreign: Foreign = "keep",
     target: Rewritten,
     json: Json = False,
@@ -111,8 +121,10 @@ def merge(
     Chunks are copied byte for byte. Naming an archive twice is an error.
 
     - `h5traces merge shards/*.h5 -o run.h5`
+    - `h5traces merge shards/*.h5 -o run.h5 --order id`
     """
-    _rewrite(partial(merge_archives, sources, output, foreign=foreign), output, target, json=json)
+    run = partial(merge_archives, sources, output, order=order, foreign=foreign)
+    _rewrite(run, output, target, json=json)
 
 
 @command()
@@ -180,6 +192,14 @@ def export(
         DtypePolicy | None,
         option(OUTPUT, "--dtype TYPE", "Stored type of an `.h5` export [default: float32]."),
     ] = None,
+    decoded: Annotated[
+        bool,
+        option(
+            OUTPUT,
+            "--decoded",
+            "An `.h5` for people: values where a tier has codes, and long texts as lines.",
+        ),
+    ] = False,
     numpy: Annotated[
         bool, option(OUTPUT, "--numpy", "Arrays where the source held torch tensors.")
     ] = False,
@@ -194,6 +214,7 @@ def export(
     - `h5traces export run.h5 -o run_dataset/ --to datasets` for `datasets.load_from_disk`
     - `h5traces export run.h5 -o run.json --to kerchunk` no copy: zarr reads the archive
     - `h5traces export run.h5 -o run_float32.h5` for viewers without float16
+    - `h5traces export tier.h5 -o values.h5 --decoded` for HDFView and others, which show codes
     """
     with count_progress(output) as update:
         path = export_archive(
@@ -201,6 +222,7 @@ def export(
             output,
             to=to,
             dtype=dtype,
+            decoded=decoded,
             container="numpy" if numpy else "source",
             overwrite=target.overwrite,
             dry_run=target.dry_run,

@@ -1,19 +1,31 @@
-"""``h5traces status``: runs of several ranks."""
+"""``h5traces status`` and ``collect``: runs of several ranks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
-from h5traces.cli.console import fail, first_lines, human_size, print_json, print_line
-from h5traces.cli.options import Json, option
+from h5traces.cli.console import (
+    count_progress,
+    fail,
+    first_lines,
+    human_size,
+    print_json,
+    print_line,
+    warn,
+)
+from h5traces.cli.converting import tell
+from h5traces.cli.options import OUTPUT, Json, MergeOrder, Workers, option
 from h5traces.format.text import counted
 from h5traces.ranks.status import as_ranges
 from h5traces.ranks.status import status as status_of
+from h5traces.rewriting.reports import ConversionReport
 
 if TYPE_CHECKING:
+    from h5traces.checking.collect import CollectReport
     from h5traces.ranks.status import RunStatus
 
 Folder = Annotated[str, typer.Argument(metavar="DEST", help="The output of the run.")]
@@ -48,6 +60,77 @@ def status(
         fail(line)
     if not found.ok:
         raise typer.Exit(EXIT_PROBLEMS)
+
+
+@command()
+def collect(
+    folder: Folder,
+    *,
+    output: Annotated[
+        str | None,
+        option(
+            OUTPUT,
+            "-o --output NAME",
+            "Join the archives: `.h5` for one archive, `.parquet` for a catalogue.",
+        ),
+    ] = None,
+    order: MergeOrder = None,
+    verify: Annotated[
+        Literal["sample", "all", "none"],
+        option(
+            None,
+            "--verify sample|all|none",
+            "Which archives are compared with their checksums: 60 drawn at random, all or none.",
+        ),
+    ] = "sample",
+    workers: Workers = None,
+    json: Json = False,
+) -> None:
+    """Report on, check and join what a run of several ranks made.
+
+    Says what is missing and what is there twice. Of an extraction, what dead ranks left in the
+    spool is packed where a shard is complete. Exit code 0 only if all the work is done and no
+    archive is damaged; only then archives are joined.
+
+    - `h5traces collect archives/`
+    - `h5traces collect archives/ -o run.parquet --verify all`
+    - `h5traces collect archives/ -o run.h5 --order id`
+    """
+    from h5traces.checking.collect import collect as collect_run
+
+    with count_progress("verify") as update:
+        report = collect_run(
+            folder, output, verify=verify, order=order, workers=workers, progress=update
+        )
+    if json:
+        print_json(report.as_dict())
+    else:
+        _print_collected(report)
+    tell(ConversionReport(files=report.files))
+    for line in (*first_lines(report.warnings), *first_lines(report.duplicates)):
+        warn(line)
+    for line in first_lines([f"left out: {each['message']}" for each in report.left_out]):
+        warn(line)
+    for line in first_lines([f"missing: {each}" for each in report.missing]):
+        fail(line)
+    for line in first_lines(report.problems):
+        fail(line)
+    if not report.ok:
+        raise typer.Exit(EXIT_PROBLEMS)
+
+
+def _print_collected(report: CollectReport) -> None:
+    reports.print_conversion(ConversionReport(files=report.files))
+    for line in _lines(report.status):
+        print_line(line)
+    for path in report.packed:
+        print_line(f"packed {path}")
+    print_line(
+        f"{counted(report.num_archives, 'archive')} with {counted(report.num_samples, 'sample')}, "
+        f"{report.num_verified} verified; {'complete' if report.is_complete else 'not complete'}"
+    )
+    if report.output is not None:
+        print_line(f"wrote {report.output}")
 
 
 def _lines(found: RunStatus) -> list[str]:

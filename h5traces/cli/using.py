@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -9,7 +10,17 @@ import typer
 from h5traces.cli import reports
 from h5traces.cli.command import EXIT_PROBLEMS, command
 from h5traces.cli.console import count_progress, fail, first_lines, print_json, warn
-from h5traces.cli.options import KEEP, OUTPUT, Archives, Json, Layers, NewFile, Workers, option
+from h5traces.cli.options import (
+    KEEP,
+    OUTPUT,
+    Archives,
+    Json,
+    Layers,
+    NewFile,
+    Ranks,
+    Workers,
+    option,
+)
 from h5traces.errors import FidelityError
 from h5traces.features import PcaOptions, extract_features
 from h5traces.fidelity import FidelityReport, compare
@@ -70,6 +81,7 @@ def features(
     ] = False,
     workers: Workers = None,
     target: NewFile,
+    ranks: Ranks,
     json: Json = False,
 ) -> None:
     """Compute features: a row for every sample.
@@ -81,6 +93,7 @@ def features(
     - `h5traces features run.h5 --last-token -o features.h5`
     - `h5traces features shards/ --pooled mean,max --attention entropy,sink -o features.parquet`
     - `h5traces features run.h5 --last-token --pca 32 --pca-samples 0:800 -o features.npz`
+    - `h5traces features shards/ --last-token -o features.h5 --rank auto`
     """
     names = ["last_token"] * last_token
     names += _listed(pooled, {name: name for name in _POOLED}, "--pooled")
@@ -97,10 +110,9 @@ def features(
             pca=None if pca is None else PcaOptions(pca, pca_samples, only=pca_only),
             labels=labels,
             allow_nan=allow_nan,
-            workers=workers,
-            overwrite=target.overwrite,
-            dry_run=target.dry_run,
+            target=replace(target, workers=workers),
             progress=update,
+            **ranks,
         )
     if json:
         print_json(report.as_dict())

@@ -21,6 +21,18 @@ def view(
         int, option(None, "--port N", "Of 127.0.0.1 [default: a free one].", min=0, max=65535)
     ] = 0,
     browser: Annotated[bool, option(None, "--browser/--no-browser", "Open the browser.")] = True,
+    labels: Annotated[
+        str | None,
+        option(None, "--labels DIR", "Labels lie there instead of beside the archives."),
+    ] = None,
+    scores: Annotated[
+        str | None,
+        option(
+            None,
+            "--scores FILE",
+            "Show the numbers of a features file (.h5, .npz) for layers and tokens.",
+        ),
+    ] = None,
     export: Annotated[
         str | None,
         option(
@@ -46,12 +58,14 @@ def view(
     from h5traces.view import export_page, serve
 
     if export is not None:
-        written = export_page(sources, export)
+        written = export_page(sources, export, labels=labels, scores=scores)
         print_line(f"{export}: {counted(len(written), 'file')} for any web server with byte ranges")
         return
 
     def started(page: Page) -> None:
         print_line(page.url)
+        if not page.has_browser:
+            note("there is no browser with a display here; open the address yourself")
         note(f"showing {counted(page.num_archives, 'archive')}; Ctrl-C ends it")
 
-    serve(sources, port=port, browser=browser, started=started)
+    serve(sources, port=port, browser=browser, labels=labels, scores=scores, started=started)

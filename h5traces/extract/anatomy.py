@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from h5traces.errors import ExtractionError
 from h5traces.format import layout
-from h5traces.format.kinds import STATE_NORMS
+from h5traces.format.kinds import STATE_NORMS, WEIGHT_KINDS
 from h5traces.format.text import and_more
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Site:
     """Where one kind is taken in one block.
 
     ``module`` is called `name` inside of the block; ``part`` is the place in a tuple that it
-    returns; ``heads`` is the number of heads that lie side by side in the last axis.
+    returns; ``heads`` is the number of heads that lie side by side in the last axis. `by_product`
+    says that the module multiplies queries and keys itself, and calls no attention function.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     part: int = 0
     factor: float = 1.0
     heads: int = 0
+    by_product: bool = False
 
     def taken(self, tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
         """The array ``(B, *axes)`` in what the module took or gave."""
@@ -59,7 +61,8 @@ class Site:
         if self.side in ("input", "output"):
             factor = f", times {self.factor:g}" if self.factor != 1 else ""
             return f"{self.side} of {self.name}{factor}"
-        return f"{self.side} of the attention function of {self.name}"
+        where = "products" if self.by_product else "attention function"
+        return f"{self.side} of the {where} of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Anatomy:
 
     def layers_with(self, kind: str) -> tuple[int, ...]:
         """The layers that have a kind."""
-        if kind == layout.ATTENTIONS:
+        if kind in WEIGHT_KINDS:
             return tuple(n for n, each in enumerate(self.attentions) if each is not None)
         if kind in (layout.HIDDEN_STATES, STATE_NORMS):
             return tuple(range(self.num_layers))

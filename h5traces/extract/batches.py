@@ -14,6 +14,7 @@ from h5traces.extract.capture import (
     padded,
     relative_difference,
     values_of,
+    with_whole_weights,
 )
 from h5traces.extract.generation import generation_config, in_force
 from h5traces.extract.options import GenerationOptions
@@ -49,7 +50,10 @@ def check_batches(model: Any, anatomy: Anatomy, kinds: tuple[str, ...], pad_id: 
     """
     tolerance = TOLERANCES.get(model.dtype, TOLERANCES[torch.float32])
     options = CaptureOptions(
-        layers=tuple(range(anatomy.num_layers)), kinds=kinds, embedding=True, dtype="auto"
+        layers=tuple(range(anatomy.num_layers)),
+        kinds=with_whole_weights(kinds),
+        embedding=True,
+        dtype="auto",
     )
     capturer = Capturer(anatomy, options)
     try:

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # as torch's own documents name it
 
 from h5traces.archive.recomputing import attention_weights
-from h5traces.archive.torch_values import from_tensor
+from h5traces.archive.torch_values import from_tensor, to_tensor
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import check_eager, states_in, states_of, weights_of
 from h5traces.extract.options import DEFAULT_KINDS, LastState
 from h5traces.extract.rules import rule_of
 from h5traces.extract.sites import CALL_SIDES, attention_calls, find_sites, first_tensor
 from h5traces.format import layout
-from h5traces.format.dtypes import CastCounts, TypedArray
+from h5traces.format.dtypes import CastCounts, TypedArray, compiled_cast
 from h5traces.format.kinds import (
+    ATTENTION_WINDOW,
     ENTROPY,
     KEYS,
     LOGITS,
@@ -31,6 +33,7 @@ from h5traces.format.kinds import (
     TOKEN_KINDS,
     TOP_LOGIT_IDS,
     TOP_LOGITS,
+    WEIGHT_KINDS,
 )
 from h5traces.format.record import EarlierCast, LayerArray
 from h5traces.format.text import and_more
@@ -73,7 +76,8 @@ class CaptureOptions:
     """What to keep of a forward pass, as in `ExtractOptions`; ``layers`` ascend.
 
     ``dtype`` is the stored type; casts to the narrow ones are made on the device. ``top_logits`` is
-    how many scores are kept of every token; None for all.
+    how many scores are kept of every token; None for all. ``window`` is the width of
+    ``attention_window``.
     """
 
     layers: tuple[int, ...]
@@ -82,6 +86,7 @@ class CaptureOptions:
     last_state: LastState = "final_norm"
     dtype: DtypePolicy = "float16"
     top_logits: int | None = None
+    window: int = 0
     # Whether attention must follow from queries and keys.
     needs_rules: bool = False
 
@@ -174,7 +179,13 @@ class _Pass:
             for handle in self._hooks():
                 hooks.callback(handle.remove)
             if any(each in CALL_SIDES for each in self._options.kinds):
-                hooks.enter_context(attention_calls(self._take_call))
+                products = (
+                    site.module
+                    for kind in CALL_SIDES
+                    for site in anatomy.sites.get(kind, {}).values()
+                    if site.by_product
+                )
+                hooks.enter_context(attention_calls(self._take_call, products))
             output = (anatomy.model if needs_scores else anatomy.decoder)(**inputs, use_cache=False)
         if needs_scores:
             self._take_scores(output.logits)
@@ -193,7 +204,8 @@ class _Pass:
                 continue
             yield block.register_forward_hook(self._block_taker(layer))
             attention = anatomy.attentions[layer]
-            if self._keeps(layout.ATTENTIONS, layer) and attention is not None:
+            keeps_weights = any(self._keeps(kind, layer) for kind in WEIGHT_KINDS)
+            if keeps_weights and attention is not None:
                 yield attention.register_forward_hook(self._weights_taker(layer))
             for kind in options.kinds:
                 site = anatomy.sites.get(kind, {}).get(layer)
@@ -246,7 +258,9 @@ class _Pass:
             value = weights_of(output, self._longest)
             if value is None:
                 raise ExtractionError(_no_weights(name, module))
-            self._take(layout.ATTENTIONS, name, value)
+            for kind in WEIGHT_KINDS:
+                if self._keeps(kind, layer):
+                    self._take(kind, name, _weights_as(kind, value, self._options.window))
 
         return take
 
@@ -381,12 +395,42 @@ class _Pass:
         return found
 
 
+def _weights_as(kind: str, weights: torch.Tensor, width: int) -> torch.Tensor:
+    """Attention weights ``(B, A, S, S)`` as a kind has them.
+
+    Means are those of `h5traces.precision.attention.HeadMean`; a window is ``(B, A, S, width)``.
+    """
+    if kind == layout.ATTENTION_MEAN:
+        return weights.half().float().mean(dim=1)
+    if kind == ATTENTION_WINDOW:
+        # Row i of the padded square begins width - 1 keys before key 0: a diagonal of columns.
+        padded = F.pad(weights, (width - 1, 0))
+        *outer, step, _ = padded.stride()
+        return padded.as_strided((*weights.shape[:3], width), (*outer, step + 1, 1))
+    return weights
+
+
 def cast(values: torch.Tensor, target: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
     """A contiguous copy of `values`, in the target type if there is one, and what the cast changed.
 
     The latter is int64 ``(5,)`` on the same device: values that overflow, become zero, become
     subnormal, or change at all, and NaN values of the source.
     """
+    if values.device.type == "cpu" and target is not None:
+        array, _ = from_tensor(values)
+        typed = TypedArray(array, _TYPE_NAMES[values.dtype])
+        found = compiled_cast(typed, _TYPE_NAMES[target])
+        if found is not None:
+            lost = found.counts
+            counts = (lost.num_overflow, lost.num_to_zero, lost.num_to_subnormal, found.num_changed)
+            return to_tensor(found.array.values, found.array.dtype), torch.tensor([*counts, 0])
+    return cast_on_device(values, target)
+
+
+def cast_on_device(
+    values: torch.Tensor, target: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by torch, wherever `values` are."""
     num_nan = values.isnan().sum()
     if target is None:
         copied = values.clone(memory_format=torch.contiguous_format)
@@ -450,10 +494,10 @@ def with_kinds(
     ExtractionError
         None of the layers has a kind.
     """
-    if layout.ATTENTIONS in kinds:
+    if set(kinds) & set(WEIGHT_KINDS):
         check_eager(anatomy.model)
         anatomy = with_weights(anatomy)
-    plain = (layout.HIDDEN_STATES, layout.ATTENTIONS, STATE_NORMS, *TOKEN_KINDS)
+    plain = (layout.HIDDEN_STATES, *WEIGHT_KINDS, STATE_NORMS, *TOKEN_KINDS)
     if any(kind not in plain for kind in kinds):
         inputs = padded([_CHECK_TOKENS], 0, anatomy.device)
         anatomy = replace(anatomy, sites=find_sites(anatomy, anatomy.inputs(inputs)))
@@ -570,6 +614,12 @@ def _no_weights(name: str, module: Any) -> str:
     )
 
 
+def with_whole_weights(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Kinds with attention weights for what is made of them: if they are right, so is that."""
+    found = (layout.ATTENTIONS if each in WEIGHT_KINDS else each for each in kinds)
+    return tuple(dict.fromkeys(found))
+
+
 def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[str, ...]) -> float:
     """Compare the arrays of eleven tokens with those that transformers returns.
 
@@ -583,6 +633,7 @@ def check_capture(model: Any, anatomy: Anatomy, kinds: tuple[str, ...]) -> float
     ExtractionError
         An array is another, or transformers returns another number of them.
     """
+    kinds = with_whole_weights(kinds)
     with torch.inference_mode():
         output = model(
             **anatomy.inputs(padded([_CHECK_TOKENS], 0, anatomy.device)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,6 +28,13 @@ def sample_text(tokenizer: Any, job: Job, answer: Sequence[int]) -> tuple[str, s
     if text is None:
         text = tokenizer.decode(list(answer), skip_special_tokens=True)
     return prompt, text
+
+
+@lru_cache(maxsize=1 << 16)
+def token_text(tokenizer: Any, token: int, *, skip_special_tokens: bool = False) -> str:
+    """A token decoded by itself; kept, since the same ones come again in every sample."""
+    found: str = tokenizer.decode([token], skip_special_tokens=skip_special_tokens)
+    return found
 
 
 def char_offsets(tokenizer: Any, job: Job, answer: Sequence[int]) -> NDArray[np.int32]:
@@ -79,7 +87,7 @@ def decoded_offsets(tokenizer: Any, tokens: Sequence[int], text: str) -> NDArray
         found: str = tokenizer.decode(list(ids), skip_special_tokens=True)
         return found
 
-    pieces = [decode([each]) for each in tokens]
+    pieces = [token_text(tokenizer, int(each), skip_special_tokens=True) for each in tokens]
     lengths = list(map(len, pieces))
     if "".join(pieces) != text:
         lengths = _in_context(decode, tokens, text) or _of_prefixes(decode, tokens, text)

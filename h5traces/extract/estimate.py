@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.archive.selection import choose_layers
 from h5traces.arguments import checked
+from h5traces.extract.options import window_of, with_form
 from h5traces.extract.sizes import ModelShape, Rates, stated_rates
 from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS
 from h5traces.format.html import Report
 from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.precision import EXACT, TIERS
-from h5traces.format.text import as_names
 from h5traces.storage.codecs import GZIP
 from h5traces.writing.options import PrecisionOptions
 
@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
 # Models with fewer layers are thinned out less.
 _FEW_LAYERS: Final = 12
-# Of queries and keys in float16; and how weights shrink with the number of tokens, from those of
-# the stated rates on (docs/long-traces.md: 7.5 bits at 43 tokens, 4.9 at 2,048).
+# Of queries and keys in float16, and rounded to some mantissa bits; and how weights shrink with
+# the number of tokens, from those of the stated rates on (docs/long-traces.md: 7.5 bits at 43
+# tokens, 4.9 at 2,048).
 _QUERY_BITS: Final = 13.7
+_ROUNDING: Final = 5
+_ROUNDED_QUERY_BITS: Final = 8.8
+_WEIGHT_BITS: Final = 7.6
 _STATED_LENGTH: Final = 43
 _SHRINKING: Final = -0.11
 
@@ -85,22 +89,27 @@ class Estimate(Report):
 
     @property
     def advice(self) -> str:
-        """That queries and keys take less than attention weights, where they do; else empty."""
-        bits = self.rates.bits.get(layout.ATTENTIONS)
-        if bits is None or not self.shape.num_heads:
+        """Which form of attention takes less than the one that was asked for; else empty."""
+        bits, length = self.rates.bits, max(1, round(self.mean_seq_len))
+        has_weights = layout.ATTENTIONS in bits
+        if not self.shape.num_heads or not (has_weights or {QUERIES, KEYS} <= bits.keys()):
             return ""
-        length = max(1, round(self.mean_seq_len))
-        if not self.rates.is_measured:
-            bits *= min(1.0, (length / _STATED_LENGTH) ** _SHRINKING)
         values = self.shape.num_values([length], (layout.ATTENTIONS, QUERIES, KEYS))
-        others = (values[QUERIES] + values[KEYS]) * _QUERY_BITS
-        ratio = values[layout.ATTENTIONS] * bits / others
-        if ratio <= 1:
+        measured = bits if self.rates.is_measured else {}
+        shrunk = min(1.0, (length / _STATED_LENGTH) ** _SHRINKING)
+        per_weight = measured.get(layout.ATTENTIONS, _WEIGHT_BITS * shrunk)
+        weights = values[layout.ATTENTIONS] * per_weight
+        others = sum(values[kind] * measured.get(kind, _QUERY_BITS) for kind in (QUERIES, KEYS))
+        few, many = (others, weights) if has_weights else (weights, others)
+        if few >= many:
             return ""
-        return (
-            f"queries and keys would take 1/{ratio:.1f} of what attention weights of {length:,} "
-            "tokens take: extract with attentions='qk'"
-        )
+        names = ("queries and keys", f"attention weights of {length:,} tokens")
+        one, other = names if has_weights else names[::-1]
+        form = "qk" if has_weights else "full"
+        found = f"{one} would take 1/{many / few:.1f} of what {other} take: extract with "
+        rounded = many / few * _QUERY_BITS / _ROUNDED_QUERY_BITS
+        further = f"; 1/{rounded:.1f} with {_ROUNDING} mantissa bits, see docs/long-traces.md"
+        return f"{found}attentions={form!r}" + (further if has_weights else "")
 
     def as_dict(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""
@@ -122,6 +131,7 @@ def estimate(
     *,
     layers: LayerChoice = None,
     kinds: str | Sequence[str] = (layout.HIDDEN_STATES, layout.ATTENTIONS),
+    attentions: str | None = None,
     precision: PrecisionOptions | Tier | Precision | None = None,
     rates: Rates | None = None,
     tier_rates: Mapping[Precision, Rates] | None = None,
@@ -142,8 +152,8 @@ def estimate(
     layers
         A subset to list beside all layers: 0-based numbers, or text such as ``0,5,10-12,last``;
         every fifth layer and the last by default.
-    kinds
-        ``hidden_states``, ``attentions``, or both.
+    kinds, attentions
+        What is stored, as for `ExtractOptions`.
     precision
         Stored type and codec, and a precision to list beside the tiers. Tiers need float16.
     rates
@@ -159,14 +169,14 @@ def estimate(
     Raises
     ------
     ExtractionError
-        No rates are known for the type and codec.
+        No rates are known for the type and codec, or `attentions` is unknown.
     LayerIndexError
         The model has no such layer.
     """
     lengths = [lengths] if isinstance(lengths, int) else lengths
     options = PrecisionOptions.of(precision)
     dtype, codec = options.dtype or "float16", options.codec or GZIP.name
-    kinds = as_names(kinds)
+    kinds, window = with_form(kinds, attentions), window_of(attentions)
     rates = (rates or stated_rates(dtype, codec)).of_kinds(kinds)
     everything = tuple(range(shape.num_layers))
     subset = spread(shape.num_layers)
@@ -180,22 +190,22 @@ def estimate(
             if each != EXACT
         ]
     rows = [
-        _row(shape, lengths, chosen, way)
+        _row(shape, lengths, chosen, way, window)
         for way in ways
         for chosen in dict.fromkeys((everything, subset))
     ]
     return Estimate(
         shape=shape,
         mean_seq_len=sum(lengths) / len(lengths),
-        rows=(*_raw_rows(shape, lengths, kinds), *rows),
+        rows=(*_raw_rows(shape, lengths, kinds, window), *rows),
         rates=rates,
     )
 
 
 def _raw_rows(
-    shape: ModelShape, lengths: Sequence[int], kinds: Sequence[str]
+    shape: ModelShape, lengths: Sequence[int], kinds: Sequence[str], window: int
 ) -> Iterator[EstimateRow]:
-    num_values = sum(shape.num_values(lengths, kinds).values()) * shape.num_layers
+    num_values = sum(shape.num_values(lengths, kinds, window).values()) * shape.num_layers
     for dtype in ("float32", "float16"):
         yield EstimateRow(
             name=f"raw {dtype}",
@@ -210,13 +220,15 @@ def _row(
     lengths: Sequence[int],
     layers: tuple[int, ...],
     way: tuple[str, Precision, Rates],
+    window: int,
 ) -> EstimateRow:
     name, precision, rates = way
+    values = shape.num_values(lengths, rates.bits, window)
     if len(layers) < shape.num_layers:
         name += f", layers {','.join(map(str, layers))}"
     return EstimateRow(
         name=name,
-        sample_nbytes=rates.stored_nbytes(shape.num_values(lengths, rates.bits), len(layers)),
+        sample_nbytes=rates.stored_nbytes(values, len(layers)),
         num_layers=len(layers),
         basis="measured" if rates.is_measured else "estimated",
         precision=precision,

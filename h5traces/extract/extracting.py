@@ -15,14 +15,15 @@ from h5traces.errors import ArchiveExistsError, ExtractionError, TargetError, To
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
 from h5traces.extract.generation import Job, Planner, batches
-from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice
+from h5traces.extract.options import DatasetChoice, ExtractOptions, ModelChoice, window_of
 from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.shared import SharedExtraction
 from h5traces.extract.sizes import Forecast, ModelShape
 from h5traces.format.archive import MEASURED
-from h5traces.format.kinds import MODEL_KINDS
+from h5traces.format.kinds import MODEL_KINDS, WEIGHT_KINDS
 from h5traces.format.precision import EXACT
+from h5traces.meaning.checks import CheckOptions
 from h5traces.paths import check_not_a_source
 from h5traces.ranks.plan import RunPlan, plain_options, read_plan
 from h5traces.ranks.rank import find_rank
@@ -78,9 +79,9 @@ def extract_dataset(
     check_space: bool = True,
     progress: Callable[[RunProgress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    checks: CheckOptions = CheckOptions(),
     rank: int | Literal["auto"] | None = None,
     world_size: int | None = None,
-    engine: Engine | None = None,
 ) -> ExtractionReport:
     """Ask a model all questions of a data set and archive its hidden states and attentions.
 
@@ -107,11 +108,12 @@ def extract_dataset(
         Called after every written sample, in another thread.
     should_stop
         Called before every batch; if true, the run stops and can go on later.
+    checks
+        Which findings are left out of the report, and which of them are a failure. Samples with
+        them are kept.
     rank, world_size
         Do the share of one of `world_size` processes on one folder; ``rank="auto"`` asks the
         environment. Any number of them goes on with a stopped run; see `docs/cluster.md`.
-    engine
-        What runs the model: transformers, or a `h5traces.vllm.VllmEngine`.
 
     Returns
     -------
@@ -130,6 +132,7 @@ def extract_dataset(
         The output is that of another run, or of other options.
     """
     options, storage = options or ExtractOptions(), PrecisionOptions.of(precision)
+    engine: Engine | None = model.engine
     if engine is not None:
         engine.check(model, options)
     place = target_of_run(dest, replace(target, dry_run=False))
@@ -153,7 +156,7 @@ def extract_dataset(
     tokenizer = models.load_tokenizer(
         model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
-    report = ExtractionReport(str(place.path))
+    report = ExtractionReport(str(place.path), checks=checks)
     spare = 0 if engine is None else engine.spare_tokens
     jobs = _plan(Planner(tokenizer, config, options, spare_tokens=spare), questions, report)
     report.num_planned = len(jobs) + len(report.skipped)
@@ -164,6 +167,7 @@ def extract_dataset(
         kinds=tuple(each for each in options.kinds if each in MODEL_KINDS),
         lengths=tuple(each.num_kept(options) for each in jobs),
         precision=storage,
+        window=window_of(options.attentions),
     )
     report.forecast = forecast
     report.needed_nbytes = forecast.needed_nbytes(_num_written(place), place.shard_samples)
@@ -231,7 +235,7 @@ def _loaded(
         device=model.device,
         load_in_4bit=model.load_in_4bit,
         trust_remote_code=model.trust_remote_code,
-        eager="attentions" in options.kinds,
+        eager=bool({*options.kinds} & {*WEIGHT_KINDS}),
     )
     return Extractor(loaded, tokenizer, options, dtype=storage.dtype or "float16")
 
@@ -255,15 +259,14 @@ def _shared_plan(
         "batch_size": options.batch_size,
     }
     longest = options.generation.max_new_tokens
-    costs = (
-        sum(job.num_tokens(longest) for job in batch) for batch in batches(jobs, options.batch_size)
-    )
+    cut = list(batches(jobs, options.batch_size))
     return RunPlan(
         command="extract",
         world_size=rank.size,
         first_task=rank.first,
         options=plain_options(chosen),
-        costs=tuple(costs),
+        costs=tuple(sum(job.num_tokens(longest) for job in batch) for batch in cut),
+        ids=tuple(job.key for batch in cut for job in batch),
     )
 
 

@@ -19,7 +19,12 @@ from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
 from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
-from h5traces.extract.characters import char_offsets, sample_text, tokens_in_spans
+from h5traces.extract.characters import (
+    char_offsets,
+    sample_text,
+    token_text,
+    tokens_in_spans,
+)
 from h5traces.extract.generation import (
     Planner,
     answers_to,
@@ -28,7 +33,7 @@ from h5traces.extract.generation import (
     padding_token,
 )
 from h5traces.extract.kept import ALL, kept_tokens
-from h5traces.extract.options import ExtractOptions
+from h5traces.extract.options import ExtractOptions, window_of
 from h5traces.extract.questions import Question
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata, SampleExtraction
@@ -42,6 +47,7 @@ from h5traces.format.kinds import (
     SPANS,
 )
 from h5traces.format.record import LayeredArrays, TraceRecord
+from h5traces.precision.attention import MEAN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -238,6 +244,7 @@ class Extractor:
                 last_state=options.last_state,
                 dtype=dtype,
                 top_logits=options.top_logits,
+                window=window_of(options.attentions),
                 needs_rules=options.attentions == "qk",
             ),
         )
@@ -363,6 +370,7 @@ class Extractor:
         layered = {
             kind: LayeredArrays(
                 tuple(captured.arrays.get(kind, ())),
+                reduction=MEAN if kind == layout.ATTENTION_MEAN else None,
                 axes=None if kind in layout.KINDS else MODEL_KINDS[kind].axes,
                 definition=None if kind in layout.KINDS else MODEL_KINDS[kind].definition,
             )
@@ -387,7 +395,7 @@ class Extractor:
                 *extra,
             ),
             tokens=tokens,
-            tokens_decoded=tuple(self._tokenizer.decode([each]) for each in tokens.tolist()),
+            tokens_decoded=tuple(token_text(self._tokenizer, each) for each in tokens.tolist()),
             texts=texts,
             layered=layered,
             extra=extra,

@@ -12,6 +12,7 @@ from h5traces.archive.stores import StoredSize
 from h5traces.arguments import checked
 from h5traces.errors import ConversionError
 from h5traces.extract.estimate import estimate
+from h5traces.extract.options import window_of
 from h5traces.extract.sizes import STATED_RATES, ModelShape, Rates
 from h5traces.format import layout
 from h5traces.format.kinds import MODEL_KINDS
@@ -138,21 +139,24 @@ def measured_estimate(
     *,
     layers: LayerChoice,
     kinds: Sequence[str],
+    attentions: str | None = None,
 ) -> Estimate:
     """An estimate by what an archive of samples of these lengths takes, also in every tier."""
-    rates = _measured(path, shape, lengths, storage.dtype or "float16")
+    window = window_of(attentions)
+    rates = _measured(path, shape, lengths, window, storage.dtype or "float16")
     tier_rates = {}
     if storage.dtype in (None, "float16") and storage.codec in (None, GZIP.name):
         for tier in (each for each in TIERS.values() if each != EXACT):
             encoded = path.with_name(f"{tier.tier}.h5")
             repack(path, encoded, precision=tier, target=TargetOptions(verify=False))
-            tier_rates[tier] = _measured(encoded, shape, lengths)
+            tier_rates[tier] = _measured(encoded, shape, lengths, window)
             encoded.unlink()
     return estimate(
         shape,
         lengths,
         layers=layers,
         kinds=[each for each in kinds if each in MODEL_KINDS],
+        attentions=attentions,
         precision=storage,
         rates=rates,
         tier_rates=tier_rates,
@@ -160,7 +164,11 @@ def measured_estimate(
 
 
 def _measured(
-    path: Path, shape: ModelShape, lengths: Sequence[int], dtype: DtypePolicy = "float16"
+    path: Path,
+    shape: ModelShape,
+    lengths: Sequence[int],
+    window: int,
+    dtype: DtypePolicy = "float16",
 ) -> Rates:
     """The rates of an archive.
 
@@ -173,8 +181,7 @@ def _measured(
     num_layers, num_samples = shape.num_layers, len(lengths)
     scales = sizes.pop(layout.SCALES_GROUP, StoredSize())
     nbytes = path.stat().st_size - scales.stored_nbytes
-    kinds = (*MODEL_KINDS, layout.ATTENTION_MEAN)
-    values = shape.num_values(lengths, [kind for kind in kinds if kind in sizes])
+    values = shape.num_values(lengths, [kind for kind in MODEL_KINDS if kind in sizes], window)
     stored = {kind: sizes[kind].stored_nbytes for kind in values}
     beside = (nbytes - sum(stored.values())) / num_samples
     array_nbytes = STATED_RATES[dtype if dtype in STATED_RATES else "float32"].array_nbytes

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from h5traces.archive.selection import check_named_once
-from h5traces.arguments import checked_options
+from h5traces.arguments import checked_options, shown
 from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract.kept import check_tokens
 from h5traces.format.archive import AnswerCut
-from h5traces.format.kinds import KEYS, LOGITS, MODEL_KINDS, QUERIES, TOKEN_KINDS
-from h5traces.format.layout import ATTENTIONS, HIDDEN_STATES
+from h5traces.format.kinds import (
+    ATTENTION_WINDOW,
+    KEYS,
+    LOGITS,
+    MODEL_KINDS,
+    QUERIES,
+    TOKEN_KINDS,
+)
+from h5traces.format.layout import ATTENTION_MEAN, ATTENTIONS, HIDDEN_STATES
 from h5traces.format.text import as_names
 
 if TYPE_CHECKING:
@@ -20,7 +28,15 @@ if TYPE_CHECKING:
 DEFAULT_KINDS: Final = (HIDDEN_STATES, ATTENTIONS)
 LastState = Literal["final_norm", "block_output"]
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
-AttentionForm = Literal["full", "qk", "none"]
+# Kinds that hold attention, by form.
+_FORMS: Final = {
+    "full": (ATTENTIONS,),
+    "qk": (QUERIES, KEYS),
+    "window:N": (ATTENTION_WINDOW,),
+    "mean": (ATTENTION_MEAN,),
+    "none": (),
+}
+_WINDOW: Final = re.compile(r"window:([1-9][0-9]{0,5})")
 OnNan = Literal["error", "skip", "keep"]
 
 # The prompt of the pipeline that wrote the pickled batches.
@@ -97,7 +113,8 @@ class ExtractOptions:
         ``("hidden_states", "mlp_output", "logprobs")``.
     attentions
         What is kept of attention: ``full`` weights; ``qk``, queries and keys, of which archives
-        compute the weights when they are read; or ``none``. It changes `kinds`; None leaves them.
+        compute the weights when they are read; ``window:N``, the weights of the last N keys of
+        every query; their ``mean`` over heads; or ``none``. It changes `kinds`; None leaves them.
     top_logits
         How many ``logits`` of every token are kept, the largest ones with their ids; None for all.
     embedding
@@ -134,7 +151,7 @@ class ExtractOptions:
 
     layers: str | int | Sequence[int] | None = None
     kinds: tuple[str, ...] = DEFAULT_KINDS
-    attentions: AttentionForm | None = None
+    attentions: str | None = None
     top_logits: int | None = None
     embedding: bool = False
     last_state: LastState = "final_norm"
@@ -155,7 +172,7 @@ class ExtractOptions:
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
         check_tokens(self.tokens)
-        object.__setattr__(self, "kinds", _with_form(as_names(self.kinds), self.attentions))
+        object.__setattr__(self, "kinds", with_form(self.kinds, self.attentions))
         if self.attentions == "qk" and self.tokens != "all":
             message = f"attentions='qk' needs the keys of all tokens, but tokens is {self.tokens!r}"
             raise ExtractionError(message)
@@ -179,18 +196,28 @@ class ExtractOptions:
         check_named_once(self.layers)
 
 
-def _with_form(kinds: tuple[str, ...], form: AttentionForm | None) -> tuple[str, ...]:
-    """Kinds with attention in this form."""
-    if form is None:
-        return kinds
-    if not isinstance(form, str) or form not in get_args(AttentionForm):
-        expected = ", ".join(get_args(AttentionForm))
-        found = repr(form) if isinstance(form, str) else f"a {type(form).__name__}"
-        message = f"attentions is {found}, expected {expected}"
+def with_form(kinds: str | Sequence[str], form: str | None) -> tuple[str, ...]:
+    """Kinds with attention in a form, as `ExtractOptions` takes both, or ExtractionError."""
+    names = as_names(kinds)
+    if form is not None:
+        known = _FORMS.get("window:N" if window_of(form) else form if form != "window:N" else "")
+        if known is None:
+            message = f"attentions is {shown(form)}, expected {', '.join(_FORMS)}"
+            raise ExtractionError(message)
+        others = [each for each in names if each != ATTENTIONS]
+        names = (*others, *(each for each in known if each not in others))
+    if ATTENTION_WINDOW in names and not window_of(form):
+        message = (
+            f"kinds has {ATTENTION_WINDOW!r}, whose width is to be named: attentions='window:N'"
+        )
         raise ExtractionError(message)
-    others = [each for each in kinds if each != ATTENTIONS]
-    further = {"full": (ATTENTIONS,), "qk": (QUERIES, KEYS), "none": ()}[form]
-    return (*others, *(each for each in further if each not in others))
+    return names
+
+
+def window_of(form: str | None) -> int:
+    """How many keys of every query a form of attention keeps; 0 for other forms."""
+    found = _WINDOW.fullmatch(form or "")
+    return int(found[1]) if found else 0
 
 
 @checked_options
@@ -217,6 +244,8 @@ class ModelChoice:
     threads
         Threads that compute on a CPU; None for as many as there are cores that the load of the last
         minute left free, and no more than torch would take.
+    engine
+        What runs the model: a `h5traces.vllm.VllmEngine`, or None for transformers.
     """
 
     model_id: str
@@ -226,6 +255,7 @@ class ModelChoice:
     load_in_4bit: bool = False
     trust_remote_code: bool = False
     threads: int | None = None
+    engine: Any = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

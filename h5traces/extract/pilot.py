@@ -75,5 +75,11 @@ def estimate_with_pilot(
         with open_archive(path) as archive:
             lengths = [trace.metadata.seq_len for trace in archive]
         return measured_estimate(
-            path, shape, lengths, storage, layers=options.layers, kinds=options.kinds
+            path,
+            shape,
+            lengths,
+            storage,
+            layers=options.layers,
+            kinds=options.kinds,
+            attentions=options.attentions,
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from h5traces.extract.sites import BY_PRODUCT
 from h5traces.format.attention import AttentionRule
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def rule_of(
         "sinks": None if sinks is None else tuple(sinks.detach().float().flatten().tolist()),
     }
     mask = facts.get("attention_mask")
+    if BY_PRODUCT in facts and _has_window(module):
+        return None
     if mask is None or mask.ndim != _NUM_AXES_OF_MASK:
         window = facts.get("sliding_window")
         if not getattr(module, "is_causal", True):
@@ -66,6 +69,12 @@ def rule_of(
         if torch.equal(seen, (columns >= first) & (columns < end)):
             return rule
     return None
+
+
+def _has_window(module: Any) -> bool:
+    """Whether a configuration speaks of windows, which products do not show."""
+    config = vars(getattr(module, "config", None) or module)
+    return any("window" in name and value is not None for name, value in config.items())
 
 
 def _candidates(seen: torch.Tensor) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.generation import batches
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
+from h5traces.meaning.checks import CheckOptions
 from h5traces.ranks.plan import RANKS
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.files import read_document
@@ -117,6 +118,8 @@ class ExtractionReport(Report):
         Values that casts changed in the written samples.
     findings
         What a quick look at these samples found.
+    checks
+        Which findings are left out, and which are a failure.
     error
         Why the run failed.
     rank
@@ -139,13 +142,15 @@ class ExtractionReport(Report):
     forecast: Forecast | None = None
     warnings: list[str] = field(default_factory=list)
     findings: list[FindingSummary] = field(default_factory=list)
+    checks: CheckOptions = CheckOptions()
     error: str | None = None
     rank: str | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether every requested sample is in the archive, or would be."""
-        return self.status in ("planned", "finished") and not self.skipped
+        """Whether every requested sample is in the archive, or would be, without a failed check."""
+        is_whole = self.status in ("planned", "finished") and not self.skipped
+        return is_whole and not self.checks.fails(self.findings)
 
     @property
     def tokens_per_second(self) -> float:
@@ -354,7 +359,7 @@ class Run:
             self._report.nbytes = self._writer.nbytes
             self._report.warnings = cast_warnings(self._writer.counts, self._write_options)
             self._report.warnings += self._writer.warnings
-            self._report.findings = self._writer.findings.summaries()
+            self._report.findings = self._writer.findings.summaries(self._report.checks)
             self._report.save()
 
     def _compute_all(self, thread: WriterThread) -> bool:

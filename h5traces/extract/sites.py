@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from h5traces.extract.anatomy import Site, states_in, states_of
 from h5traces.format import kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    Note = Callable[[nn.Module, dict[str, torch.Tensor], dict[str, Any]], None]
 
     from h5traces.extract.anatomy import Anatomy, Side
 
@@ -59,6 +62,7 @@ class _Trace:
         self.after: torch.Tensor | None = None
         self.events: list[_Event] = []
         self.calls: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
+        self.by_product = False
         self.open: list[_Event] = []
         self.clock = 0
 
@@ -128,8 +132,9 @@ def _traced(anatomy: Anatomy, tokens: dict[str, Any]) -> list[_Trace]:
         event.end = current[-1].tick()
         event.returned = tuple(_copies(output))
 
-    def call(module: nn.Module, parts: dict[str, torch.Tensor], _facts: dict[str, Any]) -> None:
+    def call(module: nn.Module, parts: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         if current:
+            current[-1].by_product |= BY_PRODUCT in facts
             current[-1].calls.append((module, {side: each.clone() for side, each in parts.items()}))
 
     with contextlib.ExitStack() as hooks, torch.inference_mode():
@@ -146,7 +151,8 @@ def _traced(anatomy: Anatomy, tokens: dict[str, Any]) -> list[_Trace]:
                 )
                 hooks.callback(module.register_forward_hook(end).remove)
             hooks.callback(block.register_forward_hook(leave).remove)
-        hooks.enter_context(attention_calls(call))
+        modules = [each for each in anatomy.attentions if each is not None]
+        hooks.enter_context(attention_calls(call, modules))
         anatomy.decoder(**tokens, use_cache=False)
     return traces
 
@@ -166,17 +172,17 @@ def _copies(output: Any) -> Iterator[torch.Tensor | None]:
 
 
 @contextlib.contextmanager
-def attention_calls(
-    note: Callable[[nn.Module, dict[str, torch.Tensor], dict[str, Any]], None],
-) -> Iterator[None]:
+def attention_calls(note: Note, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Tell `note` of every call of transformers' attention functions, whichever is in force.
 
     It gets the attention module, and ``query`` ``(B, A, S, D)``, ``key`` and ``value`` ``(B, K, S,
-    D)`` as they enter the product, and what else the function was called with, by name. Modules of
-    some older families call none.
+    D)`` as they enter the product, and what else the function was called with, by name. Of
+    `modules`, of which some older families call none, it gets the factors of their own products,
+    and ``BY_PRODUCT`` in the place of all else.
     """
     functions: Any = ALL_ATTENTION_FUNCTIONS
     plain = functions.get_interface
+    products = _Products(note)
 
     def get_interface(*args: Any, **kwargs: Any) -> Any:
         function = plain(*args, **kwargs)
@@ -184,15 +190,74 @@ def attention_calls(
         def told(module: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> Any:
             facts = {**dict(zip(_FURTHER, rest, strict=False)), **named}
             note(module, {"query": query, "key": key, "value": value}, facts)
-            return function(module, query, key, value, *rest, **named)
+            products.is_inside, before = False, products.is_inside
+            try:
+                return function(module, query, key, value, *rest, **named)
+            finally:
+                products.is_inside = before
 
         return told
 
     functions.get_interface = get_interface
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            chosen = set(modules)
+            for each in chosen:
+                stack.callback(each.register_forward_pre_hook(products.enter).remove)
+                stack.callback(each.register_forward_hook(products.leave).remove)
+            if chosen:
+                stack.enter_context(products)
+            yield
     finally:
         del functions.get_interface
+
+
+BY_PRODUCT: Final = "by_product"
+_SCORES_AXES: Final = 4
+
+
+class _Products(TorchFunctionMode):
+    """Tells of queries, keys and values that a module multiplies itself."""
+
+    def __init__(self, note: Note) -> None:
+        super().__init__()
+        self._note = note
+        self._module: nn.Module | None = None
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.is_inside = False
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        """The module begins."""
+        self._module, self._factors, self.is_inside = module, None, True
+
+    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """It ends."""
+        self.is_inside = False
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.is_inside and func in _PRODUCTS and result.ndim == _SCORES_AXES:
+            self._multiplied(args[0], args[1], result)
+        elif self.is_inside and func is torch.nn.functional.scaled_dot_product_attention:
+            self._tell(*args[:3])
+        return result
+
+    def _multiplied(self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> None:
+        if self._factors is None and result.shape[-1] == result.shape[-2] == left.shape[-2]:
+            self._factors = left, right.transpose(-1, -2)
+        elif self._factors is not None and left.shape[-1] == left.shape[-2]:
+            self._tell(*self._factors, right)
+
+    def _tell(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.is_inside = False
+        assert self._module is not None
+        parts = {"query": query, "key": key, "value": value}
+        self._note(self._module, parts, {BY_PRODUCT: True})
+
+
+_PRODUCTS: Final = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 def _sites_of(
@@ -211,7 +276,7 @@ def _sites_of(
         ((module, parts),) = calls
         for kind, side in CALL_SIDES.items():
             if parts[side].ndim == 4 and parts[side].shape[2] == before.shape[1]:
-                yield kind, Site(span.name, module, side)
+                yield kind, Site(span.name, module, side, by_product=trace.by_product)
         heads = parts["query"].shape[1]
     else:
         heads = 0

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 from h5traces.arguments import checked_options, shown
 from h5traces.errors import ExtractionError, OptionError
 from h5traces.format import layout
-from h5traces.format.kinds import KEYS, MODEL_KINDS, VALUES
+from h5traces.format.kinds import KEYS, MODEL_KINDS, STATE_NORMS, VALUES, WEIGHT_KINDS
 from h5traces.format.precision import EXACT
 from h5traces.precision.channel_steps import StepFormat
+from h5traces.precision.encoding import STEPPED_KINDS, has_levels
 from h5traces.storage.codecs import GZIP
 
 if TYPE_CHECKING:
@@ -66,10 +67,13 @@ class ModelShape:
             num_experts=_number(text, "num_experts", "num_local_experts", "n_routed_experts") or 0,
         )
 
-    def num_values(self, lengths: Sequence[int], kinds: Iterable[str]) -> dict[str, float]:
+    def num_values(
+        self, lengths: Sequence[int], kinds: Iterable[str], window: int = 0
+    ) -> dict[str, float]:
         """Values per sample and layer, by kind, averaged over samples.
 
-        The mean is taken over samples, since attentions grow with the square of the length.
+        The mean is taken over samples, since attentions grow with the square of the length;
+        `window` is the width of ``attention_window``.
         """
         count = len(lengths)
         if not count or min(lengths) < 0:
@@ -84,11 +88,12 @@ class ModelShape:
             "channel": head_size,
             "expert": self.num_experts,
             "head": self.num_heads,
+            "offset": window,
         }
         values = {layout.ATTENTION_MEAN: weights, layout.ATTENTIONS: self.num_heads * weights}
         for kind, each in MODEL_KINDS.items():
-            if kind != layout.ATTENTIONS:
-                sizes = [widths[axis] for axis in each.axes if axis != "token"]
+            if "key" not in each.axes:
+                sizes = [widths[axis] for axis in each.axes if axis not in ("token", "query")]
                 values[kind] = per_token * math.prod(sizes)
         for kind in (KEYS, VALUES):
             values[kind] = per_token * num_grouped * head_size
@@ -145,18 +150,18 @@ class Rates:
         if precision == EXACT:
             return self
         bits = dict(self.bits)
-        for kind, rounded in _ROUNDED_BITS.items():
-            if precision.mantissa_bits is not None and kind in bits:
-                bits[kind] = rounded[precision.mantissa_bits - 1]
-        if precision.step is not None and layout.HIDDEN_STATES in bits:
-            ideal = _GAUSSIAN_BITS - math.log2(precision.step)
-            coding = _CODING_BITS[StepFormat.of(precision.step).dtype]
-            bits[layout.HIDDEN_STATES] = ideal + coding
-        if layout.ATTENTIONS in bits:
-            if precision.head_mean != "none":
-                bits[layout.ATTENTION_MEAN] = _MEAN_BITS
-            if precision.attention_bits is not None:
-                bits[layout.ATTENTIONS] = _SQUARE_ROOT_BITS
+        for kind in bits:
+            if precision.step is not None and kind in STEPPED_KINDS:
+                ideal = _GAUSSIAN_BITS - math.log2(precision.step)
+                bits[kind] = ideal + _CODING_BITS[StepFormat.of(precision.step).dtype]
+            elif has_levels(kind, precision):
+                is_mean = kind == layout.ATTENTION_MEAN
+                bits[kind] = _MEAN_BITS if is_mean else _SQUARE_ROOT_BITS
+            elif precision.mantissa_bits is not None and kind != STATE_NORMS:
+                like = layout.ATTENTIONS if kind in WEIGHT_KINDS else layout.HIDDEN_STATES
+                bits[kind] = _ROUNDED_BITS[like][precision.mantissa_bits - 1]
+        if layout.ATTENTIONS in bits and precision.head_mean != "none":
+            bits[layout.ATTENTION_MEAN] = _MEAN_BITS
             if precision.head_mean == "only":
                 del bits[layout.ATTENTIONS]
         return replace(
@@ -169,9 +174,7 @@ def _stated(
 ) -> Rates:
     return Rates(
         # Of the others, nothing is known but that they are floats like the states.
-        bits={
-            kind: attentions if kind == layout.ATTENTIONS else hidden_states for kind in MODEL_KINDS
-        },
+        bits={kind: attentions if kind in WEIGHT_KINDS else hidden_states for kind in MODEL_KINDS},
         array_nbytes=array_nbytes,
         sample_nbytes=sample_nbytes,
         source="examples/tiny-llama-pydocs in float32, its 40 questions, by a pilot",
@@ -228,6 +231,8 @@ class Forecast:
         Tokens of every sample, with the longest possible answer.
     precision
         How the arrays are stored.
+    window
+        Width of ``attention_window``.
     """
 
     shape: ModelShape
@@ -235,6 +240,7 @@ class Forecast:
     kinds: tuple[str, ...]
     lengths: tuple[int, ...]
     precision: PrecisionOptions
+    window: int = 0
 
     @property
     def rates(self) -> Rates:
@@ -256,7 +262,7 @@ class Forecast:
         return self.sample_nbytes * left + self._nbytes(self.rates) * waiting
 
     def _nbytes(self, rates: Rates) -> float:
-        values = self.shape.num_values(self.lengths, rates.bits)
+        values = self.shape.num_values(self.lengths, rates.bits, self.window)
         return rates.stored_nbytes(values, len(self.layers))
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -19,13 +19,18 @@ from h5traces.errors import ArchiveExistsError, FeatureError, OptionError, __ver
 from h5traces.features.components import fit_components, require_scikit_learn
 from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import RowSums, definitions_of, fitted, iterate_features, place_of
+from h5traces.features.sharing import SharedFeatures
 from h5traces.features.table import FeatureTable, SpooledColumn
 from h5traces.features.writing import FORMATS, check_writer, write_features
 from h5traces.format import layout
 from h5traces.format.html import Report
 from h5traces.format.text import and_more, utc_now
 from h5traces.paths import Target, check_not_a_source
+from h5traces.ranks.plan import run_folder
+from h5traces.ranks.rank import find_rank
+from h5traces.ranks.run import check_no_overwrite
 from h5traces.storage.publish import make_folder
+from h5traces.writing.options import TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,6 +90,8 @@ class FeatureReport(Report):
         What to know about the numbers: attention rows that do not sum to 1.
     nbytes
         Size of the file.
+    is_written
+        Whether `target` is there: a rank that does not end last leaves it to others.
     """
 
     archives: list[str]
@@ -97,6 +104,7 @@ class FeatureReport(Report):
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     nbytes: int = 0
+    is_written: bool = False
 
 
 @checked
@@ -108,12 +116,12 @@ def extract_features(
     layers: LayerChoice = None,
     pca: int | PcaOptions | None = None,
     allow_nan: bool = False,
-    workers: int | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
+    target: TargetOptions = TargetOptions(),
     storage_options: Mapping[str, Any] | None = None,
     labels: PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
+    rank: int | Literal["auto"] | None = None,
+    world_size: int | None = None,
 ) -> FeatureReport:
     """Compute features of all samples and write them, with ids and labels, to one file.
 
@@ -135,16 +143,21 @@ def extract_features(
         columns ``<name>_pca``, and what was fitted.
     allow_nan
         Write although features are NaN or infinite; components are then fitted on other rows.
-    workers
-        Threads; one per core by default.
-    overwrite
-        Replace `output`.
-    dry_run
-        Look at the first sample only, and write nothing.
+    target
+        ``overwrite`` `output`, or look at the first sample only and write nothing (``dry_run``);
+        ``workers``. The other options do not apply.
     storage_options, labels
         As for `h5traces.open`.
     progress
-        Called with the number of samples done and that of all samples.
+        Called with the number of samples done and that of all samples, or of those of the rank.
+    rank, world_size
+        Compute the share of one of `world_size` processes. Rows lie in ``<output>.run`` until all
+        are there; the rank that ends last writes `output`. See `docs/cluster.md`.
+
+    Returns
+    -------
+    FeatureReport
+        What was computed; ``is_written`` says whether `output` is there.
 
     Raises
     ------
@@ -154,14 +167,19 @@ def extract_features(
     ArchiveExistsError
         `output` exists.
     TargetError
-        `output` is one of the sources, under any name, or ends in another suffix.
+        `output` is one of the sources, under any name, or ends in another suffix; or its run was
+        planned with other options or sources.
     OptionError
         `pca` is of no hidden states, or asks for more components than the samples have.
     MissingDependencyError
         `pca` needs scikit-learn, or ``.parquet`` needs pyarrow, and it is not installed.
     """
-    target = Target.of(output, suffixes=FORMATS).named("features").shard(0)
-    check_writer(target)
+    target.check_unused("shard_samples", "skip_existing", "compare")
+    place = Target.of(output, suffixes=FORMATS).named("features").shard(0)
+    check_writer(place)
+    chosen = find_rank(rank, world_size, run_folder(place))
+    if chosen is not None:
+        check_no_overwrite(overwrite=target.overwrite)
     components = PcaOptions(pca) if isinstance(pca, int) else pca
     wanted = [each.name for each in definitions_of(names)]
     if components is not None:
@@ -173,24 +191,60 @@ def extract_features(
             )
             raise OptionError(message)
     with open_archive(sources, storage_options=storage_options, labels=labels) as archive:
-        _check_free(target, archive, labels, overwrite=overwrite)
+        may_exist = target.overwrite or chosen is not None
+        _check_free(place, archive, labels, overwrite=may_exist)
         view = archive.select(layers=layers)
         # Now, since a wrong choice must not come out after hours.
         fit_on = choose_samples(components.samples if components else None, len(view))
-        report = FeatureReport([str(each) for each in view.paths], str(target), list(view.layers))
-        if dry_run:
+        report = FeatureReport([str(each) for each in view.paths], str(place), list(view.layers))
+        if target.dry_run:
             _look(view, wanted, report)
             return report
-        make_folder(target.parent)
-        with closing(_Spool(target.parent)) as spool:
+        make_folder(place.parent)
+        writing = _Writing(view, wanted, report, place, components, fit_on, allow_nan=allow_nan)
+        if chosen is None:
+            rows = iterate_features(view, wanted, workers=target.workers)
+            writing.write(_counting(rows, len(view), progress), overwrite=target.overwrite)
+            return report
+        shared = {"pca": components and repr(components), "allow_nan": allow_nan}
+        with SharedFeatures(place, chosen, view, wanted, **shared) as run:
+            if not run.is_joined:
+                report.num_samples = run.compute(target.workers, progress)
+                run.join(lambda: writing.write(run.rows(), overwrite=False))
+            report.is_written = run.is_joined
+    return report
+
+
+def _counting(
+    rows: Iterator[SampleFeatures], total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[SampleFeatures]:
+    for each in rows:
+        yield each
+        if progress is not None:
+            progress(each.index + 1, total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """Makes the table of rows, and writes it; what there is to say goes to `report`."""
+
+    view: Archive
+    wanted: list[str]
+    report: FeatureReport
+    place: Path
+    components: PcaOptions | None
+    fit_on: Sequence[int]
+    allow_nan: bool
+
+    def write(self, rows: Iterator[SampleFeatures], *, overwrite: bool) -> None:
+        view, report = self.view, self.report
+        with closing(_Spool(self.place.parent)) as spool:
             sums = RowSums()
-            for each in iterate_features(view, wanted, workers=workers):
+            for each in rows:
                 sums.add(each)
                 spool.add(each, place_of(view[each.index]))
                 report.problems += each.problems
-                if progress is not None:
-                    progress(each.index + 1, len(view))
-            if report.problems and not allow_nan:
+            if report.problems and not self.allow_nan:
                 message = (
                     f"{and_more(report.problems, separator='; ')}. Nothing was written; leave "
                     "these samples or layers out, or pass allow_nan=True to write such values"
@@ -201,13 +255,13 @@ def extract_features(
                 spool.features(len(view)),
                 _samples(view, report),
                 {"layers": np.array(report.layers, dtype="<i8")},
-                _metadata(view, wanted, report.notes),
+                _metadata(view, self.wanted, report.notes),
             )
-            if components is not None:
-                _project(table, spool, components, fit_on, report)
+            if self.components is not None:
+                _project(table, spool, self.components, self.fit_on, report)
             report.shapes = {name: list(each.shape) for name, each in table.features.items()}
-            report.nbytes = write_features(table, target, overwrite=overwrite)
-    return report
+            report.nbytes = write_features(table, self.place, overwrite=overwrite)
+            report.is_written = True
 
 
 def _check_free(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pyarrow import parquet as pq
 
+from h5traces.format.text import utf8
+
 if TYPE_CHECKING:
     from h5traces.features.table import FeatureTable
     from h5traces.storage.publish import PartFile
@@ -47,6 +49,5 @@ def _samples(name: str, table: FeatureTable) -> Any:
     values = table.samples[name]
     mask = table.samples["has_label"] == 0 if name == "label" else None
     if values.dtype == object:
-        # Arrow's text is UTF-8, which holds no lone surrogates.
-        return pa.array([each.encode("utf-8", "replace").decode() for each in values], pa.string())
+        return pa.array(list(map(utf8, values)), pa.string())
     return pa.array(values, mask=mask)

@@ -8,7 +8,7 @@ reduction of no tokens is NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ AnyFloats = NDArray[Any]
 # With two axes, and with three.
 States = AnyFloats
 Weights = AnyFloats
+OfRows: TypeAlias = "Callable[[Floats, NDArray[np.int64], int], AnyFloats]"
 # Values of attention that become float32 at a time, so that long sequences need little memory.
 _BLOCK_VALUES = 1 << 22
 
@@ -61,18 +62,7 @@ def row_entropy(attention: Weights) -> Floats:
     ``-sum(p * ln p)`` over keys, with rows scaled to sum to 1 (stored ones do so up to rounding)
     and ``0 * ln 0 = 0``. A row of zeros has no entropy: its head gives NaN.
     """
-    if not attention.shape[1]:
-        return _nothing(attention.shape[:1])
-    totals = np.zeros(attention.shape[0])
-    for heads, rows in _blocks(attention):
-        sums = rows.sum(axis=2, dtype=np.float64)
-        # H(p) with p = w / s is ln s - sum(w ln w) / s, which takes no scaled copy.
-        logs = np.log(rows, out=np.zeros_like(rows), where=rows != 0)
-        logs *= rows
-        with np.errstate(divide="ignore", invalid="ignore"):
-            entropies = np.log(sums) - logs.sum(axis=2, dtype=np.float64) / sums
-        totals[heads] += entropies.sum(axis=1)
-    return _narrow(totals / attention.shape[1])
+    return _over_rows(attention, _entropies)
 
 
 @checked
@@ -81,13 +71,7 @@ def sink_mass(attention: Weights) -> Floats:
 
     The query of the first token, which sees nothing else, is left out.
     """
-    first_query = attention.shape[2] - attention.shape[1]
-    rows = attention[:, 1:] if first_query == 0 else attention
-    if not rows.shape[1] or not rows.shape[2]:
-        return _nothing((attention.shape[0],))
-    sums = rows.sum(axis=2, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _narrow((rows[:, :, 0] / sums).mean(axis=1))
+    return _over_rows(attention, _sinks)
 
 
 @checked
@@ -105,32 +89,81 @@ def lookback_ratio(attention: Weights, prompt_len: int) -> Floats:
     prompt_len
         Tokens of the prompt; the result is NaN without prompt or without answer.
     """
-    heads, num_queries, num_keys = attention.shape
-    first = max(0, prompt_len - (num_keys - num_queries))
-    rows = attention[:, first:]
-    if not rows.shape[1] or not 0 < prompt_len < num_keys:
-        return _nothing((heads,))
-    # By position of the query: the number of answer tokens that it sees.
-    seen = np.arange(num_keys - rows.shape[1], num_keys) - prompt_len + 1
-    context = rows[:, :, :prompt_len].sum(axis=2, dtype=np.float64) / prompt_len
+    return _over_rows(attention, _lookbacks, prompt_len)
+
+
+class RowMeans:
+    """The mean over queries of numbers that each has, by head, of blocks of weights.
+
+    `of_rows` makes them: float64 ``(heads, n)`` of float32 weights ``(heads, queries, keys)``, the
+    key that each query belongs to, and the length of the prompt; n leaves out some queries.
+    """
+
+    def __init__(self, of_rows: OfRows, num_heads: int, prompt_len: int = 0) -> None:
+        self._of_rows, self._prompt_len = of_rows, prompt_len
+        self._totals, self._counts = np.zeros(num_heads), np.zeros(num_heads)
+
+    def add(self, weights: Floats, queries: NDArray[np.int64], heads: slice = slice(None)) -> None:
+        """Take in a block of some heads and queries."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = self._of_rows(weights, queries, self._prompt_len)
+        self._totals[heads] += values.sum(axis=1)
+        self._counts[heads] += values.shape[1]
+
+    @property
+    def value(self) -> Floats:
+        """``(heads,)``; NaN where there was no query."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _narrow(self._totals / self._counts)
+
+
+def _over_rows(attention: Weights, of_rows: OfRows, prompt_len: int = 0) -> Floats:
+    num_heads, num_queries, num_keys = attention.shape
+    means = RowMeans(of_rows, num_heads, prompt_len)
+    queries = np.arange(num_queries) + (num_keys - num_queries)
+    for heads, rows, block in _blocks(attention):
+        means.add(block, queries[rows], heads)
+    return means.value
+
+
+def _entropies(rows: Floats, _queries: NDArray[np.int64], _prompt_len: int) -> AnyFloats:
+    sums = rows.sum(axis=2, dtype=np.float64)
+    # H(p) with p = w / s is ln s - sum(w ln w) / s, which takes no scaled copy.
+    logs = np.log(rows, out=np.zeros_like(rows), where=rows != 0)
+    logs *= rows
+    found: AnyFloats = np.log(sums) - logs.sum(axis=2, dtype=np.float64) / sums
+    return found
+
+
+def _sinks(weights: Floats, queries: NDArray[np.int64], _prompt_len: int) -> AnyFloats:
+    rows = weights[:, queries > 0]
+    sums: AnyFloats = rows.sum(axis=2, dtype=np.float64)
+    return rows[:, :, 0] / sums if rows.size else sums
+
+
+def _lookbacks(weights: Floats, queries: NDArray[np.int64], prompt_len: int) -> AnyFloats:
+    is_answer = (queries >= prompt_len) & (0 < prompt_len < weights.shape[2])
+    rows, seen = weights[:, is_answer], queries[is_answer] - prompt_len + 1
+    context = rows[:, :, :prompt_len].sum(axis=2, dtype=np.float64) / max(1, prompt_len)
     new = rows[:, :, prompt_len:].sum(axis=2, dtype=np.float64) / seen
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _narrow((context / (context + new)).mean(axis=1))
+    found: AnyFloats = context / (context + new)
+    return found
 
 
 def _narrow(values: AnyFloats) -> Floats:
     return values.astype(np.float32)
 
 
-def _blocks(attention: AnyFloats) -> Iterator[tuple[slice, Floats]]:
-    """Some heads, or some rows of one head, in float32."""
+def _blocks(attention: AnyFloats) -> Iterator[tuple[slice, slice, Floats]]:
+    """Some heads, or some rows of one head, with their numbers, in float32."""
     num_heads, num_queries, num_keys = attention.shape
     heads = max(1, _BLOCK_VALUES // max(1, num_queries * num_keys))
     rows = max(1, _BLOCK_VALUES // max(1, num_keys))
     for head in range(0, num_heads, heads):
         chosen = slice(head, head + heads)
         for row in range(0, num_queries, rows):
-            yield chosen, _narrow(attention[chosen, row : row + rows])
+            some = slice(row, row + rows)
+            yield chosen, some, _narrow(attention[chosen, some])
 
 
 def _nothing(shape: tuple[int, ...]) -> Floats:
@@ -155,6 +188,8 @@ class FeatureDefinition:
         Whether the length of the prompt must be known.
     scales_rows
         Whether rows of attention are divided by their sum.
+    of_rows
+        Of attention: the numbers of queries whose mean it is, as `RowMeans` takes them.
     """
 
     name: str
@@ -163,6 +198,7 @@ class FeatureDefinition:
     reduce: Callable[[AnyFloats, int], Floats]
     needs_prompt: bool = False
     scales_rows: bool = False
+    of_rows: OfRows | None = None
 
     @property
     def is_state(self) -> bool:
@@ -178,11 +214,18 @@ def _definition(
     *,
     of_answer: bool = False,
     scales_rows: bool = False,
+    of_rows: OfRows | None = None,
 ) -> FeatureDefinition:
     """A feature, by a function of the array or, with `of_answer`, of it and the prompt's length."""
     taken = reduce if of_answer else lambda array, _: reduce(array)
     return FeatureDefinition(
-        name, kind, meaning, taken, needs_prompt=of_answer, scales_rows=scales_rows
+        name,
+        kind,
+        meaning,
+        taken,
+        needs_prompt=of_answer,
+        scales_rows=scales_rows,
+        of_rows=of_rows,
     )
 
 
@@ -211,6 +254,7 @@ _DEFINITIONS: Final = (
         "Entropy of attention in nats per head, mean over queries.",
         row_entropy,
         scales_rows=True,
+        of_rows=_entropies,
     ),
     _definition(
         "sink_mass",
@@ -218,6 +262,7 @@ _DEFINITIONS: Final = (
         "Share of attention on the first token per head, mean over later queries.",
         sink_mass,
         scales_rows=True,
+        of_rows=_sinks,
     ),
     _definition(
         "lookback_ratio",
@@ -225,6 +270,7 @@ _DEFINITIONS: Final = (
         "Attention of the answer to the prompt against prompt and answer, per head.",
         lookback_ratio,
         of_answer=True,
+        of_rows=_lookbacks,
     ),
 )
 FEATURES: Final = {each.name: each for each in _DEFINITIONS}

@@ -15,7 +15,7 @@ from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.arguments import checked
 from h5traces.errors import FeatureError, warn
 from h5traces.features.components import fit_components
-from h5traces.features.reductions import FEATURES
+from h5traces.features.reductions import FEATURES, RowMeans
 from h5traces.format import layout
 from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.text import as_names, counted
@@ -230,22 +230,14 @@ def _add_kind(
     """Add the features of one kind of array; each layer is read once."""
     kind = wanted[0].kind
     rows: dict[str, list[NDArray[np.float32]]] = {each.name: [] for each in wanted}
-    scaled = [each.name for each in wanted if each.scales_rows]
     sums: list[float] = []
     for layer in layers:
-        parts: dict[str, list[NDArray[np.float32]]] = {each.name: [] for each in wanted}
-        for whole in _arrays(trace, layer, kind):
-            array, prompt_len = _real(whole, trace, kind, wanted)
-            if scaled and array.size <= _SMALL:
-                # Once, and not for the sums and again for each feature.
-                array = array.astype(np.float32, copy=False)
-            if scaled:
-                sums += _odd_sums(array, trace)
-            for each in wanted:
-                with np.errstate(invalid="ignore", over="ignore"):
-                    parts[each.name].append(each.reduce(array, prompt_len))
-        for name, found_parts in parts.items():
-            rows[name].append(np.concatenate([np.zeros(0, np.float32), *found_parts]))
+        if trace._stored.recomputes(kind):
+            of_layer = _recomputed(trace, layer, wanted, sums)
+        else:
+            of_layer = _reduced(trace, layer, wanted, sums)
+        for name, values in of_layer.items():
+            rows[name].append(values)
     if sums:
         found.odd_sums = min(sums), max(sums)
     for name, of_layers in rows.items():
@@ -267,26 +259,76 @@ def _add_kind(
             found.problems.append(f"{place_of(trace)}: {name} of {where} is NaN or infinite")
 
 
+def _reduced(
+    trace: Trace, layer: int, wanted: Sequence[FeatureDefinition], sums: list[float]
+) -> dict[str, NDArray[np.float32]]:
+    """The features of a layer that is stored; sums of rows that are not 1 join `sums`."""
+    kind = wanted[0].kind
+    whole = _layer(trace, layer, kind)
+    if whole is None:
+        return {each.name: np.zeros(0, np.float32) for each in wanted}
+    array, prompt_len = _real(whole, trace, kind, wanted)
+    if any(each.scales_rows for each in wanted):
+        if array.size <= _SMALL:
+            # Once, and not for the sums and again for each feature.
+            array = array.astype(np.float32, copy=False)
+        sums += _odd_sums(array, trace)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return {each.name: each.reduce(array, prompt_len) for each in wanted}
+
+
+def _recomputed(
+    trace: Trace, layer: int, wanted: Sequence[FeatureDefinition], sums: list[float]
+) -> dict[str, NDArray[np.float32]]:
+    """The same of attention that follows from queries and keys, some rows at a time."""
+    stored = trace._stored
+    stored.check_layer(layer, layout.ATTENTIONS)
+    name = stored.array_name(QUERIES, layer)
+    num_heads, *square = stored.attention_shape(name)
+    axis, prompt_len = _axis(trace, layout.ATTENTIONS, (num_heads, *square), wanted)
+    rows = np.arange(square[0])[axis.rows]
+    means = {
+        each.name: RowMeans(each.of_rows, num_heads, prompt_len)
+        for each in wanted
+        if each.of_rows is not None
+    }
+    scaled = any(each.scales_rows for each in wanted)
+    done = 0
+    for some, block in stored.attention_blocks(name, rows):
+        weights = block if axis.mask is None else block[:, :, axis.keys]
+        sums += _odd_sums(weights, trace) if scaled else ()
+        queries = np.arange(len(some)) + done
+        done += len(some)
+        for each in means.values():
+            each.add(weights, queries)
+    return {name: each.value for name, each in means.items()}
+
+
 def _real(
     array: NDArray[Any], trace: Trace, kind: str, wanted: Sequence[FeatureDefinition]
 ) -> tuple[NDArray[Any], int]:
     """An array without padding, and the length of the prompt in it where a feature needs it."""
     axes = layout.KINDS[kind].axes
-    axis = TokenAxis.of(trace, axes, array.shape)
-    assert axis is not None  # all kinds with features have tokens
-    prompt_len = 0
-    needing = [each.name for each in wanted if each.needs_prompt]
-    if needing:
-        try:
-            prompt_len = axis.prompt_len(trace)
-        except NoAnswerError as error:
-            message = f"{place_of(trace)}: {', '.join(needing)}: {error}; leave such samples out"
-            raise FeatureError(message) from error
+    axis, prompt_len = _axis(trace, kind, array.shape, wanted)
     for number, name in enumerate(axes if axis.mask is not None else ()):
         if name in ("token", "query", "key"):
             chosen = axis.keys if name == "key" else axis.rows
             array = array[(slice(None),) * number + (chosen,)]
     return array, prompt_len
+
+
+def _axis(
+    trace: Trace, kind: str, shape: tuple[int, ...], wanted: Sequence[FeatureDefinition]
+) -> tuple[TokenAxis, int]:
+    """The token axis of arrays of a shape, and the prompt's length where a feature needs it."""
+    axis = TokenAxis.of(trace, layout.KINDS[kind].axes, shape)
+    assert axis is not None  # all kinds with features have tokens
+    needing = [each.name for each in wanted if each.needs_prompt]
+    try:
+        return axis, axis.prompt_len(trace) if needing else 0
+    except NoAnswerError as error:
+        message = f"{place_of(trace)}: {', '.join(needing)}: {error}; leave such samples out"
+        raise FeatureError(message) from error
 
 
 def _odd_sums(array: NDArray[Any], trace: Trace) -> list[float]:
@@ -295,17 +337,6 @@ def _odd_sums(array: NDArray[Any], trace: Trace) -> list[float]:
     tolerance = row_tolerance(trace._stored.file.metadata.losses, array.shape[-1])
     odd = sums[(np.abs(sums - 1) > tolerance) & (sums != 0)]
     return [float(odd.min()), float(odd.max())] if odd.size else []
-
-
-def _arrays(trace: Trace, layer: int, kind: str) -> Iterator[NDArray[Any]]:
-    """A layer's array; of attention that is recomputed, one head at a time; or nothing."""
-    stored = trace._stored
-    if stored.recomputes(kind):
-        stored.check_layer(layer, kind)
-        yield from stored.attention_by_head(stored.array_name(QUERIES, layer))
-    else:
-        found = _layer(trace, layer, kind)
-        yield from () if found is None else (found,)
 
 
 def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:

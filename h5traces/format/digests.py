@@ -33,13 +33,17 @@ def chunk_checksum(stored: bytes | bytearray | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(stored)
 
 
+def digest_header(stored_type: str, shape: tuple[int, ...]) -> bytes:
+    """What the digest of a dataset begins with."""
+    return f"{stored_type}{list(shape)}\n".encode()
+
+
 def dataset_digest(stored_type: str, values: NDArray[Any]) -> str:
     """xxh3-128 over stored type, shape and little-endian C-order bytes, as 32 hexadecimal digits.
 
     Texts, of dtype ``S<n>``, have the type ``text`` whatever their width.
     """
-    header = f"{stored_type}{list(values.shape)}\n"
-    state = xxhash.xxh3_128(header.encode())
+    state = xxhash.xxh3_128(digest_header(stored_type, values.shape))
     if values.dtype.kind == "S":
         # The padding depends on the longest text stored, which is no content.
         for text in values.ravel().tolist():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,6 +29,8 @@ Attrs = dict[str, AttrValue]
 FieldForm = Literal["text", "bool", "int", "float", "ints", "json"]
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
+# What pydantic writes before the message of a validator.
+_OWN_ERROR: Final = "Value error, "
 _SCALAR_FORMS: dict[Any, FieldForm] = {str: "text", bool: "bool", int: "int", float: "float"}
 
 
@@ -83,10 +85,11 @@ def from_attributes(document: type[AnyDocument], attrs: Mapping[str, AttrValue])
     SchemaError where a field is missing or has a value that the schema does not allow.
     """
     plain: dict[str, Any] = {}
-    for name, form in field_forms(document).items():
-        if name not in attrs:
+    forms = field_forms(document)
+    for name, value in attrs.items():
+        form = forms.get(name)
+        if form is None:
             continue
-        value = attrs[name]
         if form == "json" and isinstance(value, str):
             try:
                 plain[name] = with_tuples(json.loads(value))
@@ -128,7 +131,7 @@ def problems_of(error: ValidationError) -> list[Problem]:
     return [
         Problem(
             loc=".".join(str(part) for part in each["loc"]) or "document",
-            message=each["msg"],
+            message=each["msg"].removeprefix(_OWN_ERROR),
             kind=each["type"],
         )
         for each in error.errors(include_url=False, include_input=False)

@@ -10,7 +10,7 @@ import operator
 import sys
 from dataclasses import dataclass, fields
 from itertools import compress
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from h5traces.errors import ConversionError
 from h5traces.format.limits import Scratch
 from h5traces.format.native import NATIVE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FloatType = Literal["float16", "bfloat16", "float32", "float64"]
 DtypePolicy = Literal["float16", "bfloat16", "float32", "auto"]
@@ -59,7 +62,7 @@ _LARGEST: Final[dict[FloatType, float]] = {
 }
 
 # Numbers of types in compiled kernels.
-_KERNEL_KINDS: Final[dict[FloatType, int]] = {"float16": 0, "bfloat16": 1, "float32": 2}
+KERNEL_KINDS: Final[dict[FloatType, int]] = {"float16": 0, "bfloat16": 1, "float32": 2}
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 16
 # Of as many values or more, torch starts its own threads, which do not survive a fork.
@@ -155,8 +158,8 @@ class CastResult:
     # The source's type where the cast may have lost something.
     cast_from: FloatType | None
     counts: CastCounts
-    # Values that casting back to `cast_from` does not give, bit for bit.
-    num_changed: int = 0
+    # Values that casting back to `cast_from` does not give, bit for bit; None if unknown.
+    num_changed: int | None = 0
 
 
 def bfloat16_to_float32(bits: AnyArray) -> NDArray[np.float32]:
@@ -203,17 +206,17 @@ def float32_to_float16(
     return out
 
 
-class _Cast(NamedTuple):
-    """What `cast_for_storage` tells of a cast to a type."""
+class Cast(NamedTuple):
+    """An array in another type, and what that changed."""
 
     array: TypedArray
     counts: CastCounts
     num_changed: int
 
 
-def _compiled_cast(array: TypedArray, dtype: FloatType) -> _Cast | None:
+def compiled_cast(array: TypedArray, dtype: FloatType) -> Cast | None:
     """A cast by compiled kernels; None without them, for float64, and with NaN."""
-    source, target = _KERNEL_KINDS.get(array.dtype), _KERNEL_KINDS.get(dtype)
+    source, target = KERNEL_KINDS.get(array.dtype), KERNEL_KINDS.get(dtype)
     if NATIVE is None or source is None or target is None:
         return None
     values = np.ascontiguousarray(array.values, dtype=CARRIERS[array.dtype])
@@ -222,14 +225,14 @@ def _compiled_cast(array: TypedArray, dtype: FloatType) -> _Cast | None:
     if num_nan:
         # Python knows which bits NaN gets.
         return None
-    return _Cast(TypedArray(out, dtype), CastCounts(0, *counts), num_changed)
+    return Cast(TypedArray(out, dtype), CastCounts(0, *counts), num_changed)
 
 
 def cast_values(array: TypedArray, dtype: FloatType) -> TypedArray:
     """`array` in another type by round-to-nearest-even: C-contiguous and little-endian."""
     if array.dtype == dtype:
         return TypedArray(np.ascontiguousarray(array.values, dtype=CARRIERS[dtype]), dtype)
-    compiled = _compiled_cast(array, dtype)
+    compiled = compiled_cast(array, dtype)
     if compiled is not None:
         return compiled.array
     numbers = array.to_numpy()
@@ -257,6 +260,11 @@ def _float64_to_bfloat16(numbers: AnyArray) -> NDArray[np.uint16]:
     return float32_to_bfloat16(bits.view(np.float32))
 
 
+def read_type(attrs: Mapping[str, object], stored: str | None) -> str:
+    """The type in which an array with these attributes is read, by the type it is stored in."""
+    return str(attrs.get("source_dtype", attrs.get("restored_dtype", stored)))
+
+
 def same_bits(a: AnyArray, b: AnyArray) -> bool:
     """Whether two arrays have the same shape, dtype and bits (NaN payloads and -0.0 included)."""
     if a.shape != b.shape or a.dtype.newbyteorder("=") != b.dtype.newbyteorder("="):
@@ -271,8 +279,8 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
     """The number of NaN and of infinite values."""
     unsigned, mask = _EXPONENT_MASKS[array.dtype]
     native = np.ascontiguousarray(array.values, dtype=array.values.dtype.newbyteorder("="))
-    if NATIVE is not None and array.dtype in _KERNEL_KINDS:
-        num_nan, num_inf = NATIVE.count_not_finite(native, _KERNEL_KINDS[array.dtype])
+    if NATIVE is not None and array.dtype in KERNEL_KINDS:
+        num_nan, num_inf = NATIVE.count_not_finite(native, KERNEL_KINDS[array.dtype])
         return num_nan, num_inf
     bits: AnyArray = native.view(unsigned).ravel()
     exponents: AnyArray = _SCRATCH.take(bits.nbytes).view(unsigned)
@@ -321,7 +329,7 @@ def _cast_exact(array: TypedArray) -> TypedArray:
     """The narrowest type that gives every bit of `array` back."""
     native = cast_values(array, array.dtype)
     for dtype in _EXACT_CANDIDATES[array.dtype]:
-        compiled = _compiled_cast(native, dtype) if dtype != array.dtype else None
+        compiled = compiled_cast(native, dtype) if dtype != array.dtype else None
         if compiled is not None:
             if not compiled.num_changed:
                 return compiled.array
@@ -349,7 +357,7 @@ def cast_for_storage(
         largest finite value.
     """
     if policy != "auto" and policy != array.dtype:
-        compiled = _compiled_cast(array, policy)
+        compiled = compiled_cast(array, policy)
         if compiled is not None and not compiled.counts.num_overflow:
             return CastResult(
                 compiled.array, None, array.dtype, compiled.counts, compiled.num_changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from h5traces.format.layout import ATTENTIONS, HIDDEN_STATES, KINDS
+from h5traces.format.layout import ATTENTION_MEAN, ATTENTIONS, HIDDEN_STATES, KINDS
 
 _STATES: Final = ("token", "hidden")
 _HEADS: Final = ("head", "token", "channel")
@@ -39,6 +39,9 @@ KEYS: Final = "keys"
 VALUES: Final = "values"
 ROUTER_LOGITS: Final = "router_logits"
 STATE_NORMS: Final = "state_norms"
+ATTENTION_WINDOW: Final = "attention_window"
+# Made of the attention weights that a model computes.
+WEIGHT_KINDS: Final = (ATTENTIONS, ATTENTION_MEAN, ATTENTION_WINDOW)
 
 MODEL_KINDS: Final[dict[str, ModelKind]] = {
     HIDDEN_STATES: ModelKind(_STATES, KINDS[HIDDEN_STATES].definition, "hook_resid_post"),
@@ -91,6 +94,13 @@ MODEL_KINDS: Final[dict[str, ModelKind]] = {
     ),
     ATTENTIONS: ModelKind(
         KINDS[ATTENTIONS].axes, KINDS[ATTENTIONS].definition, "attn.hook_pattern"
+    ),
+    ATTENTION_MEAN: ModelKind(KINDS[ATTENTION_MEAN].axes, KINDS[ATTENTION_MEAN].definition, None),
+    ATTENTION_WINDOW: ModelKind(
+        ("head", "query", "offset"),
+        "Attention weights of the last W keys that a query may see, per head: entry o of query i "
+        "is that of key i - W + 1 + o, and 0 where there is none.",
+        None,
     ),
     STATE_NORMS: ModelKind(
         ("token",),

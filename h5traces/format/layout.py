@@ -48,7 +48,9 @@ TABLES: Final = frozenset({STEPS_TABLE, EXCEPTIONS_TABLE})
 TOKENS: Final = "tokens"
 TOKENS_DECODED: Final = "tokens_decoded"
 ATTENTION_MASK: Final = "attention_mask"
-TEXT_FIELDS: Final = ("question", "generated_text", "generated_answer", "generated_answer_clean")
+# The last that has text is the answer that people look for.
+ANSWER_FIELDS: Final = ("generated_text", "generated_answer", "generated_answer_clean")
+TEXT_FIELDS: Final = ("question", *ANSWER_FIELDS)
 
 # Legacy dict keys that live in attributes of the sample group.
 QUESTION_ID: Final = "question_id"

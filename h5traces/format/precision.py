@@ -66,13 +66,6 @@ class Precision(Document):
                 "head_mean='beside', or leave attention_bits out"
             )
             raise ValueError(message)
-        has_no_heads = self.head_mean == "only" or self.attention_bits is not None
-        if self.mantissa_bits is not None and self.step is not None and has_no_heads:
-            message = (
-                "mantissa_bits are given, but nothing stays in float16; leave them out, or take "
-                "the tier 'native'"
-            )
-            raise ValueError(message)
         return self
 
     @classmethod
@@ -149,10 +142,10 @@ TIERS: Final[dict[Tier, Precision]] = {
 
 def _told(problem: Problem, given: dict[str, Any]) -> str:
     """pydantic's finding with the value that it is about."""
-    message = problem.message.removeprefix("Value error, ")
     if problem.loc not in given:
-        return message
-    return f"{problem.loc} is {given[problem.loc]!r}: {message[:1].lower()}{message[1:]}"
+        return problem.message
+    message = f"{problem.message[:1].lower()}{problem.message[1:]}"
+    return f"{problem.loc} is {given[problem.loc]!r}: {message}"
 
 
 class CalibrationRecord(Document):

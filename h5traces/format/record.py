@@ -15,10 +15,10 @@ from h5traces.format.archive import Count, Digest, Int64, SampleExtraction
 from h5traces.format.attention import AttentionRule  # noqa: TC001 - pydantic resolves it
 from h5traces.format.document import Document, problems_of
 from h5traces.format.dtypes import CastCounts, FloatType, TypedArray
-from h5traces.format.text import encode_all
+from h5traces.format.text import encode_all, excerpt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 Coverage = Literal["full", "partial", "last_position", "steps", "empty"]
@@ -94,42 +94,58 @@ class TraceMetadata(Document):
 
 # In the table's column of labels, where 0, 1 and -1 are labels that people use.
 NO_LABEL = -(2**63)
+# Columns of the table that are beginnings of texts.
+EXCERPTS = ("question", "answer")
 
 
 class IndexRow(NamedTuple):
-    """What the table ``/index/samples`` has of a sample; a tenth of the memory of its metadata."""
+    """What the table ``/index/samples`` has of a sample, in less memory than its metadata."""
 
     sample_id: str | None
-    generation_index: int | None
     seq_len: int
+    label: int | None
+    question: str
+    answer: str
+    generation_index: int | None
     prompt_len: int | None
     coverage: str
-    label: int | None
 
     @classmethod
-    def of(cls, metadata: TraceMetadata) -> IndexRow:
-        """The row of a sample."""
-        return cls(*(getattr(metadata, name) for name in cls._fields))
+    def of(cls, metadata: TraceMetadata, texts: Mapping[str, str]) -> IndexRow:
+        """The row of a sample; `texts` are its question and answers by field."""
+        answers = (texts.get(name) for name in reversed(layout.ANSWER_FIELDS))
+        return cls(
+            metadata.sample_id,
+            metadata.seq_len,
+            metadata.label,
+            excerpt(texts.get("question", "")),
+            excerpt(next(filter(None, answers), "")),
+            metadata.generation_index,
+            metadata.prompt_len,
+            metadata.coverage,
+        )
 
 
-def index_columns(index: Sequence[TraceMetadata | IndexRow]) -> dict[str, np.ndarray]:
+def index_columns(index: Sequence[IndexRow]) -> dict[str, np.ndarray]:
     """The table ``/index/samples``; -1 stands for an absent count, `NO_LABEL` for no label."""
 
     def numbers(name: str, absent: int = -1) -> np.ndarray:
         values = [getattr(each, name) for each in index]
         return np.array([absent if value is None else value for value in values], dtype="<i8")
 
+    def texts(name: str) -> np.ndarray:
+        return encode_all([getattr(each, name) or "" for each in index])
+
     columns = {
         "ordinal": np.arange(len(index), dtype="<i8"),
-        "sample_id": encode_all([each.sample_id or "" for each in index]),
-        "generation_index": numbers("generation_index"),
+        "sample_id": texts("sample_id"),
         "seq_len": numbers("seq_len"),
-        "prompt_len": numbers("prompt_len"),
-        "coverage": encode_all([each.coverage for each in index]),
     }
     if any(each.label is not None for each in index):
         columns["label"] = numbers("label", NO_LABEL)
-    return columns
+    columns |= {name: texts(name) for name in EXCERPTS if any(getattr(r, name) for r in index)}
+    columns |= {name: numbers(name) for name in ("generation_index", "prompt_len")}
+    return {**columns, "coverage": texts("coverage")}
 
 
 Container = Literal["torch", "ml_dtypes"]

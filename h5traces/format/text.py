@@ -25,6 +25,13 @@ INTRODUCER = "\u241b"
 MAX_TEXT_NBYTES = 128 << 20
 MAX_COLUMN_NBYTES = 1 << 30
 _NEEDS_ESCAPE = re.compile(f"[{INTRODUCER}\ud800-\udfff]")
+_BLANK = re.compile(r"[\s\x00-\x1f\x7f]+")
+# Characters that an excerpt looks at, and that it has.
+_LOOKED_AT, _EXCERPT = 1000, 64
+# Up to 80 characters, the last of them white space where there is any. No text of a model has more
+# lines.
+_PIECE = re.compile(r".{1,79}(?:\s|\Z)|.{1,80}", re.DOTALL)
+_MOST_LINES = 100_000
 _ESCAPED = re.compile(f"{INTRODUCER}([0-9A-F]{{4}})?")
 
 
@@ -52,7 +59,7 @@ def unescape(text: str) -> str:
 
 def encode(text: str) -> bytes:
     """`text` escaped, as UTF-8."""
-    return escape(text).encode("utf-8")
+    return (text if text.isascii() and text[-1:] != "\0" else escape(text)).encode("utf-8")
 
 
 def decode(stored: bytes) -> str:
@@ -88,6 +95,28 @@ def encode_all(texts: Sequence[str]) -> np.ndarray:
 def decode_all(stored: np.ndarray) -> list[str]:
     """The strings of an array of dtype ``S<n>``, in C order."""
     return [decode(item) for item in stored.ravel().tolist()]
+
+
+def utf8(text: str) -> str:
+    """A text as formats of UTF-8 hold it, which is without lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text as one line of at most 64 characters, for tables."""
+    line = _BLANK.sub(" ", text[:_LOOKED_AT]).strip()
+    is_whole = len(text) <= _LOOKED_AT and len(line) <= _EXCERPT
+    return line if is_whole else f"{line[: _EXCERPT - 1]}…"
+
+
+def wrapped(text: str) -> list[str]:
+    """A text as lines of at most 80 characters, for viewers that show a line as a row."""
+    found: list[str] = []
+    for line in text.splitlines():
+        found += _PIECE.findall(line) or [""]
+        if len(found) > _MOST_LINES:
+            return [*found[:_MOST_LINES], "…"]
+    return found
 
 
 def utc_now() -> str:

@@ -14,7 +14,7 @@ from h5traces.archive.archive import Archive
 from h5traces.archive.opening import open as open_archive
 from h5traces.arguments import checked
 from h5traces.errors import DatasetError, OptionError
-from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges
+from h5traces.graph.edges import EdgeDirection, HeadReduction, attention_edges, edges_of_rows
 from h5traces.graph.files import record_files
 from h5traces.graph.samples import ArchiveSamples, RecordSamples
 from h5traces.meaning.lengths import covered_tokens
@@ -169,25 +169,16 @@ class TraceGraphDataset(Dataset[Data]):
 
     def _graph(self, sample: int, layer: int) -> Data:
         hidden, attention = self._samples.arrays(sample, layer)
-        if hidden.ndim != 2 or attention.ndim not in (2, 3):
+        shape = tuple(attention.shape) if isinstance(attention, torch.Tensor) else (0, 0, 0)
+        if hidden.ndim != 2 or len(shape) not in (2, 3):
             message = (
                 f"{self._samples.place(sample)}: layer {layer} has hidden states "
-                f"{tuple(hidden.shape)} and attention {tuple(attention.shape)}, expected "
+                f"{tuple(hidden.shape)} and attention {shape}, expected "
                 "(tokens, channels) and (heads, queries, keys)"
             )
             raise DatasetError(message)
         num_nodes = hidden.shape[0]
-        try:
-            edge_index, edge_attr = attention_edges(
-                attention,
-                num_nodes,
-                threshold=self.attn_threshold,
-                head_reduction=self._head_reduction,
-                direction=self._edge_direction,
-            )
-        except DatasetError as error:
-            message = f"{self._samples.place(sample)}: layer {layer}: {error}"
-            raise DatasetError(message) from error
+        edge_index, edge_attr = self._edges(attention, num_nodes, sample, layer)
         graph = Data(
             x=hidden.float(),
             edge_index=edge_index,
@@ -202,6 +193,26 @@ class TraceGraphDataset(Dataset[Data]):
         if self._labels is not None:
             graph.y = torch.as_tensor(self._labels[sample]).reshape(1)
         return graph
+
+    def _edges(
+        self,
+        attention: torch.Tensor | Iterator[torch.Tensor],
+        num_nodes: int,
+        sample: int,
+        layer: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        options: Any = {
+            "threshold": self.attn_threshold,
+            "head_reduction": self._head_reduction,
+            "direction": self._edge_direction,
+        }
+        if not isinstance(attention, torch.Tensor):
+            return edges_of_rows(attention, **options)
+        try:
+            return attention_edges(attention, num_nodes, **options)
+        except DatasetError as error:
+            message = f"{self._samples.place(sample)}: layer {layer}: {error}"
+            raise DatasetError(message) from error
 
 
 @dataclass(frozen=True, slots=True)

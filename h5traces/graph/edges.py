@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F  # as torch's own documents name it
 
 from h5traces.arguments import checked
 from h5traces.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 HeadReduction = Literal["mean", "max", "per_head"]
 EdgeDirection = Literal["query_to_key", "key_to_query", "both"]
@@ -60,13 +63,40 @@ def attention_edges(
     """
     weights = attention.float()
     reduced = _fitted(_reduced(weights, head_reduction), num_nodes)
-    edge_index = (reduced > threshold).tril_().nonzero().t().contiguous()
+    heads = _fitted(weights, num_nodes) if head_reduction == "per_head" else None
+    return _directed(*_edges(reduced, heads, threshold), direction)
+
+
+def edges_of_rows(
+    blocks: Iterable[torch.Tensor],
+    *,
+    threshold: float,
+    head_reduction: HeadReduction,
+    direction: EdgeDirection,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attention_edges`, of blocks ``(heads, queries, keys)`` of all queries in their order."""
+    start, parts = 0, []
+    for each in blocks:
+        heads = each if head_reduction == "per_head" else None
+        parts.append(_edges(_reduced(each, head_reduction), heads, threshold, start))
+        start += each.shape[1]
+    index, attr = zip(*parts, strict=True)
+    return _directed(torch.cat(index, dim=1), torch.cat(attr), direction)
+
+
+def _edges(
+    reduced: torch.Tensor, heads: torch.Tensor | None, threshold: float, start: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Edges of some queries from `start` on, and their features: of heads where these are given."""
+    edge_index = (reduced > threshold).tril_(start).nonzero().t().contiguous()
     query, key = edge_index
-    if head_reduction == "per_head":
-        edge_attr = _fitted(weights, num_nodes)[:, query, key].t().contiguous()
-    else:
+    if heads is None:
         edge_attr = reduced[query, key].unsqueeze(1)
-    return _directed(edge_index, edge_attr, direction)
+    else:
+        edge_attr = heads[:, query, key].t().contiguous()
+    if start:
+        edge_index[0] += start
+    return edge_index, edge_attr
 
 
 def _reduced(weights: torch.Tensor, head_reduction: HeadReduction) -> torch.Tensor:

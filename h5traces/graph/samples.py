@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from h5traces.archive.archive import Archive
+    from h5traces.archive.trace import Trace
     from h5traces.format.record import LayerArray, TraceRecord
     from h5traces.meaning.options import ReadingOptions
     from h5traces.torch_data.dataset import Labels
@@ -102,11 +103,16 @@ class ArchiveSamples:
             last = self._last = index, facts
         return last[1]
 
-    def arrays(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states ``(seq_len, hidden_size)`` and attention of one layer of a sample."""
+    def arrays(
+        self, index: int, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor | Iterator[torch.Tensor]]:
+        """Hidden states ``(seq_len, hidden_size)`` and attention of one layer of a sample.
+
+        Attention that is recomputed comes in blocks of queries ``(heads, queries, keys)``.
+        """
         trace = self._archive[index]
         self._guard.check(trace.path)
-        found = []
+        found: list[torch.Tensor] = []
         stored, weights = trace._stored.objects, self._weights
         if weights not in stored and layout.ATTENTIONS in stored:
             weights = layout.ATTENTIONS  # heads that could not be averaged are stored instead
@@ -117,12 +123,27 @@ class ArchiveSamples:
             trace._stored.read_ahead([path for path in paths if path in stored], 1),
         ):
             for kind in kinds:
+                if trace._stored.recomputes(kind):
+                    mask = trace.mask
+                    states = found[0] if mask is None else _kept(found[0], 0, mask)
+                    return states, self._rows(trace, layer)
                 array = read_layer(trace, kind, layer)
                 suspect = may_be_not_finite(trace, kind, layer, torch.float32)
                 if suspect and not self._keep_non_finite:
                     _check_finite(array, f"{named(trace)}: layer {layer} of {kind}")
                 found.append(array)
         return _without_padding(found[0], found[1], trace.mask)
+
+    def _rows(self, trace: Trace, layer: int) -> Iterator[torch.Tensor]:
+        """Recomputed attention of a layer, without padding."""
+        stored = trace._stored
+        name = stored.array_name(layout.ATTENTIONS, layer)
+        kept = None if trace.mask is None else np.flatnonzero(trace.mask)
+        for _, weights in stored.attention_blocks(name, kept):
+            block = torch.from_numpy(weights if kept is None else weights[:, :, kept])
+            if not self._keep_non_finite:
+                _check_finite(block, f"{named(trace)}: layer {layer} of {layout.ATTENTIONS}")
+            yield block
 
 
 def _attention_kind(archive: Archive, *, averages: bool) -> str:

@@ -20,6 +20,7 @@ from h5traces.format.record import SourceForm
 from h5traces.format.values import TorchValue
 from h5traces.meaning.axes import BATCH, LAYER, STEPS_FIRST, data_of, split, view
 from h5traces.meaning.checks import Finding
+from h5traces.meaning.options import A_MAPPING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -225,7 +226,7 @@ def _drop_batch(found: Apart) -> None:
 def _reject_batch(kind: str, shape: tuple[int, ...], size: int) -> NoReturn:
     message = (
         f"field {kind!r}: shape {shape} is a batch of {size}, expected one sequence; make one dict "
-        "of each, or name its axes in a mapping, batch among them"
+        f"of each, or name its axes, batch among them, in {A_MAPPING}"
     )
     raise ConversionError(message)
 
@@ -333,7 +334,7 @@ def _one_order(
         found = " and ".join(f"({', '.join(each)})" for each in reversed(meanings.values()))
         message = (
             f"field {kind!r}: shape {shape} fits {found}; make it a list with one array per layer, "
-            "or name its axes in a mapping"
+            f"or name its axes in {A_MAPPING}"
         )
         raise ConversionError(message)
     return next(iter(reversed(meanings.values())))
@@ -355,7 +356,7 @@ def _check_layers(
     if are_tokens and kind not in known and num_layers not in lengths.usual:
         message = (
             f"field {kind!r}: shape {shape} fits (layer, hidden) and (token, hidden); make it a "
-            "list with one array per layer, or name its axes in a mapping"
+            f"list with one array per layer, or name its axes in {A_MAPPING}"
         )
         raise ConversionError(message)
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 FirstState = Literal["embedding", "block"]
 FIRST_STATES: Final[tuple[FirstState, ...]] = get_args(FirstState)
-
+# What messages call a mapping: the way out where a file can be understood in several ways.
+A_MAPPING: Final = (
+    "a mapping (mapping='mapping.toml'; 'h5traces inspect' of the file prints one to begin with)"
+)
 
 # Numbers of hidden states and names of kinds that an archive may record of a run.
 _MOST_FACTS: Final = 64

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from h5traces.format.record import LayeredArrays, TraceRecord
     from h5traces.meaning.array_checks import Mapper
 
-_ANSWERS: Final = ("generated_text", "generated_answer", "generated_answer_clean")
 # Texts of tokens that stand for no text: <pad>, </s>, <|endoftext|>, [PAD].
 _SPECIAL: Final = re.compile(r"<(?!0x)[^<>\s]+>\Z|\[[A-Z]+\]\Z")
 _MIN_SPECIAL: Final = 2
@@ -73,7 +72,9 @@ def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
     found += _coverage_findings(record)
     found += _token_findings(record, look.vocabulary)
     found += _special_token_findings(record)
-    is_causal = record.prompt_len is not None or any(each in record.texts for each in _ANSWERS)
+    is_causal = record.prompt_len is not None or any(
+        each in record.texts for each in layout.ANSWER_FIELDS
+    )
     for kind, layered in record.layered.items():
         layers = Layers(
             kind=kind,

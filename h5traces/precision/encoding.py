@@ -9,6 +9,7 @@ import numpy as np
 
 from h5traces.errors import PrecisionError
 from h5traces.format import layout
+from h5traces.format.kinds import ATTENTION_WINDOW, MODEL_KINDS, STATE_NORMS
 from h5traces.format.precision import EXACT, Precision
 from h5traces.precision import attention, channel_steps
 from h5traces.precision.channel_steps import StepFormat
@@ -33,6 +34,20 @@ _MOST_EXCEPTIONS: Final = 1 / 16
 # the bound, which is stated in its sigma, would promise nothing.
 _LEAST_SPREAD: Final = 0.4
 _STATE_AXES: Final = 2
+# Kinds whose channels may go in steps.
+STEPPED_KINDS: Final = tuple(
+    kind for kind, each in MODEL_KINDS.items() if each.axes == ("token", "hidden")
+)
+
+
+def may_be_encoded(kind: str, definition: str | None) -> bool:
+    """Whether a precision is about a kind: one that the format names, or that a model gave.
+
+    Kinds of other sources are stored unchanged, whatever their name.
+    """
+    named = MODEL_KINDS.get(kind)
+    is_of_model = named is not None and named.definition == definition and kind != STATE_NORMS
+    return kind in layout.KINDS or is_of_model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,19 +77,25 @@ class Encoder:
         self.precision, self.scales = precision, scales
 
     def encode(
-        self, kind: str, name: str, array: TypedArray, *, in_steps: bool = False
+        self,
+        kind: str,
+        name: str,
+        array: TypedArray,
+        *,
+        in_steps: bool = False,
+        definition: str | None = None,
     ) -> EncodedLayer:
         """One layer's array, such as ``hidden_states`` and ``layer_005``.
 
         `array` comes as the tier ``exact`` would store it: float16, or float32 where float16 does
         not reach; with `in_steps`, generation steps lie side by side in it. PrecisionError where
-        its scale is of another width.
+        its scale is of another width. `definition` is that of a kind that the format does not name.
         """
         precision = self.precision
-        if kind not in layout.KINDS:
+        if not may_be_encoded(kind, definition):
             return _exact(array)
         reason = "holds generation steps" if in_steps else None
-        if kind == layout.HIDDEN_STATES and precision.step is not None:
+        if kind in STEPPED_KINDS and precision.step is not None:
             reason = reason or self._unfit(kind, name, array)
             return _exact(array, reason) if reason else self._in_steps(kind, name, array)
         if has_levels(kind, precision):
@@ -150,7 +171,8 @@ def has_levels(kind: str, precision: Precision) -> bool:
     """Whether arrays of a kind are stored on a square-root scale."""
     if kind == layout.ATTENTION_MEAN:
         return precision.attention_bits is not None or precision.head_mean != "none"
-    return kind == layout.ATTENTIONS and precision.attention_bits is not None
+    is_of_heads = kind in (layout.ATTENTIONS, ATTENTION_WINDOW)
+    return is_of_heads and precision.attention_bits is not None
 
 
 def _square_root(kind: str, array: TypedArray) -> EncodedLayer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from pydantic import ValidationError
 
@@ -15,13 +15,15 @@ from h5traces.format.document import Document, with_tuples
 from h5traces.format.text import and_more
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
+from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 RUN: Final = "run.json"
 RANKS: Final = "ranks"
+_BESIDE: Final = ".run"
 
 
 class RunPlan(Document):
@@ -39,6 +41,8 @@ class RunPlan(Document):
         Name, bytes and time of the last change (ns) of every file that is read.
     costs
         Of every piece of work, what it costs: bytes, or tokens.
+    ids
+        Of an extraction, id and generation index of every sample, by its number in the run.
     """
 
     version: Literal[1] = 1
@@ -49,6 +53,7 @@ class RunPlan(Document):
     options: dict[str, Any]
     sources: tuple[tuple[str, int, int], ...] = ()
     costs: tuple[int, ...] = ()
+    ids: tuple[tuple[str, int], ...] = ()
 
     def differences(self, before: RunPlan) -> list[str]:
         """What a rank would do otherwise than the ranks before it."""
@@ -75,9 +80,18 @@ class RunPlan(Document):
             found.append(f"{what} ({nbytes:,} bytes, was {then[changed[0]][1]:,})")
         if not found and self.sources != before.sources:
             found.append("the sources come in another order")
+        if self.ids != before.ids:
+            found.append("the questions are others")
         if not found and self.costs != before.costs:
             found.append("the work is divided otherwise")
         return found
+
+
+def run_folder(output: Path) -> Path:
+    """Where the run of an output is: in the folder, or beside the file."""
+    if output.is_dir() or output.name.endswith(_BESIDE):
+        return output
+    return output.with_name(f"{output.name}{_BESIDE}")
 
 
 def read_plan(folder: Path) -> RunPlan | None:
@@ -149,6 +163,25 @@ def plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options as JSON gives them back."""
     found: dict[str, Any] = json.loads(json.dumps(options, default=str))
     return found
+
+
+class ReadFile(Protocol):
+    """An archive that is read, on disk or on a server."""
+
+    @property
+    def path(self) -> Path | RemotePath: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def planned_archives(files: Iterable[ReadFile]) -> tuple[tuple[str, int, int], ...]:
+    """Name, bytes and time of the last change of every archive; no time of those on servers."""
+    return tuple(
+        (each.path.url, each.nbytes, 0)
+        if isinstance(each.path, RemotePath)
+        else planned_source(each.path)
+        for each in files
+    )
 
 
 def planned_source(path: Path) -> tuple[str, int, int]:

@@ -45,7 +45,12 @@ def check_shared(target: Target, options: TargetChoice, *, merge: bool = False) 
     if not target.is_folder:
         message = f"{target.path} is one file, which ranks cannot share; name a folder/"
         raise TargetError(message)
-    if options.overwrite:
+    check_no_overwrite(overwrite=options.overwrite)
+
+
+def check_no_overwrite(*, overwrite: bool) -> None:
+    """Reject replacing what other ranks have written."""
+    if overwrite:
         message = (
             "overwrite=True does not go with rank: a rank that is started again would undo its "
             "work; name another folder, or delete this one"

@@ -7,18 +7,21 @@ import json
 import os
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from h5traces.arguments import checked
 from h5traces.errors import TargetError
 from h5traces.format.html import Report
 from h5traces.paths import local_path
-from h5traces.ranks.plan import RANKS, RUN, read_plan
+from h5traces.ranks.bucket import BucketRoom
+from h5traces.ranks.plan import RANKS, RUN, read_plan, run_folder
+from h5traces.storage.remote.paths import RemotePath, is_url
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from h5traces.paths import PathLike
+    from h5traces.ranks.plan import RunPlan
 
 # Six heartbeats: a node may be busy, or its mount slow.
 _ALIVE_SECONDS: Final = 60.0
@@ -111,39 +114,34 @@ def status(folder: PathLike) -> RunStatus:
     Parameters
     ----------
     folder
-        The output of a command that was started with ``rank``.
+        The output of a command that was started with ``rank``, also ``s3://bucket/run/``; of one
+        that makes a file, the run is beside it, in ``<output>.run``.
 
     Raises
     ------
     TargetError
         There is no run in the folder.
     """
-    place = local_path(folder)
-    plan = read_plan(place)
-    if plan is None:
-        message = f"{place}: holds no {RUN}; expected the output of a command that was given ranks"
-        raise TargetError(message)
-    found = RunStatus(str(place), plan.command, plan.world_size, first_task=plan.first_task)
+    room = room_of(folder)
+    plan = planned(room)
+    found = RunStatus(str(room), plan.command, plan.world_size, first_task=plan.first_task)
     found.num_items, found.total_cost = len(plan.costs), sum(plan.costs)
-    written = _all_lines(place)
-    items = _last_lines(written)
-    now = _now(place / RANKS)
     left: list[float] = []
     for rank in range(plan.world_size):
-        path = place / RANKS / f"{rank:05d}-of-{plan.world_size:05d}.jsonl"
-        lines = written.get(path, [])
+        name = f"{rank:05d}-of-{plan.world_size:05d}"
+        lines = room.lines.get(name, [])
         ends = [each for each in lines if each["event"] in ("start", "end")]
         last = ends[-1] if ends else {}
         if last.get("event") == "end" and last["status"] in ("done", "failed"):
             (found.done if last["status"] == "done" else found.failed).append(rank)
             if last.get("error"):
                 found.errors.append(f"rank {rank}: {last['error']}")
-        elif last.get("event") == "start" and _is_alive(path, now):
+        elif last.get("event") == "start" and room.is_alive(name):
             found.running.append(rank)
             _add_rate(found, plan.costs, lines, left)
         else:
             found.missing.append(rank)
-    for item, line in items.items():
+    for item, line in last_lines(room).items():
         if line["status"] in _FINISHED:
             found.num_done += 1
             found.num_samples += line.get("num_samples", 0)
@@ -151,10 +149,77 @@ def status(folder: PathLike) -> RunStatus:
             found.done_cost += plan.costs[item] if item < len(plan.costs) else 0
         elif line["status"] == "failed":
             found.num_failed += 1
-            found.errors.append(str(line.get("error")))
+            found.errors.append(str(line.get("error") or f"piece {item} of the work failed"))
     # Until every rank left is at work, nobody knows when it will be done.
     found.seconds_left = max(left) if left and not found.to_run else None
     return found
+
+
+class Room(Protocol):
+    """What the ranks of a run have written down.
+
+    Attributes
+    ----------
+    lines
+        By name of a rank (``00003-of-00008``), its lines, of any world size.
+    """
+
+    lines: dict[str, list[dict[str, Any]]]
+
+    def plan(self) -> RunPlan | None:
+        """The plan of the run; None if there is none."""
+
+    def is_alive(self, rank: str) -> bool:
+        """Whether a rank is at work."""
+
+    def whole(self, lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """Lines about pieces of work, with all that they say."""
+
+
+@dataclass(slots=True)
+class LocalRoom:
+    """What ranks have written down in a folder; as `Room`."""
+
+    folder: Path
+    lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    _now: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Read the lines of all ranks."""
+        paths = sorted((self.folder / RANKS).glob("*-of-*.jsonl"))
+        self.lines = {path.stem: _read_lines(path) for path in paths}
+        self._now = _now(self.folder / RANKS) if paths else 0.0
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def plan(self) -> RunPlan | None:
+        """The plan of the run; None if there is none."""
+        return read_plan(self.folder)
+
+    def is_alive(self, rank: str) -> bool:
+        """Whether a rank is at work."""
+        return _is_alive(self.folder / RANKS / f"{rank}.jsonl", self._now)
+
+    def whole(self, lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The lines as they are."""
+        return lines
+
+
+def room_of(folder: PathLike) -> LocalRoom | BucketRoom:
+    """Where the ranks of a run write down what they do."""
+    if is_url(folder) and RemotePath(str(folder)).protocol in ("s3", "s3a"):
+        return BucketRoom(f"{str(folder).rstrip('/')}/")
+    return LocalRoom(run_folder(local_path(folder)))
+
+
+def planned(room: Room) -> RunPlan:
+    """The plan of a run; TargetError if there is none."""
+    plan = room.plan()
+    if plan is None:
+        message = f"{room}: holds no {RUN}; expected the output of a command that was given ranks"
+        raise TargetError(message)
+    return plan
 
 
 def _add_rate(
@@ -162,7 +227,7 @@ def _add_rate(
 ) -> None:
     start = max(n for n, each in enumerate(lines) if each["event"] == "start")
     done = [each for each in lines[start:] if each["event"] == "item"]
-    seconds = done[-1]["elapsed"] if done else 0
+    seconds = done[-1].get("elapsed", 0) if done else 0
     if seconds:
         rate = sum(costs[each["item"]] for each in done if each["status"] != "skipped") / seconds
         rest = lines[start]["cost"] - sum(costs[each["item"]] for each in done)
@@ -172,21 +237,17 @@ def _add_rate(
 
 
 def finished_items(folder: Path) -> dict[int, dict[str, Any]]:
+    """The last line about every piece of work of the run in a folder on disk."""
+    return last_lines(LocalRoom(folder))
+
+
+def last_lines(room: Room) -> dict[int, dict[str, Any]]:
     """The last line about every piece of work, of any rank and any world size.
 
     A line that only found the work done does not replace the one of who did it.
     """
-    return _last_lines(_all_lines(folder))
-
-
-def _all_lines(folder: Path) -> dict[Path, list[dict[str, Any]]]:
-    """What every rank has written, of any world size."""
-    return {path: _read_lines(path) for path in sorted((folder / RANKS).glob("*-of-*.jsonl"))}
-
-
-def _last_lines(written: dict[Path, list[dict[str, Any]]]) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
-    for lines in written.values():
+    for lines in room.lines.values():
         for line in lines:
             if line["event"] == "item":
                 before = found.get(line["item"], {}).get("status")

@@ -7,7 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,21 +35,27 @@ from h5traces.format import layout
 from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.paths import ARCHIVE_SUFFIXES, Target, expand_sources
+from h5traces.ranks.parts import PartsRun
+from h5traces.ranks.plan import RunPlan, planned_source, run_folder
+from h5traces.ranks.rank import find_rank
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from h5traces.archive.file import ArchiveFile
     from h5traces.paths import PathLike, Source
+    from h5traces.ranks.rank import Rank
 
 _COLUMNS: Final = ("position_in_file", "sample_id", "generation_index")
 _MORE_COLUMNS: Final = ("seq_len", "prompt_len", "coverage", "label")
 _GROUP_ROWS: Final = 64 << 10
 # Shards that are read together, so that not all rows wait in memory.
 _SHARDS_AT_A_TIME: Final = 256
+# Those that a rank reads at a time; fewer, so that a small run has a part for each.
+_SHARDS_OF_A_PART: Final = 64
 _WORKERS: Final = 4
 _REMOTE_WORKERS: Final = 32
 
@@ -70,6 +76,8 @@ class CatalogueReport(Report):
         Shards whose rows the catalogue had.
     gone
         Shards that the catalogue listed and that are not there any more.
+    is_written
+        Whether the catalogue is there: a rank that does not end last leaves it to others.
     """
 
     path: str
@@ -78,6 +86,7 @@ class CatalogueReport(Report):
     num_read: int = 0
     num_kept: int = 0
     gone: list[str] = field(default_factory=list)
+    is_written: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +98,7 @@ class _Shard:
     # Attributes of the root; None where the rows are taken over.
     first: dict[str, Any] | None
     table: Any
-    before: tuple[_Before, int] | None = None
+    before: tuple[_Known, int] | None = None
 
 
 @checked
@@ -103,6 +112,8 @@ def index(
     storage_options: Mapping[str, Any] | None = None,
     remote: RemoteOptions = DEFAULT_REMOTE,
     progress: Callable[[int, int], None] | None = None,
+    rank: int | Literal["auto"] | None = None,
+    world_size: int | None = None,
 ) -> CatalogueReport:
     """Write the catalogue of many shards, or bring one up to date.
 
@@ -128,7 +139,10 @@ def index(
     storage_options, remote
         As for `h5traces.open`.
     progress
-        Called with the number of shards done and of all.
+        Called with the number of shards done and of all, or of those of the rank.
+    rank, world_size
+        Read the share of one of `world_size` processes. Parts lie in ``<output>.run`` until all are
+        there; the rank that ends last writes `output`. See `docs/cluster.md`.
 
     Returns
     -------
@@ -153,70 +167,157 @@ def index(
         remote = replace(remote, storage_options=storage_options)
     paths = expand_sources(sources, ARCHIVE_SUFFIXES, remote)
     report = CatalogueReport(str(target), len(paths))
-    before = _Before(open_catalogue(target, remote), texts=texts)
+    chosen = find_rank(rank, world_size, run_folder(target))
     make_folder(target.parent)
-    remove_abandoned_parts(target)
-    reader = _Reader(target.parent, before, remote, texts=texts, check=check)
-    far = sum(isinstance(path, RemotePath) for path in paths)
     if workers is None:
+        far = sum(isinstance(path, RemotePath) for path in paths)
         workers = _REMOTE_WORKERS if far else _WORKERS
-    with PartFile(target) as part, ThreadPoolExecutor(workers) as pool:
-        written = _Written(part, texts=texts)
-        for start in range(0, len(paths), _SHARDS_AT_A_TIME):
-            some = paths[start : start + _SHARDS_AT_A_TIME]
-            for shard in pool.map(reader.read, some):
-                written.add(shard)
-                report.num_read += shard.table is not None
-            if progress is not None:
-                progress(start + len(some), len(paths))
-        written.finish(before.first)
-        part.publish(overwrite=True)
-    report.num_samples = written.num_samples
-    report.num_kept = report.num_shards - report.num_read
-    report.gone = sorted(set(before.numbers) - written.names)
+    work = _Work(target=target, remote=remote, workers=workers, texts=texts, check=check)
+    if chosen is None:
+        work.write(paths, target, report, progress)
+    else:
+        with PartsRun(
+            target, chosen, _plan(paths, chosen, texts=texts), SUFFIX, may_replace=True
+        ) as run:
+            if not run.is_joined:
+                _share(run, work, paths, report, progress)
+            report.is_written = run.is_joined
     return report
 
 
-class _Before:
-    """A catalogue that rows are taken over from; none of one with other columns."""
+def _plan(paths: list[Path | RemotePath], rank: Rank, *, texts: bool) -> RunPlan:
+    """What all ranks must agree on; a piece of work is so many shards."""
+    starts = range(0, len(paths), _SHARDS_OF_A_PART)
+    return RunPlan(
+        command="index",
+        world_size=rank.size,
+        first_task=rank.first,
+        options={"texts": texts},
+        sources=tuple(
+            (path.url, 0, 0) if isinstance(path, RemotePath) else planned_source(path)
+            for path in paths
+        ),
+        costs=tuple(min(_SHARDS_OF_A_PART, len(paths) - start) for start in starts),
+    )
 
-    def __init__(self, catalogue: Catalogue | None, *, texts: bool) -> None:
-        if catalogue is not None and catalogue.has_texts != texts:
-            catalogue = None
-        self.numbers: dict[str, int] = {}
-        self._tables: Iterator[pa.Table] = iter(())
-        if catalogue is not None:
-            self.numbers = {
-                name: number for number, name in enumerate(catalogue.shards["path"].to_pylist())
-            }
-            self._catalogue = catalogue
-        self._table: Any = None
-        self._start = 0
+
+def _share(
+    run: PartsRun,
+    work: _Work,
+    paths: list[Path | RemotePath],
+    report: CatalogueReport,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the parts of a rank, and the catalogue if it is the last."""
+    done, total = 0, sum(run.plan.costs[number] for number in run.share)
+    for number in run.share:
+        some = paths[number * _SHARDS_OF_A_PART : (number + 1) * _SHARDS_OF_A_PART]
+        part = run.part(number)
+        one = CatalogueReport(str(part), len(some))
+        if not part.exists():
+            work.write(some, part, one, None)
+        report.num_read += one.num_read
+        run.note(number, status="written", nbytes=part.stat().st_size)
+        done += len(some)
+        if progress is not None:
+            progress(done, total)
+    whole = CatalogueReport(report.path, len(paths))
+    if run.join(lambda: work.write(paths, run.output, whole, None, run.parts)):
+        report.num_samples, report.gone = whole.num_samples, whole.gone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What a catalogue is made with."""
+
+    target: Path
+    remote: RemoteOptions
+    workers: int
+    texts: bool
+    check: bool
+
+    def write(
+        self,
+        paths: list[Path | RemotePath],
+        output: Path,
+        report: CatalogueReport,
+        progress: Callable[[int, int], None] | None,
+        parts: Sequence[Path] = (),
+    ) -> None:
+        """Write a catalogue of shards; what it has read already lies in `parts`."""
+        known = [open_catalogue(each, self.remote) for each in (*parts, self.target)]
+        before = _Before([each for each in known if each is not None], texts=self.texts)
+        # What ranks have just read is not read again.
+        check = self.check and not parts
+        reader = _Reader(self.target.parent, before, self.remote, texts=self.texts, check=check)
+        remove_abandoned_parts(output)
+        with PartFile(output) as part, ThreadPoolExecutor(self.workers) as pool:
+            written = _Written(part, texts=self.texts)
+            for start in range(0, len(paths), _SHARDS_AT_A_TIME):
+                some = paths[start : start + _SHARDS_AT_A_TIME]
+                for shard in pool.map(reader.read, some):
+                    written.add(shard)
+                    report.num_read += shard.table is not None
+                if progress is not None:
+                    progress(start + len(some), len(paths))
+            written.finish(before.first)
+            part.publish(overwrite=True)
+        report.num_samples = written.num_samples
+        report.num_kept = report.num_shards - report.num_read
+        report.gone = sorted(before.names - written.names)
+        report.is_written = True
+
+
+class _Before:
+    """Catalogues with the same columns; rows are taken over from the first that has a shard."""
+
+    def __init__(self, catalogues: Sequence[Catalogue], *, texts: bool) -> None:
+        self._known = [_Known(each) for each in catalogues if each.has_texts == texts]
 
     @property
     def first(self) -> dict[str, Any] | None:
         """Attributes of the root of the first shard that was listed."""
-        return self._catalogue.facts["first"] if self.numbers else None
+        return self._known[0].catalogue.facts["first"] if self._known else None
+
+    @property
+    def names(self) -> set[str]:
+        """All shards that were listed."""
+        return {name for each in self._known for name in each.numbers}
 
     def row(self, name: str) -> dict[str, Any] | None:
         """What was known of a shard."""
-        number = self.numbers.get(name)
-        if number is None:
-            return None
-        found: dict[str, Any] = self._catalogue.shards.slice(number, 1).to_pylist()[0]
-        return found
+        known = next((each for each in self._known if name in each.numbers), None)
+        return None if known is None else known.row(name)
 
     def shard(self, row: dict[str, Any]) -> _Shard:
         """A shard whose rows are taken over."""
-        known = self._catalogue.facts["families"][row["family"]]
-        facts = {"facts": known["facts"], "layers": known["layers"]}
-        return _Shard(row, facts, None, None, (self, self.numbers[row["path"]]))
+        known = next(each for each in self._known if row["path"] in each.numbers)
+        family = known.catalogue.facts["families"][row["family"]]
+        facts = {"facts": family["facts"], "layers": family["layers"]}
+        return _Shard(row, facts, None, None, (known, known.numbers[row["path"]]))
+
+
+class _Known:
+    """One catalogue that rows are taken over from."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        names = catalogue.shards["path"].to_pylist()
+        self.numbers = {name: number for number, name in enumerate(names)}
+        self._tables: Iterator[pa.Table] = iter(())
+        self._table: Any = None
+        self._start = 0
+
+    def row(self, name: str) -> dict[str, Any]:
+        """What was known of a shard."""
+        found: dict[str, Any] = self.catalogue.shards.slice(self.numbers[name], 1).to_pylist()[0]
+        return found
 
     def rows(self, number: int) -> pa.Table:
         """The rows of a shard; quick in the order of the catalogue."""
-        start, stop = self._catalogue.starts[number : number + 2].tolist()
+        start, stop = self.catalogue.starts[number : number + 2].tolist()
         if self._table is None or start < self._start:
-            self._tables, self._start = self._catalogue.groups(), 0
+            self._tables, self._start = self.catalogue.groups(), 0
             self._table = next(self._tables)
         parts = []
         while start < stop:

@@ -26,7 +26,7 @@ from h5traces.rewriting.convert_plan import plan_jobs
 from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.rewriting.shared_scales import SharedScales
-from h5traces.rewriting.uploads import UploadedRun, Uploads
+from h5traces.rewriting.uploads import Uploads
 from h5traces.sources.runs import facts_of_runs
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike
+    from h5traces.ranks.bucket import BucketRun
     from h5traces.ranks.rank import Rank
     from h5traces.rewriting.convert_plan import Job
     from h5traces.rewriting.reports import FileReport
@@ -158,7 +159,7 @@ def convert(
         checks=checks,
     )
     costs = [job.nbytes for job in jobs]
-    run: RankRun | UploadedRun | None = None
+    run: RankRun | BucketRun | None = None
     share: Sequence[int] = range(len(jobs))
     if chosen is not None:
         share = deal(costs, chosen.size)[chosen.number]
@@ -167,7 +168,7 @@ def convert(
             if uploads is None:
                 run = RankRun(place.folder, chosen, plan)
             else:
-                run = UploadedRun(uploads, chosen, plan)
+                run = uploads.run(chosen, plan)
     mine = [jobs[each] for each in share]
     meter = _Meter([source for job in mine for source in job.sources], progress)
     with uploads or contextlib.nullcontext(), run or contextlib.nullcontext():

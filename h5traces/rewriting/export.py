@@ -23,7 +23,9 @@ from h5traces.errors import (
     TargetError,
     warn,
 )
-from h5traces.format.text import and_more
+from h5traces.format.layout import USER_PREFIX
+from h5traces.format.text import and_more, wrapped
+from h5traces.format.values import EncodedObject
 from h5traces.lazy import needing
 from h5traces.paths import Target, check_not_a_source
 from h5traces.rewriting.export_arrays import write_npz, write_safetensors
@@ -37,6 +39,7 @@ from h5traces.storage.publish import (
 )
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions
+from h5traces.writing.preparation import text_element
 from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from h5traces.archive.archive import Archive
     from h5traces.archive.trace import Trace
     from h5traces.format.dtypes import DtypePolicy
+    from h5traces.format.record import TraceRecord
     from h5traces.paths import PathLike
 
 ExportFormat = Literal[
@@ -67,6 +71,8 @@ _SUFFIXES: Final[dict[ExportFormat, tuple[str, ...]]] = {
     "kerchunk": (".json",),
 }
 EXPORT_FORMATS: Final[tuple[ExportFormat, ...]] = (*_SUFFIXES, "datasets")
+# Of users' own, so that the export is an archive.
+_LINES: Final = f"{USER_PREFIX}lines"
 # One file per sample.
 _OF_SAMPLES: Final = {"safetensors": write_safetensors, "npz": write_npz}
 _LIBRARIES: Final = {
@@ -107,6 +113,7 @@ def export(
     *,
     to: ExportFormat | None = None,
     dtype: DtypePolicy | None = None,
+    decoded: bool = False,
     container: Literal["source", "numpy"] = "source",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -129,7 +136,11 @@ def export(
         to the archive's chunks for zarr (``.json``). ``h5traces``: an archive (``.h5``). Without
         it the suffix of `dest` decides; in a folder it is ``pickle``.
     dtype
-        Stored type of an ``.h5`` export; ``float32`` suits viewers without float16.
+        Stored type of an ``.h5`` export: ``float32`` by default, which suits viewers without
+        float16; with `decoded`, that of the values.
+    decoded
+        An ``.h5`` export for people with HDF5 viewers: values where a tier has codes, and texts of
+        several lines also as lines of at most 80 characters, in the group ``x_lines`` of a sample.
     container
         For pickles: ``numpy`` turns what came from torch tensors into arrays.
     overwrite
@@ -151,8 +162,8 @@ def export(
     TargetError
         `dest` has a suffix of no format, or is a source, or holds one sample and there are more.
     ConversionError
-        `dtype` was given for something else than an archive, or samples have no place in the
-        format, such as generation steps in ``npz``.
+        `dtype` or `decoded` was given for something else than an archive, or samples have no place
+        in the format, such as generation steps in ``npz``.
     MissingDependencyError
         The format needs a library that is not installed.
     CorruptArchiveError
@@ -161,9 +172,11 @@ def export(
         `dest` exists.
     """
     place, form = _target(dest, to)
-    if form != "h5traces" and dtype is not None:
+    if form != "h5traces" and (dtype is not None or decoded):
         what = "a pickle" if form == "pickle" else form
         message = f"{place.path}: dtype is for .h5; {what} has the archive's types"
+        if dtype is None:
+            message = f"{place.path}: decoded is for .h5; {what} has values, and no codes"
         raise ConversionError(message)
     _check_library(form)
     with open_archive(source) as archive, ComparedTraces() as compared:
@@ -174,7 +187,7 @@ def export(
         if dry_run:
             return place.path
         _warn_of_losses(job)
-        _RUNS[form](job, dtype=dtype, container=container)
+        _RUNS[form](job, dtype=dtype, decoded=decoded, container=container)
         for message in compared.warnings:
             warn(message, UserWarning)
     return place.path
@@ -256,9 +269,9 @@ def _part(job: _Job, path: Path | None = None) -> Iterator[PartFile]:
 # --- formats --------------------------------------------------------------------------------------
 
 
-def _export_archive(job: _Job, *, dtype: DtypePolicy | None, **_: Any) -> None:
+def _export_archive(job: _Job, *, dtype: DtypePolicy | None, decoded: bool, **_: Any) -> None:
     options = WriteOptions(
-        dtype=dtype or "float32",
+        dtype=dtype or ("auto" if decoded else "float32"),
         overwrite=job.overwrite,
         earlier_precisions=shared_metadata(job.archive._files).losses,
     )
@@ -266,7 +279,18 @@ def _export_archive(job: _Job, *, dtype: DtypePolicy | None, **_: Any) -> None:
     remove_abandoned_parts(job.path)
     with ArchiveWriter(job.path, options, **inherited_facts(job.archive._files)) as writer:
         for trace in job.traces():
-            writer.append(to_record(trace))
+            record = to_record(trace)
+            writer.append(record, _lines(record) if decoded else ())
+
+
+def _lines(record: TraceRecord) -> Iterator[EncodedObject]:
+    """Texts of several lines as lines, for viewers that show a text as one cell."""
+    found = {name: wrapped(text) for name, text in record.texts.items()}
+    long = {name: lines for name, lines in found.items() if len(lines) > 1}
+    if long:
+        yield EncodedObject(_LINES)
+    for name, lines in long.items():
+        yield text_element(f"{_LINES}/{name}", lines)
 
 
 def _export_pickle(job: _Job, *, container: Literal["source", "numpy"], **_: Any) -> None:

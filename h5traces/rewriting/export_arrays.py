@@ -10,7 +10,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from h5traces.format.dtypes import TypedArray
-from h5traces.rewriting.plain_values import JSON_ENDING, ascii_json, plain_fields, utf8
+from h5traces.format.text import utf8
+from h5traces.rewriting.plain_values import JSON_ENDING, ascii_json, plain_fields
 
 if TYPE_CHECKING:
     from h5traces.archive.trace import Trace

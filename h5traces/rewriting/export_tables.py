@@ -12,7 +12,9 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from h5traces.archive.trace import LayerSequence
-from h5traces.rewriting.plain_values import PlainFields, add_as_json, is_plain, layers_of, utf8
+from h5traces.format.dtypes import read_type
+from h5traces.format.text import utf8
+from h5traces.rewriting.plain_values import PlainFields, add_as_json, is_plain, layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -98,8 +100,7 @@ def _type_of(trace: Trace, value: Any) -> Any:
         if not value._stored_names:
             return pa.null()
         entry = trace._stored.entry(f"{value.kind}/{value._stored_names[0]}")
-        attrs = entry.attrs
-        name = str(attrs.get("source_dtype", attrs.get("restored_dtype", entry.dtype)))
+        name = read_type(entry.attrs, entry.dtype)
         found = pa.from_numpy_dtype(np.dtype("float32" if name == "bfloat16" else name))
         for _ in range(len(entry.shape) + 1):
             found = pa.large_list(found)

@@ -12,6 +12,7 @@ from h5traces.archive.trace import LayerSequence
 from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray
+from h5traces.format.text import utf8
 from h5traces.format.values import tagged_json
 
 if TYPE_CHECKING:
@@ -91,11 +92,6 @@ def add_as_json(found: PlainFields, key: str, value: Any) -> None:
 def ascii_json(value: Any) -> str:
     """One line of JSON, which keeps lone surrogates where UTF-8 does not hold them."""
     return json.dumps(value, separators=(",", ":"))
-
-
-def utf8(text: str) -> str:
-    """A text as formats of UTF-8 hold it, which is without lone surrogates."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def layers_of(trace: Trace, sequence: LayerSequence) -> list[TypedArray]:

@@ -4,87 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from h5traces.archive.agreement import ComparedTraces
 from h5traces.archive.archive import Archive
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_samples
-from h5traces.archive.shards import inherited_facts, inherited_scales, shared_metadata
+from h5traces.archive.shards import inherited_scales, shared_metadata
 from h5traces.arguments import checked
 from h5traces.errors import LossyArchiveError, LossyWarning, OptionError, PrecisionError, warn
-from h5traces.format.html import Report
 from h5traces.format.precision import EXACT, Precision
-from h5traces.format.text import and_more
 from h5traces.paths import Target, check_not_a_source, check_not_among
 from h5traces.precision.scales import ScaleSet
-from h5traces.rewriting.named_states import NamedSample, check_nameable
+from h5traces.ranks.plan import RunPlan, plain_options, planned_archives
+from h5traces.ranks.rank import find_rank
+from h5traces.ranks.run import RankRun, check_shared
+from h5traces.rewriting.named_states import check_nameable
+from h5traces.rewriting.ordering import ordered
 from h5traces.rewriting.repeated import repeated_samples
-from h5traces.storage.remote.paths import RemotePath
+from h5traces.rewriting.rewrite import RepackReport, Rewrite
 from h5traces.writing.calibrate import check_model, load_given, measured
 from h5traces.writing.options import (
     PrecisionOptions,
     TargetOptions,
     WriteOptions,
-    precision_warnings,
 )
-from h5traces.writing.shards import ShardSet, stale_warnings
-from h5traces.writing.stored_samples import StoredSample, to_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from h5traces.archive.file import ArchiveFile
     from h5traces.archive.selection import LayerChoice, SampleChoice
-    from h5traces.archive.trace import Trace
-    from h5traces.format.archive import ArchiveMetadata, SourceFile
+    from h5traces.format.archive import ArchiveMetadata
     from h5traces.format.precision import Tier
     from h5traces.meaning.options import FirstState
     from h5traces.paths import PathLike, Source
     from h5traces.precision.scales import Calibration
-    from h5traces.writing.archive_writer import ArchiveWriter
-    from h5traces.writing.options import Foreign, WriteSummary
-
-
-@dataclass(slots=True)
-class RepackReport(Report):
-    """What a rewrite did.
-
-    Attributes
-    ----------
-    sources, targets
-        Files read, and archives written (or, in a dry run, the first that would be).
-    num_samples
-        Samples in the targets.
-    copied
-        Whether chunks were copied as they are; else arrays were recompressed.
-    source_nbytes, target_nbytes
-        Sizes before and after.
-    precision
-        Precision that the targets lost; None if nothing.
-    warnings
-        What the user should know.
-    """
-
-    sources: list[str]
-    targets: list[str] = field(default_factory=list)
-    num_samples: int = 0
-    copied: bool = True
-    source_nbytes: int = 0
-    target_nbytes: int = 0
-    precision: str | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether the targets were written; a rewrite that fails raises, so this is true."""
-        return True
-
-    def raise_for_errors(self) -> None:
-        """Do nothing: as in the report of a conversion, for code that takes either."""
+    from h5traces.ranks.rank import Rank
+    from h5traces.rewriting.ordering import Order
+    from h5traces.storage.remote.paths import RemotePath
+    from h5traces.writing.options import Foreign
 
 
 @checked
@@ -99,6 +60,8 @@ def repack(
     foreign: Foreign = "keep",
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
+    rank: int | Literal["auto"] | None = None,
+    world_size: int | None = None,
 ) -> RepackReport:
     """Rewrite archives into one, or into shards, with all layers and samples or some of them.
 
@@ -132,12 +95,15 @@ def repack(
         Shards, existing targets, verification and workers.
     progress
         Called with the number of samples written and their total.
+    rank, world_size
+        Write the share of one of `world_size` processes on one folder; they share shards, so
+        `target` needs ``shard_samples``. Shards that are there are kept; see `docs/cluster.md`.
 
     Returns
     -------
     RepackReport
-        What was written. There is one result, so whatever prevents it raises; ``report.ok`` is true
-        if it came.
+        What was written; of a rank, its shards. There is one result, so whatever prevents it
+        raises; ``report.ok`` is true if it came.
 
     Raises
     ------
@@ -184,7 +150,11 @@ def repack(
         _check_different(archive)
         if first_state is not None:
             check_nameable(archive)
-        place = Target.of(dest, shard_samples=target.shard_samples).for_sources(archive.paths)
+        named_target = Target.of(dest, shard_samples=target.shard_samples)
+        chosen = find_rank(rank, world_size, named_target.folder)
+        if chosen is not None:
+            _check_shared(named_target, target)
+        place = named_target.for_sources(archive.paths)
         check_not_a_source(place, read_files(archive, given.scales))
         check_not_among(place, named)
         selected = archive if layers is None else archive.select(layers=layers)
@@ -229,10 +199,17 @@ def repack(
             report.num_samples = len(indices)
             return report
         compared = until_done.enter_context(ComparedTraces())
-        run = _Rewrite(
+        rewrite = Rewrite(
             selected, report, options, compared, encodes=encodes, first_state=first_state
         )
-        run.run(place, indices, progress)
+        if chosen is None:
+            rewrite.run(place, indices, progress)
+        else:
+            plan = _plan(selected, indices, place, options, calibration, chosen)
+            if first_state is not None:
+                plan.options["first_state"] = first_state
+            with RankRun(place.folder, chosen, plan) as run:
+                rewrite.run_share(run, place, indices, progress)
         report.warnings += compared.warnings
         return report
 
@@ -242,6 +219,7 @@ def merge(
     sources: PathLike | Iterable[PathLike],
     dest: PathLike,
     *,
+    order: Order | None = None,
     foreign: Foreign = "keep",
     target: TargetOptions = TargetOptions(),
     progress: Callable[[int, int], None] | None = None,
@@ -250,6 +228,11 @@ def merge(
 
     Parameters
     ----------
+    order
+        Of the samples: by ``id`` (numbers in ids count as numbers) and generation index; by
+        ``source``, the name of the file that they were converted from and the position in it; or by
+        ``index``, the row of the data set that they were extracted from. By default as they lie, in
+        the archives in the order given. None of the three depends on how samples were divided.
     sources, dest, foreign, target, progress
         As in `repack`. Of objects with one name in the roots of several archives, the first is
         kept, and those that differ from it are named in a warning.
@@ -262,9 +245,14 @@ def merge(
     Raises
     ------
     ArchiveError, OptionError, ArchiveExistsError
-        As in `repack`.
+        As in `repack`; or a sample does not record what `order` needs.
     """
-    return repack(sources, dest, foreign=foreign, target=target, progress=progress)
+    samples = None
+    if order is not None:
+        sources = _named_once(sources)
+        with open_archive(sources) as archive:
+            samples = ordered(archive, order)
+    return repack(sources, dest, samples=samples, foreign=foreign, target=target, progress=progress)
 
 
 @checked
@@ -298,6 +286,45 @@ def split(
     """
     target = replace(target, shard_samples=num_samples)
     return repack(sources, dest, foreign=foreign, target=target, progress=progress)
+
+
+def _check_shared(place: Target, target: TargetOptions) -> None:
+    check_shared(place, target)
+    if target.shard_samples is None:
+        message = "ranks share the shards of a result; pass shard_samples, too"
+        raise OptionError(message)
+
+
+def _plan(
+    archive: Archive,
+    indices: Sequence[int],
+    place: Target,
+    options: WriteOptions,
+    calibration: Calibration | None,
+    rank: Rank,
+) -> RunPlan:
+    """What all ranks must agree on; a piece of work is a shard."""
+    files = archive._files
+    chosen = {
+        "layers": archive.layers,
+        "samples": None if indices == range(len(archive)) else list(indices),
+        "precision": str(options.precision),
+        "dtype": options.dtype,
+        "on_overflow": options.on_overflow,
+        "codec": options.codec,
+        "scales": None if calibration is None else calibration.digest,
+        "foreign": options.foreign,
+        "shard_samples": place.shard_samples,
+    }
+    each = sum(file.nbytes for file in files) // max(1, len(archive))
+    return RunPlan(
+        command="repack",
+        world_size=rank.size,
+        first_task=rank.first,
+        options=plain_options(chosen),
+        sources=planned_archives(files),
+        costs=tuple(each * len(some) for some in Rewrite.cut(place, indices)),
+    )
 
 
 def _named_once(sources: PathLike | Iterable[PathLike]) -> list[PathLike]:
@@ -388,108 +415,3 @@ def _scales(
     if not encodes:
         return inherited_scales(archive._files) or ScaleSet()
     return (calibration or measured(archive, num_samples)).scales(step)
-
-
-class _Rewrite:
-    """Writes all targets, then publishes them."""
-
-    def __init__(
-        self,
-        archive: Archive,
-        report: RepackReport,
-        options: WriteOptions,
-        compared: ComparedTraces,
-        *,
-        encodes: bool,
-        first_state: FirstState | None,
-    ) -> None:
-        self._first_state = first_state
-        self._archive, self._report, self._encodes = archive, report, encodes
-        self._compared = compared
-        self._codec = None if report.copied else options.codec
-        self._shards = ShardSet(options)
-        self._sources, self._first_source = _joined_sources(archive._files)
-
-    def run(
-        self,
-        place: Target,
-        indices: Sequence[int],
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        """Write and publish; an exception leaves no file."""
-        size = place.shard_samples or max(1, len(indices))
-        try:
-            for number, start in enumerate(range(0, max(1, len(indices)), size)):
-                writer = self._shards.new(place.shard(number), **self._facts(len(indices)))
-                for file in self._archive._files:
-                    writer.carry_foreign(file)
-                for index in indices[start : start + size]:
-                    self._add(writer, self._archive[index])
-                    self._report.num_samples += 1
-                    if progress is not None:
-                        progress(self._report.num_samples, len(indices))
-                self._shards.finish(sources=self._sources)
-            self._publish(place)
-        except BaseException:
-            self._shards.discard()
-            raise
-
-    def _add(self, writer: ArchiveWriter, trace: Trace) -> None:
-        first_source = self._first_source[trace.path]
-        self._compared.check(trace)
-        if self._first_state is not None:
-            writer.copy(NamedSample(trace, self._first_state, first_source=first_source))
-        elif self._encodes:
-            writer.append(to_record(trace, first_source=first_source))
-        else:
-            writer.copy(StoredSample(trace, codec=self._codec, first_source=first_source))
-        writer.carry_foreign(trace._stored.file, trace.position_in_file)
-
-    def _facts(self, num_samples: int) -> dict[str, Any]:
-        """What all sources state alike; of all their samples, also what names their states."""
-        files = self._archive._files
-        facts = inherited_facts(files)
-        before = [file.metadata.conversion for file in files]
-        is_alike = before[0] is not None and all(each == before[0] for each in before)
-        if self._first_state is not None and is_alike and num_samples == len(self._archive):
-            facts["conversion"] = {**(before[0] or {}), "first_state": self._first_state}
-        return facts
-
-    def _publish(self, target: Target) -> None:
-        """Name the targets, and report them."""
-        self._shards.publish()
-        summaries = [writer.summary for writer in self._shards.writers]
-        self._report.targets = [str(summary.path) for summary in summaries]
-        self._report.warnings += [each for one in summaries for each in precision_warnings(one)]
-        self._report.warnings += _foreign_warnings(self._archive, summaries)
-        self._report.warnings += stale_warnings(target, self._report.targets)
-        self._report.target_nbytes = sum(summary.nbytes for summary in summaries)
-
-
-def _foreign_warnings(archive: Archive, summaries: Sequence[WriteSummary]) -> list[str]:
-    """What other programs put into the sources and is not in the targets."""
-    left = dict.fromkeys(each for one in summaries for each in one.left_foreign)
-    found = [f"{and_more(left, separator='; ')}: not copied"] if left else []
-    far = [str(file.path) for file in archive._files if _is_out_of_reach(file)]
-    if far:
-        found.append(
-            f"{and_more(far)}: what users put there beside the traces was not copied; download "
-            "the archive to keep it"
-        )
-    return found
-
-
-def _is_out_of_reach(file: ArchiveFile) -> bool:
-    return isinstance(file.path, RemotePath) and file.store.has_foreign
-
-
-def _joined_sources(
-    files: Sequence[ArchiveFile],
-) -> tuple[tuple[SourceFile, ...] | None, dict[Path | RemotePath, int]]:
-    """The sources of all archives, and the position of each archive's first."""
-    joined: list[SourceFile] = []
-    first: dict[Path | RemotePath, int] = {}
-    for file in files:
-        first[file.path] = len(joined)
-        joined += file.metadata.sources or ()
-    return tuple(joined) or None, first

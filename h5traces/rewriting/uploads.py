@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from h5traces.errors import ArchiveExistsError, H5TracesError, OptionError, TargetError
-from h5traces.format.text import utc_now
-from h5traces.ranks.plan import RANKS, RUN, RunPlan, parse_plan, serialised
+from h5traces.ranks.bucket import BucketRun
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath, is_url
 
 if TYPE_CHECKING:
     from h5traces.paths import Source, Target
+    from h5traces.ranks.plan import RunPlan
     from h5traces.ranks.rank import Rank
     from h5traces.rewriting.convert_plan import Job
     from h5traces.rewriting.reports import FileReport
@@ -52,6 +51,16 @@ class Uploads:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, rank: Rank, plan: RunPlan) -> BucketRun:
+        """The share of a rank."""
+        if str(plan.options.get("scales")).startswith("measured"):
+            message = (
+                f"{self.url}: ranks that upload cannot share scales that one of them measures; "
+                "calibrate first, and pass scales"
+            )
+            raise OptionError(message)
+        return BucketRun(self.url, rank, plan)
 
     def place(self, path: Path) -> RemotePath:
         """The address that a file gets."""
@@ -108,57 +117,3 @@ class ExistingUploads:
     def existing(self) -> list[RemotePath]:
         """Their addresses, in order."""
         return self.shards
-
-
-class UploadedRun:
-    """The share of a rank whose archives go to a server; see `RankRun`.
-
-    The first rank writes the plan, and each archive has an object of its own that says what became
-    of it, since objects cannot be appended to.
-
-    Attributes
-    ----------
-    plan
-        The plan in force.
-    """
-
-    def __init__(self, uploads: Uploads, rank: Rank, plan: RunPlan) -> None:
-        from h5traces.storage.remote.uploading import put_new, read_document_at
-
-        if str(plan.options.get("scales")).startswith("measured"):
-            message = (
-                f"{uploads.url}: ranks that upload cannot share scales that one of them measures; "
-                "calibrate first, and pass scales"
-            )
-            raise OptionError(message)
-        self._uploads, self._rank, self.plan = uploads, rank, plan
-        place = RemotePath(f"{uploads.url}{RUN}")
-        if put_new(place, serialised(plan), DEFAULT_REMOTE):
-            return
-        before = parse_plan(read_document_at(place, DEFAULT_REMOTE), str(place))
-        differences = plan.differences(before)
-        if differences:
-            message = (
-                f"{uploads.url}: its run was planned otherwise: {'; '.join(differences)}. Run the "
-                f"ranks alike, or name another folder; where no rank runs, deleting {place} allows "
-                "another plan"
-            )
-            raise TargetError(message)
-
-    def note(self, item: int, **facts: Any) -> None:
-        """Write down what became of a piece of work, unless that was done before."""
-        from h5traces.storage.remote.uploading import put_new
-
-        line = {"event": "item", "time": utc_now(), "item": item, **facts}
-        name = f"{RANKS}/{self._rank.name}/{item:07d}-{facts.get('status')}.json"
-        put_new(
-            RemotePath(f"{self._uploads.url}{name}"),
-            json.dumps(line).encode("utf-8", "surrogatepass"),
-            DEFAULT_REMOTE,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass

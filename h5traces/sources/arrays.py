@@ -14,6 +14,8 @@ from h5traces.meaning.axes import data_of, with_data
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
 _MAX_DEPTH: Final = 16
 _MAX_LIST_DEPTH: Final = 8
 
@@ -197,11 +199,16 @@ def as_array(value: Any) -> Any:
             found = found.astype(np.float64)
     except (ValueError, OverflowError):
         return value
-    if found.dtype == np.float64:
-        with np.errstate(over="ignore"):
-            small = found.astype(np.float32)
-        return small if np.array_equal(small, found, equal_nan=True) else found
-    return found if found.dtype.kind in "iufb" else value
+    return narrowed(found) if found.dtype.kind in "iufb" else value
+
+
+def narrowed(array: NDArray[Any]) -> NDArray[Any]:
+    """Numbers of float64 as float32 where that keeps every one."""
+    if array.dtype != np.float64:
+        return array
+    with np.errstate(over="ignore"):
+        small = array.astype(np.float32)
+    return small if np.array_equal(small, array, equal_nan=True) else array
 
 
 def _is_numeric(value: list[Any], depth: int) -> bool:

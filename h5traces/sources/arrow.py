@@ -147,12 +147,13 @@ class ParquetTable(ArrayFile):
                 size = max(1, min(_MAX_BATCH_ROWS, _BATCH_NBYTES // row_nbytes))
                 num_rows = 0
                 for batch in self._file.iter_batches(size, row_groups=[number], use_threads=False):
+                    # What the batch was decoded in: two levels per value, and the pages.
+                    pa.default_memory_pool().release_unused()
                     num_rows += batch.num_rows
                     rows = _rows(batch, None)
                     del batch
                     yield from rows
-                    # The next batch needs it: two levels per value and the pages.
-                    pa.default_memory_pool().release_unused()
+                pa.default_memory_pool().release_unused()
             except _ERRORS as error:
                 raise _error(self._path, error) from error
             if num_rows != group.num_rows:

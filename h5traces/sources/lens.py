@@ -35,7 +35,7 @@ def is_of_lens(row: dict[str, Any]) -> bool:
 
 
 def of_lens(row: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Such a row as named arrays: ``hidden_states`` ``(layers, tokens, hidden)``, and the answer.
+    """Such a row as fields: ``hidden_states``, one ``(tokens, hidden)`` per layer, and the answer.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def of_lens(row: dict[str, Any], path: Path) -> dict[str, Any]:
     return {layout.HIDDEN_STATES: _states(row[_ACTIVATIONS][_STREAM], path), **fields}
 
 
-def _states(found: Any, path: Path) -> TorchValue:
+def _states(found: Any, path: Path) -> list[TorchValue]:
     where = f"{path}: {_ACTIVATIONS}.{_STREAM}"
     parts = found if isinstance(found, dict) else {}
     data, dtype, shape = parts.get("data"), parts.get("dtype"), _plain(parts.get("shape"))
@@ -71,7 +71,7 @@ def _states(found: Any, path: Path) -> TorchValue:
         _fail(f"{where} is no zstd in base64: {error}")
     if len(raw) != nbytes:
         _fail(f"{where} has {len(raw):,} bytes, but {dtype} of shape {shape} takes {nbytes:,}")
-    return TorchValue(np.frombuffer(raw, code).reshape(shape), dtype)
+    return [TorchValue(each, dtype) for each in np.frombuffer(raw, code).reshape(shape)]
 
 
 def _plain(shape: Any) -> tuple[Any, ...]:

@@ -321,10 +321,7 @@ def read_mapping(path: str | os.PathLike[str]) -> MappingDocument:
     try:
         return MappingDocument.model_validate(found)
     except ValidationError as error:
-        problems = (
-            f"{each.loc}: {each.message.removeprefix('Value error, ')}"
-            for each in problems_of(error)
-        )
+        problems = (f"{each.loc}: {each.message}" for each in problems_of(error))
         message = f"{path}: {and_more(problems, 5, separator='; ')}"
         raise ConversionError(message) from error
 

@@ -17,6 +17,7 @@ from h5traces.errors import ConversionError
 from h5traces.format import layout
 from h5traces.format.text import and_more
 from h5traces.format.values import TorchValue
+from h5traces.meaning.options import A_MAPPING
 from h5traces.sources.engine_names import by_field, is_of_engine
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ class Naming:
         if labels:
             message = (
                 f"{self.path}: {labels!r} has a value for each of the {rows} rows of the layers, "
-                "so rows may be samples and not tokens; say which in a mapping, with axes = "
-                "'sample hidden' or 'token hidden'"
+                "so rows may be samples and not tokens; say which, axes = 'sample hidden' or "
+                f"'token hidden', in {A_MAPPING}"
             )
             raise ConversionError(message)
 
@@ -159,8 +160,8 @@ class Naming:
             if len(found) > 1:
                 examples = " and ".join(repr(next(iter(names.values()))) for _, names in found)
                 message = (
-                    f"{self.path}: names such as {examples} may all be {field}; say in a mapping "
-                    "which are"
+                    f"{self.path}: names such as {examples} may all be {field}; say which are in "
+                    f"{A_MAPPING}"
                 )
                 raise ConversionError(message)
             ((word, names),) = found
@@ -178,7 +179,7 @@ class Naming:
             if list(ordered) != list(range(len(ordered))):
                 message = (
                     f"{self.path}: {example!r} and others count hidden states, and some are "
-                    "missing, so that nothing says which blocks they are of; say so in a mapping"
+                    f"missing, so that nothing says which blocks they are of; say so in {A_MAPPING}"
                 )
                 raise ConversionError(message)
             return [arrays[name] for name in ordered.values()]

@@ -17,7 +17,7 @@ from h5traces.format.text import and_more, counted
 from h5traces.sources.signatures import identify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 _OBJECT: Final = re.compile(r"\s*\{")
@@ -33,8 +33,9 @@ _REMEDIES: Final = ("office", "zip", "git-lfs", "git-annex", "html", "xml")
 _DIGITS: Final = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 # Characters of a row: a sample of Llama-2-7B's shape has 100 million in JSON.
 _LARGEST_ROW: Final = 256 << 20
-# Values of a row of JSON, at about 32 bytes of memory each; lists and objects count as three.
-_MOST_VALUES: Final = 1 << 25
+# Values of a row of JSON, at about 32 bytes of memory each, or 8 in arrays; lists and objects count
+# as three. A sample of that shape has 8 million.
+_MOST_VALUES: Final = 1 << 24
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = 40
 _SHORT.maxlong = 40
@@ -83,7 +84,9 @@ def text_of(file: BinaryIO) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
 
 
-def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
+def read_rows(
+    path: Path, file: io.TextIOWrapper, parse: Callable[[str], Any] | None = None
+) -> TextTable:
     """Read the rows of a file of text in UTF-8; its content decides what it is, not its name.
 
     JSON Lines where it begins with a brace, a JSON array of objects where it begins with a bracket,
@@ -97,6 +100,8 @@ def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
         Its name, for messages.
     file
         What `text_of` gives, also of a pipe.
+    parse
+        Makes values of JSON, by default those of Python; raises ValueError.
 
     Raises
     ------
@@ -108,9 +113,9 @@ def read_rows(path: Path, file: io.TextIOWrapper) -> TextTable:
     begin, first = next(numbered, (1, ""))
     every = itertools.chain([first], lines)
     if _ARRAY.match(first):
-        rows, kind = _array(path, every), "JSON"
+        rows, kind = _array(path, every, parse or DECODER.decode), "JSON"
     elif _OBJECT.match(first):
-        rows, kind = _objects(path, every, begin), "JSON Lines"
+        rows, kind = _objects(path, every, begin, parse or DECODER.decode), "JSON Lines"
     else:
         return _separated(path, every, begin, _delimiter(first))
     head = list(itertools.islice(rows, 1))
@@ -151,10 +156,15 @@ def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
     every = _bounded(path, file)
     first = next(every, "")
     # Old Macs end lines so. Elsewhere, a carriage return inside a line ends none.
+    is_mac = "\r" in first.rstrip("\r\n")
     every = itertools.chain([first], every)
-    if "\r" in first.rstrip("\r\n"):
+    # A line may be large: none is kept when the next is read.
+    del first
+    if is_mac:
         every = (line for text in every for line in io.StringIO(text, newline=""))
-    for number, line in enumerate(every, start=1):
+    number = 0
+    while line := next(every, ""):
+        number += 1
         wrong = None if line.isascii() else _NOT_UTF8.search(line)
         if wrong is not None:
             other = foreign(path)
@@ -166,6 +176,7 @@ def _lines(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
             message = f"byte 0x{ord(wrong[0]) - 0xDC00:02x} is not UTF-8 text; {_SAVE}"
             raise bad_row(path, f"line {number}", message)
         yield line
+        del line
 
 
 def _bounded(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
@@ -176,6 +187,7 @@ def _bounded(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
         if len(line) > _LARGEST_ROW:
             raise _too_long(path, f"line {number}")
         yield line
+        del line
 
 
 def _too_long(path: Path, place: str) -> SchemaError:
@@ -240,41 +252,54 @@ def _fitting(path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]
         yield Row(place, dict(zip(header, cells, strict=True)))
 
 
-def _objects(path: Path, lines: Iterable[str], begin: int) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=begin):
-        if line.strip():
-            place = f"line {number}"
-            yield Row(place, _object(path, place, _parsed(path, place, line)))
+def _objects(
+    path: Path, lines: Iterable[str], begin: int, parse: Callable[[str], Any]
+) -> Iterator[Row]:
+    number = begin - 1
+    for line in lines:
+        number += 1
+        if line.isspace():
+            continue
+        place = f"line {number}"
+        value = _parsed(path, place, line, parse)
+        del line
+        yield Row(place, _object(path, place, value))
+        del value
 
 
-def _array(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+def _array(path: Path, lines: Iterable[str], parse: Callable[[str], Any]) -> Iterator[Row]:
     parts, length = [], 0
     for line in lines:
         parts.append(line)
         length += len(line)
         if length > _LARGEST_ROW:
             raise _too_long(path, "content")
-    for number, value in enumerate(_parsed(path, "content", "".join(parts)), start=1):
+    for number, value in enumerate(_parsed(path, "content", "".join(parts), parse), start=1):
         yield Row(f"row {number}", _object(path, f"row {number}", value))
 
 
-def _parsed(path: Path, place: str, text: str) -> Any:
+def _parsed(path: Path, place: str, text: str, parse: Callable[[str], Any]) -> Any:
     if text.count(",") + 3 * (text.count("[") + text.count("{")) > _MOST_VALUES:
         message = "holds too many values at once; write shorter rows, or the table as Parquet"
         raise bad_row(path, place, message)
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats)
+        return parse(text)
     except (ValueError, RecursionError) as error:
         raise bad_row(path, place, f"is not JSON: {error}") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a name that comes twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
         message = f"an object has {repeated!r} twice"
         raise ValueError(message)
     return found
+
+
+# Makes what JSON says, with an error for a name that an object has twice.
+DECODER: Final = json.JSONDecoder(object_pairs_hook=without_repeats)
 
 
 def _object(path: Path, place: str, value: Any) -> dict[str, Any]:

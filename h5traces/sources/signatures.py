@@ -20,6 +20,7 @@ import zstandard
 
 from h5traces.errors import ConversionError
 from h5traces.format import layout
+from h5traces.meaning.options import A_MAPPING
 from h5traces.sources.zip_entries import ZipDirectory
 from h5traces.storage.files import open_regular
 
@@ -60,10 +61,7 @@ class Kind:
         return f"{self.what}, compressed by {self.compression}" if self.compression else self.what
 
 
-_MAPPING: Final = (
-    "write a mapping that says which name holds which field; 'h5traces inspect' of the file prints "
-    "one to begin with"
-)
+_MAPPING: Final = f"say which name holds which field in {A_MAPPING}"
 _SAVE: Final = "load it with the program that wrote it, and save its samples in another format"
 _UNPACK: Final = "unpack it and convert what it holds"
 
@@ -160,8 +158,7 @@ KINDS: Final[dict[str, Kind]] = {
         Kind(
             id="unknown",
             what="of an unknown kind",
-            remedy="for raw numbers, write a mapping that says their type, shape and axes; else "
-            f"{_SAVE}",
+            remedy=f"for raw numbers, say their type, shape and axes in {A_MAPPING}; else {_SAVE}",
         ),
     )
 }

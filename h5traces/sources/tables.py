@@ -13,6 +13,7 @@ from h5traces.errors import ConversionError, MissingDependencyError, SchemaError
 from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
 from h5traces.sources.arrays import ArrayFile, Held, as_array
+from h5traces.sources.json_numbers import parse_with_arrays
 from h5traces.sources.lens import is_of_lens, of_lens
 from h5traces.sources.named_arrays import NamedArraysSource
 from h5traces.sources.opening import source_stem
@@ -126,8 +127,9 @@ class _JsonTable(ArrayFile):
     def groups(self) -> Iterator[Group]:
         """One group per object."""
         try:
-            for row in read_rows(self._path, self._text).rows:
+            for row in read_rows(self._path, self._text, parse_with_arrays).rows:
                 yield {name: Held(as_array(value)) for name, value in row.cells.items()}
+                del row
         except SchemaError as error:
             raise ConversionError(str(error)) from error
 

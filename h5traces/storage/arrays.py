@@ -5,23 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError, HostileFileError
-from h5traces.format.digests import chunk_checksum
-from h5traces.format.entries import ObjectEntry, carrier_dtype
-from h5traces.storage.codecs import get_codec
+from h5traces.format.digests import chunk_checksum, dataset_digest, digest_header
+from h5traces.format.dtypes import KERNEL_KINDS, count_not_finite
+from h5traces.format.entries import ObjectEntry, carrier_dtype, digest_type
+from h5traces.format.native import NATIVE
+from h5traces.storage.codecs import DEFLATE, GZIP, get_codec
 from h5traces.storage.kernels import PLAN, PLAN_CODECS
 from h5traces.storage.memory import POOL
 from h5traces.storage.plans import MAX_AXES, MOST_RAW_NBYTES, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from h5traces.format.dtypes import TypedArray
     from h5traces.format.entries import ChunkTable
     from h5traces.format.limits import ReadLimits
     from h5traces.storage.files import ByteFile
@@ -97,14 +100,96 @@ class EncodedArray:
 
 def encode_array(values: NDArray[Any], codec: str) -> EncodedArray:
     """`values` (of a carrier dtype, little-endian) cut into chunks and encoded."""
+    chunk = chunk_shape(values.shape, values.dtype.itemsize)
+    return _encoded_chunks(values, chunk, codec)
+
+
+def _encoded_chunks(values: NDArray[Any], chunk: Shape, codec: str) -> EncodedArray:
     encoder, itemsize = get_codec(codec), values.dtype.itemsize
-    chunk = chunk_shape(values.shape, itemsize)
     stored = tuple(
         encoder.encode(as_bytes(cut(values, offset, chunk)), itemsize)
         for offset in chunk_offsets(values.shape, chunk)
     )
     checksums = tuple(chunk_checksum(each) for each in stored)
     return EncodedArray(values.shape, chunk, codec, stored, checksums)
+
+
+class Storing(NamedTuple):
+    """A dataset to be: C-contiguous values of a carrier dtype, their stored type and their codec.
+
+    Without a codec, nothing is encoded. NaN and infinite values of `counted` are counted.
+    """
+
+    values: NDArray[Any]
+    dtype: str
+    codec: str | None
+    counted: TypedArray | None = None
+
+
+class Stored(NamedTuple):
+    """What became of a `Storing`, and its digest; None where there was no codec."""
+
+    encoded: EncodedArray | None
+    digest: str
+    num_nan: int = 0
+    num_inf: int = 0
+
+
+def store_arrays(arrays: Sequence[Storing]) -> list[Stored]:
+    """Encode, digest and count some arrays, in one call of the compiled kernels where they are."""
+    if NATIVE is None:
+        return [_stored_plainly(each) for each in arrays]
+    chunks = [chunk_shape(each.values.shape, each.values.dtype.itemsize) for each in arrays]
+    items = []
+    for each, chunk in zip(arrays, chunks, strict=True):
+        values, counted = each.values, each.counted
+        is_one = each.codec is not None and chunk == values.shape
+        head = b"" if values.dtype.kind == "S" else digest_header(each.dtype, values.shape)
+        kind = -1 if counted is None else KERNEL_KINDS.get(counted.dtype, -1)
+        together = counted is not None and counted.values is values
+        size = _kernel_itemsize(values, each.codec) if is_one else 0
+        items.append((as_bytes(values), size, head, kind if together else -1))
+        if not together and kind >= 0:
+            assert counted is not None
+            items.append((as_bytes(counted.values), 0, b"", kind))
+    found = iter(NATIVE.store(tuple(items)))
+    return [_stored(*each, found) for each in zip(arrays, chunks, strict=True)]
+
+
+def _stored(array: Storing, chunk: Shape, found: Iterator[Any]) -> Stored:
+    """What the kernels found of one array; Python does what they left."""
+    values, counted = array.values, array.counted
+    data, checksum, digest, *special = next(found)
+    if counted is not None:
+        if counted.dtype not in KERNEL_KINDS:
+            special = list(count_not_finite(counted))
+        elif counted.values is not values:
+            *_, num_nan, num_inf = next(found)
+            special = [num_nan, num_inf]
+    if digest is None:
+        known = dataset_digest(digest_type(array.dtype), values)
+    else:
+        known = digest.hex()
+    encoded = None
+    if data is not None and array.codec is not None:
+        encoded = EncodedArray(values.shape, chunk, array.codec, (data,), (checksum,))
+    elif array.codec is not None:
+        encoded = _encoded_chunks(values, chunk, array.codec)
+    return Stored(encoded, known, *special)
+
+
+def _kernel_itemsize(values: NDArray[Any], codec: str | None) -> int:
+    """Of the elements that are shuffled; 0 for what Python encodes."""
+    if codec == GZIP.name:
+        return values.dtype.itemsize
+    return 1 if codec == DEFLATE.name else 0
+
+
+def _stored_plainly(array: Storing) -> Stored:
+    values, codec = array.values, array.codec
+    special = (0, 0) if array.counted is None else count_not_finite(array.counted)
+    encoded = None if codec is None else encode_array(values, codec)
+    return Stored(encoded, dataset_digest(digest_type(array.dtype), values), *special)
 
 
 def as_bytes(values: NDArray[Any]) -> memoryview:
@@ -164,7 +249,8 @@ def read_chunk(file: ByteFile, entry: ObjectEntry, number: int) -> bytes:
 
 def _damaged(entry: ObjectEntry, number: int, what: str) -> CorruptArchiveError:
     return CorruptArchiveError(
-        f"chunk {number} of {entry.path} is damaged: {what}; restore the file from a copy"
+        f"chunk {number} of {entry.path} is damaged: {what}; restore the file from a copy, or run "
+        "'h5traces salvage', which saves the samples that are intact"
     )
 
 

@@ -153,9 +153,10 @@ def encode(raw: Buffer, *, itemsize: int) -> bytes:
     `raw` is little-endian and in C order; an `itemsize` of 1 leaves the order as it is.
     """
     data, itemsize = _as_bytes(raw), _checked(itemsize)
-    compiled = ENGINES.native and ENGINES.native.encode(data, itemsize)
-    if compiled is not None:
-        return bytes(compiled)
+    if ENGINES.native:
+        ((compiled, *_),) = ENGINES.native.store(((data, itemsize, b"", -1),))
+        if compiled is not None:
+            return bytes(compiled)
     shuffled = shuffle(data, itemsize, out=_SCRATCH.take(data.size))
     planes = plane_view(shuffled, itemsize)
     if planes.size < _SMALL:

@@ -259,8 +259,8 @@ class FooterTables:
         """All that the footer says of a sample; of the scales after the last one."""
         group, within = divmod(number, GROUP_ROWS)
         places, starts = self._group(group)
-        place = places[within]
-        return self._unpacked(self._file.read_at(int(starts[within]), int(place["nbytes"])), place)
+        place = places[within].item()
+        return self._unpacked(self._file.read_at(int(starts[within]), place[0]), *place[1:])
 
     def rows(self) -> Iterator[FooterRow]:
         """All rows, in order; many are read at a time."""
@@ -272,8 +272,9 @@ class FooterTables:
                 stop = max(first + 1, int(np.searchsorted(starts, start + _READ_NBYTES)) - 1)
                 block = self._file.read_at(start, int(starts[stop]) - start)
                 ends = (starts[first : stop + 1] - start).tolist()
-                for place, begin, end in zip(places[first:stop], ends, ends[1:], strict=False):
-                    yield self._unpacked(block[begin:end], place)
+                wanted = places[first:stop].tolist()
+                for place, begin, end in zip(wanted, ends, ends[1:], strict=False):
+                    yield self._unpacked(block[begin:end], *place[1:])
                 first = stop
 
     def column(self, name: str) -> Any:
@@ -322,9 +323,8 @@ class FooterTables:
         self._places = known
         return places, starts
 
-    def _unpacked(self, stored: bytes, place: Any) -> FooterRow:
-        _check_sum(stored, int(place["checksum"]), "row of a sample")
-        raw_nbytes = int(place["raw_nbytes"])
+    def _unpacked(self, stored: bytes, raw_nbytes: int, checksum: int) -> FooterRow:
+        _check_sum(stored, checksum, "row of a sample")
         self._check_claim(len(stored), raw_nbytes, "row of a sample")
         return FooterRow(inflate(stored, raw_nbytes, "row of a sample"))
 

@@ -7,12 +7,14 @@ of ten samples and of a million.
 from __future__ import annotations
 
 import json
+import operator
 import re
 import struct
 import zlib
 from array import array
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,6 +22,7 @@ import numpy as np
 from h5traces.errors import CorruptArchiveError
 from h5traces.format.digests import DIGEST
 from h5traces.format.document import compact_json
+from h5traces.format.entries import ChunkTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,6 +64,12 @@ _WIDTHS: Final = tuple(
 _DIGEST: Final = re.compile("[0-9a-f]{32}")
 # For an object without a valid digest; an invalid one is stored with the other attributes.
 _NO_DIGEST: Final = bytes(16)
+_MOST_KNOWN: Final = 4096
+_NO_CHUNKS: Final = ChunkTable((), (), ())
+# Of arrays, by column.
+_CODES: Final = {
+    name: "q" if dtype == "<i8" else np.dtype(dtype).char for name, (dtype, _, _) in COLUMNS.items()
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,9 +108,9 @@ class FooterRow:
         self._raw = raw
         self._counts = COUNTS.unpack_from(raw) if len(raw) >= COUNTS.size else (0, 0, 0, 0)
         objects, axes, chunks, attrs_nbytes = self._counts
-        self._attrs_start = COUNTS.size + sum(
-            width * count for width, count in zip(_WIDTHS, self._counts, strict=False)
-        )
+        of_object, of_axis, of_chunk = _WIDTHS
+        columns_nbytes = of_object * objects + of_axis * axes + of_chunk * chunks
+        self._attrs_start = COUNTS.size + columns_nbytes
         if self._attrs_start + attrs_nbytes != len(raw):
             message = (
                 f"a row of the index has {len(raw)} bytes, which is not the size of {objects} "
@@ -170,45 +179,54 @@ class RowPacker:
     def __init__(self) -> None:
         self.names, self.attrs = Numbers(), Numbers()
         self.types, self.codecs = Numbers(), Numbers()
+        # Of attributes but the digest, most of which repeat.
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def _split(self, entry: ObjectEntry) -> tuple[bytes, int]:
+        """The digest of an object, and the number of its other attributes."""
+        attrs = entry.attrs
+        digest = attrs.get(DIGEST)
+        if isinstance(digest, str) and _DIGEST.fullmatch(digest):
+            attrs = {name: value for name, value in attrs.items() if name != DIGEST}
+            stored = bytes.fromhex(digest)
+        else:
+            stored = _NO_DIGEST
+        # Numbers that are equal may be of different types.
+        key = (*attrs.items(), *map(type, attrs.values()))
+        if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = self.attrs[compact_json(attrs)]
+        return stored, self._known[key]
 
     def pack(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> bytes:
         """The raw bytes of a row; every dataset must have a chunk table with checksums."""
-        columns: dict[str, array[int]] = {
-            name: array("q" if dtype == "<i8" else np.dtype(dtype).char)
-            for name, (dtype, _, _) in COLUMNS.items()
-        }
-        next_offset = 0
-        for entry in objects:
-            digest = entry.attrs.get(DIGEST)
-            has_digest = isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
-            others = {
-                name: value
-                for name, value in entry.attrs.items()
-                if name != DIGEST or not has_digest
-            }
-            columns["object_digest"].frombytes(
-                bytes.fromhex(str(digest)) if has_digest else _NO_DIGEST
-            )
-            columns["object_name"].append(self.names[entry.path])
-            columns["object_attrs"].append(self.attrs[compact_json(others)])
-            columns["object_type"].append(self.types[entry.dtype])
-            columns["object_codec"].append(self.codecs[entry.codec or ""])
-            columns["object_ndim"].append(len(entry.shape))
-            columns["object_dims"].extend(entry.shape)
-            columns["object_chunk_dims"].extend(entry.chunk)
-            table = entry.chunks
-            columns["object_num_chunks"].append(len(table.offsets) if table else 0)
-            if table is None or not table.offsets:
-                continue
-            if table.checksums is None:
+        entries = list(objects)
+        tables = [entry.chunks or _NO_CHUNKS for entry in entries]
+        offsets = [offset for table in tables for offset in table.offsets]
+        sizes = [size for table in tables for size in table.sizes]
+        for entry, table in zip(entries, tables, strict=True):
+            if table.offsets and table.checksums is None:
                 message = f"{entry.path}: chunks without checksums cannot enter an index"
                 raise ValueError(message)
-            columns["chunk_checksum"].extend(table.checksums)
-            columns["chunk_nbytes"].extend(table.sizes)
-            for offset, size in zip(table.offsets, table.sizes, strict=True):
-                # Chunks mostly follow one another, so the gaps are mostly zero.
-                columns["chunk_gap"].append(offset - next_offset)
-                next_offset = offset + size
+        ends = [0, *map(operator.add, offsets, sizes)]
+        digests, others = zip(*map(self._split, entries), strict=True) if entries else ((), ())
+        values: dict[str, Iterable[int]] = {
+            "chunk_checksum": chain.from_iterable(table.checksums or () for table in tables),
+            # Chunks mostly follow one another, so the gaps are mostly zero.
+            "chunk_gap": map(operator.sub, offsets, ends),
+            "chunk_nbytes": sizes,
+            "object_name": [self.names[entry.path] for entry in entries],
+            "object_attrs": others,
+            "object_num_chunks": [len(table.offsets) for table in tables],
+            "object_dims": chain.from_iterable(entry.shape for entry in entries),
+            "object_chunk_dims": chain.from_iterable(entry.chunk for entry in entries),
+            "object_type": [self.types[entry.dtype] for entry in entries],
+            "object_codec": [self.codecs[entry.codec or ""] for entry in entries],
+            "object_ndim": [len(entry.shape) for entry in entries],
+        }
+        columns = {name: array(code, values.get(name, ())) for name, code in _CODES.items()}
+        columns["object_digest"].frombytes(b"".join(digests))
         document = encoded_json(attrs)
         counts = (len(columns[each]) for each in ("object_name", "object_dims", "chunk_nbytes"))
         # array() has the native byte order, which is little-endian wherever there are wheels.

@@ -7,9 +7,7 @@ which words the errors.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future
-from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -19,7 +17,7 @@ from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.storage.files import LocalFile
 from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, Restoring, run_plan
 from h5traces.storage.memory import POOL
-from h5traces.storage.threads import ThreadPool
+from h5traces.storage.threads import shared_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,18 +193,20 @@ def _add_restorations(
     return b"".join(table for _, table in tables.values())
 
 
-def run(file: ByteFile, plan: NDArray[Any], arena: Buffer, tables: bytes = b"") -> None:
+def run(
+    file: ByteFile, plan: NDArray[Any], arena: Buffer, tables: bytes = b"", threads: int = 1
+) -> None:
     """Read the chunks of a plan; ChunkError as `run_plan`."""
     if isinstance(file, LocalFile):
         with file.descriptor() as descriptor:
-            run_plan(plan, descriptor, arena, tables)
+            run_plan(plan, descriptor, arena, tables, threads=threads)
         return
     # From memory, where `prefetched` has put it.
     places = zip(plan["offset"].tolist(), plan["nbytes"].tolist(), strict=True)
     stored = b"".join(file.read_at(offset, nbytes) for offset, nbytes in places)
     plan = plan.copy()
     plan["offset"] = np.cumsum(plan["nbytes"]) - plan["nbytes"]
-    run_plan(plan, stored, arena, tables)
+    run_plan(plan, stored, arena, tables, threads=threads)
 
 
 class Reading:
@@ -256,7 +256,10 @@ class Reading:
         starts = ends - room
         plan, owners = plan_of(found, starts, restored), found.owners
         tables = _add_restorations(plan, owners, restorations)
-        bounds = [0, len(names)] if together else _bounds(starts, workers)
+        # Little is read at once, by threads of the kernels: Python's would wait for each other.
+        is_small = workers > 1 and _SMALL_NBYTES <= ends[-1] <= _SHARED_NBYTES
+        threads = workers if is_small else 1
+        bounds = [0, len(names)] if together or is_small else _bounds(starts, workers)
         rows = np.searchsorted(owners, bounds).tolist()
         parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
         for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
@@ -265,7 +268,9 @@ class Reading:
             starts[first:stop] -= start
             part = plan[slice(*each)]
             part["target"] -= start
-            parts += [(arena, _submit(file, part, arena, tables, workers))] * (stop - first)
+            parts += [(arena, _submit(file, part, arena, tables, workers, threads))] * (
+                stop - first
+            )
         shapes, places = found.shape.tolist(), starts.tolist()
         axes = found.num_axes.tolist()
         self._datasets = list(zip(names, types, shapes, axes, places, parts, strict=True))
@@ -300,25 +305,24 @@ def _bounds(starts: Longs, workers: int) -> list[int]:
 
 
 def _submit(
-    file: ByteFile, plan: NDArray[Any], arena: NDArray[np.uint8], tables: bytes, workers: int
+    file: ByteFile,
+    plan: NDArray[Any],
+    arena: NDArray[np.uint8],
+    tables: bytes,
+    workers: int,
+    threads: int,
 ) -> Future[bool]:
-    """Whether a plan was read; now, or in a thread if that is worth it."""
+    """Whether a plan was read; now, by `threads`, or in one of `workers` if that is worth it."""
 
     def read() -> bool:
         try:
-            run(file, plan, arena.data, tables)
+            run(file, plan, arena.data, tables, threads)
         except (ChunkError, CorruptArchiveError, RemoteError):
             return False
         return True
 
-    if workers > 1 and arena.size >= _SMALL_NBYTES:
-        return _pool(workers, os.getpid()).submit(read)
+    if workers > 1 and threads == 1 and arena.size >= _SMALL_NBYTES:
+        return shared_pool(workers).submit(read)
     done: Future[bool] = Future()
     done.set_result(read())
     return done
-
-
-@cache
-def _pool(workers: int, _process: int) -> ThreadPool:
-    """Threads that stay, since starting them takes as long as reading a small sample."""
-    return ThreadPool(workers, thread_name_prefix="h5traces-read")

@@ -52,6 +52,8 @@ class LatchedFile(io.RawIOBase):
         self._position = 0
         self._size = self._written_back = os.fstat(descriptor).st_size
         self._unwritten: list[tuple[int, bytes]] = []
+        # Nothing was written since it was synced.
+        self._is_durable = False
         self.error: OSError | None = None
 
     def raise_error(self) -> None:
@@ -82,6 +84,7 @@ class LatchedFile(io.RawIOBase):
     def write(self, data: Buffer) -> int:
         """Write all of `data`; never raises OSError, see the class."""
         view = memoryview(data).cast("B")
+        self._is_durable = False
         start, self._position = self._position, self._position + len(view)
         self._size = max(self._size, self._position)
         if self.error is None:
@@ -95,6 +98,13 @@ class LatchedFile(io.RawIOBase):
                 return len(view)
         self._unwritten.append((start, bytes(view)))
         return len(view)
+
+    def sync(self) -> None:
+        """Return when all that was written is durable."""
+        self.raise_error()
+        if not self._is_durable:
+            os.fsync(self._descriptor)
+            self._is_durable = True
 
     def start_write_back(self) -> None:
         """Have the system begin to store what was written, where it can be asked to (Linux).
@@ -135,6 +145,7 @@ class LatchedFile(io.RawIOBase):
 
     def truncate(self, size: int | None = None) -> int:
         self._size = self._position if size is None else size
+        self._is_durable = False
         if self.error is None:
             try:
                 os.ftruncate(self._descriptor, self._size)
@@ -160,8 +171,7 @@ class PartFile:
 
     def sync(self) -> None:
         """Return when all that was written is durable."""
-        self.file.raise_error()
-        os.fsync(self._descriptor)
+        self.file.sync()
 
     def publish(self, *, overwrite: bool = False) -> None:
         """Give the file its final name, durably."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -30,3 +32,16 @@ class ThreadPool(ThreadPoolExecutor):
         except BaseException as error:  # for who asks for the result
             done.set_exception(error)
         return done
+
+
+def shared_pool(workers: int) -> ThreadPool:
+    """Threads that stay, since starting them takes as long as reading a small sample.
+
+    What runs in them must not wait for others of them.
+    """
+    return _pool(workers, os.getpid())
+
+
+@cache
+def _pool(workers: int, _process: int) -> ThreadPool:
+    return ThreadPool(workers, thread_name_prefix="h5traces-read")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 
@@ -168,8 +169,10 @@ def _read_taken(
     trace: Trace, kind: str, axes: tuple[str, ...], layer: int, *, preparation: Preparation
 ) -> torch.Tensor:
     """One layer's array, cut to the tokens asked for; a view of what was read where it can be."""
-    array = read_layer(trace, kind, layer)
     take = preparation.tokens.take
+    if take != "all" and trace._stored.recomputes(kind):
+        return _recomputed(trace, kind, axes, layer, preparation)
+    array = read_layer(trace, kind, layer)
     if take == "all":
         return array
     if array.ndim != len(axes):
@@ -193,16 +196,43 @@ def _read_taken(
     if take == "answer":
         return array
     if not array.shape[axis]:
-        message = (
-            f"{named(trace)}: {kind} holds no tokens for tokens={take!r}; leave the sample out "
-            "with indices="
-        )
-        raise DatasetError(message)
+        raise DatasetError(_no_tokens(trace, kind, take))
     if take == "last":
         return array.select(axis, -1)
     # Sums of float16 numbers overflow in float16.
     wide = torch.float64 if array.dtype == torch.float64 else torch.float32
     return array.mean(axis, dtype=wide).to(preparation.dtype or array.dtype)
+
+
+def _recomputed(
+    trace: Trace, kind: str, axes: tuple[str, ...], layer: int, preparation: Preparation
+) -> torch.Tensor:
+    """The same of attention that follows from queries and keys: of these queries only."""
+    stored, take = trace._stored, preparation.tokens.take
+    name = stored.array_name(kind, layer)
+    shape = stored.attention_shape(name)
+    tokens = TokenAxis.of(trace, axes, shape)
+    assert tokens is not None  # queries
+    is_answer = take in ("answer", "answer_mean")
+    chosen = answer_rows(trace, tokens, preparation.tokens) if is_answer else tokens.rows
+    rows = np.arange(shape[1])[chosen]
+    if take == "answer":
+        return torch.from_numpy(stored.attention(name, rows=rows))
+    if not len(rows):
+        raise DatasetError(_no_tokens(trace, kind, take))
+    if take == "last":
+        return torch.from_numpy(stored.attention(name, rows=rows[-1:])[:, 0])
+    total = sum(
+        block.sum(axis=1, dtype=np.float64) for _, block in stored.attention_blocks(name, rows)
+    )
+    return torch.from_numpy((total / len(rows)).astype(np.float32))
+
+
+def _no_tokens(trace: Trace, kind: str, take: TokenChoice) -> str:
+    return (
+        f"{named(trace)}: {kind} holds no tokens for tokens={take!r}; leave the sample out with "
+        "indices="
+    )
 
 
 def _chosen(array: torch.Tensor, axis: int, chosen: Chosen) -> torch.Tensor:

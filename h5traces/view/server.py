@@ -7,10 +7,14 @@ import os
 import re
 import secrets
 import socket
+import sys
+import tempfile
+import threading
 import webbrowser
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
 import uvicorn
@@ -26,16 +30,16 @@ from h5traces.paths import expand_sources
 from h5traces.storage.files import open_regular
 from h5traces.storage.remote.file import RemoteFile
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath
+from h5traces.view.beside import Shown, checks_document, shown
 from h5traces.view.static import LIST_FILE, PAGE_FILES, list_document, page_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from h5traces.paths import Source
+    from h5traces.paths import PathLike, Source
 
 _HOST: Final = "127.0.0.1"
 _RANGE: Final = re.compile(r"bytes=(?:(\d{1,19})-(\d{0,19})|-(\d{1,19}))\Z", re.ASCII)
@@ -65,10 +69,13 @@ class Page:
         Its address, with the token that every request needs.
     num_archives
         How many archives it shows.
+    has_browser
+        False where a browser was to be opened, and this machine has none with a display.
     """
 
     url: str
     num_archives: int
+    has_browser: bool = True
 
 
 @checked
@@ -77,6 +84,8 @@ def serve(
     *,
     port: int = 0,
     browser: bool = True,
+    labels: PathLike | Literal[False] | None = None,
+    scores: PathLike | None = None,
     remote: RemoteOptions = DEFAULT_REMOTE,
     started: Callable[[Page], None] | None = None,
 ) -> None:
@@ -90,6 +99,10 @@ def serve(
         Of 127.0.0.1; a free one by default.
     browser
         Whether to open the browser.
+    labels
+        As for `h5traces.open`: by default those beside the archives.
+    scores
+        A features file (``.h5``, ``.npz``) whose numbers are shown for layers and tokens.
     remote
         How archives on servers are read.
     started
@@ -98,23 +111,37 @@ def serve(
     Raises
     ------
     OptionError
-        The port is in use.
+        The port is in use, or `scores` is no features file of these archives.
     FileNotFoundError
         There is no such archive.
     """
     paths = expand_sources(sources, remote=remote)
-    with _listener(port) as listener:
+    with _listener(port) as listener, tempfile.TemporaryDirectory() as folder:
         token, host = secrets.token_urlsafe(16), f"{_HOST}:{listener.getsockname()[1]}"
-        page = Page(f"http://{host}/{token}/", len(paths))
-        app = make_app(paths, token, host, remote)
+        can_open = browser and _has_browser()
+        page = Page(f"http://{host}/{token}/", len(paths), can_open or not browser)
+        app = make_app(
+            shown(paths, Path(folder), labels=labels, scores=scores), token, host, remote
+        )
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
         if started is not None:
             started(page)
-        if browser:
-            webbrowser.open(page.url)
+        if can_open:
+            # Some browsers return when they are closed.
+            threading.Thread(target=webbrowser.open, args=(page.url,), daemon=True).start()
         # Ctrl-C is how it ends.
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+
+
+def _has_browser() -> bool:
+    """Whether a browser can be opened; those that would take over the terminal do not count."""
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(
+        os.environ
+    )
+    with contextlib.suppress(webbrowser.Error):
+        return bool(has_display and webbrowser.get())
+    return False
 
 
 def _listener(port: int) -> socket.socket:
@@ -126,13 +153,23 @@ def _listener(port: int) -> socket.socket:
         raise OptionError(message) from error
 
 
-def make_app(
-    paths: Sequence[Path | RemotePath], token: str, host: str, remote: RemoteOptions
-) -> ASGIApp:
+def make_app(archives: Sequence[Shown], token: str, host: str, remote: RemoteOptions) -> ASGIApp:
     """The application of `serve`: everything lies below ``/token/``, all else does not exist."""
-    listed = [
-        (f"files/{number}/{quote(path.name)}", path.name) for number, path in enumerate(paths)
-    ]
+    listed, paths = [], [each.path for each in archives]
+    for number, each in enumerate(archives):
+        entry: dict[str, Any] = {
+            "url": f"files/{number}/{quote(each.path.name)}",
+            "name": each.path.name,
+            "checks": f"beside/{number}/checks",
+            "scores": [],
+        }
+        if each.sidecar is not None and each.sidecar.exists():
+            entry["labels"] = f"beside/{number}/labels"
+        for scores in each.scores:
+            url = f"files/{len(paths)}/{scores.path.name}"
+            entry["scores"].append({**scores.entry, "url": url})
+            paths.append(scores.path)
+        listed.append(entry)
     fixed = {name: (page_file(name), kind) for name, kind in PAGE_FILES.items()}
     fixed[""] = fixed["index.html"]
     fixed[LIST_FILE] = (list_document(listed), "application/json")
@@ -166,7 +203,20 @@ def make_app(
         except (H5TracesError, OSError) as error:
             return PlainTextResponse(str(error), 502)
 
+    async def beside(request: Request) -> Response:
+        number, name = request.path_params["number"], request.path_params["name"]
+        if number >= len(archives) or name not in ("labels", "checks"):
+            return _missing()
+        each = archives[number]
+        read = each.labels if name == "labels" else partial(checks_document, each)
+        try:
+            content = await run_in_threadpool(read)
+        except (H5TracesError, OSError) as error:
+            return PlainTextResponse(str(error), 502)
+        return _missing() if content is None else Response(content, media_type="application/json")
+
     routes = [
+        Route(f"/{token}/beside/{{number:int}}/{{name}}", beside),
         Route(f"/{token}/files/{{number:int}}/{{name}}", archive),
         Route(f"/{token}/{{name:path}}", page),
     ]

@@ -7,13 +7,14 @@ import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from h5traces.arguments import checked
 from h5traces.errors import TargetError
 from h5traces.paths import expand_sources
 from h5traces.storage.publish import new_folder
 from h5traces.storage.remote.paths import RemotePath
+from h5traces.view.beside import checks_document, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PAGE_FILES: Final = {
     "index.html": "text/html; charset=utf-8",
     "viewer.js": "text/javascript; charset=utf-8",
+    "worker.js": "text/javascript; charset=utf-8",
     "viewer.css": "text/css; charset=utf-8",
     "LICENSES.txt": "text/plain; charset=utf-8",
 }
@@ -34,15 +36,23 @@ def page_file(name: str) -> bytes:
     return files("h5traces.view").joinpath("page", name).read_bytes()
 
 
-def list_document(archives: Sequence[tuple[str, str]]) -> bytes:
-    """The document in which the page finds its archives: address and name of each."""
-    listed = [{"url": url, "name": name} for url, name in archives]
-    return json.dumps({"archives": listed}, ensure_ascii=False, indent=2).encode()
+def list_document(archives: Sequence[dict[str, Any]]) -> bytes:
+    """The document in which the page finds its archives.
+
+    Each has ``url`` and ``name``; addresses of ``labels`` and ``checks``, where there are any; and
+    `h5traces.view.beside.Scores.entry`, with an address.
+    """
+    return json.dumps({"archives": archives}, ensure_ascii=True, indent=2).encode()
 
 
 @checked
 def export_page(
-    sources: Source | Iterable[Source], dest: PathLike, *, copy: bool = True
+    sources: Source | Iterable[Source],
+    dest: PathLike,
+    *,
+    copy: bool = True,
+    labels: PathLike | Literal[False] | None = None,
+    scores: PathLike | None = None,
 ) -> list[Path]:
     """Write the page and the archives into a new folder, which any web server can publish.
 
@@ -58,6 +68,8 @@ def export_page(
     copy
         Whether archives on disk are copied; else they are linked (hard links where the file system
         allows, so that they take no room).
+    labels, scores
+        As for `serve`; what the checks find is written, too.
 
     Returns
     -------
@@ -68,6 +80,8 @@ def export_page(
     ------
     TargetError
         The folder is not empty, or an archive lies on a server that browsers cannot read from.
+    OptionError
+        `scores` is no features file of these archives.
     FileNotFoundError
         There is no such archive.
     """
@@ -76,13 +90,20 @@ def export_page(
     _check(folder, paths)
     listed = []
     with new_folder(folder) as part:
-        for number, path in enumerate(paths):
+        for number, each in enumerate(shown(paths, part, labels=labels, scores=scores)):
+            path, stem = each.path, f"{number:05d}"
+            entry: dict[str, Any] = {"url": f"{stem}.h5", "name": path.name}
             if isinstance(path, RemotePath):
-                listed.append((str(path), path.name))
-                continue
-            name = f"{number:05d}.h5"
-            _take(path, part / name, copy=copy)
-            listed.append((name, path.name))
+                entry["url"] = str(path)
+            else:
+                _take(path, part / f"{stem}.h5", copy=copy)
+            beside = {"labels": each.labels(), "checks": checks_document(each)}
+            for kind, content in beside.items():
+                if content is not None:
+                    entry[kind] = f"{stem}.{kind}.json"
+                    (part / entry[kind]).write_bytes(content)
+            entry["scores"] = [{**one.entry, "url": one.path.name} for one in each.scores]
+            listed.append(entry)
         for name in PAGE_FILES:
             (part / name).write_bytes(page_file(name))
         (part / LIST_FILE).write_bytes(list_document(listed))

@@ -47,6 +47,7 @@ from h5traces.writing.preparation import (
     exceptions_table,
     observe,
     prepare_element,
+    prepare_elements,
     prepare_layers,
     record_elements,
     steps_table,
@@ -76,6 +77,14 @@ _QUEUED_PER_WORKER = 2
 _GROUP_SIZE = 1 << 20
 # Smaller groups are not handed over at all.
 _SMALL_GROUP = 1 << 17
+
+
+def next_generation(taken: set[int], index: int | None) -> int:
+    """The generation index that a sample gets, added to those that others of its id have."""
+    if index is None or index in taken:
+        index = max(taken, default=-1) + 1
+    taken.add(index)
+    return index
 
 
 class ArchiveWriter:
@@ -144,17 +153,21 @@ class ArchiveWriter:
         self.not_finite: list[Finding] = []
         self.summary = WriteSummary(path)
 
-    def append(self, record: TraceRecord) -> None:
-        """Write one record."""
+    def append(self, record: TraceRecord, own: Iterable[EncodedObject] = ()) -> None:
+        """Write one record, and users' own objects beside it, whose names begin with ``x_``."""
         record = with_head_mean(record, self._options.precision)
         if self._options.precision.is_exact and not self._options.earlier_precisions:
             record = record.model_copy(update={"exact_digest": None})
         description = record.describe()
-        self._write_sample(description.metadata, observe(record), self._record_objects(record))
+        row = IndexRow.of(description.metadata, record.texts)
+        objects = self._record_objects(record)
+        self._write_sample(description.metadata, row, observe(record), objects, own)
 
     def copy(self, sample: StoredSample) -> None:
         """Write a sample of another archive by copying its chunks, without recompression."""
-        self._write_sample(sample.metadata, sample.observation(), sample.objects())
+        metadata = sample.metadata
+        row = IndexRow.of(metadata, sample.texts)
+        self._write_sample(metadata, row, sample.observation(), sample.objects())
 
     def carry_foreign(self, file: ArchiveFile, sample: int | None = None) -> None:
         """Copy, at the end, what is not the format's, to the root or with an index the last sample.
@@ -174,22 +187,26 @@ class ArchiveWriter:
             keep = self._options.foreign == "keep"
             copied = copy_foreign(self._part.file, self._origins, DEFAULT_LIMITS, keep=keep)
             self._part.file.raise_error()
-            self._footer.has_foreign = copied.number > 0
+            self._footer.has_foreign |= copied.number > 0
             self.summary.left_foreign += copied.left
 
     def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
             yield EncodedObject(kind, to_attributes(layers.form))
         yield from self._prepare(record)
-        for element in record_elements(record):
-            yield element if element.values is None else prepare_element(element)
+        elements = list(record_elements(record))
+        prepared = iter(prepare_elements([each for each in elements if each.values is not None]))
+        for element in elements:
+            yield element if element.values is None else next(prepared)
 
     @deferred_signals()
     def _write_sample(
         self,
         metadata: TraceMetadata,
+        row: IndexRow,
         observation: Observation,
         objects: Iterable[EncodedObject | Prepared],
+        own: Iterable[EncodedObject] = (),
     ) -> None:
         self._observed.add_sample(observation, self.summary.num_samples)
         metadata = self._complete(metadata)
@@ -204,6 +221,12 @@ class ArchiveWriter:
             else:
                 self._hdf5.create_group(f"{group}/{each.path}", each.attrs)
                 entries[each.path] = ObjectEntry(each.path, each.attrs)
+        for own_object in own:
+            self._footer.has_foreign = True
+            if own_object.values is None:
+                self._hdf5.create_group(f"{group}/{own_object.path}", own_object.attrs)
+            else:
+                _write_dataset(self._hdf5, group, prepare_element(own_object))
         stored = {path: entry.attrs for path, entry in entries.items()}
         digest, self.content = sample_digest(attrs, stored), content_digest(stored)
         # The digest comes last: a sample without one is incomplete.
@@ -215,7 +238,7 @@ class ArchiveWriter:
             {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
         )
         self.digests.append(digest)
-        self._index.append(IndexRow.of(metadata))
+        self._index.append(row._replace(generation_index=metadata.generation_index))
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
 
@@ -225,11 +248,7 @@ class ArchiveWriter:
         if metadata.sample_id is not None:
             # A copied sample keeps its index unless a sample of another archive has it.
             taken = self._generations.setdefault(metadata.sample_id, set())
-            index = metadata.generation_index
-            if index is None or index in taken:
-                index = max(taken, default=-1) + 1
-            taken.add(index)
-            update["generation_index"] = index
+            update["generation_index"] = next_generation(taken, metadata.generation_index)
         if self.summary.num_samples == 0 and metadata.fields:
             self._metadata = self._metadata.model_copy(update={"fields": metadata.fields})
         if metadata.fields == self._metadata.fields:
@@ -252,7 +271,9 @@ class ArchiveWriter:
             if layered.in_steps:
                 yield prepare_element(steps_table(kind, layered.arrays))
             for group, size in _groups(layered.arrays):
-                task = partial(prepare_layers, kind, group, self._options, self._encoder)
+                task = partial(
+                    prepare_layers, kind, group, self._options, self._encoder, layered.definition
+                )
                 waiting.append(self._pool.submit(task) if size >= _SMALL_GROUP else _done(task))
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
                     yield from next_ready()
@@ -396,9 +417,16 @@ class ArchiveWriter:
                 positions=None if positions is None else tuple(sorted(positions)),
                 definition=text if positions is None else layout.BY_POSITION,
                 reduction=reduction,
-                derivation=DERIVATION if reduction == MEAN else None,
+                derivation=DERIVATION if self._makes_means and reduction == MEAN else None,
             )
         )
+
+    @property
+    def _makes_means(self) -> bool:
+        """Whether means over heads are made of attentions here, or were in an archive before."""
+        options = self._options
+        losses = (options.precision, *options.earlier_precisions)
+        return any(each.head_mean != "none" for each in losses)
 
     def publish(self) -> Path:
         """Give the finished file its final name."""

@@ -23,6 +23,7 @@ from h5traces.format.record import StepArrays
 from h5traces.format.text import utc_now
 from h5traces.meaning.options import ReadingOptions
 from h5traces.paths import Target, check_not_a_source, local_path
+from h5traces.precision.encoding import STEPPED_KINDS, may_be_encoded
 from h5traces.precision.scales import METHOD, Calibration, ChannelAccumulator, stored_arrays
 from h5traces.sources.collecting import archives_and_sources
 from h5traces.sources.opening import facts_in_name, is_read_as_archive, open_source
@@ -264,21 +265,28 @@ def _layer(path: str) -> int | None:
     return layout.parse_layer_name(path.rpartition("/")[2])
 
 
+def _is_measured(kind: str, definition: str | None) -> bool:
+    return kind in STEPPED_KINDS and may_be_encoded(kind, definition)
+
+
 def record_states(record: TraceRecord) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The hidden states of a record that have an axis of tokens and one of channels."""
-    layered = record.layered.get(layout.HIDDEN_STATES)
-    for each in layered.arrays if layered is not None else ():
-        if not isinstance(each.array, StepArrays) and len(each.array.shape) == 2:
-            yield f"{layout.HIDDEN_STATES}/{each.name}", each.array.load().to_numpy()
+    """States ``(tokens, channels)`` of a record: hidden states, and what is added to them."""
+    for kind, layered in record.layered.items():
+        if not _is_measured(kind, layered.definition):
+            continue
+        for each in layered.arrays:
+            if not isinstance(each.array, StepArrays) and len(each.array.shape) == 2:
+                yield f"{kind}/{each.name}", each.array.load().to_numpy()
 
 
 def trace_states(trace: Trace) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The hidden states of a stored trace that have an axis of tokens and one of channels."""
-    prefix = f"{layout.HIDDEN_STATES}/"
-    for path in trace._stored.objects:
-        name = path.removeprefix(prefix)
-        if path.startswith(prefix) and name not in layout.TABLES:
-            array = trace._stored.typed_layer(layout.HIDDEN_STATES, name)
+    """States ``(tokens, channels)`` of a stored trace, likewise."""
+    stored = trace._stored
+    kinds = {kind for kind in stored.kinds if _is_measured(kind, stored.definition(kind))}
+    for path in stored.objects:
+        kind, _, name = path.partition("/")
+        if kind in kinds and name and name not in layout.TABLES:
+            array = stored.typed_layer(kind, name)
             if not isinstance(array, list) and len(array.shape) == 2:
                 yield path, array.to_numpy()
 

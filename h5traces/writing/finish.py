@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Final
 from h5traces.arguments import checked
 from h5traces.errors import PrecisionError
 from h5traces.paths import ARCHIVE_SUFFIXES, Target
+from h5traces.ranks.plan import read_plan
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
+from h5traces.writing.shared_writer import Share, SharedWriter
 from h5traces.writing.spool_folder import SpoolFolder, spool_path
 from h5traces.writing.spool_writer import SpoolWriter
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from h5traces.paths import PathLike
     from h5traces.precision.scales import Calibration
+    from h5traces.ranks.plan import RunPlan
     from h5traces.writing.spool_folder import RunState
 
 _SPOOL: Final = ".spool"
@@ -52,7 +55,8 @@ def finish(
     FileNotFoundError
         There is neither a spool nor an archive.
     ArchiveError
-        A process is still writing the run.
+        A process is still writing the run; or several ranks wrote it with a lossy tier, and the
+        samples of the first shard, on which scales are measured, are all missing.
     CorruptArchiveError
         The spool is damaged.
     PrecisionError
@@ -63,6 +67,11 @@ def finish(
     target.check_unused("shard_samples", "overwrite", "skip_existing", "dry_run")
     place = _place(path)
     spool = spool_path(place)
+    plan = read_plan(place.path) if place.is_folder else None
+    if plan is not None and plan.command == "extract" and spool.is_dir():
+        take_over(place.path, plan, scales=scales, target=target, incomplete=True)
+        # Shards of which no rank stored a sample are not there.
+        return replace(place, shard_samples=1).taken()
     if not spool.is_dir():
         # Whether it had shards, only the spool knew.
         existing = place.existing() or replace(place, shard_samples=1).existing()
@@ -91,6 +100,64 @@ def finish(
     finally:
         folder.release()
     return place.existing()
+
+
+def take_over(
+    folder: Path,
+    plan: RunPlan,
+    *,
+    scales: PathLike | None = None,
+    target: TargetOptions = TargetOptions(),
+    incomplete: bool = False,
+) -> list[Path]:
+    """Pack what the ranks of an extraction left in their spool.
+
+    Parameters
+    ----------
+    folder, plan
+        The run.
+    scales, target
+        As for `finish`.
+    incomplete
+        Also pack shards of which samples are missing, and remove the spool; no rank may be at work.
+
+    Returns
+    -------
+    list of Path
+        The new archives.
+    """
+    place = Target.of(f"{folder}/", shard_samples=plan.options["shard_samples"])
+    if not spool_path(place).is_dir():
+        return []
+    spool = SpoolFolder(spool_path(place), is_shared=not incomplete)
+    try:
+        state = spool.state()
+        if state is None:
+            spool.remove_all()
+            return []
+        given = None if _calibration(place, state, scales) is None else scales
+    finally:
+        spool.release()
+    writer = SharedWriter(
+        f"{folder}/",
+        Share({}, len(plan.ids)),
+        precision=PrecisionOptions(
+            tier=state.precision,
+            scales=given,
+            dtype=state.dtype,
+            on_overflow=state.on_overflow,
+            codec=state.codec,
+        ),
+        target=replace(target, shard_samples=place.shard_samples),
+        **state.facts(),
+    )
+    try:
+        packed = writer.pack_complete(incomplete=incomplete)
+        if incomplete:
+            writer.remove_spool()
+    finally:
+        writer.close()
+    return packed
 
 
 def _place(path: PathLike, shard_samples: int | None = None) -> Target:

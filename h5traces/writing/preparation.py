@@ -12,17 +12,23 @@ from h5traces.errors import ConversionError, PrecisionError, SchemaError
 from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
 from h5traces.format.document import to_attributes
-from h5traces.format.dtypes import CastCounts, TypedArray, cast_for_storage
+from h5traces.format.dtypes import (
+    CastCounts,
+    CastResult,
+    TypedArray,
+    cast_for_storage,
+    cast_values,
+)
 from h5traces.format.entries import digest_type
 from h5traces.format.record import LayerArray, StepArrays
 from h5traces.format.values import EncodedObject, encode_element
 from h5traces.precision.encoding import Encoder
-from h5traces.storage.arrays import EncodedArray, encode_array
+from h5traces.storage.arrays import EncodedArray, Storing, store_arrays
 from h5traces.storage.codecs import DEFLATE, GZIP
 from h5traces.writing.pictures import white_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
     from numpy.typing import NDArray
@@ -54,28 +60,29 @@ class Prepared:
 
 
 def prepare_layers(
-    kind: str, entries: list[LayerArray], options: WriteOptions, encoder: Encoder
+    kind: str,
+    entries: Sequence[LayerArray],
+    options: WriteOptions,
+    encoder: Encoder,
+    definition: str | None = None,
 ) -> list[Prepared]:
-    """Cast, digest and encode the arrays of some layers; called in threads."""
-    found = []
-    for entry in entries:
-        layer, counts, attrs = _stored_layer(kind, entry, options, encoder)
-        path = f"{kind}/{entry.name}"
-        encoded = encode_array(layer.values, codec_for(layer.values, options.codec))
-        found.append(
-            Prepared(
-                path=path,
-                dtype=layer.dtype,
-                attrs=attrs,
-                encoded=encoded,
-                raw_nbytes=layer.source_nbytes,
-                counts=counts,
-                exceptions=layer.exceptions,
-                kept_exact=layer.kept_exact,
-                white=white_of(path, layer.dtype, layer.values, encoded.chunk),
-            )
+    """Cast, digest and encode the arrays of some layers of a kind; called in threads."""
+    layers = _stored_layers(kind, entries, options, encoder, definition, options.codec)
+    return [
+        Prepared(
+            path=f"{kind}/{entry.name}",
+            dtype=layer.dtype,
+            attrs=attrs,
+            encoded=encoded,
+            raw_nbytes=layer.source_nbytes,
+            counts=counts,
+            exceptions=layer.exceptions,
+            kept_exact=layer.kept_exact,
+            white=white_of(f"{kind}/{entry.name}", layer.dtype, layer.values, encoded.chunk),
         )
-    return found
+        for entry, (layer, counts, attrs, encoded) in zip(entries, layers, strict=True)
+        if encoded is not None
+    ]
 
 
 def codec_for(values: NDArray[Any], codec: str) -> str:
@@ -84,67 +91,125 @@ def codec_for(values: NDArray[Any], codec: str) -> str:
     return DEFLATE.name if codec == GZIP.name and not shuffles else codec
 
 
-def _stored_layer(
+def _stored_layers(
+    kind: str,
+    entries: Sequence[LayerArray],
+    options: WriteOptions,
+    encoder: Encoder,
+    definition: str | None = None,
+    codec: str | None = None,
+) -> list[tuple[EncodedLayer, CastCounts, Attrs, EncodedArray | None]]:
+    """Some arrays as they will be stored, and their attributes with the digest.
+
+    They are encoded where there is a `codec`.
+    """
+    casts = [_cast(kind, entry, options, encoder) for entry in entries]
+    layers = [
+        _encoded(kind, entry, cast, encoder, definition)
+        for entry, (cast, _) in zip(entries, casts, strict=True)
+    ]
+    stored = store_arrays(
+        [
+            Storing(layer.values, layer.dtype, codec and codec_for(layer.values, codec), counted)
+            for layer, (_, counted) in zip(layers, casts, strict=True)
+        ]
+    )
+    found = []
+    for entry, layer, (cast, _), each in zip(entries, layers, casts, stored, strict=True):
+        counts = cast.counts + CastCounts(each.num_nan, each.num_inf)
+        attrs = _layer_attributes(entry, cast, counts, layer)
+        found.append((layer, counts, {**attrs, "digest": each.digest}, each.encoded))
+    return found
+
+
+def _cast(
     kind: str, entry: LayerArray, options: WriteOptions, encoder: Encoder
-) -> tuple[EncodedLayer, CastCounts, Attrs]:
-    """One layer's array as it will be stored, and its attributes with the digest."""
-    array = entry.array
+) -> tuple[CastResult, TypedArray | None]:
+    """An array in its stored type, and itself where what is not finite is still to be counted."""
+    array, policy = entry.array, options.dtype
+    counted = None
     try:
         source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
         if kind not in layout.KINDS:
             # Kept as it is: the options are about the kinds that the format names.
-            cast = cast_for_storage(source, policy="auto")
+            policy = "auto"
         elif encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
-            cast = cast_for_storage(source, policy=source.dtype)
+            policy = source.dtype
+        if source.dtype == policy or (source.dtype, policy) == ("float16", "auto"):
+            counted = cast_values(source, source.dtype)
+            cast = CastResult(counted, None, None, CastCounts())
         else:
-            cast = cast_for_storage(source, policy=options.dtype, on_overflow=options.on_overflow)
+            cast = cast_for_storage(source, policy=policy, on_overflow=options.on_overflow)
     except ConversionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise ConversionError(message) from error
-    num_changed: int | None = cast.num_changed
-    if entry.earlier is not None:
-        cast = replace(
-            cast,
-            cast_from=entry.earlier.cast_from,
-            counts=cast.counts + entry.earlier.counts,
-        )
-        before = entry.earlier.num_changed
-        num_changed = None if before is None else before + cast.num_changed
-    in_steps = isinstance(array, StepArrays)
+    if entry.earlier is None:
+        return cast, counted
+    before = entry.earlier.num_changed
+    num_changed = None if before is None else before + (cast.num_changed or 0)
+    counts = cast.counts + entry.earlier.counts
+    return replace(
+        cast, cast_from=entry.earlier.cast_from, counts=counts, num_changed=num_changed
+    ), counted
+
+
+def _encoded(
+    kind: str, entry: LayerArray, cast: CastResult, encoder: Encoder, definition: str | None
+) -> EncodedLayer:
+    in_steps = isinstance(entry.array, StepArrays)
     try:
-        layer = encoder.encode(kind, entry.name, cast.array, in_steps=in_steps)
+        return encoder.encode(
+            kind, entry.name, cast.array, in_steps=in_steps, definition=definition
+        )
     except PrecisionError as error:
         message = f"{kind}/{entry.name}: {error}"
         raise PrecisionError(message) from error
+
+
+def _layer_attributes(
+    entry: LayerArray, cast: CastResult, counts: CastCounts, layer: EncodedLayer
+) -> Attrs:
+    array = entry.array
     in_tuple = isinstance(array, StepArrays) and array.sequence == "tuple"
     facts = {
         "site": entry.site,
         "source_dtype": cast.source_dtype,
         "cast_from": cast.cast_from,
-        "num_changed": num_changed if cast.cast_from is not None else None,
+        "num_changed": cast.num_changed if cast.cast_from is not None else None,
         "container": entry.container,
         "sequence": "tuple" if in_tuple else None,
     }
     attrs: Attrs = {name: value for name, value in facts.items() if value is not None}
     attrs.update(to_attributes(entry.rule) if entry.rule is not None else {})
-    attrs.update(cast.counts.nonzero())
+    attrs.update(counts.nonzero())
     attrs.update(layer.attrs)
-    attrs["digest"] = dataset_digest(layer.dtype, layer.values)
-    return layer, cast.counts, attrs
+    return attrs
+
+
+def prepare_elements(elements: Sequence[EncodedObject]) -> list[Prepared]:
+    """Encode small datasets in the calling thread: handing them to another would cost more."""
+    arrays = [
+        Storing(each.values, each.dtype, codec_for(each.values, GZIP.name))
+        for each in elements
+        if each.values is not None
+    ]
+    return [
+        Prepared(
+            path=element.path,
+            dtype=element.dtype,
+            attrs={**element.attrs, "digest": stored.digest},
+            encoded=stored.encoded,
+            raw_nbytes=array.values.nbytes,
+            counts=CastCounts(),
+        )
+        for element, array, stored in zip(elements, arrays, store_arrays(arrays), strict=True)
+        if stored.encoded is not None
+    ]
 
 
 def prepare_element(element: EncodedObject) -> Prepared:
-    """Encode a small dataset in the calling thread: handing it to another would cost more."""
-    values = element.values
-    assert values is not None
-    return Prepared(
-        path=element.path,
-        dtype=element.dtype,
-        attrs=element_attributes(element),
-        encoded=encode_array(values, codec_for(values, GZIP.name)),
-        raw_nbytes=values.nbytes,
-        counts=CastCounts(),
-    )
+    """Encode one small dataset."""
+    return prepare_elements([element])[0]
 
 
 def _flatten_steps(steps: StepArrays) -> TypedArray:
@@ -206,11 +271,11 @@ def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
             attrs["container"] = record.tokens_container
         yield EncodedObject(layout.TOKENS, attrs, "int64", tokens.astype("<i8"))
     if record.tokens_decoded is not None:
-        yield _text_element(layout.TOKENS_DECODED, record.tokens_decoded)
+        yield text_element(layout.TOKENS_DECODED, record.tokens_decoded)
     if record.attention_mask is not None:
         yield EncodedObject(layout.ATTENTION_MASK, {}, "uint8", record.attention_mask)
     for name, value in record.texts.items():
-        yield _text_element(name, (value,))
+        yield text_element(name, (value,))
     if record.extra:
         yield EncodedObject(layout.EXTRA_GROUP)
     for key, value in record.extra.items():
@@ -222,7 +287,8 @@ def record_elements(record: TraceRecord) -> Iterator[EncodedObject]:
             raise ConversionError(message) from error
 
 
-def _text_element(path: str, texts: tuple[str, ...]) -> EncodedObject:
+def text_element(path: str, texts: Sequence[str]) -> EncodedObject:
+    """A dataset of texts."""
     values = text.encode_all(texts)
     return EncodedObject(path, {}, f"text:{values.dtype.itemsize}", values)
 
@@ -237,11 +303,12 @@ def record_attributes(
         attrs[kind] = to_attributes(layered.form)
         elements = [steps_table(kind, layered.arrays)] if layered.in_steps else []
         attrs |= {each.path: element_attributes(each) for each in elements}
-        stored = pool.map(
-            partial(_stored_layer, kind, options=options, encoder=encoder), layered.arrays
+        one = partial(
+            _stored_layers, kind, options=options, encoder=encoder, definition=layered.definition
         )
+        stored = pool.map(one, ([each] for each in layered.arrays))
         found: dict[str, NDArray[np.float64]] = {}
-        for entry, (layer, _, layer_attrs) in zip(layered.arrays, stored, strict=True):
+        for entry, ((layer, _, layer_attrs, _),) in zip(layered.arrays, stored, strict=True):
             attrs[f"{kind}/{entry.name}"] = layer_attrs
             if layer.exceptions is not None:
                 found[entry.name] = layer.exceptions

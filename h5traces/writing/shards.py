@@ -157,13 +157,16 @@ class ShardSet:
     """The archives of one job. The first is published last: if it exists, all of them do.
 
     A stopped job can be run again: shards that it published are compared with the new ones. With
-    ``options.verify``, every archive is read back before any gets its name.
+    ``options.verify``, every archive is read back before any gets its name. `generations` are
+    generation indices that samples before it have, by sample id.
     """
 
-    def __init__(self, options: WriteOptions) -> None:
+    def __init__(
+        self, options: WriteOptions, generations: dict[str, set[int]] | None = None
+    ) -> None:
         self._options = options
         self.writers: list[ArchiveWriter] = []
-        self._generations: dict[str, set[int]] = {}
+        self._generations = {} if generations is None else generations
         # Shards that an earlier run of the same job published before it was stopped.
         self._published_before: set[int] = set()
 

@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from h5traces.format.text import and_more
+from h5traces.errors import ArchiveError
+from h5traces.format.text import and_more, counted
 from h5traces.storage.publish import remove_unlocked
 from h5traces.writing.create import described_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions
@@ -67,7 +68,8 @@ class SharedWriter(SpoolWriter):
         try:
             for part in folder.path.glob("*.part"):
                 remove_unlocked(part)
-            folder.save(state)
+            if folder.state() is None:
+                folder.save(state)
             done = self.finished()
         except BaseException:
             folder.release()
@@ -110,13 +112,16 @@ class SharedWriter(SpoolWriter):
         """Nothing while samples come: others may be at work on the same shard."""
         return []
 
-    def pack_complete(self) -> list[Path]:
-        """Make an archive of every shard whose samples are all there, and that nobody packs."""
+    def pack_complete(self, *, incomplete: bool = False) -> list[Path]:
+        """Make an archive of every shard whose samples are all there, and that nobody packs.
+
+        With `incomplete`, also of those that lack some.
+        """
         done, packed = self.finished(), []
         for shard in range(self._num_all_shards):
             path, numbers = self._target.shard(shard), self._numbers_of(shard)
             needs_first = shard and self._options.precision.step is not None
-            if path.exists() or not done.issuperset(numbers):
+            if path.exists() or not (incomplete or done.issuperset(numbers)):
                 continue
             if needs_first and self._calibration is None and not self._target.shard(0).exists():
                 # The scales of all shards are those of the first.
@@ -155,6 +160,19 @@ class SharedWriter(SpoolWriter):
             yield True
         finally:
             os.close(descriptor)
+
+    def remove_spool(self) -> None:
+        """Remove the spool of a run that nobody goes on with; all its samples must be packed."""
+        folder, left = self._spool(), self._spool().samples()
+        if left:
+            message = (
+                f"{folder.path}: {counted(len(left), 'sample')} cannot be packed: the scales of "
+                "all shards are those of the first, of which no sample is there"
+            )
+            raise ArchiveError(message)
+        if folder.claim():
+            folder.remove_all()
+        self.suspend()
 
     def close(self) -> None:
         """Pack what is complete; the rank that ends last removes the spool of a whole run."""

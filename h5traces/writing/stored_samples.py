@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from h5traces.archive.stores import located
+from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.document import to_attributes
@@ -75,6 +77,11 @@ class StoredSample:
         return metadata.model_copy(
             update={"fields": self._trace.fields, "digest": None, "source": source}
         )
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Its question and answers by field."""
+        return _texts(self._trace)
 
     def observation(self) -> Observation:
         """Layers and sizes of what is copied."""
@@ -157,11 +164,18 @@ class StoredSample:
             values = self._trace.values(entry.path)
             return encode_array(values, codec_for(values, codec or GZIP.name))
         file = self._trace.file.store.file
-        chunks = tuple(
-            read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
-        )
+        try:
+            chunks = tuple(
+                read_chunk(file, entry, number) for number in range(len(entry.chunks.offsets))
+            )
+        except (CorruptArchiveError, RemoteError) as error:
+            raise located(error, file.name, self._trace.sample.ordinal, entry.path) from error
         checksums = entry.chunks.checksums or tuple(chunk_checksum(each) for each in chunks)
         return EncodedArray(entry.shape, entry.chunk, entry.codec, chunks, checksums)
+
+
+def _texts(stored: StoredTrace) -> dict[str, str]:
+    return {name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects}
 
 
 def to_record(trace: Trace, *, first_source: int = 0, lazy: bool = False) -> TraceRecord:
@@ -204,7 +218,7 @@ def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecor
             else None
         ),
         attention_mask=stored.attention_mask(),
-        texts={name: stored.text(name) for name in layout.TEXT_FIELDS if name in stored.objects},
+        texts=_texts(stored),
         layered={
             kind: LayeredArrays(
                 tuple(_layer_array(stored, kind, entry, lazy=lazy) for entry in entries),

@@ -44,8 +44,21 @@ def test_verify_names_the_damage_and_exits_1(archive):
     done = run("verify", archive)
     assert done.returncode == 1
     assert f"{archive}:/samples/00000001/attentions/layer_001: a stored chunk is" in done.stdout
+    assert "run 'h5traces salvage', which saves the samples that are intact" in done.stderr
     report = json.loads(run("verify", archive, "--json").stdout)
     assert report[0]["problems"][0]["loc"] == "/samples/00000001/attentions/layer_001"
+
+
+@pytest.mark.parametrize("command", ["repack", "merge", "export"])
+def test_a_damaged_source_is_named_with_the_way_out(archive, tmp_path, command):
+    damage(archive)
+    target = tmp_path / ("out.pkl" if command == "export" else "out.h5")
+    done = run(command, archive, "-o", target)
+    assert done.returncode == 1
+    place = "/samples/00000001/attentions/layer_001"
+    assert f"error: {archive}: {place}: chunk 0 of attentions/layer_001 is damaged" in done.stderr
+    assert "restore the file from a copy, or run 'h5traces salvage'" in done.stderr
+    assert not target.exists()
 
 
 def test_salvage_exits_1_and_lists_the_lost(archive, tmp_path):

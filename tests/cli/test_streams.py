@@ -73,6 +73,7 @@ RUNS = {
     "fidelity": [ARCHIVE, "{folder}/other.h5"],
     "index": [ARCHIVE, "-o", "{out}/c.parquet"],
     "status": ["{folder}/ranked"],
+    "collect": ["{folder}/ranked"],
 }  # fmt: skip
 
 

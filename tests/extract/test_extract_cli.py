@@ -66,6 +66,27 @@ def test_the_command_of_the_readme(tmp_path):
         assert archive[0]["hidden_states"][3].shape == (len(archive[0]["tokens"]), 128)
 
 
+def test_findings_are_a_failure_or_left_out_by_option(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question_id": each, "question": "How is a file opened?"} for each in "ab"]
+    questions.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    few = ["--model-id", TINY_LLAMA, "--dataset", questions, "--max-new-tokens", 2]
+    expected = "[duplicate-sample] sample: the same bytes as sample 0"
+    told = run("extract", *few, "-o", tmp_path / "told.h5")
+    assert f"warning: {tmp_path}/told.h5: {expected}" in told.stderr
+    failed = run("extract", *few, "-o", tmp_path / "failed.h5", "--fail-on", "warning", code=1)
+    assert failed.stderr.count(expected) == 1
+    assert f"error: {tmp_path}/failed.h5: {expected}" in failed.stderr
+    assert len(h5traces.open(tmp_path / "failed.h5")) == 2
+    options = ["--fail-on", "warning", "--ignore", "duplicate-sample", "--json"]
+    ignored = run("extract", *few, "-o", tmp_path / "ignored.h5", *options)
+    assert expected not in ignored.stderr
+    report = json.loads(ignored.stdout)
+    assert report["ok"]
+    assert report["findings"] == []
+    run("extract", *few, "-o", tmp_path / "none.h5", "--ignore", "no-check", code=2)
+
+
 @pytest.mark.h5tools
 def test_h5dump_reads_it(tmp_path):
     run("extract", *TINY, *FEW, "-o", tmp_path / "run.h5", "--embedding")

@@ -27,7 +27,7 @@ from h5traces.extract import (
     extract_activations_and_attentions,
 )
 from h5traces.extract.anatomy import anatomy_of
-from h5traces.extract.capture import cast
+from h5traces.extract.capture import cast, cast_on_device
 from h5traces.extract.generation import clean_answer, sample_seed
 from h5traces.format.dtypes import TypedArray, cast_for_storage
 from h5traces.writing.options import PrecisionOptions
@@ -187,17 +187,18 @@ floats = st.floats(width=32, allow_nan=False) | st.sampled_from(
 def test_a_cast_on_the_device_is_the_writers_cast(values, target):
     array = np.array(values, dtype=np.float32)
     expected = cast_for_storage(TypedArray.of(array), policy=target)
-    narrow, counts = cast(torch.from_numpy(array), getattr(torch, target))
-    overflow, to_zero, to_subnormal, changed, num_nan = counts.tolist()
-    assert overflow == expected.counts.num_overflow
-    assert num_nan == 0
-    if overflow == 0:
-        found, dtype = from_tensor(narrow)
-        assert dtype == expected.array.dtype
-        assert np.array_equal(found.view("u2"), expected.array.values.view("u2"))
-        assert to_zero == expected.counts.num_to_zero
-        assert to_subnormal == expected.counts.num_to_subnormal
-        assert changed == expected.num_changed
+    for how in (cast, cast_on_device):
+        narrow, counts = how(torch.from_numpy(array), getattr(torch, target))
+        overflow, to_zero, to_subnormal, changed, num_nan = counts.tolist()
+        assert overflow == expected.counts.num_overflow
+        assert num_nan == 0
+        if overflow == 0:
+            found, dtype = from_tensor(narrow)
+            assert dtype == expected.array.dtype
+            assert np.array_equal(found.view("u2"), expected.array.values.view("u2"))
+            assert to_zero == expected.counts.num_to_zero
+            assert to_subnormal == expected.counts.num_to_subnormal
+            assert changed == expected.num_changed
 
 
 def test_what_the_device_cast_changed_is_stored(tmp_path):

@@ -16,7 +16,9 @@ from h5traces.format.layout import FURTHER_KIND
 
 QUESTION = "What does str.partition do, and what does it return when nothing is found in it?"
 SHORT = GenerationOptions(max_new_tokens=4)
-DENSE = tuple(each for each in MODEL_KINDS if each != "router_logits")
+# A window takes the place of attentions: test_long_traces.py.
+KINDS = {kind: each for kind, each in MODEL_KINDS.items() if kind != "attention_window"}
+DENSE = tuple(each for each in KINDS if each != "router_logits")
 FAMILIES = ("llama", "gpt2", "qwen3", "gemma3_text", "olmo2", "qwen3_moe")
 # The attention, its output projection, the MLP, and what follows them before the sums.
 MODULES = {
@@ -188,7 +190,7 @@ def stored(tmp_path_factory):
     """Every kind of two samples in an archive, with the records that it was made of."""
     path = tmp_path_factory.mktemp("kinds") / "kinds.h5"
     options = ExtractOptions(
-        kinds=(*MODEL_KINDS, "logits", "logprobs", "entropy"),
+        kinds=(*KINDS, "logits", "logprobs", "entropy"),
         layers="1,3",
         top_logits=2,
         generation=SHORT,
@@ -206,7 +208,7 @@ def test_an_archive_says_what_each_kind_is(stored):
     path, records = stored
     with h5traces.open(path) as archive:
         kinds = archive._files[0].store.kinds
-        for kind, each in MODEL_KINDS.items():
+        for kind, each in KINDS.items():
             assert kinds[kind]["definition"] == each.definition
         for trace, record in zip(archive, records, strict=True):
             for kind, layered in record.layered.items():
@@ -224,7 +226,7 @@ def test_definitions_survive_rewriting_and_no_others_are_made(stored, tmp_path):
     h5traces.repack(path, tmp_path / "one.h5", layers=[3], precision="analysis")
     for name, layers in (("copy.h5", (1, 3)), ("one.h5", (3,))):
         with h5traces.open(tmp_path / name) as archive:
-            for kind, each in MODEL_KINDS.items():
+            for kind, each in KINDS.items():
                 found = archive._files[0].store.kinds[kind]
                 assert (found["definition"], found["layers"]) == (each.definition, layers), kind
     # A source's field of the same name is what the source says, whatever that is.
@@ -256,6 +258,41 @@ def test_kinds_go_to_datasets_selections_and_pickles(stored, tmp_path):
         assert item["values"].shape[1:] == records[0].layered["values"].arrays[0].array.shape
 
 
+# How tiers store what is of a model; what is not named stays as it is.
+ENCODINGS = {
+    "analysis": {
+        **dict.fromkeys(
+            ("hidden_states", "residual_mid", "attention_output", "mlp_output"), "channel-steps"
+        ),
+        **dict.fromkeys(("attentions", "attention_mean"), "sqrt-uint8"),
+    },
+    "native": dict.fromkeys((each for each in KINDS if each != STATE_NORMS), "float16-rounded"),
+}
+
+
+@pytest.mark.parametrize("tier", sorted(ENCODINGS))
+def test_tiers_store_every_kind_within_their_bound(stored, tier, tmp_path):
+    path, _ = stored
+    h5traces.repack(path, tmp_path / "small.h5", precision=tier)
+    report = h5traces.validate(tmp_path / "small.h5")
+    assert report.ok, report.problems
+    with h5traces.open(path) as full, h5traces.open(tmp_path / "small.h5") as small:
+        for kind in KINDS:
+            stated = small[0]._stored.attrs(f"{kind}/layer_001")
+            assert stated.get("encoding") == ENCODINGS[tier].get(kind), kind
+            for number in (1, 3):
+                was, found = (each[0].layer(number, kind) for each in (full, small))
+                assert found.dtype == was.dtype
+                error, was = np.abs(found.astype("f8") - was), was.astype("f8")
+                if tier == "native":
+                    assert np.all(error <= np.abs(was) * 2**-6 + 1e-7)
+                elif stated.get("encoding") == "channel-steps":
+                    sigma = small._files[0].scale(f"{kind}/layer_{number:03d}").sigma
+                    assert np.all(error <= 0.05 * sigma)
+                elif kind not in ENCODINGS[tier]:
+                    assert np.array_equal(found, was)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -263,6 +300,9 @@ def test_kinds_go_to_datasets_selections_and_pickles(stored, tmp_path):
         ({"kinds": ("keys", "keys")}, "kinds is ['keys', 'keys']"),
         ({"top_logits": 3}, "top_logits is 3, expected at least 1, with 'logits' among kinds"),
         ({"kinds": "logits", "top_logits": 0}, "top_logits is 0"),
+        ({"kinds": "attention_window"}, "width is to be named: attentions='window:N'"),
+        ({"attentions": "window:0"}, "attentions is 'window:0', expected full, qk, window:N, mean"),
+        ({"attentions": "window:N"}, "attentions is 'window:N', expected full"),
     ],
 )
 def test_rejected_options(options, message):

@@ -25,8 +25,9 @@ KINDS = ("hidden_states", "attentions", "queries", "keys")
 # Float32 states and weights; docs/long-traces.md states it.
 BOUND = 2e-6
 FAMILIES = (
-    *("cohere2", "deepseek_v3", "exaone4", "falcon_h1", "gemma2", "gemma3_text", "gpt2"),
-    *("gpt_neox", "gpt_oss", "granite", "jamba", "llama", "llama4_text", "mistral", "opt"),
+    *("codegen", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "gemma2"),
+    *("gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "gptj", "granite", "jamba", "llama"),
+    *("llama4_text", "mistral", "opt"),
     *("phi3", "qwen3", "qwen3_5_text", "stablelm", "starcoder2"),
 )
 
@@ -84,11 +85,87 @@ def test_option_qk_needs_no_eager_attention(family, implementation, tmp_path):
             assert np.abs(found - expected[0].numpy()).max() < 2e-5
 
 
-@pytest.mark.parametrize("family", ["bloom", "mpt"])
-def test_models_whose_weights_do_not_follow_are_rejected_by_name(family):
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("bloom", "BloomForCausalLM has no queries"),
+        ("gpt_neo", "GPTNeoForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
+        ("mpt", "MptForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
+    ],
+)
+def test_models_whose_weights_do_not_follow_are_rejected_by_name(family, message):
     chosen = ExtractOptions(generation=SHORT, attentions="qk")
-    with pytest.raises(ExtractionError, match="ForCausalLM has no queries"):
+    with pytest.raises(ExtractionError, match=message):
         list(extract(make_family(family), tokenizer(), [QUESTION], chosen))
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory):
+    """Archives of one model with weights, their mean, and a window of them."""
+    folder = tmp_path_factory.mktemp("reduced")
+    model = make_model("gemma2")
+    for name in ("full", "mean", "window:5"):
+        path = folder / f"{name.partition(':')[0]}.h5"
+        stored(model, path, kinds=("hidden_states", "attentions"), attentions=name, batch_size=2)
+    return folder
+
+
+def test_a_mean_takes_the_place_of_heads(reduced, tmp_path):
+    with h5traces.open(reduced / "full.h5") as full, h5traces.open(reduced / "mean.h5") as mean:
+        for expected, found in zip(full, mean, strict=True):
+            assert found.fields[:2] == ("hidden_states", "attention_mean")
+            for heads, one in zip(expected["attentions"], found["attention_mean"], strict=True):
+                assert np.abs(one - heads.mean(0)).max() < 3e-4
+        attrs = mean._files[0].store.kinds["attention_mean"]
+        assert attrs["reduction"] == "mean"
+        assert "derivation" not in attrs
+        with pytest.raises(h5traces.errors.HeadsNotStoredError, match="attention_mean"):
+            mean[0]["attentions"]
+    # The writer makes the same of heads, where a tier asks for it.
+    h5traces.repack(reduced / "full.h5", tmp_path / "of_heads.h5", precision="compact")
+    h5traces.repack(reduced / "mean.h5", tmp_path / "of_mean.h5", precision="compact")
+    with (
+        h5traces.open(tmp_path / "of_heads.h5") as one,
+        h5traces.open(tmp_path / "of_mean.h5") as other,
+    ):
+        for found, expected in zip(
+            other[0]["attention_mean"], one[0]["attention_mean"], strict=True
+        ):
+            assert np.array_equal(found, expected)
+    assert all(h5traces.validate(each).ok for each in sorted(tmp_path.glob("*.h5")))
+
+
+def test_a_window_holds_the_last_keys_of_every_query(reduced):
+    with h5traces.open(reduced / "full.h5") as full, h5traces.open(reduced / "window.h5") as some:
+        for expected, found in zip(full, some, strict=True):
+            whole, length = expected.layer(2, "attentions"), len(expected["tokens"])
+            band = found.layer(2, "attention_window")
+            assert band.shape == (4, length, 5)
+            distance = np.arange(length)[:, None] - np.arange(length)
+            known = np.where(distance >= 5, np.nan, whole)
+            assert np.array_equal(found.attention(2), known, equal_nan=True)
+            part = found.attention(2, heads=1, queries=[3, 4], keys=slice(2, 4))
+            assert np.array_equal(part, whole[1, 3:5, 2:4])
+            assert isinstance(found.attention(2, device="cpu"), torch.Tensor)
+            assert not band[:, 0, :4].any()
+        with pytest.raises(h5traces.errors.HeadsNotStoredError, match="last keys of every query"):
+            some[0]["attentions"]
+        with pytest.raises(LayerIndexError, match="layer 9 of attention_window is not stored"):
+            some[0].attention(9)
+    assert h5traces.validate(reduced / "window.h5").ok
+
+
+def test_a_window_of_some_tokens_knows_where_they_stood(tmp_path):
+    model = make_model("gemma2")
+    stored(model, tmp_path / "full.h5", kinds=("attentions",))
+    stored(
+        model, tmp_path / "some.h5", kinds=("attentions",), attentions="window:4", tokens="every:3"
+    )
+    with h5traces.open(tmp_path / "full.h5") as full, h5traces.open(tmp_path / "some.h5") as some:
+        places = some[0]["positions"]
+        expected = full[0].layer(1, "attentions")[:, places][:, :, places].copy()
+        expected[:, places[:, None] - places >= 4] = np.nan
+        assert np.array_equal(some[0].attention(1), expected, equal_nan=True)
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +286,52 @@ def test_what_reads_attention_reads_what_is_computed(archives):
             pair = [token_quantity(each[0], quantity) for each in (qk, full)]
             assert np.allclose(*pair, atol=1e-5)
         assert len(attention_grid(qk[0], 1).axes) == 4
-    item = TraceDataset(archives / "qk.h5", kinds=["attentions"], layers=[1])[0]
-    expected = TraceDataset(archives / "both.h5", kinds=["attentions"], layers=[1])[0]
-    assert torch.allclose(item["attentions"], expected["attentions"], atol=1e-5)
+    for tokens in ("all", "answer", "last", "mean", "answer_mean"):
+        item, expected = (
+            TraceDataset(archives / name, kinds=["attentions"], layers=[1], tokens=tokens)[0]
+            for name in ("qk.h5", "both.h5")
+        )
+        assert torch.allclose(item["attentions"], expected["attentions"], atol=1e-5)
+
+
+def test_readers_compute_rows_and_never_the_square(archives, monkeypatch):
+    pytest.importorskip("torch_geometric")
+    from h5traces.archive import stored_trace
+    from h5traces.features import compute_features
+    from h5traces.graph import TraceGraphDataset
+    from h5traces.plotting import token_quantity
+    from h5traces.torch_data import TraceDataset
+
+    monkeypatch.setattr(stored_trace, "_BLOCK_WEIGHTS", 1000)
+    most = []
+
+    def noted(queries, keys, rule, *, heads, rows):
+        most.append(len(heads) * len(rows) * keys.shape[1])
+        return attention_weights(queries, keys, rule, heads=heads, rows=rows)
+
+    monkeypatch.setattr(stored_trace, "attention_weights", noted)
+    names = ["attention_entropy", "sink_mass", "lookback_ratio"]
+    with h5traces.open(archives / "qk.h5") as qk, h5traces.open(archives / "both.h5") as full:
+        expected = compute_features(full, names)
+        for name, found in compute_features(qk, names).items():
+            assert np.allclose(found, expected[name], atol=1e-5), name
+        pair = [token_quantity(each[0], "entropy") for each in (qk, full)]
+        assert np.allclose(*pair, atol=1e-5)
+    TraceDataset(archives / "qk.h5", kinds=["attentions"], tokens="mean")[0]
+    for reduction in ("mean", "max", "per_head"):
+        for direction in ("query_to_key", "both"):
+            found, expected = (
+                TraceGraphDataset(
+                    [archives / name],
+                    layers=[1],
+                    head_reduction=reduction,
+                    edge_direction=direction,
+                )[0]
+                for name in ("qk.h5", "both.h5")
+            )
+            assert torch.equal(found.edge_index, expected.edge_index)
+            assert torch.allclose(found.edge_attr, expected.edge_attr, atol=1e-5)
+    assert 0 < max(most) <= 1000
 
 
 def test_graphs_of_what_is_computed(archives):
@@ -224,13 +344,34 @@ def test_graphs_of_what_is_computed(archives):
     assert torch.equal(found.edge_index, expected.edge_index)
 
 
-@pytest.mark.parametrize(("length", "ratio"), [(43, None), (256, None), (2048, "1/4.6")])
-def test_the_estimate_says_what_is_smaller(length, ratio):
+@pytest.mark.parametrize(
+    ("length", "form", "ratio"),
+    [
+        (43, None, None),
+        (256, None, None),
+        (2048, None, "1/4.6"),
+        (2048, "qk", None),
+        (43, "qk", "1/6.7 of what queries and keys take: extract with attentions='full'"),
+        (43, "mean", None),
+        (2048, "window:64", None),
+    ],
+)
+def test_the_estimate_says_what_is_smaller(length, form, ratio):
     shape = ModelShape(
         num_layers=2, hidden_size=4096, num_heads=32, num_key_value_heads=8, head_size=128
     )
-    advice = estimate(shape, length).advice
+    advice = estimate(shape, length, attentions=form).advice
     assert (ratio in advice) if ratio else (advice == "")
+
+
+def test_sizes_of_windows_follow_their_width():
+    shape = ModelShape(num_layers=2, hidden_size=64, num_heads=4)
+    sizes = [
+        estimate(shape, 100, attentions=each).rows[0].sample_nbytes
+        for each in ("none", "window:8", "window:16", "mean", "full")
+    ]
+    none, eight, sixteen, mean, full = (each / (2 * 4) - 6400 for each in sizes)
+    assert (none, eight, sixteen, mean, full) == (0, 3200, 6400, 10000, 40000)
 
 
 def test_a_rule_that_makes_no_sense_is_named(archives, tmp_path):

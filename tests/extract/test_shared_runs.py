@@ -145,3 +145,56 @@ def test_ranks_that_are_killed_at_random_lose_nothing(tmp_path):
     run(tmp_path / "alone")
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
     assert h5traces.status(tmp_path / "out").ok
+
+
+def test_collect_packs_what_dead_ranks_left(tmp_path):
+    out = tmp_path / "out"
+    asked = iter([False] * 4 + [True])
+    run(out, rank=0, world_size=1, should_stop=lambda: next(asked))
+    assert not list(out.glob("*.h5"))
+    report = h5traces.collect(out)
+    assert not report.ok
+    assert [Path(each).name for each in report.packed] == ["traces-00000.h5"]
+    (stored,) = digests(out).values()
+    assert len(report.missing) == 7 - len(stored)
+    assert not {name for name, _ in stored} & set(report.missing)
+    run(out, rank=0, world_size=1)
+    report = h5traces.collect(out, tmp_path / "one.h5", order="index")
+    assert report.ok
+    run(tmp_path / "alone")
+    assert digests(out) == digests(tmp_path / "alone")
+    rows = [each.metadata.extraction.row for each in h5traces.open(tmp_path / "one.h5")]
+    assert rows == sorted(rows)
+
+
+def test_finish_packs_shards_that_lack_samples(tmp_path):
+    out = tmp_path / "out"
+    asked = iter([False] * 4 + [True])
+    run(out, rank=1, world_size=2, num_samples=9, should_stop=lambda: next(asked))
+    found = h5traces.finish(f"{out}/")
+    assert [each.name for each in found] == sorted(each.name for each in out.glob("*.h5"))
+    assert not (tmp_path / "out.spool").exists()
+    stored = {name for each in digests(out).values() for name, _ in each}
+    assert len(stored) == 4
+    report = h5traces.collect(out)
+    assert not report.ok
+    assert len(report.missing) == 5
+
+
+def test_a_sample_that_was_left_out_is_named(tmp_path):
+    ranks = {"rank": 0, "world_size": 1}
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"id": "short", "question": "What?"}, {"id": "long", "question": "word " * 3000}]
+    questions.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    report = extract_dataset(
+        ModelChoice(model_id=str(TINY_LLAMA)),
+        DatasetChoice(dataset=str(questions)),
+        f"{tmp_path}/out/",
+        ExtractOptions(generation=GenerationOptions(max_new_tokens=2)),
+        **ranks,
+    )
+    assert not report.ok
+    found = h5traces.collect(tmp_path / "out")
+    assert not found.ok
+    (left,) = found.left_out
+    assert (left["sample_id"], left["reason"]) == ("long", "too_long")

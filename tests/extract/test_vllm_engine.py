@@ -146,7 +146,7 @@ def vllm(monkeypatch):
 
 def run(dest, options=OPTIONS, data=DATA, engine=None, **more):
     return extract_dataset(
-        ModelChoice(model_id=MODEL), data, dest, options, precision=FLOAT32, engine=engine, **more
+        ModelChoice(model_id=MODEL, engine=engine), data, dest, options, precision=FLOAT32, **more
     )
 
 

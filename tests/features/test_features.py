@@ -45,6 +45,9 @@ from h5traces.writing.options import TargetOptions
 if TYPE_CHECKING:
     from pathlib import Path
 
+TWO = TargetOptions(workers=2)
+OVERWRITE = TargetOptions(overwrite=True)
+
 LAYERS, HEADS, HIDDEN = 4, 2, 12
 PROMPT = 3
 ALL = list(FEATURES)
@@ -265,9 +268,9 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     ]
     archive = make_archive(tmp_path, traces, name="wide.pkl")
     del traces
-    extract_features(archive, tmp_path / "warm.h5", ["last_token"], layers=[0], workers=2)
+    extract_features(archive, tmp_path / "warm.h5", ["last_token"], layers=[0], target=TWO)
     tracemalloc.start()
-    extract_features(archive, tmp_path / "f.h5", ["last_token"], workers=2)
+    extract_features(archive, tmp_path / "f.h5", ["last_token"], target=TWO)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     with h5py.File(tmp_path / "f.h5") as file:
@@ -396,7 +399,7 @@ def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveExistsError, match="overwrite=True"):
         extract_features(archive, target, ["mean"])
     assert target.read_bytes() == b"mine"
-    extract_features(archive, target, ["mean"], overwrite=True)
+    extract_features(archive, target, ["mean"], target=OVERWRITE)
     assert "mean" in read(target)
 
 
@@ -411,7 +414,9 @@ def test_a_source_is_never_overwritten(
         getattr(target, link)(archive)
     before = archive.read_bytes()
     with pytest.raises(TargetError, match=rf"{target}.* is one of the sources"):
-        extract_features(tmp_path / "run.h5", target, ["mean"], overwrite=overwrite)
+        extract_features(
+            tmp_path / "run.h5", target, ["mean"], target=TargetOptions(overwrite=overwrite)
+        )
     flags = ["--overwrite"] if overwrite else []
     failed = run("features", archive, "--last-token", "-o", target, *flags, code=2)
     assert "is one of the sources" in failed.stderr
@@ -425,7 +430,7 @@ def test_labels_are_never_overwritten(archive: Path, tmp_path: Path) -> None:
     label(archive, table, partial=True)
     (tmp_path / "f.h5").hardlink_to(tmp_path / "run.h5.labels.json")
     with pytest.raises(TargetError, match=r"f\.h5, the same file as .*run\.h5\.labels\.json,"):
-        extract_features(archive, tmp_path / "f.h5", ["mean"], overwrite=True)
+        extract_features(archive, tmp_path / "f.h5", ["mean"], target=OVERWRITE)
 
 
 @pytest.mark.parametrize("folder", ["new/", "old"])
@@ -519,7 +524,7 @@ def test_files_of_ours_are_no_archives_and_not_damaged(tmp_path: Path) -> None:
     ):
         assert h5traces.open(f"{folder}/").ids == expected
     with pytest.warns(UserWarning, match="skipped"):
-        extract_features(folder, f"{folder}/", ["last_token"], allow_nan=True, overwrite=True)
+        extract_features(folder, f"{folder}/", ["last_token"], allow_nan=True, target=OVERWRITE)
     with pytest.warns(UserWarning, match="skipped"):
         assert [each.path for each in h5traces.verify(folder)] == [str(archive)]
     with pytest.raises(H5TracesError, match="is a file of features that h5traces wrote"):

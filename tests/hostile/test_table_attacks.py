@@ -254,6 +254,8 @@ JSON: dict[str, Callable[[], bytes]] = {
     "deep": lambda: b'{"a":' * MILLION,
     "deep lists": lambda: b'{"a":' + b"[" * MILLION + b"\n{",
     "long number": lambda: b'{"a":' + b"9" * MILLION + b"}\n{}",
+    "zeros": lambda: b'{"a": [' + b"0," * 17 * MILLION + b"0]}\n{}",
+    "short lists": lambda: b'{"a": [' + b"[0]," * 5 * MILLION + b"0]}\n{}",
     "surrogates": lambda: b'{"a": "\xed\xa0\x80"}\n{}',
     "names twice": lambda: b'{"a": 1, "a": 2}\n{}',
 }

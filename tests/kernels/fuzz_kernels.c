@@ -371,6 +371,17 @@ static void check_encoder(const uint8_t *data, size_t nbytes)
             wrong("a chunk is far larger than its bytes", data, nbytes);
     }
     encoder_free(encoder);
+    if (nbytes >= LEAST_DIGESTED) {
+        uint8_t whole[16], parts[16];
+        size_t head_nbytes = below(LARGEST_HEAD < nbytes ? LARGEST_HEAD : nbytes);
+        uint8_t *head = copy_of(raw, head_nbytes), *rest = copy_of(raw + head_nbytes, nbytes - head_nbytes);
+        xxh3_128(raw, 0, raw, nbytes, whole);
+        xxh3_128(head, head_nbytes, rest, nbytes - head_nbytes, parts);
+        if (memcmp(whole, parts, sizeof whole) || lookup3(raw, nbytes) != lookup3(data, nbytes))
+            wrong("a digest depends on where its head ends", data, nbytes);
+        free(head);
+        free(rest);
+    }
     uint8_t *back = malloc(nbytes);
     size_t count = nbytes / itemsize;
     unshuffle(planes, count, itemsize, 0, count, back);

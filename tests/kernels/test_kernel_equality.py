@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from h5traces.format.dtypes import FLOAT_TYPES, TypedArray, cast_for_storage, ca
 from h5traces.format.native import NATIVE
 from h5traces.precision import attention, channel_steps
 from h5traces.precision.scales import ChannelScale
-from h5traces.storage import deflate
+from h5traces.storage import arrays, deflate
+from h5traces.storage.arrays import Storing, store_arrays
+from h5traces.storage.hdf5 import indexes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,11 +68,32 @@ def test_checksums(data: bytes, start: int) -> None:
     assert NATIVE.adler32(part) == zlib.adler32(part)
 
 
+def digest(head: bytes, data: bytes) -> bytes | None:
+    """What the kernels find of `head` and `data`."""
+    ((_, _, found, *_),) = NATIVE.store(((data, 0, head, -1),))
+    return found
+
+
+@given(data=payloads(), head=st.binary(max_size=600))
+@settings(max_examples=200, deadline=None)
+def test_digests(data: bytes, head: bytes) -> None:
+    is_known = 0 < len(head) <= 512 and len(head) + len(data) > 240
+    assert digest(head, data) == (xxhash.xxh3_128_digest(head + data) if is_known else None)
+    assert NATIVE.lookup3([head, data[:5000]]) == [
+        indexes.checksum(head),
+        indexes.checksum(data[:5000]),
+    ]
+
+
 @pytest.mark.parametrize("nbytes", range(520))
 def test_checksums_of_every_short_length(nbytes: int) -> None:
     data = np.random.default_rng(nbytes).bytes(nbytes)
     assert NATIVE.xxh3_64(data) == xxhash.xxh3_64_intdigest(data)
     assert NATIVE.adler32(data) == zlib.adler32(data)
+    assert NATIVE.lookup3([data]) == [indexes.checksum(data)]
+    # Past the blocks of 1,024 bytes in which data are taken.
+    more = data + bytes(1100)
+    assert digest(b"float16[3]\n", more) == xxhash.xxh3_128_digest(b"float16[3]\n" + more)
 
 
 @pytest.mark.parametrize("byte", [0, 255])
@@ -267,6 +291,31 @@ def test_levels(array: TypedArray, levels: int) -> None:
         assert decoded().tobytes() == without(attention, decoded).tobytes()
 
 
+@given(
+    found=st.lists(floats(), max_size=4),
+    codec=st.sampled_from(["gzip", "deflate", "zstd", None]),
+    target=st.sampled_from([64, 4096]),
+)
+@settings(max_examples=150, deadline=None)
+def test_arrays_are_stored_alike(found: list[TypedArray], codec: Any, target: int) -> None:
+    def run() -> Any:
+        given = [Storing(each.values, each.dtype, codec, each) for each in found]
+        # Counted are not those that are stored.
+        given += [Storing(each.values, each.dtype, codec, each) for each in found[::-1]]
+        given += [Storing(np.array([b"a", b"bc"]), "text:2", codec)]
+        return store_arrays(given)
+
+    shape = functools.partial(arrays.chunk_shape, target_nbytes=target)
+    with mock.patch.object(arrays, "chunk_shape", shape):
+        one, other = run(), without(arrays, run)
+    for compiled, plain in zip(one, other, strict=True):
+        assert compiled._replace(encoded=None) == plain._replace(encoded=None)
+        if codec is not None:
+            # `encode_array` has the compiled encoder, too.
+            assert tuple(map(bytes, compiled.encoded.chunks)) == plain.encoded.chunks
+            assert compiled.encoded.checksums == plain.encoded.checksums
+
+
 # Prints a hash of what each kernel gives for the same data.
 SCRIPT = """
 import numpy as np, xxhash
@@ -281,8 +330,8 @@ for count in (1, 7, 8, 300, 5000):
         out, back = bytearray(4 * count), bytearray(4 * count)
         NATIVE.shuffle(bits, out, itemsize)
         NATIVE.unshuffle(out, back, itemsize)
-        stored = NATIVE.encode(floats, itemsize)
-        found += [out, back, stored]
+        ((stored, *facts),) = NATIVE.store(((floats, itemsize, b"head", 2),))
+        found += [out, back, stored, tuple(facts)]
         if not len(back) % itemsize:
             found += [NATIVE.decode(stored, back, itemsize), back]
     for kind in (0, 1):
@@ -327,6 +376,7 @@ def test_processors_without_wide_registers_give_the_same() -> None:
         ("from_steps", (bytes(4), 1, bytes(8), 0, 1, bytearray(7))),
         ("to_levels", (bytes(4), bytes(100), bytearray(2))),
         ("take", (bytes(4), bytes(512), bytearray(9))),
+        ("store", (((b"abcd", 2, b"", 3),),)),
         ("run_plan", (-1, b"", bytes(79), bytearray(0), b"", bytearray(1), 1)),
     ],
 )

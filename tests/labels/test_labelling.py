@@ -84,6 +84,34 @@ def test_open_picks_labels_up(archive: Path, table: Path) -> None:
     assert validate(archive).ok
 
 
+def test_labels_from_beside_read_no_sample(
+    archive: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a selection, too; a sample that the table lacks is asked itself."""
+    label(archive, table)
+    opened = h5traces.open(archive)
+    asked = []
+    original = type(opened._files[0]).sample_attrs
+
+    def counted(file: Any, index: int) -> Any:
+        asked.append(index)
+        return original(file, index)
+
+    monkeypatch.setattr(type(opened._files[0]), "sample_attrs", counted)
+    assert opened.labels == LABELS
+    assert opened[4:1:-1].labels == LABELS[4:1:-1]
+    assert asked == []
+
+    def without_one(document: dict[str, Any]) -> None:
+        columns = [document["ordinals"], document["sample_ids"], document["labels"]]
+        for column in [*columns, *document["scores"].values()]:
+            del column[2]
+
+    edited(archive, without_one)
+    assert h5traces.open(archive).labels == (*LABELS[:2], None, *LABELS[3:])
+    assert asked == [2]
+
+
 def test_statistics(archive: Path, table: Path) -> None:
     report = label(
         archive, table, options=LabelOptions(threshold=0.6), target=TargetOptions(dry_run=True)

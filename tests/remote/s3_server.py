@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -21,7 +22,7 @@ class Watched:
         # Status and S3's code for the next requests.
         self.failures: list[tuple[int, str]] = []
         # A failure of every request of a method whose query holds a text; `lost` does as it is
-        # asked, and loses the answer. Both as often as they say.
+        # asked, and loses the answer; `reset` cuts the connection. All as often as they say.
         self.fail: dict[str, Any] = {}
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -32,6 +33,9 @@ class Watched:
             "path": environ["PATH_INFO"],
             "query": environ["QUERY_STRING"],
             "range": environ.get("HTTP_RANGE", ""),
+            "crc32": environ.get("HTTP_X_AMZ_CHECKSUM_CRC32", ""),
+            "md5": environ.get("HTTP_CONTENT_MD5", ""),
+            "condition": environ.get("HTTP_IF_NONE_MATCH", ""),
         }
         self.requests.append(asked)
         if self.failures:
@@ -47,6 +51,9 @@ class Watched:
                 if fail.get("lost"):
                     # All of it, so that it is done.
                     b"".join(self.app(environ, lambda *_: None))
+                if fail.get("reset"):
+                    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                    raise ConnectionResetError
                 code = fail["code"]
                 body = f"<Error><Code>{code}</Code><Message>said the test</Message></Error>"
                 start(f"{fail['status']} {code}", [("Content-Type", "application/xml")])

@@ -15,7 +15,10 @@ from servers import Server, running
 
 import h5traces
 from h5traces.errors import ArchiveExistsError, OptionError, RemoteError, TargetError
-from h5traces.storage.remote import uploading
+from h5traces.ranks.bucket import BucketRun
+from h5traces.ranks.plan import RunPlan
+from h5traces.ranks.rank import Rank
+from h5traces.storage.remote import paths, uploading
 from h5traces.storage.remote.paths import RemoteOptions, RemotePath
 
 if TYPE_CHECKING:
@@ -73,9 +76,14 @@ def pending(files: Any) -> list[Any]:
 def test_an_upload_in_parts_is_whole(files: Any, large: Path, process: Server) -> None:
     process.requests()
     uploading.upload(large, TARGET, OPTIONS)
+    sent = process.requests()
     assert files.cat(TARGET.url) == large.read_bytes()
-    sent = [each for each in process.requests() if each["method"] in ("PUT", "POST")]
-    assert len(sent) == NUM_PARTS + 2
+    # Announced, sent, named, compared.
+    assert [each["method"] for each in sent].count("PUT") == NUM_PARTS
+    methods = [each["method"] for each in (sent[0], *sent[-2:])]
+    assert methods == ["POST", "POST", "HEAD"], sent
+    assert len(sent) == NUM_PARTS + 3
+    assert sent[-2]["condition"] == "*"
     # The same once more is done already; another file is an error.
     uploading.upload(large, TARGET, OPTIONS)
     large.write_bytes(b"another")
@@ -85,12 +93,61 @@ def test_an_upload_in_parts_is_whole(files: Any, large: Path, process: Server) -
     assert files.cat(TARGET.url) == b"another"
 
 
-@pytest.mark.parametrize("failing", [UPLOAD, COMPLETE], ids=["part", "completion"])
-@pytest.mark.parametrize("lost", [False, True], ids=["rejected", "answer lost"])
-def test_a_request_that_fails_is_repeated(
-    files: Any, large: Path, process: Server, failing: dict[str, Any], lost: bool
+def test_a_small_file_takes_two_requests(files: Any, tmp_path: Path, process: Server) -> None:
+    path = tmp_path / "small.h5"
+    path.write_bytes(b"small")
+    process.requests()
+    uploading.upload(path, TARGET, OPTIONS)
+    assert [each["method"] for each in process.requests()] == ["PUT", "HEAD"]
+
+
+@pytest.mark.parametrize(
+    ("calculation", "header", "expected"),
+    [("when_supported", "crc32", "r/zBbw=="), ("when_required", "md5", "ebKBBg0ze5srhMzzkK3PdA==")],
+)
+def test_every_part_carries_a_checksum(
+    files: Any,
+    large: Path,
+    process: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    calculation: str,
+    header: str,
+    expected: str,
 ) -> None:
-    process.control(fail={**failing, "lost": lost})
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", calculation)
+    large.write_bytes(b"a" * (PART + 1))
+    process.requests()
+    uploading.upload(large, TARGET, OPTIONS)
+    (first,) = (each for each in process.requests() if "partNumber=1" in each["query"])
+    assert first[header] == expected
+
+
+def test_a_server_that_received_other_bytes_is_an_error(
+    files: Any, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = uploading._Bucket.ask
+
+    def other(bucket: Any, method: str, **arguments: Any) -> dict[str, Any]:
+        answer = ask(bucket, method, **arguments)
+        return {**answer, "ChecksumCRC32": "AAAAAA=="} if method == "upload_part" else answer
+
+    monkeypatch.setattr(uploading._Bucket, "ask", other)
+    with pytest.raises(RemoteError, match="the server received other bytes"):
+        uploading.upload(large, TARGET, OPTIONS)
+    assert names(files) == []
+    assert not pending(files)
+
+
+@pytest.mark.parametrize("failing", [UPLOAD, COMPLETE], ids=["part", "completion"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"status": 500, "code": "InternalError"}, {"lost": True}, {"reset": True}],
+    ids=["busy", "fault", "answer lost", "connection reset"],
+)
+def test_a_request_that_fails_is_repeated(
+    files: Any, large: Path, process: Server, failing: dict[str, Any], how: dict[str, Any]
+) -> None:
+    process.control(fail={**failing, **how})
     uploading.upload(large, TARGET, OPTIONS)
     assert files.cat(TARGET.url) == large.read_bytes()
     assert not pending(files)
@@ -123,7 +180,7 @@ def test_credentials_that_expire_leave_nothing_under_the_name(
 def test_what_the_server_stored_is_compared(
     files: Any, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploading, "_md5", lambda _: {})
+    monkeypatch.setattr(uploading._Bucket, "_checksum", lambda *_: {})
     before, sent = Path.open, []
 
     class Torn:
@@ -224,6 +281,20 @@ def test_a_run_whose_credentials_expire_is_finished_later(
     assert [each.status for each in report.files] == ["skipped", "converted", "converted"]
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["busy", "connection reset"])
+def test_a_server_that_keeps_failing_ends_a_run_that_can_go_on(
+    files: Any, batches: Path, process: Server, monkeypatch: pytest.MonkeyPatch, reset: bool
+) -> None:
+    monkeypatch.setattr(paths, "_LONGEST_PAUSE", 0.01)
+    process.control(fail={**UPLOAD, "query": "", "after": 3, "times": 99, "reset": reset})
+    with pytest.raises(RemoteError, match="the server cannot be reached, or fails"):
+        h5traces.convert(batches, DEST, rank=0, world_size=1)
+    process.control(fail={})
+    report = h5traces.convert(batches, DEST, rank=0, world_size=1)
+    assert {each.status for each in report.files} == {"skipped", "converted"}
+    assert len(h5traces.open(DEST)) == 3 * len(make_batch("full_pkl"))
+
+
 def test_ranks_share_a_bucket(files: Any, batches: Path) -> None:
     reports = [h5traces.convert(batches, DEST, rank=rank, world_size=2) for rank in (1, 0, 1)]
     assert all(each.ok for each in reports)
@@ -244,3 +315,48 @@ def test_only_folders_of_buckets_are_targets(batches: Path) -> None:
         h5traces.convert(batches, f"s3://{BUCKET}/run.h5")
     with pytest.raises(TargetError, match="is an address on a server"):
         h5traces.convert(batches, "https://host/run/")
+
+
+def test_a_run_in_a_bucket_is_followed_and_collected(
+    files: Any, batches: Path, tmp_path: Path, process: Server
+) -> None:
+    write_batch(batches / "again.pkl", h5traces.load(batches / "b1.pkl"))
+    h5traces.convert(batches, DEST, rank=1, world_size=2)
+    found = h5traces.status(DEST)
+    assert (found.done, found.missing, found.num_items) == ([1], [0], 4)
+    report = h5traces.collect(DEST)
+    assert not report.ok
+    assert len(report.missing) == found.num_items - found.num_done
+    process.control(fail={**UPLOAD, **EXPIRED, "query": "", "after": 2})
+    assert not h5traces.convert(batches, DEST, rank=0, world_size=2).ok
+    process.control(fail={})
+    assert h5traces.convert(batches, DEST, rank=0, world_size=2).ok
+    process.requests()
+    found = h5traces.status(DEST)
+    # The plan, and one listing.
+    assert len(process.requests()) <= 3
+    assert found.ok
+    assert found.num_samples == 4 * len(make_batch("full_pkl"))
+    report = h5traces.collect(DEST, tmp_path / "run.parquet")
+    assert report.ok, report.problems
+    assert report.num_verified == 4
+    # All batches have the same contents, under other ids.
+    assert report.duplicates == [f"b{n}.h5 holds the same samples as again.h5" for n in range(3)]
+    assert {each.status for each in report.files} <= {"converted", "skipped"}
+    assert h5traces.open(tmp_path / "run.parquet") == h5traces.open(DEST)
+    files.rm(f"{BUCKET}/run/b0.h5")
+    report = h5traces.collect(DEST, verify="none")
+    assert any("b0.h5: was written, and is not there any more" in e for e in report.problems)
+    with pytest.raises(TargetError, match=r"holds no run\.json"):
+        h5traces.status(f"s3://{BUCKET}/nothing/")
+
+
+def test_a_rank_at_work_in_a_bucket_is_seen(files: Any) -> None:
+    plan = RunPlan(command="convert", world_size=2, options={}, costs=(1, 1))
+    with BucketRun(DEST, Rank(0, 2), plan) as run:
+        run.note(0, status="converted", num_samples=3, nbytes=5)
+        found = h5traces.status(DEST)
+        assert (found.running, found.missing, found.num_samples) == ([0], [1], 3)
+    assert h5traces.status(DEST).done == [0]
+    with pytest.raises(TargetError, match="world_size is 3, and was 2"):
+        BucketRun(DEST, Rank(0, 3), plan.model_copy(update={"world_size": 3}))

@@ -119,7 +119,7 @@ def test_raw_numbers_need_a_mapping(tmp_path: Path) -> None:
     path = tmp_path / "states.bin"
     arrays()["hidden_states"].tofile(path)
     with pytest.raises(
-        ConversionError, match="is of an unknown kind; for raw numbers, write a map"
+        ConversionError, match="is of an unknown kind; for raw numbers, say their type"
     ):
         h5traces.load(path)
 

@@ -135,7 +135,7 @@ def test_a_response_of_vllm_lens(tmp_path):
         for block in range(3):
             np.testing.assert_array_equal(trace.layer(block), numbers[block])
         assert trace.metadata.sample_id == "cmpl-1"
-        assert (trace["generated_answer"], trace.metadata.prompt_len) == ("answer 0", 4)
+        assert (trace["generated_answer"], trace["prompt_length"]) == ("answer 0", 4)
 
 
 @pytest.mark.parametrize(

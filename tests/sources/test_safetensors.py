@@ -199,7 +199,7 @@ def test_samples_by_prefix(tmp_path: Path) -> None:
         ({f"hidden_states_{i}": torch.zeros(3, 4) for i in (1, 2)}, "some are missing"),
         (
             {"layer_0": torch.zeros(3, 4), "blocks.0.output": torch.zeros(3, 4)},
-            "may all be hidden_states; say in a mapping",
+            "may all be hidden_states; say which are in a mapping",
         ),
     ],
 )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import warnings
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from matplotlib import image
 
 import h5traces
 from h5traces.format import layout
 from h5traces.writing.options import PrecisionOptions
 from h5traces.writing.pictures import white_of
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).parents[2]
 TOKENS, HEADS = 300, 2
 
 
@@ -62,6 +64,43 @@ def test_a_head_of_300_tokens_is_no_black_square(tmp_path: Path, precision: dict
     assert (shown == 0).mean() < (0.5 * (before == 0).mean() if are_weights else 0.1)
     # White is for few.
     assert 0.005 < (shown == 255).mean() < 0.1
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    pytest.importorskip("transformers")
+    spec = spec_from_file_location("picture", ROOT / "tools" / "make_hdfview_picture.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_in_the_documents_is_what_the_tool_draws(tool: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, after = tool.heads(tool.recorded(tmp_path))
+    assert tool.black_share(before) > 0.8
+    assert tool.black_share(after) < 0.5
+    shown = image.imread(ROOT / "docs" / "images" / "hdfview.png")[..., 0]
+    drawn = np.hstack((before, np.full((TOKENS, tool.GAP), 255, np.uint8), after))
+    assert shown.shape == drawn.shape
+    # Machines round a model's numbers in other ways.
+    assert np.abs(shown * 255 - drawn).mean() < 2
+
+
+def test_attributes_of_h5web_would_take_96_bytes_of_each_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What schema/RATIONALE.md says of them."""
+    attrs = {"interpretation": "image", "long_name": "attention weight"}
+    sizes = []
+    for number, added in enumerate(({}, attrs)):
+        monkeypatch.setattr(layout, "IMAGE_ATTRS", {**layout.IMAGE_ATTRS, **added})
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        sizes.append(convert(folder).stat().st_size)
+    # A few bytes less or more: addresses compress in the index.
+    assert sizes[1] - sizes[0] == pytest.approx(2 * 96, abs=8)
 
 
 def test_the_range_is_the_percentile_that_the_specification_names() -> None:

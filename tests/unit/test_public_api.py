@@ -31,6 +31,7 @@ PUBLIC = [
     "TraceSource",
     "__version__",
     "calibrate",
+    "collect",
     "convert",
     "create",
     "errors",
@@ -60,8 +61,9 @@ PUBLIC = [
 ]
 
 VERBS = [name for name in PUBLIC if name in {
-    "calibrate", "convert", "create", "estimate", "export", "finish", "inspect", "label", "load",
-    "merge", "open", "repack", "salvage", "seal", "split", "status", "validate", "verify",
+    "calibrate", "collect", "convert", "create", "estimate", "export", "finish", "inspect",
+    "label", "load", "merge", "open", "repack", "salvage", "seal", "split", "status", "validate",
+    "verify",
 }]  # fmt: skip
 PACKAGE = Path(h5traces.__file__).parent
 

@@ -21,7 +21,7 @@ from h5traces.format import values as encodings
 from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import dataset_digest, sample_digest
 from h5traces.format.entries import carrier_dtype
-from h5traces.format.record import TraceMetadata, index_columns
+from h5traces.format.record import IndexRow, TraceMetadata, index_columns
 from h5traces.format.value_types import BY_NAME
 from h5traces.precision import encoding
 from h5traces.storage.arrays import chunk_shape
@@ -370,11 +370,12 @@ def test_table_of_samples_has_the_columns(example):
     with h5py.File(example) as file:
         stored = file["index/samples"].dtype
     labelled = TraceMetadata(seq_len=1, coverage="full", label=1)
-    assert list(index_columns([labelled])) == list(rows)
-    # No sample of the example has a label, so the column is not there.
-    assert [*stored.names, "label"] == list(rows)
+    texts = {"question": "Why?", "generated_text": "So."}
+    assert list(index_columns([IndexRow.of(labelled, texts)])) == list(rows)
+    # No sample of the example has a label or a question, so these columns are not there.
+    assert [each for each in rows if each not in ("label", "question")] == list(stored.names)
     for name, kind in rows.items():
-        if name != "label":
+        if name in stored.names:
             assert {"i": "int64", "S": "text"}[stored[name].kind] == kind
 
 

@@ -23,7 +23,7 @@ def test_the_page_was_built_of_its_source() -> None:
 
 
 def test_the_page_is_small() -> None:
-    names = ("index.html", "viewer.js", "viewer.css")
+    names = ("index.html", "viewer.js", "worker.js", "viewer.css")
     assert sum(len(gzip.compress((PAGE / name).read_bytes())) for name in names) <= 300_000
 
 

@@ -7,40 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from view_helpers import item, published, served, written
+from view_helpers import WAIT, item, pointed_at, published, served, show, written
 
 import h5traces
 from h5traces.features import lookback_ratio
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-WAIT = 20_000
-
-
-def show(page: Any, url: str, **place: Any) -> None:
-    """Open the page at a place."""
-    page.goto("about:blank")
-    page.goto(url + "#" + "&".join(f"{key}={value}" for key, value in place.items()))
-    page.wait_for_selector("main, [role=alert]", timeout=WAIT)
-
-
-def pointed_at(page: Any, picture: str, row: int, rows: int, column: int, columns: int) -> float:
-    """The number that the page shows of a cell of a picture."""
-    canvas = page.wait_for_selector(f"[data-testid={picture}]", timeout=WAIT)
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    x = box["x"] + (column + 0.5) / columns * box["width"]
-    y = box["y"] + (row + 0.5) / rows * box["height"]
-    page.mouse.move(x, y)
-    pattern = r"(layer|query|row) \d+"
-    page.wait_for_function(
-        "pattern => RegExp(pattern).test(document.querySelector('[data-testid=value]').innerText)",
-        arg=pattern,
-        timeout=WAIT,
-    )
-    text = page.inner_text("[data-testid=value]")
-    return float(re.search(r": (-?[\d.e+-]+)(?:\s|PNG|$)", text)[1])
 
 
 def matrix_of(trace: h5traces.Trace, quantity: str) -> np.ndarray:

@@ -192,7 +192,7 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
 def test_the_command_exports(archive: Path, tmp_path: Path) -> None:
     done = run("view", archive, "--export", tmp_path / "page")
     assert done.returncode == 0
-    assert "6 files" in done.stdout
+    assert "8 files" in done.stdout
     done = run("view", tmp_path / "nothing.h5")
     assert done.returncode == 2
     assert "no such file" in done.stderr

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,21 +15,23 @@ import uvicorn
 
 import h5traces
 from h5traces.storage.remote.paths import DEFAULT_REMOTE
+from h5traces.view.beside import shown
 from h5traces.view.server import _listener, make_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 TOKEN = "token-of-the-tests"
+WAIT = 20_000
 
 
 @contextlib.contextmanager
-def served(*paths: Path) -> Iterator[str]:
+def served(*paths: Path, scores: Path | None = None) -> Iterator[str]:
     """The address at which `h5traces view` would show these archives."""
     with _listener(0) as listener:
         host = f"127.0.0.1:{listener.getsockname()[1]}"
-        app = make_app(paths, TOKEN, host, DEFAULT_REMOTE)
+        folder = Path(tempfile.mkdtemp(dir=paths[0].parent))
+        app = make_app(shown(paths, folder, scores=scores), TOKEN, host, DEFAULT_REMOTE)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -114,3 +119,35 @@ def written(path: Path, *items: dict[str, Any], **options: Any) -> Path:
         for each in items:
             writer.append(each)
     return path
+
+
+def show(page: Any, url: str, **place: Any) -> None:
+    """Open the page at a place."""
+    page.goto("about:blank")
+    page.goto(url + "#" + "&".join(f"{key}={value}" for key, value in place.items()))
+    page.wait_for_selector("main, [role=alert]", timeout=WAIT)
+
+
+def pointed_at(
+    page: Any,
+    picture: str,
+    row: int,
+    rows: int,
+    column: int,
+    columns: int,
+    pattern: str = r"(layer|query|row) \d+",
+) -> float:
+    """The number that the page shows of a cell of a picture."""
+    canvas = page.wait_for_selector(f"[data-testid={picture}]", timeout=WAIT)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x = box["x"] + (column + 0.5) / columns * box["width"]
+    y = box["y"] + (row + 0.5) / rows * box["height"]
+    page.mouse.move(x, y)
+    page.wait_for_function(
+        "pattern => RegExp(pattern).test(document.querySelector('[data-testid=value]').innerText)",
+        arg=pattern,
+        timeout=WAIT,
+    )
+    text = page.inner_text("[data-testid=value]")
+    return float(re.search(r": (-?[\d.e+-]+)(?:\s|PNG|$)", text)[1])

@@ -3,7 +3,7 @@
 import { render } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { useAddress } from "./address.js";
-import { Archive } from "./archive.js";
+import { Archive, nameOf } from "./archive.js";
 import { ArchiveView } from "./archiveView.jsx";
 import { AttentionView, useKeys } from "./attentionView.jsx";
 import { ViewError } from "./bytes.js";
@@ -21,7 +21,11 @@ async function listed() {
   if (!response?.ok) {
     throw new ViewError("no archive is named: open this page with ?archive=https://server/archive.h5 behind its address, or run 'h5traces view ARCHIVE'");
   }
-  return (await response.json()).archives.map(({ url, name }) => ({ url: new URL(url, location.href).href, name }));
+  const { archives } = await response.json();
+  const absolute = (url) => url && new URL(url, location.href).href;
+  return archives.map(({ url, labels, checks, scores = [], ...more }) => ({
+    url: absolute(url), labels: absolute(labels), checks: absolute(checks), scores: scores.map((each) => ({ ...each, url: absolute(each.url) })), ...more,
+  }));
 }
 
 function App() {
@@ -29,8 +33,11 @@ function App() {
   const archives = useLoaded(async () => {
     const found = await listed();
     if (!found.length) throw new ViewError("there are no archives to show");
-    // One after the other is opened when it is shown; all are small to open.
-    return Promise.all(found.map(({ url, name }) => Archive.open(url, name)));
+    // Each is opened when it is shown, so that a damaged one does not hide the others.
+    return found.map(({ url, ...beside }) => {
+      let opened = null;
+      return { name: beside.name ?? nameOf(url), open: () => (opened ??= Archive.open(url, beside)) };
+    });
   }, []);
   useEffect(() => {
     const first = archives.value?.[place.archive ?? 0];
@@ -45,7 +52,16 @@ function App() {
 
 function Shown({ archives, place, go }) {
   const number = Math.max(0, Math.min(place.archive ?? 0, archives.length - 1));
-  const archive = archives[number];
+  const archive = useLoaded(() => archives[number].open(), [number]);
+  const choice = archives.length > 1
+    ? <Choice label="archive" value={String(number)} options={archives.map((each, at) => [String(at), each.name])} onChange={(value) => go({ archive: Number(value), sample: 0, token: undefined })} />
+    : <Text most={80}>{archives[number].name}</Text>;
+  return archive.value
+    ? <Opened key={number} {...{ archives, archive: archive.value, choice, place, go }} />
+    : <><header><strong>h5traces</strong>{choice}</header><main>{archive.error ? <Problem error={archive.error} /> : <p class="waiting">opening …</p>}</main></>;
+}
+
+function Opened({ archives, archive, choice, place, go }) {
   const view = VIEWS.some(([key]) => key === place.view) ? place.view : "archive";
   const sampleNumber = Math.max(0, Math.min(place.sample ?? 0, archive.numSamples - 1));
   const moved = (by) => view !== "archive" && go({ sample: Math.max(0, Math.min(archive.numSamples - 1, sampleNumber + by)), token: undefined }, false);
@@ -55,7 +71,7 @@ function Shown({ archives, place, go }) {
     <>
       <header>
         <strong>h5traces</strong>
-        {archives.length > 1 ? <Choice label="archive" value={String(number)} options={archives.map((each, at) => [String(at), each.name])} onChange={(value) => go({ archive: Number(value), sample: 0 })} /> : <Text most={80}>{archive.name}</Text>}
+        {choice}
         <nav>{VIEWS.map(([key, title]) => <button aria-current={key === view ? "page" : undefined} onClick={() => go({ view: key })}>{title}</button>)}</nav>
         {view === "archive" ? null : (
           <span class="choice">
@@ -67,7 +83,7 @@ function Shown({ archives, place, go }) {
       </header>
       <main>
         {archive.numSamples === 0 ? <p class="note">This archive holds no samples.</p>
-          : view === "archive" ? <ArchiveView key={number} archive={archive} place={place} go={go} />
+          : view === "archive" ? <ArchiveView archive={archive} place={place} go={go} />
           : <Loaded state={sample}>{(found) => !found ? null
             : view === "sample" ? <SampleView sample={found} place={place} go={go} />
             : view === "attention" ? <AttentionView sample={found} place={place} go={go} />

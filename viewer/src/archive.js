@@ -2,8 +2,9 @@
 // file, then chunks. Nothing is read that is not shown.
 
 import { createXXHash3 } from "hash-wasm";
-import { decompress as unzstd } from "fzstd";
 import { RemoteFile, ViewError } from "./bytes.js";
+import { inflated } from "./inflate.js";
+import { inThread } from "./threads.js";
 
 const MAGIC = [0x68, 0x35, 0x74, 0x72, 0x0d, 0x0a, 0x46, 0x31];
 const TRAILER_NBYTES = 64;
@@ -37,34 +38,22 @@ async function checked(bytes, expected, what) {
   return bytes;
 }
 
+// Chunks smaller than this are inflated at once.
+const SMALL_NBYTES = 128 * 1024;
+
 // A zlib stream that must inflate to exactly so many bytes.
-export async function inflate(bytes, rawNbytes, what) {
+async function inflate(bytes, rawNbytes, what) {
+  canInflate();
+  if (rawNbytes > MOST_NBYTES) throw new ViewError(`${what}: takes ${rawNbytes} bytes, too many for a browser`);
+  return inflated(bytes, rawNbytes).catch((error) => { throw new ViewError(`${what}: ${error.message}`); });
+}
+
+function canInflate() {
   if (typeof DecompressionStream === "undefined") {
     throw new ViewError(
-      "this browser cannot inflate (no DecompressionStream); use Chrome or Edge 80, Firefox 113, " +
+      "this browser cannot inflate (no DecompressionStream); use Chrome or Edge 90, Firefox 113, " +
       "Safari 16.4, or later ones");
   }
-  if (rawNbytes > MOST_NBYTES) throw new ViewError(`${what}: takes ${rawNbytes} bytes, too many for a browser`);
-  const raw = new Uint8Array(rawNbytes);
-  let filled = 0;
-  try {
-    const reader = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")).getReader();
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) break;
-      if (filled + value.length > rawNbytes) {
-        await reader.cancel();
-        throw new ViewError(`${what}: inflates to more than ${rawNbytes} bytes`);
-      }
-      raw.set(value, filled);
-      filled += value.length;
-    }
-  } catch (error) {
-    if (error instanceof ViewError) throw error;
-    throw new ViewError(`${what}: cannot be inflated; the file is damaged`);
-  }
-  if (filled !== rawNbytes) throw new ViewError(`${what}: inflates to ${filled} bytes, expected ${rawNbytes}`);
-  return raw;
 }
 
 // --- text (section 8) ---------------------------------------------------------------------------
@@ -84,12 +73,22 @@ export function parseJson(bytes) {
   }));
 }
 
+export async function fetchJson(url) {
+  const response = await fetch(url, { cache: "no-store" }).catch(() => null);
+  if (!response?.ok) throw new ViewError(`${url}: the server answers ${response?.status ?? "nothing"} ${(await response?.text())?.slice(0, 500) ?? ""}`);
+  return parseJson(new Uint8Array(await response.arrayBuffer()));
+}
+
 // --- archives -----------------------------------------------------------------------------------
 
+export const nameOf = (url) => decodeURIComponent(url.split(/[?#]/)[0].split("/").at(-1));
+
 export class Archive {
-  constructor(url, name) {
+  // What lies beside the file: `labels` and `checks` are addresses of JSON, `scores` a list.
+  constructor(url, { name, labels, checks, scores } = {}) {
     this.file = new RemoteFile(url);
-    this.name = name ?? decodeURIComponent(url.split(/[?#]/)[0].split("/").at(-1));
+    this.name = name ?? nameOf(url);
+    this.beside = { labels, checks, scores: scores ?? [] };
     this.rows = new Map();
     this.tables = new Map();
     this.scales = new Map();
@@ -108,10 +107,27 @@ export class Archive {
     }
   }
 
-  static async open(url, name) {
-    const archive = new Archive(url, name);
+  static async open(url, beside) {
+    const archive = new Archive(url, beside);
     await archive.#readIndex();
+    archive.labels = await archive.#labels();
     return archive;
+  }
+
+  // The labels beside the archive, section 18: {label, scores} by ordinal, with the id of the sample.
+  async #labels() {
+    const found = new Map();
+    if (!this.beside.labels) return found;
+    const document = await fetchJson(this.beside.labels);
+    if (document.format !== "h5traces-labels" || document.archive_id !== this.root.archive_id || document.num_samples !== this.numSamples) {
+      throw new ViewError(`${this.name}: the labels beside it belong to another archive; run 'h5traces label' again`);
+    }
+    document.ordinals.forEach((ordinal, row) => found.set(ordinal, {
+      id: document.sample_ids[row],
+      label: document.labels?.[row],
+      scores: Object.fromEntries(Object.entries(document.scores).map(([name, column]) => [name, column[row]])),
+    }));
+    return found;
   }
 
   async #readIndex() {
@@ -137,7 +153,7 @@ export class Archive {
     this.root = this.directory.archive;
     this.#checkVersion();
     const [ids, names, attrs] = await Promise.all(["ids", "names", "attrs"].map((each) => this.#column(each)));
-    [this.ids, this.generations] = ids;
+    [this.ids] = ids;
     this.names = names;
     this.attrs = attrs;
     this.numSamples = this.directory.num_samples;
@@ -293,23 +309,35 @@ export class Sample {
     this.objects = objects;
     this.attrs = attrs;
     this.read = new Map();
-  }
-
-  get id() {
-    return this.attrs.sample_id ?? null;
-  }
-
-  get scores() {
-    const found = this.attrs.scores;
-    return found === undefined ? {} : typeof found === "string" ? parseJson(found) : found;
+    const beside = archive.labels?.get(number);
+    const stored = attrs.scores === undefined ? {} : typeof attrs.scores === "string" ? parseJson(attrs.scores) : attrs.scores;
+    this.scores = { ...stored, ...beside?.scores };
+    this.label = beside?.label ?? attrs.label ?? null;
+    if (beside && beside.id !== attrs.sample_id) {
+      throw new ViewError(`${archive.name}: sample ${number} has another id in the labels beside the archive; run 'h5traces label' again`);
+    }
   }
 
   has(path) {
     return this.objects.has(path);
   }
 
-  // Stored layers of a kind: [{name, layer}], the embedding first (layer null).
+  // Layers of a kind: [{name, layer}], the embedding first (layer null). Attentions may follow from
+  // queries and keys.
   layers(kind) {
+    const stored = this.#stored(kind);
+    if (stored.length || kind !== "attentions") return stored;
+    return this.#stored("queries").filter(({ name }) => this.entry(`queries/${name}`).attrs.mask && this.has(`keys/${name}`));
+  }
+
+  // (heads, queries, keys) of attentions, whether they are stored or follow from queries and keys.
+  shape(kind, name) {
+    if (kind !== "attentions" || this.has(`${kind}/${name}`)) return this.entry(`${kind}/${name}`).shape;
+    const [heads, tokens] = this.entry(`queries/${name}`).shape;
+    return [heads, tokens, tokens];
+  }
+
+  #stored(kind) {
     const found = [];
     for (const path of this.objects.keys()) {
       if (!path.startsWith(`${kind}/`)) continue;
@@ -350,19 +378,72 @@ export class Sample {
     promise.then((array) => this.archive.note(this, key, array.values.byteLength ?? 0), () => this.read.delete(key));
   }
 
-  // One text, or a list of them where there are several.
-  async text(path) {
-    return (await this.arrays([path]))[0].values[0];
-  }
-
-  async texts(path) {
-    return (await this.arrays([path]))[0].values;
+  // Numbers as they are stored, as float32.
+  floats(array) {
+    return asFloats(array);
   }
 
   // Layers of a kind by dataset name, decoded: {shape, values: Float32Array}.
   async decodedLayers(kind, names, span = null) {
+    if (kind === "attentions" && names.length && !this.has(`${kind}/${names[0]}`)) {
+      return Promise.all(names.map((name) => this.#weights(name, span)));
+    }
     const stored = await this.arrays(names.map((name) => `${kind}/${name}`), span);
     return Promise.all(stored.map((array, at) => this.#decoded(kind, names[at], array, span)));
+  }
+
+  async #weights(name, span) {
+    const { shape: [allHeads, tokens, width], attrs } = this.entry(`queries/${name}`);
+    const [first, stop] = span ?? [0, allHeads];
+    const numKeyHeads = this.entry(`keys/${name}`).shape[0];
+    const keyHead = (head) => Math.floor((head * numKeyHeads) / allHeads);
+    const keySpan = [keyHead(first), keyHead(stop - 1) + 1];
+    const shape = [stop - first, tokens, tokens];
+    if (!(shape.reduce((product, each) => product * each, 4) <= MOST_NBYTES)) {
+      throw new ViewError(`${this.archive.name}: sample ${this.number}, attention of ${name} has ${shape.join(" × ")} weights, too many for a browser`);
+    }
+    const [[queries], [keys]] = await Promise.all([this.decodedLayers("queries", [name], [first, stop]), this.decodedLayers("keys", [name], keySpan)]);
+    const sinks = typeof attrs.sinks === "string" ? JSON.parse(attrs.sinks) : attrs.sinks;
+    const values = await inThread("weights", {
+      queries: queries.values, keys: keys.values, heads: stop - first, tokens, width,
+      keyHeads: Array.from({ length: stop - first }, (_, head) => keyHead(first + head) - keySpan[0]),
+      rule: { ...attrs, sinks: sinks?.slice(first, stop) },
+    });
+    return { shape, values };
+  }
+
+  // Small pictures of all heads of a layer, {rows, columns, values}: the largest weight of every
+  // square of positions, at most `most` by `most` of them.
+  async thumbnails(kind, name, most) {
+    const path = `${kind}/${name}`;
+    const [heads, rows, columns] = this.shape(kind, name);
+    const shift = Math.max(0, Math.ceil(Math.log2(Math.max(rows, columns) / most)));
+    const size = [((rows - 1) >> shift) + 1, ((columns - 1) >> shift) + 1];
+    const entry = this.objects.get(path);
+    let values;
+    if (!entry || entry.attrs.num_exceptions || !["float16", "bfloat16", "float32", "uint8"].includes(entry.type)) {
+      values = new Float32Array(heads * size[0] * size[1]);
+      for (let head = 0; head < heads; head += 1) {
+        const [weights] = await this.decodedLayers(kind, [name], [head, head + 1]);
+        merge(values, size, { part: pooledHere(weights, shift, size), first: [head, 0, 0], counts: [1, ...size] });
+      }
+    } else {
+      const bytes = await this.archive.file.readAll(entry.chunks.map(({ start, nbytes }) => [start, nbytes]));
+      const codes = new { 1: Uint8Array, 2: Int16Array, 4: Float32Array }[itemSize(entry.type)](heads * size[0] * size[1]);
+      const grid = gridOf(entry);
+      await Promise.all(bytes.map(async (each, number) => {
+        const first = firstOf(number, grid, entry.chunkShape);
+        const pool = { shape: entry.shape, chunkShape: entry.chunkShape, first, shift };
+        const part = await unpacked(entry, number, each, `${this.archive.name}: sample ${this.number}, ${path}`, pool);
+        const stop = first.map((from, axis) => Math.min(from + entry.chunkShape[axis], entry.shape[axis]));
+        const counts = [stop[0] - first[0], ...[1, 2].map((axis) => ((stop[axis] - 1) >> shift) - (first[axis] >> shift) + 1)];
+        merge(codes, size, { part, first: [first[0], first[1] >> shift, first[2] >> shift], counts });
+      }));
+      const stored = codes instanceof Int16Array ? new Uint16Array(codes.buffer) : codes;
+      ({ values } = await this.#decoded(kind, name, { type: entry.type, shape: [heads, ...size], values: stored }, null));
+    }
+    return Array.from({ length: heads }, (_, head) => (
+      { rows: size[0], columns: size[1], values: values.subarray(head * size[0] * size[1], (head + 1) * size[0] * size[1]) }));
   }
 
   async #decoded(kind, name, array, span) {
@@ -392,6 +473,30 @@ export class Sample {
   }
 }
 
+// Puts the largest values of a part (heads, rows, columns) into the picture of all heads.
+function merge(whole, [rows, columns], { part, first, counts }) {
+  let at = 0;
+  for (let head = 0; head < counts[0]; head += 1) {
+    for (let row = 0; row < counts[1]; row += 1) {
+      const to = ((first[0] + head) * rows + first[1] + row) * columns + first[2];
+      for (let column = 0; column < counts[2]; column += 1, at += 1) {
+        if (part[at] > whole[to + column]) whole[to + column] = part[at];
+      }
+    }
+  }
+}
+
+function pooledHere({ shape: [, rows, columns], values }, shift, size) {
+  const found = new Float32Array(size[0] * size[1]);
+  for (let row = 0, at = 0; row < rows; row += 1) {
+    for (let column = 0; column < columns; column += 1, at += 1) {
+      const cell = (row >> shift) * size[1] + (column >> shift);
+      if (values[at] > found[cell]) found[cell] = values[at];
+    }
+  }
+  return found;
+}
+
 function channelSteps(codes, step, offset, zeroPoint, spacing, restored) {
   const width = step.length;
   const values = new Float32Array(codes.length);
@@ -417,46 +522,57 @@ function chosenChunks({ chunks, shape, chunkShape }, span) {
 }
 
 async function restore(entry, stored, span, what) {
-  const text = /^text:(\d+)$/.exec(entry.type);
-  const itemNbytes = text ? Number(text[1]) : ITEM_NBYTES[entry.type];
+  const itemNbytes = itemSize(entry.type);
   const shape = span ? [span[1] - span[0], ...entry.shape.slice(1)] : entry.shape;
   const count = shape.reduce((product, each) => product * each, 1);
   if (!(count * itemNbytes <= MOST_NBYTES)) throw new ViewError(`${what}: has ${count} values, too many for a browser`);
   const whole = new Uint8Array(count * itemNbytes);
-  const grid = entry.shape.map((length, axis) => Math.ceil(length / entry.chunkShape[axis]));
-  const rawNbytes = entry.chunkShape.reduce((product, each) => product * each, itemNbytes);
+  const grid = gridOf(entry);
   const numChunks = entry.shape.includes(0) ? 0 : grid.reduce((product, each) => product * each, 1);
   if (numChunks !== entry.chunks.length) throw new ViewError(`${what}: ${entry.chunks.length} chunks are stored, expected ${numChunks}`);
   await Promise.all(Array.from(stored, async ([number, bytes]) => {
-    await checked(bytes, entry.chunks[number].checksum, what);
-    let raw = entry.codec === "zstd" ? unzstd(bytes) : await inflate(bytes, rawNbytes, what);
-    if (raw.length !== rawNbytes) throw new ViewError(`${what}: a chunk has ${raw.length} bytes, expected ${rawNbytes}`);
-    if (entry.codec !== "deflate") raw = unshuffled(raw, itemNbytes);
+    const raw = await unpacked(entry, number, bytes, what);
     place(whole, raw, { shape, chunkShape: entry.chunkShape }, number, grid, itemNbytes, span ? span[0] : 0);
   }));
   return { type: entry.type, shape, values: typed(whole, entry.type, itemNbytes, what) };
 }
 
-function unshuffled(raw, itemNbytes) {
-  if (itemNbytes === 1) return raw;
-  const count = raw.length / itemNbytes;
-  const found = new Uint8Array(raw.length);
-  for (let plane = 0; plane < itemNbytes; plane += 1) {
-    const from = plane * count;
-    for (let at = 0, to = plane; at < count; at += 1, to += itemNbytes) found[to] = raw[from + at];
+// The bytes of a chunk as they were before they were compressed; with `pool`, a small picture of it.
+async function unpacked(entry, number, bytes, what, pool) {
+  await checked(bytes, entry.chunks[number].checksum, what);
+  canInflate();
+  const itemNbytes = itemSize(entry.type);
+  const rawNbytes = entry.chunkShape.reduce((product, each) => product * each, itemNbytes);
+  if (rawNbytes <= SMALL_NBYTES && entry.codec === "deflate" && !pool) return inflate(bytes, rawNbytes, what);
+  if (!(rawNbytes <= MOST_NBYTES)) throw new ViewError(`${what}: a chunk has ${rawNbytes} bytes, too many for a browser`);
+  const own = bytes.slice();
+  return inThread("chunk", { bytes: own, codec: entry.codec, rawNbytes, itemNbytes, pool }, [own.buffer])
+    .catch((error) => { throw new ViewError(`${what}: ${error.message}`); });
+}
+
+function itemSize(type) {
+  const text = /^text:(\d+)$/.exec(type);
+  return text ? Number(text[1]) : ITEM_NBYTES[type];
+}
+
+const gridOf = ({ shape, chunkShape }) => shape.map((length, axis) => Math.ceil(length / chunkShape[axis]));
+
+// Where a chunk begins on every axis.
+function firstOf(number, grid, chunkShape) {
+  const first = new Array(grid.length);
+  for (let axis = grid.length - 1, rest = number; axis >= 0; axis -= 1) {
+    first[axis] = (rest % grid[axis]) * chunkShape[axis];
+    rest = Math.floor(rest / grid[axis]);
   }
-  return found;
+  return first;
 }
 
 // Copies a chunk to its place in the array, which begins at `start` of the first axis; edge chunks
 // reach beyond it.
 function place(whole, raw, { shape, chunkShape }, number, grid, itemNbytes, start) {
   const rank = shape.length;
-  const first = new Array(rank);
-  for (let axis = rank - 1, rest = number; axis >= 0; axis -= 1) {
-    first[axis] = (rest % grid[axis]) * chunkShape[axis] - (axis === 0 ? start : 0);
-    rest = Math.floor(rest / grid[axis]);
-  }
+  const first = firstOf(number, grid, chunkShape);
+  if (rank) first[0] -= start;
   const from = first.map((each) => Math.max(0, -each));
   const stop = chunkShape.map((length, axis) => Math.min(length, shape[axis] - first[axis]));
   const rowNbytes = (stop[rank - 1] - from[rank - 1]) * itemNbytes;
@@ -518,7 +634,11 @@ export function toHalf(value) {
 
 // Stored numbers as float32, in which every float16 and bfloat16 has its place.
 export function asFloats({ type, values }) {
-  if (type === "float16") return Float32Array.from(values, (bits) => HALVES[bits]);
+  if (type === "float16") {
+    const found = new Float32Array(values.length);
+    for (let at = 0; at < values.length; at += 1) found[at] = HALVES[values[at]];
+    return found;
+  }
   if (type === "bfloat16") {
     const wide = new Uint32Array(values.length);
     for (let at = 0; at < values.length; at += 1) wide[at] = values[at] << 16;

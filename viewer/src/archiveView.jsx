@@ -1,6 +1,7 @@
 // The samples of an archive as a table: sort, filter, search; lengths and labels as bars.
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { fetchJson } from "./archive.js";
 import { Facts, Problem, Text, short, useLoaded } from "./parts.jsx";
 
 const ROW_HEIGHT = 26;
@@ -52,15 +53,15 @@ export function ArchiveView({ archive, place, go }) {
   const columns = {
     index: (number) => number,
     id: (number) => archive.ids[number] ?? "",
-    label: (number) => rows[number]?.attrs.label ?? null,
+    label: (number) => rows[number]?.label ?? null,
     length: (number) => rows[number]?.attrs.seq_len ?? null,
     ...Object.fromEntries(scores.map((name) => [name, (number) => rows[number]?.scores[name] ?? null])),
   };
   const needsAll = (query || sort) && numRead < archive.numSamples;
   const order = useMemo(() => {
-    const lower = query.toLowerCase();
-    const matches = (number) => !lower || String(archive.ids[number] ?? "").toLowerCase().includes(lower) ||
-      (texts.get(number) ?? []).some((text) => text.toLowerCase().includes(lower)) || `label:${rows[number]?.attrs.label}` === lower;
+    const { conditions, text: lower } = parsed(query, columns);
+    const matches = (number) => conditions.every((fits) => fits(number)) &&
+      (!lower || String(archive.ids[number] ?? "").toLowerCase().includes(lower) || (texts.get(number) ?? []).some((text) => text.toLowerCase().includes(lower)));
     const found = Array.from({ length: archive.numSamples }, (_, number) => number).filter(matches);
     const key = columns[sort.replace(/^-/, "")];
     if (!key) return found;
@@ -75,11 +76,12 @@ export function ArchiveView({ archive, place, go }) {
         kinds: Object.keys(archive.kinds).join(", "), tier: archive.directory.archive.precision ? "lossy, see the attribute precision" : null,
         format: archive.root.format_version, written: archive.root.created,
       }} />
+      <Warnings archive={archive} rows={rows} />
       <Distributions rows={rows} onLabel={(label) => go({ find: `label:${label}` })} />
       <div class="bar-of-controls">
-        <input type="search" placeholder="id, text or label:1" value={query} aria-label="search"
+        <input type="search" placeholder="id, text, label:1, length>100" value={query} aria-label="search"
           onInput={(event) => go({ find: event.currentTarget.value || undefined }, false)} />
-        <TextSearch archive={archive} texts={texts} addTexts={addTexts} query={query} />
+        <TextSearch archive={archive} texts={texts} addTexts={addTexts} query={parsed(query, columns).text} />
         <span role="status">{order.length} of {archive.numSamples} samples</span>
         {needsAll ? <button onClick={readAll}>read the index of the other {archive.numSamples - numRead} samples</button> : null}
       </div>
@@ -87,6 +89,23 @@ export function ArchiveView({ archive, place, go }) {
       <Table archive={archive} rows={rows} order={order} columns={columns} scores={scores} sort={sort} texts={texts} addTexts={addTexts} go={go} />
     </>
   );
+}
+
+// Conditions on columns, such as label:1 or length>100, and what else is searched for.
+function parsed(query, columns) {
+  const conditions = [];
+  const text = query.replace(/(\S+?)(:|=|<=|>=|<|>)(\S+)/g, (found, name, operator, wanted) => {
+    const value = columns[name];
+    if (!value) return found;
+    const number = Number(wanted);
+    const tests = {
+      "<": (each) => each < number, ">": (each) => each > number, "<=": (each) => each <= number, ">=": (each) => each >= number,
+    };
+    const equals = (each) => String(each) === wanted;
+    conditions.push((at) => (tests[operator] ? value(at) !== null && tests[operator](value(at)) : equals(value(at) ?? "none")));
+    return "";
+  });
+  return { conditions, text: text.trim().toLowerCase() };
 }
 
 function compared(one, other) {
@@ -105,7 +124,7 @@ async function textsOf(samples) {
 
 function TextSearch({ archive, texts, addTexts, query }) {
   const [state, setState] = useState(null);
-  if (!query || texts.size >= archive.numSamples || query.startsWith("label:")) return null;
+  if (!query || texts.size >= archive.numSamples) return null;
   const read = async () => {
     try {
       for (let start = 0; start < archive.numSamples; start += 200) {
@@ -165,6 +184,40 @@ function Table({ archive, rows, order, columns, scores, sort, texts, addTexts, g
   );
 }
 
+// What the index says of all samples that were read, and what the checks found in the first of them.
+function Warnings({ archive, rows }) {
+  const checks = useLoaded(() => (archive.beside.checks ? fetchJson(archive.beside.checks) : []), [archive]);
+  const found = useMemo(() => counted(rows.filter(Boolean)), [rows]);
+  if (checks.error) return <Problem error={checks.error} />;
+  if (!found.length && !checks.value?.length) return null;
+  return (
+    <details class="warnings" open data-testid="warnings">
+      <summary>{found.length + (checks.value?.length ?? 0)} warnings of the checks</summary>
+      <ul>
+        {found.map(([text, numbers]) => <li>{text}: {numbers.length === 1 ? "sample" : "samples"} {numbers.slice(0, 5).join(", ")}{numbers.length > 5 ? ` and ${numbers.length - 5} more` : ""}</li>)}
+        {(checks.value ?? []).map((text) => <li><Text>{text}</Text></li>)}
+      </ul>
+    </details>
+  );
+}
+
+const COVERAGES = {
+  partial: "arrays do not fit the tokens", last_position: "arrays hold one position only", steps: "arrays are generation steps, which this page does not show", empty: "there are no arrays",
+};
+const COUNTS = { num_nan: "values are NaN", num_inf: "values are infinite", num_overflow: "values were too large for the stored type" };
+
+function counted(samples) {
+  const found = new Map();
+  const add = (text, { number }) => (found.has(text) ? found.get(text).push(number) : found.set(text, [number]));
+  for (const sample of samples) {
+    if (COVERAGES[sample.attrs.coverage]) add(COVERAGES[sample.attrs.coverage], sample);
+    for (const [name, text] of Object.entries(COUNTS)) {
+      if ([...sample.objects.values()].some(({ attrs }) => attrs[name])) add(text, sample);
+    }
+  }
+  return [...found];
+}
+
 function Distributions({ rows, onLabel }) {
   const read = rows.filter(Boolean);
   if (!read.length) return null;
@@ -173,7 +226,7 @@ function Distributions({ rows, onLabel }) {
   const bins = new Array(Math.min(30, high - low + 1)).fill(0);
   for (const length of lengths) bins[Math.min(bins.length - 1, Math.max(0, Math.floor(((length - low) / (high - low + 1)) * bins.length)))] += 1;
   const labels = new Map();
-  for (const row of read) labels.set(row.attrs.label ?? "none", (labels.get(row.attrs.label ?? "none") ?? 0) + 1);
+  for (const row of read) labels.set(row.label ?? "none", (labels.get(row.label ?? "none") ?? 0) + 1);
   const most = Math.max(...bins);
   return (
     <div class="distributions">

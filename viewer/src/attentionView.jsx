@@ -2,19 +2,21 @@
 
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { amounts } from "./colours.js";
-import { Heat, Thumbnail, savePng, saveSvg } from "./heat.jsx";
-import { range } from "./numbers.js";
+import { Heat, Saves, Thumbnail } from "./heat.jsx";
+import { range, weightRange } from "./numbers.js";
 import { Choice, Legend, Loaded, Problem, Text, short, useLoaded } from "./parts.jsx";
-import { Words, kindOf, layerName, tokensOf } from "./sampleView.jsx";
+import { kindOf, layerName, tokensOf } from "./quantities.js";
+import { Words } from "./words.jsx";
 
-// Weights of a layer from which on the mean over heads is not made by itself: 32 heads of 1024 tokens.
-const MEAN_VALUES = 32 * 1024 * 1024;
+// Weights of a layer beyond which its heads are not read unasked.
+const UNASKED_VALUES = 64 * 1024 * 1024;
+const THUMBNAIL = 96;
 
 export const asMatrix = ({ shape, values }) => ({ rows: shape.at(-2), columns: shape.at(-1), values });
 
 // One head (query, key) of a layer; only the chunks that hold it are read. "mean" is over all heads.
 export async function headOf(sample, kind, name, head) {
-  const { shape } = sample.entry(`${kind}/${name}`);
+  const shape = sample.shape(kind, name);
   if (shape.length === 2) return (await sample.decodedLayers(kind, [name]))[0];
   if (head === "mean") {
     const sum = new Float32Array(shape[1] * shape[2]);
@@ -32,9 +34,13 @@ export async function headOf(sample, kind, name, head) {
 export function AttentionView({ sample, place, go }) {
   const kind = kindOf(sample, "attentions");
   const layers = sample.layers(kind);
-  if (!layers.length) return <p class="note">This sample stores no attentions.</p>;
+  if (!layers.length) {
+    return <p class="note">{sample.layers("queries").length
+      ? "This sample stores queries and keys, but not the rule by which attention follows from them (the attribute “mask”). Extract it again with eager attention to see weights."
+      : "This sample stores no attentions."}</p>;
+  }
   const layer = layers.find((each) => each.layer === place.layer) ?? layers[0];
-  const { shape } = sample.entry(`${kind}/${layer.name}`);
+  const shape = sample.shape(kind, layer.name);
   const numHeads = shape.length === 3 ? shape[0] : 0;
   const head = numHeads ? (Number.isInteger(place.head) && place.head < numHeads ? place.head : place.head === "mean" ? "mean" : 0) : "mean";
   const tokens = useLoaded(() => tokensOf(sample), [sample]);
@@ -65,38 +71,18 @@ export function AttentionView({ sample, place, go }) {
   );
 }
 
-// Pictures of all heads, made one after the other; of long samples only when asked for.
+// Small pictures of all heads; of long samples only when asked for.
 function Grid({ sample, kind, layer, numHeads, head, onChoose }) {
-  const { shape } = sample.entry(`${kind}/${layer.name}`);
   const [isAsked, setAsked] = useState(false);
-  const [state, setState] = useState({ matrices: [] });
-  const isSmall = shape.reduce((product, each) => product * each, 1) <= MEAN_VALUES;
-  useEffect(() => {
-    let isCurrent = true;
-    setState({ matrices: [] });
-    const make = async () => {
-      const matrices = [];
-      if (isSmall) {
-        const [{ values }] = await sample.decodedLayers(kind, [layer.name]);
-        const size = shape[1] * shape[2];
-        for (let number = 0; number < numHeads; number += 1) matrices.push({ rows: shape[1], columns: shape[2], values: values.subarray(number * size, (number + 1) * size) });
-        if (isCurrent) setState({ matrices });
-        return;
-      }
-      for (let number = 0; isCurrent && number < numHeads; number += 1) {
-        matrices.push(asMatrix(await headOf(sample, kind, layer.name, number)));
-        if (isCurrent) setState({ matrices: matrices.slice() });
-      }
-    };
-    if (isSmall || isAsked) make().catch((error) => isCurrent && setState({ matrices: [], error }));
-    return () => { isCurrent = false; };
-  }, [sample, kind, layer.name, isAsked]);
+  const shape = sample.shape(kind, layer.name);
+  const isShown = isAsked || shape.reduce((product, each) => product * each, 1) <= UNASKED_VALUES;
+  const state = useLoaded(() => (isShown ? sample.thumbnails(kind, layer.name, THUMBNAIL) : null), [sample, kind, layer.name, isShown]);
   if (state.error) return <Problem error={state.error} />;
-  if (!isSmall && !isAsked) return <button onClick={() => setAsked(true)}>show all {numHeads} heads (reads the whole layer)</button>;
+  if (!isShown) return <p><button onClick={() => setAsked(true)}>show all {numHeads} heads of this long sample</button></p>;
   return (
-    <div class="grid" data-testid="heads">
+    <div class="grid" data-testid="heads" data-drawn={state.value && layer.name}>
       {Array.from({ length: numHeads }, (_, number) => (
-        <Thumbnail key={number} matrix={state.matrices[number]} label={`head ${number}`} isChosen={number === head} onChoose={() => onChoose(number)} />
+        <Thumbnail key={number} label={`head ${number}`} matrix={(state.value ?? state.stale)?.[number]} isChosen={number === head} onChoose={() => onChoose(number)} />
       ))}
     </div>
   );
@@ -106,8 +92,8 @@ function Head({ sample, words, weights, layer, head, place, step }) {
   const [pointed, setPointed] = useState(null);
   const [threshold, setThreshold] = useState(0);
   const [hidesFirst, setHidesFirst] = useState(false);
-  const matrix = useMemo(() => shownMatrix(asMatrix(weights), threshold, hidesFirst), [weights, threshold, hidesFirst]);
-  const limits = useMemo(() => [0, Math.max(1e-6, range(matrix.values)[1])], [matrix]);
+  const matrix = useMemo(() => (hidesFirst ? withoutFirst(asMatrix(weights)) : asMatrix(weights)), [weights, hidesFirst]);
+  const limits = useMemo(() => weightRange(matrix), [matrix]);
   const [numQueries, numKeys] = weights.shape;
   const token = Math.min(place.token ?? pointed?.row ?? numQueries - 1, numQueries - 1);
   const looksAt = weights.values.subarray(token * numKeys, (token + 1) * numKeys);
@@ -120,7 +106,6 @@ function Head({ sample, words, weights, layer, head, place, step }) {
     return count;
   }, [weights, threshold]);
   const title = `attention of ${layerName(layer)}, ${head === "mean" ? "mean of heads" : `head ${head}`}, sample ${sample.number}`;
-  const canvas = () => document.querySelector("[data-testid=head]");
   return (
     <div class="two">
       <div>
@@ -129,10 +114,9 @@ function Head({ sample, words, weights, layer, head, place, step }) {
           <label>threshold <input type="range" min="0" max="0.5" step="0.005" value={threshold} aria-label="threshold"
             onInput={(event) => setThreshold(Number(event.currentTarget.value))} /> {threshold.toFixed(3)}: {numEdges} edges</label>
           <label><input type="checkbox" checked={hidesFirst} onChange={(event) => setHidesFirst(event.currentTarget.checked)} /> without the first key</label>
-          <button onClick={() => savePng(canvas(), title)}>PNG</button>
-          <button onClick={() => saveSvg(canvas(), title, { title, rows: "query", columns: "key" })}>SVG</button>
+          <Saves of="head" title={title} rows="query" columns="key" />
         </p>
-        <Heat testId="head" matrix={matrix} limits={limits} isSquareRoot height={560} label={title} onPoint={setPointed}
+        <Heat testId="head" matrix={matrix} limits={limits} threshold={threshold} isSquareRoot height={560} label={title} onPoint={setPointed}
           chosen={pointed && { row: pointed.row, column: pointed.column }} onChoose={({ row }) => step({ token: row })} />
         <p role="status" data-testid="value">
           {pointed ? <>query {pointed.row} <code><Text>{words[pointed.row]}</Text></code> looks at key {pointed.column} <code><Text>{words[pointed.column]}</Text></code>: {short(weights.values[pointed.row * numKeys + pointed.column])}</> : "point at the picture"}
@@ -148,10 +132,9 @@ function Head({ sample, words, weights, layer, head, place, step }) {
   );
 }
 
-function shownMatrix(matrix, threshold, hidesFirst) {
-  if (!threshold && !hidesFirst) return matrix;
-  const values = Float32Array.from(matrix.values, (value) => (value > threshold ? value : 0));
-  if (hidesFirst) for (let at = 0; at < values.length; at += matrix.columns) values[at] = 0;
+function withoutFirst(matrix) {
+  const values = matrix.values.slice();
+  for (let at = 0; at < values.length; at += matrix.columns) values[at] = 0;
   return { ...matrix, values };
 }
 

@@ -4,6 +4,8 @@ export class ViewError extends Error {}
 
 // Requests closer to one another than this become one.
 const GAP = 64 * 1024;
+// What one request asks for, but for a single chunk.
+const MOST_NBYTES = 64 * 1024 * 1024;
 const KEPT_NBYTES = 256 * 1024 * 1024;
 const TAIL_NBYTES = 128 * 1024;
 
@@ -12,9 +14,9 @@ export class RemoteFile {
     this.url = url;
     this.size = null;
     this.tag = null;
-    this.numRequests = 0;
     this.kept = []; // [{start, bytes}], the last used last
     this.keptNbytes = 0;
+    this.waiting = null; // ranges asked for at the same time, and the promise of their bytes
   }
 
   // The last bytes of the file; the first request, which also tells its size.
@@ -38,12 +40,7 @@ export class RemoteFile {
       if (!inside) throw new ViewError(`${this.url}: a range lies outside of the file; it is damaged`);
     }
     const missing = ranges.filter(([start, nbytes]) => !this.#find(start, nbytes));
-    const found = new Map();
-    await Promise.all(joined(missing).map(async ([start, nbytes]) => {
-      const { bytes } = await this.#request(`bytes=${start}-${start + nbytes - 1}`, nbytes);
-      found.set(start, bytes);
-      this.#keep(start, bytes);
-    }));
+    const found = missing.length ? await this.#together(missing) : new Map();
     return ranges.map(([start, nbytes]) => {
       const kept = this.#find(start, nbytes);
       if (kept) return kept;
@@ -56,9 +53,26 @@ export class RemoteFile {
     });
   }
 
+  // What several parts of the page ask for at the same time is fetched together.
+  #together(missing) {
+    if (!this.waiting) {
+      const ranges = [];
+      const bytes = new Promise((resolve) => setTimeout(resolve)).then(async () => {
+        this.waiting = null;
+        return new Map(await Promise.all(joined(ranges).map(async ([start, nbytes]) => {
+          const { bytes } = await this.#request(`bytes=${start}-${start + nbytes - 1}`, nbytes);
+          this.#keep(start, bytes);
+          return [start, bytes];
+        })));
+      });
+      this.waiting = { ranges, bytes };
+    }
+    this.waiting.ranges.push(...missing);
+    return this.waiting.bytes;
+  }
+
   async #request(range, nbytes) {
     let response;
-    this.numRequests += 1;
     try {
       const headers = { Range: range };
       if (this.tag) headers["If-Match"] = this.tag;
@@ -89,7 +103,7 @@ export class RemoteFile {
     }
     if (response.status === 416) throw new ViewError(`${this.url}: the file is empty, or was cut`);
     if (response.status !== 206) {
-      throw new ViewError(`${this.url}: the server answers ${response.status} ${response.statusText}`);
+      throw new ViewError(`${this.url}: the server answers ${response.status} ${response.statusText}: ${(await response.text()).slice(0, 500)}`);
     }
     const stated = /^bytes (\d+)-(\d+)\/(\d+)$/.exec(response.headers.get("Content-Range") ?? "");
     if (!stated) {
@@ -140,7 +154,7 @@ export function joined(ranges) {
   const found = [];
   for (const [start, nbytes] of sorted) {
     const last = found.at(-1);
-    if (last && start <= last[0] + last[1] + GAP) {
+    if (last && start <= last[0] + last[1] + GAP && start + nbytes - last[0] <= MOST_NBYTES) {
       last[1] = Math.max(last[1], start + nbytes - last[0]);
     } else {
       found.push([start, nbytes]);

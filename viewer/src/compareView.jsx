@@ -3,15 +3,20 @@
 import { useMemo, useState } from "preact/hooks";
 import { headOf, asMatrix } from "./attentionView.jsx";
 import { amounts, differences } from "./colours.js";
-import { Heat } from "./heat.jsx";
+import { ViewError } from "./bytes.js";
+import { Heat, Saves } from "./heat.jsx";
 import { range, usualRange } from "./numbers.js";
 import { Choice, Facts, Legend, Loaded, short, useLoaded } from "./parts.jsx";
-import { QUANTITIES, kindOf, layerName, quantityMatrix } from "./sampleView.jsx";
+import { kindOf, quantitiesOf } from "./quantities.js";
 
-const WHATS = { ...Object.fromEntries(Object.entries(QUANTITIES).map(([key, each]) => [key, `${each.title}, all layers`])), states: "states of a layer", head: "one head" };
+const OF_LAYER = { states: ["hidden_states", "states of a layer"], head: ["attentions", "one head"] };
 
-async function shown(sample, what, layer, head) {
-  if (QUANTITIES[what]) return quantityMatrix(sample, what);
+async function shown(sample, what, layer, head, isWanted) {
+  const quantity = quantitiesOf(sample)[what];
+  if (quantity) return quantity.matrix(isWanted);
+  if (!OF_LAYER[what] || !sample.layers(kindOf(sample, OF_LAYER[what][0])).length) {
+    throw new ViewError(`${sample.archive.name}: sample ${sample.number} does not have what is compared`);
+  }
   if (what === "states") {
     const name = nameOf(sample, "hidden_states", layer);
     const [{ shape, values }] = await sample.decodedLayers("hidden_states", [name]);
@@ -27,27 +32,36 @@ function nameOf(sample, kind, layer) {
 }
 
 export function CompareView({ archives, sample, place, go }) {
-  const what = WHATS[place.quantity] ? place.quantity : "norm";
+  const whats = {
+    ...Object.fromEntries(Object.entries(quantitiesOf(sample)).map(([key, { title }]) => [key, `${title}, all layers`])),
+    ...Object.fromEntries(Object.entries(OF_LAYER).filter(([, [kind]]) => sample.layers(kindOf(sample, kind)).length).map(([key, [, title]]) => [key, title])),
+  };
+  const what = whats[place.quantity] ? place.quantity : Object.keys(whats)[0];
   const otherArchive = Math.min(place.otherArchive ?? place.archive ?? 0, archives.length - 1);
-  const otherNumber = Math.min(place.otherSample ?? sample.number, archives[otherArchive].numSamples - 1);
+  const otherNumber = place.otherSample ?? sample.number;
   const layer = place.layer ?? 0;
   const otherLayer = place.otherLayer ?? layer;
   const head = Number.isInteger(place.head) ? place.head : 0;
-  const other = useLoaded(() => archives[otherArchive].sample(otherNumber), [otherArchive, otherNumber]);
+  const other = useLoaded(async () => {
+    const archive = await archives[otherArchive].open();
+    if (!(otherNumber >= 0 && otherNumber < archive.numSamples)) throw new ViewError(`${archive.name}: has no sample ${otherNumber}; it has ${archive.numSamples}`);
+    return archive.sample(otherNumber);
+  }, [otherArchive, otherNumber]);
   const step = (changes) => go(changes, false);
   const number = (label, key, value) => (
     <label class="choice"><span>{label}</span><input type="number" value={value} min={key.endsWith("ayer") ? -1 : 0} onChange={(event) => step({ [key]: Number(event.currentTarget.value) })} /></label>
   );
+  if (!what) return <p class="note">This sample stores no arrays.</p>;
   return (
     <>
       <div class="bar-of-controls">
-        <Choice label="compare" value={what} options={Object.entries(WHATS)} onChange={(value) => step({ quantity: value })} />
-        {QUANTITIES[what] ? null : number("layer", "layer", layer)}
+        <Choice label="compare" value={what} options={Object.entries(whats)} onChange={(value) => step({ quantity: value })} />
+        {!OF_LAYER[what] ? null : number("layer", "layer", layer)}
         {what === "head" ? number("head", "head", head) : null}
         <span>with</span>
         {archives.length > 1 ? <Choice label="archive" value={String(otherArchive)} options={archives.map((each, at) => [String(at), each.name])} onChange={(value) => step({ otherArchive: Number(value) })} /> : null}
         {number("sample", "otherSample", otherNumber)}
-        {QUANTITIES[what] ? null : number("its layer", "otherLayer", otherLayer)}
+        {!OF_LAYER[what] ? null : number("its layer", "otherLayer", otherLayer)}
       </div>
       <Loaded state={other}>
         {(found) => <Both key={what} {...{ one: sample, other: found, what, layer, otherLayer, head }} />}
@@ -57,8 +71,8 @@ export function CompareView({ archives, sample, place, go }) {
 }
 
 function Both({ one, other, what, layer, otherLayer, head }) {
-  const state = useLoaded(() => Promise.all([shown(one, what, layer, head), shown(other, what, otherLayer, head)]), [one, other, what, layer, otherLayer, head]);
-  return <Loaded state={state}>{([first, second]) => <Pictures {...{ first, second, one, other, isSquareRoot: what === "head" }} />}</Loaded>;
+  const state = useLoaded((isWanted) => Promise.all([shown(one, what, layer, head, isWanted), shown(other, what, otherLayer, head, isWanted)]), [one, other, what, layer, otherLayer, head]);
+  return <Loaded state={state}>{([first, second]) => first && second && <Pictures {...{ first, second, one, other, isSquareRoot: what === "head" }} />}</Loaded>;
 }
 
 function Pictures({ first, second, one, other, isSquareRoot }) {
@@ -75,7 +89,7 @@ function Pictures({ first, second, one, other, isSquareRoot }) {
         "largest difference": short(reach), "mean difference": short(meanSize(difference.values)),
         compared: `${difference.rows} × ${difference.columns}` + (first.rows === second.rows && first.columns === second.columns ? "" : `, as one is ${first.rows} × ${first.columns} and the other ${second.rows} × ${second.columns}`),
       }} />
-      <p role="status" data-testid="value">{pointed ? `row ${pointed.row}, column ${pointed.column}: ${value(first)} and ${value(second)}, difference ${value(difference)}` : "point at a picture"}</p>
+      <p role="status" data-testid="value"><Saves of="difference" title={`${title(one)} minus ${title(other)}`} rows="row" columns="column" /> {pointed ? `row ${pointed.row}, column ${pointed.column}: ${value(first)} and ${value(second)}, difference ${value(difference)}` : "point at a picture"}</p>
       <div class="three">
         {[[first, title(one)], [second, title(other)]].map(([matrix, name]) => (
           <figure><figcaption>{name} <Legend limits={limits} palette={amounts} isSquareRoot={isSquareRoot} /></figcaption>

@@ -1,7 +1,7 @@
 // A matrix as a picture on a canvas, of any size: what is shown is drawn anew, one look-up a pixel.
 
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
-import { NOTHING, amounts, scaled } from "./colours.js";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
+import { NOTHING, amounts } from "./colours.js";
 import { range } from "./numbers.js";
 
 // Halves a matrix (rows, columns) by the largest of four values, so that single weights stay visible.
@@ -25,46 +25,58 @@ function pyramid(matrix) {
 }
 
 // Draws the window {row, column, rows, columns} of a pyramid onto a whole canvas.
-export function draw(canvas, levels, window, { limits, isSquareRoot, palette = amounts }) {
+export function draw(canvas, levels, window, { limits, isSquareRoot, palette = amounts, threshold = -Infinity }) {
   const { width, height } = canvas;
   if (!width || !height) return;
   const perPixel = Math.min(window.rows / height, window.columns / width);
   const level = Math.max(0, Math.min(levels.length - 1, Math.floor(Math.log2(Math.max(1, perPixel)))));
   const { rows, columns, values } = levels[level];
   const shrink = 2 ** level;
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(width, height);
-  const place = scaled(limits, isSquareRoot);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const image = canvas.image?.width === width && canvas.image.height === height ? canvas.image : context.createImageData(width, height);
+  canvas.image = image;
+  const pixels = new Uint32Array(image.data.buffer);
+  const colours = packed(palette);
+  const [nothing] = packed(NOTHINGS);
+  const [low, scale] = [limits[0], 1 / (limits[1] - limits[0] || 1)];
+  const cut = threshold > 0 ? threshold : -Infinity;
   const from = Int32Array.from({ length: width }, (_, x) => Math.floor((window.column + ((x + 0.5) * window.columns) / width) / shrink));
   for (let y = 0, at = 0; y < height; y += 1) {
     const row = Math.floor((window.row + ((y + 0.5) * window.rows) / height) / shrink);
-    for (let x = 0; x < width; x += 1, at += 4) {
-      const inside = row >= 0 && row < rows && from[x] >= 0 && from[x] < columns;
-      const number = inside ? place(values[row * columns + from[x]]) : null;
-      const colour = number === null ? NOTHING : palette[number];
-      image.data[at] = colour[0];
-      image.data[at + 1] = colour[1];
-      image.data[at + 2] = colour[2];
-      image.data[at + 3] = number === null ? (inside ? NOTHING[3] : 0) : 255;
+    const start = row >= 0 && row < rows ? row * columns : NaN;
+    for (let x = 0; x < width; x += 1, at += 1) {
+      const column = from[x];
+      const value = column >= 0 && column < columns ? values[start + column] : undefined;
+      if (value === undefined) { pixels[at] = 0; continue; }
+      let share = value > cut ? (value - low) * scale : 0;
+      share = share < 0 ? 0 : share > 1 ? 1 : share;
+      pixels[at] = value !== value ? nothing : colours[(255 * (isSquareRoot ? Math.sqrt(share) : share) + 0.5) | 0];
     }
   }
   context.putImageData(image, 0, 0);
 }
 
+const NOTHINGS = [NOTHING];
+
+// Colours as the pixels of an image hold them.
+const kept = new Map();
+function packed(palette) {
+  if (!kept.has(palette)) kept.set(palette, Uint32Array.from(palette, ([red, green, blue, alpha = 255]) => ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0));
+  return kept.get(palette);
+}
+
 export const WHOLE = ({ rows, columns }) => ({ row: 0, column: 0, rows, columns });
 
 // A picture to point at. `matrix` is {rows, columns, values}; `onPoint` and `onChoose` get {row,
-// column}; the wheel zooms, dragging moves, a double click shows all.
-export function Heat({ matrix, limits, isSquareRoot, palette, height, label, chosen, onPoint, onChoose, testId }) {
+// column}; the wheel zooms, dragging moves, a double click shows all, arrow keys point at the next cell.
+export function Heat({ matrix, limits, isSquareRoot, palette, threshold, height, label, chosen, onPoint, onChoose, testId }) {
   const canvas = useRef(null);
-  const levels = useRef([]);
+  const levels = useMemo(() => pyramid(matrix), [matrix]);
   const [window, setWindow] = useState(WHOLE(matrix));
   const [size, setSize] = useState(0);
   const drag = useRef(null);
-  useLayoutEffect(() => {
-    levels.current = pyramid(matrix);
-    setWindow(WHOLE(matrix));
-  }, [matrix]);
+  const pointer = useRef(null); // of the arrow keys
+  useLayoutEffect(() => setWindow(WHOLE(matrix)), [matrix.rows, matrix.columns]);
   useEffect(() => {
     const observer = new ResizeObserver(([entry]) => setSize(Math.round(entry.contentRect.width)));
     observer.observe(canvas.current);
@@ -76,16 +88,24 @@ export function Heat({ matrix, limits, isSquareRoot, palette, height, label, cho
     const ratio = Math.min(2, globalThis.devicePixelRatio || 1);
     canvas.current.width = Math.round(clientWidth * ratio);
     canvas.current.height = Math.round(clientHeight * ratio);
-    draw(canvas.current, levels.current.length ? levels.current : pyramid(matrix), window, { limits: shown, isSquareRoot, palette });
-    outline(canvas.current, window, chosen, ratio);
-  }, [matrix, window, size, isSquareRoot, palette, shown[0], shown[1], chosen?.row, chosen?.column]);
-
+    draw(canvas.current, levels, window, { limits: shown, isSquareRoot, palette, threshold });
+  }, [matrix, window, size, isSquareRoot, palette, threshold, shown[0], shown[1]]);
   const cell = (event) => {
     const box = canvas.current.getBoundingClientRect();
+    pointer.current = null;
     const row = Math.floor(window.row + ((event.clientY - box.top) / box.height) * window.rows);
     const column = Math.floor(window.column + ((event.clientX - box.left) / box.width) * window.columns);
     const inside = row >= 0 && row < matrix.rows && column >= 0 && column < matrix.columns;
     return inside ? { row, column } : null;
+  };
+  const press = (event) => {
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+    const now = pointer.current ?? chosen ?? { row: 0, column: 0 };
+    if (event.key === "Enter") onChoose?.(now);
+    if (!down && !right) return;
+    event.preventDefault();
+    pointer.current = { row: Math.min(matrix.rows - 1, Math.max(0, now.row + down)), column: Math.min(matrix.columns - 1, Math.max(0, now.column + right)) };
+    onPoint?.(pointer.current);
   };
   const zoom = (event) => {
     event.preventDefault();
@@ -113,13 +133,16 @@ export function Heat({ matrix, limits, isSquareRoot, palette, height, label, cho
     }
   };
   return (
-    <canvas ref={canvas} class="heat" style={{ height: `${height}px` }} role="img" aria-label={label} tabIndex={0}
-      data-testid={testId}
-      onWheel={zoom}
-      onMouseDown={(event) => { drag.current = { x: event.clientX, y: event.clientY, from: window, moved: false }; }}
-      onMouseMove={move} onMouseLeave={() => onPoint?.(null)}
-      onClick={(event) => { if (!drag.current?.moved) { const found = cell(event); if (found) onChoose?.(found); } }}
-      onDblClick={() => setWindow(WHOLE(matrix))} />
+    <div class="heat-box">
+      <canvas ref={canvas} class="heat" style={{ height: `${height}px` }} role="img" aria-label={label} tabIndex={0}
+        data-testid={testId}
+        onWheel={zoom} onKeyDown={press}
+        onMouseDown={(event) => { drag.current = { x: event.clientX, y: event.clientY, from: window, moved: false }; }}
+        onMouseMove={move} onMouseLeave={() => onPoint?.(null)}
+        onClick={(event) => { if (!drag.current?.moved) { const found = cell(event); if (found) onChoose?.(found); } }}
+        onDblClick={() => setWindow(WHOLE(matrix))} />
+      {chosen ? <Mark window={window} cell={chosen} /> : null}
+    </div>
   );
 }
 
@@ -131,13 +154,13 @@ function bounded(window, { rows, columns }) {
   };
 }
 
-function outline(canvas, window, chosen, ratio) {
-  if (!chosen) return;
-  const context = canvas.getContext("2d");
-  const [width, height] = [canvas.width / window.columns, canvas.height / window.rows];
-  context.lineWidth = 2 * ratio;
-  context.strokeStyle = "#e7298a";
-  context.strokeRect((chosen.column - window.column) * width, (chosen.row - window.row) * height, Math.max(width, 3), Math.max(height, 3));
+// A frame around a cell, which moves without drawing the picture anew.
+function Mark({ window, cell }) {
+  const share = (value) => `${100 * value}%`;
+  return <div class="mark" style={{
+    left: share((cell.column - window.column) / window.columns), top: share((cell.row - window.row) / window.rows),
+    width: share(1 / window.columns), height: share(1 / window.rows),
+  }} />;
 }
 
 // A small picture without controls, of one head.
@@ -146,7 +169,7 @@ export function Thumbnail({ matrix, limits, label, isChosen, onChoose }) {
   useLayoutEffect(() => {
     if (!matrix) return;
     canvas.current.width = canvas.current.height = 96;
-    draw(canvas.current, pyramid(matrix), WHOLE(matrix), { limits: limits ?? range(matrix.values), isSquareRoot: true });
+    draw(canvas.current, [matrix], WHOLE(matrix), { limits: limits ?? range(matrix.values), isSquareRoot: true });
   }, [matrix]);
   return (
     <button class={isChosen ? "thumbnail chosen" : "thumbnail"} onClick={onChoose} title={label} aria-pressed={isChosen}>
@@ -158,12 +181,19 @@ export function Thumbnail({ matrix, limits, label, isChosen, onChoose }) {
 
 // --- export -------------------------------------------------------------------------------------
 
-export function savePng(canvas, name) {
-  canvas.toBlob((blob) => save(blob, `${name}.png`));
+// Buttons that save the picture with a test id.
+export function Saves({ of, title, rows, columns }) {
+  const canvas = () => document.querySelector(`[data-testid=${of}]`);
+  return (
+    <>
+      <button onClick={() => canvas().toBlob((blob) => save(blob, `${title}.png`))}>PNG</button>
+      <button onClick={() => saveSvg(canvas(), title, { title, rows, columns })}>SVG</button>
+    </>
+  );
 }
 
 // The picture, with its title and the names of its axes as text.
-export function saveSvg(canvas, name, { title, rows, columns }) {
+function saveSvg(canvas, name, { title, rows, columns }) {
   const [width, height] = [canvas.width, canvas.height];
   const text = (content, x, y, more = "") => `<text x="${x}" y="${y}" font-family="sans-serif" font-size="16"${more}>${escaped(content)}</text>`;
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width + 40}" height="${height + 70}">` +

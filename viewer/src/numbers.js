@@ -32,6 +32,15 @@ export function cosines({ shape: [tokens, hidden], values }, other) {
   });
 }
 
+// Product of every row with weights, plus an intercept, which is behind the weights.
+export function projections({ shape: [tokens, hidden], values }, direction) {
+  return byRow(tokens, (row) => {
+    let sum = direction[hidden];
+    for (let channel = 0, at = row * hidden; channel < hidden; channel += 1, at += 1) sum += values[at] * direction[channel];
+    return sum;
+  });
+}
+
 // Entropy of every query's weights in nats, rows scaled to sum to 1; mean over heads.
 export function entropies(attention) {
   return overHeads(attention, (values, start, keys) => {
@@ -77,6 +86,16 @@ export function range(values) {
     if (value > high && value !== Infinity) high = value;
   }
   return low <= high ? [low, high] : [0, 1];
+}
+
+// From 0 to a weight that few exceed: the 99.5th percentile of weights that are not 0, without the first
+// key, of at most some 20,000.
+export function weightRange({ columns, values }) {
+  const stride = Math.max(1, Math.floor(values.length / 40_000)) | 1;
+  const found = [];
+  for (let at = 0; at < values.length; at += stride) if (values[at] > 0 && at % columns) found.push(values[at]);
+  found.sort((one, other) => one - other);
+  return [0, found.length ? found[Math.floor(0.995 * (found.length - 1))] : Math.max(1e-6, range(values)[1])];
 }
 
 // From the 1st to the 99th percentile, of at most some 20,000 values: massive activations of single

@@ -3,14 +3,15 @@
 import { useEffect, useState } from "preact/hooks";
 import { ViewError } from "./bytes.js";
 
-// What a promise gives: {value}, {error}, or {} while it is awaited; `make` runs when `inputs` change.
+// What a promise gives: {value}, {error}, or {} while it is awaited; `make` runs when `inputs` change,
+// and is told by a function whether its value is still wanted.
 export function useLoaded(make, inputs) {
   const [state, setState] = useState({});
   useEffect(() => {
     let isCurrent = true;
     setState((before) => ({ stale: before.value ?? before.stale }));
     Promise.resolve()
-      .then(make)
+      .then(() => make(() => isCurrent))
       .then((value) => isCurrent && setState({ value }), (error) => isCurrent && setState({ error }));
     return () => { isCurrent = false; };
   }, inputs);

@@ -10,6 +10,7 @@ import numpy as np
 from h5traces.format import layout
 from h5traces.format.text import counted
 from h5traces.format.values import TorchValue
+from h5traces.meaning.options import A_MAPPING
 from h5traces.sources.naming import names_layers
 from h5traces.sources.pickle.calls import type_name
 from h5traces.sources.pickle.plain import DICTS
@@ -245,8 +246,8 @@ def _wrapper(entries: dict[Any, Entry]) -> Understood:
         return _pairs(entries)
     if not holders:
         contradict(
-            f"found a dict with the keys {_names(entries)}; {EXPECTED}; or say in a mapping which "
-            "name holds which field: 'h5traces inspect' of the file prints one to begin with"
+            f"found a dict with the keys {_names(entries)}; {EXPECTED}; or say which name holds "
+            f"which field in {A_MAPPING}"
         )
     if len(holders) > 1:
         contradict(
@@ -339,7 +340,7 @@ def bare_arrays(value: Any) -> tuple[list[Any], str]:
     if _rank(value) > 2:
         return [value], "an array without a name holds hidden states"
     if type(value) not in (list, tuple) or not value:
-        contradict(f"found {describe(value)}, {EXPECTED}; or name its axes in a mapping")
+        contradict(f"found {describe(value)}, {EXPECTED}; or name its axes in {A_MAPPING}")
     shapes = [_shape(each) for each in value]
     if all(len(shape) > 1 for shape in shapes):
         if len(shapes[0]) == 2 or all(shape[0] == 1 for shape in shapes):
@@ -349,13 +350,13 @@ def bare_arrays(value: Any) -> tuple[list[Any], str]:
             return list(value), f"each of {len(value)} arrays without names is a sample"
         contradict(
             f"a list of {len(value)} arrays of shapes {shapes[0]}, {shapes[-1]} may hold layers or "
-            "samples; name its axes in a mapping"
+            f"samples; name its axes in {A_MAPPING}"
         )
     if all(type(each) in (list, tuple) and each and _rank(each[0]) in (2, 3) for each in value):
         if len(value) > 1 and all(_shape(each[0])[-2] == 1 for each in value[1:]):
             return [value], "lists of arrays without names are generation steps"
         return list(value), f"each of {len(value)} lists of arrays without names is a sample"
-    contradict(f"found {describe(value)}, {EXPECTED}; or name its axes in a mapping")
+    contradict(f"found {describe(value)}, {EXPECTED}; or name its axes in {A_MAPPING}")
 
 
 def _shape(value: Any) -> tuple[int, ...]:

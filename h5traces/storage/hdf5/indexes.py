@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
+from h5traces.format.native import NATIVE
 from h5traces.storage.hdf5.messages import (
     PAGE_BITS,
     UNDEFINED,
@@ -27,36 +25,18 @@ from h5traces.storage.hdf5.messages import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from numpy.typing import NDArray
-
-    Words = NDArray[np.uint32]
-
 
 _START: Final = 0xDEADBEEF
 _MASK: Final = 0xFFFFFFFF
 _BLOCK_NBYTES: Final = 12
-_ROTATIONS: Final = (4, 6, 8, 16, 19, 4)
-# From so many blocks of like lengths on, arrays are faster than integers.
-_MIN_ALIKE: Final = 6
 
 
 def checksums(blocks: Sequence[bytes]) -> list[int]:
     """The checksums of several blocks of bytes."""
-    # Together go those that padding makes at most four times as long.
-    alike: dict[int, list[int]] = defaultdict(list)
-    for number, block in enumerate(blocks):
-        if block:
-            alike[(len(block) // _BLOCK_NBYTES).bit_length() // 2].append(number)
-    found = [_START] * len(blocks)
-    for numbers in alike.values():
-        if len(numbers) < _MIN_ALIKE:
-            values = [checksum(blocks[number]) for number in numbers]
-        else:
-            numbers.sort(key=lambda number: -len(blocks[number]))
-            values = _checksums_of_like_lengths([blocks[number] for number in numbers])
-        for number, value in zip(numbers, values, strict=True):
-            found[number] = value
-    return found
+    if NATIVE is not None:
+        found: list[int] = NATIVE.lookup3(list(blocks))
+        return found
+    return [checksum(block) for block in blocks]
 
 
 def checksum(block: bytes) -> int:
@@ -72,48 +52,7 @@ def checksum(block: bytes) -> int:
             a + words[index] & _MASK, b + words[index + 1] & _MASK, c + words[index + 2] & _MASK
         )
     final = a + words[last] & _MASK, b + words[last + 1] & _MASK, c + words[last + 2] & _MASK
-    return int(_final(*final))
-
-
-def _checksums_of_like_lengths(blocks: list[bytes]) -> list[int]:
-    """The checksums of blocks, the longest first."""
-    lengths = np.array([len(block) for block in blocks], dtype=np.uint32)
-    width = -(-len(blocks[0]) // _BLOCK_NBYTES) * _BLOCK_NBYTES
-    joined = b"".join(block.ljust(width, b"\0") for block in blocks)
-    words = np.ascontiguousarray(np.frombuffer(joined, dtype="<u4").reshape(len(blocks), -1).T)
-    a = np.uint32(_START) + lengths
-    b, c = a.copy(), a.copy()
-    # Of every block, the last three words are scrambled otherwise.
-    last = ((lengths - 1) // _BLOCK_NBYTES).astype(np.int64)
-    ends, done = np.unique(last).tolist(), 0
-    for end in ends:
-        longer = slice(int(np.count_nonzero(last >= end)))
-        _mix_columns(a[longer], b[longer], c[longer], words[3 * done : 3 * end, longer])
-        done = end
-    columns = np.arange(len(blocks))
-    final = (part + words[3 * last + index, columns] for index, part in enumerate((a, b, c)))
-    found: list[int] = _final(*final).tolist()
-    return found
-
-
-def _mix_columns(a: Words, b: Words, c: Words, words: Words) -> None:
-    """What `_mix` does, for many states at once and in place; uint32 needs no masks."""
-    left, right = np.empty_like(a), np.empty_like(a)
-    steps = [
-        (x, y, z, np.uint32(bits), np.uint32(32 - bits))
-        for (x, y, z), bits in zip(2 * [(a, c, b), (b, a, c), (c, b, a)], _ROTATIONS, strict=True)
-    ]
-    for index in range(0, len(words), 3):
-        a += words[index]
-        b += words[index + 1]
-        c += words[index + 2]
-        for x, y, z, bits, others in steps:
-            np.subtract(x, y, out=x)
-            np.left_shift(y, bits, out=left)
-            np.right_shift(y, others, out=right)
-            np.bitwise_or(left, right, out=left)
-            np.bitwise_xor(x, left, out=x)
-            np.add(y, z, out=y)
+    return _final(*final)
 
 
 def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
@@ -132,8 +71,7 @@ def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
     return a, b, c
 
 
-def _final(a: Any, b: Any, c: Any) -> Any:
-    """The last scrambling, of integers or arrays."""
+def _final(a: int, b: int, c: int) -> int:
     c = (c ^ b) - (b << 14 & _MASK | b >> 18) & _MASK
     a = (a ^ c) - (c << 11 & _MASK | c >> 21) & _MASK
     b = (b ^ a) - (a << 25 & _MASK | a >> 7) & _MASK

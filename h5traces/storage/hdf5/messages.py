@@ -10,6 +10,7 @@ import struct
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Final
 
+from h5traces.format import text
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.hdf5.types import StoredValue, attribute_value, hdf5_type
 
@@ -196,9 +197,24 @@ ATTRIBUTE_INFO: Final = _message(
 )
 
 
-@lru_cache(maxsize=4096)
 def attribute_message(name: str, value: StoredValue) -> bytes | None:
     """An attribute; None if it is too large for a header."""
+    if not isinstance(value, str):
+        return _attribute_message(name, value)
+    # Digests, which are of one length and all differ.
+    data = text.encode(value) or b"\0"
+    head = _text_head(name, len(data))
+    return head and head + data
+
+
+@lru_cache(maxsize=4096)
+def _text_head(name: str, nbytes: int) -> bytes | None:
+    found = _attribute_message(name, nbytes * "x")
+    return found and found[:-nbytes]
+
+
+@lru_cache(maxsize=4096)
+def _attribute_message(name: str, value: StoredValue) -> bytes | None:
     type_id, shape, data = attribute_value(value)
     datatype, space = encoded_type(type_id), _dataspace(shape)
     stored_name = name.encode() + b"\0"

@@ -84,6 +84,8 @@ class Hdf5Writer:
     def __init__(self, file: LatchedFile) -> None:
         self._file = file
         self._root = _Node()
+        # Objects that are not in the file yet, by path.
+        self._known: dict[str, _Node] = {}
         # Added by the library at the end: attributes by path; names by group and stand-in.
         self._large_attributes: dict[str, dict[str, StoredValue]] = {}
         self._long_names: dict[tuple[bytes, bytes], bytes] = {}
@@ -126,21 +128,23 @@ class Hdf5Writer:
             else:
                 node.attributes.append(message)
 
-    def _node(self, path: str) -> _Node:
-        node, parent = self._root, b"/"
-        for name in path.encode().split(b"/"):
-            if not name:
-                continue
-            short = _short(name)
-            if short != name:
-                self._long_names[parent, short] = name
-            child = node.links.setdefault(short, _Node())
-            if isinstance(child, _Node):
-                node, parent = child, parent + name + b"/"
-                continue
-            message = f"{path} lies in a group that is written already"
-            raise ValueError(message)
-        return node
+    def _node(self, path: str, wanted: str = "") -> _Node:
+        found = self._known.get(path)
+        if found is not None:
+            return found
+        parent, _, text = path.rpartition("/")
+        if not text:
+            return self._root
+        node, name = self._node(parent, wanted or path), text.encode()
+        short = _short(name)
+        if short is not name:
+            self._long_names[f"{parent}/".encode(), short] = name
+        child = node.links.setdefault(short, _Node())
+        if isinstance(child, _Node):
+            self._known[path] = child
+            return child
+        message = f"{wanted or path} lies in a group that is written already"
+        raise ValueError(message)
 
     def write_dataset(
         self,
@@ -214,6 +218,7 @@ class Hdf5Writer:
         parent, _, name = path.rpartition("/")
         links = self._node(parent).links
         links[_short(name.encode())] = self._write_tree(self._node(path))
+        self._known.clear()
         self._flush()
 
     def _write_tree(self, root: _Node) -> int:

@@ -1,7 +1,7 @@
 """Writing objects to S3: whole files in one step, and small documents under a condition.
 
 A file gets its name when all of it has arrived: until an upload of several parts is completed,
-nothing can be read under the name. Every request carries the MD5 of its bytes, which the server
+nothing can be read under the name. Every request carries a checksum of its bytes, which the server
 compares, and what it says of the object is compared once more.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import http
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -22,6 +25,7 @@ from h5traces.storage.remote.filesystems import filesystem, forget
 from h5traces.storage.remote.paths import persistently
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from h5traces.storage.remote.paths import RemoteOptions, RemotePath
@@ -34,6 +38,14 @@ _BLOCK_NBYTES: Final = 8 << 20
 _DIGEST: Final = "h5traces-xxh3"
 # Conditions that did not hold; 409 where two such requests met.
 _CONDITION_FAILED: Final = (http.HTTPStatus.PRECONDITION_FAILED, http.HTTPStatus.CONFLICT)
+
+# What the last request says of each part.
+_PART: Final = ("ETag", "ChecksumCRC32")
+_crc32: Callable[[bytes], int] = zlib.crc32
+with contextlib.suppress(ImportError):
+    from isal import isal_zlib  # faster by far
+
+    _crc32 = isal_zlib.crc32
 
 
 class _ConditionFailedError(Exception):
@@ -50,9 +62,34 @@ class _Bucket:
         self.path, self._options = path, options
         self._bucket, _, self._key = path.url.partition("://")[2].partition("/")
 
+    def send(self, method: str, data: bytes, **arguments: Any) -> dict[str, Any]:
+        """The answer to bytes, which the server compares with their checksum."""
+        checksum = self._checksum(data)
+        found = self.ask(method, Body=data, **checksum, **arguments)
+        for name, sent in checksum.items():
+            if found.get(name, sent) != sent:
+                message = f"{self.path}: the server received other bytes ({name} {found[name]})"
+                raise RemoteError(message)
+        return {**found, **checksum}
+
+    @functools.cached_property
+    def takes_crc(self) -> bool:
+        """Whether checksums are CRC32; else MD5, which every store compares, in twice the time.
+
+        Users of stores that know MD5 only say so with AWS_REQUEST_CHECKSUM_CALCULATION.
+        """
+        config = filesystem("s3", self._options).s3.meta.config
+        return bool(config.request_checksum_calculation != "when_required")
+
+    def _checksum(self, data: bytes) -> dict[str, str]:
+        if self.takes_crc:
+            return {"ChecksumCRC32": _base64(_crc32(data).to_bytes(4, "big"))}
+        return {"ContentMD5": _base64(hashlib.md5(data, usedforsecurity=False).digest())}
+
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
         """An answer of S3; asked again where it fails for a reason that may pass."""
-        named = {"Bucket": self._bucket, "Key": self._key, **arguments}
+        key = {} if "Prefix" in arguments else {"Key": self._key}
+        named = {"Bucket": self._bucket, **key, **arguments}
 
         def request() -> dict[str, Any]:
             # Made anew where credentials were renewed.
@@ -127,7 +164,7 @@ class _Upload:
         try:
             if self._nbytes <= self._part_nbytes:
                 data = self._source.read_bytes()
-                self._bucket.ask("put_object", Body=data, **_md5(data), **facts, **self._condition)
+                self._bucket.send("put_object", data, **facts, **self._condition)
             else:
                 self._in_parts(facts)
         except _ConditionFailedError:
@@ -137,15 +174,16 @@ class _Upload:
         self._compare(RemoteError, "was uploaded, but the server has something else")
 
     def _in_parts(self, facts: dict[str, Any]) -> None:
+        if self._bucket.takes_crc:
+            facts["ChecksumAlgorithm"] = "CRC32"
         upload = {"UploadId": self._bucket.ask("create_multipart_upload", **facts)["UploadId"]}
 
         def send(number: int) -> dict[str, Any]:
             with self._source.open("rb") as file:
                 file.seek((number - 1) * self._part_nbytes)
                 data = file.read(self._part_nbytes)
-            part = {"PartNumber": number}
-            found = self._bucket.ask("upload_part", Body=data, **part, **_md5(data), **upload)
-            return {**part, "ETag": found["ETag"]}
+            found = self._bucket.send("upload_part", data, PartNumber=number, **upload)
+            return {"PartNumber": number, **{each: found[each] for each in _PART if each in found}}
 
         count = -(-self._nbytes // self._part_nbytes)
         try:
@@ -183,10 +221,39 @@ class _Upload:
 def put_new(target: RemotePath, data: bytes, options: RemoteOptions) -> bool:
     """Write a small object if there is none of its name; whether it holds just this data now."""
     try:
-        _Bucket(target, options).ask("put_object", Body=data, IfNoneMatch="*", **_md5(data))
+        _Bucket(target, options).send("put_object", data, IfNoneMatch="*")
     except _ConditionFailedError:
         return read_document_at(target, options) == data
     return True
+
+
+def put(target: RemotePath, data: bytes, options: RemoteOptions) -> None:
+    """Write a small object, in place of one that has the name."""
+    _Bucket(target, options).send("put_object", data)
+
+
+def listed(folder: RemotePath, options: RemoteOptions) -> tuple[dict[str, float], float]:
+    """Names of all objects below a folder with the time of their last change, and the time now.
+
+    All are times of the server, in seconds since 1970.
+    """
+    from h5traces.storage.remote.listing import Listing
+
+    bucket, counter = _Bucket(folder, options), Listing(folder, options)
+    prefix = folder.url.partition("://")[2].partition("/")[2]
+    found: dict[str, float] = {}
+    more: dict[str, str] = {}
+    while True:
+        counter.count_request()
+        answer = bucket.ask("list_objects_v2", Prefix=prefix, **more)
+        entries = answer.get("Contents", ())
+        counter.count(len(entries))
+        for each in entries:
+            found[each["Key"].removeprefix(prefix)] = each["LastModified"].timestamp()
+        if not answer.get("IsTruncated"):
+            date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+            return found, parsedate_to_datetime(date).timestamp()
+        more = {"ContinuationToken": answer["NextContinuationToken"]}
 
 
 def read_document_at(target: RemotePath, options: RemoteOptions) -> bytes:
@@ -197,9 +264,8 @@ def read_document_at(target: RemotePath, options: RemoteOptions) -> bytes:
     return file.read_at(0, file.nbytes)
 
 
-def _md5(data: bytes) -> dict[str, str]:
-    digest = hashlib.md5(data, usedforsecurity=False).digest()
-    return {"ContentMD5": base64.b64encode(digest).decode("ascii")}
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def _file_digest(path: Path) -> str:
