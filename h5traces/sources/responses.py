@@ -184,9 +184,10 @@ def _state(path: str) -> tuple[int, int]:
 def _rows(path: str, _state: tuple[int, int]) -> dict[str, list[Row]]:
     """Responses by every name that they have."""
     found: dict[str, list[Row]] = {}
-    with os.fdopen(open_regular(Path(path), ConversionError, "a file of responses"), "rb") as file:
+    descriptor = open_regular(Path(path), ConversionError, "a file of responses")
+    with os.fdopen(descriptor, "rb") as file, text_of(file) as text:
         try:
-            for row in read_rows(Path(path), text_of(file)).rows:
+            for row in read_rows(Path(path), text).rows:
                 names = _names(row.cells)
                 if not names:
                     message = f"{path}: {row.place}: has no id; expected one of {', '.join(_IDS)}"
