@@ -41,7 +41,7 @@ def many(num_ranks: int, num_items: int) -> None:
         sources=sources,
         costs=(10**9,) * num_items,
     )
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder, seconds = Path(name), []
         for number in range(num_ranks):
             started = time.perf_counter()
@@ -64,13 +64,17 @@ def many(num_ranks: int, num_items: int) -> None:
 
 def overhead(num_batches: int, num_samples: int, rounds: int) -> None:
     """Print the time of two ranks relative to that of two workers."""
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in").mkdir()
         for number in range(num_batches):
             batch = folder / "in" / f"b{number:03d}.pkl"
             wanted = ["--num-samples", str(num_samples), "--seed", str(number)]
-            subprocess.run([sys.executable, _MAKER, "-o", batch, *wanted], check=True)
+            subprocess.run(
+                [sys.executable, _MAKER, "-o", batch, *wanted],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         found: dict[str, list[tuple[float, float]]] = {"workers": [], "ranks": []}
         for turn in range(rounds):
             for kind in sorted(found, reverse=bool(turn % 2)):

@@ -84,6 +84,10 @@ class ArchiveExistsError(ArchiveError):
     """The output exists; choose another name, or pass ``overwrite=True``."""
 
 
+class RankBusyError(ArchiveError):
+    """The rank is at work in another process; wait for it, stop it, or run another rank."""
+
+
 class TargetError(ArchiveError, ValueError):
     """The output is not a valid name, or is one of the files that are read; name another."""
 

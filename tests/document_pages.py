@@ -55,6 +55,20 @@ def run_command(words: list[str], exit_code: int = 0) -> str:
     return result.output
 
 
+def run_page(page: str, *languages: str, **names: Any) -> dict[str, Any]:
+    """Run the blocks of a page that are in these languages, in order; names that Python has then.
+
+    All lines of a shell begin with ``h5traces``; `names` are there from the start.
+    """
+    for block in (each for each in blocks_of(page) if each.language in languages):
+        if block.language == "python":
+            run_code(block.code, names)
+        else:
+            for words in block.commands:
+                run_command(words)
+    return names
+
+
 def run_code(code: str, names: dict[str, Any]) -> None:
     """Run a block of Python."""
     exec(code, names)  # the code is ours, and running it is the test

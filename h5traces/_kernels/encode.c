@@ -25,7 +25,9 @@
 #define FEW_HASH_BITS 11
 #define LONGEST_KEY 8
 #define FEWEST_BITS 1.5f
-/* Where a coding is tried, and wins by at least one per cent, the whole plane is coded so. */
+/* A coding that wins by at least one per cent on so many bytes codes the whole plane; smaller planes
+ * than TRIAL are searched better. */
+#define TRIED 4096
 #define TRIAL 8192
 #define LEAST_GAIN 0.99
 #define LONGEST_COPY 258
@@ -69,6 +71,8 @@ struct Encoder {
     unsigned least;
     /* Copies among very few values need a better search than this one. */
     int gives_up;
+    /* Only the size counts, roughly. */
+    int is_trial;
     uint8_t *shuffled, *other, *parted; /* one piece of memory */
     size_t capacity;
     uint8_t length_symbols[LONGEST_COPY + 1];
@@ -666,7 +670,7 @@ static void put_coded(Encoder *self, Writer *to, const uint8_t *data, size_t nby
                       int is_varied, int is_last)
 {
     const uint8_t *at = data, *end = data + nbytes;
-    unsigned depth = nbytes <= TRIAL ? 256 : 48;
+    unsigned depth = self->is_trial ? 16 : nbytes <= TRIAL ? 256 : 48;
     if (coding == SEARCH) {
         Counts counts = {{0}, {0}};
         count_bytes(data, nbytes, counts.main);
@@ -825,14 +829,16 @@ static int has_repeats(Encoder *self, const uint8_t *plane, size_t nbytes, int a
 static size_t trial_nbytes(Encoder *self, const uint8_t *data, size_t nbytes, int coding, int is_varied)
 {
     Writer to = {self->other, 0, 0};
+    self->is_trial = 1;
     put_coded(self, &to, data, nbytes, (enum coding)coding, is_varied, 1);
+    self->is_trial = 0;
     return (size_t)(to.out - self->other);
 }
 
 /* Whether copies win on a part of the plane. */
 static int search_wins(Encoder *self, const uint8_t *plane, size_t nbytes, int simple, int is_varied)
 {
-    size_t size = nbytes < TRIAL ? nbytes : TRIAL;
+    size_t size = nbytes < TRIED ? nbytes : TRIED;
     const uint8_t *part = plane + (nbytes - size) / 2;
     double searched = (double)trial_nbytes(self, part, size, SEARCH, is_varied);
     return searched <= LEAST_GAIN * (double)trial_nbytes(self, part, size, simple, is_varied);

@@ -189,6 +189,26 @@ DISPATCH(steps_of,
           uint32_t *restrict numbers, uint8_t *restrict outside),
          (source, scale, channel, count, is_half, numbers, outside))
 
+INLINE void pack_body(const uint32_t *numbers, const uint8_t *outside, const StepScale *scale,
+                      size_t count, size_t itemsize, uint8_t *restrict out, size_t *num_outside)
+{
+    uint32_t found = 0;
+    for (size_t i = 0; i < count; i++)
+        found += outside[i];
+    if (itemsize == 1)
+        for (size_t i = 0; i < count; i++)
+            out[i] = (uint8_t)(numbers[i] * scale->spacing + scale->zero_point);
+    else
+        for (size_t i = 0; i < count; i++)
+            memcpy(out + 2 * i, &(uint16_t){(uint16_t)(numbers[i] * scale->spacing + scale->zero_point)}, 2);
+    *num_outside = found;
+}
+
+DISPATCH(pack,
+         (const uint32_t *numbers, const uint8_t *outside, const StepScale *scale, size_t count,
+          size_t itemsize, uint8_t *restrict out, size_t *num_outside),
+         (numbers, outside, scale, count, itemsize, out, num_outside))
+
 /* Rows of `width` values as numbers of steps of one or two bytes; the flat indices of those that
  * may not come back within the bound, at most `most`. Their number, or -1 if there are more. */
 int64_t numbers_of_values(const uint8_t *in, enum float_kind from, size_t count,
@@ -204,14 +224,7 @@ int64_t numbers_of_values(const uint8_t *in, enum float_kind from, size_t count,
         size = count - done < size ? count - done : size;
         widen_part(in + done * float_size(from), from, part, size);
         steps_of(part, scale, channel, size, from == FLOAT16, numbers, outside);
-        for (size_t i = 0; i < size; i++) {
-            uint32_t number = numbers[i] * scale->spacing + scale->zero_point;
-            num_outside += outside[i];
-            if (itemsize == 1)
-                out[done + i] = (uint8_t)number;
-            else
-                memcpy(out + 2 * (done + i), &(uint16_t){(uint16_t)number}, 2);
-        }
+        pack(numbers, outside, scale, size, itemsize, out + itemsize * done, &num_outside);
         for (size_t i = 0; num_outside && i < size; i++) {
             if (!outside[i])
                 continue;

@@ -454,9 +454,9 @@ def extract(
     for message in report.warnings:
         warn(message)
     tell_findings(report.findings, report.output, checks)
-    for each in report.findings:
-        if checks.fails([each]):
-            fail(f"{report.output}: {finding_line(each)}")
+    for found in report.findings:
+        if checks.fails([found]):
+            fail(f"{report.output}: {finding_line(found)}")
     for each in report.skipped:
         warn(f"left out: {each.message}")
     if report.needed_nbytes > report.free_nbytes:

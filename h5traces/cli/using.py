@@ -24,6 +24,7 @@ from h5traces.cli.options import (
 from h5traces.errors import FidelityError
 from h5traces.features import PcaOptions, extract_features
 from h5traces.fidelity import FidelityReport, compare
+from h5traces.format import layout
 
 _FEATURES, _LIMITS = "Features", "Limits"
 _POOLED = ("mean", "max", "answer_mean", "answer_max")
@@ -45,6 +46,15 @@ def features(
             "Hidden states pooled over tokens: some of `mean`, `max`, `answer_mean`, `answer_max`.",
         ),
     ] = None,
+    kinds: Annotated[
+        str,
+        option(
+            _FEATURES,
+            "--kinds KIND,KIND",
+            "What `--last-token` and `--pooled` are made of: kinds with tokens and one more axis, "
+            "such as `mlp_output`.",
+        ),
+    ] = layout.HIDDEN_STATES,
     attention: Annotated[
         str | None,
         option(
@@ -97,6 +107,11 @@ def features(
     """
     names = ["last_token"] * last_token
     names += _listed(pooled, {name: name for name in _POOLED}, "--pooled")
+    names = [
+        name if kind == layout.HIDDEN_STATES else f"{kind}.{name}"
+        for kind in kinds.split(",")
+        for name in names
+    ]
     names += _listed(attention, _ATTENTION, "--attention")
     if not names:
         message = "name at least one of --last-token, --pooled and --attention"

@@ -17,7 +17,6 @@ from h5traces.archive.shards import shared_metadata
 from h5traces.arguments import checked, checked_options
 from h5traces.errors import ArchiveExistsError, FeatureError, OptionError, __version__
 from h5traces.features.components import fit_components, require_scikit_learn
-from h5traces.features.reductions import FEATURES
 from h5traces.features.samples import RowSums, definitions_of, fitted, iterate_features, place_of
 from h5traces.features.sharing import SharedFeatures
 from h5traces.features.table import FeatureTable, SpooledColumn
@@ -135,7 +134,7 @@ def extract_features(
         A file that ends in ``.h5``, ``.npz`` or ``.parquet``; in a folder (text that ends in a
         slash, or one that exists) it becomes ``features.h5``.
     names
-        Features, of `FEATURES`.
+        Features, of `FEATURES`; those of states also of another kind, ``mlp_output.last_token``.
     layers
         The model's own layer numbers; all that are stored by default.
     pca
@@ -181,10 +180,11 @@ def extract_features(
     if chosen is not None:
         check_no_overwrite(overwrite=target.overwrite)
     components = PcaOptions(pca) if isinstance(pca, int) else pca
-    wanted = [each.name for each in definitions_of(names)]
+    definitions = definitions_of(names)
+    wanted = [each.name for each in definitions]
     if components is not None:
         require_scikit_learn()
-        if not any(FEATURES[name].is_state for name in wanted):
+        if not any(each.is_state for each in definitions):
             message = (
                 f"principal components are of hidden states, but only {', '.join(wanted)} is "
                 "asked for"
@@ -362,7 +362,7 @@ def _metadata(view: Archive, wanted: list[str], notes: list[str]) -> dict[str, A
         "archive_ids": [file.metadata.archive_id for file in view._files],
         "losses": [str(each) for each in shared_metadata(view._files).losses],
         "notes": notes,
-        "features": {name: FEATURES[name].meaning for name in wanted},
+        "features": {each.name: each.meaning for each in definitions_of(wanted)},
     }
 
 
@@ -374,7 +374,7 @@ def _project(
     report: FeatureReport,
 ) -> None:
     """Add the projections of features of hidden states, layer by layer, and what was fitted."""
-    for name in [each for each in table.features if FEATURES[each].is_state]:
+    for name in [each.name for each in definitions_of(table.features) if each.is_state]:
         values = table.features[name]
         layers = range(values.shape[1])
         fits = [

@@ -7,7 +7,7 @@ reduction of no tokens is NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -274,3 +274,15 @@ _DEFINITIONS: Final = (
     ),
 )
 FEATURES: Final = {each.name: each for each in _DEFINITIONS}
+
+
+def definition_of(name: str) -> FeatureDefinition | None:
+    """A feature by name, or by ``mlp_output.last_token`` of another kind; None where none is."""
+    kind, _, plain = name.rpartition(".")
+    found = FEATURES.get(plain)
+    if not kind or found is None:
+        return FEATURES.get(name)
+    if not found.is_state:
+        return None
+    meaning = found.meaning.replace("Hidden states", kind).replace("Hidden state", kind)
+    return replace(found, name=name, kind=kind, meaning=meaning)

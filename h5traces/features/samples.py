@@ -15,7 +15,7 @@ from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.arguments import checked
 from h5traces.errors import FeatureError, warn
 from h5traces.features.components import fit_components
-from h5traces.features.reductions import FEATURES, RowMeans
+from h5traces.features.reductions import FEATURES, RowMeans, definition_of
 from h5traces.format import layout
 from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.text import as_names, counted
@@ -63,12 +63,13 @@ class SampleFeatures:
 def definitions_of(names: str | Iterable[str]) -> list[FeatureDefinition]:
     """The definitions of features by name, each once."""
     wanted = list(dict.fromkeys(as_names(names)))
-    unknown = [name for name in wanted if name not in FEATURES]
+    found = {name: definition_of(name) for name in wanted}
+    unknown = [name for name, each in found.items() if each is None]
     if unknown or not wanted:
         message = f"no feature is called {', '.join(unknown)}" if unknown else "no feature is named"
         msg = f"{message}; there are {', '.join(FEATURES)}"
         raise FeatureError(msg)
-    return [FEATURES[name] for name in wanted]
+    return [each for each in found.values() if each is not None]
 
 
 @checked
@@ -89,7 +90,7 @@ def iterate_features(
     archive
         The archive, or a view of it.
     names
-        Features, of `FEATURES`.
+        Features, of `FEATURES`; those of states also of another kind, ``mlp_output.last_token``.
     layers
         The model's own layer numbers; all that are stored by default.
     workers
@@ -308,7 +309,7 @@ def _real(
     array: NDArray[Any], trace: Trace, kind: str, wanted: Sequence[FeatureDefinition]
 ) -> tuple[NDArray[Any], int]:
     """An array without padding, and the length of the prompt in it where a feature needs it."""
-    axes = layout.KINDS[kind].axes
+    axes = trace._stored.axes(kind)
     axis, prompt_len = _axis(trace, kind, array.shape, wanted)
     for number, name in enumerate(axes if axis.mask is not None else ()):
         if name in ("token", "query", "key"):
@@ -321,8 +322,14 @@ def _axis(
     trace: Trace, kind: str, shape: tuple[int, ...], wanted: Sequence[FeatureDefinition]
 ) -> tuple[TokenAxis, int]:
     """The token axis of arrays of a shape, and the prompt's length where a feature needs it."""
-    axis = TokenAxis.of(trace, layout.KINDS[kind].axes, shape)
-    assert axis is not None  # all kinds with features have tokens
+    axes = trace._stored.axes(kind)
+    axis = TokenAxis.of(trace, axes, shape)
+    if axis is None or (axes[0] != "token" and kind != layout.ATTENTIONS) or len(axes) == 1:
+        message = (
+            f"{place_of(trace)}: {kind} has the axes {', '.join(axes)}; expected token and one "
+            "more, of which features are made"
+        )
+        raise FeatureError(message)
     needing = [each.name for each in wanted if each.needs_prompt]
     try:
         return axis, axis.prompt_len(trace) if needing else 0
@@ -347,13 +354,13 @@ def _layer(trace: Trace, layer: int, kind: str) -> NDArray[Any] | None:
     trace._stored.check_layer(layer, kind)
     name = trace._stored.array_name(kind, layer)
     array: NDArray[Any] = trace._stored.read_layer(kind, name)
-    axes = len(layout.KINDS[kind].axes)
+    axes = trace._stored.axes(kind)
     in_steps = isinstance(array, (list, tuple))
-    if in_steps or array.ndim != axes:
+    if in_steps or array.ndim != len(axes):
         what = "generation steps" if in_steps else f"the shape {array.shape}"
         message = (
             f"{place_of(trace)}: layer {layer} of {kind} has {what}, expected the axes "
-            f"{', '.join(layout.KINDS[kind].axes)}; leave these samples out"
+            f"{', '.join(axes)}; leave these samples out"
         )
         raise FeatureError(message)
     return array

@@ -123,10 +123,17 @@ def spread_of(stored: NDArray[Any], step: float) -> float:
     """
     form = StepFormat.of(step)
     others = stored[1:] if len(stored) > 1 else stored
-    tokens = others[:: -(-len(others) // _LOOKED_AT)].astype(np.float32)
-    deviation = np.abs(tokens - np.float32(form.zero_point)) * np.float32(step / form.spacing)
-    mean = np.minimum(deviation, _MASSIVE).mean(axis=0)
-    return float(np.quantile(mean, _DEVIATING))
+    deviation = others[:: -(-len(others) // _LOOKED_AT)].astype(np.float32)
+    deviation -= np.float32(form.zero_point)
+    np.abs(deviation, out=deviation)
+    deviation *= np.float32(step / form.spacing)
+    np.minimum(deviation, _MASSIVE, out=deviation)
+    mean = deviation.mean(axis=0)
+    place = _DEVIATING * (mean.size - 1)
+    lower = int(place)
+    upper = min(lower + 1, mean.size - 1)
+    mean.partition((lower, upper))
+    return float(mean[lower] + (mean[upper] - mean[lower]) * (place - lower))
 
 
 def _block_to_steps(

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from h5traces.errors import ArchiveError, OptionError, TargetError
+from h5traces.errors import OptionError, RankBusyError, TargetError
 from h5traces.format.text import utc_now
 from h5traces.ranks.plan import RANKS, RunPlan, deal, fix_plan, read_plan, replace_plan
 from h5traces.ranks.probe import check_file_system
@@ -167,7 +167,7 @@ class _Lines:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 message = f"{path}: {rank} is at work already; stop it, or run another rank"
-                raise ArchiveError(message) from None
+                raise RankBusyError(message) from None
             size = os.fstat(self._descriptor).st_size
             # A writer that was killed, or a full disk, may have left half a line.
             if size and os.pread(self._descriptor, 1, size - 1) != b"\n":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import pyarrow as pa
@@ -30,7 +32,7 @@ from h5traces.archive.shards import SHARED_FACTS
 from h5traces.archive.stores import FooterStore
 from h5traces.archive.tables import to_arrow
 from h5traces.arguments import checked
-from h5traces.errors import ArchiveError
+from h5traces.errors import ArchiveError, TargetError
 from h5traces.format import layout
 from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
@@ -39,11 +41,11 @@ from h5traces.ranks.parts import PartsRun
 from h5traces.ranks.plan import RunPlan, planned_source, run_folder
 from h5traces.ranks.rank import find_rank
 from h5traces.storage.publish import PartFile, make_folder, remove_abandoned_parts
-from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemoteOptions, RemotePath, is_url
+from h5traces.storage.remote.uploading import upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from h5traces.archive.file import ArchiveFile
     from h5traces.paths import PathLike, Source
@@ -126,8 +128,9 @@ def index(
     sources
         Archives, globs or folders, on disk or on servers; sorted within each.
     output
-        The catalogue, a name that ends in ``.parquet``. It lists shards below its own folder by
-        relative paths, so both can move together.
+        The catalogue, a name that ends in ``.parquet``; also ``s3://bucket/run.parquet``, for
+        shards on servers. It lists shards below its own folder on disk by relative paths, so both
+        can move together.
     texts
         Add the columns ``question``, ``generated_text``, ``generated_answer`` and
         ``generated_answer_clean``; reads every sample.
@@ -162,9 +165,14 @@ def index(
     TargetError
         `output` does not end in ``.parquet``.
     """
-    target = Target.of(output, suffixes=(SUFFIX,)).named("catalogue").path
     if storage_options is not None:
         remote = replace(remote, storage_options=storage_options)
+    if is_url(output):
+        if rank is not None:
+            message = f"{output}: ranks share parts in a folder; name a catalogue on disk"
+            raise TargetError(message)
+        return _uploaded(RemotePath(str(output)), sources, remote, texts=texts, check=check)
+    target = Target.of(output, suffixes=(SUFFIX,)).named("catalogue").path
     paths = expand_sources(sources, ARCHIVE_SUFFIXES, remote)
     report = CatalogueReport(str(target), len(paths))
     chosen = find_rank(rank, world_size, run_folder(target))
@@ -182,6 +190,33 @@ def index(
             if not run.is_joined:
                 _share(run, work, paths, report, progress)
             report.is_written = run.is_joined
+    return report
+
+
+def _uploaded(
+    output: RemotePath,
+    sources: Source | Iterable[Source],
+    remote: RemoteOptions,
+    *,
+    texts: bool,
+    check: bool,
+) -> CatalogueReport:
+    """Write a catalogue here, and upload it; the one that is there is brought up to date."""
+    if not output.url.endswith(SUFFIX):
+        message = f"{output}: expected a name ending in {SUFFIX}"
+        raise TargetError(message)
+    paths = expand_sources(sources, ARCHIVE_SUFFIXES, remote)
+    near = [path for path in paths if not isinstance(path, RemotePath)]
+    if near:
+        message = f"{near[0]}: is on this disk; a catalogue in a bucket lists shards on servers"
+        raise TargetError(message)
+    report = CatalogueReport(str(output), len(paths))
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / output.name
+        work = _Work(target=local, remote=remote, workers=_REMOTE_WORKERS, texts=texts, check=check)
+        known = open_catalogue(output, remote)
+        work.write(paths, local, report, None, () if known is None else (output,))
+        upload(local, output, remote, overwrite=True)
     return report
 
 
@@ -242,7 +277,7 @@ class _Work:
         output: Path,
         report: CatalogueReport,
         progress: Callable[[int, int], None] | None,
-        parts: Sequence[Path] = (),
+        parts: Sequence[Path | RemotePath] = (),
     ) -> None:
         """Write a catalogue of shards; what it has read already lies in `parts`."""
         known = [open_catalogue(each, self.remote) for each in (*parts, self.target)]

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import Selection, as_numbers
 from h5traces.arguments import checked
 from h5traces.errors import ConversionError
@@ -178,7 +179,7 @@ def convert(
 
         def note(number: int, one: FileReport) -> None:
             if run is not None:
-                run.note(share[number], nbytes=one.archive_nbytes, **_line(one))
+                run.note(share[number], nbytes=one.archive_nbytes, **_line(one, uploads))
 
         if target.workers is not None and target.workers > 1 and len(mine) > 1:
             report.files += run_in_processes(mine, each, target.workers, meter, note)
@@ -222,9 +223,13 @@ def _plan(
     )
 
 
-def _line(report: FileReport) -> dict[str, Any]:
+def _line(report: FileReport, uploads: Uploads | None) -> dict[str, Any]:
     """What a rank writes down of a job; `collect` makes one report of all."""
     found = report.as_dict()
+    if report.status == "skipped" and uploads is None:
+        # Who wrote it may have been killed before it said so.
+        with open_archive(report.targets) as archive:
+            found["num_samples"] = len(archive)
     return {"status": found.pop("status"), "num_samples": found.pop("num_samples"), **found}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from h5traces.arguments import shown
 from h5traces.errors import OptionError
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ def ordered(archive: Archive, order: Order | None) -> list[int] | None:
     """
     if order is None:
         return None
+    if not isinstance(order, str) or order not in _KEYS:
+        message = f"order is {shown(order)}, expected {', '.join(_KEYS)}"
+        raise OptionError(message)
     of, missing = _KEYS[order]
     keys = []
     for trace in archive:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -13,11 +13,14 @@ import numpy as np
 
 from h5traces.archive.labels import labels_folder, largest_sidecar, sidecar_path
 from h5traces.archive.opening import open as open_archive
-from h5traces.checking.inspect import inspect
+from h5traces.checking.meaning import look_of, stored_content
 from h5traces.errors import CorruptArchiveError, H5TracesError, OptionError
 from h5traces.features.reductions import FEATURES
+from h5traces.meaning.checks import CheckOptions
+from h5traces.meaning.sample_checks import SampleChecks
 from h5traces.storage.files import open_regular
 from h5traces.storage.hdf5.datasets import open_datasets
+from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -69,12 +72,13 @@ class Shown:
             return file.read(most)
 
     def checks(self) -> list[str]:
-        """What `h5traces.inspect` finds in the first sample, and in what all have in common."""
-        (found,) = inspect([self.path])
-        problems = [
-            f"sample {each.index}: {one}" for each in found.samples for one in each.problems
-        ]
-        return problems + [str(each) for each in found.findings if each.severity != "note"]
+        """What the checks find in the first sample, as `h5traces.inspect` says it."""
+        with open_archive(self.path) as archive:
+            examined = SampleChecks(replace(look_of(archive), full_mapper=map))
+            for trace in archive[:1]:
+                examined.add(to_record(trace), stored_content(trace))
+        found = examined.findings.summaries(CheckOptions())
+        return [str(each) for each in found if each.severity != "note"]
 
 
 def shown(

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from document_pages import ROOT, blocks_of
 from typer.testing import CliRunner
 
 import h5traces
 from h5traces.cli.app import app
 
-ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "extraction.md"
 
 
 def blocks(language):
-    text = DOCUMENT.read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return [each.code for each in blocks_of("docs/extraction.md") if each.language == language]
 
 
 @pytest.fixture(autouse=True)

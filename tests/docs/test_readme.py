@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from document_pages import ROOT, blocks_of, run_page
 
 import h5traces
 
-ROOT = Path(__file__).parents[2]
-
 
 def blocks(language: str, document: str = "README.md") -> list[str]:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return [each.code for each in blocks_of(document) if each.language == language]
 
 
 @pytest.fixture
@@ -38,9 +36,7 @@ def test_the_python_code_of_the_readme_runs():
 
 @pytest.mark.usefixtures("folder")
 def test_the_python_code_of_the_guide_to_reading_runs():
-    names: dict[str, object] = {}
-    for code in blocks("python", "docs/reading.md"):
-        exec(code, names)
+    names = run_page("docs/reading.md", "python")
     assert names["states"][3].shape == (len(names["trace"]["tokens"]), 128)
 
 

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from document_pages import ROOT, run_page
 
 import h5traces
 
 if TYPE_CHECKING:
-    import pytest
+    from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+    import pytest
 
 
 def test_the_python_code_of_the_document_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 5
     h5traces.convert(ROOT / "examples" / "legacy", f"{tmp_path}/archives/")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    names: dict[str, Any] = {"h5traces": h5traces}
-    for code in blocks:
-        exec(code, names)  # the code is ours, and running it is the test
+    names = run_page("docs/training.md", "python", h5traces=h5traces)
     assert names["dataset"][0]["hidden_states"].shape == (2, 128)
     assert names["padded"]["mask"].sum() == names["packed"]["cu_seqlens"][-1]
     assert len(names["graphs"]) == 48

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
-from typer.testing import CliRunner
+from document_pages import ROOT, run_page
 
 import h5traces
-from h5traces.cli.app import app
 
 if TYPE_CHECKING:
     import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mpl.use("agg")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    names: dict[str, object] = {}
-    for language, code in re.findall(r"```(python|bash)\n(.*?)```", text, flags=re.DOTALL):
-        if language == "python":
-            exec(code, names)  # the code is ours, and running it is the test
-            continue
-        for line in code.splitlines():
-            result = CliRunner().invoke(app, shlex.split(line)[1:])
-            assert result.exit_code == 0, (line, result.output)
+    names = run_page("docs/tutorial.md", "python", "bash")
     with h5traces.open("traced/") as traced:
         assert len(traced) == len(Path("questions.jsonl").read_text().splitlines()) > 80
         assert {trace["label"] for trace in traced} == {0, 1}

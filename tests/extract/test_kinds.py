@@ -241,6 +241,31 @@ def test_definitions_survive_rewriting_and_no_others_are_made(stored, tmp_path):
         assert archive._files[0].store.kinds["mlp_output"]["definition"] == FURTHER_KIND
 
 
+def test_features_of_other_kinds(stored, tmp_path):
+    from h5traces.errors import FeatureError
+    from h5traces.features import compute_features, extract_features
+
+    path, records = stored
+    names = ["last_token", "mlp_output.last_token", "router_logits.mean"]
+    with h5traces.open(path) as archive:
+        found = compute_features(archive, names)
+        for row, record in enumerate(records):
+            last = [each[-1] for each in arrays(record, "mlp_output")]
+            assert np.array_equal(found["mlp_output.last_token"][row], np.array(last, "f4"))
+            means = [each.mean(0, dtype="f8") for each in arrays(record, "router_logits")]
+            assert np.allclose(found["router_logits.mean"][row], means, atol=1e-6)
+        for name, message in (
+            ("queries.mean", "queries has the axes head, token, channel"),
+            ("mlp_output.sink_mass", "no feature is called mlp_output.sink_mass"),
+            ("other.mean", "other.mean is made of other, which is not stored"),
+        ):
+            with pytest.raises(FeatureError, match=message):
+                compute_features(archive, [name])
+    extract_features(path, tmp_path / "table.npz", names)
+    table = np.load(tmp_path / "table.npz", allow_pickle=True)
+    assert any("mlp_output.last_token" in each for each in table.files)
+
+
 def test_kinds_go_to_datasets_selections_and_pickles(stored, tmp_path):
     import pickle
 

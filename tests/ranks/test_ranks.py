@@ -160,6 +160,22 @@ def test_a_rank_with_other_options_is_rejected(batches: Path, tmp_path: Path) ->
         h5traces.convert(batches, out, rank=1, world_size=2)
 
 
+def test_a_rank_of_another_version_is_rejected(tmp_path: Path) -> None:
+    fix_plan(tmp_path, plan(2, generator="h5traces 0.0.1"))
+    with pytest.raises(
+        TargetError, match=r"generator is 'h5traces .*', and was 'h5traces 0\.0\.1'"
+    ):
+        fix_plan(tmp_path, plan(2))
+
+
+def test_what_a_killed_rank_had_named_counts(batches: Path, tmp_path: Path) -> None:
+    """Its archive has its name, but there is no line about it."""
+    h5traces.convert(batches, f"{tmp_path}/out/")
+    h5traces.convert(batches, f"{tmp_path}/out/", rank=0, world_size=1)
+    assert h5traces.status(tmp_path / "out").num_samples == 10
+    assert h5traces.collect(tmp_path / "out").ok
+
+
 def test_options_that_do_not_go_with_ranks(batches: Path, tmp_path: Path) -> None:
     shared: Any = {"rank": 0, "world_size": 2}
     with pytest.raises(OptionError, match="merge=True does not go with rank"):

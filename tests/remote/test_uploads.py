@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import s3fs
-from legacy_batches import make_batch, write_batch
+from legacy_batches import make_archive, make_batch, write_batch
 from servers import Server, running
 
 import h5traces
@@ -344,6 +344,12 @@ def test_a_run_in_a_bucket_is_followed_and_collected(
     assert report.duplicates == [f"b{n}.h5 holds the same samples as again.h5" for n in range(3)]
     assert {each.status for each in report.files} <= {"converted", "skipped"}
     assert h5traces.open(tmp_path / "run.parquet") == h5traces.open(DEST)
+    listed = f"{DEST}catalogue.parquet"
+    assert h5traces.index(DEST, listed).num_read == 4
+    assert h5traces.open(listed) == h5traces.open(DEST)
+    assert h5traces.index(DEST, listed).num_kept == 4
+    with pytest.raises(TargetError, match="lists shards on servers"):
+        h5traces.index(make_archive(tmp_path, make_batch("full_pkl")), listed)
     files.rm(f"{BUCKET}/run/b0.h5")
     report = h5traces.collect(DEST, verify="none")
     assert any("b0.h5: was written, and is not there any more" in e for e in report.problems)

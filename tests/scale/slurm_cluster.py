@@ -54,9 +54,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 {nodes}
-PartitionName=low Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE \
+PartitionName=low Nodes=ALL Default=YES MaxTime=1440 State=UP PriorityTier=1 PreemptMode=REQUEUE \
 GraceTime=20
-PartitionName=high Nodes=ALL MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=high Nodes=ALL MaxTime=1440 State=UP PriorityTier=10 PreemptMode=OFF
 """
 _NODE = (
     "NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4096 "
@@ -77,7 +77,7 @@ class SlurmCluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
         """Start the daemons; returns when all nodes are idle."""
@@ -112,7 +112,7 @@ class SlurmCluster:
     def run(self, *command: str, check: bool = True) -> str:
         """The output of one of SLURM's commands."""
         done = subprocess.run(
-            command, env=self._environment, capture_output=True, text=True, timeout=60
+            command, env=self.environment, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout

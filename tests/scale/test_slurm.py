@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -121,6 +122,47 @@ def test_a_batch_script_without_srun_is_one_process(
     slurm.wait(slurm.submit(convert(batches, tmp_path / "run"), "-n", "2"))
     assert not list(tmp_path.rglob("*.h5"))
     assert "rank is 'auto', but the environment has neither" in slurm.output().replace("\n", " ")
+
+
+def run_here(slurm: SlurmCluster, tmp_path: Path, *command: str) -> str:
+    """The output of a program that submits jobs."""
+    h5traces_command = tmp_path / "h5traces"
+    h5traces_command.write_text(f'#!/bin/sh\nexec {H5TRACES} "$@"\n')
+    h5traces_command.chmod(0o755)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # A job would inherit limits of this one.
+    environment = {**slurm.environment, "PATH": path, "H5TRACES": str(h5traces_command)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + slurm.output()
+    return done.stdout
+
+
+def test_the_example_goes_from_a_pilot_to_a_catalogue(
+    slurm: SlurmCluster, batches: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "run"
+    script = str(EXAMPLE.with_name("run.sh"))
+    run_here(slurm, tmp_path, "bash", script, f"{batches}/", f"{target}/")
+    check_complete(target, batches)
+    with h5traces.open(target / "catalogue.parquet") as catalogue:
+        assert len(catalogue) == 2 * NUM_BATCHES
+
+
+@pytest.mark.parametrize("name", ["datatrove", "submitit"])
+def test_launchers_submit_to_slurm(
+    slurm: SlurmCluster, batches: Path, tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip(name, reason=f"{name} is not installed: it has no wheel here")
+    target = tmp_path / "run"
+    script = str(EXAMPLE.parents[1] / f"{name}_convert.py")
+    run_here(slurm, tmp_path, sys.executable, script, str(batches), f"{target}/", "slurm")
+    end = time.monotonic() + 120
+    while not ((target / "run.json").exists() and status(target).ok):
+        assert time.monotonic() < end, slurm.output()
+        time.sleep(0.2)
+    check_complete(target, batches)
 
 
 def started(target: Path) -> None:

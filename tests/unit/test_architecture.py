@@ -42,6 +42,7 @@ ROOMS = (
     "fidelity",
     "extract",
     "vllm",
+    "ray",
     "plotting",
     "view",
     "cli",

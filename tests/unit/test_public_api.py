@@ -78,6 +78,7 @@ PUBLIC_EDGES = {
         "compare",
     ],
     "h5traces.graph": ["TraceGraphDataset", "attention_edges"],
+    "h5traces.ray": ["ArchiveSink", "convert", "extract"],
     "h5traces.torch_data": [
         "DeviceLoader",
         "IterableTraceDataset",
@@ -111,6 +112,7 @@ def test_exports_of_edges_are_listed_and_documented(name: str) -> None:
     [
         ("h5traces.torch_data", "torch", "torch"),
         ("h5traces.graph", "torch_geometric", "graph"),
+        ("h5traces.ray", "ray", "ray"),
     ],
 )
 def test_a_missing_library_is_named(module: str, missing: str, extra: str) -> None:

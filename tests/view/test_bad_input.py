@@ -81,7 +81,7 @@ def test_seventy_thousand_samples_can_be_listed(page: Any, tmp_path: Path) -> No
     with served(path) as url:
         show(page, url)
         page.wait_for_selector("text=70000 of 70000 samples", timeout=WAIT)
-        page.wait_for_selector("text=5000 samples read", timeout=WAIT)
+        page.wait_for_selector("text=5000 samples read", timeout=3 * WAIT)
         page.fill("input[type=search]", "q_69999")
         page.wait_for_selector("text=1 of 70000 samples", timeout=WAIT)
         page.evaluate("location.hash = '#view=sample&sample=69999'")

@@ -428,10 +428,10 @@ export class Sample {
         merge(values, size, { part: pooledHere(weights, shift, size), first: [head, 0, 0], counts: [1, ...size] });
       }
     } else {
-      const bytes = await this.archive.file.readAll(entry.chunks.map(({ start, nbytes }) => [start, nbytes]));
       const codes = new { 1: Uint8Array, 2: Int16Array, 4: Float32Array }[itemSize(entry.type)](heads * size[0] * size[1]);
       const grid = gridOf(entry);
-      await Promise.all(bytes.map(async (each, number) => {
+      await Promise.all(entry.chunks.map(async ({ start, nbytes }, number) => {
+        const each = await this.archive.file.read(start, nbytes);
         const first = firstOf(number, grid, entry.chunkShape);
         const pool = { shape: entry.shape, chunkShape: entry.chunkShape, first, shift };
         const part = await unpacked(entry, number, each, `${this.archive.name}: sample ${this.number}, ${path}`, pool);

@@ -192,7 +192,7 @@ function Warnings({ archive, rows }) {
   if (!found.length && !checks.value?.length) return null;
   return (
     <details class="warnings" open data-testid="warnings">
-      <summary>{found.length + (checks.value?.length ?? 0)} warnings of the checks</summary>
+      <summary>warnings of the checks: {found.length + (checks.value?.length ?? 0)}</summary>
       <ul>
         {found.map(([text, numbers]) => <li>{text}: {numbers.length === 1 ? "sample" : "samples"} {numbers.slice(0, 5).join(", ")}{numbers.length > 5 ? ` and ${numbers.length - 5} more` : ""}</li>)}
         {(checks.value ?? []).map((text) => <li><Text>{text}</Text></li>)}

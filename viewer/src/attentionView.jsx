@@ -64,7 +64,7 @@ export function AttentionView({ sample, place, go }) {
       {numHeads ? <Grid {...{ sample, kind, layer, numHeads, head, onChoose: (number) => step({ head: number }) }} /> : null}
       <Loaded state={tokens}>
         {(words) => <Loaded state={weights}>
-          {(found) => <Head key={`${sample.number} ${layer.name}`} {...{ sample, words, weights: found, layer, head, place, step }} />}
+          {(found) => <Head key={sample.number} {...{ sample, words, weights: found, layer, head, place, step }} />}
         </Loaded>}
       </Loaded>
     </>
@@ -76,13 +76,13 @@ function Grid({ sample, kind, layer, numHeads, head, onChoose }) {
   const [isAsked, setAsked] = useState(false);
   const shape = sample.shape(kind, layer.name);
   const isShown = isAsked || shape.reduce((product, each) => product * each, 1) <= UNASKED_VALUES;
-  const state = useLoaded(() => (isShown ? sample.thumbnails(kind, layer.name, THUMBNAIL) : null), [sample, kind, layer.name, isShown]);
+  const state = useLoaded(async () => (isShown ? { name: layer.name, pictures: await sample.thumbnails(kind, layer.name, THUMBNAIL) } : null), [sample, kind, layer.name, isShown]);
   if (state.error) return <Problem error={state.error} />;
   if (!isShown) return <p><button onClick={() => setAsked(true)}>show all {numHeads} heads of this long sample</button></p>;
   return (
-    <div class="grid" data-testid="heads" data-drawn={state.value && layer.name}>
+    <div class="grid" data-testid="heads" data-drawn={state.value?.name}>
       {Array.from({ length: numHeads }, (_, number) => (
-        <Thumbnail key={number} label={`head ${number}`} matrix={(state.value ?? state.stale)?.[number]} isChosen={number === head} onChoose={() => onChoose(number)} />
+        <Thumbnail key={number} label={`head ${number}`} matrix={(state.value ?? state.stale)?.pictures[number]} isChosen={number === head} onChoose={() => onChoose(number)} />
       ))}
     </div>
   );

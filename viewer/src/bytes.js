@@ -5,7 +5,7 @@ export class ViewError extends Error {}
 // Requests closer to one another than this become one.
 const GAP = 64 * 1024;
 // What one request asks for, but for a single chunk.
-const MOST_NBYTES = 64 * 1024 * 1024;
+const MOST_NBYTES = 16 * 1024 * 1024;
 const KEPT_NBYTES = 256 * 1024 * 1024;
 const TAIL_NBYTES = 128 * 1024;
 
@@ -16,7 +16,7 @@ export class RemoteFile {
     this.tag = null;
     this.kept = []; // [{start, bytes}], the last used last
     this.keptNbytes = 0;
-    this.waiting = null; // ranges asked for at the same time, and the promise of their bytes
+    this.waiting = []; // ranges asked for at the same time: [{start, nbytes, resolve, reject}]
   }
 
   // The last bytes of the file; the first request, which also tells its size.
@@ -39,39 +39,34 @@ export class RemoteFile {
         nbytes >= 0 && (this.size === null || start + nbytes <= this.size);
       if (!inside) throw new ViewError(`${this.url}: a range lies outside of the file; it is damaged`);
     }
-    const missing = ranges.filter(([start, nbytes]) => !this.#find(start, nbytes));
-    const found = missing.length ? await this.#together(missing) : new Map();
-    return ranges.map(([start, nbytes]) => {
-      const kept = this.#find(start, nbytes);
-      if (kept) return kept;
-      for (const [from, bytes] of found) {
-        if (from <= start && start + nbytes <= from + bytes.length) {
-          return bytes.subarray(start - from, start - from + nbytes);
-        }
-      }
-      return new Uint8Array(0);
-    });
+    return Promise.all(ranges.map(([start, nbytes]) => (nbytes ? this.#find(start, nbytes) ?? this.#wait(start, nbytes) : new Uint8Array(0))));
   }
 
   // What several parts of the page ask for at the same time is fetched together.
-  #together(missing) {
-    if (!this.waiting) {
-      const ranges = [];
-      const bytes = new Promise((resolve) => setTimeout(resolve)).then(async () => {
-        this.waiting = null;
-        return new Map(await Promise.all(joined(ranges).map(async ([start, nbytes]) => {
-          const { bytes } = await this.#request(`bytes=${start}-${start + nbytes - 1}`, nbytes);
-          this.#keep(start, bytes);
-          return [start, bytes];
-        })));
-      });
-      this.waiting = { ranges, bytes };
-    }
-    this.waiting.ranges.push(...missing);
-    return this.waiting.bytes;
+  #wait(start, nbytes) {
+    return new Promise((resolve, reject) => {
+      if (!this.waiting.length) setTimeout(() => this.#fetchWaiting());
+      this.waiting.push({ start, nbytes, resolve, reject });
+    });
   }
 
-  async #request(range, nbytes) {
+  #fetchWaiting() {
+    const waiting = this.waiting;
+    this.waiting = [];
+    for (const [start, nbytes] of joined(waiting.map((each) => [each.start, each.nbytes]))) {
+      const inside = waiting.filter((each) => each.start >= start && each.start + each.nbytes <= start + nbytes);
+      // Each part is given as soon as it has come.
+      const arrived = (bytes, filled) => {
+        for (const each of inside) {
+          if (each.start + each.nbytes <= start + filled) each.resolve(bytes.subarray(each.start - start, each.start - start + each.nbytes));
+        }
+      };
+      this.#request(`bytes=${start}-${start + nbytes - 1}`, nbytes, arrived)
+        .then(({ bytes }) => this.#keep(start, bytes), (error) => { for (const each of inside) each.reject(error); });
+    }
+  }
+
+  async #request(range, nbytes, arrived) {
     let response;
     try {
       const headers = { Range: range };
@@ -117,10 +112,20 @@ export class RemoteFile {
       throw new ViewError(`${this.url}: the file was replaced while it was shown; load the page again`);
     }
     this.size = size;
-    const bytes = new Uint8Array(await response.arrayBuffer());
-    if (bytes.length !== Number(stated[2]) - start + 1 || (nbytes && bytes.length !== nbytes)) {
-      throw new ViewError(`${this.url}: the server sent ${bytes.length} bytes of a range of ${nbytes}`);
+    const expected = Number(stated[2]) - start + 1;
+    if (nbytes && expected !== nbytes) throw new ViewError(`${this.url}: the server sends ${expected} bytes of a range of ${nbytes}`);
+    const bytes = new Uint8Array(expected);
+    const reader = response.body.getReader();
+    let filled = 0;
+    for (;;) {
+      const { done, value } = await reader.read().catch(() => ({ done: true }));
+      if (done) break;
+      if (filled + value.length > expected) throw new ViewError(`${this.url}: the server sends more than the range of ${expected} bytes`);
+      bytes.set(value, filled);
+      filled += value.length;
+      arrived?.(bytes, filled);
     }
+    if (filled !== expected) throw new ViewError(`${this.url}: the server sent ${filled} bytes of a range of ${expected}`);
     return { bytes, start };
   }
 
