@@ -1,13 +1,12 @@
 """vLLM: a connector that an engine finds by its name, and an engine for `extract_dataset`."""
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from h5traces.lazy import lazy_names
+from h5traces.vllm.recorder import NAME
 
 if TYPE_CHECKING:
     from h5traces.vllm.engine import VllmEngine
-
-NAME: Final = "H5TracesConnector"
 
 
 def register() -> None:

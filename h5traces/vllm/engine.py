@@ -39,9 +39,8 @@ from h5traces.format import layout
 from h5traces.format.archive import SampleExtraction
 from h5traces.format.dtypes import TypedArray, count_not_finite
 from h5traces.format.record import LayerArray
-from h5traces.vllm import NAME
 from h5traces.vllm.provenance import described
-from h5traces.vllm.recorder import HANDOVER, KEY, handed_over
+from h5traces.vllm.recorder import HANDOVER, KEY, NAME, handed_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from h5traces.writing.trace_writer import TraceWriter
 
+# By which an engine finds the connector.
+NAME: Final = "H5TracesConnector"
 # In `kv_transfer_params`, of requests and of responses.
 KEY: Final = "h5traces"
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
