@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from h5traces.format.record import SourcePosition
+from h5traces.format.record import IndexRow, SourcePosition
 from h5traces.format.values import EncodedObject
 from h5traces.meaning.records import to_record
 from h5traces.writing.archive_writer import ArchiveWriter
@@ -102,7 +102,8 @@ def make(path: str | Path, num_samples: int, num_layers: int) -> None:
                 EncodedObject("generated_answer_clean", {}, f"text:{answer.itemsize}", answer)
             )
             objects = [own if each.path == own.path else each for each in objects]
-            writer._write_sample(metadata, observation, objects)
+            row = IndexRow.of(metadata, {"generated_answer_clean": f"answer {number}"})
+            writer._write_sample(metadata, row, observation, objects)
 
 
 def measured(work: str, small: Path, path: Path) -> tuple[float, float] | None:
