@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-import transformers
 
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata
@@ -54,7 +54,7 @@ def described(config: Any, layers: Sequence[int], **known: Any) -> ExtractionMet
     fields: dict[str, Any] = {
         "model_class": (getattr(model.hf_config, "architectures", None) or ["unknown"])[0],
         "config": _plain(model.hf_config.to_dict()),
-        "transformers_version": transformers.__version__,
+        "transformers_version": version("transformers"),
         "torch_version": torch.__version__,
         "engine": engine_name(),
         "attention": _attention(config),
