@@ -194,8 +194,13 @@ class VllmExtractor(Extractor):
             },
             **engine.arguments,
         }
-        self._llm = _started(arguments)
-        self._measured = None if expected is None else self._compared(expected, dtype)
+        self._llm: Any = None
+        try:
+            self._llm = _started(arguments)
+            self._measured = None if expected is None else self._compared(expected, dtype)
+        except BaseException:
+            self.close()
+            raise
 
     def metadata(self, questions: QuestionSet | None = None) -> ExtractionMetadata:
         """What archives record of the run."""
@@ -247,7 +252,7 @@ class VllmExtractor(Extractor):
         """End the engine."""
         with contextlib.suppress(Exception):
             self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        self._llm = None
         gc.collect()
         self._folder.cleanup()
 

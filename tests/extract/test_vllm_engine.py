@@ -236,7 +236,7 @@ def test_without_vllm(tmp_path):
     with pytest.raises(MissingDependencyError, match="vllm is not installed here"):
         run(target, engine=VllmEngine())
     for options, code, message in [
-        (["--engine", "vllm"], 1, "vllm is not installed here"),
+        (["--engine", "vllm"], 2, "vllm is not installed here"),
         (["--engine", "vllm", "--engine-arguments", "[1]"], 2, "expected an object of JSON"),
         (["--engine-arguments", "{}"], 2, "are those of --engine vllm"),
     ]:
