@@ -388,8 +388,14 @@ def _as_converted(given: ReadingOptions, metadata: ArchiveMetadata) -> ReadingOp
         given,
         first_state=given.first_state or first,
         keep_padding=given.keep_padding or recorded.get("keep_padding") is True,
+        layer_ids=given.layer_ids or _ids(recorded.get("layer_ids")),
         run=given.run or RunFacts.from_dict(recorded.get("run")),
     )
+
+
+def _ids(found: Any) -> tuple[int, ...] | None:
+    is_list = isinstance(found, list) and found and all(type(each) is int for each in found)
+    return tuple(found) if is_list and min(found) >= 0 and len(set(found)) == len(found) else None
 
 
 def _cast_note(cast: Cast) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
+from json import loads as parse_json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -48,6 +50,10 @@ from h5traces.writing.options import PrecisionOptions
 if TYPE_CHECKING:
     from h5traces.extract.estimate import Estimate
 
+_Defaults = tuple[str, Literal["final_norm", "block_output"], int]
+# Of `--kinds`, `--last-state` and `--batch-size`.
+_TRANSFORMERS: _Defaults = ("hidden_states,attentions", "final_norm", 1)
+_VLLM: _Defaults = ("hidden_states", "block_output", 256)
 _MODEL, _QUESTIONS, _ANSWERS, _PILOT = "Model", "Questions", "Answers", "Pilot"
 
 ModelId = Annotated[
@@ -81,14 +87,18 @@ TrustRemoteCode = Annotated[
         "Run Python code that comes with the model; `--revision` must then be a commit.",
     ),
 ]
-Kinds = Annotated[
-    str,
+_KINDS = (
+    "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, `mlp_output`, "
+    "`head_outputs`, `queries`, `keys`, `values`, `router_logits`, `attention_mean`, "
+    "`state_norms`; by token: `logits`, `logprobs`, `entropy`"
+)
+Kinds = Annotated[str, option(KEEP, "--kinds KIND,KIND", f"{_KINDS}.")]
+ExtractedKinds = Annotated[
+    str | None,
     option(
         KEEP,
         "--kinds KIND,KIND",
-        "By layer: `hidden_states`, `attentions`, `residual_mid`, `attention_output`, "
-        "`mlp_output`, `head_outputs`, `queries`, `keys`, `values`, `router_logits`, "
-        "`attention_mean`, `state_norms`; by token: `logits`, `logprobs`, `entropy`.",
+        _KINDS + " [default: hidden_states,attentions; of vLLM hidden_states].",
     ),
 ]
 Attentions = Annotated[
@@ -249,10 +259,55 @@ def _generation(
     )
 
 
+def _engine(
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        option(
+            _MODEL,
+            "--engine transformers|vllm",
+            "What runs the model. vLLM is faster, and gives hidden states only, the last before "
+            "the final norm.",
+        ),
+    ] = "transformers",
+    engine_arguments: Annotated[
+        str | None,
+        option(
+            _MODEL,
+            "--engine-arguments JSON",
+            'Of `vllm.LLM`, such as `{"tensor_parallel_size": 2}`.',
+        ),
+    ] = None,
+    self_check: Annotated[
+        bool,
+        option(
+            _MODEL,
+            "--self-check/--no-self-check",
+            "Compare vLLM with transformers over eleven tokens before the run.",
+        ),
+    ] = True,
+) -> Any:
+    if engine == "transformers":
+        if engine_arguments is not None:
+            message = "--engine-arguments are those of --engine vllm"
+            raise typer.BadParameter(message)
+        return None
+    from h5traces.vllm.engine import VllmEngine
+
+    try:
+        arguments = parse_json(engine_arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        message = f"--engine-arguments is {engine_arguments}, expected an object of JSON"
+        raise typer.BadParameter(message)
+    return VllmEngine(arguments=arguments, self_check=self_check)
+
+
 @command(ExtractionError)
 def extract(
     *,
     model: Annotated[ModelChoice, Group(_model)],
+    engine: Annotated[Any, Group(_engine)],
     dataset: Annotated[DatasetChoice, Group(_dataset)],
     prompt_template: Annotated[
         str | None,
@@ -285,7 +340,7 @@ def extract(
         ),
     ] = "none",
     layers: Layers = None,
-    kinds: Kinds = "hidden_states,attentions",
+    kinds: ExtractedKinds = None,
     attentions: Attentions = None,
     top_logits: Annotated[
         int | None,
@@ -297,13 +352,14 @@ def extract(
         bool, option(KEEP, "--embedding", "Also store the output of the embedding.")
     ] = False,
     last_state: Annotated[
-        Literal["final_norm", "block_output"],
+        Literal["final_norm", "block_output"] | None,
         option(
             KEEP,
             "--last-state final_norm|block_output",
-            "Where the last block's state is taken: after the final norm, or before it.",
+            "Where the last block's state is taken: after the final norm, or before it [default: "
+            "final_norm; of vLLM block_output].",
         ),
-    ] = "final_norm",
+    ] = None,
     tokens: Annotated[
         str,
         option(
@@ -326,8 +382,15 @@ def extract(
         ),
     ] = True,
     batch_size: Annotated[
-        int, option(_MODEL, "--batch-size N", "Number of samples computed together.", min=1)
-    ] = 1,
+        int | None,
+        option(
+            _MODEL,
+            "--batch-size N",
+            "Number of samples computed together, or that vLLM is given at a time [default: 1; of "
+            "vLLM 256].",
+            min=1,
+        ),
+    ] = None,
     checks: Checks,
     ranks: Ranks,
     json: Json = False,
@@ -343,32 +406,34 @@ def extract(
       -o out/`
     - `h5traces extract --model-id llama2_chat_7B --dataset triviaqa --num-samples 1000 -o traces/
       --layers 0,5,10,15,20,25,last --batch-size 8`
+    - `… --engine vllm --layers 8,16` records hidden states at vLLM's speed
     - `… --tier analysis` trades precision for size
     - `… --dry-run` estimates the size and writes nothing
     """
     from h5traces import extract as extraction  # torch and transformers: heavy, and optional
 
     extraction.hide_progress_bars()
+    default_kinds, default_state, default_size = _TRANSFORMERS if engine is None else _VLLM
     options = ExtractOptions(
         layers=layers,
-        kinds=_kinds(kinds),
+        kinds=_kinds(kinds or default_kinds),
         attentions=attentions,
         top_logits=top_logits,
         embedding=embedding,
-        last_state=last_state,
+        last_state=last_state or default_state,
         tokens=tokens,
         generation=generation,
         seed=seed,
         prompt_template=prompt_template or ("{question}" if chat else DEFAULT_TEMPLATE),
         chat=chat,
         answer_cut=answer_cut,
-        batch_size=batch_size,
+        batch_size=batch_size or default_size,
         on_nan=on_nan,
     )
     is_rank = ranks["rank"] is not None
     with samples_progress("extract") as update, stopping(is_rank=is_rank) as should_stop:
         report = extraction.extract_dataset(
-            model,
+            replace(model, engine=engine),
             dataset,
             output,
             options,

@@ -192,8 +192,35 @@ def _reading(
         str | None,
         option(READING, "--mapping TOML", "Which name of a file holds which field, and its axes."),
     ] = None,
+    layer_ids: Annotated[
+        str | None,
+        option(
+            READING,
+            "--layer-ids 0,8,16",
+            "Of which layers hidden states are, as vLLM counts: 0 is the embedding, i the output "
+            "of block i - 1.",
+        ),
+    ] = None,
+    responses: Annotated[
+        str | None,
+        option(
+            READING,
+            "--responses JSONL",
+            "Responses of a server: prompt length, answer and finish reason of each request.",
+        ),
+    ] = None,
 ) -> ReadingOptions:
-    return ReadingOptions(first_state=first_state, keep_padding=keep_padding, mapping=mapping)
+    ids = None if layer_ids is None else layer_ids.replace(" ", "").split(",")
+    if ids is not None and not all(each.isdecimal() for each in ids):
+        message = f"--layer-ids is {layer_ids}, expected numbers such as 0,8,16"
+        raise typer.BadParameter(message)
+    return ReadingOptions(
+        first_state=first_state,
+        keep_padding=keep_padding,
+        mapping=mapping,
+        layer_ids=None if ids is None else tuple(map(int, ids)),
+        responses=responses,
+    )
 
 
 def _checks(

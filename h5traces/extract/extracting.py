@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_layers
@@ -43,6 +44,27 @@ if TYPE_CHECKING:
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike, Target
     from h5traces.ranks.rank import Rank
+
+
+class Engine(Protocol):
+    """A program that runs models; `h5traces.vllm.VllmEngine` is one.
+
+    Attributes
+    ----------
+    spare_tokens
+        Tokens of the model's context that it needs for itself.
+    """
+
+    @property
+    def spare_tokens(self) -> int: ...  # noqa: D102, RUF100
+
+    def check(self, model: ModelChoice, options: ExtractOptions) -> None:
+        """Reject what it cannot do, before anything is loaded; ExtractionError says why."""
+
+    def start(
+        self, model: ModelChoice, tokenizer: Any, options: ExtractOptions, jobs: list[Job]
+    ) -> Extractor:
+        """Load the model; `jobs` are all samples of the run."""
 
 
 @checked
@@ -110,6 +132,9 @@ def extract_dataset(
         The output is that of another run, or of other options.
     """
     options, storage = options or ExtractOptions(), PrecisionOptions.of(precision)
+    engine: Engine | None = model.engine
+    if engine is not None:
+        engine.check(model, options)
     place = target_of_run(dest, replace(target, dry_run=False))
     if Path(dataset.dataset).is_file():
         check_not_a_source(place, dataset.dataset)
@@ -132,7 +157,8 @@ def extract_dataset(
         model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     report = ExtractionReport(str(place.path), checks=checks)
-    jobs = _plan(Planner(tokenizer, config, options), questions, report)
+    spare = 0 if engine is None else engine.spare_tokens
+    jobs = _plan(Planner(tokenizer, config, options, spare_tokens=spare), questions, report)
     report.num_planned = len(jobs) + len(report.skipped)
     shape = ModelShape.of(config)
     forecast = Forecast(
@@ -155,6 +181,52 @@ def extract_dataset(
             "choose another, fewer samples or layers, smaller shards, or check_space=False"
         )
         raise ExtractionError(message)
+    if engine is None:
+        extractor = _loaded(model, tokenizer, options, storage)
+    else:
+        extractor = engine.start(model, tokenizer, options, jobs)
+    with contextlib.closing(extractor):
+        metadata = extractor.metadata(questions)
+        facts: dict[str, Any] = {
+            "precision": storage,
+            "target": target,
+            "model_id": models.resolve_model(model.model_id),
+            "model_revision": getattr(config, "_commit_hash", None) or model.revision,
+            "dataset": questions.name,
+            "num_layers": extractor.num_layers,
+            "extraction": metadata,
+        }
+        if chosen is not None:
+            rank_run = RankRun(
+                place.path, chosen, _shared_plan(jobs, options, place, facts, chosen)
+            )
+            with rank_run:
+                shared = SharedExtraction(rank_run, jobs, options.batch_size)
+                shared.run(extractor, place, facts, options, report, (progress, should_stop))
+            return report
+        writer = ProcessWriter(dest, **facts)
+        report.num_before = writer.num_samples
+        if writer.is_finished:
+            with writer:
+                _check_finished(writer, place.path, jobs, metadata, storage.precision, report)
+            return report
+        Run(
+            extractor,
+            writer,
+            jobs,
+            options,
+            report,
+            precision=storage,
+            progress=progress,
+            should_stop=should_stop,
+        ).run()
+        return report
+
+
+def _loaded(
+    model: ModelChoice, tokenizer: Any, options: ExtractOptions, storage: PrecisionOptions
+) -> Extractor:
+    """The model in transformers."""
     models.set_threads(model.threads)
     loaded = models.load_model(
         model.model_id,
@@ -165,40 +237,7 @@ def extract_dataset(
         trust_remote_code=model.trust_remote_code,
         eager=bool({*options.kinds} & {*WEIGHT_KINDS}),
     )
-    extractor = Extractor(loaded, tokenizer, options, dtype=storage.dtype or "float16")
-    metadata = extractor.metadata(questions)
-    facts: dict[str, Any] = {
-        "precision": storage,
-        "target": target,
-        "model_id": models.resolve_model(model.model_id),
-        "model_revision": getattr(loaded.config, "_commit_hash", None) or model.revision,
-        "dataset": questions.name,
-        "num_layers": extractor.num_layers,
-        "extraction": metadata,
-    }
-    if chosen is not None:
-        rank_run = RankRun(place.path, chosen, _shared_plan(jobs, options, place, facts, chosen))
-        with rank_run:
-            shared = SharedExtraction(rank_run, jobs, options.batch_size)
-            shared.run(extractor, place, facts, options, report, (progress, should_stop))
-        return report
-    writer = ProcessWriter(dest, **facts)
-    report.num_before = writer.num_samples
-    if writer.is_finished:
-        with writer:
-            _check_finished(writer, place.path, jobs, metadata, storage.precision, report)
-        return report
-    Run(
-        extractor,
-        writer,
-        jobs,
-        options,
-        report,
-        precision=storage,
-        progress=progress,
-        should_stop=should_stop,
-    ).run()
-    return report
+    return Extractor(loaded, tokenizer, options, dtype=storage.dtype or "float16")
 
 
 def _shared_plan(

@@ -201,7 +201,17 @@ def _stored(entry: LayerArray, dtype: DtypePolicy) -> Any:
 
 
 class Extractor:
-    """Makes records of questions with one model; arguments as for `extract`."""
+    """Makes records of questions with one model; arguments as for `extract`.
+
+    Attributes
+    ----------
+    num_layers
+        Blocks of the model.
+    keeps_batches
+        Whether a sample that is computed again needs the same neighbours.
+    """
+
+    keeps_batches = True
 
     def __init__(
         self, model: Any, tokenizer: Any, options: ExtractOptions, *, dtype: DtypePolicy = "float16"
@@ -238,6 +248,9 @@ class Extractor:
                 needs_rules=options.attentions == "qk",
             ),
         )
+
+    def close(self) -> None:
+        """Release what the model holds beyond memory: nothing, in transformers."""
 
     def metadata(self, questions: QuestionSet | None = None) -> ExtractionMetadata:
         """What archives record of the run."""
@@ -289,14 +302,14 @@ class Extractor:
             {**config.to_diff_dict(), **{name: getattr(options, name) for name in names}}
         )
 
-    def run(self, jobs: Sequence[Job]) -> list[TraceRecord | NanError]:
+    def run(self, jobs: Sequence[Job]) -> Iterable[TraceRecord | NanError]:
         """Records of a batch, with an error in place of each sample rejected for NaN values."""
         answers = answers_to(self._model, jobs, self._options.generation, pad_id=self._pad_id)
         sequences = [
             (*job.prompt, *answer.tokens) for job, answer in zip(jobs, answers, strict=True)
         ]
         texts = [
-            _Texts.of(self._tokenizer, job, answer, self._options.tokens)
+            Texts.of(self._tokenizer, job, answer, self._options.tokens)
             for job, answer in zip(jobs, answers, strict=True)
         ]
         kept = [each.kept for each in texts]
@@ -324,7 +337,7 @@ class Extractor:
     def _record(
         self,
         job: Job,
-        found: _Texts,
+        found: Texts,
         captured: Captured,
         extraction: SampleExtraction,
         token_ids: Sequence[int],
@@ -390,7 +403,7 @@ class Extractor:
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     """Prompt and answer as text, the characters of tokens, and the places of those to keep."""
 
     prompt: str
@@ -399,7 +412,7 @@ class _Texts:
     kept: NDArray[np.int64]
 
     @classmethod
-    def of(cls, tokenizer: Any, job: Job, answer: Answer, tokens: str) -> _Texts:
+    def of(cls, tokenizer: Any, job: Job, answer: Answer, tokens: str) -> Texts:
         prompt, text = sample_text(tokenizer, job, answer.tokens)
         offsets = char_offsets(tokenizer, job, answer.tokens)
         in_spans = tokens_in_spans(job, offsets, len(prompt))

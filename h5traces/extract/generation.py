@@ -112,7 +112,9 @@ class _Prompt:
 class Planner:
     """Makes jobs from questions; needs a tokenizer and a configuration, but no weights."""
 
-    def __init__(self, tokenizer: Any, config: Any, options: ExtractOptions) -> None:
+    def __init__(
+        self, tokenizer: Any, config: Any, options: ExtractOptions, *, spare_tokens: int = 0
+    ) -> None:
         if _PLACE not in options.prompt_template:
             message = f"the prompt template {options.prompt_template!r} does not hold {_PLACE}"
             raise ExtractionError(message)
@@ -120,7 +122,8 @@ class Planner:
             _check_chat(tokenizer)
         self._tokenizer, self._options = tokenizer, options
         self._family = config.model_type
-        self._context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._context = None if context is None else context - spare_tokens
 
     def jobs(
         self, question: Question

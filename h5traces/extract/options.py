@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from h5traces.archive.selection import check_named_once
 from h5traces.arguments import checked_options, shown
@@ -244,6 +244,8 @@ class ModelChoice:
     threads
         Threads that compute on a CPU; None for as many as there are cores that the load of the last
         minute left free, and no more than torch would take.
+    engine
+        What runs the model: a `h5traces.vllm.VllmEngine`, or None for transformers.
     """
 
     model_id: str
@@ -253,6 +255,7 @@ class ModelChoice:
     load_in_4bit: bool = False
     trust_remote_code: bool = False
     threads: int | None = None
+    engine: Any = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

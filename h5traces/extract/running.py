@@ -27,7 +27,7 @@ from h5traces.writing.options import WriteOptions
 from h5traces.writing.shards import stored_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from h5traces.extract.extractor import Extractor
     from h5traces.extract.generation import Job
@@ -382,8 +382,9 @@ class Run:
     def _batches(self) -> Iterator[Sequence[Job]]:
         """Batches with a sample that is not done."""
         for batch in self._cut or batches(self._jobs, self._options.batch_size):
-            if any(each.key not in self.done for each in batch):
-                yield batch
+            left = [each for each in batch if each.key not in self.done]
+            if left:
+                yield batch if self._extractor.keeps_batches else left
 
     def _computed(self, batch: Sequence[Job]) -> Iterator[tuple[Job, TraceRecord | Skipped]]:
         """Records of a batch, which is halved until it fits into memory."""
@@ -415,7 +416,7 @@ class Run:
             else:
                 yield job, Skipped.of(job, "nan", str(outcome))
 
-    def _attempt(self, batch: Sequence[Job]) -> Sequence[TraceRecord | NanError] | None:
+    def _attempt(self, batch: Sequence[Job]) -> Iterable[TraceRecord | NanError] | None:
         """Records of the batch; None if memory is too small."""
         try:
             return self._extractor.run(batch)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ConversionError
 from h5traces.format import layout
+from h5traces.format.text import counted
 from h5traces.meaning.checks import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from h5traces.meaning.containers import Apart
     from h5traces.meaning.options import FirstState, RunFacts
@@ -185,6 +186,31 @@ def numbered_states(
         as_told = ", as in other samples of the run" * is_told
         found.note("embedding-first", f"the first is the embedding{last}{as_told}")
     return numbered if has_sites else Numbered(numbered.names, (None,) * num_states)
+
+
+def numbered_by_ids(found: Apart, blocks: Apart | None, ids: Sequence[int]) -> Numbered:
+    """Hidden states of layers as vLLM counts them: 0 is the embedding, i the output of block i - 1.
+
+    Raises
+    ------
+    ConversionError
+        There is another number of states, keys say which layers they are, or there are attentions.
+    """
+    if found.numbers is not None or blocks is not None:
+        message = (
+            "field 'hidden_states' says itself which layers it has, by keys or beside attentions; "
+            "leave layer_ids out"
+        )
+        raise ConversionError(message)
+    if len(found.items) != len(ids):
+        message = (
+            f"field 'hidden_states' has {counted(len(found.items), 'state')}, but layer_ids names "
+            f"{len(ids)}: {', '.join(map(str, ids))}; name the ids that the server was given"
+        )
+        raise ConversionError(message)
+    names = tuple(layout.layer_name(each - 1) if each else layout.EMBEDDING for each in ids)
+    sites = tuple(layout.SITE_BLOCK_OUTPUT if each else layout.SITE_EMBEDDING for each in ids)
+    return Numbered(names, sites)
 
 
 def _by_counts(num_states: int, num_blocks: int, kind: str) -> FirstState:

@@ -99,6 +99,12 @@ class ReadingOptions:
         Keep padded positions and store the mask; by default they are cut.
     mapping
         A file that says which name holds which field, and what its axes are.
+    layer_ids
+        Of which layers hidden states are, as vLLM counts them: 0 is the embedding, i the output of
+        block i - 1. States lie in ascending order of ids.
+    responses
+        A file of JSON or JSON Lines with the responses of a server, which say of each request what
+        its file does not: prompt length, answer, finish reason.
     run
         What other files of the same run establish; whoever reads several files of a run fills it.
     """
@@ -106,9 +112,24 @@ class ReadingOptions:
     first_state: FirstState | None = None
     keep_padding: bool = False
     mapping: str | os.PathLike[str] | None = None
+    layer_ids: tuple[int, ...] | None = None
+    responses: str | os.PathLike[str] | None = None
     run: RunFacts = RunFacts()
 
     def __post_init__(self) -> None:
         if self.first_state not in (None, *FIRST_STATES):
             message = f"first_state is {self.first_state!r}, expected 'embedding' or 'block'"
+            raise OptionError(message)
+        ids = self.layer_ids
+        if ids is not None and (not ids or min(ids) < 0 or len(set(ids)) < len(ids)):
+            message = f"layer_ids is {list(ids)}, expected different numbers from 0 on"
+            raise OptionError(message)
+        if ids is not None:
+            # vLLM stores them sorted, however they were given.
+            object.__setattr__(self, "layer_ids", tuple(sorted(ids)))
+        if None not in (ids, self.first_state):
+            message = "layer_ids and first_state both say what the first state is; leave one out"
+            raise OptionError(message)
+        if None not in (self.responses, self.mapping):
+            message = "responses are read with files that need no mapping; leave one out"
             raise OptionError(message)

@@ -43,6 +43,7 @@ from h5traces.meaning.numbering import (
     Numbered,
     num_blocks_of,
     numbered_blocks,
+    numbered_by_ids,
     numbered_states,
 )
 from h5traces.meaning.options import ReadingOptions
@@ -236,7 +237,9 @@ def _numbered(
     blocks = next((apart[kind] for kind in found if apart[kind].items), None)
     states = apart.get(layout.HIDDEN_STATES)
     num_layers = _stated_layers(item, known)
-    if states is not None and states.items:
+    if states is not None and states.items and options.layer_ids is not None:
+        found[layout.HIDDEN_STATES] = numbered_by_ids(states, blocks, options.layer_ids)
+    elif states is not None and states.items:
         found[layout.HIDDEN_STATES] = numbered_states(
             states, blocks, options.first_state, num_layers, known, has_sites=has_sites
         )

@@ -102,9 +102,13 @@ def recorded_options(
         found["first_state"] = reading.first_state
     if reading.keep_padding:
         found["keep_padding"] = True
-    if reading.mapping is not None:
-        with os.fdopen(open_regular(Path(reading.mapping), ConversionError), "rb") as file:
-            found["mapping"] = xxhash.xxh3_128_hexdigest(file.read())
+    if reading.layer_ids is not None:
+        found["layer_ids"] = list(reading.layer_ids)
+    for name in ("mapping", "responses"):
+        path = getattr(reading, name)
+        if path is not None:
+            with os.fdopen(open_regular(Path(path), ConversionError), "rb") as file:
+                found[name] = xxhash.xxh3_128_hexdigest(file.read())
     if scales is not None:
         found["scales"] = scales
     if layers is not None:

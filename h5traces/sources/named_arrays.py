@@ -5,6 +5,7 @@ Names such as ``q0/hidden_states`` belong to sample ``q0``; `naming` says what t
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -16,11 +17,10 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.records import to_record
 from h5traces.sources.naming import TOKENS, Naming, is_numbered
 from h5traces.sources.opening import source_stem
+from h5traces.sources.responses import add_response
 from h5traces.sources.source import TraceSource
 
 if TYPE_CHECKING:
-    import os
-
     from h5traces.format.record import SourcePosition, TraceRecord
     from h5traces.sources.mapped import MappedFile
     from h5traces.sources.naming import Arrays
@@ -88,7 +88,14 @@ class NamedArraysSource(TraceSource):
             raise ConversionError(message)
         self.num_read += 1
         arrays = self.prepared({key: load() for key, load in loaders.items()})
-        return self._naming.sample(name, arrays, self._facts)
+        return self.answered(self._naming.sample(name, arrays, self._facts), name)
+
+    def answered(self, item: dict[Any, Any], name: str) -> dict[Any, Any]:
+        """The sample with what the response to its request says, where there are responses."""
+        if self.options.responses is not None:
+            add_response(item, name, self.path, os.fspath(self.options.responses))
+            self._naming.note(f"{self.options.responses} says what its request was answered")
+        return item
 
     def prepared(self, arrays: Arrays) -> Arrays:
         """The arrays of one sample, as a format changes them before they are named."""

@@ -14,6 +14,7 @@ from h5traces.format import layout
 from h5traces.meaning.options import ReadingOptions
 from h5traces.sources.arrays import ArrayFile, Held, as_array
 from h5traces.sources.json_numbers import parse_with_arrays
+from h5traces.sources.lens import is_of_lens, of_lens
 from h5traces.sources.named_arrays import NamedArraysSource
 from h5traces.sources.opening import source_stem
 from h5traces.sources.pickle.source import FileSource, PickleLimits
@@ -80,14 +81,18 @@ class TableSource(NamedArraysSource):
             )
             raise ConversionError(message)
         arrays = {name: each.read() for name, each in group.items()}
+        stem = source_stem(self.path.name)
+        if is_of_lens(arrays):
+            self._naming.note("'residual_stream' of vLLM-Lens holds block outputs")
+            arrays = of_lens(arrays, self.path)
         if layout.QUESTION_ID not in arrays:
             name = next((each for each in _IDS if each in arrays), None)
             if name is not None:
                 arrays[layout.QUESTION_ID] = arrays.pop(name)
                 self._naming.note(f"{name!r} holds the ids")
-        stem = source_stem(self.path.name)
         self.num_read += 1
-        return self._naming.sample(f"{stem}_{self.num_read - 1}", arrays)
+        item = self._naming.sample(f"{stem}_{self.num_read - 1}", arrays)
+        return self.answered(item, str(item[layout.QUESTION_ID]))
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -1,8 +1,12 @@
-"""Recording inside vLLM: a connector that an engine finds by its name, `H5TracesConnector`."""
+"""vLLM: a connector that an engine finds by its name, and an engine for `extract_dataset`."""
 
-from typing import Final
+from typing import TYPE_CHECKING
 
-NAME: Final = "H5TracesConnector"
+from h5traces.lazy import lazy_names
+from h5traces.vllm.recorder import NAME
+
+if TYPE_CHECKING:
+    from h5traces.vllm.engine import VllmEngine
 
 
 def register() -> None:
@@ -13,4 +17,7 @@ def register() -> None:
         KVConnectorFactory.register_connector(NAME, "h5traces.vllm.connector", NAME)
 
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "VllmEngine", "register"]
+
+if not TYPE_CHECKING:
+    __getattr__, _ = lazy_names(__name__, {"VllmEngine": "h5traces.vllm.engine"}, extra="extract")

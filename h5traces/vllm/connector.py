@@ -18,7 +18,16 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from h5traces.errors import OptionError
 from h5traces.format.dtypes import TypedArray
-from h5traces.vllm.recorder import KEY, Finished, Recorder, Settings, asked_for, record_of, slots_of
+from h5traces.vllm.provenance import described, sampling_of
+from h5traces.vllm.recorder import (
+    KEY,
+    Finished,
+    Handover,
+    Recorder,
+    Settings,
+    asked_for,
+    slots_of,
+)
 
 _CACHE = "cache_only_layers."
 
@@ -52,7 +61,7 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._num_slots = len(ids)
         self._group = ExampleHiddenStatesConnector._find_cache_kv_group_id(kv_cache_config)
         self._ended: list[Finished] = []
-        self._recorder: Recorder | None = None
+        self._recorder: Recorder | Handover | None = None
         self._cache: torch.Tensor | None = None
 
     # --- the scheduler's side ---
@@ -81,6 +90,8 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             sample_id, fields = asked_for(request.kv_transfer_params)
         except OptionError as error:
             return False, {KEY: {"error": f"not stored: {error}"}}
+        if self._settings.handover is not None and sample_id is None:
+            return False, None
         reason = request.get_finished_reason()
         found = Finished(
             request_id=request.request_id,
@@ -91,6 +102,7 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             block_ids=tuple(block_ids),
             sample_id=sample_id,
             fields=fields,
+            sampling=sampling_of(request.sampling_params),
         )
         self._ended.append(found)
         return True, {KEY: {"sample_id": sample_id or request.request_id}}
@@ -119,13 +131,18 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
             raise OptionError(message)
         self._cache = found[0]
+        if self._settings.handover is not None:
+            self._recorder = Handover(self._settings.handover)
+            return
         config = self._vllm_config
+        blocks = [each for each in self._slots.values() if each is not None]
         self._recorder = Recorder.of(
             self._settings,
             config.parallel_config.data_parallel_index,
             model_id=config.model_config.model,
             model_revision=config.model_config.revision,
             num_layers=self._num_layers,
+            extraction=described(config, blocks),
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -148,9 +165,7 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return None, None
         ended = self._get_connector_metadata()
         for request in ended.requests:
-            states = self._states(request)
-            record = record_of(request, states, self._slots)
-            self._recorder.put(record, states.values.nbytes)
+            self._recorder.take(request, self._states(request), self._slots)
         return {each.request_id for each in ended.requests} or None, None
 
     def _states(self, request: Finished) -> TypedArray:

@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
     from h5traces.writing.trace_writer import TraceWriter
 
+# By which an engine finds the connector.
+NAME: Final = "H5TracesConnector"
 # In `kv_transfer_params`, of requests and of responses.
 KEY: Final = "h5traces"
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
 _SETTINGS: Final = ("target", "layers", "dtype", "tier", "shard_samples", "max_waiting_nbytes")
+# Instead of a target, for `h5traces extract`: a folder where the states of each request are left.
+HANDOVER: Final = "handover"
 _OUTPUT_IDS, _FINISH, _REQUEST = "output_ids", "finish_reason", "request_id"
+_SAMPLING: Final = "sampling"
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,24 @@ class Settings:
         As in `PrecisionOptions` and `TargetOptions`.
     max_waiting_nbytes
         States that wait to be written; the engine waits while there are more.
+    handover
+        Instead of a target, the folder of a program that asked the engine, and takes the states of
+        each request from there.
     """
 
-    target: str
+    target: str = ""
     layers: tuple[int, ...] | None = None
     dtype: Any = None
     tier: Any = None
     shard_samples: int | None = None
     max_waiting_nbytes: int = _MAX_WAITING_NBYTES
+    handover: str | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """The settings of an engine; OptionError names what is wrong."""
+        if {*config} == {HANDOVER}:
+            return cls(handover=str(config[HANDOVER]))
         unknown = [each for each in config if each not in _SETTINGS]
         if unknown or not isinstance(config.get("target"), str):
             what = f"{unknown[0]!r} is no setting" if unknown else "'target' is missing"
@@ -125,6 +136,7 @@ class Finished:
     block_ids: tuple[int, ...] = ()
     sample_id: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 def asked_for(parameters: Any) -> tuple[str | None, dict[str, Any]]:
@@ -140,7 +152,7 @@ def asked_for(parameters: Any) -> tuple[str | None, dict[str, Any]]:
         raise OptionError(message)
     taken = {
         *layout.KINDS, layout.TOKENS, layout.TOKENS_DECODED, layout.QUESTION_ID,
-        layout.PROMPT_LENGTH, _OUTPUT_IDS, _FINISH, _REQUEST,
+        layout.PROMPT_LENGTH, _OUTPUT_IDS, _FINISH, _REQUEST, _SAMPLING,
     }  # fmt: skip
     if not isinstance(fields, dict) or any(not each or each in taken for each in fields):
         message = f"fields is {fields!r}; {expected}, with names that the archive has no use for"
@@ -179,6 +191,7 @@ def record_of(
         _OUTPUT_IDS: list(request.output_ids),
         _FINISH: request.finish_reason,
         _REQUEST: request.request_id,
+        _SAMPLING: request.sampling,
     }
     return TraceRecord(
         sample_id=request.sample_id or request.request_id,
@@ -238,6 +251,10 @@ class Recorder:
             raise ArchiveExistsError(message)
         return cls(writer, settings.max_waiting_nbytes)
 
+    def take(self, request: Finished, states: TypedArray, slots: Mapping[int, int | None]) -> None:
+        """Hand over what `record_of` takes; waits for room."""
+        self.put(record_of(request, states, slots), states.values.nbytes)
+
     def put(self, record: TraceRecord, nbytes: int) -> None:
         """Hand over a record whose arrays have that many bytes; waits for room."""
         with self._changed:
@@ -283,3 +300,31 @@ class Recorder:
                 self._changed.notify_all()
                 if self._error is not None:
                     return
+
+
+class Handover:
+    """Leaves the states of each request in a folder, in one step, for the program that asked."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def take(self, request: Finished, states: TypedArray, slots: Mapping[int, int | None]) -> None:
+        """Write ``NUMBER.npy``, ``(tokens, slots, hidden)``; of requests with a number only.
+
+        bfloat16 is written as the integers of its bits.
+        """
+        number = request.sample_id
+        if number is None or not number.isdecimal():
+            return
+        part = self._folder / f"{number}.part"
+        with part.open("wb") as file:
+            np.save(file, states.values, allow_pickle=False)
+        part.replace(handed_over(self._folder, int(number)))
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+
+def handed_over(folder: Path, number: int) -> Path:
+    """The file of a request's states."""
+    return folder / f"{number}.npy"

@@ -53,6 +53,7 @@ ELSEWHERE = {
     ("docs/writing.md", "py"): "tests/writing/test_from_python.py",
     ("docs/writing.md", "python"): "tests/crash/test_long_runs.py",
     # Needs vLLM, which does not go into the environment of the tests.
+    ("docs/vllm.md", "bash"): "tools/check_vllm.py",
     ("docs/vllm.md", "python"): "tools/check_vllm.py",
     # Needs a model, GPUs and a data set of Ray; the test runs the programs in examples/ray/.
     ("docs/cluster.md", "python"): "tests/engines/test_ray.py",
