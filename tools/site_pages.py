@@ -62,7 +62,9 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
             message = f"{document} links to {target}, which does not exist"
             raise PluginError(message)
         uri = OUTSIDE.get(path, path.removeprefix("docs/"))
-        if path not in OUTSIDE and not (path.startswith("docs/") and path.endswith(".md")):
+        if path not in OUTSIDE and not (
+            path.startswith("docs/") and path.endswith((".md", ".png"))
+        ):
             return text
         return f"[{text}]({os.path.relpath(uri, PurePosixPath(here).parent)}{anchor})"
 

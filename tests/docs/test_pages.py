@@ -50,6 +50,7 @@ ELSEWHERE = {
     ("docs/training.md", "python"): "tests/docs/test_training.py",
     ("docs/tutorial.md", "bash"): "tests/docs/test_tutorial.py",
     ("docs/tutorial.md", "python"): "tests/docs/test_tutorial.py",
+    ("docs/viewing.md", "python"): "tests/view/test_shipped_example.py",
     ("docs/writing.md", "py"): "tests/writing/test_from_python.py",
     ("docs/writing.md", "python"): "tests/crash/test_long_runs.py",
     # Needs vLLM, which does not go into the environment of the tests.

@@ -44,6 +44,14 @@ def test_nothing_is_loaded_from_other_servers(site: Path) -> None:
     assert loaded == []
 
 
+@pytest.mark.parametrize("page", [".", "compatibility", "viewing"])
+def test_pictures_are_on_the_pages(site: Path, page: str) -> None:
+    text = (site / page / "index.html").read_text(encoding="utf-8")
+    found = re.findall(r'<img[^>]*src="([^"]*images/[^"]*)"', text)
+    assert len(found) == (4 if page == "viewing" else 1)
+    assert all((site / page / each).is_file() for each in found)
+
+
 def test_llms_txt_lists_every_page_with_a_sentence(site: Path) -> None:
     lines = (site / "llms.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# h5traces"
