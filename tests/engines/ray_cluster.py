@@ -43,6 +43,14 @@ def error_of(*arguments: Any, call: Any, **options: Any) -> str:
     return ""
 
 
+def parent_of(process: int) -> int | None:
+    """Process id of the parent; None where the process has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return None
+
+
 def main(batches: str, out: Path, examples: Path, model: str, questions: str) -> None:
     found: dict[str, Any] = {}
     cluster = Cluster(
@@ -52,13 +60,20 @@ def main(batches: str, out: Path, examples: Path, model: str, questions: str) ->
         nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
         ray.init(address=cluster.address, log_to_driver=False)
 
+        raylets = {each.all_processes["raylet"][0].process.pid: each for each in nodes}
+
         def kill() -> None:
-            """When every rank has begun, and none has ended."""
+            """The first node, but for the head, that has begun a rank."""
             lines = out / "archives" / "ranks"
             end = time.monotonic() + 200
-            while len(list(lines.glob("*.jsonl"))) < 3 and time.monotonic() < end:
-                time.sleep(0.01)
-            cluster.remove_node(nodes[1], allow_graceful=False)
+            while time.monotonic() < end:
+                for path in lines.glob("*.jsonl"):
+                    line, whole, _ = path.read_text().partition("\n")
+                    node = raylets.get(parent_of(json.loads(line)["process"])) if whole else None
+                    if node is not None:
+                        cluster.remove_node(node, allow_graceful=False)
+                        return
+                time.sleep(0.005)
 
         killer = threading.Thread(target=kill)
         killer.start()

@@ -135,9 +135,9 @@ def test_one_chunk_is_read_per_layer(shards: Path, monkeypatch: pytest.MonkeyPat
     ]
     seen: list[tuple[int, int]] = []
 
-    def counted(plan: Any, source: Any, *others: Any) -> None:
+    def counted(plan: Any, source: Any, *others: Any, **options: Any) -> None:
         seen.extend(zip(plan["offset"].tolist(), plan["nbytes"].tolist(), strict=True))
-        run_plan(plan, source, *others)
+        run_plan(plan, source, *others, **options)
 
     monkeypatch.setattr(plans, "run_plan", counted)
     dataset[6]

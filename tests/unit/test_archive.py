@@ -442,9 +442,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((offset, len(out)))
         read_into(self, offset, out)
 
-    def counted_plan(plan: Any, source: Any, *others: Any) -> None:
+    def counted_plan(plan: Any, source: Any, *others: Any, **options: Any) -> None:
         seen.extend(zip(plan["offset"].tolist(), plan["nbytes"].tolist(), strict=True))
-        run_plan(plan, source, *others)
+        run_plan(plan, source, *others, **options)
 
     monkeypatch.setattr(LocalFile, "read_at", counted)
     monkeypatch.setattr(LocalFile, "read_into", counted_into)
