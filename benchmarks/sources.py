@@ -378,6 +378,10 @@ axes = "sample layer token hidden"
     "hdf5, layers": BY_LAYER.replace("FOLDER", "false").replace("NAME", "layer_{layer}/inputs"),
 }
 LIMIT_MB = 200
+LAYERED = ("hidden_states", "attentions")
+# These files hold no attentions.
+STATES_ALONE = ("raw, mapping", "npy, mapping", "hdf5, layers", "jsonl")
+SPEEDS = [*KINDS, *(name for name in STREAMED if name not in KINDS)]
 
 
 def repeated(samples: list[dict], count: int) -> Iterator[dict]:
@@ -431,17 +435,21 @@ def read_bytes(files: list[Path]) -> float:
     return time.perf_counter() - start
 
 
-def read_records(files: list[Path]) -> float:
+def read_records(sources: list[Path], mapping: Path | None) -> float:
+    from h5traces import ReadingOptions
     from h5traces.sources.opening import open_source
 
+    reading = ReadingOptions(mapping=mapping)
     start = time.perf_counter()
-    for path in files:
-        with open_source(path) as source:
+    for path in sources:
+        with open_source(path, reading) as source:
             for record in source.records():
                 for kind in record.layered.values():
                     for each in kind.arrays:
-                        # A strided sum touches every page.
-                        each.array.load().values.reshape(-1).view(np.uint8)[::4096].sum()
+                        steps = getattr(each.array, "steps", None) or (each.array.load(),)
+                        for step in steps:
+                            # A strided sum touches every page.
+                            step.values.reshape(-1).view(np.uint8)[::4096].sum()
                 del record
     return time.perf_counter() - start
 
@@ -460,7 +468,7 @@ def convert(folder: Path, target: Path, mapping: Path | None = None) -> tuple[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(SPEEDS)}")
     parser.add_argument("--memory", action="store_true", help="one file of 2 GB of each kind")
     parser.add_argument("--mb", type=int, help="raw megabytes (default: 200, with --memory 2000)")
     parser.add_argument("--tokens", type=int, default=256, help="of a sample (default: 256)")
@@ -469,25 +477,39 @@ def main() -> None:
     if options.memory:
         names = options.kinds or list(STREAMED)
         sys.exit(0 if memory(names, options.mb or 2000, options.tokens) else 1)
-    samples = traces(options.mb or 200, options.tokens)
-    raw = sum(each[key].nbytes for each in samples for key in ("hidden_states", "attentions"))
-    print(f"{len(samples)} samples of {raw / len(samples) / 1e6:.1f} MB")
+    speed(options.kinds or list(SPEEDS), traces(options.mb or 200, options.tokens), options)
+
+
+def speed(names: Sequence[str], samples: list[dict], options: argparse.Namespace) -> None:
+    """Convert files of each kind, beside reading their bytes and making records of them."""
+    sizes = {key: sum(each[key].nbytes for each in samples) / 1e6 for key in LAYERED}
+    print(f"{len(samples)} samples of {sum(sizes.values()) / len(samples):.1f} MB")
     columns = f"{'records s':>11}{'convert s':>11}{'MB/s':>7}{'peak MB':>9}"
     print(f"{'':18}{'file MB':>8}{'read s':>8}{columns}")
-    for name in options.kinds or KINDS:
+    for name in names:
         with tempfile.TemporaryDirectory() as inside:
-            folder = Path(inside) / "in"
+            folder, mapping = Path(inside) / "in", None
             folder.mkdir()
-            KINDS[name](folder, samples)
-            files = sorted(folder.iterdir())
-            size = sum(each.stat().st_size for each in files)
+            if name in KINDS:
+                KINDS[name](folder, samples)
+                source, sources = folder, sorted(folder.iterdir())
+            else:
+                source = folder / "batch.bin"
+                sources = [source]
+                write_apart(name, source, samples, len(samples))
+            if name in MAPPINGS:
+                mapping = Path(inside) / "mapping.toml"
+                mapping.write_text(MAPPINGS[name].replace("TOKENS", str(options.tokens)))
+            files = sorted(each for each in folder.rglob("*") if each.is_file())
+            size = sum(each.stat().st_size for each in files) / 1e6
+            raw = sizes["hidden_states"] if name in STATES_ALONE else sum(sizes.values())
             read = statistics.median(read_bytes(files) for _ in range(options.runs))
-            records = statistics.median(read_records(files) for _ in range(options.runs))
-            done = [convert(folder, Path(inside) / "out.h5") for _ in range(options.runs)]
+            records = statistics.median(read_records(sources, mapping) for _ in range(options.runs))
+            done = [convert(source, Path(inside) / "out.h5", mapping) for _ in range(options.runs)]
             seconds = statistics.median(each for each, _ in done)
             print(
-                f"{name:18}{size / 1e6:8.0f}{read:8.2f}{records:11.2f}{seconds:11.2f}"
-                f"{raw / 1e6 / seconds:7.0f}{max(peak for _, peak in done):9.0f}",
+                f"{name:18}{size:8.0f}{read:8.2f}{records:11.2f}{seconds:11.2f}"
+                f"{raw / seconds:7.0f}{max(peak for _, peak in done):9.0f}",
                 flush=True,
             )
 
