@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -69,8 +71,11 @@ def main(batches: str, out: Path, examples: Path, model: str, questions: str) ->
             while time.monotonic() < end:
                 for path in lines.glob("*.jsonl"):
                     line, whole, _ = path.read_text().partition("\n")
-                    node = raylets.get(parent_of(json.loads(line)["process"])) if whole else None
+                    process = json.loads(line)["process"] if whole else None
+                    node = raylets.get(parent_of(process)) if process else None
                     if node is not None:
+                        # All of a node dies at once; Ray's own workers outlive it for a while.
+                        os.kill(process, signal.SIGKILL)
                         cluster.remove_node(node, allow_graceful=False)
                         return
                 time.sleep(0.005)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """What one cluster did with all of it; starting Ray takes longer than the work."""
     out = tmp_path_factory.mktemp("ray")
-    write_batches(out / "batches", 6, num_samples=30, seq_len=60)
+    write_batches(out / "batches", 6, num_samples=90, seq_len=60)
     script = Path(__file__).with_name("ray_cluster.py")
     command = [sys.executable, str(script), str(out / "batches"), str(out), str(EXAMPLES / "ray")]
     # Else workers yield to all other processes of the machine.
@@ -69,7 +69,7 @@ def test_what_the_cluster_cannot_do_is_an_error(run: tuple[Path, dict[str, Any]]
 
 def test_the_examples(run: tuple[Path, dict[str, Any]]) -> None:
     out, _ = run
-    assert len(h5traces.open(out / "example-convert" / "catalogue.parquet")) == 180
+    assert len(h5traces.open(out / "example-convert" / "catalogue.parquet")) == 540
     assert sorted(h5traces.open(out / "example-extract").ids) == ["q0", "q1", "q2", "q3"]
     traces = h5traces.open(out / "sink")
     assert sorted(traces.ids) == ["q0", "q1", "q2", "q3"]
