@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from typing import TYPE_CHECKING, Final
 
 from h5traces.errors import ArchiveExistsError
 from h5traces.ranks.plan import RANKS, read_plan, replace_plan, run_folder
 from h5traces.ranks.run import RankRun
 from h5traces.ranks.status import finished_items
-from h5traces.storage.publish import make_folder
+from h5traces.storage.publish import locked, make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,12 +95,5 @@ def _give_way(folder: Path, plan: RunPlan, output: Path) -> None:
 def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Whether the lock of a run is ours."""
     make_folder(folder / RANKS)
-    descriptor = os.open(folder / RANKS / "join.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        yield False
-    else:
-        yield True
-    finally:
-        os.close(descriptor)
+    with locked(folder / RANKS / "join.lock", wait=wait) as is_ours:
+        yield is_ours

@@ -313,6 +313,20 @@ def remove_abandoned_parts(target: Path) -> list[Path]:
     ]
 
 
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock of a file is ours; with `wait`, it is as soon as others give it back."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
 def remove_unlocked(path: Path) -> bool:
     """Delete a ``.part`` file whose writer is gone; false if it is at work."""
     try:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from h5traces.errors import ArchiveError
 from h5traces.format.text import and_more, counted
-from h5traces.storage.publish import remove_unlocked
+from h5traces.storage.publish import locked, remove_unlocked
 from h5traces.writing.create import described_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 from h5traces.writing.shards import Contents
@@ -19,7 +16,7 @@ from h5traces.writing.spool_writer import SpoolWriter
 from h5traces.writing.trace_writer import TraceWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from h5traces.format.precision import Precision, Tier
@@ -147,19 +144,9 @@ class SharedWriter(SpoolWriter):
             return super()._packing_options(numbers)
         return replace(self._options, scales=self._calibration.scales(step))
 
-    @contextlib.contextmanager
-    def _claimed(self, shard: int) -> Iterator[bool]:
+    def _claimed(self, shard: int) -> AbstractContextManager[bool]:
         """Whether no other rank packs a shard."""
-        path = self._spool().path / f"pack-{shard:05d}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-        finally:
-            os.close(descriptor)
+        return locked(self._spool().path / f"pack-{shard:05d}.lock")
 
     def remove_spool(self) -> None:
         """Remove the spool of a run that nobody goes on with; all its samples must be packed."""
