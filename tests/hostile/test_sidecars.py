@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 BATCH = make_batch("full_pkl")
 IDS = [each["question_id"] for each in BATCH]
-MAX_SECONDS = 1.0
+MAX_SECONDS = 10  # of a processor; what takes longer hangs
 MAX_EXTRA_NBYTES = 50 << 20
 
 
@@ -311,7 +311,7 @@ except SchemaError as error:
     )
     length, seconds = done.stdout.split()
     assert int(length) < 1000
-    assert float(seconds) < 2 * MAX_SECONDS
+    assert float(seconds) < MAX_SECONDS
 
 
 # --- where labels are not looked for --------------------------------------------------------------

@@ -28,6 +28,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.folder = folder
         self.lock = threading.Lock()
         self.requests: list[dict[str, str]] = []
+        self.in_hand = 0
         # Statuses to answer the next requests with, before serving again.
         self.failures: list[int] = []
         # "etag", "time" or "none": what answers name as the version of a file
@@ -65,6 +66,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.in_hand += 1
+        try:
+            self.do_one()
+        finally:
+            with self.server.lock:
+                self.server.in_hand -= 1
+
+    def do_one(self) -> None:
         asked = {
             "method": self.command,
             "path": self.path,
@@ -72,6 +82,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "authorization": self.headers.get("Authorization", ""),
         }
         with self.server.lock:
+            asked["at_once"] = str(self.server.in_hand)
             self.server.requests.append(asked)
             failure = self.server.failures.pop(0) if self.server.failures else 0
         time.sleep(self.server.delay)

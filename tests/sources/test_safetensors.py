@@ -253,7 +253,7 @@ def test_very_many_tensors_end_soon(tmp_path: Path, count: int, message: str) ->
     start = time.process_time()
     with pytest.raises(ConversionError, match=message):
         h5traces.load(path)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 10  # a square of the number takes minutes
 
 
 @pytest.mark.parametrize("name", BAD)
