@@ -26,7 +26,7 @@ def ask(
     url: str, path: str, method: str = "GET", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and content of an answer."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
     named = {key.replace("_", "-"): value for key, value in headers.items()}
     connection.request(method, path, headers=named)
     answer = connection.getresponse()
@@ -157,7 +157,7 @@ def test_the_command_prints_an_address_and_ends_by_ctrl_c(archive: Path) -> None
         assert status == 200
         assert b"viewer.js" in content
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert "Traceback" not in process.stderr.read()
 
 
