@@ -143,7 +143,7 @@ def test_a_failed_write_stops_the_engine():
 
 
 def test_unknown_settings():
-    with pytest.raises(OptionError, match="'tir' is no setting"):
+    with pytest.raises(OptionError, match="'tir' is not a setting"):
         Settings.of({"target": "run.h5", "tir": "fine"})
     with pytest.raises(OptionError, match="'target' is missing"):
         Settings.of({})

@@ -176,17 +176,17 @@ def literal(descr: str = "'<f4'", shape: str = "(2,)", order: str = "False") -> 
 BAD = {
     "cut": (npy(literal(), bytes(4)), "needs 8 bytes, found 4"),
     "more": (npy(literal(), bytes(12)), "or holds several arrays"),
-    "huge": (npy(literal(shape="(1 << 60,)"), bytes(4)), "no literal"),
+    "huge": (npy(literal(shape="(1 << 60,)"), bytes(4)), "not a literal"),
     "huge shape": (npy(literal(shape=f"({1 << 59},)"), bytes(4)), "needs"),
     "negative": (npy(literal(shape="(-2,)"), bytes(8)), "expected sizes"),
     "many axes": (npy(literal(shape=str((1,) * 40)), bytes(4)), "expected sizes"),
-    "code": (npy("__import__('os').system('true')"), "no literal of Python"),
-    "deep": (npy("[" * 9000), "no literal of Python"),
+    "code": (npy("__import__('os').system('true')"), "not a literal of Python"),
+    "deep": (npy("[" * 9000), "not a literal of Python"),
     "long": (npy(b" " * 20_000, version=2), "at most 10,000"),
     "version": (npy(literal(), bytes(8), version=9), "version 9"),
     "dtype": (npy(literal("'<f3'"), bytes(8)), "does not know"),
     "nothing": (npy(literal("'<U0'"), bytes(8)), "0 bytes"),
-    "characters": (npy(literal("'<U1'", "(1,)"), b"\xff" * 4), "no Unicode character"),
+    "characters": (npy(literal("'<U1'", "(1,)"), b"\xff" * 4), "not a Unicode character"),
     "keys": (npy("{'shape': ()}"), "without descr"),
 }
 

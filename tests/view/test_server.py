@@ -128,7 +128,7 @@ def test_a_pipe_in_the_place_of_an_archive_is_not_waited_for(tmp_path: Path) -> 
         os.mkfifo(path)
         status, _, content = ask(url, f"/{TOKEN}/files/0/run.h5", Range="bytes=0-100")
         assert status == 502
-        assert b"is no regular file" in content
+        assert b"is not a regular file" in content
 
 
 def test_a_port_in_use_is_named(archive: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_page_is_written_into_a_new_folder(archive: Path, tmp_path: Path) ->
     files = h5traces.view.export_page(archive, tmp_path / "page")
     assert {each.name for each in files} == {each.name for each in (tmp_path / "page").iterdir()}
     assert (tmp_path / "page" / "00000.h5").read_bytes() == archive.read_bytes()
-    with pytest.raises(TargetError, match="is no empty folder"):
+    with pytest.raises(TargetError, match="is not an empty folder"):
         h5traces.view.export_page(archive, tmp_path / "page")
     with pytest.raises(TargetError, match=r"browsers read from http:// and https:// only"):
         h5traces.view.export_page("s3://bucket/run.h5", tmp_path / "other")
