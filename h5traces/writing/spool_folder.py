@@ -230,7 +230,7 @@ def _locked(path: Path, *, is_shared: bool = False) -> int:
 
 
 def _no_lock(path: Path) -> CorruptArchiveError:
-    message = f"{path / _LOCK} is no lock that h5traces made; move {path} away"
+    message = f"{path / _LOCK} is not a lock that h5traces made; move {path} away"
     return CorruptArchiveError(message)
 
 
