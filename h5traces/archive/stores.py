@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress, islice, repeat
 from types import NoneType
@@ -22,7 +22,13 @@ from h5traces.errors import (
 from h5traces.format import layout
 from h5traces.format.digests import DIGEST
 from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
-from h5traces.storage.arrays import check_sizes, read_array, read_checked_array
+from h5traces.storage.arrays import (
+    check_chunks,
+    check_shape,
+    chunk_bounds,
+    read_array,
+    read_checked_array,
+)
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
@@ -33,17 +39,18 @@ from h5traces.storage.footer import (
     key_of,
     read_directory,
 )
-from h5traces.storage.footer_rows import FooterError, FooterRow, RowColumns
+from h5traces.storage.footer_rows import FooterError, FooterRow, RowForm
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.kernels import PLAN_CODECS
 from h5traces.storage.plans import (
     UNKNOWN,
     Datasets,
+    Layout,
     NothingRead,
+    Part,
     Reading,
     Restoration,
     fitting,
-    joined,
 )
 from h5traces.storage.scanning import metadata_checksum, scan
 
@@ -55,10 +62,13 @@ if TYPE_CHECKING:
 
     from h5traces.format.document import Attrs
     from h5traces.format.limits import ReadLimits
+    from h5traces.storage.arrays import ChunkBounds
     from h5traces.storage.files import ByteFile
 
     Longs = NDArray[np.int64]
     Table = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]
+    # An object without digest and chunks; of a dataset, bounds of these and places in its row.
+    Described = tuple[ObjectEntry, ChunkBounds | None, slice]
     # A sample, and the paths of some of its datasets.
     Wanted = tuple[SampleEntry, Sequence[str]]
 
@@ -95,11 +105,13 @@ class BytesChecked:
 # Of what lies in no sample.
 NO_ORDINAL: Final = -1
 _NO_TYPE: Final = np.dtype("V0")
+_NO_DIGEST: Final = 32 * "0"
 _DEFLATE: Final = PLAN_CODECS.index("deflate")
 # About as many as the threads of a reader are in at once.
 _SAMPLES_KEPT: Final = 8
-# Sets of paths; samples of one run have one or a few.
-_PATHS_KEPT: Final = 64
+# Forms of rows; samples of one run have one for each length. Of each, what some readers want.
+_FORMS_KEPT: Final = 256
+_LAYOUTS_KEPT: Final = 4
 
 
 def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
@@ -127,8 +139,8 @@ class FooterStore:
         self._tables = FooterTables(file, self._directory)
         # Reading array by array takes the same sample again and again.
         self._samples: dict[int, FooterRow] = {}
-        # By the bytes of a row's names, which most samples share, the row's objects by path.
-        self._paths: dict[bytes, dict[str, int]] = {}
+        # By key of a row.
+        self._forms: dict[bytes, StoredForm] = {}
 
     @property
     def root_attrs(self) -> Attrs:
@@ -211,23 +223,29 @@ class FooterStore:
         return known[number]
 
     def _objects(self, row: FooterRow) -> FooterObjects:
-        numbers = row.columns.object_name
-        key = numbers.tobytes()
-        if key not in self._paths:
-            names = self.names
-            try:
-                paths = {names[number]: place for place, number in enumerate(numbers)}
-            except IndexError as error:
-                message = "the index's table of names is too short"
-                raise FooterError(message) from error
-            if len(paths) != len(numbers):
-                message = "the index's table of objects does not fit its names"
-                raise FooterError(message)
-            if len(self._paths) >= _PATHS_KEPT:
-                self._paths = {}
-            self._paths[key] = paths
-            return FooterObjects(self, row, paths)
-        return FooterObjects(self, row, self._paths[key])
+        return FooterObjects(self, row, self.form(row))
+
+    def form(self, row: FooterRow) -> StoredForm:
+        """What the row has in common with others."""
+        found = self._forms.get(row.key)
+        if found is None:
+            found = self._new_form(row.form)
+            # Another dict, as other threads may be looking into the full one.
+            self._forms = known = {} if len(self._forms) >= _FORMS_KEPT else self._forms
+            known[row.key] = found
+        return found
+
+    def _new_form(self, columns: RowForm) -> StoredForm:
+        numbers, names = columns.object_name, self.names
+        try:
+            places = {names[number]: place for place, number in enumerate(numbers.tolist())}
+        except IndexError as error:
+            message = "the index's table of names is too short"
+            raise FooterError(message) from error
+        if len(places) != len(numbers):
+            message = "the index's table of objects does not fit its names"
+            raise FooterError(message)
+        return StoredForm(columns, places)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
@@ -256,36 +274,54 @@ class FooterStore:
         So are those of samples whose index is damaged, and all that take more than `most_nbytes`.
         `restorations` of every sample, by path, are applied to datasets that they suit.
         """
-        names, types, parts = [], [], []
+        parts: list[Part] = []
         for number, (sample, paths) in enumerate(wanted):
-            if isinstance(sample.objects, FooterObjects):
-                known = sample.objects.places
-                places = np.array([known[path] for path in paths], np.int64)
+            if isinstance(sample.objects, FooterObjects) and paths:
+                theirs = restorations[number] if restorations else {}
                 with contextlib.suppress(FooterError, IndexError):
-                    theirs, part = self._datasets(sample.objects.row.columns, places)
-                    names += [(number, path) for path in paths]
-                    types += theirs
-                    parts.append(part)
-        if not names:
-            return NothingRead()
-        found = joined(parts)
-        fits = fitting(found, self._limits, self._nbytes)
-        if not fits.all():
-            names, types = list(compress(names, fits)), list(compress(types, fits))
-            found = found.chosen(fits)
-        nbytes = found.nbytes.sum()
+                    parts += self._part(number, sample.objects, tuple(paths), theirs)
+        nbytes = sum(part.layout.raw_nbytes for part in parts)
         # Chunks that overlap would inflate to any size.
-        overlap = found.sizes.sum() > len(wanted) * self._nbytes
-        if not names or overlap or (most_nbytes is not None and nbytes > most_nbytes):
+        overlap = sum(int(part.chunks[1].sum()) for part in parts) > len(wanted) * self._nbytes
+        if not parts or overlap or (most_nbytes is not None and nbytes > most_nbytes):
             return NothingRead()
-        return Reading(
-            *(self.file, names, types, found, workers),
-            together=together,
-            restorations=_suiting(names, found, restorations),
-        )
+        return Reading(self.file, parts, workers, together=together)
 
-    def _datasets(self, columns: RowColumns, places: Longs) -> tuple[list[np.dtype[Any]], Datasets]:
-        """The types of datasets by their places in a row, and what the index claims."""
+    def _part(
+        self,
+        number: int,
+        objects: FooterObjects,
+        paths: tuple[str, ...],
+        restorations: Mapping[str, Restoration],
+    ) -> Iterator[Part]:
+        """Those datasets of a sample that fit; nothing where none does."""
+        form, key = objects.form, (paths, tuple(restorations.items()))
+        layout = form.layouts.get(key)
+        if layout is not None:
+            chunks = layout.chosen(objects.row.chunks)
+            if layout.fits(chunks, self._nbytes):
+                yield Part(number, layout, chunks)
+                return
+        places = np.array([form.places[path] for path in paths], np.int64)
+        types, found, chosen = self._datasets(objects.row, form.columns, places)
+        fits = fitting(found, self._limits, self._nbytes)
+        if not fits.any():
+            return
+        is_whole = bool(fits.all())
+        if not is_whole:
+            chosen = chosen[fits[found.owners]]
+            paths, types = tuple(compress(paths, fits)), list(compress(types, fits))
+            found = found.chosen(fits)
+        suiting = _suiting(paths, found, restorations)
+        layout = Layout(paths, types, found, suiting, chosen)
+        if is_whole:
+            form.keep(key, layout)
+        yield Part(number, layout, layout.chosen(objects.row.chunks))
+
+    def _datasets(
+        self, row: FooterRow, columns: RowForm, places: Longs
+    ) -> tuple[list[np.dtype[Any]], Datasets, Longs]:
+        """Types of datasets by their places in a row, what the index claims, and their chunks."""
         num_axes = columns.object_ndim[places].astype(np.int64)
         num_chunks = columns.object_num_chunks[places].astype(np.int64)
         first_axes, first_chunks = columns.axis_ends[places], columns.chunk_ends[places]
@@ -303,17 +339,16 @@ class FooterStore:
         shape[:, -1] = chunk[:, -1] = widths
         chunks = np.repeat(first_chunks - np.cumsum(num_chunks) + num_chunks, num_chunks)
         chunks += np.arange(len(chunks))
-        return types, Datasets(
+        found = Datasets(
             shape,
             chunk,
             num_axes,
             itemsizes,
             np.where((widths > 1) & (codec != _DEFLATE), UNKNOWN, codec),
             num_chunks,
-            columns.chunk_offset[chunks],
-            columns.chunk_nbytes[chunks],
-            columns.chunk_checksum[chunks],
+            *(column[chunks] for column in row.chunks),
         )
+        return types, found, chunks
 
     def close(self) -> None:
         """Close the file."""
@@ -321,16 +356,17 @@ class FooterStore:
 
     def _chunk_table(self) -> tuple[NDArray[np.int64], Table, int]:
         """How many chunks samples up to each have; offset, size, checksum of all; num_datasets."""
-        names = ("chunk_offset", "chunk_nbytes", "chunk_checksum")
         parts: list[list[NDArray[Any]]] = [[np.empty(0, dtype)] for dtype in ("i8", "i8", "u8")]
         counts: list[int] = []
         num_datasets, rows = 0, self._tables.rows()
         # Joined group by group: views would keep all of their rows.
-        while batch := [row.columns for row in islice(rows, GROUP_ROWS)]:
-            for part, name in zip(parts, names, strict=True):
-                part.append(np.concatenate([getattr(each, name) for each in batch]))
-            counts += [len(each.chunk_nbytes) for each in batch]
-            num_datasets += sum(int(np.count_nonzero(each.object_num_chunks)) for each in batch)
+        while batch := list(islice(rows, GROUP_ROWS)):
+            chunks = [row.chunks for row in batch]
+            for part, columns in zip(parts, zip(*chunks, strict=True), strict=True):
+                part.append(np.concatenate(columns))
+            counts += [len(sizes) for _, sizes, _ in chunks]
+            numbers = np.concatenate([row.form.object_num_chunks for row in batch])
+            num_datasets += int(np.count_nonzero(numbers))
         offsets, sizes, checksums = map(np.concatenate, parts)
         return np.cumsum(counts), (offsets, sizes, checksums), num_datasets
 
@@ -365,7 +401,7 @@ class FooterStore:
             index = int(np.searchsorted(ends, number, side="right"))
             row = self._row(index)
             within = number - (int(ends[index - 1]) if index else 0)
-            place = int(np.searchsorted(row.columns.chunk_ends, within, side="right")) - 1
+            place = int(np.searchsorted(row.form.chunk_ends, within, side="right")) - 1
             ordinal = index if index < self.num_samples else NO_ORDINAL
             damaged.append((ordinal, self.entry(row, place).path))
         rest_fits = scanned.metadata_checksum == self._directory.metadata_checksum
@@ -380,13 +416,15 @@ class FooterStore:
         totals = np.zeros((3, len(firsts)), dtype=np.int64)
         rows = self._tables.rows()
         while batch := list(islice(rows, GROUP_ROWS)):
-            number, kind, ndim, dims, chunks, stored = (
-                np.concatenate([getattr(row.columns, name) for row in batch])
+            forms = [row.form for row in batch]
+            number, kind, ndim, dims, chunks = (
+                np.concatenate([getattr(form, name) for form in forms])
                 for name in (
                     *("object_type", "object_name", "object_ndim"),
-                    *("object_dims", "object_num_chunks", "chunk_nbytes"),
+                    *("object_dims", "object_num_chunks"),
                 )
             )
+            stored = np.concatenate([row.chunks[1] for row in batch])
             try:
                 raw, kind = itemsizes[number], kinds[kind]
             except IndexError as error:
@@ -435,51 +473,86 @@ class FooterStore:
             raise FooterError(message)
         return document
 
-    def facts(self, row: FooterRow, place: int) -> tuple[str, Attrs]:
-        """Type, and attributes but the digest, of an object by its place in its row."""
-        columns = row.columns
+    def facts(self, form: StoredForm, place: int) -> tuple[str, Attrs]:
+        """Type, and attributes but the digest, of an object by its place in rows of a form."""
         try:
-            dtype = self._directory.types[columns.object_type[place]]
-            return dtype, self._attr_sets[columns.object_attrs[place]]
+            dtype = self._directory.types[form.columns.object_type[place]]
+            return dtype, self._attr_sets[form.columns.object_attrs[place]]
         except IndexError as error:
             raise _misfit(place, error) from error
 
     def entry(self, row: FooterRow, place: int) -> ObjectEntry:
         """An object by its place in its row."""
-        columns = row.columns
+        form = self.form(row)
         try:
-            path = self.names[int(columns.object_name[place])]
-            attrs = dict(self._attr_sets[int(columns.object_attrs[place])])
-            dtype = self._directory.types[int(columns.object_type[place])]
-            codec = self._directory.codecs[int(columns.object_codec[place])]
-            if not dtype:
-                return ObjectEntry(path, attrs)
-            digest = columns.object_digest[16 * place : 16 * place + 16].tobytes()
-            if any(digest):
-                attrs[DIGEST] = digest.hex()
-            dims = slice(*columns.axis_ends[place : place + 2].tolist())
-            chunks = slice(*columns.chunk_ends[place : place + 2].tolist())
-            entry = ObjectEntry(
-                path,
-                attrs,
-                dtype,
-                tuple(columns.object_dims[dims].tolist()),
-                tuple(columns.object_chunk_dims[dims].tolist()),
-                codec,
-                ChunkTable(
-                    tuple(columns.chunk_offset[chunks].tolist()),
-                    tuple(columns.chunk_nbytes[chunks].tolist()),
-                    tuple(columns.chunk_checksum[chunks].tolist()),
-                ),
-            )
+            known = form.described.get(place)
+            if known is None:
+                known = form.described[place] = self._described(form.columns, place)
+            entry, bounds, chunks = known
+            if bounds is None:
+                return replace(entry, attrs=dict(entry.attrs))
+            digest = row.digests[32 * place : 32 * place + 32]
+            attrs = dict(entry.attrs) if digest == _NO_DIGEST else {**entry.attrs, DIGEST: digest}
+            table = ChunkTable(*(tuple(column[chunks]) for column in row.listed_chunks))
             # Here, so that what the footer cannot mean is neither read, copied nor reported.
-            get_codec(codec)
-            check_sizes(entry, self._limits, self._nbytes)
+            check_chunks(table, bounds, self._nbytes)
+            return ObjectEntry(
+                *(entry.path, attrs, entry.dtype, entry.shape, entry.chunk, entry.codec, table)
+            )
         except FooterError:
             raise
         except (IndexError, ValueError, TypeError, ArchiveError) as error:
             raise _misfit(place, error) from error
-        return entry
+
+    def _described(self, columns: RowForm, place: int) -> Described:
+        """An object without what is its row's own; the errors of `entry`."""
+        path = self.names[int(columns.object_name[place])]
+        attrs = self._attr_sets[int(columns.object_attrs[place])]
+        dtype = self._directory.types[int(columns.object_type[place])]
+        codec = self._directory.codecs[int(columns.object_codec[place])]
+        if not dtype:
+            return ObjectEntry(path, attrs), None, slice(0)
+        dims = slice(*columns.axis_ends[place : place + 2].tolist())
+        chunks = slice(*columns.chunk_ends[place : place + 2].tolist())
+        zeros = (0,) * (chunks.stop - chunks.start)
+        entry = ObjectEntry(
+            *(path, attrs, dtype),
+            tuple(columns.object_dims[dims].tolist()),
+            tuple(columns.object_chunk_dims[dims].tolist()),
+            codec,
+            ChunkTable(zeros, zeros, zeros),
+        )
+        get_codec(codec)
+        check_shape(entry, self._limits)
+        return entry, chunk_bounds(entry), chunks
+
+
+class StoredForm:
+    """What samples whose rows are of one form have in common, made once.
+
+    Attributes
+    ----------
+    columns
+        The columns that they share.
+    places
+        Place in them of every object, by path.
+    described
+        Of objects by place, what does not differ between samples.
+    layouts
+        How some datasets are read, by their paths and restorations.
+    """
+
+    def __init__(self, columns: RowForm, places: dict[str, int]) -> None:
+        self.columns, self.places = columns, places
+        self.described: dict[int, Described] = {}
+        self.layouts: dict[Any, Layout] = {}
+
+    def keep(self, key: Any, layout: Layout) -> None:
+        """Keep a layout for the next sample."""
+        # Another dict, as other threads may be looking into the full one.
+        known = {} if len(self.layouts) >= _LAYOUTS_KEPT else self.layouts
+        known[key] = layout
+        self.layouts = known
 
 
 def _misfit(place: int, error: Exception) -> FooterError:
@@ -487,13 +560,13 @@ def _misfit(place: int, error: Exception) -> FooterError:
 
 
 def _suiting(
-    names: Sequence[tuple[int, str]], found: Datasets, given: Sequence[Mapping[str, Restoration]]
+    paths: Sequence[str], found: Datasets, given: Mapping[str, Restoration]
 ) -> list[Restoration | None]:
     """The restoration of every dataset that one suits."""
-    if not any(given):
+    if not given:
         return []
     facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
-    wanted = (given[number].get(path) for number, path in names)
+    wanted = map(given.get, paths)
     return [
         each if each is not None and each.suits(*fact) else None
         for each, fact in zip(wanted, facts, strict=True)
@@ -510,10 +583,10 @@ def _type_of(stored_type: str) -> np.dtype[Any]:
 class FooterObjects(Mapping[str, ObjectEntry]):
     """Objects of one sample; entries are made when asked for, since most readers want one."""
 
-    def __init__(self, store: FooterStore, row: FooterRow, places: dict[str, int]) -> None:
+    def __init__(self, store: FooterStore, row: FooterRow, form: StoredForm) -> None:
         self._store = store
         # For who plans to read many objects at once.
-        self.row, self.places = row, places
+        self.row, self.form, self.places = row, form, form.places
         self._made: dict[str, ObjectEntry] = {}
 
     def __getitem__(self, path: str) -> ObjectEntry:
@@ -525,7 +598,7 @@ class FooterObjects(Mapping[str, ObjectEntry]):
 
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""
-        return self._store.facts(self.row, self.places[path])
+        return self._store.facts(self.form, self.places[path])
 
     def __contains__(self, path: object) -> bool:
         return path in self.places

@@ -12,8 +12,7 @@ import re
 import struct
 import zlib
 from array import array
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,6 +55,9 @@ COLUMNS: Final = {
     "object_ndim": ("u1", 0, 1),
 }
 _COLUMNS: Final = tuple((np.dtype(dtype), which, times) for dtype, which, times in COLUMNS.values())
+# The first ones, of digests and chunks, are the row's own; the others are those of its form.
+_NUM_OWN: Final = 4
+_FORM_COUNTS: Final = struct.Struct("<III")
 # Bytes of an object, an axis and a chunk in all columns.
 _WIDTHS: Final = tuple(
     sum(dtype.itemsize * times for dtype, which, times in _COLUMNS if which == each)
@@ -72,33 +74,47 @@ _CODES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RowColumns:
-    """The columns of one row, as read-only views of its bytes; `COLUMNS` lists them.
+class RowForm:
+    """What the rows of many samples share: all columns but those of digests and of chunks.
+
+    Parameters
+    ----------
+    key
+        These columns, as `COLUMNS` has them, after the numbers of objects, axes and chunks;
+        FooterError where they contradict each other.
 
     Attributes
     ----------
     axis_ends, chunk_ends
         Where the axes and the chunks of every object begin and end: one entry more than objects.
-    chunk_offset
-        Offset in the file of every chunk.
     """
 
-    object_digest: NDArray[np.uint8]
-    chunk_checksum: NDArray[np.uint64]
-    chunk_gap: NDArray[np.int64]
-    chunk_nbytes: NDArray[np.int64]
-    object_dims: NDArray[np.int64]
-    object_chunk_dims: NDArray[np.int64]
-    object_name: NDArray[np.uint32]
-    object_attrs: NDArray[np.uint32]
-    object_num_chunks: NDArray[np.uint32]
-    object_type: NDArray[np.uint16]
-    object_codec: NDArray[np.uint8]
-    object_ndim: NDArray[np.uint8]
-    axis_ends: NDArray[np.int64]
-    chunk_ends: NDArray[np.int64]
-    chunk_offset: NDArray[np.int64]
+    def __init__(self, key: bytes) -> None:
+        counts = _FORM_COUNTS.unpack_from(key)
+        columns: list[Any] = []
+        position = _FORM_COUNTS.size
+        for dtype, which, times in _COLUMNS[_NUM_OWN:]:
+            length = counts[which] * times
+            columns.append(np.frombuffer(key, dtype, length, position))
+            position += length * dtype.itemsize
+        self.object_dims: NDArray[np.int64]
+        self.object_chunk_dims: NDArray[np.int64]
+        self.object_name: NDArray[np.uint32]
+        self.object_attrs: NDArray[np.uint32]
+        self.object_num_chunks: NDArray[np.uint32]
+        self.object_type: NDArray[np.uint16]
+        self.object_codec: NDArray[np.uint8]
+        self.object_ndim: NDArray[np.uint8]
+        for name, column in zip(list(COLUMNS)[_NUM_OWN:], columns, strict=True):
+            setattr(self, name, column)
+        self.axis_ends, self.chunk_ends = _ends(self.object_ndim), _ends(self.object_num_chunks)
+        if (self.axis_ends[-1], self.chunk_ends[-1]) != counts[1:]:
+            message = "the objects of a row of the index have more or fewer axes or chunks than it"
+            raise FooterError(message)
+
+
+# Samples of one run have as many forms as lengths.
+form_of: Final = lru_cache(maxsize=512)(RowForm)
 
 
 class FooterRow:
@@ -106,43 +122,71 @@ class FooterRow:
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
-        self._counts = COUNTS.unpack_from(raw) if len(raw) >= COUNTS.size else (0, 0, 0, 0)
-        objects, axes, chunks, attrs_nbytes = self._counts
+        counts = COUNTS.unpack_from(raw) if len(raw) >= COUNTS.size else (0, 0, 0, 0)
+        self._num_objects, axes, self._num_chunks, attrs_nbytes = counts
         of_object, of_axis, of_chunk = _WIDTHS
-        columns_nbytes = of_object * objects + of_axis * axes + of_chunk * chunks
+        columns_nbytes = (
+            of_object * self._num_objects + of_axis * axes + of_chunk * self._num_chunks
+        )
         self._attrs_start = COUNTS.size + columns_nbytes
         if self._attrs_start + attrs_nbytes != len(raw):
             message = (
-                f"a row of the index has {len(raw)} bytes, which is not the size of {objects} "
-                f"objects with {axes} axes, {chunks} chunks and {attrs_nbytes} bytes of attributes"
+                f"a row of the index has {len(raw)} bytes, which is not the size of "
+                f"{self._num_objects} objects with {axes} axes, {self._num_chunks} chunks and "
+                f"{attrs_nbytes} bytes of attributes"
             )
             raise FooterError(message)
+
+    @property
+    def attrs_json(self) -> bytes:
+        """The attributes of the sample as JSON."""
+        return self._raw[self._attrs_start :]
 
     @property
     def attrs(self) -> Any:
         """The attributes of the sample, as its JSON says."""
         try:
-            return json.loads(self._raw[self._attrs_start :])
+            return json.loads(self.attrs_json)
         except (ValueError, RecursionError) as error:
             message = f"the index's attributes of a sample are no JSON: {error}"
             raise FooterError(message) from error
 
+    @property
+    def _chunks_start(self) -> int:
+        return COUNTS.size + 16 * self._num_objects
+
     @cached_property
-    def columns(self) -> RowColumns:
-        """The columns; FooterError where they are not as long as they say."""
+    def key(self) -> bytes:
+        """What tells rows of different forms apart."""
+        start = self._chunks_start + 24 * self._num_chunks
+        return self._raw[: _FORM_COUNTS.size] + self._raw[start : self._attrs_start]
+
+    @cached_property
+    def form(self) -> RowForm:
+        """What it shares with others; FooterError where that contradicts itself."""
+        return form_of(self.key)
+
+    @cached_property
+    def digests(self) -> str:
+        """The digests of all objects, in hexadecimal digits; zeros for those without."""
+        return self._raw[COUNTS.size : self._chunks_start].hex()
+
+    @cached_property
+    def chunks(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+        """Offset in the file, stored size and checksum of every chunk."""
         columns: list[Any] = []
-        position = COUNTS.size
-        for dtype, which, times in _COLUMNS:
-            length = self._counts[which] * times
-            columns.append(np.frombuffer(self._raw, dtype, length, position))
-            position += length * dtype.itemsize
-        _, _, gaps, sizes, _, _, _, _, num_chunks, _, _, ndim = columns
-        axis_ends, chunk_ends = _ends(ndim), _ends(num_chunks)
-        if (axis_ends[-1], chunk_ends[-1]) != self._counts[1:3]:
-            message = "the objects of a row of the index have more or fewer axes or chunks than it"
-            raise FooterError(message)
-        offsets = (gaps + sizes).cumsum() - sizes
-        return RowColumns(*(*columns, axis_ends, chunk_ends, offsets))
+        position = self._chunks_start
+        for dtype, _, _ in _COLUMNS[1:_NUM_OWN]:
+            columns.append(np.frombuffer(self._raw, dtype, self._num_chunks, position))
+            position += self._num_chunks * dtype.itemsize
+        checksums, gaps, sizes = columns
+        return (gaps + sizes).cumsum() - sizes, sizes, checksums
+
+    @cached_property
+    def listed_chunks(self) -> tuple[list[int], list[int], list[int]]:
+        """The same as numbers of Python."""
+        offsets, sizes, checksums = self.chunks
+        return offsets.tolist(), sizes.tolist(), checksums.tolist()
 
 
 def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:

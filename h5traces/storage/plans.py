@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from h5traces.storage.files import ByteFile
 
     Longs = NDArray[np.int64]
+    Floats = NDArray[np.float64]
+    # Offset, stored size and checksum of some chunks.
+    Chunks = tuple[Longs, Longs, NDArray[np.uint64]]
 
 # HDF5's own limit
 MAX_AXES: Final = 32
@@ -58,8 +61,7 @@ class Datasets(NamedTuple):
     # (chunks,), those of the first dataset first
     offsets: Longs
     sizes: Longs
-    # None where only HDF5 is known, which keeps none
-    checksums: NDArray[np.uint64] | None
+    checksums: NDArray[np.uint64]
 
     @property
     def owners(self) -> Longs:
@@ -75,10 +77,7 @@ class Datasets(NamedTuple):
     def chosen(self, which: NDArray[np.bool_]) -> Datasets:
         """Some of the datasets."""
         chunks = which[self.owners]
-        checksums = None if self.checksums is None else self.checksums[chunks]
-        shape, chunk, num_axes, itemsize, codec, num_chunks = (each[which] for each in self[:6])
-        datasets = shape, chunk, num_axes, itemsize, codec, num_chunks
-        return Datasets(*datasets, self.offsets[chunks], self.sizes[chunks], checksums)
+        return Datasets(*(each[which] for each in self[:6]), *(each[chunks] for each in self[6:]))
 
 
 def joined(parts: Sequence[Datasets]) -> Datasets:
@@ -131,14 +130,21 @@ def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np
     fits &= ((axes >= cut) | (chunk == 1)).all(axis=1)
     fits &= ((axes <= cut) | (chunk == np.maximum(shape, 1))).all(axis=1)
     owners, sizes = found.owners, found.sizes
-    raw = chunk_nbytes[owners]
-    inside = (found.offsets > 0) & (sizes >= 0) & (sizes <= file_nbytes)
-    inside &= found.offsets <= file_nbytes - sizes
-    inside &= sizes >= np.maximum(1, raw // _MOST_RAW[found.codec[owners]])
-    inside &= sizes <= raw + raw // 100 + 1024
+    smallest, largest = _bounds_of_chunks(found)
+    inside = (found.offsets > 0) & (sizes >= smallest) & (sizes <= largest)
+    inside &= (sizes <= file_nbytes) & (found.offsets <= file_nbytes - sizes)
     fits[owners[~inside]] = False
     # Chunks that overlap would inflate to any size; floats, as the sum may be any.
     return fits & (np.bincount(owners, sizes, minlength=len(fits)) <= file_nbytes)
+
+
+def _bounds_of_chunks(found: Datasets) -> tuple[Floats, Floats]:
+    """The smallest and largest stored size of every chunk, as `arrays.chunk_bounds`."""
+    # Floats do not overflow.
+    owners = found.owners
+    raw = (found.chunk.astype(np.float64).prod(axis=1) * found.itemsize)[owners]
+    smallest = np.maximum(1, raw // _MOST_RAW[found.codec[owners]])
+    return smallest, raw + raw // 100 + 1024
 
 
 def _cut_axis(grid: Longs) -> Longs:
@@ -165,8 +171,7 @@ def plan_of(found: Datasets, targets: Longs, restored: Longs) -> NDArray[Any]:
     first = along * step[owners]
     plan = np.zeros(len(owners), PLAN)
     plan["offset"], plan["nbytes"] = found.offsets, found.sizes
-    if found.checksums is not None:
-        plan["checksum"], plan["is_checked"] = found.checksums, 1
+    plan["checksum"], plan["is_checked"] = found.checksums, 1
     plan["raw_nbytes"] = (step * inner * found.itemsize)[owners]
     plan["count"] = np.minimum(step[owners], length[owners] - first) * inner[owners]
     elements = (outer * length[owners] + first) * inner[owners]
@@ -209,81 +214,130 @@ def run(
     run_plan(plan, stored, arena, tables, threads=threads)
 
 
-class Reading:
-    """Datasets of some samples on their way into memory, in up to `workers` threads.
-
-    Arrays share memory with their neighbours: to keep one is to keep up to 4 MiB. With `together`,
-    all lie one after the other in one piece of memory.
+class Layout:
+    """Where datasets lie in memory, and the plan that reads them: the same for samples of one form.
 
     Parameters
     ----------
-    file
-        Where they are stored.
-    names
-        Number of the sample and path of every dataset, in order of samples.
-    types
-        Their types.
+    paths, types
+        Path and type of every dataset.
     found
         What the index says of them; `fitting` holds for all.
     restorations
-        Of those that are restored behind their chunks; their types are those restored.
+        Of those that are restored behind their chunks; their types become those restored.
+    chunks
+        Places of their chunks among all of a sample.
     """
 
     def __init__(
         self,
-        file: ByteFile,
-        names: Sequence[tuple[int, str]],
+        paths: Sequence[str],
         types: Sequence[np.dtype[Any]],
         found: Datasets,
-        workers: int,
-        *,
-        together: bool = False,
-        restorations: Sequence[Restoration | None] = (),
+        restorations: Sequence[Restoration | None],
+        chunks: Longs,
     ) -> None:
-        self._firsts: dict[int, int] = {}
-        for place, (sample, _) in enumerate(names):
-            self._firsts.setdefault(sample, place)
         restored = found.itemsize
         if any(restorations):
             changed = enumerate(restorations)
             types = [each.dtype if each else types[number] for number, each in changed]
             sizes = [each.dtype.itemsize if each else 0 for each in restorations]
             restored = np.where(np.equal(sizes, 0), restored, sizes)
+        self.types = frozenset(types)
         nbytes = found.shape.prod(axis=1) * restored
         # Elements of several sizes begin at multiples of eight bytes.
-        room = nbytes if len(set(types)) <= 1 else -(-nbytes // 8) * 8
+        room = nbytes if len(self.types) <= 1 else -(-nbytes // 8) * 8
         ends = np.cumsum(room)
-        starts = ends - room
-        plan, owners = plan_of(found, starts, restored), found.owners
-        tables = _add_restorations(plan, owners, restorations)
+        self.starts = ends - room
+        self.nbytes, self.raw_nbytes = int(ends[-1]), int(found.nbytes.sum())
+        self.plan, owners = plan_of(found, self.starts, restored), found.owners
+        self.tables = _add_restorations(self.plan, owners, restorations)
+        # Where the chunks of every dataset begin in the plan.
+        self.rows = np.cumsum(found.num_chunks) - found.num_chunks
+        shapes, axes = found.shape.tolist(), found.num_axes.tolist()
+        cut = (tuple(shape[:most]) for shape, most in zip(shapes, axes, strict=True))
+        self.datasets = list(zip(paths, types, cut, self.starts.tolist(), strict=True))
+        self._chunks = chunks
+        self._smallest, self._largest = _bounds_of_chunks(found)
+
+    def chosen(self, chunks: Chunks) -> Chunks:
+        """The chunks of these datasets, of all of a sample."""
+        offsets, sizes, checksums = chunks
+        return offsets[self._chunks], sizes[self._chunks], checksums[self._chunks]
+
+    def fits(self, chosen: Chunks, file_nbytes: int) -> bool:
+        """Whether chunks lie in the file and have sizes that their codecs can produce."""
+        offsets, sizes, _ = chosen
+        inside = (offsets > 0) & (sizes >= self._smallest) & (sizes <= self._largest)
+        inside &= offsets <= file_nbytes - sizes
+        return bool(inside.all()) and int(sizes.sum()) <= file_nbytes
+
+
+class Part(NamedTuple):
+    """Datasets of one sample that are to be read: its number, and the chunks of its `layout`."""
+
+    number: int
+    layout: Layout
+    chunks: Chunks
+
+
+class Reading:
+    """Datasets of some samples on their way into memory, in up to `workers` threads.
+
+    Arrays share memory with their neighbours: to keep one is to keep up to 4 MiB. With `together`,
+    all lie one after the other in one piece of memory.
+
+    `parts` are in order of samples; `Layout.fits` holds for their chunks.
+    """
+
+    def __init__(
+        self, file: ByteFile, parts: Sequence[Part], workers: int, *, together: bool = False
+    ) -> None:
+        plan, tables, bases = _joined_plan(parts)
+        layouts = [part.layout for part in parts]
+        starts = np.concatenate(
+            [layout.starts + base for layout, base in zip(layouts, bases, strict=False)]
+        )
         # Little is read at once, by threads of the kernels: Python's would wait for each other.
-        is_small = workers > 1 and _SMALL_NBYTES <= ends[-1] <= _SHARED_NBYTES
+        is_small = workers > 1 and _SMALL_NBYTES <= bases[-1] <= _SHARED_NBYTES
         threads = workers if is_small else 1
-        bounds = [0, len(names)] if together or is_small else _bounds(starts, workers)
-        rows = np.searchsorted(owners, bounds).tolist()
-        parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
+        is_one = together or is_small or bases[-1] <= _SMALL_NBYTES
+        bounds = [0, len(starts)] if is_one else _bounds(starts, workers)
+        numbers = np.cumsum([0, *(len(layout.plan) for layout in layouts)])
+        rows = np.concatenate(
+            [layout.rows + first for layout, first in zip(layouts, numbers, strict=False)]
+            + [numbers[-1:]]
+        )[bounds].tolist()
+        # Memory of every dataset, and whether it was read.
+        self._memory: list[tuple[NDArray[np.uint8], Future[bool]]] = []
+        # First byte in it of the first of several datasets.
+        self._origins: list[int] = []
         for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
             start = int(starts[first])
-            arena = POOL.array(int(ends[stop - 1]) - start)
-            starts[first:stop] -= start
+            end = int(starts[stop]) if stop < len(starts) else bases[-1]
+            arena = POOL.array(end - start)
             part = plan[slice(*each)]
             part["target"] -= start
-            parts += [(arena, _submit(file, part, arena, tables, workers, threads))] * (
-                stop - first
-            )
-        shapes, places = found.shape.tolist(), starts.tolist()
-        axes = found.num_axes.tolist()
-        self._datasets = list(zip(names, types, shapes, axes, places, parts, strict=True))
+            known = (arena, _submit(file, part, arena, tables, workers, threads))
+            self._memory += [known] * (stop - first)
+            self._origins += [start] * (stop - first)
+        self._parts: dict[int, tuple[Layout, int, int]] = {}
+        first = 0
+        for part_, base in zip(parts, bases, strict=False):
+            self._parts[part_.number] = part_.layout, base, first
+            first += len(part_.layout.datasets)
 
     def arrays(self, sample: int = 0) -> dict[str, NDArray[Any]]:
         """The arrays of a sample by path, without those that share memory with damaged ones."""
-        first = self._firsts.get(sample, len(self._datasets))
+        if sample not in self._parts:
+            return {}
+        layout, base, place = self._parts[sample]
         found = {}
-        for (number, path), dtype, shape, axes, start, (arena, read) in self._datasets[first:]:
-            if number != sample:
-                break
+        for path, dtype, shape, start in layout.datasets:
+            arena, read = self._memory[place]
             if read.result():
-                found[path] = np.ndarray(shape[:axes], dtype, arena, start)
+                found[path] = np.ndarray(shape, dtype, arena, base + start - self._origins[place])
+            place += 1
         return found
 
 
@@ -291,7 +345,34 @@ class NothingRead(Reading):
     """None of them: whoever wants one reads it alone, and says why where it cannot be read."""
 
     def __init__(self) -> None:
-        self._firsts, self._datasets = {}, []
+        self._parts = {}
+
+
+def _joined_plan(parts: Sequence[Part]) -> tuple[NDArray[Any], bytes, list[int]]:
+    """The plan of all parts, the tables it refers to, and where parts begin and the last ends."""
+    plan = np.concatenate([part.layout.plan for part in parts])
+    for name, columns in zip(
+        ("offset", "nbytes", "checksum"),
+        zip(*(part.chunks for part in parts), strict=True),
+        strict=True,
+    ):
+        plan[name] = columns[0] if len(columns) == 1 else np.concatenate(columns)
+    is_mixed = len({each for part in parts for each in part.layout.types}) > 1
+    bases, tables = [0], {}
+    row = end = 0
+    for number, (_, layout, _) in enumerate(parts):
+        if number:
+            plan["target"][row : row + len(layout.plan)] += bases[-1]
+        if layout.tables:
+            if layout.tables not in tables:
+                tables[layout.tables] = end
+                end += len(layout.tables)
+            some = plan[row : row + len(layout.plan)]
+            some["table"] += np.where(some["restoring"] > 0, tables[layout.tables], 0)
+        row += len(layout.plan)
+        base = bases[-1] + layout.nbytes
+        bases.append(-(-base // 8) * 8 if is_mixed else base)
+    return plan, b"".join(tables), bases
 
 
 def _bounds(starts: Longs, workers: int) -> list[int]:
