@@ -123,6 +123,16 @@ class StoredTrace:
         """All objects of the sample by path."""
         return self.sample.objects
 
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of all uncompressed arrays."""
+        return self.file.raw_nbytes(self.sample)
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """Digests of all objects by path; None of one without."""
+        return self.file.digests(self.sample)
+
     def entry(self, path: str) -> ObjectEntry:
         """The object at `path` below the sample's group."""
         return self.file.entry(self.sample, path)
@@ -548,11 +558,12 @@ class StoredTrace:
         Of the whole legacy dict by default.
         """
         paths: list[str] = []
+        known, objects = self.kinds, self.objects
         if kinds is None:
-            paths = [path for path in self.objects if path.partition("/")[0] not in self.kinds]
-            kinds = (each for each in self.fields if each in self.kinds)
+            paths = [path for path in objects if path.partition("/")[0] not in known]
+            kinds = (each for each in self.fields if each in known)
         for kind in kinds:
-            if kind in self.objects or self.recomputes(kind):
+            if kind in objects or self.recomputes(kind):
                 paths += self.layer_paths(kind, self.listed_names(kind, self.selected))
         return paths
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress, islice, repeat
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -105,7 +105,6 @@ class BytesChecked:
 # Of what lies in no sample.
 NO_ORDINAL: Final = -1
 _NO_TYPE: Final = np.dtype("V0")
-_NO_DIGEST: Final = 32 * "0"
 _DEFLATE: Final = PLAN_CODECS.index("deflate")
 # About as many as the threads of a reader are in at once.
 _SAMPLES_KEPT: Final = 8
@@ -339,6 +338,7 @@ class FooterStore:
         shape[:, -1] = chunk[:, -1] = widths
         chunks = np.repeat(first_chunks - np.cumsum(num_chunks) + num_chunks, num_chunks)
         chunks += np.arange(len(chunks))
+        offsets, sizes, checksums = row.chunks
         found = Datasets(
             shape,
             chunk,
@@ -346,7 +346,9 @@ class FooterStore:
             itemsizes,
             np.where((widths > 1) & (codec != _DEFLATE), UNKNOWN, codec),
             num_chunks,
-            *(column[chunks] for column in row.chunks),
+            offsets[chunks],
+            sizes[chunks],
+            checksums[chunks],
         )
         return types, found, chunks
 
@@ -473,11 +475,11 @@ class FooterStore:
             raise FooterError(message)
         return document
 
-    def facts(self, form: StoredForm, place: int) -> tuple[str, Attrs]:
-        """Type, and attributes but the digest, of an object by its place in rows of a form."""
+    def facts(self, row: FooterRow, place: int) -> tuple[str, Attrs]:
+        """Type, and attributes but the digest, of an object by its place in its row."""
         try:
-            dtype = self._directory.types[form.columns.object_type[place]]
-            return dtype, self._attr_sets[form.columns.object_attrs[place]]
+            dtype = self._directory.types[self.form(row).columns.object_type[place]]
+            return dtype, self._attr_sets[row.attr_sets[place]]
         except IndexError as error:
             raise _misfit(place, error) from error
 
@@ -485,14 +487,12 @@ class FooterStore:
         """An object by its place in its row."""
         form = self.form(row)
         try:
-            known = form.described.get(place)
-            if known is None:
-                known = form.described[place] = self._described(form.columns, place)
-            entry, bounds, chunks = known
+            entry, bounds, chunks = self._described(form, place)
+            attrs = dict(self._attr_sets[row.attr_sets[place]])
             if bounds is None:
-                return replace(entry, attrs=dict(entry.attrs))
-            digest = row.digests[32 * place : 32 * place + 32]
-            attrs = dict(entry.attrs) if digest == _NO_DIGEST else {**entry.attrs, DIGEST: digest}
+                return ObjectEntry(entry.path, attrs)
+            if row.with_digest[place]:
+                attrs[DIGEST] = row.digests[32 * place : 32 * place + 32]
             table = ChunkTable(*(tuple(column[chunks]) for column in row.listed_chunks))
             # Here, so that what the footer cannot mean is neither read, copied nor reported.
             check_chunks(table, bounds, self._nbytes)
@@ -504,27 +504,66 @@ class FooterStore:
         except (IndexError, ValueError, TypeError, ArchiveError) as error:
             raise _misfit(place, error) from error
 
-    def _described(self, columns: RowForm, place: int) -> Described:
+    def _described(self, form: StoredForm, place: int) -> Described:
         """An object without what is its row's own; the errors of `entry`."""
+        if place in form.described:
+            return form.described[place]
+        columns = form.columns
         path = self.names[int(columns.object_name[place])]
-        attrs = self._attr_sets[int(columns.object_attrs[place])]
         dtype = self._directory.types[int(columns.object_type[place])]
         codec = self._directory.codecs[int(columns.object_codec[place])]
-        if not dtype:
-            return ObjectEntry(path, attrs), None, slice(0)
-        dims = slice(*columns.axis_ends[place : place + 2].tolist())
+        bounds = None
         chunks = slice(*columns.chunk_ends[place : place + 2].tolist())
-        zeros = (0,) * (chunks.stop - chunks.start)
-        entry = ObjectEntry(
-            *(path, attrs, dtype),
-            tuple(columns.object_dims[dims].tolist()),
-            tuple(columns.object_chunk_dims[dims].tolist()),
-            codec,
-            ChunkTable(zeros, zeros, zeros),
-        )
-        get_codec(codec)
-        check_shape(entry, self._limits)
-        return entry, chunk_bounds(entry), chunks
+        entry = ObjectEntry(path)
+        if dtype:
+            dims = slice(*columns.axis_ends[place : place + 2].tolist())
+            shape, chunk = columns.object_dims[dims], columns.object_chunk_dims[dims]
+            zeros = (0,) * (chunks.stop - chunks.start)
+            table = ChunkTable(zeros, zeros, zeros)
+            entry = ObjectEntry(
+                path, {}, dtype, tuple(shape.tolist()), tuple(chunk.tolist()), codec, table
+            )
+            get_codec(codec)
+            check_shape(entry, self._limits)
+            bounds = chunk_bounds(entry)
+        form.described[place] = entry, bounds, chunks
+        return form.described[place]
+
+    def facts_of(self, objects: FooterObjects) -> FormFacts:
+        """What checks of whole samples ask of a form; FooterError where an entry would be one."""
+        form = objects.form
+        if form.facts is None:
+            bounds: NDArray[Any] = np.zeros((2, int(form.columns.chunk_ends[-1])), np.float64)
+            num_datasets = raw_nbytes = 0
+            try:
+                for place in range(len(form.places)):
+                    entry, found, chunks = self._described(form, place)
+                    if found is not None:
+                        bounds[:, chunks] = [[found.smallest], [found.largest]]
+                        num_datasets += 1
+                        raw_nbytes += entry.raw_nbytes
+            except (IndexError, ValueError, TypeError, ArchiveError) as error:
+                raise _misfit(place, error) from error
+            form.facts = FormFacts(num_datasets, raw_nbytes, *bounds)
+        return form.facts
+
+    def fits(self, objects: FooterObjects) -> bool:
+        """Whether no entry of a sample is an error; True says so, False may be wrong."""
+        facts = self.facts_of(objects)
+        offsets, sizes, _ = objects.row.chunks
+        inside = (offsets > 0) & (sizes >= facts.smallest) & (sizes <= facts.largest)
+        inside &= offsets <= self._nbytes - sizes
+        known = max(objects.row.attr_sets, default=0) < len(self._attr_sets)
+        return known and bool(inside.all()) and int(sizes.sum()) <= self._nbytes
+
+
+class FormFacts(NamedTuple):
+    """Numbers of datasets and of their raw bytes, and bounds of the sizes of all chunks."""
+
+    num_datasets: int
+    raw_nbytes: int
+    smallest: NDArray[np.float64]
+    largest: NDArray[np.float64]
 
 
 class StoredForm:
@@ -540,12 +579,15 @@ class StoredForm:
         Of objects by place, what does not differ between samples.
     layouts
         How some datasets are read, by their paths and restorations.
+    facts
+        Of `FooterStore.facts_of`.
     """
 
     def __init__(self, columns: RowForm, places: dict[str, int]) -> None:
         self.columns, self.places = columns, places
         self.described: dict[int, Described] = {}
         self.layouts: dict[Any, Layout] = {}
+        self.facts: FormFacts | None = None
 
     def keep(self, key: Any, layout: Layout) -> None:
         """Keep a layout for the next sample."""
@@ -596,9 +638,30 @@ class FooterObjects(Mapping[str, ObjectEntry]):
             made = self._made[path] = self._store.entry(self.row, self.places[path])
         return made
 
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of all uncompressed arrays."""
+        return self._store.facts_of(self).raw_nbytes
+
+    @cached_property
+    def key(self) -> Any:
+        """Alike for samples that differ in the digests and chunks of their objects alone."""
+        return self.row.key, self.row.attr_sets, self.row.with_digest.tobytes()
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """Digests of all objects by path; None of one without."""
+        digests, with_digest = self.row.digests, self.row.with_digest.tolist()
+        return {
+            path: digests[32 * place : 32 * place + 32]
+            if with_digest[place]
+            else self.facts(path)[1].get(DIGEST)
+            for path, place in self.places.items()
+        }
+
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""
-        return self._store.facts(self.form, self.places[path])
+        return self._store.facts(self.row, self.places[path])
 
     def __contains__(self, path: object) -> bool:
         return path in self.places

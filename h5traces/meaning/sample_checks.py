@@ -259,9 +259,14 @@ class SampleChecks:
         look
             How it is looked at, if not as the others.
         """
-        found = [*sample_findings(record, look or self._look), *further]
-        found += self._repeated(record.sample_id, content)
-        self.findings.add(found, self.num_samples)
+        found = sample_findings(record, look or self._look)
+        self.add_found([*found, *further], record.sample_id, content)
+
+    def add_found(
+        self, found: Iterable[Finding], sample_id: str | None, content: str | None
+    ) -> None:
+        """Add what was found in the next sample by itself; its id and content as in `add`."""
+        self.findings.add([*found, *self._repeated(sample_id, content)], self.num_samples)
         self.num_samples += 1
 
     def _repeated(self, sample_id: str | None, content: str | None) -> Iterator[Finding]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
 
+    Chunks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]
+
 
 class FooterError(CorruptArchiveError):
     """There is no footer, or one that does not fit its file; the HDF5 part may be fine."""
@@ -55,8 +57,10 @@ COLUMNS: Final = {
     "object_ndim": ("u1", 0, 1),
 }
 _COLUMNS: Final = tuple((np.dtype(dtype), which, times) for dtype, which, times in COLUMNS.values())
-# The first ones, of digests and chunks, are the row's own; the others are those of its form.
+# The first ones, of digests and chunks, are the row's own, and so is that of attributes; the others
+# are those of its form.
 _NUM_OWN: Final = 4
+_FORM: Final = tuple(name for name in COLUMNS if name not in (*list(COLUMNS)[:4], "object_attrs"))
 _FORM_COUNTS: Final = struct.Struct("<III")
 # Bytes of an object, an axis and a chunk in all columns.
 _WIDTHS: Final = tuple(
@@ -75,7 +79,7 @@ _CODES: Final = {
 
 
 class RowForm:
-    """What the rows of many samples share: all columns but those of digests and of chunks.
+    """What the rows of many samples share: all columns but those of attributes and chunks.
 
     Parameters
     ----------
@@ -91,22 +95,19 @@ class RowForm:
 
     def __init__(self, key: bytes) -> None:
         counts = _FORM_COUNTS.unpack_from(key)
-        columns: list[Any] = []
         position = _FORM_COUNTS.size
-        for dtype, which, times in _COLUMNS[_NUM_OWN:]:
-            length = counts[which] * times
-            columns.append(np.frombuffer(key, dtype, length, position))
-            position += length * dtype.itemsize
         self.object_dims: NDArray[np.int64]
         self.object_chunk_dims: NDArray[np.int64]
         self.object_name: NDArray[np.uint32]
-        self.object_attrs: NDArray[np.uint32]
         self.object_num_chunks: NDArray[np.uint32]
         self.object_type: NDArray[np.uint16]
         self.object_codec: NDArray[np.uint8]
         self.object_ndim: NDArray[np.uint8]
-        for name, column in zip(list(COLUMNS)[_NUM_OWN:], columns, strict=True):
+        for name in _FORM:
+            dtype, which, _ = COLUMNS[name]
+            column: NDArray[Any] = np.frombuffer(key, dtype, counts[which], position)
             setattr(self, name, column)
+            position += column.nbytes
         self.axis_ends, self.chunk_ends = _ends(self.object_ndim), _ends(self.object_num_chunks)
         if (self.axis_ends[-1], self.chunk_ends[-1]) != counts[1:]:
             message = "the objects of a row of the index have more or fewer axes or chunks than it"
@@ -118,53 +119,88 @@ form_of: Final = lru_cache(maxsize=512)(RowForm)
 
 
 class FooterRow:
-    """All that the footer says of one sample; FooterError where `raw` is not as long as it says."""
+    """All that the footer says of one sample; FooterError where `raw` is not as long as it says.
+
+    Attributes
+    ----------
+    key
+        What tells rows of different forms apart.
+    """
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
         counts = COUNTS.unpack_from(raw) if len(raw) >= COUNTS.size else (0, 0, 0, 0)
-        self._num_objects, axes, self._num_chunks, attrs_nbytes = counts
+        objects, axes, chunks, attrs_nbytes = counts
         of_object, of_axis, of_chunk = _WIDTHS
-        columns_nbytes = (
-            of_object * self._num_objects + of_axis * axes + of_chunk * self._num_chunks
-        )
-        self._attrs_start = COUNTS.size + columns_nbytes
-        if self._attrs_start + attrs_nbytes != len(raw):
+        columns_nbytes = of_object * objects + of_axis * axes + of_chunk * chunks
+        self._attrs_start = start = COUNTS.size + columns_nbytes
+        if start + attrs_nbytes != len(raw):
             message = (
-                f"a row of the index has {len(raw)} bytes, which is not the size of "
-                f"{self._num_objects} objects with {axes} axes, {self._num_chunks} chunks and "
-                f"{attrs_nbytes} bytes of attributes"
+                f"a row of the index has {len(raw)} bytes, which is not the size of {objects} "
+                f"objects with {axes} axes, {chunks} chunks and {attrs_nbytes} bytes of attributes"
             )
             raise FooterError(message)
-
-    @property
-    def attrs_json(self) -> bytes:
-        """The attributes of the sample as JSON."""
-        return self._raw[self._attrs_start :]
+        self._num_objects, self._num_chunks = objects, chunks
+        # Digests, 24 bytes of each chunk, axes and names, then numbers of attributes, and 8 bytes
+        # more of each object.
+        self._chunks_start = COUNTS.size + 16 * objects
+        attrs_stop = start - 8 * objects
+        self._attr_places = slice(attrs_stop - 4 * objects, attrs_stop)
+        axes_start = self._chunks_start + 24 * chunks
+        self.key = b"".join(
+            (
+                raw[: _FORM_COUNTS.size],
+                raw[axes_start : self._attr_places.start],
+                raw[attrs_stop:start],
+            )
+        )
+        self._attr_sets: tuple[int, ...] | None = None
+        self._chunks: Chunks | None = None
+        self._listed: tuple[list[int], list[int], list[int]] | None = None
 
     @property
     def attrs(self) -> Any:
         """The attributes of the sample, as its JSON says."""
         try:
-            return json.loads(self.attrs_json)
+            return json.loads(self._raw[self._attrs_start :])
         except (ValueError, RecursionError) as error:
             message = f"the index's attributes of a sample are no JSON: {error}"
             raise FooterError(message) from error
 
     @property
-    def _chunks_start(self) -> int:
-        return COUNTS.size + 16 * self._num_objects
-
-    @cached_property
-    def key(self) -> bytes:
-        """What tells rows of different forms apart."""
-        start = self._chunks_start + 24 * self._num_chunks
-        return self._raw[: _FORM_COUNTS.size] + self._raw[start : self._attrs_start]
-
-    @cached_property
     def form(self) -> RowForm:
         """What it shares with others; FooterError where that contradicts itself."""
         return form_of(self.key)
+
+    # Not cached properties, which take a lock.
+
+    @property
+    def attr_sets(self) -> tuple[int, ...]:
+        """Numbers of the attributes of every object."""
+        if self._attr_sets is None:
+            self._attr_sets = struct.unpack(f"<{self._num_objects}I", self._raw[self._attr_places])
+        return self._attr_sets
+
+    @property
+    def chunks(self) -> Chunks:
+        """Offset in the file, stored size and checksum of every chunk."""
+        if self._chunks is None:
+            columns: list[Any] = []
+            position = self._chunks_start
+            for dtype, _, _ in _COLUMNS[1:_NUM_OWN]:
+                columns.append(np.frombuffer(self._raw, dtype, self._num_chunks, position))
+                position += 8 * self._num_chunks
+            checksums, gaps, sizes = columns
+            self._chunks = (gaps + sizes).cumsum() - sizes, sizes, checksums
+        return self._chunks
+
+    @property
+    def listed_chunks(self) -> tuple[list[int], list[int], list[int]]:
+        """The same as numbers of Python."""
+        if self._listed is None:
+            offsets, sizes, checksums = self.chunks
+            self._listed = offsets.tolist(), sizes.tolist(), checksums.tolist()
+        return self._listed
 
     @cached_property
     def digests(self) -> str:
@@ -172,21 +208,10 @@ class FooterRow:
         return self._raw[COUNTS.size : self._chunks_start].hex()
 
     @cached_property
-    def chunks(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
-        """Offset in the file, stored size and checksum of every chunk."""
-        columns: list[Any] = []
-        position = self._chunks_start
-        for dtype, _, _ in _COLUMNS[1:_NUM_OWN]:
-            columns.append(np.frombuffer(self._raw, dtype, self._num_chunks, position))
-            position += self._num_chunks * dtype.itemsize
-        checksums, gaps, sizes = columns
-        return (gaps + sizes).cumsum() - sizes, sizes, checksums
-
-    @cached_property
-    def listed_chunks(self) -> tuple[list[int], list[int], list[int]]:
-        """The same as numbers of Python."""
-        offsets, sizes, checksums = self.chunks
-        return offsets.tolist(), sizes.tolist(), checksums.tolist()
+    def with_digest(self) -> NDArray[np.bool_]:
+        """Which objects have a digest here."""
+        found = np.frombuffer(self._raw, np.uint8, 16 * self._num_objects, COUNTS.size)
+        return np.asarray(found.reshape(-1, 16).any(axis=1))
 
 
 def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:

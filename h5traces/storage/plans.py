@@ -7,7 +7,6 @@ which words the errors.
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -21,6 +20,7 @@ from h5traces.storage.threads import shared_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from concurrent.futures import Future
 
     from numpy.typing import NDArray
     from typing_extensions import Buffer
@@ -77,7 +77,10 @@ class Datasets(NamedTuple):
     def chosen(self, which: NDArray[np.bool_]) -> Datasets:
         """Some of the datasets."""
         chunks = which[self.owners]
-        return Datasets(*(each[which] for each in self[:6]), *(each[chunks] for each in self[6:]))
+        shape, chunk, num_axes, itemsize, codec, num_chunks = (each[which] for each in self[:6])
+        datasets = shape, chunk, num_axes, itemsize, codec, num_chunks
+        chosen = self.offsets[chunks], self.sizes[chunks], self.checksums[chunks]
+        return Datasets(*datasets, *chosen)
 
 
 def joined(parts: Sequence[Datasets]) -> Datasets:
@@ -294,27 +297,21 @@ class Reading:
         self, file: ByteFile, parts: Sequence[Part], workers: int, *, together: bool = False
     ) -> None:
         plan, tables, bases = _joined_plan(parts)
-        layouts = [part.layout for part in parts]
-        starts = np.concatenate(
-            [layout.starts + base for layout, base in zip(layouts, bases, strict=False)]
-        )
+        nbytes, num_datasets = bases[-1], sum(len(part.layout.datasets) for part in parts)
         # Little is read at once, by threads of the kernels: Python's would wait for each other.
-        is_small = workers > 1 and _SMALL_NBYTES <= bases[-1] <= _SHARED_NBYTES
+        is_small = workers > 1 and _SMALL_NBYTES <= nbytes <= _SHARED_NBYTES
         threads = workers if is_small else 1
-        is_one = together or is_small or bases[-1] <= _SMALL_NBYTES
-        bounds = [0, len(starts)] if is_one else _bounds(starts, workers)
-        numbers = np.cumsum([0, *(len(layout.plan) for layout in layouts)])
-        rows = np.concatenate(
-            [layout.rows + first for layout, first in zip(layouts, numbers, strict=False)]
-            + [numbers[-1:]]
-        )[bounds].tolist()
+        starts, bounds, rows = [0], [0, num_datasets], [0, len(plan)]
+        if not together and not is_small and nbytes > _SMALL_NBYTES:
+            starts, bounds, rows = _pieces(parts, bases, workers)
         # Memory of every dataset, and whether it was read.
-        self._memory: list[tuple[NDArray[np.uint8], Future[bool]]] = []
+        self._memory: list[tuple[NDArray[np.uint8], Future[bool] | _Done]] = []
         # First byte in it of the first of several datasets.
         self._origins: list[int] = []
-        for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
-            start = int(starts[first])
-            end = int(starts[stop]) if stop < len(starts) else bases[-1]
+        spans = pairwise([*starts, nbytes])
+        for (first, stop), each, (start, end) in zip(
+            pairwise(bounds), pairwise(rows), spans, strict=True
+        ):
             arena = POOL.array(end - start)
             part = plan[slice(*each)]
             part["target"] -= start
@@ -339,6 +336,17 @@ class Reading:
                 found[path] = np.ndarray(shape, dtype, arena, base + start - self._origins[place])
             place += 1
         return found
+
+
+class _Done:
+    """A result that is known; a `Future` takes as long to make as a small sample to read."""
+
+    def __init__(self, *, value: bool) -> None:
+        self._value = value
+
+    def result(self) -> bool:
+        """The result."""
+        return self._value
 
 
 class NothingRead(Reading):
@@ -375,14 +383,32 @@ def _joined_plan(parts: Sequence[Part]) -> tuple[NDArray[Any], bytes, list[int]]
     return plan, b"".join(tables), bases
 
 
-def _bounds(starts: Longs, workers: int) -> list[int]:
-    """Where new memory begins: after every 4 MiB, or less where threads would have nothing to do.
+def _pieces(
+    parts: Sequence[Part], bases: Sequence[int], workers: int
+) -> tuple[list[int], list[int], list[int]]:
+    """First bytes of the pieces of memory, and where their datasets and rows begin and end.
 
-    A dataset that is as large has memory of its own.
+    After every 4 MiB, or less where threads would have nothing to do, new memory begins. A dataset
+    that is as large has memory of its own.
     """
+    layouts = [part.layout for part in parts]
+    numbers = np.cumsum([0, *(len(layout.plan) for layout in layouts)])
+    firsts = zip(layouts, bases, numbers, strict=False)
+    starts, rows = (
+        np.concatenate(each)
+        for each in zip(
+            *((layout.starts + base, layout.rows + row) for layout, base, row in firsts),
+            strict=True,
+        )
+    )
     share = int(starts[-1]) // (2 * workers) if workers > 1 else _SHARED_NBYTES
     pieces = starts // min(max(share, _SMALL_NBYTES), _SHARED_NBYTES)
-    return [0, *(np.flatnonzero(pieces[1:] != pieces[:-1]) + 1).tolist(), len(starts)]
+    bounds = np.array([0, *(np.flatnonzero(pieces[1:] != pieces[:-1]) + 1)])
+    return (
+        starts[bounds].tolist(),
+        [*bounds.tolist(), len(starts)],
+        [*rows[bounds].tolist(), int(numbers[-1])],
+    )
 
 
 def _submit(
@@ -392,7 +418,7 @@ def _submit(
     tables: bytes,
     workers: int,
     threads: int,
-) -> Future[bool]:
+) -> Future[bool] | _Done:
     """Whether a plan was read; now, by `threads`, or in one of `workers` if that is worth it."""
 
     def read() -> bool:
@@ -404,6 +430,4 @@ def _submit(
 
     if workers > 1 and threads == 1 and arena.size >= _SMALL_NBYTES:
         return shared_pool(workers).submit(read)
-    done: Future[bool] = Future()
-    done.set_result(read())
-    return done
+    return _Done(value=read())
