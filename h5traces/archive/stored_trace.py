@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from h5traces.archive.recomputing import attention_weights, check_shapes, weights_of_window
+from h5traces.archive.stores import FooterObjects
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
@@ -501,7 +502,7 @@ class StoredTrace:
 
     def tokens(self, container: Container = "numpy") -> Any:
         """The tokens in the type of their source; CorruptArchiveError unless a row of integers."""
-        attrs, values = self.attrs(layout.TOKENS), self.values(layout.TOKENS)
+        attrs, values = self.file.attrs(self.sample, layout.TOKENS), self.values(layout.TOKENS)
         source_dtype = attrs.get("source_dtype")
         if values.ndim != 1 or values.dtype.kind not in "iu":
             message = f"{self.place}/{layout.TOKENS}: holds no row of integers"
@@ -557,6 +558,18 @@ class StoredTrace:
 
         Of the whole legacy dict by default.
         """
+        objects = self.objects
+        if kinds is not None or not isinstance(objects, FooterObjects):
+            return self._needed(kinds)
+        # Samples that are alike need the same.
+        key = objects.row.attr_sets, self.selected, self.fields
+        known = objects.form.needed.get(key)
+        if known is None:
+            objects.form.needed = {key: tuple(self._needed(None))}
+            known = objects.form.needed[key]
+        return list(known)
+
+    def _needed(self, kinds: Iterable[str] | None) -> list[str]:
         paths: list[str] = []
         known, objects = self.kinds, self.objects
         if kinds is None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress, islice, repeat
+from itertools import compress, islice, pairwise, repeat
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -51,7 +51,10 @@ from h5traces.storage.plans import (
     Reading,
     Restoration,
     fitting,
+    joined,
+    layouts_of,
 )
+from h5traces.storage.plans import Wanted as WantedDatasets
 from h5traces.storage.scanning import metadata_checksum, scan
 
 if TYPE_CHECKING:
@@ -273,54 +276,59 @@ class FooterStore:
         So are those of samples whose index is damaged, and all that take more than `most_nbytes`.
         `restorations` of every sample, by path, are applied to datasets that they suit.
         """
-        parts: list[Part] = []
+        parts: dict[int, Part] = {}
+        new: dict[int, tuple[FooterObjects, Any, WantedDatasets]] = {}
         for number, (sample, paths) in enumerate(wanted):
-            if isinstance(sample.objects, FooterObjects) and paths:
-                theirs = restorations[number] if restorations else {}
-                with contextlib.suppress(FooterError, IndexError):
-                    parts += self._part(number, sample.objects, tuple(paths), theirs)
-        nbytes = sum(part.layout.raw_nbytes for part in parts)
+            objects = sample.objects
+            if not isinstance(objects, FooterObjects) or not paths:
+                continue
+            theirs = restorations[number] if restorations else {}
+            key = tuple(paths), tuple(theirs.items())
+            places = [objects.places[path] for path in paths]
+            with contextlib.suppress(FooterError, IndexError):
+                layout = objects.form.layouts.get(key)
+                if layout is not None:
+                    chunks = layout.chosen(objects.row.chunks)
+                    if layout.fits(chunks, self._nbytes):
+                        parts[number] = Part(number, layout, chunks)
+                        continue
+                new[number] = objects, key, self._datasets(objects, paths, places, theirs)
+        for number, layout in self._fitting({number: each for number, (*_, each) in new.items()}):
+            objects, key, _ = new[number]
+            parts[number] = Part(number, layout, layout.chosen(objects.row.chunks))
+            if len(layout.datasets) == len(key[0]):
+                objects.form.keep(key, layout)
+        nbytes = sum(part.layout.raw_nbytes for part in parts.values())
         # Chunks that overlap would inflate to any size.
-        overlap = sum(int(part.chunks[1].sum()) for part in parts) > len(wanted) * self._nbytes
+        stored = sum(int(part.chunks[1].sum()) for part in parts.values())
+        overlap = stored > len(wanted) * self._nbytes
         if not parts or overlap or (most_nbytes is not None and nbytes > most_nbytes):
             return NothingRead()
-        return Reading(self.file, parts, workers, together=together)
+        in_order = [parts[number] for number in sorted(parts)]
+        return Reading(self.file, in_order, workers, together=together)
 
-    def _part(
-        self,
-        number: int,
-        objects: FooterObjects,
-        paths: tuple[str, ...],
-        restorations: Mapping[str, Restoration],
-    ) -> Iterator[Part]:
-        """Those datasets of a sample that fit; nothing where none does."""
-        form, key = objects.form, (paths, tuple(restorations.items()))
-        layout = form.layouts.get(key)
-        if layout is not None:
-            chunks = layout.chosen(objects.row.chunks)
-            if layout.fits(chunks, self._nbytes):
-                yield Part(number, layout, chunks)
-                return
-        places = np.array([form.places[path] for path in paths], np.int64)
-        types, found, chosen = self._datasets(objects.row, form.columns, places)
-        fits = fitting(found, self._limits, self._nbytes)
-        if not fits.any():
+    def _fitting(self, wanted: dict[int, WantedDatasets]) -> Iterator[tuple[int, Layout]]:
+        """Layouts of the datasets that fit, of samples that have such."""
+        if not wanted:
             return
-        is_whole = bool(fits.all())
-        if not is_whole:
-            chosen = chosen[fits[found.owners]]
-            paths, types = tuple(compress(paths, fits)), list(compress(types, fits))
-            found = found.chosen(fits)
-        suiting = _suiting(paths, found, restorations)
-        layout = Layout(paths, types, found, suiting, chosen)
-        if is_whole:
-            form.keep(key, layout)
-        yield Part(number, layout, layout.chosen(objects.row.chunks))
+        found = list(wanted.values())
+        fits = fitting(joined([each.found for each in found]), self._limits, self._nbytes)
+        if not fits.all():
+            bounds = pairwise(np.cumsum([0, *(len(each.paths) for each in found)]).tolist())
+            chosen = (_chosen(each, fits[a:b]) for each, (a, b) in zip(found, bounds, strict=True))
+            wanted = {n: each for n, each in zip(wanted, chosen, strict=True) if each.paths}
+        if wanted:
+            yield from zip(wanted, layouts_of(list(wanted.values())), strict=True)
 
     def _datasets(
-        self, row: FooterRow, columns: RowForm, places: Longs
-    ) -> tuple[list[np.dtype[Any]], Datasets, Longs]:
-        """Types of datasets by their places in a row, what the index claims, and their chunks."""
+        self,
+        objects: FooterObjects,
+        paths: Sequence[str],
+        listed: list[int],
+        restorations: Mapping[str, Restoration],
+    ) -> WantedDatasets:
+        """What the index says of datasets of a sample, by their paths and places in its row."""
+        row, columns, places = objects.row, objects.form.columns, np.array(listed, np.int64)
         num_axes = columns.object_ndim[places].astype(np.int64)
         num_chunks = columns.object_num_chunks[places].astype(np.int64)
         first_axes, first_chunks = columns.axis_ends[places], columns.chunk_ends[places]
@@ -350,7 +358,8 @@ class FooterStore:
             sizes[chunks],
             checksums[chunks],
         )
-        return types, found, chunks
+        suiting = _suiting(paths, found, restorations)
+        return WantedDatasets(paths, types, found, suiting, chunks)
 
     def close(self) -> None:
         """Close the file."""
@@ -581,6 +590,8 @@ class StoredForm:
         How some datasets are read, by their paths and restorations.
     facts
         Of `FooterStore.facts_of`.
+    needed
+        Datasets of a whole sample, by what chooses them.
     """
 
     def __init__(self, columns: RowForm, places: dict[str, int]) -> None:
@@ -588,6 +599,7 @@ class StoredForm:
         self.described: dict[int, Described] = {}
         self.layouts: dict[Any, Layout] = {}
         self.facts: FormFacts | None = None
+        self.needed: dict[Any, tuple[str, ...]] = {}
 
     def keep(self, key: Any, layout: Layout) -> None:
         """Keep a layout for the next sample."""
@@ -601,12 +613,23 @@ def _misfit(place: int, error: Exception) -> FooterError:
     return FooterError(f"object {place} of a row of the index does not fit its columns: {error}")
 
 
+def _chosen(wanted: WantedDatasets, which: NDArray[np.bool_]) -> WantedDatasets:
+    """Some of the datasets."""
+    return WantedDatasets(
+        list(compress(wanted.paths, which)),
+        list(compress(wanted.types, which)),
+        wanted.found.chosen(which),
+        list(compress(wanted.restorations, which)),
+        wanted.places[which[wanted.found.owners]],
+    )
+
+
 def _suiting(
     paths: Sequence[str], found: Datasets, given: Mapping[str, Restoration]
 ) -> list[Restoration | None]:
     """The restoration of every dataset that one suits."""
     if not given:
-        return []
+        return [None] * len(paths)
     facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
     wanted = map(given.get, paths)
     return [

@@ -145,7 +145,15 @@ def validate(
             for path in paths
         )
     return Reports(
-        validate_file(path, quick=quick, checks=checks, limits=limits, progress=progress)
+        validate_file(
+            path,
+            quick=quick,
+            checks=checks,
+            limits=limits,
+            progress=progress,
+            # Ranks are processes that share a machine already.
+            has_helpers=rank is None,
+        )
         for path in paths
     )
 
@@ -158,15 +166,19 @@ def validate_file(
     limits: ReadLimits = DEFAULT_LIMITS,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    has_helpers: bool = True,
 ) -> ValidationReport:
-    """Check one archive in this process, as `validate` does, with so many `workers`."""
+    """Check one archive in this process, as `validate` does, with so many `workers`.
+
+    With `has_helpers`, other processes look at some of many samples.
+    """
     file = Path(path)
     report = ValidationReport(str(file), checks=checks, is_quick=quick)
     try:
         with Hdf5Reader(file, limits) as reader:
             validation = _Validation(reader, limits, report, progress)
             count = 0 if quick else reader.root_attributes().get("num_samples")
-            with helping(file, limits, count, workers) as others:
+            with helping(file, limits, count, workers if has_helpers else 1) as others:
                 validation.run()
                 if not quick:
                     rows = check_meaning(

@@ -217,51 +217,48 @@ def run(
     run_plan(plan, stored, arena, tables, threads=threads)
 
 
-class Layout:
-    """Where datasets lie in memory, and the plan that reads them: the same for samples of one form.
+class Wanted(NamedTuple):
+    """Datasets of one sample, for which `fitting` holds.
 
-    Parameters
+    `restorations` are those of datasets that are restored behind their chunks; `places` are those
+    of their chunks among all of the sample.
+    """
+
+    paths: Sequence[str]
+    types: Sequence[np.dtype[Any]]
+    found: Datasets
+    restorations: Sequence[Restoration | None]
+    places: Longs
+
+
+class Layout:
+    """Where datasets of a sample lie in memory, and the plan that reads them.
+
+    They are the same for all samples of one form. `layouts_of` makes some.
+
+    Attributes
     ----------
-    paths, types
-        Path and type of every dataset.
-    found
-        What the index says of them; `fitting` holds for all.
-    restorations
-        Of those that are restored behind their chunks; their types become those restored.
-    chunks
-        Places of their chunks among all of a sample.
+    datasets
+        Path, type, shape and first byte of each.
+    starts, nbytes, raw_nbytes
+        First bytes; bytes in memory, and before anything is restored.
+    plan, tables, rows
+        The plan, the tables it refers to, and where the chunks of every dataset begin in it.
     """
 
     def __init__(
         self,
-        paths: Sequence[str],
-        types: Sequence[np.dtype[Any]],
-        found: Datasets,
-        restorations: Sequence[Restoration | None],
-        chunks: Longs,
+        datasets: list[tuple[str, np.dtype[Any], tuple[int, ...], int]],
+        starts: Longs,
+        nbytes: tuple[int, int],
+        plan: tuple[NDArray[Any], bytes, Longs],
+        chunks: tuple[Longs, Floats, Floats],
     ) -> None:
-        restored = found.itemsize
-        if any(restorations):
-            changed = enumerate(restorations)
-            types = [each.dtype if each else types[number] for number, each in changed]
-            sizes = [each.dtype.itemsize if each else 0 for each in restorations]
-            restored = np.where(np.equal(sizes, 0), restored, sizes)
-        self.types = frozenset(types)
-        nbytes = found.shape.prod(axis=1) * restored
-        # Elements of several sizes begin at multiples of eight bytes.
-        room = nbytes if len(self.types) <= 1 else -(-nbytes // 8) * 8
-        ends = np.cumsum(room)
-        self.starts = ends - room
-        self.nbytes, self.raw_nbytes = int(ends[-1]), int(found.nbytes.sum())
-        self.plan, owners = plan_of(found, self.starts, restored), found.owners
-        self.tables = _add_restorations(self.plan, owners, restorations)
-        # Where the chunks of every dataset begin in the plan.
-        self.rows = np.cumsum(found.num_chunks) - found.num_chunks
-        shapes, axes = found.shape.tolist(), found.num_axes.tolist()
-        cut = (tuple(shape[:most]) for shape, most in zip(shapes, axes, strict=True))
-        self.datasets = list(zip(paths, types, cut, self.starts.tolist(), strict=True))
-        self._chunks = chunks
-        self._smallest, self._largest = _bounds_of_chunks(found)
+        self.datasets, self.starts = datasets, starts
+        self.nbytes, self.raw_nbytes = nbytes
+        self.plan, self.tables, self.rows = plan
+        self.types = frozenset(dtype for _, dtype, _, _ in datasets)
+        self._chunks, self._smallest, self._largest = chunks
 
     def chosen(self, chunks: Chunks) -> Chunks:
         """The chunks of these datasets, of all of a sample."""
@@ -274,6 +271,51 @@ class Layout:
         inside = (offsets > 0) & (sizes >= self._smallest) & (sizes <= self._largest)
         inside &= offsets <= file_nbytes - sizes
         return bool(inside.all()) and int(sizes.sum()) <= file_nbytes
+
+
+def layouts_of(wanted: Sequence[Wanted]) -> list[Layout]:
+    """The layouts of some samples; numpy is called as often for many as for one."""
+    found = joined([each.found for each in wanted])
+    types = [dtype for each in wanted for dtype in each.types]
+    restorations = [how for each in wanted for how in each.restorations]
+    restored = found.itemsize
+    if any(restorations):
+        types = [how.dtype if how else types[number] for number, how in enumerate(restorations)]
+        sizes = [how.dtype.itemsize if how else 0 for how in restorations]
+        restored = np.where(np.equal(sizes, 0), restored, sizes)
+    counts = [len(each.paths) for each in wanted]
+    firsts = np.cumsum([0, *counts])
+    bounds = list(pairwise(firsts.tolist()))
+    nbytes = found.shape.prod(axis=1) * restored
+    # Elements of several sizes begin at multiples of eight bytes.
+    if len(set(types)) > 1:
+        is_mixed = np.repeat([len(set(types[a:b])) > 1 for a, b in bounds], counts)
+        nbytes = np.where(is_mixed, -(-nbytes // 8) * 8, nbytes)
+    ends = np.cumsum(nbytes)
+    starts = ends - nbytes
+    own = starts - np.repeat(starts[firsts[:-1]], counts) if len(wanted) > 1 else starts
+    plan, owners = plan_of(found, own, restored), found.owners
+    tables = _add_restorations(plan, owners, restorations)
+    rows = np.cumsum(found.num_chunks) - found.num_chunks
+    smallest, largest = _bounds_of_chunks(found)
+    raw_nbytes, edges = found.nbytes, [*rows[firsts[:-1]].tolist(), len(plan)]
+    shapes = [
+        tuple(shape[:axes])
+        for shape, axes in zip(found.shape.tolist(), found.num_axes.tolist(), strict=True)
+    ]
+    layouts = []
+    for each, (a, b), (first, stop) in zip(wanted, bounds, pairwise(edges), strict=True):
+        datasets = zip(each.paths, types[a:b], shapes[a:b], own[a:b].tolist(), strict=True)
+        layouts.append(
+            Layout(
+                list(datasets),
+                own[a:b],
+                (int(ends[b - 1] - starts[a]), int(raw_nbytes[a:b].sum())),
+                (plan[first:stop], tables, rows[a:b] - first),
+                (each.places, smallest[first:stop], largest[first:stop]),
+            )
+        )
+    return layouts
 
 
 class Part(NamedTuple):

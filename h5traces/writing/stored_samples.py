@@ -205,7 +205,11 @@ def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecor
             extra[layout.unescape_key(text.unescape(name))] = decode_element(stored, path)
     metadata = stored.metadata
     tokens = stored.tokens() if layout.TOKENS in stored.objects else None
-    container = stored.attrs(layout.TOKENS).get("container") if tokens is not None else None
+    container = (
+        stored.file.attrs(stored.sample, layout.TOKENS).get("container")
+        if tokens is not None
+        else None
+    )
     return TraceRecord(
         sample_id=metadata.sample_id,
         generation_index=metadata.generation_index,
