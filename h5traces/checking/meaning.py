@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from h5traces.archive.archive import Archive
     from h5traces.archive.trace import Trace
-    from h5traces.checking.helpers import Helpers
     from h5traces.checking.reports import ValidationReport
     from h5traces.format.limits import ReadLimits
     from h5traces.meaning.checks import Finding
@@ -50,14 +49,14 @@ def check_meaning(
     report: ValidationReport,
     limits: ReadLimits,
     *,
-    others: Helpers | None = None,
+    seen: Callable[[], Looked | None] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, IndexRow]:
     """Add the findings about all samples to the report; what cannot be read is a problem.
 
-    `others` look at samples already. Returns what the table of samples should say of those that
-    could be read.
+    `seen` gives what helpers saw of the next sample, None where they did not look. Returns what the
+    table of samples should say of those that could be read.
     """
     rows: dict[int, IndexRow] = {}
     with looking(path, limits, workers) as (archive, look):
@@ -67,7 +66,7 @@ def check_meaning(
         for index in range(len(archive)):
             place = layout.sample_path(index)
             # Helpers look at all.
-            looked = others.next() if others is not None else None
+            looked = None if seen is None else seen()
             if place in known:
                 checks.skip()
                 continue

@@ -182,7 +182,12 @@ def validate_file(
                 validation.run()
                 if not quick:
                     rows = check_meaning(
-                        file, report, limits, others=others, workers=workers, progress=progress
+                        file,
+                        report,
+                        limits,
+                        seen=None if others is None else others.next,
+                        workers=workers,
+                        progress=progress,
                     )
                     validation.check_excerpts(rows)
     except ArchiveError as error:
