@@ -335,12 +335,11 @@ def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) ->
 
 def _num_written(target: Target) -> int:
     """Samples of earlier starts, packed or in the spool."""
-    num_spooled = sum(1 for _ in spool_path(target).glob("*.sample"))
-    existing = [str(each) for each in target.existing()]
-    if not existing:
-        return num_spooled
-    with open_archive(existing) as archive:
-        return num_spooled + len(archive)
+    found = [*spool_path(target).glob("*.sample"), *target.existing()]
+    if not found:
+        return 0
+    with open_archive(found) as archive:
+        return len(archive)
 
 
 def _free_nbytes(path: Path) -> int:

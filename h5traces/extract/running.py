@@ -45,6 +45,8 @@ Status = Literal["planned", "stopped", "failed", "finished"]
 
 # Bytes in the queue, enough to go on computing while a shard is packed; one record may exceed it.
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
+# Records that wait are stored together, up to so many: one file costs as much as two tiny samples.
+_MAX_TOGETHER, _MAX_TOGETHER_NBYTES = 32, 16 * 2**20
 # What torch says on devices whose errors have no separate class.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -259,25 +261,33 @@ class WriterThread:
 
     def _run(self) -> None:
         try:
-            while (record := self._next()) is not None:
-                self._writer.append(record)
-                self._written(record)
+            while records := self._next():
+                self._writer.append_records(records)
+                for each in records:
+                    self._written(each)
                 # Free the arrays before waiting for the next ones.
-                del record
+                records.clear()
+                del each
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _next(self) -> TraceRecord | None:
+    def _next(self) -> list[TraceRecord]:
+        """The first record that waits, and those after it that can be stored with it."""
+        found: list[TraceRecord] = []
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
-            if not self._waiting:
-                return None
-            record = self._waiting.popleft()
-            self._waiting_nbytes -= _record_nbytes(record)
+            left = _MAX_TOGETHER_NBYTES
+            while self._waiting and len(found) < _MAX_TOGETHER:
+                nbytes = _record_nbytes(self._waiting[0])
+                left -= nbytes
+                if found and left < 0:
+                    break
+                found.append(self._waiting.popleft())
+                self._waiting_nbytes -= nbytes
             self._changed.notify_all()
-            return record
+        return found
 
     def put(self, record: TraceRecord) -> None:
         """Add a record to the queue; waits while the queue is full."""
@@ -293,6 +303,12 @@ class WriterThread:
                 raise self._error
             self._waiting.append(record)
             self._waiting_nbytes += nbytes
+            if self._waiting_nbytes > _MAX_TOGETHER_NBYTES:
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Have written what waits; until then, `put` may leave small records for later ones."""
+        with self._changed:
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -386,6 +402,7 @@ class Run:
                         self._settled(job, outcome)
                 else:
                     thread.put(outcome)
+            thread.flush()
         return False
 
     def _batches(self) -> Iterator[Sequence[Job]]:

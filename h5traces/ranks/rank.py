@@ -24,7 +24,7 @@ _TORCH: Final = ("RANK", "WORLD_SIZE")
 # Only `srun` sets the second: a batch script with -n 2 has SLURM_PROCID=0 and SLURM_NTASKS=2, and
 # would silently do half of the work.
 _STEP: Final = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-# Numbers of steps that are no steps of `srun` are close to 2**32.
+# Numbers of steps that are not steps of `srun` are close to 2**32.
 _MOST_STEPS: Final = 1 << 31
 
 
@@ -70,7 +70,7 @@ def find_rank(
     folder: Path | RemotePath | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Rank | None:
-    """The rank that a caller chose; None where there are no ranks.
+    """The rank that a caller chose; None if there are no ranks.
 
     ``auto`` looks at the environment, where the array of a scheduler may be a part of the one that
     started the run in `folder`. What was taken is logged.

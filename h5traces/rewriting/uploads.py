@@ -39,7 +39,7 @@ class Uploads:
 
     @classmethod
     def to(cls, dest: Source) -> Self | None:
-        """Uploads to a folder of a bucket; None where `dest` is none."""
+        """Uploads to a folder of a bucket; None if `dest` is none."""
         if not is_url(dest) or RemotePath(str(dest)).protocol not in ("s3", "s3a"):
             return None
         if not str(dest).endswith("/"):

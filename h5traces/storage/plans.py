@@ -58,7 +58,7 @@ class Datasets(NamedTuple):
     # (chunks,), those of the first dataset first
     offsets: Longs
     sizes: Longs
-    # None where only HDF5 is known, which keeps none
+    # None if only HDF5 is known, which keeps none
     checksums: NDArray[np.uint64] | None
 
     @property
@@ -96,7 +96,7 @@ def joined(parts: Sequence[Datasets]) -> Datasets:
 
 
 class Restoration(NamedTuple):
-    """How stored integers of a tier become floats behind their chunks."""
+    """How stored integers of a tier become floats after their chunks."""
 
     how: Restoring
     dtype: np.dtype[Any]
@@ -226,7 +226,7 @@ class Reading:
     found
         What the index says of them; `fitting` holds for all.
     restorations
-        Of those that are restored behind their chunks; their types are those restored.
+        Of those that are restored after their chunks; their types are those restored.
     """
 
     def __init__(
