@@ -102,7 +102,7 @@ def _reject(store: FooterStore, found: Iterator[Difference]) -> None:
 def differences(
     place: str, listed: SampleEntry | None, stored: SampleEntry | None
 ) -> Iterator[Difference]:
-    """What the index lists otherwise than HDF5 stores it; None where one has nothing there."""
+    """What the index lists otherwise than HDF5 stores it; None if one has nothing there."""
     if listed is None or stored is None:
         if listed is not stored:
             yield place, "only one of the index and HDF5 has it"

@@ -391,7 +391,7 @@ def check_version(attrs: Attrs, place: str) -> None:
     features = attrs.get("required_features", "[]")
     try:
         unknown = sorted(set(json.loads(str(features))) - layout.KNOWN_FEATURES)
-        # A TypeError, as above, where something is no text.
+        # A TypeError, as above, where something is not text.
         names = ", ".join(unknown[:_MOST_FEATURES_NAMED])[:1000]
     except (ValueError, TypeError, RecursionError) as error:
         message = f"{place}: required_features {str(features)[:80]!r} is not a list of names"

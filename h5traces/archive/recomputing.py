@@ -51,7 +51,7 @@ def attention_weights(
 ) -> NDArray[np.float32]:
     """Weights ``(heads, rows, S)`` of some heads and query positions, in float32.
 
-    In threads; measured, torch on a CPU is no faster (``benchmarks/long_traces.py``).
+    In threads; measured, torch on a CPU was slower (``benchmarks/long_traces.py``).
 
     Parameters
     ----------

@@ -318,7 +318,7 @@ class StoredTrace:
         ]
 
     def rule(self, name: str) -> AttentionRule | None:
-        """How queries and keys of a layer make its attention; None where it is not stored.
+        """How queries and keys of a layer make its attention; None if it is not stored.
 
         CorruptArchiveError where it makes no sense.
         """
@@ -389,7 +389,7 @@ class StoredTrace:
         place = f"{layout.EXTRA_GROUP}/{POSITIONS}"
         positions = self.values(place) if place in self.objects else np.arange(window.shape[1])
         if window.ndim != 3 or len(positions) != window.shape[1]:
-            message = f"{self.place}/{ATTENTION_WINDOW}/{name}: {window.shape} is no window"
+            message = f"{self.place}/{ATTENTION_WINDOW}/{name}: {window.shape} is not a window"
             raise CorruptArchiveError(message)
         return weights_of_window(window[heads][:, rows], positions[rows], positions)
 

@@ -358,7 +358,7 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
 
 
 def _length(value: Any) -> int | None:
-    """How many tokens a field has; None if it is no sequence."""
+    """How many tokens a field has; None if it is not a sequence."""
     if isinstance(value, (list, tuple)):
         return len(value)
     array = value.data if isinstance(value, TorchValue) else value

@@ -130,7 +130,7 @@ def validate(
     Returns
     -------
     list of ValidationReport
-        One per archive, with every problem and its HDF5 path. A file that is no archive is a
+        One per archive, with every problem and its HDF5 path. A file that is not an archive is a
         problem, too.
 
     Raises
@@ -680,7 +680,7 @@ def _consistency_problems(
 
 
 def _float_type(entry: ObjectEntry) -> FloatType | None:
-    """The type of a layer when it is read; None if that is no float type."""
+    """The type of a layer when it is read; None if that is not a float type."""
     try:
         found = restored_type(entry.dtype, entry.attrs)
     except UnsupportedEncodingError:

@@ -120,7 +120,7 @@ def anatomy_of(model: Any) -> Anatomy:
     Raises
     ------
     ExtractionError
-        It is no decoder-only model, or of an unknown structure.
+        It is not a decoder-only model, or of an unknown structure.
     """
     name = type(model).__name__
     check_decoder_only(model.config, name)

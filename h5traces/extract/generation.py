@@ -177,7 +177,7 @@ class Planner:
         return job
 
     def _given(self, name: str, prompt: _Prompt, given: Given) -> tuple[int, ...]:
-        """The tokens of a given answer: those that its text has behind the prompt."""
+        """The tokens of a given answer: those that its text has after the prompt."""
         if not given:
             message = f"{name}: the given answer is empty; expected text or tokens"
             raise UnfitAnswerError(message)
@@ -190,7 +190,7 @@ class Planner:
         whole = tuple(self._tokens(prompt.text + given, is_chat=prompt.is_chat))
         if whole[: len(prompt.ids)] != prompt.ids or len(whole) == len(prompt.ids):
             message = (
-                f"{name}: with the given answer {shown(given)} behind it, the prompt "
+                f"{name}: with the given answer {shown(given)} after it, the prompt "
                 "has other tokens; begin the answer with a space or a line, or give token ids"
             )
             raise UnfitAnswerError(message)

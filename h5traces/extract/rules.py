@@ -21,7 +21,7 @@ _NUM_AXES_OF_MASK: Final = 4
 def rule_of(
     module: Any, query: torch.Tensor, facts: Mapping[str, Any], row: int, length: int
 ) -> AttentionRule | None:
-    """The rule of one sequence; None where the call adds something else to scores.
+    """The rule of one sequence; None if the call adds something else to scores.
 
     Parameters
     ----------

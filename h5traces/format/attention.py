@@ -39,7 +39,9 @@ class AttentionRule(Document):
     ] = None
     sinks: Annotated[
         tuple[float, ...] | None,
-        Field(description="Score of each head's learned sink, which takes weight and is no key."),
+        Field(
+            description="Score of each head's learned sink, which takes weight and is not a key."
+        ),
     ] = None
 
     def seen(self, rows: NDArray[np.int64], num_keys: int) -> tuple[NDArray[np.int64], ...]:

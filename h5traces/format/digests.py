@@ -45,7 +45,7 @@ def dataset_digest(stored_type: str, values: NDArray[Any]) -> str:
     """
     state = xxhash.xxh3_128(digest_header(stored_type, values.shape))
     if values.dtype.kind == "S":
-        # The padding depends on the longest text stored, which is no content.
+        # The padding depends on the longest text stored, which is not content.
         for text in values.ravel().tolist():
             state.update(len(text).to_bytes(8, "little"))
             state.update(text)

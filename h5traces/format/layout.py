@@ -42,7 +42,7 @@ STEPS_TABLE: Final = "steps"
 EXCEPTIONS_TABLE: Final = "exceptions"
 # Stands for the embedding in the table of exceptions.
 EMBEDDING_LAYER: Final = -1
-# Datasets beside the layers of a kind that are no layers themselves.
+# Datasets beside the layers of a kind that are not layers themselves.
 TABLES: Final = frozenset({STEPS_TABLE, EXCEPTIONS_TABLE})
 
 TOKENS: Final = "tokens"

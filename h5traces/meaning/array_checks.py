@@ -66,7 +66,7 @@ class Layers:
         For a full look, at every value: how a function is applied to each layer. None for a quick
         look, which reads only what is in memory.
     mask
-        Which positions are tokens, ``(positions,)``; None where all are. Rows and columns of
+        Which positions are tokens, ``(positions,)``; None if all are. Rows and columns of
         weights at padded ends are not looked at: models fill them as they like.
     """
 

@@ -127,7 +127,7 @@ class Storing(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What became of a `Storing`, and its digest; None where there was no codec."""
+    """What became of a `Storing`, and its digest; None if there was no codec."""
 
     encoded: EncodedArray | None
     digest: str

@@ -164,7 +164,7 @@ class FooterRow:
         try:
             return json.loads(self._raw[self._attrs_start :])
         except (ValueError, RecursionError) as error:
-            message = f"the index's attributes of a sample are no JSON: {error}"
+            message = f"the index's attributes of a sample are not JSON: {error}"
             raise FooterError(message) from error
 
     @property

@@ -98,7 +98,7 @@ def joined(parts: Sequence[Datasets]) -> Datasets:
 
 
 class Restoration(NamedTuple):
-    """How stored integers of a tier become floats behind their chunks."""
+    """How stored integers of a tier become floats after their chunks."""
 
     how: Restoring
     dtype: np.dtype[Any]
@@ -220,7 +220,7 @@ def run(
 class Wanted(NamedTuple):
     """Datasets of one sample, for which `fitting` holds.
 
-    `restorations` are those of datasets that are restored behind their chunks; `places` are those
+    `restorations` are those of datasets that are restored after their chunks; `places` are those
     of their chunks among all of the sample.
     """
 

@@ -68,7 +68,7 @@ class Settings:
             return cls(handover=str(config[HANDOVER]))
         unknown = [each for each in config if each not in _SETTINGS]
         if unknown or not isinstance(config.get("target"), str):
-            what = f"{unknown[0]!r} is no setting" if unknown else "'target' is missing"
+            what = f"{unknown[0]!r} is not a setting" if unknown else "'target' is missing"
             message = f"kv_connector_extra_config: {what}; expected {', '.join(_SETTINGS)}"
             raise OptionError(message)
         found = dict(config)

@@ -165,7 +165,7 @@ class StoredSample:
         )
 
     def _encoded(self, entry: ObjectEntry, codec: str | None) -> EncodedArray:
-        """The stored chunks, checked; compressed again if their filters are no known codec."""
+        """The stored chunks, checked; compressed again if their filters are not a known codec."""
         if codec is not None or entry.codec is None or entry.chunks is None:
             values = self._trace.values(entry.path)
             return encode_array(values, codec_for(values, codec or GZIP.name))

@@ -288,7 +288,7 @@ def test_a_column_of_given_answers(tmp_path):
         assert archive.metadata.extraction.threads == 1
     left_out = {each.sample_id: each.reason for each in report.skipped}
     assert left_out == {"joined": "unfit_answer"}
-    assert "joined: with the given answer ':' behind it, the prompt has other tokens" in str(
+    assert "joined: with the given answer ':' after it, the prompt has other tokens" in str(
         report.skipped
     )
     path.write_text('{"question": "Why?"}\n')

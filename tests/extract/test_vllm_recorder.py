@@ -108,7 +108,7 @@ class Slow:
         self.go, self.error, self.records = threading.Event(), error, []
 
     def append(self, record):
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         if self.error:
             raise self.error
         self.records.append(record)
@@ -126,7 +126,7 @@ def test_the_engine_waits_for_room():
     thread.join(0.1)
     assert thread.is_alive()
     writer.go.set()
-    thread.join(10)
+    thread.join(60)
     recorder.close()
     assert writer.records == ["a", "b"]
 
@@ -143,7 +143,7 @@ def test_a_failed_write_stops_the_engine():
 
 
 def test_unknown_settings():
-    with pytest.raises(OptionError, match="'tir' is no setting"):
+    with pytest.raises(OptionError, match="'tir' is not a setting"):
         Settings.of({"target": "run.h5", "tir": "fine"})
     with pytest.raises(OptionError, match="'target' is missing"):
         Settings.of({})

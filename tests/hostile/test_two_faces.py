@@ -308,7 +308,7 @@ def test_random_bytes_are_no_header(archive):
         sample = store.sample(0)
         HeaderCheck(LocalFile(archive)).shows(address, sample, sample.objects.row, None)
     for address in (0, 1, len(data) - 1, len(data), len(data) + 1, 1 << 62):
-        assert not HeaderCheck(LocalFile(archive)).shows(address, store.sample(0))
+        assert not HeaderCheck(LocalFile(archive)).shows(address, sample, sample.objects.row, None)
 
 
 def test_verify_says_what_it_did_not_compare(archive, tmp_path):

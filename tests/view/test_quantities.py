@@ -115,8 +115,8 @@ def test_probes_of_a_features_file_are_shown(page: Any, archive: Path, tmp_path:
     ("name", "content", "message"),
     [
         ("scores.csv", b"", "scores come from .h5 or .npz"),
-        ("scores.npz", b"PK", "is no file of features"),
-        ("scores.h5", b"x" * 100, "is no file of features"),
+        ("scores.npz", b"PK", "is not a file of features"),
+        ("scores.h5", b"x" * 100, "is not a file of features"),
     ],
 )
 def test_other_files_of_scores_are_named(
