@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Each holds a layer, and some of it in float32.
 _MOST_WORKERS = 4
 # Bytes of a sample that take less time than handing its layers to threads.
-_SMALL = 1 << 20
+SMALL_NBYTES = 1 << 20
 
 
 class Looked(NamedTuple):
@@ -100,7 +100,7 @@ def looking(
         def look(index: int) -> Looked:
             try:
                 trace = archive[index]
-                is_large = trace._stored.raw_nbytes > _SMALL
+                is_large = trace._stored.raw_nbytes > SMALL_NBYTES
                 record = to_record(trace, lazy=is_large)
                 found = sample_findings(record, in_threads if is_large else alone)
                 row = IndexRow.of(trace.metadata, record.texts)
