@@ -60,17 +60,23 @@ def described(states: np.ndarray, weights: np.ndarray) -> None:
 
 
 def compared(states: np.ndarray, weights: np.ndarray) -> None:
-    """Errors, their squares, correlations of tokens with all others, and edges that flip."""
-    for values in (states, weights):
-        one, other = values.astype(np.float32), values.astype(np.float32)
+    """Errors of values and channels, nearest tokens, flipped edges and divergences of rows."""
+    one, other = states.astype(np.float32), states[::-1].astype(np.float32)
+    for _ in ("of layers", "of differences between layers"):
         error = np.abs(other - one)
         _ = error.max(), np.divide(error, one, out=np.zeros_like(one), where=one != 0).max()
-    numbers = states.astype(np.float32)
-    np.einsum("th,th->h", numbers, numbers)
-    for each in (numbers, numbers):
-        _ = each @ each.T
-    for each in (weights, weights):
-        np.count_nonzero(each.astype(np.float32).mean(axis=0) > 0.01)
+        for each in (error, one):
+            np.einsum("th,th->h", each, each)
+    for each in (one, other):
+        unit = each / np.sqrt(np.einsum("th,th->t", each, each))[:, None]
+        _ = unit @ unit.T
+    a, b = weights.astype(np.float64), weights[::-1].astype(np.float64)
+    error = np.abs(b - a)
+    _ = error.max(), np.divide(error, a, out=np.zeros_like(a), where=a != 0).max()
+    for each in (a, b):
+        np.count_nonzero(each.mean(axis=0) > 0.01)
+    terms = np.divide(a, np.maximum(b, 2.0**-24), out=np.ones_like(a), where=a > 0)
+    (np.log(terms) * a).sum(axis=-1)
 
 
 def read(path: Path, kinds: Sequence[str] = KINDS) -> None:
