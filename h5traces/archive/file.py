@@ -161,6 +161,28 @@ class ArchiveFile:
         """One object of a sample; KeyError where there is none."""
         return self._from_sample(sample, lambda each: each.objects[path])
 
+    def raw_nbytes(self, sample: SampleEntry) -> int:
+        """Bytes of all uncompressed arrays of a sample."""
+
+        def read(each: SampleEntry) -> int:
+            objects = each.objects
+            if isinstance(objects, FooterObjects):
+                return objects.raw_nbytes
+            return sum(entry.raw_nbytes for entry in objects.values())
+
+        return self._from_sample(sample, read)
+
+    def digests(self, sample: SampleEntry) -> dict[str, Any]:
+        """Digests of all objects of a sample by path; None of one without."""
+
+        def read(each: SampleEntry) -> dict[str, Any]:
+            objects = each.objects
+            if isinstance(objects, FooterObjects):
+                return objects.digests
+            return {path: entry.attrs.get(DIGEST) for path, entry in objects.items()}
+
+        return self._from_sample(sample, read)
+
     def attrs(self, sample: SampleEntry, path: str) -> Attrs:
         """Attributes of one object of a sample; perhaps without its digest."""
         return self.facts(sample, path)[1]

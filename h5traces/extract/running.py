@@ -19,10 +19,12 @@ from h5traces.extract.generation import batches
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
 from h5traces.meaning.checks import CheckOptions
+from h5traces.ranks.bucket import REPORT
 from h5traces.ranks.plan import RANKS
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath, is_url
 from h5traces.writing.options import WriteOptions
 from h5traces.writing.shards import stored_keys
 
@@ -170,14 +172,21 @@ class ExtractionReport(Report):
 
     def save(self) -> None:
         """Write the report beside the output, in one atomic step."""
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        data = text.encode("utf-8", "surrogatepass")
+        if is_url(self.output):
+            from h5traces.storage.remote.uploading import put
+
+            place = RemotePath(f"{self.output}{RANKS}/{self.rank}/{REPORT}")
+            return put(place, data, DEFAULT_REMOTE)
         path = report_path(Path(self.output))
         if self.rank is not None:
-            path = Path(self.output) / RANKS / f"{self.rank}.report.json"
+            path = Path(self.output) / RANKS / f"{self.rank}.{REPORT}"
         make_folder(path.parent)
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
         with PartFile(path) as part:
-            part.append(text.encode("utf-8", "surrogatepass"))
+            part.append(data)
             part.publish(overwrite=True)
+        return None
 
 
 def report_path(output: Path) -> Path:

@@ -260,17 +260,32 @@ class SampleChecks:
         look
             How it is looked at, if not as the others.
         """
-        found = [*sample_findings(record, look or self._look), *further]
-        found += self._repeated(record, content)
-        self.findings.add(found, self.num_samples)
+        found = sample_findings(record, look or self._look)
+        generation = record.generation_index if record.extraction else None
+        self.add_found([*found, *further], record.sample_id, content, generation)
+
+    def add_found(
+        self,
+        found: Iterable[Finding],
+        sample_id: str | None,
+        content: str | None,
+        generation: int | None = None,
+    ) -> None:
+        """Add what was found in the next sample by itself; its id and content as in `add`.
+
+        `generation` is the generation index of what a model was asked.
+        """
+        repeated = self._repeated(sample_id, generation, content)
+        self.findings.add([*found, *repeated], self.num_samples)
         self.num_samples += 1
 
-    def _repeated(self, record: TraceRecord, content: str | None) -> Iterator[Finding]:
-        if record.sample_id is not None:
-            key = record.sample_id, record.generation_index if record.extraction else None
-            if key in self._ids:
+    def _repeated(
+        self, sample_id: str | None, generation: int | None, content: str | None
+    ) -> Iterator[Finding]:
+        if sample_id is not None:
+            if (sample_id, generation) in self._ids:
                 yield Finding("repeated-id", layout.QUESTION_ID, "the id of an earlier sample")
-            self._ids.add(key)
+            self._ids.add((sample_id, generation))
         if content is None:
             return
         first = self._first.setdefault(content, self.num_samples)

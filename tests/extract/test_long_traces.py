@@ -396,7 +396,8 @@ def test_slopes_of_another_number_of_heads_are_named(tmp_path):
     records = stored(make_family("bloom"), tmp_path / "both.h5")
     without_weights(records, tmp_path / "long.h5")
     with h5py.File(tmp_path / "long.h5", "r+") as file:
-        file["samples/00000000/queries/layer_001"].attrs["slopes"] = "[0.5, 0.25]"
+        attrs = file["samples/00000000/queries/layer_001"].attrs
+        attrs.create("slopes", np.bytes_("[0.5, 0.25]"))
     h5traces.seal(tmp_path / "long.h5", accept_edits=True)
     with h5traces.open(tmp_path / "long.h5") as archive:
         with pytest.raises(h5traces.errors.CorruptArchiveError, match="2 slopes for 4 heads"):
