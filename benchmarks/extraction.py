@@ -10,13 +10,15 @@ away. *bare* is a script with transformers alone: it generates, runs the forward
 in the order of the questions. *stored* is ``h5traces extract`` as it is: another process writes
 every sample durably, and packs shards, while the next ones are computed. *threaded* does so in a
 thread of the same process, *in turn* in the same thread, between samples. *added* is the time
-beyond *compute*, as a share of *compute*, until every sample is durable. *start* and *close* are
-what is there once per run: starting the process, and packing the last shard; they are not in the
-other columns.
+beyond *compute*, as a share of *compute*, until every sample is durable. *tail* is the part of it
+that comes once per run, after the last sample is computed; *start* and *close* come once as well,
+and are in no other column: starting the process, and packing the last shard.
 
 The model is the trained one of this repository, with its 40 questions several times over and
-answers of up to 64 tokens. ``--random-7b`` takes one of Llama-2-7B's shape with random weights
-instead, for machines with a GPU; random weights never end an answer, so all have 64 tokens.
+answers of up to 64 tokens. ``--random 7b`` takes one of Llama-2-7B's shape with random weights
+instead, for machines with a GPU, and ``--random 1b`` one of Llama-3.2-1B's (16 layers, hidden size
+2048, 32 heads, 8 of them for keys) in bfloat16; random weights never end an answer, so all have
+``--max-new-tokens``.
 
 Prediction, written before the first run: *in turn* adds 60 %, since writing a sample of this model
 takes two thirds of the processor time of computing it; *stored* adds less than 3 % where a core is
@@ -24,7 +26,8 @@ free (``--threads 1`` on two), and 20 % where torch uses all of them.
 
 Outcome of ``--threads 1 --rounds 3 --repeats 3`` on two cores that other work used as well: *in
 turn* added 99 % (57 to 205), *stored* 51 % (41 to 126). No core was free, so the prediction of 3 %
-is not tested; a sample takes about as long to write as to compute here.
+is not tested; a sample takes about as long to write as to compute here. ``docs/extraction.md`` has
+later figures.
 """
 
 from __future__ import annotations
@@ -57,12 +60,27 @@ TINY = EXAMPLES / "tiny-llama-pydocs"
 SHARD_SAMPLES = 40
 
 
-def random_7b(device: str) -> Any:
-    """A model of Llama-2-7B's shape, made on its device."""
-    config = transformers.LlamaConfig(max_position_embeddings=4096, vocab_size=32000)
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": {"dtype": torch.float16},
+    "1b": {
+        "dtype": torch.bfloat16,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+def random_model(shape: str, device: str) -> Any:
+    """A Llama of this shape, made on its device."""
+    sizes = dict(SHAPES[shape])
+    dtype = sizes.pop("dtype")
+    config = transformers.LlamaConfig(max_position_embeddings=4096, vocab_size=32000, **sizes)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", dtype=torch.float16
+            config, attn_implementation="eager", dtype=dtype
         )
     return model.eval()
 
@@ -70,14 +88,11 @@ def random_7b(device: str) -> Any:
 class Bench:
     """One model, one list of jobs, three ways."""
 
-    def __init__(self, model: Any, tokenizer: Any, options: ExtractOptions, repeats: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, options: ExtractOptions, samples: int) -> None:
         self._extractor = Extractor(model, tokenizer, options)
         planner = Planner(tokenizer, model.config, options)
-        questions = [
-            replace(each, sample_id=f"{each.sample_id}_{repeat}")
-            for repeat in range(repeats)
-            for each in read_questions(EXAMPLES / "questions.jsonl").questions
-        ]
+        known = read_questions(EXAMPLES / "questions.jsonl").questions
+        questions = [replace(known[n % len(known)], sample_id=f"q{n}") for n in range(samples)]
         self._jobs = [job for each in questions for _, job in planner.jobs(each)]
         self._batches = list(batches(self._jobs, options.batch_size))
         self._model, self._tokenizer, self._options = model, tokenizer, options
@@ -128,11 +143,18 @@ class Bench:
         for batch in self._batches:
             for each in self._extractor.run(batch):
                 thread.put(each)
+            thread.flush()
+        computed = time.perf_counter()
         thread.close()
         ended = time.perf_counter()
         writer.close()
         closed = time.perf_counter()
-        return {"seconds": ended - started, "start": started - before, "close": closed - ended}
+        return {
+            "seconds": ended - started,
+            "tail": ended - computed,
+            "start": started - before,
+            "close": closed - ended,
+        }
 
     def threaded(self, folder: Path) -> dict[str, float]:
         """In a thread of the process that computes."""
@@ -164,22 +186,28 @@ def main() -> None:
     parser.add_argument("--num-beams", type=int, default=1, help="the old pipeline had 5")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--random-7b", action="store_true")
+    parser.add_argument("--random", choices=sorted(SHAPES), help="a larger model")
+    parser.add_argument("--samples", type=int, help="instead of --repeats")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--ways", nargs="+", help="of the table, beside compute [default: all]")
     parser.add_argument("--folder", type=Path, help="on the disk to measure")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     model = (
-        random_7b(arguments.device)
-        if arguments.random_7b
+        random_model(arguments.random, arguments.device)
+        if arguments.random
         else load_model(str(TINY), device=arguments.device)
     )
     options = ExtractOptions(
         batch_size=arguments.batch_size,
-        generation=GenerationOptions(max_new_tokens=64, num_beams=arguments.num_beams),
+        generation=GenerationOptions(
+            max_new_tokens=arguments.max_new_tokens, num_beams=arguments.num_beams
+        ),
     )
-    bench = Bench(model, load_tokenizer(str(TINY)), options, arguments.repeats)
+    samples = arguments.samples or 40 * arguments.repeats
+    bench = Bench(model, load_tokenizer(str(TINY)), options, samples)
     bench.compute(Path())  # warms caches and thread pools
     ways = {
         "bare": bench.bare,
@@ -188,6 +216,8 @@ def main() -> None:
         "threaded": bench.threaded,
         "in turn": bench.in_turn,
     }
+    chosen = {"compute", *(arguments.ways or ways)}
+    ways = {name: way for name, way in ways.items() if name in chosen}
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(arguments.rounds):
         found = {}
@@ -195,11 +225,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
                 found[name] = way(Path(folder))
         rounds.append(found)
-    num_tokens = dict.fromkeys(ways, bench.num_tokens) | {"bare": bench.bare_tokens}
+    num_tokens = dict.fromkeys(ways, bench.num_tokens)
+    if "bare" in ways:
+        num_tokens["bare"] = bench.bare_tokens
     threads = torch.get_num_threads()
     print(f"{bench.num_samples} samples, {bench.num_tokens} tokens, torch on {threads} threads\n")
-    print("| way | seconds | tokens/s | added, % | start, s | close, s |")
-    print("|---|---|---|---|---|---|")
+    print("| way | seconds | tokens/s | added, % | of which tail, s | start, s | close, s |")
+    print("|---|---|---|---|---|---|---|")
     for name in ways:
         print(row(name, rounds, num_tokens))
 
@@ -214,7 +246,7 @@ def row(name: str, rounds: list[dict[str, dict[str, float]]], num_tokens: dict[s
         cell(added, ".1f") if name != "compute" else "",
         *(
             cell([each[key] for each in found], ".2f") if key in found[0] else ""
-            for key in ("start", "close")
+            for key in ("tail", "start", "close")
         ),
     ]
     return f"| {' | '.join(cells)} |"

@@ -126,7 +126,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         message = f"{folder} has no config.json: expected the folder of a model"
         raise SystemExit(message)
     if arguments.texts is not None and not arguments.texts.is_file():
-        message = f"{arguments.texts} is no file: expected one text per line"
+        message = f"{arguments.texts} is not a file: expected one text per line"
         raise SystemExit(message)
     base = _QUICK if arguments.quick else Limits()
     return Options(

@@ -4,7 +4,7 @@
     python benchmarks/run.py                  # everything, 12 minutes; updates benchmarks/
     python benchmarks/run.py --scale small    # a look, about a minute; writes benchmarks/out/
 
-Large samples are synthetic, of Llama-2-7B's shape: they are no measurement of Llama-2 itself.
+Large samples are synthetic, of Llama-2-7B's shape: they are not measurements of Llama-2 itself.
 """
 
 from suite.main import main

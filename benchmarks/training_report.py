@@ -107,7 +107,7 @@ def _device(figures: Figures, results: dict[str, Any]) -> list[str]:
     if "device" not in results["notes"]:
         return []
     if results["notes"]["device"] is None:
-        return ["No CUDA device was at hand: copies onto one were not measured.", ""]
+        return ["There was no CUDA device: copies onto one were not measured.", ""]
     rates = figures["device"]
     return [
         f"| samples per second onto {results['notes']['device']} | |",

@@ -6,7 +6,7 @@
 
 The task: does a question ask about a method of a type ("What does str.lower do?") or about a
 function of a module ("What does math.sqrt do?")? Python itself has the labels. (Whether the shipped
-model answers correctly is no task: it never does.)
+model answers correctly is not a task: it never does.)
 
 A probe is a logistic regression on the last token's state in one layer. The GNN sees the attention
 graph of one layer. Both run twice, with h5traces' datasets on archives and with the old class on

@@ -296,7 +296,7 @@ def is_name(value: object) -> bool:
         return False
     try:
         found = os.fspath(value)
-        # Names that are no UTF-8 have surrogates of their own, which can be encoded.
+        # Names that are not UTF-8 have surrogates of their own, which can be encoded.
         return isinstance(found, str) and b"\0" not in os.fsencode(found)
     except Exception:  # of the user's own class, or a surrogate that stands for no byte
         return False
@@ -416,7 +416,7 @@ _UNIONS: Final = {
 
 @functools.cache
 def kinds_of(annotation: str) -> tuple[_Kind, ...] | None:
-    """What an annotation allows; None where a part of it is not known."""
+    """What an annotation allows; None if a part of it is not known."""
     if not isinstance(annotation, str):
         return None
     return _kinds(ast.parse(annotation, mode="eval").body)

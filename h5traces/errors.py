@@ -50,7 +50,7 @@ class ArchiveError(H5TracesError):
 
 
 class NotAnArchiveError(ArchiveError):
-    """The file is no h5traces archive; name another file, or convert this one."""
+    """The file is not an h5traces archive; name another file, or convert this one."""
 
 
 class CorruptArchiveError(ArchiveError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ def lazy_names(
             raise AttributeError(message)
         module_name, _, attribute = home.partition(":")
         try:
-            module = import_module(module_name)
+            with _collector_paused():
+                module = import_module(module_name)
         except ImportError as error:
             if extra is None or isinstance(error, MissingDependencyError):
                 raise
@@ -52,6 +54,18 @@ def lazy_names(
         return value
 
     return load, lambda: sorted(homes)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for garbage: importing torch and transformers makes little, and takes longer."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def _expand_remote(
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """Something in a folder that is no plain file, or was not entered.
+    """Something in a folder that is not a plain file, or was not entered.
 
     Attributes
     ----------
@@ -217,7 +217,7 @@ def walk(folder: Path, *, is_one: Callable[[Path], bool] = lambda _: False) -> W
     return found
 
 
-# What a file that is no plain one is, by its type.
+# What a file that is not a plain one is, by its type.
 _SPECIAL: Final = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",

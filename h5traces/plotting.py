@@ -63,7 +63,7 @@ def token_quantity(trace: Trace, quantity: Quantity = "norm") -> NDArray[np.floa
     Parameters
     ----------
     trace
-        A sample with arrays that are no generation steps.
+        A sample with arrays that are not generation steps.
     quantity
         ``norm``: 2-norm of the hidden state. ``change``: of its difference from the layer before.
         ``cosine_before``, ``cosine_last``: cosine with the state of the layer before, or of the

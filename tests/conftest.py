@@ -13,7 +13,7 @@ import pytest
 from child_processes import leave_home
 from hypothesis import settings
 
-# Disks and machines differ; a slow example is no failure.
+# Disks and machines differ; a slow example is not a failure.
 settings.register_profile("h5traces", deadline=None)
 settings.load_profile("h5traces")
 

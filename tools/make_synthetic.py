@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write a legacy batch of synthetic activations in a large model's shape, by default Llama-2-7B's.
 
-The numbers come from a random generator and from no model: they are no measurement of Llama-2 or of
-any other network, and nothing can be learnt from their values. They are made to weigh as much and
-to compress as well as real ones, so that sizes and speeds can be measured at a size that cannot lie
+The numbers come from a random generator, not from a model: they do not measure Llama-2 or any other
+network, and nothing can be learnt from their values. They are made to weigh as much and to compress
+as well as real ones, so that sizes and speeds can be measured at a size that cannot lie
 in a repository. The generator's constants are calibrated to the real activations of the tiny model
 in examples/legacy; --compare shows how well bits per value under gzip 6 and the entropies of the
 two byte planes agree.

@@ -2,7 +2,8 @@
 
 For every world size, ranks start in random order and are killed or stopped (SIGTERM, SIGUSR1) at
 random times, as often as asked for; then all of them run to their end. Archives must have the same
-names, ids and digests as those of one process without ranks.
+names, ids and digests as those of one process without ranks. Ranks are forks of a process that has
+imported the libraries, so that time goes into work, and kills hit it.
 
     python tools/rank_campaign.py convert --items 200 --sizes 1 3 8 --kills 30
     python tools/rank_campaign.py extract --items 400 --sizes 1 3 8 --kills 30
@@ -12,16 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5traces
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -57,10 +62,25 @@ def extraction(folder: Path, items: int) -> list[str]:
     return [*command, "--max-new-tokens", "4", "--shard-samples", "50", "--threads", "1"]
 
 
-def run(command: list[str], *options: str) -> subprocess.Popen[bytes]:
-    """Start a command."""
-    arguments = [sys.executable, "-m", "h5traces", *command, *options]
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+FORKS = multiprocessing.get_context("forkserver")
+LIBRARIES = {"convert": ["h5traces.rewriting.convert"], "extract": ["h5traces.extract.extracting"]}
+
+
+def run(folder: Path, command: list[str], *options: str) -> BaseProcess:
+    """Start a command; what it says goes into a file of `folder`."""
+    process = FORKS.Process(target=_run, args=(folder / "said", [*command, *options]))
+    process.start()
+    return process
+
+
+def _run(said: Path, arguments: list[str]) -> None:
+    from h5traces.cli.app import main as command_line
+
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for each in (1, 2):
+        os.dup2(descriptor, each)
+    sys.argv = ["h5traces", *arguments]
+    command_line()
 
 
 def at_work(out: Path, rank: int, size: int) -> int:
@@ -70,6 +90,16 @@ def at_work(out: Path, rank: int, size: int) -> int:
     except OSError:
         return 0
     return lines.count(b'"event": "start"')
+
+
+def check(process: BaseProcess, folder: Path, what: str) -> None:
+    """End where a command failed."""
+    if process.exitcode:
+        message = f"{what} ended with {process.exitcode}: {(folder / 'said').read_text()[-2000:]}"
+        raise SystemExit(message)
+
+
+STOPS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Disturbed:
@@ -82,22 +112,21 @@ class Disturbed:
         self.command, self.out, self.size, self.chance = command, out, size, chance
         self.kills = self.kills_at_work = 0
 
-    def rank(self, number: int) -> subprocess.Popen[bytes]:
+    def rank(self, number: int) -> BaseProcess:
         ranks = ("--rank", str(number), "--world-size", str(self.size))
-        return run(self.command, "-o", f"{self.out}/", *ranks)
+        return run(self.out.parent, self.command, "-o", f"{self.out}/", *ranks)
 
-    def kill(self, process: subprocess.Popen[bytes], number: int, begun: int, most: float) -> None:
+    def kill(self, process: BaseProcess, number: int, begun: int, most: float) -> None:
         """Stop a rank at a random moment, if it has not ended by then."""
         is_early = self.chance.random() < 0.25
-        while process.poll() is None and not is_early:
+        while process.is_alive() and not is_early:
             if at_work(self.out, number, self.size) > begun:
                 break
             time.sleep(0.005)
         time.sleep(self.chance.uniform(0, most))
-        if process.poll() is None:
-            process.send_signal(
-                self.chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-            )
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, self.chance.choice(STOPS))
             self.kills += 1
             self.kills_at_work += at_work(self.out, number, self.size) > begun
 
@@ -111,13 +140,15 @@ class Disturbed:
                 if self.kills < kills:
                     self.kill(each, number, before, 2 * seconds / kills)
             for each in started:
-                each.communicate()
+                each.join()
+            is_done = (self.out / "run.json").exists() and h5traces.status(self.out).ok
+            if is_done and self.kills < kills:
+                message = f"all was done after {self.kills} stops; ask for more items"
+                raise SystemExit(message)
         for number in self.chance.sample(range(self.size), self.size):
             each = self.rank(number)
-            _, errors = each.communicate()
-            if each.returncode:
-                message = f"rank {number} of {self.size}: {errors.decode()}"
-                raise SystemExit(message)
+            each.join()
+            check(each, self.out.parent, f"rank {number} of {self.size}")
 
 
 def main() -> None:
@@ -130,16 +161,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     chosen: Any = parser.parse_args()
     chance = random.Random(chosen.seed)
+    FORKS.set_forkserver_preload(["h5traces.cli.app", *LIBRARIES[chosen.what]])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make = conversion if chosen.what == "convert" else extraction
         command = make(folder, chosen.items)
         started = time.monotonic()
-        alone = run(command, "-o", f"{folder}/alone/")
-        _, errors = alone.communicate()
+        alone = run(folder, command, "-o", f"{folder}/alone/")
+        alone.join()
         seconds = time.monotonic() - started
-        if alone.returncode:
-            raise SystemExit(errors.decode())
+        check(alone, folder, "one process")
         expected = digests(folder / "alone")
         for size in chosen.sizes:
             started = time.monotonic()

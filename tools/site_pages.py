@@ -50,7 +50,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Turn links between files of the repository into links between pages.
 
-    A link to a file that is no page becomes its text; one to no file at all is an error.
+    A link to a file that is not a page becomes its text; one to no file at all is an error.
     """
     here = page.file.src_uri
     document = next((path for path, uri in OUTSIDE.items() if uri == here), f"docs/{here}")

@@ -156,7 +156,7 @@ def first_sentence(text: str) -> str | None:
 
 
 def question_text(document: Document) -> str | None:
-    """Return the document as a question and its answer, or None where none can be made."""
+    """Return the document as a question and its answer, or None if none can be made."""
     answer = first_sentence(document.text)
     if answer is None or any(part.startswith("_") for part in document.name.split(".")):
         return None
@@ -257,7 +257,7 @@ def pack(documents: Sequence[Sequence[int]], seq_len: int, bos: int, pad: int) -
 
 
 def targets_of(rows: torch.Tensor, bos: int, pad: int) -> torch.Tensor:
-    """Return next tokens; <s> after </s> is no prediction and padding is no text."""
+    """Return next tokens; <s> after </s> is not a prediction and padding is not text."""
     targets = rows[:, 1:].clone()
     targets[(targets == bos) | (targets == pad)] = IGNORED_TARGET
     return targets

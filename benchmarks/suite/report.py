@@ -19,7 +19,7 @@ _NAMES: Final = {"hidden_states": "hidden states", "attentions": "attentions"}
 _NOT_FULL: Final = "Targets and predictions are meant for `--scale full`: arrays are smaller here."
 SYNTHETIC: Final = (
     "Large samples are synthetic, of Llama-2-7B's shape, calibrated to the shipped activations of "
-    "a tiny model: they are no measurement of Llama-2 itself."
+    "a tiny model: they are not measurements of Llama-2 itself."
 )
 
 

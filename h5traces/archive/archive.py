@@ -276,7 +276,7 @@ class Archive(ReadOnly, Sequence[Trace]):
     def _metadata(self) -> Iterator[TraceMetadata]:
         """The metadata of all traces, in order, of which many are read at a time.
 
-        For archives that are no views.
+        For archives that are not views.
         """
         for file in self._files:
             self._open_files.use(file)
@@ -349,7 +349,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         Returns
         -------
         list of dict
-            For every index, a list of arrays by kind, in ascending order of layer; empty where the
+            For every index, a list of arrays by kind, in ascending order of layer; empty if the
             sample has none of the kind. Arrays are in the archive's container. Those of less than
             4 MiB share memory with their neighbours: copy one that outlives the others.
 

@@ -133,7 +133,9 @@ class Catalogue:
             with source, pq.ParquetFile(source) as parquet:
                 yield parquet
         except pa.ArrowInvalid as error:
-            message = f"{self.path}: is no whole Parquet file ({error}); run 'h5traces index' again"
+            message = (
+                f"{self.path}: is not a whole Parquet file ({error}); run 'h5traces index' again"
+            )
             raise NotAnArchiveError(message) from error
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -386,7 +388,7 @@ class CataloguedArchive(Archive):
 
     @cached_property
     def _positions(self) -> dict[int, list[int]] | None:
-        """Where in this view a row of the catalogue is; None where it is all of them."""
+        """Where in this view a row of the catalogue is; None if it is all of them."""
         if self._indices == range(self._starts[-1]):
             return None
         positions: dict[int, list[int]] = {}
@@ -423,7 +425,7 @@ class CataloguedArchive(Archive):
 
 
 def open_catalogue(path: Path | RemotePath, remote: RemoteOptions) -> Catalogue | None:
-    """The catalogue at a path; None where there is none, or what is there is damaged."""
+    """The catalogue at a path; None if there is none, or what is there is damaged."""
     try:
         return Catalogue(path, remote)
     except (FileNotFoundError, H5TracesError):

@@ -81,7 +81,7 @@ class Characters:
 
 
 def span_of(span: Any) -> tuple[int, int]:
-    """The first character of a span, and the one behind its last.
+    """The first character of a span, and the one after its last.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def span_of(span: Any) -> tuple[int, int]:
     is_pair = isinstance(found, (list, tuple)) and len(found) == 2
     if not is_pair or any(type(each) is not int for each in found):
         message = (
-            f"a span is {shown(span)}, expected its first character and the one behind its last, "
+            f"a span is {shown(span)}, expected its first character and the one after its last, "
             "as two numbers or as 'start' and 'end' of a dict"
         )
         raise OptionError(message)

@@ -161,6 +161,28 @@ class ArchiveFile:
         """One object of a sample; KeyError where there is none."""
         return self._from_sample(sample, lambda each: each.objects[path])
 
+    def raw_nbytes(self, sample: SampleEntry) -> int:
+        """Bytes of all uncompressed arrays of a sample."""
+
+        def read(each: SampleEntry) -> int:
+            objects = each.objects
+            if isinstance(objects, FooterObjects):
+                return objects.raw_nbytes
+            return sum(entry.raw_nbytes for entry in objects.values())
+
+        return self._from_sample(sample, read)
+
+    def digests(self, sample: SampleEntry) -> dict[str, Any]:
+        """Digests of all objects of a sample by path; None of one without."""
+
+        def read(each: SampleEntry) -> dict[str, Any]:
+            objects = each.objects
+            if isinstance(objects, FooterObjects):
+                return objects.digests
+            return {path: entry.attrs.get(DIGEST) for path, entry in objects.items()}
+
+        return self._from_sample(sample, read)
+
     def attrs(self, sample: SampleEntry, path: str) -> Attrs:
         """Attributes of one object of a sample; perhaps without its digest."""
         return self.facts(sample, path)[1]
@@ -369,7 +391,7 @@ def check_version(attrs: Attrs, place: str) -> None:
     features = attrs.get("required_features", "[]")
     try:
         unknown = sorted(set(json.loads(str(features))) - layout.KNOWN_FEATURES)
-        # A TypeError, as above, where something is no text.
+        # A TypeError, as above, where something is not text.
         names = ", ".join(unknown[:_MOST_FEATURES_NAMED])[:1000]
     except (ValueError, TypeError, RecursionError) as error:
         message = f"{place}: required_features {str(features)[:80]!r} is not a list of names"

@@ -60,7 +60,7 @@ def labels_folder(labels: PathLike | Literal[False] | None) -> Path | Literal[Fa
     Raises
     ------
     OptionError
-        It is no folder on disk.
+        It is not a folder on disk.
     """
     if labels is None or labels is False:
         return labels
@@ -72,7 +72,9 @@ def labels_folder(labels: PathLike | Literal[False] | None) -> Path | Literal[Fa
         raise OptionError(message)
     folder = Path(labels)
     if not folder.is_dir():
-        message = f"labels={str(folder)!r} is no folder; expected one that 'h5traces label' filled"
+        message = (
+            f"labels={str(folder)!r} is not a folder; expected one that 'h5traces label' filled"
+        )
         raise OptionError(message)
     return folder
 
@@ -126,7 +128,7 @@ def label_problems(
 ) -> list[Problem]:
     """What is wrong with the labels beside an archive, if there are any.
 
-    `root` are the metadata of the archive, `samples` those of its samples, None where they are
+    `root` are the metadata of the archive, `samples` those of its samples, None if they are
     damaged.
     """
     place = archive.with_name(f"{archive.name}{SIDECAR_SUFFIX}")

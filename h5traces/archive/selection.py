@@ -47,7 +47,7 @@ def sliced(items: Sequence[Item], chosen: slice) -> Sequence[Item]:
     try:
         return items[chosen]
     except (TypeError, ValueError) as error:
-        message = f"{shown(chosen)} is no slice of numbers ({error}); {_SAMPLES_FORM}"
+        message = f"{shown(chosen)} is not a slice of numbers ({error}); {_SAMPLES_FORM}"
         raise SampleIndexError(message) from error
 
 

@@ -69,6 +69,6 @@ def _held(trace: StoredTrace, kind: str, name: str) -> object:
 def _one_array(trace: StoredTrace, kind: str, name: str) -> TypedArray:
     found = trace.typed_layer(kind, name)
     if isinstance(found, list):
-        message = f"{trace.place}/{kind}/{name}: holds generation steps, which are no one array"
+        message = f"{trace.place}/{kind}/{name}: holds generation steps, which are not one array"
         raise CorruptArchiveError(message)
     return found

@@ -23,7 +23,7 @@ _SCORES: Final = "score_"
 
 
 def columns_of(archive: Iterable[Row], columns: str | Iterable[str] | None) -> dict[str, list[Any]]:
-    """Values by column, None where a sample has none; only what is asked for is read.
+    """Values by column, None if a sample has none; only what is asked for is read.
 
     Raises
     ------

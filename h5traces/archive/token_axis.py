@@ -41,7 +41,7 @@ class TokenAxis:
     num_keys
         Length of the axis of keys; `num_rows` in states.
     mask
-        Which keys are tokens and not padding, ``(num_keys,)``; None where all are.
+        Which keys are tokens and not padding, ``(num_keys,)``; None if all are.
     """
 
     num_rows: int
@@ -50,7 +50,7 @@ class TokenAxis:
 
     @classmethod
     def of(cls, trace: Trace, axes: tuple[str, ...], shape: tuple[int, ...]) -> TokenAxis | None:
-        """That of arrays with these axes and this shape; None where they have no tokens."""
+        """That of arrays with these axes and this shape; None if they have no tokens."""
         if "token" not in axes and "query" not in axes:
             return None
         num_rows = shape[axes.index("token" if "token" in axes else "query")]
@@ -64,7 +64,7 @@ class TokenAxis:
 
     @property
     def row_mask(self) -> NDArray[np.bool_] | None:
-        """Which rows are tokens and not padding; None where all are."""
+        """Which rows are tokens and not padding; None if all are."""
         return None if self.mask is None else self.mask[self._first :]
 
     @property
@@ -123,7 +123,7 @@ class TokenAxis:
 
 
 def mask_of(mask: NDArray[np.bool_] | None, num_keys: int) -> NDArray[np.bool_] | None:
-    """A sample's mask for so many keys; None where all are tokens, or it says nothing of them."""
+    """A sample's mask for so many keys; None if all are tokens, or it says nothing of them."""
     if mask is None or covered_tokens(len(mask), num_keys) is None or mask[:num_keys].all():
         return None
     return mask[:num_keys]

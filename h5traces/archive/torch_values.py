@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from h5traces.archive.recomputing import attention_weights as in_numpy
 from h5traces.archive.recomputing import row_blocks
 from h5traces.errors import ConversionError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from h5traces.format.attention import AttentionRule
 
 # Of attention that is computed at a time.
-_GPU_HEADS: Final = 8
+_HEADS: Final = 8
 
 # Types that numpy has not: an integer of the same width, in torch and in numpy.
 _AS_BITS: Final = {
@@ -87,31 +88,45 @@ def attention_weights(
     rows: NDArray[np.int64],
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """As `h5traces.archive.recomputing.attention_weights`, on a device."""
+    """As `h5traces.archive.recomputing.attention_weights`, on a device; numpy computes on CPUs."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(in_numpy(queries, keys, rule, heads=heads, rows=rows))
+    return _on_device(queries, keys, rule, heads, rows, device)
+
+
+def _on_device(
+    queries: NDArray[Any],
+    keys: NDArray[Any],
+    rule: AttentionRule,
+    heads: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    device: str | torch.device,
+) -> torch.Tensor:
     asked = torch.from_numpy(queries.astype(np.float32, copy=False)).to(device)
     known = torch.from_numpy(keys.astype(np.float32, copy=False)).to(device)
     found = torch.zeros((len(heads), len(rows), keys.shape[1]), device=device)
-    # Caches hold one head's rows on a CPU; a GPU wants many heads at a time.
-    at_a_time = 1 if found.device.type == "cpu" else _GPU_HEADS
-    for start in range(0, len(heads), at_a_time):
-        some = torch.from_numpy(heads[start : start + at_a_time]).to(device)
+    for start in range(0, len(heads), _HEADS):
+        some = torch.from_numpy(heads[start : start + _HEADS]).to(device)
         of_heads = asked[some] * rule.scale
         of_groups = known[some * len(keys) // len(queries)]
-        sinks = None
-        if rule.sinks is not None:
-            sinks = torch.tensor(rule.sinks, device=device)[some][:, None, None]
+        slopes, sinks = (
+            None if each is None else torch.tensor(each, device=device)[some][:, None, None]
+            for each in (rule.slopes, rule.sinks)
+        )
         for block in row_blocks(rule, rows, keys.shape[1]):
             low, high = block.low, block.high
             of_rows = of_heads[:, torch.from_numpy(block.rows).to(device)]
             scores = of_rows @ of_groups[:, low:high].mT
             if rule.soft_cap is not None:
                 scores = (scores / rule.soft_cap).tanh_().mul_(rule.soft_cap)
+            if slopes is not None:
+                scores += slopes * torch.from_numpy(block.distances).to(device)
             first, end = (torch.from_numpy(each).to(device) for each in (block.first, block.end))
             for begin, stop in block.edges:
                 columns = torch.arange(begin, stop, device=device)
                 hidden = (columns < first[:, None]) | (columns >= end[:, None])
                 scores[..., begin - low : stop - low].masked_fill_(hidden, -torch.inf)
-            out = found[start : start + at_a_time, block.place, low:high]
+            out = found[start : start + _HEADS, block.place, low:high]
             if sinks is None:
                 out.copy_(scores.softmax(-1))
             else:

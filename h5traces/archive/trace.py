@@ -228,7 +228,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if not isinstance(key, str):
             message = (
-                f"{self._stored.place}: {shown(key)} is no field; its fields are named by text: "
+                f"{self._stored.place}: {shown(key)} is not a field; its fields are named by text: "
             )
             message += ", ".join(self.fields)
             raise FieldNotFoundError(message)
@@ -283,7 +283,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         objects = self._stored.objects
         if self._stored.recomputes(key):
             return LayerSequence(self._stored, key, self._stored.selected, container)
-        # A kind that was made of others, such as the head mean, is no key of the legacy dict.
+        # A kind that was made of others, such as the head mean, is not a key of the legacy dict.
         if key not in self.fields and not (key in self._stored.kinds and key in objects):
             self._stored.check_heads(key)
             message = f"{self._stored.place}: there is no field {shown(key)}; its fields: "
@@ -318,7 +318,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
 
     @property
     def mask(self) -> NDArray[np.bool_] | None:
-        """Which positions are tokens, ``(seq_len,)``, and not padding; None where all are.
+        """Which positions are tokens, ``(seq_len,)``, and not padding; None if all are.
 
         Archives hold padding only where ``keep_padding`` asked for it. The field
         ``attention_mask`` is as the source had it.
@@ -440,7 +440,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         Returns
         -------
         numpy.ndarray
-            Indices along the token axis, ascending; empty where no stored token has any.
+            Indices along the token axis, ascending; empty if no stored token has any.
 
         Raises
         ------
@@ -460,7 +460,7 @@ class Trace(ReadOnly, Mapping[str, Any]):
         Parameters
         ----------
         spans
-            Pairs of the first character and the one behind the last, or dicts with ``start`` and
+            Pairs of the first character and the one after the last, or dicts with ``start`` and
             ``end``; the trace's own field ``spans`` by default.
         field
             The text, as for `tokens_of`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import tempfile
 from collections import Counter
@@ -23,12 +22,11 @@ from h5traces.format.html import Report
 from h5traces.format.text import and_more, counted
 from h5traces.meaning.checks import FindingSummary
 from h5traces.paths import expand_sources
-from h5traces.ranks.plan import RANKS
 from h5traces.ranks.status import RunStatus, last_lines, planned, room_of, status
 from h5traces.rewriting.repack import merge
 from h5traces.rewriting.reports import ConversionReport, FileReport
 from h5traces.storage.remote.file import RemoteFile
-from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath, is_url
 from h5traces.writing.finish import take_over
 
 if TYPE_CHECKING:
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from h5traces.archive.file import ArchiveFile
     from h5traces.paths import PathLike
     from h5traces.ranks.plan import RunPlan
+    from h5traces.ranks.status import Room
     from h5traces.rewriting.ordering import Order
 
 # If 5 % of many archives were damaged, a sample of so many would show it with 95 % probability.
@@ -187,7 +186,7 @@ def collect(
     report.num_samples = len(seen.keys)
     report.duplicates = seen.duplicates()
     if plan.command == "extract":
-        _extracted(report, Path(place), plan, seen)
+        _extracted(report, room, plan, seen)
     else:
         _converted(report, plan, room.whole(last_lines(room)), seen)
     chosen = paths if verify == "all" else _drawn(paths) if verify == "sample" else []
@@ -212,7 +211,8 @@ class _Packed:
 
 def _packed(place: str, plan: RunPlan) -> _Packed:
     """Pack what dead ranks of an extraction have left; a run that cannot be packed is reported."""
-    if plan.command != "extract":
+    if plan.command != "extract" or is_url(place):
+        # Of a run in a bucket, spools are on the machines of its ranks.
         return _Packed()
     try:
         return _Packed([str(each) for each in take_over(Path(place), plan)])
@@ -312,12 +312,13 @@ def _named(written: str, by_name: dict[str, Path | RemotePath]) -> Path | Remote
     return next((by_name[each] for each in names if each in by_name), None)
 
 
-def _extracted(report: CollectReport, place: Path, plan: RunPlan, seen: _Seen) -> None:
+def _extracted(report: CollectReport, room: Room, plan: RunPlan, seen: _Seen) -> None:
     """Which samples of an extraction are there, and which were left out."""
-    for path in sorted((place / RANKS).glob("*.report.json")):
-        document = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
-        report.warnings += [each for each in document["warnings"] if each not in report.warnings]
-        report.left_out += [each for each in document["skipped"] if each not in report.left_out]
+    # A rank that was started again reports what it did then; its lines say what it did before.
+    for document in (*room.reports(), *room.whole(last_lines(room)).values()):
+        warnings, skipped = document.get("warnings", ()), document.get("skipped", ())
+        report.warnings += [each for each in warnings if each not in report.warnings]
+        report.left_out += [each for each in skipped if each not in report.left_out]
     planned_keys = _hashes(plan.ids)
     stored = np.isin(planned_keys, seen.keys)
     report.left_out = [
@@ -339,7 +340,7 @@ def _extracted(report: CollectReport, place: Path, plan: RunPlan, seen: _Seen) -
     ]
     num_unknown = int(np.isin(seen.keys, planned_keys, invert=True).sum())
     if num_unknown:
-        message = f"{place}: holds {counted(num_unknown, 'sample')} that are not of this run"
+        message = f"{room}: holds {counted(num_unknown, 'sample')} that are not of this run"
         report.problems.append(message)
 
 
@@ -369,8 +370,8 @@ class _Seen:
         """Look at the index of an archive."""
         contents = np.empty(file.num_samples, np.uint64)
         for index in range(file.num_samples):
-            objects = {path: each.attrs for path, each in file.sample(index).objects.items()}
-            contents[index] = int(content_digest(objects)[:16], 16)
+            digests = file.digests(file.sample(index))
+            contents[index] = int(content_digest(digests)[:16], 16)
         self._paths.append(file.path)
         self._keys.append(_hashes(file.keys()))
         self._contents.append(contents)

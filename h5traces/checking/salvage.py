@@ -118,7 +118,7 @@ def salvage(
     NotAnArchiveError, CorruptArchiveError
         Neither footer nor HDF5 part says where the samples are.
     TargetError
-        `dest` is no name of an archive, or is the source, links included.
+        `dest` is not a name of an archive, or is the source, links included.
     ArchiveExistsError
         The new archive exists.
     """
@@ -160,7 +160,7 @@ def _intact(
 
 
 def _agreement(archive: Archive, until_done: ExitStack) -> Agreement | None:
-    """What compares the footer with HDF5; None where only one of the two can be read."""
+    """What compares the footer with HDF5; None if only one of the two can be read."""
     (file,) = archive._files
     if not isinstance(file.store, FooterStore) or not isinstance(file.path, Path):
         return None

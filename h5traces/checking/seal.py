@@ -102,7 +102,7 @@ def seal(
     CorruptArchiveError
         A chunk is damaged, or a dataset is not stored as archives store it.
     NotAnArchiveError
-        A file is no archive.
+        A file is not an archive.
     """
     reports = []
     for path in expand_paths(sources):

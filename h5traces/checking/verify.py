@@ -136,7 +136,7 @@ def verify(
     FileNotFoundError
         A path does not exist, or a folder or glob holds no archive.
     OptionError
-        `against` is a folder that is no set by itself.
+        `against` is a folder that is not a set by itself.
     ConversionError
         `against` cannot be read.
     LossyArchiveError
@@ -352,7 +352,7 @@ class _Verification:
             note += f", encoded as {metadata.precision}: the archive is not lossless"
         elif num_in_others and not report.problems:
             note += (
-                f", which is no recorded source: values are the same, containers of "
+                f", which is not a recorded source: values are the same, containers of "
                 f"{counted(num_in_others, 'sample')} are not"
             )
         elif metadata.is_lossless and not metadata.kept_layers and not report.problems:

@@ -186,7 +186,7 @@ def _reading(
     ] = None,
     keep_padding: Annotated[
         bool,
-        option(READING, "--keep-padding", "Keep padded positions and their mask; they are cut."),
+        option(READING, "--keep-padding", "Keep padded positions and their mask [default: cut]."),
     ] = False,
     mapping: Annotated[
         str | None,
@@ -197,7 +197,7 @@ def _reading(
         option(
             READING,
             "--layer-ids 0,8,16",
-            "Of which layers hidden states are, as vLLM counts: 0 is the embedding, i the output "
+            "Layers of the hidden states, counted as vLLM does: 0 is the embedding, i the output "
             "of block i - 1.",
         ),
     ] = None,

@@ -83,8 +83,8 @@ class Anatomy:
     blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module | None, ...]
     sites: Mapping[str, Mapping[int, Site]] = field(default_factory=dict)
-    # Layers of which queries and keys were found to give the weights.
-    recomputed: frozenset[int] = frozenset()
+    # Layers of which queries and keys were found to give the weights, by which variant of the rule.
+    recomputed: Mapping[int, int] = field(default_factory=dict)
 
     def layers_with(self, kind: str) -> tuple[int, ...]:
         """The layers that have a kind."""
@@ -120,7 +120,7 @@ def anatomy_of(model: Any) -> Anatomy:
     Raises
     ------
     ExtractionError
-        It is no decoder-only model, or of an unknown structure.
+        It is not a decoder-only model, or of an unknown structure.
     """
     name = type(model).__name__
     check_decoder_only(model.config, name)

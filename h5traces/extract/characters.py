@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from h5traces.extract.generation import Job
 
-# Bytes that are no whole character yet.
+# Bytes that are not a whole character yet.
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
 # Tokens before one that decide how it is decoded.
 _CONTEXT: Final = 6
@@ -38,7 +38,7 @@ def token_text(tokenizer: Any, token: int, *, skip_special_tokens: bool = False)
 
 
 def char_offsets(tokenizer: Any, job: Job, answer: Sequence[int]) -> NDArray[np.int32]:
-    """First character of every token in prompt and answer, and the one behind its last.
+    """First character of every token in prompt and answer, and the one after its last.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def tokens_in_spans(job: Job, offsets: NDArray[np.int32], answer_start: int) -> 
 def _encoded(
     tokenizer: Any, job: Job, text: str, tokens: Sequence[int]
 ) -> NDArray[np.int32] | None:
-    """Offsets as the tokenizer gives them; None where it does not, or the text has other tokens."""
+    """Offsets as the tokenizer gives them; None if it does not, or the text has other tokens."""
     if job.text is None or not tokenizer.is_fast:
         return None
     found = tokenizer(
@@ -101,7 +101,7 @@ def decoded_offsets(tokenizer: Any, tokens: Sequence[int], text: str) -> NDArray
 
 
 def _in_context(decode: Any, tokens: Sequence[int], text: str) -> list[int] | None:
-    """Characters that every token adds to the few before it; None where that is not the text."""
+    """Characters that every token adds to the few before it; None if that is not the text."""
     lengths, place = [], 0
     for number in range(len(tokens)):
         context = tokens[max(0, number - _CONTEXT) : number]

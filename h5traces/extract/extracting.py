@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.selection import choose_layers
 from h5traces.arguments import checked
-from h5traces.errors import ArchiveExistsError, ExtractionError, TargetError, TooLongError
+from h5traces.errors import (
+    ArchiveExistsError,
+    ExtractionError,
+    PrecisionError,
+    TargetError,
+    TooLongError,
+)
 from h5traces.extract import models
 from h5traces.extract.extractor import Extractor
 from h5traces.extract.generation import Job, Planner, batches
@@ -20,14 +26,16 @@ from h5traces.extract.questions import load_dataset
 from h5traces.extract.running import ExtractionReport, Run, Skipped, skipped_before
 from h5traces.extract.shared import SharedExtraction
 from h5traces.extract.sizes import Forecast, ModelShape
+from h5traces.extract.uploading import UploadedExtraction, shards_of
 from h5traces.format.archive import MEASURED
 from h5traces.format.kinds import MODEL_KINDS, WEIGHT_KINDS
 from h5traces.format.precision import EXACT
 from h5traces.meaning.checks import CheckOptions
 from h5traces.paths import check_not_a_source
 from h5traces.ranks.plan import RunPlan, plain_options, read_plan
-from h5traces.ranks.rank import find_rank
+from h5traces.ranks.rank import Rank, find_rank
 from h5traces.ranks.run import RankRun, check_shared
+from h5traces.rewriting.uploads import Uploads
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.create import target_of_run
 from h5traces.writing.options import PrecisionOptions, TargetOptions, check_type
@@ -36,14 +44,14 @@ from h5traces.writing.shards import stored_keys
 from h5traces.writing.spool_folder import spool_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from h5traces.extract.questions import QuestionSet
     from h5traces.extract.running import RunProgress, SkipReason
     from h5traces.format.archive import ExtractionMetadata
     from h5traces.format.precision import Precision, Tier
     from h5traces.paths import PathLike, Target
-    from h5traces.ranks.rank import Rank
+    from h5traces.ranks.rank import RankChoice
 
 
 class Engine(Protocol):
@@ -94,7 +102,8 @@ def extract_dataset(
         Which model is asked which questions.
     dest
         A name that ends in ``.h5`` for one archive. A folder that exists, or text that ends in a
-        slash, for shards.
+        slash, for shards; or a folder of a bucket, ``s3://bucket/run/``, to which every shard is
+        uploaded when it is verified. There, tiers need scales.
     options
         What is computed.
     precision
@@ -135,20 +144,23 @@ def extract_dataset(
     engine: Engine | None = model.engine
     if engine is not None:
         engine.check(model, options)
-    place = target_of_run(dest, replace(target, dry_run=False))
+    uploads = Uploads.to(dest)
+    folder = dest if uploads is None else f"{uploads.folder}/"
+    place = target_of_run(folder, replace(target, dry_run=False))
     if Path(dataset.dataset).is_file():
         check_not_a_source(place, dataset.dataset)
-    chosen = find_rank(rank, world_size, place.folder)
+    chosen = _chosen_rank(rank, world_size, place, uploads)
     if chosen is not None:
         check_shared(place, target)
-    elif place.is_folder and read_plan(place.path) is not None:
-        message = (
-            f"{place.path}: holds a run of several ranks; go on with rank=0 and world_size=1, "
-            "or more of them"
-        )
-        raise TargetError(message)
     check_type(storage.precision, storage.dtype or "float16")
     load_given(storage.scales, storage.precision)
+    if uploads is not None and storage.precision.step is not None and storage.scales is None:
+        message = (
+            f"{dest}: shards that go to a bucket cannot share scales that one of them measures; "
+            "pass scales: a file of 'h5traces calibrate', or an archive of a few samples with this "
+            "precision, extracted to disk"
+        )
+        raise PrecisionError(message)
     questions = load_dataset(dataset)
     config = models.load_config(
         model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -156,7 +168,7 @@ def extract_dataset(
     tokenizer = models.load_tokenizer(
         model.model_id, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
-    report = ExtractionReport(str(place.path), checks=checks)
+    report = ExtractionReport(str(place.path) if uploads is None else uploads.url, checks=checks)
     spare = 0 if engine is None else engine.spare_tokens
     jobs = _plan(Planner(tokenizer, config, options, spare_tokens=spare), questions, report)
     report.num_planned = len(jobs) + len(report.skipped)
@@ -170,7 +182,10 @@ def extract_dataset(
         window=window_of(options.attentions),
     )
     report.forecast = forecast
-    report.needed_nbytes = forecast.needed_nbytes(_num_written(place), place.shard_samples)
+    if uploads is None:
+        report.needed_nbytes = forecast.needed_nbytes(_num_written(place), place.shard_samples)
+    else:
+        report.needed_nbytes = forecast.waiting_nbytes(place.shard_samples)
     report.free_nbytes = _free_nbytes(place.path)
     if target.dry_run:
         return report
@@ -196,9 +211,19 @@ def extract_dataset(
             "num_layers": extractor.num_layers,
             "extraction": metadata,
         }
+        if uploads is not None:
+            assert chosen is not None
+            assert place.shard_samples is not None
+            shards = shards_of(jobs, options.batch_size, place.shard_samples)
+            pieces = [shard.jobs for shard in shards]
+            plan = _shared_plan(pieces, options, place, facts, chosen)
+            uploaded = UploadedExtraction(uploads.url, chosen, plan, shards, place, facts)
+            uploaded.run(extractor, options, report, (progress, should_stop))
+            return report
         if chosen is not None:
+            pieces = list(batches(jobs, options.batch_size))
             rank_run = RankRun(
-                place.path, chosen, _shared_plan(jobs, options, place, facts, chosen)
+                place.path, chosen, _shared_plan(pieces, options, place, facts, chosen)
             )
             with rank_run:
                 shared = SharedExtraction(rank_run, jobs, options.batch_size)
@@ -240,10 +265,31 @@ def _loaded(
     return Extractor(loaded, tokenizer, options, dtype=storage.dtype or "float16")
 
 
+def _chosen_rank(
+    rank: RankChoice, world_size: int | None, place: Target, uploads: Uploads | None
+) -> Rank | None:
+    """Which rank this is; one that is alone where a run goes to a bucket."""
+    folder = place.folder if uploads is None else uploads.run_folder
+    chosen = find_rank(rank, world_size, folder)
+    if chosen is None and place.is_folder:
+        before = read_plan(folder)
+        if before is not None and (uploads is None or before.world_size > 1):
+            message = (
+                f"{folder}: holds a run of several ranks; go on with rank=0 and world_size=1, "
+                "or more of them"
+            )
+            raise TargetError(message)
+    return Rank(0, 1) if chosen is None and uploads is not None else chosen
+
+
 def _shared_plan(
-    jobs: list[Job], options: ExtractOptions, place: Target, facts: dict[str, Any], rank: Rank
+    pieces: Sequence[Sequence[Job]],
+    options: ExtractOptions,
+    place: Target,
+    facts: dict[str, Any],
+    rank: Rank,
 ) -> RunPlan:
-    """What all ranks must agree on; a piece of work is a batch of samples."""
+    """What all ranks must agree on; a piece of work is a batch of samples, or a shard."""
     storage: PrecisionOptions = facts["precision"]
     calibration = load_given(storage.scales, storage.precision)
     extraction: ExtractionMetadata = facts["extraction"]
@@ -259,14 +305,13 @@ def _shared_plan(
         "batch_size": options.batch_size,
     }
     longest = options.generation.max_new_tokens
-    cut = list(batches(jobs, options.batch_size))
     return RunPlan(
         command="extract",
         world_size=rank.size,
         first_task=rank.first,
         options=plain_options(chosen),
-        costs=tuple(sum(job.num_tokens(longest) for job in batch) for batch in cut),
-        ids=tuple(job.key for batch in cut for job in batch),
+        costs=tuple(sum(job.num_tokens(longest) for job in piece) for piece in pieces),
+        ids=tuple(job.key for piece in pieces for job in piece),
     )
 
 
@@ -290,12 +335,11 @@ def _plan(planner: Planner, questions: QuestionSet, report: ExtractionReport) ->
 
 def _num_written(target: Target) -> int:
     """Samples of earlier starts, packed or in the spool."""
-    num_spooled = sum(1 for _ in spool_path(target).glob("*.sample"))
-    existing = [str(each) for each in target.existing()]
-    if not existing:
-        return num_spooled
-    with open_archive(existing) as archive:
-        return num_spooled + len(archive)
+    found = [*spool_path(target).glob("*.sample"), *target.existing()]
+    if not found:
+        return 0
+    with open_archive(found) as archive:
+        return len(archive)
 
 
 def _free_nbytes(path: Path) -> int:

@@ -222,7 +222,7 @@ def _listed_weights(index: Path) -> set[str]:
         data = read_document(index, ExtractionError, "an index of safetensors files")
         return {str(each) for each in json.loads(data)["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = f"{index}: is no index of safetensors files: {error!r}"
+        message = f"{index}: is not an index of safetensors files: {error!r}"
         raise ExtractionError(message) from error
 
 

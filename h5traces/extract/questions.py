@@ -73,7 +73,7 @@ class Question:
 
     @property
     def char_spans(self) -> list[tuple[int, int]]:
-        """First characters of spans, and those behind their last."""
+        """First characters of spans, and those after their last."""
         return [span_of(each) for each in self.spans or ()]
 
     @property

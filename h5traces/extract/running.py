@@ -19,10 +19,12 @@ from h5traces.extract.generation import batches
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.html import Report
 from h5traces.meaning.checks import CheckOptions
+from h5traces.ranks.bucket import REPORT
 from h5traces.ranks.plan import RANKS
 from h5traces.rewriting.reports import cast_warnings
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath, is_url
 from h5traces.writing.options import WriteOptions
 from h5traces.writing.shards import stored_keys
 
@@ -43,6 +45,8 @@ Status = Literal["planned", "stopped", "failed", "finished"]
 
 # Bytes in the queue, enough to go on computing while a shard is packed; one record may exceed it.
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
+# Records that wait are stored together, up to so many: one file costs as much as two tiny samples.
+_MAX_TOGETHER, _MAX_TOGETHER_NBYTES = 32, 16 * 2**20
 # What torch says on devices whose errors have no separate class.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -168,14 +172,21 @@ class ExtractionReport(Report):
 
     def save(self) -> None:
         """Write the report beside the output, in one atomic step."""
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        data = text.encode("utf-8", "surrogatepass")
+        if is_url(self.output):
+            from h5traces.storage.remote.uploading import put
+
+            place = RemotePath(f"{self.output}{RANKS}/{self.rank}/{REPORT}")
+            return put(place, data, DEFAULT_REMOTE)
         path = report_path(Path(self.output))
         if self.rank is not None:
-            path = Path(self.output) / RANKS / f"{self.rank}.report.json"
+            path = Path(self.output) / RANKS / f"{self.rank}.{REPORT}"
         make_folder(path.parent)
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
         with PartFile(path) as part:
-            part.append(text.encode("utf-8", "surrogatepass"))
+            part.append(data)
             part.publish(overwrite=True)
+        return None
 
 
 def report_path(output: Path) -> Path:
@@ -250,25 +261,33 @@ class WriterThread:
 
     def _run(self) -> None:
         try:
-            while (record := self._next()) is not None:
-                self._writer.append(record)
-                self._written(record)
+            while records := self._next():
+                self._writer.append_records(records)
+                for each in records:
+                    self._written(each)
                 # Free the arrays before waiting for the next ones.
-                del record
+                records.clear()
+                del each
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _next(self) -> TraceRecord | None:
+    def _next(self) -> list[TraceRecord]:
+        """The first record that waits, and those after it that can be stored with it."""
+        found: list[TraceRecord] = []
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
-            if not self._waiting:
-                return None
-            record = self._waiting.popleft()
-            self._waiting_nbytes -= _record_nbytes(record)
+            left = _MAX_TOGETHER_NBYTES
+            while self._waiting and len(found) < _MAX_TOGETHER:
+                nbytes = _record_nbytes(self._waiting[0])
+                left -= nbytes
+                if found and left < 0:
+                    break
+                found.append(self._waiting.popleft())
+                self._waiting_nbytes -= nbytes
             self._changed.notify_all()
-            return record
+        return found
 
     def put(self, record: TraceRecord) -> None:
         """Add a record to the queue; waits while the queue is full."""
@@ -284,6 +303,12 @@ class WriterThread:
                 raise self._error
             self._waiting.append(record)
             self._waiting_nbytes += nbytes
+            if self._waiting_nbytes > _MAX_TOGETHER_NBYTES:
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Have written what waits; until then, `put` may leave small records for later ones."""
+        with self._changed:
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -377,6 +402,7 @@ class Run:
                         self._settled(job, outcome)
                 else:
                     thread.put(outcome)
+            thread.flush()
         return False
 
     def _batches(self) -> Iterator[Sequence[Job]]:

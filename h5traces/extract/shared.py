@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from h5traces.extract.generation import batches
@@ -43,6 +44,7 @@ class SharedExtraction:
         }
         self._left = {n: {job.key for job in batch} for n, batch in shares.items()}
         self._num_stored = dict.fromkeys(shares, 0)
+        self._skipped: dict[int, list[dict[str, Any]]] = {n: [] for n in shares}
         self._batches = list(shares.values())
         self._lock = threading.Lock()
 
@@ -84,6 +86,7 @@ class SharedExtraction:
         if skipped is not None:
             # Durable enough: a sample that is tried again is left out again.
             left_out_path(self._spool, self._numbers[job.key]).touch()
+            self._skipped[self._numbers[job.key] // self._size].append(asdict(skipped))
         self._settle(job.key, is_stored=skipped is None, status="written")
 
     def _settle(self, key: tuple[str, int], *, is_stored: bool, status: str) -> None:
@@ -93,4 +96,5 @@ class SharedExtraction:
             self._left[batch].discard(key)
             self._num_stored[batch] += is_stored
             if not self._left[batch]:
-                self._run.note(batch, status=status, num_samples=self._num_stored[batch])
+                facts = {"num_samples": self._num_stored[batch], "skipped": self._skipped[batch]}
+                self._run.note(batch, status=status, **facts)

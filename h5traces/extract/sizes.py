@@ -261,6 +261,12 @@ class Forecast:
         left = max(0, num_samples - num_done)
         return self.sample_nbytes * left + self._nbytes(self.rates) * waiting
 
+    def waiting_nbytes(self, shard_samples: int | None) -> float:
+        """Bytes of the largest samples of a shard, of its archive, and of one that is uploaded."""
+        longest = tuple(sorted(self.lengths, reverse=True)[:shard_samples])
+        largest = replace(self, lengths=longest)
+        return largest.needed_nbytes(0, None) + largest.sample_nbytes * len(longest)
+
     def _nbytes(self, rates: Rates) -> float:
         values = self.shape.num_values(self.lengths, rates.bits, self.window)
         return rates.stored_nbytes(values, len(self.layers))

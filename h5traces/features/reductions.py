@@ -277,7 +277,7 @@ FEATURES: Final = {each.name: each for each in _DEFINITIONS}
 
 
 def definition_of(name: str) -> FeatureDefinition | None:
-    """A feature by name, or by ``mlp_output.last_token`` of another kind; None where none is."""
+    """A feature by name, or by ``mlp_output.last_token`` of another kind; None if none is."""
     kind, _, plain = name.rpartition(".")
     found = FEATURES.get(plain)
     if not kind or found is None:

@@ -48,10 +48,10 @@ class SampleFeatures:
     values
         By name of feature, float32 ``(layers, width)``; width is hidden size, or heads.
     problems
-        Which values are NaN or infinite, one line each; empty where all are finite.
+        Which values are NaN or infinite, one line each; empty if all are finite.
     odd_sums
         The least and the largest sum of attention rows that do not sum to 1, which features took
-        as shares of their sum; None where all do.
+        as shares of their sum; None if all do.
     """
 
     index: int
@@ -189,7 +189,7 @@ class RowSums:
 
     @property
     def note(self) -> str:
-        """One sentence; empty where all rows sum to 1."""
+        """One sentence; empty if all rows sum to 1."""
         if not self.num_samples:
             return ""
         return (

@@ -83,9 +83,9 @@ def compare(
         Nothing matches.
     FidelityError
         They have no sample or no array in common, or arrays differ in shape; the message names
-        file, sample and field. Or the threshold is no number.
+        file, sample and field. Or the threshold is not a number.
     H5TracesError
-        A file is no archive, or is damaged.
+        A file is not an archive, or is damaged.
 
     Warns
     -----

@@ -254,7 +254,7 @@ class FidelityReport(Report):
     def exceeding(
         self, *, max_sigma: float | None = None, max_flips: float | None = None
     ) -> list[str]:
-        """The layers that exceed a limit, a line each; empty where all is well.
+        """The layers that exceed a limit, a line each; empty if all is well.
 
         Parameters
         ----------

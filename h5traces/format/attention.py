@@ -37,9 +37,15 @@ class AttentionRule(Document):
     soft_cap: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="Bound on scores, if any.")
     ] = None
+    slopes: Annotated[
+        tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None,
+        Field(description="What each head adds to a score for every key further on (ALiBi)."),
+    ] = None
     sinks: Annotated[
         tuple[float, ...] | None,
-        Field(description="Score of each head's learned sink, which takes weight and is no key."),
+        Field(
+            description="Score of each head's learned sink, which takes weight and is not a key."
+        ),
     ] = None
 
     def seen(self, rows: NDArray[np.int64], num_keys: int) -> tuple[NDArray[np.int64], ...]:

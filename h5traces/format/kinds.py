@@ -22,7 +22,7 @@ class ModelKind:
     definition
         What the numbers are, in one sentence.
     lens
-        Name of the hook point in TransformerLens, below ``blocks.N``; None where it has none.
+        Name of the hook point in TransformerLens, below ``blocks.N``; None if it has none.
     """
 
     axes: tuple[str, ...]
@@ -54,13 +54,13 @@ MODEL_KINDS: Final[dict[str, ModelKind]] = {
     ATTENTION_OUTPUT: ModelKind(
         _STATES,
         "What the attention of a decoder block adds to the residual stream, after the output "
-        "projection and, where there is one, the norm and the factor behind it.",
+        "projection and, where there is one, the norm and the factor after it.",
         "hook_attn_out",
     ),
     MLP_OUTPUT: ModelKind(
         _STATES,
         "What the MLP or the experts of a decoder block add to the residual stream, after the "
-        "norm and the factor behind them, where there are any.",
+        "norm and the factor after them, where there are any.",
         "hook_mlp_out",
     ),
     HEAD_OUTPUTS: ModelKind(
@@ -133,7 +133,7 @@ TOKEN_FIELDS: Final[dict[str, str]] = {
     "tokens before it; NaN for the first.",
     ENTROPY: "Entropy of the distribution of the next token, in nats.",
     CHAR_OFFSETS: "First character of the token in `prompt` and `generated_answer` put together, "
-    "and the one behind its last.",
+    "and the one after its last.",
     POSITIONS: "Place of the token in `sequence`, ascending, where not all tokens are stored. Then "
     "`tokens` and `prompt_len` count no others, and rows of attentions miss their weights.",
     SEQUENCE: "Ids of all tokens that the model saw (int64); with `positions` only.",

@@ -65,7 +65,7 @@ def encode(text: str) -> bytes:
 def decode(stored: bytes) -> str:
     """The string in the bytes of a fixed-length field, with or without its padding.
 
-    CorruptArchiveError where they are no UTF-8, or hold a broken escape.
+    CorruptArchiveError where they are not UTF-8, or hold a broken escape.
     """
     try:
         text = stored.rstrip(b"\0").decode("utf-8")

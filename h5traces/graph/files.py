@@ -25,7 +25,7 @@ _ARCHIVE = "an archive of h5traces"
 def record_files(
     pattern: Source | Iterable[Source], reading: ReadingOptions = ReadingOptions()
 ) -> list[Path]:
-    """The files that are no archives, sorted for each pattern; empty where archives are named.
+    """The files that are not archives, sorted for each pattern; empty if archives are named.
 
     Raises
     ------

@@ -175,7 +175,7 @@ class RecordSamples:
         what = (
             "legacy pickles"
             if paths[0].name.endswith(SOURCE_SUFFIXES)
-            else "files that are no archives"
+            else "files that are not archives"
         )
         warn(
             f"{paths[0]}: reading {what}, which is slow unless samples come in order; "
@@ -367,7 +367,7 @@ def _mask(record: TraceRecord) -> NDArray[np.bool_] | None:
 def _without_padding(
     hidden: torch.Tensor, attention: torch.Tensor, mask: NDArray[np.bool_] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States and weights of the tokens that are no padding."""
+    """States and weights of the tokens that are not padding."""
     if mask is None or hidden.ndim != 2 or attention.ndim not in (2, 3):
         return hidden, attention
     queries = _kept(attention, attention.ndim - 2, mask)

@@ -56,7 +56,7 @@ class Axes:
         Raises
         ------
         OptionError
-            A word is no name, or a name comes twice.
+            A word is not a name, or a name comes twice.
         """
         words = text.replace(",", " ").split()
         names = tuple(_SYNONYMS.get(word.lower(), word) for word in words)

@@ -178,7 +178,7 @@ _ALL: Final = (
         id="token-out-of-vocabulary",
         severity="error",
         reason="A negative id, or one at or beyond the vocabulary of the model that the archive "
-        "names, is no token; -100 marks positions that a loss ignores.",
+        "names, is not a token; -100 marks positions that a loss ignores.",
         remedy="Store the ids that were fed to the model (input_ids), not its labels.",
     ),
     Check(
@@ -263,7 +263,7 @@ _ALL: Final = (
         id="attention-not-causal",
         severity="warning",
         reason="Tokens attend to later ones, though the sample was generated or its other layers "
-        "are causal: axes are exchanged, the mask was missing, or the model is no causal one.",
+        "are causal: axes are exchanged, the mask was missing, or the model is not a causal one.",
         remedy="Check the order of the axes: (head, query, key).",
     ),
     Check(
@@ -306,7 +306,7 @@ class CheckOptions:
                 close = get_close_matches(str(each), CHECKS, 1)
                 guess = f"; did you mean {close[0]!r}?" if close else "."
                 message = (
-                    f"ignore names {each!r}, which is no check{guess} The checks are "
+                    f"ignore names {each!r}, which is not a check{guess} The checks are "
                     f"{', '.join(CHECKS)}"
                 )
                 raise OptionError(message)

@@ -152,7 +152,7 @@ def taken_apart(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) 
     Raises
     ------
     ConversionError
-        The value is no container of arrays, or its shapes contradict each other, or fit several
+        The value is not a container of arrays, or its shapes contradict each other, or fit several
         readings.
     """
     if isinstance(value, Array):
@@ -365,7 +365,7 @@ def _check_layers(
 
 
 def steps_outermost(found: list[Apart], num_layers: int | None) -> bool | None:
-    """Whether nested lists have the steps outside; None where shapes fit both readings.
+    """Whether nested lists have the steps outside; None if shapes fit both readings.
 
     All layers of a step have the same shape. From the second step on there is one token, or,
     without a cache, one more than in the step before.

@@ -30,7 +30,7 @@ def further_kind(
     has_batch: bool,
     established: Established,
 ) -> tuple[Apart, tuple[str, ...]] | None:
-    """The field taken apart, and the axes of one layer's array; None where it is no layered kind.
+    """The field taken apart, and the axes of one layer's array; None if it is not a layered kind.
 
     Parameters
     ----------

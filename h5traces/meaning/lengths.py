@@ -13,14 +13,14 @@ def covered_tokens(num_tokens: int | None, num_positions: int) -> slice | None:
     Parameters
     ----------
     num_tokens
-        Stored tokens; None where none are stored, so that positions stand for themselves.
+        Stored tokens; None if none are stored, so that positions stand for themselves.
     num_positions
         Length of the token axis of hidden states, or of the query axis of attentions.
 
     Returns
     -------
     slice or None
-        None where the lengths say nothing about the tokens: more positions than tokens, fewer by
+        None if the lengths say nothing about the tokens: more positions than tokens, fewer by
         more than one, or one position of several tokens, which is the last one in batches of old
         extractors and the first after ``generate()``.
     """

@@ -216,7 +216,7 @@ def _are_steps(found: Item) -> bool:
 
 
 def _joined(found: Item, size: int) -> Item | None:
-    """Steps of ``generate()`` as the arrays of the sequence; None where they are of no one.
+    """Steps of ``generate()`` as the arrays of the sequence; None if they are of no one.
 
     The first step holds the prompt, each later one the token that was generated before it. What a
     token pays to later ones, which the model did not see, is 0.
@@ -225,7 +225,7 @@ def _joined(found: Item, size: int) -> Item | None:
     for kind, steps in found.items():
         grid = [[shape_of(each) for each in step if each is not None] for step in steps]
         first, later = grid[0][0], [step[0] for step in grid[1:]]
-        # Layers of windows keep fewer keys; beams are no sequences.
+        # Layers of windows keep fewer keys; beams are not sequences.
         if first[0] != size or any(len(set(step)) > 1 for step in grid):
             return None
         if any(shape[-2] != 1 for shape in later):

@@ -100,7 +100,7 @@ class ReadingOptions:
     mapping
         A file that says which name holds which field, and what its axes are.
     layer_ids
-        Of which layers hidden states are, as vLLM counts them: 0 is the embedding, i the output of
+        Layers of the hidden states, counted as vLLM does: 0 is the embedding, i the output of
         block i - 1. States lie in ascending order of ids.
     responses
         A file of JSON or JSON Lines with the responses of a server, which say of each request what

@@ -87,14 +87,14 @@ def _where(ends: slice, length: int) -> str:
 
 
 def _mask_of(value: Any, record: TraceRecord) -> Mask | str:
-    """The mask by position; why it is none for this record, empty where that needs no word."""
+    """The mask by position; why it is none for this record, empty if that needs no word."""
     array = value.data if isinstance(value, TorchValue) else value
     if isinstance(value, TorchValue) and value.dtype == "bfloat16":
         array = bfloat16_to_float32(value.data)
     if isinstance(array, (list, tuple)):
         array = _array_of(array)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        return f"a {type(value).__name__} is no mask of 0 and 1"
+        return f"a {type(value).__name__} is not a mask of 0 and 1"
     if array.ndim != 1 and array.shape[:-1] != (1,):
         is_causal = array.ndim > 1 and array.shape[-1] == array.shape[-2] and _is_causal(array)
         return "" if is_causal else f"its shape has {array.ndim} axes, expected (positions,)"

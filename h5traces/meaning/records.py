@@ -100,7 +100,7 @@ def to_record(
     Raises
     ------
     ConversionError
-        The dict is no trace, a field has no encoding, or fields contradict each other.
+        The dict is not a trace, a field has no encoding, or fields contradict each other.
     """
     found, known = _Fields(), established or Established()
     _check_keys(item)
@@ -414,7 +414,7 @@ def _note_number(key: str, value: Any, item: dict[str, Any], found: _Fields) -> 
 
 
 def _token_ids(value: Any) -> tuple[NDArray[Any], TokensContainer | None] | None:
-    """Token ids as a row of integers, and what held them if no array; None if they are no such."""
+    """Token ids as a row of integers, and what held them if no array; None if they are not such."""
     if type(value) is list and set(map(type, value)) == {int}:
         try:
             return np.array(value, np.int64), "list"
@@ -447,7 +447,7 @@ def _is_prompt_length(number: int | None, item: dict[str, Any], found: _Fields) 
         return False
     num_tokens = _num_tokens(item)
     in_steps = any(kind.in_steps for kind in found.layered.values())
-    # A prompt longer than the sequence is no prompt length; it is kept as an extra value.
+    # A prompt longer than the sequence is not a prompt length; it is kept as an extra value.
     return in_steps or (num_tokens is not None and number <= num_tokens)
 
 

@@ -135,7 +135,7 @@ def _nearest(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 @cache
 def _table() -> NDArray[np.uint8]:
-    """The level of every float16, by its bits; 0 for what is no weight."""
+    """The level of every float16, by its bits; 0 for what is not a weight."""
     table = np.zeros(1 << 16, np.uint8)
     weights = np.arange(_ONE + 1, dtype=np.uint16).view(np.float16)
     table[: _ONE + 1] = _nearest(weights)

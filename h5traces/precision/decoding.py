@@ -102,7 +102,7 @@ def restoration_of(
 ) -> Restoration | None:
     """How the compiled kernels do what `decode` does, but for exceptions.
 
-    None where there are none, for what is not encoded, and for what `decode` rejects.
+    None if there are none, for what is not encoded, and for what `decode` rejects.
     """
     if NATIVE is None or "encoding" not in attrs or not is_encoded(attrs):
         return None

@@ -178,7 +178,7 @@ def has_levels(kind: str, precision: Precision) -> bool:
 def _square_root(kind: str, array: TypedArray) -> EncodedLayer:
     stored, beyond = attention.to_levels(array.values)
     if beyond.size > _MOST_EXCEPTIONS * array.values.size:
-        return _exact(array, "too many values are no weights")
+        return _exact(array, "too many values are not weights")
     attrs: Attrs = {
         "encoding": SQUARE_ROOT,
         "encoding_version": VERSION,

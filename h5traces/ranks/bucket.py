@@ -17,12 +17,24 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from h5traces.errors import RemoteError, TargetError
 from h5traces.format.text import utc_now
-from h5traces.ranks.plan import RANKS, RUN, RunPlan, parse_plan, serialised
+from h5traces.ranks.plan import (
+    RANKS,
+    RUN,
+    RunPlan,
+    check_alike,
+    deal,
+    rank_name,
+    read_plan,
+    serialised,
+    warn_of_size,
+)
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
     from h5traces.ranks.rank import Rank
 
+# Of a rank, what it did in an extraction.
+REPORT: Final = "report.json"
 _BEAT_SECONDS: Final = 30.0
 # Six heartbeats.
 _ALIVE_SECONDS: Final = 180.0
@@ -36,29 +48,17 @@ class BucketRun:
 
     Attributes
     ----------
-    plan
-        The plan in force.
+    url, rank
+        Where the run is, and which of its ranks this is.
+    share
+        The pieces of work of this rank, ascending.
     """
 
     def __init__(self, url: str, rank: Rank, plan: RunPlan) -> None:
-        from h5traces.storage.remote.uploading import put_new, read_document_at
-
-        self._url, self._rank, self.plan = url, rank, plan
-        self._failed = False
-        place = RemotePath(f"{url}{RUN}")
-        if put_new(place, serialised(plan), DEFAULT_REMOTE):
-            return
-        before = parse_plan(read_document_at(place, DEFAULT_REMOTE), str(place))
-        differences = plan.differences(before)
-        if plan.world_size != before.world_size:
-            differences.append(f"world_size is {plan.world_size}, and was {before.world_size}")
-        if differences:
-            message = (
-                f"{url}: its run was planned otherwise: {'; '.join(differences)}. Run the "
-                f"ranks alike, or name another folder; where no rank runs, deleting {place} allows "
-                "another plan"
-            )
-            raise TargetError(message)
+        self.url, self.rank = url, rank
+        self.share = deal(plan.costs, rank.size)[rank.number]
+        self._failed = self._is_stopped = False
+        _fix_plan(RemotePath(url), plan)
 
     def note(self, item: int, **facts: Any) -> None:
         """Write down what became of a piece of work, unless that was done before."""
@@ -72,8 +72,12 @@ class BucketRun:
         with contextlib.suppress(*((RemoteError,) if facts["status"] == "failed" else ())):
             put_new(self._place(name), _document(line), DEFAULT_REMOTE)
 
+    def stopped(self) -> None:
+        """Say at the end that the rank was told to stop."""
+        self._is_stopped = True
+
     def _place(self, name: str) -> RemotePath:
-        return RemotePath(f"{self._url}{RANKS}/{self._rank.name}/{name}")
+        return RemotePath(f"{self.url}{RANKS}/{self.rank.name}/{name}")
 
     def _put(self, name: str, event: str, **facts: Any) -> None:
         from h5traces.storage.remote.uploading import put
@@ -98,10 +102,37 @@ class BucketRun:
         self._closed.set()
         self._thread.join()
         status = "failed" if self._failed or exception_type is not None else "done"
-        if issubclass(exception_type or object, KeyboardInterrupt):
+        if self._is_stopped or issubclass(exception_type or object, KeyboardInterrupt):
             status = "stopped"
         with contextlib.suppress(*(() if status == "done" else (RemoteError,))):
             self._put(f"end-{status}.json", "end", status=status)
+
+
+def _fix_plan(folder: RemotePath, plan: RunPlan) -> None:
+    """Write the plan, if this rank is the first, or comes with another number of ranks."""
+    from h5traces.storage.remote.uploading import put_new, put_over, version_of
+
+    place = RemotePath(f"{folder.url}{RUN}")
+    while not put_new(place, serialised(plan), DEFAULT_REMOTE):
+        version, before = version_of(place, DEFAULT_REMOTE), read_plan(folder)
+        if before is None:
+            continue
+        check_alike(plan, before, folder)
+        if before.world_size == plan.world_size:
+            return
+        room = BucketRoom(folder.url)
+        running = [n for n in range(before.world_size) if room.is_at_work(n, before.world_size)]
+        if running:
+            message = (
+                f"{folder}: a rank of {plan.world_size} comes into a run of {before.world_size} "
+                f"ranks, of which rank {running[0]} gave a sign of life in the last "
+                f"{_ALIVE_SECONDS:.0f} seconds; wait until all of them have ended, or stop them, "
+                "then change world_size"
+            )
+            raise TargetError(message)
+        warn_of_size(plan, before, folder)
+        if put_over(place, serialised(plan), version, DEFAULT_REMOTE):
+            return
 
 
 def _document(line: dict[str, Any]) -> bytes:
@@ -116,6 +147,7 @@ class BucketRoom:
     lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     # Of every rank, how long ago it gave a sign of life.
     _ages: dict[str, float] = field(default_factory=dict)
+    _reports: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """List the objects."""
@@ -135,6 +167,8 @@ class BucketRoom:
             elif file == "alive.json":
                 self._ages[rank] = now - changed
                 lines.insert(0, {"event": "start"})
+            elif file == REPORT:
+                self._reports.append(name)
             elif end is not None:
                 ends[rank] = max(ends.get(rank, (0.0, "")), (changed, end[1]))
         for rank, (changed, status) in ends.items():
@@ -146,13 +180,13 @@ class BucketRoom:
 
     def plan(self) -> RunPlan | None:
         """The plan of the run; None if there is none."""
-        from h5traces.storage.remote.uploading import read_document_at
+        return read_plan(RemotePath(self.url))
 
-        place = RemotePath(f"{self.url}{RUN}")
-        try:
-            return parse_plan(read_document_at(place, DEFAULT_REMOTE), str(place))
-        except FileNotFoundError:
-            return None
+    def is_at_work(self, number: int, size: int) -> bool:
+        """Whether a rank of so many has neither ended nor been silent for long."""
+        name = rank_name(number, size)
+        lines = self.lines.get(name, [])
+        return bool(lines) and lines[-1]["event"] != "end" and self.is_alive(name)
 
     def is_alive(self, rank: str) -> bool:
         """Whether a rank gave a sign of life lately."""
@@ -160,12 +194,20 @@ class BucketRoom:
 
     def whole(self, lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Lines about pieces of work, with all that they say."""
+        names = [line["object"] for line in lines.values()]
+        return dict(zip(lines, self._documents(names), strict=True))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What the ranks of an extraction have reported."""
+        return self._documents(self._reports)
+
+    def _documents(self, names: list[str]) -> list[dict[str, Any]]:
         from h5traces.storage.remote.uploading import read_document_at
 
-        def read(line: dict[str, Any]) -> dict[str, Any]:
-            place = RemotePath(f"{self.url}{RANKS}/{line['object']}")
-            found: dict[str, Any] = json.loads(read_document_at(place, DEFAULT_REMOTE))
+        def read(name: str) -> dict[str, Any]:
+            data = read_document_at(RemotePath(f"{self.url}{RANKS}/{name}"), DEFAULT_REMOTE)
+            found: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
             return found
 
         with ThreadPoolExecutor(_READERS) as pool:
-            return dict(zip(lines, pool.map(read, lines.values()), strict=True))
+            return list(pool.map(read, names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 import os
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -15,12 +16,13 @@ from h5traces.format.document import Document, with_tuples
 from h5traces.format.text import and_more
 from h5traces.storage.files import read_document
 from h5traces.storage.publish import PartFile, make_folder
-from h5traces.storage.remote.paths import RemotePath
+from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+log: Final = logging.getLogger("h5traces.ranks")
 RUN: Final = "run.json"
 RANKS: Final = "ranks"
 _BESIDE: Final = ".run"
@@ -87,6 +89,11 @@ class RunPlan(Document):
         return found
 
 
+def plan_path(folder: Path | RemotePath) -> Path | RemotePath:
+    """The document of the plan of a run."""
+    return RemotePath(f"{folder.url}{RUN}") if isinstance(folder, RemotePath) else folder / RUN
+
+
 def run_folder(output: Path) -> Path:
     """Where the run of an output is: in the folder, or beside the file."""
     if output.is_dir() or output.name.endswith(_BESIDE):
@@ -94,18 +101,18 @@ def run_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}{_BESIDE}")
 
 
-def read_plan(folder: Path) -> RunPlan | None:
-    """The plan of the run in a folder; None if there is none."""
-    path = folder / RUN
+def read_plan(folder: Path | RemotePath) -> RunPlan | None:
+    """The plan of the run in a folder, or in one of a bucket; None if there is none."""
+    path = plan_path(folder)
     try:
-        data = read_document(path, CorruptArchiveError, "the plan of a run")
+        if isinstance(path, RemotePath):
+            from h5traces.storage.remote.uploading import read_document_at
+
+            data = read_document_at(path, DEFAULT_REMOTE)
+        else:
+            data = read_document(path, CorruptArchiveError, "the plan of a run")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return parse_plan(data, str(path))
-
-
-def parse_plan(data: bytes, place: str) -> RunPlan:
-    """The plan that a document holds."""
     try:
         document = json.loads(data)
         document["options"] = dict(document["options"])
@@ -114,7 +121,7 @@ def parse_plan(data: bytes, place: str) -> RunPlan:
         }
         return RunPlan.model_validate(plain)
     except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
-        message = f"{place}: is not the plan of a run by h5traces; move it away"
+        message = f"{path}: is not the plan of a run by h5traces; move it away"
         raise CorruptArchiveError(message) from error
 
 
@@ -135,15 +142,30 @@ def fix_plan(folder: Path, plan: RunPlan) -> RunPlan:
             else:
                 return plan
     assert before is not None
+    check_alike(plan, before, folder)
+    return before
+
+
+def check_alike(plan: RunPlan, before: RunPlan, folder: Path | RemotePath) -> None:
+    """TargetError where a plan is another than the one in force, but for the number of ranks."""
     differences = plan.differences(before)
     if differences:
         message = (
             f"{folder}: its run was planned otherwise: {'; '.join(differences)}. Run the ranks "
-            f"alike, or name another folder; where no rank runs, deleting {folder / RUN} allows "
-            "another plan"
+            f"alike, or name another folder; where no rank runs, deleting {plan_path(folder)} "
+            "allows another plan"
         )
         raise TargetError(message)
-    return before
+
+
+def warn_of_size(plan: RunPlan, before: RunPlan, folder: Path | RemotePath) -> None:
+    """Say that a run goes on with another number of ranks."""
+    log.warning(
+        "%s: world_size was %d and is %d from now on; what is done stays, the rest is dealt anew",
+        folder,
+        before.world_size,
+        plan.world_size,
+    )
 
 
 def replace_plan(folder: Path, plan: RunPlan) -> None:
@@ -190,6 +212,11 @@ def planned_source(path: Path) -> tuple[str, int, int]:
     paths = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
     found = [each.stat() for each in paths]
     return name, sum(each.st_size for each in found), max((e.st_mtime_ns for e in found), default=0)
+
+
+def rank_name(number: int, size: int) -> str:
+    """The name of the files of a rank: ``00003-of-00008``."""
+    return f"{number:05d}-of-{size:05d}"
 
 
 def deal(costs: Sequence[int], size: int) -> list[list[int]]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from h5traces.errors import OptionError
-from h5traces.ranks.plan import deal, read_plan
+from h5traces.ranks.plan import deal, log, rank_name, read_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from h5traces.ranks.plan import RunPlan
+    from h5traces.storage.remote.paths import RemotePath
 
 RankChoice = int | Literal["auto"] | None
-log: Final = logging.getLogger("h5traces.ranks")
 
 # Pairs of variables: a rank, and how many ranks there are.
 _OURS: Final = ("H5TRACES_RANK", "H5TRACES_WORLD_SIZE")
@@ -25,7 +24,7 @@ _TORCH: Final = ("RANK", "WORLD_SIZE")
 # Only `srun` sets the second: a batch script with -n 2 has SLURM_PROCID=0 and SLURM_NTASKS=2, and
 # would silently do half of the work.
 _STEP: Final = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-# Numbers of steps that are no steps of `srun` are close to 2**32.
+# Numbers of steps that are not steps of `srun` are close to 2**32.
 _MOST_STEPS: Final = 1 << 31
 
 
@@ -58,8 +57,8 @@ class Rank:
 
     @property
     def name(self) -> str:
-        """The name of its files: ``00003-of-00008``."""
-        return f"{self.number:05d}-of-{self.size:05d}"
+        """The name of its files."""
+        return rank_name(self.number, self.size)
 
     def __str__(self) -> str:
         return f"rank {self.number} of {self.size}"
@@ -68,10 +67,10 @@ class Rank:
 def find_rank(
     rank: RankChoice,
     world_size: int | None,
-    folder: Path | None = None,
+    folder: Path | RemotePath | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Rank | None:
-    """The rank that a caller chose; None where there are no ranks.
+    """The rank that a caller chose; None if there are no ranks.
 
     ``auto`` looks at the environment, where the array of a scheduler may be a part of the one that
     started the run in `folder`. What was taken is logged.

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from h5traces.errors import OptionError, RankBusyError, TargetError
 from h5traces.format.text import utc_now
-from h5traces.ranks.plan import RANKS, RunPlan, deal, fix_plan, read_plan, replace_plan
+from h5traces.ranks.bucket import BucketRun
+from h5traces.ranks.plan import (
+    RANKS,
+    RunPlan,
+    deal,
+    fix_plan,
+    read_plan,
+    replace_plan,
+    warn_of_size,
+)
 from h5traces.ranks.probe import check_file_system
-from h5traces.ranks.rank import log
 from h5traces.ranks.status import running_ranks
-from h5traces.storage.publish import make_folder, sync_folder
+from h5traces.storage.publish import locked, make_folder, sync_folder
+from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,12 +131,17 @@ class RankRun:
             self._lines.close()
 
 
+def run_at(folder: Path | RemotePath, rank: Rank, plan: RunPlan) -> RankRun | BucketRun:
+    """The share of a rank whose results go to a folder on disk, or to one of a bucket."""
+    if isinstance(folder, RemotePath):
+        return BucketRun(folder.url, rank, plan)
+    return RankRun(folder, rank, plan)
+
+
 def _dealt_anew(folder: Path, plan: RunPlan, rank: Rank) -> RunPlan:
     """The plan with another world size, if no rank of the old one is at work."""
     make_folder(folder / RANKS)
-    descriptor = os.open(folder / RANKS / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with locked(folder / RANKS / "lock", wait=True):
         plan = read_plan(folder) or plan
         if plan.world_size == rank.size:
             return plan
@@ -139,18 +153,10 @@ def _dealt_anew(folder: Path, plan: RunPlan, rank: Rank) -> RunPlan:
                 "change world_size"
             )
             raise TargetError(message)
-        log.warning(
-            "%s: world_size was %d and is %d from now on; what is done stays, the rest is dealt "
-            "anew",
-            folder,
-            plan.world_size,
-            rank.size,
-        )
         changed = plan.model_copy(update={"world_size": rank.size, "first_task": rank.first})
+        warn_of_size(changed, plan, folder)
         replace_plan(folder, changed)
         return changed
-    finally:
-        os.close(descriptor)
 
 
 class _Lines:

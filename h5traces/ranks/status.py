@@ -14,7 +14,7 @@ from h5traces.errors import TargetError
 from h5traces.format.html import Report
 from h5traces.paths import local_path
 from h5traces.ranks.bucket import BucketRoom
-from h5traces.ranks.plan import RANKS, RUN, read_plan, run_folder
+from h5traces.ranks.plan import RANKS, RUN, rank_name, read_plan, run_folder
 from h5traces.storage.remote.paths import RemotePath, is_url
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def status(folder: PathLike) -> RunStatus:
     found.num_items, found.total_cost = len(plan.costs), sum(plan.costs)
     left: list[float] = []
     for rank in range(plan.world_size):
-        name = f"{rank:05d}-of-{plan.world_size:05d}"
+        name = rank_name(rank, plan.world_size)
         lines = room.lines.get(name, [])
         ends = [each for each in lines if each["event"] in ("start", "end")]
         last = ends[-1] if ends else {}
@@ -175,6 +175,9 @@ class Room(Protocol):
     def whole(self, lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Lines about pieces of work, with all that they say."""
 
+    def reports(self) -> list[dict[str, Any]]:
+        """What the ranks of an extraction have reported."""
+
 
 @dataclass(slots=True)
 class LocalRoom:
@@ -204,6 +207,11 @@ class LocalRoom:
     def whole(self, lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """The lines as they are."""
         return lines
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What the ranks of an extraction have reported."""
+        paths = sorted((self.folder / RANKS).glob("*.report.json"))
+        return [json.loads(each.read_bytes().decode("utf-8", "surrogatepass")) for each in paths]
 
 
 def room_of(folder: PathLike) -> LocalRoom | BucketRoom:
@@ -309,6 +317,6 @@ def _is_alive(path: Path, now: float) -> bool:
 
 def running_ranks(folder: Path, world_size: int) -> list[int]:
     """Ranks of a world size that are at work."""
-    paths = (folder / RANKS / f"{n:05d}-of-{world_size:05d}.jsonl" for n in range(world_size))
+    paths = (folder / RANKS / f"{rank_name(n, world_size)}.jsonl" for n in range(world_size))
     now = _now(folder / RANKS)
     return [n for n, path in enumerate(paths) if path.exists() and _is_alive(path, now)]

@@ -97,7 +97,7 @@ class _Shard:
 
     row: dict[str, Any]
     facts: dict[str, Any]
-    # Attributes of the root; None where the rows are taken over.
+    # Attributes of the root; None if the rows are taken over.
     first: dict[str, Any] | None
     table: Any
     before: tuple[_Known, int] | None = None
@@ -161,7 +161,7 @@ def index(
     FileNotFoundError
         Nothing matches.
     ArchiveError
-        Two shards are copies of each other, or one is no archive or damaged.
+        Two shards are copies of each other, or one is not an archive or damaged.
     TargetError
         `output` does not end in ``.parquet``.
     """

@@ -16,7 +16,7 @@ from h5traces.paths import Target, check_not_a_source
 from h5traces.precision.scales import ScaleSet
 from h5traces.ranks.plan import RunPlan, deal, plain_options, planned_source
 from h5traces.ranks.rank import find_rank
-from h5traces.ranks.run import RankRun, check_shared
+from h5traces.ranks.run import check_shared, run_at
 from h5traces.rewriting.convert_jobs import (
     ConvertOptions,
     ScalesOfModels,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from h5traces.paths import PathLike
     from h5traces.ranks.bucket import BucketRun
     from h5traces.ranks.rank import Rank
+    from h5traces.ranks.run import RankRun
     from h5traces.rewriting.convert_plan import Job
     from h5traces.rewriting.reports import FileReport
 
@@ -123,7 +124,8 @@ def convert(
     uploads = Uploads.to(dest)
     dest = dest if uploads is None else f"{uploads.folder}/"
     place = Target.of(dest, shard_samples=target.shard_samples)
-    chosen = find_rank(rank, world_size, place.folder)
+    run_folder = place.folder if uploads is None else uploads.run_folder
+    chosen = find_rank(rank, world_size, run_folder)
     if chosen is not None:
         check_shared(place, target, merge=merge)
         target = replace(target, skip_existing=True)
@@ -169,14 +171,11 @@ def convert(
         share = deal(costs, chosen.size)[chosen.number]
         if not target.dry_run:
             plan = _plan(jobs, options, costs, scales, chosen)
-            if uploads is None:
-                run = RankRun(place.folder, chosen, plan)
-            else:
-                run = uploads.run(chosen, plan)
+            run = run_at(run_folder, chosen, plan)
     mine = [jobs[each] for each in share]
     meter = _Meter([source for job in mine for source in job.sources], progress)
     with uploads or contextlib.nullcontext(), run or contextlib.nullcontext():
-        shared = SharedScales(run) if isinstance(run, RankRun) else None
+        shared = None if run is None else SharedScales(run)
         models = ScalesOfModels(jobs, options, calibration, given.calibration_samples, shared)
         each = [models.options(job, meter) for job in mine]
 

@@ -292,7 +292,11 @@ def _compare_sources(
         added = [name for name in now if name not in before]
         removed = [name for name in before if name not in now]
         changes = [f"{and_more(added)} {_is_are(added)} not in it"] if added else []
-        changes += [f"{and_more(removed)} {_is_are(removed)} no source any more"] if removed else []
+        changes += (
+            [f"{and_more(removed)} {_is_are(removed)} not among the sources any more"]
+            if removed
+            else []
+        )
         found.differs += changes or ["its sources came in another order"]
         return
     for old, path in zip(recorded, wanted.sources, strict=True):

@@ -445,7 +445,7 @@ def _named(key: Key) -> str:
 
 
 def _similar(unknown: list[str], ids: Iterable[str]) -> list[str]:
-    """Ids of a table that are no ids of the archives, but nearly."""
+    """Ids of a table that are not ids of the archives, but nearly."""
     if not unknown:
         return []
     known = set(ids)

@@ -161,7 +161,7 @@ class Entry:
     scores
         The number of every score.
     label
-        None where it makes none.
+        None if it makes none.
     name
         The class, where the table has classes.
     """
@@ -186,7 +186,7 @@ class LabelTable:
     classes
         The label of every class, by its name in the table.
     higher_means, threshold
-        How labels were made of scores; None where they were not.
+        How labels were made of scores; None if they were not.
     num_rows, num_repeated
         Rows in the file, and those that repeat an earlier one.
     empty
@@ -323,7 +323,7 @@ class _Reading:
         self._lines.setdefault(key, place)
 
     def _class(self, cells: dict[str, Any]) -> str | None:
-        """The key of a row's class, empty where the cell is; None where no column is named."""
+        """The key of a row's class, empty if the cell is; None if no column is named."""
         column = self._options.label_column
         if column is None:
             return None

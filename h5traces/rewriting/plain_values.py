@@ -100,8 +100,8 @@ def layers_of(trace: Trace, sequence: LayerSequence) -> list[TypedArray]:
     arrays = [each for each in found if isinstance(each, TypedArray)]
     if len(arrays) < len(found):
         message = (
-            f"{trace._stored.place}: field {sequence.kind!r} holds generation steps, which are no "
-            "array; export to torch or pickle"
+            f"{trace._stored.place}: field {sequence.kind!r} holds generation steps, which are not "
+            "one array; export to torch or pickle"
         )
         raise ConversionError(message)
     return arrays

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from h5traces.errors import ArchiveExistsError, H5TracesError, OptionError, TargetError
-from h5traces.ranks.bucket import BucketRun
+from h5traces.archive.opening import open as open_archive
+from h5traces.errors import ArchiveExistsError, H5TracesError, TargetError
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath, is_url
+from h5traces.writing.shards import holds, sample_digests
 
 if TYPE_CHECKING:
     from h5traces.paths import Source, Target
-    from h5traces.ranks.plan import RunPlan
-    from h5traces.ranks.rank import Rank
     from h5traces.rewriting.convert_plan import Job
     from h5traces.rewriting.reports import FileReport
 
 
 @dataclass(frozen=True, slots=True)
 class Uploads:
-    """Where archives go that a conversion makes in a folder on disk.
+    """Where archives go that are made in a folder on disk.
 
     Attributes
     ----------
@@ -38,7 +39,7 @@ class Uploads:
 
     @classmethod
     def to(cls, dest: Source) -> Self | None:
-        """Uploads to a folder of a bucket; None where `dest` is none."""
+        """Uploads to a folder of a bucket; None if `dest` is none."""
         if not is_url(dest) or RemotePath(str(dest)).protocol not in ("s3", "s3a"):
             return None
         if not str(dest).endswith("/"):
@@ -52,15 +53,10 @@ class Uploads:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, rank: Rank, plan: RunPlan) -> BucketRun:
-        """The share of a rank."""
-        if str(plan.options.get("scales")).startswith("measured"):
-            message = (
-                f"{self.url}: ranks that upload cannot share scales that one of them measures; "
-                "calibrate first, and pass scales"
-            )
-            raise OptionError(message)
-        return BucketRun(self.url, rank, plan)
+    @property
+    def run_folder(self) -> RemotePath:
+        """Where the plan of a run of ranks is."""
+        return RemotePath(self.url)
 
     def place(self, path: Path) -> RemotePath:
         """The address that a file gets."""
@@ -79,19 +75,43 @@ class Uploads:
 
     def send(self, report: FileReport, *, overwrite: bool) -> None:
         """Upload the archives of a job, the first one last, and delete them here."""
-        from h5traces.storage.remote.uploading import upload
-
         paths = [Path(each) for each in report.targets]
         report.targets = [str(self.place(path)) for path in paths]
         try:
-            for path in reversed(paths):
-                upload(path, self.place(path), DEFAULT_REMOTE, overwrite=overwrite)
+            sent = [self.upload(path, overwrite=overwrite) for path in reversed(paths)]
+            report.status = "converted" if any(sent) else "skipped"
         except (H5TracesError, OSError) as error:
             report.status, report.error = "failed", str(error)
             report.is_usage_error = isinstance(error, ArchiveExistsError)
         finally:
             for path in paths:
                 path.unlink(missing_ok=True)
+
+    def upload(self, path: Path, *, overwrite: bool = False) -> bool:
+        """Upload one archive; false if another process was faster, with the same samples."""
+        from h5traces.storage.remote.uploading import upload
+
+        place = self.place(path)
+        try:
+            upload(path, place, DEFAULT_REMOTE, overwrite=overwrite)
+        except ArchiveExistsError:
+            with open_archive(path) as archive:
+                digests = sample_digests(archive._files[0])
+            if not holds(place, digests):
+                raise
+            return False
+        return True
+
+
+def private_folder(name: str) -> Path:
+    """A folder of this name for files on their way, which another start of the run finds again."""
+    path = Path(tempfile.gettempdir(), f"h5traces-{name}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        message = f"{path}: belongs to somebody else; set TMPDIR to a folder of yours"
+        raise TargetError(message)
+    return path
 
 
 @dataclass(frozen=True, slots=True)

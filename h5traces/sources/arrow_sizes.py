@@ -73,7 +73,7 @@ class _Table:
         return cls(data, struct.unpack_from("<I", data)[0])
 
     def _at(self, number: int) -> int | None:
-        """Where a field lies; None where it has its default."""
+        """Where a field lies; None if it has its default."""
         at = 4 + 2 * number
         if at + 2 > self._nbytes:
             return None

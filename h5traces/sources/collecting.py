@@ -224,15 +224,30 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
         else:
             unsure.append(recognised)
     names = _Names([path for path, _ in found.sources])
+    # What may be anything is tried; of files whose names differ only in numbers, until one holds
+    # traces: a first sample may be a whole file.
+    runs: set[tuple[Path, str, str]] = set()
+    no_traces: list[Recognised] = []
     for each in unsure:
-        continues = names.continues(each.path) and each.kind.id not in _COMPANIONS
-        if each.is_readable and (continues or _holds_traces(each.path, reading)):
+        is_named_so = names.continues(each.path) and each.kind.id not in _COMPANIONS
+        if each.is_readable and (
+            is_named_so or _run_of(each) in runs or _holds_traces(each.path, reading)
+        ):
+            runs.add(_run_of(each))
             found.sources.append((each.path, Path(each.path.name)))
-            continue
+        else:
+            no_traces.append(each)
+    for each in no_traces:
         leftover = Leftover(str(each.path), str(each.kind), each.reason)
-        (found.left if _belongs(each, names) else found.unrelated).append(leftover)
+        belongs = _run_of(each) in runs or _belongs(each, names)
+        (found.left if belongs else found.unrelated).append(leftover)
     found.sources.sort()
     return found
+
+
+def _run_of(found: Recognised) -> tuple[Path, str, str]:
+    """What files of one kind share whose names differ only in numbers."""
+    return found.path.parent, run_stem(found.path.name), found.kind.id
 
 
 def _is_of_a_model(path: Path) -> bool:
@@ -309,7 +324,7 @@ def _unfinished(path: Path) -> Leftover:
 
 
 def _place_others(found: Collected, others: list[Other]) -> None:
-    """What is no plain file, and what walking through a folder did not enter."""
+    """What is not a plain file, and what walking through a folder did not enter."""
     names = _Names([path for path, _ in found.sources])
     for each in others:
         message = f"{each.path}: is {each.what}; {each.remedy}"

@@ -71,7 +71,7 @@ class Draft:
 
 
 def drafted(path: str | os.PathLike[str]) -> Draft | None:
-    """Describe a file for whoever writes a mapping for it; None where no mapping may fit."""
+    """Describe a file for whoever writes a mapping for it; None if no mapping may fit."""
     path = Path(path)
     kind = recognise(path).kind
     if kind.id == "unknown":

@@ -54,7 +54,7 @@ def parse_with_arrays(text: str) -> Any:
 
 
 def _numbers(text: str, start: int) -> tuple[Any, int] | None:
-    """The array that begins at `start`, and where it ends; None where it is no regular one."""
+    """The array that begins at `start`, and where it ends; None if it is not a regular one."""
     opening = _OPENING.match(text, start)
     if opening is None:
         return None
@@ -93,7 +93,7 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 def _row(text: str, place: int, end: int) -> list[NDArray[Any]] | None:
-    """Numbers between brackets, in parts; None where they are anything else."""
+    """Numbers between brackets, in parts; None if they are anything else."""
     found = []
     while place <= end:
         comma = text.find(",", place + _PART, end)
@@ -112,7 +112,7 @@ def _row(text: str, place: int, end: int) -> list[NDArray[Any]] | None:
 def _shape(closed: NDArray[Any], depth: int) -> list[int] | None:
     """Lengths of all axes but the last, as `closed` brackets after each row tell them.
 
-    None where they are not the same everywhere.
+    None if they are not the same everywhere.
     """
     shape: list[int] = []
     period, expected = 1, np.ones(len(closed), int)

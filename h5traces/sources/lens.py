@@ -68,7 +68,7 @@ def _states(found: Any, path: Path) -> list[TorchValue]:
         reader = zstandard.ZstdDecompressor().stream_reader(base64.b64decode(data, validate=True))
         raw = reader.read(nbytes + 1)
     except (binascii.Error, ValueError, zstandard.ZstdError) as error:
-        _fail(f"{where} is no zstd in base64: {error}")
+        _fail(f"{where} is not zstd in base64: {error}")
     if len(raw) != nbytes:
         _fail(f"{where} has {len(raw):,} bytes, but {dtype} of shape {shape} takes {nbytes:,}")
     return [TorchValue(each, dtype) for each in np.frombuffer(raw, code).reshape(shape)]

@@ -374,7 +374,7 @@ class MappedSource(TraceSource):
         return view(value, names, wanted, f"{name!r}")
 
     def _plain(self, field: str, value: Any) -> Any:
-        """A field that is no array of layers, with the type that the format has a place for."""
+        """A field that is not an array of layers, with the type that the format has a place for."""
         if field in (layout.QUESTION_ID, layout.LABEL, layout.PROMPT_LENGTH, *layout.TEXT_FIELDS):
             return single(value)
         if field == layout.TOKENS:

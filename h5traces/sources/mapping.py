@@ -88,7 +88,7 @@ class Template:
         self._pattern = re.compile("".join(parts), re.DOTALL)
 
     def match(self, name: str) -> tuple[str | None, int | None] | None:
-        """Id and layer in a name, each None without a place for it; None where it does not fit."""
+        """Id and layer in a name, each None without a place for it; None if it does not fit."""
         found = self._pattern.fullmatch(name) if len(name) <= _MAX_NAME else None
         if found is None:
             return None
@@ -157,7 +157,7 @@ class FieldMapping(Document):
 
     @cached_property
     def parsed(self) -> Axes | None:
-        """Its axes; None where none are named."""
+        """Its axes; None if none are named."""
         return None if self.axes is None else parsed_axes(self.axes)
 
     @property
@@ -305,7 +305,7 @@ def read_mapping(path: str | os.PathLike[str]) -> MappingDocument:
     FileNotFoundError
         There is none.
     ConversionError
-        It is no TOML, or says what a mapping has no place for; the message names the key.
+        It is not TOML, or says what a mapping has no place for; the message names the key.
     """
     path = Path(path)
     with os.fdopen(open_regular(path, ConversionError, "a mapping"), "rb") as file:
@@ -316,7 +316,7 @@ def read_mapping(path: str | os.PathLike[str]) -> MappingDocument:
     try:
         found = with_tuples(tomllib.loads(content.decode("utf-8")))
     except (ValueError, RecursionError) as error:
-        message = f"{path}: is no TOML, which mappings are written in: {error}"
+        message = f"{path}: is not TOML, which mappings are written in: {error}"
         raise ConversionError(message) from error
     try:
         return MappingDocument.model_validate(found)

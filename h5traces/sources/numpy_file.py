@@ -94,7 +94,7 @@ def _array_in(content: NDArray[np.uint8], where: str) -> NDArray[Any]:
     try:
         header = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        fail("has a header that is no literal of Python")
+        fail("has a header that is not a literal of Python")
     if type(header) is not dict or set(header) != {"descr", "fortran_order", "shape"}:
         fail("has a header without descr, fortran_order and shape")
     dtype, shape = _dtype(header["descr"], fail), header["shape"]
@@ -149,4 +149,4 @@ def _check_text(data: NDArray[np.uint8], dtype: np.dtype[Any], fail: Any) -> Non
     """Check that words are characters: numpy makes text of them unchecked."""
     words = data.view(np.dtype("u4").newbyteorder(dtype.byteorder))
     if words.max() > 0x10FFFF:
-        fail("holds a word that is no Unicode character")
+        fail("holds a word that is not a Unicode character")

@@ -75,7 +75,7 @@ class Recognised:
     kind
         What it is.
     reader
-        Reads it as a source of traces; None where nothing does, as for archives.
+        Reads it as a source of traces; None if nothing does, as for archives.
     """
 
     path: Path
@@ -220,7 +220,7 @@ def added_readers() -> tuple[type[TraceSource], ...]:
             if isinstance(reader, type) and issubclass(reader, TraceSource):
                 found.append(reader)
                 continue
-            problem = "is no class of h5traces.TraceSource"
+            problem = "is not a class of h5traces.TraceSource"
         warn(f"{where} {problem}; files are read without it", UserWarning)
     return tuple(found)
 

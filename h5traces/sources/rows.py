@@ -131,7 +131,7 @@ def _delimiter(header: str) -> str:
 
 
 def foreign(path: Path) -> str | None:
-    """What a file is that holds something other than a table of text; None where it may be one."""
+    """What a file is that holds something other than a table of text; None if it may be one."""
     if not path.is_file():
         return None
     kind = identify(path)

@@ -120,7 +120,7 @@ class SafetensorsSource(NamedArraysSource):
         except (ValueError, RecursionError) as error:
             self._fail(f"the header is not JSON: {error}")
         if type(found) is not dict:
-            self._fail("the header is no object of JSON")
+            self._fail("the header is not an object of JSON")
         facts = self._metadata(found.pop(_METADATA, None))
         self._start = 8 + nbytes
         return {name: self._entry(name, entry) for name, entry in found.items()}, facts
@@ -129,7 +129,7 @@ class SafetensorsSource(NamedArraysSource):
         if found is None:
             return {}
         if type(found) is not dict or not all(type(each) is str for each in found.values()):
-            self._fail(f"{_METADATA} of the header is no object of text")
+            self._fail(f"{_METADATA} of the header is not an object of text")
         return found
 
     def _entry(self, name: str, entry: Any) -> _Tensor:
@@ -137,9 +137,9 @@ class SafetensorsSource(NamedArraysSource):
             self._fail(f"the header says of {name[:80]!r} no {', '.join(sorted(_KEYS))}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-            self._fail(f"tensor {name[:80]!r}: shape and data_offsets are no lists of sizes")
+            self._fail(f"tensor {name[:80]!r}: shape and data_offsets are not lists of sizes")
         if type(dtype) is not str:
-            self._fail(f"tensor {name[:80]!r}: dtype is no text")
+            self._fail(f"tensor {name[:80]!r}: dtype is not text")
         elements = math.prod(shape)
         if elements >= _MAX_ELEMENTS or (
             not elements and math.prod(map(_or_one, shape)) >= _MAX_ELEMENTS

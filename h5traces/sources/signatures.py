@@ -48,7 +48,7 @@ class Kind:
     is_ours
         Whether h5traces writes such files: an archive, scales or features.
     compression
-        The compressor around it, such as ``gzip``; None where there is none.
+        The compressor around it, such as ``gzip``; None if there is none.
     """
 
     id: str
@@ -199,7 +199,7 @@ _HTML: Final = re.compile(
     rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)", re.I | re.DOTALL
 )
 _XML: Final = re.compile(rb"\s*<(?:\?xml|Error>)")
-# What a pickle that is no text begins with: a protocol, or a list, dict, tuple or global.
+# What a pickle that is not text begins with: a protocol, or a list, dict, tuple or global.
 _BINARY_PICKLE: Final = re.compile(
     rb"\x80[\0-\x0f]|[\]})][qr(.]|\([\]})(KMJXUGNIFLSVTldt]|c[\w.]+\n\w+\n"
 )
@@ -332,7 +332,7 @@ def _is_zlib(head: bytes) -> bool:
 
 
 def _unpacked_head(compression: str, head: bytes) -> bytes:
-    """The first bytes inside a compressed file; nothing where they cannot be had."""
+    """The first bytes inside a compressed file; nothing if they cannot be had."""
     unpack = _UNPACKERS.get(compression)
     found = b""
     if unpack is None:

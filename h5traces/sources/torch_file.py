@@ -307,7 +307,7 @@ class _Headers(_EngineStream):
     def _ends(self, cursor: Cursor) -> bool:
         keys = cursor.check(Machine(cursor.source, self._limits).load)
         if type(keys) is not list or any(type(each) is not str for each in keys):
-            cursor.check(partial(contradict, "the names of the storages are no list of str"))
+            cursor.check(partial(contradict, "the names of the storages are not a list of str"))
         self._keys, self._end = keys, cursor.source.inflated_bytes
         return True
 
@@ -363,7 +363,7 @@ class _HeaderStorages:
 
 
 class _RowStorages:
-    """Storages that follow each other behind the pickle, as views of the file."""
+    """Storages that follow each other after the pickle, as views of the file."""
 
     def __init__(
         self,

@@ -100,7 +100,7 @@ class ZipDirectory:
     Raises
     ------
     ConversionError
-        The file is no zip file, is cut off, or asks for more than a reader should give.
+        The file is not a zip file, is cut off, or asks for more than a reader should give.
     """
 
     def __init__(self, read_at: Callable[[int, int], bytes], nbytes: int, name: str) -> None:

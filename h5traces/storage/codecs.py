@@ -81,7 +81,7 @@ class ZstdCodec:
                 raise ValueError(message)
             data = _ZSTD_CONTEXTS.decompressor.decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as error:
-            message = f"the stored bytes are no intact Zstandard frame: {error}"
+            message = f"the stored bytes are not an intact Zstandard frame: {error}"
             raise ValueError(message) from error
         if len(data) != len(out):
             message = f"the Zstandard frame holds {len(data)} bytes, expected {len(out)}"

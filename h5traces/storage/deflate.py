@@ -530,14 +530,14 @@ def _squares(counts: Counts) -> int:
 def _inflate(stored: Bytes, nbytes: int) -> Bytes:
     """What a zlib stream (RFC 1950) of exactly `nbytes` holds."""
     if stored.size < _HEADER_NBYTES or not _is_header(*stored[:_HEADER_NBYTES].tolist()):
-        msg = "the stored bytes are no intact zlib stream: they begin with no header of one"
+        msg = "the stored bytes are not an intact zlib stream: they begin with no header of one"
         raise ValueError(msg)
     inflater = ENGINES.inflater()
     try:
         # One byte more shows streams that hold too much, and lets others come to their end.
         data = inflater.decompress(stored, nbytes + 1)
     except ENGINES.errors as error:
-        msg = f"the stored bytes are no intact zlib stream: {error}"
+        msg = f"the stored bytes are not an intact zlib stream: {error}"
         raise ValueError(msg) from error
     stray = len(inflater.unused_data)
     if len(data) > nbytes:

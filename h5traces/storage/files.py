@@ -66,7 +66,7 @@ def open_regular(
         if failure.errno == errno.ELOOP and not links:
             message = f"{path}: is a symbolic link; expected {expected}"
         elif failure.errno == errno.ENXIO:
-            message = f"{path}: is no regular file; expected {expected}"
+            message = f"{path}: is not a regular file; expected {expected}"
         else:
             raise
         raise error(message) from failure
@@ -75,7 +75,7 @@ def open_regular(
         os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        message = f"{path}: is no regular file; expected {expected}"
+        message = f"{path}: is not a regular file; expected {expected}"
         raise error(message)
     return descriptor
 

@@ -212,7 +212,7 @@ def _parse_directory(raw: bytes, hdf5_nbytes: int, body_nbytes: int) -> FooterDi
             raise ValueError(message)
         return found
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        message = f"the index's directory is no directory: {error!r}"
+        message = f"the index's directory is not a directory: {error!r}"
         raise FooterError(message) from error
     except RecursionError as error:
         message = "the index's directory is nested too deeply"
@@ -293,7 +293,7 @@ class FooterTables:
         try:
             return json.loads(inflate(stored, where.raw_nbytes, f"column {name}"))
         except (ValueError, RecursionError) as error:
-            message = f"the index's column {name} is no JSON: {error}"
+            message = f"the index's column {name} is not JSON: {error}"
             raise FooterError(message) from error
 
     def _group(self, group: int) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -275,7 +275,7 @@ class TraceDataset(Dataset[Item]):
                 yield kind, axis
 
     def _masks(self, trace: Trace) -> Item:
-        """Which tokens and keys of the item are no padding; nothing where all are."""
+        """Which tokens and keys of the item are not padding; nothing if all are."""
         if trace.mask is None:
             return {}
         masks: Item = {}

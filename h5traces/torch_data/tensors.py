@@ -260,7 +260,7 @@ def answer_rows(trace: Trace, tokens: TokenAxis, choice: Tokens) -> Chosen:
 
 
 def token_axis(trace: Trace, kind: str, axes: tuple[str, ...], layer: int) -> TokenAxis | None:
-    """The token axis of a kind's stored arrays; None where they have none."""
+    """The token axis of a kind's stored arrays; None if they have none."""
     path = f"{kind}/{trace._stored.array_name(kind, layer)}"
     stored = trace._stored
     shape = stored.entry(path).shape if path in stored.objects else ()

@@ -93,7 +93,7 @@ def shown(
     Raises
     ------
     OptionError
-        `scores` is no features file of these archives.
+        `scores` is not a features file of these archives.
     """
     place = labels_folder(labels)
     found = [
@@ -132,7 +132,7 @@ class _Table:
             raise
         except (OSError, ValueError, KeyError) as error:
             message = (
-                f"{self._path}: is no file of features ({error}); expected what "
+                f"{self._path}: is not a file of features ({error}); expected what "
                 "'h5traces features' writes, "
                 "or its arrays 'layers', 'archive' and 'index' beside your own in .npz"
             )

@@ -111,7 +111,7 @@ def serve(
     Raises
     ------
     OptionError
-        The port is in use, or `scores` is no features file of these archives.
+        The port is in use, or `scores` is not a features file of these archives.
     FileNotFoundError
         There is no such archive.
     """

@@ -81,7 +81,7 @@ def export_page(
     TargetError
         The folder is not empty, or an archive lies on a server that browsers cannot read from.
     OptionError
-        `scores` is no features file of these archives.
+        `scores` is not a features file of these archives.
     FileNotFoundError
         There is no such archive.
     """
@@ -116,7 +116,7 @@ def export_page(
 
 def _check(folder: Path, paths: Sequence[Any]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        message = f"{folder} exists and is no empty folder; name a new one"
+        message = f"{folder} exists and is not an empty folder; name a new one"
         raise TargetError(message)
     for path in paths:
         if isinstance(path, RemotePath) and path.protocol not in ("http", "https"):

@@ -91,7 +91,7 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished(self, request: Any, block_ids: list[int]) -> Any:
         """Note a request; the response says under which id it will be stored, or why not."""
         every = list(request.all_token_ids)
-        # The last token was chosen, but is no input.
+        # The last token was chosen, but is not an input.
         count = min(len(every) - 1, request.num_computed_tokens)
         if count < 1 or not block_ids:
             return False, {KEY: {"error": "not stored: vLLM kept no states of it"}}

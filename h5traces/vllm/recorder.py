@@ -69,15 +69,15 @@ class Settings:
         """The settings of an engine; OptionError names what is wrong."""
         if {*config} == {HANDOVER}:
             return cls(handover=str(config[HANDOVER]))
-        wrong = [f"{each!r} is no setting" for each in config if each not in _SETTINGS]
+        wrong = [f"{each!r} is not a setting" for each in config if each not in _SETTINGS]
         target, layers = config.get("target"), config.get("layers")
         if not isinstance(target, str) or not target:
             wrong.append("'target' is missing" if target is None else f"target is {target!r}")
         if layers is not None and not (isinstance(layers, (list, tuple)) and _whole(*layers)):
-            wrong.append(f"layers is {layers!r}, no list of block numbers")
+            wrong.append(f"layers is {layers!r}, not a list of block numbers")
         for name in ("shard_samples", "max_waiting_nbytes"):
             if config.get(name) is not None and not _whole(config[name]):
-                wrong.append(f"{name} is {config[name]!r}, no whole number")
+                wrong.append(f"{name} is {config[name]!r}, not a whole number")
         if wrong:
             message = f"kv_connector_extra_config: {wrong[0]}; expected {', '.join(_SETTINGS)}"
             raise OptionError(message)

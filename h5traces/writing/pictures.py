@@ -43,7 +43,7 @@ def white_of(path: str, dtype: str, values: NDArray[Any], chunk: Shape) -> float
     -------
     float or None
         Their 95th percentile without the first key and keys behind the query, rounded up to two
-        digits; None if all are 0, or for arrays that are no squares.
+        digits; None if all are 0, or for arrays that are not squares.
     """
     if not is_picture(path) or not _is_square(values.shape):
         return None

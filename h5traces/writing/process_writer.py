@@ -24,6 +24,8 @@ from h5traces.writing.create import create
 from h5traces.writing.shared_writer import SharedWriter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from h5traces.format.dtypes import CastCounts
     from h5traces.format.record import TraceRecord
     from h5traces.paths import PathLike
@@ -75,8 +77,12 @@ class ProcessWriter:
 
     def append(self, record: TraceRecord) -> None:
         """Write one sample; it is durable when this returns."""
-        self.nbytes, self.counts = self._ask("append", record)
-        self.num_samples += 1
+        self.append_records([record])
+
+    def append_records(self, records: Sequence[TraceRecord]) -> None:
+        """Write samples together; they are durable when this returns."""
+        self.nbytes, self.counts = self._ask("append_records", records)
+        self.num_samples += len(records)
 
     def close(self) -> None:
         """Make archives of all samples and end the run."""
@@ -144,8 +150,8 @@ def serve(descriptor: int, parent: int) -> None:
                     path, share, options = arguments
                     writer = create(path, **options) if share is None else _shared(*arguments)
                     answer = (writer.done, writer.later, writer.num_samples, writer.is_finished)
-                elif request == "append":
-                    writer.append(*arguments)
+                elif request == "append_records":
+                    writer.append_records(*arguments)
                     answer = (writer.nbytes, writer.counts)
                 else:
                     getattr(writer, request)()
@@ -155,6 +161,8 @@ def serve(descriptor: int, parent: int) -> None:
             # Free the arrays before waiting for the next ones.
             del arguments
             connection.send(answer)
+    # All is durable. Taking the interpreter apart would take a tenth of a second.
+    os._exit(0)
 
 
 def _shared(path: PathLike, share: Share, options: dict[str, Any]) -> SharedWriter:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.paths import Target
     from h5traces.storage.files import ByteFile
+    from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.options import WriteOptions
 
 
@@ -214,7 +215,7 @@ class ShardSet:
             writer.discard()
 
 
-def holds(path: Path, digests: Sequence[str], *, before_loss: bool = False) -> bool:
+def holds(path: Path | RemotePath, digests: Sequence[str], *, before_loss: bool = False) -> bool:
     """Whether a file is an archive of just these samples; see `sample_digests`."""
     try:
         with warnings.catch_warnings(), open_archive(path) as archive:

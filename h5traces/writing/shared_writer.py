@@ -16,6 +16,7 @@ from h5traces.writing.spool_writer import SpoolWriter
 from h5traces.writing.trace_writer import TraceWriter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -102,6 +103,10 @@ class SharedWriter(SpoolWriter):
         self._next = self._share.numbers[record.sample_id, record.generation_index or 0]
         super()._append(record)
 
+    def append_records(self, records: Sequence[TraceRecord]) -> None:
+        """As `append` for each: other ranks tell by the names of files which samples are stored."""
+        TraceWriter.append_records(self, records)
+
     def _set_closing(self, *, closing: bool) -> None:
         """Nothing: all samples of the run are known from the beginning."""
 
@@ -135,7 +140,7 @@ class SharedWriter(SpoolWriter):
             return []
         self._num_shards = shard
         found = [Contents.of(folder.sample_path(number)) for number in stored]
-        self._spooled = {n: each.digests[0] for n, each in zip(stored, found, strict=True)}
+        self._spooled = {n: each.digests for n, each in zip(stored, found, strict=True)}
         return [self._pack_next()]
 
     def _packing_options(self, numbers: list[int]) -> WriteOptions:

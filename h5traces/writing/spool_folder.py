@@ -1,8 +1,9 @@
-"""The spool: a locked folder with a small archive for each sample that is in no shard yet.
+"""The spool: a locked folder with small archives of the samples that are in no shard yet.
 
 ``run.json`` holds the options of the run, ``lock`` who is writing, ``00000042.sample`` the sample
-of that number. Samples are complete archives but not named ``.h5``: a program that collects
-``*.h5`` while a shard is being packed would find them twice.
+of that number, and those after it that were written together with it. These are complete archives
+but not named ``.h5``: a program that collects ``*.h5`` while a shard is being packed would find
+samples twice.
 """
 
 from __future__ import annotations
@@ -133,11 +134,11 @@ class SpoolFolder:
             part.publish(overwrite=True)
 
     def sample_path(self, number: int) -> Path:
-        """The file of a sample."""
+        """The file of a sample and those stored with it, by the number of the first."""
         return self.path / f"{number:08d}.sample"
 
     def samples(self) -> list[int]:
-        """Numbers of the stored samples, ascending."""
+        """Numbers of the stored files, ascending: of the first sample in each."""
         names = (_SAMPLE.match(each.name) for each in self.path.iterdir())
         return sorted(int(found[1]) for found in names if found)
 
@@ -154,7 +155,7 @@ class SpoolFolder:
         return True
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """Delete samples."""
+        """Delete files of samples."""
         for number in numbers:
             self.sample_path(number).unlink(missing_ok=True)
 
@@ -229,7 +230,7 @@ def _locked(path: Path, *, is_shared: bool = False) -> int:
 
 
 def _no_lock(path: Path) -> CorruptArchiveError:
-    message = f"{path / _LOCK} is no lock that h5traces made; move {path} away"
+    message = f"{path / _LOCK} is not a lock that h5traces made; move {path} away"
     return CorruptArchiveError(message)
 
 

@@ -1,4 +1,4 @@
-"""Stores every sample durably as a small archive, and packs these into shards."""
+"""Stores samples durably in small archives, one or some in each, and packs these into shards."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from h5traces.writing.stored_samples import StoredSample, to_record
 from h5traces.writing.trace_writer import TraceWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from h5traces.format.record import TraceRecord
+    from h5traces.meaning.checks import Finding
     from h5traces.paths import Target
     from h5traces.precision.scales import Calibration
     from h5traces.writing.options import WriteOptions
@@ -70,7 +71,8 @@ class SpoolWriter(TraceWriter):
         self._observed, self.done, self.later = contents.observed, contents.done, contents.later
         self.num_samples = len(contents.digests)
         self._checks.resume(self.num_samples, self.done)
-        self._next = max([target.first_sample(self._num_shards), *(n + 1 for n in self._spooled)])
+        ends = (number + len(digests) for number, digests in self._spooled.items())
+        self._next = max([target.first_sample(self._num_shards), *ends])
         if folder is not None and state.closing and shards and not self._spooled:
             self._finish(folder)
 
@@ -84,8 +86,8 @@ class SpoolWriter(TraceWriter):
         self._folder = folder
         self._exact = replace(options, precision=EXACT, scales=None)
         self._calibration, self._calibration_samples = calibration, samples
-        # Digests of the samples that are in no shard yet, by number.
-        self._spooled: dict[int, str] = {}
+        # Digests of the samples that are in no shard yet, by the number of the first in their file.
+        self._spooled: dict[int, list[str]] = {}
         self._num_shards = self._next = 0
         self._observed = Observation()
 
@@ -98,8 +100,8 @@ class SpoolWriter(TraceWriter):
             shard = self._target.shard_of(number)
             if shard >= len(shards):
                 found.append(contents)
-                (self._spooled[number],) = contents.digests
-            elif contents.digests[0] in shards[shard].digests:
+                self._spooled[number] = contents.digests
+            elif set(contents.digests) <= set(shards[shard].digests):
                 packed.append(number)
             else:
                 message = (
@@ -123,7 +125,8 @@ class SpoolWriter(TraceWriter):
     def _warn_of_missing(self, folder: SpoolFolder, first: int) -> None:
         """Warn of gaps in the numbers: somebody removed samples."""
         numbers = range(first, max(self._spooled, default=first))
-        missing = [number for number in numbers if number not in self._spooled]
+        found = {n + place for n, each in self._spooled.items() for place in range(len(each))}
+        missing = [number for number in numbers if number not in found]
         if missing:
             message = (
                 f"{folder.sample_path(missing[0])} is missing ({len(missing)} such); the run "
@@ -133,26 +136,54 @@ class SpoolWriter(TraceWriter):
 
     def _append(self, record: TraceRecord) -> None:
         """Write one record; when this returns, it survives even a loss of power."""
+        self._write([record])
+
+    def append_records(self, records: Sequence[TraceRecord]) -> None:
+        """Write records into one file; when this returns, all survive even a loss of power.
+
+        After an error, those before the one that could not be written are stored.
+        """
+        self._check_open()
+        waiting = [self._placed(each) for each in records]
+        while waiting:
+            size = self._target.shard_samples
+            room = len(waiting) if size is None else size - self._next % size
+            together, waiting = waiting[:room], waiting[room:]
+            try:
+                self._write(together)
+            except Exception:
+                # One by one, to store those that can be.
+                if len(together) == 1:
+                    raise
+                for each in together:
+                    self._write([each])
+
+    def _write(self, records: Sequence[TraceRecord]) -> None:
+        """Write records of one shard into one file."""
         folder = self._spool()
-        # First, because an error must mean that the sample is not stored.
+        # First, because an error must mean that the samples are not stored.
         self.pack()
         self._set_closing(closing=False)
         observed = deepcopy(self._observed)
-        observed.add_sample(observe(record), self.num_samples)
         number = self._next
         path = folder.sample_path(number)
         writer = self._new_archive(path, self._exact)
+        written: list[tuple[TraceRecord, str, list[Finding]]] = []
 
         def note() -> None:
-            self._observed, self._next = observed, number + 1
-            (self._spooled[number],) = writer.digests
+            self._observed, self._next = observed, number + len(records)
+            self._spooled[number] = writer.digests
             self.nbytes += writer.summary.nbytes
             for kind, each in writer.summary.counts.items():
                 self.counts[kind] = self.counts.get(kind, CastCounts()) + each
-            self._note(record, writer)
+            for found in written:
+                self._note(*found)
 
         try:
-            writer.append(record)
+            for place, record in enumerate(records):
+                observed.add_sample(observe(record), self.num_samples + place)
+                writer.append(record)
+                written.append((record, writer.content, writer.not_finite))
             self._publish(writer, note, is_spooled=True)
         except BaseException:
             writer.discard()
@@ -179,7 +210,7 @@ class SpoolWriter(TraceWriter):
 
         make_folder(path.parent)
         remove_abandoned_parts(path)
-        digests = [self._spooled[each] for each in numbers]
+        digests = [digest for each in numbers for digest in self._spooled[each]]
         if os.path.lexists(path) and holds(path, digests, before_loss=True):
             # Its name exists but could not be made durable then.
             sync_folder(path.parent)
@@ -201,14 +232,14 @@ class SpoolWriter(TraceWriter):
         try:
             for number in numbers:
                 with open_archive(folder.sample_path(number)) as archive:
-                    (found,) = sample_digests(archive._files[0])
-                    if found != self._spooled[number]:
+                    if sample_digests(archive._files[0]) != self._spooled[number]:
                         message = f"{folder.sample_path(number)}: changed after it was written"
                         raise CorruptArchiveError(message)
-                    if self._options.precision.is_exact:
-                        writer.copy(StoredSample(archive[0]))
-                    else:
-                        writer.append(to_record(archive[0]))
+                    for trace in archive:
+                        if self._options.precision.is_exact:
+                            writer.copy(StoredSample(trace))
+                        else:
+                            writer.append(to_record(trace))
             self._publish(writer, note)
         except BaseException:
             writer.discard()

@@ -20,11 +20,12 @@ from h5traces.writing.options import precision_warnings
 from h5traces.writing.shards import verify_written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from h5traces.format.dtypes import CastCounts
     from h5traces.format.record import TraceRecord
+    from h5traces.meaning.checks import Finding
     from h5traces.paths import Target
     from h5traces.writing.appended import SampleIds
     from h5traces.writing.options import WriteOptions
@@ -116,6 +117,11 @@ class TraceWriter(ABC):
         for record in records_of(sample, sample_id, inputs, self._reading, self._established):
             self._append(self._placed(record))
 
+    def append_records(self, records: Sequence[TraceRecord]) -> None:
+        """As `append` for each, in fewer writes where records can be stored together."""
+        for each in records:
+            self.append(each)
+
     @abstractmethod
     def _append(self, record: TraceRecord) -> None:
         """Write one record."""
@@ -155,8 +161,8 @@ class TraceWriter(ABC):
         # Only the run knows: neither a spooled sample nor a shard sees the others.
         return record.model_copy(update={"generation_index": self.done[record.sample_id]})
 
-    def _note(self, record: TraceRecord, writer: ArchiveWriter) -> None:
-        self._checks.add(record, writer.content, writer.not_finite)
+    def _note(self, record: TraceRecord, content: str, not_finite: list[Finding]) -> None:
+        self._checks.add(record, content, not_finite)
         self.num_samples += 1
         if record.sample_id is not None:
             self.done[record.sample_id] += 1
@@ -226,7 +232,7 @@ class DirectWriter(TraceWriter):
         except BaseException:
             self.suspend()
             raise
-        self._note(record, self._writer)
+        self._note(record, self._writer.content, self._writer.not_finite)
 
     def pack(self) -> list[Path]:
         """Name the archive being written if it is full."""

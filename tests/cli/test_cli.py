@@ -48,7 +48,7 @@ def run(*arguments: Any, code: int = 0) -> Result:
     result = CliRunner().invoke(app, [str(each) for each in arguments])
     assert result.exit_code == code, (result.exit_code, result.output, result.exception)
     assert isinstance(result.exception, (SystemExit, type(None)))
-    assert "\x1b[" not in result.output  # no colours, no bars: this is no terminal
+    assert "\x1b[" not in result.output  # no colours, no bars: this is not a terminal
     return result
 
 

@@ -205,7 +205,7 @@ def test_sources_of_a_merge(tmp_path: Path) -> None:
     is_stale(folder, target, "--merge", why="run_batch_0002.pkl is not in it")
     late.unlink()
     (folder / "run_batch_0001.pkl").unlink()
-    is_stale(folder, target, "--merge", why="run_batch_0001.pkl is no source any more")
+    is_stale(folder, target, "--merge", why="run_batch_0001.pkl is not among the sources any more")
 
 
 def test_shards_of_another_size(source: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Case:
 
     trace: dict[str, Any]
     real: list[int]
-    # None where the answer cannot be cut out.
+    # None if the answer cannot be cut out.
     answer: list[int] | None
     why: str = ""
     reading: ReadingOptions = field(default_factory=lambda: ReadingOptions(keep_padding=True))

@@ -14,6 +14,8 @@ import numpy as np
 
 import h5traces
 from h5traces.errors import ArchiveExistsError, H5TracesError
+from h5traces.format.record import SourcePosition, TraceRecord
+from h5traces.meaning.records import to_record
 from h5traces.rewriting.repack import repack
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 
@@ -39,6 +41,12 @@ def item(number: int) -> dict[str, Any]:
         "tokens": rng.integers(0, 100, seq_len),
         "question_id": f"q{number}",
     }
+
+
+def record(number: int) -> TraceRecord:
+    """The same as a writer's record."""
+    found = to_record(item(number), source=SourcePosition(file=0, position=0))
+    return found.model_copy(update={"source": None})
 
 
 def is_same(found: Any, expected: Any) -> bool:
@@ -152,6 +160,20 @@ def _long_run(
     return run
 
 
+def _run_of_groups(_inputs: Path, out: Path, ack: Ack) -> None:
+    """As an extraction: what waits is stored together."""
+    with h5traces.create(f"{out}/run/", target=TargetOptions(workers=1, shard_samples=4)) as writer:
+        numbers = [n for n in range(8) if f"q{n}" not in writer.done]
+        for together in (numbers[start : start + 3] for start in range(0, len(numbers), 3)):
+            try:
+                writer.append_records([record(n) for n in together])
+            except OSError:
+                # Some of them may be there.
+                left = [n for n in together if f"q{n}" not in writer.done]
+                writer.append_records([record(n) for n in left])
+            ack(*together)
+
+
 def _batches(inputs: Path) -> None:
     for number in range(2):
         items = [item(index) for index in range(BATCH * number, BATCH * (number + 1))]
@@ -205,6 +227,7 @@ SCENARIOS = {
         _long_run("long/run/", 8, shard_samples=3),
         _shards("long/run/traces", 3, 8),
     ),
+    "run of groups": Scenario(_nothing, _run_of_groups, _shards("run/traces", 4, 8)),
     "run into one archive": Scenario(_nothing, _long_run("run.h5", 3), {"run.h5": [0, 1, 2]}),
     "convert": Scenario(
         _batches, _convert("new/archives/"), {f"new/archives/b{n}.h5": _BOTH[n] for n in (0, 1)}

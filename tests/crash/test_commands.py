@@ -81,7 +81,7 @@ def test_a_signal_stops_cleanly(batches, tmp_path, number, code, workers):
         os.killpg(process.pid, number)  # as Ctrl-C does
     else:
         process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == code, stderr
     assert "stopped; no unfinished file was kept" in stderr
     assert "Traceback" not in stderr
@@ -96,7 +96,7 @@ def test_processes_end_with_a_parent_that_is_killed(batches, tmp_path):
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     finish(batches, out)
 
@@ -109,7 +109,7 @@ def test_a_killed_worker_is_a_clean_failure(batches, tmp_path):
         with contextlib.suppress(psutil.NoSuchProcess):  # one that ended before
             if "spawn_main" in " ".join(child.cmdline()):
                 child.kill()
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "one of the processes was killed" in stderr
     assert "Traceback" not in stderr

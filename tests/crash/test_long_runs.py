@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenarios import is_same, item
+from scenarios import is_same, item, record
 
 import h5traces
 from h5traces.errors import (
@@ -203,6 +203,53 @@ def test_a_stopped_run_is_not_begun_anew(tmp_path):
     suspended(tmp_path / "run.h5", range(2))
     with pytest.raises(ArchiveExistsError, match=r"run\.h5\.spool exists"):
         h5traces.create(tmp_path / "run.h5", resume=False)
+
+
+def test_records_that_come_together_share_a_file_within_their_shard(tmp_path):
+    """A file for each of many small samples cost more than computing them."""
+    target = TargetOptions(shard_samples=5)
+    records = [record(number) for number in range(9)]
+    with h5traces.create(f"{tmp_path}/run/", target=target) as writer:
+        writer.append_records(records[:3])
+        writer.append_records(records[3:8])
+        assert (writer.num_samples, writer.nbytes > 0) == (8, True)
+        writer.suspend()
+    # Three and two fill the first shard, which the next write packed.
+    assert [each for each in files(tmp_path) if "run.json" not in each] == [
+        "run.spool/00000005.sample",
+        "run.spool/lock",
+        "run/traces-00000.h5",
+    ]
+    with h5traces.create(f"{tmp_path}/run/", target=target) as writer:
+        assert writer.done == {f"q{number}": 1 for number in range(8)}
+        writer.append(records[8])
+    with h5traces.open(tmp_path / "run") as archive:
+        assert [is_same(t.to_dict(), item(n)) for n, t in enumerate(archive)] == [True] * 9
+
+
+def test_of_records_that_come_together_those_before_an_error_are_stored(tmp_path):
+    records = [record(number) for number in range(4)]
+    records[2] = records[2].model_copy(update={"tokens": np.arange(3), "tokens_decoded": ("a",)})
+    with h5traces.create(tmp_path / "run.h5") as writer:
+        with pytest.raises(SchemaError, match="1 decoded tokens for 3 token ids"):
+            writer.append_records(records)
+        assert writer.done == {"q0": 1, "q1": 1}
+        writer.append_records(records[3:])
+    with h5traces.open(tmp_path / "run.h5") as archive:
+        assert archive.ids == ("q0", "q1", "q3")
+        assert is_same(archive[2].to_dict(), item(3))
+
+
+def test_a_file_of_several_samples_that_somebody_removed_is_told_of(tmp_path):
+    with h5traces.create(f"{tmp_path}/run/") as writer:
+        for start in (0, 2, 4):
+            writer.append_records([record(start + n) for n in range(2)])
+        writer.suspend()
+    (tmp_path / "run.spool" / "00000002.sample").unlink()
+    with pytest.warns(StoredStateWarning, match=r"00000002\.sample is missing \(2 such\)"):
+        writer = h5traces.create(f"{tmp_path}/run/")
+    assert set(writer.done) == {"q0", "q1", "q4", "q5"}
+    writer.close()
 
 
 def test_other_options_are_refused(tmp_path):

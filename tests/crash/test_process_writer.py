@@ -11,13 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenarios import is_same, item
+from scenarios import is_same, item, record
 
 import h5traces
 from h5traces.errors import ArchiveError, ArchiveExistsError, SchemaError
 from h5traces.format.archive import ExtractionMetadata
-from h5traces.format.record import SourcePosition
-from h5traces.meaning.records import to_record
 from h5traces.writing.options import TargetOptions
 from h5traces.writing.process_writer import ProcessWriter
 
@@ -32,11 +30,6 @@ EXTRACTION = ExtractionMetadata(
     seed=1,
     batch_size=2,
 )
-
-
-def record(number):
-    found = to_record(item(number), source=SourcePosition(file=0, position=0))
-    return found.model_copy(update={"source": None})
 
 
 def ended(process):
@@ -67,6 +60,17 @@ def test_it_writes_and_resumes(tmp_path):
         assert archive.metadata.extraction == EXTRACTION
     with ProcessWriter(f"{tmp_path}/run/", target=TargetOptions(shard_samples=2)) as writer:
         assert writer.is_finished
+
+
+def test_it_writes_several_together(tmp_path):
+    with ProcessWriter(tmp_path / "run.h5") as writer:
+        writer.append_records([record(number) for number in range(3)])
+        assert writer.num_samples == 3
+        assert [path.name for path in (tmp_path / "run.h5.spool").glob("*.sample")] == [
+            "00000000.sample"
+        ]
+    with h5traces.open(tmp_path / "run.h5") as archive:
+        assert all(is_same(trace.to_dict(), item(n)) for n, trace in enumerate(archive))
 
 
 def test_errors_are_those_of_the_writer(tmp_path):
@@ -115,7 +119,8 @@ def test_it_ends_with_its_program(tmp_path):
     """Else the next start would find the lock taken."""
     code = (
         "import sys; from h5traces.writing.process_writer import ProcessWriter; "
-        f"print(ProcessWriter({str(tmp_path / 'run.h5')!r}).process_id, flush=True); "
+        f"writer = ProcessWriter({str(tmp_path / 'run.h5')!r}); "
+        "print(writer.process_id, flush=True); "
         "sys.stdin.read()"
     )
     program = subprocess.Popen(

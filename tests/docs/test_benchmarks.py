@@ -136,7 +136,7 @@ def test_match_of_synthetic_data_is_computed(results, tables):
 
 def test_report_says_that_data_are_synthetic(output):
     text = (output / "results.md").read_text()
-    assert "no measurement of Llama-2" in text
+    assert "not measurements of Llama-2" in text
     assert str(REAL_HOME) not in text
 
 

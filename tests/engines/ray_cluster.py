@@ -46,7 +46,7 @@ def error_of(*arguments: Any, call: Any, **options: Any) -> str:
 
 
 def parent_of(process: int) -> int | None:
-    """Process id of the parent; None where the process has ended."""
+    """Process id of the parent; None if the process has ended."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except FileNotFoundError:

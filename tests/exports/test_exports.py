@@ -295,7 +295,7 @@ def test_generation_steps_have_a_place_in_torch_only(tmp_path: Path) -> None:
         torch.load(h5traces.export(source, tmp_path / "o.pt"), weights_only=True), as_tensors(batch)
     )
     for to in ("npz", "safetensors", "datasets"):
-        with pytest.raises(ConversionError, match="generation steps, which are no array"):
+        with pytest.raises(ConversionError, match="generation steps, which are not one array"):
             h5traces.export(source, f"{tmp_path}/{to}/", to=to)
         assert not any((tmp_path / to).glob("*"))
 

@@ -46,7 +46,7 @@ def test_an_export_has_the_same_values(tmp_path: Path, kind: str) -> None:
     h5traces.export(archive, target, to="datasets" if kind == "datasets" else None)
     (report,) = h5traces.verify(archive, against=target)
     assert report.ok, report
-    assert "no recorded source: values are the same, containers of 4 samples are not" in str(
+    assert "not a recorded source: values are the same, containers of 4 samples are not" in str(
         report.notes
     )
 

@@ -117,7 +117,7 @@ class Slow:
         self.go, self.error, self.records = threading.Event(), error, []
 
     def append(self, record):
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         if self.error:
             raise self.error
         self.records.append(record)
@@ -135,7 +135,7 @@ def test_the_engine_waits_for_room():
     thread.join(0.1)
     assert thread.is_alive()
     writer.go.set()
-    thread.join(10)
+    thread.join(60)
     recorder.close()
     assert writer.records == ["a", "b"]
 
@@ -187,16 +187,16 @@ def test_a_program_that_ends_without_closing(tmp_path, end):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"tir": "fine"}, "'tir' is no setting; expected target, layers, dtype"),
-        ({"handover": "folder"}, "'handover' is no setting"),
+        ({"tir": "fine"}, "'tir' is not a setting; expected target, layers, dtype"),
+        ({"handover": "folder"}, "'handover' is not a setting"),
         ({"target": None}, "'target' is missing"),
         ({"target": ""}, "target is ''"),
         ({"target": 3}, "target is 3"),
-        ({"layers": "0,1"}, "layers is '0,1', no list of block numbers"),
-        ({"layers": [-1]}, r"layers is \[-1\], no list of block numbers"),
-        ({"layers": 3}, "layers is 3, no list of block numbers"),
-        ({"shard_samples": "many"}, "shard_samples is 'many', no whole number"),
-        ({"max_waiting_nbytes": 1.5}, "max_waiting_nbytes is 1.5, no whole number"),
+        ({"layers": "0,1"}, "layers is '0,1', not a list of block numbers"),
+        ({"layers": [-1]}, r"layers is \[-1\], not a list of block numbers"),
+        ({"layers": 3}, "layers is 3, not a list of block numbers"),
+        ({"shard_samples": "many"}, "shard_samples is 'many', not a whole number"),
+        ({"max_waiting_nbytes": 1.5}, "max_waiting_nbytes is 1.5, not a whole number"),
     ],
 )
 def test_wrong_settings(wrong, message):

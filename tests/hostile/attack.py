@@ -20,12 +20,12 @@ class Attack:
     build
         Changes the valid archive at a path.
     error
-        Pattern of the error that reading must end in; None where reading must give what the
+        Pattern of the error that reading must end in; None if reading must give what the
         valid archive gives.
     may_fall_back
         Whether reading may also give what the valid archive gives, from its HDF5 part.
     problem
-        Pattern of what ``validate`` must report of the structure; None where only values are wrong,
+        Pattern of what ``validate`` must report of the structure; None if only values are wrong,
         so that it reports what reading them does.
     """
 

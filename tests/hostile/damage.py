@@ -176,7 +176,7 @@ def read(path: Path) -> tuple[dict[str, str], list[H5TracesError]]:
             note(f"{index}: metadata", lambda trace=trace: trace.metadata.model_dump(mode="json"))
             for key in note(f"{index}: keys", lambda trace=trace: list(trace)) or ():
                 value = note(f"{index}: {key}", lambda trace=trace, key=key: _length(trace[key]))
-                # None where the field cannot be read, which `errors` has.
+                # None if the field cannot be read, which `errors` has.
                 for place in range(value or 0 if key in probe.LAYERED else 0):
                     note(
                         f"{index}: {key} {place}",

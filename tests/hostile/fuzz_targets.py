@@ -364,7 +364,7 @@ def decode_chunk(data: bytes) -> None:
 
 
 def _stock(codec: str, stored: bytes, itemsize: int) -> bytes | None:
-    """What others make of a chunk that h5traces took for intact; None where nobody is asked."""
+    """What others make of a chunk that h5traces took for intact; None if nobody is asked."""
     if codec in ("gzip", "deflate"):
         raw = zlib.decompress(stored)
     elif codec == "zstd":

@@ -536,7 +536,7 @@ def index_attack(name: str, problem: str, dtype: Any, shape: tuple[int, ...] = (
 index_attack("index-of-variable-length", "a variable-length string", [("a", h5py.string_dtype())])
 index_attack("index-of-references", "a reference", [("a", h5py.ref_dtype)])
 index_attack("index-of-arrays", "an array", [("a", "i4", (1000, 1000))])
-index_attack("index-of-numbers", "no plain compound", "i8")
+index_attack("index-of-numbers", "not a plain compound", "i8")
 index_attack("index-of-10-million-rows", "80000000 bytes are declared|cannot be listed",
              [("a", "i8")], (10_000_000,))  # fmt: skip
 index_attack("index-of-2-to-60-rows", "limit 50000000 rows", [("a", "i8")], (1 << 60,))

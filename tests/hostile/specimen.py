@@ -117,7 +117,7 @@ def seal(
     directory: bytes | None = None,
     directory_raw_nbytes: int | None = None,
 ) -> None:
-    """Put a footer with right checksums behind the HDF5 part, whatever it tells.
+    """Put a footer with right checksums after the HDF5 part, whatever it tells.
 
     Parameters
     ----------

@@ -139,7 +139,7 @@ def test_attack_list_is_of_distinct_files() -> None:
     assert set(names) >= AWAITED
 
 
-# --- what is no attack -----------------------------------------------------------------------
+# --- what is not an attack -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,4 +279,4 @@ h5traces.load(sys.argv[2])
 """
     command = [sys.executable, "-c", code, str(path.parent), str(path), str(tmp_path / "out.h5")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert f"{path}: is no regular file" in done.stderr
+    assert f"{path}: is not a regular file" in done.stderr

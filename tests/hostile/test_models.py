@@ -216,7 +216,7 @@ def test_an_index_names_safetensors_of_its_folder(tmp_path, mark, named):
 def test_an_index_that_is_none(tmp_path, mark, index):
     folder = with_pickled_weights(tmp_path / "evil", mark)
     (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ExtractionError, match="is no index of safetensors files"):
+    with pytest.raises(ExtractionError, match="is not an index of safetensors files"):
         load_model(str(folder))
 
 

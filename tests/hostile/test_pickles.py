@@ -389,7 +389,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         "no valid pickle",
     ),
     "path with a NUL": (lambda: item(call(named("pathlib", "PosixPath"), text("a\0"))), "NUL"),
-    "path of parts that are no text": (
+    "path of parts that are not text": (
         lambda: item(call(named("pathlib", "PosixPath"), b"K\x01")),
         "parts of a path",
     ),
@@ -611,9 +611,9 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "marks left open": (lambda: b"\x80\x04](}(.", "stack is empty"),
     "items left on the stack": (lambda: b"\x80\x04]}}.", "left on the stack"),
-    "no opcode": (lambda: item(b"\xff"), "0xff is no pickle opcode"),
+    "no opcode": (lambda: item(b"\xff"), "0xff is not a pickle opcode"),
     "unknown protocol": (lambda: b"\x80\xff](}e.", "protocol 255"),
-    "text that is no UTF-8": (lambda: item(b"X\x01\x00\x00\x00\xff"), "no valid pickle"),
+    "text that is not UTF-8": (lambda: item(b"X\x01\x00\x00\x00\xff"), "no valid pickle"),
 }
 
 

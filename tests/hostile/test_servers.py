@@ -24,6 +24,8 @@ from h5traces.storage.remote.web import _redirected
 HERE = Path(__file__).parent
 MOST_NBYTES = 200 << 20
 QUICK = RemoteOptions(attempts=1, timeout=1.0, total_timeout=2.5, min_bytes_per_second=1000)
+# Where no limit of time is the point.
+PATIENT = RemoteOptions(attempts=1)
 
 
 class HostileServer:
@@ -31,7 +33,7 @@ class HostileServer:
         self.url = f"http://127.0.0.1:{port}"
 
     def asked(self):
-        with urllib.request.urlopen(f"{self.url}/__control__", b"{}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/__control__", b"{}", timeout=60) as answer:
             return json.load(answer)
 
 
@@ -245,7 +247,7 @@ SECRETS = {
 def test_headers_go_to_the_named_host_only(server, other):
     target = f"{other.url}/long-range/a.h5"
     with pytest.raises(RemoteError, match="sends more than"):
-        h5traces.open(f"{server.url}/redirect/to/{target}", remote=QUICK, storage_options=SECRETS)
+        h5traces.open(f"{server.url}/redirect/to/{target}", remote=PATIENT, storage_options=SECRETS)
     (own,), (foreign,) = server.asked(), other.asked()
     assert own["headers"]["x-api-key"] == own["headers"]["x-more"] == "a-secret"
     assert "a-secret" in own["headers"]["cookie"]
@@ -256,7 +258,7 @@ def test_headers_go_to_the_named_host_only(server, other):
 def test_headers_do_not_come_back_with_a_second_redirect(server, other):
     target = f"{other.url}/redirect/to/{server.url}/long-range/a.h5"
     with pytest.raises(RemoteError, match="sends more than"):
-        h5traces.open(f"{server.url}/redirect/to/{target}", remote=QUICK, storage_options=SECRETS)
+        h5traces.open(f"{server.url}/redirect/to/{target}", remote=PATIENT, storage_options=SECRETS)
     first, last = server.asked()
     assert "a-secret" in str(first)
     assert "a-secret" not in str(last)
@@ -265,7 +267,7 @@ def test_headers_do_not_come_back_with_a_second_redirect(server, other):
 def test_a_redirect_on_the_same_host_keeps_them(server):
     with pytest.raises(RemoteError, match="sends more than"):
         h5traces.open(
-            f"{server.url}/redirect/to//long-range/a.h5", remote=QUICK, storage_options=SECRETS
+            f"{server.url}/redirect/to//long-range/a.h5", remote=PATIENT, storage_options=SECRETS
         )
     first, last = server.asked()
     assert first["headers"]["x-api-key"] == last["headers"]["x-api-key"] == "a-secret"
@@ -280,7 +282,7 @@ def test_headers_of_a_listing_go_to_the_named_host_only(server, other):
 def test_passwords_of_an_address_go_to_its_host_only(server, other):
     address = server.url.replace("//", "//user:a-secret@")
     with pytest.raises(RemoteError, match="sends more than"):
-        h5traces.open(f"{address}/redirect/to/{other.url}/long-range/a.h5", remote=QUICK)
+        h5traces.open(f"{address}/redirect/to/{other.url}/long-range/a.h5", remote=PATIENT)
     assert "authorization" in server.asked()[0]["headers"]
     assert "authorization" not in other.asked()[0]["headers"]
 
@@ -288,14 +290,14 @@ def test_passwords_of_an_address_go_to_its_host_only(server, other):
 def test_a_redirect_with_an_endless_body(server, other):
     with bounded(), pytest.raises(RemoteError, match="sends more than"):
         h5traces.open(
-            f"{server.url}/redirect-with-body/to/{other.url}/long-range/a.h5", remote=QUICK
+            f"{server.url}/redirect-with-body/to/{other.url}/long-range/a.h5", remote=PATIENT
         )
 
 
 def test_requests_to_s3_follow_no_redirect(server, other):
     """The token of a session is a header like any other."""
     with bounded(), pytest.raises(RemoteError, match="follow no redirect"):
-        h5traces.open("s3://s3-redirect/a.h5", remote=QUICK, storage_options=storage(server))
+        h5traces.open("s3://s3-redirect/a.h5", remote=PATIENT, storage_options=storage(server))
     with bounded(), pytest.raises(RemoteError, match="follow no redirect"):
         listed("s3://s3-redirect/*.h5", **storage(server))
     assert all("a-token" in str(each) for each in server.asked())
@@ -304,7 +306,7 @@ def test_requests_to_s3_follow_no_redirect(server, other):
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://host/a", "data:,x", ""])
 def test_a_redirect_leads_to_a_web_address(server, target):
     with pytest.raises(RemoteError, match="redirects to no web address"):
-        h5traces.open(f"{server.url}/redirect/to/{target}", remote=QUICK)
+        h5traces.open(f"{server.url}/redirect/to/{target}", remote=PATIENT)
 
 
 def test_https_never_becomes_http():

@@ -106,7 +106,7 @@ def rejected(archive: Path, expected: str, kind: type[H5TracesError] = CorruptAr
     assert h5traces.open(archive, labels=False).labels == (None,) * len(BATCH)
 
 
-# --- what is no regular file ----------------------------------------------------------------------
+# --- what is not a regular file -------------------------------------------------------------------
 
 
 def a_pipe(place: Path) -> None:
@@ -155,9 +155,9 @@ def a_link_to_nothing(place: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        (a_pipe, "is no regular file"),
+        (a_pipe, "is not a regular file"),
         (a_folder, "is a folder"),
-        (a_socket, "is no regular file"),
+        (a_socket, "is not a regular file"),
         (a_link_to_labels, "is a symbolic link"),
         (a_link_to_an_endless_device, "is a symbolic link"),
         (a_link_to_a_terminal, "is a symbolic link"),
@@ -244,7 +244,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "ids that are numbers": {"sample_ids": [1] * MANY},
     "scores that are none": {"scores": {"bleurt": [None] * (MANY // 2)}},
     "scores that are lists": {"scores": {"bleurt": [[]] * MANY}},
-    "scores that are no columns": {"scores": [1] * MANY},
+    "scores that are not columns": {"scores": [1] * MANY},
     "many scores": {"scores": {f"{number}": 1 for number in range(MANY // 4)}},
     "many fields": {f"{number}": 1 for number in range(MANY // 4)},
     "columns as objects": {"ordinals": {f"{number}": 1 for number in range(MANY // 4)}},

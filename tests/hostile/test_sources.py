@@ -162,7 +162,7 @@ ATTACKS_ON_TORCH: dict[str, Callable[[], bytes]] = {
         (1 << 40).to_bytes(8, "little"),
     ),
     "old, other keys": lambda: old(tensor(sizes(1), sizes(1), legacy_storage(1))),
-    "old, keys are no list": lambda: old(b"N", b"\x80\x02K\x01."),
+    "old, keys are not a list": lambda: old(b"N", b"\x80\x02K\x01."),
     "old, two types": lambda: old(
         b"(" + legacy_storage(1) + legacy_storage(2) + b"t", b"\x80\x02].", b""
     ),

@@ -112,7 +112,9 @@ def test_the_lock_of_a_run_is_a_file_of_its_own(tmp_path, kind):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     spoiled(kind, tmp_path / "run.h5.spool" / "lock", victim)
-    with pytest.raises(CorruptArchiveError, match=r"is no lock that h5traces made; move .* away"):
+    with pytest.raises(
+        CorruptArchiveError, match=r"is not a lock that h5traces made; move .* away"
+    ):
         h5traces.create(tmp_path / "run.h5")
     assert victim.read_text() == "precious"
 
@@ -123,7 +125,9 @@ def test_a_run_is_written_into_no_other_folder(tmp_path):
     other.mkdir()
     (other / "lock").write_text("precious")
     (tmp_path / "run.h5.spool").symlink_to(other)
-    with pytest.raises(CorruptArchiveError, match=r"is no lock that h5traces made; move .* away"):
+    with pytest.raises(
+        CorruptArchiveError, match=r"is not a lock that h5traces made; move .* away"
+    ):
         h5traces.create(tmp_path / "run.h5")
     assert (other / "lock").read_text() == "precious"
     key = RangeCache(tmp_path / "cache", RemotePath("https://host/a.h5"), TAIL)._folder
@@ -151,7 +155,7 @@ def test_what_is_no_part_file_is_not_cleaned_up(tmp_path, kind):
 @pytest.mark.timeout(30)
 def test_questions_are_a_file(tmp_path, kind):
     spoiled(kind, tmp_path / "q.jsonl", None)
-    with pytest.raises(ExtractionError, match=r"q\.jsonl: is no regular file"):
+    with pytest.raises(ExtractionError, match=r"q\.jsonl: is not a regular file"):
         read_questions(tmp_path / "q.jsonl")
     with (tmp_path / "huge.csv").open("wb") as file:
         file.truncate(1 << 40)
@@ -165,7 +169,7 @@ def test_an_archive_that_becomes_a_pipe_ends_an_epoch(tmp_path):
     dataset = TraceDataset(path, kinds="hidden_states")
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(H5TracesError, match=r"no regular file|was replaced"):
+    with pytest.raises(H5TracesError, match=r"not a regular file|was replaced"):
         dataset[0]
 
 
@@ -173,14 +177,14 @@ def test_an_archive_that_becomes_a_pipe_ends_an_epoch(tmp_path):
 @pytest.mark.timeout(30)
 def test_documents_beside_archives_are_files(tmp_path, kind, monkeypatch):
     spoiled(kind, tmp_path / "run.h5.spool" / "run.json", None)
-    with pytest.raises(CorruptArchiveError, match=r"run\.json: is no regular file"):
+    with pytest.raises(CorruptArchiveError, match=r"run\.json: is not a regular file"):
         h5traces.create(tmp_path / "run.h5")
     spoiled(kind, tmp_path / "b.h5.report.json", None)
-    with pytest.raises(ExtractionError, match=r"report\.json: is no regular file"):
+    with pytest.raises(ExtractionError, match=r"report\.json: is not a regular file"):
         skipped_before(tmp_path / "b.h5")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     spoiled(kind, tmp_path / "h5traces" / "models.toml", None)
-    with pytest.raises(ExtractionError, match=r"models\.toml: is no regular file"):
+    with pytest.raises(ExtractionError, match=r"models\.toml: is not a regular file"):
         known_aliases()
 
 
@@ -200,11 +204,11 @@ def test_a_cache_writes_into_no_other_file(tmp_path, kind, name):
     victim.write_text("precious")
     cache = RangeCache(tmp_path / "cache", path, TAIL)
     spoiled(kind, cache._folder / name, victim)
-    with pytest.raises(OSError, match=r"is no file of a cache|Too many levels|No such device"):
+    with pytest.raises(OSError, match=r"is not a file of a cache|Too many levels|No such device"):
         cache.keep({ByteRange(0, 4): b"evil"})
     assert cache.find(ByteRange(0, 4)) is None
     if name == "ranges" and kind in ("pipe", "device"):
-        with pytest.raises(RemoteError, match="is no regular file"):
+        with pytest.raises(RemoteError, match="is not a regular file"):
             RangeCache(tmp_path / "cache", path, TAIL)
     assert victim.read_text() == "precious"
 

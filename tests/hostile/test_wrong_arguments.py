@@ -45,7 +45,7 @@ class BadPath:
 
 
 class NoPath:
-    """A path whose name is no text."""
+    """A path whose name is not text."""
 
     def __fspath__(self):
         return 5

@@ -144,7 +144,7 @@ WRONG = {
     "checksum": ({}, "its checksum does not fit"),
     "nbytes": ({"nbytes": 10**6}, "are not in the file"),
     "offset": ({"offset": -1}, "are not in the file"),
-    "no checksum": ({"is_checked": 0}, "the stored bytes are no intact zlib stream"),
+    "no checksum": ({"is_checked": 0}, "the stored bytes are not an intact zlib stream"),
     "size": ({"raw_nbytes": 100, "is_checked": 0}, "the zlib stream"),
     "count": ({"count": 10**9}, "are not in the chunk"),
     "first": ({"first": -1}, "are not in the chunk"),

@@ -35,7 +35,7 @@ class OddBatch:
         The truth by sample: arrays by block, or lists of generation steps; None for a block
         without attention, and where there is no embedding.
     masks
-        By sample, which of the stored positions are tokens; None where all are.
+        By sample, which of the stored positions are tokens; None if all are.
     num_cut
         Positions that are pads, and not stored.
     has_states, has_attentions, has_embedding
@@ -45,7 +45,7 @@ class OddBatch:
     keeps_padding
         Whether to convert with ``keep_padding``.
     may_fail, must_fail
-        Why a reader may reject the batch, empty where it has to read it; what the message says
+        Why a reader may reject the batch, empty if it has to read it; what the message says
         where it has to reject it.
     form
         What was drawn, for messages.

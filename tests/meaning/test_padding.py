@@ -192,8 +192,8 @@ def test_a_causal_mask_is_no_padding(mask: Any) -> None:
         (np.full(7, -100), "it holds other values than 0 and 1"),
         (np.zeros((2, 7)), r"its shape has 2 axes, expected (positions,)"),
         (np.triu(np.ones((7, 7)), 1), r"its shape has 2 axes, expected (positions,)"),
-        ("1110000", "a str is no mask of 0 and 1"),
-        ([[1], [1, 0]], "a list is no mask of 0 and 1"),
+        ("1110000", "a str is not a mask of 0 and 1"),
+        ([[1], [1, 0]], "a list is not a mask of 0 and 1"),
     ],
 )
 def test_masks_that_say_nothing_about_positions_are_kept_and_named(mask: Any, reason: str) -> None:

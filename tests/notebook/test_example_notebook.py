@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def outputs(book: nbformat.NotebookNode) -> list[list[tuple[list[str], object]]]:
-    """Of each cell: types of what it shows, and the text of what is no picture."""
+    """Of each cell: types of what it shows, and the text of what is not a picture."""
     return [
         [
             (sorted(each.data), None if "image/png" in each.data else each.data["text/plain"])

@@ -37,7 +37,7 @@ class Server:
 
     def _ask(self, settings: dict[str, Any]) -> Any:
         body = json.dumps(settings).encode()
-        with urllib.request.urlopen(f"{self.url}/__control__", body, timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/__control__", body, timeout=60) as answer:
             return json.load(answer)
 
 

@@ -14,12 +14,15 @@ from legacy_batches import make_archive, make_batch, write_batch
 from servers import Server, running
 
 import h5traces
-from h5traces.errors import ArchiveExistsError, OptionError, RemoteError, TargetError
+from h5traces.errors import ArchiveExistsError, RemoteError, TargetError
 from h5traces.ranks.bucket import BucketRun
 from h5traces.ranks.plan import RunPlan
 from h5traces.ranks.rank import Rank
+from h5traces.rewriting.shared_scales import SharedScales
+from h5traces.rewriting.uploads import Uploads
 from h5traces.storage.remote import paths, uploading
 from h5traces.storage.remote.paths import RemoteOptions, RemotePath
+from h5traces.writing.calibrate import load_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -306,8 +309,6 @@ def test_ranks_share_a_bucket(files: Any, batches: Path) -> None:
     assert len(json.loads(files.cat(f"{DEST}run.json"))["sources"]) == 3
     with pytest.raises(TargetError, match="its run was planned otherwise: "):
         h5traces.convert(batches, DEST, layers=[0], rank=0, world_size=2)
-    with pytest.raises(OptionError, match="cannot share scales"):
-        h5traces.convert(batches, f"{DEST}x/", precision="fine", rank=0, world_size=2)
 
 
 def test_only_folders_of_buckets_are_targets(batches: Path) -> None:
@@ -363,6 +364,73 @@ def test_a_rank_at_work_in_a_bucket_is_seen(files: Any) -> None:
         run.note(0, status="converted", num_samples=3, nbytes=5)
         found = h5traces.status(DEST)
         assert (found.running, found.missing, found.num_samples) == ([0], [1], 3)
+        with pytest.raises(TargetError, match="of which rank 0 gave a sign of life"):
+            BucketRun(DEST, Rank(0, 3), plan.model_copy(update={"world_size": 3}))
     assert h5traces.status(DEST).done == [0]
-    with pytest.raises(TargetError, match="world_size is 3, and was 2"):
-        BucketRun(DEST, Rank(0, 3), plan.model_copy(update={"world_size": 3}))
+    BucketRun(DEST, Rank(0, 3), plan.model_copy(update={"world_size": 3}))
+    assert h5traces.status(DEST).world_size == 3
+
+
+def test_ranks_share_scales_that_one_put_first(
+    files: Any, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No two shares hold the same samples, so scales of their own would differ.
+    for number in range(3):
+        write_batch(batches / f"b{number}.pkl", make_batch("final_full", seed=number))
+    h5traces.convert(batches, f"{tmp_path}/alone/", precision="analysis")
+    for rank in (2, 0, 1):
+        report = h5traces.convert(batches, DEST, precision="analysis", rank=rank, world_size=3)
+        assert report.ok
+    assert [each.metadata.digest for each in h5traces.open(DEST)] == [
+        each.metadata.digest for each in h5traces.open(tmp_path / "alone")
+    ]
+    (scales,) = (each for each in names(files) if each.endswith(".scales"))
+    # A rank that has measured, too, takes those that were put before.
+    other = tmp_path / "other.h5"
+    h5traces.calibrate(tmp_path / "alone", other, samples=1)
+    plan = RunPlan(command="convert", world_size=3, options={}, costs=(1,))
+    run = BucketRun(f"{DEST}other/", Rank(0, 3), plan)
+    files.copy(scales, scales.replace("run/", "run/other/"))
+    real, asked = uploading.read_document_at, []
+
+    def late(target: RemotePath, options: RemoteOptions) -> bytes:
+        asked.append(target)
+        if len(asked) == 1:
+            raise FileNotFoundError
+        return real(target, options)
+
+    monkeypatch.setattr(uploading, "read_document_at", late)
+    found = SharedScales(run).of("None", lambda: load_calibration(other))
+    assert len(asked) > 1
+    files.get_file(scales, str(tmp_path / "first.h5"))
+    assert found.digest == load_calibration(tmp_path / "first.h5").digest
+    assert found.digest != load_calibration(other).digest
+
+
+def test_a_rank_that_was_slower_is_skipped(
+    files: Any, batches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has uploaded the archive while this one made it."""
+    keep = h5traces.TargetOptions(skip_existing=True)
+    uploads = Uploads.to(DEST)
+    assert uploads is not None
+    with uploads:
+        h5traces.convert(batches / "b1.pkl", f"{uploads.folder}/")
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        h5traces.convert(batches / "b1.pkl", DEST)
+        assert not uploads.upload(uploads.folder / "b1.h5")
+        replacing = h5traces.TargetOptions(overwrite=True)
+        h5traces.convert(batches / "b2.pkl", uploads.folder / "b1.h5", target=replacing)
+        with pytest.raises(ArchiveExistsError, match="holds something else"):
+            uploads.upload(uploads.folder / "b1.h5")
+    assert h5traces.convert(batches, DEST, target=keep).ok
+
+
+def test_a_part_of_an_array_keeps_its_ranks(
+    files: Any, batches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h5traces.convert(batches, DEST, rank=0, world_size=3)
+    for name in ("ID", "MIN", "MAX"):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", "2")
+    h5traces.convert(batches, DEST, rank="auto")
+    assert h5traces.status(DEST).missing == [1]

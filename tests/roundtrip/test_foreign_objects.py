@@ -77,7 +77,7 @@ EVERY = {**FOREIGN, **{f"own: {name}": each for name, each in USERS.items()}}
 
 
 def value_at(path: Path, place: str) -> Any:
-    """A dataset or attribute as h5py gives it; None where there is none."""
+    """A dataset or attribute as h5py gives it; None if there is none."""
     where, _, name = place.partition("@")
     with h5py.File(path, "r") as file:
         if where not in file:

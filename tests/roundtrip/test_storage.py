@@ -213,7 +213,7 @@ def test_arrays_of_many_chunks(
     expected = [native(trace) for trace in as_dicts(batch)]
     assert_same(h5traces.load(tmp_path / "many.h5"), expected)
     assert validate(tmp_path / "many.h5").ok
-    # How an array is cut is no content.
+    # How an array is cut is not content.
     with (
         h5traces.open(tmp_path / "one.h5") as left,
         h5traces.open(tmp_path / "many.h5") as right,

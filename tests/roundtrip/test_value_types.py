@@ -199,7 +199,7 @@ def test_classes_in_pickles_are_named_with_their_field(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps([{**BASE, "config": {"point": Point()}}]))
     said = (
         r"item 0: the pickle asks for 'test_value_types' 'Point' in the field 'config' 'point', "
-        r"which is no plain value; nothing was imported\. .*dataclasses\.asdict"
+        r"which is not a plain value; nothing was imported\. .*dataclasses\.asdict"
     )
     with BatchStream(path) as batch, pytest.raises(UnsafePickleError, match=said):
         list(batch)

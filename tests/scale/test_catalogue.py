@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import pickle
@@ -156,7 +157,7 @@ def test_texts_are_an_option(run: Path) -> None:
     h5traces.index(run, target, texts=True)
     texts = pq.read_table(target, columns=["generated_answer_clean"]).to_pydict()
     assert texts["generated_answer_clean"][4] == h5traces.open(run)[4]["generated_answer_clean"]
-    # Other columns are no columns to take over.
+    # Other columns are not columns to take over.
     assert h5traces.index(run, target).num_read == NUM_SHARDS
 
 
@@ -236,6 +237,7 @@ def test_files_that_are_open_are_few(tmp_path: Path) -> None:
         make_archive(tmp_path, batch(number, 1), name=f"b{number}.pkl")
     h5traces.index(tmp_path, tmp_path / "c.parquet")
     found = h5traces.open(tmp_path / "c.parquet")
+    gc.collect()  # files of other tests may be closed at any time
     before = num_open()
     assert sum(len(each["tokens"]) for each in found) == 4 * len(found)
     assert num_open() - before <= MAX_OPEN_FILES
@@ -243,7 +245,8 @@ def test_files_that_are_open_are_few(tmp_path: Path) -> None:
     assert again.by_id("q_9_0") == found.by_id("q_9_0")
     found.close()
     again.close()
-    assert num_open() == before
+    gc.collect()
+    assert num_open() <= before
 
 
 def test_what_is_no_catalogue_is_said(run: Path, catalogue: Path, tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ def test_what_is_no_catalogue_is_said(run: Path, catalogue: Path, tmp_path: Path
     with pytest.raises(NotAnArchiveError, match="Parquet, but no catalogue that 'h5traces index'"):
         h5traces.open(other)
     other.write_bytes(catalogue.read_bytes()[:-100])
-    with pytest.raises(NotAnArchiveError, match="is no whole Parquet file"):
+    with pytest.raises(NotAnArchiveError, match="is not a whole Parquet file"):
         h5traces.open(other)
     table = pq.read_table(catalogue)
     facts = {**pq.read_metadata(catalogue).metadata}

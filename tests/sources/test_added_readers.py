@@ -91,7 +91,7 @@ def test_without_the_package_the_file_is_unknown(tmp_path: Path, probe: Path) ->
     ("code", "problem"),
     [
         ("import no_such_module_at_all", "cannot be imported: ModuleNotFoundError"),
-        ("ProbeSource = 3", "is no class of h5traces.TraceSource"),
+        ("ProbeSource = 3", "is not a class of h5traces.TraceSource"),
     ],
 )
 def test_a_reader_that_cannot_be_used_is_named(tmp_path: Path, code: str, problem: str) -> None:

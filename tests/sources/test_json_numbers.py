@@ -27,7 +27,7 @@ def odd_value(rng: random.Random, shape: list[int]) -> Any:
 
 
 def outcome(parse: Any, text: str) -> Any:
-    """Each value as type, shape and numbers; the error's text where it is no JSON."""
+    """Each value as type, shape and numbers; the error's text where it is not JSON."""
     try:
         found = {key: as_array(value) for key, value in parse(text).items()}
     except ValueError as error:

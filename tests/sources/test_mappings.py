@@ -423,9 +423,9 @@ HS = "[fields.hidden_states]\n"
     ("text", "message"),
     [
         ("fields = 3", "fields"),
-        ("x = [", "is no TOML"),
-        ("x = " + "[" * 100_000, "is no TOML"),
-        ("[" + ".".join("x" * 50_000) + "]", "is no TOML"),
+        ("x = [", "is not TOML"),
+        ("x = " + "[" * 100_000, "is not TOML"),
+        ("[" + ".".join("x" * 50_000) + "]", "is not TOML"),
         ("fields.tokens = 'a'", "neither hidden_states nor attentions"),
         (HS + "name = 'x'\naxes = 'layer layer'", "different names"),
         (HS + "name = '{layer}'\naxes = 'layer token hidden'", "expected one of them"),

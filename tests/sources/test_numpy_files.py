@@ -13,6 +13,7 @@ import pytest
 
 import h5traces
 from h5traces.errors import ConversionError
+from h5traces.sources import numpy_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +56,41 @@ def test_a_sample_per_file(tmp_path: Path, save: Any, dtype: Any) -> None:
     back = trace.to_dict()
     for name, value in item.items():
         np.testing.assert_array_equal(back[name], value)
+
+
+def test_a_run_is_not_read_twice_to_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for number in range(8):
+        np.savez_compressed(folder / f"q{number}.npz", **arrays() | {"label": number})
+    loaded: list[str] = []
+    load = numpy_file.entry_content
+
+    def counted(file: Any, entry: Any, name: str) -> Any:
+        if entry.name == "hidden_states.npy":
+            loaded.append(name)
+        return load(file, entry, name)
+
+    monkeypatch.setattr(numpy_file, "entry_content", counted)
+    assert h5traces.convert(folder, tmp_path / "run.h5", merge=True).ok
+    assert len(h5traces.open(tmp_path / "run.h5")) == 8
+    assert len(loaded) == 10  # the first is tried, and tells what its run establishes
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_a_file_of_a_run_without_traces_is_no_success(tmp_path: Path, odd: int) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for number in range(3):
+        values = {"scores": np.arange(3)} if number == odd else arrays() | {"label": number}
+        np.savez(folder / f"q{number}.npz", **values)
+    report = h5traces.convert(folder, tmp_path / "run.h5", merge=True)
+    assert not report.ok
+    (problem,) = report.problems
+    assert f"q{odd}.npz" in problem
+    assert len(h5traces.open(tmp_path / "run.h5")) == 2
 
 
 def test_fortran_order(tmp_path: Path) -> None:
@@ -140,17 +176,17 @@ def literal(descr: str = "'<f4'", shape: str = "(2,)", order: str = "False") -> 
 BAD = {
     "cut": (npy(literal(), bytes(4)), "needs 8 bytes, found 4"),
     "more": (npy(literal(), bytes(12)), "or holds several arrays"),
-    "huge": (npy(literal(shape="(1 << 60,)"), bytes(4)), "no literal"),
+    "huge": (npy(literal(shape="(1 << 60,)"), bytes(4)), "not a literal"),
     "huge shape": (npy(literal(shape=f"({1 << 59},)"), bytes(4)), "needs"),
     "negative": (npy(literal(shape="(-2,)"), bytes(8)), "expected sizes"),
     "many axes": (npy(literal(shape=str((1,) * 40)), bytes(4)), "expected sizes"),
-    "code": (npy("__import__('os').system('true')"), "no literal of Python"),
-    "deep": (npy("[" * 9000), "no literal of Python"),
+    "code": (npy("__import__('os').system('true')"), "not a literal of Python"),
+    "deep": (npy("[" * 9000), "not a literal of Python"),
     "long": (npy(b" " * 20_000, version=2), "at most 10,000"),
     "version": (npy(literal(), bytes(8), version=9), "version 9"),
     "dtype": (npy(literal("'<f3'"), bytes(8)), "does not know"),
     "nothing": (npy(literal("'<U0'"), bytes(8)), "0 bytes"),
-    "characters": (npy(literal("'<U1'", "(1,)"), b"\xff" * 4), "no Unicode character"),
+    "characters": (npy(literal("'<U1'", "(1,)"), b"\xff" * 4), "not a Unicode character"),
     "keys": (npy("{'shape': ()}"), "without descr"),
 }
 

@@ -147,7 +147,7 @@ def test_a_response_of_vllm_lens(tmp_path):
         ({"dtype": "object"}, "has dtype 'object'"),
         ({"shape": [3, 6, 9]}, "has 576 bytes, but float32 of shape"),
         ({"shape": [3, 48]}, "expected \\(layers, tokens, hidden\\)"),
-        ({"data": "AAAA"}, "is no zstd in base64"),
+        ({"data": "AAAA"}, "is not zstd in base64"),
     ],
 )
 def test_damaged_responses_of_vllm_lens(tmp_path, changes, message):

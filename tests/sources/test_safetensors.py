@@ -236,12 +236,12 @@ BAD = {
     "more": (raw({"a": tensor(0, 8, [2])}, bytes(12)), "4 bytes follow"),
     "huge offsets": (raw({"a": tensor(0, 1 << 61, [1 << 59])}, bytes(4)), "not complete"),
     "wrong size": (raw({"a": tensor(0, 8, [3])}, bytes(8)), "needs 12 bytes"),
-    "negative": (raw({"a": tensor(0, 8, [-2])}, bytes(8)), "no lists of sizes"),
+    "negative": (raw({"a": tensor(0, 8, [-2])}, bytes(8)), "not lists of sizes"),
     "product": (raw({"a": tensor(0, 0, [1 << 40, 1 << 40, 0])}), "too many elements"),
     "no dtype": (raw({"a": {"shape": [], "data_offsets": [0, 0]}}), "the header says of 'a' no"),
     "other dtype": (raw({"a": tensor(0, 4, [8], "F4")}, bytes(4)), "has the dtype F4"),
-    "metadata": (raw({"__metadata__": {"a": 1}}), "no object of text"),
-    "many axes": (raw({"a": tensor(0, 4, [1] * 40)}, bytes(4)), "no lists of sizes"),
+    "metadata": (raw({"__metadata__": {"a": 1}}), "not an object of text"),
+    "many axes": (raw({"a": tensor(0, 4, [1] * 40)}, bytes(4)), "not lists of sizes"),
 }
 
 

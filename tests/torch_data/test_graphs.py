@@ -156,7 +156,7 @@ def test_graphs_of_archives(folder: Path, reduction: Any, direction: Any, thresh
 
 def assert_same_graph(found: Any, wanted: Any) -> None:
     assert sorted(found.keys()) == sorted(wanted.keys())
-    for key in wanted.keys():  # a Data is no mapping
+    for key in wanted.keys():  # a Data is not a mapping
         if isinstance(wanted[key], torch.Tensor):
             assert found[key].dtype == wanted[key].dtype
             # Bit for bit: the means are the same operation on the same numbers.
@@ -444,7 +444,7 @@ def test_sources_of_other_kinds(folder: Path, tmp_path: Path) -> None:
     wanted = TraceGraphDataset(folder / "shards")
     for named in (tmp_path, tmp_path / "*.pt", tmp_path / "*", sorted(tmp_path.glob("*.pt"))):
         with pytest.warns(
-            StoredStateWarning, match=r"batch_0\.pt: reading files that are no archives"
+            StoredStateWarning, match=r"batch_0\.pt: reading files that are not archives"
         ):
             found = TraceGraphDataset(named)
         assert found.num_samples == 8

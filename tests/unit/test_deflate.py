@@ -253,7 +253,7 @@ def test_a_wrong_checksum_is_refused(sample: np.ndarray, engines: Engines) -> No
     for index in range(-4, 0):
         damaged = bytearray(stored)
         damaged[index] ^= 0x10
-        with pytest.raises(ValueError, match="no intact zlib stream"):
+        with pytest.raises(ValueError, match="not an intact zlib stream"):
             decode_into(damaged, sample)
 
 

@@ -197,7 +197,7 @@ def test_large_arrays_are_views_of_the_payload() -> None:
     ("data", "error", "message"),
     [
         (b"\x80\x06N.", MalformedError, "protocol 6"),
-        (b"\xffN.", MalformedError, "0xff is no pickle opcode"),
+        (b"\xffN.", MalformedError, "0xff is not a pickle opcode"),
         (b"I1x\n.", MalformedError, "text of an int"),
         (b"Fx\n.", MalformedError, "text of a float"),
         (b"S'\\q'\n.", MalformedError, "Python 2 string"),

@@ -184,7 +184,7 @@ def test_refuses_what_numpy_never_writes(value: Any, message: str) -> None:
         (Call("numpy.core.multiarray", "scalar", dtype(), bytes(9)), "needs 8 bytes, found 9"),
         (
             array(1, (1,), dtype("U1", (3, "<", None, None, None, 4, 4, 8)), False, b"\xff" * 4),
-            "no Unicode",
+            "not a Unicode",
         ),
         (dtype("U99999999999"), "no dtype"),
         (Call("_codecs", "encode", "\u1234", "latin1"), r"above U\+00FF"),

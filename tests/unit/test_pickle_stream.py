@@ -389,7 +389,7 @@ def test_refuses_containers_that_do_not_fit(
         list(batch)
 
 
-# --- what is no batch --------------------------------------------------------------------------
+# --- what is not a batch --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_shapes_and_devices_are_tuples_and_text(tmp_path: Path) -> None:
         (b"K\x00K\x03\x85", b"NK\x03\x85", "offset"),
         (b"little_endianq\x02\x88", b"little_endianq\x02\x89", "big-endian"),
         (b"FloatStorage", b"DoubleStorag", "DoubleStorag"),
-        (b"\x8a\nl\xfc", b"\x8a\nm\xfc", "no legacy torch.save"),
+        (b"\x8a\nl\xfc", b"\x8a\nm\xfc", "not a legacy torch.save"),
         (b"K\x03N", b"K\x02N", "found 12 for 3 elements"),
         (b"X\x07\x00\x00\x00storage", b"X\x07\x00\x00\x00sturage", "persistent id"),
     ],

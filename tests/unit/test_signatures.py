@@ -179,7 +179,7 @@ def test_a_database_and_folders(tmp_path: Path) -> None:
 
 def test_pipes_and_missing_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConversionError, match="is no regular file"):
+    with pytest.raises(ConversionError, match="is not a regular file"):
         identify(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         identify(tmp_path / "missing")

@@ -52,7 +52,7 @@ def test_get_and_in(trace: h5traces.Trace) -> None:
     assert "hidden_states" in trace
     assert "missing" not in trace
     assert 5 not in trace
-    # Names inside the file are no keys.
+    # Names inside the file are not keys.
     for name in ("hidden_states/layer_000", "extra", "samples", "digest", "coverage"):
         assert name not in trace
         with pytest.raises(KeyError):

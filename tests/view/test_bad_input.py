@@ -159,7 +159,7 @@ def test_no_display_means_no_browser(tmp_path: Path) -> None:
         assert process.stdout.readline().startswith("http://127.0.0.1:")
         assert "there is no browser with a display here" in process.stderr.readline()
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
 
 
 def test_a_browser_that_stays_does_not_hold_the_server(
@@ -169,13 +169,15 @@ def test_a_browser_that_stays_does_not_hold_the_server(
 
     def blocking(_address: str) -> None:
         opened.set()
-        stop.wait(20)
+        stop.wait(120)
 
     monkeypatch.setenv("BROWSER", "true")
     monkeypatch.setattr(server.webbrowser, "get", lambda: True)
     monkeypatch.setattr(server.webbrowser, "open", blocking)
     ran = []
-    monkeypatch.setattr(server.uvicorn.Server, "run", lambda *_a, **_k: ran.append(opened.wait(20)))
+    monkeypatch.setattr(
+        server.uvicorn.Server, "run", lambda *_a, **_k: ran.append(opened.wait(120))
+    )
     server.serve(written(tmp_path / "run.h5", item(0, 4)))
     stop.set()
     assert ran == [True]

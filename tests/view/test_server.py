@@ -26,7 +26,7 @@ def ask(
     url: str, path: str, method: str = "GET", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and content of an answer."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
     named = {key.replace("_", "-"): value for key, value in headers.items()}
     connection.request(method, path, headers=named)
     answer = connection.getresponse()
@@ -128,7 +128,7 @@ def test_a_pipe_in_the_place_of_an_archive_is_not_waited_for(tmp_path: Path) -> 
         os.mkfifo(path)
         status, _, content = ask(url, f"/{TOKEN}/files/0/run.h5", Range="bytes=0-100")
         assert status == 502
-        assert b"is no regular file" in content
+        assert b"is not a regular file" in content
 
 
 def test_a_port_in_use_is_named(archive: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_command_prints_an_address_and_ends_by_ctrl_c(archive: Path) -> None
         assert status == 200
         assert b"viewer.js" in content
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert "Traceback" not in process.stderr.read()
 
 
@@ -165,7 +165,7 @@ def test_the_page_is_written_into_a_new_folder(archive: Path, tmp_path: Path) ->
     files = h5traces.view.export_page(archive, tmp_path / "page")
     assert {each.name for each in files} == {each.name for each in (tmp_path / "page").iterdir()}
     assert (tmp_path / "page" / "00000.h5").read_bytes() == archive.read_bytes()
-    with pytest.raises(TargetError, match="is no empty folder"):
+    with pytest.raises(TargetError, match="is not an empty folder"):
         h5traces.view.export_page(archive, tmp_path / "page")
     with pytest.raises(TargetError, match=r"browsers read from http:// and https:// only"):
         h5traces.view.export_page("s3://bucket/run.h5", tmp_path / "other")

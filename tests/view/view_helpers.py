@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TOKEN = "token-of-the-tests"
-WAIT = 20_000
+WAIT = 60_000
 
 
 @contextlib.contextmanager

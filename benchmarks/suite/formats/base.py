@@ -30,7 +30,7 @@ class Format(ABC):
     modules
         What it needs.
     written_by
-        Name of the format whose file it reads; empty where it writes its own.
+        Name of the format whose file it reads; empty if it writes its own.
     """
 
     name: str
@@ -119,6 +119,6 @@ def array_name(index: int, kind: str, layer: int) -> str:
 
 
 def texts(sample: Sample) -> dict[str, Any]:
-    """What is no array."""
+    """What is not an array."""
     names = ("tokens_decoded", "generated_answer_clean", "question_id")
     return {name: sample[name] for name in names}

@@ -46,7 +46,7 @@ class Entry:
     length
         Of a list, tuple or array; None for what has none.
     first
-        Its first element; None where there is none.
+        Its first element; None if there is none.
     values
         All elements, where they are in memory.
     """
@@ -433,7 +433,7 @@ def _names(names: Any) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value that is no batch, in words."""
+    """A value that is not a batch, in words."""
     if type(value) in DICTS:
         return f"a dict with the keys {_names(value)}" if value else "an empty dict"
     if type(value) in (list, tuple) and value:

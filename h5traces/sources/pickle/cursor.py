@@ -126,7 +126,7 @@ class Cursor:
         return self._guard(load)
 
     def whole_checked(self) -> Any:
-        """As `whole`, with every value checked, also of what is no container."""
+        """As `whole`, with every value checked, also of what is not a container."""
         value = self.whole()
         self._guard(lambda: self._machine.check(value))
         return value

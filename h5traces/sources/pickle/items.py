@@ -69,7 +69,7 @@ class Found(NamedTuple):
     Attributes
     ----------
     key
-        Of the outer dict; None where the outer container is a list or a tuple.
+        Of the outer dict; None if the outer container is a list or a tuple.
     value
         The item.
     is_element
@@ -94,7 +94,7 @@ class ShortTupleError(Exception):
 
 
 class NoDictsError(Exception):
-    """The pickle is a list whose first item is no dict, but an array or a list."""
+    """The pickle is a list whose first item is not a dict, but an array or a list."""
 
 
 class TooLargeError(Exception):
@@ -249,7 +249,7 @@ class BatchMachine(Machine):
         Position after the last read of each memo slot, as `scan.last_reads` finds them. By
         default small values are kept, and reading another one raises `SharedEntryError`.
     whole_nbytes
-        Read a pickle that is no list into memory as a whole, and raise `TooLargeError` where it
+        Read a pickle that is not a list into memory as a whole, and raise `TooLargeError` where it
         takes more than this; None streams it.
     item_types
         One of `ITEM_TYPES`.
@@ -264,7 +264,7 @@ class BatchMachine(Machine):
     columns
         Per key of the outer dict whose value is a list, the number of its elements so far.
     is_list_whole
-        Whether a list is read as a whole, too, as its items are no dicts.
+        Whether a list is read as a whole, too, as its items are not dicts.
     """
 
     is_list_whole = False
@@ -329,7 +329,7 @@ class BatchMachine(Machine):
         return self.ready.popleft()
 
     def find_root(self) -> None:
-        """Read until `kind` is decided; to the end where the pickle is no container."""
+        """Read until `kind` is decided; to the end where the pickle is not a container."""
         while not self._root_seen and not self.run():
             pass
 

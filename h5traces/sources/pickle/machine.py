@@ -348,7 +348,7 @@ class Machine:
             shim = skipped_shim(module, name)
         if shim is None:
             reject(
-                f"the pickle asks for {module[:80]!r} {name[:80]!r}{self._place()}, which is no "
+                f"the pickle asks for {module[:80]!r} {name[:80]!r}{self._place()}, which is not a "
                 f"plain value; nothing was imported. {remedy(module)}"
             )
         return shim
@@ -389,8 +389,8 @@ class Machine:
             return
         if type(target) is OrderedDict:
             reject(
-                "an OrderedDict has attributes, as the state_dict() of a model has: weights are no "
-                "traces; for values that are, save dict(x)"
+                "an OrderedDict has attributes, as the state_dict() of a model has: weights are "
+                "not traces; for values that are, save dict(x)"
             )
         if type(target) is not Pending:
             reject(f"a state is given to {type_name(target)}, expected a new array or dtype")
@@ -679,7 +679,8 @@ def _rejected(name: str, why: str) -> Handler:
 
 def _unknown(m: Machine) -> None:
     contradict(
-        f"byte 0x{m.opcode:02x} is no pickle opcode: this is no pickle, or bytes of it are missing"
+        f"byte 0x{m.opcode:02x} is not a pickle opcode: this is not a pickle, or bytes of it are "
+        "missing"
     )
 
 

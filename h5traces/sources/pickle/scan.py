@@ -90,7 +90,7 @@ def last_reads(source: Source) -> NDArray[np.int64]:
 def _skip_argument(source: Source, opcode: int) -> None:
     argument = _ARGUMENTS[opcode]
     if argument is None:
-        contradict(f"byte 0x{opcode:02x} is no pickle opcode")
+        contradict(f"byte 0x{opcode:02x} is not a pickle opcode")
     fixed, prefix, lines = argument
     if prefix:
         fixed = _number(source, prefix)

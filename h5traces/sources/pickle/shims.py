@@ -140,7 +140,7 @@ def _check_characters(meter: Meter, data: bytes | bytearray, dtype: np.dtype[Any
     meter.charge(len(data))
     words = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder))
     if words.max() > sys.maxunicode:
-        contradict(f"an array of dtype {dtype.str} holds a word that is no Unicode character")
+        contradict(f"an array of dtype {dtype.str} holds a word that is not a Unicode character")
 
 
 # --- numpy -------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class Storage:
     Attributes
     ----------
     data
-        The bytes that hold them: those of an embedded stream, or of a mapped file. None where only
+        The bytes that hold them: those of an embedded stream, or of a mapped file. None if only
         shapes are asked for.
     start
         Where in `data` they begin.
@@ -399,7 +399,7 @@ def parse_persistent_id(value: Any) -> StorageHeader:
 def read_storage(load: Callable[[], Any], source: MemorySource) -> Storage:
     """The storage in an embedded stream; ``load`` reads one pickle from ``source``."""
     if load() != MAGIC or load() != PROTOCOL:
-        contradict("the bytes of a torch storage are no legacy torch.save stream")
+        contradict("the bytes of a torch storage are not a legacy torch.save stream")
     system = load()
     if type(system) is not dict or system.get("little_endian") is not True:
         contradict("a torch storage was written on a big-endian machine; save it again on another")

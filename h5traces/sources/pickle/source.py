@@ -196,7 +196,7 @@ class FileSource(Source):
     Attributes
     ----------
     compression
-        The compressor around the pickle, such as ``gzip``; None where there is none.
+        The compressor around the pickle, such as ``gzip``; None if there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str], limits: PickleLimits) -> None:

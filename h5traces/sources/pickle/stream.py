@@ -103,7 +103,7 @@ class BatchStream(TraceSource):
         try:
             self._cursor = self._new_cursor(whole_nbytes=whole_nbytes)
             self._samples = self._read(self._cursor)
-            # Of what is no batch, it is said at once.
+            # Of what is not a batch, it is said at once.
             self.is_list = self._find_root(self._cursor) in ("list", "tuple")
         except BaseException:
             self.close()

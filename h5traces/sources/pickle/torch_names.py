@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _DENSE = "save it again after to_dense()"
 _ARRAY = "save it again as an array of numbers"
-# Functions that rebuild tensors which are no plain arrays.
+# Functions that rebuild tensors which are not plain arrays.
 _UNSUPPORTED = {
     "_rebuild_sparse_tensor": Unsupported("a sparse tensor", _DENSE),
     "_rebuild_sparse_csr_tensor": Unsupported("a sparse tensor", _DENSE),

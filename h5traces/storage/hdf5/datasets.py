@@ -1,4 +1,4 @@
-"""Datasets of an HDF5 file that is no archive, such as a file of features."""
+"""Datasets of an HDF5 file that is not an archive, such as a file of features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def open_datasets(path: Path) -> tuple[h5py.File, dict[str, h5py.Dataset]]:
     """A file, which the caller closes, and its datasets by path; links are not followed.
 
-    OSError where it is no HDF5 file.
+    OSError where it is not an HDF5 file.
     """
     file = h5py.File(path, "r")
     found: dict[str, h5py.Dataset] = {}

@@ -395,7 +395,7 @@ class Hdf5Attribute:
             kind = found.get_type()
             is_text = isinstance(kind, h5t.TypeStringID)
             if not (is_text or _is_plain(kind)) or math.prod(found.shape or (1,)) > 4096:
-                message = f"{self._file.path}: attribute {self._name!r} is no number or text"
+                message = f"{self._file.path}: attribute {self._name!r} is not a number or text"
                 raise ConversionError(message)
             if is_text and kind.is_variable_str():
                 self._file.check_texts(self._name)

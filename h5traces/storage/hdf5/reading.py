@@ -524,7 +524,7 @@ def _through_hdf5(dataset: h5d.DatasetID, entry: ObjectEntry) -> NDArray[Any]:
 def _check_foreign(
     dataset: h5d.DatasetID, raw_nbytes: int, limits: ReadLimits, file_nbytes: int
 ) -> None:
-    """Reject a dataset that is no archive's own and larger than its bytes in the file can hold."""
+    """Reject a dataset of others that is larger than its bytes in the file can hold."""
     options, stored = dataset.get_create_plist(), dataset.get_storage_size()
     kind = options.get_layout()
     if kind != h5d.CHUNKED:
@@ -600,7 +600,7 @@ def _inflated(stored: bytes, most: int) -> bytes:
     try:
         raw = inflater.decompress(stored, most + 1)
     except zlib.error as error:
-        message = f"a chunk is no intact zlib stream: {error}"
+        message = f"a chunk is not an intact zlib stream: {error}"
         raise CorruptArchiveError(message) from error
     if len(raw) > most or not inflater.eof:
         message = f"a chunk does not inflate to {most} bytes or less"

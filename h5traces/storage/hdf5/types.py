@@ -141,7 +141,7 @@ def null_padded(type_id: h5t.TypeID, stored: bytes) -> bytes:
 def table_file_dtype(type_id: h5t.TypeID) -> np.dtype[Any]:
     """The structured dtype of the bytes of a table's rows."""
     if type_id.get_class() != h5t.COMPOUND or type_id.committed():
-        message = "the type is no plain compound; the table of samples has named columns"
+        message = "the type is not a plain compound; the table of samples has named columns"
         raise HostileFileError(message)
     count = type_id.get_nmembers()
     if count > _MAX_COLUMNS:

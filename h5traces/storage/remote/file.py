@@ -273,7 +273,7 @@ def _opened(path: Path, flags: int) -> int:
     if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "is no file of a cache", str(path))
+    raise OSError(errno.EINVAL, "is not a file of a cache", str(path))
 
 
 def _key(path: RemotePath, tail: Reply) -> str:

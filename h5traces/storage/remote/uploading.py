@@ -227,6 +227,20 @@ def put_new(target: RemotePath, data: bytes, options: RemoteOptions) -> bool:
     return True
 
 
+def version_of(target: RemotePath, options: RemoteOptions) -> str:
+    """What tells an object from what may take its place; empty if there is none."""
+    return str((_Bucket(target, options).head() or {}).get("ETag", ""))
+
+
+def put_over(target: RemotePath, data: bytes, version: str, options: RemoteOptions) -> bool:
+    """Write a small object in place of the one of that version; whether it was still there."""
+    try:
+        _Bucket(target, options).send("put_object", data, IfMatch=version)
+    except (_ConditionFailedError, FileNotFoundError):
+        return False
+    return True
+
+
 def put(target: RemotePath, data: bytes, options: RemoteOptions) -> None:
     """Write a small object, in place of one that has the name."""
     _Bucket(target, options).send("put_object", data)
