@@ -76,7 +76,9 @@ def check_meaning(
                 checks.skip()
             else:
                 rows[index] = looked.row
-                checks.add_found(looked.found, looked.row.sample_id, looked.content)
+                row, is_asked = looked.row, archive.metadata.extraction is not None
+                generation = row.generation_index if is_asked else None
+                checks.add_found(looked.found, row.sample_id, looked.content, generation)
             if progress is not None:
                 progress(index + 1, len(archive))
     report.findings = checks.findings.summaries(report.checks)

@@ -16,7 +16,7 @@ from h5traces.archive.torch_values import from_tensor, to_tensor
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import check_eager, states_in, states_of, weights_of
 from h5traces.extract.options import DEFAULT_KINDS, LastState
-from h5traces.extract.rules import rule_of
+from h5traces.extract.rules import rule_of, variants
 from h5traces.extract.sites import CALL_SIDES, attention_calls, find_sites, first_tensor
 from h5traces.format import layout
 from h5traces.format.dtypes import CastCounts, TypedArray, compiled_cast
@@ -296,6 +296,8 @@ class _Pass:
             if len(self._kept[row]) < length:
                 continue  # weights need every key
             rule = rule_of(module, query, facts, row, length)
+            if rule is not None:
+                rule = variants(rule)[self._anatomy.recomputed[self._layer]]
             if rule is None and self._options.needs_rules:
                 raise ExtractionError(_no_rule(self._anatomy, [self._layer]))
             taken = next(
@@ -507,14 +509,14 @@ def with_kinds(
             raise ExtractionError(_no_kind(anatomy, kind, layers, having))
     if QUERIES in kinds and KEYS in kinds:
         anatomy = replace(anatomy, recomputed=_recomputed(anatomy))
-        lacking = sorted(set(layers) & set(anatomy.layers_with(QUERIES)) - anatomy.recomputed)
+        lacking = sorted(set(layers) & set(anatomy.layers_with(QUERIES)) - {*anatomy.recomputed})
         if needs_rules and lacking:
             raise ExtractionError(_no_rule(anatomy, lacking))
     return anatomy
 
 
-def _recomputed(anatomy: Anatomy) -> frozenset[int]:
-    """Layers whose eager weights over eleven tokens follow from queries and keys."""
+def _recomputed(anatomy: Anatomy) -> dict[int, int]:
+    """Layers whose eager weights over eleven tokens follow from queries and keys, by variant."""
     model = anatomy.model
     before = model.config.get_text_config()._attn_implementation
     both = set(anatomy.layers_with(QUERIES)) & set(anatomy.layers_with(KEYS))
@@ -524,37 +526,41 @@ def _recomputed(anatomy: Anatomy) -> frozenset[int]:
     try:
         if before != "eager":
             model.set_attn_implementation("eager")
-        anatomy = replace(with_weights(anatomy), recomputed=frozenset(both))
+        anatomy = replace(with_weights(anatomy), recomputed=dict.fromkeys(both, 0))
         (found,) = Capturer(anatomy, options).run([_CHECK_TOKENS])
     except ExtractionError:
-        return frozenset()
+        return {}
     finally:
         if before != "eager":
             model.set_attn_implementation(before)
     arrays = {kind: {each.name: each for each in found.arrays[kind]} for kind in options.kinds}
     tolerance = _WEIGHT_TOLERANCES.get(model.dtype, 1e-5)
-    return frozenset(
-        layer
-        for layer in both & set(anatomy.layers_with(layout.ATTENTIONS))
-        if _is_recomputed([each[layout.layer_name(layer)] for each in arrays.values()], tolerance)
-    )
+    holding = {
+        layer: _variant([each[layout.layer_name(layer)] for each in arrays.values()], tolerance)
+        for layer in sorted(both & set(anatomy.layers_with(layout.ATTENTIONS)))
+    }
+    return {layer: variant for layer, variant in holding.items() if variant is not None}
 
 
-def _is_recomputed(arrays: Sequence[LayerArray], tolerance: float) -> bool:
-    """Whether queries and keys give the weights; all three of one layer."""
+def _variant(arrays: Sequence[LayerArray], tolerance: float) -> int | None:
+    """By which variant of their rule queries and keys give the weights; all three of one layer."""
     rule = arrays[0].rule
     asked, known, expected = map(values_of, arrays)
     if rule is None or len(asked) % len(known) or asked.shape[1:] != known.shape[1:]:
-        return False
-    heads, rows = np.arange(len(asked)), np.arange(asked.shape[1])
-    found = attention_weights(asked, known, rule, heads=heads, rows=rows)
-    return found.shape == expected.shape and bool(np.abs(found - expected).max() <= tolerance)
+        return None
+    every = {"heads": np.arange(len(asked)), "rows": np.arange(asked.shape[1])}
+    for number, each in enumerate(variants(rule)):
+        found = attention_weights(asked, known, each, **every)
+        if found.shape == expected.shape and np.abs(found - expected).max() <= tolerance:
+            return number
+    return None
 
 
 def _no_rule(anatomy: Anatomy, layers: Sequence[int]) -> str:
     return (
         f"{anatomy.model_class}: attention of layer {and_more(layers, 8)} does not follow from "
-        "queries and keys by scale, soft cap, sinks and mask; store the weights (attentions='full')"
+        "queries and keys by scale, soft cap, slopes, sinks and mask; store the weights "
+        "(attentions='full')"
     )
 
 

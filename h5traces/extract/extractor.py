@@ -47,6 +47,7 @@ from h5traces.format.kinds import (
     SPANS,
 )
 from h5traces.format.record import LayeredArrays, TraceRecord
+from h5traces.meaning.sample_checks import vocabulary_of
 from h5traces.precision.attention import MEAN
 
 if TYPE_CHECKING:
@@ -226,6 +227,12 @@ class Extractor:
             message = f"{anatomy.model_class} is in training mode; call model.eval() first"
             raise ExtractionError(message)
         anatomy = with_kinds(anatomy, options.kinds, layers, needs_rules=options.attentions == "qk")
+        size = vocabulary_of(model.config.to_dict())
+        if size is not None and (options.top_logits or 0) > size:
+            message = (
+                f"top_logits is {options.top_logits}, but {anatomy.model_class} has {size} tokens"
+            )
+            raise ExtractionError(message)
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
         self._difference = check_capture(model, anatomy, options.kinds)
         self._batch_difference = (
