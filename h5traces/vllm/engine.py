@@ -306,8 +306,10 @@ class VllmExtractor(Extractor):
 
     def _wait_for(self, path: Path) -> None:
         deadline = time.monotonic() + _WAIT_SECONDS
+        client = self._llm.llm_engine.engine_core
         while not path.exists():
-            if time.monotonic() > deadline:
+            is_dead = getattr(getattr(client, "resources", None), "engine_dead", False)
+            if is_dead or time.monotonic() > deadline:
                 message = (
                     "vLLM answered, and its connector left no states; see the engine's messages "
                     "(a full disk?), and start again to go on"
