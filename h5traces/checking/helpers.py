@@ -55,7 +55,7 @@ class Helpers:
         self._number = 0
 
     def next(self) -> Looked | None:
-        """What a helper saw of the next sample; None where it ended, and the caller has to look."""
+        """What a helper saw of the next sample; None if it ended, and the caller has to look."""
         found = next(self._block, self)
         if found is self:
             box = self._waiting[self._number % len(self._waiting)]
@@ -95,7 +95,7 @@ class _Mailbox:
             self._changed.notify()
 
     def next(self) -> list[Looked | None]:
-        """The next block; one of nothing where the process ended."""
+        """The next block; one of nothing if the process ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._messages or self._ended)
             if not self._messages:

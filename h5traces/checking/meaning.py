@@ -55,7 +55,7 @@ def check_meaning(
 ) -> dict[int, IndexRow]:
     """Add the findings about all samples to the report; what cannot be read is a problem.
 
-    `seen` gives what helpers saw of the next sample, None where they did not look. Returns what the
+    `seen` gives what helpers saw of the next sample, None if they did not look. Returns what the
     table of samples should say of those that could be read.
     """
     rows: dict[int, IndexRow] = {}

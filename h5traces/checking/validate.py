@@ -204,7 +204,7 @@ class _KnownObjects:
 
     num_datasets: int
     casts: Sequence[tuple[tuple[object, str | None], Any]]
-    # None where samples are not known by a key.
+    # None if samples are not known by a key.
     digest: ObjectsDigest | None
 
     def fits_digest(self, sample: SampleEntry) -> bool:

@@ -138,6 +138,6 @@ TOKEN_FIELDS: Final[dict[str, str]] = {
     "`tokens` and `prompt_len` count no others, and rows of attentions miss their weights.",
     SEQUENCE: "Ids of all tokens that the model saw (int64); with `positions` only.",
     PROMPT_TEXT: "The text of the prompt.",
-    SPANS: "Characters of `generated_answer`: a list of pairs, the first and the one behind the "
+    SPANS: "Characters of `generated_answer`: a list of pairs, the first and the one after the "
     "last, or of dicts with `start` and `end`.",
 }

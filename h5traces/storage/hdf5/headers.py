@@ -56,7 +56,7 @@ class HeaderCheck:
         self._start, self._block = 0, b""
         # Headers of the objects of one sample, which are linked once, by address.
         self._met: dict[int, tuple[str, Header]] = {}
-        # By what the caller says is alike in samples; None where they have no pattern.
+        # By what the caller says is alike in samples; None if they have no pattern.
         self._patterns: dict[Any, HeaderPattern | None] = {}
 
     def shows(self, address: int, sample: SampleEntry, row: FooterRow, key: Any) -> bool:
@@ -93,7 +93,7 @@ class HeaderCheck:
         return pattern.fits(self._bytes(address - pattern.nbytes, pattern.nbytes), address, row)
 
     def _pattern(self, address: int, sample: SampleEntry, row: FooterRow) -> HeaderPattern | None:
-        """The pattern of a sample that was looked at; None where it would be no use."""
+        """The pattern of a sample that was looked at; None if it would be no use."""
         start = min(self._met)
         if not 0 < address - start <= _BEFORE_NBYTES:
             return None
