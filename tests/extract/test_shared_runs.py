@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from child_processes import start_process
 from tiny_models import QUESTIONS, TINY_LLAMA
+from typer.testing import CliRunner
 
 import h5traces
+from h5traces.cli.app import app
 from h5traces.errors import TargetError
 from h5traces.extract import (
     DatasetChoice,
@@ -145,6 +147,53 @@ def test_ranks_that_are_killed_at_random_lose_nothing(tmp_path):
     run(tmp_path / "alone")
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
     assert h5traces.status(tmp_path / "out").ok
+
+
+def test_collect_takes_over_from_a_rank_that_was_killed(tmp_path):
+    """Real processes: rank 1 is killed in the middle, after rank 0 has ended."""
+    out, spool = tmp_path / "out", tmp_path / "out.spool"
+    tool = str(Path(sys.executable).with_name("h5traces"))
+    command = [tool, "extract", "--model-id", str(TINY_LLAMA), "--dataset", str(QUESTIONS)]
+    command += ["--max-new-tokens", "24", "-n", "20", "--shard-samples", "2"]
+
+    def rank(number):
+        ranks = ("--rank", str(number), "--world-size", "2")
+        return start_process([*command, "-o", f"{out}/", *ranks])
+
+    def stored():
+        return len(list(spool.glob("*.sample"))) + 2 * len(list(out.glob("*.h5")))
+
+    first = rank(0)
+    _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
+    before, second = stored(), rank(1)
+    while stored() < before + 4:
+        assert second.poll() is None
+        time.sleep(0.01)
+    second.kill()
+    second.communicate()
+    there = stored()
+    assert there < 20
+    done = CliRunner().invoke(app, ["collect", str(out), "--json"])
+    assert done.exit_code == 1
+    report = json.loads(done.stdout)
+    assert len(report["packed"]) >= 1
+    assert report["status"]["missing"] == [1]
+    # What waits in the spool is in no archive yet.
+    waiting = len(list(spool.glob("*.sample")))
+    assert len(report["missing"]) == 20 - there + waiting
+    (warning,) = report["warnings"]
+    assert f"{waiting} samples wait for the rest of their shards" in warning
+    done = CliRunner().invoke(app, ["collect", str(out)])
+    assert "to start: --array=1, or any number of ranks" in done.output.replace("\n", " ")
+    second = rank(1)
+    _, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert h5traces.collect(out).ok
+    assert not spool.exists()
+    alone = start_process([*command, "-o", f"{tmp_path}/alone/"])
+    alone.communicate(timeout=300)
+    assert digests(out) == digests(tmp_path / "alone")
 
 
 def test_collect_packs_what_dead_ranks_left(tmp_path):
