@@ -150,49 +150,43 @@ def test_ranks_that_are_killed_at_random_lose_nothing(tmp_path):
 
 
 def test_collect_takes_over_from_a_rank_that_was_killed(tmp_path):
-    """Real processes: rank 1 is killed in the middle, after rank 0 has ended."""
+    """Rank 1, a process, is killed in the middle, after rank 0 has ended."""
     out, spool = tmp_path / "out", tmp_path / "out.spool"
-    tool = str(Path(sys.executable).with_name("h5traces"))
-    command = [tool, "extract", "--model-id", str(TINY_LLAMA), "--dataset", str(QUESTIONS)]
-    command += ["--max-new-tokens", "24", "-n", "20", "--shard-samples", "2"]
-
-    def rank(number):
-        ranks = ("--rank", str(number), "--world-size", "2")
-        return start_process([*command, "-o", f"{out}/", *ranks])
+    chosen = {"num_samples": 16, "target": TargetOptions(shard_samples=2)}
+    command = [str(Path(sys.executable).with_name("h5traces")), "extract", "-o", f"{out}/"]
+    command += ["--model-id", str(TINY_LLAMA), "--dataset", str(QUESTIONS), "-n", "16"]
+    command += ["--max-new-tokens", "4", "--shard-samples", "2", "--rank", "1"]
 
     def stored():
         return len(list(spool.glob("*.sample"))) + 2 * len(list(out.glob("*.h5")))
 
-    first = rank(0)
-    _, errors = first.communicate(timeout=300)
-    assert first.returncode == 0, errors
-    before, second = stored(), rank(1)
-    while stored() < before + 4:
-        assert second.poll() is None
+    run(out, rank=0, world_size=2, **chosen)
+    before = stored()
+    killed = start_process([*command, "--world-size", "2"])
+    while stored() < before + 2:
+        assert killed.poll() is None
         time.sleep(0.01)
-    second.kill()
-    second.communicate()
+    killed.kill()
+    killed.communicate()
     there = stored()
-    assert there < 20
-    done = CliRunner().invoke(app, ["collect", str(out), "--json"])
+    assert there < 16
+    done = CliRunner().invoke(app, ["collect", str(out)])
     assert done.exit_code == 1
-    report = json.loads(done.stdout)
-    assert len(report["packed"]) >= 1
-    assert report["status"]["missing"] == [1]
+    assert "to start: --array=1, or any number of ranks" in done.output.replace("\n", " ")
+    assert "packed " in done.output
+    report = h5traces.collect(out)
+    assert report.status.missing == [1]
     # What waits in the spool is in no archive yet.
     waiting = len(list(spool.glob("*.sample")))
-    assert len(report["missing"]) == 20 - there + waiting
-    (warning,) = report["warnings"]
-    assert f"{waiting} samples wait for the rest of their shards" in warning
-    done = CliRunner().invoke(app, ["collect", str(out)])
-    assert "to start: --array=1, or any number of ranks" in done.output.replace("\n", " ")
-    second = rank(1)
-    _, errors = second.communicate(timeout=300)
-    assert second.returncode == 0, errors
+    assert len(report.missing) == 16 - there + waiting
+    said = [each for each in report.warnings if "for the rest of their shards" in each]
+    assert len(said) == bool(waiting)
+    assert all(f"{waiting} sample" in each for each in said)
+    left = run(out, rank=1, world_size=2, **chosen)
+    assert left.num_written == 16 - there
     assert h5traces.collect(out).ok
     assert not spool.exists()
-    alone = start_process([*command, "-o", f"{tmp_path}/alone/"])
-    alone.communicate(timeout=300)
+    run(tmp_path / "alone", **chosen)
     assert digests(out) == digests(tmp_path / "alone")
 
 
