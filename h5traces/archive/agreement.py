@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from h5traces.archive.stores import FooterStore, object_place
+from h5traces.archive.stores import FooterObjects, FooterStore, object_place
 from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.text import counted
@@ -74,7 +74,9 @@ class Agreement:
         if self._keys[index] != key_of(listed.attrs):
             yield layout.sample_path(index), "the index finds it by another id than it has"
         name = self._names[index] if index < len(self._names) else ""
-        if not self._headers.shows(self._addresses.get(name, 0), listed):
+        objects, address = listed.objects, self._addresses.get(name, 0)
+        assert isinstance(objects, FooterObjects)
+        if not self._headers.shows(address, listed, objects.row, objects.key):
             stored = self._reader.sample(name) if name else None
             yield from differences(layout.sample_path(index), listed, stored)
 

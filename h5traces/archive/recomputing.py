@@ -36,9 +36,10 @@ def check_shapes(
             "tokens, channels) with the same tokens and channels, and whole groups of heads"
         )
         raise CorruptArchiveError(message)
-    if rule.sinks is not None and len(rule.sinks) != queries[0]:
-        message = f"{place}: {len(rule.sinks)} sinks for {queries[0]} heads, expected one for each"
-        raise CorruptArchiveError(message)
+    for name, values in (("sinks", rule.sinks), ("slopes", rule.slopes)):
+        if values is not None and len(values) != queries[0]:
+            message = f"{place}: {len(values)} {name} for {queries[0]} heads, expected one for each"
+            raise CorruptArchiveError(message)
 
 
 def attention_weights(
@@ -58,7 +59,7 @@ def attention_weights(
     queries, keys
         ``(A, S, D)`` and ``(K, S, D)``; head h of the queries belongs to head h K / A of the keys.
     rule
-        Scale, cap, sinks and mask.
+        Scale, cap, slopes, sinks and mask.
     heads, rows
         Numbers of heads and of query positions.
     """
@@ -69,9 +70,10 @@ def attention_weights(
         asked = queries[head].astype(np.float32, copy=False)
         known = keys[head * len(keys) // len(queries)].astype(np.float32, copy=False)
         sink = None if rule.sinks is None else rule.sinks[head]
+        slope = None if rule.slopes is None else rule.slopes[head]
         for block in row_blocks(rule, rows, len(known)):
             scaled = asked[block.rows] * np.float32(rule.scale)
-            _fill_rows(found[place, block.place], scaled, known, rule, block, sink)
+            _fill_rows(found[place, block.place], scaled, known, rule, block, (slope, sink))
 
     workers = max(1, min(len(heads), os.cpu_count() or 1))
     list((map if workers == 1 else shared_pool(workers).map)(fill, range(len(heads))))
@@ -101,6 +103,12 @@ class RowBlock:
         return int(self.end.max())
 
     @property
+    def distances(self) -> NDArray[np.float32]:
+        """How much further on than each query each key from `low` to `high` - 1 is."""
+        columns = np.arange(self.low, self.high)
+        return (columns - self.rows[:, None]).astype(np.float32)
+
+    @property
     def edges(self) -> Iterator[tuple[int, int]]:
         """Ranges of keys from `low` on that some queries see and others do not."""
         for start, stop in (
@@ -124,15 +132,18 @@ def _fill_rows(
     keys: NDArray[np.float32],
     rule: AttentionRule,
     block: RowBlock,
-    sink: float | None,
+    of_head: tuple[float | None, float | None],
 ) -> None:
-    """Rows of one head, of scaled queries ``(rows, D)``."""
+    """Rows of one head, of scaled queries ``(rows, D)``; `of_head` are its slope and its sink."""
+    slope, sink = of_head
     scores = out[:, block.low : block.high]
     np.matmul(queries, keys[block.low : block.high].T, out=scores)
     if rule.soft_cap is not None:
         scores /= np.float32(rule.soft_cap)
         np.tanh(scores, out=scores)
         scores *= np.float32(rule.soft_cap)
+    if slope is not None:
+        scores += np.float32(slope) * block.distances
     for start, stop in block.edges:
         columns = np.arange(start, stop)
         hidden = (columns < block.first[:, None]) | (columns >= block.end[:, None])

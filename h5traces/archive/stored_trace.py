@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from h5traces.archive.recomputing import attention_weights, check_shapes, weights_of_window
+from h5traces.archive.stores import FooterObjects
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
@@ -35,6 +36,7 @@ from h5traces.lazy import needing
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
     decode,
+    decoding_key,
     is_encoded,
     num_exceptions,
     restoration_of,
@@ -123,6 +125,16 @@ class StoredTrace:
         """All objects of the sample by path."""
         return self.sample.objects
 
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of all uncompressed arrays."""
+        return self.file.raw_nbytes(self.sample)
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """Digests of all objects by path; None of one without."""
+        return self.file.digests(self.sample)
+
     def entry(self, path: str) -> ObjectEntry:
         """The object at `path` below the sample's group."""
         return self.file.entry(self.sample, path)
@@ -143,12 +155,16 @@ class StoredTrace:
         """
         if self.file.metadata.precision is None:
             return {}
-        found = {}
+        found, known, unrounded = {}, self.file.restorations, self.file.unrounded
         for path in paths:
             with contextlib.suppress(ArchiveError):
                 dtype, attrs = self.file.facts(self.sample, path)
-                unrounded = self.file.unrounded
-                found[path] = restoration_of(dtype, attrs, self.scale, unrounded=unrounded)
+                if "encoding" not in attrs:
+                    continue
+                key = dtype, decoding_key(attrs)
+                if key not in known:
+                    known[key] = restoration_of(dtype, attrs, self.scale, unrounded=unrounded)
+                found[path] = known[key]
         return {path: each for path, each in found.items() if each is not None}
 
     def scale(self, path: str) -> ChannelScale:
@@ -491,7 +507,7 @@ class StoredTrace:
 
     def tokens(self, container: Container = "numpy") -> Any:
         """The tokens in the type of their source; CorruptArchiveError unless a row of integers."""
-        attrs, values = self.attrs(layout.TOKENS), self.values(layout.TOKENS)
+        attrs, values = self.file.attrs(self.sample, layout.TOKENS), self.values(layout.TOKENS)
         source_dtype = attrs.get("source_dtype")
         if values.ndim != 1 or values.dtype.kind not in "iu":
             message = f"{self.place}/{layout.TOKENS}: holds no row of integers"
@@ -547,12 +563,25 @@ class StoredTrace:
 
         Of the whole legacy dict by default.
         """
+        objects = self.objects
+        if kinds is not None or not isinstance(objects, FooterObjects):
+            return self._needed(kinds)
+        # Samples that are alike need the same.
+        key = objects.row.attr_sets, self.selected, self.fields
+        known = objects.form.needed.get(key)
+        if known is None:
+            objects.form.needed = {key: tuple(self._needed(None))}
+            known = objects.form.needed[key]
+        return list(known)
+
+    def _needed(self, kinds: Iterable[str] | None) -> list[str]:
         paths: list[str] = []
+        known, objects = self.kinds, self.objects
         if kinds is None:
-            paths = [path for path in self.objects if path.partition("/")[0] not in self.kinds]
-            kinds = (each for each in self.fields if each in self.kinds)
+            paths = [path for path in objects if path.partition("/")[0] not in known]
+            kinds = (each for each in self.fields if each in known)
         for kind in kinds:
-            if kind in self.objects or self.recomputes(kind):
+            if kind in objects or self.recomputes(kind):
                 paths += self.layer_paths(kind, self.listed_names(kind, self.selected))
         return paths
 

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress, islice, repeat
+from itertools import compress, islice, pairwise, repeat
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,13 @@ from h5traces.errors import (
 from h5traces.format import layout
 from h5traces.format.digests import DIGEST
 from h5traces.format.entries import ChunkTable, ObjectEntry, SampleEntry, carrier_dtype
-from h5traces.storage.arrays import check_sizes, read_array, read_checked_array
+from h5traces.storage.arrays import (
+    check_chunks,
+    check_shape,
+    chunk_bounds,
+    read_array,
+    read_checked_array,
+)
 from h5traces.storage.codecs import get_codec
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import (
@@ -33,18 +39,22 @@ from h5traces.storage.footer import (
     key_of,
     read_directory,
 )
-from h5traces.storage.footer_rows import FooterError, FooterRow, RowColumns
+from h5traces.storage.footer_rows import FooterError, FooterRow, RowForm
 from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.kernels import PLAN_CODECS
 from h5traces.storage.plans import (
     UNKNOWN,
     Datasets,
+    Layout,
     NothingRead,
+    Part,
     Reading,
     Restoration,
     fitting,
     joined,
+    layouts_of,
 )
+from h5traces.storage.plans import Wanted as WantedDatasets
 from h5traces.storage.scanning import metadata_checksum, scan
 
 if TYPE_CHECKING:
@@ -55,10 +65,13 @@ if TYPE_CHECKING:
 
     from h5traces.format.document import Attrs
     from h5traces.format.limits import ReadLimits
+    from h5traces.storage.arrays import ChunkBounds
     from h5traces.storage.files import ByteFile
 
     Longs = NDArray[np.int64]
     Table = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]
+    # An object without digest and chunks; of a dataset, bounds of these and places in its row.
+    Described = tuple[ObjectEntry, ChunkBounds | None, slice]
     # A sample, and the paths of some of its datasets.
     Wanted = tuple[SampleEntry, Sequence[str]]
 
@@ -98,8 +111,9 @@ _NO_TYPE: Final = np.dtype("V0")
 _DEFLATE: Final = PLAN_CODECS.index("deflate")
 # About as many as the threads of a reader are in at once.
 _SAMPLES_KEPT: Final = 8
-# Sets of paths; samples of one run have one or a few.
-_PATHS_KEPT: Final = 64
+# Forms of rows; samples of one run have one for each length. Of each, what some readers want.
+_FORMS_KEPT: Final = 128
+_LAYOUTS_KEPT: Final = 2
 
 
 def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
@@ -127,8 +141,8 @@ class FooterStore:
         self._tables = FooterTables(file, self._directory)
         # Reading array by array takes the same sample again and again.
         self._samples: dict[int, FooterRow] = {}
-        # By the bytes of a row's names, which most samples share, the row's objects by path.
-        self._paths: dict[bytes, dict[str, int]] = {}
+        # By key of a row.
+        self._forms: dict[bytes, StoredForm] = {}
 
     @property
     def root_attrs(self) -> Attrs:
@@ -211,23 +225,29 @@ class FooterStore:
         return known[number]
 
     def _objects(self, row: FooterRow) -> FooterObjects:
-        numbers = row.columns.object_name
-        key = numbers.tobytes()
-        if key not in self._paths:
-            names = self.names
-            try:
-                paths = {names[number]: place for place, number in enumerate(numbers)}
-            except IndexError as error:
-                message = "the index's table of names is too short"
-                raise FooterError(message) from error
-            if len(paths) != len(numbers):
-                message = "the index's table of objects does not fit its names"
-                raise FooterError(message)
-            if len(self._paths) >= _PATHS_KEPT:
-                self._paths = {}
-            self._paths[key] = paths
-            return FooterObjects(self, row, paths)
-        return FooterObjects(self, row, self._paths[key])
+        return FooterObjects(self, row, self.form(row))
+
+    def form(self, row: FooterRow) -> StoredForm:
+        """What the row has in common with others."""
+        found = self._forms.get(row.key)
+        if found is None:
+            found = self._new_form(row.form)
+            # Another dict, as other threads may be looking into the full one.
+            self._forms = known = {} if len(self._forms) >= _FORMS_KEPT else self._forms
+            known[row.key] = found
+        return found
+
+    def _new_form(self, columns: RowForm) -> StoredForm:
+        numbers, names = columns.object_name, self.names
+        try:
+            places = {names[number]: place for place, number in enumerate(numbers.tolist())}
+        except IndexError as error:
+            message = "the index's table of names is too short"
+            raise FooterError(message) from error
+        if len(places) != len(numbers):
+            message = "the index's table of objects does not fit its names"
+            raise FooterError(message)
+        return StoredForm(columns, places)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
@@ -256,36 +276,59 @@ class FooterStore:
         So are those of samples whose index is damaged, and all that take more than `most_nbytes`.
         `restorations` of every sample, by path, are applied to datasets that they suit.
         """
-        names, types, parts = [], [], []
+        parts: dict[int, Part] = {}
+        new: dict[int, tuple[FooterObjects, Any, WantedDatasets]] = {}
         for number, (sample, paths) in enumerate(wanted):
-            if isinstance(sample.objects, FooterObjects):
-                known = sample.objects.places
-                places = np.array([known[path] for path in paths], np.int64)
-                with contextlib.suppress(FooterError, IndexError):
-                    theirs, part = self._datasets(sample.objects.row.columns, places)
-                    names += [(number, path) for path in paths]
-                    types += theirs
-                    parts.append(part)
-        if not names:
-            return NothingRead()
-        found = joined(parts)
-        fits = fitting(found, self._limits, self._nbytes)
-        if not fits.all():
-            names, types = list(compress(names, fits)), list(compress(types, fits))
-            found = found.chosen(fits)
-        nbytes = found.nbytes.sum()
+            objects = sample.objects
+            if not isinstance(objects, FooterObjects) or not paths:
+                continue
+            theirs = restorations[number] if restorations else {}
+            key = tuple(paths), tuple(theirs.items())
+            places = [objects.places[path] for path in paths]
+            with contextlib.suppress(FooterError, IndexError):
+                layout = objects.form.layouts.get(key)
+                if layout is not None:
+                    chunks = layout.chosen(objects.row.chunks)
+                    if layout.fits(chunks, self._nbytes):
+                        parts[number] = Part(number, layout, chunks)
+                        continue
+                new[number] = objects, key, self._datasets(objects, paths, places, theirs)
+        for number, layout in self._fitting({number: each for number, (*_, each) in new.items()}):
+            objects, key, _ = new[number]
+            parts[number] = Part(number, layout, layout.chosen(objects.row.chunks))
+            if len(layout.datasets) == len(key[0]):
+                objects.form.keep(key, layout)
+        nbytes = sum(part.layout.raw_nbytes for part in parts.values())
         # Chunks that overlap would inflate to any size.
-        overlap = found.sizes.sum() > len(wanted) * self._nbytes
-        if not names or overlap or (most_nbytes is not None and nbytes > most_nbytes):
+        stored = sum(int(part.chunks[1].sum()) for part in parts.values())
+        overlap = stored > len(wanted) * self._nbytes
+        if not parts or overlap or (most_nbytes is not None and nbytes > most_nbytes):
             return NothingRead()
-        return Reading(
-            *(self.file, names, types, found, workers),
-            together=together,
-            restorations=_suiting(names, found, restorations),
-        )
+        in_order = [parts[number] for number in sorted(parts)]
+        return Reading(self.file, in_order, workers, together=together)
 
-    def _datasets(self, columns: RowColumns, places: Longs) -> tuple[list[np.dtype[Any]], Datasets]:
-        """The types of datasets by their places in a row, and what the index claims."""
+    def _fitting(self, wanted: dict[int, WantedDatasets]) -> Iterator[tuple[int, Layout]]:
+        """Layouts of the datasets that fit, of samples that have such."""
+        if not wanted:
+            return
+        found = list(wanted.values())
+        fits = fitting(joined([each.found for each in found]), self._limits, self._nbytes)
+        if not fits.all():
+            bounds = pairwise(np.cumsum([0, *(len(each.paths) for each in found)]).tolist())
+            chosen = (_chosen(each, fits[a:b]) for each, (a, b) in zip(found, bounds, strict=True))
+            wanted = {n: each for n, each in zip(wanted, chosen, strict=True) if each.paths}
+        if wanted:
+            yield from zip(wanted, layouts_of(list(wanted.values())), strict=True)
+
+    def _datasets(
+        self,
+        objects: FooterObjects,
+        paths: Sequence[str],
+        listed: list[int],
+        restorations: Mapping[str, Restoration],
+    ) -> WantedDatasets:
+        """What the index says of datasets of a sample, by their paths and places in its row."""
+        row, columns, places = objects.row, objects.form.columns, np.array(listed, np.int64)
         num_axes = columns.object_ndim[places].astype(np.int64)
         num_chunks = columns.object_num_chunks[places].astype(np.int64)
         first_axes, first_chunks = columns.axis_ends[places], columns.chunk_ends[places]
@@ -303,17 +346,20 @@ class FooterStore:
         shape[:, -1] = chunk[:, -1] = widths
         chunks = np.repeat(first_chunks - np.cumsum(num_chunks) + num_chunks, num_chunks)
         chunks += np.arange(len(chunks))
-        return types, Datasets(
+        offsets, sizes, checksums = row.chunks
+        found = Datasets(
             shape,
             chunk,
             num_axes,
             itemsizes,
             np.where((widths > 1) & (codec != _DEFLATE), UNKNOWN, codec),
             num_chunks,
-            columns.chunk_offset[chunks],
-            columns.chunk_nbytes[chunks],
-            columns.chunk_checksum[chunks],
+            offsets[chunks],
+            sizes[chunks],
+            checksums[chunks],
         )
+        suiting = _suiting(paths, found, restorations)
+        return WantedDatasets(paths, types, found, suiting, chunks)
 
     def close(self) -> None:
         """Close the file."""
@@ -321,16 +367,17 @@ class FooterStore:
 
     def _chunk_table(self) -> tuple[NDArray[np.int64], Table, int]:
         """How many chunks samples up to each have; offset, size, checksum of all; num_datasets."""
-        names = ("chunk_offset", "chunk_nbytes", "chunk_checksum")
         parts: list[list[NDArray[Any]]] = [[np.empty(0, dtype)] for dtype in ("i8", "i8", "u8")]
         counts: list[int] = []
         num_datasets, rows = 0, self._tables.rows()
         # Joined group by group: views would keep all of their rows.
-        while batch := [row.columns for row in islice(rows, GROUP_ROWS)]:
-            for part, name in zip(parts, names, strict=True):
-                part.append(np.concatenate([getattr(each, name) for each in batch]))
-            counts += [len(each.chunk_nbytes) for each in batch]
-            num_datasets += sum(int(np.count_nonzero(each.object_num_chunks)) for each in batch)
+        while batch := list(islice(rows, GROUP_ROWS)):
+            chunks = [row.chunks for row in batch]
+            for part, columns in zip(parts, zip(*chunks, strict=True), strict=True):
+                part.append(np.concatenate(columns))
+            counts += [len(sizes) for _, sizes, _ in chunks]
+            numbers = np.concatenate([row.form.object_num_chunks for row in batch])
+            num_datasets += int(np.count_nonzero(numbers))
         offsets, sizes, checksums = map(np.concatenate, parts)
         return np.cumsum(counts), (offsets, sizes, checksums), num_datasets
 
@@ -365,7 +412,7 @@ class FooterStore:
             index = int(np.searchsorted(ends, number, side="right"))
             row = self._row(index)
             within = number - (int(ends[index - 1]) if index else 0)
-            place = int(np.searchsorted(row.columns.chunk_ends, within, side="right")) - 1
+            place = int(np.searchsorted(row.form.chunk_ends, within, side="right")) - 1
             ordinal = index if index < self.num_samples else NO_ORDINAL
             damaged.append((ordinal, self.entry(row, place).path))
         rest_fits = scanned.metadata_checksum == self._directory.metadata_checksum
@@ -380,13 +427,15 @@ class FooterStore:
         totals = np.zeros((3, len(firsts)), dtype=np.int64)
         rows = self._tables.rows()
         while batch := list(islice(rows, GROUP_ROWS)):
-            number, kind, ndim, dims, chunks, stored = (
-                np.concatenate([getattr(row.columns, name) for row in batch])
+            forms = [row.form for row in batch]
+            number, kind, ndim, dims, chunks = (
+                np.concatenate([getattr(form, name) for form in forms])
                 for name in (
                     *("object_type", "object_name", "object_ndim"),
-                    *("object_dims", "object_num_chunks", "chunk_nbytes"),
+                    *("object_dims", "object_num_chunks"),
                 )
             )
+            stored = np.concatenate([row.chunks[1] for row in batch])
             try:
                 raw, kind = itemsizes[number], kinds[kind]
             except IndexError as error:
@@ -437,63 +486,152 @@ class FooterStore:
 
     def facts(self, row: FooterRow, place: int) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of an object by its place in its row."""
-        columns = row.columns
         try:
-            dtype = self._directory.types[columns.object_type[place]]
-            return dtype, self._attr_sets[columns.object_attrs[place]]
+            dtype = self._directory.types[self.form(row).columns.object_type[place]]
+            return dtype, self._attr_sets[row.attr_sets[place]]
         except IndexError as error:
             raise _misfit(place, error) from error
 
     def entry(self, row: FooterRow, place: int) -> ObjectEntry:
         """An object by its place in its row."""
-        columns = row.columns
+        form = self.form(row)
         try:
-            path = self.names[int(columns.object_name[place])]
-            attrs = dict(self._attr_sets[int(columns.object_attrs[place])])
-            dtype = self._directory.types[int(columns.object_type[place])]
-            codec = self._directory.codecs[int(columns.object_codec[place])]
-            if not dtype:
-                return ObjectEntry(path, attrs)
-            digest = columns.object_digest[16 * place : 16 * place + 16].tobytes()
-            if any(digest):
-                attrs[DIGEST] = digest.hex()
-            dims = slice(*columns.axis_ends[place : place + 2].tolist())
-            chunks = slice(*columns.chunk_ends[place : place + 2].tolist())
-            entry = ObjectEntry(
-                path,
-                attrs,
-                dtype,
-                tuple(columns.object_dims[dims].tolist()),
-                tuple(columns.object_chunk_dims[dims].tolist()),
-                codec,
-                ChunkTable(
-                    tuple(columns.chunk_offset[chunks].tolist()),
-                    tuple(columns.chunk_nbytes[chunks].tolist()),
-                    tuple(columns.chunk_checksum[chunks].tolist()),
-                ),
-            )
+            entry, bounds, chunks = self._described(form, place)
+            attrs = dict(self._attr_sets[row.attr_sets[place]])
+            if bounds is None:
+                return ObjectEntry(entry.path, attrs)
+            if row.with_digest[place]:
+                attrs[DIGEST] = row.digests[32 * place : 32 * place + 32]
+            table = ChunkTable(*(tuple(column[chunks]) for column in row.listed_chunks))
             # Here, so that what the footer cannot mean is neither read, copied nor reported.
-            get_codec(codec)
-            check_sizes(entry, self._limits, self._nbytes)
+            check_chunks(table, bounds, self._nbytes)
+            return ObjectEntry(
+                *(entry.path, attrs, entry.dtype, entry.shape, entry.chunk, entry.codec, table)
+            )
         except FooterError:
             raise
         except (IndexError, ValueError, TypeError, ArchiveError) as error:
             raise _misfit(place, error) from error
-        return entry
+
+    def _described(self, form: StoredForm, place: int) -> Described:
+        """An object without what is its row's own; the errors of `entry`."""
+        if place in form.described:
+            return form.described[place]
+        columns = form.columns
+        path = self.names[int(columns.object_name[place])]
+        dtype = self._directory.types[int(columns.object_type[place])]
+        codec = self._directory.codecs[int(columns.object_codec[place])]
+        bounds = None
+        chunks = slice(*columns.chunk_ends[place : place + 2].tolist())
+        entry = ObjectEntry(path)
+        if dtype:
+            dims = slice(*columns.axis_ends[place : place + 2].tolist())
+            shape, chunk = columns.object_dims[dims], columns.object_chunk_dims[dims]
+            zeros = (0,) * (chunks.stop - chunks.start)
+            table = ChunkTable(zeros, zeros, zeros)
+            entry = ObjectEntry(
+                path, {}, dtype, tuple(shape.tolist()), tuple(chunk.tolist()), codec, table
+            )
+            get_codec(codec)
+            check_shape(entry, self._limits)
+            bounds = chunk_bounds(entry)
+        form.described[place] = entry, bounds, chunks
+        return form.described[place]
+
+    def facts_of(self, objects: FooterObjects) -> FormFacts:
+        """What checks of whole samples ask of a form; FooterError where an entry would be one."""
+        form = objects.form
+        if form.facts is None:
+            bounds: NDArray[Any] = np.zeros((2, int(form.columns.chunk_ends[-1])), np.float64)
+            num_datasets = raw_nbytes = 0
+            try:
+                for place in range(len(form.places)):
+                    entry, found, chunks = self._described(form, place)
+                    if found is not None:
+                        bounds[:, chunks] = [[found.smallest], [found.largest]]
+                        num_datasets += 1
+                        raw_nbytes += entry.raw_nbytes
+            except (IndexError, ValueError, TypeError, ArchiveError) as error:
+                raise _misfit(place, error) from error
+            form.facts = FormFacts(num_datasets, raw_nbytes, *bounds)
+        return form.facts
+
+    def fits(self, objects: FooterObjects) -> bool:
+        """Whether no entry of a sample is an error; True says so, False may be wrong."""
+        facts = self.facts_of(objects)
+        offsets, sizes, _ = objects.row.chunks
+        inside = (offsets > 0) & (sizes >= facts.smallest) & (sizes <= facts.largest)
+        inside &= offsets <= self._nbytes - sizes
+        known = max(objects.row.attr_sets, default=0) < len(self._attr_sets)
+        return known and bool(inside.all()) and int(sizes.sum()) <= self._nbytes
+
+
+class FormFacts(NamedTuple):
+    """Numbers of datasets and of their raw bytes, and bounds of the sizes of all chunks."""
+
+    num_datasets: int
+    raw_nbytes: int
+    smallest: NDArray[np.float64]
+    largest: NDArray[np.float64]
+
+
+class StoredForm:
+    """What samples whose rows are of one form have in common, made once.
+
+    Attributes
+    ----------
+    columns
+        The columns that they share.
+    places
+        Place in them of every object, by path.
+    described
+        Of objects by place, what does not differ between samples.
+    layouts
+        How some datasets are read, by their paths and restorations.
+    facts
+        Of `FooterStore.facts_of`.
+    needed
+        Datasets of a whole sample, by what chooses them.
+    """
+
+    def __init__(self, columns: RowForm, places: dict[str, int]) -> None:
+        self.columns, self.places = columns, places
+        self.described: dict[int, Described] = {}
+        self.layouts: dict[Any, Layout] = {}
+        self.facts: FormFacts | None = None
+        self.needed: dict[Any, tuple[str, ...]] = {}
+
+    def keep(self, key: Any, layout: Layout) -> None:
+        """Keep a layout for the next sample."""
+        # Another dict, as other threads may be looking into the full one.
+        known = {} if len(self.layouts) >= _LAYOUTS_KEPT else self.layouts
+        known[key] = layout
+        self.layouts = known
 
 
 def _misfit(place: int, error: Exception) -> FooterError:
     return FooterError(f"object {place} of a row of the index does not fit its columns: {error}")
 
 
+def _chosen(wanted: WantedDatasets, which: NDArray[np.bool_]) -> WantedDatasets:
+    """Some of the datasets."""
+    return WantedDatasets(
+        list(compress(wanted.paths, which)),
+        list(compress(wanted.types, which)),
+        wanted.found.chosen(which),
+        list(compress(wanted.restorations, which)),
+        wanted.places[which[wanted.found.owners]],
+    )
+
+
 def _suiting(
-    names: Sequence[tuple[int, str]], found: Datasets, given: Sequence[Mapping[str, Restoration]]
+    paths: Sequence[str], found: Datasets, given: Mapping[str, Restoration]
 ) -> list[Restoration | None]:
     """The restoration of every dataset that one suits."""
-    if not any(given):
-        return []
+    if not given:
+        return [None] * len(paths)
     facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
-    wanted = (given[number].get(path) for number, path in names)
+    wanted = map(given.get, paths)
     return [
         each if each is not None and each.suits(*fact) else None
         for each, fact in zip(wanted, facts, strict=True)
@@ -510,10 +648,10 @@ def _type_of(stored_type: str) -> np.dtype[Any]:
 class FooterObjects(Mapping[str, ObjectEntry]):
     """Objects of one sample; entries are made when asked for, since most readers want one."""
 
-    def __init__(self, store: FooterStore, row: FooterRow, places: dict[str, int]) -> None:
+    def __init__(self, store: FooterStore, row: FooterRow, form: StoredForm) -> None:
         self._store = store
         # For who plans to read many objects at once.
-        self.row, self.places = row, places
+        self.row, self.form, self.places = row, form, form.places
         self._made: dict[str, ObjectEntry] = {}
 
     def __getitem__(self, path: str) -> ObjectEntry:
@@ -522,6 +660,27 @@ class FooterObjects(Mapping[str, ObjectEntry]):
         if made is None:
             made = self._made[path] = self._store.entry(self.row, self.places[path])
         return made
+
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of all uncompressed arrays."""
+        return self._store.facts_of(self).raw_nbytes
+
+    @cached_property
+    def key(self) -> Any:
+        """Alike for samples that differ in the digests and chunks of their objects alone."""
+        return self.row.key, self.row.attr_sets, self.row.with_digest.tobytes()
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """Digests of all objects by path; None of one without."""
+        digests, with_digest = self.row.digests, self.row.with_digest.tolist()
+        return {
+            path: digests[32 * place : 32 * place + 32]
+            if with_digest[place]
+            else self.facts(path)[1].get(DIGEST)
+            for path, place in self.places.items()
+        }
 
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""

@@ -109,15 +109,18 @@ def _on_device(
         some = torch.from_numpy(heads[start : start + _HEADS]).to(device)
         of_heads = asked[some] * rule.scale
         of_groups = known[some * len(keys) // len(queries)]
-        sinks = None
-        if rule.sinks is not None:
-            sinks = torch.tensor(rule.sinks, device=device)[some][:, None, None]
+        slopes, sinks = (
+            None if each is None else torch.tensor(each, device=device)[some][:, None, None]
+            for each in (rule.slopes, rule.sinks)
+        )
         for block in row_blocks(rule, rows, keys.shape[1]):
             low, high = block.low, block.high
             of_rows = of_heads[:, torch.from_numpy(block.rows).to(device)]
             scores = of_rows @ of_groups[:, low:high].mT
             if rule.soft_cap is not None:
                 scores = (scores / rule.soft_cap).tanh_().mul_(rule.soft_cap)
+            if slopes is not None:
+                scores += slopes * torch.from_numpy(block.distances).to(device)
             first, end = (torch.from_numpy(each).to(device) for each in (block.first, block.end))
             for begin, stop in block.edges:
                 columns = torch.arange(begin, stop, device=device)

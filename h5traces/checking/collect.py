@@ -386,8 +386,8 @@ class _Seen:
         """Look at the index of an archive."""
         contents = np.empty(file.num_samples, np.uint64)
         for index in range(file.num_samples):
-            objects = {path: each.attrs for path, each in file.sample(index).objects.items()}
-            contents[index] = int(content_digest(objects)[:16], 16)
+            digests = file.digests(file.sample(index))
+            contents[index] = int(content_digest(digests)[:16], 16)
         self._paths.append(file.path)
         self._keys.append(_hashes(file.keys()))
         self._contents.append(contents)

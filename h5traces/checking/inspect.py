@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,10 +12,10 @@ import numpy as np
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import shared_metadata
 from h5traces.arguments import checked
-from h5traces.checking.meaning import look_of, stored_content
+from h5traces.checking.meaning import SMALL_NBYTES, look_of, num_workers, stored_content
 from h5traces.errors import SchemaError
 from h5traces.format import layout
-from h5traces.format.dtypes import TypedArray, count_not_finite
+from h5traces.format.dtypes import TypedArray, cast_values, count_not_finite
 from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import ArraySource, StepArrays, TraceRecord
@@ -30,10 +31,12 @@ from h5traces.storage.remote.paths import RemotePath
 from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from h5traces.format.limits import ReadLimits
+    from h5traces.format.record import LayerArray
+    from h5traces.meaning.array_checks import Mapper
     from h5traces.paths import Source
 
     ReportProgress = Callable[[int, int], None]
@@ -230,17 +233,23 @@ def _inspect_archive(
     limits: ReadLimits,
     progress: ReportProgress | None,
 ) -> Inspection:
-    with open_archive(file, limits=limits) as archive:
+    with (
+        open_archive(file, limits=limits) as archive,
+        ThreadPoolExecutor(num_workers()) as pool,
+    ):
         metadatas = list(archive._metadata())
         wanted = len(archive) if samples == "all" else min(samples, len(archive))
         looked_at = []
-        examined = SampleChecks(replace(look_of(archive), full_mapper=map))
+        look, examined = look_of(archive), SampleChecks()
         for index in range(wanted):
-            record = to_record(archive[index])
-            examined.add(record, stored_content(archive[index]))
-            looked_at.append(_sample_stats(index, record))
+            trace = archive[index]
+            record, kept = to_record(trace), trace._stored
+            mapper = pool.map if kept.raw_nbytes > SMALL_NBYTES else map
+            content = stored_content(trace)
+            examined.add(record, content, look=replace(look, full_mapper=mapper))
+            looked_at.append(_sample_stats(index, record, mapper=mapper))
             for each in looked_at[-1].arrays:
-                reason = archive[index]._stored.attrs(f"{each.kind}/{each.name}").get("kept_exact")
+                reason = kept.attrs(f"{each.kind}/{each.name}").get("kept_exact")
                 each.kept_exact = None if reason is None else str(reason)
             if progress is not None:
                 progress(index + 1, wanted)
@@ -333,7 +342,9 @@ def _length_stats(lengths: list[int]) -> dict[str, float]:
     }
 
 
-def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> SampleStats:
+def _sample_stats(
+    index: int, record: TraceRecord, *, read: bool = True, mapper: Mapper = map
+) -> SampleStats:
     problems: list[str] = []
     try:
         seq_len = record.describe().metadata.seq_len
@@ -352,7 +363,7 @@ def _sample_stats(index: int, record: TraceRecord, *, read: bool = True) -> Samp
         texts=dict(record.texts),
         num_tokens=_length(tokens),
         num_tokens_decoded=_length(decoded),
-        arrays=list(_array_stats(record)) if read else [],
+        arrays=_array_stats(record, mapper) if read else [],
         problems=problems,
     )
 
@@ -370,22 +381,36 @@ def _order_of_kinds(kind: str) -> tuple[int, str]:
     return (known.index(kind) if kind in known else len(known), kind)
 
 
-def _array_stats(record: TraceRecord) -> Iterator[ArrayStats]:
-    for kind in sorted(record.layered, key=_order_of_kinds):
-        for layer in record.layered[kind].arrays:
-            parts = _parts(layer.array)
-            shapes = [list(part.shape) for part in parts]
-            numbers = [part.to_numpy() for part in parts]
-            finite = [values for each in numbers if (values := each[np.isfinite(each)]).size]
-            counts = [count_not_finite(part) for part in parts]
-            yield ArrayStats(
-                kind=kind,
-                name=layer.name,
-                site=layer.site,
-                shape=shapes if isinstance(layer.array, StepArrays) else shapes[0],
-                dtype=parts[0].dtype if parts else "none",
-                minimum=min((float(each.min()) for each in finite), default=None),
-                maximum=max((float(each.max()) for each in finite), default=None),
-                num_nan=sum(nan for nan, _ in counts),
-                num_inf=sum(inf for _, inf in counts),
-            )
+def _range(array: TypedArray, not_finite: tuple[int, int]) -> tuple[float, float] | None:
+    """The smallest and the largest finite value; None without one."""
+    # numpy compares halves one by one.
+    is_half = array.dtype == "float16"
+    values = (cast_values(array, "float32") if is_half else array).to_numpy()
+    if any(not_finite):
+        values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else None
+
+
+def _array_stats(record: TraceRecord, mapper: Mapper) -> list[ArrayStats]:
+    def look(found: tuple[str, LayerArray]) -> ArrayStats:
+        kind, layer = found
+        parts = _parts(layer.array)
+        shapes = [list(part.shape) for part in parts]
+        counts = [count_not_finite(part) for part in parts]
+        ranges = list(filter(None, map(_range, parts, counts)))
+        return ArrayStats(
+            kind=kind,
+            name=layer.name,
+            site=layer.site,
+            shape=shapes if isinstance(layer.array, StepArrays) else shapes[0],
+            dtype=parts[0].dtype if parts else "none",
+            minimum=min((low for low, _ in ranges), default=None),
+            maximum=max((high for _, high in ranges), default=None),
+            num_nan=sum(nan for nan, _ in counts),
+            num_inf=sum(inf for _, inf in counts),
+        )
+
+    kinds = sorted(record.layered, key=_order_of_kinds)
+    return list(
+        mapper(look, [(kind, each) for kind in kinds for each in record.layered[kind].arrays])
+    )

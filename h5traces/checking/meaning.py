@@ -7,30 +7,41 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.digests import content_digest
 from h5traces.format.record import IndexRow
-from h5traces.meaning.sample_checks import Look, SampleChecks, vocabulary_of
+from h5traces.meaning.sample_checks import Look, SampleChecks, sample_findings, vocabulary_of
 from h5traces.storage.hdf5.reading import problem_kind
 from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from h5traces.archive.archive import Archive
     from h5traces.archive.trace import Trace
     from h5traces.checking.reports import ValidationReport
     from h5traces.format.limits import ReadLimits
+    from h5traces.meaning.checks import Finding
 
 # Each holds a layer, and some of it in float32.
 _MOST_WORKERS = 4
 # Bytes of a sample that take less time than handing its layers to threads.
-_SMALL = 1 << 20
+SMALL_NBYTES = 1 << 20
+
+
+class Looked(NamedTuple):
+    """What the values of one sample show; or that it cannot be read, and the kind of problem."""
+
+    found: tuple[Finding, ...] = ()
+    row: IndexRow | None = None
+    content: str | None = None
+    error: str | None = None
+    kind: str = ""
 
 
 def check_meaning(
@@ -38,44 +49,73 @@ def check_meaning(
     report: ValidationReport,
     limits: ReadLimits,
     *,
+    seen: Callable[[], Looked | None] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, IndexRow]:
     """Add the findings about all samples to the report; what cannot be read is a problem.
 
-    Returns what the table of samples should say of those that could be read.
+    `seen` gives what helpers saw of the next sample, None where they did not look. Returns what the
+    table of samples should say of those that could be read.
     """
     rows: dict[int, IndexRow] = {}
-    # What the structure's check said of the file's state need not be said again.
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", StoredStateWarning)
-        archive = stack.enter_context(open_archive(path, limits=limits, labels=False))
-        most = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-        pool = stack.enter_context(ThreadPoolExecutor(most))
-        look = replace(look_of(archive), full_mapper=map)
-        in_threads = replace(look, full_mapper=pool.map)
-        checks = SampleChecks(look)
+    with looking(path, limits, workers) as (archive, look):
+        checks = SampleChecks()
         # The first three parts of an absolute path are its sample's.
         known = {"/".join(each.loc.split("/")[:3]) for each in report.problems}
         for index in range(len(archive)):
             place = layout.sample_path(index)
+            # Helpers look at all.
+            looked = None if seen is None else seen()
             if place in known:
                 checks.skip()
                 continue
-            try:
-                trace = archive[index]
-                is_large = sum(each.raw_nbytes for each in trace._stored.objects.values()) > _SMALL
-                record = to_record(trace, lazy=is_large)
-                rows[index] = IndexRow.of(trace.metadata, record.texts)
-                checks.add(record, stored_content(trace), look=in_threads if is_large else look)
-            except H5TracesError as error:
-                report.add(place, error, problem_kind(error))
+            looked = looked or look(index)
+            if looked.row is None:
+                report.add(place, looked.error or "", looked.kind)
                 checks.skip()
+            else:
+                rows[index] = looked.row
+                row, is_asked = looked.row, archive.metadata.extraction is not None
+                generation = row.generation_index if is_asked else None
+                checks.add_found(looked.found, row.sample_id, looked.content, generation)
             if progress is not None:
                 progress(index + 1, len(archive))
     report.findings = checks.findings.summaries(report.checks)
     return rows
+
+
+@contextlib.contextmanager
+def looking(
+    path: Path, limits: ReadLimits, workers: int | None
+) -> Iterator[tuple[Archive, Callable[[int], Looked]]]:
+    """An open archive, and what looks at all values of one of its samples in so many threads."""
+    with contextlib.ExitStack() as stack:
+        # What the structure's check said of the file's state need not be said again.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", StoredStateWarning)
+        archive = stack.enter_context(open_archive(path, limits=limits, labels=False))
+        pool = stack.enter_context(ThreadPoolExecutor(workers or num_workers()))
+        alone = replace(look_of(archive), full_mapper=map)
+        in_threads = replace(alone, full_mapper=pool.map)
+
+        def look(index: int) -> Looked:
+            try:
+                trace = archive[index]
+                is_large = trace._stored.raw_nbytes > SMALL_NBYTES
+                record = to_record(trace, lazy=is_large)
+                found = sample_findings(record, in_threads if is_large else alone)
+                row = IndexRow.of(trace.metadata, record.texts)
+                return Looked(tuple(found), row, stored_content(trace))
+            except H5TracesError as error:
+                return Looked(error=str(error), kind=problem_kind(error))
+
+        yield archive, look
+
+
+def num_workers() -> int:
+    """Threads or processes that look at samples."""
+    return min(_MOST_WORKERS, os.cpu_count() or 1)
 
 
 def look_of(archive: Archive) -> Look:
@@ -88,5 +128,4 @@ def look_of(archive: Archive) -> Look:
 
 def stored_content(trace: Trace) -> str:
     """The digest of a stored sample's content, by those of its datasets."""
-    objects = trace._stored.objects
-    return content_digest({path: entry.attrs for path, entry in objects.items()})
+    return content_digest(trace._stored.digests)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -16,8 +17,9 @@ from h5traces.archive.file import check_format, check_version
 from h5traces.archive.foreign import error_for
 from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.stores import FooterObjects, FooterStore
 from h5traces.arguments import checked
+from h5traces.checking.helpers import helping
 from h5traces.checking.isolated import validate_isolated
 from h5traces.checking.meaning import check_meaning
 from h5traces.checking.reports import Reports, ValidationReport
@@ -32,7 +34,12 @@ from h5traces.errors import (
 from h5traces.format import layout, text
 from h5traces.format.archive import ArchiveMetadata, KindMetadata
 from h5traces.format.attention import RULE_ATTRS, AttentionRule
-from h5traces.format.digests import sample_difference
+from h5traces.format.digests import (
+    DIFFERENT_SAMPLE,
+    DIGEST,
+    ObjectsDigest,
+    sample_difference,
+)
 from h5traces.format.document import Attrs, from_attributes, unknown_attributes
 from h5traces.format.dtypes import FloatType
 from h5traces.format.kinds import MODEL_KINDS
@@ -67,7 +74,7 @@ from h5traces.storage.hdf5.headers import HeaderCheck
 from h5traces.storage.hdf5.reading import Hdf5Reader, problem_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from h5traces.checking.isolated import IsolationLimits
     from h5traces.format.document import Document
@@ -81,6 +88,8 @@ _ROOT_GROUPS: Final = frozenset({layout.KINDS_GROUP, layout.SAMPLES_GROUP, layou
 _NUMBERS: Final = {layout.TOKENS: "int64", layout.ATTENTION_MASK: "uint8"}
 _SAMPLE_DATASETS: Final = frozenset({*_NUMBERS, layout.TOKENS_DECODED, *layout.TEXT_FIELDS})
 _SITES: Final = frozenset({layout.SITE_EMBEDDING, layout.SITE_BLOCK_OUTPUT, layout.SITE_FINAL_NORM})
+# Forms of samples whose objects need not be checked again.
+_MOST_KNOWN: Final = 512
 _FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
 
 
@@ -136,7 +145,15 @@ def validate(
             for path in paths
         )
     return Reports(
-        validate_file(path, quick=quick, checks=checks, limits=limits, progress=progress)
+        validate_file(
+            path,
+            quick=quick,
+            checks=checks,
+            limits=limits,
+            progress=progress,
+            # Ranks are processes that share a machine already.
+            has_helpers=rank is None,
+        )
         for path in paths
     )
 
@@ -149,23 +166,52 @@ def validate_file(
     limits: ReadLimits = DEFAULT_LIMITS,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    has_helpers: bool = True,
 ) -> ValidationReport:
-    """Check one archive in this process, as `validate` does, with so many `workers`."""
+    """Check one archive in this process, as `validate` does, with so many `workers`.
+
+    With `has_helpers`, other processes look at some of many samples.
+    """
     file = Path(path)
     report = ValidationReport(str(file), checks=checks, is_quick=quick)
     try:
         with Hdf5Reader(file, limits) as reader:
             validation = _Validation(reader, limits, report, progress)
-            validation.run()
-            if not quick:
-                rows = check_meaning(file, report, limits, workers=workers, progress=progress)
-                validation.check_excerpts(rows)
+            count = 0 if quick else reader.root_attributes().get("num_samples")
+            with helping(file, limits, count, workers if has_helpers else 1) as others:
+                validation.run()
+                if not quick:
+                    rows = check_meaning(
+                        file,
+                        report,
+                        limits,
+                        seen=None if others is None else others.next,
+                        workers=workers,
+                        progress=progress,
+                    )
+                    validation.check_excerpts(rows)
     except ArchiveError as error:
         found = error_for(file, error)
         report.add("/", found, problem_kind(found))
     except H5TracesError as error:
         report.add("/", error, problem_kind(error))
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownObjects:
+    """Of a sample's objects: how many datasets there are, what casts changed, and their digest."""
+
+    num_datasets: int
+    casts: Sequence[tuple[tuple[object, str | None], Any]]
+    # None where samples are not known by a key.
+    digest: ObjectsDigest | None
+
+    def fits_digest(self, sample: SampleEntry) -> bool:
+        """Whether the digest of a sample with these objects is what it says."""
+        if self.digest is None or not isinstance(sample.objects, FooterObjects):
+            return sample_difference(sample) is None
+        return self.digest.of(sample.attrs, sample.objects.digests) == sample.attrs.get(DIGEST)
 
 
 class _Validation:
@@ -181,6 +227,8 @@ class _Validation:
         self._reader, self._limits, self._report = reader, limits, report
         self._add, self._progress = report.add, progress
         self._footer: FooterStore | None = None
+        # Of objects that were checked, by what tells samples apart.
+        self._known: dict[Any, _KnownObjects] = {}
         # Of samples, what the index finds them by; what compares headers with it, where all bytes
         # of HDF5's structures are as written, and where the groups of samples lie.
         self._keys: list[tuple[str | None, int | None]] = []
@@ -345,25 +393,49 @@ class _Validation:
         self._add_all(place, ((each.loc, each.message, each.kind) for each in problems))
         metadata = self._document(TraceMetadata, sample.attrs, place)
         self._samples.append(metadata)
-        self._report.num_datasets += sum(not each.is_group for each in sample.objects.values())
-        self._add_all(place, _sample_problems(sample, metadata, self._kinds))
-        for path, entry in sample.objects.items():
-            kind = self._kinds.get(path.partition("/")[0])
-            is_derived = kind is not None and kind.derivation is not None
-            if "cast_from" in entry.attrs and not is_derived:
-                key = entry.attrs["cast_from"], _float_type(entry)
-                self._casts[key].append(entry.attrs.get("num_changed"))
-        self._add_all(place, _encoding_problems(sample.objects, self._widths, self._metadata))
+        key = None
+        if isinstance(sample.objects, FooterObjects) and metadata is not None:
+            key = sample.objects.key, metadata.seq_len, metadata.coverage
+        known = self._known.get(key)
+        if known is None:
+            known = self._check_objects(sample, metadata, place, key)
+        self._report.num_datasets += known.num_datasets
+        for cast, num_changed in known.casts:
+            self._casts[cast].append(num_changed)
         if not problems:
-            differs = None if metadata is None else sample_difference(sample)
-            if differs is not None:
-                self._add(place, differs, "digest_mismatch")
+            if metadata is not None and not known.fits_digest(sample):
+                self._add(place, DIFFERENT_SAMPLE, "digest_mismatch")
             self._check_fields(sample, metadata, place)
             if not is_listed:
                 self._check_footer_sample(index, sample, place)
             if self._keys and self._keys[index] != key_of(sample.attrs):
                 message = "the index finds it by another id than it has"
                 self._add(place, message, "footer_mismatch")
+
+    def _check_objects(
+        self, sample: SampleEntry, metadata: TraceMetadata | None, place: str, key: Any
+    ) -> _KnownObjects:
+        """Check what the objects of a sample say; nothing is wrong with others of the same key."""
+        before = len(self._report.problems)
+        self._add_all(place, _sample_problems(sample, metadata, self._kinds))
+        casts = []
+        for path, entry in sample.objects.items():
+            kind = self._kinds.get(path.partition("/")[0])
+            is_derived = kind is not None and kind.derivation is not None
+            if "cast_from" in entry.attrs and not is_derived:
+                cast = entry.attrs["cast_from"], _float_type(entry)
+                casts.append((cast, entry.attrs.get("num_changed")))
+        self._add_all(place, _encoding_problems(sample.objects, self._widths, self._metadata))
+        num_datasets = sum(not each.is_group for each in sample.objects.values())
+        digest = None
+        if key is not None:
+            digest = ObjectsDigest({path: entry.attrs for path, entry in sample.objects.items()})
+        found = _KnownObjects(num_datasets, casts, digest)
+        if key is not None and len(self._report.problems) == before:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = found
+        return found
 
     def _listed(self, index: int, name: str) -> SampleEntry | None:
         """The sample as the index lists it, if its HDF5 headers hold just that; None if not.
@@ -374,7 +446,12 @@ class _Validation:
             return None
         try:
             listed = self._footer.sample(index)
-            return listed if self._headers.shows(self._addresses.get(name, 0), listed) else None
+            objects, address = listed.objects, self._addresses.get(name, 0)
+            assert isinstance(objects, FooterObjects)
+            if not self._footer.fits(objects):
+                return None
+            shows = self._headers.shows(address, listed, objects.row, objects.key)
+            return listed if shows else None
         except CorruptArchiveError:
             # `_check_footer_sample` says what it is.
             return None

@@ -416,7 +416,7 @@ def extract(
     default_kinds, default_state, default_size = _TRANSFORMERS if engine is None else _VLLM
     options = ExtractOptions(
         layers=layers,
-        kinds=_kinds(kinds or default_kinds),
+        kinds=_kinds(default_kinds if kinds is None else kinds),
         attentions=attentions,
         top_logits=top_logits,
         embedding=embedding,

@@ -83,8 +83,8 @@ class Anatomy:
     blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module | None, ...]
     sites: Mapping[str, Mapping[int, Site]] = field(default_factory=dict)
-    # Layers of which queries and keys were found to give the weights.
-    recomputed: frozenset[int] = frozenset()
+    # Layers of which queries and keys were found to give the weights, by which variant of the rule.
+    recomputed: Mapping[int, int] = field(default_factory=dict)
 
     def layers_with(self, kind: str) -> tuple[int, ...]:
         """The layers that have a kind."""

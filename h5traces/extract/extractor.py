@@ -18,7 +18,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
-from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
+from h5traces.extract.capture import CaptureOptions, Capturer
 from h5traces.extract.characters import (
     char_offsets,
     sample_text,
@@ -35,6 +35,7 @@ from h5traces.extract.generation import (
 from h5traces.extract.kept import ALL, kept_tokens
 from h5traces.extract.options import ExtractOptions, window_of
 from h5traces.extract.questions import Question
+from h5traces.extract.trials import check_capture, with_kinds
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata, SampleExtraction
 from h5traces.format.dtypes import DTYPE_POLICIES, TypedArray, cast_values
@@ -47,6 +48,7 @@ from h5traces.format.kinds import (
     SPANS,
 )
 from h5traces.format.record import LayeredArrays, TraceRecord
+from h5traces.meaning.sample_checks import vocabulary_of
 from h5traces.precision.attention import MEAN
 
 if TYPE_CHECKING:
@@ -226,6 +228,12 @@ class Extractor:
             message = f"{anatomy.model_class} is in training mode; call model.eval() first"
             raise ExtractionError(message)
         anatomy = with_kinds(anatomy, options.kinds, layers, needs_rules=options.attentions == "qk")
+        size = vocabulary_of(model.config.to_dict())
+        if size is not None and (options.top_logits or 0) > size:
+            message = (
+                f"top_logits is {options.top_logits}, but {anatomy.model_class} has {size} tokens"
+            )
+            raise ExtractionError(message)
         self._pad_id = padding_token(tokenizer, batch_size=options.batch_size)
         self._difference = check_capture(model, anatomy, options.kinds)
         self._batch_difference = (

@@ -186,7 +186,7 @@ class Planner:
             return given
         if prompt.text is None:
             # No text was tokenised, so none can be joined.
-            return tuple(self._tokenizer(given, add_special_tokens=False)["input_ids"])
+            return tuple(self._encoded(given, add_special_tokens=False))
         whole = tuple(self._tokens(prompt.text + given, is_chat=prompt.is_chat))
         if whole[: len(prompt.ids)] != prompt.ids or len(whole) == len(prompt.ids):
             message = (
@@ -208,7 +208,13 @@ class Planner:
             message = f"{job.name}: has spans, which need one given answer as text"
             raise UnfitAnswerError(message)
         for span, (start, end) in zip(spans, job.question.char_spans, strict=True):
-            if not 0 <= start < end <= len(text):
+            if end <= start:
+                message = (
+                    f"{job.name}: the span {start} to {end} holds nothing; expected its first "
+                    "character and the one after its last"
+                )
+                raise UnfitAnswerError(message)
+            if start < 0 or end > len(text):
                 message = (
                     f"{job.name}: the span {start} to {end} lies outside of the given answer, "
                     f"which has {len(text)} characters"
@@ -230,7 +236,12 @@ class Planner:
             raise UnfitAnswerError(message)
 
     def _tokens(self, text: str, *, is_chat: bool) -> list[int]:
-        found: list[int] = self._tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+        return self._encoded(text, add_special_tokens=not is_chat)
+
+    def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # Not verbose: prompts that are too long are left out, and named.
+        options = {"add_special_tokens": add_special_tokens, "verbose": False}
+        found: list[int] = self._tokenizer(text, **options)["input_ids"]
         return found
 
     def _prompt(self, question: Question) -> _Prompt:

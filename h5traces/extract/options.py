@@ -172,9 +172,15 @@ class ExtractOptions:
                 message = f"{name} is {getattr(self, name)!r}, expected {expected}"
                 raise ExtractionError(message)
         check_tokens(self.tokens)
+        asked = as_names(self.kinds)
         object.__setattr__(self, "kinds", with_form(self.kinds, self.attentions))
         if self.attentions == "qk" and self.tokens != "all":
             message = f"attentions='qk' needs the keys of all tokens, but tokens is {self.tokens!r}"
+            raise ExtractionError(message)
+        if not self.kinds and asked:
+            message = (
+                f"nothing is stored of kinds {list(asked)} with attentions={self.attentions!r}"
+            )
             raise ExtractionError(message)
         known = (*MODEL_KINDS, *TOKEN_KINDS)
         unknown = [each for each in self.kinds if each not in known]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from h5traces.extract.sites import BY_PRODUCT
+from h5traces.extract.sites import BIAS, BY_PRODUCT
 from h5traces.format.attention import AttentionRule
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Masks of floats take this much from what a query does not see; a bias never does.
 _HIDDEN: Final = -1e4
 _NUM_AXES_OF_MASK: Final = 4
+# Of its largest value, a bias in float32 is off a line by so much at most.
+_UNEVEN: Final = 1e-6
 
 
 def rule_of(
@@ -42,8 +44,14 @@ def rule_of(
         "sinks": None if sinks is None else tuple(sinks.detach().float().flatten().tolist()),
     }
     mask = facts.get("attention_mask")
-    if BY_PRODUCT in facts and _has_window(module):
-        return None
+    if BY_PRODUCT in facts:
+        mask = _own_mask(module, length)
+        if mask is None and _has_window(module):
+            return None
+        if facts[BIAS] is not None and length > 1:
+            named["slopes"] = _slopes(facts[BIAS], query.shape[1], row, length)
+            if named["slopes"] is None:
+                return None
     if mask is None or mask.ndim != _NUM_AXES_OF_MASK:
         window = facts.get("sliding_window")
         if not getattr(module, "is_causal", True):
@@ -69,6 +77,40 @@ def rule_of(
         if torch.equal(seen, (columns >= first) & (columns < end)):
             return rule
     return None
+
+
+def _own_mask(module: Any, length: int) -> torch.Tensor | None:
+    """What is seen ``(1, 1, S, S)``, by a table that the module has; GPT-Neo's has its window."""
+    buffers: Iterator[tuple[str, torch.Tensor]] = module.named_buffers()
+    for name, table in buffers:
+        is_mask = table.dtype == torch.bool and table.ndim == _NUM_AXES_OF_MASK
+        if name.rpartition(".")[2] == "bias" and is_mask:
+            return table[:1, :, :length, :length]
+    return None
+
+
+def _slopes(bias: torch.Tensor, heads: int, row: int, length: int) -> tuple[float, ...] | None:
+    """How what is added to the scores of each head grows from key to key; None if not evenly.
+
+    In half precision it does so up to some hundred keys.
+    """
+    if bias.shape[-2] != 1 or bias.numel() % (heads * bias.shape[-1]):
+        return None
+    of_rows = bias.detach().double().cpu().reshape(-1, heads, bias.shape[-1])
+    values = of_rows[row % len(of_rows), :, -length:]
+    slopes = (values[:, -1:] - values[:, :1]) / (length - 1)
+    line = values[:, :1] + slopes * torch.arange(length)
+    if bool(((values - line).abs() > _UNEVEN * values.abs().amax(1, keepdim=True)).any()):
+        return None
+    return tuple(slopes.flatten().tolist())
+
+
+def variants(rule: AttentionRule) -> tuple[AttentionRule, ...]:
+    """The rule, and the same without a scale; which of them holds is tried.
+
+    GPT-Neo does not scale, XGLM has scaled its queries before.
+    """
+    return rule, rule.model_copy(update={"scale": 1.0})
 
 
 def _has_window(module: Any) -> bool:

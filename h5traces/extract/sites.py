@@ -178,7 +178,7 @@ def attention_calls(note: Note, modules: Iterable[nn.Module] = ()) -> Iterator[N
     It gets the attention module, and ``query`` ``(B, A, S, D)``, ``key`` and ``value`` ``(B, K, S,
     D)`` as they enter the product, and what else the function was called with, by name. Of
     `modules`, of which some older families call none, it gets the factors of their own products,
-    and ``BY_PRODUCT`` in the place of all else.
+    and in the place of all else ``BY_PRODUCT``, and ``BIAS``: what they add to the scores, or None.
     """
     functions: Any = ALL_ATTENTION_FUNCTIONS
     plain = functions.get_interface
@@ -203,7 +203,8 @@ def attention_calls(note: Note, modules: Iterable[nn.Module] = ()) -> Iterator[N
         with contextlib.ExitStack() as stack:
             chosen = set(modules)
             for each in chosen:
-                stack.callback(each.register_forward_pre_hook(products.enter).remove)
+                enter = each.register_forward_pre_hook(products.enter, with_kwargs=True)
+                stack.callback(enter.remove)
                 stack.callback(each.register_forward_hook(products.leave).remove)
             if chosen:
                 stack.enter_context(products)
@@ -213,6 +214,9 @@ def attention_calls(note: Note, modules: Iterable[nn.Module] = ()) -> Iterator[N
 
 
 BY_PRODUCT: Final = "by_product"
+BIAS: Final = "bias"
+# Arguments of modules that multiply themselves.
+_BIASES: Final = ("alibi", "position_bias")
 _SCORES_AXES: Final = 4
 
 
@@ -224,11 +228,16 @@ class _Products(TorchFunctionMode):
         self._note = note
         self._module: nn.Module | None = None
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._num_rows = 1
+        self._bias: torch.Tensor | None = None
         self.is_inside = False
 
-    def enter(self, module: nn.Module, _args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The module begins."""
         self._module, self._factors, self.is_inside = module, None, True
+        states = first_tensor(args, kwargs)
+        self._num_rows = 1 if states is None else len(states)
+        self._bias = next((kwargs[each] for each in _BIASES if each in kwargs), None)
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """It ends."""
@@ -238,11 +247,19 @@ class _Products(TorchFunctionMode):
         self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.is_inside and func in _PRODUCTS and result.ndim == _SCORES_AXES:
-            self._multiplied(args[0], args[1], result)
+        if self.is_inside and func in _PRODUCTS:
+            left, right = [*args, *(kwargs or {}).values()][func in _SUMS :][:2]
+            if result.ndim == _SCORES_AXES:
+                self._multiplied(left, right, result)
+            elif left.ndim == right.ndim == _SCORES_AXES - 1 and not len(left) % self._num_rows:
+                # Rows and heads lie along one axis.
+                self._multiplied(*map(self._unfolded, (left, right, result)))
         elif self.is_inside and func is torch.nn.functional.scaled_dot_product_attention:
             self._tell(*args[:3])
         return result
+
+    def _unfolded(self, values: torch.Tensor) -> torch.Tensor:
+        return values.reshape(self._num_rows, -1, *values.shape[1:])
 
     def _multiplied(self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> None:
         if self._factors is None and result.shape[-1] == result.shape[-2] == left.shape[-2]:
@@ -254,10 +271,15 @@ class _Products(TorchFunctionMode):
         self.is_inside = False
         assert self._module is not None
         parts = {"query": query, "key": key, "value": value}
-        self._note(self._module, parts, {BY_PRODUCT: True})
+        self._note(self._module, parts, {BY_PRODUCT: True, BIAS: self._bias})
 
 
-_PRODUCTS: Final = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+# Their first argument is added to the product of the next two.
+_SUMS: Final = (torch.baddbmm, torch.Tensor.baddbmm)
+_PRODUCTS: Final = (
+    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
+    *(torch.bmm, torch.Tensor.bmm, *_SUMS),
+)
 
 
 def _sites_of(

@@ -37,6 +37,10 @@ class AttentionRule(Document):
     soft_cap: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="Bound on scores, if any.")
     ] = None
+    slopes: Annotated[
+        tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None,
+        Field(description="What each head adds to a score for every key further on (ALiBi)."),
+    ] = None
     sinks: Annotated[
         tuple[float, ...] | None,
         Field(

@@ -80,22 +80,56 @@ def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> st
     return xxhash.xxh3_128_hexdigest(document.encode("utf-8", "surrogatepass"))
 
 
+class ObjectsDigest:
+    """Digests of samples whose objects differ in digests alone, as `sample_digest` has them.
+
+    `objects` are attributes by path, as those of one sample; the digests in them do not matter.
+    """
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self._parts: list[str] = []
+        self._paths: list[str] = []
+        text = ""
+        for number, path in enumerate(sorted(objects)):
+            attrs = _without_users(objects[path])
+            before = compact_json({name: each for name, each in attrs.items() if name < DIGEST})
+            after = compact_json({name: each for name, each in attrs.items() if name > DIGEST})
+            pieces = [before[1:-1], f'"{DIGEST}":"', after[1:-1]]
+            text += f"{',' if number else ''}{compact_json(path)}:{{"
+            if DIGEST in attrs:
+                self._parts.append(text + ",".join(filter(None, pieces[:2])))
+                self._paths.append(path)
+                text = ",".join(['"', *filter(None, pieces[2:])]) + "}"
+            else:
+                text += ",".join(filter(None, pieces[::2])) + "}"
+        self._parts.append(text)
+
+    def of(self, metadata: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+        """The digest of a sample with these attributes, and digests of hexadecimal digits."""
+        content = {name: value for name, value in metadata.items() if name not in ARCHIVE_RELATIVE}
+        parts = ['{"metadata":', compact_json(_without_users(content)), ',"objects":{']
+        for part, path in zip(self._parts, self._paths, strict=False):
+            parts += (part, digests[path])
+        parts += (self._parts[-1], "}}")
+        return xxhash.xxh3_128_hexdigest("".join(parts).encode("utf-8", "surrogatepass"))
+
+
 # Fields that tell samples apart whose content is the same.
 _IDENTITY: Final = tuple(
     f"{layout.EXTRA_GROUP}/{name}" for name in (layout.QUESTION_ID, layout.LABEL)
 )
 
 
-def content_digest(objects: Mapping[str, Any]) -> str:
+def content_digest(digests: Mapping[str, Any]) -> str:
     """xxh3-128 over paths and digests of a sample's datasets, but its id and label.
 
-    Two samples with the same content digest hold the same bytes. `objects` are attributes by path.
+    Two samples with the same content digest hold the same bytes. `digests` are those of all objects
+    by path, None of one without.
     """
-    state = xxhash.xxh3_128()
-    for path in sorted(objects):
-        if not path.startswith(_IDENTITY):
-            state.update(f"{path} {objects[path].get(DIGEST)}\n".encode("utf-8", "replace"))
-    return state.hexdigest()
+    lines = [
+        f"{path} {digests[path]}\n" for path in sorted(digests) if not path.startswith(_IDENTITY)
+    ]
+    return xxhash.xxh3_128_hexdigest("".join(lines).encode("utf-8", "replace"))
 
 
 def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
@@ -108,6 +142,9 @@ def difference(entry: ObjectEntry, values: NDArray[Any]) -> str | None:
     return "the values do not fit their digest; they were edited, or exchanged by damage"
 
 
+DIFFERENT_SAMPLE: Final = "metadata or datasets do not fit the sample's digest; they were edited"
+
+
 def sample_difference(sample: SampleEntry, expected: str | None = None) -> str | None:
     """How a sample, with the digests of its datasets, differs from the one that was written.
 
@@ -116,4 +153,4 @@ def sample_difference(sample: SampleEntry, expected: str | None = None) -> str |
     objects = {path: entry.attrs for path, entry in sample.objects.items()}
     if sample_digest(sample.attrs, objects) == (expected or sample.attrs.get(DIGEST)):
         return None
-    return "metadata or datasets do not fit the sample's digest; they were edited"
+    return DIFFERENT_SAMPLE

@@ -72,7 +72,7 @@ LAYER_ATTRS: Final = frozenset(
     | {"encoding", "encoding_version", "formula", "restored_dtype", "kept_exact"}
     | {"scales", "zero_point", "spacing", "max_error_sigma", "levels", "mantissa_bits"}
     | {"exceptions", "num_exceptions"}
-    | {"mask", "window", "scale", "soft_cap", "sinks"}
+    | {"mask", "window", "scale", "soft_cap", "slopes", "sinks"}
 )
 # Attributes of all groups and datasets inside samples.
 OBJECT_ATTRS: Final = LAYER_ATTRS | {

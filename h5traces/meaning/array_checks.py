@@ -7,6 +7,7 @@ A quick look takes one such block of some rows of all layers; a full one joins b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -206,31 +207,60 @@ def _quick_states(layers: Layers) -> Iterator[_StateLayer]:
 
 
 def _full_states(layers: Layers) -> Iterable[_StateLayer]:
-    def look(named: tuple[str, ArraySource]) -> _StateLayer:
-        name, source = named
-        array = _rows(source.load())
-        size = max(1, _BLOCK_VALUES // array.shape[1])
-        stats = _States.of(_numbers(array, slice(size))[None])
-        for start in range(size, array.shape[0], size):
-            part = _numbers(array, slice(start, start + size))[None]
-            stats = stats.joined(_States.of(part, stats.first))
-        runs = _run(array.values), _run(array.values[::-1])
-        (found,) = _state_layers([name], stats, [runs], count_not_finite(array))
-        return found
+    def look(group: list[tuple[str, ArraySource]]) -> list[_StateLayer]:
+        names = [name for name, _ in group]
+        arrays = [_rows(source.load()) for _, source in group]
+        if len(group) == 1:
+            (array,) = arrays
+            size = max(1, _BLOCK_VALUES // array.shape[1])
+            stats = _States.of(_numbers(array, slice(size))[None])
+            for start in range(size, array.shape[0], size):
+                part = _numbers(array, slice(start, start + size))[None]
+                stats = stats.joined(_States.of(part, stats.first))
+        else:
+            stats = _States.of(_block(arrays))
+        runs = [(_run(array.values), _run(array.values[::-1])) for array in arrays]
+        return list(_state_layers(names, stats, runs, _not_finite(arrays, stats)))
 
     assert layers.mapper is not None
-    return layers.mapper(look, layers.arrays())
+    return itertools.chain.from_iterable(layers.mapper(look, _groups(layers.arrays())))
+
+
+def _groups(arrays: list[tuple[str, ArraySource]]) -> Iterator[list[tuple[str, ArraySource]]]:
+    """Arrays of one shape that follow each other, so many that they are one block."""
+    for shape, alike in itertools.groupby(arrays, lambda each: each[1].shape):
+        most = max(1, _BLOCK_VALUES // math.prod(shape))
+        while group := list(itertools.islice(alike, most)):
+            yield group
+
+
+def _block(arrays: list[TypedArray]) -> Floats:
+    """Arrays of one shape, one after the other, in float32."""
+    block = np.empty((len(arrays), *arrays[0].shape), dtype=np.float32)
+    with np.errstate(over="ignore"):
+        for index, array in enumerate(arrays):
+            block[index] = array.to_numpy()
+    return block
+
+
+def _not_finite(arrays: list[TypedArray], stats: _States | _Weights) -> list[tuple[int, int]]:
+    """Numbers of NaN and infinite values of each array; a range that is finite has none."""
+    is_finite = np.isfinite(stats.low) & np.isfinite(stats.high)
+    return [
+        (0, 0) if fits else count_not_finite(array)
+        for array, fits in zip(arrays, is_finite.tolist(), strict=True)
+    ]
 
 
 def _state_layers(
     names: list[str],
     stats: _States,
     runs: list[tuple[int, int]],
-    not_finite: tuple[int, int] = (0, 0),
+    not_finite: list[tuple[int, int]] | None = None,
 ) -> Iterator[_StateLayer]:
     columns = (stats.low, stats.high, stats.alike, stats.typical_norms())
-    number, rows = [not_finite] * len(names), (each.tolist() for each in columns)
-    return itertools.starmap(_StateLayer, zip(names, *rows, runs, number, strict=True))
+    numbers, rows = not_finite or [(0, 0)] * len(names), (each.tolist() for each in columns)
+    return itertools.starmap(_StateLayer, zip(names, *rows, runs, numbers, strict=True))
 
 
 def _rows(array: TypedArray) -> TypedArray:
@@ -440,27 +470,31 @@ def _quick_weights(layers: Layers, tolerance: float) -> Iterator[_WeightLayer]:
 
 
 def _full_weights(layers: Layers, tolerance: float) -> Iterable[_WeightLayer]:
-    def look(named: tuple[str, ArraySource]) -> _WeightLayer:
-        name, source = named
-        array = layers.weights(source)
-        whole: _Weights | None = None
-        for block, positions in _weight_blocks(array):
-            stats = _Weights.of(block[None], positions, tolerance)
-            whole = stats if whole is None else whole.joined(stats)
-        assert whole is not None
-        (found,) = _weight_layers([name], whole, count_not_finite(array))
-        return found
+    def look(group: list[tuple[str, ArraySource]]) -> list[_WeightLayer]:
+        names = [name for name, _ in group]
+        arrays = [layers.weights(source) for _, source in group]
+        if len(group) == 1:
+            parts = (
+                _Weights.of(block[None], positions, tolerance)
+                for block, positions in _weight_blocks(arrays[0])
+            )
+            stats = functools.reduce(_Weights.joined, parts)
+        else:
+            _, queries, keys = arrays[0].shape
+            positions = np.arange(queries) + (keys - queries)
+            stats = _Weights.of(_block(arrays), positions, tolerance)
+        return list(_weight_layers(names, stats, _not_finite(arrays, stats)))
 
     assert layers.mapper is not None
-    return layers.mapper(look, layers.arrays())
+    return itertools.chain.from_iterable(layers.mapper(look, _groups(layers.arrays())))
 
 
 def _weight_layers(
-    names: list[str], stats: _Weights, not_finite: tuple[int, int] = (0, 0)
+    names: list[str], stats: _Weights, not_finite: list[tuple[int, int]] | None = None
 ) -> Iterator[_WeightLayer]:
     columns = (getattr(stats, each).tolist() for each in _Weights.__slots__)
-    number = [not_finite] * len(names)
-    return itertools.starmap(_WeightLayer, zip(names, *columns, number, strict=True))
+    numbers = not_finite or [(0, 0)] * len(names)
+    return itertools.starmap(_WeightLayer, zip(names, *columns, numbers, strict=True))
 
 
 def _weight_blocks(array: TypedArray) -> Iterator[tuple[Floats, NDArray[np.int64]]]:
@@ -494,11 +528,7 @@ def _stacked(arrays: list[tuple[str, TypedArray]]) -> Iterator[tuple[list[str], 
         most = max(1, _BLOCK_VALUES // math.prod(shape))
         for start in range(0, len(alike), most):
             part = alike[start : start + most]
-            block = np.empty((len(part), *shape), dtype=np.float32)
-            with np.errstate(over="ignore"):
-                for index, (_, array) in enumerate(part):
-                    block[index] = array.to_numpy()
-            yield [name for name, _ in part], block
+            yield [name for name, _ in part], _block([array for _, array in part])
 
 
 def _numbers(array: TypedArray, part: Any) -> Floats:

@@ -226,13 +226,14 @@ class SampleChecks:
         self._look = look
         self.findings = Findings()
         self.num_samples = self._num_pairs = 0
-        self._ids: set[str] = set()
+        # With the generation index of what a model was asked: a question may have several answers.
+        self._ids: set[tuple[str, int | None]] = set()
         self._first: dict[str, int] = {}
 
     def resume(self, num_samples: int, sample_ids: Iterable[str]) -> None:
         """Go on after samples with these ids, which are not looked at."""
         self.num_samples = num_samples
-        self._ids.update(sample_ids)
+        self._ids.update((each, None) for each in sample_ids)
 
     def skip(self) -> None:
         """Count a sample that cannot be looked at."""
@@ -259,16 +260,32 @@ class SampleChecks:
         look
             How it is looked at, if not as the others.
         """
-        found = [*sample_findings(record, look or self._look), *further]
-        found += self._repeated(record.sample_id, content)
-        self.findings.add(found, self.num_samples)
+        found = sample_findings(record, look or self._look)
+        generation = record.generation_index if record.extraction else None
+        self.add_found([*found, *further], record.sample_id, content, generation)
+
+    def add_found(
+        self,
+        found: Iterable[Finding],
+        sample_id: str | None,
+        content: str | None,
+        generation: int | None = None,
+    ) -> None:
+        """Add what was found in the next sample by itself; its id and content as in `add`.
+
+        `generation` is the generation index of what a model was asked.
+        """
+        repeated = self._repeated(sample_id, generation, content)
+        self.findings.add([*found, *repeated], self.num_samples)
         self.num_samples += 1
 
-    def _repeated(self, sample_id: str | None, content: str | None) -> Iterator[Finding]:
+    def _repeated(
+        self, sample_id: str | None, generation: int | None, content: str | None
+    ) -> Iterator[Finding]:
         if sample_id is not None:
-            if sample_id in self._ids:
+            if (sample_id, generation) in self._ids:
                 yield Finding("repeated-id", layout.QUESTION_ID, "the id of an earlier sample")
-            self._ids.add(sample_id)
+            self._ids.add((sample_id, generation))
         if content is None:
             return
         first = self._first.setdefault(content, self.num_samples)

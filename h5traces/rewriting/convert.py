@@ -24,6 +24,7 @@ from h5traces.rewriting.convert_scales import ScalesOfModels, SharedScales
 from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
 from h5traces.rewriting.uploads import Uploads
+from h5traces.sources.responses import unused_responses
 from h5traces.sources.runs import facts_of_runs
 from h5traces.writing.calibrate import load_given
 from h5traces.writing.options import PrecisionOptions, TargetOptions, WriteOptions
@@ -146,6 +147,8 @@ def convert(
         recorded=recorded_options(reading, scales, layers),
     )
     jobs, found = plan_jobs(sources, place, merge=merge, reading=reading)
+    if chosen is None or chosen.number == 0:
+        found.left += unused_responses([each for job in jobs for each in job.sources], reading)
     if not target.dry_run:
         named = [source for job in jobs for source in job.sources]
         options = replace(options, runs=facts_of_runs(named, reading))

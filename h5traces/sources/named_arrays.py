@@ -59,6 +59,10 @@ class NamedArraysSource(TraceSource):
         self._samples = self._split(arrays)
         self.num_samples = len(self._samples)
 
+    def requests(self) -> tuple[str, ...]:
+        """Names of the samples to which responses of a server belong."""
+        return tuple(name for name, _ in self._samples)
+
     @property
     def progress(self) -> tuple[int, int]:
         """Bytes read so far, by samples, and the size of the file."""

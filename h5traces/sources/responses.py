@@ -8,6 +8,7 @@ compared whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from functools import lru_cache
@@ -16,15 +17,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.errors import ConversionError, SchemaError
+from h5traces.errors import ConversionError, H5TracesError, SchemaError
 from h5traces.format import layout
-from h5traces.format.text import and_more
+from h5traces.format.text import and_more, counted
 from h5traces.format.values import TorchValue
+from h5traces.sources.collecting import Leftover
+from h5traces.sources.opening import open_source
 from h5traces.sources.rows import read_rows, text_of
 from h5traces.storage.files import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from h5traces.meaning.options import ReadingOptions
 
 Row = dict[str, Any]
 
@@ -68,6 +73,42 @@ def add_response(item: dict[str, Any], stem: str, path: Path, responses: str) ->
     row, answer, prompt = _found(_rows(responses, _state(responses)), stem, path, responses)
     ids = _listed(_choice(row, answer, prompt).get(_PROMPT_IDS) or row.get(_PROMPT_IDS))
     _add(item, fields_of(row, answer, prompt), ids, f"{path}: the response in {responses}")
+
+
+def unused_responses(paths: Iterable[Path], reading: ReadingOptions) -> list[Leftover]:
+    """What of the file of responses belongs to no sample of these files: one entry, or none.
+
+    Files that cannot be read are named when they are converted.
+
+    Raises
+    ------
+    ConversionError
+        The file of responses is damaged.
+    """
+    if reading.responses is None:
+        return []
+    responses = os.fspath(reading.responses)
+    rows = _rows(responses, _state(responses))
+    used: set[int] = set()
+    for path in paths:
+        with contextlib.suppress(H5TracesError, OSError), open_source(path, reading) as source:
+            for stem in source.requests():
+                names, _, _ = _names_of_file(stem)
+                first = next((rows[name] for name in names if name in rows), [])
+                used.update(map(id, first))
+    left: dict[int, str] = {}
+    for name, found in rows.items():
+        for row in found:
+            if id(row) not in used:
+                left.setdefault(id(row), name)
+    if not left:
+        return []
+    message = (
+        f"{responses}: {counted(len(left), 'response')} of {len(used) + len(left)} belong to no "
+        f"file that is converted: {and_more(left.values())}; name their files as well, or leave "
+        "these responses out"
+    )
+    return [Leftover(responses, "a file of responses", message)]
 
 
 def fields_of(row: Mapping[str, Any], answer: int = 0, prompt: int = 0) -> dict[str, Any]:
@@ -151,16 +192,7 @@ def _found(
     rows: Mapping[str, list[Row]], stem: str, path: Path, responses: str
 ) -> tuple[Row, int, int]:
     """The row of a file, and which answer and prompt of it."""
-    answer = prompt = 0
-    names = [stem]
-    match = _REQUEST.fullmatch(stem)
-    if match is not None:
-        answer = int(match["answer"] or 0)
-        names.append(match["id"])
-        several = _PROMPT.fullmatch(match["id"])
-        if several is not None:
-            prompt = int(several["prompt"])
-            names.append(several["id"])
+    names, answer, prompt = _names_of_file(stem)
     for name in names:
         found = rows.get(name, [])
         if len(found) > 1:
@@ -173,6 +205,21 @@ def _found(
         f"{and_more(sorted(rows), 5) or 'none'}"
     )
     raise ConversionError(message)
+
+
+def _names_of_file(stem: str) -> tuple[list[str], int, int]:
+    """Ids that the response to a file's request may have, and which answer and prompt of it."""
+    answer = prompt = 0
+    names = [stem]
+    match = _REQUEST.fullmatch(stem)
+    if match is not None:
+        answer = int(match["answer"] or 0)
+        names.append(match["id"])
+        several = _PROMPT.fullmatch(match["id"])
+        if several is not None:
+            prompt = int(several["prompt"])
+            names.append(several["id"])
+    return names, answer, prompt
 
 
 def _state(path: str) -> tuple[int, int]:
@@ -199,12 +246,12 @@ def _rows(path: str, _state: tuple[int, int]) -> dict[str, list[Row]]:
     return found
 
 
-def _names(row: Row) -> set[str]:
+def _names(row: Row) -> list[str]:
     """What a response calls its file or request: the file alone where it names it."""
     parameters = row.get("kv_transfer_params")
     written = parameters.get("hidden_states_path") if isinstance(parameters, dict) else None
     written = written or row.get("file")
     if isinstance(written, str) and written:
-        return {PurePosixPath(written).name.removesuffix(".safetensors")}
+        return [PurePosixPath(written).name.removesuffix(".safetensors")]
     ids = (row.get(name) for name in _IDS)
-    return {str(each) for each in ids if type(each) in (str, int) and str(each)}
+    return list(dict.fromkeys(str(each) for each in ids if type(each) in (str, int) and str(each)))

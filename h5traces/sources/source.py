@@ -95,6 +95,10 @@ class TraceSource(ABC, Iterator[dict[Any, Any]]):
     def __next__(self) -> dict[Any, Any]:
         """The next sample."""
 
+    def requests(self) -> tuple[str, ...]:
+        """Names of the samples to which responses of a server belong."""
+        return ()
+
     @property
     @abstractmethod
     def progress(self) -> tuple[int, int]:

@@ -256,6 +256,13 @@ def _damaged(entry: ObjectEntry, number: int, what: str) -> CorruptArchiveError:
 
 def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> None:
     """Reject an entry whose claims do not fit the file, before anything is allocated for it."""
+    check_shape(entry, limits)
+    if entry.chunks is not None:
+        check_chunks(entry.chunks, chunk_bounds(entry), file_nbytes)
+
+
+def check_shape(entry: ObjectEntry, limits: ReadLimits) -> None:
+    """The part of `check_sizes` that is about shapes, and how many chunks they make."""
     shape, chunk = entry.shape, entry.chunk
     # HDF5 neither chunks nor filters scalars.
     is_chunked = bool(chunk) or entry.chunks is not None
@@ -283,7 +290,23 @@ def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> Non
     if counts != {expected}:
         message = f"{min(counts)} chunks are stored, expected {expected}"
         raise CorruptArchiveError(message)
-    _check_chunks(table, chunk_nbytes, MOST_RAW_NBYTES.get(entry.codec or ""), file_nbytes)
+
+
+class ChunkBounds(NamedTuple):
+    """What a chunk of an array has before compression, and may have stored."""
+
+    raw_nbytes: int
+    smallest: int
+    largest: int
+
+
+def chunk_bounds(entry: ObjectEntry) -> ChunkBounds:
+    """The bounds of the chunks of an entry for which `check_shape` holds."""
+    raw_nbytes = math.prod(entry.chunk) * carrier_dtype(entry.dtype).itemsize
+    most = MOST_RAW_NBYTES.get(entry.codec or "")
+    smallest = max(1, raw_nbytes // most) if most else 1
+    # Data that no codec can compress grow little.
+    return ChunkBounds(raw_nbytes, smallest, raw_nbytes + raw_nbytes // 100 + 1024)
 
 
 def _itemsize(stored_type: str, limits: ReadLimits) -> int:
@@ -296,14 +319,9 @@ def _itemsize(stored_type: str, limits: ReadLimits) -> int:
     return carrier_dtype(stored_type).itemsize
 
 
-def _check_chunks(table: ChunkTable, raw_nbytes: int, most: int | None, file_nbytes: int) -> None:
-    """Check that every chunk lies in the file and has a size that its codec can produce.
-
-    `most` is the largest number of raw bytes per stored byte of the codec, None without a bound.
-    """
-    smallest = max(1, raw_nbytes // most) if most else 1
-    # Data that no codec can compress grow little.
-    largest = raw_nbytes + raw_nbytes // 100 + 1024
+def check_chunks(table: ChunkTable, bounds: ChunkBounds, file_nbytes: int) -> None:
+    """Check that every chunk lies in the file and has a size that its codec can produce."""
+    raw_nbytes, smallest, largest = bounds
     for offset, size in zip(table.offsets, table.sizes, strict=True):
         if not 0 < offset <= offset + size <= file_nbytes:
             message = f"a chunk lies at {offset} + {size}, outside the file of {file_nbytes} bytes"

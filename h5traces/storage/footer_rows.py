@@ -12,8 +12,7 @@ import re
 import struct
 import zlib
 from array import array
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
     from h5traces.format.document import Attrs
     from h5traces.format.entries import ObjectEntry
+
+    Chunks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]
 
 
 class FooterError(CorruptArchiveError):
@@ -56,6 +57,11 @@ COLUMNS: Final = {
     "object_ndim": ("u1", 0, 1),
 }
 _COLUMNS: Final = tuple((np.dtype(dtype), which, times) for dtype, which, times in COLUMNS.values())
+# The first ones, of digests and chunks, are the row's own, and so is that of attributes; the others
+# are those of its form.
+_NUM_OWN: Final = 4
+_FORM: Final = tuple(name for name in COLUMNS if name not in (*list(COLUMNS)[:4], "object_attrs"))
+_FORM_COUNTS: Final = struct.Struct("<III")
 # Bytes of an object, an axis and a chunk in all columns.
 _WIDTHS: Final = tuple(
     sum(dtype.itemsize * times for dtype, which, times in _COLUMNS if which == each)
@@ -72,51 +78,85 @@ _CODES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RowColumns:
-    """The columns of one row, as read-only views of its bytes; `COLUMNS` lists them.
+class RowForm:
+    """What the rows of many samples share: all columns but those of attributes and chunks.
+
+    Parameters
+    ----------
+    key
+        These columns, as `COLUMNS` has them, after the numbers of objects, axes and chunks;
+        FooterError where they contradict each other.
 
     Attributes
     ----------
     axis_ends, chunk_ends
         Where the axes and the chunks of every object begin and end: one entry more than objects.
-    chunk_offset
-        Offset in the file of every chunk.
     """
 
-    object_digest: NDArray[np.uint8]
-    chunk_checksum: NDArray[np.uint64]
-    chunk_gap: NDArray[np.int64]
-    chunk_nbytes: NDArray[np.int64]
-    object_dims: NDArray[np.int64]
-    object_chunk_dims: NDArray[np.int64]
-    object_name: NDArray[np.uint32]
-    object_attrs: NDArray[np.uint32]
-    object_num_chunks: NDArray[np.uint32]
-    object_type: NDArray[np.uint16]
-    object_codec: NDArray[np.uint8]
-    object_ndim: NDArray[np.uint8]
-    axis_ends: NDArray[np.int64]
-    chunk_ends: NDArray[np.int64]
-    chunk_offset: NDArray[np.int64]
+    def __init__(self, key: bytes) -> None:
+        counts = _FORM_COUNTS.unpack_from(key)
+        position = _FORM_COUNTS.size
+        self.object_dims: NDArray[np.int64]
+        self.object_chunk_dims: NDArray[np.int64]
+        self.object_name: NDArray[np.uint32]
+        self.object_num_chunks: NDArray[np.uint32]
+        self.object_type: NDArray[np.uint16]
+        self.object_codec: NDArray[np.uint8]
+        self.object_ndim: NDArray[np.uint8]
+        for name in _FORM:
+            dtype, which, _ = COLUMNS[name]
+            column: NDArray[Any] = np.frombuffer(key, dtype, counts[which], position)
+            setattr(self, name, column)
+            position += column.nbytes
+        self.axis_ends, self.chunk_ends = _ends(self.object_ndim), _ends(self.object_num_chunks)
+        if (self.axis_ends[-1], self.chunk_ends[-1]) != counts[1:]:
+            message = "the objects of a row of the index have more or fewer axes or chunks than it"
+            raise FooterError(message)
+
+
+# Samples of one run have as many forms as lengths.
+form_of: Final = lru_cache(maxsize=512)(RowForm)
 
 
 class FooterRow:
-    """All that the footer says of one sample; FooterError where `raw` is not as long as it says."""
+    """All that the footer says of one sample; FooterError where `raw` is not as long as it says.
+
+    Attributes
+    ----------
+    key
+        What tells rows of different forms apart.
+    """
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
-        self._counts = COUNTS.unpack_from(raw) if len(raw) >= COUNTS.size else (0, 0, 0, 0)
-        objects, axes, chunks, attrs_nbytes = self._counts
+        counts = COUNTS.unpack_from(raw) if len(raw) >= COUNTS.size else (0, 0, 0, 0)
+        objects, axes, chunks, attrs_nbytes = counts
         of_object, of_axis, of_chunk = _WIDTHS
         columns_nbytes = of_object * objects + of_axis * axes + of_chunk * chunks
-        self._attrs_start = COUNTS.size + columns_nbytes
-        if self._attrs_start + attrs_nbytes != len(raw):
+        self._attrs_start = start = COUNTS.size + columns_nbytes
+        if start + attrs_nbytes != len(raw):
             message = (
                 f"a row of the index has {len(raw)} bytes, which is not the size of {objects} "
                 f"objects with {axes} axes, {chunks} chunks and {attrs_nbytes} bytes of attributes"
             )
             raise FooterError(message)
+        self._num_objects, self._num_chunks = objects, chunks
+        # Digests, 24 bytes of each chunk, axes and names, then numbers of attributes, and 8 bytes
+        # more of each object.
+        self._chunks_start = COUNTS.size + 16 * objects
+        attrs_stop = start - 8 * objects
+        self._attr_places = slice(attrs_stop - 4 * objects, attrs_stop)
+        axes_start = self._chunks_start + 24 * chunks
+        self.key = b"".join(
+            (
+                raw[: _FORM_COUNTS.size],
+                raw[axes_start : self._attr_places.start],
+                raw[attrs_stop:start],
+            )
+        )
+        self._attr_sets: tuple[int, ...] | None = None
+        self._chunks: Chunks | None = None
+        self._listed: tuple[list[int], list[int], list[int]] | None = None
 
     @property
     def attrs(self) -> Any:
@@ -127,22 +167,51 @@ class FooterRow:
             message = f"the index's attributes of a sample are not JSON: {error}"
             raise FooterError(message) from error
 
+    @property
+    def form(self) -> RowForm:
+        """What it shares with others; FooterError where that contradicts itself."""
+        return form_of(self.key)
+
+    # Not cached properties, which take a lock.
+
+    @property
+    def attr_sets(self) -> tuple[int, ...]:
+        """Numbers of the attributes of every object."""
+        if self._attr_sets is None:
+            self._attr_sets = struct.unpack(f"<{self._num_objects}I", self._raw[self._attr_places])
+        return self._attr_sets
+
+    @property
+    def chunks(self) -> Chunks:
+        """Offset in the file, stored size and checksum of every chunk."""
+        if self._chunks is None:
+            columns: list[Any] = []
+            position = self._chunks_start
+            for dtype, _, _ in _COLUMNS[1:_NUM_OWN]:
+                columns.append(np.frombuffer(self._raw, dtype, self._num_chunks, position))
+                position += 8 * self._num_chunks
+            checksums, gaps, sizes = columns
+            self._chunks = (gaps + sizes).cumsum() - sizes, sizes, checksums
+        return self._chunks
+
+    @property
+    def listed_chunks(self) -> tuple[list[int], list[int], list[int]]:
+        """The same as numbers of Python."""
+        if self._listed is None:
+            offsets, sizes, checksums = self.chunks
+            self._listed = offsets.tolist(), sizes.tolist(), checksums.tolist()
+        return self._listed
+
     @cached_property
-    def columns(self) -> RowColumns:
-        """The columns; FooterError where they are not as long as they say."""
-        columns: list[Any] = []
-        position = COUNTS.size
-        for dtype, which, times in _COLUMNS:
-            length = self._counts[which] * times
-            columns.append(np.frombuffer(self._raw, dtype, length, position))
-            position += length * dtype.itemsize
-        _, _, gaps, sizes, _, _, _, _, num_chunks, _, _, ndim = columns
-        axis_ends, chunk_ends = _ends(ndim), _ends(num_chunks)
-        if (axis_ends[-1], chunk_ends[-1]) != self._counts[1:3]:
-            message = "the objects of a row of the index have more or fewer axes or chunks than it"
-            raise FooterError(message)
-        offsets = (gaps + sizes).cumsum() - sizes
-        return RowColumns(*(*columns, axis_ends, chunk_ends, offsets))
+    def digests(self) -> str:
+        """The digests of all objects, in hexadecimal digits; zeros for those without."""
+        return self._raw[COUNTS.size : self._chunks_start].hex()
+
+    @cached_property
+    def with_digest(self) -> NDArray[np.bool_]:
+        """Which objects have a digest here."""
+        found = np.frombuffer(self._raw, np.uint8, 16 * self._num_objects, COUNTS.size)
+        return np.asarray(found.reshape(-1, 16).any(axis=1))
 
 
 def _ends(counts: NDArray[Any]) -> NDArray[np.int64]:

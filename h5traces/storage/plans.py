@@ -7,7 +7,7 @@ which words the errors.
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -21,6 +21,7 @@ from h5traces.storage.threads import shared_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from concurrent.futures import Future
 
     from numpy.typing import NDArray
     from typing_extensions import Buffer
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from h5traces.storage.files import ByteFile
 
     Longs = NDArray[np.int64]
+    Floats = NDArray[np.float64]
+    # Offset, stored size and checksum of some chunks.
+    Chunks = tuple[Longs, Longs, NDArray[np.uint64]]
 
 # HDF5's own limit
 MAX_AXES: Final = 32
@@ -58,8 +62,7 @@ class Datasets(NamedTuple):
     # (chunks,), those of the first dataset first
     offsets: Longs
     sizes: Longs
-    # None if only HDF5 is known, which keeps none
-    checksums: NDArray[np.uint64] | None
+    checksums: NDArray[np.uint64]
 
     @property
     def owners(self) -> Longs:
@@ -75,10 +78,10 @@ class Datasets(NamedTuple):
     def chosen(self, which: NDArray[np.bool_]) -> Datasets:
         """Some of the datasets."""
         chunks = which[self.owners]
-        checksums = None if self.checksums is None else self.checksums[chunks]
         shape, chunk, num_axes, itemsize, codec, num_chunks = (each[which] for each in self[:6])
         datasets = shape, chunk, num_axes, itemsize, codec, num_chunks
-        return Datasets(*datasets, self.offsets[chunks], self.sizes[chunks], checksums)
+        chosen = self.offsets[chunks], self.sizes[chunks], self.checksums[chunks]
+        return Datasets(*datasets, *chosen)
 
 
 def joined(parts: Sequence[Datasets]) -> Datasets:
@@ -131,14 +134,21 @@ def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np
     fits &= ((axes >= cut) | (chunk == 1)).all(axis=1)
     fits &= ((axes <= cut) | (chunk == np.maximum(shape, 1))).all(axis=1)
     owners, sizes = found.owners, found.sizes
-    raw = chunk_nbytes[owners]
-    inside = (found.offsets > 0) & (sizes >= 0) & (sizes <= file_nbytes)
-    inside &= found.offsets <= file_nbytes - sizes
-    inside &= sizes >= np.maximum(1, raw // _MOST_RAW[found.codec[owners]])
-    inside &= sizes <= raw + raw // 100 + 1024
+    smallest, largest = _bounds_of_chunks(found)
+    inside = (found.offsets > 0) & (sizes >= smallest) & (sizes <= largest)
+    inside &= (sizes <= file_nbytes) & (found.offsets <= file_nbytes - sizes)
     fits[owners[~inside]] = False
     # Chunks that overlap would inflate to any size; floats, as the sum may be any.
     return fits & (np.bincount(owners, sizes, minlength=len(fits)) <= file_nbytes)
+
+
+def _bounds_of_chunks(found: Datasets) -> tuple[Floats, Floats]:
+    """The smallest and largest stored size of every chunk, as `arrays.chunk_bounds`."""
+    # Floats do not overflow.
+    owners = found.owners
+    raw = (found.chunk.astype(np.float64).prod(axis=1) * found.itemsize)[owners]
+    smallest = np.maximum(1, raw // _MOST_RAW[found.codec[owners]])
+    return smallest, raw + raw // 100 + 1024
 
 
 def _cut_axis(grid: Longs) -> Longs:
@@ -165,8 +175,7 @@ def plan_of(found: Datasets, targets: Longs, restored: Longs) -> NDArray[Any]:
     first = along * step[owners]
     plan = np.zeros(len(owners), PLAN)
     plan["offset"], plan["nbytes"] = found.offsets, found.sizes
-    if found.checksums is not None:
-        plan["checksum"], plan["is_checked"] = found.checksums, 1
+    plan["checksum"], plan["is_checked"] = found.checksums, 1
     plan["raw_nbytes"] = (step * inner * found.itemsize)[owners]
     plan["count"] = np.minimum(step[owners], length[owners] - first) * inner[owners]
     elements = (outer * length[owners] + first) * inner[owners]
@@ -179,18 +188,24 @@ def _add_restorations(
     plan: NDArray[Any], owners: Longs, restorations: Sequence[Restoration | None]
 ) -> bytes:
     """Write how chunks are restored into a plan; the tables that it refers to."""
-    tables: dict[int, tuple[int, bytes]] = {}
+    places: dict[bytes, int] = {}
     end = 0
     for number, each in enumerate(restorations):
         if each is None:
             continue
-        if id(each.table) not in tables:
-            tables[id(each.table)] = end, each.table
+        if each.table not in places:
+            places[each.table] = end
             end += len(each.table)
         rows = slice(*np.searchsorted(owners, (number, number + 1)).tolist())
-        plan["restoring"][rows], plan["table"][rows] = each.how, tables[id(each.table)][0]
+        plan["restoring"][rows], plan["table"][rows] = each.how, places[each.table]
         plan["width"][rows], plan["zero_point"][rows] = each.width, each.zero_point
-    return b"".join(table for _, table in tables.values())
+    return _joined_tables(tuple(places))
+
+
+@lru_cache(maxsize=4)
+def _joined_tables(tables: tuple[bytes, ...]) -> bytes:
+    """One piece of memory for all layouts with these tables, which take 1 MB for 32 wide layers."""
+    return b"".join(tables)
 
 
 def run(
@@ -209,99 +224,240 @@ def run(
     run_plan(plan, stored, arena, tables, threads=threads)
 
 
+class Wanted(NamedTuple):
+    """Datasets of one sample, for which `fitting` holds.
+
+    `restorations` are those of datasets that are restored after their chunks; `places` are those
+    of their chunks among all of the sample.
+    """
+
+    paths: Sequence[str]
+    types: Sequence[np.dtype[Any]]
+    found: Datasets
+    restorations: Sequence[Restoration | None]
+    places: Longs
+
+
+class Layout:
+    """Where datasets of a sample lie in memory, and the plan that reads them.
+
+    They are the same for all samples of one form. `layouts_of` makes some.
+
+    Attributes
+    ----------
+    datasets
+        Path, type, shape and first byte of each.
+    starts, nbytes, raw_nbytes
+        First bytes; bytes in memory, and before anything is restored.
+    plan, tables, rows
+        The plan, the tables it refers to, and where the chunks of every dataset begin in it.
+    """
+
+    def __init__(
+        self,
+        datasets: list[tuple[str, np.dtype[Any], tuple[int, ...], int]],
+        starts: Longs,
+        nbytes: tuple[int, int],
+        plan: tuple[NDArray[Any], bytes, Longs],
+        chunks: tuple[Longs, Floats, Floats],
+    ) -> None:
+        self.datasets, self.starts = datasets, starts
+        self.nbytes, self.raw_nbytes = nbytes
+        self.plan, self.tables, self.rows = plan
+        self.types = frozenset(dtype for _, dtype, _, _ in datasets)
+        self._chunks, self._smallest, self._largest = chunks
+
+    def chosen(self, chunks: Chunks) -> Chunks:
+        """The chunks of these datasets, of all of a sample."""
+        offsets, sizes, checksums = chunks
+        return offsets[self._chunks], sizes[self._chunks], checksums[self._chunks]
+
+    def fits(self, chosen: Chunks, file_nbytes: int) -> bool:
+        """Whether chunks lie in the file and have sizes that their codecs can produce."""
+        offsets, sizes, _ = chosen
+        inside = (offsets > 0) & (sizes >= self._smallest) & (sizes <= self._largest)
+        inside &= offsets <= file_nbytes - sizes
+        return bool(inside.all()) and int(sizes.sum()) <= file_nbytes
+
+
+def layouts_of(wanted: Sequence[Wanted]) -> list[Layout]:
+    """The layouts of some samples; numpy is called as often for many as for one."""
+    found = joined([each.found for each in wanted])
+    types = [dtype for each in wanted for dtype in each.types]
+    restorations = [how for each in wanted for how in each.restorations]
+    restored = found.itemsize
+    if any(restorations):
+        types = [how.dtype if how else types[number] for number, how in enumerate(restorations)]
+        sizes = [how.dtype.itemsize if how else 0 for how in restorations]
+        restored = np.where(np.equal(sizes, 0), restored, sizes)
+    counts = [len(each.paths) for each in wanted]
+    firsts = np.cumsum([0, *counts])
+    bounds = list(pairwise(firsts.tolist()))
+    nbytes = found.shape.prod(axis=1) * restored
+    # Elements of several sizes begin at multiples of eight bytes.
+    if len(set(types)) > 1:
+        is_mixed = np.repeat([len(set(types[a:b])) > 1 for a, b in bounds], counts)
+        nbytes = np.where(is_mixed, -(-nbytes // 8) * 8, nbytes)
+    ends = np.cumsum(nbytes)
+    starts = ends - nbytes
+    own = starts - np.repeat(starts[firsts[:-1]], counts) if len(wanted) > 1 else starts
+    plan, owners = plan_of(found, own, restored), found.owners
+    tables = _add_restorations(plan, owners, restorations)
+    rows = np.cumsum(found.num_chunks) - found.num_chunks
+    smallest, largest = _bounds_of_chunks(found)
+    raw_nbytes, edges = found.nbytes, [*rows[firsts[:-1]].tolist(), len(plan)]
+    shapes = [
+        tuple(shape[:axes])
+        for shape, axes in zip(found.shape.tolist(), found.num_axes.tolist(), strict=True)
+    ]
+    layouts = []
+    for each, (a, b), (first, stop) in zip(wanted, bounds, pairwise(edges), strict=True):
+        datasets = zip(each.paths, types[a:b], shapes[a:b], own[a:b].tolist(), strict=True)
+        layouts.append(
+            Layout(
+                list(datasets),
+                own[a:b],
+                (int(ends[b - 1] - starts[a]), int(raw_nbytes[a:b].sum())),
+                (plan[first:stop], tables, rows[a:b] - first),
+                (each.places, smallest[first:stop], largest[first:stop]),
+            )
+        )
+    return layouts
+
+
+class Part(NamedTuple):
+    """Datasets of one sample that are to be read: its number, and the chunks of its `layout`."""
+
+    number: int
+    layout: Layout
+    chunks: Chunks
+
+
 class Reading:
     """Datasets of some samples on their way into memory, in up to `workers` threads.
 
     Arrays share memory with their neighbours: to keep one is to keep up to 4 MiB. With `together`,
     all lie one after the other in one piece of memory.
 
-    Parameters
-    ----------
-    file
-        Where they are stored.
-    names
-        Number of the sample and path of every dataset, in order of samples.
-    types
-        Their types.
-    found
-        What the index says of them; `fitting` holds for all.
-    restorations
-        Of those that are restored after their chunks; their types are those restored.
+    `parts` are in order of samples; `Layout.fits` holds for their chunks.
     """
 
     def __init__(
-        self,
-        file: ByteFile,
-        names: Sequence[tuple[int, str]],
-        types: Sequence[np.dtype[Any]],
-        found: Datasets,
-        workers: int,
-        *,
-        together: bool = False,
-        restorations: Sequence[Restoration | None] = (),
+        self, file: ByteFile, parts: Sequence[Part], workers: int, *, together: bool = False
     ) -> None:
-        self._firsts: dict[int, int] = {}
-        for place, (sample, _) in enumerate(names):
-            self._firsts.setdefault(sample, place)
-        restored = found.itemsize
-        if any(restorations):
-            changed = enumerate(restorations)
-            types = [each.dtype if each else types[number] for number, each in changed]
-            sizes = [each.dtype.itemsize if each else 0 for each in restorations]
-            restored = np.where(np.equal(sizes, 0), restored, sizes)
-        nbytes = found.shape.prod(axis=1) * restored
-        # Elements of several sizes begin at multiples of eight bytes.
-        room = nbytes if len(set(types)) <= 1 else -(-nbytes // 8) * 8
-        ends = np.cumsum(room)
-        starts = ends - room
-        plan, owners = plan_of(found, starts, restored), found.owners
-        tables = _add_restorations(plan, owners, restorations)
+        plan, tables, bases = _joined_plan(parts)
+        nbytes, num_datasets = bases[-1], sum(len(part.layout.datasets) for part in parts)
         # Little is read at once, by threads of the kernels: Python's would wait for each other.
-        is_small = workers > 1 and _SMALL_NBYTES <= ends[-1] <= _SHARED_NBYTES
+        is_small = workers > 1 and _SMALL_NBYTES <= nbytes <= _SHARED_NBYTES
         threads = workers if is_small else 1
-        bounds = [0, len(names)] if together or is_small else _bounds(starts, workers)
-        rows = np.searchsorted(owners, bounds).tolist()
-        parts: list[tuple[NDArray[np.uint8], Future[bool]]] = []
-        for (first, stop), each in zip(pairwise(bounds), pairwise(rows), strict=True):
-            start = int(starts[first])
-            arena = POOL.array(int(ends[stop - 1]) - start)
-            starts[first:stop] -= start
+        starts, bounds, rows = [0], [0, num_datasets], [0, len(plan)]
+        if not together and not is_small and nbytes > _SMALL_NBYTES:
+            starts, bounds, rows = _pieces(parts, bases, workers)
+        # Memory of every dataset, and whether it was read.
+        self._memory: list[tuple[NDArray[np.uint8], Future[bool] | _Done]] = []
+        # First byte in it of the first of several datasets.
+        self._origins: list[int] = []
+        spans = pairwise([*starts, nbytes])
+        for (first, stop), each, (start, end) in zip(
+            pairwise(bounds), pairwise(rows), spans, strict=True
+        ):
+            arena = POOL.array(end - start)
             part = plan[slice(*each)]
             part["target"] -= start
-            parts += [(arena, _submit(file, part, arena, tables, workers, threads))] * (
-                stop - first
-            )
-        shapes, places = found.shape.tolist(), starts.tolist()
-        axes = found.num_axes.tolist()
-        self._datasets = list(zip(names, types, shapes, axes, places, parts, strict=True))
+            known = (arena, _submit(file, part, arena, tables, workers, threads))
+            self._memory += [known] * (stop - first)
+            self._origins += [start] * (stop - first)
+        self._parts: dict[int, tuple[Layout, int, int]] = {}
+        first = 0
+        for part_, base in zip(parts, bases, strict=False):
+            self._parts[part_.number] = part_.layout, base, first
+            first += len(part_.layout.datasets)
 
     def arrays(self, sample: int = 0) -> dict[str, NDArray[Any]]:
         """The arrays of a sample by path, without those that share memory with damaged ones."""
-        first = self._firsts.get(sample, len(self._datasets))
+        if sample not in self._parts:
+            return {}
+        layout, base, place = self._parts[sample]
         found = {}
-        for (number, path), dtype, shape, axes, start, (arena, read) in self._datasets[first:]:
-            if number != sample:
-                break
+        for path, dtype, shape, start in layout.datasets:
+            arena, read = self._memory[place]
             if read.result():
-                found[path] = np.ndarray(shape[:axes], dtype, arena, start)
+                found[path] = np.ndarray(shape, dtype, arena, base + start - self._origins[place])
+            place += 1
         return found
+
+
+class _Done:
+    """A result that is known; a `Future` takes as long to make as a small sample to read."""
+
+    def __init__(self, *, value: bool) -> None:
+        self._value = value
+
+    def result(self) -> bool:
+        """The result."""
+        return self._value
 
 
 class NothingRead(Reading):
     """None of them: whoever wants one reads it alone, and says why where it cannot be read."""
 
     def __init__(self) -> None:
-        self._firsts, self._datasets = {}, []
+        self._parts = {}
 
 
-def _bounds(starts: Longs, workers: int) -> list[int]:
-    """Where new memory begins: after every 4 MiB, or less where threads would have nothing to do.
+def _joined_plan(parts: Sequence[Part]) -> tuple[NDArray[Any], bytes, list[int]]:
+    """The plan of all parts, the tables it refers to, and where parts begin and the last ends."""
+    plan = np.concatenate([part.layout.plan for part in parts])
+    for name, columns in zip(
+        ("offset", "nbytes", "checksum"),
+        zip(*(part.chunks for part in parts), strict=True),
+        strict=True,
+    ):
+        plan[name] = columns[0] if len(columns) == 1 else np.concatenate(columns)
+    is_mixed = len({each for part in parts for each in part.layout.types}) > 1
+    bases, tables = [0], {}
+    row = end = 0
+    for number, (_, layout, _) in enumerate(parts):
+        if number:
+            plan["target"][row : row + len(layout.plan)] += bases[-1]
+        if layout.tables:
+            if layout.tables not in tables:
+                tables[layout.tables] = end
+                end += len(layout.tables)
+            some = plan[row : row + len(layout.plan)]
+            some["table"] += np.where(some["restoring"] > 0, tables[layout.tables], 0)
+        row += len(layout.plan)
+        base = bases[-1] + layout.nbytes
+        bases.append(-(-base // 8) * 8 if is_mixed else base)
+    return plan, b"".join(tables), bases
 
-    A dataset that is as large has memory of its own.
+
+def _pieces(
+    parts: Sequence[Part], bases: Sequence[int], workers: int
+) -> tuple[list[int], list[int], list[int]]:
+    """First bytes of the pieces of memory, and where their datasets and rows begin and end.
+
+    After every 4 MiB, or less where threads would have nothing to do, new memory begins. A dataset
+    that is as large has memory of its own.
     """
+    layouts = [part.layout for part in parts]
+    numbers = np.cumsum([0, *(len(layout.plan) for layout in layouts)])
+    firsts = zip(layouts, bases, numbers, strict=False)
+    starts, rows = (
+        np.concatenate(each)
+        for each in zip(
+            *((layout.starts + base, layout.rows + row) for layout, base, row in firsts),
+            strict=True,
+        )
+    )
     share = int(starts[-1]) // (2 * workers) if workers > 1 else _SHARED_NBYTES
     pieces = starts // min(max(share, _SMALL_NBYTES), _SHARED_NBYTES)
-    return [0, *(np.flatnonzero(pieces[1:] != pieces[:-1]) + 1).tolist(), len(starts)]
+    bounds = np.array([0, *(np.flatnonzero(pieces[1:] != pieces[:-1]) + 1)])
+    return (
+        starts[bounds].tolist(),
+        [*bounds.tolist(), len(starts)],
+        [*rows[bounds].tolist(), int(numbers[-1])],
+    )
 
 
 def _submit(
@@ -311,7 +467,7 @@ def _submit(
     tables: bytes,
     workers: int,
     threads: int,
-) -> Future[bool]:
+) -> Future[bool] | _Done:
     """Whether a plan was read; now, by `threads`, or in one of `workers` if that is worth it."""
 
     def read() -> bool:
@@ -323,6 +479,4 @@ def _submit(
 
     if workers > 1 and threads == 1 and arena.size >= _SMALL_NBYTES:
         return shared_pool(workers).submit(read)
-    done: Future[bool] = Future()
-    done.set_result(read())
-    return done
+    return _Done(value=read())

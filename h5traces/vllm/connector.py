@@ -55,6 +55,15 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "docs/vllm.md"
             )
             raise OptionError(message)
+        # Steps with a longer sequence leave what the cache held before in place of states.
+        shorter = speculative.draft_model_config.max_model_len
+        if shorter is not None and shorter < vllm_config.model_config.max_model_len:
+            message = (
+                f"speculative_config has max_model_len {shorter}, and the engine "
+                f"{vllm_config.model_config.max_model_len}: vLLM keeps no states of longer "
+                "sequences; leave it out"
+            )
+            raise OptionError(message)
         ids = speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids
         self._num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
         self._slots = slots_of(list(ids), self._num_layers, self._settings.layers)
@@ -85,7 +94,7 @@ class H5TracesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         # The last token was chosen, but is not an input.
         count = min(len(every) - 1, request.num_computed_tokens)
         if count < 1 or not block_ids:
-            return False, None
+            return False, {KEY: {"error": "not stored: vLLM kept no states of it"}}
         try:
             sample_id, fields = asked_for(request.kv_transfer_params)
         except OptionError as error:

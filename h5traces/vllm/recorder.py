@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
-from h5traces.errors import ArchiveExistsError, ExtractionError, OptionError
+from h5traces.errors import ArchiveExistsError, ExtractionError, OptionError, TargetError
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.record import LayerArray, LayeredArrays, TraceRecord
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 NAME: Final = "H5TracesConnector"
 # In `kv_transfer_params`, of requests and of responses.
 KEY: Final = "h5traces"
+log: Final = logging.getLogger("h5traces.vllm")
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
 _SETTINGS: Final = ("target", "layers", "dtype", "tier", "shard_samples", "max_waiting_nbytes")
 # Instead of a target, for `h5traces extract`: a folder where the states of each request are left.
@@ -66,15 +69,20 @@ class Settings:
         """The settings of an engine; OptionError names what is wrong."""
         if {*config} == {HANDOVER}:
             return cls(handover=str(config[HANDOVER]))
-        unknown = [each for each in config if each not in _SETTINGS]
-        if unknown or not isinstance(config.get("target"), str):
-            what = f"{unknown[0]!r} is not a setting" if unknown else "'target' is missing"
-            message = f"kv_connector_extra_config: {what}; expected {', '.join(_SETTINGS)}"
+        wrong = [f"{each!r} is not a setting" for each in config if each not in _SETTINGS]
+        target, layers = config.get("target"), config.get("layers")
+        if not isinstance(target, str) or not target:
+            wrong.append("'target' is missing" if target is None else f"target is {target!r}")
+        if layers is not None and not (isinstance(layers, (list, tuple)) and _whole(*layers)):
+            wrong.append(f"layers is {layers!r}, not a list of block numbers")
+        for name in ("shard_samples", "max_waiting_nbytes"):
+            if config.get(name) is not None and not _whole(config[name]):
+                wrong.append(f"{name} is {config[name]!r}, not a whole number")
+        if wrong:
+            message = f"kv_connector_extra_config: {wrong[0]}; expected {', '.join(_SETTINGS)}"
             raise OptionError(message)
-        found = dict(config)
-        if found.get("layers") is not None:
-            found["layers"] = tuple(found["layers"])
-        return cls(**found)
+        found = {name: each for name, each in config.items() if each is not None}
+        return cls(**{**found, "layers": None if layers is None else tuple(layers)})
 
     def of_rank(self, rank: int) -> str:
         """The target of a data-parallel rank: two engines cannot write one."""
@@ -84,6 +92,10 @@ class Settings:
         name = f"{path.name.removesuffix('.h5')}-rank{rank}"
         is_file = path.name.endswith(".h5")
         return f"{path.with_name(name)}{'.h5' if is_file else '/'}"
+
+
+def _whole(*values: Any) -> bool:
+    return all(type(each) is int and each >= 0 for each in values)
 
 
 def slots_of(
@@ -215,7 +227,8 @@ class Recorder:
     """Writes records in a thread; `put` waits while too much is waiting.
 
     A sample is durable when its file is in the spool. After an error nothing more is written, and
-    the next `put` raises it: an engine stops rather than lose traces in silence.
+    the next `put` raises it: an engine stops rather than lose traces in silence. Where a program
+    ends without closing it, what waits is written then.
     """
 
     def __init__(self, writer: TraceWriter, max_nbytes: int = _MAX_WAITING_NBYTES) -> None:
@@ -225,8 +238,10 @@ class Recorder:
         self._changed = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
+        self._failure = ""
         self._thread = threading.Thread(target=self._write, name="h5traces", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     @classmethod
     def of(cls, settings: Settings, rank: int = 0, **known: Any) -> Self:
@@ -238,14 +253,20 @@ class Recorder:
             The run is finished.
         ArchiveError
             Another engine writes the target, or it wrote with other settings.
+        TargetError
+            The target cannot be written.
         """
         target = settings.of_rank(rank)
-        writer = create(
-            target,
-            precision=PrecisionOptions(tier=settings.tier, dtype=settings.dtype),
-            target=TargetOptions(shard_samples=settings.shard_samples),
-            **known,
-        )
+        try:
+            writer = create(
+                target,
+                precision=PrecisionOptions(tier=settings.tier, dtype=settings.dtype),
+                target=TargetOptions(shard_samples=settings.shard_samples),
+                **known,
+            )
+        except OSError as error:
+            message = f"{target}: cannot be written: {error}; give the engine another target"
+            raise TargetError(message) from error
         if writer.is_finished:
             message = f"{target}: holds a finished run; give the engine another target"
             raise ArchiveExistsError(message)
@@ -270,6 +291,7 @@ class Recorder:
 
     def close(self) -> None:
         """Write what waits, and release the spool; 'h5traces finish' packs it."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -279,8 +301,7 @@ class Recorder:
 
     def _check(self) -> None:
         if self._error is not None:
-            message = f"a trace could not be stored: {self._error}"
-            raise ExtractionError(message) from self._error
+            raise ExtractionError(self._failure) from self._error
 
     def _write(self) -> None:
         while True:
@@ -293,6 +314,12 @@ class Recorder:
             try:
                 self._writer.append(record)
             except BaseException as error:  # raised in the engine's thread
+                self._failure = (
+                    f"{record.sample_id}: the trace could not be stored: {error}; those stored "
+                    "before are in the spool. Start the engine again when this is mended"
+                )
+                # No further request may come.
+                log.exception(self._failure)
                 self._error = error
             with self._changed:
                 self._waiting.popleft()

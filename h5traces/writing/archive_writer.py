@@ -21,7 +21,7 @@ import xxhash
 from h5traces.errors import ArchiveExistsError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile, add_casts
-from h5traces.format.digests import content_digest, sample_digest
+from h5traces.format.digests import DIGEST, content_digest, sample_digest
 from h5traces.format.document import Attrs, compact_json, to_attributes
 from h5traces.format.dtypes import CastCounts
 from h5traces.format.entries import ChunkTable, ObjectEntry
@@ -228,7 +228,10 @@ class ArchiveWriter:
             else:
                 _write_dataset(self._hdf5, group, prepare_element(own_object))
         stored = {path: entry.attrs for path, entry in entries.items()}
-        digest, self.content = sample_digest(attrs, stored), content_digest(stored)
+        digest, self.content = (
+            sample_digest(attrs, stored),
+            content_digest({path: each.get(DIGEST) for path, each in stored.items()}),
+        )
         # The digest comes last: a sample without one is incomplete.
         self._hdf5.add_attributes(group, {"digest": digest})
         self._hdf5.finish_group(group)

@@ -46,17 +46,23 @@ def _is_table(trace: StoredTrace, entry: ObjectEntry, name: str) -> bool:
     return kind in trace.kinds and last == name
 
 
-def _entries(trace: StoredTrace) -> Iterator[ObjectEntry]:
+def _paths(trace: StoredTrace) -> Iterator[str]:
     """All that is stored but layers that are not selected, and a label that was replaced."""
     # A label that is not a plain number is a field, or a group of them.
     label = f"{layout.EXTRA_GROUP}/{layout.LABEL}/"
+    kinds, selected, has_new_label = trace.kinds, trace.selected, trace.has_new_label
     for path in trace.objects:
-        if trace.has_new_label and f"{path}/".startswith(label):
+        if has_new_label and f"{path}/".startswith(label):
             continue
         kind, _, name = path.partition("/")
-        layer = layout.parse_layer_name(name) if kind in trace.kinds else None
-        if trace.selected is None or layer is None or layer in trace.selected:
-            yield trace.entry(path)
+        is_layer = selected is not None and kind in kinds
+        layer = layout.parse_layer_name(name) if is_layer else None
+        if selected is None or layer is None or layer in selected:
+            yield path
+
+
+def _entries(trace: StoredTrace) -> Iterator[ObjectEntry]:
+    return map(trace.entry, _paths(trace))
 
 
 class StoredSample:
@@ -199,7 +205,11 @@ def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecor
             extra[layout.unescape_key(text.unescape(name))] = decode_element(stored, path)
     metadata = stored.metadata
     tokens = stored.tokens() if layout.TOKENS in stored.objects else None
-    container = stored.attrs(layout.TOKENS).get("container") if tokens is not None else None
+    container = (
+        stored.file.attrs(stored.sample, layout.TOKENS).get("container")
+        if tokens is not None
+        else None
+    )
     return TraceRecord(
         sample_id=metadata.sample_id,
         generation_index=metadata.generation_index,
@@ -221,13 +231,13 @@ def _record(stored: StoredTrace, first_source: int, *, lazy: bool) -> TraceRecor
         texts=_texts(stored),
         layered={
             kind: LayeredArrays(
-                tuple(_layer_array(stored, kind, entry, lazy=lazy) for entry in entries),
+                tuple(_layer_array(stored, kind, name, lazy=lazy) for name in names),
                 stored.form(kind),
                 stored.file.reduction(kind),
                 None if kind in layout.KINDS else stored.axes(kind),
                 None if kind in layout.KINDS else stored.definition(kind),
             )
-            for kind, entries in _layered_entries(stored).items()
+            for kind, names in _layer_names(stored).items()
         },
         extra=extra,
     )
@@ -263,37 +273,36 @@ def _source(metadata: TraceMetadata, first_source: int) -> SourcePosition | None
     return found and found.model_copy(update={"file": first_source + found.file})
 
 
-def _layered_entries(trace: StoredTrace) -> dict[str, list[ObjectEntry]]:
+def _layer_names(trace: StoredTrace) -> dict[str, list[str]]:
     """The datasets of every layered kind, in order of layer; none for a kind without arrays."""
-    found: dict[str, list[ObjectEntry]] = {}
-    for entry in _entries(trace):
-        kind, _, name = entry.path.partition("/")
-        if kind not in trace.kinds or name in layout.TABLES:
+    found: dict[str, list[str]] = {}
+    kinds = trace.kinds
+    for path in _paths(trace):
+        kind, _, name = path.partition("/")
+        if kind not in kinds or name in layout.TABLES:
             continue
         layers = found.setdefault(kind, [])
         if name:
-            layers.append(entry)
+            layers.append(name)
     return found
 
 
-def _layer_array(
-    trace: StoredTrace, kind: str, entry: ObjectEntry, *, lazy: bool = False
-) -> LayerArray:
-    name = entry.path.removeprefix(f"{kind}/")
+def _layer_array(trace: StoredTrace, kind: str, name: str, *, lazy: bool = False) -> LayerArray:
+    attrs = trace.file.attrs(trace.sample, f"{kind}/{name}")
     in_steps = f"{kind}/{layout.STEPS_TABLE}" in trace.objects
     is_lazy = lazy and not in_steps
     value = StoredLayer(trace, kind, name) if is_lazy else trace.typed_layer(kind, name)
     sequence: Literal["list", "tuple"] = "list"
-    if entry.attrs.get("sequence") == "tuple":
+    if attrs.get("sequence") == "tuple":
         sequence = "tuple"
     array = StepArrays(tuple(value), sequence) if isinstance(value, list) else value
-    site = entry.attrs.get("site")
+    site = attrs.get("site")
     return LayerArray(
         name=name,
         array=array,
         site=None if site is None else str(site),
-        container=_container(entry.attrs.get("container")),
-        earlier=_earlier_cast(entry.attrs),
+        container=_container(attrs.get("container")),
+        earlier=_earlier_cast(attrs),
         rule=trace.rule(name) if kind == QUERIES else None,
     )
 

@@ -19,6 +19,9 @@ import pytest
 from child_processes import start_process
 
 import h5traces
+from h5traces.errors import ExtractionError
+from h5traces.format.dtypes import TypedArray
+from h5traces.vllm.recorder import Finished, Recorder, Settings
 from h5traces.writing.options import TargetOptions
 
 COMMAND = Path(sys.executable).with_name("h5traces")
@@ -176,6 +179,31 @@ def test_a_full_disk_keeps_every_acknowledged_sample(batches, small_disk):
         f"{small_disk.parent}/run/", target=TargetOptions(shard_samples=20)
     ) as writer:
         assert writer.num_samples == acked
+
+
+def test_a_full_disk_stops_an_engine_of_vllm(small_disk):
+    """What its connector stored before stays."""
+    target = small_disk / "run.h5"
+    settings = Settings.of({"target": str(target), "max_waiting_nbytes": 1})
+    recorder = Recorder.of(settings, num_layers=1)
+    array = np.random.default_rng(0).standard_normal((100, 1, 2000)).astype("<f2")
+
+    def store():
+        for number in range(100):
+            request = Finished(f"r{number}", tuple(range(100)), 2, (7, 8), "stop")
+            recorder.take(request, TypedArray.of(array), {0: 0})
+
+    with pytest.raises(ExtractionError, match=r"trace could not be stored: .*No space left"):
+        store()
+    with pytest.raises(ExtractionError, match="No space left"):
+        recorder.close()
+    stored = len(list(Path(f"{target}.spool").glob("*.sample")))
+    assert 5 < stored < 15
+    shutil.move(f"{target}.spool", small_disk.parent / "run.h5.spool")
+    (found,) = h5traces.finish(small_disk.parent / "run.h5")
+    with h5traces.open(found) as archive:
+        assert list(archive.ids) == [f"r{number}" for number in range(stored)]
+        np.testing.assert_array_equal(archive[stored - 1].layer(0), array[:, 0])
 
 
 def test_a_disk_mounted_read_only(batches, small_disk):

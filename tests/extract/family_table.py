@@ -7,8 +7,9 @@ from family_models import FAMILIES, make_family
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
-from h5traces.extract.capture import check_capture, padded, with_weights
+from h5traces.extract.capture import padded
 from h5traces.extract.sites import find_sites
+from h5traces.extract.trials import check_capture, with_kinds, with_weights
 
 HEADER = [
     "| family | class | states | attentions | other kinds | batches |",
@@ -51,6 +52,10 @@ def row_of(family):
     inputs = anatomy.inputs(padded([range(11)], _PAD, anatomy.device))
     sites = find_sites(anatomy, inputs)
     others = " ".join(letter for letter, kind in LETTERS.items() if kind in sites) or NONE
+    if "queries" in sites:
+        some = with_kinds(anatomy, ("queries", "keys"), range(anatomy.num_layers))
+        if {*some.recomputed} == {*sites["queries"]}:
+            others += " W"
     name = type(model).__name__
     return f"| {family} | {name} | yes | {attentions} | {others} | {batches} |"
 

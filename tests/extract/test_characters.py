@@ -198,7 +198,9 @@ def test_tokens_of_spans(tmp_path):
     ("change", "message"),
     [
         ({"spans": [(3, 99)]}, "g: the span 3 to 99 lies outside of the given answer, which has"),
-        ({"spans": [(3, 3)]}, "g: the span 3 to 3 lies outside"),
+        ({"spans": [(3, 3)]}, "g: the span 3 to 3 holds nothing; expected"),
+        ({"spans": [(4, 3)]}, "g: the span 4 to 3 holds nothing; expected"),
+        ({"spans": [(-2, 3)]}, "g: the span -2 to 3 lies outside of the given answer"),
         ({"spans": [{"start": 1, "end": 3, "text": "no"}]}, "1 to 3 of the given .* expected 'no'"),
         ({"spans": [(0, 1)], "given": [5, 6]}, "g: has spans, which need one given answer as text"),
         ({}, "g: has no spans whose tokens could be stored"),

@@ -175,6 +175,7 @@ def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_mo
         ({"--dataset": "triviaqa"}, "cannot be loaded"),
         ({"--layers": "0,6"}, "layer 6 was asked for, but the model has 6 layers (0 to 5)"),
         ({"--kinds": "hidden_states,neurons"}, "expected some of hidden_states"),
+        ({"--kinds": ""}, "kinds is [''], expected some of hidden_states"),
         ({"--prompt-template": "Q:"}, "does not hold {question}"),
         ({"--device": "nonsense"}, "cannot be moved to device 'nonsense'"),
         ({"--device": "auto"}, "device 'auto' needs accelerate, which is not installed"),

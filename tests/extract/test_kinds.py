@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import make_family
-from tiny_models import tokenizer
+from tiny_models import shared_model, tokenizer
 
 import h5traces
 from h5traces.errors import ExtractionError
@@ -326,6 +326,10 @@ def test_tiers_store_every_kind_within_their_bound(stored, tier, tmp_path):
         ({"top_logits": 3}, "top_logits is 3, expected at least 1, with 'logits' among kinds"),
         ({"kinds": "logits", "top_logits": 0}, "top_logits is 0"),
         ({"kinds": "attention_window"}, "width is to be named: attentions='window:N'"),
+        (
+            {"kinds": "attentions", "attentions": "none"},
+            "nothing is stored of kinds ['attentions'] with attentions='none'",
+        ),
         ({"attentions": "window:0"}, "attentions is 'window:0', expected full, qk, window:N, mean"),
         ({"attentions": "window:N"}, "attentions is 'window:N', expected full"),
     ],
@@ -334,3 +338,14 @@ def test_rejected_options(options, message):
     with pytest.raises(ExtractionError) as raised:
         ExtractOptions(**options)
     assert message in str(raised.value)
+
+
+def test_more_of_the_logits_than_there_are_tokens():
+    """It was an error of torch after the start, which left an empty run behind."""
+    model = shared_model("llama")
+    size = model.config.vocab_size
+    options = ExtractOptions(kinds="logits", top_logits=size + 1)
+    with pytest.raises(
+        ExtractionError, match=f"top_logits is {size + 1}, but .* has {size} tokens"
+    ):
+        extract(model, tokenizer(), ["Why?"], options)

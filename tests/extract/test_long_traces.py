@@ -25,9 +25,9 @@ KINDS = ("hidden_states", "attentions", "queries", "keys")
 # Float32 states and weights; docs/long-traces.md states it.
 BOUND = 2e-6
 FAMILIES = (
-    *("codegen", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "gemma2"),
-    *("gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "gptj", "granite", "jamba", "llama"),
-    *("llama4_text", "mistral", "opt"),
+    *("bloom", "codegen", "cohere2", "deepseek_v3", "exaone4", "falcon", "falcon_h1", "gemma2"),
+    *("gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "jamba", "llama"),
+    *("llama4_text", "mistral", "mpt", "opt", "xglm"),
     *("phi3", "qwen3", "qwen3_5_text", "stablelm", "starcoder2"),
 )
 
@@ -88,15 +88,16 @@ def test_option_qk_needs_no_eager_attention(family, implementation, tmp_path):
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("bloom", "BloomForCausalLM has no queries"),
-        ("gpt_neo", "GPTNeoForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
-        ("mpt", "MptForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
+        ("diffllama", "DiffLlamaForCausalLM has no queries"),
+        ("doge", "DogeForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
+        ("falcon", "FalconForCausalLM: attention of layer 0, 1, 2, 3 does not follow"),
     ],
 )
 def test_models_whose_weights_do_not_follow_are_rejected_by_name(family, message):
+    changes = {"alibi": True} if family == "falcon" else {}
     chosen = ExtractOptions(generation=SHORT, attentions="qk")
     with pytest.raises(ExtractionError, match=message):
-        list(extract(make_family(family), tokenizer(), [QUESTION], chosen))
+        list(extract(make_family(family, **changes), tokenizer(), [QUESTION], chosen))
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +224,16 @@ def test_numpy_and_torch_agree_with_the_plain_formula(mask):
     keys = generator.normal(size=(2, 600, 8)).astype("f4")
     window = 70 if mask in ("chunk", "window") else None
     rule = AttentionRule(
-        mask=mask, window=window, scale=0.7, soft_cap=3.0, sinks=(0.1, -1.0, 2.0, 0.5)
+        mask=mask,
+        window=window,
+        scale=0.7,
+        soft_cap=3.0,
+        slopes=(0.004, 0.0, -0.002, 0.008),
+        sinks=(0.1, -1.0, 2.0, 0.5),
     )
     scores = np.einsum("hqd,hkd->hqk", queries, keys.repeat(2, 0)).astype("f8") * 0.7
-    scores = np.tanh(scores / 3) * 3
     row, column = np.ogrid[:600, :600]
+    scores = np.tanh(scores / 3) * 3 + np.reshape(rule.slopes, (4, 1, 1)) * (column - row)
     seen = {
         "all": column >= 0,
         "causal": column <= row,
@@ -245,7 +251,7 @@ def test_numpy_and_torch_agree_with_the_plain_formula(mask):
         assert np.abs(found - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("family", ["bloom", "gemma2", "gpt_oss", "llama4_text"])
 def test_the_rule_of_the_format_is_enough(family, tmp_path, monkeypatch):
     """The code in section 20 of the format gives the weights that reading gives."""
     spec = (ROOT / "schema" / "SPEC.md").read_text("utf-8")
@@ -384,3 +390,15 @@ def test_a_rule_that_makes_no_sense_is_named(archives, tmp_path):
             archive[0]["attentions"]
     found = [str(each) for each in h5traces.validate(path).problems]
     assert any("queries/layer_001" in each and "scale" in each for each in found), found
+
+
+def test_slopes_of_another_number_of_heads_are_named(tmp_path):
+    records = stored(make_family("bloom"), tmp_path / "both.h5")
+    without_weights(records, tmp_path / "long.h5")
+    with h5py.File(tmp_path / "long.h5", "r+") as file:
+        attrs = file["samples/00000000/queries/layer_001"].attrs
+        attrs.create("slopes", np.bytes_("[0.5, 0.25]"))
+    h5traces.seal(tmp_path / "long.h5", accept_edits=True)
+    with h5traces.open(tmp_path / "long.h5") as archive:
+        with pytest.raises(h5traces.errors.CorruptArchiveError, match="2 slopes for 4 heads"):
+            archive[0].layer(1, "attentions")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import h5traces
-from h5traces.errors import ArchiveError, ArchiveExistsError, ExtractionError, OptionError
+from h5traces.errors import (
+    ArchiveError,
+    ArchiveExistsError,
+    ExtractionError,
+    OptionError,
+    TargetError,
+)
 from h5traces.format.dtypes import TypedArray
 from h5traces.vllm.recorder import Finished, Recorder, Settings, asked_for, record_of, slots_of
 
@@ -131,19 +140,72 @@ def test_the_engine_waits_for_room():
     assert writer.records == ["a", "b"]
 
 
-def test_a_failed_write_stops_the_engine():
+def test_a_failed_write_stops_the_engine(caplog):
     writer = Slow(OSError("disk full"))
     recorder = Recorder(writer)
-    recorder.put("a", 6)
+    recorder.put(SimpleNamespace(sample_id="q7"), 6)
     writer.go.set()
-    with pytest.raises(ExtractionError, match="could not be stored: disk full"):
+    with pytest.raises(ExtractionError, match="q7: the trace could not be stored: disk full"):
         recorder.close()
     with pytest.raises(ExtractionError, match="disk full"):
-        recorder.put("b", 6)
+        recorder.put(SimpleNamespace(sample_id="q8"), 6)
+    # A server that is asked nothing more says it, too.
+    assert "q7: the trace could not be stored: disk full" in caplog.text
 
 
-def test_unknown_settings():
-    with pytest.raises(OptionError, match="'tir' is not a setting"):
-        Settings.of({"target": "run.h5", "tir": "fine"})
-    with pytest.raises(OptionError, match="'target' is missing"):
-        Settings.of({})
+PROGRAM = """
+import sys
+import numpy as np
+from h5traces.format.dtypes import TypedArray
+from h5traces.vllm.recorder import Finished, Recorder, Settings
+recorder = Recorder.of(Settings.of({"target": sys.argv[1]}), num_layers=1)
+for number in range(30):
+    array = TypedArray.of(np.full((3, 1, 4), number, dtype="<f4"))
+    recorder.take(Finished(f"r{number}", (5, 6, 7), 2, (7, 8), "stop"), array, {0: 0})
+if sys.argv[2] == "raise":
+    raise RuntimeError("the engine failed")
+"""
+
+
+@pytest.mark.parametrize("end", ["return", "raise"])
+def test_a_program_that_ends_without_closing(tmp_path, end):
+    target = tmp_path / "run.h5"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(target), end],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ("the engine failed" in done.stderr) == (end == "raise")
+    assert "shutdown" not in done.stderr
+    (found,) = h5traces.finish(target)
+    with h5traces.open(found) as archive:
+        assert list(archive.ids) == [f"r{number}" for number in range(30)]
+        assert [int(trace.layer(0)[0, 0]) for trace in archive] == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tir": "fine"}, "'tir' is not a setting; expected target, layers, dtype"),
+        ({"handover": "folder"}, "'handover' is not a setting"),
+        ({"target": None}, "'target' is missing"),
+        ({"target": ""}, "target is ''"),
+        ({"target": 3}, "target is 3"),
+        ({"layers": "0,1"}, "layers is '0,1', not a list of block numbers"),
+        ({"layers": [-1]}, r"layers is \[-1\], not a list of block numbers"),
+        ({"layers": 3}, "layers is 3, not a list of block numbers"),
+        ({"shard_samples": "many"}, "shard_samples is 'many', not a whole number"),
+        ({"max_waiting_nbytes": 1.5}, "max_waiting_nbytes is 1.5, not a whole number"),
+    ],
+)
+def test_wrong_settings(wrong, message):
+    with pytest.raises(OptionError, match=f"kv_connector_extra_config: {message}"):
+        Settings.of({"target": "run.h5", **wrong})
+
+
+def test_a_target_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "run.h5"
+    with pytest.raises(TargetError, match=f"{target}: cannot be written: .*Not a directory"):
+        Recorder.of(Settings.of({"target": str(target)}))

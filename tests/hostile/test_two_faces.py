@@ -236,7 +236,9 @@ def shown(path):
     headers = HeaderCheck(store.file)
     try:
         found = [
-            headers.shows(agreement._addresses[name], store.sample(index))
+            headers.shows(
+                agreement._addresses[name], sample := store.sample(index), sample.objects.row, index
+            )
             for index, name in enumerate(agreement._names)
         ]
         samples = (agreement.of_sample(index) for index in range(store.num_samples))
@@ -303,9 +305,10 @@ def test_random_bytes_are_no_header(archive):
         changed = bytearray(data)
         changed[place] ^= 1 << int(rng.integers(8))
         archive.write_bytes(changed)
-        HeaderCheck(LocalFile(archive)).shows(address, store.sample(0))
+        sample = store.sample(0)
+        HeaderCheck(LocalFile(archive)).shows(address, sample, sample.objects.row, None)
     for address in (0, 1, len(data) - 1, len(data), len(data) + 1, 1 << 62):
-        assert not HeaderCheck(LocalFile(archive)).shows(address, store.sample(0))
+        assert not HeaderCheck(LocalFile(archive)).shows(address, sample, sample.objects.row, None)
 
 
 def test_verify_says_what_it_did_not_compare(archive, tmp_path):

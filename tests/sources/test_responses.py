@@ -10,8 +10,10 @@ import pytest
 import torch
 import zstandard
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import h5traces
+from h5traces.cli.app import app
 from h5traces.errors import ConversionError, OptionError
 
 AUTO = h5traces.PrecisionOptions(dtype="auto")
@@ -153,3 +155,31 @@ def test_damaged_responses_of_vllm_lens(tmp_path, changes, message):
     path.write_text(json.dumps([lens(**changes)[1]]))
     with pytest.raises(ConversionError, match=message):
         h5traces.load(path)
+
+
+def test_responses_without_files_are_named(tmp_path):
+    """And files without responses; neither ends well."""
+    folder = written(tmp_path / "run", STEMS[:2])
+    known = [response(0, id="0"), response(1, id="3", choices=[])]
+    more = [response(n, id=f"lost-{n}", request_id=f"other-{n}") for n in range(7)]
+    responses = rows(tmp_path / "responses.jsonl", *known, *more)
+    reading = h5traces.ReadingOptions(layer_ids=IDS, responses=responses)
+    report = h5traces.convert(folder, tmp_path / "a.h5", merge=True, reading=reading)
+    assert not report.ok
+    (problem,) = report.problems
+    assert problem == (
+        f"{responses}: 7 responses of 9 belong to no file that is converted: other-0, other-1, "
+        "other-2, other-3, other-4 and 2 more; name their files as well, or leave these responses "
+        "out"
+    )
+    assert len(h5traces.open(tmp_path / "a.h5")) == 2
+    command = ["convert", str(folder), "-o", str(tmp_path / "b.h5"), "--merge"]
+    result = CliRunner().invoke(app, [*command, "--responses", str(responses)])
+    assert result.exit_code == 1
+    assert "7 responses of 9 belong to no file" in " ".join(result.output.split())
+    rows(responses, known[0])
+    report = h5traces.convert(folder, f"{tmp_path}/c/", reading=reading)
+    (problem,) = report.problems
+    assert STEMS[1] in problem
+    assert "has no response with the id '1_3-0a1b2c3e' or '3'" in problem
+    assert [each.status for each in report.files] == ["converted", "failed"]

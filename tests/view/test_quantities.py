@@ -168,7 +168,12 @@ def test_weights_of_queries_and_keys_are_computed(
 ) -> None:
     window = 3 if mask in ("chunk", "window") else None
     rule = AttentionRule(
-        mask=mask, window=window, scale=0.7, soft_cap=3.0, sinks=(0.1, -1.0, 2.0, 0.5)
+        mask=mask,
+        window=window,
+        scale=0.7,
+        soft_cap=3.0,
+        slopes=(0.0, 0.3, 0.0, -0.2),
+        sinks=(0.1, -1.0, 2.0, 0.5),
     )
     path = written_with_rule(tmp_path / "qk.h5", rule)
     trace = h5traces.open(path)[0]

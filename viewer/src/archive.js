@@ -403,11 +403,11 @@ export class Sample {
       throw new ViewError(`${this.archive.name}: sample ${this.number}, attention of ${name} has ${shape.join(" × ")} weights, too many for a browser`);
     }
     const [[queries], [keys]] = await Promise.all([this.decodedLayers("queries", [name], [first, stop]), this.decodedLayers("keys", [name], keySpan)]);
-    const sinks = typeof attrs.sinks === "string" ? JSON.parse(attrs.sinks) : attrs.sinks;
+    const ofHeads = (values) => (typeof values === "string" ? JSON.parse(values) : values)?.slice(first, stop);
     const values = await inThread("weights", {
       queries: queries.values, keys: keys.values, heads: stop - first, tokens, width,
       keyHeads: Array.from({ length: stop - first }, (_, head) => keyHead(first + head) - keySpan[0]),
-      rule: { ...attrs, sinks: sinks?.slice(first, stop) },
+      rule: { ...attrs, slopes: ofHeads(attrs.slopes), sinks: ofHeads(attrs.sinks) },
     });
     return { shape, values };
   }

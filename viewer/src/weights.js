@@ -3,7 +3,7 @@
 // `queries` and `keys` are (heads, tokens, width); one head of keys serves several of the queries where
 // there are fewer. Returns (heads, tokens, tokens).
 export function weights({ queries, keys, heads, tokens, width, keyHeads, rule }) {
-  const { scale, soft_cap: cap, window, mask, sinks } = rule;
+  const { scale, soft_cap: cap, window, mask, slopes, sinks } = rule;
   const found = new Float32Array(heads * tokens * tokens);
   for (let head = 0; head < heads; head += 1) {
     const keyStart = keyHeads[head] * tokens * width;
@@ -18,6 +18,7 @@ export function weights({ queries, keys, heads, tokens, width, keyHeads, rule })
         for (let at = 0, to = keyStart + key * width; at < width; at += 1) score += queries[from + at] * keys[to + at];
         score *= scale;
         if (cap) score = cap * Math.tanh(score / cap);
+        if (slopes) score += slopes[head] * (key - query);
         found[row + key] = score;
         if (score > top) top = score;
       }

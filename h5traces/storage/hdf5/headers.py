@@ -7,10 +7,11 @@ as long to tell. Any other header, such as one that a stock tool wrote, is left 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from h5traces.errors import ArchiveError
 from h5traces.format import layout
+from h5traces.storage.hdf5.header_patterns import RANGE_NAME, Header, HeaderPattern
 from h5traces.storage.hdf5.indexes import write_fixed_array
 from h5traces.storage.hdf5.messages import (
     ATTRIBUTE_INFO,
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     from h5traces.format.document import Attrs, AttrValue
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.storage.files import ByteFile
+    from h5traces.storage.footer_rows import FooterRow
 
 # Headers of a sample lie side by side, before that of its group.
 _BEFORE_NBYTES: Final = 256 << 10
 _AFTER_NBYTES: Final = 64 << 10
 _PREFIX_NBYTES: Final = 10
-_RANGE_NAME: Final = layout.IMAGE_RANGE.encode() + b"\0"
+_PATTERNS_KEPT: Final = 256
 
 
 class _UnknownError(Exception):
@@ -52,28 +54,63 @@ class HeaderCheck:
     def __init__(self, file: ByteFile) -> None:
         self._file, self._nbytes = file, file.nbytes
         self._start, self._block = 0, b""
-        # Of the objects of one sample, which are linked once.
-        self._met: set[int] = set()
+        # Headers of the objects of one sample, which are linked once, by address.
+        self._met: dict[int, tuple[str, Header]] = {}
+        # By what the caller says is alike in samples; None where they have no pattern.
+        self._patterns: dict[Any, HeaderPattern | None] = {}
 
-    def shows(self, address: int, sample: SampleEntry) -> bool:
+    def shows(self, address: int, sample: SampleEntry, row: FooterRow, key: Any) -> bool:
         """Whether the group at `address` holds this sample and nothing else.
 
-        False, too, where that needs the library to tell.
+        False, too, where that needs the library to tell. Samples of one `key` have objects that
+        differ in digests and chunks alone.
         """
         self._met.clear()
         try:
+            pattern = self._patterns.get(key)
+            if pattern is not None and self._fits(pattern, address, sample, row):
+                return True
+            self._met.clear()
             children: dict[str, list[ObjectEntry]] = {}
             for entry in sample.objects.values():
                 children.setdefault(entry.path.rpartition("/")[0], []).append(entry)
             self._check_group(address, "", sample.attrs, children)
+            if not children:
+                if len(self._patterns) >= _PATTERNS_KEPT:
+                    self._patterns.clear()
+                self._patterns[key] = self._pattern(address, sample, row)
         except (_UnknownError, ArchiveError, UnicodeEncodeError):
             return False
         return not children
 
+    def _fits(
+        self, pattern: HeaderPattern, address: int, sample: SampleEntry, row: FooterRow
+    ) -> bool:
+        """Whether all headers of a sample are as the pattern says; False may be wrong."""
+        expected = b"".join([*pattern.group(address), *_attributes(sample.attrs)])
+        if self._body(address, "") != expected:
+            return False
+        return pattern.fits(self._bytes(address - pattern.nbytes, pattern.nbytes), address, row)
+
+    def _pattern(self, address: int, sample: SampleEntry, row: FooterRow) -> HeaderPattern | None:
+        """The pattern of a sample that was looked at; None where it would be no use."""
+        start = min(self._met)
+        if not 0 < address - start <= _BEFORE_NBYTES:
+            return None
+        _, group = self._met.pop(address)
+        places = {path: place for place, path in enumerate(sample.objects)}
+        try:
+            pattern = HeaderPattern(start, self._bytes(start, address - start), group.body)
+            for at, (path, header) in self._met.items():
+                pattern.add(at, header, row, places[path])
+        except ValueError:
+            return None
+        return pattern
+
     def _check_group(
         self, address: int, path: str, attrs: Attrs, children: dict[str, list[ObjectEntry]]
     ) -> None:
-        messages = _messages(self._body(address))
+        messages = _messages(self._body(address, path))
         targets = [(message, link_target(message)) for message in messages]
         links = dict(target for _, target in targets if target is not None)
         inside = children.pop(path, ())
@@ -90,7 +127,7 @@ class HeaderCheck:
                 self._check_dataset(links[name], entry)
 
     def _check_dataset(self, address: int, entry: ObjectEntry) -> None:
-        found = self._body(address)
+        found = self._body(address, entry.path)
         if entry.codec is None or entry.chunks is None:
             raise _UnknownError
         itemsize = hdf5_type(entry.dtype).get_size()
@@ -129,17 +166,18 @@ class HeaderCheck:
 
         write_fixed_array(entry.chunks.offsets, entry.chunks.sizes, raw_nbytes, compare)
 
-    def _body(self, address: int) -> bytes:
+    def _body(self, address: int, path: str) -> bytes:
         """What the object header at an address holds, which was not met before."""
         if address in self._met:
             raise _UnknownError
-        self._met.add(address)
         prefix = self._bytes(address, _PREFIX_NBYTES)
         width = 1 << (prefix[5] & 3)
         if prefix[:5] != b"OHDR\2" or prefix[5] > 2:
             raise _UnknownError
         nbytes = int.from_bytes(prefix[6 : 6 + width], "little")
-        return self._bytes(address + 6 + width, nbytes)
+        body = self._bytes(address + 6 + width, nbytes)
+        self._met[address] = path, Header(6 + width, body)
+        return body
 
     def _bytes(self, address: int, nbytes: int) -> bytes:
         stop = address + nbytes
@@ -169,9 +207,9 @@ def _compare(found: bytes, expected: Iterable[bytes]) -> None:
 
 def _without_range(body: bytes) -> bytes:
     """Messages but for that of the range in which viewers show an array, of any type."""
-    if _RANGE_NAME not in body:
+    if RANGE_NAME not in body:
         return body
-    return b"".join(each for each in _messages(body) if attribute_name(each) != _RANGE_NAME)
+    return b"".join(each for each in _messages(body) if attribute_name(each) != RANGE_NAME)
 
 
 def _attributes(attrs: Mapping[str, AttrValue]) -> list[bytes]:

@@ -91,6 +91,12 @@ def attribute_name(message: bytes) -> bytes | None:
     return message[start : start + length] if version == _ATTRIBUTE_VERSION else None
 
 
+def attribute_start(message: bytes) -> int:
+    """Where in the message of an attribute, as `attribute_name` knows it, its name ends."""
+    _, _, length, *_ = _ATTRIBUTE_HEAD.unpack_from(message, _HEAD.size)
+    return _HEAD.size + _ATTRIBUTE_HEAD.size + int(length)
+
+
 def layout_address(message: bytes) -> int | None:
     """The address in a layout message; None for other messages."""
     return int.from_bytes(message[-8:], "little") if message[0] == _LAYOUT else None
