@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Final
 
-from h5traces.checking.meaning import looking, num_workers
+from h5traces.checking.meaning import BLOCK_SAMPLES, blocks_of, look_at_block, looking, num_workers
 from h5traces.storage.processes import blocked_signals, child_environment
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 # Archives of fewer samples take less time than starting processes.
 MANY_SAMPLES: Final = 4_000
-_BLOCK_SAMPLES: Final = 100
 # Of a process that ended.
-_NOTHING: Final[list[Looked | None]] = [None] * _BLOCK_SAMPLES
+_NOTHING: Final[list[Looked | None]] = [None] * BLOCK_SAMPLES
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]))"
 
 
@@ -143,8 +142,6 @@ def serve(descriptor: int) -> None:
     with Connection(descriptor) as connection, contextlib.suppress(BrokenPipeError):
         path, limits, number, count = connection.recv()
         with looking(path, limits, 1) as (archive, look):
-            for block in range(number, -(-len(archive) // _BLOCK_SAMPLES), count):
-                first = block * _BLOCK_SAMPLES
-                indices = range(first, min(first + _BLOCK_SAMPLES, len(archive)))
-                connection.send([look(index) for index in indices])
+            for block in blocks_of(len(archive), number, count):
+                connection.send(list(look_at_block(archive, look, block)))
     os._exit(0)
