@@ -47,7 +47,8 @@ def measure_sizes(lengths: list[int], num_layers: int | None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from h5traces.extract.anatomy import anatomy_of
-    from h5traces.extract.capture import CaptureOptions, Capturer, with_kinds
+    from h5traces.extract.capture import CaptureOptions, Capturer
+    from h5traces.extract.trials import with_kinds
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="eager").eval()

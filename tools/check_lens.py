@@ -27,7 +27,8 @@ from tiny_models import tokenizer  # noqa: E402
 from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
 from h5traces.extract.anatomy import anatomy_of  # noqa: E402
-from h5traces.extract.capture import CaptureOptions, Capturer, values_of, with_kinds  # noqa: E402
+from h5traces.extract.capture import CaptureOptions, Capturer  # noqa: E402
+from h5traces.extract.trials import values_of, with_kinds  # noqa: E402
 from h5traces.format.kinds import MODEL_KINDS  # noqa: E402
 
 # Names by which TransformerLens knows the families; weights are ours.

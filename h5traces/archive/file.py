@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
-    from h5traces.storage.plans import Reading
+    from h5traces.storage.plans import Reading, Restoration
     from h5traces.storage.remote.paths import RemoteOptions
 
 _T = TypeVar("_T")
@@ -70,6 +70,8 @@ class ArchiveFile:
         self.path = path
         self.unrounded = unrounded
         self._scales: dict[str, ChannelScale] = {}
+        # How the kernels restore layers, by what decides it.
+        self.restorations: dict[Any, Restoration | None] = {}
         self.limits = limits
         self._remote = remote
         self._opened = opened
@@ -265,7 +267,7 @@ class ArchiveFile:
         """Let go of the open file and of its scales; the next use opens it again."""
         store, self._store = self._store, None
         # There may be thousands of shards with scales.
-        self._scales = {}
+        self._scales, self.restorations = {}, {}
         if store is not None:
             store.file.close()
 
@@ -355,7 +357,7 @@ class ArchiveFile:
 
     def __getstate__(self) -> dict[str, Any]:
         # Scales are read again where they are needed; a model's take megabytes.
-        return {**self.__dict__, "_store": None, "_scales": {}}
+        return {**self.__dict__, "_store": None, "_scales": {}, "restorations": {}}
 
 
 def check_format(attrs: Attrs, path: Path | RemotePath) -> None:

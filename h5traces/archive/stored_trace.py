@@ -36,6 +36,7 @@ from h5traces.lazy import needing
 from h5traces.precision.decoding import (
     EXCEPTION_COLUMNS,
     decode,
+    decoding_key,
     is_encoded,
     num_exceptions,
     restoration_of,
@@ -154,12 +155,16 @@ class StoredTrace:
         """
         if self.file.metadata.precision is None:
             return {}
-        found = {}
+        found, known, unrounded = {}, self.file.restorations, self.file.unrounded
         for path in paths:
             with contextlib.suppress(ArchiveError):
                 dtype, attrs = self.file.facts(self.sample, path)
-                unrounded = self.file.unrounded
-                found[path] = restoration_of(dtype, attrs, self.scale, unrounded=unrounded)
+                if "encoding" not in attrs:
+                    continue
+                key = dtype, decoding_key(attrs)
+                if key not in known:
+                    known[key] = restoration_of(dtype, attrs, self.scale, unrounded=unrounded)
+                found[path] = known[key]
         return {path: each for path, each in found.items() if each is not None}
 
     def scale(self, path: str) -> ChannelScale:

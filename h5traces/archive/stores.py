@@ -112,8 +112,8 @@ _DEFLATE: Final = PLAN_CODECS.index("deflate")
 # About as many as the threads of a reader are in at once.
 _SAMPLES_KEPT: Final = 8
 # Forms of rows; samples of one run have one for each length. Of each, what some readers want.
-_FORMS_KEPT: Final = 256
-_LAYOUTS_KEPT: Final = 4
+_FORMS_KEPT: Final = 128
+_LAYOUTS_KEPT: Final = 2
 
 
 def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:

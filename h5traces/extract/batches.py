@@ -8,16 +8,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from h5traces.errors import ExtractionError
-from h5traces.extract.capture import (
-    CaptureOptions,
-    Capturer,
-    padded,
-    relative_difference,
-    values_of,
-    with_whole_weights,
-)
+from h5traces.extract.capture import CaptureOptions, Capturer, padded
 from h5traces.extract.generation import generation_config, in_force
 from h5traces.extract.options import GenerationOptions
+from h5traces.extract.trials import relative_difference, values_of, with_whole_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ExtractionError, NanError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
-from h5traces.extract.capture import CaptureOptions, Capturer, check_capture, with_kinds
+from h5traces.extract.capture import CaptureOptions, Capturer
 from h5traces.extract.characters import (
     char_offsets,
     sample_text,
@@ -35,6 +35,7 @@ from h5traces.extract.generation import (
 from h5traces.extract.kept import ALL, kept_tokens
 from h5traces.extract.options import ExtractOptions, window_of
 from h5traces.extract.questions import Question
+from h5traces.extract.trials import check_capture, with_kinds
 from h5traces.format import layout
 from h5traces.format.archive import ExtractionMetadata, SampleExtraction
 from h5traces.format.dtypes import DTYPE_POLICIES, TypedArray, cast_values

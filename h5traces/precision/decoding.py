@@ -93,6 +93,25 @@ def decode(
     return TypedArray(values, restored)
 
 
+# What the restoration of a layer depends on, but for its stored type and the values of its scale.
+_DECIDING: Final = (
+    *(
+        "encoding",
+        "encoding_version",
+        "restored_dtype",
+        "levels",
+        "scales",
+        "spacing",
+        "zero_point",
+    ),
+)
+
+
+def decoding_key(attrs: Attrs) -> tuple[Any, ...]:
+    """Alike for layers of one archive and stored type that `restoration_of` restores alike."""
+    return tuple(map(attrs.get, _DECIDING))
+
+
 def restoration_of(
     stored_type: str,
     attrs: Attrs,

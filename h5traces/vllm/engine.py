@@ -25,16 +25,11 @@ from h5traces.errors import ExtractionError, MissingDependencyError
 from h5traces.extract import models
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import TOLERANCES
-from h5traces.extract.capture import (
-    Captured,
-    CaptureOptions,
-    Capturer,
-    relative_difference,
-    values_of,
-)
+from h5traces.extract.capture import Captured, CaptureOptions, Capturer
 from h5traces.extract.extractor import Extractor, Texts, tokenizer_digest
 from h5traces.extract.generation import Answer
 from h5traces.extract.kept import ALL
+from h5traces.extract.trials import relative_difference, values_of
 from h5traces.format import layout
 from h5traces.format.archive import SampleExtraction
 from h5traces.format.dtypes import TypedArray, count_not_finite

@@ -7,8 +7,9 @@ from family_models import FAMILIES, make_family
 from h5traces.errors import ExtractionError
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import check_batches
-from h5traces.extract.capture import check_capture, padded, with_kinds, with_weights
+from h5traces.extract.capture import padded
 from h5traces.extract.sites import find_sites
+from h5traces.extract.trials import check_capture, with_kinds, with_weights
 
 HEADER = [
     "| family | class | states | attentions | other kinds | batches |",
