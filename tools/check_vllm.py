@@ -553,7 +553,6 @@ def check_offline(model: str, folder: Path) -> None:
 
 def check_races(model: str, folder: Path, count: int, seed: int = 0) -> None:
     """Requests that are aborted within steps, preempted, and whose blocks others get."""
-    import h5traces
 
     target = folder / "races.h5"
     small = {"num_gpu_blocks_override": 8, "max_num_seqs": 8, "max_num_batched_tokens": LENGTH}
