@@ -12,7 +12,9 @@ every sample durably, and packs shards, while the next ones are computed. *threa
 thread of the same process, *in turn* in the same thread, between samples. *added* is the time
 beyond *compute*, as a share of *compute*, until every sample is durable. *tail* is the part of it
 that comes once per run, after the last sample is computed; *start* and *close* come once as well,
-and are in no other column: starting the process, and packing the last shard.
+and are in no other column: starting the process, and packing the last shard. *here* is the
+processor time of the process that computes, beyond that of *compute*: what storing takes from it,
+however busy other cores are.
 
 The model is the trained one of this repository, with its 40 questions several times over and
 answers of up to 64 tokens. ``--random 7b`` takes one of Llama-2-7B's shape with random weights
@@ -223,15 +225,19 @@ def main() -> None:
         found = {}
         for name, way in ways.items():
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                before = time.process_time()
                 found[name] = way(Path(folder))
+                found[name]["here"] = time.process_time() - before
         rounds.append(found)
     num_tokens = dict.fromkeys(ways, bench.num_tokens)
     if "bare" in ways:
         num_tokens["bare"] = bench.bare_tokens
     threads = torch.get_num_threads()
     print(f"{bench.num_samples} samples, {bench.num_tokens} tokens, torch on {threads} threads\n")
-    print("| way | seconds | tokens/s | added, % | of which tail, s | start, s | close, s |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| way | seconds | tokens/s | added, % | here, % | of which tail, s | start, s | close, s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in ways:
         print(row(name, rounds, num_tokens))
 
@@ -239,11 +245,12 @@ def main() -> None:
 def row(name: str, rounds: list[dict[str, dict[str, float]]], num_tokens: dict[str, int]) -> str:
     found = [each[name] for each in rounds]
     added = [100 * (each[name]["seconds"] / each["compute"]["seconds"] - 1) for each in rounds]
+    here = [100 * (each[name]["here"] / each["compute"]["here"] - 1) for each in rounds]
     cells = [
         name,
         cell([each["seconds"] for each in found], ".2f"),
         cell([num_tokens[name] / each["seconds"] for each in found], ".0f"),
-        cell(added, ".1f") if name != "compute" else "",
+        *(cell(each, ".1f") if name != "compute" else "" for each in (added, here)),
         *(
             cell([each[key] for each in found], ".2f") if key in found[0] else ""
             for key in ("tail", "start", "close")

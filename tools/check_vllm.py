@@ -147,6 +147,22 @@ def wait_for(condition, what: str) -> None:
         time.sleep(0.1)
 
 
+def finish(target: Path) -> None:
+    """Pack what an engine left, once the last thread of a killed one has let its lock go."""
+    import h5traces
+
+    def is_done() -> bool:
+        try:
+            h5traces.finish(target)
+        except h5traces.errors.ArchiveError as error:
+            if "is writing it" not in str(error):
+                raise
+            return False
+        return True
+
+    wait_for(is_done, f"{target} released")
+
+
 class Reference:
     """transformers, which says what a sample must hold."""
 
@@ -520,7 +536,7 @@ def check_offline(model: str, folder: Path) -> None:
     else:
         raise AssertionError("two engines wrote one target")
     llm.llm_engine.engine_core.shutdown()
-    h5traces.finish(target)
+    finish(target)
     with h5traces.open(target) as archive:
         ids = sorted(archive.ids)
         assert archive.metadata.extraction.generation["tensor_parallel_size"] == 2
@@ -537,13 +553,12 @@ def check_offline(model: str, folder: Path) -> None:
 
 def check_races(model: str, folder: Path, count: int, seed: int = 0) -> None:
     """Requests that are aborted within steps, preempted, and whose blocks others get."""
-    import h5traces
 
     target = folder / "races.h5"
     small = {"num_gpu_blocks_override": 8, "max_num_seqs": 8, "max_num_batched_tokens": LENGTH}
     arguments = json.dumps(settings(model, target, **small))
     done = program("races", arguments, str(count), str(seed), VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    h5traces.finish(target)
+    finish(target)
     found, worst = compare(target)
     print(f"races: {done}: {found} samples, difference {worst:.1e}, 0 exchanged")
 
@@ -606,7 +621,7 @@ def check_http(model: str, folder: Path) -> None:
     engine.stop()
     kept = set()
     for each in targets:
-        h5traces.finish(each)
+        finish(each)
         with h5traces.open(each) as archive:
             kept |= {trace["request_id"] for trace in archive}
     assert before.keys() <= kept
@@ -660,7 +675,7 @@ def check_extract(model: str, folder: Path) -> None:
     )
 
 
-def kills(model: str, folder: Path, count: int, *, clients: int = 2, seed: int = 0) -> None:
+def kills(model: str, folder: Path, count: int, *, clients: int = 12, seed: int = 0) -> None:
     """Kill clients, engines, workers and servers; nothing that was stored may be lost or exchanged.
 
     Every engine goes on with the target of the one before it; `clients` of each server are killed,
@@ -705,7 +720,7 @@ def kills(model: str, folder: Path, count: int, *, clients: int = 2, seed: int =
             client.wait()
         orphans += not engine.end(20)
         print(f"{done.total()}: {kind}, {len(acknowledged)} stored", file=sys.stderr, flush=True)
-    h5traces.finish(target)
+    finish(target)
     with h5traces.open(target) as archive:
         kept = {trace["request_id"]: trace.metadata.sample_id for trace in archive}
         cut = sum(trace["finish_reason"] == "abort" for trace in archive)

@@ -4,8 +4,9 @@ set -euo pipefail
 here="$(dirname "$0")"
 h5traces="${H5TRACES:-h5traces}"
 
-# 1. A pilot: one batch, to see that the layout is understood, and what all will take.
+# 1. A pilot: what a batch takes as an archive, in each tier; then this batch, to see what it holds.
 first="$(find "$1" -name '*.pkl*' | sort | head -n 1)"
+"$h5traces" estimate --pilot "$first"
 "$h5traces" convert "$first" -o "${2%/}.pilot.h5" --skip-existing
 "$h5traces" inspect "${2%/}.pilot.h5"
 

@@ -21,13 +21,14 @@ from h5traces.format.digests import content_digest
 from h5traces.format.html import Report
 from h5traces.format.text import and_more, counted
 from h5traces.meaning.checks import FindingSummary
-from h5traces.paths import expand_sources
+from h5traces.paths import Target, expand_sources
 from h5traces.ranks.status import RunStatus, last_lines, planned, room_of, status
 from h5traces.rewriting.repack import merge
 from h5traces.rewriting.reports import ConversionReport, FileReport
 from h5traces.storage.remote.file import RemoteFile
 from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath, is_url
 from h5traces.writing.finish import take_over
+from h5traces.writing.spool_folder import spool_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -173,7 +174,12 @@ def collect(
         )
         raise TargetError(message)
     packed = _packed(place, plan)
-    report = CollectReport(status(place), packed=packed.archives, problems=packed.problems)
+    report = CollectReport(
+        status(place),
+        packed=packed.archives,
+        problems=packed.problems,
+        warnings=packed.warnings,
+    )
     paths = [each for each in _archives(place) if each != target]
     report.num_archives = len(paths)
     seen = _Seen(place)
@@ -207,6 +213,7 @@ def collect(
 class _Packed:
     archives: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def _packed(place: str, plan: RunPlan) -> _Packed:
@@ -215,9 +222,18 @@ def _packed(place: str, plan: RunPlan) -> _Packed:
         # Of a run in a bucket, spools are on the machines of its ranks.
         return _Packed()
     try:
-        return _Packed([str(each) for each in take_over(Path(place), plan)])
+        found = _Packed([str(each) for each in take_over(Path(place), plan)])
     except H5TracesError as error:
         return _Packed(problems=[str(error)])
+    spool = spool_path(Target.of(f"{place}/"))
+    waiting = sum(1 for _ in spool.glob("*.sample"))
+    if waiting:
+        found.warnings.append(
+            f"{spool}: {counted(waiting, 'sample')} wait for the rest of their shards; ranks that "
+            f"are started again compute only that, and 'h5traces finish {place}/' packs what is "
+            "there, if nobody will"
+        )
+    return found
 
 
 def _archives(place: str) -> list[Path | RemotePath]:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Final
 
-from h5traces.checking.meaning import looking, num_workers
+from h5traces.checking.meaning import BLOCK_SAMPLES, blocks_of, look_at_block, looking, num_workers
 from h5traces.storage.processes import blocked_signals, child_environment
 
 if TYPE_CHECKING:
@@ -27,19 +27,27 @@ if TYPE_CHECKING:
 
 # Archives of fewer samples take less time than starting processes.
 MANY_SAMPLES: Final = 4_000
-_BLOCK_SAMPLES: Final = 100
+# Of a process that ended.
+_NOTHING: Final[list[Looked | None]] = [None] * BLOCK_SAMPLES
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]))"
 
 
 class Helpers:
     """Processes that look at all samples in blocks, in turn; each sends what it saw, in order."""
 
-    def __init__(self, path: Path, limits: ReadLimits, count: int) -> None:
+    def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._waiting: list[_Mailbox] = []
+        self._block: Iterator[Looked | None] = iter(())
+        self._number = self._count = 0
+
+    def start(self, path: Path, limits: ReadLimits, count: int) -> None:
+        """Start so many processes; OSError where that is not possible."""
+        self._count = count
         for number in range(count):
             ours, theirs = Pipe()
             with theirs, blocked_signals():
+                self._waiting.append(_Mailbox(ours))
                 # Not multiprocessing: it would run the program's main module again.
                 process = subprocess.Popen(
                     [sys.executable, "-c", _CHILD, str(theirs.fileno())],
@@ -49,26 +57,25 @@ class Helpers:
                     stdout=subprocess.DEVNULL,
                 )
             self._processes.append(process)
-            self._waiting.append(_Mailbox(ours))
             ours.send((path, limits, number, count))
-        self._block: Iterator[Looked | None] = iter(())
-        self._number = 0
 
     def next(self) -> Looked | None:
         """What a helper saw of the next sample; None if it ended, and the caller has to look."""
         found = next(self._block, self)
         if found is self:
-            box = self._waiting[self._number % len(self._waiting)]
-            self._block, self._number = iter(box.next()), self._number + 1
+            place = self._number % self._count
+            block = self._waiting[place].next() if place < len(self._waiting) else _NOTHING
+            self._block, self._number = iter(block), self._number + 1
             found = next(self._block, None)
         assert not isinstance(found, Helpers)
         return found
 
     def close(self) -> None:
         """End the processes."""
-        for process, box in zip(self._processes, self._waiting, strict=True):
+        for process in self._processes:
             process.kill()
             process.wait()
+        for box in self._waiting:
             box.close()
 
 
@@ -99,7 +106,7 @@ class _Mailbox:
         with self._changed:
             self._changed.wait_for(lambda: self._messages or self._ended)
             if not self._messages:
-                return [None] * _BLOCK_SAMPLES
+                return _NOTHING
             message = self._messages.popleft()
         found: list[Looked | None] = ForkingPickler.loads(message)
         return found
@@ -119,8 +126,11 @@ def helping(
     if not isinstance(num_samples, int) or num_samples < MANY_SAMPLES or count < 2:
         yield None
         return
-    helpers = Helpers(path, limits, count)
+    helpers = Helpers()
     try:
+        # Without memory for processes, the caller looks at all samples.
+        with contextlib.suppress(OSError):
+            helpers.start(path, limits, count)
         yield helpers
     finally:
         helpers.close()
@@ -132,8 +142,6 @@ def serve(descriptor: int) -> None:
     with Connection(descriptor) as connection, contextlib.suppress(BrokenPipeError):
         path, limits, number, count = connection.recv()
         with looking(path, limits, 1) as (archive, look):
-            for block in range(number, -(-len(archive) // _BLOCK_SAMPLES), count):
-                first = block * _BLOCK_SAMPLES
-                indices = range(first, min(first + _BLOCK_SAMPLES, len(archive)))
-                connection.send([look(index) for index in indices])
+            for block in blocks_of(len(archive), number, count):
+                connection.send(list(look_at_block(archive, look, block)))
     os._exit(0)

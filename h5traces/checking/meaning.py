@@ -7,9 +7,11 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from h5traces.archive.opening import open as open_archive
+from h5traces.archive.stored_trace import begin
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.digests import content_digest
@@ -19,7 +21,7 @@ from h5traces.storage.hdf5.reading import problem_kind
 from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from h5traces.archive.archive import Archive
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 _MOST_WORKERS = 4
 # Bytes of a sample that take less time than handing its layers to threads.
 SMALL_NBYTES = 1 << 20
+# Samples that are read together, and their bytes at most.
+BLOCK_SAMPLES = 100
+_BLOCK_NBYTES = 16 << 20
 
 
 class Looked(NamedTuple):
@@ -61,12 +66,14 @@ def check_meaning(
     rows: dict[int, IndexRow] = {}
     with looking(path, limits, workers) as (archive, look):
         checks = SampleChecks()
+        blocks = (look_at_block(archive, look, each) for each in blocks_of(len(archive)))
+        here = chain.from_iterable(blocks)
         # The first three parts of an absolute path are its sample's.
         known = {"/".join(each.loc.split("/")[:3]) for each in report.problems}
         for index in range(len(archive)):
             place = layout.sample_path(index)
-            # Helpers look at all.
-            looked = None if seen is None else seen()
+            # All are looked at, also those that are left out.
+            looked = next(here) if seen is None else seen()
             if place in known:
                 checks.skip()
                 continue
@@ -88,7 +95,7 @@ def check_meaning(
 @contextlib.contextmanager
 def looking(
     path: Path, limits: ReadLimits, workers: int | None
-) -> Iterator[tuple[Archive, Callable[[int], Looked]]]:
+) -> Iterator[tuple[Archive, Callable[..., Looked]]]:
     """An open archive, and what looks at all values of one of its samples in so many threads."""
     with contextlib.ExitStack() as stack:
         # What the structure's check said of the file's state need not be said again.
@@ -99,9 +106,9 @@ def looking(
         alone = replace(look_of(archive), full_mapper=map)
         in_threads = replace(alone, full_mapper=pool.map)
 
-        def look(index: int) -> Looked:
+        def look(index: int, trace: Trace | None = None) -> Looked:
             try:
-                trace = archive[index]
+                trace = trace or archive[index]
                 is_large = trace._stored.raw_nbytes > SMALL_NBYTES
                 record = to_record(trace, lazy=is_large)
                 found = sample_findings(record, in_threads if is_large else alone)
@@ -111,6 +118,29 @@ def looking(
                 return Looked(error=str(error), kind=problem_kind(error))
 
         yield archive, look
+
+
+def look_at_block(
+    archive: Archive, look: Callable[..., Looked], indices: Sequence[int]
+) -> Iterator[Looked]:
+    """What `look` sees of some samples, whose arrays are read in one call where they are small."""
+    try:
+        traces = [archive[index] for index in indices]
+        wanted = [(trace._stored, trace._stored.needed()) for trace in traces]
+        reading = begin(wanted, 1, most_nbytes=_BLOCK_NBYTES)
+    except H5TracesError:
+        # Whoever looks at a damaged sample says what is wrong.
+        yield from map(look, indices)
+        return
+    for number, (index, trace) in enumerate(zip(indices, traces, strict=True)):
+        with trace._stored.at_hand(reading.arrays(number)):
+            yield look(index, trace)
+
+
+def blocks_of(num_samples: int, first: int = 0, step: int = 1) -> Iterator[range]:
+    """Every so many blocks of samples, from a first one on."""
+    for start in range(first * BLOCK_SAMPLES, num_samples, step * BLOCK_SAMPLES):
+        yield range(start, min(start + BLOCK_SAMPLES, num_samples))
 
 
 def num_workers() -> int:

@@ -16,6 +16,7 @@ from h5traces.cli.console import (
     print_json,
     print_line,
     warn,
+    with_flags,
 )
 from h5traces.cli.converting import tell
 from h5traces.cli.options import OUTPUT, Json, MergeOrder, Workers, option
@@ -57,7 +58,7 @@ def status(
         for line in _lines(found):
             print_line(line)
     for line in first_lines(found.errors):
-        fail(line)
+        fail(with_flags(line))
     if not found.ok:
         raise typer.Exit(EXIT_PROBLEMS)
 
@@ -151,5 +152,5 @@ def _lines(found: RunStatus) -> list[str]:
         left = "unknown" if found.seconds_left is None else f"{found.seconds_left / 60:.1f} minutes"
         lines.append(f"{found.rate:,.0f} {found.unit}/s, time left: {left}")
     if found.array:
-        lines.append(f"to start: --array={found.array}")
+        lines.append(f"to start: --array={found.array}, or any number of ranks; the rest is kept")
     return lines

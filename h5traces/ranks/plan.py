@@ -77,9 +77,11 @@ class RunPlan(Document):
         found += [f"{and_more(gone)} was planned, and is not there"] if gone else []
         changed = [each for each in now if each in then and now[each] != then[each]]
         if changed:
-            _, nbytes, _ = now[changed[0]]
-            what = f"{and_more(changed)} changed since the plan was made"
-            found.append(f"{what} ({nbytes:,} bytes, was {then[changed[0]][1]:,})")
+            (_, nbytes, _), (_, before_nbytes, _) = now[changed[0]], then[changed[0]]
+            how = "at another time, with as many bytes"
+            if nbytes != before_nbytes:
+                how = f"{nbytes:,} bytes, was {before_nbytes:,}"
+            found.append(f"{and_more(changed)} changed since the plan was made ({how})")
         if not found and self.sources != before.sources:
             found.append("the sources come in another order")
         if self.ids != before.ids:

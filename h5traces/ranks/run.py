@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +30,7 @@ from h5traces.storage.publish import locked, make_folder, sync_folder
 from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from h5traces.paths import Target
@@ -78,13 +81,14 @@ class RankRun:
 
     def __init__(self, folder: Path, rank: Rank, plan: RunPlan) -> None:
         self.folder, self.rank = folder, rank
-        check_file_system(folder)
-        in_force = fix_plan(folder, plan)
-        if in_force.world_size != rank.size:
-            in_force = _dealt_anew(folder, in_force, rank)
+        with _explained(folder):
+            check_file_system(folder)
+            in_force = fix_plan(folder, plan)
+            if in_force.world_size != rank.size:
+                in_force = _dealt_anew(folder, in_force, rank)
+            self._lines = _Lines(folder / RANKS / f"{rank.name}.jsonl", rank)
         self.plan = in_force
         self.share = deal(plan.costs, rank.size)[rank.number]
-        self._lines = _Lines(folder / RANKS / f"{rank.name}.jsonl", rank)
         self._started = time.monotonic()
         self._failed = self._is_stopped = False
 
@@ -99,7 +103,8 @@ class RankRun:
 
     def _note(self, event: str, **facts: Any) -> None:
         seconds = round(time.monotonic() - self._started, 3)
-        self._lines.append({"event": event, "time": utc_now(), "elapsed": seconds, **facts})
+        with _explained(self.folder):
+            self._lines.append({"event": event, "time": utc_now(), "elapsed": seconds, **facts})
 
     def __enter__(self) -> Self:
         try:
@@ -136,6 +141,21 @@ def run_at(folder: Path | RemotePath, rank: Rank, plan: RunPlan) -> RankRun | Bu
     if isinstance(folder, RemotePath):
         return BucketRun(folder.url, rank, plan)
     return RankRun(folder, rank, plan)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say of a full disk where it is, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = (
+            f"{error.strerror} in {folder}; make room there, then start the rank again: what is "
+            "finished stays"
+        )
+        raise OSError(error.errno, message) from error
 
 
 def _dealt_anew(folder: Path, plan: RunPlan, rank: Rank) -> RunPlan:

@@ -100,10 +100,8 @@ def extract(
 
     Raises
     ------
-    OptionError
-        The cluster cannot run such a task.
-    H5TracesError
-        What the first rank raised that failed, when all have ended.
+    OptionError, H5TracesError
+        As by `convert`.
     """
     from h5traces.extract.extracting import extract_dataset
 

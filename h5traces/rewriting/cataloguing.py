@@ -169,7 +169,10 @@ def index(
         remote = replace(remote, storage_options=storage_options)
     if is_url(output):
         if rank is not None:
-            message = f"{output}: ranks share parts in a folder; name a catalogue on disk"
+            message = (
+                f"{output}: ranks share parts in a folder on disk, which a bucket is not; write "
+                "the catalogue to disk, then copy it, as it lists shards by their addresses"
+            )
             raise TargetError(message)
         return _uploaded(RemotePath(str(output)), sources, remote, texts=texts, check=check)
     target = Target.of(output, suffixes=(SUFFIX,)).named("catalogue").path
@@ -287,7 +290,8 @@ class _Work:
         reader = _Reader(self.target.parent, before, self.remote, texts=self.texts, check=check)
         remove_abandoned_parts(output)
         with PartFile(output) as part, ThreadPoolExecutor(self.workers) as pool:
-            written = _Written(part, texts=self.texts)
+            # A part of a rank may be of empty shards; the whole may not.
+            written = _Written(part, texts=self.texts, may_be_empty=output != self.target)
             for start in range(0, len(paths), _SHARDS_AT_A_TIME):
                 some = paths[start : start + _SHARDS_AT_A_TIME]
                 for shard in pool.map(reader.read, some):
@@ -311,8 +315,9 @@ class _Before:
 
     @property
     def first(self) -> dict[str, Any] | None:
-        """Attributes of the root of the first shard that was listed."""
-        return self._known[0].catalogue.facts["first"] if self._known else None
+        """Attributes of the root of the first shard that was listed, and is not empty."""
+        found = [each.catalogue.facts["first"] for each in self._known]
+        return next((each for each in found if each["num_samples"]), found[0] if found else None)
 
     @property
     def names(self) -> set[str]:
@@ -454,8 +459,8 @@ def _stamps(path: Path | RemotePath) -> dict[str, Any]:
 class _Written:
     """A catalogue that is being written."""
 
-    def __init__(self, part: PartFile, *, texts: bool) -> None:
-        self._part, self._texts = part, texts
+    def __init__(self, part: PartFile, *, texts: bool, may_be_empty: bool = False) -> None:
+        self._part, self._texts, self._may_be_empty = part, texts, may_be_empty
         self._writer: pq.ParquetWriter | None = None
         self._waiting: list[pa.Table] = []
         self._num_waiting = self.num_samples = 0
@@ -489,7 +494,7 @@ class _Written:
         self._rows.append({**row, "family": self._families[key]})
         if shard.first is not None and (self._first is None or not self._first["num_samples"]):
             self._first = shard.first
-        if not row["num_samples"]:
+        if not row["num_samples"] and (self.num_samples or not self._may_be_empty):
             return
         table = shard.table if shard.before is None else shard.before[0].rows(shard.before[1])
         count = len(table)
@@ -498,6 +503,9 @@ class _Written:
         columns["path"] = pc.take(named, pa.array([0] * count, pa.int32()))
         columns["ordinal"] = pa.array(range(self.num_samples, self.num_samples + count), pa.int64())
         order = ["ordinal", "path", *(each for each in columns if each not in ("ordinal", "path"))]
+        if not self.num_samples:
+            # An empty shard has no types of its own; a part of these alone has columns, too.
+            self._waiting = []
         self._waiting.append(pa.table({name: columns[name] for name in order}))
         self.num_samples += count
         self._num_waiting += count
@@ -520,7 +528,7 @@ class _Written:
 
     def finish(self, first: dict[str, Any] | None) -> None:
         """Write what waits, and what is known of the shards."""
-        if not self.num_samples:
+        if not self.num_samples and not self._may_be_empty:
             message = f"{self._part.target}: the shards hold no samples; there is nothing to list"
             raise ArchiveError(message)
         if self._waiting:

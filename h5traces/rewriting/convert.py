@@ -17,16 +17,12 @@ from h5traces.precision.scales import ScaleSet
 from h5traces.ranks.plan import RunPlan, deal, plain_options, planned_source
 from h5traces.ranks.rank import find_rank
 from h5traces.ranks.run import check_shared, run_at
-from h5traces.rewriting.convert_jobs import (
-    ConvertOptions,
-    ScalesOfModels,
-    run_in_processes,
-    run_job,
-)
+from h5traces.rewriting.convert_jobs import ConvertOptions, run_job
 from h5traces.rewriting.convert_plan import plan_jobs
+from h5traces.rewriting.convert_processes import run_in_processes
+from h5traces.rewriting.convert_scales import ScalesOfModels, SharedScales
 from h5traces.rewriting.existing import recorded_options
 from h5traces.rewriting.reports import ConversionReport, Progress
-from h5traces.rewriting.shared_scales import SharedScales
 from h5traces.rewriting.uploads import Uploads
 from h5traces.sources.responses import unused_responses
 from h5traces.sources.runs import facts_of_runs

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import queue
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.selection import as_numbers, choose_layers
 from h5traces.errors import (
@@ -23,7 +15,6 @@ from h5traces.errors import (
     ConversionError,
     H5TracesError,
     LayerIndexError,
-    PrecisionError,
     SchemaError,
 )
 from h5traces.format.archive import SourceFile, add_casts
@@ -33,14 +24,12 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import num_cut
 from h5traces.meaning.sample_checks import SampleChecks
 from h5traces.paths import Target
-from h5traces.precision.scales import Calibration, ScaleSet
 from h5traces.rewriting.existing import Wanted, compare_existing, source_file
 from h5traces.rewriting.reports import FileReport, cast_warnings
 from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.sources.runs import Runs, merged, reading_in_run
-from h5traces.storage.processes import blocked_signals, safe_children
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
-from h5traces.writing.calibrate import Measurement, batch_states, check_model
+from h5traces.storage.threads import ReadAhead
 from h5traces.writing.options import TargetOptions, WriteOptions, WriteSummary, precision_warnings
 from h5traces.writing.shards import ShardSet, stale_warnings
 
@@ -50,16 +39,9 @@ if TYPE_CHECKING:
     from h5traces.archive.selection import LayerChoice
     from h5traces.format.record import SourcePosition, TraceRecord
     from h5traces.rewriting.convert_plan import Job
-    from h5traces.rewriting.shared_scales import SharedScales
     from h5traces.rewriting.uploads import ExistingUploads, Uploads
 
 
-Item = TypeVar("Item")
-_END = object()
-_POLL_SECONDS = 0.1
-# Set in every worker process: where it puts its progress, and whether it is to stop.
-_progress_queue: Any = None
-_stop: Any = None
 # Called with the source, how many of its bytes are read, and samples written since the last call.
 Report = Callable[[Path, int, int], None]
 
@@ -458,262 +440,3 @@ def _chosen(source: Path, options: ConvertOptions) -> tuple[int, ...] | None:
 def _placed(error: Exception, source: Path, place: SourcePosition | None) -> str:
     position = "" if place is None else f"sample {place.position}: "
     return f"{source}: {position}{error}"
-
-
-class ReadAhead(Iterator[Item], Generic[Item]):
-    """Runs an iterator one item ahead; a context manager.
-
-    Never more than two items exist: the one in use and the one being made. So the caller must drop
-    an item before it asks for the next.
-
-    Parameters
-    ----------
-    make
-        Called in the thread to make the iterator.
-    """
-
-    def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
-        self._make = make
-        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._wanted = threading.Semaphore(1)
-        self._stopped = False
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="h5traces-read", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            items = self._make()
-            while True:
-                self._wanted.acquire()
-                if self._stopped:
-                    return
-                # Not kept in a local: the caller must be able to free what it was handed.
-                self._ready.put((None, next(items, _END)))
-        except BaseException as error:  # handed to the caller's thread
-            self._ready.put((error, None))
-
-    def __next__(self) -> Item:
-        if self._ended:
-            raise StopIteration
-        error, item = self._ready.get()
-        if error is not None or item is _END:
-            self._ended = True
-            raise StopIteration if error is None else error
-        self._wanted.release()
-        return item  # type: ignore[no-any-return]  # the queue holds Item and _END only
-
-    def close(self) -> None:
-        """Stop the thread; an item in the making is dropped."""
-        self._stopped = True
-        self._wanted.release()
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def run_in_processes(
-    jobs: Sequence[Job],
-    options: Sequence[ConvertOptions],
-    workers: int,
-    report: Report,
-    note: Callable[[int, FileReport], None],
-) -> list[FileReport]:
-    """Run every job, with its options, in one of `workers` processes.
-
-    Reports come in the order of the jobs; `note` gets each with its number when it is done.
-
-    Where a process is killed, the jobs that were not finished fail. An interrupt stops all of them
-    at their next sample.
-    """
-    # From here on, as queues and events start a process, too.
-    with safe_children():
-        return _run_in_processes(jobs, options, workers, report, note)
-
-
-def _run_in_processes(
-    jobs: Sequence[Job],
-    options: Sequence[ConvertOptions],
-    workers: int,
-    report: Report,
-    note: Callable[[int, FileReport], None],
-) -> list[FileReport]:
-    num_processes = min(workers, len(jobs))
-    threads = max(1, workers // num_processes)
-    shared = [replace(each, write=replace(each.write, workers=threads)) for each in options]
-    context = multiprocessing.get_context("spawn")
-    progress, stop = context.Queue(), context.Event()
-    done = threading.Event()
-    forwarder = threading.Thread(target=_forward, args=(progress, report, done), daemon=True)
-    forwarder.start()
-    pool = ProcessPoolExecutor(
-        num_processes, context, initializer=_start, initargs=(progress, stop)
-    )
-    futures: list[Future[FileReport]] = []
-    try:
-        with blocked_signals([signal.SIGINT]):
-            futures += [
-                pool.submit(_run, job, each) for job, each in zip(jobs, shared, strict=True)
-            ]
-        numbers = {future: number for number, future in enumerate(futures)}
-        found = {}
-        for future in as_completed(futures):
-            number = numbers[future]
-            found[number] = _result(jobs[number], future)
-            note(number, found[number])
-        return [found[number] for number in range(len(jobs))]
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        done.set()
-        forwarder.join()
-
-
-def _result(job: Job, future: Future[FileReport]) -> FileReport:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        sources = [str(source) for source in job.sources]
-        return FileReport(
-            sources=sources,
-            targets=[str(job.first_target)],
-            status="failed",
-            error=(
-                f"{', '.join(sources)}: not converted: one of the processes was killed, as the "
-                "system does when memory runs out; no unfinished file was kept; run again with "
-                "skip_existing=True and fewer workers"
-            ),
-        )
-
-
-def _start(progress: Any, stop: Any) -> None:
-    global _progress_queue, _stop  # both can only be handed over at the start
-    _progress_queue, _stop = progress, stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Never outlive a parent that was killed: its successor may be writing the same target."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _run(job: Job, options: ConvertOptions) -> FileReport:
-    return run_job(job, options, _put)
-
-
-def _put(source: Path, position: int, num_samples: int) -> None:
-    if _stop.is_set():
-        raise KeyboardInterrupt
-    _progress_queue.put((source, position, num_samples))
-
-
-def _forward(progress: Any, report: Report, done: threading.Event) -> None:
-    """Hand progress from the processes on, until all are done and nothing is left."""
-    while True:
-        try:
-            report(*progress.get(timeout=_POLL_SECONDS))
-        except queue.Empty:
-            if done.is_set():
-                return
-
-
-class ScalesOfModels:
-    """The options of jobs, with scales of their model where hidden states are quantised.
-
-    Parameters
-    ----------
-    jobs
-        All that will be converted, by any rank.
-    options
-        Of all jobs.
-    calibration
-        What scales are to be made from; else the first samples of each model's batches.
-    samples
-        How many of these.
-    shared
-        How the ranks of a run share what one of them measured.
-    """
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        options: ConvertOptions,
-        calibration: Calibration | None,
-        samples: int,
-        shared: SharedScales | None,
-    ) -> None:
-        self._jobs, self._options = jobs, options
-        self._calibration, self._samples, self._shared = calibration, samples, shared
-        self._found: dict[str | None, ScaleSet] = {}
-
-    def options(self, job: Job, report: Report) -> ConvertOptions:
-        """The options of a job; `report` is called for every batch that is measured for it."""
-        step, options = self._options.write.precision.step, self._options
-        if step is None or options.target.dry_run:
-            return options
-        model = _model_of(job, options)
-        if model not in self._found:
-            self._found[model] = self._scales(model, report).scales(step)
-        return replace(options, write=replace(options.write, scales=self._found[model]))
-
-    def _scales(self, model: str | None, report: Report) -> Calibration:
-        if self._calibration is not None:
-            check_model(self._calibration, model)
-            return self._calibration
-        alike = [job for job in self._jobs if _model_of(job, self._options) == model]
-        if self._shared is None:
-            return _measured(alike, self._options, model, self._samples, report)
-        return self._shared.of(
-            str(model),
-            lambda: _measured(
-                alike, self._options, model, self._samples, lambda *_: None, keep=False
-            ),
-        )
-
-
-def _model_of(job: Job, options: ConvertOptions) -> str | None:
-    return options.facts(job.sources[0])["model_id"]
-
-
-def _measured(
-    jobs: Sequence[Job],
-    options: ConvertOptions,
-    model: str | None,
-    samples: int,
-    report: Report,
-    *,
-    keep: bool = True,
-) -> Calibration:
-    """The statistics of a model's first samples; none if, with `keep`, every target exists."""
-    if keep and options.target.skip_existing and all(job.first_target.exists() for job in jobs):
-        return Calibration()
-    with Measurement(options.layers) as measurement:
-        for path in (source for job in jobs for source in job.sources):
-            report(path, 0, 0)
-            # A damaged batch is reported when it is converted.
-            with contextlib.suppress(ConversionError, SchemaError, OSError):
-                _add(measurement, path, samples, options.reading_of(path))
-            if measurement.num_samples >= samples:
-                break
-        if not measurement.has_states:
-            # No states were found; any that follow are stored in float16, and reported.
-            return Calibration()
-        return measurement.calibration(model, partial=True)
-
-
-def _add(measurement: Measurement, path: Path, samples: int, reading: ReadingOptions) -> None:
-    try:
-        with contextlib.closing(batch_states(path, reading)) as found:
-            measurement.add_first(path.name, found, samples)
-    except PrecisionError as error:
-        message = f"{error}; convert the batches of each model by themselves"
-        raise PrecisionError(message) from error

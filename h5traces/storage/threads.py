@@ -1,16 +1,21 @@
-"""Threads that also work while the interpreter ends."""
+"""Threads that also work while the interpreter ends, and one that reads an item ahead."""
 
 from __future__ import annotations
 
 import os
+import queue
+import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _Value = TypeVar("_Value")
+Item = TypeVar("Item")
+_END = object()
 
 
 class ThreadPool(ThreadPoolExecutor):
@@ -45,3 +50,59 @@ def shared_pool(workers: int) -> ThreadPool:
 @cache
 def _pool(workers: int, _process: int) -> ThreadPool:
     return ThreadPool(workers, thread_name_prefix="h5traces-read")
+
+
+class ReadAhead(Iterator[Item], Generic[Item]):
+    """Runs an iterator one item ahead; a context manager.
+
+    Never more than two items exist: the one in use and the one being made. So the caller must drop
+    an item before it asks for the next.
+
+    Parameters
+    ----------
+    make
+        Called in the thread to make the iterator.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
+        self._make = make
+        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._wanted = threading.Semaphore(1)
+        self._stopped = False
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="h5traces-read", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            items = self._make()
+            while True:
+                self._wanted.acquire()
+                if self._stopped:
+                    return
+                # Not kept in a local: the caller must be able to free what it was handed.
+                self._ready.put((None, next(items, _END)))
+        except BaseException as error:  # handed to the caller's thread
+            self._ready.put((error, None))
+
+    def __next__(self) -> Item:
+        if self._ended:
+            raise StopIteration
+        error, item = self._ready.get()
+        if error is not None or item is _END:
+            self._ended = True
+            raise StopIteration if error is None else error
+        self._wanted.release()
+        return item  # type: ignore[no-any-return]  # the queue holds Item and _END only
+
+    def close(self) -> None:
+        """Stop the thread; an item in the making is dropped."""
+        self._stopped = True
+        self._wanted.release()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -5,30 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-from legacy_batches import write_batch
-
 import h5traces
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 MODEL = EXAMPLES / "tiny-llama-pydocs"
-
-
-def write_batches(folder: Path, count: int, num_samples: int = 2, seq_len: int = 5) -> Path:
-    folder.mkdir()
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        samples = [
-            {
-                "hidden_states": [rng.random((seq_len, 8)).astype("f2") for _ in range(2)],
-                "attentions": [rng.random((2, seq_len, seq_len)).astype("f2") for _ in range(2)],
-                "question_id": f"q_{number}_{each}",
-            }
-            for each in range(num_samples)
-        ]
-        write_batch(folder / f"b{number}.pkl", samples)
-    return folder
 
 
 def write_questions(path: Path, count: int) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-import h5traces.ray
+import h5traces.ray.tasks
 from h5traces.errors import ArchiveExistsError, OptionError, TargetError
 from h5traces.extract import DatasetChoice, ModelChoice
 
@@ -51,6 +51,10 @@ def parent_of(process: int) -> int | None:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except FileNotFoundError:
         return None
+
+
+def gpus_of_a_rank(**_: Any) -> int:
+    return len(ray.get_gpu_ids())
 
 
 def main(batches: str, out: Path, examples: Path, model: str, questions: str) -> None:
@@ -92,6 +96,8 @@ def main(batches: str, out: Path, examples: Path, model: str, questions: str) ->
             report.num_written
             for report in h5traces.ray.extract(*choice, f"{out}/traces/", world_size=2)
         ]
+        needed = {"num_cpus": 1, "num_gpus": 1}
+        found["own_gpus"] = h5traces.ray.tasks._run_ranks(gpus_of_a_rank, (), {}, 2, needed)
         found["other"] = error_of(
             batches, f"{out}/archives/", call=h5traces.ray.convert, layers=[0], world_size=3
         )

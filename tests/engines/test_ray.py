@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import EXAMPLES, MODEL, digests, write_batches, write_questions
+from engine_runs import EXAMPLES, MODEL, digests, write_questions
+from working_batches import write_batches
 
 import h5traces
 from h5traces.extract import DatasetChoice, ModelChoice, extract_dataset
@@ -56,6 +57,7 @@ def test_a_killed_node_loses_nothing(run: tuple[Path, dict[str, Any]]) -> None:
 def test_tasks_on_gpus_extract_what_one_process_does(run: tuple[Path, dict[str, Any]]) -> None:
     out, found = run
     assert sorted(found["gpus"]) == [2, 2]
+    assert found["own_gpus"] == [1, 1]
     model, questions = ModelChoice(model_id=str(MODEL)), str(out / "questions.jsonl")
     extract_dataset(model, DatasetChoice(dataset=questions), f"{out}/alone-traces/")
     assert digests(out / "traces") == digests(out / "alone-traces")

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from child_processes import start_process
 from tiny_models import QUESTIONS, TINY_LLAMA
+from typer.testing import CliRunner
 
 import h5traces
+from h5traces.cli.app import app
 from h5traces.errors import TargetError
 from h5traces.extract import (
     DatasetChoice,
@@ -145,6 +147,47 @@ def test_ranks_that_are_killed_at_random_lose_nothing(tmp_path):
     run(tmp_path / "alone")
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
     assert h5traces.status(tmp_path / "out").ok
+
+
+def test_collect_takes_over_from_a_rank_that_was_killed(tmp_path):
+    """Rank 1, a process, is killed in the middle, after rank 0 has ended."""
+    out, spool = tmp_path / "out", tmp_path / "out.spool"
+    chosen = {"num_samples": 16, "target": TargetOptions(shard_samples=2)}
+    command = [str(Path(sys.executable).with_name("h5traces")), "extract", "-o", f"{out}/"]
+    command += ["--model-id", str(TINY_LLAMA), "--dataset", str(QUESTIONS), "-n", "16"]
+    command += ["--max-new-tokens", "4", "--shard-samples", "2", "--rank", "1"]
+
+    def stored():
+        return len(list(spool.glob("*.sample"))) + 2 * len(list(out.glob("*.h5")))
+
+    run(out, rank=0, world_size=2, **chosen)
+    before = stored()
+    killed = start_process([*command, "--world-size", "2"])
+    while stored() < before + 2:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    there = stored()
+    assert there < 16
+    done = CliRunner().invoke(app, ["collect", str(out)])
+    assert done.exit_code == 1
+    assert "to start: --array=1, or any number of ranks" in done.output.replace("\n", " ")
+    assert "packed " in done.output
+    report = h5traces.collect(out)
+    assert report.status.missing == [1]
+    # What waits in the spool is in no archive yet.
+    waiting = len(list(spool.glob("*.sample")))
+    assert len(report.missing) == 16 - there + waiting
+    said = [each for each in report.warnings if "for the rest of their shards" in each]
+    assert len(said) == bool(waiting)
+    assert all(f"{waiting} sample" in each for each in said)
+    left = run(out, rank=1, world_size=2, **chosen)
+    assert left.num_written == 16 - there
+    assert h5traces.collect(out).ok
+    assert not spool.exists()
+    run(tmp_path / "alone", **chosen)
+    assert digests(out) == digests(tmp_path / "alone")
 
 
 def test_collect_packs_what_dead_ranks_left(tmp_path):

@@ -15,7 +15,7 @@ from child_processes import start_process
 from legacy_batches import make_batch, write_batch
 
 import h5traces
-from h5traces.errors import ArchiveExistsError, OptionError, TargetError
+from h5traces.errors import ArchiveError, ArchiveExistsError, OptionError, TargetError
 from h5traces.features import extract_features
 from h5traces.features import sharing as feature_sharing
 from h5traces.rewriting import cataloguing
@@ -154,6 +154,20 @@ def test_a_catalogue_does_not_depend_on_ranks(archives: Path, tmp_path: Path, si
     assert reports[-1].is_written
     assert sum(each.num_read for each in reports) == 1
     assert len(h5traces.open(out)) == 12
+
+
+def test_a_part_of_empty_shards_ends_no_rank(archives: Path, tmp_path: Path) -> None:
+    """Each shard is a part here; those without samples come first, between others, and last."""
+    for name in ("a", "b2_empty", "z"):
+        h5traces.repack(archives / "b1.h5", archives / f"{name}.h5", samples=[])
+    h5traces.index(archives, archives / "alone.parquet")
+    out = archives / "many.parquet"
+    for _ in range(2):
+        reports = [h5traces.index(archives, out, rank=rank, world_size=3) for rank in range(3)]
+        assert reports[-1].is_written
+        assert out.read_bytes() == (archives / "alone.parquet").read_bytes()
+    with pytest.raises(ArchiveError, match="the shards hold no samples"):
+        h5traces.index(archives / "a.h5", tmp_path / "empty.parquet", rank=0, world_size=1)
 
 
 def test_ranks_that_are_killed_at_random_lose_nothing(archives: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from h5traces.errors import ArchiveExistsError, RemoteError, TargetError
 from h5traces.ranks.bucket import BucketRun
 from h5traces.ranks.plan import RunPlan
 from h5traces.ranks.rank import Rank
-from h5traces.rewriting.shared_scales import SharedScales
+from h5traces.rewriting.convert_scales import SharedScales
 from h5traces.rewriting.uploads import Uploads
 from h5traces.storage.remote import paths, uploading
 from h5traces.storage.remote.paths import RemoteOptions, RemotePath
@@ -349,6 +349,12 @@ def test_a_run_in_a_bucket_is_followed_and_collected(
     assert h5traces.index(DEST, listed).num_read == 4
     assert h5traces.open(listed) == h5traces.open(DEST)
     assert h5traces.index(DEST, listed).num_kept == 4
+    with pytest.raises(TargetError, match="write the catalogue to disk, then copy it"):
+        h5traces.index(DEST, listed, rank=0, world_size=2)
+    for rank in range(2):
+        h5traces.index(DEST, tmp_path / "ranks.parquet", rank=rank, world_size=2)
+    files.put_file(str(tmp_path / "ranks.parquet"), f"{DEST}copied.parquet")
+    assert h5traces.open(f"{DEST}copied.parquet") == h5traces.open(DEST)
     with pytest.raises(TargetError, match="lists shards on servers"):
         h5traces.index(make_archive(tmp_path, make_batch("full_pkl")), listed)
     files.rm(f"{BUCKET}/run/b0.h5")

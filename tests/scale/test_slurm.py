@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from slurm_cluster import SlurmCluster, reason_to_skip
+from working_batches import write_batches
 
 import h5traces
 from h5traces.ranks.status import status
@@ -36,22 +35,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield cluster
     finally:
         cluster.stop()
-
-
-def write_batches(folder: Path, count: int, num_samples: int = 2, seq_len: int = 5) -> Path:
-    folder.mkdir()
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        samples = [
-            {
-                "hidden_states": [rng.random((seq_len, 8)).astype("f2") for _ in range(2)],
-                "attentions": [rng.random((2, seq_len, seq_len)).astype("f2") for _ in range(2)],
-                "question_id": f"q_{number}_{each}",
-            }
-            for each in range(num_samples)
-        ]
-        (folder / f"b{number}.pkl").write_bytes(pickle.dumps(samples))
-    return folder
 
 
 @pytest.fixture(scope="module")

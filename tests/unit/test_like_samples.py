@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import string
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def _outcome(path: Path) -> Any:
     return report.num_samples, report.problems, report.findings, report.notes
 
 
-@pytest.mark.parametrize("helper", ["working", "ended"])
+@pytest.mark.parametrize("helper", ["working", "ended", "absent"])
 def test_helpers_find_what_one_process_does(
     alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helper: str
 ) -> None:
@@ -128,6 +129,8 @@ def test_helpers_find_what_one_process_does(
     monkeypatch.setattr(helpers, "num_workers", lambda: 2)
     if helper == "ended":
         monkeypatch.setattr(helpers, "_CHILD", "")
+    if helper == "absent":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert _outcome(path) == expected
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from h5traces.rewriting.convert_jobs import ReadAhead
+from h5traces.storage.threads import ReadAhead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
