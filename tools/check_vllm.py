@@ -88,7 +88,8 @@ def settings(model: str, target: Path, **more) -> dict:
     """Arguments of an engine with the connector, which it finds by the entry point."""
     return {
         "model": model, "dtype": "float32", "max_model_len": LENGTH, "enforce_eager": True, "seed": 0,
-        "block_size": BLOCK,
+        # By default, servers and programs differ here, and could not go on with each other's runs.
+        "block_size": BLOCK, "max_num_seqs": 64, "max_num_batched_tokens": 2048,
         "speculative_config": {
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,
