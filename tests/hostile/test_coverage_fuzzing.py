@@ -13,6 +13,7 @@ from fuzz_targets import SEEDS, TARGETS, FindingError
 from h5traces.storage.codecs import CODECS, GZIP
 
 SECONDS = 2
+OF_CHILDREN = "RuntimeError: Unable to convert call argument"
 TOOL = Path(__file__).parents[2] / "tools" / "fuzz.py"
 
 
@@ -36,8 +37,16 @@ def test_nothing_is_found_in_seconds(name: str, tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
+    found = list(tmp_path.iterdir())
+    if OF_CHILDREN in done.stderr:
+        # pyarrow's exception of C++ ends the child that tries a file, but for frames of the fuzzer
+        # on its stack, which catch it. Without them, reading has to reject the file.
+        assert found
+        for each in found:
+            TARGETS[name](each.read_bytes())
+        return
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(tmp_path.iterdir()) == []
+    assert found == []
 
 
 def test_a_decoder_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,8 +145,9 @@ def test_compiled_chunks_are_as_small(data: bytes, itemsize: int) -> None:
     stored = deflate.encode(data, itemsize=itemsize)
     with mock.patch.object(deflate, "ENGINES", PLAIN):
         plain = deflate.encode(data, itemsize=itemsize)
-    # What is so mixed is planned from samples, by both.
-    assert len(stored) <= 1.1 * len(plain) + 64
+    # What is so mixed is planned from samples, by both. The kernels give each plane a block of its
+    # own, of nine bytes where it holds zeros only.
+    assert len(stored) <= 1.1 * len(plain) + 64 + 9 * itemsize
 
 
 @given(

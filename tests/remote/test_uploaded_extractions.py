@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -191,15 +192,16 @@ def test_a_shard_without_a_line_counts(files: Any, alone: Path, tmp_path: Path) 
 
 def test_a_killed_rank_goes_on(files: Any, alone: Path, machine: Path) -> None:
     """Real processes; the signal comes while samples wait on this machine."""
-    command = ["h5traces", "extract", "--model-id", str(EXAMPLES / "tiny-llama-pydocs")]
+    command = [sys.executable, "-m", "h5traces", "extract"]
+    command += ["--model-id", str(EXAMPLES / "tiny-llama-pydocs")]
     command += ["--dataset", str(EXAMPLES / "questions.jsonl"), "-n", str(NUM_SAMPLES)]
     command += ["--max-new-tokens", "4", "--batch-size", "2", "--shard-samples", "3", "-o", DEST]
-    command[0] = str(Path(shutil.which("h5traces") or "h5traces"))
     environment = {**os.environ, "TMPDIR": str(machine)}
     first = start_process(command, env=environment)
     end = time.monotonic() + 100
     while not list(machine.rglob("*.sample")) and first.poll() is None:
         assert time.monotonic() < end
+    assert first.poll() is None
     first.kill()
     first.communicate()
     second = start_process(command, env=environment)
