@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from reading import TOGETHER, seconds
 from tiers import SEQ_LEN, Generator, Shape, calibrated, options_of, records
 
 import h5traces
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 KINDS: Final = ("hidden_states", "attentions")
-TOGETHER: Final = 4
 
 
 def last_and_mean(states: np.ndarray, _weights: np.ndarray) -> None:
@@ -92,13 +91,6 @@ def write(path: Path, found: Sequence[Any], num_samples: int, tier: str, calibra
         for number in range(num_samples):
             record = found[number % len(found)]
             writer.append(record.model_copy(update={"sample_id": str(number)}))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ _progress_queue: Any = None
 _stop: Any = None
 
 
+# All of it, as queues and events start a process, too.
+@safe_children()
 def run_in_processes(
     jobs: Sequence[Job],
     options: Sequence[ConvertOptions],
@@ -43,18 +45,6 @@ def run_in_processes(
     Where a process is killed, the jobs that were not finished fail. An interrupt stops all of them
     at their next sample.
     """
-    # From here on, as queues and events start a process, too.
-    with safe_children():
-        return _run_in_processes(jobs, options, workers, report, note)
-
-
-def _run_in_processes(
-    jobs: Sequence[Job],
-    options: Sequence[ConvertOptions],
-    workers: int,
-    report: Report,
-    note: Callable[[int, FileReport], None],
-) -> list[FileReport]:
     num_processes = min(workers, len(jobs))
     threads = max(1, workers // num_processes)
     shared = [replace(each, write=replace(each.write, workers=threads)) for each in options]

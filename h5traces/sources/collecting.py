@@ -24,7 +24,8 @@ from h5traces.paths import (
     listed_sources,
     walk,
 )
-from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, run_stem, source_stem
+from h5traces.sources.opening import SOURCE_SUFFIXES, open_source, recognise, source_stem
+from h5traces.sources.runs import run_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -247,7 +248,7 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
 
 def _run_of(found: Recognised) -> tuple[Path, str, str]:
     """What files of one kind share whose names differ only in numbers."""
-    return found.path.parent, run_stem(found.path.name), found.kind.id
+    return *run_of(found.path), found.kind.id
 
 
 def _is_of_a_model(path: Path) -> bool:
@@ -294,7 +295,7 @@ class _Names:
 
     def __init__(self, sources: list[Path]) -> None:
         self._stems = {(path.parent, source_stem(path.name)) for path in sources}
-        self._patterns = {(path.parent, run_stem(path.name)) for path in sources}
+        self._patterns = {run_of(path) for path in sources}
 
     def has_stem(self, path: Path) -> bool:
         """Whether a source has this name, but for the suffix."""
@@ -302,7 +303,7 @@ class _Names:
 
     def continues(self, path: Path) -> bool:
         """Whether sources have this name, but for numbers and the suffix."""
-        return (path.parent, run_stem(path.name)) in self._patterns
+        return run_of(path) in self._patterns
 
 
 def _is_part(path: Path) -> bool:

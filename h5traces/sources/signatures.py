@@ -332,7 +332,7 @@ def _is_zlib(head: bytes) -> bool:
 
 
 def _unpacked_head(compression: str, head: bytes) -> bytes:
-    """The first bytes inside a compressed file; nothing if they cannot be had."""
+    """The first bytes inside a compressed file; nothing if they cannot be unpacked."""
     unpack = _UNPACKERS.get(compression)
     found = b""
     if unpack is None:
