@@ -36,7 +36,7 @@ def make(folder: Path, num_shards: int, num_samples: int) -> None:
         with h5traces.create(folder / f"{number:06d}.h5", model_id="model", spool=False) as run:
             for each in range(num_samples):
                 run.append({"hidden_states": states, "question_id": f"real_{number}_{each}"})
-    before = _Before(None, texts=False)
+    before = _Before((), texts=False)
     reader = _Reader(folder, before, DEFAULT_REMOTE, texts=False, check=False)
     real = [reader.read(folder / f"{number:06d}.h5") for number in range(_REAL)]
     started = time.perf_counter()

@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -282,3 +284,11 @@ def test_the_command_has_a_default_for_folders(run: Path) -> None:
     assert done.exit_code == 0
     assert "answer 1 of 0" in done.stdout
     assert CliRunner().invoke(app, ["index", str(run), str(run)]).exit_code == 2
+
+
+def test_the_benchmark_runs_on_few_shards() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "catalogue.py"
+    command = [sys.executable, str(script), "--shards", "20", "--samples", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "60 samples in 20 shards" in done.stdout
