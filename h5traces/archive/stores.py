@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress, islice, pairwise, repeat
+from itertools import chain, islice, repeat
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -51,7 +50,6 @@ from h5traces.storage.plans import (
     Reading,
     Restoration,
     fitting,
-    joined,
     layouts_of,
 )
 from h5traces.storage.plans import Wanted as WantedDatasets
@@ -277,25 +275,25 @@ class FooterStore:
         `restorations` of every sample, by path, are applied to datasets that they suit.
         """
         parts: dict[int, Part] = {}
-        new: dict[int, tuple[FooterObjects, Any, WantedDatasets]] = {}
+        new: dict[int, tuple[FooterObjects, Any]] = {}
         for number, (sample, paths) in enumerate(wanted):
             objects = sample.objects
             if not isinstance(objects, FooterObjects) or not paths:
                 continue
             theirs = restorations[number] if restorations else {}
             key = tuple(paths), tuple(theirs.items())
-            places = [objects.places[path] for path in paths]
-            with contextlib.suppress(FooterError, IndexError):
-                layout = objects.form.layouts.get(key)
-                if layout is not None:
-                    chunks = layout.chosen(objects.row.chunks)
-                    if layout.fits(chunks, self._nbytes):
-                        parts[number] = Part(number, layout, chunks)
-                        continue
-                new[number] = objects, key, self._datasets(objects, paths, places, theirs)
-        for number, layout in self._fitting({number: each for number, (*_, each) in new.items()}):
-            objects, key, _ = new[number]
-            parts[number] = Part(number, layout, layout.chosen(objects.row.chunks))
+            layout = objects.form.layouts.get(key)
+            if layout is not None:
+                chunks = layout.chosen(objects.row.chunks)
+                if layout.fits(chunks, self._nbytes):
+                    parts[number] = Part(number, layout, chunks)
+                    continue
+            new[number] = objects, key
+        for (number, (objects, key)), layout in zip(
+            new.items(), self._layouts(list(new.values())), strict=True
+        ):
+            if layout.datasets:
+                parts[number] = Part(number, layout, layout.chosen(objects.row.chunks))
             if len(layout.datasets) == len(key[0]):
                 objects.form.keep(key, layout)
         nbytes = sum(part.layout.raw_nbytes for part in parts.values())
@@ -307,46 +305,49 @@ class FooterStore:
         in_order = [parts[number] for number in sorted(parts)]
         return Reading(self.file, in_order, workers, together=together)
 
-    def _fitting(self, wanted: dict[int, WantedDatasets]) -> Iterator[tuple[int, Layout]]:
-        """Layouts of the datasets that fit, of samples that have such."""
-        if not wanted:
-            return
-        found = list(wanted.values())
-        fits = fitting(joined([each.found for each in found]), self._limits, self._nbytes)
-        if not fits.all():
-            bounds = pairwise(np.cumsum([0, *(len(each.paths) for each in found)]).tolist())
-            chosen = (_chosen(each, fits[a:b]) for each, (a, b) in zip(found, bounds, strict=True))
-            wanted = {n: each for n, each in zip(wanted, chosen, strict=True) if each.paths}
-        if wanted:
-            yield from zip(wanted, layouts_of(list(wanted.values())), strict=True)
+    def _layouts(self, new: Sequence[tuple[FooterObjects, Any]]) -> list[Layout]:
+        """Layouts of those datasets of some samples that fit; nothing of who has none."""
+        if not new:
+            return []
+        wanted = self._datasets(new)
+        fits = fitting(wanted.found, self._limits, self._nbytes)
+        return layouts_of(wanted if fits.all() else wanted.chosen(fits))
 
-    def _datasets(
-        self,
-        objects: FooterObjects,
-        paths: Sequence[str],
-        listed: list[int],
-        restorations: Mapping[str, Restoration],
-    ) -> WantedDatasets:
-        """What the index says of datasets of a sample, by their paths and places in its row."""
-        row, columns, places = objects.row, objects.form.columns, np.array(listed, np.int64)
-        num_axes = columns.object_ndim[places].astype(np.int64)
-        num_chunks = columns.object_num_chunks[places].astype(np.int64)
-        first_axes, first_chunks = columns.axis_ends[places], columns.chunk_ends[places]
+    def _datasets(self, new: Sequence[tuple[FooterObjects, Any]]) -> WantedDatasets:
+        """What the index says of datasets of some samples, by their paths and restorations."""
+        forms = [objects.form.columns for objects, _ in new]
+
+        def column(name: str) -> Longs:
+            return np.concatenate([getattr(form, name) for form in forms]).astype(np.int64)
+
+        counts = [len(paths) for _, (paths, _) in new]
+        paths = [path for _, (some, _) in new for path in some]
+        listed = [objects.places[path] for objects, (some, _) in new for path in some]
+        sizes = [(len(form.object_ndim), int(form.chunk_ends[-1])) for form in forms]
+        before = np.cumsum([(0, 0), *sizes], axis=0)[:-1]
+        places = listed + np.repeat(before[:, 0], counts)
+        # Of all objects, then of those that are wanted.
+        num_axes, num_chunks = column("object_ndim"), column("object_num_chunks")
+        first_axes, first_chunks = (np.cumsum(each) - each for each in (num_axes, num_chunks))
+        num_axes, num_chunks, first_axes, first_chunks = (
+            each[places] for each in (num_axes, num_chunks, first_axes, first_chunks)
+        )
         # Bytes of text are an axis more, which no shuffle has taken for elements.
         axes = np.arange(int(num_axes.max(initial=0)) + 1)
         shape, chunk = np.ones((2, len(places), len(axes)), np.int64)
-        codec = self._codec_numbers[columns.object_codec[places]]
         has_axis = axes < num_axes[:, np.newaxis]
         of_axes = (first_axes[:, np.newaxis] + axes)[has_axis]
-        shape[has_axis] = columns.object_dims[of_axes]
-        chunk[has_axis] = columns.object_chunk_dims[of_axes]
-        types = [self._types[kind] for kind in columns.object_type[places].tolist()]
+        shape[has_axis] = column("object_dims")[of_axes]
+        chunk[has_axis] = column("object_chunk_dims")[of_axes]
+        codecs = np.minimum(column("object_codec")[places], len(self._codec_numbers) - 1)
+        codec = self._codec_numbers[codecs]
+        types = [self._types.get(kind, _NO_TYPE) for kind in column("object_type")[places].tolist()]
         widths = np.array([each.itemsize if each.kind == "S" else 1 for each in types], np.int64)
         itemsizes = np.array([each.itemsize for each in types], np.int64) // widths
         shape[:, -1] = chunk[:, -1] = widths
         chunks = np.repeat(first_chunks - np.cumsum(num_chunks) + num_chunks, num_chunks)
         chunks += np.arange(len(chunks))
-        offsets, sizes, checksums = row.chunks
+        columns = zip(*(objects.row.chunks for objects, _ in new), strict=True)
         found = Datasets(
             shape,
             chunk,
@@ -354,12 +355,12 @@ class FooterStore:
             itemsizes,
             np.where((widths > 1) & (codec != _DEFLATE), UNKNOWN, codec),
             num_chunks,
-            offsets[chunks],
-            sizes[chunks],
-            checksums[chunks],
+            *(np.concatenate(each)[chunks] for each in columns),
         )
-        suiting = _suiting(paths, found, restorations)
-        return WantedDatasets(paths, types, found, suiting, chunks)
+        own = chunks - np.repeat(np.repeat(before[:, 1], counts), num_chunks)
+        given = [dict(theirs) for _, (_, theirs) in new]
+        suiting = [None] * len(paths) if not any(given) else _suiting(paths, counts, found, given)
+        return WantedDatasets(paths, types, found, suiting, own, counts)
 
     def close(self) -> None:
         """Close the file."""
@@ -458,15 +459,15 @@ class FooterStore:
         return {name: StoredSize(*totals[:, place].tolist()) for place, name in enumerate(firsts)}
 
     @cached_property
-    def _types(self) -> list[np.dtype[Any]]:
+    def _types(self) -> dict[int, np.dtype[Any]]:
         """Types by number; of a group, and of what no archive can hold, that of no bytes."""
-        return [_type_of(each) for each in self._directory.types]
+        return {number: _type_of(each) for number, each in enumerate(self._directory.types)}
 
     @cached_property
     def _codec_numbers(self) -> Longs:
-        """Numbers in plans, by number here."""
+        """Numbers in plans, by number here; the last one is of all that the index has not."""
         known = {name: number for number, name in enumerate(PLAN_CODECS)}
-        return np.array([known.get(each, UNKNOWN) for each in self._directory.codecs], np.int64)
+        return np.array([*(known.get(each, UNKNOWN) for each in self._directory.codecs), UNKNOWN])
 
     @cached_property
     def names(self) -> list[str]:
@@ -613,25 +614,16 @@ def _misfit(place: int, error: Exception) -> FooterError:
     return FooterError(f"object {place} of a row of the index does not fit its columns: {error}")
 
 
-def _chosen(wanted: WantedDatasets, which: NDArray[np.bool_]) -> WantedDatasets:
-    """Some of the datasets."""
-    return WantedDatasets(
-        list(compress(wanted.paths, which)),
-        list(compress(wanted.types, which)),
-        wanted.found.chosen(which),
-        list(compress(wanted.restorations, which)),
-        wanted.places[which[wanted.found.owners]],
-    )
-
-
 def _suiting(
-    paths: Sequence[str], found: Datasets, given: Mapping[str, Restoration]
+    paths: Sequence[str],
+    counts: Sequence[int],
+    found: Datasets,
+    given: Sequence[Mapping[str, Restoration]],
 ) -> list[Restoration | None]:
-    """The restoration of every dataset that one suits."""
-    if not given:
-        return [None] * len(paths)
+    """The restoration of every dataset that one suits, of those given for its sample."""
     facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
-    wanted = map(given.get, paths)
+    owners = chain.from_iterable(map(repeat, given, counts))
+    wanted = (theirs.get(path) for theirs, path in zip(owners, paths, strict=True))
     return [
         each if each is not None and each.suits(*fact) else None
         for each, fact in zip(wanted, facts, strict=True)
