@@ -485,10 +485,10 @@ class FooterStore:
             raise FooterError(message)
         return document
 
-    def facts(self, row: FooterRow, place: int) -> tuple[str, Attrs]:
+    def facts(self, row: FooterRow, form: StoredForm, place: int) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of an object by its place in its row."""
         try:
-            dtype = self._directory.types[self.form(row).columns.object_type[place]]
+            dtype = self._directory.types[form.types[place]]
             return dtype, self._attr_sets[row.attr_sets[place]]
         except IndexError as error:
             raise _misfit(place, error) from error
@@ -585,6 +585,8 @@ class StoredForm:
         The columns that they share.
     places
         Place in them of every object, by path.
+    types
+        Number of the type of every object.
     described
         Of objects by place, what does not differ between samples.
     layouts
@@ -597,6 +599,7 @@ class StoredForm:
 
     def __init__(self, columns: RowForm, places: dict[str, int]) -> None:
         self.columns, self.places = columns, places
+        self.types: list[int] = columns.object_type.tolist()
         self.described: dict[int, Described] = {}
         self.layouts: dict[Any, Layout] = {}
         self.facts: FormFacts | None = None
@@ -676,7 +679,7 @@ class FooterObjects(Mapping[str, ObjectEntry]):
 
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""
-        return self._store.facts(self.row, self.places[path])
+        return self._store.facts(self.row, self.form, self.places[path])
 
     def __contains__(self, path: object) -> bool:
         return path in self.places

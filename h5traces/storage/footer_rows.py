@@ -256,8 +256,8 @@ class RowPacker:
         attrs = entry.attrs
         digest = attrs.get(DIGEST)
         if isinstance(digest, str) and _DIGEST.fullmatch(digest):
-            attrs = {name: value for name, value in attrs.items() if name != DIGEST}
-            stored = bytes.fromhex(digest)
+            attrs = dict(attrs)
+            stored = bytes.fromhex(attrs.pop(DIGEST))
         else:
             stored = _NO_DIGEST
         # Numbers that are equal may be of different types.
