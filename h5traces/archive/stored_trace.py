@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.archive.footer_store import FooterObjects
 from h5traces.archive.recomputing import attention_weights, check_shapes, weights_of_window
-from h5traces.archive.stores import FooterObjects
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
