@@ -7,10 +7,12 @@ import json
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from h5traces.archive.footer_store import FooterObjects, FooterStore
 from h5traces.archive.foreign import error_for
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.archive.scales import stored_scale, stored_scales
-from h5traces.archive.stores import FooterObjects, FooterStore, Hdf5Store
+from h5traces.archive.whole_file import stored_sizes
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from h5traces.archive.footer_store import Wanted
+    from h5traces.archive.hdf5_store import Store
     from h5traces.archive.labels import FileLabels
-    from h5traces.archive.stores import Store, StoredSize, Wanted
+    from h5traces.archive.whole_file import StoredSize
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
@@ -242,7 +246,7 @@ class ArchiveFile:
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""
-        return self._from_store(lambda store: store.sizes())
+        return self._from_store(stored_sizes)
 
     @contextlib.contextmanager
     def prefetched(

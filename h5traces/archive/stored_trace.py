@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.archive.footer_store import FooterObjects
 from h5traces.archive.recomputing import attention_weights, check_shapes, weights_of_window
-from h5traces.archive.stores import FooterObjects
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
@@ -567,12 +567,8 @@ class StoredTrace:
         if kinds is not None or not isinstance(objects, FooterObjects):
             return self._needed(kinds)
         # Samples that are alike need the same.
-        key = objects.row.attr_sets, self.selected, self.fields
-        known = objects.form.needed.get(key)
-        if known is None:
-            objects.form.needed = {key: tuple(self._needed(None))}
-            known = objects.form.needed[key]
-        return list(known)
+        key = self.selected, self.fields
+        return list(objects.needed(key, lambda: tuple(self._needed(None))))
 
     def _needed(self, kinds: Iterable[str] | None) -> list[str]:
         paths: list[str] = []

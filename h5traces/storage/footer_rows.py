@@ -257,7 +257,8 @@ class RowPacker:
         digest = attrs.get(DIGEST)
         if isinstance(digest, str) and _DIGEST.fullmatch(digest):
             attrs = dict(attrs)
-            stored = bytes.fromhex(attrs.pop(DIGEST))
+            del attrs[DIGEST]
+            stored = bytes.fromhex(digest)
         else:
             stored = _NO_DIGEST
         # Numbers that are equal may be of different types.

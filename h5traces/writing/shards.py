@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
+from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.opening import open as open_archive
-from h5traces.archive.stores import FooterStore
 from h5traces.errors import (
     ArchiveExistsError,
     CorruptArchiveError,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from legacy_batches import assert_same, make_archive, make_batch
 
 import h5traces
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.footer_store import FooterStore
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format.entries import ChunkTable, ObjectEntry
 from h5traces.format.limits import DEFAULT_LIMITS
