@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.footer_store import FooterStore
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterBuilder, hdf5_end

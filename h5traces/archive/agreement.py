@@ -10,9 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from h5traces.archive.stores import FooterObjects, FooterStore, object_place
+from h5traces.archive.footer_store import FooterObjects, FooterStore
 from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
+from h5traces.format.entries import object_place
 from h5traces.format.text import counted
 from h5traces.storage.footer import key_of
 from h5traces.storage.hdf5.headers import HeaderCheck

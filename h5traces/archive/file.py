@@ -7,10 +7,12 @@ import json
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from h5traces.archive.footer_store import FooterObjects, FooterStore
 from h5traces.archive.foreign import error_for
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.labels import read_sidecar, sidecar_path
 from h5traces.archive.scales import stored_scale, stored_scales
-from h5traces.archive.stores import FooterObjects, FooterStore, Hdf5Store
+from h5traces.archive.whole_file import stored_sizes
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from h5traces.archive.footer_store import Wanted
+    from h5traces.archive.hdf5_store import Store
     from h5traces.archive.labels import FileLabels
-    from h5traces.archive.stores import Store, StoredSize, Wanted
+    from h5traces.archive.whole_file import StoredSize
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.format.limits import ReadLimits
     from h5traces.precision.scales import ChannelScale
@@ -191,14 +195,14 @@ class ArchiveFile:
 
     def facts(self, sample: SampleEntry, path: str) -> tuple[str, Attrs]:
         """Stored type and attributes of one object of a sample; perhaps without its digest."""
-
-        def read(each: SampleEntry) -> tuple[str, Attrs]:
-            objects = each.objects
-            if isinstance(objects, FooterObjects):
+        objects = sample.objects
+        if isinstance(objects, FooterObjects):
+            # Without the function that others give to `_from_sample`: asked for every array.
+            try:
                 return objects.facts(path)
-            return objects[path].dtype, objects[path].attrs
-
-        return self._from_sample(sample, read)
+            except FooterError as error:
+                objects = self._fall_back(error).sample(sample.ordinal).objects
+        return objects[path].dtype, objects[path].attrs
 
     def begin(self, wanted: Sequence[Wanted], workers: int, **options: Any) -> Reading:
         """Begin to read many datasets, as `FooterStore.begin`; the others are for `read`."""
@@ -242,7 +246,7 @@ class ArchiveFile:
 
     def sizes(self) -> dict[str, StoredSize]:
         """Sizes of all datasets by the first part of their path."""
-        return self._from_store(lambda store: store.sizes())
+        return self._from_store(stored_sizes)
 
     @contextlib.contextmanager
     def prefetched(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from h5traces.archive.stores import Store
+    from h5traces.archive.hdf5_store import Store
     from h5traces.format.entries import ObjectEntry, SampleEntry
 
 # All scales of a file together; those of the largest models take a tenth of it.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h5traces.archive.footer_store import FooterObjects
 from h5traces.archive.recomputing import attention_weights, check_shapes, weights_of_window
-from h5traces.archive.stores import FooterObjects
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
@@ -120,7 +120,7 @@ class StoredTrace:
         """Whether the trace lies on a server."""
         return isinstance(self.file.path, RemotePath)
 
-    @property
+    @cached_property
     def objects(self) -> Mapping[str, ObjectEntry]:
         """All objects of the sample by path."""
         return self.sample.objects
@@ -567,12 +567,8 @@ class StoredTrace:
         if kinds is not None or not isinstance(objects, FooterObjects):
             return self._needed(kinds)
         # Samples that are alike need the same.
-        key = objects.row.attr_sets, self.selected, self.fields
-        known = objects.form.needed.get(key)
-        if known is None:
-            objects.form.needed = {key: tuple(self._needed(None))}
-            known = objects.form.needed[key]
-        return list(known)
+        key = self.selected, self.fields
+        return list(objects.needed(key, lambda: tuple(self._needed(None))))
 
     def _needed(self, kinds: Iterable[str] | None) -> list[str]:
         paths: list[str] = []
@@ -589,8 +585,8 @@ class StoredTrace:
         """The datasets that reading the named arrays of a kind needs."""
         if self.recomputes(kind):
             return [f"{each}/{name}" for name in names for each in (QUERIES, KEYS)]
-        paths = (f"{kind}/{name}" for name in (*names, *layout.TABLES))
-        return [path for path in paths if path in self.objects]
+        paths, objects = (f"{kind}/{name}" for name in (*names, *layout.TABLES)), self.objects
+        return [path for path in paths if path in objects]
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
         """The array of a kind by its dataset name, in its source's type; a list where in steps."""
@@ -603,24 +599,28 @@ class StoredTrace:
     ) -> TypedArray | list[TypedArray]:
         path = f"{kind}/{name}"
         stored = self.values(path)
+        if "encoding" in attrs and self._is_encoded(path, attrs):
+            return _decoded(self, kind, name, dtype, attrs, stored)
+        if f"{kind}/{layout.STEPS_TABLE}" in self.objects:
+            steps = _steps(self, kind, name, stored)
+            return [_cast_back(self, step, dtype, attrs, path) for step in steps]
+        return _cast_back(self, stored, dtype, attrs, path)
+
+    def _is_encoded(self, path: str, attrs: Attrs) -> bool:
+        """Whether a dataset with the attribute ``encoding`` has to be decoded."""
         try:
             encoded = is_encoded(attrs)
         except UnsupportedEncodingError as error:
             message = f"{self.place}/{path}: {error}"
             raise UnsupportedEncodingError(message) from error
-        if "encoding" in attrs and self.file.metadata.precision is None:
+        if self.file.metadata.precision is None:
             message = (
                 f"{self.place}/{path}: is encoded as {attrs['encoding']}, but the archive "
                 "does not say so (the root attribute 'precision' is missing); restore the file "
                 "from a copy"
             )
             raise CorruptArchiveError(message)
-        if encoded:
-            return _decoded(self, kind, name, dtype, attrs, stored)
-        if f"{kind}/{layout.STEPS_TABLE}" in self.objects:
-            steps = _steps(self, kind, name, stored)
-            return [_cast_back(self, step, dtype, attrs, path) for step in steps]
-        return _cast_back(self, stored, dtype, attrs, path)
+        return encoded
 
     def read_layer(self, kind: str, name: str, container: Container = "numpy") -> Any:
         """The array of a kind by its dataset name; a list of arrays where it holds steps."""

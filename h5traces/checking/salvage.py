@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h5traces.archive.agreement import Agreement
+from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import inherited_facts, inherited_scales
-from h5traces.archive.stores import FooterStore
 from h5traces.arguments import checked
 from h5traces.checking.verify import sample_damage
 from h5traces.errors import CorruptArchiveError, HostileFileError, Problem, StoredStateWarning

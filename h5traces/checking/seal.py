@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from h5traces.archive.file import check_format, check_version
+from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.foreign import error_for
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.whole_file import check_bytes
 from h5traces.arguments import checked
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format import layout
@@ -181,7 +182,7 @@ def _footer(
     """The footer that a file has, if it fits the bytes of the HDF5 part and its attributes."""
     try:
         footer = FooterStore(file, limits)
-        found = footer.check_bytes()
+        found = check_bytes(footer)
         fits = (footer.root_attrs, footer.kinds) == (root, kinds)
         fits = fits and found.rest_fits and not found.damaged
         fits = fits and footer.keys() == [key_of(attrs) for attrs in footer.samples_attrs()]

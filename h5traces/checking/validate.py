@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from h5traces.archive.agreement import differences
 from h5traces.archive.file import check_format, check_version
+from h5traces.archive.footer_store import FooterObjects, FooterStore
 from h5traces.archive.foreign import error_for
 from h5traces.archive.labels import label_problems
 from h5traces.archive.scales import layers_with_scales
-from h5traces.archive.stores import FooterObjects, FooterStore
+from h5traces.archive.whole_file import structures_fit
 from h5traces.arguments import checked
 from h5traces.checking.helpers import helping
 from h5traces.checking.isolated import validate_isolated
@@ -330,7 +331,7 @@ class _Validation:
             self._add("/", "the index and HDF5 have different metadata", "footer_mismatch")
         try:
             self._keys = self._footer.keys()
-            if self._footer.structures_fit():
+            if structures_fit(self._footer):
                 self._headers = HeaderCheck(self._footer.file)
                 self._addresses = self._reader.sample_addresses()
         except CorruptArchiveError as error:

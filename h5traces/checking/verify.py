@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from h5traces.archive.agreement import Agreement
 from h5traces.archive.file import check_format
+from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.foreign import error_for
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.scales import stored_scales
 from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
-from h5traces.archive.stores import FooterStore, Hdf5Store, object_place
+from h5traces.archive.whole_file import check_bytes
 from h5traces.arguments import checked
 from h5traces.checking.reports import FileReport, Reports
 from h5traces.checking.validate import validate_file
@@ -31,6 +33,7 @@ from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata
 from h5traces.format.digests import difference, sample_difference, sample_digest
 from h5traces.format.document import Attrs, from_attributes, to_attributes
+from h5traces.format.entries import object_place
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.precision import EXACT
 from h5traces.format.record import SourcePosition
@@ -49,7 +52,7 @@ from h5traces.writing.preparation import record_attributes
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from h5traces.archive.stores import Store
+    from h5traces.archive.hdf5_store import Store
     from h5traces.format.archive import Cast
     from h5traces.format.entries import SampleEntry
     from h5traces.format.limits import ReadLimits
@@ -210,7 +213,7 @@ class _Verification:
 
     def _check_bytes(self, store: FooterStore) -> None:
         """Every byte of the file against the checksums in its footer."""
-        found = store.check_bytes(workers=self._workers, progress=self._progress)
+        found = check_bytes(store, workers=self._workers, progress=self._progress)
         if not found.rest_fits:
             self._report.add("/", "bytes of HDF5's own structures changed since they were written")
         for sample, path in found.damaged:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from h5traces.archive.opening import open as open_archive
-from h5traces.archive.stores import StoredSize
+from h5traces.archive.whole_file import StoredSize
 from h5traces.arguments import checked
 from h5traces.errors import ConversionError
 from h5traces.extract.estimate import estimate

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from h5traces.errors import UnsupportedEncodingError
+from h5traces.errors import ArchiveError, UnsupportedEncodingError
+from h5traces.format import layout
 from h5traces.format.dtypes import CARRIERS
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from h5traces.format.document import Attrs
 
+# Of what lies in no sample.
+NO_ORDINAL: Final = -1
 _TEXT_TYPE = re.compile(r"text:([1-9][0-9]{0,9})\Z")
 INTEGER_TYPES = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
@@ -108,3 +111,14 @@ class SampleEntry:
     ordinal: int
     attrs: Attrs
     objects: Mapping[str, ObjectEntry]
+
+
+def object_place(ordinal: int, path: str) -> str:
+    """Absolute path of an object of a sample, or of one outside of all samples."""
+    return f"/{path}" if ordinal == NO_ORDINAL else f"{layout.sample_path(ordinal)}/{path}"
+
+
+def located(error: ArchiveError, file: str, ordinal: int, path: str) -> ArchiveError:
+    """The error with file, sample and object in front."""
+    what = str(error).removeprefix(f"{file}: ")
+    return type(error)(f"{file}: {object_place(ordinal, path)}: {what}")

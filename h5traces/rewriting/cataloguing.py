@@ -27,9 +27,9 @@ from h5traces.archive.catalogue import (
     id_hash,
     open_catalogue,
 )
+from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.labels import sidecar_path
 from h5traces.archive.shards import SHARED_FACTS
-from h5traces.archive.stores import FooterStore
 from h5traces.archive.tables import to_arrow
 from h5traces.arguments import checked
 from h5traces.errors import ArchiveError, TargetError
@@ -397,7 +397,7 @@ class _Reader:
             is_indexed = isinstance(store, FooterStore)
             row["index_nbytes"] = 0
             if isinstance(store, FooterStore):
-                row["index_nbytes"] = file.nbytes - store.hdf5_nbytes
+                row["index_nbytes"] = file.nbytes - store.directory.hdf5_nbytes
             row["is_lossless"] = file.metadata.is_lossless
             attrs = dict(store.root_attrs)
             facts = {

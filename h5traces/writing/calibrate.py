@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.scales import stored_statistics
 from h5traces.archive.selection import as_numbers, choose_layers
-from h5traces.archive.stores import Hdf5Store
 from h5traces.arguments import checked
 from h5traces.errors import ArchiveExistsError, OptionError, PrecisionError, __version__
 from h5traces.format import layout

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from h5traces.archive.stores import located
 from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import CastCounts
+from h5traces.format.entries import located
 from h5traces.format.kinds import QUERIES
 from h5traces.format.record import (
     Container,

@@ -23,7 +23,8 @@ import xxhash
 from legacy_batches import make_archive, make_batch
 
 import h5traces
-from h5traces.archive.stores import FooterStore, Hdf5Store
+from h5traces.archive.footer_store import FooterStore
+from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.rewriting.repack import repack
@@ -35,7 +36,7 @@ from h5traces.writing.options import PrecisionOptions, TargetOptions
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from h5traces.archive.stores import Store
+    from h5traces.archive.hdf5_store import Store
 
 SECTOR = 512
 PAGE = 4096
@@ -225,7 +226,11 @@ class Subject:
             self.by_hdf5 = contents(Hdf5Store(path, DEFAULT_LIMITS))
         self.data = path.read_bytes()
         self.end = hdf5_end(LocalFile(path))
-        tables = [each.chunks for sample in store.samples() for each in sample.objects.values()]
+        tables = [
+            each.chunks
+            for sample in map(store.sample, range(store.num_samples))
+            for each in sample.objects.values()
+        ]
         ranges = [each for table in tables if table is not None for each in table.ranges]
         spans = sorted((start, start + nbytes) for start, nbytes in ranges)
         self.chunks = list(dict.fromkeys(spans))

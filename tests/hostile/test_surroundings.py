@@ -12,7 +12,7 @@ import pytest
 from legacy_batches import make_archive, make_batch
 
 import h5traces
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.footer_store import FooterStore
 from h5traces.checking import seal as sealing
 from h5traces.errors import CorruptArchiveError, ExtractionError, H5TracesError, RemoteError
 from h5traces.extract.models import known_aliases

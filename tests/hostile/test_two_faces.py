@@ -16,7 +16,7 @@ from legacy_batches import assert_same, make_archive, make_batch
 
 import h5traces
 from h5traces.archive.agreement import Agreement
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.footer_store import FooterStore
 from h5traces.errors import CorruptArchiveError, LayerIndexError, PrecisionError
 from h5traces.format.digests import sample_digest
 from h5traces.format.entries import ObjectEntry

@@ -25,7 +25,9 @@ from legacy_batches import (
 from strategies import extra_fields
 
 import h5traces
-from h5traces.archive.stores import FooterStore, Hdf5Store
+from h5traces.archive.footer_store import FooterStore
+from h5traces.archive.hdf5_store import Hdf5Store
+from h5traces.archive.whole_file import stored_sizes
 from h5traces.checking.seal import seal
 from h5traces.checking.validate import validate
 from h5traces.format.entries import ChunkTable, ObjectEntry, stored_type_of
@@ -143,7 +145,7 @@ def stores(path: Path) -> Iterator[tuple[Any, Any]]:
     assert footer.root_attrs == hdf5.root_attrs
     assert footer.kinds == hdf5.kinds
     assert footer.num_samples == hdf5.num_samples
-    assert footer.sizes() == hdf5.sizes()
+    assert stored_sizes(footer) == stored_sizes(hdf5)
     for index in range(footer.num_samples):
         left, right = footer.sample(index), hdf5.sample(index)
         assert left.ordinal == right.ordinal == index

@@ -18,7 +18,7 @@ from legacy_batches import assert_same, make_archive, make_batch
 
 import h5traces
 from h5traces.archive import open_files
-from h5traces.archive.stores import FooterStore
+from h5traces.archive.footer_store import FooterStore
 from h5traces.errors import (
     ArchiveError,
     CorruptArchiveError,

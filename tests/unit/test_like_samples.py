@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from legacy_batches import make_archive, make_batch
 
 import h5traces
-from h5traces.archive.stores import FooterObjects, FooterStore
+from h5traces.archive.footer_store import FooterObjects, FooterStore
 from h5traces.checking import helpers
 from h5traces.format import layout
 from h5traces.format.digests import ObjectsDigest, sample_digest
@@ -78,7 +78,7 @@ class Changed(LocalFile):
 
 def test_no_changed_byte_of_a_header_passes_for_that_of_a_like_sample(alike: Path) -> None:
     store = FooterStore(LocalFile(alike), DEFAULT_LIMITS)
-    samples = list(store.samples())
+    samples = [store.sample(index) for index in range(store.num_samples)]
     with Hdf5Reader(alike, DEFAULT_LIMITS) as reader:
         addresses = list(reader.sample_addresses().values())
 
