@@ -26,7 +26,8 @@ from h5traces.archive.open_files import OpenFiles
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import as_numbers, choose_layers, choose_samples, sliced
 from h5traces.archive.shards import check_alike
-from h5traces.archive.stored_trace import NUM_CORES, StoredTrace
+from h5traces.archive.stored_sample import NUM_CORES
+from h5traces.archive.stored_trace import StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.arguments import checked, shown
 from h5traces.errors import ArchiveError, ArgumentError, SampleIndexError, TraceNotFoundError
@@ -409,7 +410,7 @@ class Archive(ReadOnly, Sequence[Trace]):
 
     @checked
     def to_arrow(self, columns: str | Iterable[str] | None = None) -> pa.Table:
-        """A table of Arrow with one row per trace, which DuckDB and polars query as it is.
+        """A table of Arrow with one row per trace, which DuckDB and polars query directly.
 
         Parameters
         ----------

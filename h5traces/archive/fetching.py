@@ -6,7 +6,7 @@ import contextlib
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.stored_trace import begin
+from h5traces.archive.stored_sample import begin
 from h5traces.storage.plans import NothingRead
 from h5traces.storage.threads import ThreadPool
 

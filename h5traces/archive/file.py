@@ -105,7 +105,7 @@ class ArchiveFile:
         return store
 
     def reduction(self, kind: str) -> str | None:
-        """How heads were reduced in a kind of arrays, where that is known."""
+        """How heads were reduced in a kind of arrays; None if unknown."""
         found = self.store.kinds.get(kind, {}).get("reduction")
         return None if found in (None, "unknown") else str(found)
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from h5traces.ranks.status import Room
     from h5traces.rewriting.ordering import Order
 
-# If 5 % of many archives were damaged, a sample of so many would show it with 95 % probability.
+# If 5 % of many archives were damaged, a sample of this size would show it with 95 % probability.
 NUM_SAMPLED: Final = 60
 CATALOGUE_SUFFIX: Final = ".parquet"
 _MOST_NAMED: Final = 3

@@ -42,7 +42,7 @@ class Helpers:
         self._number = self._count = 0
 
     def start(self, path: Path, limits: ReadLimits, count: int) -> None:
-        """Start so many processes; OSError where that is not possible."""
+        """Start this many processes; OSError where the system cannot."""
         self._count = count
         for number in range(count):
             ours, theirs = Pipe()
@@ -137,7 +137,7 @@ def helping(
 
 
 def serve(descriptor: int) -> None:
-    """Look at every so many blocks of samples; the main function of a process."""
+    """Look at this process's share of the blocks of samples; its main function."""
     # It ends with its caller, whose end of the pipe closes.
     with Connection(descriptor) as connection, contextlib.suppress(BrokenPipeError):
         path, limits, number, count = connection.recv()

@@ -58,7 +58,7 @@ class IsolationLimits:
     timeout: float | None = None
 
     def seconds(self, nbytes: int) -> float:
-        """The time for reading so many bytes."""
+        """The time for reading this many bytes."""
         return DEFAULT_TIMEOUT + nbytes / _READ_RATE if self.timeout is None else self.timeout
 
 

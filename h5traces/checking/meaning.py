@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from h5traces.archive.opening import open as open_archive
-from h5traces.archive.stored_trace import begin
+from h5traces.archive.stored_sample import begin
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.digests import content_digest
@@ -96,7 +96,7 @@ def check_meaning(
 def looking(
     path: Path, limits: ReadLimits, workers: int | None
 ) -> Iterator[tuple[Archive, Callable[..., Looked]]]:
-    """An open archive, and what looks at all values of one of its samples in so many threads."""
+    """An open archive, and what looks at all values of one of its samples in several threads."""
     with contextlib.ExitStack() as stack:
         # What the structure's check said of the file's state need not be said again.
         stack.enter_context(warnings.catch_warnings())
@@ -138,7 +138,7 @@ def look_at_block(
 
 
 def blocks_of(num_samples: int, first: int = 0, step: int = 1) -> Iterator[range]:
-    """Every so many blocks of samples, from a first one on."""
+    """Every `step`-th block of samples, from number `first` on."""
     for start in range(first * BLOCK_SAMPLES, num_samples, step * BLOCK_SAMPLES):
         yield range(start, min(start + BLOCK_SAMPLES, num_samples))
 

@@ -16,7 +16,7 @@ from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.foreign import error_for
 from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.scales import stored_scales
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.archive.whole_file import check_bytes
 from h5traces.arguments import checked
 from h5traces.checking.reports import FileReport, Reports

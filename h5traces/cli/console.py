@@ -48,7 +48,7 @@ class _Errors(Console):
     """Standard error; that it cannot be written ends no command, but its exit code says so."""
 
     def say(self, text: str) -> None:
-        """Print markup on a line of its own."""
+        """Print markup as one line."""
         try:
             self.print(text)
         except OSError:

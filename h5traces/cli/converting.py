@@ -46,7 +46,7 @@ from h5traces.writing.options import DEFAULT_SAMPLES, TargetOptions
 if TYPE_CHECKING:
     from h5traces.rewriting.reports import ConversionReport, Progress
 
-# Sigma of so many is uncertain by a tenth.
+# Sigma of this many values is uncertain by a tenth.
 _FEW_TOKENS = 100
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.arguments import checked
 from h5traces.errors import FeatureError, warn

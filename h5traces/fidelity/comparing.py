@@ -15,7 +15,7 @@ import numpy as np
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import shared_metadata
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.arguments import checked
 from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (

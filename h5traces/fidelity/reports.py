@@ -320,7 +320,7 @@ def _sums(layers: Sequence[LayerFidelity], *counts: str) -> dict[str, Any]:
 
 
 def _mean(parts: Iterable[tuple[float | None, int]]) -> float | None:
-    """The mean over all of means over so many each."""
+    """The mean over all, from means over parts of these sizes."""
     known = [(mean, count) for mean, count in parts if mean is not None and count]
     total = sum(count for _, count in known)
     return sum(mean * count for mean, count in known) / total if total else None

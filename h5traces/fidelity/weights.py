@@ -96,7 +96,7 @@ def row_divergences(reference: NDArray[Any], restored: NDArray[Any]) -> NDArray[
     """Kullback-Leibler divergence of B's rows from A's, in nats, both scaled to sum to 1.
 
     ``sum(p * ln(p / q))`` over the keys with p > 0. Where a weight of A is zero in B, it counts
-    as 2^-24 there, the smallest float16, or as A's own where that is smaller. Rows without weights
+    as 2^-24 there, the smallest float16, or as A's own if that is smaller. Rows without weights
     in A are NaN. Takes float64 ``(..., key)``, and returns ``(...)``.
     """
     positive = reference > 0

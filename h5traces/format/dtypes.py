@@ -30,7 +30,6 @@ AnyArray = NDArray[Any]
 
 FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
 DTYPE_POLICIES: Final[tuple[DtypePolicy, ...]] = get_args(DtypePolicy)
-OVERFLOW_POLICIES: Final[tuple[OverflowPolicy, ...]] = get_args(OverflowPolicy)
 
 # numpy dtype that carries each type's bits in memory.
 CARRIERS: Final[dict[FloatType, np.dtype[Any]]] = {
@@ -280,7 +279,7 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
     unsigned, mask = _EXPONENT_MASKS[array.dtype]
     native = np.ascontiguousarray(array.values, dtype=array.values.dtype.newbyteorder("="))
     if NATIVE is not None and array.dtype in KERNEL_KINDS:
-        num_nan, num_inf = NATIVE.count_not_finite(native, KERNEL_KINDS[array.dtype])
+        ((*_, num_nan, num_inf),) = NATIVE.store(((native, 0, b"", KERNEL_KINDS[array.dtype]),))
         return num_nan, num_inf
     bits: AnyArray = native.view(unsigned).ravel()
     exponents: AnyArray = _SCRATCH.take(bits.nbytes).view(unsigned)

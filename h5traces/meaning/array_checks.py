@@ -227,7 +227,7 @@ def _full_states(layers: Layers) -> Iterable[_StateLayer]:
 
 
 def _groups(arrays: list[tuple[str, ArraySource]]) -> Iterator[list[tuple[str, ArraySource]]]:
-    """Arrays of one shape that follow each other, so many that they are one block."""
+    """Arrays of one shape that follow each other, as many as make one block."""
     for shape, alike in itertools.groupby(arrays, lambda each: each[1].shape):
         most = max(1, _BLOCK_VALUES // math.prod(shape))
         while group := list(itertools.islice(alike, most)):
@@ -514,7 +514,7 @@ def _some(shape: tuple[int, ...]) -> tuple[slice, slice]:
 
 
 def _strided(length: int, most: int) -> slice:
-    """At most so many of `length` positions, the last one among them."""
+    """At most `most` of `length` positions, the last one among them."""
     step = -(-length // most)
     return slice((length - 1) % step, None, step)
 

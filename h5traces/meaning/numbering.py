@@ -250,7 +250,7 @@ def _named(found: Apart, blocks: Apart | None, first: FirstState) -> Numbered:
         numbers = [None, *range(num_states - 1)]
     known = [each for each in numbers if each is not None]
     last = max(known, default=None)
-    # Dicts come from hooks as well, which take the last block before the norm or behind it. Only
+    # Dicts come from hooks as well, which take the last block before the norm or after it. Only
     # transformers' own states, and the lists of the old pipeline, are known.
     of_transformers = blocks is not None and len(numbers) > len(known) == len(blocks.items)
     sites_known = found.sequence != "dict" or of_transformers

@@ -452,7 +452,7 @@ def _is_prompt_length(number: int | None, item: dict[str, Any], found: _Fields) 
 
 
 def _whole_number(value: Any) -> int | None:
-    """The number of 64 bits that a field holds as it is, or in an array or tensor of one."""
+    """The number of 64 bits that a field is, or holds in an array or tensor of one element."""
     array = value.data if isinstance(value, TorchValue) else value
     if isinstance(array, (np.ndarray, np.generic)):
         is_number = array.dtype.kind in "iub" and array.size == 1

@@ -1,6 +1,6 @@
 """Runs of ranks whose results go to a bucket: what they write down there, and how it is read.
 
-Objects cannot be appended to, so every piece of work has one of its own. Its name says what became
+Objects cannot be appended to, so every piece of work has its own. Its name says what became
 of it, for a status takes a listing then, and no further request.
 """
 
@@ -183,7 +183,7 @@ class BucketRoom:
         return read_plan(RemotePath(self.url))
 
     def is_at_work(self, number: int, size: int) -> bool:
-        """Whether a rank of so many has neither ended nor been silent for long."""
+        """Whether a rank of this many has neither ended nor been silent for long."""
         name = rank_name(number, size)
         lines = self.lines.get(name, [])
         return bool(lines) and lines[-1]["event"] != "end" and self.is_alive(name)

@@ -224,7 +224,7 @@ def _uploaded(
 
 
 def _plan(paths: list[Path | RemotePath], rank: Rank, *, texts: bool) -> RunPlan:
-    """What all ranks must agree on; a piece of work is so many shards."""
+    """What all ranks must agree on; a piece of work is a number of shards."""
     starts = range(0, len(paths), _SHARDS_OF_A_PART)
     return RunPlan(
         command="index",
@@ -504,7 +504,7 @@ class _Written:
         columns["ordinal"] = pa.array(range(self.num_samples, self.num_samples + count), pa.int64())
         order = ["ordinal", "path", *(each for each in columns if each not in ("ordinal", "path"))]
         if not self.num_samples:
-            # An empty shard has no types of its own; a part of these alone has columns, too.
+            # An empty shard says no types; a part that holds only such shards has columns, too.
             self._waiting = []
         self._waiting.append(pa.table({name: columns[name] for name in order}))
         self.num_samples += count

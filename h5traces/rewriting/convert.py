@@ -252,7 +252,7 @@ class _Meter:
         self._num_samples = 0
 
     def __call__(self, source: Path, position: int, num_samples: int) -> None:
-        """Note that `source` is read up to `position` and so many more samples are written."""
+        """Note that `source` is read up to `position` and this many more samples are written."""
         self._positions[source] = position
         self._num_samples += num_samples
         if self._callback is not None:

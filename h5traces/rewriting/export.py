@@ -99,7 +99,7 @@ class _Job:
         return self.target.path
 
     def traces(self) -> Iterator[Trace]:
-        """Every trace; progress is told when the next is asked for."""
+        """Every trace; progress is reported when the next is asked for."""
         for index, trace in enumerate(self.compared.traces(self.archive)):
             yield trace
             if self.progress is not None:

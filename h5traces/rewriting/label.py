@@ -519,7 +519,7 @@ def _write_sidecar(place: Path, sidecar: LabelSidecar, *, overwrite: bool) -> No
 
 
 def sidecar_json(sidecar: LabelSidecar) -> bytes:
-    """The document as it is written: a line for every key, since columns are long.
+    """The document as text: a line for every key, since columns are long.
 
     SchemaError where it would be larger than readers take.
     """

@@ -53,7 +53,7 @@ Key = tuple[str, int | None]
 class LabelOptions:
     """Which columns of a table hold what, and what their values mean.
 
-    Labels are either classes, in a column of their own, or made of a score by a threshold.
+    Labels are either classes, in a column, or made from a score by a threshold.
 
     Attributes
     ----------
@@ -451,7 +451,7 @@ def _generation(cells: dict[str, Any]) -> int | None:
 
 
 def _score(cells: dict[str, Any], column: str) -> float:
-    """A score; NaN where there is none."""
+    """A score; NaN for a missing one."""
     value = _cell(cells, column)
     text = "" if value is None else value.strip() if isinstance(value, str) else repr(value)
     if text.lower() in ("", "nan"):

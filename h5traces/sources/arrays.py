@@ -68,7 +68,7 @@ class ArrayFile(ABC):
         """Bytes read so far, and the size of the file, both in bytes."""
 
     def release(self, nbytes: int = 0) -> None:  # noqa: B027  # most have none to give back
-        """Give back memory of what was read before: so many bytes, maybe of memory maps."""
+        """Give back memory of what was read before: `nbytes`, maybe of memory maps."""
 
     @abstractmethod
     def close(self) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _BATCH_NBYTES: Final = 16 << 20
 _MAX_BATCH_ROWS: Final = 1024
-# A value takes at most so many bytes, but for text, whose bytes are counted by the file.
+# A value takes at most this many bytes, but for text, whose bytes are counted by the file.
 _VALUE_NBYTES: Final = 8
 _MAX_EXPANSION: Final = 2000
 # Of what is decompressed at once, and of columns of lists, any row of which may hold all numbers.
@@ -34,7 +34,7 @@ _MAX_EXPANSION_AT_ONCE: Final = 100
 _GRACE_NBYTES: Final = 64 << 20
 _MAX_FOOTER_NBYTES: Final = 16 << 20
 _MAX_PAGES: Final = 100_000
-# A Python object in a list takes so many bytes.
+# A Python object in a list takes this many bytes.
 _OBJECT_NBYTES: Final = 32
 _MAX_OBJECTS_NBYTES: Final = 256 << 20
 _MAX_LAYERS: Final = 10_000
@@ -225,7 +225,7 @@ class ArrowTable(ArrayFile):
 def _batches(file: MappedFile) -> Iterator[pa.RecordBatch]:
     """The batches of a file, each checked before and after pyarrow decompresses it.
 
-    A file is a stream with a magic before it and a list of its batches behind it.
+    A file is a stream with a magic before it and a list of its batches after it.
     """
     content = pa.py_buffer(file.view(0, file.nbytes))
     is_file = file.read_at(0, len(_MAGIC)) == _MAGIC

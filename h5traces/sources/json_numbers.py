@@ -14,7 +14,7 @@ from h5traces.sources.rows import DECODER, without_repeats
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Numbers are parsed in parts of so many characters: as Python's, each takes 32 bytes.
+# Numbers are parsed in parts of this many characters: as Python's, each takes 32 bytes.
 _PART: Final = 1 << 16
 _BEGIN: Final = re.compile(r"[ \t\r\n]*\{[ \t\r\n]*")
 _COLON: Final = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")

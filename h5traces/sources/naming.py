@@ -246,7 +246,7 @@ def _field_of(word: str, after: str, values: list[Any]) -> str | None:
 
 def _is_embedding(name: str) -> bool:
     if name.lower().endswith("hook_embed"):
-        # That of positions, a name of its own, may be missing in it.
+        # The axis of positions has another name, and may be missing in it.
         return False
     last = re.split(r"[./]", name.lower())[-1]
     return last in _EMBEDDINGS or last.rpartition("_")[2] in _EMBEDDINGS

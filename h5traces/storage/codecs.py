@@ -118,7 +118,7 @@ def get_codec(name: str) -> Codec:
 
 
 def codec_of(filters: tuple[Filter, ...]) -> str | None:
-    """The codec that reads chunks of these filters; None if there is none."""
+    """The codec that reads chunks of these filters; None if no codec does."""
     numbers = [each.filter_id for each in filters]
     for codec in CODECS.values():
         # Whatever the parameters.

@@ -61,7 +61,7 @@ _MOST_PER_HDF5_BYTE: Final = 8
 # Rows are noise mostly, which a higher level makes no smaller.
 _LEVEL: Final = 3
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
-# All groups but the last have so many rows.
+# All groups but the last have this many rows.
 GROUP_ROWS: Final = 1000
 # Of a row: stored and raw size, xxh3-64 of the stored bytes.
 ROW_PLACE: Final = np.dtype([("nbytes", "<u4"), ("raw_nbytes", "<u4"), ("checksum", "<u8")])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.archive.torch_values import to_tensor
 from h5traces.arguments import checked_options
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 TokenChoice = Literal["all", "answer", "last", "mean", "answer_mean"]
 NonFinite = Literal["error", "keep"]
 
-TOKEN_CHOICES: tuple[TokenChoice, ...] = get_args(TokenChoice)
 TOKEN_AXES = ("token", "query")
 # These leave no token axis.
 _REDUCED: frozenset[TokenChoice] = frozenset({"last", "mean", "answer_mean"})

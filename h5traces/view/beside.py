@@ -43,7 +43,7 @@ class Scores:
     Attributes
     ----------
     entry
-        What the page is told: ``name``, ``kind`` (``directions``, ``columns`` or ``tokens``),
+        What the page gets: ``name``, ``kind`` (``directions``, ``columns`` or ``tokens``),
         ``layers``, ``width``, and for directions their number, ``count``.
     path
         The numbers, float32. Of directions (layer, direction, weights and intercept), else
@@ -145,7 +145,7 @@ class _Table:
     def scores(
         self, archive: Path_, num_archives: int, folder: Path, stem: str
     ) -> Iterator[Scores]:
-        """Write the numbers of an archive, each array into a file of its own."""
+        """Write the numbers of an archive, one file for each array."""
         with open_archive(archive) as opened:
             num_samples = len(opened)
         rows = self._rows(archive.name, num_archives, num_samples)
@@ -240,7 +240,7 @@ def _npz_name(path: str) -> str:
 
 
 def checks_document(each: Shown) -> bytes:
-    """What the checks find, as the page reads it; what stops them is told, too."""
+    """What the checks find, as the page reads it; and what stopped them, if anything."""
     try:
         found = each.checks()
     except (H5TracesError, OSError) as error:

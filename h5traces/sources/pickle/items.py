@@ -20,10 +20,11 @@ import numpy as np
 
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.calls import Marker, Shim, Unsupported, plain_value, type_name
-from h5traces.sources.pickle.machine import COMPOUND, Machine
+from h5traces.sources.pickle.machine import Machine
 from h5traces.sources.pickle.plain import DICTS, LEAVES, NAMESPACES
 from h5traces.sources.pickle.shims import MlDtype, Storage
 from h5traces.sources.pickle.source import RejectedError, contradict, reject
+from h5traces.sources.pickle.stack import COMPOUND
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +39,7 @@ _SMALL_INT: Final = 1 << 64
 _SPARE_NBYTES: Final = 256 << 10
 _ALL_SPARE_NBYTES: Final = 16 << 20
 _SPARE_VALUES: Final = 4096
-# Within so many bytes a container begins.
+# A container begins within this many bytes.
 _HEAD_NBYTES: Final = 64 << 10
 # Picklers name the callables and dtypes of arrays in the first item only.
 _SHARED: Final = (Shim, np.dtype, MlDtype)

@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
     from h5traces.format.record import SourcePosition, TraceRecord
     from h5traces.sources.pickle.items import Found
-    from h5traces.sources.pickle.machine import Storages
+    from h5traces.sources.pickle.stack import Storages
 
 _DEFAULT_LIMITS: Final = PickleLimits()
-# A dict of at most so many bytes is read at once; a larger one in passes that hold one sample.
+# A dict of at most this many bytes is read at once; a larger one in passes that hold one sample.
 _WHOLE_NBYTES: Final = 64 * MIB
 # Of a column, such as labels, which is kept in memory while larger ones are read.
 _COLUMN_NBYTES: Final = 4 * MIB
@@ -357,7 +357,7 @@ class BatchStream(TraceSource):
         return with_id(found.value, found.key, index)
 
     def _column(self, start: int, level: int, key: Any, length: int) -> Iterator[Any]:
-        """The elements of a list in the outer dict, in a pass of its own."""
+        """The elements of a list in the outer dict, in a separate pass."""
         cursor = self._new_cursor(start=start, level=level)
         self._others.append(cursor)
         cursor.find_root()

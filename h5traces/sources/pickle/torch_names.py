@@ -37,7 +37,7 @@ _UNSUPPORTED = {
     "_rebuild_device_tensor_from_cpu_tensor": Unsupported(
         "a tensor of another device", "save it again after cpu()"
     ),
-    "_rebuild_wrapper_subclass": Unsupported("a tensor of a class of its own", _ARRAY),
+    "_rebuild_wrapper_subclass": Unsupported("a tensor of a subclass", _ARRAY),
 }
 # What they are called with.
 _ARGUMENTS = (
