@@ -180,7 +180,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         return positions
 
     def _found(self, sample_id: str) -> list[tuple[int, int | None]]:
-        """Position and generation index of every trace of a sample id."""
+        """Position and generation index of every trace with a sample id."""
         return [(each, self._keys[each][1]) for each in self._by_id.get(sample_id, ())]
 
     @checked
@@ -275,7 +275,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         return (self[position] for position in range(len(self)))
 
     def _metadata(self) -> Iterator[TraceMetadata]:
-        """The metadata of all traces, in order, of which many are read at a time.
+        """The metadata of all traces, in order; many are read at a time.
 
         For archives that are not views.
         """
@@ -321,7 +321,7 @@ class Archive(ReadOnly, Sequence[Trace]):
             return NotImplemented
         return self is other or (len(self) == len(other) and all(map(equal, self, other)))
 
-    # As a list has none.
+    # Lists have no hash either.
     __hash__ = None  # type: ignore[assignment]
 
     @checked

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from h5traces.storage.plans import Reading, Restoration
 
 NUM_CORES = os.cpu_count() or 1
-# Of larger samples, those who need one array at a time read it alone.
+# Larger samples are read array by array if arrays are needed one at a time.
 MOST_AHEAD_NBYTES = 64 << 20
 
 
@@ -43,7 +43,7 @@ class StoredSample:
     def __init__(self, file: ArchiveFile, index: int, selected: tuple[int, ...] | None) -> None:
         self.file, self.index, self.selected = file, index, selected
         self._tables: dict[str, NDArray[Any]] = {}
-        # What `at_hand` read, until it is asked for.
+        # What `at_hand` was given, until it is used.
         self._at_hand: dict[str, NDArray[Any]] = {}
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
@@ -117,7 +117,7 @@ class StoredSample:
     def restorations(self, paths: Iterable[str]) -> dict[str, Restoration]:
         """How the kernels decode those of some datasets that are encoded; the others are left out.
 
-        What is wrong with one is said when it is read.
+        Reading a dataset says what is wrong with it.
         """
         if self.file.metadata.precision is None:
             return {}
@@ -221,14 +221,14 @@ class StoredSample:
             raise CorruptArchiveError(message) from error
 
     def definition(self, kind: str) -> str | None:
-        """What the numbers of a kind are, where it is more than that they are of a kind."""
+        """How the numbers of a kind are defined, if the archive says more than its name."""
         found = self.kinds.get(kind, {}).get("definition")
         return None if found in (None, layout.FURTHER_KIND, layout.BY_POSITION) else str(found)
 
     def form(self, kind: str) -> SourceForm:
         """What held the selected arrays in the legacy dict.
 
-        CorruptArchiveError where the archive does not say it as it should.
+        CorruptArchiveError where the archive contradicts SPEC.
         """
         try:
             attrs = self.file.attrs(self.sample, kind) if kind in self.objects else {}

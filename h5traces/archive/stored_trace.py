@@ -79,7 +79,7 @@ class StoredTrace(StoredSample):
 
     @property
     def has_window(self) -> bool:
-        """Whether weights of some keys of every query are all that is known of heads."""
+        """Whether single heads are known only by a window of weights."""
         is_whole = layout.ATTENTIONS in self.objects or self.recomputes(layout.ATTENTIONS)
         return ATTENTION_WINDOW in self.objects and not is_whole
 

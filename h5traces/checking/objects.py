@@ -88,7 +88,7 @@ def sample_problems(
 
 
 def _form_problems(sample: SampleEntry, group: ObjectEntry) -> Iterator[Contradiction]:
-    """Problems of what says how the legacy dict held a kind."""
+    """Problems of the attributes that say how the legacy dict held a kind."""
     try:
         form = from_attributes(SourceForm, group.attrs)
     except SchemaError as error:
@@ -173,7 +173,7 @@ def _consistency_problems(
 
 
 def float_type(entry: ObjectEntry) -> FloatType | None:
-    """The type of a layer when it is read; None if that is not a float type."""
+    """The type of a layer when it is read; None unless a float type."""
     try:
         found = restored_type(entry.dtype, entry.attrs)
     except UnsupportedEncodingError:

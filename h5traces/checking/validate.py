@@ -129,7 +129,7 @@ def validate(
             checks=checks,
             limits=limits,
             progress=progress,
-            # Ranks are processes that share a machine already.
+            # Ranks share a machine already.
             has_helpers=rank is None,
         )
         for path in paths
@@ -148,7 +148,7 @@ def validate_file(
 ) -> ValidationReport:
     """Check one archive in this process, as `validate` does, with `workers` threads.
 
-    With `has_helpers`, other processes look at some of many samples.
+    With `has_helpers`, other processes look at some of the samples if there are many.
     """
     file = Path(path)
     report = ValidationReport(str(file), checks=checks, is_quick=quick)
@@ -205,7 +205,7 @@ class _Validation:
         self._reader, self._limits, self._report = reader, limits, report
         self._add, self._progress = report.add, progress
         self._footer: FooterStore | None = None
-        # Of objects that were checked, by what tells samples apart.
+        # Objects that were checked, by the key of their samples.
         self._known: dict[Any, _KnownObjects] = {}
         # Of samples, what the index finds them by; what compares headers with it, where all bytes
         # of HDF5's structures are as written, and where the groups of samples lie.
@@ -277,7 +277,7 @@ class _Validation:
         self._reader.note_outer()
 
     def _note_foreign(self) -> None:
-        """Name what is none of the format's, but for what is named as users' own."""
+        """Note all that is not of the format, except what is named as users' own."""
         self._report.problems += self._reader.foreign_hazards()
         alike: defaultdict[tuple[str, bool], list[str]] = defaultdict(list)
         for each in self._reader.foreign:
@@ -334,7 +334,7 @@ class _Validation:
     def _check_same(
         self, place: str, listed: SampleEntry | None, stored: SampleEntry | None
     ) -> None:
-        """HDFView, which reads HDF5, and h5traces, which reads the footer, must show the same."""
+        """HDFView reads HDF5 and h5traces the footer: both must show the same."""
         for loc, message in differences(place, listed, stored):
             self._add(loc, message, "footer_mismatch")
 
@@ -418,7 +418,7 @@ class _Validation:
     def _listed(self, index: int, name: str) -> SampleEntry | None:
         """The sample as the index lists it, if its HDF5 headers hold just that; None if not.
 
-        None, too, where that needs the library to tell, which takes ten times as long.
+        None, too, if only the library can tell, which takes ten times as long.
         """
         if self._footer is None or self._headers is None:
             return None
@@ -431,7 +431,7 @@ class _Validation:
             shows = self._headers.shows(address, listed, objects.row, objects.key)
             return listed if shows else None
         except CorruptArchiveError:
-            # `_check_footer_sample` says what it is.
+            # `_check_footer_sample` reports it.
             return None
 
     def _check_fields(
