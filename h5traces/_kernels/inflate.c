@@ -465,56 +465,47 @@ INLINE void decode_two_body(Inflater *first, Inflater *second)
 DISPATCH(decode_one, (Inflater * self), (self))
 DISPATCH(decode_two, (Inflater * first, Inflater *second), (first, second))
 
+/* The symbol of the next code, which is taken; -1 where the input ends or nothing has that code. */
+static int take_symbol(Inflater *self, const Codes *codes)
+{
+    fill(self);
+    int found = search(codes, self->bits);
+    if (found < 0 || (unsigned)found >> 16 > self->num_bits)
+        return -1;
+    take(self, (unsigned)found >> 16);
+    return found & 0xFFFF;
+}
+
+/* A length or distance with the bits that follow its code; -1 where there is none. */
+static int take_value(Inflater *self, uint32_t entry)
+{
+    if (KIND(entry) != COPY || EXTRA(entry) > self->num_bits)
+        return -1;
+    return (int)(VALUE(entry) + take(self, EXTRA(entry)));
+}
+
 /* Codes near the ends of input or output, one at a time, until they are far again. */
 static void decode_carefully(Inflater *self)
 {
     while (self->state == IN_CODES) {
-        fill(self);
-        int found = search(&self->main_codes, self->bits);
-        if (found < 0 || (unsigned)found >> 16 > self->num_bits) {
-            fail(self);
-            return;
-        }
-        take(self, (unsigned)found >> 16);
-        unsigned symbol = (unsigned)found & 0xFFFF;
+        int symbol = take_symbol(self, &self->main_codes);
         if (symbol == 256) {
             self->state = AT_HEADER;
             return;
         }
-        if (symbol < 256) {
-            if (self->out == self->out_end) {
-                fail(self);
-                return;
-            }
+        if (symbol >= 0 && symbol < 256 && self->out < self->out_end) {
             *self->out++ = (uint8_t)symbol;
             continue;
         }
-        uint32_t entry = main_entry(symbol);
-        if (KIND(entry) != COPY || EXTRA(entry) > self->num_bits) {
-            fail(self);
-            return;
-        }
-        size_t length = VALUE(entry) + take(self, EXTRA(entry));
-        fill(self);
-        found = search(&self->distance_codes, self->bits);
-        if (found < 0 || (unsigned)found >> 16 > self->num_bits) {
-            fail(self);
-            return;
-        }
-        take(self, (unsigned)found >> 16);
-        entry = distance_entry((unsigned)found & 0xFFFF);
-        if (KIND(entry) != COPY || EXTRA(entry) > self->num_bits) {
-            fail(self);
-            return;
-        }
-        size_t distance = VALUE(entry) + take(self, EXTRA(entry));
-        if (distance > (size_t)(self->out - self->start) ||
-            length > (size_t)(self->out_end - self->out)) {
+        int length = symbol > 256 ? take_value(self, main_entry((unsigned)symbol)) : -1, distance = -1;
+        if (length > 0 && (symbol = take_symbol(self, &self->distance_codes)) >= 0)
+            distance = take_value(self, distance_entry((unsigned)symbol));
+        if (distance < 0 || distance > self->out - self->start || length > self->out_end - self->out) {
             fail(self);
             return;
         }
         for (; length; length--, self->out++)
-            *self->out = self->out[-(ptrdiff_t)distance];
+            *self->out = self->out[-distance];
     }
 }
 

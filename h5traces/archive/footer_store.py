@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     # A sample, and the paths of some of its datasets.
     Wanted = tuple[SampleEntry, Sequence[str]]
 
-# About as many as a reader's threads use at once.
+# About as many as the threads of a reader are in at once.
 SAMPLES_KEPT: Final = 8
 # Forms of rows; samples of one run have one for each length.
 _FORMS_KEPT: Final = 128
@@ -155,7 +155,7 @@ class FooterStore:
         most_nbytes: int | None = None,
         restorations: Sequence[Mapping[str, Restoration]] = (),
     ) -> Reading:
-        """Begin to read datasets of some samples; datasets that do not fit are left out.
+        """Begin to read datasets of some samples; those that do not fit are left out.
 
         So are those of samples whose index is damaged, and all that take more than `most_nbytes`.
         `restorations` of every sample, by path, are applied to datasets that they suit.
@@ -230,7 +230,7 @@ class FooterStore:
             if row.with_digest[place]:
                 attrs[DIGEST] = row.digests[32 * place : 32 * place + 32]
             table = ChunkTable(*(tuple(column[chunks]) for column in row.listed_chunks))
-            # Here, so that an impossible entry is neither read, copied nor reported.
+            # Here, so that what the footer cannot mean is neither read, copied nor reported.
             check_chunks(table, bounds, self._nbytes)
             return ObjectEntry(
                 *(entry.path, attrs, entry.dtype, entry.shape, entry.chunk, entry.codec, table)
@@ -241,7 +241,7 @@ class FooterStore:
             raise misfit(place, error) from error
 
     def fits(self, objects: FooterObjects) -> bool:
-        """Whether all entries of a sample are sound; True is certain, False may be wrong."""
+        """Whether no entry of a sample is an error; True says so, False may be wrong."""
         facts = objects.form.facts
         offsets, sizes, _ = objects.row.chunks
         inside = (offsets > 0) & (sizes >= facts.smallest) & (sizes <= facts.largest)

@@ -221,7 +221,7 @@ def is_numbered(name: str) -> bool:
 
 
 def _numbered(names: Iterable[str]) -> dict[tuple[str, str, str], dict[int, str]]:
-    """Names by what is around a layer's number in them, and by that number."""
+    """Names by the text around a layer's number, and by that number."""
     groups: defaultdict[tuple[str, str, str], dict[int, str]] = defaultdict(dict)
     for name in names:
         match = _NUMBERED.match(name)

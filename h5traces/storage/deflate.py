@@ -103,7 +103,7 @@ class Engines:
     isal_zlib: Any
     igzip_lib: Any
     zlib_ng: Any
-    # Compiled kernels, which do all of it for what they know.
+    # Compiled kernels, which do all the work for data that they know.
     native: Any = None
 
     @classmethod
@@ -115,7 +115,7 @@ class Engines:
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What inflating a damaged stream raises."""
+        """Errors that inflating a damaged stream raises."""
         extra = (self.igzip_lib and self.igzip_lib.error, self.zlib_ng and self.zlib_ng.error)
         return (zlib.error, *filter(None, extra))
 
@@ -142,7 +142,7 @@ def _import_or_none(name: str) -> Any:
 
 
 ENGINES = Engines.installed()
-# For what need not outlive a call.
+# Memory that no call needs afterwards.
 _SCRATCH = Scratch()
 
 

@@ -133,6 +133,6 @@ def _stored_by_kind(paths: dict[str, Path]) -> dict[str, dict[str, int]]:
     found = {}
     for name, path in paths.items():
         with h5traces.open(path) as archive:
-            sizes = archive._files[0].store.sizes()
+            sizes = archive._files[0].sizes()
             found[name] = {kind: sizes[kind].stored_nbytes for kind in KINDS}
     return found

@@ -37,7 +37,7 @@ _BEFORE_ANSWER: Final = "emb_last_tok_before_gen"
 
 @dataclass(slots=True)
 class Entry:
-    """A value of the outer dict, or what is known of a list that is not in memory.
+    """A value of the outer dict, or the facts about a list that is not in memory.
 
     Attributes
     ----------
@@ -275,7 +275,7 @@ def _is_list(entry: Entry) -> bool:
 
 
 def _pairs(entries: dict[Any, Entry]) -> Understood:
-    """The layout of an old producer, which has nothing else beside its list."""
+    """The layout of an old producer: a list and nothing else."""
     unknown = sorted(map(str, entries.keys() - {TRACES_KEY, "labels", "question_ids"}))
     if unknown:
         contradict(

@@ -92,7 +92,7 @@ class Machine(Stack):
         shim = self.names.get((module, name))
         if shim is None:
             shim = object_shim(module, name)
-            # What an object is made of comes before it.
+            # The parts of an object come before it.
             self.skips_unknown = self.skips_unknown or shim is not None
         if shim is None and self.skips_unknown:
             shim = skipped_shim(module, name)

@@ -39,7 +39,7 @@ _UNSUPPORTED = {
     ),
     "_rebuild_wrapper_subclass": Unsupported("a tensor of a subclass", _ARRAY),
 }
-# What they are called with.
+# Arguments of these functions: schemes and layouts.
 _ARGUMENTS = (
     *("per_tensor_affine", "per_channel_affine", "per_tensor_symmetric", "per_channel_symmetric"),
     *("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "strided", "jagged"),

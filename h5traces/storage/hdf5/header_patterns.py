@@ -42,7 +42,7 @@ class Header(NamedTuple):
 
 
 class HeaderPattern:
-    """The bytes of a sample's headers, from `start` to that of its group, but what is its own.
+    """The bytes of a sample's headers that like samples share, from `start` to its group's header.
 
     Other samples of the same form have the same bytes where `Hdf5Writer` wrote both. `block` are
     those bytes, `group` is the body of the group's header.
