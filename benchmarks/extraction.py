@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from suite.folder import made_folder
 
 import h5traces
 from h5traces.extract import ExtractOptions, GenerationOptions, load_model, load_tokenizer
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="instead of --repeats")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--ways", nargs="+", help="of the table, beside compute [default: all]")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    parser.add_argument("--folder", type=made_folder, help="on the disk to measure")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

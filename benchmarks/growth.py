@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from suite.folder import made_folder
 
 from h5traces.format.record import IndexRow, SourcePosition
 from h5traces.format.values import EncodedObject
@@ -125,7 +126,9 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=WORK, default=list(WORK), help="kinds of work")
     parser.add_argument("--archives", nargs="+", choices=ARCHIVES, default=list(ARCHIVES))
-    parser.add_argument("--folder", type=Path, help="keep the archives here, and use those there")
+    parser.add_argument(
+        "--folder", type=made_folder, help="keep the archives here, and use those there"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)

@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import fsspec
 import h5py
 from make_synthetic import Generator, Shape
+from suite.folder import made_folder
 
 import h5traces
 
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=20.0, help="milliseconds")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--folder", type=Path, help="where the served files go")
+    parser.add_argument("--folder", type=made_folder, help="where the served files go")
     options = parser.parse_args()
     chosen = random.Random(0)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from make_synthetic import Generator, Shape
+from suite.folder import made_folder
 
 import h5traces
 
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    parser.add_argument("--folder", type=made_folder, help="on the disk to measure")
     options = parser.parse_args()
     generator = Generator(Shape(options.layers, options.hidden, options.heads))
     samples = [generator.sample(number, 43) for number in range(options.samples)]

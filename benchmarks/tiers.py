@@ -40,6 +40,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from make_synthetic import Generator, Shape
+from suite.folder import made_folder
 
 import h5traces
 from h5traces.format.precision import TIERS
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    parser.add_argument("--folder", type=made_folder, help="on the disk to measure")
     parser.add_argument("--report", action="store_true", help="measure nothing, use tiers.json")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="JSON")
     options = parser.parse_args()

@@ -26,6 +26,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from suite.folder import made_folder
 from suite.machine import describe_machine, versions
 from suite.measure import Series
 from suite.synthetic import LLAMA_2_7B, REPOSITORY, Generator, Shape, write_batch
@@ -108,7 +109,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=SCALES, default="full")
-    parser.add_argument("--work", type=Path, help="folder for the data; kept, and used again")
+    parser.add_argument(
+        "--work", type=made_folder, help="folder for the data; kept, and used again"
+    )
     parser.add_argument("-o", "--output", type=Path, help="also write the raw figures there")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(

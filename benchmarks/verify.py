@@ -35,6 +35,7 @@ import xxhash
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from make_synthetic import Generator, Shape
+from suite.folder import made_folder
 
 import h5traces
 
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    parser.add_argument("--folder", type=made_folder, help="on the disk to measure")
     options = parser.parse_args()
     generator = Generator(Shape(32, 4096, 32))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -40,6 +40,7 @@ from make_sparse import make_sparse
 from make_synthetic import Generator, Shape
 from playwright.sync_api import sync_playwright
 from remote import Handler
+from suite.folder import made_folder
 
 import h5traces
 from h5traces.view.static import PAGE_FILES, page_file
@@ -168,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency", type=float, default=5.0, help="milliseconds")
-    parser.add_argument("--folder", type=Path, help="where the archives go")
+    parser.add_argument("--folder", type=made_folder, help="where the archives go")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name, sync_playwright() as playwright:
         folder = Path(name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from suite import report
 from suite.cases import conversion, growth, match, memory, opening, throughput
+from suite.folder import made_folder
 from suite.formats import all_formats
 from suite.machine import describe_machine, load_average, versions
 from suite.scales import SCALES
@@ -67,7 +68,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "-o", "--output", type=Path, help="folder for results.md, results.json and plots"
     )
     parser.add_argument(
-        "--work", type=Path, help="folder for archives that are written and deleted (8 GB)"
+        "--work", type=made_folder, help="folder for archives that are written and deleted (8 GB)"
     )
     parser.add_argument(
         "--report", metavar="RESULTS.JSON", type=Path, help="only write the report anew"

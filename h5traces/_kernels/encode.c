@@ -142,6 +142,25 @@ static size_t stored_nbytes(size_t nbytes)
 
 /* --- codes --- */
 
+/* Sort keys with counts from bit 16 on, by one byte of the counts after the other,
+ * which keeps the order of what is equal. */
+static void sort_by_count(uint64_t *keys, int num_keys)
+{
+    uint64_t other[288], largest = 0;
+    for (int i = 0; i < num_keys; i++)
+        largest = keys[i] > largest ? keys[i] : largest;
+    for (unsigned shift = 16; largest >> shift; shift += 8) {
+        unsigned ends[257] = {0};
+        for (int i = 0; i < num_keys; i++)
+            ends[(keys[i] >> shift & 0xFF) + 1]++;
+        for (unsigned value = 1; value < 256; value++)
+            ends[value] += ends[value - 1];
+        memcpy(other, keys, (size_t)num_keys * sizeof *keys);
+        for (int i = 0; i < num_keys; i++)
+            keys[ends[other[i] >> shift & 0xFF]++] = other[i];
+    }
+}
+
 /* Lengths of a Huffman code, at most `most` bits, of `num_symbols`; at least two get one.
  * After Moffat and Katajainen, "In-place calculation of minimum-redundancy codes" (1995). */
 static void code_lengths(const uint32_t *counts, unsigned num_symbols, unsigned most, uint8_t *lengths)
@@ -158,14 +177,7 @@ static void code_lengths(const uint32_t *counts, unsigned num_symbols, unsigned 
         lengths[only] = lengths[only ? 0 : 1] = 1;
         return;
     }
-    for (int gap = used > 40 ? 57 : 10; gap; gap = gap == 1 ? 0 : gap > 10 ? 10 : gap > 4 ? 4 : 1)
-        for (int i = gap; i < used; i++) {
-            uint64_t key = sorted[i];
-            int j = i;
-            for (; j >= gap && sorted[j - gap] > key; j -= gap)
-                sorted[j] = sorted[j - gap];
-            sorted[j] = key;
-        }
+    sort_by_count(sorted, used);
     for (int i = 0; i < used; i++)
         work[i] = (uint32_t)(sorted[i] >> 16);
     int root = 0, leaf = 2, next;

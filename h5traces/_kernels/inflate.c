@@ -13,10 +13,11 @@ enum { COPY, END_OF_BLOCK, LONG_CODE, INVALID };
 #define ENTRY(kind, value, extra) ((uint32_t)(kind) << 8 | (uint32_t)(extra) << 10 | (uint32_t)(value) << 16)
 #define EXTRA(entry) ((entry) >> 10 & 15)
 #define VALUE(entry) ((entry) >> 16)
-/* Bytes that the fast loops may read at once, and that they may write: a copy of up to 258 bytes in
- * words, and literals before it. */
-#define FAST_INPUT 32
-#define FAST_OUTPUT 320
+/* Bytes that the fast loops may read at once, and that they may write: literals, and a copy that is
+ * no longer than SHORT_COPY, which is written as a whole. */
+#define FAST_INPUT 16
+#define FAST_OUTPUT 48
+#define SHORT_COPY 32
 #define MAIN_MASK ((1u << MAIN_BITS) - 1)
 #define DISTANCE_MASK ((1u << DISTANCE_BITS) - 1)
 #define MOST_CODE_BITS 15
@@ -341,21 +342,22 @@ INLINE void put_literals(Lane *lane, uint32_t entry)
     drop(lane, entry);
 }
 
+/* Copy in words, up to SHORT_COPY bytes at once; what follows them may be written to. */
 INLINE void copy_back(uint8_t *out, size_t distance, size_t length)
 {
-    const uint8_t *from = out - distance;
-    uint8_t *end = out + length;
-    if (distance >= 8) {
+    const uint8_t *from = out - distance, *end = out + length;
+    if (distance == 1) {
+        uint64_t run = 0x0101010101010101u * *from;
+        do {
+            for (int i = 0; i < SHORT_COPY; i += 8)
+                store64(out + i, run);
+            out += SHORT_COPY;
+        } while (out < end);
+    } else if (distance >= 8) {
         do {
             store64(out, load64(from));
             out += 8;
             from += 8;
-        } while (out < end);
-    } else if (distance == 1) {
-        uint64_t run = 0x0101010101010101u * *from;
-        do {
-            store64(out, run);
-            out += 8;
         } while (out < end);
     } else {
         do
@@ -400,11 +402,16 @@ INLINE int rare(Inflater *self, Lane *lane, uint32_t entry)
     drop(lane, entry);
     size_t distance = VALUE(entry) + (lane->bits & ((1u << EXTRA(entry)) - 1));
     drop(lane, EXTRA(entry));
-    if (distance > (size_t)(lane->out - self->start)) {
+    size_t room = (size_t)(self->out_end - lane->out);
+    if (distance > (size_t)(lane->out - self->start) || length > room) {
         fail(self);
         return 0;
     }
-    copy_back(lane->out, distance, length);
+    if (LIKELY(length + SHORT_COPY <= room))
+        copy_back(lane->out, distance, length);
+    else
+        for (size_t i = 0; i < length; i++)
+            lane->out[i] = lane->out[i - distance];
     lane->out += length;
     return 1;
 }

@@ -4,7 +4,7 @@
 #define H5TRACES_KERNELS_H
 
 /* Counts changes of what Python calls; `REVISION` in format/native.py must be the same. */
-#define KERNELS_REVISION 3
+#define KERNELS_REVISION 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -188,11 +188,12 @@ void widen(const uint8_t *planes, size_t num_elements, size_t first, size_t coun
 /* numbers.c */
 enum float_kind { FLOAT16, BFLOAT16, FLOAT32, NUM_FLOAT_KINDS };
 
-/* How values become numbers of steps: float32 of `width` channels, and numbers for all. */
+/* How values become numbers of steps: float32 of `width` channels, and numbers for all. Values that
+ * are nearer than `limit` are surely within `bound`. */
 typedef struct {
-    const float *step, *inverse, *offset, *limit;
+    const float *step, *inverse, *offset, *limit, *bound;
     size_t width;
-    float most_steps, overflow;
+    float most_steps;
     uint32_t spacing, zero_point;
 } StepScale;
 
@@ -200,10 +201,10 @@ void count_special(const uint8_t *data, size_t count, int kind, size_t *special)
 void cast_counted(const uint8_t *in, enum float_kind from, uint8_t *out, enum float_kind to,
                   size_t count, size_t *counts);
 int64_t numbers_of_values(const uint8_t *in, enum float_kind from, size_t count,
-                          const StepScale *scale, uint8_t *out, size_t itemsize, int64_t *suspects,
+                          const StepScale *scale, uint8_t *out, size_t itemsize, int64_t *beyond,
                           size_t most);
-void levels_of(const uint8_t *in, size_t count, const uint8_t *table, uint8_t *restrict out,
-               uint32_t *largest);
+void levels_of(const uint8_t *in, size_t count, const uint8_t *table, size_t size,
+               uint8_t *restrict out, uint32_t *largest);
 
 /* encode.c */
 typedef struct Encoder Encoder;

@@ -188,14 +188,14 @@ static PyObject *cast(PyObject *self, PyObject *args)
 static PyObject *to_steps(PyObject *self, PyObject *args)
 {
     (void)self;
-    Py_buffer data[4]; /* values, scale of four rows, out, suspects */
+    Py_buffer data[4]; /* values, scale of five rows, out, beyond */
     int from, itemsize;
     unsigned spacing, zero_point;
-    float most_steps, overflow;
-    if (!PyArg_ParseTuple(args, "y*iy*ffIIw*iw*", data, &from, data + 1, &most_steps, &overflow, &spacing,
-                          &zero_point, data + 2, &itemsize, data + 3))
+    float most_steps;
+    if (!PyArg_ParseTuple(args, "y*iy*fIIw*iw*", data, &from, data + 1, &most_steps, &spacing, &zero_point,
+                          data + 2, &itemsize, data + 3))
         return NULL;
-    size_t width = (size_t)data[1].len / 16;
+    size_t width = (size_t)data[1].len / 20;
     if ((from != FLOAT16 && from != FLOAT32) || (itemsize != 1 && itemsize != 2) || !width)
         return wrong(data, 4, "the kind of float, the itemsize or the width is impossible");
     size_t count = (size_t)data[0].len / (from == FLOAT32 ? 4 : 2);
@@ -203,8 +203,8 @@ static PyObject *to_steps(PyObject *self, PyObject *args)
         (uintptr_t)data[3].buf % 8)
         return wrong(data, 4, "the buffers hold different numbers of values, or are not aligned");
     const float *rows = data[1].buf;
-    StepScale scale = {rows,  rows + width, rows + 2 * width, rows + 3 * width, width, most_steps,
-                       overflow, spacing, zero_point};
+    StepScale scale = {rows, rows + width, rows + 2 * width, rows + 3 * width, rows + 4 * width,
+                       width, most_steps, spacing, zero_point};
     int64_t found;
     Py_BEGIN_ALLOW_THREADS
     found = numbers_of_values(data[0].buf, (enum float_kind)from, count, &scale, data[2].buf,
@@ -239,12 +239,12 @@ static PyObject *to_levels(PyObject *self, PyObject *args)
     Py_buffer data[3]; /* bits, table, out */
     if (!PyArg_ParseTuple(args, "y*y*w*", data, data + 1, data + 2))
         return NULL;
-    size_t count = (size_t)data[0].len / 2;
-    if (data[1].len != 65536 || (size_t)data[2].len != count)
+    size_t count = (size_t)data[0].len / 2, size = (size_t)data[1].len >> 16;
+    if ((data[1].len != 1 << 16 && data[1].len != 2 << 16) || (size_t)data[2].len != size * count)
         return wrong(data, 3, "the buffers hold different numbers of values, or the table is short");
     uint32_t largest = 0;
     Py_BEGIN_ALLOW_THREADS
-    levels_of(data[0].buf, count, data[1].buf, data[2].buf, &largest);
+    levels_of(data[0].buf, count, data[1].buf, size, data[2].buf, &largest);
     Py_END_ALLOW_THREADS
     return done_with(data, 3, PyLong_FromUnsignedLong(largest));
 }
@@ -298,11 +298,11 @@ static PyMethodDef METHODS[] = {
      "cast(values, kind, out, kind) -> (nan, inf, overflow, to_zero, to_subnormal, changed)\n\n"
      "Kinds are those of `store`. With NaN among the values, nothing is cast, and the other counts say nothing."},
     {"to_steps", to_steps, METH_VARARGS,
-     "to_steps(values, kind, scale, most_steps, overflow, spacing, zero_point, out, itemsize, suspects)\n\n"
-     "The number of suspects, -1 if there are too many. `scale`: step, 1 / step, offset, limit."},
+     "to_steps(values, kind, scale, most_steps, spacing, zero_point, out, itemsize, beyond)\n\n"
+     "How many do not come back, -1 if too many. `scale`: step, 1 / step, offset, limit, bound."},
     {"from_steps", from_steps, METH_VARARGS,
      "from_steps(stored, itemsize, table, zero_point, as_half, out)"},
-    {"to_levels", to_levels, METH_VARARGS, "to_levels(bits, table, out) -> int\n\nThe largest bits."},
+    {"to_levels", to_levels, METH_VARARGS, "to_levels(bits, table, out) -> int\n\nThe largest bits. Of one or two bytes."},
     {"take", take_rows, METH_VARARGS, "take(rows, table, out)\n\nRows of a table of 256."},
     {"run_plan", run_plan, METH_VARARGS,
      "run_plan(descriptor, source, plan, arena, tables, done, threads)\n\n"

@@ -2,6 +2,8 @@
  * h5traces/format/dtypes.py and h5traces/precision have the rules. */
 #include "kernels.h"
 
+#include <math.h>
+
 #define PART 256
 
 static size_t float_size(enum float_kind kind)
@@ -163,31 +165,44 @@ void cast_counted(const uint8_t *in, enum float_kind from, uint8_t *out, enum fl
 /* Adding this to a smaller number leaves its nearest whole number in the last bits. */
 #define WHOLE 12582912.0f
 
+/* Numbers of steps, and what they stand for. */
 INLINE void steps_of_body(const float *source, const StepScale *scale, size_t channel, size_t count,
-                          int is_half, uint32_t *restrict numbers, uint8_t *restrict outside)
+                          uint32_t *restrict numbers, float *restrict restored)
 {
     const float *step = scale->step + channel, *inverse = scale->inverse + channel;
-    const float *offset = scale->offset + channel, *limit = scale->limit + channel;
-    float most = scale->most_steps, overflow = scale->overflow;
+    const float *offset = scale->offset + channel;
+    float most = scale->most_steps;
     for (size_t i = 0; i < count; i++) {
         float steps = (source[i] - offset[i]) * inverse[i];
         steps = steps < -most ? -most : steps;
         steps = steps > most ? most : steps;
         steps += WHOLE;
         numbers[i] = bits_of(steps);
-        float restored = (steps - WHOLE) * step[i] + offset[i], error = source[i] - restored;
-        error = error < 0 ? -error : error;
-        float size = restored < 0 ? -restored : restored, rounding = size * 0x1p-11f;
-        if (is_half)
-            error += rounding;
-        outside[i] = !(error <= limit[i]) | !(rounding < overflow);
+        restored[i] = (steps - WHOLE) * step[i] + offset[i];
     }
 }
 
 DISPATCH(steps_of,
-         (const float *source, const StepScale *scale, size_t channel, size_t count, int is_half,
-          uint32_t *restrict numbers, uint8_t *restrict outside),
-         (source, scale, channel, count, is_half, numbers, outside))
+         (const float *source, const StepScale *scale, size_t channel, size_t count,
+          uint32_t *restrict numbers, float *restrict restored),
+         (source, scale, channel, count, numbers, restored))
+
+/* Where values, or what they are rounded to, may be farther from their sources than the limits. */
+INLINE void far_from_body(const float *source, const float *restored, const float *rounded,
+                          const float *limit, size_t count, uint8_t *restrict outside)
+{
+    for (size_t i = 0; i < count; i++) {
+        float error = source[i] - restored[i], other = source[i] - rounded[i];
+        error = error < 0 ? -error : error;
+        other = other < 0 ? -other : other;
+        outside[i] = !(error <= limit[i]) | !(other <= limit[i]);
+    }
+}
+
+DISPATCH(far_from,
+         (const float *source, const float *restored, const float *rounded, const float *limit,
+          size_t count, uint8_t *restrict outside),
+         (source, restored, rounded, limit, count, outside))
 
 INLINE void pack_body(const uint32_t *numbers, const uint8_t *outside, const StepScale *scale,
                       size_t count, size_t itemsize, uint8_t *restrict out, size_t *num_outside)
@@ -209,50 +224,65 @@ DISPATCH(pack,
           size_t itemsize, uint8_t *restrict out, size_t *num_outside),
          (numbers, outside, scale, count, itemsize, out, num_outside))
 
-/* Rows of `width` values as numbers of steps of one or two bytes; the flat indices of those that
- * may not come back within the bound, at most `most`. Their number, or -1 if there are more. */
+/* Rows of `width` values as numbers of steps of one or two bytes; the flat indices of those that do
+ * not come back within the bound, in float32 and in their own type, at most `most`. Their number, or
+ * -1 if there are more. */
 int64_t numbers_of_values(const uint8_t *in, enum float_kind from, size_t count,
-                          const StepScale *scale, uint8_t *out, size_t itemsize, int64_t *suspects,
+                          const StepScale *scale, uint8_t *out, size_t itemsize, int64_t *beyond,
                           size_t most)
 {
-    float part[PART];
+    float part[PART], restored[PART], rounded[PART];
     uint32_t numbers[PART];
+    uint16_t halves[PART];
     uint8_t outside[PART];
-    size_t channel = 0, num_suspects = 0;
+    size_t channel = 0, num_beyond = 0;
     for (size_t done = 0; done < count;) {
         size_t size = scale->width - channel < PART ? scale->width - channel : PART, num_outside = 0;
         size = count - done < size ? count - done : size;
         widen_part(in + done * float_size(from), from, part, size);
-        steps_of(part, scale, channel, size, from == FLOAT16, numbers, outside);
+        steps_of(part, scale, channel, size, numbers, restored);
+        if (from == FLOAT16) {
+            halves_of_floats(restored, halves, size);
+            floats_of_halves(halves, rounded, size);
+        }
+        const float *read = from == FLOAT16 ? rounded : restored;
+        far_from(part, restored, read, scale->limit + channel, size, outside);
         pack(numbers, outside, scale, size, itemsize, out + itemsize * done, &num_outside);
-        for (size_t i = 0; num_outside && i < size; i++) {
-            if (!outside[i])
+        for (size_t i = 0; num_outside; num_outside--, i++) {
+            i = (size_t)((uint8_t *)memchr(outside + i, 1, size - i) - outside);
+            double source = part[i], bound = scale->bound[channel + i];
+            if (fabs(restored[i] - source) <= bound && fabs(read[i] - source) <= bound)
                 continue;
-            if (num_suspects == most)
+            if (num_beyond == most)
                 return -1;
-            suspects[num_suspects++] = (int64_t)(done + i);
+            beyond[num_beyond++] = (int64_t)(done + i);
         }
         done += size;
         channel = channel + size == scale->width ? 0 : channel + size;
     }
-    return (int64_t)num_suspects;
+    return (int64_t)num_beyond;
 }
 
-/* The levels of weights by their bits, and the largest bits. */
-INLINE void levels_of_body(const uint8_t *in, size_t count, const uint8_t *table, uint8_t *restrict out,
-                           uint32_t *largest)
+/* What a table of all 16-bit floats has for some of them, of one or two bytes, and the largest bits
+ * of these. */
+INLINE void levels_of_body(const uint8_t *in, size_t count, const uint8_t *table, size_t size,
+                           uint8_t *restrict out, uint32_t *largest)
 {
     uint16_t most = 0;
     for (size_t i = 0; i < count; i++) {
         uint16_t bits = load16(in + 2 * i);
         most = bits > most ? bits : most;
     }
-    for (size_t i = 0; i < count; i++)
-        out[i] = table[load16(in + 2 * i)];
+    if (size == 1)
+        for (size_t i = 0; i < count; i++)
+            out[i] = table[load16(in + 2 * i)];
+    else
+        for (size_t i = 0; i < count; i++)
+            memcpy(out + 2 * i, table + 2 * (size_t)load16(in + 2 * i), 2);
     *largest = most;
 }
 
 DISPATCH(levels_of,
-         (const uint8_t *in, size_t count, const uint8_t *table, uint8_t *restrict out,
+         (const uint8_t *in, size_t count, const uint8_t *table, size_t size, uint8_t *restrict out,
           uint32_t *largest),
-         (in, count, table, out, largest))
+         (in, count, table, size, out, largest))

@@ -89,12 +89,11 @@ class Archive(ReadOnly, Sequence[Trace]):
             label_folder=label_folder,
             unrounded=unrounded,
         )
-        with ThreadPool(FILES_AT_A_TIME) as pool:
-            # Several on servers at a time, since each waits for one.
-            waits = sum(isinstance(path, RemotePath) for path in paths) > 1
-            opened = (pool.map if waits else map)(open_file, paths)
+        # Several on servers at a time, since each waits for one.
+        waits = sum(isinstance(path, RemotePath) for path in paths) > 1
+        with ThreadPool(FILES_AT_A_TIME) if waits else contextlib.nullcontext() as pool:
             # Read by the other rooms; in the order of `paths`, and the same for all views.
-            self._files = tuple(opened)
+            self._files = tuple((pool.map if pool else map)(open_file, paths))
         check_alike(self._files)
         self._starts = _starts_of(self._files)
         self._indices: Sequence[int] = range(self._starts[-1])
@@ -511,5 +510,4 @@ class Archive(ReadOnly, Sequence[Trace]):
 
 def _starts_of(files: Sequence[ArchiveFile]) -> list[int]:
     """Index of the first sample of every file, and the number of all samples."""
-    starts: list[int] = np.cumsum([0, *(file.num_samples for file in files)]).tolist()
-    return starts
+    return list(itertools.accumulate((file.num_samples for file in files), initial=0))

@@ -195,14 +195,14 @@ class ArchiveFile:
 
     def facts(self, sample: SampleEntry, path: str) -> tuple[str, Attrs]:
         """Stored type and attributes of one object of a sample; perhaps without its digest."""
-
-        def read(each: SampleEntry) -> tuple[str, Attrs]:
-            objects = each.objects
-            if isinstance(objects, FooterObjects):
+        objects = sample.objects
+        if isinstance(objects, FooterObjects):
+            # Without the function that others give to `_from_sample`: asked for every array.
+            try:
                 return objects.facts(path)
-            return objects[path].dtype, objects[path].attrs
-
-        return self._from_sample(sample, read)
+            except FooterError as error:
+                objects = self._fall_back(error).sample(sample.ordinal).objects
+        return objects[path].dtype, objects[path].attrs
 
     def begin(self, wanted: Sequence[Wanted], workers: int, **options: Any) -> Reading:
         """Begin to read many datasets, as `FooterStore.begin`; `read` reads what it leaves out."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import islice, pairwise, repeat
+from itertools import islice, repeat
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from h5traces.archive.stored_form import StoredForm, Terms, chosen, kept, list_of, misfit
+from h5traces.archive.stored_form import (
+    StoredForm,
+    Terms,
+    kept,
+    list_of,
+    misfit,
+    terms_of,
+    wanted_of,
+)
 from h5traces.errors import ArchiveError, CorruptArchiveError, RemoteError
 from h5traces.format import layout
 from h5traces.format.digests import DIGEST
@@ -25,11 +30,10 @@ from h5traces.format.entries import (
 from h5traces.storage.arrays import check_chunks, read_checked_array
 from h5traces.storage.footer import FooterTables, attrs_from_json, read_directory
 from h5traces.storage.footer_rows import FooterError, FooterRow
-from h5traces.storage.plans import Layout, NothingRead, Part, Reading, fitting, joined, layouts_of
-from h5traces.storage.plans import Wanted as WantedDatasets
+from h5traces.storage.plans import Layout, NothingRead, Part, Reading, fitting, layouts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -43,8 +47,8 @@ if TYPE_CHECKING:
 
 # About as many as the threads of a reader are in at once.
 SAMPLES_KEPT: Final = 8
-# Forms of rows; samples of one run have one for each length.
-_FORMS_KEPT: Final = 128
+# Lists of datasets, one for each length of samples.
+_NEEDED_KEPT: Final = 128
 
 
 class FooterStore:
@@ -59,11 +63,10 @@ class FooterStore:
         self.directory = read_directory(file)
         self._nbytes = file.nbytes
         self.tables = FooterTables(file, self.directory)
-        self.terms = Terms(self.directory, self.tables, limits)
         # Reading array by array takes the same sample again and again.
         self._rows: dict[int, FooterRow] = {}
-        # By key of a row.
-        self._forms: dict[bytes, StoredForm] = {}
+        # Datasets of a whole sample, by what chooses them.
+        self.needed: dict[Any, tuple[str, ...]] = {}
 
     @property
     def root_attrs(self) -> Attrs:
@@ -129,9 +132,16 @@ class FooterStore:
         """What the index says of a sample; of the scales after the last one."""
         return kept(self._rows, number, lambda: self.tables.row(number), SAMPLES_KEPT)
 
+    @cached_property
+    def terms(self) -> Terms:
+        """What rows refer to by number."""
+        types, codecs = self.directory.types, self.directory.codecs
+        names = map(str, list_of(self.tables, "names"))
+        return terms_of(tuple(types), tuple(codecs), tuple(names), self._limits)
+
     def form(self, row: FooterRow) -> StoredForm:
         """What the row has in common with others."""
-        return kept(self._forms, row.key, lambda: StoredForm(row.form, self.terms), _FORMS_KEPT)
+        return self.terms.form(row)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:
         """Values of one dataset in its carrier dtype; bfloat16 as bits."""
@@ -161,24 +171,24 @@ class FooterStore:
         `restorations` of every sample, by path, are applied to datasets that they suit.
         """
         parts: dict[int, Part] = {}
-        new: dict[int, tuple[FooterObjects, Any, WantedDatasets]] = {}
+        new: dict[int, tuple[FooterObjects, Any]] = {}
         for number, (sample, paths) in enumerate(wanted):
             objects = sample.objects
             if not isinstance(objects, FooterObjects) or not paths:
                 continue
             theirs = restorations[number] if restorations else {}
             key = tuple(paths), tuple(theirs.items())
-            with contextlib.suppress(FooterError, IndexError):
-                layout = objects.form.layout(key)
-                if layout is not None:
-                    chunks = layout.chosen(objects.row.chunks)
-                    if layout.fits(chunks, self._nbytes):
-                        parts[number] = Part(number, layout, chunks)
-                        continue
-                new[number] = objects, key, objects.form.datasets(objects.row, paths, theirs)
-        for number, layout in self._fitting({number: each for number, (*_, each) in new.items()}):
-            objects, key, _ = new[number]
-            parts[number] = Part(number, layout, layout.chosen(objects.row.chunks))
+            layout = objects.form.layout(key)
+            if layout is not None:
+                chunks = layout.chosen(objects.row.chunks)
+                if layout.fits(chunks, self._nbytes):
+                    parts[number] = Part(number, layout, chunks)
+                    continue
+            new[number] = objects, key
+        layouts = self._layouts(list(new.values()))
+        for (number, (objects, key)), layout in zip(new.items(), layouts, strict=True):
+            if layout.datasets:
+                parts[number] = Part(number, layout, layout.chosen(objects.row.chunks))
             if len(layout.datasets) == len(key[0]):
                 objects.form.keep(key, layout)
         nbytes = sum(part.layout.raw_nbytes for part in parts.values())
@@ -190,18 +200,13 @@ class FooterStore:
         in_order = [parts[number] for number in sorted(parts)]
         return Reading(self.file, in_order, workers, together=together)
 
-    def _fitting(self, wanted: dict[int, WantedDatasets]) -> Iterator[tuple[int, Layout]]:
-        """Layouts of the datasets that fit, of samples that have such."""
-        if not wanted:
-            return
-        found = list(wanted.values())
-        fits = fitting(joined([each.found for each in found]), self._limits, self._nbytes)
-        if not fits.all():
-            bounds = pairwise(np.cumsum([0, *(len(each.paths) for each in found)]).tolist())
-            some = (chosen(each, fits[a:b]) for each, (a, b) in zip(found, bounds, strict=True))
-            wanted = {n: each for n, each in zip(wanted, some, strict=True) if each.paths}
-        if wanted:
-            yield from zip(wanted, layouts_of(list(wanted.values())), strict=True)
+    def _layouts(self, new: Sequence[tuple[FooterObjects, Any]]) -> list[Layout]:
+        """How the datasets of some samples that fit are read; of each sample, perhaps none."""
+        if not new:
+            return []
+        found = wanted_of([(objects.form, objects.row, *key) for objects, key in new], self.terms)
+        fits = fitting(found.found, self._limits, self._nbytes)
+        return layouts_of(found if fits.all() else found.chosen(fits))
 
     def close(self) -> None:
         """Close the file."""
@@ -211,10 +216,10 @@ class FooterStore:
     def _attr_sets(self) -> list[Attrs]:
         return [_attrs(attrs) for attrs in list_of(self.tables, "attrs")]
 
-    def facts(self, row: FooterRow, place: int) -> tuple[str, Attrs]:
+    def facts(self, row: FooterRow, form: StoredForm, place: int) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of an object by its place in its row."""
         try:
-            dtype = self.directory.types[self.form(row).columns.object_type[place]]
+            dtype = self.directory.types[form.types[place]]
             return dtype, self._attr_sets[row.attr_sets[place]]
         except IndexError as error:
             raise misfit(place, error) from error
@@ -277,6 +282,11 @@ class FooterObjects(Mapping[str, ObjectEntry]):
         """Alike for samples that differ in the digests and chunks of their objects alone."""
         return self.row.key, self.row.attr_sets, self.row.with_digest.tobytes()
 
+    def needed(self, key: Any, find: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
+        """What `find` gives, which depends on the key and on what samples that are alike share."""
+        whole = self.row.key, self.row.attr_sets, key
+        return kept(self._store.needed, whole, find, _NEEDED_KEPT)
+
     @property
     def digests(self) -> dict[str, Any]:
         """Digests of all objects by path; None of one without."""
@@ -290,7 +300,7 @@ class FooterObjects(Mapping[str, ObjectEntry]):
 
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""
-        return self._store.facts(self.row, self._places[path])
+        return self._store.facts(self.row, self.form, self._places[path])
 
     def __contains__(self, path: object) -> bool:
         return path in self._places

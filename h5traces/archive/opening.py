@@ -89,11 +89,9 @@ def open(
     MissingDependencyError
         ``h5traces[remote]`` is not installed, or torch for ``container="torch"``.
     """
-    options = replace(
-        remote,
-        cache=remote.cache if cache is None else Path(cache),
-        storage_options=remote.storage_options if storage_options is None else storage_options,
-    )
+    given = {"cache": None if cache is None else Path(cache), "storage_options": storage_options}
+    changes: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
+    options = replace(remote, **changes) if changes else remote
     folder = labels_folder(labels)
     check_container(container)
     unrounded = lossy_dtype == "float32"

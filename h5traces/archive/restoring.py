@@ -31,24 +31,28 @@ def restored(
     """
     path = f"{kind}/{name}"
     stored = sample.values(path)
-    try:
-        encoded = is_encoded(attrs)
-    except UnsupportedEncodingError as error:
-        message = f"{sample.place}/{path}: {error}"
-        raise UnsupportedEncodingError(message) from error
-    if "encoding" in attrs and sample.file.metadata.precision is None:
-        message = (
-            f"{sample.place}/{path}: is encoded as {attrs['encoding']}, but the archive "
-            "does not say so (the root attribute 'precision' is missing); restore the file "
-            "from a copy"
-        )
-        raise CorruptArchiveError(message)
-    if encoded:
+    if "encoding" in attrs and _is_encoded(sample, path, attrs):
         return _decoded(sample, kind, name, dtype, attrs, stored)
     if f"{kind}/{layout.STEPS_TABLE}" in sample.objects:
         steps = _steps(sample, kind, name, stored)
         return [_cast_back(sample, step, dtype, attrs, path) for step in steps]
     return _cast_back(sample, stored, dtype, attrs, path)
+
+
+def _is_encoded(sample: StoredSample, path: str, attrs: Attrs) -> bool:
+    """Whether a dataset with the attribute ``encoding`` has to be decoded."""
+    try:
+        encoded = is_encoded(attrs)
+    except UnsupportedEncodingError as error:
+        message = f"{sample.place}/{path}: {error}"
+        raise UnsupportedEncodingError(message) from error
+    if sample.file.metadata.precision is None:
+        message = (
+            f"{sample.place}/{path}: is encoded as {attrs['encoding']}, but the archive does not "
+            "say so (the root attribute 'precision' is missing); restore the file from a copy"
+        )
+        raise CorruptArchiveError(message)
+    return encoded
 
 
 def _cast_back(

@@ -5,8 +5,8 @@ It is worked out once for all of them, and so is how their datasets are read.
 
 from __future__ import annotations
 
-from functools import cached_property
-from itertools import compress
+from functools import cached_property, lru_cache
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,13 +20,13 @@ from h5traces.storage.kernels import PLAN_CODECS
 from h5traces.storage.plans import UNKNOWN, Datasets, Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from h5traces.format.limits import ReadLimits
     from h5traces.storage.arrays import ChunkBounds
-    from h5traces.storage.footer import FooterDirectory, FooterTables
+    from h5traces.storage.footer import FooterTables
     from h5traces.storage.footer_rows import FooterRow, RowForm
     from h5traces.storage.plans import Layout, Restoration
 
@@ -38,6 +38,8 @@ _Value = TypeVar("_Value")
 
 _NO_TYPE: Final = np.dtype("V0")
 _DEFLATE: Final = PLAN_CODECS.index("deflate")
+# Forms of rows; samples of one run have one for each length.
+_FORMS_KEPT: Final = 128
 # How some datasets are read, for each form of rows: what some readers want.
 _LAYOUTS_KEPT: Final = 2
 
@@ -69,29 +71,39 @@ def misfit(place: int, error: Exception) -> FooterError:
 
 
 class Terms:
-    """What rows of an index refer to by number."""
+    """What rows of an index refer to by number: types, codecs, and paths of objects.
+
+    Shards of one run have the same, and samples of the same lengths, so `terms_of` gives them the
+    same terms and forms.
+    """
 
     def __init__(
-        self, directory: FooterDirectory, tables: FooterTables, limits: ReadLimits
+        self,
+        types: tuple[str, ...],
+        codecs: tuple[str, ...],
+        names: tuple[str, ...],
+        limits: ReadLimits,
     ) -> None:
-        self.types, self.codecs, self.limits = directory.types, directory.codecs, limits
-        self._tables = tables
+        self.types, self.codecs, self.names, self.limits = types, codecs, names, limits
+        self._forms: dict[bytes, StoredForm] = {}
+
+    def form(self, row: FooterRow) -> StoredForm:
+        """What the row has in common with others."""
+        return kept(self._forms, row.key, lambda: StoredForm(row.form, self), _FORMS_KEPT)
 
     @cached_property
-    def names(self) -> list[str]:
-        """Paths of objects."""
-        return [str(name) for name in list_of(self._tables, "names")]
-
-    @cached_property
-    def dtypes(self) -> list[np.dtype[Any]]:
+    def dtypes(self) -> dict[int, np.dtype[Any]]:
         """Types; of a group, and of what no archive can hold, that of no bytes."""
-        return [_dtype_of(each) for each in self.types]
+        return {number: _dtype_of(each) for number, each in enumerate(self.types)}
 
     @cached_property
     def plan_codecs(self) -> NDArray[np.int64]:
-        """Numbers of codecs in plans."""
+        """Numbers of codecs in plans; the last one stands for all that the index lacks."""
         known = {name: number for number, name in enumerate(PLAN_CODECS)}
-        return np.array([known.get(each, UNKNOWN) for each in self.codecs], np.int64)
+        return np.array([*(known.get(each, UNKNOWN) for each in self.codecs), UNKNOWN])
+
+
+terms_of: Final = lru_cache(maxsize=4)(Terms)
 
 
 def _dtype_of(stored_type: str) -> np.dtype[Any]:
@@ -119,12 +131,13 @@ class StoredForm:
         The columns that they share.
     places
         Place in them of every object, by path.
-    needed
-        Datasets of a whole sample, by what chooses them.
+    types
+        Number of the type of every object.
     """
 
     def __init__(self, columns: RowForm, terms: Terms) -> None:
         self.columns, self._terms = columns, terms
+        self.types: list[int] = columns.object_type.tolist()
         numbers, names = columns.object_name, terms.names
         try:
             self.places = {names[number]: place for place, number in enumerate(numbers.tolist())}
@@ -137,7 +150,6 @@ class StoredForm:
         self._described: dict[int, Described] = {}
         # By paths and restorations.
         self._layouts: dict[Any, Layout] = {}
-        self.needed: dict[Any, tuple[str, ...]] = {}
 
     def described(self, place: int) -> Described:
         """An object without what its row alone says.
@@ -191,64 +203,64 @@ class StoredForm:
         """Keep a layout for the next sample."""
         kept(self._layouts, key, lambda: layout, _LAYOUTS_KEPT)
 
-    def datasets(
-        self, row: FooterRow, paths: Sequence[str], restorations: Mapping[str, Restoration]
-    ) -> Wanted:
-        """What the index says of datasets of a sample, by its row and their paths."""
-        columns, terms = self.columns, self._terms
-        places = np.array([self.places[path] for path in paths], np.int64)
-        num_axes = columns.object_ndim[places].astype(np.int64)
-        num_chunks = columns.object_num_chunks[places].astype(np.int64)
-        first_axes, first_chunks = columns.axis_ends[places], columns.chunk_ends[places]
-        # Bytes of text are an axis more, which no shuffle has taken for elements.
-        axes = np.arange(int(num_axes.max(initial=0)) + 1)
-        shape, chunk = np.ones((2, len(places), len(axes)), np.int64)
-        codec = terms.plan_codecs[columns.object_codec[places]]
-        has_axis = axes < num_axes[:, np.newaxis]
-        of_axes = (first_axes[:, np.newaxis] + axes)[has_axis]
-        shape[has_axis] = columns.object_dims[of_axes]
-        chunk[has_axis] = columns.object_chunk_dims[of_axes]
-        types = [terms.dtypes[kind] for kind in columns.object_type[places].tolist()]
-        widths = np.array([each.itemsize if each.kind == "S" else 1 for each in types], np.int64)
-        itemsizes = np.array([each.itemsize for each in types], np.int64) // widths
-        shape[:, -1] = chunk[:, -1] = widths
-        chunks = np.repeat(first_chunks - np.cumsum(num_chunks) + num_chunks, num_chunks)
-        chunks += np.arange(len(chunks))
-        offsets, sizes, checksums = row.chunks
-        found = Datasets(
-            shape,
-            chunk,
-            num_axes,
-            itemsizes,
-            np.where((widths > 1) & (codec != _DEFLATE), UNKNOWN, codec),
-            num_chunks,
-            offsets[chunks],
-            sizes[chunks],
-            checksums[chunks],
-        )
-        return Wanted(paths, types, found, _suiting(paths, found, restorations), chunks)
 
+def wanted_of(
+    samples: Sequence[
+        tuple[StoredForm, FooterRow, Sequence[str], Sequence[tuple[str, Restoration]]]
+    ],
+    terms: Terms,
+) -> Wanted:
+    """What the index says of datasets of some samples: forms, rows, paths and restorations."""
+    forms = [form.columns for form, *_ in samples]
 
-def _suiting(
-    paths: Sequence[str], found: Datasets, given: Mapping[str, Restoration]
-) -> list[Restoration | None]:
-    """The restoration of every dataset that one suits."""
-    if not given:
-        return [None] * len(paths)
-    facts = zip(found.shape.tolist(), found.chunk.tolist(), found.num_axes.tolist(), strict=True)
-    wanted = map(given.get, paths)
-    return [
-        each if each is not None and each.suits(*fact) else None
-        for each, fact in zip(wanted, facts, strict=True)
-    ]
+    def column(name: str) -> NDArray[np.int64]:
+        return np.concatenate([getattr(form, name) for form in forms]).astype(np.int64)
 
-
-def chosen(wanted: Wanted, which: NDArray[np.bool_]) -> Wanted:
-    """Some of the datasets."""
-    return Wanted(
-        list(compress(wanted.paths, which)),
-        list(compress(wanted.types, which)),
-        wanted.found.chosen(which),
-        list(compress(wanted.restorations, which)),
-        wanted.places[which[wanted.found.owners]],
+    paths = [path for *_, some, _ in samples for path in some]
+    counts = [len(some) for *_, some, _ in samples]
+    listed = [form.places[path] for form, _, some, _ in samples for path in some]
+    sizes = [(len(form.object_ndim), int(form.chunk_ends[-1])) for form in forms]
+    before = np.cumsum([(0, 0), *sizes], axis=0)[:-1]
+    places = listed + np.repeat(before[:, 0], counts)
+    # Of all objects, then of those that are wanted.
+    num_axes, num_chunks = column("object_ndim"), column("object_num_chunks")
+    first_axes, first_chunks = (np.cumsum(each) - each for each in (num_axes, num_chunks))
+    num_axes, num_chunks, first_axes, first_chunks = (
+        each[places] for each in (num_axes, num_chunks, first_axes, first_chunks)
     )
+    # Bytes of text are an axis more, which no shuffle has taken for elements.
+    axes = np.arange(int(num_axes.max(initial=0)) + 1)
+    shape, chunk = np.ones((2, len(places), len(axes)), np.int64)
+    has_axis = axes < num_axes[:, np.newaxis]
+    of_axes = (first_axes[:, np.newaxis] + axes)[has_axis]
+    shape[has_axis] = column("object_dims")[of_axes]
+    chunk[has_axis] = column("object_chunk_dims")[of_axes]
+    known = terms.plan_codecs
+    codec = known[np.minimum(column("object_codec")[places], len(known) - 1)]
+    types = [terms.dtypes.get(kind, _NO_TYPE) for kind in column("object_type")[places].tolist()]
+    widths = np.array([each.itemsize if each.kind == "S" else 1 for each in types], np.int64)
+    itemsizes = np.array([each.itemsize for each in types], np.int64) // widths
+    shape[:, -1] = chunk[:, -1] = widths
+    chunks = np.repeat(first_chunks - np.cumsum(num_chunks) + num_chunks, num_chunks)
+    chunks += np.arange(len(chunks))
+    columns = zip(*(row.chunks for _, row, *_ in samples), strict=True)
+    found = Datasets(
+        shape,
+        chunk,
+        num_axes,
+        itemsizes,
+        np.where((widths > 1) & (codec != _DEFLATE), UNKNOWN, codec),
+        num_chunks,
+        *(np.concatenate(each)[chunks] for each in columns),
+    )
+    own = chunks - np.repeat(np.repeat(before[:, 1], counts), num_chunks)
+    suiting: list[Restoration | None] = [None] * len(paths)
+    if any(given for *_, given in samples):
+        facts = zip(shape.tolist(), chunk.tolist(), num_axes.tolist(), strict=True)
+        owners = chain.from_iterable(repeat(dict(given), len(some)) for *_, some, given in samples)
+        hows = (given.get(path) for given, path in zip(owners, paths, strict=True))
+        suiting = [
+            how if how is not None and how.suits(*fact) else None
+            for how, fact in zip(hows, facts, strict=True)
+        ]
+    return Wanted(paths, types, found, suiting, own, counts)

@@ -86,7 +86,7 @@ class StoredSample:
         """Whether the trace lies on a server."""
         return isinstance(self.file.path, RemotePath)
 
-    @property
+    @cached_property
     def objects(self) -> Mapping[str, ObjectEntry]:
         """All objects of the sample by path."""
         return self.sample.objects

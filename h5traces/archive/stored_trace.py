@@ -262,12 +262,8 @@ class StoredTrace(StoredSample):
         if kinds is not None or not isinstance(objects, FooterObjects):
             return self._needed(kinds)
         # Samples that are alike need the same.
-        key = objects.row.attr_sets, self.selected, self.fields
-        known = objects.form.needed.get(key)
-        if known is None:
-            objects.form.needed = {key: tuple(self._needed(None))}
-            known = objects.form.needed[key]
-        return list(known)
+        key = self.selected, self.fields
+        return list(objects.needed(key, lambda: tuple(self._needed(None))))
 
     def _needed(self, kinds: Iterable[str] | None) -> list[str]:
         paths: list[str] = []
@@ -284,8 +280,8 @@ class StoredTrace(StoredSample):
         """The datasets that reading the named arrays of a kind needs."""
         if self.recomputes(kind):
             return [f"{each}/{name}" for name in names for each in (QUERIES, KEYS)]
-        paths = (f"{kind}/{name}" for name in (*names, *layout.TABLES))
-        return [path for path in paths if path in self.objects]
+        paths, objects = (f"{kind}/{name}" for name in (*names, *layout.TABLES)), self.objects
+        return [path for path in paths if path in objects]
 
     def typed_layer(self, kind: str, name: str) -> TypedArray | list[TypedArray]:
         """The array of a kind by its dataset name, in its source's type; a list where in steps."""

@@ -70,7 +70,8 @@ def fresh_array(array: TypedArray, container: Container, held: object) -> Any:
     if container == "source" and held == _ML_DTYPES and array.dtype in ML_DTYPES:
         return _ml_array(TorchValue(array.values, array.dtype, _ML_DTYPES))
     values = array.to_numpy()
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
+    is_native = values.dtype.isnative
+    return values if is_native else values.astype(values.dtype.newbyteorder("="))
 
 
 def to_device(array: Any, device: str) -> Any:

@@ -422,14 +422,15 @@ class TraceRecord(BaseModel):
 
     def _description(self) -> TraceDescription:
         coverage = self.coverage()
-        arrays = tuple(
-            ArrayDescription(
-                kind=kind,
-                name=entry.name,
-                dtype=entry.array.dtype,
-                shape=entry.array.shape,
-                site=entry.site,
-            )
+        # Not `ArrayDescription`s: pydantic makes all of them in one call.
+        arrays: Any = tuple(
+            {
+                "kind": kind,
+                "name": entry.name,
+                "dtype": entry.array.dtype,
+                "shape": entry.array.shape,
+                "site": entry.site,
+            }
             for kind, layers in self.layered.items()
             for entry in layers.arrays
             if not isinstance(entry.array, StepArrays)
@@ -438,7 +439,7 @@ class TraceRecord(BaseModel):
             metadata=TraceMetadata(
                 sample_id=self.sample_id,
                 generation_index=self.generation_index,
-                seq_len=self._seq_len(arrays),
+                seq_len=self._seq_len(),
                 prompt_len=self.prompt_len,
                 coverage=coverage,
                 label=self.label,
@@ -454,15 +455,16 @@ class TraceRecord(BaseModel):
             axes={kind: each.axes for kind, each in self.layered.items() if each.axes} or None,
         )
 
-    def _seq_len(self, arrays: tuple[ArrayDescription, ...]) -> int:
+    def _seq_len(self) -> int:
         if self.tokens is not None:
             return len(self.tokens)
-        for entry in arrays:
-            axes = layout.axes_of_kind(entry.kind, self.layered[entry.kind].axes) or ()
-            if len(axes) == len(entry.shape):
-                for axis_name, length in zip(axes, entry.shape, strict=True):
-                    if axis_name in ("token", "query"):
-                        return length
+        for kind, layers in self.layered.items():
+            axes = layout.axes_of_kind(kind, layers.axes) or ()
+            for shape in map(_shape_of, layers.arrays):
+                if len(axes) == len(shape):
+                    for axis_name, length in zip(axes, shape, strict=True):
+                        if axis_name in ("token", "query"):
+                            return length
         return 0
 
 

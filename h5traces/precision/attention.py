@@ -10,7 +10,6 @@ import numpy as np
 
 from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray, cast_values
-from h5traces.format.limits import Scratch
 from h5traces.format.native import NATIVE
 from h5traces.format.record import LayerArray, LayeredArrays, SourceForm, StepArrays
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 MEAN: Final = "mean"
 DERIVATION: Final = "head-mean 1"
 _HEAD_AXES: Final = 3
-
-_WEIGHTS: Final = Scratch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +45,10 @@ class HeadMean:
 
     def load(self) -> TypedArray:
         """The mean of the weights as float16 holds them, so that it is the same of an archive."""
-        stored = cast_values(self.attention.load(), "float16").values
-        weights = _WEIGHTS.take(4 * stored.size).view(np.float32).reshape(stored.shape)
-        np.copyto(weights, stored)
+        stored = cast_values(self.attention.load(), "float16")
+        weights = cast_values(stored, "float32").values
         mean = weights.sum(axis=0)
-        mean /= np.float32(max(1, len(stored)))
+        mean /= np.float32(max(1, len(weights)))
         return TypedArray(mean, "float32")
 
 
@@ -170,9 +166,23 @@ def rounded(values: NDArray[Any], mantissa_bits: int) -> NDArray[Any]:
     The relative error is at most 2^-(mantissa_bits + 1). Subnormal and not finite values stay as
     they are; what would round up to infinity is cut off instead, within the same bound.
     """
+    bits = np.ascontiguousarray(values).view(np.uint16)
+    if NATIVE is None:
+        return _rounded_bits(bits, mantissa_bits).view(np.float16)
+    out = np.empty_like(bits)
+    NATIVE.to_levels(bits, _rounding_table(mantissa_bits), out)
+    return out.view(np.float16)
+
+
+@cache
+def _rounding_table(mantissa_bits: int) -> NDArray[np.uint16]:
+    """The bits of every float16 once rounded, by its bits."""
+    return _rounded_bits(np.arange(1 << 16, dtype=np.uint16), mantissa_bits)
+
+
+def _rounded_bits(bits: NDArray[np.uint16], mantissa_bits: int) -> NDArray[np.uint16]:
     drop = np.uint16(_MANTISSA_BITS - mantissa_bits)
     unit = np.uint16(1 << int(drop))
-    bits = values.view(np.uint16)
     magnitude = bits & _MAGNITUDE
     kept = ~np.uint16(int(unit) - 1)
     near = magnitude >> drop
@@ -185,4 +195,4 @@ def rounded(values: NDArray[Any], mantissa_bits: int) -> NDArray[Any]:
         stays = (magnitude < _SMALLEST_NORMAL) | (magnitude >= _INFINITY)
         np.copyto(near, magnitude, where=stays)
     near |= bits & ~_MAGNITUDE
-    return near.view(np.float16)
+    return near

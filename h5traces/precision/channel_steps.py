@@ -16,6 +16,7 @@ import numpy as np
 from h5traces.format.dtypes import float32_to_float16
 from h5traces.format.limits import Scratch
 from h5traces.format.native import NATIVE
+from h5traces.storage.memory import POOL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +37,8 @@ _LEAST_ROUNDING: Final = np.float32(2.0**-25)
 _OVERFLOW: Final = np.float32(65520)
 # The bound that is checked is less by far more than float32 rounds away in the check.
 _SLACK: Final = 1 - 2.0**-20
+# Differences in float32 are off by at most 2^-24 of them.
+_SURE: Final = np.float32(1 - 2.0**-22)
 # Tokens, the share of channels below, and the most that a value counts, in sigma, where it is asked
 # whether a scale fits.
 _LOOKED_AT: Final = 16
@@ -45,7 +48,7 @@ _MASSIVE: Final = np.float32(4)
 _WHOLE: Final = np.float32(3 << 22)
 # Values at a time: what is computed on the way stays in the processor's cache.
 _BLOCK: Final = 1 << 16
-# Values that need a closer look, at least, in memory for their indices.
+# Values that do not fit, at least, in memory for their indices.
 _FEW: Final = 1024
 # Fewer calls when decoding: threads wait for each other at every one.
 _DECODED_BLOCK: Final = 1 << 18
@@ -93,14 +96,15 @@ def to_steps(
     finite, or so far away that there is no number for them.
     """
     form = StepFormat.of(step)
-    stored = np.empty(values.shape, np.dtype(form.dtype).newbyteorder("<"))
+    dtype = np.dtype(form.dtype).newbyteorder("<")
+    stored = POOL.array(values.size * dtype.itemsize).view(dtype).reshape(values.shape)
     bound = (scale.sigma.astype(np.float64) * (step / 2 * _SLACK)).astype(np.float32)
-    reach = np.abs(scale.offset) + form.most_steps * scale.step
-    overflows = values.dtype.itemsize == 2 and bool((reach >= _OVERFLOW).any())
-    compiled = _compiled_steps(values, scale, form, bound, stored, overflows=overflows)
+    compiled = _compiled_steps(values, scale, form, bound, stored)
     if compiled is not None:
         stored.reshape(-1)[compiled] = form.zero_point
         return stored, compiled
+    reach = np.abs(scale.offset) + form.most_steps * scale.step
+    overflows = values.dtype.itemsize == 2 and bool((reach >= _OVERFLOW).any())
     exceptions = []
     rows = max(1, _BLOCK // max(1, values.shape[1]))
     for first in range(0, len(values), rows):
@@ -184,30 +188,18 @@ def _compiled_steps(
     form: StepFormat,
     bound: NDArray[np.float32],
     stored: NDArray[Any],
-    *,
-    overflows: bool,
 ) -> NDArray[np.int64] | None:
-    """`to_steps` by compiled kernels, but for the few values that it is not sure of."""
+    """`to_steps` by compiled kernels; None for an array of which too many values do not fit."""
     if NATIVE is None or not values.size:
         return None
-    inverse = 1 / scale.step
+    limit = bound * _SURE
     with np.errstate(invalid="ignore", over="ignore"):
-        rows = np.stack((scale.step, inverse, scale.offset, bound - _LEAST_ROUNDING), dtype="<f4")
-    suspects = np.empty(values.size // 16 + _FEW, np.int64)
-    most = _OVERFLOW * _RELATIVE_ROUNDING if overflows else np.inf
+        rows = np.stack((scale.step, 1 / scale.step, scale.offset, limit, bound), dtype="<f4")
+    beyond = np.empty(values.size // 16 + _FEW, np.int64)
     kind = 0 if values.dtype.itemsize == 2 else 2
-    numbers = form.most_steps, most, form.spacing, form.zero_point
-    count = NATIVE.to_steps(values, kind, rows, *numbers, stored, stored.itemsize, suspects)
-    if count < 0:
-        return None
-    suspects = suspects[:count].copy()
-    channels = suspects % values.shape[1]
-    with np.errstate(invalid="ignore", over="ignore"):
-        steps = values.reshape(-1)[suspects].astype(np.float32) - scale.offset[channels]
-        steps = np.clip(steps * inverse[channels], -form.most_steps, form.most_steps)
-        steps = steps + _WHOLE - _WHOLE
-        restored = steps * scale.step[channels] + scale.offset[channels]
-    return suspects[~_comes_back(suspects, values, restored, bound)]
+    numbers = form.most_steps, form.spacing, form.zero_point
+    count = NATIVE.to_steps(values, kind, rows, *numbers, stored, stored.itemsize, beyond)
+    return None if count < 0 else beyond[:count].copy()
 
 
 def _comes_back(

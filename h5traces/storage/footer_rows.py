@@ -256,7 +256,8 @@ class RowPacker:
         attrs = entry.attrs
         digest = attrs.get(DIGEST)
         if isinstance(digest, str) and _DIGEST.fullmatch(digest):
-            attrs = {name: value for name, value in attrs.items() if name != DIGEST}
+            attrs = dict(attrs)
+            del attrs[DIGEST]
             stored = bytes.fromhex(digest)
         else:
             stored = _NO_DIGEST

@@ -119,10 +119,10 @@ def run_plan(
     """
     rows = list(range(len(plan)))
     if NATIVE is not None:
-        done = np.zeros(len(plan), np.uint8)
+        done = bytearray(len(plan))
         descriptor, given = (source, b"") if isinstance(source, int) else (-1, source)
         NATIVE.run_plan(descriptor, given, plan, arena, tables, done, threads)
-        rows = np.flatnonzero(done == 0).tolist()
+        rows = [row for row, is_done in enumerate(done) if not is_done] if 0 in done else []
     _run_rows(plan, rows, source, arena, tables)
 
 

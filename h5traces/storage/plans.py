@@ -7,8 +7,9 @@ which words the errors.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import pairwise
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from itertools import compress, pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -47,7 +48,8 @@ _SHARED_NBYTES: Final = 4 << 20
 _SMALL_NBYTES: Final = 64 << 10
 
 
-class Datasets(NamedTuple):
+@dataclass(frozen=True)
+class Datasets:
     """Columns that describe some datasets; axes beyond those of a dataset have the length 1."""
 
     # (datasets, axes)
@@ -64,10 +66,30 @@ class Datasets(NamedTuple):
     sizes: Longs
     checksums: NDArray[np.uint64]
 
-    @property
+    @cached_property
     def owners(self) -> Longs:
         """The dataset of every chunk."""
         return np.repeat(np.arange(len(self.shape)), self.num_chunks)
+
+    @cached_property
+    def grid(self) -> Longs:
+        """Numbers of chunks along the axes."""
+        return -(-self.shape // np.maximum(self.chunk, 1))
+
+    @cached_property
+    def cut(self) -> Longs:
+        """The last axis along which there are several chunks, in a column; else the first one."""
+        several = self.grid > 1
+        last = several.shape[1] - 1 - several[:, ::-1].argmax(axis=1)
+        return np.where(several.any(axis=1), last, 0)[:, np.newaxis]
+
+    @cached_property
+    def bounds(self) -> tuple[Floats, Floats]:
+        """The smallest and largest stored size of every chunk, as `arrays.chunk_bounds`."""
+        # Floats do not overflow.
+        raw = self.chunk.astype(np.float64).prod(axis=1) * self.itemsize
+        smallest = np.maximum(1, raw // _MOST_RAW[self.codec])
+        return smallest[self.owners], (raw + raw // 100 + 1024)[self.owners]
 
     @property
     def nbytes(self) -> Longs:
@@ -78,24 +100,10 @@ class Datasets(NamedTuple):
     def chosen(self, which: NDArray[np.bool_]) -> Datasets:
         """Some of the datasets."""
         chunks = which[self.owners]
-        shape, chunk, num_axes, itemsize, codec, num_chunks = (each[which] for each in self[:6])
-        datasets = shape, chunk, num_axes, itemsize, codec, num_chunks
-        chosen = self.offsets[chunks], self.sizes[chunks], self.checksums[chunks]
-        return Datasets(*datasets, *chosen)
-
-
-def joined(parts: Sequence[Datasets]) -> Datasets:
-    """The datasets of several samples, in order."""
-    if len(parts) == 1:
-        return parts[0]
-    most = max(part.shape.shape[1] for part in parts)
-
-    def wide(lengths: Longs) -> Longs:
-        missing = np.ones((len(lengths), most - lengths.shape[1]), np.int64)
-        return np.concatenate((lengths, missing), axis=1)
-
-    padded = (part._replace(shape=wide(part.shape), chunk=wide(part.chunk)) for part in parts)
-    return Datasets(*map(np.concatenate, zip(*padded, strict=True)))
+        columns = [getattr(self, each.name) for each in fields(self)]
+        return Datasets(
+            *(each[which] for each in columns[:6]), *(each[chunks] for each in columns[6:])
+        )
 
 
 class Restoration(NamedTuple):
@@ -119,22 +127,19 @@ def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np
 
     Their chunks must be of consecutive elements, too, as those that h5traces writes are.
     """
-    shape, chunk = found.shape, found.chunk
+    shape, chunk, itemsize = found.shape, found.chunk, found.itemsize
     # Floats do not overflow.
-    most, itemsize = np.maximum(shape, 1).astype(np.float64).prod(axis=1), found.itemsize
+    most = np.maximum(shape, 1).astype(np.float64).prod(axis=1) * itemsize
     chunk_nbytes = chunk.astype(np.float64).prod(axis=1) * itemsize
     fits = np.asarray(((shape >= 0) & (chunk >= 1)).all(axis=1))
     fits &= (itemsize > 0) & (found.codec != UNKNOWN)
     fits &= (found.num_axes > 0) & (found.num_axes <= MAX_AXES)
-    fits &= (most * itemsize <= limits.max_array_nbytes) & (chunk_nbytes <= limits.max_chunk_nbytes)
-    grid = -(-shape // np.maximum(chunk, 1))
-    fits &= grid.astype(np.float64).prod(axis=1) == found.num_chunks
-    cut = _cut_axis(grid)
-    axes = np.arange(shape.shape[1])
-    fits &= ((axes >= cut) | (chunk == 1)).all(axis=1)
-    fits &= ((axes <= cut) | (chunk == np.maximum(shape, 1))).all(axis=1)
-    owners, sizes = found.owners, found.sizes
-    smallest, largest = _bounds_of_chunks(found)
+    fits &= (most <= limits.max_array_nbytes) & (chunk_nbytes <= limits.max_chunk_nbytes)
+    fits &= found.grid.astype(np.float64).prod(axis=1) == found.num_chunks
+    axes, cut = np.arange(shape.shape[1]), found.cut
+    consecutive = ((axes >= cut) | (chunk == 1)) & ((axes <= cut) | (chunk == np.maximum(shape, 1)))
+    fits &= consecutive.all(axis=1)
+    owners, sizes, (smallest, largest) = found.owners, found.sizes, found.bounds
     inside = (found.offsets > 0) & (sizes >= smallest) & (sizes <= largest)
     inside &= (sizes <= file_nbytes) & (found.offsets <= file_nbytes - sizes)
     fits[owners[~inside]] = False
@@ -142,33 +147,16 @@ def fitting(found: Datasets, limits: ReadLimits, file_nbytes: int) -> NDArray[np
     return fits & (np.bincount(owners, sizes, minlength=len(fits)) <= file_nbytes)
 
 
-def _bounds_of_chunks(found: Datasets) -> tuple[Floats, Floats]:
-    """The smallest and largest stored size of every chunk, as `arrays.chunk_bounds`."""
-    # Floats do not overflow.
-    owners = found.owners
-    raw = (found.chunk.astype(np.float64).prod(axis=1) * found.itemsize)[owners]
-    smallest = np.maximum(1, raw // _MOST_RAW[found.codec[owners]])
-    return smallest, raw + raw // 100 + 1024
-
-
-def _cut_axis(grid: Longs) -> Longs:
-    """The last axis along which a dataset has several chunks; the first one where none has."""
-    several = grid > 1
-    last = grid.shape[1] - 1 - several[:, ::-1].argmax(axis=1)
-    return np.where(several.any(axis=1), last, 0)[:, np.newaxis]
-
-
 def plan_of(found: Datasets, targets: Longs, restored: Longs) -> NDArray[Any]:
     """The plan that reads datasets, for which `fitting` holds, to these places of an arena.
 
     `restored` are the sizes of their elements there.
     """
-    owners = found.owners
+    owners, cut = found.owners, found.cut
     starts = np.cumsum(found.num_chunks) - found.num_chunks
     number = np.arange(len(owners)) - starts[owners]
-    shape, chunk = np.maximum(found.shape, 1), found.chunk
-    cut = _cut_axis(-(-shape // chunk))
-    length, step = (np.take_along_axis(each, cut, axis=1)[:, 0] for each in (shape, chunk))
+    shape = np.maximum(found.shape, 1)
+    length, step = (np.take_along_axis(each, cut, axis=1)[:, 0] for each in (shape, found.chunk))
     inner = np.where(np.arange(shape.shape[1]) > cut, shape, 1).prod(axis=1)
     per_row = -(-length // step)
     outer, along = np.divmod(number, per_row[owners])
@@ -225,10 +213,10 @@ def run(
 
 
 class Wanted(NamedTuple):
-    """Datasets of one sample, for which `fitting` holds.
+    """Datasets of some samples, those of the first one first.
 
     `restorations` are those of datasets that are restored after their chunks; `places` are those
-    of their chunks among all of the sample.
+    of their chunks among all of their sample, of which every one has `counts` datasets.
     """
 
     paths: Sequence[str]
@@ -236,6 +224,19 @@ class Wanted(NamedTuple):
     found: Datasets
     restorations: Sequence[Restoration | None]
     places: Longs
+    counts: Sequence[int]
+
+    def chosen(self, which: NDArray[np.bool_]) -> Wanted:
+        """Some of the datasets."""
+        samples = np.repeat(np.arange(len(self.counts)), self.counts)[which]
+        return Wanted(
+            list(compress(self.paths, which)),
+            list(compress(self.types, which)),
+            self.found.chosen(which),
+            list(compress(self.restorations, which)),
+            self.places[which[self.found.owners]],
+            np.bincount(samples, minlength=len(self.counts)).tolist(),
+        )
 
 
 class Layout:
@@ -280,48 +281,41 @@ class Layout:
         return bool(inside.all()) and int(sizes.sum()) <= file_nbytes
 
 
-def layouts_of(wanted: Sequence[Wanted]) -> list[Layout]:
-    """The layouts of some samples; numpy is called as often for many as for one."""
-    found = joined([each.found for each in wanted])
-    types = [dtype for each in wanted for dtype in each.types]
-    restorations = [how for each in wanted for how in each.restorations]
+def layouts_of(wanted: Wanted) -> list[Layout]:
+    """The layouts of some samples, whose datasets fit; numpy is called as often as for one."""
+    found, types, restorations = wanted.found, wanted.types, wanted.restorations
     restored = found.itemsize
     if any(restorations):
         types = [how.dtype if how else types[number] for number, how in enumerate(restorations)]
         sizes = [how.dtype.itemsize if how else 0 for how in restorations]
         restored = np.where(np.equal(sizes, 0), restored, sizes)
-    counts = [len(each.paths) for each in wanted]
-    firsts = np.cumsum([0, *counts])
-    bounds = list(pairwise(firsts.tolist()))
+    edges = np.cumsum([0, *wanted.counts])
+    bounds = list(pairwise(edges.tolist()))
     nbytes = found.shape.prod(axis=1) * restored
     # Elements of several sizes begin at multiples of eight bytes.
     if len(set(types)) > 1:
-        is_mixed = np.repeat([len(set(types[a:b])) > 1 for a, b in bounds], counts)
+        is_mixed = np.repeat([len(set(types[a:b])) > 1 for a, b in bounds], wanted.counts)
         nbytes = np.where(is_mixed, -(-nbytes // 8) * 8, nbytes)
-    ends = np.cumsum(nbytes)
-    starts = ends - nbytes
-    own = starts - np.repeat(starts[firsts[:-1]], counts) if len(wanted) > 1 else starts
-    plan, owners = plan_of(found, own, restored), found.owners
-    tables = _add_restorations(plan, owners, restorations)
-    rows = np.cumsum(found.num_chunks) - found.num_chunks
-    smallest, largest = _bounds_of_chunks(found)
-    raw_nbytes, edges = found.nbytes, [*rows[firsts[:-1]].tolist(), len(plan)]
+    starts, raw_starts, rows = (
+        np.cumsum([0, *each.tolist()]) for each in (nbytes, found.nbytes, found.num_chunks)
+    )
+    own = starts[:-1] - np.repeat(starts[edges[:-1]], wanted.counts)
+    plan = plan_of(found, own, restored)
+    tables = _add_restorations(plan, found.owners, restorations)
+    smallest, largest = found.bounds
     shapes = [
         tuple(shape[:axes])
         for shape, axes in zip(found.shape.tolist(), found.num_axes.tolist(), strict=True)
     ]
+    listed = list(zip(wanted.paths, types, shapes, own.tolist(), strict=True))
+    totals = zip(*(np.diff(each[edges]).tolist() for each in (starts, raw_starts)), strict=True)
     layouts = []
-    for each, (a, b), (first, stop) in zip(wanted, bounds, pairwise(edges), strict=True):
-        datasets = zip(each.paths, types[a:b], shapes[a:b], own[a:b].tolist(), strict=True)
-        layouts.append(
-            Layout(
-                list(datasets),
-                own[a:b],
-                (int(ends[b - 1] - starts[a]), int(raw_nbytes[a:b].sum())),
-                (plan[first:stop], tables, rows[a:b] - first),
-                (each.places, smallest[first:stop], largest[first:stop]),
-            )
-        )
+    for (a, b), (first, stop), total in zip(
+        bounds, pairwise(rows[edges].tolist()), totals, strict=True
+    ):
+        chunks = wanted.places[first:stop], smallest[first:stop], largest[first:stop]
+        planned = plan[first:stop], tables, rows[a:b] - first
+        layouts.append(Layout(listed[a:b], own[a:b], total, planned, chunks))
     return layouts
 
 
@@ -407,7 +401,9 @@ class NothingRead(Reading):
 
 def _joined_plan(parts: Sequence[Part]) -> tuple[NDArray[Any], bytes, list[int]]:
     """The plan of all parts, the tables it refers to, and where parts begin and the last ends."""
-    plan = np.concatenate([part.layout.plan for part in parts])
+    # As bytes: numpy would compare the fields of every part.
+    rows_of = [part.layout.plan.view(f"V{PLAN.itemsize}") for part in parts]
+    plan = np.concatenate(rows_of).view(PLAN)
     for name, columns in zip(
         ("offset", "nbytes", "checksum"),
         zip(*(part.chunks for part in parts), strict=True),

@@ -193,7 +193,7 @@ def record_of(
         LayerArray(
             layout.EMBEDDING if block is None else layout.layer_name(block),
             TypedArray(np.ascontiguousarray(states.values[:, slot]), states.dtype),
-            site=layout.EMBEDDING if block is None else layout.SITE_BLOCK_OUTPUT,
+            site=layout.SITE_EMBEDDING if block is None else layout.SITE_BLOCK_OUTPUT,
         )
         for slot, block in slots.items()
     ]

@@ -30,7 +30,7 @@ from h5traces.format.record import IndexRow, StepArrays, TraceRecord, index_colu
 from h5traces.format.text import utc_now
 from h5traces.format.values import EncodedObject
 from h5traces.meaning.array_checks import not_finite_findings
-from h5traces.precision.attention import DERIVATION, MEAN, with_head_mean
+from h5traces.precision.attention import DERIVATION, MEAN, HeadMean, with_head_mean
 from h5traces.precision.encoding import Encoder
 from h5traces.precision.scales import ScaleSet, stored_arrays
 from h5traces.storage.footer import FooterBuilder
@@ -477,7 +477,9 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[tuple[list[LayerArray], 
     for each in arrays:
         steps = each.array.steps if isinstance(each.array, StepArrays) else (each.array,)
         group.append(each)
-        size += sum(math.prod(step.shape) for step in steps)
+        # A mean over heads takes as long as the weights that it is made of.
+        made_of = (step.attention if isinstance(step, HeadMean) else step for step in steps)
+        size += sum(math.prod(source.shape) for source in made_of)
         if size >= _GROUP_SIZE:
             yield group, size
             group, size = [], 0
@@ -525,12 +527,13 @@ def write_scales(
     attrs: Attrs = {} if record is None else to_attributes(record)
     entries = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
     hdf5.create_group(f"/{layout.SCALES_GROUP}", attrs)
-    for path, values in arrays:
+    elements = [EncodedObject(path, {}, "float32", values) for path, values in arrays]
+    for prepared in prepare_elements(elements):
+        path = prepared.path
         parent = path.rpartition("/")[0]
         while parent not in entries:
             hdf5.create_group(f"/{parent}", {})
             entries[parent] = ObjectEntry(parent)
             parent = parent.rpartition("/")[0]
-        prepared = prepare_element(EncodedObject(path, {}, "float32", values))
         entries[path] = _write_dataset(hdf5, "", prepared)
     return [entries[path] for path in sorted(entries)]

@@ -31,7 +31,7 @@ from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.preparation import Observation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.paths import Target
     from h5traces.storage.files import ByteFile
+    from h5traces.storage.plans import Reading
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.options import WriteOptions
 
@@ -78,13 +79,9 @@ def verify_written(
     workers = workers or os.cpu_count() or 1
     stock = Hdf5Reader(path, DEFAULT_LIMITS, locked_by_us=True)
     with stock, ThreadPool(workers) as pool:
+        readings = _readings(store, workers)
         for index, expected in enumerate(digests):
-            stored = store.sample(index)
-            # Each entry is made once.
-            sample = replace(stored, objects=dict(stored.objects))
-            entries = [entry for entry in sample.objects.values() if not entry.is_group]
-            paths = [entry.path for entry in entries]
-            arrays = store.begin([(stored, paths)], workers).arrays()
+            sample, entries, arrays = next(readings)
             if sum(entry.raw_nbytes for entry in entries) < _SMALL_SAMPLE_NBYTES:
                 wrong = _wrong_paths(file, entries, arrays)
             else:
@@ -92,6 +89,8 @@ def verify_written(
                 parts = [entries[start : start + _GROUP] for start in starts]
                 found = pool.map(_wrong_paths, repeat(file), parts, repeat(arrays))
                 wrong = [path for part in found for path in part]
+            # The next sample is being read already: keep no more than these two.
+            del arrays
             if wrong or sample_difference(sample, expected):
                 place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
                 message = f"{path}: {place} reads back with other values than were written"
@@ -108,6 +107,34 @@ def verify_written(
             message = f"{path}: /{wrong[0]} reads back with other values than were written"
             raise CorruptArchiveError(message)
     return num_datasets + len(datasets)
+
+
+def _readings(
+    store: FooterStore, workers: int
+) -> Iterator[tuple[SampleEntry, list[ObjectEntry], dict[str, NDArray[Any]]]]:
+    """All samples in order, their datasets, and the arrays that could be read together.
+
+    While one is looked at, the next one is being read.
+    """
+    waiting: list[tuple[SampleEntry, list[ObjectEntry], Reading]] = []
+    for index in range(store.num_samples):
+        stored = store.sample(index)
+        # Each entry is made once.
+        sample = replace(stored, objects=dict(stored.objects))
+        entries = [entry for entry in sample.objects.values() if not entry.is_group]
+        reading = store.begin([(stored, [entry.path for entry in entries])], workers)
+        waiting.append((sample, entries, reading))
+        del reading
+        if index:
+            yield _read(*waiting.pop(0))
+    for each in waiting:
+        yield _read(*each)
+
+
+def _read(
+    sample: SampleEntry, entries: list[ObjectEntry], reading: Reading
+) -> tuple[SampleEntry, list[ObjectEntry], dict[str, NDArray[Any]]]:
+    return sample, entries, reading.arrays()
 
 
 def _stock_choice(entries: Sequence[ObjectEntry], index: int, *, at_end: bool) -> list[ObjectEntry]:

@@ -60,7 +60,7 @@ CASES = (
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
-    work = tmp_path_factory.mktemp("work")
+    work = tmp_path_factory.mktemp("work") / "made where it is missing"
     command = [sys.executable, "benchmarks/run.py", "--scale", "tiny"]
     done = subprocess.run(
         [*command, "-o", str(folder), "--work", str(work)],
@@ -90,6 +90,16 @@ def tables(output: Path) -> dict[str, list[list[str]]]:
         elif line.startswith("|"):
             found.setdefault(heading, []).append([cell.strip() for cell in line.split("|")[1:-1]])
     return found
+
+
+def test_a_file_is_no_folder_to_work_in(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    command = [sys.executable, "benchmarks/run.py", "--work", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.endswith(f"--work: {path} is no folder and cannot become one: File exists")
 
 
 def test_formats_table_has_every_row_and_column(results, tables):

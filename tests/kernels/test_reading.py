@@ -20,7 +20,7 @@ from h5traces.storage import kernels
 from h5traces.storage.arrays import check_sizes
 from h5traces.storage.files import LocalFile
 from h5traces.storage.kernels import PLAN_CODECS
-from h5traces.storage.plans import Datasets, fitting, joined, plan_of
+from h5traces.storage.plans import Datasets, fitting, plan_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,16 +41,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_archive(tmp_path_factory.mktemp("reading"), make_batch("full_pkl"))
 
 
-def datasets(entry: ObjectEntry) -> Datasets:
+def datasets(entry: ObjectEntry, times: int = 1) -> Datasets:
     assert entry.chunks is not None
-    columns = [np.array([each], np.int64) for each in (entry.shape, entry.chunk)]
+    columns = [np.array([each] * times, np.int64) for each in (entry.shape, entry.chunk)]
     numbers = (len(entry.shape), 2, PLAN_CODECS.index("gzip"), len(entry.chunks.offsets))
     chunks = (entry.chunks.offsets, entry.chunks.sizes)
     return Datasets(
         *columns,
-        *(np.array([each], np.int64) for each in numbers),
-        *(np.array(each, np.int64) for each in chunks),
-        np.zeros(len(entry.chunks.offsets), np.uint64),
+        *(np.array([each] * times, np.int64) for each in numbers),
+        *(np.array(each * times, np.int64) for each in chunks),
+        np.zeros(times * len(entry.chunks.offsets), np.uint64),
     )
 
 
@@ -90,7 +90,7 @@ def test_rows_of_a_plan_cover_every_element_once(shape: list[int], data: Any) ->
     count = math.prod(-(-a // b) for a, b in zip(shape, chunk, strict=True))
     table = ChunkTable((1,) * count, (20,) * count, (0,) * count)
     entry = ObjectEntry("x", {}, "float16", tuple(shape), tuple(chunk), "gzip", table)
-    found = joined([datasets(entry), datasets(entry)])
+    found = datasets(entry, 2)
     assert fitting(found, DEFAULT_LIMITS, FILE_NBYTES).all()
     nbytes = found.nbytes
     assert nbytes.tolist() == [2 * math.prod(shape)] * 2

@@ -71,10 +71,11 @@ _LONGEST_NAME: Final = 65_000
 class _Node:
     """An object that is not in the file yet."""
 
-    # of a dataset, what its header holds beside attributes
-    messages: bytes = b""
+    # of a dataset
+    header: bytes = b""
+    # of a group
     attributes: list[bytes] = field(default_factory=list)
-    # of a group: objects by name, by address once they are written
+    # Objects by name, by address once they are written.
     links: dict[bytes, _Node | int] = field(default_factory=dict)
 
 
@@ -118,15 +119,17 @@ class Hdf5Writer:
 
     def add_attributes(self, path: str, attrs: Mapping[str, StoredValue]) -> None:
         """Further attributes of a group that is not finished."""
-        self._attach(self._node(path), path, attrs)
+        self._node(path).attributes += self._attribute_messages(path, attrs)
 
-    def _attach(self, node: _Node, path: str, attrs: Mapping[str, StoredValue]) -> None:
+    def _attribute_messages(self, path: str, attrs: Mapping[str, StoredValue]) -> list[bytes]:
+        found = []
         for name, value in attrs.items():
             message = attribute_message(name, value)
             if message is None:
                 self._large_attributes.setdefault(path, {})[name] = value
             else:
-                node.attributes.append(message)
+                found.append(message)
+        return found
 
     def _node(self, path: str, wanted: str = "") -> _Node:
         found = self._known.get(path)
@@ -172,8 +175,9 @@ class Hdf5Writer:
         for stored in chunks:
             addresses.append(self._append(stored))
             sizes.append(len(stored))
-        if len(sizes) != num_chunks(shape, chunk):
-            message = f"{path}: {len(sizes)} chunks, expected {num_chunks(shape, chunk)}"
+        expected = 1 if shape == chunk else num_chunks(shape, chunk)
+        if len(sizes) != expected:
+            message = f"{path}: {len(sizes)} chunks, expected {expected}"
             raise ValueError(message)
         if shape == chunk:
             layout = single_chunk_layout(itemsize, chunk, sizes[0], addresses[0])
@@ -183,9 +187,9 @@ class Hdf5Writer:
                 raw_nbytes = math.prod(chunk) * itemsize
                 index = write_fixed_array(addresses, sizes, raw_nbytes, self._append)
             layout = fixed_array_layout(itemsize, chunk, index)
-        node = self._node(path)
-        node.messages = described + layout
-        self._attach(node, path, attrs)
+        messages = self._attribute_messages(path, attrs)
+        about = (ATTRIBUTE_INFO,) if messages else ()
+        self._node(path).header = object_header((described, layout, *about, *messages))
         return addresses, sizes
 
     def write_table(self, path: str, columns: Mapping[str, np.ndarray]) -> None:
@@ -235,7 +239,7 @@ class Hdf5Writer:
             (group, name, node)
             for group in parents
             for name, node in group.links.items()
-            if isinstance(node, _Node) and bool(node.messages) == datasets
+            if isinstance(node, _Node) and bool(node.header) == datasets
         ]
         addresses = self._write_headers([node for _, _, node in waiting])
         for (group, name, _), address in zip(waiting, addresses, strict=True):
@@ -245,7 +249,7 @@ class Hdf5Writer:
         """Object headers side by side, in one piece."""
         if not nodes:
             return []
-        headers = [object_header(self._messages(node)) for node in nodes]
+        headers = [node.header or object_header(self._group_messages(node)) for node in nodes]
         address = self._nbytes
         addresses: list[int] = []
         parts: list[bytes] = []
@@ -256,14 +260,12 @@ class Hdf5Writer:
         self._append(b"".join(parts))
         return addresses
 
-    def _messages(self, node: _Node) -> Iterator[bytes]:
+    def _group_messages(self, node: _Node) -> Iterator[bytes]:
         links = {name: each for name, each in node.links.items() if isinstance(each, int)}
         if len(links) != len(node.links):
             message = "a group can be written after what it links to"
             raise ValueError(message)
-        if node.messages:
-            yield node.messages
-        elif len(links) > _MAX_LINKS_IN_HEADER:
+        if len(links) > _MAX_LINKS_IN_HEADER:
             yield group_messages(*write_dense_links(links, self._append))
         else:
             yield group_messages()
@@ -317,5 +319,5 @@ def _levels(root: _Node) -> Iterator[list[_Node]]:
             child
             for node in level
             for child in node.links.values()
-            if isinstance(child, _Node) and not child.messages
+            if isinstance(child, _Node) and not child.header
         ]
