@@ -926,8 +926,7 @@ static void put_planes(Encoder *self, Writer *to, size_t nbytes, size_t itemsize
     int elements_differ = 0;
     for (size_t plane = 0; plane < itemsize; plane++) {
         const uint8_t *data = self->shuffled + plane * count;
-        /* Parts of small planes are compared instead of surveyed. */
-        int is_last = plane + 1 == itemsize, is_varied = nbytes < SMALL;
+        int is_last = plane + 1 == itemsize, is_varied = 0;
         int codings = nbytes < SMALL
                           ? plan_small(self, data, count)
                           : plan_plane(self, data, count, &elements_differ, &is_varied);

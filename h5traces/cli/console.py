@@ -1,4 +1,4 @@
-"""What a terminal shows: data on stdout, messages and progress on stderr."""
+"""Output to a terminal: data on stdout, messages and progress on stderr."""
 
 from __future__ import annotations
 

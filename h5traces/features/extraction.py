@@ -226,7 +226,7 @@ def _counting(
 
 @dataclass(frozen=True, slots=True)
 class _Writing:
-    """Makes the table of rows, and writes it; what there is to say goes to `report`."""
+    """Makes the table of rows and writes it; notes go to `report`."""
 
     view: Archive
     wanted: list[str]

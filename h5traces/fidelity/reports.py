@@ -191,7 +191,7 @@ class KindFidelity:
 
 @dataclass(slots=True)
 class Unmatched:
-    """What only one of the archives has.
+    """Samples and arrays that only one of the archives has.
 
     Attributes
     ----------
@@ -292,7 +292,7 @@ class FidelityReport(Report):
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values; what is infinite is None."""
+        """The report as JSON-ready values; None for infinite ones."""
         document = asdict(self)
         for found, kind in zip(document["kinds"], self.kinds, strict=True):
             found["total"] = _as_dict(kind.total)

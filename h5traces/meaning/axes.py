@@ -1,4 +1,4 @@
-"""Named axes: what a format or a user says of an array, and views with other axes."""
+"""Named axes of arrays, as a format or a user states them, and views with other axes."""
 
 from __future__ import annotations
 

@@ -388,7 +388,7 @@ class FindingSummary:
 
 @dataclass(slots=True)
 class _Gathered:
-    """What was found of one check at one place."""
+    """Findings of one check at one place."""
 
     number: int = 0
     span: tuple[float, float] | None = None

@@ -222,7 +222,7 @@ def _plan(
 
 
 def _line(report: FileReport, uploads: Uploads | None) -> dict[str, Any]:
-    """What a rank writes down of a job; `collect` makes one report of all."""
+    """A rank's record of a job; `collect` makes one report of all."""
     found = report.as_dict()
     if report.status == "skipped" and uploads is None:
         # Who wrote it may have been killed before it said so.

@@ -84,7 +84,7 @@ _LIBRARIES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """An export: of what, to where and how."""
+    """An export: its sources, target and options."""
 
     archive: Archive
     compared: ComparedTraces

@@ -31,7 +31,7 @@ KNOWN_SCORES: Final[dict[str, tuple[HigherMeans, str]]] = {
 }
 # Further columns of the ``_full`` tables; the score itself is the best of all references.
 _OTHER_SCORES: Final = ("min_score", "avg_score")
-# What separates the columns of a table, for messages.
+# Separators of columns, for messages.
 _SEPARATORS: Final = {
     "CSV": ", separated by commas,",
     "CSV with semicolons": ", separated by semicolons,",

@@ -51,10 +51,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What of every sample becomes tensors; options as for `TraceDataset`."""
+    """Which parts of a sample become tensors; options as for `TraceDataset`."""
 
     layers: tuple[int, ...]
-    # False where one layer was asked for by its bare number.
+    # False for one layer given by its bare number.
     has_layer_axis: bool
     tokens: Tokens
     dtype: torch.dtype | None
@@ -167,7 +167,7 @@ def _in_one_piece(layers: list[TypedArray]) -> torch.Tensor | None:
 def _read_taken(
     trace: Trace, kind: str, axes: tuple[str, ...], layer: int, *, preparation: Preparation
 ) -> torch.Tensor:
-    """One layer's array, cut to the tokens asked for; a view of what was read where it can be."""
+    """One layer's array, cut to the chosen tokens; a view where possible."""
     take = preparation.tokens.take
     if take != "all" and trace._stored.recomputes(kind):
         return _recomputed(trace, kind, axes, layer, preparation)
@@ -290,7 +290,7 @@ def _check_finite(trace: Trace, kind: str, values: torch.Tensor, preparation: Pr
 def may_be_not_finite(trace: Trace, kind: str, layer: int, dtype: torch.dtype) -> bool:
     """Whether one layer's array had NaN or infinite values when written, or a cast may make some.
 
-    A sample without those counts had none: the writer notes what is not zero.
+    A sample without those counts had none: the writer stores only counts above zero.
     """
     if trace._stored.recomputes(kind):
         return True

@@ -1,4 +1,4 @@
-"""What the page shows beside an archive: labels, findings of checks, scores of a features file."""
+"""Shown beside an archive on the page: labels, findings of checks, scores of a features file."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Shown:
             return file.read(most)
 
     def checks(self) -> list[str]:
-        """What the checks find in the first sample, as `h5traces.inspect` says it."""
+        """Findings in the first sample, as `h5traces.inspect` states them."""
         with open_archive(self.path) as archive:
             examined = SampleChecks(replace(look_of(archive), full_mapper=map))
             for trace in archive[:1]:
@@ -235,12 +235,12 @@ class _Table:
 
 
 def _npz_name(path: str) -> str:
-    """The name in ``.npz`` of what has a path in HDF5."""
+    """The name in ``.npz`` for a path in HDF5."""
     return path.removeprefix("features/").removeprefix("samples/").replace("/", "_")
 
 
 def checks_document(each: Shown) -> bytes:
-    """What the checks find, as the page reads it; and what stopped them, if anything."""
+    """Findings in the form that the page reads, and what stopped the checks, if anything."""
     try:
         found = each.checks()
     except (H5TracesError, OSError) as error:
