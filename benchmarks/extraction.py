@@ -26,15 +26,14 @@ Prediction, written before the first run: *in turn* adds 60 %, since writing a s
 takes two thirds of the processor time of computing it; *stored* adds less than 3 % where a core is
 free (``--threads 1`` on two), and 20 % where torch uses all of them.
 
-Outcome of ``--threads 1 --rounds 3 --repeats 3`` on two cores that other work used as well: *in
-turn* added 99 % (57 to 205), *stored* 51 % (41 to 126). No core was free, so the prediction of 3 %
-is not tested; a sample takes about as long to write as to compute here. ``docs/extraction.md`` has
-later figures.
+Outcome: *in turn* added 99 % on two busy cores (``--threads 1 --rounds 3 --repeats 3``). *stored*
+adds 2 % to a model of a billion parameters and 4 to 8 % to the trained one: ``docs/extraction.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
@@ -61,6 +60,7 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = EXAMPLES / "tiny-llama-pydocs"
 SHARD_SAMPLES = 40
+SECONDS = ("no core, s", "tail, s", "start, s", "close, s")
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def random_model(shape: str, device: str) -> Any:
 
 
 class Bench:
-    """One model, one list of jobs, three ways."""
+    """One model, one list of jobs, all ways."""
 
     def __init__(self, model: Any, tokenizer: Any, options: ExtractOptions, samples: int) -> None:
         self._extractor = Extractor(model, tokenizer, options)
@@ -100,6 +100,7 @@ class Bench:
         self._batches = list(batches(self._jobs, options.batch_size))
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self.num_samples, self.num_tokens = len(self._jobs), 0
+        self.start_of_writer = 0.0  # processor time
 
     def bare(self, _folder: Path) -> dict[str, float]:
         """What a script with transformers alone does: generate, one forward pass, copy all."""
@@ -139,7 +140,7 @@ class Bench:
 
     def stored(self, folder: Path, make: Any = ProcessWriter) -> dict[str, float]:
         """As the command does it."""
-        before = time.perf_counter()
+        before, spent = time.perf_counter(), spent_by_children()
         writer = make(f"{folder}/run/", target=h5traces.TargetOptions(shard_samples=SHARD_SAMPLES))
         started = time.perf_counter()
         thread = WriterThread(writer, lambda _record: None)
@@ -152,12 +153,20 @@ class Bench:
         ended = time.perf_counter()
         writer.close()
         closed = time.perf_counter()
+        spent = spent_by_children() - spent - self.start_of_writer
         return {
-            "seconds": ended - started,
+            "seconds": computed - started,
             "tail": ended - computed,
+            "writer": 1000 * max(0, spent) / self.num_samples,
             "start": started - before,
             "close": closed - ended,
         }
+
+    def measure_start(self, folder: Path) -> None:
+        """Note what a writer takes that writes nothing."""
+        before = spent_by_children()
+        ProcessWriter(f"{folder}/run/", target=h5traces.TargetOptions(shard_samples=1)).close()
+        self.start_of_writer = spent_by_children() - before
 
     def threaded(self, folder: Path) -> dict[str, float]:
         """In a thread of the process that computes."""
@@ -175,6 +184,18 @@ class Bench:
         ended = time.perf_counter()
         writer.close()
         return {"seconds": ended - started, "close": time.perf_counter() - ended}
+
+
+def spent_by_children() -> float:
+    """Processor time of the processes that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def no_core() -> float:
+    """How long this thread could have run but had no core; 0 where the system does not say."""
+    path = Path("/proc/thread-self/schedstat")
+    return int(path.read_text().split()[1]) / 1e9 if path.exists() else 0.0
 
 
 def cell(values: Sequence[float], form: str) -> str:
@@ -212,6 +233,8 @@ def main() -> None:
     samples = arguments.samples or 40 * arguments.repeats
     bench = Bench(model, load_tokenizer(str(TINY)), options, samples)
     bench.compute(Path())  # warms caches and thread pools
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        bench.measure_start(Path(folder))
     ways = {
         "bare": bench.bare,
         "compute": bench.compute,
@@ -226,19 +249,18 @@ def main() -> None:
         found = {}
         for name, way in ways.items():
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                before = time.process_time()
+                before, waited = time.process_time(), no_core()
                 found[name] = way(Path(folder))
                 found[name]["here"] = time.process_time() - before
+                found[name]["no core"] = no_core() - waited
         rounds.append(found)
     num_tokens = dict.fromkeys(ways, bench.num_tokens)
     if "bare" in ways:
         num_tokens["bare"] = bench.bare_tokens
     threads = torch.get_num_threads()
     print(f"{bench.num_samples} samples, {bench.num_tokens} tokens, torch on {threads} threads\n")
-    print(
-        "| way | seconds | tokens/s | added, % | here, % | of which tail, s | start, s | close, s |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    shown = ("way", "seconds", "tokens/s", "added, %", "here, %", *SECONDS, "writer, ms")
+    print(f"| {' | '.join(shown)} |\n{'|---' * len(shown)}|")
     for name in ways:
         print(row(name, rounds, num_tokens))
 
@@ -253,8 +275,10 @@ def row(name: str, rounds: list[dict[str, dict[str, float]]], num_tokens: dict[s
         cell([num_tokens[name] / each["seconds"] for each in found], ".0f"),
         *(cell(each, ".1f") if name != "compute" else "" for each in (added, here)),
         *(
-            cell([each[key] for each in found], ".2f") if key in found[0] else ""
-            for key in ("tail", "start", "close")
+            cell([each[key.split(",")[0]] for each in found], form)
+            if key.split(",")[0] in found[0]
+            else ""
+            for key, form in (*((each, ".2f") for each in SECONDS), ("writer", ".1f"))
         ),
     ]
     return f"| {' | '.join(cells)} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from typing import Annotated, Any, Final, NamedTuple
@@ -167,6 +168,8 @@ def main() -> None:
 
         fail(str(error))
         code = code or 1
+    # As it ends, Python looks for garbage among all objects: a second where torch was imported.
+    gc.freeze()
     sys.exit(streams.exit_code(code))
 
 

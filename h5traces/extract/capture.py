@@ -321,6 +321,9 @@ class _Pass:
         self._devices.add(values.device)
         for row, length in enumerate(self._lengths):
             part = values[row]
+            if kind == ATTENTION_WINDOW:
+                width = min(part.shape[-1], length)
+                part = part[..., -width:]  # shorter than others of its batch
             for axis in token_axes:
                 part = part.narrow(axis, self._longest - length, length)
                 if len(self._kept[row]) < length:
@@ -388,11 +391,13 @@ class _Pass:
 def _weights_as(kind: str, weights: torch.Tensor, width: int) -> torch.Tensor:
     """Attention weights ``(B, A, S, S)`` as a kind has them.
 
-    Means are those of `h5traces.precision.attention.HeadMean`; a window is ``(B, A, S, width)``.
+    Means are those of `h5traces.precision.attention.HeadMean`; a window is ``(B, A, S, W)``, W
+    being `width`, or S if that is less.
     """
     if kind == layout.ATTENTION_MEAN:
         return weights.half().float().mean(dim=1)
     if kind == ATTENTION_WINDOW:
+        width = min(width, weights.shape[-1])
         # Row i of the padded square begins width - 1 keys before key 0: a diagonal of columns.
         padded = F.pad(weights, (width - 1, 0))
         *outer, step, _ = padded.stride()

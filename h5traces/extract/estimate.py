@@ -176,7 +176,8 @@ def estimate(
     lengths = [lengths] if isinstance(lengths, int) else lengths
     options = PrecisionOptions.of(precision)
     dtype, codec = options.dtype or "float16", options.codec or GZIP.name
-    kinds, window = with_form(kinds, attentions), window_of(attentions)
+    kinds = with_form(kinds, attentions)
+    window = min(window_of(attentions), max(lengths, default=0))
     rates = (rates or stated_rates(dtype, codec)).of_kinds(kinds)
     everything = tuple(range(shape.num_layers))
     subset = spread(shape.num_layers)

@@ -179,7 +179,10 @@ def extract_dataset(
         kinds=tuple(each for each in options.kinds if each in MODEL_KINDS),
         lengths=tuple(each.num_kept(options) for each in jobs),
         precision=storage,
-        window=window_of(options.attentions),
+        window=min(
+            window_of(options.attentions),
+            max(job.num_tokens(options.generation.max_new_tokens) for job in jobs),
+        ),
     )
     report.forecast = forecast
     if uploads is None:

@@ -142,7 +142,7 @@ def measured_estimate(
     attentions: str | None = None,
 ) -> Estimate:
     """An estimate by what an archive of samples of these lengths takes, also in every tier."""
-    window = window_of(attentions)
+    window = min(window_of(attentions), max(lengths))
     rates = _measured(path, shape, lengths, window, storage.dtype or "float16")
     tier_rates = {}
     if storage.dtype in (None, "float16") and storage.codec in (None, GZIP.name):

@@ -156,6 +156,19 @@ def test_a_window_holds_the_last_keys_of_every_query(reduced):
     assert h5traces.validate(reduced / "window.h5").ok
 
 
+def test_a_window_longer_than_a_sample_holds_its_whole_rows(reduced, tmp_path):
+    path = tmp_path / "window.h5"
+    both = {"kinds": ("hidden_states", "attentions"), "batch_size": 2}
+    stored(make_model("gemma2"), path, attentions="window:100000", **both)
+    with h5traces.open(reduced / "full.h5") as full, h5traces.open(path) as some:
+        lengths = [len(each["tokens"]) for each in some]
+        assert len(set(lengths)) > 1  # of one batch
+        for expected, found, length in zip(full, some, lengths, strict=True):
+            assert found.layer(2, "attention_window").shape == (4, length, length)
+            assert np.array_equal(found.attention(2), expected.layer(2, "attentions"))
+    assert h5traces.validate(path).ok
+
+
 def test_a_window_of_some_tokens_knows_where_they_stood(tmp_path):
     model = make_model("gemma2")
     stored(model, tmp_path / "full.h5", kinds=("attentions",))
@@ -376,6 +389,8 @@ def test_sizes_of_windows_follow_their_width():
         estimate(shape, 100, attentions=each).rows[0].sample_nbytes
         for each in ("none", "window:8", "window:16", "mean", "full")
     ]
+    longer = estimate(shape, 100, attentions="window:5000").rows[0].sample_nbytes
+    assert longer == sizes[-1]
     none, eight, sixteen, mean, full = (each / (2 * 4) - 6400 for each in sizes)
     assert (none, eight, sixteen, mean, full) == (0, 3200, 6400, 10000, 40000)
 
