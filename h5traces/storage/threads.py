@@ -34,7 +34,7 @@ class ThreadPool(ThreadPoolExecutor):
         done: Future[_Value] = Future()
         try:
             done.set_result(fn(*args, **kwargs))
-        except BaseException as error:  # for who asks for the result
+        except BaseException as error:  # raised where the result is asked for
             done.set_exception(error)
         return done
 
