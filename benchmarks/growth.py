@@ -4,7 +4,7 @@
 Run ``python benchmarks/growth.py`` for archives of 1,000, 10,000 and 50,000 samples of tiny arrays,
 and one of 10,000 samples with the 64 arrays that Llama-2-7B has, each of them tiny as well: the
 number of samples and objects is what matters here, and such archives take a minute to make. Every
-line is a process of its own; seconds are those inside it after the imports, *MB* its peak of memory
+line is a separate process; seconds are those inside it after the imports, *MB* its peak of memory
 above imports.
 
 Predictions and outcomes are in README.md.
@@ -108,7 +108,7 @@ def make(path: str | Path, num_samples: int, num_layers: int) -> None:
 
 
 def measured(work: str, small: Path, path: Path) -> tuple[float, float] | None:
-    """Seconds, and MB above those before the work, in a process of its own."""
+    """Seconds, and MB above those before the work, in a separate process."""
     program = PROGRAM.format(work=WORK[work])
     command = [sys.executable, "-c", program, str(small), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)

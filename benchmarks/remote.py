@@ -1,7 +1,7 @@
 """What reading from a server costs: by ranges, after a download, and with h5py over fsspec.
 
 Run ``python benchmarks/remote.py`` (a minute); it prints a markdown table. A web server of the
-standard library in a process of its own answers every request after ``--latency`` milliseconds;
+standard library in a separate process answers every request after ``--latency`` milliseconds;
 the network itself is the machine's own and so faster than any other, which flatters downloads.
 Data are synthetic, at Llama-2-7B's shape (32 layers, 43 tokens), from ``tools/make_synthetic.py``.
 

@@ -6,7 +6,7 @@
 The same traces (8 layers of hidden size 1024 and attentions of 8 heads, float16) are written in
 every kind. *read* is the time of reading the bytes of the files, *records* that of making records,
 *convert* that of `h5traces.convert` with default options; MB/s are of raw arrays. *peak* is the
-memory that the conversion takes, in a process of its own, beyond what it has after importing.
+memory that the conversion takes, in a separate process, beyond what it has after importing.
 
 With `--memory`, one file of 2 GB of each kind that can be streamed is converted once, and the peak
 is compared with 200 MB and twice the largest sample. The file lies in the folder for temporary
@@ -385,7 +385,7 @@ SPEEDS = [*KINDS, *(name for name in STREAMED if name not in KINDS)]
 
 
 def repeated(samples: list[dict], count: int) -> Iterator[dict]:
-    """So many samples, each different in one number, in arrays of their own."""
+    """This many samples, each different in one number, in separate arrays."""
     for index in range(count):
         sample = {key: copy.copy(value) for key, value in samples[index % len(samples)].items()}
         sample["question_id"] = f"q{index}"
@@ -417,7 +417,7 @@ def memory(names: Sequence[str], megabytes: int, tokens: int) -> bool:
 
 
 def write_apart(name: str, path: Path, samples: list[dict], count: int) -> None:
-    """Write a file in a process of its own, which gives back its memory."""
+    """Write a file in a separate process, which gives back its memory."""
     context = multiprocessing.get_context("fork")
     process = context.Process(target=lambda: STREAMED[name](path, repeated(samples, count)))
     process.start()

@@ -7,7 +7,7 @@
 
 The data are synthetic (tools/make_synthetic.py) and say nothing of Llama-2. The 1000 samples are 40
 different ones: two files of 20, each under 25 names (hard links), so that 14 GB of pickles need not
-be written; both sides read every name as a file of its own. All reads come from the page cache.
+be written; both sides read every name as a separate file. All reads come from the page cache.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Headless Chromium opens the page, as `h5traces view --export` writes it, from a 
 standard library that answers every request after ``--latency`` milliseconds. Archives are synthetic
 (``tools/make_synthetic.py``: hidden size 4096, 32 heads). The large one is sparse
 (``tools/make_sparse.py``): one sample of 43 tokens and 32 layers is there, and the index lists it
-thousands of times, each at a place of its own.
+thousands of times, each at another place.
 
 - *first sample*: from the moment that the page is there (its script runs) until the map of layers
   and tokens is drawn, index included; and requests to the archive meanwhile.

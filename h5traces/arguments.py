@@ -279,7 +279,7 @@ def _has(name: str, value: object) -> bool:
 
 
 def _is_array(ndim: int, value: Any) -> bool:
-    """Whether a value is an array of numpy, of numbers, with so many axes."""
+    """Whether a value is an array of numpy, of numbers, with this many axes."""
     return (
         any(
             each.__module__ == "numpy" and each.__name__ == "ndarray"
@@ -296,7 +296,7 @@ def is_name(value: object) -> bool:
         return False
     try:
         found = os.fspath(value)
-        # Names that are not UTF-8 have surrogates of their own, which can be encoded.
+        # Names that are not UTF-8 hold other surrogates, which can be encoded.
         return isinstance(found, str) and b"\0" not in os.fsencode(found)
     except Exception:  # of the user's own class, or a surrogate that stands for no byte
         return False

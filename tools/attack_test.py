@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Open every hostile archive and pickle of the tests in every way, and measure what it costs.
 
-Each runs in a process of its own. It must end in an error of h5traces, or give what the untouched
+Each runs in a separate process. It must end in an error of h5traces, or give what the untouched
 archive gives (from its HDF5 part, where only the footer is forged), within a second of processor
 time (pickles: three) and 300 MB of memory beyond what the process has. Exit code 1 if one does not.
 """

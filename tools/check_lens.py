@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares the kinds of the register with what TransformerLens caches at their hook points.
 
-Needs TransformerLens 4 beside this repository's requirements, best in an environment of its own:
+Needs TransformerLens 4 beside this repository's requirements, best in a separate environment:
 
     python -m venv lens && lens/bin/pip install '.[extract]' transformer-lens
     lens/bin/python tools/check_lens.py

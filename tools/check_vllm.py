@@ -40,7 +40,7 @@ TINY = Path(__file__).parents[1] / "examples" / "tiny-llama-pydocs"
 TOLERANCE = 1e-4  # largest difference of a state from transformers', float32; others' are beyond 1
 WAIT_SECONDS = 1500  # for anything, on a busy machine
 LENGTH, BLOCK = 128, 32  # tokens of the longest sequence, and of a block of vLLM's cache
-FATAL = ("engine", "server", "worker", "offline")  # kills that end an engine, by turns
+FATAL = ("engine", "server", "worker", "offline")  # kills that end an engine, one after another
 
 
 def padded(folder: Path) -> str:
@@ -252,7 +252,7 @@ class Engine:
                 port = free.getsockname()[1]
             self.url = f"http://127.0.0.1:{port}"
             command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-            # A worker of its own, as where there are several.
+            # A separate worker, as with several GPUs.
             command += ["--distributed-executor-backend", "mp", "--port", str(port)]
             command += ["--host", "127.0.0.1", *_flags(arguments)]
         self.log, self.lines, self.family = tempfile.TemporaryFile(), [], set()
@@ -680,7 +680,7 @@ def kills(model: str, folder: Path, count: int, *, clients: int = 12, seed: int 
     """Kill clients, engines, workers and servers; nothing that was stored may be lost or exchanged.
 
     Every engine goes on with the target of the one before it; `clients` of each server are killed,
-    then the engine, the server, the worker, or a program with an engine of its own, by turns.
+    then the engine, the server, the worker, or a program with its own engine, one after another.
     """
     import h5traces
 

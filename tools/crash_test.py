@@ -42,7 +42,7 @@ examples:
 
 
 def run(scenario: str, stops: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The results of one scenario, from a process of its own."""
+    """The results of one scenario, from a separate process."""
     command = [sys.executable, str(CRASH_TESTS / "crashing.py"), scenario, *stops]
     command += ["--seed", str(options.seed)]
     if options.folder is not None:

@@ -100,7 +100,7 @@ def generate_answer(model: PreTrainedModel, prompt: torch.Tensor, max_new_tokens
 
 
 def to_stored(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
-    """Return the only sample of a batch as an array of its own in the stored dtype."""
+    """Return the only sample of a batch as a separate array in the stored dtype."""
     array = np.ascontiguousarray(tensor[0].numpy().astype(dtype))
     if not np.isfinite(array).all():
         message = f"values up to {tensor.abs().max().item():g} do not fit {dtype}: use float32"

@@ -3,7 +3,7 @@
 
     python tools/make_sparse.py one.h5 -o large.h5 --nbytes 100_000_000_000
 
-The index lists the sample again and again, each time at a place of its own, until the file has the
+The index lists the sample again and again, each time at another place, until the file has the
 size. Only the first place holds data; the others are holes, so the file takes no more of the disk
 than its index. It shows what readers of the index do with very large files;
 HDF5 does not open it.

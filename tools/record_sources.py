@@ -3,7 +3,7 @@
     python tools/record_sources.py LIBRARY [--out tests/sources/recorded]
 
 Most of these libraries ask for other versions of torch or transformers than the tests, so each runs
-in an environment of its own, and its files are kept beside the tests. Models are tiny, random and
+in a separate environment, and its files are kept beside the tests. Models are tiny, random and
 made here; nothing is downloaded. `recorded.json` says which release wrote which files.
 """
 

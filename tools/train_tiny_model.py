@@ -57,7 +57,7 @@ HELD_OUT_ONE_IN = 20
 SHORTEST_KEPT_PARAGRAPH = 60  # shorter ones ("Example:") repeat honestly and stay
 PROMPT = "Answer the question concisely. Q: {question} A:"
 
-# Tests and tools with interfaces of their own say little about Python itself.
+# Tests and tools have their own interfaces and say little about Python itself.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 C_MODULES = ("builtins", "cmath", "gc", "itertools", "math", "sys", "time")
 

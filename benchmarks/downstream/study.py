@@ -17,7 +17,7 @@ from downstream.patching import Effects, Patched, batches, measure_patching, pre
 from downstream.probes import Labelled, measure_probes
 from downstream.rates import measure_errors, measure_rate
 from downstream.resampling import Bootstrap
-from downstream.texts import TINY, Limits, shipped_texts, split, texts_of_file
+from downstream.texts import Limits, shipped_texts, split, texts_of_file
 from downstream.weights import flip_share, measure_weights
 from h5traces.extract import load_model, load_tokenizer
 from h5traces.extract.anatomy import anatomy_of
@@ -66,11 +66,6 @@ class Options:
         """Of the model: its folder, or the one above, where that is called no more than model."""
         folder = self.folder.resolve()
         return folder.parent.name if folder.name == "model" else folder.name
-
-    @property
-    def is_shipped(self) -> bool:
-        """Whether it is the model of this repository."""
-        return self.folder.resolve() == TINY
 
 
 def say(text: str) -> None:

@@ -1,10 +1,9 @@
 /* A chunk as one zlib stream, plane by plane: noise in stored blocks, other bytes with Huffman codes
- * of their own, runs and repeats as copies. The plans are those of h5traces/storage/deflate.py, where
- * the reasons for its numbers stand; only the coding itself is another. */
+ * that fit the plane, runs and repeats as copies. The plans are those of h5traces/storage/deflate.py,
+ * where the reasons for its numbers stand; only the coding itself is another. */
 #include "kernels.h"
 
 #include <math.h>
-
 #include <stdlib.h>
 
 #define NUM_MAIN 286
@@ -13,8 +12,8 @@
 /* Codes of at most 12 bits decode with one look-up. */
 #define MOST_BITS 12
 #define MOST_STORED 65535
-/* Tokens of a block at most, and of its parts, which are joined where that costs nothing. */
-/* Less than a stored block, so that no fallback is larger than storing at once. */
+/* Tokens of a block at most, fewer than a stored block has bytes, so that no fallback is larger than
+ * storing at once; and of its parts, which are joined where that costs nothing. */
 #define BLOCK_TOKENS 61440
 #define PART_TOKENS 4096
 #define MOST_PARTS (BLOCK_TOKENS / PART_TOKENS)
@@ -25,7 +24,7 @@
 #define FEW_HASH_BITS 11
 #define LONGEST_KEY 8
 #define FEWEST_BITS 1.5f
-/* A coding that wins by at least one per cent on so many bytes codes the whole plane; smaller planes
+/* A coding that wins by at least one per cent on TRIED bytes codes the whole plane; smaller planes
  * than TRIAL are searched better. */
 #define TRIED 4096
 #define TRIAL 8192
@@ -73,14 +72,11 @@ struct Encoder {
     int gives_up;
     /* Only the size counts, roughly. */
     int is_trial;
-    uint8_t *shuffled, *other, *parted; /* one piece of memory */
+    uint8_t *shuffled, *other, *whole; /* one piece of memory */
     size_t capacity;
     uint8_t length_symbols[LONGEST_COPY + 1];
     uint8_t distance_symbols[512];
 };
-
-static const uint8_t LENGTH_EXTRA[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
-                                         2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
 
 /* Logarithms of what parts of a block have at most. */
 static float LOGS[2 * PART_TOKENS];
@@ -263,7 +259,6 @@ typedef struct {
     size_t num_bits;
 } Header;
 
-static const uint8_t SHORT_ORDER[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
 static const uint8_t SHORT_EXTRA[19] = {[16] = 2, [17] = 3, [18] = 7};
 
 static void make_header(const CodeBook *book, Header *header)
@@ -333,17 +328,8 @@ static size_t coded_bits(const Counts *counts, const CodeBook *book)
         num_bits += (size_t)counts->main[i] *
                     (book->main_lengths[i] + (i > END_OF_BLOCK ? LENGTH_EXTRA[i - 257] : 0u));
     for (unsigned i = 0; i < NUM_DISTANCES; i++)
-        num_bits += (size_t)counts->distances[i] * (book->distance_lengths[i] + (i < 2 ? 0 : i / 2 - 1));
+        num_bits += (size_t)counts->distances[i] * (book->distance_lengths[i] + distance_extra(i));
     return num_bits;
-}
-
-static void fixed_book(CodeBook *book)
-{
-    memset(book->main_lengths, 8, 144);
-    memset(book->main_lengths + 144, 9, 112);
-    memset(book->main_lengths + 256, 7, 24);
-    memset(book->main_lengths + 280, 8, 8);
-    memset(book->distance_lengths, 5, 32);
 }
 
 /* --- tokens --- */
@@ -362,7 +348,7 @@ static void make_symbols(Encoder *self)
             self->length_symbols[length++] = (uint8_t)symbol;
     self->length_symbols[LONGEST_COPY] = 28;
     for (unsigned symbol = 0; symbol < NUM_DISTANCES; symbol++)
-        for (unsigned i = 0; i < 1u << (symbol < 2 ? 0 : symbol / 2 - 1); i++, distance++) {
+        for (unsigned i = 0; i < 1u << distance_extra(symbol); i++, distance++) {
             if (distance < 256)
                 self->distance_symbols[distance] = (uint8_t)symbol;
             else
@@ -560,13 +546,12 @@ INLINE void put_tokens_body(const Encoder *self, Writer *to, const uint32_t *tok
         unsigned length = LENGTH_OF(token), symbol = self->length_symbols[length];
         uint32_t code = book->main[257 + symbol];
         put(&w, code >> 8, code & 0xFF);
-        if (LENGTH_EXTRA[symbol])
-            put(&w, (length - 3) & ((1u << LENGTH_EXTRA[symbol]) - 1), LENGTH_EXTRA[symbol]);
+        put(&w, (length - 3) & ((1u << LENGTH_EXTRA[symbol]) - 1), LENGTH_EXTRA[symbol]);
         unsigned distance = DISTANCE_OF(token), place = distance_symbol(self, distance);
         code = book->distances[place];
         put(&w, code >> 8, code & 0xFF);
-        if (place > 3)
-            put(&w, (distance - 1) & ((1u << (place / 2 - 1)) - 1), place / 2 - 1);
+        unsigned extra = distance_extra(place);
+        put(&w, (distance - 1) & ((1u << extra) - 1), extra);
         flush(&w);
     }
     flush(&w);
@@ -589,7 +574,7 @@ static void put_block(const Encoder *self, Writer *to, const uint32_t *tokens, s
     code_lengths(counts->main, NUM_MAIN, MOST_BITS, book.main_lengths);
     code_lengths(counts->distances, NUM_DISTANCES, MOST_BITS, book.distance_lengths);
     make_header(&book, &header);
-    fixed_book(&fixed);
+    fixed_lengths(fixed.main_lengths, fixed.distance_lengths);
     size_t dynamic_bits = header.num_bits + coded_bits(counts, &book);
     size_t fixed_bits = coded_bits(counts, &fixed);
     int is_fixed = fixed_bits <= dynamic_bits;
@@ -960,7 +945,7 @@ size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t ite
         if (!self->capacity)
             return 0;
         self->other = self->shuffled + needed;
-        self->parted = self->other + needed;
+        self->whole = self->other + needed;
     }
     self->gives_up = 0;
     shuffle(raw, self->shuffled, nbytes, itemsize);
@@ -975,13 +960,13 @@ size_t encode_chunk(Encoder *self, const uint8_t *raw, size_t nbytes, size_t ite
     }
     align(&to);
     if (itemsize > 1 && nbytes <= TINY) {
-        /* Code tables of their own may cost more than planes win. */
-        Writer whole = {self->parted, 0, 0};
+        /* A code table for each plane may cost more than it wins. */
+        Writer whole = {self->whole, 0, 0};
         put_piece(self, &whole, self->shuffled, nbytes, LITERALS | SEARCH, 0, 1);
         align(&whole);
-        size_t size = (size_t)(whole.out - self->parted);
+        size_t size = (size_t)(whole.out - self->whole);
         if (size < (size_t)(to.out - out) - 2) {
-            memcpy(out + 2, self->parted, size);
+            memcpy(out + 2, self->whole, size);
             to.out = out + 2 + size;
         }
     }

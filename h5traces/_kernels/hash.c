@@ -32,17 +32,11 @@ static const uint8_t SECRET[192] = {
 #define PRIME64_4 0x85EBCA77C2B2AE63u
 #define PRIME64_5 0x27D4EB2F165667C5u
 #define PRIME_MX1 0x165667919E3779F9u
-#define PRIME_MX2 0x9FB21C651E98DF25u
 
 #define STRIPE 64
 /* The secret moves on by eight bytes for each stripe. */
 #define STRIPES_PER_BLOCK ((sizeof SECRET - STRIPE) / 8)
 #define BLOCK (STRIPES_PER_BLOCK * STRIPE)
-
-INLINE uint64_t rotated(uint64_t x, int by)
-{
-    return x << by | x >> (64 - by);
-}
 
 INLINE uint64_t swapped(uint64_t x)
 {
@@ -81,33 +75,11 @@ INLINE uint64_t avalanche(uint64_t x)
     return x ^ x >> 32;
 }
 
-INLINE uint64_t avalanche_of_few(uint64_t x)
-{
-    x = (x ^ x >> 33) * PRIME64_2;
-    x = (x ^ x >> 29) * PRIME64_3;
-    return x ^ x >> 32;
-}
-
 static uint64_t xxh3_of_few(const uint8_t *data, size_t nbytes)
 {
-    if (nbytes > 8) {
-        uint64_t low = load64(data) ^ secret(24) ^ secret(32);
-        uint64_t high = load64(data + nbytes - 8) ^ secret(40) ^ secret(48);
-        return avalanche(nbytes + swapped(low) + high + folded(low, high));
-    }
-    if (nbytes >= 4) {
-        uint64_t both = load32(data + nbytes - 4) + ((uint64_t)load32(data) << 32);
-        uint64_t x = both ^ secret(8) ^ secret(16);
-        x = (x ^ rotated(x, 49) ^ rotated(x, 24)) * PRIME_MX2;
-        x = (x ^ ((x >> 35) + nbytes)) * PRIME_MX2;
-        return x ^ x >> 28;
-    }
-    if (nbytes) {
-        uint32_t combined = (uint32_t)data[0] << 16 | (uint32_t)data[nbytes >> 1] << 24 |
-                            data[nbytes - 1] | (uint32_t)nbytes << 8;
-        return avalanche_of_few(combined ^ (uint64_t)(load32(SECRET) ^ load32(SECRET + 4)));
-    }
-    return avalanche_of_few(secret(56) ^ secret(64));
+    uint64_t low = load64(data) ^ secret(24) ^ secret(32);
+    uint64_t high = load64(data + nbytes - 8) ^ secret(40) ^ secret(48);
+    return avalanche(nbytes + swapped(low) + high + folded(low, high));
 }
 
 static uint64_t xxh3_of_some(const uint8_t *data, size_t nbytes)
@@ -259,7 +231,7 @@ uint32_t lookup3(const uint8_t *data, size_t nbytes)
 }
 
 #define ADLER_MODULUS 65521u
-/* So many bytes at a time overflow no sum of 32 bits. */
+/* Sums of 32 bits hold this many bytes without overflow. */
 #define ADLER_BLOCK 5536
 
 static void adler_plain(const uint8_t *data, size_t nbytes, uint32_t *sums)

@@ -5,7 +5,7 @@
  * into its 12 bits. What zlib would reject fails, and so do codes that nothing can encode with. */
 #include "kernels.h"
 
-/* An entry has its number of bits in the lowest 6 bits, so that it can be a shift as it is, and the
+/* An entry has its number of bits in the lowest 6 bits, so that the entry itself can be a shift, and the
  * number of literals, 1 or 2, in the next two; the literals follow. Without literals: */
 #define NUM_LITERALS(entry) ((entry) >> 6 & 3)
 #define KIND(entry) ((entry) >> 8 & 3)
@@ -26,11 +26,9 @@ enum { COPY, END_OF_BLOCK, LONG_CODE, INVALID };
 
 static const uint16_t LENGTHS[29] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,  15,  17,  19,  23, 27,
                                      31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
-static const uint8_t LENGTH_EXTRA[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
+const uint8_t LENGTH_EXTRA[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
                                          2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
-static const uint16_t DISTANCES[30] = {1,   2,   3,   4,   5,   7,    9,    13,   17,   25,
-                                       33,  49,  65,  97,  129, 193,  257,  385,  513,  769,
-                                       1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
+const uint8_t SHORT_ORDER[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
 
 static uint32_t main_entry(unsigned symbol)
 {
@@ -44,8 +42,8 @@ static uint32_t main_entry(unsigned symbol)
 
 static uint32_t distance_entry(unsigned symbol)
 {
-    return symbol < 30 ? ENTRY(COPY, DISTANCES[symbol], symbol < 2 ? 0 : symbol / 2 - 1)
-                       : ENTRY(INVALID, 0, 0);
+    unsigned extra = distance_extra(symbol), first = symbol < 2 ? symbol : (2 + symbol % 2) << extra;
+    return symbol < 30 ? ENTRY(COPY, first + 1, extra) : ENTRY(INVALID, 0, 0);
 }
 
 static uint32_t plain_entry(unsigned symbol)
@@ -186,7 +184,6 @@ static int search(const Codes *codes, uint64_t bits)
 /* RFC 1951, 3.2.7 */
 static int read_codes(Inflater *self)
 {
-    static const uint8_t ORDER[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     uint8_t lengths[320] = {0}, short_lengths[19] = {0};
     Codes codes;
     uint32_t table[128];
@@ -201,7 +198,7 @@ static int read_codes(Inflater *self)
         fill(self);
         if (self->num_bits < 3)
             return 0;
-        short_lengths[ORDER[i]] = (uint8_t)take(self, 3);
+        short_lengths[SHORT_ORDER[i]] = (uint8_t)take(self, 3);
     }
     if (!build(&codes, table, 7, short_lengths, 19, plain_entry, 0))
         return 0;
@@ -233,15 +230,18 @@ static int read_codes(Inflater *self)
                  num_distances, distance_entry, 1);
 }
 
-/* RFC 1951, 3.2.6 */
+void fixed_lengths(uint8_t main_lengths[288], uint8_t distance_lengths[32])
+{
+    memset(main_lengths, 8, 288);
+    memset(main_lengths + 144, 9, 112);
+    memset(main_lengths + 256, 7, 24);
+    memset(distance_lengths, 5, 32);
+}
+
 static int fixed_codes(Inflater *self)
 {
     uint8_t lengths[288], distances[32];
-    memset(lengths, 8, 144);
-    memset(lengths + 144, 9, 112);
-    memset(lengths + 256, 7, 24);
-    memset(lengths + 280, 8, 8);
-    memset(distances, 5, sizeof distances);
+    fixed_lengths(lengths, distances);
     return build(&self->main_codes, self->main_table, MAIN_BITS, lengths, 288, main_entry, 0) &&
            build(&self->distance_codes, self->distance_table, DISTANCE_BITS, distances, 32,
                  distance_entry, 0);
@@ -472,56 +472,47 @@ INLINE void decode_two_body(Inflater *first, Inflater *second)
 DISPATCH(decode_one, (Inflater * self), (self))
 DISPATCH(decode_two, (Inflater * first, Inflater *second), (first, second))
 
+/* The symbol of the next code, which is taken; -1 where the input ends or nothing has that code. */
+static int take_symbol(Inflater *self, const Codes *codes)
+{
+    fill(self);
+    int found = search(codes, self->bits);
+    if (found < 0 || (unsigned)found >> 16 > self->num_bits)
+        return -1;
+    take(self, (unsigned)found >> 16);
+    return found & 0xFFFF;
+}
+
+/* A length or distance with the bits that follow its code; -1 where there is none. */
+static int take_value(Inflater *self, uint32_t entry)
+{
+    if (KIND(entry) != COPY || EXTRA(entry) > self->num_bits)
+        return -1;
+    return (int)(VALUE(entry) + take(self, EXTRA(entry)));
+}
+
 /* Codes near the ends of input or output, one at a time, until they are far again. */
 static void decode_carefully(Inflater *self)
 {
     while (self->state == IN_CODES) {
-        fill(self);
-        int found = search(&self->main_codes, self->bits);
-        if (found < 0 || (unsigned)found >> 16 > self->num_bits) {
-            fail(self);
-            return;
-        }
-        take(self, (unsigned)found >> 16);
-        unsigned symbol = (unsigned)found & 0xFFFF;
+        int symbol = take_symbol(self, &self->main_codes);
         if (symbol == 256) {
             self->state = AT_HEADER;
             return;
         }
-        if (symbol < 256) {
-            if (self->out == self->out_end) {
-                fail(self);
-                return;
-            }
+        if (symbol >= 0 && symbol < 256 && self->out < self->out_end) {
             *self->out++ = (uint8_t)symbol;
             continue;
         }
-        uint32_t entry = main_entry(symbol);
-        if (KIND(entry) != COPY || EXTRA(entry) > self->num_bits) {
-            fail(self);
-            return;
-        }
-        size_t length = VALUE(entry) + take(self, EXTRA(entry));
-        fill(self);
-        found = search(&self->distance_codes, self->bits);
-        if (found < 0 || (unsigned)found >> 16 > self->num_bits) {
-            fail(self);
-            return;
-        }
-        take(self, (unsigned)found >> 16);
-        entry = distance_entry((unsigned)found & 0xFFFF);
-        if (KIND(entry) != COPY || EXTRA(entry) > self->num_bits) {
-            fail(self);
-            return;
-        }
-        size_t distance = VALUE(entry) + take(self, EXTRA(entry));
-        if (distance > (size_t)(self->out - self->start) ||
-            length > (size_t)(self->out_end - self->out)) {
+        int length = symbol > 256 ? take_value(self, main_entry((unsigned)symbol)) : -1, distance = -1;
+        if (length > 0 && (symbol = take_symbol(self, &self->distance_codes)) >= 0)
+            distance = take_value(self, distance_entry((unsigned)symbol));
+        if (distance < 0 || distance > self->out - self->start || length > self->out_end - self->out) {
             fail(self);
             return;
         }
         for (; length; length--, self->out++)
-            *self->out = self->out[-(ptrdiff_t)distance];
+            *self->out = self->out[-distance];
     }
 }
 

@@ -4,7 +4,7 @@
 #define H5TRACES_KERNELS_H
 
 /* Counts changes of what Python calls; `REVISION` in format/native.py must be the same. */
-#define KERNELS_REVISION 4
+#define KERNELS_REVISION 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -115,7 +115,9 @@ INLINE void *spare_give(Spare spare, void *memory)
 }
 
 /* hash.c */
+/* Of at least `LEAST_HASHED` bytes; no zlib stream of a byte is shorter. */
 uint64_t xxh3_64(const uint8_t *data, size_t nbytes);
+#define LEAST_HASHED 9
 /* 16 bytes, the first ones first, of `head` and `data`, which have more than 240 together and a
  * `head` of at most a few hundred. */
 void xxh3_128(const uint8_t *head, size_t head_nbytes, const uint8_t *data, size_t nbytes,
@@ -126,6 +128,15 @@ uint32_t lookup3(const uint8_t *data, size_t nbytes);
 uint32_t adler32(const uint8_t *data, size_t nbytes);
 
 /* inflate.c */
+/* Bits that follow the codes of lengths (RFC 1951, 3.2.5), in what order lengths of the codes for
+ * lengths stand (3.2.7), and the lengths of the fixed codes (3.2.6). */
+extern const uint8_t LENGTH_EXTRA[29], SHORT_ORDER[19];
+void fixed_lengths(uint8_t main_lengths[288], uint8_t distance_lengths[32]);
+INLINE unsigned distance_extra(unsigned symbol)
+{
+    return symbol < 2 ? 0 : symbol / 2 - 1;
+}
+
 #define MAIN_BITS 12
 #define DISTANCE_BITS 9
 

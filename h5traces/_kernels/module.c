@@ -32,66 +32,6 @@ static PyObject *features(PyObject *self, PyObject *args)
 #endif
 }
 
-static PyObject *hash_of(PyObject *self, PyObject *args)
-{
-    (void)self;
-    Py_buffer data;
-    if (!PyArg_ParseTuple(args, "y*", &data))
-        return NULL;
-    uint64_t hash;
-    Py_BEGIN_ALLOW_THREADS
-    hash = xxh3_64(data.buf, (size_t)data.len);
-    Py_END_ALLOW_THREADS
-    return done_with(&data, 1, PyLong_FromUnsignedLongLong(hash));
-}
-
-static PyObject *adler_of(PyObject *self, PyObject *args)
-{
-    (void)self;
-    Py_buffer data;
-    if (!PyArg_ParseTuple(args, "y*", &data))
-        return NULL;
-    uint32_t sum;
-    Py_BEGIN_ALLOW_THREADS
-    sum = adler32(data.buf, (size_t)data.len);
-    Py_END_ALLOW_THREADS
-    return done_with(&data, 1, PyLong_FromUnsignedLong(sum));
-}
-
-static PyObject *reorder(PyObject *args, int is_back)
-{
-    Py_buffer data[2];
-    Py_ssize_t itemsize;
-    if (!PyArg_ParseTuple(args, "y*w*n", data, data + 1, &itemsize))
-        return NULL;
-    if (itemsize < 1 || data[0].len != data[1].len)
-        return wrong(data, 2, "sizes of the buffers differ, or itemsize is less than 1");
-    size_t nbytes = (size_t)data[0].len, size = (size_t)itemsize, whole = nbytes / size * size;
-    const uint8_t *in = data[0].buf;
-    uint8_t *out = data[1].buf;
-    Py_BEGIN_ALLOW_THREADS
-    if (is_back) {
-        unshuffle(in, nbytes / size, size, 0, nbytes / size, out);
-        memcpy(out + whole, in + whole, nbytes - whole);
-    } else {
-        shuffle(in, out, nbytes, size);
-    }
-    Py_END_ALLOW_THREADS
-    return done_with(data, 2, Py_NewRef(Py_None));
-}
-
-static PyObject *shuffle_bytes(PyObject *self, PyObject *args)
-{
-    (void)self;
-    return reorder(args, 0);
-}
-
-static PyObject *unshuffle_bytes(PyObject *self, PyObject *args)
-{
-    (void)self;
-    return reorder(args, 1);
-}
-
 /* What `store` does with one array or chunk. */
 typedef struct {
     Py_buffer data;
@@ -222,22 +162,6 @@ static PyObject *decode(PyObject *self, PyObject *args)
     return done_with(data, 2, PyBool_FromLong(done));
 }
 
-static PyObject *count_not_finite(PyObject *self, PyObject *args)
-{
-    (void)self;
-    Py_buffer data;
-    int kind;
-    if (!PyArg_ParseTuple(args, "y*i", &data, &kind))
-        return NULL;
-    if (kind < 0 || kind >= NUM_FLOAT_KINDS)
-        return wrong(&data, 1, "the kind of float is unknown");
-    size_t special[2] = {0, 0};
-    Py_BEGIN_ALLOW_THREADS
-    count_special(data.buf, (size_t)data.len / (kind == FLOAT32 ? 4 : 2), kind, special);
-    Py_END_ALLOW_THREADS
-    return done_with(&data, 1, Py_BuildValue("nn", (Py_ssize_t)special[0], (Py_ssize_t)special[1]));
-}
-
 static PyObject *cast(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -362,23 +286,17 @@ static PyObject *run_plan(PyObject *self, PyObject *args)
 
 static PyMethodDef METHODS[] = {
     {"features", features, METH_NOARGS, "features() -> str\n\nWhat of the processor is used."},
-    {"xxh3_64", hash_of, METH_VARARGS, "xxh3_64(data) -> int"},
-    {"adler32", adler_of, METH_VARARGS, "adler32(data) -> int"},
-    {"shuffle", shuffle_bytes, METH_VARARGS, "shuffle(raw, out, itemsize)"},
-    {"unshuffle", unshuffle_bytes, METH_VARARGS, "unshuffle(shuffled, out, itemsize)"},
     {"store", store, METH_VARARGS,
      "store(((values, itemsize, head, kind), ...)) -> [(stored, checksum, digest, nan, inf), ...]\n\n"
      "`stored` is a zlib stream of the shuffled bytes, None where Python should encode or `itemsize` is\n"
      "0; `digest` is xxh3-128 of `head` and `values`, None where they are short or there is no head.\n"
-     "Values that are not finite are counted for kinds from 0 on, as `count_not_finite` does."},
+     "Values that are not finite are counted for kinds 0 (float16), 1 (bfloat16) and 2 (float32)."},
     {"lookup3", checksums, METH_VARARGS, "lookup3([bytes, ...]) -> [int, ...]\n\nHDF5's checksums."},
     {"decode", decode, METH_VARARGS,
      "decode(stored, out, itemsize) -> bool\n\nWhether a zlib stream of shuffled bytes fills `out`."},
-    {"count_not_finite", count_not_finite, METH_VARARGS,
-     "count_not_finite(values, kind) -> (nan, inf)\n\nKinds: 0 float16, 1 bfloat16, 2 float32."},
     {"cast", cast, METH_VARARGS,
      "cast(values, kind, out, kind) -> (nan, inf, overflow, to_zero, to_subnormal, changed)\n\n"
-     "With NaN among the values, nothing is cast, and the other counts say nothing."},
+     "Kinds are those of `store`. With NaN among the values, nothing is cast, and the other counts say nothing."},
     {"to_steps", to_steps, METH_VARARGS,
      "to_steps(values, kind, scale, most_steps, spacing, zero_point, out, itemsize, beyond)\n\n"
      "How many do not come back, -1 if too many. `scale`: step, 1 / step, offset, limit, bound."},

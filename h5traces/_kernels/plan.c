@@ -17,7 +17,7 @@
 #define MOST_THREADS 64
 #endif
 
-/* A thread of its own is worth its start from so many bytes on. */
+/* Starting another thread pays from this many bytes on. */
 #define LEAST_PER_THREAD (256 << 10)
 
 typedef struct {
@@ -90,7 +90,7 @@ static int is_possible(const Plan *plan, const Row *row)
         return 0;
     if (row->raw_nbytes < 1 || row->raw_nbytes > LARGEST_CHUNK || row->raw_nbytes % row->itemsize)
         return 0;
-    if (row->nbytes < 1 || row->nbytes > LARGEST_CHUNK + LARGEST_CHUNK / 64 || row->offset < 0)
+    if (row->nbytes < LEAST_HASHED || row->nbytes > LARGEST_CHUNK + LARGEST_CHUNK / 64 || row->offset < 0)
         return 0;
     if (plan->descriptor < 0 && !fits(row->offset, row->nbytes, plan->source_nbytes))
         return 0;

@@ -86,7 +86,7 @@ class Agreement:
         _reject(self._store, self.of_sample(index))
 
     def check_head(self) -> None:
-        """The same of what lies outside of samples."""
+        """The same for all that lies outside of samples."""
         _reject(self._store, self.of_head())
 
 
@@ -103,7 +103,7 @@ def _reject(store: FooterStore, found: Iterator[Difference]) -> None:
 def differences(
     place: str, listed: SampleEntry | None, stored: SampleEntry | None
 ) -> Iterator[Difference]:
-    """What the index lists otherwise than HDF5 stores it; None if one has nothing there."""
+    """Where the index and HDF5 describe objects differently; None stands for nothing there."""
     if listed is None or stored is None:
         if listed is not stored:
             yield place, "only one of the index and HDF5 has it"
@@ -146,7 +146,7 @@ class ComparedTraces:
     def check(self, trace: Trace) -> None:
         """Raise CorruptArchiveError where the index and HDF5 say different things of a trace.
 
-        Archives on servers are not compared, but counted: it would take a request per object.
+        Archives on servers are only counted, since comparing would take a request per object.
         """
         file = trace._stored.file
         if not isinstance(file.path, Path):

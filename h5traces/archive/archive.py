@@ -26,7 +26,8 @@ from h5traces.archive.open_files import OpenFiles
 from h5traces.archive.read_only import ReadOnly
 from h5traces.archive.selection import as_numbers, choose_layers, choose_samples, sliced
 from h5traces.archive.shards import check_alike
-from h5traces.archive.stored_trace import NUM_CORES, StoredTrace
+from h5traces.archive.stored_sample import NUM_CORES
+from h5traces.archive.stored_trace import StoredTrace
 from h5traces.archive.trace import LayerSequence, Trace
 from h5traces.arguments import checked, shown
 from h5traces.errors import ArchiveError, ArgumentError, SampleIndexError, TraceNotFoundError
@@ -178,7 +179,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         return positions
 
     def _found(self, sample_id: str) -> list[tuple[int, int | None]]:
-        """Position and generation index of every trace of a sample id."""
+        """Position and generation index of every trace with a sample id."""
         return [(each, self._keys[each][1]) for each in self._by_id.get(sample_id, ())]
 
     @checked
@@ -273,7 +274,7 @@ class Archive(ReadOnly, Sequence[Trace]):
         return (self[position] for position in range(len(self)))
 
     def _metadata(self) -> Iterator[TraceMetadata]:
-        """The metadata of all traces, in order, of which many are read at a time.
+        """The metadata of all traces, in order; many are read at a time.
 
         For archives that are not views.
         """
@@ -319,7 +320,7 @@ class Archive(ReadOnly, Sequence[Trace]):
             return NotImplemented
         return self is other or (len(self) == len(other) and all(map(equal, self, other)))
 
-    # As a list has none.
+    # Lists have no hash either.
     __hash__ = None  # type: ignore[assignment]
 
     @checked
@@ -408,7 +409,7 @@ class Archive(ReadOnly, Sequence[Trace]):
 
     @checked
     def to_arrow(self, columns: str | Iterable[str] | None = None) -> pa.Table:
-        """A table of Arrow with one row per trace, which DuckDB and polars query as it is.
+        """A table of Arrow with one row per trace, which DuckDB and polars query directly.
 
         Parameters
         ----------

@@ -66,15 +66,15 @@ SHARDS: Final = pa.schema(
         "is_lossless": pa.bool_(),
     }
 )
-# Shards that are kept at hand; as many of them are open as `OpenFiles` allows.
+# Shards kept in memory; `OpenFiles` says how many of them are open.
 _FILES_KEPT: Final = 256
-# Of a larger index, a reader holds parts only.
+# A reader holds only parts of a larger index.
 _MOST_TAIL_NBYTES: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """A shard that stands for those with the same facts, for `check_alike`."""
+    """A shard that stands for all with the same facts, for `check_alike`."""
 
     path: str
     metadata: ArchiveMetadata
@@ -236,7 +236,7 @@ class _Seekable(io.RawIOBase):
 
 
 class CatalogueFiles(Sequence[ArchiveFile]):
-    """The shards of a catalogue, each opened when it is used first."""
+    """The shards of a catalogue, each opened on first use."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class CatalogueFiles(Sequence[ArchiveFile]):
         number = range(len(self))[number]
         with self._lock:
             found = self._known.get(number)
-        # Opened outside of the lock, as it may wait for a server.
+        # Opened outside of the lock, since a server may be slow.
         found = self._opened(number) if found is None else found
         with self._lock:
             found = self._known.setdefault(number, found)
@@ -383,7 +383,7 @@ class CataloguedArchive(Archive):
 
     @property
     def _is_remote(self) -> bool:
-        # Relative names are those of the catalogue's own side.
+        # Relative names lie where the catalogue does.
         return isinstance(self.catalogue.place(0), RemotePath) if len(self._files) else False
 
     @cached_property
@@ -425,7 +425,7 @@ class CataloguedArchive(Archive):
 
 
 def open_catalogue(path: Path | RemotePath, remote: RemoteOptions) -> Catalogue | None:
-    """The catalogue at a path; None if there is none, or what is there is damaged."""
+    """The catalogue at a path; None without one, or if it is damaged."""
     try:
         return Catalogue(path, remote)
     except (FileNotFoundError, H5TracesError):

@@ -6,7 +6,7 @@ import contextlib
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.stored_trace import begin
+from h5traces.archive.stored_sample import begin
 from h5traces.storage.plans import NothingRead
 from h5traces.storage.threads import ThreadPool
 
@@ -37,7 +37,7 @@ def _ranges(sequence: LayerSequence) -> list[tuple[int, int]]:
 
 
 def _windows(samples: list[Sample]) -> Iterator[list[Sample]]:
-    """Parts whose stored bytes may lie in memory at a time; local files need no more than one."""
+    """Parts whose stored bytes fit into memory together; local files make one part."""
     part: list[Sample] = []
     nbytes = 0
     for sample in samples:
@@ -75,7 +75,7 @@ def read_samples(samples: list[Sample], workers: int) -> list[dict[str, list[Any
     for window in _windows(samples):
         with contextlib.ExitStack() as fetched:
             fetch((each for sample in window for each in sample.values()), fetched)
-            # Those that follow each other in one file are one call.
+            # Neighbours in one file are read in one call.
             groups = [list(group) for _, group in groupby(window, _file_of)]
             readings = [_begin(group, workers) for group in groups]
             for group, reading in zip(groups, readings, strict=True):

@@ -105,7 +105,7 @@ class ArchiveFile:
         return store
 
     def reduction(self, kind: str) -> str | None:
-        """How heads were reduced in a kind of arrays, where that is known."""
+        """How heads were reduced in a kind of arrays; None if unknown."""
         found = self.store.kinds.get(kind, {}).get("reduction")
         return None if found in (None, "unknown") else str(found)
 
@@ -113,7 +113,7 @@ class ArchiveFile:
     def layers(self) -> tuple[int, ...]:
         """The model's own layer numbers that are stored, of the first kind that has layers.
 
-        Positions, where no kind knows its layers.
+        Positions if no kind knows its layers.
         """
         for numbers in ("layers", "positions"):
             for kind in (layout.HIDDEN_STATES, layout.ATTENTIONS, *self.store.kinds):
@@ -135,7 +135,7 @@ class ArchiveFile:
             return read(self._fall_back(error))
 
     def _from_sample(self, sample: SampleEntry, read: Callable[[SampleEntry], _T]) -> _T:
-        """The same of a sample that came from the store in use."""
+        """The same for a sample that came from the store in use."""
         try:
             return read(sample)
         except FooterError as error:
@@ -164,7 +164,7 @@ class ArchiveFile:
             yield from islice(self._fall_back(error).samples_attrs(), done, None)
 
     def entry(self, sample: SampleEntry, path: str) -> ObjectEntry:
-        """One object of a sample; KeyError where there is none."""
+        """One object of a sample; KeyError if it has no such object."""
         return self._from_sample(sample, lambda each: each.objects[path])
 
     def raw_nbytes(self, sample: SampleEntry) -> int:
@@ -205,7 +205,7 @@ class ArchiveFile:
         return objects[path].dtype, objects[path].attrs
 
     def begin(self, wanted: Sequence[Wanted], workers: int, **options: Any) -> Reading:
-        """Begin to read many datasets, as `FooterStore.begin`; the others are for `read`."""
+        """Begin to read many datasets, as `FooterStore.begin`; `read` reads what it leaves out."""
         return self.store.begin(wanted, workers, **options)
 
     def read(self, sample: SampleEntry, path: str) -> NDArray[Any]:

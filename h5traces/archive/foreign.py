@@ -1,4 +1,4 @@
-"""What a file is that was opened as an archive and is none, and which call reads it."""
+"""Says what a file is that is not an archive, and which call reads it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def error_for(path: Path, error: ArchiveError) -> ArchiveError:
         return error
     what, remedy = f"{found.kind}, not an archive", found.kind.remedy
     if found.kind.id == "hdf5":
-        # What is damaged may have been an archive.
+        # A damaged file may have been an archive.
         if not isinstance(error, (NotAnArchiveError, HostileFileError)):
             return error
         what = str(found.kind)

@@ -99,7 +99,7 @@ class Hdf5Store:
 
     def _name_of(self, index: int) -> str:
         if index >= len(self._names):
-            # The number came from an index that turned out to be wrong.
+            # The number came from a wrong index.
             message = (
                 f"{self._path}: sample {index} is missing, as there are {len(self._names)} in the "
                 "HDF5 part; the index lists more, open the file again"
@@ -129,7 +129,7 @@ class Hdf5Store:
             raise located(error, str(self._path), sample.ordinal, path) from error
 
     def begin(self, *_: object, **__: object) -> Reading:
-        """Nothing: array after array is read."""
+        """Nothing: `read` reads one array at a time."""
         return NothingRead()
 
 

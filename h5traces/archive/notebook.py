@@ -77,7 +77,7 @@ def layers_page(kind: str, layers: Sequence[Any], described: Sequence[Sequence[o
 
 
 def described_layer(attrs: Any, shape: tuple[int, ...], dtype: str) -> tuple[object, ...]:
-    """Site, shape and type of a stored array, as it is read."""
+    """Site, shape and type of a stored array when it is read."""
     return attrs.get("site", ""), shape, read_type(attrs, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What files that are read as one have in common, and what archives made of them take over."""
+"""What files read as one sequence must share, and what archives made of them inherit."""
 
 from __future__ import annotations
 

@@ -1,353 +1,48 @@
-"""What is stored of one sample, and its arrays in the types of their source."""
+"""The fields of one sample as its source held them: layers, attention, tokens and texts."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from h5traces.archive.footer_store import FooterObjects
 from h5traces.archive.recomputing import attention_weights, check_shapes, weights_of_window
+from h5traces.archive.restoring import restored
+from h5traces.archive.stored_sample import StoredSample
 from h5traces.archive.tensors import fresh_array, is_torch, to_tensor
 from h5traces.arguments import shown
 from h5traces.errors import (
-    ArchiveError,
     CorruptArchiveError,
     HeadsNotStoredError,
     LayerIndexError,
     OptionError,
-    SchemaError,
-    UnsupportedEncodingError,
 )
 from h5traces.format import layout, text
-from h5traces.format.archive import KindMetadata
-from h5traces.format.attention import RULE_ATTRS, AttentionRule
-from h5traces.format.document import from_attributes
-from h5traces.format.dtypes import CARRIERS, FLOAT_TYPES, FloatType, TypedArray, cast_values
+from h5traces.format.dtypes import TypedArray
 from h5traces.format.entries import INTEGER_TYPES
-from h5traces.format.kinds import ATTENTION_WINDOW, KEYS, POSITIONS, QUERIES, WEIGHT_KINDS
-from h5traces.format.record import SourceForm, TraceMetadata
+from h5traces.format.kinds import ATTENTION_WINDOW, KEYS, POSITIONS, QUERIES
 from h5traces.format.values import TorchValue
 from h5traces.lazy import needing
-from h5traces.precision.decoding import (
-    EXCEPTION_COLUMNS,
-    decode,
-    decoding_key,
-    is_encoded,
-    num_exceptions,
-    restoration_of,
-)
-from h5traces.storage.remote.paths import RemotePath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
-    from h5traces.archive.file import ArchiveFile
     from h5traces.archive.tensors import Container
-    from h5traces.format.document import Attrs
-    from h5traces.format.entries import ObjectEntry, SampleEntry
-    from h5traces.precision.scales import ChannelScale
-    from h5traces.storage.plans import Reading, Restoration
+    from h5traces.format.attention import AttentionRule
 
 # Numbers of heads or positions; None for all.
 Indices = Any
 
-NUM_CORES = os.cpu_count() or 1
-# Of larger samples, those who need one array at a time read it alone.
-MOST_AHEAD_NBYTES = 64 << 20
-_STEPS_TABLE_AXES = 3
 # Weights that are recomputed at a time: 16 MiB.
 _BLOCK_WEIGHTS = 1 << 22
-_FLAT_AXES = 2
 
 
-class StoredTrace:
-    """What is stored of one sample, for the rooms that read more than a user's `Trace` shows.
-
-    `selected` are the layers that ``archive.select`` chose; None for all that are stored.
-    """
-
-    def __init__(self, file: ArchiveFile, index: int, selected: tuple[int, ...] | None) -> None:
-        self.file, self.index, self.selected = file, index, selected
-        self._tables: dict[str, NDArray[Any]] = {}
-        # What `at_hand` read, until it is asked for.
-        self._at_hand: dict[str, NDArray[Any]] = {}
-
-    def __reduce__(self) -> tuple[type[StoredTrace], tuple[Any, ...]]:
-        return StoredTrace, (self.file, self.index, self.selected)
-
-    @cached_property
-    def sample(self) -> SampleEntry:
-        """Its attributes and objects."""
-        return self.file.sample(self.index)
-
-    @cached_property
-    def place(self) -> str:
-        """File and HDF5 path, for messages."""
-        return f"{self.file.path}: {layout.sample_path(self.sample.ordinal)}"
-
-    @cached_property
-    def metadata(self) -> TraceMetadata:
-        """The sample's attributes, validated; with the labels that lie beside the archive."""
-        # Of all that is stored of the sample, most readers need no more.
-        return self.validated(self.file.sample_attrs(self.index))
-
-    def validated(self, attrs: Attrs) -> TraceMetadata:
-        """The metadata that its attributes hold."""
-        labels = self.file.labels
-        try:
-            found = from_attributes(TraceMetadata, attrs)
-            return found if labels is None else labels.labelled(found, self.sample.ordinal)
-        except SchemaError as error:
-            message = f"{self.place}: {error}"
-            raise SchemaError(message, error.problems) from error
-
-    @property
-    def has_new_label(self) -> bool:
-        """Whether its label lies beside the archive."""
-        labels = self.file.labels
-        return labels is not None and labels.has_label(self.sample.ordinal)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the trace lies on a server."""
-        return isinstance(self.file.path, RemotePath)
-
-    @cached_property
-    def objects(self) -> Mapping[str, ObjectEntry]:
-        """All objects of the sample by path."""
-        return self.sample.objects
-
-    @property
-    def raw_nbytes(self) -> int:
-        """Bytes of all uncompressed arrays."""
-        return self.file.raw_nbytes(self.sample)
-
-    @property
-    def digests(self) -> dict[str, Any]:
-        """Digests of all objects by path; None of one without."""
-        return self.file.digests(self.sample)
-
-    def entry(self, path: str) -> ObjectEntry:
-        """The object at `path` below the sample's group."""
-        return self.file.entry(self.sample, path)
-
-    def attrs(self, path: str) -> Attrs:
-        """Attributes of the object at `path` below the sample's group."""
-        return self.entry(path).attrs
-
-    def values(self, path: str) -> NDArray[Any]:
-        """Stored values of the dataset at `path`, as they lie in the file."""
-        found = self._at_hand.pop(path, None)
-        return self.file.read(self.sample, path) if found is None else found
-
-    def restorations(self, paths: Iterable[str]) -> dict[str, Restoration]:
-        """How the kernels decode those of some datasets that are encoded; the others are left out.
-
-        What is wrong with one is said when it is read.
-        """
-        if self.file.metadata.precision is None:
-            return {}
-        found, known, unrounded = {}, self.file.restorations, self.file.unrounded
-        for path in paths:
-            with contextlib.suppress(ArchiveError):
-                dtype, attrs = self.file.facts(self.sample, path)
-                if "encoding" not in attrs:
-                    continue
-                key = dtype, decoding_key(attrs)
-                if key not in known:
-                    known[key] = restoration_of(dtype, attrs, self.scale, unrounded=unrounded)
-                found[path] = known[key]
-        return {path: each for path, each in found.items() if each is not None}
-
-    def scale(self, path: str) -> ChannelScale:
-        """The scale at a path such as ``/scales/hidden_states/layer_005``."""
-        return self.file.scale(path.removeprefix(f"/{layout.SCALES_GROUP}/"))
-
-    @contextlib.contextmanager
-    def at_hand(self, found: dict[str, NDArray[Any]]) -> Iterator[None]:
-        """Inside the block, `values` gives what was found by path, each once."""
-        self._at_hand |= found
-        try:
-            yield
-        finally:
-            for path in found:
-                self._at_hand.pop(path, None)
-
-    @contextlib.contextmanager
-    def read_ahead(
-        self, paths: Iterable[str], workers: int | None = None, **options: Any
-    ) -> Iterator[None]:
-        """Inside the block, `values` of these datasets come from memory: they are read here.
-
-        `workers` are threads, one per core by default; options are those of `FooterStore.begin`.
-        """
-        wanted = [path for path in dict.fromkeys(paths) if path not in self._at_hand]
-        ranges = (each for path in wanted for each in self.ranges(path))
-        with self.prefetched(ranges if self.is_remote else ()):
-            found = {}
-            if len(wanted) > 1:
-                found = begin([(self, wanted)], workers or NUM_CORES, **options).arrays()
-            with self.at_hand(found):
-                yield
-
-    @cached_property
-    def _children(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for path in self.objects:
-            parent, _, name = path.rpartition("/")
-            found.setdefault(parent, []).append(name)
-        return found
-
-    def children(self, path: str) -> list[str]:
-        """Names directly below the group at `path`, sorted."""
-        if not self.entry(path).is_group:
-            message = f"{self.place}/{path}: is a dataset, expected a group"
-            raise CorruptArchiveError(message)
-        return sorted(self._children.get(path, ()))
-
-    def table(self, path: str, *, check: Callable[[], None] | None = None) -> NDArray[Any]:
-        """A dataset that all layers of a kind need; kept, read-only, after `check` was called."""
-        if path not in self._tables:
-            if check is not None:
-                check()
-            self._tables[path] = self.values(path)
-        return self._tables[path]
-
-    def ranges(self, path: str) -> list[tuple[int, int]]:
-        """Offset and size of the stored chunks of the dataset at `path`."""
-        chunks = self.entry(path).chunks
-        return [] if chunks is None else chunks.ranges
-
-    def prefetched(self, ranges: Iterable[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Inside the block, these ranges of the file are read from memory; on servers only."""
-        return self.file.prefetched(ranges, [self.sample.ordinal])
-
-    @property
-    def default_kinds(self) -> tuple[str, ...]:
-        """Hidden states, and attentions or what took their place: no squares are computed."""
-        if self.recomputes(layout.ATTENTIONS):
-            return layout.HIDDEN_STATES, QUERIES, KEYS
-        objects = self.sample.objects
-        stored = (kind for kind in WEIGHT_KINDS if kind in objects)
-        return layout.HIDDEN_STATES, next(stored, layout.ATTENTIONS)
-
-    @property
-    def kinds(self) -> dict[str, Attrs]:
-        """Attributes of every kind of the archive, by name."""
-        return self.file.store.kinds
-
-    def axes(self, kind: str) -> tuple[str, ...]:
-        """Names of the axes of one layer's array; CorruptArchiveError where the kind lacks them."""
-        if kind in layout.KINDS:
-            return layout.KINDS[kind].axes
-        try:
-            return from_attributes(KindMetadata, self.kinds.get(kind, {})).axes
-        except SchemaError as error:
-            message = f"{self.file.path}: /{layout.KINDS_GROUP}/{kind}: {error}"
-            raise CorruptArchiveError(message) from error
-
-    def definition(self, kind: str) -> str | None:
-        """What the numbers of a kind are, where it is more than that they are of a kind."""
-        found = self.kinds.get(kind, {}).get("definition")
-        return None if found in (None, layout.FURTHER_KIND, layout.BY_POSITION) else str(found)
-
-    def form(self, kind: str) -> SourceForm:
-        """What held the selected arrays in the legacy dict.
-
-        CorruptArchiveError where the archive does not say it as it should.
-        """
-        try:
-            attrs = self.file.attrs(self.sample, kind) if kind in self.objects else {}
-            form = _form_of(tuple(attrs.items()))
-        except SchemaError as error:
-            message = f"{self.place}/{kind}: {error}"
-            raise CorruptArchiveError(message) from error
-        if self.selected is None or (form.keys, form.absent) == (None, None):
-            return form
-        kept = (None, *self.selected)
-        keys = [each for each in form.keys or () if layout.parse_layer_name(each[1]) in kept]
-        absent = [each for each in form.absent or () if layout.parse_layer_name(each) in kept]
-        update = {
-            "keys": None if form.keys is None else tuple(keys),
-            "absent": tuple(absent) or None,
-        }
-        return form.model_copy(update=update)
-
-    def stored_layers(self, kind: str) -> tuple[int, ...]:
-        """Numbers stored of a kind, selected or not, ascending: of layers, else of positions.
-
-        Of attention that is recomputed, the layers that have it.
-        """
-        if self.recomputes(kind):
-            return self.recomputed_layers
-        return _stored_layers(kind, tuple(self.objects))
-
-    def array_name(self, kind: str, number: int) -> str:
-        """The name of the dataset that holds a layer, or a position where no layer is known."""
-        position = layout.position_name(number)
-        return position if f"{kind}/{position}" in self.objects else layout.layer_name(number)
-
-    def names_with_steps(self, kind: str) -> list[str]:
-        """Names of all stored arrays in the order of the table of generation steps."""
-        names = _names_of(kind, tuple(self.objects), None)
-        has_embedding = f"{kind}/{layout.EMBEDDING}" in self.objects
-        return [layout.EMBEDDING, *names] if has_embedding else names
-
-    def listed_names(self, kind: str, chosen: tuple[int, ...] | None) -> list[str]:
-        """Names of the chosen arrays in the order of the legacy list; None chooses all."""
-        form = self.form(kind)
-        if self.recomputes(kind):
-            return [
-                layout.layer_name(each)
-                for each in self.recomputed_layers
-                if chosen is None or each in chosen
-            ]
-        if not form.absent:
-            names = _names_of(kind, tuple(self.objects), chosen)
-            return [layout.EMBEDDING, *names] if form.lists_embedding else [*names]
-        absent = {layout.parse_layer_name(each): each for each in form.absent}
-        embedding = [layout.EMBEDDING] if form.lists_embedding or None in absent else []
-        numbers = {*self.stored_layers(kind), *(each for each in absent if each is not None)}
-        return embedding + [
-            absent.get(each) or self.array_name(kind, each)
-            for each in sorted(numbers)
-            if chosen is None or each in chosen
-        ]
-
-    def rule(self, name: str) -> AttentionRule | None:
-        """How queries and keys of a layer make its attention; None if it is not stored.
-
-        CorruptArchiveError where it makes no sense.
-        """
-        path = f"{QUERIES}/{name}"
-        attrs = self.file.attrs(self.sample, path) if path in self.objects else {}
-        if "mask" not in attrs:
-            return None
-        try:
-            return _rule_of(tuple(each for each in attrs.items() if each[0] in RULE_ATTRS))
-        except SchemaError as error:
-            message = f"{self.place}/{path}: {error}"
-            raise CorruptArchiveError(message) from error
-
-    @cached_property
-    def recomputed_layers(self) -> tuple[int, ...]:
-        """Layers whose attention follows from queries and keys, and is not stored itself."""
-        if layout.ATTENTIONS in self.objects or QUERIES not in self.objects:
-            return ()
-        both = set(self.stored_layers(QUERIES)) & set(self.stored_layers(KEYS))
-        return tuple(n for n in sorted(both) if self.rule(self.array_name(QUERIES, n)) is not None)
-
-    def recomputes(self, kind: str) -> bool:
-        """Whether the arrays of a kind are computed when they are read."""
-        return kind == layout.ATTENTIONS and bool(self.recomputed_layers)
+class StoredTrace(StoredSample):
+    """A stored sample whose arrays and texts are read in the types of their source."""
 
     def attention(
         self, name: str, *, heads: Indices = None, rows: Indices = None, device: Any = None
@@ -384,7 +79,7 @@ class StoredTrace:
 
     @property
     def has_window(self) -> bool:
-        """Whether weights of some keys of every query are all that is known of heads."""
+        """Whether single heads are known only by a window of weights."""
         is_whole = layout.ATTENTIONS in self.objects or self.recomputes(layout.ATTENTIONS)
         return ATTENTION_WINDOW in self.objects and not is_whole
 
@@ -592,35 +287,7 @@ class StoredTrace:
         """The array of a kind by its dataset name, in its source's type; a list where in steps."""
         if self.recomputes(kind):
             return TypedArray(self.attention(name), "float32")
-        return self._typed_layer(kind, name, *self.file.facts(self.sample, f"{kind}/{name}"))
-
-    def _typed_layer(
-        self, kind: str, name: str, dtype: str, attrs: Attrs
-    ) -> TypedArray | list[TypedArray]:
-        path = f"{kind}/{name}"
-        stored = self.values(path)
-        if "encoding" in attrs and self._is_encoded(path, attrs):
-            return _decoded(self, kind, name, dtype, attrs, stored)
-        if f"{kind}/{layout.STEPS_TABLE}" in self.objects:
-            steps = _steps(self, kind, name, stored)
-            return [_cast_back(self, step, dtype, attrs, path) for step in steps]
-        return _cast_back(self, stored, dtype, attrs, path)
-
-    def _is_encoded(self, path: str, attrs: Attrs) -> bool:
-        """Whether a dataset with the attribute ``encoding`` has to be decoded."""
-        try:
-            encoded = is_encoded(attrs)
-        except UnsupportedEncodingError as error:
-            message = f"{self.place}/{path}: {error}"
-            raise UnsupportedEncodingError(message) from error
-        if self.file.metadata.precision is None:
-            message = (
-                f"{self.place}/{path}: is encoded as {attrs['encoding']}, but the archive "
-                "does not say so (the root attribute 'precision' is missing); restore the file "
-                "from a copy"
-            )
-            raise CorruptArchiveError(message)
-        return encoded
+        return restored(self, kind, name, *self.file.facts(self.sample, f"{kind}/{name}"))
 
     def read_layer(self, kind: str, name: str, container: Container = "numpy") -> Any:
         """The array of a kind by its dataset name; a list of arrays where it holds steps."""
@@ -629,143 +296,8 @@ class StoredTrace:
             held = self.file.attrs(self.sample, f"{QUERIES}/{name}").get("container")
             return fresh_array(found, container, held)
         dtype, attrs = self.file.facts(self.sample, f"{kind}/{name}")
-        typed, held = self._typed_layer(kind, name, dtype, attrs), attrs.get("container")
+        typed, held = restored(self, kind, name, dtype, attrs), attrs.get("container")
         if not isinstance(typed, list):
             return fresh_array(typed, container, held)
         steps = [fresh_array(step, container, held) for step in typed]
         return tuple(steps) if attrs.get("sequence") == "tuple" else steps
-
-
-def begin(
-    wanted: Sequence[tuple[StoredTrace, Iterable[str]]], workers: int, **options: Any
-) -> Reading:
-    """Begin to read datasets of some samples of one file, for `StoredTrace.at_hand`.
-
-    Options are those of `FooterStore.begin`. Tables of exceptions are left out: they may claim any
-    number of rows.
-    """
-    ending = f"/{layout.EXCEPTIONS_TABLE}"
-    chosen = [
-        (trace, [each for each in paths if not each.endswith(ending)]) for trace, paths in wanted
-    ]
-    return wanted[0][0].file.begin(
-        [(trace.sample, paths) for trace, paths in chosen],
-        workers,
-        restorations=[trace.restorations(paths) for trace, paths in chosen],
-        **options,
-    )
-
-
-@lru_cache(maxsize=256)
-def _stored_layers(kind: str, paths: tuple[str, ...]) -> tuple[int, ...]:
-    """Cached, since all samples of an archive are alike."""
-    prefix = f"{kind}/"
-    names = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
-    layers = (layout.parse_layer_name(name) for name in names)
-    return tuple(sorted(each for each in layers if each is not None))
-
-
-@lru_cache(maxsize=256)
-def _names_of(kind: str, paths: tuple[str, ...], chosen: tuple[int, ...] | None) -> list[str]:
-    """Names of the chosen arrays in order of layer, or of position where no layer is known."""
-    known, names = set(paths), []
-    for number in _stored_layers(kind, paths):
-        if chosen is None or number in chosen:
-            position = layout.position_name(number)
-            is_position = f"{kind}/{position}" in known
-            names.append(position if is_position else layout.layer_name(number))
-    return names
-
-
-@lru_cache(maxsize=256)
-def _rule_of(attrs: tuple[tuple[str, Any], ...]) -> AttentionRule:
-    return from_attributes(AttentionRule, dict(attrs))
-
-
-@lru_cache(maxsize=256)
-def _form_of(attrs: tuple[tuple[str, Any], ...]) -> SourceForm:
-    return from_attributes(SourceForm, dict(attrs))
-
-
-def _cast_back(
-    trace: StoredTrace, stored: NDArray[Any], dtype: str, attrs: Attrs, path: str
-) -> TypedArray:
-    """Stored values in the type they are to be read in."""
-    array = TypedArray(stored, _float_type(trace, path, dtype))
-    source = attrs.get("source_dtype")
-    return array if source is None else cast_values(array, _float_type(trace, path, source))
-
-
-def _float_type(trace: StoredTrace, path: str, name: object) -> FloatType:
-    if name not in FLOAT_TYPES:
-        message = f"{trace.place}/{path}: stored type {name!r} is not one of {', '.join(CARRIERS)}"
-        raise CorruptArchiveError(message)
-    return name
-
-
-def _decoded(
-    trace: StoredTrace, kind: str, name: str, dtype: str, attrs: Attrs, stored: NDArray[Any]
-) -> TypedArray:
-    file = trace.file
-    try:
-        return decode(
-            stored,
-            attrs,
-            scale=trace.scale,
-            exceptions=lambda: _exceptions(trace, kind, name),
-            unrounded=file.unrounded,
-            stored_type=dtype,
-        )
-    except CorruptArchiveError as error:
-        what = str(error).removeprefix(f"{file.path}: ")
-        message = f"{trace.place}/{kind}/{name}: {what}"
-        raise type(error)(message) from error
-
-
-def _exceptions(trace: StoredTrace, kind: str, name: str) -> NDArray[np.float64]:
-    """Flat index and value of every exception of a layer."""
-    path = f"{kind}/{layout.EXCEPTIONS_TABLE}"
-    if path not in trace.objects:
-        message = f"its exceptions are missing; expected the table {path}"
-        raise CorruptArchiveError(message)
-    table = trace.table(path, check=lambda: _check_table(trace, kind, path))
-    layer = layout.parse_layer_name(name)
-    found: NDArray[np.float64] = table[
-        table[:, 0] == (layout.EMBEDDING_LAYER if layer is None else layer)
-    ]
-    return found[:, 1:]
-
-
-def _check_table(trace: StoredTrace, kind: str, path: str) -> None:
-    """Rows are counted by the layers; a table may claim any number."""
-    entry = trace.entry(path)
-    layers = (each for each in trace.objects if each.startswith(f"{kind}/"))
-    count = num_exceptions(trace.file.attrs(trace.sample, each) for each in layers)
-    if entry.dtype != "float64" or entry.shape != (count, EXCEPTION_COLUMNS):
-        message = (
-            f"{path} is {entry.dtype or 'a group'} {entry.shape}, expected float64 "
-            f"({count}, {EXCEPTION_COLUMNS}), as layers list {count} exceptions"
-        )
-        raise CorruptArchiveError(message)
-
-
-def _steps(trace: StoredTrace, kind: str, name: str, stored: NDArray[Any]) -> list[NDArray[Any]]:
-    """Generation steps out of the flat dataset that holds them."""
-    names = trace.names_with_steps(kind)
-    table = trace.table(f"{kind}/{layout.STEPS_TABLE}")
-    fits = table.ndim == _STEPS_TABLE_AXES and table.dtype.kind == "i" and name in names
-    steps, start = [], 0
-    try:
-        shapes = table[names.index(name)].tolist() if fits and stored.ndim == _FLAT_AXES else []
-        for shape in shapes:
-            if min(shape, default=0) < 0:
-                break
-            stop = start + math.prod(shape) // max(1, stored.shape[0])
-            steps.append(np.ascontiguousarray(stored[:, start:stop]).reshape(shape))
-            start = stop
-    except (ValueError, IndexError, OverflowError):
-        shapes = []
-    if not fits or len(steps) != len(shapes) or start != stored.shape[-1]:
-        message = f"{trace.place}/{kind}/{name}: {stored.shape} does not fit its steps table"
-        raise CorruptArchiveError(message)
-    return steps

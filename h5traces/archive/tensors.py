@@ -41,7 +41,7 @@ def is_torch(container: Container, held: object) -> bool:
 
 
 def to_tensor(value: TorchValue) -> Any:
-    """What a stored value stands for, in memory of its own: a torch tensor, or of ml_dtypes."""
+    """What a stored value stands for, in its own memory: a torch tensor, or of ml_dtypes."""
     if value.container == _ML_DTYPES:
         return _ml_array(value)
     # A copy: stored values may be read-only, and shared.

@@ -123,7 +123,7 @@ class TokenAxis:
 
 
 def mask_of(mask: NDArray[np.bool_] | None, num_keys: int) -> NDArray[np.bool_] | None:
-    """A sample's mask for so many keys; None if all are tokens, or it says nothing of them."""
+    """A sample's mask for this many keys; None if all are tokens, or it says nothing of them."""
     if mask is None or covered_tokens(len(mask), num_keys) is None or mask[:num_keys].all():
         return None
     return mask[:num_keys]

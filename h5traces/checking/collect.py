@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from h5traces.ranks.status import Room
     from h5traces.rewriting.ordering import Order
 
-# If 5 % of many archives were damaged, a sample of so many would show it with 95 % probability.
+# If 5 % of many archives were damaged, a sample of this size would show it with 95 % probability.
 NUM_SAMPLED: Final = 60
 CATALOGUE_SUFFIX: Final = ".parquet"
 _MOST_NAMED: Final = 3
@@ -283,7 +283,7 @@ def _converted(
     lines: dict[int, dict[str, Any]],
     seen: _Seen,
 ) -> None:
-    """What became of every source; an archive is looked for under any name of the folder."""
+    """What became of every source; an archive is searched under any name of the folder."""
     names = {field.name for field in fields(FileReport)}
     held_by = seen.num_by_path
     by_name = {seen.name(path): path for path in held_by}
@@ -330,7 +330,7 @@ def _named(written: str, by_name: dict[str, Path | RemotePath]) -> Path | Remote
 
 def _extracted(report: CollectReport, room: Room, plan: RunPlan, seen: _Seen) -> None:
     """Which samples of an extraction are there, and which were left out."""
-    # A rank that was started again reports what it did then; its lines say what it did before.
+    # A restarted rank reports what it did since; its lines say what it did before.
     for document in (*room.reports(), *room.whole(last_lines(room)).values()):
         warnings, skipped = document.get("warnings", ()), document.get("skipped", ())
         report.warnings += [each for each in warnings if each not in report.warnings]
@@ -361,7 +361,7 @@ def _extracted(report: CollectReport, room: Room, plan: RunPlan, seen: _Seen) ->
 
 
 class _Seen:
-    """What archives hold: how many samples each, and which share their contents or their id.
+    """What archives hold: their numbers of samples, and which share contents or ids.
 
     A sample takes 16 bytes.
     """
@@ -393,7 +393,7 @@ class _Seen:
         self._contents.append(contents)
 
     def duplicates(self) -> list[str]:
-        """What is there twice: whole archives, samples, and ids."""
+        """What occurs twice: whole archives, samples, and ids."""
         counts = [len(each) for each in self._keys]
         files = np.repeat(np.arange(len(counts)), counts)
         starts = np.concatenate([[0], np.cumsum(counts)])
@@ -451,7 +451,7 @@ def _hashes(keys: Iterable[tuple[str | None, int | None]]) -> NDArray[np.uint64]
 
 
 def _repeated(values: NDArray[np.uint64], files: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Samples with a value that an earlier one of another file has, and the first such."""
+    """Samples that share a value with an earlier one of another file, and that sample."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     firsts = first[inverse]
     (seconds,) = np.nonzero(files != files[firsts])

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 # Archives of fewer samples take less time than starting processes.
 MANY_SAMPLES: Final = 4_000
-# Of a process that ended.
+# Stands for the answers of a process that ended.
 _NOTHING: Final[list[Looked | None]] = [None] * BLOCK_SAMPLES
 _CHILD: Final = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]))"
 
 
 class Helpers:
-    """Processes that look at all samples in blocks, in turn; each sends what it saw, in order."""
+    """Processes that share the blocks of samples; each sends what it saw, in order."""
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -42,7 +42,7 @@ class Helpers:
         self._number = self._count = 0
 
     def start(self, path: Path, limits: ReadLimits, count: int) -> None:
-        """Start so many processes; OSError where that is not possible."""
+        """Start this many processes; OSError where the system cannot."""
         self._count = count
         for number in range(count):
             ours, theirs = Pipe()
@@ -102,7 +102,7 @@ class _Mailbox:
             self._changed.notify()
 
     def next(self) -> list[Looked | None]:
-        """The next block; one of nothing if the process ended."""
+        """The next block; `_NOTHING` if the process ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._messages or self._ended)
             if not self._messages:
@@ -112,7 +112,7 @@ class _Mailbox:
         return found
 
     def close(self) -> None:
-        """Let the connection go, whose other end is closed."""
+        """Let the connection go once its other end is closed."""
         self._thread.join()
         self._connection.close()
 
@@ -121,7 +121,7 @@ class _Mailbox:
 def helping(
     path: Path, limits: ReadLimits, num_samples: object, workers: int | None
 ) -> Iterator[Helpers | None]:
-    """Helpers where an archive says that it has many samples, and this machine several cores."""
+    """Helpers, if the archive claims many samples and this machine has several cores."""
     count = workers or num_workers()
     if not isinstance(num_samples, int) or num_samples < MANY_SAMPLES or count < 2:
         yield None
@@ -137,7 +137,7 @@ def helping(
 
 
 def serve(descriptor: int) -> None:
-    """Look at every so many blocks of samples; the main function of a process."""
+    """Look at this process's share of the blocks of samples; its main function."""
     # It ends with its caller, whose end of the pipe closes.
     with Connection(descriptor) as connection, contextlib.suppress(BrokenPipeError):
         path, limits, number, count = connection.recv()

@@ -351,7 +351,7 @@ def _sample_stats(
     except SchemaError as error:
         problems = [str(each) for each in error.problems]
         seq_len = 0 if record.tokens is None else len(record.tokens)
-    # Fields of another type than the format has a place for are extra values.
+    # Fields whose type the format has no place for are extra values.
     tokens = record.extra.get("tokens") if record.tokens is None else record.tokens
     decoded = record.tokens_decoded or record.extra.get("tokens_decoded")
     return SampleStats(

@@ -58,7 +58,7 @@ class IsolationLimits:
     timeout: float | None = None
 
     def seconds(self, nbytes: int) -> float:
-        """The time for reading so many bytes."""
+        """The time for reading this many bytes."""
         return DEFAULT_TIMEOUT + nbytes / _READ_RATE if self.timeout is None else self.timeout
 
 
@@ -151,7 +151,7 @@ def run_child(validate_file: Callable[..., ValidationReport]) -> None:
     """Run the child: read a request from stdin, write the report to stdout."""
     request = json.loads(sys.stdin.buffer.read())
     limits, isolation = ReadLimits(**request["limits"]), IsolationLimits(**request["isolation"])
-    # HDF5 prints to stdout when it fails, so the report gets a separate descriptor.
+    # HDF5 prints failures to stdout, so the report gets a separate descriptor.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _confine(isolation)
@@ -170,7 +170,7 @@ def run_child(validate_file: Callable[..., ValidationReport]) -> None:
         os._exit(_OUT_OF_MEMORY)
     out.write(json.dumps(report.as_dict()).encode())
     out.flush()
-    # Without HDF5's exit handler, which would close what it could not read.
+    # Skips HDF5's exit handler, which would close what it could not read.
     os._exit(0)
 
 

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from h5traces.archive.opening import open as open_archive
-from h5traces.archive.stored_trace import begin
+from h5traces.archive.stored_sample import begin
 from h5traces.errors import H5TracesError, StoredStateWarning
 from h5traces.format import layout
 from h5traces.format.digests import content_digest
@@ -40,7 +40,7 @@ _BLOCK_NBYTES = 16 << 20
 
 
 class Looked(NamedTuple):
-    """What the values of one sample show; or that it cannot be read, and the kind of problem."""
+    """What the values of one sample show, or why it cannot be read."""
 
     found: tuple[Finding, ...] = ()
     row: IndexRow | None = None
@@ -72,7 +72,7 @@ def check_meaning(
         known = {"/".join(each.loc.split("/")[:3]) for each in report.problems}
         for index in range(len(archive)):
             place = layout.sample_path(index)
-            # All are looked at, also those that are left out.
+            # Helpers answer for every sample, skipped or not.
             looked = next(here) if seen is None else seen()
             if place in known:
                 checks.skip()
@@ -96,9 +96,9 @@ def check_meaning(
 def looking(
     path: Path, limits: ReadLimits, workers: int | None
 ) -> Iterator[tuple[Archive, Callable[..., Looked]]]:
-    """An open archive, and what looks at all values of one of its samples in so many threads."""
+    """An open archive, and what looks at all values of one of its samples in several threads."""
     with contextlib.ExitStack() as stack:
-        # What the structure's check said of the file's state need not be said again.
+        # The check of the structure has warned already.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", StoredStateWarning)
         archive = stack.enter_context(open_archive(path, limits=limits, labels=False))
@@ -129,7 +129,7 @@ def look_at_block(
         wanted = [(trace._stored, trace._stored.needed()) for trace in traces]
         reading = begin(wanted, 1, most_nbytes=_BLOCK_NBYTES)
     except H5TracesError:
-        # Whoever looks at a damaged sample says what is wrong.
+        # Looking at a damaged sample reports what is wrong.
         yield from map(look, indices)
         return
     for number, (index, trace) in enumerate(zip(indices, traces, strict=True)):
@@ -138,18 +138,18 @@ def look_at_block(
 
 
 def blocks_of(num_samples: int, first: int = 0, step: int = 1) -> Iterator[range]:
-    """Every so many blocks of samples, from a first one on."""
+    """Every `step`-th block of samples, from number `first` on."""
     for start in range(first * BLOCK_SAMPLES, num_samples, step * BLOCK_SAMPLES):
         yield range(start, min(start + BLOCK_SAMPLES, num_samples))
 
 
 def num_workers() -> int:
-    """Threads or processes that look at samples."""
+    """How many threads or processes look at samples."""
     return min(_MOST_WORKERS, os.cpu_count() or 1)
 
 
 def look_of(archive: Archive) -> Look:
-    """How samples of an archive are looked at: what it says of its model and its losses."""
+    """How samples of an archive are looked at, by its model and its losses."""
     metadata = archive.metadata
     extraction = metadata.extraction
     vocabulary = None if extraction is None else vocabulary_of(extraction.config)

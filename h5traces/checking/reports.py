@@ -23,7 +23,7 @@ class FileReport(Report):
     problems
         Every finding with its HDF5 path; empty if there is none.
     notes
-        What is not a problem but worth knowing, such as a missing footer.
+        What is worth knowing and no problem, such as a missing footer.
     """
 
     path: str

@@ -160,7 +160,7 @@ def _intact(
 
 
 def _agreement(archive: Archive, until_done: ExitStack) -> Agreement | None:
-    """What compares the footer with HDF5; None if only one of the two can be read."""
+    """Compares the footer with HDF5; None if only one of the two can be read."""
     (file,) = archive._files
     if not isinstance(file.store, FooterStore) or not isinstance(file.path, Path):
         return None
@@ -203,7 +203,7 @@ def _options(
 
 
 def _copy(archive: Archive, intact: list[int], target: Path, options: WriteOptions) -> list[str]:
-    """Write the new archive; what of other programs was not copied."""
+    """Write the new archive; returns the objects of other programs that were not copied."""
     make_folder(target.parent)
     remove_abandoned_parts(target)
     (file,) = archive._files

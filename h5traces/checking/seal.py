@@ -74,7 +74,7 @@ def seal(
 ) -> list[SealReport]:
     """Rebuild the footers of archives that another program opened for writing.
 
-    Reads every chunk. A file whose footer is right stays as it is. The HDF5 part is not changed, so
+    Reads every chunk. A file whose footer is right is left alone. The HDF5 part is not changed, so
     objects of other programs stay in it; until the last byte of the new footer is written, readers
     use HDF5.
 

@@ -16,7 +16,7 @@ from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.foreign import error_for
 from h5traces.archive.hdf5_store import Hdf5Store
 from h5traces.archive.scales import stored_scales
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.archive.whole_file import check_bytes
 from h5traces.arguments import checked
 from h5traces.checking.reports import FileReport, Reports
@@ -60,9 +60,9 @@ if TYPE_CHECKING:
 
 ReportProgress = Callable[[int, int], None]
 
-# Attributes that say what values lay in, or where, and not what they are.
+# Attributes about the containers and places of values, not about the values.
 _FORMS: Final = frozenset({"container", "sequence", "source_axes", "keys", "site"})
-# The same of samples, whose digest is over these, too.
+# The same for samples, whose digests cover these, too.
 _FORMS_OF_SAMPLES: Final = frozenset({"fields", "source", "digest", "generation_index"})
 
 
@@ -222,7 +222,7 @@ class _Verification:
         self._report.num_chunks, self._num_datasets = found.num_chunks, found.num_datasets
 
     def _check_agreement(self, store: FooterStore, limits: ReadLimits) -> None:
-        """What the footer lists against what HDF5 does; stock tools read the latter."""
+        """Compare what the footer lists with HDF5, which stock tools read."""
         try:
             with closing(Agreement(store, Path(self._report.path), limits)) as agreement:
                 samples = (agreement.of_sample(index) for index in range(store.num_samples))
@@ -384,7 +384,7 @@ def _layers_kept(store: Store, metadata: ArchiveMetadata) -> tuple[int, ...] | N
 
 
 def _as_converted(given: ReadingOptions, metadata: ArchiveMetadata) -> ReadingOptions:
-    """What was given of a source, else what the archive records of its conversion."""
+    """The given options for the source, else those that the archive records."""
     recorded = metadata.conversion if isinstance(metadata.conversion, dict) else {}
     first = next((each for each in FIRST_STATES if each == recorded.get("first_state")), None)
     return replace(
@@ -456,7 +456,7 @@ def _differences(sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]) 
     """Paths of a sample whose metadata or contents are not the expected ones."""
     place = layout.sample_path(sample.ordinal)
     stored = {path: entry.attrs for path, entry in sample.objects.items()}
-    # An archive whose positions were named later does not say where in a block these are.
+    # An archive whose positions got names later does not say where in a block they lie.
     expected = {
         path: attrs if "site" in stored.get(path, attrs) else _without(frozenset({"site"}), attrs)
         for path, attrs in expected.items()
@@ -474,7 +474,7 @@ def _differences(sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]) 
 def _differences_of_values(
     sample: SampleEntry, facts: Attrs, expected: dict[str, Attrs]
 ) -> list[str]:
-    """The same, but for what values lay in, which exports to other formats change."""
+    """The same without containers of values, which exports to other formats change."""
     place = layout.sample_path(sample.ordinal)
     stored = {path: _without(_FORMS, entry.attrs) for path, entry in sample.objects.items()}
     found = [

@@ -15,7 +15,7 @@ from h5traces.cli.help import Command, group_help
 
 
 class Entry(NamedTuple):
-    """What is known of a command before its module is imported.
+    """Facts about a command that need no import of its module.
 
     Attributes
     ----------
@@ -180,7 +180,7 @@ def _run() -> Any:
         with streams.output_errors():
             app()
     except SystemExit as stop:
-        # What typer does about a pipe that is read no longer while it shows help.
+        # As typer does for a pipe that nobody reads any more while it shows help.
         if sys.stdout is not stdout:
             streams.discard(stdout)
             return 0

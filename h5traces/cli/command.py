@@ -1,4 +1,4 @@
-"""What makes a function a command: groups of options, errors as messages, exit codes, signals."""
+"""Makes a function a command: groups of options, errors as messages, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 EXIT_PROBLEMS: Final = 1
 EXIT_USAGE: Final = 2
-# Of a rank that was told to stop: its work is safe, and a scheduler can start it again (sysexits.h
-# calls it a temporary failure).
+# Exit code of a rank that was stopped: its work is safe, and a scheduler can start it again
+# (sysexits.h calls it a temporary failure).
 EXIT_STOPPED: Final = 75
 # In every command, these are about its arguments.
 _USAGE_ERRORS: Final = (
@@ -140,7 +140,7 @@ def _reported(
 
 
 class _Told(logging.Handler):
-    """What the library tells a user while it works."""
+    """Messages of the library while it works."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tell = warn if record.levelno >= logging.WARNING else note
@@ -161,7 +161,7 @@ def _told() -> Iterator[None]:
 
 
 def _help_for(error: Exception, options: Collection[str]) -> str:
-    """What the command can do about an error, where the message does not say so."""
+    """Advice of the command about an error whose message gives none."""
     if not isinstance(error, ArchiveExistsError):
         return ""
     effects = {"overwrite": "replaces it", "skip_existing": "keeps what is finished"}

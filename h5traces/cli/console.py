@@ -1,4 +1,4 @@
-"""What a terminal shows: data on stdout, messages and progress on stderr."""
+"""Output to a terminal: data on stdout, messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Errors(Console):
     """Standard error; that it cannot be written ends no command, but its exit code says so."""
 
     def say(self, text: str) -> None:
-        """Print markup on a line of its own."""
+        """Print markup as one line."""
         try:
             self.print(text)
         except OSError:

@@ -46,7 +46,7 @@ from h5traces.writing.options import DEFAULT_SAMPLES, TargetOptions
 if TYPE_CHECKING:
     from h5traces.rewriting.reports import ConversionReport, Progress
 
-# Sigma of so many is uncertain by a tenth.
+# Sigma of this many values is uncertain by a tenth.
 _FEW_TOKENS = 100
 
 
@@ -89,7 +89,7 @@ def convert(
     - `h5traces convert traces/ -o small/ --tier compact` trades precision for size
     - `h5traces convert traces/ -o s3://bucket/run/` uploads each archive when it is verified
     """
-    # Not above: help needs it as little as what `calibrate` needs.
+    # Not above, since help does not need it.
     from h5traces.rewriting.convert import convert as convert_batches
 
     with bytes_progress("convert") as update:
@@ -130,7 +130,7 @@ def convert(
 
 
 def tell(report: ConversionReport) -> None:
-    """Warnings and findings, the first of each check; what several files share is said once."""
+    """Warnings and findings, the first of each check; those of several files once."""
     shared: dict[str, dict[str, list[str]]] = {}
     for each in report.files:
         told = [("", message) for message in each.warnings]
@@ -149,7 +149,7 @@ def tell(report: ConversionReport) -> None:
 
 
 def _note(report: ConversionReport) -> None:
-    """What was not read and need not be, and what else is worth knowing."""
+    """Files that need not be read, and what else is worth knowing."""
     for each in report.notes:
         note(each)
     if report.unrelated:

@@ -160,7 +160,7 @@ def _print_panel(
 
 
 def _styled(text: str) -> Text:
-    """`text` with what stands in backticks emphasised."""
+    """`text` with words in backticks emphasised."""
     from rich.text import Text
 
     styled = Text()

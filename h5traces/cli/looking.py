@@ -79,7 +79,7 @@ def inspect(
 
 
 def _print_draft(path: Any) -> None:
-    """What a file holds that no reader understands, and a mapping to begin with."""
+    """The contents of a file that no reader understands, and a mapping to begin with."""
     try:
         draft = drafted(path)
     except (H5TracesError, OSError):

@@ -62,7 +62,7 @@ def warn_of_loss(precision: str | None) -> None:
 
 
 def warn_of(note: str | None) -> None:
-    """A warning, where there is something to say."""
+    """A warning, unless empty."""
     if note is not None:
         warn(note)
 
@@ -290,7 +290,7 @@ def print_samples(found: Iterator[tuple[int, TraceMetadata]]) -> None:
 
 
 def print_texts(rows: list[dict[str, Any]]) -> None:
-    """A paragraph for each sample: what it is, and its texts in full."""
+    """A paragraph for each sample: its facts, and its texts in full."""
     for row in rows:
         label = "" if row["label"] is None else f", label {row['label']}"
         name = "without id" if row["sample_id"] is None else row["sample_id"]
@@ -382,7 +382,7 @@ def print_labels(report: LabelReport) -> None:
 
 
 def _meaning(report: LabelReport, value: int) -> str:
-    """What a label stands for: its classes, or a range of scores."""
+    """The meaning of a label: its classes, or a range of scores."""
     if report.threshold is not None:
         is_high = value == int(report.higher_means == "hallucinated")
         return f"{'>=' if is_high else '<'} {report.threshold:g}"
@@ -487,7 +487,7 @@ def unmatched_lines(found: Unmatched, which: str) -> list[str]:
 
 
 def print_extraction(report: ExtractionReport) -> None:
-    """What a run did, or, in a dry run, would need."""
+    """The results of a run, or the needs of a dry run."""
     if report.status == "planned":
         if (forecast := report.forecast) is not None:
             from h5traces.extract.estimate import estimate

@@ -230,7 +230,7 @@ def export(
         )
     print_line(f"{'would write' if target.dry_run else 'wrote'} {path}")
     if not target.dry_run:
-        # What a cast to --dtype changed stands in the new archive only.
+        # Only the new archive says what a cast to --dtype changed.
         casts: list[str] = []
         for place in (source, path) if path.suffix == ".h5" else (source,):
             with open_archive(place) as archive:
@@ -372,7 +372,7 @@ def _class_labels(named: str | None) -> dict[str, int | None] | None:
 
 
 def _report(report: LabelReport, *, json: bool) -> None:
-    """What joined on stdout, and what did not on stderr."""
+    """Samples that joined go to stdout, the others to stderr."""
     if json:
         print_json(report.as_dict())
     else:

@@ -46,7 +46,7 @@ class PipeClosedError(Exception):
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that an encoding lacks."""
+    """The replacement of characters that an encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(map(_spelled, error.object[error.start : error.end])), error.end
@@ -69,7 +69,7 @@ def is_unicode(stream: Any) -> bool:
 
 
 def as_printed(text: str) -> str:
-    """What standard output can show of a text; typer prints UTF-8 where the encoding is ASCII."""
+    """A text as standard output can show it; typer prints UTF-8 if the encoding is ASCII."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, _HANDLER).decode(encoding)
 
@@ -109,12 +109,12 @@ def lose_errors() -> None:
 
 
 def exit_code(code: Any) -> Any:
-    """The exit code of a run that ended with `code`, as far as standard error decides it."""
+    """The exit code of a run that ended with `code`, after closing standard error."""
     return code or int(bool(_lost))
 
 
 def discard(stream: Any) -> None:
-    """Send what a stream still holds to nowhere: Python flushes it again when it ends."""
+    """Discard what a stream still holds: Python flushes it again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -123,7 +123,7 @@ def discard(stream: Any) -> None:
 
 def prepare() -> None:
     """Make standard streams safe to write to, whatever they are."""
-    # Otherwise the next file that is opened gets the number, and with it what is printed.
+    # Otherwise the next file to be opened gets the number, and so the printed text.
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)

@@ -98,7 +98,7 @@ class UnfitAnswerError(ExtractionError):
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt as text and token ids; `answer` is what an assistant says behind it in a chat.
+    """A prompt as text and token ids; `answer` is what an assistant replies to it in a chat.
 
     A chat template wrote the special tokens of a chat.
     """
@@ -271,7 +271,7 @@ class Planner:
         if not whole.startswith(text):
             message = (
                 f"{question.sample_id}: the chat template writes the prompt otherwise where an "
-                "answer follows; give the answer in a column of its own"
+                "answer follows; give the answer in a separate column"
             )
             raise UnfitAnswerError(message)
         return replace(prompt, answer=whole[len(text) :])

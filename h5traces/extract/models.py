@@ -198,7 +198,7 @@ def load_model(
 def _check_weights(name: str) -> None:
     """Reject a local folder with pickled weights only, an index that names others, or an adapter.
 
-    Of the hub, transformers itself takes safetensors only, as it is told to.
+    From the hub, transformers itself is made to load safetensors only.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -211,7 +211,7 @@ def _check_weights(name: str) -> None:
     if index.exists():
         for each in _listed_weights(index):
             if not each.endswith(".safetensors") or Path(each).name != each:
-                message = f"{index}: names {each!r}; expected .safetensors files of its own folder"
+                message = f"{index}: names {each!r}; expected .safetensors files in the same folder"
                 raise ExtractionError(message)
     elif any(folder.glob("pytorch_model*.bin*")):
         raise ExtractionError(_pickled(name))
@@ -373,7 +373,7 @@ def _not_loaded(model_id: str, name: str) -> str:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads; None for the cores that are free.
+    """Let torch compute with this many threads; None for the cores that are free.
 
     Threads that wait for each other on a busy machine cost time.
     """

@@ -45,7 +45,7 @@ Status = Literal["planned", "stopped", "failed", "finished"]
 
 # Bytes in the queue, enough to go on computing while a shard is packed; one record may exceed it.
 _MAX_WAITING_NBYTES: Final = 512 * 2**20
-# Records that wait are stored together, up to so many: one file costs as much as two tiny samples.
+# Records that wait are stored together, up to this many: a file costs as much as two tiny samples.
 _MAX_TOGETHER, _MAX_TOGETHER_NBYTES = 32, 16 * 2**20
 # What torch says on devices whose errors have no separate class.
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")

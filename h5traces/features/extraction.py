@@ -138,7 +138,7 @@ def extract_features(
     layers
         The model's own layer numbers; all that are stored by default.
     pca
-        Also project features of hidden states on so many principal components, layer by layer:
+        Also project features of hidden states on this many principal components, layer by layer:
         columns ``<name>_pca``, and what was fitted.
     allow_nan
         Write although features are NaN or infinite; components are then fitted on other rows.
@@ -226,7 +226,7 @@ def _counting(
 
 @dataclass(frozen=True, slots=True)
 class _Writing:
-    """Makes the table of rows, and writes it; what there is to say goes to `report`."""
+    """Makes the table of rows and writes it; notes go to `report`."""
 
     view: Archive
     wanted: list[str]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.arguments import checked
 from h5traces.errors import FeatureError, warn
@@ -181,7 +181,7 @@ class RowSums:
     high: float = -np.inf
 
     def add(self, sample: SampleFeatures) -> None:
-        """Take in what a sample has."""
+        """Add the values of a sample."""
         if sample.odd_sums is not None:
             self.num_samples += 1
             self.low = min(self.low, sample.odd_sums[0])
@@ -200,7 +200,7 @@ class RowSums:
 
 
 def fitted(values: NDArray[np.float32], width: int, place: str) -> NDArray[np.float32]:
-    """A sample's values; NaN of the right width where it has none."""
+    """A sample's values; NaN of the right width without any."""
     if values.shape[1] == width:
         return values
     if values.shape[1]:

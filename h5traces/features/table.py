@@ -41,7 +41,7 @@ class SpooledColumn:
 
 @dataclass(slots=True)
 class FeatureTable:
-    """What is written."""
+    """The table of features that is written."""
 
     # By name, ``(samples, layers, width)``.
     features: dict[str, NDArray[np.float32]]

@@ -15,7 +15,7 @@ import numpy as np
 
 from h5traces.archive.opening import open as open_archive
 from h5traces.archive.shards import shared_metadata
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.arguments import checked
 from h5traces.errors import FidelityError, LossyWarning, warn
 from h5traces.fidelity.reports import (
@@ -208,7 +208,7 @@ def _read(trace: Trace, kind: str, name: str) -> NDArray[Any]:
 
 
 class _Comparison:
-    """Gathers what is measured; only one thread works on a layer at a time."""
+    """Gathers measurements; only one thread works on a layer at a time."""
 
     def __init__(self, report: FidelityReport, pool: ThreadPoolExecutor, num_threads: int) -> None:
         self._report, self._pool, self._num_threads = report, pool, num_threads
@@ -355,5 +355,5 @@ def _stored_names(trace: Trace) -> _Names:
 
 
 def _common(a: _Names, b: _Names, kind: str, kind_of_a: str | None = None) -> list[str]:
-    """Arrays of a kind that both have, in order; of another kind in A, where one is named."""
+    """Arrays of a kind that both have, in order; A's may be of another named kind."""
     return [name for name in a.get(kind_of_a or kind, ()) if name in b.get(kind, ())]

@@ -191,7 +191,7 @@ class KindFidelity:
 
 @dataclass(slots=True)
 class Unmatched:
-    """What only one of the archives has.
+    """Samples and arrays that only one of the archives has.
 
     Attributes
     ----------
@@ -292,7 +292,7 @@ class FidelityReport(Report):
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values; what is infinite is None."""
+        """The report as JSON-ready values; None for infinite ones."""
         document = asdict(self)
         for found, kind in zip(document["kinds"], self.kinds, strict=True):
             found["total"] = _as_dict(kind.total)
@@ -320,7 +320,7 @@ def _sums(layers: Sequence[LayerFidelity], *counts: str) -> dict[str, Any]:
 
 
 def _mean(parts: Iterable[tuple[float | None, int]]) -> float | None:
-    """The mean over all of means over so many each."""
+    """The mean over all, from means over parts of these sizes."""
     known = [(mean, count) for mean, count in parts if mean is not None and count]
     total = sum(count for _, count in known)
     return sum(mean * count for mean, count in known) / total if total else None

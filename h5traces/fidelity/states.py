@@ -19,7 +19,7 @@ DEAD: Final = 2.0**-12
 # Cosines that differ by less are equal: float32 computes them no better, and no states stored as
 # float16 differ by less.
 TIE: Final = 1e-6
-# Values at a time: what is computed on the way stays in the processor's cache.
+# Values at a time, so that intermediate results stay in the processor's cache.
 _BLOCK: Final = 1 << 17
 # Products up to which BLAS starts no threads (OpenBLAS; others may at fewer). Threads of small ones
 # wait for each other, and for those of this process, longer than the product takes.
@@ -245,7 +245,7 @@ class StateErrors:
             self._num_agreeing += _num_agreeing(_unit(a, norms_a), _unit(b, norms_b))
 
     def result(self) -> StateFidelity:
-        """What was measured."""
+        """The measurements so far."""
         channels = self._channels or ChannelErrors(0)
         differences = self._differences or ChannelErrors(0)
         tokens, neighbours = self._num_tokens, self._num_neighbours

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The smallest float16. A weight that is zero in B counts as this: a logarithm of 0 is infinite.
 SMALLEST: Final = 2.0**-24
-# Values at a time: what is computed on the way stays in the processor's cache.
+# Values at a time, so that intermediate results stay in the processor's cache.
 _BLOCK: Final = 1 << 16
 
 
@@ -74,7 +74,7 @@ class WeightErrors:
             self._max_divergence = max(self._max_divergence, float(divergences.max()))
 
     def result(self) -> WeightFidelity:
-        """What was measured."""
+        """The measurements so far."""
         values, rows = self._values, self._num_rows
         size = self._reference_squares
         return WeightFidelity(
@@ -96,7 +96,7 @@ def row_divergences(reference: NDArray[Any], restored: NDArray[Any]) -> NDArray[
     """Kullback-Leibler divergence of B's rows from A's, in nats, both scaled to sum to 1.
 
     ``sum(p * ln(p / q))`` over the keys with p > 0. Where a weight of A is zero in B, it counts
-    as 2^-24 there, the smallest float16, or as A's own where that is smaller. Rows without weights
+    as 2^-24 there, the smallest float16, or as A's own if that is smaller. Rows without weights
     in A are NaN. Takes float64 ``(..., key)``, and returns ``(...)``.
     """
     positive = reference > 0

@@ -30,7 +30,6 @@ AnyArray = NDArray[Any]
 
 FLOAT_TYPES: Final[tuple[FloatType, ...]] = get_args(FloatType)
 DTYPE_POLICIES: Final[tuple[DtypePolicy, ...]] = get_args(DtypePolicy)
-OVERFLOW_POLICIES: Final[tuple[OverflowPolicy, ...]] = get_args(OverflowPolicy)
 
 # numpy dtype that carries each type's bits in memory.
 CARRIERS: Final[dict[FloatType, np.dtype[Any]]] = {
@@ -63,9 +62,9 @@ _LARGEST: Final[dict[FloatType, float]] = {
 
 # Numbers of types in compiled kernels.
 KERNEL_KINDS: Final[dict[FloatType, int]] = {"float16": 0, "bfloat16": 1, "float32": 2}
-# Values at a time: what is computed on the way stays in the processor's cache.
+# Values at a time, so that intermediate results stay in the processor's cache.
 _BLOCK: Final = 1 << 16
-# Of as many values or more, torch starts its own threads, which do not survive a fork.
+# From this many values on, torch starts its own threads, which do not survive a fork.
 _TORCH_BLOCK: Final = 1 << 14
 _SCRATCH: Final = Scratch()
 
@@ -99,7 +98,7 @@ class TypedArray:
         return self
 
     def to_numpy(self) -> AnyArray:
-        """Numbers that numpy can compute with: bfloat16 as float32 (exact), others as they are."""
+        """Numbers that numpy can compute with: bfloat16 as float32 (exact), others unchanged."""
         if self.dtype == "bfloat16":
             return bfloat16_to_float32(self.values)
         return self.values
@@ -150,7 +149,7 @@ _COUNTS: Final = tuple(each.name for each in fields(CastCounts))
 
 @dataclass(frozen=True, slots=True)
 class CastResult:
-    """An array as it will be stored, C-contiguous and little-endian, and what the cast changed."""
+    """An array ready to be stored, C-contiguous and little-endian, and counts of changes."""
 
     array: TypedArray
     # The source's type where reading should cast back to it (policy ``auto``).
@@ -207,7 +206,7 @@ def float32_to_float16(
 
 
 class Cast(NamedTuple):
-    """An array in another type, and what that changed."""
+    """An array in another type, and counts of what changed."""
 
     array: TypedArray
     counts: CastCounts
@@ -280,7 +279,7 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
     unsigned, mask = _EXPONENT_MASKS[array.dtype]
     native = np.ascontiguousarray(array.values, dtype=array.values.dtype.newbyteorder("="))
     if NATIVE is not None and array.dtype in KERNEL_KINDS:
-        num_nan, num_inf = NATIVE.count_not_finite(native, KERNEL_KINDS[array.dtype])
+        ((*_, num_nan, num_inf),) = NATIVE.store(((native, 0, b"", KERNEL_KINDS[array.dtype]),))
         return num_nan, num_inf
     bits: AnyArray = native.view(unsigned).ravel()
     exponents: AnyArray = _SCRATCH.take(bits.nbytes).view(unsigned)

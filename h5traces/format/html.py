@@ -73,7 +73,7 @@ class Report:
 
 
 def report_body(report: Any) -> str:
-    """The fields of a dataclass; lists of dataclasses as tables of their own."""
+    """The fields of a dataclass; lists of dataclasses become further tables."""
     plain: dict[str, object] = {}
     parts: list[str] = []
     for field in fields(report):

@@ -194,7 +194,7 @@ def axes_of_kind(kind: str, axes: tuple[str, ...] | None = None) -> tuple[str, .
 
 
 def may_be_kind(name: str) -> bool:
-    """Whether a further field may be a kind of its own: no other place in a sample has the name."""
+    """Whether a further field may be a separate kind: no other place in a sample has the name."""
     return name not in _OTHER_PLACES and _KIND_NAME.fullmatch(name) is not None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -12,8 +12,6 @@ from h5traces.format.document import Document, problems_of
 AttentionBits = Literal[8]
 HeadMean = Literal["none", "beside", "only"]
 Tier = Literal["exact", "fine", "analysis", "compact", "native"]
-
-HEAD_MEANS: Final[tuple[HeadMean, ...]] = get_args(HeadMean)
 
 # Finer steps than this cannot reach 20 sigma in 16 bits; coarser ones say hardly more than a sign.
 FINEST_STEP: Final = 0.001
@@ -45,7 +43,7 @@ class Precision(Document):
     ] = "none"
     mantissa_bits: Annotated[
         int | None,
-        Field(ge=1, le=9, description="What is in float16 is rounded to so many mantissa bits."),
+        Field(ge=1, le=9, description="What is in float16 is rounded to this many mantissa bits."),
     ] = None
 
     def __init__(self, **given: Any) -> None:

@@ -254,7 +254,7 @@ class LayeredArrays:
 
     arrays: tuple[LayerArray, ...]
     form: SourceForm = _PLAIN_LIST
-    # How heads were reduced in arrays that have none, where that is known.
+    # How heads were reduced in arrays without a head axis, if known.
     reduction: str | None = None
     # Of one layer's array, for kinds that `layout.KINDS` does not name.
     axes: tuple[str, ...] | None = None

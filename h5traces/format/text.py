@@ -2,7 +2,7 @@
 
 HDF5 fixed-length strings lose trailing NULs and hold no lone surrogates. ``escape`` replaces just
 those, and its own introducer U+241B (``␛``), with ``␛`` and four hexadecimal digits; all other
-text is stored as it is. ``schema/SPEC.md``, section Text, is normative.
+text is stored unchanged. ``schema/SPEC.md``, section Text, is normative.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def wrapped(text: str) -> list[str]:
 
 
 def utc_now() -> str:
-    """The time as it is recorded in files: UTC, such as ``2026-11-28T18:00:00Z``.
+    """The time as files record it: UTC, such as ``2026-11-28T18:00:00Z``.
 
     ``SOURCE_DATE_EPOCH`` (seconds since 1970) takes its place: https://reproducible-builds.org.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F  # as torch's own documents name it
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 HeadReduction = Literal["mean", "max", "per_head"]
 EdgeDirection = Literal["query_to_key", "key_to_query", "both"]
-
-HEAD_REDUCTIONS: tuple[HeadReduction, ...] = get_args(HeadReduction)
-EDGE_DIRECTIONS: tuple[EdgeDirection, ...] = get_args(EdgeDirection)
 
 
 @checked

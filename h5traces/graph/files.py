@@ -44,7 +44,7 @@ def record_files(
         files += sorted({path for path, _ in found.sources})
         archives += [each.path for each in found.unrelated if each.kind == _ARCHIVE]
         if not found.sources and not archives:
-            archives.append(str(named))  # the error of opening it says what is there
+            archives.append(str(named))  # opening it raises an error that says what it is
         elif found.left and found.sources:
             reasons = and_more([each.reason for each in found.left], separator="; ")
             warn(f"not all of {named} is read: {reasons}", StoredStateWarning)

@@ -322,7 +322,7 @@ class _Reader:
             return self._kept[index][0]
 
     def _read_on(self, index: int) -> None:
-        """Read one more record, from the beginning of the file where it was passed already."""
+        """Read one more record, from the start of the file if it was passed already."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         if self._open != (os.getpid(), number) or self._next > index:
             self._guard.check(self._paths[number])
@@ -382,7 +382,7 @@ def _kept(array: torch.Tensor, axis: int, mask: NDArray[np.bool_]) -> torch.Tens
 
 
 def _unpadded(texts: Any, mask: NDArray[np.bool_] | None) -> Any:
-    """Texts of tokens without those of padding, where there is one per token."""
+    """Texts of tokens without padding, if there is one per token."""
     if mask is None or len(texts) != len(mask):
         return texts
     return [each for each, is_token in zip(texts, mask, strict=True) if is_token]

@@ -1,4 +1,4 @@
-"""What the numbers of layers show: statistics of some or all values, and findings from these.
+"""Statistics of some or all values of layers, and findings from these.
 
 Statistics are of several layers at once, from blocks ``(layers, tokens, hidden)`` or ``(layers,
 heads, queries, keys)`` in float32: small samples cost few calls of numpy, large ones little memory.
@@ -39,8 +39,8 @@ _QUICK_HEADS: Final = 4
 _QUICK_QUERIES: Final = 8
 # Values that become float32 at a time.
 _BLOCK_VALUES: Final = 1 << 20
-# A row of weights may miss or exceed its sum by so much: softmax in bfloat16, whose values are off
-# by up to 0.4 %, stays within it (benchmarks/checks.py).
+# A row of weights may miss or exceed its sum by this much: softmax in bfloat16, with values off by
+# up to 0.4 %, stays within it (benchmarks/checks.py).
 ROW_TOLERANCE: Final = 0.01
 # Weights above 1 by rounding alone.
 _RANGE_TOLERANCE: Final = 1e-3
@@ -153,7 +153,7 @@ class _States:
 
 @dataclass(frozen=True, slots=True)
 class _StateLayer:
-    """What is known of one layer of states; runs are of positions with one state, at both ends."""
+    """Statistics of one layer of states; runs are positions at either end that share one state."""
 
     name: str
     low: float
@@ -227,7 +227,7 @@ def _full_states(layers: Layers) -> Iterable[_StateLayer]:
 
 
 def _groups(arrays: list[tuple[str, ArraySource]]) -> Iterator[list[tuple[str, ArraySource]]]:
-    """Arrays of one shape that follow each other, so many that they are one block."""
+    """Arrays of one shape that follow each other, as many as make one block."""
     for shape, alike in itertools.groupby(arrays, lambda each: each[1].shape):
         most = max(1, _BLOCK_VALUES // math.prod(shape))
         while group := list(itertools.islice(alike, most)):
@@ -381,7 +381,7 @@ class _Weights:
 def _later(
     block: Floats, positions: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_] | None, Floats | None]:
-    """Which rows attend to later tokens, and what these give to earlier ones; None if none do."""
+    """Which rows attend to later tokens, and these tokens' weights; None if none do."""
     keys = np.arange(block.shape[3])
     after = (keys > positions[:, None]).astype(np.float32)
     later = np.einsum("lhqk,qk->lhq", block, after) > _LATER_TOLERANCE
@@ -514,7 +514,7 @@ def _some(shape: tuple[int, ...]) -> tuple[slice, slice]:
 
 
 def _strided(length: int, most: int) -> slice:
-    """At most so many of `length` positions, the last one among them."""
+    """At most `most` of `length` positions, the last one among them."""
     step = -(-length // most)
     return slice((length - 1) % step, None, step)
 

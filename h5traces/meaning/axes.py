@@ -1,4 +1,4 @@
-"""Named axes: what a format or a user says of an array, and views with other axes."""
+"""Named axes of arrays, as a format or a user states them, and views with other axes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH: Final = "batch"
 LAYER: Final = "layer"
 # Of nested sequences: the outer one has an item per generation step, the inner one per layer.
 STEPS_FIRST: Final = ("step", LAYER)
-# Axes with a meaning of their own; every other name is that of a width, such as head_dim.
+# Axes that the package gives a meaning; every other name is that of a width, such as head_dim.
 KNOWN_AXES: Final = (BATCH, LAYER, "token", "head", "query", "key", "hidden")
 _SYNONYMS: Final = {
     **{f"{name}s": name for name in (LAYER, "token", "head", "key")},

@@ -21,7 +21,7 @@ Severity = Literal["error", "warning", "note"]
 FailOn = Literal["error", "warning"]
 SEVERITIES: Final[tuple[Severity, ...]] = get_args(Severity)
 _MAX_SAMPLES: Final = 5
-# Groups of samples that are told apart, where one finding is in several layers.
+# Groups of samples that are kept apart where one finding is in several layers.
 _MAX_GROUPS: Final = 3
 
 
@@ -388,7 +388,7 @@ class FindingSummary:
 
 @dataclass(slots=True)
 class _Gathered:
-    """What was found of one check at one place."""
+    """Findings of one check at one place."""
 
     number: int = 0
     span: tuple[float, float] | None = None

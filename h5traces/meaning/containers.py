@@ -1,4 +1,4 @@
-"""Takes the fields of layered kinds apart: one array per layer, out of whatever held them.
+"""Takes the fields of layered kinds apart: one array per layer, from any container.
 
 Lists and tuples, dicts by layer number, arrays and tensors of all layers with the layers outermost
 or behind the tokens, batches of one, one vector per layer, and lists of generation steps with
@@ -33,7 +33,7 @@ _NUMBER_IN_KEY: Final = re.compile(r"\D*(\d{1,6})\D*\Z", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What the other fields of a sample say, as far as it is known.
+    """Sizes that the other fields of a sample give, as far as known.
 
     Attributes
     ----------
@@ -235,7 +235,7 @@ def _reject_batch(kind: str, shape: tuple[int, ...], size: int) -> NoReturn:
 
 
 def _stacked(kind: str, value: Any, lengths: Lengths, known: dict[str, Any]) -> Apart:
-    """An array or tensor of all layers, whose axes the other fields tell."""
+    """An array or tensor of all layers, whose axes follow from the other fields."""
     axes, shape = layout.KINDS[kind].axes, shape_of(value)
     possible = [each for each in _orders(kind, axes) if len(each) == len(shape)]
     if not possible:
@@ -385,7 +385,7 @@ def steps_outermost(found: list[Apart], num_layers: int | None) -> bool | None:
 def _may_be_steps(found: Apart, *, steps_first: bool) -> bool:
     grid = [[None if each is None else shape_of(each) for each in inner] for inner in found.items]
     if len({len(inner) for inner in grid}) > 1:
-        # Layers of different numbers of steps contradict; which is said elsewhere.
+        # Layers with different numbers of steps contradict each other; that is reported elsewhere.
         return not steps_first
     steps = grid if steps_first else list(zip(*grid, strict=True))
     shapes = [set(layers) - {None} for layers in steps]

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 _IDS: Final = "input_ids"
 _SEQUENCES: Final = "sequences"
-# What an output is taken for; logits, scores, the loss and the cache of keys are not stored.
+# Fields of an output by their names; logits, scores, loss and key cache are not stored.
 TAKEN_OF_OUTPUTS: Final = (
     *(layout.HIDDEN_STATES, layout.ATTENTIONS, _SEQUENCES),
     *("decoder_hidden_states", "encoder_hidden_states"),
 )
-# What of a model's inputs is stored, beside the tokens.
+# The model's inputs that are stored beside the tokens.
 _TAKEN_OF_INPUTS: Final = (
     layout.ATTENTION_MASK, "token_type_ids", "position_ids", "special_tokens_mask"
 )  # fmt: skip
@@ -118,7 +118,7 @@ def items_of_hooks(
 ) -> tuple[list[Item], FirstState | None]:
     """One dict per sequence of a cache of TransformerLens, and what its first state is.
 
-    The residual stream behind block i is ``blocks.i.hook_resid_post``, which is
+    The residual stream after block i is ``blocks.i.hook_resid_post``, which is
     ``blocks.(i+1).hook_resid_pre``; in front of block 0 it is the embedding. The last one is taken
     before the final norm. ``attn.hook_pattern`` are the attentions. Other hooks of blocks are
     fields by their names, such as ``hook_mlp_out``; hooks outside of blocks are extra fields.
@@ -216,7 +216,7 @@ def _are_steps(found: Item) -> bool:
 
 
 def _joined(found: Item, size: int) -> Item | None:
-    """Steps of ``generate()`` as the arrays of the sequence; None if they are of no one.
+    """Steps of ``generate()`` as the arrays of the sequence; None if they do not form one.
 
     The first step holds the prompt, each later one the token that was generated before it. What a
     token pays to later ones, which the model did not see, is 0.

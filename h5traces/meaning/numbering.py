@@ -32,7 +32,7 @@ FIRST_STATE_UNKNOWN: Final = Finding(
 
 @dataclass(slots=True)
 class Established:
-    """What the samples of one source, and other files of its run, have told so far.
+    """What samples of one source, and other files of its run, have established so far.
 
     Attributes
     ----------
@@ -241,7 +241,7 @@ def _contradict(
 
 
 def _named(found: Apart, blocks: Apart | None, first: FirstState) -> Numbered:
-    """Names and sites, where the first state is known."""
+    """Names and sites if the first state is known."""
     num_states = len(found.items)
     numbers: list[int | None] = list(range(num_states))
     if found.numbers is not None:
@@ -250,7 +250,7 @@ def _named(found: Apart, blocks: Apart | None, first: FirstState) -> Numbered:
         numbers = [None, *range(num_states - 1)]
     known = [each for each in numbers if each is not None]
     last = max(known, default=None)
-    # Dicts come from hooks as well, which take the last block before the norm or behind it. Only
+    # Dicts come from hooks as well, which take the last block before the norm or after it. Only
     # transformers' own states, and the lists of the old pipeline, are known.
     of_transformers = blocks is not None and len(numbers) > len(known) == len(blocks.items)
     sites_known = found.sequence != "dict" or of_transformers
@@ -283,9 +283,9 @@ def _numbers_of_keys(found: Apart, blocks: Apart | None, first: FirstState) -> l
 
 
 def named_positions(names: Iterable[str], first: FirstState) -> dict[str, str]:
-    """What stored positions such as ``position_000`` are, now that somebody says what the first is.
+    """The layers of stored positions such as ``position_000``, once the first state is known.
 
-    New names by old ones. Where in a block the numbers were taken, nobody said: there is no site.
+    New names by old ones, without a site: nothing says where in a block numbers were taken.
     """
     shift = 1 if first == "embedding" else 0
     numbers = {name: (layout.parse_layer_name(name) or 0) - shift for name in names}

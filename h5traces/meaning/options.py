@@ -1,4 +1,4 @@
-"""How files of other programs are to be understood, where they do not say so themselves."""
+"""How to understand files of other programs that do not say it themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FirstState = Literal["embedding", "block"]
 FIRST_STATES: Final[tuple[FirstState, ...]] = get_args(FirstState)
-# What messages call a mapping: the way out where a file can be understood in several ways.
+# What messages call a mapping, the way out for files with several readings.
 A_MAPPING: Final = (
     "a mapping (mapping='mapping.toml'; 'h5traces inspect' of the file prints one to begin with)"
 )
@@ -25,7 +25,7 @@ _MOST_FACTS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What files of one run establish, for those that do not say it themselves.
+    """What files of one run establish for those that leave it open.
 
     Attributes
     ----------

@@ -123,7 +123,7 @@ def _array_of(value: list[Any] | tuple[Any, ...]) -> NDArray[Any] | None:
 def _is_causal(array: NDArray[Any]) -> bool:
     """Whether a mask of one row per position lets every position see all before it and itself."""
     first = array.reshape(-1, *array.shape[-2:])[0]
-    # Masks that are added to scores have 0 for what is seen.
+    # Masks that are added to scores have 0 where keys are seen.
     seen = first == 0 if first.min(initial=0) < 0 else first != 0
     return bool(np.array_equal(seen, np.tri(len(first), dtype=bool)))
 
@@ -159,7 +159,7 @@ def _lengths(record: TraceRecord) -> list[tuple[str, int]]:
 
 
 def layered_axes(kind: str, layered: LayeredArrays) -> tuple[str, ...]:
-    """Axes of one layer's array; none where they are not known."""
+    """Axes of one layer's array; empty if unknown."""
     return layout.axes_of_kind(kind, layered.axes) or ()
 
 

@@ -1,4 +1,4 @@
-"""Makes trace records of dicts, whatever their layout: the rules of what an index and an axis mean.
+"""Makes trace records of dicts of any layout: the rules for the meaning of indices and axes.
 
 `containers` takes fields of layered kinds apart, `numbering` says which decoder block each array
 is, `further_kinds` finds kinds that the format does not name, `lengths` which tokens positions
@@ -170,7 +170,7 @@ def _taken_apart(item: dict[str, Any], known: Established, found: _Fields) -> di
 
 
 def _no_weights(value: Any) -> str | None:
-    """How a field of attentions says that there are none, if it does."""
+    """How a field of attentions says that it is empty, if it does."""
     if is_absent(value):
         return "the field holds None only"
     return "the field is empty" if isinstance(value, (list, tuple, dict)) and not value else None
@@ -452,7 +452,7 @@ def _is_prompt_length(number: int | None, item: dict[str, Any], found: _Fields) 
 
 
 def _whole_number(value: Any) -> int | None:
-    """The number of 64 bits that a field holds as it is, or in an array or tensor of one."""
+    """The number of 64 bits that a field is, or holds in an array or tensor of one element."""
     array = value.data if isinstance(value, TorchValue) else value
     if isinstance(array, (np.ndarray, np.generic)):
         is_number = array.dtype.kind in "iub" and array.size == 1

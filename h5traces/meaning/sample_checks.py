@@ -1,4 +1,4 @@
-"""Looks at samples: at some numbers of each, at all, and at what two of them have in common."""
+"""Looks at samples: at some or all numbers of each, and at what samples share."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ QUICK: Final = Look()
 
 
 def sample_findings(record: TraceRecord, look: Look = QUICK) -> list[Finding]:
-    """What a sample shows by itself, with what was found when it was read.
+    """Findings in a single sample, and those made when it was read.
 
     Only arrays in memory are looked at. Cost of a quick look: see ``benchmarks/checks.py``.
     """
@@ -212,7 +212,7 @@ def _special_run(texts: Sequence[str]) -> int:
 
 
 class SampleChecks:
-    """Checks samples as they come, also for what they have in common.
+    """Checks samples as they come, also against each other.
 
     Attributes
     ----------

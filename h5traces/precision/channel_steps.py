@@ -74,7 +74,7 @@ class StepFormat:
 
     @classmethod
     def of(cls, step: float) -> StepFormat:
-        """The format for steps of so many sigma."""
+        """The format for steps of this many sigma."""
         if 127 * step >= _REACH_OF_BYTE:
             return cls("uint8", 128, 1, 127)
         spacing = max(1, 2 ** round(math.log2(_SPACING_OF_SIGMA * step)))

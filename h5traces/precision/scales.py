@@ -45,7 +45,7 @@ METHOD: Final = (
     "tokens; sigma is at least 2^-12 of the layer's median sigma"
 )
 
-# Offsets lie on a grid of so many parts of a step, so that steps centre on the middle of a channel.
+# Offsets lie on a grid of this many parts of a step, so that steps centre on a channel's middle.
 OFFSETS_PER_STEP: Final = 16
 # Bits of float16's significand, the hidden one included, less one for values of up to two sigma.
 _SIGNIFICANT_BITS: Final = 10
@@ -109,7 +109,7 @@ def channel_scale(statistics: ChannelStatistics, step: float) -> ChannelScale:
 
 
 def _rounded_down(values: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
-    """The largest numbers of so many significant bits that are not larger."""
+    """The largest numbers of this many significant bits that are not larger."""
     mantissa, exponent = np.frexp(values)
     scale = 2.0 ** max(_FEWEST_BITS, bits)
     return np.ldexp(np.floor(mantissa * scale) / scale, exponent)
@@ -133,7 +133,7 @@ class Calibration:
         return state.hexdigest()
 
     def scales(self, step: float) -> ScaleSet:
-        """The scales for steps of so many sigma."""
+        """The scales for steps of this many sigma."""
         scales = {path: channel_scale(each, step) for path, each in self.layers.items()}
         return ScaleSet(scales, self.record)
 

@@ -1,6 +1,6 @@
-"""Runs of ranks whose results go to a bucket: what they write down there, and how it is read.
+"""Runs of ranks whose results go to a bucket: what they record there, and how it is read.
 
-Objects cannot be appended to, so every piece of work has one of its own. Its name says what became
+Objects cannot be appended to, so every piece of work has its own. Its name says what became
 of it, for a status takes a listing then, and no further request.
 """
 
@@ -33,7 +33,7 @@ from h5traces.storage.remote.paths import DEFAULT_REMOTE, RemotePath
 if TYPE_CHECKING:
     from h5traces.ranks.rank import Rank
 
-# Of a rank, what it did in an extraction.
+# The report of a rank of an extraction.
 REPORT: Final = "report.json"
 _BEAT_SECONDS: Final = 30.0
 # Six heartbeats.
@@ -61,7 +61,7 @@ class BucketRun:
         _fix_plan(RemotePath(url), plan)
 
     def note(self, item: int, **facts: Any) -> None:
-        """Write down what became of a piece of work, unless that was done before."""
+        """Record the outcome of a piece of work, unless that was done before."""
         from h5traces.storage.remote.uploading import put_new
 
         self._failed |= facts.get("status") == "failed"
@@ -73,7 +73,7 @@ class BucketRun:
             put_new(self._place(name), _document(line), DEFAULT_REMOTE)
 
     def stopped(self) -> None:
-        """Say at the end that the rank was told to stop."""
+        """Record at the end that the rank was stopped."""
         self._is_stopped = True
 
     def _place(self, name: str) -> RemotePath:
@@ -141,11 +141,11 @@ def _document(line: dict[str, Any]) -> bytes:
 
 @dataclass(slots=True)
 class BucketRoom:
-    """What ranks have written down in a bucket; as `LocalRoom`."""
+    """The records of ranks in a bucket; as `LocalRoom`."""
 
     url: str
     lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    # Of every rank, how long ago it gave a sign of life.
+    # How long ago every rank gave a sign of life.
     _ages: dict[str, float] = field(default_factory=dict)
     _reports: list[str] = field(default_factory=list)
 
@@ -179,11 +179,11 @@ class BucketRoom:
         return self.url
 
     def plan(self) -> RunPlan | None:
-        """The plan of the run; None if there is none."""
+        """The plan of the run, or None."""
         return read_plan(RemotePath(self.url))
 
     def is_at_work(self, number: int, size: int) -> bool:
-        """Whether a rank of so many has neither ended nor been silent for long."""
+        """Whether a rank of this many has neither ended nor been silent for long."""
         name = rank_name(number, size)
         lines = self.lines.get(name, [])
         return bool(lines) and lines[-1]["event"] != "end" and self.is_alive(name)

@@ -58,7 +58,7 @@ class RunPlan(Document):
     ids: tuple[tuple[str, int], ...] = ()
 
     def differences(self, before: RunPlan) -> list[str]:
-        """What a rank would do otherwise than the ranks before it."""
+        """Where a rank would differ from the ranks before it."""
         found = [
             f"{name} is {getattr(self, name)!r}, and was {getattr(before, name)!r}"
             for name in ("command", "generator")
@@ -104,7 +104,7 @@ def run_folder(output: Path) -> Path:
 
 
 def read_plan(folder: Path | RemotePath) -> RunPlan | None:
-    """The plan of the run in a folder, or in one of a bucket; None if there is none."""
+    """The plan of the run in a folder or bucket, or None."""
     path = plan_path(folder)
     try:
         if isinstance(path, RemotePath):
@@ -130,7 +130,7 @@ def read_plan(folder: Path | RemotePath) -> RunPlan | None:
 def fix_plan(folder: Path, plan: RunPlan) -> RunPlan:
     """Write the plan, if this rank is the first; return the one that is in force.
 
-    It may have another world size. TargetError where the plan in force is another otherwise.
+    It may have another world size. TargetError if the plan in force differs in anything else.
     """
     make_folder(folder)
     before = read_plan(folder)
@@ -222,7 +222,7 @@ def rank_name(number: int, size: int) -> str:
 
 
 def deal(costs: Sequence[int], size: int) -> list[list[int]]:
-    """Divide pieces of work among ranks: the dearest first, each to who has the least.
+    """Divide pieces of work among ranks: the most costly first, each to the rank with the least.
 
     Ties go to the piece and the rank that come first, so that every rank finds the same shares.
     """

@@ -61,7 +61,7 @@ def check_shared(target: Target, options: TargetChoice, *, merge: bool = False) 
 
 
 def check_no_overwrite(*, overwrite: bool) -> None:
-    """Reject replacing what other ranks have written."""
+    """Reject replacing the results of other ranks."""
     if overwrite:
         message = (
             "overwrite=True does not go with rank: a rank that is started again would undo its "
@@ -98,7 +98,7 @@ class RankRun:
         self._note("item", item=item, **facts)
 
     def stopped(self) -> None:
-        """Say at the end that the rank was told to stop."""
+        """Record at the end that the rank was stopped."""
         self._is_stopped = True
 
     def _note(self, event: str, **facts: Any) -> None:
@@ -129,7 +129,7 @@ class RankRun:
             else:
                 self._note("end", status="failed", error=str(error) or exception_type.__name__)
         except OSError:
-            # What failed first is what counts.
+            # The first failure counts.
             if exception_type is None:
                 raise
         finally:
@@ -145,7 +145,7 @@ def run_at(folder: Path | RemotePath, rank: Rank, plan: RunPlan) -> RankRun | Bu
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Say of a full disk where it is, and what to do."""
+    """Name the full disk, and say what to do."""
     try:
         yield
     except OSError as error:

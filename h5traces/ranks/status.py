@@ -1,4 +1,4 @@
-"""How far a run is, from what its ranks have written down."""
+"""How far a run is, by the records of its ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Six heartbeats: a node may be busy, or its mount slow.
 _ALIVE_SECONDS: Final = 60.0
-# Of these, a later attempt that finds the work done says less.
+# A later attempt that finds the work done says less than these.
 _FINISHED: Final = ("converted", "written", "skipped")
 
 
@@ -82,7 +82,7 @@ class RunStatus(Report):
 
     @property
     def unit(self) -> str:
-        """What costs are counted in."""
+        """The unit of costs."""
         return "tokens" if self.command == "extract" else "bytes"
 
     @property
@@ -156,7 +156,7 @@ def status(folder: PathLike) -> RunStatus:
 
 
 class Room(Protocol):
-    """What the ranks of a run have written down.
+    """The records of the ranks of a run.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ class Room(Protocol):
     lines: dict[str, list[dict[str, Any]]]
 
     def plan(self) -> RunPlan | None:
-        """The plan of the run; None if there is none."""
+        """The plan of the run, or None."""
 
     def is_alive(self, rank: str) -> bool:
         """Whether a rank is at work."""
@@ -181,7 +181,7 @@ class Room(Protocol):
 
 @dataclass(slots=True)
 class LocalRoom:
-    """What ranks have written down in a folder; as `Room`."""
+    """The records of ranks in a folder; as `Room`."""
 
     folder: Path
     lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -197,7 +197,7 @@ class LocalRoom:
         return str(self.folder)
 
     def plan(self) -> RunPlan | None:
-        """The plan of the run; None if there is none."""
+        """The plan of the run, or None."""
         return read_plan(self.folder)
 
     def is_alive(self, rank: str) -> bool:
@@ -205,7 +205,7 @@ class LocalRoom:
         return _is_alive(self.folder / RANKS / f"{rank}.jsonl", self._now)
 
     def whole(self, lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        """The lines as they are."""
+        """The raw lines."""
         return lines
 
     def reports(self) -> list[dict[str, Any]]:
@@ -222,7 +222,7 @@ def room_of(folder: PathLike) -> LocalRoom | BucketRoom:
 
 
 def planned(room: Room) -> RunPlan:
-    """The plan of a run; TargetError if there is none."""
+    """The plan of a run; TargetError without one."""
     plan = room.plan()
     if plan is None:
         message = f"{room}: holds no {RUN}; expected the output of a command that was given ranks"
@@ -293,7 +293,7 @@ def _now(folder: Path) -> float:
         probe.touch()
         return probe.stat().st_mtime
     except OSError:
-        # A folder that can only be read: the newest sign of life is all there is to compare with.
+        # In a read-only folder, only the newest sign of life is left to compare with.
         return max((each.stat().st_mtime for each in folder.glob("*.jsonl")), default=0.0)
     finally:
         if probe.exists():

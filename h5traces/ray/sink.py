@@ -38,7 +38,7 @@ class ArchiveSink(Datasink[str]):
     folder
         A folder that all nodes know, without archives.
     min_samples
-        Rows that a task writes at least, where there are so many; Ray decides by default.
+        The fewest rows that a task writes, if there are enough; Ray decides by default.
     options
         As for `h5traces.create`: ``precision``, ``model_id`` and others. A tier needs scales that
         `h5traces.calibrate` made.

@@ -47,7 +47,7 @@ def convert(
     world_size
         Number of tasks; as many as the cluster can run at a time by default.
     num_cpus
-        Of each task, which works in so many threads.
+        Of each task, which works in as many threads.
 
     Returns
     -------

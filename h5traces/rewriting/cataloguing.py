@@ -204,7 +204,7 @@ def _uploaded(
     texts: bool,
     check: bool,
 ) -> CatalogueReport:
-    """Write a catalogue here, and upload it; the one that is there is brought up to date."""
+    """Write a catalogue here and upload it; one on the server is brought up to date."""
     if not output.url.endswith(SUFFIX):
         message = f"{output}: expected a name ending in {SUFFIX}"
         raise TargetError(message)
@@ -224,7 +224,7 @@ def _uploaded(
 
 
 def _plan(paths: list[Path | RemotePath], rank: Rank, *, texts: bool) -> RunPlan:
-    """What all ranks must agree on; a piece of work is so many shards."""
+    """What all ranks must agree on; a piece of work is a number of shards."""
     starts = range(0, len(paths), _SHARDS_OF_A_PART)
     return RunPlan(
         command="index",
@@ -285,7 +285,7 @@ class _Work:
         """Write a catalogue of shards; what it has read already lies in `parts`."""
         known = [open_catalogue(each, self.remote) for each in (*parts, self.target)]
         before = _Before([each for each in known if each is not None], texts=self.texts)
-        # What ranks have just read is not read again.
+        # Shards that ranks have just read are not read again.
         check = self.check and not parts
         reader = _Reader(self.target.parent, before, self.remote, texts=self.texts, check=check)
         remove_abandoned_parts(output)
@@ -325,7 +325,7 @@ class _Before:
         return {name for each in self._known for name in each.numbers}
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """What was known of a shard."""
+        """Facts known about a shard."""
         known = next((each for each in self._known if name in each.numbers), None)
         return None if known is None else known.row(name)
 
@@ -349,7 +349,7 @@ class _Known:
         self._start = 0
 
     def row(self, name: str) -> dict[str, Any]:
-        """What was known of a shard."""
+        """Facts known about a shard."""
         found: dict[str, Any] = self.catalogue.shards.slice(self.numbers[name], 1).to_pylist()[0]
         return found
 
@@ -446,7 +446,7 @@ def _span(file: ArchiveFile, number: int) -> tuple[int, int]:
 
 
 def _stamps(path: Path | RemotePath) -> dict[str, Any]:
-    """What changes when a shard or its labels do."""
+    """Differs once a shard or its labels change."""
     if isinstance(path, RemotePath):
         return {"modified_ns": None, "labels_ns": None}
     status, sidecar = path.stat(), sidecar_path(path, None)
@@ -504,7 +504,7 @@ class _Written:
         columns["ordinal"] = pa.array(range(self.num_samples, self.num_samples + count), pa.int64())
         order = ["ordinal", "path", *(each for each in columns if each not in ("ordinal", "path"))]
         if not self.num_samples:
-            # An empty shard has no types of its own; a part of these alone has columns, too.
+            # An empty shard says no types; a part that holds only such shards has columns, too.
             self._waiting = []
         self._waiting.append(pa.table({name: columns[name] for name in order}))
         self.num_samples += count

@@ -222,7 +222,7 @@ def _plan(
 
 
 def _line(report: FileReport, uploads: Uploads | None) -> dict[str, Any]:
-    """What a rank writes down of a job; `collect` makes one report of all."""
+    """A rank's record of a job; `collect` makes one report of all."""
     found = report.as_dict()
     if report.status == "skipped" and uploads is None:
         # Who wrote it may have been killed before it said so.
@@ -252,7 +252,7 @@ class _Meter:
         self._num_samples = 0
 
     def __call__(self, source: Path, position: int, num_samples: int) -> None:
-        """Note that `source` is read up to `position` and so many more samples are written."""
+        """Note that `source` is read up to `position` and this many more samples are written."""
         self._positions[source] = position
         self._num_samples += num_samples
         if self._callback is not None:

@@ -57,9 +57,9 @@ class ConvertOptions:
     model_id: str | None = None
     dataset: str | None = None
     write: WriteOptions = field(default_factory=WriteOptions)
-    # What the runs establish that sources belong to.
+    # Facts that the runs of the sources establish.
     runs: Runs = field(default_factory=dict)
-    # To where archives are uploaded, if they do not stay where they are written.
+    # Where archives are uploaded, unless they stay where they are written.
     uploads: Uploads | None = None
     # Those that the archives record, see `recorded_options`.
     recorded: Mapping[str, Any] = field(default_factory=dict)
@@ -228,7 +228,7 @@ class _SourceFailedError(Exception):
     def __init__(self, source: Path, reason: str) -> None:
         super().__init__(source, reason)
         self.source, self.reason = source, reason
-        # Whether what was written may hold something of it.
+        # Whether the written archives may hold a part of it.
         self.has_traces = True
 
 
@@ -391,7 +391,7 @@ class _Ready:
 
 @dataclass(slots=True)
 class _Opened:
-    """What a source says of itself when it has been read."""
+    """What a source states about itself after it was read."""
 
     understood: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)

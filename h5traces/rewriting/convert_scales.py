@@ -1,6 +1,6 @@
 """Scales of a conversion: given, or measured on the first samples of each model's batches.
 
-Ranks share what one of them measured: others of their own would give other numbers.
+Ranks share the scales that one of them measured: their own would give other numbers.
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.options import Compare, WriteOptions
 
-# Of each end of a source, what its digest covers.
+# Bytes of each end of a source that its digest covers.
 _END_NBYTES: Final = 1 << 16
 _BLOCK_NBYTES: Final = 8 << 20
 _SECOND: Final = 10**9
 
 
 def source_file(path: Path, *, whole: bool = False) -> SourceFile:
-    """What is recorded of a source: size, time, and digests of its ends or, if `whole`, of all.
+    """Recorded facts about a source: size, time, and digests of its ends or, if `whole`, of all.
 
     A folder that is one source counts with all files below it.
     """
@@ -238,7 +238,7 @@ def _compare_options(found: Comparison, metadata: ArchiveMetadata, wanted: Wante
 
 
 def _compare_reading(found: Comparison, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """What was said about the source, as `recorded_options` gives it; defaults are left out."""
+    """The given facts about the source, as `recorded_options` returns them, without defaults."""
     runs = [RunFacts.from_dict(each.get("run")) for each in (before, now)]
     # A file alone says less than one among others of its run.
     if runs[0].contradicts(runs[1]):
@@ -309,7 +309,7 @@ def _is_are(names: Sequence[str]) -> str:
 
 
 def _changes(found: Comparison, old: SourceFile, path: Path, compare: Compare) -> Iterator[str]:
-    """What shows that a source is not the recorded one, the cheapest first."""
+    """Signs that a source is not the recorded one, the cheapest first."""
     new = source_file(path)
     if new.nbytes != old.nbytes:
         yield f"{path} has {new.nbytes:,} bytes, and had {old.nbytes:,}"

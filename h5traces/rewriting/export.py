@@ -84,7 +84,7 @@ _LIBRARIES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """An export: of what, to where and how."""
+    """An export: its sources, target and options."""
 
     archive: Archive
     compared: ComparedTraces
@@ -99,7 +99,7 @@ class _Job:
         return self.target.path
 
     def traces(self) -> Iterator[Trace]:
-        """Every trace; progress is told when the next is asked for."""
+        """Every trace; progress is reported when the next is asked for."""
         for index, trace in enumerate(self.compared.traces(self.archive)):
             yield trace
             if self.progress is not None:

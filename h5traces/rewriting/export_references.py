@@ -91,7 +91,7 @@ def _axes(entry: ObjectEntry) -> tuple[str, ...]:
     axes = layout.KINDS[kind].axes if kind in layout.KINDS else ()
     if len(axes) == len(entry.shape) and layout.parse_layer_name(name) is not None:
         return axes
-    # Names of their own, so that xarray takes no two lengths for one.
+    # Separate names, so that xarray takes no two lengths for one.
     return tuple(f"{entry.path.replace('/', '_')}_{axis}" for axis in range(len(entry.shape)))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from h5traces.storage.publish import PartFile
 
 _ROOT: Final = "archive"
-# What torch.save takes; torch.load with weights_only reads no other.
+# Types that torch.save takes; torch.load with weights_only reads no others.
 _PROTOCOL: Final = 2
 _HEADER_NBYTES: Final = 2
 # torch pads entries to this, so that a mapped file gives aligned tensors.

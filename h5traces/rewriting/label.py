@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from h5traces.rewriting.label_table import HigherMeans, Key
 
 
-# What spreadsheets, editors and copying put around an id.
+# Characters that spreadsheets, editors and copying put around an id.
 _AROUND: Final = " \t\r\n\ufeff\u200b\u00a0'\"\u2018\u2019\u201c\u201d"
 
 
@@ -329,7 +329,7 @@ class _Joining:
     def join(
         self, archive: Archive, progress: Callable[[int, int], None] | None
     ) -> list[LabelSidecar]:
-        """A sidecar for every file; the report lists what does not join."""
+        """A sidecar for every file; the report lists rows that do not join."""
         report, table = self._report, self._table
         repeats = Counter(each for each in archive.ids if each is not None)
         sidecars, total = [], len(archive)
@@ -414,7 +414,7 @@ class _Joining:
         attrs: Mapping[str, object],
         repeats: Counter[str],
     ) -> tuple[str, Entry] | None:
-        """The id and values of one sample; None if there are none, which the report notes."""
+        """The id and values of one sample; None without any, which the report notes."""
         place = f"{file.path}: sample {ordinal} ({sample_id!r})"
         if not isinstance(sample_id, str):
             self._report.missing.append(f"{file.path}: sample {ordinal} (without an id)")
@@ -459,7 +459,7 @@ def _similar(unknown: list[str], ids: Iterable[str]) -> list[str]:
 
 
 def _plain(sample_id: str) -> str:
-    """An id without what tables do to it: spaces, quotes, case, zeros."""
+    """An id without the changes that tables make: spaces, quotes, case, zeros."""
     text = " ".join(unicodedata.normalize("NFKC", sample_id).strip(_AROUND).split()).casefold()
     if text.isascii() and text.replace(".", "", 1).isdigit():
         whole, _, rest = text.partition(".")
@@ -468,7 +468,7 @@ def _plain(sample_id: str) -> str:
 
 
 def _incomplete(report: LabelReport) -> str:
-    """What is wrong with a table that leaves samples out."""
+    """The faults of a table that leaves samples out."""
     what = "score" if report.label_column is None else "label"
     said = []
     if report.missing:
@@ -519,7 +519,7 @@ def _write_sidecar(place: Path, sidecar: LabelSidecar, *, overwrite: bool) -> No
 
 
 def sidecar_json(sidecar: LabelSidecar) -> bytes:
-    """The document as it is written: a line for every key, since columns are long.
+    """The document as text: a line for every key, since columns are long.
 
     SchemaError where it would be larger than readers take.
     """

@@ -31,7 +31,7 @@ KNOWN_SCORES: Final[dict[str, tuple[HigherMeans, str]]] = {
 }
 # Further columns of the ``_full`` tables; the score itself is the best of all references.
 _OTHER_SCORES: Final = ("min_score", "avg_score")
-# What separates the columns of a table, for messages.
+# Separators of columns, for messages.
 _SEPARATORS: Final = {
     "CSV": ", separated by commas,",
     "CSV with semicolons": ", separated by semicolons,",
@@ -53,7 +53,7 @@ Key = tuple[str, int | None]
 class LabelOptions:
     """Which columns of a table hold what, and what their values mean.
 
-    Labels are either classes, in a column of their own, or made of a score by a threshold.
+    Labels are either classes, in a column, or made from a score by a threshold.
 
     Attributes
     ----------
@@ -451,7 +451,7 @@ def _generation(cells: dict[str, Any]) -> int | None:
 
 
 def _score(cells: dict[str, Any], column: str) -> float:
-    """A score; NaN where there is none."""
+    """A score; NaN for a missing one."""
     value = _cell(cells, column)
     text = "" if value is None else value.strip() if isinstance(value, str) else repr(value)
     if text.lower() in ("", "nan"):

@@ -1,4 +1,4 @@
-"""Names hidden states that are stored by position, when somebody says what the first one is."""
+"""Names hidden states that are stored by position, once the first one is known."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class NamedSample(StoredSample):
         return form.model_copy(update=update)
 
     def observation(self) -> Observation:
-        """Layers and sizes of what is copied."""
+        """Layers and sizes of copied arrays."""
         found = super().observation()
         for number in found.positions.pop(_STATES, ()):
             old = layout.position_name(number)

@@ -19,7 +19,7 @@ _NUMBER: Final = re.compile("([0-9]+)")
 
 
 def ordered(archive: Archive, order: Order | None) -> list[int] | None:
-    """Indices of all samples in an order; None for that in which they lie.
+    """Indices of all samples in an order; None for the stored order.
 
     Raises
     ------

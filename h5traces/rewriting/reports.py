@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from h5traces.writing.options import WriteOptions
 
 
-# So many archives of one sample are better one.
+# From this many archives of one sample on, one archive of all is better.
 _MANY_SINGLE: Final = 3
 
 

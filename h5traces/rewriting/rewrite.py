@@ -115,7 +115,7 @@ class Rewrite:
         indices: Sequence[int],
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Write the shards of a rank, each by itself; those that are there are kept."""
+        """Write the shards of a rank, each by itself; existing ones are kept."""
         generations: dict[str, set[int]] = {}
         share, total = set(run.share), len(indices)
         for number, some in enumerate(self.cut(place, indices)):
@@ -228,7 +228,7 @@ def _discarded_on_error(shards: ShardSet) -> Iterator[None]:
 
 
 def _foreign_warnings(archive: Archive, summaries: Sequence[WriteSummary]) -> list[str]:
-    """What other programs put into the sources and is not in the targets."""
+    """Objects of other programs in the sources that the targets lack."""
     left = dict.fromkeys(each for one in summaries for each in one.left_foreign)
     found = [f"{and_more(left, separator='; ')}: not copied"] if left else []
     far = [str(file.path) for file in archive._files if _is_out_of_reach(file)]

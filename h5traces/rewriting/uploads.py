@@ -63,7 +63,7 @@ class Uploads:
         return RemotePath(f"{self.url}{path.relative_to(self.folder).as_posix()}")
 
     def existing(self, job: Job) -> ExistingUploads | None:
-        """The archives of a job that are on the server; None if there are none."""
+        """The archives of a job that are on the server, or None."""
         from h5traces.storage.remote.uploading import exists
 
         found: list[RemotePath] = []

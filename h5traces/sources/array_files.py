@@ -104,7 +104,7 @@ def _table(path: Path, kind: str) -> ArrayFile:
 
 
 class _NamedFile(ArrayFile):
-    """Arrays of safetensors and numpy, which are views of the file where it is not compressed."""
+    """Arrays of safetensors and numpy: views of the file unless it is compressed."""
 
     def __init__(self, reader: NamedArraysSource) -> None:
         self._reader = reader

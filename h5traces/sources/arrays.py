@@ -21,7 +21,7 @@ _MAX_LIST_DEPTH: Final = 8
 
 
 class NamedArray(Protocol):
-    """An array that is read when it is asked for."""
+    """An array that is read on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,7 +35,7 @@ class NamedArray(Protocol):
         """An array, `TorchValue`, text or number: all, or one element along an axis."""
 
 
-# What one part of a file holds, by name.
+# Contents of one part of a file, by name.
 Group = Mapping[str, NamedArray]
 
 
@@ -68,7 +68,7 @@ class ArrayFile(ABC):
         """Bytes read so far, and the size of the file, both in bytes."""
 
     def release(self, nbytes: int = 0) -> None:  # noqa: B027  # most have none to give back
-        """Give back memory of what was read before: so many bytes, maybe of memory maps."""
+        """Give back memory of what was read before: `nbytes`, maybe of memory maps."""
 
     @abstractmethod
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Loaded:
         return self._now.dtype
 
     def read(self, axis: int | None = None, index: int = 0) -> Any:
-        """The array, which is let go, or an element along an axis."""
+        """The array, which is then released, or an element along an axis."""
         found = self._now.read(axis, index)
         if axis is None:
             self._held = None
@@ -173,7 +173,7 @@ def _flatten(value: Any, name: str, found: dict[str, NamedArray], depth: int) ->
 
 
 def _holds_array(value: Any, depth: int) -> bool:
-    # Elements are alike in lists that people write.
+    # In lists that people write, all elements are alike.
     first = value[0] if value else None
     if depth < _MAX_DEPTH and isinstance(first, (list, tuple)):
         return _holds_array(first, depth + 1)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _BATCH_NBYTES: Final = 16 << 20
 _MAX_BATCH_ROWS: Final = 1024
-# A value takes at most so many bytes, but for text, whose bytes are counted by the file.
+# A value takes at most this many bytes, but for text, whose bytes are counted by the file.
 _VALUE_NBYTES: Final = 8
 _MAX_EXPANSION: Final = 2000
 # Of what is decompressed at once, and of columns of lists, any row of which may hold all numbers.
@@ -34,14 +34,14 @@ _MAX_EXPANSION_AT_ONCE: Final = 100
 _GRACE_NBYTES: Final = 64 << 20
 _MAX_FOOTER_NBYTES: Final = 16 << 20
 _MAX_PAGES: Final = 100_000
-# A Python object in a list takes so many bytes.
+# A Python object in a list takes this many bytes.
 _OBJECT_NBYTES: Final = 32
 _MAX_OBJECTS_NBYTES: Final = 256 << 20
 _MAX_LAYERS: Final = 10_000
 _MAGIC: Final = b"ARROW1"
 _STREAM_BEGIN: Final = 8
 _SPLIT: Final = "split"
-# What pyarrow raises about what a file says.
+# What pyarrow raises for damaged files.
 _ERRORS: Final = (
     *(pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, KeyError, TypeError),
     RuntimeError,
@@ -81,7 +81,7 @@ class ParquetTable(ArrayFile):
         return os.pread(self._descriptor.fileno(), nbytes, offset)
 
     def _check_footer(self) -> None:
-        """Reject a footer that takes much more memory than it has bytes."""
+        """Reject a footer that would take much more memory than its size."""
         nbytes = int.from_bytes(self._read_at(max(self._size - 8, 0), 4), "little")
         if nbytes > _MAX_FOOTER_NBYTES:
             message = (
@@ -91,7 +91,7 @@ class ParquetTable(ArrayFile):
             raise ConversionError(message)
 
     def _nbytes_of(self, number: int, index: int) -> int:
-        """What the values of a column take in a row group; ConversionError for far too much."""
+        """Bytes that a column's values take in a row group; ConversionError for far too many."""
         column = self._file.metadata.row_group(number).column(index)
         stored = min(max(column.total_compressed_size, 0), self._size)
         needed = max(column.total_uncompressed_size, column.num_values * _VALUE_NBYTES, 0)
@@ -177,7 +177,7 @@ class ParquetTable(ArrayFile):
 
 
 def _text_columns(metadata: Any) -> list[str]:
-    """Columns of bytes by path, which may be read as dictionaries; looks at all there are."""
+    """Columns of bytes by path, which may be read as dictionaries; looks at all columns."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     columns = (each.column(index) for each in groups for index in range(each.num_columns))
     found = [each.path_in_schema for each in columns if each.physical_type == "BYTE_ARRAY"]
@@ -225,7 +225,7 @@ class ArrowTable(ArrayFile):
 def _batches(file: MappedFile) -> Iterator[pa.RecordBatch]:
     """The batches of a file, each checked before and after pyarrow decompresses it.
 
-    A file is a stream with a magic before it and a list of its batches behind it.
+    A file is a stream with a magic before it and a list of its batches after it.
     """
     content = pa.py_buffer(file.view(0, file.nbytes))
     is_file = file.read_at(0, len(_MAGIC)) == _MAGIC
@@ -241,9 +241,9 @@ def _batches(file: MappedFile) -> Iterator[pa.RecordBatch]:
             message = f"{file.path}: {problem}"
             raise ConversionError(message)
         if part.type == "record batch":
-            # With the dictionaries before it, which were checked already.
+            # With the dictionaries before it, checked already.
             batch = batches.read_next_batch()
-            # Offsets and indices that lead elsewhere would be followed.
+            # pyarrow would follow offsets and indices that lead elsewhere.
             batch.validate(full=True)
             num_batches += 1
             yield batch
@@ -265,7 +265,7 @@ def _rows(batch: pa.RecordBatch, split: str | None) -> Iterator[Group]:
 
 
 def _stored(column: Any) -> Any:
-    """What an extension type is stored as: `Array2D` of datasets, tensors of fixed shape."""
+    """The storage of an extension type: `Array2D` of datasets, tensors of fixed shape."""
     if not isinstance(column.type, pa.BaseExtensionType):
         return column
     shape = getattr(column.type, "shape", None)
@@ -283,7 +283,7 @@ def _regrouped(column: Any, size: int) -> Any:
 
 
 def cell(column: Any, index: int) -> Any:
-    """One value of a column: an array of what is nested lists of numbers, else a plain value."""
+    """One value of a column: an array for nested lists of numbers, else a plain value."""
     if not _is_list(column.type):
         return _as_python(column, index)
     values, shape = column.slice(index, 1), []
@@ -326,7 +326,7 @@ def _as_python(column: Any, index: int) -> Any:
 
 
 def _python_nbytes(values: Any) -> int:
-    """What values take as Python objects, about; views and dictionaries name a text many times."""
+    """About how much values take as Python objects; views and dictionaries repeat texts."""
     types, kind = pa.types, values.type
     total = len(values) * _OBJECT_NBYTES
     if total > _MAX_OBJECTS_NBYTES:

@@ -30,7 +30,7 @@ _DATA_PAGES: Final = (5, 8)
 
 
 def inflated_nbytes(metadata: bytes, body: Any) -> int:
-    """What the buffers of a message become where they are compressed, as they say, in bytes.
+    """Bytes that the compressed buffers of a message claim to become.
 
     Raises
     ------

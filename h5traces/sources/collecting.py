@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from h5traces.sources.source import TraceSource
     from h5traces.storage.remote.paths import RemotePath
 
-# Whoever finds such a file in a folder of traces expects it to be read. Of pickles, only those that
+# Users expect such a file in a folder of traces to be read. Of pickles, only those that
 # are named so: many files of other kinds begin like one.
 _OF_TRACES: Final = frozenset({"torch", "torch-old", "safetensors"})
 _NAMED_AS_TRACES: Final = re.compile(
     r"\.(?:pkl|pickle|pt|pth|ckpt|safetensors)(?:\.(?:gz|bz2|xz|lzma|zstd?|lz4))?\Z", re.IGNORECASE
 )
-# What lies beside the configuration of a model is of it, not of a run.
+# Files beside the configuration of a model belong to it, not to a run.
 _WEIGHTS: Final = re.compile(
     r"(?:model|pytorch_model|adapter_model|consolidated|optimizer|scheduler|training_args|rng_state)"
     r"\b.*\.(?:safetensors|bin|pt|pth)\Z"
 )
 _CONFIGURATIONS: Final = ("config.json", "adapter_config.json", "params.json")
-# What lies beside a batch and tells about it, under its name.
+# Files beside a batch that describe it, under its name.
 _COMPANIONS: Final = frozenset(
     {"json", "jsonl", "csv", "text", "html", "xml", "office", "image", "pdf", "empty"}
 )
@@ -85,9 +85,9 @@ class Collected:
     sources
         Files to read, each with its path relative to the folder that was named.
     left
-        What is not read though it seems to belong to them.
+        Files that are not read though they seem to belong to them.
     unrelated
-        What is not read, and need not be.
+        Files that are not read and need not be.
     """
 
     sources: list[tuple[Path, Path]] = field(default_factory=list)
@@ -225,7 +225,7 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
         else:
             unsure.append(recognised)
     names = _Names([path for path, _ in found.sources])
-    # What may be anything is tried; of files whose names differ only in numbers, until one holds
+    # Files of unclear content are tried, those whose names differ only in numbers until one holds
     # traces: a first sample may be a whole file.
     runs: set[tuple[Path, str, str]] = set()
     no_traces: list[Recognised] = []
@@ -247,7 +247,7 @@ def _sorted_out(files: list[Path], reading: ReadingOptions | None) -> Collected:
 
 
 def _run_of(found: Recognised) -> tuple[Path, str, str]:
-    """What files of one kind share whose names differ only in numbers."""
+    """What is common to files of one kind whose names differ only in numbers."""
     return *run_of(found.path), found.kind.id
 
 
@@ -325,7 +325,7 @@ def _unfinished(path: Path) -> Leftover:
 
 
 def _place_others(found: Collected, others: list[Other]) -> None:
-    """What is not a plain file, and what walking through a folder did not enter."""
+    """What is no plain file, and folders that the walk did not enter."""
     names = _Names([path for path, _ in found.sources])
     for each in others:
         message = f"{each.path}: is {each.what}; {each.remedy}"

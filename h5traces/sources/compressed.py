@@ -47,7 +47,7 @@ _MAX_MEMORY: Final = 128 << 20
 _DEFLATE_MAX_RATIO: Final = 1032
 _NO_BOUND: Final = 1 << 62
 _HEAD_NBYTES: Final = 8
-# Of frames whose content is for others.
+# Frames with the content of other programs.
 _SKIPPABLE: Final = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 _SIGNATURES: Final = (
     (b"\x1f\x8b", "gzip"),
@@ -59,7 +59,7 @@ _SIGNATURES: Final = (
 
 
 def compression_of(head: bytes) -> str | None:
-    """The compressor of a file that begins so, in words of its users; None for no known one."""
+    """The compressor of a file that begins like this, as users call it; None if unknown."""
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
             return name
@@ -69,7 +69,7 @@ def compression_of(head: bytes) -> str | None:
 
 
 class ExpansionLimits(Protocol):
-    """How much may come out of a compressed file."""
+    """How far a compressed file may expand."""
 
     @property
     def max_expansion(self) -> int:
@@ -118,7 +118,7 @@ class Decompressed(io.RawIOBase):
         """The most bytes that can follow."""
         if self._compression not in ("gzip", "zlib"):
             return _NO_BOUND
-        # The extra mebibyte is in buffers already.
+        # The extra mebibyte lies in buffers already.
         left = self._size - self._raw.tell() + STEP_NBYTES
         return left * _DEFLATE_MAX_RATIO + 2 * STEP_NBYTES
 

@@ -24,7 +24,7 @@ _LAYER: Final = re.compile(r"layer|block|hidden|state|act|resid|\bl|\bh", re.IGN
 _MAX_LINES: Final = 30
 _STATES: Final = re.compile(r"hidden|state|act|resid|layer|repr|emb|array|output", re.IGNORECASE)
 _ATTENTIONS: Final = re.compile(r"attn|attention|pattern", re.IGNORECASE)
-# Fields of one value or text per sample, by what their names often are.
+# Fields of one value or text per sample, by their usual names.
 _OTHERS: Final = {
     layout.TOKENS: re.compile(r"(?:.*[/_.])?(?:tokens|token_ids|input_ids|ids)\Z", re.IGNORECASE),
     layout.ATTENTION_MASK: re.compile(r"(?:.*[/_.])?attention_mask\Z", re.IGNORECASE),
@@ -88,7 +88,7 @@ def drafted(path: str | os.PathLike[str]) -> Draft | None:
 
 
 def _grouped(group: Mapping[str, NamedArray]) -> dict[str, list[tuple[str, NamedArray]]]:
-    """Names that differ in their last number only, as one, with a place for it."""
+    """Names that differ only in their last number, merged into one with a place for it."""
     found: defaultdict[str, list[tuple[str, NamedArray]]] = defaultdict(list)
     for name, array in group.items():
         found[_template(name)].append((name, array))
@@ -158,7 +158,7 @@ def _text(found: dict[str, list[tuple[str, NamedArray]]]) -> str:
 def _rows_of_layers(
     found: dict[str, list[tuple[str, NamedArray]]], tables: list[str]
 ) -> str | None:
-    """Says that rows of layers are samples, in `tables`, where a label has a value for each."""
+    """Says in `tables` that rows of layers are samples, if a label has a value for each."""
     axes = 'axes = "token hidden"'
     if axes not in tables:
         return None

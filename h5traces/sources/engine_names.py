@@ -1,4 +1,4 @@
-"""Names that trainers of draft models write beside each other in one sample.
+"""Names that trainers of draft models write side by side in one sample.
 
 EAGLE and SpecForge save `input_ids`, `loss_mask`, the last `hidden_state` and `aux_hidden_state`,
 states of several layers side by side, in files of torch.save that end in ``.ckpt``; speculators

@@ -14,7 +14,7 @@ from h5traces.sources.rows import DECODER, without_repeats
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Numbers are parsed in parts of so many characters: as Python's, each takes 32 bytes.
+# Numbers are parsed in parts of this many characters: as Python's, each takes 32 bytes.
 _PART: Final = 1 << 16
 _BEGIN: Final = re.compile(r"[ \t\r\n]*\{[ \t\r\n]*")
 _COLON: Final = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
@@ -26,7 +26,7 @@ _CLOSING: Final = re.compile(r"((?:\][ \t\r\n]*)+)(?:,[ \t\r\n]*((?:\[[ \t\r\n]*
 def parse_with_arrays(text: str) -> Any:
     """What a text of JSON holds, where lists of numbers in an object are arrays.
 
-    They are those of `h5traces.sources.arrays.as_array`; what it leaves as lists may be lists.
+    They are those of `h5traces.sources.arrays.as_array`; what it keeps as lists may stay lists.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def parse_with_arrays(text: str) -> Any:
         if after[1]:
             return without_repeats(pairs)
         place = after.end()
-    # Another value than an object, or no JSON: the error names the place.
+    # No object, or no JSON: the error names the place.
     return DECODER.decode(text)
 
 
@@ -82,7 +82,7 @@ def _numbers(text: str, start: int) -> tuple[Any, int] | None:
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    """One array of them, which are let go one by one."""
+    """One array of them; the parts are released one by one."""
     found = np.empty(sum(map(len, parts)), np.result_type(*{each.dtype for each in parts}))
     end = len(found)
     while parts:

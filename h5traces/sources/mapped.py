@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Pages that may stay in this process's memory until the next sample is read.
 _RELEASE_NBYTES: Final = 32 << 20
-# Linux maps so much around every page that is read.
+# Linux maps this much around every page that is read.
 _AROUND_NBYTES: Final = 64 << 10
 
 
@@ -98,5 +98,5 @@ class MappedFile:
 
 
 def aligned(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, copied if its numbers are not aligned: those are slow, or impossible, to use."""
+    """The array, copied if its numbers are not aligned, which makes them slow or unusable."""
     return array if array.flags.aligned else array.copy(order="K")

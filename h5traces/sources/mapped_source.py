@@ -253,7 +253,7 @@ class MappedSource(TraceSource):
             parts[_EMBEDDING] = each, group[each]
 
     def _extras(self, others: dict[str, _Parts]) -> dict[str, _Parts]:
-        """Arrays that the mapping does not name; each is an extra field, but of several samples."""
+        """Arrays that the mapping does not name: each an extra field, unless of several samples."""
         several = any(
             each.parsed is not None and BATCH in each.parsed.names
             for each in self._mapping.fields.values()
@@ -261,7 +261,7 @@ class MappedSource(TraceSource):
         return {} if several else others
 
     def _note_others(self, group: Group, used: set[str], *, has_ids: bool) -> None:
-        """Say what is not read because nothing says which sample it is of."""
+        """Say what is not read because nothing tells its sample."""
         several = has_ids or not self._extras({"": {}})
         if not several:
             return

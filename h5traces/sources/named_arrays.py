@@ -75,7 +75,7 @@ class NamedArraysSource(TraceSource):
         self._file.close()
 
     def release(self, nbytes: int = 0) -> None:
-        """Give back pages of the file, of which so many bytes were read as views."""
+        """Give back pages of the file, of which `nbytes` were read as views."""
         self._file.release(nbytes)
 
     def __next__(self) -> dict[Any, Any]:
@@ -87,7 +87,7 @@ class NamedArraysSource(TraceSource):
             message = (
                 f"{self.path}: holds {len(loaders):,} arrays of sample {name[:80]!r}, at most "
                 f"{_MOST_ARRAYS:,} are read; name samples as in 'q0/hidden_states', or save each "
-                "to a file of its own"
+                "to a separate file"
             )
             raise ConversionError(message)
         self.num_read += 1

@@ -221,7 +221,7 @@ def is_numbered(name: str) -> bool:
 
 
 def _numbered(names: Iterable[str]) -> dict[tuple[str, str, str], dict[int, str]]:
-    """Names by what is around a layer's number in them, and by that number."""
+    """Names by the text around a layer's number, and by that number."""
     groups: defaultdict[tuple[str, str, str], dict[int, str]] = defaultdict(dict)
     for name in names:
         match = _NUMBERED.match(name)
@@ -246,7 +246,7 @@ def _field_of(word: str, after: str, values: list[Any]) -> str | None:
 
 def _is_embedding(name: str) -> bool:
     if name.lower().endswith("hook_embed"):
-        # That of positions, a name of its own, may be missing in it.
+        # The axis of positions has another name, and may be missing in it.
         return False
     last = re.split(r"[./]", name.lower())[-1]
     return last in _EMBEDDINGS or last.rpartition("_")[2] in _EMBEDDINGS

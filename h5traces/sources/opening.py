@@ -1,4 +1,4 @@
-"""The register of readers: opens files that others wrote, by what they hold.
+"""The register of readers: opens files of other programs by their content.
 
 A reader is a `TraceSource`. Which one opens a file is decided by its content (`signatures`), never
 by its name. Other packages add readers in the entry-point group `ENTRY_POINTS`; these are asked
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from h5traces.sources.source import TraceSource
 
 ENTRY_POINTS: Final = "h5traces.sources"
-# Bytes that readers of other packages see.
+# Bytes that readers of other packages get to see.
 _HEAD_NBYTES: Final = 4096
 
 # Module and class by kind: loaded on first use, as archives are read without them.

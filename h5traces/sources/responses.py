@@ -1,4 +1,4 @@
-"""Answers of a server, beside the files of states that it wrote: what a file does not hold.
+"""Answers of a server beside the files of states that it wrote, with what these lack.
 
 A file of responses is JSON Lines or JSON. A row is the response itself, as the client of a server
 of vLLM got it, or says the same in columns. It belongs to the file that it names
@@ -40,7 +40,7 @@ _PROMPT_IDS: Final = "prompt_token_ids"
 # Of vLLM: which of several answers, the id, which of several prompts, and eight random digits.
 _REQUEST: Final = re.compile(r"(?:(?P<answer>\d+)_)?(?P<id>.+?)-[0-9a-f]{8}\Z")
 _PROMPT: Final = re.compile(r"(?P<id>.+)-(?P<prompt>\d+)\Z")
-# Of a response, what is not a fact about one sample, or is taken apart.
+# Parts of a response that are no facts about one sample, or are taken apart.
 _LEFT: Final = frozenset(
     (
         *("file", "id", "request_id", "object", "created", "model", "choices", "usage", "outputs"),
@@ -76,7 +76,7 @@ def add_response(item: dict[str, Any], stem: str, path: Path, responses: str) ->
 
 
 def unused_responses(paths: Iterable[Path], reading: ReadingOptions) -> list[Leftover]:
-    """What of the file of responses belongs to no sample of these files: one entry, or none.
+    """One entry for the responses that belong to no sample of these files, if any.
 
     Files that cannot be read are named when they are converted.
 
@@ -196,7 +196,10 @@ def _found(
     for name in names:
         found = rows.get(name, [])
         if len(found) > 1:
-            message = f"{responses}: has {len(found)} responses with the id {name!r} of {path}"
+            message = (
+                f"{responses}: has {len(found)} responses with the id {name!r} of {path}; expected "
+                "one, or the name of the file in each"
+            )
             raise ConversionError(message)
         if found:
             return found[0], answer, prompt

@@ -126,12 +126,12 @@ def read_rows(
 def _delimiter(header: str) -> str:
     if header.count("\t") > header.count(","):
         return "\t"
-    # Spreadsheets write it where the comma is the decimal sign.
+    # Spreadsheets write semicolons where the comma is the decimal sign.
     return ";" if ";" in header and "," not in header else ","
 
 
 def foreign(path: Path) -> str | None:
-    """What a file is that holds something other than a table of text; None if it may be one."""
+    """Says what a file is that is no table of text; None if it may be one."""
     if not path.is_file():
         return None
     kind = identify(path)

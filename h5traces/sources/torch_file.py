@@ -19,7 +19,8 @@ from h5traces.meaning.options import ReadingOptions
 from h5traces.sources.engine_names import by_field, is_of_engine
 from h5traces.sources.mapped import MappedFile
 from h5traces.sources.opening import source_stem
-from h5traces.sources.pickle.machine import INVALID, Machine, locate
+from h5traces.sources.pickle.locating import INVALID, locate
+from h5traces.sources.pickle.machine import Machine
 from h5traces.sources.pickle.shims import (
     MAGIC,
     PROTOCOL,

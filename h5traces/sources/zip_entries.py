@@ -231,7 +231,7 @@ def entry_content(
     name
         Of the file, for messages.
     max_expansion, grace_nbytes
-        A deflated entry may expand so many times, or to so many bytes.
+        How many times a deflated entry may expand, or to how many bytes.
     check
         Compare the content with its checksum.
 

@@ -115,7 +115,7 @@ def _encoded_chunks(values: NDArray[Any], chunk: Shape, codec: str) -> EncodedAr
 
 
 class Storing(NamedTuple):
-    """A dataset to be: C-contiguous values of a carrier dtype, their stored type and their codec.
+    """A dataset to write: C-contiguous values of a carrier dtype, their stored type and codec.
 
     Without a codec, nothing is encoded. NaN and infinite values of `counted` are counted.
     """
@@ -127,7 +127,7 @@ class Storing(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What became of a `Storing`, and its digest; None if there was no codec."""
+    """What a `Storing` became, and its digest; None without a codec."""
 
     encoded: EncodedArray | None
     digest: str
@@ -157,7 +157,7 @@ def store_arrays(arrays: Sequence[Storing]) -> list[Stored]:
 
 
 def _stored(array: Storing, chunk: Shape, found: Iterator[Any]) -> Stored:
-    """What the kernels found of one array; Python does what they left."""
+    """Results of the kernels for one array; Python does the rest."""
     values, counted = array.values, array.counted
     data, checksum, digest, *special = next(found)
     if counted is not None:
@@ -204,7 +204,7 @@ def read_array(file: ByteFile, entry: ObjectEntry, limits: ReadLimits) -> NDArra
 
 
 def read_checked_array(file: ByteFile, entry: ObjectEntry) -> NDArray[Any]:
-    """As `read_array`, for an entry that `check_sizes` accepted before."""
+    """As `read_array`, for an entry that `check_sizes` has accepted."""
     if entry.chunks is None or entry.codec is None:
         message = f"{entry.path} cannot be read without the HDF5 library"
         raise CorruptArchiveError(message)
@@ -255,7 +255,7 @@ def _damaged(entry: ObjectEntry, number: int, what: str) -> CorruptArchiveError:
 
 
 def check_sizes(entry: ObjectEntry, limits: ReadLimits, file_nbytes: int) -> None:
-    """Reject an entry whose claims do not fit the file, before anything is allocated for it."""
+    """Reject an entry whose claims do not fit the file, before allocating anything for it."""
     check_shape(entry, limits)
     if entry.chunks is not None:
         check_chunks(entry.chunks, chunk_bounds(entry), file_nbytes)
@@ -293,7 +293,7 @@ def check_shape(entry: ObjectEntry, limits: ReadLimits) -> None:
 
 
 class ChunkBounds(NamedTuple):
-    """What a chunk of an array has before compression, and may have stored."""
+    """Sizes of a chunk before compression, and the bounds of its stored size."""
 
     raw_nbytes: int
     smallest: int

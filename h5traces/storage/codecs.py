@@ -21,7 +21,7 @@ _FILTER_DEFLATE: Final = 1
 FILTER_SHUFFLE: Final = 2
 FILTER_ZSTD: Final = 32015
 _ZSTD_LEVEL: Final = 3
-# What `convert --codec` offers for the layered arrays.
+# The codecs that `convert --codec` offers for layered arrays.
 ArrayCodec = Literal["gzip", "zstd"]
 
 
@@ -118,10 +118,10 @@ def get_codec(name: str) -> Codec:
 
 
 def codec_of(filters: tuple[Filter, ...]) -> str | None:
-    """The codec that reads chunks of these filters; None if there is none."""
+    """The codec that reads chunks of these filters; None if no codec does."""
     numbers = [each.filter_id for each in filters]
     for codec in CODECS.values():
-        # Whatever the parameters.
+        # With any parameters.
         if [each.filter_id for each in codec.pipeline(1)] == numbers:
             return codec.name
     return None

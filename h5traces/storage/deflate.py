@@ -45,18 +45,17 @@ _RAW_DEFLATE = -15
 # A window of 512 bytes leaves few accidental matches: twice as fast as 32 KiB, and 0.2 % smaller.
 _RAW_DEFLATE_SHORT_WINDOW = -9
 _HEADER_NBYTES: Final = 2
-_STORED_HEADER_NBYTES: Final = 5
 _STORED_BLOCK = 65535
 # Eight windows of 512 values show the entropy of a plane to about 0.03 bits. They are windows and
-# not single values because equal neighbours must stay visible. A numpy call on so many values lets
-# go of the GIL, and getting it back takes longer than the call while others encode: so few calls,
-# for all planes together, and what only some planes need is counted when asked for.
+# not single values because equal neighbours must stay visible. A numpy call on this many values
+# releases the GIL, and getting it back takes longer than the call while others encode: so there are
+# few calls, for all planes together, and what only some planes need is counted when asked for.
 _WINDOW = 512
 _NUM_WINDOWS = 8
 # A sample of 4096 random bytes shows at least 7.98 bits. Coding at 7.92 would win one per cent of
 # the plane, and cost all of the speed that stored blocks have.
 _NOISE_ENTROPY = 7.92
-# Repeats are looked for in so many bytes from the middle of a plane: two windows of deflate.
+# Repeats are looked for in this many bytes from the middle of a plane: two windows of deflate.
 _SPAN = 65536
 # n log2 n for every count that a sample can hold: looking up is five times faster than computing.
 _COUNTS = np.arange(_NUM_WINDOWS * _WINDOW + 1, dtype=np.float64)
@@ -65,7 +64,7 @@ _TIMES_LOG = _COUNTS * np.log2(np.maximum(_COUNTS, 1))
 # runs of zeros, as in causal attentions; elsewhere isal searches as fast as it only codes.
 _SMALL = 24 << 10
 _MIN_SMALL_PAIRS = 0.1
-# Up to this size the ends of pieces may cost more than code tables of their own win.
+# Up to this size the ends of pieces may cost more than separate code tables win.
 _TINY = 1024
 # isal's level 1 takes accidental matches of three or four bytes, dear ones when bytes are likely
 # to be equal: at 1/17 it loses 0.1 % to plain Huffman coding, at 1/10 it loses 2 %.
@@ -74,7 +73,7 @@ _MAX_COLLISION_FOR_ISAL = 1 / 17
 # until there are so many that a whole bit for each byte is what costs.
 _MIN_EXCESS_PAIRS = 0.03
 _MIN_PAIRS = 0.7
-# Runs of so many zeros are the masked half of causal attentions, which has no repeats beside them.
+# With this share of zeros, runs are the masked half of causal attentions; the rest has no repeats.
 _MIN_MASKED = 0.2
 # Share of repeated strings from which a search may win more than one per cent.
 _MIN_REPEATS = 0.0075
@@ -104,7 +103,7 @@ class Engines:
     isal_zlib: Any
     igzip_lib: Any
     zlib_ng: Any
-    # Compiled kernels, which do all of it for what they know.
+    # Compiled kernels, which do all the work for data that they know.
     native: Any = None
 
     @classmethod
@@ -116,7 +115,7 @@ class Engines:
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What inflating a damaged stream raises."""
+        """Errors that inflating a damaged stream raises."""
         extra = (self.igzip_lib and self.igzip_lib.error, self.zlib_ng and self.zlib_ng.error)
         return (zlib.error, *filter(None, extra))
 
@@ -143,14 +142,14 @@ def _import_or_none(name: str) -> Any:
 
 
 ENGINES = Engines.installed()
-# For what need not outlive a call.
+# Memory that no call needs afterwards.
 _SCRATCH = Scratch()
 
 
 def encode(raw: Buffer, *, itemsize: int) -> bytes:
     """One zlib stream of the shuffled bytes of a chunk, at most a header longer than the chunk.
 
-    `raw` is little-endian and in C order; an `itemsize` of 1 leaves the order as it is.
+    `raw` is little-endian and in C order; an `itemsize` of 1 keeps the order.
     """
     data, itemsize = _as_bytes(raw), _checked(itemsize)
     if ENGINES.native:

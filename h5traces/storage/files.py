@@ -35,7 +35,7 @@ class ByteFile(Protocol):
         """Fill `out` from `offset`; CorruptArchiveError as `read_at`."""
 
     def at_hand(self, offset: int, nbytes: int) -> bool:
-        """Whether reading these bytes takes no request to a server."""
+        """Whether these bytes can be read without a request to a server."""
 
     def hold(self, offset: int, nbytes: int) -> None:
         """Fetch bytes at once, since they will be read in pieces."""
@@ -93,14 +93,14 @@ def read_document(
 ) -> bytes:
     """All of a small regular file; `error` for a pipe, a device, or what is larger.
 
-    The one would be waited for, and the other may have no end.
+    Opening the first could wait forever, and the last may have no end.
     """
     with os.fdopen(open_regular(path, error, expected), "rb") as file:
         nbytes = os.fstat(file.fileno()).st_size
         is_small = nbytes <= max_nbytes
-        # Reading takes memory for all that is asked for, so no more is than there is.
+        # Reading allocates what is asked for, so no more than the file has is.
         data = file.read(nbytes + 1) if is_small else b""
-        if len(data) > nbytes:  # it grows
+        if len(data) > nbytes:  # the file grows
             data += file.read(max_nbytes)
     if not is_small or len(data) > max_nbytes:
         message = f"{path}: has more than {max_nbytes:,} bytes; expected {expected}"

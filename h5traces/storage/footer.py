@@ -58,10 +58,10 @@ _SMALL_NBYTES: Final = 1 << 20
 # The footer repeats what the HDF5 part says, so it cannot be much larger. JSON may take six bytes
 # for one byte there, and every object has a digest and numbers.
 _MOST_PER_HDF5_BYTE: Final = 8
-# Rows are noise mostly, which a higher level makes no smaller.
+# Rows are mostly noise, which higher levels make no smaller.
 _LEVEL: Final = 3
 _SUPERBLOCK: Final = struct.Struct("<8sBBBBQQQQ")
-# All groups but the last have so many rows.
+# All groups but the last have this many rows.
 GROUP_ROWS: Final = 1000
 # Of a row: stored and raw size, xxh3-64 of the stored bytes.
 ROW_PLACE: Final = np.dtype([("nbytes", "<u4"), ("raw_nbytes", "<u4"), ("checksum", "<u8")])
@@ -256,7 +256,7 @@ class FooterTables:
         self._places: dict[int, tuple[NDArray[Any], NDArray[np.int64]]] = {}
 
     def row(self, number: int) -> FooterRow:
-        """All that the footer says of a sample; of the scales after the last one."""
+        """The footer's row of a sample; the scales follow the last one."""
         group, within = divmod(number, GROUP_ROWS)
         places, starts = self._group(group)
         place = places[within].item()
@@ -367,7 +367,7 @@ class FooterBuilder:
         self.has_foreign = False
 
     def __del__(self) -> None:
-        # Of a writer that was given up.
+        # A writer was abandoned.
         self._rows.close()
 
     def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
@@ -411,7 +411,7 @@ class FooterBuilder:
         self._group, self._places = [], []
 
     def close(self) -> None:
-        """Let go of the rows, where there will be no footer."""
+        """Release the rows of a footer that will not be written."""
         self._rows.close()
 
     def finish(

@@ -124,7 +124,7 @@ class FooterRow:
     Attributes
     ----------
     key
-        What tells rows of different forms apart.
+        Differs between rows of different forms.
     """
 
     def __init__(self, raw: bytes) -> None:
@@ -169,7 +169,7 @@ class FooterRow:
 
     @property
     def form(self) -> RowForm:
-        """What it shares with others; FooterError where that contradicts itself."""
+        """Its form, which others share; FooterError if it contradicts itself."""
         return form_of(self.key)
 
     # Not cached properties, which take a lock.
@@ -196,7 +196,7 @@ class FooterRow:
 
     @property
     def listed_chunks(self) -> tuple[list[int], list[int], list[int]]:
-        """The same as numbers of Python."""
+        """The same as Python numbers."""
         if self._listed is None:
             offsets, sizes, checksums = self.chunks
             self._listed = offsets.tolist(), sizes.tolist(), checksums.tolist()

@@ -87,12 +87,6 @@ class ChunkError(ValueError):
         self.row = row
 
 
-def restored_itemsize(plan: NDArray[Any]) -> NDArray[np.int64]:
-    """Bytes of a restored element, for every row."""
-    sizes = np.array([0, 2, 4, 2, 4, 4, 4], np.int64)[plan["restoring"]]
-    return np.where(sizes == 0, plan["itemsize"], sizes)
-
-
 def run_plan(
     plan: NDArray[Any],
     source: int | Buffer,
@@ -115,7 +109,7 @@ def run_plan(
     tables
         What the rows refer to.
     threads
-        At most so many work at a time.
+        How many work at a time at most.
 
     Raises
     ------

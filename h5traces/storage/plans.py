@@ -41,7 +41,7 @@ MAX_AXES: Final = 32
 MOST_RAW_NBYTES: Final = {"gzip": 1040, "deflate": 1040, "zstd": 33_000}
 _MOST_RAW: Final = np.array([MOST_RAW_NBYTES[name] for name in PLAN_CODECS])
 UNKNOWN: Final = -1
-# Datasets share memory up to so many bytes, so that keeping one keeps little else. As much is one
+# Datasets share memory up to this many bytes, so that keeping one keeps little else. As much is one
 # task of a thread.
 _SHARED_NBYTES: Final = 4 << 20
 # Less is read at once: handing it to a thread takes longer than is won.
@@ -434,7 +434,7 @@ def _pieces(
     """First bytes of the pieces of memory, and where their datasets and rows begin and end.
 
     After every 4 MiB, or less where threads would have nothing to do, new memory begins. A dataset
-    that is as large has memory of its own.
+    that is as large has its own memory.
     """
     layouts = [part.layout for part in parts]
     numbers = np.cumsum([0, *(len(layout.plan) for layout in layouts)])

@@ -34,7 +34,7 @@ _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno
 _RENAME_NOREPLACE: Final = 1
 _AT_FDCWD: Final = -100
 _SYNC_FILE_RANGE_WRITE: Final = 2
-# So many bytes are handed to the disk at a time, while others are still being made.
+# Bytes handed to the disk at a time, while others are still being made.
 _WRITE_BACK_NBYTES: Final = 4 << 20
 
 

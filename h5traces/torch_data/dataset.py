@@ -331,7 +331,7 @@ def check_layers(archive: Archive, kinds: tuple[str, ...], layers: tuple[int, ..
             continue
         for kind in kinds:
             declared = _declared(file, kind)
-            # Positions, where no layer is known.
+            # Positions if no layer is known.
             stored = declared.get("layers") or declared.get("positions")
             known = list(stored) if isinstance(stored, tuple) else []
             missing = [layer for layer in layers if layer not in known]
@@ -435,7 +435,7 @@ def _id_of(key: Any) -> Any:
 
 
 class ShardGuard:
-    """Remembers local files, and raises where another one took their place.
+    """Remembers local files, and raises if another file took the place of one.
 
     A check takes one `os.stat`. An open archive stays readable after another file got its name, so
     without this, one worker might train on the old file and the next one on the new. Files that

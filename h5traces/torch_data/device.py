@@ -86,7 +86,7 @@ class DeviceLoader:
         self._state: Any = None
 
     def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # TypeError where the loader has none
+        return len(self._loader)  # type: ignore[arg-type]  # TypeError if the loader has none
 
     def __iter__(self) -> Iterator[Any]:
         if self.device.type != "cuda":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 
-from h5traces.archive.stored_trace import MOST_AHEAD_NBYTES
+from h5traces.archive.stored_sample import MOST_AHEAD_NBYTES
 from h5traces.archive.token_axis import NoAnswerError, TokenAxis
 from h5traces.archive.torch_values import to_tensor
 from h5traces.arguments import checked_options
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 TokenChoice = Literal["all", "answer", "last", "mean", "answer_mean"]
 NonFinite = Literal["error", "keep"]
 
-TOKEN_CHOICES: tuple[TokenChoice, ...] = get_args(TokenChoice)
 TOKEN_AXES = ("token", "query")
 # These leave no token axis.
 _REDUCED: frozenset[TokenChoice] = frozenset({"last", "mean", "answer_mean"})
@@ -52,10 +51,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What of every sample becomes tensors; options as for `TraceDataset`."""
+    """Which parts of a sample become tensors; options as for `TraceDataset`."""
 
     layers: tuple[int, ...]
-    # False where one layer was asked for by its bare number.
+    # False for one layer given by its bare number.
     has_layer_axis: bool
     tokens: Tokens
     dtype: torch.dtype | None
@@ -168,7 +167,7 @@ def _in_one_piece(layers: list[TypedArray]) -> torch.Tensor | None:
 def _read_taken(
     trace: Trace, kind: str, axes: tuple[str, ...], layer: int, *, preparation: Preparation
 ) -> torch.Tensor:
-    """One layer's array, cut to the tokens asked for; a view of what was read where it can be."""
+    """One layer's array, cut to the chosen tokens; a view where possible."""
     take = preparation.tokens.take
     if take != "all" and trace._stored.recomputes(kind):
         return _recomputed(trace, kind, axes, layer, preparation)
@@ -291,7 +290,7 @@ def _check_finite(trace: Trace, kind: str, values: torch.Tensor, preparation: Pr
 def may_be_not_finite(trace: Trace, kind: str, layer: int, dtype: torch.dtype) -> bool:
     """Whether one layer's array had NaN or infinite values when written, or a cast may make some.
 
-    A sample without those counts had none: the writer notes what is not zero.
+    A sample without those counts had none: the writer stores only counts above zero.
     """
     if trace._stored.recomputes(kind):
         return True

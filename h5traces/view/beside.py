@@ -1,4 +1,4 @@
-"""What the page shows beside an archive: labels, findings of checks, scores of a features file."""
+"""Shown beside an archive on the page: labels, findings of checks, scores of a features file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Scores:
     Attributes
     ----------
     entry
-        What the page is told: ``name``, ``kind`` (``directions``, ``columns`` or ``tokens``),
+        What the page gets: ``name``, ``kind`` (``directions``, ``columns`` or ``tokens``),
         ``layers``, ``width``, and for directions their number, ``count``.
     path
         The numbers, float32. Of directions (layer, direction, weights and intercept), else
@@ -72,7 +72,7 @@ class Shown:
             return file.read(most)
 
     def checks(self) -> list[str]:
-        """What the checks find in the first sample, as `h5traces.inspect` says it."""
+        """Findings in the first sample, as `h5traces.inspect` states them."""
         with open_archive(self.path) as archive:
             examined = SampleChecks(replace(look_of(archive), full_mapper=map))
             for trace in archive[:1]:
@@ -145,7 +145,7 @@ class _Table:
     def scores(
         self, archive: Path_, num_archives: int, folder: Path, stem: str
     ) -> Iterator[Scores]:
-        """Write the numbers of an archive, each array into a file of its own."""
+        """Write the numbers of an archive, one file for each array."""
         with open_archive(archive) as opened:
             num_samples = len(opened)
         rows = self._rows(archive.name, num_archives, num_samples)
@@ -235,12 +235,12 @@ class _Table:
 
 
 def _npz_name(path: str) -> str:
-    """The name in ``.npz`` of what has a path in HDF5."""
+    """The name in ``.npz`` for a path in HDF5."""
     return path.removeprefix("features/").removeprefix("samples/").replace("/", "_")
 
 
 def checks_document(each: Shown) -> bytes:
-    """What the checks find, as the page reads it; what stops them is told, too."""
+    """Findings in the form that the page reads, and what stopped the checks, if anything."""
     try:
         found = each.checks()
     except (H5TracesError, OSError) as error:

@@ -32,7 +32,7 @@ LIST_FILE: Final = "archives.json"
 
 
 def page_file(name: str) -> bytes:
-    """A file of the page, as it is built from ``viewer/``."""
+    """A file of the page that is built from ``viewer/``."""
     return files("h5traces.view").joinpath("page", name).read_bytes()
 
 

@@ -351,7 +351,7 @@ class ArchiveWriter:
     def _archive_id(self, archive: ArchiveMetadata) -> str:
         """A UUID made of samples and attributes: whoever writes the same archive gives the same.
 
-        Times are left out, and objects of other programs are told by the files that they are of.
+        Times are left out, and objects of other programs are named by their files.
         """
         left_out: Any = {"archive_id": True, "created": True}
         left_out["sources"] = {"__all__": {"modified_ns"}}

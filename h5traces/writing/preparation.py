@@ -140,7 +140,7 @@ def _cast(
     try:
         source = _flatten_steps(array) if isinstance(array, StepArrays) else array.load()
         if kind not in layout.KINDS:
-            # Kept as it is: the options are about the kinds that the format names.
+            # Kept unchanged: the options are about the kinds that the format names.
             policy = "auto"
         elif encoder.takes_source(kind) and source.dtype in ("float16", "float32"):
             policy = source.dtype

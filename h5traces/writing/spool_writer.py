@@ -288,7 +288,7 @@ class SpoolWriter(TraceWriter):
         self._folder = None
 
     def suspend(self) -> None:
-        """Release the spool, which stays as it is."""
+        """Release the spool and leave it unchanged."""
         self._closed = True
         if self._folder is not None:
             self._folder.release()

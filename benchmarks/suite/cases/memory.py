@@ -1,4 +1,4 @@
-"""Peak memory: every case in a process of its own."""
+"""Peak memory: every case in a separate process."""
 
 from __future__ import annotations
 

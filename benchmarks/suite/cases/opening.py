@@ -31,9 +31,6 @@ _FORMATS = (
     GZIP_PICKLE,
 )
 
-# What takes longer, in seconds, is not measured more than twice.
-_SLOW = 2.0
-
 
 def run(workspace: Workspace, log: Callable[[str], None]) -> dict[str, Any]:
     """Seconds to open and count, by format."""

@@ -58,7 +58,7 @@ class Format(ABC):
 
     @abstractmethod
     def scan(self, path: Path) -> None:
-        """Read every array into memory of its own."""
+        """Read every array into its own memory."""
 
     @abstractmethod
     def reader(self, path: Path) -> contextlib.AbstractContextManager[Any]:

@@ -37,7 +37,7 @@ _BEFORE_ANSWER: Final = "emb_last_tok_before_gen"
 
 @dataclass(slots=True)
 class Entry:
-    """A value of the outer dict, or what is known of a list that is not in memory.
+    """A value of the outer dict, or the facts about a list that is not in memory.
 
     Attributes
     ----------
@@ -90,7 +90,7 @@ def elements_of(value: Any) -> Any:
 
 
 def plain_number(value: Any) -> Any:
-    """A number of Python for one of numpy; anything else as it is."""
+    """A number of Python for one of numpy; anything else unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -157,7 +157,7 @@ def _of_generation(entry: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def understand(entries: dict[Any, Entry]) -> Understood:
-    """What an outer dict with these entries is; MalformedError where that is unclear."""
+    """What an outer dict with these entries is; MalformedError where it is unclear."""
     if not entries:
         contradict(f"found an empty dict, {EXPECTED}")
     if any(name in entries for name in layout.KINDS):
@@ -251,7 +251,7 @@ def _wrapper(entries: dict[Any, Entry]) -> Understood:
         )
     if len(holders) > 1:
         contradict(
-            f"the dict holds samples in each of {_names(holders)}; save each to a file of its own"
+            f"the dict holds samples in each of {_names(holders)}; save each to a separate file"
         )
     (key,) = holders
     num_samples = entries[key].length
@@ -275,7 +275,7 @@ def _is_list(entry: Entry) -> bool:
 
 
 def _pairs(entries: dict[Any, Entry]) -> Understood:
-    """The layout of an old producer, which has nothing else beside its list."""
+    """The layout of an old producer: a list and nothing else."""
     unknown = sorted(map(str, entries.keys() - {TRACES_KEY, "labels", "question_ids"}))
     if unknown:
         contradict(

@@ -11,7 +11,7 @@ from h5traces.sources.pickle.items import (
     SharedEntryError,
     TouchedError,
 )
-from h5traces.sources.pickle.machine import INVALID, locate
+from h5traces.sources.pickle.locating import INVALID, locate
 from h5traces.sources.pickle.scan import last_reads
 from h5traces.sources.pickle.source import TruncatedError, contradict
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from h5traces.sources.pickle.machine import Storages
     from h5traces.sources.pickle.source import FileSource, PickleLimits
+    from h5traces.sources.pickle.stack import Storages
 
 
 # PROTO, FRAME, and every opcode that needs nothing on the stack.

@@ -20,10 +20,11 @@ import numpy as np
 
 from h5traces.format.values import TorchValue
 from h5traces.sources.pickle.calls import Marker, Shim, Unsupported, plain_value, type_name
-from h5traces.sources.pickle.machine import COMPOUND, Machine
+from h5traces.sources.pickle.machine import Machine
 from h5traces.sources.pickle.plain import DICTS, LEAVES, NAMESPACES
 from h5traces.sources.pickle.shims import MlDtype, Storage
 from h5traces.sources.pickle.source import RejectedError, contradict, reject
+from h5traces.sources.pickle.stack import COMPOUND
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +39,7 @@ _SMALL_INT: Final = 1 << 64
 _SPARE_NBYTES: Final = 256 << 10
 _ALL_SPARE_NBYTES: Final = 16 << 20
 _SPARE_VALUES: Final = 4096
-# Within so many bytes a container begins.
+# A container begins within this many bytes.
 _HEAD_NBYTES: Final = 64 << 10
 # Picklers name the callables and dtypes of arrays in the first item only.
 _SHARED: Final = (Shim, np.dtype, MlDtype)
@@ -52,7 +53,7 @@ _SEQUENCES: Final = frozenset({list, tuple, deque, set, frozenset})
 _CONTAINERS: Final = _SEQUENCES.union(DICTS, NAMESPACES)
 _LEAVES: Final = _SIMPLE | _TEXTS | LEAVES | {np.ndarray, TorchValue}
 _MUTABLE: Final = frozenset({list, deque, set, *DICTS, *NAMESPACES})
-# What several items may refer to as one object.
+# Objects that several items may share.
 _SPARE: Final = frozenset({str, tuple, *_MUTABLE, np.ndarray, TorchValue})
 # What the items of a dict may be, and thus when one ends. A pickler writes the parts of a tuple as
 # if they were items, so where that was taken for granted in error, less is.
@@ -64,7 +65,7 @@ ITEM_TYPES: Final[tuple[frozenset[Any], ...]] = (
 
 
 class Found(NamedTuple):
-    """An item: what it is an element of, or the entry that it is, and the item itself.
+    """An item, and the list or entry of the outer dict that it came from.
 
     Attributes
     ----------
@@ -98,7 +99,7 @@ class NoDictsError(Exception):
 
 
 class TooLargeError(Exception):
-    """A pickle is larger than what may be read into memory before it is known what it holds."""
+    """A pickle of unknown content is larger than what may be read into memory."""
 
 
 def check_item(item: Any, limits: PickleLimits) -> int:
@@ -295,7 +296,7 @@ class BatchMachine(Machine):
         self._kept_nbytes = 0
         # Slots that are kept until a position, the first to be dropped first.
         self._expiring: list[tuple[int, int]] = []
-        # Further small values, the one used longest ago first, with their bytes.
+        # Further small values with their bytes, the least recently used first.
         self._spare: OrderedDict[int, tuple[Any, int]] = OrderedDict()
         self._spare_nbytes = 0
         # Values of earlier items that this one refers to, by id; kept, so ids stay unique.

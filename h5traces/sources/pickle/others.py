@@ -74,7 +74,7 @@ def _create_array(meter: Meter, args: tuple[Any, ...]) -> Any:
     if function is not NAMES["numpy.core.multiarray", "_reconstruct"] or type(parts) is not tuple:
         reject(f"_create_array is called with {type_name(function)}, expected _reconstruct")
     if len(args) == 4 and args[3]:
-        reject("an array of dill has attributes of its own; save np.asarray(...) of it")
+        reject("an array of dill has further attributes; save np.asarray(...) of it")
     if not parts or parts[0] is not NDARRAY:
         reject("an array of dill is of another class than numpy.ndarray")
     return finish_array(meter, state)

@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
     from h5traces.format.record import SourcePosition, TraceRecord
     from h5traces.sources.pickle.items import Found
-    from h5traces.sources.pickle.machine import Storages
+    from h5traces.sources.pickle.stack import Storages
 
 _DEFAULT_LIMITS: Final = PickleLimits()
-# A dict of at most so many bytes is read at once; a larger one in passes that hold one sample.
+# A dict of at most this many bytes is read at once; a larger one in passes that hold one sample.
 _WHOLE_NBYTES: Final = 64 * MIB
 # Of a column, such as labels, which is kept in memory while larger ones are read.
 _COLUMN_NBYTES: Final = 4 * MIB
@@ -93,7 +93,7 @@ class BatchStream(TraceSource):
         self._options = options
         self._is_done = False
         self._sites_known = True
-        # The dicts of a file are all one sample each, if the first one is.
+        # If the first dict of a file is one sample, so are the others.
         self._is_trace = False
         self._naming = Naming(self.path, self.established, self.understood)
         self._storages: Storages | None = None
@@ -103,7 +103,7 @@ class BatchStream(TraceSource):
         try:
             self._cursor = self._new_cursor(whole_nbytes=whole_nbytes)
             self._samples = self._read(self._cursor)
-            # Of what is not a batch, it is said at once.
+            # What is not a batch is reported at once.
             self.is_list = self._find_root(self._cursor) in ("list", "tuple")
         except BaseException:
             self.close()
@@ -156,7 +156,7 @@ class BatchStream(TraceSource):
             self._others.clear()
 
     def objects(self) -> Iterator[Any]:
-        """What the file holds, whatever it means: the dicts of a list, or one object, whole."""
+        """The contents of the file, whatever they mean: the dicts of a list, or one object."""
         cursor = self._cursor
         assert cursor is not None
         try:
@@ -357,7 +357,7 @@ class BatchStream(TraceSource):
         return with_id(found.value, found.key, index)
 
     def _column(self, start: int, level: int, key: Any, length: int) -> Iterator[Any]:
-        """The elements of a list in the outer dict, in a pass of its own."""
+        """The elements of a list in the outer dict, in a separate pass."""
         cursor = self._new_cursor(start=start, level=level)
         self._others.append(cursor)
         cursor.find_root()
@@ -411,7 +411,7 @@ class _Survey:
         self._nbytes: dict[Any, int] = {}
 
     def see(self, found: Found | None) -> None:
-        """Take an item in; None begins anew."""
+        """Add an item; None starts over."""
         if found is None:
             self._entries.clear()
             self._nbytes.clear()
@@ -431,7 +431,7 @@ class _Survey:
             entry.values.append(value)
 
     def entries(self) -> dict[Any, Entry]:
-        """What was seen; lists without elements, too."""
+        """What was seen, empty lists included."""
         for key, length in self._cursor.machine.columns.items():
             if not length:
                 self._entries.setdefault(key, Entry(length=0, values=[]))

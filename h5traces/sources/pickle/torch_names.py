@@ -37,9 +37,9 @@ _UNSUPPORTED = {
     "_rebuild_device_tensor_from_cpu_tensor": Unsupported(
         "a tensor of another device", "save it again after cpu()"
     ),
-    "_rebuild_wrapper_subclass": Unsupported("a tensor of a class of its own", _ARRAY),
+    "_rebuild_wrapper_subclass": Unsupported("a tensor of a subclass", _ARRAY),
 }
-# What they are called with.
+# Arguments of these functions: schemes and layouts.
 _ARGUMENTS = (
     *("per_tensor_affine", "per_channel_affine", "per_tensor_symmetric", "per_channel_symmetric"),
     *("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "strided", "jagged"),

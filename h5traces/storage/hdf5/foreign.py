@@ -1,6 +1,6 @@
 """Copies what users put into archives beside the format's own objects, from one file to another.
 
-A file is untrusted: what HDF5 would have to follow, resolve or inflate is not copied but named.
+A file is untrusted: whatever HDF5 would have to follow, resolve or inflate is named, not copied.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Copying:
             self._overlay(here, h5g.open(target.id, self._origin.target.encode()), "")
 
     def _overlay(self, source: Any, target: Any, path: str) -> None:
-        """Add to what the format has in both files what is foreign in the source."""
+        """Add the source's foreign objects to those that the format has in both files."""
         self._copy_attributes(source, target, path)
         if not isinstance(source, h5g.GroupID):
             return
@@ -162,7 +162,7 @@ class _Copying:
         return first == layout.INDEX_GROUP and inside != layout.INDEX_TABLE
 
     def _copy(self, source: Any, target: Any, name: str, place: str) -> None:
-        """Copy an object with all below it; what is there already is only compared."""
+        """Copy an object and all below it; what exists already is only compared."""
         reason = self._why_not(source, name, place.count("/"))
         if reason is not None:
             self._found.left.append(f"{self._origin.file}: {place}: {reason}")
@@ -277,7 +277,7 @@ class _Copying:
 
     @contextlib.contextmanager
     def _named(self, place: str) -> Iterator[None]:
-        """What goes wrong with one object leaves it out, and is named."""
+        """An error leaves one object out, and is named."""
         try:
             yield
         except (ArchiveError, *LIBRARY_ERRORS) as error:

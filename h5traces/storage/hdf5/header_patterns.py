@@ -42,7 +42,7 @@ class Header(NamedTuple):
 
 
 class HeaderPattern:
-    """The bytes of a sample's headers, from `start` to that of its group, but what is its own.
+    """The bytes of a sample's headers that like samples share, from `start` to its group's header.
 
     Other samples of the same form have the same bytes where `Hdf5Writer` wrote both. `block` are
     those bytes, `group` is the body of the group's header.
@@ -57,7 +57,7 @@ class HeaderPattern:
         # Names of the group's links in order, and how far before the group their targets are.
         links = filter(None, map(link_target, messages_of(group)))
         self._links = [(name, self._group - address) for name, address in links]
-        # What a sample has of its own, by place among the bytes: addresses and sizes of chunks by
+        # What differs between samples, by place among the bytes: addresses and sizes of chunks by
         # number of the chunk, digests by number of the object, links by distance of their targets.
         self._addresses: dict[int, int] = {}
         self._sizes: dict[int, int] = {}

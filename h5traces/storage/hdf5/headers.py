@@ -56,13 +56,13 @@ class HeaderCheck:
         self._start, self._block = 0, b""
         # Headers of the objects of one sample, which are linked once, by address.
         self._met: dict[int, tuple[str, Header]] = {}
-        # By what the caller says is alike in samples; None if they have no pattern.
+        # By the key that like samples share; None if they have no pattern.
         self._patterns: dict[Any, HeaderPattern | None] = {}
 
     def shows(self, address: int, sample: SampleEntry, row: FooterRow, key: Any) -> bool:
         """Whether the group at `address` holds this sample and nothing else.
 
-        False, too, where that needs the library to tell. Samples of one `key` have objects that
+        False, too, if only the library can tell. Samples of one `key` have objects that
         differ in digests and chunks alone.
         """
         self._met.clear()
@@ -167,7 +167,7 @@ class HeaderCheck:
         write_fixed_array(entry.chunks.offsets, entry.chunks.sizes, raw_nbytes, compare)
 
     def _body(self, address: int, path: str) -> bytes:
-        """What the object header at an address holds, which was not met before."""
+        """Messages of the object header at an address, which must be a new one."""
         if address in self._met:
             raise _UnknownError
         prefix = self._bytes(address, _PREFIX_NBYTES)

@@ -28,7 +28,7 @@ _ALIGNMENT: Final = 8
 
 
 class Heaps:
-    """The heaps of a file, looked at once and only if they are asked for."""
+    """The heaps of a file, looked at once and only if needed."""
 
     def __init__(self, file: h5py.File, path: Path) -> None:
         self._path = path

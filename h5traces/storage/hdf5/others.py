@@ -90,7 +90,7 @@ class OtherHdf5:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """No search for plugins, and errors of HDF5 as ours."""
+        """Search no plugins, and raise errors of HDF5 as ours."""
         try:
             with no_plugin_search(allowed=False):
                 yield
@@ -115,7 +115,7 @@ class OtherHdf5:
         raise HostileFileError(message)
 
     def _tried(self) -> dict[str, str]:
-        """Look at everything but numbers in a child, as HDF5 believes what damaged metadata say."""
+        """Look at everything but numbers in a child process, since HDF5 trusts damaged metadata."""
         # No other thread is inside HDF5 while a child is forked.
         with phil:
             return attempt(functools.partial(_failures, self.path), self.path)
@@ -129,7 +129,7 @@ class OtherHdf5:
             raise ConversionError(message)
 
     def hold(self, array: Hdf5Array, nbytes: int) -> None:
-        """Note a dataset's block, and let the oldest of others go."""
+        """Note a dataset's block, and release the oldest of others."""
         self._blocks.pop(array, None)
         self._blocks[array] = nbytes
         while len(self._blocks) > 1 and sum(self._blocks.values()) > _MAX_BLOCKS_NBYTES:

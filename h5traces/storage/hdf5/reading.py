@@ -58,7 +58,7 @@ _FLETCHER32: Final = 3
 _CHECKSUM_NBYTES: Final = 4
 # Stored in the object's header, where a message has at most 64 KiB.
 _MAX_COMPACT_NBYTES: Final = 64 << 10
-# What h5py and numpy raise about what a file says; MemoryError where that is a size.
+# What h5py and numpy raise about what a file says; MemoryError for a size.
 LIBRARY_ERRORS = (
     OSError,
     RuntimeError,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from h5traces.storage.remote.paths import RemoteOptions, RemotePath
 
 
-# A request takes as long as reading so many entries, and its answer may be empty.
+# A request takes as long as reading this many entries, and its answer may be empty.
 _ENTRIES_PER_REQUEST: Final = 10
 _MAGIC: Final = re.compile(r"[*?\[]")
 _ANY_DEPTH: Final = "**"
