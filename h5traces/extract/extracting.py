@@ -341,8 +341,11 @@ def _num_written(target: Target) -> int:
     found = [*spool_path(target).glob("*.sample"), *target.existing()]
     if not found:
         return 0
-    with open_archive(found) as archive:
-        return len(archive)
+    try:
+        with open_archive(found) as archive:
+            return len(archive)
+    except FileNotFoundError:
+        return 0  # another process packs the spool; the writer says so
 
 
 def _free_nbytes(path: Path) -> int:

@@ -241,7 +241,7 @@ class Extractor:
             if options.batch_size > 1
             else None
         )
-        self._anatomy = anatomy
+        self._anatomy, self._layers = anatomy, layers
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._capturer = Capturer(
             anatomy,
@@ -287,6 +287,7 @@ class Extractor:
             chat_template=tokenizer.chat_template if options.chat else None,
             answer_cut=options.answer_cut,
             tokens=None if options.tokens == ALL else options.tokens,
+            kept=options.kept(self._layers),
             dataset_config=questions.config if questions else None,
             dataset_split=questions.split if questions else None,
             dataset_revision=questions.revision if questions else None,

@@ -201,6 +201,17 @@ class ExtractOptions:
             raise LayerIndexError(message)
         check_named_once(self.layers)
 
+    def kept(self, layers: Sequence[int]) -> dict[str, Any]:
+        """What archives record of it: what is stored of a model, of which `layers` were chosen."""
+        return {
+            "layers": [*layers],
+            "kinds": [*self.kinds],
+            "embedding": self.embedding,
+            "last_state": self.last_state,
+            "window": window_of(self.attentions) or None,
+            "top_logits": self.top_logits,
+        }
+
 
 def with_form(kinds: str | Sequence[str], form: str | None) -> tuple[str, ...]:
     """Kinds with attention in a form, as `ExtractOptions` takes both, or ExtractionError."""

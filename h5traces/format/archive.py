@@ -113,6 +113,9 @@ class ExtractionMetadata(Document):
         str | None,
         Field(description="Which tokens are stored, where not all are, such as 'answer'."),
     ] = None
+    kept: Annotated[
+        _Json | None, Field(description="Options that chose what of the model is stored.")
+    ] = None
     answer_cut: Annotated[
         AnswerCut, Field(description="Where the clean answer ends; arrays are never cut.")
     ] = "none"

@@ -222,6 +222,7 @@ class VllmExtractor(Extractor):
                 "chat_template": tokenizer.chat_template if options.chat else None,
                 "answer_cut": options.answer_cut,
                 "tokens": None if options.tokens == ALL else options.tokens,
+                "kept": options.kept(self._layers),
                 "dataset_config": questions.config if questions else None,
                 "dataset_split": questions.split if questions else None,
                 "dataset_revision": questions.revision if questions else None,

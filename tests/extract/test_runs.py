@@ -26,7 +26,9 @@ from h5traces.extract import (
     ModelChoice,
     extract_dataset,
 )
+from h5traces.extract.extracting import _num_written
 from h5traces.extract.running import report_path
+from h5traces.writing.create import target_of_run
 from h5traces.writing.options import TargetOptions
 
 H5TRACES = str(Path(sys.executable).with_name("h5traces"))
@@ -142,6 +144,37 @@ def test_a_finished_run_is_not_done_again(tmp_path):
     with pytest.raises(ArchiveExistsError, match="1 that were asked for are not among them"):
         run(tmp_path / "run.h5", num_samples=4)
     assert (tmp_path / "run.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"layers": "0,last"}, r"kept.layers=\[0, 5\] \(was \[0, 1, 2, 3, 4, 5\]\)"),
+        ({"kinds": ("attentions",)}, "kept.kinds="),
+        ({"embedding": True}, r"kept.embedding=True \(was False\)"),
+        ({"last_state": "block_output"}, "kept.last_state='block_output'"),
+    ],
+)
+def test_a_run_keeps_what_it_kept_before(tmp_path, options, difference):
+    run(tmp_path / "run.h5", num_samples=1)
+    assert run(tmp_path / "run.h5", num_samples=1, layers="0-5").ok  # all of them
+    with pytest.raises(ArchiveExistsError, match=difference):
+        run(tmp_path / "run.h5", num_samples=1, **options)
+    calls = iter([False, True])
+    stopped = {"num_samples": 2, "should_stop": lambda: next(calls)}
+    assert run(tmp_path / "stopped.h5", **stopped).status == "stopped"
+    with pytest.raises(ArchiveError, match=f"the stopped run had other options: .*{difference}"):
+        run(tmp_path / "stopped.h5", num_samples=2, **options)
+    assert run(tmp_path / "stopped.h5", num_samples=2).ok
+
+
+def test_a_spool_that_is_packed_meanwhile_is_no_error(tmp_path, monkeypatch):
+    def vanished(_sources):
+        raise FileNotFoundError(2, "No such file or directory", "00000003.sample")
+
+    run(tmp_path / "run.h5", num_samples=1)
+    monkeypatch.setattr("h5traces.extract.extracting.open_archive", vanished)
+    assert _num_written(target_of_run(tmp_path / "run.h5", TargetOptions())) == 0
 
 
 def test_nothing_is_overwritten(tmp_path):
