@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError
-from h5traces.storage.threads import shared_pool
+from h5traces.storage.threads import one_blas_thread, shared_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +77,8 @@ def attention_weights(
             _fill_rows(found[place, block.place], scaled, known, rule, block, (slope, sink))
 
     workers = max(1, min(len(heads), os.cpu_count() or 1))
-    list((map if workers == 1 else shared_pool(workers).map)(fill, range(len(heads))))
+    with one_blas_thread if workers > 1 else contextlib.nullcontext():
+        list((map if workers == 1 else shared_pool(workers).map)(fill, range(len(heads))))
     return found
 
 

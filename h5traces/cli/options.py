@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Final
 
 import typer
@@ -196,7 +197,7 @@ def _reading(
         str | None,
         option(
             READING,
-            "--layer-ids 0,8,16",
+            "--layer-ids 0,8,16-20",
             "Layers of the hidden states, counted as vLLM does: 0 is the embedding, i the output "
             "of block i - 1.",
         ),
@@ -210,17 +211,27 @@ def _reading(
         ),
     ] = None,
 ) -> ReadingOptions:
-    ids = None if layer_ids is None else layer_ids.replace(" ", "").split(",")
-    if ids is not None and not all(each.isdecimal() for each in ids):
-        message = f"--layer-ids is {layer_ids}, expected numbers such as 0,8,16"
-        raise typer.BadParameter(message)
+    ids = None if layer_ids is None else _ids(layer_ids)
     return ReadingOptions(
         first_state=first_state,
         keep_padding=keep_padding,
         mapping=mapping,
-        layer_ids=None if ids is None else tuple(map(int, ids)),
+        layer_ids=ids,
         responses=responses,
     )
+
+
+_RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    """Ids of layers from text such as ``0,8,16-20``."""
+    found = [_RANGE.fullmatch(each.strip()) for each in text.split(",")]
+    if not all(found):
+        message = f"--layer-ids is {text}, expected numbers and ranges such as 0,8,16-20"
+        raise typer.BadParameter(message)
+    ends = [(int(each[1]), int(each[2] or each[1])) for each in found if each]
+    return tuple(number for first, last in ends for number in range(first, last + 1))
 
 
 def _checks(

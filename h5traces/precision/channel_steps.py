@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -50,6 +51,8 @@ _WHOLE: Final = np.float32(3 << 22)
 _BLOCK: Final = 1 << 16
 # Values that do not fit, at least, in memory for their indices.
 _FEW: Final = 1024
+# Scales, of which a model has one for each layer, whose tables stay in memory.
+_SCALES_KEPT: Final = 64
 # Fewer calls when decoding: threads wait for each other at every one.
 _DECODED_BLOCK: Final = 1 << 18
 
@@ -78,6 +81,7 @@ class StepFormat:
         return cls("uint16", 32768, spacing, 32767 // spacing)
 
 
+@lru_cache(maxsize=_SCALES_KEPT)
 def reaches_too_far(scale: ChannelScale, dtype: str, spacing: int) -> bool:
     """Whether float32 cannot hold what some number of steps stands for."""
     with np.errstate(over="ignore"):
@@ -98,8 +102,8 @@ def to_steps(
     form = StepFormat.of(step)
     dtype = np.dtype(form.dtype).newbyteorder("<")
     stored = POOL.array(values.size * dtype.itemsize).view(dtype).reshape(values.shape)
-    bound = (scale.sigma.astype(np.float64) * (step / 2 * _SLACK)).astype(np.float32)
-    compiled = _compiled_steps(values, scale, form, bound, stored)
+    bound, table = _bounds_and_table(scale, step)
+    compiled = _compiled_steps(values, form, table, stored)
     if compiled is not None:
         stored.reshape(-1)[compiled] = form.zero_point
         return stored, compiled
@@ -182,23 +186,27 @@ def _block_to_steps(
     return suspects[~_comes_back(suspects, values, restored.reshape(-1)[suspects], bound)]
 
 
+@lru_cache(maxsize=_SCALES_KEPT)
+def _bounds_and_table(
+    scale: ChannelScale, step: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The bound of every channel, and the scale ``(5, hidden)`` as the kernels take it."""
+    bound = (scale.sigma.astype(np.float64) * (step / 2 * _SLACK)).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        columns = scale.step, 1 / scale.step, scale.offset, bound * _SURE, bound
+        return bound, np.stack(columns, dtype="<f4")
+
+
 def _compiled_steps(
-    values: NDArray[Any],
-    scale: ChannelScale,
-    form: StepFormat,
-    bound: NDArray[np.float32],
-    stored: NDArray[Any],
+    values: NDArray[Any], form: StepFormat, table: NDArray[np.float32], stored: NDArray[Any]
 ) -> NDArray[np.int64] | None:
     """`to_steps` by compiled kernels; None for an array of which too many values do not fit."""
     if NATIVE is None or not values.size:
         return None
-    limit = bound * _SURE
-    with np.errstate(invalid="ignore", over="ignore"):
-        rows = np.stack((scale.step, 1 / scale.step, scale.offset, limit, bound), dtype="<f4")
     beyond = np.empty(values.size // 16 + _FEW, np.int64)
     kind = 0 if values.dtype.itemsize == 2 else 2
     numbers = form.most_steps, form.spacing, form.zero_point
-    count = NATIVE.to_steps(values, kind, rows, *numbers, stored, stored.itemsize, beyond)
+    count = NATIVE.to_steps(values, kind, table, *numbers, stored, stored.itemsize, beyond)
     return None if count < 0 else beyond[:count].copy()
 
 

@@ -196,7 +196,10 @@ def _found(
     for name in names:
         found = rows.get(name, [])
         if len(found) > 1:
-            message = f"{responses}: has {len(found)} responses with the id {name!r} of {path}"
+            message = (
+                f"{responses}: has {len(found)} responses with the id {name!r} of {path}; expected "
+                "one, or the name of the file in each"
+            )
             raise ConversionError(message)
         if found:
             return found[0], answer, prompt

@@ -83,7 +83,10 @@ class TableSource(NamedArraysSource):
         arrays = {name: each.read() for name, each in group.items()}
         stem = source_stem(self.path.name)
         if is_of_lens(arrays):
-            self._naming.note("'residual_stream' of vLLM-Lens holds block outputs")
+            self._naming.note(
+                "'residual_stream' of vLLM-Lens holds outputs of all blocks (--first-state block), "
+                "or of those that were asked for (--layer-ids, each block + 1)"
+            )
             arrays = of_lens(arrays, self.path)
         if layout.QUESTION_ID not in arrays:
             name = next((each for each in _IDS if each in arrays), None)

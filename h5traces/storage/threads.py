@@ -52,6 +52,43 @@ def _pool(workers: int, _process: int) -> ThreadPool:
     return ThreadPool(workers, thread_name_prefix="h5traces-read")
 
 
+class _OneBlasThread:
+    """Inside the block, a matrix product of numpy takes one thread: the one that asks for it.
+
+    For products in several threads at once, which otherwise start as many threads each. The number
+    is the process's; the last of several blocks restores it, and matrix products of other threads
+    are slower meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_blocks = 0
+        self._limits: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_blocks:
+                self._limits = _libraries().limit(limits=1, user_api="blas")
+            self._num_blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_blocks -= 1
+            if not self._num_blocks:
+                self._limits.restore_original_limits()
+
+
+@cache
+def _libraries() -> Any:
+    """The library of matrix products that numpy loaded."""
+    from threadpoolctl import ThreadpoolController  # rarely needed
+
+    return ThreadpoolController()
+
+
+one_blas_thread = _OneBlasThread()
+
+
 class ReadAhead(Iterator[Item], Generic[Item]):
     """Runs an iterator one item ahead; a context manager.
 

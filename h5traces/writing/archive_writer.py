@@ -75,6 +75,8 @@ _QUEUED_PER_WORKER = 2
 # Values in a group of arrays. Handing one array at a time to a thread and back took a tenth of the
 # interpreter's time.
 _GROUP_SIZE = 1 << 20
+# Arrays of scales that a thread encodes in one call.
+_SCALES_OF_TASK = 12
 # Smaller groups are not handed over at all.
 _SMALL_GROUP = 1 << 17
 
@@ -381,7 +383,7 @@ class ArchiveWriter:
             if numbers is not None and (layer is None or layer in numbers):
                 stored[path] = each
         arrays = stored_arrays(ScaleSet(stored, scales.record))
-        self._footer.add_scales(write_scales(self._hdf5, arrays, scales.record))
+        self._footer.add_scales(write_scales(self._hdf5, arrays, scales.record, self._pool))
 
     def _final_metadata(self, **metadata: Any) -> ArchiveMetadata:
         observed = self._observed
@@ -519,16 +521,21 @@ def write_scales(
     hdf5: Hdf5Writer,
     arrays: Iterable[tuple[str, NDArray[np.float32]]],
     record: CalibrationRecord | None,
+    pool: ThreadPool,
 ) -> list[ObjectEntry]:
     """Write the group ``/scales`` from paths below the root and values ``(hidden,)``.
 
-    Returns groups and datasets with their paths below the root, in order of path.
+    They are encoded in threads. Returns groups and datasets with their paths below the root, in
+    order of path.
     """
     attrs: Attrs = {} if record is None else to_attributes(record)
     entries = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
     hdf5.create_group(f"/{layout.SCALES_GROUP}", attrs)
     elements = [EncodedObject(path, {}, "float32", values) for path, values in arrays]
-    for prepared in prepare_elements(elements):
+    groups = [
+        elements[at : at + _SCALES_OF_TASK] for at in range(0, len(elements), _SCALES_OF_TASK)
+    ]
+    for prepared in itertools.chain.from_iterable(pool.map(prepare_elements, groups)):
         path = prepared.path
         parent = path.rpartition("/")[0]
         while parent not in entries:

@@ -351,7 +351,8 @@ def save_calibration(calibration: Calibration, target: Path, *, overwrite: bool 
                 "created": utc_now(),
             },
         )
-        write_scales(hdf5, stored_arrays(calibration), calibration.record)
+        with ThreadPool() as pool:
+            write_scales(hdf5, stored_arrays(calibration), calibration.record, pool)
         hdf5.close()
         part.file.raise_error()
         part.sync()

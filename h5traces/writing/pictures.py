@@ -7,7 +7,8 @@ The first key takes most of a row's weight in many models ("attention sink", Xia
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from h5traces.storage.arrays import as_bytes, chunk_offsets, chunk_slices
 from h5traces.storage.codecs import get_codec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from h5traces.storage.arrays import EncodedArray, Shape
@@ -27,28 +30,44 @@ _SHARE: Final = 0.95
 _NUM_QUERIES: Final = 4
 
 
-def white_of(path: str, dtype: str, values: NDArray[Any], chunk: Shape) -> float | None:
-    """The stored value that is white, 0 being black; None for no picture.
+class Picture(NamedTuple):
+    """What may be shown: the path in a sample, type and values as stored, and shape of a chunk."""
+
+    path: str
+    dtype: str
+    values: NDArray[Any]
+    chunk: Shape
+
+
+def whites_of(pictures: Sequence[Picture]) -> list[float | None]:
+    """The stored value of each picture that is white, 0 being black; None for no picture.
 
     Parameters
     ----------
-    path
-        Of the dataset, in its sample.
-    values
-        Stored values ``(..., query, key)`` of the type `dtype`, of which four rows are looked at.
-    chunk
-        Shape of a chunk.
+    pictures
+        With values ``(..., query, key)``, of which four rows are looked at. Those that follow each
+        other and are alike take the time of one.
 
     Returns
     -------
-    float or None
+    list of float or None
         Their 95th percentile without the first key and keys behind the query, rounded up to two
         digits; None if all are 0, or for arrays that are not squares.
     """
-    if not is_picture(path) or not _is_square(values.shape):
-        return None
-    part = chunk_slices(_middle(values.shape, chunk), values.shape, chunk)
-    return _white(values[part], dtype, part)
+    found: list[float | None] = []
+    for (is_shown, dtype, shape, chunk), some in groupby(pictures, _likeness):
+        arrays = [each.values for each in some]
+        if is_shown:
+            part = chunk_slices(_middle(shape, chunk), shape, chunk)
+            found += _whites([each[part] for each in arrays], dtype, part)
+        else:
+            found += [None] * len(arrays)
+    return found
+
+
+def _likeness(picture: Picture) -> tuple[bool, str, Shape, Shape]:
+    path, dtype, values, chunk = picture
+    return is_picture(path) and _is_square(values.shape), dtype, values.shape, chunk
 
 
 def white_of_stored(path: str, dtype: str, encoded: EncodedArray) -> float | None:
@@ -62,7 +81,8 @@ def white_of_stored(path: str, dtype: str, encoded: EncodedArray) -> float | Non
     stored = memoryview(encoded.chunks[number])
     get_codec(encoded.codec).decode(stored, as_bytes(values), carrier.itemsize)
     part = chunk_slices(offsets[number], encoded.shape, encoded.chunk)
-    return _white(values[tuple(slice(each.stop - each.start) for each in part)], dtype, part)
+    values = values[tuple(slice(each.stop - each.start) for each in part)]
+    return _whites([values], dtype, part)[0]
 
 
 def _is_square(shape: Shape) -> bool:
@@ -74,23 +94,31 @@ def _middle(shape: Shape, chunk: Shape) -> Shape:
     return tuple(length // 2 // size * size for length, size in zip(shape, chunk, strict=True))
 
 
-def _white(values: NDArray[Any], dtype: str, part: tuple[slice, ...]) -> float | None:
+def _whites(
+    arrays: Sequence[NDArray[Any]], dtype: str, part: tuple[slice, ...]
+) -> list[float | None]:
+    """Of the same part of some arrays."""
     queries, first_key = part[-2], part[-1].start
     length = queries.stop - queries.start
-    found = []
-    for number in range(1, _NUM_QUERIES + 1):
-        row = length * number // _NUM_QUERIES - 1
-        keys = slice(max(0, 1 - first_key), max(0, queries.start + row + 1 - first_key))
-        if row >= 0:
-            found.append(values[..., row, keys].ravel())
-    weights = np.concatenate(found)
+    rows = (length * number // _NUM_QUERIES - 1 for number in range(1, _NUM_QUERIES + 1))
+    places = [
+        (row, slice(max(0, 1 - first_key), max(0, queries.start + row + 1 - first_key)))
+        for row in rows
+        if row >= 0
+    ]
+    weights = np.array(
+        [np.concatenate([each[..., row, keys].ravel() for row, keys in places]) for each in arrays]
+    )
     numbers = bfloat16_to_float32(weights) if dtype == "bfloat16" else weights.astype(np.float32)
-    numbers = numbers[np.isfinite(numbers)]
-    if not numbers.size:
-        return None
-    place = int(_SHARE * (numbers.size - 1))
-    white = float(np.partition(numbers, place)[place])
-    return _rounded_up(white) if white > 0 else None
+    # Behind all others.
+    numbers[~np.isfinite(numbers)] = np.nan
+    numbers.sort(axis=1)
+    counts = np.count_nonzero(~np.isnan(numbers), axis=1).tolist()
+    whites = (
+        float(row[int(_SHARE * (count - 1))]) if count else 0.0
+        for row, count in zip(numbers, counts, strict=True)
+    )
+    return [_rounded_up(white) if white > 0 else None for white in whites]
 
 
 def _rounded_up(number: float) -> float:

@@ -25,7 +25,7 @@ from h5traces.format.values import EncodedObject, encode_element
 from h5traces.precision.encoding import Encoder
 from h5traces.storage.arrays import EncodedArray, Storing, store_arrays
 from h5traces.storage.codecs import DEFLATE, GZIP
-from h5traces.writing.pictures import white_of
+from h5traces.writing.pictures import Picture, whites_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +68,13 @@ def prepare_layers(
 ) -> list[Prepared]:
     """Cast, digest and encode the arrays of some layers of a kind; called in threads."""
     layers = _stored_layers(kind, entries, options, encoder, definition, options.codec)
+    whites = whites_of(
+        [
+            Picture(f"{kind}/{entry.name}", layer.dtype, layer.values, encoded.chunk)
+            for entry, (layer, _, _, encoded) in zip(entries, layers, strict=True)
+            if encoded is not None
+        ]
+    )
     return [
         Prepared(
             path=f"{kind}/{entry.name}",
@@ -78,9 +85,11 @@ def prepare_layers(
             counts=counts,
             exceptions=layer.exceptions,
             kept_exact=layer.kept_exact,
-            white=white_of(f"{kind}/{entry.name}", layer.dtype, layer.values, encoded.chunk),
+            white=white,
         )
-        for entry, (layer, counts, attrs, encoded) in zip(entries, layers, strict=True)
+        for entry, (layer, counts, attrs, encoded), white in zip(
+            entries, layers, whites, strict=True
+        )
         if encoded is not None
     ]
 

@@ -28,6 +28,8 @@ def benchmark() -> Any:
     assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules["tiers"] = module
+    # As where Python runs it.
+    sys.path.append(str(ROOT / "benchmarks"))
     spec.loader.exec_module(module)
     return module
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import make_family
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny_models import ROOT, make_model, tokenizer
 
 import h5traces
@@ -17,6 +18,7 @@ from h5traces.errors import ExtractionError, LayerIndexError
 from h5traces.extract import ExtractOptions, GenerationOptions, ModelShape, extract
 from h5traces.extract.estimate import estimate
 from h5traces.format.attention import AttentionRule
+from h5traces.storage.threads import one_blas_thread
 from h5traces.writing.options import PrecisionOptions
 
 QUESTION = "What does str.partition do, and what does it return when nothing is found in it?"
@@ -226,6 +228,21 @@ def test_views_copies_and_exports(archives, tmp_path):
         assert one[0]["attentions"].layers == (1,)
         assert np.array_equal(one[0]["attentions"][0], archive[0]["attentions"][1])
     assert h5traces.verify(path).ok
+
+
+def test_products_in_threads_take_one_thread_each():
+    def num_threads():
+        return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        if num_threads() != {2}:
+            pytest.skip("numpy has no BLAS whose threads can be set")
+        one_blas_thread.__enter__()
+        with one_blas_thread:
+            assert num_threads() == {1}
+            one_blas_thread.__exit__()  # of blocks that overlap, the first ends first
+            assert num_threads() == {1}
+        assert num_threads() == {2}
 
 
 @pytest.mark.parametrize("mask", ["all", "causal", "chunk", "window"])

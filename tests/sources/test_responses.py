@@ -118,6 +118,21 @@ def test_layers_that_do_not_fit(tmp_path):
         h5traces.ReadingOptions(layer_ids=(1,), first_state="block")
 
 
+def test_ids_on_the_command_line_may_be_ranges(tmp_path):
+    folder = written(tmp_path / "requests")
+    command = ["convert", str(folder), "--merge", "-o"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "a.h5"), "--layer-ids", "0, 3-4"])
+    assert result.exit_code == 0, result.output
+    with h5traces.open(tmp_path / "a.h5") as archive:
+        assert archive[0]["hidden_states"].layers == (None, 2, 3)
+    for wrong in ("0,x", "0--3", "2-", ""):
+        arguments = [*command, str(tmp_path / "b.h5"), "--layer-ids", wrong]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        text = " ".join(result.output.replace("│", " ").split())
+        assert "expected numbers and ranges such as 0,8,16-20" in text
+
+
 def lens(**changes):
     numbers = np.random.default_rng(0).standard_normal((3, TOKENS, HIDDEN)).astype("<f4")
     data = base64.b64encode(zstandard.ZstdCompressor().compress(numbers.tobytes())).decode()

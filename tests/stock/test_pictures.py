@@ -15,7 +15,7 @@ from matplotlib import image
 import h5traces
 from h5traces.format import layout
 from h5traces.writing.options import PrecisionOptions
-from h5traces.writing.pictures import white_of
+from h5traces.writing.pictures import Picture, whites_of
 
 ROOT = Path(__file__).parents[2]
 TOKENS, HEADS = 300, 2
@@ -107,7 +107,8 @@ def test_the_range_is_the_percentile_that_the_specification_names() -> None:
     weights = attentions()
     rows = [weights[:, query, 1 : query + 1].ravel() for query in (74, 149, 224, 299)]
     expected = np.percentile(np.concatenate(rows).astype(float), 95)
-    found = white_of("attentions/layer_000", "float16", weights, weights.shape)
+    (found,) = whites_of([Picture("attentions/layer_000", "float16", weights, weights.shape)])
+    assert found is not None
     # Rounded up to two digits.
     assert found == pytest.approx(expected, rel=0.11)
     assert found >= expected * 0.999
@@ -127,7 +128,26 @@ def test_the_range_is_the_percentile_that_the_specification_names() -> None:
     ],
 )
 def test_no_range_where_there_is_nothing_to_show(path: str, values: np.ndarray) -> None:
-    assert white_of(path, values.dtype.name, values, tuple(max(1, n) for n in values.shape)) is None
+    chunk = tuple(max(1, n) for n in values.shape)
+    assert whites_of([Picture(path, values.dtype.name, values, chunk)]) == [None]
+
+
+def test_pictures_that_are_alike_have_ranges_of_their_own() -> None:
+    weights = attentions()
+    some = weights.copy()
+    some[:, 149, 1:20] = np.inf
+    arrays = [weights, some, weights / 2, np.zeros_like(weights), weights[:1]]
+    pictures = [
+        Picture(f"attentions/layer_{number:03d}", "float16", each, each.shape)
+        for number, each in enumerate(arrays)
+    ]
+    found = whites_of(pictures)
+    assert found == [whites_of([each])[0] for each in pictures]
+    assert found[3] is None
+    assert found[2] == pytest.approx(found[0] / 2, rel=0.11)
+    # As without the infinite values.
+    some[:, 149, 1:20] = np.nan
+    assert whites_of(pictures[1:2]) == found[1:2]
 
 
 def test_anyone_may_change_the_range(tmp_path: Path) -> None:
