@@ -166,7 +166,7 @@ def mixture(rng: np.random.Generator) -> bytes:
 
 
 def test_compiled_chunks_are_as_small() -> None:
-    """Both plan from samples, so that either may win; a mixture can be found where one loses much."""
+    """Both plan from samples, so either may win; there are mixtures where one loses much."""
     rng = np.random.default_rng(0)
     compiled = plain = 0
     for _ in range(300):
