@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from setuptools import Extension, setup
 
 SOURCES = sorted(Path("h5traces/_kernels").glob("*.c"))
 # Contracting multiplications and additions would change results.
-GNU_FLAGS = "-std=c11 -O3 -g0 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
+FLAGS = "-std=c11 -O3 -g0 -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
 # Free-threaded builds of Python have no stable ABI.
 IS_STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -20,8 +19,8 @@ setup(
             "h5traces._native",
             [path.as_posix() for path in SOURCES],
             depends=["h5traces/_kernels/kernels.h"],
-            extra_compile_args=["/O2", "/std:c11"] if sys.platform == "win32" else GNU_FLAGS,
-            extra_link_args=[] if sys.platform == "win32" else ["-pthread", "-lm"],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread", "-lm"],
             py_limited_api=IS_STABLE,
             optional=True,
         )

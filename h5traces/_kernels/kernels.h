@@ -10,33 +10,25 @@
 #include <stdint.h>
 #include <string.h>
 
-#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define LITTLE_ENDIAN_HOST 1
-#else
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the kernels are for little-endian machines; elsewhere Python does their work"
 #endif
 
-#if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
-#else
-#define INLINE static __forceinline
-#define LIKELY(x) (x)
-#define UNLIKELY(x) (x)
-#endif
 
 /* A body that is compiled twice: for every processor, and for x86 with AVX2, BMI2 and F16C. NEON
  * belongs to every 64-bit ARM, so compilers use it there without being asked. */
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #define HAS_WIDE 1
 #define WIDE __attribute__((target("avx2,bmi,bmi2,f16c")))
 #else
 #define HAS_WIDE 0
+#define WIDE
 #endif
-extern int kernels_wide;
+extern int kernels_wide; /* 0 elsewhere */
 
-#if HAS_WIDE
 #define DISPATCH(name, parameters, arguments)          \
     static void name##_plain parameters                \
     {                                                  \
@@ -53,13 +45,6 @@ extern int kernels_wide;
         else                                           \
             name##_plain arguments;                    \
     }
-#else
-#define DISPATCH(name, parameters, arguments)          \
-    void name parameters                               \
-    {                                                  \
-        name##_body arguments;                         \
-    }
-#endif
 
 /* Without `may_be_wide`, what every processor can do is used. */
 void kernels_init(int may_be_wide);
@@ -98,19 +83,15 @@ typedef void *Spare[NUM_SPARE];
 INLINE void *spare_take(Spare spare)
 {
     void *found = NULL;
-#if defined(__GNUC__)
     for (int i = 0; i < NUM_SPARE && !found; i++)
         found = __atomic_exchange_n(spare + i, NULL, __ATOMIC_ACQ_REL);
-#endif
     return found;
 }
 
 INLINE void *spare_give(Spare spare, void *memory)
 {
-#if defined(__GNUC__)
     for (int i = 0; i < NUM_SPARE && memory; i++)
         memory = __atomic_exchange_n(spare + i, memory, __ATOMIC_ACQ_REL);
-#endif
     return memory;
 }
 

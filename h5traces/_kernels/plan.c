@@ -7,16 +7,13 @@
 #define _FILE_OFFSET_BITS 64
 #include "kernels.h"
 
-#include <stdlib.h>
-
-#ifndef _WIN32
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <unistd.h>
-#define MOST_THREADS 64
-#endif
 
+#define MOST_THREADS 64
 /* Starting another thread pays from this many bytes on. */
 #define LEAST_PER_THREAD (256 << 10)
 
@@ -36,11 +33,7 @@ typedef struct {
 
 static size_t take_next(Work *work)
 {
-#ifdef _WIN32
-    return work->next++;
-#else
     return __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-#endif
 }
 
 static size_t restored_itemsize(const Row *row)
@@ -121,7 +114,6 @@ static const uint8_t *read_stored(const Plan *plan, Slot *slot)
     const Row *row = slot->row;
     if (plan->descriptor < 0)
         return plan->source + row->offset;
-#ifndef _WIN32
     if (!has_room(&slot->stored, &slot->stored_nbytes, (size_t)row->nbytes))
         return NULL;
     for (int64_t done = 0; done < row->nbytes;) {
@@ -134,9 +126,6 @@ static const uint8_t *read_stored(const Plan *plan, Slot *slot)
         done += count;
     }
     return slot->stored;
-#else
-    return NULL;
-#endif
 }
 
 /* Whether inflating has begun. */
@@ -246,7 +235,6 @@ static void *run_rows(void *argument)
 void plan_run(const Plan *plan, int num_threads)
 {
     Work work = {plan, 0};
-#ifndef _WIN32
     int64_t total = 0;
     for (size_t i = 0; i < plan->num_rows && total < MOST_THREADS * LEAST_PER_THREAD; i++)
         if (plan->rows[i].raw_nbytes > 0 && plan->rows[i].raw_nbytes <= LARGEST_CHUNK)
@@ -266,8 +254,4 @@ void plan_run(const Plan *plan, int num_threads)
     run_rows(&work);
     for (int i = 0; i < num_started; i++)
         pthread_join(threads[i], NULL);
-#else
-    (void)num_threads;
-    run_rows(&work);
-#endif
 }

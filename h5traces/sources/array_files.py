@@ -61,7 +61,7 @@ def open_arrays(path: str | os.PathLike[str], mapping: MappingDocument | None = 
         message = f"{path}: is {kind}; {COMPRESSORS[kind.compression].remedy}"
         raise ConversionError(message)
     if kind.id == "hdf5":
-        return _hdf5_file(path)
+        return _Hdf5File(path)
     if kind.id in TABLES:
         return _table(path, kind.id)
     if kind.id in _NAMED:
@@ -91,12 +91,6 @@ def _pickle_reader(path: Path, kind: str) -> BatchStream:
     return TorchZipStream(path) if kind == "torch" else OldTorchStream(path)
 
 
-def _hdf5_file(path: Path) -> ArrayFile:
-    from h5traces.sources.hdf5_file import Hdf5File
-
-    return Hdf5File(path)
-
-
 def _table(path: Path, kind: str) -> ArrayFile:
     from h5traces.sources.tables import open_table
 
@@ -107,8 +101,7 @@ class _NamedFile(ArrayFile):
     """Arrays of safetensors and numpy: views of the file unless it is compressed."""
 
     def __init__(self, reader: NamedArraysSource) -> None:
-        self._reader = reader
-        self.kind = reader.kind
+        self._reader, self.kind = reader, reader.kind
 
     def groups(self) -> Iterator[Group]:
         """One group."""
@@ -152,6 +145,33 @@ class _PickledFile(ArrayFile):
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
+
+
+class _Hdf5File(ArrayFile):
+    """Datasets by path, such as ``layer_3/inputs``, and attributes, such as ``layer_3/@unit``."""
+
+    kind = "hdf5"
+
+    def __init__(self, path: Path) -> None:
+        from h5traces.storage.hdf5.others import OtherHdf5
+
+        self._file = OtherHdf5(path)
+        if self._file.links:
+            links = and_more(map(repr, self._file.links), 5)
+            self.understood = (f"soft links are not followed: {links}",)
+
+    def groups(self) -> Iterator[Group]:
+        """One group."""
+        yield {**self._file.datasets, **self._file.attributes}
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The size of the file."""
+        return 0, self._file.nbytes
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class _RawFile(ArrayFile):

@@ -19,7 +19,7 @@ from h5traces.features.reductions import FEATURES
 from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.sample_checks import SampleChecks
 from h5traces.storage.files import open_regular
-from h5traces.storage.hdf5.datasets import open_datasets
+from h5traces.storage.hdf5.others import open_datasets
 from h5traces.writing.stored_samples import to_record
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from h5traces.sources.pickle.calls import Pending, Shim, Unsupported, type_name
 from h5traces.sources.pickle.frames import FRAME_NAMES
 from h5traces.sources.pickle.locating import remedy
-from h5traces.sources.pickle.objects import object_shim, skipped_shim
-from h5traces.sources.pickle.others import OTHER_NAMES
+from h5traces.sources.pickle.others import OTHER_NAMES, object_shim, skipped_shim
 from h5traces.sources.pickle.plain import DICTS, NAMESPACES, fill_namespace
 from h5traces.sources.pickle.shims import (
     NAMES,

@@ -445,3 +445,21 @@ def _as_text(value: Any) -> str:
 def named(file: OtherHdf5) -> Iterator[tuple[str, Hdf5Array | Hdf5Attribute]]:
     """Datasets, then attributes."""
     return itertools.chain(file.datasets.items(), file.attributes.items())
+
+
+def open_datasets(path: Path) -> tuple[h5py.File, dict[str, h5py.Dataset]]:
+    """A file that h5traces wrote, such as one of features, and its datasets by path.
+
+    The caller closes it; links are not followed.
+
+    OSError where it is not an HDF5 file.
+    """
+    file = h5py.File(path, "r")
+    found: dict[str, h5py.Dataset] = {}
+
+    def note(name: str, each: object) -> None:
+        if isinstance(each, h5py.Dataset):
+            found[name] = each
+
+    file.visititems(note)
+    return file, found
