@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -220,8 +220,14 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
     if repeated:
         message = f"{path}: the columns {', '.join(map(repr, repeated))} occur more than once"
         raise ExtractionError(message)
+    named = {name for name in asdict(columns).values() if name is not None}
+    unseen = named - set(table.columns)
+    number = -1
     for number, row in enumerate(table.rows):
         place = f"{path}: {row.place}"
+        unseen -= row.cells.keys()
+        for name in sorted(named - row.cells.keys() - {columns.answers, columns.tools}):
+            raise ExtractionError(_no_column(place, name, row.cells))
         messages = _listed(row.cells, columns.messages, place, dict, "messages, as dicts")
         prompt_ids = _listed(row.cells, columns.prompt_ids, place, int, "token ids")
         tools = _listed(row.cells, columns.tools, place, dict, "tools, as dicts", may_lack=True)
@@ -237,7 +243,7 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
             raise ExtractionError(message)
         found_id = _cell(row.cells, columns.sample_id, _ID_COLUMNS)
         if columns.sample_id is not None and found_id is None:
-            message = f"{place}: has no column {columns.sample_id!r}"
+            message = f"{place}: the column {columns.sample_id!r} is empty, expected an id"
             raise ExtractionError(message)
         if isinstance(found_id, (bool, float, list, dict)):
             message = f"{place}: the id is {short(found_id)}, expected text or an integer"
@@ -252,6 +258,14 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
                 question, sample_id, answers, number, given, messages, tools, prompt_ids, spans
             ),
         )
+    # Rows may lack reference answers and tools, but not all of them.
+    for name in sorted(unseen) if number >= 0 else ():
+        raise ExtractionError(_no_column(str(path), name, table.columns))
+
+
+def _no_column(place: str, name: str, columns: Iterable[str]) -> str:
+    known = and_more(map(short, columns), 30) or "none"
+    return f"{place}: has no column {name!r}; its columns are {known}"
 
 
 def _spans(cells: dict[str, Any], name: str | None, place: str) -> tuple[Any, ...] | None:

@@ -294,7 +294,7 @@ def test_a_column_of_given_answers(tmp_path):
         report.skipped
     )
     path.write_text('{"question": "Why?"}\n')
-    with pytest.raises(ExtractionError, match="found no text in the column 'said'"):
+    with pytest.raises(ExtractionError, match="line 1: has no column 'said'; its columns are"):
         extract_dataset(MODEL, dataset, tmp_path / "other.h5", options)
 
 

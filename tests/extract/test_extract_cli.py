@@ -179,7 +179,10 @@ def test_a_disk_too_small_is_noticed_before_weights_are_loaded(tmp_path, huge_mo
         ({"--prompt-template": "Q:"}, "does not hold {question}"),
         ({"--device": "nonsense"}, "cannot be moved to device 'nonsense'"),
         ({"--device": "auto"}, "device 'auto' needs accelerate, which is not installed"),
-        ({"--question-column": "query"}, "found no text in a column query"),
+        (
+            {"--question-column": "query"},
+            "has no column 'query'; its columns are 'question_id', 'question'",
+        ),
         ({"--max-new-tokens": 512}, "no question fits: py_0001: the prompt has"),
     ],
 )

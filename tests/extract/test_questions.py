@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from tiny_models import QUESTIONS
@@ -185,11 +185,22 @@ def test_no_question_at_all():
         DatasetChoice(dataset="triviaqa", num_samples=0)
 
 
-def test_a_column_that_is_not_there(tmp_path):
+@pytest.mark.parametrize("field", [each.name for each in fields(Columns)])
+def test_a_column_that_is_not_there(tmp_path, field):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"question": "a"}')
-    with pytest.raises(ExtractionError, match="has no column 'key'"):
-        read_questions(path, Columns(sample_id="key"))
+    path.write_text('{"question": "a", "id": 1}\n{"question": "b", "id": 2}\n')
+    with pytest.raises(ExtractionError, match="no column 'key'; its columns are 'question', 'id'"):
+        read_questions(path, Columns(**{field: "key"}))
+
+
+def test_rows_may_lack_answers_but_no_id(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "a", "id": 1}\n{"question": "b", "id": 2, "said": "c"}\n')
+    found = read_questions(path, Columns(answers="said")).questions
+    assert [each.answers for each in found] == [(), ("c",)]
+    path.write_text('{"question": "a", "id": null}')
+    with pytest.raises(ExtractionError, match="the column 'id' is empty, expected an id"):
+        read_questions(path, Columns(sample_id="id"))
 
 
 # Rows as the hub has them, the columns that are read and one more.
