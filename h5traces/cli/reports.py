@@ -105,7 +105,7 @@ def print_conversion(report: ConversionReport) -> None:
     for line in first_lines([f"{each.targets[0]}: {each.changes}" for each in changed]):
         print_line(line)
     understood = dict.fromkeys(line for each in written for line in each.understood)
-    for line in first_lines([f"understood: {each}" for each in understood]):
+    for line in first_lines([f"understood: {with_flags(each)}" for each in understood]):
         print_line(line)
 
 
@@ -192,7 +192,7 @@ def print_inspection(result: Inspection) -> None:
         print_line(f"  sequence length: {lengths}")
     coverage = ", ".join(f"{count} {name}" for name, count in result.coverage.items())
     print_line(f"  coverage: {coverage}")
-    for line in first_lines([f"  understood: {each}" for each in result.understood]):
+    for line in first_lines([f"  understood: {with_flags(each)}" for each in result.understood]):
         print_line(line)
     for kind, size in sorted(result.sizes.items()):
         line = (

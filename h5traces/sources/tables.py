@@ -84,8 +84,8 @@ class TableSource(NamedArraysSource):
         stem = source_stem(self.path.name)
         if is_of_lens(arrays):
             self._naming.note(
-                "'residual_stream' of vLLM-Lens holds outputs of all blocks (--first-state block), "
-                "or of those that were asked for (--layer-ids, each block + 1)"
+                "'residual_stream' of vLLM-Lens holds outputs of all blocks (first_state='block'), "
+                "or of those that were asked for (layer_ids, each block + 1)"
             )
             arrays = of_lens(arrays, self.path)
         if layout.QUESTION_ID not in arrays:
