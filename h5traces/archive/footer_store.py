@@ -178,19 +178,19 @@ class FooterStore:
                 continue
             theirs = restorations[number] if restorations else {}
             key = tuple(paths), tuple(theirs.items())
-            layout = objects.form.layout(key)
-            if layout is not None:
-                chunks = layout.chosen(objects.row.chunks)
-                if layout.fits(chunks, self._nbytes):
-                    parts[number] = Part(number, layout, chunks)
+            known = objects.form.layout(key)
+            if known is not None:
+                chunks = known.chosen(objects.row.chunks)
+                if known.fits(chunks, self._nbytes):
+                    parts[number] = Part(number, known, chunks)
                     continue
             new[number] = objects, key
         layouts = self._layouts(list(new.values()))
-        for (number, (objects, key)), layout in zip(new.items(), layouts, strict=True):
-            if layout.datasets:
-                parts[number] = Part(number, layout, layout.chosen(objects.row.chunks))
-            if len(layout.datasets) == len(key[0]):
-                objects.form.keep(key, layout)
+        for (number, (objects, key)), made in zip(new.items(), layouts, strict=True):
+            if made.datasets:
+                parts[number] = Part(number, made, made.chosen(objects.row.chunks))
+            if len(made.datasets) == len(key[0]):
+                objects.form.keep(key, made)
         nbytes = sum(part.layout.raw_nbytes for part in parts.values())
         # Chunks that overlap would inflate to any size.
         stored = sum(int(part.chunks[1].sum()) for part in parts.values())

@@ -262,13 +262,11 @@ class Extractor:
 
     def metadata(self, questions: QuestionSet | None = None) -> ExtractionMetadata:
         """What archives record of the run."""
-        model, tokenizer, options = self._model, self._tokenizer, self._options
+        model = self._model
         return ExtractionMetadata(
             model_class=type(model).__name__,
             config=_plain_json(model.config.to_dict()),
             weights_digest=weights_digest(model),
-            tokenizer_class=type(tokenizer).__name__,
-            tokenizer_digest=tokenizer_digest(tokenizer),
             transformers_version=transformers.__version__,
             torch_version=torch.__version__,
             engine="transformers",
@@ -281,17 +279,26 @@ class Extractor:
             device=_device_name(self._anatomy.device),
             threads=torch.get_num_threads() if self._anatomy.device.type == "cpu" else None,
             generation=self._generation(),
-            seed=options.seed,
-            batch_size=options.batch_size,
-            prompt_template=options.prompt_template,
-            chat_template=tokenizer.chat_template if options.chat else None,
-            answer_cut=options.answer_cut,
-            tokens=None if options.tokens == ALL else options.tokens,
-            kept=options.kept(self._layers),
-            dataset_config=questions.config if questions else None,
-            dataset_split=questions.split if questions else None,
-            dataset_revision=questions.revision if questions else None,
+            **self._asked(questions),
         )
+
+    def _asked(self, questions: QuestionSet | None) -> dict[str, Any]:
+        """What archives record of tokenizer, options and data set, whichever engine runs."""
+        tokenizer, options = self._tokenizer, self._options
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "tokenizer_digest": tokenizer_digest(tokenizer),
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "prompt_template": options.prompt_template,
+            "chat_template": tokenizer.chat_template if options.chat else None,
+            "answer_cut": options.answer_cut,
+            "tokens": None if options.tokens == ALL else options.tokens,
+            "kept": options.kept(self._layers),
+            "dataset_config": questions.config if questions else None,
+            "dataset_split": questions.split if questions else None,
+            "dataset_revision": questions.revision if questions else None,
+        }
 
     def _sites(self) -> dict[str, dict[str, list[int]]] | None:
         """Where kinds were taken that no output of the model gives: layers by place, by kind."""

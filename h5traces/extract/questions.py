@@ -226,8 +226,8 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
     for number, row in enumerate(table.rows):
         place = f"{path}: {row.place}"
         unseen -= row.cells.keys()
-        for name in sorted(named - row.cells.keys() - {columns.answers, columns.tools}):
-            raise ExtractionError(_no_column(place, name, row.cells))
+        if missing := named - row.cells.keys() - {columns.answers, columns.tools}:
+            raise ExtractionError(_no_column(place, min(missing), row.cells))
         messages = _listed(row.cells, columns.messages, place, dict, "messages, as dicts")
         prompt_ids = _listed(row.cells, columns.prompt_ids, place, int, "token ids")
         tools = _listed(row.cells, columns.tools, place, dict, "tools, as dicts", may_lack=True)
@@ -259,8 +259,8 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
             ),
         )
     # Rows may lack reference answers and tools, but not all of them.
-    for name in sorted(unseen) if number >= 0 else ():
-        raise ExtractionError(_no_column(str(path), name, table.columns))
+    if unseen and number >= 0:
+        raise ExtractionError(_no_column(str(path), min(unseen), table.columns))
 
 
 def _no_column(place: str, name: str, columns: Iterable[str]) -> str:

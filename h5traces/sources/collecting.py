@@ -325,7 +325,7 @@ def _unfinished(path: Path) -> Leftover:
 
 
 def _place_others(found: Collected, others: list[Other]) -> None:
-    """What is no plain file, and folders that the walk did not enter."""
+    """What is not a plain file, and folders that the walk did not enter."""
     names = _Names([path for path, _ in found.sources])
     for each in others:
         message = f"{each.path}: is {each.what}; {each.remedy}"

@@ -40,7 +40,7 @@ _PROMPT_IDS: Final = "prompt_token_ids"
 # Of vLLM: which of several answers, the id, which of several prompts, and eight random digits.
 _REQUEST: Final = re.compile(r"(?:(?P<answer>\d+)_)?(?P<id>.+?)-[0-9a-f]{8}\Z")
 _PROMPT: Final = re.compile(r"(?P<id>.+)-(?P<prompt>\d+)\Z")
-# Parts of a response that are no facts about one sample, or are taken apart.
+# Parts of a response that are not facts about one sample, or are taken apart.
 _LEFT: Final = frozenset(
     (
         *("file", "id", "request_id", "object", "created", "model", "choices", "usage", "outputs"),

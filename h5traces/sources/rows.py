@@ -131,7 +131,7 @@ def _delimiter(header: str) -> str:
 
 
 def foreign(path: Path) -> str | None:
-    """Says what a file is that is no table of text; None if it may be one."""
+    """Says what a file is if it is not a table of text; None if it may be one."""
     if not path.is_file():
         return None
     kind = identify(path)

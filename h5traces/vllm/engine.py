@@ -26,9 +26,8 @@ from h5traces.extract import models
 from h5traces.extract.anatomy import anatomy_of
 from h5traces.extract.batches import TOLERANCES
 from h5traces.extract.capture import Captured, CaptureOptions, Capturer
-from h5traces.extract.extractor import Extractor, Texts, tokenizer_digest
+from h5traces.extract.extractor import Extractor, Texts
 from h5traces.extract.generation import Answer
-from h5traces.extract.kept import ALL
 from h5traces.extract.trials import relative_difference, values_of
 from h5traces.format import layout
 from h5traces.format.archive import SampleExtraction
@@ -199,8 +198,7 @@ class VllmExtractor(Extractor):
 
     def metadata(self, questions: QuestionSet | None = None) -> ExtractionMetadata:
         """What archives record of the run."""
-        options, tokenizer = self._options, self._tokenizer
-        asked = options.generation
+        asked = self._options.generation
         names = ["max_new_tokens", "do_sample"]
         names += ["temperature", "top_k", "top_p", "num_generations"] if asked.do_sample else []
         config = self._llm.llm_engine.vllm_config
@@ -212,20 +210,9 @@ class VllmExtractor(Extractor):
         generation = {name: getattr(asked, name) for name in names}
         return found.model_copy(
             update={
-                "tokenizer_class": type(tokenizer).__name__,
-                "tokenizer_digest": tokenizer_digest(tokenizer),
+                **self._asked(questions),
                 "difference": self._measured,
                 "generation": {**of_engine, **self._engine.arguments, **generation},
-                "seed": options.seed,
-                "batch_size": options.batch_size,
-                "prompt_template": options.prompt_template,
-                "chat_template": tokenizer.chat_template if options.chat else None,
-                "answer_cut": options.answer_cut,
-                "tokens": None if options.tokens == ALL else options.tokens,
-                "kept": options.kept(self._layers),
-                "dataset_config": questions.config if questions else None,
-                "dataset_split": questions.split if questions else None,
-                "dataset_revision": questions.revision if questions else None,
             }
         )
 
