@@ -30,6 +30,7 @@
 #define TRIAL 8192
 #define LEAST_GAIN 0.99
 #define LONGEST_COPY 258
+#define SEVEN_BITS 0x7F7F7F7F7F7F7F7Fu
 #define NICE_COPY 96
 #define SMALL (24 << 10)
 #define TINY 1024
@@ -403,12 +404,25 @@ static size_t tokens_of_runs(Encoder *self, const uint8_t *start, const uint8_t 
     size_t count = 0;
     const uint8_t *in = *at;
     while (in < end && count < BLOCK_TOKENS) {
-        /* Four equal bytes at once: one branch, which is seldom taken where there are no runs. */
-        uint32_t four = in > start && end - in >= 3 ? load32(in - 1) : 1;
-        if (four != (four << 8 | four >> 24)) {
-            self->tokens[count++] = *in++;
-            continue;
+        /* A run begins where three bytes equal those before them; six places are looked at together. */
+        int is_inside = in > start && end - in >= 8 && count + 6 <= BLOCK_TOKENS;
+        size_t num_literals = 1;
+        if (is_inside) {
+            uint64_t differ = load64(in - 1) ^ load64(in);
+            uint64_t equal = ~(((differ & SEVEN_BITS) + SEVEN_BITS) | differ | SEVEN_BITS);
+            equal &= equal >> 8 & equal >> 16;
+            num_literals = equal ? (size_t)__builtin_ctzll(equal) >> 3 : 6;
+            for (size_t i = 0; i < 6; i++)
+                self->tokens[count + i] = in[i];
+        } else {
+            uint32_t four = in > start && end - in >= 3 ? load32(in - 1) : 1;
+            num_literals = four != (four << 8 | four >> 24);
+            self->tokens[count] = *in;
         }
+        count += num_literals;
+        in += num_literals;
+        if (num_literals == (is_inside ? 6 : 1))
+            continue;
         size_t most = (size_t)(end - in) < LONGEST_COPY ? (size_t)(end - in) : LONGEST_COPY;
         size_t length = equal_bytes(in, in - 1, most);
         self->tokens[count++] = COPY(length, 1);
@@ -901,22 +915,37 @@ size_t encode_bound(size_t nbytes, size_t itemsize)
     return 64 + nbytes + 5 * (nbytes / PART_TOKENS + 2 * itemsize + 2) + nbytes / 64;
 }
 
+INLINE uint32_t *few_heads(Encoder *self, uint64_t string)
+{
+    return self->heads + (string * 0x9E3779B185EBCA87u >> (64 - FEW_HASH_BITS));
+}
+
 /* As `plan_plane`, where a survey would take longer than coding. */
 static int plan_small(Encoder *self, const uint8_t *plane, size_t nbytes)
 {
     size_t num_pairs = 0, num_repeats = 0;
     for (size_t i = 1; i < nbytes; i++)
         num_pairs += plane[i] == plane[i - 1];
-    /* Strings of eight bytes that were there before, of which runs have many. */
+    /* Strings of eight bytes that were there before, of which runs have many; no more than matter, and
+     * only while there can be as many. An empty head is that of the first string. */
+    size_t most = nbytes / 20 + num_pairs, end = nbytes < 8 ? 0 : nbytes - 7;
+    uint64_t before = end ? load64(plane) : 0;
+    uint32_t *head = few_heads(self, before);
     memset(self->heads, 0, sizeof *self->heads << FEW_HASH_BITS);
-    for (size_t i = 0; i + 8 <= nbytes; i++) {
-        uint64_t string = load64(plane + i);
-        uint32_t *head = self->heads + (string * 0x9E3779B185EBCA87u >> (64 - FEW_HASH_BITS));
-        num_repeats += load64(plane + *head) == string && *head < i;
-        *head = (uint32_t)i;
-    }
+    for (size_t i = 1, stop; i < end && num_repeats <= most && num_repeats + end - i > most; i = stop)
+        for (stop = end - i < PART_TOKENS / 8 ? end : i + PART_TOKENS / 8; i < stop; i++) {
+            uint64_t string = load64(plane + i);
+            if (string == before) {
+                num_repeats++;
+            } else {
+                head = few_heads(self, string);
+                num_repeats += load64(plane + *head) == string;
+                before = string;
+            }
+            *head = (uint32_t)i;
+        }
     int has_runs = 10 * num_pairs > nbytes;
-    return (has_runs ? RUNS : LITERALS) | (20 * num_repeats > nbytes + 20 * num_pairs ? SEARCH : 0);
+    return (has_runs ? RUNS : LITERALS) | (num_repeats > most ? SEARCH : 0);
 }
 
 /* The planes of the shuffled bytes, the incomplete element with the last one. */
