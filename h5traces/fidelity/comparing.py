@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from h5traces.format import layout
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.text import and_more
 from h5traces.precision.attention import HeadMean
+from h5traces.storage.threads import one_blas_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -62,7 +63,7 @@ def compare(
     """Measure how faithfully one archive holds what another does.
 
     Every array is read once, in as many threads as there are cores. Memory stays at two layers of
-    both archives per thread, and some sums per layer and channel.
+    both archives per thread, two samples of up to 64 MiB of either, and some sums per channel.
 
     Parameters
     ----------
@@ -99,6 +100,7 @@ def compare(
     with (
         open_archive(a, labels=False, container="numpy") as first,
         open_archive(b, labels=False, container="numpy") as second,
+        one_blas_thread,
         ThreadPoolExecutor(num_threads, thread_name_prefix="h5traces-fidelity") as pool,
     ):
         losses = shared_metadata(first._files).losses
@@ -111,11 +113,13 @@ def compare(
         report = FidelityReport([*map(str, first.paths)], [*map(str, second.paths)], threshold)
         pairs = _paired(first, second, report)
         comparison = _Comparison(report, pool, num_threads)
-        for done, (index_a, index_b) in enumerate(pairs, 1):
+        for done, (index_a, index_b) in enumerate(pairs):
             comparison.add(_TracePair(first[index_a], second[index_b]))
-            if progress is not None:
+            if progress is not None and done:
                 progress(done, len(pairs))
         comparison.finish()
+        if progress is not None:
+            progress(len(pairs), len(pairs))
     return report
 
 
@@ -198,8 +202,7 @@ class _TracePair:
 
 
 def _read(trace: Trace, kind: str, name: str) -> NDArray[Any]:
-    layer = layout.parse_layer_name(name)
-    array: NDArray[Any] = trace.embedding if layer is None else trace.layer(layer, kind)
+    array: NDArray[Any] = trace._read_layer(kind, name)
     axes = layout.KINDS[kind].axes
     if isinstance(array, list) or array.ndim != len(axes):
         message = f"{trace._stored.place}: {kind}/{name} does not have the axes {', '.join(axes)}"
@@ -214,9 +217,27 @@ class _Comparison:
         self._report, self._pool, self._num_threads = report, pool, num_threads
         self._states: dict[str, StateErrors] = {}
         self._weights: dict[tuple[str, str], dict[str, WeightErrors]] = {}
+        # Of the sample before, its arrays in memory and who compares them.
+        self._arrays, self._running = ExitStack(), list[Future[None]]()
 
     def add(self, pair: _TracePair) -> None:
-        """Compare one sample."""
+        """Read one sample, and begin to compare it once the one before is done."""
+        arrays = ExitStack()
+        for trace in (pair.a, pair.b):
+            stored = trace._stored
+            needed = stored.needed(layout.KINDS)
+            arrays.enter_context(stored.read_ahead(needed, most_nbytes=MOST_AHEAD_NBYTES))
+        tasks = self._tasks(pair)
+        self._wait()
+        self._arrays = arrays
+        self._running = [self._pool.submit(_run, task) for task in tasks]
+
+    def _wait(self) -> None:
+        with self._arrays:
+            for each in self._running:
+                each.result()
+
+    def _tasks(self, pair: _TracePair) -> list[Callable[[], None]]:
         names_a, names_b = _stored_names(pair.a), _stored_names(pair.b)
         objects = {*pair.a._stored.objects, *pair.b._stored.objects}
         for kind in layout.KINDS:
@@ -247,14 +268,7 @@ class _Comparison:
             partial(self._add_weights, pair, part, heads, means, source)
             for _, part in self._parts(sorted({*heads, *means}))
         ]
-        with ExitStack() as compared:
-            for trace in (pair.a, pair.b):
-                stored = trace._stored
-                ahead = stored.read_ahead(
-                    stored.needed(layout.KINDS), most_nbytes=MOST_AHEAD_NBYTES
-                )
-                compared.enter_context(ahead)
-            list(self._pool.map(_run, tasks))
+        return tasks
 
     def _note_unmatched(self, names_a: _Names, names_b: _Names, means: list[str]) -> None:
         """Count arrays that only one archive has, except those of A that a mean replaces."""
@@ -318,6 +332,7 @@ class _Comparison:
 
     def finish(self) -> None:
         """Fill the report."""
+        self._wait()
         kinds = self._report.kinds
         states = [each.result() for _, each in sorted(self._states.items())]
         if states:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from h5traces.fidelity.reports import StateFidelity
+from h5traces.format.dtypes import float16_to_float32
+from h5traces.format.limits import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,26 +21,27 @@ DEAD: Final = 2.0**-12
 # Cosines that differ by less are equal: float32 computes them no better, and no states stored as
 # float16 differ by less.
 TIE: Final = 1e-6
-# Values at a time, so that intermediate results stay in the processor's cache.
-_BLOCK: Final = 1 << 17
-# Products up to which BLAS starts no threads (OpenBLAS; others may at fewer). Threads of small ones
-# wait for each other, and for those of this process, longer than the product takes.
-_SMALL_PRODUCT: Final = 1 << 18
-_FEW_TOKENS: Final = 64
+# Values at a time, so that intermediate results stay in the processor's cache, and tokens, so that
+# float32 sums over them keep their digits.
+_BLOCK: Final = 1 << 18
+_MOST_TOKENS: Final = 256
 # Cosines at a time.
 _BLOCK_COSINES: Final = 1 << 22
+
+_SPARE: Final = Scratch()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValuePair:
     """Values of A and B, and B's minus A's: float32 or float64, of one shape.
 
-    What is not finite in A or B is zero in both; counts are as in `LayerFidelity`.
+    What is not finite in A or B is zero in all three; counts are as in `LayerFidelity`. They lie in
+    one array, since threads wait for each other at every call of numpy.
     """
 
-    reference: NDArray[Any]
-    restored: NDArray[Any]
-    error: NDArray[Any]
+    values: NDArray[Any]
+    # Of every row (of the last axis) of the three.
+    squares: NDArray[Any]
     # Where A and B are finite; None if all are.
     finite: NDArray[np.bool_] | None = None
     num_not_finite: int = 0
@@ -47,22 +50,40 @@ class ValuePair:
     @classmethod
     def of(cls, reference: NDArray[Any], restored: NDArray[Any], dtype: DTypeLike) -> Self:
         """The pair of two arrays of one shape, computed in `dtype`."""
-        a, b = (np.ascontiguousarray(each, dtype) for each in (reference, restored))
+        values = np.empty((3, *reference.shape), dtype)
+        _widen(reference, values[0])
+        _widen(restored, values[1])
+        a, b, error = values
         with np.errstate(invalid="ignore", over="ignore"):
-            error = b - a
-        if np.isfinite(error).all():
-            return cls(a, b, error)
+            np.subtract(b, a, out=error)
+            squares = row_squares(values)
+        if np.isfinite(squares).all():
+            return cls(values, squares)
         finite = np.isfinite(a) & np.isfinite(b)
         odd = ~finite
         same = (a[odd] == b[odd]) | (np.isnan(a[odd]) & np.isnan(b[odd]))
         counts = int(np.count_nonzero(~np.isfinite(a))), int(np.count_nonzero(~same))
-        a, b, error = (np.where(finite, each, 0) for each in (a, b, error))
-        return cls(a, b, error, finite, *counts)
+        values[:, odd] = 0
+        with np.errstate(over="ignore"):
+            squares = row_squares(values)
+        return cls(values, squares, finite, *counts)
+
+    @property
+    def reference(self) -> NDArray[Any]:
+        """A's."""
+        found: NDArray[Any] = self.values[0]
+        return found
+
+    @property
+    def error(self) -> NDArray[Any]:
+        """B's minus A's."""
+        found: NDArray[Any] = self.values[2]
+        return found
 
     def rows(self, rows: slice) -> ValuePair:
-        """Some of the rows, without counts."""
+        """Some of the tokens, without counts."""
         finite = None if self.finite is None else self.finite[rows]
-        return ValuePair(self.reference[rows], self.restored[rows], self.error[rows], finite)
+        return ValuePair(self.values[:, rows], self.squares[:, rows], finite)
 
     @property
     def num_finite(self) -> int:
@@ -90,25 +111,18 @@ class ValueErrors:
     num_from_zero: int = 0
     num_to_zero: int = 0
 
-    def add(self, pair: ValuePair) -> NDArray[Any]:
-        """Add a pair; returns the magnitudes of its errors."""
+    def add(
+        self, pair: ValuePair, zeros: NDArray[np.bool_], max_error: float, max_relative: float
+    ) -> None:
+        """Add a pair: where A's and B's values are zero, and its largest error in both ways."""
         self.num_values += pair.num_finite
         self.num_not_finite += pair.num_not_finite
         self.num_misplaced += pair.num_misplaced
-        errors: NDArray[Any] = np.abs(pair.error)
-        self.max_error = max(self.max_error, float(errors.max(initial=0)))
-        nonzero = pair.reference != 0
-        if nonzero.all():
-            relative = errors / pair.reference
-        else:
-            relative = np.zeros_like(errors)
-            np.divide(errors, pair.reference, out=relative, where=nonzero)
-            self.num_from_zero += int(np.count_nonzero(errors[~nonzero]))
-        largest = max(float(relative.max(initial=0)), -float(relative.min(initial=0)))
-        self.max_relative = max(self.max_relative, largest)
-        if not pair.restored.all():
-            self.num_to_zero += int(np.count_nonzero((pair.restored == 0) & nonzero))
-        return errors
+        self.max_error = max(self.max_error, max_error)
+        self.max_relative = max(self.max_relative, max_relative)
+        num_a, num_b, num_both = map(np.count_nonzero, (*zeros, zeros[0] & zeros[1]))
+        self.num_from_zero += int(num_a - num_both)
+        self.num_to_zero += int(num_b - num_both)
 
 
 class ChannelErrors:
@@ -127,21 +141,29 @@ class ChannelErrors:
         self._sums_of_squares = np.zeros(width)
 
     def add_errors(self, errors: NDArray[Any], num_values: int) -> None:
-        """Add magnitudes of errors ``(tokens, width)``; `num_values` of them are compared."""
+        """Add errors ``(tokens, width)``, of which `num_values` are compared."""
         self.num_values += num_values
         self._squares += np.einsum("ij,ij->j", errors, errors)
-        np.maximum(self._largest, errors.max(axis=0, initial=0), out=self._largest)
+
+    def add_largest(self, errors: NDArray[Any]) -> float:
+        """Add magnitudes of errors ``(tokens, width)``; returns the largest."""
+        largest = errors.max(axis=0, initial=0)
+        np.maximum(self._largest, largest, out=self._largest)
+        return float(largest.max(initial=0))
 
     def add_reference(
-        self, values: NDArray[Any], finite: NDArray[np.bool_] | None, first: int
+        self, values: NDArray[Any], finite: NDArray[np.bool_] | None, first: int, *, keep: bool
     ) -> None:
-        """Add the tokens of A from `first` on whose values are all finite, ``(tokens, width)``."""
+        """Add the tokens of A from `first` on whose values are all finite, ``(tokens, width)``.
+
+        `values` may be overwritten unless they are to `keep`.
+        """
         values = values[first:] if finite is None else values[first:][finite[first:].all(axis=1)]
         if not len(values):
             return
         if self._origin is None:
             self._origin = values[0].copy()
-        away = values - self._origin
+        away = np.subtract(values, self._origin, out=_spare(values) if keep else values)
         self._count += len(values)
         self._sums += away.sum(axis=0)
         self._sums_of_squares += np.einsum("ij,ij->j", away, away)
@@ -206,43 +228,60 @@ class StateErrors:
         self._channels = self._channels or ChannelErrors(width)
         self._values.num_not_finite += pair.num_not_finite
         self._values.num_misplaced += pair.num_misplaced
-        for rows in blocks(tokens, width, _BLOCK):
+        for rows in blocks(tokens, max(width, _BLOCK // _MOST_TOKENS), _BLOCK):
             part, skipped = pair.rows(rows), max(0, first - rows.start)
-            self._channels.add_errors(self._values.add(part), part.num_finite)
-            self._channels.add_reference(part.reference, part.finite, skipped)
+            self._add_values(part, self._channels)
+            self._channels.add_reference(part.reference, part.finite, skipped, keep=True)
             if previous is not None:
                 self._add_difference(part, previous.rows(rows), skipped)
         self._add_tokens(pair)
 
+    def _add_values(self, pair: ValuePair, channels: ChannelErrors) -> None:
+        channels.add_errors(pair.error, pair.num_finite)
+        errors = np.abs(pair.error, out=_spare(pair.error))
+        max_error = channels.add_largest(errors)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = np.divide(errors, pair.reference, out=errors)
+        # Of zero and zero it is NaN, which these leave out; of zero and another value infinite.
+        highest = np.fmax.reduce(relative, None, initial=0)
+        lowest = np.fmin.reduce(relative, None, initial=0)
+        zeros = pair.values[:2] == 0
+        if np.isinf(highest) or np.isinf(lowest):
+            relative[zeros[0]] = 0
+            highest, lowest = relative.max(), relative.min()
+        self._values.add(pair, zeros, max_error, float(max(highest, -lowest)))
+
     def _add_difference(self, pair: ValuePair, previous: ValuePair, first: int) -> None:
         self._differences = self._differences or ChannelErrors(pair.error.shape[1])
-        change = pair.error - previous.error
-        finite, count = None, change.size
+        change = np.subtract(pair.values[::2], previous.values[::2], out=_spare(pair.values[::2]))
+        reference, error = change
+        finite, count = None, error.size
         if pair.finite is not None or previous.finite is not None:
-            finite = np.ones(change.shape, np.bool_)
+            finite = np.ones(error.shape, np.bool_)
             for each in (pair.finite, previous.finite):
                 finite &= True if each is None else each
-            change[~finite] = 0
+            error[~finite] = 0
             count = int(np.count_nonzero(finite))
-        self._differences.add_errors(change, count)
-        self._differences.add_reference(pair.reference - previous.reference, finite, first)
+        self._differences.add_errors(error, count)
+        self._differences.add_reference(reference, finite, first, keep=False)
 
     def _add_tokens(self, pair: ValuePair) -> None:
-        a, b, error = pair.reference, pair.restored, pair.error
+        values, squares = pair.values, pair.squares
         if pair.finite is not None:
             rows = pair.finite_rows
-            a, b, error = a[rows], b[rows], error[rows]
-        if not len(a):
+            values, squares = values[:, rows], squares[:, rows]
+        tokens = squares.shape[1]
+        if not tokens:
             return
-        norms_a, norms_b, norms = (np.sqrt(_squares(each)) for each in (a, b, error))
-        cosines = _cosines(norms_a, norms_b, norms)
-        self._num_tokens += len(a)
+        norms = np.sqrt(squares.astype(np.float64))
+        cosines = _cosines(*norms)
+        self._num_tokens += tokens
         self._cosines += float(cosines.sum())
         lowest = float(cosines.min())
         self._min_cosine = lowest if self._min_cosine is None else min(lowest, self._min_cosine)
-        if len(a) > 1:
-            self._num_neighbours += len(a)
-            self._num_agreeing += _num_agreeing(_unit(a, norms_a), _unit(b, norms_b))
+        if tokens > 1:
+            self._num_neighbours += tokens
+            self._num_agreeing += _num_agreeing(values[:2], norms[:2])
 
     def result(self) -> StateFidelity:
         """The measurements so far."""
@@ -271,9 +310,26 @@ def blocks(rows: int, width: int, most: int) -> Iterator[slice]:
     return (slice(start, min(rows, start + size)) for start in range(0, rows, size))
 
 
-def _squares(values: NDArray[Any]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = np.einsum("ij,ij->i", values, values).astype(np.float64)
+def row_squares(values: NDArray[Any]) -> NDArray[Any]:
+    """Sums of squares over the last axis, by BLAS: with fewer roundings than by einsum."""
+    found: NDArray[Any] = np.matmul(values[..., None, :], values[..., None])[..., 0, 0]
     return found
+
+
+def _widen(values: NDArray[Any], out: NDArray[Any]) -> None:
+    if values.dtype != np.float16:
+        np.copyto(out, values)
+    elif out.dtype == np.float32:
+        float16_to_float32(values, out)
+    else:
+        floats = _SPARE.take(4 * values.size).view(np.float32).reshape(values.shape)
+        float16_to_float32(values, floats)
+        np.copyto(out, floats)
+
+
+def _spare(values: NDArray[Any]) -> NDArray[Any]:
+    """Memory for another such array, until the next call in this thread."""
+    return _SPARE.take(values.nbytes).view(values.dtype).reshape(values.shape)
 
 
 def _cosines(
@@ -291,42 +347,19 @@ def _cosines(
     return 1 - away
 
 
-def _unit(values: NDArray[Any], norms: NDArray[np.float64]) -> NDArray[Any]:
-    """Rows of length 1; rows of zeros stay."""
-    scale = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
-    found: NDArray[Any] = values * scale.astype(values.dtype)[:, None]
-    return found
-
-
-def _num_agreeing(units_a: NDArray[Any], units_b: NDArray[Any]) -> int:
+def _num_agreeing(values: NDArray[Any], norms: NDArray[np.float64]) -> int:
     """Tokens whose nearest tokens in A and in B, ties included, have one in common."""
-    count = 0
-    for rows in blocks(len(units_a), len(units_a), _BLOCK_COSINES):
-        common = _nearest(units_a, rows) & _nearest(units_b, rows)
-        count += int(np.count_nonzero(common.any(axis=1)))
+    tokens, count = values.shape[1], 0
+    scales = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0).astype(values.dtype)
+    for rows in blocks(tokens, tokens, _BLOCK_COSINES):
+        cosines = values[:, rows] @ values.swapaxes(1, 2)
+        cosines *= scales[:, rows, None]
+        cosines *= scales[:, None]
+        if not scales.all():
+            # Values whose squares overflow.
+            cosines[np.isnan(cosines)] = 0
+        some = np.arange(cosines.shape[1])
+        cosines[:, some, some + rows.start] = -np.inf
+        nearest = cosines >= cosines.max(axis=2, keepdims=True) - TIE
+        count += int(np.count_nonzero((nearest[0] & nearest[1]).any(axis=1)))
     return count
-
-
-def _nearest(units: NDArray[Any], rows: slice) -> NDArray[np.bool_]:
-    """For some tokens, which others are nearest: ``(some, tokens)``."""
-    cosines = _products(units[rows], units)
-    some = np.arange(len(cosines))
-    cosines[some, some + rows.start] = -np.inf
-    nearest: NDArray[np.bool_] = cosines >= cosines.max(axis=1, keepdims=True) - TIE
-    return nearest
-
-
-def _products(some: NDArray[Any], units: NDArray[Any]) -> NDArray[Any]:
-    """``some @ units.T``; of few tokens in parts of the channels, in this thread alone."""
-    other = units.copy()  # numpy multiplies an array with itself in another way, with threads
-    whole = some.shape[1]
-    part = _SMALL_PRODUCT // (len(some) * len(units))
-    if max(len(some), len(units)) > _FEW_TOKENS or whole <= part:
-        found: NDArray[Any] = some @ other.T
-        return found
-    fitting = whole // part * part
-    left, right = (each[:, :fitting].reshape(len(each), -1, part) for each in (some, other))
-    parts = np.matmul(left.transpose(1, 0, 2), right.transpose(1, 2, 0))
-    rest = some[:, fitting:] @ other[:, fitting:].T
-    total: NDArray[Any] = parts.sum(axis=0) + rest
-    return total

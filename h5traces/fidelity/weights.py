@@ -43,11 +43,18 @@ class WeightErrors:
         heads, num_queries, keys = a.shape
         for queries in blocks(num_queries, heads * keys, _BLOCK):
             pair = ValuePair.of(a[:, queries], b[:, queries], np.float64)
-            self._values.add(pair)
-            self._squares += _square_sum(pair.error)
-            self._reference_squares += _square_sum(pair.reference)
+            zeros = pair.values[:2] == 0
+            ratios = np.ones_like(pair.error)
+            with np.errstate(over="ignore"):
+                np.divide(pair.values[1], pair.reference, out=ratios, where=~zeros[0])
+                sums = pair.squares.sum(axis=(1, 2))
+            self._reference_squares += float(sums[0])
+            self._squares += float(sums[2])
+            max_error = max(float(pair.error.max(initial=0)), -float(pair.error.min(initial=0)))
+            max_relative = max(float(ratios.max(initial=1)) - 1, 1 - float(ratios.min(initial=1)))
+            self._values.add(pair, zeros, max_error, max_relative)
             self._add_edges(pair, queries.start)
-            self._add_rows(pair)
+            self._add_rows(pair, ratios)
 
     def _add_edges(self, pair: ValuePair, first_query: int) -> None:
         if not len(pair.error):
@@ -57,16 +64,15 @@ class WeightErrors:
         if pair.finite is not None:
             causal &= pair.finite.all(axis=0)
         # As `h5traces.graph` compares: in float32.
-        edges, found = (
-            (each.mean(axis=0).astype(np.float32) > np.float32(self._threshold)) & causal
-            for each in (pair.reference, pair.restored)
-        )
-        self._num_edges += int(np.count_nonzero(edges))
-        self._num_added += int(np.count_nonzero(found & ~edges))
-        self._num_removed += int(np.count_nonzero(edges & ~found))
+        means = pair.values[:2].mean(axis=1).astype(np.float32)
+        edges, found = (means > np.float32(self._threshold)) & causal
+        num_edges, num_found, num_both = map(np.count_nonzero, (edges, found, edges & found))
+        self._num_edges += int(num_edges)
+        self._num_added += int(num_found - num_both)
+        self._num_removed += int(num_edges - num_both)
 
-    def _add_rows(self, pair: ValuePair) -> None:
-        divergences = row_divergences(pair.reference, pair.restored)
+    def _add_rows(self, pair: ValuePair, ratios: NDArray[Any]) -> None:
+        divergences = row_divergences(pair.values[:2], ratios)
         divergences = divergences[pair.finite_rows & ~np.isnan(divergences)]
         if divergences.size:
             self._num_rows += divergences.size
@@ -92,30 +98,25 @@ class WeightErrors:
         )
 
 
-def row_divergences(reference: NDArray[Any], restored: NDArray[Any]) -> NDArray[np.float64]:
+def row_divergences(weights: NDArray[Any], ratios: NDArray[Any]) -> NDArray[np.float64]:
     """Kullback-Leibler divergence of B's rows from A's, in nats, both scaled to sum to 1.
 
     ``sum(p * ln(p / q))`` over the keys with p > 0. Where a weight of A is zero in B, it counts
     as 2^-24 there, the smallest float16, or as A's own if that is smaller. Rows without weights
-    in A are NaN. Takes float64 ``(..., key)``, and returns ``(...)``.
+    in A are NaN. Takes float64 ``(2, ..., key)`` of A and B, and returns ``(...)``; `ratios` are
+    B's weights in terms of A's, 1 where A's are zero, and are overwritten.
     """
-    positive = reference > 0
-    a = np.where(positive, reference, 0)
-    b = np.maximum(restored, 0)
-    lost = positive & (b == 0)
+    if weights.min(initial=0) < 0:
+        weights = np.maximum(weights, 0)
+        ratios = np.divide(weights[1], weights[0], out=np.ones_like(ratios), where=weights[0] > 0)
+    a, b = weights
+    lost = ratios == 0
     if lost.any():
-        b[lost] = np.minimum(a[lost], SMALLEST)
-    terms = np.divide(a, b, out=np.ones_like(a), where=positive)
-    np.log(terms, out=terms)
-    np.multiply(terms, a, out=terms)
-    sums_a, sums_b = a.sum(axis=-1), b.sum(axis=-1)
+        b = np.where(lost, np.minimum(a, SMALLEST), b)
+        ratios[lost] = b[lost] / a[lost]
+    logs = np.log(ratios, out=ratios)
+    sums_a, sums_b = (np.einsum("...k->...", each) for each in (a, b))
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = terms.sum(axis=-1) / sums_a + np.log(sums_b / sums_a)
+        found = np.log(sums_b / sums_a) - np.einsum("...k,...k->...", a, logs) / sums_a
     divergences: NDArray[np.float64] = np.maximum(found, 0)
     return divergences
-
-
-def _square_sum(values: NDArray[Any]) -> float:
-    flat = values.reshape(-1)
-    # Not `flat @ flat`, for which BLAS starts threads that wait for each other.
-    return float(np.einsum("i,i->", flat, flat))

@@ -205,6 +205,13 @@ def float32_to_float16(
     return out
 
 
+def float16_to_float32(values: NDArray[np.float16], out: NDArray[np.float32]) -> None:
+    """Exactly; `out` is C-contiguous."""
+    values = np.ascontiguousarray(values)
+    if NATIVE is None or NATIVE.cast(values, 0, out, 2)[0]:
+        np.copyto(out, values)
+
+
 class Cast(NamedTuple):
     """An array in another type, and counts of what changed."""
 

@@ -7,7 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from h5traces.format.dtypes import TypedArray, cast_values, float32_to_float16
+from h5traces.format.dtypes import (
+    TypedArray,
+    cast_values,
+    float16_to_float32,
+    float32_to_float16,
+)
 
 
 def numpys(values: np.ndarray) -> np.ndarray:
@@ -61,3 +66,11 @@ def test_read_only_and_scalar_arrays() -> None:
     assert np.array_equal(float32_to_float16(values).view(np.uint16), numpys(values))
     assert float32_to_float16(np.array(0.1, ">f4")) == np.float16(0.1)
     assert float32_to_float16(np.empty((0, 3), np.float32)).shape == (0, 3)
+
+
+def test_every_float16_widens_into_given_memory() -> None:
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for each in (values, values[np.isfinite(values)][::3]):  # without NaN, by the kernels
+        out = np.empty(each.shape, np.float32)
+        float16_to_float32(each, out)
+        assert np.array_equal(out.view(np.uint32), each.astype(np.float32).view(np.uint32))
