@@ -62,7 +62,8 @@ def convert(
 ) -> ConversionReport:
     """Convert batches of traces (pickles, files of torch.save and others) to archives.
 
-    Samples are streamed: memory stays at about twice the largest sample, however many there are.
+    Samples are streamed: memory stays at about twice the largest sample and 64 MiB, however many
+    there are.
     One unreadable batch does not stop the others; the report lists it, and every file of a folder
     that was not read.
 

@@ -6,8 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from h5traces.archive.selection import as_numbers, choose_layers
 from h5traces.errors import (
@@ -18,7 +21,7 @@ from h5traces.errors import (
     SchemaError,
 )
 from h5traces.format.archive import SourceFile, add_casts
-from h5traces.format.dtypes import CastCounts
+from h5traces.format.dtypes import CastCounts, TypedArray
 from h5traces.meaning.checks import CheckOptions
 from h5traces.meaning.options import ReadingOptions
 from h5traces.meaning.padding import num_cut
@@ -28,6 +31,7 @@ from h5traces.rewriting.existing import Wanted, compare_existing, source_file
 from h5traces.rewriting.reports import FileReport, cast_warnings
 from h5traces.sources.opening import facts_in_name, open_source
 from h5traces.sources.runs import Runs, merged, reading_in_run
+from h5traces.storage.memory import keep_freed
 from h5traces.storage.publish import remove_abandoned_parts, sync_folder
 from h5traces.storage.threads import ReadAhead
 from h5traces.writing.options import TargetOptions, WriteOptions, WriteSummary, precision_warnings
@@ -41,6 +45,12 @@ if TYPE_CHECKING:
     from h5traces.rewriting.convert_plan import Job
     from h5traces.rewriting.uploads import ExistingUploads, Uploads
 
+
+# Samples that are read before they can be written take at most this much: while a large one is
+# read, the small ones before it are written.
+_AHEAD_NBYTES: Final = 64 << 20
+# Of a record without arrays.
+_RECORD_NBYTES: Final = 64 << 10
 
 # Called with the source, how many of its bytes are read, and samples written since the last call.
 Report = Callable[[Path, int, int], None]
@@ -256,6 +266,7 @@ class _Conversion:
         """Convert; an exception leaves no file."""
         try:
             # As they are before they are read; compared again when they have been.
+            keep_freed()
             self._recorded = [self._as_it_is(source) for source in self._sources]
             number = 0
             for source in tuple(self._sources):
@@ -279,13 +290,14 @@ class _Conversion:
     def _read_source(self, number: int, source: Path) -> None:
         try:
             opened = _Opened()
-            with ReadAhead(lambda: _records(source, number, self._options, opened)) as records:
+            make = partial(_records, source, number, self._options, opened)
+            with ReadAhead(make, nbytes=_nbytes, most_nbytes=_AHEAD_NBYTES) as records:
                 while (ready := next(records, None)) is not None:
                     self._num_layers = max(self._num_layers, ready.num_layers)
                     self._write(ready.record, source)
                     self._source_counts[number] += 1
                     self._report_progress(source, ready.position, 1)
-                    # The next sample is being read already: keep no more than these two.
+                    # Others are being read already.
                     del ready
             self._check_unchanged(source, self._recorded[number])
             self._understood += opened.understood
@@ -389,6 +401,20 @@ class _Ready:
     num_layers: int
 
 
+def _nbytes(ready: _Ready) -> int:
+    """Bytes of a record's arrays; of one that holds more than arrays and short values, too many."""
+    record, found = ready.record, _RECORD_NBYTES
+    layers = (each.array for layered in record.layered.values() for each in layered.arrays)
+    for value in (*layers, *record.extra.values()):
+        if isinstance(value, TypedArray):
+            found += value.values.nbytes
+        elif isinstance(value, np.ndarray):
+            found += value.nbytes
+        elif not isinstance(value, (str, int, float, type(None))):
+            return _AHEAD_NBYTES
+    return found
+
+
 @dataclass(slots=True)
 class _Opened:
     """What a source states about itself after it was read."""
@@ -419,7 +445,7 @@ def _records(
                 ready = _Ready(record, opened.progress[0], opened.num_layers)
                 del record
                 yield ready
-                # Two samples exist at a time: this one, and the one that is being written.
+                # Nothing but those who wait for it and who write it keep it.
                 del ready
             found.understood += opened.understood
             found.unread += opened.unread

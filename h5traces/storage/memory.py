@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _MOST_KEPT: Final = 96 << 20
 # Smaller memory is kept by the allocator.
 _LEAST_NBYTES: Final = 128 << 10
+# Of a block that glibc learns from, less what it adds.
+_LARGEST_NBYTES: Final = (32 << 20) - (64 << 10)
 # Sizes of blocks differ by an eighth or less, so that one fits arrays of about the same size.
 _STEPS: Final = 8
 
@@ -71,6 +74,17 @@ def _new_block(size: int) -> mmap.mmap:
     with contextlib.suppress(AttributeError, OSError):
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
+
+
+@cache
+def keep_freed() -> None:
+    """Have the C library keep more of the memory that is freed, for what is asked for next.
+
+    At first, glibc gives pages back at once, and the system clears others for every array. It
+    keeps up to twice the largest block that was ever freed, of 32 MiB at most. This one is never
+    touched.
+    """
+    bytearray(_LARGEST_NBYTES)
 
 
 # Of this process.

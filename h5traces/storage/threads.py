@@ -1,10 +1,10 @@
-"""Threads that also work while the interpreter ends, and one that reads an item ahead."""
+"""Threads that also work while the interpreter ends, and one that reads items ahead."""
 
 from __future__ import annotations
 
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -90,21 +90,32 @@ one_blas_thread = _OneBlasThread()
 
 
 class ReadAhead(Iterator[Item], Generic[Item]):
-    """Runs an iterator one item ahead; a context manager.
+    """Runs an iterator ahead, in a thread; a context manager.
 
-    Never more than two items exist: the one in use and the one being made. So the caller must drop
-    an item before it asks for the next.
+    Two items exist, the one in use and the one being made, or more as long as those that wait to be
+    used take little. So the caller must drop an item before it asks for the next.
 
     Parameters
     ----------
     make
         Called in the thread to make the iterator.
+    nbytes
+        How much memory an item takes.
+    most_nbytes
+        Of the items that wait, with another one as large as the last.
     """
 
-    def __init__(self, make: Callable[[], Iterator[Item]]) -> None:
-        self._make = make
-        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._wanted = threading.Semaphore(1)
+    def __init__(
+        self,
+        make: Callable[[], Iterator[Item]],
+        *,
+        nbytes: Callable[[Item], int] = lambda _: 0,
+        most_nbytes: int = -1,
+    ) -> None:
+        self._make, self._nbytes, self._most_nbytes = make, nbytes, most_nbytes
+        # Size and error of what waits, and the item.
+        self._ready: deque[tuple[int, BaseException | None, Any]] = deque()
+        self._changed = threading.Condition()
         self._stopped = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="h5traces-read", daemon=True)
@@ -113,30 +124,49 @@ class ReadAhead(Iterator[Item], Generic[Item]):
     def _run(self) -> None:
         try:
             items = self._make()
-            while True:
-                self._wanted.acquire()
-                if self._stopped:
-                    return
-                # Not kept in a local: the caller must be able to free what it was handed.
-                self._ready.put((None, next(items, _END)))
+            # Not kept in a local: the caller must be able to free what it was handed.
+            while self._is_wanted() and self._put(next(items, _END)):
+                pass
         except BaseException as error:  # handed to the caller's thread
-            self._ready.put((error, None))
+            self._put(_END, error)
+
+    def _is_wanted(self) -> bool:
+        """Wait until there is room for another item; False once there is no use for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._has_room())
+            return not self._stopped
+
+    def _has_room(self) -> bool:
+        sizes = [nbytes for nbytes, *_ in self._ready]
+        return not sizes or sum(sizes) + sizes[-1] <= self._most_nbytes
+
+    def _put(self, item: Any, error: BaseException | None = None) -> bool:
+        """Hand over an item, or the end; whether others may follow."""
+        nbytes = 0 if item is _END else self._nbytes(item)
+        with self._changed:
+            self._ready.append((nbytes, error, item))
+            self._changed.notify_all()
+        return item is not _END
 
     def __next__(self) -> Item:
         if self._ended:
             raise StopIteration
-        error, item = self._ready.get()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            _, error, item = self._ready.popleft()
+            self._changed.notify_all()
         if error is not None or item is _END:
             self._ended = True
             raise StopIteration if error is None else error
-        self._wanted.release()
-        return item  # type: ignore[no-any-return]  # the queue holds Item and _END only
+        return item  # type: ignore[no-any-return]  # the deque holds Item and _END only
 
     def close(self) -> None:
-        """Stop the thread; an item in the making is dropped."""
-        self._stopped = True
-        self._wanted.release()
+        """Stop the thread; items that nobody asked for are dropped."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
         self._thread.join()
+        self._ready.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -112,3 +112,36 @@ def test_closing_early_ends_the_thread(num_taken: int) -> None:
 def test_nothing_to_read() -> None:
     with ReadAhead(lambda: iter(())) as items:
         assert next(items, "end") == "end"
+
+
+def test_as_many_items_wait_as_take_little() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[int]:
+        for size in (10, 10, 10, 30, 5, 1):
+            made.append(size)
+            yield size
+
+    with ReadAhead(make, nbytes=lambda size: size, most_nbytes=40) as items:
+        # A fourth item might be as large as the third.
+        wait_until(lambda: len(made) == 4)
+        time.sleep(0.02)
+        assert len(made) == 4
+        assert list(items) == [10, 10, 10, 30, 5, 1]
+
+
+def test_nothing_waits_beside_a_large_item() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[int]:
+        for size in (50, 50, 50):
+            made.append(size)
+            yield size
+
+    with ReadAhead(make, nbytes=lambda size: size, most_nbytes=40) as items:
+        time.sleep(0.02)
+        assert len(made) == 1
+        assert next(items) == 50
+        wait_until(lambda: len(made) == 2)
+        time.sleep(0.02)
+        assert len(made) == 2
