@@ -4,7 +4,7 @@
 #define H5TRACES_KERNELS_H
 
 /* Counts changes of what Python calls; `REVISION` in format/native.py must be the same. */
-#define KERNELS_REVISION 5
+#define KERNELS_REVISION 6
 
 #include <stddef.h>
 #include <stdint.h>

@@ -37,7 +37,7 @@ typedef struct {
     Py_buffer data;
     const char *head;
     Py_ssize_t itemsize, head_nbytes;
-    int kind, has_digest;
+    int kind, has_digest, comes_back;
     uint8_t *out, digest[16];
     size_t size, special[2];
     uint64_t checksum;
@@ -65,11 +65,78 @@ static void store_one(Stored *one, Encoder *encoder)
         one->checksum = xxh3_64(one->out, one->size);
 }
 
+/* Where arrays are decoded; kept for the next call. */
+typedef struct {
+    size_t size;
+    uint8_t bytes[];
+} Arena;
+#define LARGEST_ARENA (8 << 20)
+static Spare arenas;
+
+static Arena *arena_of(Arena *arena, size_t size)
+{
+    if (arena && arena->size >= size)
+        return arena;
+    free(arena);
+    if ((arena = malloc(sizeof *arena + size)))
+        arena->size = size;
+    return arena;
+}
+
+/* Decode one or two arrays that were just encoded, while the processor's cache has them, and compare
+ * them with what they were. */
+static Arena *look_back(Stored **ones, size_t count, Arena *arena)
+{
+    Row rows[2] = {{0}};
+    uint8_t done[2] = {0};
+    size_t nbytes = 0, end = 0;
+    const uint8_t *source = ones[count - 1]->out < ones[0]->out ? ones[count - 1]->out : ones[0]->out;
+    for (size_t i = 0; i < count; i++) {
+        const Stored *one = ones[i];
+        size_t offset = (size_t)(one->out - source);
+        rows[i] = (Row){.offset = (int64_t)offset, .nbytes = (int64_t)one->size, .raw_nbytes = one->data.len,
+                        .count = one->data.len / one->itemsize, .itemsize = (int32_t)one->itemsize,
+                        .target = (int64_t)nbytes};
+        end = offset + one->size > end ? offset + one->size : end;
+        nbytes += (size_t)one->data.len;
+    }
+    if (!(arena = arena_of(arena, nbytes)))
+        return NULL;
+    Plan plan = {.descriptor = -1, .source = source, .source_nbytes = end, .rows = rows, .num_rows = count,
+                 .arena = arena->bytes, .arena_nbytes = nbytes, .done = done};
+    plan_run(&plan, 1);
+    for (size_t i = 0; i < count; i++)
+        if (done[i])
+            ones[i]->comes_back =
+                !memcmp(arena->bytes + rows[i].target, ones[i]->data.buf, (size_t)ones[i]->data.len);
+    return arena;
+}
+
+static void store_all(Stored *all, size_t count, int looks_back)
+{
+    Encoder *encoder = encoder_new();
+    Arena *arena = looks_back ? spare_take(arenas) : NULL;
+    Stored *waiting[2];
+    size_t num_waiting = 0;
+    for (size_t i = 0; i < count; i++) {
+        store_one(all + i, encoder);
+        if (looks_back && all[i].size)
+            waiting[num_waiting++] = all + i;
+        if (num_waiting == 2 || (num_waiting && i + 1 == count)) {
+            arena = look_back(waiting, num_waiting, arena);
+            num_waiting = 0;
+        }
+    }
+    free(arena && arena->size <= LARGEST_ARENA ? spare_give(arenas, arena) : arena);
+    encoder_free(encoder);
+}
+
 static PyObject *store(PyObject *self, PyObject *args)
 {
     (void)self;
     PyObject *given, *results = NULL, *bytes = NULL;
-    if (!PyArg_ParseTuple(args, "O!", &PyTuple_Type, &given))
+    int looks_back = 0;
+    if (!PyArg_ParseTuple(args, "O!|p", &PyTuple_Type, &given, &looks_back))
         return NULL;
     Py_ssize_t count = PyTuple_Size(given), held = 0, room;
     Stored *all = calloc((size_t)count + 1, sizeof *all), *one;
@@ -88,14 +155,12 @@ static PyObject *store(PyObject *self, PyObject *args)
             PyErr_SetString(PyExc_ValueError, "the kind of float is unknown, or there is no memory");
             goto end;
         }
+        one->comes_back = -1;
         one->out = room ? (uint8_t *)PyByteArray_AsString(bytes) : NULL;
         PyList_SetItem(results, held, bytes);
     }
     Py_BEGIN_ALLOW_THREADS
-    Encoder *encoder = encoder_new();
-    for (Py_ssize_t i = 0; i < count; i++)
-        store_one(all + i, encoder);
-    encoder_free(encoder);
+    store_all(all, (size_t)count, looks_back);
     Py_END_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < count; i++) {
         one = all + i;
@@ -107,9 +172,9 @@ static PyObject *store(PyObject *self, PyObject *args)
         }
         PyObject *digest = one->has_digest ? PyBytes_FromStringAndSize((char *)one->digest, 16)
                                            : Py_NewRef(Py_None);
-        PyList_SetItem(results, i, Py_BuildValue("NKNnn", bytes, (unsigned long long)one->checksum,
+        PyList_SetItem(results, i, Py_BuildValue("NKNnni", bytes, (unsigned long long)one->checksum,
                                                  digest, (Py_ssize_t)one->special[0],
-                                                 (Py_ssize_t)one->special[1]));
+                                                 (Py_ssize_t)one->special[1], one->comes_back));
     }
 end:
     for (Py_ssize_t i = 0; i < held; i++)
@@ -287,10 +352,12 @@ static PyObject *run_plan(PyObject *self, PyObject *args)
 static PyMethodDef METHODS[] = {
     {"features", features, METH_NOARGS, "features() -> str\n\nWhat of the processor is used."},
     {"store", store, METH_VARARGS,
-     "store(((values, itemsize, head, kind), ...)) -> [(stored, checksum, digest, nan, inf), ...]\n\n"
+     "store(((values, itemsize, head, kind), ...), looks_back=0)\n"
+     "-> [(stored, checksum, digest, nan, inf, comes_back), ...]\n\n"
      "`stored` is a zlib stream of the shuffled bytes, None where Python should encode or `itemsize` is\n"
      "0; `digest` is xxh3-128 of `head` and `values`, None where they are short or there is no head.\n"
-     "Values that are not finite are counted for kinds 0 (float16), 1 (bfloat16) and 2 (float32)."},
+     "Values that are not finite are counted for kinds 0 (float16), 1 (bfloat16) and 2 (float32).\n"
+     "With `looks_back`, what was stored is decoded: 1 if that gives the values, 0 if not, -1 if unknown."},
     {"lookup3", checksums, METH_VARARGS, "lookup3([bytes, ...]) -> [int, ...]\n\nHDF5's checksums."},
     {"decode", decode, METH_VARARGS,
      "decode(stored, out, itemsize) -> bool\n\nWhether a zlib stream of shuffled bytes fills `out`."},

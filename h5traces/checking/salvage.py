@@ -24,7 +24,7 @@ from h5traces.paths import Target, check_not_a_source
 from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import WriteOptions
-from h5traces.writing.shards import verify_written
+from h5traces.writing.reading_back import verify_written
 from h5traces.writing.stored_samples import StoredSample
 
 if TYPE_CHECKING:

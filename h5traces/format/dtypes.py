@@ -286,7 +286,7 @@ def count_not_finite(array: TypedArray) -> tuple[int, int]:
     unsigned, mask = _EXPONENT_MASKS[array.dtype]
     native = np.ascontiguousarray(array.values, dtype=array.values.dtype.newbyteorder("="))
     if NATIVE is not None and array.dtype in KERNEL_KINDS:
-        ((*_, num_nan, num_inf),) = NATIVE.store(((native, 0, b"", KERNEL_KINDS[array.dtype]),))
+        ((*_, num_nan, num_inf, _),) = NATIVE.store(((native, 0, b"", KERNEL_KINDS[array.dtype]),))
         return num_nan, num_inf
     bits: AnyArray = native.view(unsigned).ravel()
     exponents: AnyArray = _SCRATCH.take(bits.nbytes).view(unsigned)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 _SWITCH: Final = "H5TRACES_KERNELS"
 # Of the functions that Python calls; a module that was built of older sources has another one.
-REVISION: Final = 5
+REVISION: Final = 6
 
 
 def _compiled() -> Any:

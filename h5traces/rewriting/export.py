@@ -273,6 +273,7 @@ def _export_archive(job: _Job, *, dtype: DtypePolicy | None, decoded: bool, **_:
     options = WriteOptions(
         dtype=dtype or ("auto" if decoded else "float32"),
         overwrite=job.overwrite,
+        verify=False,
         earlier_precisions=shared_metadata(job.archive._files).losses,
     )
     make_folder(job.path.parent)

@@ -127,18 +127,28 @@ class Storing(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a `Storing` became, and its digest; None without a codec."""
+    """What a `Storing` became, and its digest; None without a codec.
+
+    ``comes_back`` says whether the stored bytes were decoded and gave the values with their digest.
+    """
 
     encoded: EncodedArray | None
     digest: str
     num_nan: int = 0
     num_inf: int = 0
+    comes_back: bool | None = None
 
 
-def store_arrays(arrays: Sequence[Storing]) -> list[Stored]:
-    """Encode, digest and count some arrays, in one call of the compiled kernels where they are."""
+def store_arrays(arrays: Sequence[Storing], *, looks_back: bool = False) -> list[Stored]:
+    """Encode, digest and count some arrays, in one call of the compiled kernels where they are.
+
+    With `looks_back`, what was encoded is decoded and compared with the array.
+    """
     if NATIVE is None:
-        return [_stored_plainly(each) for each in arrays]
+        return [
+            _looked_back(each, _stored_plainly(each)) if looks_back else _stored_plainly(each)
+            for each in arrays
+        ]
     chunks = [chunk_shape(each.values.shape, each.values.dtype.itemsize) for each in arrays]
     items = []
     for each, chunk in zip(arrays, chunks, strict=True):
@@ -152,19 +162,20 @@ def store_arrays(arrays: Sequence[Storing]) -> list[Stored]:
         if not together and kind >= 0:
             assert counted is not None
             items.append((as_bytes(counted.values), 0, b"", kind))
-    found = iter(NATIVE.store(tuple(items)))
-    return [_stored(*each, found) for each in zip(arrays, chunks, strict=True)]
+    found = iter(NATIVE.store(tuple(items), looks_back))
+    stored = [_stored(*each, found) for each in zip(arrays, chunks, strict=True)]
+    return [*map(_looked_back, arrays, stored)] if looks_back else stored
 
 
 def _stored(array: Storing, chunk: Shape, found: Iterator[Any]) -> Stored:
     """Results of the kernels for one array; Python does the rest."""
     values, counted = array.values, array.counted
-    data, checksum, digest, *special = next(found)
+    data, checksum, digest, *special, decoded = next(found)
     if counted is not None:
         if counted.dtype not in KERNEL_KINDS:
             special = list(count_not_finite(counted))
         elif counted.values is not values:
-            *_, num_nan, num_inf = next(found)
+            *_, num_nan, num_inf, _ = next(found)
             special = [num_nan, num_inf]
     if digest is None:
         known = dataset_digest(digest_type(array.dtype), values)
@@ -175,7 +186,34 @@ def _stored(array: Storing, chunk: Shape, found: Iterator[Any]) -> Stored:
         encoded = EncodedArray(values.shape, chunk, array.codec, (data,), (checksum,))
     elif array.codec is not None:
         encoded = _encoded_chunks(values, chunk, array.codec)
-    return Stored(encoded, known, *special)
+    num_nan, num_inf = special
+    return Stored(encoded, known, num_nan, num_inf, None if decoded < 0 else bool(decoded))
+
+
+def _looked_back(array: Storing, stored: Stored) -> Stored:
+    """With ``comes_back``, which the kernels know of what they encoded; the digest is made anew."""
+    encoded, values = stored.encoded, array.values
+    if encoded is None:
+        return stored
+    comes_back = stored.comes_back
+    if comes_back is None:
+        comes_back = all(
+            _decodes_to(data, cut(values, offset, encoded.chunk), encoded.codec)
+            for data, offset in zip(
+                encoded.chunks, chunk_offsets(values.shape, encoded.chunk), strict=True
+            )
+        )
+    comes_back &= dataset_digest(digest_type(array.dtype), values) == stored.digest
+    return stored._replace(comes_back=comes_back)
+
+
+def _decodes_to(stored: bytes, values: NDArray[Any], codec: str) -> bool:
+    out = np.empty(values.nbytes, np.uint8)
+    try:
+        get_codec(codec).decode(memoryview(stored), out.data, values.dtype.itemsize)
+    except ValueError:
+        return False
+    return out.data == as_bytes(values)
 
 
 def _kernel_itemsize(values: NDArray[Any], codec: str | None) -> int:

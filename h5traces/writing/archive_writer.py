@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import xxhash
 
-from h5traces.errors import ArchiveExistsError, __version__
+from h5traces.errors import ArchiveExistsError, CorruptArchiveError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile, add_casts
 from h5traces.format.digests import DIGEST, content_digest, sample_digest
@@ -52,6 +52,7 @@ from h5traces.writing.preparation import (
     record_elements,
     steps_table,
 )
+from h5traces.writing.reading_back import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -147,6 +148,9 @@ class ArchiveWriter:
         self._casts: dict[str, tuple[Cast, ...]] = {}
         self._finished = False
         self.part_path = self._part.path
+        # Of samples whose bytes were decoded as they were encoded, what `fingerprint` gives, by
+        # number.
+        self.looked_back: dict[int, int] = {}
         # Of every sample written, computed from the records themselves.
         self.digests: list[str] = []
         # Of the sample written last: what two samples with the same bytes share, and its values
@@ -163,7 +167,14 @@ class ArchiveWriter:
         description = record.describe()
         row = IndexRow.of(description.metadata, record.texts)
         objects = self._record_objects(record)
-        self._write_sample(description.metadata, row, observe(record), objects, own)
+        try:
+            entries = self._write_sample(description.metadata, row, observe(record), objects, own)
+        except CorruptArchiveError as error:
+            place = layout.sample_path(self.summary.num_samples)
+            message = f"{self.summary.path}: {place}: {error}"
+            raise CorruptArchiveError(message) from error
+        if self._options.verify:
+            self.looked_back[self.summary.num_samples - 1] = fingerprint(entries)
 
     def copy(self, sample: StoredSample) -> None:
         """Write a sample of another archive by copying its chunks, without recompression."""
@@ -197,7 +208,8 @@ class ArchiveWriter:
             yield EncodedObject(kind, to_attributes(layers.form))
         yield from self._prepare(record)
         elements = list(record_elements(record))
-        prepared = iter(prepare_elements([each for each in elements if each.values is not None]))
+        arrays = [each for each in elements if each.values is not None]
+        prepared = iter(prepare_elements(arrays, looks_back=self._options.verify))
         for element in elements:
             yield element if element.values is None else next(prepared)
 
@@ -209,7 +221,7 @@ class ArchiveWriter:
         observation: Observation,
         objects: Iterable[EncodedObject | Prepared],
         own: Iterable[EncodedObject] = (),
-    ) -> None:
+    ) -> Iterable[ObjectEntry]:
         self._observed.add_sample(observation, self.summary.num_samples)
         metadata = self._complete(metadata)
         group = layout.sample_path(self.summary.num_samples)
@@ -246,6 +258,7 @@ class ArchiveWriter:
         self._index.append(row._replace(generation_index=metadata.generation_index))
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
+        return entries.values()
 
     def _complete(self, metadata: TraceMetadata) -> TraceMetadata:
         """Fill in what depends on earlier samples."""
@@ -274,7 +287,8 @@ class ArchiveWriter:
 
         for kind, layered in record.layered.items():
             if layered.in_steps:
-                yield prepare_element(steps_table(kind, layered.arrays))
+                table = steps_table(kind, layered.arrays)
+                yield prepare_element(table, looks_back=self._options.verify)
             for group, size in _groups(layered.arrays):
                 task = partial(
                     prepare_layers, kind, group, self._options, self._encoder, layered.definition
@@ -286,7 +300,8 @@ class ArchiveWriter:
             yield from next_ready()
         for kind, found in exceptions.items():
             self.summary.num_exceptions[kind] += sum(map(len, found.values()))
-            yield prepare_element(exceptions_table(kind, found))
+            table = exceptions_table(kind, found)
+            yield prepare_element(table, looks_back=self._options.verify)
 
     def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
         entry = _write_dataset(self._hdf5, sample, prepared)

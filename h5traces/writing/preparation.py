@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from h5traces.errors import ConversionError, PrecisionError, SchemaError
+from h5traces.errors import ConversionError, CorruptArchiveError, PrecisionError, SchemaError
 from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
 from h5traces.format.document import to_attributes
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from h5traces.format.document import Attrs
     from h5traces.format.record import TraceRecord
     from h5traces.precision.encoding import EncodedLayer
+    from h5traces.storage.arrays import Stored
     from h5traces.writing.options import WriteOptions
 
 
@@ -121,14 +122,26 @@ def _stored_layers(
         [
             Storing(layer.values, layer.dtype, codec and codec_for(layer.values, codec), counted)
             for layer, (_, counted) in zip(layers, casts, strict=True)
-        ]
+        ],
+        looks_back=options.verify,
     )
     found = []
     for entry, layer, (cast, _), each in zip(entries, layers, casts, stored, strict=True):
+        check_comes_back(f"{kind}/{entry.name}", each)
         counts = cast.counts + CastCounts(each.num_nan, each.num_inf)
         attrs = _layer_attributes(entry, cast, counts, layer)
         found.append((layer, counts, {**attrs, "digest": each.digest}, each.encoded))
     return found
+
+
+def check_comes_back(path: str, stored: Stored) -> None:
+    """CorruptArchiveError if the stored bytes of a dataset were found to decode to other values."""
+    if stored.comes_back is False:
+        message = (
+            f"{path} was encoded to bytes that decode to other values, or has a wrong digest: the "
+            "memory or the encoder is at fault; run again, next with H5TRACES_KERNELS=0"
+        )
+        raise CorruptArchiveError(message)
 
 
 def _cast(
@@ -195,13 +208,18 @@ def _layer_attributes(
     return attrs
 
 
-def prepare_elements(elements: Sequence[EncodedObject]) -> list[Prepared]:
+def prepare_elements(
+    elements: Sequence[EncodedObject], *, looks_back: bool = False
+) -> list[Prepared]:
     """Encode small datasets in the calling thread: handing them to another would cost more."""
     arrays = [
         Storing(each.values, each.dtype, codec_for(each.values, GZIP.name))
         for each in elements
         if each.values is not None
     ]
+    all_stored = store_arrays(arrays, looks_back=looks_back)
+    for element, stored in zip(elements, all_stored, strict=True):
+        check_comes_back(element.path, stored)
     return [
         Prepared(
             path=element.path,
@@ -211,14 +229,14 @@ def prepare_elements(elements: Sequence[EncodedObject]) -> list[Prepared]:
             raw_nbytes=array.values.nbytes,
             counts=CastCounts(),
         )
-        for element, array, stored in zip(elements, arrays, store_arrays(arrays), strict=True)
+        for element, array, stored in zip(elements, arrays, all_stored, strict=True)
         if stored.encoded is not None
     ]
 
 
-def prepare_element(element: EncodedObject) -> Prepared:
+def prepare_element(element: EncodedObject, *, looks_back: bool = False) -> Prepared:
     """Encode one small dataset."""
-    return prepare_elements([element])[0]
+    return prepare_elements([element], looks_back=looks_back)[0]
 
 
 def _flatten_steps(steps: StepArrays) -> TypedArray:

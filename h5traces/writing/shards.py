@@ -6,10 +6,8 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.opening import open as open_archive
 from h5traces.errors import (
     ArchiveExistsError,
@@ -18,158 +16,22 @@ from h5traces.errors import (
     StoredStateWarning,
 )
 from h5traces.format import layout
-from h5traces.format.digests import difference, sample_difference
-from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.text import and_more
-from h5traces.storage.arrays import read_checked_array
-from h5traces.storage.files import LocalFile
-from h5traces.storage.hdf5.reading import Hdf5Reader
 from h5traces.storage.processes import deferred_signals
 from h5traces.storage.publish import make_folder, remove_abandoned_parts, sync_folder
-from h5traces.storage.threads import ThreadPool
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.preparation import Observation
+from h5traces.writing.reading_back import verify_written
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from h5traces.archive.file import ArchiveFile
     from h5traces.format.archive import SourceFile
-    from h5traces.format.entries import ObjectEntry, SampleEntry
     from h5traces.paths import Target
-    from h5traces.storage.files import ByteFile
-    from h5traces.storage.plans import Reading
     from h5traces.storage.remote.paths import RemotePath
     from h5traces.writing.options import WriteOptions
-
-
-# Every n-th dataset is also read through stock HDF5; of the first and last sample all small
-# datasets, and more of the large ones, which are alike.
-_STOCK_EVERY = 64
-_STOCK_EVERY_AT_ENDS = 8
-_SMALL_NBYTES = 64 << 10
-# Datasets per task of a thread: handing one over takes longer than hashing it. Those of a small
-# sample are not handed over at all.
-_GROUP = 8
-_SMALL_SAMPLE_NBYTES = 1 << 20
-
-
-def verify_written(
-    path: Path,
-    digests: Sequence[str],
-    *,
-    workers: int | None = None,
-    stock_at_ends: bool = True,
-) -> int:
-    """Read every dataset of a file just written, and compare it with the digests of its source.
-
-    The file is opened anew: HDF5's cache would return what was written, not what was stored. With
-    `stock_at_ends`, most of the first and last sample is read through stock HDF5 too; of the rest,
-    every 64th dataset. Returns the number of datasets compared.
-    """
-    file = LocalFile(path)
-    store = FooterStore(file, DEFAULT_LIMITS)
-    if store.num_samples != len(digests):
-        message = f"{path}: {store.num_samples} samples were stored, expected {len(digests)}"
-        raise CorruptArchiveError(message)
-    num_datasets = 0
-    workers = workers or os.cpu_count() or 1
-    stock = Hdf5Reader(path, DEFAULT_LIMITS, locked_by_us=True)
-    with stock, ThreadPool(workers) as pool:
-        readings = _readings(store, workers)
-        for index, expected in enumerate(digests):
-            sample, entries, arrays = next(readings)
-            if sum(entry.raw_nbytes for entry in entries) < _SMALL_SAMPLE_NBYTES:
-                wrong = _wrong_paths(file, entries, arrays)
-            else:
-                starts = range(0, len(entries), _GROUP)
-                parts = [entries[start : start + _GROUP] for start in starts]
-                found = pool.map(_wrong_paths, repeat(file), parts, repeat(arrays))
-                wrong = [path for part in found for path in part]
-            # The next sample is being read already: keep no more than these two.
-            del arrays
-            if wrong or sample_difference(sample, expected):
-                place = f"{layout.sample_path(index)}/{wrong[0] if wrong else ''}"
-                message = f"{path}: {place} reads back with other values than were written"
-                raise CorruptArchiveError(message)
-            at_end = stock_at_ends and index in (0, len(digests) - 1)
-            _check_through_stock_hdf5(stock, sample, _stock_choice(entries, index, at_end=at_end))
-            num_datasets += len(entries)
-        scales = store.scales()
-        datasets = (
-            [] if scales is None else [each for each in scales.objects.values() if each.dtype]
-        )
-        wrong = _wrong_paths(file, datasets, {})
-        if wrong:
-            message = f"{path}: /{wrong[0]} reads back with other values than were written"
-            raise CorruptArchiveError(message)
-    return num_datasets + len(datasets)
-
-
-def _readings(
-    store: FooterStore, workers: int
-) -> Iterator[tuple[SampleEntry, list[ObjectEntry], dict[str, NDArray[Any]]]]:
-    """All samples in order, their datasets, and the arrays that could be read together.
-
-    While one is looked at, the next one is being read.
-    """
-    waiting: list[tuple[SampleEntry, list[ObjectEntry], Reading]] = []
-    for index in range(store.num_samples):
-        stored = store.sample(index)
-        # Each entry is made once.
-        sample = replace(stored, objects=dict(stored.objects))
-        entries = [entry for entry in sample.objects.values() if not entry.is_group]
-        reading = store.begin([(stored, [entry.path for entry in entries])], workers)
-        waiting.append((sample, entries, reading))
-        del reading
-        if index:
-            yield _read(*waiting.pop(0))
-    for each in waiting:
-        yield _read(*each)
-
-
-def _read(
-    sample: SampleEntry, entries: list[ObjectEntry], reading: Reading
-) -> tuple[SampleEntry, list[ObjectEntry], dict[str, NDArray[Any]]]:
-    return sample, entries, reading.arrays()
-
-
-def _stock_choice(entries: Sequence[ObjectEntry], index: int, *, at_end: bool) -> list[ObjectEntry]:
-    """The datasets of a sample that are read through stock HDF5 too."""
-    step = _STOCK_EVERY_AT_ENDS if at_end else _STOCK_EVERY
-    return [
-        entry
-        for number, entry in enumerate(entries)
-        if number % step == index % step or (at_end and entry.raw_nbytes < _SMALL_NBYTES)
-    ]
-
-
-def _wrong_paths(
-    file: ByteFile, entries: Sequence[ObjectEntry], arrays: Mapping[str, NDArray[Any]]
-) -> list[str]:
-    """Paths of the entries whose values, of `arrays` or else the file, do not give their digest."""
-    wrong = []
-    for entry in entries:
-        values = arrays.get(entry.path)
-        if difference(entry, read_checked_array(file, entry) if values is None else values):
-            wrong.append(entry.path)
-    return wrong
-
-
-def _check_through_stock_hdf5(
-    stock: Hdf5Reader, sample: SampleEntry, entries: Iterable[ObjectEntry]
-) -> None:
-    name = layout.sample_name(sample.ordinal)
-    for entry in entries:
-        if difference(entry, stock.read_values(name, entry)):
-            message = (
-                f"{stock.path}: {layout.sample_path(sample.ordinal)}/{entry.path}: stock HDF5 "
-                "reads other values than were written"
-            )
-            raise CorruptArchiveError(message)
 
 
 def stale_warnings(target: Target, written: Iterable[str]) -> list[str]:
@@ -217,7 +79,12 @@ class ShardSet:
         writer = self.writers[-1]
         writer.finish(sources=sources, **metadata)
         if self._options.verify:
-            verify_written(writer.part_path, writer.digests, workers=self._options.workers)
+            verify_written(
+                writer.part_path,
+                writer.digests,
+                workers=self._options.workers,
+                looked_back=writer.looked_back,
+            )
         target = writer.summary.path
         if len(self.writers) - 1 in self._published_before and not holds(target, writer.digests):
             message = (

@@ -17,7 +17,7 @@ from h5traces.storage.publish import make_folder, remove_abandoned_parts
 from h5traces.writing.appended import records_of
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import precision_warnings
-from h5traces.writing.shards import verify_written
+from h5traces.writing.reading_back import verify_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -182,6 +182,7 @@ class TraceWriter(ABC):
                 writer.part_path,
                 writer.digests,
                 workers=self._options.workers,
+                looked_back=writer.looked_back,
                 # Shards are checked so; inflating every spooled sample with zlib takes longer
                 # than everything else.
                 stock_at_ends=not is_spooled,

@@ -326,21 +326,25 @@ def test_levels(array: TypedArray, levels: int) -> None:
     found=st.lists(floats(), max_size=4),
     codec=st.sampled_from(["gzip", "deflate", "zstd", None]),
     target=st.sampled_from([64, 4096]),
+    looks_back=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_arrays_are_stored_alike(found: list[TypedArray], codec: Any, target: int) -> None:
+def test_arrays_are_stored_alike(
+    found: list[TypedArray], codec: Any, target: int, *, looks_back: bool
+) -> None:
     def run() -> Any:
         given = [Storing(each.values, each.dtype, codec, each) for each in found]
         # Counted are not those that are stored.
         given += [Storing(each.values, each.dtype, codec, each) for each in found[::-1]]
         given += [Storing(np.array([b"a", b"bc"]), "text:2", codec)]
-        return store_arrays(given)
+        return store_arrays(given, looks_back=looks_back)
 
     shape = functools.partial(arrays.chunk_shape, target_nbytes=target)
     with mock.patch.object(arrays, "chunk_shape", shape):
         one, other = run(), without(arrays, run)
     for compiled, plain in zip(one, other, strict=True):
         assert compiled._replace(encoded=None) == plain._replace(encoded=None)
+        assert compiled.comes_back is (True if looks_back and codec is not None else None)
         if codec is not None:
             # `encode_array` has the compiled encoder, too.
             assert tuple(map(bytes, compiled.encoded.chunks)) == plain.encoded.chunks
