@@ -79,9 +79,9 @@ INLINE void unshuffle_body(const uint8_t *restrict planes, size_t num_elements, 
     }
 }
 
-DISPATCH(shuffle, (const uint8_t *raw, uint8_t *out, size_t nbytes, size_t itemsize),
+DISPATCH(, shuffle, (const uint8_t *raw, uint8_t *out, size_t nbytes, size_t itemsize),
          (raw, out, nbytes, itemsize))
-DISPATCH(unshuffle,
+DISPATCH(, unshuffle,
          (const uint8_t *planes, size_t num_elements, size_t itemsize, size_t first, size_t count,
           uint8_t *out),
          (planes, num_elements, itemsize, first, count, out))
@@ -204,7 +204,7 @@ INLINE void numbers_of_steps_body(const uint8_t *low, const uint8_t *high, size_
             out[i] = ((float)low[i] - zero_point) * factor[i] + offset[i];
 }
 
-DISPATCH(numbers_of_steps,
+DISPATCH(, numbers_of_steps,
          (const uint8_t *low, const uint8_t *high, size_t count, float zero_point,
           const float *factor, const float *offset, float *restrict out),
          (low, high, count, zero_point, factor, offset, out))

@@ -9,16 +9,19 @@
 #define NUM_MAIN 286
 #define NUM_DISTANCES 30
 #define END_OF_BLOCK 256
-/* Codes of at most 12 bits decode with one look-up. */
+/* Codes of at most 12 bits decode with one look-up, and in tables for 10 faster by a third, since those
+ * of four streams fit into the fastest cache; so they may take a little more. */
 #define MOST_BITS 12
+#define QUICK_BITS 10
+#define WORTH_QUICK 1.0025
 #define MOST_STORED 65535
 /* Tokens of a block at most, fewer than a stored block has bytes, so that no fallback is larger than
  * storing at once; and of its parts, which are joined where that costs nothing. */
 #define BLOCK_TOKENS 61440
 #define PART_TOKENS 4096
 #define MOST_PARTS (BLOCK_TOKENS / PART_TOKENS)
-/* Bits that a block may cost: decoding takes 3 us more for every table. */
-#define WORTH_A_BLOCK 100.0
+/* Bits that a block must save: decoding takes 3 us more for every table. */
+#define WORTH_A_BLOCK 400.0
 #define WINDOW 32768
 #define HASH_BITS 15
 #define FEW_HASH_BITS 11
@@ -30,16 +33,17 @@
 #define TRIAL 8192
 #define LEAST_GAIN 0.99
 #define LONGEST_COPY 258
-#define SEVEN_BITS 0x7F7F7F7F7F7F7F7Fu
+/* Literals from which on eight tables of counts are faster than two. */
+#define LONG_STRETCH 2048
 #define NICE_COPY 96
 #define SMALL (24 << 10)
 #define TINY 1024
 
-/* A byte, or a copy with its length above and its distance less one below. */
-#define IS_COPY(token) ((token) >> 31)
-#define COPY(length, distance) (1u << 31 | (uint32_t)(length) << 16 | (uint32_t)((distance) - 1))
-#define LENGTH_OF(token) ((token) >> 16 & 0x1FF)
-#define DISTANCE_OF(token) (((token) & 0x7FFF) + 1)
+/* Bytes as they are, then a copy of what stands `distance` + 1 before; none where `length` is 0. */
+typedef struct {
+    uint32_t num_literals;
+    uint16_t length, distance;
+} Sequence;
 
 typedef struct {
     uint8_t *out;
@@ -51,24 +55,30 @@ typedef struct {
     uint32_t main[NUM_MAIN], distances[NUM_DISTANCES];
 } Counts;
 
-/* Codes ready to be written: the bits above, their number in the lowest 8. */
+/* Some sequences, which may become a block. */
+typedef struct {
+    Counts counts;
+    size_t num_sequences, nbytes;
+} Part;
+
+/* Codes ready to be written: the bits at the top, their number at the bottom. */
 typedef struct {
     uint8_t main_lengths[288], distance_lengths[32];
-    uint32_t main[288], distances[32];
+    uint64_t main[288], distances[32];
 } CodeBook;
 
 enum coding { LITERALS = 1, RUNS = 2, SEARCH = 4, ALL_CODINGS = 7 };
 
 struct Encoder {
-    uint32_t tokens[BLOCK_TOKENS];
-    Counts parts[MOST_PARTS];
+    Sequence sequences[BLOCK_TOKENS];
+    Part parts[MOST_PARTS];
     uint32_t heads[1 << HASH_BITS], links[WINDOW];
     /* In use of HASH_BITS. */
     unsigned hash_bits;
     /* Of a byte that is coded by itself. */
     float literal_bits;
-    /* Bytes of the shortest copy. */
-    unsigned least;
+    /* Bytes of the shortest copy, and earlier strings that are looked at. */
+    unsigned least, depth;
     /* Copies among very few values need a better search than this one. */
     int gives_up;
     /* Only the size counts, roughly. */
@@ -111,6 +121,11 @@ INLINE void flush(Writer *to)
     to->out += to->num_bits >> 3;
     to->bits >>= to->num_bits & 56;
     to->num_bits &= 7;
+}
+
+INLINE void put_code(Writer *to, uint64_t code)
+{
+    put(to, code >> 1 >> (63 - (code & 63)), code & 63);
 }
 
 /* Up to the next whole byte. */
@@ -233,8 +248,25 @@ static void code_lengths(const uint32_t *counts, unsigned num_symbols, unsigned 
     }
 }
 
+static uint64_t weighted(const uint32_t *counts, unsigned num_symbols, const uint8_t *lengths)
+{
+    uint64_t num_bits = 0;
+    for (unsigned symbol = 0; symbol < num_symbols; symbol++)
+        num_bits += (uint64_t)counts[symbol] * lengths[symbol];
+    return num_bits;
+}
+
+static void main_lengths_of(const uint32_t *counts, uint8_t *lengths)
+{
+    uint8_t quick[NUM_MAIN];
+    code_lengths(counts, NUM_MAIN, MOST_BITS, lengths);
+    code_lengths(counts, NUM_MAIN, QUICK_BITS, quick);
+    if ((double)weighted(counts, NUM_MAIN, quick) <= WORTH_QUICK * (double)weighted(counts, NUM_MAIN, lengths))
+        memcpy(lengths, quick, sizeof quick);
+}
+
 /* RFC 1951, 3.2.2, with the bits in the order they are written in. */
-static void codes_of(const uint8_t *lengths, unsigned num_symbols, uint32_t *codes)
+static void codes_of(const uint8_t *lengths, unsigned num_symbols, uint64_t *codes)
 {
     uint32_t num_of[16] = {0}, next[16] = {0}, code = 0;
     for (unsigned symbol = 0; symbol < num_symbols; symbol++)
@@ -247,7 +279,7 @@ static void codes_of(const uint8_t *lengths, unsigned num_symbols, uint32_t *cod
         uint32_t straight = length ? next[length]++ : 0, reversed = 0;
         for (unsigned i = 0; i < length; i++)
             reversed |= (straight >> i & 1) << (length - 1 - i);
-        codes[symbol] = reversed << 8 | length;
+        codes[symbol] = (uint64_t)reversed << 1 << (63 - length) | length;
     }
 }
 
@@ -256,7 +288,7 @@ typedef struct {
     uint16_t items[320];
     unsigned num_items, num_main, num_distances, num_short;
     uint8_t short_lengths[19];
-    uint32_t short_codes[19];
+    uint64_t short_codes[19];
     size_t num_bits;
 } Header;
 
@@ -316,7 +348,7 @@ static void put_header(Writer *to, const Header *header)
     for (unsigned i = 0; i < header->num_items; i++) {
         unsigned symbol = header->items[i] & 0xFF;
         flush(to);
-        put(to, header->short_codes[symbol] >> 8, header->short_codes[symbol] & 0xFF);
+        put_code(to, header->short_codes[symbol]);
         put(to, header->items[i] >> 8, SHORT_EXTRA[symbol]);
     }
     flush(to);
@@ -333,7 +365,7 @@ static size_t coded_bits(const Counts *counts, const CodeBook *book)
     return num_bits;
 }
 
-/* --- tokens --- */
+/* --- sequences --- */
 
 static unsigned distance_symbol(const Encoder *self, unsigned distance)
 {
@@ -360,31 +392,45 @@ static void make_symbols(Encoder *self)
 static void count_bytes(const uint8_t *data, size_t nbytes, uint32_t *counts)
 {
     /* Neighbours are often equal, and adding to the same place waits for the addition before. */
-    uint32_t more[3][256];
+    uint32_t more[8][256];
     memset(more, 0, sizeof more);
     size_t i = 0;
-    for (; i + 4 <= nbytes; i += 4) {
-        counts[data[i]]++;
-        more[0][data[i + 1]]++;
-        more[1][data[i + 2]]++;
-        more[2][data[i + 3]]++;
+    for (; i + 8 <= nbytes; i += 8) {
+        uint64_t eight = load64(data + i);
+        for (int j = 0; j < 8; j++)
+            more[j][eight >> 8 * j & 0xFF]++;
     }
     for (; i < nbytes; i++)
         counts[data[i]]++;
     for (unsigned value = 0; value < 256; value++)
-        counts[value] += more[0][value] + more[1][value] + more[2][value];
+        for (int j = 0; j < 8; j++)
+            counts[value] += more[j][value];
 }
 
-static void count_tokens(const Encoder *self, const uint32_t *tokens, size_t num_tokens, Counts *counts)
+static void count_part(const Encoder *self, const uint8_t *data, const Sequence *sequences, Part *part)
 {
-    for (size_t i = 0; i < num_tokens; i++) {
-        if (IS_COPY(tokens[i])) {
-            counts->main[257 + self->length_symbols[LENGTH_OF(tokens[i])]]++;
-            counts->distances[distance_symbol(self, DISTANCE_OF(tokens[i]))]++;
+    uint32_t more[256] = {0}, *counts = part->counts.main;
+    for (size_t i = 0; i < part->num_sequences; i++) {
+        Sequence each = sequences[i];
+        if (each.num_literals >= LONG_STRETCH) {
+            count_bytes(data, each.num_literals, counts);
         } else {
-            counts->main[tokens[i]]++;
+            uint32_t at = 0;
+            for (; at + 2 <= each.num_literals; at += 2) {
+                counts[data[at]]++;
+                more[data[at + 1]]++;
+            }
+            if (at < each.num_literals)
+                counts[data[at]]++;
+        }
+        data += each.num_literals + each.length;
+        if (each.length) {
+            counts[257 + self->length_symbols[each.length]]++;
+            part->counts.distances[distance_symbol(self, each.distance + 1u)]++;
         }
     }
+    for (unsigned value = 0; value < 256; value++)
+        counts[value] += more[value];
 }
 
 /* How many bytes from `at` on equal those at `before`, at most `most`. */
@@ -398,35 +444,50 @@ INLINE size_t equal_bytes(const uint8_t *at, const uint8_t *before, size_t most)
     return length;
 }
 
-/* Tokens of bytes from `*at` on; runs of one byte are copies. `start` is where the plane begins. */
-static size_t tokens_of_runs(Encoder *self, const uint8_t *start, const uint8_t **at, const uint8_t *end)
+/* Where the next three bytes begin that equal the one before them; `end` if there are none. */
+static const uint8_t *next_run(const uint8_t *at, const uint8_t *end)
+{
+    const uint64_t ones = 0x0101010101010101u, last_bits = 0x0000808080808080u;
+    for (; end - at >= 8; at += 6) {
+        /* A byte is zero where it equals the one before, and after the second line the next two, too. */
+        uint64_t differs = load64(at) ^ load64(at - 1);
+        differs |= differs >> 8 | differs >> 16;
+        uint64_t zeros = (differs - ones) & ~differs & last_bits;
+        if (zeros)
+            return at + (__builtin_ctzll(zeros) >> 3);
+    }
+    for (; end - at >= 3; at++)
+        if (at[-1] == at[0] && at[0] == at[1] && at[1] == at[2])
+            return at;
+    return end;
+}
+
+/* Each of these makes sequences of bytes from `*at` on, of `most` bytes and copies at most, and
+ * returns their number. `start` is where the plane begins. */
+static size_t take_literals(Sequence *to, const uint8_t **at, const uint8_t *end, size_t most)
+{
+    size_t size = (size_t)(end - *at) < most ? (size_t)(end - *at) : most;
+    *to = (Sequence){(uint32_t)size, 0, 0};
+    *at += size;
+    return 1;
+}
+
+static size_t take_runs(Sequence *to, const uint8_t *start, const uint8_t **at, const uint8_t *end, size_t most)
 {
     size_t count = 0;
     const uint8_t *in = *at;
-    while (in < end && count < BLOCK_TOKENS) {
-        /* A run begins where three bytes equal those before them; six places are looked at together. */
-        int is_inside = in > start && end - in >= 8 && count + 6 <= BLOCK_TOKENS;
-        size_t num_literals = 1;
-        if (is_inside) {
-            uint64_t differ = load64(in - 1) ^ load64(in);
-            uint64_t equal = ~(((differ & SEVEN_BITS) + SEVEN_BITS) | differ | SEVEN_BITS);
-            equal &= equal >> 8 & equal >> 16;
-            num_literals = equal ? (size_t)__builtin_ctzll(equal) >> 3 : 6;
-            for (size_t i = 0; i < 6; i++)
-                self->tokens[count + i] = in[i];
-        } else {
-            uint32_t four = in > start && end - in >= 3 ? load32(in - 1) : 1;
-            num_literals = four != (four << 8 | four >> 24);
-            self->tokens[count] = *in;
+    while (in < end && most) {
+        const uint8_t *run = next_run(in + (in == start), end);
+        size_t num_literals = (size_t)(run - in), length = 0;
+        if (num_literals >= most) {
+            num_literals = most;
+        } else if (run < end) {
+            length = (size_t)(end - run) < LONGEST_COPY ? (size_t)(end - run) : LONGEST_COPY;
+            length = equal_bytes(run, run - 1, length);
         }
-        count += num_literals;
-        in += num_literals;
-        if (num_literals == (is_inside ? 6 : 1))
-            continue;
-        size_t most = (size_t)(end - in) < LONGEST_COPY ? (size_t)(end - in) : LONGEST_COPY;
-        size_t length = equal_bytes(in, in - 1, most);
-        self->tokens[count++] = COPY(length, 1);
-        in += length;
+        to[count++] = (Sequence){(uint32_t)num_literals, (uint16_t)length, 0};
+        in += num_literals + length;
+        most -= num_literals + (length != 0);
     }
     *at = in;
     return count;
@@ -461,8 +522,9 @@ INLINE int is_worth(const Encoder *self, size_t length, uint32_t distance)
 
 /* The longest earlier string; its length, 0 for none. */
 static size_t longest(const Encoder *self, const uint8_t *start, const uint8_t *at, const uint8_t *end,
-                      unsigned depth, uint32_t *distance)
+                      uint32_t *distance)
 {
+    unsigned depth = self->depth;
     size_t most = (size_t)(end - at) < LONGEST_COPY ? (size_t)(end - at) : LONGEST_COPY;
     size_t best = self->least - 1;
     uint32_t here = (uint32_t)(at - start) + 1, position = self->heads[hash_of(self, at)];
@@ -485,115 +547,107 @@ static size_t longest(const Encoder *self, const uint8_t *start, const uint8_t *
     return best >= self->least ? best : 0;
 }
 
-/* As `tokens_of_runs`, with copies of all that was seen before; a copy waits for a longer one that
- * begins at the next byte. */
-static size_t tokens_of_search(Encoder *self, const uint8_t *start, const uint8_t **where,
-                               const uint8_t *end, unsigned depth)
+/* Copies of all that was seen before; a copy waits for a longer one that begins at the next byte. */
+static size_t take_copies(Encoder *self, Sequence *to, const uint8_t *start, const uint8_t **where,
+                          const uint8_t *end, size_t most)
 {
     size_t count = 0;
-    const uint8_t *at = *where;
-    while (at < end && count + 2 < BLOCK_TOKENS) {
+    const uint8_t *at = *where, *literals = at;
+    for (size_t num_tokens = 0; at < end && num_tokens < most; num_tokens++) {
         uint32_t distance = 0, next_distance = 0;
         size_t length = 0;
         if (end - at > LONGEST_KEY) {
-            length = longest(self, start, at, end, depth, &distance);
+            length = longest(self, start, at, end, &distance);
             remember(self, start, at);
         }
-        while (length && length < NICE_COPY && end - at > LONGEST_KEY + 1) {
-            size_t next = longest(self, start, at + 1, end, depth, &next_distance);
+        while (length && length < NICE_COPY && end - at > LONGEST_KEY + 1 && num_tokens + 1 < most) {
+            size_t next = longest(self, start, at + 1, end, &next_distance);
             if (next <= length)
                 break;
-            self->tokens[count++] = *at++;
-            remember(self, start, at);
+            num_tokens++;
+            remember(self, start, ++at);
             length = next;
             distance = next_distance;
-            if (count + 2 >= BLOCK_TOKENS)
-                break;
         }
         if (!length) {
-            self->tokens[count++] = *at++;
+            at++;
             continue;
         }
-        self->tokens[count++] = COPY(length, distance);
-        for (const uint8_t *stop = ++at + length - 1; at < stop; at++)
+        to[count++] = (Sequence){(uint32_t)(at - literals), (uint16_t)length, (uint16_t)(distance - 1)};
+        for (const uint8_t *stop = at++ + length; at < stop; at++)
             if (end - at > LONGEST_KEY)
                 remember(self, start, at);
+        literals = at;
     }
+    if (at > literals)
+        to[count++] = (Sequence){(uint32_t)(at - literals), 0, 0};
     *where = at;
     return count;
 }
 
-INLINE void put_bytes_body(Writer *to, const uint8_t *data, size_t nbytes, const uint32_t *codes)
+/* New bits push those before down, so that a code shifts, is added and counts as it is; what is below
+ * the bits is never written. Two and two, so that only the last shift waits for the bytes before. */
+INLINE void put_sequences_body(const Encoder *self, Writer *to, const Sequence *sequences,
+                               size_t num_sequences, const uint8_t *data, const CodeBook *book)
 {
     Writer w = *to;
-    size_t i = 0;
-    for (; i + 4 <= nbytes; i += 4) {
-        for (size_t j = 0; j < 4; j++) {
-            uint32_t code = codes[data[i + j]];
-            put(&w, code >> 8, code & 0xFF);
+    const uint64_t *codes = book->main;
+    for (size_t i = 0; i < num_sequences; i++) {
+        Sequence each = sequences[i];
+        const uint8_t *stop = data + each.num_literals;
+        uint64_t bits = w.bits << 1 << (63 - w.num_bits), num_bits = w.num_bits;
+        for (; stop - data >= 4; data += 4) {
+            uint64_t one = codes[data[0]], two = codes[data[1]], three = codes[data[2]], four = codes[data[3]];
+            uint64_t last = three + four, all = one + two + last;
+            uint64_t first_two = one >> (two & 63) | two, last_two = three >> (four & 63) | four;
+            bits = bits >> (all & 63) | first_two >> (last & 63) | last_two;
+            num_bits = (num_bits + all) & 0xFF;
+            store64(w.out, bits >> (64 - num_bits));
+            w.out += num_bits >> 3;
+            num_bits &= 7;
         }
+        w.bits = bits >> 1 >> (63 - num_bits);
+        w.num_bits = (unsigned)num_bits;
+        for (; data < stop; data++)
+            put_code(&w, codes[*data]);
         flush(&w);
-    }
-    for (; i < nbytes; i++) {
-        put(&w, codes[data[i]] >> 8, codes[data[i]] & 0xFF);
-        flush(&w);
-    }
-    *to = w;
-}
-
-DISPATCH(put_bytes, (Writer *to, const uint8_t *data, size_t nbytes, const uint32_t *codes),
-         (to, data, nbytes, codes))
-
-INLINE void put_tokens_body(const Encoder *self, Writer *to, const uint32_t *tokens,
-                            size_t num_tokens, const CodeBook *book)
-{
-    Writer w = *to;
-    for (size_t i = 0; i < num_tokens; i++) {
-        uint32_t token = tokens[i];
-        if (!IS_COPY(token)) {
-            put(&w, book->main[token] >> 8, book->main[token] & 0xFF);
-            if (w.num_bits > 40)
-                flush(&w);
+        if (!each.length)
             continue;
-        }
-        flush(&w);
-        unsigned length = LENGTH_OF(token), symbol = self->length_symbols[length];
-        uint32_t code = book->main[257 + symbol];
-        put(&w, code >> 8, code & 0xFF);
-        put(&w, (length - 3) & ((1u << LENGTH_EXTRA[symbol]) - 1), LENGTH_EXTRA[symbol]);
-        unsigned distance = DISTANCE_OF(token), place = distance_symbol(self, distance);
-        code = book->distances[place];
-        put(&w, code >> 8, code & 0xFF);
-        unsigned extra = distance_extra(place);
-        put(&w, (distance - 1) & ((1u << extra) - 1), extra);
+        data += each.length;
+        unsigned symbol = self->length_symbols[each.length];
+        put_code(&w, codes[257 + symbol]);
+        put(&w, (each.length - 3u) & ((1u << LENGTH_EXTRA[symbol]) - 1), LENGTH_EXTRA[symbol]);
+        unsigned place = distance_symbol(self, each.distance + 1u), extra = distance_extra(place);
+        put_code(&w, book->distances[place]);
+        put(&w, each.distance & ((1u << extra) - 1), extra);
         flush(&w);
     }
-    flush(&w);
     *to = w;
 }
 
-DISPATCH(put_tokens,
-         (const Encoder *self, Writer *to, const uint32_t *tokens, size_t num_tokens,
-          const CodeBook *book),
-         (self, to, tokens, num_tokens, book))
+DISPATCH(static, put_sequences,
+         (const Encoder *self, Writer *to, const Sequence *sequences, size_t num_sequences,
+          const uint8_t *data, const CodeBook *book),
+         (self, to, sequences, num_sequences, data, book))
 
-/* One block of `num_tokens`, or of bytes where `tokens` is NULL; stored where that is smaller. */
-static void put_block(const Encoder *self, Writer *to, const uint32_t *tokens, size_t num_tokens,
-                      const uint8_t *data, size_t nbytes, Counts *counts, int is_last)
+/* One block; stored where that is smaller. */
+static void put_block(const Encoder *self, Writer *to, const Sequence *sequences, const uint8_t *data,
+                      Part *part, int is_last)
 {
+    Counts *counts = &part->counts;
     CodeBook book, fixed;
     Header header;
     counts->main[END_OF_BLOCK] = 1;
     memset(&book, 0, sizeof book);
-    code_lengths(counts->main, NUM_MAIN, MOST_BITS, book.main_lengths);
+    main_lengths_of(counts->main, book.main_lengths);
     code_lengths(counts->distances, NUM_DISTANCES, MOST_BITS, book.distance_lengths);
     make_header(&book, &header);
     fixed_lengths(fixed.main_lengths, fixed.distance_lengths);
     size_t dynamic_bits = header.num_bits + coded_bits(counts, &book);
     size_t fixed_bits = coded_bits(counts, &fixed);
     int is_fixed = fixed_bits <= dynamic_bits;
-    if ((is_fixed ? fixed_bits : dynamic_bits) + 3 >= 8 * stored_nbytes(nbytes)) {
-        put_stored(to, data, nbytes, is_last);
+    if ((is_fixed ? fixed_bits : dynamic_bits) + 3 >= 8 * stored_nbytes(part->nbytes)) {
+        put_stored(to, data, part->nbytes, is_last);
         return;
     }
     const CodeBook *chosen = is_fixed ? &fixed : &book;
@@ -603,11 +657,8 @@ static void put_block(const Encoder *self, Writer *to, const uint32_t *tokens, s
     flush(to);
     if (!is_fixed)
         put_header(to, &header);
-    if (tokens)
-        put_tokens(self, to, tokens, num_tokens, chosen);
-    else
-        put_bytes(to, data, nbytes, chosen->main);
-    put(to, chosen->main[END_OF_BLOCK] >> 8, chosen->main[END_OF_BLOCK] & 0xFF);
+    put_sequences(self, to, sequences, part->num_sequences, data, chosen);
+    put_code(to, chosen->main[END_OF_BLOCK]);
     flush(to);
 }
 
@@ -635,45 +686,43 @@ static void add_counts(Counts *to, const Counts *other)
         to->distances[i] += other->distances[i];
 }
 
-static size_t token_nbytes(const uint32_t *tokens, size_t num_tokens)
+/* Parts as blocks, joined where they do not differ much in what is frequent. */
+static void put_parts(const Encoder *self, Writer *to, const uint8_t *data, Part *parts, size_t num_parts,
+                      int is_last)
 {
-    size_t nbytes = 0;
-    for (size_t i = 0; i < num_tokens; i++)
-        nbytes += IS_COPY(tokens[i]) ? LENGTH_OF(tokens[i]) : 1;
-    return nbytes;
-}
-
-/* Tokens or bytes as blocks, several where parts differ in what is frequent. */
-static void put_parts(Encoder *self, Writer *to, const uint32_t *tokens, size_t num_tokens,
-                      const uint8_t *data, int is_varied, int is_last)
-{
-    size_t part = is_varied || tokens ? PART_TOKENS : BLOCK_TOKENS, num_parts = (num_tokens + part - 1) / part;
-    memset(self->parts, 0, num_parts * sizeof *self->parts);
-    for (size_t i = 0; i < num_parts; i++) {
-        size_t start = i * part, size = num_tokens - start < part ? num_tokens - start : part;
-        if (tokens)
-            count_tokens(self, tokens + start, size, self->parts + i);
-        else
-            count_bytes(data + start, size, self->parts[i].main);
-    }
+    const Sequence *sequences = self->sequences;
     for (size_t i = 0, next; i < num_parts; i = next) {
-        Counts *counts = self->parts + i;
-        double bits = num_parts > 1 ? estimated_bits(counts) : 0;
+        Part *part = parts + i;
+        double bits = num_parts > 1 ? estimated_bits(&part->counts) : 0;
         for (next = i + 1; next < num_parts; next++) {
-            Counts both = *counts;
-            add_counts(&both, self->parts + next);
-            double alone = estimated_bits(self->parts + next), joined = estimated_bits(&both);
+            Counts both = part->counts;
+            add_counts(&both, &parts[next].counts);
+            double alone = estimated_bits(&parts[next].counts), joined = estimated_bits(&both);
             if (joined > bits + alone + WORTH_A_BLOCK)
                 break;
-            *counts = both;
+            part->counts = both;
+            part->num_sequences += parts[next].num_sequences;
+            part->nbytes += parts[next].nbytes;
             bits = joined;
         }
-        size_t start = i * part, stop = next < num_parts ? next * part : num_tokens;
-        size_t size = tokens ? token_nbytes(tokens + start, stop - start) : stop - start;
-        put_block(self, to, tokens ? tokens + start : NULL, stop - start, data, size, counts,
-                  is_last && next == num_parts);
-        data += size;
+        put_block(self, to, sequences, data, part, is_last && next == num_parts);
+        sequences += part->num_sequences;
+        data += part->nbytes;
     }
+}
+
+static void prepare_search(Encoder *self, const uint8_t *data, size_t nbytes)
+{
+    Counts counts = {{0}, {0}};
+    count_bytes(data, nbytes, counts.main);
+    self->literal_bits = (float)(estimated_bits(&counts) / (double)nbytes);
+    self->gives_up |= nbytes > TRIAL && self->literal_bits < FEWEST_BITS;
+    self->depth = self->is_trial ? 16 : nbytes <= TRIAL ? 64 : 48;
+    for (self->least = 3; self->least < LONGEST_KEY && !is_worth(self, self->least, 64);)
+        self->least++;
+    for (self->hash_bits = 6; self->hash_bits < HASH_BITS && nbytes >> self->hash_bits;)
+        self->hash_bits++;
+    memset(self->heads, 0, sizeof *self->heads << self->hash_bits);
 }
 
 /* Bytes in one way of coding. */
@@ -681,31 +730,25 @@ static void put_coded(Encoder *self, Writer *to, const uint8_t *data, size_t nby
                       int is_varied, int is_last)
 {
     const uint8_t *at = data, *end = data + nbytes;
-    unsigned depth = self->is_trial ? 16 : nbytes <= TRIAL ? 256 : 48;
-    if (coding == SEARCH) {
-        Counts counts = {{0}, {0}};
-        count_bytes(data, nbytes, counts.main);
-        self->literal_bits = (float)(estimated_bits(&counts) / (double)nbytes);
-        self->gives_up |= nbytes > TRIAL && self->literal_bits < FEWEST_BITS;
-        for (self->least = 3; self->least < LONGEST_KEY && !is_worth(self, self->least, 64);)
-            self->least++;
-        for (self->hash_bits = 6; self->hash_bits < HASH_BITS && nbytes >> self->hash_bits;)
-            self->hash_bits++;
-        memset(self->heads, 0, sizeof *self->heads << self->hash_bits);
-    }
+    size_t most = is_varied || coding != LITERALS ? PART_TOKENS : BLOCK_TOKENS;
+    if (coding == SEARCH)
+        prepare_search(self, data, nbytes);
     while (at < end) {
-        const uint8_t *start = at;
-        size_t count;
-        if (coding == LITERALS) {
-            count = (size_t)(end - at) < BLOCK_TOKENS ? (size_t)(end - at) : BLOCK_TOKENS;
-            at += count;
-        } else if (coding == RUNS) {
-            count = tokens_of_runs(self, data, &at, end);
-        } else {
-            count = tokens_of_search(self, data, &at, end, depth);
+        const uint8_t *begin = at;
+        Sequence *to_fill = self->sequences;
+        size_t num_parts = 0;
+        for (; at < end && num_parts < BLOCK_TOKENS / most; num_parts++) {
+            Part *part = self->parts + num_parts;
+            const uint8_t *start = at;
+            memset(part, 0, sizeof *part);
+            part->num_sequences = coding == LITERALS ? take_literals(to_fill, &at, end, most)
+                                  : coding == RUNS   ? take_runs(to_fill, data, &at, end, most)
+                                                     : take_copies(self, to_fill, data, &at, end, most);
+            part->nbytes = (size_t)(at - start);
+            count_part(self, start, to_fill, part);
+            to_fill += part->num_sequences;
         }
-        put_parts(self, to, coding == LITERALS ? NULL : self->tokens, count, start, is_varied,
-                  is_last && at == end);
+        put_parts(self, to, begin, self->parts, num_parts, is_last && at == end);
     }
 }
 

@@ -1,25 +1,30 @@
-/* Raw deflate (RFC 1951) inside of zlib streams (RFC 1950), one or two streams at a time.
+/* Raw deflate (RFC 1951) inside of zlib streams (RFC 1950), up to four streams at a time.
  *
- * A Huffman decoder waits for every look-up, since where the next code begins depends on it. So two
+ * A Huffman decoder waits for every look-up, since where the next code begins depends on it. So several
  * streams are decoded in turn, and an entry of the table holds two literals where their codes fit
- * into its 12 bits. What zlib would reject fails, and so do codes that nothing can encode with. */
+ * into its bits. What zlib would reject fails, and so do codes that nothing can encode with. */
 #include "kernels.h"
 
-/* An entry has its number of bits in the lowest 6 bits, so that the entry itself can be a shift, and the
- * number of literals, 1 or 2, in the next two; the literals follow. Without literals: */
-#define NUM_LITERALS(entry) ((entry) >> 6 & 3)
-#define KIND(entry) ((entry) >> 8 & 3)
+/* An entry has its number of bits in the lowest 8 bits, so that the entry itself can be a shift. One or
+ * two literals follow, and how many; or extra bits, a value and a kind, and the highest bit is set. */
+#define LITERAL(symbol) ((uint32_t)(symbol) << 8 | 1u << 24)
+#define IS_LITERAL(entry) (!((entry) >> 31))
+#define NUM_LITERALS(entry) ((entry) >> 24)
+#define NUM_BITS(entry) ((entry) & 63)
 enum { COPY, END_OF_BLOCK, LONG_CODE, INVALID };
-#define ENTRY(kind, value, extra) ((uint32_t)(kind) << 8 | (uint32_t)(extra) << 10 | (uint32_t)(value) << 16)
-#define EXTRA(entry) ((entry) >> 10 & 15)
-#define VALUE(entry) ((entry) >> 16)
-/* Bytes that the fast loops may read at once, and that they may write: literals, and a copy that is
- * no longer than SHORT_COPY, which is written as a whole. */
-#define FAST_INPUT 16
-#define FAST_OUTPUT 48
+#define ENTRY(kind, value, extra) \
+    (1u << 31 | (uint32_t)(kind) << 28 | (uint32_t)(value) << 12 | (uint32_t)(extra) << 8)
+#define KIND(entry) ((entry) >> 28 & 3)
+#define EXTRA(entry) ((entry) >> 8 & 15)
+#define VALUE(entry) ((entry) >> 12 & 0xFFFF)
+/* Codes that one load of bits is enough for, and the bytes that a round of them writes at most. */
+#define ROUND 4
+#define ROUND_NBYTES (2 * ROUND)
+/* What a copy may write at once, and beyond its end. */
 #define SHORT_COPY 32
-#define MAIN_MASK ((1u << MAIN_BITS) - 1)
-#define DISTANCE_MASK ((1u << DISTANCE_BITS) - 1)
+#define MASK(num_bits) (((uint64_t)1 << (num_bits)) - 1)
+/* Four tables of 10 bits are half of the fastest cache; those of longer codes are larger. */
+#define LEAST_MAIN_BITS 10
 #define MOST_CODE_BITS 15
 /* Pairs in fewer bytes save less than making them takes. */
 #define FEWEST_PAIRED 20000
@@ -33,7 +38,7 @@ const uint8_t SHORT_ORDER[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3,
 static uint32_t main_entry(unsigned symbol)
 {
     if (symbol < 256)
-        return symbol << 8 | 1 << 6;
+        return LITERAL(symbol);
     if (symbol == 256)
         return ENTRY(END_OF_BLOCK, 0, 0);
     return symbol < 286 ? ENTRY(COPY, LENGTHS[symbol - 257], LENGTH_EXTRA[symbol - 257])
@@ -121,14 +126,14 @@ static int build(Codes *codes, uint32_t *table, unsigned table_bits, const uint8
 }
 
 /* Add the literal that follows to every entry of a literal, where both codes are known. */
-static void pair_literals(uint32_t *table)
+static void pair_literals(uint32_t *table, unsigned table_bits)
 {
     /* From the end, since the entries looked at are those below. */
-    for (unsigned i = MAIN_MASK + 1; i-- > 0;) {
-        uint32_t entry = table[i], next = table[i >> (entry & 63)];
-        unsigned num_bits = (entry & 63) + (next & 63);
-        uint32_t both = (entry & 0xFF00) | (next & 0xFF00) << 8 | 2 << 6 | num_bits;
-        int fits = (entry & next & 1 << 6) && num_bits <= MAIN_BITS;
+    for (unsigned i = 1u << table_bits; i-- > 0;) {
+        uint32_t entry = table[i], next = table[i >> NUM_BITS(entry)];
+        unsigned num_bits = NUM_BITS(entry) + NUM_BITS(next);
+        uint32_t both = (entry & 0xFF00) | (next & 0xFF00) << 8 | 2u << 24 | num_bits;
+        int fits = IS_LITERAL(entry | next) && num_bits <= table_bits;
         table[i] = fits ? both : entry;
     }
 }
@@ -139,23 +144,29 @@ static int are_paired(const Inflater *self)
     unsigned shortest = 1;
     while (shortest < MAIN_BITS && !self->main_codes.counts[shortest])
         shortest++;
-    return 2 * shortest <= MAIN_BITS && self->out_end - self->out > FEWEST_PAIRED;
+    return 2 * shortest <= self->main_bits && self->out_end - self->out > FEWEST_PAIRED;
 }
 
-/* Input a byte at a time: never more than there is. */
-INLINE void fill(Inflater *self)
+/* The next bits, at least 57; zeros after the end. */
+INLINE uint64_t peek(const Inflater *self)
 {
-    while (self->num_bits < 56 && self->in < self->in_end) {
-        self->bits |= (uint64_t)*self->in++ << self->num_bits;
-        self->num_bits += 8;
-    }
+    uint64_t place = self->at >> 3, bits = 0;
+    if (LIKELY(place + 8 <= self->in_nbytes))
+        return load64(self->in + place) >> (self->at & 7);
+    for (uint64_t i = place; i < self->in_nbytes; i++)
+        bits |= (uint64_t)self->in[i] << 8 * (i - place);
+    return bits >> (self->at & 7);
+}
+
+INLINE int is_beyond_input(const Inflater *self)
+{
+    return self->at > 8 * (uint64_t)self->in_nbytes;
 }
 
 INLINE unsigned take(Inflater *self, unsigned num_bits)
 {
-    unsigned value = (unsigned)(self->bits & ((1u << num_bits) - 1));
-    self->bits >>= num_bits;
-    self->num_bits -= num_bits;
+    unsigned value = (unsigned)(peek(self) & ((1u << num_bits) - 1));
+    self->at += num_bits;
     return value;
 }
 
@@ -164,21 +175,20 @@ static void fail(Inflater *self)
     self->state = FAILED;
 }
 
-/* The symbol of the code that `bits` begin with, and its length in the bits above 16; or -1. */
-static int search(const Codes *codes, uint64_t bits)
+/* The entry of a code that is too long for the table. */
+static uint32_t searched(const Codes *codes, uint64_t bits, uint32_t (*entry_of)(unsigned))
 {
-    int code = 0, first = 0, place = 0;
-    for (int length = 1; length <= MOST_CODE_BITS; length++) {
-        code |= (int)(bits & 1);
-        bits >>= 1;
-        int count = codes->counts[length];
+    unsigned code = 0, first = 0, place = 0;
+    for (unsigned length = 1; length <= MOST_CODE_BITS; length++, bits >>= 1) {
+        unsigned count = codes->counts[length];
+        code |= (unsigned)bits & 1;
         if (code - first < count)
-            return codes->symbols[place + code - first] | length << 16;
+            return entry_of(codes->symbols[place + code - first]) | length;
         place += count;
         first = (first + count) << 1;
         code <<= 1;
     }
-    return -1;
+    return ENTRY(INVALID, 0, 0);
 }
 
 /* RFC 1951, 3.2.7 */
@@ -187,45 +197,34 @@ static int read_codes(Inflater *self)
     uint8_t lengths[320] = {0}, short_lengths[19] = {0};
     Codes codes;
     uint32_t table[128];
-    fill(self);
-    if (self->num_bits < 14)
-        return 0;
     unsigned num_main = take(self, 5) + 257, num_distances = take(self, 5) + 1;
     unsigned num_short = take(self, 4) + 4, num_all = num_main + num_distances;
     if (num_main > 286 || num_distances > 30)
         return 0;
-    for (unsigned i = 0; i < num_short; i++) {
-        fill(self);
-        if (self->num_bits < 3)
-            return 0;
+    for (unsigned i = 0; i < num_short; i++)
         short_lengths[SHORT_ORDER[i]] = (uint8_t)take(self, 3);
-    }
     if (!build(&codes, table, 7, short_lengths, 19, plain_entry, 0))
         return 0;
     for (unsigned i = 0; i < num_all;) {
-        fill(self);
-        uint32_t entry = table[self->bits & 127];
-        unsigned symbol = VALUE(entry), repeated = 0, count = 1;
-        if (KIND(entry) != COPY || self->num_bits < (entry & 63))
+        uint32_t entry = table[peek(self) & 127];
+        unsigned symbol = VALUE(entry), count = 1;
+        if (KIND(entry) != COPY || (symbol == 16 && !i))
             return 0;
-        take(self, entry & 63);
-        unsigned extra = symbol < 16 ? 0 : symbol == 16 ? 2 : symbol == 17 ? 3 : 7;
-        if (self->num_bits < extra || (symbol == 16 && !i))
-            return 0;
-        if (symbol < 16)
-            repeated = symbol;
-        else {
-            count = take(self, extra) + (symbol == 18 ? 11 : 3);
-            repeated = symbol == 16 ? lengths[i - 1] : 0;
-        }
+        self->at += NUM_BITS(entry);
+        if (symbol >= 16)
+            count = symbol == 16 ? 3 + take(self, 2) : symbol == 17 ? 3 + take(self, 3) : 11 + take(self, 7);
         if (count > num_all - i)
             return 0;
-        memset(lengths + i, (int)repeated, count);
+        memset(lengths + i, symbol < 16 ? (int)symbol : symbol == 16 ? lengths[i - 1] : 0, count);
         i += count;
     }
-    if (!lengths[256])
+    if (is_beyond_input(self) || !lengths[256])
         return 0;
-    return build(&self->main_codes, self->main_table, MAIN_BITS, lengths, num_main, main_entry, 1) &&
+    self->main_bits = LEAST_MAIN_BITS;
+    for (unsigned i = 0; i < num_main; i++)
+        self->main_bits = lengths[i] > self->main_bits ? lengths[i] : self->main_bits;
+    self->main_bits = self->main_bits < MAIN_BITS ? self->main_bits : MAIN_BITS;
+    return build(&self->main_codes, self->main_table, self->main_bits, lengths, num_main, main_entry, 1) &&
            build(&self->distance_codes, self->distance_table, DISTANCE_BITS, lengths + num_main,
                  num_distances, distance_entry, 1);
 }
@@ -242,7 +241,8 @@ static int fixed_codes(Inflater *self)
 {
     uint8_t lengths[288], distances[32];
     fixed_lengths(lengths, distances);
-    return build(&self->main_codes, self->main_table, MAIN_BITS, lengths, 288, main_entry, 0) &&
+    self->main_bits = LEAST_MAIN_BITS;
+    return build(&self->main_codes, self->main_table, self->main_bits, lengths, 288, main_entry, 0) &&
            build(&self->distance_codes, self->distance_table, DISTANCE_BITS, distances, 32,
                  distance_entry, 0);
 }
@@ -250,20 +250,17 @@ static int fixed_codes(Inflater *self)
 /* RFC 1951, 3.2.4 */
 static int copy_stored(Inflater *self)
 {
-    take(self, self->num_bits & 7);
-    self->in -= self->num_bits / 8;
-    self->bits = 0;
-    self->num_bits = 0;
-    if (self->in_end - self->in < 4)
+    uint64_t place = (self->at + 7) >> 3;
+    if (place + 4 > self->in_nbytes)
         return 0;
-    size_t length = load16(self->in);
-    if ((length ^ 0xFFFF) != load16(self->in + 2))
+    const uint8_t *from = self->in + place;
+    size_t length = load16(from);
+    if ((length ^ 0xFFFF) != load16(from + 2))
         return 0;
-    self->in += 4;
-    if (length > (size_t)(self->in_end - self->in) || length > (size_t)(self->out_end - self->out))
+    if (length > self->in_nbytes - place - 4 || length > (size_t)(self->out_end - self->out))
         return 0;
-    memcpy(self->out, self->in, length);
-    self->in += length;
+    memcpy(self->out, from + 4, length);
+    self->at = 8 * (place + 4 + length);
     self->out += length;
     return 1;
 }
@@ -276,11 +273,6 @@ static void read_headers(Inflater *self)
             self->state = FINISHED;
             return;
         }
-        fill(self);
-        if (self->num_bits < 3) {
-            fail(self);
-            return;
-        }
         self->is_last = (int)take(self, 1);
         unsigned type = take(self, 2);
         if (!type) {
@@ -288,58 +280,14 @@ static void read_headers(Inflater *self)
                 fail(self);
             continue;
         }
-        if (type == 3 || !(type == 2 ? read_codes(self) : fixed_codes(self))) {
+        if (is_beyond_input(self) || type == 3 || !(type == 2 ? read_codes(self) : fixed_codes(self))) {
             fail(self);
             return;
         }
         if (are_paired(self))
-            pair_literals(self->main_table);
+            pair_literals(self->main_table, self->main_bits);
         self->state = IN_CODES;
     }
-}
-
-/* What changes at every code, apart from the rest, so that it stays in registers. */
-typedef struct {
-    uint64_t bits;
-    unsigned num_bits;
-    const uint8_t *in;
-    uint8_t *out;
-} Lane;
-
-INLINE Lane lane_of(const Inflater *self)
-{
-    Lane lane = {self->bits, self->num_bits, self->in, self->out};
-    return lane;
-}
-
-INLINE void put_back(Inflater *self, Lane lane)
-{
-    self->bits = lane.bits;
-    self->num_bits = lane.num_bits;
-    self->in = lane.in;
-    self->out = lane.out;
-}
-
-/* At least 56 bits, eight bytes at a time; bits above `num_bits` are those of the next byte. */
-INLINE void fill_fast(Lane *lane)
-{
-    lane->bits |= load64(lane->in) << lane->num_bits;
-    lane->in += (63 - lane->num_bits) >> 3;
-    lane->num_bits |= 56;
-}
-
-INLINE void drop(Lane *lane, uint32_t num_bits)
-{
-    lane->bits >>= num_bits & 63;
-    lane->num_bits -= num_bits & 63;
-}
-
-INLINE void put_literals(Lane *lane, uint32_t entry)
-{
-    uint16_t both = (uint16_t)(entry >> 8);
-    memcpy(lane->out, &both, sizeof both);
-    lane->out += NUM_LITERALS(entry);
-    drop(lane, entry);
 }
 
 /* Copy in words, up to SHORT_COPY bytes at once; what follows them may be written to. */
@@ -366,164 +314,139 @@ INLINE void copy_back(uint8_t *out, size_t distance, size_t length)
     }
 }
 
-/* What is no literal of the table, with at least 20 bits at hand. Whether the block goes on. */
-INLINE int rare(Inflater *self, Lane *lane, uint32_t entry)
+/* One code, and the copy that it may begin, wherever it is. */
+static void take_code(Inflater *self, uint32_t entry)
 {
-    if (KIND(entry) == LONG_CODE) {
-        int found = search(&self->main_codes, lane->bits);
-        if (found < 0) {
+    uint64_t bits = peek(self);
+    size_t room = (size_t)(self->out_end - self->out);
+    if (UNLIKELY(KIND(entry) == LONG_CODE && !IS_LITERAL(entry)))
+        entry = searched(&self->main_codes, bits, main_entry);
+    self->at += NUM_BITS(entry);
+    if (IS_LITERAL(entry)) {
+        /* Two that do not fit, or of which one lies beyond the input, are an error in any case. */
+        if (NUM_LITERALS(entry) > room || is_beyond_input(self)) {
             fail(self);
-            return 0;
+            return;
         }
-        entry = main_entry((unsigned)found & 0xFFFF) | (uint32_t)found >> 16;
+        for (unsigned i = 0; i < NUM_LITERALS(entry); i++)
+            *self->out++ = (uint8_t)(entry >> (8 + 8 * i));
+        return;
     }
-    if (NUM_LITERALS(entry)) {
-        put_literals(lane, entry);
-        return 1;
-    }
-    drop(lane, entry);
     if (KIND(entry) != COPY) {
-        self->state = KIND(entry) == END_OF_BLOCK ? AT_HEADER : FAILED;
-        return 0;
+        self->state = KIND(entry) == END_OF_BLOCK && !is_beyond_input(self) ? AT_HEADER : FAILED;
+        return;
     }
-    size_t length = VALUE(entry) + (lane->bits & ((1u << EXTRA(entry)) - 1));
-    drop(lane, EXTRA(entry));
-    fill_fast(lane);
-    entry = self->distance_table[lane->bits & DISTANCE_MASK];
-    if (UNLIKELY(KIND(entry) != COPY)) {
-        int found = KIND(entry) == LONG_CODE ? search(&self->distance_codes, lane->bits) : -1;
-        if (found >= 0)
-            entry = distance_entry((unsigned)found & 0xFFFF) | (uint32_t)found >> 16;
-        if (KIND(entry) != COPY) {
-            fail(self);
-            return 0;
-        }
-    }
-    drop(lane, entry);
-    size_t distance = VALUE(entry) + (lane->bits & ((1u << EXTRA(entry)) - 1));
-    drop(lane, EXTRA(entry));
-    size_t room = (size_t)(self->out_end - lane->out);
-    if (distance > (size_t)(lane->out - self->start) || length > room) {
+    bits >>= NUM_BITS(entry);
+    size_t length = VALUE(entry) + (bits & ((1u << EXTRA(entry)) - 1));
+    bits >>= EXTRA(entry);
+    self->at += EXTRA(entry);
+    entry = self->distance_table[bits & MASK(DISTANCE_BITS)];
+    if (UNLIKELY(KIND(entry) == LONG_CODE))
+        entry = searched(&self->distance_codes, bits, distance_entry);
+    bits >>= NUM_BITS(entry);
+    size_t distance = VALUE(entry) + (bits & ((1u << EXTRA(entry)) - 1));
+    self->at += NUM_BITS(entry) + EXTRA(entry);
+    if (KIND(entry) != COPY || is_beyond_input(self) || length > room ||
+        distance > (size_t)(self->out - self->start)) {
         fail(self);
-        return 0;
+        return;
     }
     if (LIKELY(length + SHORT_COPY <= room))
-        copy_back(lane->out, distance, length);
+        copy_back(self->out, distance, length);
     else
         for (size_t i = 0; i < length; i++)
-            lane->out[i] = lane->out[i - distance];
-    lane->out += length;
-    return 1;
+            self->out[i] = self->out[i - distance];
+    self->out += length;
 }
 
-INLINE int is_far_from_ends(const Inflater *self, const Lane *lane)
+/* How many rounds neither read beyond the input nor write beyond the output. */
+INLINE size_t safe_rounds(const Inflater *self)
 {
-    return self->in_end - lane->in >= FAST_INPUT && self->out_end - lane->out >= FAST_OUTPUT;
+    size_t left = self->in_nbytes - (size_t)(self->at >> 3), room = (size_t)(self->out_end - self->out);
+    size_t of_input = left >> 3, of_output = room / ROUND_NBYTES, least = of_input < of_output ? of_input : of_output;
+    return least ? least - 1 : 0;
 }
 
-INLINE void decode_one_body(Inflater *self)
+/* Streams in turn, a code of each, until one is near an end or done with its block. Above the bits stands
+ * a one, so that the zeros above that tell how many were taken. */
+INLINE void decode_lanes(Inflater *const *streams, const int count)
 {
-    Lane lane = lane_of(self);
-    while (is_far_from_ends(self, &lane)) {
-        fill_fast(&lane);
-        uint32_t entry = 0;
-        for (int i = 0; i < 4; i++) {
-            entry = self->main_table[lane.bits & MAIN_MASK];
-            if (!NUM_LITERALS(entry))
+    const uint64_t top = (uint64_t)1 << 63;
+    uint64_t bits[NUM_LANES];
+    uint8_t *out[NUM_LANES];
+    const uint32_t *tables[NUM_LANES];
+    uint64_t masks[NUM_LANES];
+    size_t rounds = SIZE_MAX;
+    for (int i = 0; i < count; i++) {
+        size_t safe = safe_rounds(streams[i]);
+        rounds = safe < rounds ? safe : rounds;
+        tables[i] = streams[i]->main_table;
+        masks[i] = MASK(streams[i]->main_bits);
+        out[i] = streams[i]->out;
+        bits[i] = top;
+    }
+    while (rounds) {
+        rounds--;
+        for (int i = 0; i < count; i++) {
+            uint64_t at = streams[i]->at += (unsigned)__builtin_clzll(bits[i]);
+            bits[i] = load64(streams[i]->in + (at >> 3)) >> (at & 7) | top;
+        }
+        uint32_t entries[NUM_LANES], all = 0;
+        for (int step = 0; step < ROUND && IS_LITERAL(all); step++) {
+            all = 0;
+            for (int i = 0; i < count; i++)
+                all |= entries[i] = tables[i][bits[i] & masks[i]];
+            if (UNLIKELY(!IS_LITERAL(all)))
                 break;
-            put_literals(&lane, entry);
+            for (int i = 0; i < count; i++) {
+                uint16_t both = (uint16_t)(entries[i] >> 8);
+                memcpy(out[i], &both, sizeof both);
+                out[i] += NUM_LITERALS(entries[i]);
+                bits[i] >>= entries[i] & 63;
+            }
         }
-        if (!NUM_LITERALS(entry) && !rare(self, &lane, entry))
-            break;
-    }
-    put_back(self, lane);
-}
-
-INLINE void decode_two_body(Inflater *first, Inflater *second)
-{
-    Lane one = lane_of(first), two = lane_of(second);
-    const uint32_t *table = first->main_table, *other = second->main_table;
-    while (is_far_from_ends(first, &one) && is_far_from_ends(second, &two)) {
-        fill_fast(&one);
-        fill_fast(&two);
-        uint32_t entry = 0, twin = 0;
-        for (int i = 0; i < 4; i++) {
-            entry = table[one.bits & MAIN_MASK];
-            twin = other[two.bits & MAIN_MASK];
-            if (UNLIKELY(!NUM_LITERALS(entry) || !NUM_LITERALS(twin)))
-                break;
-            put_literals(&one, entry);
-            put_literals(&two, twin);
-        }
-        if (LIKELY(NUM_LITERALS(entry) && NUM_LITERALS(twin)))
+        if (LIKELY(IS_LITERAL(all)))
             continue;
-        int goes_on = 1;
-        if (!NUM_LITERALS(entry))
-            goes_on &= rare(first, &one, entry);
-        if (!NUM_LITERALS(twin))
-            goes_on &= rare(second, &two, twin);
-        if (!goes_on)
-            break;
+        unsigned others = 0;
+        for (int i = 0; i < count; i++) {
+            streams[i]->at += (unsigned)__builtin_clzll(bits[i]);
+            streams[i]->out = out[i];
+            streams[i]->entry = entries[i];
+            others |= entries[i] >> 31 << i;
+            bits[i] = top;
+        }
+        /* Which of them is no literal cannot be foreseen, so there is no branch for each. */
+        for (; others; others &= others - 1) {
+            Inflater *stream = streams[__builtin_ctz(others)];
+            take_code(stream, stream->entry);
+            size_t safe = stream->state == IN_CODES ? safe_rounds(stream) : 0;
+            rounds = safe < rounds ? safe : rounds;
+        }
+        for (int i = 0; i < count; i++)
+            out[i] = streams[i]->out;
     }
-    put_back(first, one);
-    put_back(second, two);
-}
-
-DISPATCH(decode_one, (Inflater * self), (self))
-DISPATCH(decode_two, (Inflater * first, Inflater *second), (first, second))
-
-/* The symbol of the next code, which is taken; -1 where the input ends or nothing has that code. */
-static int take_symbol(Inflater *self, const Codes *codes)
-{
-    fill(self);
-    int found = search(codes, self->bits);
-    if (found < 0 || (unsigned)found >> 16 > self->num_bits)
-        return -1;
-    take(self, (unsigned)found >> 16);
-    return found & 0xFFFF;
-}
-
-/* A length or distance with the bits that follow its code; -1 where there is none. */
-static int take_value(Inflater *self, uint32_t entry)
-{
-    if (KIND(entry) != COPY || EXTRA(entry) > self->num_bits)
-        return -1;
-    return (int)(VALUE(entry) + take(self, EXTRA(entry)));
-}
-
-/* Codes near the ends of input or output, one at a time, until they are far again. */
-static void decode_carefully(Inflater *self)
-{
-    while (self->state == IN_CODES) {
-        int symbol = take_symbol(self, &self->main_codes);
-        if (symbol == 256) {
-            self->state = AT_HEADER;
-            return;
-        }
-        if (symbol >= 0 && symbol < 256 && self->out < self->out_end) {
-            *self->out++ = (uint8_t)symbol;
-            continue;
-        }
-        int length = symbol > 256 ? take_value(self, main_entry((unsigned)symbol)) : -1, distance = -1;
-        if (length > 0 && (symbol = take_symbol(self, &self->distance_codes)) >= 0)
-            distance = take_value(self, distance_entry((unsigned)symbol));
-        if (distance < 0 || distance > self->out - self->start || length > self->out_end - self->out) {
-            fail(self);
-            return;
-        }
-        for (; length; length--, self->out++)
-            *self->out = self->out[-distance];
+    for (int i = 0; i < count; i++) {
+        streams[i]->at += (unsigned)__builtin_clzll(bits[i]);
+        streams[i]->out = out[i];
     }
 }
+
+#define DECODE(count) \
+    INLINE void decode_##count##_body(Inflater *const *streams) \
+    { \
+        decode_lanes(streams, count); \
+    } \
+    DISPATCH(static, decode_##count, (Inflater *const *streams), (streams))
+DECODE(1)
+DECODE(2)
+DECODE(3)
+DECODE(4)
 
 void inflate_begin(Inflater *self, const uint8_t *in, size_t nbytes, uint8_t *out, size_t out_nbytes)
 {
     self->in = in;
-    self->in_end = in + nbytes;
     self->start = self->out = out;
     self->out_end = out + out_nbytes;
-    self->bits = 0;
-    self->num_bits = 0;
     self->is_last = 0;
     self->state = AT_HEADER;
     /* RFC 1950, 2.2: deflate, a window of at most 32 KiB, no dictionary. The checksum at the end
@@ -532,50 +455,39 @@ void inflate_begin(Inflater *self, const uint8_t *in, size_t nbytes, uint8_t *ou
         fail(self);
         return;
     }
-    self->in += 2;
-    self->in_end -= 4;
-}
-
-static int can_go_fast(const Inflater *self)
-{
-    Lane lane = lane_of(self);
-    return self->state == IN_CODES && is_far_from_ends(self, &lane);
+    self->in_nbytes = nbytes - 4;
+    self->at = 16;
 }
 
 /* Everything up to codes that can be decoded fast, or to the end. */
 static void advance(Inflater *self)
 {
-    while (self->state == AT_HEADER || (self->state == IN_CODES && !can_go_fast(self))) {
+    while (self->state == AT_HEADER || (self->state == IN_CODES && !safe_rounds(self))) {
         if (self->state == AT_HEADER)
             read_headers(self);
         else
-            decode_carefully(self);
+            take_code(self, self->main_table[peek(self) & MASK(self->main_bits)]);
     }
 }
 
-void inflate_one(Inflater *self)
+void inflate_some(Inflater *const *streams, int count)
 {
-    for (advance(self); self->state == IN_CODES; advance(self))
-        decode_one(self);
-}
-
-void inflate_two(Inflater *first, Inflater *second)
-{
+    static void (*const decode[NUM_LANES])(Inflater *const *) = {decode_1, decode_2, decode_3, decode_4};
     for (;;) {
-        advance(first);
-        advance(second);
-        if (first->state != IN_CODES || second->state != IN_CODES)
-            return;
-        decode_two(first, second);
+        for (int i = 0; i < count; i++)
+            advance(streams[i]);
+        for (int i = 0; i < count; i++)
+            if (streams[i]->state != IN_CODES)
+                return;
+        decode[count - 1](streams);
     }
 }
 
 int inflate_is_whole(const Inflater *self)
 {
-    /* Whole bytes that were taken in before they were needed are no part of the blocks. */
-    const uint8_t *end = self->in - self->num_bits / 8;
-    if (self->state != FINISHED || self->out != self->out_end || end != self->in_end)
+    if (self->state != FINISHED || self->out != self->out_end || (self->at + 7) >> 3 != self->in_nbytes)
         return 0;
+    const uint8_t *end = self->in + self->in_nbytes;
     uint32_t expected = (uint32_t)end[0] << 24 | (uint32_t)end[1] << 16 | (uint32_t)end[2] << 8 | end[3];
     return adler32(self->start, (size_t)(self->out - self->start)) == expected;
 }

@@ -22,14 +22,14 @@
  * belongs to every 64-bit ARM, so compilers use it there without being asked. */
 #if defined(__x86_64__)
 #define HAS_WIDE 1
-#define WIDE __attribute__((target("avx2,bmi,bmi2,f16c")))
+#define WIDE __attribute__((target("avx2,bmi,bmi2,f16c,lzcnt")))
 #else
 #define HAS_WIDE 0
 #define WIDE
 #endif
 extern int kernels_wide; /* 0 elsewhere */
 
-#define DISPATCH(name, parameters, arguments)          \
+#define DISPATCH(scope, name, parameters, arguments)   \
     static void name##_plain parameters                \
     {                                                  \
         name##_body arguments;                         \
@@ -38,7 +38,7 @@ extern int kernels_wide; /* 0 elsewhere */
     {                                                  \
         name##_body arguments;                         \
     }                                                  \
-    void name parameters                               \
+    scope void name parameters                         \
     {                                                  \
         if (kernels_wide)                              \
             name##_wide arguments;                     \
@@ -131,23 +131,24 @@ enum inflate_state { AT_HEADER, IN_CODES, FINISHED, FAILED };
 
 /* A raw deflate stream (RFC 1951) on its way from `in` to `out`. */
 typedef struct {
-    const uint8_t *in, *in_end;
+    const uint8_t *in;
+    size_t in_nbytes;
+    uint64_t at; /* bits that were taken */
     uint8_t *start, *out, *out_end;
-    uint64_t bits;
-    unsigned num_bits;
     enum inflate_state state;
     int is_last;
     Codes main_codes, distance_codes;
+    unsigned main_bits; /* of the table below */
+    uint32_t entry;
     uint32_t main_table[1 << MAIN_BITS];
     uint32_t distance_table[1 << DISTANCE_BITS];
 } Inflater;
 
 /* Begin with a zlib stream (RFC 1950) of a chunk that holds `out_nbytes`. */
 void inflate_begin(Inflater *self, const uint8_t *in, size_t nbytes, uint8_t *out, size_t out_nbytes);
-/* Go on until the stream ends or fails. */
-void inflate_one(Inflater *self);
-/* Go on with two streams in turn until one of them ends or fails. */
-void inflate_two(Inflater *first, Inflater *second);
+#define NUM_LANES 4
+/* Go on with up to NUM_LANES streams in turn until one of them ends or fails. */
+void inflate_some(Inflater *const *streams, int count);
 /* Whether the stream ended well: exactly full, its checksum fits, and nothing follows. */
 int inflate_is_whole(const Inflater *self);
 

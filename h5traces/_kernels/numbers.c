@@ -45,7 +45,7 @@ INLINE void count_special_body(const uint8_t *data, size_t count, int kind, size
 }
 
 /* NaN and infinite values. */
-DISPATCH(count_special, (const uint8_t *data, size_t count, int kind, size_t *special),
+DISPATCH(, count_special, (const uint8_t *data, size_t count, int kind, size_t *special),
          (data, count, kind, special))
 
 INLINE uint32_t bits_of(float value)
@@ -108,7 +108,7 @@ INLINE void count_lost_body(const float *before, const float *after, const uint3
     lost[2] += to_subnormal;
 }
 
-DISPATCH(count_lost,
+DISPATCH(, count_lost,
          (const float *before, const float *after, const uint32_t *exponents, size_t count,
           size_t *lost),
          (before, after, exponents, count, lost))
@@ -126,7 +126,7 @@ INLINE void count_differing_body(const uint8_t *one, const uint8_t *other, size_
     *differing += found;
 }
 
-DISPATCH(count_differing,
+DISPATCH(, count_differing,
          (const uint8_t *one, const uint8_t *other, size_t count, size_t size, size_t *differing),
          (one, other, count, size, differing))
 
@@ -182,7 +182,7 @@ INLINE void steps_of_body(const float *source, const StepScale *scale, size_t ch
     }
 }
 
-DISPATCH(steps_of,
+DISPATCH(, steps_of,
          (const float *source, const StepScale *scale, size_t channel, size_t count,
           uint32_t *restrict numbers, float *restrict restored),
          (source, scale, channel, count, numbers, restored))
@@ -199,7 +199,7 @@ INLINE void far_from_body(const float *source, const float *restored, const floa
     }
 }
 
-DISPATCH(far_from,
+DISPATCH(, far_from,
          (const float *source, const float *restored, const float *rounded, const float *limit,
           size_t count, uint8_t *restrict outside),
          (source, restored, rounded, limit, count, outside))
@@ -219,7 +219,7 @@ INLINE void pack_body(const uint32_t *numbers, const uint8_t *outside, const Ste
     *num_outside = found;
 }
 
-DISPATCH(pack,
+DISPATCH(, pack,
          (const uint32_t *numbers, const uint8_t *outside, const StepScale *scale, size_t count,
           size_t itemsize, uint8_t *restrict out, size_t *num_outside),
          (numbers, outside, scale, count, itemsize, out, num_outside))
@@ -282,7 +282,7 @@ INLINE void levels_of_body(const uint8_t *in, size_t count, const uint8_t *table
     *largest = most;
 }
 
-DISPATCH(levels_of,
+DISPATCH(, levels_of,
          (const uint8_t *in, size_t count, const uint8_t *table, size_t size, uint8_t *restrict out,
           uint32_t *largest),
          (in, count, table, size, out, largest))

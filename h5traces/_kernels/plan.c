@@ -192,17 +192,17 @@ static void occupy(Work *work, Slot *slot)
     }
 }
 
-#define LARGEST_SPARE (4 << 20)
+#define LARGEST_SPARE (8 << 20)
 static Spare spare;
 
 static void free_slots(Slot *slots)
 {
     size_t nbytes = 0;
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < NUM_LANES; i++)
         nbytes += slots[i].stored_nbytes + slots[i].planes_nbytes;
     if (nbytes <= LARGEST_SPARE)
         slots = spare_give(spare, slots);
-    for (int i = 0; slots && i < 2; i++) {
+    for (int i = 0; slots && i < NUM_LANES; i++) {
         free(slots[i].stored);
         free(slots[i].planes);
     }
@@ -213,18 +213,20 @@ static void *run_rows(void *argument)
 {
     Work *work = argument;
     Slot *slots = spare_take(spare);
-    if (!slots && !(slots = calloc(2, sizeof *slots)))
+    if (!slots && !(slots = calloc(NUM_LANES, sizeof *slots)))
         return NULL;
     for (;;) {
-        for (int i = 0; i < 2; i++)
+        Inflater *streams[NUM_LANES];
+        int count = 0;
+        for (int i = 0; i < NUM_LANES; i++) {
             occupy(work, slots + i);
-        if (slots[0].row && slots[1].row)
-            inflate_two(&slots[0].inflater, &slots[1].inflater);
-        else if (slots[0].row || slots[1].row)
-            inflate_one(slots[0].row ? &slots[0].inflater : &slots[1].inflater);
-        else
+            if (slots[i].row)
+                streams[count++] = &slots[i].inflater;
+        }
+        if (!count)
             break;
-        for (int i = 0; i < 2; i++)
+        inflate_some(streams, count);
+        for (int i = 0; i < NUM_LANES; i++)
             if (slots[i].row && slots[i].inflater.state >= FINISHED)
                 finish(work->plan, slots + i);
     }
