@@ -11,11 +11,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from commands import run
 from legacy_batches import (
     LAYOUTS,
     as_dicts,
@@ -28,28 +29,16 @@ from legacy_batches import (
     write_batch,
     write_layout,
 )
-from typer.testing import CliRunner
 
 import h5traces
 from h5traces.checking.validate import validate
-from h5traces.cli.app import COMMANDS, app, load
+from h5traces.cli.app import COMMANDS, load
 from h5traces.format import native
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import hdf5_end
 from h5traces.writing.options import PrecisionOptions
 
-if TYPE_CHECKING:
-    from click.testing import Result
-
 BATCH = make_batch("full_pkl")
-
-
-def run(*arguments: Any, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    assert isinstance(result.exception, (SystemExit, type(None)))
-    assert "\x1b[" not in result.output  # no colours, no bars: this is not a terminal
-    return result
 
 
 def names(folder: Path) -> list[str]:

@@ -12,25 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run
 from legacy_batches import PLAIN, assert_same, make_batch
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 from h5traces.errors import ConversionError
 from h5traces.sources.opening import open_source
 
 BATCH = make_batch("full_pkl")
-
-
-def run(*arguments: Any, code: int = 0) -> Any:
-    found = CliRunner().invoke(app, [os.fspath(each) for each in map(_text, arguments)])
-    assert found.exit_code == code, (found.exit_code, found.output, found.exception)
-    return found
-
-
-def _text(value: Any) -> Any:
-    return value if isinstance(value, (str, Path)) else str(value)
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 import pytest
+from commands import run
 from legacy_batches import make_batch
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 from h5traces.errors import OptionError, TargetError
 from h5traces.writing.options import TargetOptions
 
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SKIP = TargetOptions(skip_existing=True)
-
-
-def run(*arguments: Any, code: int = 0) -> Any:
-    found = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert found.exit_code == code, (found.exit_code, found.output, found.exception)
-    return found
 
 
 def write(path: Path, *, seed: int = 0, num_samples: int = 3, hidden: int = 8) -> Path:

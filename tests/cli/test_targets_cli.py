@@ -5,24 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from commands import run
 from legacy_batches import make_archive, make_batch, write_batch
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 
 BATCH = make_batch("full_pkl")
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama-pydocs"
-
-
-def run(*arguments: Any, code: int = 0) -> Any:
-    found = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert found.exit_code == code, (found.exit_code, found.output, found.exception)
-    return found
 
 
 @pytest.fixture(scope="module")

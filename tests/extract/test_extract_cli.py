@@ -12,26 +12,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from commands import run
 from family_models import make_family
 from tiny_models import QUESTIONS, ROOT, TINY_LLAMA, tokenizer
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 from h5traces.extract.models import MODEL_ALIASES, aliases_path, known_aliases, resolve_model
 from h5traces.extract.sizes import STATED_RATES
 from h5traces.format.precision import TIERS
 
 TINY = ["--model-id", TINY_LLAMA, "--dataset", QUESTIONS]
 FEW = ["--num-samples", 2, "--max-new-tokens", 4]
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    assert isinstance(result.exception, (SystemExit, type(None)))
-    assert "\x1b[" not in result.output
-    return result
 
 
 @pytest.fixture(autouse=True)

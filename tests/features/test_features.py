@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from commands import run
 from legacy_batches import ZERO_TOKENS, make_archive, make_batch
 from sklearn.decomposition import PCA
 from typer.testing import CliRunner
@@ -453,12 +454,6 @@ def test_a_missing_library_is_named(archive: Path, tmp_path: Path) -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-def run(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
 
 
 def test_the_command(archive: Path, tmp_path: Path) -> None:

@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
+from commands import run as run_command
 from perturbed import in_steps, make, with_means_only, write
-from typer.testing import CliRunner
 
-from h5traces.cli.app import app
 from h5traces.fidelity import compare
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from click.testing import Result
 
-
-def run(*arguments: Any, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, ["fidelity", *(str(each) for each in arguments)])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    assert isinstance(result.exception, (SystemExit, type(None)))
-    assert "\x1b[" not in result.output
-    return result
+run = partial(run_command, "fidelity")
 
 
 @pytest.fixture

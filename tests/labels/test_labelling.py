@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from commands import run
 from legacy_batches import assert_same, bits, make_archive, make_batch
-from typer.testing import CliRunner
 
 import h5traces
 from h5traces.checking.validate import validate
 from h5traces.checking.verify import verify
-from h5traces.cli.app import app
 from h5traces.errors import (
     ArchiveExistsError,
     ArgumentError,
@@ -466,12 +465,6 @@ def test_a_row_of_another_sample_is_refused(archive: Path, table: Path) -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-def run(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
 
 
 def test_the_command(archive: Path, table: Path, tmp_path: Path) -> None:

@@ -13,16 +13,15 @@ import sys
 import zipfile
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import pytest
+from commands import run
 from legacy_batches import make_archive, make_batch
-from typer.testing import CliRunner
 
 import h5traces
 from h5traces import LabelOptions
-from h5traces.cli.app import app
 from h5traces.errors import ArgumentError, OptionError, SchemaError
 from h5traces.rewriting.label import label
 from h5traces.rewriting.label_table import read_table
@@ -30,19 +29,10 @@ from h5traces.rewriting.repack import merge, repack, split
 from h5traces.torch_data import TraceDataset
 from h5traces.writing.options import TargetOptions
 
-if TYPE_CHECKING:
-    from click.testing import Result
-
 BATCH = make_batch("full_pkl", num_samples=4)
 for _number, _trace in enumerate(BATCH):
     _trace["question_id"] = f"q{_number}"
 DRY = TargetOptions(dry_run=True)
-
-
-def run(*arguments: Any, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    return result
 
 
 @pytest.fixture

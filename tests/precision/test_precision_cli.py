@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 import pytest
+from commands import run
 from legacy_batches import make_batch, write_batch, write_layout
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 from h5traces.format.precision import Precision
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from click.testing import Result
 
 LOSS = "hold less than their sources"
-
-
-def run(*arguments: Any, code: int = 0) -> Result:
-    found = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert found.exit_code == code, found.output + found.stderr
-    assert "Traceback" not in found.output
-    return found
 
 
 def plain(text: str) -> str:
