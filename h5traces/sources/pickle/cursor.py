@@ -9,11 +9,11 @@ from h5traces.sources.pickle.items import (
     BatchMachine,
     Found,
     SharedEntryError,
-    TouchedError,
 )
 from h5traces.sources.pickle.locating import INVALID, locate
 from h5traces.sources.pickle.scan import last_reads
 from h5traces.sources.pickle.source import TruncatedError, contradict
+from h5traces.sources.pickle.trees import TouchedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

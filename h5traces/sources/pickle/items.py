@@ -19,12 +19,21 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 import numpy as np
 
 from h5traces.format.values import TorchValue
-from h5traces.sources.pickle.calls import Marker, Shim, Unsupported, plain_value, type_name
+from h5traces.sources.pickle.calls import Marker, Shim, plain_value, type_name
 from h5traces.sources.pickle.machine import Machine
-from h5traces.sources.pickle.plain import DICTS, LEAVES, NAMESPACES
+from h5traces.sources.pickle.plain import DICTS, NAMESPACES
 from h5traces.sources.pickle.shims import MlDtype, Storage
-from h5traces.sources.pickle.source import RejectedError, contradict, reject
+from h5traces.sources.pickle.source import contradict, reject
 from h5traces.sources.pickle.stack import COMPOUND
+from h5traces.sources.pickle.trees import (
+    KNOWN_LEAVES,
+    SPARE_VALUES,
+    check_item,
+    has_children,
+    leaf_nbytes,
+    spare_nbytes,
+    touched,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,10 +44,8 @@ if TYPE_CHECKING:
 SMALL_TEXT: Final = 256
 SMALL_BYTES: Final = 64
 _SMALL_INT: Final = 1 << 64
-# Of arrays, lists and dicts that later items may refer to: the most that one takes, and all.
-_SPARE_NBYTES: Final = 256 << 10
+# Of arrays, lists and dicts that later items may refer to, all together.
 _ALL_SPARE_NBYTES: Final = 16 << 20
-_SPARE_VALUES: Final = 4096
 # A container begins within this many bytes.
 _HEAD_NBYTES: Final = 64 << 10
 # Picklers name the callables and dtypes of arrays in the first item only.
@@ -47,11 +54,6 @@ _SHARED: Final = (Shim, np.dtype, MlDtype)
 ROOT: Final = Marker("root list")
 EMITTED: Final = Marker("item that was handed out")
 
-_SIMPLE: Final = frozenset({type(None), bool, int, float})
-_TEXTS: Final = frozenset({str, bytes, bytearray})
-_SEQUENCES: Final = frozenset({list, tuple, deque, set, frozenset})
-_CONTAINERS: Final = _SEQUENCES.union(DICTS, NAMESPACES)
-_LEAVES: Final = _SIMPLE | _TEXTS | LEAVES | {np.ndarray, TorchValue}
 _MUTABLE: Final = frozenset({list, deque, set, *DICTS, *NAMESPACES})
 # Objects that several items may share.
 _SPARE: Final = frozenset({str, tuple, *_MUTABLE, np.ndarray, TorchValue})
@@ -86,10 +88,6 @@ class SharedEntryError(Exception):
     """An item refers to a memo entry that was dropped with an earlier item."""
 
 
-class TouchedError(RejectedError):
-    """The pickle uses an item that was handed out; it may have been a part of the item."""
-
-
 class ShortTupleError(Exception):
     """The pickle is a tuple of two or three dicts, which begins as a dict does."""
 
@@ -100,93 +98,6 @@ class NoDictsError(Exception):
 
 class TooLargeError(Exception):
     """A pickle of unknown content is larger than what may be read into memory."""
-
-
-def check_item(item: Any, limits: PickleLimits) -> int:
-    """Check that an item is a finite tree of known types, and return its bytes.
-
-    A pickle of a hundred bytes can hold a list that contains itself, or tuples that share their
-    halves and unfold to 2**100 leaves.
-    """
-    level = [item]
-    nbytes = 0
-    num_values = 0
-    for _ in range(limits.max_depth + 1):
-        inner = []
-        for container in level:
-            values = _children(container)
-            num_values += len(values)
-            if num_values > limits.max_item_opcodes:
-                reject(
-                    f"an item unfolds to more than {limits.max_item_opcodes:,} values; if the "
-                    f"file is trusted, raise PickleLimits(max_item_opcodes=...)"
-                )
-            kinds = set(map(type, values))
-            if kinds <= _SIMPLE:
-                nbytes += 64 * len(values)
-                continue
-            for value in values:
-                kind = type(value)
-                if kind is str:
-                    nbytes += 64 + len(value)
-                elif _has_children(value):
-                    inner.append(value)
-                elif kind in _LEAVES:
-                    nbytes += _leaf_nbytes(value)
-                elif kind is Marker:
-                    raise _touched(value)
-                elif kind is Unsupported:
-                    place = _place_of(item, value)
-                    contradict(f"{place} is {value.what}, which no trace holds; {value.remedy}")
-                else:
-                    reject(f"an item holds {type_name(value)}, which no trace holds")
-        if not inner:
-            return nbytes
-        level = inner
-    reject(
-        f"an item contains itself or is nested deeper than {limits.max_depth} levels; if the "
-        f"file is trusted, raise PickleLimits(max_depth=...)"
-    )
-
-
-def _place_of(item: Any, wanted: Any) -> str:
-    """Where in an item a value is, such as ``field 'hidden_states', index 3``."""
-    level: list[tuple[str, Any]] = [("", item)]
-    while level:
-        inner = []
-        for place, container in level:
-            named = type(container) in DICTS
-            for key, value in container.items() if named else enumerate(_children(container)):
-                here = f"{place}, {'key' if named else 'index'} {key!r}"
-                if value is wanted:
-                    return here.removeprefix(", ").replace("key", "field", 1)
-                if _has_children(value):
-                    inner.append((here, value))
-        level = inner
-    return "a value"
-
-
-def _has_children(value: Any) -> bool:
-    kind = type(value)
-    return kind in _CONTAINERS or bool(kind is np.ndarray and value.dtype.kind == "O")
-
-
-def _children(value: Any) -> Any:
-    """The values in a container, which has a length."""
-    kind = type(value)
-    if kind in DICTS:
-        return value.values()
-    if kind in NAMESPACES:
-        return vars(value).values()
-    return value.ravel() if kind is np.ndarray else value
-
-
-def _leaf_nbytes(value: Any) -> int:
-    if type(value) is np.ndarray:
-        return value.nbytes
-    if type(value) is TorchValue:
-        return value.data.nbytes
-    return 64 + (len(value) if isinstance(value, (str, bytes, bytearray)) else 0)
 
 
 def _is_small(value: Any) -> bool:
@@ -200,45 +111,8 @@ def _is_small(value: Any) -> bool:
     return kind in (type(None), float) or value is ROOT or isinstance(value, _SHARED)
 
 
-def _spare_nbytes(value: Any) -> int | None:
-    """Bytes of a value that may be kept for later items; None for one that is too large."""
-    if not _has_children(value):
-        nbytes = _leaf_nbytes(value) if type(value) in _LEAVES else _SPARE_NBYTES + 1
-        return nbytes if nbytes <= _SPARE_NBYTES else None
-    nbytes, num_values = 0, 0
-    inner = [value]
-    while inner:
-        values = _children(inner.pop())
-        num_values += 1 + len(values)
-        if num_values > _SPARE_VALUES:
-            return None
-        # Most containers are lists of words, and tuples of numbers.
-        kinds = set(map(type, values))
-        if kinds <= _SIMPLE:
-            nbytes += 64 * len(values)
-            continue
-        if kinds == {str}:
-            nbytes += 64 * len(values) + sum(map(len, values))
-            values = ()
-        for each in values:
-            if _has_children(each):
-                inner.append(each)
-            elif type(each) in _LEAVES:
-                nbytes += _leaf_nbytes(each)
-            else:
-                return None
-        if nbytes > _SPARE_NBYTES:
-            return None
-    return nbytes + 64 * num_values
-
-
 def _is_key(value: Any) -> bool:
     return type(value) in (str, int)
-
-
-def _touched(marker: Marker) -> TouchedError:
-    message = f"the pickle uses the {marker.what} as a value, which no pickler of a batch does"
-    return TouchedError(message)
 
 
 class BatchMachine(Machine):
@@ -514,7 +388,7 @@ class BatchMachine(Machine):
             raise self.unfinished()
         if self.kind != "dict" and type(found.value) not in DICTS:
             if type(found.value) is Marker:
-                raise _touched(found.value)
+                raise touched(found.value)
             if not self.num_items and type(found.value) in COMPOUND:
                 raise NoDictsError
             contradict(
@@ -531,12 +405,12 @@ class BatchMachine(Machine):
 
     def check(self, value: Any) -> None:
         """Check an item, and that all items together do not unfold too far."""
-        if _has_children(value):
+        if has_children(value):
             self._unfolded_nbytes += check_item(value, self.limits)
-        elif type(value) in _LEAVES:
-            self._unfolded_nbytes += _leaf_nbytes(value)
+        elif type(value) in KNOWN_LEAVES:
+            self._unfolded_nbytes += leaf_nbytes(value)
         elif type(value) is Marker:
-            raise _touched(value)
+            raise touched(value)
         else:
             reject(f"an item is {type_name(value)}, which no trace holds")
         limits, read_nbytes = self.limits, self.source.inflated_bytes
@@ -569,10 +443,10 @@ class BatchMachine(Machine):
                 continue  # a shape, or what an array is made of: every array has its own
             if _is_small(value):
                 kept[slot] = value
-            elif type(value) in _SPARE and (nbytes := _spare_nbytes(value)) is not None:
+            elif type(value) in _SPARE and (nbytes := spare_nbytes(value)) is not None:
                 self._spare[slot] = (value, nbytes)
                 self._spare_nbytes += nbytes
-        while self._spare_nbytes > _ALL_SPARE_NBYTES or len(self._spare) > _SPARE_VALUES:
+        while self._spare_nbytes > _ALL_SPARE_NBYTES or len(self._spare) > SPARE_VALUES:
             self._spare_nbytes -= self._spare.popitem(last=False)[1][1]
         excess = len(kept) - self.limits.max_kept_entries
         if excess > 0:
@@ -600,15 +474,15 @@ class BatchMachine(Machine):
 
     def nbytes(self, value: Any) -> int:
         """Bytes of a value, counting every use of a shared one."""
-        if _has_children(value):
+        if has_children(value):
             return check_item(value, self.limits)
-        return value.nbytes if type(value) is Storage else _leaf_nbytes(value)
+        return value.nbytes if type(value) is Storage else leaf_nbytes(value)
 
     # --- memo and stack -------------------------------------------------------------------------
 
     def put(self, slot: int) -> None:
         if self.stack[-1] is EMITTED:
-            raise _touched(EMITTED)
+            raise touched(EMITTED)
         super().put(slot)
 
     def recall(self, slot: int) -> Any:
@@ -626,12 +500,12 @@ class BatchMachine(Machine):
 
     def push_again(self, value: Any) -> None:
         if type(value) is Marker:
-            raise _touched(value)
+            raise touched(value)
         super().push_again(value)
 
     def drop(self, value: Any) -> None:
         if type(value) is Marker:
-            raise _touched(value)
+            raise touched(value)
 
     def _check_frozen(self) -> None:
         if id(self.stack[-1]) in self._frozen:

@@ -152,7 +152,7 @@ class _Copying:
             if inside == layout.EXTRA_GROUP and safety.is_group(group, name):
                 fields = safety.open_group(group, name)
                 names = safety.link_names(fields, self._limits.max_objects, "fields")
-                return not any(safety.has_attribute(fields, each, b"encoding") for each in names)
+                return not any(safety.is_encoded(fields, each) for each in names)
             return is_foreign(group, name, inside, self._kinds)
         first, _, rest = inside.partition("/")
         if not rest:

@@ -146,12 +146,12 @@ def is_group(group: h5g.GroupID, name: str) -> bool:
     return bool(h5o.get_info(group, encoded).type == h5o.TYPE_GROUP)
 
 
-def has_attribute(group: h5g.GroupID, name: str, attribute: bytes) -> bool:
-    """Whether what a link leads to has an attribute; true for what may not be followed."""
+def is_encoded(group: h5g.GroupID, name: str) -> bool:
+    """Whether what a link leads to states an encoding; true for what may not be followed."""
     encoded = name.encode("utf-8", "surrogateescape")
     if group.links.get_info(encoded).type != h5l.TYPE_HARD:
         return True
-    return bool(h5a.exists(group, attribute, obj_name=encoded))
+    return bool(h5a.exists(group, b"encoding", obj_name=encoded))
 
 
 def open_child(group: h5g.GroupID, name: str) -> tuple[Any, int]:
