@@ -1,4 +1,4 @@
-"""Questions to archives on a cluster of Ray: each task loads the model on a GPU of its own.
+"""Questions to archives on a cluster of Ray: each task loads the model on its own GPU.
 
 python examples/ray/extract.py MODEL questions.jsonl traces/
 """

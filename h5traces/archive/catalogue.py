@@ -105,7 +105,7 @@ class Catalogue:
             self.shards = self.shards.cast(SHARDS).combine_chunks()
             self.facts: dict[str, Any] = facts
             self.has_texts = bool(facts["texts"])
-            counts = self.column_of_shards("num_samples")
+            counts = self.shards["num_samples"].to_numpy()
             self.starts = np.concatenate([[0], np.cumsum(counts)])
         except (ValueError, TypeError, KeyError, pa.ArrowException) as error:
             message = f"{path}: the catalogue is damaged ({error!r}); run 'h5traces index' again"
@@ -116,11 +116,6 @@ class Catalogue:
                 "'h5traces index' again"
             )
             raise CorruptArchiveError(message)
-
-    def column_of_shards(self, name: str) -> NDArray[Any]:
-        """What is known of every shard."""
-        found: NDArray[Any] = self.shards[name].to_numpy()
-        return found
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[pq.ParquetFile]:

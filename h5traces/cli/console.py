@@ -189,10 +189,10 @@ def with_flags(message: str) -> str:
 
 
 @contextlib.contextmanager
-def bytes_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+def bytes_progress() -> Iterator[Callable[[int, int, str], None]]:
     """A bar of bytes with rate and remaining time; calls take done, total and a text."""
     with _progress(DownloadColumn(), TransferSpeedColumn()) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task("convert", total=None)
         yield lambda done, total, text: bar.update(
             task, completed=done, total=total, description=text
         )

@@ -92,7 +92,7 @@ def convert(
     # Not above, since help does not need it.
     from h5traces.rewriting.convert import convert as convert_batches
 
-    with bytes_progress("convert") as update:
+    with bytes_progress() as update:
 
         def progress(state: Progress) -> None:
             text = f"{state.source.name}: {counted(state.num_samples, 'sample')}"

@@ -14,8 +14,7 @@ import xxhash
 from h5traces.archive.characters import span_of
 from h5traces.errors import ExtractionError, MissingDependencyError, OptionError, SchemaError
 from h5traces.extract.options import Columns
-from h5traces.format.text import and_more
-from h5traces.sources.rows import foreign, read_rows, short, text_of
+from h5traces.sources.rows import foreign, listed, no_column, read_rows, short, text_of
 from h5traces.storage.files import read_document
 
 if TYPE_CHECKING:
@@ -227,7 +226,7 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
         place = f"{path}: {row.place}"
         unseen -= row.cells.keys()
         if missing := named - row.cells.keys() - {columns.answers, columns.tools}:
-            raise ExtractionError(_no_column(place, min(missing), row.cells))
+            raise ExtractionError(no_column(place, sorted(missing)[:1], row.cells))
         messages = _listed(row.cells, columns.messages, place, dict, "messages, as dicts")
         prompt_ids = _listed(row.cells, columns.prompt_ids, place, int, "token ids")
         tools = _listed(row.cells, columns.tools, place, dict, "tools, as dicts", may_lack=True)
@@ -238,7 +237,7 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
             wanted = columns.question or " or ".join(_QUESTION_COLUMNS)
             message = (
                 f"{place}: found no text in a column {wanted}; choose the column of questions "
-                f"among {and_more(map(short, row.cells), 30) or 'none'}"
+                f"among {listed(row.cells)}"
             )
             raise ExtractionError(message)
         found_id = _cell(row.cells, columns.sample_id, _ID_COLUMNS)
@@ -260,12 +259,7 @@ def _from_rows(table: TextTable, columns: Columns) -> Iterator[tuple[str, Questi
         )
     # Rows may lack reference answers and tools, but not all of them.
     if unseen and number >= 0:
-        raise ExtractionError(_no_column(str(path), min(unseen), table.columns))
-
-
-def _no_column(place: str, name: str, columns: Iterable[str]) -> str:
-    known = and_more(map(short, columns), 30) or "none"
-    return f"{place}: has no column {name!r}; its columns are {known}"
+        raise ExtractionError(no_column(str(path), sorted(unseen)[:1], table.columns))
 
 
 def _spans(cells: dict[str, Any], name: str | None, place: str) -> tuple[Any, ...] | None:

@@ -143,7 +143,8 @@ def _changed(prefix: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[
     for key in {**ours, **theirs}:
         new, old = ours.get(key), theirs.get(key)
         if new != old and not prefix and isinstance(new, dict) and isinstance(old, dict):
-            found += _changed(f"{key}.", new, old)
+            # What is kept has names of options.
+            found += _changed("" if key == "kept" else f"{key}.", new, old)
         elif new != old:
             found.append(f"{prefix}{key}={new!r} (was {old!r})")
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from h5traces.arguments import checked_options
 from h5traces.errors import OptionError, Problem, SchemaError
 from h5traces.format.text import and_more, counted, short_repr
-from h5traces.sources.rows import foreign, read_rows, short, text_of
+from h5traces.sources.rows import foreign, no_column, read_rows, short, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -277,12 +277,10 @@ class _Reading:
 
     def _missing(self, missing: Sequence[str]) -> str:
         found = self._rows.columns
-        listed = and_more(map(short, found), 30) or "none"
         separated = _SEPARATORS.get(self._rows.format, "")
         message = (
-            f"{self._rows.path}: has no column {' and no column '.join(map(repr, missing))}; its "
-            f"columns{separated} are {listed}; name those of the ids (id_column) and of the labels "
-            "(label_column) or scores (score_column)"
+            f"{no_column(str(self._rows.path), missing, found, separated)}; name those of the ids "
+            "(id_column) and of the labels (label_column) or scores (score_column)"
         )
         if len(found) == 1 and (other := next((each for each in ";\t|" if each in found[0]), None)):
             message += f", and replace the delimiter {other!r} by ','"

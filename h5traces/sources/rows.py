@@ -146,6 +146,17 @@ def short(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def listed(columns: Iterable[str]) -> str:
+    """Names of columns, for messages."""
+    return and_more(map(short, columns), 30) or "none"
+
+
+def no_column(place: str, names: Iterable[str], columns: Iterable[str], separated: str = "") -> str:
+    """That columns are missing, with those that there are, and how they are `separated`."""
+    missing = " and no column ".join(map(repr, names))
+    return f"{place}: has no column {missing}; its columns{separated} are {listed(columns)}"
+
+
 def bad_row(path: Path, place: str, message: str) -> SchemaError:
     """An error about one row."""
     return SchemaError(f"{path}: {place}: {message}", [Problem(place, message, "bad_row")])

@@ -1,4 +1,4 @@
-"""A writer in a process of its own does what one in the same process does."""
+"""A writer in its own process does what one in the same process does."""
 
 from __future__ import annotations
 

@@ -149,10 +149,10 @@ def test_a_finished_run_is_not_done_again(tmp_path):
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ({"layers": "0,last"}, r"kept.layers=\[0, 5\] \(was \[0, 1, 2, 3, 4, 5\]\)"),
-        ({"kinds": ("attentions",)}, "kept.kinds="),
-        ({"embedding": True}, r"kept.embedding=True \(was False\)"),
-        ({"last_state": "block_output"}, "kept.last_state='block_output'"),
+        ({"layers": "0,last"}, r"layers=\[0, 5\] \(was \[0, 1, 2, 3, 4, 5\]\)"),
+        ({"kinds": ("attentions",)}, "kinds="),
+        ({"embedding": True}, r"embedding=True \(was False\)"),
+        ({"last_state": "block_output"}, "last_state='block_output'"),
     ],
 )
 def test_a_run_keeps_what_it_kept_before(tmp_path, options, difference):

@@ -72,7 +72,7 @@ class Findings:
     bad
         Cases that ended in a crash, a hang, a foreign exception or other data.
     crashes
-        Cases with forged HDF5 metadata that ended HDF5 itself. Nothing but a process of its own
+        Cases with forged HDF5 metadata that ended HDF5 itself. Nothing but its own process
         helps against those; they are here if `validate_isolated` reports them, else in `bad`.
     """
 

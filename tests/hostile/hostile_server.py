@@ -1,6 +1,6 @@
 """A server that answers as no honest one does: the first part of the path says how.
 
-It writes to sockets itself, since no library lets one. It runs in a process of its own.
+It writes to sockets itself, since no library lets one. It runs in its own process.
 """
 
 from __future__ import annotations

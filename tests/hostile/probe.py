@@ -1,4 +1,4 @@
-"""Opens files in every way there is, each file in a process of its own, and reports what came.
+"""Opens files in every way there is, each file in its own process, and reports what came.
 
 A server: one path per line on stdin, one JSON object per line on stdout. It forks for every file,
 so a crash, a hang or a full memory ends only that child, and starting Python is paid for once.

@@ -52,7 +52,7 @@ with no_plugin_search(allowed=len(sys.argv) > 3):
 
 
 def is_loaded(tmp_path: Path, code: str, path: Path, *more: str) -> bool:
-    """Whether the code, run in a process of its own, opens the plugin."""
+    """Whether the code, run in its own process, opens the plugin."""
     folder = tmp_path / "plugins"
     folder.mkdir()
     pipe = folder / "libh5trap.so"

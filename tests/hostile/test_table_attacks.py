@@ -284,7 +284,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(made: Path) -> dict[str, Any]:
-    """What came of each, in a process of its own."""
+    """What came of each, in its own process."""
     script = """
         import json, os, resource, sys, time
         sys.path.insert(0, sys.argv[1])
@@ -387,7 +387,7 @@ def test_honest_arrow(tmp_path: Path, codec: str | None, stream: bool) -> None:
 def test_honest_parquet(tmp_path: Path, version: str, codec: str, size: int) -> None:
     table = honest()
     if version == "2.0" and size == 64:
-        # pyarrow 26 loses a row of its own file.
+        # pyarrow 26 loses a row of the file it wrote.
         table = table.drop(["flags"])
     path = tmp_path / "a.parquet"
     options: dict[str, Any] = {"data_page_version": version, "compression": codec}

@@ -24,7 +24,7 @@ from legacy_batches import make_archive, make_batch
 import h5traces
 from h5traces import extract, features, fidelity, graph, torch_data
 from h5traces.errors import H5TracesError
-from h5traces.extract import estimate as sizes  # noqa: F401  # a module of its own
+from h5traces.extract import estimate as sizes  # noqa: F401  # its own module
 from h5traces.format.limits import ReadLimits
 from h5traces.storage.remote.paths import RemoteOptions
 

@@ -78,7 +78,7 @@ def test_one_line_of_h5py_for_weights(path: Path) -> None:
 
 
 def test_no_module_of_h5traces_is_needed(path: Path, tmp_path: Path) -> None:
-    """In an interpreter of its own that must not import it."""
+    """In its own interpreter that must not import it."""
     script = """
 import sys; sys.modules["h5traces"] = None
 import h5py, numpy as np

@@ -1,6 +1,6 @@
 """A web server of the standard library that knows ranges, counts requests and fails on order.
 
-It runs in a process of its own: a forked reader must not inherit its sockets.
+It runs in its own process: a forked reader must not inherit its sockets.
 """
 
 from __future__ import annotations

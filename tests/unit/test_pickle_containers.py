@@ -406,7 +406,7 @@ def test_generations_of_uncertainty_studies(tmp_path: Path, whole_nbytes: int) -
         assert sample["generated_answer"] == answer["response"]
         states = torch.stack(sample["hidden_states"])
         assert torch.equal(states, answer["emb_tok_before_eos"])
-        # Nothing is lost: the sample is the entry, but for what has a place of its own.
+        # Nothing is lost: the sample is the entry, but for what has its own place.
         rest = {
             **answer,
             "response": sample["generated_answer"],
