@@ -12,7 +12,6 @@ from h5traces.format.digests import chunk_checksum
 from h5traces.precision.attention import from_levels
 from h5traces.precision.channel_steps import from_steps
 from h5traces.precision.scales import ChannelScale
-from h5traces.storage import kernels
 from h5traces.storage.codecs import CODECS
 from h5traces.storage.kernels import PLAN, PLAN_CODECS, ChunkError, Restoring, run_plan
 
@@ -76,14 +75,6 @@ CASES: dict[str, tuple[Any, Restoring, bytes, Any]] = {
         (STATES.astype("<f4").view("<u4") & 0xFFFF0000).view("<f4"),
     ),
 }
-
-
-@pytest.fixture(params=["compiled", "python"])
-def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "python":
-        monkeypatch.setattr(kernels, "NATIVE", None)
-    elif kernels.NATIVE is None:
-        pytest.skip("the kernels are not compiled")
 
 
 def make_plan(names: list[str], codec: str = "gzip") -> tuple[Any, bytes, bytes]:

@@ -16,7 +16,6 @@ from h5traces.archive.footer_store import FooterStore
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format.entries import ChunkTable, ObjectEntry
 from h5traces.format.limits import DEFAULT_LIMITS
-from h5traces.storage import kernels
 from h5traces.storage.arrays import check_sizes
 from h5traces.storage.files import LocalFile
 from h5traces.storage.kernels import PLAN_CODECS
@@ -26,14 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE_NBYTES = 1 << 20
-
-
-@pytest.fixture(params=["compiled", "python"])
-def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "python":
-        monkeypatch.setattr(kernels, "NATIVE", None)
-    elif kernels.NATIVE is None:
-        pytest.skip("the kernels are not compiled")
 
 
 @pytest.fixture(scope="module")
