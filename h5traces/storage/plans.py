@@ -447,7 +447,10 @@ def _pieces(
         )
     )
     share = int(starts[-1]) // (2 * workers) if workers > 1 else _SHARED_NBYTES
-    pieces = starts // min(max(share, _SMALL_NBYTES), _SHARED_NBYTES)
+    size = min(max(share, _SMALL_NBYTES), _SHARED_NBYTES)
+    # The last ones are half as large, so that all threads end at about the same time.
+    left = starts[-1] - starts
+    pieces = np.where(2 * left < workers * size, -2 * left // size - 1, starts // size)
     bounds = np.array([0, *(np.flatnonzero(pieces[1:] != pieces[:-1]) + 1)])
     return (
         starts[bounds].tolist(),
