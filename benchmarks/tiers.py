@@ -109,7 +109,7 @@ def calibrated(found: Sequence[TraceRecord]) -> Calibration:
 def options_of(tier: str, calibration: Calibration) -> WriteOptions:
     precision = TIERS[tier]
     scales = ScaleSet() if precision.step is None else calibration.scales(precision.step)
-    return WriteOptions(precision=precision, scales=scales, overwrite=True)
+    return WriteOptions(precision=precision, scales=scales, overwrite=True, verify=False)
 
 
 def write(path: Path, found: Sequence[TraceRecord], options: WriteOptions) -> float:

@@ -83,14 +83,16 @@ static Arena *arena_of(Arena *arena, size_t size)
     return arena;
 }
 
-/* Decode one or two arrays that were just encoded, while the processor's cache has them, and compare
+/* Decode up to NUM_LANES arrays that were just encoded, while the processor's cache has them, and compare
  * them with what they were. */
 static Arena *look_back(Stored **ones, size_t count, Arena *arena)
 {
-    Row rows[2] = {{0}};
-    uint8_t done[2] = {0};
+    Row rows[NUM_LANES] = {{0}};
+    uint8_t done[NUM_LANES] = {0};
     size_t nbytes = 0, end = 0;
-    const uint8_t *source = ones[count - 1]->out < ones[0]->out ? ones[count - 1]->out : ones[0]->out;
+    const uint8_t *source = ones[0]->out;
+    for (size_t i = 1; i < count; i++)
+        source = ones[i]->out < source ? ones[i]->out : source;
     for (size_t i = 0; i < count; i++) {
         const Stored *one = ones[i];
         size_t offset = (size_t)(one->out - source);
@@ -116,13 +118,13 @@ static void store_all(Stored *all, size_t count, int looks_back)
 {
     Encoder *encoder = encoder_new();
     Arena *arena = looks_back ? spare_take(arenas) : NULL;
-    Stored *waiting[2];
+    Stored *waiting[NUM_LANES];
     size_t num_waiting = 0;
     for (size_t i = 0; i < count; i++) {
         store_one(all + i, encoder);
         if (looks_back && all[i].size)
             waiting[num_waiting++] = all + i;
-        if (num_waiting == 2 || (num_waiting && i + 1 == count)) {
+        if (num_waiting == NUM_LANES || (num_waiting && i + 1 == count)) {
             arena = look_back(waiting, num_waiting, arena);
             num_waiting = 0;
         }

@@ -110,13 +110,16 @@ def _whites(
         [np.concatenate([each[..., row, keys].ravel() for row, keys in places]) for each in arrays]
     )
     numbers = bfloat16_to_float32(weights) if dtype == "bfloat16" else weights.astype(np.float32)
-    # Behind all others.
-    numbers[~np.isfinite(numbers)] = np.nan
-    numbers.sort(axis=1)
-    counts = np.count_nonzero(~np.isnan(numbers), axis=1).tolist()
+    is_finite = np.isfinite(numbers)
+    counts = np.count_nonzero(is_finite, axis=1).tolist()
+    if not is_finite.all():
+        # Behind all others.
+        numbers[~is_finite] = np.inf
+    ranks = [int(_SHARE * max(0, count - 1)) for count in counts]
+    numbers.partition(sorted(set(ranks)), axis=1)
     whites = (
-        float(row[int(_SHARE * (count - 1))]) if count else 0.0
-        for row, count in zip(numbers, counts, strict=True)
+        float(row[rank]) if count else 0.0
+        for row, rank, count in zip(numbers, ranks, counts, strict=True)
     )
     return [_rounded_up(white) if white > 0 else None for white in whites]
 

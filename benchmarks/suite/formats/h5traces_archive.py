@@ -42,7 +42,7 @@ class Archive(Format):
         from h5traces.writing.archive_writer import ArchiveWriter
         from h5traces.writing.options import WriteOptions
 
-        options = WriteOptions(codec=self._codec, workers=self._workers)
+        options = WriteOptions(codec=self._codec, workers=self._workers, verify=False)
         # Leaving the block makes the file durable and gives it its name.
         with ArchiveWriter(path, options, model_id="synthetic") as writer:
             for sample in samples:
