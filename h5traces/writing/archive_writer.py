@@ -80,6 +80,8 @@ _GROUP_SIZE = 1 << 20
 _SCALES_OF_TASK = 12
 # Smaller groups are not handed over at all.
 _SMALL_GROUP = 1 << 17
+# Values of a sample that is decoded as it is encoded; smaller ones are read back in less time.
+_LARGE_SAMPLE = 1 << 19
 
 
 def next_generation(taken: set[int], index: int | None) -> int:
@@ -166,14 +168,15 @@ class ArchiveWriter:
             record = record.model_copy(update={"exact_digest": None})
         description = record.describe()
         row = IndexRow.of(description.metadata, record.texts)
-        objects = self._record_objects(record)
+        looks_back = self._options.verify and _num_values(record) >= _LARGE_SAMPLE
+        objects = self._record_objects(record, looks_back=looks_back)
         try:
             entries = self._write_sample(description.metadata, row, observe(record), objects, own)
         except CorruptArchiveError as error:
             place = layout.sample_path(self.summary.num_samples)
             message = f"{self.summary.path}: {place}: {error}"
             raise CorruptArchiveError(message) from error
-        if self._options.verify:
+        if looks_back:
             self.looked_back[self.summary.num_samples - 1] = fingerprint(entries)
 
     def copy(self, sample: StoredSample) -> None:
@@ -203,13 +206,15 @@ class ArchiveWriter:
             self._footer.has_foreign |= copied.number > 0
             self.summary.left_foreign += copied.left
 
-    def _record_objects(self, record: TraceRecord) -> Iterator[EncodedObject | Prepared]:
+    def _record_objects(
+        self, record: TraceRecord, *, looks_back: bool
+    ) -> Iterator[EncodedObject | Prepared]:
         for kind, layers in record.layered.items():
             yield EncodedObject(kind, to_attributes(layers.form))
-        yield from self._prepare(record)
+        yield from self._prepare(record, looks_back=looks_back)
         elements = list(record_elements(record))
         arrays = [each for each in elements if each.values is not None]
-        prepared = iter(prepare_elements(arrays, looks_back=self._options.verify))
+        prepared = iter(prepare_elements(arrays, looks_back=looks_back))
         for element in elements:
             yield element if element.values is None else next(prepared)
 
@@ -273,7 +278,7 @@ class ArchiveWriter:
             update["fields"] = None
         return metadata.model_copy(update=update)
 
-    def _prepare(self, record: TraceRecord) -> Iterator[Prepared]:
+    def _prepare(self, record: TraceRecord, *, looks_back: bool) -> Iterator[Prepared]:
         """Yield the layered arrays in order, cast, digested and encoded in threads."""
         waiting: deque[Future[list[Prepared]]] = deque()
         exceptions: dict[str, dict[str, NDArray[np.float64]]] = {}
@@ -288,10 +293,16 @@ class ArchiveWriter:
         for kind, layered in record.layered.items():
             if layered.in_steps:
                 table = steps_table(kind, layered.arrays)
-                yield prepare_element(table, looks_back=self._options.verify)
+                yield prepare_element(table, looks_back=looks_back)
             for group, size in _groups(layered.arrays):
                 task = partial(
-                    prepare_layers, kind, group, self._options, self._encoder, layered.definition
+                    prepare_layers,
+                    kind,
+                    group,
+                    self._options,
+                    self._encoder,
+                    layered.definition,
+                    looks_back=looks_back,
                 )
                 waiting.append(self._pool.submit(task) if size >= _SMALL_GROUP else _done(task))
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
@@ -301,7 +312,7 @@ class ArchiveWriter:
         for kind, found in exceptions.items():
             self.summary.num_exceptions[kind] += sum(map(len, found.values()))
             table = exceptions_table(kind, found)
-            yield prepare_element(table, looks_back=self._options.verify)
+            yield prepare_element(table, looks_back=looks_back)
 
     def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
         entry = _write_dataset(self._hdf5, sample, prepared)
@@ -485,6 +496,10 @@ def _done(task: Callable[[], _Value]) -> Future[_Value]:
     found: Future[_Value] = Future()
     found.set_result(task())
     return found
+
+
+def _num_values(record: TraceRecord) -> int:
+    return sum(size for each in record.layered.values() for _, size in _groups(each.arrays))
 
 
 def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[tuple[list[LayerArray], int]]:

@@ -66,9 +66,13 @@ def prepare_layers(
     options: WriteOptions,
     encoder: Encoder,
     definition: str | None = None,
+    *,
+    looks_back: bool = False,
 ) -> list[Prepared]:
     """Cast, digest and encode the arrays of some layers of a kind; called in threads."""
-    layers = _stored_layers(kind, entries, options, encoder, definition, options.codec)
+    layers = _stored_layers(
+        kind, entries, options, encoder, definition, options.codec, looks_back=looks_back
+    )
     whites = whites_of(
         [
             Picture(f"{kind}/{entry.name}", layer.dtype, layer.values, encoded.chunk)
@@ -108,6 +112,8 @@ def _stored_layers(
     encoder: Encoder,
     definition: str | None = None,
     codec: str | None = None,
+    *,
+    looks_back: bool = False,
 ) -> list[tuple[EncodedLayer, CastCounts, Attrs, EncodedArray | None]]:
     """Some arrays as they will be stored, and their attributes with the digest.
 
@@ -123,7 +129,7 @@ def _stored_layers(
             Storing(layer.values, layer.dtype, codec and codec_for(layer.values, codec), counted)
             for layer, (_, counted) in zip(layers, casts, strict=True)
         ],
-        looks_back=options.verify,
+        looks_back=looks_back,
     )
     found = []
     for entry, layer, (cast, _), each in zip(entries, layers, casts, stored, strict=True):

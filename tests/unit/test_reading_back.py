@@ -14,7 +14,7 @@ from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage import arrays
 from h5traces.storage.codecs import GZIP
 from h5traces.storage.files import LocalFile
-from h5traces.writing import reading_back
+from h5traces.writing import archive_writer, preparation, reading_back
 from h5traces.writing.archive_writer import ArchiveWriter
 from h5traces.writing.options import PrecisionOptions, TargetOptions
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # As if its samples were large.
+    monkeypatch.setattr(archive_writer, "_LARGE_SAMPLE", 0)
     return write_batch(tmp_path / "batch.pkl", make_batch("full_gz"))
 
 
@@ -154,3 +156,17 @@ def test_without_verification_nothing_is_looked_at(
         source, source.with_name("out.h5"), target=TargetOptions(verify=False)
     )
     assert report.ok
+
+
+def test_small_samples_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_batch(tmp_path / "batch.pkl", make_batch("full_gz"))
+    looked: list[bool] = []
+    right = arrays.store_arrays
+    monkeypatch.setattr(
+        preparation,
+        "store_arrays",
+        lambda given, looks_back=False: (looked.append(looks_back), right(given))[1],
+    )
+    assert h5traces.convert(source, source.with_name("out.h5")).ok
+    assert looked
+    assert not any(looked)
