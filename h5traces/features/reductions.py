@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from h5traces.arguments import checked
 from h5traces.format import layout
+from h5traces.format.dtypes import widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ def mean_pooled(states: States, start: int = 0) -> Floats:
     """The mean over tokens from `start` on, ``(hidden,)``."""
     if states.shape[0] <= start:
         return _nothing(states.shape[1:])
-    return _narrow(states[start:].mean(axis=0, dtype=np.float64))
+    return _narrow(widened(states[start:]).mean(axis=0, dtype=np.float64))
 
 
 @checked
@@ -50,9 +51,7 @@ def max_pooled(states: States, start: int = 0) -> Floats:
     """The largest value of every dimension over tokens from `start` on, ``(hidden,)``."""
     if states.shape[0] <= start:
         return _nothing(states.shape[1:])
-    # Cast first: numpy compares halves one by one.
-    top: Floats = states[start:].astype(np.float32).max(axis=0)
-    return top
+    return _narrow(widened(states[start:]).max(axis=0))
 
 
 @checked

@@ -17,6 +17,7 @@ from h5traces.errors import FeatureError, warn
 from h5traces.features.components import fit_components
 from h5traces.features.reductions import FEATURES, RowMeans, definition_of
 from h5traces.format import layout
+from h5traces.format.dtypes import widened
 from h5traces.format.kinds import KEYS, QUERIES
 from h5traces.format.text import as_names, counted
 from h5traces.meaning.sample_checks import row_tolerance
@@ -272,7 +273,7 @@ def _reduced(
     if any(each.scales_rows for each in wanted):
         if array.size <= _SMALL:
             # Once, and not for the sums and again for each feature.
-            array = array.astype(np.float32, copy=False)
+            array = widened(array).astype(np.float32, copy=False)
         sums += _odd_sums(array, trace)
     with np.errstate(invalid="ignore", over="ignore"):
         return {each.name: each.reduce(array, prompt_len) for each in wanted}

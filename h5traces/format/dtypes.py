@@ -205,11 +205,20 @@ def float32_to_float16(
     return out
 
 
-def float16_to_float32(values: NDArray[np.float16], out: NDArray[np.float32]) -> None:
-    """Exactly; `out` is C-contiguous."""
-    values = np.ascontiguousarray(values)
+def float16_to_float32(
+    values: NDArray[np.float16], out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """The same values, several times as fast as by numpy; `out` is C-contiguous."""
+    values = np.ascontiguousarray(values, dtype="<f2")
+    out = np.empty(values.shape, "<f4") if out is None else out
     if NATIVE is None or NATIVE.cast(values, 0, out, 2)[0]:
         np.copyto(out, values)
+    return out
+
+
+def widened(values: AnyArray) -> AnyArray:
+    """float16 values as float32, others as they are."""
+    return float16_to_float32(values) if values.dtype == np.float16 else values
 
 
 class Cast(NamedTuple):

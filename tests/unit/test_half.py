@@ -72,5 +72,5 @@ def test_every_float16_widens_into_given_memory() -> None:
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     for each in (values, values[np.isfinite(values)][::3]):  # without NaN, by the kernels
         out = np.empty(each.shape, np.float32)
-        float16_to_float32(each, out)
+        assert float16_to_float32(each, out) is out
         assert np.array_equal(out.view(np.uint32), each.astype(np.float32).view(np.uint32))
