@@ -20,6 +20,7 @@
 typedef struct {
     const Plan *plan;
     size_t next; /* row that nobody has taken yet */
+    int num_lanes; /* that a thread takes at once, so that others get some of few rows */
 } Work;
 
 /* A chunk on its way, and memory that is kept for the next one. */
@@ -218,7 +219,7 @@ static void *run_rows(void *argument)
     for (;;) {
         Inflater *streams[NUM_LANES];
         int count = 0;
-        for (int i = 0; i < NUM_LANES; i++) {
+        for (int i = 0; i < work->num_lanes; i++) {
             occupy(work, slots + i);
             if (slots[i].row)
                 streams[count++] = &slots[i].inflater;
@@ -236,7 +237,7 @@ static void *run_rows(void *argument)
 
 void plan_run(const Plan *plan, int num_threads)
 {
-    Work work = {plan, 0};
+    Work work = {plan, 0, NUM_LANES};
     int64_t total = 0;
     for (size_t i = 0; i < plan->num_rows && total < MOST_THREADS * LEAST_PER_THREAD; i++)
         if (plan->rows[i].raw_nbytes > 0 && plan->rows[i].raw_nbytes <= LARGEST_CHUNK)
@@ -244,6 +245,8 @@ void plan_run(const Plan *plan, int num_threads)
     int64_t useful = total / LEAST_PER_THREAD;
     int64_t most = num_threads < MOST_THREADS ? num_threads : MOST_THREADS;
     most = useful < most ? useful : most;
+    if (most > 1 && plan->num_rows < (size_t)(most * NUM_LANES))
+        work.num_lanes = (int)((plan->num_rows + (size_t)most - 1) / (size_t)most);
     pthread_t threads[MOST_THREADS];
     int num_started = 0;
     /* Signals are for the thread that called. */
