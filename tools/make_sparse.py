@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h5traces.archive.footer_store import FooterStore
+from h5traces.format.forms import StoredObject
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterBuilder, hdf5_end
@@ -44,7 +45,7 @@ def make_sparse(
     for number in range(count):
         attrs = {**sample.attrs, "sample_id": f"{sample.attrs['sample_id']}_{number}"}
         moved = (_moved(each, number * (end - first)) for each in sample.objects.values())
-        builder.add_sample(attrs, moved)
+        builder.add_sample(attrs, [StoredObject.of(each) for each in moved])
     with target.open("ab") as out:
         root = {**store.root_attrs, "num_samples": count}
         for block in builder.finish(LocalFile(target), root, store.kinds):

@@ -15,7 +15,7 @@
 
 #define MOST_THREADS 64
 /* Starting another thread pays from this many bytes on. */
-#define LEAST_PER_THREAD (256 << 10)
+#define LEAST_PER_THREAD (128 << 10)
 
 typedef struct {
     const Plan *plan;

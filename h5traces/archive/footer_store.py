@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice, repeat
 from types import NoneType
@@ -301,6 +301,12 @@ class FooterObjects(Mapping[str, ObjectEntry]):
     def facts(self, path: str) -> tuple[str, Attrs]:
         """Type, and attributes but the digest, of one object; much faster than its entry."""
         return self._store.facts(self.row, self.form, self._places[path])
+
+    def unlike_facts(self, paths: Iterable[str]) -> list[tuple[str, Attrs]]:
+        """The same of several objects, once of those that are alike."""
+        places, types, attrs = self._places, self.form.types, self.row.attr_sets
+        unlike = {(types[place], attrs[place]): place for place in map(places.__getitem__, paths)}
+        return [self._store.facts(self.row, self.form, place) for place in unlike.values()]
 
     def __contains__(self, path: object) -> bool:
         return path in self._places

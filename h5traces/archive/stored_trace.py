@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ from h5traces.format.entries import INTEGER_TYPES
 from h5traces.format.kinds import ATTENTION_WINDOW, KEYS, POSITIONS, QUERIES
 from h5traces.format.values import TorchValue
 from h5traces.lazy import needing
+from h5traces.storage.footer_rows import FooterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -259,11 +261,12 @@ class StoredTrace(StoredSample):
         Of the whole legacy dict by default.
         """
         objects = self.objects
-        if kinds is not None or not isinstance(objects, FooterObjects):
-            return self._needed(kinds)
+        chosen = None if kinds is None else tuple(kinds)
+        if not isinstance(objects, FooterObjects):
+            return self._needed(chosen)
         # Samples that are alike need the same.
-        key = self.selected, self.fields
-        return list(objects.needed(key, lambda: tuple(self._needed(None))))
+        key = self.selected, chosen, self.fields if chosen is None else None
+        return list(objects.needed(key, lambda: tuple(self._needed(chosen))))
 
     def _needed(self, kinds: Iterable[str] | None) -> list[str]:
         paths: list[str] = []
@@ -288,6 +291,29 @@ class StoredTrace(StoredSample):
         if self.recomputes(kind):
             return TypedArray(self.attention(name), "float32")
         return restored(self, kind, name, *self.file.facts(self.sample, f"{kind}/{name}"))
+
+    def read_layers(self, kind: str, names: Sequence[str], container: Container) -> list[Any]:
+        """`read_layer` of several arrays, in less time where they come as they are stored."""
+        paths = [f"{kind}/{name}" for name in names]
+        if self._come_as_stored(kind, paths, container):
+            return [self.values(path) for path in paths]
+        return [self.read_layer(kind, name, container) for name in names]
+
+    def _come_as_stored(self, kind: str, paths: Sequence[str], container: Container) -> bool:
+        """Whether `read_layer` gives just the values of these arrays; False may be wrong."""
+        objects = self.objects
+        if not isinstance(objects, FooterObjects) or container == "torch" or self.recomputes(kind):
+            return False
+        if f"{kind}/{layout.STEPS_TABLE}" in objects:
+            return False
+        # Reading an array knows what to do about a damaged index.
+        with contextlib.suppress(FooterError):
+            return all(
+                dtype in ("float16", "float32", "float64")
+                and attrs.keys().isdisjoint(("encoding", "source_dtype", "container"))
+                for dtype, attrs in objects.unlike_facts(paths)
+            )
+        return False
 
     def read_layer(self, kind: str, name: str, container: Container = "numpy") -> Any:
         """The array of a kind by its dataset name; a list of arrays where it holds steps."""

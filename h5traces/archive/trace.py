@@ -120,6 +120,11 @@ class LayerSequence(ReadOnly, Sequence[LayerValue]):
         """The datasets that reading all arrays needs."""
         return self._trace.layer_paths(self.kind, self._stored_names)
 
+    def _read_all(self) -> list[LayerValue]:
+        if self._absent:
+            return self._read(self._names)
+        return self._trace.read_layers(self.kind, self._names, self._container)
+
     def _read(self, names: Iterable[str]) -> list[LayerValue]:
         return [
             None

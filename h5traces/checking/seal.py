@@ -16,6 +16,7 @@ from h5traces.arguments import checked
 from h5traces.errors import ArchiveError, CorruptArchiveError
 from h5traces.format import layout
 from h5traces.format.digests import chunk_checksum, difference, sample_difference
+from h5traces.format.forms import StoredObject
 from h5traces.format.html import Report
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.paths import expand_paths
@@ -151,7 +152,7 @@ def _seal_file(
             report.edited += [f"{place}/{entry.path}" for entry, fits in entries if not fits]
             if sample_difference(sample):
                 report.edited.append(place)
-            builder.add_sample(sample.attrs, (entry for entry, _ in entries))
+            builder.add_sample(sample.attrs, [StoredObject.of(entry) for entry, _ in entries])
             footer = footer if _is_listed(footer, index, sample, entries) else None
             if progress is not None:
                 progress(index + 1, len(names))
@@ -159,7 +160,7 @@ def _seal_file(
         if scales is not None:
             entries = [_sealed(file, entry, limits) for entry in scales.objects.values()]
             report.edited += [f"/{entry.path}" for entry, fits in entries if not fits]
-            builder.add_scales(entry for entry, _ in entries)
+            builder.add_scales([StoredObject.of(entry) for entry, _ in entries])
             footer = footer if _is_listed(footer, None, scales, entries) else None
         reader.note_outer()
     builder.has_foreign = bool(reader.foreign)

@@ -6,6 +6,7 @@ silent edits and incomplete samples; they prove no authenticity, for anybody can
 
 from __future__ import annotations
 
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -70,14 +71,27 @@ def sample_digest(metadata: Mapping[str, Any], objects: Mapping[str, Any]) -> st
 
     Digests of datasets are among them; `ARCHIVE_RELATIVE` and the users' own (``x_…``) are not.
     """
+    listed = compact_json({path: _without_users(objects[path]) for path in sorted(objects)})
+    return digest_of_json(metadata, listed[1:-1])
+
+
+def digest_of_json(metadata: Mapping[str, Any], objects: str) -> str:
+    """The same of objects as JSON has them between the braces."""
     content = {name: value for name, value in metadata.items() if name not in ARCHIVE_RELATIVE}
-    document = compact_json(
-        {
-            "metadata": _without_users(content),
-            "objects": {path: _without_users(objects[path]) for path in sorted(objects)},
-        }
-    )
+    known = compact_json(_without_users(content))
+    document = f'{{"metadata":{known},"objects":{{{objects}}}}}'
     return xxhash.xxh3_128_hexdigest(document.encode("utf-8", "surrogatepass"))
+
+
+def attributes_json(attrs: Mapping[str, Any]) -> tuple[str, str]:
+    """An object's attributes as JSON, before and after its digest, if that is None."""
+    attrs = _without_users(attrs)
+    if attrs.get(DIGEST, "") is not None:
+        return compact_json(attrs), ""
+    before = compact_json({name: each for name, each in attrs.items() if name < DIGEST})[:-1]
+    after = compact_json({name: each for name, each in attrs.items() if name > DIGEST})[1:]
+    comma = "," if len(before) > 1 else ""
+    return f'{before}{comma}"{DIGEST}":"', f'"{"," if len(after) > 1 else ""}{after}'
 
 
 class ObjectsDigest:
@@ -87,31 +101,19 @@ class ObjectsDigest:
     """
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
-        self._parts: list[str] = []
-        self._paths: list[str] = []
-        text = ""
-        for number, path in enumerate(sorted(objects)):
-            attrs = _without_users(objects[path])
-            before = compact_json({name: each for name, each in attrs.items() if name < DIGEST})
-            after = compact_json({name: each for name, each in attrs.items() if name > DIGEST})
-            pieces = [before[1:-1], f'"{DIGEST}":"', after[1:-1]]
-            text += f"{',' if number else ''}{compact_json(path)}:{{"
-            if DIGEST in attrs:
-                self._parts.append(text + ",".join(filter(None, pieces[:2])))
-                self._paths.append(path)
-                text = ",".join(['"', *filter(None, pieces[2:])]) + "}"
-            else:
-                text += ",".join(filter(None, pieces[::2])) + "}"
-        self._parts.append(text)
+        self._parts: list[tuple[str, str, str]] = []
+        for path in sorted(objects):
+            attrs = objects[path]
+            parts = attributes_json({**attrs, DIGEST: None} if DIGEST in attrs else attrs)
+            self._parts.append((path, *parts))
 
     def of(self, metadata: Mapping[str, Any], digests: Mapping[str, str]) -> str:
         """The digest of a sample with these attributes, and digests of hexadecimal digits."""
-        content = {name: value for name, value in metadata.items() if name not in ARCHIVE_RELATIVE}
-        parts = ['{"metadata":', compact_json(_without_users(content)), ',"objects":{']
-        for part, path in zip(self._parts, self._paths, strict=False):
-            parts += (part, digests[path])
-        parts += (self._parts[-1], "}}")
-        return xxhash.xxh3_128_hexdigest("".join(parts).encode("utf-8", "surrogatepass"))
+        objects = (
+            f"{encode_basestring(path)}:{before}{digests[path] if after else ''}{after}"
+            for path, before, after in self._parts
+        )
+        return digest_of_json(metadata, ",".join(objects))
 
 
 # Fields that tell samples apart whose content is the same.

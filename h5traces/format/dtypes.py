@@ -145,6 +145,7 @@ class CastCounts:
 
 
 _COUNTS: Final = tuple(each.name for each in fields(CastCounts))
+NO_COUNTS: Final = CastCounts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +247,8 @@ def compiled_cast(array: TypedArray, dtype: FloatType) -> Cast | None:
 def cast_values(array: TypedArray, dtype: FloatType) -> TypedArray:
     """`array` in another type by round-to-nearest-even: C-contiguous and little-endian."""
     if array.dtype == dtype:
-        return TypedArray(np.ascontiguousarray(array.values, dtype=CARRIERS[dtype]), dtype)
+        values = np.ascontiguousarray(array.values, dtype=CARRIERS[dtype])
+        return array if values is array.values else TypedArray(values, dtype)
     compiled = compiled_cast(array, dtype)
     if compiled is not None:
         return compiled.array

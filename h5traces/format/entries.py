@@ -71,6 +71,9 @@ class ChunkTable:
         return list(zip(self.offsets, self.sizes, strict=True))
 
 
+NO_CHUNKS: Final = ChunkTable((), (), ())
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectEntry:
     """A group or dataset inside a sample; `path` is below the sample's group."""

@@ -12,6 +12,7 @@ from h5traces.format.document import to_attributes
 from h5traces.format.record import SourceForm
 from h5traces.format.values import EncodedObject
 from h5traces.meaning.numbering import named_positions
+from h5traces.writing.preparation import Prepared
 from h5traces.writing.stored_samples import StoredSample
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from h5traces.archive.archive import Archive
     from h5traces.archive.trace import Trace
     from h5traces.meaning.options import FirstState
-    from h5traces.writing.preparation import Observation, Prepared
+    from h5traces.writing.preparation import Observation
 
 _STATES = layout.HIDDEN_STATES
 
@@ -85,9 +86,9 @@ class NamedSample(StoredSample):
             if each.path == _STATES and isinstance(each, EncodedObject):
                 own = {k: v for k, v in each.attrs.items() if k not in SourceForm.model_fields}
                 yield replace(each, attrs={**own, **to_attributes(self._new_form())})
-            elif kind == _STATES and old in self._names:
+            elif kind == _STATES and old in self._names and isinstance(each, Prepared):
                 name = self._names[old]
                 site = {"site": layout.SITE_EMBEDDING} if name == layout.EMBEDDING else {}
-                yield replace(each, path=f"{_STATES}/{name}", attrs={**each.attrs, **site})
+                yield each._replace(path=f"{_STATES}/{name}", attrs={**each.attrs, **site})
             else:
                 yield each

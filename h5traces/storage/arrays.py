@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -40,6 +39,8 @@ def chunk_shape(shape: Shape, itemsize: int, target_nbytes: int = _TARGET_NBYTES
     Axes of length 0 count as 1, since HDF5's chunks have no such axes. A chunk has at most
     `target_nbytes` raw bytes, unless one element is larger.
     """
+    if 0 < itemsize * math.prod(shape) <= target_nbytes:
+        return shape
     chunk = [max(1, length) for length in shape]
     for axis, length in enumerate(chunk):
         row_nbytes = itemsize * math.prod(chunk[axis + 1 :])
@@ -87,8 +88,7 @@ def cut(array: NDArray[Any], offset: Shape, chunk: Shape) -> NDArray[Any]:
     return full
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedArray:
+class EncodedArray(NamedTuple):
     """A dataset ready to be written: stored bytes and xxh3-64 of its chunks, in C order."""
 
     shape: tuple[int, ...]
@@ -149,19 +149,20 @@ def store_arrays(arrays: Sequence[Storing], *, looks_back: bool = False) -> list
             _looked_back(each, _stored_plainly(each)) if looks_back else _stored_plainly(each)
             for each in arrays
         ]
-    chunks = [chunk_shape(each.values.shape, each.values.dtype.itemsize) for each in arrays]
-    items = []
-    for each, chunk in zip(arrays, chunks, strict=True):
-        values, counted = each.values, each.counted
-        is_one = each.codec is not None and chunk == values.shape
-        head = b"" if values.dtype.kind == "S" else digest_header(each.dtype, values.shape)
+    chunks, items = [], []
+    for values, dtype, codec, counted in arrays:
+        carrier, shape = values.dtype, values.shape
+        chunk = chunk_shape(shape, carrier.itemsize)
+        chunks.append(chunk)
+        size = _kernel_itemsize(carrier, codec) if chunk == shape else 0
+        head = b"" if carrier.kind == "S" else digest_header(dtype, shape)
         kind = -1 if counted is None else KERNEL_KINDS.get(counted.dtype, -1)
-        together = counted is not None and counted.values is values
-        size = _kernel_itemsize(values, each.codec) if is_one else 0
-        items.append((as_bytes(values), size, head, kind if together else -1))
-        if not together and kind >= 0:
-            assert counted is not None
-            items.append((as_bytes(counted.values), 0, b"", kind))
+        if counted is None or counted.values is values:
+            items.append((values, size, head, kind))
+            continue
+        items.append((values, size, head, -1))
+        if kind >= 0:
+            items.append((counted.values, 0, b"", kind))
     found = iter(NATIVE.store(tuple(items), looks_back))
     stored = [_stored(*each, found) for each in zip(arrays, chunks, strict=True)]
     return [*map(_looked_back, arrays, stored)] if looks_back else stored
@@ -169,25 +170,21 @@ def store_arrays(arrays: Sequence[Storing], *, looks_back: bool = False) -> list
 
 def _stored(array: Storing, chunk: Shape, found: Iterator[Any]) -> Stored:
     """Results of the kernels for one array; Python does the rest."""
-    values, counted = array.values, array.counted
-    data, checksum, digest, *special, decoded = next(found)
+    values, dtype, codec, counted = array
+    data, checksum, digest, num_nan, num_inf, decoded = next(found)
     if counted is not None:
         if counted.dtype not in KERNEL_KINDS:
-            special = list(count_not_finite(counted))
+            num_nan, num_inf = count_not_finite(counted)
         elif counted.values is not values:
             *_, num_nan, num_inf, _ = next(found)
-            special = [num_nan, num_inf]
-    if digest is None:
-        known = dataset_digest(digest_type(array.dtype), values)
-    else:
-        known = digest.hex()
+    known = dataset_digest(digest_type(dtype), values) if digest is None else digest.hex()
     encoded = None
-    if data is not None and array.codec is not None:
-        encoded = EncodedArray(values.shape, chunk, array.codec, (data,), (checksum,))
-    elif array.codec is not None:
-        encoded = _encoded_chunks(values, chunk, array.codec)
-    num_nan, num_inf = special
-    return Stored(encoded, known, num_nan, num_inf, None if decoded < 0 else bool(decoded))
+    if data is not None and codec is not None:
+        encoded = EncodedArray(values.shape, chunk, codec, (data,), (checksum,))
+    elif codec is not None:
+        encoded = _encoded_chunks(values, chunk, codec)
+    comes_back = None if decoded < 0 else bool(decoded)
+    return Stored(encoded, known, num_nan, num_inf, comes_back)
 
 
 def _looked_back(array: Storing, stored: Stored) -> Stored:
@@ -216,10 +213,10 @@ def _decodes_to(stored: bytes, values: NDArray[Any], codec: str) -> bool:
     return out.data == as_bytes(values)
 
 
-def _kernel_itemsize(values: NDArray[Any], codec: str | None) -> int:
+def _kernel_itemsize(carrier: np.dtype[Any], codec: str | None) -> int:
     """Of the elements that are shuffled; 0 for what Python encodes."""
     if codec == GZIP.name:
-        return values.dtype.itemsize
+        return carrier.itemsize
     return 1 if codec == DEFLATE.name else 0
 
 

@@ -35,13 +35,13 @@ from h5traces.storage.footer_rows import (
 from h5traces.storage.scanning import metadata_checksum
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from h5traces.format.document import Attrs
-    from h5traces.format.entries import ObjectEntry
+    from h5traces.format.forms import StoredObject
     from h5traces.storage.files import ByteFile
     from h5traces.storage.publish import LatchedFile
 
@@ -370,7 +370,7 @@ class FooterBuilder:
         # A writer was abandoned.
         self._rows.close()
 
-    def add_sample(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
+    def add_sample(self, attrs: Attrs, objects: Sequence[StoredObject]) -> None:
         """Append a sample; every dataset must have a chunk table with checksums."""
         self._add_row(attrs, objects)
         self.num_samples += 1
@@ -378,30 +378,32 @@ class FooterBuilder:
             known += b"," if known else b""
             known += encoded_json(value)
 
-    def add_scales(self, objects: Iterable[ObjectEntry]) -> None:
+    def add_scales(self, objects: Sequence[StoredObject]) -> None:
         """Append the scales, after all samples; paths begin at the root group."""
         self._add_row({}, objects)
         self._has_scales = True
 
-    def _add_row(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> None:
-        raw = self._packer.pack(attrs, self._noted(objects))
+    def _add_row(self, attrs: Attrs, objects: Sequence[StoredObject]) -> None:
+        raw = self._packer.pack(attrs, objects)
+        self._note_chunks(objects)
         stored = zlib.compress(raw, _LEVEL)
         self._group.append(stored)
         self._places.append((len(stored), len(raw), xxhash.xxh3_64_intdigest(stored)))
         if len(self._group) == GROUP_ROWS:
             self._close_group()
 
-    def _noted(self, objects: Iterable[ObjectEntry]) -> Iterator[ObjectEntry]:
-        """The objects, after their chunks were added to the runs."""
+    def _note_chunks(self, objects: Sequence[StoredObject]) -> None:
+        """Add the chunks of some objects to the runs."""
         starts, sizes = self._starts, self._sizes
-        for entry in objects:
-            for offset, size in entry.chunks.ranges if entry.chunks else ():
-                if starts and starts[-1] + sizes[-1] == offset:
+        end = starts[-1] + sizes[-1] if starts else -1
+        for each in objects:
+            for offset, size in zip(each.chunks.offsets, each.chunks.sizes, strict=True):
+                if offset == end:
                     sizes[-1] += size
                 else:
                     starts.append(offset)
                     sizes.append(size)
-            yield entry
+                end = offset + size
 
     def _close_group(self) -> None:
         table = np.array(self._places, ROW_PLACE).tobytes()

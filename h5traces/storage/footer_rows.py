@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import json
 import operator
-import re
 import struct
 import zlib
 from array import array
 from functools import cached_property, lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from h5traces.errors import CorruptArchiveError
-from h5traces.format.digests import DIGEST
 from h5traces.format.document import compact_json
-from h5traces.format.entries import ChunkTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from h5traces.format.document import Attrs
-    from h5traces.format.entries import ObjectEntry
+    from h5traces.format.forms import ObjectForm, StoredObject
 
     Chunks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]
 
@@ -67,15 +64,9 @@ _WIDTHS: Final = tuple(
     sum(dtype.itemsize * times for dtype, which, times in _COLUMNS if which == each)
     for each in range(3)
 )
-_DIGEST: Final = re.compile("[0-9a-f]{32}")
 # For an object without a valid digest; an invalid one is stored with the other attributes.
-_NO_DIGEST: Final = bytes(16)
+_NO_DIGEST: Final = "0" * 32
 _MOST_KNOWN: Final = 4096
-_NO_CHUNKS: Final = ChunkTable((), (), ())
-# Of arrays, by column.
-_CODES: Final = {
-    name: "q" if dtype == "<i8" else np.dtype(dtype).char for name, (dtype, _, _) in COLUMNS.items()
-}
 
 
 class RowForm:
@@ -242,66 +233,76 @@ class Numbers(dict[str, int]):
         return number
 
 
+class _FormNumbers(NamedTuple):
+    """What the row of an object has of its form, as numbers or in the columns' bytes."""
+
+    dims: bytes
+    chunk_dims: bytes
+    attrs: int
+    type: int
+    codec: int
+    num_axes: int
+
+
 class RowPacker:
     """Packs rows; names, attributes, types and codecs get numbers that all rows share."""
 
     def __init__(self) -> None:
         self.names, self.attrs = Numbers(), Numbers()
         self.types, self.codecs = Numbers(), Numbers()
-        # Of attributes but the digest, most of which repeat.
-        self._known: dict[tuple[Any, ...], int] = {}
+        self._known: dict[ObjectForm, _FormNumbers] = {}
 
-    def _split(self, entry: ObjectEntry) -> tuple[bytes, int]:
-        """The digest of an object, and the number of its other attributes."""
-        attrs = entry.attrs
-        digest = attrs.get(DIGEST)
-        if isinstance(digest, str) and _DIGEST.fullmatch(digest):
-            attrs = dict(attrs)
-            del attrs[DIGEST]
-            stored = bytes.fromhex(digest)
-        else:
-            stored = _NO_DIGEST
-        # Numbers that are equal may be of different types.
-        key = (*attrs.items(), *map(type, attrs.values()))
-        if key not in self._known:
+    def _numbers(self, form: ObjectForm) -> _FormNumbers:
+        found = self._known.get(form)
+        if found is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            self._known[key] = self.attrs[compact_json(attrs)]
-        return stored, self._known[key]
+            # Without a digest that has its own column.
+            attrs = {name: each for name, each in form.attrs.items() if each is not None}
+            found = self._known[form] = _FormNumbers(
+                array("q", form.shape).tobytes(),
+                array("q", form.chunk).tobytes(),
+                self.attrs[compact_json(attrs)],
+                self.types[form.dtype],
+                self.codecs[form.codec or ""],
+                len(form.shape),
+            )
+        return found
 
-    def pack(self, attrs: Attrs, objects: Iterable[ObjectEntry]) -> bytes:
+    def pack(self, attrs: Attrs, objects: Sequence[StoredObject]) -> bytes:
         """The raw bytes of a row; every dataset must have a chunk table with checksums."""
-        entries = list(objects)
-        tables = [entry.chunks or _NO_CHUNKS for entry in entries]
+        tables = [each.chunks for each in objects]
+        for each, table in zip(objects, tables, strict=True):
+            if table.offsets and table.checksums is None:
+                message = f"{each.path}: chunks without checksums cannot enter an index"
+                raise ValueError(message)
         offsets = [offset for table in tables for offset in table.offsets]
         sizes = [size for table in tables for size in table.sizes]
-        for entry, table in zip(entries, tables, strict=True):
-            if table.offsets and table.checksums is None:
-                message = f"{entry.path}: chunks without checksums cannot enter an index"
-                raise ValueError(message)
-        ends = [0, *map(operator.add, offsets, sizes)]
-        digests, others = zip(*map(self._split, entries), strict=True) if entries else ((), ())
-        values: dict[str, Iterable[int]] = {
-            "chunk_checksum": chain.from_iterable(table.checksums or () for table in tables),
-            # Chunks mostly follow one another, so the gaps are mostly zero.
-            "chunk_gap": map(operator.sub, offsets, ends),
-            "chunk_nbytes": sizes,
-            "object_name": [self.names[entry.path] for entry in entries],
-            "object_attrs": others,
-            "object_num_chunks": [len(table.offsets) for table in tables],
-            "object_dims": chain.from_iterable(entry.shape for entry in entries),
-            "object_chunk_dims": chain.from_iterable(entry.chunk for entry in entries),
-            "object_type": [self.types[entry.dtype] for entry in entries],
-            "object_codec": [self.codecs[entry.codec or ""] for entry in entries],
-            "object_ndim": [len(entry.shape) for entry in entries],
-        }
-        columns = {name: array(code, values.get(name, ())) for name, code in _CODES.items()}
-        columns["object_digest"].frombytes(b"".join(digests))
+        # Chunks mostly follow one another, so the gaps are mostly zero.
+        gaps = map(operator.sub, offsets, [0, *map(operator.add, offsets, sizes)])
+        checksums = chain.from_iterable(table.checksums or () for table in tables)
+        forms = [self._numbers(each.form) for each in objects]
+        columns = list(zip(*forms, strict=True)) or [()] * len(_FormNumbers._fields)
+        dims, chunk_dims, *numbers = columns
+        # In the order of `COLUMNS`; array() has the native byte order, which is little-endian
+        # wherever there are wheels.
+        parts = (
+            bytes.fromhex("".join([each.digest or _NO_DIGEST for each in objects])),
+            array("Q", checksums),
+            array("q", gaps),
+            array("q", sizes),
+            *dims,
+            *chunk_dims,
+            array("I", [self.names[each.path] for each in objects]),
+            array("I", numbers[0]),
+            array("I", [len(table.offsets) for table in tables]),
+            array("H", numbers[1]),
+            bytes(numbers[2]),
+            bytes(numbers[3]),
+        )
         document = encoded_json(attrs)
-        counts = (len(columns[each]) for each in ("object_name", "object_dims", "chunk_nbytes"))
-        # array() has the native byte order, which is little-endian wherever there are wheels.
-        parts = (each.tobytes() for each in columns.values())
-        return b"".join([COUNTS.pack(*counts, len(document)), *parts, document])
+        counts = len(objects), sum(numbers[3]), len(sizes), len(document)
+        return b"".join([COUNTS.pack(*counts), *parts, document])
 
 
 def encoded_json(value: Any) -> bytes:

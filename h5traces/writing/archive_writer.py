@@ -14,6 +14,7 @@ import uuid
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import xxhash
@@ -21,10 +22,10 @@ import xxhash
 from h5traces.errors import ArchiveExistsError, CorruptArchiveError, __version__
 from h5traces.format import layout
 from h5traces.format.archive import ArchiveMetadata, Cast, KindMetadata, SourceFile, add_casts
-from h5traces.format.digests import DIGEST, content_digest, sample_digest
 from h5traces.format.document import Attrs, compact_json, to_attributes
-from h5traces.format.dtypes import CastCounts
+from h5traces.format.dtypes import NO_COUNTS
 from h5traces.format.entries import ChunkTable, ObjectEntry
+from h5traces.format.forms import StoredObject, digests_of, form_of
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import IndexRow, StepArrays, TraceRecord, index_columns
 from h5traces.format.text import utc_now
@@ -55,7 +56,7 @@ from h5traces.writing.preparation import (
 from h5traces.writing.reading_back import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     import numpy as np
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from h5traces.format.precision import CalibrationRecord
     from h5traces.format.record import LayerArray, TraceMetadata
     from h5traces.meaning.checks import Finding
-    from h5traces.storage.hdf5.types import StoredValue
     from h5traces.writing.stored_samples import StoredSample
 
 
@@ -171,13 +171,13 @@ class ArchiveWriter:
         looks_back = self._options.verify and _num_values(record) >= _LARGE_SAMPLE
         objects = self._record_objects(record, looks_back=looks_back)
         try:
-            entries = self._write_sample(description.metadata, row, observe(record), objects, own)
+            stored = self._write_sample(description.metadata, row, observe(record), objects, own)
         except CorruptArchiveError as error:
             place = layout.sample_path(self.summary.num_samples)
             message = f"{self.summary.path}: {place}: {error}"
             raise CorruptArchiveError(message) from error
         if looks_back:
-            self.looked_back[self.summary.num_samples - 1] = fingerprint(entries)
+            self.looked_back[self.summary.num_samples - 1] = fingerprint(stored)
 
     def copy(self, sample: StoredSample) -> None:
         """Write a sample of another archive by copying its chunks, without recompression."""
@@ -226,44 +226,41 @@ class ArchiveWriter:
         observation: Observation,
         objects: Iterable[EncodedObject | Prepared],
         own: Iterable[EncodedObject] = (),
-    ) -> Iterable[ObjectEntry]:
+    ) -> list[StoredObject]:
         self._observed.add_sample(observation, self.summary.num_samples)
         metadata = self._complete(metadata)
         group = layout.sample_path(self.summary.num_samples)
         attrs = to_attributes(metadata)
-        entries: dict[str, ObjectEntry] = {}
+        stored: list[StoredObject] = []
         self.not_finite = []
         self._hdf5.create_group(group, attrs)
         for each in objects:
             if isinstance(each, Prepared):
-                entries[each.path] = self._write_dataset(group, each)
+                stored.append(_write_dataset(self._hdf5, group, each))
+                self._count(each)
             else:
-                self._hdf5.create_group(f"{group}/{each.path}", each.attrs)
-                entries[each.path] = ObjectEntry(each.path, each.attrs)
+                stored.append(_write_group(self._hdf5, group, each))
+            # A full disk shows here at the latest; HDF5 sees every write succeed.
+            self._part.file.raise_error()
         for own_object in own:
             self._footer.has_foreign = True
             if own_object.values is None:
-                self._hdf5.create_group(f"{group}/{own_object.path}", own_object.attrs)
+                _write_group(self._hdf5, group, own_object)
             else:
                 _write_dataset(self._hdf5, group, prepare_element(own_object))
-        stored = {path: entry.attrs for path, entry in entries.items()}
-        digest, self.content = (
-            sample_digest(attrs, stored),
-            content_digest({path: each.get(DIGEST) for path, each in stored.items()}),
-        )
+        stored.sort(key=itemgetter(0))
+        digest, self.content = digests_of(attrs, stored)
         # The digest comes last: a sample without one is incomplete.
         self._hdf5.add_attributes(group, {"digest": digest})
         self._hdf5.finish_group(group)
         self._part.file.raise_error()
         self._part.file.start_write_back()
-        self._footer.add_sample(
-            {**attrs, "digest": digest}, (entries[path] for path in sorted(entries))
-        )
+        self._footer.add_sample({**attrs, "digest": digest}, stored)
         self.digests.append(digest)
         self._index.append(row._replace(generation_index=metadata.generation_index))
         self.summary.num_samples += 1
         self.summary.coverage[metadata.coverage] += 1
-        return entries.values()
+        return stored
 
     def _complete(self, metadata: TraceMetadata) -> TraceMetadata:
         """Fill in what depends on earlier samples."""
@@ -280,11 +277,12 @@ class ArchiveWriter:
 
     def _prepare(self, record: TraceRecord, *, looks_back: bool) -> Iterator[Prepared]:
         """Yield the layered arrays in order, cast, digested and encoded in threads."""
-        waiting: deque[Future[list[Prepared]]] = deque()
+        waiting: deque[Future[list[Prepared]] | list[Prepared]] = deque()
         exceptions: dict[str, dict[str, NDArray[np.float64]]] = {}
 
         def next_ready() -> Iterator[Prepared]:
-            for each in waiting.popleft().result():
+            found = waiting.popleft()
+            for each in found.result() if isinstance(found, Future) else found:
                 if each.exceptions is not None:
                     kind, _, name = each.path.partition("/")
                     exceptions.setdefault(kind, {})[name] = each.exceptions
@@ -304,7 +302,7 @@ class ArchiveWriter:
                     layered.definition,
                     looks_back=looks_back,
                 )
-                waiting.append(self._pool.submit(task) if size >= _SMALL_GROUP else _done(task))
+                waiting.append(self._pool.submit(task) if size >= _SMALL_GROUP else task())
                 if len(waiting) > _QUEUED_PER_WORKER * self._workers:
                     yield from next_ready()
         while waiting:
@@ -314,23 +312,19 @@ class ArchiveWriter:
             table = exceptions_table(kind, found)
             yield prepare_element(table, looks_back=looks_back)
 
-    def _write_dataset(self, sample: str, prepared: Prepared) -> ObjectEntry:
-        entry = _write_dataset(self._hdf5, sample, prepared)
-        # A full disk shows here at the latest; HDF5 sees every write succeed.
-        self._part.file.raise_error()
+    def _count(self, prepared: Prepared) -> None:
+        """Note what the summary says of a dataset that was written."""
         kind = prepared.path.partition("/")[0]
         kind = kind if kind in self._observed.layers else "other"
         self.summary.raw_nbytes[kind] += prepared.raw_nbytes
-        self.summary.stored_nbytes[kind] += sum(entry.chunks.sizes) if entry.chunks else 0
+        self.summary.stored_nbytes[kind] += sum(map(len, prepared.encoded.chunks))
         if prepared.kept_exact is not None:
             self.summary.kept_exact[f"{kind}: {prepared.kept_exact}"] += 1
         self._note_cast(kind, prepared)
-        if prepared.counts != CastCounts():
-            before = self.summary.counts.get(kind, CastCounts())
-            self.summary.counts[kind] = before + prepared.counts
-            counts = prepared.counts
+        counts = prepared.counts
+        if counts != NO_COUNTS:
+            self.summary.counts[kind] = self.summary.counts.get(kind, NO_COUNTS) + counts
             self.not_finite += not_finite_findings(prepared.path, counts.num_nan, counts.num_inf)
-        return entry
 
     def _note_cast(self, kind: str, prepared: Prepared) -> None:
         """Collect what casts changed."""
@@ -491,13 +485,6 @@ def _only(values: set[_Value]) -> _Value | None:
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _done(task: Callable[[], _Value]) -> Future[_Value]:
-    """A task that the calling thread has done."""
-    found: Future[_Value] = Future()
-    found.set_result(task())
-    return found
-
-
 def _num_values(record: TraceRecord) -> int:
     return sum(size for each in record.layered.values() for _, size in _groups(each.arrays))
 
@@ -519,32 +506,28 @@ def _groups(arrays: tuple[LayerArray, ...]) -> Iterator[tuple[list[LayerArray], 
         yield group, size
 
 
-def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> ObjectEntry:
-    """Write a dataset below `parent`; its entry has the path of `prepared`."""
-    encoded = prepared.encoded
-    shown: dict[str, StoredValue] = {}
-    if layout.is_picture(prepared.path):
-        shown |= layout.IMAGE_ATTRS
-        if prepared.white is not None:
-            shown[layout.IMAGE_RANGE] = (0.0, prepared.white)
-    offsets, sizes = hdf5.write_dataset(
-        f"{parent}/{prepared.path}",
-        dtype=prepared.dtype,
-        shape=encoded.shape,
-        chunk=encoded.chunk,
-        codec=encoded.codec,
-        chunks=encoded.chunks,
-        attrs={**shown, **prepared.attrs},
+def _write_group(hdf5: Hdf5Writer, parent: str, group: EncodedObject) -> StoredObject:
+    """Write a group below `parent`."""
+    hdf5.create_group(f"{parent}/{group.path}", group.attrs)
+    return StoredObject.of(ObjectEntry(group.path, group.attrs))
+
+
+def _write_dataset(hdf5: Hdf5Writer, parent: str, prepared: Prepared) -> StoredObject:
+    """Write a dataset below `parent`; what is said of it has the path of `prepared`."""
+    encoded, path = prepared.encoded, prepared.path
+    form, digest = form_of(
+        prepared.dtype, encoded.shape, encoded.chunk, encoded.codec, prepared.attrs
     )
-    return ObjectEntry(
-        prepared.path,
-        prepared.attrs,
-        prepared.dtype,
-        encoded.shape,
-        encoded.chunk,
-        encoded.codec,
-        ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums),
+    offsets, sizes = hdf5.write_like(
+        f"{parent}/{path}",
+        form,
+        digest,
+        encoded.chunks,
+        prepared.white,
+        is_picture=layout.is_picture(path),
     )
+    table = ChunkTable(tuple(offsets), tuple(sizes), encoded.checksums)
+    return StoredObject(path, form, digest, table)
 
 
 def write_scales(
@@ -552,15 +535,15 @@ def write_scales(
     arrays: Iterable[tuple[str, NDArray[np.float32]]],
     record: CalibrationRecord | None,
     pool: ThreadPool,
-) -> list[ObjectEntry]:
+) -> list[StoredObject]:
     """Write the group ``/scales`` from paths below the root and values ``(hidden,)``.
 
     They are encoded in threads. Returns groups and datasets with their paths below the root, in
     order of path.
     """
     attrs: Attrs = {} if record is None else to_attributes(record)
-    entries = {layout.SCALES_GROUP: ObjectEntry(layout.SCALES_GROUP, attrs)}
-    hdf5.create_group(f"/{layout.SCALES_GROUP}", attrs)
+    root = EncodedObject(layout.SCALES_GROUP, attrs)
+    entries = {layout.SCALES_GROUP: _write_group(hdf5, "", root)}
     elements = [EncodedObject(path, {}, "float32", values) for path, values in arrays]
     groups = [
         elements[at : at + _SCALES_OF_TASK] for at in range(0, len(elements), _SCALES_OF_TASK)
@@ -569,8 +552,7 @@ def write_scales(
         path = prepared.path
         parent = path.rpartition("/")[0]
         while parent not in entries:
-            hdf5.create_group(f"/{parent}", {})
-            entries[parent] = ObjectEntry(parent)
+            entries[parent] = _write_group(hdf5, "", EncodedObject(parent))
             parent = parent.rpartition("/")[0]
         entries[path] = _write_dataset(hdf5, "", prepared)
     return [entries[path] for path in sorted(entries)]

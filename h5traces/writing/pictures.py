@@ -7,6 +7,7 @@ The first key takes most of a row's weight in many models ("attention sink", Xia
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -98,17 +99,8 @@ def _whites(
     arrays: Sequence[NDArray[Any]], dtype: str, part: tuple[slice, ...]
 ) -> list[float | None]:
     """Of the same part of some arrays."""
-    queries, first_key = part[-2], part[-1].start
-    length = queries.stop - queries.start
-    rows = (length * number // _NUM_QUERIES - 1 for number in range(1, _NUM_QUERIES + 1))
-    places = [
-        (row, slice(max(0, 1 - first_key), max(0, queries.start + row + 1 - first_key)))
-        for row in rows
-        if row >= 0
-    ]
-    weights = np.array(
-        [np.concatenate([each[..., row, keys].ravel() for row, keys in places]) for each in arrays]
-    )
+    places = _places(arrays[0].shape, part[-2].start, part[-1].start)
+    weights = np.array([each.reshape(-1)[places] for each in arrays])
     numbers = bfloat16_to_float32(weights) if dtype == "bfloat16" else weights.astype(np.float32)
     is_finite = np.isfinite(numbers)
     counts = np.count_nonzero(is_finite, axis=1).tolist()
@@ -122,6 +114,23 @@ def _whites(
         for row, rank, count in zip(numbers, ranks, counts, strict=True)
     )
     return [_rounded_up(white) if white > 0 else None for white in whites]
+
+
+@lru_cache(maxsize=128)
+def _places(shape: Shape, query: int, key: int) -> NDArray[np.int64]:
+    """Places of the weights that count in a part of an array, given by its first query and key."""
+    length, width = shape[-2:]
+    rows = (length * number // _NUM_QUERIES - 1 for number in range(1, _NUM_QUERIES + 1))
+    places = np.concatenate(
+        [
+            np.arange(max(0, 1 - key), min(width, max(0, query + row + 1 - key))) + row * width
+            for row in rows
+            if row >= 0
+        ]
+    )
+    heads = np.arange(math.prod(shape[:-2])) * length * width
+    found: NDArray[np.int64] = (heads[:, np.newaxis] + places).reshape(-1)
+    return found
 
 
 def _rounded_up(number: float) -> float:

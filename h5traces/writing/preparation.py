@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from h5traces.format import layout, text
 from h5traces.format.digests import dataset_digest
 from h5traces.format.document import to_attributes
 from h5traces.format.dtypes import (
+    NO_COUNTS,
     CastCounts,
     CastResult,
     TypedArray,
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
     from h5traces.writing.options import WriteOptions
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A dataset that was cast, digested and encoded.
 
     ``raw_nbytes`` counts the array after the cast. ``exceptions`` go into that table, float64
@@ -73,14 +73,7 @@ def prepare_layers(
     layers = _stored_layers(
         kind, entries, options, encoder, definition, options.codec, looks_back=looks_back
     )
-    whites = whites_of(
-        [
-            Picture(f"{kind}/{entry.name}", layer.dtype, layer.values, encoded.chunk)
-            for entry, (layer, _, _, encoded) in zip(entries, layers, strict=True)
-            if encoded is not None
-        ]
-    )
-    return [
+    found = [
         Prepared(
             path=f"{kind}/{entry.name}",
             dtype=layer.dtype,
@@ -90,13 +83,19 @@ def prepare_layers(
             counts=counts,
             exceptions=layer.exceptions,
             kept_exact=layer.kept_exact,
-            white=white,
         )
-        for entry, (layer, counts, attrs, encoded), white in zip(
-            entries, layers, whites, strict=True
-        )
+        for entry, (layer, counts, attrs, encoded) in zip(entries, layers, strict=True)
         if encoded is not None
     ]
+    if kind not in layout.KINDS or not layout.KINDS[kind].image:
+        return found
+    whites = whites_of(
+        [
+            Picture(each.path, each.dtype, layer.values, each.encoded.chunk)
+            for each, (layer, *_) in zip(found, layers, strict=True)
+        ]
+    )
+    return [each._replace(white=white) for each, white in zip(found, whites, strict=True)]
 
 
 def codec_for(values: NDArray[Any], codec: str) -> str:
@@ -134,9 +133,12 @@ def _stored_layers(
     found = []
     for entry, layer, (cast, _), each in zip(entries, layers, casts, stored, strict=True):
         check_comes_back(f"{kind}/{entry.name}", each)
-        counts = cast.counts + CastCounts(each.num_nan, each.num_inf)
+        counts = cast.counts
+        if each.num_nan or each.num_inf:
+            counts += CastCounts(each.num_nan, each.num_inf)
         attrs = _layer_attributes(entry, cast, counts, layer)
-        found.append((layer, counts, {**attrs, "digest": each.digest}, each.encoded))
+        attrs["digest"] = each.digest
+        found.append((layer, counts, attrs, each.encoded))
     return found
 
 
@@ -165,7 +167,7 @@ def _cast(
             policy = source.dtype
         if source.dtype == policy or (source.dtype, policy) == ("float16", "auto"):
             counted = cast_values(source, source.dtype)
-            cast = CastResult(counted, None, None, CastCounts())
+            cast = CastResult(counted, None, None, NO_COUNTS)
         else:
             cast = cast_for_storage(source, policy=policy, on_overflow=options.on_overflow)
     except ConversionError as error:
@@ -176,9 +178,10 @@ def _cast(
     before = entry.earlier.num_changed
     num_changed = None if before is None else before + (cast.num_changed or 0)
     counts = cast.counts + entry.earlier.counts
-    return replace(
+    changed = replace(
         cast, cast_from=entry.earlier.cast_from, counts=counts, num_changed=num_changed
-    ), counted
+    )
+    return changed, counted
 
 
 def _encoded(
@@ -198,17 +201,21 @@ def _layer_attributes(
     entry: LayerArray, cast: CastResult, counts: CastCounts, layer: EncodedLayer
 ) -> Attrs:
     array = entry.array
-    in_tuple = isinstance(array, StepArrays) and array.sequence == "tuple"
-    facts = {
-        "site": entry.site,
-        "source_dtype": cast.source_dtype,
-        "cast_from": cast.cast_from,
-        "num_changed": cast.num_changed if cast.cast_from is not None else None,
-        "container": entry.container,
-        "sequence": "tuple" if in_tuple else None,
-    }
-    attrs: Attrs = {name: value for name, value in facts.items() if value is not None}
-    attrs.update(to_attributes(entry.rule) if entry.rule is not None else {})
+    attrs: Attrs = {}
+    if entry.site is not None:
+        attrs["site"] = entry.site
+    if cast.source_dtype is not None:
+        attrs["source_dtype"] = cast.source_dtype
+    if cast.cast_from is not None:
+        attrs["cast_from"] = cast.cast_from
+        if cast.num_changed is not None:
+            attrs["num_changed"] = cast.num_changed
+    if entry.container is not None:
+        attrs["container"] = entry.container
+    if isinstance(array, StepArrays) and array.sequence == "tuple":
+        attrs["sequence"] = "tuple"
+    if entry.rule is not None:
+        attrs.update(to_attributes(entry.rule))
     attrs.update(counts.nonzero())
     attrs.update(layer.attrs)
     return attrs
@@ -233,7 +240,7 @@ def prepare_elements(
             attrs={**element.attrs, "digest": stored.digest},
             encoded=stored.encoded,
             raw_nbytes=array.values.nbytes,
-            counts=CastCounts(),
+            counts=NO_COUNTS,
         )
         for element, array, stored in zip(elements, arrays, all_stored, strict=True)
         if stored.encoded is not None

@@ -16,8 +16,9 @@ from h5traces.archive.footer_store import FooterStore
 from h5traces.archive.whole_file import check_bytes
 from h5traces.errors import CorruptArchiveError
 from h5traces.format import layout
-from h5traces.format.digests import DIGEST, difference, sample_difference
+from h5traces.format.digests import difference, sample_difference
 from h5traces.format.entries import object_place
+from h5traces.format.forms import StoredObject
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.arrays import read_checked_array
 from h5traces.storage.files import LocalFile
@@ -47,13 +48,13 @@ _GROUP = 8
 _SMALL_SAMPLE_NBYTES = 1 << 20
 
 
-def fingerprint(entries: Iterable[ObjectEntry]) -> int:
+def fingerprint(objects: Iterable[StoredObject]) -> int:
     """A hash of what datasets are said to be: their digests, and their chunks with checksums."""
     return hash(
         frozenset(
-            (each.path, each.attrs.get(DIGEST), each.dtype, each.shape, each.codec, each.chunks)
-            for each in entries
-            if not each.is_group
+            (path, digest, form.dtype, form.shape, form.codec, chunks)
+            for path, form, digest, chunks in objects
+            if form.dtype
         )
     )
 
@@ -139,7 +140,7 @@ def _readings(
         sample = replace(stored, objects=dict(stored.objects))
         entries = [entry for entry in sample.objects.values() if not entry.is_group]
         reading = None
-        if looked_back.get(index) != fingerprint(entries):
+        if looked_back.get(index) != fingerprint(map(StoredObject.of, entries)):
             reading = store.begin([(stored, [entry.path for entry in entries])], workers)
         waiting.append((sample, entries, reading))
         del reading

@@ -11,7 +11,7 @@ from h5traces.errors import CorruptArchiveError, RemoteError
 from h5traces.format import layout, text
 from h5traces.format.digests import chunk_checksum
 from h5traces.format.document import to_attributes
-from h5traces.format.dtypes import CastCounts
+from h5traces.format.dtypes import NO_COUNTS, CastCounts
 from h5traces.format.entries import located
 from h5traces.format.kinds import QUERIES
 from h5traces.format.record import (
@@ -160,7 +160,7 @@ class StoredSample:
             attrs=entry.attrs,
             encoded=encoded,
             raw_nbytes=entry.raw_nbytes,
-            counts=CastCounts(),
+            counts=NO_COUNTS,
             white=white_of_stored(entry.path, entry.dtype, encoded),
         )
 

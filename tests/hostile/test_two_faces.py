@@ -20,6 +20,7 @@ from h5traces.archive.footer_store import FooterStore
 from h5traces.errors import CorruptArchiveError, LayerIndexError, PrecisionError
 from h5traces.format.digests import sample_digest
 from h5traces.format.entries import ObjectEntry
+from h5traces.format.forms import StoredObject
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.storage.files import LocalFile
 from h5traces.storage.footer import FooterBuilder, hdf5_end
@@ -59,7 +60,7 @@ class Face:
             attrs["digest"] = sample_digest(
                 attrs, {name: entry.attrs for name, entry in objects.items()}
             )
-            builder.add_sample(attrs, (objects[name] for name in sorted(objects)))
+            builder.add_sample(attrs, [StoredObject.of(objects[name]) for name in sorted(objects)])
         file = LocalFile(path)
         end = hdf5_end(file)
         footer = b"".join(builder.finish(Part(file, end), self.root, self.kinds))

@@ -11,7 +11,16 @@ from h5py import h5o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h5traces.storage.arrays import as_bytes, chunk_offsets, chunk_shape, cut, encode_array
+from h5traces.format.forms import form_of
+from h5traces.format.layout import IMAGE_ATTRS, IMAGE_RANGE
+from h5traces.storage.arrays import (
+    as_bytes,
+    chunk_offsets,
+    chunk_shape,
+    cut,
+    encode_array,
+    num_chunks,
+)
 from h5traces.storage.codecs import CODECS, get_codec
 from h5traces.storage.hdf5.indexes import checksum, checksums
 from h5traces.storage.hdf5.writing import Hdf5Writer
@@ -112,6 +121,49 @@ def test_stock_h5py_reads_every_shape_chunk_and_codec(
         assert sorted(zip(offsets, sizes, strict=True)) == sorted(
             (each.byte_offset, each.size) for each in stored
         )
+
+
+values_of_attributes = st.one_of(
+    st.text(max_size=5),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.lists(st.integers(-5, 5)).map(tuple),
+    # No header has room for it.
+    st.just(70_000 * "x"),
+)
+digests = st.text("0123456789abcdef", min_size=32, max_size=32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    divisor=st.integers(1, 3),
+    attrs=st.dictionaries(st.text(min_size=1, max_size=5), values_of_attributes, max_size=4),
+    some=st.lists(st.tuples(st.none() | digests, st.none() | st.floats()), min_size=1, max_size=4),
+    is_picture=st.booleans(),
+)
+def test_datasets_of_one_form_are_those_written_alone(
+    tmp_path_factory, shape, divisor, attrs, some, is_picture
+):
+    folder = tmp_path_factory.mktemp("like")
+    chunk = tuple(-(-max(1, n) // divisor) for n in shape)
+    count = num_chunks(shape, chunk)
+    with Writing(folder / "alone.h5") as alone, Writing(folder / "like.h5") as like:
+        for number, (digest, white) in enumerate(some):
+            path, chunks = f"/a/{number}", [bytes([number + 1]) * 20] * count
+            own = attrs if digest is None else {**attrs, "digest": digest, "last": number % 2}
+            form, known = form_of("float16", shape, chunk, "gzip", own)
+            assert known == digest
+            shown = {**IMAGE_ATTRS} if is_picture else {}
+            if white is not None:
+                shown[IMAGE_RANGE] = (0.0, white)
+            layout = {"dtype": "float16", "shape": shape, "chunk": chunk, "codec": "gzip"}
+            expected = alone.write_dataset(path, **layout, chunks=chunks, attrs={**shown, **own})
+            found = like.write_like(path, form, digest, chunks, white, is_picture=is_picture)
+            assert found == expected
+        alone.finish_group("/a")
+        like.finish_group("/a")
+    assert (folder / "like.h5").read_bytes() == (folder / "alone.h5").read_bytes()
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 1024, 1025, 2048, 9000])

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from legacy_batches import make_archive, make_batch
+from legacy_batches import assert_same, make_archive, make_batch, write_layout
 
 import h5traces
 from h5traces.archive.footer_store import FooterObjects, FooterStore
 from h5traces.checking import helpers
 from h5traces.format import layout
-from h5traces.format.digests import ObjectsDigest, sample_digest
+from h5traces.format.digests import ObjectsDigest, content_digest, sample_digest
 from h5traces.format.dtypes import TypedArray
+from h5traces.format.entries import ObjectEntry
+from h5traces.format.forms import StoredObject, digests_of
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import LayerArray, LayeredArrays
 from h5traces.meaning import array_checks
@@ -48,6 +50,31 @@ def test_digests_of_like_samples(
     for path, digest in own.items():
         objects[path]["digest"] = digest
     assert known.of(metadata, own) == sample_digest(metadata, objects)
+    stored = [StoredObject.of(ObjectEntry(path, objects[path])) for path in sorted(objects)]
+    expected = (
+        sample_digest(metadata, objects),
+        content_digest({path: attrs.get("digest") for path, attrs in objects.items()}),
+    )
+    assert digests_of(metadata, stored) == expected
+
+
+@pytest.mark.parametrize("layout", ["full_pkl", "full_gz", "step_full", "container_dict"])
+@pytest.mark.parametrize("dtype", ["float16", "float32-from-bfloat16"])
+@pytest.mark.parametrize("tier", ["exact", "native"])
+def test_arrays_read_together_are_those_read_alone(
+    tmp_path: Path, layout: str, dtype: str, tier: str
+) -> None:
+    source = write_layout(tmp_path, layout, make_batch(layout, dtype=dtype))
+    precision = h5traces.PrecisionOptions(tier=tier, dtype="auto" if tier == "exact" else "float16")
+    assert h5traces.convert(source, tmp_path / "archive.h5", precision=precision).ok
+    containers: tuple[Any, ...] = ("numpy", "source")
+    for container in containers:
+        with h5traces.open(tmp_path / "archive.h5", container=container) as archive:
+            together = archive.read(range(len(archive)))
+            assert together
+            for trace, found in zip(archive, together, strict=True):
+                for kind, arrays in found.items():
+                    assert_same(arrays, [trace[kind][place] for place in range(len(arrays))])
 
 
 @pytest.fixture(scope="module")
