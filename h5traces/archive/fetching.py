@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from h5traces.archive.file import ArchiveFile
-    from h5traces.archive.stored_trace import StoredTrace
     from h5traces.archive.trace import LayerSequence
     from h5traces.storage.plans import Reading
 
@@ -84,28 +83,21 @@ def read_samples(samples: list[Sample], workers: int) -> list[dict[str, list[Any
     return found
 
 
-def _trace_of(sample: Sample) -> StoredTrace | None:
-    return next((each._trace for each in sample.values()), None)
-
-
 def _file_of(sample: Sample) -> ArchiveFile | None:
-    trace = _trace_of(sample)
-    return None if trace is None else trace.file
+    return next((each._trace.file for each in sample.values()), None)
 
 
 def _begin(samples: list[Sample], workers: int) -> Reading:
-    traces = (_trace_of(sample) for sample in samples)
     wanted = [
-        (trace, trace.needed(sample))
-        for trace, sample in zip(traces, samples, strict=True)
-        if trace is not None
+        (sequences[0]._trace, [path for each in sequences for path in each._paths])
+        for sequences in (list(sample.values()) for sample in samples)
+        if sequences
     ]
     return begin(wanted, workers) if wanted else NothingRead()
 
 
 def _arrays(sample: Sample, reading: Reading, place: int) -> dict[str, list[Any]]:
-    trace = _trace_of(sample)
-    if trace is None:
-        return {}
-    with trace.at_hand(reading.arrays(place)):
+    with contextlib.ExitStack() as at_hand:
+        for sequence in list(sample.values())[:1]:
+            at_hand.enter_context(sequence._trace.at_hand(reading.arrays(place)))
         return {kind: sequence._read_all() for kind, sequence in sample.items()}

@@ -261,12 +261,11 @@ class StoredTrace(StoredSample):
         Of the whole legacy dict by default.
         """
         objects = self.objects
-        chosen = None if kinds is None else tuple(kinds)
-        if not isinstance(objects, FooterObjects):
-            return self._needed(chosen)
+        if kinds is not None or not isinstance(objects, FooterObjects):
+            return self._needed(kinds)
         # Samples that are alike need the same.
-        key = self.selected, chosen, self.fields if chosen is None else None
-        return list(objects.needed(key, lambda: tuple(self._needed(chosen))))
+        key = self.selected, self.fields
+        return list(objects.needed(key, lambda: tuple(self._needed(None))))
 
     def _needed(self, kinds: Iterable[str] | None) -> list[str]:
         paths: list[str] = []

@@ -6,6 +6,7 @@ silent edits and incomplete samples; they prove no authenticity, for anybody can
 
 from __future__ import annotations
 
+import struct
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from h5traces.format.entries import ObjectEntry, SampleEntry
 
 DIGEST: Final = "digest"
+_LENGTH: Final = struct.Struct("<Q").pack
 # What depends on the archive that a sample lies in, and on the samples before it: merging and
 # splitting keep the digest.
 ARCHIVE_RELATIVE = frozenset({DIGEST, "fields", "generation_index", "source"})
@@ -47,9 +49,8 @@ def dataset_digest(stored_type: str, values: NDArray[Any]) -> str:
     state = xxhash.xxh3_128(digest_header(stored_type, values.shape))
     if values.dtype.kind == "S":
         # The padding depends on the longest text stored, which is not content.
-        for text in values.ravel().tolist():
-            state.update(len(text).to_bytes(8, "little"))
-            state.update(text)
+        texts = values.ravel().tolist()
+        state.update(b"".join([part for text in texts for part in (_LENGTH(len(text)), text)]))
         return state.hexdigest()
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     if little.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cache
@@ -99,7 +100,7 @@ class ObjectEntry:
         """Bytes of the uncompressed array."""
         if self.is_group:
             return 0
-        return int(np.prod(self.shape, dtype=object)) * carrier_dtype(self.dtype).itemsize
+        return math.prod(self.shape) * carrier_dtype(self.dtype).itemsize
 
     @property
     def stored_nbytes(self) -> int:

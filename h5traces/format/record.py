@@ -315,38 +315,15 @@ class TraceDescription(Document):
         covers_tokens = self.metadata.coverage not in ("steps", "empty")
         known = {kind: definition.axes for kind, definition in layout.KINDS.items()}
         for kind, axes in {**(self.axes or {}), **known}.items():
-            of_kind = self._axes_problems(kind, axes)
+            entries = self._of(kind)
+            of_kind = _axes_problems(entries, axes)
             if covers_tokens and not of_kind:
-                of_kind = self._length_problems(kind, axes)
+                of_kind = _length_problems(entries, axes)
             found += of_kind
         return found + (self._cross_kind_problems() if covers_tokens else [])
 
     def _of(self, kind: str) -> list[ArrayDescription]:
         return [entry for entry in self.arrays if entry.kind == kind]
-
-    def _axes_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
-        found = []
-        for entry in self._of(kind):
-            if len(entry.shape) != len(axes):
-                message = (
-                    f"shape {entry.shape} has {len(entry.shape)} axes, expected {len(axes)}: "
-                    f"({', '.join(axes)})"
-                )
-                found.append(Problem(f"{kind}/{entry.name}", message, "wrong_axes"))
-        return found
-
-    def _length_problems(self, kind: str, axes: tuple[str, ...]) -> list[Problem]:
-        entries, found = self._of(kind), []
-        for axis, axis_name in enumerate(axes):
-            odd = [each for each in entries if each.shape[axis] != entries[0].shape[axis]]
-            if odd and axis_name in ("token", "query", "key"):
-                message = (
-                    f"shape {odd[0].shape} has {odd[0].shape[axis]} on the {axis_name} axis, but "
-                    f"{entries[0].name} has {entries[0].shape[axis]}; expected the same sequence "
-                    "in every layer"
-                )
-                found.append(Problem(f"{kind}/{odd[0].name}", message, "unequal_lengths"))
-        return found
 
     def _cross_kind_problems(self) -> list[Problem]:
         hidden, found = self._of(layout.HIDDEN_STATES), []
@@ -361,6 +338,35 @@ class TraceDescription(Document):
                 )
                 found.append(Problem(f"{kind}/{weights[0].name}", message, "unequal_lengths"))
         return found
+
+
+def _axes_problems(entries: list[ArrayDescription], axes: tuple[str, ...]) -> list[Problem]:
+    found = []
+    for entry in entries:
+        if len(entry.shape) != len(axes):
+            message = (
+                f"shape {entry.shape} has {len(entry.shape)} axes, expected {len(axes)}: "
+                f"({', '.join(axes)})"
+            )
+            found.append(Problem(f"{entry.kind}/{entry.name}", message, "wrong_axes"))
+    return found
+
+
+def _length_problems(entries: list[ArrayDescription], axes: tuple[str, ...]) -> list[Problem]:
+    """Of entries that have these axes."""
+    found = []
+    for axis, axis_name in enumerate(axes if entries else ()):
+        if axis_name not in ("token", "query", "key"):
+            continue
+        expected = entries[0].shape[axis]
+        odd = next((each for each in entries if each.shape[axis] != expected), None)
+        if odd is not None:
+            message = (
+                f"shape {odd.shape} has {odd.shape[axis]} on the {axis_name} axis, but "
+                f"{entries[0].name} has {expected}; expected the same sequence in every layer"
+            )
+            found.append(Problem(f"{odd.kind}/{odd.name}", message, "unequal_lengths"))
+    return found
 
 
 class TraceRecord(BaseModel):

@@ -106,13 +106,14 @@ class LatchedFile(io.RawIOBase):
             os.fsync(self._descriptor)
             self._is_durable = True
 
-    def start_write_back(self) -> None:
+    def start_write_back(self, least_nbytes: int = _WRITE_BACK_NBYTES) -> None:
         """Have the system begin to store what was written, where it can be asked to (Linux).
 
-        It waits for nothing and promises nothing, but leaves `PartFile.sync` less to wait for.
+        It waits for nothing and promises nothing, but leaves `PartFile.sync` less to wait for. Less
+        than `least_nbytes` are left for the next time.
         """
         start, nbytes = self._written_back, self._size - self._written_back
-        if nbytes >= _WRITE_BACK_NBYTES:
+        if nbytes >= least_nbytes:
             self._written_back = self._size
             sync = getattr(ctypes.CDLL(None), "sync_file_range", None)
             if sync is not None:

@@ -56,7 +56,7 @@ from h5traces.writing.preparation import (
 from h5traces.writing.reading_back import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -147,7 +147,8 @@ class ArchiveWriter:
         self._observed = Observation()
         self._generations = {} if generations is None else generations
         self._index: list[IndexRow] = []
-        self._casts: dict[str, tuple[Cast, ...]] = {}
+        # By kind and types: arrays, and values that changed; None if that is not known.
+        self._casts: dict[tuple[str, Any, Any], tuple[int, int | None]] = {}
         self._finished = False
         self.part_path = self._part.path
         # Of samples whose bytes were decoded as they were encoded, what `fingerprint` gives, by
@@ -328,12 +329,14 @@ class ArchiveWriter:
 
     def _note_cast(self, kind: str, prepared: Prepared) -> None:
         """Collect what casts changed."""
-        source: Any = prepared.attrs.get("cast_from")
-        dtype: Any = prepared.attrs.get("restored_dtype", prepared.dtype)
+        attrs: Mapping[str, Any] = prepared.attrs
+        source = attrs.get("cast_from")
         if source is not None:
-            changed: Any = prepared.attrs.get("num_changed")
-            one = Cast(cast_from=source, dtype=dtype, num_arrays=1, num_changed=changed)
-            self._casts[kind] = add_casts((*self._casts.get(kind, ()), one))
+            key = kind, source, attrs.get("restored_dtype", prepared.dtype)
+            num_arrays, before = self._casts.get(key, (0, 0))
+            changed = attrs.get("num_changed")
+            total = None if before is None or changed is None else before + changed
+            self._casts[key] = num_arrays + 1, total
 
     def finish(
         self, *, sources: tuple[SourceFile, ...] | None = None, **metadata: Any
@@ -343,14 +346,19 @@ class ArchiveWriter:
         `metadata` are fields of `ArchiveMetadata` that are known only at the end.
         """
         self._finished = True
+        # The disk is at work while the rest is made.
+        self._part.file.start_write_back(least_nbytes=1)
         kinds = {name: self._kind_attributes(name) for name in self._observed.layers}
         for name, attrs in kinds.items():
             self._hdf5.create_group(f"/{layout.KINDS_GROUP}/{name}", attrs)
         self._write_scales()
         self._hdf5.write_table(f"/{layout.INDEX_TABLE}", index_columns(self._index))
         # Means over heads that a writer computed have no source.
-        sourced = (found for kind, found in self._casts.items() if "derivation" not in kinds[kind])
-        casts = add_casts(itertools.chain(*sourced))
+        casts = add_casts(
+            Cast(cast_from=source, dtype=dtype, num_arrays=num_arrays, num_changed=num_changed)
+            for (kind, source, dtype), (num_arrays, num_changed) in self._casts.items()
+            if "derivation" not in kinds[kind]
+        )
         archive = self._final_metadata(sources=sources, casts=casts, **metadata)
         archive = archive.model_copy(update={"archive_id": self._archive_id(archive)})
         root = to_attributes(archive)

@@ -91,20 +91,21 @@ class StoredSample:
 
     def observation(self) -> Observation:
         """Layers and sizes of what is copied."""
-        found, archive = Observation(), self._trace.file.metadata
-        for entry in _entries(self._trace):
-            kind, _, name = entry.path.partition("/")
-            if kind not in self._trace.kinds:
+        found, trace = Observation(), self._trace
+        archive, kinds = trace.file.metadata, trace.kinds
+        for path in _paths(trace):
+            kind, _, name = path.partition("/")
+            if kind not in kinds:
                 continue
-            found.layers.setdefault(kind, set())
-            found.reductions[kind] = {self._trace.file.reduction(kind)}
-            if kind not in layout.KINDS:
-                found.axes[kind] = self._trace.axes(kind)
-                found.definitions[kind] = self._trace.definition(kind)
-            if not name or name in layout.TABLES:
-                continue
-            in_steps = f"{kind}/{layout.STEPS_TABLE}" in self._trace.objects
-            found.add_array(kind, name, () if in_steps else entry.shape)
+            if kind not in found.layers:
+                found.layers[kind] = set()
+                found.reductions[kind] = {trace.file.reduction(kind)}
+                if kind not in layout.KINDS:
+                    found.axes[kind] = trace.axes(kind)
+                    found.definitions[kind] = trace.definition(kind)
+            if name and name not in layout.TABLES:
+                in_steps = f"{kind}/{layout.STEPS_TABLE}" in trace.objects
+                found.add_array(kind, name, () if in_steps else trace.entry(path).shape)
         # Joined generation steps do not show their sizes.
         if not found.hidden_sizes and archive.hidden_size is not None:
             found.hidden_sizes.add(archive.hidden_size)
