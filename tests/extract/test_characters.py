@@ -6,13 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from commands import run
 from tiny_models import TINY_LLAMA, shared_model, tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 from h5traces.errors import ExtractionError, FieldNotFoundError, OptionError
 from h5traces.extract import (
     Columns,
@@ -233,8 +232,7 @@ def test_a_column_of_spans_and_parts_by_command(tmp_path):
     command = ["extract", "--model-id", str(TINY_LLAMA), "--dataset", str(path)]
     columns = ["--given-column", "said", "--spans-column", "marked", "--tokens", "answer"]
     out = tmp_path / "run.h5"
-    result = CliRunner().invoke(app, [*command, *columns, "-o", str(out), "--layers", "1"])
-    assert result.exit_code == 1
+    result = run(*command, *columns, "-o", out, "--layers", "1", code=1)
     assert "left out: b: the span 1 to 30 lies outside" in result.output
     # Rows of weights that miss the prompt are no finding.
     assert "do not sum to 1" not in result.output

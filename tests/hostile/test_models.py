@@ -10,9 +10,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import run
 
-from h5traces.cli.app import app
 from h5traces.errors import ExtractionError
 from h5traces.extract import (
     DatasetChoice,
@@ -274,12 +273,10 @@ def test_the_command_line_says_which_options(tmp_path, mark):
         (["--model-id", str(folder)], "pass --trust-remote-code"),
         (["--model-id", name, "--trust-remote-code", "--revision", "main"], "'main' is a branch"),
     ):
-        done = CliRunner().invoke(app, ["extract", *arguments, *common])
-        assert done.exit_code == 2
+        done = run("extract", *arguments, *common, code=2)
         assert expected in done.stderr
     assert not mark.exists()
     assert not (tmp_path / "run.h5").exists()
     # The same options for the forecast.
-    done = CliRunner().invoke(app, ["estimate", "--model-id", str(folder), "--trust-remote-code"])
-    assert done.exit_code == 0, done.output
+    done = run("estimate", "--model-id", folder, "--trust-remote-code")
     assert mark.exists()

@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 import s3fs
 import torch
+from commands import run
 from legacy_batches import assert_same, make_archive, make_batch
 from servers import Server, running
 from torch.utils.data import DataLoader
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 from h5traces.errors import (
     CorruptArchiveError,
     H5TracesError,
@@ -771,23 +770,18 @@ def test_inspect_and_ls(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
-    listed = CliRunner().invoke(app, ["ls", f"s3://{BUCKET}/run/[ab].h5", "--json"])
-    assert listed.exit_code == 0, listed.output
+    listed = run("ls", f"s3://{BUCKET}/run/[ab].h5", "--json")
     assert [each["sample_id"] for each in json.loads(listed.stdout)][:2] == ["q_0_0", "q_0_1"]
-    seen = CliRunner().invoke(app, ["inspect", f"s3://{BUCKET}/run/[ab].h5", "--json"])
-    assert seen.exit_code == 0, seen.output
+    seen = run("inspect", f"s3://{BUCKET}/run/[ab].h5", "--json")
     first, second = json.loads(seen.stdout)
     assert (first["num_samples"], second["num_samples"]) == (4, 3)
     assert first["path"] == f"s3://{BUCKET}/run/a.h5"
-    missing = CliRunner().invoke(app, ["ls", f"s3://{BUCKET}/run/nothing.h5"])
-    assert missing.exit_code == 2
+    missing = run("ls", f"s3://{BUCKET}/run/nothing.h5", code=2)
     assert "no such object" in missing.stderr
     s3.control(failures=[(403, "ExpiredToken")])
-    refused = CliRunner().invoke(app, ["ls", f"s3://{BUCKET}/run/a.h5"])
-    assert refused.exit_code == 1
+    refused = run("ls", f"s3://{BUCKET}/run/a.h5", code=1)
     assert "ExpiredToken" in refused.stderr
-    local_only = CliRunner().invoke(app, ["verify", f"s3://{BUCKET}/run/a.h5"])
-    assert local_only.exit_code == 1
+    local_only = run("verify", f"s3://{BUCKET}/run/a.h5", code=1)
     assert "download it" in local_only.stderr
 
 

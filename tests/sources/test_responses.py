@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from commands import run
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import h5traces
-from h5traces.cli.app import app
 from h5traces.errors import ConversionError, OptionError
 
 AUTO = h5traces.PrecisionOptions(dtype="auto")
@@ -121,14 +120,12 @@ def test_layers_that_do_not_fit(tmp_path):
 def test_ids_on_the_command_line_may_be_ranges(tmp_path):
     folder = written(tmp_path / "requests")
     command = ["convert", str(folder), "--merge", "-o"]
-    result = CliRunner().invoke(app, [*command, str(tmp_path / "a.h5"), "--layer-ids", "0, 3-4"])
-    assert result.exit_code == 0, result.output
+    result = run(*command, tmp_path / "a.h5", "--layer-ids", "0, 3-4")
     with h5traces.open(tmp_path / "a.h5") as archive:
         assert archive[0]["hidden_states"].layers == (None, 2, 3)
     for wrong in ("0,x", "0--3", "2-", ""):
         arguments = [*command, str(tmp_path / "b.h5"), "--layer-ids", wrong]
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 2
+        result = run(*arguments, code=2)
         text = " ".join(result.output.replace("│", " ").split())
         assert "expected numbers and ranges such as 0,8,16-20" in text
 
@@ -189,8 +186,7 @@ def test_responses_without_files_are_named(tmp_path):
     )
     assert len(h5traces.open(tmp_path / "a.h5")) == 2
     command = ["convert", str(folder), "-o", str(tmp_path / "b.h5"), "--merge"]
-    result = CliRunner().invoke(app, [*command, "--responses", str(responses)])
-    assert result.exit_code == 1
+    result = run(*command, "--responses", responses, code=1)
     assert "7 responses of 9 belong to no file" in " ".join(result.output.split())
     rows(responses, known[0])
     report = h5traces.convert(folder, f"{tmp_path}/c/", reading=reading)
