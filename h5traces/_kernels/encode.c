@@ -261,7 +261,8 @@ static void main_lengths_of(const uint32_t *counts, uint8_t *lengths)
     uint8_t quick[NUM_MAIN];
     code_lengths(counts, NUM_MAIN, MOST_BITS, lengths);
     code_lengths(counts, NUM_MAIN, QUICK_BITS, quick);
-    if ((double)weighted(counts, NUM_MAIN, quick) <= WORTH_QUICK * (double)weighted(counts, NUM_MAIN, lengths))
+    double most = WORTH_QUICK * (double)weighted(counts, NUM_MAIN, lengths);
+    if ((double)weighted(counts, NUM_MAIN, quick) <= most)
         memcpy(lengths, quick, sizeof quick);
 }
 
@@ -472,7 +473,8 @@ static size_t take_literals(Sequence *to, const uint8_t **at, const uint8_t *end
     return 1;
 }
 
-static size_t take_runs(Sequence *to, const uint8_t *start, const uint8_t **at, const uint8_t *end, size_t most)
+static size_t take_runs(Sequence *to, const uint8_t *start, const uint8_t **at, const uint8_t *end,
+                        size_t most)
 {
     size_t count = 0;
     const uint8_t *in = *at;
@@ -597,7 +599,8 @@ INLINE void put_sequences_body(const Encoder *self, Writer *to, const Sequence *
         const uint8_t *stop = data + each.num_literals;
         uint64_t bits = w.bits << 1 << (63 - w.num_bits), num_bits = w.num_bits;
         for (; stop - data >= 4; data += 4) {
-            uint64_t one = codes[data[0]], two = codes[data[1]], three = codes[data[2]], four = codes[data[3]];
+            uint64_t one = codes[data[0]], two = codes[data[1]];
+            uint64_t three = codes[data[2]], four = codes[data[3]];
             uint64_t last = three + four, all = one + two + last;
             uint64_t first_two = one >> (two & 63) | two, last_two = three >> (four & 63) | four;
             bits = bits >> (all & 63) | first_two >> (last & 63) | last_two;

@@ -362,8 +362,9 @@ static void take_code(Inflater *self, uint32_t entry)
 /* How many rounds neither read beyond the input nor write beyond the output. */
 INLINE size_t safe_rounds(const Inflater *self)
 {
-    size_t left = self->in_nbytes - (size_t)(self->at >> 3), room = (size_t)(self->out_end - self->out);
-    size_t of_input = left >> 3, of_output = room / ROUND_NBYTES, least = of_input < of_output ? of_input : of_output;
+    size_t of_input = (self->in_nbytes - (size_t)(self->at >> 3)) / 8;
+    size_t of_output = (size_t)(self->out_end - self->out) / ROUND_NBYTES;
+    size_t least = of_input < of_output ? of_input : of_output;
     return least ? least - 1 : 0;
 }
 
@@ -392,7 +393,7 @@ INLINE void decode_lanes(Inflater *const *streams, const int count)
             bits[i] = load64(streams[i]->in + (at >> 3)) >> (at & 7) | top;
         }
         uint32_t entries[NUM_LANES], all = 0;
-        for (int step = 0; step < ROUND && IS_LITERAL(all); step++) {
+        for (int step = 0; step < ROUND; step++) {
             all = 0;
             for (int i = 0; i < count; i++)
                 all |= entries[i] = tables[i][bits[i] & masks[i]];
