@@ -291,7 +291,9 @@ class _Conversion:
         try:
             opened = _Opened()
             make = partial(_records, source, number, self._options, opened)
-            with ReadAhead(make, nbytes=_nbytes, most_nbytes=_AHEAD_NBYTES) as records:
+            with ReadAhead(
+                make, nbytes=lambda ready: ready.nbytes, most_nbytes=_AHEAD_NBYTES
+            ) as records:
                 while (ready := next(records, None)) is not None:
                     self._num_layers = max(self._num_layers, ready.num_layers)
                     self._write(ready.record, source)
@@ -394,16 +396,17 @@ class _Conversion:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A record, how far its file was read, and how many layers the source had."""
+    """A record, how far its file was read, how many layers the source had, and what it takes."""
 
     record: TraceRecord
     position: int
     num_layers: int
+    nbytes: int
 
 
-def _nbytes(ready: _Ready) -> int:
+def _nbytes(record: TraceRecord) -> int:
     """Bytes of a record's arrays; of one that holds more than arrays and short values, too many."""
-    record, found = ready.record, _RECORD_NBYTES
+    found = _RECORD_NBYTES
     layers = (each.array for layered in record.layered.values() for each in layered.arrays)
     for value in (*layers, *record.extra.values()):
         if isinstance(value, TypedArray):
@@ -442,7 +445,9 @@ def _records(
         chosen = _chosen(source, options)
         with open_source(source, options.reading_of(source)) as opened:
             for record in opened.records(file=number, layers=chosen):
-                ready = _Ready(record, opened.progress[0], opened.num_layers)
+                # Other readers have memory of their own, or map the file, which takes no time.
+                nbytes = _nbytes(record) if opened.kind == "pickle" else _AHEAD_NBYTES
+                ready = _Ready(record, opened.progress[0], opened.num_layers, nbytes)
                 del record
                 yield ready
                 # Nothing but those who wait for it and who write it keep it.
