@@ -103,8 +103,9 @@ def _whites(
     weights = np.array([each.reshape(-1)[places] for each in arrays])
     numbers = bfloat16_to_float32(weights) if dtype == "bfloat16" else weights.astype(np.float32)
     is_finite = np.isfinite(numbers)
-    counts = np.count_nonzero(is_finite, axis=1).tolist()
+    counts = [numbers.shape[1]] * len(numbers)
     if not is_finite.all():
+        counts = np.count_nonzero(is_finite, axis=1).tolist()
         # Behind all others.
         numbers[~is_finite] = np.inf
     ranks = [int(_SHARE * max(0, count - 1)) for count in counts]
