@@ -134,9 +134,9 @@ def spread_of(stored: NDArray[Any], step: float) -> float:
     deviation = others[:: -(-len(others) // _LOOKED_AT)].astype(np.float32)
     deviation -= np.float32(form.zero_point)
     np.abs(deviation, out=deviation)
-    deviation *= np.float32(step / form.spacing)
-    np.minimum(deviation, _MASSIVE, out=deviation)
-    mean = deviation.mean(axis=0)
+    sigma = np.float32(form.spacing / step)
+    np.minimum(deviation, _MASSIVE * sigma, out=deviation)
+    mean = deviation.mean(axis=0) / sigma
     place = _DEVIATING * (mean.size - 1)
     lower = int(place)
     upper = min(lower + 1, mean.size - 1)

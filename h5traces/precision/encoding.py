@@ -34,6 +34,7 @@ _MOST_EXCEPTIONS: Final = 1 / 16
 # the bound, which is stated in its sigma, would promise nothing.
 _LEAST_SPREAD: Final = 0.4
 _STATE_AXES: Final = 2
+_NAMES: Final = {1: "uint8", 2: "uint16"}
 # Kinds whose channels may go in steps.
 STEPPED_KINDS: Final = tuple(
     kind for kind, each in MODEL_KINDS.items() if each.axes == ("token", "hidden")
@@ -192,14 +193,16 @@ def _square_root(kind: str, array: TypedArray) -> EncodedLayer:
 def _encoded(
     stored: NDArray[Any], attrs: Attrs, kind: str, source: TypedArray, beyond: NDArray[np.int64]
 ) -> EncodedLayer:
+    # numpy takes as long for a type's name as for all else here.
+    name = _NAMES[stored.itemsize]
     if not beyond.size:
-        return EncodedLayer(stored, stored.dtype.name, source.values.nbytes, attrs)
+        return EncodedLayer(stored, name, source.values.nbytes, attrs)
     attrs["exceptions"] = f"{kind}/{layout.EXCEPTIONS_TABLE}"
     attrs["num_exceptions"] = beyond.size
     pairs = np.empty((beyond.size, 2))
     with np.errstate(invalid="ignore"):
         pairs[:, 0], pairs[:, 1] = beyond, source.values.reshape(-1)[beyond]
-    return EncodedLayer(stored, stored.dtype.name, source.values.nbytes, attrs, pairs)
+    return EncodedLayer(stored, name, source.values.nbytes, attrs, pairs)
 
 
 def _rounded(array: TypedArray, mantissa_bits: int) -> EncodedLayer:
