@@ -96,12 +96,19 @@ def _exceptions(sample: StoredSample, kind: str, name: str) -> NDArray[np.float6
     if path not in sample.objects:
         message = f"its exceptions are missing; expected the table {path}"
         raise CorruptArchiveError(message)
-    table = sample.table(path, check=lambda: _check_table(sample, kind, path))
+    table = sample.table(path, lambda: _sorted_table(sample, kind, path))
     layer = layout.parse_layer_name(name)
-    found: NDArray[np.float64] = table[
-        table[:, 0] == (layout.EMBEDDING_LAYER if layer is None else layer)
-    ]
-    return found[:, 1:]
+    wanted = layout.EMBEDDING_LAYER if layer is None else layer
+    start, stop = (table[:, 0].searchsorted(wanted, side) for side in ("left", "right"))
+    found: NDArray[np.float64] = table[start:stop, 1:]
+    return found
+
+
+def _sorted_table(sample: StoredSample, kind: str, path: str) -> NDArray[np.float64]:
+    """The exceptions of all layers of a kind, in order of these."""
+    _check_table(sample, kind, path)
+    table = sample.values(path)
+    return table[np.argsort(table[:, 0], kind="stable")]
 
 
 def _check_table(sample: StoredSample, kind: str, path: str) -> None:

@@ -179,12 +179,10 @@ class StoredSample:
             raise CorruptArchiveError(message)
         return sorted(self._children.get(path, ()))
 
-    def table(self, path: str, *, check: Callable[[], None] | None = None) -> NDArray[Any]:
-        """A dataset that all layers of a kind need; kept, read-only, after `check` was called."""
+    def table(self, path: str, make: Callable[[], NDArray[Any]] | None = None) -> NDArray[Any]:
+        """A dataset that all layers of a kind need, or what `make` gives of it; kept, read-only."""
         if path not in self._tables:
-            if check is not None:
-                check()
-            self._tables[path] = self.values(path)
+            self._tables[path] = self.values(path) if make is None else make()
         return self._tables[path]
 
     def ranges(self, path: str) -> list[tuple[int, int]]:

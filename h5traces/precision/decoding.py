@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _STORED_TYPES: Final = {CHANNEL_STEPS: ("uint8", "uint16"), SQUARE_ROOT: ("uint8",)}
 _RESTORED_TYPES: Final = {CHANNEL_STEPS: ("float16", "float32"), SQUARE_ROOT: ("float16",)}
 _MOST_LEVELS: Final = 255
+_LARGEST: Final = {"uint8": 0xFF, "uint16": 0xFFFF}
 # Of the table of exceptions: layer, flat index in it, and value.
 EXCEPTION_COLUMNS: Final = 3
 # Of attributes that messages quote.
@@ -166,7 +167,7 @@ def attribute_problems(stored_type: str, attrs: Attrs) -> Iterator[str]:
             f"{' or '.join(_STORED_TYPES[name])}, and {' or '.join(_RESTORED_TYPES[name])}"
         )
         return
-    largest = int(np.iinfo(stored_type).max)
+    largest = _LARGEST[stored_type]
     bounds = {"zero_point": largest, "spacing": largest}
     for key, most in (bounds if name == CHANNEL_STEPS else {"levels": _MOST_LEVELS}).items():
         value = attrs.get(key)
@@ -211,18 +212,21 @@ def _put_back(values: NDArray[Any], attrs: Attrs, exceptions: Callable[[], Excep
     if not count:
         return
     table = exceptions()
-    index = table[:, 0]
-    within = (index >= 0) & (index < values.size) & (index == np.floor(index))
-    if len(table) != count or not within.all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        index = table[:, 0].astype(np.int64)
+        new = table[:, 1].astype(CARRIERS["float16" if values.dtype.itemsize == 2 else "float32"])
+    if (
+        len(table) != count
+        or index.min() < 0
+        or index.max() >= values.size
+        or not np.array_equal(index, table[:, 0])
+    ):
         message = (
             f"lists {count} exceptions; the table of exceptions has {len(table)} that are of this "
             "layer, or lie outside it"
         )
         raise CorruptArchiveError(message)
-    with np.errstate(over="ignore", invalid="ignore"):
-        values.reshape(-1)[index.astype(np.int64)] = table[:, 1].astype(
-            CARRIERS["float16" if values.dtype.itemsize == 2 else "float32"]
-        )
+    values.reshape(-1)[index] = new
 
 
 def num_exceptions(layers: Iterable[Attrs]) -> int:
