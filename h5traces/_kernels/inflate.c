@@ -432,13 +432,48 @@ INLINE void decode_lanes(Inflater *const *streams, const int count)
     }
 }
 
+/* A stream alone waits for its own bits, so these are kept while others are loaded above them. */
+INLINE void decode_1_body(Inflater *const *streams)
+{
+    Inflater *self = *streams;
+    const uint32_t *table = self->main_table;
+    const uint64_t mask = MASK(self->main_bits);
+    for (size_t rounds; self->state == IN_CODES && (rounds = safe_rounds(self));) {
+        const uint8_t *in = self->in + (self->at >> 3);
+        uint64_t bits = load64(in) >> (self->at & 7), num_bits = 56 - (self->at & 7);
+        uint8_t *out = self->out;
+        uint32_t entry = 0;
+        for (in += 7; rounds && IS_LITERAL(entry); rounds--) {
+            bits |= load64(in) << (num_bits & 63);
+            in += 7 - (num_bits >> 3 & 7);
+            num_bits |= 56;
+            for (int step = 0; step < ROUND; step++) {
+                entry = table[bits & mask];
+                if (UNLIKELY(!IS_LITERAL(entry)))
+                    break;
+                uint16_t both = (uint16_t)(entry >> 8);
+                memcpy(out, &both, sizeof both);
+                out += NUM_LITERALS(entry);
+                bits >>= entry & 63;
+                /* What stands above the lowest 6 bits says nothing. */
+                num_bits -= entry;
+            }
+        }
+        self->at = 8 * (uint64_t)(in - self->in) - (num_bits & 63);
+        self->out = out;
+        if (!IS_LITERAL(entry))
+            take_code(self, entry);
+    }
+}
+
+DISPATCH(static, decode_1, (Inflater *const *streams), (streams))
+
 #define DECODE(count) \
     INLINE void decode_##count##_body(Inflater *const *streams) \
     { \
         decode_lanes(streams, count); \
     } \
     DISPATCH(static, decode_##count, (Inflater *const *streams), (streams))
-DECODE(1)
 DECODE(2)
 DECODE(3)
 DECODE(4)
