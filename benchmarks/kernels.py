@@ -77,8 +77,17 @@ def reading(arrays: list[np.ndarray]) -> dict[str, Callable[[], Any]]:
 
         return all_chunks
 
+    def run_alone() -> None:
+        for row in range(len(plan)):
+            run_plan(plan[row : row + 1], stored, arena)
+
     isal, zlib_ng = deflate.ENGINES.isal_zlib, deflate.ENGINES.zlib_ng
-    cases = {"plan": run, "plan, 2 threads": lambda: run(2), "plan, Python": plain(kernels, run)}
+    cases = {
+        "plan": run,
+        "plan, a chunk in a call": run_alone,
+        "plan, 2 threads": lambda: run(2),
+        "plan, Python": plain(kernels, run),
+    }
     if isal:
         cases["limit: ISA-L"] = inflate(lambda chunk, size: isal.decompress(chunk, bufsize=size))
     if zlib_ng:
@@ -137,6 +146,16 @@ def numbers(states: np.ndarray, weights: np.ndarray) -> dict[str, dict[str, Call
     }
 
 
+def stepped(states: list[np.ndarray], step: float) -> list[np.ndarray]:
+    """Hidden states as a tier with this step, in sigma, stores them."""
+    found = []
+    for each in states:
+        sigma = each.astype(np.float32).std(axis=0) + np.float32(1e-3)
+        scale = ChannelScale(sigma * np.float32(step), np.zeros_like(sigma), sigma)
+        found.append(channel_steps.to_steps(each, scale, step)[0])
+    return found
+
+
 def checksums(data: np.ndarray) -> dict[str, Callable[[], Any]]:
     return {
         "xxh3-128": lambda: NATIVE.store(((data, 0, b"head", -1),)),
@@ -165,7 +184,13 @@ def main() -> None:
     states = [hidden_states(rng, NUM_TOKENS).astype("<f2") for _ in range(NUM_ARRAYS)]
     weights = [attentions(rng, NUM_TOKENS).astype("<f2") for _ in range(NUM_ARRAYS)]
     tables: dict[str, tuple[dict[str, Callable[[], Any]], int]] = {}
-    for name, arrays in (("hidden states", states), ("attentions", weights)):
+    kinds = {
+        "hidden states": states,
+        "hidden states of fine": stepped(states, 0.02),
+        "hidden states of compact": stepped(states, 0.4),
+        "attentions": weights,
+    }
+    for name, arrays in kinds.items():
         nbytes = sum(each.nbytes for each in arrays)
         tables[f"reading {name}"] = reading(arrays), nbytes
         tables[f"writing {name}"] = writing(arrays), nbytes
