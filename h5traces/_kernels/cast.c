@@ -16,7 +16,7 @@ void kernels_init(int may_be_wide)
     __builtin_cpu_init();
     /* F16C is older than AVX2, and compilers know no name for it. */
     kernels_wide = may_be_wide && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                   __builtin_cpu_supports("bmi2");
+                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt");
 #endif
 }
 

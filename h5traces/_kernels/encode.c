@@ -21,7 +21,7 @@
 #define PART_TOKENS 4096
 #define MOST_PARTS (BLOCK_TOKENS / PART_TOKENS)
 /* Bits that a block must save: making its table takes as long as decoding 5 kB. */
-#define WORTH_A_BLOCK 400.0
+#define WORTH_A_BLOCK 200.0
 #define WINDOW 32768
 #define HASH_BITS 15
 #define FEW_HASH_BITS 11
@@ -256,10 +256,14 @@ static uint64_t weighted(const uint32_t *counts, unsigned num_symbols, const uin
     return num_bits;
 }
 
+/* Lengths of the main codes, short ones for bytes alone: what holds copies gains nothing. */
 static void main_lengths_of(const uint32_t *counts, uint8_t *lengths)
 {
     uint8_t quick[NUM_MAIN];
     code_lengths(counts, NUM_MAIN, MOST_BITS, lengths);
+    for (unsigned symbol = END_OF_BLOCK + 1; symbol < NUM_MAIN; symbol++)
+        if (counts[symbol])
+            return;
     code_lengths(counts, NUM_MAIN, QUICK_BITS, quick);
     double most = WORTH_QUICK * (double)weighted(counts, NUM_MAIN, lengths);
     if ((double)weighted(counts, NUM_MAIN, quick) <= most)

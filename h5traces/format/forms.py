@@ -67,8 +67,9 @@ def form_of(
         own[DIGEST] = None
     else:
         digest = None
-    # Numbers that are equal may be of different types.
-    key = (dtype, shape, chunk, codec, *own.items(), *map(type, own.values()))
+    # Numbers that are equal may be of different types, and zeros of different signs.
+    told = (repr(each) if isinstance(each, (float, tuple)) else type(each) for each in own.values())
+    key = (dtype, shape, chunk, codec, *own.items(), *told)
     form = _FORMS.get(key)
     if form is None:
         if len(_FORMS) >= _MOST_FORMS:

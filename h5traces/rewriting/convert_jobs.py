@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -405,15 +406,18 @@ class _Ready:
 
 
 def _nbytes(record: TraceRecord) -> int:
-    """Bytes of a record's arrays; of one that holds more than arrays and short values, too many."""
-    found = _RECORD_NBYTES
+    """Bytes of a record's arrays and texts; of one that holds more, too many."""
+    found = _RECORD_NBYTES + sum(map(sys.getsizeof, record.tokens_decoded or ()))
     layers = (each.array for layered in record.layered.values() for each in layered.arrays)
-    for value in (*layers, *record.extra.values()):
+    others = record.tokens, record.attention_mask, *record.texts.values(), *record.extra.values()
+    for value in (*layers, *others):
         if isinstance(value, TypedArray):
             found += value.values.nbytes
         elif isinstance(value, np.ndarray):
             found += value.nbytes
-        elif not isinstance(value, (str, int, float, type(None))):
+        elif isinstance(value, (str, int, float, type(None))):
+            found += sys.getsizeof(value)
+        else:
             return _AHEAD_NBYTES
     return found
 

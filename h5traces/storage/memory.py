@@ -84,7 +84,7 @@ def keep_freed() -> None:
     keeps up to twice the largest block that was ever freed, of 32 MiB at most. This one is never
     touched.
     """
-    bytearray(_LARGEST_NBYTES)
+    bytes(_LARGEST_NBYTES)
 
 
 # Of this process.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -130,7 +130,7 @@ def _spans(places: Iterator[tuple[int, int, int]], end: int) -> Iterator[_Span]:
     """The file from its start to `end` in spans; a chunk is never cut."""
     pieces: list[tuple[int, int, int]] = []
     start = position = 0
-    for row, offset, nbytes in (*places, (_BETWEEN, end, 0)):
+    for row, offset, nbytes in chain(places, [(_BETWEEN, end, 0)]):
         while position < offset:
             stop = min(offset, position + SPAN_NBYTES)
             pieces.append((_BETWEEN, position, stop))

@@ -52,7 +52,7 @@ def fingerprint(objects: Iterable[StoredObject]) -> int:
     """A hash of what datasets are said to be: their digests, and their chunks with checksums."""
     return hash(
         frozenset(
-            (path, digest, form.dtype, form.shape, form.codec, chunks)
+            (path, digest, form.dtype, form.shape, form.chunk, form.codec, chunks)
             for path, form, digest, chunks in objects
             if form.dtype
         )

@@ -20,7 +20,7 @@ from h5traces.format import layout
 from h5traces.format.digests import ObjectsDigest, content_digest, sample_digest
 from h5traces.format.dtypes import TypedArray
 from h5traces.format.entries import ObjectEntry
-from h5traces.format.forms import StoredObject, digests_of
+from h5traces.format.forms import StoredObject, digests_of, form_of
 from h5traces.format.limits import DEFAULT_LIMITS
 from h5traces.format.record import LayerArray, LayeredArrays
 from h5traces.meaning import array_checks
@@ -191,3 +191,16 @@ def test_layers_in_one_block_show_what_they_show_alone(
     assert together
     monkeypatch.setattr(array_checks, "_BLOCK_VALUES", 1)
     assert repr(findings()) == repr(together)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(0.0, -0.0), (1, True), (1, 1.0), ((1, 2), (1.0, 2.0)), ((1,), (True,))]
+)
+def test_objects_whose_attributes_are_equal_but_not_alike_have_two_forms(
+    one: Any, other: Any
+) -> None:
+    (first, _), (second, _) = (
+        form_of("float16", (2, 3), (2, 3), "gzip", {"scale": each}) for each in (one, other)
+    )
+    assert repr(first.attrs["scale"]) == repr(one)
+    assert repr(second.attrs["scale"]) == repr(other)

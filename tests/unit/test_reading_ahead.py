@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from h5traces.format.record import SourcePosition
+from h5traces.meaning.records import to_record
+from h5traces.rewriting.convert_jobs import _nbytes
 from h5traces.storage.threads import ReadAhead
 
 if TYPE_CHECKING:
@@ -145,3 +149,19 @@ def test_nothing_waits_beside_a_large_item() -> None:
         wait_until(lambda: len(made) == 2)
         time.sleep(0.02)
         assert len(made) == 2
+
+
+def test_texts_and_tokens_of_a_record_count_like_arrays() -> None:
+    states = [np.zeros((3, 4), np.float16)] * 2
+    sample = {"question_id": "a", "hidden_states": states}
+    source = SourcePosition(file=0, position=0)
+    least = _nbytes(to_record(sample, source=source))
+    more: dict[str, Any] = {
+        "question": "x" * 1_000_000,
+        "tokens": np.arange(50_000),
+        "tokens_decoded": ["abc"] * 50_000,
+        "note": "y" * 1_000_000,
+    }
+    for field, value in more.items():
+        fuller = _nbytes(to_record({**sample, field: value}, source=source))
+        assert fuller - least >= 300_000, field

@@ -10,8 +10,9 @@ from legacy_batches import make_batch, write_batch
 
 import h5traces
 from h5traces.archive.footer_store import FooterStore
+from h5traces.errors import CorruptArchiveError
 from h5traces.format.limits import DEFAULT_LIMITS
-from h5traces.storage import arrays
+from h5traces.storage import arrays, footer_rows
 from h5traces.storage.codecs import GZIP
 from h5traces.storage.files import LocalFile
 from h5traces.writing import archive_writer, preparation, reading_back
@@ -170,3 +171,28 @@ def test_small_samples_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert h5traces.convert(source, source.with_name("out.h5")).ok
     assert looked
     assert not any(looked)
+
+
+def test_an_index_with_other_chunks_than_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = footer_rows.RowPacker._numbers
+
+    def wrong(packer: Any, form: Any) -> Any:
+        found = numbers(packer, form)
+        if form.shape == form.chunk:
+            return found
+        # As many chunks, which are longer and narrower.
+        return found._replace(
+            chunk_dims=np.array([700, form.chunk[0] * 4096 // 700 + 1], "<i8").tobytes()
+        )
+
+    monkeypatch.setattr(footer_rows.RowPacker, "_numbers", wrong)
+    states = np.zeros((700, 4096), np.float32)
+    path = tmp_path / "out.h5"
+    with (
+        pytest.raises(CorruptArchiveError),
+        h5traces.create(path, spool=False, precision=PrecisionOptions(dtype="float32")) as writer,
+    ):
+        writer.append({"question_id": "a", "hidden_states": [states]})
+    assert not path.exists()
