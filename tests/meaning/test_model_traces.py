@@ -98,13 +98,13 @@ def test_cut_rows_are_those_of_the_model_alone(family: str, side: str) -> None:
                 made.layered[kind].arrays, expected.layered[kind].arrays, strict=True
             ):
                 values = torch.tensor(whole.array.load().values)  # type: ignore[union-attr]
-                # Sums of float32 in batches of another shape, as the processor orders them, differ
-                # in proportion to the largest values, of the first token.
+                # Sums in batches of another shape, as the processor orders them, differ a little,
+                # in proportion to the largest values, those of the first token.
                 torch.testing.assert_close(
                     torch.tensor(cut.array.load().values),  # type: ignore[union-attr]
                     values,
                     rtol=1e-3,
-                    atol=max(1e-4, 2e-5 * float(values.abs().max())),
+                    atol=1e-4 * max(1.0, float(values.abs().max())),
                 )
 
 
